@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from lora_jax.adapt.roles import infer_roles
+from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.magnitude import wide
-from lora_jax.core.paths import nearest, path_string
+from lora_jax.core.paths import nearest
 from lora_jax.core.types import Adapter, Leaf, Tree
-from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
+from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of, map_leaves
 from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
 from lora_jax.select.matching import Known
@@ -65,12 +65,7 @@ def lorafy(
             "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
         )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    roles = None
-    if trace is not None:
-        if not isinstance(trace, Sequence) or not trace or not callable(trace[0]):
-            raise TypeError(f"trace is a tuple of a function and its arguments, not {trace!r}")
-        roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
-    chosen = resolve(arrays, rules, Known(roles, kinds))
+    chosen = resolve(arrays, rules, Known(traced_roles(trace, arrays), kinds))
     key = jax.random.key(0) if key is None else key
     starts = starts_of(dict(arrays), chosen, key)
     return treedef.unflatten(
@@ -92,11 +87,7 @@ def _nodes_for(what: str, params: Tree) -> dict[str, Node]:
 
 def map_nodes(visit: Callable[[str, Any], Leaf], tree: Tree) -> Tree:
     """Returns a tree with ``visit(path, node)`` in place of each node."""
-
-    def visited(keys: tuple[Any, ...], leaf: Leaf) -> Leaf:
-        return visit(path_string(keys), leaf) if is_node(leaf) else leaf
-
-    return jax.tree.map_with_path(visited, tree, is_leaf=is_leaf)
+    return map_leaves(lambda path, leaf: visit(path, leaf) if is_node(leaf) else leaf, tree)
 
 
 def map_parts(visit: Callable[[str, str, Any], Any], tree: Tree) -> Tree:

@@ -127,11 +127,8 @@ def project_b(params: Tree, *, damping: float = 1e-8) -> optax.GradientTransform
     >>> tree = lj.lorafy(params, [rule])
     >>> optimizer = optax.chain(lj.optim.project_b(tree), optax.adam(1e-3))
     """
-    inverse = {
-        path: _inverse_gram(node, damping)
-        for path, node in nodes_of(params).items()
-        if isinstance(node, LoraWeight) and node.frozen == ("a",)
-    }
+    weights = {p: node for p, node in nodes_of(params).items() if isinstance(node, LoraWeight)}
+    inverse = {p: _inverse_gram(w, damping) for p, w in weights.items() if w.frozen == ("a",)}
     if not inverse:
         raise ValueError("project_b needs weights whose A is frozen: LoraRule(freeze_a=True, …)")
 

@@ -119,9 +119,8 @@ class LoraRule(Variants):
             raise ValueError(f"dtype={self.dtype!r}: A and B need a floating-point dtype")
         if (self.in_axes is None) != (self.out_axes is None):
             raise ValueError("give both in_axes and out_axes, or neither")
-        names, own = [part.name for part in self.parts], [part.name for part in self.extras]
-        taken = [n for n in own if n in AXES or n == "value"]
-        if taken := taken + [n for n in names if names.count(n) > 1]:
+        names, own = [part.name for part in self.parts], {part.name for part in self.extras}
+        if taken := [n for n in names if n in own & {*AXES, "value"} or names.count(n) > 1]:
             raise ValueError(f"extras: a part is called {taken[0]!r}, which is taken: rename it")
 
     def _check_variants(self) -> None:
@@ -198,8 +197,7 @@ class TrainRule:
         if self.rows is not None and self.layers is not None:
             raise ValueError("rows are of a table and layers of a stack: give one of them")
         for name in ("rows", "layers"):
-            indices = getattr(self, name)
-            if indices is None:
+            if (indices := getattr(self, name)) is None:
                 continue
             if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
                 raise ValueError(f"{name}={list(indices)}: indices from 0, each of them once")

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.core.base import along
 from lora_jax.core.types import Leaf, Tree
-from lora_jax.core.weight import LoraWeight, Node, Trained, is_node, leaves_of
+from lora_jax.core.weight import LoraWeight, Node, Trained, is_node, map_leaves
 
 Table = Sequence[tuple[str, PartitionSpec]]
 _Axes = tuple[Any, ...]  # an entry for each axis of an array: None, a name, or several
@@ -56,7 +56,6 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
     >>> tuple(where["dense"]["kernel"].b.spec)
     (None, 'tensor')
     """
-    leaves, treedef = leaves_of(params)
 
     def of(path: str, leaf: Leaf) -> Leaf:
         if is_node(leaf):
@@ -65,7 +64,7 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
             return leaf
         return along(leaf, _fitting(_axes_of(path, leaf.shape, table), mesh))
 
-    return treedef.unflatten(of(path, leaf) for path, leaf in leaves)
+    return map_leaves(of, params)
 
 
 def place(params: Tree, table: Table, mesh: Mesh) -> Tree:

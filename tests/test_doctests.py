@@ -46,7 +46,7 @@ def public(module):
     names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
     for name in names:
         value = getattr(module, name)
-        own = hasattr(module, "__all__") or module is lj or value_is_of(value, module)
+        own = hasattr(module, "__path__") or value_is_of(value, module)  # a package re-exports
         kinds = (inspect.isfunction, inspect.isclass) if module is lj else (inspect.isfunction,)
         if own and any(is_kind(value) for is_kind in kinds):
             yield name, value

@@ -87,7 +87,7 @@ def union(held: Iterable[frozenset[Any]]) -> frozenset[Any]:
 
 def contracts(use: Use, side: int, labels: Sequence[Held]) -> tuple[Sequence[int], set[int]] | None:
     """Returns the axes that a product contracts of one operand, and those that do not come out."""
-    name, params = use.eqn.primitive.name, use.params
+    name, params = use.name, use.params
     if name == "dot_general":
         contract, batch = params["dimension_numbers"]
         return contract[side], {*contract[side], *batch[side]}
@@ -116,7 +116,7 @@ def contractions(
       axes: see `contracts`.
       with_leaf: whether the other operand is a leaf, too.
     """
-    name, weight = use.eqn.primitive.name, use.values[side]
+    name, weight = use.name, use.values[side]
     contracted = union(weight.labels[axis] for axis in axes[0])
     free = union(held for axis, held in enumerate(weight.labels) if axis not in axes[1])
     batch = axes[1].difference(axes[0])
@@ -129,31 +129,29 @@ def contractions(
         mixed, inner = {axis.mixed for axis in mine}, union(axis.inner for axis in mine)
         a, b = (axes_of(path, held) for held in (contracted, free))
         a, b = (a, b | inner - a) if a else (inner - b, b)
+        held = all(axes_of(path, weight.labels[axis]) for axis in long)
         one = Contraction(
             a,
             b,
             name,
             str(place_of(use.eqn)),
             is_lookup=name == "gather",
+            added="added" in mixed,
+            stretched=not (held or inner or name == "gather"),
             with_leaf=with_leaf,
             with_vector=one_vector,
         )
-        added = "added" in mixed
-        held = all(axes_of(path, weight.labels[axis]) for axis in long)
-        stretched = not (held or inner or one.is_lookup)
         if one.is_lookup:
             reason = "it is looked up"
-        elif added:
+        elif one.added:
             reason = "it is added to an activation or a constant, and the sum is multiplied"
-        elif stretched:
+        elif one.stretched:
             reason = "it is stretched along an axis of the product, as a gain is"
         elif with_leaf and (side == 0 or "scaled" in mixed):
             reason = "it stands in the place of an activation"
         else:
             reason = ""
-        reason = reason and f"{reason}: {one}"
-        one = dataclasses.replace(one, added=added, stretched=stretched, not_kernel_reason=reason)
-        uses[path] = one
+        uses[path] = dataclasses.replace(one, not_kernel_reason=reason and f"{reason}: {one}")
     return uses
 
 

@@ -86,14 +86,13 @@ def scan_of(eqn: JaxprEqn) -> Scan:
     """
     body = eqn.params["jaxpr"]
     inner, _ = opened(body)
-    n_carry = sum(
-        type_of(out).ndim == type_of(of_body).ndim
-        for out, of_body in zip(eqn.outvars, inner.outvars, strict=True)
-    )
-    n_xs = sum(
-        type_of(operand).ndim != type_of(of_body).ndim
-        for operand, of_body in zip(eqn.invars, inner.invars, strict=True)
-    )
+
+    def are_sliced(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
+        pairs = zip(outside, inside, strict=True)
+        return [type_of(one).ndim != type_of(other).ndim for one, other in pairs]
+
+    n_carry = are_sliced(eqn.outvars, inner.outvars).count(False)
+    n_xs = sum(are_sliced(eqn.invars, inner.invars))
     n_consts = len(eqn.invars) - n_carry - n_xs
     return Scan(body, n_consts, n_carry, *_params(eqn, "length", "reverse", "unroll"))
 

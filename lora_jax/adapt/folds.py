@@ -39,15 +39,12 @@ class Folded:
         if start not in ends or stop not in ends:
             return None
         pieces = self.pieces[ends.index(start) : ends.index(stop)]
-        return pieces[0] if _is_vector(pieces) else Folded(pieces)
+        is_vector = len(pieces) == 1 and not isinstance(pieces[0], Factored)
+        return pieces[0] if is_vector else Folded(pieces)
 
 
 def _size(piece: Any) -> int:
     return math.prod(piece.base.shape if isinstance(piece, Factored) else piece.shape)
-
-
-def _is_vector(pieces: Sequence[Any]) -> bool:
-    return len(pieces) == 1 and not isinstance(pieces[0], Factored)
 
 
 def moved(name: str, params: dict[str, Any], values: Sequence[Value]) -> Outcome:
@@ -63,7 +60,8 @@ def moved(name: str, params: dict[str, Any], values: Sequence[Value]) -> Outcome
     """
     first = values[0]
     if name == "concatenate":
-        return [Folded(tuple(itertools.chain(*(_pieces(value) for value in values))))]
+        each = (v.pieces if isinstance(v, Folded) else (v,) for v in values)
+        return [Folded(tuple(itertools.chain(*each)))]
     if name == "split":
         ends = [0, *itertools.accumulate(params["sizes"])]
         parts = [first.cut(*pair) for pair in itertools.pairwise(ends)]
@@ -75,7 +73,3 @@ def moved(name: str, params: dict[str, Any], values: Sequence[Value]) -> Outcome
         (weight,) = first.pieces
         return [weight] if tuple(params["new_sizes"]) == tuple(weight.base.shape) else None
     return None
-
-
-def _pieces(value: Value) -> tuple[Any, ...]:
-    return value.pieces if isinstance(value, Folded) else (value,)

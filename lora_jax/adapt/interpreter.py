@@ -18,7 +18,7 @@ from lora_jax.adapt import eqns, folds, merging
 from lora_jax.adapt.per_example.labels import At, Followed
 from lora_jax.adapt.steps import Steps
 from lora_jax.adapt.user_code import Place, place_of, place_of_call, user_context
-from lora_jax.core.base import rearranged
+from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.product import is_on_mesh
 from lora_jax.core.types import Forward, Outcome, Value
@@ -31,7 +31,7 @@ class Use:
     """An equation that meets an adapted weight: its operands, and which outputs are wanted."""
 
     eqn: JaxprEqn
-    values: list[Value]  # arrays, at least one `Factored` among them
+    values: list[Value]  # arrays, at least one `Factored` or `Folded` among them
     live: Live
     factor_inputs: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
     jaxpr: Jaxpr  # that the equation is part of
@@ -41,6 +41,17 @@ class Use:
     def params(self) -> dict[str, Any]:
         """The equation's parameters."""
         return self.eqn.params
+
+    @property
+    def name(self) -> str:
+        """The name of the equation's primitive."""
+        name: str = self.eqn.primitive.name
+        return name
+
+    @property
+    def bases(self) -> list[Value]:
+        """The operands, each weight as W alone."""
+        return [as_array(v.base) if isinstance(v, Factored) else v for v in self.values]
 
     def bind(self, values: Sequence[Value]) -> list[Value]:
         """Applies the equation to plain arrays."""
@@ -155,7 +166,7 @@ class Interpreter:
         for eqn, wanted, last_uses in _needed_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
             if any(isinstance(value, (Factored, folds.Folded)) for value in values):
-                outputs = self._apply(site, eqn, values, wanted, factor_inputs, inner, steps)
+                outputs = self._apply(site, Use(eqn, values, wanted, factor_inputs, inner), steps)
                 site += any(isinstance(value, Factored) for value in values)
             elif steps is None:
                 outputs = eqns.bind(eqn, values)
@@ -197,6 +208,11 @@ class Interpreter:
         self.say_merged(weight, primitive, where)
         return weight.merged()
 
+    def plain(self, value: Value, use: Use, how: str = "") -> Value:
+        """Returns a value as an array; a weight is merged at the equation, in which it is `how`."""
+        what = f"{use.name} ({how})" if how else use.name
+        return self.merged(value, what, use.eqn) if isinstance(value, Factored) else value
+
     def say_merged(self, weight: Factored, primitive: str, where: JaxprEqn | Place) -> None:
         """Warns that a weight is merged at an equation or a place, or raises MergeError."""
         if isinstance(where, Place):
@@ -211,26 +227,17 @@ class Interpreter:
         else:
             merging.say(weight, primitive, function, place, strict=self.strict)
 
-    def _apply(
-        self,
-        site: int,
-        eqn: JaxprEqn,
-        values: list[Value],
-        live: Live,
-        factor_inputs: dict[int, tuple[Any, Any]],
-        jaxpr: Jaxpr,
-        steps: Steps | None,
-    ) -> list[Value]:
-        name = eqn.primitive.name
+    def _apply(self, site: int, use: Use, steps: Steps | None) -> list[Value]:
+        eqn, name, values = use.eqn, use.name, use.values
         if any(isinstance(value, folds.Folded) for value in values):
             outputs = folds.moved(name, eqn.params, values)
             if outputs is not None:
                 return outputs
             values = [self._unfolded(value, name, eqn) for value in values]
         if not any(isinstance(value, Factored) for value in values):
-            return eqns.bind(eqn, values)
-        at = self._examples_in(eqn, values)
-        use = Use(eqn, [at_site(value, site) for value in values], live, factor_inputs, jaxpr, at)
+            return use.bind(values)
+        at, here = self._examples_in(eqn, values), [at_site(value, site) for value in values]
+        use = dataclasses.replace(use, values=here, at=at)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
                 _refuse_rows(eqn, values)
@@ -239,11 +246,14 @@ class Interpreter:
                 if outputs is not None:
                     self._note(use, f"by the rule given for {called!r}")
                     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-        seen = [_seen(value, name) for value in values]
+        seen = values
+        if name in _USES:
+            kind = _USES[name]
+            seen = [v.seen_by(kind) if isinstance(v, Factored) else v for v in values]
         if any(a is not b for a, b in zip(seen, values, strict=True)):
             if not any(isinstance(value, Factored) and value.parts for value in seen):
                 self._note(use, "W alone: the adapter is for other uses of it")
-            return self._apply(site, eqn, seen, live, factor_inputs, jaxpr, steps)
+            return self._apply(site, dataclasses.replace(use, values=seen), steps)
         known = self.rules.get(name) or self.default
         if known is not None:
             outputs = self._by_rule(known, use, steps)
@@ -253,13 +263,12 @@ class Interpreter:
                 elif name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
                     self._note(use, "xW + s·(xA)B")
                 return outputs
-        plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
-        return eqns.bind(eqn, plain)
+        return use.bind([self.plain(value, use) for value in values])
 
     def _by_rule(self, rule: Rule, use: Use, steps: Steps | None) -> Outcome:
         """Returns what a rule makes of an equation, compiled where the call is eager."""
-        eqn, name = use.eqn, use.eqn.primitive.name
-        if steps is None or name in ("jit", "pjit"):  # compiled by itself
+        eqn = use.eqn
+        if steps is None or use.name in ("jit", "pjit"):  # compiled by itself
             with user_context(eqn):
                 return rule(self, use)
 
@@ -270,7 +279,7 @@ class Interpreter:
             with user_context(eqn):
                 return rule(self, dataclasses.replace(bare, values=values, factor_inputs={}))
 
-        how = (use.live, id(eqn) if name in _READ_AROUND else 0, self.examples, use.at)
+        how = (use.live, id(eqn) if use.name in _READ_AROUND else 0, self.examples, use.at)
         outputs: Outcome = steps.compiled(eqn, how, call)(use.values)
         return outputs
 
@@ -297,8 +306,7 @@ class Interpreter:
         place = str(place_of(use.eqn))
         for value in use.values:
             if isinstance(value, Factored):
-                name = use.eqn.primitive.name
-                self.record(Record(str(value.path), name, place, "factored", why))
+                self.record(Record(str(value.path), use.name, place, "factored", why))
 
 
 def _refuse_rows(eqn: JaxprEqn, values: Sequence[Value]) -> None:
@@ -327,13 +335,6 @@ _PRODUCTS = frozenset({*_USES, "slice", "dynamic_slice", "reduce_sum"})
 _JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n", "dot_general"})
 # Primitives whose rule looks at the equations around theirs.
 _READ_AROUND = ("select_n",)
-
-
-def _seen(value: Value, primitive: str) -> Value:
-    """Returns a weight with the adapter that is for this kind of use, or without any."""
-    if primitive not in _USES or not isinstance(value, Factored):
-        return value
-    return value.seen_by(_USES[primitive])
 
 
 def at_site(value: Value, index: int | jax.Array) -> Value:

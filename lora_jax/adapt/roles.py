@@ -36,9 +36,28 @@ from lora_jax.adapt.rules.control import CONTROL_RULES
 from lora_jax.adapt.rules.solves import SOLVE_RULES
 from lora_jax.adapt.user_code import place_of
 from lora_jax.core.axes import AxisRoles, Seen
-from lora_jax.core.base import as_array, is_abstract, is_base, stand_in
+from lora_jax.core.base import is_abstract, is_base, stand_in
 from lora_jax.core.factored import Factored
 from lora_jax.core.types import Forward, Value
+
+
+def traced_roles(
+    trace: Sequence[Any] | None, leaves: Iterable[tuple[str, Any]]
+) -> dict[str, Seen | str] | None:
+    """Returns the roles of a tree's leaves, by path, as a function uses them; see `infer_roles`.
+
+    Args:
+      trace: ``(fn, *args)``; see `lora_jax.lorafy`. None: nothing is known.
+      leaves: leaves of the tree with their paths.
+
+    Raises:
+      TypeError: `trace` is no tuple of a function and its arguments.
+    """
+    if trace is None:
+        return None
+    if not isinstance(trace, Sequence) or not trace or not callable(trace[0]):
+        raise TypeError(f"trace is a tuple of a function and its arguments, not {trace!r}")
+    return infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in leaves})
 
 
 def infer_roles(
@@ -153,11 +172,11 @@ class _Log:
             paths_of(v.labels, "", "scaled", "added") for v in outputs if isinstance(v, Factored)
         )
         if lost := there.difference(*here):
-            self._lose(lost, use.eqn.primitive.name, str(place_of(use.eqn)))
+            self._lose(lost, use.name, str(place_of(use.eqn)))
         return outputs
 
     def _product(self, _: Interpreter, use: Use) -> list[Value]:
-        name, pair = use.eqn.primitive.name, use.values[:2]
+        name, pair = use.name, use.values[:2]
         is_leaf = [isinstance(v, Factored) and bool(paths_of(v.labels, "")) for v in pair]
         seen = []
         for side, weight in enumerate(pair):
@@ -171,7 +190,7 @@ class _Log:
         if name == "gather":
             outputs = _gathered(use)
             return outputs if isinstance(outputs[0], Factored) else self._kept(use, outputs)
-        (out,) = use.bind(_plain(use))
+        (out,) = use.bind(use.bases)
         if _mixing(use):
             return [out]
         is_whole = not any(one.stretched for uses in seen for one in uses.values())
@@ -182,11 +201,11 @@ class _Log:
 
     def _moved(self, _: Interpreter, use: Use) -> list[Value]:
         """Moves axes as the axis map says; one that is stretched is lost."""
-        (out,), weights = use.bind(_plain(use)), [v for v in use.values if isinstance(v, Factored)]
+        (out,), weights = use.bind(use.bases), [v for v in use.values if isinstance(v, Factored)]
         places = axis_map(use.eqn)
         if places is None:
             return self._kept(use, [out])
-        if use.eqn.primitive.name == "broadcast_in_dim":
+        if use.name == "broadcast_in_dim":
             (shape,) = (w.base.shape for w in weights)
             pairs = zip(places, out.shape, strict=True)
             places = tuple(tuple(a for a in axes if shape[a] == n) for axes, n in pairs)
@@ -199,7 +218,7 @@ class _Log:
         body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
         if body is not None and len(eqns.opened(body)[0].invars) == len(use.values):
             return interpreter.function(body, use.live)(*use.values)
-        name, outputs = use.eqn.primitive.name, use.bind(_plain(use))
+        name, outputs = use.name, use.bind(use.bases)
         mixed = _mixing(use)
 
         def stayed(place: int, value: Value, out: Value) -> list[Held] | None:
@@ -226,10 +245,6 @@ class _Log:
         return self._kept(use, followed)
 
 
-def _plain(use: Use) -> list[Value]:
-    return [as_array(v.base) if isinstance(v, Factored) else v for v in use.values]
-
-
 _ADDS = ("add", "sub", "add_any", "concatenate", "stack")
 
 
@@ -243,7 +258,7 @@ def _mixing(use: Use) -> str:
 
     if all(map(is_pure, use.values)):
         return ""
-    return "added" if use.eqn.primitive.name in _ADDS else "scaled"
+    return "added" if use.name in _ADDS else "scaled"
 
 
 def _joined(labels: Sequence[Sequence[Held]], mixed: str) -> list[Held]:
@@ -260,7 +275,7 @@ def _joined(labels: Sequence[Sequence[Held]], mixed: str) -> list[Held]:
 def _gathered(use: Use) -> list[Value]:
     """Returns the rest of a weight whose stack is indexed, or a looked-up row without labels."""
     weight, numbers = use.values[0], use.params["dimension_numbers"]
-    (out,) = use.bind(_plain(use))
+    (out,) = use.bind(use.bases)
     if not isinstance(weight, Factored):
         return [out]
     cut, labels = indexed(use, len(weight.labels)), list[Any](weight.labels)

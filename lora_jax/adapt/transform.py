@@ -13,8 +13,7 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import Output, write
-from lora_jax.adapt.per_example.axes import Axes, axes_of_result, follow_trace, mapped
-from lora_jax.adapt.per_example.labels import Followed
+from lora_jax.adapt.per_example.axes import Axes, follow_trace, mapped
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import Call, EagerTraces, Trace, trace
@@ -27,10 +26,7 @@ from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_n
 
 
 def adapt(
-    fn: Forward,
-    *,
-    strict: bool = False,
-    primitives: Mapping[str, Forward] | None = None,
+    fn: Forward, *, strict: bool = False, primitives: Mapping[str, Forward] | None = None
 ) -> Forward:
     """Returns `fn` for adapted trees: each product with an adapted W is xW + s·(xA)B.
 
@@ -123,7 +119,7 @@ def run(
     traced = trace(call) if found is None else found
     _say_assigned(interpreter, traced, weights, (args, kwargs))
     if axes is not None:
-        followed, _ = _followed(call, traced, weights, where, axes)
+        followed = follow_trace(traced, weights, call, where, axes.of_result)
         interpreter = dataclasses.replace(interpreter, examples=followed)
     inputs = [weights.get(place, call.leaves[place]) for place in traced.places]
     inner, _ = eqns.opened(traced.jaxpr)
@@ -136,10 +132,10 @@ def run(
     assigned = {v.number for v in traced.outputs.assigned.values() if isinstance(v, Output)}
     results = [same.get(n, value) for n, value in enumerate(values)]
     for n, value in enumerate(results):
-        if isinstance(value, Factored) and n in assigned:
-            results[n] = value.merged()  # it has been said
-        elif isinstance(value, Factored):
-            results[n] = interpreter.merged(value, "output", place_of_call())
+        if isinstance(value, Factored):
+            if n not in assigned:  # of which it has been said
+                interpreter.say_merged(value, "output", place_of_call())
+            results[n] = value.merged()
     result, writes = traced.outputs.filled(results)
     write((args, kwargs), writes)
     return result
@@ -167,47 +163,13 @@ def _say_assigned(
         interpreter.say_merged(weight, "assignment", place_of_call())
 
 
-def follow(fn: Forward, args: tuple[Any, ...], kwargs: Any, axes: Axes) -> Any:
-    """Returns the axes of ``fn(*args, **kwargs)`` that hold the examples, without running it.
-
-    Args:
-      fn: traced once.
-      args, kwargs: arguments of the function. Their weights have `rows`; arrays may be abstract.
-      axes: axes of the examples.
-
-    Returns:
-      A tree like the result: an axis for each array, None where it is the same for all examples.
-
-    Raises:
-      ExamplesError: the examples cannot be told apart; it says which primitive mixes them, where.
-    """
-    call, weights, nodes = _flattened(fn, args, kwargs, None)
-    where = mapped(call, nodes, axes)
-    abstract = {p for p, leaf in enumerate(call.leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
-    call = dataclasses.replace(call, others={p: call.leaves[p] for p in abstract.union(where)})
-    return _followed(call, trace(call), weights, where, axes)[1]
-
-
-def _followed(
-    call: Call, traced: Trace, weights: dict[int, Factored], where: dict[int, int], axes: Axes
-) -> tuple[Followed, Any]:
-    """Returns where the examples lie in a call's values, and in its result."""
-    found = follow_trace(traced, weights, call, where)
-    place, axis = next(iter(where.items()))
-    n = call.leaves[place].shape[axis]
-    return found, axes_of_result(traced, found, n, axes.of_result)
-
-
 def _is_traced() -> bool:
     """Returns whether the caller is being traced itself, under `jax.jit` or in a `shard_map`."""
     return isinstance(lax.full((), 0), jax.core.Tracer)
 
 
 def _flattened(
-    fn: Forward,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dropout_key: jax.Array | None,
+    fn: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], dropout_key: jax.Array | None
 ) -> tuple[Call, dict[int, Factored], dict[int, Leaf]]:
     """Returns a call as its function is traced, and its weights and nodes by place."""
     treedef: Any

@@ -3,7 +3,7 @@
 import functools
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
 from lora_jax.core.types import Leaf, Model, Parts, Tree
-from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
+from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, map_leaves
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.rules import Rule
@@ -132,12 +132,7 @@ class Bank:
           ValueError: the folder cannot be read; see `lora_jax.load_adapter` and
             `lora_jax.peft.load`.
         """
-        with self._lock:
-            self._check_free(name)
-        adapter = self._read(name, adapter, allow_base_mismatch)
-        with self._lock:
-            self._check_free(name)
-            self._put(name, adapter)
+        self._take_in(name, adapter, allow_base_mismatch, self._check_free)
 
     def replace(self, name: str, adapter: Any, *, allow_base_mismatch: bool = False) -> None:
         """Replaces an adapter, in its slot; the arguments are those of `add`.
@@ -146,12 +141,7 @@ class Bank:
           BankError: there is no adapter of that name, or the new one does not fit, or is over
             another base.
         """
-        with self._lock:
-            self._check_there(name)
-        adapter = self._read(name, adapter, allow_base_mismatch)
-        with self._lock:
-            self._check_there(name)
-            self._put(name, adapter)
+        self._take_in(name, adapter, allow_base_mismatch, self._check_there)
 
     @locked
     def remove(self, name: str) -> None:
@@ -174,7 +164,6 @@ class Bank:
         with self._lock:
             self._check_there(name)
             adapter = self._kept[name]
-        leaves, treedef = leaves_of(self._params)
 
         def node(path: str, leaf: Leaf) -> Leaf:
             if path not in adapter:
@@ -182,7 +171,7 @@ class Bank:
             mine = jax.tree.map(jnp.asarray, adapter[path])
             return mine.replace(base=leaf) if isinstance(mine, LoraWeight) else mine
 
-        return treedef.unflatten(node(path, leaf) for path, leaf in leaves)
+        return map_leaves(node, self._params)
 
     @locked
     def ids(self, names: Iterable[str]) -> jax.Array:
@@ -235,15 +224,24 @@ class Bank:
             tree = self.tree
         return choose(tree, ids)
 
-    def _read(self, name: str, adapter: Any, allow_base_mismatch: bool) -> Adapter:
-        """Returns an adapter from a tree or a folder, once it fits."""
+    def _take_in(
+        self, name: str, adapter: Any, allow_base_mismatch: bool, check: Callable[[str], None]
+    ) -> None:
+        """Keeps an adapter from a tree or a folder, once it fits; checks its name before and after.
+
+        Reading takes long, and other threads go on meanwhile.
+        """
+        with self._lock:
+            check(name)
         tree = adapter
         if isinstance(adapter, (str, os.PathLike)):
             tree = self._loaded(Path(adapter), allow_base_mismatch)
         found = stored(name, tree, self._slots)
         if not allow_base_mismatch:
             self._base.check(f"bank: {name!r}", tree)
-        return found
+        with self._lock:
+            check(name)
+            self._put(name, found)
 
     def _loaded(self, folder: Path, allow_base_mismatch: bool) -> Tree:
         if not (folder / PEFT_CONFIG).exists():
@@ -303,9 +301,8 @@ class Bank:
 
 def _with_slots(params: Tree, rules: Sequence[Rule], n_slots: int) -> Tree:
     """Returns the base with empty slots in place of each leaf that the rules select."""
-    leaves, treedef = leaves_of(params)
-    shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for _, x in leaves]
-    nodes = nodes_of(lorafy(treedef.unflatten(shapes), rules))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    nodes = nodes_of(lorafy(shapes, rules))
 
     def slots(path: str, leaf: Leaf) -> Tree:
         node = nodes.get(path)
@@ -318,7 +315,7 @@ def _with_slots(params: Tree, rules: Sequence[Rule], n_slots: int) -> Tree:
             return empty
         return leaf if node is None else empty_slots(Trained(leaf), n_slots)
 
-    return treedef.unflatten(slots(path, leaf) for path, leaf in leaves)
+    return map_leaves(slots, params)
 
 
 def _beside(array: jax.Array, axis: int, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from lora_jax.adapt.per_example.axes import Axes
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.adapt.user_code import place_of_call, warn
-from lora_jax.bank.slots import WeightSlots, bank_leaves_of, is_slots, map_slots, slots_of
+from lora_jax.bank.slots import WeightSlots, map_slots, of_one_slot, slots_of
 from lora_jax.core.factored import ExamplesError
 from lora_jax.core.types import Forward, Leaf, Tree
 
@@ -58,19 +58,17 @@ def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:
     Raises:
       ValueError: `ids` has another number of axes, or names a slot that there is none of.
     """
-    leaves, treedef = bank_leaves_of(tree)
-    slots = [leaf for _, leaf in leaves if is_slots(leaf)]
+    slots = slots_of(tree).values()
     if not slots:
         raise ValueError("choose: the tree is not a bank's; see lora_jax.bank.Bank")
     if np.ndim(ids) != 1:
         raise ValueError(f"choose: ids has the shape {np.shape(ids)}; a slot for each example")
     if not isinstance(ids, jax.core.Tracer):
-        n = min(leaf.n_slots for leaf in slots)
+        n = min(each.n_slots for each in slots)
         if wrong := sorted({int(i) for i in np.asarray(ids) if not 0 <= i < n}):
             raise ValueError(f"choose: the bank has the slots 0 to {n - 1}, not {wrong[0]}")
     ids = jnp.asarray(ids, jnp.int32)
-    chosen = [leaf.chosen(ids) if is_slots(leaf) else leaf for _, leaf in leaves]
-    return Choice(treedef.unflatten(chosen), ids)
+    return Choice(map_slots(lambda _, each: each.chosen(ids), tree), ids)
 
 
 def mixed(
@@ -149,33 +147,6 @@ class MixedWarning(UserWarning):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Split:
-    """Collects what differs from example to example: arrays, and the axis to map each over."""
-
-    arrays: list[Any] = dataclasses.field(default_factory=list)
-    axes: list[int] = dataclasses.field(default_factory=list)
-
-    def add(self, array: Any, axis: int) -> Callable[[tuple[Any, ...]], Any]:
-        """Returns a function that takes an example's own array out of all those that it has."""
-        self.arrays.append(array)
-        self.axes.append(axis)
-        place = len(self.arrays) - 1
-        return lambda mine: mine[place]
-
-    def of_one(self) -> list[jax.ShapeDtypeStruct]:
-        """Returns the shapes of an example's own arrays."""
-        shapes = []
-        for array, axis in zip(self.arrays, self.axes, strict=True):
-            shape = (*array.shape[:axis], *array.shape[axis + 1 :])
-            shapes.append(jax.ShapeDtypeStruct(shape, array.dtype))
-        return shapes
-
-
-# (the example's slot, its own arrays) -> a leaf of the arguments
-_Leaf = Callable[[jax.Array, tuple[Any, ...]], Any]
-
-
-@dataclasses.dataclass(frozen=True)
 class _Call:
     """The arguments of a call on a mixed batch.
 
@@ -250,17 +221,19 @@ def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Any:
 
 def _run_one_by_one(adapted: Forward, call: _Call) -> Any:
     """Runs an adapted function on batches of one example each: several under `jax.vmap`."""
-    split = _Split()
-    pairs = zip(call.leaves, call.axes, strict=True)
-    parts = [_leaf(leaf, axis, split) for leaf, axis in pairs]
+    treedef: Any
+    each, axes_of_each = zip(*map(_own, call.leaves, call.axes), strict=True)
+    arrays, treedef = jax.tree.flatten(each)
+    axes = jax.tree.leaves(axes_of_each)
 
     def one(index: jax.Array, *mine: Any) -> Any:
-        args, kwargs = call.treedef.unflatten(part(index, mine) for part in parts)
+        own = zip(call.leaves, treedef.unflatten(mine), strict=True)
+        args, kwargs = call.treedef.unflatten(_of_example(*pair, index) for pair in own)
         return adapted(*args, **kwargs)
 
     ids = call.choice.ids
     slot = jax.ShapeDtypeStruct((), ids.dtype)
-    traced, shape = jax.make_jaxpr(one, return_shape=True)(slot, *split.of_one())
+    traced, shape = jax.make_jaxpr(one, return_shape=True)(slot, *map(of_one_slot, arrays, axes))
     out_tree: Any
     shapes, out_tree = jax.tree.flatten(shape)
     to = [
@@ -274,16 +247,16 @@ def _run_one_by_one(adapted: Forward, call: _Call) -> Any:
                 f"{s.shape}, which has no axis {axis} for it: say where it is by out_axes"
             )
     if len(ids) == 1:
-        mine = map(jnp.squeeze, split.arrays, split.axes)
+        mine = map(jnp.squeeze, arrays, axes)
         results = jaxpr_as_fun(traced)(ids[0], *mine)
         alone = zip(results, to, shapes, strict=True)
         return out_tree.unflatten(
             x if axis is None or s.shape else jnp.expand_dims(x, 0) for x, axis, s in alone
         )
-    run = jax.vmap(jaxpr_as_fun(traced), in_axes=(0, *split.axes), out_axes=to)
+    run = jax.vmap(jaxpr_as_fun(traced), in_axes=(0, *axes), out_axes=to)
     results = [
         jnp.squeeze(result, axis + 1) if axis is not None and s.shape else result
-        for result, axis, s in zip(run(ids, *split.arrays), to, shapes, strict=True)
+        for result, axis, s in zip(run(ids, *arrays), to, shapes, strict=True)
     ]
     return out_tree.unflatten(results)
 
@@ -337,37 +310,24 @@ def _axis(leaf: Leaf, axis: int | None, n: int) -> int | None:
     return axis
 
 
-def _leaf(leaf: Leaf, axis: int | None, split: _Split) -> _Leaf:
-    """Returns a leaf of the arguments as a function of the example; see `_Leaf`.
+def _own(leaf: Leaf, axis: int | None) -> tuple[Any, Any]:
+    """Returns the arrays of an argument that differ from example to example, and the axis of each.
 
     Args:
       leaf: a `Choice`, an array, or anything else.
       axis: axis of the examples, None where there are none.
-      split: gets what differs from example to example.
     """
     if _is_choice(leaf):
-        return _tree(leaf, split)
-    if axis is None:
-        return lambda index, mine: leaf
+        copies = {path: slots for path, slots in slots_of(leaf.tree).items() if slots.per_example}
+        arrays = {path: slots.arrays for path, slots in copies.items()}
+        return arrays, {p: dict.fromkeys(s.arrays, s.slot_axis) for p, s in copies.items()}
     # The axis of size one that a batch of one example has is put in here rather than under vmap,
     # which would move the examples to the front first, and the array with them.
-    mine_alone = split.add(jnp.expand_dims(leaf, axis + 1), axis)
-    return lambda index, mine: mine_alone(mine)
+    return (None, None) if axis is None else (jnp.expand_dims(leaf, axis + 1), axis)
 
 
-def _tree(choice: Choice, split: _Split) -> _Leaf:
-    """Returns the adapted tree of an example as a function of the example."""
-    leaves, treedef = bank_leaves_of(choice.tree)
-
-    def node(leaf: Leaf) -> _Leaf:
-        if not is_slots(leaf):
-            return lambda index, mine: leaf
-        if not leaf.per_example:
-            return lambda index, mine: leaf.of_example(leaf.arrays, index)
-        own = {name: split.add(array, leaf.slot_axis) for name, array in leaf.arrays.items()}
-        return lambda index, mine: leaf.of_example(
-            {name: take(mine) for name, take in own.items()}, index
-        )
-
-    parts = [node(leaf) for _, leaf in leaves]
-    return lambda index, mine: treedef.unflatten(part(index, mine) for part in parts)
+def _of_example(leaf: Leaf, own: Any, index: jax.Array) -> Leaf:
+    """Returns an argument for one example, from its own arrays in it and its slot."""
+    if _is_choice(leaf):
+        return map_slots(lambda path, s: s.of_example(own.get(path, s.arrays), index), leaf.tree)
+    return leaf if own is None else own

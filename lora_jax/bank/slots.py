@@ -9,7 +9,6 @@ the slot axis runs each adapter by itself.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +17,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.parts import NEUTRAL, RANK, STATIC
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
-from lora_jax.core.weight import LoraWeight, Trained, is_leaf
+from lora_jax.core.types import BaseLike, Leaf, Parts, Shaped, Tree
+from lora_jax.core.weight import LoraWeight, NoArray, Trained, is_leaf
 
 # A product with all slots' factors at once reads each of them and multiplies by slots·r columns;
 # above this number, each example gets a copy of its own adapter's factors instead.
 WIDEST = 256
 
 
-class _Slots:
-    """Holds what the two kinds of slots share: a message where one is taken for an array."""
+class _Slots(NoArray):
+    """Holds what the two kinds of slots share."""
 
-    def replace(self, **changes: Any) -> Self:
-        """Returns a copy with other values in some of the attributes."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(
-            "a node of a bank is not an array: call the function that uses it through "
-            "lora_jax.bank.mixed, on bank.choose(names)"
-        )
-
-    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+    how_to_use = (
+        "is a node of a bank, not an array: call the function that uses it through "
+        "lora_jax.bank.mixed, on bank.choose(names)"
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -231,30 +222,25 @@ def _no_slot(ids: jax.Array, n_slots: int) -> jax.Array:
     return jnp.where((ids >= 0) & (ids < n_slots), 0.0, jnp.nan).astype(jnp.float32)
 
 
-def is_slots(value: Leaf) -> bool:
-    """Returns whether a value is a node of a bank."""
-    return isinstance(value, Slots)
+def of_one_slot(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of what one slot holds of an array."""
+    return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
 
 
-def is_bank_leaf(value: Leaf) -> bool:
-    """Returns whether a value is one leaf to a walk over a bank's tree."""
-    return is_slots(value) or is_leaf(value)
-
-
-def bank_leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
+def _leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of a bank's tree with their paths, nodes whole, and its treedef."""
-    return flatten_with_paths(tree, is_leaf=is_bank_leaf)
+    return flatten_with_paths(tree, is_leaf=lambda x: isinstance(x, Slots) or is_leaf(x))
 
 
 def slots_of(tree: Tree) -> dict[str, Slots]:
     """Returns the nodes of a bank's tree by path."""
-    return {path: leaf for path, leaf in bank_leaves_of(tree)[0] if is_slots(leaf)}
+    return {path: leaf for path, leaf in _leaves_of(tree)[0] if isinstance(leaf, Slots)}
 
 
 def map_slots(visit: Callable[[str, Slots], Leaf], tree: Tree) -> Tree:
     """Returns a bank's tree with ``visit(path, node)`` in place of each node."""
-    leaves, treedef = bank_leaves_of(tree)
-    return treedef.unflatten(visit(p, leaf) if is_slots(leaf) else leaf for p, leaf in leaves)
+    leaves, treedef = _leaves_of(tree)
+    return treedef.unflatten(visit(p, x) if isinstance(x, Slots) else x for p, x in leaves)
 
 
 def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:

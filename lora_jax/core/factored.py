@@ -217,15 +217,10 @@ class Factored:
         if self.rows is not None:
             raise ExamplesError(f"the weight {self.path!r} has an adapter for each example")
         n = len(self.axes("batch"))
-        batch = tuple(range(n))
-        a = self.a.astype(dtype)
+        dims = (((n,), (n,)), (tuple(range(n)), tuple(range(n))))
+        a, b = self.a.astype(dtype), self.b.astype(dtype)
         a = a * lax.expand_dims(self.scales.astype(dtype), range(n + 1, a.ndim))
-        ab = lax.dot_general(
-            a,
-            self.b.astype(dtype),
-            (((n,), (n,)), (batch, batch)),
-            precision=lax.Precision.HIGHEST,
-        )  # [batch…, in…, out…]
+        ab = lax.dot_general(a, b, dims, lax.Precision.HIGHEST)  # [batch…, in…, out…]
         order = self.axes("batch") + self.axes("in") + self.axes("out")
         return lax.transpose(ab, tuple(order.index(axis) for axis in range(len(order))))
 
@@ -233,9 +228,8 @@ class Factored:
 def matrices_of(leaf: Leaf, roles: AxisRoles) -> jax.Array:
     """Returns W as [batch…, in, out], in fp32 (or wider)."""
     order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
-    sizes = {label: roles.sizes(leaf.shape, label) for label in ("batch", "in", "out")}
-    fan_in, fan_out = math.prod(sizes["in"]), math.prod(sizes["out"])
-    kernel = jnp.transpose(as_array(leaf), order).reshape(*sizes["batch"], fan_in, fan_out)
+    batch, *sides = (roles.sizes(leaf.shape, label) for label in ("batch", "in", "out"))
+    kernel = jnp.transpose(as_array(leaf), order).reshape(*batch, *map(math.prod, sides))
     return kernel.astype(wide(leaf.dtype))
 
 

@@ -82,6 +82,18 @@ def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int:
     return places.index(RANK) if RANK in places else -1
 
 
+def filled(array: jax.Array, axis: int, rank: int) -> jax.Array:
+    """Returns an array with zeros up to a rank along an axis, counted from either end.
+
+    With the axis -1, as `rank_axis` returns for an array without the rank, it stays as it is.
+    """
+    if axis == -1 or array.shape[axis] == rank:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, rank - array.shape[axis])
+    return jnp.pad(array, widths)
+
+
 def unpadded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     """Returns the layers of a stack one after the other along the rank, without padding.
 
@@ -107,9 +119,6 @@ def padded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     layers, start = [], 0
     for rank in ranks:
         at = (slice(None),) * (axis - 1)
-        layer = array[(*at, slice(start, start + rank))]
-        widths = [(0, 0)] * layer.ndim
-        widths[axis - 1] = (0, max(ranks) - rank)
-        layers.append(jnp.pad(layer, widths))
+        layers.append(filled(array[(*at, slice(start, start + rank))], axis - 1, max(ranks)))
         start += rank
     return jnp.stack(layers)

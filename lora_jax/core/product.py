@@ -43,6 +43,16 @@ from lora_jax.core.parts import spread
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 
 
+class _How(NamedTuple):
+    """The way to multiply x by a weight; see `dot`."""
+
+    contract: Dims
+    batch: Dims
+    weight_first: bool
+    rows: "Rows | None"
+    params: dict[str, Any]
+
+
 class Rows(NamedTuple):
     """The columns of rank that each row of an activation sees, where examples have own adapters.
 
@@ -99,6 +109,7 @@ def dot(
 
     xA accumulates in fp32 and is scaled there; A and B are cast to x's dtype.
     """
+    how = _How(contract, batch, weight_first, rows, params)
 
     def with_base(x: jax.Array) -> jax.Array:
         """Returns xW, or Wᵀx where the weight comes first."""
@@ -111,39 +122,32 @@ def dot(
         return product(product_with, weight.base, x)
 
     def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
-        delta = _delta(x, weight, contract, batch, weight_first, rows, seen.dtype, params)
-        return lax.reshape(delta, seen.shape)
+        return lax.reshape(_delta(x, weight, how, seen.dtype), seen.shape)
 
     if not weight.parts:
         return with_base(x)
     if set(contract[1]) != set(weight.axes("in")):
         if weight.gain is not None and set(batch[1]) != set(weight.axes("batch")):
-            return _with_a_gain_each(x, weight, contract, batch, weight_first, params)
+            return _with_a_gain_each(x, weight, how)
         if weight.gain is not None:
             x = for_factors = x * _of_contracted(weight, x, contract, batch)
         weight = weight.replace(gain=None, shift=None)
-    placed = functools.partial(_of_result, weight, batch[1], x.ndim, contract, weight_first)
+    placed = functools.partial(_of_result, weight, how, x.ndim)
     return combined(x, weight, with_base, with_factors, placed, for_factors=for_factors)
 
 
-def _with_a_gain_each(
-    x: jax.Array,
-    weight: Factored,
-    contract: Dims,
-    batch: Dims,
-    weight_first: bool,
-    params: dict[str, Any],
-) -> jax.Array:
+def _with_a_gain_each(x: jax.Array, weight: Factored, how: _How) -> jax.Array:
     """Returns the mirror image where batch axes are free, so that each weight has its own gain.
 
     Copies x for each weight, times its gain, batches the stack, and puts the axes back in order.
     """
+    contract, batch, weight_first, _, params = how
     free = tuple(axis for axis in weight.axes("batch") if axis not in batch[1])
     xs = lax.expand_dims(x, range(x.ndim, x.ndim + len(free)))
     every = (batch[0] + tuple(range(x.ndim, xs.ndim)), batch[1] + free)
     xs = xs * _of_contracted(weight, xs, contract, every)
-    how = {"contract": contract, "batch": every, "weight_first": weight_first, **params}
-    result = dot(xs, weight.replace(gain=None, shift=None), **how)
+    alone = weight.replace(gain=None, shift=None)
+    result = dot(xs, alone, contract=contract, batch=every, weight_first=weight_first, **params)
 
     rows = [-1 - axis for axis in range(x.ndim - len(batch[0]) - len(contract[0]))]
     near = weight.axes("in")
@@ -208,34 +212,20 @@ def _of_contracted(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) 
     return spread(weight.gain, weight.layout("gain"), where, x.ndim).astype(x.dtype)
 
 
-def _of_result(
-    weight: Factored,
-    w_batch: tuple[int, ...],
-    x_ndim: int,
-    contract: Dims,
-    weight_first: bool,
-    vector: jax.Array,
-) -> jax.Array:
+def _of_result(weight: Factored, how: _How, x_ndim: int, vector: jax.Array) -> jax.Array:
     """Returns a gain or a shift in the layout of the product xW."""
-    n_free_x = x_ndim - len(w_batch) - len(contract[0])
-    free = [a for a in range(len(weight.labels)) if a not in (*contract[1], *w_batch)]
-    first = len(w_batch) + (0 if weight_first else n_free_x)
+    (x_contract, w_contract), (_, w_batch) = how.contract, how.batch
+    n_free_x = x_ndim - len(w_batch) - len(x_contract)
+    free = [a for a in range(len(weight.labels)) if a not in (*w_contract, *w_batch)]
+    first = len(w_batch) + (0 if how.weight_first else n_free_x)
     where = {axis: i for i, axis in enumerate(w_batch)}
     where |= {axis: first + i for i, axis in enumerate(free)}
     return spread(vector, weight.layout("gain"), where, len(where) + n_free_x)
 
 
-def _delta(
-    x: jax.Array,
-    weight: Factored,
-    contract: Dims,
-    batch: Dims,
-    weight_first: bool,
-    rows: Rows | None,
-    dtype: DTypeLike,
-    params: dict[str, Any],
-) -> jax.Array:
+def _delta(x: jax.Array, weight: Factored, how: _How, dtype: DTypeLike) -> jax.Array:
     """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""
+    contract, batch, weight_first, rows, params = how
     (x_contract, w_contract), (x_batch, w_batch) = contract, batch
     near_axes, far_axes = weight.axes("in"), weight.axes("out")
     is_mirrored = set(w_contract) != set(near_axes)
@@ -283,13 +273,13 @@ def _delta(
         z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_free, z.ndim - 1))
         far_batch = tuple(stack.index(axis) for axis in (*w_batch, *free_stack))
         last = (z.ndim - 1,)
-        how: dict[str, Any] = {"precision": precision, "preferred_element_type": dtype}
+        kwargs: dict[str, Any] = {"precision": precision, "preferred_element_type": dtype}
         if sharded and not free_stack:
-            how["out_sharding"] = params.get("out_sharding")
+            kwargs["out_sharding"] = params.get("out_sharding")
         far = (weight.a if is_mirrored else weight.b).astype(x.dtype)
         if weight_first and not free_stack:
-            return lax.dot_general(far, z, (((rank_axis,), last), (far_batch, z_batch)), **how)
-        delta = lax.dot_general(z, far, ((last, (rank_axis,)), (z_batch, far_batch)), **how)
+            return lax.dot_general(far, z, (((rank_axis,), last), (far_batch, z_batch)), **kwargs)
+        delta = lax.dot_general(z, far, ((last, (rank_axis,)), (z_batch, far_batch)), **kwargs)
         if not free_stack:
             return delta
         # [w_batch…, free_stack…, x_free…, far…] -> the order of the weight's free axes in its base

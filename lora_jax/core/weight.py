@@ -22,26 +22,37 @@ from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
-_HOW_TO_USE = (
-    "is a node of an adapted tree, not an array. Call the function that uses it through "
-    "lora_jax.adapt: forward = adapt(fn); forward(params, …). To get plain arrays, use "
-    "lora_jax.merge(params)"
-)
-
-
 _NOT_IN_PRODUCTS = ("start_a", "start_b", "seed")  # of `lora_jax.core.parts.AXES`
 
 
-class _Node:
-    """The parts of a node by name, and a message where one is taken for an array."""
+class NoArray:
+    """A dataclass whose objects say what to do where they are taken for arrays."""
 
-    base: BaseLike
-    n_frozen = 0  # the adapter's parameters that do not train; W is not among them
-    is_factored = False  # whether functions run on it as W with factors, rather than on one array
+    how_to_use: str
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with other values in some of the attributes."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} {self.how_to_use}.")
+
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
+
+
+class _Node(NoArray):
+    """The parts of a node by name."""
+
+    how_to_use = (
+        "is a node of an adapted tree, not an array. Call the function that uses it through "
+        "lora_jax.adapt: forward = adapt(fn); forward(params, …). To get plain arrays, use "
+        "lora_jax.merge(params)"
+    )
+    base: BaseLike
+    n_frozen = 0  # the adapter's parameters that do not train; W is not among them
+    is_factored = False  # whether functions run on it as W with factors, rather than on one array
 
     def part_names(self) -> tuple[str, ...]:
         """Returns the names of the arrays that train, also of those that this half lacks."""
@@ -84,13 +95,6 @@ class _Node:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={getattr(self.base, 'shape', None)})"
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} {_HOW_TO_USE}.")
-
-    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,6 +376,12 @@ def is_node(leaf: Leaf) -> bool:
 def is_leaf(value: Leaf) -> bool:
     """Returns whether `value` is one leaf to a walk over an adapted tree: a node, or a base."""
     return isinstance(value, Node) or is_base(value)
+
+
+def map_leaves(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
+    """Returns a tree with ``visit(path, leaf)`` in place of each leaf, nodes whole."""
+    leaves, treedef = leaves_of(tree)
+    return treedef.unflatten(visit(path, leaf) for path, leaf in leaves)
 
 
 def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:

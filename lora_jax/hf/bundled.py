@@ -1,7 +1,5 @@
 """Small pretrained models without a hub: Python packages carry them, for ``fetch``."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

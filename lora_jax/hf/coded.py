@@ -1,9 +1,6 @@
 """Kernels of a file as codes, a layer at a time: the float kernel is never in memory whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,20 +49,13 @@ def encoded(
     if isinstance(place, NamedSharding):
         shape = jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32)
         where = shardings_of(encode(shape, coding, dtype=dtype), place)
-    whole: Coded = jax.block_until_ready(_joined(where)(layers))
+    whole: Coded = jax.block_until_ready(jax.jit(_joined, out_shardings=where)(layers))
     warn_of_lost(lost, whole, row.path)
     return whole
 
 
-def _joined(where: Any) -> Callable[[Sequence[Coded]], Coded]:
-    def join(*arrays: Any) -> Any:
-        return jnp.concatenate(arrays)
-
-    def joined(layers: Sequence[Coded]) -> Coded:
-        whole: Coded = jax.tree.map(join, *layers)
-        return whole
-
-    return jax.jit(joined, **({} if where is None else {"out_shardings": where}))
+def _joined(layers: Sequence[Coded]) -> Coded:
+    return layers[0].map(lambda *arrays: jnp.concatenate(arrays), *layers[1:])
 
 
 def shapes_as_stored(source: Source, row: Row, dtype: DTypeLike) -> Coded | None:
@@ -78,8 +68,7 @@ def shapes_as_stored(source: Source, row: Row, dtype: DTypeLike) -> Coded | None
         shape = array.shape[::-1] if row.transpose else array.shape
         return jax.ShapeDtypeStruct((*row.stack, *shape), array.dtype)
 
-    shapes: Coded = jax.tree.map(stacked, parts[0])
-    return shapes
+    return parts[0].map(stacked)
 
 
 def _alike(parts: Sequence[Coded | None]) -> list[Coded] | None:
@@ -106,13 +95,10 @@ def as_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | None
         members = [array.T if row.transpose else array for array in arrays]
         return np.stack(members).reshape(*row.stack, *members[0].shape)
 
-    coded: Coded = jax.tree.map(stacked, *whole)
+    coded = whole[0].map(stacked, *whole[1:])
     if not isinstance(place, NamedSharding):
-        coded = jax.block_until_ready(jax.device_put(coded, place))
-        return coded
-    coded = jax.tree.map(
+        return coded.map(lambda array: jax.block_until_ready(jax.device_put(array, place)))
+    return coded.map(
         lambda array, where: jax.make_array_from_callback(array.shape, where, array.__getitem__),
-        coded,
         shardings_of(coded, place),
     )
-    return coded

@@ -3,8 +3,6 @@
 In a shell: ``python -m lora_jax.hf.fetch owner/model``.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

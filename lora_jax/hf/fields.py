@@ -1,8 +1,8 @@
 """The fields of Hugging Face's config.json; one that is neither read nor harmless is an error."""
 
-from __future__ import annotations
-
+import json
 from collections.abc import Collection, Mapping, Set
+from pathlib import Path
 from typing import Any
 
 from lora_jax.core.types import Fields
@@ -26,8 +26,38 @@ HARMLESS = frozenset(
 )
 
 
+# Known fields that would change the forward pass, and the only value that is supported.
+_UNSUPPORTED = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "quantization_config": None,
+}
+
+
 class ConfigError(ValueError):
     """A model configuration that is not supported, or not complete."""
+
+
+def read_file(path: Path, kind: str, error: type[ValueError]) -> dict[str, Any]:
+    """Reads a JSON file of fields.
+
+    Args:
+      path: the file.
+      kind: the thing that it belongs to, for messages: "a model".
+      error: the class of errors.
+
+    Raises:
+      ValueError: the file is missing, or holds no fields; its class is `error`.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} is missing: the folder of {kind} holds {path.name}") from None
+    except (OSError, ValueError, RecursionError) as why:
+        raise error(f"{path} cannot be read: {why}") from None
+    if not isinstance(fields, dict):
+        raise error(f"{path} holds a {type(fields).__name__}, not the fields of {kind}")
+    return fields
 
 
 def check_known(name: str, value: Any, known: Collection[str]) -> None:
@@ -36,8 +66,19 @@ def check_known(name: str, value: Any, known: Collection[str]) -> None:
         raise ConfigError(f"{name} {value!r} is not supported; supported are {', '.join(known)}")
 
 
+def read_eos(config: Fields) -> tuple[int, ...]:
+    """Returns the tokens that end a text: config.json has one, several or none."""
+    eos = config.get("eos_token_id")
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def written_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
+    """Returns the inverse of `read_eos`, the field."""
+    return list(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
+
+
 def refuse_unknown(
-    config: Fields, family: str, known: Set[str], unsupported: Mapping[str, Any]
+    config: Fields, family: str, known: Set[str], unsupported: Mapping[str, Any] | None = None
 ) -> None:
     """Refuses fields that are not read, and values that are not supported.
 
@@ -45,13 +86,14 @@ def refuse_unknown(
       config: the parsed config.json.
       family: its model_type.
       known: the fields that the family's configuration reads.
-      unsupported: known fields that would change the forward pass, each with the only value that
+      unsupported: further fields that would change the forward pass, each with the only value that
         is supported (None is allowed as well).
 
     Raises:
       ConfigError: there are such fields; names each of them.
     """
     problems = []
+    unsupported = {**_UNSUPPORTED, **(unsupported or {})}
     for name, value in config.items():
         if name in unsupported:
             if value is not None and value != unsupported[name]:

@@ -1,7 +1,5 @@
 """A family's file format: its configuration's reader and its tensors' names, by ``model_type``."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
@@ -22,11 +20,9 @@ class Config(Protocol):
     @property
     def model_type(self) -> str:
         """Hugging Face's name of the family."""
-        ...
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the config.json that reads back as this configuration."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

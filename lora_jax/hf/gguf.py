@@ -1,7 +1,5 @@
 """GGUF files: quantised tensors, to fp32 or as their codes, under Hugging Face's names."""
 
-from __future__ import annotations
-
 import functools
 import math
 from pathlib import Path
@@ -63,10 +61,7 @@ class GGUFFile:
         if kind not in TYPES:
             return None
         coded = from_gguf(tensor.data, kind, self.shapes[name], dtype)
-        in_order: Coded = jax.tree.map(
-            lambda rows: self._layout.in_order(rows, name, self.config), coded
-        )
-        return in_order
+        return coded.map(lambda rows: self._layout.in_order(rows, name, self.config))
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         tensor, shape = self._tensors[name], self.shapes[name]
@@ -74,10 +69,8 @@ class GGUFFile:
             return None
         row = np.zeros(tensor.data.nbytes // math.prod(shape[:-1]), np.uint8)
         one = from_gguf(row, tensor.tensor_type.name, (1, shape[-1]), dtype)
-        shapes: Coded = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct((*shape[:-1], array.shape[-1]), array.dtype), one
-        )
-        return shapes
+        lead = shape[:-1]
+        return one.map(lambda row: jax.ShapeDtypeStruct((*lead, row.shape[-1]), row.dtype))
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         convert(self.read(name)[index], out, f"{self.where}: {name}")

@@ -1,7 +1,5 @@
 """Resolves a name or a path to local files: the hub, its cache, or a model in a package."""
 
-from __future__ import annotations
-
 import json
 import threading
 from pathlib import Path
@@ -96,9 +94,7 @@ def look_up(name_or_path: str | Path) -> Found | str:
     bundle = BUNDLES.get(name)
     if bundle and bundle.package.cached():
         return Found(bundle.path, bundle.note)
-    if problem := probe(name):
-        return problem
-    got = _download(name, local_only=False)
+    got = probe(name) or _download(name, local_only=False)
     return got if isinstance(got, str) else Found(got)
 
 
@@ -158,13 +154,10 @@ def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> P
     cached = _download(name, local_only=True, patterns=patterns)
     if isinstance(cached, Path) and any(cached.rglob(needed)):
         return cached
-    problem = probe(name)
-    if problem is None:
-        got = _download(name, local_only=False, patterns=patterns)
-        if isinstance(got, Path):
-            return got
-        problem = got
-    raise ModelNotFound(f"{name} cannot be fetched from the hub ({problem}); give a folder instead")
+    got = probe(name) or _download(name, local_only=False, patterns=patterns)
+    if isinstance(got, Path):
+        return got
+    raise ModelNotFound(f"{name} cannot be fetched from the hub ({got}); give a folder instead")
 
 
 def probe(
@@ -204,11 +197,8 @@ def _download(name: str, *, local_only: bool, patterns: list[str] | None = None)
     """Returns the snapshot's folder, or the reason why there is none."""
     hub = _huggingface_hub()
     try:
-        return Path(
-            hub.snapshot_download(
-                name, allow_patterns=patterns or _FILES, local_files_only=local_only
-            )
-        )
+        files = patterns or _FILES
+        return Path(hub.snapshot_download(name, allow_patterns=files, local_files_only=local_only))
     except Exception as error:
         return _first_line(error)
 

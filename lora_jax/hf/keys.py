@@ -5,8 +5,6 @@ A table is a list of rows, one for each parameter, made from a configuration alo
 with it: nothing may be missing, left over, or of another shape.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re
@@ -15,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec
 
+from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Leaf, Tree
 
 # "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
@@ -90,10 +90,6 @@ class Row:
         """Our shape, with the axes of the stack in front."""
         return (*self.stack, *self.shape)
 
-    def hf_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Returns an index of our shape, without the stack, as one of Hugging Face's shape."""
-        return index[::-1] if self.transpose else index
-
 
 class SubTensor(NamedTuple):
     """A tensor that a file holds within another one."""
@@ -103,23 +99,22 @@ class SubTensor(NamedTuple):
 
     def shape_of(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the part's shape, given the shape of the tensor that holds it."""
-        cut = zip(self.at, whole, strict=False)
-        sliced = [len(range(*i.indices(size))) for i, size in cut if isinstance(i, slice)]
-        return (*sliced, *whole[len(self.at) :])
+        return np.broadcast_to(np.int8(0), whole)[self.at].shape
 
     def inside(self, index: tuple[slice, ...]) -> tuple[int | slice, ...]:
         """Returns a slice of the part as a slice of the tensor that holds it."""
         asked = iter(index)
-        there: list[int | slice] = []
-        for cut in self.at:
-            if isinstance(cut, slice):
-                wanted = next(asked)
-                first = (cut.start or 0) + (wanted.start or 0)
-                stop = cut.stop if wanted.stop is None else (cut.start or 0) + wanted.stop
-                there.append(slice(first, stop))
-            else:
-                there.append(cut)
-        return (*there, *asked)
+        return (*(_within(cut, asked) for cut in self.at), *asked)
+
+
+def _within(cut: int | slice, asked: Iterator[slice]) -> int | slice:
+    """Returns what the next slice asks for of an axis that is cut; an index is kept as it is."""
+    if not isinstance(cut, slice):
+        return cut
+    wanted, start = next(asked), cut.start or 0
+    return slice(
+        start + (wanted.start or 0), cut.stop if wanted.stop is None else start + wanted.stop
+    )
 
 
 # Buffers that follow from the configuration: files may hold them, and no table does.
@@ -180,22 +175,16 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
     """
     with np.errstate(over="ignore"):
         out[...] = values
-    if out.dtype == np.float16 != values.dtype:
-        if np.count_nonzero(np.isinf(out)) != np.count_nonzero(np.isinf(values)):
-            raise WeightsError(
-                f"{where} has values beyond the range of float16 (65504); choose bfloat16"
-            )
+    infinities = (np.count_nonzero(np.isinf(array)) for array in (out, values))
+    if out.dtype == np.float16 != values.dtype and len(set(infinities)) > 1:
+        raise WeightsError(
+            f"{where} has values beyond the range of float16 (65504); choose bfloat16"
+        )
 
 
 def nested(leaves: Iterable[tuple[str, Leaf]]) -> dict[str, Any]:
     """Returns a nested dict, from "/"-joined paths and their values."""
-    tree: dict[str, Any] = {}
-    for path, value in leaves:
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
+    tree: dict[str, Any] = unflatten_dict(dict(leaves), sep="/")
     return tree
 
 
@@ -206,7 +195,7 @@ def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Leaf]:
       WeightsError: one error that lists every parameter that is missing, unexpected, misshaped, or
         no array that this process holds.
     """
-    leaves = dict(_leaves(params))
+    leaves = dict(flatten_with_paths(params, lambda value: not isinstance(value, Mapping))[0])
     expected = {row.path: row.stacked_shape for row in table}
     problems = [f"missing {path}" for path in expected if path not in leaves]
     problems += [f"unexpected {path}" for path in leaves if path not in expected]
@@ -285,11 +274,3 @@ def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
             local = tuple(i - low for i, (low, _, _) in zip(index, ranges, strict=False))
             out[shard.index[n:]] = np.asarray(shard.data[local] if n else shard.data)
     return out
-
-
-def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value

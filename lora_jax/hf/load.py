@@ -1,12 +1,10 @@
 """Reads weights from a file or a folder into a plain parameter tree."""
 
-from __future__ import annotations
-
+import functools
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,36 +15,12 @@ from jax.typing import DTypeLike
 
 from lora_jax.hf.coded import STORED, as_stored, encoded, shapes_as_stored
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.format import Formats
-from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
-from lora_jax.hf.sources import FLOATS, Renamed, SafetensorsFolder, Source
+from lora_jax.hf.sources import FLOATS, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
 from lora_jax.quantized import Format as Codes
 
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
-
-
-def open_source(path: Path, formats: Formats, **options: Any) -> Source:
-    """Opens a folder or a GGUF file. Reads its configuration and headers only.
-
-    Args:
-      path: a folder with config.json and safetensors, or a GGUF file.
-      formats: the formats of all families.
-      **options: see ``Formats.read_config``.
-
-    Returns:
-      The source of the model's configuration and tensors.
-
-    Raises:
-      ConfigError: for an unsupported model or option; names it.
-      WeightsError: for a file that is missing, damaged or cut short.
-    """
-    if path.is_dir():
-        return SafetensorsFolder(path, formats, **options)
-    if options:
-        raise ConfigError(f"{path}: a model in a GGUF file has no option {', '.join(options)}")
-    return GGUFFile(path, formats)
 
 
 def load_params(
@@ -72,19 +46,19 @@ def load_params(
       WeightsError: for tensors that cannot be read or do not fit; one error lists all of them.
     """
     table = source.format.table(source.config)
-    view = Renamed(source, _file_names(source, table))
-    absent = absent_parts(view.shapes, table)
+    absent = absent_parts(source.shapes, table)
     held = [row for row in table if row.part not in absent]
-    check(view.shapes, held, view.where, view.format.ignored)
-    _check_dtypes(view, held)
-    _check_aliases(view, held)
+    check(source.shapes, held, source.where, source.format.ignored)
+    _check_dtypes(source, held)
+    _check_aliases(source, held)
     if absent:
-        print(f"{view.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
+        print(f"{source.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
     key = jax.random.key(0) if key is None else key
     codings = codings_of(table, param_dtype, quantize)
-    if quantize == STORED and not _has_codes(view, codings, held):
+    kernels = (row.hf_names[0] for row in held if row.path in codings)
+    if quantize == STORED and not any(source.code_shapes(name, param_dtype) for name in kernels):
         raise ConfigError(
-            f"{view.where}: quantize='stored' keeps the codes of a GGUF file, and no kernel here "
+            f"{source.where}: quantize='stored' keeps the codes of a GGUF file, and no kernel here "
             "is in codes: choose a format, such as quantize='nf4'"
         )
 
@@ -95,26 +69,24 @@ def load_params(
                 return coded
             unfit.append(row.path)
         if row.part in absent:
-            fresh = _fresh(row, view.config.initializer_range, key)
+            fresh = _fresh(row, source.config.initializer_range, key)
             return jax.device_put(fresh.astype(param_dtype), place)
-        return _placed(view, row, np.dtype(param_dtype), place)
+        return _placed(source, row, np.dtype(param_dtype), place)
 
     def read_codes(row: Row, coding: Coding | None, place: Any) -> Coded | None:
         if quantize == STORED:
-            return as_stored(view, row, param_dtype, place)
+            return as_stored(source, row, param_dtype, place)
         if coding is None:
             return None
-        exact = np.dtype(np.float32)
-        return encoded(
-            row, coding, param_dtype, place, lambda layers: _placed(view, row, exact, place, layers)
-        )
+        exact = functools.partial(_placed, source, row, np.dtype(np.float32), place)
+        return encoded(row, coding, param_dtype, place, exact)
 
     unfit: list[str] = []
     params = nested((row.path, read(row)) for row in table)
     if unfit:
         why = "is not in the codes of one known format" if quantize == STORED else "fits no blocks"
         warnings.warn(
-            f"{view.where}: {unfit[0]} {why}, nor do {len(unfit) - 1} other kernels of "
+            f"{source.where}: {unfit[0]} {why}, nor do {len(unfit) - 1} other kernels of "
             f"{len(codings)}: they stay as they are",
             QuantizeWarning,
             stacklevel=3,
@@ -166,32 +138,11 @@ def codings_of(
     return plan(shapes, "nf4" if quantize == STORED else quantize, kinds=kinds)
 
 
-def _has_codes(source: Source, paths: Any, table: Sequence[Row]) -> bool:
-    names = (row.hf_names[0] for row in table if row.path in paths)
-    return any(source.code_shapes(name, np.float32) is not None for name in names)
-
-
 def absent_rows(source: Source) -> list[Row]:
     """Returns the parameters of optional parts, such as heads, that a source lacks entirely."""
     table = source.format.table(source.config)
-    absent = absent_parts(_file_names(source, table), table)
+    absent = absent_parts(source.shapes, table)
     return [row for row in table if row.part in absent]
-
-
-def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
-    """Returns each tensor's name in the table -> its name in the file."""
-    rename = source.format.name
-    names: dict[str, str] = {}
-    for held in source.shapes:
-        name = rename(held, source.config)
-        if name in names:
-            raise WeightsError(f"{source.where} holds both {names[name]} and {held}")
-        names[name] = held
-    for row in table:
-        for alias in row.aliases:
-            if row.hf not in names and alias in names:
-                names[row.hf] = names[alias]
-    return names
 
 
 def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
@@ -246,12 +197,13 @@ def _part(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> 
     n = len(row.stack)
     out = np.empty([len(axis) for axis in box], dtype)
     within = tuple(slice(axis.start, axis.stop) for axis in box[n:])
+    within = within[::-1] if row.transpose else within
     for member, name in zip(row.members, row.hf_names, strict=True):
         if all(i in axis for i, axis in zip(member, box, strict=False)):
             local = (i - axis.start for i, axis in zip(member, box, strict=False))
             at: tuple[Any, ...] = (*local, ...)
             view = out[at]
-            source.read_into(view.T if row.transpose else view, name, row.hf_index(within))
+            source.read_into(view.T if row.transpose else view, name, within)
     return out
 
 
@@ -268,13 +220,13 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
         )
 
 
-def _check_aliases(source: Renamed, table: list[Row]) -> None:
+def _check_aliases(source: Source, table: list[Row]) -> None:
     """Raises WeightsError if a file's second tensor of a tied pair differs from the first."""
     for row in table:
         for alias in row.aliases:
-            if source.names.get(alias) in (None, source.names[row.hf]):
-                continue
-            if not np.array_equal(source.read(alias), source.read(row.hf), equal_nan=True):
+            if alias in source.shapes and not np.array_equal(
+                source.read(alias), source.read(row.hf), equal_nan=True
+            ):
                 raise WeightsError(
                     f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "
                     "them (tie_word_embeddings)"

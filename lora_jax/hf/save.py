@@ -1,7 +1,5 @@
 """Writes a parameter tree as a folder that transformers and ``from_pretrained`` read."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -17,8 +15,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
-from lora_jax.folders import partial_of, put_in_place
+from lora_jax.core.types import Fields, Tokenizer, Tree
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
@@ -37,115 +34,69 @@ _TOKENIZER_FILES = (
 )
 
 
-def save_model(
-    folder: str | os.PathLike[str],
-    config: Config,
-    table: Sequence[Row],
-    params: Tree,
-    *,
-    tokenizer: Tokenizer = None,
-    max_shard_size: int = 5_000_000_000,
-    dtype: DTypeLike | None = None,
-    readme: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes a model's folder, whole or not at all; see ``models.save_pretrained``.
+def file_dtypes(params: Tree, table: Sequence[Row], dtype: DTypeLike | None) -> dict[str, np.dtype]:
+    """Returns path -> dtype in the file, after a check of the tree.
 
     Args:
-      folder: created; its parents too.
-      config: the model's, written as config.json.
-      table: the model's key table.
       params: the parameter tree.
-      tokenizer, max_shard_size, dtype, readme, overwrite: see ``models.save_pretrained``.
+      table: the model's key table.
+      dtype: dtype of all weights in the file; None keeps each parameter's.
 
     Raises:
-      FileExistsError: if the folder exists; with ``overwrite``, if it is no model's folder.
-      WeightsError: if the tree does not fit the table (one error lists all), is not merged, or has
-        values that fp16 cannot hold.
+      WeightsError: if the tree does not fit the table (one error lists all), or is not merged.
     """
-    folder = Path(folder).absolute()
-    _check_target(folder, overwrite)
-    dtypes = _file_dtypes(checked_leaves(params, table), dtype)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        _write_weights(partial, params, table, dtypes, max_shard_size)
-        main_dtype = _main_dtype(table, dtypes)
-        _write_json(partial / "config.json", {**config.to_hf(), "dtype": main_dtype})
-        if tokenizer is not None:
-            _write_tokenizer(partial, tokenizer)
-        if readme is not None:
-            (partial / "README.md").write_text(readme, encoding="utf-8")
-        put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{folder} exists; name another folder, or give overwrite=True to replace it"
-        )
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise FileExistsError(
-            f"{folder} holds no config.json, so it is no model's folder, and overwrite=True would "
-            "delete what is there; name another folder"
-        )
-
-
-def _file_dtypes(leaves: Mapping[str, Leaf], dtype: DTypeLike | None) -> dict[str, np.dtype]:
-    """Returns path -> dtype in the file."""
-    asked = {
-        path: jnp.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()
-    }
-    wrong = [f"{path}: {got.name}" for path, got in asked.items() if got.name not in _DTYPES]
-    if wrong:
+    leaves = checked_leaves(params, table).items()
+    asked = {path: jnp.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves}
+    if wrong := [f"{path}: {got.name}" for path, got in asked.items() if got.name not in _DTYPES]:
         raise WeightsError(
             f"weights are saved as {', '.join(_DTYPES)}, and not as\n  " + "\n  ".join(wrong)
         )
     return asked
 
 
-def _main_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> str:
-    """Returns the dtype that most of the parameters have."""
-    sizes: Counter[str] = Counter()
-    for row in table:
-        sizes[dtypes[row.path].name] += math.prod(row.stacked_shape)
-    return sizes.most_common(1)[0][0]
-
-
-def _write_weights(
+def write_model(
     folder: Path,
-    params: Tree,
+    config: Config,
     table: Sequence[Row],
+    params: Tree,
     dtypes: Mapping[str, np.dtype],
     max_shard_size: int,
 ) -> None:
-    out = {name: dtypes[row.path] for row in table for name in row.hf_names}
-    sizes = {
-        name: math.prod(row.shape) * out[name].itemsize for row in table for name in row.hf_names
-    }
+    """Writes config.json and the weights.
+
+    Args:
+      folder: exists.
+      config: the model's.
+      table: the model's key table.
+      params: the parameter tree.
+      dtypes: see `file_dtypes`.
+      max_shard_size: bytes of weights per file.
+
+    Raises:
+      WeightsError: for values that fp16 cannot hold.
+    """
+    rows = {name: row for row in table for name in row.hf_names}
+    out = {name: dtypes[row.path] for name, row in rows.items()}
+    sizes = {name: math.prod(row.shape) * out[name].itemsize for name, row in rows.items()}
     shards = _shards(sizes, max_shard_size)
     tensors = hf_tensors(params, table)
     weight_map = {}
     for i, names in enumerate(shards, 1):
         many = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         path = folder / ("model.safetensors" if len(shards) == 1 else many)
-        shard = {}
-        for name, array in itertools.islice(tensors, len(names)):
-            shard[name] = _converted(array, out[name], name)
-        write_tensors(path, shard)
+        some = itertools.islice(tensors, len(names))
+        write_tensors(path, {name: _converted(array, out[name], name) for name, array in some})
         weight_map.update(dict.fromkeys(names, path.name))
     if len(shards) > 1:
         total = sum(math.prod(row.stacked_shape) for row in table)
         metadata = {"total_parameters": total, "total_size": sum(sizes.values())}
         index = {"metadata": metadata, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
+    counts: Counter[str] = Counter()
+    for row in table:
+        counts[dtypes[row.path].name] += math.prod(row.stacked_shape)
+    main_dtype = counts.most_common(1)[0][0]  # of most of the parameters
+    _write_json(folder / "config.json", {**config.to_hf(), "dtype": main_dtype})
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -188,7 +139,8 @@ def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return out
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes a tokenizer's files; see ``models.save_pretrained``."""
     if not isinstance(tokenizer, str | os.PathLike):
         tokenizer.save_pretrained(folder)
         return

@@ -1,10 +1,9 @@
 """Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time."""
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
 from lora_jax.quantized import Coded
@@ -25,7 +24,7 @@ _BLOCK_BYTES = 16_000_000
 
 
 class Source(Protocol):
-    """A model's configuration and its tensors, under Hugging Face's names and in its layout.
+    """A model's configuration and its tensors, by the table's names, in Hugging Face's layout.
 
     Attributes:
       where: the folder or file, for messages.
@@ -43,11 +42,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, as it is stored or in fp32."""
-        ...
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         """Writes ``tensor[index]`` into ``out``, in its dtype."""
-        ...
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes.
@@ -56,15 +53,12 @@ class Source(Protocol):
           name: the tensor.
           dtype: dtype of the array that the codes stand for.
         """
-        ...
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns the shapes of what `codes` returns."""
-        ...
 
     def locate(self, name: str) -> str:
         """Returns the file that holds a tensor."""
-        ...
 
 
 class SafetensorsFolder:
@@ -98,13 +92,31 @@ class SafetensorsFolder:
         for name, shard in listed.items():
             if name and self._paths.get(name) != folder / shard:
                 raise WeightsError(f"{folder / _INDEX} puts {name} in {shard}, which lacks it")
-        self._parts = self.format.parts(self.config, self.shapes)
-        whole = dict(self.shapes)
-        for part in self._parts.values():
-            self.shapes.pop(part.name, None)
-        for name, part in self._parts.items():
-            self.shapes[name] = part.shape_of(whole[part.name])
-            self.dtypes[name], self._paths[name] = self.dtypes[part.name], self._paths[part.name]
+        parts = self.format.parts(self.config, self.shapes)
+        apart = {part.name for part in parts.values()}
+        held = {name: SubTensor(name, ()) for name in self.shapes if name not in apart} | parts
+        parts = self._parts = {name: held[own] for name, own in self._names_of(held).items()}
+        shapes, dtypes, paths = self.shapes, self.dtypes, self._paths
+        self.shapes = {name: part.shape_of(shapes[part.name]) for name, part in parts.items()}
+        self.dtypes = {name: dtypes[part.name] for name, part in parts.items()}
+        self._paths = {name: paths[part.name] for name, part in parts.items()}
+
+    def _names_of(self, held: Iterable[str]) -> dict[str, str]:
+        """Returns the tensors' names in the family's table -> their names in the files.
+
+        A tied tensor that the files hold by an alias alone gets its own name.
+        """
+        names: dict[str, str] = {}
+        for own in held:
+            name = self.format.name(own, self.config)
+            if name in names:
+                raise WeightsError(f"{self.where} holds both {names[name]} and {own}")
+            names[name] = own
+        for row in self.format.table(self.config):
+            for alias in row.aliases:
+                if row.hf not in names and alias in names:
+                    names[row.hf] = names.pop(alias)
+        return names
 
     def _open(self, path: Path) -> None:
         try:
@@ -144,10 +156,9 @@ class SafetensorsFolder:
         return str(self._paths[name])
 
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        path, part = self._paths[name], self._parts.get(name, SubTensor(name, ()))
+        path, part = self._paths[name], self._parts[name]
         try:
-            part_of_file: np.ndarray = self._files[path].get_slice(part.name)[part.inside(index)]
-            return part_of_file
+            return np.asarray(self._files[path].get_slice(part.name)[part.inside(index)])
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
@@ -158,14 +169,7 @@ def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
     Raises:
       ConfigError: names the file, and what is wrong with it.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: a model folder holds config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds a {type(fields).__name__}, not the fields of a model")
+    fields = read_file(path, "a model", ConfigError)
     try:
         return formats.read_config(fields, **options)
     except ConfigError as error:
@@ -186,12 +190,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return {"": _SINGLE}
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted(name for name in fields if names.count(name) > 1)
+        times = Counter(name for name, _ in pairs)
+        if twice := sorted(name for name, n in times.items() if n > 1):
             raise WeightsError(f"{index} lists more than once: {', '.join(twice)}")
-        return fields
+        return dict(pairs)
 
     try:
         text = index.read_text(encoding="utf-8")
@@ -207,33 +209,3 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if missing := [shard for shard in shards if not (folder / shard).exists()]:
         raise WeightsError(f"{folder} lacks shards that {_INDEX} lists: {', '.join(missing)}")
     return listed
-
-
-class Renamed:
-    """A source's tensors under other names.
-
-    Attributes:
-      names: name here -> name in the source; a tensor may have several names.
-    """
-
-    def __init__(self, source: Source, names: Mapping[str, str]):
-        self.where, self.format, self.config = source.where, source.format, source.config
-        self.names = names
-        self.shapes = {name: source.shapes[held] for name, held in names.items()}
-        self.dtypes = {n: source.dtypes[held] for n, held in names.items() if held in source.dtypes}
-        self._source = source
-
-    def read(self, name: str) -> np.ndarray:
-        return self._source.read(self.names[name])
-
-    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
-        self._source.read_into(out, self.names[name], index)
-
-    def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        return self._source.codes(self.names[name], dtype)
-
-    def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        return self._source.code_shapes(self.names[name], dtype)
-
-    def locate(self, name: str) -> str:
-        return self._source.locate(self.names[name])

@@ -1,7 +1,5 @@
 """Loads transformers' fast tokenizers, from a folder's files or a GGUF file's metadata."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

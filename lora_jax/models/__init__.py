@@ -1,53 +1,31 @@
 """Plain Flax models with pretrained weights. They know nothing of LoRA."""
 
-from lora_jax.hf.fetch import fetch
-from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.hub import ModelNotFound
-from lora_jax.hf.keys import Row, WeightsError, hf_tensors
-from lora_jax.hf.tokenizer import load_tokenizer
-from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.experts import compiler_options
-from lora_jax.models.decoder.model import Decoder
-from lora_jax.models.decoder.rope_fields import RopeScaling
-from lora_jax.models.encoder.config import EncoderConfig
-from lora_jax.models.encoder.model import Encoder, EncoderOutput
-from lora_jax.models.families import key_table, kinds, partition_specs, read_config
-from lora_jax.models.generate import generate, share
-from lora_jax.models.gpt2.config import GPT2Config
-from lora_jax.models.gpt2.model import GPT2
-from lora_jax.models.layers.cache import Cache, Shared, init_cache
-from lora_jax.models.pretrained import from_pretrained, save_pretrained
-from lora_jax.models.rope_scaling import with_rope_scaling
-from lora_jax.models.streaming import stream
-
-__all__ = [
-    "Cache",
-    "ConfigError",
-    "Decoder",
-    "DecoderConfig",
-    "Encoder",
-    "EncoderConfig",
-    "EncoderOutput",
-    "GPT2",
-    "GPT2Config",
-    "ModelNotFound",
-    "RopeScaling",
-    "Row",
-    "Shared",
-    "WeightsError",
-    "compiler_options",
-    "fetch",
-    "from_pretrained",
-    "generate",
-    "hf_tensors",
-    "init_cache",
-    "key_table",
-    "kinds",
-    "load_tokenizer",
-    "partition_specs",
-    "read_config",
-    "save_pretrained",
-    "share",
-    "stream",
-    "with_rope_scaling",
-]
+from lora_jax.hf.fetch import fetch as fetch
+from lora_jax.hf.fields import ConfigError as ConfigError
+from lora_jax.hf.hub import ModelNotFound as ModelNotFound
+from lora_jax.hf.keys import Row as Row
+from lora_jax.hf.keys import WeightsError as WeightsError
+from lora_jax.hf.keys import hf_tensors as hf_tensors
+from lora_jax.hf.tokenizer import load_tokenizer as load_tokenizer
+from lora_jax.models.decoder.config import DecoderConfig as DecoderConfig
+from lora_jax.models.decoder.experts import compiler_options as compiler_options
+from lora_jax.models.decoder.model import Decoder as Decoder
+from lora_jax.models.decoder.rope_fields import RopeScaling as RopeScaling
+from lora_jax.models.encoder.config import EncoderConfig as EncoderConfig
+from lora_jax.models.encoder.model import Encoder as Encoder
+from lora_jax.models.encoder.model import EncoderOutput as EncoderOutput
+from lora_jax.models.families import key_table as key_table
+from lora_jax.models.families import kinds as kinds
+from lora_jax.models.families import partition_specs as partition_specs
+from lora_jax.models.families import read_config as read_config
+from lora_jax.models.generate import generate as generate
+from lora_jax.models.generate import share as share
+from lora_jax.models.gpt2.config import GPT2Config as GPT2Config
+from lora_jax.models.gpt2.model import GPT2 as GPT2
+from lora_jax.models.layers.cache import Cache as Cache
+from lora_jax.models.layers.cache import Shared as Shared
+from lora_jax.models.layers.cache import init_cache as init_cache
+from lora_jax.models.pretrained import from_pretrained as from_pretrained
+from lora_jax.models.pretrained import save_pretrained as save_pretrained
+from lora_jax.models.rope_scaling import with_rope_scaling as with_rope_scaling
+from lora_jax.models.streaming import stream as stream

@@ -1,7 +1,5 @@
 """Tells which implementation of attention a model's rows will run on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

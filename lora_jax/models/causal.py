@@ -1,26 +1,34 @@
 """Causal language models: the call, and the head, that decoders and GPT-2 have in common."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import dot_wide, soft_cap
 from lora_jax.models.layers.blocks import ModelPart, dense
-from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
+from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise
+from lora_jax.models.layers.trunk import causal_mask, extend, place
 
 
 class CausalLM(ModelPart):
     """Predicts each next token. A family's module makes the trunk in its ``setup``."""
 
+    TRUNK: ClassVar[str]  # the trunk's name, as in Hugging Face's files
+
     @property
     def trunk(self) -> Any:
-        """The module with everything but the head; its ``words`` is the table of tokens."""
-        raise NotImplementedError
+        """The module with everything but the head.
+
+        Its ``words`` is the table of tokens, and its ``n_positions`` the length of its table of
+        positions, None without one. It takes the tokens, their places, the mask, the cache and the
+        noise, and returns final hidden states, and the new keys and values of all layers.
+        """
+        return getattr(self, self.TRUNK)
 
     def __call__(
         self,
@@ -58,13 +66,19 @@ class CausalLM(ModelPart):
           ValueError: for segment_ids together with a cache, more tokens than a cache can hold, or
             a sequence or cache longer than a table of positions.
         """
-        hidden, new_cache = self.trunk(
-            input_ids, attention_mask, positions, cache, segment_ids, embedding_noise
-        )
+        length = input_ids.shape[1] if cache is None else cache.max_len
+        # Packed segments count from 0 again, and positions of one's own may do so too.
+        counted = segment_ids is None and positions is None
+        if counted and length > (limit := self.trunk.n_positions or length):
+            what = "tokens are" if cache is None else "slots of a cache are"
+            raise ValueError(f"{length} {what} more than the model's {limit} positions")
+        placed = place(input_ids, attention_mask, positions, cache, segment_ids)
+        mask = causal_mask(placed, segment_ids, cache)
+        hidden, new = self.trunk(input_ids, placed, mask, cache, embedding_noise)
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         out = hidden if return_hidden else self.head(hidden)
-        return out if new_cache is None else (out, new_cache)
+        return out if cache is None else (out, extend(cache, placed, new))
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits of final hidden states.
@@ -85,6 +99,38 @@ class CausalLM(ModelPart):
         else:
             logits = self.lm_head(hidden)
         return soft_cap(logits, getattr(self.config, "final_logit_softcapping", None))
+
+
+def attended(
+    part: ModelPart,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    cache: LayerCache | None,
+    filled: jax.Array,
+    scale: float | jax.Array,
+    cap: float | None = None,
+) -> jax.Array:
+    """Returns what each query sees in a cache and the call's own tokens: [batch, seq, heads * d].
+
+    Args:
+      part: the layer's attention.
+      q, k, v: queries, keys and values of the call, [batch, seq, heads, d] each.
+      mask: the keys that each query may see.
+      cache: the layer's keys and values so far; None without a cache.
+      filled: [] int32, the number of the cache's slots in use.
+      scale, cap: see ``attend``.
+    """
+    if cache is not None:
+        k, v = with_slots(cache.key, k, filled), with_slots(cache.value, v, filled)
+    out = attend(
+        *(q, k, v, mask, scale, cap),
+        attention=part.attention,
+        placement=part.placement,
+        shared=cache and cache.shared,
+    )
+    return part.placement.constrain(out.reshape(*q.shape[:2], -1), "features")
 
 
 def output_head(module: CausalLM) -> nn.Dense | None:

@@ -1,7 +1,5 @@
 """The families of models, by ``model_type``: module, file format, PEFT's default targets."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -10,6 +8,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields
+from lora_jax.hf.fields import check_known
 from lora_jax.hf.format import Config, Format, Formats
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.decoder.config import DecoderConfig
@@ -44,11 +43,7 @@ class Family:
 
 
 _ENCODER = Format(
-    EncoderConfig.from_hf,
-    encoder_table,
-    options=OPTIONS,
-    name=encoder_name,
-    ignored=OTHER_HEADS,
+    EncoderConfig.from_hf, encoder_table, options=OPTIONS, name=encoder_name, ignored=OTHER_HEADS
 )
 
 FAMILIES: dict[str, Family] = {
@@ -73,7 +68,7 @@ def family_of(model_type: Any) -> Family:
     Raises:
       ConfigError: for an unknown model_type; lists the known ones.
     """
-    FORMATS.of(model_type)  # raises
+    check_known("model_type", model_type, FAMILIES)
     return FAMILIES[model_type]
 
 

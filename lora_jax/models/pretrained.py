@@ -1,7 +1,5 @@
 """Loads a pretrained module and its parameters by name, folder or file, and saves them."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,11 +11,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Model, Tokenizer, Tree
-from lora_jax.hf import load, sources
+from lora_jax.folders import check_free, new_folder
+from lora_jax.hf import sources
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.load import ShardingOf, load_params
-from lora_jax.hf.save import save_model
-from lora_jax.hf.sources import Source
+from lora_jax.hf.save import file_dtypes, write_model, write_tokenizer
+from lora_jax.hf.sources import SafetensorsFolder, Source
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.families import FORMATS, key_table, module_of
 from lora_jax.models.layers.attend import Attend
@@ -154,27 +155,37 @@ def save_pretrained(
 
     See the example of `from_pretrained`.
     """
-    save_model(
-        folder,
-        model.config,
-        key_table(model.config),
-        params,
-        tokenizer=tokenizer,
-        max_shard_size=max_shard_size,
-        dtype=dtype,
-        readme=readme,
-        overwrite=overwrite,
-    )
+    folder = Path(folder).absolute()
+    check_free(folder, overwrite, "config.json", "model's")
+    table = key_table(model.config)
+    dtypes = file_dtypes(params, table, dtype)
+    with new_folder(folder) as partial:
+        write_model(partial, model.config, table, params, dtypes, max_shard_size)
+        if tokenizer is not None:
+            write_tokenizer(partial, tokenizer)
+        if readme is not None:
+            (partial / "README.md").write_text(readme, encoding="utf-8")
 
 
 def open_source(path: Path, **options: Any) -> Source:
-    """Opens a folder or a GGUF file; see ``hf.load.open_source``.
+    """Opens a folder or a GGUF file. Reads its configuration and headers only.
 
     Args:
       path: a folder with config.json and safetensors, or a GGUF file.
       **options: see ``read_config``.
+
+    Returns:
+      The source of the model's configuration and tensors.
+
+    Raises:
+      ConfigError: for an unsupported model or option; names it.
+      WeightsError: for a file that is missing, damaged or cut short.
     """
-    return load.open_source(path, FORMATS, **options)
+    if path.is_dir():
+        return SafetensorsFolder(path, FORMATS, **options)
+    if options:
+        raise ConfigError(f"{path}: a model in a GGUF file has no option {', '.join(options)}")
+    return GGUFFile(path, FORMATS)
 
 
 def read_config_file(path: Path, **options: Any) -> Any:

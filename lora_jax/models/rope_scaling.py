@@ -1,7 +1,5 @@
 """Scales RoPE for rows longer than those that a model was trained on."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -73,7 +71,5 @@ def with_rope_scaling(config: Any, scaling: Mapping[str, Any]) -> Any:
     }
     read = DecoderConfig.from_hf(written)
     return dataclasses.replace(
-        config,
-        rope_scaling=read.rope_scaling,
-        max_position_embeddings=read.max_position_embeddings,
+        config, rope_scaling=read.rope_scaling, max_position_embeddings=read.max_position_embeddings
     )

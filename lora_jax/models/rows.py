@@ -1,7 +1,5 @@
 """Writes a key table down row by row: Hugging Face's names follow from our paths."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jax.sharding import PartitionSpec

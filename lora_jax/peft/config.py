@@ -1,11 +1,11 @@
 """PEFT's adapter_config.json: fields that are honoured, and fields that are refused by name."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_jax.core.types import Fields
+from lora_jax.hf.fields import read_file
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.forms import FORMS
 from lora_jax.variants import VARIANTS
@@ -44,18 +44,12 @@ _HARMLESS = frozenset(
     lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     """.split()
 )
-# Fields that are not supported, with the values that mean that the field is not in use.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (False, None),
-    "velora_config": (None,),
-}
+# Fields that are not supported, unless their value says that they are not in use.
+REFUSED = (
+    "alora_invocation_tokens arrow_config kasa_config layer_replication megatron_config "
+    "monteclora_config use_bdlora use_qalora velora_config"
+).split()
+UNUSED: tuple[Any, ...] = (None, False)
 # On loading, an initialiser matters only if PEFT computes factors from the base again.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 DECOMPOSING_INITS = ("pissa", "olora")
@@ -87,7 +81,7 @@ def read_config(source: Any) -> dict[str, Any]:
     problems = []
     for name, value in fields.items():
         if name in REFUSED:
-            if value not in REFUSED[name]:
+            if value not in UNUSED:
                 problems.append(f"{name}={value!r} is not supported")
         elif name not in _HONOURED and name not in _HARMLESS and value not in (None, False, {}, []):
             problems.append(f"{name}={value!r} is not known")
@@ -120,15 +114,7 @@ def fields_of(source: Any) -> tuple[dict[str, Any], str]:
         return dict(source.to_dict()), type(source).__name__
     path = Path(source)
     path = path / FILE if path.is_dir() else path
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PeftError(f"{path} is missing: a PEFT adapter's folder holds it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PeftError(f"{path} cannot be read: {error}") from None
-    if not isinstance(fields, dict):
-        raise PeftError(f"{path} holds no fields, but a {type(fields).__name__}")
-    return fields, str(path)
+    return read_file(path, "a PEFT adapter", PeftError), str(path)
 
 
 def _check_values(config: Fields, where: str) -> None:
@@ -171,15 +157,13 @@ def _check_values(config: Fields, where: str) -> None:
         or (isinstance(tokens, Mapping) and all(map(indices, tokens.values()))),
         "init_lora_weights": init in (*_PLAIN_INITS, *DECOMPOSING_INITS),
     }
-    for name in ("target_modules", "exclude_modules"):
-        value = config[name]
-        right[name] = value is None or isinstance(value, str) or names(value)
-    for name in ("modules_to_save", "target_parameters"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         right[name] = config[name] is None or names(config[name])
+    for name in ("target_modules", "exclude_modules"):
+        right[name] |= isinstance(config[name], str)
     for name in ("use_rslora", *SWITCHES, "ensure_weight_tying"):
         right[name] = type(config[name]) is bool
-    wrong = [f"{name}={config[name]!r}" for name, fits in right.items() if not fits]
-    if wrong:
+    if wrong := [f"{name}={config[name]!r}" for name, fits in right.items() if not fits]:
         raise PeftError(
             f"{where}: {', '.join(wrong)}: not supported, or not a value that PEFT would write"
         )

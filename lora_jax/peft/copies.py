@@ -113,13 +113,12 @@ def without_copies(
                     "which is not supported; train it in PEFT without use_dora"
                 )
             for of_head, of_table, is_transposed in _PAIRS:
-                copy, of = f"{head}.{of_head}", f"{_stem(row.hf)}.{of_table}"
-                if (
-                    copy in found
-                    and of in found
-                    and _is_copy(found[copy], found[of], is_transposed)
-                ):
-                    del found[copy]
+                copy = found.get(key := f"{head}.{of_head}")
+                of = found.get(f"{_stem(row.hf)}.{of_table}")
+                if copy is None or of is None:
+                    continue
+                if np.array_equal(copy, of.T if is_transposed else of):
+                    del found[key]
     return found
 
 
@@ -133,7 +132,3 @@ def _is_wrapped(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
     if ".modules_to_save." in key and plain is not None:
         return np.array_equal(tensors[key], plain)
     return ".original_module." in key  # the base's, which is not used
-
-
-def _is_copy(copy: np.ndarray, of: np.ndarray, is_transposed: bool) -> bool:
-    return np.array_equal(copy, of.T if is_transposed else of)

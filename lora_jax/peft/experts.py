@@ -139,11 +139,7 @@ def side_by_side(
     if a_gate.shape == a_up.shape and np.array_equal(a_gate, a_up) and s_gate == s_up:
         return a_gate, np.concatenate([b_gate, b_up], axis=-1), s_gate
     b_up = b_up * np.asarray(s_up / s_gate, b_up.dtype)
-    b = np.concatenate(
-        [
-            np.concatenate([b_gate, np.zeros((*b_gate.shape[:2], b_up.shape[-1]), b_up.dtype)], -1),
-            np.concatenate([np.zeros((*b_up.shape[:2], b_gate.shape[-1]), b_up.dtype), b_up], -1),
-        ],
-        axis=1,
-    )
+    beside_gate = np.zeros((*b_gate.shape[:2], b_up.shape[-1]), b_up.dtype)
+    beside_up = np.zeros((*b_up.shape[:2], b_gate.shape[-1]), b_up.dtype)
+    b = np.block([[b_gate, beside_gate], [beside_up, b_up]])
     return np.concatenate([a_gate, a_up], axis=1), b, s_gate

@@ -9,42 +9,25 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.magnitude import wide
 from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
-from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
+from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of, map_leaves
 from lora_jax.hf.keys import Row
-from lora_jax.lorafy import lorafy
+from lora_jax.hf.sources import FLOATS
+from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import without_copies
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.experts import Expert, keys_of_expert, targeted_experts, unpack_a, unpack_b
+from lora_jax.peft.experts import Expert, keys_of_expert, unpack_a, unpack_b
 from lora_jax.peft.forms import FORMS, OfFile
 from lora_jax.peft.hub import adapter_folder
-from lora_jax.peft.modules import (
-    Module,
-    by_pattern,
-    is_tied,
-    kind_of,
-    modules,
-    places,
-    table_of,
-    targeted,
-)
+from lora_jax.peft.modules import Module, is_tied, kind_of, places, rank_and_alpha, table_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
-from lora_jax.peft.rules import (
-    model_type_of,
-    rules_for,
-    saved_modules,
-    takes_from_base,
-    token_rows,
-)
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
+from lora_jax.peft.rules import rules_for, saved_modules, selected, takes_from_base, token_rows
 
 
 def load(
@@ -80,28 +63,25 @@ def load(
     _check_tree(params, table)
     experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
     tied = [row for row in table if row.aliases] if is_tied(config) else []
-    available = modules(table, experts=experts, tied=bool(tied))
     reader = _Reader(where, without_copies(tensors, tied, where))
     try:
-        chosen = targeted(config, available, model_type_of(model))
-        chosen += targeted_experts(config, model)
-        rules = rules_for(config, table, model, experts=experts)
+        available, chosen = selected(config, table, model, experts=experts)
+        rules = rules_for(config, table, available, chosen)
         params = _with_file_bases(params, chosen, table, config, reader)
         tree = lorafy(_abstract(params), rules)
         if takes_from_base(config) and not any(map(is_abstract, jax.tree.leaves(params))):
             tree = lorafy(params, rules)
     except ValueError as error:
         raise PeftError(f"{found / configuration.FILE}: {error}") from None
-    leaves, treedef = leaves_of(tree)
     own = None
     if (form := FORMS.get(config[configuration.KIND])) is not None:
-        nodes = [leaf for _, leaf in leaves if isinstance(leaf, LoraWeight)]
+        nodes = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
         own = form.of_file(reader, config[configuration.OWN], nodes)
     files = _Files(reader, table, config, chosen, available, own)
     bases = dict(leaves_of(params)[0])
-    loaded = [files.node(path, leaf, bases[path]) for path, leaf in leaves]
+    loaded = map_leaves(lambda path, leaf: files.node(path, leaf, bases[path]), tree)
     reader.finish()
-    return treedef.unflatten(loaded)
+    return loaded
 
 
 def _abstract(params: Tree) -> Tree:
@@ -109,10 +89,9 @@ def _abstract(params: Tree) -> Tree:
 
 
 def _check_tree(params: Tree, table: Sequence[Row]) -> None:
-    leaves, _ = leaves_of(params)
-    if any(is_node(leaf) for _, leaf in leaves):
+    if nodes_of(params):
         raise PeftError("the tree is adapted already: give the plain one, lora_jax.strip(params)")
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves_of(params)[0]}
     wrong = [row.path for row in table if shapes.get(row.path) != row.stacked_shape]
     if wrong:
         raise PeftError(
@@ -141,14 +120,13 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="np") as file:
             tensors = {}
             for name in file.keys():
-                kind = file.get_slice(name).get_dtype()
-                if kind not in _FLOATS:
+                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
                     raise PeftError(f"{path}: {name} has the dtype {kind}; weights are floats")
                 tensors[name] = file.get_tensor(name)
             return tensors
+    except PeftError:
+        raise
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        if isinstance(error, PeftError):
-            raise
         raise PeftError(f"{path} is damaged or cut short: {error}") from None
 
 
@@ -168,14 +146,15 @@ class _Reader:
     def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns a tensor, or a stand-in where it is missing or misshaped, as `finish` reports."""
         self._taken.add(key)
-        if key not in self._tensors:
-            self._problems.append(f"missing {key} {list(shape)}")
-            return np.broadcast_to(np.float32(0), shape)  # no memory, however absurd the shape
-        tensor = self._tensors[key]
-        if tensor.shape != shape:
-            self._problems.append(f"{key} is {list(tensor.shape)}, expected {list(shape)}")
-            return np.broadcast_to(np.float32(0), shape)
-        return tensor
+        tensor = self._tensors.get(key)
+        if tensor is not None and tensor.shape == shape:
+            return tensor
+        self._problems.append(
+            f"missing {key} {list(shape)}"
+            if tensor is None
+            else f"{key} is {list(tensor.shape)}, expected {list(shape)}"
+        )
+        return np.broadcast_to(np.float32(0), shape)  # no memory, however absurd the shape
 
     @property
     def is_whole(self) -> bool:
@@ -184,9 +163,8 @@ class _Reader:
 
     def finish(self) -> None:
         """Raises one PeftError on all tensors that are missing, misshaped or left over."""
-        left = [key for key in self._tensors if key not in self._taken]
-        problems = self._problems + [f"unexpected {key}" for key in left]
-        if problems:
+        left = [f"unexpected {key}" for key in self._tensors if key not in self._taken]
+        if problems := self._problems + left:
             raise PeftError(
                 f"{self._where} does not fit its configuration and the model: "
                 f"{len(problems)} tensors\n  " + "\n  ".join(problems[:20])
@@ -194,21 +172,16 @@ class _Reader:
 
 
 def _with_file_bases(
-    params: Tree,
-    chosen: Sequence[Module],
-    table: Sequence[Row],
-    config: Fields,
-    reader: _Reader,
+    params: Tree, chosen: Sequence[Module], table: Sequence[Row], config: Fields, reader: _Reader
 ) -> Tree:
     """Returns the tree with the base weights that the file holds.
 
     PEFT writes them for adapted tables, and for embeddings and heads if it was told to, or found
     the vocabulary resized.
     """
-    leaves, treedef = leaves_of(params)
-    changed = dict(leaves)
+    changed = dict(leaves_of(params)[0])
     found = [
-        (keys_of(module).base_weight, module.path, module.index, not _is_table(module))
+        (keys_of(module).base_weight, module.path, module.index, not module.is_table)
         for module in chosen
         if not isinstance(module, Expert)
     ]
@@ -231,11 +204,7 @@ def _with_file_bases(
         value = jnp.asarray(tensor.T if transpose else tensor).astype(leaf.dtype)
         if not np.array_equal(value, here, equal_nan=True):
             changed[path] = leaf.at[index].set(value) if index else value
-    return treedef.unflatten(changed[path] for path, _ in leaves)
-
-
-def _is_table(module: Module) -> bool:
-    return module.is_embedding or module.uses == "product"
+    return map_leaves(lambda path, _: changed[path], params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,8 +227,9 @@ class _Files:
         return self._whole(path, base) if isinstance(leaf, Trained) else base
 
     def _adapted(self, path: str, node: LoraWeight) -> LoraWeight:
-        batch = node.roles.sizes(node.shape, "batch")
-        rows, columns = (node.roles.sizes(node.shape, role) for role in ("in", "out"))
+        batch, rows, columns = (
+            node.roles.sizes(node.shape, role) for role in ("batch", "in", "out")
+        )
         sizes = {"a": math.prod(rows), "b": math.prod(columns)}
         members = [module for module in self.chosen if module.path == path]
         if self.own is not None:
@@ -300,27 +270,20 @@ class _Files:
             b = self.reader.take(key_b, (wide_out, rank * module.n))
             return {"a": unpack_a(a, module.n), "b": unpack_b(b, module.n, module.half)}
         if module.uses == "product":  # a head: its input is the table's output
-            arrays = {
-                "a": self.reader.take(keys.b, (fan_in, rank)).T,
-                "b": self.reader.take(keys.a, (rank, fan_out)),
-            }
+            a = self.reader.take(keys.b, (fan_in, rank)).T
+            b = self.reader.take(keys.a, (rank, fan_out))
         else:
-            arrays = {
-                "a": self.reader.take(keys.a, (rank, fan_in)),
-                "b": self.reader.take(keys.b, (fan_out, rank)).T,
-            }
+            a = self.reader.take(keys.a, (rank, fan_in))
+            b = self.reader.take(keys.b, (fan_out, rank)).T
         vectors = {name: self.reader.take(keys.parts[name], (fan_out,)) for name in node.has}
-        return arrays | vectors
+        return {"a": a, "b": b, **vectors}
 
     def _scale(self, path: str, batch: tuple[int, ...]) -> jax.Array:
         """Computes s of each layer, as PEFT does."""
         scale = np.zeros(batch, np.float32)
         for module in self.chosen:
             if module.path == path:
-                rank = by_pattern(self.config["rank_pattern"], module.name, self.config["r"])
-                alpha = by_pattern(
-                    self.config["alpha_pattern"], module.name, self.config["lora_alpha"]
-                )
+                rank, alpha = rank_and_alpha(self.config, module.name)
                 scale[module.index] = alpha / (rank**0.5 if self.config["use_rslora"] else rank)
         return jnp.asarray(scale)
 
@@ -332,28 +295,24 @@ class _Files:
             value = self.reader.take(token_key(name), shape)
             value = value[[order.index(row) for row in node.rows]]
         else:
-            value = np.stack([self._tensor(name) for name in self._names(path, node.rows)])
+            names = (self._row(path).hf.format(layer) for layer in node.rows)
+            value = np.stack([self._tensor(name) for name in names])
         return node.replace(value=jnp.asarray(value).astype(wide(node.dtype)))
 
     def _whole(self, path: str, base: BaseLike) -> Trained:
-        row = next(row for row in self.table if row.path == path)
+        row = self._row(path)
         arrays = [self._tensor(name) for name in row.hf_names]
         value = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
         return Trained(jnp.asarray(value).astype(base.dtype))
 
-    def _names(self, path: str, layers: Sequence[int]) -> list[str]:
-        row = next(row for row in self.table if row.path == path)
-        return [row.hf.format(layer) for layer in layers]
+    def _row(self, path: str) -> Row:
+        return next(row for row in self.table if row.path == path)
 
     def _tensor(self, name: str) -> np.ndarray:
         """Reads a tensor that trained in full, in our layout: a saved module's, or a bias."""
-        row, place = _row_of(self.table, name), places(self.table)[name]
+        row, _ = places(self.table)[name]
         saved = saved_modules(self.config, [name])
         adapted = [module.name for module in self.chosen]
         key = f"{PREFIX}{name}" if saved else bias_key(name, adapted)
         tensor = self.reader.take(key, row.hf_shape)
-        return tensor.T if place.transpose else tensor
-
-
-def _row_of(table: Sequence[Row], name: str) -> Row:
-    return next(row for row in table if name in row.hf_names)
+        return tensor.T if row.transpose else tensor

@@ -45,14 +45,10 @@ class Module:
         """True for an embedding table."""
         return self.kind in ("embedding", "positions")
 
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of one of PyTorch's tensors in our tree."""
-
-    path: str
-    index: tuple[int, ...]
-    transpose: bool
+    @property
+    def is_table(self) -> bool:
+        """True for an embedding table, and for the head that is tied to one."""
+        return self.is_embedding or self.uses == "product"
 
 
 def table_of(model: Model) -> Sequence[Row]:
@@ -72,10 +68,10 @@ def table_of(model: Model) -> Sequence[Row]:
     return key_table(config)
 
 
-def places(table: Sequence[Row]) -> dict[str, Place]:
-    """Returns the place of each of PyTorch's tensors in our tree."""
+def places(table: Iterable[Row]) -> dict[str, tuple[Row, tuple[int, ...]]]:
+    """Returns the place of each of PyTorch's tensors: its row, and its index in the row's stack."""
     return {
-        name: Place(row.path, index, row.transpose)
+        name: (row, index)
         for row in table
         for index, name in zip(row.members, row.hf_names, strict=True)
     }
@@ -101,10 +97,8 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
         for index, name in zip(row.members, row.hf_names, strict=True):
             found.append(Module(name.removesuffix(".weight"), row.path, index, kind, uses))
         if is_split:
-            found += [
-                Module(head.removesuffix(".weight"), row.path, (), "head", "product")
-                for head in heads
-            ]
+            names = (head.removesuffix(".weight") for head in heads)
+            found += [Module(name, row.path, (), "head", "product") for name in names]
     return found
 
 
@@ -113,14 +107,11 @@ def is_tied(config: Fields) -> bool:
 
     Source: PEFT's ``_check_tied_modules``, which goes by names.
     """
-    targets = config["target_modules"] or ()
-    if not config["ensure_weight_tying"]:
-        return False
-    if any(name.split(".")[-1] in EMBEDDING_NAMES for name in config["modules_to_save"] or ()):
-        return True
+    targets, saved = config["target_modules"] or (), config["modules_to_save"] or ()
     if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in EMBEDDING_NAMES)
-    return any(name.split(".")[-1] in EMBEDDING_NAMES for name in targets)
+        targets = [name for name in EMBEDDING_NAMES if re.fullmatch(targets, name)]
+    names = (name.split(".")[-1] for name in (*targets, *saved))
+    return bool(config["ensure_weight_tying"]) and not set(EMBEDDING_NAMES).isdisjoint(names)
 
 
 def kind_of(row: Row) -> Kind | None:
@@ -182,9 +173,7 @@ def _is_targeted(module: Module, targets: str | list[str], config: Fields) -> bo
             left_out += ["classifier"] if config["task_type"] == "SEQ_CLS" else []
             return module.kind not in left_out
         return re.fullmatch(targets, name) is not None
-    if name in targets:
-        return True
-    return ends_with(name, targets) and _is_chosen_layer(name, config)
+    return name in targets or (ends_with(name, targets) and _is_chosen_layer(name, config))
 
 
 def _is_excluded(name: str, config: Fields) -> bool:
@@ -214,6 +203,12 @@ def _is_chosen_layer(name: str, config: Fields) -> bool:
 def ends_with(name: str, ends: Iterable[str]) -> bool:
     """Returns True if a dotted name ends with one of some dotted names."""
     return any(name.endswith(f".{end}") for end in ends)
+
+
+def rank_and_alpha(config: Fields, name: str) -> tuple[int, float]:
+    """Returns the r and the lora_alpha of a module."""
+    rank = by_pattern(config["rank_pattern"], name, config["r"])
+    return rank, by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:

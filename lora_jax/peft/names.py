@@ -1,7 +1,7 @@
 """The keys of adapter_model.safetensors: one for each array of each module."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from lora_jax.peft.modules import Module
 from lora_jax.variants import VARIANTS
@@ -24,7 +24,6 @@ class Keys:
     b: str
     parts: dict[str, str]
     base_weight: str
-    base_bias: str
 
 
 def keys_of(module: Module) -> Keys:
@@ -36,7 +35,6 @@ def keys_of(module: Module) -> Keys:
         b=f"{stem}.lora_embedding_B" if looked_up else f"{stem}.lora_B.weight",
         parts={name: f"{stem}.{vector.tensor}" for name, vector in VECTORS.items()},
         base_weight=f"{stem}.base_layer.weight",
-        base_bias=f"{stem}.base_layer.bias",
     )
 
 
@@ -45,7 +43,7 @@ def token_key(name: str) -> str:
     return f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
 
 
-def bias_key(name: str, adapted: Sequence[str]) -> str:
+def bias_key(name: str, adapted: Collection[str]) -> str:
     """Returns the key of a trained bias: it lies inside the wrapper of an adapted module."""
     module = name.removesuffix(".bias")
     return f"{PREFIX}{module}.base_layer.bias" if module in adapted else f"{PREFIX}{name}"

@@ -18,6 +18,7 @@ from lora_jax.peft.modules import (
     is_tied,
     modules,
     places,
+    rank_and_alpha,
     table_of,
     targeted,
 )
@@ -53,12 +54,8 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
     fields = read_config(config)
     if model is None:
         return _translated(fields)
-    return rules_for(fields, table_of(model), model)
-
-
-def model_type_of(model: Model) -> str | None:
-    """Returns Hugging Face's name of the model's family, if it says one."""
-    return getattr(getattr(model, "config", None), "model_type", None)
+    table = table_of(model)
+    return rules_for(fields, table, *selected(fields, table, model))
 
 
 def _translated(config: Fields) -> list[Rule]:
@@ -78,29 +75,25 @@ def _translated(config: Fields) -> list[Rule]:
             f"{', '.join(unclear)}: what these select depends on the model; give it as well: "
             "rules(config, model)"
         )
-    if isinstance(targets, list):
-        targets = [name.replace(".", "/") for name in targets]
-    exclude = [name.replace(".", "/") for name in config["exclude_modules"] or ()]
+
+    def paths(field: str) -> tuple[str, ...]:
+        return tuple(name.replace(".", "/") for name in config[field] or ())
+
+    targets = targets if isinstance(targets, str) else paths("target_modules")
     layers = config["layers_to_transform"]
-    layers = [layers] if isinstance(layers, int) else layers
-    saved = [name.replace(".", "/") for name in config["modules_to_save"] or ()]
+    layers = [layers] if isinstance(layers, int) else layers or None
+    saved, exclude = paths("modules_to_save"), paths("exclude_modules")
     found: list[Rule] = [TrainRule(targets=saved)] if saved else []
     if config["bias"] == "all":
         found.append(TrainRule(targets=["bias"]))
-    rule = _lora_rule(
-        config, targets, config["r"], config["lora_alpha"], layers or None, exclude=tuple(exclude)
-    )
-    return [*found, rule]
+    rank, alpha = config["r"], config["lora_alpha"]
+    return [*found, _lora_rule(config, targets, rank, alpha, layers, exclude=exclude)]
 
 
-def rules_for(
-    config: Fields,
-    table: Sequence[Row],
-    model: Model,
-    *,
-    experts: bool = False,
-) -> list[Rule]:
-    """Makes rules that select PEFT's choice, path by path and layer by layer.
+def selected(
+    config: Fields, table: Sequence[Row], model: Model, *, experts: bool = False
+) -> tuple[list[Module], list[Module]]:
+    """Returns the modules that PEFT could adapt, and those of them that it does adapt.
 
     Args:
       config: the fields of a PEFT configuration.
@@ -109,16 +102,24 @@ def rules_for(
       experts: see `modules`.
     """
     available = modules(table, experts=experts, tied=is_tied(config))
-    chosen = [
-        *targeted(config, available, model_type_of(model)),
-        *targeted_experts(config, model),
-    ]
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    return available, targeted(config, available, family) + targeted_experts(config, model)
+
+
+def rules_for(
+    config: Fields, table: Sequence[Row], available: Sequence[Module], chosen: Sequence[Module]
+) -> list[Rule]:
+    """Makes rules that select PEFT's choice, path by path and layer by layer.
+
+    Args:
+      config: the fields of a PEFT configuration.
+      table: the model's key table.
+      available, chosen: see `selected`.
+    """
     _check_two_uses(config, chosen)
     if is_tied(config):
         _check_tied_alphas(config, table, chosen)
-    found: list[Rule] = []
-    found += _saved(config, table, chosen)
-    found += _tokens(config, table, available)
+    found: list[Rule] = [*_saved(config, table), *_tokens(config, available)]
     if config["bias"] == "all":
         paths = sorted({row.path for row in table if row.hf.endswith(".bias")})
         if paths:
@@ -127,17 +128,12 @@ def rules_for(
     for path, members in _by_path(chosen).items():
         layers: dict[tuple[int, float], list[int]] = {}
         for module in members:
-            rank = by_pattern(config["rank_pattern"], module.name, config["r"])
-            alpha = by_pattern(config["alpha_pattern"], module.name, config["lora_alpha"])
-            at = layers.setdefault((rank, alpha), [])
-            if module.index and module.index[0] not in at:
-                at.append(module.index[0])
-        depth = next(row.stack[0] if row.stack else 0 for row in table if row.path == path)
+            at = layers.setdefault(rank_and_alpha(config, module.name), [])
+            at.extend(module.index[:1])
+        row = next(row for row in table if row.path == path)
+        uses = members[0].uses if len({m.uses for m in members}) == 1 else "each"
         for (rank, alpha), at in layers.items():
-            whole = not at or len(at) == depth
-            uses = members[0].uses if len({m.uses for m in members}) == 1 else "each"
-            key = (rank, alpha, uses, None if whole else tuple(sorted(at)))
-            settings.setdefault(key, []).append(path)
+            settings.setdefault((rank, alpha, uses, _some_layers(at, row)), []).append(path)
     for (rank, alpha, uses, layer), paths in settings.items():
         found.append(_lora_rule(config, _either(paths), rank, alpha, layer, uses=uses))
     return found
@@ -169,6 +165,12 @@ def _lora_rule(
         uses=cast(Literal["all", "lookup", "product", "each"], uses),
         **variants,
     )
+
+
+def _some_layers(layers: Sequence[int], row: Row) -> tuple[int, ...] | None:
+    """Returns layers of a row as a rule has them: None for all of its stack, or without one."""
+    some = tuple(sorted(set(layers)))
+    return some if some and len(some) < row.stack[0] else None
 
 
 def _either(paths: Sequence[str]) -> str:
@@ -218,25 +220,18 @@ def saved_modules(config: Fields, names: Sequence[str]) -> list[str]:
     As in PEFT, an entry matches the end of a module's name, even within a word: "norm" matches
     every layer's input_layernorm, too.
     """
-    wanted = config["modules_to_save"] or ()
-
-    def is_saved(name: str) -> bool:
-        parts = name.split(".")
-        stems = (".".join(parts[:end]) for end in range(1, len(parts)))
-        return any(stem.endswith(tuple(wanted)) for stem in stems)
-
-    return [name for name in names if is_saved(name)]
+    wanted = [f"{entry}." for entry in config["modules_to_save"] or ()]
+    return [name for name in names if any(entry in name for entry in wanted)]
 
 
-def _saved(config: Fields, table: Sequence[Row], chosen: Sequence[Module]) -> list[TrainRule]:
+def _saved(config: Fields, table: Sequence[Row]) -> list[TrainRule]:
     """Makes rules for modules that are saved whole: they train in full, layer by layer."""
     if not config["modules_to_save"]:
         return []
     where = places(table)
     tensors = saved_modules(config, list(where))
-    heads = {alias: row for row in table for alias in row.aliases}
-    tied = [name for name in saved_modules(config, list(heads))]
-    tied += [name for name in tensors if any(where[name].path == r.path for r in heads.values())]
+    tied = saved_modules(config, [alias for row in table for alias in row.aliases])
+    tied += [name for name in tensors if where[name][0].aliases]
     if tied and not is_tied(config):
         raise PeftError(
             f"modules_to_save holds {tied[0].removesuffix('.weight')}, which is tied: PEFT saves a "
@@ -247,15 +242,12 @@ def _saved(config: Fields, table: Sequence[Row], chosen: Sequence[Module]) -> li
         raise PeftError(
             f"modules_to_save={config['modules_to_save']!r} matches none of the model's modules"
         )
-    layers: dict[str, list[int]] = {}
-    for name in tensors:
-        place = where[name]
-        layers.setdefault(place.path, []).extend(place.index[:1])
-    depths = {row.path: row.stack[0] if row.stack else 0 for row in table}
+    layers: dict[Row, list[int]] = {}
+    for row, index in map(where.__getitem__, tensors):
+        layers.setdefault(row, []).extend(index[:1])
     grouped: dict[tuple[int, ...] | None, list[str]] = {}
-    for path, at in layers.items():
-        at = sorted(set(at))
-        grouped.setdefault(tuple(at) if 0 < len(at) < depths[path] else None, []).append(path)
+    for row, at in layers.items():
+        grouped.setdefault(_some_layers(at, row), []).append(row.path)
     return [TrainRule(targets=_either(paths), layers=at) for at, paths in grouped.items()]
 
 
@@ -300,7 +292,7 @@ def _repeats_table(key: str, tokens: Mapping[str, list[int]], available: Sequenc
     return bool(of_table)
 
 
-def _tokens(config: Fields, table: Sequence[Row], available: Sequence[Module]) -> list[TrainRule]:
+def _tokens(config: Fields, available: Sequence[Module]) -> list[TrainRule]:
     paths = {module.name: module.path for module in available if module.is_embedding}
     return [
         TrainRule(targets=re.escape(paths[name]), rows=rows)

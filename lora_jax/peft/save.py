@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,16 +11,25 @@ import numpy as np
 
 from lora_jax.core.base import as_array
 from lora_jax.core.types import Leaf, Model, Tree
-from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
-from lora_jax.folders import partial_of, put_in_place
+from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
+from lora_jax.folders import check_free, new_folder
 from lora_jax.hf.keys import Row
 from lora_jax.hf.save import write_tensors
+from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
 from lora_jax.peft.forms import as_in_peft, form_of
-from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, modules, table_of
+from lora_jax.peft.modules import (
+    EMBEDDING_NAMES,
+    Module,
+    ends_with,
+    kind_of,
+    modules,
+    places,
+    table_of,
+)
 from lora_jax.peft.names import FILE, PREFIX, VECTORS, bias_key, exactly, keys_of, number, token_key
 
 PEFT_VERSION = "0.21.2"  # files have the format of this version
@@ -71,31 +79,15 @@ def save(
     []
     """
     folder = Path(folder).absolute()
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite, configuration.FILE, "adapter's")
     config, tensors = contents(model, params)
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
-    partial = partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder) as partial:
         write_tensors(partial / FILE, tensors)
         text = json.dumps(dict(sorted(config.items())), indent=2)
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
         if readme is not None:
             (partial / "README.md").write_text(readme, encoding="utf-8")
-        put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists: name another folder, or give overwrite=True")
-    if not (folder / configuration.FILE).is_file() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not an adapter's folder: name another folder")
 
 
 def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -109,8 +101,7 @@ def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.n
       PeftError: names the part of the adapter that PEFT cannot hold.
     """
     table = table_of(model)
-    leaves, _ = leaves_of(params)
-    nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
+    nodes = nodes_of(params)
     if not nodes:
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
     if off := [path for path, node in nodes.items() if not node.is_on]:
@@ -119,7 +110,7 @@ def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.n
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
-    return _Contents(table, dict(leaves), nodes, experts_of(model)).collect()
+    return _Contents(table, dict(leaves_of(params)[0]), nodes, experts_of(model)).collect()
 
 
 class _Contents:
@@ -132,23 +123,21 @@ class _Contents:
         nodes: Mapping[str, Any],
         experts: Sequence[Expert],
     ) -> None:
-        self._rows = {row.path: row for row in table}
+        self._rows, self._places = {row.path: row for row in table}, places(table)
         self._leaves = leaves
         self._lora = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
         self._trained = {p: n for p, n in nodes.items() if not isinstance(n, LoraWeight)}
-        tied = {row.path for row in table if row.aliases}
-        uses = {n.uses for p, n in self._lora.items() if p in tied}
-        uses |= {"all" for p in self._trained if p in tied}
-        self._tied = "all" in uses
+        tied = [row for row in table if row.aliases]
+        whole = (nodes[row.path] for row in tied if row.path in nodes)
+        self._tied = any(not isinstance(n, LoraWeight) or n.uses == "all" for n in whole)
         self._all = modules(table, tied=self._tied)
-        self._heads = tied_heads(nodes, [row for row in table if row.aliases]) if self._tied else {}
+        self._heads = tied_heads(nodes, tied) if self._tied else {}
         self._adapted = [m for m in self._all if self._rank(m)]
         self._experts = [e for e in experts if self._rank(e)]
         written = {m.path for m in [*self._adapted, *self._experts]}
         if lost := sorted(set(self._lora) - written):
             raise PeftError(f"{lost[0]!r} is adapted, and transformers has no such module")
-        nodes_of_forms = (form_of(node) for node in self._lora.values())
-        self._form = next((form for form in nodes_of_forms if form), None)
+        self._form = next(filter(None, map(form_of, self._lora.values())), None)
         self._tensors: dict[str, np.ndarray] = {}
 
     def _rank(self, module: Module) -> int:
@@ -230,8 +219,7 @@ class _Contents:
         ends = {adapted.name.split(".")[-1] for adapted in self._adapted}
         if module.kind in ("embedding", "head") and ends & {*EMBEDDING_NAMES}:
             base = np.asarray(as_array(node.base)[at])
-            as_rows = module.is_embedding or module.uses == "product"
-            self._put(keys.base_weight, base if as_rows else base.T)
+            self._put(keys.base_weight, base if module.is_table else base.T)
         scale = float(node.scale[at] if at else node.scale)
         return len(a), scale * len(a)
 
@@ -278,13 +266,12 @@ class _Contents:
             raise PeftError(f"PEFT has one alpha for all experts; those of {expert.path!r} differ")
         parts = [(node.a, node.b)] + ([node.start] if node.start is not None else [])
         whole = (expert.n, node.rank, -1)  # a router has no axis of experts
-
-        def of_layer(factor: Any) -> np.ndarray:
-            return np.asarray(factor[layer]).reshape(whole)[:, :rank]
-
-        a, b = zip(*(map(of_layer, pair) for pair in parts), strict=True)
-        signed = [b[0], *(-factor for factor in b[1:])]
-        return np.concatenate(a, axis=1), np.concatenate(signed, axis=1), float(scales[0])
+        a, b = (
+            [np.asarray(factor[layer]).reshape(whole)[:, :rank] for factor in factors]
+            for factors in zip(*parts, strict=True)
+        )
+        b[1:] = [-factor for factor in b[1:]]
+        return np.concatenate(a, axis=1), np.concatenate(b, axis=1), float(scales[0])
 
     def _put(self, key: str, array: np.ndarray) -> None:
         self._tensors[key] = np.ascontiguousarray(array)
@@ -319,25 +306,24 @@ class _Contents:
         tokens: dict[str, list[int]] = {}
         for path, node in self._trained.items():
             row = self._rows[path]
+            names = row.hf_names
             if isinstance(node, TrainedRows) and node.is_table:
-                name = row.hf.removesuffix(".weight")
+                name = _module_of(row.hf)
                 tokens[name] = list(node.rows)
                 self._put(token_key(name), np.asarray(node.value))
                 continue
-            names = row.hf_names
             if isinstance(node, TrainedRows):
                 names = [row.hf.format(layer) for layer in node.rows]
             (biases if row.hf.endswith(".bias") else whole).extend(names)
-        adapted = [module.name for module in self._adapted]
-        saved = sorted({name.rsplit(".", 1)[0] for name in whole})
-        if wrong := [name for name in saved if name in adapted]:
+        adapted = {module.name for module in self._adapted}
+        saved = {_module_of(name) for name in whole}
+        if wrong := sorted(saved & adapted):
             raise PeftError(f"{wrong[0]} is adapted and trains in full; PEFT has one or the other")
-        loose = [name for name in biases if name.rsplit(".", 1)[0] not in saved]
+        loose = [name for name in biases if _module_of(name) not in saved]
         kind = self._bias_kind(loose, adapted, saved)
         if kind is None:  # biases of modules of their own (norms): save these whole
-            others = {n.rsplit(".", 1)[0] for n in loose if n.rsplit(".", 1)[0] not in adapted}
-            saved = sorted({*saved, *others})
-            loose = [name for name in loose if name.rsplit(".", 1)[0] not in others]
+            saved |= {_module_of(name) for name in loose} - adapted
+            loose = [name for name in loose if _module_of(name) in adapted]
             kind = self._bias_kind(loose, adapted, saved)
         if kind is None:
             raise PeftError(
@@ -346,48 +332,42 @@ class _Contents:
             )
         for name in loose:
             self._put(bias_key(name, adapted), self._tensor(name))
-        for name in self._tensors_of(saved):
-            self._put(f"{PREFIX}{name}", self._tensor(name))
-        saved = self._with_whole_head(saved)
+        for name in self._places:
+            if _module_of(name) in saved:
+                self._put(f"{PREFIX}{name}", self._tensor(name))
         return {
             "bias": kind,
-            "modules_to_save": saved or None,
+            "modules_to_save": self._with_whole_head(saved) or None,
             "trainable_token_indices": tokens or None,
         }
 
-    def _bias_kind(
-        self, names: Sequence[str], adapted: Sequence[str], saved: Sequence[str]
-    ) -> str | None:
+    def _bias_kind(self, names: Sequence[str], adapted: set[str], saved: set[str]) -> str | None:
         """Returns PEFT's `bias` for trained biases other than saved modules'; None if none fits."""
-        every = {n for row in self._rows.values() for n in row.hf_names if n.endswith(".bias")}
-        every = {name for name in every if name.removesuffix(".bias") not in saved}
-        of_adapted = {n for n in every if n.removesuffix(".bias") in adapted}
+        every = {name for name in self._places if name.endswith(".bias")}
+        every = {name for name in every if _module_of(name) not in saved}
+        of_adapted = {name for name in every if _module_of(name) in adapted}
         if not names:
             return "none"
         if set(names) == of_adapted:
             return "lora_only"
         return "all" if set(names) == every else None
 
-    def _with_whole_head(self, saved: Sequence[str]) -> list[str]:
+    def _with_whole_head(self, saved: set[str]) -> list[str]:
         """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
-        rows = (row for row in self._rows.values() if kind_of(row) == "classifier")
-        head = {name.rsplit(".", 1)[0] for row in rows for name in row.hf_names}
+        places = self._places.items()
+        head = {_module_of(name) for name, (row, _) in places if kind_of(row) == "classifier"}
         whole = {name.partition(".")[0] for name in head}
-        if not head or whole == head or not head <= set(saved):
-            return list(saved)
-        return sorted({*saved, *whole} - head)
-
-    def _tensors_of(self, saved: Sequence[str]) -> list[str]:
-        names = [name for row in self._rows.values() for name in row.hf_names]
-        return [name for name in names if name.rsplit(".", 1)[0] in saved]
+        return sorted((saved | whole) - head if whole != head <= saved else saved)
 
     def _tensor(self, name: str) -> np.ndarray:
         """Returns one of PyTorch's tensors, as it has been trained."""
-        row = next(row for row in self._rows.values() if name in row.hf_names)
+        row, index = self._places[name]
         leaf = self._leaves[row.path]
-        array: np.ndarray = np.asarray(
-            leaf.merged() if isinstance(leaf, Trained | TrainedRows) else leaf
-        )
-        index = row.members[row.hf_names.index(name)]
-        array = array[index]
+        whole = leaf.merged() if isinstance(leaf, Trained | TrainedRows) else leaf
+        array: np.ndarray = np.asarray(whole)[index]
         return array.T if row.transpose else array
+
+
+def _module_of(name: str) -> str:
+    """Returns the name of the module that has a tensor."""
+    return name.rpartition(".")[0]

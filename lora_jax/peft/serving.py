@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from lora_jax.core.types import Fields, Shaped
 from lora_jax.peft.config import FILE as CONFIG_FILE
-from lora_jax.peft.config import REFUSED, fields_of
+from lora_jax.peft.config import REFUSED, UNUSED, fields_of
 from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
 from lora_jax.peft.modules import by_pattern
@@ -60,15 +60,13 @@ def problems_of(
       tensors: key -> tensor; only shapes count.
       max_rank: the engine's limit.
     """
-    ranks = _ranks(tensors)
-    found = [
+    return [
         *_of_kind(fields),
         *_of_start(fields),
         *_of_what_else_trains(fields, tensors),
         *_of_tables(fields, tensors),
-        *_of_ranks(fields, ranks, max_rank),
+        *_of_ranks(fields, _ranks(tensors), max_rank),
     ]
-    return found
 
 
 def _ranks(tensors: Mapping[str, Shaped]) -> dict[str, int]:
@@ -88,9 +86,8 @@ def _of_kind(fields: Fields) -> list[str]:
         field = variant.in_peft.field if variant.in_peft else None
         if field and fields.get(field):
             found.append(f"{field}: {variant.name} is refused; {_MERGE}")
-    for name, unused in REFUSED.items():
-        value = fields.get(name)
-        if value in unused or value in ([], {}):
+    for name in REFUSED:
+        if fields.get(name) in (*UNUSED, [], {}):
             continue
         if name == "alora_invocation_tokens":
             remedy = "run it by PEFT, for it cannot be merged either"

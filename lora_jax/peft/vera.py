@@ -23,20 +23,7 @@ from lora_jax.variants.vera import VERA
 
 VARIANT = VERA
 KEY_A, KEY_B = "base_model.vera_A", "base_model.vera_B"
-# PEFT's defaults.
-_HONOURED: dict[str, Any] = {
-    "r": 256,
-    "target_modules": None,
-    "exclude_modules": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "vera_dropout": 0.0,
-    "bias": "none",
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "task_type": None,
-}
-_OWN = {"projection_prng_key": 0, "save_projection": True}
+_OWN = {"projection_prng_key": 0, "save_projection": True}  # with PEFT's defaults
 _WITHOUT_EFFECT = ("d_initial", "init_weights")  # on an adapter that is loaded
 
 
@@ -57,16 +44,13 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[dict[str, Any], dict[str
             f"{where}: projection_prng_key={seed!r}, save_projection={saves!r}: a number from 0 to "
             "2³² − 1 and a boolean are needed"
         )
-    found = {name: fields.get(name, default) for name, default in _HONOURED.items()}
-    others = {
-        name: value
-        for name, value in fields.items()
-        if name not in (*_HONOURED, *_OWN, *_WITHOUT_EFFECT, "peft_type")
-    }
-    found |= {"lora_alpha": found["r"], "lora_dropout": found.pop("vera_dropout")}
-    if found["bias"] == "vera_only":
+    others = (*_OWN, *_WITHOUT_EFFECT, "vera_dropout", "peft_type")
+    found = {name: value for name, value in fields.items() if name not in others}
+    r = found.setdefault("r", 256)
+    found |= {"lora_alpha": r, "lora_dropout": fields.get("vera_dropout", 0.0)}
+    if found.get("bias") == "vera_only":
         found["bias"] = "lora_only"
-    return others | found, own
+    return found, own
 
 
 def fields(config: Fields) -> dict[str, Any]:
@@ -102,7 +86,7 @@ def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     Raises:
       PeftError: the module is no linear layer.
     """
-    if module.is_embedding or module.uses == "product":
+    if module.is_table:
         raise PeftError(
             f"{module.name} is a table, and PEFT's VeRA adapts linear layers alone: leave it out"
         )

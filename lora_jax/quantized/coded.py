@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -76,29 +76,28 @@ class Coded:
         whole: jax.Array = _decoded(self.arrays, self.format, self.dtype)
         return whole
 
+    def map(self, fn: Callable[..., Any], *others: "Coded") -> "Coded":
+        """Returns the codes with ``fn(array, …)`` in the place of each array."""
+        mapped: Coded = jax.tree.map(fn, self, *others)
+        return mapped
+
     def along(self, move: Move, touched: frozenset[int]) -> "Coded | None":
         """Returns the codes after a move of all arrays; see `lora_jax.core.base.Base.along`."""
         whole = self.shape
-
-        def stands_for_blocks(array: Shaped) -> bool:
-            return any(1 != array.shape[axis] != whole[axis] for axis in touched)
+        touched_sizes = ((x.shape[a], whole[a]) for x in self.arrays.values() for a in touched)
+        if any(1 != n != size for n, size in touched_sizes):
+            return None  # an element stands for a block along a touched axis
 
         def moved(array: Any) -> Any:
             sizes = array.shape
             if any(sizes[axis] != whole[axis] for axis in touched):
                 sizes = [whole[a] if a in touched else n for a, n in enumerate(sizes)]
                 array = jnp.broadcast_to(array, sizes)
-            if touched:
-                held = [a if n == whole[a] else -1 for a, n in enumerate(sizes)]
-            else:  # what places axes places blocks as well
-                held = [a if n == whole[a] or n != 1 else -1 for a, n in enumerate(sizes)]
-            return move(array, tuple(held))
+            # What only places axes places blocks as well.
+            held = [n == whole[a] or (not touched and n != 1) for a, n in enumerate(sizes)]
+            return move(array, tuple(a if is_held else -1 for a, is_held in enumerate(held)))
 
-        if any(map(stands_for_blocks, self.arrays.values())):
-            return None
-        return dataclasses.replace(
-            self, arrays={name: moved(array) for name, array in self.arrays.items()}
-        )
+        return self.map(moved)
 
     def __repr__(self) -> str:
         shape = getattr(self.arrays.get("codes"), "shape", None)

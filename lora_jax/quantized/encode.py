@@ -175,12 +175,10 @@ def _abstract(array: Shaped, coding: Coding, dtype: DTypeLike) -> Coded:
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return coded
-    placed: Coded = jax.tree.map(
+    return coded.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        coded,
         shardings_of(coded, sharding),
     )
-    return placed
 
 
 def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:

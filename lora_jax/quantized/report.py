@@ -31,6 +31,11 @@ class LeafReport:
     after: int
     error: float | None = None
 
+    def __str__(self) -> str:
+        error = "" if self.error is None else f"  error {self.error:.4f}"
+        sizes = f"{self.before:>15,d} -> {self.after:>14,d} bytes"
+        return f"{self.format or '-':10}  {sizes}{error}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -50,17 +55,8 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(row.path) for row in self.rows), default=0)
-        lines = [_line(row, width) for row in (*self.rows, self._total())]
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _total(self) -> LeafReport:
-        return LeafReport("total", "", self.before, self.after)
-
-
-def _line(row: LeafReport, width: int) -> str:
-    error = "" if row.error is None else f"  error {row.error:.4f}"
-    sizes = f"{row.before:>15,d} -> {row.after:>14,d} bytes"
-    return f"{row.path:{width}}  {row.format or '-':10}  {sizes}{error}"
+        rows = (*self.rows, LeafReport("total", "", self.before, self.after))
+        return "\n".join(f"{row.path:{width}}  {row}" for row in rows)
 
 
 def report(params: Tree, of: Any = None) -> Report:

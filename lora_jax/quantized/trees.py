@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from lora_jax.adapt.roles import infer_roles
+from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base
 from lora_jax.core.paths import leaf_name
 from lora_jax.core.types import BaseLike, Leaf, Tree
-from lora_jax.core.weight import is_node, leaves_of
+from lora_jax.core.weight import is_node, leaves_of, map_leaves
 from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import Format, format_of
@@ -87,10 +87,8 @@ def plan(
     chosen = (QuantRule(format=format),) if rules is None else tuple(rules)
     if wrong := [rule for rule in chosen if not isinstance(rule, QuantRule)]:
         raise TypeError(f"quantize: a rule is a QuantRule, not {wrong[0]!r}")
-    roles = None
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    if trace is not None:
-        roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
+    roles = traced_roles(trace, arrays)
     is_router = {path for path, kind in (kinds or {}).items() if rules is None and kind == "router"}
     arrays = [
         (path, leaf)
@@ -107,17 +105,12 @@ def plan(
     shapes = {path: leaf.shape for path, leaf in arrays}
 
     def coding(path: str, choice: Adapted) -> Coding | None:
-        format = selecting[choice.rule].format
-        return coding_of(shapes[path], format, _roles_of_blocks(path, choice.roles))
+        format, roles = selecting[choice.rule].format, choice.roles
+        if leaf_name(path) in EMBEDDING_NAMES:  # a row of a table is what a look-up reads
+            roles = AxisRoles(roles.out_axes, roles.in_axes)
+        return coding_of(shapes[path], format, roles)
 
     return {p: coding(p, choice) for p, choice in found.items() if isinstance(choice, Adapted)}
-
-
-def _roles_of_blocks(path: str, roles: AxisRoles) -> AxisRoles:
-    """Returns the roles that blocks lie by: a row of a table is what a look-up reads."""
-    if leaf_name(path) in EMBEDDING_NAMES:
-        return AxisRoles(roles.out_axes, roles.in_axes)
-    return roles
 
 
 def quantize(
@@ -167,7 +160,6 @@ def quantize(
     6912
     """
     codings = plan(params, format, keep=keep, rules=rules, trace=trace, kinds=kinds)
-    leaves, treedef = leaves_of(params)
     if unfit := [path for path, coding in codings.items() if coding is None]:
         warnings.warn(
             f"quantize: no blocks fit {unfit[0]!r} (and {len(unfit) - 1} more), whose in axes have "
@@ -186,7 +178,7 @@ def quantize(
             leaf.delete()
         return result
 
-    return treedef.unflatten(coded(path, leaf) for path, leaf in leaves)
+    return map_leaves(coded, params)
 
 
 def is_coded(value: Leaf) -> bool:
@@ -219,7 +211,7 @@ def _decoded(base: BaseLike) -> Leaf:
 
 @functools.lru_cache(maxsize=256)
 def _decoder(sharding: Any) -> Any:
-    return jax.jit(as_array, **({} if sharding is None else {"out_shardings": sharding}))
+    return jax.jit(as_array, out_shardings=sharding)
 
 
 def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
@@ -247,9 +239,8 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
     >>> errors
     {'dense/kernel': 0.0}
     """
-    leaves, treedef = leaves_of(params)
     wanted = {p: leaf.base if is_node(leaf) else leaf for p, leaf in leaves_of(like)[0]}
-    if differ := sorted(wanted.keys() ^ {path for path, _ in leaves}):
+    if differ := sorted(wanted.keys() ^ {path for path, _ in leaves_of(params)[0]}):
         raise ValueError(
             f"requantize: the trees differ at {differ[0]!r} (and {len(differ) - 1} more)"
         )
@@ -266,7 +257,7 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
         errors[path] = error_of(result, leaf)
         return result
 
-    return treedef.unflatten(coded(path, leaf) for path, leaf in leaves), errors
+    return map_leaves(coded, params), errors
 
 
 def error_of(coded: Any, array: jax.Array) -> float:

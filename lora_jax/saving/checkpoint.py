@@ -7,6 +7,7 @@ of each array, and the fingerprint of the base. Factors that follow from the bas
 made again on loading, and compared: see `lora_jax.saving.derived`.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,11 @@ def save_adapter(
             if isinstance(n, LoraWeight)
         },
         "trained": sorted(path for path, n in nodes.items() if isinstance(n, Trained)),
-        "rows": {path: _rows(n) for path, n in nodes.items() if isinstance(n, TrainedRows)},
+        "rows": {
+            path: {"shape": n.shape, "rows": n.rows, "is_table": n.is_table}
+            for path, n in nodes.items()
+            if isinstance(n, TrainedRows)
+        },
         "arrays": jax.tree.map(checksum, arrays),
         "base": base_fingerprint(params),
         "about": dict(about or {}),
@@ -173,21 +178,11 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
-def _rows(node: TrainedRows) -> dict[str, Any]:
-    return {"shape": list(node.shape), "rows": list(node.rows), "is_table": node.is_table}
-
-
 def _settings(weight: LoraWeight) -> dict[str, Any]:
-    return {
-        "shape": list(weight.shape),
-        "in_axes": list(weight.roles.in_axes),
-        "out_axes": list(weight.roles.out_axes),
-        "ranks": list(weight.ranks),
-        "scale": np.asarray(weight.scale).tolist(),
-        "dropout": weight.dropout,
-        "frozen": list(weight.frozen),
-        "uses": weight.uses,
-    }
+    names = ("shape", "ranks", "dropout", "frozen", "uses")
+    settings = {name: getattr(weight, name) for name in names}
+    scale = np.asarray(weight.scale).tolist()
+    return {**settings, **dataclasses.asdict(weight.roles), "scale": scale}
 
 
 def _arrays(path: str, node: Node) -> dict[str, Any]:
@@ -269,11 +264,10 @@ def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]
     settings = {**metadata["weights"], **metadata["rows"]}
     wanted = {path: tuple(each["shape"]) for path, each in settings.items()}
     wanted |= {path: _type(metadata["arrays"][path]["value"])[0] for path in metadata["trained"]}
-    wrong = [path for path, shape in wanted.items() if shapes.get(path) != shape]
-    if wrong:
-        here = {path: f"{list(shape)} in the tree" for path, shape in shapes.items()}
+    if wrong := [path for path, shape in wanted.items() if shapes.get(path) != shape]:
+        here = {path: f"{list(shape)}" for path, shape in shapes.items()}
         shown = [
-            f"{path}: {list(wanted[path])} in the adapter, {here.get(path, 'missing in the tree')}"
+            f"{path}: {list(wanted[path])} in the adapter, {here.get(path, 'missing')} in the tree"
             for path in wrong[:5]
         ]
         raise AdapterError(
@@ -311,14 +305,13 @@ def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, Any]]:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, items)["adapter"]
     except Exception as error:  # whatever the storage layers raise for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise AdapterError(f"the adapter {folder} is damaged: {reason[:300]}") from None
     for path, parts in metadata["arrays"].items():
-        for name, described in parts.items():
-            if checksum(restored[path][name]) != described:
-                raise AdapterError(
-                    f"the adapter {folder} is damaged: {path}/{name} is not what was saved"
-                )
+        found = {name: checksum(array) for name, array in restored[path].items()}
+        if wrong := differing(parts, found):
+            name = f"{path}/{wrong[0]}"
+            raise AdapterError(f"the adapter {folder} is damaged: {name} is not what was saved")
     # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that
     # are not committed would compile again.
     arrays: dict[str, dict[str, Any]] = jax.tree.map(np.asarray, restored)

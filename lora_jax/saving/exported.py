@@ -53,7 +53,7 @@ def _register(kind: type[Node], static: Sequence[str], arrays: Sequence[str]) ->
 def _plain(name: str, value: Any) -> Any:
     """Returns a static field as JSON has it."""
     if isinstance(value, AxisRoles):
-        return {"in_axes": value.in_axes, "out_axes": value.out_axes}
+        return dataclasses.asdict(value)
     if name == "extras":
         return [_name_of(part) for part in value]
     return [operator.index(n) for n in value] if name in ("ranks", "rows") else value

@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.factored import factor_shapes, matrices_of
 from lora_jax.core.magnitude import wide
+from lora_jax.core.parts import filled
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Leaf
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
@@ -94,14 +95,7 @@ def _adapted(leaf: Leaf, path: str, choice: Adapted, key: jax.Array, starts: Sta
         copies = {"a": jnp.array(a, copy=True), "b": jnp.array(b, copy=True)}
         arrays |= {"start_a": a, "start_b": b, **copies}
     node = LoraWeight(
-        leaf,
-        arrays,
-        roles=choice.roles,
-        ranks=choice.ranks,
-        dropout=rule.dropout,
-        extras=rule.parts,
-        frozen=rule.frozen,
-        uses=rule.uses,
+        leaf, arrays, choice.roles, choice.ranks, rule.dropout, rule.parts, rule.frozen, rule.uses
     )
     key = fold_in_path(key, path)
 
@@ -148,11 +142,11 @@ def _draw(leaf: Leaf, path: str, choice: Adapted, scale: jax.Array, key: jax.Arr
         return initialise(ranks[0])
     none = FactorShape(batch[1:], fan_in, fan_out, 0)
     empty = jnp.zeros(none.a, dtype), jnp.zeros(none.b, dtype)
-
-    def filled(layer: int, rank: int) -> Factors:
-        a, b = initialise(rank, layer) if rank else empty
-        kept, more = [(0, 0)] * len(batch), (0, max(ranks) - rank)
-        return jnp.pad(a, [*kept, more]), jnp.pad(b, [*kept[1:], more, (0, 0)])
-
-    a, b = zip(*(filled(layer, rank) for layer, rank in enumerate(ranks)), strict=True)
-    return jnp.stack(a), jnp.stack(b)
+    layers = [initialise(rank, i) if rank else empty for i, rank in enumerate(ranks)]
+    a, b = (
+        jnp.stack([filled(factor, axis, max(ranks)) for factor in factors])
+        for factors, axis in zip(
+            zip(*layers, strict=True), (len(batch), len(batch) - 1), strict=True
+        )
+    )
+    return a, b

@@ -6,6 +6,7 @@ number is put behind its name; unrolled, ``layers_3`` is read as ``layers/3``.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,7 @@ def tensors_of(
         logical path.
     """
     named = {path: _names(path, leaf, stacks) for path, leaf in leaves.items()}
-    _check_stacks(leaves, named, stacks)
+    _check_stacks(named, stacks)
     every = [name for names in named.values() for name in names]
     if len(set(every)) < len(every):
         twice = next(name for name in every if every.count(name) > 1)
@@ -115,15 +116,13 @@ def _logical(path: str) -> str:
     return re.sub(r"(?<![^/])(\w*[a-zA-Z])_(\d+)(?![^/])", r"\1/\2", path)
 
 
-def _check_stacks(
-    leaves: Mapping[str, Leaf], named: Mapping[str, Sequence[str]], stacks: Sequence[str]
-) -> None:
+def _check_stacks(named: Mapping[str, Sequence[str]], stacks: Sequence[str]) -> None:
     lengths: dict[str, tuple[str, int]] = {}
-    for path in leaves:
+    for path, names in named.items():
         if (stack := _stack_of(path, stacks)) is not None:
-            first, length = lengths.setdefault(stack, (path, len(named[path])))
-            if length != len(named[path]):
-                found = f"{first!r} begins with {length}, {path!r} with {len(named[path])}"
+            first, length = lengths.setdefault(stack, (path, len(names)))
+            if length != len(names):
+                found = f"{first!r} begins with {length}, {path!r} with {len(names)}"
                 raise ValueError(_no_stack(stack, found))
 
 
@@ -142,14 +141,13 @@ def _layers(names: Sequence[str]) -> dict[str, str]:
         for name, segments in split.items()
     }
     holders = {tuple(split[name][:i]) for name, i in numbered.items() if i is not None}
-    modules = [segments[:-1] for segments in split.values()]
-    holders.add(tuple(modules[0][: min(_common(modules[0], module) for module in modules)]))
+    holders.add(tuple(_common(*(segments[:-1] for segments in split.values()))))
 
     def layer(name: str) -> str:
         segments, i = split[name], numbered[name]
         if i is not None:
             return "/".join(segments[: i + 1])
-        shared = max(_common(segments, holder) for holder in holders)
+        shared = max(len(_common(segments, holder)) for holder in holders)
         return "/".join(segments[: min(shared + 1, len(segments) - 1)])
 
     return {name: layer(name) for name in names}
@@ -161,7 +159,7 @@ def _natural(path: str) -> list[tuple[bool, int, str]]:
     return [(not s.isdecimal(), int(s) if s.isdecimal() else 0, s) for s in segments]
 
 
-def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """Returns the number of first segments that two paths share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+def _common(*paths: Sequence[str]) -> list[str]:
+    """Returns the first segments that paths share."""
+    each = itertools.takewhile(lambda same: len({*same}) == 1, zip(*paths, strict=False))
+    return [segments[0] for segments in each]

@@ -190,8 +190,6 @@ def _together(theta: jax.Array, keys: jax.Array, scales: jax.Array, size: int) -
     n = len(keys)
     at_once = max(k for k in range(1, n + 1) if n % k == 0 and k * size <= max(size, _SMALL))
     changes: jax.Array = jax.lax.map(
-        lambda one: _drawn_again(theta, one[0], one[1], (size,)),
-        (keys, scales),
-        batch_size=at_once,
+        lambda one: _drawn_again(theta, one[0], one[1], (size,)), (keys, scales), batch_size=at_once
     )
     return changes

@@ -20,6 +20,7 @@ from lora_jax.subspace.moving import draws_of
 from lora_jax.subspace.space import Subspace, Theta, make
 
 FACTS = "subspace"  # its name among the facts about an adapter
+_GIVEN = ("dimension", "kind", "seed", "targets", "exclude")  # arguments of `make`, as they are
 _BESIDE, _BASE, _KEYS = "subspace", "base", "keys"
 
 
@@ -96,17 +97,9 @@ def facts_of(space: Subspace) -> dict[str, Any]:
     >>> lj.subspace.facts_of(space)["seed"]
     7
     """
-
-    def listed(value: Any) -> Any:
-        return value if isinstance(value, str) else list(value)
-
+    facts = {name: getattr(space, name) for name in (*_GIVEN, "stacks")}
     return {
-        "dimension": space.dimension,
-        "kind": space.kind,
-        "seed": space.seed,
-        "targets": listed(space.targets),
-        "exclude": listed(space.exclude),
-        "stacks": listed(space.stacks),
+        **{name: list(fact) if isinstance(fact, tuple) else fact for name, fact in facts.items()},
         "size": space.size,
         "layers": len(space.layers),
         "draws": checksum(draws_of(space.seed)),
@@ -176,7 +169,7 @@ def load(
         )
     if space is not None:
         _check_same(folder, facts, facts_of(space))
-    given = {name: facts[name] for name in ("dimension", "kind", "seed", "targets", "exclude")}
+    given = {name: facts[name] for name in _GIVEN}
     try:
         found = make(base, **given, stacks=tuple(facts["stacks"]))
     except ValueError as error:

@@ -7,7 +7,6 @@ it. Both follow from a seed, so a file need not hold them. As in PEFT, each is d
 uniform distribution for a matrix of its own shape: U(±√(6/in)) for A, U(±√(6/r)) for B.
 """
 
-import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -42,31 +41,22 @@ class Projections:
         del leaf
         rank, (ins, outs) = max(kernel.ranks), kernel.sides
         width_in, width_out = self.widths[rank]
-        draw = functools.partial(self._first_columns, rank=rank, dtype=kernel.dtype)
+
+        def seen(name: str, sizes: tuple[int, ...], width: int, fan: int) -> jax.Array:
+            """Returns the columns of a matrix that a weight sees, in the shape of its axes."""
+
+            def first() -> jax.Array:
+                key, bound = fold_in_path(jax.random.key(self.seed), name), math.sqrt(6 / fan)
+                matrix = jax.random.uniform(key, (rank, width), kernel.dtype, -bound, bound)
+                return matrix[:, : math.prod(sizes)].reshape(rank, *sizes)
+
+            return self._once((name, rank, kernel.dtype, sizes), first)
+
         return {
-            "shared_a": draw("a", sizes=ins, width=width_in, fan=width_in),
-            "shared_b": draw("b", sizes=outs, width=width_out, fan=rank),
+            "shared_a": seen("a", ins, width_in, width_in),
+            "shared_b": seen("b", outs, width_out, rank),
             "seed": self._once("seed", lambda: jnp.asarray(self.seed, jnp.uint32)),
         }
-
-    def _first_columns(
-        self,
-        name: str,
-        *,
-        sizes: tuple[int, ...],
-        width: int,
-        fan: int,
-        rank: int,
-        dtype: DTypeLike,
-    ) -> jax.Array:
-        """Returns the columns of a matrix that a weight sees, in the shape of its axes."""
-
-        def first() -> jax.Array:
-            key, bound = fold_in_path(jax.random.key(self.seed), name), math.sqrt(6 / fan)
-            matrix = jax.random.uniform(key, (rank, width), dtype, -bound, bound)
-            return matrix[:, : math.prod(sizes)].reshape(rank, *sizes)
-
-        return self._once((name, rank, dtype, sizes), first)
 
     def _once(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
         if key in self._drawn:

@@ -15,7 +15,7 @@ from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.per_example.axes import Axes
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.traces import EagerTraces
-from lora_jax.adapt.transform import follow, run
+from lora_jax.adapt.transform import run
 from lora_jax.core.factored import ExamplesError
 from lora_jax.lorafy import map_nodes
 from lora_jax.models.families import family_of
@@ -229,7 +229,7 @@ def test_mixed_examples_are_declined(case):
         fn = functools.partial(_over_devices, fn)
         why = "shard_map"
     with pytest.raises(ExamplesError, match=why):
-        follow(fn, (bank(trees(), IDS), X), {}, Axes((None, 0)))
+        at_once(fn, Axes((None, 0), 0), bank(trees(), IDS), X)
 
 
 def _over_devices(fn, p, x):
@@ -238,7 +238,7 @@ def _over_devices(fn, p, x):
 
 
 def test_results_have_the_axes_that_were_asked_for():
-    """Checks the axes that are found, before a run and in it; unused values may mix examples."""
+    """Checks that only the axes that are found are accepted; unused values may mix examples."""
 
     def fn(p, x, *, bias):
         unused = x.mean(0) @ p["up"]
@@ -246,14 +246,13 @@ def test_results_have_the_axes_that_were_asked_for():
         return {"y": (x @ p["up"] + bias[:, None]).swapaxes(0, 1), "n": jnp.ones(4), "three": 3}
 
     tree, bias = bank(trees(), IDS), jnp.ones((4, 1))
-    found = follow(fn, (tree, X), {"bias": bias}, Axes((None, 0)))
-    assert found == {"y": 1, "n": None, "three": None}
-    asked = {"y": 1, "n": 0, "three": None}  # what is the same for all has any axis
-    assert follow(fn, (tree, X), {"bias": bias}, Axes((None, 0), asked)) == asked
+    asked = {"y": 1, "n": None, "three": None}
+    for n in (None, 0):  # what is the same for all has any axis
+        at_once(fn, Axes((None, 0), {**asked, "n": n}), tree, X, bias=bias)
     with pytest.raises(ExamplesError, match="along axis 1; the axis that was asked for is 0"):
         at_once(fn, Axes((None, 0), {**asked, "y": 0}), tree, X, bias=bias)
     with pytest.raises(ExamplesError, match="merged with others"):
-        follow(lambda p, x: (x @ p["up"]).reshape(20, 10), (tree, X), {}, Axes((None, 0)))
+        at_once(lambda p, x: (x @ p["up"]).reshape(20, 10), Axes((None, 0), 0), tree, X)
     with pytest.raises(ValueError, match="rows|adapters for 4 of 3"):
         at_once(fn, Axes((None, 0), asked), tree, X[:3], bias=bias[:3])
 

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 
 import lora_jax as lj
+from lora_jax import folders
 from lora_jax.hf import load, save
 from lora_jax.models import (
     WeightsError,
@@ -248,9 +250,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_pretrained(out, model, params, dtype=jnp.float16)
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write_json", "put_in_place"])
+@pytest.mark.parametrize(
+    ("module", "step"), [(save, "save_file"), (save, "_write_json"), (folders, "put_in_place")]
+)
 def test_an_interrupted_save_leaves_what_was_there(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, params = decoder(CASE)
     out = tmp_path / "out"
@@ -261,7 +265,7 @@ def test_an_interrupted_save_leaves_what_was_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(save, step, interrupted)
+        patch.setattr(module, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_pretrained(out, model, params)
     assert seen == [".out.partial"]
@@ -273,7 +277,7 @@ def test_an_interrupted_save_leaves_what_was_there(
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
     more = jax.tree.map(lambda x: x + 1, params)
     with monkeypatch.context() as patch:
-        patch.setattr(save, step, interrupted)
+        patch.setattr(module, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_pretrained(out, model, more, overwrite=True)
     same(from_pretrained(out)[1], params)

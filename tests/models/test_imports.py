@@ -13,12 +13,12 @@ OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub"
 # What the files of a folder may import, of this package: what lies below it, and itself.
 SHARED = ("core.types", "hf", "models.layers", "models.causal", "models.rows", "models.specs")
 BELOW = {
-    "hf": ("core.types", "folders", "hf", "quantized"),
+    "hf": ("core.paths", "core.types", "folders", "hf", "quantized"),
     "models/layers": ("core.types", "models.layers"),
     "models/decoder": (*SHARED, "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),
     "models/gpt2": (*SHARED, "models.gpt2"),
-    "models": ("core.types", "hf", "models", "quantized"),
+    "models": ("core.types", "folders", "hf", "models", "quantized"),
 }
 
 

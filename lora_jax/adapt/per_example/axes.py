@@ -25,11 +25,11 @@ class Axes:
       of_args: a prefix of the positional arguments. None for what is the same for all examples, the
         adapted tree among it.
       of_result: a prefix of the function's result, or a function that returns one for a tree like
-        the result; "found" to take them as they are.
+        the result. A result that is the same for all examples has any axis of their number.
     """
 
     of_args: Any
-    of_result: Any = "found"
+    of_result: Any
 
 
 def mapped(call: Call, nodes: Mapping[int, Value], axes: Axes) -> dict[int, int]:
@@ -81,18 +81,24 @@ class _Leaf:
 
 
 def follow_trace(
-    traced: Trace, weights: Mapping[int, Factored], call: Call, axes: Mapping[int, int]
+    traced: Trace,
+    weights: Mapping[int, Factored],
+    call: Call,
+    axes: Mapping[int, int],
+    of_result: Any,
 ) -> Followed:
-    """Returns where the examples lie in a function's values.
+    """Returns where the examples lie in a function's values, after a check of its result.
 
     Args:
       traced: trace of the call.
       weights: by place among its leaves.
       call: the call.
       axes: see `mapped`.
+      of_result: see `Axes`.
 
     Raises:
-      ExamplesError: there are no examples, or their number is not that of the weights' rows.
+      ExamplesError: there are no examples, or their number is not that of the weights' rows; an
+        output mixes examples, or its examples lie elsewhere than asked.
     """
     if not axes:
         raise ExamplesError("no argument holds examples")
@@ -115,22 +121,12 @@ def follow_trace(
         weight = weights.get(place)
         return None if weight is None or weight.rows is None else Kernel(weight.labels)
 
-    return followed(traced.jaxpr, [known(place) for place in traced.places], n)
+    found = followed(traced.jaxpr, [known(place) for place in traced.places], n)
+    _check_result(traced, found, n, of_result)
+    return found
 
 
-def axes_of_result(traced: Trace, found: Followed, n: int, expected: Any) -> Any:
-    """Returns the axes of a function's result, None for what is the same for all examples.
-
-    Args:
-      traced: trace of the function.
-      found: labels of its jaxpr.
-      n: the number of examples.
-      expected: the axes that the result must have; see `Axes.of_result`. A result that is the same
-        for all examples has any axis of size n.
-
-    Raises:
-      ExamplesError: an output mixes examples, or its examples lie elsewhere.
-    """
+def _check_result(traced: Trace, found: Followed, n: int, expected: Any) -> None:
     inner, _ = eqns.opened(traced.jaxpr)
     types = [eqns.type_of(atom) for atom in inner.outvars]
     known = list(zip(found.outputs, types, strict=True))
@@ -144,13 +140,10 @@ def axes_of_result(traced: Trace, found: Followed, n: int, expected: Any) -> Any
         raise ExamplesError("the function writes what depends on the examples")
     if callable(expected):
         expected = expected(result)
-    if not isinstance(expected, str):
-        for place, want in _pairs(expected, result):
-            shape = np.shape(each[place][1])
-            want = want if want is None else want % len(shape) if shape else want
-            _check(axes[place], want, shape, n)
-            axes[place] = want
-    return jax.tree.map(lambda place: axes[place], result)
+    for place, want in _pairs(expected, result):
+        shape = np.shape(each[place][1])
+        want = want if want is None else want % len(shape) if shape else want
+        _check(axes[place], want, shape, n)
 
 
 def _axis(known: Known, shape: Sequence[int], n: int) -> int | None:

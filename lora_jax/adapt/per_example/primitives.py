@@ -25,56 +25,52 @@ def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
     return tuple(eqns.type_of(eqn.outvars[0]).shape)
 
 
-def _elementwise(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    return [agreed(given)] * len(eqn.outvars)
-
-
 def each(_: JaxprEqn, given: Sequence[Known], __: int) -> list[Known]:
     """Returns what is known of the operands: each is an output."""
     return list(given)
 
 
-def _along(verb: str, name: str) -> Rule:
-    """Returns the rule for an operation along axes: any but that of the examples."""
+def _moved(
+    where: Callable[[JaxprEqn, int], int] = lambda _, axis: axis,
+    problem: str = "",
+    mixes: Callable[[JaxprEqn, int], object] = lambda *_: False,
+) -> Rule:
+    """Returns the rule for a primitive in whose operands the examples lie along one axis.
+
+    Args:
+      where: (equation, that axis) -> their axis in the outputs; by default the same.
+      problem: what the primitive does where `mixes` is true of the same.
+      mixes: whether it mixes examples.
+    """
 
     def rule(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-        at, axes = agreed(given), eqn.params[name]
-        axes = axes if isinstance(axes, Sequence) else (axes,)
-        if at.axis in axes:
-            raise MixesError(f"{verb} the axis of the examples")
-        return [at] * len(eqn.outvars)
+        at = agreed(given)
+        if mixes(eqn, at.axis):
+            raise MixesError(problem)
+        return [At(where(eqn, at.axis), at.inner)] * len(eqn.outvars)
 
     return rule
 
 
-def _reduced(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at, axes = agreed(given), eqn.params["dimensions" if eqn.primitive.name == "reduce" else "axes"]
-    if at.axis in axes:
-        raise MixesError("reduces over the examples")
-    return [_without(at, axes)] * len(eqn.outvars)
+def _axes(eqn: JaxprEqn, name: str) -> list[int]:
+    """Returns the axes that a parameter names: one or several, counted from either end."""
+    axes = eqn.params[name]
+    axes = axes if isinstance(axes, Sequence) else [axes]
+    return [axis % len(shape_of(eqn)) for axis in axes]
 
 
-def _without(at: At, axes: Sequence[int]) -> At:
-    """Returns where the examples lie once other axes are gone."""
-    return At(at.axis - sum(axis < at.axis for axis in axes), at.inner)
+def _along(name: str, problem: str) -> Rule:
+    """Returns the rule for an operation along the axes that a parameter names."""
+    return _moved(problem=problem, mixes=lambda eqn, axis: axis in _axes(eqn, name))
 
 
-def _squeezed(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at, ndim = agreed(given), len(shape_of(eqn))
-    axes = [axis % ndim for axis in eqn.params["dimensions"]]
-    if at.axis in axes:
-        raise MixesError("drops the axis of the examples")
-    return [_without(at, axes)]
-
-
-def _transposed(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at = agreed(given)
-    return [At(tuple(eqn.params["permutation"]).index(at.axis), at.inner)]
-
-
-def _broadcast(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at = agreed(given)
-    return [At(eqn.params["broadcast_dimensions"][at.axis], at.inner)]
+def _dropping(name: str, problem: str) -> Rule:
+    """Returns the rule for an operation whose outputs lack the axes that a parameter names."""
+    return _moved(
+        lambda eqn, axis: axis - sum(gone < axis for gone in _axes(eqn, name)),
+        problem,
+        lambda eqn, axis: axis in _axes(eqn, name),
+    )
 
 
 def _reshape(eqn: JaxprEqn, given: Sequence[Known], n: int) -> list[Known]:
@@ -83,76 +79,24 @@ def _reshape(eqn: JaxprEqn, given: Sequence[Known], n: int) -> list[Known]:
     return [reshaped(agreed(given), n, shape_of(eqn), out_shape(eqn))]
 
 
-def _stacked(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at = agreed(given)
-    return [At(at.axis + (at.axis >= eqn.params["axis"]), at.inner)]
+def _is_shortened(eqn: JaxprEqn, axis: int) -> bool:
+    return shape_of(eqn)[axis] != out_shape(eqn)[axis]
 
 
-def _unstacked(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at, axis = agreed(given), eqn.params["axis"]
-    if at.axis == axis:
-        raise MixesError("takes the axis of the examples apart")
-    return [_without(at, [axis])] * len(eqn.outvars)
+def _is_sliced(eqn: JaxprEqn, axis: int) -> bool:
+    strides = eqn.params["strides"]
+    return _is_shortened(eqn, axis) or (strides is not None and strides[axis] != 1)
 
 
-def _sliced(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at, params = agreed(given), eqn.params
-    strides = params["strides"] or (1,) * len(params["start_indices"])
-    if strides[at.axis] != 1 or out_shape(eqn)[at.axis] != shape_of(eqn)[at.axis]:
-        raise MixesError("takes some of the examples")
-    return [at]
-
-
-def _padded(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at = agreed(given)
-    if any(eqn.params["padding_config"][at.axis]):
-        raise MixesError("pads the axis of the examples")
-    return [at]
-
-
-def _windowed(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at, params = agreed(given), eqn.params
+def _has_windows(eqn: JaxprEqn, axis: int) -> bool:
     names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
-    there = [params[name][at.axis] for name in names if name in params]
-    if any(n != 1 for n in there) or any(params["padding"][at.axis]):
-        raise MixesError("has windows over the axis of the examples")
-    return [at] * len(eqn.outvars)
+    there = [eqn.params[name][axis] for name in names if name in eqn.params]
+    return any(n != 1 for n in there) or any(eqn.params["padding"][axis])
 
 
-def _transformed(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at = agreed(given)
-    if at.axis >= len(shape_of(eqn)) - len(eqn.params["fft_lengths"]):
-        raise MixesError("transforms along the axis of the examples")
-    return [at]
-
-
-def _of_keys(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    """Keys, or their words, keep their axes; those of what is made of them come after."""
-    at = agreed(given)
-    if at.axis >= min(len(shape_of(eqn)), len(out_shape(eqn))):
-        raise MixesError("makes keys of several examples")
-    return [at]
-
-
-def _bits_cast(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    if shape_of(eqn) != out_shape(eqn):
-        raise MixesError("casts to another width")
-    return [agreed(given)]
-
-
-def _updated(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    """An update in place, `dynamic_update_slice`: of all examples alike."""
-    at = agreed(given)
-    if shape_of(eqn, 0)[at.axis] != shape_of(eqn, 1)[at.axis]:
-        raise MixesError("updates some of the examples")
-    return [at]
-
-
-def _dynamically_sliced(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
-    at = agreed(given)
-    if shape_of(eqn)[at.axis] != out_shape(eqn)[at.axis]:
-        raise MixesError("takes some of the examples")
-    return [at]
+def _is_of_keys(eqn: JaxprEqn, axis: int) -> bool:
+    """Returns whether an axis is not one of keys, or of their words: of what is made of them."""
+    return axis >= min(len(shape_of(eqn)), len(out_shape(eqn)))
 
 
 _ELEMENTWISE = (
@@ -166,32 +110,54 @@ _ELEMENTWISE = (
 ).split()
 _REDUCTIONS = "sum max min prod and or xor".split()
 
+_IN_PART = "takes some of the examples"
+_OVER = "reduces over the examples"
+
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    **dict.fromkeys((f"reduce_{name}" for name in _REDUCTIONS), _reduced),
-    **dict.fromkeys(("argmax", "argmin", "reduce"), _reduced),
+    **dict.fromkeys(_ELEMENTWISE, _moved()),
+    **dict.fromkeys((f"reduce_{name}" for name in _REDUCTIONS), _dropping("axes", _OVER)),
+    **dict.fromkeys(("argmax", "argmin"), _dropping("axes", _OVER)),
+    "reduce": _dropping("dimensions", _OVER),
     **dict.fromkeys(("optimization_barrier", "device_put"), each),
     **dict.fromkeys(("sharding_constraint", "reshard"), each),
     **dict.fromkeys(
-        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along("accumulates", "axis")
+        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
+        _along("axis", "accumulates the axis of the examples"),
     ),
-    **dict.fromkeys(("random_bits", "random_split", "random_wrap", "random_unwrap"), _of_keys),
-    **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _windowed),
-    "sort": _along("sorts", "dimension"),
-    "top_k": _along("sorts", "axis"),
-    "rev": _along("reverses", "dimensions"),
-    "concatenate": _along("joins values along", "dimension"),
-    "split": _along("splits", "axis"),
-    "squeeze": _squeezed,
-    "transpose": _transposed,
-    "broadcast_in_dim": _broadcast,
+    **dict.fromkeys(
+        ("random_bits", "random_split", "random_wrap", "random_unwrap"),
+        _moved(problem="makes keys of several examples", mixes=_is_of_keys),
+    ),
+    **dict.fromkeys(
+        ("reduce_window_sum", "reduce_window_max", "reduce_window_min"),
+        _moved(problem="has windows over the axis of the examples", mixes=_has_windows),
+    ),
+    "sort": _along("dimension", "sorts the axis of the examples"),
+    "top_k": _along("axis", "sorts the axis of the examples"),
+    "rev": _along("dimensions", "reverses the axis of the examples"),
+    "concatenate": _along("dimension", "joins values along the axis of the examples"),
+    "split": _along("axis", "splits the axis of the examples"),
+    "squeeze": _dropping("dimensions", "drops the axis of the examples"),
+    "transpose": _moved(lambda eqn, axis: tuple(eqn.params["permutation"]).index(axis)),
+    "broadcast_in_dim": _moved(lambda eqn, axis: eqn.params["broadcast_dimensions"][axis]),
     "reshape": _reshape,
-    "stack": _stacked,
-    "unstack": _unstacked,
-    "slice": _sliced,
-    "pad": _padded,
-    "fft": _transformed,
-    "bitcast_convert_type": _bits_cast,
-    "dynamic_slice": _dynamically_sliced,
-    "dynamic_update_slice": _updated,
+    "stack": _moved(lambda eqn, axis: axis + (axis >= eqn.params["axis"])),
+    "unstack": _dropping("axis", "takes the axis of the examples apart"),
+    "slice": _moved(problem=_IN_PART, mixes=_is_sliced),
+    "pad": _moved(
+        problem="pads the axis of the examples",
+        mixes=lambda eqn, axis: any(eqn.params["padding_config"][axis]),
+    ),
+    "fft": _moved(
+        problem="transforms along the axis of the examples",
+        mixes=lambda eqn, axis: axis >= len(shape_of(eqn)) - len(eqn.params["fft_lengths"]),
+    ),
+    "bitcast_convert_type": _moved(
+        problem="casts to another width", mixes=lambda eqn, _: shape_of(eqn) != out_shape(eqn)
+    ),
+    "dynamic_slice": _moved(problem=_IN_PART, mixes=_is_shortened),
+    "dynamic_update_slice": _moved(
+        problem="updates some of the examples",
+        mixes=lambda eqn, axis: shape_of(eqn, 0)[axis] != shape_of(eqn, 1)[axis],
+    ),
 }

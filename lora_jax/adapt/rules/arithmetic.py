@@ -6,7 +6,7 @@ copy of it for each row of such vectors; add other arrays and weights; and join 
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
-from lora_jax.core.parts import AXES, NEUTRAL, RANK, Axes, sizes
+from lora_jax.core.parts import AXES, NEUTRAL, RANK, Axes, filled, rank_axis, sizes
 from lora_jax.core.types import Outcome, Value
 
 
@@ -35,12 +35,7 @@ def _div(_: Interpreter, use: Use) -> Outcome:
 def _neg(_: Interpreter, use: Use) -> Outcome:
     (weight,) = use.values
     turned = {name: -weight.parts[name] for name in ("scale", "shift") if name in weight.parts}
-    return [weight.replace(base=_bases(use)[0], **turned)]
-
-
-def _bases(use: Use) -> list[Value]:
-    """Returns the equation's outputs for W alone."""
-    return use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
+    return [weight.replace(base=use.bind(use.bases)[0], **turned)]
 
 
 # The parts that a factor multiplies, by the role of the axes that it varies along; "batch" where it
@@ -58,10 +53,10 @@ def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     if not jnp.issubdtype(factor.dtype, jnp.floating):
         return None
     shape = factor.shape or (1,) * len(weight.labels)
-    (base,) = _bases(use)
+    (base,) = use.bind(use.bases)
     if base.shape != weight.base.shape:
-        kept = (label == "batch" or n == m for label, n, m in _each(weight, base.shape))
-        if not all(kept):
+        axes = zip(weight.labels, weight.base.shape, base.shape, strict=True)
+        if not all(label == "batch" or n == m for label, n, m in axes):
             return None  # the weight itself is stretched along in or out axes
         weight = weight.relabelled(base, weight.labels, weight.base.shape)
     long = {label for n, label in zip(shape, weight.labels, strict=True) if n != 1}
@@ -76,11 +71,6 @@ def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
         if name in weight.parts
     }
     return [weight.replace(base=base, **changed)]
-
-
-def _each(weight: Factored, shape: Sequence[int]) -> Iterable[tuple[Label, int, int]]:
-    """Returns the role of each axis of a weight, its size, and its size in another shape."""
-    return zip(weight.labels, weight.base.shape, shape, strict=True)
 
 
 def _laid_out(array: jax.Array, axes: Axes, dtype: DTypeLike) -> jax.Array:
@@ -100,7 +90,7 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
         return None  # the weight itself is stretched, or it is (W + s·AB)·diag(g)
     if sign < 0 and isinstance(values[1], Factored):
         weights[-1] = weights[-1].replace(scale=-weights[-1].scale)
-    (base,) = _bases(use)
+    (base,) = use.bind(use.bases)
     if len(weights) == 1:
         return [weights[0].replace(base=base)]
     aligned = _aligned(weights)
@@ -182,13 +172,10 @@ def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
     weights = [v for v in aligned if isinstance(v, Factored)]
     if role == "in" and any(map(has_more, weights)):
         return None  # each part has a gain of its own for the same columns
-    (base,) = use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
-    join = _end_to_end
+    (base,) = use.bind(use.bases)
+    join = _end_to_end if role == "batch" else _side_by_side
     if role != "batch":
-        aligned, join = (
-            [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned],
-            _side_by_side,
-        )
+        aligned = [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned]
     names = {name for v in aligned if isinstance(v, Factored) for name in v.parts}
     joined = {name: join(name, aligned, first, dimension) for name in names}
     return [dataclasses.replace(first, base=base, parts=joined)]
@@ -202,11 +189,7 @@ def _end_to_end(name: str, values: Sequence[Value], first: Factored, dimension: 
     def part(value: Value) -> jax.Array:
         if not isinstance(value, Factored) or name not in value.parts:
             return _neutral(name, value, values, first, rank)
-        array = value.parts[name]
-        if RANK not in axes or value.rank == rank:
-            return array
-        missing = [(0, rank - value.rank) if axis == RANK else (0, 0) for axis in axes]
-        return jnp.pad(array, missing)
+        return filled(value.parts[name], rank_axis(AXES[name], first.labels), rank)
 
     return jnp.concatenate([part(value) for value in values], axis=axes.index(dimension))
 

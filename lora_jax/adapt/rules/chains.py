@@ -46,7 +46,7 @@ def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     if kept is None:
         return None
     values = list(use.values)
-    values[1 - kept] = interpreter.merged(values[1 - kept], use.eqn.primitive.name, use.eqn)
+    values[1 - kept] = interpreter.merged(values[1 - kept], use.name, use.eqn)
     return dot_general(interpreter, dataclasses.replace(use, values=values))
 
 
@@ -105,7 +105,7 @@ def _chained(use: Use, left: Factored, right: Factored) -> Factored:
         if axis not in (*contract[axes], *batch[axes])
     ]
     names, labels = zip(*shared, *free, strict=True)
-    (base,) = use.bind([as_array(left.base), as_array(right.base)])
+    (base,) = use.bind(use.bases)
     size = dict(zip(names, base.shape, strict=True))
     stack = [name for name, label in zip(names, labels, strict=True) if label == "batch"]
     rows, columns = (

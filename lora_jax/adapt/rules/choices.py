@@ -15,7 +15,7 @@ from lora_jax.adapt.rules.arithmetic import has_more, mirrored
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
-from lora_jax.core.parts import AXES, NEUTRAL, rank_axis, sizes
+from lora_jax.core.parts import AXES, NEUTRAL, filled, rank_axis, sizes
 from lora_jax.core.types import Outcome
 
 
@@ -74,13 +74,7 @@ def in_form(weight: Factored, form: Form) -> Factored:
             shape = sizes(AXES[name], weight.base.shape, form.labels, form.rank)
             return jnp.full(shape, NEUTRAL.get(name, 0), dtype)
         array, axis = weight.parts[name], rank_axis(AXES[name], form.labels)
-        array = array if array.dtype == dtype else array.astype(dtype)
-        if axis < 0 or weight.rank == form.rank:
-            return array
-        widths = [
-            (0, form.rank - weight.rank if place == axis else 0) for place in range(array.ndim)
-        ]
-        return jnp.pad(array, widths)
+        return filled(array if array.dtype == dtype else array.astype(dtype), axis, form.rank)
 
     parts = {name: part(name, dtype) for name, dtype in form.dtypes.items()}
     return dataclasses.replace(weight, base=as_array(weight.base), parts=parts)

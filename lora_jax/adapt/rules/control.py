@@ -72,8 +72,7 @@ def _constants(
     origins = sources(body) if weights else ()
     same = [place for place in weights if origins[place] == first + place]
     for place in weights.keys() - same:
-        name = f"{use.eqn.primitive.name} (as a carry)"
-        carries[place] = interpreter.merged(weights[place], name, use.eqn)
+        carries[place] = interpreter.plain(weights[place], use, "as a carry")
     return {place: carries.pop(place) for place in same}
 
 
@@ -96,12 +95,10 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
 
     def step(carry: dict[int, Value], xs: Any) -> tuple[dict[int, Value], list[Value]]:
         parts, index = xs
-        known = {place: at_site(value, index) for place, value in constant.items()} | carry
         slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]
-        ordered = [known[place] for place in range(scan.n_carry)]
-        outputs = body(*(at_site(value, index) for value in consts), *ordered, *slices)
+        outputs = body(*_arguments(consts, constant, carry, index), *slices)
         outputs = [
-            output if place in constant else _plain(interpreter, output, use, "as an output")
+            output if place in constant else interpreter.plain(output, use, "as an output")
             for place, output in enumerate(outputs)
         ]
         return {place: outputs[place] for place in carry}, outputs[scan.n_carry :]
@@ -110,6 +107,14 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     carry, ys = lax.scan(step, carries, (sliced, steps), **how)
     final = constant | carry | dict(enumerate(ys, scan.n_carry)) | same
     return [final[place] for place in range(len(live))]
+
+
+def _arguments(
+    consts: Sequence[Value], constant: dict[int, Value], carry: dict[int, Value], index: Any
+) -> list[Value]:
+    """Returns what a loop's body takes first in an iteration: consts, then all that it carries."""
+    known = {place: at_site(value, index) for place, value in constant.items()} | carry
+    return [*(at_site(value, index) for value in consts), *map(known.get, range(len(known)))]
 
 
 def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
@@ -162,28 +167,25 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     condition, body = map(interpreter.function, (loop.condition, loop.body))
     n_axes = eqns.type_of(eqns.opened(loop.condition)[0].outvars[0]).ndim
 
-    def arguments(consts: list[Value], state: _State) -> list[Value]:
+    def goes_on(state: _State) -> jax.Array:
         index, carry = state
-        known = {place: at_site(value, index) for place, value in constant.items()} | carry
-        ordered = [known[place] for place in range(n_carry)]
-        return [*(at_site(value, index) for value in consts), *ordered]
-
-    def go_on(state: _State) -> jax.Array:
-        goes_on: jax.Array = condition(*arguments(of_condition, state))[0]
-        return goes_on.any() if n_axes else goes_on
+        wanted: jax.Array = condition(*_arguments(of_condition, constant, carry, index))[0]
+        return wanted
 
     def step(state: _State) -> _State:
-        outputs, (index, before) = body(*arguments(of_body, state)), state
-        kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in before}
+        index, before = state
+        outputs = body(*_arguments(of_body, constant, before, index))
+        kept = {p: interpreter.plain(outputs[p], use, "as a carry") for p in before}
         if n_axes:
-            goes_on = condition(*arguments(of_condition, state))[0]
+            wanted = goes_on(state)
             for p, after in kept.items():
                 axes = range(n_axes, after.ndim)
-                kept[p] = jnp.where(lax.expand_dims(goes_on, axes), after, before[p])
+                kept[p] = jnp.where(lax.expand_dims(wanted, axes), after, before[p])
         return (None if index is None else index + 1), kept
 
     start = jnp.int32(0) if _has_keys(use.values) else None
-    _, carry = lax.while_loop(go_on, step, (start, init))
+    any_goes_on = (lambda state: goes_on(state).any()) if n_axes else goes_on
+    _, carry = lax.while_loop(any_goes_on, step, (start, init))
     final = constant | carry
     return [final[place] for place in range(n_carry)]
 
@@ -206,7 +208,7 @@ def _cond(interpreter: Interpreter, use: Use) -> Outcome:
         def leave(place: int, value: Value) -> Value:
             if place in forms:
                 return in_form(value, forms[place])
-            return _plain(interpreter, value, use, "as an output")
+            return interpreter.plain(value, use, "as an output")
 
         return lambda *args: list(map(leave, range(len(live)), body(*args)))
 
@@ -235,13 +237,6 @@ def _forms(
     return forms
 
 
-def _plain(interpreter: Interpreter, value: Value, use: Use, how: str) -> Value:
-    """Returns a value as an array: a weight that would leave a loop or a branch is merged."""
-    if not isinstance(value, Factored):
-        return value
-    return interpreter.merged(value, f"{use.eqn.primitive.name} ({how})", use.eqn)
-
-
 def _has_keys(values: Sequence[Value]) -> bool:
     return any(isinstance(v, Factored) and v.key is not None for v in values)
 
@@ -254,7 +249,7 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
     operands = [_splittable(value, spec, there.mesh) for value, spec in pairs]
 
     def run(*values: Any) -> list[Value]:
-        return [_plain(interpreter, output, use, "as an output") for output in body(*values)]
+        return [interpreter.plain(output, use, "as an output") for output in body(*values)]
 
     return jax.shard_map(
         run,

@@ -1,5 +1,6 @@
 """Finds, without running a jaxpr, which inputs it returns and which outputs may be weights."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,7 @@ def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
 
     It looks into functions, loops and branches, and follows axes that are moved away and back.
     """
-    inner, _ = eqns.opened(jaxpr)
-    known = {var: place for place, var in enumerate(inner.invars)}
-    return tuple(map(_unmoved, _origins(jaxpr, known)))
+    return tuple(map(_unmoved, _of_inputs(jaxpr)))
 
 
 def sources_among(jaxpr: eqns.AnyJaxpr, places: Mapping[Any, int]) -> Sources:
@@ -125,16 +124,15 @@ def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, .
       given: which of its inputs are adapted weights.
     """
     inner, _ = eqns.opened(jaxpr)
-    held = {var for var, is_weight in zip(inner.invars, given, strict=True) if is_weight}
+    held = set(itertools.compress(inner.invars, given))
 
     def is_held(atom: Any) -> bool:
         return not eqns.is_literal(atom) and atom in held
 
     for eqn in inner.eqns:
-        operands = [is_held(atom) for atom in eqn.invars]
+        operands = list(map(is_held, eqn.invars))
         if any(operands):
-            results = zip(eqn.outvars, _passed_on(eqn, operands), strict=True)
-            held |= {out for out, is_weight in results if is_weight}
+            held |= set(itertools.compress(eqn.outvars, _passed_on(eqn, operands)))
     return tuple(map(is_held, inner.outvars))
 
 

@@ -88,17 +88,13 @@ def _same(_: Interpreter, use: Use) -> Outcome:
     """Applies the equation to the base alone: a name, a copy, a barrier, a placement."""
     if len(use.values) == 1:
         return [use.values[0].replace(base=use.rearranged(use.values[0]))]
-    outputs = use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
+    outputs = use.bind(use.bases)
     return [
         (value if is_base(value.base) else value.replace(base=output))
         if isinstance(value, Factored)
         else output
         for value, output in zip(use.values, outputs, strict=True)
     ]
-
-
-def _stop_gradient(_: Interpreter, use: Use) -> Outcome:
-    return [jax.tree.map(lax.stop_gradient, use.values[0])]
 
 
 def _everywhere(_: Interpreter, use: Use) -> Outcome:
@@ -220,7 +216,7 @@ def _pad(_: Interpreter, use: Use) -> Outcome:
     weight = _only_weight(use)
     if weight is None or weight.key is not None or weight.gain is not None:
         return None
-    (base,) = use.bind([as_array(weight.base), use.values[1]])
+    (base,) = use.bind(use.bases)
     widths = use.params["padding_config"]
 
     def pad(array: jax.Array, axes: Axes) -> jax.Array:
@@ -233,7 +229,7 @@ def _pad(_: Interpreter, use: Use) -> Outcome:
 LAYOUT_RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _rearrange),
     **dict.fromkeys(("convert_element_type", "real"), _convert),
-    "stop_gradient": _stop_gradient,
+    "stop_gradient": lambda _, use: [jax.tree.map(lax.stop_gradient, use.values[0])],
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "rev": _rev,

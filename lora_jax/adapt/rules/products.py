@@ -137,7 +137,7 @@ def check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
         return
     raise MergeError(
         f"the weight {weight.path!r} has a bias on B, which is added to what comes out of its out "
-        f"axes, but {use.eqn.primitive.name!r} at {place_of(use.eqn)} contracts them (a tied head, "
+        f"axes, but {use.name!r} at {place_of(use.eqn)} contracts them (a tied head, "
         "a transposed use): that product has no place for the bias, in PEFT either. Set "
         "bias_on_b=False in the rule of this weight; or, for a table that is looked up too, "
         "uses='lookup', which leaves the tied head as it was"

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import scale_in_a
 from lora_jax.core.axes import Label
-from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import RANK, Axes
@@ -41,7 +40,7 @@ def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
         return _contracted(use, _dropped(weight, gone[0]), axes, stack)
     if is_dropped(weight) or (stack and (weight.gain is not None or weight.shift is not None)):
         return None
-    (base,) = use.bind([as_array(weight.base)])
+    (base,) = use.bind(use.bases)
     ranks = math.prod(weight.base.shape[axis] for axis in stack) * weight.rank
     summed = _without(weight, axes)
     if stack and ranks > min(math.prod(summed.sizes("in")), math.prod(summed.sizes("out"))):
@@ -54,7 +53,7 @@ def _contracted(use: Use, weight: Factored, axes: Sequence[int], stack: Sequence
     """Returns the sum of W + s·AB over all axes of a role, and over axes of its stack."""
     if stack and weight.gain is not None:
         return None
-    (total,) = use.bind([as_array(weight.base)])
+    (total,) = use.bind(use.bases)
     part = _without(weight, axes)
     stack = [axis - sum(a < axis for a in axes) for axis in stack]
     dtype = wide(total.dtype)

@@ -27,9 +27,7 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
     solve = eqns.linear_solve_of(use.eqn)
 
     def plain(value: Value) -> Value:
-        if not isinstance(value, Factored):
-            return value
-        return interpreter.merged(value, use.eqn.primitive.name, use.eqn)
+        return interpreter.plain(value, use)
 
     def called(part: eqns.SolverFunction) -> Callable[[Sequence[Value]], list[Value]]:
         body, consts = interpreter.function(part.jaxpr), use.values[part.consts]

@@ -1,7 +1,6 @@
 """Sums of the factors of several adapters: exact ones, and PEFT's `add_weighted_adapter`."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,12 +26,18 @@ class How:
         magnitude, or random ones (DARE, Yu et al., arXiv 2311.03099). None: none.
       elects: whether the mean is taken over the elements that have the sign of the majority (TIES,
         Yadav et al., arXiv 2306.01708), rather than the sum over all.
+      name: name of the way, for messages.
+      density: the share of elements that pruning leaves.
+      sign: the majority's: of the sum of elements ("total"), or of their signs ("frequency").
     """
 
     what: Literal["ranks", "factors", "changes"]
     prunes: Literal["magnitude", "random"] | None = None
     elects: bool = False
     is_compressed: bool = False
+    name: str = ""
+    density: float = 1.0
+    sign: Sign = "total"
 
 
 _PRUNED: dict[str, tuple[Literal["magnitude", "random"], bool]] = {
@@ -58,8 +63,6 @@ def combined(
     *,
     how: How,
     rank: int = 0,
-    density: float = 1.0,
-    sign: Sign = "total",
     is_mirrored: bool = False,
 ) -> Factors:
     """Returns A [batch…, r, in] and B [batch…, r, out] of several adapters of one matrix or stack.
@@ -71,25 +74,22 @@ def combined(
       scales: scales of each adapter, s [batch…].
       weights: weights of the adapters, [n].
       key: a PRNG key, of which random pruning makes use.
-      how: one of `HOWS`.
+      how: one of `HOWS`, with the options that it takes.
       rank: rank of the result, where it is compressed.
-      density: the share of elements that pruning leaves.
-      sign: the majority's: of the sum of elements ("total"), or of their signs ("frequency").
       is_mirrored: whether PEFT calls B what is A here: signs of weights go to its A.
     """
     with jax.default_matmul_precision("highest"):
         if how.what == "ranks":
             return _side_by_side(factors, scales, weights, rank if how.is_compressed else None)
-        summed = functools.partial(_summed, how=how, density=density, sign=sign)
         if how.what == "changes":
-            return _of_changes(factors, scales, weights, key, rank, summed)
+            return _of_changes(factors, scales, weights, key, rank, how)
         factor = jnp.stack([s * w for s, w in zip(scales, weights, strict=True)])[..., None, None]
         root = jnp.sqrt(jnp.abs(factor))
         signed = jnp.where(factor < 0, -root, root)
         key_a, key_b = jax.random.split(key)
         a, b = (jnp.stack(one) for one in zip(*factors, strict=True))
         of_a, of_b = (root, signed) if is_mirrored else (signed, root)
-        return summed(a, of_a, key_a), summed(b, of_b, key_b)
+        return _summed(a, of_a, key_a, how), _summed(b, of_b, key_b, how)
 
 
 def _side_by_side(
@@ -108,7 +108,7 @@ def _of_changes(
     weights: jax.Array,
     key: jax.Array,
     rank: int,
-    summed: functools.partial[jax.Array],
+    how: How,
 ) -> Factors:
     """Returns the factors of a sum of changes s·AB, one matrix of the stack after the other."""
     batch = scales[0].shape
@@ -117,29 +117,27 @@ def _of_changes(
         factors, scales, key = member
         each = zip(factors, scales, strict=True)
         changes = jnp.stack([s * (a.mT @ b) for (a, b), s in each])
-        return nearest_factors(summed(changes, weights[:, None, None], key), rank)
+        return nearest_factors(_summed(changes, weights[:, None, None], key, how), rank)
 
     keys = jax.random.split(key, batch)
     return map_batch(of_one, (list(factors), list(scales), keys), len(batch))
 
 
-def _summed(
-    tensors: jax.Array, weights: jax.Array, key: jax.Array, *, how: How, density: float, sign: Sign
-) -> jax.Array:
+def _summed(tensors: jax.Array, weights: jax.Array, key: jax.Array, how: How) -> jax.Array:
     """Returns the weighted sum of matrices [n, batch…, rows, columns] over the first axis.
 
     PEFT's `task_arithmetic`, `magnitude_prune`, `ties`, `dare_linear` and `dare_ties`: the majority
     is that of the tensors without their weights.
     """
-    if how.prunes == "magnitude" and density < 1:
-        tensors = _largest(tensors, density)
-    elif how.prunes == "random" and density < 1:
-        kept = jax.random.bernoulli(key, density, tensors.shape)
-        tensors = jnp.where(kept, tensors / density, 0)
+    if how.prunes == "magnitude" and how.density < 1:
+        tensors = _largest(tensors, how.density)
+    elif how.prunes == "random" and how.density < 1:
+        kept = jax.random.bernoulli(key, how.density, tensors.shape)
+        tensors = jnp.where(kept, tensors / how.density, 0)
     weighted = tensors * weights
     if not how.elects:
         return jnp.sum(weighted, axis=0)
-    votes = jnp.sum(tensors if sign == "total" else jnp.sign(tensors), axis=0)
+    votes = jnp.sum(tensors if how.sign == "total" else jnp.sign(tensors), axis=0)
     agree = jnp.sign(tensors) == jnp.where(votes >= 0, 1, -1).astype(tensors.dtype)
     count = jnp.maximum(jnp.sum(agree, axis=0), 1).astype(tensors.dtype)
     return jnp.sum(jnp.where(agree, weighted, 0), axis=0) / count

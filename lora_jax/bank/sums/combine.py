@@ -1,5 +1,6 @@
 """Sums of adapters over one base: one adapter that stands for several, with weights."""
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bank.sums.arithmetic import HOWS, How, Sign
-from lora_jax.bank.sums.same_base import names_of, shared_base
+from lora_jax.bank.sums.lowrank import with_factors
+from lora_jax.bank.sums.same_base import shared_base
 from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
 from lora_jax.core.base import as_array
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import BaseLike, Tree
-from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
+from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, map_leaves
 from lora_jax.lorafy import nodes_of
 
 _Terms = Mapping[int, Any]  # nodes of one path, by the index of their tree
@@ -101,26 +103,25 @@ def combine(
         )
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
         raise ValueError(f"combine: the weight {wrong[0]} is not finite")
-    earlier = shared_base("combine", names_of(trees) | ({} if base is None else {"base": base}))
+    named = {f"trees[{index}]": tree for index, tree in enumerate(trees)}
+    earlier = shared_base("combine", named if base is None else {**named, "base": base})
     terms = _terms(trees, base)
     for path, of_path in terms.items():
-        _check_terms(path, of_path, how, chosen, earlier, weights)
-    options = {"density": density or 1.0, "sign": majority_sign_method or "total"}
+        _check_terms(path, of_path, chosen, earlier, weights)
     key = jax.random.key(0) if key is None else key
 
     def result(path: str) -> Node:
         of_path = terms[path]
         used = np.asarray([weights[index] for index in of_path])
         if nodes := [node for node in of_path.values() if isinstance(node, LoraWeight)]:
-            return _weight(nodes, used, chosen, rank, fold_in_path(key, path), options)
+            return _weight(nodes, used, chosen, rank, fold_in_path(key, path))
         return _in_full(list(of_path.values()), used, earlier.get(path))
 
-    leaves, treedef = leaves_of(trees[0])
-    return treedef.unflatten(result(path) if path in terms else leaf for path, leaf in leaves)
+    return map_leaves(lambda path, leaf: result(path) if path in terms else leaf, trees[0])
 
 
 def _checked(
-    how: str, rank: int | None, density: float | None, sign: str | None, key: jax.Array | None
+    how: str, rank: int | None, density: float | None, sign: Sign | None, key: jax.Array | None
 ) -> How:
     """Returns the way to combine, after a check of the options that it takes and needs."""
     if how not in HOWS:
@@ -146,7 +147,7 @@ def _checked(
         raise ValueError(f"combine: majority_sign_method={sign!r}: choose 'total' or 'frequency'")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"combine: rank={rank!r}: a rank is an integer of at least 1")
-    return chosen
+    return dataclasses.replace(chosen, name=how, density=density or 1.0, sign=sign or "total")
 
 
 def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node]]:
@@ -169,12 +170,7 @@ def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node
 
 
 def _check_terms(
-    path: str,
-    terms: _Terms,
-    how: str,
-    chosen: How,
-    earlier: Mapping[str, Any],
-    weights: Sequence[float],
+    path: str, terms: _Terms, how: How, earlier: Mapping[str, Any], weights: Sequence[float]
 ) -> None:
     """Raises a ValueError where the nodes of one path have no sum."""
     lora = [index for index, node in terms.items() if isinstance(node, LoraWeight)]
@@ -209,27 +205,22 @@ def _check_terms(
                     f"combine: {path!r} has {name} {mine} in trees[{lora[0]}] and {theirs} in "
                     f"trees[{index}]: adapt it with the same {name} in all trees"
                 )
-        if chosen.what == "factors" and node.start is not None:
+        if how.what == "factors" and node.start is not None:
             raise ValueError(
                 f"combine: trees[{index}] has {path!r} from an initialiser that takes factors out "
-                f"of the base, which how={how!r} cannot sum apart: choose 'exact' or 'svd'"
+                f"of the base, which how={how.name!r} cannot sum apart: choose 'exact' or 'svd'"
             )
-    if chosen.what == "factors":
+    if how.what == "factors":
         for ranks in ranks_by_layer(list(terms.values())):
             if len({rank for rank in ranks if rank}) > 1:
                 raise ValueError(
-                    f"combine: {path!r} has the ranks {list(ranks)}, and how={how!r} sums factors "
-                    "of one rank only: choose 'exact', 'svd' or one that ends in '_svd'"
+                    f"combine: {path!r} has the ranks {list(ranks)}, and how={how.name!r} sums "
+                    "factors of one rank only: choose 'exact', 'svd' or one that ends in '_svd'"
                 )
 
 
 def _weight(
-    nodes: Sequence[LoraWeight],
-    weights: np.ndarray,
-    how: How,
-    rank: int | None,
-    key: jax.Array,
-    options: Mapping[str, Any],
+    nodes: Sequence[LoraWeight], weights: np.ndarray, how: How, rank: int | None, key: jax.Array
 ) -> LoraWeight:
     """Returns the sum of the nodes of one weight."""
     first, by_layer = nodes[0], ranks_by_layer(nodes)
@@ -238,7 +229,7 @@ def _weight(
     n_lanes = 2 if first.uses == "each" else 1
     each = [tuple(rank // n_lanes for rank in ranks) for ranks in by_layer]
     ranks = tuple(n_lanes * rank_of_sum(r, (sizes[0], sizes[1]), how, rank) for r in each)
-    a, b = summed(
+    factors = summed(
         [{name: n.arrays[name] for name in ARRAYS if name in n.arrays} for n in nodes],
         jnp.asarray(weights, wide(dtype)),
         key,
@@ -248,21 +239,9 @@ def _weight(
         uses=first.uses,
         how=how,
         dtype=dtype,
-        **options,
     )
-    node = first.replace(
-        ranks=ranks if len(set(ranks)) > 1 else ranks[:1],
-        extras=(),
-        frozen=first.frozen if all(n.frozen == first.frozen for n in nodes) else (),
-        arrays={},
-    )
-    on = np.asarray([rank > 0 for rank in node.ranks], np.float32)
-    on = on.reshape(-1, *[1] * (node.n_batch - 1)) if node.n_batch else on[0]
-    node = node.replace(
-        a=a.reshape(node.shape_of("a")),
-        b=b.reshape(node.shape_of("b")),
-        scale=jnp.asarray(np.broadcast_to(on, first.scale.shape)),
-    )
+    frozen = first.frozen if all(n.frozen == first.frozen for n in nodes) else ()
+    node = with_factors(first.replace(extras=(), frozen=frozen), factors, ranks)
     extras = tuple(dict.fromkeys(part for n in nodes for part in n.extras))
     for part in extras:  # whose shift is s times its array
         has = [part in n.extras for n in nodes]

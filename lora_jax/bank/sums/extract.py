@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.sums.lowrank import Factors, stacked, with_roots
+from lora_jax.bank.sums.lowrank import Factors, stacked, with_factors, with_roots
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array, member
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import layout
 from lora_jax.core.types import BaseLike, Leaf, Tree
-from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
+from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of, map_leaves
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import LoraRule, Rule
 
@@ -145,10 +145,15 @@ def extract(
             + (f"; {next(iter(lost))!r} does, among {len(lost)}" if lost else "")
         )
     if lost:
-        warnings.warn(_warning(lost), ExtractWarning, stacklevel=2)
+        some = ", ".join(list(lost)[:5]) + (", …" if len(lost) > 5 else "")
+        warnings.warn(
+            f"{len(lost)} leaves have changed and are no part of the adapter: {some}. Keep them "
+            "whole by a TrainRule(targets=[…]) among the rules, or all by keep_rest=True",
+            ExtractWarning,
+            stacklevel=2,
+        )
     in_full = tuple(path for path, node in found.items() if isinstance(node, Trained))
-    leaves, treedef = leaves_of(before)
-    tree = treedef.unflatten(found.get(path, leaf) for path, leaf in leaves)
+    tree = map_leaves(found.get, before)
     return tree, Extraction(ranks, errors, in_full, lost)
 
 
@@ -208,15 +213,7 @@ def _weight(
             groups.append(([layer], (a[None], b[None]) if depth > 1 else (a, b)))
     if not groups:
         return None
-    (a, b), ranks = stacked(groups, depth)
-    weight = node.replace(ranks=ranks)
-    on = np.asarray([r > 0 for r in ranks], np.float32)
-    on = on.reshape(-1, *[1] * (n - 1)) if n else on[0]
-    return weight.replace(
-        a=a.reshape(weight.shape_of("a")),
-        b=b.reshape(weight.shape_of("b")),
-        scale=jnp.asarray(np.broadcast_to(on, node.scale.shape)),
-    ), math.sqrt(left / whole)
+    return with_factors(node, *stacked(groups, depth)), math.sqrt(left / whole)
 
 
 def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
@@ -290,11 +287,3 @@ def _length(array: jax.Array) -> jax.Array:
 
 def _is_float(array: jax.Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
-
-
-def _warning(lost: Mapping[str, float]) -> str:
-    some = ", ".join(list(lost)[:5]) + (", …" if len(lost) > 5 else "")
-    return (
-        f"{len(lost)} leaves have changed and are no part of the adapter: {some}. Keep them whole "
-        "by a TrainRule(targets=[…]) among the rules, or all by keep_rest=True"
-    )

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax.core.parts import filled
+from lora_jax.core.weight import LoraWeight
+
 Factors = tuple[jax.Array, jax.Array]  # A [batch…, r, in] and B [batch…, r, out]
 
 
@@ -63,6 +66,14 @@ def with_roots(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> Factors:
     return root * u[..., :rank].mT, root * vt[..., :rank, :]
 
 
+def with_factors(node: LoraWeight, factors: Factors, ranks: tuple[int, ...]) -> LoraWeight:
+    """Returns a weight with other factors, and a scale of 1; of 0 in layers of rank 0."""
+    node = node.replace(arrays={}, ranks=ranks if len(set(ranks)) > 1 else ranks[:1])
+    a, b = (f.reshape(node.shape_of(name)) for f, name in zip(factors, "ab", strict=True))
+    scale = node.where_adapted(jnp.ones(node.shape_of("scale"), jnp.float32), 0)
+    return node.replace(a=a, b=b, scale=scale)
+
+
 def stacked(
     groups: Iterable[tuple[list[int], Factors | None]], depth: int
 ) -> tuple[Factors, tuple[int, ...]]:
@@ -89,7 +100,7 @@ def stacked(
 
     def whole(parts: list[jax.Array]) -> jax.Array:
         *batch, _, width = parts[0].shape
-        parts = [_filled(part, largest) for part in parts]
+        parts = [filled(part, -2, largest) for part in parts]
         if absent:
             shape = (len(absent), *batch[1:], largest, width)
             parts.append(jnp.zeros(shape, parts[0].dtype))
@@ -97,8 +108,3 @@ def stacked(
 
     a, b = (whole([factors[which] for _, factors in found]) for which in (0, 1))
     return (a, b), tuple(ranks) if len(set(ranks)) > 1 else (largest,)
-
-
-def _filled(factor: jax.Array, rank: int) -> jax.Array:
-    more = [(0, 0)] * (factor.ndim - 2) + [(0, rank - factor.shape[-2]), (0, 0)]
-    return jnp.pad(factor, more)

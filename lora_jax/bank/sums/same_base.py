@@ -1,10 +1,10 @@
 """The base that several adapted trees share, checked before any work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.base import is_abstract
-from lora_jax.core.types import BaseLike, Leaf, Tree
+from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import Trained, is_node, leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
 
@@ -22,56 +22,36 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
     Raises:
       ValueError: the trees have different paths, shapes or frozen values.
     """
-    first, *others = trees
-    found = {name: leaves_of(tree)[0] for name, tree in trees.items()}
-    paths = [path for path, _ in found[first]]
+    found = {name: dict(leaves_of(tree)[0]) for name, tree in trees.items()}
+    first = next(iter(found))
     base: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for name, leaves in found.items():
-        if [path for path, _ in leaves] != paths:
-            only = sorted(set(paths) ^ {path for path, _ in leaves})
+        if list(leaves) != list(found[first]):
+            only = sorted(leaves.keys() ^ found[first].keys())
             raise ValueError(
                 f"{what}: {first} and {name} have different leaves, {only[:3]} among them: the "
                 "trees are to be adapted trees of one base"
             )
-        for path, leaf in leaves:
-            if not isinstance(leaf, Trained):
-                owner.setdefault(path, name)
-                base.setdefault(path, leaf.base if is_node(leaf) else leaf)
-    shapes = {path: getattr(leaf, "shape", None) for path, leaf in found[first]}
-    for name in others:
-        unlike = {}
-        for path, leaf in found[name]:
-            here = leaf.base if is_node(leaf) else leaf
-            if getattr(here, "shape", None) != shapes[path]:
+        unlike: dict[str, Any] = {}
+        for path, leaf in leaves.items():
+            mine, here = (x.base if is_node(x) else x for x in (found[first][path], leaf))
+            shapes = [getattr(x, "shape", None) for x in (mine, here)]
+            if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"{what}: {path!r} has the shape {shapes[path]} in {first} and "
-                    f"{getattr(here, 'shape', None)} in {name}: the trees have different bases"
+                    f"{what}: {path!r} has the shape {shapes[0]} in {first} and {shapes[1]} in "
+                    f"{name}: the trees have different bases"
                 )
-            if not isinstance(leaf, Trained) and here is not base[path]:
+            if isinstance(leaf, Trained):
+                continue
+            owner.setdefault(path, name)
+            if base.setdefault(path, here) is not here and not is_abstract((here, base[path])):
                 unlike[path] = here
-        _check_equal(what, name, unlike, base, owner)
+        mine = {path: base[path] for path in unlike}
+        if wrong := differing(base_fingerprint(mine), base_fingerprint(unlike)):
+            raise ValueError(
+                f"{what}: {owner[wrong[0]]} and {name} have different bases: {len(wrong)} frozen "
+                f"leaves differ, {', '.join(wrong[:3])} among them. Load all adapters onto one "
+                "base, load_adapter(folder, params)"
+            )
     return base
-
-
-def _check_equal(
-    what: str,
-    name: str,
-    theirs: Mapping[str, BaseLike],
-    base: Mapping[str, BaseLike],
-    owner: Mapping[str, str],
-) -> None:
-    """Raises a ValueError where leaves that are not the same objects have other values."""
-    seen = [p for p, leaf in theirs.items() if not is_abstract(leaf) and not is_abstract(base[p])]
-    mine, others = ({p: leaves[p] for p in seen} for leaves in (base, theirs))
-    if wrong := differing(base_fingerprint(mine), base_fingerprint(others)):
-        raise ValueError(
-            f"{what}: {owner[wrong[0]]} and {name} have different bases: {len(wrong)} frozen "
-            f"leaves differ, {', '.join(wrong[:3])} among them. Load all adapters onto one base, "
-            "load_adapter(folder, params)"
-        )
-
-
-def names_of(trees: Sequence[Tree]) -> dict[str, Tree]:
-    """Returns the trees by their names in messages: "trees[0]", "trees[1]", …"""
-    return {f"trees[{index}]": tree for index, tree in enumerate(trees)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax.bank.sums.arithmetic import How, Sign, combined
+from lora_jax.bank.sums.arithmetic import How, combined
 from lora_jax.bank.sums.lowrank import Factors, stacked
 from lora_jax.core.magnitude import wide
 from lora_jax.core.weight import LoraWeight
@@ -49,8 +49,7 @@ def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: How, rank: int | None
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("by_layer", "ranks", "n_batch", "uses", "how", "density", "sign", "dtype"),
+    jax.jit, static_argnames=("by_layer", "ranks", "n_batch", "uses", "how", "dtype")
 )
 def summed(
     arrays: Sequence[Mapping[str, jax.Array]],
@@ -62,8 +61,6 @@ def summed(
     n_batch: int,
     uses: str,
     how: How,
-    density: float,
-    sign: Sign,
     dtype: DTypeLike,
 ) -> Factors:
     """Returns A [batch…, r, in] and B [batch…, r, out] of a sum; ranks are filled up with zeros.
@@ -76,7 +73,7 @@ def summed(
       ranks: ranks of the sum in each layer, as `by_layer` has them.
       n_batch: the number of batch axes.
       uses: uses of the weight; of "each", both halves of the rank are sums of their own.
-      how, density, sign: see `lora_jax.bank.sums.arithmetic.combined`.
+      how: see `lora_jax.bank.sums.arithmetic.combined`.
       dtype: dtype of the result.
     """
     layers_of: dict[Ranks, list[int]] = defaultdict(list)
@@ -101,8 +98,6 @@ def summed(
                 jax.random.fold_in(jax.random.fold_in(key, lane), layers[0]),
                 how=how,
                 rank=ranks[layers[0]] // n_lanes,
-                density=density,
-                sign=sign,
                 is_mirrored=lane == 1 or uses == "product",
             )
 

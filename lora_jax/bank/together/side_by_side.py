@@ -63,10 +63,10 @@ def side_by_side(
     endings: dict[str, Ending] = {}
     numbers: dict[str, int] = {}
 
-    def advance(name: str, work: Callable[[], Any]) -> Any:
+    def advance(name: str, work: Callable[..., Any], *args: Any) -> Any:
         """Returns what a run's part of a turn gives; None where the run has ended."""
         try:
-            return work()
+            return work(*args)
         except StopIteration as end:
             endings[name] = Ending(result=end.value)
         except (Exception, Stopped) as error:
@@ -76,23 +76,24 @@ def side_by_side(
         ended(name, endings[name])
         return None
 
+    def take_turn(name: str, sent: Any) -> None:
+        """Sends a run what its last turn gave, None at first, and notes the number of its next."""
+        number = advance(name, runs[name].turns.send, sent)
+        if number is not None:
+            numbers[name] = number
+
     try:
-        for name, run in runs.items():
-            number = advance(name, lambda run=run: next(run.turns))  # type: ignore[misc]
-            if number is not None:
-                numbers[name] = number
+        for name in runs:
+            take_turn(name, None)
         while numbers:
             batches: dict[str, HostBatch] = {}
             for name, number in [*numbers.items()]:
-                batch = advance(name, lambda n=name, i=number: runs[n].batch(i))  # type: ignore[misc]
+                batch = advance(name, runs[name].batch, number)
                 if batch is not None:
                     batches[name] = batch
             found = step(batches) if batches else {}
             for name, batch in batches.items():
-                sent = found[name], runs[name].tokens(batch)
-                number = advance(name, lambda n=name, s=sent: runs[n].turns.send(s))  # type: ignore[misc]
-                if number is not None:
-                    numbers[name] = number
+                take_turn(name, (found[name], runs[name].tokens(batch)))
             turned()
     finally:
         for run in runs.values():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bank.held import Held
-from lora_jax.bank.slots import ValueSlots, WeightSlots
+from lora_jax.bank.slots import ValueSlots, WeightSlots, of_one_slot
 from lora_jax.bank.together.stacked import (
     UPDATES,
     Numbers,
@@ -24,8 +24,8 @@ from lora_jax.bank.together.stacked import (
     tree_of,
 )
 from lora_jax.bank.together.tenants import Kind, Tenant
-from lora_jax.core.types import BaseLike, Shaped, Tree
-from lora_jax.core.weight import LoraWeight, Trained, leaves_of
+from lora_jax.core.types import BaseLike, Leaf, Shaped, Tree
+from lora_jax.core.weight import LoraWeight, Trained, map_leaves
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
@@ -72,7 +72,7 @@ class Stack:
         """Adds free slots; the next step compiles anew."""
 
         old = (self.state, self.fixed)
-        new = self._empty(more, jax.tree.map(_without, old, self._axes))
+        new = self._empty(more, jax.tree.map(of_one_slot, old, self._axes))
         longer = lambda *both: jnp.concatenate(both[:2], both[2])  # noqa: E731
         self.state, self.fixed = self._placed(jax.tree.map(longer, old, new, self._axes))
         self._forget_choices()
@@ -115,7 +115,7 @@ class Stack:
         slot = self.names.index(None)
         content = content_of(self.kind, tenant)
         mine = (self._writable_state(), self._fixed_held.writable(self.fixed))
-        self.state, self.fixed = _put(mine, content, np.int32(slot), _Axes(self._axes))
+        self.state, self.fixed = _put(mine, content, np.int32(slot), _flat(self._axes))
         updates = -(-tenant.steps // UPDATES) * UPDATES
         rates = np.array(jax.vmap(tenant.schedule)(jnp.arange(updates)), np.float32)
         wide = max(updates, self._numbers.rates.shape[1])
@@ -130,7 +130,7 @@ class Stack:
     def take(self, name: str) -> State:
         """Returns a copy of the state of one adapter."""
         slot = self.names.index(name)
-        state: State = _taken(self.state, np.int32(slot), _Axes(self._axes[0]))
+        state: State = _taken(self.state, np.int32(slot), _flat(self._axes[0]))
         return state
 
     def free(self, name: str) -> None:
@@ -140,7 +140,7 @@ class Stack:
     def tree(self, name: str, base: Tree) -> Tree:
         """Returns a copy of one adapter as an adapted tree over the base."""
         slot = np.int32(self.names.index(name))
-        state, fixed = _taken((self.state, self.fixed), slot, _Axes(self._axes))
+        state, fixed = _taken((self.state, self.fixed), slot, _flat(self._axes))
         return tree_of(self.kind, base, state.adapter, fixed)
 
     def step(
@@ -202,47 +202,32 @@ class Stack:
 
         While the tree is held, no step changes it.
         """
-        leaves, treedef = leaves_of(base)
-        own = {path: {**self.state.adapter[path], **self.fixed[path]} for path in self.kind.shells}
-        tree = treedef.unflatten(
-            _slots(self.kind.shells[path], leaf, own[path], self.kind.slot_axis(path))
-            if path in own
-            else leaf
-            for path, leaf in leaves
-        )
+
+        def slots(path: str, leaf: Leaf) -> Tree:
+            if path not in self.kind.shells:
+                return leaf
+            arrays = {**self.state.adapter[path], **self.fixed[path]}
+            return _slots(self.kind.shells[path], leaf, arrays)
+
+        tree = map_leaves(slots, base)
         self._held.watch(tree)
         self._fixed_held.watch(tree)
         return tree
 
 
-class _Axes:
-    """Axes of arrays in a tree, as an argument that a compiled function is chosen by."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-        leaves, treedef = jax.tree.flatten(tree)
-        self._key = (tuple(leaves), treedef)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Axes) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _put(stacked: Tree, one: Tree, slot: jax.typing.ArrayLike, axes: _Axes) -> Tree:
-    return replaced(stacked, one, slot, axes.tree)
+def _put(stacked: Tree, one: Tree, slot: jax.typing.ArrayLike, axes: tuple[int, ...]) -> Tree:
+    return replaced(stacked, one, slot, jax.tree.unflatten(jax.tree.structure(stacked), axes))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _taken(stacked: Tree, slot: jax.typing.ArrayLike, axes: _Axes) -> Tree:
-    return indexed(stacked, slot, axes.tree)
+def _taken(stacked: Tree, slot: jax.typing.ArrayLike, axes: tuple[int, ...]) -> Tree:
+    return indexed(stacked, slot, jax.tree.unflatten(jax.tree.structure(stacked), axes))
 
 
-def _without(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
-    """Returns the shape of one slot."""
-    return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
+def _flat(axes: Tree) -> tuple[int, ...]:
+    """Returns the axes of a tree's arrays, as an argument that a compiled function is chosen by."""
+    return tuple(jax.tree.leaves(axes))
 
 
 def _empty(n: int, one: Shaped, axis: int) -> jax.Array:
@@ -253,7 +238,7 @@ def _empty(n: int, one: Shaped, axis: int) -> jax.Array:
     return jnp.zeros(shape, one.dtype)
 
 
-def _slots(shell: Any, base: BaseLike, arrays: Mapping[str, jax.Array], axis: int) -> Tree:
+def _slots(shell: Any, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Tree:
     """Returns the slots of one weight, less the base's."""
     if isinstance(shell, Trained):
         return ValueSlots({"value": arrays["value"]}, base=base)

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.together.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
 from lora_jax.core.types import Adapter, Batch, Leaf, Tree
-from lora_jax.core.weight import leaves_of
+from lora_jax.core.weight import map_leaves
 from lora_jax.lorafy import nodes_of, split, strip
 from lora_jax.training.losses import Logits, Sums
 from lora_jax.training.neftune import neftune
@@ -61,19 +61,18 @@ def traced_step(
     """
     kind = Kind.of(like)
     shapes, axes, where = form_of(kind, like)
-    if where is None:
-        where = jax.tree.map(lambda _: None, shapes)
+    places = jax.tree.map(lambda _: None, shapes) if where is None else where
 
     def stacked(one: Any, axis: int, place: Any) -> jax.ShapeDtypeStruct:
         shape = (*one.shape[:axis], slots, *one.shape[axis:])
         return jax.ShapeDtypeStruct(shape, one.dtype, sharding=place)
 
     is_none = lambda x: x is None  # noqa: E731
-    state, fixed = jax.tree.map(stacked, shapes, axes, where, is_leaf=is_none)
+    state, fixed = jax.tree.map(stacked, shapes, axes, places, is_leaf=is_none)
     sizes: Any = ((slots, UPDATES), (slots,), (slots,))
     numbers = Numbers(*(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
     active = jax.ShapeDtypeStruct((slots,), np.bool_)
-    steps = compiled_steps(kind, forward, axes, form_of(kind, like)[2], compiler_options)
+    steps = compiled_steps(kind, forward, axes, where, compiler_options)
     return steps.of_all.trace(state, fixed, numbers, strip(like.params), active, batch), state
 
 
@@ -86,14 +85,13 @@ def tree_of(kind: Kind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
       adapter: the arrays that train.
       fixed: the others beside W.
     """
-    leaves, treedef = leaves_of(base)
 
     def node(path: str, leaf: Leaf) -> Leaf:
         if path not in kind.shells:
             return leaf
         return with_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
 
-    return treedef.unflatten(node(path, leaf) for path, leaf in leaves)
+    return map_leaves(node, base)
 
 
 def content_of(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
@@ -126,7 +124,9 @@ def form_of(kind: Kind, like: Tenant) -> tuple[Tree, Tree, Tree]:
         return content_of(kind, dataclasses.replace(like, params=params, key=key))
 
     shapes: Any = jax.eval_shape(content, like.params, like.key)
-    axes = _axes(kind, shapes[0]), _axes_of_arrays(kind, shapes[1])
+    state, fixed = shapes
+    of_fixed = {p: {name: kind.slot_axis(p, name) for name in own} for p, own in fixed.items()}
+    axes = _axes(kind, state), of_fixed
     return shapes, axes, _shardings(shapes, axes, like)
 
 
@@ -137,8 +137,7 @@ def _axes(kind: Kind, state: State) -> Tree:
     """
 
     def of(keys: Any, array: Any) -> int:
-        path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
-        parameter = state.adapter.get(path, {}).get(name)
+        path, parameter = _array_at(state.adapter, keys)
         if parameter is None or parameter.shape != array.shape:
             return 0
         return kind.slot_axis(path)
@@ -146,10 +145,10 @@ def _axes(kind: Kind, state: State) -> Tree:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def _axes_of_arrays(kind: Kind, arrays: Arrays) -> Tree:
-    return {
-        path: {name: kind.slot_axis(path, name) for name in own} for path, own in arrays.items()
-    }
+def _array_at(arrays: Mapping[str, Mapping[str, Any]], keys: Any) -> tuple[str, Any]:
+    """Returns the path that a key path ends with, and the array there: a weight's, or None."""
+    path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
+    return path, arrays.get(path, {}).get(name)
 
 
 def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
@@ -169,8 +168,7 @@ def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
         return None
 
     def of(keys: Any, shape: Any, axis: int) -> NamedSharding:
-        path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
-        array = arrays.get(path, {}).get(name)
+        _, array = _array_at(arrays, keys)
         spec: list[Any] = []
         if array is not None and array.shape == shape.shape:
             spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
@@ -221,21 +219,24 @@ def compiled_steps(
     )
 
     def updated(
-        one: State,
-        own: Arrays,
+        state: State,
+        fixed: Arrays,
         numbers: Numbers,
         base: Tree,
         active: jax.Array | bool,
+        slot: jax.typing.ArrayLike,
         sums: Sums,
         grads: Adapter,
     ) -> tuple[State, Metrics]:
-        """Updates one adapter, if it is active."""
+        """Updates the adapter in one slot, if it is active, in the memory of the stack."""
+        one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
+        mine: Numbers = jax.tree.map(lambda x: x[slot], numbers)
 
         def schedule(count: jax.Array) -> Any:
-            return numbers.rates[jnp.minimum(count, numbers.rates.shape[0] - 1)]
+            return mine.rates[jnp.minimum(count, mine.rates.shape[0] - 1)]
 
         whole = tree_of(kind, base, one.adapter, own)
-        optimizer = kind.make_optimizer(schedule, whole, numbers.weight_decay, numbers.grad_clip)
+        optimizer = kind.make_optimizer(schedule, whole, mine.weight_decay, mine.grad_clip)
 
         def either(
             is_good: jax.Array, update: Callable[[], Tree], skip: Callable[[], Tree]
@@ -244,23 +245,19 @@ def compiled_steps(
 
         update = make_update(optimizer, schedule, kind.loss, either=either)
         new, metrics = update(one, sums, grads)
-        return new._replace(step=jnp.where(active, new.step, one.step)), metrics
-
-    def visit(xs: Any, state: State, slot: jax.typing.ArrayLike) -> tuple[State, Metrics]:
-        """Updates the adapter in one slot, in the memory of the stack."""
-        fixed, numbers, base, active, sums, grads = xs
-        one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
-        numbers, active, sums = jax.tree.map(lambda x: x[slot], (numbers, active, sums))
-        own_grads = indexed(grads, slot, axes.adapter)
-        new, metrics = updated(one, own, numbers, base, active, sums, own_grads)
+        new = new._replace(step=jnp.where(active, new.step, one.step))
         return replaced(state, new, slot, axes), metrics
 
     def of_all(
         state: State, fixed: Arrays, numbers: Numbers, base: Tree, active: jax.Array, batch: Batch
     ) -> tuple[State, Metrics]:
         sums, grads = gradients(state, fixed, base, batch)
-        xs = (fixed, numbers, base, active, sums, grads)
-        return lax.scan(functools.partial(visit, xs), state, jnp.arange(active.shape[0]))
+
+        def visit(state: State, slot: jax.Array) -> tuple[State, Metrics]:
+            mine = jax.tree.map(lambda x: x[slot], sums), indexed(grads, slot, axes.adapter)
+            return updated(state, fixed, numbers, base, active[slot], slot, *mine)
+
+        return lax.scan(visit, state, jnp.arange(active.shape[0]))
 
     def of_one(
         state: State,
@@ -271,9 +268,8 @@ def compiled_steps(
         batch: Batch,
     ) -> tuple[State, Metrics]:
         one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
-        mine = jax.tree.map(lambda x: x[slot], numbers)
-        new, metrics = updated(one, own, mine, base, True, *gradient_of_one(one, own, base, batch))
-        return replaced(state, new, slot, axes), metrics
+        found = gradient_of_one(one, own, base, batch)
+        return updated(state, fixed, numbers, base, True, slot, *found)
 
     out = None if where is None else (where[0], None)
     options = dict(compiler_options) if compiler_options else None

@@ -142,9 +142,7 @@ def with_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> 
     if isinstance(node, LoraWeight):
         return node.replace(base=base, arrays=dict(arrays))
     value = arrays.get("value")
-    if isinstance(node, TrainedRows):
-        return node.replace(base=base, value=value)
-    return Trained(value)
+    return Trained(value) if isinstance(node, Trained) else node.replace(base=base, value=value)
 
 
 def _form(node: Node) -> tuple[Any, ...]:

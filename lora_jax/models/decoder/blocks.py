@@ -1,7 +1,5 @@
 """The parts of a decoder layer: norms and gated MLPs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

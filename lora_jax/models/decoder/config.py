@@ -1,7 +1,5 @@
 """A decoder's configuration: the options of its forward pass."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -136,7 +134,7 @@ class DecoderConfig:
         return FAMILIES[self.model_type]
 
     @classmethod
-    def from_hf(cls, config: Fields) -> DecoderConfig:
+    def from_hf(cls, config: Fields) -> "DecoderConfig":
         """Reads the dict of a config.json, as transformers 4 and 5 write it.
 
         Every field that changes the forward pass is honoured, or refused by name. An unknown field

@@ -11,8 +11,6 @@ A token costs k products, however many experts there are. Two implementations ac
   masks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -26,18 +24,14 @@ from lora_jax.models.layers.placement import UNPLACED, Placement
 _SUBLANES = 8  # the TPU kernel takes multiples of this many rows; XLA masks for others
 
 
+Act = Callable[[jax.Array], jax.Array]
+
+
 class Experts(Protocol):
     """An implementation of the MLPs of experts. It has to be hashable."""
 
     def __call__(
-        self,
-        act: Callable[[jax.Array], jax.Array],
-        rows: jax.Array,
-        chosen: jax.Array,
-        gate: jax.Array,
-        up: jax.Array,
-        down: jax.Array,
-        /,
+        self, act: Act, rows: jax.Array, chosen: jax.Array, /, *kernels: jax.Array
     ) -> jax.Array:
         """Returns (act(row @ gate) * (row @ up)) @ down of each row, with its expert's kernels.
 
@@ -45,29 +39,21 @@ class Experts(Protocol):
           act: the activation.
           rows: [rows, d_model].
           chosen: [rows] int32, each row's expert.
-          gate, up: [experts, d_model, d_ff].
-          down: [experts, d_ff, d_model].
+          *kernels: gate and up, [experts, d_model, d_ff], and down, [experts, d_ff, d_model].
 
         Returns:
           [rows, d_model].
         """
 
 
-def by_blocks(
-    act: Callable[[jax.Array], jax.Array],
-    rows: jax.Array,
-    chosen: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-) -> jax.Array:
+def by_blocks(act: Act, rows: jax.Array, chosen: jax.Array, *kernels: jax.Array) -> jax.Array:
     """Applies experts to blocks of rows; see ``Experts`` for the arguments."""
-    blocks = blocks_of(chosen, gate.shape[0])
+    blocks = blocks_of(chosen, kernels[0].shape[0])
 
     def through(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         rows, expert = block
         of_gate, of_up, of_down = (
-            lax.dynamic_index_in_dim(kernel, expert, keepdims=False) for kernel in (gate, up, down)
+            lax.dynamic_index_in_dim(kernel, expert, keepdims=False) for kernel in kernels
         )
         return None, (act(rows @ of_gate) * (rows @ of_up)) @ of_down
 
@@ -115,18 +101,11 @@ def blocks_of(chosen: jax.Array, n_experts: int) -> Blocks:
     return Blocks(rows, experts.astype(jnp.int32), (before * rows + within).astype(jnp.int32))
 
 
-def ragged(
-    act: Callable[[jax.Array], jax.Array],
-    rows: jax.Array,
-    chosen: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-) -> jax.Array:
+def ragged(act: Act, rows: jax.Array, chosen: jax.Array, *kernels: jax.Array) -> jax.Array:
     """Applies experts to sorted rows; see ``Experts`` for the arguments."""
     n = chosen.size
     order = jnp.argsort(chosen)  # stable
-    groups = jnp.arange(gate.shape[0], dtype=chosen.dtype)
+    groups = jnp.arange(kernels[0].shape[0], dtype=chosen.dtype)
     sizes = jnp.sum(chosen == groups[:, None], axis=1, dtype=jnp.int32)
     # No row is written or read twice, so that the derivatives add in a fixed order.
     grouped = rows.at[order].get(unique_indices=True)
@@ -139,7 +118,7 @@ def ragged(
         return lax.ragged_dot(hidden, down, sizes)
 
     through = jax.checkpoint(through, policy=_keeps_products, prevent_cse=False)
-    out = through(grouped, gate, up, down)[:n]
+    out = through(grouped, *kernels)[:n]
     return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
 
 

@@ -1,22 +1,16 @@
 """A decoder's fields in Hugging Face's config.json: see ``families`` for what each family reads."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, written_eos
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.rope_fields import read_rope, write_rope
 
 _REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+).split()
 
 # Fields that ``DecoderConfig`` has under the same name, and Llama's defaults: of all families, and
 # of those that read them.
@@ -35,17 +29,12 @@ _SAME_WHERE_READ: dict[str, Any] = {
     "final_logit_softcapping": None,
 }
 
-_COMMON = {*_REQUIRED, *_SAME} | {
-    "model_type",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "eos_token_id",
-}
+_COMMON = frozenset(
+    """
+    model_type num_key_value_heads head_dim hidden_act rope_theta rope_scaling rope_parameters
+    partial_rotary_factor eos_token_id
+    """.split()
+).union(_REQUIRED, _SAME)
 
 # Known options that would change the forward pass, and the only value that is supported.
 _UNSUPPORTED: dict[str, Any] = {
@@ -55,9 +44,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "router_jitter_noise": 0.0,
     "rope_interleaved": False,
     "use_bidirectional_attention": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
 }
 
 
@@ -87,7 +73,6 @@ def read_fields(config: Fields) -> dict[str, Any]:
     heads = config["num_attention_heads"]
     window, windowed = _read_window(family, config["num_hidden_layers"], get)
     attention_bias = bool(get("attention_bias", False))
-    eos = config.get("eos_token_id")
     same = {name: get(name, default) for name, default in (_SAME | _SAME_WHERE_READ).items()}
     return {
         "model_type": family.model_type,
@@ -104,7 +89,7 @@ def read_fields(config: Fields) -> dict[str, Any]:
         "sliding_window": window,
         "windowed_layers": windowed,
         **_read_experts(family, get),
-        "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        "eos_token_ids": read_eos(config),
         **family.traits,
     }
 
@@ -133,8 +118,7 @@ def write_fields(fields: Fields) -> dict[str, Any]:
     out |= {theirs: fields[ours] for theirs, ours in family.writes.items()}
     out["architectures"] = [family.architecture]
     out["hidden_activation" if "hidden_activation" in own else "hidden_act"] = fields["hidden_act"]
-    eos = fields["eos_token_ids"]
-    out["eos_token_id"] = list(eos) if len(eos) > 1 else eos[0] if eos else None
+    out["eos_token_id"] = written_eos(fields["eos_token_ids"])
     if "attention_bias" in own:
         out["attention_bias"] = fields["o_bias"]
     if "use_sliding_window" in own:

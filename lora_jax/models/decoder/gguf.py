@@ -1,7 +1,5 @@
 """A decoder in a GGUF file: the names of its tensors, and its configuration in the metadata."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -85,34 +83,26 @@ def _read(
 
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // heads)
-    supported = {
-        "attention.value_length": head_dim,
-        "rope.dimension_count": head_dim,
-        "expert_count": 0,
-    }
-    for name, value in supported.items():
+    same_as_head = dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim)
+    for name, value in {**same_as_head, "expert_count": 0}.items():
         if get(name, value) != value:
             raise ConfigError(f"{arch}.{name}={get(name)} is not supported, only {value} is")
     if "rope_freqs.weight" in shapes:
         raise ConfigError("RoPE with scaled frequencies (rope_freqs.weight) is not supported")
-    scaling = None
-    kind = get("rope.scaling.type", "none")
-    if kind == "linear":
-        scaling = RopeScaling(kind="linear", factor=get("rope.scaling.factor"))
-    elif kind != "none":
+    if (kind := get("rope.scaling.type", "none")) not in ("none", "linear"):
         raise ConfigError(f"RoPE scaling {kind!r} is not supported")
+    scaling = None
+    if kind == "linear":
+        scaling = RopeScaling(kind=kind, factor=get("rope.scaling.factor"))
     if "model.embed_tokens.weight" not in shapes:
         raise WeightsError("there is no token_embd.weight")
     eos = metadata.get("tokenizer.ggml.eos_token_id")
-    traits = {
-        **family.traits,
-        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
-        "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
-        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
-    }
+    modules = {"qkv_bias": "self_attn.q_proj", "o_bias": "self_attn.o_proj"}
+    modules["mlp_bias"] = "mlp.gate_proj"
+    biases = {name: f"model.layers.0.{path}.bias" in shapes for name, path in modules.items()}
     return DecoderConfig(
         model_type=family.model_type,
-        **traits,
+        **{**family.traits, **biases},
         vocab_size=shapes["model.embed_tokens.weight"][0],
         hidden_size=width,
         intermediate_size=get("feed_forward_length"),

@@ -1,7 +1,5 @@
 """The decoder's key table, and the other layout in which a file may hold experts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -1,21 +1,19 @@
 """One decoder layer: norms, grouped-query attention, and an MLP or experts."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.models.causal import attended
 from lora_jax.models.decoder.blocks import MLP, norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
-from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.blocks import ModelPart, dense
-from lora_jax.models.layers.cache import LayerCache, with_slots
+from lora_jax.models.layers.cache import LayerCache
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import layer_input
 
@@ -27,13 +25,13 @@ class Step(NamedTuple):
       rope: RoPE's rotations of this call's tokens.
       window_rope: rotations in layers with a sliding window; None if all layers use ``rope``.
       mask: the keys that each token may see in layers without a sliding window.
-      filled: [] int32, the number of the cache's slots in use; None without a cache.
+      filled: [] int32, the number of the cache's slots in use.
     """
 
     rope: Rotation
     window_rope: Rotation | None
     mask: Mask
-    filled: jax.Array | None
+    filled: jax.Array
 
 
 class PerLayer(NamedTuple):
@@ -75,25 +73,14 @@ class Attention(ModelPart):
             k = norm(self, "k_norm")(k)
         rope = _chosen(layer.windowed, step.window_rope, step.rope)
         q, k = rotate(q, rope), rotate(k, rope)
-
-        keys, values = k, v
-        if layer.cache is not None and step.filled is not None:
-            keys = with_slots(layer.cache.key, k, step.filled)
-            values = with_slots(layer.cache.value, v, step.filled)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
         mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
         scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
         # All layers are one program; the name tells a plan how many of them have the window.
         with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
-            out = attend(
-                *(q, keys, values, mask, scale, cfg.attn_logit_softcapping),
-                attention=self.attention,
-                placement=self.placement,
-                shared=layer.cache and layer.cache.shared,
-            )
-        out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
-        out = self.placement.constrain(out, "features")
+            cap = cfg.attn_logit_softcapping
+            out = attended(self, q, k, v, mask, layer.cache, step.filled, scale, cap)
         return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:

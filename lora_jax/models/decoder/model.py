@@ -1,6 +1,6 @@
 """Decoder-only language models in Flax Linen, from Llama to Phi-3: see ``DecoderConfig``."""
 
-from __future__ import annotations
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
 from lora_jax.models.decoder.rope import rotations
 from lora_jax.models.layers.blocks import ModelPart, embed
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.trunk import causal_mask, extend, place, scan
+from lora_jax.models.layers.trunk import Placed, scan
 
 
 class Decoder(CausalLM):
@@ -43,15 +44,12 @@ class Decoder(CausalLM):
 
     config: DecoderConfig
     experts: str | Experts = "auto"
+    TRUNK = "model"
 
     def setup(self) -> None:
         check_experts(self.config, self.experts)
         self.model = _Trunk(*self.options, experts=self.experts)
         self.lm_head = output_head(self)
-
-    @property
-    def trunk(self) -> _Trunk:
-        return self.model
 
 
 class _Trunk(ModelPart):
@@ -59,6 +57,7 @@ class _Trunk(ModelPart):
 
     config: DecoderConfig
     experts: str | Experts = "auto"
+    n_positions = None
 
     def setup(self) -> None:
         cfg = self.config
@@ -74,22 +73,18 @@ class _Trunk(ModelPart):
     def __call__(
         self,
         input_ids: jax.Array,
-        attention_mask: jax.Array | None,
-        positions: jax.Array | None,
+        placed: Placed,
+        mask: Mask,
         cache: Cache | None,
-        segment_ids: jax.Array | None,
         embedding_noise: EmbeddingNoise | None,
-    ) -> tuple[jax.Array, Cache | None]:
-        placed = place(input_ids, attention_mask, positions, cache, segment_ids)
-        mask = causal_mask(placed, segment_ids, cache)
+    ) -> tuple[jax.Array, Any]:
         positions = placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.max_len
         rope = rotations(positions, self.config, length)
         window_rope = None
         if self.config.rope_local_theta is not None:
             window_rope = rotations(positions, self.config, length, local=True)
-        filled = None if cache is None else placed.first
-        step = Step(rope, window_rope, mask, filled)
+        step = Step(rope, window_rope, mask, placed.first)
 
         x = with_noise(self.embed_tokens(input_ids), embedding_noise)
         if self.config.scale_embeddings:
@@ -97,10 +92,5 @@ class _Trunk(ModelPart):
         x = self.placement.constrain(x, "residual")
         windowed = np.zeros(self.config.num_hidden_layers, bool)
         windowed[list(self.config.windowed_layers)] = True
-        per_layer = PerLayer(
-            jnp.asarray(windowed),
-            None if cache is None else cache.layers,
-        )
-        x, new = self.layers(x, step, per_layer)
-        x = self.placement.constrain(self.norm(x), "inputs")
-        return x, None if cache is None else extend(cache, placed, new)
+        x, new = self.layers(x, step, PerLayer(jnp.asarray(windowed), cache and cache.layers))
+        return self.placement.constrain(self.norm(x), "inputs"), new

@@ -9,10 +9,8 @@ transformers 4, whose names these are, both are ``nn.Linear`` layers, and PEFT's
 them. ``LoraRule(exclude=["gate"])`` leaves the router as it is.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from flax import linen as nn
 from jax import lax
 
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.experts import Experts, implementation
+from lora_jax.models.decoder.experts import Act, Experts, implementation
 from lora_jax.models.layers.activations import ACTIVATION
 from lora_jax.models.layers.attention import dot_wide
 from lora_jax.models.layers.blocks import ModelPart, dense
@@ -66,22 +64,15 @@ def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Ar
 
 
 def _mixed(
-    act: Callable[[jax.Array], jax.Array],
-    experts: Experts,
-    x: jax.Array,
-    weights: jax.Array,
-    chosen: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    act: Act, experts: Experts, x: jax.Array, weights: jax.Array, chosen: jax.Array, *kernels: Any
 ) -> jax.Array:
     """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the shapes."""
     width, k = x.shape[-1], weights.shape[-1]
     # The pairs lie [k, tokens]: a TPU pads the last two axes, and k is short.
-    tokens = x.reshape(-1, width).astype(gate.dtype)
+    tokens = x.reshape(-1, width).astype(kernels[0].dtype)
     rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, width)
     weights, chosen = (pairs.reshape(-1, k).T for pairs in (weights, chosen))
-    out = experts(act, rows, chosen.reshape(-1), gate, up, down)
+    out = experts(act, rows, chosen.reshape(-1), *kernels)
     out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
     return out.sum(axis=0).reshape(x.shape).astype(x.dtype)
 

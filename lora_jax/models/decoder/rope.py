@@ -1,7 +1,5 @@
 """Rotary position embedding, with the scalings of long-context models."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """RoPE's fields in Hugging Face's config.json: its base, and the scalings for long contexts."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -14,28 +12,18 @@ from lora_jax.models.decoder.families.family import DecoderFamily, Get
 _ORIGINAL = "original_max_position_embeddings"
 
 # For each kind: the fields that it needs, and those that it may have.
-_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": (("factor",), ()),
-    "llama3": (
-        ("factor", "low_freq_factor", "high_freq_factor"),
-        ("original_max_position_embeddings",),
-    ),
-    "yarn": (
-        ("factor",),
+_KINDS: dict[str, tuple[list[str], list[str]]] = {
+    kind: (needed.split(), optional.split())
+    for kind, needed, optional in (
+        ("linear", "factor", ""),
+        ("llama3", "factor low_freq_factor high_freq_factor", _ORIGINAL),
         (
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
+            "yarn",
+            "factor",
+            f"{_ORIGINAL} attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
         ),
-    ),
-    "longrope": (
-        ("short_factor", "long_factor"),
-        ("original_max_position_embeddings", "attention_factor", "factor"),
-    ),
+        ("longrope", "short_factor long_factor", f"{_ORIGINAL} attention_factor factor"),
+    )
 }
 
 

@@ -1,7 +1,5 @@
 """An encoder's configuration: the options of its forward pass, and its config.json."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -23,19 +21,8 @@ _ARCHITECTURES = {
     "classification": ("ForSequenceClassification",),
 }
 
-# Our field -> transformers' default; both have the same name. Padding's differs by family.
-_DEFAULTS: dict[str, Any] = {
-    "vocab_size": None,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "initializer_range": 0.02,
-}
+# Fields that config.json lacks, or has in another form.
+_OF_HEAD = frozenset({"head", "num_labels", "label_names", "pooling", "normalize"})
 
 # Without an effect on the output: dropout is for training; TensorFlow's BERT, older versions of
 # transformers and sentence-transformers write the rest.
@@ -52,10 +39,7 @@ _NO_EFFECT = frozenset(
 _UNSUPPORTED: dict[str, Any] = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
     "tie_word_embeddings": True,
-    "quantization_config": None,
 }
 
 
@@ -77,10 +61,10 @@ class EncoderConfig:
 
     model_type: str = "bert"
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     max_position_embeddings: int = 512
@@ -138,7 +122,7 @@ class EncoderConfig:
         return self.max_position_embeddings - self.pad_token_id - 1
 
     @classmethod
-    def from_hf(cls, config: Fields, **options: Any) -> EncoderConfig:
+    def from_hf(cls, config: Fields, **options: Any) -> "EncoderConfig":
         """Reads the dict of a config.json, as transformers 4 and 5 write it.
 
         Args:
@@ -154,9 +138,8 @@ class EncoderConfig:
         """
         family: Any = config.get("model_type")
         check_known("model_type", family, FAMILIES)
-        own = {"model_type", "pad_token_id", "num_labels", "_num_labels"}
-        own |= {"sentence_pooling", "sentence_normalize"}
-        refuse_unknown(config, family, set(_DEFAULTS) | own | _NO_EFFECT, _UNSUPPORTED)
+        own = {"num_labels", "_num_labels", "sentence_pooling", "sentence_normalize"}
+        refuse_unknown(config, family, own.union(cls._names(), _NO_EFFECT), _UNSUPPORTED)
         if config.get("vocab_size") is None:
             raise ConfigError("the configuration lacks vocab_size")
         head = options.get("head") or _head_of(config)
@@ -171,25 +154,27 @@ class EncoderConfig:
         num_labels = options.get("num_labels") or config.get("num_labels") or len(names) or 2
         if names == _numbered(len(names)) or len(names) != num_labels:
             names = ()  # none, or of another head
-        read = {
+        read: dict[str, Any] = {
             "num_labels": num_labels,
             "label_names": names,
             "pooling": config.get("sentence_pooling") or "mean",
             "normalize": bool(config.get("sentence_normalize", False)),
         }
-        return cls(
-            model_type=family,
-            pad_token_id=config.get("pad_token_id", FAMILIES[family].pad_token_id),
-            **{name: config.get(name, default) for name, default in _DEFAULTS.items()},
-            **{**read, **options, "head": head},
-        )
+        read |= {name: config[name] for name in cls._names() if name in config}
+        defaults = {"pad_token_id": FAMILIES[family].pad_token_id}
+        return cls(**{**defaults, **read, **options, "head": head})
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """Returns the fields that config.json has under the same names."""
+        return [field.name for field in dataclasses.fields(cls) if field.name not in _OF_HEAD]
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the config.json that ``from_hf`` reads back as this configuration.
 
         transformers has no name for the head "embedding": it reads such a file as a bare encoder.
         """
-        out = {name: getattr(self, name) for name in ("model_type", *_DEFAULTS, "pad_token_id")}
+        out = {name: getattr(self, name) for name in self._names()}
         written = "none" if self.head == "embedding" else self.head
         out["architectures"] = [self.family.class_name + _ARCHITECTURES[written][0]]
         names = self.label_names or _numbered(self.num_labels)

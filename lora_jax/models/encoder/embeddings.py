@@ -1,7 +1,5 @@
 """Embeds an encoder's tokens, and pools its hidden states to one embedding of a text."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

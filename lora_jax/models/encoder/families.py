@@ -1,7 +1,5 @@
 """The families of encoders: the facts by which they differ."""
 
-from __future__ import annotations
-
 import dataclasses
 
 

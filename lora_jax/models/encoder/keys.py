@@ -1,7 +1,5 @@
 """The encoder's key table, and the names that files use beside it."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any

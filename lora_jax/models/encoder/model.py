@@ -1,7 +1,5 @@
 """Encoders in Flax Linen: BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019), XLM-RoBERTa."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -127,7 +125,7 @@ class Encoder(ModelPart):
         return (self.cls if cfg.prefix == "bert" else self.lm_head)(hidden, table)
 
     @property
-    def _trunk(self) -> _Trunk:
+    def _trunk(self) -> "_Trunk":
         trunk: _Trunk = getattr(self, self.config.prefix)
         return trunk
 

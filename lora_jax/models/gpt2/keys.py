@@ -1,7 +1,5 @@
 """GPT-2's key table."""
 
-from __future__ import annotations
-
 import re
 
 from lora_jax.hf.keys import Row

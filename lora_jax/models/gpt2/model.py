@@ -1,22 +1,19 @@
 """GPT-2 in Flax Linen (Radford et al. 2019)."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.causal import CausalLM, output_head
+from lora_jax.models.causal import CausalLM, attended, output_head
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.layers.activations import activated
-from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.blocks import ModelPart, dense, embed, layer_norm
-from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
+from lora_jax.models.layers.cache import Cache, LayerCache
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.trunk import causal_mask, extend, layer_input, place, scan
+from lora_jax.models.layers.trunk import Placed, layer_input, scan
 
 
 class GPT2(CausalLM):
@@ -33,21 +30,18 @@ class GPT2(CausalLM):
     """
 
     config: GPT2Config
+    TRUNK = "transformer"
 
     def setup(self) -> None:
         self.transformer = _Trunk(*self.options)
         self.lm_head = output_head(self)
 
-    @property
-    def trunk(self) -> _Trunk:
-        return self.transformer
-
 
 class _Step(NamedTuple):
-    """All layers' input: the mask, and the number of the cache's slots in use, or None."""
+    """All layers' input: the mask, and the number of the cache's slots in use."""
 
     mask: Mask
-    filled: jax.Array | None
+    filled: jax.Array
 
 
 class _PerLayer(NamedTuple):
@@ -69,17 +63,7 @@ class _Attention(ModelPart):
         heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
         parts = jnp.split(fused, 3, axis=-1)
         q, k, v = (self.placement.constrain(part.reshape(heads), "heads") for part in parts)
-        keys, values = k, v
-        if layer.cache is not None and step.filled is not None:
-            keys = with_slots(layer.cache.key, k, step.filled)
-            values = with_slots(layer.cache.value, v, step.filled)
-        out = attend(
-            *(q, keys, values, step.mask, layer.scale),
-            attention=self.attention,
-            placement=self.placement,
-            shared=layer.cache and layer.cache.shared,
-        )
-        out = self.placement.constrain(out.reshape(x.shape), "features")
+        out = attended(self, q, k, v, step.mask, layer.cache, step.filled, layer.scale)
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 
@@ -130,36 +114,23 @@ class _Trunk(ModelPart):
     def words(self) -> nn.Embed:
         return self.wte
 
+    @property
+    def n_positions(self) -> int:
+        return self.config.max_position_embeddings
+
     def __call__(
         self,
         input_ids: jax.Array,
-        attention_mask: jax.Array | None,
-        positions: jax.Array | None,
+        placed: Placed,
+        mask: Mask,
         cache: Cache | None,
-        segment_ids: jax.Array | None,
         embedding_noise: EmbeddingNoise | None,
-    ) -> tuple[jax.Array, Cache | None]:
-        cfg = self.config
-        # Packed segments count from 0 again, and positions of one's own may do so too.
-        counted = segment_ids is None and positions is None
-        length = input_ids.shape[1] if cache is None else cache.max_len
-        if counted and length > cfg.max_position_embeddings:
-            what = "tokens are" if cache is None else "slots of a cache are"
-            raise ValueError(
-                f"{length} {what} more than the model's {cfg.max_position_embeddings} positions"
-            )
-        placed = place(input_ids, attention_mask, positions, cache, segment_ids)
-        mask = causal_mask(placed, segment_ids, cache)
-        step = _Step(mask, None if cache is None else placed.first)
+    ) -> tuple[jax.Array, Any]:
         x = with_noise(self.wte(input_ids), embedding_noise) + self.wpe(placed.positions)
         x = self.placement.constrain(x, "residual")
-        per_layer = _PerLayer(
-            _score_scales(cfg),
-            None if cache is None else cache.layers,
-        )
-        x, new = self.h(x, step, per_layer)
-        x = self.placement.constrain(self.ln_f(x), "inputs")
-        return x, None if cache is None else extend(cache, placed, new)
+        per_layer = _PerLayer(_score_scales(self.config), cache and cache.layers)
+        x, new = self.h(x, _Step(mask, placed.first), per_layer)
+        return self.placement.constrain(self.ln_f(x), "inputs"), new
 
 
 def _score_scales(config: GPT2Config) -> jax.Array:

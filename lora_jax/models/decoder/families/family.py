@@ -1,17 +1,11 @@
 """A family of decoders: the facts by which its models and their files differ from Llama's."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 # (a field of config.json, a default) -> its value in the file, else the family's default.
 Get = Callable[..., Any]
-
-
-def _all_layers(get: Get, n_layers: int) -> range:
-    return range(n_layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +42,7 @@ class DecoderFamily:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refuses: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    windowed: Callable[[Get, int], range | tuple[int, ...]] = _all_layers
+    windowed: Callable[[Get, int], range | tuple[int, ...]] = lambda get, n_layers: range(n_layers)
     experts: Callable[[Get], tuple[int, int]] | None = None
     writes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mlp_name: str = "mlp"
@@ -57,4 +51,4 @@ class DecoderFamily:
     rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf: str | None = None
     gguf_pairs_rows: bool = False
-    default_targets: tuple[str, ...] | None = None
+    default_targets: tuple[str, ...] | None = ("q_proj", "v_proj")

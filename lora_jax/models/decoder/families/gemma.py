@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_jax.models.decoder.families.family import DecoderFamily, Get
+from lora_jax.models.decoder.families.family import DecoderFamily
 
 _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4,
@@ -25,14 +25,6 @@ def _all_but_each_last(pattern: int, n_layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(n_layers) if (i + 1) % pattern)
 
 
-def _gemma2_windowed(get: Get, n_layers: int) -> tuple[int, ...]:
-    return _all_but_each_last(2, n_layers)
-
-
-def _gemma3_windowed(get: Get, n_layers: int) -> tuple[int, ...]:
-    return _all_but_each_last(get("sliding_window_pattern", 6), n_layers)
-
-
 GEMMA2 = DecoderFamily(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
@@ -44,8 +36,7 @@ GEMMA2 = DecoderFamily(
         "final_logit_softcapping": 30.0,
     },
     traits=_TRAITS,
-    windowed=_gemma2_windowed,
-    default_targets=("q_proj", "v_proj"),
+    windowed=lambda get, n_layers: _all_but_each_last(2, n_layers),
 )
 
 GEMMA3 = DecoderFamily(
@@ -54,6 +45,5 @@ GEMMA3 = DecoderFamily(
     reads=_READS | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
     defaults={**_DEFAULTS, "max_position_embeddings": 131072, "rope_theta": 1e6},
     traits={**_TRAITS, "qk_norm": True},
-    windowed=_gemma3_windowed,
-    default_targets=("q_proj", "v_proj"),
+    windowed=lambda get, n: _all_but_each_last(get("sliding_window_pattern", 6), n),
 )

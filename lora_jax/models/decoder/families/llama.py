@@ -8,5 +8,4 @@ LLAMA = DecoderFamily(
     reads=frozenset({"attention_bias", "mlp_bias"}),
     gguf="llama",
     gguf_pairs_rows=True,
-    default_targets=("q_proj", "v_proj"),
 )

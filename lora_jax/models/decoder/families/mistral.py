@@ -1,22 +1,13 @@
 """Mistral and Mixtral."""
 
-from lora_jax.models.decoder.families.family import DecoderFamily, Get
+from lora_jax.models.decoder.families.family import DecoderFamily
 
 MISTRAL = DecoderFamily(
     model_type="mistral",
     architecture="MistralForCausalLM",
     reads=frozenset({"sliding_window"}),
-    defaults={
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    default_targets=("q_proj", "v_proj"),
+    defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
 )
-
-
-def _experts(get: Get) -> tuple[int, int]:
-    return get("num_local_experts"), get("intermediate_size")
 
 
 MIXTRAL = DecoderFamily(
@@ -32,9 +23,8 @@ MIXTRAL = DecoderFamily(
         "num_experts_per_tok": 2,
     },
     traits={"norm_topk_prob": True},
-    experts=_experts,
+    experts=lambda get: (get("num_local_experts"), get("intermediate_size")),
     writes={"num_local_experts": "num_experts"},
     mlp_name="block_sparse_moe",
     expert_names=("w1", "w3", "w2"),
-    default_targets=("q_proj", "v_proj"),
 )

@@ -17,4 +17,5 @@ PHI3 = DecoderFamily(
     traits={"fused_projections": True},
     rope_kinds=("longrope",),
     rope_aliases={"su": "longrope", "yarn": "longrope"},
+    default_targets=None,
 )

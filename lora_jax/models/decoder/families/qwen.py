@@ -4,6 +4,7 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 
 
 def _upper_layers(get: Get, n_layers: int) -> range:
@@ -14,31 +15,20 @@ QWEN2 = DecoderFamily(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     reads=_WINDOW,
-    defaults={
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
-    },
+    defaults=_DEFAULTS,
     traits={"qkv_bias": True},
     windowed=_upper_layers,
     gguf="qwen2",
-    default_targets=("q_proj", "v_proj"),
 )
 
 QWEN3 = DecoderFamily(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     reads=_WINDOW | {"attention_bias"},
-    defaults={
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-    },
+    defaults={**_DEFAULTS, "head_dim": 128},
     traits={"qk_norm": True},
     windowed=_upper_layers,
     gguf="qwen3",
-    default_targets=("q_proj", "v_proj"),
 )
 
 _ALL_SPARSE = "layers are scanned, so that all of them have experts or none"
@@ -64,9 +54,8 @@ QWEN3_MOE = DecoderFamily(
         """.split()
     ),
     defaults={
+        **_DEFAULTS,
         "num_key_value_heads": 4,
-        "sliding_window": 4096,
-        "max_position_embeddings": 32768,
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
@@ -75,4 +64,5 @@ QWEN3_MOE = DecoderFamily(
     refuses={"use_qk_norm": True, "shared_expert_intermediate_size": 0},
     traits={"qk_norm": True},
     experts=_experts,
+    default_targets=None,
 )
