@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.models import Encoder, EncoderConfig, read_config
 from lora_jax.models.families import module_of
-from lora_jax.models.generate import Choice, _Sampling, decode, prefill
+from lora_jax.models.generate import Choice, decode, prefill
 from lora_jax.models.layers.attend import chosen, implementation
 from lora_jax.models.layers.call import Call
 from lora_jax.models.layers.kernels.flash import Flash
@@ -165,8 +165,8 @@ def test_decoding_writes_its_cache_in_place() -> None:
     number = jax.ShapeDtypeStruct((), jnp.float32)
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    sampling = _Sampling(number, number, whole)
-    choice = Choice(jax.ShapeDtypeStruct((1,), jnp.int32), whole, sampling, key)
+    eos = jax.ShapeDtypeStruct((1,), jnp.int32)
+    choice = Choice(eos, whole, number, number, whole, key)
     how = {"model": model, "apply": apply}
     state = jax.eval_shape(
         lambda *args: prefill(*args, None, cache_len=300, n=200, **how), adapted, ids, mask, choice

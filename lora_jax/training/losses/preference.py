@@ -323,7 +323,7 @@ def kto_loss(
       desirable: [n] bool.
       kl: [], the policy's distance from the reference: `mismatched_kl` over the whole batch.
       beta: strength of the reference.
-      weights: of desirable and of undesirable rows.
+      weights: the weight of a desirable row, and that of an undesirable one.
 
     Returns:
       The sums; rows are counted.

@@ -249,7 +249,7 @@ def test_implementations_reach_the_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ("--attention flash", ["flash", "--attention", *ATTENTION]),
+        ("--attention flesh", ["flesh", "--attention", *ATTENTION]),
         ("--experts gmm", ["gmm", "--experts", *EXPERTS]),
         ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
         ("--remat full none", ["--remat", "one policy is needed, not full none"]),

@@ -9,7 +9,7 @@ from train.options import classify, sft
 from train.options.conditions import Idle
 from train.options.field import Card, traits_of
 
-ALL = (sft.Config(), classify.Config(), *(plain for plain, _ in SCRIPTS.values()))
+ALL = (sft.Config(), classify.Config(), *(script.plain for script in SCRIPTS.values()))
 
 
 def test_each_option_declares_itself_and_each_condition_is_of_some_option():
