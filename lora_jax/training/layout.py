@@ -111,9 +111,9 @@ class Layout(Placement):
         return True
 
     @property
-    def splits_rows(self) -> bool:
-        """Returns whether the tokens of a row lie on several devices."""
-        return self.sequence_parts > 1
+    def takes_chunks(self) -> bool:
+        """Returns whether each device has its rows and kernels whole, but for the tensor axis."""
+        return all(self.mesh.shape[name] == 1 for name in SHARDS)
 
     @property
     def ragged_kernels(self) -> bool:

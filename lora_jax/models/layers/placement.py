@@ -49,9 +49,12 @@ class Placement:
         return jax.device_count() == 1
 
     @property
-    def splits_rows(self) -> bool:
-        """Returns whether the tokens of a row lie on several devices."""
-        return False
+    def takes_chunks(self) -> bool:
+        """Returns whether a long row may go through an MLP by chunks; see ``by_chunks``.
+
+        Where a kernel lies on several devices, each chunk would gather it again.
+        """
+        return True
 
     @property
     def ragged_kernels(self) -> bool:

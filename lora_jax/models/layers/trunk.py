@@ -187,7 +187,7 @@ def by_chunks(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -
       x: [batch, seq, d_model].
     """
     batch, seq, _ = x.shape
-    whole = module.remat not in (True, OFFLOAD) or module.placement.splits_rows
+    whole = module.remat not in (True, OFFLOAD) or not module.placement.takes_chunks
     if whole or seq < 2 * CHUNK or module.is_initializing():
         return body(module, x)
     least = -(-seq // CHUNK)
