@@ -162,6 +162,62 @@ def test_orpo(trl):
     assert_close(np.append(ours.ravel(), got), np.append(gradient.ravel(), want), 1e-5)
 
 
+def test_kto(trl):
+    """Of eight rows, five good, with a divergence above 0."""
+    import torch
+
+    logps, reference, mask = (x.reshape(2 * PAIRS, SEQ) for x in (LOGPS, REFERENCE, MASK))
+    good = np.array([1, 0, 1, 1, 0, 1, 0, 1], bool)
+    of_others = [x.astype(np.float32) for x in (RNG.normal(-8, 1, (2, 2 * PAIRS)))]
+    of_others[0] += 1.5
+    theirs = torch.tensor(logps, requires_grad=True)
+    zeros = torch.zeros(logps.shape)
+    outputs = SimpleNamespace(
+        log_probs=theirs * torch.tensor(mask),
+        entropy=zeros,
+        mean_logits=zeros,
+        is_top1=zeros.bool(),
+    )
+    settings = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=ACCELERATOR,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.3,
+        desirable_weight=1.2,
+        undesirable_weight=0.8,
+        _compute_kl_logps=lambda *_: torch.tensor(of_others[0]),
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+        _total_train_tokens=0,
+    )
+    with_prompt = torch.tensor(np.pad(mask, [(0, 0), (1, 0)])).int()
+    inputs = {
+        "input_ids": torch.ones_like(with_prompt),
+        "attention_mask": torch.ones_like(with_prompt),
+        "completion_mask": with_prompt,
+        "label": torch.tensor(good),
+        "ref_logps": torch.tensor((reference * mask).sum(-1)),
+        "ref_KL_logps": torch.tensor(of_others[1]),
+    }
+    want = trl.kto._compute_loss(settings, lambda **_: outputs, inputs, False)
+    want.backward()
+    ones = jnp.ones(2 * PAIRS)
+    kl = losses.mismatched_kl(Completions(of_others[0], ones, of_others[1]))
+    assert float(kl) == pytest.approx(settings._metrics["eval"]["kl"][0], rel=1e-5) and kl > 0.1
+
+    def loss(logps):
+        rows = losses.completions(logps, mask, reference)
+        sums = losses.kto_loss(rows, good, kl, beta=0.3, weights=(1.2, 0.8))
+        return sums.total / sums.count
+
+    got, ours = jax.value_and_grad(loss)(jnp.asarray(logps))
+    assert_close(
+        np.append(ours.ravel(), got), np.append(theirs.grad.numpy().ravel(), want.item()), 1e-5
+    )
+
+
 ROLLOUTS = {
     "grpo": Online(over="sequences", low=0.1, high=0.15),
     "bnpo": Online(low=0.1),
