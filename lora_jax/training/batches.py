@@ -241,6 +241,14 @@ class Packs(Padded):
         """Returns all rows as one batch."""
         return self.take(np.arange(len(self)))
 
+    # All rows, padded alike, for inspection.
+    ids = property(lambda self: self.by_name()["ids"])
+    segment_ids = property(lambda self: self.by_name()["segment_ids"])
+    positions = property(lambda self: self.by_name()["positions"])
+    predict_at = property(lambda self: self.by_name()["predict_at"])
+    targets = property(lambda self: self.by_name()["targets"])
+    weights = property(lambda self: self.by_name()["weights"])
+
 
 def pack(
     sequences: Sequence[Tokens], seq_len: int, *, packing: bool, like: Packs | None = None

@@ -22,40 +22,40 @@ SEQUENCES = [
 
 def test_rows_without_packing():
     packs = pack(SEQUENCES, 7, packing=False)
-    assert packs.by_name()["ids"].tolist() == [
+    assert packs.ids.tolist() == [
         [1, 2, 3, 0, 0, 0, 0],
         [4, 5, 6, 7, 8, 0, 0],
         [9, 10, 0, 0, 0, 0, 0],
     ]
-    assert packs.by_name()["segment_ids"].tolist()[1] == [1, 1, 1, 1, 1, 0, 0]
-    assert packs.by_name()["positions"].tolist()[1] == [0, 1, 2, 3, 4, 0, 0]
-    assert packs.by_name()["predict_at"][1, :2].tolist() == [
+    assert packs.segment_ids.tolist()[1] == [1, 1, 1, 1, 1, 0, 0]
+    assert packs.positions.tolist()[1] == [0, 1, 2, 3, 4, 0, 0]
+    assert packs.predict_at[1, :2].tolist() == [
         1,
         3,
     ]  # tokens 6, 8
-    assert packs.by_name()["targets"][1, :2].tolist() == [6, 8]
-    assert packs.by_name()["weights"].sum(axis=1).tolist() == [2, 2, 1]
+    assert packs.targets[1, :2].tolist() == [6, 8]
+    assert packs.weights.sum(axis=1).tolist() == [2, 2, 1]
 
 
 def test_packing_puts_sequences_side_by_side():
     packs = pack(SEQUENCES, 7, packing=True)
-    assert packs.by_name()["ids"].tolist() == [[4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 0, 0, 0, 0]]
-    assert packs.by_name()["segment_ids"].tolist()[0] == [1, 1, 1, 1, 1, 2, 2]
-    assert packs.by_name()["positions"].tolist()[0] == [0, 1, 2, 3, 4, 0, 1]
-    assert packs.by_name()["predict_at"][0, :3].tolist() == [1, 3, 5]
-    assert packs.by_name()["targets"][0, :3].tolist() == [6, 8, 10]
-    assert packs.by_name()["weights"][0].sum() == 3
+    assert packs.ids.tolist() == [[4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 0, 0, 0, 0]]
+    assert packs.segment_ids.tolist()[0] == [1, 1, 1, 1, 1, 2, 2]
+    assert packs.positions.tolist()[0] == [0, 1, 2, 3, 4, 0, 1]
+    assert packs.predict_at[0, :3].tolist() == [1, 3, 5]
+    assert packs.targets[0, :3].tolist() == [6, 8, 10]
+    assert packs.weights[0].sum() == 3
 
 
 def test_the_first_token_of_a_sequence_is_never_predicted():
     packs = pack([sequence([1, 2], [1, 1]), sequence([3, 4], [1, 1])], 4, packing=True)
-    assert packs.by_name()["targets"][packs.by_name()["weights"] > 0].tolist() == [2, 4]
+    assert packs.targets[packs.weights > 0].tolist() == [2, 4]
 
 
 def test_rows_are_as_long_as_needed_and_no_longer_than_allowed():
     long = sequence(range(17), [0] + [1] * 16)
-    assert pack([long], 64, packing=False).by_name()["ids"].shape == (1, 24)
-    assert pack([long], 20, packing=False).by_name()["ids"].shape == (1, 20)
+    assert pack([long], 64, packing=False).ids.shape == (1, 24)
+    assert pack([long], 20, packing=False).ids.shape == (1, 20)
     assert [round_up(n, 4096) for n in (1017, 1024, 1025)] == [1024, 1024, 1152]
 
 
@@ -94,7 +94,7 @@ def test_parts_have_every_row_once_and_one_shape():
     parts = list(packs.parts(2))
     assert {part["ids"].shape for part in parts} == {(2, 8)}
     counted = np.concatenate([part["targets"][part["weights"] > 0] for part in parts])
-    assert sorted(counted) == sorted(packs.by_name()["targets"][packs.by_name()["weights"] > 0])
+    assert sorted(counted) == sorted(packs.targets[packs.weights > 0])
 
 
 def test_the_digest_tells_data_apart():
