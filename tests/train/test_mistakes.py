@@ -144,6 +144,18 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     assert offline == [True] and huggingface_hub.constants.HF_HUB_OFFLINE == before
 
 
+def test_what_a_cpu_does_not_have_is_refused_before_weights_are_read(tmp_path, capsys):
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    args = ["--model", model, "--dataset", rows, "--output", tmp_path / "run"]
+    said = fails(capsys, main, *args, "--remat", "offload")
+    assert said.startswith("--remat offload moves the layers' inputs") and "full" in said
+    said = fails(capsys, main, *args, "--attention", "flash")
+    assert (
+        said
+        == "attention 'flash' runs on a gpu, and this is for a cpu: 'auto' takes what runs there"
+    )
+
+
 def test_a_second_run_in_a_folder_is_refused_before_weights_are_read(tmp_path, capsys):
     args = ["--model", "nowhere.gguf", "--dataset", write_rows(tmp_path / "rows.jsonl")]
     (tmp_path / "run").mkdir()
