@@ -1,7 +1,6 @@
 """Flash attention, interpreted, against dense attention; and the blocks that it visits."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -13,12 +12,10 @@ from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.kernels import flash
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.masks import Split
-from lora_jax.training.layout import Layout
 from tests.models.test_attention import Case
-from tests.models.test_splash import MASKS, differentiated
+from tests.models.test_splash import MASKS, check_split, differentiated
 from tests.support import assert_close, over
 from train.plan.jaxpr_flops import count_flops
-from train.processes.mesh import make_mesh
 
 FLASH = Flash(queries=32, keys=16, interpret=True)
 
@@ -40,13 +37,7 @@ SPLITS = [
 
 @pytest.mark.parametrize(("text", "case", "some"), SPLITS)
 def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None) -> None:
-    size = math.prod(int(part.split("=")[1]) for part in text.split(","))
-    layout = Layout(make_mesh(text, 4, jax.devices()[:size]), ())
-    case = dataclasses.replace(case, head_dim=5)
-    want = differentiated(case, "dense", some)
-    with jax.set_mesh(layout.mesh):
-        got = differentiated(case, FLASH, some, placement=layout)
-    assert_close(got, want, 1e-5)
+    check_split(FLASH, text, case, some)
 
 
 @pytest.mark.parametrize("name", ["a cache", "heads of 300", "parts of 40 tokens"])

@@ -72,12 +72,17 @@ SPLITS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("text", "case", "some"), SPLITS)
 def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None) -> None:
+    check_split(SPLASH, text, case, some)
+
+
+def check_split(how: Any, text: str, case: Case, some: bool | None) -> None:
+    """Compares an implementation on a mesh with dense attention on one device."""
     size = math.prod(int(part.split("=")[1]) for part in text.split(","))
     layout = Layout(make_mesh(text, 4, jax.devices()[:size]), ())
     case = dataclasses.replace(case, head_dim=5)
     want = differentiated(case, "dense", some)
     with jax.set_mesh(layout.mesh):
-        got = differentiated(case, SPLASH, some, placement=layout)
+        got = differentiated(case, how, some, placement=layout)
     assert_close(got, want, 1e-5)
 
 

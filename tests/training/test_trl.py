@@ -163,7 +163,7 @@ def test_orpo(trl):
 
 
 def test_kto(trl):
-    """Of eight rows, five good, with a divergence above 0."""
+    """Compares eight rows, five of them good, with a divergence above 0."""
     import torch
 
     logps, reference, mask = (x.reshape(2 * PAIRS, SEQ) for x in (LOGPS, REFERENCE, MASK))
