@@ -137,16 +137,17 @@ def run(options: PlanOptions) -> None:
     asked = options.plan
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
     check(options)
-    found = search(options) if asked.longest or asked.largest_batch else {}
-    if found:
+    found: dict[str, int | None] = {}
+    plans: list[Plan] = []
+    if asked.longest or asked.largest_batch:
+        found, largest = search(options)
         asked = _resized(asked, next(size for size in found.values() if size))
-        options = dataclasses.replace(options, plan=asked)
+        plans = [largest]
     job, optim = make_job(asked)
     facts = {**described(asked, job), "largest": found}
-    plans: list[Plan] = []
     progress = Console(stderr=True)
     try:
-        for variant in variants(options):
+        for variant in variants(options)[len(plans) :]:
             with progress.status(f"compiling {variant.name}"):
                 plans.append(plan(job, variant, optim))
             took = duration(plans[-1].compile_seconds)
@@ -156,11 +157,12 @@ def run(options: PlanOptions) -> None:
             show(asked, job, facts, plans)
 
 
-def search(options: PlanOptions) -> dict[str, int | None]:
+def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
     """Finds the largest size that fits, for each share of the memory, and says so.
 
     Returns:
-      The size by share; None for a share into which not even the smallest fits.
+      The size by share, None for a share into which not even the smallest fits; and the plan of the
+      first size that there is.
 
     Raises:
       UserError: not even the smallest fits.
@@ -192,12 +194,13 @@ def search(options: PlanOptions) -> dict[str, int | None]:
         most = f"{size:,} {what}" if size else "nothing"
         most += " (the model's limit)" * (asked.longest and size == limit - limit % unit)
         progress.print(f"the most that fits{within}: {most}", soft_wrap=True)
-    if not any(found.values()):
+    size = next((size for size in found.values() if size), None)
+    if size is None:
         raise UserError(
             f"not even {unit} {what} fit into {machine.name}: give --quantize, --remat, a smaller "
             f"{'--batch-size' if asked.longest else '--seq-len'}, or more devices"
         )
-    return found
+    return found, of(size)
 
 
 def _resized(asked: PlanConfig, size: int) -> PlanConfig:

@@ -45,9 +45,8 @@ def print_plans(
     capacity = _gib(plans[0].per_chip_bytes["capacity"])
     memory = Table(title=f"Memory per device, in GiB (of {capacity})")
     memory.add_column("")
-    shares = [share for share in facts["memory_shares"] if share < 1]
-    for column in [f"fits {share:g}" for share in shares] or ["fits"]:
-        memory.add_column(column)
+    for share in facts["memory_shares"]:
+        memory.add_column(f"fits {share:g}" if facts["compiler"] == "gpu" else "fits")
     to_host = any(made.per_chip_bytes["host"] for made in plans)
     parts = (*_PARTS, "host") if to_host else _PARTS
     for part in parts:

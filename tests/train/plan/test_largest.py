@@ -49,6 +49,7 @@ def test_a_plan_of_the_longest_row(tmp_path, capsys):
     plan.main([*words, "--capacity-gib", "10"])
     out, err = capsys.readouterr()
     assert json.loads(out)["largest"] == {"1": 512} and json.loads(out)["seq_len"] == 512
+    assert "compiled" not in err, "the plan of that length is not made again"
     assert "the most that fits: 512 tokens a row (the model's limit)" in err
     with pytest.raises(SystemExit):
         plan.main([*words, "--capacity-gib", "0.001"])
