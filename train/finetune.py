@@ -18,14 +18,15 @@ from lora_jax.training.held_out import Formed, held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure, train
 from lora_jax.training.losses import SCORE
+from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, write_json
-from lora_jax.training.ready import compile_step, hooks_of, opened, result_of, tree_of
+from lora_jax.training.ready import Ready, compile_step, hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
 from train.console.output import tell
 from train.dry_run import rehearse
-from train.inputs import Inputs, Reader, inputs_of
+from train.inputs import Inputs, Read, Reader, inputs_of
 from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
@@ -47,7 +48,7 @@ from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
 from train.run.report import compiled_bytes, print_adapter, print_costs, tree_bytes
 from train.run.rules import rules
-from train.tasks.task import Context, Evaluation, Task
+from train.tasks.task import Context, Evaluation, Preparing, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ def finetune(
     key = jax.random.key(optim.seed)
     params = adapt_base(config, outline, plain, folder, jax.random.fold_in(key, 0))
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
+    inputs, ready = prepared(run, inputs, task, model, plain, params, ready)
     del params
 
     # The base, for comparison.
@@ -233,6 +235,27 @@ def run_of(
         hint=part.hint or resume_hint(script),
         score=task.score,
     )
+
+
+def prepared(
+    run: Run, inputs: Inputs, task: Task, model: Any, plain: Any, params: Any, ready: Ready
+) -> tuple[Inputs, Ready]:
+    """Returns inputs and state of a run as its task prepares them; see `Task.prepared`."""
+    rows, outline, data = inputs.read
+    of = Preparing(
+        config=run.config,
+        folder=run.folder,
+        console=run.console,
+        outline=outline,
+        data=data,
+        layout=run.layout,
+        model=model,
+        plain=plain,
+        ready=ready,
+        takes_from_base=takes_from_base(params),
+    )
+    ready, data = task.prepared(of)
+    return dataclasses.replace(inputs, read=Read(rows, outline, data)), ready
 
 
 def evaluation_of(run: Run, inputs: Inputs, task: Task) -> Evaluation | None:

@@ -74,6 +74,7 @@ class Hooks:
         which the step donates.
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
+      noted: returns metrics of the batch with that number, to be logged beside the step's.
       save: writes a checkpoint; gets the prefixes of the measures that its step still lacks.
       rows: names the rows of the batch with that number, as a user knows them.
       resume_hint: tells an interrupted user how to go on.
@@ -90,6 +91,7 @@ class Hooks:
     save: Callable[[State, Sequence[str]], None]
     rows: Callable[[int], str]
     resume_hint: str
+    noted: Callable[[int], Mapping[str, float]] = lambda number: {}
     reduction: Reduction = "mean"
     measures: Sequence[Measure] = ()
     owed: Sequence[str] = ()
@@ -235,7 +237,7 @@ def training_steps(
     for number in range(begun, steps):
         metrics, n_tokens = yield number
         done = number + 1
-        window.add(done, metrics, n_tokens)
+        window.add(done, {**metrics, **hooks.noted(number)}, n_tokens)
         # The host runs ahead of the device by one step, and of a slow one not at all: a signal then
         # waits for the step in progress alone.
         jax.block_until_ready(metrics if took > _SLOW else window.before_last())

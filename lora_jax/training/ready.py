@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import lora_jax as lj
 from lora_jax.core.types import Fields, Forward, Leaf, Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
 from lora_jax.training.layout import Layout
@@ -26,6 +27,16 @@ from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.log import Log
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State
+
+
+class Live(Protocol):
+    """Makes batches of the state that a step begins with, such as rollouts."""
+
+    def batch(self, number: int, state: State) -> HostBatch:
+        """Returns the batch of the step that has `number` steps before it; a function of both."""
+
+    def noted(self, number: int) -> Mapping[str, float]:
+        """Returns metrics of that batch, the newest, to be logged."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +52,7 @@ class Ready:
       facts: the data, base and options that each checkpoint records, as JSON.
       owed: the prefixes of the measures that an interrupted run did not take after its last step.
       best: keeps the best adapter; None for no such thing.
+      live: makes the batches that are not of the data alone; None where all are the feed's.
     """
 
     feed: Batches
@@ -51,6 +63,7 @@ class Ready:
     facts: dict[str, Any]
     owed: tuple[str, ...] = ()
     best: Best | None = None
+    live: Live | None = None
 
 
 def make_ready(
@@ -183,7 +196,7 @@ def hooks_of(
       resume_hint: tells an interrupted user how to go on.
     """
     feed, layout, checkpoints = ready.feed, ready.setup.layout, ready.checkpoints
-    best = ready.best
+    best, live = ready.best, ready.live
 
     def save(state: State, owed: Sequence[str]) -> None:
         if checkpoints is None:
@@ -201,7 +214,8 @@ def hooks_of(
         )
 
     return Hooks(
-        batch=lambda number, state: feed.batch(number),
+        batch=live.batch if live else lambda number, state: feed.batch(number),
+        noted=live.noted if live else lambda number: {},
         placed=lambda batch: layout.batch(batch, parts=True),
         tokens=feed.tokens,
         save=save,

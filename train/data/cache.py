@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -60,8 +61,19 @@ def _short(key: str) -> str:
     return hashlib.sha256(_FORMAT + key.encode()).hexdigest()[:_DIGITS]
 
 
+def place_of(asked: str | None, name: str) -> Path | None:
+    """Returns the file of that name beside those of tokens; None where nothing is to be kept."""
+    return None if asked == OFF else _folder(asked) / f"{name}.tokens"
+
+
 def read_tokens(path: Path) -> Sequences | None:
     """Returns the tokens that a file keeps; None if there is none, or it is damaged."""
+    body = read(path)
+    return None if body is None else Sequences.from_bytes(body)
+
+
+def read(path: Path) -> memoryview | None:
+    """Returns what `write` kept in a file; None if there is none, or it is damaged."""
     try:
         data = path.read_bytes()
         os.utime(path)  # so that it is not the one unused for longest
@@ -71,16 +83,19 @@ def read_tokens(path: Path) -> Sequences | None:
     body = memoryview(data)[start:]
     if data[:start] != _FORMAT + hashlib.sha256(body).digest():
         return None
-    return Sequences.from_bytes(body)
+    return body
 
 
-def write(path: Path, sequences: Sequences) -> None:
-    """Writes tokens to a file, whole or not at all; removes old files where they grow too many.
+def write(path: Path, parts: Sequence[bytes]) -> None:
+    """Writes bytes to a file, whole or not at all; removes old files where they grow too many.
+
+    Args:
+      path: the file.
+      parts: its content, such as `Sequences.as_bytes` returns it.
 
     Raises:
       OSError: the folder cannot be written.
     """
-    parts = sequences.as_bytes()
     made = hashlib.sha256()
     for part in parts:
         made.update(part)

@@ -51,7 +51,7 @@ def tokenize(
     )
     if path and write and (dataset.kept_in is not None or len(rows) >= cache.FEW):
         try:
-            cache.write(path, tokens)
+            cache.write(path, tokens.as_bytes())
             tell(console, f"the tokens of {source} are kept in {path}")
         except OSError as error:
             tell(

@@ -22,17 +22,19 @@ import lora_jax as lj
 from lora_jax.bank.together.side_by_side import Ending, Running, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.errors import Interrupted, TrainingError
 from lora_jax.training.held_out import compiled_evaluation, held_out_loss
 from lora_jax.training.loop import Stopped, training_steps
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json
-from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
+from lora_jax.training.ready import Ready, hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
+from lora_jax.training.step import State
 from train.console.errors import as_user_errors
 from train.console.output import tell
-from train.finetune import RunPart, evaluation_of, measures, run_of, weights_of
+from train.finetune import RunPart, evaluation_of, measures, prepared, run_of, weights_of
 from train.inputs import inputs_of
 from train.many.board import Board, Paper, TeeLog, print_results
 from train.many.one import Asked, One
@@ -117,7 +119,7 @@ def train_rows(
     tenants = {}
     for one in ones:
         with one.isolate_errors():
-            tenants[one.row.name] = _begun(one, plain, session.release)
+            tenants[one.row.name] = _begun(one, model, plain, session.release)
     is_quantized = first.optim.quantize != "none"
     answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
     evaluated = answering if is_quantized else model.apply
@@ -172,7 +174,7 @@ def _opened(script: str, asked: Asked, mesh: Any, session: Session, part: RunPar
     return One(row, task, paper, run, inputs, task.loss(config, inputs.layout))
 
 
-def _begun(one: One, plain: Any, held: ExitStack) -> Tenant:
+def _begun(one: One, model: Any, plain: Any, held: ExitStack) -> Tenant:
     """Adapts the base for a run, new or resumed; returns what trains beside others."""
     config, run, optim = one.config, one.run, one.config.optim
     outline, data = one.inputs.read.outline, one.inputs.read.data
@@ -180,6 +182,7 @@ def _begun(one: One, plain: Any, held: ExitStack) -> Tenant:
     params = adapt_base(config, outline, plain, run.folder, jax.random.fold_in(key, 0))
     params = run.layout.placed(params)
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
+    one.inputs, ready = prepared(run, one.inputs, one.task, model, plain, params, ready)
     one.paper.keep_in(run.folder, held)
     (run.folder / ERROR).unlink(missing_ok=True)
     one.evaluation = evaluation_of(run, one.inputs, one.task)
@@ -246,8 +249,9 @@ def _train(
             tenants.clear()
         runs = {}
         for name, one in by_name.items():
-            feed = one.inputs.feed
-            runs[name] = Running(turns=turns(one), batch=feed.batch, tokens=feed.tokens)
+            assert one.ready is not None
+            batch = _batch_of(one.ready, functools.partial(together.state, name))
+            runs[name] = Running(turns=turns(one), batch=batch, tokens=one.ready.feed.tokens)
             board.note(name, {"step": together.done(name)})
         session.stop.remedy = ones[0].run.hint
 
@@ -258,6 +262,13 @@ def _train(
         with board, session.stop.deferred():
             side_by_side(together.step, runs, ended=ended, turned=turned)
             board.show()
+
+
+def _batch_of(ready: Ready, now: Callable[[], State]) -> Callable[[int], HostBatch]:
+    """Returns the function of a run's batches, which may need its state."""
+    if (live := ready.live) is None:
+        return ready.feed.batch
+    return lambda number: live.batch(number, now())
 
 
 def _finish(ones: Sequence[One], console: Console, session: Session, began: float) -> None:

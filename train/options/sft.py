@@ -1,18 +1,19 @@
 """The options of `python -m train.sft`: frozen dataclasses, checked before anything is read."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from lora_jax.hf.bundled import SMOLLM2
-from lora_jax.training.arguments import SEED, at_least
+from lora_jax.training.arguments import SEED, Numbers, at_least
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.console.errors import UserError
 from train.options import field
-from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig, check_shared
+from train.options.common import AdapterConfig, Options, RunConfig, check_shared
 from train.options.conditions import Idle
 from train.options.field import Card, Uncompared, option
+from train.options.language import LanguageDataConfig, LanguageOptimConfig
 
 DEFAULT_MODEL = SMOLLM2.name
 LossName = Literal[*TOKEN_LOSSES]  # type: ignore[valid-type]
@@ -25,40 +26,17 @@ DEFAULT_TASK = "sql"  # of train/options/tasks.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(LanguageDataConfig):
     """Model and data."""
 
-    model: str | None = option(None, field.OF_BASE)
-    """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
-    --init-adapter, or else SmolLM2-135M-Instruct."""
-    rope_scaling: str | None = option(None, field.OF_BASE, card=Card.ROPE)
-    """Scale the model's RoPE, for rows longer than the model allows. A kind and the factor by which
-    they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's
-    rope_parameters (yarn:4,beta_fast=16). The adapter stores the scaling, and train.generate and
-    train.export apply it. By default the scaling of --init-adapter."""
-    dataset: tuple[str, ...] = option((DEFAULT_TASK,), field.HIDDEN)
+    dataset: tuple[str, ...] = (DEFAULT_TASK,)
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
     `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
     (Alpaca), or `text`. Several data sets may be named; an epoch has as many rows as all of them.
     Without weights each row comes once an epoch. With weights, as in a.jsonl:3 b.jsonl:1, three of
     four rows come from the first; a data set too small for its share starts over, reshuffled."""
-    fields: tuple[str, ...] = option((), field.HIDDEN)
-    """Names that your fields have instead: prompt=question completion=answer. Of several data sets,
-    each takes the names that its first row has."""
-    split: str = option("train", field.OF_HUB)
-    """The split to train on, for a folder or a dataset on the hub."""
-    subset: str | None = option(None, field.OF_HUB)
-    """The subset (configuration) to load, for a dataset on the hub."""
-    eval_dataset: str | None = option(None, field.CHANGEABLE)
-    """Data to measure the loss on every --eval-every steps, instead of held-out rows: one file,
-    folder or dataset on the hub, as for --dataset."""
-    eval_split: str = option("train", field.CHANGEABLE)
-    """The split of --eval-dataset, for a folder or a dataset on the hub."""
-    held_out_seed: int | None = option(None, field.ROWS, Idle.NONE_DRAWN)
-    """Seed that draws the rows to hold out; by default --seed. Give it to compare runs of several
-    seeds on the same rows."""
-    rows: int | None = option(None, field.ROWS, Idle.STREAM)
+    rows: int | None = None
     """Use only this many rows of each data set, from the beginning. The SQL task generates as many
     as requested, by default as many as 35 steps see, balanced over its query forms."""
     shuffle_schemas: bool = option(False, field.ROWS)
@@ -67,20 +45,10 @@ class DataConfig:
     """Read the data while training, in memory that does not grow with their size: lines of JSON,
     Parquet (by row groups), or what `datasets` loads. Rows are shuffled within a buffer of blocks
     drawn from all over the data. Needs --steps and --truncate."""
-    seq_len: int = option(128, field.HIDDEN, card=Card.LENGTH)
-    """The maximum number of tokens of a sequence."""
-    truncate: bool = option(False, field.HIDDEN, card=Card.LOSS)
-    """Truncate rows longer than --seq-len; without this option, they are an error."""
-    packing: bool = option(False, field.HIDDEN, card=Card.PACKING)
-    """Pack several rows into one sequence; no row attends to another. Without this option, rows of
-    about one length share a batch."""
     train_on: Literal["all", "assistant", "last"] = option(
         "assistant", field.HIDDEN, card=Card.LOSS
     )
     """The tokens that the loss counts: all, the assistant's, or those of its last turn."""
-    token_cache: str | None = option(None, field.CHANGEABLE, Idle.ONLY_STREAM)
-    """The folder where tokenised rows are kept for later runs, or off. By default lora_jax/tokens
-    in the user's cache folder, for a thousand rows and more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +61,7 @@ class SftAdapterConfig(AdapterConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SftOptimConfig(OptimConfig):
+class SftOptimConfig(LanguageOptimConfig):
     """Optimisation."""
 
     steps: int | None = None
@@ -110,9 +78,6 @@ class SftOptimConfig(OptimConfig):
     """Seed of the adapter's initialisation, data order, held-out rows, dropout and noise, and of
     the SQL task's training questions."""
     loss: Annotated[LossName, tyro.conf.arg(help=_LOSS)] = option(DEFAULT, field.OPTIMISATION)
-    loss_chunk: int = option(256, field.HIDDEN, of_inputs=False)
-    """Predictions whose logits are in memory at once, for each part of the batch on the mesh. Fewer
-    take less memory; the head is recomputed in the backward pass. 0 for all at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,11 +114,16 @@ class Config(Options):
     run: SftRunConfig = SftRunConfig()
 
 
-def check(config: Config) -> None:
-    """Raises a UserError if options, with their defaults, make no sense for any task."""
+def check(config: Any, **numbers: Numbers) -> None:
+    """Raises a UserError if options, with their defaults, make no sense for any task.
+
+    Args:
+      config: the options of this script, or of another that trains language models.
+      **numbers: the numbers that further options take.
+    """
     counted = dict.fromkeys(("seq_len", "rows", "sample_tokens"), at_least(1))
     counted |= dict.fromkeys(("eval_questions", "sample_every", "loss_chunk"), at_least(0))
-    check_shared(config, held_out_seed=SEED, **counted)
+    check_shared(config, held_out_seed=SEED, **counted, **numbers)
     if bool(config.run.sample_prompts) != bool(config.run.sample_every):
         raise UserError(
             "--sample-prompts says what to ask, and --sample-every how often: give both"

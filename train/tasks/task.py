@@ -16,6 +16,7 @@ from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
+from lora_jax.training.ready import Ready
 from train.console.errors import UserError
 from train.options.defaults import Defaults
 from train.run.pretrained import Outline
@@ -75,6 +76,30 @@ class Context:
     rows: Rows
     data: Data
     outline: Outline
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparing:
+    """What a run has before its first step, for a task whose batches need the model.
+
+    Attributes:
+      config, folder, console, outline, data: of the run.
+      layout: the placement of all that follows.
+      model, plain: the model and its parameters, without the adapter.
+      ready: what training begins with.
+      takes_from_base: whether the adapter has taken factors out of the base.
+    """
+
+    config: Any
+    folder: Path
+    console: Console
+    outline: Outline
+    data: Data
+    layout: Layout
+    model: Any
+    plain: Any
+    ready: Ready
+    takes_from_base: bool
 
 
 Progress = Callable[[int, int], None]  # is called with the number done so far, and the total
@@ -172,6 +197,7 @@ class Task:
       loss: returns the function to minimise, from the options and the layout on the mesh. Losses of
         equal options are equal, so that runs with them train side by side.
       evaluation: returns the evaluation of a run; None for none.
+      prepared: returns what training begins with, and its data, where these need the model.
       reads: returns which of --seed, --batch-size and --grad-accum rows and examples depend on.
       score: the name of the score that tells how good the model is, the higher the better; None
         where there is none but the loss.
@@ -186,6 +212,7 @@ class Task:
     examples: Callable[[Any, Rows, Outline], Data]
     loss: Callable[[Any, Layout], Loss]
     evaluation: Callable[[Context], Evaluation | None] = lambda context: None
+    prepared: Callable[[Preparing], tuple[Ready, Data]] = lambda of: (of.ready, of.data)
     reads: Callable[[Any], tuple[str, ...]] = reads_all
     score: str | None = None
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = lambda scores: {}

@@ -23,11 +23,13 @@ class Completions(NamedTuple):
       policy: [n], under the parameters that train.
       tokens: [n], the number of tokens of each; at least 1.
       reference: [n], under the reference, a constant; None for losses without one.
+      counted: [n] bool, false for padding, which no loss counts; None where all count.
     """
 
     policy: jax.Array
     tokens: jax.Array
     reference: jax.Array | None = None
+    counted: jax.Array | None = None
 
     @property
     def ratio(self) -> jax.Array:
@@ -60,7 +62,7 @@ def completions(
       n: the number of segments a row at most.
 
     Returns:
-      [batch] completions, or [batch * n] in packed rows.
+      [batch] completions, or [batch * n] in packed rows; those without tokens do not count.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.training.losses import completions
@@ -76,11 +78,12 @@ def completions(
         x = jnp.where(counted, x.astype(jnp.float32), 0.0)
         if segments is None:
             return jnp.sum(x, axis=1)
-        row = jnp.arange(x.shape[0])[:, None]
-        return jnp.zeros((x.shape[0], n), jnp.float32).at[row, segments].add(x).reshape(-1)
+        of = segments[..., None] == jnp.arange(n)  # a scatter would add in any order on a GPU
+        return jnp.sum(jnp.where(of, x[..., None], 0.0), axis=1).reshape(-1)
 
-    tokens = jnp.maximum(sums(jnp.ones_like(logps, jnp.float32)), 1.0)
-    return Completions(sums(logps), tokens, None if reference is None else sums(reference))
+    tokens = sums(jnp.ones_like(logps, jnp.float32))
+    before = None if reference is None else sums(reference)
+    return Completions(sums(logps), jnp.maximum(tokens, 1.0), before, tokens > 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,12 +165,20 @@ def _nca_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array
 def _aot(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
     if w.reference is None or r.reference is None:
         raise ValueError("aot compares with a reference: give its log-probabilities")
-    gains = jnp.sort(w.policy - r.policy) - jnp.sort(w.reference - r.reference)
+    gains = _ranked(w.policy - r.policy, w) - _ranked(w.reference - r.reference, w)
     return _smoothed(o.beta * gains, o.smoothing)
 
 
 def _aot_unpaired(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    return _smoothed(o.beta * (jnp.sort(w.ratio) - jnp.sort(r.ratio)), o.smoothing)
+    return _smoothed(o.beta * (_ranked(w.ratio, w) - _ranked(r.ratio, w)), o.smoothing)
+
+
+def _ranked(x: jax.Array, of: Completions) -> jax.Array:
+    """Sorts values, [n]; 0 stands in the last places, for those that do not count."""
+    if of.counted is None:
+        return jnp.sort(x)
+    ranked = jnp.sort(jnp.where(of.counted, x, jnp.inf))
+    return jnp.where(jnp.arange(len(x)) < jnp.sum(of.counted), ranked, 0.0)
 
 
 def _orpo(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
@@ -278,21 +289,36 @@ def preference_loss(
         not know or that it needs.
     """
     weights = {terms: 1.0} if isinstance(terms, str) else dict(terms)
-    count = jnp.float32(chosen.policy.shape[0])
-    total = jnp.float32(0)
+    of = chosen if sft is None else sft
+    chosen, rejected = _without_padding(chosen), _without_padding(rejected)
+    counted = chosen.counted
+    assert counted is not None
+    count, total = jnp.sum(counted).astype(jnp.float32), jnp.float32(0)
     for name, weight in weights.items():
         if name == "sft":
-            of = chosen if sft is None else sft
-            tokens = jnp.mean(of.tokens) if sft_tokens is None else sft_tokens
-            total += weight * -jnp.sum(of.policy) / tokens
+            of = _without_padding(of)
+            tokens = _sum(of.tokens, counted) / jnp.maximum(count, 1.0)
+            tokens = tokens if sft_tokens is None else sft_tokens
+            total += weight * -_sum(of.policy, counted) / jnp.maximum(tokens, 1.0)
         else:
             known = _known(name, options)
-            total += weight * jnp.sum(known.each(chosen, rejected, options))
+            kept = jnp.arange(len(counted)) < count if known.coupled else counted
+            total += weight * _sum(known.each(chosen, rejected, options), kept)
     if chosen.reference is None or rejected.reference is None:
         return Sums(total, count, {})
     a, d = (options.beta * jax.lax.stop_gradient(x.ratio) for x in (chosen, rejected))
     logs = {"chosen": a, "rejected": d, "margin": a - d, "accuracy": (a > d).astype(jnp.float32)}
-    return Sums(total, count, {name: jnp.sum(x) for name, x in logs.items()})
+    return Sums(total, count, {name: _sum(x, counted) for name, x in logs.items()})
+
+
+def _without_padding(of: Completions) -> Completions:
+    """Returns completions that say which count; the others have values that no loss fails on."""
+    counted = jnp.ones_like(of.policy, bool) if of.counted is None else of.counted
+    return of._replace(policy=jnp.where(counted, of.policy, -1.0), counted=counted)
+
+
+def _sum(x: jax.Array, counted: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(counted, x, 0.0))
 
 
 def _known(name: str, options: PreferenceOptions) -> Preference:
@@ -326,12 +352,20 @@ def kto_loss(
       weights: the weight of a desirable row, and that of an undesirable one.
 
     Returns:
-      The sums; rows are counted.
+      The sums; rows are counted. `logs` has the rewards of desirable and of other rows, and `kl`.
     """
+    rows = _without_padding(rows)
+    counted = rows.counted
+    assert counted is not None
     gain = jnp.where(desirable, rows.ratio - kl, kl - rows.ratio)
     losses = jnp.where(desirable, *weights) * (1 - jax.nn.sigmoid(beta * gain))
-    count = jnp.float32(losses.shape[0])
-    return Sums(jnp.sum(losses), count, {"reward": jnp.sum(beta * rows.ratio)})
+    count = jnp.sum(counted).astype(jnp.float32)
+    rewards = beta * jax.lax.stop_gradient(rows.ratio)
+    logs = {
+        name: _sum(rewards, counted & of) * count / jnp.maximum(jnp.sum(counted & of), 1)
+        for name, of in (("chosen", desirable), ("rejected", ~desirable))
+    }
+    return Sums(_sum(losses, counted), count, {**logs, "kl": count * kl})
 
 
 def mismatched_kl(mismatched: Completions) -> jax.Array:
@@ -340,4 +374,7 @@ def mismatched_kl(mismatched: Completions) -> jax.Array:
     Args:
       mismatched: prompts with the completions of other rows of the batch.
     """
-    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(mismatched.ratio), 0.0))
+    of = _without_padding(mismatched)
+    assert of.counted is not None
+    mean = _sum(of.ratio, of.counted) / jnp.maximum(jnp.sum(of.counted), 1)
+    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))

@@ -1,0 +1,155 @@
+"""Losses of preferences and of rollouts, from batches of tokens: what a step minimises."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.types import Batch, Tree
+from lora_jax.training.losses.contract import Logits, Loss, Sums
+from lora_jax.training.losses.online import Online, online_loss, rloo_loss
+from lora_jax.training.losses.preference import (
+    Completions,
+    PreferenceOptions,
+    completions,
+    kto_loss,
+    preference_loss,
+)
+from lora_jax.training.losses.tokens import cross_entropy, token_values
+
+
+def sequence_logps(
+    forward: Logits,
+    params: Tree,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+    *,
+    chunk: int = 0,
+    parts: int = 1,
+) -> Completions:
+    """Returns the log-probabilities of a batch's sequences, with its reference's.
+
+    Args:
+      forward, params, dropout_key, chunk, parts: see `sum_over_tokens`.
+      batch: see `lora_jax.training.batches.Packs`; `counts`, int32 [batch, n], are the tokens that
+        count of each sequence of a row, and `reference`, fp32 [batch, n], where there is one, are
+        the reference's log-probabilities.
+
+    Returns:
+      [batch * n] completions; those without tokens, which fill up a row, do not count.
+    """
+    logps = token_values(
+        lambda logits, targets: -cross_entropy(logits, targets),
+        forward,
+        params,
+        batch,
+        dropout_key,
+        chunk=chunk,
+        parts=parts,
+    )
+    segments = jnp.take_along_axis(batch["segment_ids"], batch["predict_at"], axis=1) - 1
+    counted = batch["weights"] > 0
+    found = completions(logps, counted, segments=segments, n=batch["counts"].shape[1])
+    reference = batch.get("reference")
+    return found._replace(reference=None if reference is None else reference.reshape(-1))
+
+
+def pair_loss(
+    terms: str | Mapping[str, float],
+    options: PreferenceOptions = PreferenceOptions(),  # noqa: B008
+    *,
+    chunk: int = 0,
+    parts: int = 1,
+) -> Loss:
+    """Returns a loss of pairs, for batches of `training.pairs`; equal arguments give the same one.
+
+    Args:
+      terms: see `preference_loss`.
+      options: β and the like.
+      chunk, parts: see `sum_over_tokens`.
+    """
+    named = ((terms, 1.0),) if isinstance(terms, str) else tuple(terms.items())
+    return _pair_loss(named, options, chunk, parts)
+
+
+@functools.cache
+def _pair_loss(
+    terms: tuple[tuple[str, float], ...], options: PreferenceOptions, chunk: int, parts: int
+) -> Loss:
+    def sums(
+        forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Sums:
+        both = sequence_logps(forward, params, batch, dropout_key, chunk=chunk, parts=parts)
+        chosen, rejected = (jax.tree.map(lambda x, i=i: x[i::2], both) for i in (0, 1))
+        mean = batch["mean_tokens"][0]
+        found = preference_loss(dict(terms), chosen, rejected, options, sft_tokens=mean)
+        seen = jax.lax.stop_gradient({"chosen": chosen, "rejected": rejected})
+        logps = {f"logps_{name}": jnp.sum(one.policy) for name, one in seen.items()}
+        return found._replace(logs=found.logs | logps)
+
+    return Loss(sums, unit="pair")
+
+
+@functools.cache
+def unpaired_loss(
+    beta: float = 0.1, weights: tuple[float, float] = (1.0, 1.0), *, chunk: int = 0, parts: int = 1
+) -> Loss:
+    """Returns KTO's loss of rows that are desirable or not; equal arguments give the same one.
+
+    A batch has `labels`, int32 [batch, n], 1 for a desirable completion, and `kl`, fp32 [batch], of
+    which all are KTO's estimate over the whole batch; see `mismatched_kl`.
+
+    Args:
+      beta, weights: see `kto_loss`.
+      chunk, parts: see `sum_over_tokens`.
+    """
+
+    def sums(
+        forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Sums:
+        rows = sequence_logps(forward, params, batch, dropout_key, chunk=chunk, parts=parts)
+        desirable = batch["labels"].reshape(-1) > 0
+        return kto_loss(rows, desirable, batch["kl"][0], beta=beta, weights=weights)
+
+    return Loss(sums, unit="row")
+
+
+@functools.cache
+def rollout_loss(
+    options: Online | None, *, temperature: float = 1.0, chunk: int = 0, parts: int = 1
+) -> Loss:
+    """Returns a loss of rollouts; equal arguments give the same one.
+
+    A batch has `advantages`, fp32 [batch], and `old`, fp32 [batch, m], the log-probabilities at
+    `predict_at` before the first update; `reference`, of the same shape, where beta is not 0.
+
+    Args:
+      options: the loss, such as ``ONLINE["dapo"]``; None for RLOO.
+      temperature: divides the logits, as it did when the completions were drawn.
+      chunk, parts: see `sum_over_tokens`.
+    """
+
+    def sums(
+        forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Sums:
+        logps = token_values(
+            functools.partial(_at, temperature),
+            forward,
+            params,
+            batch,
+            dropout_key,
+            chunk=chunk,
+            parts=parts,
+        )
+        known = (logps, batch["weights"] > 0, batch["advantages"], batch["old"])
+        if options is None:
+            return rloo_loss(*known)
+        return online_loss(options, *known, batch.get("reference"))
+
+    unit = "sequence" if options is None or options.over != "tokens" else "token"
+    return Loss(sums, unit=unit)
+
+
+def _at(temperature: float, logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return -cross_entropy(logits / temperature, targets)

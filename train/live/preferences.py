@@ -1,0 +1,118 @@
+"""What losses of preferences compare each batch with: a reference, and KTO's divergence from it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+import lora_jax as lj
+from lora_jax.core.types import Tree
+from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.order import Feed
+from lora_jax.training.data.paired import Units, pack_units
+from lora_jax.training.data.sequences import Sequences, Tokens
+from lora_jax.training.ready import Ready
+from lora_jax.training.step import State
+from train.live.reference import Scorer, reference_params, sequence_scorer, with_reference
+from train.options.dpo import KTO, NONE
+from train.tasks.task import Data, Preparing
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compared:
+    """Compares each batch with the reference before its step; see `lora_jax.training.ready.Live`.
+
+    Attributes:
+      ready: what training begins with.
+      score: a `sequence_scorer`.
+      params: the reference's parameters.
+      cached: whether the examples hold the reference's log-probabilities.
+      diverges: whether the loss is KTO, and needs the divergence of mismatched completions.
+    """
+
+    ready: Ready
+    score: Scorer
+    params: Tree
+    cached: bool
+    diverges: bool
+
+    def batch(self, number: int, state: State) -> HostBatch:
+        """Returns the batch, with the reference's log-probabilities and KTO's divergence."""
+        batch = self.ready.feed.batch(number)
+        if not self.cached:
+            batch = batch | {"reference": self._scores(self.params, batch)}
+        if self.diverges:
+            batch = batch | {"kl": np.full(batch["ids"].shape[:2], self._kl(number, state))}
+        return batch
+
+    def noted(self, number: int) -> Mapping[str, float]:
+        """Returns nothing: the loss logs all there is."""
+        return {}
+
+    def _scores(self, params: Tree, batch: HostBatch) -> np.ndarray:
+        """Returns the log-probabilities of a batch, [accumulate, batch, n]."""
+        parts = range(len(batch["ids"]))
+        each = [self.score(params, {k: v[part] for k, v in batch.items()}) for part in parts]
+        return np.stack([np.asarray(one) for one in each])
+
+    def _kl(self, number: int, state: State) -> np.float32:
+        """Returns the mean log-ratio of each prompt with the completion of the row before it."""
+        feed: Any = self.ready.feed
+        rows = feed.order.rows(number)
+        mixed = mismatched(feed.examples, rows.ravel())
+        batch = {name: x.reshape(*rows.shape, -1) for name, x in mixed.by_name().items()}
+        policy = self._scores(lj.join(state.adapter, self.ready.base), batch)
+        ratio = (policy - self._scores(self.params, batch))[batch["counts"] > 0]
+        return np.float32(max(ratio.mean(), 0.0)) if ratio.size else np.float32(0)
+
+
+def mismatched(examples: Units, rows: np.ndarray) -> Units:
+    """Returns each row's prompt with the completion of the row before it, the first with the last's.
+
+    Args:
+      examples: rows of one sequence each.
+      rows: [n], the rows of a batch.
+    """
+    table: Sequences = examples.table.select(examples.firsts[rows])
+    asked = [one.ids[: int(np.argmax(one.counts))] for one in table]
+    said = [one.ids[len(prompt) :] for one, prompt in zip(table, asked, strict=True)]
+    most = examples.lengths[-1]
+    made = []
+    for at, prompt in enumerate(asked):
+        ids = np.concatenate([prompt, said[at - 1]])[:most]
+        counts = np.arange(len(ids)) >= len(prompt)
+        made.append(Tokens(ids, counts, int(table.rows[at])))
+    return pack_units(made, most, like=examples)
+
+
+def prepared(of: Preparing) -> tuple[Ready, Data]:
+    """Returns what training begins with, and its data, compared with the reference.
+
+    Raises:
+      UserError: the reference does not fit the base.
+    """
+    optim, examples = of.config.optim, of.data.train
+    diverges = KTO in optim.loss
+    cached = of.config.data.reference_logps == "cached"
+    params = reference_params(of, held=diverges or not cached)
+    if params is None:
+        return of.ready, of.data
+    score = sequence_scorer(of.model, of.layout, optim.loss_chunk)
+    assert isinstance(examples, Units)
+    data = of.data
+    if data.held_out is not None:
+        assert isinstance(data.held_out, Units)
+        held_out = with_reference(of, score, params, data.held_out)
+        data = dataclasses.replace(data, held_out=held_out)
+    ready = of.ready
+    if cached:
+        examples = with_reference(of, score, params, examples)
+        assert isinstance(ready.feed, Feed)
+        ready = dataclasses.replace(
+            ready, feed=dataclasses.replace(ready.feed, examples=examples)
+        )
+    if diverges or not cached:
+        live = Compared(ready, score, params, cached=cached, diverges=diverges)
+        ready = dataclasses.replace(ready, live=live)
+    return ready, data

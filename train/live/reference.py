@@ -1,0 +1,141 @@
+"""The reference of a loss of preferences: its parameters, and its log-probabilities of examples."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import lora_jax as lj
+from lora_jax.core.types import Batch, Tree
+from lora_jax.lorafy import nodes_of
+from lora_jax.saving.fingerprint import base_fingerprint, checksum
+from lora_jax.training.data.paired import Units
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import sequence_logps
+from lora_jax.training.processes import is_first
+from train.adapters.source import find_adapter
+from train.console.errors import UserError
+from train.console.output import tell
+from train.data import cache
+from train.options.dpo import BASE, NONE
+from train.processes import hosts
+from train.run.log import doing
+from train.tasks.task import Preparing
+
+# (parameters, a batch on the mesh) -> the log-probabilities of its sequences, [batch * n].
+Scorer = Callable[[Tree, Batch], jax.Array]
+
+
+def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
+    """Returns a function of the log-probabilities of sequences, as the loss computes them."""
+    forward = lj.adapt(layout.constrained(model).apply)
+
+    def score(params: Tree, batch: Batch) -> jax.Array:
+        found = sequence_logps(
+            forward,
+            params,
+            batch,
+            chunk=chunk * layout.token_parts,
+            parts=layout.sequence_parts,
+        )
+        return found.policy.reshape(batch["counts"].shape)
+
+    compiled = jax.jit(
+        score, out_shardings=layout.whole, compiler_options=layout.compiler_options
+    )
+
+    def on_mesh(params: Tree, batch: Batch) -> jax.Array:
+        with jax.set_mesh(layout.mesh):
+            return compiled(params, layout.batch(batch, parts=False))
+
+    return on_mesh
+
+
+def reference_params(of: Preparing, *, held: bool) -> Tree | None:
+    """Returns the parameters that --reference names, over the arrays of the base; None for none.
+
+    Args:
+      of: the run.
+      held: whether they are needed while training, too.
+
+    Raises:
+      UserError: they do not fit the base, or would need a second base beside it.
+    """
+    given = of.config.data.reference
+    if given == NONE:
+        return None
+    if held and (of.config.adapter.full or of.takes_from_base):
+        what = "--full trains" if of.config.adapter.full else "--init takes factors out of"
+        raise UserError(
+            f"--reference {given}: {what} the base itself, and a second one would be needed beside "
+            "it while training: use --reference-logps cached, or another --init"
+        )
+    if given == BASE:
+        return of.plain
+    source = find_adapter(given, "--reference")
+    mismatch = of.config.adapter.allow_base_mismatch
+    return source.load(of.outline, of.plain, of.outline.name, allow_base_mismatch=mismatch)
+
+
+def check_reference(config: Any, outline: Any) -> None:
+    """Raises a UserError if --reference names no adapter over this base; reads no weights."""
+    if config.data.reference not in (BASE, NONE, None):
+        source = find_adapter(config.data.reference, "--reference")
+        source.check(outline, allow_base_mismatch=config.adapter.allow_base_mismatch)
+
+
+def with_reference(of: Preparing, score: Scorer, params: Tree, examples: Units) -> Units:
+    """Returns examples with the reference's log-probabilities, computed or of an earlier run.
+
+    Args:
+      of: the run.
+      score: a `sequence_scorer`.
+      params: the reference's.
+      examples: pairs, or rows.
+    """
+    shape = (len(examples), examples.segments_a_row)
+    asked = of.config.data.token_cache
+    path = cache.place_of(asked, f"reference-{_key(of, params, examples)}")
+    kept = None if path is None else cache.read(path)
+    everywhere = hosts.map_over_processes(lambda _: kept is not None, range(jax.process_count()))
+    if kept is not None and all(everywhere):
+        tell(of.console, f"the reference's log-probabilities are those of an earlier run, in {path}")
+        return examples.compared(np.frombuffer(kept, "<f4").reshape(shape))
+    found, n = np.zeros(shape, np.float32), of.config.optim.batch_size
+    order = examples.by_length
+    with doing(of.console, f"the reference reads {len(order):,} rows") as progress:
+        for first, part in zip(range(0, len(order), n), examples.parts(n), strict=True):
+            rows = order[first : first + n]
+            found[rows] = np.asarray(score(params, part))[: len(rows)]
+            progress(first + len(rows), len(order))
+    if path is not None and is_first() and (asked is not None or len(order) >= cache.FEW):
+        _keep(of, path, found)
+    return examples.compared(found)
+
+
+def _keep(of: Preparing, path: Path, found: np.ndarray) -> None:
+    try:
+        cache.write(path, [found.astype("<f4").tobytes()])
+    except OSError as error:
+        tell(
+            of.console,
+            f"warning: the reference's log-probabilities are not kept: {path.parent} cannot be "
+            f"written ({error.strerror or error})",
+        )
+
+
+def _key(of: Preparing, params: Tree, examples: Units) -> str:
+    """Returns a hash of all that the reference's log-probabilities depend on."""
+    adapter = lj.split(params)[0] if nodes_of(params) else {}
+    known = {
+        "examples": examples.digest(),
+        "base": base_fingerprint(params),
+        "adapter": jax.tree.map(checksum, adapter),
+        "dtype": of.config.optim.dtype,
+        "outline": repr(of.outline.head),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]

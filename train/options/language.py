@@ -1,0 +1,60 @@
+"""The options of scripts that train language models, which these share."""
+
+import dataclasses
+from typing import Any
+
+from train.options import field
+from train.options.common import OptimConfig
+from train.options.conditions import Idle
+from train.options.field import Card, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageDataConfig:
+    """Model and data."""
+
+    model: str | None = option(None, field.OF_BASE)
+    """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
+    --init-adapter, or else SmolLM2-135M-Instruct."""
+    rope_scaling: str | None = option(None, field.OF_BASE, card=Card.ROPE)
+    """Scale the model's RoPE, for rows longer than the model allows. A kind and the factor by which
+    they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's
+    rope_parameters (yarn:4,beta_fast=16). The adapter stores the scaling, and train.generate and
+    train.export apply it. By default the scaling of --init-adapter."""
+    dataset: Any = option(field.REQUIRED, field.HIDDEN)
+    fields: tuple[str, ...] = option((), field.HIDDEN)
+    """Names that your fields have instead: prompt=question completion=answer. Of several data sets,
+    each takes the names that its first row has."""
+    split: str = option("train", field.OF_HUB)
+    """The split to train on, for a folder or a dataset on the hub."""
+    subset: str | None = option(None, field.OF_HUB)
+    """The subset (configuration) to load, for a dataset on the hub."""
+    eval_dataset: str | None = option(None, field.CHANGEABLE)
+    """Data to measure the loss on every --eval-every steps, instead of held-out rows: one file,
+    folder or dataset on the hub, as for --dataset."""
+    eval_split: str = option("train", field.CHANGEABLE)
+    """The split of --eval-dataset, for a folder or a dataset on the hub."""
+    held_out_seed: int | None = option(None, field.ROWS, Idle.NONE_DRAWN)
+    """Seed that draws the rows to hold out; by default --seed. Give it to compare runs of several
+    seeds on the same rows."""
+    rows: int | None = option(None, field.ROWS, Idle.STREAM)
+    """Use only this many rows of each data set, from the beginning."""
+    seq_len: int = option(128, field.HIDDEN, card=Card.LENGTH)
+    """The maximum number of tokens of a sequence."""
+    truncate: bool = option(False, field.HIDDEN, card=Card.LOSS)
+    """Truncate rows longer than --seq-len; without this option, they are an error."""
+    packing: bool = option(False, field.HIDDEN, card=Card.PACKING)
+    """Pack several rows into one sequence; no row attends to another. Without this option, rows of
+    about one length share a batch."""
+    token_cache: str | None = option(None, field.CHANGEABLE, Idle.ONLY_STREAM)
+    """The folder where tokenised rows are kept for later runs, or off. By default lora_jax/tokens
+    in the user's cache folder, for a thousand rows and more."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageOptimConfig(OptimConfig):
+    """Optimisation."""
+
+    loss_chunk: int = option(256, field.HIDDEN, of_inputs=False)
+    """Predictions whose logits are in memory at once, for each part of the batch on the mesh. Fewer
+    take less memory; the head is recomputed in the backward pass. 0 for all at once."""
