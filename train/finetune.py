@@ -48,7 +48,10 @@ from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
 from train.run.report import compiled_bytes, print_adapter, print_costs, tree_bytes
 from train.run.rules import rules
-from train.tasks.task import Context, Evaluation, Preparing, Task
+from train.tasks.task import Context, Evaluation, Preparing, Rolling, Task
+
+
+_COMPLETIONS = 2  # of a step that are shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,6 +328,14 @@ def measures(
             return score(evaluation, model, tree_of(state), forward, run.stop)
 
         yield Measure(every=asked.score_every, prefix=SCORE, take=scored)
+    if isinstance(inputs.feed, Rolling):
+        rolling = inputs.feed
+
+        def completed(state: State) -> dict[str, float]:
+            log.sampled(int(state.step), rolling.newest, shown=_COMPLETIONS)
+            return {}
+
+        yield Measure(every=1, prefix=SAMPLED, take=completed)
     if prompts := inputs.prompts:
         tokens, outline = asked.sample_tokens, inputs.read.outline
 

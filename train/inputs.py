@@ -106,7 +106,7 @@ def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
     asked = getattr(config.run, "sample_prompts", ())
     prompts = Prompts(config.run, outline) if asked else None
     order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-    steps = order.steps(optim.epochs) if optim.steps is None else optim.steps
+    steps = (data.steps or order.steps)(optim.epochs) if optim.steps is None else optim.steps
     feed: Batches = Feed(data.train, order, data.name, data.source)
     if data.feed is not None:
         feed = data.feed(steps)

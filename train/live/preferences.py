@@ -10,12 +10,12 @@ import lora_jax as lj
 from lora_jax.core.types import Tree
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.order import Feed
-from lora_jax.training.data.paired import Units, pack_units
+from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.ready import Ready
 from lora_jax.training.step import State
 from train.live.reference import Scorer, reference_params, sequence_scorer, with_reference
-from train.options.dpo import KTO, NONE
+from train.options.dpo import KTO
 from train.tasks.task import Data, Preparing
 
 
@@ -67,7 +67,7 @@ class Compared:
         return np.float32(max(ratio.mean(), 0.0)) if ratio.size else np.float32(0)
 
 
-def mismatched(examples: Units, rows: np.ndarray) -> Units:
+def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
     """Returns each row's prompt with the completion of the row before it, the first with the last's.
 
     Args:
@@ -83,7 +83,8 @@ def mismatched(examples: Units, rows: np.ndarray) -> Units:
         ids = np.concatenate([prompt, said[at - 1]])[:most]
         counts = np.arange(len(ids)) >= len(prompt)
         made.append(Tokens(ids, counts, int(table.rows[at])))
-    return pack_units(made, most, like=examples)
+    firsts = np.arange(len(made) + 1)
+    return dataclasses.replace(examples, table=Sequences.of(made), firsts=firsts, reference=None)
 
 
 def prepared(of: Preparing) -> tuple[Ready, Data]:
@@ -99,10 +100,10 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
     if params is None:
         return of.ready, of.data
     score = sequence_scorer(of.model, of.layout, optim.loss_chunk)
-    assert isinstance(examples, Units)
+    assert isinstance(examples, Preferences)
     data = of.data
     if data.held_out is not None:
-        assert isinstance(data.held_out, Units)
+        assert isinstance(data.held_out, Preferences)
         held_out = with_reference(of, score, params, data.held_out)
         data = dataclasses.replace(data, held_out=held_out)
     ready = of.ready

@@ -1,5 +1,6 @@
 """The reference of a loss of preferences: its parameters, and its log-probabilities of examples."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import lora_jax as lj
 from lora_jax.core.types import Batch, Tree
 from lora_jax.lorafy import nodes_of
 from lora_jax.saving.fingerprint import base_fingerprint, checksum
-from lora_jax.training.data.paired import Units
+from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import sequence_logps
 from lora_jax.training.processes import is_first
@@ -88,7 +89,7 @@ def check_reference(config: Any, outline: Any) -> None:
         source.check(outline, allow_base_mismatch=config.adapter.allow_base_mismatch)
 
 
-def with_reference(of: Preparing, score: Scorer, params: Tree, examples: Units) -> Units:
+def with_reference(of: Preparing, score: Scorer, params: Tree, examples: Preferences) -> Preferences:
     """Returns examples with the reference's log-probabilities, computed or of an earlier run.
 
     Args:
@@ -104,7 +105,8 @@ def with_reference(of: Preparing, score: Scorer, params: Tree, examples: Units) 
     everywhere = hosts.map_over_processes(lambda _: kept is not None, range(jax.process_count()))
     if kept is not None and all(everywhere):
         tell(of.console, f"the reference's log-probabilities are those of an earlier run, in {path}")
-        return examples.compared(np.frombuffer(kept, "<f4").reshape(shape))
+        reference = np.frombuffer(kept, "<f4").reshape(shape)
+        return dataclasses.replace(examples, reference=reference)
     found, n = np.zeros(shape, np.float32), of.config.optim.batch_size
     order = examples.by_length
     with doing(of.console, f"the reference reads {len(order):,} rows") as progress:
@@ -114,7 +116,7 @@ def with_reference(of: Preparing, score: Scorer, params: Tree, examples: Units) 
             progress(first + len(rows), len(order))
     if path is not None and is_first() and (asked is not None or len(order) >= cache.FEW):
         _keep(of, path, found)
-    return examples.compared(found)
+    return dataclasses.replace(examples, reference=found)
 
 
 def _keep(of: Preparing, path: Path, found: np.ndarray) -> None:
@@ -128,7 +130,7 @@ def _keep(of: Preparing, path: Path, found: np.ndarray) -> None:
         )
 
 
-def _key(of: Preparing, params: Tree, examples: Units) -> str:
+def _key(of: Preparing, params: Tree, examples: Preferences) -> str:
     """Returns a hash of all that the reference's log-probabilities depend on."""
     adapter = lj.split(params)[0] if nodes_of(params) else {}
     known = {

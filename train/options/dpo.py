@@ -12,7 +12,7 @@ from train.options import field
 from train.options import sft as sft_options
 from train.options.common import Options
 from train.options.field import option
-from train.options.language import LanguageDataConfig, LanguageOptimConfig
+from train.options.language import LanguageOptimConfig, TokensConfig
 from train.options.sft import SftAdapterConfig, SftRunConfig
 
 KTO, SFT = "kto", "sft"
@@ -37,7 +37,7 @@ _LOSS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DpoDataConfig(LanguageDataConfig):
+class DpoDataConfig(TokensConfig):
     """Model and data."""
 
     dataset: str = DEFAULT_TASK

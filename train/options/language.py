@@ -41,6 +41,12 @@ class LanguageDataConfig:
     """Use only this many rows of each data set, from the beginning."""
     seq_len: int = option(128, field.HIDDEN, card=Card.LENGTH)
     """The maximum number of tokens of a sequence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokensConfig(LanguageDataConfig):
+    """Model and data that are tokenised before training."""
+
     truncate: bool = option(False, field.HIDDEN, card=Card.LOSS)
     """Truncate rows longer than --seq-len; without this option, they are an error."""
     packing: bool = option(False, field.HIDDEN, card=Card.PACKING)

@@ -13,7 +13,7 @@ from train.options import field
 from train.options.common import AdapterConfig, Options, RunConfig, check_shared
 from train.options.conditions import Idle
 from train.options.field import Card, Uncompared, option
-from train.options.language import LanguageDataConfig, LanguageOptimConfig
+from train.options.language import LanguageOptimConfig, TokensConfig
 
 DEFAULT_MODEL = SMOLLM2.name
 LossName = Literal[*TOKEN_LOSSES]  # type: ignore[valid-type]
@@ -26,7 +26,7 @@ DEFAULT_TASK = "sql"  # of train/options/tasks.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(LanguageDataConfig):
+class DataConfig(TokensConfig):
     """Model and data."""
 
     dataset: tuple[str, ...] = (DEFAULT_TASK,)

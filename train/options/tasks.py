@@ -9,11 +9,15 @@ from train.console.errors import UserError
 # The tasks that --dataset names, each with rows and a test of its own.
 SFT = {"sql": "train.tasks.sql.task"}
 CLASSIFY = {"vader": "train.tasks.vader"}
+DPO = {"sql": "train.tasks.sql.pairs"}
+GRPO = {"sql": "train.tasks.sql.rewarded", "arithmetic": "train.tasks.arithmetic.task"}
 
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
 STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
 TEXTS = "train.tasks.labelled"  # classifies a user's texts
-_NAMED = {CHATS: SFT, TEXTS: CLASSIFY}
+PAIRS = "train.tasks.pairs"  # trains on a user's preferences
+PROMPTS = "train.tasks.prompts"  # trains on rewards of completions of a user's prompts
+_NAMED = {CHATS: SFT, TEXTS: CLASSIFY, PAIRS: DPO, PROMPTS: GRPO}
 
 
 def find_task(datasets: Sequence[str], kind: str) -> Any:
@@ -21,7 +25,7 @@ def find_task(datasets: Sequence[str], kind: str) -> Any:
 
     Args:
       datasets: the names of the data sets.
-      kind: `CHATS`, `STREAMED` or `TEXTS`.
+      kind: `CHATS`, `STREAMED`, `TEXTS`, `PAIRS` or `PROMPTS`.
 
     Raises:
       UserError: a task is named beside other data.

@@ -15,10 +15,11 @@ Ending = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be
 
 
 class Sample(NamedTuple):
-    """A prompt, and the model's answer."""
+    """A prompt, and the model's answer, with its reward where it has one."""
 
     prompt: str
     answer: str
+    reward: float | None = None
 
 
 class Start(NamedTuple):

@@ -115,20 +115,30 @@ class Log:
             scores = (f"{k.removeprefix(SCORE)} {v:.4g}" for k, v in found.items())
             tell(self._console, f"step {line['step']}: score {'  '.join(scores)}")
 
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
-        """Records what the model answered after a step, and prints it."""
+    def sampled(self, step: int, samples: Sequence[Sample], shown: int | None = None) -> None:
+        """Records what the model answered after a step; prints and reports the first ones.
+
+        Args:
+          step: the step.
+          samples: the answers.
+          shown: how many are printed and reported; None for all.
+        """
         at = round(time.time(), 3)
         with self._samples.open("a") as file:
             for sample in samples:
-                line = {"step": step, **sample._asdict(), "time": at}
+                known = {k: v for k, v in sample._asdict().items() if v is not None}
+                line = {"step": step, **known, "time": at}
                 file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
-        if self._reporting is not None:
-            self._reporting.samples(step, samples, at)
-        tell(self._console, f"step {step}: sampled answers")
-        for sample in samples:
+        first = samples[:shown]
+        if self._reporting is not None and first:
+            self._reporting.samples(step, first, at)
+        if first:
+            tell(self._console, f"step {step}: sampled answers")
+        for sample in first:
+            reward = "" if sample.reward is None else f"  [reward {sample.reward:.4g}]"
             tell(
                 self._console,
-                f"  > {_in_one_line(sample.prompt)}\n    {_in_one_line(sample.answer)}",
+                f"  > {_in_one_line(sample.prompt)}\n    {_in_one_line(sample.answer)}{reward}",
             )
 
     def _record(self, line: Line) -> Line:
@@ -152,7 +162,7 @@ class Log:
 class QuietLog(NullLog):
     """Logs nothing; the log of all processes but the first."""
 
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+    def sampled(self, step: int, samples: Sequence[Sample], shown: int | None = None) -> None:
         """Keeps nothing."""
 
 
@@ -164,7 +174,11 @@ def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line
         for line in of_step:
             if "answer" not in line:
                 reporting.line(line)
-        samples = [Sample(line["prompt"], line["answer"]) for line in of_step if "answer" in line]
+        samples = [
+            Sample(line["prompt"], line["answer"], line.get("reward"))
+            for line in of_step
+            if "answer" in line
+        ]
         if samples:
             reporting.samples(step, samples, of_step[-1]["time"])
 

@@ -7,7 +7,7 @@ task that differs from another in some of its functions is made by ``dataclasses
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -19,6 +19,7 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.ready import Ready
 from train.console.errors import UserError
 from train.options.defaults import Defaults
+from train.reporters.contract import Sample
 from train.run.pretrained import Outline
 
 
@@ -47,6 +48,7 @@ class Data:
       lines: lines to print before training.
       feed: returns the batches of so many steps, where they are not taken from `train` as a whole;
         `train` is then a sample of them.
+      steps: returns the number of steps of so many epochs, where it does not follow from `train`.
       row: returns the name of a row, from its data set and its number; None for "row 3".
     """
 
@@ -57,6 +59,7 @@ class Data:
     facts: dict[str, Any]
     lines: tuple[str, ...] = ()
     feed: Callable[[int], Batches] | None = None
+    steps: Callable[[float], int] | None = None
     row: Callable[[int, int], str] | None = None
     measured: Examples | None = None
 
@@ -100,6 +103,15 @@ class Preparing:
     plain: Any
     ready: Ready
     takes_from_base: bool
+
+
+@runtime_checkable
+class Rolling(Protocol):
+    """Batches of completions that a run draws itself."""
+
+    @property
+    def newest(self) -> Sequence[Sample]:
+        """Returns the completions of the newest batch."""
 
 
 Progress = Callable[[int, int], None]  # is called with the number done so far, and the total

@@ -49,6 +49,7 @@ class SqlExample:
       sql: the gold query.
       form: the name of the query form.
       phrasing: the index of the form's phrasing; the held-out phrasings come last.
+      mistakes: queries that are one mistake away, with other results.
     """
 
     messages: tuple[Message, ...]
@@ -57,6 +58,7 @@ class SqlExample:
     sql: str
     form: str
     phrasing: int
+    mistakes: tuple[str, ...] = ()
 
 
 def training_examples(n: int, *, seed: int = 0, shuffle_schemas: bool = False) -> list[SqlExample]:
@@ -199,6 +201,7 @@ def _draw_example(
             sql=write(query),
             form=form,
             phrasing=phrasing,
+            mistakes=tuple(write(mistake) for _, mistake in mutations(query, schema)),
         )
         return _example(schema, asked)
     return None

@@ -1,0 +1,22 @@
+"""Rewards: `python -m train.grpo` trains an adapter on rewards of its own completions.
+
+It samples from the very arrays that it trains. `python -m train.grpo --help` lists the options. The
+run itself is in `train.finetune`.
+"""
+
+from train.options import grpo as options
+from train.options.defaults import with_defaults
+from train.options.tasks import PROMPTS
+from train.script import Script
+
+SCRIPT = Script(
+    name="train.grpo",
+    plain=options.Config(),
+    kind=lambda config: PROMPTS,
+    check_options=options.check,
+    completed=lambda config, defaults: options.with_reference(with_defaults(config, defaults)),
+)
+parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A training script: from a command line to a run, or to a table of runs side by side."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.training.errors import TrainingError
+from train.console.errors import as_user_errors
+from train.data.files import named
+from train.finetune import finetune
+from train.many.one import Asked
+from train.many.runs import train_many
+from train.options.command import read_line
+from train.options.common import Options
+from train.options.defaults import Defaults, with_defaults
+from train.options.field import check_effects
+from train.options.table import TableRow, check_one_base, read_table
+from train.options.tasks import find_task
+from train.processes.session import Session
+from train.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Script:
+    """A script that trains.
+
+    Attributes:
+      name: its module: "train.sft".
+      plain: its options, none of them given.
+      kind: returns the kind of task for a user's own rows; see `train.options.tasks`.
+      check_options: raises a UserError for options that make no sense for any task.
+      completed: fills in a task's defaults.
+      started: makes what a run begins with, where it is not there yet.
+    """
+
+    name: str
+    plain: Options
+    kind: Callable[[Any], str]
+    check_options: Callable[[Any], None]
+    completed: Callable[[Any, Defaults], Any] = with_defaults
+    started: Callable[[Any, Session], Any] = lambda config, session: config
+
+    def parse(self, args: Sequence[str] | None = None) -> Any:
+        """Parses a command line, by default this process's, and fills in the task's defaults.
+
+        Raises:
+          UserError: an option has no effect beside the others, or stands wrongly in the file that
+            --config names.
+        """
+        return self._alone(*self._read(args))
+
+    def _read(self, args: Sequence[str] | None) -> tuple[Any, frozenset[str], dict[str, int]]:
+        given = sys.argv[1:] if args is None else args
+        return read_line(self.plain, given, f"python -m {self.name}")
+
+    def _alone(self, config: Any, on_line: frozenset[str], in_file: Mapping[str, int]) -> Any:
+        """Returns the options of a single run, with the task's defaults; see `parse`."""
+        check_effects(config, on_line, in_file)
+        return self.completed(config, self.task_of(config).defaults)
+
+    def task_of(self, config: Any) -> Task:
+        """Returns the task named by --dataset, or the task for a user's own rows."""
+        given = config.data.dataset
+        names = [given] if isinstance(given, str) else [dataset.name for dataset in named(given)]
+        return find_task(names, self.kind(config))
+
+    def check(self, config: Any) -> None:
+        """Raises a UserError for options that make no sense; reads neither data nor model."""
+        self.check_options(config)
+        self.task_of(config).check_options(config)
+
+    def main(self, args: Sequence[str] | None = None) -> None:
+        """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
+        session = Session()
+        with session.running():
+            config, on_line, in_file = self._read(args)
+            if getattr(config.run, "many", None) is not None:
+                rows = read_table(config, self.plain, on_line | in_file.keys())
+                return train_many(self.name, self.asked_for(rows), session)
+            config = self._alone(config, on_line, in_file)
+            self.check(config)
+            config = self.started(config, session)
+            finetune(self.name, config, self.task_of(config), session)
+
+    def asked_for(self, rows: Sequence[TableRow[Any]]) -> list[Asked]:
+        """Returns the runs of a table with their tasks, checked as a command line is.
+
+        Raises:
+          UserError: options make no sense, or adapters stand on different bases; names the row.
+        """
+        asked: list[Asked] = []
+        for row in rows:
+            with as_user_errors(TrainingError, prefix=f"{row.where}: "):
+                task = self.task_of(row.options)
+                config = self.completed(row.options, task.defaults)
+                self.check(config)
+            asked.append(Asked(row._replace(options=config), task))
+        check_one_base([one.row for one in asked])
+        return asked

@@ -1,0 +1,137 @@
+"""The task of training on preferences: a user's pairs, or rows that are good or bad."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.training.data.chats import check_lengths
+from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
+from lora_jax.training.data.preferences import Preferences, pack_pairs
+from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss, pair_loss, unpaired_loss
+from train.console.errors import UserError
+from train.console.output import tell
+from train.data.chats import tokenize
+from train.data.dataset import Dataset, find
+from train.live.preferences import prepared
+from train.live.reference import check_reference
+from train.options.defaults import Defaults
+from train.options.dpo import KTO, NONE, Config
+from train.processes import hosts
+from train.run.pretrained import Outline
+from train.tasks import chats
+from train.tasks.task import Data, Rows, Task, padding_line
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for held-out data that would not be measured."""
+    data = config.data
+    if data.eval_dataset and not config.run.eval_every:
+        raise UserError(
+            f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
+        )
+    if data.packing and KTO in config.optim.loss:
+        raise UserError("--packing: kto compares the rows of a batch, one by one; leave it out")
+
+
+def read_rows(config: Config) -> Rows:
+    """Finds the data sets, and checks their rows."""
+    data = config.data
+    look = functools.partial(
+        find,
+        subset=data.subset,
+        fields=data.fields,
+        kept_in=data.token_cache,
+        check=functools.partial(check_pairs, labelled=KTO in config.optim.loss),
+    )
+    train = look(data.dataset, split=data.split, rows=data.rows)
+    measured = []
+    if data.eval_dataset is not None:
+        measured = [look(data.eval_dataset, split=data.eval_split)]
+    for dataset in (train, *measured):
+        dataset.check()
+    return Rows([train], measured)
+
+
+def outline(config: Config, rows: Rows) -> Outline:
+    """Reads the model's outline; checks --seq-len and --reference against it."""
+    found = chats.outline(config, rows)
+    check_reference(config, found)
+    return found
+
+
+def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+    """Returns the rows as sequences, two a pair; with --eval-every, some are held out."""
+    (train,), measured = rows
+    tokens = _tokens(config, train, outline)
+    held_out = _tokens(config, measured[0], outline) if measured else None
+    lines = []
+    drawn = None if measured else chats.hold_out(config, {train.name: int(tokens.rows[-1])})
+    if drawn is not None:
+        tokens, held_out = tokens.split(drawn[0])
+        lines = [f"{len(drawn[0])} rows of {train.name} are held out"]
+    packs = _packed(config, train.name, tokens)
+    unit = "rows" if packs.a_unit == 1 else "pairs"
+    if config.data.packing:
+        n = len(packs.table) // packs.a_unit
+        full = f"{packs.lengths[-1]} tokens, {100 * packs.filled:.1f}% filled"
+        lines.insert(0, f"{n:,} {unit} are packed into {len(packs):,} rows of {full}")
+    else:
+        lines.insert(0, padding_line(len(packs), unit, packs.lengths, packs.filled))
+    return Data(
+        train=packs,
+        held_out=None if held_out is None else _packed(config, "the held-out rows", held_out),
+        name=packs.name,
+        source=train.name,
+        facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
+        lines=(*lines, f"reference: {config.data.reference}"),
+    )
+
+
+def _tokens(config: Config, dataset: Dataset, outline: Outline) -> Sequences:
+    labelled = KTO in config.optim.loss
+    write = not config.run.dry_run
+    return tokenize(
+        dataset, outline.tokenizer, work=tokenize_pairs, labelled=labelled, write=write
+    )
+
+
+def _packed(config: Config, source: str, tokens: Sequences) -> Preferences:
+    """Returns examples; zeros stand for the reference's log-probabilities, until it is read."""
+    data, labelled = config.data, KTO in config.optim.loss
+    a_unit = 1 if labelled else 2
+    kept = check_lengths(tokens, data.seq_len, truncate=data.truncate, a_unit=a_unit)
+    if left_out := (len(tokens) - len(kept)) // a_unit:
+        tell(
+            hosts.console(),
+            f"{source}: left out {left_out} rows, truncated before a completion began",
+        )
+    packs = pack_pairs(kept, data.seq_len, packing=data.packing, labelled=labelled)
+    if data.reference == NONE:
+        return packs
+    zeros = np.zeros((len(packs), packs.segments_a_row), np.float32)
+    return dataclasses.replace(packs, reference=zeros)
+
+
+def loss(config: Config, layout: Layout) -> Loss:
+    """Returns the loss that --loss names."""
+    optim = config.optim
+    split = {"chunk": optim.loss_chunk * layout.token_parts, "parts": layout.sequence_parts}
+    if KTO in optim.loss:
+        return unpaired_loss(optim.beta, optim.kto_weights or (1.0, 1.0), **split)
+    return pair_loss(optim.terms, optim.preference, **split)
+
+
+TASK = Task(
+    defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=5e-5, full_lr=5e-6),
+    check=check,
+    rows=read_rows,
+    outline=outline,
+    examples=examples,
+    loss=loss,
+    prepared=prepared,
+    reads=chats.reads,
+)

@@ -1,0 +1,242 @@
+"""The task of training on rewards: a user's prompts, whose completions are rewarded."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.training.batches import pack
+from lora_jax.training.data.pairs import check_prompts, tokenize_prompts
+from lora_jax.training.data.rows import Row
+from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss, rollout_loss
+from lora_jax.training.processes import write_json
+from lora_jax.training.ready import Ready
+from train.console.errors import UserError
+from train.data.dataset import find
+from train.live.rollouts import Prompts, Rollouts
+from train.options.defaults import Defaults
+from train.options.grpo import Config
+from train.reporters.files import read_json
+from train.rewards.find import find_rewards
+from train.run.complete import answered
+from train.run.log import doing
+from train.run.output import SCORES
+from train.run.pretrained import Outline
+from train.tasks import chats
+from train.tasks.task import (
+    Context,
+    Data,
+    Evaluation,
+    Preparing,
+    Progress,
+    Rows,
+    Task,
+    print_figures,
+)
+
+_HELD_OUT = 2**32 + 2  # no epoch's number, and no other draw's
+REWARD = "reward"  # the name of the score
+BASE, ADAPTED = "base", "fine-tuned"
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for a task that has no reward."""
+    if not config.data.reward:
+        raise UserError(
+            f"--dataset {config.data.dataset}: say what rewards a completion, by --reward "
+            "file.py:function"
+        )
+
+
+def read_rows(config: Config) -> Rows:
+    """Reads the rows; holds some out, or reads those of --eval-dataset."""
+    data = config.data
+
+    def look(name: str, **where: Any) -> list[Row]:
+        return find(
+            name, subset=data.subset, fields=data.fields, check=check_prompts, **where
+        ).rows()
+
+    rows = look(data.dataset, split=data.split, rows=data.rows)
+    if data.eval_dataset is not None:
+        return Rows(rows, look(data.eval_dataset, split=data.eval_split))
+    return held_out(config, rows)
+
+
+def held_out(config: Config, rows: Sequence[Row]) -> Rows:
+    """Returns the rows in two parts, drawn by --seed: to train on, and --eval-questions others."""
+    seed = config.optim.seed if config.data.held_out_seed is None else config.data.held_out_seed
+    n = min(config.run.eval_questions or 0, len(rows) // 10)
+    order = np.random.Generator(np.random.PCG64([seed, _HELD_OUT])).permutation(len(rows))
+    return Rows([rows[at] for at in np.sort(order[n:])], [rows[at] for at in np.sort(order[:n])])
+
+
+def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+    """Returns the prompts, and the run's rollouts as its batches."""
+    data = config.data
+    parts = [
+        Prompts(part, tokenize_prompts(part, outline.tokenizer, name)) if part else None
+        for part, name in ((rows.train, data.dataset), (rows.held_out, "the held-out rows"))
+    ]
+    train, measured = parts
+    if train is None:
+        raise UserError(f"--dataset {data.dataset} has no row to train on")
+    most = data.seq_len - data.max_new_tokens
+    for part in filter(None, parts):
+        if longer := [at for at, ids in enumerate(part.tokens) if len(ids) > most]:
+            longest = max(map(len, part.tokens))
+            raise UserError(
+                f"--seq-len {data.seq_len}: {len(longer)} prompts have more than {most} tokens, "
+                f"row {longer[0] + 1} the first, and leave no room for --max-new-tokens "
+                f"{data.max_new_tokens}; the longest has {longest}. Give --seq-len "
+                f"{longest + data.max_new_tokens}, or take these rows out"
+            )
+    rewards = find_rewards(
+        data.reward,
+        data.reward_weights or None,
+        columns=train.columns,
+        max_tokens=data.max_new_tokens,
+        seconds=data.reward_timeout,
+        workers=data.reward_workers,
+    )
+    rollouts = Rollouts(config, train, outline, rewards)
+    shown = [
+        Tokens(np.array(ids, np.int32), np.zeros(len(ids), bool), at)
+        for at, ids in enumerate(train.tokens, start=1)
+    ]
+    a_step = rollouts.order.rows_a_step
+    lines = [
+        f"{len(shown):,} prompts; a step has {data.group} completions of each of {a_step}, rewarded "
+        f"by {', '.join(rewards.names)}"
+    ]
+    if measured is not None:
+        lines.append(f"{len(measured.rows)} prompts are held out")
+    return Data(
+        train=pack(shown, data.seq_len, packing=False),
+        held_out=None,
+        name=lambda row: f"row {row + 1}",
+        source=data.dataset,
+        facts={"sequence_length": rollouts.length, "lengths": (rollouts.length,)},
+        lines=tuple(lines),
+        feed=lambda steps: rollouts,
+        steps=lambda epochs: rollouts.order.steps(epochs) * config.optim.updates,
+    )
+
+
+def prepared(of: Preparing) -> tuple[Ready, Data]:
+    """Returns what training begins with: a run whose batches are rollouts."""
+    assert isinstance(of.ready.feed, Rollouts)
+    return of.ready.feed.begin(of), of.data
+
+
+def loss(config: Config, layout: Layout) -> Loss:
+    """Returns the loss of rollouts that --loss names."""
+    optim, data = config.optim, config.data
+    return rollout_loss(
+        optim.online(data.max_new_tokens),
+        temperature=data.sampling_temperature,
+        chunk=optim.loss_chunk * layout.token_parts,
+        parts=layout.sequence_parts,
+    )
+
+
+@dataclasses.dataclass
+class Rewarding:
+    """Rewards greedy completions of held-out prompts before and after training."""
+
+    context: Context
+
+    def __post_init__(self) -> None:
+        data, rows = self.context.config.data, self.context.rows.held_out
+        tokens = tokenize_prompts(rows, self.context.outline.tokenizer, "the held-out rows")
+        self.prompts = Prompts(rows, tokens)
+        self.rewards = find_rewards(
+            data.reward,
+            data.reward_weights or None,
+            columns=self.prompts.columns,
+            max_tokens=data.max_new_tokens,
+            seconds=data.reward_timeout,
+            workers=data.reward_workers,
+        )
+        self.found: dict[str, Any] = {}
+
+    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+        """Rewards the base, unless an interrupted run did."""
+        self.found = read_json(self.context.folder / SCORES)
+        if BASE not in self.found.get(REWARD, {}):
+            self._measure(BASE, model, params, forward)
+
+    def reuse_base_scores(self, other: Evaluation) -> bool:
+        """Takes what another run measured of the base on the same prompts."""
+        if not isinstance(other, Rewarding) or other.prompts != self.prompts:
+            return False
+        self.found = {REWARD: {BASE: other.found[REWARD][BASE]}}
+        return True
+
+    def score(
+        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
+    ) -> dict[str, float]:
+        """Returns the mean reward."""
+        texts = answered(
+            model,
+            params,
+            self.context.outline,
+            self.prompts.tokens,
+            new_tokens=self.context.config.data.max_new_tokens,
+            forward=forward,
+            progress=progress,
+        )
+        ids = self.context.outline.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        of = self.prompts
+        columns = {name: [row.get(name) for row in of.rows] for name in of.columns}
+        asked = [of.asked(row) for row in range(len(of.rows))]
+        scored = self.rewards(asked, texts, ids, columns, group=1)
+        self.newest = [
+            {"prompt": prompt, "answer": text, "reward": None if np.isnan(reward) else float(reward)}
+            for prompt, text, reward in zip(asked, texts, scored.total, strict=True)
+        ]
+        return {REWARD: float(np.nanmean(scored.total))}
+
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+        """Rewards the trained model; writes and prints the rewards."""
+        self._measure(ADAPTED, model, params, forward)
+        rewards = self.found[REWARD]
+        print_figures(
+            self.context.console,
+            f"mean reward of {len(self.prompts.rows)} held-out prompts",
+            ("", *rewards),
+            [("reward", *(f"{value:.4f}" for value in rewards.values()))],
+        )
+        return {REWARD: rewards[ADAPTED]}
+
+    def _measure(self, way: str, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+        n = len(self.prompts.rows)
+        with doing(self.context.console, f"{way}: completing {n} held-out prompts") as progress:
+            found = self.score(model, params, forward, progress)
+        self.found.setdefault(REWARD, {})[way] = found[REWARD]
+        self.found.setdefault("answers", {})[way] = self.newest
+        write_json(self.context.folder / SCORES, self.found)
+
+
+def evaluation(context: Context) -> Rewarding | None:
+    """Returns the evaluation by rewards; None where no prompt is held out."""
+    return Rewarding(context) if context.rows.held_out else None
+
+
+TASK = Task(
+    defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=5e-5, full_lr=5e-6),
+    check=check,
+    rows=read_rows,
+    outline=chats.outline,
+    examples=examples,
+    loss=loss,
+    evaluation=evaluation,
+    prepared=prepared,
+    reads=lambda config: ("seed",),
+    score=REWARD,
+    baselines=lambda scores: {k: v for k, v in scores.get(REWARD, {}).items() if k == BASE},
+)
