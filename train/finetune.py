@@ -50,7 +50,6 @@ from train.run.report import compiled_bytes, print_adapter, print_costs, tree_by
 from train.run.rules import rules
 from train.tasks.task import Context, Evaluation, Preparing, Rolling, Task
 
-
 _COMPLETIONS = 2  # of a step that are shown
 
 

@@ -8,6 +8,7 @@ from train.options import grpo as options
 from train.options.defaults import with_defaults
 from train.options.tasks import PROMPTS
 from train.script import Script
+from train.start import started
 
 SCRIPT = Script(
     name="train.grpo",
@@ -15,6 +16,7 @@ SCRIPT = Script(
     kind=lambda config: PROMPTS,
     check_options=options.check,
     completed=lambda config, defaults: options.with_reference(with_defaults(config, defaults)),
+    started=started,
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

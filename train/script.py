@@ -31,7 +31,7 @@ class Script:
       kind: returns the kind of task for a user's own rows; see `train.options.tasks`.
       check_options: raises a UserError for options that make no sense for any task.
       completed: fills in a task's defaults.
-      started: makes what a run begins with, where it is not there yet.
+      started: makes what a run begins with, where it is not there yet, by another run.
     """
 
     name: str
@@ -77,11 +77,14 @@ class Script:
             config, on_line, in_file = self._read(args)
             if getattr(config.run, "many", None) is not None:
                 rows = read_table(config, self.plain, on_line | in_file.keys())
-                return train_many(self.name, self.asked_for(rows), session)
+                asked = [
+                    Asked(row._replace(options=self.started(row.options, session)), task)
+                    for row, task in self.asked_for(rows)
+                ]
+                return train_many(self.name, asked, session)
             config = self._alone(config, on_line, in_file)
             self.check(config)
-            config = self.started(config, session)
-            finetune(self.name, config, self.task_of(config), session)
+            finetune(self.name, self.started(config, session), self.task_of(config), session)
 
     def asked_for(self, rows: Sequence[TableRow[Any]]) -> list[Asked]:
         """Returns the runs of a table with their tasks, checked as a command line is.

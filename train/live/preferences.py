@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from lora_jax.training.data.preferences import Preferences
 
 import lora_jax as lj
 from lora_jax.core.types import Tree
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.order import Feed
-from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.ready import Ready
 from lora_jax.training.step import State
@@ -110,9 +110,7 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
     if cached:
         examples = with_reference(of, score, params, examples)
         assert isinstance(ready.feed, Feed)
-        ready = dataclasses.replace(
-            ready, feed=dataclasses.replace(ready.feed, examples=examples)
-        )
+        ready = dataclasses.replace(ready, feed=dataclasses.replace(ready.feed, examples=examples))
     if diverges or not cached:
         live = Compared(ready, score, params, cached=cached, diverges=diverges)
         ready = dataclasses.replace(ready, live=live)

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from lora_jax.training.data.preferences import Preferences
 
 import lora_jax as lj
 from lora_jax.core.types import Batch, Tree
 from lora_jax.lorafy import nodes_of
 from lora_jax.saving.fingerprint import base_fingerprint, checksum
-from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import sequence_logps
 from lora_jax.training.processes import is_first
@@ -45,9 +45,7 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
         )
         return found.policy.reshape(batch["counts"].shape)
 
-    compiled = jax.jit(
-        score, out_shardings=layout.whole, compiler_options=layout.compiler_options
-    )
+    compiled = jax.jit(score, out_shardings=layout.whole, compiler_options=layout.compiler_options)
 
     def on_mesh(params: Tree, batch: Batch) -> jax.Array:
         with jax.set_mesh(layout.mesh):
@@ -89,7 +87,9 @@ def check_reference(config: Any, outline: Any) -> None:
         source.check(outline, allow_base_mismatch=config.adapter.allow_base_mismatch)
 
 
-def with_reference(of: Preparing, score: Scorer, params: Tree, examples: Preferences) -> Preferences:
+def with_reference(
+    of: Preparing, score: Scorer, params: Tree, examples: Preferences
+) -> Preferences:
     """Returns examples with the reference's log-probabilities, computed or of an earlier run.
 
     Args:
@@ -104,7 +104,9 @@ def with_reference(of: Preparing, score: Scorer, params: Tree, examples: Prefere
     kept = None if path is None else cache.read(path)
     everywhere = hosts.map_over_processes(lambda _: kept is not None, range(jax.process_count()))
     if kept is not None and all(everywhere):
-        tell(of.console, f"the reference's log-probabilities are those of an earlier run, in {path}")
+        tell(
+            of.console, f"the reference's log-probabilities are those of an earlier run, in {path}"
+        )
         reference = np.frombuffer(kept, "<f4").reshape(shape)
         return dataclasses.replace(examples, reference=reference)
     found, n = np.zeros(shape, np.float32), of.config.optim.batch_size

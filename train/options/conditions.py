@@ -25,7 +25,11 @@ class _Given:
         self.averages = OPTIMIZERS[self.optimizer].averages
         one = isinstance(self.dataset, str)
         self.datasets = [self.dataset] if one else [data.name for data in named(self.dataset)]
-        self.is_named = self.datasets[0] in {**SFT, **CLASSIFY, **GRPO}  # with rows and a test of its own
+        self.is_named = self.datasets[0] in {
+            **SFT,
+            **CLASSIFY,
+            **GRPO,
+        }  # with rows and a test of its own
         without_project = [one.no_project for one in trackers(self.report_to).values()]
         if all(without_project):
             self.no_project = next(iter(without_project), None) or "nothing is reported"

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 
 import numpy as np
+from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
+from lora_jax.training.data.preferences import Preferences, pack_pairs
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import check_lengths
-from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
-from lora_jax.training.data.preferences import Preferences, pack_pairs
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, pair_loss, unpaired_loss
@@ -94,9 +94,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
 def _tokens(config: Config, dataset: Dataset, outline: Outline) -> Sequences:
     labelled = KTO in config.optim.loss
     write = not config.run.dry_run
-    return tokenize(
-        dataset, outline.tokenizer, work=tokenize_pairs, labelled=labelled, write=write
-    )
+    return tokenize(dataset, outline.tokenizer, work=tokenize_pairs, labelled=labelled, write=write)
 
 
 def _packed(config: Config, source: str, tokens: Sequences) -> Preferences:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from lora_jax.training.data.pairs import check_prompts, tokenize_prompts
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import pack
-from lora_jax.training.data.pairs import check_prompts, tokenize_prompts
 from lora_jax.training.data.rows import Row
 from lora_jax.training.data.sequences import Tokens
 from lora_jax.training.layout import Layout
@@ -196,7 +196,11 @@ class Rewarding:
         asked = [of.asked(row) for row in range(len(of.rows))]
         scored = self.rewards(asked, texts, ids, columns, group=1)
         self.newest = [
-            {"prompt": prompt, "answer": text, "reward": None if np.isnan(reward) else float(reward)}
+            {
+                "prompt": prompt,
+                "answer": text,
+                "reward": None if np.isnan(reward) else float(reward),
+            }
             for prompt, text, reward in zip(asked, texts, scored.total, strict=True)
         ]
         return {REWARD: float(np.nanmean(scored.total))}

@@ -1,0 +1,68 @@
+"""What the tasks of `train.grpo` begin with, which is made where it is not there yet."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from train.console.errors import UserError
+from train.console.output import tell
+from train.finetune import RunPart, finetune
+from train.options.defaults import with_defaults
+from train.options.file import replaced
+from train.options.grpo import Config
+from train.options.sft import Config as SftConfig
+from train.processes import hosts
+from train.processes.session import Session
+from train.run.lifecycle import resume_hint
+from train.run.output import ADAPTER, CONFIG
+from train.tasks.sql import task as sql
+
+_FIRST = "sft"  # the folder, in the run's, of the run that makes the adapter
+_SHARED = ("mesh", "compilation_cache", "report_to")
+
+
+def started(config: Config, session: Session) -> Config:
+    """Returns the options with what the task begins with.
+
+    Raises:
+      UserError: it cannot be made here.
+    """
+    if config.data.dataset == "sql":
+        return _writing_sql(config, session)
+    return config
+
+
+def _writing_sql(config: Config, session: Session) -> Config:
+    """Returns the options with an adapter that writes SQL, trained in the run's folder."""
+    if config.adapter.init_adapter or config.adapter.full or config.run.dry_run:
+        return config
+    folder = Path(config.run.output).expanduser() / _FIRST
+    if not (folder / ADAPTER).exists():
+        _check_alone(config)
+        tell(hosts.console(), f"first, {folder} learns to write SQL, as `train.sft` does")
+        plain, optim = SftConfig(), config.optim
+        own = {"seed": optim.seed, "dtype": optim.dtype, "quantize": optim.quantize}
+        shared = {name: getattr(config.run, name) for name in _SHARED}
+        shared |= {"output": str(folder), "resume": (folder / CONFIG).exists()}
+        first = dataclasses.replace(
+            plain,
+            data=dataclasses.replace(plain.data, model=config.data.model),
+            adapter=config.adapter,
+            optim=dataclasses.replace(plain.optim, **own),
+            run=dataclasses.replace(plain.run, eval_questions=0, **shared),
+        )
+        part = RunPart(hint=resume_hint("train.grpo"))
+        with session.part():
+            finetune("train.sft", with_defaults(first, sql.TASK.defaults), sql.TASK, session, part)
+        session.stop.check()
+        jax.clear_caches()  # its programs take memory
+    return replaced(config, {"init_adapter": str(folder.absolute())})
+
+
+def _check_alone(config: Config) -> None:
+    if config.run.distributed or config.run.coordinator:
+        raise UserError(
+            f"--dataset {config.data.dataset} begins with something that one process makes: run "
+            "this command in one process first, with --steps 1 and another --output"
+        )
