@@ -80,7 +80,7 @@ SCRIPTS = {
         plain=sft_options.Config(run=sft_options.SftRunConfig(eval_questions=64)),
         task_of=sft.task_of,
         check=sft.check,
-        with_defaults=sft.with_defaults,
+        with_defaults=sft.SCRIPT.completed,
         quick={
             **{"steps": 8, "warmup": 2, "batch_size": 2, "seeds": (0, 1)},
             **{"eval_every": 2, "eval_questions": 8},

@@ -68,7 +68,7 @@ class Compared:
 
 
 def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
-    """Returns each row's prompt with the completion of the row before it, the first with the last's.
+    """Returns each row's prompt with the completion of the row before it, or of the last one.
 
     Args:
       examples: rows of one sequence each.

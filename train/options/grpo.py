@@ -179,8 +179,8 @@ def check(config: Config) -> None:
         )
     if bool(optim.beta) != (data.reference != "none"):
         raise UserError(
-            f"--reference {data.reference} and --beta {optim.beta:g}: the divergence needs both, or "
-            "neither"
+            f"--reference {data.reference} and --beta {optim.beta:g}: the divergence needs both, "
+            "or neither"
         )
     if not optim.beta and optim.divergence != "corrected":
         raise UserError(f"--divergence {optim.divergence} has no effect without --beta")
