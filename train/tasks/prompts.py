@@ -110,8 +110,8 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     ]
     a_step = rollouts.order.rows_a_step
     lines = [
-        f"{len(shown):,} prompts; a step has {data.group} completions of each of {a_step}, rewarded "
-        f"by {', '.join(rewards.names)}"
+        f"{len(shown):,} prompts; a step has {data.group} completions of each of {a_step}, "
+        f"rewarded by {', '.join(rewards.names)}"
     ]
     if measured is not None:
         lines.append(f"{len(measured.rows)} prompts are held out")
