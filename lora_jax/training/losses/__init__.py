@@ -1,7 +1,7 @@
 """Losses: their contract; of tokens, by their names (`TOKEN_LOSSES`), and of classes.
 
-Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabilities: for loops of
-your own.
+Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabilities, for loops of
+your own; `pair_loss`, `unpaired_loss` and `rollout_loss` take batches, for a step.
 """
 
 from lora_jax.training.losses.classes import CLASSES, classification_loss, logits_of
@@ -14,6 +14,12 @@ from lora_jax.training.losses.contract import (
     Reduction,
     Sums,
     number_of_units,
+)
+from lora_jax.training.losses.objectives import (
+    pair_loss,
+    rollout_loss,
+    sequence_logps,
+    unpaired_loss,
 )
 from lora_jax.training.losses.online import (
     ONLINE,
@@ -73,9 +79,13 @@ __all__ = [
     "number_of_chunks",
     "number_of_units",
     "online_loss",
+    "pair_loss",
     "preference_loss",
     "rloo_loss",
+    "rollout_loss",
+    "sequence_logps",
     "summed_loss",
     "token_loss",
     "token_values",
+    "unpaired_loss",
 ]
