@@ -12,7 +12,9 @@ import numpy as np
 from lora_jax.training.data.preferences import Preferences
 
 import lora_jax as lj
+from lora_jax.core.base import is_base
 from lora_jax.core.types import Batch, Tree
+from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.lorafy import nodes_of
 from lora_jax.saving.fingerprint import base_fingerprint, checksum
 from lora_jax.training.layout import Layout
@@ -33,7 +35,7 @@ Scorer = Callable[[Tree, Batch], jax.Array]
 
 def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
     """Returns a function of the log-probabilities of sequences, as the loss computes them."""
-    forward = lj.adapt(layout.constrained(model).apply)
+    forward = running(layout.constrained(model))
 
     def score(params: Tree, batch: Batch) -> jax.Array:
         found = sequence_logps(
@@ -52,6 +54,18 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
             return compiled(params, layout.batch(batch, parts=False))
 
     return on_mesh
+
+
+def running(model: Any) -> Callable[..., Any]:
+    """Returns a model's ``apply`` for trees of any kind: adapted, in codes, and plain."""
+    adapted = lj.adapt(model.apply)
+
+    def forward(variables: Any, *args: Any, **options: Any) -> Any:
+        leaves = [leaf for _, leaf in leaves_of(variables["params"])[0]]
+        is_plain = not any(is_node(leaf) or is_base(leaf) for leaf in leaves)
+        return (model.apply if is_plain else adapted)(variables, *args, **options)
+
+    return forward
 
 
 def reference_params(of: Preparing, *, held: bool) -> Tree | None:

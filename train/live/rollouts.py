@@ -28,7 +28,7 @@ from lora_jax.training.processes import from_first
 from lora_jax.training.ready import Ready
 from lora_jax.training.step import State
 from train.console.output import tell
-from train.live.reference import reference_params
+from train.live.reference import reference_params, running
 from train.options.grpo import RLOO, Config
 from train.processes import hosts
 from train.reporters.contract import Sample
@@ -187,7 +187,7 @@ class Rollouts:
         self._of, self._apply = of, lj.adapt(of.model.apply)
         self._reference = reference_params(of, held=True) if optim.beta else None
         self._score = training.make_scorer(
-            lj.adapt(layout.constrained(of.model).apply),
+            running(layout.constrained(of.model)),
             layout=layout,
             temperature=data.sampling_temperature,
             chunk=optim.loss_chunk * layout.token_parts,

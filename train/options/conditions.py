@@ -93,11 +93,13 @@ class Idle(enum.Enum):
     NO_PROMPTS = "nothing is sampled without --sample-prompts", lambda o: not o.sample_prompts
     NONE_HELD_OUT = (
         "rows are held out for --eval-every alone",
-        lambda o: not o.is_named and not o.eval_every,
+        lambda o: not (o.is_named or o.eval_every or o.group),
     )
     NONE_DRAWN = (
         "no rows are drawn to be held out",
-        lambda o: o.is_named or o.eval_dataset is not None or o.stream or not o.eval_every,
+        lambda o: (
+            o.is_named or o.eval_dataset or o.stream or not (o.eval_every or o.eval_questions)
+        ),
     )
     NONE_MEASURED = "nothing is measured without --eval-every", lambda o: not o.eval_every
     STREAM = _STREAM, lambda o: o.stream

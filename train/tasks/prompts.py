@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from lora_jax.training.data.pairs import check_prompts, tokenize_prompts
+from lora_jax.training.data.pairs import tokenize_prompts
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import pack
-from lora_jax.training.data.rows import Row
+from lora_jax.training.data.rows import Row, name_of, question
 from lora_jax.training.data.sequences import Tokens
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, rollout_loss
@@ -50,6 +50,12 @@ def check(config: Config) -> None:
             f"--dataset {config.data.dataset}: say what rewards a completion, by --reward "
             "file.py:function"
         )
+
+
+def check_prompts(rows: Sequence[Row], source: str) -> None:
+    """Raises a TrainingError for the first row that asks nothing."""
+    for number, row in enumerate(rows, start=1):
+        question(row, name_of(row, source, number))
 
 
 def read_rows(config: Config) -> Rows:

@@ -85,8 +85,10 @@ def _pair_loss(
         mean = batch["mean_tokens"][0]
         found = preference_loss(dict(terms), chosen, rejected, options, sft_tokens=mean)
         seen = jax.lax.stop_gradient({"chosen": chosen, "rejected": rejected})
-        logps = {f"logps_{name}": jnp.sum(one.policy) for name, one in seen.items()}
-        return found._replace(logs=found.logs | logps)
+        logs = {f"logps_{name}": jnp.sum(one.policy) for name, one in seen.items()}
+        tokens = batch["counts"].astype(jnp.float32).reshape(-1, 2).sum(0)
+        logs |= {"length_chosen": tokens[0], "length_rejected": tokens[1]}
+        return found._replace(logs=found.logs | logs)
 
     return Loss(sums, unit="pair")
 
