@@ -14,10 +14,10 @@ from lora_jax.training.data.sequences import Tokens
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, rollout_loss
 from lora_jax.training.processes import write_json
-from lora_jax.training.ready import Ready
 from train.console.errors import UserError
 from train.data.dataset import find
-from train.live.rollouts import Prompts, Rollouts
+from train.live import rewarded
+from train.live.prompts import PromptFeed, Prompts
 from train.options.defaults import Defaults
 from train.options.grpo import Config
 from train.reporters.files import read_json
@@ -31,7 +31,6 @@ from train.tasks.task import (
     Context,
     Data,
     Evaluation,
-    Preparing,
     Progress,
     Rows,
     Task,
@@ -109,12 +108,12 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         seconds=data.reward_timeout,
         workers=data.reward_workers,
     )
-    rollouts = Rollouts(config, train, outline, rewards)
+    feed = PromptFeed(config, train, outline, scored=rewarded.scored(config), rewards=rewards)
     shown = [
         Tokens(np.array(ids, np.int32), np.zeros(len(ids), bool), at)
         for at, ids in enumerate(train.tokens, start=1)
     ]
-    a_step = rollouts.order.rows_a_step
+    a_step = feed.order.rows_a_step
     lines = [
         f"{len(shown):,} prompts; a step has {data.group} completions of each of {a_step}, "
         f"rewarded by {', '.join(rewards.names)}"
@@ -126,17 +125,11 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         held_out=None,
         name=lambda row: f"row {row + 1}",
         source=data.dataset,
-        facts={"sequence_length": rollouts.length, "lengths": (rollouts.length,)},
+        facts={"sequence_length": feed.length, "lengths": (feed.length,)},
         lines=tuple(lines),
-        feed=lambda steps: rollouts,
-        steps=lambda epochs: rollouts.order.steps(epochs) * config.optim.updates,
+        feed=lambda steps: feed,
+        steps=lambda epochs: feed.order.steps(epochs) * config.optim.updates,
     )
-
-
-def prepared(of: Preparing) -> tuple[Ready, Data]:
-    """Returns what training begins with: a run whose batches are rollouts."""
-    assert isinstance(of.ready.feed, Rollouts)
-    return of.ready.feed.begin(of), of.data
 
 
 def loss(config: Config, layout: Layout) -> Loss:
@@ -157,17 +150,12 @@ class Rewarding:
     context: Context
 
     def __post_init__(self) -> None:
-        data, rows = self.context.config.data, self.context.rows.held_out
+        rows = self.context.rows.held_out
         tokens = tokenize_prompts(rows, self.context.outline.tokenizer, "the held-out rows")
         self.prompts = Prompts(rows, tokens)
-        self.rewards = find_rewards(
-            data.reward,
-            data.reward_weights or None,
-            columns=self.prompts.columns,
-            max_tokens=data.max_new_tokens,
-            seconds=data.reward_timeout,
-            workers=data.reward_workers,
-        )
+        feed = self.context.data.feed
+        assert feed is not None
+        self.rewards: Any = feed(0).rewards
         self.found: dict[str, Any] = {}
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
@@ -245,7 +233,7 @@ TASK = Task(
     examples=examples,
     loss=loss,
     evaluation=evaluation,
-    prepared=prepared,
+    prepared=rewarded.prepared,
     reads=lambda config: ("seed",),
     score=REWARD,
     baselines=lambda scores: {k: v for k, v in scores.get(REWARD, {}).items() if k == BASE},

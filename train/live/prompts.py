@@ -1,0 +1,189 @@
+"""Prompts of a run, and the batches that completions of them make."""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.training.batches import Arrays, HostBatch, round_up
+from lora_jax.training.data.order import Order, listed
+from lora_jax.training.data.rows import Row
+from train.reporters.contract import Sample
+from train.rewards.find import Rewards
+from train.run.pretrained import Outline
+
+_OF_PROMPT = ("prompt", "messages")
+
+
+class Prompts(NamedTuple):
+    """Rows that ask something.
+
+    Attributes:
+      rows: with a `prompt` or `messages`, and what rewards read.
+      tokens: the tokens of each prompt, up to where the completion begins.
+    """
+
+    rows: Sequence[Row]
+    tokens: Sequence[list[int]]
+
+    @property
+    def columns(self) -> list[str]:
+        """Returns the fields that rewards get."""
+        return [name for name in self.rows[0] if name not in _OF_PROMPT]
+
+    @property
+    def longest(self) -> int:
+        """Returns the number of tokens that all prompts fit into."""
+        return int(round_up(np.array(max(map(len, self.tokens))), 2**31))
+
+    def asked(self, row: int) -> Any:
+        """Returns a row's prompt: a text or turns."""
+        return next(self.rows[row][name] for name in _OF_PROMPT if self.rows[row].get(name))
+
+
+class Drawn(NamedTuple):
+    """Completions of prompts, those of one prompt in a group.
+
+    Attributes:
+      tokens: [prompts, group, n] int32.
+      logps: of these tokens, when they were drawn; fp32, as tokens.
+      lengths: [prompts, group], the tokens of each.
+      ended: [prompts, group] bool: whether it came to an end within n tokens.
+      texts: the texts, group after group.
+    """
+
+    tokens: np.ndarray
+    logps: np.ndarray
+    lengths: np.ndarray
+    ended: np.ndarray
+    texts: np.ndarray
+
+
+@dataclasses.dataclass(eq=False)
+class PromptFeed:
+    """The prompts of each step; see `lora_jax.training.data.order.Batches`.
+
+    By itself, a batch is zeros: `train.live.rollouts` draws completions.
+
+    Attributes:
+      config: the options of the run.
+      prompts: what is asked.
+      outline: the model's, with its tokenizer.
+      scored: the arrays of a batch that have a number for each token, in the order of `targets`.
+      judged: the arrays that have a number for each completion.
+      held: the first step of the newest batch, and the batch.
+      rewards: what rewards completions; None where nothing does.
+      newest: the completions of the newest batch, in words.
+    """
+
+    config: Any
+    prompts: Prompts
+    outline: Outline
+    scored: tuple[str, ...] = ("old",)
+    judged: tuple[str, ...] = ("advantages",)
+    held: tuple[int, HostBatch] = (-1, {})
+    rewards: Rewards | None = None
+    newest: list[Sample] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        optim, group = self.config.optim, self.config.data.group
+        n, parts = len(self.prompts.tokens), optim.grad_accum
+        self.order = Order(optim.seed, n, optim.batch_size // group, parts)
+        self.length = self.prompts.longest + self.config.data.max_new_tokens
+        self.length = int(round_up(np.array(self.length), 2**31))
+
+    @property
+    def batch_size(self) -> int:
+        """Returns the completions in memory at once."""
+        return self.config.optim.batch_size
+
+    @property
+    def n_examples(self) -> int:
+        """Returns the number of prompts."""
+        return len(self.prompts.tokens)
+
+    def first(self) -> HostBatch:
+        """Returns a batch of zeros, of the shape that all have."""
+        return self.batch(0)
+
+    def batch(self, number: int, length: int | None = None) -> HostBatch:
+        """Returns a batch of zeros.
+
+        Args:
+          number: the number of its step, which does not matter.
+          length: the tokens of a row; by default those of all batches of the run.
+        """
+        of = (self.config.optim.grad_accum, self.batch_size)
+        new = self.config.data.max_new_tokens
+        sizes = dict.fromkeys(("ids", "segment_ids", "positions"), length or self.length)
+        sizes |= dict.fromkeys(("predict_at", "targets", "weights"), new)
+        batch: HostBatch = {name: np.zeros((*of, n), np.int32) for name, n in sizes.items()}
+        batch |= {name: np.zeros((*of, new), np.float32) for name in self.scored}
+        return batch | {name: np.zeros(of, np.float32) for name in self.judged}
+
+    def rows(self, number: int) -> np.ndarray:
+        """Returns the prompts of a step: [n]."""
+        return self.order.rows(number // self.config.optim.updates).ravel()
+
+    def of_completions(
+        self, rows: np.ndarray, drawn: Drawn, prompts: Prompts | None = None, length: int = 0
+    ) -> HostBatch:
+        """Returns prompts and completions as rows of one sequence each.
+
+        Args:
+          rows: [n], the prompts.
+          drawn: their completions.
+          prompts: what stands before the completions; by default what was asked.
+          length: the tokens of a row; by default those of all batches of the run.
+        """
+        data, prompts = self.config.data, prompts or self.prompts
+        batch = self.batch(0, length or self.length)
+        flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
+        tokens = drawn.tokens.reshape(-1, data.max_new_tokens)
+        lengths, ended = drawn.lengths.ravel().tolist(), drawn.ended.ravel()
+        for at, row in enumerate(np.repeat(rows, data.group).tolist()):
+            asked, n = prompts.tokens[row], lengths[at]
+            end = len(asked) + n
+            flat["ids"][at, :end] = [*asked, *tokens[at, :n].tolist()]
+            flat["segment_ids"][at, :end] = 1
+            flat["positions"][at, :end] = np.arange(end)
+            flat["predict_at"][at, :n] = np.arange(len(asked) - 1, end - 1)
+            flat["targets"][at, :n] = tokens[at, :n]
+            flat["weights"][at, :n] = ended[at] or not data.mask_truncated
+        return batch
+
+    def named(self, number: int) -> str:
+        """Returns the names of the prompts of a step."""
+        rows = self.rows(number).tolist()
+        return listed(rows, lambda row: f"row {row + 1}") + f" of {self.config.data.dataset}"
+
+    def tokens(self, batch: HostBatch) -> int:
+        """Returns how many tokens are in a batch, without padding."""
+        return int((batch["segment_ids"] > 0).sum())
+
+    def digest(self) -> str:
+        """Returns a fingerprint of the prompts."""
+        ids = np.concatenate([np.array(tokens, np.int32) for tokens in self.prompts.tokens])
+        lengths = np.array([len(tokens) for tokens in self.prompts.tokens])
+        return Arrays({"ids": ids, "lengths": lengths}).digest()
+
+    def cursor(self, step: int) -> dict[str, Any]:
+        """Returns where the data stand after `step` steps, with a batch that has steps to come."""
+        updates = self.config.optim.updates
+        where: dict[str, Any] = dict(self.order.cursor(-(-step // updates)))
+        if step % updates:
+            file = io.BytesIO()
+            np.savez(file, **self.held[1])
+            where["completions"] = base64.b64encode(file.getvalue()).decode()
+        return where
+
+    def seek(self, cursor: dict[str, Any], step: int) -> bool:
+        """Takes up a batch that has steps to come; returns whether the cursor is of these data."""
+        updates, kept = self.config.optim.updates, dict(cursor)
+        if (completions := kept.pop("completions", None)) is not None:
+            with np.load(io.BytesIO(base64.b64decode(completions))) as arrays:
+                self.held = (step - step % updates, dict(arrays))
+        return kept == self.order.cursor(-(-step // updates))

@@ -1,0 +1,139 @@
+"""Rollouts that rewards judge: the batches of `train.grpo`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.types import Tree
+from lora_jax.training.batches import HostBatch
+from lora_jax.training.losses import advantages_of, leave_one_out
+from lora_jax.training.processes import from_first
+from lora_jax.training.ready import Ready
+from train.console.output import tell
+from train.live.prompts import Drawn, PromptFeed
+from train.live.reference import reference_params
+from train.live.rollouts import Rollouts
+from train.options.grpo import RLOO
+from train.processes import hosts
+from train.reporters.contract import Sample
+from train.tasks.task import Data, Preparing
+
+
+def scored(config: Any) -> tuple[str, ...]:
+    """Returns the arrays of a number for each token that the loss takes; see `PromptFeed`."""
+    compares = config.optim.beta and config.optim.loss != RLOO
+    return ("old", *(["reference"] if compares else []))
+
+
+def prepared(of: Preparing) -> tuple[Ready, Data]:
+    """Returns what training begins with, and its data: batches are rollouts that rewards judge."""
+    assert isinstance(of.ready.feed, PromptFeed)
+    return dataclasses.replace(of.ready, live=Rewarded(of, of.ready.feed)), of.data
+
+
+class Rewarded(Rollouts):
+    """Judges completions by rewards, and compares those of one prompt with one another."""
+
+    def __init__(self, of: Preparing, feed: PromptFeed) -> None:
+        """Finds the reference, too.
+
+        Raises:
+          UserError: the reference does not fit the base.
+        """
+        super().__init__(of, feed)
+        self._reference = reference_params(of, held=True) if of.config.optim.beta else None
+
+    def judged(
+        self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int
+    ) -> tuple[Drawn, HostBatch, dict[str, float]]:
+        """Returns advantages, by rewards of completions, and log-probabilities."""
+        optim, group = self.config.optim, self.config.data.group
+        rewards, noted = self._rewarded(rows, drawn)
+        for attempt in range(self.config.data.redraw):
+            (flat,) = np.nonzero(_without_spread(rewards))
+            if not len(flat):
+                break
+            again = self.drawn(params, rows[flat], number, attempt + 1)
+            rewards[flat], _ = self._rewarded(rows[flat], again)
+            for old, new in zip(drawn, again, strict=True):
+                old[flat] = new
+        batch = self.feed.of_completions(rows, drawn)
+        scores = self.scores(params, batch)
+        judged: HostBatch = {"old": scores.logps}
+        counted = batch["weights"] > 0
+        flat_rewards = rewards.ravel()
+        if self._reference is not None:
+            reference = self.scores(self._reference, batch).logps
+            if optim.loss == RLOO:
+                apart = np.where(counted, scores.logps - reference, 0).sum(-1)
+                flat_rewards = flat_rewards - optim.beta * apart.ravel()
+            else:
+                judged["reference"] = reference
+        if optim.loss == RLOO:
+            mean = np.repeat(_mean(rewards, 1), group)
+            known = np.where(np.isnan(flat_rewards), mean, flat_rewards)
+            advantages = leave_one_out(jnp.asarray(known), group)
+        else:
+            advantages = advantages_of(jnp.asarray(flat_rewards), group, optim.scale)
+        judged["advantages"] = np.nan_to_num(np.asarray(advantages)).reshape(counted.shape[:2])
+        noted |= {
+            "reward": float(_mean(rewards)),
+            "zero_spread": float(_without_spread(rewards).mean()),
+            "entropy": float(scores.entropy[counted].mean()) if counted.any() else 0.0,
+        }
+        return drawn, judged, noted
+
+    def _rewarded(self, rows: np.ndarray, drawn: Drawn) -> tuple[np.ndarray, dict[str, float]]:
+        """Returns the rewards of completions, as `drawn`, and metrics; the first process asks."""
+        group, asked = self.config.data.group, self.feed.prompts
+        each, texts = np.repeat(rows, group).tolist(), drawn.texts.ravel().tolist()
+        noted: dict[str, float] = {}
+        total = np.zeros(len(each), np.float32)
+        if jax.process_index() == 0:
+            tokens = drawn.tokens.reshape(len(each), -1)
+            assert self.feed.rewards is not None
+            found = self.feed.rewards(
+                [asked.asked(row) for row in each],
+                texts,
+                [ids[:n].tolist() for ids, n in zip(tokens, drawn.lengths.ravel(), strict=True)],
+                {name: [asked.rows[row].get(name) for row in each] for name in asked.columns},
+                group=group,
+            )
+            total = found.total
+            for line in found.said:
+                tell(self.of.console, f"warning: {line}")
+            if len(found.by_name) > 1:
+                noted = {f"reward_{k}": float(_mean(v)) for k, v in found.by_name.items()}
+            failed = sum(sum(kinds.values()) for kinds in found.failures.values())
+            noted["reward_failed"] = failed / len(each)
+            for kinds in found.kinds.values():
+                noted |= {f"share_{kind}": n / len(each) for kind, n in kinds.items()}
+            self.feed.newest = [
+                Sample(_shown(asked.asked(row)), text, None if math.isnan(x) else float(x))
+                for row, text, x in zip(each, texts, total, strict=True)
+            ]
+        if jax.process_count() > 1:
+            total = np.array(hosts.gathered(total.tolist())[0], np.float32)
+            noted = from_first(noted)
+        return total.reshape(-1, group).copy(), noted
+
+
+def _mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Returns the mean of what is no NaN; 0 where all is."""
+    known = ~np.isnan(values)
+    return np.where(known, values, 0).sum(axis) / np.maximum(known.sum(axis), 1)
+
+
+def _without_spread(rewards: np.ndarray) -> np.ndarray:
+    """Returns which groups, [n, group], have rewards that are all equal, or none: [n] bool."""
+    most = np.nanmax(rewards, 1, initial=-np.inf)
+    return ~(most > np.nanmin(rewards, 1, initial=np.inf))
+
+
+def _shown(asked: Any) -> str:
+    """Returns a prompt in words: the last turn of a chat."""
+    return asked if isinstance(asked, str) else str(asked[-1]["content"])
