@@ -19,6 +19,7 @@ from lora_jax.training.losses import Loss, Sums, number_of_units
 from lora_jax.training.optimizer import adamw, averaged, make_optimizer
 from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.run.log import show
+from lora_jax.training.scoring import Scores, make_scorer
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Order",
     "Packs",
     "Report",
+    "Scores",
     "State",
     "Sums",
     "TrainingError",
@@ -47,6 +49,7 @@ __all__ = [
     "make_evaluation",
     "make_mesh",
     "make_optimizer",
+    "make_scorer",
     "make_step",
     "number_of_units",
     "predict",

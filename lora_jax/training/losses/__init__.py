@@ -41,6 +41,7 @@ from lora_jax.training.losses.tokens import (
     number_of_chunks,
     summed_loss,
     token_loss,
+    token_values,
 )
 
 __all__ = [
@@ -76,4 +77,5 @@ __all__ = [
     "rloo_loss",
     "summed_loss",
     "token_loss",
+    "token_values",
 ]

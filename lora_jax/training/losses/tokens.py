@@ -63,6 +63,47 @@ TOKEN_LOSSES = {  # by the names of `train.sft --loss`
 }
 
 
+def token_values(
+    each: Callable[[jax.Array, jax.Array], Tree],
+    forward: Logits,
+    params: Tree,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+    *,
+    chunk: int = 0,
+    parts: int = 1,
+) -> Any:
+    """Returns values of each token that a batch predicts.
+
+    With `chunk`, logits and their gradient exist for so many predictions at a time, never as
+    [batch, m, vocab]: the head runs once more for each chunk in the backward pass. A chunk takes
+    the same places of all rows (at least one), so that a batch stays spread over devices.
+
+    Where a row is split over several devices, hidden states stay where they are: the head gets all
+    of them, not those alone that predict something, and a chunk takes the same places of each part.
+
+    Args:
+      each: returns a tree of values, fp32 [...], of logits, fp32 [..., vocab], and targets, int32
+        [...].
+      forward: a model's ``apply``, adapted or not: called as ``forward({"params": params}, ids,
+        positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
+        ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
+      params: a parameter tree, adapted or plain.
+      batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`.
+      dropout_key: turns dropout on.
+      chunk: predictions a chunk; 0 for all at once.
+      parts: the parts that a row is split into, each on a device. With several, a place may
+        predict one token only, not counting those of weight 0, whose values are another token's.
+
+    Returns:
+      The tree, [batch, m] each.
+    """
+    values = _at_heads(each, forward, params, batch, dropout_key, chunk, parts)
+    if parts == 1:
+        return values
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, batch["predict_at"], axis=1), values)
+
+
 def sum_over_tokens(
     each: Each,
     forward: Logits,
@@ -78,82 +119,70 @@ def sum_over_tokens(
     Each token's is multiplied by its weight, which may be negative (an advantage, unlikelihood).
     Tokens whose weight is not zero are counted.
 
-    With `chunk`, logits and their gradient exist for so many predictions at a time, never as
-    [batch, m, vocab]: the head runs once more for each chunk in the backward pass. A chunk takes
-    the same places of all rows (at least one), so that a batch stays spread over devices.
-
-    Where a row is split over several devices, hidden states stay where they are: the head gets all
-    of them, not those alone that predict something, and a chunk takes the same places of each part.
-
     Args:
       each: the loss of each token.
-      forward: a model's ``apply``, adapted or not: called as ``forward({"params": params}, ids,
-        positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
-        ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
-      params: a parameter tree, adapted or plain.
-      batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`.
-      dropout_key: turns dropout on.
-      chunk: predictions a chunk; 0 for all at once.
-      parts: the parts that a row is split into, each on a device. With several, a place may
-        predict one token only, not counting those of weight 0.
+      forward, params, batch, dropout_key, chunk, parts: see `token_values`.
 
     Returns:
       The sums, without logs: an accuracy would take another pass over the vocabulary.
     """
-    variables = {"params": params}
+    weights = batch["weights"].astype(jnp.float32)
+    losses = _at_heads(each, forward, params, batch, dropout_key, chunk, parts)
+    placed = weights if parts == 1 else _spread(weights, batch)  # no value moves over devices
+    return Sums(jnp.sum(losses * placed), number_of_units(weights), {})
+
+
+def _at_heads(
+    each: Callable[[jax.Array, jax.Array], Tree],
+    forward: Logits,
+    params: Tree,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    chunk: int,
+    parts: int,
+) -> Any:
+    """Returns the values of `token_values`; those of split rows where they lie: [batch, seq]."""
+    variables, targets = {"params": params}, batch["targets"]
     where = {name: batch[name] for name in ("positions", "segment_ids")} | _dropout(dropout_key)
-    targets, weights = batch["targets"], batch["weights"].astype(jnp.float32)
-    count = number_of_units(weights)
     if parts == 1:
         where["logits_at"] = batch["predict_at"]
-    else:
-        targets, weights = _spread(targets, weights, batch["predict_at"], batch["ids"].shape[1])
+    else:  # padding has weight 0; it is all at place 0
+        targets = _spread(jnp.where(batch["weights"] == 0, 0, targets), batch)
     n_chunks = number_of_chunks(targets.shape, chunk, parts)
     if n_chunks == 1:
         logits = forward(variables, batch["ids"], **where)  # [batch, m, vocab]
-        return Sums(_weighted(each, logits, targets, weights), count, {})
+        return each(logits.astype(jnp.float32), targets)
     hidden = forward(variables, batch["ids"], return_hidden=True, **where)  # [batch, m, d_model]
 
-    def add(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
-        index, hidden, targets, weights = xs
+    def of_chunk(_: None, xs: Any) -> tuple[None, Any]:
+        index, hidden, targets = xs
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         logits = forward(variables, hidden, method="head", **_dropout(key))  # [batch, c, vocab]
-        return total + _weighted(each, logits, targets, weights), None
+        return None, each(logits.astype(jnp.float32), targets)
 
-    chunks = (_in_chunks(array, n_chunks, parts) for array in (hidden, targets, weights))
+    chunks = (_in_chunks(array, n_chunks, parts) for array in (hidden, targets))
     # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
-    body = jax.checkpoint(add, prevent_cse=False)
-    total, _ = jax.lax.scan(body, jnp.float32(0), (jnp.arange(n_chunks), *chunks))
-    return Sums(total, count, {})
+    body = jax.checkpoint(of_chunk, prevent_cse=False)
+    _, values = jax.lax.scan(body, None, (jnp.arange(n_chunks), *chunks))
+    return jax.tree.map(lambda x: _whole(x, parts)[:, : targets.shape[1]], values)
 
 
 def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
     return {} if key is None else {"dropout_key": key}
 
 
-def _weighted(each: Each, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.sum(each(logits.astype(jnp.float32), targets) * weights)
-
-
 def number_of_chunks(shape: tuple[int, ...], chunk: int, parts: int = 1) -> int:
-    """Returns how many chunks predictions of `shape`, [batch, m], make; see `sum_over_tokens`."""
+    """Returns how many chunks predictions of `shape`, [batch, m], make; see `token_values`."""
     batch, m = shape
     if not chunk:
         return 1
     return -(-m // (parts * max(1, chunk // (batch * parts))))
 
 
-def _spread(
-    targets: jax.Array, weights: jax.Array, places: jax.Array, seq: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns targets and weights at the places, [batch, m], that predict them: [batch, seq]."""
-
-    def at_places(x: jax.Array) -> jax.Array:
-        rows = jnp.arange(x.shape[0])[:, None]
-        return jnp.zeros((x.shape[0], seq), x.dtype).at[rows, places].add(x)
-
-    # Padding has weight 0; it is all at place 0.
-    return at_places(jnp.where(weights == 0, 0, targets)), at_places(weights)
+def _spread(x: jax.Array, batch: Batch) -> jax.Array:
+    """Returns what is [batch, m] at the places that predict it: [batch, seq]."""
+    rows = jnp.arange(x.shape[0])[:, None]
+    return jnp.zeros(batch["ids"].shape, x.dtype).at[rows, batch["predict_at"]].add(x)
 
 
 def _in_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
@@ -164,6 +193,12 @@ def _in_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
     filled = jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])
     chunks = jnp.moveaxis(filled.reshape(batch, parts, n, size, *array.shape[2:]), 2, 0)
     return chunks.reshape(n, batch, parts * size, *array.shape[2:])
+
+
+def _whole(chunks: jax.Array, parts: int) -> jax.Array:
+    """Reshapes [n, batch, parts * size] to [batch, parts * n * size]: `_in_chunks` undone."""
+    n, batch, _ = chunks.shape
+    return jnp.moveaxis(chunks.reshape(n, batch, parts, -1), 0, 2).reshape(batch, -1)
 
 
 summed_loss = functools.partial(sum_over_tokens, cross_entropy)

@@ -1,0 +1,115 @@
+"""The scorer against NumPy's log-probabilities, in whatever pieces it takes the tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax.training import make_scorer
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import token_values
+from tests.models import tiny
+from tests.support import assert_close, with_random_factors
+from tests.training.test_losses import BATCH, SEQ, arrays_of_size, bag, batch, lora
+from train.processes.mesh import make_mesh
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """A model, adapted parameters, and a batch whose rows have different numbers of predictions."""
+    model, plain = bag()
+    data, places = batch(), np.zeros((BATCH, 7), np.int32)
+    counts = np.array([7, 2, 5])
+    for row, n in enumerate(counts):
+        places[row, :n] = np.sort(np.random.default_rng(row).permutation(SEQ - 1)[:n])
+    weights = (np.arange(7) < counts[:, None]).astype(np.int32)
+    data |= {"predict_at": places, "targets": data["targets"][:, :7], "weights": weights}
+    return model, with_random_factors(lj.lorafy(plain, [lora("lm_head", dropout=0.5)])), data
+
+
+def judged(model, params, data, temperature=TEMPERATURE):
+    """NumPy's log-probabilities and entropies, in double precision, of the merged model."""
+    logits = model.apply({"params": lj.merge(params)}, data["ids"], logits_at=data["predict_at"])
+    logits = np.asarray(logits, np.float64) / temperature
+    probs = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probs /= probs.sum(axis=-1, keepdims=True)
+    mine = np.take_along_axis(probs, data["targets"][..., None], axis=-1)[..., 0]
+    return np.log(mine), -(probs * np.log(probs)).sum(axis=-1)
+
+
+@pytest.mark.parametrize(("chunk", "parts"), [(0, 1), (1, 1), (9, 1), (0, 2), (9, 3)])
+def test_scores_are_numpys(adapted, chunk, parts):
+    model, params, data = adapted
+    scorer = make_scorer(lj.adapt(model.apply), temperature=TEMPERATURE, chunk=chunk, parts=parts)
+    counted = data["weights"] != 0
+    found = jax.tree.map(lambda x: np.where(counted, x, 0), tuple(scorer(params, data)))
+    want, cold = (
+        tuple(np.where(counted, x, 0) for x in judged(model, params, data, temperature))
+        for temperature in (TEMPERATURE, 1.0)
+    )
+    assert_close(found, want, 1e-5)
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(found, cold, strict=True))
+
+
+def test_padding_is_finite_and_needs_no_weights(adapted):
+    model, params, data = adapted
+    forward, no_weights = lj.adapt(model.apply), {k: v for k, v in data.items() if k != "weights"}
+    assert_close(
+        tuple(make_scorer(forward)(params, no_weights)), judged(model, params, data, 1.0), 1e-5
+    )
+    split = make_scorer(forward, parts=2)(params, data)
+    assert all(np.isfinite(x).all() and x.shape == data["weights"].shape for x in split)
+
+
+@pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2", "data=2,sequence=2"])
+def test_a_mesh_scores_as_one_device_does(sizes):
+    model, plain = tiny.decoder("llama3")
+    params = with_random_factors(lj.lorafy(plain, [lora("q_proj", "down_proj")]))
+    data = {name: np.tile(x[:2], (2, 1)) for name, x in batch().items()}
+    places = np.arange(3, 3 + data["targets"].shape[1], dtype=np.int32)
+    data = {k: v[:, :16] if v.shape[1] == SEQ else v for k, v in data.items()}
+    data["predict_at"] = np.broadcast_to(places, data["targets"].shape)
+    want = make_scorer(lj.adapt(model.apply))(params, data)
+
+    layout = Layout.of(make_mesh(sizes, 4), model.config)
+    scorer = make_scorer(
+        lj.adapt(layout.constrained(model).apply),
+        layout=layout,
+        chunk=8,
+        parts=layout.sequence_parts,
+    )
+    found = scorer(layout.placed(params), layout.batch(data, parts=False))
+    assert all(x.sharding.is_fully_replicated for x in found)
+    counted = data["weights"] != 0
+    assert counted.sum() > 10
+    of_counted = [tuple(np.asarray(x)[counted] for x in scores) for scores in (found, want)]
+    assert_close(*of_counted, 1e-5)
+
+
+def test_no_chunk_holds_all_logits():
+    """Nor does the gradient of values that stay apart."""
+    model, plain = bag()
+    data = batch()
+    m, vocab = data["targets"].shape[1], plain["lm_head"]["bias"].size
+
+    def each(logits, targets):
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+
+    def loss(params, chunk):
+        return jnp.sum(token_values(each, model.apply, params, data, chunk=chunk) ** 2)
+
+    def found(chunk):
+        compiled = jax.jit(jax.grad(loss), static_argnums=1).lower(plain, chunk).compile()
+        return bool(arrays_of_size(compiled.as_text(), BATCH * m * vocab)), compiled(plain)
+
+    (holds, whole), (lean, chunked) = found(0), found(6)
+    assert holds and not lean
+    assert_close(chunked, whole, 1e-5)
+
+
+def test_the_temperature_divides(adapted):
+    with pytest.raises(ValueError, match="temperature is 0: the logits are divided by it"):
+        make_scorer(adapted[0].apply, temperature=0)
