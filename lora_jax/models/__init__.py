@@ -27,5 +27,7 @@ from lora_jax.models.layers.cache import Shared as Shared
 from lora_jax.models.layers.cache import init_cache as init_cache
 from lora_jax.models.pretrained import from_pretrained as from_pretrained
 from lora_jax.models.pretrained import save_pretrained as save_pretrained
+from lora_jax.models.rollouts import Samples as Samples
+from lora_jax.models.rollouts import sample as sample
 from lora_jax.models.rope_scaling import with_rope_scaling as with_rope_scaling
 from lora_jax.models.streaming import stream as stream

@@ -101,8 +101,11 @@ def arguments(
     top_p: float = 1.0,
     top_k: int | None = None,
     key: jax.Array | None = None,
+    rows_each: int = 1,
 ) -> tuple[jax.Array, jax.Array, Choice]:
     """Returns ids, mask and choice as arrays, with the configuration's defaults; see ``generate``.
+
+    ``rows_each`` is the number of answers to each prompt, each of which may have a key.
 
     Raises:
       ValueError: see ``generate``.
@@ -121,8 +124,9 @@ def arguments(
         pad_token_id = eos[0] if eos else 0
     ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones_like(ids, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
-    if key is not None and _is_a_row_each(key) and key.shape != ids.shape[:1]:
-        raise ValueError(f"{key.shape} keys for {ids.shape[0]} rows: one key, or one a row")
+    rows = ids.shape[0] * rows_each
+    if key is not None and is_a_row_each(key) and key.shape != (rows,):
+        raise ValueError(f"{key.shape} keys for {rows} rows: one key, or one a row")
     choice = Choice(
         eos=jnp.asarray(eos, jnp.int32),
         pad=jnp.asarray(pad_token_id, jnp.int32),
@@ -221,6 +225,7 @@ class Loop(NamedTuple):
       last: [batch] int32, each row's newest token.
       done: [batch] bool.
       cache: up to, and without, ``last``.
+      logps: [batch, n] fp32, log p of each of ``tokens``, 0 after the end; None where nobody asks.
     """
 
     step: jax.Array
@@ -228,6 +233,7 @@ class Loop(NamedTuple):
     last: jax.Array
     done: jax.Array
     cache: Cache
+    logps: jax.Array | None = None
 
 
 # Static arguments are compared: equal models share what was compiled.
@@ -261,6 +267,8 @@ def prefill(
     apply: Forward | None,
     cache_len: int,
     n: int,
+    rows_each: int = 1,
+    with_logps: bool = False,
 ) -> Loop:
     """Runs the prompts and chooses the first token of each answer.
 
@@ -271,19 +279,26 @@ def prefill(
       choice: how tokens are chosen.
       cache_len: the slots of the cache.
       n: the number of tokens that the state holds.
+      rows_each: the answers to each prompt, side by side: batch * rows_each rows in the state.
+      with_logps: whether the state has the tokens' log-probabilities.
     """
     run: Any = model.apply if apply is None else apply
-    cache = init_cache(model.config, ids.shape[0], cache_len, model.dtype, shared=shared)
     batch, seq = ids.shape
+    cache = init_cache(model.config, batch, cache_len, model.dtype, shared=shared)
+    last_real = seq - 1 - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
+    logits, cache = _forward(run, params, ids, mask, cache, last_real)
+    rows = batch * rows_each
+    if rows_each > 1:
+        logits, cache = jnp.repeat(logits, rows_each, axis=0), cache.repeated(rows_each)
     start = Loop(
         step=jnp.zeros((), jnp.int32),
-        tokens=jnp.broadcast_to(choice.pad, (batch, n)),
-        last=jnp.zeros((batch,), jnp.int32),
-        done=jnp.zeros((batch,), bool),
+        tokens=jnp.broadcast_to(choice.pad, (rows, n)),
+        last=jnp.zeros((rows,), jnp.int32),
+        done=jnp.zeros((rows,), bool),
         cache=cache,
+        logps=jnp.zeros((rows, n), jnp.float32) if with_logps else None,
     )
-    last_real = seq - 1 - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
-    return _written(start, choice, *_forward(run, params, ids, mask, cache, last_real))
+    return _written(start, choice, logits, cache)
 
 
 def decode(
@@ -323,41 +338,62 @@ def _forward(
 def _written(state: Loop, choice: Choice, logits: jax.Array, cache: Cache) -> Loop:
     """Chooses the next tokens, and writes them down."""
     fold = jax.random.fold_in
-    if _is_a_row_each(choice.key):
+    if is_a_row_each(choice.key):
         fold = jax.vmap(fold, (0, None))
     new = _choose(logits, choice, fold(choice.key, state.step))
     new = jnp.where(state.done, choice.pad, new)
     column = state.step % state.tokens.shape[1]
     tokens = lax.dynamic_update_slice(state.tokens, new[:, None], (0, column))
+    logps = state.logps
+    if logps is not None:
+        found = jnp.where(state.done, 0.0, _log_probability(logits, new, choice.temperature))
+        logps = lax.dynamic_update_slice(logps, found[:, None], (0, column))
     done = state.done | jnp.isin(new, choice.eos)
-    return Loop(state.step + 1, tokens, new, done, cache)
+    return Loop(state.step + 1, tokens, new, done, cache, logps)
 
 
-def _is_a_row_each(key: jax.Array) -> bool:
+def _log_probability(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Returns log p of tokens, [batch], in the whole vocabulary; at temperature 1 where it is 0."""
+    scores = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
+    of_tokens = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
+    return of_tokens - jax.nn.logsumexp(scores, axis=-1)
+
+
+def is_a_row_each(key: jax.Array) -> bool:
     """Returns whether these are keys, one a row; an old key (`jax.random.PRNGKey`) is one."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0
 
 
 def _choose(logits: jax.Array, choice: Choice, key: jax.Array) -> jax.Array:
-    """Chooses the next tokens, [batch] int32, by logits, [batch, vocab]; sorts only to sample."""
+    """Chooses the next tokens, [batch] int32, by logits, [batch, vocab]; sorts for a limit only."""
+    vocab = logits.shape[-1]
 
     def greedy(logits: jax.Array) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def sample(logits: jax.Array) -> jax.Array:
-        scores = logits / choice.temperature
+    def likely(scores: jax.Array) -> jax.Array:
         ranked = -jnp.sort(-scores, axis=-1)
-        rank = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+        rank = jnp.arange(vocab, dtype=jnp.int32)
         ranked = jnp.where(rank < choice.top_k, ranked, -jnp.inf)
         probs = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
         kept = (rank == 0) | ((rank < choice.top_k) & (before < choice.top_p))
         least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-        scores = jnp.where(scores >= least, scores, -jnp.inf)
+        return jnp.where(scores >= least, scores, -jnp.inf)
+
+    def drawn(scores: jax.Array) -> jax.Array:
         draw = jax.random.categorical
-        if _is_a_row_each(key):
+        if is_a_row_each(key):
             draw = jax.vmap(draw)
         return draw(key, scores).astype(jnp.int32)
 
-    chosen: jax.Array = lax.cond(choice.temperature > 0, sample, greedy, logits)
+    def of_all(logits: jax.Array) -> jax.Array:
+        return drawn(logits / choice.temperature)
+
+    def of_likely(logits: jax.Array) -> jax.Array:
+        return drawn(likely(logits / choice.temperature))
+
+    limited = ((choice.top_p < 1) | (choice.top_k < vocab)).astype(jnp.int32)
+    how = jnp.where(choice.temperature > 0, 1 + limited, 0)
+    chosen: jax.Array = lax.switch(how, [greedy, of_all, of_likely], logits)
     return chosen

@@ -13,7 +13,7 @@ from lora_jax.training.losses.tokens import cross_entropy
 
 
 class Scores(NamedTuple):
-    """What a model says of the tokens that a batch predicts, fp32 [batch, m] each.
+    """Holds scores of the tokens that a batch predicts, fp32 [batch, m] each.
 
     Attributes:
       logps: log p of each token.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.models import sample
 from lora_jax.training import make_scorer
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import token_values
@@ -113,3 +114,31 @@ def test_no_chunk_holds_all_logits():
 def test_the_temperature_divides(adapted):
     with pytest.raises(ValueError, match="temperature is 0: the logits are divided by it"):
         make_scorer(adapted[0].apply, temperature=0)
+
+
+def test_the_scorer_agrees_with_the_sampler():
+    """On answers behind prompts of two lengths, padded on the left there and on the right here."""
+    model, plain = tiny.decoder("llama3")
+    params = with_random_factors(lj.lorafy(plain, [lora("q_proj", "down_proj")]))
+    apply, prompts, lengths, new = lj.adapt(model.apply), tiny.tokens(3, 2, 5), [5, 3], 6
+    mask = (np.arange(5) >= 5 - np.array(lengths)[:, None]).astype(np.int32)
+    options = {"n": 3, "max_new_tokens": new, "temperature": TEMPERATURE, "apply": apply}
+    options |= {"key": jax.random.key(5), "eos_token_id": [29, 35, 47]}
+    drawn = sample(model, params, prompts, mask, **options)
+
+    ids, rows = np.zeros((6, 11), np.int32), np.repeat(lengths, 3)
+    for row, n in enumerate(rows):
+        ids[row, : n + new] = np.concatenate([prompts[row // 3, 5 - n :], drawn.tokens[row]])
+    places = np.broadcast_to(np.arange(11, dtype=np.int32), ids.shape)
+    counts = np.arange(new) < np.asarray(drawn.lengths)[:, None]
+    data = {"ids": ids, "positions": places, "segment_ids": np.ones_like(ids)}
+    data["predict_at"] = (rows[:, None] - 1 + np.arange(new)).astype(np.int32)
+    data |= {"targets": np.asarray(drawn.tokens), "weights": counts.astype(np.int32)}
+    scored = make_scorer(apply, temperature=TEMPERATURE, chunk=12)(params, data)
+    found, cold = (
+        np.where(counts, logps, 0)
+        for logps in (scored.logps, make_scorer(apply)(params, data).logps)
+    )
+    assert counts.sum() > 12 and not counts.all()
+    assert_close(found, drawn.logps, 1e-5)
+    assert np.abs(cold - drawn.logps).max() > 0.1

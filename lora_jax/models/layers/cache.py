@@ -96,6 +96,15 @@ class Cache(NamedTuple):
         """The axis of the rows in each array, None where there is none; see `lora_jax.bank`."""
         return Cache(key=1, value=1, positions=0, filled=None, length=0)  # type: ignore[arg-type]
 
+    def repeated(self, n: int) -> Cache:
+        """Returns the cache with each row n times, side by side; what is shared stays so."""
+        return self._replace(
+            key=jnp.repeat(self.key, n, axis=1),
+            value=jnp.repeat(self.value, n, axis=1),
+            positions=jnp.repeat(self.positions, n, axis=0),
+            length=jnp.repeat(self.length, n, axis=0),
+        )
+
     @property
     def layers(self) -> LayerCache:
         """Keys and values of all layers, stacked on axis 0."""

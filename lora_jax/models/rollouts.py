@@ -1,0 +1,132 @@
+"""Several sampled answers to each prompt, with the log-probabilities of their tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.types import Forward, Tree
+from lora_jax.models.causal import CausalLM
+from lora_jax.models.generate import Choice, arguments, decode, is_a_row_each, prefill
+
+
+class Samples(NamedTuple):
+    """Holds answers; those to one prompt are rows side by side.
+
+    Attributes:
+      tokens: [prompts * n, max_new_tokens] int32: the new tokens, EOS included, then padding.
+      logps: fp32, as tokens: log p of each under softmax(logits / temperature) over the whole
+        vocabulary, whatever top_p and top_k are; at temperature 1 where it is 0. 0 after the end.
+      lengths: [prompts * n] int32: the number of tokens up to and with the first EOS.
+      ended: [prompts * n] bool: whether there is an EOS.
+    """
+
+    tokens: jax.Array
+    logps: jax.Array
+    lengths: jax.Array
+    ended: jax.Array
+
+
+def sample(
+    model: CausalLM,
+    params: Tree,
+    input_ids: jax.typing.ArrayLike,
+    attention_mask: jax.typing.ArrayLike | None = None,
+    *,
+    n: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    key: jax.Array,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    apply: Forward | None = None,
+) -> Samples:
+    """Draws n answers to each prompt, which runs through the model once.
+
+    What is compiled, and what it runs, is as in ``generate``. On a mesh, call it under
+    ``jax.set_mesh`` with parameters and prompts that lie there.
+
+    Args:
+      model, params, input_ids, attention_mask, max_new_tokens, apply: see ``generate``.
+      n: the answers to each prompt: prompt i has the rows from i * n on.
+      temperature, top_p, top_k, eos_token_id, pad_token_id: see ``generate``.
+      key: one PRNG key, of which row i has ``jax.random.fold_in(key, i)``; or a key for each of
+        the prompts * n rows. What a row draws depends on its own key alone.
+
+    Returns:
+      The answers.
+
+    Raises:
+      ValueError: see ``generate``; or n < 1.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> model = models.GPT2(models.read_config(fields | {"n_positions": 16}))
+    >>> ids = jnp.array([[1, 2, 3], [4, 5, 6]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> drawn = models.sample(model, params, ids, n=3, max_new_tokens=4, key=jax.random.key(1))
+    >>> drawn.tokens.shape
+    (6, 4)
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}: the number of answers to each prompt, 1 at least")
+    ids, mask, choice = arguments(
+        model,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        key=key,
+        rows_each=n,
+    )
+    static: dict[str, Any] = {"model": model, "apply": apply, "max_new_tokens": max_new_tokens}
+    drawn: Samples = _sample(params, ids, mask, choice, n=n, **static)
+    return drawn
+
+
+@functools.partial(jax.jit, static_argnames=("model", "apply", "n", "max_new_tokens"))
+def _sample(
+    params: Tree,
+    ids: jax.Array,
+    mask: jax.Array,
+    choice: Choice,
+    *,
+    model: CausalLM,
+    apply: Forward | None,
+    n: int,
+    max_new_tokens: int,
+) -> Samples:
+    static: dict[str, Any] = {"model": model, "apply": apply}
+    choice = choice._replace(key=_a_row_each(choice.key, ids.shape[0] * n))
+    state = prefill(
+        *(params, ids, mask, choice, None),
+        cache_len=ids.shape[1] + max_new_tokens - 1,  # the last token is never fed
+        n=max_new_tokens,
+        rows_each=n,
+        with_logps=True,
+        **static,
+    )
+    state = decode(params, state, choice, max_new_tokens, **static)
+    first_end = jnp.argmax(jnp.isin(state.tokens, choice.eos), axis=1).astype(jnp.int32)
+    lengths, logps = jnp.where(state.done, first_end + 1, max_new_tokens), state.logps
+    assert logps is not None  # they were asked for
+    return Samples(state.tokens, logps, lengths, state.done)
+
+
+def _a_row_each(key: jax.Array, rows: int) -> jax.Array:
+    if is_a_row_each(key):
+        return key
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    keys: jax.Array = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    return keys
