@@ -1,0 +1,122 @@
+"""Programs that answer lines, each in a process of its own, ended where it takes too long."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+
+
+class NoAnswer(Exception):
+    """The program took too long (`late`), or its process ended by itself."""
+
+    def __init__(self, late: bool, code: int) -> None:
+        super().__init__("took too long" if late else f"its process ended (exit code {code})")
+        self.late = late
+
+
+class Served:
+    """A program that answers a line with a line; it is started when needed, and again after an end.
+
+    It should end when its input does, so that it ends with this process however that ends. Ctrl-C
+    does not reach it. What it starts is ended with it. It may be asked from several threads.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        quiet: bool = False,
+        greeting_seconds: float = 0.0,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+          command: the program and its arguments.
+          env: its environment.
+          quiet: drop what it writes to stderr.
+          greeting_seconds: how long it may take for the line that it says once it is ready; 0 if
+            it says none.
+        """
+        self._command, self._env, self._greeting = command, env, greeting_seconds
+        self._errors = subprocess.DEVNULL if quiet else None
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> str:
+        """Starts the program anew; returns its greeting, or "" if it says none.
+
+        Raises:
+          NoAnswer: it did not say it in time.
+        """
+        self.close()
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=self._errors,
+            encoding="ascii",
+            env=self._env,
+            start_new_session=True,
+        )
+        return self._line("", self._greeting) if self._greeting else ""
+
+    def ask(self, line: str, seconds: float) -> str:
+        """Returns the answer to a line in ASCII, both without their ends.
+
+        Raises:
+          NoAnswer: it did not answer in time, or its process ended.
+        """
+        with self._lock:
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    self.start()
+                return self._line(f"{line}\n", seconds)
+            except BaseException:  # such as Ctrl-C: the answer must not become the next line's
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Ends the process; the next line starts another."""
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process)
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                assert stream is not None
+                with contextlib.suppress(OSError):  # what was not yet sent is lost
+                    stream.close()
+
+    def _line(self, sent: str, seconds: float) -> str:
+        process, late = self._process, threading.Event()
+        assert process is not None and process.stdin is not None and process.stdout is not None
+
+        def end() -> None:
+            late.set()
+            _end(process)
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            with contextlib.suppress(OSError):  # then there is no answer, either
+                process.stdin.write(sent)
+                process.stdin.flush()
+            answer = process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not answer.endswith("\n"):
+            raise NoAnswer(late.is_set(), process.wait())
+        return answer[:-1]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""Rewards of completions: a user's functions, in processes of their own, and those of ours."""

@@ -1,0 +1,160 @@
+"""Finds the rewards that --reward names, and adds up what they say."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from train.console.errors import UserError, flag
+from train.rewards.functions import UserFunction, Workers
+from train.rewards.reward import Batch, Judged, Reward, Simple
+from train.tasks import arithmetic
+
+
+class Scored(NamedTuple):
+    """The rewards of completions.
+
+    Attributes:
+      total: [n], fp32: the weighted sum of the rewards that have an opinion; NaN if none has.
+      by_name: [n] each, fp32, without weights; NaN: no opinion, or none because it failed.
+      failures: the number of completions that have no value because a reward failed, by its name
+        and by kind.
+      said: a sentence on each kind of failure that did not occur before.
+      kinds: the number of completions by what became of them, of rewards that tell, by name.
+    """
+
+    total: np.ndarray
+    by_name: dict[str, np.ndarray]
+    failures: dict[str, dict[str, int]]
+    said: list[str]
+    kinds: dict[str, dict[str, int]]
+
+
+class Rewards:
+    """Rewards and their weights; a context that ends the processes which they need.
+
+    Attributes:
+      names: the rewards' names.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Sequence[float]) -> None:
+        self._rewards, self._weights = rewards, np.array(weights, np.float32)
+        self.names = [*rewards]
+        self._known: set[tuple[str, str]] = set()
+
+    def __enter__(self) -> "Rewards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for reward in self._rewards.values():
+            reward.close()
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        *,
+        group: int,
+    ) -> Scored:
+        """Returns the rewards of completions; see `Batch` for what is given."""
+        batch = Batch(prompts, completions, completion_ids, columns, group)
+        judged = {name: reward(batch) for name, reward in self._rewards.items()}
+        values = np.stack([one.values for one in judged.values()])  # [rewards, n]
+        given = ~np.isnan(values)
+        total = np.where(given, values, 0).T @ self._weights
+        return Scored(
+            np.where(given.any(0), total, np.float32(np.nan)),
+            {name: one.values for name, one in judged.items()},
+            {name: dict(one.failures) for name, one in judged.items() if one.failures},
+            [said for name, one in judged.items() for said in self._news(name, one, len(total))],
+            {name: dict(one.kinds) for name, one in judged.items() if one.kinds},
+        )
+
+    def _news(self, name: str, judged: Judged, n: int) -> list[str]:
+        new = [kind for kind in judged.failures if (name, kind) not in self._known]
+        self._known.update((name, kind) for kind in new)
+        return [
+            f"{name}: no reward for {judged.failures[kind]} of {n} completions ({kind}): "
+            f"{judged.said[kind]}"
+            for kind in new
+        ]
+
+
+def find_rewards(
+    specs: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    columns: Sequence[str],
+    max_tokens: int,
+    seconds: float = 30.0,
+    workers: int | None = None,
+) -> Rewards:
+    """Finds rewards, and starts a process that imports a user's functions.
+
+    Args:
+      specs: ``file.py:function``, or names of ours.
+      weights: a weight for each; None for 1.
+      columns: the columns of the rows, beside the prompt.
+      max_tokens: the most tokens of a completion.
+      seconds: how long a user's function may take for the completions of one prompt.
+      workers: the number of processes for a user's functions; None for one a core.
+
+    Raises:
+      UserError: a reward cannot be found or imported, needs a column that the rows do not have, or
+        has no weight or two.
+    """
+    given = [1.0] * len(specs) if weights is None else weights
+    if len(given) != len(specs) or not all(map(math.isfinite, given)):
+        raise UserError(
+            f"{flag('reward_weights', *given)}: {len(specs)} rewards need as many finite weights"
+        )
+    if twice := [spec for spec, number in Counter(specs).items() if number > 1]:
+        raise UserError(f"--reward {twice[0]} is named twice: give it a weight instead")
+    ours = _ours(max_tokens)
+    files = [spec for spec in specs if spec not in ours]
+    for spec in files:
+        path, _, function = spec.rpartition(":")
+        if not path.endswith(".py") or not function:
+            raise UserError(
+                f"--reward {spec}: no reward of this name, but {', '.join(ours)}; a function of "
+                "your own is named as file.py:function"
+            )
+        if not Path(path).is_file():
+            raise UserError(f"--reward {spec}: there is no file {path}")
+    known: dict[str, Reward] = dict(ours)
+    if files:
+        pool = Workers(files, seconds, workers or os.cpu_count() or 1)
+        known |= {spec: UserFunction(pool, i) for i, spec in enumerate(files)}
+    rewards = Rewards({_short(spec, specs): known[spec] for spec in specs}, given)
+    for spec in specs:
+        if missing := [name for name in known[spec].needs if name not in columns]:
+            rewards.close()
+            raise UserError(
+                f"--reward {spec} needs the column {missing[0]!r}; the rows have "
+                f"{', '.join(columns) or 'none beside the prompt'}"
+            )
+    return rewards
+
+
+def _short(spec: str, specs: Sequence[str]) -> str:
+    """Returns the name of a function, or all of it if another one has the same."""
+    names = [other.rpartition(":")[2] for other in specs]
+    name = spec.rpartition(":")[2]
+    return name if names.count(name) == 1 else spec
+
+
+def _ours(max_tokens: int) -> dict[str, Reward]:
+    return {
+        "arithmetic": Simple(arithmetic.reward, needs=("answer",)),
+        "length": Simple(lambda text, ids: len(ids) / max_tokens),
+    }

@@ -1,0 +1,120 @@
+"""A user's reward functions, called in processes of their own."""
+
+import base64
+import json
+import os
+import pickle
+import queue
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from train.console.errors import UserError
+from train.processes.served import NoAnswer, Served
+from train.rewards import worker
+from train.rewards.reward import Batch, Judged
+
+TIMEOUT, DIED = "timeout", "process ended"
+_IMPORT_SECONDS = 120.0
+
+
+class Workers:
+    """Processes that have imported the functions; each answers for the completions of one prompt.
+
+    Attributes:
+      needs: the columns that each function cannot do without.
+    """
+
+    def __init__(self, specs: Sequence[str], seconds: float, workers: int) -> None:
+        """Starts one process, to see that it can import the functions.
+
+        Args:
+          specs: the functions, as ``file.py:function``.
+          seconds: how long a function may take for the completions of one prompt.
+          workers: the number of processes.
+
+        Raises:
+          UserError: a file or a function cannot be imported.
+        """
+        # Of an accelerator this process has taken all memory; a file may set the variable anew.
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-P", worker.__file__, *specs]
+        served = [Served(command, env, greeting_seconds=_IMPORT_SECONDS) for _ in range(workers)]
+        self._served, self._seconds = served, seconds
+        try:
+            greeting = json.loads(served[0].start())
+        except NoAnswer as error:
+            served[0].close()
+            raise UserError(f"--reward {' '.join(specs)}: to import it {error}") from error
+        if "error" in greeting:
+            served[0].close()
+            raise UserError(f"--reward {greeting['spec']}: {greeting['error']}")
+        self.needs: list[list[str]] = greeting["needs"]
+        self._idle: queue.LifoQueue[Served] = queue.LifoQueue()
+        for one in reversed(served):
+            self._idle.put(one)
+        self._threads = ThreadPoolExecutor(workers, "rewards")
+
+    def judge(self, function: int, batch: Batch) -> Judged:
+        """Returns what a function says of a batch; calls it once for each prompt."""
+        starts = range(0, len(batch.completions), batch.group)
+        parts = [slice(start, start + batch.group) for start in starts]
+        found = list(self._threads.map(lambda part: self._ask(function, batch, part), parts))
+        values = [value for one in found for value in one["values"]]
+        failures: Counter[str] = Counter()
+        said: dict[str, str] = {}
+        for one in found:
+            for kind, (number, text) in one["failures"].items():
+                failures[kind] += number
+                said.setdefault(kind, text)
+        return Judged(np.array(values, np.float32), dict(failures), said)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for one in self._served:
+            one.close()
+        self._threads.shutdown()
+        for one in self._served:  # which a thread may have started meanwhile
+            one.close()
+
+    def _ask(self, function: int, batch: Batch, part: slice) -> dict[str, Any]:
+        columns = {name: list(values[part]) for name, values in batch.columns.items()}
+        completions: list[Any] = list(batch.completions[part])
+        if not isinstance(batch.prompts[part][0], str):  # a chat
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        keywords = columns | {
+            "prompts": list(batch.prompts[part]),
+            "completions": completions,
+            "completion_ids": [list(map(int, ids)) for ids in batch.completion_ids[part]],
+        }
+        line = base64.b64encode(pickle.dumps((function, keywords))).decode()
+        one = self._idle.get()
+        try:
+            return json.loads(one.ask(line, self._seconds))
+        except NoAnswer as error:
+            n = len(completions)
+            why = f"a call took longer than {self._seconds:g} seconds" if error.late else str(error)
+            return {"values": [None] * n, "failures": {TIMEOUT if error.late else DIED: [n, why]}}
+        finally:
+            self._idle.put(one)
+
+
+class UserFunction:
+    """A reward by one of the functions."""
+
+    def __init__(self, workers: Workers, index: int) -> None:
+        self.needs = workers.needs[index]
+        self._workers, self._index = workers, index
+
+    def __call__(self, batch: Batch) -> Judged:
+        """Returns what the function says."""
+        return self._workers.judge(self._index, batch)
+
+    def close(self) -> None:
+        """Ends the processes of all functions."""
+        self._workers.close()

@@ -1,0 +1,34 @@
+"""Sums of two numbers: rows to train on, others to measure on, and the reward of an answer."""
+
+import random
+
+BELOW = 50  # what is added, each
+HELD_OUT = 400  # of the 2,500 sums
+_SEED = 0
+
+Row = dict[str, str]
+
+
+def rows(seed: int, n: int, *, held_out: bool = False) -> list[Row]:
+    """Returns sums in the order of a seed, each once before any comes again.
+
+    Args:
+      seed: the seed of the order; which sums are held out does not depend on it.
+      n: the number of rows.
+      held_out: the sums that are not to be trained on.
+
+    Returns:
+      Rows such as ``{"prompt": "37+25=", "answer": "62"}``.
+    """
+    sums = [(a, b) for a in range(BELOW) for b in range(BELOW)]
+    random.Random(_SEED).shuffle(sums)
+    drawn = sums[:HELD_OUT] if held_out else sums[HELD_OUT:]
+    order, chosen = random.Random(seed), list[tuple[int, int]]()
+    while len(chosen) < n:
+        chosen += order.sample(drawn, len(drawn))
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in chosen[:n]]
+
+
+def reward(completion: str, ids: object, answer: str) -> float:
+    """Returns 1 for a completion that is the answer, but for space around it, else 0."""
+    return float(completion.strip() == answer)
