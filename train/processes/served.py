@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ class NoAnswer(Exception):
 
 
 class Served:
-    """A program that answers a line with a line; it is started when needed, and again after an end.
+    """Copies of a program that answers a line with a line; each is started when it is needed.
 
-    It should end when its input does, so that it ends with this process however that ends. Ctrl-C
-    does not reach it. What it starts is ended with it. It may be asked from several threads.
+    One that does not answer in time, or ends, is replaced. A program should end when its input
+    does, so that it ends with this process however that ends. Ctrl-C does not reach it. What it
+    starts is ended with it. Several threads may ask, each a copy of its own while it does.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Served:
         command: Sequence[str],
         env: Mapping[str, str],
         *,
+        copies: int = 1,
         quiet: bool = False,
         greeting_seconds: float = 0.0,
     ) -> None:
@@ -37,21 +40,51 @@ class Served:
         Args:
           command: the program and its arguments.
           env: its environment.
+          copies: the most copies that run at once.
           quiet: drop what it writes to stderr.
           greeting_seconds: how long it may take for the line that it says once it is ready; 0 if
             it says none.
         """
+        self._copies = [_Copy(command, env, quiet, greeting_seconds) for _ in range(copies)]
+        self._idle: queue.LifoQueue[_Copy] = queue.LifoQueue()
+        for copy in reversed(self._copies):
+            self._idle.put(copy)
+
+    def start(self) -> str:
+        """Starts the first copy anew; returns its greeting, or "" if it says none.
+
+        Raises:
+          NoAnswer: it did not say it in time, or its process ended.
+        """
+        return self._copies[0].start()
+
+    def ask(self, line: str, seconds: float) -> str:
+        """Returns the answer to a line in ASCII, both without their ends.
+
+        Raises:
+          NoAnswer: the program did not answer in time, or its process ended.
+        """
+        copy = self._idle.get()
+        try:
+            return copy.ask(line, seconds)
+        finally:
+            self._idle.put(copy)
+
+    def close(self) -> None:
+        """Ends the processes; the next line starts another."""
+        for copy in self._copies:
+            copy.close()
+
+
+class _Copy:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], quiet: bool, greeting_seconds: float
+    ) -> None:
         self._command, self._env, self._greeting = command, env, greeting_seconds
         self._errors = subprocess.DEVNULL if quiet else None
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
 
     def start(self) -> str:
-        """Starts the program anew; returns its greeting, or "" if it says none.
-
-        Raises:
-          NoAnswer: it did not say it in time.
-        """
         self.close()
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
@@ -66,22 +99,11 @@ class Served:
         return self._line("", self._greeting) if self._greeting else ""
 
     def ask(self, line: str, seconds: float) -> str:
-        """Returns the answer to a line in ASCII, both without their ends.
-
-        Raises:
-          NoAnswer: it did not answer in time, or its process ended.
-        """
-        with self._lock:
-            try:
-                if self._process is None or self._process.poll() is not None:
-                    self.start()
-                return self._line(f"{line}\n", seconds)
-            except BaseException:  # such as Ctrl-C: the answer must not become the next line's
-                self.close()
-                raise
+        if self._process is None or self._process.poll() is not None:
+            self.start()
+        return self._line(f"{line}\n", seconds)
 
     def close(self) -> None:
-        """Ends the process; the next line starts another."""
         process, self._process = self._process, None
         if process is not None:
             _end(process)
@@ -107,11 +129,14 @@ class Served:
                 process.stdin.write(sent)
                 process.stdin.flush()
             answer = process.stdout.readline()
+            if not answer.endswith("\n"):
+                raise NoAnswer(late.is_set(), process.wait())
+            return answer[:-1]
+        except BaseException:  # such as Ctrl-C: the answer must not become the next line's
+            self.close()
+            raise
         finally:
             timer.cancel()
-        if not answer.endswith("\n"):
-            raise NoAnswer(late.is_set(), process.wait())
-        return answer[:-1]
 
 
 def _end(process: subprocess.Popen[str]) -> None:

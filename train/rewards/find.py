@@ -12,6 +12,7 @@ import numpy as np
 from train.console.errors import UserError, flag
 from train.rewards.functions import UserFunction, Workers
 from train.rewards.reward import Batch, Judged, Reward, Simple
+from train.rewards.sql import SqlReward
 from train.tasks import arithmetic
 
 
@@ -156,5 +157,7 @@ def _short(spec: str, specs: Sequence[str]) -> str:
 def _ours(max_tokens: int) -> dict[str, Reward]:
     return {
         "arithmetic": Simple(arithmetic.reward, needs=("answer",)),
+        "sql": SqlReward(),
+        "sql-dense": SqlReward(runs=0.1),
         "length": Simple(lambda text, ids: len(ids) / max_tokens),
     }

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import pickle
-import queue
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -43,20 +42,18 @@ class Workers:
         # Of an accelerator this process has taken all memory; a file may set the variable anew.
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-P", worker.__file__, *specs]
-        served = [Served(command, env, greeting_seconds=_IMPORT_SECONDS) for _ in range(workers)]
-        self._served, self._seconds = served, seconds
+        self._seconds = seconds
+        self._served = Served(command, env, copies=workers, greeting_seconds=_IMPORT_SECONDS)
         try:
-            greeting = json.loads(served[0].start())
+            greeting = json.loads(self._served.start())
+            if "error" in greeting:
+                raise UserError(f"--reward {greeting['spec']}: {greeting['error']}")
         except NoAnswer as error:
-            served[0].close()
-            raise UserError(f"--reward {' '.join(specs)}: to import it {error}") from error
-        if "error" in greeting:
-            served[0].close()
-            raise UserError(f"--reward {greeting['spec']}: {greeting['error']}")
+            raise UserError(f"--reward {' '.join(specs)}: importing it {error}") from error
+        except BaseException:
+            self._served.close()
+            raise
         self.needs: list[list[str]] = greeting["needs"]
-        self._idle: queue.LifoQueue[Served] = queue.LifoQueue()
-        for one in reversed(served):
-            self._idle.put(one)
         self._threads = ThreadPoolExecutor(workers, "rewards")
 
     def judge(self, function: int, batch: Batch) -> Judged:
@@ -76,11 +73,9 @@ class Workers:
     def close(self) -> None:
         """Ends the processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for one in self._served:
-            one.close()
+        self._served.close()
         self._threads.shutdown()
-        for one in self._served:  # which a thread may have started meanwhile
-            one.close()
+        self._served.close()  # those that a thread started meanwhile
 
     def _ask(self, function: int, batch: Batch, part: slice) -> dict[str, Any]:
         columns = {name: list(values[part]) for name, values in batch.columns.items()}
@@ -93,15 +88,12 @@ class Workers:
             "completion_ids": [list(map(int, ids)) for ids in batch.completion_ids[part]],
         }
         line = base64.b64encode(pickle.dumps((function, keywords))).decode()
-        one = self._idle.get()
         try:
-            return json.loads(one.ask(line, self._seconds))
+            return json.loads(self._served.ask(line, self._seconds))
         except NoAnswer as error:
             n = len(completions)
             why = f"a call took longer than {self._seconds:g} seconds" if error.late else str(error)
             return {"values": [None] * n, "failures": {TIMEOUT if error.late else DIED: [n, why]}}
-        finally:
-            self._idle.put(one)
 
 
 class UserFunction:

@@ -1,4 +1,4 @@
-"""What a reward is: an object that judges the completions of a step."""
+"""The contract of a reward: an object that judges the completions of a step."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What a reward says of a batch.
+    """The values that a reward gives to a batch.
 
     Attributes:
       values: [n], fp32; NaN: no opinion, or none because it failed.

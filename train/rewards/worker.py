@@ -36,7 +36,7 @@ class Function(NamedTuple):
     Attributes:
       call: the function.
       takes: the keywords that it takes; None for all.
-      needs: those without a default, but for `OURS`.
+      needs: keywords without a default, but for `OURS`.
     """
 
     call: Callable[..., Any]

@@ -3,7 +3,7 @@
 import re
 
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
-_START = r"(?:SELECT\b|WITH\s+(?:RECURSIVE\s+)?\w+\s*(?:\([^()]*\)\s*)?AS\s*(?:\w+\s+)*\()"
+_START = r"(?:SELECT\b|WITH\s+(?:RECURSIVE\s+)?\w+\s*(?:\([^()]*\)\s*)?AS\s*(?:\w+\s+){0,2}\()"
 _AT_LINE = re.compile(rf"(?:^|[\n:`])[ \t]*({_START})", re.IGNORECASE)
 _ANYWHERE = re.compile(rf"\b({_START})", re.IGNORECASE)
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
@@ -13,7 +13,7 @@ _OTHER = re.compile(
     r"|(?:INSERT|REPLACE)\s+(?:OR\s+\w+\s+)?INTO|DELETE\s+FROM|UPDATE\s+\S+\s+SET"
     r"|ATTACH\s+(?:DATABASE\b|')|DETACH\s+\w+|PRAGMA\s+\w+|VACUUM\b|REINDEX\b"
     r"|EXPLAIN\s+(?:SELECT\b|QUERY\s+PLAN\b)"
-    r"|BEGIN\s*(?:;|TRANSACTION)|COMMIT\s*;|ROLLBACK\s*;|SAVEPOINT\s+\w+)",
+    r"|BEGIN\s*(?:;|TRANSACTION|DEFERRED|IMMEDIATE|EXCLUSIVE)|COMMIT\s*;|ROLLBACK\s*;|SAVEPOINT\s+\w+)",
     re.IGNORECASE,
 )
 
@@ -28,7 +28,7 @@ def find_query(text: str) -> str | None:
       The statement; None if there is none, if a second one follows on the same line, or if the
       answer has a statement of another kind anywhere.
     """
-    text = text.partition("<|")[0]  # text after a chat template's token is no answer
+    text = _answer(text)
     if _OTHER.search(text):
         return None
     fenced = _FENCE.search(text)
@@ -52,3 +52,12 @@ def find_query(text: str) -> str | None:
     if re.match(rf"[ \t]*{_START}", after, re.IGNORECASE):
         return None
     return query[: len(bare)].strip()
+
+
+def has_other_statement(text: str) -> bool:
+    """Returns whether a model's answer has a statement of another kind, such as DROP TABLE."""
+    return _OTHER.search(_answer(text)) is not None
+
+
+def _answer(text: str) -> str:
+    return text.partition("<|")[0]  # text after a chat template's token is no answer

@@ -18,18 +18,17 @@ import sqlite3
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import islice
 
-from train.tasks.sql.answer import find_query
 from train.tasks.sql.draw import Draw
-from train.tasks.sql.execute import GUARDED, open_databases, same_rows
+from train.tasks.sql.execute import open_databases, same_rows
 from train.tasks.sql.fill import filled_tables
 from train.tasks.sql.forms import FORMS, DoesNotFit, Scene, table_words
-from train.tasks.sql.guard import Row, run
+from train.tasks.sql.guard import run
+from train.tasks.sql.judge import MATCHED, judge
 from train.tasks.sql.phrasings import N_TRAINED, PHRASINGS, ask
 from train.tasks.sql.query import Query, mutations, order_keys, write
-from train.tasks.sql.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
+from train.tasks.sql.schemas import TEST_SCHEMAS, TRAINING_SCHEMAS
 from train.tasks.sql.tables import Schema
 
 SYSTEM_PROMPT = "Answer in SQL."
@@ -108,30 +107,8 @@ def few_shot_messages(example: SqlExample, shots: Sequence[SqlExample]) -> list[
 
 
 def score(example: SqlExample, text: str) -> bool:
-    """Returns whether the SQL in a generated text has the gold query's result on all databases.
-
-    Rows are compared as a list if the gold query orders them, else as a multiset. SQL that is
-    broken, forbidden or takes too long is wrong, and so are two statements in a row; none of them
-    raises or changes anything.
-    """
-    query = find_query(text)
-    if query is None:
-        return False
-    schema, ordered = SCHEMAS[example.schema], " ORDER BY " in example.sql
-    for database, gold in enumerate(_gold_results(schema, example.sql)):
-        rows = GUARDED.run(schema, database, query)
-        if rows is None or not same_rows(gold, rows, ordered=ordered):
-            return False
-    return True
-
-
-@cache
-def _gold_results(schema: Schema, sql: str) -> tuple[list[Row], ...]:
-    with open_databases(schema) as databases:
-        results = tuple(run(database, sql) for database in databases)
-    if None in results:
-        raise ValueError(f"the gold query does not run on schema {schema.name}: {sql}")
-    return tuple(rows for rows in results if rows is not None)
+    """Returns whether the SQL in a generated text is right; see `judge`."""
+    return judge(example.schema, example.sql, text) == MATCHED
 
 
 def _example(shown: Schema, of: SqlExample) -> SqlExample:
@@ -214,12 +191,13 @@ def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Con
     extreme, and each query one mistake away must differ in its result on at least one database.
     """
     results = [run(database, write(query)) for database in databases]
-    golds = [rows for rows in results if rows and (len(rows) > 1 or any(rows[0]))]  # not trivial
+    ran = [rows for rows in results if isinstance(rows, list)]
+    golds = [rows for rows in ran if len(rows) > 1 or any(map(any, rows))]  # not trivial
     if len(golds) < len(databases):
         return False
     keys = order_keys(query)
     for database in databases:
-        held = run(database, write(keys)) or [] if keys else []
+        held = run(database, write(keys)) if keys else []
         if len(set(held)) < len(held):
             return False
     # The rows equal to a MIN or MAX: one row, without ties.
@@ -241,4 +219,4 @@ def differs(
 ) -> bool:
     """Returns whether the result of `sql` differs from the gold rows; SQL that fails differs."""
     rows = run(database, sql)
-    return rows is None or not same_rows(gold, rows, ordered=ordered)
+    return isinstance(rows, str) or not same_rows(gold, rows, ordered=ordered)

@@ -7,14 +7,13 @@ ended, and the next query gets a new one.
 import atexit
 import json
 import math
-import subprocess
+import os
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 from sqlite3 import Connection
 
+from train.processes.served import NoAnswer, Served
 from train.tasks.sql import guard
 from train.tasks.sql.fill import DATABASES, fill_script
 from train.tasks.sql.guard import Row
@@ -33,59 +32,35 @@ def open_databases(schema: Schema) -> Iterator[list[Connection]]:
 
 
 class Guarded:
-    """Runs queries that are not trusted, one at a time, in a process that is started when needed.
+    """Runs queries that are not trusted, in processes that are started when needed.
 
-    It may be called from several threads.
+    It may be called from several threads, which share the machine's cores.
     """
 
     def __init__(self) -> None:
         """Starts nothing yet."""
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        # Without this process's environment and packages.
+        command = [sys.executable, "-I", "-S", guard.__file__]
+        self._served = Served(command, {}, copies=os.cpu_count() or 1, quiet=True)
 
-    def run(self, schema: Schema, database: int, sql: str) -> list[Row] | None:
-        """Returns the rows of a query on a new copy of one of the schema's databases.
+    def run(self, schema: Schema, sql: str) -> list[list[Row]] | str:
+        """Returns the rows of a query on a new copy of each of the schema's databases.
 
-        Returns:
-          None if the query fails, is not permitted, or exceeds a limit.
+        Where it has none on one of them, returns the reason; see `guard.run`.
         """
-        request = json.dumps({"script": fill_script(schema, database), "sql": sql})
-        with self._lock:
-            answer = self._ask(request)
-        return None if answer is None else [tuple(row) for row in answer]
+        if len(sql) > guard.MAX_SQL:
+            return guard.TIMEOUT
+        scripts = [fill_script(schema, i) for i in range(DATABASES)]
+        try:
+            answer = self._served.ask(json.dumps({"scripts": scripts, "sql": sql}), _MAX_SECONDS)
+        except NoAnswer:
+            return guard.TIMEOUT
+        found = json.loads(answer)
+        return found[-1] if isinstance(found[-1], str) else [[*map(tuple, rows)] for rows in found]
 
     def close(self) -> None:
-        """Ends the process; the next query starts another."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _ask(self, request: str) -> list[list[object]] | None:
-        process = self._process
-        if process is None or process.poll() is not None:
-            self.close()
-            # Without this process's environment and packages.
-            command = [sys.executable, "-I", "-S", str(Path(guard.__file__))]
-            pipe, null = subprocess.PIPE, subprocess.DEVNULL
-            process = self._process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=null, text=True, env={}
-            )
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            late = threading.Timer(_MAX_SECONDS, process.kill)
-            late.start()
-            line = process.stdout.readline()
-            late.cancel()
-        except BaseException:  # such as Ctrl-C: the answer must not become the next query's
-            self.close()
-            raise
-        if not line.endswith("\n"):
-            self.close()
-            return None
-        return json.loads(line)
+        """Ends the processes; the next query starts another."""
+        self._served.close()
 
 
 GUARDED = Guarded()

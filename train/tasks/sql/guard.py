@@ -1,8 +1,9 @@
 """Runs untrusted queries on a database in memory: limits, permissions, and a process for them.
 
-Started as a program, it answers requests on its input, a line each: ``{"script": …, "sql": …}`` is
-a query on a new database that the script fills, and the answer its rows, or null. `execute.py`
-starts it. It imports the standard library alone, so that it starts in a moment.
+Started as a program, it answers requests on its input, a line each: ``{"scripts": …, "sql": …}``
+is a query on new databases that the scripts fill, and the answer a list of its rows on each, which
+ends with the reason where it has none. `execute.py` starts it. It imports the standard library
+alone, so that it starts in a moment.
 
 The SQL comes from a language model, so it is not trusted. An authorizer permits only reading and an
 allow-list of functions. Instructions, lengths, depths and rows are limited. What a query does
@@ -15,14 +16,17 @@ import json
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 
 if sys.platform != "win32":  # it has no such limits; `execute.py` still ends what takes too long
     import resource
 
 Row = tuple[object, ...]
+Rows = list[Row] | str  # or why a query has none: one of these
+REFUSED, ERROR, TIMEOUT = "refused", "error", "timeout"  # the last for any limit of work
 
+MAX_SQL = 4_000  # characters of a query
 _STEPS = 1_000  # virtual machine instructions between two checks of the limit
 _MAX_LOOKS = 300  # 300,000 instructions; a right answer needs a few thousand
 _MAX_QUESTIONS = 20_000  # of SQLite to the authorizer; a right answer makes some tens
@@ -33,7 +37,7 @@ _MAX_ROWS = 2_000
 _MAX_ANSWER = 2**20  # characters of all rows, written as JSON
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: 2_000,  # of a value, in bytes
-    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 4_000,
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: MAX_SQL,
     sqlite3.SQLITE_LIMIT_COLUMN: 20,
     sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 60,
     sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 10,
@@ -62,42 +66,24 @@ def open_database(script: str) -> sqlite3.Connection:
     return connection
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _filled(script: str) -> bytes:
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.executescript(script)
         return connection.serialize()
 
 
-def run(connection: sqlite3.Connection, sql: str) -> list[Row] | None:
-    """Returns the rows of a query; None if it fails, is not permitted, or exceeds a limit.
+def run(connection: sqlite3.Connection, sql: str) -> Rows:
+    """Returns the rows of a query, or why it has none: see `REFUSED` and others.
 
     Its time is not limited here, but its instructions are: so a result does not depend on how busy
     the machine is.
     """
-    connection.set_authorizer(_authorizer())
-    looks = 0
-
-    def give_up() -> bool:
-        nonlocal looks
-        looks += 1
-        return looks > _MAX_LOOKS
-
-    connection.set_progress_handler(give_up, _STEPS)
-    try:
-        rows = connection.execute(sql).fetchmany(_MAX_ROWS + 1)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
-        return None  # ValueError: characters that SQLite cannot take, such as NUL
-    finally:
-        connection.set_progress_handler(None, 0)
-    return rows if len(rows) <= _MAX_ROWS else None
-
-
-def _authorizer() -> Callable[..., int]:
-    """Returns an authorizer of one query: it permits what a SELECT over the tables needs."""
-    asked = 0
+    reasons = list[str]()
+    asked = looks = 0
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        """Permits what a SELECT over the tables needs."""
         nonlocal asked
         asked += 1
         if action == sqlite3.SQLITE_FUNCTION:
@@ -106,9 +92,29 @@ def _authorizer() -> Callable[..., int]:
             allowed = first is not None and not first.lower().startswith(("sqlite_", "pragma_"))
         else:
             allowed = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE)
-        return sqlite3.SQLITE_OK if allowed and asked <= _MAX_QUESTIONS else sqlite3.SQLITE_DENY
+        if allowed and asked <= _MAX_QUESTIONS:
+            return sqlite3.SQLITE_OK
+        reasons.append(TIMEOUT if allowed else REFUSED)
+        return sqlite3.SQLITE_DENY
 
-    return authorize
+    def give_up() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks > _MAX_LOOKS:
+            reasons.append(TIMEOUT)
+        return looks > _MAX_LOOKS
+
+    connection.set_authorizer(authorize)
+    connection.set_progress_handler(give_up, _STEPS)
+    try:
+        rows = connection.execute(sql).fetchmany(_MAX_ROWS + 1)
+    except MemoryError:
+        return TIMEOUT
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
+        return reasons[0] if reasons else ERROR  # ValueError: such as NUL, which SQLite cannot take
+    finally:
+        connection.set_progress_handler(None, 0)
+    return rows if len(rows) <= _MAX_ROWS else TIMEOUT
 
 
 @contextlib.contextmanager
@@ -130,13 +136,20 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
         request = json.loads(line)
-        with contextlib.closing(open_database(request["script"])) as connection:
-            connection.execute(f"PRAGMA hard_heap_limit = {_MAX_HEAP}")
-            with _limited_time():
-                rows = run(connection, request["sql"])
-                # No question asks for bytes, and JSON has none.
-                answer = json.dumps(rows, default=lambda value: {"bytes": value.hex()})
-        print(answer if len(answer) <= _MAX_ANSWER else "null", flush=True)
+        answers: list[str] = []
+        for script in request["scripts"]:
+            with contextlib.closing(open_database(script)) as connection:
+                connection.execute(f"PRAGMA hard_heap_limit = {_MAX_HEAP}")
+                with _limited_time():
+                    rows = run(connection, request["sql"])
+                    # No question asks for bytes, and JSON has none.
+                    answer = json.dumps(rows, default=lambda value: {"bytes": value.hex()})
+            if len(answer) > _MAX_ANSWER:
+                answer = json.dumps(rows := TIMEOUT)
+            answers.append(answer)
+            if isinstance(rows, str):
+                break
+        print(f"[{', '.join(answers)}]", flush=True)
 
 
 if __name__ == "__main__":
