@@ -41,17 +41,11 @@ def _writing_sql(config: Config, session: Session) -> Config:
     if not (folder / ADAPTER).exists():
         _check_alone(config)
         tell(hosts.console(), f"first, {folder} learns to write SQL, as `train.sft` does")
-        plain, optim = SftConfig(), config.optim
-        own = {"seed": optim.seed, "dtype": optim.dtype, "quantize": optim.quantize}
-        shared = {name: getattr(config.run, name) for name in _SHARED}
-        shared |= {"output": str(folder), "resume": (folder / CONFIG).exists()}
-        first = dataclasses.replace(
-            plain,
-            data=dataclasses.replace(plain.data, model=config.data.model),
-            adapter=config.adapter,
-            optim=dataclasses.replace(plain.optim, **own),
-            run=dataclasses.replace(plain.run, eval_questions=0, **shared),
-        )
+        own = {name: getattr(config.optim, name) for name in ("seed", "dtype", "quantize")}
+        own |= {name: getattr(config.run, name) for name in _SHARED}
+        own |= {"model": config.data.model, "output": str(folder), "eval_questions": 0}
+        going_on = {"resume": (folder / CONFIG).exists()}
+        first = dataclasses.replace(replaced(SftConfig(), own | going_on), adapter=config.adapter)
         part = RunPart(hint=resume_hint("train.grpo"))
         with session.part():
             finetune("train.sft", with_defaults(first, sql.TASK.defaults), sql.TASK, session, part)

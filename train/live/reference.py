@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.preferences import Preferences
 
 import lora_jax as lj
@@ -29,8 +30,8 @@ from train.processes import hosts
 from train.run.log import doing
 from train.tasks.task import Preparing
 
-# (parameters, a batch on the mesh) -> the log-probabilities of its sequences, [batch * n].
-Scorer = Callable[[Tree, Batch], jax.Array]
+# (parameters, a batch) -> the log-probabilities of its sequences, [batch * n].
+Scorer = Callable[[Tree, HostBatch], jax.Array]
 
 
 def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
@@ -49,9 +50,10 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
 
     compiled = jax.jit(score, out_shardings=layout.whole, compiler_options=layout.compiler_options)
 
-    def on_mesh(params: Tree, batch: Batch) -> jax.Array:
+    def on_mesh(params: Tree, batch: HostBatch) -> jax.Array:
         with jax.set_mesh(layout.mesh):
-            return compiled(params, layout.batch(batch, parts=False))
+            found: jax.Array = compiled(params, layout.batch(batch, parts=False))
+            return found
 
     return on_mesh
 

@@ -59,17 +59,17 @@ class Rewarded(Rollouts):
                 break
             again = self.drawn(params, rows[flat], number, attempt + 1)
             rewards[flat], _ = self._rewarded(rows[flat], again)
-            for old, new in zip(drawn, again, strict=True):
-                old[flat] = new
+            for before, new in zip(drawn, again, strict=True):
+                before[flat] = new
         batch = self.feed.of_completions(rows, drawn)
-        scores = self.scores(params, batch)
-        judged: HostBatch = {"old": scores.logps}
+        old, entropy = self.scores(params, batch)
+        judged: HostBatch = {"old": old}
         counted = batch["weights"] > 0
         flat_rewards = rewards.ravel()
         if self._reference is not None:
-            reference = self.scores(self._reference, batch).logps
+            reference, _ = self.scores(self._reference, batch)
             if optim.loss == RLOO:
-                apart = np.where(counted, scores.logps - reference, 0).sum(-1)
+                apart = np.where(counted, old - reference, 0).sum(-1)
                 flat_rewards = flat_rewards - optim.beta * apart.ravel()
             else:
                 judged["reference"] = reference
@@ -83,7 +83,7 @@ class Rewarded(Rollouts):
         noted |= {
             "reward": float(_mean(rewards)),
             "zero_spread": float(_without_spread(rewards).mean()),
-            "entropy": float(scores.entropy[counted].mean()) if counted.any() else 0.0,
+            "entropy": float(entropy[counted].mean()) if counted.any() else 0.0,
         }
         return drawn, judged, noted
 

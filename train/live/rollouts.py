@@ -16,7 +16,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax.core.types import Tree
 from lora_jax.models import sample
-from lora_jax.training import Scores, make_scorer
+from lora_jax.training import make_scorer
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.step import State
 from train.live.prompts import Drawn, PromptFeed
@@ -40,7 +40,8 @@ class Rollouts(abc.ABC):
         """
         layout = of.layout
         self.of, self.feed, self.config = of, feed, of.config
-        self._apply, self._score = lj.adapt(of.model.apply), self.scorer(of.model)
+        self._model: Any = layout.constrained(of.model)
+        self._apply, self._score = lj.adapt(self._model.apply), self.scorer(of.model)
         self._everywhere = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)
         self._noted: dict[str, float] = {}
 
@@ -100,15 +101,17 @@ class Rollouts(abc.ABC):
         }
         return batch
 
-    def scores(self, params: Tree, batch: HostBatch, score: Any = None) -> Scores:
-        """Returns what a model says of a batch's completions, [accumulate, batch, n] each."""
+    def scores(
+        self, params: Tree, batch: HostBatch, score: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns log-probabilities and entropies of completions, [accumulate, batch, n] each."""
         found = []
         for part in range(len(batch["ids"])):
             arrays = {name: array[part] for name, array in batch.items()}
             placed = self.of.layout.batch(arrays, parts=False)
             found.append(jax.tree.map(np.asarray, (score or self._score)(params, placed)))
-        scores: Scores = jax.tree.map(lambda *parts: np.stack(parts), *found)
-        return scores
+        logps, entropy = (np.stack(parts) for parts in zip(*found, strict=True))
+        return logps, entropy
 
     def drawn(self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0) -> Drawn:
         """Draws completions of prompts.
@@ -146,7 +149,7 @@ class Rollouts(abc.ABC):
         numbers = jnp.arange(first, first + len(rows) * data.group)
         with jax.set_mesh(layout.mesh):
             drawn = sample(
-                self.of.model,
+                self._model,
                 params,
                 asked["ids"],
                 asked["mask"],

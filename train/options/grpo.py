@@ -5,21 +5,19 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE, Numbers, at_least
+from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE, at_least
 from lora_jax.training.losses import ONLINE, Online, dr_grpo
 from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
-from train.options import field
-from train.options import sft as sft_options
+from train.options import field, rollouts
 from train.options.common import Options
 from train.options.field import option
-from train.options.language import LanguageDataConfig, LanguageOptimConfig
+from train.options.rollouts import RolloutDataConfig, RolloutOptimConfig
 from train.options.sft import SftAdapterConfig, SftRunConfig
 
 DEFAULT_TASK = "sql"  # of train/options/tasks.py
 RLOO, DR_GRPO = "rloo", "dr_grpo"
 LossName = Literal[*ONLINE, DR_GRPO, RLOO]  # type: ignore[valid-type]
-_SHARE = Numbers(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
 _LOSS = (
     "The loss. dapo: the mean over all tokens; bnpo: the same. grpo: the mean over completions of "
     "their mean over tokens. dr_grpo: the sum over tokens by --max-new-tokens, so that length "
@@ -29,7 +27,7 @@ _LOSS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GrpoDataConfig(LanguageDataConfig):
+class GrpoDataConfig(RolloutDataConfig):
     """Model, prompts, completions and rewards."""
 
     dataset: str = DEFAULT_TASK
@@ -37,20 +35,6 @@ class GrpoDataConfig(LanguageDataConfig):
     JSON, CSV, TSV, also gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or
     a dataset on the hub. Each row has a `prompt` (a text or turns) or `messages`; a reward gets all
     other fields."""
-    seq_len: int = 256
-    """The maximum number of tokens of a prompt and its completion."""
-    max_new_tokens: int = option(80, field.HIDDEN)
-    """The maximum number of tokens of a completion."""
-    group: int = option(8, field.OPTIMISATION)
-    """Completions of each prompt, which are compared with one another."""
-    sampling_temperature: float = option(1.0, field.OPTIMISATION)
-    """Divides the logits to draw from; the loss has it, too."""
-    top_p: float = option(1.0, field.OPTIMISATION)
-    """Draw from the fewest tokens whose probabilities add up to it."""
-    top_k: int | None = option(None, field.OPTIMISATION)
-    """Draw from this many tokens."""
-    stop: tuple[str, ...] = option((), field.HIDDEN)
-    """Texts that end a completion, which has no token after the one in which they are complete."""
     reward: tuple[str, ...] = option((), field.HIDDEN)
     """What rewards a completion: file.py:function, sql, arithmetic, or length; or several, which
     are added up. A function gets lists by keyword: `prompts`, `completions`, `completion_ids` and
@@ -65,20 +49,15 @@ class GrpoDataConfig(LanguageDataConfig):
     redraw: int = option(0, field.OPTIMISATION)
     """How often to draw a group again whose rewards are all equal, and from which nothing can be
     learned (DAPO's dynamic sampling)."""
-    mask_truncated: bool = option(False, field.OPTIMISATION)
-    """Do not learn from completions that --max-new-tokens cut off; their rewards count in their
-    group."""
     reference: str | None = option(None, field.HIDDEN)
     """With --beta, what the adapter is kept close to: base, or the folder of an adapter over the
     same base. By default base."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GrpoOptimConfig(LanguageOptimConfig):
+class GrpoOptimConfig(RolloutOptimConfig):
     """Optimisation."""
 
-    batch_size: int = 32
-    """Completions in memory at once, on all devices together: a multiple of --group."""
     lr: float | None = None
     """The peak learning rate. By default 5e-5; a tenth of that with --full, and a third with
     --optimizer lion; sgd has no default."""
@@ -98,8 +77,6 @@ class GrpoOptimConfig(LanguageOptimConfig):
     divergence: Divergence = option("corrected", field.OPTIMISATION)
     """How the divergence is estimated. k3: e^x - x - 1, x the log-ratio of reference and adapter.
     corrected: k3 times the ratio, whose gradient is that of the divergence."""
-    updates: int = option(1, field.OPTIMISATION)
-    """Steps on each batch of completions."""
 
     def online(self, length: int) -> Online | None:
         """Returns the options of the loss; None for rloo.
@@ -110,12 +87,13 @@ class GrpoOptimConfig(LanguageOptimConfig):
         if self.loss == RLOO:
             return None
         known = dr_grpo(length) if self.loss == DR_GRPO else ONLINE[self.loss]
-        given = {"low": self.clip, "high": self.clip_high, "bound": self.bound}
         return dataclasses.replace(
             known,
             beta=self.beta,
             divergence=self.divergence,
-            **{name: value for name, value in given.items() if value is not None},
+            low=known.low if self.clip is None else self.clip,
+            high=known.high if self.clip_high is None else self.clip_high,
+            bound=self.bound,
         )
 
 
@@ -151,32 +129,16 @@ def with_reference(config: Config) -> Config:
 
 def check(config: Config) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task."""
-    data, optim, run = config.data, config.optim, config.run
-    one = at_least(1)
-    sft_options.check(
+    data, optim = config.data, config.optim
+    rollouts.check(
         config,
-        **dict.fromkeys(("max_new_tokens", "top_k", "reward_workers", "updates"), one),
-        **dict.fromkeys(("sampling_temperature", "reward_timeout", "bound"), POSITIVE),
+        **dict.fromkeys(("reward_timeout", "bound"), POSITIVE),
         **dict.fromkeys(("clip", "clip_high", "beta"), NOT_NEGATIVE),
-        group=at_least(2),
-        top_p=_SHARE,
+        reward_workers=at_least(1),
         redraw=at_least(0),
     )
-    if optim.batch_size % data.group:
-        raise UserError(
-            f"--batch-size {optim.batch_size} is no multiple of --group {data.group}: completions "
-            "of one prompt are compared, and stay together"
-        )
-    if data.max_new_tokens >= data.seq_len:
-        raise UserError(
-            f"--max-new-tokens {data.max_new_tokens} leaves no room for prompts in --seq-len "
-            f"{data.seq_len}: raise this, or lower that"
-        )
-    if run.eval_every:
-        raise UserError(
-            f"--eval-every {run.eval_every}: there is no held-out loss; --score-every measures the "
-            "reward of held-out prompts"
-        )
+    if data.group < 2:
+        raise UserError("--group 1: a completion is compared with others of its prompt; give more")
     if bool(optim.beta) != (data.reference != "none"):
         raise UserError(
             f"--reference {data.reference} and --beta {optim.beta:g}: the divergence needs both, "

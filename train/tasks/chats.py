@@ -87,7 +87,7 @@ def _finder(config: Config, used: set[str] | None) -> Callable[..., Dataset]:
     )
 
 
-def outline(config: Config, rows: Rows) -> Outline:
+def outline(config: Any, rows: Rows) -> Outline:
     """Reads the model's outline; checks that the model allows sequences of --seq-len."""
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
@@ -130,7 +130,7 @@ def tokens_of(config: Config, dataset: Dataset, tokenizer: Any) -> Sequences:
 
 
 def hold_out(
-    config: Config, counts: Mapping[str, int], weights: Sequence[float | None] = (None,)
+    config: Any, counts: Mapping[str, int], weights: Sequence[float | None] = (None,)
 ) -> list[np.ndarray] | None:
     """Draws the rows to hold out, if --eval-every is given: at most a tenth.
 
@@ -196,7 +196,7 @@ def _drawn(config: Config, of: tuple[str, int], held_out: np.ndarray) -> str:
     )
 
 
-def _option_and_seed(config: Config) -> tuple[str, int]:
+def _option_and_seed(config: Any) -> tuple[str, int]:
     """Returns the option whose seed draws the rows to hold out, and the seed."""
     if config.data.held_out_seed is not None:
         return "held_out_seed", config.data.held_out_seed

@@ -28,7 +28,7 @@ def read_rows(config: Config) -> Rows:
 
 
 def _row(example: SqlExample) -> Row:
-    return {"prompt": example.messages[:-1], "schema": example.schema, "sql": example.sql}
+    return {"prompt": example.messages[:-1], "schema": example.schema, "gold": example.sql}
 
 
 TASK = dataclasses.replace(

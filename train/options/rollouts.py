@@ -1,0 +1,79 @@
+"""The options of scripts that draw completions while they train."""
+
+import dataclasses
+from typing import Any
+
+from lora_jax.training.arguments import POSITIVE, Numbers, at_least
+from train.console.errors import UserError
+from train.options import field
+from train.options import sft as sft_options
+from train.options.field import option
+from train.options.language import LanguageDataConfig, LanguageOptimConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutDataConfig(LanguageDataConfig):
+    """Model, prompts and completions."""
+
+    seq_len: int = 256
+    """The maximum number of tokens of a prompt and its completion."""
+    max_new_tokens: int = option(80, field.HIDDEN)
+    """The maximum number of tokens of a completion."""
+    group: int = option(8, field.OPTIMISATION)
+    """Completions of each prompt, which are compared with one another."""
+    sampling_temperature: float = option(1.0, field.OPTIMISATION)
+    """Divides the logits to draw from; the loss has it, too."""
+    top_p: float = option(1.0, field.OPTIMISATION)
+    """Draw from the fewest tokens whose probabilities add up to it."""
+    top_k: int | None = option(None, field.OPTIMISATION)
+    """Draw from this many tokens."""
+    stop: tuple[str, ...] = option((), field.HIDDEN)
+    """Texts that end a completion, which has no token after the one in which they are complete."""
+    mask_truncated: bool = option(False, field.OPTIMISATION)
+    """Do not learn from completions that --max-new-tokens cut off; their rewards count in their
+    group."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutOptimConfig(LanguageOptimConfig):
+    """Optimisation."""
+
+    batch_size: int = 32
+    """Completions in memory at once, on all devices together: a multiple of --group."""
+    updates: int = option(1, field.OPTIMISATION)
+    """Steps on each batch of completions."""
+
+
+_SHARE = Numbers(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
+
+
+def check(config: Any, **numbers: Numbers) -> None:
+    """Raises a UserError if options, with their defaults, make no sense for any task.
+
+    Args:
+      config: the options.
+      **numbers: the numbers that further options take.
+    """
+    data, optim, run = config.data, config.optim, config.run
+    sft_options.check(
+        config,
+        **dict.fromkeys(("max_new_tokens", "top_k", "updates", "group"), at_least(1)),
+        sampling_temperature=POSITIVE,
+        top_p=_SHARE,
+        **numbers,
+    )
+    if optim.batch_size % data.group:
+        raise UserError(
+            f"--batch-size {optim.batch_size} is no multiple of --group {data.group}: completions "
+            "of one prompt stay together"
+        )
+    if data.max_new_tokens >= data.seq_len:
+        raise UserError(
+            f"--max-new-tokens {data.max_new_tokens} leaves no room for prompts in --seq-len "
+            f"{data.seq_len}: raise this, or lower that"
+        )
+    if run.eval_every:
+        raise UserError(
+            f"--eval-every {run.eval_every}: there is no held-out loss; --score-every measures the "
+            "score of a task"
+        )
