@@ -12,6 +12,7 @@ from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.chats import chats
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts
 from lora_jax.training.data.order import Feed, Order
+from lora_jax.training.data.preferences import Preferences, pairs
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, Interrupted, TrainingError
 from lora_jax.training.finetune import Report, finetune
 from lora_jax.training.layout import Layout, make_mesh
@@ -35,6 +36,7 @@ __all__ = [
     "Loss",
     "Order",
     "Packs",
+    "Preferences",
     "Report",
     "Scores",
     "State",
@@ -52,6 +54,7 @@ __all__ = [
     "make_scorer",
     "make_step",
     "number_of_units",
+    "pairs",
     "predict",
     "show",
     "texts",

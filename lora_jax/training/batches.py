@@ -223,10 +223,10 @@ class Packs(Padded):
         )
 
     def origins_of(self, row: int) -> list[tuple[int, int]]:
-        """Returns the data set and the row there of each sequence in a row."""
+        """Returns the data set and the row there of what a row has, each once."""
         here = slice(self.firsts[row], self.firsts[row + 1])
-        table = self.table
-        return list(zip(table.origins[here].tolist(), table.rows[here].tolist(), strict=True))
+        origins, rows = self.table.origins[here].tolist(), self.table.rows[here].tolist()
+        return list(dict.fromkeys(zip(origins, rows, strict=True)))
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows: a resumed run must go on with the same."""
@@ -251,17 +251,23 @@ class Packs(Padded):
 
 
 def pack(
-    sequences: Sequence[Tokens], seq_len: int, *, packing: bool, like: Packs | None = None
+    sequences: Sequence[Tokens],
+    seq_len: int,
+    *,
+    packing: bool,
+    like: Packs | None = None,
+    a_unit: int = 1,
 ) -> Packs:
     """Returns one sequence a row or, with `packing`, as many as fit; see `first_fit`.
 
     Rows are as long as the longest needs, and no longer than `seq_len`. Without packing, batches
-    have one of a few lengths; see `few_lengths`. With `like`, they have its lengths.
+    have one of a few lengths; see `few_lengths`. With `like`, they have its lengths. Of each
+    `a_unit` sequences, which stay together, `seq_len` is the mean.
     """
-    table = Sequences.of(sequences)
-    members, counts = rows = _rows_of(table, seq_len, packing)
+    table, most = Sequences.of(sequences), seq_len * a_unit
+    members, counts = rows = _rows_of(table, most, packing, a_unit)
     if like is None:
-        return _packs(table, rows, seq_len, packing=packing)
+        return _packs(table, rows, most, packing=packing)
     firsts = np.concatenate([[0], np.cumsum(counts)])
     return dataclasses.replace(like, table=table.select(members), firsts=firsts)
 
@@ -307,12 +313,16 @@ def pack_mixture(
     )
 
 
-def _rows_of(table: Sequences, seq_len: int, packing: bool) -> tuple[np.ndarray, np.ndarray]:
+def _rows_of(
+    table: Sequences, seq_len: int, packing: bool, a_unit: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sequences in the order of their rows, [n], and how many each row has."""
+    units = np.arange(len(table)).reshape(-1, a_unit)
     if not packing:
-        return np.arange(len(table)), np.ones(len(table), np.int64)
-    rows = first_fit(table.lengths.tolist(), seq_len)
-    return np.concatenate([np.array(row) for row in rows]), np.array([len(row) for row in rows])
+        return units.ravel(), np.full(len(units), a_unit)
+    rows = first_fit(table.lengths[units].sum(axis=1).tolist(), seq_len)
+    members = units[np.concatenate([np.array(row) for row in rows])]
+    return members.ravel(), np.array([a_unit * len(row) for row in rows])
 
 
 def _packs(

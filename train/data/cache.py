@@ -14,7 +14,7 @@ from lora_jax.hf.packaged import cache_folder
 from lora_jax.training.data.sequences import Sequences
 
 OFF = "off"
-_FORMAT = b"lora_jax tokens 3\n"
+_FORMAT = b"lora_jax tokens 4\n"
 _DIGITS = 24  # of a hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 FEW = 1_000  # fewer rows are tokenised as fast as they are found: kept only in a named folder

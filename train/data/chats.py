@@ -7,7 +7,6 @@ import jax
 from rich.console import Console
 
 from lora_jax.training.data import chats
-from lora_jax.training.data.drafts import TrainOn
 from lora_jax.training.data.sequences import Sequences
 from train.console.output import tell
 from train.console.progress import progress_of
@@ -17,20 +16,26 @@ from train.processes import hosts
 
 
 def tokenize(
-    dataset: Dataset, tokenizer: Any, *, train_on: TrainOn = "assistant", write: bool = True
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    work: Callable[..., Sequences] = chats.tokenize,
+    write: bool = True,
+    **options: Any,
 ) -> Sequences:
     """Returns the rows as token sequences; see `lora_jax.training.data.chats.tokenize`.
 
     The rows are read only where no earlier run kept their tokens.
 
     Args:
-      dataset: chats, or pairs of prompt and completion.
+      dataset: the rows.
       tokenizer: the model's.
-      train_on: the turns that the loss counts.
+      work: tokenises the rows; `tokenize_pairs`, say.
       write: whether tokens may be kept for later runs.
+      options: further options of `work`.
     """
     console, source = hosts.console(), dataset.name
-    path = cache.place(dataset.kept_in, dataset.key, tokenizer, train_on=train_on)
+    path = cache.place(dataset.kept_in, dataset.key, tokenizer, work=work.__qualname__, **options)
     found = None if path is None else cache.read_tokens(path)
     # All processes tokenise together, or none does.
     everywhere = hosts.map_over_processes(lambda _: found is not None, range(jax.process_count()))
@@ -40,14 +45,13 @@ def tokenize(
     if path is not None and path.exists() and found is None:
         tell(console, f"warning: {path} is damaged; tokenising {source} anew")
     rows = dataset.rows()
-    mapped = _with_progress(console, len(rows))
-    tokens = chats.tokenize(
+    tokens = work(
         rows,
         tokenizer,
         source,
-        mapped=mapped,
-        train_on=train_on,
+        mapped=_with_progress(console, len(rows)),
         say=lambda lines: tell(console, *lines),
+        **options,
     )
     if path and write and (dataset.kept_in is not None or len(rows) >= cache.FEW):
         try:

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
+from lora_jax.training.data import pairs as of_pairs
 from lora_jax.training.data.rows import FORMS, Row, check_rows, field_names, moved, name_of
 from train.console.errors import UserError, flag
 from train.data import cache
 from train.data.files import files_of, read_rows
 
-_KNOWN = sorted({name for form in FORMS for name in form} | {"input", "tools"})
+_KNOWN = sorted({"input", "tools"}.union(*FORMS, *of_pairs.FORMS))
 
 Pairs = list[tuple[str, str]]
 
@@ -133,6 +134,7 @@ def find(
     used: set[str] | None = None,
     rows: int | None = None,
     kept_in: str | None = cache.OFF,
+    check: Callable[[list[Row], str], None] = check_rows,
 ) -> Dataset:
     """Returns the data set that an option names, without reading its rows.
 
@@ -144,6 +146,7 @@ def find(
         must have all of `fields`.
       rows: use only this many, from the beginning.
       kept_in: the option --token-cache.
+      check: raises an error for rows that cannot be used, from them and their name.
 
     Raises:
       UserError: there is no such file, or --fields names none.
@@ -156,12 +159,13 @@ def find(
         if used is not None:
             used.update(field for _, field in own)
         found = renamed(found, own, name)
-        check_rows(found, name)
+        check(found, name)
         return found
 
     hashed, n_bytes = None, 0
     if (paths := files_of(name, split)) is not None:
-        made = hashlib.sha256(repr((pairs, rows, used is None)).encode())
+        asked = (pairs, rows, used is None, check is check_rows)
+        made = hashlib.sha256(repr(asked).encode())
         for path in paths:
             n_bytes += path.stat().st_size
             with path.open("rb") as file:

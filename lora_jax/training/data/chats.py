@@ -6,6 +6,7 @@ marks the assistant's words itself (``{% generation %}``), those marks count.
 """
 
 import base64
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from lora_jax.core.types import Tokenizer
 from lora_jax.training.batches import Packs, pack
-from lora_jax.training.data.drafts import Draft, TrainOn, drafts_of
+from lora_jax.training.data.drafts import Draft, Drafts, TrainOn, drafts_of
 from lora_jax.training.data.rows import Row, check_rows, name_of
 from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.data.templates import LeftOut
@@ -63,12 +64,13 @@ def chats(
     if not rows:
         raise TrainingError(f"{source} is empty")
     check_rows(rows, source)
-    tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=_warn)
+    tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=warn)
     return pack(check_lengths(tokens, seq_len, truncate=truncate), seq_len, packing=packing)
 
 
-def _warn(lines: Sequence[str]) -> None:
-    warnings.warn("; ".join(lines), stacklevel=4)
+def warn(lines: Sequence[str], above: int = 1) -> None:
+    """Warns the caller of the function that calls `tokenize`, or of one `above` it."""
+    warnings.warn("; ".join(lines), stacklevel=3 + above)
 
 
 def one_by_one(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -85,6 +87,7 @@ def tokenize(
     mapped: Mapped = one_by_one,
     train_on: TrainOn = "assistant",
     say: Callable[[Sequence[str]], None] | None = None,
+    drafted: Callable[[Row, int, Tokenizer, str], Drafts] | None = None,
 ) -> Sequences:
     """Returns each row as one sequence, or several.
 
@@ -100,11 +103,13 @@ def tokenize(
         several processes, say; results are JSON.
       train_on: see `chats`.
       say: gets a line on each field that the template shows in some turns only, if there is one.
+      drafted: finds the sequences of a row (its number, the tokenizer and its name follow it); by
+        default as `train_on` says.
 
     Raises:
       TrainingError: a row is not usable; names the first one.
     """
-
+    drafted = drafted or functools.partial(drafts_of, train_on=train_on)
     numbered = range(1, len(rows) + 1) if numbers is None else numbers
 
     def of_block(first: int) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def tokenize(
         counts: Counter[str] = Counter()
         block = slice(first, first + BLOCK)
         for number, row in zip(numbered[block], rows[block], strict=True):
-            made = drafts_of(row, number, tokenizer, name_of(row, source, number), train_on)
+            made = drafted(row, number, tokenizer, name_of(row, source, number))
             found += made.sequences
             for field, left_out in made.left_out.items():
                 counts.update({f"{kind} {field}": n for kind, n in left_out._asdict().items()})
@@ -192,8 +197,12 @@ def from_json(block: Mapping[str, Any]) -> Sequences:
     return Sequences.from_bytes(base64.b64decode(block["sequences"]), block["origin"])
 
 
-def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> Sequences:
+def check_lengths(
+    sequences: Sequence[Tokens], seq_len: int, *, truncate: bool, a_unit: int = 1
+) -> Sequences:
     """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
+
+    Where one of the `a_unit` sequences that belong together has no such token, all are left out.
 
     Raises:
       TrainingError: one is longer and `truncate` is off, or none is left.
@@ -211,7 +220,8 @@ def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) 
             )
         )
     table = table.cut(seq_len)
-    kept = table.select(np.flatnonzero(table.predicted))
+    whole = table.predicted.reshape(-1, a_unit).all(axis=1)
+    kept = table.select(np.flatnonzero(np.repeat(whole, a_unit)))
     if not len(kept):
         raise TrainingError(
             lambda option: f"within {option('seq_len', seq_len)} no row has a token of a completion"

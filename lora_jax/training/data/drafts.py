@@ -1,14 +1,22 @@
 """Finds in each row the text of its sequences, and what the loss counts in it."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lora_jax.core.types import Tokenizer
 from lora_jax.training.data import templates
-from lora_jax.training.data.rows import Conversation, Row, check_text, conversation, shown
+from lora_jax.training.data.rows import (
+    Conversation,
+    Message,
+    Row,
+    check_text,
+    conversation,
+    shown,
+)
 from lora_jax.training.data.sequences import Tokens
 from lora_jax.training.errors import TrainingError
 
@@ -51,26 +59,33 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
         part = CountedText(chat.text, [(0, len(chat.text))], special=True)
         return Drafts([Draft(number, [part], end=True)])
     if tokenizer.chat_template is None:
-        return Drafts([Draft(number, _plain(chat, name, train_on), end=True)])
-    try:
+        return Drafts([Draft(number, plain(chat, name, train_on), end=True)])
+    with errors_of(name):
         template = templates.template_of(tokenizer, chat)
         templates.check_variables(chat, template)
         if templates.marks_answers(template):
             return _marked_by_template(chat, tokenizer, number, train_on)
         return _found_by_text(chat, tokenizer, number, train_on)
+
+
+@contextlib.contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Raises what a template has against a row as a TrainingError that names it."""
+    try:
+        yield
     except TrainingError as error:
         raise TrainingError(f"{name}: {error}") from None
     except Exception as error:  # a template refuses a conversation in its own words
         raise TrainingError(f"{name}: the model's chat template refuses it: {error}") from error
 
 
-def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
+def plain(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
     """Returns a prompt and its completion in a row, for a model without a chat template."""
     turns = chat.messages
     if [turn["role"] for turn in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
         raise TrainingError(
-            f"{name} is a chat, and the model has no chat template: give rows with `prompt` and "
-            "`completion`, or a model that was made for chats"
+            f"{name} is a chat, and the model has no chat template: give prompts and completions "
+            "that are texts, or a model that was made for chats"
         )
     templates.check_without_template(chat, name)
     prompt, completion = (turn["content"] for turn in turns)
@@ -81,7 +96,7 @@ def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText
     ]
 
 
-class _Answer(NamedTuple):
+class Answer(NamedTuple):
     """An assistant's turn: its number, the text up to its end, and its span in that text."""
 
     turn: int
@@ -91,8 +106,8 @@ class _Answer(NamedTuple):
 
 def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn) -> Drafts:
     """Returns a chat whose answers are found by rendering the turns up to each."""
-    answers = _answers(chat, tokenizer)
-    learned = [answer for answer in answers if _is_learned(chat, answer.turn)]
+    answers = answers_of(chat, tokenizer)
+    learned = [answer for answer in answers if is_learned(chat.messages[answer.turn])]
     if train_on != "all":  # then the turns after the last that is learned are left out
         answers = [answer for answer in answers if answer.turn <= learned[-1].turn]
     end, whole = answers[-1].turn + 1, answers[-1].text
@@ -110,26 +125,31 @@ def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on:
         # then learned as it was said, after what the model saw at that point.
         drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
         return Drafts(drafts, left_out)
-    return Drafts([Draft(row, [CountedText(whole, spans)])], _lost(left_out))
+    return Drafts([Draft(row, [CountedText(whole, spans)])], lost(left_out))
 
 
-def _lost(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
-    """Returns counts for one sequence a row, where no turn is learned as it was said."""
+def lost(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
+    """Returns counts of fields for one sequence a row, where no turn is learned as it was said."""
     return {
         field: templates.LeftOut(found.turns, 0, found.later + found.never)
         for field, found in left_out.items()
     }
 
 
-def _is_learned(chat: Conversation, index: int) -> bool:
-    return chat.messages[index].get("weight") != 0
+def is_learned(turn: Message) -> bool:
+    """Returns whether the loss counts a turn of the assistant."""
+    return turn.get("weight") != 0
 
 
-def _answers(chat: Conversation, tokenizer: Tokenizer) -> list[_Answer]:
-    """Returns each assistant turn with the text up to its end."""
+def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list[Answer]:
+    """Returns each assistant turn, from turn `first` on, with the text up to its end.
+
+    Raises:
+      TrainingError: the template renders an answer otherwise than its prompt announces.
+    """
     found = []
     for index, turn in enumerate(chat.messages):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or index < first:
             continue
         asked = templates.render(chat, index, tokenizer, ask=True)
         answered = templates.render(chat, index + 1, tokenizer).rstrip()
@@ -140,15 +160,15 @@ def _answers(chat: Conversation, tokenizer: Tokenizer) -> list[_Answer]:
                 f"{shown(answered[-120:])}"
             )
         templates.check_calls(turn, answered[len(asked) :])
-        found.append(_Answer(index, answered, (len(asked), len(answered))))
+        found.append(Answer(index, answered, (len(asked), len(answered))))
     return found
 
 
-def _all_but(answers: Sequence[_Answer], chat: Conversation) -> list[tuple[int, int]]:
+def _all_but(answers: Sequence[Answer], chat: Conversation) -> list[tuple[int, int]]:
     """Returns the spans of the whole text that lie outside turns of the weight 0."""
     whole, spans, begin = answers[-1].text, [], 0
     for answer in answers:
-        if _is_learned(chat, answer.turn):
+        if is_learned(chat.messages[answer.turn]):
             continue
         if not whole.startswith(answer.text):
             raise TrainingError(
@@ -171,7 +191,7 @@ def _marked_by_template(
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
         rendered = templates.Rendered(chat, len(turns), text, tokenizer)
         rendered.check(last + 1)
-        left_out = _lost(rendered.left_out(last + 1, {}))
+        left_out = lost(rendered.left_out(last + 1, {}))
     made = templates.render(
         chat,
         len(turns),
@@ -188,7 +208,7 @@ def _marked_by_template(
     if train_on == "all":
         counts[:] = True
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if muted := [n for n, index in enumerate(answers) if not _is_learned(chat, index)]:
+    if muted := [n for n, index in enumerate(answers) if not is_learned(turns[index])]:
         if len(runs) != len(answers):
             raise TrainingError(
                 f"turn {answers[muted[0]]} has the weight 0, and cannot be told from the others: "

@@ -6,18 +6,20 @@ or a plain ``text``.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.training.errors import TrainingError
 
 Message = Mapping[str, Any]
 Row = Mapping[str, Any]
+Said = str | list[dict[str, Any]]  # a text, or turns
 
 NEEDED = (
     "a row needs `messages` (a list of turns with `role` and `content`), `prompt` and "
     "`completion`, `conversations` (ShareGPT), `instruction` and `output` (Alpaca), or `text`"
 )
+_A_TURN = "a turn needs `role` and `content`, two texts"
 # ShareGPT's names of the roles.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
@@ -71,24 +73,6 @@ def name_of(row: Row, source: str, number: int) -> str:
     return f"{source}, row {number}"
 
 
-def check_rows(rows: Iterable[Row], source: str) -> None:
-    """Checks that all rows can be used.
-
-    Raises:
-      TrainingError: a row cannot; names the first. Plain texts and chats must not be mixed, since
-        that is most likely a mistake in the fields' names.
-    """
-    texts = None
-    for number, row in enumerate(rows, start=1):
-        is_text = conversation(row, name_of(row, source, number)).text is not None
-        if is_text != (is_text if texts is None else texts):
-            raise TrainingError(
-                f"{name_of(row, source, number)} has {field_names(row)}; {NEEDED}, and "
-                f"the rows before it are {'plain texts' if texts else 'chats'}"
-            )
-        texts = is_text
-
-
 def conversation(row: Row, name: str) -> Conversation:
     """Returns the turns of a row that is called `name` in errors.
 
@@ -120,6 +104,35 @@ def conversation(row: Row, name: str) -> Conversation:
     return Conversation(messages, _objects(row, "tools", name), _options(row, name))
 
 
+def check_rows(
+    rows: Iterable[Row],
+    source: str,
+    read: Callable[[Row, str], Conversation] = conversation,
+    needed: str = NEEDED,
+) -> None:
+    """Checks that all rows can be used.
+
+    Args:
+      rows: the rows.
+      source: their name in errors.
+      read: reads a row that has a name.
+      needed: what a row needs, in words.
+
+    Raises:
+      TrainingError: a row cannot; names the first. Plain texts and chats must not be mixed, since
+        that is most likely a mistake in the fields' names.
+    """
+    texts = None
+    for number, row in enumerate(rows, start=1):
+        is_text = read(row, name_of(row, source, number)).text is not None
+        if is_text != (is_text if texts is None else texts):
+            raise TrainingError(
+                f"{name_of(row, source, number)} has {field_names(row)}; {needed}, and "
+                f"the rows before it are {'plain texts' if texts else 'chats'}"
+            )
+        texts = is_text
+
+
 def question(row: Row, name: str) -> Conversation:
     """Returns the turns that a row asks a model to answer: its ``messages``, or its ``prompt``.
 
@@ -136,19 +149,32 @@ def question(row: Row, name: str) -> Conversation:
             f"{name} has {field_names(row)}; a row needs `prompt` (a text), or `messages` (a list "
             "of turns with `role` and `content`)"
         )
-    value = row[field]
-    if field == "prompt" and isinstance(value, str) and isinstance(_parsed(value), str):
-        if not value.strip():
-            raise TrainingError(f"{name}: `prompt` is empty")
-        turns = [{"role": "user", "content": value}]
-    else:
-        turns = [_turn(turn, i, name) for i, turn in enumerate(_listed(value, field, name))]
+    value = row[field] if field == "prompt" else _listed(row[field], field, name)
+    turns = as_turns(said(value, field, name), "user")
     if turns[-1]["role"] == "assistant":
         raise TrainingError(
             f"{name} ends with an assistant's turn, and nothing is left to answer: leave that turn "
             "out"
         )
     return Conversation(turns, _objects(row, "tools", name), _options(row, name))
+
+
+def said(value: Any, field: str, name: str) -> Said:
+    """Returns the value of a field that has a text, as it is, or turns, as templates get them.
+
+    Raises:
+      TrainingError: it is empty, or neither.
+    """
+    if not isinstance(value, str) or not isinstance(_parsed(value), str):
+        return [_turn(turn, i, name) for i, turn in enumerate(_listed(value, field, name))]
+    if not value.strip():
+        raise TrainingError(f"{name}: `{field}` is empty")
+    return value
+
+
+def as_turns(said: Said, role: str) -> list[dict[str, Any]]:
+    """Returns turns as they are; of a text, the turn in which `role` says it."""
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
 def _options(row: Row, name: str) -> Mapping[str, Any]:
@@ -186,7 +212,7 @@ def _parsed(value: Any) -> Any:
 def _listed(value: Any, field: str, name: str) -> Sequence[Any]:
     found = _parsed(value)
     if not isinstance(found, Sequence) or isinstance(found, str) or not found:
-        raise TrainingError(f"{name}: `{field}` is {shown(value)}; {NEEDED}")
+        raise TrainingError(f"{name}: `{field}` is {shown(value)}; a list of turns is needed")
     return found
 
 
@@ -210,11 +236,11 @@ def _turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
 def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
     """Returns a turn without fields that are None: Parquet adds those that it lacks."""
     if not isinstance(turn, Mapping):
-        raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {NEEDED}")
+        raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {_A_TURN}")
     role, content = turn.get("role"), turn.get("content")
     kept = {k: v for k, v in turn.items() if v is not None or k == "content"}
     if not isinstance(role, str):
-        raise TrainingError(f"{name}: `role` of turn {index} is {shown(role)}; {NEEDED}")
+        raise TrainingError(f"{name}: `role` of turn {index} is {shown(role)}; {_A_TURN}")
     if (usual := _ROLES.get(role.strip().lower(), role)) != role:
         raise TrainingError(
             f"{name}: `role` of turn {index} is {shown(role)}, which chat templates call "
@@ -228,7 +254,7 @@ def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
     if content is None and calls or role == "tool" and content is not None:
         return kept
     if not isinstance(content, str):
-        raise TrainingError(f"{name}: `content` of turn {index} is {shown(content)}; {NEEDED}")
+        raise TrainingError(f"{name}: `content` of turn {index} is {shown(content)}; {_A_TURN}")
     return kept
 
 

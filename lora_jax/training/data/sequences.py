@@ -7,7 +7,8 @@ from typing import Any, overload
 
 import numpy as np
 
-_KINDS = ("<i8", "<i8", "<i4", "?")  # as bytes: lengths, rows, tokens, and which ones count
+# As bytes: lengths, rows, tokens, which ones count, and labels.
+_KINDS = ("<i8", "<i8", "<i4", "?", "?")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Sequences(Sequence[Tokens]):
       starts: [n + 1], where each sequence begins in those.
       rows: [n], the row of the data that each comes from, counted from 1.
       origins: [n], the data set that each comes from, counted from 0.
+      labels: [n] bool, whether each is a good example, where some are bad ones.
     """
 
     ids: np.ndarray
@@ -39,6 +41,7 @@ class Sequences(Sequence[Tokens]):
     starts: np.ndarray
     rows: np.ndarray
     origins: np.ndarray
+    labels: np.ndarray
 
     @classmethod
     def of(cls, sequences: Sequence[Tokens]) -> "Sequences":
@@ -55,7 +58,14 @@ class Sequences(Sequence[Tokens]):
 
     @classmethod
     def of_arrays(
-        cls, *, ids: Any, counts: Any, lengths: Any, rows: Any, origins: Any = 0
+        cls,
+        *,
+        ids: Any,
+        counts: Any,
+        lengths: Any,
+        rows: Any,
+        origins: Any = 0,
+        labels: Any = False,
     ) -> "Sequences":
         """Returns a table of sequences, from arrays as `Sequences` has them and their lengths."""
         numbers = np.asarray(rows, np.int64)
@@ -65,6 +75,7 @@ class Sequences(Sequence[Tokens]):
             starts=np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]),
             rows=numbers,
             origins=np.broadcast_to(np.asarray(origins, np.int32), numbers.shape),
+            labels=np.broadcast_to(np.asarray(labels, bool), numbers.shape),
         )
 
     @classmethod
@@ -81,7 +92,7 @@ class Sequences(Sequence[Tokens]):
         def all_of(name: str) -> np.ndarray:
             return np.concatenate([getattr(table, name) for table in tables])
 
-        names = ("ids", "counts", "lengths", "rows", "origins")
+        names = ("ids", "counts", "lengths", "rows", "origins", "labels")
         return cls.of_arrays(**{name: all_of(name) for name in names})
 
     @classmethod
@@ -89,16 +100,16 @@ class Sequences(Sequence[Tokens]):
         """Returns the sequences that `as_bytes` wrote; their arrays are views of `data`."""
         n, total = np.frombuffer(data, "<i8", 2).tolist()
         arrays, at = [], 16
-        for kind, size in zip(_KINDS, (n, n, total, total), strict=True):
+        for kind, size in zip(_KINDS, (n, n, total, total, n), strict=True):
             arrays.append(np.frombuffer(data, kind, size, at))
             at += arrays[-1].nbytes
-        lengths, rows, ids, counts = arrays
-        return cls.of_arrays(ids=ids, counts=counts, lengths=lengths, rows=rows, origins=origin)
+        names = ("lengths", "rows", "ids", "counts", "labels")
+        return cls.of_arrays(**dict(zip(names, arrays, strict=True)), origins=origin)
 
     def as_bytes(self) -> list[memoryview]:
         """Returns the sequences, but for their origins, as bytes in several parts."""
-        arrays = (self.lengths, self.rows, self.ids, self.counts)
-        kept = [a.astype(kind, copy=False) for a, kind in zip(arrays, _KINDS, strict=True)]
+        arrays = (self.lengths, self.rows, self.ids, self.counts, self.labels)
+        kept = [np.ascontiguousarray(a, kind) for a, kind in zip(arrays, _KINDS, strict=True)]
         return [array.data for array in (np.array([len(self), len(self.ids)], "<i8"), *kept)]
 
     def __len__(self) -> int:
@@ -161,4 +172,5 @@ class Sequences(Sequence[Tokens]):
             starts=starts,
             rows=self.rows[at],
             origins=self.origins[at],
+            labels=self.labels[at],
         )

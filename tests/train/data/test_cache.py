@@ -99,7 +99,7 @@ def test_the_files_unused_for_longest_make_room(tokenised, tmp_path, monkeypatch
         tokenised(ROWS[:n])
     for seconds, n in ((30, 1), (20, 2), (10, 3)):
         key = Dataset("", lambda n=n: ROWS[:n]).key
-        path = cache.place(str(tmp_path), key, tokenizer(), train_on="assistant")
+        path = cache.place(str(tmp_path), key, tokenizer(), work="tokenize")
         os.utime(path, (1e9 - seconds,) * 2)
     assert not tokenised(ROWS[:1])[1]  # used again
     size = max(path.stat().st_size for path in tmp_path.glob("*.tokens"))
