@@ -86,7 +86,7 @@ def read(path: Path) -> memoryview | None:
     return body
 
 
-def write(path: Path, parts: Sequence[bytes]) -> None:
+def write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     """Writes bytes to a file, whole or not at all; removes old files where they grow too many.
 
     Args:

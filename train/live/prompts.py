@@ -43,6 +43,11 @@ class Prompts(NamedTuple):
         """Returns a row's prompt: a text or turns."""
         return next(self.rows[row][name] for name in _OF_PROMPT if self.rows[row].get(name))
 
+    def shown(self, row: int) -> str:
+        """Returns a row's prompt in words: a text, or the last turn."""
+        asked = self.asked(row)
+        return asked if isinstance(asked, str) else str(asked[-1]["content"])
+
 
 class Drawn(NamedTuple):
     """Completions of prompts, those of one prompt in a group.
@@ -176,7 +181,7 @@ class PromptFeed:
         where: dict[str, Any] = dict(self.order.cursor(-(-step // updates)))
         if step % updates:
             file = io.BytesIO()
-            np.savez(file, **self.held[1])
+            np.savez(file, allow_pickle=False, **self.held[1])
             where["completions"] = base64.b64encode(file.getvalue()).decode()
         return where
 

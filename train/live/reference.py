@@ -9,8 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from lora_jax.training.batches import HostBatch
-from lora_jax.training.data.preferences import Preferences
 
 import lora_jax as lj
 from lora_jax.core.base import is_base
@@ -18,6 +16,8 @@ from lora_jax.core.types import Batch, Tree
 from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.lorafy import nodes_of
 from lora_jax.saving.fingerprint import base_fingerprint, checksum
+from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import sequence_logps
 from lora_jax.training.processes import is_first

@@ -113,7 +113,7 @@ class Rewarded(Rollouts):
             for kinds in found.kinds.values():
                 noted |= {f"share_{kind}": n / len(each) for kind, n in kinds.items()}
             self.feed.newest = [
-                Sample(_shown(asked.asked(row)), text, None if math.isnan(x) else float(x))
+                Sample(asked.shown(row), text, None if math.isnan(x) else float(x))
                 for row, text, x in zip(each, texts, total, strict=True)
             ]
         if jax.process_count() > 1:
@@ -132,8 +132,3 @@ def _without_spread(rewards: np.ndarray) -> np.ndarray:
     """Returns which groups, [n, group], have rewards that are all equal, or none: [n] bool."""
     most = np.nanmax(rewards, 1, initial=-np.inf)
     return ~(most > np.nanmin(rewards, 1, initial=np.inf))
-
-
-def _shown(asked: Any) -> str:
-    """Returns a prompt in words: the last turn of a chat."""
-    return asked if isinstance(asked, str) else str(asked[-1]["content"])

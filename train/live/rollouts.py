@@ -18,6 +18,7 @@ from lora_jax.core.types import Tree
 from lora_jax.models import sample
 from lora_jax.training import make_scorer
 from lora_jax.training.batches import HostBatch
+from lora_jax.training.layout import Layout
 from lora_jax.training.step import State
 from train.live.prompts import Drawn, PromptFeed
 from train.live.reference import running
@@ -41,13 +42,12 @@ class Rollouts(abc.ABC):
         layout = of.layout
         self.of, self.feed, self.config = of, feed, of.config
         self._model: Any = layout.constrained(of.model)
-        self._apply, self._score = lj.adapt(self._model.apply), self.scorer(of.model)
+        self._apply, self._score = lj.adapt(self._model.apply), self.scorer(of.model, layout)
         self._everywhere = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)
         self._noted: dict[str, float] = {}
 
-    def scorer(self, model: Any) -> Any:
+    def scorer(self, model: Any, layout: Layout) -> Any:
         """Returns a function of the log-probabilities of completions, as the loss computes them."""
-        layout = self.of.layout
         return make_scorer(
             running(layout.constrained(model)),
             layout=layout,

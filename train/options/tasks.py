@@ -12,12 +12,15 @@ CLASSIFY = {"vader": "train.tasks.vader"}
 DPO = {"sql": "train.tasks.sql.pairs"}
 GRPO = {"sql": "train.tasks.sql.rewarded", "arithmetic": "train.tasks.arithmetic.task"}
 
+DISTILL = {"sql": "train.tasks.sql.taught"}
+
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
 STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
 TEXTS = "train.tasks.labelled"  # classifies a user's texts
 PAIRS = "train.tasks.pairs"  # trains on a user's preferences
 PROMPTS = "train.tasks.prompts"  # trains on rewards of completions of a user's prompts
-_NAMED = {CHATS: SFT, TEXTS: CLASSIFY, PAIRS: DPO, PROMPTS: GRPO}
+TAUGHT = "train.tasks.taught"  # trains on a teacher's judgement of such completions
+_NAMED = {CHATS: SFT, TEXTS: CLASSIFY, PAIRS: DPO, PROMPTS: GRPO, TAUGHT: DISTILL}
 
 
 def find_task(datasets: Sequence[str], kind: str) -> Any:
@@ -25,7 +28,7 @@ def find_task(datasets: Sequence[str], kind: str) -> Any:
 
     Args:
       datasets: the names of the data sets.
-      kind: `CHATS`, `STREAMED`, `TEXTS`, `PAIRS` or `PROMPTS`.
+      kind: `CHATS`, `STREAMED`, `TEXTS`, `PAIRS`, `PROMPTS` or `TAUGHT`.
 
     Raises:
       UserError: a task is named beside other data.

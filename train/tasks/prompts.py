@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from lora_jax.training.data.pairs import tokenize_prompts
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import pack
+from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row, name_of, question
 from lora_jax.training.data.sequences import Tokens
 from lora_jax.training.layout import Layout
@@ -81,7 +81,29 @@ def held_out(config: Config, rows: Sequence[Row]) -> Rows:
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
-    """Returns the prompts, and the run's rollouts as its batches."""
+    """Returns the prompts, and the batches that rewards of their completions make."""
+    data, (train, held_out) = config.data, read_prompts(config, rows, outline)
+    rewards = find_rewards(
+        data.reward,
+        data.reward_weights or None,
+        columns=train.columns,
+        max_tokens=data.max_new_tokens,
+        seconds=data.reward_timeout,
+        workers=data.reward_workers,
+    )
+    feed = PromptFeed(config, train, outline, scored=rewarded.scored(config), rewards=rewards)
+    lines = [f"completions are rewarded by {', '.join(rewards.names)}"]
+    if held_out is not None:
+        lines.append(f"{len(held_out.rows)} prompts are held out")
+    return data_of(feed, lines)
+
+
+def read_prompts(config: Any, rows: Rows, outline: Outline) -> tuple[Prompts, Prompts | None]:
+    """Returns the prompts to train on, and those that are held out; None for none.
+
+    Raises:
+      UserError: there is none, or one leaves no room for a completion.
+    """
     data = config.data
     parts = [
         Prompts(part, tokenize_prompts(part, outline.tokenizer, name)) if part else None
@@ -100,35 +122,26 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
                 f"{data.max_new_tokens}; the longest has {longest}. Give --seq-len "
                 f"{longest + data.max_new_tokens}, or take these rows out"
             )
-    rewards = find_rewards(
-        data.reward,
-        data.reward_weights or None,
-        columns=train.columns,
-        max_tokens=data.max_new_tokens,
-        seconds=data.reward_timeout,
-        workers=data.reward_workers,
-    )
-    feed = PromptFeed(config, train, outline, scored=rewarded.scored(config), rewards=rewards)
+    return train, measured
+
+
+def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
+    """Returns the prompts of a run as its data."""
+    data, optim = feed.config.data, feed.config.optim
     shown = [
         Tokens(np.array(ids, np.int32), np.zeros(len(ids), bool), at)
-        for at, ids in enumerate(train.tokens, start=1)
+        for at, ids in enumerate(feed.prompts.tokens, start=1)
     ]
-    a_step = feed.order.rows_a_step
-    lines = [
-        f"{len(shown):,} prompts; a step has {data.group} completions of each of {a_step}, "
-        f"rewarded by {', '.join(rewards.names)}"
-    ]
-    if measured is not None:
-        lines.append(f"{len(measured.rows)} prompts are held out")
+    n = feed.order.rows_a_step
     return Data(
         train=pack(shown, data.seq_len, packing=False),
         held_out=None,
         name=lambda row: f"row {row + 1}",
         source=data.dataset,
         facts={"sequence_length": feed.length, "lengths": (feed.length,)},
-        lines=tuple(lines),
+        lines=(f"{len(shown):,} prompts; a step has {data.group} completions of {n} each", *lines),
         feed=lambda steps: feed,
-        steps=lambda epochs: feed.order.steps(epochs) * config.optim.updates,
+        steps=lambda epochs: feed.order.steps(epochs) * optim.updates,
     )
 
 
@@ -153,9 +166,10 @@ class Rewarding:
         rows = self.context.rows.held_out
         tokens = tokenize_prompts(rows, self.context.outline.tokenizer, "the held-out rows")
         self.prompts = Prompts(rows, tokens)
-        feed = self.context.data.feed
-        assert feed is not None
-        self.rewards: Any = feed(0).rewards
+        assert self.context.data.feed is not None
+        feed = self.context.data.feed(0)
+        assert isinstance(feed, PromptFeed) and feed.rewards is not None
+        self.rewards = feed.rewards
         self.found: dict[str, Any] = {}
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:

@@ -123,8 +123,9 @@ def rollout_loss(
 ) -> Loss:
     """Returns a loss of rollouts; equal arguments give the same one.
 
-    A batch has `advantages`, fp32 [batch], and `old`, fp32 [batch, m], the log-probabilities at
-    `predict_at` before the first update; `reference`, of the same shape, where beta is not 0.
+    A batch has `advantages`, fp32 [batch] or [batch, m], and `old`, fp32 [batch, m], the
+    log-probabilities at `predict_at` before the first update; `reference`, of the same shape, where
+    beta is not 0.
 
     Args:
       options: the loss, such as ``ONLINE["dapo"]``; None for RLOO.

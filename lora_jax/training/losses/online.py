@@ -83,7 +83,7 @@ def online_loss(
       options: an `Online`, such as ``ONLINE["dapo"]``.
       logps: [n, seq], log-probabilities of the sampled tokens, of logits / temperature.
       mask: [n, seq], true at the tokens that count: up to and with the first EOS.
-      advantages: [n]; see `advantages_of`.
+      advantages: [n], see `advantages_of`; or [n, seq], one for each token.
       old: log-probabilities when the tokens were sampled; by default `logps`, as a constant.
       reference: log-probabilities under the reference.
 
@@ -102,7 +102,8 @@ def online_loss(
     change = jnp.where(counted > 0, logps - before, 0.0)
     if options.level == "sequence":
         change = jnp.sum(change, axis=1, keepdims=True) / tokens + jnp.zeros_like(change)
-    ratio, gain = jnp.exp(change), advantages.astype(jnp.float32)[:, None]
+    ratio, gain = jnp.exp(change), advantages.astype(jnp.float32)
+    gain = gain if gain.ndim == 2 else gain[:, None]
     high = options.low if options.high is None else options.high
     if options.weighted:
         bounded = jax.lax.stop_gradient(jnp.minimum(ratio, high))

@@ -298,7 +298,7 @@ def preference_loss(
         if name == "sft":
             of = _without_padding(of)
             tokens = _sum(of.tokens, counted) / jnp.maximum(count, 1.0)
-            tokens = tokens if sft_tokens is None else sft_tokens
+            tokens = jnp.asarray(tokens if sft_tokens is None else sft_tokens)
             total += weight * -_sum(of.policy, counted) / jnp.maximum(tokens, 1.0)
         else:
             known = _known(name, options)

@@ -1,0 +1,21 @@
+"""On-policy distillation: `python -m train.distill` trains an adapter on its own completions.
+
+A teacher says how likely it finds each of their tokens: a larger model, another adapter, or the
+model itself with a longer prompt. `python -m train.distill --help` lists the options. The run
+itself is in `train.finetune`.
+"""
+
+from train.options import distill as options
+from train.options.tasks import TAUGHT
+from train.script import Script
+
+SCRIPT = Script(
+    name="train.distill",
+    plain=options.Config(),
+    kind=lambda config: TAUGHT,
+    check_options=options.check,
+)
+parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
+
+if __name__ == "__main__":
+    main()

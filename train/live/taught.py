@@ -1,0 +1,124 @@
+"""Rollouts that a teacher judges, token by token: the batches of `train.distill`."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.types import Tree
+from lora_jax.training.batches import HostBatch, round_up
+from lora_jax.training.data.pairs import tokenize_prompts
+from lora_jax.training.data.rows import Row
+from lora_jax.training.layout import Layout
+from lora_jax.training.ready import Ready
+from train.adapters.source import find_adapter
+from train.console.errors import UserError
+from train.console.output import tell
+from train.live.prompts import Drawn, PromptFeed, Prompts
+from train.live.rollouts import Rollouts
+from train.options.distill import BASE
+from train.reporters.contract import Sample
+from train.run.pretrained import Outline, check_weights, read_model, read_outline
+from train.tasks.task import Data, Preparing
+
+
+def prepared(of: Preparing) -> tuple[Ready, Data]:
+    """Returns what training begins with, and its data: batches are rollouts of a teacher's."""
+    assert isinstance(of.ready.feed, PromptFeed)
+    return dataclasses.replace(of.ready, live=Taught(of, of.ready.feed)), of.data
+
+
+def teacher_outline(config: Any, outline: Outline) -> Outline:
+    """Returns the outline of the teacher's base, checked against the student's; reads no weights.
+
+    Raises:
+      UserError: it has another tokenizer, or --teacher does not fit it.
+    """
+    data = config.data
+    found = outline if data.teacher_model is None else read_outline(data.teacher_model)
+    if found.tokenizer.get_vocab() != outline.tokenizer.get_vocab():
+        raise UserError(
+            f"--teacher-model {found.name}: its tokenizer is not that of {outline.name}, and it "
+            "cannot judge the same tokens; take a model of the same family"
+        )
+    if data.teacher != BASE:
+        find_adapter(data.teacher, "--teacher").check(found)
+    return found
+
+
+def teacher_prompts(config: Any, prompts: Prompts, outline: Outline) -> Prompts:
+    """Returns prompts as the teacher sees them.
+
+    Raises:
+      UserError: one is too long for the teacher.
+    """
+    if (text := config.data.teacher_prompt) is None:
+        return prompts
+    rows = [_with(text, row, outline) for row in prompts.rows]
+    found = Prompts(rows, tokenize_prompts(rows, outline.tokenizer, "the teacher's prompts"))
+    outline.check_length(found.longest + config.data.max_new_tokens, "--teacher-prompt")
+    return found
+
+
+def _with(text: str, row: Row, outline: Outline) -> Row:
+    """Returns a row with a text before its prompt: a turn of the system, or plain text."""
+    name = "messages" if row.get("messages") else "prompt"
+    asked = row[name]
+    if isinstance(asked, str):
+        if outline.tokenizer.chat_template is None:
+            return {**row, name: f"{text}{asked}"}
+        asked = [{"role": "user", "content": asked}]
+    return {**row, name: [{"role": "system", "content": text}, *asked]}
+
+
+class Taught(Rollouts):
+    """Judges each token by how much likelier the teacher finds it than the student."""
+
+    def __init__(self, of: Preparing, feed: PromptFeed) -> None:
+        """Reads the teacher.
+
+        Raises:
+          UserError: it cannot be read, or does not fit the student.
+        """
+        super().__init__(of, feed)
+        data, optim = of.config.data, of.config.optim
+        outline = teacher_outline(of.config, of.outline)
+        self._prompts = teacher_prompts(of.config, feed.prompts, outline)
+        self._length = int(round_up(np.array(self._prompts.longest + data.max_new_tokens), 2**31))
+        self._layout, model, params = of.layout, of.model, of.plain
+        if data.teacher_model is None and (of.config.adapter.full or of.takes_from_base):
+            raise UserError(
+                f"--teacher {data.teacher}: the base itself changes while training; name it with "
+                f"--teacher-model {outline.name} as well, to have it in memory twice"
+            )
+        if data.teacher_model is not None:
+            self._layout = Layout.of(of.layout.mesh, outline.config)
+            tell(of.console, f"reading the weights of the teacher, {outline.name}")
+            model, params = read_model(
+                outline.name,
+                dtype=optim.dtype,
+                attention=optim.attention,
+                sharding=self._layout.of_parameter,
+            )
+            check_weights(outline, params)
+        if data.teacher != BASE:
+            params = find_adapter(data.teacher, "--teacher").load(outline, params, outline.name)
+        self._params: Tree = params
+        self._teacher = self.scorer(model, self._layout)
+
+    def judged(
+        self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int
+    ) -> tuple[Drawn, HostBatch, dict[str, float]]:
+        """Returns an advantage for each token, and log-probabilities."""
+        batch = self.feed.of_completions(rows, drawn)
+        old, entropy = self.scores(params, batch)
+        shown = self.feed.of_completions(rows, drawn, self._prompts, self._length)
+        theirs, _ = self.scores(self._params, shown, self._teacher)
+        counted = batch["weights"] > 0
+        gain = np.where(counted, theirs - old, 0.0).astype(np.float32)
+        group = self.config.data.group
+        asked = map(self.feed.prompts.shown, np.repeat(rows, group).tolist())
+        self.feed.newest = [*map(Sample, asked, drawn.texts.ravel().tolist())]
+        n = max(int(counted.sum()), 1)
+        noted = {"reverse_kl": float(-gain.sum() / n), "entropy": float(entropy[counted].sum() / n)}
+        return drawn, {"old": old, "advantages": self.config.optim.coefficient * gain}, noted

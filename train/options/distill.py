@@ -1,0 +1,78 @@
+"""The options of `python -m train.distill`."""
+
+import dataclasses
+
+from lora_jax.training.arguments import POSITIVE
+from train.console.errors import UserError
+from train.options import field, rollouts
+from train.options.common import Options
+from train.options.field import option
+from train.options.rollouts import RolloutDataConfig, RolloutOptimConfig
+from train.options.sft import SftAdapterConfig, SftRunConfig
+
+DEFAULT_TASK = "sql"  # of train/options/tasks.py
+BASE = "base"  # a value of --teacher
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillDataConfig(RolloutDataConfig):
+    """Model, prompts, completions and teacher."""
+
+    dataset: str = DEFAULT_TASK
+    """"sql" (the questions of the SQL task), a file (JSONL, JSON, CSV, TSV, also gzipped, or
+    Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the hub. Each row
+    has a `prompt` (a text or turns) or `messages`."""
+    group: int = 1
+    """Completions of each prompt."""
+    teacher: str = option(BASE, field.HIDDEN)
+    """Who judges each token of a completion: base, or the folder of an adapter over the base of
+    --teacher-model."""
+    teacher_model: str | None = option(None, field.HIDDEN)
+    """Another model as the base of the teacher, such as a larger one with the same tokenizer. By
+    default --model."""
+    teacher_prompt: str | None = option(None, field.HIDDEN)
+    """A text that the teacher alone sees before each prompt (as the system's turn of a chat), so
+    that the adapter learns to do without it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillOptimConfig(RolloutOptimConfig):
+    """Optimisation."""
+
+    lr: float | None = None
+    """The peak learning rate. By default 1e-4; a tenth of that with --full, and a third with
+    --optimizer lion; sgd has no default."""
+    coefficient: float = option(1.0, field.OPTIMISATION)
+    """Multiplies what the teacher says of a token: log p of the teacher less that of the student,
+    whose mean over the student's own completions is minus their reverse KL divergence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillRunConfig(SftRunConfig):
+    """Evaluation and output."""
+
+    output: str = "runs/distill"
+    """The output folder of the run; with --many, of the folders of all runs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Train a language model to continue its own completions as a teacher would."""
+
+    data: DistillDataConfig = DistillDataConfig()
+    adapter: SftAdapterConfig = SftAdapterConfig()
+    optim: DistillOptimConfig = DistillOptimConfig()
+    run: DistillRunConfig = DistillRunConfig()
+
+
+def check(config: Config) -> None:
+    """Raises a UserError if options, with their defaults, make no sense for any task."""
+    rollouts.check(config, coefficient=POSITIVE)
+    data = config.data
+    if (data.teacher, data.teacher_model, data.teacher_prompt) == (BASE, None, None):
+        if config.adapter.init_adapter is None:
+            raise UserError(
+                "the teacher is the base itself, from which the adapter begins: name an adapter "
+                "with --teacher, a larger model with --teacher-model, or a text that the teacher "
+                "alone sees with --teacher-prompt"
+            )

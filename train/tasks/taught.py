@@ -1,0 +1,64 @@
+"""The task of distillation: a user's prompts, whose completions a teacher judges."""
+
+import dataclasses
+
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import ONLINE, Loss, rollout_loss
+from train.console.errors import UserError
+from train.live import taught
+from train.live.prompts import PromptFeed
+from train.options.distill import Config
+from train.run.pretrained import Outline
+from train.tasks import chats, prompts
+from train.tasks.task import Data, Rows, Task
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for prompts that would be held out for no measure."""
+    if config.run.eval_questions:
+        raise UserError(
+            f"--eval-questions {config.run.eval_questions}: a teacher gives no score to measure on "
+            "held-out prompts; leave it out"
+        )
+
+
+def outline(config: Config, rows: Rows) -> Outline:
+    """Reads the outline of the student; checks the teacher's against it."""
+    found = chats.outline(config, rows)
+    taught.teacher_outline(config, found)
+    return found
+
+
+def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+    """Returns the prompts, and the batches that a teacher's judgement of completions makes."""
+    train, _ = prompts.read_prompts(config, rows, outline)
+    taught.teacher_prompts(config, train, taught.teacher_outline(config, outline))
+    feed = PromptFeed(config, train, outline, scored=("old", "advantages"), judged=())
+    data = config.data
+    longer = "" if data.teacher_prompt is None else ", with a longer prompt"
+    who = data.teacher_model or data.model
+    return prompts.data_of(feed, [f"the teacher is {data.teacher} of {who}{longer}"])
+
+
+def loss(config: Config, layout: Layout) -> Loss:
+    """Returns the loss of completions whose tokens have advantages."""
+    return rollout_loss(
+        ONLINE["dapo"],
+        temperature=config.data.sampling_temperature,
+        chunk=config.optim.loss_chunk * layout.token_parts,
+        parts=layout.sequence_parts,
+    )
+
+
+TASK: Task = dataclasses.replace(
+    prompts.TASK,
+    defaults=dataclasses.replace(prompts.TASK.defaults, lr=1e-4, full_lr=1e-5, eval_questions=0),
+    check=check,
+    outline=outline,
+    examples=examples,
+    loss=loss,
+    evaluation=lambda context: None,
+    prepared=taught.prepared,
+    score=None,
+    baselines=lambda scores: {},
+)
