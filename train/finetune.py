@@ -50,7 +50,7 @@ from train.run.report import compiled_bytes, print_adapter, print_costs, tree_by
 from train.run.rules import rules
 from train.tasks.task import Context, Evaluation, Preparing, Rolling, Task
 
-_COMPLETIONS = 2  # of a step that are shown
+_COMPLETIONS = 2  # of a step that are shown, of those after which a checkpoint is written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,7 +331,9 @@ def measures(
         rolling = inputs.feed
 
         def completed(state: State) -> dict[str, float]:
-            log.sampled(int(state.step), rolling.newest, shown=_COMPLETIONS)
+            step = int(state.step)
+            some = step in (1, run.last) or step % asked.save_every == 0
+            log.sampled(step, rolling.newest, shown=_COMPLETIONS if some else 0)
             return {}
 
         yield Measure(every=1, prefix=SAMPLED, take=completed)
