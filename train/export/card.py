@@ -16,7 +16,7 @@ from train.console.markdown import escape_markdown, table
 from train.data.files import FILE_KINDS, named
 from train.export.marked import marked
 from train.export.terms import auto_class, loading_config, scaled_fields
-from train.options import classify, sft
+from train.options import classify, distill, dpo, grpo, sft
 from train.options.field import Card, traits_of
 from train.reporters.files import read_json
 from train.run.log import read_metrics
@@ -27,8 +27,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # ExportOptions that shaped the weights, in the order of the card.
 _PLACES = {
     name: traits.card
-    for options in (sft.Config(), classify.Config())
-    for name, traits in traits_of(options).items()
+    for options in (sft, classify, dpo, grpo, distill)
+    for name, traits in traits_of(options.Config()).items()
     if traits.card is not Card.NOWHERE
 }
 _IN_ORDER = sorted(_PLACES, key=_PLACES.__getitem__)
