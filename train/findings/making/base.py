@@ -3,10 +3,14 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models import Decoder, DecoderConfig, save_pretrained
 from lora_jax.training.processes import write_json
 from train import classify, sft
 from train.export import __main__ as export
@@ -21,7 +25,7 @@ from train.run.lifecycle import resume_hint
 from train.run.output import ADAPTER, CONFIG
 
 _SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
-_MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"
+MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"
 _ROWS = 128  # texts in memory at once, to measure a classifier
 
 
@@ -43,7 +47,7 @@ def train_base(
       TrainingError: the model cannot be trained or written.
       Interrupted: after a signal, once the last step is saved.
     """
-    model, run = folder / _MODEL, folder / _RUN
+    model, run = folder / MODEL, folder / _RUN
     recipe = {"script": script, "options": [*options], "inputs": [*map(digest, inputs)]}
     if read_json(folder / _RECIPE) != recipe:
         for path in (model, run):
@@ -63,6 +67,22 @@ def train_base(
     export.run(export.ExportOptions(adapter=str(run / ADAPTER), merged=True, output=str(model)))
     shutil.rmtree(run)
     return model
+
+
+def write_untrained(fields: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
+    """Writes a decoder with random weights, and its tokenizer; does so once.
+
+    Args:
+      fields: its config.json, but for the tokenizer's special tokens.
+      tokenizer: its tokenizer, with an EOS and a padding token.
+      folder: where it goes.
+    """
+    if folder.exists():  # it appears as a whole
+        return
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Decoder(DecoderConfig.from_hf({**fields, **ids}))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    save_pretrained(folder, model, params, tokenizer=tokenizer)
 
 
 def accuracy(model: Path, rows: Sequence[Labelled]) -> float:

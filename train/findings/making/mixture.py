@@ -8,12 +8,9 @@ continue the documentation, in full, and comparisons go on from there with anoth
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.models import Decoder, DecoderConfig, save_pretrained
 from train.compare import outside
 from train.findings.making import base, questions
 from train.findings.making.made import Made
@@ -41,7 +38,6 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "bos_token_id": None,
 }
-_SEED = 0
 _CHARACTERS = 320  # of a row of text: some ninety tokens
 _LINE = (
     *("--train-on", "all", "--packing", "--truncate", "--seq-len", "128", "--batch-size", "16"),
@@ -67,17 +63,6 @@ def tokenizer(text: str) -> Any:
     return made
 
 
-def untrained(text: str, folder: Path) -> None:
-    """Writes the mixture with random weights, and a tokenizer of a text; does so once."""
-    if folder.exists():  # it appears as a whole
-        return
-    made = tokenizer(text)
-    ids = {"eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
-    model = Decoder(DecoderConfig.from_hf(CONFIG | ids))
-    params = jax.jit(model.init)(jax.random.key(_SEED), jnp.zeros((1, 1), jnp.int32))["params"]
-    save_pretrained(folder, model, params, tokenizer=made)
-
-
 def make(folder: Path, session: Session) -> Made:
     """Writes text and questions, and pretrains the base; returns the options that name them.
 
@@ -95,7 +80,7 @@ def make(folder: Path, session: Session) -> Made:
     rows = folder / "text.jsonl"
     write_lines(rows, [{"text": part} for part in parts(text)])
     asked = questions.make(folder, session)
-    untrained(text, start)
+    base.write_untrained(CONFIG, tokenizer(text), start)
     line = ("--model", str(start), "--dataset", str(rows), *_LINE)
     model = base.train_base("train.sft", line, [rows, start], folder, session)
     note = (

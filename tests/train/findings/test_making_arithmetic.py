@@ -1,0 +1,64 @@
+"""The small decoder that adds: its characters, its rows, and how often it is right."""
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax import models
+from lora_jax.hf.tokenizer import load_tokenizer
+from train.findings.making import arithmetic as making
+from train.processes.session import Session
+from train.run.complete import left_padded
+from train.tasks import arithmetic
+
+
+def test_the_tokenizer_has_a_token_for_each_character_and_no_template():
+    made = making.tokenizer()
+    assert len(made) == making.CONFIG["vocab_size"] == 14
+    ids = made("37+25=62")["input_ids"]
+    assert ids == [3, 7, 10, 2, 5, 11, 6, 2] and made.decode(ids) == "37+25=62"
+    assert made.chat_template is None
+    assert (
+        made.decode([*ids, made.eos_token_id, made.pad_token_id], skip_special_tokens=True)[-3:]
+        == "=62"
+    )
+
+
+def test_a_third_of_the_rows_errs_by_one_or_ten_and_none_is_held_out():
+    held_out = {row["prompt"] for row in arithmetic.rows(0, arithmetic.HELD_OUT, held_out=True)}
+    rows = list(making._pairs())
+    wrong = []
+    for row in rows:
+        a, _, b = row["prompt"].removesuffix("=").partition("+")
+        wrong.append(abs(int(a) + int(b) - int(row["completion"])))
+        assert row["prompt"] not in held_out
+    n = len(wrong)
+    share = np.mean(np.array(wrong) > 0)
+    assert abs(share - making._WRONG) < 4 * (making._WRONG * (1 - making._WRONG) / n) ** 0.5
+    assert np.mean(np.isin(wrong, [0, 1, 10])) > 0.998  # but for 3 - 10, which is written as 7
+
+
+@pytest.mark.slow
+def test_the_base_is_often_right_about_sums_that_it_never_saw_and_is_made_once(tmp_path, capsys):
+    folder = making.arithmetic_base(tmp_path, Session())
+    assert "pretraining" in capsys.readouterr().out
+    kept = (folder / "model.safetensors").stat().st_mtime_ns
+    assert making.arithmetic_base(tmp_path, Session()) == folder
+    assert "pretraining" not in capsys.readouterr().out
+    assert (folder / "model.safetensors").stat().st_mtime_ns == kept
+
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.chat_template is None and tokenizer.eos_token_id == 13
+    model, params = models.from_pretrained(str(folder))
+    rows = arithmetic.rows(1, arithmetic.HELD_OUT, held_out=True)
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    ids, mask = left_padded(prompts, 6, tokenizer.pad_token_id)
+
+    def right(temperature):
+        options = {"max_new_tokens": 4, "temperature": temperature, "key": jax.random.key(0)}
+        new = np.asarray(models.generate(model, params, ids, mask, **options))
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        pairs = zip(texts, rows, strict=True)
+        return np.mean([arithmetic.reward(text, None, row["answer"]) for text, row in pairs])
+
+    assert 0.5 < right(1.0) < 0.72 and right(0.0) > 0.9
