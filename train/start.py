@@ -5,8 +5,10 @@ from pathlib import Path
 
 import jax
 
+from lora_jax.hf.packaged import cache_folder
 from train.console.errors import UserError
 from train.console.output import tell
+from train.findings.making.arithmetic import arithmetic_base
 from train.finetune import RunPart, finetune
 from train.options.defaults import with_defaults
 from train.options.file import replaced
@@ -16,6 +18,7 @@ from train.processes import hosts
 from train.processes.session import Session
 from train.run.lifecycle import resume_hint
 from train.run.output import ADAPTER, CONFIG
+from train.tasks import sums
 from train.tasks.sql import task as sql
 
 _FIRST = "sft"  # the folder, in the run's, of the run that makes the adapter
@@ -30,6 +33,11 @@ def started(config: Config, session: Session) -> Config:
     """
     if config.data.dataset == "sql":
         return _writing_sql(config, session)
+    if config.data.model == sums.MODEL:
+        _check_alone(config)
+        session.stop.remedy = resume_hint("train.grpo")
+        folder = cache_folder() / "arithmetic"
+        return replaced(config, {"model": str(arithmetic_base(folder, session))})
     return config
 
 

@@ -15,10 +15,11 @@ from train.options.language import LanguageDataConfig, LanguageOptimConfig
 class RolloutDataConfig(LanguageDataConfig):
     """Model, prompts and completions."""
 
-    seq_len: int = 256
+    seq_len: int = 512
     """The maximum number of tokens of a prompt and its completion."""
-    max_new_tokens: int = option(80, field.HIDDEN)
-    """The maximum number of tokens of a completion."""
+    max_new_tokens: int = option(0, field.HIDDEN)
+    """The maximum number of tokens of a completion. By default 128; 80 for the questions of the SQL
+    task, and 8 for sums."""
     group: int = option(8, field.OPTIMISATION)
     """Completions of each prompt, which are compared with one another."""
     sampling_temperature: float = option(1.0, field.OPTIMISATION)
@@ -44,7 +45,17 @@ class RolloutOptimConfig(LanguageOptimConfig):
     """Steps on each batch of completions."""
 
 
+_NEW_TOKENS = {"sql": 80, "arithmetic": 8}
 _SHARE = Numbers(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
+
+
+def with_length(config: Any) -> Any:
+    """Fills in --max-new-tokens by the task."""
+    if config.data.max_new_tokens:
+        return config
+    n = _NEW_TOKENS.get(config.data.dataset, 128)
+    data = dataclasses.replace(config.data, max_new_tokens=n)
+    return dataclasses.replace(config, data=data)
 
 
 def check(config: Any, **numbers: Numbers) -> None:

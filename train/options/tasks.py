@@ -10,7 +10,7 @@ from train.console.errors import UserError
 SFT = {"sql": "train.tasks.sql.task"}
 CLASSIFY = {"vader": "train.tasks.vader"}
 DPO = {"sql": "train.tasks.sql.pairs"}
-GRPO = {"sql": "train.tasks.sql.rewarded", "arithmetic": "train.tasks.arithmetic.task"}
+GRPO = {"sql": "train.tasks.sql.rewarded", "arithmetic": "train.tasks.sums"}
 
 DISTILL = {"sql": "train.tasks.sql.taught"}
 

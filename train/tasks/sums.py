@@ -1,0 +1,36 @@
+"""A task of `train.grpo` that learns in minutes: sums, by a decoder that often forgets the carry.
+
+`train.start` makes that decoder where --model names none.
+"""
+
+import dataclasses
+
+from train.options.file import replaced
+from train.options.grpo import Config
+from train.tasks import arithmetic, prompts
+from train.tasks.task import Rows
+
+MODEL = "arithmetic"  # stands for the decoder that is made
+_ROWS = 1_000
+
+
+def completed(config: Config) -> Config:
+    """Rewards right answers, where nothing else is asked for."""
+    return config if config.data.reward else replaced(config, {"reward": ("arithmetic",)})
+
+
+def read_rows(config: Config) -> Rows:
+    """Returns sums in the order of --seed, and others to measure on."""
+    rows = arithmetic.rows(config.optim.seed, config.data.rows or _ROWS)
+    return Rows([*rows], [*arithmetic.rows(0, config.run.eval_questions or 0, held_out=True)])
+
+
+TASK = dataclasses.replace(
+    prompts.TASK,
+    defaults=dataclasses.replace(
+        prompts.TASK.defaults, model=MODEL, lr=1e-3, full_lr=1e-4, steps=60, eval_questions=256
+    ),
+    check=lambda config: None,
+    completed=completed,
+    rows=read_rows,
+)
