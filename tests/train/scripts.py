@@ -33,3 +33,12 @@ def begun(script, *args):
         patch.setattr("train.finetune.begin_run", stop)
         script([str(arg) for arg in args])
     return caught.value.args[0]
+
+
+def fails(capsys, run, *args):
+    """Returns what a script says before it ends with the code for bad input."""
+    with pytest.raises(SystemExit) as caught:
+        run([str(arg) for arg in args])
+    said = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and "Traceback" not in said
+    return said.removeprefix("error: ")

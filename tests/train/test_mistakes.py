@@ -14,6 +14,7 @@ import pytest
 
 from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.run.lock import FolderLock
+from tests.train.scripts import fails
 from tests.train.tiny import write_model, write_rows
 from train.console.errors import UserError
 from train.data import files
@@ -25,15 +26,6 @@ from train.tasks.chats import hold_out
 
 # Orbax leaves coroutines behind where a file cannot be written.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-def fails(capsys, run, *args):
-    """Returns what a script says before it ends with the code for bad input."""
-    with pytest.raises(SystemExit) as caught:
-        run([str(arg) for arg in args])
-    said = capsys.readouterr().err.strip()
-    assert caught.value.code == 2 and "Traceback" not in said
-    return said.removeprefix("error: ")
 
 
 def test_held_out_rows_are_drawn_and_stay_when_a_run_goes_on(tmp_path):

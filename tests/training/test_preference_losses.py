@@ -179,6 +179,8 @@ def test_rloo_and_advantages():
     one_of_eight = jnp.array([1.0] + [0.0] * 7)
     assert_close(losses.leave_one_out(one_of_eight, 8)[:2], jnp.array([1, -0.142857]), 1e-6)
     assert_close(losses.advantages_of(one_of_eight, 8)[:2], jnp.array([2.474174, -0.353453]), 1e-6)
+    some = jnp.array([1.0, jnp.nan, 0.0, 4.0, jnp.nan, jnp.nan, 5.0, jnp.nan])
+    assert losses.leave_one_out(some, 4).tolist() == [-1.0, 0.0, -2.5, 3.5, 0.0, 0.0, 0.0, 0.0]
     rewards = jnp.array([1.0, 2.0, jnp.nan, jnp.nan, 3.0, 3.0])
     assert_close(losses.advantages_of(rewards, 2, "none"), jnp.array([-0.5, 0.5, 0, 0, 0, 0]), 1e-6)
     batch = losses.advantages_of(rewards, 2, "batch")

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from lora_jax.training.data.preferences import Preferences
 
 import lora_jax as lj
 from lora_jax.core.types import Tree
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.batches import HostBatch, round_up
 from lora_jax.training.data.order import Feed
+from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.ready import Ready
 from lora_jax.training.step import State
@@ -28,22 +28,24 @@ class Compared:
       score: a `sequence_scorer`.
       params: the reference's parameters.
       cached: whether the examples hold the reference's log-probabilities.
-      diverges: whether the loss is KTO, and needs the divergence of mismatched completions.
+      mixable: the examples, with room for any prompt with any completion; None where the loss is
+        not KTO, and needs no divergence of mismatched completions.
     """
 
     ready: Ready
     score: Scorer
     params: Tree
     cached: bool
-    diverges: bool
+    mixable: Preferences | None
 
     def batch(self, number: int, state: State) -> HostBatch:
         """Returns the batch, with the reference's log-probabilities and KTO's divergence."""
         batch = self.ready.feed.batch(number)
         if not self.cached:
             batch = batch | {"reference": self._scores(self.params, batch)}
-        if self.diverges:
-            batch = batch | {"kl": np.full(batch["ids"].shape[:2], self._kl(number, state))}
+        if self.mixable is not None:
+            kl = self._kl(self.mixable, number, state)
+            batch = batch | {"kl": np.full(batch["ids"].shape[:2], kl)}
         return batch
 
     def noted(self, number: int) -> Mapping[str, float]:
@@ -56,15 +58,26 @@ class Compared:
         each = [self.score(params, {k: v[part] for k, v in batch.items()}) for part in parts]
         return np.stack([np.asarray(one) for one in each])
 
-    def _kl(self, number: int, state: State) -> np.float32:
+    def _kl(self, examples: Preferences, number: int, state: State) -> np.float32:
         """Returns the mean log-ratio of each prompt with the completion of the row before it."""
         feed: Any = self.ready.feed
         rows = feed.order.rows(number)
-        mixed = mismatched(feed.examples, rows.ravel())
+        mixed = mismatched(examples, rows.ravel())
         batch = {name: x.reshape(*rows.shape, -1) for name, x in mixed.by_name().items()}
         policy = self._scores(lj.join(state.adapter, self.ready.base), batch)
         ratio = (policy - self._scores(self.params, batch))[batch["counts"] > 0]
         return np.float32(max(ratio.mean(), 0.0)) if ratio.size else np.float32(0)
+
+
+def mixable(examples: Preferences, seq_len: int) -> Preferences:
+    """Returns rows of one sequence with room for any prompt with any completion, up to seq_len."""
+    table = examples.table
+    asked = np.array([int(np.argmax(one.counts)) for one in table])
+    longest = int(round_up(asked.max() + (table.lengths - asked).max(), seq_len))
+    if longest <= examples.lengths[-1]:
+        return examples
+    lengths, predicted = (*examples.lengths, longest), (*examples.predicted, examples.predicted[-1])
+    return dataclasses.replace(examples, lengths=lengths, predicted=predicted)
 
 
 def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
@@ -112,6 +125,7 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
         assert isinstance(ready.feed, Feed)
         ready = dataclasses.replace(ready, feed=dataclasses.replace(ready.feed, examples=examples))
     if diverges or not cached:
-        live = Compared(ready, score, params, cached=cached, diverges=diverges)
+        mixed = mixable(examples, of.config.data.seq_len) if diverges else None
+        live = Compared(ready, score, params, cached=cached, mixable=mixed)
         ready = dataclasses.replace(ready, live=live)
     return ready, data

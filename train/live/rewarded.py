@@ -74,14 +74,12 @@ class Rewarded(Rollouts):
             else:
                 judged["reference"] = reference
         if optim.loss == RLOO:
-            mean = np.repeat(_mean(rewards, 1), group)
-            known = np.where(np.isnan(flat_rewards), mean, flat_rewards)
-            advantages = leave_one_out(jnp.asarray(known), group)
+            advantages = leave_one_out(jnp.asarray(flat_rewards), group)
         else:
             advantages = advantages_of(jnp.asarray(flat_rewards), group, optim.scale)
-        judged["advantages"] = np.nan_to_num(np.asarray(advantages)).reshape(counted.shape[:2])
+        judged["advantages"] = np.asarray(advantages).reshape(counted.shape[:2])
         noted |= {
-            "reward": float(_mean(rewards)),
+            "reward": _mean(rewards),
             "zero_spread": float(_without_spread(rewards).mean()),
             "entropy": float(entropy[counted].mean()) if counted.any() else 0.0,
         }
@@ -107,7 +105,7 @@ class Rewarded(Rollouts):
             for line in found.said:
                 tell(self.of.console, f"warning: {line}")
             if len(found.by_name) > 1:
-                noted = {f"reward_{k}": float(_mean(v)) for k, v in found.by_name.items()}
+                noted = {f"reward_{k}": _mean(v) for k, v in found.by_name.items()}
             failed = sum(sum(kinds.values()) for kinds in found.failures.values())
             noted["reward_failed"] = failed / len(each)
             for kinds in found.kinds.values():
@@ -122,10 +120,9 @@ class Rewarded(Rollouts):
         return total.reshape(-1, group).copy(), noted
 
 
-def _mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+def _mean(values: np.ndarray) -> float:
     """Returns the mean of what is no NaN; 0 where all is."""
-    known = ~np.isnan(values)
-    return np.where(known, values, 0).sum(axis) / np.maximum(known.sum(axis), 1)
+    return float(np.nansum(values) / max((~np.isnan(values)).sum(), 1))
 
 
 def _without_spread(rewards: np.ndarray) -> np.ndarray:

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 
 import numpy as np
-from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
-from lora_jax.training.data.preferences import Preferences, pack_pairs
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import check_lengths
+from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
+from lora_jax.training.data.preferences import Preferences, pack_pairs
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, pair_loss, unpaired_loss

@@ -29,7 +29,8 @@ class Preferences(Packs):
     - labels: int32, 1 for a good completion; only of labelled ones.
     - reference: fp32, where it is set.
 
-    Labelled ones have `kl`, fp32 [batch]: 0 in the place of KTO's estimate, which needs a model.
+    Labelled ones have, fp32 [batch], `good`, the share of good completions of all that are taken
+    together, and `kl`, 0 in the place of KTO's estimate, which needs a model.
     Pairs have `mean_tokens`, fp32 [batch], too: the mean of `counts` over all chosen completions
     that are taken together.
 
@@ -51,7 +52,8 @@ class Preferences(Packs):
         counts = self._counts[rows]
         batch = super().take(rows) | {"counts": counts}
         if self.a_unit == 1:
-            batch["labels"] = self._labels[rows]
+            labels = batch["labels"] = self._labels[rows]
+            batch["good"] = np.full(rows.shape, labels[counts > 0].mean(), np.float32)
             batch["kl"] = np.zeros(rows.shape, np.float32)
         else:
             chosen = counts[..., ::2]

@@ -99,8 +99,9 @@ def unpaired_loss(
 ) -> Loss:
     """Returns KTO's loss of rows that are desirable or not; equal arguments give the same one.
 
-    A batch has `labels`, int32 [batch, n], 1 for a desirable completion, and `kl`, fp32 [batch], of
-    which all are KTO's estimate over the whole batch; see `mismatched_kl`.
+    A batch has `labels`, int32 [batch, n], 1 for a desirable completion, and fp32 [batch], each the
+    same number over the whole batch, `kl`, KTO's estimate (see `mismatched_kl`), and `good`, the
+    share of desirable completions.
 
     Args:
       beta, weights: see `kto_loss`.
@@ -112,7 +113,8 @@ def unpaired_loss(
     ) -> Sums:
         rows = sequence_logps(forward, params, batch, dropout_key, chunk=chunk, parts=parts)
         desirable = batch["labels"].reshape(-1) > 0
-        return kto_loss(rows, desirable, batch["kl"][0], beta=beta, weights=weights)
+        kl, share = batch["kl"][0], batch["good"][0]
+        return kto_loss(rows, desirable, kl, beta=beta, weights=weights, share=share)
 
     return Loss(sums, unit="row")
 

@@ -186,10 +186,15 @@ def advantages_of(rewards: jax.Array, group: int, scale: Scale = "group") -> jax
 
 
 def leave_one_out(rewards: jax.Array, group: int) -> jax.Array:
-    """Returns each reward less the mean of the others of its group, [n]: RLOO's advantage."""
+    """Returns each reward less the mean of the others of its group, [n]: RLOO's advantage.
+
+    NaN stands for no reward: it has advantage 0, and so has a reward without others.
+    """
     by_group = rewards.reshape(-1, group)
-    others = (jnp.sum(by_group, axis=1, keepdims=True) - by_group) / (group - 1)
-    return (by_group - others).reshape(-1)
+    others = jnp.sum(~jnp.isnan(by_group), axis=1, keepdims=True) - 1
+    of_others = (jnp.nansum(by_group, axis=1, keepdims=True) - by_group) / jnp.maximum(others, 1)
+    advantages = jnp.where(others > 0, by_group - of_others, 0.0)
+    return jnp.nan_to_num(advantages, nan=0.0).reshape(-1)
 
 
 def distillation_loss(

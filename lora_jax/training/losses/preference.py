@@ -341,6 +341,7 @@ def kto_loss(
     *,
     beta: float = 0.1,
     weights: tuple[float, float] = (1.0, 1.0),
+    share: jax.Array | float | None = None,
 ) -> Sums:
     """Sums KTO over rows that are desirable or not (Ethayarajh et al., arXiv 2402.01306).
 
@@ -350,6 +351,8 @@ def kto_loss(
       kl: [], the policy's distance from the reference: `mismatched_kl` over the whole batch.
       beta: strength of the reference.
       weights: the weight of a desirable row, and that of an undesirable one.
+      share: the share of desirable rows, which the logs need; by default this batch's. Where a
+        batch is accumulated in parts, give that of the whole batch.
 
     Returns:
       The sums; rows are counted. `logs` has the rewards of desirable and of other rows, and `kl`.
@@ -361,9 +364,11 @@ def kto_loss(
     losses = jnp.where(desirable, *weights) * (1 - jax.nn.sigmoid(beta * gain))
     count = jnp.sum(counted).astype(jnp.float32)
     rewards = beta * jax.lax.stop_gradient(rows.ratio)
+    if share is None:
+        share = jnp.sum(counted & desirable) / jnp.maximum(count, 1)
     logs = {
-        name: _sum(rewards, counted & of) * count / jnp.maximum(jnp.sum(counted & of), 1)
-        for name, of in (("chosen", desirable), ("rejected", ~desirable))
+        name: _sum(rewards, counted & of) / jnp.where(part > 0, part, 1)
+        for name, of, part in (("chosen", desirable, share), ("rejected", ~desirable, 1 - share))
     }
     return Sums(_sum(losses, counted), count, {**logs, "kl": count * kl})
 

@@ -1,0 +1,247 @@
+"""`train.dpo` on a tiny model: its first step, its reference, batches in parts, and bad input."""
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from tests.adapted_trees import with_random_factors
+from tests.support import assert_close, over
+from tests.train.scripts import fails
+from tests.train.tiny import write_jsonl, write_model
+from train.adapters.source import find_adapter
+from train.dpo import main
+from train.run.log import read_metrics
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+RNG = np.random.default_rng(6)
+BATCH = 8
+
+
+def said(most):
+    return "".join(RNG.choice(list("abcd efgh"), RNG.integers(1, most)))
+
+
+# The chosen completions end with another letter than the rejected ones.
+PAIRS = [
+    {"prompt": said(9), "chosen": said(9) + "x", "rejected": said(6) + "y"} for _ in range(BATCH)
+]
+LABELLED = [
+    {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+    for row, side in zip(PAIRS, ["chosen", "rejected", "rejected", "chosen"] * 2, strict=True)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, an adapter over it that is in use, and rows, as many as a batch."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model", scale=0.4)
+    _, params = models.from_pretrained(folder / "model")
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj", "v_proj"], rank=3, alpha=6)])
+    lj.save_adapter(folder / "used", with_random_factors(tree))
+    write_jsonl(folder / "pairs.jsonl", PAIRS)
+    write_jsonl(folder / "labelled.jsonl", LABELLED)
+    return folder
+
+
+def run(folder, output, *args, start="used"):
+    """Runs the script, from the adapter in use where no other is named; returns its metrics."""
+    line = ["--model", folder / "model", "--dataset", folder / "pairs.jsonl", "--warmup", 1]
+    line += ["--report-to", "none", "--output", output]
+    line += ["--init-adapter", folder / start] if start else ["--targets", "q_proj", "v_proj"]
+    main([str(arg) for arg in [*line, *args]])
+    return read_metrics(output)
+
+
+def adapter_of(folder, output):
+    """The arrays of an adapter, by their names."""
+    model, params = models.from_pretrained(folder / "model")
+    return lj.split(find_adapter(str(output)).load(model, params, "the base"))[0]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run from a new adapter, whose reference is the base, and its metrics."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    args = ["--rank", 3, "--steps", 60, "--lr", 2e-2, "--beta", 0.3]
+    return output, run(folder, output, *args, start=None)
+
+
+def test_an_adapter_begins_at_its_reference(whole):
+    _, lines = whole
+    first = lines[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert all(first[name] == 0 for name in ("chosen", "rejected", "margin", "accuracy"))
+    assert first["count"] == BATCH and first["grad_norm"] > 1e-3
+
+
+def test_separable_pairs_are_learned(whole):
+    _, lines = whole
+    assert lines[-1]["loss"] < 0.1 and lines[-1]["accuracy"] == 1
+    assert lines[-1]["chosen"] > 0 > lines[-1]["rejected"]
+
+
+def test_the_reference_is_an_adapter(folder, tmp_path):
+    """Its log-probabilities, kept or not, are those of the adapter that begins."""
+    args = ["--reference", folder / "used", "--steps", 4, "--lr", 1e-2]
+    kept = run(folder, tmp_path / "kept", *args)
+    live = run(folder, tmp_path / "live", *args, "--reference-logps", "live")
+    for first in (kept[0], live[0]):
+        assert all(first[name] == 0 for name in ("chosen", "rejected", "margin", "accuracy"))
+    assert kept[-1]["margin"] > 0.01
+    assert_close(*(adapter_of(folder, tmp_path / way) for way in ("kept", "live")), 1e-6)
+
+
+def test_the_reference_is_read_once(folder, tmp_path, monkeypatch, capsys):
+    """Another run finds its log-probabilities, unless they are those of something else."""
+
+    class Read(BaseException):
+        pass
+
+    def stop(*_):
+        raise Read
+
+    monkeypatch.setattr("train.finetune.compile_step", stop)
+    used = tmp_path / "used"
+    _, params = models.from_pretrained(folder / "model")
+    rules = [lj.LoraRule(targets=["q_proj", "v_proj"], rank=3, alpha=6)]
+
+    def reads(*args, seed=7):
+        lj.save_adapter(used, with_random_factors(lj.lorafy(params, rules), seed), overwrite=True)
+        kept = ["--token-cache", tmp_path / "cache", "--reference", used, "--overwrite"]
+        with pytest.raises(Read):
+            run(folder, tmp_path / "run", *kept, *args)
+        out = capsys.readouterr().out
+        found = "log-probabilities are those of an earlier run" in out
+        assert found != ("the reference reads 8 rows" in out)
+        return not found
+
+    others = write_jsonl(tmp_path / "rows.jsonl", [*PAIRS[1:], PAIRS[0] | {"chosen": "cx"}])
+    assert reads() and not reads() and not reads("--batch-size", 4, "--seed", 3, "--lr", 1)
+    assert reads(seed=8) and reads("--dtype", "bfloat16") and reads("--dataset", others)
+    assert reads("--reference", "base") and not reads("--reference", "base", seed=9)
+    assert not reads()
+
+
+SPLITS = {
+    "4 x 2": ["--batch-size", 2, "--grad-accum", 4],
+    "8 x 1": ["--batch-size", 1, "--grad-accum", 8],
+    "in chunks": ["--batch-size", 8, "--loss-chunk", 5],
+    "packed": ["--packing", "--batch-size", 1, "--seq-len", 256],
+    "in another order": ["--batch-size", 8],
+}
+LOSSES = {
+    "sigmoid": [],
+    "sigmoid and sft": ["--loss", "sigmoid", "sft", "--loss-weights", 1, 0.5],
+    "orpo": ["--loss", "orpo", "--beta", 0.5],
+    "kto": ["--loss", "kto", "--kto-weights", 1.2, 0.8],
+}
+
+
+# KTO compares the rows of a batch in their order.
+CASES = [
+    (loss, way)
+    for loss in LOSSES
+    for way in SPLITS
+    if loss != "kto" or way not in ("packed", "in another order")
+]
+
+
+@pytest.fixture(scope="module")
+def stepped(folder, tmp_path_factory):
+    """Takes one step of plain descent, so that the adapter's change is its gradient."""
+    output, found = tmp_path_factory.mktemp("stepped"), {}
+
+    def step(loss, way):
+        if (loss, way) not in found:
+            rows, name = (LABELLED, "labelled") if loss == "kto" else (PAIRS, "pairs")
+            args = [*LOSSES[loss], *SPLITS.get(way, ["--batch-size", 8]), "--steps", 1, "--lr", 1]
+            args += ["--optimizer", "sgd", "--momentum", 0, "--grad-clip", 0]
+            path = folder / f"{name}.jsonl"
+            if way == "in another order":
+                path = write_jsonl(output / "rows.jsonl", rows[::-1])
+            place = output / f"{loss} {way}"
+            (line,) = run(folder, place, *args, "--dataset", path)
+            found[loss, way] = line, adapter_of(folder, place)
+        return found[loss, way]
+
+    return step
+
+
+@over(
+    ("loss", "way"),
+    CASES,
+    often=["sigmoid and sft, 8 x 1", "sigmoid and sft, packed", "kto, 4 x 2"],
+    called=", ".join,
+)
+def test_a_batch_in_parts_is_the_batch(folder, stepped, loss, way):
+    (whole, expected), (line, adapter) = stepped(loss, "whole"), stepped(loss, way)
+    begun = adapter_of(folder, folder / "used")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, begun)
+    assert min(jax.tree.leaves(moved)) > 5e-4
+    if loss != "orpo":  # it is compared with the base, from which the adapter has gone
+        assert min(abs(whole["chosen"]), abs(whole["rejected"])) > 1e-3
+    assert loss != "kto" or whole["kl"] > 0.01
+    timed = {"time", "tokens_per_s"}
+    assert line.keys() == whole.keys()
+    got, want = ([x[name] for name in sorted(x.keys() - timed)] for x in (line, whole))
+    assert got == pytest.approx(want, rel=1e-6, abs=1e-5)
+    assert_close(adapter, expected, 1e-6)
+
+
+BAD = {
+    "equal": (
+        [{"prompt": "a", "chosen": "b", "rejected": "b"}],
+        [],
+        "line 1: `chosen` and `rejected` are the same: leave the row out",
+    ),
+    "empty": (
+        [{"prompt": "a", "chosen": "", "rejected": "b"}],
+        [],
+        "line 1: `chosen` is empty",
+    ),
+    "no pair": ([{"prompt": "a", "completion": "b"}], [], "line 1 has"),
+    "unlabelled": ([{"prompt": "a", "completion": "b"}], ["--loss", "kto"], "label"),
+    "too long": (PAIRS, ["--seq-len", "20"], "are longer than --seq-len 20"),
+    "aot in parts": (
+        PAIRS,
+        ["--loss", "aot", "--grad-accum", "2"],
+        "--grad-accum 2: the loss aot sorts all pairs of a batch",
+    ),
+    "margin": (PAIRS, ["--margin", "1"], "--margin is for the losses simpo"),
+    "smoothing": (PAIRS, ["--loss", "ipo", "--smoothing", "0.1"], "--smoothing is for the losses"),
+    "a reference without use": (
+        PAIRS,
+        ["--loss", "simpo", "--reference", "base"],
+        "--reference base has no effect on --loss simpo",
+    ),
+    "no reference": (PAIRS, ["--reference", "none"], "--reference none: the loss sigmoid compares"),
+    "no such reference": (PAIRS, ["--reference", "nowhere"], "--reference nowhere"),
+    "live, none": (
+        PAIRS,
+        ["--loss", "orpo", "--reference-logps", "live"],
+        "--reference-logps live: there is no reference",
+    ),
+    "kto alone": (PAIRS, ["--loss", "kto", "sft"], "kto stands alone"),
+    "kto packed": (PAIRS, ["--loss", "kto", "--packing"], "--packing: kto compares the rows"),
+    "one weight": (PAIRS, ["--loss-weights", "1", "2"], "needs 1 weights"),
+}
+
+
+@pytest.mark.parametrize("way", BAD)
+def test_bad_input_is_one_paragraph_before_training(folder, tmp_path, capsys, way):
+    rows, args, message = BAD[way]
+    line = ["--model", folder / "model", "--dataset", write_jsonl(tmp_path / "rows.jsonl", rows)]
+    told = fails(capsys, main, *line, "--output", tmp_path / "run", *args)
+    assert message in told and len(told.splitlines()) == 1, told
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_reference_over_another_base_is_refused(folder, tmp_path, capsys):
+    other = write_model(tmp_path / "other", scale=0.3)
+    line = ["--model", other, "--dataset", folder / "pairs.jsonl", "--output", tmp_path / "run"]
+    told = fails(capsys, main, *line, "--reference", folder / "used")
+    assert "base" in told and len(told.splitlines()) == 1, told
