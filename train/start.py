@@ -37,6 +37,7 @@ def started(config: Config, session: Session) -> Config:
         _check_alone(config)
         session.stop.remedy = resume_hint("train.grpo")
         folder = cache_folder() / "arithmetic"
+        folder.mkdir(parents=True, exist_ok=True)
         return replaced(config, {"model": str(arithmetic_base(folder, session))})
     return config
 

@@ -4,14 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.types import Tree
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import advantages_of, leave_one_out
-from lora_jax.training.processes import from_first
 from lora_jax.training.ready import Ready
 from train.console.output import tell
 from train.live.prompts import Drawn, PromptFeed
@@ -86,38 +84,44 @@ class Rewarded(Rollouts):
         return drawn, judged, noted
 
     def _rewarded(self, rows: np.ndarray, drawn: Drawn) -> tuple[np.ndarray, dict[str, float]]:
-        """Returns the rewards of completions, as `drawn`, and metrics; the first process asks."""
-        group, asked = self.config.data.group, self.feed.prompts
+        """Returns the rewards of completions, [prompts, group], and metrics."""
+
+        def asked(_: int) -> dict[str, Any]:
+            total, noted = self._asked(rows, drawn)
+            return {"total": [None if math.isnan(x) else x for x in total], "noted": noted}
+
+        (found,) = hosts.map_over_processes(asked, range(1))  # the first process asks
+        total = np.array([np.nan if x is None else x for x in found["total"]], np.float32)
+        return total.reshape(-1, drawn.lengths.shape[1]), found["noted"]
+
+    def _asked(self, rows: np.ndarray, drawn: Drawn) -> tuple[list[float], dict[str, float]]:
+        """Returns the reward of each completion, NaN for none, and metrics; keeps their texts."""
+        group, prompts = self.config.data.group, self.feed.prompts
         each, texts = np.repeat(rows, group).tolist(), drawn.texts.ravel().tolist()
+        tokens = drawn.tokens.reshape(len(each), -1)
+        assert self.feed.rewards is not None
+        found = self.feed.rewards(
+            [prompts.asked(row) for row in each],
+            texts,
+            [ids[:n].tolist() for ids, n in zip(tokens, drawn.lengths.ravel(), strict=True)],
+            {name: [prompts.rows[row].get(name) for row in each] for name in prompts.columns},
+            group=group,
+        )
+        for line in found.said:
+            tell(self.of.console, f"warning: {line}")
         noted: dict[str, float] = {}
-        total = np.zeros(len(each), np.float32)
-        if jax.process_index() == 0:
-            tokens = drawn.tokens.reshape(len(each), -1)
-            assert self.feed.rewards is not None
-            found = self.feed.rewards(
-                [asked.asked(row) for row in each],
-                texts,
-                [ids[:n].tolist() for ids, n in zip(tokens, drawn.lengths.ravel(), strict=True)],
-                {name: [asked.rows[row].get(name) for row in each] for name in asked.columns},
-                group=group,
-            )
-            total = found.total
-            for line in found.said:
-                tell(self.of.console, f"warning: {line}")
-            if len(found.by_name) > 1:
-                noted = {f"reward_{k}": _mean(v) for k, v in found.by_name.items()}
-            failed = sum(sum(kinds.values()) for kinds in found.failures.values())
-            noted["reward_failed"] = failed / len(each)
-            for kinds in found.kinds.values():
-                noted |= {f"share_{kind}": n / len(each) for kind, n in kinds.items()}
-            self.feed.newest = [
-                Sample(asked.shown(row), text, None if math.isnan(x) else float(x))
-                for row, text, x in zip(each, texts, total, strict=True)
-            ]
-        if jax.process_count() > 1:
-            total = np.array(hosts.gathered(total.tolist())[0], np.float32)
-            noted = from_first(noted)
-        return total.reshape(-1, group).copy(), noted
+        if len(found.by_name) > 1:
+            noted = {f"reward_{k}": _mean(v) for k, v in found.by_name.items()}
+        failed = sum(sum(kinds.values()) for kinds in found.failures.values())
+        noted["reward_failed"] = failed / len(each)
+        for kinds in found.kinds.values():
+            noted |= {f"share_{kind}": n / len(each) for kind, n in kinds.items()}
+        total: list[float] = found.total.tolist()
+        self.feed.newest = [
+            Sample(prompts.shown(row), text, None if math.isnan(x) else x)
+            for row, text, x in zip(each, texts, total, strict=True)
+        ]
+        return total, noted
 
 
 def _mean(values: np.ndarray) -> float:

@@ -15,8 +15,9 @@ from train.options.language import LanguageDataConfig, LanguageOptimConfig
 class RolloutDataConfig(LanguageDataConfig):
     """Model, prompts and completions."""
 
-    seq_len: int = 512
-    """The maximum number of tokens of a prompt and its completion."""
+    seq_len: int = 0
+    """The maximum number of tokens of a prompt and its completion. By default 512, and 64 for
+    sums."""
     max_new_tokens: int = option(0, field.HIDDEN)
     """The maximum number of tokens of a completion. By default 128; 80 for the questions of the SQL
     task, and 8 for sums."""
@@ -45,16 +46,17 @@ class RolloutOptimConfig(LanguageOptimConfig):
     """Steps on each batch of completions."""
 
 
-_NEW_TOKENS = {"sql": 80, "arithmetic": 8}
+_LENGTHS = {"sql": (512, 80), "arithmetic": (64, 8)}  # of rows, and of completions
 _SHARE = Numbers(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
 
 
 def with_length(config: Any) -> Any:
-    """Fills in --max-new-tokens by the task."""
-    if config.data.max_new_tokens:
-        return config
-    n = _NEW_TOKENS.get(config.data.dataset, 128)
-    data = dataclasses.replace(config.data, max_new_tokens=n)
+    """Fills in --seq-len and --max-new-tokens by the task."""
+    data = config.data
+    seq_len, new = _LENGTHS.get(data.dataset, (512, 128))
+    data = dataclasses.replace(
+        data, seq_len=data.seq_len or seq_len, max_new_tokens=data.max_new_tokens or new
+    )
     return dataclasses.replace(config, data=data)
 
 
