@@ -34,7 +34,7 @@ def started(config: Config, session: Session) -> Config:
     if config.data.dataset == "sql":
         return _writing_sql(config, session)
     if config.data.model == sums.MODEL:
-        _check_alone(config)
+        _check_alone(config, "a small model; run this command in one process first")
         session.stop.remedy = resume_hint("train.grpo")
         folder = cache_folder() / "arithmetic"
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,8 @@ def _writing_sql(config: Config, session: Session) -> Config:
         return config
     folder = Path(config.run.output).expanduser() / _FIRST
     if not (folder / ADAPTER).exists():
-        _check_alone(config)
+        remedy = "make it by python -m train.sft, and name its folder with --init-adapter"
+        _check_alone(config, f"an adapter that writes SQL; {remedy}")
         tell(hosts.console(), f"first, {folder} learns to write SQL, as `train.sft` does")
         own = {name: getattr(config.optim, name) for name in ("seed", "dtype", "quantize")}
         own |= {name: getattr(config.run, name) for name in _SHARED}
@@ -63,9 +64,6 @@ def _writing_sql(config: Config, session: Session) -> Config:
     return replaced(config, {"init_adapter": str(folder.absolute())})
 
 
-def _check_alone(config: Config) -> None:
+def _check_alone(config: Config, what: str) -> None:
     if config.run.distributed or config.run.coordinator:
-        raise UserError(
-            f"--dataset {config.data.dataset} begins with something that one process makes: run "
-            "this command in one process first, with --steps 1 and another --output"
-        )
+        raise UserError(f"--dataset {config.data.dataset}: one process alone makes {what}")
