@@ -219,7 +219,7 @@ def run_of(
 ) -> Run:
     """Returns the options, folder and data of a run."""
     _, outline, data = inputs.read
-    labels = {k: v for k, v in data.facts.items() if k == "labels"}
+    kept = {k: v for k, v in data.facts.items() if k in ("labels", "seq_len")}
     steps = inputs.steps
     last = steps if part.until is None else part.until(steps, config)
     return Run(
@@ -233,7 +233,7 @@ def run_of(
         last=last,
         rate=inputs.rate,
         layout=inputs.layout,
-        about=outline.about | about_space(space_of(config, outline.params)) | labels,
+        about=outline.about | about_space(space_of(config, outline.params)) | kept,
         hint=part.hint or resume_hint(script),
         score=task.score,
     )

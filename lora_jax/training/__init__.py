@@ -10,6 +10,7 @@ and `layout` (the step on a mesh), `batches`, `run.checkpoints`, `loop`; `finetu
 
 from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.chats import chats
+from lora_jax.training.data.comparisons import comparisons
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.data.preferences import Preferences, pairs
@@ -45,6 +46,7 @@ __all__ = [
     "adamw",
     "averaged",
     "chats",
+    "comparisons",
     "finetune",
     "init_state",
     "label_names",

@@ -45,7 +45,8 @@ def shown(
         known = range(min(n, len(examples.table)))
         return [_of_pack(examples, tokenizer, at, named) for at in known]
     if isinstance(examples, Labelled):
-        return [_of_label(examples, tokenizer, at, labels) for at in range(min(n, len(examples)))]
+        known = range(min(n, len(lengths(examples))))
+        return [_of_label(examples, tokenizer, at, labels) for at in known]
     return []
 
 
@@ -54,7 +55,7 @@ def lengths(examples: Examples) -> np.ndarray:
     if isinstance(examples, Packs):
         return examples.table.lengths
     if isinstance(examples, Labelled):
-        return examples.attention_mask.sum(axis=1)
+        return examples.attention_mask.sum(axis=-1).ravel()
     return np.empty(0, np.int64)
 
 
@@ -76,9 +77,13 @@ def _of_pack(
 
 
 def _of_label(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> Shown:
-    ids = texts.ids[at][texts.attention_mask[at] > 0]
-    name = labels[int(texts.labels[at])]
-    title = f"text {at + 1}: {len(ids)} tokens; the label to learn is {name!r}"
+    ids, mask = (x.reshape(-1, x.shape[-1])[at] for x in (texts.ids, texts.attention_mask))
+    ids = ids[mask > 0]
+    if texts.ids.ndim == 3:
+        title = f"pair {at // 2 + 1}, {'rejected' if at % 2 else 'chosen'}: {len(ids)} tokens"
+    else:
+        name = labels[int(texts.labels[at])]
+        title = f"text {at + 1}: {len(ids)} tokens; the label to learn is {name!r}"
     return Shown(title, _spans(ids, np.zeros(len(ids), bool), tokenizer))
 
 

@@ -30,27 +30,32 @@ class DataConfig:
     """"vader" (the default task: words rated by people), a file (JSONL, JSON, CSV, TSV, also
     gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the
     hub."""
+    labels: Literal["classes", "pairs"] = option("classes", field.HIDDEN)
+    """What rows tell. classes: the class of a text. pairs: which of two completions is the better
+    one, as rows of `train.dpo` do, from which a reward model learns to score them; `train.grpo`
+    takes it by --reward."""
     split: str = option("train", field.OF_HUB)
     """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = option(None, field.OF_HUB)
     """The subset (configuration) to load, for a dataset on the hub."""
-    text: str = option("text", field.OF_FIELD)
+    text: str = option("text", field.OF_FIELD, Idle.PREFERENCES)
     """The field that holds the text."""
-    text_pair: str | None = option(None, field.OF_FIELD)
+    text_pair: str | None = option(None, field.OF_FIELD, Idle.PREFERENCES)
     """The field that holds a second text, for pairs (a premise and a hypothesis)."""
-    label: str = option("label", field.OF_FIELD)
+    label: str = option("label", field.OF_FIELD, Idle.PREFERENCES)
     """The field that holds the label: a name or a number."""
     test: str | None = option(None, field.HIDDEN)
     """The test rows: a file, or another split of the folder or of the dataset on the hub. By
     default --test-share of the rows is held out."""
     test_share: float = option(0.2, field.OF_FIELD, Idle.TEST)
-    """The share of the rows to hold out for the test, stratified by label."""
+    """The share of the rows to hold out for the test, stratified by label; of pairs, of prompts."""
     rows: int | None = option(None, field.ROWS)
     """Use only this many rows, from the beginning."""
     seq_len: int = option(128, field.HIDDEN, card=Card.LENGTH)
-    """The maximum number of tokens of a text."""
+    """The maximum number of tokens of a text, or of a prompt and its completion."""
     truncate: bool = option(False, field.HIDDEN, card=Card.LOSS)
-    """Truncate texts longer than --seq-len; without this option, they are an error."""
+    """Truncate texts longer than --seq-len; without this option, they are an error. With --labels
+    pairs, they lose the prompt's beginning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ class ClassifyOptimConfig(OptimConfig):
     epochs: float | None = None
     """Passes over the data. By default 3, if --steps is not given."""
     batch_size: int = 32
-    """Texts in memory at once, on all devices together."""
+    """Texts, or pairs, in memory at once, on all devices together."""
     lr: float | None = None
     """The peak learning rate. By default 1e-3; with --full 3e-5, with --head-only 3e-2,
     with --intrinsic D 0.03 * (10000 / D)^0.75. With --optimizer lion a third of that; sgd has no
@@ -105,7 +110,7 @@ class ClassifyRunConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """Fine-tune an encoder to classify texts, with LoRA or in full."""
+    """Fine-tune an encoder to classify texts, or to score completions, with LoRA or in full."""
 
     data: DataConfig = DataConfig()
     adapter: ClassifyAdapterConfig = ClassifyAdapterConfig()

@@ -86,6 +86,10 @@ class Idle(enum.Enum):
     NO_INTRINSIC = "there is no subspace without --intrinsic", lambda o: o.intrinsic is None
     ALONE = "{o.alone}", lambda o: o.alone is not None
     NO_TARGETS = "--targets none makes no adapter", lambda o: o.targets == NO_ADAPTER
+    PREFERENCES = (
+        "--labels pairs reads the fields prompt, chosen and rejected",
+        lambda o: o.labels == "pairs",
+    )
     FILES = "the rows come from a file, not from the hub", lambda o: o.from_files
     HAS_ROWS = "--dataset {o.datasets[0]} has rows and a test of its own", lambda o: o.is_named
     TEST = "--test names the rows to test on", lambda o: o.test is not None

@@ -36,8 +36,8 @@ class GrpoDataConfig(RolloutDataConfig):
     a dataset on the hub. Each row has a `prompt` (a text or turns) or `messages`; a reward gets all
     other fields."""
     reward: tuple[str, ...] = option((), field.HIDDEN)
-    """What rewards a completion: file.py:function, sql, arithmetic, or length; or several, which
-    are added up. A function gets lists by keyword: `prompts`, `completions`, `completion_ids` and
+    """What rewards a completion: file.py:function, the folder of a run of `train.classify --labels
+    pairs`, sql, arithmetic, or length; or several, which are added up. A function gets lists by keyword: `prompts`, `completions`, `completion_ids` and
     the fields of the rows; it returns a number for each completion, or None for no opinion. It runs
     in processes of its own. By default that of the task."""
     reward_weights: tuple[float, ...] = option((), field.HIDDEN)

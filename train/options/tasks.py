@@ -17,6 +17,7 @@ DISTILL = {"sql": "train.tasks.sql.taught"}
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
 STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
 TEXTS = "train.tasks.labelled"  # classifies a user's texts
+SCORES = "train.tasks.scored"  # scores completions, by a user's preferences
 PAIRS = "train.tasks.pairs"  # trains on a user's preferences
 PROMPTS = "train.tasks.prompts"  # trains on rewards of completions of a user's prompts
 TAUGHT = "train.tasks.taught"  # trains on a teacher's judgement of such completions
@@ -28,7 +29,7 @@ def find_task(datasets: Sequence[str], kind: str) -> Any:
 
     Args:
       datasets: the names of the data sets.
-      kind: `CHATS`, `STREAMED`, `TEXTS`, `PAIRS`, `PROMPTS` or `TAUGHT`.
+      kind: `CHATS`, `STREAMED`, `TEXTS`, `SCORES`, `PAIRS`, `PROMPTS` or `TAUGHT`.
 
     Raises:
       UserError: a task is named beside other data.

@@ -1,5 +1,6 @@
 """Probabilities of many texts, in batches of few shapes: each shape is compiled once."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,12 +46,7 @@ def batches(
 
 
 def probabilities(
-    apply: Callable[..., Any],
-    params: Any,
-    tokens: Tokens,
-    *,
-    batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
+    apply: Callable[..., Any], params: Any, tokens: Tokens, **how: Any
 ) -> np.ndarray:
     """Returns the probability of each class for each text: [n, classes], fp32.
 
@@ -58,13 +54,30 @@ def probabilities(
       apply: a classifier's, adapted or not.
       params: its parameters.
       tokens: the texts.
+      how: `batch_size` and `progress` of `outputs`.
+    """
+    run = jax.jit(lambda params, batch: jax.nn.softmax(logits_of(apply, params, batch)))
+    return outputs(functools.partial(run, params), tokens, **how)
+
+
+def outputs(
+    run: Callable[[Any], Any],
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Returns what a function makes of each text: [n, outputs], fp32.
+
+    Args:
+      run: returns [batch, outputs] for a batch's arrays.
+      tokens: the texts.
       batch_size: texts in memory at once.
       progress: is called with the number of texts that are done.
     """
-    run = jax.jit(lambda params, batch: jax.nn.softmax(logits_of(apply, params, batch)))
     done, out = 0, None
     for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
-        found = np.asarray(run(params, _batch(tokens, texts, rows, length)))
+        found = np.asarray(run(_batch(tokens, texts, rows, length)))
         if out is None:
             out = np.empty((len(tokens.ids), found.shape[-1]), np.float32)
         out[texts] = found[: len(texts)]

@@ -83,7 +83,8 @@ def find_classifier(
     if config.num_labels < 2:
         raise UserError(
             f"{source.given if source else f'--model {name}'} has one class: it is a regression "
-            "model, and a classifier is needed"
+            "model or a reward model (which --reward of train.grpo takes), and a classifier is "
+            "needed"
         )
     if source:
         source.check(outline, allow_base_mismatch=allow_base_mismatch)

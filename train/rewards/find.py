@@ -11,6 +11,7 @@ import numpy as np
 
 from train.console.errors import UserError, flag
 from train.rewards.functions import UserFunction, Workers
+from train.rewards.model import RewardModel
 from train.rewards.reward import Batch, Judged, Reward, Simple
 from train.rewards.sql import SqlReward
 from train.tasks import arithmetic
@@ -103,7 +104,7 @@ def find_rewards(
     """Finds rewards, and starts a process that imports a user's functions.
 
     Args:
-      specs: ``file.py:function``, or names of ours.
+      specs: ``file.py:function``, folders of reward models, or names of ours.
       weights: a weight for each; None for 1.
       columns: the columns of the rows, beside the prompt.
       max_tokens: the most tokens of a completion.
@@ -122,17 +123,19 @@ def find_rewards(
     if twice := [spec for spec, number in Counter(specs).items() if number > 1]:
         raise UserError(f"--reward {twice[0]} is named twice: give it a weight instead")
     ours = _ours(max_tokens)
-    files = [spec for spec in specs if spec not in ours]
+    models = [spec for spec in specs if spec not in ours and Path(spec).expanduser().is_dir()]
+    files = [spec for spec in specs if spec not in (*ours, *models)]
     for spec in files:
         path, _, function = spec.rpartition(":")
         if not path.endswith(".py") or not function:
             raise UserError(
-                f"--reward {spec}: no reward of this name, but {', '.join(ours)}; a function of "
-                "your own is named as file.py:function"
+                f"--reward {spec}: no folder, and no reward of this name, but {', '.join(ours)}; a "
+                "function of your own is named as file.py:function, a reward model by its run's "
+                "folder"
             )
         if not Path(path).is_file():
             raise UserError(f"--reward {spec}: there is no file {path}")
-    known: dict[str, Reward] = dict(ours)
+    known: dict[str, Reward] = ours | {spec: RewardModel(spec) for spec in models}
     if files:
         pool = Workers(files, seconds, workers or os.cpu_count() or 1)
         known |= {spec: UserFunction(pool, i) for i, spec in enumerate(files)}
@@ -148,9 +151,9 @@ def find_rewards(
 
 
 def _short(spec: str, specs: Sequence[str]) -> str:
-    """Returns the name of a function, or all of it if another one has the same."""
-    names = [other.rpartition(":")[2] for other in specs]
-    name = spec.rpartition(":")[2]
+    """Returns the name of a function or a folder, or all of it if another one has the same."""
+    names = [Path(other.rpartition(":")[2]).name for other in specs]
+    name = Path(spec.rpartition(":")[2]).name
     return name if names.count(name) == 1 else spec
 
 

@@ -26,7 +26,7 @@ from train.run.rules import peft_fields
 from train.tasks import classes
 from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task, padding_line
 
-_SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
+SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
 ADAPTED = "fine-tuned"  # among the names of the baselines, in scores.json
@@ -51,22 +51,44 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
     Raises:
       TrainingError: the rows cannot be read, lack a field, or are too few to hold out a share.
     """
-    rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
-    labelled.check_rows(rows, data.dataset, fields_of(data))
-    if data.test is None:
+
+    def split(rows: Sequence[Row]) -> Sequence[Any]:
         names = [str(row[data.label]) for row in rows]
-        share = data.test_share
-        said = f"--test-share {share:g} of the {len(rows)} rows cannot be held out: "
+        return train_test_split(
+            rows, test_size=data.test_share, random_state=SEED, stratify=names
+        )
+
+    fields = fields_of(data)
+    return read_parts(data, lambda rows, source: labelled.check_rows(rows, source, fields), split)
+
+
+def read_parts(
+    data: DataConfig,
+    check: Callable[[list[Row], str], None],
+    split: Callable[[list[Row]], Sequence[Any]],
+) -> tuple[list[Row], list[Row]]:
+    """Returns (rows to train on, rows to test on).
+
+    Args:
+      data: the options that name them.
+      check: raises a TrainingError for rows that cannot be used, of the name of a source.
+      split: holds out --test-share, or raises a ValueError.
+
+    Raises:
+      TrainingError: the rows cannot be read or used, or are too few to hold out a share.
+    """
+    rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
+    check(rows, data.dataset)
+    if data.test is None:
+        said = f"--test-share {data.test_share:g} of the {len(rows)} rows cannot be held out: "
         with as_user_errors(ValueError, prefix=said, suffix=" Name other rows with --test"):
-            train, test = train_test_split(
-                rows, test_size=share, random_state=_SEED, stratify=names
-            )
+            train, test = split(rows)
         return train, test
     if kind_of(data.test):
         test = read_rows(data.test)
     else:
         test = read_rows(data.dataset, split=data.test, subset=data.subset)
-    labelled.check_rows(test, data.test, fields_of(data))
+    check(test, data.test)
     return rows, test
 
 
@@ -93,9 +115,13 @@ def encode(
 
 def outline(config: Config, rows: Rows) -> Outline:
     """Reads the outline of the encoder, with a head for the classes of the rows."""
-    data = config.data
+    return outline_of(config.data, len(label_names(rows.train, config.data.label)))
+
+
+def outline_of(data: DataConfig, num_labels: int) -> Outline:
+    """Reads the outline of the encoder, with a head for so many classes."""
     assert data.model is not None, "the options have no defaults yet"
-    outline = read_classifier_outline(data.model, len(label_names(rows.train, data.label)))
+    outline = read_classifier_outline(data.model, num_labels)
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
     return outline
 

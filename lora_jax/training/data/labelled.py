@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,11 +27,11 @@ class Labelled(Padded):
     A batch is cut to the smallest of `lengths` that holds its texts, so that a step has few shapes.
 
     Attributes:
-      ids: [n, seq], tokens.
+      ids: [n, seq], tokens; or [n, 2, seq], and so the next two, see `comparisons`.
       attention_mask: [n, seq], 0 for padding.
       token_type_ids: [n, seq], 1 in the second text of a pair, for models that tell them apart.
       labels: [n], indices of classes.
-      weights: [n], the factor of each text in the loss; 0 for one that does not count.
+      weights: [n], the factor of each row in the loss; 0 for one that does not count.
     """
 
     weights: np.ndarray
@@ -50,10 +50,10 @@ class Labelled(Padded):
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
-        """Returns the places up to the last token of each text: [n]."""
-        there = self.attention_mask != 0
-        after_last = there.shape[-1] - there[:, ::-1].argmax(axis=-1)
-        return np.where(there.any(axis=-1), after_last, 0)
+        """Returns the places up to the last token of each row: [n]."""
+        there = (self.attention_mask != 0).reshape(len(self), -1, self.ids.shape[-1])
+        after_last = there.shape[-1] - there[..., ::-1].argmax(axis=-1)
+        return np.where(there.any(axis=-1), after_last, 0).max(axis=-1)
 
     def by_name(self) -> HostBatch:
         """Returns the arrays."""
@@ -125,27 +125,12 @@ def texts(
     seconds = [row[fields.text_pair] for row in rows] if fields.text_pair else None
     limit = {"truncation": True, "max_length": seq_len} if truncate else {}
 
-    def encoded_block(first: int) -> dict[str, list[list[int]]]:
-        block = slice(first, first + _BLOCK)
+    def encoded(block: slice) -> dict[str, list[list[int]]]:
         second = seconds[block] if seconds else None
         return dict(
             tokenizer(firsts[block], second, return_token_type_ids=True, verbose=False, **limit)
         )
 
-    blocks = mapped(encoded_block, range(0, len(rows), _BLOCK))
-    ids, types = (
-        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
-    )
-    lengths = [len(one) for one in ids]
-    if longer := sum(length > seq_len for length in lengths):
-        raise TrainingError(
-            lambda option: (
-                f"{source}: {longer} of {len(rows)} texts are longer than "
-                f"{option('seq_len', seq_len)}, the longest has {max(lengths)} tokens. Raise "
-                f"{option('seq_len')}, take those rows out, or cut them off at the end with "
-                f"{option('truncate', True)}"
-            )
-        )
     index = {name: i for i, name in enumerate(names)}
     for number, row in enumerate(rows, start=1):
         if str(row[fields.label]) not in index:
@@ -153,19 +138,56 @@ def texts(
                 f"{name_of(row, source, number)}: the label {row[fields.label]!r} is none of "
                 f"those to train on: {', '.join(names)}"
             )
+    return Labelled(
+        **padded_texts(encoded, len(rows), tokenizer, seq_len, source, mapped),
+        labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
+        weights=np.ones(len(rows), np.int32),
+    )
+
+
+def padded_texts(
+    encoded: Callable[[slice], Mapping[str, list[list[int]]]],
+    n: int,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    source: str,
+    mapped: Mapped,
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of `n` texts that a tokenizer makes, by their names in `Labelled`.
+
+    Args:
+      encoded: returns "input_ids" and "token_type_ids" of a slice of the texts.
+      n: the number of texts.
+      tokenizer, seq_len, source, mapped: see `texts`.
+
+    Raises:
+      TrainingError: a text is too long.
+    """
+    blocks = mapped(
+        lambda first: encoded(slice(first, first + _BLOCK)), range(0, n, _BLOCK)
+    )
+    ids, types = (
+        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
+    )
+    lengths = [len(one) for one in ids]
+    if longer := sum(length > seq_len for length in lengths):
+        raise TrainingError(
+            lambda option: (
+                f"{source}: {longer} of {n} texts are longer than {option('seq_len', seq_len)}, "
+                f"the longest has {max(lengths)} tokens. Raise {option('seq_len')}, take those "
+                f"rows out, or cut them off with {option('truncate', True)}"
+            )
+        )
     length = round_up(max(lengths), seq_len)
-    padding = tokenizer.pad_token_id or 0
 
     def padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
         return np.array([[*ids, *[fill] * (length - len(ids))] for ids in lists], np.int32)
 
-    return Labelled(
-        ids=padded(ids, padding),
-        attention_mask=padded([[1] * n for n in lengths], 0),
-        token_type_ids=padded(types, 0),
-        labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
-        weights=np.ones(len(rows), np.int32),
-    )
+    return {
+        "ids": padded(ids, tokenizer.pad_token_id or 0),
+        "attention_mask": padded([[1] * n for n in lengths], 0),
+        "token_type_ids": padded(types, 0),
+    }
 
 
 def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:

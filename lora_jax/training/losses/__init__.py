@@ -1,10 +1,16 @@
-"""Losses: their contract; of tokens, by their names (`TOKEN_LOSSES`), and of classes.
+"""Losses: their contract; of tokens, by their names (`TOKEN_LOSSES`), of classes, of scored pairs.
 
 Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabilities, for loops of
 your own; `pair_loss`, `unpaired_loss` and `rollout_loss` take batches, for a step.
 """
 
-from lora_jax.training.losses.classes import CLASSES, classification_loss, logits_of
+from lora_jax.training.losses.classes import (
+    CLASSES,
+    COMPARISONS,
+    classification_loss,
+    comparison_loss,
+    logits_of,
+)
 from lora_jax.training.losses.contract import (
     HELD_OUT,
     OWN_METRICS,
@@ -52,6 +58,7 @@ from lora_jax.training.losses.tokens import (
 
 __all__ = [
     "CLASSES",
+    "COMPARISONS",
     "CROSS_ENTROPY",
     "DEFAULT",
     "HELD_OUT",
@@ -69,6 +76,7 @@ __all__ = [
     "Sums",
     "advantages_of",
     "classification_loss",
+    "comparison_loss",
     "completions",
     "distillation_loss",
     "dr_grpo",

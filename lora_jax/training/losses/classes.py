@@ -1,4 +1,4 @@
-"""The cross entropy of a classifier's texts, in nats."""
+"""The cross entropy of a classifier's texts, and the loss of a reward model, in nats."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,18 +10,26 @@ import optax
 from lora_jax.core.types import Batch, Tree
 from lora_jax.training.losses.contract import Loss, Sums, number_of_units
 
+_TEXTS = ("ids", "attention_mask", "token_type_ids")
+
 
 def logits_of(
     forward: Callable[..., jax.Array], params: Tree, batch: Batch, **options: Any
 ) -> jax.Array:
     """Returns the logits of a batch's classes: [batch, classes], fp32."""
-    return forward(
-        {"params": params},
-        batch["ids"],
-        attention_mask=batch["attention_mask"],
-        token_type_ids=batch["token_type_ids"],
-        **options,
-    ).astype(jnp.float32)
+    ids, mask, types = (batch[name] for name in _TEXTS)
+    logits = forward(
+        {"params": params}, ids, attention_mask=mask, token_type_ids=types, **options
+    )
+    return logits.astype(jnp.float32)
+
+
+def scores_of(
+    forward: Callable[..., jax.Array], params: Tree, batch: Batch, **options: Any
+) -> jax.Array:
+    """Returns the scores of a batch's pairs, by a model of one logit: [batch, 2], fp32."""
+    texts = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _TEXTS}
+    return logits_of(forward, params, texts, **options).reshape(-1, 2)
 
 
 def classification_loss(
@@ -53,4 +61,37 @@ def classification_loss(
     return Sums(jnp.sum(losses * weights), number_of_units(weights), {"accuracy": right})
 
 
+def comparison_loss(
+    forward: Callable[..., jax.Array],
+    params: Tree,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+) -> Sums:
+    """Sums -log σ(s - r) over pairs, s the score of the chosen text and r that of the other.
+
+    The model of Bradley and Terry (1952): σ(s - r) is the probability that s is chosen. TRL's
+    RewardTrainer has the same loss.
+
+    Args:
+      forward: the ``apply`` of a classifier of one class, adapted or not.
+      params: a parameter tree, adapted or plain.
+      batch: arrays [batch, …]; see `lora_jax.training.comparisons`.
+      dropout_key: turns dropout on.
+
+    Returns:
+      The sums. `logs` has "margin", the sum of s - r, and "accuracy", the number of pairs whose
+      chosen text has the higher score.
+    """
+    dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
+    scores = scores_of(forward, params, batch, **dropout)
+    margin, weights = scores[:, 0] - scores[:, 1], batch["weights"].astype(jnp.float32)
+    logs = {
+        "margin": jnp.sum(jnp.where(weights != 0, margin, 0)),
+        "accuracy": number_of_units(jnp.where(margin > 0, weights, 0)),
+    }
+    total = -jnp.sum(jax.nn.log_sigmoid(margin) * weights)
+    return Sums(total, number_of_units(weights), logs)
+
+
 CLASSES = Loss(classification_loss, unit="text")
+COMPARISONS = Loss(comparison_loss, unit="pair")
