@@ -37,9 +37,10 @@ class GrpoDataConfig(RolloutDataConfig):
     other fields."""
     reward: tuple[str, ...] = option((), field.HIDDEN)
     """What rewards a completion: file.py:function, the folder of a run of `train.classify --labels
-    pairs`, sql, arithmetic, or length; or several, which are added up. A function gets lists by keyword: `prompts`, `completions`, `completion_ids` and
-    the fields of the rows; it returns a number for each completion, or None for no opinion. It runs
-    in processes of its own. By default that of the task."""
+    pairs`, sql, arithmetic, or length; or several, which are added up. A function gets lists by
+    keyword: `prompts`, `completions`, `completion_ids` and the fields of the rows; it returns a
+    number for each completion, or None for no opinion. It runs in processes of its own. By default
+    that of the task."""
     reward_weights: tuple[float, ...] = option((), field.HIDDEN)
     """A weight for each --reward; by default 1."""
     reward_timeout: float = option(30.0, field.CHANGEABLE)

@@ -46,7 +46,13 @@ def batches(
 
 
 def probabilities(
-    apply: Callable[..., Any], params: Any, tokens: Tokens, **how: Any
+    apply: Callable[..., Any],
+    params: Any,
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+    of: Callable[[jax.Array], jax.Array] = jax.nn.softmax,
 ) -> np.ndarray:
     """Returns the probability of each class for each text: [n, classes], fp32.
 
@@ -54,30 +60,13 @@ def probabilities(
       apply: a classifier's, adapted or not.
       params: its parameters.
       tokens: the texts.
-      how: `batch_size` and `progress` of `outputs`.
-    """
-    run = jax.jit(lambda params, batch: jax.nn.softmax(logits_of(apply, params, batch)))
-    return outputs(functools.partial(run, params), tokens, **how)
-
-
-def outputs(
-    run: Callable[[Any], Any],
-    tokens: Tokens,
-    *,
-    batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> np.ndarray:
-    """Returns what a function makes of each text: [n, outputs], fp32.
-
-    Args:
-      run: returns [batch, outputs] for a batch's arrays.
-      tokens: the texts.
       batch_size: texts in memory at once.
       progress: is called with the number of texts that are done.
+      of: the function of the logits to return, in the place of probabilities.
     """
     done, out = 0, None
     for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
-        found = np.asarray(run(_batch(tokens, texts, rows, length)))
+        found = np.asarray(_run(apply, of, params, _batch(tokens, texts, rows, length)))
         if out is None:
             out = np.empty((len(tokens.ids), found.shape[-1]), np.float32)
         out[texts] = found[: len(texts)]
@@ -85,6 +74,11 @@ def outputs(
         progress(done)
     assert out is not None, "no texts"
     return out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(apply: Callable[..., Any], of: Callable[..., Any], params: Any, batch: Any) -> jax.Array:
+    return of(logits_of(apply, params, batch))
 
 
 def _batch(tokens: Tokens, texts: np.ndarray, rows: int, length: int) -> dict[str, np.ndarray]:

@@ -1,18 +1,16 @@
 """Rewards by a model that `train.classify --labels pairs` trained."""
 
-import functools
 import sys
 from collections.abc import Collection
 
 import jax
 import numpy as np
 
-from lora_jax.training.data.comparisons import as_text, encode, shortened
+from lora_jax.training.data.comparisons import as_text, encode
 from lora_jax.training.data.rows import question
-from lora_jax.training.losses import logits_of
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors
-from train.predict.batches import outputs
+from train.predict.batches import probabilities
 from train.predict.classifier import Classifier
 from train.predict.texts import Tokens
 from train.rewards.reward import Batch, Judged
@@ -22,12 +20,12 @@ _BATCH_SIZE = 32  # completions in memory at once
 
 
 class RewardModel:
-    """A reward that is a model's score of a completion after its prompt; runs in this process."""
+    """A reward that is a model's score of a completion after its prompt, made in this process."""
 
     needs: Collection[str] = ()
 
     def __init__(self, folder: str) -> None:
-        """Reads the model that a run left in a folder, and its base.
+        """Reads the model that a run left in a folder, over the base that it names.
 
         Raises:
           UserError: there is none, or its base cannot be read.
@@ -42,31 +40,29 @@ class RewardModel:
             outline = read_classifier_outline(source.about.get("model", ""), 1)
         outline = outline.quantized(source.quantize)
         source.check(outline)
-        apply, params = Classifier(outline, source, ()).load()
-        run = jax.jit(lambda params, batch: logits_of(apply, params, batch))
-        self._run = functools.partial(run, params)
+        self._apply, self._params = Classifier(outline, source, ()).load()
         self._given, self._tokenizer = source.given, outline.tokenizer
-        self._most = source.about.get("seq_len", outline.max_tokens)
+        self._most: int = source.about.get("seq_len", outline.max_tokens)
         self._has_said = False
 
     def __call__(self, batch: Batch) -> Judged:
         """Returns the scores; says once that texts are shortened."""
         prompts = [as_text(question({"prompt": one}, "a row").messages) for one in batch.prompts]
-        encoded = encode(prompts, list(batch.completions), self._tokenizer)
-        longer = sum(len(ids) > self._most for ids in encoded["input_ids"])
-        if longer and not self._has_said:
+        texts = list(zip(prompts, batch.completions, strict=True))
+        encoded, n_shortened = encode(texts, self._tokenizer, self._most)
+        if n_shortened and not self._has_said:
             self._has_said = True
             print(
-                f"{self._given} reads {self._most} tokens: {longer} of {len(prompts)} prompts lose "
-                "their beginning, and so will others",
+                f"{self._given} reads {self._most} tokens: {n_shortened} of {len(texts)} prompts "
+                "lose their beginning, and so do later ones",
                 file=sys.stderr,
             )
-        ids, types = (
-            [np.array(one, np.int32) for one in each]
-            for each in shortened(encoded, self._most).values()
-        )
+        ids, types = ([np.array(one, np.int32) for one in each] for each in encoded.values())
         tokens = Tokens(ids, types, self._most, self._tokenizer.pad_token_id or 0)
-        return Judged(outputs(self._run, tokens, batch_size=_BATCH_SIZE)[:, 0])
+        scores = probabilities(
+            self._apply, self._params, tokens, batch_size=_BATCH_SIZE, of=jax.nn.identity
+        )
+        return Judged(scores[:, 0])
 
     def close(self) -> None:
         """Does nothing."""

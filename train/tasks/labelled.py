@@ -1,6 +1,7 @@
 """The task of classifying a user's texts: a head on an encoder, which trains in full."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,14 +53,11 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
       TrainingError: the rows cannot be read, lack a field, or are too few to hold out a share.
     """
 
-    def split(rows: Sequence[Row]) -> Sequence[Any]:
+    def split(rows: list[Row]) -> Sequence[Any]:
         names = [str(row[data.label]) for row in rows]
-        return train_test_split(
-            rows, test_size=data.test_share, random_state=SEED, stratify=names
-        )
+        return train_test_split(rows, test_size=data.test_share, random_state=SEED, stratify=names)
 
-    fields = fields_of(data)
-    return read_parts(data, lambda rows, source: labelled.check_rows(rows, source, fields), split)
+    return read_parts(data, functools.partial(labelled.check_rows, fields=fields_of(data)), split)
 
 
 def read_parts(
@@ -67,16 +65,7 @@ def read_parts(
     check: Callable[[list[Row], str], None],
     split: Callable[[list[Row]], Sequence[Any]],
 ) -> tuple[list[Row], list[Row]]:
-    """Returns (rows to train on, rows to test on).
-
-    Args:
-      data: the options that name them.
-      check: raises a TrainingError for rows that cannot be used, of the name of a source.
-      split: holds out --test-share, or raises a ValueError.
-
-    Raises:
-      TrainingError: the rows cannot be read or used, or are too few to hold out a share.
-    """
+    """Returns the rows that options name, checked, in two parts; `split` may raise ValueError."""
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
     check(rows, data.dataset)
     if data.test is None:

@@ -10,7 +10,6 @@ import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
 
 from lora_jax.training.data.comparisons import comparisons, texts_of
-from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.data.pairs import check_pairs
 from lora_jax.training.data.rows import Row, shown
 from lora_jax.training.held_out import means
@@ -19,26 +18,17 @@ from lora_jax.training.processes import write_json
 from train.console.errors import UserError
 from train.options.classify import DEFAULT_TASK, Config
 from train.processes.hosts import map_over_processes
-from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import Outline
 from train.tasks import labelled
-from train.tasks.task import (
-    Context,
-    Data,
-    Evaluation,
-    Progress,
-    Rows,
-    padding_line,
-    print_figures,
-)
+from train.tasks.task import Context, Data, Evaluation, Progress, Rows, padding_line, print_figures
 
 BEFORE, LONGER = "before training", "always the longer completion"
 _sums = jax.jit(COMPARISONS, static_argnums=0)
 
 
 def check(config: Config) -> None:
-    """Raises a UserError where no data set is named: the default one has classes."""
+    """Raises a UserError where no pairs are named: the default task has none."""
     if config.data.dataset == DEFAULT_TASK:
         raise UserError("--labels pairs: name the pairs with --dataset, a file or a dataset")
 
@@ -47,10 +37,10 @@ def read_rows(config: Config) -> Rows:
     """Reads the pairs; where a share is held out, those of one prompt are on one side."""
 
     def split(rows: list[Row]) -> Sequence[Any]:
-        prompts = [texts_of(row, "")[0] for row in rows]
-        share = config.data.test_share
-        splitter = GroupShuffleSplit(n_splits=1, test_size=share, random_state=labelled.SEED)
-        return [[rows[i] for i in part] for part in next(splitter.split(rows, groups=prompts))]
+        share, seed = config.data.test_share, labelled.SEED
+        splitter = GroupShuffleSplit(n_splits=1, test_size=share, random_state=seed)
+        (parts,) = splitter.split(rows, groups=[texts_of(row, "")[0] for row in rows])
+        return [[rows[i] for i in part] for part in parts]
 
     return Rows(*labelled.read_parts(config.data, check_pairs, split))
 
@@ -58,20 +48,16 @@ def read_rows(config: Config) -> Rows:
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns the pairs as arrays."""
     data = config.data
-
-    def encode(part: Sequence[Row], source: str) -> Labelled:
-        return comparisons(
-            part,
-            outline.tokenizer,
-            seq_len=data.seq_len,
-            truncate=data.truncate,
-            source=source,
-            mapped=map_over_processes,
-        )
-
-    train = encode(rows.train, data.dataset)
-    test = encode(rows.held_out, data.test or "the held-out rows")
-    filled = train.attention_mask.sum() / (2 * np.array(train.lengths)[train.groups].sum())
+    encode = functools.partial(
+        comparisons,
+        tokenizer=outline.tokenizer,
+        seq_len=data.seq_len,
+        truncate=data.truncate,
+        mapped=map_over_processes,
+    )
+    train = encode(rows.train, source=data.dataset)
+    test = encode(rows.held_out, source=data.test or "the held-out rows")
+    n, places = len(train), 2 * np.array(train.lengths)[train.groups].sum()
     return Data(
         train=train,
         held_out=test,
@@ -85,8 +71,8 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
             "lengths": train.lengths,
         },
         lines=(
-            f"{len(train)} pairs to train on, {len(test)} to test on",
-            padding_line(len(train), "pairs", train.lengths, float(filled)),
+            f"{n} pairs to train on, {len(test)} to test on",
+            padding_line(n, "pairs", train.lengths, train.attention_mask.sum() / places),
         ),
     )
 
@@ -100,14 +86,14 @@ class Scoring:
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Measures the base with its new head."""
-        self._measure(BEFORE, model, params, forward)
+        self.found[BEFORE] = self.score(model, params, forward)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
-        """Returns False: the base is measured in a moment."""
+        """Returns False: a base is measured in a moment."""
         return False
 
     def score(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
+        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress | None = None
     ) -> dict[str, float]:
         """Returns the loss, the share of pairs that are right, and their mean margin."""
         test: Any = self.context.data.held_out
@@ -117,29 +103,18 @@ class Scoring:
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
         """Measures the trained model; writes and prints the scores."""
-        context = self.context
-        lengths = [[len(one) for one in texts_of(row, "")[1:]] for row in context.rows.held_out]
-        longer = np.mean([chosen > rejected for chosen, rejected in lengths])
-        self.found[LONGER] = {"accuracy": float(longer)}
-        scores = self._measure(labelled.ADAPTED, model, params, forward)
-        write_json(context.folder / SCORES, self.found)
-        print_figures(
-            context.console,
-            f"{len(lengths)} held-out pairs",
-            ("by", "right, in %", "mean margin"),
-            [
-                (way, f"{100 * one['accuracy']:.1f}", f"{one['margin']:.3f}" if "margin" in one else "")
-                for way, one in self.found.items()
-            ],
-        )
+        lengths = [[*map(len, texts_of(row, ""))] for row in self.context.rows.held_out]
+        longer = float(np.mean([chosen > rejected for _, chosen, rejected in lengths]))
+        scores = self.score(model, params, forward)
+        self.found |= {LONGER: {"accuracy": longer}, labelled.ADAPTED: scores}
+        write_json(self.context.folder / SCORES, self.found)
+        rows = [
+            (way, f"{100 * one['accuracy']:.1f}", f"{one.get('margin', np.nan):.3f}")
+            for way, one in self.found.items()
+        ]
+        title, columns = f"{len(lengths)} held-out pairs", ("by", "right, in %", "mean margin")
+        print_figures(self.context.console, title, columns, rows)
         return scores
-
-    def _measure(
-        self, way: str, model: Any, params: Any, forward: Callable[..., Any]
-    ) -> dict[str, float]:
-        with doing(self.context.console, f"{way}: scoring held-out pairs") as progress:
-            self.found[way] = self.score(model, params, forward, progress)
-        return self.found[way]
 
 
 TASK = dataclasses.replace(

@@ -1,7 +1,8 @@
 """Pairs of completions as texts for an encoder, which learns to give the better one more."""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,6 @@ from lora_jax.training.data.chats import Mapped, one_by_one
 from lora_jax.training.data.labelled import Labelled, padded_texts
 from lora_jax.training.data.pairs import _answered as answered
 from lora_jax.training.data.rows import Message, Row, check_text, name_of
-
-Encoded = dict[str, list[list[int]]]  # "input_ids" and "token_type_ids" of texts
 
 
 def comparisons(
@@ -32,43 +31,30 @@ def comparisons(
       rows: see `lora_jax.training.pairs`.
       tokenizer: the encoder's.
       seq_len: the most tokens of a prompt and its completion.
-      truncate: shortens longer ones, which are an error otherwise; see `shortened`.
+      truncate: shortens longer ones, which are an error otherwise; see `encode`.
       source, mapped: see `lora_jax.training.texts`.
 
     Raises:
       TrainingError: a row cannot be used, or is too long.
-
-    >>> from lora_jax import models, training
-    >>> rows = [{"prompt": "One plus one?", "chosen": "Two.", "rejected": "Three."}]
-    >>> name = "sentence-transformers/all-MiniLM-L6-v2"
-    >>> tokenizer = models.load_tokenizer(name)  # doctest: +SKIP
-    >>> examples = training.comparisons(rows, tokenizer)  # doctest: +SKIP
     """
-    prompts: list[str] = []
-    completions: list[str] = []
+    texts: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
         name = name_of(row, source, number)
         prompt, *both = texts_of(row, name)
         check_text("\n".join([prompt, *both]), name)
-        prompts += [prompt, prompt]
-        completions += both
-
-    def encoded(block: slice) -> Encoded:
-        found = encode(prompts[block], completions[block], tokenizer)
-        return shortened(found, seq_len) if truncate else dict(found)
-
-    flat = padded_texts(encoded, len(prompts), tokenizer, seq_len, source, mapped)
+        texts += [(prompt, one) for one in both]
+    most = seq_len if truncate else sys.maxsize
+    flat = padded_texts(
+        lambda block: encode(texts[block], tokenizer, most)[0],
+        len(texts), tokenizer, seq_len, source, mapped,
+    )  # fmt: skip
     arrays = {name: array.reshape(len(rows), 2, -1) for name, array in flat.items()}
     labels, weights = np.zeros(len(rows), np.int32), np.ones(len(rows), np.int32)
     return Labelled(**arrays, labels=labels, weights=weights)
 
 
 def texts_of(row: Row, name: str) -> tuple[str, str, str]:
-    """Returns the prompt, the chosen and the rejected completion of a row, as texts.
-
-    Raises:
-      TrainingError: it is no pair; calls it `name`.
-    """
+    """Returns the prompt, the chosen and the rejected completion of a row that is called `name`."""
     prompt, (chosen, rejected) = answered(row, name, False)
     return as_text(prompt.messages), as_text(chosen), as_text(rejected)
 
@@ -76,36 +62,31 @@ def texts_of(row: Row, name: str) -> tuple[str, str, str]:
 def as_text(turns: Sequence[Message]) -> str:
     """Returns what a turn says; of several, lines that begin with who says it."""
 
-    def said(turn: Mapping[str, Any]) -> str:
-        parts = [turn.get("content"), turn.get("tool_calls")]
-        return "\n".join(
-            one if isinstance(one, str) else json.dumps(one, ensure_ascii=False, default=str)
-            for one in parts
-            if one
-        )
+    def said(turn: Message) -> str:
+        if isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
+            return str(turn["content"])
+        parts = {name: value for name, value in turn.items() if name != "role"}
+        return json.dumps(parts, ensure_ascii=False, default=str)
 
     if len(turns) == 1:
         return said(turns[0])
     return "\n".join(f"{turn['role']}: {said(turn)}" for turn in turns)
 
 
-def encode(prompts: Sequence[str], completions: Sequence[str], tokenizer: Tokenizer) -> Any:
-    """Returns what a tokenizer makes of prompts and completions, as pairs of texts."""
-    return tokenizer(prompts, completions, return_token_type_ids=True, verbose=False)
+def encode(
+    texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, most: int
+) -> tuple[dict[str, list[list[int]]], int]:
+    """Returns the tokens of prompts and completions, and how many were shortened to `most` tokens.
 
-
-def shortened(encoded: Any, most: int) -> Encoded:
-    """Returns encoded pairs of texts with at most `most` tokens.
-
-    Longer ones lose the beginning of the prompt and, where that is not enough, the completion's
-    end.
+    They lose the beginning of the prompt and, where that is not enough, the completion's end.
     """
-    kept = []
-    for number, ids in enumerate(encoded["input_ids"]):
-        side = np.array([-1 if of is None else of for of in encoded.sequence_ids(number)])
+    firsts, seconds = map(list, zip(*texts, strict=True))
+    made: Any = tokenizer(firsts, seconds, return_token_type_ids=True, verbose=False)
+    found = {name: made[name] for name in ("input_ids", "token_type_ids")}
+    longer = [i for i, ids in enumerate(made["input_ids"]) if len(ids) > most]
+    for i in longer:
+        side = np.array([-1 if of is None else of for of in made.sequence_ids(i)])
         order = np.concatenate([np.flatnonzero(side == 0), np.flatnonzero(side == 1)[::-1]])
-        kept.append(np.delete(np.arange(len(ids)), order[: max(len(ids) - most, 0)]))
-    return {
-        name: [np.array(ids)[at].tolist() for ids, at in zip(encoded[name], kept, strict=True)]
-        for name in ("input_ids", "token_type_ids")
-    }
+        for lists in found.values():
+            lists[i] = np.delete(lists[i], order[: len(side) - most]).tolist()
+    return found, len(longer)

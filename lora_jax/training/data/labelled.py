@@ -53,7 +53,7 @@ class Labelled(Padded):
         """Returns the places up to the last token of each row: [n]."""
         there = (self.attention_mask != 0).reshape(len(self), -1, self.ids.shape[-1])
         after_last = there.shape[-1] - there[..., ::-1].argmax(axis=-1)
-        return np.where(there.any(axis=-1), after_last, 0).max(axis=-1)
+        return np.asarray(np.where(there.any(axis=-1), after_last, 0).max(axis=-1))
 
     def by_name(self) -> HostBatch:
         """Returns the arrays."""
@@ -153,19 +153,8 @@ def padded_texts(
     source: str,
     mapped: Mapped,
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of `n` texts that a tokenizer makes, by their names in `Labelled`.
-
-    Args:
-      encoded: returns "input_ids" and "token_type_ids" of a slice of the texts.
-      n: the number of texts.
-      tokenizer, seq_len, source, mapped: see `texts`.
-
-    Raises:
-      TrainingError: a text is too long.
-    """
-    blocks = mapped(
-        lambda first: encoded(slice(first, first + _BLOCK)), range(0, n, _BLOCK)
-    )
+    """Returns the arrays of `n` texts, by their names in `Labelled`; `encoded` makes a slice."""
+    blocks = mapped(lambda first: encoded(slice(first, first + _BLOCK)), range(0, n, _BLOCK))
     ids, types = (
         [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
     )

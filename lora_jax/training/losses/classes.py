@@ -18,9 +18,7 @@ def logits_of(
 ) -> jax.Array:
     """Returns the logits of a batch's classes: [batch, classes], fp32."""
     ids, mask, types = (batch[name] for name in _TEXTS)
-    logits = forward(
-        {"params": params}, ids, attention_mask=mask, token_type_ids=types, **options
-    )
+    logits = forward({"params": params}, ids, attention_mask=mask, token_type_ids=types, **options)
     return logits.astype(jnp.float32)
 
 
