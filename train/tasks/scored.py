@@ -108,12 +108,9 @@ class Scoring:
         scores = self.score(model, params, forward)
         self.found |= {LONGER: {"accuracy": longer}, labelled.ADAPTED: scores}
         write_json(self.context.folder / SCORES, self.found)
-        rows = [
-            (way, f"{100 * one['accuracy']:.1f}", f"{one.get('margin', np.nan):.3f}")
-            for way, one in self.found.items()
-        ]
-        title, columns = f"{len(lengths)} held-out pairs", ("by", "right, in %", "mean margin")
-        print_figures(self.context.console, title, columns, rows)
+        rows = [(way, f"{100 * one['accuracy']:.1f}") for way, one in self.found.items()]
+        title = f"{len(lengths)} held-out pairs"
+        print_figures(self.context.console, title, ("by", "right, in %"), rows)
         return scores
 
 
