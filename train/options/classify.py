@@ -31,9 +31,9 @@ class DataConfig:
     gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the
     hub."""
     labels: Literal["classes", "pairs"] = option("classes", field.HIDDEN)
-    """What rows tell. classes: the class of a text. pairs: which of two completions is the better
-    one, as rows of `train.dpo` do, from which a reward model learns to score them; `train.grpo`
-    takes it by --reward."""
+    """The labels of the rows. classes: the class of a text. pairs: which of two completions is
+    better, as in rows of `train.dpo`; it trains a reward model, which `train.grpo --reward` takes.
+    """
     split: str = option("train", field.OF_HUB)
     """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = option(None, field.OF_HUB)
