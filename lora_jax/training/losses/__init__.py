@@ -4,13 +4,7 @@ Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabi
 your own; `pair_loss`, `unpaired_loss` and `rollout_loss` take batches, for a step.
 """
 
-from lora_jax.training.losses.classes import (
-    CLASSES,
-    COMPARISONS,
-    classification_loss,
-    comparison_loss,
-    logits_of,
-)
+from lora_jax.training.losses.classes import CLASSES, COMPARISONS, classification_loss, logits_of
 from lora_jax.training.losses.contract import (
     HELD_OUT,
     OWN_METRICS,
@@ -76,7 +70,6 @@ __all__ = [
     "Sums",
     "advantages_of",
     "classification_loss",
-    "comparison_loss",
     "completions",
     "distillation_loss",
     "dr_grpo",

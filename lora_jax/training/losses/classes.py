@@ -17,17 +17,13 @@ def logits_of(
     forward: Callable[..., jax.Array], params: Tree, batch: Batch, **options: Any
 ) -> jax.Array:
     """Returns the logits of a batch's classes: [batch, classes], fp32."""
-    ids, mask, types = (batch[name] for name in _TEXTS)
-    logits = forward({"params": params}, ids, attention_mask=mask, token_type_ids=types, **options)
-    return logits.astype(jnp.float32)
-
-
-def scores_of(
-    forward: Callable[..., jax.Array], params: Tree, batch: Batch, **options: Any
-) -> jax.Array:
-    """Returns the scores of a batch's pairs, by a model of one logit: [batch, 2], fp32."""
-    texts = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _TEXTS}
-    return logits_of(forward, params, texts, **options).reshape(-1, 2)
+    return forward(
+        {"params": params},
+        batch["ids"],
+        attention_mask=batch["attention_mask"],
+        token_type_ids=batch["token_type_ids"],
+        **options,
+    ).astype(jnp.float32)
 
 
 def classification_loss(
@@ -81,7 +77,8 @@ def comparison_loss(
       chosen text has the higher score.
     """
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    scores = scores_of(forward, params, batch, **dropout)
+    texts = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _TEXTS}
+    scores = logits_of(forward, params, texts, **dropout).reshape(-1, 2)
     margin, weights = scores[:, 0] - scores[:, 1], batch["weights"].astype(jnp.float32)
     logs = {
         "margin": jnp.sum(jnp.where(weights != 0, margin, 0)),
