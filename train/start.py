@@ -1,4 +1,4 @@
-"""What the tasks of `train.grpo` begin with, which is made where it is not there yet."""
+"""The beginnings of the tasks of `train.grpo`, which are made where they are not there yet."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What losses of preferences compare each batch with: a reference, and KTO's divergence from it."""
+"""The comparison of each batch with the reference, and KTO's divergence from it."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -54,7 +54,7 @@ class Drawn(NamedTuple):
 
     Attributes:
       tokens: [prompts, group, n] int32.
-      logps: of these tokens, when they were drawn; fp32, as tokens.
+      logps: fp32, as tokens: log-probabilities of these when they were drawn.
       lengths: [prompts, group], the tokens of each.
       ended: [prompts, group] bool: whether it came to an end within n tokens.
       texts: the texts, group after group.

@@ -25,7 +25,7 @@ class DistillDataConfig(RolloutDataConfig):
     group: int = 1
     """Completions of each prompt."""
     teacher: str = option(BASE, field.HIDDEN)
-    """Who judges each token of a completion: base, or the folder of an adapter over the base of
+    """The judge of each token of a completion: base, or the folder of an adapter over the base of
     --teacher-model."""
     teacher_model: str | None = option(None, field.HIDDEN)
     """Another model as the base of the teacher, such as a larger one with the same tokenizer. By

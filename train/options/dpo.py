@@ -47,7 +47,7 @@ class DpoDataConfig(TokensConfig):
     perhaps `tools`; without `prompt`, it is what the two have in common. For --loss kto also
     `prompt`, `completion` and `label`."""
     reference: str | None = option(None, field.HIDDEN)
-    """What the adapter is compared with: base, the folder of an adapter over the same base (such as
+    """The model to compare with: base, the folder of an adapter over the same base (such as
     that of --init-adapter), or none. By default base, and none for losses without a reference."""
     reference_logps: Literal["cached", "live"] = option("cached", field.HIDDEN)
     """When its log-probabilities are computed. cached: of all rows before training, and kept for

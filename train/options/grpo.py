@@ -36,7 +36,7 @@ class GrpoDataConfig(RolloutDataConfig):
     a dataset on the hub. Each row has a `prompt` (a text or turns) or `messages`; a reward gets all
     other fields."""
     reward: tuple[str, ...] = option((), field.HIDDEN)
-    """What rewards a completion: file.py:function, the folder of a run of `train.classify --labels
+    """Rewards of a completion: file.py:function, the folder of a run of `train.classify --labels
     pairs`, sql, arithmetic, or length; or several, which are added up. A function gets lists by
     keyword: `prompts`, `completions`, `completion_ids` and the fields of the rows; it returns a
     number for each completion, or None for no opinion. It runs in processes of its own. By default
@@ -48,7 +48,7 @@ class GrpoDataConfig(RolloutDataConfig):
     reward_workers: int = option(2, field.CHANGEABLE)
     """Processes in which functions run side by side."""
     redraw: int = option(0, field.OPTIMISATION)
-    """How often to draw a group again whose rewards are all equal, and from which nothing can be
+    """Draw a group again, so many times, whose rewards are all equal, and from which nothing can be
     learned (DAPO's dynamic sampling)."""
     reference: str | None = option(None, field.HIDDEN)
     """With --beta, what the adapter is kept close to: base, or the folder of an adapter over the
@@ -64,8 +64,8 @@ class GrpoOptimConfig(RolloutOptimConfig):
     --optimizer lion; sgd has no default."""
     loss: Annotated[LossName, tyro.conf.arg(help=_LOSS)] = option("dapo", field.OPTIMISATION)
     scale: Scale = option("group", field.OPTIMISATION)
-    """What a reward's distance from its group's mean is divided by: the deviation within the group,
-    that of the batch, or nothing."""
+    """The divisor of a reward's distance from its group's mean: the deviation within the group, that
+    of the batch, or none."""
     clip: float | None = option(None, field.OPTIMISATION)
     """Ratios of probabilities are clipped from 1 - clip on. By default 0.2; of gspo 3e-4."""
     clip_high: float | None = option(None, field.OPTIMISATION)
@@ -76,7 +76,7 @@ class GrpoOptimConfig(RolloutOptimConfig):
     beta: float = option(0.0, field.OPTIMISATION)
     """The strength of the divergence from --reference; of rloo it is part of the reward."""
     divergence: Divergence = option("corrected", field.OPTIMISATION)
-    """How the divergence is estimated. k3: e^x - x - 1, x the log-ratio of reference and adapter.
+    """The estimate of the divergence. k3: e^x - x - 1, x the log-ratio of reference and adapter.
     corrected: k3 times the ratio, whose gradient is that of the divergence."""
 
     def online(self, length: int) -> Online | None:

@@ -83,10 +83,10 @@ class Context:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparing:
-    """What a run has before its first step, for a task whose batches need the model.
+    """The state of a run before its first step, for a task whose batches need the model.
 
     Attributes:
-      config, folder, console, outline, data: of the run.
+      config, folder, console, outline, data: those of the run.
       layout: the placement of all that follows.
       model, plain: the model and its parameters, without the adapter.
       ready: what training begins with.

@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax.core.types import Tokenizer
 from lora_jax.training.data.chats import Mapped, one_by_one
 from lora_jax.training.data.labelled import Labelled, padded_texts
-from lora_jax.training.data.pairs import _answered as answered
+from lora_jax.training.data.pairs import answered as answered
 from lora_jax.training.data.rows import Message, Row, check_text, name_of
 
 

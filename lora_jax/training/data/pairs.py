@@ -58,7 +58,7 @@ def check_pairs(rows: Iterable[Row], source: str, *, labelled: bool = False) -> 
 
     With `labelled`, it may also be a completion with a label.
     """
-    check_rows(rows, source, lambda row, name: _answered(row, name, labelled)[0], _needed(labelled))
+    check_rows(rows, source, lambda row, name: answered(row, name, labelled)[0], _needed(labelled))
 
 
 def _needed(labelled: bool) -> str:
@@ -69,7 +69,7 @@ def _is_pair(row: Row) -> bool:
     return all(row.get(field) is not None for field in _PAIR)
 
 
-def _answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Turns]]:
+def answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Turns]]:
     """Returns the prompt of a row, whose `text` is set in plain texts, and its completions."""
     fields = _PAIR if _is_pair(row) else ("completion",)
     if fields != _PAIR:
@@ -126,8 +126,8 @@ def _common_beginning(chosen: Said, rejected: Said, name: str) -> int:
 
 def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled: bool) -> Drafts:
     """Returns a prompt and its completions; with `labelled`, a prompt before each completion."""
-    prompt, completions = answered = _answered(row, name, labelled)
-    check_text(json.dumps(answered, ensure_ascii=False, default=repr), name)
+    prompt, completions = read = answered(row, name, labelled)
+    check_text(json.dumps(read, ensure_ascii=False, default=repr), name)
     is_plain = prompt.text is not None or tokenizer.chat_template is None
     drafts: list[Draft] = []
     left_out: dict[str, templates.LeftOut] = {}
