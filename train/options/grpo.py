@@ -64,8 +64,8 @@ class GrpoOptimConfig(RolloutOptimConfig):
     --optimizer lion; sgd has no default."""
     loss: Annotated[LossName, tyro.conf.arg(help=_LOSS)] = option("dapo", field.OPTIMISATION)
     scale: Scale = option("group", field.OPTIMISATION)
-    """The divisor of a reward's distance from its group's mean: the deviation within the group, that
-    of the batch, or none."""
+    """The divisor of a reward's distance from its group's mean: the deviation of the group, that of
+    the batch, or none."""
     clip: float | None = option(None, field.OPTIMISATION)
     """Ratios of probabilities are clipped from 1 - clip on. By default 0.2; of gspo 3e-4."""
     clip_high: float | None = option(None, field.OPTIMISATION)

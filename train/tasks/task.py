@@ -86,7 +86,7 @@ class Preparing:
     """The state of a run before its first step, for a task whose batches need the model.
 
     Attributes:
-      config, folder, console, outline, data: those of the run.
+      config, folder, console, outline, data: parts of the run.
       layout: the placement of all that follows.
       model, plain: the model and its parameters, without the adapter.
       ready: what training begins with.
