@@ -16,9 +16,8 @@ from lora_jax.core.types import Batch, Tree
 from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.lorafy import nodes_of
 from lora_jax.saving.fingerprint import base_fingerprint, checksum
-from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.preferences import Preferences
-from lora_jax.training.layout import Layout
+from lora_jax.training.layout import Layout, OnMesh
 from lora_jax.training.losses import sequence_logps
 from lora_jax.training.processes import is_first
 from train.adapters.source import find_adapter
@@ -30,12 +29,12 @@ from train.processes import hosts
 from train.run.log import doing
 from train.tasks.task import Preparing
 
-# (parameters, a batch) -> the log-probabilities of its sequences, [batch * n].
-Scorer = Callable[[Tree, HostBatch], jax.Array]
 
+def sequence_scorer(model: Any, layout: Layout, chunk: int) -> OnMesh:
+    """Returns ``(params, batch) -> log-probabilities`` of sequences, as the loss computes them.
 
-def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
-    """Returns a function of the log-probabilities of sequences, as the loss computes them."""
+    These are [batch, n]; the batch lies on the mesh.
+    """
     forward = running(layout.constrained(model))
 
     def score(params: Tree, batch: Batch) -> jax.Array:
@@ -48,14 +47,7 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
         )
         return found.policy.reshape(batch["counts"].shape)
 
-    compiled = jax.jit(score, out_shardings=layout.whole, compiler_options=layout.compiler_options)
-
-    def on_mesh(params: Tree, batch: HostBatch) -> jax.Array:
-        with jax.set_mesh(layout.mesh):
-            found: jax.Array = compiled(params, layout.batch(batch, parts=False))
-            return found
-
-    return on_mesh
+    return layout.jitted(score)
 
 
 def running(model: Any) -> Callable[..., Any]:
@@ -104,7 +96,7 @@ def check_reference(config: Any, outline: Any) -> None:
 
 
 def with_reference(
-    of: Preparing, score: Scorer, params: Tree, examples: Preferences
+    of: Preparing, score: OnMesh, params: Tree, examples: Preferences
 ) -> Preferences:
     """Returns examples with the reference's log-probabilities, computed or of an earlier run.
 
@@ -130,7 +122,7 @@ def with_reference(
     with doing(of.console, f"the reference reads {len(order):,} rows") as progress:
         for first, part in zip(range(0, len(order), n), examples.parts(n), strict=True):
             rows = order[first : first + n]
-            found[rows] = np.asarray(score(params, part))[: len(rows)]
+            found[rows] = np.asarray(score(params, of.layout.batch(part, parts=False)))[: len(rows)]
             progress(first + len(rows), len(order))
     if path is not None and is_first() and (asked is not None or len(order) >= cache.FEW):
         _keep(of, path, found)

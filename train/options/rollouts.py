@@ -75,18 +75,23 @@ def check(config: Any, **numbers: Numbers) -> None:
         top_p=_SHARE,
         **numbers,
     )
-    if optim.batch_size % data.group:
-        raise UserError(
-            f"--batch-size {optim.batch_size} is no multiple of --group {data.group}: completions "
-            "of one prompt stay together"
-        )
-    if data.max_new_tokens >= data.seq_len:
-        raise UserError(
-            f"--max-new-tokens {data.max_new_tokens} leaves no room for prompts in --seq-len "
-            f"{data.seq_len}: raise this, or lower that"
-        )
+    check_group(optim.batch_size, data.group, data.max_new_tokens, data.seq_len)
     if run.eval_every:
         raise UserError(
             f"--eval-every {run.eval_every}: there is no held-out loss; --score-every measures the "
             "score of a task"
+        )
+
+
+def check_group(batch_size: int, group: int, max_new_tokens: int, seq_len: int) -> None:
+    """Raises a UserError if completions do not fill a batch, or leave no room for prompts."""
+    if batch_size % group:
+        raise UserError(
+            f"--batch-size {batch_size} is no multiple of --group {group}: completions of one "
+            "prompt stay together"
+        )
+    if max_new_tokens >= seq_len:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for prompts in --seq-len {seq_len}: "
+            "raise this, or lower that"
         )

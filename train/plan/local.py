@@ -18,7 +18,7 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.setup import Setup
 from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule
-from train.plan.compile import adapted_shapes, per_device, placed_shapes
+from train.plan.job import adapted_shapes, per_device, placed_shapes
 from train.plan.plan_flops import count_traced, step_work
 from train.run.intrinsic import moves_weights, running_in, space_of
 from train.run.pretrained import Outline
