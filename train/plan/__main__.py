@@ -162,7 +162,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
                 f"sequences, and the mesh splits a batch into {layout.batch_parts} parts: give a "
                 f"larger --batch-size, or a --mesh with less of data and fsdp"
             )
-    group, max_new_tokens = asked.drawn
+    group, max_new_tokens = asked.drawn if asked.task == GRPO else (1, 0)
     job = Job(
         outline=outline,
         layout=layout,

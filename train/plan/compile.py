@@ -20,11 +20,11 @@ from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
 from train.plan.flops import step_flops
 from train.plan.job import Job, Variant, abstract_params, batch_shapes, per_device
-from train.plan.plan_flops import count_traced, step_work, summed, together
+from train.plan.plan_flops import StepWork, count_traced, step_work, together
 from train.plan.refusals import of_refusal, reason_of
 from train.run.report import compiled_bytes, tree_bytes
 
-STEP = "temporaries"  # of a step, by their name in a plan
+STEP = "temporaries"  # those of a step, by their name in a plan
 _STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
 
 
@@ -59,21 +59,21 @@ class Plan:
     name: str
     fits: bool
     fits_share: dict[str, bool]
-    refused: str | None
+    refused: str | None = None
     per_chip_bytes: dict[str, int | None]
-    flops_per_step: int | None
-    flops_per_chip: int | None
-    flops_source: str | None
+    flops_per_step: int | None = None
+    flops_per_chip: int | None = None
+    flops_source: str | None = None
     flops_traced: int | None
     flops_closed_form: int
-    collective_bytes: dict[str, int] | None
-    kernels: tuple[str, ...] | None
+    collective_bytes: dict[str, int] | None = None
+    kernels: tuple[str, ...] | None = None
     adapter_bytes: int
     checkpoint_bytes: int
-    compile_seconds: float
-    notes: tuple[str, ...]
     sampled_token_flops: int = 0
     cache_bytes: int = 0
+    compile_seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,9 +172,20 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
     }
     whole = Program(step.traced, step.lowered, step.params, sum(held.values()))
     programs = {STEP: whole, **step.between}
-    times = {name: one.times for name, one in programs.items()}
+    machine = job.machine
+    in_hlo = machine.platform != "gpu"  # there, products are calls of cuBLAS and of Triton
     counts = {name: count_traced(one.traced.jaxpr) for name, one in programs.items()}
-    traced = [(times[name], found and found.flops) for name, found in counts.items()]
+
+    def work(texts: Mapping[str, str | None]) -> StepWork:
+        """Returns the work of a step, of compiled programs or as traced."""
+        return together(
+            [
+                (one.times, step_work(texts.get(name), counts[name], len(machine.devices), in_hlo))
+                for name, one in programs.items()
+                if one.times
+            ]
+        )
+
     known: dict[str, Any] = {
         "name": variant.name,
         "flops_closed_form": _closed_form(job, variant, programs),
@@ -184,70 +195,49 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
     if SAMPLER in programs:
         known["cache_bytes"] = cache_bytes(step.model, job.batch_size, job.row)
         known["sampled_token_flops"] = _by_hand(job, variant, step.params, tokens=1)
-    machine = job.machine
     began = time.perf_counter()
-    made: dict[str, tuple[jax.stages.Compiled, dict[str, int], int]] = {}
+    made: dict[str, jax.stages.Compiled] = {}
     for name, one in programs.items():
         try:
             made[name] = _largest(one.lowered, machine.compilations)
         except jax.errors.JaxRuntimeError as error:
             refusal = of_refusal(str(error), held, machine.capacity)
-            found = {before: sizes["temporaries"] for before, (_, sizes, _) in made.items()}
+            others = {before: compiled_bytes(found).get(STEP) for before, found in made.items()}
             return Plan(
                 fits=False,
                 fits_share={f"{share:g}": False for share in machine.shares},
                 refused=("" if name == STEP else f"the {name}: ") + reason_of(error),
-                per_chip_bytes={**refusal, name: refusal[STEP], **found},
-                flops_per_step=None,
-                flops_per_chip=None,
-                flops_source=None,
-                flops_traced=summed(traced),
-                collective_bytes=None,
-                kernels=None,
+                per_chip_bytes={**refusal, name: refusal[STEP], **others},
+                flops_traced=work({}).traced,
                 compile_seconds=time.perf_counter() - began,
-                notes=(),
                 **known,
             )
     seconds = time.perf_counter() - began
-    in_hlo = machine.platform != "gpu"  # there, products are calls of cuBLAS and of Triton
-    works = {
-        name: step_work(compiled.as_text(), counts[name], len(machine.devices), in_hlo)
-        for name, (compiled, _, _) in made.items()
-    }
-    work = together(works, times)
-    sizes = {name: sizes for name, (_, sizes, _) in made.items()}
-    memory = _of_compiled(programs, sizes, held) | {"capacity": machine.capacity}
-    memory["host"] = max(on_host for *_, on_host in made.values())
+    found = work({name: one.as_text() for name, one in made.items()})
+    memory = _of_compiled(made, programs, held) | {"capacity": machine.capacity}
     fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
     return Plan(
         fits=next(iter(fits.values())),
         fits_share=fits,
-        refused=None,
         per_chip_bytes=dict(memory),
-        flops_per_step=work.per_step,
-        flops_per_chip=work.per_chip,
-        flops_source=work.source,
-        flops_traced=work.traced,
-        collective_bytes=work.sent,
-        kernels=work.kernels,
+        flops_per_step=found.per_step,
+        flops_per_chip=found.per_chip,
+        flops_source=found.source,
+        flops_traced=found.traced,
+        collective_bytes=found.sent,
+        kernels=found.kernels,
         compile_seconds=seconds,
-        notes=work.notes,
+        notes=found.notes,
         **known,
     )
 
 
 def _largest(
     lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
-) -> tuple[jax.stages.Compiled, dict[str, int], int]:
-    """Compiles a step with each of several options; returns the one with the most temporaries.
-
-    Returns:
-      The compiled step, its bytes on a device, and those on its host.
-    """
+) -> jax.stages.Compiled:
+    """Compiles a program with each of several options; returns the one with most temporaries."""
     made = [lowered.compile(compiler_options=options or None) for options in compilations]
-    most = max(made, key=lambda one: compiled_bytes(one).get("temporaries", 0))
-    memory: Any = most.memory_analysis()
-    return most, compiled_bytes(most), getattr(memory, "host_temp_size_in_bytes", 0)
+    return max(made, key=lambda one: compiled_bytes(one).get(STEP, 0))
 
 
 def _closed_form(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int:
@@ -280,9 +270,10 @@ def _by_hand(job: Job, variant: Variant, params: Any, tokens: int | None = None)
 
 
 def _of_compiled(
-    programs: Mapping[str, Program], sizes: Mapping[str, dict[str, int]], held: dict[str, int]
+    made: Mapping[str, jax.stages.Compiled], programs: Mapping[str, Program], held: dict[str, int]
 ) -> dict[str, int]:
     """Returns the memory of a device: what stays, what each program needs, and the most of all."""
+    sizes = {name: compiled_bytes(one) for name, one in made.items()}
     if not all(sizes.values()):
         raise UserError("this compiler does not report how much memory a program needs")
     stays = sum(held.values())
@@ -290,11 +281,13 @@ def _of_compiled(
         name: sum(of.values()) - 2 * of["aliased"] + stays - programs[name].shared
         for name, of in sizes.items()
     }
-    temporaries = {name: of["temporaries"] for name, of in sizes.items()}
+    temporaries = {name: of[STEP] for name, of in sizes.items()}
     largest = max(totals, key=lambda name: totals[name])
+    memories: list[Any] = [one.memory_analysis() for one in made.values()]
     return {
         **held,
         **temporaries,
         "other": totals[largest] - stays - temporaries[largest],
         "total": totals[largest],
+        "host": max(getattr(memory, "host_temp_size_in_bytes", 0) for memory in memories),
     }

@@ -88,14 +88,9 @@ class PlanConfig:
 
     @property
     def drawn(self) -> tuple[int, int]:
-        """Returns the completions of a prompt, and the tokens of one; (1, 0) without rollouts."""
-        if self.task != GRPO:
-            return 1, 0
-        group, new = self.group, self.max_new_tokens
-        return (
-            RolloutDataConfig.group if group is None else group,
-            RolloutDataConfig.max_new_tokens if new is None else new,
-        )
+        """Returns the completions of a prompt, and the tokens of one."""
+        like = RolloutDataConfig
+        return self.group or like.group, self.max_new_tokens or like.max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ check of what was read, and the fallback. A failure of either does not end a pla
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from train.plan.hlo import NotUnderstood, Work, work_of
@@ -70,44 +70,28 @@ def step_work(
     )
 
 
-def together(works: Mapping[str, StepWork], times: Mapping[str, int]) -> StepWork:
-    """Returns the work of a step, the first, and of programs that run so many times for it."""
-    first, *_ = works
-    counted = {name: work for name, work in works.items() if times[name]}
-    sources = {work.source for work in counted.values()}
+def together(works: Sequence[tuple[int, StepWork]]) -> StepWork:
+    """Returns the work of several programs, each so many times; None for what one does not know."""
+    each = [work for _, work in works]
 
-    def total(values: Mapping[str, int | None]) -> int | None:
-        return summed((times[name], n) for name, n in values.items())
+    def total(name: str) -> int | None:
+        known = [(times, getattr(work, name)) for times, work in works]
+        return None if any(n is None for _, n in known) else sum(times * n for times, n in known)
 
     sent: Counter[str] = Counter()
-    kernels: list[str] = []
-    for name, work in counted.items():
-        kernels += work.kernels or ()
-        sent.update({kind: times[name] * n for kind, n in (work.sent or {}).items()})
-    known = all(work.sent is not None for work in counted.values())
+    for times, work in works:
+        sent.update({kind: times * n for kind, n in (work.sent or {}).items()})
+    sources, of_all = {work.source for work in each}, all(work.sent is not None for work in each)
+    kernels = dict.fromkeys(name for work in each for name in work.kernels or ())
     return StepWork(
         source=None if None in sources else JAXPR if JAXPR in sources else HLO,
-        per_step=total({name: work.per_step for name, work in counted.items()}),
-        per_chip=total({name: work.per_chip for name, work in counted.items()}),
-        traced=total({name: work.traced for name, work in counted.items()}),
-        sent=dict(sent) if known else None,
-        kernels=tuple(dict.fromkeys(kernels)) if known else None,
-        notes=tuple(
-            note if name == first else f"the {name}: {note}"
-            for name, work in counted.items()
-            for note in work.notes
-        ),
+        per_step=total("per_step"),
+        per_chip=total("per_chip"),
+        traced=total("traced"),
+        sent=dict(sent) if of_all else None,
+        kernels=tuple(kernels) if of_all else None,
+        notes=tuple(dict.fromkeys(note for work in each for note in work.notes)),
     )
-
-
-def summed(parts: Iterable[tuple[int, int | None]]) -> int | None:
-    """Returns the sum of numbers, each so many times; None if one of them is not known."""
-    total = 0
-    for times, n in parts:
-        if times and n is None:
-            return None
-        total += times * (n or 0)
-    return total
 
 
 def count_traced(jaxpr: Any) -> Count | None:
