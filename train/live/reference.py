@@ -24,7 +24,7 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
 from train.data import cache
-from train.options.dpo import BASE, NONE
+from train.options.dpo import BASE, KTO, NONE
 from train.processes import hosts
 from train.run.log import doing
 from train.tasks.task import Preparing
@@ -62,30 +62,38 @@ def running(model: Any) -> Callable[..., Any]:
     return forward
 
 
-def reference_params(of: Preparing, *, held: bool) -> Tree | None:
+def is_live(config: Any) -> bool:
+    """Returns whether the reference is needed while training, too."""
+    cached = getattr(config.data, "reference_logps", "live") == "cached"
+    return not cached or KTO in config.optim.loss
+
+
+def reference_params(config: Any, outline: Any, plain: Tree, takes_from_base: bool) -> Tree | None:
     """Returns the parameters that --reference names, over the arrays of the base; None for none.
 
     Args:
-      of: the run.
-      held: whether they are needed while training, too.
+      config: the options of the run.
+      outline: the model's.
+      plain: the base's parameters.
+      takes_from_base: whether the adapter has taken factors out of the base.
 
     Raises:
       UserError: they do not fit the base, or would need a second base beside it.
     """
-    given = of.config.data.reference
+    given = getattr(config.data, "reference", NONE)
     if given == NONE:
         return None
-    if held and (of.config.adapter.full or of.takes_from_base):
-        what = "--full trains" if of.config.adapter.full else "--init takes factors out of"
+    if is_live(config) and (config.adapter.full or takes_from_base):
+        what = "--full trains" if config.adapter.full else "--init takes factors out of"
         raise UserError(
             f"--reference {given}: {what} the base itself, and a second one would be needed beside "
             "it while training: use --reference-logps cached, or another --init"
         )
     if given == BASE:
-        return of.plain
+        return plain
     source = find_adapter(given, "--reference")
-    mismatch = of.config.adapter.allow_base_mismatch
-    return source.load(of.outline, of.plain, of.outline.name, allow_base_mismatch=mismatch)
+    mismatch = config.adapter.allow_base_mismatch
+    return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
 
 
 def check_reference(config: Any, outline: Any) -> None:

@@ -46,14 +46,15 @@ class RolloutOptimConfig(LanguageOptimConfig):
     """Steps on each batch of completions."""
 
 
-_LENGTHS = {"sql": (512, 80), "arithmetic": (64, 8)}  # of rows, and of completions
+OF_ROWS = (512, 128)  # --seq-len and --max-new-tokens of a user's own rows
+_LENGTHS = {"sql": (512, 80), "arithmetic": (64, 8)}
 _SHARE = Numbers(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
 
 
 def with_length(config: Any) -> Any:
     """Fills in --seq-len and --max-new-tokens by the task."""
     data = config.data
-    seq_len, new = _LENGTHS.get(data.dataset, (512, 128))
+    seq_len, new = _LENGTHS.get(data.dataset, OF_ROWS)
     data = dataclasses.replace(
         data, seq_len=data.seq_len or seq_len, max_new_tokens=data.max_new_tokens or new
     )

@@ -236,7 +236,7 @@ def _rows(job: Job) -> str:
     """Returns the batch of a step in words."""
     n, what = job.batch_size * job.grad_accum, f"{job.seq_len} tokens"
     if job.task == DPO:
-        return f"{n} pairs of 2 × {what}"
+        return f"{n} {'pair' if n == 1 else 'pairs'} of 2 × {what}"
     if job.task == GRPO:
         parts = f"{job.seq_len - job.max_new_tokens} + {job.max_new_tokens}"
         return f"{n} completions, {job.group} of a prompt, of {parts} tokens"

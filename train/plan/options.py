@@ -8,7 +8,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
 from train.options.common import AdapterConfig, Attention, Experts, Remat
-from train.options.rollouts import RolloutDataConfig, check_group
+from train.options.rollouts import OF_ROWS, RolloutDataConfig, check_group
 from train.plan.job import GRPO, SFT, Task
 from train.run.rules import rules
 
@@ -43,7 +43,7 @@ class PlanConfig:
     group: int | None = None
     """Completions of each prompt, for grpo; by default 8."""
     max_new_tokens: int | None = None
-    """Tokens of a completion, for grpo; by default 80."""
+    """Tokens of a completion, for grpo; by default 128."""
     loss_chunk: int = 256
     """Predictions whose logits are in memory at once, for each part of the batch on the mesh; 0 for
     all at once."""
@@ -89,8 +89,7 @@ class PlanConfig:
     @property
     def drawn(self) -> tuple[int, int]:
         """Returns the completions of a prompt, and the tokens of one."""
-        like = RolloutDataConfig
-        return self.group or like.group, self.max_new_tokens or like.max_new_tokens
+        return self.group or RolloutDataConfig.group, self.max_new_tokens or OF_ROWS[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -134,11 +134,11 @@ def _of_tasks(facts: Mapping[str, Any], made: Plan) -> Iterator[str]:
             f"time; the total has the largest. TFLOP and time are of a step and its {between[0]}."
         )
     if SAMPLER in between:
+        a_token = facts["grad_accum"] * made.sampled_token_flops / 1e12
         yield (
             f"The sampler's have the cache of keys and values, {_gib(made.cache_bytes)} GiB on all "
-            f"devices. Its work comes on top: {made.sampled_token_flops / 1e12:,.3f} TFLOP for one "
-            f"token of all {facts['batch_size']} completions, and up to {facts['max_new_tokens']} "
-            f"tokens, {facts['grad_accum']} times a step."
+            f"devices. Its work comes on top: {a_token:,.3f} TFLOP for a token of each completion "
+            f"of a step, and up to {facts['max_new_tokens']} tokens."
         )
 
 
