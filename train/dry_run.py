@@ -1,4 +1,4 @@
-"""Shows a run without running it: `--dry-run` of `train.sft` and `train.classify`."""
+"""Shows a run without running it: `--dry-run` of the scripts that train."""
 
 import functools
 from collections.abc import Callable
@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_jax.training.batches import HostBatch
-from lora_jax.training.data.order import Batches, Feed
-from lora_jax.training.layout import Layout
+from lora_jax.training.data.order import Feed
+from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.losses import Loss
 from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
 from train.console.output import tell
 from train.data.shown import Shown, lengths, shown
 from train.inputs import Inputs
+from train.live.prompts import PromptFeed
+from train.live.reference import is_live
 from train.options.common import Options
 from train.plan.local import Needs, measured_rate, needs
 from train.run.log import doing
@@ -43,14 +45,17 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
       console: console to print to.
     """
     _, outline, data = inputs.read
-    feed, layout, steps = inputs.feed, inputs.layout, inputs.steps
+    feed, layout = inputs.feed, inputs.layout
     say = functools.partial(tell, console)
     say("")
     coloured = console.is_terminal and not console.no_color
     labels = data.facts.get("labels", ())
     marked = "in green" if coloured else f"in {OPEN} {CLOSE}"
-    counted = "" if labels else f"; the loss counts what is {marked}"
-    say(f"the first rows, as the model sees them{counted}:")
+    if isinstance(feed, PromptFeed):
+        say("the first prompts, as the model sees them; the loss counts what it draws after them:")
+    else:
+        counted = "" if labels else f"; the loss counts what is {marked}"
+        say(f"the first rows, as the model sees them{counted}:")
     for one in shown(data.train, outline.tokenizer, _ROWS, labels, data.row):
         say(f"--- {one.title}")
         console.print(as_text(one, coloured=coloured), soft_wrap=True)
@@ -58,14 +63,16 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     sizes = lengths(data.train)
     found = np.percentile(sizes, _PERCENTILES, method="higher").astype(int).tolist()
     shares = ", ".join(f"{n} ({p}%)" for p, n in zip(_PERCENTILES, found, strict=True))
-    of = "a row" if data.feed is None else "a row of the sample"
-    say(f"tokens of {of}, by percentiles: {shares}; {sizes.mean():,.1f} on average")
+    what = _a_sequence(inputs)
+    say(f"tokens of {what}, by percentiles: {shares}; {sizes.mean():,.1f} on average")
     first = feed.first()
-    _print_steps(say, config, feed, steps, first)
-    with doing(console, "compiling the step"), as_user_errors(_REFUSAL, prefix=_REFUSED):
+    _print_steps(say, config, inputs, first)
+    with doing(console, "compiling"), as_user_errors(_REFUSAL, prefix=_REFUSED):
         needed = needs(config, outline, layout, loss, first)
     _print_memory(say, needed)
-    _print_time(say, config, layout, needed, steps)
+    if teacher := getattr(config.data, "teacher_model", None):
+        say(f"the teacher, {teacher}, needs memory besides")
+    _print_time(say, config, inputs, needed)
     say(f"{config.run.output}: {state_of(Path(config.run.output).expanduser())}")
     say("nothing was trained, and nothing was written: leave out --dry-run to train")
 
@@ -77,22 +84,40 @@ def as_text(one: Shown, *, coloured: bool) -> Text:
     return Text("".join(f"{OPEN}{s.text}{CLOSE}" if s.counted else s.text for s in one.spans))
 
 
-def _print_steps(say: Say, config: Options, feed: Batches, steps: int, first: HostBatch) -> None:
-    optim, run = config.optim, config.run
-    of_step = f"{optim.batch_size * optim.grad_accum} sequences a step" + (
+def _a_sequence(inputs: Inputs) -> str:
+    """Returns what a sequence of the examples is called."""
+    if isinstance(inputs.feed, PromptFeed):
+        return "a prompt"
+    if isinstance(inputs.read.data.train, Preferences):
+        return "a prompt with its completion"
+    return "a row" if inputs.read.data.feed is None else "a row of the sample"
+
+
+def _print_steps(say: Say, config: Options, inputs: Inputs, first: HostBatch) -> None:
+    optim, run, feed, steps = config.optim, config.run, inputs.feed, inputs.steps
+    examples, rolling = inputs.read.data.train, isinstance(feed, PromptFeed)
+    unit = "completions" if rolling else "sequences"
+    if isinstance(examples, Preferences) and len(examples) * examples.a_unit == len(examples.table):
+        unit = "pairs" if examples.a_unit == 2 else "rows"
+    n = optim.batch_size * optim.grad_accum
+    of_step = f"{n} {unit} a step" + (
         f" ({optim.grad_accum} batches of {optim.batch_size})" if optim.grad_accum > 1 else ""
     )
     shape = " × ".join(map(str, first["ids"].shape[1:]))
-    epochs = ""
-    if isinstance(feed, Feed):
-        epochs = f", {steps * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
+    epochs, taken = "", steps / getattr(optim, "updates", 1)  # steps that take rows of their own
+    if isinstance(feed, Feed | PromptFeed):
+        epochs = f", {taken * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
     say(f"steps: {steps:,}{epochs}; {of_step}; the largest batch is {shape} tokens")
-    some = [feed.tokens(feed.batch(number)) for number in range(min(steps, 16))]
-    a_step = float(np.mean(some))
-    say(
-        f"tokens without padding: {a_step:,.0f} a step (of the first {len(some)}), about "
-        f"{a_step * steps:,.0f} in all"
-    )
+    if rolling:
+        new, asked = n * first["targets"].shape[-1], n * lengths(examples).mean()
+        say(f"tokens a step: about {asked:,.0f} of prompts, and at most {new:,} that are drawn")
+    else:
+        some = [feed.tokens(feed.batch(number)) for number in range(min(steps, 16))]
+        a_step = float(np.mean(some))
+        say(
+            f"tokens without padding: {a_step:,.0f} a step (of the first {len(some)}), about "
+            f"{a_step * steps:,.0f} in all"
+        )
     if run.eval_every:
         say(f"held-out loss: {steps // run.eval_every + bool(steps % run.eval_every)} times")
 
@@ -102,7 +127,8 @@ def _print_memory(say: Say, needed: Needs) -> None:
         "base": needed.base,
         "adapter": needed.adapter,
         "optimiser": needed.optimizer,
-        "temporaries": needed.temporaries,
+        "temporaries of the step" if needed.between else "temporaries": needed.temporaries,
+        **{f"of the {name}": n for name, n in needed.between.items()},
     }
     known = ", ".join(f"{name} {megabytes(n)}" for name, n in parts.items() if n is not None)
     if needed.total is None:
@@ -111,23 +137,31 @@ def _print_memory(say: Say, needed: Needs) -> None:
         of = "" if needed.capacity is None else f" of {megabytes(needed.capacity)}"
         fits = needed.capacity is None or needed.total < needed.capacity
         say(
-            f"memory of a device, by the compiler: {megabytes(needed.total)}{of} ({known}). The "
-            "process itself, its rows and programs come on top"
+            f"memory of a device, by the compiler: {megabytes(needed.total)}{of} ({known}"
+            f"{', one at a time' * bool(needed.between)}). The process itself, its rows and "
+            "programs come on top"
         )
         if not fits:
             say("warning: this does not fit: use --remat, a smaller --batch-size or --seq-len")
     say(f"a checkpoint on disk: {megabytes(needed.checkpoint)}")
 
 
-def _print_time(say: Say, config: Options, layout: Layout, needed: Needs, steps: int) -> None:
-    if needed.flops is None:
+def _print_time(say: Say, config: Options, inputs: Inputs, needed: Needs) -> None:
+    if needed.flops is None or needed.scored is None:
         return
-    rate = measured_rate(config.optim.dtype, list(layout.mesh.devices.flat))
-    a_step = needed.flops / (rate * _UTILISATION)
+    feed, steps = inputs.feed, inputs.steps
+    rate = measured_rate(config.optim.dtype, list(inputs.layout.mesh.devices.flat))
+    live = is_live(config)
+    flops = needed.flops + live * needed.scored
+    a_step = flops / (rate * _UTILISATION)
     say(
         f"time, an estimate: {a_step:,.2f} s a step and {duration(a_step * steps)} in all, if a "
-        f"step of {needed.flops / 1e12:,.3f} TFLOP reaches {100 * _UTILISATION:.0f}% of the "
+        f"step of {flops / 1e12:,.3f} TFLOP reaches {100 * _UTILISATION:.0f}% of the "
         f"{rate / 1e9:,.0f} GFLOP/s that a product of matrices reached here just now; the largest "
-        "batches are assumed throughout. Compiling the step took "
-        f"{duration(needed.compile_seconds)}"
+        f"batches are assumed throughout. Compiling took {duration(needed.compile_seconds)}"
     )
+    if not live and isinstance(feed, Feed):
+        once = needed.scored * feed.n_examples / feed.order.rows_a_step / (rate * _UTILISATION)
+        say(f"before that, the reference reads all rows once: {duration(once)}")
+    if isinstance(feed, PromptFeed):
+        say("drawing the completions takes time besides, a token after the other")

@@ -44,9 +44,12 @@ def started(config: Config, session: Session) -> Config:
 
 def _writing_sql(config: Config, session: Session) -> Config:
     """Returns the options with an adapter that writes SQL, trained in the run's folder."""
-    if config.adapter.init_adapter or config.adapter.full or config.run.dry_run:
+    if config.adapter.init_adapter or config.adapter.full:
         return config
     folder = Path(config.run.output).expanduser() / _FIRST
+    if config.run.dry_run:
+        tell(hosts.console(), f"the run begins with an adapter in {folder}, which learns SQL first")
+        return config
     if not (folder / ADAPTER).exists():
         remedy = "make it by python -m train.sft, and name its folder with --init-adapter"
         _check_alone(config, f"an adapter that writes SQL; {remedy}")

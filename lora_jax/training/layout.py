@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,24 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
 def one_device() -> "Layout":
     """Returns the layout of anything on the first device."""
     return Layout(make_mesh(jax.devices()[:1]), ())
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A function under `jax.jit` that is traced and called under its mesh."""
+
+    jitted: Any
+    mesh: Mesh
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args)
+
+    def trace(self, *args: Any) -> jax.stages.Traced:
+        """Traces the function for arrays such as these, or for their shapes with shardings."""
+        with jax.set_mesh(self.mesh):
+            traced: jax.stages.Traced = self.jitted.trace(*args)
+            return traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +174,11 @@ class Layout(Placement):
     def split(self, seq: int) -> Split | None:
         """Returns how causal queries are split over devices; None where each has them all."""
         return context.split_of(seq, self.sequence_parts, causal=True)
+
+    def jitted(self, function: Callable[..., Any]) -> OnMesh:
+        """Returns a function compiled for the mesh, where each device gets its whole result."""
+        where, options = self.whole, self.compiler_options
+        return OnMesh(jax.jit(function, out_shardings=where, compiler_options=options), self.mesh)
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Returns where to load a parameter to; see `lora_jax.models.from_pretrained`."""

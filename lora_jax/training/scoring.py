@@ -70,13 +70,4 @@ def make_scorer(
     def score(params: Tree, batch: Batch) -> Any:
         return token_values(each, forward, params, batch, chunk=chunk, parts=parts)
 
-    if layout is None:
-        return jax.jit(score)
-    compiled = jax.jit(score, out_shardings=layout.whole, compiler_options=layout.compiler_options)
-
-    def on_mesh(params: Tree, batch: Batch) -> Scores:
-        with jax.set_mesh(layout.mesh):
-            scores: Scores = compiled(params, batch)
-            return scores
-
-    return on_mesh
+    return jax.jit(score) if layout is None else layout.jitted(score)

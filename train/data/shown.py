@@ -7,6 +7,7 @@ import numpy as np
 
 from lora_jax.training.batches import Examples, Packs
 from lora_jax.training.data.labelled import Labelled
+from lora_jax.training.data.preferences import Preferences
 
 _ENDS = 160  # tokens shown of the beginning of a long sequence, and of its end
 
@@ -32,17 +33,17 @@ def shown(
     labels: Any = (),
     named: Callable[[int, int], str] | None = None,
 ) -> list[Shown]:
-    """Returns the first `n` sequences as the model sees them.
+    """Returns the first `n` sequences, or those of so many pairs, as the model sees them.
 
     Args:
-      examples: chats or labelled texts.
+      examples: chats, prompts, preferences, or labelled texts.
       tokenizer: the model's.
-      n: the number of sequences.
+      n: the number of sequences or pairs.
       labels: the names of the classes.
       named: returns the name of a row, from its data set and its number there.
     """
     if isinstance(examples, Packs):
-        known = range(min(n, len(examples.table)))
+        known = range(min(n * _a_unit(examples), len(examples.table)))
         return [_of_pack(examples, tokenizer, at, named) for at in known]
     if isinstance(examples, Labelled):
         known = range(min(n, len(lengths(examples))))
@@ -59,6 +60,11 @@ def lengths(examples: Examples) -> np.ndarray:
     return np.empty(0, np.int64)
 
 
+def _a_unit(packs: Packs) -> int:
+    """Returns the number of sequences that make a unit: 2 of pairs."""
+    return packs.a_unit if isinstance(packs, Preferences) else 1
+
+
 def _of_pack(
     packs: Packs, tokenizer: Any, at: int, named: Callable[[int, int], str] | None
 ) -> Shown:
@@ -66,12 +72,19 @@ def _of_pack(
     ids, counted = tokens.ids, tokens.counts.copy()
     counted[:1] = False  # the first token of a sequence is never predicted
     unit = int(np.searchsorted(packs.firsts, at, side="right")) - 1
-    of_unit = packs.firsts[unit + 1] - packs.firsts[unit]
+    a_unit = _a_unit(packs)
+    of_unit = (packs.firsts[unit + 1] - packs.firsts[unit]) // a_unit
     source = f" of {packs.sources[origin]}" if packs.sources else ""
     name = f"row {tokens.row}{source}" if named is None else named(origin, tokens.row)
-    title = f"{name}: {len(ids)} tokens, {counted.sum()} of them count"
+    if a_unit == 2:
+        name += ", rejected" if at % 2 else ", chosen"
+    elif isinstance(packs, Preferences):
+        name += ", good" if packs.table.labels[at] else ", bad"
+    title = f"{name}: {len(ids)} tokens"
+    if packs.table.counts.any():  # or else they are prompts
+        title += f", {counted.sum()} of them count"
     if of_unit > 1:
-        place = f"{at - packs.firsts[unit] + 1} of {of_unit}"
+        place = f"{(at - packs.firsts[unit]) // a_unit + 1} of {of_unit}"
         title += f"; {place} in packed sequence {unit + 1}"
     return Shown(title, _spans(ids, counted, tokenizer))
 

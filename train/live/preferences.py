@@ -12,9 +12,10 @@ from lora_jax.training.batches import HostBatch, round_up
 from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.sequences import Sequences, Tokens
+from lora_jax.training.layout import OnMesh
 from lora_jax.training.ready import Ready
 from lora_jax.training.step import State
-from train.live.reference import Scorer, reference_params, sequence_scorer, with_reference
+from train.live.reference import is_live, reference_params, sequence_scorer, with_reference
 from train.options.dpo import KTO
 from train.tasks.task import Data, Preparing
 
@@ -33,7 +34,7 @@ class Compared:
     """
 
     ready: Ready
-    score: Scorer
+    score: OnMesh
     params: Tree
     cached: bool
     mixable: Preferences | None
@@ -54,8 +55,9 @@ class Compared:
 
     def _scores(self, params: Tree, batch: HostBatch) -> np.ndarray:
         """Returns the log-probabilities of a batch, [accumulate, batch, n]."""
-        parts = range(len(batch["ids"]))
-        each = [self.score(params, {k: v[part] for k, v in batch.items()}) for part in parts]
+        layout = self.ready.setup.layout
+        parts = ({k: v[part] for k, v in batch.items()} for part in range(len(batch["ids"])))
+        each = [self.score(params, layout.batch(part, parts=False)) for part in parts]
         return np.stack([np.asarray(one) for one in each])
 
     def _kl(self, examples: Preferences, number: int, state: State) -> np.float32:
@@ -109,7 +111,7 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
     optim, examples = of.config.optim, of.data.train
     diverges = KTO in optim.loss
     cached = of.config.data.reference_logps == "cached"
-    params = reference_params(of, held=diverges or not cached)
+    params = reference_params(of.config, of.outline, of.plain, of.takes_from_base)
     if params is None:
         return of.ready, of.data
     score = sequence_scorer(of.model, of.layout, optim.loss_chunk)
@@ -124,7 +126,7 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
         examples = with_reference(of, score, params, examples)
         assert isinstance(ready.feed, Feed)
         ready = dataclasses.replace(ready, feed=dataclasses.replace(ready.feed, examples=examples))
-    if diverges or not cached:
+    if is_live(of.config):
         mixed = mixable(examples, of.config.data.seq_len) if diverges else None
         live = Compared(ready, score, params, cached=cached, mixable=mixed)
         ready = dataclasses.replace(ready, live=live)

@@ -16,26 +16,25 @@ from lora_jax.core.types import Batch, Tree
 from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.lorafy import nodes_of
 from lora_jax.saving.fingerprint import base_fingerprint, checksum
-from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.preferences import Preferences
-from lora_jax.training.layout import Layout
+from lora_jax.training.layout import Layout, OnMesh
 from lora_jax.training.losses import sequence_logps
 from lora_jax.training.processes import is_first
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
 from train.data import cache
-from train.options.dpo import BASE, NONE
+from train.options.dpo import BASE, KTO, NONE
 from train.processes import hosts
 from train.run.log import doing
 from train.tasks.task import Preparing
 
-# (parameters, a batch) -> the log-probabilities of its sequences, [batch * n].
-Scorer = Callable[[Tree, HostBatch], jax.Array]
 
+def sequence_scorer(model: Any, layout: Layout, chunk: int) -> OnMesh:
+    """Returns ``(params, batch) -> log-probabilities`` of sequences, as the loss computes them.
 
-def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
-    """Returns a function of the log-probabilities of sequences, as the loss computes them."""
+    These are [batch, n]; the batch lies on the mesh.
+    """
     forward = running(layout.constrained(model))
 
     def score(params: Tree, batch: Batch) -> jax.Array:
@@ -48,14 +47,7 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int) -> Scorer:
         )
         return found.policy.reshape(batch["counts"].shape)
 
-    compiled = jax.jit(score, out_shardings=layout.whole, compiler_options=layout.compiler_options)
-
-    def on_mesh(params: Tree, batch: HostBatch) -> jax.Array:
-        with jax.set_mesh(layout.mesh):
-            found: jax.Array = compiled(params, layout.batch(batch, parts=False))
-            return found
-
-    return on_mesh
+    return layout.jitted(score)
 
 
 def running(model: Any) -> Callable[..., Any]:
@@ -70,30 +62,38 @@ def running(model: Any) -> Callable[..., Any]:
     return forward
 
 
-def reference_params(of: Preparing, *, held: bool) -> Tree | None:
+def is_live(config: Any) -> bool:
+    """Returns whether the reference is needed while training, too."""
+    cached = getattr(config.data, "reference_logps", "live") == "cached"
+    return not cached or KTO in config.optim.loss
+
+
+def reference_params(config: Any, outline: Any, plain: Tree, takes_from_base: bool) -> Tree | None:
     """Returns the parameters that --reference names, over the arrays of the base; None for none.
 
     Args:
-      of: the run.
-      held: whether they are needed while training, too.
+      config: the options of the run.
+      outline: the model's.
+      plain: the base's parameters.
+      takes_from_base: whether the adapter has taken factors out of the base.
 
     Raises:
       UserError: they do not fit the base, or would need a second base beside it.
     """
-    given = of.config.data.reference
+    given = getattr(config.data, "reference", NONE)
     if given == NONE:
         return None
-    if held and (of.config.adapter.full or of.takes_from_base):
-        what = "--full trains" if of.config.adapter.full else "--init takes factors out of"
+    if is_live(config) and (config.adapter.full or takes_from_base):
+        what = "--full trains" if config.adapter.full else "--init takes factors out of"
         raise UserError(
             f"--reference {given}: {what} the base itself, and a second one would be needed beside "
             "it while training: use --reference-logps cached, or another --init"
         )
     if given == BASE:
-        return of.plain
+        return plain
     source = find_adapter(given, "--reference")
-    mismatch = of.config.adapter.allow_base_mismatch
-    return source.load(of.outline, of.plain, of.outline.name, allow_base_mismatch=mismatch)
+    mismatch = config.adapter.allow_base_mismatch
+    return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
 
 
 def check_reference(config: Any, outline: Any) -> None:
@@ -104,7 +104,7 @@ def check_reference(config: Any, outline: Any) -> None:
 
 
 def with_reference(
-    of: Preparing, score: Scorer, params: Tree, examples: Preferences
+    of: Preparing, score: OnMesh, params: Tree, examples: Preferences
 ) -> Preferences:
     """Returns examples with the reference's log-probabilities, computed or of an earlier run.
 
@@ -130,7 +130,7 @@ def with_reference(
     with doing(of.console, f"the reference reads {len(order):,} rows") as progress:
         for first, part in zip(range(0, len(order), n), examples.parts(n), strict=True):
             rows = order[first : first + n]
-            found[rows] = np.asarray(score(params, part))[: len(rows)]
+            found[rows] = np.asarray(score(params, of.layout.batch(part, parts=False)))[: len(rows)]
             progress(first + len(rows), len(order))
     if path is not None and is_first() and (asked is not None or len(order) >= cache.FEW):
         _keep(of, path, found)

@@ -43,7 +43,7 @@ class Rewarded(Rollouts):
           UserError: the reference does not fit the base.
         """
         super().__init__(of, feed)
-        self._reference = reference_params(of, held=True) if of.config.optim.beta else None
+        self._reference = reference_params(of.config, of.outline, of.plain, of.takes_from_base)
 
     def judged(
         self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int

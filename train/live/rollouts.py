@@ -6,6 +6,7 @@ what an uninterrupted one does. Sampler and step read the same arrays.
 
 import abc
 import bisect
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ class Rollouts(abc.ABC):
           feed: its prompts.
         """
         layout = of.layout
-        self.of, self.feed, self.config = of, feed, of.config
+        self.of, self.feed, self.config = dataclasses.replace(of, plain=None), feed, of.config
         self._model: Any = layout.constrained(of.model)
         self._apply, self._score = lj.adapt(self._model.apply), self.scorer(of.model, layout)
         self._everywhere = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)

@@ -46,14 +46,15 @@ class RolloutOptimConfig(LanguageOptimConfig):
     """Steps on each batch of completions."""
 
 
-_LENGTHS = {"sql": (512, 80), "arithmetic": (64, 8)}  # of rows, and of completions
+OF_ROWS = (512, 128)  # --seq-len and --max-new-tokens of a user's own rows
+_LENGTHS = {"sql": (512, 80), "arithmetic": (64, 8)}
 _SHARE = Numbers(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
 
 
 def with_length(config: Any) -> Any:
     """Fills in --seq-len and --max-new-tokens by the task."""
     data = config.data
-    seq_len, new = _LENGTHS.get(data.dataset, (512, 128))
+    seq_len, new = _LENGTHS.get(data.dataset, OF_ROWS)
     data = dataclasses.replace(
         data, seq_len=data.seq_len or seq_len, max_new_tokens=data.max_new_tokens or new
     )
@@ -75,18 +76,23 @@ def check(config: Any, **numbers: Numbers) -> None:
         top_p=_SHARE,
         **numbers,
     )
-    if optim.batch_size % data.group:
-        raise UserError(
-            f"--batch-size {optim.batch_size} is no multiple of --group {data.group}: completions "
-            "of one prompt stay together"
-        )
-    if data.max_new_tokens >= data.seq_len:
-        raise UserError(
-            f"--max-new-tokens {data.max_new_tokens} leaves no room for prompts in --seq-len "
-            f"{data.seq_len}: raise this, or lower that"
-        )
+    check_group(optim.batch_size, data.group, data.max_new_tokens, data.seq_len)
     if run.eval_every:
         raise UserError(
             f"--eval-every {run.eval_every}: there is no held-out loss; --score-every measures the "
             "score of a task"
+        )
+
+
+def check_group(batch_size: int, group: int, max_new_tokens: int, seq_len: int) -> None:
+    """Raises a UserError if completions do not fill a batch, or leave no room for prompts."""
+    if batch_size % group:
+        raise UserError(
+            f"--batch-size {batch_size} is no multiple of --group {group}: completions of one "
+            "prompt stay together"
+        )
+    if max_new_tokens >= seq_len:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for prompts in --seq-len {seq_len}: "
+            "raise this, or lower that"
         )

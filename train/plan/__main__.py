@@ -2,9 +2,9 @@
 
     python -m train.plan --model config.json --topology v5e:4x4 --mesh fsdp=16 --batch-size 16
 
-Compiles the very step of `train.sft` from a config.json alone, for a machine that need not be
-there: a TPU slice or NVIDIA GPUs, with their own compilers (the extras `tpu` and `gpu-plan`), or
-virtual CPU devices.
+Compiles the very step of `train.sft`, `train.dpo` or `train.grpo`, and what runs between its steps,
+from a config.json alone, for a machine that need not be there: a TPU slice or NVIDIA GPUs, with
+their own compilers (the extras `tpu` and `gpu-plan`), or virtual CPU devices.
 """
 
 import dataclasses
@@ -13,111 +13,30 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import tyro
 from rich.console import Console
 
-from lora_jax.training.arguments import POSITIVE, at_least, check_numbers
-from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.optimizers.named import Name
 from lora_jax.training.run.log import duration
-from train.console.errors import UserError, as_user_errors, reported
-from train.options.common import (
-    AdapterConfig,
-    Attention,
-    Experts,
-    OptimConfig,
-    Remat,
-    check_offload,
-)
+from train.console.errors import UserError, reported
+from train.options.common import AdapterConfig, OptimConfig, check_offload
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import parse_rope_scaling
-from train.plan.compile import Job, Plan, Variant, plan
+from train.plan.compile import Plan, plan
+from train.plan.job import DPO, GRPO, Job, Variant
 from train.plan.largest import largest_fit
 from train.plan.machines import Machine, find_machine
+from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
 from train.processes.mesh import make_mesh
 from train.run.pretrained import read_shapes
-from train.run.rules import rules
 
 _ROW_UNIT = 256  # --longest counts rows in multiples of it
 _MOST_ROWS = 2**16  # of a batch that --largest-batch tries
-# No weights are read, so the codes of a file are not known.
-PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """The model, the machine, and the amount of data."""
-
-    model: str
-    """A config.json, a folder with one, a GGUF file, or a name on the hub. No weights are read."""
-    rope_scaling: str | None = None
-    """Scale the model's RoPE; see train.sft."""
-    topology: str = "cpu:1"
-    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1; GPUs, such as rtx4090:1,
-    h100:8, or h100:2x8 for two hosts; or cpu:8 for eight virtual devices of this CPU."""
-    mesh: str | None = None
-    """The mesh, as in train.sft: fsdp=4,tensor=4. By default fsdp gets as many devices as can share
-    the batch, and tensor gets the rest."""
-    batch_size: int = 8
-    """Sequences in memory at once, on all devices together."""
-    grad_accum: int = 1
-    """Batches per step."""
-    seq_len: int = 1024
-    """Tokens per sequence. The plan assumes that the loss counts all of them."""
-    loss_chunk: int = 256
-    """Predictions whose logits are in memory at once, for each part of the batch on the mesh; 0 for
-    all at once."""
-    dtype: str = "bfloat16"
-    """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
-    and so are the weights in full fine-tuning."""
-    quantize: PlannedCodes = "none"
-    """The codes to keep the base's kernels in; see train.sft."""
-    remat: Remat = "full"
-    """Activations to recompute in the backward pass; see train.sft."""
-    attention: Attention = "auto"
-    """Computation of attention; see train.sft."""
-    experts: Experts = "auto"
-    """Computation of a mixture of experts; see train.sft."""
-    adapters: tuple[int, ...] = ()
-    """Numbers of adapters to plan for, such as 1 8 64: adapters that train side by side in one step
-    over one base, sharing the --batch-size sequences evenly."""
-    longest: bool = False
-    """Find the longest row that fits, up to the model's own limit, beginning with --seq-len."""
-    largest_batch: bool = False
-    """Find the largest --batch-size that fits, beginning with that one."""
-    optimizer: Name = "adamw"
-    """The optimiser, whose state takes memory; see train.sft."""
-    tokens: float | None = None
-    """Tokens to train on in total, to compute the chip-hours."""
-    utilisation: float = 0.4
-    """The share of the peak FLOP/s that a step is assumed to reach, to compute its time."""
-    price: float | None = None
-    """The price of one chip-hour, in any currency, to compute the cost."""
-    capacity_gib: float | None = None
-    """The memory of a device in GiB, to override the topology's."""
-    mem_fraction: float | None = None
-    """The share of a GPU's memory that JAX reserves (XLA_PYTHON_CLIENT_MEM_FRACTION), by default
-    0.75: a plan fits if it needs no more."""
-    peak_tflops: float | None = None
-    """The peak TFLOP/s of a device, to override the topology's."""
-    alone: bool = False
-    """Plan only what the options ask for; without this option, LoRA with three --remat policies and
-    full fine-tuning are planned for comparison."""
-    json: bool = False
-    """Print JSON instead of a table."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """Plan a run of train.sft: memory, FLOPs, time and cost, for LoRA and full fine-tuning."""
-
-    plan: PlanConfig
-    adapter: AdapterConfig
+_ROWS = {DPO: "pairs", GRPO: "completions"}  # what rows are called, where not rows
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -168,14 +87,14 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
       UserError: not even the smallest fits.
     """
     asked = options.plan
-    first, what = asked.seq_len, "tokens a row"
+    first, what = asked.seq_len, f"tokens a {'sequence' if asked.task == DPO else 'row'}"
     if asked.largest_batch:
-        first, what = asked.batch_size, "rows a batch"
+        first, what = asked.batch_size, f"{_ROWS.get(asked.task, 'rows')} a batch"
     # The rows to begin with may be longer than the model allows.
     job, optim = make_job(_resized(asked, _ROW_UNIT) if asked.longest else asked)
     machine, (variant,) = job.machine, variants(options)
     parts = job.layout.sequence_parts if asked.longest else job.layout.batch_parts
-    unit = math.lcm(_ROW_UNIT, 2 * parts) if asked.longest else parts
+    unit = math.lcm(_ROW_UNIT, 2 * parts) if asked.longest else math.lcm(parts, job.group)
     limit = job.outline.max_tokens if asked.longest else _MOST_ROWS
     progress = Console(stderr=True, highlight=False)
 
@@ -236,7 +155,6 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
     check_offload(asked.remat, layout.platform)
-    layout.check_lengths([asked.seq_len])
     for n in asked.adapters:
         if (asked.batch_size // n) % layout.batch_parts:
             raise UserError(
@@ -244,6 +162,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
                 f"sequences, and the mesh splits a batch into {layout.batch_parts} parts: give a "
                 f"larger --batch-size, or a --mesh with less of data and fsdp"
             )
+    group, max_new_tokens = asked.drawn if asked.task == GRPO else (1, 0)
     job = Job(
         outline=outline,
         layout=layout,
@@ -255,52 +174,13 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
         dtype=asked.dtype,
         attention=asked.attention,
         experts=asked.experts,
+        task=asked.task,
+        group=group,
+        max_new_tokens=max_new_tokens,
     )
+    layout.check_lengths([job.row])
     optim = OptimConfig(optimizer=asked.optimizer, batch_size=asked.batch_size)
     return job, with_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
-
-
-def check(options: PlanOptions) -> None:
-    """Raises a UserError for options that are wrong for any model and machine."""
-    asked, adapter = options.plan, options.adapter
-    numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len"), at_least(1))
-    numbers |= dict.fromkeys(("tokens", "price", "capacity_gib", "peak_tflops"), POSITIVE)
-    with as_user_errors(TrainingError):
-        check_numbers(vars(asked), numbers | {"loss_chunk": at_least(0)})
-    if asked.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {asked.dtype}: float32 or bfloat16")
-    if not 0 < asked.utilisation <= 1:
-        raise UserError(
-            f"--utilisation {asked.utilisation}: a share of the peak, above 0 and at most 1"
-        )
-    if asked.mem_fraction is not None and not 0 < asked.mem_fraction <= 1:
-        raise UserError(
-            f"--mem-fraction {asked.mem_fraction}: a share of a GPU's memory, above 0 and at most 1"
-        )
-    if adapter.init_adapter:
-        raise UserError(
-            "--init-adapter: an adapter's shapes come from options here, not from a folder"
-        )
-    if adapter.full and asked.quantize != "none":
-        raise UserError(
-            f"--quantize {asked.quantize}: codes do not train, and --full trains every weight"
-        )
-    if adapter.full and adapter.peft_config:
-        raise UserError("--full trains without an adapter, and --peft-config describes one")
-    if asked.longest and asked.largest_batch:
-        raise UserError("--longest and --largest-batch: one of them at a time")
-    if asked.adapters and (asked.longest or asked.largest_batch):
-        raise UserError("--longest and --largest-batch plan one run, and --adapters plans several")
-    if asked.adapters and (adapter.full or asked.alone):
-        other = "--full" if adapter.full else "--alone"
-        raise UserError(f"--adapters and {other} do not go together: it plans adapters alone")
-    for n in asked.adapters:
-        if n < 1 or asked.batch_size % n:
-            raise UserError(
-                f"--adapters {n}: a number that divides --batch-size {asked.batch_size} is needed, "
-                "so that each adapter has as many sequences"
-            )
-    rules(adapter)
 
 
 def variants(options: PlanOptions) -> list[Variant]:
@@ -333,6 +213,10 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "batch_size": asked.batch_size,
         "grad_accum": asked.grad_accum,
         "seq_len": asked.seq_len,
+        "task": asked.task,
+        "group": job.group,
+        "max_new_tokens": job.max_new_tokens,
+        "rows": _rows(job),
         "dtype": asked.dtype,
         "quantize": asked.quantize,
         "attention": str(job.chosen),
@@ -348,6 +232,17 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
     }
 
 
+def _rows(job: Job) -> str:
+    """Returns the batch of a step in words."""
+    n, what = job.batch_size * job.grad_accum, f"{job.seq_len} tokens"
+    if job.task == DPO:
+        return f"{n} {'pair' if n == 1 else 'pairs'} of 2 × {what}"
+    if job.task == GRPO:
+        parts = f"{job.seq_len - job.max_new_tokens} + {job.max_new_tokens}"
+        return f"{n} completions, {job.group} of a prompt, of {parts} tokens"
+    return f"{n} × {what}"
+
+
 def as_json(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, Any]:
     """Returns a plan and its estimates as JSON."""
     return {**dataclasses.asdict(made), **estimate(made, asked, machine)}
@@ -360,6 +255,7 @@ def estimate(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, float
         seconds = made.flops_per_chip / (machine.flops * asked.utilisation)
         if asked.tokens is not None:
             tokens_a_step = asked.batch_size * asked.grad_accum * asked.seq_len
+            tokens_a_step *= 1 + (asked.task == DPO)
             hours = asked.tokens / tokens_a_step * seconds * machine.n_chips / 3600
             cost = None if asked.price is None else hours * asked.price
     return {"step_seconds": seconds, "chip_hours": hours, "cost": cost}

@@ -2,116 +2,30 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.bank.together.stacked import traced_step
-from lora_jax.models.attention import chosen_attention
 from lora_jax.models.families import module_of
-from lora_jax.models.layers.attend import Chosen
-from lora_jax.sharding import shardings
-from lora_jax.training.layout import Layout
-from lora_jax.training.losses import number_of_chunks, token_loss
+from lora_jax.training.losses import number_of_chunks
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
-from train.adapters.source import find_adapter
-from train.console.errors import UserError, as_user_errors
-from train.options.common import AdapterConfig, OptimConfig
-from train.options.conditions import NO_ADAPTER
+from train.console.errors import UserError
+from train.options.common import OptimConfig
 from train.options.optim import make_optimizer, make_schedule, make_tenant
+from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
 from train.plan.flops import step_flops
-from train.plan.machines import Machine
-from train.plan.plan_flops import count_traced, step_work
+from train.plan.job import Job, Variant, abstract_params, batch_shapes, per_device
+from train.plan.plan_flops import StepWork, count_traced, step_work, together
 from train.plan.refusals import of_refusal, reason_of
-from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
-from train.run.rules import rules
 
-_REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
-_REMAT |= {"offload": "remat to the host", "dots_with_no_batch_dims_saveable": "remat but dense"}
+STEP = "temporaries"  # those of a step, by their name in a plan
 _STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """The model, machine and batch of a plan; the same for all variants.
-
-    Attributes:
-      outline: the model, without its weights.
-      layout: the placement of weights and activations on the mesh.
-      machine: the devices to compile for.
-      batch_size: sequences in memory at once, on all devices.
-      grad_accum: batches per step.
-      seq_len: tokens per sequence; the loss counts them all.
-      loss_chunk: predictions whose logits are in memory at once; 0 for all.
-      dtype: the dtype of the base and its activations; trained parameters are fp32.
-      attention, experts: the implementations of attention and of experts, by name.
-    """
-
-    outline: Outline
-    layout: Layout
-    machine: Machine
-    batch_size: int
-    grad_accum: int
-    seq_len: int
-    loss_chunk: int
-    dtype: str
-    attention: str = "auto"
-    experts: str = "auto"
-
-    @property
-    def chosen(self) -> Chosen:
-        """Returns the implementation of attention that will run, and why.
-
-        Raises:
-          UserError: the one that was asked for does not run on this machine.
-        """
-        with as_user_errors(ValueError):
-            return chosen_attention(
-                self.outline.config,
-                self.seq_len,
-                dtype=self.dtype,
-                attention=self.attention,
-                platform=self.layout.platform,
-                split=self.layout.split(self.seq_len),
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A variant of training.
-
-    Attributes:
-      adapter: the parameters that train.
-      remat: the activations to recompute.
-      adapters: the number of adapters that train side by side; None for one run.
-    """
-
-    adapter: AdapterConfig
-    remat: str
-    adapters: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The variant in words, for tables."""
-        if self.adapter.full:
-            what = "full fine-tuning"
-        elif self.adapter.peft_config:
-            what = "the PEFT configuration"
-        elif self.adapter.targets == NO_ADAPTER:
-            what = "no adapter, parts in full"
-        else:
-            alone = (variant.name for variant in self.adapter.variants if variant.alone)
-            kind = next(alone, "LoRA")
-            what = f"{kind} r={self.adapter.rank}"
-        if self.adapters is not None:
-            what = f"{self.adapters} × {what}"
-        return f"{what}, {_REMAT.get(self.remat, self.remat)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,9 +38,11 @@ class Plan:
       fits_share: each share of the memory -> whether the step compiles within it.
       refused: the compiler's message if it refused the step.
       per_chip_bytes: memory of one device: base (frozen), adapter (trained), optimizer,
-        temporaries, other (the batch, padding, the program), total, capacity; and host, the memory
-        of its host that it needs (`--remat offload`).
-      flops_per_step, flops_per_chip: FLOPs of matrix products, on all devices and on one.
+        temporaries (of a step), those of the programs between steps (reference; scorer, sampler),
+        other (the batch, padding, the program), total, capacity; and host, the memory of its host
+        that it needs (`--remat offload`). The total is that of the largest program.
+      flops_per_step, flops_per_chip: FLOPs of matrix products, on all devices and on one; of a
+        step, with its reference or scorer, without the sampler.
       flops_source: their source: "hlo" (the optimised HLO) or "jaxpr" (the step as traced, if the
         HLO is not understood); see `train.plan.plan_flops`.
       flops_traced: FLOPs of a step counted in its jaxpr, on all devices.
@@ -134,6 +50,8 @@ class Plan:
       collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
       kernels: the kernels in the compiled step, in words; see `train.plan.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.
+      sampled_token_flops, cache_bytes: FLOPs of a token of each completion, without attention, and
+        the keys and values of all, on all devices; 0 where nothing is sampled.
       compile_seconds: time of the compilation.
       notes: remarks on the FLOPs, in sentences.
     """
@@ -141,24 +59,26 @@ class Plan:
     name: str
     fits: bool
     fits_share: dict[str, bool]
-    refused: str | None
+    refused: str | None = None
     per_chip_bytes: dict[str, int | None]
-    flops_per_step: int | None
-    flops_per_chip: int | None
-    flops_source: str | None
+    flops_per_step: int | None = None
+    flops_per_chip: int | None = None
+    flops_source: str | None = None
     flops_traced: int | None
     flops_closed_form: int
-    collective_bytes: dict[str, int] | None
-    kernels: tuple[str, ...] | None
+    collective_bytes: dict[str, int] | None = None
+    kernels: tuple[str, ...] | None = None
     adapter_bytes: int
     checkpoint_bytes: int
+    sampled_token_flops: int = 0
+    cache_bytes: int = 0
     compile_seconds: float
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A lowered step, and the shapes of its arguments."""
+    """A lowered step, the shapes of its arguments, and the programs between steps."""
 
     traced: jax.stages.Traced
     lowered: jax.stages.Lowered
@@ -166,10 +86,12 @@ class Prepared:
     state: State
     base: Any
     batch: dict[str, Any]
+    between: dict[str, Program]
+    model: Any
 
 
 def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
-    """Lowers the step of `train.sft` for abstract weights.
+    """Lowers the step of a task for abstract weights, and the programs between its steps.
 
     Args:
       job: the model, the machine, and the batch.
@@ -186,7 +108,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
     adapter, base = lj.split(params)
     schedule = make_schedule(optim, _RATE, _STEPS)
     setup = Setup.of(job.layout, params, make_optimizer(optim, schedule, params), schedule)
-    batch = _abstract_batch(job, variant.adapters)
+    batch = batch_shapes(job, variant.adapters)
     config = job.outline.config
     model = module_of(
         config,
@@ -196,8 +118,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
         attention=job.attention,
         experts=job.experts,
     )
-    loss = token_loss(chunk=job.loss_chunk, parts=job.layout.sequence_parts)
-    forward = setup.forward(model)
+    loss, forward = job.loss, setup.forward(model)
     with jax.set_mesh(job.layout.mesh):
         if variant.adapters is None:
             state = setup.abstract_state(adapter)
@@ -208,8 +129,16 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
             options = job.layout.compiler_options
             traced, state = traced_step(forward, one, variant.adapters, batch, options)
         lowered = traced.lower()
+    chunk = job.loss_chunk // job.layout.token_parts
     return Prepared(
-        traced=traced, lowered=lowered, params=params, state=state, base=base, batch=batch
+        traced=traced,
+        lowered=lowered,
+        params=params,
+        state=state,
+        base=base,
+        batch=batch,
+        between=programs_between(model, job.layout, params, batch, chunk=chunk, group=job.group),
+        model=model,
     )
 
 
@@ -241,147 +170,124 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         "adapter": per_device(step.state.adapter),
         "optimizer": per_device(step.state.opt_state),
     }
+    whole = Program(step.traced, step.lowered, step.params, sum(held.values()))
+    programs = {STEP: whole, **step.between}
+    machine = job.machine
+    in_hlo = machine.platform != "gpu"  # there, products are calls of cuBLAS and of Triton
+    counts = {name: count_traced(one.traced.jaxpr) for name, one in programs.items()}
+
+    def work(texts: Mapping[str, str | None]) -> StepWork:
+        """Returns the work of a step, of compiled programs or as traced."""
+        return together(
+            [
+                (one.times, step_work(texts.get(name), counts[name], len(machine.devices), in_hlo))
+                for name, one in programs.items()
+                if one.times
+            ]
+        )
+
     known: dict[str, Any] = {
         "name": variant.name,
-        "flops_closed_form": job.grad_accum * round(_closed_form(job, variant, step.params)),
+        "flops_closed_form": _closed_form(job, variant, programs),
         "adapter_bytes": tree_bytes(step.state.adapter),
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
-    counted = count_traced(step.traced.jaxpr)
-    machine = job.machine
+    if SAMPLER in programs:
+        known["cache_bytes"] = cache_bytes(step.model, job.batch_size, job.row)
+        known["sampled_token_flops"] = _by_hand(job, variant, step.params, tokens=1)
     began = time.perf_counter()
-    try:
-        compiled, sizes, on_host = _largest(step.lowered, machine.compilations)
-    except jax.errors.JaxRuntimeError as error:
-        return Plan(
-            fits=False,
-            fits_share={f"{share:g}": False for share in machine.shares},
-            refused=reason_of(error),
-            per_chip_bytes=of_refusal(str(error), held, machine.capacity),
-            flops_per_step=None,
-            flops_per_chip=None,
-            flops_source=None,
-            flops_traced=counted and counted.flops,
-            collective_bytes=None,
-            kernels=None,
-            compile_seconds=time.perf_counter() - began,
-            notes=(),
-            **known,
-        )
+    made: dict[str, jax.stages.Compiled] = {}
+    for name, one in programs.items():
+        try:
+            made[name] = _largest(one.lowered, machine.compilations)
+        except jax.errors.JaxRuntimeError as error:
+            refusal = of_refusal(str(error), held, machine.capacity)
+            others = {before: compiled_bytes(found).get(STEP) for before, found in made.items()}
+            return Plan(
+                fits=False,
+                fits_share={f"{share:g}": False for share in machine.shares},
+                refused=("" if name == STEP else f"the {name}: ") + reason_of(error),
+                per_chip_bytes={**refusal, name: refusal[STEP], **others},
+                flops_traced=work({}).traced,
+                compile_seconds=time.perf_counter() - began,
+                **known,
+            )
     seconds = time.perf_counter() - began
-    memory = _of_compiled(sizes, held, machine.capacity)
-    memory["host"] = on_host
-    products_in_hlo = machine.platform != "gpu"  # there, they are calls of cuBLAS and of Triton
-    work = step_work(compiled.as_text(), counted, len(machine.devices), products_in_hlo)
+    found = work({name: one.as_text() for name, one in made.items()})
+    memory = _of_compiled(made, programs, held) | {"capacity": machine.capacity}
     fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
     return Plan(
         fits=next(iter(fits.values())),
         fits_share=fits,
-        refused=None,
         per_chip_bytes=dict(memory),
-        flops_per_step=work.per_step,
-        flops_per_chip=work.per_chip,
-        flops_source=work.source,
-        flops_traced=work.traced,
-        collective_bytes=work.sent,
-        kernels=work.kernels,
+        flops_per_step=found.per_step,
+        flops_per_chip=found.per_chip,
+        flops_source=found.source,
+        flops_traced=found.traced,
+        collective_bytes=found.sent,
+        kernels=found.kernels,
         compile_seconds=seconds,
-        notes=work.notes,
+        notes=found.notes,
         **known,
     )
 
 
 def _largest(
     lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
-) -> tuple[jax.stages.Compiled, dict[str, int], int]:
-    """Compiles a step with each of several options; returns the one with the most temporaries.
-
-    Returns:
-      The compiled step, its bytes on a device, and those on its host.
-    """
+) -> jax.stages.Compiled:
+    """Compiles a program with each of several options; returns the one with most temporaries."""
     made = [lowered.compile(compiler_options=options or None) for options in compilations]
-    most = max(made, key=lambda one: compiled_bytes(one).get("temporaries", 0))
-    memory: Any = most.memory_analysis()
-    return most, compiled_bytes(most), getattr(memory, "host_temp_size_in_bytes", 0)
+    return max(made, key=lambda one: compiled_bytes(one).get(STEP, 0))
 
 
-def abstract_params(job: Job, variant: Variant) -> Any:
-    """Returns the adapted tree as shapes with shardings; fp32 in full fine-tuning."""
-    dtype = jnp.float32 if variant.adapter.full else jnp.dtype(job.dtype)
-    return adapted_shapes(job.outline, variant.adapter, dtype, job.layout)
-
-
-def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout: Layout) -> Any:
-    """Returns a model's adapted tree as shapes with shardings; --init-adapter's has its own.
-
-    Raises:
-      UserError: the rules or the adapter do not fit the model.
-    """
-    plain = outline.shapes(dtype, arrays=adapter.full)
-    with as_user_errors(ValueError):
-        if adapter.init_adapter is None:
-            params = lj.lorafy(plain, rules(adapter, outline), kinds=outline.kinds)
-        else:  # the base has no values to compare yet
-            source = find_adapter(adapter.init_adapter, "--init-adapter")
-            params = source.load(outline, plain, outline.name, allow_base_mismatch=True)
-    return placed_shapes(params, layout)
-
-
-def placed_shapes(params: Any, layout: Layout) -> Any:
-    """Returns the shapes of an adapted tree, with its shardings."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        params,
-        shardings(params, layout.table, layout.mesh),
+def _closed_form(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int:
+    """Returns the FLOPs of a step, and of what is scored for it, in closed form."""
+    total = job.grad_accum * _by_hand(job, variant, programs[STEP].params)
+    return total + sum(
+        one.times * _by_hand(job, variant, one.params, tokens=job.row)
+        for name, one in programs.items()
+        if name != STEP and one.times
     )
 
 
-def _abstract_batch(job: Job, adapters: int | None) -> dict[str, Any]:
-    """Returns the shapes of a batch, with shardings; of several adapters, each has its part."""
-    rows = job.batch_size // (adapters or 1)
-    shape: tuple[int, ...] = (job.grad_accum, rows, job.seq_len)
-    where = job.layout.of_batch(shape, parts=True)
-    if adapters is not None:
-        shape = (adapters, *shape)
-        where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
-    names = ("ids", "segment_ids", "positions", "predict_at", "targets", "weights")
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for name in names}
-
-
-def _closed_form(job: Job, variant: Variant, params: Any) -> float:
-    return step_flops(
+def _by_hand(job: Job, variant: Variant, params: Any, tokens: int | None = None) -> int:
+    """Returns the FLOPs of a batch in closed form; of a forward pass over so many tokens a row."""
+    row = tokens or job.row
+    shape, parts = (job.batch_size, job.predicted), job.layout.sequence_parts
+    flops = step_flops(
         job.outline.config,
         params,
         batch=job.batch_size,
-        seq=job.seq_len,
+        seq=row,
         remat=variant.remat,
-        attention=job.chosen.attend,
-        split=job.layout.split(job.seq_len),
-        chunked=_chunks(job) > 1,
+        attention=job.chosen.attend if row > 1 else None,
+        split=job.layout.split(row) if row > 1 else None,
+        chunked=number_of_chunks(shape, job.loss_chunk, parts) > 1,
+        predicted=min(row, job.predicted) if parts == 1 else row,  # split rows have heads at all
+        forward=tokens is not None,
     )
+    return round(flops)
 
 
-def _chunks(job: Job) -> int:
-    shape, parts = (job.batch_size, job.seq_len), job.layout.sequence_parts
-    return number_of_chunks(shape, job.loss_chunk, parts)
-
-
-def per_device(tree: Any) -> int:
-    """Returns the bytes on one device of a tree of shapes with shardings."""
-    return sum(
-        tree_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _of_compiled(sizes: dict[str, int], held: dict[str, int], capacity: int) -> dict[str, int]:
-    if not sizes:
+def _of_compiled(
+    made: Mapping[str, jax.stages.Compiled], programs: Mapping[str, Program], held: dict[str, int]
+) -> dict[str, int]:
+    """Returns the memory of a device: what stays, what each program needs, and the most of all."""
+    sizes = {name: compiled_bytes(one) for name, one in made.items()}
+    if not all(sizes.values()):
         raise UserError("this compiler does not report how much memory a program needs")
-    total = sum(sizes.values()) - 2 * sizes["aliased"]  # donated arguments become outputs
+    stays = sum(held.values())
+    totals = {  # donated arguments become outputs
+        name: sum(of.values()) - 2 * of["aliased"] + stays - programs[name].shared
+        for name, of in sizes.items()
+    }
+    temporaries = {name: of[STEP] for name, of in sizes.items()}
+    largest = max(totals, key=lambda name: totals[name])
+    memories: list[Any] = [one.memory_analysis() for one in made.values()]
     return {
         **held,
-        "temporaries": sizes["temporaries"],
-        "other": total - sum(held.values()) - sizes["temporaries"],
-        "total": total,
-        "capacity": capacity,
+        **temporaries,
+        "other": totals[largest] - stays - temporaries[largest],
+        "total": totals[largest],
+        "host": max(getattr(memory, "host_temp_size_in_bytes", 0) for memory in memories),
     }

@@ -34,11 +34,13 @@ def step_flops(
     batch: int,
     seq: int,
     remat: str,
-    attention: Attend,
+    attention: Attend | None,
     split: Split | None,
     chunked: bool,
+    predicted: int | None = None,
+    forward: bool = False,
 ) -> float:
-    """Returns the FLOPs of the matrix products of one step of a decoder.
+    """Returns the FLOPs of the matrix products of one step of a decoder, or of its forward pass.
 
     Each product costs one pass forward and one for the gradient of its input, and one more if its
     kernel trains. With rematerialisation the layers run forward once more, except for their last
@@ -48,13 +50,14 @@ def step_flops(
     Args:
       config: the configuration of a decoder or of GPT-2.
       params: the adapted tree; the leaves may be abstract.
-      batch, seq: the shape of the step's batch; all tokens are predicted.
+      batch, seq: the shape of the step's batch.
       remat: the activations recomputed in each layer: "full" for all, or the name of a policy.
-      attention: the implementation of attention.
+      attention: the implementation of attention; None for all scores at once.
       split: how sequences are split over devices.
       chunked: whether the head runs over chunks of predictions, and so is recomputed.
+      predicted: tokens of a row that are predicted; by default all.
+      forward: leaves out the gradient, and what is recomputed for it.
     """
-    tokens = batch * seq
     kind_of, total = kinds(config), 0.0
     heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
     layers_again = remat in ("full", "offload")
@@ -63,29 +66,31 @@ def step_flops(
         is_head = kind in heads_of
         if not is_head and not path.endswith("kernel"):  # a norm, a bias; a table is looked up
             continue
+        tokens = batch * (predicted if is_head and predicted is not None else seq)
         shape = leaf.shape
         size = math.prod(shape)
         if kind == "experts":
             size *= config.num_experts_per_tok / config.num_experts
         last = re.search(r"(down_proj|mlp/c_proj|w2)/kernel$", path) is not None
         again = chunked if is_head else layers_again and not last
-        passes = 2 + again + isinstance(leaf, Trained)
+        passes = 1 if forward else 2 + again + isinstance(leaf, Trained)
         total += 2 * tokens * size * passes
         if isinstance(leaf, LoraWeight):
             share = size / math.prod(shape)
             for name in ("a", "b"):
                 # What a compact weight trains is folded into B, whose gradient it goes through.
                 trains = name == "b" or name not in leaf.frozen
-                passes = 2 + trains + (chunked if is_head else layers_again)
+                passes = 1 if forward else 2 + trains + (chunked if is_head else layers_again)
                 total += 2 * tokens * share * math.prod(leaf.shape_of(name)) * passes
     heads = config.num_attention_heads * config.head_dim
     pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
     if isinstance(attention, Blockwise):
-        return total + pair * attention.pairs(seq, split) * _OF_BLOCKS[remat]
+        return total + pair * attention.pairs(seq, split) * (1 if forward else _OF_BLOCKS[remat])
     if isinstance(attention, Splash | Flash):
         pairs = float(attention.pairs(seq, split))
         if windowed := len(getattr(config, "windowed_layers", ())):
             near = attention.pairs(seq, split, window=config.sliding_window)
             pairs += (near - pairs) * windowed / config.num_hidden_layers
-        return total + pair * pairs * _OF_KERNELS[remat]
-    return total + pair * seq**2 * (3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE)))
+        return total + pair * pairs * (1 if forward else _OF_KERNELS[remat])
+    times = 1 if forward else 3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE))
+    return total + pair * seq**2 * times

@@ -15,11 +15,15 @@ from lora_jax import subspace
 from lora_jax.models.families import module_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
+from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.setup import Setup
+from train.live.reference import reference_params
 from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule
-from train.plan.compile import adapted_shapes, per_device, placed_shapes
-from train.plan.plan_flops import count_traced, step_work
+from train.plan.between import Program, programs_between
+from train.plan.compile import STEP
+from train.plan.job import adapted_shapes, per_device, placed_shapes
+from train.plan.plan_flops import count_traced, step_work, together
 from train.run.intrinsic import moves_weights, running_in, space_of
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
@@ -35,9 +39,11 @@ class Needs:
     Attributes:
       base, adapter, optimizer: bytes of arrays that stay.
       temporaries: bytes of a step's own; None where the compiler does not report them.
+      between: the same of each program between steps, with what else it has in memory.
       capacity: bytes of a device; None where it does not say.
       checkpoint: bytes of a checkpoint on disk.
       flops: FLOPs of a step on all devices; None where they could not be counted.
+      scored: FLOPs of what a reference or a scorer reads for a step; None likewise.
       compile_seconds: time of the compilation.
     """
 
@@ -45,22 +51,28 @@ class Needs:
     adapter: int
     optimizer: int
     temporaries: int | None
+    between: dict[str, int | None]
     capacity: int | None
     checkpoint: int
     flops: int | None
+    scored: int | None
     compile_seconds: float
 
     @property
     def total(self) -> int | None:
-        """Returns the bytes of a device during a step."""
-        held = self.base + self.adapter + self.optimizer
-        return None if self.temporaries is None else held + self.temporaries
+        """Returns the bytes of a device during a step, or between steps where it needs more."""
+        held, most = self.base + self.adapter + self.optimizer, 0
+        for needed in (self.temporaries, *self.between.values()):
+            if needed is None:
+                return None
+            most = max(most, needed)
+        return held + most
 
 
 def needs(
     config: Options, outline: Outline, layout: Layout, loss: Loss, batch: dict[str, np.ndarray]
 ) -> Needs:
-    """Compiles the step of a run for abstract weights, as the run will compile it.
+    """Compiles the step of a run, and what runs between steps, for abstract weights.
 
     Args:
       config: the options of the run.
@@ -70,7 +82,8 @@ def needs(
       batch: a batch of the largest shape.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler refuses the step, as a rule for want of memory.
+      UserError: a reference would need a second base.
+      jax.errors.JaxRuntimeError: the compiler refuses a program, as a rule for want of memory.
     """
     optim = config.optim
     dtype = jnp.dtype("float32" if moves_weights(config.adapter) else optim.dtype)
@@ -99,21 +112,45 @@ def needs(
         )
         for name, array in batch.items()
     }
+    reference = reference_params(config, outline, lj.strip(params), takes_from_base(params))
     began = time.perf_counter()
     with jax.set_mesh(layout.mesh):
         traced = setup.trace(setup.forward(running_in(space, model)), loss, state, base, shapes)
-        compiled = traced.lower().compile()
+        lowered = traced.lower()
+        programs = {STEP: Program(traced, lowered, params, per_device(params))} | programs_between(
+            model,
+            layout,
+            params,
+            shapes,
+            chunk=getattr(optim, "loss_chunk", 0),
+            group=getattr(config.data, "group", 1),
+            reference=reference and placed_shapes(reference, layout),
+        )
+        compiled = {name: one.lowered.compile() for name, one in programs.items()}
     seconds = time.perf_counter() - began
-    counted = count_traced(traced.jaxpr)
-    work = step_work(compiled.as_text(), counted, layout.mesh.devices.size)
+    work = {
+        name: step_work(
+            compiled[name].as_text(), count_traced(one.traced.jaxpr), layout.mesh.devices.size
+        )
+        for name, one in programs.items()
+        if one.times
+    }
+    temporaries = {name: compiled_bytes(one).get(STEP) for name, one in compiled.items()}
+    between = {
+        name: found and found + per_device(programs[name].params) - programs[name].shared
+        for name, found in temporaries.items()
+    }
+    step = between.pop(STEP)
     return Needs(
         base=per_device(base),
         adapter=per_device(state.adapter),
         optimizer=per_device(state.opt_state),
-        temporaries=compiled_bytes(compiled).get("temporaries"),
+        temporaries=step,
+        between=between,
         capacity=capacity_of(layout.mesh.devices.flat[0]),
         checkpoint=tree_bytes(state.adapter) + tree_bytes(state.opt_state),
-        flops=work.per_step,
+        flops=work.pop(STEP).per_step,
+        scored=together([(programs[name].times, one) for name, one in work.items()]).per_step,
         compile_seconds=seconds,
     )
 

@@ -6,6 +6,8 @@ check of what was read, and the fallback. A failure of either does not end a pla
 """
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from train.plan.hlo import NotUnderstood, Work, work_of
@@ -65,6 +67,30 @@ def step_work(
         sent=work.sent,
         kernels=named(work.kernels),
         notes=_compared(work, counted, n_devices),
+    )
+
+
+def together(works: Sequence[tuple[int, StepWork]]) -> StepWork:
+    """Returns the work of several programs, each so many times; None for what one does not know."""
+    each = [work for _, work in works]
+
+    def total(name: str) -> int | None:
+        known = [(times, getattr(work, name)) for times, work in works]
+        return None if any(n is None for _, n in known) else sum(times * n for times, n in known)
+
+    sent: Counter[str] = Counter()
+    for times, work in works:
+        sent.update({kind: times * n for kind, n in (work.sent or {}).items()})
+    sources, of_all = {work.source for work in each}, all(work.sent is not None for work in each)
+    kernels = dict.fromkeys(name for work in each for name in work.kernels or ())
+    return StepWork(
+        source=None if None in sources else JAXPR if JAXPR in sources else HLO,
+        per_step=total("per_step"),
+        per_chip=total("per_chip"),
+        traced=total("traced"),
+        sent=dict(sent) if of_all else None,
+        kernels=tuple(kernels) if of_all else None,
+        notes=tuple(dict.fromkeys(note for work in each for note in work.notes)),
     )
 
 

@@ -1,16 +1,17 @@
 """Plans as tables: one row per variant, the requested one first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from train.plan.compile import Plan
+from train.plan.between import BETWEEN, SAMPLER
+from train.plan.compile import STEP, Plan
 from train.plan.plan_flops import JAXPR
 from train.run.report import megabytes
 
-_PARTS = ("base", "adapter", "optimizer", "temporaries", "other", "total")
+_HELD, _REST = ("base", "adapter", "optimizer", STEP), ("other", "total")
 _UNKNOWN = "–"
 _TRACED = "≈ "
 
@@ -35,8 +36,7 @@ def print_plans(
     devices = "one device" if facts["devices"] == 1 else f"{facts['devices']} devices: {mesh}"
     console.print(
         f"{facts['model']} on {facts['topology']} ({devices}), "
-        f"{facts['batch_size'] * facts['grad_accum']} × {facts['seq_len']} tokens per step, "
-        f"{facts['dtype']}{codes}, attention: {facts['attention']}, "
+        f"{facts['rows']} per step, {facts['dtype']}{codes}, attention: {facts['attention']}, "
         f"optimizer: {facts['optimizer']}; "
         f"compiled by the {facts['compiler'].upper()} compiler",
         highlight=False,
@@ -48,11 +48,12 @@ def print_plans(
     for share in facts["memory_shares"]:
         memory.add_column(f"fits {share:g}" if facts["compiler"] == "gpu" else "fits")
     to_host = any(made.per_chip_bytes["host"] for made in plans)
-    parts = (*_PARTS, "host") if to_host else _PARTS
+    between = BETWEEN[facts["task"]]
+    parts = (*_HELD, *between, *_REST, *(["host"] * to_host))
     for part in parts:
-        memory.add_column(part, justify="right")
+        memory.add_column("step" if part == STEP and between else part, justify="right")
     for made in plans:
-        sizes = [_gib(made.per_chip_bytes[part]) for part in parts]
+        sizes = [_gib(made.per_chip_bytes.get(part)) for part in parts]
         fits = ["yes" if one else "no" for one in made.fits_share.values()]
         memory.add_row(made.name, *fits, *sizes)
     console.print(memory)
@@ -87,7 +88,7 @@ def print_plans(
             console.print(f"{made.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
         for note in made.notes:
             console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
-    for note in (*facts["remarks"], _notes(facts, to_host)):
+    for note in (*facts["remarks"], _notes(facts, to_host), *_of_tasks(facts, plans[0])):
         console.print(note, highlight=False, soft_wrap=True)
 
 
@@ -122,6 +123,23 @@ def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
     else:
         notes += " For the time of a step, give --peak-tflops."
     return notes
+
+
+def _of_tasks(facts: Mapping[str, Any], made: Plan) -> Iterator[str]:
+    """Yields what is to be said of the programs between steps."""
+    between = BETWEEN[facts["task"]]
+    if between:
+        yield (
+            f"{', '.join(('step', *between))}: temporaries of each program, one of which runs at a "
+            f"time; the total has the largest. TFLOP and time are of a step and its {between[0]}."
+        )
+    if SAMPLER in between:
+        a_token = facts["grad_accum"] * made.sampled_token_flops / 1e12
+        yield (
+            f"The sampler's have the cache of keys and values, {_gib(made.cache_bytes)} GiB on all "
+            f"devices. Its work comes on top: {a_token:,.3f} TFLOP for a token of each completion "
+            f"of a step, and up to {facts['max_new_tokens']} tokens."
+        )
 
 
 def _gib(size: int | None) -> str:

@@ -137,6 +137,7 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         train=pack(shown, data.seq_len, packing=False),
         held_out=None,
         name=lambda row: f"row {row + 1}",
+        row=lambda _, number: f"prompt {number}",
         source=data.dataset,
         facts={"sequence_length": feed.length, "lengths": (feed.length,)},
         lines=(f"{len(shown):,} prompts; a step has {data.group} completions of {n} each", *lines),

@@ -1,0 +1,196 @@
+"""What a plan is for: the model, the machine and the batch, a variant, and the shapes of these."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lora_jax as lj
+from lora_jax.models.attention import chosen_attention
+from lora_jax.models.layers.attend import Chosen
+from lora_jax.sharding import shardings
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import ONLINE, Loss, pair_loss, rollout_loss, token_loss
+from train.adapters.source import find_adapter
+from train.console.errors import as_user_errors
+from train.options.common import AdapterConfig
+from train.options.conditions import NO_ADAPTER
+from train.plan.machines import Machine
+from train.run.pretrained import Outline
+from train.run.report import tree_bytes
+from train.run.rules import rules
+
+_REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
+_REMAT |= {"offload": "remat to the host", "dots_with_no_batch_dims_saveable": "remat but dense"}
+Task = Literal["sft", "dpo", "grpo"]
+SFT: Task = "sft"
+DPO: Task = "dpo"
+GRPO: Task = "grpo"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """The model, machine and batch of a plan; the same for all variants.
+
+    Attributes:
+      outline: the model, without its weights.
+      layout: the placement of weights and activations on the mesh.
+      machine: the devices to compile for.
+      batch_size: rows in memory at once, on all devices: sequences, or pairs of them.
+      grad_accum: batches per step.
+      seq_len: tokens per sequence; the loss counts them all, or those of completions.
+      loss_chunk: predictions whose logits are in memory at once; 0 for all.
+      dtype: the dtype of the base and its activations; trained parameters are fp32.
+      attention, experts: the implementations of attention and of experts, by name.
+      task: the script that trains.
+      group, max_new_tokens: completions of a prompt and tokens of one, of GRPO.
+    """
+
+    outline: Outline
+    layout: Layout
+    machine: Machine
+    batch_size: int
+    grad_accum: int
+    seq_len: int
+    loss_chunk: int
+    dtype: str
+    attention: str = "auto"
+    experts: str = "auto"
+    task: Task = SFT
+    group: int = 1
+    max_new_tokens: int = 0
+
+    @property
+    def row(self) -> int:
+        """Returns the tokens of a row: those of a pair are of two sequences."""
+        return 2 * self.seq_len if self.task == DPO else self.seq_len
+
+    @property
+    def predicted(self) -> int:
+        """Returns the tokens of a row that the loss counts."""
+        return self.max_new_tokens if self.task == GRPO else self.row
+
+    @property
+    def loss(self) -> Loss:
+        """Returns the function to minimise."""
+        split: dict[str, Any] = {"chunk": self.loss_chunk, "parts": self.layout.sequence_parts}
+        if self.task == DPO:
+            return pair_loss("sigmoid", **split)
+        return rollout_loss(ONLINE["dapo"], **split) if self.task == GRPO else token_loss(**split)
+
+    @property
+    def chosen(self) -> Chosen:
+        """Returns the implementation of attention that will run, and why.
+
+        Raises:
+          UserError: the one that was asked for does not run on this machine.
+        """
+        with as_user_errors(ValueError):
+            return chosen_attention(
+                self.outline.config,
+                self.row,
+                dtype=self.dtype,
+                attention=self.attention,
+                platform=self.layout.platform,
+                split=self.layout.split(self.row),
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A variant of training.
+
+    Attributes:
+      adapter: the parameters that train.
+      remat: the activations to recompute.
+      adapters: the number of adapters that train side by side; None for one run.
+    """
+
+    adapter: AdapterConfig
+    remat: str
+    adapters: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The variant in words, for tables."""
+        if self.adapter.full:
+            what = "full fine-tuning"
+        elif self.adapter.peft_config:
+            what = "the PEFT configuration"
+        elif self.adapter.targets == NO_ADAPTER:
+            what = "no adapter, parts in full"
+        else:
+            alone = (variant.name for variant in self.adapter.variants if variant.alone)
+            kind = next(alone, "LoRA")
+            what = f"{kind} r={self.adapter.rank}"
+        if self.adapters is not None:
+            what = f"{self.adapters} × {what}"
+        return f"{what}, {_REMAT.get(self.remat, self.remat)}"
+
+
+def abstract_params(job: Job, variant: Variant) -> Any:
+    """Returns the adapted tree as shapes with shardings; fp32 in full fine-tuning."""
+    dtype = jnp.float32 if variant.adapter.full else jnp.dtype(job.dtype)
+    return adapted_shapes(job.outline, variant.adapter, dtype, job.layout)
+
+
+def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout: Layout) -> Any:
+    """Returns a model's adapted tree as shapes with shardings; --init-adapter's has its own.
+
+    Raises:
+      UserError: the rules or the adapter do not fit the model.
+    """
+    plain = outline.shapes(dtype, arrays=adapter.full)
+    with as_user_errors(ValueError):
+        if adapter.init_adapter is None:
+            params = lj.lorafy(plain, rules(adapter, outline), kinds=outline.kinds)
+        else:  # the base has no values to compare yet
+            source = find_adapter(adapter.init_adapter, "--init-adapter")
+            params = source.load(outline, plain, outline.name, allow_base_mismatch=True)
+    return placed_shapes(params, layout)
+
+
+def placed_shapes(params: Any, layout: Layout) -> Any:
+    """Returns the shapes of an adapted tree, with its shardings."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        params,
+        shardings(params, layout.table, layout.mesh),
+    )
+
+
+def per_device(tree: Any) -> int:
+    """Returns the bytes on one device of a tree of shapes with shardings."""
+    return sum(
+        tree_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def batch_shapes(job: Job, adapters: int | None = None) -> dict[str, Any]:
+    """Returns the shapes of a step's batch, with shardings; of several adapters, each has a part.
+
+    The arrays are those of `Packs`, `Preferences` and `train.live.prompts.PromptFeed`.
+    """
+    of = (job.grad_accum, job.batch_size // (adapters or 1))
+    by_place, by_target = ("ids", "segment_ids", "positions"), ("predict_at", "targets", "weights")
+    ints: dict[str, Any] = dict.fromkeys(by_place, [job.row])
+    ints |= dict.fromkeys(by_target, [job.predicted])
+    numbers: dict[str, Any] = {}
+    if job.task == DPO:
+        ints["counts"], numbers = [2], {"reference": [2], "mean_tokens": []}
+    elif job.task == GRPO:
+        numbers = {"old": [job.predicted], "advantages": []}
+
+    def placed(rest: list[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        shape = (*of, *rest)
+        where = job.layout.of_batch(shape, parts=True)
+        if adapters is not None:
+            shape = (adapters, *shape)
+            where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    batch = {name: placed(shape, jnp.int32) for name, shape in ints.items()}
+    return batch | {name: placed(shape, jnp.float32) for name, shape in numbers.items()}

@@ -1,0 +1,161 @@
+"""The options of `python -m train.plan`."""
+
+import dataclasses
+from typing import Literal
+
+from lora_jax.training.arguments import POSITIVE, at_least, check_numbers
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.optimizers.named import Name
+from train.console.errors import UserError, as_user_errors, flag
+from train.options.common import AdapterConfig, Attention, Experts, Remat
+from train.options.rollouts import OF_ROWS, RolloutDataConfig, check_group
+from train.plan.job import GRPO, SFT, Task
+from train.run.rules import rules
+
+# No weights are read, so the codes of a file are not known.
+PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """The model, the machine, and the amount of data."""
+
+    model: str
+    """A config.json, a folder with one, a GGUF file, or a name on the hub. No weights are read."""
+    rope_scaling: str | None = None
+    """Scale the model's RoPE; see train.sft."""
+    topology: str = "cpu:1"
+    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1; GPUs, such as rtx4090:1,
+    h100:8, or h100:2x8 for two hosts; or cpu:8 for eight virtual devices of this CPU."""
+    mesh: str | None = None
+    """The mesh, as in train.sft: fsdp=4,tensor=4. By default fsdp gets as many devices as can share
+    the batch, and tensor gets the rest."""
+    task: Task = SFT
+    """The script whose run to plan. dpo: pairs, and the pass of the reference over them. grpo:
+    completions, their scorer, and their sampler with its cache of keys and values."""
+    batch_size: int = 8
+    """Sequences in memory at once, on all devices together; of dpo pairs."""
+    grad_accum: int = 1
+    """Batches per step."""
+    seq_len: int = 1024
+    """Tokens per sequence, of grpo of a prompt and its completion. The plan assumes that the loss
+    counts all of them, or all of a completion's."""
+    group: int | None = None
+    """Completions of each prompt, for grpo; by default 8."""
+    max_new_tokens: int | None = None
+    """Tokens of a completion, for grpo; by default 128."""
+    loss_chunk: int = 256
+    """Predictions whose logits are in memory at once, for each part of the batch on the mesh; 0 for
+    all at once."""
+    dtype: str = "bfloat16"
+    """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
+    and so are the weights in full fine-tuning."""
+    quantize: PlannedCodes = "none"
+    """The codes to keep the base's kernels in; see train.sft."""
+    remat: Remat = "full"
+    """Activations to recompute in the backward pass; see train.sft."""
+    attention: Attention = "auto"
+    """Computation of attention; see train.sft."""
+    experts: Experts = "auto"
+    """Computation of a mixture of experts; see train.sft."""
+    adapters: tuple[int, ...] = ()
+    """Numbers of adapters to plan for, such as 1 8 64: adapters that train side by side in one step
+    over one base, sharing the --batch-size sequences evenly."""
+    longest: bool = False
+    """Find the longest row that fits, up to the model's own limit, beginning with --seq-len."""
+    largest_batch: bool = False
+    """Find the largest --batch-size that fits, beginning with that one."""
+    optimizer: Name = "adamw"
+    """The optimiser, whose state takes memory; see train.sft."""
+    tokens: float | None = None
+    """Tokens to train on in total, to compute the chip-hours."""
+    utilisation: float = 0.4
+    """The share of the peak FLOP/s that a step is assumed to reach, to compute its time."""
+    price: float | None = None
+    """The price of one chip-hour, in any currency, to compute the cost."""
+    capacity_gib: float | None = None
+    """The memory of a device in GiB, to override the topology's."""
+    mem_fraction: float | None = None
+    """The share of a GPU's memory that JAX reserves (XLA_PYTHON_CLIENT_MEM_FRACTION), by default
+    0.75: a plan fits if it needs no more."""
+    peak_tflops: float | None = None
+    """The peak TFLOP/s of a device, to override the topology's."""
+    alone: bool = False
+    """Plan only what the options ask for; without this option, LoRA with three --remat policies and
+    full fine-tuning are planned for comparison."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """Returns the completions of a prompt, and the tokens of one."""
+        return self.group or RolloutDataConfig.group, self.max_new_tokens or OF_ROWS[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Plan a run of train.sft, train.dpo or train.grpo: memory, FLOPs, time and cost, for LoRA and
+    full fine-tuning."""
+
+    plan: PlanConfig
+    adapter: AdapterConfig
+
+
+def check(options: PlanOptions) -> None:
+    """Raises a UserError for options that are wrong for any model and machine."""
+    asked, adapter = options.plan, options.adapter
+    numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "max_new_tokens"), at_least(1))
+    numbers |= dict.fromkeys(("tokens", "price", "capacity_gib", "peak_tflops"), POSITIVE)
+    with as_user_errors(TrainingError):
+        check_numbers(vars(asked), numbers | {"loss_chunk": at_least(0), "group": at_least(2)})
+    for name in ("group", "max_new_tokens"):
+        if asked.task != GRPO and getattr(asked, name) is not None:
+            raise UserError(
+                f"{flag(name)} is about completions, which train.grpo draws: leave it out, or give "
+                "--task grpo"
+            )
+    if asked.task == GRPO:
+        check_group(asked.batch_size, *asked.drawn, asked.seq_len)
+        if asked.longest:
+            raise UserError(
+                "--longest: with --task grpo, --seq-len holds a prompt and a completion, and which "
+                "of them to lengthen is not said: try several --seq-len, or --largest-batch"
+            )
+    if asked.task != SFT and asked.adapters:
+        raise UserError(
+            f"--adapters plans adapters of train.sft side by side: leave out --task {asked.task}"
+        )
+    if asked.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {asked.dtype}: float32 or bfloat16")
+    if not 0 < asked.utilisation <= 1:
+        raise UserError(
+            f"--utilisation {asked.utilisation}: a share of the peak, above 0 and at most 1"
+        )
+    if asked.mem_fraction is not None and not 0 < asked.mem_fraction <= 1:
+        raise UserError(
+            f"--mem-fraction {asked.mem_fraction}: a share of a GPU's memory, above 0 and at most 1"
+        )
+    if adapter.init_adapter:
+        raise UserError(
+            "--init-adapter: an adapter's shapes come from options here, not from a folder"
+        )
+    if adapter.full and asked.quantize != "none":
+        raise UserError(
+            f"--quantize {asked.quantize}: codes do not train, and --full trains every weight"
+        )
+    if adapter.full and adapter.peft_config:
+        raise UserError("--full trains without an adapter, and --peft-config describes one")
+    if asked.longest and asked.largest_batch:
+        raise UserError("--longest and --largest-batch: one of them at a time")
+    if asked.adapters and (asked.longest or asked.largest_batch):
+        raise UserError("--longest and --largest-batch plan one run, and --adapters plans several")
+    if asked.adapters and (adapter.full or asked.alone):
+        other = "--full" if adapter.full else "--alone"
+        raise UserError(f"--adapters and {other} do not go together: it plans adapters alone")
+    for n in asked.adapters:
+        if n < 1 or asked.batch_size % n:
+            raise UserError(
+                f"--adapters {n}: a number that divides --batch-size {asked.batch_size} is needed, "
+                "so that each adapter has as many sequences"
+            )
+    rules(adapter)
