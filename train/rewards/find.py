@@ -4,16 +4,17 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from train.console.errors import UserError, flag
-from train.rewards.functions import UserFunction, Workers
+from train.rewards.functions import Workers
 from train.rewards.model import RewardModel
-from train.rewards.reward import Batch, Judged, Reward, Simple
-from train.rewards.sql import SqlReward
+from train.rewards.reward import Batch, Judged, Reward, of_each
+from train.rewards.sql import sql_reward
 from train.tasks import arithmetic
 
 
@@ -70,7 +71,7 @@ class Rewards:
     ) -> Scored:
         """Returns the rewards of completions; see `Batch` for what is given."""
         batch = Batch(prompts, completions, completion_ids, columns, group)
-        judged = {name: reward(batch) for name, reward in self._rewards.items()}
+        judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         values = np.stack([one.values for one in judged.values()])  # [rewards, n]
         given = ~np.isnan(values)
         total = np.where(given, values, 0).T @ self._weights
@@ -122,23 +123,29 @@ def find_rewards(
         )
     if twice := [spec for spec, number in Counter(specs).items() if number > 1]:
         raise UserError(f"--reward {twice[0]} is named twice: give it a weight instead")
-    ours = _ours(max_tokens)
-    models = [spec for spec in specs if spec not in ours and Path(spec).expanduser().is_dir()]
-    files = [spec for spec in specs if spec not in (*ours, *models)]
+    known = {
+        "arithmetic": of_each(arithmetic.reward, "answer"),
+        "sql": sql_reward(),
+        "sql-dense": sql_reward(runs=0.1),
+        "length": of_each(lambda text, ids: len(ids) / max_tokens),
+    }
+    models = [spec for spec in specs if spec not in known and Path(spec).expanduser().is_dir()]
+    files = [spec for spec in specs if spec not in (*known, *models)]
     for spec in files:
         path, _, function = spec.rpartition(":")
         if not path.endswith(".py") or not function:
             raise UserError(
-                f"--reward {spec}: no folder, and no reward of this name, but {', '.join(ours)}; a "
-                "function of your own is named as file.py:function, a reward model by its run's "
+                f"--reward {spec}: no folder, and no reward of this name, but {', '.join(known)}; "
+                "a function of your own is named as file.py:function, a reward model by its run's "
                 "folder"
             )
         if not Path(path).is_file():
             raise UserError(f"--reward {spec}: there is no file {path}")
-    known: dict[str, Reward] = ours | {spec: RewardModel(spec) for spec in models}
+    known |= {spec: Reward(RewardModel(spec)) for spec in models}
     if files:
         pool = Workers(files, seconds, workers or os.cpu_count() or 1)
-        known |= {spec: UserFunction(pool, i) for i, spec in enumerate(files)}
+        for i, (spec, needs) in enumerate(zip(files, pool.needs, strict=True)):
+            known[spec] = Reward(partial(pool.judge, i), needs, pool.close)
     rewards = Rewards({_short(spec, specs): known[spec] for spec in specs}, given)
     for spec in specs:
         if missing := [name for name in known[spec].needs if name not in columns]:
@@ -155,12 +162,3 @@ def _short(spec: str, specs: Sequence[str]) -> str:
     names = [Path(other.rpartition(":")[2]).name for other in specs]
     name = Path(spec.rpartition(":")[2]).name
     return name if names.count(name) == 1 else spec
-
-
-def _ours(max_tokens: int) -> dict[str, Reward]:
-    return {
-        "arithmetic": Simple(arithmetic.reward, needs=("answer",)),
-        "sql": SqlReward(),
-        "sql-dense": SqlReward(runs=0.1),
-        "length": Simple(lambda text, ids: len(ids) / max_tokens),
-    }

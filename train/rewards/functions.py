@@ -94,19 +94,3 @@ class Workers:
             n = len(completions)
             why = f"a call took longer than {self._seconds:g} seconds" if error.late else str(error)
             return {"values": [None] * n, "failures": {TIMEOUT if error.late else DIED: [n, why]}}
-
-
-class UserFunction:
-    """A reward by one of the functions."""
-
-    def __init__(self, workers: Workers, index: int) -> None:
-        self.needs = workers.needs[index]
-        self._workers, self._index = workers, index
-
-    def __call__(self, batch: Batch) -> Judged:
-        """Returns what the function says."""
-        return self._workers.judge(self._index, batch)
-
-    def close(self) -> None:
-        """Ends the processes of all functions."""
-        self._workers.close()

@@ -1,7 +1,6 @@
 """Rewards by a model that `train.classify --labels pairs` trained."""
 
 import sys
-from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -20,9 +19,7 @@ _BATCH_SIZE = 32  # completions in memory at once
 
 
 class RewardModel:
-    """A reward that is a model's score of a completion after its prompt, made in this process."""
-
-    needs: Collection[str] = ()
+    """Judges a completion by a model's score of it after its prompt, in this process."""
 
     def __init__(self, folder: str) -> None:
         """Reads the model that a run left in a folder, over the base that it names.
@@ -63,6 +60,3 @@ class RewardModel:
             self._apply, self._params, tokens, batch_size=_BATCH_SIZE, of=jax.nn.identity
         )
         return Judged(scores[:, 0])
-
-    def close(self) -> None:
-        """Does nothing."""

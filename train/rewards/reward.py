@@ -1,7 +1,7 @@
-"""The contract of a reward: an object that judges the completions of a step."""
+"""The contract of a reward: it judges the completions of a step."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,31 +40,26 @@ class Judged(NamedTuple):
     kinds: Mapping[str, int] = {}
 
 
-class Reward(Protocol):
-    """Judges completions. A reward model is one too: it has no need of another process."""
+class Reward(NamedTuple):
+    """A reward, wherever it is computed: here, as that of a model would be, or in other processes.
 
-    @property
-    def needs(self) -> Collection[str]:
-        """The columns that it cannot do without."""
+    Attributes:
+      judge: judges a batch.
+      needs: the columns that it cannot do without.
+      close: ends what it started.
+    """
 
-    def __call__(self, batch: Batch) -> Judged:
-        """Returns what it says of a batch."""
-
-    def close(self) -> None:
-        """Ends what it started."""
+    judge: Callable[[Batch], Judged]
+    needs: Collection[str] = ()
+    close: Callable[[], None] = lambda: None
 
 
-class Simple:
-    """A reward that is a function of each completion, its tokens, and the columns that it needs."""
+def of_each(function: Callable[..., float], *needs: str) -> Reward:
+    """Returns a reward that is a function of a completion, its tokens, and these columns."""
 
-    def __init__(self, function: Callable[..., float], needs: Sequence[str] = ()) -> None:
-        self.needs, self._function = needs, function
-
-    def __call__(self, batch: Batch) -> Judged:
-        """Returns the function's values."""
-        columns = (batch.columns[name] for name in self.needs)
+    def judge(batch: Batch) -> Judged:
+        columns = (batch.columns[name] for name in needs)
         rows = zip(batch.completions, batch.completion_ids, *columns, strict=True)
-        return Judged(np.array([self._function(*row) for row in rows], np.float32))
+        return Judged(np.array([function(*row) for row in rows], np.float32))
 
-    def close(self) -> None:
-        """Does nothing."""
+    return Reward(judge, needs)
