@@ -6,6 +6,7 @@ import random
 import re
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -285,9 +286,9 @@ MAY_BE_RIGHT = (commented, strange, spliced, soup, long)
 KINDS = {MATCHED, MISMATCH, NO_SQL, guard.REFUSED, guard.ERROR, guard.TIMEOUT}
 
 
-def memory(pid: int | str, what: str) -> int:
-    """Returns kilobytes of a process, of which /proc tells."""
-    return int(re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+def most_memory(pid: int) -> int:
+    """Returns the kilobytes of a process at its peak."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
 
 def checked(n: int, seed: int) -> Counter:
@@ -303,13 +304,18 @@ def checked(n: int, seed: int) -> Counter:
         assert kind != MATCHED or make in MAY_BE_RIGHT, text
         return make.__name__, kind, seconds
 
-    with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(timed, range(n // 2)))
-        before = memory("self", "VmRSS")
-        found += threads.map(timed, range(n // 2, n))
-    assert memory("self", "VmRSS") - before < 20_000
+    tracemalloc.start()
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(timed, range(n // 2)))
+            before, _ = tracemalloc.get_traced_memory()
+            found += threads.map(timed, range(n // 2, n))
+            after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 3_000_000  # bytes, for the kinds and times
     processes = [copy._process for copy in GUARDED._served._copies if copy._process]
-    assert processes and all(memory(one.pid, "VmHWM") < 100_000 for one in processes)
+    assert processes and all(most_memory(one.pid) < 100_000 for one in processes)
     assert judge(SCHEMA, GOLD, GOLD) == MATCHED
     assert not list(Path.cwd().iterdir())
     return Counter((name, kind) for name, kind, _ in found)
