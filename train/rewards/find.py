@@ -22,7 +22,8 @@ class Scored(NamedTuple):
     """The rewards of completions.
 
     Attributes:
-      total: [n], fp32: the weighted sum of the rewards that have an opinion; NaN if none has.
+      total: [n], fp32: the weighted sum of the rewards that have an opinion; NaN if none has, or if
+        one failed.
       by_name: [n] each, fp32, without weights; NaN: no opinion, or none because it failed.
       failures: the number of completions that have no value because a reward failed, by its name
         and by kind.
@@ -73,11 +74,13 @@ class Rewards:
         batch = Batch(prompts, completions, completion_ids, columns, group)
         judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         values = np.stack([one.values for one in judged.values()])  # [rewards, n]
+        failed = np.isinf(values)
+        values = np.where(failed, np.float32(np.nan), values)
         given = ~np.isnan(values)
         total = np.where(given, values, 0).T @ self._weights
         return Scored(
-            np.where(given.any(0), total, np.float32(np.nan)),
-            {name: one.values for name, one in judged.items()},
+            np.where(given.any(0) & ~failed.any(0), total, np.float32(np.nan)),
+            dict(zip(judged, values, strict=True)),
             {name: dict(one.failures) for name, one in judged.items() if one.failures},
             [said for name, one in judged.items() for said in self._news(name, one, len(total))],
             {name: dict(one.kinds) for name, one in judged.items() if one.kinds},

@@ -93,4 +93,7 @@ class Workers:
         except NoAnswer as error:
             n = len(completions)
             why = f"a call took longer than {self._seconds:g} seconds" if error.late else str(error)
-            return {"values": [None] * n, "failures": {TIMEOUT if error.late else DIED: [n, why]}}
+            return {
+                "values": [worker.FAILED] * n,
+                "failures": {TIMEOUT if error.late else DIED: [n, why]},
+            }

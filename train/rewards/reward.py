@@ -28,7 +28,7 @@ class Judged(NamedTuple):
     """The values that a reward gives to a batch.
 
     Attributes:
-      values: [n], fp32; NaN: no opinion, or none because it failed.
+      values: [n], fp32; NaN: no opinion; infinite: it failed.
       failures: the number of completions that have no value because it failed, by kind.
       said: the first message of each kind of failure.
       kinds: the number of completions by what became of them, for rewards that tell.

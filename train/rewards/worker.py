@@ -9,6 +9,7 @@ import base64
 import importlib.util
 import inspect
 import json
+import math
 import os
 import pickle
 import queue
@@ -24,6 +25,7 @@ OURS = ("prompts", "completions", "completion_ids")  # what each function may ta
 EXCEPTION, NUMBER_OF_RESULTS = "exception", "wrong number of results"
 NO_NUMBER, NOT_FINITE = "not a number", "not finite"
 _LARGEST = 3.4e38  # of fp32
+FAILED = math.inf  # in the place of a value
 
 
 class NoFunction(Exception):
@@ -92,10 +94,10 @@ def judge(function: Function, keywords: Mapping[str, Any]) -> dict[str, Any]:
             found = asyncio.run(found)
         results = list(found)
     except (Exception, SystemExit) as error:
-        return {"values": [None] * n, "failures": {EXCEPTION: [n, said(error)]}}
+        return {"values": [FAILED] * n, "failures": {EXCEPTION: [n, said(error)]}}
     if len(results) != n:
         text = f"{len(results)} results for {n} completions"
-        return {"values": [None] * n, "failures": {NUMBER_OF_RESULTS: [n, text]}}
+        return {"values": [FAILED] * n, "failures": {NUMBER_OF_RESULTS: [n, text]}}
     failures: dict[str, list[Any]] = {}
     values: list[float | None] = []
     for result in results:
@@ -108,7 +110,7 @@ def judge(function: Function, keywords: Mapping[str, Any]) -> dict[str, Any]:
                 kind = NO_NUMBER
         if kind:
             failures.setdefault(kind, [0, repr(result)[:80]])[0] += 1
-        values.append(None if kind else value)
+        values.append(FAILED if kind else value)
     return {"values": values, "failures": failures}
 
 
