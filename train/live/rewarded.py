@@ -52,7 +52,7 @@ class Rewarded(Rollouts):
     ) -> tuple[Drawn, HostBatch, dict[str, float]]:
         """Returns advantages, by rewards of completions, and log-probabilities."""
         optim, group = self.config.optim, self.config.data.group
-        rewards, noted = self._rewarded(rows, drawn)
+        rewards, noted = self._rewarded(rows, drawn)  # what is noted is of the first draw
         for attempt in range(self.config.data.redraw):
             (flat,) = np.nonzero(_without_spread(rewards))
             if not len(flat):
@@ -61,11 +61,17 @@ class Rewarded(Rollouts):
             rewards[flat], _ = self._rewarded(rows[flat], again)
             for before, new in zip(drawn, again, strict=True):
                 before[flat] = new
+        flat_rewards, asked = rewards.ravel(), map(self.feed.prompts.shown, np.repeat(rows, group))
+        self.feed.newest = [
+            Sample(prompt, text, None if math.isnan(reward) else reward)
+            for prompt, text, reward in zip(
+                asked, drawn.texts.ravel().tolist(), flat_rewards.tolist(), strict=True
+            )
+        ]
         batch = self.feed.of_completions(rows, drawn)
         old, entropy = self.scores(params, batch)
         judged: HostBatch = {"old": old}
         counted = batch["weights"] > 0
-        flat_rewards = rewards.ravel()
         if self._reference is not None:
             reference, _ = self.scores(self._reference, batch)
             if optim.loss == RLOO:
@@ -110,10 +116,6 @@ class Rewarded(Rollouts):
             noted["reward_failed"] = failed / len(each)
             for kinds in found.kinds.values():
                 noted |= {f"share_{kind}": n / len(each) for kind, n in kinds.items()}
-            self.feed.newest = [
-                Sample(asked.shown(row), text, None if math.isnan(x) else float(x))
-                for row, text, x in zip(each, texts, total, strict=True)
-            ]
         if jax.process_count() > 1:
             total = np.array(hosts.gathered(total.tolist())[0], np.float32)
             noted = from_first(noted)
