@@ -50,7 +50,7 @@ from train.run.report import compiled_bytes, print_adapter, print_costs, tree_by
 from train.run.rules import rules
 from train.tasks.task import Context, Evaluation, Preparing, Rolling, Task
 
-_COMPLETIONS = 2  # of a step that are shown, of those after which a checkpoint is written
+_COMPLETIONS = 2  # that are shown, of those for steps after which a checkpoint is written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,7 +316,8 @@ def measures(
       held_out: `held_out_loss`, with its arguments up to the examples.
       log: the log that sampled answers go to.
     """
-    asked: Any = run.config.run
+    config: Any = run.config
+    asked = config.run
     if asked.eval_every and inputs.read.data.on_the_way is not None:
         examples = inputs.read.data.on_the_way
         yield held_out(examples, every=asked.eval_every, stop=run.stop)
@@ -328,12 +329,13 @@ def measures(
 
         yield Measure(every=asked.score_every, prefix=SCORE, take=scored)
     if isinstance(inputs.feed, Rolling):
-        rolling = inputs.feed
+        rolling, updates = inputs.feed, config.optim.updates
 
         def completed(state: State) -> dict[str, float]:
             step = int(state.step)
-            some = step in (1, run.last) or step % asked.save_every == 0
-            log.sampled(step, rolling.newest, shown=_COMPLETIONS if some else 0)
+            until = step + updates - 1  # the last step that new completions are for
+            some = step == 1 or until >= run.last or until % asked.save_every < updates
+            log.sampled(step, rolling.fresh(), shown=_COMPLETIONS if some else 0)
             return {}
 
         yield Measure(every=1, prefix=SAMPLED, take=completed)

@@ -291,18 +291,21 @@ def _line(
     """Returns one line of metrics for a window of steps that ends with `step`.
 
     Its loss is the mean over the window's units or, of a loss that is a sum, over its steps. Logs
-    are means over the units.
+    are means over the units, of steps without any over the steps; 0 stands for one that a step does
+    not have.
 
     Args:
       taken: the metrics of the window's steps, without those that were skipped.
     """
     count = sum(v["count"] for v in taken)
+    weights = [v["count"] if count else 1 for v in taken]
 
     def a_unit(name: str) -> float:
-        return sum(v[name] * v["count"] for v in taken) / (count or 1)
+        return sum(v.get(name, 0) * w for v, w in zip(taken, weights, strict=True)) / sum(weights)
 
     newest = {name: value for name, value in taken[-1].items() if name != "skipped"}
-    logs = {name: a_unit(name) for name in newest if name not in OWN_METRICS}
+    names = dict.fromkeys(name for v in taken for name in v if name not in OWN_METRICS)
+    logs = {name: a_unit(name) for name in names}
     loss = a_unit("loss") if reduction == "mean" else sum(v["loss"] for v in taken) / len(taken)
     line = {"step": step, **newest, **logs, "loss": loss, "count": int(count)}
     return {**line, "tokens_per_s": round(tokens_per_s, 1)}

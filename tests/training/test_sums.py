@@ -242,7 +242,7 @@ def looped(folder, reduction, log_every):
     def step(state, base, data):
         n = data["number"]
         metrics = {"loss": 2.0 + n, "count": 10.0 * (n + 1), "hits": 0.25 * n, "lr": 0.1}
-        metrics |= {"grad_norm": 1.0, "skipped": float(n == 2)}
+        metrics |= {"grad_norm": 1.0, "skipped": float(n == 2)} | ({"few": 0.7} if n == 1 else {})
         return state._replace(step=state.step + 1), metrics
 
     measured = {"loss": 7.0, "hits": 0.5}
@@ -274,7 +274,8 @@ def test_windows_have_the_means_over_their_units(tmp_path):
     assert line["count"] == 70  # of the steps 1, 2 and 4: the third was skipped
     assert line["loss"] == pytest.approx((10 * 2 + 20 * 3 + 40 * 5) / 70)
     assert line["hits"] == pytest.approx((20 * 0.25 + 40 * 0.75) / 70)
-    assert "step 4/4  loss 4.0000  hits 0.5  lr" in text
+    assert line["few"] == pytest.approx(20 * 0.7 / 70)  # one step has it, and it is 0 in others
+    assert "step 4/4  loss 4.0000  hits 0.5  few 0.2  lr" in text
     assert "step 4: held-out loss 7.0000  hits 0.5\n" in text
     assert (lines[-1]["eval_loss"], lines[-1]["eval_hits"]) == (7.0, 0.5)
     tags = {tag for tag, _ in events(tmp_path / "mean")}

@@ -81,7 +81,8 @@ class PromptFeed:
       judged: the arrays that have a number for each completion.
       held: the first step of the newest batch, and the batch.
       rewards: what rewards completions; None where nothing does.
-      newest: the completions of the newest batch, in words.
+      noted: metrics of the newest batch.
+      newest: its completions, in words, until `fresh` returns them.
     """
 
     config: Any
@@ -91,6 +92,7 @@ class PromptFeed:
     judged: tuple[str, ...] = ("advantages",)
     held: tuple[int, HostBatch] = (-1, {})
     rewards: Rewards | None = None
+    noted: dict[str, float] = dataclasses.field(default_factory=dict)
     newest: list[Sample] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -160,6 +162,11 @@ class PromptFeed:
             flat["weights"][at, :n] = ended[at] or not data.mask_truncated
         return batch
 
+    def fresh(self) -> list[Sample]:
+        """Returns the completions that were drawn since it was last asked."""
+        fresh, self.newest = self.newest, []
+        return fresh
+
     def named(self, number: int) -> str:
         """Returns the names of the prompts of a step."""
         rows = self.rows(number).tolist()
@@ -183,11 +190,13 @@ class PromptFeed:
             file = io.BytesIO()
             np.savez(file, allow_pickle=False, **self.held[1])
             where["completions"] = base64.b64encode(file.getvalue()).decode()
+            where["noted"] = self.noted
         return where
 
     def seek(self, cursor: dict[str, Any], step: int) -> bool:
         """Takes up a batch that has steps to come; returns whether the cursor is of these data."""
         updates, kept = self.config.optim.updates, dict(cursor)
+        self.noted = kept.pop("noted", {})
         if (completions := kept.pop("completions", None)) is not None:
             with np.load(io.BytesIO(base64.b64decode(completions))) as arrays:
                 self.held = (step - step % updates, dict(arrays))

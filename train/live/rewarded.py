@@ -50,7 +50,7 @@ class Rewarded(Rollouts):
     ) -> tuple[Drawn, HostBatch, dict[str, float]]:
         """Returns advantages, by rewards of completions, and log-probabilities."""
         optim, group = self.config.optim, self.config.data.group
-        rewards, noted = self._rewarded(rows, drawn)
+        rewards, noted = self._rewarded(rows, drawn)  # what is noted is of the first draw
         for attempt in range(self.config.data.redraw):
             (flat,) = np.nonzero(_without_spread(rewards))
             if not len(flat):
@@ -59,11 +59,17 @@ class Rewarded(Rollouts):
             rewards[flat], _ = self._rewarded(rows[flat], again)
             for before, new in zip(drawn, again, strict=True):
                 before[flat] = new
+        flat_rewards, asked = rewards.ravel(), map(self.feed.prompts.shown, np.repeat(rows, group))
+        self.feed.newest = [
+            Sample(prompt, text, None if math.isnan(reward) else reward)
+            for prompt, text, reward in zip(
+                asked, drawn.texts.ravel().tolist(), flat_rewards.tolist(), strict=True
+            )
+        ]
         batch = self.feed.of_completions(rows, drawn)
         old, entropy = self.scores(params, batch)
         judged: HostBatch = {"old": old}
         counted = batch["weights"] > 0
-        flat_rewards = rewards.ravel()
         if self._reference is not None:
             reference, _ = self.scores(self._reference, batch)
             if optim.loss == RLOO:
@@ -95,7 +101,7 @@ class Rewarded(Rollouts):
         return total.reshape(-1, drawn.lengths.shape[1]), found["noted"]
 
     def _asked(self, rows: np.ndarray, drawn: Drawn) -> tuple[list[float], dict[str, float]]:
-        """Returns the reward of each completion, NaN for none, and metrics; keeps their texts."""
+        """Returns the reward of each completion, NaN for none, and metrics."""
         group, prompts = self.config.data.group, self.feed.prompts
         each, texts = np.repeat(rows, group).tolist(), drawn.texts.ravel().tolist()
         tokens = drawn.tokens.reshape(len(each), -1)
@@ -116,12 +122,7 @@ class Rewarded(Rollouts):
         noted["reward_failed"] = failed / len(each)
         for kinds in found.kinds.values():
             noted |= {f"share_{kind}": n / len(each) for kind, n in kinds.items()}
-        total: list[float] = found.total.tolist()
-        self.feed.newest = [
-            Sample(prompts.shown(row), text, None if math.isnan(x) else x)
-            for row, text, x in zip(each, texts, total, strict=True)
-        ]
-        return total, noted
+        return found.total.tolist(), noted
 
 
 def _mean(values: np.ndarray) -> float:

@@ -45,7 +45,6 @@ class Rollouts(abc.ABC):
         self._model: Any = layout.constrained(of.model)
         self._apply, self._score = lj.adapt(self._model.apply), self.scorer(of.model, layout)
         self._everywhere = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)
-        self._noted: dict[str, float] = {}
 
     def scorer(self, model: Any, layout: Layout) -> Any:
         """Returns a function of the log-probabilities of completions, as the loss computes them."""
@@ -76,7 +75,7 @@ class Rollouts(abc.ABC):
 
     def noted(self, number: int) -> Mapping[str, float]:
         """Returns the metrics of the newest completions."""
-        return self._noted
+        return self.feed.noted
 
     def batch(self, number: int, state: State) -> HostBatch:
         """Returns the batch of a step: completions drawn now, or those that have steps to come."""
@@ -94,7 +93,7 @@ class Rollouts(abc.ABC):
         batch = self.feed.of_completions(rows, drawn) | judged
         counted = batch["weights"] > 0
         apart = np.abs(drawn.logps.reshape(batch["old"].shape) - batch["old"])[counted]
-        self._noted = noted | {
+        self.feed.noted = noted | {
             "length": float(drawn.lengths.mean()),
             "truncated": float(1 - drawn.ended.mean()),
             "mismatch_mean": float(apart.mean()) if apart.size else 0.0,

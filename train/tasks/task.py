@@ -109,9 +109,8 @@ class Preparing:
 class Rolling(Protocol):
     """Batches of completions that a run draws itself."""
 
-    @property
-    def newest(self) -> Sequence[Sample]:
-        """Returns the completions of the newest batch."""
+    def fresh(self) -> Sequence[Sample]:
+        """Returns the completions that were drawn since it was last asked."""
 
 
 Progress = Callable[[int, int], None]  # is called with the number done so far, and the total

@@ -1,0 +1,360 @@
+"""`train.grpo` and `train.distill` on a tiny model: what is drawn, learned, resumed and refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from tests.adapted_trees import with_random_factors
+from tests.support import assert_close, assert_identical, over
+from tests.train.scripts import fails
+from tests.train.tiny import CONFIG, tokenizer, write_jsonl, write_model
+from train import distill, grpo
+from train.adapters.source import find_adapter
+from train.live.rollouts import Rollouts
+from train.run.log import read_metrics
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ENDS = (*range(100, 124), CONFIG["eos_token_id"])  # so many that completions end in time
+RULES = [lj.LoraRule(targets=["q_proj", "v_proj"], rank=3, alpha=6)]
+GROUP, NEW, PROMPTS = 8, 12, 6
+REWARDS = """
+import math, random, time
+
+def early(completion_ids, **others):
+    return [sum(id < 90 for id in ids) / len(ids) for ids in completion_ids]
+
+def shuffled(completion_ids, **others):
+    values = early(completion_ids)
+    random.Random(str(completion_ids)).shuffle(values)
+    return values
+
+def rare(completion_ids, **others):
+    return [float(sum(id < 90 for id in ids) > 4) for ids in completion_ids]
+
+def same(completions, **others):
+    return [0.25] * len(completions)
+
+def silent(completions, **others):
+    return [None] * len(completions)
+
+def raises(completions, **others):
+    raise ValueError("no reward today")
+
+def hangs(completions, **others):
+    time.sleep(60)
+
+def half(completion_ids, **others):
+    return [math.nan if i % 2 else x for i, x in enumerate(early(completion_ids))]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, an adapter over it that is in use, prompts and rewards."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model", scale=0.5, eos_token_id=ENDS)
+    _, params = models.from_pretrained(folder / "model")
+    lj.save_adapter(folder / "used", with_random_factors(lj.lorafy(params, RULES)))
+    write_model(folder / "endless", scale=0.5)
+    write_jsonl(folder / "rows.jsonl", [{"prompt": "a" * (1 + i)} for i in range(PROMPTS)])
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def line_of(folder, output, *args, reward="early"):
+    line = ["--model", folder / "model", "--dataset", folder / "rows.jsonl", "--output", output]
+    line += ["--max-new-tokens", NEW, "--seq-len", 64, "--warmup", 1, "--report-to", "none"]
+    line += ["--targets", "q_proj", "v_proj"] if "--init-adapter" not in args else []
+    if reward:
+        line += ["--reward", f"{folder / 'rewards.py'}:{reward}", "--eval-questions", 0]
+        line += ["--group", GROUP, "--batch-size", GROUP * PROMPTS, "--loss", "grpo"]
+    return [str(arg) for arg in [*line, *args]]
+
+
+def run(folder, output, *args, **options):
+    """Runs train.grpo; returns its metrics."""
+    grpo.main(line_of(folder, output, *args, **options))
+    return read_metrics(output)
+
+
+def adapter_of(folder, output):
+    model, params = models.from_pretrained(folder / "model")
+    return lj.split(find_adapter(str(output)).load(model, params, "the base"))[0]
+
+
+def lines_of(output, name):
+    return [json.loads(line) for line in (output / name).read_text().splitlines()]
+
+
+def told(capsys):
+    """What was printed, on one line."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+def recorded(monkeypatch):
+    """The arguments and the result of each draw, in a list that fills."""
+    found, draw = [], Rollouts.drawn
+
+    def drawn(self, params, rows, number, attempt=0):
+        made = draw(self, params, rows, number, attempt)
+        found.append((np.array(rows), number, attempt, jax.tree.map(np.copy, made)))
+        return made
+
+    monkeypatch.setattr(Rollouts, "drawn", drawn)
+    return found
+
+
+LEARNING = ["--steps", 10, "--lr", 5e-2]
+
+
+@pytest.fixture(scope="module")
+def learned(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "learned"
+    return output, run(folder, output, *LEARNING)
+
+
+def test_a_reward_rises(learned):
+    output, lines = learned
+    rewards = [line["reward"] for line in lines]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
+    # What is logged is what was drawn, and what was drawn is what trains.
+    samples = lines_of(output, "samples.jsonl")
+    for line in lines:
+        here = [one for one in samples if one["step"] == line["step"]]
+        assert len(here) == GROUP * PROMPTS and all(one["prompt"].strip("a") == "" for one in here)
+        assert np.mean([one["reward"] for one in here]) == pytest.approx(line["reward"], rel=1e-6)
+    assert max(line["mismatch_max"] for line in lines) < 1e-5
+    assert all(0 < line["truncated"] < 1 and 1 < line["length"] < NEW for line in lines)
+
+
+def test_the_first_update_has_a_gradient_and_no_loss(learned):
+    _, (first, *_) = learned
+    assert abs(first["loss"]) < 1e-6 and first["grad_norm"] > 1e-2
+    assert first["clip_low"] == first["clip_high"] == 0
+
+
+def test_a_shuffled_reward_does_not_rise(folder, tmp_path):
+    lines = run(folder, tmp_path / "run", *LEARNING, reward="shuffled")
+    rewards = [line["reward"] for line in lines]
+    assert np.mean(rewards[-3:]) < np.mean(rewards[:3]) + 0.1
+
+
+WITHOUT = {
+    "same": [],
+    "silent": [],  # has no opinion
+    "raises": [],
+    "early": ["--mask-truncated", "--max-new-tokens", 2, "--model", "endless", "--loss", "dapo"],
+}
+
+
+@over("reward", WITHOUT, often=["silent", "early"])
+def test_nothing_is_learned_from_nothing(folder, tmp_path, reward, capsys):
+    args = ["--init-adapter", folder / "used", "--steps", 2, "--lr", 1e-1, *WITHOUT[reward]]
+    args = [folder / arg if arg == "endless" else arg for arg in args]
+    lines = run(folder, tmp_path / "run", *args, reward=reward)
+    assert [line["loss"] for line in lines] == [0, 0] == [line["grad_norm"] for line in lines]
+    assert not any("skipped" in line for line in lines)
+    assert_identical(adapter_of(folder, tmp_path / "run"), adapter_of(folder, folder / "used"))
+    if reward == "early":
+        assert all(line["truncated"] == 1 and line["reward"] > 0 for line in lines)
+        assert all(line["count"] == 0 for line in lines)
+    else:
+        assert all(line["zero_spread"] == 1 for line in lines)
+    if reward == "raises":
+        assert all(line["reward_failed"] == 1 for line in lines)
+        assert "no reward for 48 of 48 completions" in told(capsys)
+
+
+def test_rewards_that_fail_leave_the_others(folder, tmp_path, capsys):
+    (line,) = run(folder, tmp_path / "run", "--steps", 1, reward="half")
+    assert line["reward_failed"] == 0.5 and line["grad_norm"] > 0
+    assert "no reward for 24 of 48 completions (not finite): nan" in told(capsys)
+
+
+@pytest.mark.slow
+def test_a_reward_that_hangs_is_ended(folder, tmp_path):
+    args = ["--steps", 1, "--reward-timeout", 1]
+    (line,) = run(folder, tmp_path / "run", *args, reward="hangs")
+    assert line["reward_failed"] == 1 and line["loss"] == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--grad-accum", 2, "--batch-size", 24]])
+@pytest.mark.slow
+def test_resumed_bit_by_bit_between_two_updates(folder, tmp_path, more):
+    args = ["--updates", 2, "--schedule", "constant", "--lr", 3e-2, "--save-every", 3]
+    whole = run(folder, tmp_path / "whole", *args, *more, "--steps", 7)
+    run(folder, tmp_path / "parts", *args, *more, "--steps", 3)
+    parts = run(folder, tmp_path / "parts", *args, *more, "--steps", 7, "--resume")
+    assert_identical(*(adapter_of(folder, tmp_path / name) for name in ("whole", "parts")))
+    timed = ("time", "tokens_per_s")
+    assert [{k: v for k, v in line.items() if k not in timed} for line in whole] == [
+        {k: v for k, v in line.items() if k not in timed} for line in parts
+    ]
+    assert whole[3]["clip_high"] + whole[3]["clip_low"] > 0  # the second update is off the policy
+    samples = [lines_of(tmp_path / name, "samples.jsonl") for name in ("whole", "parts")]
+    drawn = [[(one["step"], one["answer"]) for one in run] for run in samples]
+    assert drawn[0] == drawn[1] and [*dict.fromkeys(step for step, _ in drawn[0])] == [1, 3, 5, 7]
+
+
+PARTS = {"dapo": [], "grpo": [], "dr_grpo": ["--beta", 0.2]}
+
+
+@pytest.fixture(scope="module")
+def stepped(folder, tmp_path_factory):
+    """Takes one step of plain descent, so that the adapter's change is its gradient."""
+    output, found = tmp_path_factory.mktemp("stepped"), {}
+
+    def step(loss, parts):
+        if (loss, parts) not in found:
+            args = ["--loss", loss, *PARTS[loss], "--init-adapter", folder / "used", "--steps", 1]
+            args += ["--lr", 1, "--optimizer", "sgd", "--momentum", 0, "--grad-clip", 0]
+            args += ["--group", 2, "--batch-size", 8 // parts, "--grad-accum", parts]
+            (line,) = run(folder, output / f"{loss} {parts}", *args)
+            found[loss, parts] = line, adapter_of(folder, output / f"{loss} {parts}")
+        return found[loss, parts]
+
+    return step
+
+
+@over(
+    ("loss", "parts"),
+    [(loss, parts) for loss in PARTS for parts in (2, 4)],
+    often=["dapo, 4"],
+    called=lambda case: f"{case[0]}, {case[1]}",
+)
+def test_rollouts_in_parts_are_the_batch(folder, stepped, loss, parts):
+    """The same completions are drawn, and one gradient comes of them."""
+    (whole, expected), (line, adapter) = stepped(loss, 1), stepped(loss, parts)
+    begun = adapter_of(folder, folder / "used")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, begun)
+    assert min(jax.tree.leaves(moved)) > 5e-4
+    names = ["loss", "count", "grad_norm", "reward", "length", "truncated", "entropy"]
+    got, want = ([x[name] for name in names] for x in (line, whole))
+    assert got == pytest.approx(want, rel=1e-6, abs=1e-6)
+    assert_close(adapter, expected, 1e-6)
+
+
+def test_groups_without_spread_are_drawn_again(folder, tmp_path, monkeypatch):
+    found = recorded(monkeypatch)
+    args = ["--steps", 2, "--redraw", 2]
+    lines = run(folder, tmp_path / "run", *args, reward="rare")
+
+    def is_flat(drawn):
+        rare = [
+            [sum(id < 90 for id in ids[:n]) > 4 for ids, n in zip(*group, strict=True)]
+            for group in zip(drawn.tokens, drawn.lengths, strict=True)
+        ]
+        return np.array([len({*group}) == 1 for group in rare])
+
+    for number in range(2):
+        first, *again = [draw for draw in found if draw[1] == number]
+        rows, flat = first[0], is_flat(first[3])
+        assert 0 < flat.sum() < PROMPTS and again
+        for attempt, (asked, _, made_as, drawn) in enumerate(again, start=1):
+            assert made_as == attempt and asked.tolist() == rows[flat].tolist()
+            flat[np.flatnonzero(flat)[~is_flat(drawn)]] = False
+        assert lines[number]["zero_spread"] == pytest.approx(flat.mean())
+        samples = [
+            x for x in lines_of(tmp_path / "run", "samples.jsonl") if x["step"] == number + 1
+        ]
+        assert len(samples) == GROUP * PROMPTS
+        earned = np.mean([one["reward"] for one in samples])
+        assert earned == pytest.approx(lines[number]["reward"], rel=1e-6)
+
+
+STOPS = ("\n\n", "\r", ")")
+
+
+def test_a_text_ends_a_completion(folder, tmp_path, monkeypatch):
+    found, made = recorded(monkeypatch), tokenizer()
+    (line,) = run(folder, tmp_path / "run", "--steps", 1, "--stop", *STOPS, "--lr", 1e-2)
+    ((*_, drawn),) = found
+    stopped = 0
+    for ids, n, ended, text in zip(
+        drawn.tokens.reshape(-1, NEW),
+        drawn.lengths.ravel(),
+        drawn.ended.ravel(),
+        drawn.texts.ravel(),
+        strict=True,
+    ):
+        texts = [made.decode(ids[:k], skip_special_tokens=True) for k in range(NEW + 1)]
+        ends = next((k for k in range(1, NEW + 1) if int(ids[k - 1]) in ENDS), NEW + 1)
+        stops = next(
+            (k for k, one in enumerate(texts) if any(stop in one for stop in STOPS)), NEW + 1
+        )
+        assert n == min(ends, stops, NEW) and ended == (min(ends, stops) <= NEW)
+        if stops <= ends and stops <= NEW:
+            stopped += 1
+            assert texts[stops].startswith(text) and not any(stop in text for stop in STOPS)
+            assert texts[stops][len(text) :].startswith(STOPS)
+    assert stopped > 2 and line["length"] == pytest.approx(drawn.lengths.mean())
+
+
+EVERYWHERE = ["--targets", "all-linear", "--lr", 3e-2]
+TEACHERS = {
+    "an adapter": lambda folder: ["--teacher", folder / "used"],
+    "a longer prompt": lambda folder: ["--teacher-prompt", "Say nothing but zzzzzz. "],
+    "another model": lambda folder: ["--teacher-model", folder / "other", *EVERYWHERE],
+}
+
+
+@over("teacher", TEACHERS, often=["an adapter"])
+def test_a_student_comes_closer_to_its_teacher(folder, tmp_path, teacher):
+    if not (folder / "other").exists():
+        write_model(folder / "other", scale=0.8, eos_token_id=ENDS)
+    args = ["--steps", 25, "--lr", 1e-2, "--batch-size", 48, *TEACHERS[teacher](folder)]
+    distill.main(line_of(folder, tmp_path / "run", *args, reward=None))
+    lines = read_metrics(tmp_path / "run")
+    apart = [line["reverse_kl"] for line in lines]
+    assert np.mean(apart[-5:]) < 0.7 * np.mean(apart[:5]) and apart[0] > 0.01
+    assert max(line["mismatch_max"] for line in lines) < 1e-5
+
+
+BAD = {
+    "no room": (["--max-new-tokens", "40"], "and leave no room for --max-new-tokens 40"),
+    "no room at all": (["--max-new-tokens", "64"], "leaves no room for prompts in --seq-len 64"),
+    "one of a group": (["--group", "1"], "--group 1: a completion is compared with others"),
+    "a broken group": (["--batch-size", "12"], "--batch-size 12 is no multiple of --group 8"),
+    "a reference without beta": (["--reference", "base"], "the divergence needs both, or neither"),
+    "a divergence without beta": (["--divergence", "k3"], "--divergence k3 has no effect"),
+    "rloo": (["--loss", "rloo", "--clip", "0.1"], "--clip has no effect on --loss rloo"),
+    "cispo": (["--loss", "cispo", "--clip", "0.1"], "--loss cispo has one bound"),
+    "weights": (["--reward-weights", "1", "2"], "1 rewards need as many"),
+    "no reward": (["--reward", "nowhere.py:f"], "there is no file nowhere.py"),
+    "no such name": (["--reward", "length_"], "no reward of this name, but arithmetic"),
+    "a column": (["--reward", "arithmetic"], "--reward arithmetic needs the column 'answer'"),
+    "held-out loss": (["--eval-every", "1"], "there is no held-out loss"),
+}
+
+
+@pytest.mark.parametrize("way", BAD)
+def test_bad_input_is_one_paragraph_before_training(folder, tmp_path, capsys, way):
+    args, message = BAD[way]
+    told = fails(capsys, grpo.main, *line_of(folder, tmp_path / "run", *args))
+    assert message in told and len(told.splitlines()) == 1, told
+    assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "the teacher is the base itself, from which the adapter begins"),
+        (["--teacher", "nowhere"], "--teacher nowhere"),
+        (["--teacher-prompt", "long " * 900], "--teacher-prompt: the model"),
+        (["--teacher", "used", "--eval-questions", "3"], "--eval-questions 3: a teacher gives no"),
+        (["--teacher", "used", "--full"], "the base itself changes while training"),
+    ],
+)
+def test_bad_teachers_are_one_paragraph(folder, tmp_path, capsys, args, message):
+    args = [str(folder / "used") if arg == "used" else arg for arg in args]
+    line = line_of(folder, tmp_path / "run", *args, reward=None)
+    if "--full" in args:
+        at = line.index("--targets")
+        del line[at : at + 3]
+    told = fails(capsys, distill.main, *line)
+    assert message in told and len(told.splitlines()) == 1, told
