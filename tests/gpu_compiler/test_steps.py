@@ -18,8 +18,9 @@ from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from train.options.common import AdapterConfig
-from train.plan.compile import Variant, _closed_form
+from train.plan.compile import _closed_form
 from train.plan.hlo import work_of
+from train.plan.job import Variant
 from train.plan.kernels import named
 from train.plan.machines import find_machine
 from train.plan.plan_flops import count_traced
