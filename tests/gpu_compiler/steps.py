@@ -14,7 +14,8 @@ import jax
 import pytest
 
 from train.plan import __main__ as plan
-from train.plan.compile import Job, Prepared, prepare
+from train.plan.compile import Prepared, prepare
+from train.plan.job import Job
 
 # No two sizes of a layer are equal, nor equal to a row's length.
 DENSE = {

@@ -18,8 +18,9 @@ from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from train.options.common import AdapterConfig
-from train.plan.compile import Variant, _closed_form
+from train.plan.compile import _closed_form
 from train.plan.hlo import work_of
+from train.plan.job import Variant
 from train.plan.kernels import named
 from train.plan.machines import find_machine
 from train.plan.plan_flops import count_traced
@@ -203,3 +204,17 @@ def test_an_encoder_sees_both_sides() -> None:
     text = lowered.compile().as_text()
     assert named(work_of(text).kernels) == FLASH
     assert not re.search(r"2048,2048\]", text)
+
+
+@pytest.mark.parametrize("task", ["dpo", "grpo"])
+def test_what_is_scored_between_steps_runs_in_the_kernel(task: str) -> None:
+    """And takes less memory than a step; the sampler has its prompts' attention by blocks."""
+    more = ("--group", 2, "--max-new-tokens", 256) if task == "grpo" else ()
+    options = ("--batch-size", 2, "--seq-len", 1024, "--task", task, *more)
+    step = compiled("dense", "rtx4090:1", *options)
+    assert kernels(step) == FLASH
+    for name, program in step.prepared.between.items():
+        made = program.lowered.compile()
+        of_kernels = named(work_of(made.as_text()).kernels) if program.times else ()
+        assert of_kernels == (() if name == "sampler" else ("flash attention (fwd)",))
+        assert 0 < made.memory_analysis().temp_size_in_bytes < step.memory.temp_size_in_bytes

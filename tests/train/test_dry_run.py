@@ -3,12 +3,14 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from lora_jax import training
+from tests.train import scripts
 from tests.train.test_sft import fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model
-from train import classify
+from train import classify, dpo, grpo
 from train.data.shown import shown
 from train.dry_run import as_text
 from train.run.output import state_of
@@ -75,3 +77,76 @@ def test_options_without_effect_beside_it_are_refused(option, capsys):
     assert (
         said == f"error: --dry-run trains nothing, in one process: leave out {option.split('=')[0]}"
     )
+
+
+def said_of(script, tmp_path, capsys, rows, *args):
+    """What a dry run of rows says, and the report of a step that is then taken."""
+    model = write_model(tmp_path / "model")
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    line = ["--model", model, "--dataset", data, "--output", tmp_path / "run", "--targets"]
+    line = [str(arg) for arg in [*line, "q_proj", *args]]
+    before = files_in(tmp_path)
+    script.main([*line, "--dry-run"])
+    assert files_in(tmp_path) == before
+    said = capsys.readouterr().out
+    script.main([*line, "--compilation-cache", "off", "--report-to", "none"])
+    return said, json.loads((tmp_path / "run" / "report.json").read_text())
+
+
+def megabytes_of(report):
+    return f"{report['compiled_bytes']['temporaries'] / 1e6:,.1f} MB"
+
+
+def test_pairs_are_shown_by_row_and_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": f"no {n}"} for n in range(9)]
+    said, report = said_of(dpo, tmp_path, capsys, rows, "--batch-size", 4, "--steps", 2)
+    titles = re.findall("--- (.*): (\\d+) tokens, (\\d+) of them count\n", said)
+    assert [title for title, *_ in titles] == [
+        f"row {row}, {side}" for row in (1, 2, 3) for side in ("chosen", "rejected")
+    ]
+    (chosen, rejected, *_) = re.findall(r"<\|im_start\|>assistant\n(\[\[.*)\n\]\]", said)
+    assert (chosen, rejected) == ("[[yes<|im_end|>", "[[no 0<|im_end|>")
+    assert [int(n) for _, _, n in titles[:2]] == [5, 6], "letters, the end, and a new line"
+    assert "tokens of a prompt with its completion" in said
+    assert "steps: 2, 0.89 epochs; 4 pairs a step; the largest batch is 4 × 56 tokens" in said
+    assert f"temporaries of the step {megabytes_of(report)}, of the reference 0." in said
+    assert "before that, the reference reads all rows once: 0 s" in said
+
+
+def test_pairs_that_share_a_row_are_counted_as_pairs(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * n} for n in (1, 1, 40, 1, 1)]
+    examples = training.pairs(rows, tokenizer(), seq_len=80, packing=True)
+    titles = [one.title for one in shown(examples, tokenizer(), 2)]
+    assert [title.split(":")[0].split(", ")[1] for title in titles] == ["chosen", "rejected"] * 2
+    n = int(np.diff(examples.firsts)[0]) // 2
+    assert n > 1 and [title.split("; ")[1] for title in titles] == [
+        f"{place} of {n} in packed sequence 1" for place in (1, 1, 2, 2)
+    ]
+    labelled = [{"prompt": "a", "completion": "b", "label": n == 1} for n in range(3)]
+    examples = training.pairs(labelled, tokenizer(), seq_len=80, labelled=True)
+    titles = [one.title for one in shown(examples, tokenizer(), 3)]
+    assert [title.split(":")[0] for title in titles] == ["row 1, bad", "row 2, good", "row 3, bad"]
+
+
+def test_prompts_are_shown_without_a_loss(tmp_path, capsys):
+    rows = [{"prompt": f"{n}?"} for n in range(9)]
+    args = ["--reward", "length", "--batch-size", 4, "--group", 2, "--seq-len", 64, "--steps", 2]
+    args += ["--max-new-tokens", 6, "--eval-questions", 0, "--grad-accum", 3]
+    said, report = said_of(grpo, tmp_path, capsys, rows, *args)
+    prompt = "<|im_start|>user\n0?<|im_end|>\n<|im_start|>assistant\n"
+    assert f"--- prompt 1: 21 tokens\n{prompt}\n--- prompt 2: 21 tokens\n" in said
+    assert "; the loss counts what it draws after them:" in said
+    assert "[[" not in said and "of them count" not in said
+    assert "steps: 2, 1.33 epochs; 12 completions a step (3 batches of 4)" in said
+    assert "tokens a step: about 252 of prompts, and at most 72 that are drawn" in said
+    assert f"temporaries of the step {megabytes_of(report)}, of the scorer 0." in said
+    assert ", of the sampler 0." in said and "takes time besides" in said
+
+
+def test_a_second_base_is_refused_before_the_run(tmp_path, capsys):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
+    line = ["--model", write_model(tmp_path / "model"), "--output", tmp_path / "run", "--dry-run"]
+    line += ["--dataset", write_jsonl(tmp_path / "rows.jsonl", rows), "--batch-size", 2]
+    said = scripts.fails(capsys, dpo.main, *line, "--full", "--reference-logps", "live")
+    assert "--full trains the base itself, and a second one would be needed" in said

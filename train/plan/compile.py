@@ -188,13 +188,13 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
 
     known: dict[str, Any] = {
         "name": variant.name,
-        "flops_closed_form": _closed_form(job, variant, programs),
+        "flops_closed_form": _in_all(job, variant, programs),
         "adapter_bytes": tree_bytes(step.state.adapter),
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
     if SAMPLER in programs:
         known["cache_bytes"] = cache_bytes(step.model, job.batch_size, job.row)
-        known["sampled_token_flops"] = _by_hand(job, variant, step.params, tokens=1)
+        known["sampled_token_flops"] = _closed_form(job, variant, step.params, tokens=1)
     began = time.perf_counter()
     made: dict[str, jax.stages.Compiled] = {}
     for name, one in programs.items():
@@ -240,17 +240,17 @@ def _largest(
     return max(made, key=lambda one: compiled_bytes(one).get(STEP, 0))
 
 
-def _closed_form(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int:
+def _in_all(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int:
     """Returns the FLOPs of a step, and of what is scored for it, in closed form."""
-    total = job.grad_accum * _by_hand(job, variant, programs[STEP].params)
+    total = job.grad_accum * _closed_form(job, variant, programs[STEP].params)
     return total + sum(
-        one.times * _by_hand(job, variant, one.params, tokens=job.row)
+        one.times * _closed_form(job, variant, one.params, tokens=job.row)
         for name, one in programs.items()
         if name != STEP and one.times
     )
 
 
-def _by_hand(job: Job, variant: Variant, params: Any, tokens: int | None = None) -> int:
+def _closed_form(job: Job, variant: Variant, params: Any, tokens: int | None = None) -> int:
     """Returns the FLOPs of a batch in closed form; of a forward pass over so many tokens a row."""
     row = tokens or job.row
     shape, parts = (job.batch_size, job.predicted), job.layout.sequence_parts
