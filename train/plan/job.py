@@ -1,4 +1,4 @@
-"""What a plan is for: the model, the machine and the batch, a variant, and the shapes of these."""
+"""The subject of a plan: model, machine and batch, a variant, and the shapes of these."""
 
 import dataclasses
 from typing import Any, Literal

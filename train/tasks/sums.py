@@ -28,7 +28,7 @@ def read_rows(config: Config) -> Rows:
 TASK = dataclasses.replace(
     prompts.TASK,
     defaults=dataclasses.replace(
-        prompts.TASK.defaults, model=MODEL, lr=1e-3, full_lr=1e-4, steps=60, eval_questions=256
+        prompts.TASK.defaults, model=MODEL, lr=3e-3, full_lr=3e-4, steps=120, eval_questions=256
     ),
     check=lambda config: None,
     completed=completed,

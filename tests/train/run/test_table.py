@@ -9,7 +9,7 @@ from train.console.errors import UserError
 from train.options.command import read_line
 from train.options.sft import Config
 from train.options.table import read_table
-from train.sft import asked_for
+from train.sft import SCRIPT
 
 CSV = """name,rank,lr,targets,dropout,steps,schedule,eval-dataset
 small,2,1e-3,q_proj v_proj,0.1,7,,
@@ -102,7 +102,7 @@ def test_what_is_refused_names_row_and_column(tmp_path, text, message):
 def test_rows_are_checked_as_a_command_line(tmp_path, text, message):
     rows = read(table(tmp_path, text), "--dataset", "rows.jsonl")
     with pytest.raises(UserError, match=message):
-        asked_for(rows)
+        SCRIPT.asked_for(rows)
 
 
 def test_the_command_line_of_a_table(tmp_path):
