@@ -100,7 +100,7 @@ def test_all_that_the_record_has_is_reported_once(recorder, tmp_path):
     assert "step 2: sampled answers\n  > 1 + 1?\n    2\n" in shown
     kept = [json.loads(text) for text in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["prompt"], row["answer"]) for row in kept] == [
-        (2, *sample) for sample in SAMPLES
+        (2, sample.prompt, sample.answer) for sample in SAMPLES
     ]
 
 
