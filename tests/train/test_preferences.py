@@ -1,5 +1,7 @@
 """`train.dpo` on a tiny model: its first step, its reference, batches in parts, and bad input."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -47,13 +49,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, output, *args, start="used"):
+def run(folder, output, *args, start="used", metrics=True):
     """Runs the script, from the adapter in use where no other is named; returns its metrics."""
     line = ["--model", folder / "model", "--dataset", folder / "pairs.jsonl", "--warmup", 1]
     line += ["--report-to", "none", "--output", output]
     line += ["--init-adapter", folder / start] if start else ["--targets", "q_proj", "v_proj"]
     main([str(arg) for arg in [*line, *args]])
-    return read_metrics(output)
+    return read_metrics(output) if metrics else []
 
 
 def adapter_of(folder, output):
@@ -190,6 +192,36 @@ def test_a_batch_in_parts_is_the_batch(folder, stepped, loss, way):
     got, want = ([x[name] for name in sorted(x.keys() - timed)] for x in (line, whole))
     assert got == pytest.approx(want, rel=1e-6, abs=1e-5)
     assert_close(adapter, expected, 1e-6)
+
+
+@pytest.mark.slow
+def test_runs_of_a_table_are_each_what_they_are_alone(folder, tmp_path):
+    rows = [
+        {},
+        {"loss": ["kto"], "batch_size": 4},
+        {"loss": ["simpo", "sft"], "grad_accum": 2},
+        {"reference": str(folder / "used"), "reference_logps": "live"},
+    ]
+    line = ["--steps", 3, "--eps", 1e-4, "--lr", 1e-2]
+    table = tmp_path / "runs.json"
+    table.write_text(json.dumps([{"name": f"{i}"} | row for i, row in enumerate(rows)]))
+    run(folder, tmp_path / "many", *line, "--many", table, metrics=False)
+    for number, row in enumerate(rows):
+        args = [
+            arg
+            for name, value in row.items()
+            for arg in [
+                f"--{name.replace('_', '-')}",
+                *(value if isinstance(value, list) else [value]),
+            ]
+        ]
+        alone = run(folder, tmp_path / f"alone {number}", *line, *args)
+        beside = read_metrics(tmp_path / "many" / f"{number}")
+        for name in ("loss", "grad_norm", "count"):
+            both = ([x[name] for x in lines] for lines in (beside, alone))
+            assert_close(*map(np.array, both), 1e-5)
+        places = (tmp_path / "many" / f"{number}", tmp_path / f"alone {number}")
+        assert_close(*(adapter_of(folder, place) for place in places), 1e-5)
 
 
 BAD = {

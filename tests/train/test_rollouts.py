@@ -296,6 +296,45 @@ def test_a_text_ends_a_completion(folder, tmp_path, monkeypatch):
 
 
 EVERYWHERE = ["--targets", "all-linear", "--lr", 3e-2]
+
+
+def test_held_out_prompts_are_completed_and_rewarded_as_others_are(folder, tmp_path):
+    """The likeliest token alone is drawn: what is greedy on the way and what is measured agree."""
+    args = ["--steps", 1, "--top-k", 1, "--eval-dataset", folder / "rows.jsonl", "--stop", *STOPS]
+    args += ["--reward", "length"]
+    (line,) = run(folder, tmp_path / "run", *args)
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["reward"]["base"] == pytest.approx(line["reward"], rel=1e-6) and line["reward"]
+    drawn = {(x["prompt"], x["answer"]) for x in lines_of(tmp_path / "run", "samples.jsonl")}
+    assert {(x["prompt"], x["answer"]) for x in scores["answers"]["base"]} == drawn
+
+
+@pytest.mark.slow
+def test_runs_of_a_table_draw_their_own_completions(folder, tmp_path):
+    """Each is what its options make of it alone; an epsilon hides the last bits."""
+    rows = [
+        {"lr": 5e-2},
+        {"lr": 1e-2, "group": 4, "batch_size": 24, "loss": "dr_grpo", "mask_truncated": True},
+        {"lr": 1e-2, "sampling_temperature": 1.3, "beta": 0.1, "seed": 3},
+        {"lr": 1e-2, "loss": "rloo", "updates": 2, "batch_size": 24, "grad_accum": 3},
+    ]
+    line = ["--steps", 3, "--eps", 1e-4, "--schedule", "constant"]
+    table = write_jsonl(
+        tmp_path / "runs.jsonl", [{"name": f"{i}"} | row for i, row in enumerate(rows)]
+    )
+    grpo.main(line_of(folder, tmp_path / "many", *line, "--many", table))
+    for number, row in enumerate(rows):
+        args = [f"--{name.replace('_', '-')}={value}" for name, value in row.items()]
+        args = ["--mask-truncated" if "mask" in arg else arg for arg in args]
+        alone = run(folder, tmp_path / f"alone {number}", *line, *args)
+        beside = read_metrics(tmp_path / "many" / f"{number}")
+        for name in ("loss", "grad_norm", "reward", "count"):
+            both = ([x[name] for x in lines] for lines in (beside, alone))
+            assert_close(*map(np.array, both), 1e-5)
+        places = (tmp_path / "many" / f"{number}", tmp_path / f"alone {number}")
+        assert_close(*(adapter_of(folder, place) for place in places), 1e-5)
+
+
 TEACHERS = {
     "an adapter": lambda folder: ["--teacher", folder / "used"],
     "a longer prompt": lambda folder: ["--teacher-prompt", "Say nothing but zzzzzz. "],

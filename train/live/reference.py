@@ -84,10 +84,14 @@ def reference_params(config: Any, outline: Any, plain: Tree, takes_from_base: bo
     if given == NONE:
         return None
     if is_live(config) and (config.adapter.full or takes_from_base):
-        what = "--full trains" if config.adapter.full else "--init takes factors out of"
+        what, other = "--init takes factors out of", "another --init"
+        if config.adapter.full:
+            what, other = "--full trains", "an adapter"
+        if getattr(config.data, "reference_logps", None) == "live" and KTO not in config.optim.loss:
+            other = f"--reference-logps cached, or {other}"
         raise UserError(
             f"--reference {given}: {what} the base itself, and a second one would be needed beside "
-            "it while training: use --reference-logps cached, or another --init"
+            f"it while training: use {other}"
         )
     if given == BASE:
         return plain

@@ -83,7 +83,7 @@ class Rewarded(Rollouts):
             advantages = advantages_of(jnp.asarray(flat_rewards), group, optim.scale)
         judged["advantages"] = np.asarray(advantages).reshape(counted.shape[:2])
         noted |= {
-            "reward": _mean(rewards),
+            "reward": mean_known(rewards),
             "zero_spread": float(_without_spread(rewards).mean()),
             "entropy": float(entropy[counted].mean()) if counted.any() else 0.0,
         }
@@ -117,7 +117,7 @@ class Rewarded(Rollouts):
             tell(self.of.console, f"warning: {line}")
         noted: dict[str, float] = {}
         if len(found.by_name) > 1:
-            noted = {f"reward_{k}": _mean(v) for k, v in found.by_name.items()}
+            noted = {f"reward_{k}": mean_known(v) for k, v in found.by_name.items()}
         failed = sum(sum(kinds.values()) for kinds in found.failures.values())
         noted["reward_failed"] = failed / len(each)
         for kinds in found.kinds.values():
@@ -125,7 +125,7 @@ class Rewarded(Rollouts):
         return found.total.tolist(), noted
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_known(values: np.ndarray) -> float:
     """Returns the mean of what is no NaN; 0 where all is."""
     return float(np.nansum(values) / max((~np.isnan(values)).sum(), 1))
 

@@ -24,7 +24,7 @@ from lora_jax.training.step import State
 from train.live.prompts import Drawn, PromptFeed
 from train.live.reference import running
 from train.run.complete import left_padded
-from train.run.pretrained import end_tokens
+from train.run.pretrained import Outline, end_tokens
 from train.tasks.task import Preparing
 
 _STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout
@@ -133,7 +133,7 @@ class Rollouts(abc.ABC):
         tokens, logps, lengths, ended = (np.array(one) for one in found)
         texts = []
         for at, ids in enumerate(tokens):
-            text, cut = self._text(ids[: lengths[at]].tolist())
+            text, cut = text_of(ids[: lengths[at]].tolist(), self.of.outline, self.config)
             if cut is not None:
                 lengths[at], ended[at] = cut, True
             texts.append(text)
@@ -164,20 +164,21 @@ class Rollouts(abc.ABC):
             )
             return jax.tree.map(np.asarray, tuple(self._everywhere(drawn)))
 
-    def _text(self, ids: list[int]) -> tuple[str, int | None]:
-        """Returns the text of a completion, and the number of its tokens if a stop text ends it."""
-        stops = self.config.data.stop
 
-        def text_of(n: int) -> str:
-            text: str = self.of.outline.tokenizer.decode(ids[:n], skip_special_tokens=True)
-            return text
+def text_of(ids: list[int], outline: Outline, config: Any) -> tuple[str, int | None]:
+    """Returns the text of a completion, and the number of its tokens if a stop text ends it."""
+    stops = config.data.stop
 
-        text = text_of(len(ids))
-        places = [at for at in map(text.find, stops) if at >= 0]
-        if not places:
-            return text, None
-        numbers = range(1, len(ids) + 1)
-        before = bisect.bisect_left(
-            numbers, True, key=lambda n: any(stop in text_of(n) for stop in stops)
-        )
-        return text[: min(places)], before + 1
+    def decoded(n: int) -> str:
+        text: str = outline.tokenizer.decode(ids[:n], skip_special_tokens=True)
+        return text
+
+    text = decoded(len(ids))
+    places = [at for at in map(text.find, stops) if at >= 0]
+    if not places:
+        return text, None
+    numbers = range(1, len(ids) + 1)
+    before = bisect.bisect_left(
+        numbers, True, key=lambda n: any(stop in decoded(n) for stop in stops)
+    )
+    return text[: min(places)], before + 1

@@ -170,5 +170,7 @@ def check(config: Config) -> None:
             f"--grad-accum {optim.grad_accum}: the loss {coupled[0]} sorts all pairs of a batch, "
             "and parts of it would be other batches: give --batch-size all of them"
         )
+    if data.packing and KTO in losses:
+        raise UserError("--packing: kto compares the rows of a batch, one by one; leave it out")
     if KTO in losses and optim.batch_size * optim.grad_accum < 2:
         raise UserError("--batch-size 1: kto compares rows of a batch, so two are needed")

@@ -39,7 +39,25 @@ def answered(
     forward: Callable[..., Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Returns the continuation of each prompt, decoded greedily.
+    """Returns the continuation of each prompt, decoded greedily; see `completed`."""
+    found = completed(
+        model, params, outline, prompts, new_tokens=new_tokens, forward=forward, progress=progress
+    )
+    texts: list[str] = outline.tokenizer.batch_decode(found, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def completed(
+    model: Any,
+    params: Any,
+    outline: Outline,
+    prompts: Sequence[list[int]],
+    *,
+    new_tokens: int,
+    forward: Callable[..., Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """Returns the tokens of each prompt's greedy continuation, with the one that ends it.
 
     A prefix shared by all prompts (a system prompt, solved examples) runs through the model once,
     and is held once for all rows.
@@ -62,7 +80,7 @@ def answered(
     if n_shared:
         first, more = np.asarray(prompts[0][:n_shared]), length + new_tokens - 1
         shared = share(model, params, first, more_tokens=more, apply=forward)
-    texts: list[str] = []
+    found: list[list[int]] = []
     for batch, n_real in _batches(rests, _n_rows(model, length + new_tokens)):
         ids, mask = left_padded(batch, length, ends[0] if ends else 0)
         new = generate(
@@ -75,10 +93,11 @@ def answered(
             apply=forward,
             shared=shared,
         )
-        answers = np.asarray(new)[:n_real].tolist()
-        texts += outline.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        progress(len(texts), len(prompts))
-    return [text.strip() for text in texts]
+        for answer in np.asarray(new)[:n_real].tolist():
+            n = next((at for at, token in enumerate(answer, start=1) if token in ends), new_tokens)
+            found.append(answer[:n])
+        progress(len(found), len(prompts))
+    return found
 
 
 def left_padded(

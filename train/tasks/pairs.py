@@ -33,8 +33,6 @@ def check(config: Config) -> None:
         raise UserError(
             f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
         )
-    if data.packing and KTO in config.optim.loss:
-        raise UserError("--packing: kto compares the rows of a batch, one by one; leave it out")
 
 
 def read_rows(config: Config) -> Rows:
@@ -131,5 +129,5 @@ TASK = Task(
     examples=examples,
     loss=loss,
     prepared=prepared,
-    reads=chats.reads,
+    reads=lambda config: ("loss", *chats.reads(config)),
 )

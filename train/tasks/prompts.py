@@ -15,14 +15,16 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, rollout_loss
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError
+from train.console.output import tell
 from train.data.dataset import find
 from train.live import rewarded
 from train.live.prompts import PromptFeed, Prompts
+from train.live.rollouts import text_of
 from train.options.defaults import Defaults
 from train.options.grpo import Config
 from train.reporters.files import read_json
 from train.rewards.find import find_rewards
-from train.run.complete import answered
+from train.run.complete import completed
 from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import Outline
@@ -190,20 +192,21 @@ class Rewarding:
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
         """Returns the mean reward."""
-        texts = answered(
-            model,
-            params,
-            self.context.outline,
-            self.prompts.tokens,
-            new_tokens=self.context.config.data.max_new_tokens,
-            forward=forward,
-            progress=progress,
+        of, outline, config = self.prompts, self.context.outline, self.context.config
+        new = config.data.max_new_tokens
+        ids = completed(
+            model, params, outline, of.tokens, new_tokens=new, forward=forward, progress=progress
         )
-        ids = self.context.outline.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        of = self.prompts
+        cut = [text_of(one, outline, config) for one in ids]
+        texts, ids = (
+            [text for text, _ in cut],
+            [one[:n] for one, (_, n) in zip(ids, cut, strict=True)],
+        )
         columns = {name: [row.get(name) for row in of.rows] for name in of.columns}
         asked = [of.asked(row) for row in range(len(of.rows))]
         scored = self.rewards(asked, texts, ids, columns, group=1)
+        for line in scored.said:
+            tell(self.context.console, f"warning: {line}")
         self.newest = [
             {
                 "prompt": prompt,
@@ -212,7 +215,7 @@ class Rewarding:
             }
             for prompt, text, reward in zip(asked, texts, scored.total, strict=True)
         ]
-        return {REWARD: float(np.nanmean(scored.total))}
+        return {REWARD: rewarded.mean_known(scored.total)}
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
         """Rewards the trained model; writes and prints the rewards."""
@@ -249,7 +252,7 @@ TASK = Task(
     loss=loss,
     evaluation=evaluation,
     prepared=rewarded.prepared,
-    reads=lambda config: ("seed",),
+    reads=lambda config: ("output",),  # a feed holds what its run has drawn
     score=REWARD,
     baselines=lambda scores: {k: v for k, v in scores.get(REWARD, {}).items() if k == BASE},
 )

@@ -209,7 +209,8 @@ class Task:
         equal options are equal, so that runs with them train side by side.
       evaluation: returns the evaluation of a run; None for none.
       prepared: returns what training begins with, and its data, where these need the model.
-      reads: returns which of --seed, --batch-size and --grad-accum rows and examples depend on.
+      reads: returns the options that rows and examples depend on, of those that say that they do
+        not (see `Traits`), such as --seed; --output, where those of each run are its own.
       score: the name of the score that tells how good the model is, the higher the better; None
         where there is none but the loss.
       baselines: returns that score of what needs no training, by name, from a run's scores.json.

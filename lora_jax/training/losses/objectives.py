@@ -148,9 +148,10 @@ def rollout_loss(
             parts=parts,
         )
         known = (logps, batch["weights"] > 0, batch["advantages"], batch["old"])
+        there = jnp.any(batch["segment_ids"] > 0, axis=1)
         if options is None:
-            return rloo_loss(*known)
-        return online_loss(options, *known, batch.get("reference"))
+            return rloo_loss(*known, there=there)
+        return online_loss(options, *known, batch.get("reference"), there)
 
     unit = "sequence" if options is None or options.over != "tokens" else "token"
     return Loss(sums, unit=unit)

@@ -74,6 +74,7 @@ def online_loss(
     advantages: jax.Array,
     old: jax.Array | None = None,
     reference: jax.Array | None = None,
+    there: jax.Array | None = None,
 ) -> Sums:
     """Sums a loss of rollouts.
 
@@ -86,10 +87,12 @@ def online_loss(
       advantages: [n], see `advantages_of`; or [n, seq], one for each token.
       old: log-probabilities when the tokens were sampled; by default `logps`, as a constant.
       reference: log-probabilities under the reference.
+      there: [n] bool, false for rows that fill up a batch; by default all are there.
 
     Returns:
       The sums; the count is what the total is to be divided by. `logs`, sums as well: the shares of
-      clipped ratios ("clip_low", "clip_high") and the divergence ("kl"), each multiplied by count.
+      clipped ratios ("clip_low", "clip_high") and the divergence ("kl"), means over the batch's
+      tokens, each multiplied by count.
 
     Raises:
       ValueError: beta is given without a reference, or a reference without beta.
@@ -127,8 +130,8 @@ def online_loss(
         counted = counted / tokens
     count = {
         "tokens": jnp.sum(counted),
-        "sequences": jnp.float32(logps.shape[0]),
-        "length": jnp.float32(logps.shape[0] * (options.length or 0)),
+        "sequences": _sequences(logps, there),
+        "length": _sequences(logps, there) * (options.length or 0),
     }[options.over]
     of_tokens = jnp.sum(mask.astype(jnp.float32))
     logs = {
@@ -140,12 +143,17 @@ def online_loss(
 
 
 def rloo_loss(
-    logps: jax.Array, mask: jax.Array, advantages: jax.Array, old: jax.Array, clip: float = 0.2
+    logps: jax.Array,
+    mask: jax.Array,
+    advantages: jax.Array,
+    old: jax.Array,
+    clip: float = 0.2,
+    there: jax.Array | None = None,
 ) -> Sums:
     """Sums RLOO with the clipped ratio of whole sequences (Ahmadian et al., arXiv 2402.14740).
 
     Args:
-      logps, mask, advantages, old: see `online_loss`.
+      logps, mask, advantages, old, there: see `online_loss`.
       clip: the ratio is clipped to [1 - clip, 1 + clip].
 
     Returns:
@@ -155,7 +163,11 @@ def rloo_loss(
     ratio = jnp.exp(change)
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
     losses = -jnp.minimum(ratio * advantages, clipped * advantages)
-    return Sums(jnp.sum(losses), jnp.float32(losses.shape[0]), {})
+    return Sums(jnp.sum(losses), _sequences(logps, there), {})
+
+
+def _sequences(logps: jax.Array, there: jax.Array | None) -> jax.Array:
+    return jnp.float32(len(logps)) if there is None else jnp.sum(there).astype(jnp.float32)
 
 
 Scale = Literal["group", "batch", "none"]

@@ -42,7 +42,7 @@ TASK = dataclasses.replace(
     check=sql.check,
     rows=read_rows,
     evaluation=sql.evaluation,
-    reads=sql.TASK.reads,
+    reads=lambda config: ("loss", *sql.TASK.reads(config)),
     score=sql.TASK.score,
     baselines=sql.TASK.baselines,
 )
