@@ -187,6 +187,22 @@ def test_rloo_and_advantages():
     assert batch[1] == pytest.approx(0.5 / (np.std([1, 2, 3, 3], ddof=1) + 1e-4), abs=1e-6)
 
 
+def test_rows_that_fill_up_a_batch_are_no_completions():
+    """Those that are all masked count as such; these do not."""
+    filled = [np.pad(x, [(0, 3), *[(0, 0)] * (x.ndim - 1)]) for x in (LOGPS, MASK, GAINS, OLD)]
+    there = jnp.arange(len(filled[0])) < len(LOGPS)
+    for name, loss in {
+        "grpo": losses.online_loss,
+        "dr_grpo": losses.online_loss,
+        "dapo": losses.online_loss,
+        "rloo": losses.rloo_loss,
+    }.items():
+        known = {"dr_grpo": losses.dr_grpo(4)} | losses.ONLINE
+        options = () if name == "rloo" else (known[name],)
+        whole, more = loss(*options, LOGPS, MASK, GAINS, OLD), loss(*options, *filled, there=there)
+        assert_close((more.total, more.count), (whole.total, whole.count), 1e-6)
+
+
 def test_on_policy_the_ratio_is_one():
     """Without old log-probabilities the value is minus the mean advantage, with a gradient."""
     value, gradient = jax.value_and_grad(
