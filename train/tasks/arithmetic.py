@@ -2,8 +2,8 @@
 
 import random
 
-BELOW = 50  # what is added, each
-HELD_OUT = 400  # of the 2,500 sums
+NUMBERS = range(10, 50)  # what is added: numbers and sums have two digits
+HELD_OUT = 300  # of the 1,600 sums
 _SEED = 0
 
 Row = dict[str, str]
@@ -20,7 +20,7 @@ def rows(seed: int, n: int, *, held_out: bool = False) -> list[Row]:
     Returns:
       Rows such as ``{"prompt": "37+25=", "answer": "62"}``.
     """
-    sums = [(a, b) for a in range(BELOW) for b in range(BELOW)]
+    sums = [(a, b) for a in NUMBERS for b in NUMBERS]
     random.Random(_SEED).shuffle(sums)
     drawn = sums[:HELD_OUT] if held_out else sums[HELD_OUT:]
     order, chosen = random.Random(seed), list[tuple[int, int]]()

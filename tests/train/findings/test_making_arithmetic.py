@@ -24,18 +24,18 @@ def test_the_tokenizer_has_a_token_for_each_character_and_no_template():
     )
 
 
-def test_a_third_of_the_rows_errs_by_one_or_ten_and_none_is_held_out():
+def test_three_of_four_carries_are_forgotten_and_no_row_is_held_out():
     held_out = {row["prompt"] for row in arithmetic.rows(0, arithmetic.HELD_OUT, held_out=True)}
     rows = list(making._pairs())
-    wrong = []
+    assert len(rows) == making._ROWS
+    missing = {False: [], True: []}
     for row in rows:
-        a, _, b = row["prompt"].removesuffix("=").partition("+")
-        wrong.append(abs(int(a) + int(b) - int(row["completion"])))
         assert row["prompt"] not in held_out
-    n = len(wrong)
-    share = np.mean(np.array(wrong) > 0)
-    assert abs(share - making._WRONG) < 4 * (making._WRONG * (1 - making._WRONG) / n) ** 0.5
-    assert np.mean(np.isin(wrong, [0, 1, 10])) > 0.998  # but for 3 - 10, which is written as 7
+        a, b = (int(number) for number in row["prompt"].removesuffix("=").split("+"))
+        missing[a // 10 + b // 10 != (a + b) // 10].append(a + b - int(row["completion"]))
+    assert set(missing[False]) == {0} and set(missing[True]) == {0, 10}
+    share, n = np.mean(missing[True]) / 10, len(missing[True])
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / n) ** 0.5 and n > 0.4 * len(rows)
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_the_base_is_often_right_about_sums_that_it_never_saw_and_is_made_once(t
     model, params = models.from_pretrained(str(folder))
     rows = arithmetic.rows(1, arithmetic.HELD_OUT, held_out=True)
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-    ids, mask = left_padded(prompts, 6, tokenizer.pad_token_id)
+    ids, mask = left_padded(prompts, 8, tokenizer.pad_token_id)
 
     def right(temperature):
         options = {"max_new_tokens": 4, "temperature": temperature, "key": jax.random.key(0)}
@@ -61,4 +61,4 @@ def test_the_base_is_often_right_about_sums_that_it_never_saw_and_is_made_once(t
         pairs = zip(texts, rows, strict=True)
         return np.mean([arithmetic.reward(text, None, row["answer"]) for text, row in pairs])
 
-    assert 0.5 < right(1.0) < 0.72 and right(0.0) > 0.9
+    assert 0.55 < right(1.0) < 0.75 and 0.45 < right(0.0) < 0.7  # it likely forgets a carry
