@@ -227,7 +227,7 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
       lines: the run's metrics; see `read_metrics`.
       label: the label of the loss axis.
     """
-    figure = Figure(figsize=(7, 4))  # without pyplot: no window, no global state
+    figure = Figure(figsize=(7, 4), layout="tight")  # without pyplot: no window, no global state
     axes = figure.subplots()
     for name, curve in (("loss", "training"), ("eval_loss", "held out")):
         points = [(line["step"], line[name]) for line in lines if name in line]
@@ -237,5 +237,4 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    figure.tight_layout()
     figure.savefig(folder / CURVE, dpi=120)

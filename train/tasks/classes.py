@@ -44,13 +44,13 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
     """Draws the confusion matrix as a PNG; rows are labels, columns are predictions."""
     matrix = np.array(confusion)
     size = 3.2 + 0.6 * len(names)
-    figure = Figure(figsize=(size + 0.8, size))  # without pyplot: no window, no global state
+    # Without pyplot: no window, no global state.
+    figure = Figure(figsize=(size + 0.8, size), layout="tight")
     axes = figure.subplots()
     shown = metrics.ConfusionMatrixDisplay(matrix, display_labels=list(names))
     rotation = "horizontal" if len(names) < 6 else "vertical"
     shown.plot(ax=axes, cmap="Blues", colorbar=False, values_format="d", xticks_rotation=rotation)
     axes.set(xlabel="predicted", ylabel="label")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 
+import matplotlib
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
@@ -77,8 +78,10 @@ def test_a_terminal_gets_a_progress_bar(tmp_path):
     assert "2/2" in console.file.getvalue() and "loss 0.5000" in console.file.getvalue()
 
 
-def test_the_curve_is_a_picture(tmp_path):
-    draw_curve(tmp_path, [line(1), {"step": 1, "eval_loss": 2.0}, line(2)])
+@pytest.mark.parametrize("constrained", [False, True])  # a user's own setting
+def test_the_curve_is_a_picture(constrained, tmp_path):
+    with matplotlib.rc_context({"figure.constrained_layout.use": constrained}):
+        draw_curve(tmp_path, [line(1), {"step": 1, "eval_loss": 2.0}, line(2)])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
