@@ -17,7 +17,10 @@ from train import dpo, finetune, grpo
 from train.live import preferences, rollouts
 
 # Orbax leaves coroutines behind, and rewards' processes end with the garbage.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.slow,
+]
 COMPILED = []  # the programs, by name
 STEPS = 8
 # The base is most of what there is.
