@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.training.batches import Arrays, HostBatch, round_up
 from lora_jax.training.data.order import Order, listed
-from lora_jax.training.data.rows import Row
+from lora_jax.training.data.rows import Row, name_of
 from train.reporters.contract import Sample
 from train.rewards.find import Rewards
 from train.run.pretrained import Outline
@@ -169,8 +169,8 @@ class PromptFeed:
 
     def named(self, number: int) -> str:
         """Returns the names of the prompts of a step."""
-        rows = self.rows(number).tolist()
-        return listed(rows, lambda row: f"row {row + 1}") + f" of {self.config.data.dataset}"
+        rows, source = self.rows(number).tolist(), self.config.data.dataset
+        return listed(rows, lambda row: name_of(self.prompts.rows[row], source, row + 1))
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns how many tokens are in a batch, without padding."""

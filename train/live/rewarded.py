@@ -68,7 +68,7 @@ class Rewarded(Rollouts):
         ]
         batch = self.feed.of_completions(rows, drawn)
         old, entropy = self.scores(params, batch)
-        judged: HostBatch = {"old": old}
+        batch["old"] = old
         counted = batch["weights"] > 0
         if self._reference is not None:
             reference, _ = self.scores(self._reference, batch)
@@ -76,18 +76,18 @@ class Rewarded(Rollouts):
                 apart = np.where(counted, old - reference, 0).sum(-1)
                 flat_rewards = flat_rewards - optim.beta * apart.ravel()
             else:
-                judged["reference"] = reference
+                batch["reference"] = reference
         if optim.loss == RLOO:
             advantages = leave_one_out(jnp.asarray(flat_rewards), group)
         else:
             advantages = advantages_of(jnp.asarray(flat_rewards), group, optim.scale)
-        judged["advantages"] = np.asarray(advantages).reshape(counted.shape[:2])
+        batch["advantages"] = np.asarray(advantages).reshape(counted.shape[:2])
         noted |= {
             "reward": mean_known(rewards),
             "zero_spread": float(_without_spread(rewards).mean()),
             "entropy": float(entropy[counted].mean()) if counted.any() else 0.0,
         }
-        return drawn, judged, noted
+        return drawn, batch, noted
 
     def _rewarded(self, rows: np.ndarray, drawn: Drawn) -> tuple[np.ndarray, dict[str, float]]:
         """Returns the rewards of completions, [prompts, group], and metrics."""

@@ -69,8 +69,8 @@ class Rollouts(abc.ABC):
           number: the number of the step.
 
         Returns:
-          The completions, drawn again where they have to be; the arrays that the batch has beside
-          theirs, each [accumulate, batch, …]; and metrics.
+          The completions, drawn again where they have to be; the batch, each array [accumulate,
+          batch, …]; and metrics.
         """
 
     def noted(self, number: int) -> Mapping[str, float]:
@@ -89,8 +89,7 @@ class Rollouts(abc.ABC):
         params = lj.join(state.adapter, self.of.ready.base)
         rows = self.feed.rows(number)
         drawn = self.drawn(params, rows, number)
-        drawn, judged, noted = self.judged(params, rows, drawn, number)
-        batch = self.feed.of_completions(rows, drawn) | judged
+        drawn, batch, noted = self.judged(params, rows, drawn, number)
         counted = batch["weights"] > 0
         apart = np.abs(drawn.logps.reshape(batch["old"].shape) - batch["old"])[counted]
         self.feed.noted = noted | {

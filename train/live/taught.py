@@ -121,4 +121,5 @@ class Taught(Rollouts):
         self.feed.newest = [*map(Sample, asked, drawn.texts.ravel().tolist())]
         n = max(int(counted.sum()), 1)
         noted = {"reverse_kl": float(-gain.sum() / n), "entropy": float(entropy[counted].sum() / n)}
-        return drawn, {"old": old, "advantages": self.config.optim.coefficient * gain}, noted
+        batch |= {"old": old, "advantages": self.config.optim.coefficient * gain}
+        return drawn, batch, noted

@@ -117,10 +117,11 @@ def read_prompts(config: Any, rows: Rows, outline: Outline) -> tuple[Prompts, Pr
     most = data.seq_len - data.max_new_tokens
     for part in filter(None, parts):
         if longer := [at for at, ids in enumerate(part.tokens) if len(ids) > most]:
-            longest = max(map(len, part.tokens))
+            longest = max(len(ids) for one in filter(None, parts) for ids in one.tokens)
+            first = name_of(part.rows[longer[0]], data.dataset, longer[0] + 1)
             raise UserError(
                 f"--seq-len {data.seq_len}: {len(longer)} prompts have more than {most} tokens, "
-                f"row {longer[0] + 1} the first, and leave no room for --max-new-tokens "
+                f"{first} the first, and leave no room for --max-new-tokens "
                 f"{data.max_new_tokens}; the longest has {longest}. Give --seq-len "
                 f"{longest + data.max_new_tokens}, or take these rows out"
             )

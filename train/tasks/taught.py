@@ -9,7 +9,7 @@ from train.live import taught
 from train.live.prompts import PromptFeed
 from train.options.distill import Config
 from train.run.pretrained import Outline
-from train.tasks import chats, prompts
+from train.tasks import prompts
 from train.tasks.task import Data, Rows, Task
 
 
@@ -20,13 +20,6 @@ def check(config: Config) -> None:
             f"--eval-questions {config.run.eval_questions}: a teacher gives no score to measure on "
             "held-out prompts; leave it out"
         )
-
-
-def outline(config: Config, rows: Rows) -> Outline:
-    """Reads the outline of the student; checks the teacher's against it."""
-    found = chats.outline(config, rows)
-    taught.teacher_outline(config, found)
-    return found
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
@@ -54,7 +47,6 @@ TASK: Task = dataclasses.replace(
     prompts.TASK,
     defaults=dataclasses.replace(prompts.TASK.defaults, lr=1e-4, full_lr=1e-5, eval_questions=0),
     check=check,
-    outline=outline,
     examples=examples,
     loss=loss,
     evaluation=lambda context: None,
