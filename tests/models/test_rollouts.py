@@ -140,7 +140,7 @@ def test_a_prompt_runs_once_for_its_answers() -> None:
     model, params = tiny.decoder("llama3")
 
     def rows_of_prompts(prompts: int, n: int) -> list[bool]:
-        """Whether 5 rows of 11 tokens run through the model; whether 15 do."""
+        """Returns whether 5 rows of 11 tokens run through the model, and whether 15 do."""
         ids = jnp.zeros((prompts, 11), jnp.int32)
         run = lambda params: sample(model, params, ids, n=n, max_new_tokens=4, key=KEY)  # noqa: E731
         text = str(jax.make_jaxpr(run)(params))
@@ -151,7 +151,7 @@ def test_a_prompt_runs_once_for_its_answers() -> None:
 
 
 def test_pairs_of_tokens_follow_the_models_distribution() -> None:
-    """Of 10,000 answers to one prompt, by a χ² test; that of another temperature is refused."""
+    """Compares 10,000 answers with the model by χ², which refuses another temperature."""
     fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 7}
     model = GPT2(read_config(fields | {"n_positions": 8}))
     prompt, eos, n = [1, 4, 2], 3, 10_000

@@ -80,7 +80,7 @@ def test_options_without_effect_beside_it_are_refused(option, capsys):
 
 
 def said_of(script, tmp_path, capsys, rows, *args):
-    """What a dry run of rows says, and the report of a step that is then taken."""
+    """Returns what a dry run of rows says, and the report of a step that is then taken."""
     model = write_model(tmp_path / "model")
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     line = ["--model", model, "--dataset", data, "--output", tmp_path / "run", "--targets"]

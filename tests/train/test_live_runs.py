@@ -44,7 +44,7 @@ jax.monitoring.register_event_duration_secs_listener(note_compiled)
 
 
 class Begun(NamedTuple):
-    """What there is as a step begins: programs so far, bytes in memory, the shape of its rows."""
+    """The state as a step begins: programs so far, bytes in memory, the shape of its rows."""
 
     compiled: int
     bytes: int
@@ -75,7 +75,7 @@ def live_bytes():
 
 
 def steps_of(script, *args):
-    """What there is as each step of a run begins."""
+    """Returns the state as each step of a run begins."""
     before, begun, real = live_bytes(), [], finetune.hooks_of
 
     def noting(*args, **options):

@@ -92,7 +92,7 @@ def lines_of(output, name):
 
 
 def told(capsys):
-    """What was printed, on one line."""
+    """Returns what was printed, on one line."""
     return " ".join(capsys.readouterr().out.split())
 
 

@@ -232,7 +232,7 @@ def test_a_reference_by_an_adapter_adds_its_bytes_alone(model):
 
 
 def test_the_sampler_is_the_very_program_that_runs(model):
-    """What is compiled for shapes takes as much memory as what is compiled for arrays."""
+    """Programs for shapes take as much memory as those for arrays."""
     _, step = of_step(model, *GRPO)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), step.params)
@@ -348,7 +348,7 @@ def test_bad_input(model, options, message):
 
 
 def test_lengths_of_completions_are_those_of_the_script(model):
-    """Where nothing is given."""
+    """Plans as the script would run where neither names a length."""
     job = job_of(model, "--task", "grpo", "--seq-len", 200, "--batch-size", 8)
     config = Config()
     assert job.group == config.data.group == 8 and job.max_new_tokens == 128

@@ -360,7 +360,7 @@ for line in sys.stdin:
 
 
 def test_the_guard_alone_keeps_a_database_as_it_is(tmp_path: Path) -> None:
-    """The same database for all: judged texts get new ones, which hides what they change."""
+    """Runs all on one database: judged texts get new ones, which hides what they change."""
     script = tmp_path / "script.sql"
     script.write_text(fill_script(SCHEMAS[SCHEMA], 0))
     command = [sys.executable, "-c", KEPT, str(Path(guard.__file__).parent), str(script)]

@@ -57,7 +57,7 @@ def test_kinds(text, kind):
 
 
 def by_sqlite(example, text):
-    """Whether two queries agree as multisets, or as lists, on SQLite without any guard."""
+    """Returns whether two queries agree as multisets, or lists, on SQLite without any guard."""
     for database in range(DATABASES):
         connection = sqlite3.connect(":memory:")
         connection.executescript(fill_script(SCHEMAS[example.schema], database))
