@@ -67,7 +67,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> Any:
             f"the tokenizer {kind[0]!r} with pre-tokenizer {kind[1]!r} is not supported, only "
             "'gpt2' with 'smollm' is; load the tokenizer from a folder with tokenizer.json"
         )
-    transformers = _transformers()
+    _transformers()  # says what is missing
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -91,9 +91,19 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> Any:
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
     special = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer = fast_tokenizer(core, **special)
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer
+
+
+def fast_tokenizer(core: Any, **special: str) -> Any:
+    """Returns transformers' tokenizer around one of the package `tokenizers`.
+
+    Args:
+      core: a ``tokenizers.Tokenizer``.
+      **special: the special tokens, by role, such as ``eos_token="<end>"``.
+    """
+    return _transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 def _transformers() -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
+from lora_jax.hf.tokenizer import fast_tokenizer
 from train.console.output import tell
 from train.findings.making import base
 from train.processes import hosts
@@ -48,7 +48,7 @@ def tokenizer() -> Any:
     core = Tokenizer(models.BPE(vocab=characters, merges=[]))
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(token, special=True) for token in (_PAD, _END)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_PAD, eos_token=_END)
+    return fast_tokenizer(core, pad_token=_PAD, eos_token=_END)
 
 
 def _pairs() -> Iterator[dict[str, str]]:

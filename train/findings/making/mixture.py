@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
+from lora_jax.hf.tokenizer import fast_tokenizer
 from train.compare import outside
 from train.findings.making import base, questions
 from train.findings.making.made import Made
@@ -58,7 +58,7 @@ def tokenizer(text: str) -> Any:
         show_progress=False,
     )
     core.train_from_iterator(text.splitlines(keepends=True), trainer)
-    made: Any = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_PAD, eos_token=_END)
+    made = fast_tokenizer(core, pad_token=_PAD, eos_token=_END)
     made.chat_template = _TEMPLATE
     return made
 
