@@ -1,0 +1,1 @@
+"""One base and many adapters over HTTP: `python -m train.serve`."""

@@ -1,0 +1,1 @@
+"""The engine: owns the arrays, and knows no HTTP."""

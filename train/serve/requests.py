@@ -1,0 +1,374 @@
+"""What routes and engine say to each other: commands on adapters, samples, and their results.
+
+Arrays are NumPy's: routes know no JAX, and the engine knows no HTTP.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class RequestError(Exception):
+    """Says what is wrong with a request, and what to do; the fault is the client's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """Describes an adapter.
+
+    Attributes:
+      rank: of all its factors.
+      seed: of the initial A; None for one drawn by the adapter's name.
+      attention, mlp, unembed: whether the projections of attention, those of the MLPs, and the
+        output head are adapted.
+      alpha: the scale is alpha / rank.
+    """
+
+    rank: int
+    seed: int | None = None
+    attention: bool = True
+    mlp: bool = True
+    unembed: bool = True
+    alpha: float = 32.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Create:
+    """Makes a tenant: an adapter that trains, B = 0. The result is the `AdapterSpec`."""
+
+    spec: AdapterSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Puts a saved adapter in a tenant's place, or makes the tenant; the result is its `AdapterSpec`.
+
+    Attributes:
+      path: the folder that a `Save` wrote, or one of PEFT.
+      optimizer: whether the optimiser's state is loaded, too; else it begins anew.
+    """
+
+    path: Path
+    optimizer: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Datum:
+    """A sequence and what its loss needs.
+
+    Attributes:
+      tokens: [n] int32, the input.
+      inputs: by name, such as target_tokens, weights, logprobs and advantages: [n] or [n, k].
+        The token at place i predicts the target at place i.
+    """
+
+    tokens: np.ndarray
+    inputs: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """Adds the gradient of a loss, summed over all data, to a tenant's; the result is `Outputs`.
+
+    Attributes:
+      data: the sequences.
+      loss: a name of `LOSSES`.
+      config: numbers by name, such as clip_low_threshold.
+      forward_only: compute the outputs alone.
+    """
+
+    data: Sequence[Datum]
+    loss: str
+    config: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    forward_only: bool = False
+
+
+# The losses, and the inputs of each besides `target_tokens`.
+LOSSES: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("weights",),
+    "importance_sampling": ("logprobs", "advantages"),
+    "ppo": ("logprobs", "advantages"),
+    "cispo": ("logprobs", "advantages"),
+    "dro": ("logprobs", "advantages"),
+    "gspo": ("logprobs", "advantages", "sequence_ratio_mask"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """Takes a step of AdamW by the summed gradient, and clears it; the result is `Updated`.
+
+    Attributes:
+      grad_clip_norm: the largest norm of the gradient over all factors; 0 for no limit.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Save:
+    """Writes a tenant's adapter as a PEFT folder, which appears whole; the result is `Saved`.
+
+    Attributes:
+      path: a folder that is not there yet.
+      optimizer: whether the optimiser's state lies beside it, for `Load`.
+      name: the name by which samples choose these very weights from now on, whatever the tenant
+        learns later; None for none.
+    """
+
+    path: Path
+    optimizer: bool = False
+    name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Leave:
+    """Removes a tenant; what it saved stays. The result is None."""
+
+
+Command = Create | Load | Gradient | Update | Save | Leave
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Holds what a `Gradient` found.
+
+    Attributes:
+      logprobs: of each datum's targets, fp32 [n] or [n, k].
+      metrics: by name and reduction; "loss:sum" is among them.
+    """
+
+    logprobs: list[np.ndarray]
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Updated:
+    """Holds the metrics of an `Update`, by name and reduction."""
+
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Says how many bytes a `Save` wrote."""
+
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Asks for completions of a prompt.
+
+    Attributes:
+      adapter: the name of a saved or adopted adapter; None for the base.
+      prompt: token ids, one at least.
+      n: the number of completions.
+      max_tokens: of each; None for as many as fit. 0 for none, to score the prompt alone.
+      temperature: 0 takes the most likely token.
+      top_k: the number of tokens to draw from; -1 for all.
+      top_p: the probability of the tokens to draw from.
+      seed: of the draws; None for a seed of the engine's choice.
+      stop_ids: tokens that end a completion; they are part of it.
+      stop: texts that end a completion; the tokens that complete one are part of it.
+      prompt_logprobs: whether the log-probability of each prompt token is wanted.
+      top_prompt, top: the number of most likely tokens wanted at each place of the prompt and of
+        the completions, `TOP` at most.
+    """
+
+    adapter: str | None
+    prompt: Sequence[int]
+    n: int = 1
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    prompt_logprobs: bool = False
+    top_prompt: int = 0
+    top: int = 0
+
+
+TOP = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Top:
+    """Holds the most likely tokens at each of n places, the likeliest first.
+
+    Attributes:
+      ids: [n, k] int32.
+      logprobs: [n, k] fp32.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A completion.
+
+    Attributes:
+      tokens: [m] int32, what ended it among them.
+      logprobs: [m] fp32, under softmax(logits / temperature); at temperature 1 where that is 0.
+      stopped: whether a stop ended it, not its length.
+      top: the most likely tokens, if they were asked for.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    stopped: bool
+    top: Top | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The answer to a `Sample`.
+
+    Attributes:
+      completions: n of them.
+      prompt_logprobs: [prompt] fp32, NaN at place 0; None if they were not asked for.
+      top_prompt: the most likely tokens at each place, of place 0 none (id 0, -99999).
+      cached: the number of prompt tokens whose keys and values were there already.
+    """
+
+    completions: list[Completion]
+    prompt_logprobs: np.ndarray | None = None
+    top_prompt: Top | None = None
+    cached: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A token of a completion, as it is drawn.
+
+    Attributes:
+      index: which completion.
+      token, logprob: the token.
+      top: the most likely tokens there, [k] each, or None.
+    """
+
+    index: int
+    token: int
+    logprob: float
+    top: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What an engine serves.
+
+    Attributes:
+      model: the base's name.
+      max_length: tokens of a sequence at most, and of prompt and completion together.
+      max_rank: of an adapter.
+      vocab_size: ids are below it.
+      eos: the tokens that end a text.
+      slots: adapters in a batch of samples at most.
+      sequences: completions that are drawn side by side at most.
+    """
+
+    model: str
+    max_length: int
+    max_rank: int
+    vocab_size: int
+    eos: tuple[int, ...]
+    slots: int
+    sequences: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TenantStatus:
+    """What a tenant has done.
+
+    Attributes:
+      steps: updates taken.
+      losses: (step, loss a target token) of the latest steps.
+      size: bytes of its arrays on the device.
+      queued: commands that wait.
+      seconds: of the engine's time that it had.
+    """
+
+    spec: AdapterSpec
+    steps: int
+    losses: Sequence[tuple[int, float]]
+    size: int
+    queued: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+    """What an engine does now.
+
+    Attributes:
+      tenants: by name.
+      adapters: names that samples may choose.
+      waiting: samples that wait for a place.
+      drawing: completions that are being drawn.
+      prompt_tokens, drawn_tokens, trained_tokens, compiled: numbers since the start.
+      base_size: bytes of the base.
+    """
+
+    tenants: Mapping[str, TenantStatus]
+    adapters: Sequence[str]
+    waiting: int
+    drawing: int
+    prompt_tokens: int
+    drawn_tokens: int
+    trained_tokens: int
+    compiled: int
+    base_size: int
+
+
+# Called once, in the engine's thread, with the result, or with what went wrong: `RequestError` for
+# a fault of the client's. It must return at once.
+Done = Callable[[Any], None]
+
+
+class Serving(Protocol):
+    """The engine, as routes see it. All methods may be called by any thread, and return at once."""
+
+    @property
+    def facts(self) -> Facts:
+        """What is served."""
+
+    def submit(self, tenant: str, command: Command, done: Done) -> None:
+        """Queues a command; a tenant's are executed in the order of their submission."""
+
+    def sample(
+        self, request: Sample, done: Done, seen: Callable[[Piece], None] | None = None
+    ) -> Callable[[], None]:
+        """Queues a sample.
+
+        Args:
+          request: what to draw.
+          done: gets `Drawn`.
+          seen: gets each token as it is drawn, in the engine's thread.
+
+        Returns:
+          A function that ends it early: what was drawn so far is then the result.
+        """
+
+    def adopt(self, name: str, folder: Path, done: Done) -> None:
+        """Makes the adapter in a PEFT folder, or in that of a run, one that samples may choose."""
+
+    def drop(self, name: str) -> None:
+        """Forgets an adapter that samples could choose; those under way go on."""
+
+    def knows(self, name: str) -> bool:
+        """Returns whether samples may choose an adapter of this name."""
+
+    def status(self) -> Status:
+        """Returns what the engine does now."""

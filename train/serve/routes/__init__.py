@@ -1,0 +1,1 @@
+"""HTTP: what clients say, and what they are told; knows no JAX."""
