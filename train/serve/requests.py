@@ -44,7 +44,7 @@ class Create:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Puts a saved adapter in a tenant's place, or makes the tenant; the result is its `AdapterSpec`.
+    """Puts a saved adapter in a tenant's place, or makes the tenant; results in its `AdapterSpec`.
 
     Attributes:
       path: the folder that a `Save` wrote, or one of PEFT.
