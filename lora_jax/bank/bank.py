@@ -1,6 +1,5 @@
 """A bank: one base in memory, and many adapters over it."""
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -10,19 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import peft
 from lora_jax.bank.held import Held
 from lora_jax.bank.locked import locked
 from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
-from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
-from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
-from lora_jax.core.types import Leaf, Model, Parts, Tree
-from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, map_leaves
-from lora_jax.lorafy import lorafy, nodes_of
+from lora_jax.bank.slots import map_slots, slots_of
+from lora_jax.bank.stored import Adapter, BankError, stored, values_of
+from lora_jax.bank.writing import with_slots, write
+from lora_jax.core.types import Leaf, Model, Tree
+from lora_jax.core.weight import LoraWeight, map_leaves
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.rules import Rule
 from lora_jax.saving.checkpoint import load_adapter
@@ -71,7 +68,7 @@ class Bank:
         if slots < 1:
             raise ValueError(f"Bank: {slots} slots: at least 1 is needed")
         self._model, self._params, self._base = model, params, OneBase(params)
-        self._tree = _with_slots(params, rules, slots + 1)
+        self._tree = with_slots(params, rules, slots + 1)
         self._slots, self._held = slots_of(self._tree), Held()
         self._lock = threading.RLock()  # held by all that reads or changes what follows
         self._kept: dict[str, Adapter] = {}
@@ -270,13 +267,7 @@ class Bank:
     def _write(self, slot: int, name: str) -> None:
         values = values_of(self._kept[name], self._slots, self._base.leaves)
         arrays = {path: slots.arrays for path, slots in self._slots.items()}
-        axes = tuple((path, slots.slot_axis) for path, slots in self._slots.items())
-        placed = {
-            path: {name: _beside(arrays[path][name], axis, x) for name, x in values[path].items()}
-            for path, axis in axes
-        }
-        new = _written(self._held.writable(arrays), placed, np.int32(slot), axes)
-        self._tree = map_slots(lambda path, slots: slots.replace(arrays=new[path]), self._tree)
+        self._tree = write(self._tree, self._held.writable(arrays), slot, values)
         self._slots = slots_of(self._tree)
         self._touch(slot, name)
 
@@ -297,50 +288,3 @@ class Bank:
         if name not in self._kept:
             there = ", ".join(map(repr, self._kept)) or "none"
             raise BankError(f"bank: there is no adapter {name!r}; there are {there}")
-
-
-def _with_slots(params: Tree, rules: Sequence[Rule], n_slots: int) -> Tree:
-    """Returns the base with empty slots in place of each leaf that the rules select."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    nodes = nodes_of(lorafy(shapes, rules))
-
-    def slots(path: str, leaf: Leaf) -> Tree:
-        node = nodes.get(path)
-        if isinstance(node, TrainedRows):
-            raise BankError(f"bank: a rule trains some rows of {path!r}, which no slot can hold")
-        if isinstance(node, LoraWeight):
-            empty = empty_slots(node.replace(base=leaf), n_slots)
-            if node.extras and not node.is_compact and isinstance(empty, WeightSlots):
-                compile_variant(node, empty)
-            return empty
-        return leaf if node is None else empty_slots(Trained(leaf), n_slots)
-
-    return map_leaves(slots, params)
-
-
-def _beside(array: jax.Array, axis: int, value: Any) -> Any:
-    """Returns a slot's value on the mesh as the slots are, if they are on one."""
-    where = array.sharding
-    if not isinstance(where, NamedSharding):
-        return value
-    spec = [*where.spec, *[None] * (array.ndim - len(where.spec))]
-    del spec[axis]
-    return jax.device_put(value, NamedSharding(where.mesh, PartitionSpec(*spec)))
-
-
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _written(
-    arrays: dict[str, Parts],
-    values: dict[str, Parts],
-    slot: jax.typing.ArrayLike,
-    axes: tuple[tuple[str, int], ...],
-) -> dict[str, Parts]:
-    """Returns arrays, by path and name, with other values in a slot; in the arrays' own memory."""
-    put = lax.dynamic_update_index_in_dim
-    return {
-        path: {
-            name: put(array, values[path][name].astype(array.dtype), slot, axis)
-            for name, array in arrays[path].items()
-        }
-        for path, axis in axes
-    }

@@ -73,7 +73,9 @@ class Cache(NamedTuple):
         lead, so that attention reads a layer's slots in order and copies none of them.
       value: as key.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
-      filled: [] int32, the number of slots in use, padding included; the same for every row.
+      filled: [] int32, the number of slots in use, padding included; the same for every row. None
+        where rows are of different age: then slot i of a row holds its token at position i, without
+        padding, and a call feeds one token a row.
       length: [batch] int32, the next token's position: the number of the row's tokens, shared ones
         included, padding not.
       shared: the tokens before slot 0 of every row, or None.
@@ -82,7 +84,7 @@ class Cache(NamedTuple):
     key: jax.Array
     value: jax.Array
     positions: jax.Array
-    filled: jax.Array
+    filled: jax.Array | None
     length: jax.Array
     shared: Shared | None = None
 
@@ -104,6 +106,11 @@ class Cache(NamedTuple):
             positions=jnp.repeat(self.positions, n, axis=0),
             length=jnp.repeat(self.length, n, axis=0),
         )
+
+    @property
+    def first(self) -> jax.Array:
+        """The slot of the next token, [] int32, or [batch] where each row has its own."""
+        return self.length if self.filled is None else self.filled
 
     @property
     def layers(self) -> LayerCache:
@@ -156,7 +163,7 @@ def with_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array
     Args:
       cached: [batch, kv_heads, max_len, head_dim].
       new: [batch, seq, kv_heads, head_dim].
-      first: [] int32, the slot of the first new token.
+      first: [] or [batch] int32, the slot of the first new token; see ``Cache.first``.
 
     Returns:
       [batch, max_len, kv_heads, head_dim], in the dtype of `new`. The axes are swapped in name
@@ -165,8 +172,9 @@ def with_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array
     n_slots = cached.shape[2]
     new_slots = new.swapaxes(1, 2).astype(cached.dtype)
     if new_slots.shape[2] == 1:  # in one pass with what takes the layer out of the stack
-        is_new = jnp.arange(n_slots, dtype=jnp.int32) == jnp.minimum(first, n_slots - 1)
-        slots = jnp.where(is_new[:, None], new_slots, cached)
+        last = jnp.minimum(first, n_slots - 1)
+        is_new = jnp.arange(n_slots, dtype=jnp.int32) == last[..., None]
+        slots = jnp.where(is_new[..., None, :, None], new_slots, cached)
     else:
         slots = lax.dynamic_update_slice(cached, new_slots, (0, 0, first, 0))
     return slots.swapaxes(1, 2).astype(new.dtype)

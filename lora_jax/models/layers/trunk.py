@@ -38,7 +38,7 @@ class Placed(NamedTuple):
     Attributes:
       positions: [batch, seq] int32.
       slots: [batch, keys] int32, the keys' positions; -1 in slots with nothing to see.
-      first: [] int32, the slot of the first query.
+      first: [] int32, the slot of the first query; [batch] with a token a row.
     """
 
     positions: jax.Array
@@ -74,8 +74,8 @@ def place(
     slots = jnp.where(present, positions, -1)  # [batch, seq]
     first = jnp.zeros((), jnp.int32)
     if cache is not None:
-        first = cache.filled
-        slots = lax.dynamic_update_slice(cache.positions, slots, (0, first))
+        first = cache.first
+        slots = _put(cache.positions, slots, first, batch=0, axis=1)
     return Placed(positions, slots, first)
 
 
@@ -86,7 +86,10 @@ def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | No
     counts positions, since padding may lie between the tokens of a row. Shared tokens come before
     a cache's slots.
     """
-    queries = placed.first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
+    first = placed.first
+    if first.ndim:  # a token a row, which may see all that its row has
+        first = jnp.int32(placed.slots.shape[1] - 1)
+    queries = first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
     keys = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
     positions, slots = placed.positions, placed.slots
     if cache is not None and cache.shared is not None:
@@ -113,19 +116,38 @@ def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Ca
       placed: the positions of the call's tokens.
       new: keys and values, [layers, batch, seq, kv_heads, head_dim] each.
     """
-    start = (0, 0, 0, placed.first, 0)
 
     def extended(cached: jax.Array, new: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice(cached, new.swapaxes(2, 3).astype(cached.dtype), start)
+        return _put(cached, new.swapaxes(2, 3), placed.first, batch=1, axis=3)
 
     return Cache(
         key=extended(cache.key, new[0]),
         value=extended(cache.value, new[1]),
         positions=placed.slots,
-        filled=placed.first + placed.positions.shape[1],
+        filled=cache.filled if cache.filled is None else cache.filled + placed.positions.shape[1],
         length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),
         shared=cache.shared,
     )
+
+
+def _put(cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, axis: int) -> jax.Array:
+    """Returns an array of a cache with new entries from `first` on; see ``Cache.first``.
+
+    Args:
+      cached: the array, rows along the axis `batch`, slots along `axis`.
+      new: the new entries, laid out as the array.
+      first: [] or [batch] int32.
+      batch, axis: see `cached`.
+    """
+
+    def put(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+        axis_here = axis - 1 if per_row else axis
+        return lax.dynamic_update_slice_in_dim(cached, new, first, axis_here)
+
+    per_row = first.ndim > 0
+    if per_row:
+        put = jax.vmap(put, (batch, batch, 0), batch)
+    return put(cached, new.astype(cached.dtype), first)
 
 
 def scan(

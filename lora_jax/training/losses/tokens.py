@@ -84,7 +84,7 @@ def token_values(
 
     Args:
       each: returns a tree of values, fp32 [...], of logits, fp32 [..., vocab], and targets, int32
-        [...].
+        [...]. (Targets may have further axes, then values may, too.)
       forward: a model's ``apply``, adapted or not: called as ``forward({"params": params}, ids,
         positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
         ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
@@ -148,7 +148,7 @@ def _at_heads(
         where["logits_at"] = batch["predict_at"]
     else:  # padding has weight 0; it is all at place 0
         targets = _spread(jnp.where(batch["weights"] == 0, 0, targets), batch)
-    n_chunks = number_of_chunks(targets.shape, chunk, parts)
+    n_chunks = number_of_chunks(targets.shape[:2], chunk, parts)
     if n_chunks == 1:
         logits = forward(variables, batch["ids"], **where)  # [batch, m, vocab]
         return each(logits.astype(jnp.float32), targets)
@@ -196,9 +196,10 @@ def _in_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
 
 
 def _whole(chunks: jax.Array, parts: int) -> jax.Array:
-    """Reshapes [n, batch, parts * size] to [batch, parts * n * size]: `_in_chunks` undone."""
-    n, batch, _ = chunks.shape
-    return jnp.moveaxis(chunks.reshape(n, batch, parts, -1), 0, 2).reshape(batch, -1)
+    """Reshapes [n, batch, parts * size, …] to [batch, parts * n * size, …]: `_in_chunks` undone."""
+    n, batch, places, *rest = chunks.shape
+    split = chunks.reshape(n, batch, parts, places // parts, *rest)
+    return jnp.moveaxis(split, 0, 2).reshape(batch, n * places, *rest)
 
 
 summed_loss = functools.partial(sum_over_tokens, cross_entropy)
