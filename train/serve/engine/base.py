@@ -1,0 +1,294 @@
+"""The base that a server holds, and adapters over it in one form.
+
+In that form, an adapter has the largest rank and all weights that any adapter may adapt: A and B
+are zeros beyond its own rank, and at weights that it leaves alone. Zeros stay zeros in training. So
+adapters of all ranks and targets run the same compiled functions.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lj
+from lora_jax import models, peft
+from lora_jax.bank.slots import slots_of
+from lora_jax.bank.stored import BankError, stored, values_of
+from lora_jax.bank.writing import with_slots
+from lora_jax.core.types import Tree
+from lora_jax.core.weight import LoraWeight
+from lora_jax.folders import new_folder
+from lora_jax.lorafy import map_nodes, nodes_of
+from lora_jax.saving.checkpoint import load_adapter
+from train.serve.requests import AdapterSpec, RequestError
+
+Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
+SPEC, MOMENTS, PEFT_FILE = "tenant.json", "optimizer.safetensors", "adapter_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter's arrays, which never change.
+
+    Attributes:
+      factors: A and B.
+      scales: s of each weight, fp32 [batch…], by path.
+    """
+
+    spec: AdapterSpec
+    factors: Factors
+    scales: dict[str, jax.Array]
+
+    @property
+    def size(self) -> int:
+        """The bytes of its arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves((self.factors, self.scales)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The state of an adapter's training.
+
+    Attributes:
+      adapter: its arrays.
+      first, second: Adam's moments.
+      steps: updates taken.
+    """
+
+    adapter: Adapter
+    first: Factors
+    second: Factors
+    steps: int
+
+    @classmethod
+    def begin(cls, adapter: Adapter) -> "Training":
+        """Returns the state before the first update."""
+        zeros = jax.tree.map(jnp.zeros_like, adapter.factors)
+        return cls(adapter, zeros, jax.tree.map(jnp.zeros_like, adapter.factors), 0)
+
+
+class Base:
+    """A model with its weights, and what makes, reads and writes adapters over it."""
+
+    def __init__(self, model: Any, params: Tree, name: str, max_rank: int) -> None:
+        """Takes in a model; its arrays are not copied.
+
+        Args:
+          model: of `lora_jax.models`.
+          params: its parameters.
+          name: its name, for clients.
+          max_rank: the largest rank of an adapter.
+        """
+        self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
+        kinds = models.kinds(model.config)
+        self._paths = {
+            part: [path for path, kind in kinds.items() if kind in of and _is_matrix(path)]
+            for part, of in {
+                "attention": {"attention"},
+                "mlp": {"mlp", "experts"},
+                "unembed": {"head"},
+            }.items()
+        }
+        self._tied = not self._paths["unembed"]
+        if self._tied:  # the head's use of the table alone
+            self._paths["unembed"] = [path for path, kind in kinds.items() if kind == "embedding"]
+        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        whole = AdapterSpec(rank=max_rank)
+        self.rules = self.rules_of(whole)
+        _, self.shell = lj.split(lj.lorafy(params, self.rules))
+        self.slots = slots_of(with_slots(params, self.rules, 2))
+        self.leaves = {path: slots.base for path, slots in self.slots.items()}
+        self.size = sum(x.nbytes for x in jax.tree.leaves(params))
+        self.none = self._adapter(whole, {})
+
+    def rules_of(self, spec: AdapterSpec) -> list[lj.LoraRule]:
+        """Returns the rules of an adapter.
+
+        Raises:
+          RequestError: its rank is too large, or it adapts nothing.
+        """
+        if not 1 <= spec.rank <= self.max_rank:
+            raise RequestError(
+                f"rank {spec.rank}: this server has room for ranks from 1 to {self.max_rank}"
+            )
+        parts = [part for part in self._paths if getattr(spec, part)]
+        if not parts:
+            raise RequestError("an adapter of nothing: train attention, mlp or unembed")
+        return [
+            lj.LoraRule(
+                targets=self._paths[part],
+                rank=spec.rank,
+                alpha=spec.alpha,
+                uses="product" if part == "unembed" and self._tied else "all",
+            )
+            for part in parts
+        ]
+
+    def begin(self, spec: AdapterSpec, seed: int) -> Adapter:
+        """Returns a new adapter: A uniform in ±1/√inputs, B zeros.
+
+        Raises:
+          RequestError: see `rules_of`.
+        """
+        tree = lj.lorafy(self.params, self.rules_of(spec), key=jax.random.key(seed))
+
+        def first(path: str, node: LoraWeight) -> LoraWeight:
+            if node.uses != "product":
+                return node
+            # The head's inputs are the columns of the table: its A is `b` here.
+            key = jax.random.fold_in(jax.random.key(seed), 1)
+            bound = 1 / np.sqrt(node.shape[-1])
+            b = jax.random.uniform(key, node.b.shape, jnp.float32, -bound, bound)
+            return node.replace(a=jnp.zeros_like(node.a), b=b)
+
+        return self._adapter(spec, nodes_of(map_nodes(first, tree)))
+
+    def tree(self, factors: Factors, scales: Mapping[str, jax.Array], shell: Tree) -> Tree:
+        """Returns the adapted tree of an adapter; traced or not."""
+        joined = lj.join(factors, shell)
+        return map_nodes(lambda path, node: node.replace(scale=scales[path]), joined)
+
+    def read(self, folder: Path, optimizer: bool = False) -> Training:
+        """Reads what `write` wrote, or an adapter that PEFT or a run of this library wrote.
+
+        Args:
+          folder: the folder.
+          optimizer: whether to go on with the optimiser's state; else it begins anew.
+
+        Raises:
+          RequestError: it cannot be read, or does not fit.
+        """
+        try:
+            if (folder / PEFT_FILE).exists():
+                tree = peft.load(folder, self.model, self.params)
+            else:
+                tree = load_adapter(folder, self.params)
+        except (ValueError, OSError) as error:
+            raise RequestError(f"{folder.name}: {error}") from None
+        nodes = nodes_of(tree)
+        saved = folder / SPEC
+        about = json.loads(saved.read_text()) if saved.exists() else {}
+        spec = AdapterSpec(**about["spec"]) if about else self._spec_of(nodes)
+        adapter = self._adapter(spec, nodes, exact=bool(about))
+        state = Training.begin(adapter)
+        if not optimizer:
+            return state
+        if not (folder / MOMENTS).exists():
+            raise RequestError(f"{folder.name} holds no state of an optimiser: load it without")
+        moments = load_file(folder / MOMENTS)
+        return dataclasses.replace(
+            state,
+            first=self._whole(moments, "first"),
+            second=self._whole(moments, "second"),
+            steps=about["steps"],
+        )
+
+    def write(self, state: Training, folder: Path, optimizer: bool) -> int:
+        """Writes an adapter as a PEFT folder, which appears whole; returns its bytes.
+
+        Args:
+          state: the adapter and its optimiser's state.
+          folder: a folder that is not there yet, or is replaced.
+          optimizer: whether the optimiser's state is written, too.
+        """
+        spec = state.adapter.spec
+        tree = lj.lorafy(self._shapes, self.rules_of(spec))
+        scales = state.adapter.scales
+
+        def own(path: str, node: LoraWeight) -> LoraWeight:
+            parts = self._own(state.adapter.factors[path], path, spec.rank)
+            return node.replace(**parts, scale=np.asarray(scales[path]))
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder) as partial:
+            inner = partial / "adapter"
+            peft.save(inner, self.model, map_nodes(own, tree), base_model=self.name)
+            for path in inner.iterdir():
+                path.rename(partial / path.name)
+            inner.rmdir()
+            about = {"spec": dataclasses.asdict(spec), "steps": state.steps}
+            (partial / SPEC).write_text(json.dumps(about))
+            if optimizer:
+                both = {"first": state.first, "second": state.second}
+                arrays = {
+                    f"{moment}|{path}|{name}": np.ascontiguousarray(array)
+                    for moment, factors in both.items()
+                    for path in nodes_of(tree)
+                    for name, array in self._own(factors[path], path, spec.rank).items()
+                }
+                save_file(arrays, partial / MOMENTS)
+            for path in partial.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        return sum(path.stat().st_size for path in folder.iterdir())
+
+    def _own(self, parts: Mapping[str, Any], path: str, rank: int) -> dict[str, np.ndarray]:
+        """Returns A and B of a weight at the adapter's own rank."""
+        axis = self.slots[path].slot_axis
+        used = (slice(None),) * axis + (slice(rank),)
+        return {name: np.asarray(array)[used] for name, array in parts.items()}
+
+    def _whole(self, arrays: Mapping[str, np.ndarray], moment: str) -> Factors:
+        """Returns factors in the form of all adapters, from those at their own rank."""
+        found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.none.factors)
+        for path, parts in found.items():
+            for name, whole in parts.items():
+                mine = arrays.get(f"{moment}|{path}|{name}")
+                if mine is not None:
+                    whole[tuple(map(slice, mine.shape))] = mine
+        return jax.tree.map(jnp.asarray, found)
+
+    def _spec_of(self, nodes: Mapping[str, Any]) -> AdapterSpec:
+        """Returns the description of an adapter from elsewhere."""
+        weights = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
+        rank = max((node.rank for node in weights.values()), default=0)
+        scale = max((float(np.max(node.scale)) for node in weights.values()), default=0.0)
+        parts = {part: any(p in weights for p in paths) for part, paths in self._paths.items()}
+        return AdapterSpec(rank=rank, alpha=scale * rank, **parts)
+
+    def _adapter(self, spec: AdapterSpec, nodes: Mapping[str, Any], exact: bool = True) -> Adapter:
+        """Returns an adapter in the form of all.
+
+        Args:
+          spec: its description.
+          nodes: its weights by path.
+          exact: whether s is alpha / rank everywhere; else the nodes say it.
+
+        Raises:
+          RequestError: there is no room for it.
+        """
+        try:
+            kept = stored("the adapter", _tree_of(nodes), self.slots) if nodes else {}
+        except BankError as error:
+            raise RequestError(str(error)) from None
+        values = values_of(kept, self.slots, self.leaves)
+        s = np.float32(spec.alpha / spec.rank)
+        scales = {
+            path: jnp.full_like(v["scale"], s) if exact else jnp.asarray(v["scale"])
+            for path, v in values.items()
+        }
+        factors = {
+            path: {name: jnp.asarray(v[name]) for name in ("a", "b")} for path, v in values.items()
+        }
+        return Adapter(spec, factors, scales)
+
+
+def _is_matrix(path: str) -> bool:
+    return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
+
+
+def _tree_of(nodes: Mapping[str, Any]) -> Tree:
+    """Returns nodes as a tree of their own."""
+    tree: dict[str, Any] = {}
+    for path, node in nodes.items():
+        *folders, last = path.split("/")
+        functools.reduce(lambda at, name: at.setdefault(name, {}), folders, tree)[last] = node
+    return tree

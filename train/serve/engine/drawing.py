@@ -1,0 +1,261 @@
+"""The compiled functions of sampling: prompts in chunks, a token of many completions at once."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.bank.mixing import Choice, mixed
+from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.training.layout import Layout
+from train.serve.engine.trainer import likeliest
+
+
+class How(NamedTuple):
+    """How tokens of each row are drawn: [] or [rows] each.
+
+    Attributes:
+      temperature, top_p: fp32.
+      top_k: int32; the size of the vocabulary for all.
+      key: of the completion.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    key: jax.Array
+
+
+class Rows(NamedTuple):
+    """Completions under way, a row each.
+
+    Attributes:
+      cache: keys and values; slot i has the token at position i.
+      last: [rows] int32, the newest token, which is not in the cache yet.
+      drawn: [rows] int32, the number of tokens drawn.
+      slots: [rows] int32, the adapters.
+      how: see `How`.
+    """
+
+    cache: Cache
+    last: jax.Array
+    drawn: jax.Array
+    slots: jax.Array
+    how: How
+
+
+class Tokens(NamedTuple):
+    """What was drawn: a token of each row.
+
+    Attributes:
+      ids: [rows] int32.
+      logps: [rows] fp32, of the distribution at the row's temperature.
+      top: ids and log-probabilities of the likeliest, [rows, TOP] each.
+    """
+
+    ids: Any
+    logps: Any
+    top: tuple[Any, Any]
+
+
+class Drawing:
+    """The functions, for one model; see their names. `compiled` counts what was compiled."""
+
+    def __init__(self, model: Any, layout: Layout, chunk: int) -> None:
+        """Makes the functions; nothing is compiled yet.
+
+        Args:
+          model: of `lora_jax.models`.
+          layout: the mesh.
+          chunk: tokens of a prompt that run at once.
+        """
+        self._model, self._mesh, self.chunk = model, layout.mesh, chunk
+        self._forward = mixed(model.apply)
+        self.compiled = 0
+        jit = functools.partial(jax.jit, compiler_options=layout.compiler_options)
+        self._decode = jit(self._decoded, donate_argnums=1)
+        self._extend = jit(self._extended, donate_argnums=4)
+        self._insert = jit(self._inserted, donate_argnums=0)
+        self._fit = jit(self._fitted, static_argnums=2)
+        self._first = jit(self._first_token)
+
+    def empty(self, rows: int, length: int) -> Rows:
+        """Returns rows without completions."""
+        cache = init_cache(self._model.config, rows, length, self._model.dtype)
+        ones, vocab = functools.partial(jnp.ones, rows), self._model.config.vocab_size
+        keys = jax.random.split(jax.random.key(0), rows)
+        how = How(ones(), ones(), jnp.full(rows, vocab, jnp.int32), keys)
+        last, drawn, slots = (jnp.zeros(rows, jnp.int32) for _ in range(3))
+        return Rows(cache._replace(filled=None), last, drawn, slots, how)
+
+    def prompt(self, length: int) -> Cache:
+        """Returns the cache for a prompt of this length, which has whole chunks."""
+        whole = -(-length // self.chunk) * self.chunk
+        return init_cache(self._model.config, 1, whole, self._model.dtype)
+
+    def extend(
+        self, tree: Any, slot: Any, ids: Any, n: Any, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Runs a chunk of a prompt; returns the logits after its last token, [1, vocab].
+
+        Args:
+          tree: the base with adapters in slots.
+          slot: [1] int32, the prompt's adapter.
+          ids: [1, chunk] int32, filled up on the right.
+          n: [] int32, the tokens of the chunk.
+          cache: that of the prompt; it is taken.
+        """
+        with jax.set_mesh(self._mesh):
+            return self._extend(tree, slot, ids, n, cache)
+
+    def first(self, logits: jax.Array, how: How, with_top: Any) -> Tokens:
+        """Draws the first token of a completion.
+
+        Args:
+          logits: [1, vocab], after the prompt.
+          how: [1] each.
+          with_top: [] bool, whether the likeliest tokens are wanted.
+        """
+        with jax.set_mesh(self._mesh):
+            return self._first(logits, how, with_top)
+
+    def insert(self, rows: Rows, row: Any, cache: Cache, n: Any, token: Any, mine: Any) -> Rows:
+        """Puts a completion into a row.
+
+        Args:
+          rows: they are taken.
+          row: [] int32.
+          cache: the prompt's keys and values.
+          n: [] int32, its tokens.
+          token: [] int32, the first token.
+          mine: (slot, how) of the completion, [] each.
+        """
+        with jax.set_mesh(self._mesh):
+            return self._insert(rows, row, cache, n, token, mine)
+
+    def decode(self, tree: Any, rows: Rows, with_top: Any) -> tuple[Rows, Tokens]:
+        """Draws the next token of each row; the rows are taken."""
+        with jax.set_mesh(self._mesh):
+            return self._decode(tree, rows, with_top)
+
+    def fit(self, rows: Rows, order: Any, length: int) -> Rows:
+        """Returns chosen rows, with caches of another length.
+
+        Args:
+          rows: the rows.
+          order: [n] int32, which of them.
+          length: of the caches.
+        """
+        with jax.set_mesh(self._mesh):
+            return self._fit(rows, order, length)
+
+    def _extended(
+        self, tree: Any, slot: jax.Array, ids: jax.Array, n: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        self.compiled += 1
+        there = (jnp.arange(ids.shape[1]) < n)[None]
+        logits, new = self._forward(
+            {"params": Choice(tree, slot)},
+            ids,
+            attention_mask=there,
+            cache=cache,
+            logits_at=jnp.broadcast_to(n - 1, (1, 1)),
+        )
+        return logits[:, 0], new
+
+    def _first_token(self, logits: jax.Array, how: How, with_top: jax.Array) -> Tokens:
+        self.compiled += 1
+        return _drawn(logits, how, jnp.zeros(1, jnp.int32), with_top)
+
+    def _inserted(
+        self, rows: Rows, row: jax.Array, cache: Cache, n: jax.Array, token: jax.Array, mine: Any
+    ) -> Rows:
+        self.compiled += 1
+        slot, how = mine
+        length = rows.cache.positions.shape[1]
+        real = jnp.arange(length) < n
+        positions = jnp.where(real, jnp.arange(length, dtype=jnp.int32), -1)
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice(old, new[:, :, :, :length], (0, row, 0, 0, 0))
+
+        old = rows.cache
+        return Rows(
+            cache=old._replace(
+                key=put(old.key, cache.key),
+                value=put(old.value, cache.value),
+                positions=old.positions.at[row].set(positions),
+                length=old.length.at[row].set(n),
+            ),
+            last=rows.last.at[row].set(token),
+            drawn=rows.drawn.at[row].set(1),
+            slots=rows.slots.at[row].set(slot),
+            how=jax.tree.map(lambda all, one: all.at[row].set(one), rows.how, how),
+        )
+
+    def _decoded(self, tree: Any, rows: Rows, with_top: jax.Array) -> tuple[Rows, Tokens]:
+        self.compiled += 1
+        here = jnp.zeros((len(rows.last), 1), jnp.int32)
+        logits, cache = self._forward(
+            {"params": Choice(tree, rows.slots)},
+            rows.last[:, None],
+            cache=rows.cache,
+            logits_at=here,
+        )
+        tokens = _drawn(logits[:, 0], rows.how, rows.drawn, with_top)
+        return rows._replace(cache=cache, last=tokens.ids, drawn=rows.drawn + 1), tokens
+
+    def _fitted(self, rows: Rows, order: jax.Array, length: int) -> Rows:
+        self.compiled += 1
+
+        def resized(x: jax.Array, axis: int, fill: int) -> jax.Array:
+            more = [(0, 0)] * x.ndim
+            more[axis] = (0, max(0, length - x.shape[axis]))
+            padded = jnp.pad(x, more, constant_values=fill)
+            return lax.slice_in_dim(padded, 0, length, axis=axis)
+
+        cache = rows.cache
+        last, drawn, slots, how = jax.tree.map(lambda x: x[order], rows[1:])
+        fitted = cache._replace(
+            key=resized(cache.key[:, order], 3, 0),
+            value=resized(cache.value[:, order], 3, 0),
+            positions=resized(cache.positions[order], 1, -1),
+            length=cache.length[order],
+        )
+        return Rows(fitted, last, drawn, slots, how)
+
+
+def _drawn(logits: jax.Array, how: How, step: jax.Array, with_top: jax.Array) -> Tokens:
+    """Draws a token of each row.
+
+    Args:
+      logits: [rows, vocab].
+      how: [rows] each.
+      step: [rows] int32, the number of tokens drawn before.
+      with_top: [] bool.
+    """
+    greedy = how.temperature <= 0
+    scores = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, how.temperature)[:, None]
+    vocab = scores.shape[-1]
+    limited = jnp.any((how.top_p < 1) | (how.top_k < vocab))
+    allowed = lax.cond(limited, _limited, lambda scores, _: scores, scores, how)
+    keys = jax.vmap(jax.random.fold_in)(how.key, step)
+    drawn = jax.vmap(jax.random.categorical)(keys, allowed)
+    ids = jnp.where(greedy, jnp.argmax(scores, axis=-1), drawn).astype(jnp.int32)
+    found = jnp.take_along_axis(scores, ids[:, None], axis=-1)[:, 0]
+    logps = found - jax.nn.logsumexp(scores, axis=-1)
+    return Tokens(ids, logps, likeliest(scores, with_top))
+
+
+def _limited(scores: jax.Array, how: How) -> jax.Array:
+    """Returns scores, -inf outside each row's top_k and top_p."""
+    ranked = -jnp.sort(-scores, axis=-1)
+    rank = jnp.arange(scores.shape[-1])
+    inside = rank < how.top_k[:, None]
+    probs = jax.nn.softmax(jnp.where(inside, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    kept = (rank == 0) | (inside & (before < how.top_p[:, None]))
+    least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scores >= least, scores, -jnp.inf)

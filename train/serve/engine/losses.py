@@ -1,0 +1,86 @@
+"""The losses of clients: sums over the targets of all places, of log-probabilities p.
+
+Each takes p, fp32 [rows, length, k], and what a client gave, and returns terms of the same shape.
+Places that are padding have advantage and weight 0, and `there` 0.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Given = Mapping[str, jax.Array]
+LOW, HIGH = 0.8, 1.2  # PPO's bounds of a ratio of probabilities
+
+
+def cross_entropy(p: jax.Array, given: Given) -> jax.Array:
+    """Returns -w p, w the weight, which may be negative."""
+    return -given["weights"] * p
+
+
+def importance_sampling(p: jax.Array, given: Given) -> jax.Array:
+    """Returns -exp(p - q) A, q the log-probability when the token was drawn, A the advantage."""
+    return -jnp.exp(p - given["logprobs"]) * given["advantages"]
+
+
+def ppo(p: jax.Array, given: Given) -> jax.Array:
+    """Returns -min(r A, clip(r) A), r = exp(p - q)."""
+    return _clipped(jnp.exp(p - given["logprobs"]), given)
+
+
+def cispo(p: jax.Array, given: Given) -> jax.Array:
+    """Returns -sg(clip(r)) p A, r = exp(p - q), sg without a gradient."""
+    ratio = jnp.exp(p - given["logprobs"])
+    bounded = jnp.clip(ratio, given["clip_low_threshold"], given["clip_high_threshold"])
+    return -lax.stop_gradient(bounded) * p * given["advantages"]
+
+
+def dro(p: jax.Array, given: Given) -> jax.Array:
+    """Returns -(p A - β/2 (p - q)²)."""
+    apart = given["there"] * (p - given["logprobs"])
+    return -(p * given["advantages"] - 0.5 * given["beta"] * apart**2)
+
+
+def gspo(p: jax.Array, given: Given) -> jax.Array:
+    """Returns PPO's terms, with a sequence's ratio in the place of each token's.
+
+    It is exp of the mean of p - q over the places of `sequence_ratio_mask`.
+    """
+    mask = (given["sequence_ratio_mask"] != 0).astype(jnp.float32)
+    apart = jnp.sum(mask * (lax.stop_gradient(p) - given["logprobs"]), axis=(1, 2), keepdims=True)
+    mean = apart / jnp.maximum(jnp.sum(mask, axis=(1, 2), keepdims=True), 1.0)
+    return _clipped(jnp.exp(mean + p - lax.stop_gradient(p)), given)
+
+
+def _clipped(ratio: jax.Array, given: Given) -> jax.Array:
+    bounded = jnp.clip(ratio, given["clip_low_threshold"], given["clip_high_threshold"])
+    return -jnp.minimum(ratio * given["advantages"], bounded * given["advantages"])
+
+
+FUNCTIONS: dict[str, Callable[[jax.Array, Given], jax.Array]] = {
+    function.__name__: function
+    for function in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo)
+}
+ORDER = tuple(FUNCTIONS)
+# What a client may give for each target, and what stands for it otherwise.
+DEFAULTS = {
+    "weights": 1.0,
+    "logprobs": 0.0,
+    "advantages": 0.0,
+    "sequence_ratio_mask": 1.0,
+    "clip_low_threshold": LOW,
+    "clip_high_threshold": HIGH,
+}
+
+
+def summed(which: jax.Array, p: jax.Array, given: Given) -> jax.Array:
+    """Returns the sum of one loss's terms, [] fp32.
+
+    Args:
+      which: [] int32, its place in `ORDER`.
+      p: log-probabilities.
+      given: by name, [rows, length, k] fp32; beta [].
+    """
+    terms = lax.switch(which, [*FUNCTIONS.values()], p, given)
+    return jnp.sum(jnp.where(given["there"] > 0, terms, 0.0))

@@ -1,0 +1,60 @@
+"""Adapters of a batch of samples, side by side on the device."""
+
+from collections import Counter
+from typing import Any
+
+import jax
+
+from lora_jax.bank.mixing import Choice
+from lora_jax.bank.slots import slots_of
+from lora_jax.bank.writing import with_slots, write
+from train.serve.engine.base import Adapter, Base
+
+
+class Pool:
+    """Slots for the adapters that samples use at the moment; slot 0 is the base."""
+
+    def __init__(self, base: Base, slots: int) -> None:
+        """Makes empty slots, `slots` of them beside the base's."""
+        self._tree = with_slots(base.params, base.rules, slots + 1)
+        # By slot, the adapter that is there, the least recently used first.
+        self._there: dict[int, Adapter | None] = dict.fromkeys(range(1, slots + 1))
+        self._users: Counter[int] = Counter()
+
+    def choice(self, ids: jax.Array) -> Choice:
+        """Returns the tree for rows with the adapters of these slots."""
+        return Choice(self._tree, ids)
+
+    @property
+    def tree(self) -> Any:
+        """The base with slots in place of adapted weights."""
+        return self._tree
+
+    def take(self, adapter: Adapter | None) -> int | None:
+        """Returns the slot of an adapter, which stays until `give`; None where all are in use.
+
+        Args:
+          adapter: the adapter; None for the base.
+        """
+        if adapter is None:
+            return 0
+        slot = next((slot for slot, there in self._there.items() if there is adapter), None)
+        if slot is None:
+            slot = next((slot for slot in self._there if not self._users[slot]), None)
+            if slot is None:
+                return None
+            self._write(slot, adapter)
+        del self._there[slot]
+        self._there[slot] = adapter
+        self._users[slot] += 1
+        return slot
+
+    def give(self, slot: int) -> None:
+        """Says that one user of a slot is done."""
+        self._users[slot] -= 1
+
+    def _write(self, slot: int, adapter: Adapter) -> None:
+        arrays = {path: slots.arrays for path, slots in slots_of(self._tree).items()}
+        scales = adapter.scales
+        values = {path: {**parts, "scale": scales[path]} for path, parts in adapter.factors.items()}
+        self._tree = write(self._tree, arrays, slot, values)

@@ -1,0 +1,112 @@
+"""Prompts run in chunks, and what they begin with alike runs once."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.models.layers.cache import Cache
+from train.serve.engine.base import Adapter
+from train.serve.engine.drawing import Drawing
+from train.serve.engine.sizes import Sizes
+
+_KEPT = 4  # prompts whose keys and values are kept
+
+
+@dataclasses.dataclass(eq=False)
+class Prompt:
+    """A prompt that runs, or did.
+
+    Attributes:
+      job: the sample.
+      ids: its tokens.
+      cache: keys and values of the first `n`.
+      n: the tokens that ran.
+      cached: those of them that others ran.
+      logits: [1, vocab], after the last token, once all ran.
+    """
+
+    job: Any
+    ids: np.ndarray
+    cache: Cache | None = None
+    n: int = 0
+    cached: int = 0
+    logits: Any = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all tokens ran."""
+        return self.n == len(self.ids)
+
+
+class Prefixes:
+    """Keeps the keys and values of the latest prompts.
+
+    What a prompt has in common with one of them is taken over up to the end of a whole chunk, so
+    that each prompt has the very numbers that it would have had alone.
+    """
+
+    def __init__(self, drawing: Drawing, sizes: Sizes) -> None:
+        """Begins without any."""
+        self._drawing, self._length, self._chunk = drawing, sizes.max_length, sizes.chunk
+        self._kept: list[tuple[Adapter | None, np.ndarray, Cache]] = []
+
+    def begin(self, job: Any) -> Prompt:
+        """Returns a sample's prompt, of which nothing ran yet."""
+        return Prompt(job, np.asarray(job.request.prompt, np.int32))
+
+    def waits(self, prompt: Prompt, others: Iterable[Prompt]) -> bool:
+        """Returns whether another prompt is running what this one begins with."""
+        if prompt.n:
+            return False
+        here = self._common(prompt, self._kept)[0]
+        under_way = [(p.job.adapter, p.ids, p.cache) for p in others if p.n]
+        return self._common(prompt, under_way)[0] > here
+
+    def run(self, prompt: Prompt, tree: Any) -> int:
+        """Runs the next chunk of a prompt; returns its number of tokens."""
+        if prompt.cache is None:
+            n, cache = self._common(prompt, self._kept)
+            prompt.n = prompt.cached = n
+            prompt.cache = self._drawing.prompt(self._length) if cache is None else _cut(cache, n)
+        ids = np.zeros((1, self._chunk), np.int32)
+        part = prompt.ids[prompt.n : prompt.n + self._chunk]
+        ids[0, : len(part)] = part
+        slot = np.array([prompt.job.slot], np.int32)
+        prompt.logits, prompt.cache = self._drawing.extend(
+            tree, slot, ids, np.int32(len(part)), prompt.cache
+        )
+        prompt.n += len(part)
+        if prompt.is_done and len(prompt.ids) > self._chunk:
+            self._kept = [*self._kept[1 - _KEPT :], (prompt.job.adapter, prompt.ids, prompt.cache)]
+        return len(part)
+
+    def _common(self, prompt: Prompt, others: Iterable[Any]) -> tuple[int, Cache | None]:
+        """Returns the tokens of whole chunks that a prompt shares with another, and its cache."""
+        best: tuple[int, Cache | None] = 0, None
+        for adapter, ids, cache in others:
+            if adapter is not prompt.job.adapter:
+                continue
+            n = min(len(ids), len(prompt.ids) - 1)
+            differs = np.flatnonzero(ids[:n] != prompt.ids[:n])
+            n = int(differs[0]) if len(differs) else n
+            n -= n % self._chunk
+            if n > best[0]:
+                best = n, cache
+        return best
+
+
+@jax.jit
+def _cut(cache: Cache, n: jax.Array) -> Cache:
+    """Returns a copy of a cache with the first n tokens alone."""
+    there = jnp.arange(cache.positions.shape[1]) < n
+    return cache._replace(
+        key=jnp.array(cache.key, copy=True),
+        value=jnp.array(cache.value, copy=True),
+        positions=jnp.where(there, cache.positions, -1),
+        filled=jnp.int32(n),
+        length=jnp.full_like(cache.length, n),
+    )

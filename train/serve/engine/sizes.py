@@ -1,0 +1,52 @@
+"""The few shapes in which a server computes, so that nothing compiles once it serves."""
+
+import bisect
+import dataclasses
+
+_LEAST = 64  # the shortest rows
+TARGETS = (1, 32)  # targets of a place
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Holds shapes.
+
+    Attributes:
+      max_length: tokens of a sequence at most.
+      tokens: of a batch that is trained on.
+      sequences: completions side by side at most.
+      chunk: tokens of a prompt that run at once.
+      parts: of a batch, on a mesh.
+    """
+
+    max_length: int
+    tokens: int
+    sequences: int
+    chunk: int
+    parts: int = 1
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of rows: halves of the longest."""
+        found = [self.max_length]
+        while found[-1] % 2 == 0 and found[-1] // 2 >= _LEAST:
+            found.append(found[-1] // 2)
+        return tuple(reversed(found))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The numbers of completions side by side."""
+        few = max(1, self.sequences // 8)
+        return (few, self.sequences) if few < self.sequences else (self.sequences,)
+
+    def rows(self, length: int) -> int:
+        """Returns the number of rows of a batch of this length."""
+        return self.parts * max(1, self.tokens // (length * self.parts))
+
+    def length(self, n: int) -> int:
+        """Returns the length of a row that holds n tokens."""
+        return self.lengths[bisect.bisect_left(self.lengths, n)]
+
+    def width(self, n: int) -> int:
+        """Returns the width that holds n completions."""
+        return self.widths[bisect.bisect_left(self.widths, n)]

@@ -1,0 +1,297 @@
+"""Gradients and updates of adapters: one compiled function for those of all tenants."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import lora_jax as lj
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses.tokens import token_values
+from train.serve.engine.base import Adapter, Base, Factors, Training
+from train.serve.engine.losses import DEFAULTS, ORDER, summed
+from train.serve.engine.sizes import TARGETS, Sizes
+from train.serve.requests import LOSSES, TOP, Datum, Gradient, RequestError, Top, Update
+
+_EMPTY = -99999.0  # the log-probability of a token that there is none of
+_HUGE = 1e30
+
+
+class Part(NamedTuple):
+    """Some rows of a request, filled up to a shape.
+
+    Attributes:
+      at: the places of the rows among the request's data.
+      batch: what `lora_jax.training.losses.tokens.token_values` takes, and what losses take.
+    """
+
+    at: list[int]
+    batch: dict[str, np.ndarray]
+
+
+class Trainer:
+    """Computes with an adapter that is an argument, so that all share what is compiled."""
+
+    def __init__(self, base: Base, sizes: Sizes, layout: Layout, chunk: int) -> None:
+        """Makes the functions; nothing is compiled yet.
+
+        Args:
+          base: the base.
+          sizes: shapes.
+          layout: the mesh.
+          chunk: predictions whose logits are there at a time.
+        """
+        self._base, self._sizes, self._layout, self._chunk = base, sizes, layout, chunk
+        self._forward = lj.adapt(base.model.apply)
+        self.compiled = 0
+        jitted = layout.jitted
+        self._gradient = jitted(self._gradients)
+        self._scores = jitted(self._scored)
+        self._add = jitted(lambda one, other: jax.tree.map(jnp.add, one, other))
+        self._update = jitted(self._updated)
+        self._finite = jitted(_are_finite)
+
+    def parts(self, request: Gradient) -> list[Part]:
+        """Returns the batches of a request, data of like length together.
+
+        Raises:
+          RequestError: a datum does not fit, or lacks something.
+        """
+        if request.loss not in LOSSES:
+            raise RequestError(f"the loss {request.loss!r}: there are {', '.join(LOSSES)}")
+        if not request.data:
+            raise RequestError("there are no data: give at least one datum")
+        for i, datum in enumerate(request.data):
+            self._check(i, datum, request.loss)
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for i, datum in enumerate(request.data):
+            shapes.setdefault(self._shape(datum), []).append(i)
+        return [
+            Part(rows, self._batch([request.data[i] for i in rows], request, *shape))
+            for shape, places in shapes.items()
+            for rows in _groups(places, self._sizes.rows(shape[0]))
+        ]
+
+    def gradient(
+        self, adapter: Adapter, total: Factors | None, request: Gradient, part: Part
+    ) -> tuple[Factors, float, np.ndarray]:
+        """Returns the gradient so far, the part's loss and its log-probabilities."""
+        which = np.int32(ORDER.index(request.loss))
+        batch = self._layout.batch(part.batch, parts=False)
+        loss, p, found = self._gradient(
+            adapter.factors, adapter.scales, self._base.shell, batch, which, self._beta(request)
+        )
+        grads = found if total is None else self._add(total, found)
+        return grads, float(loss), np.asarray(p)
+
+    def loss(self, adapter: Adapter, request: Gradient, part: Part) -> tuple[float, np.ndarray]:
+        """Returns a part's loss and its log-probabilities, without a gradient."""
+        which = np.int32(ORDER.index(request.loss))
+        batch = self._layout.batch(part.batch, parts=False)
+        loss, p, _ = self._scores(
+            *(adapter.factors, adapter.scales, self._base.shell, batch, which),
+            *(self._beta(request), np.bool_(False)),
+        )
+        return float(loss), np.asarray(p)
+
+    def prompt(self, adapter: Adapter, tokens: np.ndarray, top: int) -> tuple[np.ndarray, Any]:
+        """Returns the log-probabilities of a prompt's tokens, and the likeliest at each place."""
+        targets = np.append(tokens[1:], 0).astype(np.int32)
+        datum = Datum(tokens, {"target_tokens": targets})
+        request = Gradient([datum], "cross_entropy", forward_only=True)
+        (part,) = self.parts(request)
+        batch = self._layout.batch(part.batch, parts=False)
+        _, p, (ids, logps) = self._scores(
+            *(adapter.factors, adapter.scales, self._base.shell, batch, np.int32(0)),
+            *(np.float32(0), np.bool_(top > 0)),
+        )
+        n = len(tokens)
+        shifted = np.concatenate([[np.nan], np.asarray(p)[0, : n - 1, 0]]).astype(np.float32)
+        if not top:
+            return shifted, None
+        first = (np.zeros((1, top), np.int32), np.full((1, top), _EMPTY, np.float32))
+        both = [
+            np.concatenate([empty, np.asarray(x)[0, : n - 1, :top]])
+            for empty, x in zip(first, (ids, logps), strict=True)
+        ]
+        return shifted, Top(*both)
+
+    def add(self, one: Factors | None, other: Factors) -> Factors:
+        """Returns the sum of two gradients."""
+        return other if one is None else self._add(one, other)
+
+    def is_finite(self, factors: Factors) -> bool:
+        """Returns whether all numbers are finite."""
+        return bool(self._finite(factors))
+
+    def update(self, state: Training, grads: Factors | None, how: Update) -> tuple[Training, float]:
+        """Returns the state after a step of AdamW, and the norm of the gradient before clipping."""
+        if grads is None:
+            grads = jax.tree.map(jnp.zeros_like, state.adapter.factors)
+        clip = how.grad_clip_norm or _HUGE
+        given = [how.learning_rate, how.beta1, how.beta2, how.eps, how.weight_decay, clip]
+        moved, first, second, norm = self._update(
+            *(state.adapter.factors, state.first, state.second, grads),
+            *(np.array(given, np.float32), np.int32(state.steps + 1)),
+        )
+        adapter = dataclasses.replace(state.adapter, factors=moved)
+        return Training(adapter, first, second, state.steps + 1), float(norm)
+
+    def _beta(self, request: Gradient) -> np.float32:
+        return np.float32(request.config.get("beta", 0.05))
+
+    def _shape(self, datum: Datum) -> tuple[int, int]:
+        targets = datum.inputs["target_tokens"]
+        k = 1 if targets.ndim == 1 else targets.shape[1]
+        return self._sizes.length(len(datum.tokens)), next(n for n in TARGETS if n >= k)
+
+    def _check(self, i: int, datum: Datum, loss: str) -> None:
+        """Raises a RequestError if a datum does not fit."""
+        n, vocab = len(datum.tokens), self._base.model.config.vocab_size
+        if not 1 <= n <= self._sizes.max_length:
+            raise RequestError(
+                f"datum {i} has {n} tokens: from 1 to {self._sizes.max_length} are possible"
+            )
+        targets = datum.inputs.get("target_tokens")
+        if targets is None:
+            raise RequestError(f"datum {i} lacks target_tokens, which {loss} needs")
+        for name, ids in (("tokens", datum.tokens), ("target_tokens", targets)):
+            if ids.size and not (0 <= ids.min() and ids.max() < vocab):
+                raise RequestError(f"datum {i}: {name} holds an id outside 0 to {vocab - 1}")
+        if targets.ndim > 2 or len(targets) != n:
+            raise RequestError(f"datum {i}: target_tokens has the shape {targets.shape}, not {n}")
+        if targets.ndim == 2 and not 1 <= targets.shape[1] <= TARGETS[-1]:
+            raise RequestError(f"datum {i}: {targets.shape[1]} targets a place; at most 32")
+        needed = () if loss == "cross_entropy" else ("logprobs", "advantages")
+        for name in needed:
+            if name not in datum.inputs:
+                raise RequestError(f"datum {i} lacks {name}, which {loss} needs")
+        for name in DEFAULTS.keys() & datum.inputs.keys():
+            array = datum.inputs[name]
+            if array.shape not in (targets.shape, (n,)):
+                raise RequestError(
+                    f"datum {i}: {name} has the shape {array.shape}, target_tokens {targets.shape}"
+                )
+            if not np.isfinite(array).all():
+                raise RequestError(f"datum {i}: {name} holds a value that is not finite")
+
+    def _batch(
+        self, data: Sequence[Datum], request: Gradient, length: int, k: int
+    ) -> dict[str, np.ndarray]:
+        rows = self._sizes.rows(length)
+        shape = (rows, length, k)
+        ids = np.zeros((rows, length), np.int32)
+        targets, there = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        given = {
+            name: np.full(shape, request.config.get(name, value), np.float32)
+            for name, value in DEFAULTS.items()
+        }
+        for row, datum in enumerate(data):
+            n = len(datum.tokens)
+            ids[row, :n] = datum.tokens
+            wanted = _wide(datum.inputs["target_tokens"])
+            used = (row, slice(n), slice(wanted.shape[1]))
+            targets[used], there[used] = wanted, 1
+            for name in DEFAULTS.keys() & datum.inputs.keys():
+                given[name][used] = _wide(datum.inputs[name])
+        place = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+        whole = {"ids": ids, "positions": place, "predict_at": place, "targets": targets}
+        whole["segment_ids"] = (there[:, :, 0] > 0).astype(np.int32)
+        return whole | given | {"there": there}
+
+    def _values(self, each: Any, factors: Factors, scales: Any, shell: Any, batch: Any) -> Any:
+        tree = self._base.tree(factors, scales, shell)
+        return token_values(each, self._forward, tree, batch, chunk=self._chunk)
+
+    def _gradients(
+        self, factors: Factors, scales: Any, shell: Any, batch: Any, which: Any, beta: Any
+    ) -> tuple[jax.Array, jax.Array, Factors]:
+        self.compiled += 1
+
+        def loss(factors: Factors) -> tuple[jax.Array, jax.Array]:
+            p = self._values(_of_targets, factors, scales, shell, batch)
+            return summed(which, p, batch | {"beta": beta}), p
+
+        (total, p), grads = jax.value_and_grad(loss, has_aux=True)(factors)
+        return total, p, grads
+
+    def _scored(
+        self,
+        factors: Factors,
+        scales: Any,
+        shell: Any,
+        batch: Any,
+        which: Any,
+        beta: Any,
+        with_top: Any,
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+        self.compiled += 1
+
+        def each(logits: jax.Array, targets: jax.Array) -> Any:
+            return _of_targets(logits, targets), likeliest(logits, with_top)
+
+        p, top = self._values(each, factors, scales, shell, batch)
+        return summed(which, p, batch | {"beta": beta}), p, top
+
+    def _updated(
+        self, factors: Factors, first: Factors, second: Factors, grads: Factors, how: Any, t: Any
+    ) -> tuple[Factors, Factors, Factors, jax.Array]:
+        self.compiled += 1
+        rate, beta1, beta2, eps, decay, clip = how
+        norm = optax.tree.norm(grads)
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
+        first = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, first, grads)
+        second = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, second, grads)
+        fix1, fix2 = (1 - beta ** t.astype(jnp.float32) for beta in (beta1, beta2))
+
+        def moved(x: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            size = jnp.sqrt(v / fix2) + eps
+            direction = jnp.where(m == 0, 0.0, m / fix1 / size)
+            return x * (1 - rate * decay) - rate * direction
+
+        return jax.tree.map(moved, factors, first, second), first, second, norm
+
+
+def likeliest(logits: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns ids and log-probabilities of the likeliest tokens, [..., TOP]; zeros if not wanted.
+
+    Args:
+      logits: fp32 [..., vocab].
+      wanted: [] bool.
+    """
+    k = min(TOP, logits.shape[-1])
+
+    def found(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logps, ids = lax.top_k(jax.nn.log_softmax(logits), k)
+        return ids, logps
+
+    def none(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shape = (*logits.shape[:-1], k)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    ids, logps = lax.cond(wanted, found, none, logits)
+    return ids, logps
+
+
+def _are_finite(factors: Factors) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(factors)]))
+
+
+def _of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the log-probabilities of targets, [..., k]."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return jnp.take_along_axis(logits, targets, axis=-1) - total
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array if array.ndim == 2 else array[:, None]
+
+
+def _groups(places: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(places), size):
+        yield places[first : first + size]
