@@ -44,6 +44,7 @@ def save(
     task_type: str | None = None,
     readme: str | None = None,
     overwrite: bool = False,
+    embedding_layers: bool = True,
 ) -> None:
     """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
@@ -58,6 +59,8 @@ def save(
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
       readme: the text of README.md, the hub's model card; None for none.
       overwrite: replace an adapter's folder. Without it, an existing folder is an error.
+      embedding_layers: whether the base of an adapted table or head is written, too, as PEFT does
+        by default (``save_embedding_layers``).
 
     Raises:
       PeftError: names the part of the adapter that PEFT cannot hold.
@@ -80,7 +83,7 @@ def save(
     """
     folder = Path(folder).absolute()
     check_free(folder, overwrite, configuration.FILE, "adapter's")
-    config, tensors = contents(model, params)
+    config, tensors = contents(model, params, embedding_layers)
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
         write_tensors(partial / FILE, tensors)
@@ -90,12 +93,15 @@ def save(
             (partial / "README.md").write_text(readme, encoding="utf-8")
 
 
-def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def contents(
+    model: Model, params: Tree, embedding_layers: bool = True
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the fields of adapter_config.json and the tensors of an adapted tree.
 
     Args:
       model: the model, or a key table; see `save`.
       params: an adapted tree.
+      embedding_layers: see `save`.
 
     Raises:
       PeftError: names the part of the adapter that PEFT cannot hold.
@@ -110,7 +116,8 @@ def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.n
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
-    return _Contents(table, dict(leaves_of(params)[0]), nodes, experts_of(model)).collect()
+    leaves = dict(leaves_of(params)[0])
+    return _Contents(table, leaves, nodes, experts_of(model), embedding_layers).collect()
 
 
 class _Contents:
@@ -122,7 +129,9 @@ class _Contents:
         leaves: Mapping[str, Leaf],
         nodes: Mapping[str, Any],
         experts: Sequence[Expert],
+        embedding_layers: bool,
     ) -> None:
+        self._embedding_layers = embedding_layers
         self._rows, self._places = {row.path: row for row in table}, places(table)
         self._leaves = leaves
         self._lora = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
@@ -217,7 +226,8 @@ class _Contents:
             elif any(name in other.has for other in self._lora.values()):
                 self._put(keys.parts[name], np.full(b.shape[1], vector.fill))
         ends = {adapted.name.split(".")[-1] for adapted in self._adapted}
-        if module.kind in ("embedding", "head") and ends & {*EMBEDDING_NAMES}:
+        saves = self._embedding_layers and ends & {*EMBEDDING_NAMES}
+        if saves and module.kind in ("embedding", "head"):
             base = np.asarray(as_array(node.base)[at])
             self._put(keys.base_weight, base if module.is_table else base.T)
         scale = float(node.scale[at] if at else node.scale)

@@ -210,7 +210,8 @@ class Base:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as partial:
             inner = partial / "adapter"
-            peft.save(inner, self.model, map_nodes(own, tree), base_model=self.name)
+            mine = map_nodes(own, tree)
+            peft.save(inner, self.model, mine, base_model=self.name, embedding_layers=False)
             for path in inner.iterdir():
                 path.rename(partial / path.name)
             inner.rmdir()
