@@ -164,8 +164,8 @@ def with_prompt(sample: Sample, prompt: list[int], facts: Facts) -> Sample:
         asked = "" if sample.max_tokens is None else f" and {sample.max_tokens:,} are to be drawn"
         raise HttpError(
             400,
-            f"the prompt has {n:,} tokens{asked}; both together have {facts.max_length:,} at most "
-            f"in {facts.model} as it is served here: give a shorter prompt, or a smaller `max_tokens`",
+            f"the prompt has {n:,} tokens{asked}; the model is served with {facts.max_length:,} at "
+            "most for both: give a shorter prompt, or a smaller `max_tokens`",
             param="max_tokens" if n < facts.max_length else "prompt",
             code="context_length_exceeded",
         )
