@@ -119,7 +119,8 @@ class ScriptedEngine:
 def tenant(steps=2):
     """A tenant with a loss that fell, and one that is not finite."""
     losses = [(0, 3.5), (1, float("nan")), (2, 1.25)]
-    return TenantStatus(AdapterSpec(rank=6), steps, losses, size=29, queued=31, seconds=0.5)
+    spec, rest = AdapterSpec(rank=6), {"size": 29, "queued": 31, "seconds": 0.5}
+    return TenantStatus(spec=spec, steps=steps, losses=losses, **rest)
 
 
 def logprob(token):

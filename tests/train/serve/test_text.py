@@ -41,7 +41,9 @@ def test_text_comes_whole_and_is_never_retracted(seed):
     entries = [entry for _, found in parts for entry in found]
     known = b"".join(TOKENS.of(entry.token) for entry in entries)
     assert known.decode() == expected  # the tokens that are told are those of the text
-    assert all(expected[entry.start :].startswith(_char(entries, i)) for i, entry in enumerate(entries))
+    assert all(
+        expected[entry.start :].startswith(_char(entries, i)) for i, entry in enumerate(entries)
+    )
 
 
 def _char(entries, i):
