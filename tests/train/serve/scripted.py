@@ -109,7 +109,7 @@ class ScriptedEngine:
         return name in self.adapters
 
     def status(self):
-        numbers = dict(zip(("waiting", "drawing"), (5, 7), strict=True))
+        numbers = {"waiting": 5, "drawing": len(self.drawn)}
         counts = {"prompt_tokens": 11, "drawn_tokens": 13, "trained_tokens": 17, "compiled": 19}
         return Status(
             tenants=self.tenants, adapters=[*self.adapters], base_size=23, **numbers, **counts

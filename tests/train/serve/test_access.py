@@ -160,6 +160,16 @@ def test_garbage_is_refused(body):
             assert answer.status_code == 400, answer.text
 
 
+def test_lists_in_lists_are_refused():
+    with client_of() as client:
+        for depth in range(850, 1010, 3):
+            for field in ("messages", "tools", "logit_bias", "chat_template_kwargs"):
+                nested = "[" * depth + "]" * depth
+                body = json.dumps(CHAT | {field: "HERE"}).replace('"HERE"', nested)
+                answer = client.post("/v1/chat/completions", content=body)
+                assert answer.status_code == 400, (depth, field, answer.text)
+
+
 def test_random_fields_never_break_the_server():
     import random
 

@@ -60,6 +60,8 @@ def as_http_error(error: BaseException) -> HttpError:
         return HttpError(400, str(error))
     if isinstance(error, HTTPException):
         return HttpError(error.status_code, error.detail, headers=error.headers)
+    if isinstance(error, RecursionError):
+        return HttpError(400, "the body has lists in lists, or objects in objects, without end")
     return HttpError(500, "the server failed at this request; its log says why")
 
 
@@ -72,5 +74,13 @@ async def handle(request: Request, error: Exception) -> Response:
 
 
 HANDLERS: dict[Any, Any] = {
-    one: handle for one in (HttpError, RequestError, HTTPException, ClientDisconnect, Exception)
+    one: handle
+    for one in (
+        HttpError,
+        RequestError,
+        HTTPException,
+        RecursionError,
+        ClientDisconnect,
+        Exception,
+    )
 }
