@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 
 import pytest
 from starlette.responses import PlainTextResponse
@@ -158,6 +159,18 @@ def test_garbage_is_refused(body):
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/load_lora_adapter"):
             answer = client.post(path, content=body)
             assert answer.status_code == 400, answer.text
+
+
+def test_a_text_that_no_tokenizer_need_see_is_refused():
+    with client_of() as client:
+        for path, field in (
+            ("chat/completions", {"messages": [{"role": "user", "content": "x" * 30_000_000}]}),
+            ("completions", {"prompt": "x" * 30_000_000}),
+        ):
+            begin = time.monotonic()
+            answer = client.post(f"/v1/{path}", json={"model": "tiny/base", **field})
+            assert answer.status_code == 400 and "characters" in answer.text
+            assert time.monotonic() - begin < 5
 
 
 def test_lists_in_lists_are_refused():

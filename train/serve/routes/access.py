@@ -1,4 +1,4 @@
-"""Who asks, and how much: keys, and the limits of bodies and of requests that wait."""
+"""Keys, and the limits of bodies and of requests under way."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,7 @@ from train.serve.routes.errors import HttpError, json_response
 LOCAL = "local"  # the owner of all requests, without keys
 BODY = 64 << 20  # bytes of a body at most
 WAITING = 4096  # requests of an owner under way at most
-_READING = 60.0  # seconds that a body may take
+_READING = 300.0  # seconds that a body may take
 _OPEN = ("/", "/healthz", "/api/v1/healthz")  # need no key
 _DRAINED = "/api/v1/retrieve_future"  # is answered while the server ends: the work is old
 
@@ -145,14 +145,15 @@ class Gate:
 
     def _counted(self, receive: Receive) -> Receive:
         """Returns a `receive` that raises HttpError for a body that is too large or too slow."""
-        size, whole = 0, False
+        size, whole, end = 0, False, asyncio.get_running_loop().time() + _READING
 
         async def counted() -> Message:
             nonlocal size, whole
             if whole:  # what comes now is the end of the connection
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), _READING)
+                async with asyncio.timeout_at(end):
+                    message = await receive()
             except TimeoutError:
                 raise HttpError(408, f"the body was not there after {_READING:.0f} s") from None
             size += len(message.get("body", b""))

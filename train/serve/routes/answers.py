@@ -13,7 +13,7 @@ from train.serve.routes.text import Entry, Text, Tokens, finite
 
 @dataclasses.dataclass
 class Said:
-    """What an answer gained.
+    """A part of an answer.
 
     Attributes:
       text: the text.
@@ -111,7 +111,7 @@ class ChatForm:
     """The JSON of chats.
 
     Attributes:
-      tokens: of the model.
+      tokens: tokenizer of the model.
       logprobs: whether each token's log-probability is told.
     """
 
@@ -158,7 +158,7 @@ class TextForm:
     """The JSON of plain completions.
 
     Attributes:
-      tokens: of the model.
+      tokens: tokenizer of the model.
       top: the alternatives told for each token; None for no log-probabilities.
     """
 

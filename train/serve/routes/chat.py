@@ -21,12 +21,13 @@ def tools_of(body: Mapping[str, Any]) -> Any:
     return None if body.get("tool_choice") == "none" else body.get("tools") or None
 
 
-def prompt_of(body: Mapping[str, Any], tokens: Tokens) -> list[int]:
+def prompt_of(body: Mapping[str, Any], tokens: Tokens, most: int) -> list[int]:
     """Returns the tokens of a chat, up to the beginning of the answer.
 
     Args:
       body: `messages`, `tools` and `chat_template_kwargs`.
-      tokens: of the model.
+      tokens: tokenizer of the model.
+      most: the most tokens that are of use.
 
     Raises:
       HttpError: the turns are no chat, or the model's template refuses or drops some of it.
@@ -49,6 +50,7 @@ def prompt_of(body: Mapping[str, Any], tokens: Tokens) -> list[int]:
     try:
         check_text(json.dumps(row, ensure_ascii=False), "the request")
         text = asked(question(row, "the request"), tokens.tokenizer)
+        return tokens.ids(text, most, special=False)
     except TemplateError as error:
         said = f"the model's chat template says: {error}"
         raise HttpError(400, said, param="messages") from None
@@ -61,7 +63,6 @@ def prompt_of(body: Mapping[str, Any], tokens: Tokens) -> list[int]:
     ) as error:  # the template met what it did not expect
         said = f"the model's chat template cannot render this chat: {shown(error)}"
         raise HttpError(400, said, param="messages") from None
-    return tokens.ids(text, special=False)
 
 
 def _turn(turn: Any, index: int) -> Any:

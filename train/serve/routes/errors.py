@@ -17,10 +17,10 @@ class HttpError(Exception):
     """A request that is refused.
 
     Attributes:
-      status: of HTTP.
+      status: status of HTTP.
       param: the field that is wrong.
-      code: of OpenAI, such as "model_not_found".
-      headers: of the answer.
+      code: code as OpenAI has it, such as "model_not_found".
+      headers: headers of the answer.
     """
 
     def __init__(
@@ -73,14 +73,5 @@ async def handle(request: Request, error: Exception) -> Response:
     return json_response(found.content, found.status, found.headers)
 
 
-HANDLERS: dict[Any, Any] = {
-    one: handle
-    for one in (
-        HttpError,
-        RequestError,
-        HTTPException,
-        RecursionError,
-        ClientDisconnect,
-        Exception,
-    )
-}
+_KINDS = (HttpError, RequestError, HTTPException, RecursionError, ClientDisconnect, Exception)
+HANDLERS: dict[Any, Any] = dict.fromkeys(_KINDS, handle)

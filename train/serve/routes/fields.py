@@ -16,38 +16,22 @@ _MOST = 128  # completions of a prompt
 _STOPS = 16
 _SEEDS = 2**63
 
-# Fields that would change the answer, and are not supported: by name, the values that change
-# nothing, besides null. Those after `min_p` are vLLM's.
+# Fields of OpenAI's and of vLLM's that would change the answer, and are not supported: by name, the
+# values that change nothing, besides null.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("functions", "bad_words"), ([],)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
+    **dict.fromkeys(("use_beam_search", "continue_final_message"), (False,)),
+    **dict.fromkeys(("parallel_tool_calls", "add_generation_prompt"), (True,)),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
     "suffix": ("",),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "min_tokens": (0,),
-    "bad_words": ([],),
-    "prompt_embeds": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
+    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity"), ()),
+    **dict.fromkeys(("web_search_options", "prompt_embeds", "structured_outputs"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
 }
 _INSTEAD = {
     "functions": "give `tools`",

@@ -115,35 +115,32 @@ class Models:
             if any((path / inside).exists() for inside in _OF_ADAPTERS)
         }
 
-    def _all(self, owner: str) -> dict[str, dict[str, Any]]:
-        """Returns what there is for an owner, by name."""
-        base = self._engine.facts.model
-        mine = self._loaded.get(owner, {})
+    def _names(self, owner: str) -> list[str]:
+        """Returns the names that there are for an owner."""
         loaded = {self._named(one, name) for one, names in self._loaded.items() for name in names}
-        known = [name for name in self._engine.status().adapters if name not in loaded]
-        others = [name for name in known if self._owns(owner, name)]
-        names = dict.fromkeys([base, *self._folders(), *mine, *others])
-        about = {"object": "model", "created": self._created, "owned_by": "lora_jax"}
-        rest = {"max_model_len": self._engine.facts.max_length}
-        parents = {name: None if name == base else base for name in names}
-        return {
-            name: {"id": name, **about, "root": name, "parent": parent, **rest}
-            for name, parent in parents.items()
+        others = [name for name in self._engine.status().adapters if name not in loaded]
+        own = [name for name in others if self._owns(owner, name)]
+        shared = [self._engine.facts.model, *self._folders()]
+        return [*dict.fromkeys([*shared, *self._loaded.get(owner, {}), *own])]
+
+    def _about(self, name: str) -> dict[str, Any]:
+        base = self._engine.facts.model
+        known = {"id": name, "object": "model", "created": self._created, "owned_by": "lora_jax"}
+        return known | {
+            "root": name,
+            "parent": None if name == base else base,
+            "max_model_len": self._engine.facts.max_length,
         }
 
     async def _list(self, request: Request) -> Response:
-        return json_response(
-            {"object": "list", "data": [*self._all(owner_of(request)).values()]},
-        )
+        names = self._names(owner_of(request))
+        return json_response({"object": "list", "data": [self._about(name) for name in names]})
 
     async def _one(self, request: Request) -> Response:
         name, owner = request.path_params["name"], owner_of(request)
-        found = self._all(owner)
-        if name not in found:
+        if name not in self._names(owner):
             await self.find(name, owner)  # a checkpoint, perhaps
-            found[name] = {**found[self._engine.facts.model], "id": name, "root": name}
-            found[name]["parent"] = self._engine.facts.model
-        return json_response(found[name])
+        return json_response(self._about(name))
 
     async def _load(self, request: Request) -> Response:
         body, owner = await read_body(request), owner_of(request)
@@ -152,7 +149,7 @@ class Models:
             raise wrong("lora_name", name, "letters, digits, and . - _ within are needed")
         async with self._lock:
             known = self._engine.knows(self._named(owner, name))
-            if known or name in self._all(owner):
+            if known or name in self._names(owner):
                 raise wrong("lora_name", name, "there is one already; unload it, or take another")
             await self._adopt(self._named(owner, name), path)
             self._loaded.setdefault(owner, {})[name] = path

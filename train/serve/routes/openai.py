@@ -52,7 +52,7 @@ class Asked:
     Attributes:
       model: the client's name of it.
       samples: what to draw, a prompt each.
-      form: of the answer.
+      form: form of the answer.
       tools: whether an answer may call tools.
       echo: whether prompts begin their completions.
       stream: whether the answer comes in parts.
@@ -93,7 +93,9 @@ class OpenAI:
     async def _chat(self, request: Request) -> Response:
         body = await read_body(request)
         sample, top = await self._sample(request, body, None), read_top(body)
-        prompt = await run_in_threadpool(prompt_of, body, self._tokens)
+        prompt = await run_in_threadpool(
+            prompt_of, body, self._tokens, self._engine.facts.max_length
+        )
         sample = dataclasses.replace(sample, top=top or 0)
         return await self._answer(
             request,
@@ -139,7 +141,8 @@ class OpenAI:
 
     def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         try:
-            return [self._tokens.ids(one) if isinstance(one, str) else one for one in prompts]
+            most = self._engine.facts.max_length
+            return [self._tokens.ids(one, most) if isinstance(one, str) else one for one in prompts]
         except TrainingError as error:
             raise HttpError(400, str(error), param="prompt") from None
 

@@ -1,4 +1,4 @@
-"""What a server does now: a page, its numbers as JSON, and Prometheus' metrics."""
+"""The state of a server: a page, its numbers as JSON, and Prometheus' metrics."""
 
 from importlib.resources import files
 from typing import Any

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from lora_jax.training.data.rows import check_text
+from lora_jax.training.errors import TrainingError
 
 CUT = "\ufffd"  # stands for a character whose bytes are not all there
 _HELD = 32  # tokens that may wait for the end of a character
@@ -27,11 +28,26 @@ class Tokens:
         by_bytes = decoder is not None and b"ByteLevel" in decoder.__getstate__()
         self._bytes_of = _byte_level() if by_bytes else {}
         self.of = lru_cache(1 << 16)(self._of)
-        self.ids("")  # the first call may change the tokenizer: here, no other thread has it
+        self._longest = max(map(len, tokenizer.get_vocab()))
+        self.ids("", 0)  # the first call may change the tokenizer: here, no other thread has it
 
-    def ids(self, text: str, *, special: bool = True) -> list[int]:
-        """Returns the tokens of a text; `special` adds those with which texts begin or end."""
-        check_text(text, "the text")
+    def ids(self, text: str, most: int, *, special: bool = True) -> list[int]:
+        """Returns the tokens of a text.
+
+        Args:
+          text: the text.
+          most: the most tokens that are of use: a text that has more in any case costs no time.
+          special: adds those with which texts begin or end.
+
+        Raises:
+          TrainingError: the text is too long, or holds half of a character.
+        """
+        if len(text) > most * self._longest:
+            raise TrainingError(
+                f"the prompt has {len(text):,} characters, more than {most:,} tokens can have: "
+                "give a shorter one"
+            )
+        check_text(text, "the prompt")
         ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)[
             "input_ids"
         ]
