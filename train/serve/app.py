@@ -102,9 +102,14 @@ def serve(app: Starlette, host: str, port: int, stop: Callable[[], None]) -> Non
     """
     with _listening(host, port) as listener:
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, ws="none"
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=1,
         )
-        config.timeout_graceful_shutdown = 1
         asyncio.run(_served(_Server(config), app.state.access, listener, stop))
 
 

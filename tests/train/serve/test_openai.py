@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.train.serve.scripted import (
     until,
 )
 from tests.train.tiny import CHATML, tokenizer
+from train.serve.requests import RequestError
 
 openai = pytest.importorskip("openai")
 
@@ -265,6 +267,7 @@ REFUSED = [
     ({"top_logprobs": 2}, "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"max_tokens": -1}, "max_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_tokens": 390}, "context_length_exceeded"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["a\ud800"]}, "surrogate"),
@@ -294,14 +297,25 @@ def test_what_is_refused_is_named(client, engine, fields, names, stream):
     assert len(engine.drawn) == before
 
 
-def test_the_engine_refuses_in_words():
-    from train.serve.requests import RequestError
+def refuses_the_longer(sample, index):
+    """Refuses one prompt while another is under way."""
+    if len(sample.prompt) == len("one"):
+        return ids("x" * 20)
+    time.sleep(0.2)
+    return RequestError("no room for this")
 
+
+def test_the_engine_refuses_in_words():
     engine = ScriptedEngine(lambda sample, index: RequestError("no room for this"))
     with serving(engine) as address, client_of(address) as client:
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError, match="no room for this"):
                 ask(client, stream=stream)
+    engine = ScriptedEngine(refuses_the_longer)
+    with serving(engine) as address, client_of(address) as client:
+        parts = complete(client, ["one", "three"], stream=True)
+        with pytest.raises(openai.APIError, match="no room for this"):
+            assert "".join(part.choices[0].text for part in parts)
     engine = ScriptedEngine(lambda sample, index: ValueError("/secret/place"))
     with serving(engine) as address, client_of(address) as client:
         with pytest.raises(openai.InternalServerError) as caught:

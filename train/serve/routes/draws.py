@@ -1,6 +1,7 @@
 """Samples under way: from the engine's thread to the loop that answers their client."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ def posted(done: Callable[[Any], None]) -> Callable[[Any], None]:
     loop = asyncio.get_running_loop()
 
     def post(item: Any) -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(done, item)
 
     return post

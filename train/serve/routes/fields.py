@@ -100,19 +100,22 @@ def check_supported(body: Mapping[str, Any]) -> None:
             raise wrong(name, value, f"this is not supported; {instead}")
 
 
-def read_sample(body: Mapping[str, Any], facts: Facts, *, max_tokens: int | None) -> Sample:
+def read_sample(
+    body: Mapping[str, Any], facts: Facts, *, max_tokens: int | None, least: int = 1
+) -> Sample:
     """Returns what a request asks for, of the base and with an empty prompt.
 
     Args:
       body: the fields that chats and plain completions share.
       facts: the engine's.
-      max_tokens: for a request that says nothing of it.
+      max_tokens: default of the number of tokens.
+      least: smallest number of tokens; 0 where the prompt itself is scored.
 
     Raises:
       HttpError: a field is wrong, or is not supported.
     """
     check_supported(body)
-    longest = [whole(body, x, 0, 1 << 30) for x in ("max_completion_tokens", "max_tokens")]
+    longest = [whole(body, x, least, 1 << 30) for x in ("max_completion_tokens", "max_tokens")]
     given = next((x for x in longest if x is not None), max_tokens)
     n = whole(body, "n", 1, _MOST) or 1
     if (best := whole(body, "best_of", 1, _MOST)) not in (None, n):

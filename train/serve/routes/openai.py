@@ -110,12 +110,11 @@ class OpenAI:
 
     async def _complete(self, request: Request) -> Response:
         body, facts = await read_body(request), self._engine.facts
-        sample, top = await self._sample(request, body, _LENGTH), whole(body, "logprobs", 0, TOP)
         prompts, echo = read_prompts(body, facts), flag_of(body, "echo")
+        sample = await self._sample(request, body, _LENGTH, least=int(not echo))
+        top = whole(body, "logprobs", 0, TOP)
         if len(prompts) * sample.n > _AT_ONCE:
             raise HttpError(400, f"{_AT_ONCE} completions at once are the most: send fewer prompts")
-        if sample.max_tokens == 0 and not echo:
-            raise wrong("max_tokens", 0, "1 at least is needed, or `echo` to score the prompt")
         if echo and top is not None and body.get("stream"):
             raise wrong("stream", True, "`echo` with `logprobs` comes whole: leave it out")
         scored = echo and top is not None
@@ -134,8 +133,10 @@ class OpenAI:
             ),
         )
 
-    async def _sample(self, request: Request, body: Any, max_tokens: int | None) -> Sample:
-        sample = read_sample(body, self._engine.facts, max_tokens=max_tokens)
+    async def _sample(
+        self, request: Request, body: Any, max_tokens: int | None, least: int = 1
+    ) -> Sample:
+        sample = read_sample(body, self._engine.facts, max_tokens=max_tokens, least=least)
         adapter = await self._models.find(text_of(body, "model"), owner_of(request))
         return dataclasses.replace(sample, adapter=adapter)
 
@@ -201,7 +202,10 @@ class OpenAI:
                     break
                 item = await draws.next()
         except Exception as error:
-            yield f"data: {json.dumps(as_http_error(error).content)}\n\n"
+            told = as_http_error(error)
+            yield f"data: {json.dumps(told.content)}\n\n"
+            if told.status >= 500:
+                raise  # for the log
             return
         if asked.usage:
             usage = usage_of(asked.samples, drawn)
