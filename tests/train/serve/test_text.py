@@ -52,6 +52,12 @@ def _char(entries, i):
     return "" if 0x80 <= rest[0] < 0xC0 else rest.decode()[0]
 
 
+@pytest.mark.parametrize("stops", [["b", "ab"], ["ab", "b"]])
+def test_of_stops_that_end_together_the_first_to_begin_counts(stops):
+    text = Text(TOKENS, stops)
+    assert "".join(part for part, _ in parts_of(text, ids("xabc", end=False))) == "x"
+
+
 def test_text_comes_as_soon_as_it_is_sure():
     text = Text(TOKENS, ["END"])
     parts = [text.add(token)[0] for token in ids("aEx€EN.ENDz", end=False)]
