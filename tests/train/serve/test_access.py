@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import time
 
@@ -10,7 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from tests.train.serve.scripted import TOKENIZER, ScriptedEngine, ids, tenant
+from tests.train.serve.scripted import TOKENIZER, ScriptedEngine, ids, serving, tenant
 from train.console.errors import UserError
 from train.serve.app import make_app
 from train.serve.routes.access import Access, owner_of, read_keys
@@ -35,10 +36,21 @@ async def _deep(request):
     raise RecursionError
 
 
+async def _guarded(request):
+    """Makes an answer of its own of whatever goes wrong."""
+    try:
+        return PlainTextResponse(str(len(await request.body())))
+    except Exception:
+        return PlainTextResponse("the route's own error", 500)
+
+
 def client_of(engine=None, **options):
     if keys := options.pop("keys", None):
         options["access"] = Access(keys)
     routes = [Route("/whose", _whose), Route("/broken", _broken), Route("/deep", _deep)]
+    routes += [
+        Route(path, _guarded, methods=["POST"]) for path in ("/guarded", "/api/v1/files/1/x")
+    ]
     app = make_app(engine or engine_of(), TOKENIZER, routes, **options)
     return TestClient(app, raise_server_exceptions=False)
 
@@ -67,6 +79,23 @@ def test_a_key_tells_the_owner(headers, owner):
             )
         else:
             assert (answer.status_code, answer.text) == (200, owner)
+
+
+def test_signed_addresses_need_no_key():
+    with client_of(keys=KEYS) as client:
+        assert client.post("/api/v1/files/1/x", content=b"abc").text == "3"
+        assert client.post("/guarded", content=b"abc").status_code == 401
+
+
+def test_a_body_that_does_not_come_is_refused(monkeypatch):
+    monkeypatch.setattr("train.serve.routes.access._READING", 0.3)
+    with serving(engine_of()) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n12345"
+            slow.sendall(head.encode())
+            slow.settimeout(10)
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 def test_without_keys_all_is_local():
@@ -107,6 +136,9 @@ def test_a_body_is_counted_while_it_is_read():
             answer = client.post("/v1/chat/completions", content=content)
             assert answer.status_code == 413
             assert "1,000 bytes" in answer.json()["error"]["message"]
+        assert client.post("/guarded", content=chunks(250, 4)).text == "1000"
+        answer = client.post("/guarded", content=chunks(251, 4))
+        assert answer.status_code == 413 and "1,000 bytes" in answer.json()["error"]["message"]
 
 
 def test_an_owner_who_waits_too_much_waits_alone():

@@ -323,6 +323,9 @@ def test_the_engine_refuses_in_words():
         assert "secret" not in str(caught.value)
 
 
+TINKER = "tinker://m/sampler_weights/1"
+
+
 def test_models(tmp_path):
     for name in ("run", "other", "empty", ".hidden"):
         (tmp_path / "all" / name).mkdir(parents=True)
@@ -332,7 +335,7 @@ def test_models(tmp_path):
     engine = ScriptedEngine(spoken)
     options = {
         "adapters": tmp_path / "all",
-        "resolve": lambda path, owner: {"tinker://m/sampler_weights/1": "snapshot"}.get(path),
+        "resolve": lambda path, owner: {TINKER: ("of/tinker", tmp_path / "beyond")}.get(path),
     }
     engine.adapters["snapshot"] = tmp_path
     with serving(engine, **options) as address, client_of(address) as client:
@@ -342,10 +345,16 @@ def test_models(tmp_path):
         )
         assert client.models.retrieve("tiny/base").id == "tiny/base"
         assert client.models.retrieve("run").parent == "tiny/base"
-        for name, adapter in {"run": "run", "tinker://m/sampler_weights/1": "snapshot"}.items():
+        for name, adapter in {
+            "run": "run",
+            TINKER: "of/tinker",
+            f"tiny/base;{TINKER}": "of/tinker",
+        }.items():
             client.chat.completions.create(model=name, messages=QUESTION)
             assert engine.drawn[-1].adapter == adapter
         assert engine.adapters["run"] == tmp_path / "all" / "run"
+        assert engine.adapters["of/tinker"] == tmp_path / "beyond"
+        assert client.models.retrieve(TINKER).parent == "tiny/base"
         for name in ("empty", ".hidden", "../beyond", "..", "tinker://m/sampler_weights/2"):
             with pytest.raises(openai.NotFoundError):
                 client.chat.completions.create(model=name, messages=QUESTION)

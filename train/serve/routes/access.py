@@ -19,6 +19,7 @@ BODY = 64 << 20  # bytes of a body at most
 WAITING = 4096  # requests of an owner under way at most
 _READING = 300.0  # seconds that a body may take
 _OPEN = ("/", "/healthz", "/api/v1/healthz")  # need no key
+_SIGNED = "/api/v1/files/"  # addresses that say themselves who may have the file
 _DRAINED = "/api/v1/retrieve_future"  # is answered while the server ends: the work is old
 
 
@@ -111,9 +112,21 @@ class Gate:
             await answer(scope, receive, send)
             return
         scope["owner"] = owner
+        body, started = _Body(receive, self._body), False
+
+        async def replaced(message: Message) -> None:
+            """Sends the refusal of a body in the place of what a route makes of it."""
+            nonlocal started
+            if body.refused is None or started:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                refusal = json_response(body.refused.content, body.refused.status)
+                await refusal(scope, receive, send)
+            started |= body.refused is None
+
         self._access.running[owner] += 1
         try:
-            await self._app(scope, self._counted(receive), send)
+            await self._app(scope, body, replaced)
         finally:
             self._access.running[owner] -= 1
 
@@ -124,7 +137,7 @@ class Gate:
             raise HttpError(503, "the server ends; ask again", headers={"Retry-After": "5"})
         owner = self._access.owner(HTTPConnection(scope))
         if owner is None:
-            if path not in _OPEN:
+            if path not in _OPEN and not path.startswith(_SIGNED):
                 raise HttpError(
                     401,
                     "a key is needed: as `Authorization: Bearer KEY`, or as `X-API-Key: KEY`",
@@ -134,7 +147,7 @@ class Gate:
             owner = ""
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._body:
-            raise self._too_large()
+            raise _too_large(self._body)
         if self._access.running[owner] >= self._waiting:
             raise HttpError(
                 429,
@@ -143,26 +156,35 @@ class Gate:
             )
         return owner
 
-    def _counted(self, receive: Receive) -> Receive:
-        """Returns a `receive` that raises HttpError for a body that is too large or too slow."""
-        size, whole, end = 0, False, asyncio.get_running_loop().time() + _READING
 
-        async def counted() -> Message:
-            nonlocal size, whole
-            if whole:  # what comes now is the end of the connection
-                return await receive()
-            try:
-                async with asyncio.timeout_at(end):
-                    message = await receive()
-            except TimeoutError:
-                raise HttpError(408, f"the body was not there after {_READING:.0f} s") from None
-            size += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if size > self._body:
-                raise self._too_large()
-            return message
+class _Body:
+    """A `receive` that raises HttpError for a body that is too large or too slow.
 
-        return counted
+    Attributes:
+      refused: the error, once it was raised.
+    """
 
-    def _too_large(self) -> HttpError:
-        return HttpError(413, f"the body has more than {self._body:,} bytes: send it in parts")
+    def __init__(self, receive: Receive, most: int) -> None:
+        self.refused: HttpError | None = None
+        self._receive, self._most, self._size, self._whole = receive, most, 0, False
+        self._end = asyncio.get_running_loop().time() + _READING
+
+    async def __call__(self) -> Message:
+        if self._whole:  # what comes now is the end of the connection
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._end):
+                message = await self._receive()
+        except TimeoutError:
+            self.refused = HttpError(408, f"the body was not there after {_READING:.0f} s")
+            raise self.refused from None
+        self._size += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._size > self._most:
+            self.refused = _too_large(self._most)
+            raise self.refused
+        return message
+
+
+def _too_large(most: int) -> HttpError:
+    return HttpError(413, f"the body has more than {most:,} bytes: send it in parts")

@@ -22,7 +22,8 @@ _NAME = re.compile(r"\w[\w.-]{0,127}")  # no name leaves its folder
 _TINKER = "tinker://"
 _OF_ADAPTERS = ("adapter", "adapter_config.json", "lora", "best")  # one is in such a folder
 
-Resolve = Callable[[str, str], str | None]  # a tinker:// path and an owner: the engine's name
+# A tinker:// path and an owner: the engine's name of the adapter, and its folder.
+Resolve = Callable[[str, str], tuple[str, Path] | None]
 Owns = Callable[[str, str], bool]  # an owner and the name of a tenant, or of its adapter
 
 
@@ -44,8 +45,8 @@ class Models:
           engine: the engine.
           access: whether there are keys.
           folder: that of --adapters.
-          resolve: returns the engine's name of a checkpoint; None where the owner has no such one.
-            It is called in a thread, and may wait.
+          resolve: returns the engine's name of a checkpoint, and its folder; None where the owner
+            has no such one. It is called in a thread.
           owns: tells whether an owner may see an adapter that the engine knows.
         """
         self._engine, self._keyed, self._folder = engine, access.keyed, folder
@@ -76,19 +77,16 @@ class Models:
         """
         if model == self._engine.facts.model:
             return None
-        found: str | None = None
+        found: tuple[str, Path | None] | None = None
         path = model.removeprefix(f"{self._engine.facts.model};")
         if path.startswith(_TINKER):
             found = await run_in_threadpool(self._resolve, path, owner)
         elif model in self._loaded.get(owner, {}):
-            found = self._named(owner, model)
-        elif model in self._folders():
-            found = model
-            async with self._lock:
-                if not self._engine.knows(model):
-                    await self._adopt(model, self._folders()[model])
+            found = self._named(owner, model), self._loaded[owner][model]
+        elif (folder := self._folders().get(model)) is not None:
+            found = model, folder
         elif self._engine.knows(model) and self._owns(owner, model):
-            found = model
+            found = model, None
         if found is None:
             raise HttpError(
                 404,
@@ -96,7 +94,12 @@ class Models:
                 param="model",
                 code="model_not_found",
             )
-        return found
+        name, place = found
+        if place is not None and not self._engine.knows(name):
+            async with self._lock:
+                if not self._engine.knows(name):
+                    await self._adopt(name, place)
+        return name
 
     async def _adopt(self, name: str, folder: Path) -> None:
         await done_of(lambda done: self._engine.adopt(name, folder, done))
