@@ -1,0 +1,112 @@
+"""The options of `train.serve`, and which of them make no sense."""
+
+import dataclasses
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from lora_jax.training.arguments import Numbers, at_least, check_numbers
+from lora_jax.training.errors import TrainingError
+from train.console.errors import UserError, as_user_errors
+from train.options.common import Quantize
+from train.options.sft import DEFAULT_MODEL
+from train.processes.mesh import parse_mesh
+from train.run.pretrained import Outline
+from train.serve.routes.access import read_keys
+
+_LENGTH = 1024
+_NUMBERS = {
+    **dict.fromkeys(("slots", "max_rank", "sequences"), at_least(1)),
+    "max_length": at_least(2),
+    "port": Numbers(lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Serve a base model and many adapters over HTTP: Tinker's API to train, and OpenAI's."""
+
+    model: str = DEFAULT_MODEL
+    """The base: a hub name, a folder or a GGUF file. Clients name it as it is given here."""
+    adapters: str | None = None
+    """A folder of adapters: each folder in it, of a run, of this library or of PEFT, is a model of
+    its name, and is read at its first use."""
+    output: str = "runs/serve"
+    """The folder of what lasts: tenants, their checkpoints, and the commands that they gave. A
+    server that is started again goes on with it."""
+    fresh: bool = False
+    """Delete what lasts in --output, and begin anew."""
+    slots: int = 8
+    """Adapters that completions drawn side by side may have."""
+    max_rank: int = 32
+    """The largest rank of an adapter. Memory and time of each adapter are those of this rank."""
+    sequences: int = 32
+    """Completions that are drawn side by side; others wait."""
+    max_length: int | None = None
+    """Tokens of a sequence at most, prompt and completion together. By default 1,024, or the
+    model's positions where they are fewer."""
+    mesh: str | None = None
+    """The device mesh, such as fsdp=4,tensor=2; see train.sft."""
+    quantize: Quantize | None = None
+    """Codes to keep the base's kernels in; see train.sft."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of the base and its activations. Adapters are always float32."""
+    attention: Literal["auto", "dense", "blockwise"] = "auto"
+    """Computation of attention; see train.generate."""
+    keys: str | None = None
+    """A file of keys, a `name key` a line. A request needs one, and whoever has one sees nothing of
+    the others. Tinker's client takes keys that begin with tml- only."""
+    host: str = "127.0.0.1"
+    """The address to listen at. Any but this machine's own needs --keys."""
+    port: int = 8000
+    """The port to listen at."""
+    compilation_cache: str | None = None
+    """The folder where JAX keeps compiled programs for later runs, or off. By default
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
+
+
+def parse(args: Sequence[str]) -> ServeOptions:
+    """Returns the options of a command line."""
+    return tyro.cli(
+        tyro.conf.FlagCreatePairsOff[ServeOptions], args=args, prog="python -m train.serve"
+    )
+
+
+def check(options: ServeOptions) -> dict[str, str] | None:
+    """Returns the owners by their keys, or None without --keys.
+
+    Raises:
+      UserError: options make no sense.
+    """
+    with as_user_errors(TrainingError):
+        check_numbers(vars(options), _NUMBERS)
+    parse_mesh(options.mesh)
+    if options.keys is None and not _is_loopback(options.host):
+        raise UserError(
+            f"--host {options.host}: others reach this address, and could do all that you can: "
+            "give --keys with a file of `name key` lines, or leave --host out"
+        )
+    if options.adapters is not None and not Path(options.adapters).expanduser().is_dir():
+        raise UserError(f"--adapters {options.adapters}: there is no such folder")
+    output = Path(options.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {options.output} is a file: a folder is needed")
+    return None if options.keys is None else read_keys(Path(options.keys))
+
+
+def length_of(options: ServeOptions, outline: Outline) -> int:
+    """Returns the tokens of a sequence at most; raises a UserError if the model allows fewer."""
+    if options.max_length is None:
+        return min(_LENGTH, outline.max_tokens)
+    outline.check_length(options.max_length, f"--max-length {options.max_length}")
+    return options.max_length
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

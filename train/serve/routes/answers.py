@@ -1,0 +1,195 @@
+"""Answers of OpenAI's forms: choices that grow, and their JSON."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from train.serve.requests import Completion, Drawn, Piece, Sample
+from train.serve.routes.chat import Calls
+from train.serve.routes.text import Entry, Text, Tokens, finite
+
+
+@dataclasses.dataclass
+class Said:
+    """A part of an answer.
+
+    Attributes:
+      text: the text.
+      calls: the calls of tools.
+      entries: the tokens whose text it is.
+      finish: why the answer ended; None while it goes on.
+    """
+
+    text: str = ""
+    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    finish: str | None = None
+
+
+class Choice:
+    """A completion of a request, while it grows."""
+
+    def __init__(self, tokens: Tokens, sample: Sample, *, tools: bool = False) -> None:
+        """Begins a completion; `tools` looks for calls in it."""
+        self._text = Text(tokens, sample.stop, special=tools)
+        self._calls = Calls() if tools else None
+        self._ends, self._n = sample.stop_ids, 0
+
+    def add(self, piece: Piece) -> Said:
+        """Takes a token."""
+        self._n += 1
+        if piece.token in self._ends:  # no text
+            return Said()
+        top = None if piece.top is None else zip(*piece.top, strict=True)
+        return self._said(*self._text.add(piece.token, piece.logprob, top))
+
+    def end(self, completion: Completion) -> Said:
+        """Takes the tokens that did not come yet, and what was held back."""
+        parts = [self.add(piece) for piece in _pieces(completion, self._n)]
+        parts.append(self._said(*self._text.end(), last=True))
+        stopped = completion.stopped or self._text.stopped
+        called = self._calls is not None and self._calls.n
+        return Said(
+            "".join(part.text for part in parts),
+            [call for part in parts for call in part.calls],
+            [entry for part in parts for entry in part.entries],
+            "tool_calls" if called else "stop" if stopped else "length",
+        )
+
+    def _said(self, text: str, entries: list[Entry], *, last: bool = False) -> Said:
+        if self._calls is None:
+            return Said(text, [], entries)
+        return Said(*self._calls.add(text, last=last), entries)
+
+
+def _pieces(completion: Completion, first: int) -> Iterable[Piece]:
+    top = completion.top
+    for i in range(first, len(completion.tokens)):
+        likely = None if top is None else (top.ids[i], top.logprobs[i])
+        yield Piece(0, int(completion.tokens[i]), finite(completion.logprobs[i]), likely)
+
+
+def echoed(tokens: Tokens, sample: Sample, drawn: Drawn | None) -> Said:
+    """Returns a prompt as the beginning of its completion, with entries if they were asked for."""
+    text, parts = Text(tokens), Said()
+    logprobs = None if drawn is None else drawn.prompt_logprobs
+    top = None if drawn is None else drawn.top_prompt
+    for i, token in enumerate(sample.prompt):
+        known = logprobs is not None and i > 0 and not np.isnan(logprobs[i])
+        likely = zip(top.ids[i], top.logprobs[i], strict=True) if known and top else None
+        said = text.add(
+            token, finite(logprobs[i]) if known and logprobs is not None else None, likely
+        )
+        parts.text, parts.entries = parts.text + said[0], parts.entries + said[1]
+    said = text.end()
+    return Said(parts.text + said[0], [], parts.entries + said[1])
+
+
+def joined(first: Said, then: Said) -> Said:
+    """Returns a completion with its prompt before it."""
+    moved = [dataclasses.replace(one, start=one.start + len(first.text)) for one in then.entries]
+    return Said(first.text + then.text, then.calls, first.entries + moved, then.finish)
+
+
+def usage_of(samples: Sequence[Sample], drawn: Iterable[Drawn]) -> dict[str, Any]:
+    """Returns the numbers of tokens of a request."""
+    found = [*drawn]
+    asked = sum(len(sample.prompt) for sample in samples)
+    said = sum(len(completion.tokens) for one in found for completion in one.completions)
+    return {
+        "prompt_tokens": asked,
+        "completion_tokens": said,
+        "total_tokens": asked + said,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached for one in found)},
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatForm:
+    """The JSON of chats.
+
+    Attributes:
+      tokens: tokenizer of the model.
+      logprobs: whether each token's log-probability is told.
+    """
+
+    tokens: Tokens
+    logprobs: bool
+    prefix, whole_kind, part_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, index: int, said: Said) -> dict[str, Any]:
+        """Returns a choice."""
+        message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+        if said.calls:
+            calls = [{k: v for k, v in call.items() if k != "index"} for call in said.calls]
+            message |= {"content": said.text or None, "tool_calls": calls}
+        return self._choice(index, {"message": message}, said)
+
+    def begin(self, index: int) -> dict[str, Any]:
+        """Returns the choice of the first event."""
+        return self._choice(index, {"delta": {"role": "assistant", "content": ""}}, Said())
+
+    def part(self, index: int, said: Said) -> dict[str, Any]:
+        """Returns the choice of an event."""
+        delta: dict[str, Any] = {"content": said.text} if said.text else {}
+        if said.calls:
+            delta["tool_calls"] = said.calls
+        return self._choice(index, {"delta": delta}, said)
+
+    def _choice(self, index: int, content: dict[str, Any], said: Said) -> dict[str, Any]:
+        told = {"content": [self._entry(one) for one in said.entries], "refusal": None}
+        logprobs = told if self.logprobs and (said.entries or said.finish) else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": said.finish}
+
+    def _entry(self, entry: Entry) -> dict[str, Any]:
+        likely = [self._token(*one) for one in entry.top or ()]
+        return {**self._token(entry.token, entry.logprob), "top_logprobs": likely}
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        known = self.tokens.of(token)
+        text = known.decode(errors="replace")
+        return {"token": text, "logprob": logprob, "bytes": [*known]}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextForm:
+    """The JSON of plain completions.
+
+    Attributes:
+      tokens: tokenizer of the model.
+      top: the alternatives told for each token; None for no log-probabilities.
+    """
+
+    tokens: Tokens
+    top: int | None
+    prefix, whole_kind, part_kind = "cmpl-", "text_completion", "text_completion"
+
+    def whole(self, index: int, said: Said) -> dict[str, Any]:
+        """Returns a choice."""
+        told = None if self.top is None else self._logprobs(said.entries)
+        choice = {"index": index, "text": said.text, "logprobs": told}
+        return {**choice, "finish_reason": said.finish}
+
+    def begin(self, index: int) -> None:
+        """Returns None: the first event is that of the first text."""
+
+    part = whole
+
+    def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        return {
+            "tokens": [self._text(one.token) for one in entries],
+            "token_logprobs": [one.logprob for one in entries],
+            "top_logprobs": [self._likely(one) for one in entries] if self.top else None,
+            "text_offset": [one.start for one in entries],
+        }
+
+    def _likely(self, entry: Entry) -> dict[str, float] | None:
+        if entry.logprob is None:
+            return None
+        found = [*(entry.top or ()), (entry.token, entry.logprob)]
+        return {self._text(token): logprob for token, logprob in reversed(found)}
+
+    def _text(self, token: int) -> str:
+        return self.tokens.of(token).decode(errors="replace")

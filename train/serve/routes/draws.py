@@ -1,0 +1,115 @@
+"""Samples under way: from the engine's thread to the loop that answers their client."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from train.serve.requests import Drawn, Piece, Sample, Serving
+from train.serve.routes.errors import HttpError
+
+Value = TypeVar("Value")
+
+
+def posted(done: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns a function that any thread may call, and that calls another in the present loop."""
+    loop = asyncio.get_running_loop()
+
+    def post(item: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(done, item)
+
+    return post
+
+
+async def done_of(call: Callable[[Callable[[Any], None]], Any]) -> Any:
+    """Returns the result of a call of the engine that takes a `Done`; raises what went wrong."""
+    future = asyncio.get_running_loop().create_future()
+    call(posted(lambda item: None if future.done() else future.set_result(item)))
+    result = await future
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+class Draws:
+    """Samples of one request."""
+
+    def __init__(self, engine: Serving, samples: Sequence[Sample], *, pieces: bool) -> None:
+        """Submits samples; `pieces` has each token come as it is drawn."""
+        self._queue: asyncio.Queue[tuple[int, Piece | Drawn | BaseException]] = asyncio.Queue()
+        self.left = len(samples)
+        post = posted(self._queue.put_nowait)
+        self._cancels = []
+        for k, sample in enumerate(samples):
+            come = partial(_numbered, post, k)
+            self._cancels.append(engine.sample(sample, come, come if pieces else None))
+
+    async def next(self) -> tuple[int, Piece | Drawn]:
+        """Returns the number of a sample, and its next token, or at last what it drew.
+
+        Raises:
+          Exception: what went wrong with one of them.
+        """
+        k, item = await self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        self.left -= isinstance(item, Drawn)
+        return k, item
+
+    async def all(self) -> list[Drawn]:
+        """Returns what all samples drew, once it is there."""
+        found: dict[int, Drawn] = {}
+        while self.left:
+            k, item = await self.next()
+            if isinstance(item, Drawn):
+                found[k] = item
+        return [found[k] for k in sorted(found)]
+
+    def close(self) -> None:
+        """Ends those that still run."""
+        for cancel in self._cancels if self.left else ():
+            cancel()
+
+
+def _numbered(post: Callable[[Any], None], k: int, item: Any) -> None:
+    post((k, item))
+
+
+async def unless_gone(request: Request, result: Awaitable[Value]) -> Value:
+    """Returns a result, or raises HttpError as soon as the client has gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(result), asyncio.create_task(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise HttpError(499, "the client has gone")
+        return tasks[0].result()  # type: ignore[return-value]
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+class Events(StreamingResponse):
+    """Server-sent events, with what is to be done at their end, however they end."""
+
+    def __init__(self, events: Any, close: Callable[[], None]) -> None:
+        """Takes the events, an asynchronous iterator of texts."""
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._close = close
+
+    async def __call__(self, *args: Any) -> None:
+        """Sends them."""
+        try:
+            await super().__call__(*args)
+        finally:
+            self._close()

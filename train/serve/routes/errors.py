@@ -1,0 +1,77 @@
+"""Errors that a client gets: JSON of OpenAI's form, and never a traceback."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from train.serve.requests import RequestError
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class HttpError(Exception):
+    """A request that is refused.
+
+    Attributes:
+      status: status of HTTP.
+      param: the field that is wrong.
+      code: code as OpenAI has it, such as "model_not_found".
+      headers: headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Takes what to tell the client."""
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        server = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = _TYPES.get(self.status, server)
+        said = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": said}
+
+
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Returns JSON in ASCII: texts may hold halves of characters, which UTF-8 cannot write."""
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def as_http_error(error: BaseException) -> HttpError:
+    """Returns what to tell a client of an error; nothing of the server's own failures."""
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, RequestError):
+        return HttpError(400, str(error))
+    if isinstance(error, HTTPException):
+        return HttpError(error.status_code, error.detail, headers=error.headers)
+    if isinstance(error, RecursionError):
+        return HttpError(400, "the body has lists in lists, or objects in objects, without end")
+    return HttpError(500, "the server failed at this request; its log says why")
+
+
+async def handle(request: Request, error: Exception) -> Response:
+    """Answers an error; an exception handler of Starlette's."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    found = as_http_error(error)
+    return json_response(found.content, found.status, found.headers)
+
+
+_KINDS = (HttpError, RequestError, HTTPException, RecursionError, ClientDisconnect, Exception)
+HANDLERS: dict[Any, Any] = dict.fromkeys(_KINDS, handle)

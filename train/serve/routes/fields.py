@@ -1,0 +1,208 @@
+"""The fields of a request for completions, read as a `Sample` that lacks its prompt alone."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+
+from lora_jax.training.data.rows import check_text, shown
+from lora_jax.training.errors import TrainingError
+from train.serve.requests import TOP, Facts, Sample
+from train.serve.routes.errors import HttpError
+
+_MOST = 128  # completions of a prompt
+_STOPS = 16
+_SEEDS = 2**63
+
+# Fields of OpenAI's and of vLLM's that would change the answer, and are not supported: by name, the
+# values that change nothing, besides null.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("functions", "bad_words"), ([],)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
+    **dict.fromkeys(("use_beam_search", "continue_final_message"), (False,)),
+    **dict.fromkeys(("parallel_tool_calls", "add_generation_prompt"), (True,)),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "suffix": ("",),
+    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity"), ()),
+    **dict.fromkeys(("web_search_options", "prompt_embeds", "structured_outputs"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+}
+_INSTEAD = {
+    "functions": "give `tools`",
+    "reasoning_effort": "give what the chat template reads as `chat_template_kwargs`",
+}
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    """Returns the JSON object of a body; raises HttpError where there is none."""
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise HttpError(400, "the body is no JSON: send an object of fields") from None
+    if not isinstance(body, dict):
+        raise HttpError(400, f"the body is {shown(body)}: send an object of fields")
+    return body
+
+
+def wrong(name: str, value: Any, needed: str, code: str | None = None) -> HttpError:
+    """Returns the refusal of a field."""
+    return HttpError(400, f"`{name}` is {shown(value)}: {needed}", param=name, code=code)
+
+
+def text_of(body: Mapping[str, Any], name: str) -> str:
+    """Returns a field that has to be a text."""
+    value = body.get(name)
+    if not isinstance(value, str) or not value:
+        raise wrong(name, value, "a text is needed")
+    return value
+
+
+def flag_of(body: Mapping[str, Any], name: str) -> bool:
+    """Returns a field that is true or false; false without it."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(name, value, "true or false is needed")
+    return bool(value)
+
+
+def whole(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+    """Returns a field that is a whole number of a range, or None."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise wrong(name, value, f"a whole number from {least} to {most} is needed")
+    return value
+
+
+def real(body: Mapping[str, Any], name: str, default: float, most: float) -> float:
+    """Returns a field that is a number from 0 on."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise wrong(name, value, f"a number from 0 to {most:g} is needed")
+    return float(value)
+
+
+def check_supported(body: Mapping[str, Any]) -> None:
+    """Raises HttpError for a field that would change the answer, and has no effect here."""
+    for name, neutral in _NEUTRAL.items():
+        value = body.get(name)
+        if value is not None and value not in neutral:
+            instead = _INSTEAD.get(name, "leave it out")
+            raise wrong(name, value, f"this is not supported; {instead}")
+
+
+def read_sample(
+    body: Mapping[str, Any], facts: Facts, *, max_tokens: int | None, least: int = 1
+) -> Sample:
+    """Returns what a request asks for, of the base and with an empty prompt.
+
+    Args:
+      body: the fields that chats and plain completions share.
+      facts: the engine's.
+      max_tokens: default of the number of tokens.
+      least: smallest number of tokens; 0 where the prompt itself is scored.
+
+    Raises:
+      HttpError: a field is wrong, or is not supported.
+    """
+    check_supported(body)
+    longest = [whole(body, x, least, 1 << 30) for x in ("max_completion_tokens", "max_tokens")]
+    given = next((x for x in longest if x is not None), max_tokens)
+    n = whole(body, "n", 1, _MOST) or 1
+    if (best := whole(body, "best_of", 1, _MOST)) not in (None, n):
+        raise wrong("best_of", best, "completions are not compared here; give the value of `n`")
+    top_p = real(body, "top_p", 1.0, 1.0)
+    if top_p == 0:
+        raise wrong("top_p", 0, "a number above 0 is needed; `temperature` 0 is greedy")
+    seed = whole(body, "seed", -_SEEDS, _SEEDS)
+    ends = set() if flag_of(body, "ignore_eos") else set(facts.eos)
+    return Sample(
+        adapter=None,
+        prompt=(),
+        n=n,
+        max_tokens=given,
+        temperature=real(body, "temperature", 1.0, 2.0),
+        top_k=whole(body, "top_k", -1, facts.vocab_size) or -1,
+        top_p=top_p,
+        seed=None if seed is None else seed % 2**32,
+        stop_ids=frozenset(
+            ends | {*_ids(body.get("stop_token_ids") or [], "stop_token_ids", facts)}
+        ),
+        stop=_stops(body.get("stop")),
+    )
+
+
+def with_prompt(sample: Sample, prompt: list[int], facts: Facts) -> Sample:
+    """Returns a sample of a prompt; raises HttpError if the two are too long, or it is empty."""
+    if not prompt:
+        raise HttpError(400, "the prompt has no token: give a text", param="prompt")
+    if (n := len(prompt)) + (
+        sample.max_tokens or int(sample.max_tokens is None)
+    ) > facts.max_length:
+        asked = "" if sample.max_tokens is None else f" and {sample.max_tokens:,} are to be drawn"
+        raise HttpError(
+            400,
+            f"the prompt has {n:,} tokens{asked}; the model is served with {facts.max_length:,} at "
+            "most for both: give a shorter prompt, or a smaller `max_tokens`",
+            param="max_tokens" if n < facts.max_length else "prompt",
+            code="context_length_exceeded",
+        )
+    return dataclasses.replace(sample, prompt=prompt)
+
+
+def read_prompts(body: Mapping[str, Any], facts: Facts) -> list[str | list[int]]:
+    """Returns the prompts of `prompt`: a text or token ids, or a list of such."""
+    given = body.get("prompt")
+    if isinstance(given, str):
+        return [given]
+    needed = "a text, a list of token ids, or a list of such is needed"
+    if not isinstance(given, list) or not given:
+        raise wrong("prompt", given, needed)
+    if all(isinstance(one, int) for one in given):
+        return [_ids(given, "prompt", facts)]
+    for one in given:
+        if not isinstance(one, str | list):
+            raise wrong("prompt", given, needed)
+    return [one if isinstance(one, str) else _ids(one, "prompt", facts) for one in given]
+
+
+def read_top(body: Mapping[str, Any]) -> int | None:
+    """Returns the alternatives that a chat wants for each token; None for no log-probabilities."""
+    top = whole(body, "top_logprobs", 0, TOP)
+    if flag_of(body, "logprobs"):
+        return top or 0
+    if top is not None:
+        raise wrong("top_logprobs", top, "set `logprobs` to true, too")
+    return None
+
+
+def _ids(given: Any, name: str, facts: Facts) -> list[int]:
+    if not isinstance(given, list):
+        raise wrong(name, given, "a list of token ids is needed")
+    for one in given:
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < facts.vocab_size:
+            raise wrong(name, one, f"ids from 0 to {facts.vocab_size - 1} are needed")
+    return given
+
+
+def _stops(given: Any) -> tuple[str, ...]:
+    stops = [given] if isinstance(given, str) else given or []
+    if not isinstance(stops, list) or len(stops) > _STOPS:
+        raise wrong("stop", given, f"a text, or a list of {_STOPS} at most, is needed")
+    for stop in stops:
+        if not isinstance(stop, str) or not stop:
+            raise wrong("stop", stop, "texts that are not empty are needed")
+    try:
+        check_text("".join(stops), "`stop`")
+    except TrainingError as error:
+        raise HttpError(400, str(error), param="stop") from None
+    return tuple(stops)

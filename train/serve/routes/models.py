@@ -1,0 +1,179 @@
+"""The names that `model` may have: the base, adapters by name or folder, and checkpoints."""
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from train.serve.requests import Serving
+from train.serve.routes.access import Access, owner_of
+from train.serve.routes.draws import done_of
+from train.serve.routes.errors import HttpError, json_response
+from train.serve.routes.fields import read_body, text_of, wrong
+
+_NAME = re.compile(r"\w[\w.-]{0,127}")  # no name leaves its folder
+_TINKER = "tinker://"
+_OF_ADAPTERS = ("adapter", "adapter_config.json", "lora", "best")  # one is in such a folder
+
+# A tinker:// path and an owner: the engine's name of the adapter, and its folder.
+Resolve = Callable[[str, str], tuple[str, Path] | None]
+Owns = Callable[[str, str], bool]  # an owner and the name of a tenant, or of its adapter
+
+
+class Models:
+    """Finds the adapters that an owner may use, and loads them."""
+
+    def __init__(
+        self,
+        engine: Serving,
+        access: Access,
+        *,
+        folder: Path | None = None,
+        resolve: Resolve = lambda path, owner: None,
+        owns: Owns = lambda owner, name: True,
+    ) -> None:
+        """Keeps what it asks.
+
+        Args:
+          engine: the engine.
+          access: whether there are keys.
+          folder: that of --adapters.
+          resolve: returns the engine's name of a checkpoint, and its folder; None where the owner
+            has no such one. It is called in a thread.
+          owns: tells whether an owner may see an adapter that the engine knows.
+        """
+        self._engine, self._keyed, self._folder = engine, access.keyed, folder
+        self._resolve, self._owns = resolve, owns
+        self._loaded: dict[str, dict[str, Path]] = {}  # folders, by owner and the client's name
+        self._lock = asyncio.Lock()  # one adapter is read at a time
+        self._created = int(time.time())
+
+    def routes(self) -> list[Route]:
+        """Returns the routes about models."""
+        return [
+            Route("/v1/models", self._list),
+            Route("/v1/models/{name:path}", self._one),
+            Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
+        ]
+
+    async def find(self, model: str, owner: str) -> str | None:
+        """Returns the engine's name of an adapter, which it reads if need be; None for the base.
+
+        Args:
+          model: the client's name: also `base;tinker://…`, as Tinker's own server takes it.
+          owner: who asks.
+
+        Raises:
+          HttpError: the owner has no such model.
+          RequestError: it cannot be read.
+        """
+        if model == self._engine.facts.model:
+            return None
+        found: tuple[str, Path | None] | None = None
+        path = model.removeprefix(f"{self._engine.facts.model};")
+        if path.startswith(_TINKER):
+            found = await run_in_threadpool(self._resolve, path, owner)
+        elif model in self._loaded.get(owner, {}):
+            found = self._named(owner, model), self._loaded[owner][model]
+        elif (folder := self._folders().get(model)) is not None:
+            found = model, folder
+        elif self._engine.knows(model) and self._owns(owner, model):
+            found = model, None
+        if found is None:
+            raise HttpError(
+                404,
+                f"there is no model {model!r}: /v1/models lists those that there are",
+                param="model",
+                code="model_not_found",
+            )
+        name, place = found
+        if place is not None and not self._engine.knows(name):
+            async with self._lock:
+                if not self._engine.knows(name):
+                    await self._adopt(name, place)
+        return name
+
+    async def _adopt(self, name: str, folder: Path) -> None:
+        await done_of(lambda done: self._engine.adopt(name, folder, done))
+
+    def _named(self, owner: str, name: str) -> str:
+        """Returns the engine's name of an adapter that an owner loaded: owners share no names."""
+        return f"{owner}:{name}" if self._keyed else name
+
+    def _folders(self) -> dict[str, Path]:
+        """Returns the adapters' and runs' folders beneath --adapters, by name."""
+        found = sorted(self._folder.iterdir()) if self._folder is not None else []
+        named = {path.name: path for path in found if _NAME.fullmatch(path.name)}
+        return {
+            name: path
+            for name, path in named.items()
+            if any((path / inside).exists() for inside in _OF_ADAPTERS)
+        }
+
+    def _names(self, owner: str) -> list[str]:
+        """Returns the names that there are for an owner."""
+        loaded = {self._named(one, name) for one, names in self._loaded.items() for name in names}
+        others = [name for name in self._engine.status().adapters if name not in loaded]
+        own = [name for name in others if self._owns(owner, name)]
+        shared = [self._engine.facts.model, *self._folders()]
+        return [*dict.fromkeys([*shared, *self._loaded.get(owner, {}), *own])]
+
+    def _about(self, name: str) -> dict[str, Any]:
+        base = self._engine.facts.model
+        known = {"id": name, "object": "model", "created": self._created, "owned_by": "lora_jax"}
+        return known | {
+            "root": name,
+            "parent": None if name == base else base,
+            "max_model_len": self._engine.facts.max_length,
+        }
+
+    async def _list(self, request: Request) -> Response:
+        names = self._names(owner_of(request))
+        return json_response({"object": "list", "data": [self._about(name) for name in names]})
+
+    async def _one(self, request: Request) -> Response:
+        name, owner = request.path_params["name"], owner_of(request)
+        if name not in self._names(owner):
+            await self.find(name, owner)  # a checkpoint, perhaps
+        return json_response(self._about(name))
+
+    async def _load(self, request: Request) -> Response:
+        body, owner = await read_body(request), owner_of(request)
+        name, path = text_of(body, "lora_name"), self._inside(text_of(body, "lora_path"))
+        if not _NAME.fullmatch(name):
+            raise wrong("lora_name", name, "letters, digits, and . - _ within are needed")
+        async with self._lock:
+            known = self._engine.knows(self._named(owner, name))
+            if known or name in self._names(owner):
+                raise wrong("lora_name", name, "there is one already; unload it, or take another")
+            await self._adopt(self._named(owner, name), path)
+            self._loaded.setdefault(owner, {})[name] = path
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    def _inside(self, given: str) -> Path:
+        """Returns the folder of an adapter; with keys, one beneath --adapters."""
+        path = ((self._folder or Path()) / Path(given).expanduser()).resolve()
+        if self._keyed and not (self._folder and path.is_relative_to(self._folder.resolve())):
+            raise wrong("lora_path", given, "a folder beneath --adapters of the server is needed")
+        if not path.is_dir():
+            raise wrong("lora_path", given, "there is no such folder")
+        return path
+
+    async def _unload(self, request: Request) -> Response:
+        body, owner = await read_body(request), owner_of(request)
+        name = text_of(body, "lora_name")
+        mine = self._loaded.get(owner, {})
+        shared = not self._keyed and name in self._folders() and self._engine.knows(name)
+        if name not in mine and not shared:
+            raise HttpError(404, f"there is no adapter {name!r} that you loaded", param="lora_name")
+        mine.pop(name, None)
+        self._engine.drop(self._named(owner, name))
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

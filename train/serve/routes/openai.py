@@ -1,0 +1,221 @@
+"""OpenAI's API: chats and completions, whole or as they are drawn."""
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lora_jax.training.errors import TrainingError
+from train.serve.requests import TOP, Drawn, Piece, Sample, Serving
+from train.serve.routes.access import owner_of
+from train.serve.routes.answers import (
+    ChatForm,
+    Choice,
+    Said,
+    TextForm,
+    echoed,
+    joined,
+    usage_of,
+)
+from train.serve.routes.chat import prompt_of, tools_of
+from train.serve.routes.draws import Draws, Events, unless_gone
+from train.serve.routes.errors import HttpError, as_http_error, json_response
+from train.serve.routes.fields import (
+    flag_of,
+    read_body,
+    read_prompts,
+    read_sample,
+    read_top,
+    text_of,
+    whole,
+    with_prompt,
+    wrong,
+)
+from train.serve.routes.models import Models
+from train.serve.routes.text import Tokens
+
+_AT_ONCE = 1024  # completions of a request at most
+_LENGTH = 16  # tokens of a plain completion that asks for no number, as at OpenAI's
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request that was read.
+
+    Attributes:
+      model: the client's name of it.
+      samples: what to draw, a prompt each.
+      form: form of the answer.
+      tools: whether an answer may call tools.
+      echo: whether prompts begin their completions.
+      stream: whether the answer comes in parts.
+      usage: whether a stream ends with the numbers of tokens.
+    """
+
+    model: str
+    samples: list[Sample]
+    form: ChatForm | TextForm
+    tools: bool = False
+    echo: bool = False
+    stream: bool = False
+    usage: bool = False
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The fields that all parts of an answer begin with."""
+        kind = self.form.part_kind if self.stream else self.form.whole_kind
+        name = f"{self.form.prefix}{uuid.uuid4().hex}"
+        return {"id": name, "object": kind, "created": int(time.time()), "model": self.model}
+
+
+class OpenAI:
+    """The routes, over one engine."""
+
+    def __init__(self, engine: Serving, tokens: Tokens, models: Models) -> None:
+        """Keeps what answers."""
+        self._engine, self._tokens, self._models = engine, tokens, models
+
+    def routes(self) -> list[Route]:
+        """Returns the routes."""
+        return [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            *self._models.routes(),
+        ]
+
+    async def _chat(self, request: Request) -> Response:
+        body = await read_body(request)
+        sample, top = await self._sample(request, body, None), read_top(body)
+        prompt = await run_in_threadpool(
+            prompt_of, body, self._tokens, self._engine.facts.max_length
+        )
+        sample = dataclasses.replace(sample, top=top or 0)
+        return await self._answer(
+            request,
+            Asked(
+                body["model"],
+                [with_prompt(sample, prompt, self._engine.facts)],
+                ChatForm(self._tokens, top is not None),
+                tools=tools_of(body) is not None,
+                **_streaming(body),
+            ),
+        )
+
+    async def _complete(self, request: Request) -> Response:
+        body, facts = await read_body(request), self._engine.facts
+        prompts, echo = read_prompts(body, facts), flag_of(body, "echo")
+        sample = await self._sample(request, body, _LENGTH, least=int(not echo))
+        top = whole(body, "logprobs", 0, TOP)
+        if len(prompts) * sample.n > _AT_ONCE:
+            raise HttpError(400, f"{_AT_ONCE} completions at once are the most: send fewer prompts")
+        if echo and top is not None and body.get("stream"):
+            raise wrong("stream", True, "`echo` with `logprobs` comes whole: leave it out")
+        scored = echo and top is not None
+        sample = dataclasses.replace(
+            sample, prompt_logprobs=scored, top_prompt=scored * (top or 0), top=top or 0
+        )
+        ids = await run_in_threadpool(self._ids, prompts)
+        return await self._answer(
+            request,
+            Asked(
+                body["model"],
+                [with_prompt(sample, one, facts) for one in ids],
+                TextForm(self._tokens, top),
+                echo=echo,
+                **_streaming(body),
+            ),
+        )
+
+    async def _sample(
+        self, request: Request, body: Any, max_tokens: int | None, least: int = 1
+    ) -> Sample:
+        sample = read_sample(body, self._engine.facts, max_tokens=max_tokens, least=least)
+        adapter = await self._models.find(text_of(body, "model"), owner_of(request))
+        return dataclasses.replace(sample, adapter=adapter)
+
+    def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        try:
+            most = self._engine.facts.max_length
+            return [self._tokens.ids(one, most) if isinstance(one, str) else one for one in prompts]
+        except TrainingError as error:
+            raise HttpError(400, str(error), param="prompt") from None
+
+    async def _answer(self, request: Request, asked: Asked) -> Response:
+        draws = Draws(self._engine, asked.samples, pieces=asked.stream)
+        try:
+            if not asked.stream:
+                drawn = await unless_gone(request, draws.all())
+                return json_response(await run_in_threadpool(self._whole, asked, drawn))
+            first = await unless_gone(request, draws.next())  # an error of the request's comes here
+        except BaseException:
+            draws.close()
+            raise
+        return Events(self._events(asked, draws, first), draws.close)
+
+    def _whole(self, asked: Asked, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for sample, one in zip(asked.samples, drawn, strict=True):
+            prompt = echoed(self._tokens, sample, one) if asked.echo else Said()
+            for completion in one.completions:
+                said = Choice(self._tokens, sample, tools=asked.tools).end(completion)
+                choices.append(asked.form.whole(len(choices), joined(prompt, said)))
+        return {**asked.head, "choices": choices, "usage": usage_of(asked.samples, drawn)}
+
+    async def _events(
+        self, asked: Asked, draws: Draws, item: tuple[int, Piece | Drawn]
+    ) -> AsyncIterator[str]:
+        """Yields the events of a stream; `item` is the first that came of its samples."""
+        head = asked.head | ({"usage": None} if asked.usage else {})
+
+        def event(choice: dict[str, Any]) -> str:
+            return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+
+        n, choices, drawn = asked.samples[0].n, [], []
+        for k, sample in enumerate(asked.samples):
+            prompt = echoed(self._tokens, sample, None) if asked.echo else Said()
+            for i in range(n):
+                choices.append(Choice(self._tokens, sample, tools=asked.tools))
+                if begun := asked.form.begin(k * n + i):
+                    yield event(begun)
+                if prompt.text:
+                    yield event(asked.form.part(k * n + i, prompt))
+        try:
+            while True:
+                k, came = item
+                if isinstance(came, Piece):
+                    said = choices[k * n + came.index].add(came)
+                    if said.text or said.calls or said.entries:
+                        yield event(asked.form.part(k * n + came.index, said))
+                else:
+                    drawn.append(came)
+                    for i, completion in enumerate(came.completions):
+                        said = choices[k * n + i].end(completion)
+                        yield event(asked.form.part(k * n + i, said))
+                if not draws.left:
+                    break
+                item = await draws.next()
+        except Exception as error:
+            told = as_http_error(error)
+            yield f"data: {json.dumps(told.content)}\n\n"
+            if told.status >= 500:
+                raise  # for the log
+            return
+        if asked.usage:
+            usage = usage_of(asked.samples, drawn)
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+def _streaming(body: dict[str, Any]) -> dict[str, bool]:
+    """Returns whether an answer comes in parts, and whether it ends with the usage."""
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise wrong("stream_options", options, "an object is needed")
+    return {"stream": flag_of(body, "stream"), "usage": flag_of(options, "include_usage")}

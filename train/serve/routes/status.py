@@ -1,0 +1,111 @@
+"""The state of a server: a page, its numbers as JSON, and Prometheus' metrics."""
+
+from importlib.resources import files
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from train.serve.requests import Serving, TenantStatus
+from train.serve.routes.access import Access, owner_of
+from train.serve.routes.errors import json_response
+from train.serve.routes.models import Owns
+
+_PAGE = files("train.serve.routes").joinpath("status.html").read_text(encoding="utf-8")
+_COUNTERS = {
+    "prompt_tokens": "Tokens of prompts that were read.",
+    "drawn_tokens": "Tokens that were drawn.",
+    "trained_tokens": "Tokens that were trained on.",
+    "compiled": "Programs that were compiled.",
+}
+_GAUGES = {
+    "waiting": "Samples that wait for a place.",
+    "drawing": "Completions that are being drawn.",
+    "base_size": "Bytes of the base on the device.",
+}
+_OF_TENANTS = {
+    "steps": ("counter", "Updates that a tenant took."),
+    "seconds": ("counter", "Seconds of the engine's time that a tenant had."),
+    "size": ("gauge", "Bytes of a tenant's arrays on the device."),
+    "queued": ("gauge", "Commands of a tenant that wait."),
+}
+
+
+class StatusRoutes:
+    """The routes; with keys, an owner sees only the tenants that are the owner's."""
+
+    def __init__(self, engine: Serving, access: Access, owns: Owns) -> None:
+        """Keeps what it asks."""
+        self._engine, self._access, self._owns = engine, access, owns
+
+    def routes(self) -> list[Route]:
+        """Returns the routes."""
+        return [
+            Route("/", self._page),
+            Route("/status.json", self._json),
+            Route("/metrics", self._metrics),
+            Route("/healthz", self._healthz),
+        ]
+
+    async def _page(self, request: Request) -> Response:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+        headers = {"Content-Security-Policy": f"{policy}; connect-src 'self'"}
+        return HTMLResponse(_PAGE, headers=headers)
+
+    async def _healthz(self, request: Request) -> Response:
+        return json_response({"status": "draining" if self._access.draining else "ok"})
+
+    def _seen(self, owner: str) -> tuple[dict[str, Any], dict[str, TenantStatus]]:
+        """Returns the server's numbers, and an owner's tenants."""
+        status, facts = self._engine.status(), self._engine.facts
+        numbers = {name: getattr(status, name) for name in (*_COUNTERS, *_GAUGES)}
+        numbers |= {"model": facts.model, "sequences": facts.sequences, "slots": facts.slots}
+        tenants = {n: one for n, one in status.tenants.items() if self._owns(owner, n)}
+        return numbers, tenants
+
+    async def _json(self, request: Request) -> Response:
+        numbers, tenants = self._seen(owner_of(request))
+        told = {
+            name: {
+                "rank": one.spec.rank,
+                "losses": [[step, _number(loss)] for step, loss in one.losses],
+                **{field: getattr(one, field) for field in _OF_TENANTS},
+            }
+            for name, one in tenants.items()
+        }
+        return json_response({**numbers, "tenants": told})
+
+    async def _metrics(self, request: Request) -> Response:
+        numbers, tenants = self._seen(owner_of(request))
+        lines: list[str] = []
+        for name, about in (_COUNTERS | _GAUGES).items():
+            kind = "counter" if name in _COUNTERS else "gauge"
+            metric = _begun(lines, name, kind, about)
+            lines.append(f"{metric} {numbers[name]}")
+        for name, (kind, about) in _OF_TENANTS.items():
+            metric = _begun(lines, f"tenant_{name}", kind, about)
+            for tenant, one in tenants.items():
+                lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {getattr(one, name)}')
+        metric = _begun(lines, "tenant_loss", "gauge", "Loss of a tenant's latest step.")
+        for tenant, one in tenants.items():
+            if one.losses:
+                lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {one.losses[-1][1]}')
+        text = "\n".join([*lines, ""])
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+
+def _begun(lines: list[str], name: str, kind: str, about: str) -> str:
+    """Appends the head of a metric; returns its name."""
+    metric = f"lora_jax_{name}{'_total' * (kind == 'counter')}"
+    lines += [f"# HELP {metric} {about}", f"# TYPE {metric} {kind}"]
+    return metric
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _number(value: float) -> float | None:
+    """Returns a number that JSON can hold; None for one that it cannot."""
+    return value if abs(value) < float("inf") else None

@@ -1,0 +1,176 @@
+"""Tokens as text: of single ones, and of a completion while it grows."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import pre_tokenizers
+
+from lora_jax.training.data.rows import check_text
+from lora_jax.training.errors import TrainingError
+
+CUT = "\ufffd"  # stands for a character whose bytes are not all there
+_HELD = 32  # tokens that may wait for the end of a character
+_LEAST = -9999.0  # what OpenAI's API writes for a log-probability of -inf
+
+
+class Tokens:
+    """A tokenizer, as the routes use it; by several threads at once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Takes transformers' fast tokenizer."""
+        self.tokenizer = tokenizer
+        self._core = tokenizer.backend_tokenizer
+        self._added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        decoder = self._core.decoder
+        by_bytes = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        self._bytes_of = _byte_level() if by_bytes else {}
+        self.of = lru_cache(1 << 16)(self._of)
+        self._longest = max(map(len, tokenizer.get_vocab()))
+        self.ids("", 0)  # the first call may change the tokenizer: here, no other thread has it
+
+    def ids(self, text: str, most: int, *, special: bool = True) -> list[int]:
+        """Returns the tokens of a text.
+
+        Args:
+          text: the text.
+          most: the most tokens that are of use: a text that has more in any case costs no time.
+          special: adds those with which texts begin or end.
+
+        Raises:
+          TrainingError: the text is too long, or holds half of a character.
+        """
+        if len(text) > most * self._longest:
+            raise TrainingError(
+                f"the prompt has {len(text):,} characters, more than {most:,} tokens can have: "
+                "give a shorter one"
+            )
+        check_text(text, "the prompt")
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+    def text(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Returns the text of tokens, with or without special ones."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=not special)
+        return text
+
+    def _of(self, token: int) -> bytes:
+        """Returns the bytes that a token stands for."""
+        piece = self._added.get(token)
+        if piece is None:
+            piece = self._core.id_to_token(token) or ""
+            if self._bytes_of:
+                return bytes(self._bytes_of.get(char, 63) for char in piece)
+            if len(piece) == 6 and piece.startswith("<0x"):  # a byte that is no piece's
+                return bytes([int(piece[3:5], 16)])
+            piece = piece.replace("▁", " ")
+        return piece.encode()
+
+
+def _byte_level() -> dict[str, int]:
+    """Returns the bytes by the characters that stand for them in byte-level vocabularies.
+
+    Printable characters stand for themselves; the other bytes, in their order, have those from 256.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    own = {char: ord(char) for char in alphabet if ord(char) < 256}
+    others = sorted({*range(256)} - {*own.values()})
+    return own | dict(zip(alphabet[len(own) :], others, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A token in a text.
+
+    Attributes:
+      token: its id.
+      logprob: None for the first of a prompt.
+      top: the most likely tokens there with their log-probabilities, or None.
+      start: the place in the text where the token begins.
+    """
+
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]] | None
+    start: int
+
+
+class Text:
+    """The text of tokens as they come; what was given out is never taken back.
+
+    It ends before a text of `stop`. What may become part of one is held back, and so are the bytes
+    of an incomplete character.
+
+    Attributes:
+      length: characters that were given out.
+      stopped: whether a text of `stop` was found.
+    """
+
+    def __init__(self, tokens: Tokens, stop: Sequence[str] = (), *, special: bool = False) -> None:
+        """Begins a text; `special` shows special tokens."""
+        self.length, self.stopped = 0, False
+        self._tokens, self._stop, self._special = tokens, tuple(stop), special
+        self._ids: list[int] = []  # those given out last, as the context of the next, and the rest
+        self._known = 0  # those given out, of these
+        self._held = ""  # decoded, and not given out
+        self._entries: list[Entry] = []  # of tokens whose text is not given out
+
+    def add(
+        self,
+        token: int,
+        logprob: float | None = None,
+        top: Iterable[tuple[int, float]] | None = None,
+    ) -> tuple[str, list[Entry]]:
+        """Takes a token; returns what can be given out now."""
+        if self.stopped:
+            return "", []
+        listed = None if top is None else [(int(i), finite(x)) for i, x in top]
+        start = self.length + len(self._held)
+        self._entries.append(Entry(token, logprob, listed, start))
+        self._ids.append(token)
+        new = self._decoded()
+        if new.endswith(CUT) and len(self._ids) - self._known < _HELD:
+            return "", []
+        return self._given(new)
+
+    def end(self) -> tuple[str, list[Entry]]:
+        """Returns what was held back, once no more tokens come."""
+        if self.stopped:
+            return "", []
+        return self._given(self._decoded(), last=True)
+
+    def _decoded(self) -> str:
+        """Returns the text since the tokens that were given out last."""
+        before = self._tokens.text(self._ids[: self._known], special=self._special)
+        return self._tokens.text(self._ids, special=self._special)[len(before) :]
+
+    def _given(self, new: str, *, last: bool = False) -> tuple[str, list[Entry]]:
+        if new:
+            self._ids = self._ids[self._known :]
+            self._known = len(self._ids)
+        text = self._held + new
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        self.stopped = bool(found)
+        kept = min(found) if found else len(text) - (0 if last else beginning(text, self._stop))
+        self._held = text[kept:]
+        self.length += kept
+        whole = last and not found
+        given = [one for one in self._entries if whole or one.start < self.length]
+        self._entries = self._entries[len(given) :]
+        return text[:kept], given
+
+
+def beginning(text: str, marks: Iterable[str]) -> int:
+    """Returns the length of the longest end of a text that begins one of some marks."""
+    return max(
+        (n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0
+    )
+
+
+def finite(logprob: float) -> float:
+    """Returns a log-probability that JSON can hold."""
+    return float(logprob) if math.isfinite(logprob) else _LEAST
