@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.serve.ledger import DONE, FAILED, LOGGED, REFUSED, Ledger, Row
+from train.serve.ledger import DONE, LOGGED, REFUSED, Ledger, Row
 from train.serve.requests import (
     AdapterSpec,
     Command,
@@ -106,6 +106,10 @@ class Turns:
         """Notes the results that there are, and stops."""
         self._writer.shutdown()
 
+    def name(self, folder: Path | str) -> str:
+        """Returns the name by which the engine knows the adapter in a folder."""
+        return str(Path(folder).relative_to(self.folder))
+
     def place(self, room: str, model: str) -> Path:
         """Returns a model's folder in a room: states, snapshots or checkpoints."""
         return self.folder / room / model.replace(":", "-")
@@ -121,7 +125,7 @@ class Turns:
         """Commits a command, and hands over those whose turn has come.
 
         Args:
-          model: the tenant; the ledger knows it.
+          model: the tenant; the ledger knows it, or `prepare` adds it for number 0.
           seq: its number.
           kind: its name.
           payload: what `read` makes it from.
@@ -142,11 +146,9 @@ class Turns:
                 if row["state"] == REFUSED:
                     raise RequestError(json.loads(row["answer"])["error"])
                 return f"{model}:{seq}"
-            turn = self._turns.get(model)
-            if turn is None:
-                if seq != 0 or self._ledger.model(model)["ended"]:  # type: ignore[index]
-                    raise RequestError(f"{model} is unloaded: load its last checkpoint")
-                turn = self._turns[model] = _Turn(0)
+            turn = self._turns.get(model, _Turn(0))
+            if seq != 0 and model not in self._turns:
+                raise RequestError(f"{model} is unloaded: load its last checkpoint")
             if not turn.next <= seq <= turn.next + _AHEAD:
                 raise RequestError(f"seq_id {seq} is out of order: the next one is {turn.next}")
             fills = seq == turn.next and turn.waiting  # refused, it would block those that wait
@@ -154,8 +156,10 @@ class Turns:
                 raise Busy(f"{model} has {turn.unfinished} commands without an answer")
             refusal = None
             try:
-                command, folder, target = prepare()
-                self._ledger.log(model, seq, kind, payload, folder, target)
+                with self._ledger.transaction():
+                    command, folder, target = prepare()
+                    self._ledger.log(model, seq, kind, payload, folder, target)
+                self._turns[model] = turn
             except RequestError as error:
                 refusal, command = error, None
                 self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
@@ -257,7 +261,8 @@ class Turns:
 
     def _note(self, row: Row, result: Any) -> None:
         model = self._ledger.model(row["model"])
-        assert model is not None
+        if model is None or row["state"] != LOGGED:
+            return  # it has its answer, and was executed again
         failed = isinstance(result, Exception)
         if failed and not isinstance(result, RequestError):
             _log.error("%s %s failed", row["model"], row["seq"], exc_info=result)
@@ -281,8 +286,7 @@ class Turns:
                 if session is None or session["ended"]:
                     stale.extend(self._ledger.end_session(model["session"]))
         for one in filter(None, stale):
-            self._engine.drop(target)
-            shutil.rmtree(one["folder"], ignore_errors=True)
+            self._remove(one["folder"])
 
     def _saved(self, row: Row, folder: Path, turn: _Turn, result: Any) -> None:
         """Takes a saved state for the one to start from, if it has no gradient besides."""
@@ -303,7 +307,7 @@ class Turns:
             if turn is None:
                 return
             gone = RequestError(f"{model} was unloaded")
-            for seq, (row, command) in turn.waiting.items():
+            for row, command in turn.waiting.values():
                 if command is not None:
                     self._later(self._finish, row, command, None, gone)
             self._ledger.end_model(model)
@@ -316,14 +320,16 @@ class Turns:
         for model in self._ledger.models_of(session):
             self.leave(model["id"])
         for sampler in self._ledger.end_session(session):
-            self._engine.drop(sampler["id"])
-            shutil.rmtree(sampler["folder"], ignore_errors=True)
+            self._remove(sampler["folder"])
 
     def delete(self, checkpoint: Row) -> None:
         """Removes a checkpoint."""
         self._ledger.drop_checkpoint(checkpoint["path"])
-        self._engine.drop(checkpoint["path"])
-        shutil.rmtree(checkpoint["folder"], ignore_errors=True)
+        self._remove(checkpoint["folder"])
+
+    def _remove(self, folder: str) -> None:
+        self._engine.drop(self.name(folder))
+        shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self, idle: float = 3600.0, keep: float = 3600.0) -> None:
         """Removes what is over; call it every minute or so.

@@ -27,7 +27,12 @@ from train.serve.routes.messages import (
 
 MOST_BYTES = 64 * 2**20  # of a body, and of the arrays that it stands for
 # The types of tensors by their numbers on the wire; bf16 is read as its bits.
-_TYPES = {1: np.dtype("<f4"), 2: np.dtype("<i8"), 3: np.dtype("<i4"), 4: np.dtype("<u2")}
+_TYPES: dict[int, np.dtype] = {
+    1: np.dtype("<f4"),
+    2: np.dtype("<i8"),
+    3: np.dtype("<i4"),
+    4: np.dtype("<u2"),
+}
 _F32, _BF16 = 1, 4
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 _CONFIG = {"ppo": _CLIP, "cispo": _CLIP, "gspo": _CLIP, "dro": ("beta",)}
