@@ -113,6 +113,16 @@ class FakeEngine:
         """Ends the thread, once what is queued is done."""
         self._jobs.put(None)
 
+    def wait(self):
+        """Waits until what is queued now is done; then nothing is, unless that queued more."""
+        while not self._jobs.empty() or not self._idle():
+            pass
+
+    def _idle(self):
+        reached = threading.Event()
+        self._jobs.put(reached.set)
+        return reached.wait() and self._jobs.empty()
+
     def step(self, count=1):
         """Executes some of what is queued; returns how many there were."""
         for done in range(count):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import threading
 import time
 from collections import Counter, deque
@@ -20,10 +21,10 @@ _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
 @dataclasses.dataclass
 class _Promise:
-    """A result that is kept in memory alone: of a sample."""
+    """A result that is kept in memory alone; `write` makes protobuf of it, else it is JSON."""
 
     owner: str
-    write: Callable[[Any], bytes]
+    write: Callable[[Any], bytes] | None
     result: Any = None
 
 
@@ -49,13 +50,13 @@ class Futures:
         """Returns how many of an owner's samples have no result."""
         return self._pending[owner]
 
-    def open(self, request: str, owner: str, write: Callable[[Any], bytes]) -> bool:
-        """Promises the result of a sample.
+    def open(self, request: str, owner: str, write: Callable[[Any], bytes] | None = None) -> bool:
+        """Promises a result, such as that of a sample.
 
         Args:
           request: its id.
           owner: who may fetch it.
-          write: makes the body of the result.
+          write: makes the body of the result, in protobuf; None for one in JSON.
 
         Returns:
           Whether it is new; else it was promised before.
@@ -131,6 +132,8 @@ class Futures:
                 return None
             if isinstance(promise.result, Exception):
                 return error_answer(promise.result), False
+            if promise.write is None:
+                return json.dumps(promise.result).encode(), False
             return promise.write(promise.result), True
         model, _, number = request.rpartition(":")
         if not (number.isascii() and number.isdigit() and len(number) < 10):

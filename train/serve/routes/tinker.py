@@ -303,10 +303,9 @@ class Tinker:
     async def _unload_model(self, request: Request, owner: str) -> Response:
         row = self.owned.model(Fields.parsed(await body_of(request)).get("model_id", str), owner)
         request_id = f"{row['id']}:unload"
-        content = {"type": "unload_model", "model_id": row["id"]}
-        if self.futures.open(request_id, owner, lambda answer: answer):
+        if self.futures.open(request_id, owner):
             await asyncio.to_thread(self.turns.leave, row["id"])
-            self.futures.resolve(request_id, say(content).body)
+            self.futures.resolve(request_id, {"type": "unload_model", "model_id": row["id"]})
         return say({"request_id": request_id})
 
     # Samples
