@@ -1,4 +1,4 @@
-"""What a server remembers: sessions, the log of each tenant's commands, checkpoints; in SQLite."""
+"""Keeps sessions, the log of each tenant's commands, and checkpoints, in SQLite."""
 
 import json
 import sqlite3
@@ -242,10 +242,13 @@ class Ledger:
                 self._all("update models set spec = ? where id = ?", spec, model)
         return True
 
-    def forget_answers(self, seconds: float) -> None:
-        """Drops the answers that are older."""
+    def forget(self, seconds: float) -> None:
+        """Drops the answers that are older, and all commands of models that ended before."""
+        before = self._clock() - seconds
         sql = "update commands set answer = null where answer is not null and finished < ?"
-        self._all(sql, self._clock() - seconds)
+        self._all(sql, before)
+        sql = "delete from commands where model in (select id from models where ended < ?)"
+        self._all(sql, before)
 
     # Checkpoints
 
@@ -254,7 +257,7 @@ class Ledger:
 
         Args:
           command: the row; its target is tinker://model/kind/name.
-          owner: whose it is.
+          owner: owner of the model.
           size: bytes.
           facts: ttl_seconds and user_metadata, or neither.
         """
@@ -279,7 +282,7 @@ class Ledger:
         """Returns an owner's checkpoints, the newest first, and how many there are in all.
 
         Args:
-          owner: whose.
+          owner: owner of the checkpoints.
           model: the one that saved them; None for any.
           limit: how many are returned at most; -1 for all.
           offset: how many are left out before.

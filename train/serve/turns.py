@@ -45,14 +45,14 @@ def error_answer(error: Exception) -> bytes:
 
 @dataclasses.dataclass
 class _Turn:
-    """Where a tenant stands.
+    """The progress of a tenant.
 
     Attributes:
       next: the number of the command that the engine gets next.
       waiting: commands that came too early; None for one that the engine does not get.
       gradient: whether what was executed left a gradient that no update has taken.
       handed, size: commands, and bytes of them, since the last saved state.
-      unfinished: commands without an answer.
+      load: commands without an answer, a large one counted as one for each half MiB.
     """
 
     next: int
@@ -60,7 +60,7 @@ class _Turn:
     gradient: bool = False
     handed: int = 0
     size: int = 0
-    unfinished: int = 0
+    load: int = 0
 
 
 class Turns:
@@ -93,7 +93,7 @@ class Turns:
           write: makes the answer of a row and its result.
           wake: is told the id of a request once it is answered; by any thread.
           every, most_bytes: a state is saved after so many commands, or bytes of them.
-          queue: the most commands of a tenant without an answer.
+          queue: the most `load` of a tenant.
         """
         self._engine, self._ledger, self.folder = engine, ledger, folder
         self._read, self._write, self._wake = read, write, wake
@@ -152,8 +152,8 @@ class Turns:
             if not turn.next <= seq <= turn.next + _AHEAD:
                 raise RequestError(f"seq_id {seq} is out of order: the next one is {turn.next}")
             fills = seq == turn.next and turn.waiting  # refused, it would block those that wait
-            if turn.unfinished >= self._queue and not fills:
-                raise Busy(f"{model} has {turn.unfinished} commands without an answer")
+            if turn.load >= self._queue and not fills:
+                raise Busy(f"{model} has too many commands without an answer: wait for some")
             refusal = None
             try:
                 with self._ledger.transaction():
@@ -163,9 +163,9 @@ class Turns:
             except RequestError as error:
                 refusal, command = error, None
                 self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
-            turn.unfinished += refusal is None
             row = self._ledger.command(model, seq)
             assert row is not None
+            turn.load += _load(row)
             turn.waiting[seq] = row, command
             self._advance(model, turn)
         if refusal is not None:
@@ -194,7 +194,7 @@ class Turns:
         for row in rows:
             command = None
             if row["state"] in (LOGGED, DONE):
-                turn.unfinished += row["state"] == LOGGED
+                turn.load += _load(row)
                 command = self._again(row, turn)
             turn.waiting[row["seq"]] = row, command
         self._advance(name, turn)
@@ -205,7 +205,7 @@ class Turns:
         if isinstance(command, Save):
             if row["state"] == LOGGED and command.path.exists():  # written, but not noted
                 self._later(self._finish, row, command, None, Saved(_size(command.path)))
-                turn.unfinished -= 1
+                turn.load -= _load(row)
                 return None
             return command if row["state"] == LOGGED else None
         changes = not (isinstance(command, Gradient) and command.forward_only)
@@ -246,7 +246,7 @@ class Turns:
         if turn is None:
             return
         with self._lock:
-            turn.unfinished -= row["state"] == LOGGED
+            turn.load -= _load(row)
         if isinstance(result, Exception):
             return
         if isinstance(command, Gradient):
@@ -342,7 +342,12 @@ class Turns:
             self.end_session(session)
         for checkpoint in self._ledger.expired_checkpoints():
             self.delete(checkpoint)
-        self._ledger.forget_answers(keep)
+        self._ledger.forget(keep)
+
+
+def _load(row: Row) -> int:
+    """Returns what a command without an answer counts in the queue."""
+    return 1 + len(row["payload"] or b"") // 2**19 if row["state"] == LOGGED else 0
 
 
 def link(source: Path, target: Path) -> None:

@@ -503,14 +503,15 @@ def test_old_samples_are_forgotten(client):
     assert list(client.server.futures._promises) == [f"{name}:1"]
 
 
-def test_too_many_samples_are_busy(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.serve.routes.tinker._MOST_SAMPLES", 2)
+def test_too_many_samples_are_busy(tmp_path):
     client = Client(FakeEngine(held=True), tmp_path)
+    client.server.futures._most = 2
     name = sampler(client)
     asked = {"sampling_session_id": name, "prompt": prompt(1), "sampling_params": {}}
     for seq in range(2):
         client.post("asample", seq_id=seq, **asked)
     client.post("asample", 429, seq_id=2, **asked)
+    client.post("asample", seq_id=1, **asked)  # a duplicate
     sampler(client.other("tml-b"))
     client.engine.step(2)
     client.post("asample", seq_id=2, **asked)

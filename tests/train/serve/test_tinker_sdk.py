@@ -240,7 +240,7 @@ def test_requests_of_the_sdk_are_read(shapes, data):
         forward_backward_input=inner, model_id="a:train:0", seq_id=5
     )
     content = request_conv.forward_backward_request_to_proto(request).SerializeToString()
-    message = wire.parsed(content)
+    _, message = wire.parsed(content)
     assert (message.model_id, message.seq_id) == ("a:train:0", 5)
     found = wire.gradient(message, FACTS)
     for one, weights, target in zip(found.data, drawn, targets, strict=True):
@@ -261,7 +261,7 @@ def test_sparse_targets_of_the_sdk_are_read():
     )
     request = types.ForwardBackwardRequest(forward_backward_input=inner, model_id="m", seq_id=1)
     content = request_conv.forward_backward_request_to_proto(request).SerializeToString()
-    inputs = wire.gradient(wire.parsed(content), FACTS).data[0].inputs
+    inputs = wire.gradient(wire.parsed(content)[1], FACTS).data[0].inputs
     assert np.array_equal(inputs["target_tokens"], targets.numpy())
     assert np.array_equal(inputs["weights"], weights.numpy())
 

@@ -27,7 +27,7 @@ from train.serve.routes import wire
 
 
 def decoded(body):
-    return wire.gradient(wire.parsed(body), FACTS)
+    return wire.gradient(wire.parsed(body)[1], FACTS)
 
 
 def refusal(body):
@@ -39,7 +39,7 @@ def refusal(body):
 def test_a_datum_in_chunks():
     weights = np.array([0.5, -2.0, 1e-3], np.float32)
     one = datum([[4, 96], [7]], target_tokens=dense([5, 6, 7], I64), weights=dense(weights, F32))
-    message = wire.parsed(request(one, only=1))
+    _, message = wire.parsed(request(one, only=1))
     assert (message.model_id, message.seq_id) == ("s:train:0", 3)
     found = wire.gradient(message, FACTS)
     assert (found.loss, found.forward_only, dict(found.config)) == ("cross_entropy", True, {})
@@ -140,13 +140,13 @@ def test_a_small_sparse_tensor_cannot_stand_for_a_large_one():
 def test_bodies_in_zstd():
     body = request(datum([[1, 2]], **GOOD))
     packed = zstandard.ZstdCompressor().compress(body)
-    assert wire.decompressed(packed, "zstd") == body == wire.decompressed(body, "")
+    assert wire.parsed(packed, "zstd") == wire.parsed(body) == (body, wire.parsed(body)[1])
     stream = zstandard.ZstdCompressor().compressobj()  # does not say how long it is
-    assert wire.decompressed(stream.compress(body) + stream.flush(), "zstd") == body
+    assert wire.parsed(stream.compress(body) + stream.flush(), "zstd")[0] == body
     bomb = zstandard.ZstdCompressor().compress(bytes(wire.MOST_BYTES + 1))
     for wrong, encoding in [(bomb, "zstd"), (b"garbage", "zstd"), (body, "gzip")]:
         with pytest.raises(RequestError):
-            wire.decompressed(wrong, encoding)
+            wire.parsed(wrong, encoding)
 
 
 BODY = request(

@@ -44,7 +44,7 @@ def command_of(row: Row | Mapping[str, Any], facts: Facts, names: Callable[[Path
     """
     kind, folder = row["kind"], Path(row["folder"] or "")
     if kind == "forward_backward":
-        return wire.gradient(wire.parsed(row["payload"]), facts)
+        return wire.gradient(wire.parsed(row["payload"])[1], facts)
     fields = Fields.parsed(row["payload"])
     if kind == "create_model":
         return Create(spec_of(fields, facts))

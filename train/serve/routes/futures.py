@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from train.serve.ledger import DONE, LOGGED, Ledger
 from train.serve.routes.bodies import Refused, say
-from train.serve.turns import error_answer
+from train.serve.turns import Busy, error_answer
 
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
@@ -31,24 +31,23 @@ class _Promise:
 class Futures:
     """Finds results by the ids of requests: of commands in the ledger, of samples in memory."""
 
-    def __init__(self, ledger: Ledger, *, hold: float = 25.0, keep: float = 300.0):
+    def __init__(
+        self, ledger: Ledger, *, hold: float = 25.0, keep: float = 300.0, most: int = 4096
+    ):
         """Starts with nothing.
 
         Args:
           ledger: has the answers of commands.
           hold: seconds for which a client waits for a result before it asks again.
           keep: seconds for which the result of a sample may be fetched.
+          most: samples of an owner without a result.
         """
-        self._ledger, self._hold, self._keep = ledger, hold, keep
+        self._ledger, self._hold, self._keep, self._most = ledger, hold, keep, most
         self._promises: dict[str, _Promise] = {}
         self._kept: deque[tuple[float, str]] = deque()
         self._pending: Counter[str] = Counter()
         self._waiters: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
         self._lock = threading.Lock()
-
-    def pending(self, owner: str) -> int:
-        """Returns how many of an owner's samples have no result."""
-        return self._pending[owner]
 
     def open(self, request: str, owner: str, write: Callable[[Any], bytes] | None = None) -> bool:
         """Promises a result, such as that of a sample.
@@ -60,12 +59,17 @@ class Futures:
 
         Returns:
           Whether it is new; else it was promised before.
+
+        Raises:
+          Busy: The owner has too many without a result.
         """
         with self._lock:
             while self._kept and self._kept[0][0] < time.monotonic() - self._keep:
                 del self._promises[self._kept.popleft()[1]]
             if request in self._promises:
                 return False
+            if self._pending[owner] >= self._most:
+                raise Busy(f"{self._most} of your samples wait for a result: wait for some")
             self._promises[request] = _Promise(owner, write)
             self._pending[owner] += 1
             return True

@@ -1,4 +1,4 @@
-"""What an owner may see and use: sessions, models, samplers, checkpoints."""
+"""Finds what an owner may see and use: sessions, models, samplers, checkpoints."""
 
 import json
 from typing import Any

@@ -195,8 +195,13 @@ def _checkpoint(row: Row) -> dict[str, Any]:
     }
 
 
-def _metadata(row: Row) -> Any:
-    return json.loads(row["metadata"]) if row["metadata"] else None
+def _metadata(row: Row) -> dict[str, str] | None:
+    """Returns what a client attached; the SDK reads texts alone."""
+    found = json.loads(row["metadata"] or "null") or {}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in found.items()
+    } or None
 
 
 def _time(seconds: float) -> str:

@@ -19,7 +19,7 @@ from train.serve.routes.bodies import Endpoint, Fields, Owner, Refused, body_of,
 from train.serve.routes.futures import Futures
 from train.serve.routes.owned import Owned, spec_of
 from train.serve.routes.runs import Runs
-from train.serve.turns import Busy, Turns, link
+from train.serve.turns import Turns, link
 
 API = "/api/v1"
 # What clients are told to do; what is not named keeps the SDK's default.
@@ -32,7 +32,6 @@ _CONFIG = {
     "sample_max_concurrent_requests": 512,
 }
 _DYNAMIC = {"refresh_interval_sec": 300, "sample_cancel_enabled": False}
-_MOST_SAMPLES = 4096  # of an owner, without a result
 
 
 class Tinker:
@@ -218,8 +217,7 @@ class Tinker:
 
     async def _forward_backward(self, request: Request, owner: str) -> Response:
         raw, encoding = await body_of(request), request.headers.get("content-encoding", "")
-        body = await asyncio.to_thread(wire.decompressed, raw, encoding)
-        message = await asyncio.to_thread(wire.parsed, body)
+        body, message = await asyncio.to_thread(wire.parsed, raw, encoding)
         model, seq = self.owned.model(message.model_id, owner)["id"], message.seq_id
         if seq < 1:
             raise RequestError(f"seq_id is {seq}; a model's commands count from 1")
@@ -342,8 +340,6 @@ class Tinker:
             request_id = f"{uuid.uuid4()}:sample"
         name = None if folder is None else self.turns.name(folder)
         wanted = await asyncio.to_thread(commands.sample_of, fields, self.engine.facts, name)
-        if self.futures.pending(owner) >= _MOST_SAMPLES:
-            raise Busy(f"{_MOST_SAMPLES} of your samples wait for a result")
         last = fields.get("prompt_logprobs_last_n", int, None)
         if self.futures.open(request_id, owner, partial(wire.encoded_drawn, last=last)):
             self.adoption.sample(wanted, folder, partial(self.futures.resolve, request_id))

@@ -39,12 +39,7 @@ _CONFIG = {"ppo": _CLIP, "cispo": _CLIP, "gspo": _CLIP, "dro": ("beta",)}
 _STOP, _LENGTH = 0, 1
 
 
-def decompressed(body: bytes, encoding: str) -> bytes:
-    """Returns a body without its Content-Encoding.
-
-    Raises:
-      RequestError: An unknown encoding, garbage, or more than `MOST_BYTES`.
-    """
+def _decompressed(body: bytes, encoding: str) -> bytes:
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
@@ -59,10 +54,15 @@ def decompressed(body: bytes, encoding: str) -> bytes:
     return found
 
 
-def parsed(body: bytes) -> Any:
-    """Returns the message of a forward_backward; raises a RequestError if the body is garbage."""
+def parsed(body: bytes, encoding: str = "") -> tuple[bytes, Any]:
+    """Returns the body of a forward_backward without its Content-Encoding, and its message.
+
+    Raises:
+      RequestError: It is garbage, has an unknown encoding, or more than `MOST_BYTES`.
+    """
+    body = _decompressed(body, encoding)
     try:
-        return ForwardBackwardRequest.FromString(body)
+        return body, ForwardBackwardRequest.FromString(body)
     except (DecodeError, UnicodeDecodeError) as error:
         raise RequestError("the body is no ForwardBackwardRequest in protobuf") from error
 
