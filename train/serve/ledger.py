@@ -1,0 +1,337 @@
+"""Keeps sessions, the log of each tenant's commands, and checkpoints, in SQLite."""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Row = sqlite3.Row
+# The states of a command. Refused ones were wrong on arrival; the engine never sees them.
+LOGGED, DONE, FAILED, REFUSED = "logged", "done", "failed", "refused"
+_TABLES = """
+create table if not exists sessions (
+    id text primary key, owner text not null, created real not null, seen real not null,
+    ended real, metadata text);
+create table if not exists models (
+    id text primary key, session text not null, owner text not null, base text not null,
+    spec text, metadata text, used real not null, ended real,
+    state integer not null default -1, folder text);
+create table if not exists commands (
+    model text not null, seq integer not null, kind text not null, payload blob, folder text,
+    target text, state text not null, answer blob, finished real, primary key (model, seq));
+create table if not exists checkpoints (
+    path text primary key, model text not null, owner text not null, kind text not null,
+    name text not null, folder text not null, made real not null, size integer not null,
+    expires real, public integer not null default 0, metadata text);
+create table if not exists samplers (
+    id text primary key, session text not null, owner text not null, base text not null,
+    path text, folder text);
+create index if not exists models_of_sessions on models (session);
+create index if not exists samplers_of_sessions on samplers (session);
+create index if not exists unfinished on commands (target) where state = 'logged';
+create index if not exists answered on commands (finished) where answer is not null;
+"""
+
+
+class Ledger:
+    """Keeps what must outlast the process. All methods may be called by any thread.
+
+    A row that a method returns is a mapping by the names of columns. Times are seconds since 1970.
+    """
+
+    def __init__(self, path: Path | str, clock: Callable[[], float] = time.time):
+        """Opens or makes the file.
+
+        Args:
+          path: the file of SQLite; ":memory:" for none.
+          clock: gives the time.
+        """
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._clock = clock
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._db.row_factory = Row
+        self._db.execute("pragma journal_mode = wal")
+        self._db.execute("pragma synchronous = normal")
+        self._db.executescript(_TABLES)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commits what happens inside at once, or nothing of it; may be nested."""
+        with self._lock:
+            if self._depth == 0:
+                self._db.execute("begin immediate")
+            self._depth += 1
+            try:
+                yield
+            except BaseException:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._db.execute("rollback")
+                raise
+            self._depth -= 1
+            if self._depth == 0:
+                self._db.execute("commit")
+
+    def _all(self, sql: str, *values: Any) -> list[Row]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    def _one(self, sql: str, *values: Any) -> Row | None:
+        return next(iter(self._all(sql, *values)), None)
+
+    # Sessions
+
+    def open_session(self, session: str, owner: str, metadata: Any = None) -> None:
+        """Notes a client's session."""
+        now = self._clock()
+        values = (session, owner, now, now, json.dumps(metadata))
+        self._all("insert into sessions values (?, ?, ?, ?, null, ?)", *values)
+
+    def session(self, session: str) -> Row | None:
+        """Returns a session, or None."""
+        return self._one("select * from sessions where id = ?", session)
+
+    def sessions(self, owner: str, limit: int = 20, offset: int = 0) -> list[Row]:
+        """Returns an owner's sessions, the newest first."""
+        sql = "select * from sessions where owner = ? order by created desc, id limit ? offset ?"
+        return self._all(sql, owner, limit, offset)
+
+    def touch(self, session: str) -> None:
+        """Notes that a session's client lives."""
+        self._all("update sessions set seen = ? where id = ?", self._clock(), session)
+
+    def touch_all(self) -> None:
+        """Notes the same of all: nobody could be heard while the server was down."""
+        self._all("update sessions set seen = ? where ended is null", self._clock())
+
+    def idle_sessions(self, seconds: float) -> list[str]:
+        """Returns the sessions that were silent for longer."""
+        sql = "select id from sessions where ended is null and seen < ?"
+        return [row["id"] for row in self._all(sql, self._clock() - seconds)]
+
+    def end_session(self, session: str) -> list[Row]:
+        """Marks a session as ended; drops and returns its samplers that own their weights."""
+        with self.transaction():
+            sql = "update sessions set ended = ? where id = ? and ended is null"
+            self._all(sql, self._clock(), session)
+            which = "from samplers where session = ? and path is null and folder is not null"
+            found = self._all(f"select * {which}", session)
+            self._all(f"delete {which}", session)
+        return found
+
+    # Models, the tenants
+
+    def add_model(self, model: str, session: str, owner: str, base: str, metadata: Any) -> None:
+        """Notes a model that a command of number 0 makes."""
+        values = (model, session, owner, base, json.dumps(metadata), self._clock())
+        sql = "insert into models (id, session, owner, base, metadata, used) values (?,?,?,?,?,?)"
+        self._all(sql, *values)
+
+    def model(self, model: str) -> Row | None:
+        """Returns a model, or None."""
+        return self._one("select * from models where id = ?", model)
+
+    def models(self, owner: str, limit: int = -1, offset: int = 0) -> tuple[list[Row], int]:
+        """Returns an owner's models, the last used first, and how many there are in all."""
+        sql = "select * from models where owner = ? order by used desc, id limit ? offset ?"
+        count = self._all("select count(*) from models where owner = ?", owner)[0][0]
+        return self._all(sql, owner, limit, offset), count
+
+    def models_of(self, session: str) -> list[Row]:
+        """Returns the models of a session."""
+        return self._all("select * from models where session = ? order by id", session)
+
+    def live_models(self) -> list[Row]:
+        """Returns the models that were not unloaded."""
+        return self._all("select * from models where ended is null order by id")
+
+    def end_model(self, model: str) -> None:
+        """Marks a model as unloaded, and forgets what its commands were."""
+        with self.transaction():
+            sql = "update models set ended = ?, folder = null where id = ?"
+            self._all(sql, self._clock(), model)
+            self._all("update commands set payload = null where model = ?", model)
+
+    def abandon(self, answer: bytes) -> None:
+        """Notes an answer to the commands of unloaded models that have none."""
+        sql = (
+            "update commands set state = 'failed', answer = ?, finished = ? where state = 'logged' "
+            "and model in (select id from models where ended is not null)"
+        )
+        self._all(sql, answer, self._clock())
+
+    def set_state(self, model: str, seq: int, folder: Path) -> None:
+        """Notes where the state after a command lies, and forgets that command and earlier ones."""
+        with self.transaction():
+            sql = "update models set state = ?, folder = ? where id = ?"
+            self._all(sql, seq, str(folder), model)
+            sql = "update commands set payload = null where model = ? and seq <= ?"
+            self._all(sql, model, seq)
+
+    # The log
+
+    def log(
+        self,
+        model: str,
+        seq: int,
+        kind: str,
+        payload: bytes,
+        folder: Path | None = None,
+        target: str | None = None,
+        refused: bytes | None = None,
+    ) -> None:
+        """Notes a command.
+
+        Args:
+          model, seq: its place.
+          kind: its name.
+          payload: what to read it from.
+          folder: the one that it writes or loads.
+          target: the path of the checkpoint, or the sampler's id, that it makes.
+          refused: the answer, if it is wrong.
+        """
+        state = LOGGED if refused is None else REFUSED
+        finished = None if refused is None else self._clock()
+        place = None if folder is None else str(folder)
+        values = (model, seq, kind, payload, place, target, state, refused, finished)
+        with self.transaction():
+            self._all("insert into commands values (?,?,?,?,?,?,?,?,?)", *values)
+            self._all("update models set used = ? where id = ?", self._clock(), model)
+
+    def command(self, model: str, seq: int) -> Row | None:
+        """Returns a command, or None."""
+        return self._one("select * from commands where model = ? and seq = ?", model, seq)
+
+    def commands(self, model: str, after: int) -> list[Row]:
+        """Returns the commands after one, in their order."""
+        sql = "select * from commands where model = ? and seq > ? order by seq"
+        return self._all(sql, model, after)
+
+    def promised(self, target: str) -> bool:
+        """Returns whether a command that is not finished makes this checkpoint or sampler."""
+        sql = "select 1 from commands where target = ? and state = 'logged'"
+        return self._one(sql, target) is not None
+
+    def finish(
+        self, model: str, seq: int, answer: bytes, failed: bool, spec: str | None = None
+    ) -> bool:
+        """Notes a command's answer, unless it has one; of a model that it makes, the adapter.
+
+        Returns:
+          Whether it had none.
+        """
+        with self.transaction():
+            sql = (
+                "update commands set state = ?, answer = ?, finished = ? "
+                "where model = ? and seq = ? and state = 'logged' returning 1"
+            )
+            values = (FAILED if failed else DONE, answer, self._clock(), model, seq)
+            if not self._all(sql, *values):
+                return False
+            if spec is not None:
+                self._all("update models set spec = ? where id = ?", spec, model)
+        return True
+
+    def forget(self, seconds: float) -> None:
+        """Drops the answers that are older, and all commands of models that ended before."""
+        before = self._clock() - seconds
+        sql = "update commands set answer = null where answer is not null and finished < ?"
+        self._all(sql, before)
+        sql = "delete from commands where model in (select id from models where ended < ?)"
+        self._all(sql, before)
+
+    # Checkpoints
+
+    def add_checkpoint(self, command: Row, owner: str, size: int, facts: Mapping[str, Any]) -> None:
+        """Notes the checkpoint that a command wrote, in place of one of its name.
+
+        Args:
+          command: the row; its target is tinker://model/kind/name.
+          owner: owner of the model.
+          size: bytes.
+          facts: ttl_seconds and user_metadata, or neither.
+        """
+        now, ttl = self._clock(), facts.get("ttl_seconds")
+        kind, name = command["target"].split("/")[-2:]
+        values = (
+            *(command["target"], command["model"], owner, kind, name, command["folder"], now, size),
+            None if ttl is None else now + ttl,
+            json.dumps(facts.get("user_metadata")),
+        )
+        sql = "insert or replace into checkpoints values (?,?,?,?,?,?,?,?,?,0,?)"
+        self._all(sql, *values)
+
+    def checkpoint(self, path: str) -> Row | None:
+        """Returns a checkpoint that has not expired, or None."""
+        sql = "select * from checkpoints where path = ? and (expires is null or expires > ?)"
+        return self._one(sql, path, self._clock())
+
+    def checkpoints(
+        self, owner: str, model: str | None = None, limit: int = -1, offset: int = 0
+    ) -> tuple[list[Row], int]:
+        """Returns an owner's checkpoints, the newest first, and how many there are in all.
+
+        Args:
+          owner: owner of the checkpoints.
+          model: the one that saved them; None for any.
+          limit: how many are returned at most; -1 for all.
+          offset: how many are left out before.
+        """
+        which = (
+            "from checkpoints where owner = ? and (?2 is null or model = ?2) "
+            "and (expires is null or expires > ?)"
+        )
+        values = (owner, model, self._clock())
+        sql = f"select * {which} order by made desc, rowid desc limit ? offset ?"
+        count = self._all(f"select count(*) {which}", *values)[0][0]
+        return self._all(sql, *values, limit, offset), count
+
+    def expired_checkpoints(self) -> list[Row]:
+        """Returns the checkpoints whose time is over."""
+        return self._all("select * from checkpoints where expires <= ?", self._clock())
+
+    def drop_checkpoint(self, path: str) -> None:
+        """Forgets a checkpoint."""
+        self._all("delete from checkpoints where path = ?", path)
+
+    def set_expiry(self, path: str, seconds: float | None) -> None:
+        """Lets a checkpoint expire in some seconds from now, or never."""
+        expires = None if seconds is None else self._clock() + seconds
+        self._all("update checkpoints set expires = ? where path = ?", expires, path)
+
+    def set_public(self, path: str, public: bool) -> None:
+        """Shows a checkpoint to all who have a key, or to its owner alone."""
+        self._all("update checkpoints set public = ? where path = ?", public, path)
+
+    # Samplers
+
+    def add_sampler(
+        self,
+        sampler: str,
+        session: str,
+        owner: str,
+        base: str,
+        path: str | None = None,
+        folder: str | None = None,
+    ) -> None:
+        """Notes what a session samples from: a checkpoint, weights of its own, or the base."""
+        values = (sampler, session, owner, base, path, folder)
+        self._all("insert or ignore into samplers values (?,?,?,?,?,?)", *values)
+
+    def sampler(self, sampler: str) -> Row | None:
+        """Returns a sampler, or None."""
+        return self._one("select * from samplers where id = ?", sampler)
+
+    def samplers_of(self, session: str) -> list[Row]:
+        """Returns the samplers of a session."""
+        return self._all("select * from samplers where session = ? order by id", session)

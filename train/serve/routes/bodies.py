@@ -1,0 +1,127 @@
+"""Bodies of requests and answers in JSON; refusals, which say what is wrong in JSON, too."""
+
+import json
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from train.serve.requests import RequestError
+from train.serve.routes.wire import MOST_BYTES
+from train.serve.turns import Busy
+
+_log = logging.getLogger(__name__)
+_Kind = TypeVar("_Kind", str, int, float, bool, dict, list)
+_NEEDED: Any = object()
+_WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+_WORDS |= {dict: "an object", list: "a list"}
+Endpoint = Callable[[Request, str], Awaitable[Response]]
+Owner = Callable[[Request], str | None]
+
+
+class Refused(Exception):
+    """Says why a request is refused, with the status of HTTP."""
+
+    def __init__(self, status: int, detail: str):
+        super().__init__(detail)
+        self.status = status
+
+
+def say(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns an answer in JSON, in ASCII: what clients sent may be no valid Unicode."""
+    return Response(json.dumps(content), status, headers, media_type="application/json")
+
+
+def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Response]]:
+    """Returns an endpoint for those with a key; what it raises becomes an answer.
+
+    Args:
+      endpoint: gets the request and its owner.
+      owner: says whose key a request has; None for no valid one.
+    """
+
+    async def answer(request: Request) -> Response:
+        try:
+            who = owner(request)
+            if who is None:
+                return say({"detail": "the X-API-Key is not known here"}, 401)
+            return await endpoint(request, who)
+        except RequestError as error:
+            return say({"detail": str(error)}, 400)
+        except Refused as error:
+            return say({"detail": str(error)}, error.status)
+        except Busy as error:
+            return say({"detail": str(error)}, 429, {"Retry-After": "1"})
+        except ClientDisconnect:
+            return say({"detail": "the body was cut off"}, 400)
+        except Exception as error:
+            _log.exception("%s failed", request.url.path)
+            return say({"detail": f"the server failed: {type(error).__name__}"}, 500)
+
+    return answer
+
+
+async def body_of(request: Request) -> bytes:
+    """Returns a body; raises `Refused` (413) if it has more than `MOST_BYTES`."""
+    found = bytearray()
+    async for part in request.stream():
+        found += part
+        if len(found) > MOST_BYTES:
+            raise Refused(413, f"the body has more than {MOST_BYTES} bytes: send less at once")
+    return bytes(found)
+
+
+class Fields:
+    """Reads the fields of an object in JSON: each has a kind, unknown ones are ignored."""
+
+    def __init__(self, values: Any, where: str = "the body"):
+        if not isinstance(values, dict):
+            raise RequestError(f"{where} is no object in JSON")
+        self.values, self._where = values, where
+
+    @classmethod
+    def parsed(cls, body: bytes) -> "Fields":
+        """Returns the fields of a body; raises a RequestError if it is no object in JSON."""
+        try:
+            return cls(json.loads(body))
+        except (ValueError, RecursionError) as error:
+            raise RequestError("the body is no JSON") from error
+
+    def get(
+        self,
+        name: str,
+        kind: type[_Kind],
+        default: Any = _NEEDED,
+        least: float = -(2**63),
+        most: float = 2**63 - 1,
+    ) -> _Kind:
+        """Returns a field; the default if it is null or absent.
+
+        Raises:
+          RequestError: It has another kind, is out of bounds, or is needed and absent.
+        """
+        value = self.values.get(name)
+        if value is None:
+            if default is _NEEDED:
+                raise RequestError(f"{self._where} lacks {name}, {_WORDS[kind]}")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value) if abs(value) < 2**63 else math.inf
+        if type(value) is not kind:
+            raise RequestError(f"{name} of {self._where} is to be {_WORDS[kind]}")
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise RequestError(f"{name} of {self._where} is to be {least:g} to {most:g}")
+        if isinstance(value, str) and not value.isprintable():
+            raise RequestError(f"{name} of {self._where} has characters that cannot be printed")
+        return value
+
+    def object(self, name: str, default: Any = _NEEDED) -> "Fields":
+        """Returns the fields of an object within."""
+        return Fields(self.get(name, dict, default), name)
+
+    def metadata(self) -> dict | None:
+        """Returns what the client attaches."""
+        return self.get("user_metadata", dict, None)

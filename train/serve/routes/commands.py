@@ -1,0 +1,192 @@
+"""Commands of Tinker's training API: read from requests and from the ledger, and answered."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.serve.ledger import Row
+from train.serve.requests import (
+    TOP,
+    AdapterSpec,
+    Command,
+    Create,
+    Facts,
+    Load,
+    RequestError,
+    Sample,
+    Save,
+    Update,
+)
+from train.serve.routes import wire
+from train.serve.routes.bodies import Fields
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
+_TEXT = re.compile(r"[^\ud800-\udfff]{1,1024}", re.DOTALL)  # what UTF-8 can say
+_SEGMENT = {
+    "save_weights": "weights",
+    "save_weights_for_sampler": "sampler_weights",
+    "save_weights_external": "external_weights",
+}
+_MOST_COMPLETIONS = 1024
+
+
+def command_of(row: Row | Mapping[str, Any], facts: Facts, names: Callable[[Path], str]) -> Command:
+    """Returns the command of a row of the ledger.
+
+    Args:
+      row: its kind, payload, folder and target are read.
+      facts: what the engine serves.
+      names: returns the name of the adapter in a folder.
+    """
+    kind, folder = row["kind"], Path(row["folder"] or "")
+    if kind == "forward_backward":
+        return wire.gradient(wire.parsed(row["payload"])[1], facts)
+    fields = Fields.parsed(row["payload"])
+    if kind == "create_model":
+        return Create(spec_of(fields, facts))
+    if kind == "optim_step":
+        return update_of(fields)
+    if kind == "load_weights":
+        return Load(folder, fields.get("optimizer", bool, False))
+    is_snapshot = not row["target"].startswith("tinker://")
+    return Save(folder, kind == "save_weights", names(folder) if is_snapshot else None)
+
+
+def answer_of(row: Row, result: Any) -> bytes:
+    """Returns the body that a client gets for a command's result."""
+    kind, target = row["kind"], row["target"]
+    if kind == "forward_backward":
+        return wire.encoded_outputs(result)
+    answer: dict[str, Any] = {"type": kind}
+    if kind == "create_model":
+        answer["model_id"] = row["model"]
+    elif kind == "optim_step":
+        answer["metrics"] = dict(result.metrics)
+    elif kind == "load_weights":
+        answer |= {"model_id": row["model"], "path": json.loads(row["payload"])["path"]}
+    elif target.startswith("tinker://"):
+        answer |= {"path": target, "size_bytes": result.size}
+    else:
+        answer["sampling_session_id"] = target
+    return json.dumps(answer).encode()
+
+
+def spec_of(fields: Fields, facts: Facts) -> AdapterSpec:
+    """Returns the adapter that a create_model asks for."""
+    _check_optimizer(fields, "optimizer_config")
+    lora = fields.object("lora_config")
+    spec = AdapterSpec(
+        rank=lora.get("rank", int, least=1, most=facts.max_rank),
+        seed=lora.get("seed", int, None),
+        attention=lora.get("train_attn", bool, True),
+        mlp=lora.get("train_mlp", bool, True),
+        unembed=lora.get("train_unembed", bool, True),
+    )
+    if not (spec.attention or spec.mlp or spec.unembed):
+        raise RequestError("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
+    return spec
+
+
+def update_of(fields: Fields) -> Update:
+    """Returns the step that an optim_step asks for."""
+    for name in ("optimizer_params", "optim_params"):
+        _check_optimizer(fields, name)
+    adam, usual = fields.object("adam_params"), Update()
+    below_one = float(np.nextafter(1.0, 0.0))
+    return Update(
+        learning_rate=adam.get("learning_rate", float, usual.learning_rate, 0),
+        beta1=adam.get("beta1", float, usual.beta1, 0, below_one),
+        beta2=adam.get("beta2", float, usual.beta2, 0, below_one),
+        eps=adam.get("eps", float, usual.eps, 0),
+        weight_decay=adam.get("weight_decay", float, usual.weight_decay, 0),
+        grad_clip_norm=max(0.0, adam.get("grad_clip_norm", float, usual.grad_clip_norm)),
+    )
+
+
+def _check_optimizer(fields: Fields, name: str) -> None:
+    kind = fields.object(name, {}).get("type", str, "adamw")
+    if kind != "adamw":
+        raise RequestError(f"the optimizer {kind[:40]!r} is not offered; there is adamw")
+
+
+def path_of(fields: Fields, kind: str, model: str, seq: int) -> str:
+    """Returns the tinker:// path that a save makes; its name cannot leave its folder."""
+    name = fields.get("path", str, f"{seq:06d}")
+    if not _NAME.fullmatch(name):
+        raise RequestError(
+            f"{name[:140]!r} is no name of a checkpoint: take 128 letters, digits and _ . = + - at "
+            "most, the first a letter, a digit or _"
+        )
+    fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
+    fields.metadata()
+    if fields.get("age_encryption_recipients", list, None):
+        raise RequestError("exports are not encrypted here: leave age_encryption_recipients out")
+    return f"tinker://{model}/{_SEGMENT[kind]}/{name}"
+
+
+def sample_of(fields: Fields, facts: Facts, adapter: str | None) -> Sample:
+    """Returns what an asample asks the engine for.
+
+    Raises:
+      RequestError: It has a chunk that is no text, or asks for what is not offered.
+    """
+    others = fields.get("target_prompt_logprobs", dict, None)
+    if others is not None or fields.get("prompt_alt_tokens_k", int, 0):
+        raise RequestError(
+            "prompt_alt_tokens_k and target_prompt_logprobs are not offered; there are "
+            "prompt_logprobs and topk_prompt_logprobs"
+        )
+    if fields.get("record_stability_info", bool, False):
+        raise RequestError(
+            "record_stability_info is not offered, nor is the loss stable_reinforce: choose "
+            "another, such as importance_sampling"
+        )
+    chunks = []
+    for chunk in fields.object("prompt").get("chunks", list):
+        one = Fields(chunk, "a chunk of the prompt")
+        if (kind := one.get("type", str, "encoded_text")) != "encoded_text":
+            raise RequestError(f"a chunk of the prompt is {kind[:40]!r}; there is encoded_text")
+        chunks.append(one.get("tokens", list))
+    prompt = wire.tokens_of(chunks, facts, "the prompt")
+    params = fields.object("sampling_params", {})
+    room = facts.max_length - len(prompt)
+    stop_ids, stop = _stops(params, facts)
+    top_k = params.get("top_k", int, -1, least=-1)
+    last = fields.get("prompt_logprobs_last_n", int, None, least=1, most=max(1, len(prompt) - 1))
+    return Sample(
+        adapter=adapter,
+        prompt=prompt.tolist(),
+        n=fields.get("num_samples", int, 1, least=1, most=_MOST_COMPLETIONS),
+        max_tokens=min(room, params.get("max_tokens", int, room, least=0)),
+        temperature=params.get("temperature", float, 1.0, least=0),
+        top_k=top_k if top_k > 0 else -1,
+        top_p=params.get("top_p", float, 1.0, least=1e-9, most=1),
+        seed=params.get("seed", int, None),
+        stop_ids=stop_ids,
+        stop=stop,
+        prompt_logprobs=fields.get("prompt_logprobs", bool, False) or last is not None,
+        top_prompt=fields.get("topk_prompt_logprobs", int, 0, least=0, most=TOP),
+        top=fields.get("topk_sample_logprobs", int, 0, least=0, most=TOP),
+    )
+
+
+def _stops(params: Fields, facts: Facts) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Returns the tokens and the texts that end a completion.
+
+    The end of a text is among them, unless the client gives an empty list.
+    """
+    given = params.values.get("stop")
+    if given is None:
+        return frozenset(facts.eos), ()
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or len(given) > 64:
+        raise RequestError("stop is to be a text, or a list of 64 texts or tokens at most")
+    if all(isinstance(one, str) and _TEXT.fullmatch(one) for one in given):
+        return frozenset(facts.eos if given else ()), tuple(given)
+    if all(type(one) is int and 0 <= one < facts.vocab_size for one in given):
+        return frozenset([*facts.eos, *given]), ()
+    raise RequestError("stop has an entry that is neither a text nor a token")

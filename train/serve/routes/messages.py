@@ -1,0 +1,81 @@
+"""Messages of Tinker's protocol, from a table of their fields."""
+
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+# Each message's fields, "name number type": ? has presence, * is repeated, % is a map from strings.
+# Members of a oneof have presence; enums are int32, as they are on the wire.
+_FIELDS = {
+    "SparseCsr": "values 1 bytes, crow_indices 2 bytes, col_indices 3 bytes",
+    "Tensor": "dense 1 ?bytes, sparse_csr 2 SparseCsr, dtype 3 int32, shape 4 *int64",
+    "EncodedText": "tokens 1 bytes",
+    "Other": "data 1 bytes",
+    "Chunk": "encoded_text 1 EncodedText, image 2 Other, dmel 3 Other",
+    "Datum": "model_input 1 *Chunk, loss_fn_inputs 2 %Tensor",
+    "LossConfigValue": "number 1 ?double, text 2 ?string",
+    "ForwardBackwardRequest": "model_id 1 string, seq_id 2 int32, data 3 *Datum, "
+    "loss_fn 4 string, loss_fn_config 5 %double, forward_only 6 bool, "
+    "loss_fn_config_v2 7 %LossConfigValue",
+    "BatchedTensor": "data 1 bytes, offsets 2 bytes, dtype 3 int32, trailing_shape 4 *int64",
+    "ArrayRecord": "type_tag 1 string, fields 2 %BatchedTensor, num_datums 3 int64",
+    "ForwardBackwardOutput": "loss_fn_output_type 1 string, loss_fn_outputs 2 *ArrayRecord, "
+    "metrics 3 %double",
+    "TopkLogprobs": "token_ids 1 bytes, logprobs 2 bytes, k 3 uint32, length 4 uint32",
+    "SampledSequence": "stop_reason 1 int32, tokens 2 bytes, logprobs 3 ?bytes, "
+    "topk_sampled_logprobs 4 TopkLogprobs",
+    "SampleResponse": "sequences 1 *SampledSequence, prompt_logprobs 2 ?bytes, "
+    "topk_prompt_logprobs 3 TopkLogprobs, prompt_cache_hit_tokens 4 int32",
+}
+_PACKAGE = "lora_jax.tinker"
+_Field = descriptor_pb2.FieldDescriptorProto
+
+
+def _set_type(field: Any, kind: str) -> None:
+    if kind in _FIELDS:
+        field.type, field.type_name = _Field.TYPE_MESSAGE, f".{_PACKAGE}.{kind}"
+    else:
+        field.type = getattr(_Field, f"TYPE_{kind.upper()}")
+
+
+def _add_map(message: Any, field: Any, kind: str) -> None:
+    """Declares a field as a map: repeated entries of a nested message, as protoc writes it."""
+    entry = message.nested_type.add(name=f"{field.name.title().replace('_', '')}Entry")
+    entry.options.map_entry = True
+    for number, (name, of) in enumerate((("key", "string"), ("value", kind)), 1):
+        _set_type(entry.field.add(name=name, number=number, label=_Field.LABEL_OPTIONAL), of)
+    field.type = _Field.TYPE_MESSAGE
+    field.type_name = f".{_PACKAGE}.{message.name}.{entry.name}"
+
+
+def _messages() -> dict[str, Any]:
+    """Returns the classes of the messages, by name."""
+    file = descriptor_pb2.FileDescriptorProto(
+        name="lora_jax/tinker.proto", package=_PACKAGE, syntax="proto3"
+    )
+    for name, fields in _FIELDS.items():
+        message = file.message_type.add(name=name)
+        for one in fields.split(", "):
+            label, number, kind = one.split()
+            field = message.field.add(name=label, number=int(number))
+            field.label = _Field.LABEL_REPEATED if kind[0] in "*%" else _Field.LABEL_OPTIONAL
+            if kind[0] == "%":
+                _add_map(message, field, kind[1:])
+                continue
+            _set_type(field, kind.lstrip("*?"))
+            if kind[0] == "?":
+                field.proto3_optional = True
+                field.oneof_index = len(message.oneof_decl)
+                message.oneof_decl.add(name=f"_{label}")
+    pool = descriptor_pool.DescriptorPool()  # the SDK's own messages may live in this process
+    pool.Add(file)
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
+        for name in _FIELDS
+    }
+
+
+_CLASSES = _messages()
+ForwardBackwardRequest = _CLASSES["ForwardBackwardRequest"]
+ForwardBackwardOutput = _CLASSES["ForwardBackwardOutput"]
+SampleResponse = _CLASSES["SampleResponse"]

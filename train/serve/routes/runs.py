@@ -1,0 +1,223 @@
+"""Lists of runs, checkpoints and sessions, as Tinker's RestClient asks for them; downloads."""
+
+import datetime
+import hashlib
+import hmac
+import json
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from train.serve.ledger import Ledger, Row
+from train.serve.requests import RequestError
+from train.serve.routes.bodies import Endpoint, Fields, Refused, body_of, say
+from train.serve.routes.owned import Owned, spec_of
+from train.serve.turns import Turns
+
+_TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+_SECONDS = 3600  # a link to a file is valid for so long
+
+
+class Runs:
+    """Answers what runs, checkpoints and sessions there are, and lets owners change those."""
+
+    def __init__(self, ledger: Ledger, turns: Turns, owned: Owned, api: str):
+        """Takes a new secret for the links to files.
+
+        Args:
+          ledger, turns: what knows the runs, and what deletes checkpoints.
+          owned: finds what an owner may see.
+          api: the path of all routes.
+        """
+        self._ledger, self._turns, self._owned, self._api = ledger, turns, owned, api
+        self._secret = secrets.token_bytes(32)
+
+    def endpoints(self) -> list[tuple[str, str, Endpoint]]:
+        """Returns the path, the method and the endpoint of each route."""
+        one = "training_runs/{model}/checkpoints/{checkpoint:path}"
+        return [
+            ("training_runs", "GET", self._list_runs),
+            ("training_runs/{model}", "GET", self._get_run),
+            ("training_runs/{model}/checkpoints", "GET", self._list_of_run),
+            (f"{one}/ttl", "PUT", self._set_ttl),
+            (f"{one}/publish", "POST", self._publish),
+            (f"{one}/publish", "DELETE", self._publish),
+            (f"{one}/external_weights_urls", "GET", self._urls),
+            (one, "DELETE", self._delete),
+            ("checkpoints", "GET", self._list_checkpoints),
+            ("sessions", "GET", self._list_sessions),
+            ("sessions/{session}", "GET", self._get_session),
+            ("samplers/{sampler}", "GET", self._get_sampler),
+            ("weights_info", "POST", self._weights_info),
+        ]
+
+    async def _list_runs(self, request: Request, owner: str) -> Response:
+        limit, offset = _page(request)
+        rows, count = self._ledger.models(owner, limit, offset)
+        listed = [self._run(row) for row in rows]
+        return say({"training_runs": listed, "cursor": _cursor(limit, offset, count)})
+
+    async def _get_run(self, request: Request, owner: str) -> Response:
+        return say(self._run(self._owned.model(request.path_params["model"], owner)))
+
+    def _run(self, row: Row) -> dict[str, Any]:
+        saved, _ = self._ledger.checkpoints(row["owner"], row["id"])
+        last = {one["kind"]: _checkpoint(one) for one in reversed(saved)}
+        return {
+            "training_run_id": row["id"],
+            "base_model": row["base"],
+            "model_owner": row["owner"],
+            "is_lora": True,
+            "lora_rank": spec_of(row).get("rank"),
+            "corrupted": False,
+            "last_request_time": _time(row["used"]),
+            "last_checkpoint": last.get("weights"),
+            "last_sampler_checkpoint": last.get("sampler_weights"),
+            "user_metadata": _metadata(row),
+        }
+
+    async def _list_of_run(self, request: Request, owner: str) -> Response:
+        model = self._owned.model(request.path_params["model"], owner)["id"]
+        rows, _ = self._ledger.checkpoints(owner, model)
+        return say({"checkpoints": [_checkpoint(row) for row in rows]})
+
+    async def _list_checkpoints(self, request: Request, owner: str) -> Response:
+        limit, offset = _page(request)
+        rows, count = self._ledger.checkpoints(owner, None, limit, offset)
+        listed = [_checkpoint(row) for row in rows]
+        return say({"checkpoints": listed, "cursor": _cursor(limit, offset, count)})
+
+    def _own_checkpoint(self, request: Request, owner: str) -> Row:
+        values = request.path_params
+        path = f"tinker://{values['model']}/{values['checkpoint']}"
+        row = self._ledger.checkpoint(path)
+        if row is None or row["owner"] != owner:
+            raise Refused(404, f"there is no checkpoint {path[:300]}")
+        return row
+
+    async def _delete(self, request: Request, owner: str) -> Response:
+        self._turns.delete(self._own_checkpoint(request, owner))
+        return say({})
+
+    async def _set_ttl(self, request: Request, owner: str) -> Response:
+        row = self._own_checkpoint(request, owner)
+        fields = Fields.parsed(await body_of(request))
+        seconds = fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
+        self._ledger.set_expiry(row["path"], seconds)
+        return say({})
+
+    async def _publish(self, request: Request, owner: str) -> Response:
+        path = self._own_checkpoint(request, owner)["path"]
+        self._ledger.set_public(path, request.method == "POST")
+        return say({})
+
+    async def _list_sessions(self, request: Request, owner: str) -> Response:
+        rows = self._ledger.sessions(owner, *_page(request))
+        return say({"sessions": [row["id"] for row in rows]})
+
+    async def _get_session(self, request: Request, owner: str) -> Response:
+        row = self._owned.session(request.path_params["session"], owner)
+        told = {
+            "training_run_ids": [one["id"] for one in self._ledger.models_of(row["id"])],
+            "sampler_ids": [one["id"] for one in self._ledger.samplers_of(row["id"])],
+            "user_metadata": _metadata(row),
+        }
+        return say(told)
+
+    async def _get_sampler(self, request: Request, owner: str) -> Response:
+        row = self._owned.sampler(request.path_params["sampler"], owner)
+        told = {"sampler_id": row["id"], "base_model": row["base"], "model_path": row["path"]}
+        return say(told)
+
+    async def _weights_info(self, request: Request, owner: str) -> Response:
+        path = Fields.parsed(await body_of(request)).get("tinker_path", str)
+        model = self._ledger.model(self._owned.weights(path, owner)["model"])
+        spec = spec_of(model)
+        told = {
+            "base_model": model["base"] if model else "",
+            "is_lora": True,
+            "lora_rank": spec.get("rank"),
+            "train_unembed": spec.get("unembed"),
+            "train_mlp": spec.get("mlp"),
+            "train_attn": spec.get("attention"),
+        }
+        return say(told)
+
+    # Downloads
+
+    async def _urls(self, request: Request, owner: str) -> Response:
+        row = self._own_checkpoint(request, owner)
+        if row["kind"] != "external_weights":
+            raise RequestError(f"{row['path']} is no export: call save_weights_external first")
+        expires = int(time.time()) + _SECONDS
+        folder = Path(row["folder"])
+        urls = {}
+        for file in sorted(one for one in folder.rglob("*") if one.is_file()):
+            name = file.relative_to(folder).as_posix()
+            link = f"{self._api}/files/{expires}/{self._sign(expires, row['path'], name)}"
+            query = f"checkpoint={quote(row['path'], safe='')}&file={quote(name, safe='')}"
+            urls[name] = f"{request.url.scheme}://{request.url.netloc}{link}?{query}"
+        return say({"urls": urls, "expires": _time(expires)})
+
+    async def download(self, request: Request, owner: str) -> Response:
+        """Sends a file to whom has its link: the endpoint of files/{expires}/{signature}."""
+        path = request.query_params.get("checkpoint", "")
+        name = request.query_params.get("file", "")
+        expires = request.path_params["expires"]
+        signed = self._sign(expires, path, name)
+        if not hmac.compare_digest(signed.encode(), request.path_params["signature"].encode()):
+            raise Refused(403, "the link is not valid: ask for another")
+        row = self._ledger.checkpoint(path)
+        if expires < time.time() or row is None:
+            raise Refused(410, "the link has expired, or the checkpoint is deleted")
+        return FileResponse(Path(row["folder"]) / name)
+
+    def _sign(self, expires: int, path: str, name: str) -> str:
+        text = json.dumps([expires, path, name]).encode()
+        return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
+
+
+def _checkpoint(row: Row) -> dict[str, Any]:
+    return {
+        "checkpoint_id": f"{row['kind']}/{row['name']}",
+        "checkpoint_type": _TYPES[row["kind"]],
+        "time": _time(row["made"]),
+        "tinker_path": row["path"],
+        "size_bytes": row["size"],
+        "public": bool(row["public"]),
+        "expires_at": None if row["expires"] is None else _time(row["expires"]),
+        "user_metadata": _metadata(row),
+    }
+
+
+def _metadata(row: Row) -> dict[str, str] | None:
+    """Returns what a client attached; the SDK reads texts alone."""
+    found = json.loads(row["metadata"] or "null") or {}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in found.items()
+    } or None
+
+
+def _time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
+
+
+def _page(request: Request) -> tuple[int, int]:
+    """Returns limit and offset of a request for a list."""
+    found = []
+    for name, usual, most in (("limit", 20, 1000), ("offset", 0, 10**9)):
+        text = request.query_params.get(name, str(usual))
+        if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
+            raise RequestError(f"{name} is to be an integer, {most} at most")
+        found.append(int(text))
+    return found[0], found[1]
+
+
+def _cursor(limit: int, offset: int, count: int) -> dict[str, int]:
+    return {"limit": limit, "offset": offset, "total_count": count}

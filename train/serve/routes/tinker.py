@@ -1,0 +1,359 @@
+"""Tinker's API: sessions, training and samples, as its SDK speaks it."""
+
+import asyncio
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from train.serve.adoption import Adoption
+from train.serve.ledger import Ledger
+from train.serve.requests import Command, RequestError, Serving
+from train.serve.routes import commands, wire
+from train.serve.routes.bodies import Endpoint, Fields, Owner, Refused, body_of, guarded, say
+from train.serve.routes.futures import Futures
+from train.serve.routes.owned import Owned, spec_of
+from train.serve.routes.runs import Runs
+from train.serve.turns import Turns, link
+
+API = "/api/v1"
+# What clients are told to do; what is not named keeps the SDK's default.
+_CONFIG = {
+    "create_model_via_load_weights": True,
+    "fwdbwd_max_chunk_len": 1024,
+    "fwdbwd_max_chunk_bytes_count": 5_000_000,
+    "parallel_fwdbwd_chunks": True,
+    "proto_compress_fwdbwd": False,
+    "sample_max_concurrent_requests": 512,
+}
+_DYNAMIC = {"refresh_interval_sec": 300, "sample_cancel_enabled": False}
+
+
+class Tinker:
+    """Serves Tinker's API from one folder.
+
+    Attributes:
+      ledger, owned, turns, futures, adoption: its parts, which other routes may use.
+    """
+
+    def __init__(
+        self,
+        engine: Serving,
+        folder: Path,
+        owner: Owner,
+        names: Sequence[str] = (),
+        *,
+        hold: float = 25.0,
+        every: int = 32,
+    ):
+        """Opens the folder.
+
+        Args:
+          engine: trains and draws.
+          folder: where all that lasts is kept.
+          owner: says whose key a request has; None for no valid one.
+          names: more names of the base, by which clients may ask for it.
+          hold: seconds for which a request for a result is held open.
+          every: a tenant's state is saved after so many commands.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.engine, self._owner = engine, owner
+        self.names = tuple(dict.fromkeys([engine.facts.model, *names]))
+        self.ledger = Ledger(folder / "ledger.sqlite")
+        self.futures = Futures(self.ledger, hold=hold)
+        self.owned = Owned(self.ledger)
+        self.adoption = Adoption(engine)
+
+        def read(row: Any) -> Command:
+            return commands.command_of(row, engine.facts, self.turns.name)
+
+        self.turns = Turns(
+            *(engine, self.ledger, folder, read, commands.answer_of, self.futures.wake),
+            every=every,
+        )
+        self._runs = Runs(self.ledger, self.turns, self.owned, API)
+
+    def start(self) -> None:
+        """Brings back the tenants that were there; call it before the first request."""
+        self.turns.replay()
+
+    def close(self) -> None:
+        """Notes what is done, and closes the ledger."""
+        self.turns.close()
+        self.ledger.close()
+
+    def routes(self) -> list[Route]:
+        """Returns the routes below /api/v1."""
+        posts: dict[str, Endpoint] = {
+            "client/config": self._fixed(_CONFIG),
+            "client/dynamic_config": self._fixed(_DYNAMIC),
+            "telemetry": self._fixed({"status": "accepted"}),
+            "create_session": self._create_session,
+            "session_heartbeat": self._heartbeat,
+            "sessions/{session}/finish": self._finish,
+            "create_model": self._create_model,
+            "get_info": self._get_info,
+            "forward_backward": self._forward_backward,
+            "optim_step": self._optim_step,
+            "load_weights": self._load_weights,
+            "unload_model": self._unload_model,
+            "create_sampling_session": self._create_sampling_session,
+            "asample": self._sample,
+            "retrieve_future": self._retrieve,
+            "save_weights": partial(self._save, "save_weights"),
+            "save_weights_for_sampler": partial(self._save, "save_weights_for_sampler"),
+            "save_weights_external": partial(self._save, "save_weights_external"),
+        }
+        found = [
+            *((path, "POST", endpoint) for path, endpoint in posts.items()),
+            ("get_server_capabilities", "GET", self._capabilities),
+            *self._runs.endpoints(),
+        ]
+        free = [
+            ("healthz", ["GET"], self._fixed({"status": "ok"})),
+            ("files/{expires:int}/{signature}", ["GET"], self._runs.download),
+            ("{path:path}", ["GET", "POST", "PUT", "DELETE", "PATCH"], _unknown),
+        ]
+        return [
+            *(
+                Route(f"{API}/{path}", guarded(end, self._owner), methods=[method])
+                for path, method, end in found
+            ),
+            *(
+                Route(f"{API}/{path}", guarded(end, _anyone), methods=methods)
+                for path, methods, end in free
+            ),
+        ]
+
+    # Sessions
+
+    def _fixed(self, content: Mapping[str, Any]) -> Endpoint:
+        async def answer(request: Request, owner: str) -> Response:
+            await body_of(request)
+            return say(content)
+
+        return answer
+
+    async def _capabilities(self, request: Request, owner: str) -> Response:
+        length = self.engine.facts.max_length
+        facts = {"max_context_length": length, "trainable": True, "sampleable": True}
+        return say({"supported_models": [{"model_name": name} | facts for name in self.names]})
+
+    async def _create_session(self, request: Request, owner: str) -> Response:
+        fields = Fields.parsed(await body_of(request))
+        session = str(uuid.uuid4())
+        self.ledger.open_session(session, owner, fields.metadata())
+        return say({"type": "create_session", "session_id": session})
+
+    def _open_session(self, fields: Fields, owner: str) -> str:
+        row = self.owned.session(fields.get("session_id", str), owner)
+        if row["ended"]:
+            raise Refused(410, f"the session {row['id']} has ended: open another")
+        return row["id"]
+
+    async def _heartbeat(self, request: Request, owner: str) -> Response:
+        fields = Fields.parsed(await body_of(request))
+        self.ledger.touch(self._open_session(fields, owner))
+        return say({"type": "session_heartbeat"})
+
+    async def _finish(self, request: Request, owner: str) -> Response:
+        row = self.owned.session(request.path_params["session"], owner)
+        await asyncio.to_thread(self.turns.end_session, row["id"])
+        return say({})
+
+    # Training
+
+    def _base(self, name: str) -> str:
+        if name not in self.names:
+            raise RequestError(
+                f"the base model {name[:200]!r} is not served; there is {', '.join(self.names)}"
+            )
+        return name
+
+    async def _submit(
+        self,
+        place: tuple[str, int],
+        kind: str,
+        payload: bytes,
+        prepare: Callable[[], tuple[Command, Path | None, str | None]],
+    ) -> Response:
+        request = await asyncio.to_thread(self.turns.accept, *place, kind, payload, prepare)
+        return say({"request_id": request, "model_id": place[0]})
+
+    def _place(self, fields: Fields, owner: str) -> tuple[str, int]:
+        model = self.owned.model(fields.get("model_id", str), owner)
+        return model["id"], fields.get("seq_id", int, least=1)
+
+    def _read(self, kind: str, payload: bytes, folder: Path | None, target: str | None) -> Command:
+        row = {"kind": kind, "payload": payload, "folder": folder, "target": target}
+        return commands.command_of(row, self.engine.facts, self.turns.name)
+
+    async def _create_model(self, request: Request, owner: str) -> Response:
+        body = await body_of(request)
+        fields = Fields.parsed(body)
+        session = self._open_session(fields, owner)
+        model = f"{session}:train:{fields.get('model_seq_id', int, least=0)}"
+        base, metadata = self._base(fields.get("base_model", str)), fields.metadata()
+        command = commands.Create(commands.spec_of(fields, self.engine.facts))
+
+        def prepare() -> tuple[Command, None, None]:
+            self.ledger.add_model(model, session, owner, base, metadata)
+            return command, None, None
+
+        return await self._submit((model, 0), "create_model", body, prepare)
+
+    async def _get_info(self, request: Request, owner: str) -> Response:
+        fields = Fields.parsed(await body_of(request))
+        row = self.owned.model(fields.get("model_id", str), owner)
+        data = {"model_name": row["base"], "arch": "lora_jax"}
+        rank = spec_of(row).get("rank")
+        told = {"type": "get_info", "model_id": row["id"], "model_name": row["base"]}
+        return say({**told, "model_data": data, "is_lora": True, "lora_rank": rank})
+
+    async def _forward_backward(self, request: Request, owner: str) -> Response:
+        raw, encoding = await body_of(request), request.headers.get("content-encoding", "")
+        body, message = await asyncio.to_thread(wire.parsed, raw, encoding)
+        model, seq = self.owned.model(message.model_id, owner)["id"], message.seq_id
+        if seq < 1:
+            raise RequestError(f"seq_id is {seq}; a model's commands count from 1")
+
+        def accept() -> str:
+            found: Command | RequestError
+            try:
+                found = wire.gradient(message, self.engine.facts)
+            except RequestError as error:
+                found = error
+
+            def prepare() -> tuple[Command, None, None]:
+                if isinstance(found, RequestError):
+                    raise found
+                return found, None, None
+
+            return self.turns.accept(model, seq, "forward_backward", body, prepare)
+
+        return say({"request_id": await asyncio.to_thread(accept), "model_id": model})
+
+    async def _optim_step(self, request: Request, owner: str) -> Response:
+        body = await body_of(request)
+        place = self._place(Fields.parsed(body), owner)
+
+        def prepare() -> tuple[Command, None, None]:
+            return self._read("optim_step", body, None, None), None, None
+
+        return await self._submit(place, "optim_step", body, prepare)
+
+    async def _load_weights(self, request: Request, owner: str) -> Response:
+        body = await body_of(request)
+        fields = Fields.parsed(body)
+        source = self.owned.weights(fields.get("path", str), owner)
+        session = None
+        if fields.get("session_id", str, None) is not None:
+            session = self._open_session(fields, owner)
+            place = f"{session}:train:{fields.get('model_seq_id', int, least=0)}", 0
+        else:
+            place = self._place(fields, owner)
+        trained = self.ledger.model(source["model"])
+        base = self._base(fields.get("base_model", str, trained["base"] if trained else None))
+
+        def prepare() -> tuple[Command, Path, None]:
+            if fields.get("optimizer", bool, False) and source["kind"] != "weights":
+                raise RequestError(
+                    f"{source['path']} has no optimiser's state: load it without, or load weights/…"
+                )
+            if session is not None:
+                self.ledger.add_model(place[0], session, owner, base, fields.metadata())
+            folder = self.turns.place("states", place[0]) / f"load-{place[1]}"
+            if not folder.exists():  # so that the checkpoint may be deleted before a replay
+                link(Path(source["folder"]), folder)
+            return self._read("load_weights", body, folder, None), folder, None
+
+        return await self._submit(place, "load_weights", body, prepare)
+
+    async def _save(self, kind: str, request: Request, owner: str) -> Response:
+        body = await body_of(request)
+        fields = Fields.parsed(body)
+        model, seq = self._place(fields, owner)
+        number = fields.get("sampling_session_seq_id", int, None, least=0)
+        is_snapshot = kind == "save_weights_for_sampler" and number is not None
+
+        def prepare() -> tuple[Command, Path, str]:
+            if is_snapshot and fields.get("path", str, None) is None:
+                target = f"{model.split(':')[0]}:sample:{number}"
+                folder = self.turns.place("snapshots", target)
+                exists = self.ledger.sampler(target) is not None
+            else:
+                target = commands.path_of(fields, kind, model, seq)
+                segment, name = target.split("/")[-2:]
+                folder = self.turns.place("checkpoints", model) / segment / f"{name}@{seq}"
+                may = kind == "save_weights" and fields.get("overwrite", bool, False)
+                exists = self.ledger.checkpoint(target) is not None and not may
+            if exists or self.ledger.promised(target):
+                raise RequestError(f"{target} exists already: choose another name, or delete it")
+            return self._read(kind, body, folder, target), folder, target
+
+        return await self._submit((model, seq), kind, body, prepare)
+
+    async def _unload_model(self, request: Request, owner: str) -> Response:
+        row = self.owned.model(Fields.parsed(await body_of(request)).get("model_id", str), owner)
+        request_id = f"{row['id']}:unload"
+        if self.futures.open(request_id, owner):
+            await asyncio.to_thread(self.turns.leave, row["id"])
+            self.futures.resolve(request_id, {"type": "unload_model", "model_id": row["id"]})
+        return say({"request_id": request_id})
+
+    # Samples
+
+    async def _create_sampling_session(self, request: Request, owner: str) -> Response:
+        fields = Fields.parsed(await body_of(request))
+        session = self._open_session(fields, owner)
+        number = fields.get("sampling_session_seq_id", int, least=0)
+        sampler = f"{session}:sample:{number}"
+        base, path, folder = self._source(fields, owner)
+        self.ledger.add_sampler(sampler, session, owner, base, path, folder)
+        return say({"type": "create_sampling_session", "sampling_session_id": sampler})
+
+    def _source(self, fields: Fields, owner: str) -> tuple[str, str | None, str | None]:
+        """Returns the base, the path and the folder that a client wants to sample from."""
+        base, path = fields.get("base_model", str, None), fields.get("model_path", str, None)
+        if path is None:
+            return self._base(fields.get("base_model", str)), None, None
+        row = self.owned.weights(path, owner)
+        model = self.ledger.model(row["model"])
+        return self._base(base or (model["base"] if model else "")), path, row["folder"]
+
+    async def _sample(self, request: Request, owner: str) -> Response:
+        body = await body_of(request)
+        fields = Fields.parsed(body)
+        if (sampler := fields.get("sampling_session_id", str, None)) is not None:
+            row = self.owned.sampler(sampler, owner)
+            request_id = f"{sampler}:{fields.get('seq_id', int, least=0)}"
+            path, folder = row["path"], row["folder"]
+            if path is not None and not Path(folder).exists():
+                raise RequestError(f"{path} was deleted or overwritten: sample from another")
+        else:
+            _, path, folder = self._source(fields, owner)
+            request_id = f"{uuid.uuid4()}:sample"
+        name = None if folder is None else self.turns.name(folder)
+        wanted = await asyncio.to_thread(commands.sample_of, fields, self.engine.facts, name)
+        last = fields.get("prompt_logprobs_last_n", int, None)
+        if self.futures.open(request_id, owner, partial(wire.encoded_drawn, last=last)):
+            self.adoption.sample(wanted, folder, partial(self.futures.resolve, request_id))
+        sequences = [f"{request_id}:{index}" for index in range(wanted.n)]
+        return say({"request_id": request_id, "sample_sequence_ids": sequences})
+
+    async def _retrieve(self, request: Request, owner: str) -> Response:
+        fields = Fields.parsed(await body_of(request))
+        return await self.futures.poll(fields.get("request_id", str), owner)
+
+
+def _anyone(request: Request) -> str:
+    return ""  # it needs no key
+
+
+async def _unknown(request: Request, owner: str) -> Response:
+    raise Refused(404, f"there is no {request.method} {request.url.path[:200]} here")

@@ -1,0 +1,375 @@
+"""The order of commands: each reaches the engine in its turn, once, and again after a restart."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from train.serve.ledger import DONE, LOGGED, REFUSED, Ledger, Row
+from train.serve.requests import (
+    AdapterSpec,
+    Command,
+    Create,
+    Gradient,
+    Leave,
+    Load,
+    RequestError,
+    Save,
+    Saved,
+    Serving,
+    Update,
+)
+
+_log = logging.getLogger(__name__)
+_AHEAD = 10_000  # a command's number is at most so far beyond the next one's
+
+
+class Busy(Exception):
+    """Says that a tenant has too much in the queue; the client is to come again."""
+
+
+def error_answer(error: Exception) -> bytes:
+    """Returns what a client gets in place of a result."""
+    category = "user" if isinstance(error, RequestError) else "server"
+    said = str(error) if category == "user" else f"{type(error).__name__}: {error}"
+    return json.dumps({"error": said, "category": category}).encode()
+
+
+@dataclasses.dataclass
+class _Turn:
+    """The progress of a tenant.
+
+    Attributes:
+      next: the number of the command that the engine gets next.
+      waiting: commands that came too early; None for one that the engine does not get.
+      gradient: whether what was executed left a gradient that no update has taken.
+      handed, size: commands, and bytes of them, since the last saved state.
+      load: commands without an answer, a large one counted as one for each half MiB.
+    """
+
+    next: int
+    waiting: dict[int, tuple[Row, Command | None]] = dataclasses.field(default_factory=dict)
+    gradient: bool = False
+    handed: int = 0
+    size: int = 0
+    load: int = 0
+
+
+class Turns:
+    """Hands commands to the engine: committed first, in the order of their numbers.
+
+    Now and then, after an update, a tenant's state is saved, and the log before it is forgotten.
+    After a restart the last state is loaded, and the commands since are executed again.
+    """
+
+    def __init__(
+        self,
+        engine: Serving,
+        ledger: Ledger,
+        folder: Path,
+        read: Callable[[Row], Command],
+        write: Callable[[Row, Any], bytes],
+        wake: Callable[[str], None],
+        *,
+        every: int = 32,
+        most_bytes: int = 64 * 2**20,
+        queue: int = 1024,
+    ):
+        """Starts the thread that notes results.
+
+        Args:
+          engine: executes.
+          ledger: remembers.
+          folder: where states, snapshots and checkpoints go.
+          read: makes the command of a row of the log.
+          write: makes the answer of a row and its result.
+          wake: is told the id of a request once it is answered; by any thread.
+          every, most_bytes: a state is saved after so many commands, or bytes of them.
+          queue: the most `load` of a tenant.
+        """
+        self._engine, self._ledger, self.folder = engine, ledger, folder
+        self._read, self._write, self._wake = read, write, wake
+        self._every, self._most_bytes, self._queue = every, most_bytes, queue
+        self._turns: dict[str, _Turn] = {}
+        self._lock = threading.RLock()
+        self._writer = ThreadPoolExecutor(1, "ledger")
+
+    def close(self) -> None:
+        """Notes the results that there are, and stops."""
+        self._writer.shutdown()
+
+    def name(self, folder: Path | str) -> str:
+        """Returns the name by which the engine knows the adapter in a folder."""
+        return str(Path(folder).relative_to(self.folder))
+
+    def place(self, room: str, model: str) -> Path:
+        """Returns a model's folder in a room: states, snapshots or checkpoints."""
+        return self.folder / room / model.replace(":", "-")
+
+    def accept(
+        self,
+        model: str,
+        seq: int,
+        kind: str,
+        payload: bytes,
+        prepare: Callable[[], tuple[Command, Path | None, str | None]],
+    ) -> str:
+        """Commits a command, and hands over those whose turn has come.
+
+        Args:
+          model: the tenant; the ledger knows it, or `prepare` adds it for number 0.
+          seq: its number.
+          kind: its name.
+          payload: what `read` makes it from.
+          prepare: returns it, with the folder and the target that the ledger notes. If it raises a
+            RequestError, the number is used up all the same, so that later ones do not wait for it.
+
+        Returns:
+          The id of the request; that of the first if it came before.
+
+        Raises:
+          RequestError: It is wrong, or its number is.
+          Busy: The queue is full.
+        """
+        with self._lock:
+            if (row := self._ledger.command(model, seq)) is not None:
+                if row["kind"] != kind:
+                    raise RequestError(f"seq_id {seq} is the number of a {row['kind']}")
+                if row["state"] == REFUSED:
+                    raise RequestError(json.loads(row["answer"])["error"])
+                return f"{model}:{seq}"
+            turn = self._turns.get(model, _Turn(0))
+            if seq != 0 and model not in self._turns:
+                raise RequestError(f"{model} is unloaded: load its last checkpoint")
+            if not turn.next <= seq <= turn.next + _AHEAD:
+                raise RequestError(f"seq_id {seq} is out of order: the next one is {turn.next}")
+            fills = seq == turn.next and turn.waiting  # refused, it would block those that wait
+            if turn.load >= self._queue and not fills:
+                raise Busy(f"{model} has too many commands without an answer: wait for some")
+            refusal = None
+            try:
+                with self._ledger.transaction():
+                    command, folder, target = prepare()
+                    self._ledger.log(model, seq, kind, payload, folder, target)
+                self._turns[model] = turn
+            except RequestError as error:
+                refusal, command = error, None
+                self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
+            row = self._ledger.command(model, seq)
+            assert row is not None
+            turn.load += _load(row)
+            turn.waiting[seq] = row, command
+            self._advance(model, turn)
+        if refusal is not None:
+            raise refusal
+        return f"{model}:{seq}"
+
+    def replay(self) -> None:
+        """Loads each tenant's last state, and executes again what was logged since."""
+        with self._lock:
+            self._ledger.touch_all()
+            self._ledger.abandon(error_answer(RequestError("the model was unloaded")))
+            for model in self._ledger.live_models():
+                self._replay(model)
+
+    def _replay(self, model: Row) -> None:
+        name, state = model["id"], model["state"]
+        turn = self._turns[name] = _Turn(state + 1)
+        rows = self._ledger.commands(name, state)
+        needed = {model["folder"], *(row["folder"] for row in rows)}
+        for one in _children(self.place("states", name)):
+            if str(one) not in needed:
+                shutil.rmtree(one, ignore_errors=True)
+        if model["folder"] is not None:
+            load = Load(Path(model["folder"]), optimizer=True)
+            self._engine.submit(name, load, partial(_warn, f"the state of {name}"))
+        for row in rows:
+            command = None
+            if row["state"] in (LOGGED, DONE):
+                turn.load += _load(row)
+                command = self._again(row, turn)
+            turn.waiting[row["seq"]] = row, command
+        self._advance(name, turn)
+
+    def _again(self, row: Row, turn: _Turn) -> Command | None:
+        """Returns the command of a row if it is to be executed, perhaps again."""
+        command = self._read(row)
+        if isinstance(command, Save):
+            if row["state"] == LOGGED and command.path.exists():  # written, but not noted
+                self._later(self._finish, row, command, None, Saved(_size(command.path)))
+                turn.load -= _load(row)
+                return None
+            return command if row["state"] == LOGGED else None
+        changes = not (isinstance(command, Gradient) and command.forward_only)
+        return command if changes or row["state"] == LOGGED else None
+
+    def _advance(self, model: str, turn: _Turn) -> None:
+        while turn.next in turn.waiting:
+            row, command = turn.waiting.pop(turn.next)
+            turn.next += 1
+            if command is None:
+                continue
+            self._engine.submit(
+                model, command, partial(self._later, self._finish, row, command, turn)
+            )
+            turn.handed += 1
+            turn.size += len(row["payload"] or b"")
+            due = turn.handed >= self._every or turn.size >= self._most_bytes
+            if due and isinstance(command, Update):
+                turn.handed = turn.size = 0
+                folder = self.place("states", model) / str(row["seq"])
+                done = partial(self._later, self._saved, row, folder, turn)
+                self._engine.submit(model, Save(folder, optimizer=True), done)
+
+    def _later(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._writer.submit(function, *arguments)
+        except RuntimeError:  # it is closed: what is not noted now is executed again
+            pass
+
+    def _finish(self, row: Row, command: Command, turn: _Turn | None, result: Any) -> None:
+        """Notes a result, in the writer's thread; results come in the order of the commands."""
+        try:
+            self._note(row, result)
+        except Exception as error:
+            _log.exception("the result of %s %s was lost", row["model"], row["seq"])
+            self._ledger.finish(row["model"], row["seq"], error_answer(error), True)
+        self._wake(f"{row['model']}:{row['seq']}")
+        if turn is None:
+            return
+        with self._lock:
+            turn.load -= _load(row)
+        if isinstance(result, Exception):
+            return
+        if isinstance(command, Gradient):
+            turn.gradient |= not command.forward_only
+        elif isinstance(command, Create | Load | Update):
+            turn.gradient = False
+        elif isinstance(command, Save) and command.optimizer and not turn.gradient:
+            folder = self.place("states", row["model"]) / str(row["seq"])
+            if not folder.exists():
+                link(command.path, folder)
+            self._saved(row, folder, turn, result)
+
+    def _note(self, row: Row, result: Any) -> None:
+        model = self._ledger.model(row["model"])
+        if model is None or row["state"] != LOGGED:
+            return  # it has its answer, and was executed again
+        failed = isinstance(result, Exception)
+        if failed and not isinstance(result, RequestError):
+            _log.error("%s %s failed", row["model"], row["seq"], exc_info=result)
+        answer = error_answer(result) if failed else self._write(row, result)
+        made = isinstance(result, AdapterSpec)
+        spec = json.dumps(dataclasses.asdict(result)) if made else None
+        stale: list[Row | None] = []
+        target = row["target"]
+        with self._ledger.transaction():
+            first = self._ledger.finish(row["model"], row["seq"], answer, failed, spec)
+            if not first or failed or not isinstance(result, Saved):
+                return
+            if target.startswith("tinker://"):
+                stale.append(self._ledger.checkpoint(target))
+                facts = json.loads(row["payload"])
+                self._ledger.add_checkpoint(row, model["owner"], result.size, facts)
+            else:
+                place = (model["session"], model["owner"], model["base"], None, row["folder"])
+                self._ledger.add_sampler(target, *place)
+                session = self._ledger.session(model["session"])
+                if session is None or session["ended"]:
+                    stale.extend(self._ledger.end_session(model["session"]))
+        for one in filter(None, stale):
+            self._remove(one["folder"])
+
+    def _saved(self, row: Row, folder: Path, turn: _Turn, result: Any) -> None:
+        """Takes a saved state for the one to start from, if it has no gradient besides."""
+        model = self._ledger.model(row["model"])
+        if not isinstance(result, Saved) or turn.gradient or model is None or model["ended"]:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        self._ledger.set_state(row["model"], row["seq"], folder)
+        for one in _children(folder.parent):
+            number = re.fullmatch(r"(?:load-)?(\d+)", one.name)
+            if number and int(number[1]) <= row["seq"] and one != folder:
+                shutil.rmtree(one, ignore_errors=True)
+
+    def leave(self, model: str) -> None:
+        """Unloads a model: the commands that the engine has are executed, others never."""
+        with self._lock:
+            turn = self._turns.pop(model, None)
+            if turn is None:
+                return
+            gone = RequestError(f"{model} was unloaded")
+            for row, command in turn.waiting.values():
+                if command is not None:
+                    self._later(self._finish, row, command, None, gone)
+            self._ledger.end_model(model)
+            states = self.place("states", model)
+            done = partial(self._later, partial(shutil.rmtree, states, True))
+            self._engine.submit(model, Leave(), lambda _: done())
+
+    def end_session(self, session: str) -> None:
+        """Unloads a session's models, and forgets its snapshots."""
+        for model in self._ledger.models_of(session):
+            self.leave(model["id"])
+        for sampler in self._ledger.end_session(session):
+            self._remove(sampler["folder"])
+
+    def delete(self, checkpoint: Row) -> None:
+        """Removes a checkpoint."""
+        self._ledger.drop_checkpoint(checkpoint["path"])
+        self._remove(checkpoint["folder"])
+
+    def _remove(self, folder: str) -> None:
+        self._engine.drop(self.name(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def sweep(self, idle: float = 3600.0, keep: float = 3600.0) -> None:
+        """Removes what is over; call it every minute or so.
+
+        Args:
+          idle: seconds of silence that end a session.
+          keep: seconds for which an answer may be fetched.
+        """
+        for session in self._ledger.idle_sessions(idle):
+            self.end_session(session)
+        for checkpoint in self._ledger.expired_checkpoints():
+            self.delete(checkpoint)
+        self._ledger.forget(keep)
+
+
+def _load(row: Row) -> int:
+    """Returns what a command without an answer counts in the queue."""
+    return 1 + len(row["payload"] or b"") // 2**19 if row["state"] == LOGGED else 0
+
+
+def link(source: Path, target: Path) -> None:
+    """Makes a folder of the same files, which take no room of their own; it appears whole."""
+    partial_ = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial_, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial_, copy_function=os.link)
+    except (OSError, shutil.Error):  # another file system, or one without links
+        shutil.rmtree(partial_, ignore_errors=True)
+        shutil.copytree(source, partial_)
+    os.rename(partial_, target)
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _size(folder: Path) -> int:
+    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+
+
+def _warn(what: str, result: Any) -> None:
+    if isinstance(result, Exception):
+        _log.error("%s could not be loaded", what, exc_info=result)
