@@ -19,7 +19,7 @@ from train.serve.routes.access import read_keys
 
 _LENGTH = 1024
 _NUMBERS = {
-    **dict.fromkeys(("slots", "max_rank", "sequences"), at_least(1)),
+    **dict.fromkeys(("slots", "max_rank", "sequences", "tokens"), at_least(1)),
     "max_length": at_least(2),
     "port": Numbers(lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"),
 }
@@ -48,6 +48,10 @@ class ServeOptions:
     max_length: int | None = None
     """Tokens of a sequence at most, prompt and completion together. By default 1,024, or the
     model's positions where they are fewer."""
+    tokens: int | None = None
+    """Tokens of a batch that is trained on at once, padding included. By default --max-length."""
+    remat: bool = False
+    """Recompute activations in the backward pass, which takes less memory and more time."""
     mesh: str | None = None
     """The device mesh, such as fsdp=4,tensor=2; see train.sft."""
     quantize: Quantize | None = None

@@ -1,0 +1,187 @@
+"""Serve one base and many adapters over HTTP: `python -m train.serve --model … --adapters runs`.
+
+Clients of Tinker's API train adapters, clients of OpenAI's talk to them.
+"""
+
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from lora_jax import models
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.layout import Layout, one_device
+from lora_jax.training.run.lock import FolderLock
+from train.console.errors import UserError, reported
+from train.console.output import say
+from train.processes.cache import keep_compiled
+from train.processes.mesh import make_mesh
+from train.run.log import doing
+from train.run.pretrained import Outline, check_weights, end_tokens, read_model, read_outline
+from train.serve.app import make_app, serve
+from train.serve.engine.base import Base
+from train.serve.engine.engine import Engine
+from train.serve.engine.sizes import Sizes
+from train.serve.options import ServeOptions, check, length_of, parse
+from train.serve.requests import RequestError
+from train.serve.routes.access import Access, owner_of
+from train.serve.routes.tinker import Tinker
+
+_LEDGER = "ledger.sqlite"
+_SWEPT = 60.0  # seconds
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    options = parse(sys.argv[1:] if args is None else args)
+    with reported():
+        run(options)
+
+
+def run(options: ServeOptions) -> None:
+    """Reads the model, compiles, and serves until a signal.
+
+    Raises:
+      UserError: something that was asked for cannot be done: before weights are read.
+    """
+    keys = check(options)
+    if said := keep_compiled(options.compilation_cache):
+        say(said)
+    outline = read_outline(options.model).quantized(options.quantize)
+    if isinstance(outline.config, models.EncoderConfig):
+        raise UserError(f"--model {options.model} is an encoder, which writes no text")
+    length = length_of(options, outline)
+    layout = _layout(options, outline)
+    with ExitStack() as held:
+        folder = _output(options, held)
+        engine = _engine(options, outline, layout, length)
+        access = Access(keys)
+        tinker = Tinker(engine, folder, owner_of)
+        engine.start()
+        held.callback(_every(_SWEPT, tinker.turns.sweep))
+        tinker.start()
+        app = make_app(
+            engine,
+            outline.tokenizer,
+            tinker.routes(),
+            access=access,
+            adapters=Path(options.adapters).expanduser() if options.adapters else None,
+            resolve=lambda path, owner: _checkpoint(tinker, path, owner),
+            owns=lambda owner, name: _owns(tinker, owner, name),
+        )
+
+        def stop() -> None:
+            engine.close()
+            tinker.close()
+
+        serve(app, options.host, options.port, stop)
+
+
+def _layout(options: ServeOptions, outline: Outline) -> Layout:
+    """Returns where arrays lie: on the first device, or on the mesh that was asked for."""
+    if options.mesh is None:
+        return one_device()
+    return Layout.of(make_mesh(options.mesh, options.sequences), outline.config)
+
+
+def _output(options: ServeOptions, held: ExitStack) -> Path:
+    """Returns the folder of what lasts, which no other server uses.
+
+    Raises:
+      UserError: another one does, or the folder is none of a server's.
+    """
+    folder = Path(options.output).expanduser()
+    found = [path for path in folder.iterdir()] if folder.exists() else []
+    if found and not (folder / _LEDGER).exists():
+        raise UserError(
+            f"--output {options.output} holds something else than a server's {_LEDGER}: name "
+            "another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(FolderLock(folder, notice=say))
+    except TrainingError as error:
+        raise UserError(f"--output {options.output}: {error}") from None
+    if options.fresh:
+        for path in found:
+            (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+    elif found:
+        say(f"goes on with what {folder} holds (--fresh deletes it)")
+    return folder
+
+
+def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int) -> Engine:
+    """Returns the engine, everything compiled."""
+    console = Console(stderr=True)
+    with doing(console, f"reading the weights of {outline.name}"):
+        model, params = read_model(
+            outline.name,
+            dtype=options.dtype,
+            param_dtype=options.dtype,
+            remat=options.remat,
+            attention=options.attention,
+            sharding=layout.of_parameter,
+            **outline.head,
+        )
+    check_weights(outline, params)
+    if layout.mesh.size > 1:
+        model = layout.constrained(model)
+    base = Base(model, params, outline.name, options.max_rank)
+    on_cpu = layout.platform == "cpu"
+    sizes = Sizes(
+        max_length=length,
+        tokens=options.tokens or length,
+        sequences=options.sequences,
+        chunk=min(length, 64 if on_cpu else 256),
+        parts=layout.batch_parts,
+    )
+    tokenizer = outline.tokenizer
+
+    def text_of(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    eos = end_tokens(outline)
+    engine = Engine(base, sizes, layout, eos=eos, text_of=text_of, slots=options.slots)
+    with doing(console, "compiling what requests will need"):
+        engine.warm_up()
+    free = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
+    say(f"{outline.name}: {free:.2f} GB; rows of {', '.join(map(str, sizes.lengths))} tokens")
+    return engine
+
+
+def _checkpoint(tinker: Tinker, path: str, owner: str) -> tuple[str, Path] | None:
+    """Returns the engine's name and the folder of a checkpoint; None if the owner has none."""
+    try:
+        row = tinker.owned.weights(path, owner)
+    except RequestError:
+        return None
+    folder = Path(row["folder"])
+    return tinker.turns.name(folder), folder
+
+
+def _owns(tinker: Tinker, owner: str, name: str) -> bool:
+    """Returns whether a tenant, or an adapter that was not made by Tinker's API, is an owner's."""
+    row = tinker.ledger.model(name)
+    return row is not None and row["owner"] == owner
+
+
+def _every(seconds: float, function: Callable[[], Any]) -> Callable[[], None]:
+    """Calls a function again and again, in a thread; returns what ends that."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            function()
+
+    threading.Thread(target=work, name="sweep", daemon=True).start()
+    return ended.set
+
+
+if __name__ == "__main__":
+    main()
