@@ -254,14 +254,17 @@ class Engine:
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
             tenant.job = self._executed(tenant, command)
-        began = time.monotonic()
+        began, is_over, result = time.monotonic(), True, None
         try:
             next(tenant.job)
+            is_over = False
         except StopIteration as ended:
-            self._answered(tenant, ended.value)
+            result = ended.value
         except Exception as error:  # it is this command's alone
-            self._answered(tenant, error)
+            result = error
         tenant.seconds += time.monotonic() - began
+        if is_over:
+            self._answered(tenant, result)
 
     def _answered(self, tenant: Tenant, result: Any) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
