@@ -1,5 +1,6 @@
 """A server that is killed again and again loses no acknowledged command, and repeats none."""
 
+import http.client
 import json
 import os
 import random
@@ -74,14 +75,20 @@ class Server:
             except urllib.error.HTTPError as error:
                 if error.code != 408:
                     raise
-            except OSError:  # it is down, or fell
+            except (OSError, http.client.HTTPException):  # it is down, or fell
                 time.sleep(0.02)
             assert time.monotonic() < deadline
 
 
-def test_kills(tmp_path):
+@pytest.fixture
+def server(tmp_path):
+    found = Server(tmp_path)
+    yield found
+    found.kill()
+
+
+def test_kills(tmp_path, server):
     rng = random.Random(5)
-    server = Server(tmp_path)
     session = server.post("create_session", {"tags": []})["session_id"]
     model = f"{session}:train:0"
     place = {"session_id": session, "model_seq_id": 0, "base_model": "tiny/base"}
