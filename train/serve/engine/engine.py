@@ -358,8 +358,7 @@ class Engine:
     def _step(self, tenant: _Tenant, state: Training, how: Update, done: Done) -> None:
         moved, norm = self._trainer.update(state, tenant.grads, how)
         if not self._trainer.is_finite(moved.adapter.factors):
-            tenant.grads = None
-            raise RequestError("the update is not finite: the adapter stays as it is")
+            raise RequestError("the update is not finite: adapter and gradient stay as they are")
         tenant.state, tenant.grads = moved, None
         loss, targets = tenant.summed
         tenant.losses.append((moved.steps, loss / max(targets, 1.0)))
