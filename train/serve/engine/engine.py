@@ -1,6 +1,5 @@
 """The engine's thread: it owns the arrays, and executes what tenants ask for, in fair turns."""
 
-import hashlib
 import threading
 import time
 from collections import deque
@@ -301,10 +300,7 @@ class Engine:
         """Executes a command bit by bit."""
         if isinstance(command, Create):
             spec = command.spec
-            seed = spec.seed
-            if seed is None:
-                seed = int.from_bytes(hashlib.sha256(tenant.name.encode()).digest()[:4], "big")
-            tenant.state = Training.begin(self._base.begin(spec, seed))
+            tenant.state = Training.begin(self._base.begin(spec, spec.seed or 0))
             done(spec)
         elif isinstance(command, Load):
             tenant.state, tenant.grads = self._base.read(command.path, command.optimizer), None
