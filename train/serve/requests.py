@@ -332,8 +332,8 @@ class Status:
     base_size: int
 
 
-# Called once, in the engine's thread, with the result, or with what went wrong: `RequestError` for
-# a fault of the client's. It must return at once.
+# Called once, in a thread of the engine's, with the result, or with what went wrong: `RequestError`
+# for a fault of the client's. It must return at once.
 Done = Callable[[Any], None]
 
 

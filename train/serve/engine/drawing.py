@@ -80,6 +80,7 @@ class Drawing:
         self._insert = jit(self._inserted, donate_argnums=0)
         self._fit = jit(self._fitted, static_argnums=2)
         self._first = jit(self._first_token)
+        self._cut = jit(self._beginning)
 
     def empty(self, rows: int, length: int) -> Rows:
         """Returns rows without completions."""
@@ -120,6 +121,11 @@ class Drawing:
         """
         with jax.set_mesh(self._mesh):
             return self._first(logits, how, with_top)
+
+    def cut(self, cache: Cache, n: Any) -> Cache:
+        """Returns a copy of a prompt's cache with the first n tokens, [] int32, alone."""
+        with jax.set_mesh(self._mesh):
+            return self._cut(cache, n)
 
     def insert(self, rows: Rows, row: Any, cache: Cache, n: Any, token: Any, mine: Any) -> Rows:
         """Puts a completion into a row.
@@ -168,6 +174,17 @@ class Drawing:
     def _first_token(self, logits: jax.Array, how: How, with_top: jax.Array) -> Tokens:
         self.compiled += 1
         return _drawn(logits, how, jnp.zeros(1, jnp.int32), with_top)
+
+    def _beginning(self, cache: Cache, n: jax.Array) -> Cache:
+        self.compiled += 1
+        there = jnp.arange(cache.positions.shape[1]) < n
+        return cache._replace(
+            key=jnp.array(cache.key, copy=True),
+            value=jnp.array(cache.value, copy=True),
+            positions=jnp.where(there, cache.positions, -1),
+            filled=n,
+            length=jnp.full_like(cache.length, n),
+        )
 
     def _inserted(
         self, rows: Rows, row: jax.Array, cache: Cache, n: jax.Array, token: jax.Array, mine: Any

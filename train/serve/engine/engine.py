@@ -1,25 +1,27 @@
 """The engine's thread: it owns the arrays, and executes what tenants ask for, in fair turns."""
 
+import logging
+import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lora_jax.training.layout import Layout
-from train.serve.engine.base import Adapter, Base, Factors, Training
+from train.serve.engine.base import Adapter, Base, Training
+from train.serve.engine.checks import check_sample, check_update
 from train.serve.engine.drawing import Drawing
 from train.serve.engine.pool import Pool
 from train.serve.engine.sampler import Job, Sampler
 from train.serve.engine.sizes import Sizes
+from train.serve.engine.tenant import Tenant
 from train.serve.engine.trainer import Trainer
 from train.serve.requests import (
-    TOP,
     AdapterSpec,
     Command,
     Create,
@@ -41,35 +43,7 @@ from train.serve.requests import (
     Updated,
 )
 
-_LOSSES_KEPT = 200
-
-
-class _Tenant:
-    """An adapter that trains, and what it waits for."""
-
-    def __init__(self, name: str, seconds: float) -> None:
-        self.name, self.seconds = name, seconds
-        self.queue: deque[tuple[Command, Done]] = deque()
-        self.job: Iterator[Any] | None = None
-        self.done: Done | None = None
-        self.state: Training | None = None
-        self.grads: Factors | None = None
-        self.summed = [0.0, 0.0]  # the loss and its targets since the last update
-        self.losses: deque[tuple[int, float]] = deque(maxlen=_LOSSES_KEPT)
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether there is something to do."""
-        return self.job is not None or bool(self.queue)
-
-    @property
-    def size(self) -> int:
-        """The bytes of its arrays."""
-        state = self.state
-        if state is None:
-            return 0
-        arrays = jax.tree.leaves((state.first, state.second, self.grads or {}))
-        return state.adapter.size + sum(x.nbytes for x in arrays)
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -115,12 +89,11 @@ class Engine:
             slots=slots,
             sequences=sizes.sequences,
         )
-        self._tenants: dict[str, _Tenant] = {}
+        self._tenants: dict[str, Tenant] = {}
         self._named: dict[str, Adapter] = {}
         self._calls: deque[Callable[[], Any]] = deque()
         self._something = threading.Condition()
         self._stopping = False
-        self._seeds = 0
         self._spent = {"training": 0.0, "sampling": 0.0}
         self._trained_tokens = 0
         self._files = ThreadPoolExecutor(1, "files")
@@ -131,7 +104,7 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends once all that was asked for is done."""
+        """Ends once all that was asked for is done; what is asked for from now on is refused."""
         with self._something:
             self._stopping = True
             self._something.notify()
@@ -151,6 +124,7 @@ class Engine:
             grads, *_ = self._trainer.gradient(state.adapter, None, request, part)
             self._trainer.loss(state.adapter, request, part)
         grads = self._trainer.add(grads, grads)
+        self._trainer.is_finite(grads)
         self._trainer.update(state, grads, Update())
         tell("compiling what draws tokens")
         self._sampler.warm_up()
@@ -161,12 +135,12 @@ class Engine:
         def queued() -> None:
             if tenant not in self._tenants:
                 seconds = min((t.seconds for t in self._tenants.values()), default=0.0)
-                self._tenants[tenant] = _Tenant(tenant, seconds)
+                self._tenants[tenant] = Tenant(tenant, seconds)
             mine = self._tenants[tenant]
             if not mine.is_waiting:  # time that it did not want is not saved up
                 others = (t.seconds for t in self._tenants.values() if t.is_waiting)
                 mine.seconds = max(mine.seconds, min(others, default=0.0))
-            mine.queue.append((command, done))
+            mine.queue.append((command, _guarded(done)))
 
         self._call(queued)
 
@@ -174,39 +148,29 @@ class Engine:
         self, request: Sample, done: Done, seen: Callable[[Piece], None] | None = None
     ) -> Callable[[], None]:
         """Queues a sample; returns what ends it early."""
-        job = Job(request, None, request.seed or 0, done, seen)
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        job = Job(request, None, seed, _guarded(done), seen and _guarded(seen))
 
         def queued() -> None:
             try:
-                self._check(request)
+                check_sample(request, self.facts)
                 if request.adapter is not None:
                     job.adapter = self._adapter(request.adapter)
-            except RequestError as error:
-                done(error)
-                return
-            if request.seed is None:
-                self._seeds += 1
-                job.seed = self._seeds
-            self._sampler.add(job)
-
-        def cancel() -> None:
-            job.cancelled = True
-            self._call(lambda: None)
+                self._sampler.add(job)
+            except Exception as error:
+                job.done(error)
 
         self._call(queued)
-        return cancel
+        return lambda: self._call(lambda: self._sampler.end(job), late=True)
 
     def adopt(self, name: str, folder: Path, done: Done) -> None:
         """Reads an adapter that samples may choose."""
 
-        def adopted() -> None:
-            try:
-                self._named[name] = self._base.read(folder).adapter
-                done(self._named[name].spec)
-            except Exception as error:
-                done(error)
+        def adopted() -> AdapterSpec:
+            self._named[name] = adapter = self._base.read(folder).adapter
+            return adapter.spec
 
-        self._call(adopted)
+        self._call(lambda: _answer(adopted, _guarded(done)))
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
@@ -220,15 +184,15 @@ class Engine:
         """Returns what the engine does now."""
         tenants = {
             name: TenantStatus(
-                spec=tenant.state.adapter.spec,
-                steps=tenant.state.steps,
+                spec=state.adapter.spec,
+                steps=state.steps,
                 losses=tuple(tenant.losses),
                 size=tenant.size,
                 queued=len(tenant.queue) + (tenant.job is not None),
                 seconds=tenant.seconds,
             )
-            for name, tenant in [*self._tenants.items()]
-            if tenant.state is not None
+            for name, tenant in self._tenants.copy().items()
+            if (state := tenant.state) is not None
         }
         return Status(
             tenants=tenants,
@@ -242,9 +206,10 @@ class Engine:
             base_size=self._base.size,
         )
 
-    def _call(self, function: Callable[[], Any]) -> None:
+    def _call(self, function: Callable[[], Any], late: bool = False) -> None:
+        """Has the engine's thread call a function; if `late`, even while it ends."""
         with self._something:
-            if self._stopping:
+            if self._stopping and not late:
                 raise RuntimeError("the engine is closed")
             self._calls.append(function)
             self._something.notify()
@@ -275,55 +240,61 @@ class Engine:
             self._spent = dict.fromkeys(self._spent, 0.0)
         began = time.monotonic()
         if kind == "sampling":
-            self._sampler.step()
+            try:
+                self._sampler.step()
+            except Exception as error:
+                self._sampler.fail(error)
         else:
             self._train(min(waiting, key=lambda tenant: tenant.seconds))
         self._spent[kind] += time.monotonic() - began
 
-    def _train(self, tenant: _Tenant) -> None:
+    def _train(self, tenant: Tenant) -> None:
         """Executes a part of a tenant's command: a batch, of a gradient."""
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
-            tenant.job = self._executed(tenant, command, tenant.done)
+            tenant.job = self._executed(tenant, command)
         began = time.monotonic()
         try:
             next(tenant.job)
-        except StopIteration:
-            tenant.job = None
+        except StopIteration as ended:
+            self._answered(tenant, ended.value)
         except Exception as error:  # it is this command's alone
-            tenant.job = None
-            assert tenant.done is not None
-            tenant.done(error)
+            self._answered(tenant, error)
         tenant.seconds += time.monotonic() - began
 
-    def _executed(self, tenant: _Tenant, command: Command, done: Done) -> Iterator[None]:
-        """Executes a command bit by bit."""
+    def _answered(self, tenant: Tenant, result: Any) -> None:
+        """Hands over a command's result; forgets a tenant that has no adapter."""
+        done, tenant.job, tenant.done = tenant.done, None, None
+        if tenant.state is None and not tenant.queue:
+            del self._tenants[tenant.name]
+        if done is not None:
+            done(result)
+
+    def _executed(self, tenant: Tenant, command: Command) -> Generator[None, None, Any]:
+        """Executes a command bit by bit, and returns its result."""
         if isinstance(command, Create):
             spec = command.spec
-            tenant.state = Training.begin(self._base.begin(spec, spec.seed or 0))
-            done(spec)
-        elif isinstance(command, Load):
-            tenant.state, tenant.grads = self._base.read(command.path, command.optimizer), None
-            done(tenant.state.adapter.spec)
-        elif isinstance(command, Leave):
-            del self._tenants[tenant.name]
-            done(None)
-        else:
-            state = tenant.state
-            if state is None:
-                raise RequestError(f"there is no adapter {tenant.name}: create or load it first")
-            if isinstance(command, Gradient):
-                yield from self._add_gradient(tenant, state, command, done)
-            elif isinstance(command, Update):
-                self._step(tenant, state, command, done)
-            else:
-                self._save(state, command, done)
-        return
-        yield
+            tenant.become(Training.begin(self._base.begin(spec, spec.seed or 0)))
+            return spec
+        if isinstance(command, Load):
+            self._files.submit(int).result()  # what was saved before is there
+            loaded = self._base.read(command.path, command.optimizer)
+            tenant.become(loaded)
+            return loaded.adapter.spec
+        if isinstance(command, Leave):
+            tenant.become(None)
+            return None
+        if (state := tenant.state) is None:
+            raise RequestError(f"there is no adapter {tenant.name}: create or load it first")
+        if isinstance(command, Gradient):
+            return (yield from self._add_gradient(tenant, state, command))
+        if isinstance(command, Update):
+            return self._step(tenant, state, command)
+        return self._save(tenant, state, command)
 
     def _add_gradient(
-        self, tenant: _Tenant, state: Training, request: Gradient, done: Done
-    ) -> Iterator[None]:
+        self, tenant: Tenant, state: Training, request: Gradient
+    ) -> Generator[None, None, Outputs]:
         parts = self._trainer.parts(request)
         logps: list[Any] = [None] * len(request.data)
         total, grads = 0.0, None
@@ -347,32 +318,28 @@ class Engine:
             )
         if grads is not None:
             tenant.grads = self._trainer.add(tenant.grads, grads)
-            tenant.summed[0] += total
-            tenant.summed[1] += sum(len(datum.tokens) for datum in request.data)
-        done(Outputs(logps, {"loss:sum": total}))
+            tokens = sum(len(datum.tokens) for datum in request.data)
+            tenant.summed = (tenant.summed[0] + total, tenant.summed[1] + tokens)
+        return Outputs(logps, {"loss:sum": total})
 
-    def _step(self, tenant: _Tenant, state: Training, how: Update, done: Done) -> None:
-        moved, norm = self._trainer.update(state, tenant.grads, how)
-        if not self._trainer.is_finite(moved.adapter.factors):
-            raise RequestError("the update is not finite: adapter and gradient stay as they are")
-        tenant.state, tenant.grads = moved, None
-        loss, targets = tenant.summed
-        tenant.losses.append((moved.steps, loss / max(targets, 1.0)))
-        tenant.summed = [0.0, 0.0]
-        done(Updated({"grad_norm:max": norm, "step:max": float(moved.steps)}))
+    def _step(self, tenant: Tenant, state: Training, how: Update) -> Updated:
+        check_update(how)
+        grads, loss = tenant.taken()
+        tenant.state, norm = self._trainer.update(state, grads, how)
+        tenant.losses.append((tenant.state.steps, loss))
+        return Updated({"grad_norm:max": norm, "step:max": float(tenant.state.steps)})
 
-    def _save(self, state: Training, command: Save, done: Done) -> None:
+    def _save(self, tenant: Tenant, state: Training, command: Save) -> None:
         """Names an adapter at once; its files are written while others compute."""
         if command.name is not None:
             self._named[command.name] = state.adapter
+        done, tenant.done = tenant.done, None
+        assert done is not None
 
-        def written() -> None:
-            try:
-                done(Saved(self._base.write(state, command.path, command.optimizer)))
-            except Exception as error:
-                done(error)
+        def written() -> Saved:
+            return Saved(self._base.write(state, command.path, command.optimizer))
 
-        self._files.submit(written)
+        self._files.submit(_answer, written, done)
 
     def _adapter(self, name: str) -> Adapter:
         if name not in self._named:
@@ -380,26 +347,23 @@ class Engine:
             raise RequestError(f"there is no adapter {name!r}; there are {there}")
         return self._named[name]
 
-    def _check(self, request: Sample) -> None:
-        """Raises a RequestError if a sample makes no sense."""
-        n, most = len(request.prompt), self._sizes.max_length
-        if not n:
-            raise RequestError("the prompt is empty: give one token at least")
-        room = n if request.max_tokens == 0 else n + 1
-        if room > most:
-            raise RequestError(f"the prompt has {n} tokens: {most} with the completion at most")
-        if not all(0 <= token < self.facts.vocab_size for token in request.prompt):
-            raise RequestError(f"the prompt holds an id outside 0 to {self.facts.vocab_size - 1}")
-        if not 1 <= request.n <= 1024:
-            raise RequestError(f"{request.n} completions: from 1 to 1024 are possible")
-        if request.max_tokens is not None and request.max_tokens < 0:
-            raise RequestError(f"max_tokens is {request.max_tokens}: at least 0 is needed")
-        if not (request.temperature >= 0 and np.isfinite(request.temperature)):
-            raise RequestError(f"the temperature is {request.temperature}: 0 or more is needed")
-        if not 0 < request.top_p <= 1:
-            raise RequestError(f"top_p is {request.top_p}: above 0 and at most 1")
-        if not (request.top_k == -1 or request.top_k >= 1):
-            raise RequestError(f"top_k is {request.top_k}: at least 1, or -1 for all")
-        for name in ("top", "top_prompt"):
-            if not 0 <= getattr(request, name) <= TOP:
-                raise RequestError(f"{getattr(request, name)} likeliest tokens: {TOP} at most")
+
+def _guarded(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns a function of the routes' whose errors do not end the engine."""
+
+    def call(result: Any) -> None:
+        try:
+            function(result)
+        except Exception:
+            _log.exception("a result was not taken")
+
+    return call
+
+
+def _answer(function: Callable[[], Any], done: Done) -> None:
+    """Hands over a function's result, or what went wrong."""
+    try:
+        result = function()
+    except Exception as error:
+        result = error
+    done(result)

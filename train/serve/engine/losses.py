@@ -47,7 +47,7 @@ def gspo(p: jax.Array, given: Given) -> jax.Array:
 
     It is exp of the mean of p - q over the places of `sequence_ratio_mask`.
     """
-    mask = (given["sequence_ratio_mask"] != 0).astype(jnp.float32)
+    mask = given["there"] * (given["sequence_ratio_mask"] != 0).astype(jnp.float32)
     apart = jnp.sum(mask * (lax.stop_gradient(p) - given["logprobs"]), axis=(1, 2), keepdims=True)
     mean = apart / jnp.maximum(jnp.sum(mask, axis=(1, 2), keepdims=True), 1.0)
     return _clipped(jnp.exp(mean + p - lax.stop_gradient(p)), given)

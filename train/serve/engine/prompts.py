@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.models.layers.cache import Cache
@@ -27,6 +25,7 @@ class Prompt:
       n: the tokens that ran.
       cached: those of them that others ran.
       logits: [1, vocab], after the last token, once all ran.
+      begun: completions that began.
     """
 
     job: Any
@@ -35,6 +34,7 @@ class Prompt:
     n: int = 0
     cached: int = 0
     logits: Any = None
+    begun: int = 0
 
     @property
     def is_done(self) -> bool:
@@ -59,19 +59,27 @@ class Prefixes:
         return Prompt(job, np.asarray(job.request.prompt, np.int32))
 
     def waits(self, prompt: Prompt, others: Iterable[Prompt]) -> bool:
-        """Returns whether another prompt is running what this one begins with."""
+        """Returns whether another prompt is about to run what this one begins with."""
         if prompt.n:
             return False
-        here = self._common(prompt, self._kept)[0]
-        under_way = [(p.job.adapter, p.ids, p.cache) for p in others if p.n]
-        return self._common(prompt, under_way)[0] > here
+        coming = [(other.job.adapter, other.ids, None) for other in others if other.n]
+        return self._common(prompt, coming)[0] > self._common(prompt, self._there(others))[0]
 
-    def run(self, prompt: Prompt, tree: Any) -> int:
-        """Runs the next chunk of a prompt; returns its number of tokens."""
+    def run(self, prompt: Prompt, tree: Any, others: Iterable[Prompt] = ()) -> int:
+        """Runs the next chunk of a prompt; returns its number of tokens.
+
+        Args:
+          prompt: the prompt.
+          tree: the base with adapters in slots.
+          others: prompts that run, too.
+        """
         if prompt.cache is None:
-            n, cache = self._common(prompt, self._kept)
+            n, cache = self._common(prompt, self._there(others))
             prompt.n = prompt.cached = n
-            prompt.cache = self._drawing.prompt(self._length) if cache is None else _cut(cache, n)
+            if cache is None:
+                prompt.cache = self._drawing.prompt(self._length)
+            else:
+                prompt.cache = self._drawing.cut(cache, np.int32(n))
         ids = np.zeros((1, self._chunk), np.int32)
         part = prompt.ids[prompt.n : prompt.n + self._chunk]
         ids[0, : len(part)] = part
@@ -83,6 +91,11 @@ class Prefixes:
         if prompt.is_done and len(prompt.ids) > self._chunk:
             self._kept = [*self._kept[1 - _KEPT :], (prompt.job.adapter, prompt.ids, prompt.cache)]
         return len(part)
+
+    def _there(self, others: Iterable[Prompt]) -> list[Any]:
+        """Returns what ran: adapters, tokens, and keys and values."""
+        under_way = [(each.job.adapter, each.ids[: each.n], each.cache) for each in others]
+        return self._kept + [each for each in under_way if len(each[1])]
 
     def _common(self, prompt: Prompt, others: Iterable[Any]) -> tuple[int, Cache | None]:
         """Returns the tokens of whole chunks that a prompt shares with another, and its cache."""
@@ -97,16 +110,3 @@ class Prefixes:
             if n > best[0]:
                 best = n, cache
         return best
-
-
-@jax.jit
-def _cut(cache: Cache, n: jax.Array) -> Cache:
-    """Returns a copy of a cache with the first n tokens alone."""
-    there = jnp.arange(cache.positions.shape[1]) < n
-    return cache._replace(
-        key=jnp.array(cache.key, copy=True),
-        value=jnp.array(cache.value, copy=True),
-        positions=jnp.where(there, cache.positions, -1),
-        filled=jnp.int32(n),
-        length=jnp.full_like(cache.length, n),
-    )

@@ -19,6 +19,7 @@ from train.serve.engine.trainer import Trainer
 from train.serve.requests import Completion, Done, Drawn, Piece, Sample, Top
 
 _HELD = 32  # decoded tokens after which fewer or shorter rows are chosen, if they would do
+_COLDEST = 1e-30  # the lowest temperature: logits that are divided by it stay finite
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,7 +28,9 @@ class Job:
 
     Attributes:
       adapter: its adapter's arrays, as they were when it was asked for; None for the base.
+      slot: theirs, once it was taken in.
       completions: the finished ones, by place.
+      is_over: whether `done` was called; then it holds no arrays.
     """
 
     request: Sample
@@ -35,8 +38,8 @@ class Job:
     seed: int
     done: Done
     seen: Callable[[Piece], None] | None
-    slot: int = 0
-    cancelled: bool = False
+    slot: int | None = None
+    is_over: bool = False
     completions: dict[int, Completion] = dataclasses.field(default_factory=dict)
     scores: tuple[Any, Any] = (None, None)
     cached: int = 0
@@ -51,6 +54,12 @@ class _Row:
     ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+
+    def end(self, stopped: bool) -> None:
+        """Hands over what was drawn."""
+        top = Top(*map(np.stack, zip(*self.top, strict=True))) if self.top else None
+        ids, logps = np.array(self.ids, np.int32), np.array(self.logps, np.float32)
+        self.job.completions[self.index] = Completion(ids, logps, stopped, top)
 
 
 class Sampler:
@@ -75,8 +84,8 @@ class Sampler:
         self._drawing, self._pool = drawing, pool
         self._prefixes = Prefixes(drawing, sizes)
         self._waiting: dict[Any, deque[Job]] = {}
-        self._prompts: deque[Prompt] = deque()
-        self._ready: deque[tuple[Prompt, int]] = deque()  # prompts that ran, completions to begin
+        self._prompts: list[Prompt] = []
+        self._ready: list[Prompt] = []  # prompts that ran, with completions that are to begin
         self._rows: dict[int, _Row] = {}
         self._width, self._length = sizes.widths[0], sizes.caches[0]
         self._arrays = drawing.empty(self._width, self._length)
@@ -101,57 +110,110 @@ class Sampler:
 
     def add(self, job: Job) -> None:
         """Queues a sample; those of one adapter take turns with those of others."""
-        who = job.request.adapter
-        if who not in self._waiting and who not in self._active():
-            least = min((self._served[one] for one in self._active()), default=0)
+        who, active = job.request.adapter, self._active()
+        if who not in active:  # turns that it did not want are not saved up
+            least = min((self._served[one] for one in active), default=0)
             self._served[who] = max(self._served[who], least)
+            kept = {one: n for one, n in self._served.items() if n > least or one in active}
+            self._served = Counter(kept | {who: self._served[who]})
         self._waiting.setdefault(who, deque()).append(job)
 
     def step(self) -> None:
         """Runs a chunk of a prompt, and draws a token of each completion."""
-        self._drop_cancelled()
         self._admit()
         self._run_prompt()
         self._begin_rows()
         if self._rows:
             self._draw()
 
+    def end(self, job: Job, error: Exception | None = None) -> None:
+        """Ends a sample that is not over: with what was drawn so far, or with what went wrong."""
+        if job.is_over:
+            return
+        job.is_over, who = True, job.request.adapter
+        for place in [place for place, row in self._rows.items() if row.job is job]:
+            self._rows.pop(place).end(stopped=False)
+        if job in self._waiting.get(who, ()):
+            self._waiting[who].remove(job)
+            if not self._waiting[who]:
+                del self._waiting[who]
+        self._prompts = [prompt for prompt in self._prompts if prompt.job is not job]
+        self._ready = [prompt for prompt in self._ready if prompt.job is not job]
+        if job.slot is not None:
+            self._pool.give(job.slot)
+        completions = [job.completions[i] for i in sorted(job.completions)]
+        job.done(error or Drawn(completions, *job.scores, cached=job.cached))
+        job.adapter, job.completions, job.scores = None, {}, (None, None)
+
+    def fail(self, error: Exception) -> None:
+        """Ends all samples, by an error in what they share."""
+        jobs = [*itertools.chain(*self._waiting.values()), *self._under_way()]
+        for job in jobs:
+            self.end(job, error)
+        self._arrays = self._drawing.empty(self._width, self._length)
+
+    def _under_way(self) -> list[Job]:
+        prompts = self._prompts + self._ready
+        return [prompt.job for prompt in prompts] + [row.job for row in self._rows.values()]
+
     def _active(self) -> set[Any]:
-        under_way = [row.job for row in self._rows.values()] + [p.job for p in self._prompts]
-        return {job.request.adapter for job in under_way} | self._waiting.keys()
+        return {job.request.adapter for job in self._under_way()} | self._waiting.keys()
+
+    def _by_turn(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Returns prompts, those of the adapter that was served least first."""
+        return sorted(prompts, key=lambda prompt: self._served[prompt.job.request.adapter])
 
     def _admit(self) -> None:
-        """Takes in samples while there is room, of the adapter that was served least first."""
-        room = self._sizes.sequences - len(self._rows) - len(self._prompts)
-        room -= sum(count for _, count in self._ready)
+        """Takes in samples while there is room, of the adapter that was served least first.
+
+        One of an adapter that has nothing to begin is taken in without room, so that nobody's many
+        completions hold it up. Where its adapter finds no slot, no other one is taken in before.
+        """
+        to_begin = self._prompts + self._ready
+        room = self._sizes.sequences - len(self._rows)
+        room -= sum(prompt.job.request.n - prompt.begun for prompt in to_begin)
+        slots, has_slot = {prompt.job.slot for prompt in to_begin}, True
         for who in sorted(self._waiting, key=lambda who: self._served[who]):
             queue = self._waiting[who]
-            while queue and room > 0:
-                slot = self._pool.take(queue[0].adapter)
+            while queue and (has_slot or queue[0].adapter is None):
+                job = queue[0]
+                slot = self._pool.take(job.adapter)
                 if slot is None:
+                    has_slot = False
                     break
-                job = queue.popleft()
+                if room <= 0 and slot in slots:
+                    self._pool.give(slot)
+                    break
                 job.slot = slot
-                self._prompts.append(self._prefixes.begin(job))
-                room -= 1
+                slots.add(slot)
+                self._prompts.append(self._prefixes.begin(queue.popleft()))
+                room -= job.request.n
             if not queue:
                 del self._waiting[who]
 
     def _run_prompt(self) -> None:
         """Runs a chunk of the prompt whose turn it is."""
-        for _ in range(len(self._prompts)):
-            prompt = self._prompts.popleft()
-            if self._prefixes.waits(prompt, self._prompts):
+        for prompt in self._by_turn(self._prompts):
+            if not self._prefixes.waits(prompt, self._prompts):
+                self._prompts.remove(prompt)
                 self._prompts.append(prompt)
-                continue
-            n = self._prefixes.run(prompt, self._pool.tree)
-            self.prompt_tokens += n
-            self._served[prompt.job.request.adapter] += n
-            if prompt.is_done:
-                self._finish_prompt(prompt)
-            else:
-                self._prompts.append(prompt)
-            return
+                self._for(prompt.job, self._run_chunk, prompt)
+                return
+
+    def _run_chunk(self, prompt: Prompt) -> None:
+        n = self._prefixes.run(prompt, self._pool.tree, self._prompts)
+        self.prompt_tokens += n
+        self._served[prompt.job.request.adapter] += n
+        if prompt.is_done:
+            self._prompts.remove(prompt)
+            self._finish_prompt(prompt)
+
+    def _for(self, job: Job, function: Callable[..., None], *args: Any) -> None:
+        """Does something for a sample, which alone fails if that does."""
+        try:
+            function(*args)
+        except Exception as error:
+            self.end(job, error)
 
     def _finish_prompt(self, prompt: Prompt) -> None:
         job = prompt.job
@@ -163,17 +225,18 @@ class Sampler:
         if request.max_tokens == 0:
             nothing = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
             job.completions = dict.fromkeys(range(request.n), nothing)
-            self._end(job)
+            self.end(job)
         else:
-            self._ready.append((prompt, 0))
+            self._ready.append(prompt)
 
     def _begin_rows(self) -> None:
         """Gives completions whose prompt ran a row each, as far as there are free ones."""
         while self._ready and len(self._rows) < self._sizes.sequences:
-            prompt, index = self._ready.popleft()
-            if index + 1 < prompt.job.request.n:
-                self._ready.appendleft((prompt, index + 1))
-            self._begin(prompt, index)
+            prompt = self._by_turn(self._ready)[0]
+            prompt.begun += 1
+            if prompt.begun == prompt.job.request.n:
+                self._ready.remove(prompt)
+            self._for(prompt.job, self._begin, prompt, prompt.begun - 1)
 
     def _begin(self, prompt: Prompt, index: int) -> None:
         job = prompt.job
@@ -195,10 +258,10 @@ class Sampler:
     def _how(self, request: Sample, seed: int, index: int) -> How:
         """Returns how the tokens of a completion are drawn."""
         key = jax.random.fold_in(jax.random.key(seed % 2**32), index)
-        top_k = request.top_k if request.top_k > 0 else self._base.model.config.vocab_size
-        return How(
-            jnp.float32(request.temperature), jnp.float32(request.top_p), jnp.int32(top_k), key
-        )
+        vocab, t = self._base.model.config.vocab_size, request.temperature
+        top_k = min(request.top_k, vocab) if request.top_k > 0 else vocab
+        t = max(t, _COLDEST) if t else 0.0
+        return How(jnp.float32(t), jnp.float32(request.top_p), jnp.int32(top_k), key)
 
     def _draw(self) -> None:
         longest = max(len(r.job.request.prompt) + len(r.ids) for r in self._rows.values())
@@ -207,7 +270,8 @@ class Sampler:
         self._arrays, tokens = self._drawing.decode(self._pool.tree, self._arrays, with_top)
         found = jax.tree.map(np.asarray, tokens)
         for place, row in [*self._rows.items()]:
-            self._take(place, row, found, place)
+            if not row.job.is_over:
+                self._for(row.job, self._take, place, row, found, place)
 
     def _take(self, place: int, row: _Row, tokens: Tokens, at: int) -> None:
         """Notes the token that a row drew, and ends the row if it is the last one."""
@@ -221,36 +285,23 @@ class Sampler:
         row.logps.append(logp)
         self.drawn_tokens += 1
         self._served[request.adapter] += 1
-        if row.job.seen and not row.job.cancelled:
+        if row.job.seen:
             row.job.seen(Piece(row.index, token, logp, top))
         room = self._sizes.max_length - len(request.prompt)
         most = room if request.max_tokens is None else min(room, request.max_tokens)
         stopped = token in request.stop_ids or self._says_stop(row)
         if stopped or len(row.ids) >= most:
-            self._finish_row(place, stopped)
+            self._rows.pop(place).end(stopped)
+            if len(row.job.completions) == request.n:
+                self.end(row.job)
 
     def _says_stop(self, row: _Row) -> bool:
         stops = row.job.request.stop
         if not stops:
             return False
-        text = self._text_of(row.ids[-(max(map(len, stops)) + 8) :])
+        longest = max(len(stop.encode()) for stop in stops)  # a token may be a byte
+        text = self._text_of(row.ids[-(longest + 8) :])
         return any(stop in text for stop in stops)
-
-    def _finish_row(self, place: int, stopped: bool) -> None:
-        row = self._rows.pop(place)
-        job = row.job
-        top = Top(*map(np.stack, zip(*row.top, strict=True))) if row.top else None
-        job.completions[row.index] = Completion(
-            np.array(row.ids, np.int32), np.array(row.logps, np.float32), stopped, top
-        )
-        is_last = not any(other.job is job for other in self._rows.values())
-        if len(job.completions) == job.request.n or (job.cancelled and is_last):
-            self._end(job)
-
-    def _end(self, job: Job) -> None:
-        self._pool.give(job.slot)
-        completions = [job.completions[i] for i in sorted(job.completions)]
-        job.done(Drawn(completions, *job.scores, cached=job.cached))
 
     def warm_up(self) -> None:
         """Compiles all functions, for all shapes; nobody samples yet."""
@@ -259,6 +310,7 @@ class Sampler:
         slot, one = np.zeros(1, np.int32), np.int32(1)
         cache = drawing.prompt(sizes.max_length)
         logits, cache = drawing.extend(self._pool.tree, slot, ids, one, cache)
+        drawing.cut(cache, one)
         how = self._how(Sample(adapter=None, prompt=[0]), 0, 0)
         token = drawing.first(logits, jax.tree.map(lambda x: x[None], how), off).ids[0]
         for width in sizes.widths:
@@ -271,27 +323,6 @@ class Sampler:
                         if (wide, long) != (width, length):
                             drawing.fit(rows, np.zeros(wide, np.int32), long)
         self._pool.give(self._pool.take(self._base.none) or 0)
-
-    def _drop_cancelled(self) -> None:
-        for who, queue in [*self._waiting.items()]:
-            kept = deque(job for job in queue if not job.cancelled)
-            for job in queue:
-                if job.cancelled:
-                    job.done(Drawn([]))
-            if kept:
-                self._waiting[who] = kept
-            else:
-                del self._waiting[who]
-        for places in (self._prompts, self._ready):
-            for one in [*places]:
-                prompt = one if isinstance(one, Prompt) else one[0]
-                if prompt.job.cancelled:
-                    places.remove(one)
-                    if not any(row.job is prompt.job for row in self._rows.values()):
-                        self._end(prompt.job)
-        for place, row in [*self._rows.items()]:
-            if row.job.cancelled:
-                self._finish_row(place, stopped=False)
 
     def _fit(self, n: int, length: int) -> None:
         """Makes room for n rows of a length; gives up room that is long unneeded."""

@@ -64,6 +64,8 @@ class Trainer:
         """
         if request.loss not in LOSSES:
             raise RequestError(f"the loss {request.loss!r}: there are {', '.join(LOSSES)}")
+        if wrong := [name for name, value in request.config.items() if not np.isfinite(value)]:
+            raise RequestError(f"{wrong[0]} is {request.config[wrong[0]]}: give a finite number")
         if not request.data:
             raise RequestError("there are no data: give at least one datum")
         for i, datum in enumerate(request.data):
@@ -130,17 +132,24 @@ class Trainer:
         return bool(self._finite(factors))
 
     def update(self, state: Training, grads: Factors | None, how: Update) -> tuple[Training, float]:
-        """Returns the state after a step of AdamW, and the norm of the gradient before clipping."""
+        """Returns the state after a step of AdamW, and the norm of the gradient before clipping.
+
+        Raises:
+          RequestError: the state would not be finite.
+        """
         if grads is None:
             grads = jax.tree.map(jnp.zeros_like, state.adapter.factors)
-        clip = how.grad_clip_norm or _HUGE
-        given = [how.learning_rate, how.beta1, how.beta2, how.eps, how.weight_decay, clip]
-        moved, first, second, norm = self._update(
-            *(state.adapter.factors, state.first, state.second, grads),
-            *(np.array(given, np.float32), np.int32(state.steps + 1)),
+        clip, steps = how.grad_clip_norm or _HUGE, state.steps + 1
+        given = [how.learning_rate, how.eps, 1 - how.learning_rate * how.weight_decay, clip]
+        for beta in (how.beta1, how.beta2):  # 1 - beta in fp32 would lose half of its digits
+            given += [beta, 1 - beta, 1 - beta**steps]
+        moved, first, second, norm, is_finite = self._update(
+            *(state.adapter.factors, state.first, state.second, grads, np.array(given, np.float32))
         )
+        if not is_finite:
+            raise RequestError("the update is not finite: the adapter stays, its gradient is gone")
         adapter = dataclasses.replace(state.adapter, factors=moved)
-        return Training(adapter, first, second, state.steps + 1), float(norm)
+        return Training(adapter, first, second, steps), float(norm)
 
     def _beta(self, request: Gradient) -> np.float32:
         return np.float32(request.config.get("beta", 0.05))
@@ -163,7 +172,7 @@ class Trainer:
         for name, ids in (("tokens", datum.tokens), ("target_tokens", targets)):
             if ids.size and not (0 <= ids.min() and ids.max() < vocab):
                 raise RequestError(f"datum {i}: {name} holds an id outside 0 to {vocab - 1}")
-        if targets.ndim > 2 or len(targets) != n:
+        if targets.ndim not in (1, 2) or len(targets) != n:
             raise RequestError(f"datum {i}: target_tokens has the shape {targets.shape}, not {n}")
         if targets.ndim == 2 and not 1 <= targets.shape[1] <= TARGETS[-1]:
             raise RequestError(f"datum {i}: {targets.shape[1]} targets a place; at most 32")
@@ -239,22 +248,21 @@ class Trainer:
         return summed(which, p, batch | {"beta": beta}), p, top
 
     def _updated(
-        self, factors: Factors, first: Factors, second: Factors, grads: Factors, how: Any, t: Any
-    ) -> tuple[Factors, Factors, Factors, jax.Array]:
+        self, factors: Factors, first: Factors, second: Factors, grads: Factors, how: Any
+    ) -> tuple[Factors, Factors, Factors, jax.Array, jax.Array]:
         self.compiled += 1
-        rate, beta1, beta2, eps, decay, clip = how
+        rate, eps, kept, clip, beta1, new1, fix1, beta2, new2, fix2 = how
         norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
-        first = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, first, grads)
-        second = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, second, grads)
-        fix1, fix2 = (1 - beta ** t.astype(jnp.float32) for beta in (beta1, beta2))
+        first = jax.tree.map(lambda m, g: beta1 * m + new1 * g, first, grads)
+        second = jax.tree.map(lambda v, g: beta2 * v + new2 * g * g, second, grads)
 
         def moved(x: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             size = jnp.sqrt(v / fix2) + eps
-            direction = jnp.where(m == 0, 0.0, m / fix1 / size)
-            return x * (1 - rate * decay) - rate * direction
+            return x * kept - rate * jnp.where(m == 0, 0.0, m / fix1 / size)
 
-        return jax.tree.map(moved, factors, first, second), first, second, norm
+        new = jax.tree.map(moved, factors, first, second)
+        return new, first, second, norm, _are_finite((new, first, second, norm))
 
 
 def likeliest(logits: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -278,8 +286,8 @@ def likeliest(logits: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Arra
     return ids, logps
 
 
-def _are_finite(factors: Factors) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(factors)]))
+def _are_finite(arrays: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(arrays)]))
 
 
 def _of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:

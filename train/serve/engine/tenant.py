@@ -1,0 +1,56 @@
+"""A tenant: an adapter that trains, and what is to be done with it."""
+
+from collections import deque
+from collections.abc import Generator
+from typing import Any
+
+import jax
+
+from train.serve.engine.base import Factors, Training
+from train.serve.requests import Command, Done
+
+_LOSSES_KEPT = 200
+
+
+class Tenant:
+    """An adapter that trains, and what it waits for."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        """Begins without an adapter.
+
+        Args:
+          name: its name.
+          seconds: of the engine's time that count as its own from the start.
+        """
+        self.name, self.seconds = name, seconds
+        self.queue: deque[tuple[Command, Done]] = deque()
+        self.job: Generator[None, None, Any] | None = None
+        self.done: Done | None = None
+        self.state: Training | None = None
+        self.grads: Factors | None = None
+        self.summed = (0.0, 0)  # the loss and its targets since the last update
+        self.losses: deque[tuple[int, float]] = deque(maxlen=_LOSSES_KEPT)
+
+    def become(self, state: Training | None) -> None:
+        """Goes on from a state, without a gradient; None where it leaves."""
+        self.state, self.grads, self.summed = state, None, (0.0, 0)
+
+    def taken(self) -> tuple[Factors | None, float]:
+        """Returns the gradient and the loss a target, which are nothing from now on."""
+        grads, (loss, targets) = self.grads, self.summed
+        self.grads, self.summed = None, (0.0, 0)
+        return grads, loss / max(targets, 1)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is something to do."""
+        return self.job is not None or bool(self.queue)
+
+    @property
+    def size(self) -> int:
+        """The bytes of its arrays."""
+        state = self.state
+        if state is None:
+            return 0
+        arrays = jax.tree.leaves((state.first, state.second, self.grads or {}))
+        return state.adapter.size + sum(x.nbytes for x in arrays)
