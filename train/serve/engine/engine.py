@@ -152,6 +152,7 @@ class Engine:
             grads, *_ = self._trainer.gradient(state.adapter, None, request, part)
             self._trainer.loss(state.adapter, request, part)
         grads = self._trainer.add(grads, grads)
+        self._trainer.is_finite(grads)
         self._trainer.update(state, grads, Update())
         tell("compiling what draws tokens")
         self._sampler.warm_up()
