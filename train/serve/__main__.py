@@ -132,7 +132,7 @@ def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int
     check_weights(outline, params)
     if layout.mesh.size > 1:
         model = layout.constrained(model)
-    base = Base(model, params, outline.name, options.max_rank)
+    base = Base(model, params, outline.name, options.max_rank, layout)
     on_cpu = layout.platform == "cpu"
     sizes = Sizes(
         max_length=length,

@@ -28,6 +28,7 @@ from lora_jax.core.weight import LoraWeight
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.saving.checkpoint import load_adapter
+from lora_jax.training.layout import Layout, one_device
 from train.serve.requests import AdapterSpec, RequestError
 
 Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
@@ -78,7 +79,9 @@ class Training:
 class Base:
     """A model with its weights, and what makes, reads and writes adapters over it."""
 
-    def __init__(self, model: Any, params: Tree, name: str, max_rank: int) -> None:
+    def __init__(
+        self, model: Any, params: Tree, name: str, max_rank: int, layout: Layout | None = None
+    ) -> None:
         """Takes in a model; its arrays are not copied.
 
         Args:
@@ -86,8 +89,11 @@ class Base:
           params: its parameters.
           name: its name, for clients.
           max_rank: the largest rank of an adapter.
+          layout: the mesh; by default the first device.
         """
         self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
+        # New adapters lie where trained ones do: others would have all functions compile again.
+        self._place = functools.partial(jax.device_put, device=(layout or one_device()).whole)
         kinds = models.kinds(model.config)
         self._paths = {
             part: [path for path, kind in kinds.items() if kind in of and _is_matrix(path)]
@@ -245,7 +251,7 @@ class Base:
                 mine = arrays.get(f"{moment}|{path}|{name}")
                 if mine is not None:
                     whole[tuple(map(slice, mine.shape))] = mine
-        return jax.tree.map(jnp.asarray, found)
+        return self._place(found)
 
     def _spec_of(self, nodes: Mapping[str, Any]) -> AdapterSpec:
         """Returns the description of an adapter from elsewhere."""
@@ -273,13 +279,10 @@ class Base:
         values = values_of(kept, self.slots, self.leaves)
         s = np.float32(spec.alpha / spec.rank)
         scales = {
-            path: jnp.full_like(v["scale"], s) if exact else jnp.asarray(v["scale"])
-            for path, v in values.items()
+            path: np.full_like(v["scale"], s) if exact else v["scale"] for path, v in values.items()
         }
-        factors = {
-            path: {name: jnp.asarray(v[name]) for name in ("a", "b")} for path, v in values.items()
-        }
-        return Adapter(spec, factors, scales)
+        factors = {path: {name: v[name] for name in ("a", "b")} for path, v in values.items()}
+        return Adapter(spec, *self._place((factors, scales)))
 
 
 def _is_matrix(path: str) -> bool:
