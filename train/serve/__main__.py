@@ -147,7 +147,8 @@ def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int
         return str(tokenizer.decode(ids, skip_special_tokens=False))
 
     eos = end_tokens(outline)
-    engine = Engine(base, sizes, layout, eos=eos, text_of=text_of, slots=options.slots)
+    room = {"slots": options.slots, "tenants": options.tenants}
+    engine = Engine(base, sizes, layout, eos=eos, text_of=text_of, **room)
     with doing(console, "compiling what requests will need"):
         engine.warm_up()
     free = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
