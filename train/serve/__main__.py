@@ -130,8 +130,6 @@ def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int
             **outline.head,
         )
     check_weights(outline, params)
-    if layout.mesh.size > 1:
-        model = layout.constrained(model)
     base = Base(model, params, outline.name, options.max_rank, layout)
     on_cpu = layout.platform == "cpu"
     sizes = Sizes(

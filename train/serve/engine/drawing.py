@@ -75,7 +75,9 @@ class Drawing:
         self._place = functools.partial(jax.device_put, device=layout.whole)
         self._forward = mixed(model.apply)
         self.compiled = 0
-        jit = functools.partial(jax.jit, compiler_options=layout.compiler_options)
+        # Results are replicated on a mesh, so that they lie as the arguments of the next call do.
+        how = {"out_shardings": layout.whole, "compiler_options": layout.compiler_options}
+        jit = functools.partial(jax.jit, **how)
         self._decode = jit(self._decoded, donate_argnums=1)
         self._extend = jit(self._extended, donate_argnums=4)
         self._insert = jit(self._inserted, donate_argnums=0)
