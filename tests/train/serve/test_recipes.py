@@ -33,7 +33,7 @@ SHOT = (
     "positions 3, 8, and 9. \\boxed{3}\n\n"
 )
 WORDS = "cat dog sun sea red blue".split()
-CONFIG = mixture.CONFIG | {
+CONFIG = {name: value for name, value in mixture.CONFIG.items() if "expert" not in name} | {
     "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -70,7 +70,7 @@ def work(tmp_path_factory):
         "\n".join(row["prompt"] + row["completion"] for row in rows[:500])
     )
     write_untrained(CONFIG | {"vocab_size": len(tokenizer)}, tokenizer, folder / "untrained")
-    line = "--full --packing --seq-len 128 --batch-size 16 --steps 150 --lr 5e-3 --warmup 20"
+    line = "--full --packing --seq-len 192 --batch-size 12 --steps 150 --lr 5e-3 --warmup 20"
     files = f"--model {folder}/untrained --dataset {folder}/rows.jsonl --output {folder}/taught"
     sft.main([*line.split(), *files.split(), "--report-to", "none"])
     export.main(["--adapter", f"{folder}/taught", "--merged", "--output", f"{folder}/{NAME}"])
