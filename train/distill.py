@@ -5,9 +5,9 @@ model itself with a longer prompt. `python -m train.distill --help` lists the op
 itself is in `train.finetune`.
 """
 
-from train.options import distill as options
 from train.options.defaults import with_defaults
-from train.options.rollouts import with_length
+from train.options.scripts import distill as options
+from train.options.scripts.rollouts import with_length
 from train.options.tasks import TAUGHT
 from train.script import Script
 

@@ -18,7 +18,7 @@ from lora_jax.sharding import place
 from lora_jax.training.layout import Layout, one_device
 from tests.models import tiny
 from tests.support import assert_close, draw, over, with_random_factors
-from train.plan.jaxpr_flops import count_flops
+from train.plan.flops.jaxpr import count_flops
 from train.processes.mesh import make_mesh
 
 WIDTH, INNER, N_EXPERTS = 5, 7, 6

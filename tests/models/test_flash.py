@@ -15,7 +15,7 @@ from lora_jax.models.layers.masks import Split
 from tests.models.test_attention import Case
 from tests.models.test_splash import MASKS, check_split, differentiated
 from tests.support import assert_close, over
-from train.plan.jaxpr_flops import count_flops
+from train.plan.flops.jaxpr import count_flops
 
 FLASH = Flash(queries=32, keys=16, interpret=True)
 

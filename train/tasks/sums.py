@@ -6,7 +6,7 @@
 import dataclasses
 
 from train.options.file import replaced
-from train.options.grpo import Config
+from train.options.scripts.grpo import Config
 from train.tasks import arithmetic, prompts
 from train.tasks.task import Rows
 

@@ -32,8 +32,8 @@ from tests.train.plan.tiny_plans import (
 from train.console.errors import UserError
 from train.live.prompts import PromptFeed, Prompts
 from train.live.reference import running
-from train.options.grpo import Config
 from train.options.optim import make_optimizer, make_schedule
+from train.options.scripts.grpo import Config
 from train.plan import __main__ as plan
 from train.plan import compile as planned
 from train.plan.between import REFERENCE, SAMPLER, SCORER, Program, programs_between

@@ -6,9 +6,9 @@ from typing import Any
 from lora_jax.training.arguments import POSITIVE, Numbers, at_least
 from train.console.errors import UserError
 from train.options import field
-from train.options import sft as sft_options
 from train.options.field import option
-from train.options.language import LanguageDataConfig, LanguageOptimConfig
+from train.options.scripts import sft as sft_options
+from train.options.scripts.language import LanguageDataConfig, LanguageOptimConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
