@@ -56,7 +56,7 @@ def model(tmp_path_factory):
         ("full", True),
         ("dots_with_no_batch_dims_saveable", False),
     ],
-    often=["none, True", "full, False"],
+    often=["none, True"],
     called=lambda case: f"{case[0]}, {case[1]}",
 )
 def test_flops_are_those_counted_by_hand(model, full, remat):
@@ -67,11 +67,9 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     assert made.flops_source == "hlo" and made.notes == ()
 
 
-@over(
-    ("option", "name"),
-    [("--freeze-a", "LoRA"), ("--xs", "LoRA-XS"), ("--vera", "VeRA")],
-    often=["--vera"],
-    called=lambda case: case[0],
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "name"), [("--freeze-a", "LoRA"), ("--xs", "LoRA-XS"), ("--vera", "VeRA")]
 )
 def test_an_a_that_does_not_train_costs_no_gradient(model, option, name):
     _, _, made = planned_for(model, option)
@@ -85,12 +83,8 @@ BY_BLOCKS = [(remat, "blockwise") for remat in ("none", "dots_with_no_batch_dims
 BY_BLOCKS += [(remat, how) for remat in ("dots_saveable", "full") for how in ("blockwise", "dense")]
 
 
-@over(
-    ("remat", "how"),
-    BY_BLOCKS,
-    often=["full, blockwise"],
-    called=", ".join,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "how"), BY_BLOCKS)
 def test_flops_of_attention_by_blocks(model, remat, how):
     """Blocks run forward once more, but skip the keys behind their span."""
     options = ("--remat", remat, "--seq-len", 384, "--attention", how)  # three spans of two blocks
