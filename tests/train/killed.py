@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 
+from tests.surroundings import hide_torch
+
 SOON = 0.02  # seconds
 
 
@@ -44,5 +46,6 @@ def end_at(where: str, nth: int, when: str) -> None:
 
 if __name__ == "__main__":
     where, nth, when, script, *sys.argv[1:] = sys.argv[1:]
+    hide_torch()
     end_at(where, int(nth), when)
     runpy.run_module(script, run_name="__main__", alter_sys=True)
