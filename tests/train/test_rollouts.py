@@ -295,6 +295,7 @@ def test_a_text_ends_a_completion_and_rewards_that_fail_leave_the_others(
 EVERYWHERE = ["--targets", "all-linear", "--lr", 3e-2]
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_completed_and_rewarded_as_others_are(folder, tmp_path):
     """The likeliest token alone is drawn: what is greedy on the way and what is measured agree."""
     args = ["--steps", 1, "--top-k", 1, "--eval-dataset", folder / "rows.jsonl", "--stop", *STOPS]
@@ -343,11 +344,11 @@ TEACHERS = {
 def test_a_student_comes_closer_to_its_teacher(folder, tmp_path, teacher):
     if not (folder / "other").exists():
         write_model(folder / "other", scale=0.8, eos_token_id=ENDS)
-    args = ["--steps", 25, "--lr", 1e-2, "--batch-size", 48, *TEACHERS[teacher](folder)]
+    args = ["--steps", 12, "--lr", 2e-2, "--batch-size", 48, *TEACHERS[teacher](folder)]
     distill.main(line_of(folder, tmp_path / "run", *args, reward=None))
     lines = read_metrics(tmp_path / "run")
     apart = [line["reverse_kl"] for line in lines]
-    assert np.mean(apart[-5:]) < 0.7 * np.mean(apart[:5]) and apart[0] > 0.01
+    assert np.mean(apart[-3:]) < 0.7 * np.mean(apart[:3]) and apart[0] > 0.01
     assert max(line["mismatch_max"] for line in lines) < 1e-5
 
 
