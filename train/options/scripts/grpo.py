@@ -123,7 +123,7 @@ class Config(Options):
 
 def with_reference(config: Config) -> Config:
     """Fills in --max-new-tokens, and --reference, where --beta needs one."""
-    config = rollouts.with_length(config)
+    config = rollouts.with_sampling(config)
     if config.data.reference is not None:
         return config
     data = dataclasses.replace(config.data, reference="base" if config.optim.beta else "none")
