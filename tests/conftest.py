@@ -4,7 +4,7 @@ import gc
 import os
 import tempfile
 
-from tests.surroundings import KeptPrograms, end, isolate
+from tests.surroundings import KeptPrograms, end, hide_torch, isolate
 
 HOME = isolate(os.environ)  # before JAX reads its environment
 
@@ -32,6 +32,11 @@ def note_compiled(event, seconds, **facts):
 
 
 jax.monitoring.register_event_duration_secs_listener(note_compiled)
+
+
+def pytest_configure(config):
+    if "not parity" in config.getoption("-m"):
+        hide_torch()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

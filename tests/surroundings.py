@@ -10,7 +10,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import MutableMapping
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Any
 
 import jaxlib
 
@@ -97,6 +99,17 @@ def _fingerprint() -> str:
         cpu += "".join(sorted({x for x in info.read_text().splitlines() if x[:5] == "flags"}))
     text = "\n".join([sys.version, jaxlib.__version__, _xla_flags(), cpu])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _AllButTorch(PathFinder):
+    @classmethod
+    def find_spec(cls, name: str, *args: Any) -> ModuleSpec | None:
+        return None if name == "torch" else super().find_spec(name, *args)
+
+
+def hide_torch() -> None:
+    """Has this process find no torch, which others import where it is there: it takes seconds."""
+    sys.meta_path[sys.meta_path.index(PathFinder)] = _AllButTorch
 
 
 class KeptPrograms:

@@ -12,6 +12,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import init, models, optim, peft, sharding, training
+from tests.support import over
 
 PACKAGE = Path(lj.__file__).parent
 # The modules with examples; others are imported by what uses them.
@@ -29,7 +30,19 @@ NO_EXAMPLE = {  # types and errors, which functions above return, take or raise
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODULES)
+# Their examples take longest.
+LONG = {
+    f"lora_jax.{name}"
+    for name in (
+        "bank.bank", "bank.sums.combine", "hf.keys", "init", "models.generate", "models.rollouts",
+        "models.streaming", "optim", "peft.save", "quantized.trees", "saving.checkpoint",
+        "subspace.saving", "subspace.space", "training.neftune", "training.scoring",
+        "training.step",
+    )
+}  # fmt: skip
+
+
+@over("name", MODULES, often={*MODULES} - LONG)
 def test_examples_run(name):
     module = importlib.import_module(name)
     given = {"jax": jax, "jnp": jnp, "lj": lj, "optax": optax}

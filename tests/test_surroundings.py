@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from tests.surroundings import KEEP, MOST_BYTES, ROOT, KeptPrograms, isolate
 
@@ -33,6 +34,7 @@ def test_an_empty_folder_each():
     assert os.listdir() == []
 
 
+@pytest.mark.slow
 def test_a_users_environment_and_folder_change_nothing(tmp_path):
     (tmp_path / "runs" / "sql").mkdir(parents=True)
     (tmp_path / "home").mkdir()

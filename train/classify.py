@@ -5,7 +5,7 @@ The head of the encoder trains in full; the encoder trains with LoRA, in full, o
 `python -m train.classify --help` lists the options. The run itself is in `train.finetune`.
 """
 
-from train.options import classify as options
+from train.options.scripts import classify as options
 from train.options.tasks import SCORES, TEXTS
 from train.script import Script
 

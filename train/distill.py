@@ -5,9 +5,9 @@ model itself with a longer prompt. `python -m train.distill --help` lists the op
 itself is in `train.finetune`.
 """
 
-from train.options import distill as options
 from train.options.defaults import with_defaults
-from train.options.rollouts import with_length
+from train.options.scripts import distill as options
+from train.options.scripts.rollouts import with_sampling
 from train.options.tasks import TAUGHT
 from train.script import Script
 
@@ -16,7 +16,7 @@ SCRIPT = Script(
     plain=options.Config(),
     kind=lambda config: TAUGHT,
     check_options=options.check,
-    completed=lambda config, defaults: with_length(with_defaults(config, defaults)),
+    completed=lambda config, defaults: with_sampling(with_defaults(config, defaults)),
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

@@ -4,8 +4,8 @@ The reference is the base under the adapter, or another adapter over it. `python
 --help` lists the options. The run itself is in `train.finetune`.
 """
 
-from train.options import dpo as options
 from train.options.defaults import with_defaults
+from train.options.scripts import dpo as options
 from train.options.tasks import PAIRS
 from train.script import Script
 

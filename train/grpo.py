@@ -4,8 +4,8 @@ It samples from the very arrays that it trains. `python -m train.grpo --help` li
 run itself is in `train.finetune`.
 """
 
-from train.options import grpo as options
 from train.options.defaults import with_defaults
+from train.options.scripts import grpo as options
 from train.options.tasks import PROMPTS
 from train.script import Script
 from train.start import started

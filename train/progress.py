@@ -9,7 +9,7 @@ from lora_jax.training.processes import Agreement
 from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError, as_user_errors
 from train.data.text_files import parsed
-from train.options.sft import SftRunConfig
+from train.options.scripts.sft import SftRunConfig
 from train.reporters.contract import Sample
 from train.run.complete import Chat, answered, tokenized
 from train.run.pretrained import Outline

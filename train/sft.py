@@ -3,7 +3,7 @@
 `python -m train.sft --help` lists the options. The run itself is in `train.finetune`.
 """
 
-from train.options import sft as options
+from train.options.scripts import sft as options
 from train.options.tasks import CHATS, STREAMED
 from train.script import Script
 

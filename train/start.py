@@ -12,8 +12,8 @@ from train.findings.making.arithmetic import arithmetic_base
 from train.finetune import RunPart, finetune
 from train.options.defaults import with_defaults
 from train.options.file import replaced
-from train.options.grpo import Config
-from train.options.sft import Config as SftConfig
+from train.options.scripts.grpo import Config
+from train.options.scripts.sft import Config as SftConfig
 from train.processes import hosts
 from train.processes.session import Session
 from train.run.lifecycle import resume_hint

@@ -12,13 +12,14 @@ from lora_jax.bank import Tenant, Together, mixed
 from lora_jax.models import from_pretrained
 from lora_jax.training.layout import Layout, make_mesh
 from tests.models import tiny
-from tests.support import assert_close, lorafied, over, with_random_factors
+from tests.support import assert_close, lorafied, with_random_factors
 
 RULE = lj.LoraRule(targets=["q_proj", "down_proj", "embed_tokens"], rank=3, alpha=5.0)
 IDS = np.random.default_rng(0).integers(0, 61, (4, 8))
 
 
-@over("case", ["bf16", "sharded fp32"], often=["sharded fp32"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["bf16", "sharded fp32"])
 def test_merged_models_run_what_was_compiled_for_the_base(case, tmp_path):
     """Also when they are written, and read again; with an embedding that is the head as well."""
     dtype = "bfloat16" if case == "bf16" else "float32"

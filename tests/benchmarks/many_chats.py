@@ -44,7 +44,7 @@ def write_chats(path: Path, n: int) -> None:
 def measure(rows: Path, cache: Path, packing: bool) -> None:
     """Prints the cost of each part, in this process."""
     from lora_jax.training.data.order import Order
-    from train.options.sft import Config, DataConfig
+    from train.options.scripts.sft import Config, DataConfig
     from train.tasks import chats
 
     began = clock = time.perf_counter()

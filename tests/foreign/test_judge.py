@@ -29,6 +29,9 @@ def case(fn, merges=0, rules=rule(["kernel"]), adapted=None):  # noqa: B008
 ROLES = rule(["kernel"], in_axes=[0], out_axes=[1])
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("good", [case(linear), case(bent, 1, ROLES)], ids=["factored", "merged"])
 def test_it_passes_what_is_as_it_says(good):
     verdict = judged(good)

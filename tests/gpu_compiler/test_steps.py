@@ -19,11 +19,11 @@ from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from train.options.common import AdapterConfig
 from train.plan.compile import _closed_form
-from train.plan.hlo import work_of
+from train.plan.flops.checked import count_traced
+from train.plan.flops.hlo import work_of
+from train.plan.flops.kernels import named
 from train.plan.job import Variant
-from train.plan.kernels import named
 from train.plan.machines import find_machine
-from train.plan.plan_flops import count_traced
 
 pytestmark = pytest.mark.gpu_compiler
 FLASH = ("flash attention (fwd, dq, dkv)",)

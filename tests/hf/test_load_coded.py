@@ -18,6 +18,7 @@ from lora_jax.quantized import QuantizeWarning, QuantRule, dequantize, is_coded,
 from tests.hf import trees
 from tests.hf.test_gguf import write
 from tests.models import tiny
+from tests.support import over
 from tests.train.tiny import decoder
 
 UP = "model/layers/mlp/up_proj/kernel"
@@ -42,7 +43,12 @@ def folder(tmp_path: Path) -> Any:
     return written
 
 
-@pytest.mark.parametrize(("case", "format"), [("llama3", "nf4"), ("qwen3 moe", "int8")])
+@over(
+    ("case", "format"),
+    [("llama3", "nf4"), ("qwen3 moe", "int8")],
+    often=["qwen3 moe, int8"],
+    called=", ".join,
+)
 def test_codes_are_those_of_the_tree(case: str, format: str, folder: Any) -> None:
     where = folder(case)
     model, plain = from_pretrained(where)

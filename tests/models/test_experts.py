@@ -18,7 +18,7 @@ from lora_jax.sharding import place
 from lora_jax.training.layout import Layout, one_device
 from tests.models import tiny
 from tests.support import assert_close, draw, over, with_random_factors
-from train.plan.jaxpr_flops import count_flops
+from train.plan.flops.jaxpr import count_flops
 from train.processes.mesh import make_mesh
 
 WIDTH, INNER, N_EXPERTS = 5, 7, 6
@@ -94,7 +94,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         (ragged, "VeRA"),
         (ragged, "a high rank"),
     ],
-    often=["by_blocks, plain", "ragged, DoRA"],
+    often=["ragged, DoRA"],
     called=called,
 )
 def test_each_expert_has_its_factors(how: Any, variant: str, float64: None) -> None:

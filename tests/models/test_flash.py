@@ -15,12 +15,12 @@ from lora_jax.models.layers.masks import Split
 from tests.models.test_attention import Case
 from tests.models.test_splash import MASKS, check_split, differentiated
 from tests.support import assert_close, over
-from train.plan.jaxpr_flops import count_flops
+from train.plan.flops.jaxpr import count_flops
 
 FLASH = Flash(queries=32, keys=16, interpret=True)
 
 
-@over("name", MASKS, often=["padded, packed, a window, capped", "a layer with a window"])
+@over("name", MASKS, often=["padded, packed, a window, capped"])
 def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     case, some = MASKS[name]
     want = differentiated(case, "dense", some)
@@ -35,7 +35,7 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "case", "some"), SPLITS)
+@over(("text", "case", "some"), SPLITS, often=["sequence=2"], called=lambda split: split[0])
 def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None) -> None:
     check_split(FLASH, text, case, some)
 

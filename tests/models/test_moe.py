@@ -13,7 +13,7 @@ from lora_jax.models.decoder.experts import blocks_of
 from lora_jax.models.decoder.moe import SparseMLP, route
 from lora_jax.models.layers.activations import ACTIVATION
 from tests.models import tiny
-from train.plan.hlo import work_of
+from train.plan.flops.hlo import work_of
 
 
 def layer(case: str, **kwargs: Any) -> tuple[SparseMLP, dict[str, Any], np.ndarray]:

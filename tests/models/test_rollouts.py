@@ -16,7 +16,7 @@ import lora_jax as lj
 from lora_jax.models import GPT2, Samples, generate, read_config, sample
 from lora_jax.training.layout import Layout, make_mesh
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, variables_of, with_random_factors
+from tests.support import assert_close, over, variables_of, with_random_factors
 
 PROGRAM = importlib.import_module("lora_jax.models.rollouts")._sample
 LENGTHS = np.array([6, 2, 5])
@@ -64,7 +64,7 @@ def judged(made: Any, tokens: np.ndarray, temperature: float) -> np.ndarray:
     return np.stack(found)
 
 
-@pytest.mark.parametrize("case", ["llama3", "gpt2"])
+@over("case", ["llama3", "gpt2"], often=["llama3"])
 def test_log_probabilities_are_those_of_the_whole_vocabulary(case: str) -> None:
     """Whatever the tokens were drawn from; at temperature 0 it is 1."""
     made = adapted(case)
@@ -97,6 +97,7 @@ def test_a_row_depends_on_its_own_key_alone(llama: Any) -> None:
             np.testing.assert_allclose(one[0], of_all[row], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_keys_of_either_kind_and_for_each_row(llama: Any) -> None:
     want = drawn(llama).tokens
     each = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3 * N))
@@ -203,13 +204,10 @@ def same_on_a_mesh(case: str, n_devices: int, **sizes: int) -> None:
         assert_close(spread, one, 1e-5)
 
 
-def test_devices_in_any_order_draw_the_same() -> None:
-    same_on_a_mesh("llama3", 4, data=2, fsdp=2)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["llama3", "gpt2"])
-@pytest.mark.parametrize("sizes", ["data=2, fsdp=4", "fsdp=4, tensor=2"])
+@pytest.mark.parametrize(
+    ("case", "sizes"), [("llama3", "data=2, fsdp=4"), ("gpt2", "fsdp=4, tensor=2")]
+)
 def test_eight_devices_in_any_order_draw_the_same(case: str, sizes: str) -> None:
     code = (
         "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"

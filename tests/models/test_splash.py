@@ -18,7 +18,7 @@ from lora_jax.models.layers.masks import Mask, Split
 from lora_jax.training.layout import Layout
 from tests.models.test_attention import Case
 from tests.support import assert_close, draw, over
-from train.plan.jaxpr_flops import count_flops
+from train.plan.flops.jaxpr import count_flops
 from train.processes.mesh import make_mesh
 
 SPLASH = Splash(block=128, interpret=True)

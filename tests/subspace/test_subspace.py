@@ -279,6 +279,7 @@ def temporaries(fn, *args):
     return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_temporaries_are_those_of_one_layer():
     def found(**options):
         kernel = jax.ShapeDtypeStruct((32, 512, 513), jnp.float32)

@@ -10,11 +10,9 @@ import sys
 devices, place, port, script, *rest = sys.argv[1:]
 process, processes = map(int, place.split("/"))
 
-# TensorBoard's writer imports torch where it is there, which takes longer than many a test.
-sys.modules["torch"] = None
-import tensorboardX  # noqa: E402, F401
+from tests.surroundings import hide_torch  # noqa: E402
 
-del sys.modules["torch"]
+hide_torch()
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", int(devices))

@@ -4,12 +4,10 @@ import sys
 
 import pytest
 
-# TensorBoard's writer imports torch where it is there, which takes longer than many a test.
 _WITHOUT_TORCH = """
 import runpy, sys
-sys.modules["torch"] = None
-import tensorboardX
-del sys.modules["torch"]
+from tests.surroundings import hide_torch
+hide_torch()
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 

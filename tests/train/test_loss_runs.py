@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from lora_jax.training.data.chats import tokenize
-from tests.support import over
 from tests.train.tiny import decoder, tokenizer, write_jsonl, write_model
 from train.run.log import read_metrics
 from train.sft import main
@@ -40,7 +39,8 @@ def by_hand(train_on):
     return -np.mean(np.exp(logs) * logs), -np.mean(logs)
 
 
-@over("way", WAYS, often=["packed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_dft_weighs_each_token_by_its_probability(tmp_path, capsys, way):
     rows, other = (str(write_jsonl(tmp_path / name, ROWS)) for name in ("rows.jsonl", "o.jsonl"))
     model = write_model(tmp_path / "model", scale=SCALE)

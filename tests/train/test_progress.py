@@ -79,6 +79,7 @@ def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole, tmp_path)
     assert find_adapter(str(whole)).folder == whole / "adapter"
 
 
+@pytest.mark.slow
 def test_answers_are_sampled_at_fixed_steps(whole):
     samples = samples_of(whole)
     assert [(row["step"], row["prompt"]) for row in samples] == [

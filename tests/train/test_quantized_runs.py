@@ -71,6 +71,7 @@ def tree_of(trained, model):
     return lj.load_adapter(trained / "adapter", coded(model))
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_the_tree_in_codes(inputs, trained):
     """The base's own values, dequantised, give the same run."""
     folder = trained.parent / "floats"

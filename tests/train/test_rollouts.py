@@ -138,6 +138,7 @@ def test_the_first_update_has_a_gradient_and_no_loss(learned):
     assert first["clip_low"] == first["clip_high"] == 0
 
 
+@pytest.mark.slow
 def test_a_shuffled_reward_does_not_rise(folder, tmp_path):
     lines = run(folder, tmp_path / "run", *LEARNING, reward="shuffled")
     rewards = [line["reward"] for line in lines]
@@ -152,7 +153,7 @@ WITHOUT = {
 }
 
 
-@over("reward", WITHOUT, often=["silent", "early"])
+@over("reward", WITHOUT, often=["early"])
 def test_nothing_is_learned_from_nothing(folder, tmp_path, reward, capsys):
     args = ["--init-adapter", folder / "used", "--steps", 2, "--lr", 1e-1, *WITHOUT[reward]]
     args = [folder / arg if arg == "endless" else arg for arg in args]
@@ -168,12 +169,6 @@ def test_nothing_is_learned_from_nothing(folder, tmp_path, reward, capsys):
     if reward == "raises":
         assert all(line["reward_failed"] == 1 for line in lines)
         assert "no reward for 48 of 48 completions" in told(capsys)
-
-
-def test_rewards_that_fail_leave_the_others(folder, tmp_path, capsys):
-    (line,) = run(folder, tmp_path / "run", "--steps", 1, reward="half")
-    assert line["reward_failed"] == 0.5 and line["grad_norm"] > 0
-    assert "no reward for 24 of 48 completions (not finite): nan" in told(capsys)
 
 
 @pytest.mark.slow
@@ -221,12 +216,9 @@ def stepped(folder, tmp_path_factory):
     return step
 
 
-@over(
-    ("loss", "parts"),
-    [(loss, parts) for loss in PARTS for parts in (2, 4)],
-    often=["dapo, 4"],
-    called=lambda case: f"{case[0]}, {case[1]}",
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("loss", PARTS)
 def test_rollouts_in_parts_are_the_batch(folder, stepped, loss, parts):
     """The same completions are drawn, and one gradient comes of them."""
     (whole, expected), (line, adapter) = stepped(loss, 1), stepped(loss, parts)
@@ -270,9 +262,14 @@ def test_groups_without_spread_are_drawn_again(folder, tmp_path, monkeypatch):
 STOPS = ("\n\n", "\r", ")")
 
 
-def test_a_text_ends_a_completion(folder, tmp_path, monkeypatch):
+def test_a_text_ends_a_completion_and_rewards_that_fail_leave_the_others(
+    folder, tmp_path, monkeypatch, capsys
+):
     found, made = recorded(monkeypatch), tokenizer()
-    (line,) = run(folder, tmp_path / "run", "--steps", 1, "--stop", *STOPS, "--lr", 1e-2)
+    args = ["--steps", 1, "--stop", *STOPS, "--lr", 1e-2]
+    (line,) = run(folder, tmp_path / "run", *args, reward="half")
+    assert line["reward_failed"] == 0.5 and line["grad_norm"] > 0
+    assert "no reward for 24 of 48 completions (not finite): nan" in told(capsys)
     ((*_, drawn),) = found
     stopped = 0
     for ids, n, ended, text in zip(
@@ -298,6 +295,7 @@ def test_a_text_ends_a_completion(folder, tmp_path, monkeypatch):
 EVERYWHERE = ["--targets", "all-linear", "--lr", 3e-2]
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_completed_and_rewarded_as_others_are(folder, tmp_path):
     """The likeliest token alone is drawn: what is greedy on the way and what is measured agree."""
     args = ["--steps", 1, "--top-k", 1, "--eval-dataset", folder / "rows.jsonl", "--stop", *STOPS]
@@ -346,11 +344,11 @@ TEACHERS = {
 def test_a_student_comes_closer_to_its_teacher(folder, tmp_path, teacher):
     if not (folder / "other").exists():
         write_model(folder / "other", scale=0.8, eos_token_id=ENDS)
-    args = ["--steps", 25, "--lr", 1e-2, "--batch-size", 48, *TEACHERS[teacher](folder)]
+    args = ["--steps", 12, "--lr", 2e-2, "--batch-size", 48, *TEACHERS[teacher](folder)]
     distill.main(line_of(folder, tmp_path / "run", *args, reward=None))
     lines = read_metrics(tmp_path / "run")
     apart = [line["reverse_kl"] for line in lines]
-    assert np.mean(apart[-5:]) < 0.7 * np.mean(apart[:5]) and apart[0] > 0.01
+    assert np.mean(apart[-3:]) < 0.7 * np.mean(apart[:3]) and apart[0] > 0.01
     assert max(line["mismatch_max"] for line in lines) < 1e-5
 
 

@@ -18,7 +18,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.losses import Loss, token_loss
 from lora_jax.training.run.checkpoints import Checkpoints
-from tests.support import THOROUGH, over
+from tests.support import THOROUGH
 from tests.train.scripts import begun, command
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train.generate import __main__ as generate
@@ -224,6 +224,7 @@ def only_shapes_of(decompose):
     return checked
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
     read = []
 
@@ -274,12 +275,8 @@ def test_a_row_without_the_fields_is_named(inputs, tmp_path, capsys):
     assert f"{rows}, line 2 has `text`; a row needs `messages`" in message
 
 
-@over(
-    "packing",
-    [[], ["--packing", "--seq-len", "128"]],
-    often=["packed"],
-    called=lambda packing: "packed" if packing else "one each",
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [[], ["--packing", "--seq-len", "128"]])
 def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, packing):
     def poisoned(name, **options):
         def poisoned_sums(forward, params, batch, dropout_key=None):

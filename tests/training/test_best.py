@@ -13,7 +13,6 @@ import pytest
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.training.run.best import Best, Standing
-from tests.support import over
 
 # Orbax leaves coroutines behind where a run is broken off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -145,7 +144,8 @@ def patient(tmp_path_factory):
     return folder, tuned(folder, **PATIENT)[1]
 
 
-@over("at", [4, 9, 16], often=["9"])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [4, 9, 16])
 def test_a_run_killed_anywhere_comes_to_the_same_best(whole, patient, tmp_path, at):
     """After `at` steps: before a checkpoint, between a new best and its checkpoint, and later."""
 

@@ -18,7 +18,7 @@ from tests.support import over
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def collected():
     yield
     gc.collect()
@@ -43,12 +43,19 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     for step in (1, 2, 3):
         checkpoints.save(state_at(step), {"cursor": {"row": step}})
     checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def saved(written, tmp_path):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     return Checkpoints(tmp_path / "checkpoints", keep=2)
 
 

@@ -19,7 +19,7 @@ from lora_jax.training.layout import Layout
 from tests.models import tiny
 from tests.models.test_attention import Case
 from tests.support import AS_FOR_USERS, assert_close, draw, over
-from train.plan.hlo import work_of
+from train.plan.flops.hlo import work_of
 from train.processes.mesh import make_mesh
 
 BLOCKS = Blockwise(block=3, spans=4)
@@ -169,6 +169,7 @@ def test_no_device_has_a_score_for_each_pair() -> None:
     assert growth[1] > 50, "the control"
 
 
+@pytest.mark.slow
 def test_a_causal_row_costs_a_device_half() -> None:
     """One program without a choice runs on all devices, so that each does as much."""
     seq, blocks = 128, Blockwise(block=16)

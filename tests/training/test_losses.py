@@ -19,7 +19,7 @@ from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import init_state, make_step
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, over, with_random_factors
-from train.options.sft import SftOptimConfig
+from train.options.scripts.sft import SftOptimConfig
 
 VOCAB = tiny.SIZES["vocab_size"]
 BATCH, SEQ, M = 3, 17, 10

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES, token_loss
 from lora_jax.training.step import init_state, make_step
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, over, with_random_factors
 from tests.training.test_losses import BATCH, M, bag, batch, lora
 
 
@@ -59,7 +59,7 @@ VOCAB = 64  # no axis beside it has this size
 WAYS = [(0, 1), (7, 1), (9, 3)]
 
 
-@pytest.mark.parametrize("chunk, parts", WAYS)
+@over(("chunk", "parts"), WAYS, often=["(0, 1)", "(9, 3)"], called=str)
 @pytest.mark.parametrize("name", {*TOKEN_LOSSES} - {DEFAULT})
 def test_an_adapter_gets_the_gradient_of_the_formula(name, chunk, parts):
     """Weights are negative, too; rows are in chunks and parts, and the vocabulary over devices."""

@@ -201,9 +201,7 @@ TABLE = ((r"(layers|more)/kernel", P("fsdp", "tensor")), (r"embed/embedding", P(
     "name",
     [
         "adafactor",
-        "muon",
-        pytest.param("adamw", marks=pytest.mark.slow),
-        pytest.param("schedule-free", marks=pytest.mark.slow),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("muon", "adamw", "schedule-free")),
     ],
 )
 def test_a_mesh_takes_the_same_steps_and_shares_the_state_out(name):
@@ -278,6 +276,7 @@ def test_an_option_that_an_optimiser_does_not_read_is_an_error():
         make_optimizer("adam", RATE)
 
 
+@pytest.mark.slow
 def test_finetune_evaluates_and_keeps_the_average():
     """Judged by the same run made by hand, whose last raw parameters have another loss."""
     x = np.random.default_rng(1).standard_normal((12, IN), np.float32)

@@ -38,11 +38,11 @@ from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.finetune import RunPart, weights_of
 from train.inputs import Inputs, Reader
-from train.options import classify as classify_options
-from train.options import sft as sft_options
 from train.options.command import read_line
 from train.options.field import check_effects
 from train.options.file import as_file, check_same_run, from_file, replaced
+from train.options.scripts import classify as classify_options
+from train.options.scripts import sft as sft_options
 from train.processes import hosts
 from train.processes.session import Session
 from train.run.intrinsic import merged, moves_weights, space_of

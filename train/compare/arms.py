@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from train.compare.options import COMPARED, METHODS, OF_SUBSPACE, CompareConfig, has_adapter
 from train.compare.result import Arm
-from train.options.classify import rate_of_dimension
+from train.options.scripts.classify import rate_of_dimension
 
 _RANKS = (4, 16, 64)
 _QUICK_RANKS = (8,)

@@ -16,8 +16,8 @@ from train.console.markdown import escape_markdown, table
 from train.data.files import FILE_KINDS, named
 from train.export.marked import marked
 from train.export.terms import auto_class, loading_config, scaled_fields
-from train.options import classify, distill, dpo, grpo, sft
 from train.options.field import Card, traits_of
+from train.options.scripts import classify, distill, dpo, grpo, sft
 from train.reporters.files import read_json
 from train.run.log import read_metrics
 from train.run.output import CONFIG, FACTS, SCORES

@@ -16,7 +16,7 @@ from train.console.errors import UserError, as_user_errors
 from train.console.output import say
 from train.generate.answers import Speaker
 from train.generate.options import BASE, GenerateOptions
-from train.options.sft import DEFAULT_MODEL
+from train.options.scripts.sft import DEFAULT_MODEL
 from train.run.pretrained import Outline
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")

@@ -16,7 +16,7 @@ from lora_jax.training.layout import OnMesh
 from lora_jax.training.ready import Ready
 from lora_jax.training.step import State
 from train.live.reference import is_live, reference_params, sequence_scorer, with_reference
-from train.options.dpo import KTO
+from train.options.scripts.dpo import KTO
 from train.tasks.task import Data, Preparing
 
 

@@ -24,7 +24,7 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
 from train.data import cache
-from train.options.dpo import BASE, KTO, NONE
+from train.options.scripts.dpo import BASE, KTO, NONE
 from train.processes import hosts
 from train.run.log import doing
 from train.tasks.task import Preparing

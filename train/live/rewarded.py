@@ -15,7 +15,7 @@ from train.console.output import tell
 from train.live.prompts import Drawn, PromptFeed
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
-from train.options.grpo import RLOO
+from train.options.scripts.grpo import RLOO
 from train.processes import hosts
 from train.reporters.contract import Sample
 from train.tasks.task import Data, Preparing

@@ -16,7 +16,7 @@ from train.console.errors import UserError
 from train.console.output import tell
 from train.live.prompts import Drawn, PromptFeed, Prompts
 from train.live.rollouts import Rollouts
-from train.options.distill import BASE
+from train.options.scripts.distill import BASE
 from train.reporters.contract import Sample
 from train.run.pretrained import Outline, check_weights, read_model, read_outline
 from train.tasks.task import Data, Preparing

@@ -1,1 +1,1 @@
-"""The options of the scripts: those in common, and each script's own."""
+"""The options of all scripts: those in common, their files and tables."""

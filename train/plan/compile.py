@@ -18,9 +18,9 @@ from train.console.errors import UserError
 from train.options.common import OptimConfig
 from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
-from train.plan.flops import step_flops
+from train.plan.flops.checked import StepWork, count_traced, step_work, together
+from train.plan.flops.closed_form import step_flops
 from train.plan.job import Job, Variant, abstract_params, batch_shapes, per_device
-from train.plan.plan_flops import StepWork, count_traced, step_work, together
 from train.plan.refusals import of_refusal, reason_of
 from train.run.report import compiled_bytes, tree_bytes
 
@@ -44,11 +44,11 @@ class Plan:
       flops_per_step, flops_per_chip: FLOPs of matrix products, on all devices and on one; of a
         step, with its reference or scorer, without the sampler.
       flops_source: their source: "hlo" (the optimised HLO) or "jaxpr" (the step as traced, if the
-        HLO is not understood); see `train.plan.plan_flops`.
+        HLO is not understood); see `train.plan.flops.checked`.
       flops_traced: FLOPs of a step counted in its jaxpr, on all devices.
-      flops_closed_form: FLOPs of a step in closed form; see `train.plan.flops`.
+      flops_closed_form: FLOPs of a step in closed form; see `train.plan.flops.closed_form`.
       collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
-      kernels: the kernels in the compiled step, in words; see `train.plan.kernels`.
+      kernels: the kernels in the compiled step, in words; see `train.plan.flops.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.
       sampled_token_flops, cache_bytes: FLOPs of a token of each completion, without attention, and
         the keys and values of all, on all devices; 0 where nothing is sampled.

@@ -22,8 +22,8 @@ from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule
 from train.plan.between import Program, programs_between
 from train.plan.compile import STEP
+from train.plan.flops.checked import count_traced, step_work, together
 from train.plan.job import adapted_shapes, per_device, placed_shapes
-from train.plan.plan_flops import count_traced, step_work, together
 from train.run.intrinsic import moves_weights, running_in, space_of
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes

@@ -8,7 +8,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
 from train.options.common import AdapterConfig, Attention, Experts, Remat
-from train.options.rollouts import OF_ROWS, RolloutDataConfig, check_group
+from train.options.scripts.rollouts import OF_ROWS, RolloutDataConfig, check_group
 from train.plan.job import GRPO, SFT, Task
 from train.run.rules import rules
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from train.plan.between import BETWEEN, SAMPLER
 from train.plan.compile import STEP, Plan
-from train.plan.plan_flops import JAXPR
+from train.plan.flops.checked import JAXPR
 from train.run.report import megabytes
 
 _HELD, _REST = ("base", "adapter", "optimizer", STEP), ("other", "total")

@@ -130,9 +130,7 @@ def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int
             **outline.head,
         )
     check_weights(outline, params)
-    if layout.mesh.size > 1:
-        model = layout.constrained(model)
-    base = Base(model, params, outline.name, options.max_rank)
+    base = Base(model, params, outline.name, options.max_rank, layout)
     on_cpu = layout.platform == "cpu"
     sizes = Sizes(
         max_length=length,
@@ -147,7 +145,8 @@ def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int
         return str(tokenizer.decode(ids, skip_special_tokens=False))
 
     eos = end_tokens(outline)
-    engine = Engine(base, sizes, layout, eos=eos, text_of=text_of, slots=options.slots)
+    room = {"slots": options.slots, "tenants": options.tenants}
+    engine = Engine(base, sizes, layout, eos=eos, text_of=text_of, **room)
     with doing(console, "compiling what requests will need"):
         engine.warm_up()
     free = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9

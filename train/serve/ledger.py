@@ -89,13 +89,26 @@ class Ledger:
     def _one(self, sql: str, *values: Any) -> Row | None:
         return next(iter(self._all(sql, *values)), None)
 
+    def _insert(self, table: str, values: Mapping[str, Any], how: str = "insert") -> None:
+        places = ", ".join("?" * len(values))
+        sql = f"{how} into {table} ({', '.join(values)}) values ({places})"
+        self._all(sql, *values.values())
+
+    def _page(
+        self, which: str, order: str, values: tuple, limit: int, offset: int
+    ) -> tuple[list[Row], int]:
+        """Returns some of the rows, and how many there are in all."""
+        count = self._all(f"select count(*) from {which}", *values)[0][0]
+        sql = f"select * from {which} order by {order} limit ? offset ?"
+        return self._all(sql, *values, limit, offset), count
+
     # Sessions
 
     def open_session(self, session: str, owner: str, metadata: Any = None) -> None:
         """Notes a client's session."""
-        now = self._clock()
-        values = (session, owner, now, now, json.dumps(metadata))
-        self._all("insert into sessions values (?, ?, ?, ?, null, ?)", *values)
+        now, text = self._clock(), json.dumps(metadata)
+        values = {"id": session, "owner": owner, "created": now, "seen": now, "metadata": text}
+        self._insert("sessions", values)
 
     def session(self, session: str) -> Row | None:
         """Returns a session, or None."""
@@ -106,13 +119,10 @@ class Ledger:
         sql = "select * from sessions where owner = ? order by created desc, id limit ? offset ?"
         return self._all(sql, owner, limit, offset)
 
-    def touch(self, session: str) -> None:
-        """Notes that a session's client lives."""
-        self._all("update sessions set seen = ? where id = ?", self._clock(), session)
-
-    def touch_all(self) -> None:
-        """Notes the same of all: nobody could be heard while the server was down."""
-        self._all("update sessions set seen = ? where ended is null", self._clock())
+    def touch(self, session: str | None = None) -> None:
+        """Notes that a session's client lives; without one, that all may, as none was heard."""
+        sql = "update sessions set seen = ?1 where id = ?2 or ?2 is null"
+        self._all(sql, self._clock(), session)
 
     def idle_sessions(self, seconds: float) -> list[str]:
         """Returns the sessions that were silent for longer."""
@@ -133,9 +143,9 @@ class Ledger:
 
     def add_model(self, model: str, session: str, owner: str, base: str, metadata: Any) -> None:
         """Notes a model that a command of number 0 makes."""
-        values = (model, session, owner, base, json.dumps(metadata), self._clock())
-        sql = "insert into models (id, session, owner, base, metadata, used) values (?,?,?,?,?,?)"
-        self._all(sql, *values)
+        values = {"id": model, "session": session, "owner": owner, "base": base}
+        rest = {"metadata": json.dumps(metadata), "used": self._clock()}
+        self._insert("models", values | rest)
 
     def model(self, model: str) -> Row | None:
         """Returns a model, or None."""
@@ -143,9 +153,7 @@ class Ledger:
 
     def models(self, owner: str, limit: int = -1, offset: int = 0) -> tuple[list[Row], int]:
         """Returns an owner's models, the last used first, and how many there are in all."""
-        sql = "select * from models where owner = ? order by used desc, id limit ? offset ?"
-        count = self._all("select count(*) from models where owner = ?", owner)[0][0]
-        return self._all(sql, owner, limit, offset), count
+        return self._page("models where owner = ?", "used desc, id", (owner,), limit, offset)
 
     def models_of(self, session: str) -> list[Row]:
         """Returns the models of a session."""
@@ -189,8 +197,8 @@ class Ledger:
         folder: Path | None = None,
         target: str | None = None,
         refused: bytes | None = None,
-    ) -> None:
-        """Notes a command.
+    ) -> Row:
+        """Notes a command, and returns its row.
 
         Args:
           model, seq: its place.
@@ -200,13 +208,17 @@ class Ledger:
           target: the path of the checkpoint, or the sampler's id, that it makes.
           refused: the answer, if it is wrong.
         """
-        state = LOGGED if refused is None else REFUSED
-        finished = None if refused is None else self._clock()
-        place = None if folder is None else str(folder)
-        values = (model, seq, kind, payload, place, target, state, refused, finished)
+        now = self._clock()
+        values = {"model": model, "seq": seq, "kind": kind, "payload": payload, "target": target}
+        values |= {"state": LOGGED, "folder": None if folder is None else str(folder)}
+        if refused is not None:
+            values |= {"state": REFUSED, "answer": refused, "finished": now}
         with self.transaction():
-            self._all("insert into commands values (?,?,?,?,?,?,?,?,?)", *values)
-            self._all("update models set used = ? where id = ?", self._clock(), model)
+            self._insert("commands", values)
+            self._all("update models set used = ? where id = ?", now, model)
+            found = self.command(model, seq)
+        assert found is not None
+        return found
 
     def command(self, model: str, seq: int) -> Row | None:
         """Returns a command, or None."""
@@ -263,13 +275,11 @@ class Ledger:
         """
         now, ttl = self._clock(), facts.get("ttl_seconds")
         kind, name = command["target"].split("/")[-2:]
-        values = (
-            *(command["target"], command["model"], owner, kind, name, command["folder"], now, size),
-            None if ttl is None else now + ttl,
-            json.dumps(facts.get("user_metadata")),
-        )
-        sql = "insert or replace into checkpoints values (?,?,?,?,?,?,?,?,?,0,?)"
-        self._all(sql, *values)
+        values = {"path": command["target"], "kind": kind, "name": name, "owner": owner}
+        values |= {"model": command["model"], "folder": command["folder"], "size": size}
+        values |= {"made": now, "expires": None if ttl is None else now + ttl}
+        values["metadata"] = json.dumps(facts.get("user_metadata"))
+        self._insert("checkpoints", values, "insert or replace")
 
     def checkpoint(self, path: str) -> Row | None:
         """Returns a checkpoint that has not expired, or None."""
@@ -288,13 +298,11 @@ class Ledger:
           offset: how many are left out before.
         """
         which = (
-            "from checkpoints where owner = ? and (?2 is null or model = ?2) "
+            "checkpoints where owner = ? and (?2 is null or model = ?2) "
             "and (expires is null or expires > ?)"
         )
         values = (owner, model, self._clock())
-        sql = f"select * {which} order by made desc, rowid desc limit ? offset ?"
-        count = self._all(f"select count(*) {which}", *values)[0][0]
-        return self._all(sql, *values, limit, offset), count
+        return self._page(which, "made desc, rowid desc", values, limit, offset)
 
     def expired_checkpoints(self) -> list[Row]:
         """Returns the checkpoints whose time is over."""
@@ -315,18 +323,15 @@ class Ledger:
 
     # Samplers
 
-    def add_sampler(
-        self,
-        sampler: str,
-        session: str,
-        owner: str,
-        base: str,
-        path: str | None = None,
-        folder: str | None = None,
-    ) -> None:
-        """Notes what a session samples from: a checkpoint, weights of its own, or the base."""
-        values = (sampler, session, owner, base, path, folder)
-        self._all("insert or ignore into samplers values (?,?,?,?,?,?)", *values)
+    def add_sampler(self, sampler: str, **facts: str | None) -> None:
+        """Notes what a session samples from, unless the sampler is known.
+
+        Args:
+          sampler: its id.
+          **facts: session, owner and base; for a checkpoint its path; for all but the base a
+            folder.
+        """
+        self._insert("samplers", {"id": sampler} | facts, "insert or ignore")
 
     def sampler(self, sampler: str) -> Row | None:
         """Returns a sampler, or None."""

@@ -19,7 +19,7 @@ from train.serve.routes.access import read_keys
 
 _LENGTH = 1024
 _NUMBERS = {
-    **dict.fromkeys(("slots", "max_rank", "sequences", "tokens"), at_least(1)),
+    **dict.fromkeys(("tenants", "slots", "max_rank", "sequences", "tokens"), at_least(1)),
     "max_length": at_least(2),
     "port": Numbers(lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"),
 }
@@ -39,6 +39,8 @@ class ServeOptions:
     server that is started again goes on with it."""
     fresh: bool = False
     """Delete what lasts in --output, and begin anew."""
+    tenants: int = 64
+    """Adapters that train at once; more are refused."""
     slots: int = 8
     """Adapters that completions drawn side by side may have."""
     max_rank: int = 32

@@ -21,7 +21,7 @@ class AdapterSpec:
 
     Attributes:
       rank: of all its factors.
-      seed: of the initial A; None for one drawn by the adapter's name.
+      seed: of the initial A; by default 0, so that equal runs are equal.
       attention, mlp, unembed: whether the projections of attention, those of the MLPs, and the
         output head are adapted.
       alpha: the scale is alpha / rank.

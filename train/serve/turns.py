@@ -120,7 +120,8 @@ class Turns:
         seq: int,
         kind: str,
         payload: bytes,
-        prepare: Callable[[], tuple[Command, Path | None, str | None]],
+        prepare: Callable[[], tuple[Path | None, str | None]] = lambda: (None, None),
+        command: Command | None = None,
     ) -> str:
         """Commits a command, and hands over those whose turn has come.
 
@@ -129,14 +130,15 @@ class Turns:
           seq: its number.
           kind: its name.
           payload: what `read` makes it from.
-          prepare: returns it, with the folder and the target that the ledger notes. If it raises a
-            RequestError, the number is used up all the same, so that later ones do not wait for it.
+          prepare: returns the folder and the target that the ledger notes.
+          command: the command, if it was read already.
 
         Returns:
           The id of the request; that of the first if it came before.
 
         Raises:
-          RequestError: It is wrong, or its number is.
+          RequestError: It is wrong, or its number is. If `prepare` or `read` raised it, the number
+            is used up all the same, so that later ones do not wait for it.
           Busy: The queue is full.
         """
         with self._lock:
@@ -157,14 +159,14 @@ class Turns:
             refusal = None
             try:
                 with self._ledger.transaction():
-                    command, folder, target = prepare()
-                    self._ledger.log(model, seq, kind, payload, folder, target)
+                    row = self._ledger.log(model, seq, kind, payload, *prepare())
+                    command = command or self._read(row)
                 self._turns[model] = turn
             except RequestError as error:
+                if seq == 0:
+                    raise  # there is no model, whose commands could wait
                 refusal, command = error, None
-                self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
-            row = self._ledger.command(model, seq)
-            assert row is not None
+                row = self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
             turn.load += _load(row)
             turn.waiting[seq] = row, command
             self._advance(model, turn)
@@ -175,7 +177,7 @@ class Turns:
     def replay(self) -> None:
         """Loads each tenant's last state, and executes again what was logged since."""
         with self._lock:
-            self._ledger.touch_all()
+            self._ledger.touch()
             self._ledger.abandon(error_answer(RequestError("the model was unloaded")))
             for model in self._ledger.live_models():
                 self._replay(model)
@@ -280,8 +282,8 @@ class Turns:
                 facts = json.loads(row["payload"])
                 self._ledger.add_checkpoint(row, model["owner"], result.size, facts)
             else:
-                place = (model["session"], model["owner"], model["base"], None, row["folder"])
-                self._ledger.add_sampler(target, *place)
+                facts = {name: model[name] for name in ("session", "owner", "base")}
+                self._ledger.add_sampler(target, folder=row["folder"], **facts)
                 session = self._ledger.session(model["session"])
                 if session is None or session["ended"]:
                     stale.extend(self._ledger.end_session(model["session"]))

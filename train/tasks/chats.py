@@ -19,7 +19,7 @@ from train.data.dataset import Dataset, find, pairs_of
 from train.data.files import named
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
-from train.options.sft import Config
+from train.options.scripts.sft import Config
 from train.processes import hosts
 from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline

@@ -17,8 +17,8 @@ from lora_jax.training.losses import CLASSES
 from lora_jax.training.processes import is_first, write_json
 from train.console.errors import as_user_errors
 from train.data.files import kind_of, read_rows
-from train.options.classify import HEAD, Config, DataConfig
 from train.options.defaults import Defaults
+from train.options.scripts.classify import HEAD, Config, DataConfig
 from train.processes.hosts import map_over_processes
 from train.run.log import doing
 from train.run.output import CONFUSION, SCORES

@@ -19,7 +19,7 @@ from train.data.dataset import Dataset, find
 from train.live.preferences import prepared
 from train.live.reference import check_reference
 from train.options.defaults import Defaults
-from train.options.dpo import KTO, NONE, Config
+from train.options.scripts.dpo import KTO, NONE, Config
 from train.processes import hosts
 from train.run.pretrained import Outline
 from train.tasks import chats

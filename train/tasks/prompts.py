@@ -21,7 +21,7 @@ from train.live import rewarded
 from train.live.prompts import PromptFeed, Prompts
 from train.live.rollouts import text_of
 from train.options.defaults import Defaults
-from train.options.grpo import Config
+from train.options.scripts.grpo import Config
 from train.reporters.files import read_json
 from train.rewards.find import find_rewards
 from train.run.complete import completed

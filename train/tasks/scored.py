@@ -16,7 +16,7 @@ from lora_jax.training.held_out import means
 from lora_jax.training.losses import COMPARISONS
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError
-from train.options.classify import DEFAULT_TASK, Config
+from train.options.scripts.classify import DEFAULT_TASK, Config
 from train.processes.hosts import map_over_processes
 from train.run.output import SCORES
 from train.run.pretrained import Outline

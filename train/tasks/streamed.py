@@ -18,7 +18,7 @@ from train.console.output import tell
 from train.data.blocks import Blocks, find_blocks
 from train.data.dataset import pairs_of, renamed
 from train.data.files import named
-from train.options.sft import Config
+from train.options.scripts.sft import Config
 from train.options.tasks import SFT
 from train.processes import hosts
 from train.run.pretrained import Outline

@@ -6,12 +6,12 @@
 import dataclasses
 
 from train.options.file import replaced
-from train.options.grpo import Config
+from train.options.scripts.grpo import Config
 from train.tasks import arithmetic, prompts
 from train.tasks.task import Rows
 
 MODEL = "arithmetic"  # stands for the decoder that is made
-_ROWS = 1_000
+_ROWS = 1_300
 
 
 def completed(config: Config) -> Config:
@@ -28,7 +28,7 @@ def read_rows(config: Config) -> Rows:
 TASK = dataclasses.replace(
     prompts.TASK,
     defaults=dataclasses.replace(
-        prompts.TASK.defaults, model=MODEL, lr=3e-3, full_lr=3e-4, steps=120, eval_questions=256
+        prompts.TASK.defaults, model=MODEL, lr=1.5e-3, full_lr=3e-4, steps=700, eval_questions=256
     ),
     check=lambda config: None,
     completed=completed,

@@ -7,7 +7,7 @@ from lora_jax.training.losses import ONLINE, Loss, rollout_loss
 from train.console.errors import UserError
 from train.live import taught
 from train.live.prompts import PromptFeed
-from train.options.distill import Config
+from train.options.scripts.distill import Config
 from train.run.pretrained import Outline
 from train.tasks import prompts
 from train.tasks.task import Data, Rows, Task

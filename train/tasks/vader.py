@@ -17,7 +17,7 @@ from sklearn.model_selection import GroupShuffleSplit
 from lora_jax.hf.packaged import FetchError, Package
 from lora_jax.training.data.rows import Row
 from train.console.errors import UserError
-from train.options.classify import Config
+from train.options.scripts.classify import Config
 from train.tasks import labelled
 from train.tasks.task import Rows
 

@@ -23,7 +23,7 @@ from tests.benchmarks.contenders.settings import (
     checked,
 )
 from tests.benchmarks.inputs import Pair, data_of, read_peft
-from train.plan.jaxpr_flops import count_flops
+from train.plan.flops.jaxpr import count_flops
 
 
 class Method(NamedTuple):

@@ -122,6 +122,7 @@ def test_attention_is_as_asked(adapters, capsys, monkeypatch):
     assert said.startswith("--attention splash: the kernel does not read keys from a cache")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_pefts_adapter(base, adapters, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     args = ["--model", base, "--dataset", rows, "--output", tmp_path / "run", "--init-adapter"]

@@ -12,7 +12,7 @@ from train.compare.arms import Basis, arms_of, name_of, settings
 from train.compare.options import CompareConfig
 from train.compare.rungs import LAST, STAGES, chooses, decide, step_of
 from train.compare.trials import basis_of, groups_of
-from train.options import classify
+from train.options.scripts import classify
 
 RATES = {"lora": 3e-4, "full": 3e-5, "head-only": 1e-2, "said": 0.06, "did": 0.06}
 RATES |= {"lora-xs": 6e-4, "vera": 3e-3}

@@ -11,7 +11,7 @@ from train.inputs import Reader
 from train.many.board import Board, Paper
 from train.options.defaults import with_defaults
 from train.options.file import replaced
-from train.options.sft import Config
+from train.options.scripts.sft import Config
 from train.tasks.chats import TASK
 from train.tasks.sql.task import TASK as SQL
 

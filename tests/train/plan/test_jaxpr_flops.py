@@ -11,9 +11,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from train.plan import jaxpr_flops
-from train.plan.hlo import work_of
-from train.plan.jaxpr_flops import Count, count_flops
+from train.plan.flops.hlo import work_of
+from train.plan.flops.jaxpr import Count, count_flops
 
 
 def shapes(*sizes):
@@ -55,7 +54,7 @@ def test_a_scan_counts_as_often_as_it_runs():
 
 
 def test_the_control_a_counter_that_forgets_how_often(monkeypatch):
-    monkeypatch.setattr(jaxpr_flops, "_times", lambda n, part: part)
+    monkeypatch.setattr("train.plan.flops.jaxpr._times", lambda n, part: part)
     forgetful = counted(layers, (5, 7), (11, 7, 7)).flops
     assert forgetful == 2 * 5 * 7 * 7 + 2 * 2 * 5 * 5 * 7 != LAYERS
 

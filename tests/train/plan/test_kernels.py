@@ -1,7 +1,7 @@
 """Kernels in plans: their FLOPs by the table, and their names."""
 
-from train.plan.hlo import work_of
-from train.plan.kernels import named, unlisted
+from train.plan.flops.hlo import work_of
+from train.plan.flops.kernels import named, unlisted
 
 # As the TPU compiler writes them: attributes have lines of their own, which begin with brackets.
 TEXT = """HloModule jit_step, is_scheduled=true

@@ -43,7 +43,7 @@ def test_the_largest_size(name, first):
     assert len(asked) <= 12
 
 
-def test_a_plan_of_the_longest_row(tmp_path, capsys):
+def test_a_plan_of_the_longest_row(tmp_path, capsys, monkeypatch):
     model = write(tmp_path, FIELDS | {"max_position_embeddings": 700})
     words = ["--model", model, "--batch-size", "2", "--rank", "3", "--longest", "--json"]
     plan.main([*words, "--capacity-gib", "10"])
@@ -51,8 +51,11 @@ def test_a_plan_of_the_longest_row(tmp_path, capsys):
     assert json.loads(out)["largest"] == {"1": 512} and json.loads(out)["seq_len"] == 512
     assert "compiled" not in err, "the plan of that length is not made again"
     assert "the most that fits: 512 tokens a row (the model's limit)" in err
+    memory = {"total": None, "capacity": 1}
+    refused = SimpleNamespace(per_chip_bytes=memory, fits_share={"1": False}, compile_seconds=0)
+    monkeypatch.setattr(plan, "plan", lambda *_: refused)
     with pytest.raises(SystemExit):
-        plan.main([*words, "--capacity-gib", "0.001"])
+        plan.main(words)
     assert "not even 256 tokens a row fit into cpu:1: give --quantize" in capsys.readouterr().err
 
 

@@ -21,6 +21,7 @@ from lora_jax.training.data.preferences import pack_pairs
 from lora_jax.training.data.sequences import Tokens
 from lora_jax.training.losses import Loss, sequence_logps
 from lora_jax.training.setup import Setup
+from tests.support import over
 from tests.train.plan.tiny_plans import (
     FIELDS,
     ON_FOUR,
@@ -32,8 +33,8 @@ from tests.train.plan.tiny_plans import (
 from train.console.errors import UserError
 from train.live.prompts import PromptFeed, Prompts
 from train.live.reference import running
-from train.options.grpo import Config
 from train.options.optim import make_optimizer, make_schedule
+from train.options.scripts.grpo import Config
 from train.plan import __main__ as plan
 from train.plan import compile as planned
 from train.plan.between import REFERENCE, SAMPLER, SCORER, Program, programs_between
@@ -96,12 +97,17 @@ def test_a_batch_of_completions_has_the_shapes_of_a_run(model):
     assert shapes_of(feed.batch(0, length=24)) == shapes_of(batch_shapes(job))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [DPO, (*DPO, "--remat", "none", "--loss-chunk", 40), (*GRPO, "--remat", "none")],
-    ids=["pairs", "pairs, in chunks", "completions"],
+@over(
+    ("name", "options"),
+    {
+        "pairs": DPO,
+        "pairs, in chunks": (*DPO, "--remat", "none", "--loss-chunk", 40),
+        "completions": (*GRPO, "--remat", "none"),
+    }.items(),
+    often=["pairs", "completions"],
+    called=lambda case: case[0],
 )
-def test_flops_are_those_counted_by_hand(model, options):
+def test_flops_are_those_counted_by_hand(model, name, options):
     """A step's, and one forward pass of the reference or the scorer for each of its batches."""
     _, _, made = planned_for(model, *options, "--grad-accum", 2)
     np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
@@ -190,12 +196,12 @@ def test_a_step_has_no_second_base(model, options):
         assert between["arguments"] <= tree_bytes((program.params, step.batch)) + 1000
         if program.times:
             assert between["temporaries"] < found["temporaries"]
-    if options == DPO:
-        assert with_a_copy(model)["arguments"] > allowed + 0.9 * tree_bytes(step.base)
 
 
-def with_a_copy(model):
-    """The bytes of a step of DPO that has a copy of the base, and computes the reference itself."""
+@pytest.mark.slow
+def test_a_copy_of_the_base_is_noticed(model):
+    """The control: a step of DPO that has one, and computes the reference itself."""
+    sft, _ = of_step(model, "--seq-len", 48)
     options = asked(model, *DPO)
     job, optim = plan.make_job(options.plan)
     step = prepared(options)
@@ -216,7 +222,8 @@ def with_a_copy(model):
     batch = step.batch | {"copy": copy}
     loss = Loss(sums, unit="pair")
     traced = setup.trace(setup.forward(step.model), loss, step.state, step.base, batch)
-    return compiled_bytes(traced.lower().compile())
+    found = compiled_bytes(traced.lower().compile())
+    assert found["arguments"] > 1.02 * sft["arguments"] + 0.9 * tree_bytes(step.base)
 
 
 def test_a_reference_by_an_adapter_adds_its_bytes_alone(model):
@@ -231,6 +238,7 @@ def test_a_reference_by_an_adapter_adds_its_bytes_alone(model):
     assert found["temporaries"] <= 1.1 * base["temporaries"]
 
 
+@pytest.mark.slow
 def test_the_sampler_is_the_very_program_that_runs(model):
     """Programs for shapes take as much memory as those for arrays."""
     _, step = of_step(model, *GRPO)

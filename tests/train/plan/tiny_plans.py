@@ -30,7 +30,7 @@ def asked(model, *options):
     return plan.parse([*args, "--rank", "3", "--dtype", "float32", *map(str, options)])
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class CompiledOnce:
     """A lowered step that is compiled where it is first needed."""
 
@@ -50,7 +50,11 @@ def prepared(options):
     """The step that is asked for: the same for all tests that ask alike."""
     job, optim = plan.make_job(options.plan)
     step = planned.prepare(job, plan.variants(options)[0], optim)
-    return dataclasses.replace(step, lowered=CompiledOnce(step.lowered))
+    between = {
+        name: program._replace(lowered=CompiledOnce(program.lowered))
+        for name, program in step.between.items()
+    }
+    return dataclasses.replace(step, lowered=CompiledOnce(step.lowered), between=between)
 
 
 def planned_for(model, *options):

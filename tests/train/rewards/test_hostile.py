@@ -19,9 +19,9 @@ from train.tasks.sql import guard
 from train.tasks.sql.answer import find_query
 from train.tasks.sql.examples import training_examples
 from train.tasks.sql.execute import GUARDED
-from train.tasks.sql.fill import fill_script
 from train.tasks.sql.judge import MATCHED, MISMATCH, NO_SQL, judge
-from train.tasks.sql.schemas import SCHEMAS
+from train.tasks.sql.questions.fill import fill_script
+from train.tasks.sql.questions.schemas import SCHEMAS
 
 EXAMPLES = training_examples(40, seed=11)
 SCHEMA, GOLD = EXAMPLES[0].schema, EXAMPLES[0].sql

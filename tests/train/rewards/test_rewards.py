@@ -353,8 +353,11 @@ def test_no_process_is_left_however_the_script_ends(how):
     )
     script = write(
         f"""
-        import os, threading, time
+        import os, signal, threading, time
         from train.rewards.find import find_rewards
+
+        # It is ignored by what a shell starts in the background, tests too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def end():
             while len([name for name in os.listdir() if name.startswith("pid-")]) < 2:

@@ -11,10 +11,10 @@ import pytest
 from train.console.errors import UserError
 from train.rewards.find import find_rewards
 from train.tasks.sql.examples import score, training_examples
-from train.tasks.sql.fill import DATABASES, fill_script
 from train.tasks.sql.guard import ERROR, REFUSED, TIMEOUT
 from train.tasks.sql.judge import MATCHED, MISMATCH, NO_SQL, judge
-from train.tasks.sql.schemas import SCHEMAS
+from train.tasks.sql.questions.fill import DATABASES, fill_script
+from train.tasks.sql.questions.schemas import SCHEMAS
 
 EXAMPLES = training_examples(60, seed=3)
 ONE = EXAMPLES[0]

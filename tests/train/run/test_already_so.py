@@ -5,7 +5,7 @@ import pytest
 from train.compare import __main__ as compare
 from train.findings.catalog import FINDINGS, options_of
 from train.options.command import read_line
-from train.options.sft import Config
+from train.options.scripts.sft import Config
 
 
 def read(folder, text, *args):

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from train.compare.__main__ import SCRIPTS
-from train.options import classify, sft
 from train.options.conditions import Idle
 from train.options.field import Card, traits_of
+from train.options.scripts import classify, sft
 
 ALL = (sft.Config(), classify.Config(), *(script.plain for script in SCRIPTS.values()))
 

@@ -18,7 +18,7 @@ from train.console.errors import UserError
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, of_rows
 from train.options.file import alike
-from train.options.sft import Config, SftOptimConfig, SftRunConfig
+from train.options.scripts.sft import Config, SftOptimConfig, SftRunConfig
 from train.processes import hosts, peers
 from train.processes.hosts import check_alike, map_over_processes, together
 from train.run.pretrained import Outline

@@ -7,7 +7,7 @@ import pytest
 from train import sft
 from train.console.errors import UserError
 from train.options.command import read_line
-from train.options.sft import Config
+from train.options.scripts.sft import Config
 from train.options.table import read_table
 from train.sft import SCRIPT
 

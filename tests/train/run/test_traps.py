@@ -7,7 +7,7 @@ import pytest
 from tests.train.run.test_table import read
 from train.console.errors import UserError
 from train.options.command import read_line
-from train.options.sft import Config
+from train.options.scripts.sft import Config
 
 
 def options(folder, text):

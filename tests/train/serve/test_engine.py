@@ -222,7 +222,7 @@ def test_what_is_not_finite_fails_alone(engine):
     with pytest.raises(RequestError, match="not finite"):
         tell(engine, "bad", dataclasses.replace(STEP, learning_rate=1e30, weight_decay=1e30))
     assert logps(engine, "bad", data[:3]) == logps(engine, "good", data[:3])
-    assert tell(engine, "bad", STEP).metrics["grad_norm:max"] == 0, "the gradient is gone"
+    assert tell(engine, "bad", STEP).metrics["grad_norm:max"] > 0.1, "the gradient is there"
     for name in ("good", "bad"):
         tell(engine, name, Leave())
 
@@ -342,6 +342,7 @@ def test_bad_data_are_refused(engine, tokens, inputs, loss, said):
     with pytest.raises(RequestError, match=said):
         tell(engine, "bad", Gradient([good, bad], loss))
     assert tell(engine, "bad", STEP).metrics["grad_norm:max"] == 0, "nothing was added"
+    tell(engine, "bad", Leave())
 
 
 def test_bad_commands_are_refused(engine, base, tmp_path):

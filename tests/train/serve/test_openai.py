@@ -19,7 +19,8 @@ from tests.train.serve.scripted import (
 from tests.train.tiny import CHATML, tokenizer
 from train.serve.requests import RequestError
 
-openai = pytest.importorskip("openai")
+openai = pytest.importorskip("openai", reason="the extra 'serve-test' has the client")
+pytestmark = pytest.mark.serving
 
 SAID = "Grüße, ∑ of all. STOP and more"
 QUESTION = [{"role": "user", "content": "How are you?"}]

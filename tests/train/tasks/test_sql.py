@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from train.tasks.sql import examples as sql
-from train.tasks.sql.draw import Draw
-from train.tasks.sql.fill import DATABASES, fill_script, filled_tables
-from train.tasks.sql.forms import FORMS
-from train.tasks.sql.phrasings import N_TRAINED, PHRASINGS
-from train.tasks.sql.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
-from train.tasks.sql.tables import Schema
+from train.tasks.sql.questions.draw import Draw
+from train.tasks.sql.questions.fill import DATABASES, fill_script, filled_tables
+from train.tasks.sql.questions.forms import FORMS
+from train.tasks.sql.questions.phrasings import N_TRAINED, PHRASINGS
+from train.tasks.sql.questions.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
+from train.tasks.sql.questions.tables import Schema
 
 ROOT = Path(__file__).parents[3]
 

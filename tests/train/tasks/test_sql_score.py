@@ -18,8 +18,8 @@ from train.tasks.sql import guard
 from train.tasks.sql.answer import find_query
 from train.tasks.sql.execute import GUARDED, open_databases, same_rows
 from train.tasks.sql.guard import ERROR, REFUSED, TIMEOUT, run
-from train.tasks.sql.schemas import SCHEMAS
-from train.tasks.sql.tables import parse_schema
+from train.tasks.sql.questions.schemas import SCHEMAS
+from train.tasks.sql.questions.tables import parse_schema
 
 LIBRARY = parse_schema(
     "library",

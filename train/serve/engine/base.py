@@ -8,6 +8,7 @@ adapters of all ranks and targets run the same compiled functions.
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +24,13 @@ from lora_jax import models, peft
 from lora_jax.bank.slots import slots_of
 from lora_jax.bank.stored import BankError, stored, values_of
 from lora_jax.bank.writing import with_slots
+from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Tree
 from lora_jax.core.weight import LoraWeight
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.saving.checkpoint import load_adapter
+from lora_jax.training.layout import Layout, one_device
 from train.serve.requests import AdapterSpec, RequestError
 
 Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
@@ -78,7 +81,9 @@ class Training:
 class Base:
     """A model with its weights, and what makes, reads and writes adapters over it."""
 
-    def __init__(self, model: Any, params: Tree, name: str, max_rank: int) -> None:
+    def __init__(
+        self, model: Any, params: Tree, name: str, max_rank: int, layout: Layout | None = None
+    ) -> None:
         """Takes in a model; its arrays are not copied.
 
         Args:
@@ -86,8 +91,11 @@ class Base:
           params: its parameters.
           name: its name, for clients.
           max_rank: the largest rank of an adapter.
+          layout: the mesh; by default the first device.
         """
         self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
+        # New adapters lie where trained ones do: others would have all functions compile again.
+        self._place = functools.partial(jax.device_put, device=(layout or one_device()).whole)
         kinds = models.kinds(model.config)
         self._paths = {
             part: [path for path, kind in kinds.items() if kind in of and _is_matrix(path)]
@@ -108,6 +116,7 @@ class Base:
         self.leaves = {path: slots.base for path, slots in self.slots.items()}
         self.size = sum(x.nbytes for x in jax.tree.leaves(params))
         self.none = self._adapter(whole, {})
+        self._begin = jax.jit(self._begun)
 
     def rules_of(self, spec: AdapterSpec) -> list[lj.LoraRule]:
         """Returns the rules of an adapter.
@@ -138,18 +147,10 @@ class Base:
         Raises:
           RequestError: see `rules_of`.
         """
-        tree = lj.lorafy(self.params, self.rules_of(spec), key=jax.random.key(seed))
-
-        def first(path: str, node: LoraWeight) -> LoraWeight:
-            if node.uses != "product":
-                return node
-            # The head's inputs are the columns of the table: its A is `b` here.
-            key = jax.random.fold_in(jax.random.key(seed), 1)
-            bound = 1 / np.sqrt(node.shape[-1])
-            b = jax.random.uniform(key, node.b.shape, jnp.float32, -bound, bound)
-            return node.replace(a=jnp.zeros_like(node.a), b=b)
-
-        return self._adapter(spec, nodes_of(map_nodes(first, tree)))
+        rules = self.rules_of(spec)
+        adapted = {path: any(path in rule.targets for rule in rules) for path in self.slots}
+        factors = self._begin(jax.random.key(seed), spec.rank, adapted)
+        return dataclasses.replace(self._adapter(spec, {}), factors=self._place(factors))
 
     def tree(self, factors: Factors, scales: Mapping[str, jax.Array], shell: Tree) -> Tree:
         """Returns the adapted tree of an adapter; traced or not."""
@@ -235,6 +236,20 @@ class Base:
                     os.fsync(file.fileno())
         return sum(path.stat().st_size for path in folder.iterdir())
 
+    def _begun(self, key: jax.Array, rank: Any, adapted: Mapping[str, Any]) -> Factors:
+        """Returns the factors of a new adapter; its rank and targets are traced, too."""
+        factors = jax.tree.map(jnp.zeros_like, self.none.factors)
+        for path, parts in factors.items():
+            # The head's inputs are the columns of a tied table: its A is `b` here.
+            name = "b" if self._tied and path in self._paths["unembed"] else "a"
+            shape, axis = parts[name].shape, self.slots[path].slot_axis
+            bound = 1 / np.sqrt(math.prod(shape[axis + 1 :]))
+            own = fold_in_path(key, path)
+            drawn = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
+            used = adapted[path] & (jax.lax.broadcasted_iota(jnp.int32, shape, axis) < rank)
+            parts[name] = jnp.where(used, drawn, 0.0)
+        return factors
+
     def _own(self, parts: Mapping[str, Any], path: str, rank: int) -> dict[str, np.ndarray]:
         """Returns A and B of a weight at the adapter's own rank."""
         axis = self.slots[path].slot_axis
@@ -249,7 +264,7 @@ class Base:
                 mine = arrays.get(f"{moment}|{path}|{name}")
                 if mine is not None:
                     whole[tuple(map(slice, mine.shape))] = mine
-        return jax.tree.map(jnp.asarray, found)
+        return self._place(found)
 
     def _spec_of(self, nodes: Mapping[str, Any]) -> AdapterSpec:
         """Returns the description of an adapter from elsewhere."""
@@ -276,13 +291,11 @@ class Base:
         values = values_of(kept, self.slots, self.leaves)
         s = np.float32(spec.alpha / spec.rank)
         scales = {
-            path: jnp.asarray(np.where((x == 0) | np.isclose(x, s, rtol=1e-5, atol=0), s, x))
+            path: np.where((x == 0) | np.isclose(x, s, rtol=1e-5, atol=0), s, x)
             for path, x in ((path, np.asarray(v["scale"])) for path, v in values.items())
         }
-        factors = {
-            path: {name: jnp.asarray(v[name]) for name in ("a", "b")} for path, v in values.items()
-        }
-        return Adapter(spec, factors, scales)
+        factors = {path: {name: v[name] for name in ("a", "b")} for path, v in values.items()}
+        return Adapter(spec, *self._place((factors, scales)))
 
 
 def _is_matrix(path: str) -> bool:

@@ -72,9 +72,12 @@ class Drawing:
           chunk: tokens of a prompt that run at once.
         """
         self._model, self._mesh, self.chunk = model, layout.mesh, chunk
+        self._place = functools.partial(jax.device_put, device=layout.whole)
         self._forward = mixed(model.apply)
         self.compiled = 0
-        jit = functools.partial(jax.jit, compiler_options=layout.compiler_options)
+        # Results are replicated on a mesh, so that they lie as the arguments of the next call do.
+        how = {"out_shardings": layout.whole, "compiler_options": layout.compiler_options}
+        jit = functools.partial(jax.jit, **how)
         self._decode = jit(self._decoded, donate_argnums=1)
         self._extend = jit(self._extended, donate_argnums=4)
         self._insert = jit(self._inserted, donate_argnums=0)
@@ -89,12 +92,12 @@ class Drawing:
         keys = jax.random.split(jax.random.key(0), rows)
         how = How(ones(), ones(), jnp.full(rows, vocab, jnp.int32), keys)
         last, drawn, slots = (jnp.zeros(rows, jnp.int32) for _ in range(3))
-        return Rows(cache._replace(filled=None), last, drawn, slots, how)
+        return self._place(Rows(cache._replace(filled=None), last, drawn, slots, how))
 
     def prompt(self, length: int) -> Cache:
         """Returns the cache for a prompt of this length, which has whole chunks."""
         whole = -(-length // self.chunk) * self.chunk
-        return init_cache(self._model.config, 1, whole, self._model.dtype)
+        return self._place(init_cache(self._model.config, 1, whole, self._model.dtype))
 
     def extend(
         self, tree: Any, slot: Any, ids: Any, n: Any, cache: Cache

@@ -1,6 +1,5 @@
 """The engine's thread: it owns the arrays, and executes what tenants ask for, in fair turns."""
 
-import hashlib
 import logging
 import secrets
 import threading
@@ -63,6 +62,7 @@ class Engine:
         eos: Sequence[int],
         text_of: Callable[[Sequence[int]], str],
         slots: int,
+        tenants: int = 64,
         chunk: int = 256,
     ) -> None:
         """Makes an engine, which computes once `start` is called.
@@ -74,9 +74,10 @@ class Engine:
           eos: tokens that end a text.
           text_of: decodes tokens.
           slots: adapters that samples use at once.
+          tenants: adapters that train at once.
           chunk: predictions whose logits are there at a time in training.
         """
-        self._base, self._sizes = base, sizes
+        self._base, self._sizes, self._most_tenants = base, sizes, tenants
         self._trainer = Trainer(base, sizes, layout, chunk)
         self._drawing = Drawing(base.model, layout, sizes.chunk)
         self._pool = Pool(base, slots)
@@ -276,12 +277,11 @@ class Engine:
 
     def _executed(self, tenant: Tenant, command: Command) -> Generator[None, None, Any]:
         """Executes a command bit by bit, and returns its result."""
+        if isinstance(command, (Create, Load)) and tenant.state is None:
+            self._check_room()
         if isinstance(command, Create):
             spec = command.spec
-            seed = spec.seed
-            if seed is None:
-                seed = int.from_bytes(hashlib.sha256(tenant.name.encode()).digest()[:4], "big")
-            tenant.become(Training.begin(self._base.begin(spec, seed)))
+            tenant.become(Training.begin(self._base.begin(spec, spec.seed or 0)))
             return spec
         if isinstance(command, Load):
             self._files.submit(int).result()  # what was saved before is there
@@ -298,6 +298,14 @@ class Engine:
         if isinstance(command, Update):
             return self._step(tenant, state, command)
         return self._save(tenant, state, command)
+
+    def _check_room(self) -> None:
+        """Raises a RequestError if as many adapters train as the server has room for."""
+        if sum(t.state is not None for t in self._tenants.values()) >= self._most_tenants:
+            raise RequestError(
+                f"{self._most_tenants} adapters train here, and there is room for no more: unload "
+                "one, or wait until a session ends"
+            )
 
     def _add_gradient(
         self, tenant: Tenant, state: Training, request: Gradient
@@ -331,10 +339,10 @@ class Engine:
 
     def _step(self, tenant: Tenant, state: Training, how: Update) -> Updated:
         check_update(how)
-        grads, loss = tenant.taken()
-        tenant.state, norm = self._trainer.update(state, grads, how)
-        tenant.losses.append((tenant.state.steps, loss))
-        return Updated({"grad_norm:max": norm, "step:max": float(tenant.state.steps)})
+        moved, norm = self._trainer.update(state, tenant.grads, how)
+        tenant.losses.append((moved.steps, tenant.loss))
+        tenant.become(moved)
+        return Updated({"grad_norm:max": norm, "step:max": float(moved.steps)})
 
     def _save(self, tenant: Tenant, state: Training, command: Save) -> None:
         """Names an adapter at once; its files are written while others compute."""

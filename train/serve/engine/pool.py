@@ -20,6 +20,7 @@ class Pool:
         # By slot, the adapter that is there, the least recently used first.
         self._there: dict[int, Adapter | None] = dict.fromkeys(range(1, slots + 1))
         self._users: Counter[int] = Counter()
+        self._write(1, base.none)  # so the arrays lie where all later writes leave them
 
     def choice(self, ids: jax.Array) -> Choice:
         """Returns the tree for rows with the adapters of these slots."""

@@ -87,7 +87,7 @@ class Sampler:
         self._prompts: list[Prompt] = []
         self._ready: list[Prompt] = []  # prompts that ran, with completions that are to begin
         self._rows: dict[int, _Row] = {}
-        self._width, self._length = sizes.widths[0], sizes.lengths[0]
+        self._width, self._length = sizes.widths[0], sizes.caches[0]
         self._arrays = drawing.empty(self._width, self._length)
         self._idle = 0  # tokens since the rows were all needed
         self._served: Counter[Any] = Counter()
@@ -314,19 +314,19 @@ class Sampler:
         how = self._how(Sample(adapter=None, prompt=[0]), 0, 0)
         token = drawing.first(logits, jax.tree.map(lambda x: x[None], how), off).ids[0]
         for width in sizes.widths:
-            for length in sizes.lengths:
+            for length in sizes.caches:
                 rows = drawing.empty(width, length)
                 rows = drawing.insert(rows, np.int32(0), cache, one, token, (np.int32(0), how))
                 rows, _ = drawing.decode(self._pool.tree, rows, off)
                 for wide in sizes.widths:
-                    for long in sizes.lengths:
+                    for long in sizes.caches:
                         if (wide, long) != (width, length):
                             drawing.fit(rows, np.zeros(wide, np.int32), long)
         self._pool.give(self._pool.take(self._base.none) or 0)
 
     def _fit(self, n: int, length: int) -> None:
         """Makes room for n rows of a length; gives up room that is long unneeded."""
-        width, least = self._sizes.width(n), self._sizes.length(length)
+        width, least = self._sizes.width(n), self._sizes.cache(length)
         smaller = width < self._width or least < self._length
         self._idle = self._idle + 1 if smaller else 0
         if self._idle < _HELD:

@@ -34,6 +34,11 @@ class Sizes:
         return tuple(reversed(found))
 
     @property
+    def caches(self) -> tuple[int, ...]:
+        """The lengths of completions' caches: every other one of `lengths`."""
+        return self.lengths[::-2][::-1]
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """The numbers of completions side by side."""
         few = max(1, self.sequences // 8)
@@ -42,6 +47,10 @@ class Sizes:
     def rows(self, length: int) -> int:
         """Returns the number of rows of a batch of this length."""
         return self.parts * max(1, self.tokens // (length * self.parts))
+
+    def cache(self, n: int) -> int:
+        """Returns the length of a cache that holds n tokens."""
+        return self.caches[bisect.bisect_left(self.caches, n)]
 
     def length(self, n: int) -> int:
         """Returns the length of a row that holds n tokens."""

@@ -35,11 +35,10 @@ class Tenant:
         """Goes on from a state, without a gradient; None where it leaves."""
         self.state, self.grads, self.summed = state, None, (0.0, 0)
 
-    def taken(self) -> tuple[Factors | None, float]:
-        """Returns the gradient and the loss a target, which are nothing from now on."""
-        grads, (loss, targets) = self.grads, self.summed
-        self.grads, self.summed = None, (0.0, 0)
-        return grads, loss / max(targets, 1)
+    @property
+    def loss(self) -> float:
+        """The loss a target, since the last update."""
+        return self.summed[0] / max(self.summed[1], 1)
 
     @property
     def is_waiting(self) -> bool:

@@ -47,7 +47,9 @@ class Trainer:
           chunk: predictions whose logits are there at a time.
         """
         self._base, self._sizes, self._layout, self._chunk = base, sizes, layout, chunk
-        self._forward = lj.adapt(base.model.apply)
+        # Samples run on the model as it is: mixed batches cannot be followed into `shard_map`.
+        model = base.model if layout.mesh.size == 1 else layout.constrained(base.model)
+        self._forward = lj.adapt(model.apply)
         self.compiled = 0
         jitted = layout.jitted
         self._gradient = jitted(self._gradients)
@@ -149,7 +151,7 @@ class Trainer:
             state.adapter.factors, state.first, state.second, grads, numbers
         )
         if not is_finite:
-            raise RequestError("the update is not finite: the adapter stays, its gradient is gone")
+            raise RequestError("the update is not finite: adapter and gradient stay as they are")
         adapter = dataclasses.replace(state.adapter, factors=moved)
         return Training(adapter, first, second, steps), float(norm)
 

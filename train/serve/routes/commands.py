@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _SEGMENT = {
 _MOST_COMPLETIONS = 1024
 
 
-def command_of(row: Row | Mapping[str, Any], facts: Facts, names: Callable[[Path], str]) -> Command:
+def command_of(row: Row, facts: Facts, names: Callable[[Path], str]) -> Command:
     """Returns the command of a row of the ledger.
 
     Args:

@@ -5,14 +5,14 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from train.serve.adoption import Adoption
-from train.serve.ledger import Ledger
+from train.serve.ledger import Ledger, Row
 from train.serve.requests import Command, RequestError, Serving
 from train.serve.routes import commands, wire
 from train.serve.routes.bodies import Endpoint, Fields, Owner, Refused, body_of, guarded, say
@@ -61,6 +61,7 @@ class Tinker:
           hold: seconds for which a request for a result is held open.
           every: a tenant's state is saved after so many commands.
         """
+        folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         self.engine, self._owner = engine, owner
         self.names = tuple(dict.fromkeys([engine.facts.model, *names]))
@@ -175,23 +176,19 @@ class Tinker:
             )
         return name
 
-    async def _submit(
-        self,
-        place: tuple[str, int],
-        kind: str,
-        payload: bytes,
-        prepare: Callable[[], tuple[Command, Path | None, str | None]],
-    ) -> Response:
-        request = await asyncio.to_thread(self.turns.accept, *place, kind, payload, prepare)
+    def _base_of(self, checkpoint: Row, fields: Fields) -> str:
+        """Returns the base that a client names, or the one of the model that was saved."""
+        model = self.ledger.model(checkpoint["model"])
+        return self._base(fields.get("base_model", str, model["base"] if model else ""))
+
+    async def _submit(self, place: tuple[str, int], *rest: Any, **more: Any) -> Response:
+        """Takes a command in: see `Turns.accept`."""
+        request = await asyncio.to_thread(self.turns.accept, *place, *rest, **more)
         return say({"request_id": request, "model_id": place[0]})
 
     def _place(self, fields: Fields, owner: str) -> tuple[str, int]:
         model = self.owned.model(fields.get("model_id", str), owner)
         return model["id"], fields.get("seq_id", int, least=1)
-
-    def _read(self, kind: str, payload: bytes, folder: Path | None, target: str | None) -> Command:
-        row = {"kind": kind, "payload": payload, "folder": folder, "target": target}
-        return commands.command_of(row, self.engine.facts, self.turns.name)
 
     async def _create_model(self, request: Request, owner: str) -> Response:
         body = await body_of(request)
@@ -199,11 +196,10 @@ class Tinker:
         session = self._open_session(fields, owner)
         model = f"{session}:train:{fields.get('model_seq_id', int, least=0)}"
         base, metadata = self._base(fields.get("base_model", str)), fields.metadata()
-        command = commands.Create(commands.spec_of(fields, self.engine.facts))
 
-        def prepare() -> tuple[Command, None, None]:
+        def prepare() -> tuple[None, None]:
             self.ledger.add_model(model, session, owner, base, metadata)
-            return command, None, None
+            return None, None
 
         return await self._submit((model, 0), "create_model", body, prepare)
 
@@ -222,55 +218,37 @@ class Tinker:
         if seq < 1:
             raise RequestError(f"seq_id is {seq}; a model's commands count from 1")
 
-        def accept() -> str:
-            found: Command | RequestError
-            try:
-                found = wire.gradient(message, self.engine.facts)
-            except RequestError as error:
-                found = error
-
-            def prepare() -> tuple[Command, None, None]:
-                if isinstance(found, RequestError):
-                    raise found
-                return found, None, None
-
-            return self.turns.accept(model, seq, "forward_backward", body, prepare)
-
-        return say({"request_id": await asyncio.to_thread(accept), "model_id": model})
+        try:
+            found = await asyncio.to_thread(wire.gradient, message, self.engine.facts)
+        except RequestError as error:
+            return await self._submit((model, seq), "forward_backward", b"", _raiser(error))
+        return await self._submit((model, seq), "forward_backward", body, command=found)
 
     async def _optim_step(self, request: Request, owner: str) -> Response:
         body = await body_of(request)
-        place = self._place(Fields.parsed(body), owner)
-
-        def prepare() -> tuple[Command, None, None]:
-            return self._read("optim_step", body, None, None), None, None
-
-        return await self._submit(place, "optim_step", body, prepare)
+        return await self._submit(self._place(Fields.parsed(body), owner), "optim_step", body)
 
     async def _load_weights(self, request: Request, owner: str) -> Response:
         body = await body_of(request)
         fields = Fields.parsed(body)
-        source = self.owned.weights(fields.get("path", str), owner)
-        session = None
+        path, session = fields.get("path", str), None
         if fields.get("session_id", str, None) is not None:
             session = self._open_session(fields, owner)
             place = f"{session}:train:{fields.get('model_seq_id', int, least=0)}", 0
         else:
             place = self._place(fields, owner)
-        trained = self.ledger.model(source["model"])
-        base = self._base(fields.get("base_model", str, trained["base"] if trained else None))
 
-        def prepare() -> tuple[Command, Path, None]:
+        def prepare() -> tuple[Path, None]:
+            source = self.owned.weights(path, owner)
             if fields.get("optimizer", bool, False) and source["kind"] != "weights":
-                raise RequestError(
-                    f"{source['path']} has no optimiser's state: load it without, or load weights/…"
-                )
+                raise RequestError(f"{path} has no optimiser's state: load weights/…, or without")
             if session is not None:
+                base = self._base_of(source, fields)
                 self.ledger.add_model(place[0], session, owner, base, fields.metadata())
             folder = self.turns.place("states", place[0]) / f"load-{place[1]}"
             if not folder.exists():  # so that the checkpoint may be deleted before a replay
                 link(Path(source["folder"]), folder)
-            return self._read("load_weights", body, folder, None), folder, None
+            return folder, None
 
         return await self._submit(place, "load_weights", body, prepare)
 
@@ -281,7 +259,7 @@ class Tinker:
         number = fields.get("sampling_session_seq_id", int, None, least=0)
         is_snapshot = kind == "save_weights_for_sampler" and number is not None
 
-        def prepare() -> tuple[Command, Path, str]:
+        def prepare() -> tuple[Path, str]:
             if is_snapshot and fields.get("path", str, None) is None:
                 target = f"{model.split(':')[0]}:sample:{number}"
                 folder = self.turns.place("snapshots", target)
@@ -294,7 +272,7 @@ class Tinker:
                 exists = self.ledger.checkpoint(target) is not None and not may
             if exists or self.ledger.promised(target):
                 raise RequestError(f"{target} exists already: choose another name, or delete it")
-            return self._read(kind, body, folder, target), folder, target
+            return folder, target
 
         return await self._submit((model, seq), kind, body, prepare)
 
@@ -314,17 +292,16 @@ class Tinker:
         number = fields.get("sampling_session_seq_id", int, least=0)
         sampler = f"{session}:sample:{number}"
         base, path, folder = self._source(fields, owner)
-        self.ledger.add_sampler(sampler, session, owner, base, path, folder)
+        facts = {"session": session, "owner": owner, "base": base, "path": path, "folder": folder}
+        self.ledger.add_sampler(sampler, **facts)
         return say({"type": "create_sampling_session", "sampling_session_id": sampler})
 
     def _source(self, fields: Fields, owner: str) -> tuple[str, str | None, str | None]:
         """Returns the base, the path and the folder that a client wants to sample from."""
-        base, path = fields.get("base_model", str, None), fields.get("model_path", str, None)
-        if path is None:
+        if (path := fields.get("model_path", str, None)) is None:
             return self._base(fields.get("base_model", str)), None, None
         row = self.owned.weights(path, owner)
-        model = self.ledger.model(row["model"])
-        return self._base(base or (model["base"] if model else "")), path, row["folder"]
+        return self._base_of(row, fields), path, row["folder"]
 
     async def _sample(self, request: Request, owner: str) -> Response:
         body = await body_of(request)
@@ -353,6 +330,13 @@ class Tinker:
 
 def _anyone(request: Request) -> str:
     return ""  # it needs no key
+
+
+def _raiser(error: RequestError) -> Callable[[], NoReturn]:
+    def refuse() -> NoReturn:
+        raise error
+
+    return refuse
 
 
 async def _unknown(request: Request, owner: str) -> Response:

@@ -15,9 +15,9 @@ from sqlite3 import Connection
 
 from train.processes.served import NoAnswer, Served
 from train.tasks.sql import guard
-from train.tasks.sql.fill import DATABASES, fill_script
 from train.tasks.sql.guard import Row
-from train.tasks.sql.tables import Schema
+from train.tasks.sql.questions.fill import DATABASES, fill_script
+from train.tasks.sql.questions.tables import Schema
 
 # The process ends itself after a second of the processor's time; on a busy machine that is longer.
 _MAX_SECONDS = 20.0

@@ -5,8 +5,8 @@ from functools import lru_cache
 from train.tasks.sql.answer import find_query, has_other_statement
 from train.tasks.sql.execute import GUARDED, open_databases, same_rows
 from train.tasks.sql.guard import REFUSED, Row, run
-from train.tasks.sql.schemas import SCHEMAS
-from train.tasks.sql.tables import Schema
+from train.tasks.sql.questions.schemas import SCHEMAS
+from train.tasks.sql.questions.tables import Schema
 
 MATCHED, MISMATCH, NO_SQL = "matched", "mismatch", "no SQL"
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from lora_jax.training.data.rows import Row
 from train.data import dataset
-from train.options.dpo import Config
+from train.options.scripts.dpo import Config
 from train.tasks import pairs
 from train.tasks.sql import task as sql
 from train.tasks.sql.examples import SqlExample, evaluation_examples, training_examples

@@ -7,7 +7,7 @@ import dataclasses
 
 from lora_jax.training.data.rows import Row
 from train.options.file import replaced
-from train.options.grpo import Config
+from train.options.scripts.grpo import Config
 from train.tasks import prompts
 from train.tasks.sql import task as sql
 from train.tasks.sql.examples import SqlExample, training_examples

@@ -11,7 +11,7 @@ from lora_jax.training.processes import write_json
 from train.console.errors import UserError, flag
 from train.data import dataset
 from train.options.defaults import Defaults
-from train.options.sft import Config
+from train.options.scripts.sft import Config
 from train.reporters.files import read_json
 from train.run.log import doing
 from train.run.output import SCORES

@@ -6,9 +6,9 @@ from typing import Any
 from lora_jax.training.arguments import POSITIVE, Numbers, at_least
 from train.console.errors import UserError
 from train.options import field
-from train.options import sft as sft_options
 from train.options.field import option
-from train.options.language import LanguageDataConfig, LanguageOptimConfig
+from train.options.scripts import sft as sft_options
+from train.options.scripts.language import LanguageDataConfig, LanguageOptimConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class RolloutDataConfig(LanguageDataConfig):
     task, and 8 for sums."""
     group: int = option(8, field.OPTIMISATION)
     """Completions of each prompt, which are compared with one another."""
-    sampling_temperature: float = option(1.0, field.OPTIMISATION)
-    """Divides the logits to draw from; the loss has it, too."""
+    sampling_temperature: float | None = option(None, field.OPTIMISATION)
+    """Divides the logits to draw from; the loss has it, too. By default 1; 1.5 for arithmetic."""
     top_p: float = option(1.0, field.OPTIMISATION)
     """Draw from the fewest tokens whose probabilities add up to it."""
     top_k: int | None = option(None, field.OPTIMISATION)
@@ -48,16 +48,20 @@ class RolloutOptimConfig(LanguageOptimConfig):
 
 OF_ROWS = (512, 128)  # --seq-len and --max-new-tokens of a user's own rows
 _LENGTHS = {"sql": (512, 80), "arithmetic": (64, 8)}
+_TEMPERATURES = {"arithmetic": 1.5}
 _SHARE = Numbers(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
 
 
-def with_length(config: Any) -> Any:
-    """Fills in --seq-len and --max-new-tokens by the task."""
+def with_sampling(config: Any) -> Any:
+    """Fills in --seq-len, --max-new-tokens and --sampling-temperature by the task."""
     data = config.data
     seq_len, new = _LENGTHS.get(data.dataset, OF_ROWS)
     data = dataclasses.replace(
         data, seq_len=data.seq_len or seq_len, max_new_tokens=data.max_new_tokens or new
     )
+    if data.sampling_temperature is None:
+        temperature = _TEMPERATURES.get(data.dataset, 1.0)
+        data = dataclasses.replace(data, sampling_temperature=temperature)
     return dataclasses.replace(config, data=data)
 
 

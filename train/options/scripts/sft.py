@@ -13,7 +13,7 @@ from train.options import field
 from train.options.common import AdapterConfig, Options, RunConfig, check_shared
 from train.options.conditions import Idle
 from train.options.field import Card, Uncompared, option
-from train.options.language import LanguageOptimConfig, TokensConfig
+from train.options.scripts.language import LanguageOptimConfig, TokensConfig
 
 DEFAULT_MODEL = SMOLLM2.name
 LossName = Literal[*TOKEN_LOSSES]  # type: ignore[valid-type]

@@ -5,8 +5,8 @@ They stand in `training_schemas.txt` and `test_schemas.txt`; see `tables.py` for
 
 from collections.abc import Sequence
 
-from train.tasks.sql.draw import Draw
-from train.tasks.sql.tables import Schema, parse_schema, read_blocks
+from train.tasks.sql.questions.draw import Draw
+from train.tasks.sql.questions.tables import Schema, parse_schema, read_blocks
 
 # Suffixes of table names (see `tables.py`); those of the test schemas never occur in training.
 _TRAINING_SUFFIXES = """

@@ -9,11 +9,12 @@ from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE, at_least
 from lora_jax.training.losses import ONLINE, Online, dr_grpo
 from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
-from train.options import field, rollouts
+from train.options import field
 from train.options.common import Options
 from train.options.field import option
-from train.options.rollouts import RolloutDataConfig, RolloutOptimConfig
-from train.options.sft import SftAdapterConfig, SftRunConfig
+from train.options.scripts import rollouts
+from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig
+from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
 DEFAULT_TASK = "sql"  # of train/options/tasks.py
 RLOO, DR_GRPO = "rloo", "dr_grpo"
@@ -122,7 +123,7 @@ class Config(Options):
 
 def with_reference(config: Config) -> Config:
     """Fills in --max-new-tokens, and --reference, where --beta needs one."""
-    config = rollouts.with_length(config)
+    config = rollouts.with_sampling(config)
     if config.data.reference is not None:
         return config
     data = dataclasses.replace(config.data, reference="base" if config.optim.beta else "none")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from train.plan.kernels import TARGETS, Call, kernel_flops
+from train.plan.flops.kernels import TARGETS, Call, kernel_flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

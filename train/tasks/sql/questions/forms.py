@@ -1,16 +1,16 @@
 """The query forms: each draws a query on a schema, and the words of its question.
 
 A form draws its table, columns and values from a `Scene`. It need not check that the query has a
-result on every database: `examples.py` runs it, and adds the words of its table to its own.
+result on every database: `train.tasks.sql.examples` runs it, and adds the table's words to its own.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from train.tasks.sql.draw import Draw
-from train.tasks.sql.fill import FilledRow, Value
-from train.tasks.sql.query import Condition, Query, Term, literal
-from train.tasks.sql.tables import Column, Schema, Table, plural
+from train.tasks.sql.questions.draw import Draw
+from train.tasks.sql.questions.fill import FilledRow, Value
+from train.tasks.sql.questions.query import Condition, Query, Term, literal
+from train.tasks.sql.questions.tables import Column, Schema, Table, plural
 
 Words = dict[str, str]
 

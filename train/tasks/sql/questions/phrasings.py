@@ -7,7 +7,7 @@ table, and `{name}` is the column that names a row; the other words in braces co
 
 import re
 
-from train.tasks.sql.tables import read_blocks
+from train.tasks.sql.questions.tables import read_blocks
 
 N_TRAINED = 8  # the first phrasings of each form; the others are held out of training
 

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from train.plan.hlo import NotUnderstood, Work, work_of
-from train.plan.jaxpr_flops import Count, count_flops
-from train.plan.kernels import named, unlisted
+from train.plan.flops.hlo import NotUnderstood, Work, work_of
+from train.plan.flops.jaxpr import Count, count_flops
+from train.plan.flops.kernels import named, unlisted
 
 HLO, JAXPR = "hlo", "jaxpr"
 _DUPLICATED = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work

@@ -9,11 +9,11 @@ from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE
 from lora_jax.training.losses import PREFERENCES, PreferenceOptions
 from train.console.errors import UserError, flag
 from train.options import field
-from train.options import sft as sft_options
 from train.options.common import Options
 from train.options.field import option
-from train.options.language import LanguageOptimConfig, TokensConfig
-from train.options.sft import SftAdapterConfig, SftRunConfig
+from train.options.scripts import sft as sft_options
+from train.options.scripts.language import LanguageOptimConfig, TokensConfig
+from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
 KTO, SFT = "kto", "sft"
 DEFAULT_TASK = "sql"  # of train/options/tasks.py

@@ -4,11 +4,12 @@ import dataclasses
 
 from lora_jax.training.arguments import POSITIVE
 from train.console.errors import UserError
-from train.options import field, rollouts
+from train.options import field
 from train.options.common import Options
 from train.options.field import option
-from train.options.rollouts import RolloutDataConfig, RolloutOptimConfig
-from train.options.sft import SftAdapterConfig, SftRunConfig
+from train.options.scripts import rollouts
+from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig
+from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
 DEFAULT_TASK = "sql"  # of train/options/tasks.py
 BASE = "base"  # a value of --teacher

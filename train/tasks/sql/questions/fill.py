@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from functools import cache
 
-from train.tasks.sql.draw import Draw
-from train.tasks.sql.query import literal
-from train.tasks.sql.tables import Column, Schema, Table
+from train.tasks.sql.questions.draw import Draw
+from train.tasks.sql.questions.query import literal
+from train.tasks.sql.questions.tables import Column, Schema, Table
 
 Value = str | int | float
 FilledRow = tuple[Value, ...]

@@ -1,0 +1,80 @@
+"""New adapters: which weights they adapt, what their A is drawn from, and that none compiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import models
+from train.serve.engine.base import Base
+from train.serve.requests import AdapterSpec, RequestError
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+INPUTS = {"down_proj": 24}  # of all others, the head among them: 16
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request):
+    model = models.Decoder(models.read_config(FIELDS | {"tie_word_embeddings": request.param}))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return Base(model, params, "tiny", max_rank=7)
+
+
+def drawn_of(adapter):
+    """The factor of each weight that is not zero, by path."""
+    both = {path: [np.asarray(p[n]) for n in "ab"] for path, p in adapter.factors.items()}
+    assert not any(a.any() and b.any() for a, b in both.values())
+    return {path: a if a.any() else b for path, (a, b) in both.items() if a.any() or b.any()}
+
+
+@pytest.mark.parametrize("parts", [["attention"], ["mlp"], ["unembed"], ["mlp", "unembed"]])
+def test_an_adapter_adapts_what_was_asked_for(base, parts):
+    chosen = {name: name in parts for name in ("attention", "mlp", "unembed")}
+    found = drawn_of(base.begin(AdapterSpec(rank=3, **chosen), seed=5))
+    kinds = {"self_attn": "attention", "mlp": "mlp", "lm_head": "unembed", "embed": "unembed"}
+    assert {next(kind for name, kind in kinds.items() if name in path) for path in found} == {
+        *parts
+    }
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_a_new_a_is_uniform_at_its_own_rank(base, rank):
+    adapter = base.begin(AdapterSpec(rank=rank, alpha=20), seed=5)
+    for path, factor in drawn_of(adapter).items():
+        axis = base.slots[path].slot_axis
+        ranks = np.moveaxis(factor, axis, 0)
+        assert not ranks[rank:].any()
+        used = ranks[:rank] * np.sqrt(INPUTS.get(path.split("/")[-2], 16))
+        assert (np.abs(used) <= 1).all() and len(np.unique(used)) > 0.99 * used.size
+        spread = 4 / np.sqrt(used.size)
+        assert abs(used.mean()) < spread and abs((used**2).mean() - 1 / 3) < spread
+    scales = np.unique(np.concatenate([np.ravel(s) for s in adapter.scales.values()]))
+    assert scales == np.float32(20 / rank)
+
+
+def test_new_adapters_compile_nothing(base, caplog):
+    def begin(rank, seed, **parts):
+        return drawn_of(base.begin(AdapterSpec(rank=rank, **parts), seed))
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        jax.jit(lambda x: x + 1)(np.float32(0))
+        assert "XLA compilation" in caplog.text  # so it would be seen
+        one, same, other = begin(2, 1), begin(2, 1), begin(2, 2)
+        caplog.clear()
+        begin(5, 3, attention=False)
+        assert "XLA compilation" not in caplog.text
+    assert all((one[path] == same[path]).all() for path in one)
+    assert all((one[path] != other[path]).any() for path in one)
+
+
+def test_ranks_beyond_the_largest_are_refused(base):
+    with pytest.raises(RequestError, match="ranks from 1 to 7"):
+        base.begin(AdapterSpec(rank=8), seed=0)

@@ -1,0 +1,238 @@
+"""The cookbook of Tinker's clients, unmodified, against a server in a process of its own.
+
+The model was taught the format, and to answer right half of the time. Data lie in folders that are
+named as on the hub, which clients prefer to it.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from train import sft
+from train.export import __main__ as export
+from train.findings.making import mixture
+from train.findings.making.base import write_untrained
+
+pytest.importorskip("tinker_cookbook", reason="the extra 'serve-test' has the cookbook")
+pytestmark = pytest.mark.serving
+
+NAME = "Qwen/Qwen3-8B-Base"
+SUFFIX = " Provide a numerical answer without units, written inside \\boxed{}."
+SHOT = (
+    f"User: How many r's are in strawberry?{SUFFIX}\n\nAssistant: Let's spell the word out and "
+    "number all the letters: 1) s 2) t 3) r 4) a 5) w 6) b 7) e 8) r 9) r 10) y. We have r's at "
+    "positions 3, 8, and 9. \\boxed{3}\n\n"
+)
+WORDS = "cat dog sun sea red blue".split()
+CONFIG = {name: value for name, value in mixture.CONFIG.items() if "expert" not in name} | {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+}
+
+
+def taught_rows(draw, n):
+    """Sums in the formats of rl_loop and of math_rl, of which half have a wrong answer."""
+    for i in range(n):
+        a, b = draw.randint(1, 4), draw.randint(1, 4)
+        said = a + b if draw.random() < 0.5 else draw.randint(2, 8)
+        question, answer = f"{SHOT}User: {a}+{b}{SUFFIX}", f"\\boxed{{{said}}}"
+        if i % 2:
+            question, answer = (
+                f"User: What is 4 + 5?\n\nAssistant: 9\n\nUser: What is {a} + {b}?",
+                said,
+            )
+        yield {"prompt": f"{question}\n\nAssistant:", "completion": f" {answer}\n\nUser:"}
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with the model and the data of the recipes."""
+    folder, draw = tmp_path_factory.mktemp("work"), random.Random(0)
+    rows = [*taught_rows(draw, 4000)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    tokenizer = mixture.tokenizer(
+        "\n".join(row["prompt"] + row["completion"] for row in rows[:500])
+    )
+    write_untrained(CONFIG | {"vocab_size": len(tokenizer)}, tokenizer, folder / "untrained")
+    line = "--full --packing --seq-len 192 --batch-size 12 --steps 150 --lr 5e-3 --warmup 20"
+    files = f"--model {folder}/untrained --dataset {folder}/rows.jsonl --output {folder}/taught"
+    sft.main([*line.split(), *files.split(), "--report-to", "none"])
+    export.main(["--adapter", f"{folder}/taught", "--merged", "--output", f"{folder}/{NAME}"])
+    for split, n in (("train", 200), ("test", 8)):
+        said = [draw.sample(WORDS, 2) for _ in range(n)]
+        turns = [
+            [{"role": "user", "content": f"Say {a}"}, {"role": "assistant", "content": a * 2}]
+            for a, _ in said
+        ]
+        write_jsonl(
+            folder / f"HuggingFaceH4/no_robots/{split}.jsonl", [{"messages": t} for t in turns]
+        )
+        asked = [f"\n\nHuman: Say {a}\n\nAssistant: " for a, _ in said]
+        pairs = [
+            {"chosen": q + a, "rejected": q + b} for q, (a, b) in zip(asked, said, strict=True)
+        ]
+        write_jsonl(folder / f"Anthropic/hh-rlhf/{split}.jsonl", pairs)
+        sums = [(draw.randint(1, 4), draw.randint(1, 4)) for _ in range(n)]
+        asked = [{"question": f"{a}+{b}", "answer": f"So #### {a + b}"} for a, b in sums]
+        write_jsonl(folder / f"openai/gsm8k/main/{split}.jsonl", asked)
+    files = "".join(f"  - split: {s}\n    path: main/{s}.jsonl\n" for s in ("train", "test"))
+    head = f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n"
+    (folder / "openai/gsm8k/README.md").write_text(head)
+    return folder
+
+
+class Server:
+    """A server that can be killed and started again at the same port."""
+
+    def __init__(self, work):
+        self.work, self.port, self.log = work, 0, work / "server.log"
+
+    def start(self):
+        line = f"--model {NAME} --output served --max-length 256 --sequences 16 --slots 3"
+        command = [sys.executable, "-m", "train.serve", *line.split(), "--port", str(self.port)]
+        env = {**os.environ, "PYTHONPATH": str(Path.cwd()), "JAX_PLATFORMS": "cpu"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, cwd=self.work, env=env, stderr=log, stdout=log)
+        before = self.log.read_text().count("serving at")
+        while (text := self.log.read_text()).count("serving at") == before:
+            assert self.process.poll() is None, text
+            time.sleep(0.1)
+        self.port = int(re.findall(r"serving at http://127.0.0.1:(\d+)", text)[-1])
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(work):
+    server = Server(work)
+    server.start()
+    yield server
+    server.process.terminate()
+    assert server.process.wait(60) == 0, server.log.read_text()
+
+
+def started(server, recipe, run, **options):
+    """Starts a recipe; its log goes beside its run."""
+    work = server.work
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "hf")}
+    client = {"TINKER_API_KEY": "tml-dummy", "TINKER_TELEMETRY": "0"}
+    given = {"base_url": f"http://127.0.0.1:{server.port}", "model_name": NAME} | options
+    line = [f"{name}={value}" for name, value in given.items()]
+    command = [
+        sys.executable,
+        "-m",
+        f"tinker_cookbook.recipes.{recipe}",
+        *line,
+        f"log_path={work}/{run}",
+    ]
+    with (work / f"{run}.log").open("a") as log:
+        env = {**os.environ, **offline, **client}
+        return subprocess.Popen(command, cwd=work, env=env, stdout=log, stderr=log)
+
+
+def ended(server, process, run):
+    """Waits for a recipe; returns its metrics, a dictionary a step."""
+    code = process.wait(300)
+    assert code == 0, (server.work / f"{run}.log").read_text()[-3000:]
+    return [json.loads(line) for line in (server.work / run / "metrics.jsonl").open()]
+
+
+def final(server, run):
+    """The arrays of a run's last state: its adapter and the optimiser's."""
+    last = json.loads((server.work / run / "checkpoints.jsonl").read_text().splitlines()[-1])
+    session, _, name = last["state_path"].removeprefix("tinker://").split("/")
+    (folder,) = server.work.glob(f"served/**/{session.replace(':', '-')}/**/{name}")
+    return {f.name: load_file(f) for f in folder.glob("*.safetensors")}
+
+
+def same(one, other):
+    assert one.keys() == other.keys() and len(one) == 2
+    for file, arrays in one.items():
+        assert all((arrays[name] == other[file][name]).all() for name in arrays)
+
+
+SL = {"batch_size": 8, "lora_rank": 8, "max_length": 128, "learning_rate": 3e-3, "save_every": 2}
+DPO = {
+    "dataset": "hhh",
+    "renderer_name": "role_colon",
+    "batch_size": 8,
+    "max_length": 128,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(server):
+    process = started(server, "sl_loop", "sl", **SL, max_steps=8)
+    return ended(server, process, "sl")
+
+
+def test_sl_loop_learns(whole):
+    losses = [line["train_mean_nll"] for line in whole if "train_mean_nll" in line]
+    assert len(losses) == 8 and losses[-1] < 0.5 * losses[0]
+
+
+def test_sl_loop_goes_on_where_it_was_stopped(server, whole):
+    ended(server, started(server, "sl_loop", "stopped", **SL, max_steps=4), "stopped")
+    lines = (server.work / "stopped/checkpoints.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"final"' not in line]
+    (server.work / "stopped/checkpoints.jsonl").write_text("\n".join(kept) + "\n")
+    ended(server, started(server, "sl_loop", "stopped", **SL, max_steps=8), "stopped")
+    same(final(server, "stopped"), final(server, "sl"))
+
+
+def test_a_killed_server_takes_no_step_twice(server, whole):
+    process = started(server, "sl_loop", "killed", **SL, max_steps=8)
+    metrics = server.work / "killed/metrics.jsonl"
+    for steps in (2, 5):
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+            assert process.poll() is None
+            time.sleep(0.02)
+        server.kill()
+        server.start()
+    ended(server, process, "killed")
+    same(final(server, "killed"), final(server, "sl"))
+
+
+def test_dpo_learns(server):
+    process = started(server, "preference.dpo.train", "dpo", **DPO, max_steps=12)
+    lines = [line for line in ended(server, process, "dpo") if "dpo_loss" in line]
+    assert abs(lines[0]["dpo_loss"] - 0.6931) < 1e-3 and lines[-1]["dpo_loss"] < 0.6
+
+
+@pytest.mark.parametrize("recipe", ["rl_loop", "math_rl.train"])
+def test_rewards_rise(recipe, server):
+    common = {"group_size": 8, "max_tokens": 12, "lora_rank": 8, "learning_rate": 2e-3}
+    steps = (
+        {"batch_size": 8}
+        if recipe == "rl_loop"
+        else {"groups_per_batch": 8, "env": "arithmetic", "renderer_name": "role_colon"}
+    )
+    process = started(server, recipe, recipe, **common, **steps, max_steps=12)
+    lines = ended(server, process, recipe)
+    key = next(
+        name
+        for name in ("reward/total", "env/all/correct", "env/all/reward/total")
+        if name in lines[0]
+    )
+    rewards = [line[key] for line in lines if key in line]
+    assert 0.1 < rewards[0] < 0.7
+    assert sum(rewards[-3:]) > sum(rewards[:3])

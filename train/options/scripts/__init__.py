@@ -1,0 +1,1 @@
+"""The options of each script, and what scripts share."""

@@ -1,0 +1,1 @@
+"""The FLOPs and traffic of a compiled step."""

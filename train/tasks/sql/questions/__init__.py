@@ -1,0 +1,1 @@
+"""Questions of the SQL task: schemas, what their databases hold, queries and their phrasings."""
