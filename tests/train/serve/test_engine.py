@@ -1,6 +1,5 @@
 """The engine: tenants beside each other, and what they train, save and load."""
 
-import contextlib
 import dataclasses
 import itertools
 import threading
@@ -19,6 +18,8 @@ from tests.train.serve.engines import (
     VOCAB,
     asked,
     begun,
+    bits,
+    held,
     ids,
     made_base,
     made_engine,
@@ -61,31 +62,6 @@ def logps(engine, tenant, data):
     """The log-probabilities that a tenant's adapter gives to targets, as bytes."""
     request = Gradient(data, "cross_entropy", forward_only=True)
     return [x.tobytes() for x in tell(engine, tenant, request).logprobs]
-
-
-def bits(drawn):
-    """All numbers of a sample's result, as bytes."""
-    found = [(c.tokens.tobytes(), c.logprobs.tobytes(), c.stopped) for c in drawn.completions]
-    if drawn.prompt_logprobs is not None:
-        found.append(drawn.prompt_logprobs.tobytes())
-    return found
-
-
-@contextlib.contextmanager
-def held(engine):
-    """Has the engine wait while a test asks for several things."""
-    inside, free = threading.Event(), threading.Event()
-
-    def wait(_):
-        inside.set()
-        free.wait(SECONDS)
-
-    engine.submit("holder", Leave(), wait)
-    assert inside.wait(SECONDS)
-    try:
-        yield
-    finally:
-        free.set()
 
 
 def test_nothing_compiles_once_it_is_warm(engine, tmp_path):
@@ -347,8 +323,8 @@ def test_bad_data_are_refused(engine, tokens, inputs, loss, said):
 
 def test_bad_commands_are_refused(engine, base, tmp_path):
     wrong = {
-        "room for ranks from 1 to 5": Create(AdapterSpec(rank=6)),
-        "from 1 to 5": Create(AdapterSpec(rank=0)),
+        "room for ranks from 1 to 8": Create(AdapterSpec(rank=9)),
+        "from 1 to 8": Create(AdapterSpec(rank=0)),
         "an adapter of nothing": Create(
             AdapterSpec(rank=1, attention=False, mlp=False, unembed=False)
         ),
@@ -357,12 +333,12 @@ def test_bad_commands_are_refused(engine, base, tmp_path):
         "beta is nan": Gradient([Datum(np.arange(3), THREE)], "dro", {"beta": np.nan}),
         "nowhere": Load(tmp_path / "nowhere", optimizer=False),
         "broken": Load(tmp_path / "broken", optimizer=False),
-        "has room for 5": Load(tmp_path / "large", optimizer=False),
+        "room for 8": Load(tmp_path / "large", optimizer=False),
         "not finite": Load(tmp_path / "nan", optimizer=False),
     }
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{")
-    tree = lj.lorafy(base.params, [lj.LoraRule(targets=["q_proj"], rank=7)])
+    tree = lj.lorafy(base.params, [lj.LoraRule(targets=["q_proj"], rank=9)])
     peft.save(tmp_path / "large", base.model, tree)
     tree = lj.lorafy(base.params, [lj.LoraRule(targets=["q_proj"], rank=2)])
     peft.save(tmp_path / "nan", base.model, tree)

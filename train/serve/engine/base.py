@@ -90,7 +90,8 @@ class Base:
           model: of `lora_jax.models`.
           params: its parameters.
           name: its name, for clients.
-          max_rank: the largest rank of an adapter.
+          max_rank: the largest rank of an adapter. Where it is a multiple of 8, sums over all
+            slots' ranks have the same bits whichever slot an adapter lies in.
           layout: the mesh; by default the first device.
         """
         self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
