@@ -255,7 +255,7 @@ class _Files:
         scale = node.scale
         if isinstance(scale, jax.ShapeDtypeStruct):
             scale = self._scale(path, batch)
-        return node.replace(scale=scale, **jax.tree.map(jnp.asarray, changes))
+        return node.replace(scale=scale, **jax.device_put(changes))  # asarray would compile
 
     def _arrays(
         self, module: Module, node: LoraWeight, fan_in: int, fan_out: int

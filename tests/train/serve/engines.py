@@ -1,6 +1,7 @@
 """Engines on tiny models, and how tests ask them."""
 
 import contextlib
+import threading
 from concurrent.futures import Future
 
 import jax
@@ -12,7 +13,7 @@ from lora_jax.training.layout import one_device
 from train.serve.engine.base import Base
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import Datum, Sample
+from train.serve.requests import Datum, Leave, Sample
 
 SECONDS = 300  # a loaded machine compiles slowly
 VOCAB = 37
@@ -34,7 +35,7 @@ def text_of(ids):
     return "".join(chr(65 + i) for i in ids)
 
 
-def made_base(tied=True, max_rank=5):
+def made_base(tied=True, max_rank=8):
     """A base with weights so large that its logits differ."""
     model = models.Decoder(models.read_config(FIELDS | {"tie_word_embeddings": tied}))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -115,3 +116,28 @@ def random_data(seed, n=5, most=60, **inputs):
         given = {"target_tokens": ids(rng, length), "weights": weights}
         data.append(Datum(ids(rng, length), given))
     return data
+
+
+def bits(drawn):
+    """All numbers of a sample's result, as bytes."""
+    found = [(c.tokens.tobytes(), c.logprobs.tobytes(), c.stopped) for c in drawn.completions]
+    if drawn.prompt_logprobs is not None:
+        found.append(drawn.prompt_logprobs.tobytes())
+    return found
+
+
+@contextlib.contextmanager
+def held(engine):
+    """Has the engine wait while a test asks for several things."""
+    inside, free = threading.Event(), threading.Event()
+
+    def wait(_):
+        inside.set()
+        free.wait(SECONDS)
+
+    engine.submit("holder", Leave(), wait)
+    assert inside.wait(SECONDS)
+    try:
+        yield
+    finally:
+        free.set()

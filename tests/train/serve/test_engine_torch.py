@@ -267,8 +267,8 @@ def test_three_steps_of_adamw(world, clip, record_property):
     model, factors = world.on_torch(path)
     optimizer = torch.optim.AdamW(factors.values())
     steps = [
-        Update(1e-2, 0.9, 0.95, 1e-8, 0.1, clip),
-        Update(3e-2, 0.8, 0.999, 1e-3, 0.0, clip),
+        Update(1e-2, 0.9, 0.95, 1e-4, 0.1, clip),
+        Update(3e-2, 0.8, 0.999, 1e-8, 0.0, clip),
         Update(2e-2, 0.9, 0.99, 1e-2, 0.3, clip / 2),
     ]
     for number, how in enumerate(steps):

@@ -90,7 +90,8 @@ class Base:
           model: of `lora_jax.models`.
           params: its parameters.
           name: its name, for clients.
-          max_rank: the largest rank of an adapter.
+          max_rank: the largest rank of an adapter. Where it is a multiple of 8, sums over all
+            slots' ranks have the same bits whichever slot an adapter lies in.
           layout: the mesh; by default the first device.
         """
         self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
@@ -178,7 +179,11 @@ class Base:
         saved = folder / SPEC
         about = json.loads(saved.read_text()) if saved.exists() else {}
         spec = AdapterSpec(**about["spec"]) if about else self._spec_of(nodes)
-        adapter = self._adapter(spec, nodes, exact=bool(about))
+        adapter = self._adapter(spec, nodes)
+        if not all(
+            np.isfinite(x).all() for x in jax.tree.leaves((adapter.factors, adapter.scales))
+        ):
+            raise RequestError(f"{folder.name} holds values that are not finite")
         state = Training.begin(adapter)
         if not optimizer:
             return state
@@ -270,13 +275,12 @@ class Base:
         parts = {part: any(p in weights for p in paths) for part, paths in self._paths.items()}
         return AdapterSpec(rank=rank, alpha=scale * rank, **parts)
 
-    def _adapter(self, spec: AdapterSpec, nodes: Mapping[str, Any], exact: bool = True) -> Adapter:
+    def _adapter(self, spec: AdapterSpec, nodes: Mapping[str, Any]) -> Adapter:
         """Returns an adapter in the form of all.
 
         Args:
           spec: its description.
-          nodes: its weights by path.
-          exact: whether s is alpha / rank everywhere; else the nodes say it.
+          nodes: its weights by path. Where s is not alpha / rank but for rounding, they say it.
 
         Raises:
           RequestError: there is no room for it.
@@ -288,7 +292,8 @@ class Base:
         values = values_of(kept, self.slots, self.leaves)
         s = np.float32(spec.alpha / spec.rank)
         scales = {
-            path: np.full_like(v["scale"], s) if exact else v["scale"] for path, v in values.items()
+            path: np.where((x == 0) | np.isclose(x, s, rtol=1e-5, atol=0), s, x)
+            for path, x in ((path, np.asarray(v["scale"])) for path, v in values.items())
         }
         factors = {path: {name: v[name] for name in ("a", "b")} for path, v in values.items()}
         return Adapter(spec, *self._place((factors, scales)))

@@ -96,6 +96,7 @@ class Engine:
         self._calls: deque[Callable[[], Any]] = deque()
         self._something = threading.Condition()
         self._stopping = False
+        self._latest = 0.0  # the largest `turn` of a tenant
         self._spent = {"training": 0.0, "sampling": 0.0}
         self._trained_tokens = 0
         self._files = ThreadPoolExecutor(1, "files")
@@ -135,13 +136,10 @@ class Engine:
         """Queues a command of a tenant."""
 
         def queued() -> None:
-            if tenant not in self._tenants:
-                seconds = min((t.seconds for t in self._tenants.values()), default=0.0)
-                self._tenants[tenant] = Tenant(tenant, seconds)
-            mine = self._tenants[tenant]
-            if not mine.is_waiting:  # time that it did not want is not saved up
-                others = (t.seconds for t in self._tenants.values() if t.is_waiting)
-                mine.seconds = max(mine.seconds, min(others, default=0.0))
+            mine = self._tenants.setdefault(tenant, Tenant(tenant))
+            if not mine.is_waiting:  # it neither saved up time, nor owes what nobody wanted
+                waiting = [t.turn for t in self._tenants.values() if t.is_waiting]
+                mine.turn = max(mine.turn, min(waiting) if waiting else self._latest)
             mine.queue.append((command, _guarded(done)))
 
         self._call(queued)
@@ -247,7 +245,7 @@ class Engine:
             except Exception as error:
                 self._sampler.fail(error)
         else:
-            self._train(min(waiting, key=lambda tenant: tenant.seconds))
+            self._train(min(waiting, key=lambda tenant: tenant.turn))
         self._spent[kind] += time.monotonic() - began
 
     def _train(self, tenant: Tenant) -> None:
@@ -255,14 +253,20 @@ class Engine:
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
             tenant.job = self._executed(tenant, command)
-        began = time.monotonic()
+        began, is_over, result = time.monotonic(), True, None
         try:
             next(tenant.job)
+            is_over = False
         except StopIteration as ended:
-            self._answered(tenant, ended.value)
+            result = ended.value
         except Exception as error:  # it is this command's alone
-            self._answered(tenant, error)
-        tenant.seconds += time.monotonic() - began
+            result = error
+        took = time.monotonic() - began
+        tenant.seconds += took
+        tenant.turn += took
+        self._latest = max(self._latest, tenant.turn)
+        if is_over:
+            self._answered(tenant, result)
 
     def _answered(self, tenant: Tenant, result: Any) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
@@ -336,10 +340,10 @@ class Engine:
 
     def _step(self, tenant: Tenant, state: Training, how: Update) -> Updated:
         check_update(how)
-        grads, loss = tenant.taken()
-        tenant.state, norm = self._trainer.update(state, grads, how)
-        tenant.losses.append((tenant.state.steps, loss))
-        return Updated({"grad_norm:max": norm, "step:max": float(tenant.state.steps)})
+        moved, norm = self._trainer.update(state, tenant.grads, how)
+        tenant.losses.append((moved.steps, tenant.loss))
+        tenant.become(moved)
+        return Updated({"grad_norm:max": norm, "step:max": float(moved.steps)})
 
     def _save(self, tenant: Tenant, state: Training, command: Save) -> None:
         """Names an adapter at once; its files are written while others compute."""

@@ -19,7 +19,7 @@ from train.serve.engine.trainer import Trainer
 from train.serve.requests import Completion, Done, Drawn, Piece, Sample, Top
 
 _HELD = 32  # decoded tokens after which fewer or shorter rows are chosen, if they would do
-_COLDEST = 1e-30  # the lowest temperature: logits that are divided by it stay finite
+_COLDEST = 1e-4  # the lowest temperature: logits that are divided by less lose their digits
 
 
 @dataclasses.dataclass(eq=False)
@@ -111,8 +111,9 @@ class Sampler:
     def add(self, job: Job) -> None:
         """Queues a sample; those of one adapter take turns with those of others."""
         who, active = job.request.adapter, self._active()
-        if who not in active:  # turns that it did not want are not saved up
-            least = min((self._served[one] for one in active), default=0)
+        if who not in active:  # it neither saved up turns, nor owes those that nobody wanted
+            behind = [self._served[one] for one in active]
+            least = min(behind) if behind else max(self._served.values(), default=0)
             self._served[who] = max(self._served[who], least)
             kept = {one: n for one, n in self._served.items() if n > least or one in active}
             self._served = Counter(kept | {who: self._served[who]})

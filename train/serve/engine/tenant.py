@@ -13,16 +13,16 @@ _LOSSES_KEPT = 200
 
 
 class Tenant:
-    """An adapter that trains, and what it waits for."""
+    """An adapter that trains, and what it waits for.
 
-    def __init__(self, name: str, seconds: float) -> None:
-        """Begins without an adapter.
+    Attributes:
+      seconds: of the engine's time that it had.
+      turn: those that count against it: of tenants that wait, that with the least is next.
+    """
 
-        Args:
-          name: its name.
-          seconds: of the engine's time that count as its own from the start.
-        """
-        self.name, self.seconds = name, seconds
+    def __init__(self, name: str) -> None:
+        """Begins without an adapter."""
+        self.name, self.seconds, self.turn = name, 0.0, 0.0
         self.queue: deque[tuple[Command, Done]] = deque()
         self.job: Generator[None, None, Any] | None = None
         self.done: Done | None = None
@@ -35,11 +35,10 @@ class Tenant:
         """Goes on from a state, without a gradient; None where it leaves."""
         self.state, self.grads, self.summed = state, None, (0.0, 0)
 
-    def taken(self) -> tuple[Factors | None, float]:
-        """Returns the gradient and the loss a target, which are nothing from now on."""
-        grads, (loss, targets) = self.grads, self.summed
-        self.grads, self.summed = None, (0.0, 0)
-        return grads, loss / max(targets, 1)
+    @property
+    def loss(self) -> float:
+        """The loss a target, since the last update."""
+        return self.summed[0] / max(self.summed[1], 1)
 
     @property
     def is_waiting(self) -> bool:

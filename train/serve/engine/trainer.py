@@ -145,11 +145,13 @@ class Trainer:
         given = [how.learning_rate, how.eps, 1 - how.learning_rate * how.weight_decay, clip]
         for beta in (how.beta1, how.beta2):  # 1 - beta in fp32 would lose half of its digits
             given += [beta, 1 - beta, 1 - beta**steps]
+        with np.errstate(over="ignore"):
+            numbers = np.array(given, np.float32)
         moved, first, second, norm, is_finite = self._update(
-            *(state.adapter.factors, state.first, state.second, grads, np.array(given, np.float32))
+            state.adapter.factors, state.first, state.second, grads, numbers
         )
         if not is_finite:
-            raise RequestError("the update is not finite: the adapter stays, its gradient is gone")
+            raise RequestError("the update is not finite: adapter and gradient stay as they are")
         adapter = dataclasses.replace(state.adapter, factors=moved)
         return Training(adapter, first, second, steps), float(norm)
 

@@ -1,0 +1,453 @@
+"""The engine: tenants beside each other, and what they train, save and load."""
+
+import dataclasses
+import itertools
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lj
+from lora_jax import peft
+from tests.adapted_trees import with_random_factors
+from tests.train.serve.engines import (
+    SECONDS,
+    VOCAB,
+    asked,
+    begun,
+    bits,
+    held,
+    ids,
+    made_base,
+    made_engine,
+    random_data,
+    running,
+    sampled,
+    submitted,
+    tell,
+)
+from train.serve.engine import engine as engine_module
+from train.serve.requests import (
+    AdapterSpec,
+    Create,
+    Datum,
+    Gradient,
+    Leave,
+    Load,
+    RequestError,
+    Save,
+    Update,
+)
+
+STEP = Update(learning_rate=1e-2, eps=1e-8)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return made_base()
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    made = made_engine(base, chunk=8)
+    made.warm_up()
+    with running(made):
+        yield made
+
+
+def logps(engine, tenant, data):
+    """The log-probabilities that a tenant's adapter gives to targets, as bytes."""
+    request = Gradient(data, "cross_entropy", forward_only=True)
+    return [x.tobytes() for x in tell(engine, tenant, request).logprobs]
+
+
+def test_nothing_compiles_once_it_is_warm(engine, tmp_path):
+    compiled = []
+    ours = threading.get_ident()
+
+    def note(event, *_, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            if threading.get_ident() != ours:
+                compiled.append(facts.get("fun_name"))
+
+    before = engine.status().compiled
+    jax.monitoring.register_event_duration_secs_listener(note)
+    for rank in (5, 2, 3):
+        name, data = f"of rank {rank}", random_data(rank, n=rank)
+        spec = AdapterSpec(rank=rank, seed=rank, mlp=rank > 2, attention=rank > 1)
+        tell(engine, name, Create(spec))
+        for loss in ("cross_entropy", "dro") if rank == 3 else ("cross_entropy",):
+            given = {"logprobs": np.zeros(4, np.float32), "advantages": np.ones(4, np.float32)}
+            short = Datum(ids(np.random.default_rng(1), 4), given | {"target_tokens": np.arange(4)})
+            tell(engine, name, Gradient(data if loss == "cross_entropy" else [short], loss))
+        tell(engine, name, dataclasses.replace(STEP, grad_clip_norm=0.1, weight_decay=0.1))
+        tell(engine, name, Save(tmp_path / name, optimizer=True, name=name))
+        tell(engine, "other", Load(tmp_path / name, optimizer=True))
+        prompt = [*range(5 * rank + 8)]
+        crowd = [
+            begun(engine, adapter=name, prompt=prompt, n=rank, max_tokens=4, top_p=0.9, seed=3),
+            begun(engine, adapter=name, prompt=[*prompt, 3], max_tokens=20, top=2, seed=-1),
+            begun(engine, prompt=[1], max_tokens=45, temperature=0, prompt_logprobs=True),
+            begun(engine, prompt=[1, 2], max_tokens=0, top_prompt=2),
+        ]
+        assert [len(x.result(SECONDS).completions[0].tokens) for x in crowd] == [4, 20, 45, 0]
+        tell(engine, name, Leave())
+    tell(engine, "other", Leave())
+    assert not compiled and engine.status().compiled == before
+    wide = {"target_tokens": np.ones((4, 2), np.int32)}
+    tell(engine, "other", Create(AdapterSpec(rank=1, seed=0)))
+    wider = Gradient([Datum(np.arange(4, dtype=np.int32), wide)], "cross_entropy")
+    tell(engine, "other", wider)
+    tell(engine, "other", Leave())
+    assert compiled and engine.status().compiled == before + 1, "it is counted"
+
+
+class Neighbours:
+    """Tenants that do what they like, until they are to stop."""
+
+    def __init__(self, engine, folder):
+        self.engine, self.folder, self.rounds = engine, folder, 0
+
+    def __enter__(self):
+        self.stop, self.failures = threading.Event(), []
+        self.threads = [threading.Thread(target=self._live, args=(number,)) for number in range(3)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(SECONDS)
+        assert not self.failures, self.failures
+
+    def _live(self, number):
+        try:
+            for turn in itertools.count():
+                if self.stop.is_set():
+                    return
+                self._turn(f"neighbour {number}", number, turn)
+                self.rounds += 1
+        except Exception as error:
+            self.failures.append(error)
+
+    def _turn(self, name, number, turn):
+        engine, path = self.engine, self.folder / f"{number} {turn}"
+        tell(engine, name, Create(AdapterSpec(rank=1 + 2 * number, mlp=number != 1)))
+        data = random_data(turn, n=2)
+        how = Update(0.5, eps=1e-8, weight_decay=0.9, grad_clip_norm=0.1 * number)
+        tell(engine, name, Gradient(data, "cross_entropy"))
+        tell(engine, name, how)
+        tell(engine, name, Save(path, optimizer=True, name=name))
+        huge = {"target_tokens": np.ones(3, np.int32), "weights": np.full(3, 3e38, np.float32)}
+        with pytest.raises(RequestError, match="not finite"):
+            tell(engine, name, Gradient([Datum(np.arange(3), huge)], "cross_entropy"))
+        sample = begun(engine, adapter=name, prompt=[turn % VOCAB], n=2, max_tokens=5)
+        tell(engine, name, Load(path, optimizer=number == 0))
+        sample.result(SECONDS)
+        tell(engine, name, Leave())
+        engine.drop(name)
+
+
+def whole_run(engine, folder):
+    """Everything that a tenant sees while it trains, as bytes."""
+    seen = []
+    tell(engine, "mine", Create(AdapterSpec(rank=3, seed=4)))
+    for step in range(3):
+        data = random_data(step, n=5)
+        seen += [
+            x.tobytes() for x in tell(engine, "mine", Gradient(data, "cross_entropy")).logprobs
+        ]
+        how = Update(1e-2, eps=1e-8, weight_decay=0.01, grad_clip_norm=1.0)
+        seen.append(tell(engine, "mine", how).metrics)
+        tell(engine, "mine", Save(folder / f"{step}", optimizer=True, name=f"mine {step}"))
+        how = {"prompt": [3, 1, 4, 1, 5], "n": 2, "max_tokens": 12, "seed": step}
+        seen.append(bits(sampled(engine, adapter=f"mine {step}", prompt_logprobs=True, **how)))
+    seen.append((folder / "2" / "adapter_model.safetensors").read_bytes())
+    seen.append((folder / "2" / "optimizer.safetensors").read_bytes())
+    tell(engine, "mine", Leave())
+    return seen
+
+
+def test_a_tenant_in_a_crowd_equals_it_alone(engine, tmp_path):
+    alone = whole_run(engine, tmp_path / "alone")
+    with Neighbours(engine, tmp_path) as crowd:
+        assert whole_run(engine, tmp_path / "crowd") == alone
+    assert crowd.rounds >= 3
+
+
+def test_what_is_not_finite_fails_alone(engine):
+    data = random_data(1)
+    for name in ("good", "bad"):
+        tell(engine, name, Create(AdapterSpec(rank=2, seed=1)))
+        tell(engine, name, Gradient(data, "cross_entropy"))
+    inputs = dict(data[0].inputs) | {"weights": np.full(len(data[0].tokens), 3e38, np.float32)}
+    huge = dataclasses.replace(data[0], inputs=inputs)
+    for wrong in ([huge], [*data, huge]):
+        with pytest.raises(RequestError, match="not finite"):
+            tell(engine, "bad", Gradient(wrong, "cross_entropy"))
+    for fields in ({"learning_rate": np.nan}, {"beta2": 1.0}, {"eps": -1}, {"grad_clip_norm": -1}):
+        with pytest.raises(RequestError, match=next(iter(fields))):
+            tell(engine, "bad", dataclasses.replace(STEP, **fields))
+    told = [tell(engine, name, STEP).metrics for name in ("good", "bad")]
+    assert told[0] == told[1] and told[0]["grad_norm:max"] > 0.1
+    tell(engine, "bad", Gradient(data[:3], "cross_entropy"))
+    with pytest.raises(RequestError, match="not finite"):
+        tell(engine, "bad", dataclasses.replace(STEP, learning_rate=1e30, weight_decay=1e30))
+    assert logps(engine, "bad", data[:3]) == logps(engine, "good", data[:3])
+    assert tell(engine, "bad", STEP).metrics["grad_norm:max"] > 0.1, "the gradient is there"
+    for name in ("good", "bad"):
+        tell(engine, name, Leave())
+
+
+def test_a_sum_is_the_same_in_one_call_or_several(engine):
+    data = random_data(2, n=7)
+    norms, found = [], []
+    for parts in ([data], [data[:3], data[3:]], [[datum] for datum in data]):
+        tell(engine, "sum", Create(AdapterSpec(rank=4, seed=2)))
+        for _ in range(2):
+            for part in parts:
+                tell(engine, "sum", Gradient(part, "cross_entropy"))
+                tell(engine, "sum", Gradient(data[:1], "cross_entropy", forward_only=True))
+            norms.append(tell(engine, "sum", STEP).metrics["grad_norm:max"])
+        request = Gradient(data, "cross_entropy", forward_only=True)
+        found.append(np.concatenate(tell(engine, "sum", request).logprobs))
+    tell(engine, "sum", Leave())
+    assert np.abs(found[0] - np.stack(found[1:])).max() < 1e-5
+    assert np.ptp(norms[::2]) < 1e-5 * norms[0] and np.ptp(norms[1::2]) < 1e-5 * norms[1]
+    assert norms[0] != norms[1]
+
+
+def test_saved_and_loaded_bitwise(engine, tmp_path):
+    data = random_data(3)
+    tell(engine, "first", Create(AdapterSpec(rank=3, seed=9, alpha=7.0)))
+    for _ in range(2):
+        tell(engine, "first", Gradient(data, "cross_entropy"))
+        tell(engine, "first", STEP)
+    tell(engine, "first", Gradient(data, "cross_entropy"))  # no part of what is saved
+    saved = submitted(engine, "first", Save(tmp_path / "x", optimizer=True))
+    tell(engine, "first", Load(tmp_path / "x", optimizer=True))  # while it is written
+    assert saved.result(SECONDS).size == sum(p.stat().st_size for p in (tmp_path / "x").iterdir())
+    tell(engine, "second", Load(tmp_path / "x", optimizer=True))
+    assert tell(engine, "third", Load(tmp_path / "x", optimizer=False)) == AdapterSpec(
+        rank=3, seed=9, alpha=7.0
+    )
+    names = ("first", "second", "third")
+    assert len({str(logps(engine, name, data)) for name in names}) == 1
+    steps = []
+    for name in names:
+        tell(engine, name, Gradient(data[:2], "cross_entropy"))
+        steps.append(tell(engine, name, STEP).metrics["step:max"])
+    one, two, three = (logps(engine, name, data) for name in names)
+    assert one == two != three and steps == [3, 3, 1]
+    tell(engine, "first", Save(tmp_path / "plain"))
+    with pytest.raises(RequestError, match="no state of an optimiser"):
+        tell(engine, "second", Load(tmp_path / "plain", optimizer=True))
+    assert logps(engine, "second", data) == two
+    for name in names:
+        tell(engine, name, Leave())
+
+
+@pytest.mark.parametrize("kind", ["peft", "run"])
+def test_folders_from_elsewhere(engine, base, tmp_path, kind):
+    rules = [
+        lj.LoraRule(targets=["q_proj", "down_proj"], rank=2, alpha=5),
+        lj.LoraRule(targets=["v_proj"], rank=4, alpha=3),
+    ]
+    tree = with_random_factors(lj.lorafy(base.params, rules))
+    if kind == "peft":
+        peft.save(tmp_path / "a", base.model, tree)
+    else:
+        lj.save_adapter(tmp_path / "a", tree)
+    spec = tell(engine, "adopter", Load(tmp_path / "a", optimizer=False))
+    assert (spec.rank, spec.unembed) == (4, False)
+    (datum,) = random_data(4, n=1)
+    logits = jax.jit(lj.adapt(base.model.apply))({"params": tree}, datum.tokens[None])[0]
+    targets = datum.inputs["target_tokens"]
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(targets)), targets]
+    request = Gradient([datum], "cross_entropy", forward_only=True)
+    found = tell(engine, "adopter", request).logprobs[0]
+    assert np.abs(found - expected).max() < 1e-5
+    asked(lambda done: engine.adopt("adopted", tmp_path / "a", done)).result(SECONDS)
+    assert engine.knows("adopted")
+    drawn = sampled(
+        engine, adapter="adopted", prompt=datum.tokens.tolist(), max_tokens=0, prompt_logprobs=True
+    )
+    shifted = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(targets) - 1), datum.tokens[1:]]
+    assert np.abs(drawn.prompt_logprobs[1:] - shifted).max() < 1e-5
+    before = logps(engine, "adopter", [datum])
+    tell(engine, "adopter", Save(tmp_path / "b"))
+    tell(engine, "adopter", Load(tmp_path / "b", optimizer=False))
+    again = tell(engine, "adopter", request).logprobs[0]
+    assert np.abs(again - np.frombuffer(before[0], np.float32)).max() < 1e-5
+    tell(engine, "adopter", Leave())
+    engine.drop("adopted")
+
+
+BAD = np.array([1.0, np.nan, 1.0], np.float32)
+THREE = {"target_tokens": np.arange(3, dtype=np.int32)}
+RL = {"logprobs": np.zeros(3, np.float32), "advantages": np.zeros(3, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "loss", "said"),
+    [
+        ([0, VOCAB, 1], THREE, "cross_entropy", "an id outside 0 to 36"),
+        ([0, -1, 1], THREE, "cross_entropy", "an id outside"),
+        ([0, 1, 2], {"target_tokens": np.array([0, 1, VOCAB])}, "cross_entropy", "target_tokens"),
+        ([0, 1], THREE, "cross_entropy", "has the shape"),
+        ([0, 1, 2], {"target_tokens": np.int32(1)}, "cross_entropy", "has the shape"),
+        ([0] * 65, {"target_tokens": np.zeros(65, int)}, "cross_entropy", "has 65 tokens"),
+        ([], {"target_tokens": np.zeros(0, int)}, "cross_entropy", "has 0 tokens"),
+        ([0, 1, 2], {}, "cross_entropy", "lacks target_tokens"),
+        ([0, 1, 2], THREE | {"weights": BAD}, "cross_entropy", "not finite"),
+        ([0, 1, 2], THREE | {"weights": BAD[:2]}, "cross_entropy", "weights has the shape"),
+        ([0, 1, 2], THREE, "ppo", "lacks logprobs"),
+        ([0, 1, 2], THREE | RL | {"advantages": BAD}, "ppo", "advantages holds"),
+        ([0, 1, 2], {"target_tokens": np.zeros((3, 33), int)}, "cross_entropy", "33 targets"),
+        ([0, 1, 2], THREE, "stable_reinforce", "there are cross_entropy, "),
+    ],
+)
+def test_bad_data_are_refused(engine, tokens, inputs, loss, said):
+    tell(engine, "bad", Create(AdapterSpec(rank=1, seed=0)))
+    good = Datum(np.arange(3, dtype=np.int32), THREE | RL)
+    bad = Datum(np.array(tokens, np.int32), inputs)
+    with pytest.raises(RequestError, match=said):
+        tell(engine, "bad", Gradient([good, bad], loss))
+    assert tell(engine, "bad", STEP).metrics["grad_norm:max"] == 0, "nothing was added"
+    tell(engine, "bad", Leave())
+
+
+def test_bad_commands_are_refused(engine, base, tmp_path):
+    wrong = {
+        "room for ranks from 1 to 8": Create(AdapterSpec(rank=9)),
+        "from 1 to 8": Create(AdapterSpec(rank=0)),
+        "an adapter of nothing": Create(
+            AdapterSpec(rank=1, attention=False, mlp=False, unembed=False)
+        ),
+        "create or load it first": STEP,
+        "there are no data": Gradient([], "cross_entropy"),
+        "beta is nan": Gradient([Datum(np.arange(3), THREE)], "dro", {"beta": np.nan}),
+        "nowhere": Load(tmp_path / "nowhere", optimizer=False),
+        "broken": Load(tmp_path / "broken", optimizer=False),
+        "room for 8": Load(tmp_path / "large", optimizer=False),
+        "not finite": Load(tmp_path / "nan", optimizer=False),
+    }
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text("{")
+    tree = lj.lorafy(base.params, [lj.LoraRule(targets=["q_proj"], rank=9)])
+    peft.save(tmp_path / "large", base.model, tree)
+    tree = lj.lorafy(base.params, [lj.LoraRule(targets=["q_proj"], rank=2)])
+    peft.save(tmp_path / "nan", base.model, tree)
+    file = tmp_path / "nan" / "adapter_model.safetensors"
+    arrays = load_file(file)
+    next(iter(arrays.values()))[0, 0] = np.nan
+    save_file(arrays, file)
+    for said, command in wrong.items():
+        tenant = "there" if isinstance(command, Gradient) else "not there"
+        tell(engine, "there", Create(AdapterSpec(rank=1, seed=0)))
+        with pytest.raises(RequestError, match=said):
+            tell(engine, tenant, command)
+    tell(engine, "there", Leave())
+    assert not engine._tenants, "what is not there takes no memory"
+    with pytest.raises(RequestError, match="broken"):
+        asked(lambda done: engine.adopt("broken", tmp_path / "broken", done)).result(SECONDS)
+    assert not engine.knows("broken")
+
+
+def test_tenants_share_the_engine_s_time(engine, monkeypatch):
+    order, futures = [], []
+    clock = types.SimpleNamespace(monotonic=lambda: len(order) * 0.01)  # a part, a hundredth
+    monkeypatch.setattr(engine_module, "time", clock)
+    for name in ("one large", "many small"):
+        tell(engine, name, Create(AdapterSpec(rank=1, seed=0)))
+    with held(engine):
+        for call in ([16], [2] * 8):
+            name = "one large" if len(call) == 1 else "many small"
+            for n in call:
+                data = [Datum(np.arange(60) % VOCAB, {"target_tokens": np.ones(60, int)})] * n
+                futures.append(submitted(engine, name, Gradient(data, "cross_entropy")))
+        trainer, real = engine._trainer, engine._trainer.gradient
+
+        def noted(adapter, *rest):
+            owners = {id(t.state.adapter): name for name, t in engine._tenants.items() if t.state}
+            order.append(owners[id(adapter)])
+            return real(adapter, *rest)
+
+        monkeypatch.setattr(trainer, "gradient", noted)
+    for future in futures:
+        future.result(SECONDS)
+    assert len(order) == 16
+    for n in (6, 10, 14):
+        share = order[:n].count("one large") / n
+        assert 0.4 <= share <= 0.6, order
+    for name in ("one large", "many small"):
+        tell(engine, name, Leave())
+
+
+def test_it_outlives_what_goes_wrong(engine, monkeypatch, caplog):
+    def wrong(*_):
+        raise ValueError("a callback of a route's")
+
+    engine.submit("x", Create(AdapterSpec(rank=1, seed=0)), wrong)
+    engine.submit("x", Leave(), wrong)
+    tell(engine, "x", Leave())
+    engine.adopt("x", "no path", wrong)
+    assert len(sampled(engine, prompt=[1], max_tokens=3, seen=None).completions[0].tokens) == 3
+    noisy = begun(engine, wrong, prompt=[1], max_tokens=3)
+    assert len(noisy.result(SECONDS).completions[0].tokens) == 3
+    assert caplog.text.count("a result was not taken") == 6
+    other = begun(engine, prompt=[1], max_tokens=20)
+    monkeypatch.setattr(engine._sampler, "_text_of", wrong)
+    with pytest.raises(ValueError, match="a callback"):
+        sampled(engine, prompt=[1], max_tokens=3, stop=("x",))
+    assert len(other.result(SECONDS).completions[0].tokens) == 20, "its own request alone"
+    with pytest.raises(Exception, match="."):
+        sampled(engine, prompt=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._drawing, "decode", wrong)
+        with pytest.raises(ValueError, match="a callback"):
+            sampled(engine, prompt=[1], n=12, max_tokens=3)
+    assert len(sampled(engine, prompt=[1], n=12, max_tokens=3).completions) == 12
+    status = engine.status()
+    assert (status.waiting, status.drawing, dict(status.tenants)) == (0, 0, {})
+
+
+def test_commands_after_leaving_are_answered(engine, tmp_path):
+    with held(engine):
+        commands = [
+            Create(AdapterSpec(rank=1, seed=0)),
+            Gradient(random_data(1), "cross_entropy"),
+            Leave(),
+            STEP,
+            Create(AdapterSpec(rank=2, seed=0)),
+            STEP,
+        ]
+        futures = [submitted(engine, "goer", command) for command in commands]
+    assert [f.exception(SECONDS) is None for f in futures] == [True, True, True, False, True, True]
+    assert futures[-1].result().metrics["grad_norm:max"] == 0, "of what it left, nothing is there"
+    tell(engine, "goer", Gradient(random_data(1), "cross_entropy"))
+    tell(engine, "goer", Create(AdapterSpec(rank=2, seed=0)))
+    assert tell(engine, "goer", STEP).metrics["grad_norm:max"] == 0
+    tell(engine, "goer", Leave())
+
+
+def test_its_end(base, tmp_path):
+    made = made_engine(base)
+    made.close()  # before it began
+    made = made_engine(base)
+    made.start()
+    created = submitted(made, "x", Create(AdapterSpec(rank=1, seed=0)))
+    saved = submitted(made, "x", Save(tmp_path / "x"))
+    refused = begun(made, prompt=[VOCAB])
+    made.close()
+    made.close()
+    assert created.result(0).rank == 1 and saved.result(0).size > 0
+    assert isinstance(refused.exception(0), RequestError)
+    refused.call()  # too late, and no error
+    for call in (lambda: submitted(made, "x", Leave()), lambda: begun(made, prompt=[1])):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()

@@ -1,0 +1,477 @@
+"""The engine's samples: what is drawn, by whom, and in whose company."""
+
+import tempfile
+import threading
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+import lora_jax as lj
+from lora_jax import models, peft
+from tests.train.serve.engines import (
+    SECONDS,
+    VOCAB,
+    begun,
+    bits,
+    held,
+    ids,
+    made_base,
+    made_engine,
+    random_data,
+    running,
+    sampled,
+    tell,
+    text_of,
+)
+from train.serve.requests import (
+    AdapterSpec,
+    Create,
+    Datum,
+    Gradient,
+    Leave,
+    RequestError,
+    Save,
+    Update,
+)
+
+LENGTH, CHUNK = 64, 8
+NAMES = (None, "one", "two")
+
+
+class World:
+    """A running engine with two snapshots, and the model by itself."""
+
+    def __init__(self, engine, base, folder):
+        self.engine, self.base = engine, base
+        self.trees = {None: base.tree(base.none.factors, base.none.scales, base.shell)}
+        for number, name in enumerate(NAMES[1:]):
+            tell(engine, "maker", Create(AdapterSpec(rank=3, seed=number, mlp=name == "one")))
+            self.learn("maker", number)
+            tell(engine, "maker", Save(folder / name, name=name))
+            self.trees[name] = peft.load(folder / name, base.model, base.params)
+        self.forward = jax.jit(lj.adapt(base.model.apply))
+
+    def learn(self, tenant, seed):
+        tell(self.engine, tenant, Gradient(random_data(seed), "cross_entropy"))
+        tell(self.engine, tenant, Update(3e-2, eps=1e-8))
+
+    def logits(self, name, tokens):
+        """The logits at each place, [n, vocab] in double precision."""
+        padded = np.zeros((1, LENGTH), np.int32)
+        padded[0, : len(tokens)] = tokens
+        found = self.forward({"params": self.trees[name]}, padded)[0]
+        return np.asarray(found, np.float64)[: len(tokens)]
+
+    def logps(self, name, tokens, temperature=1.0):
+        """The log-probabilities of all tokens at each place, [n, vocab]."""
+        scores = self.logits(name, tokens) / (temperature or 1.0)
+        scores -= scores.max(-1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    base = made_base()
+    with running(made_engine(base, max_length=LENGTH, chunk=CHUNK)) as engine:
+        yield World(engine, base, tmp_path_factory.mktemp("snapshots"))
+
+
+@pytest.fixture
+def engine(world):
+    yield world.engine
+    status = world.engine.status()
+    assert (status.waiting, status.drawing) == (0, 0)
+    assert not +world.engine._pool._users, "all slots were given back"
+
+
+def requests(seed, n):
+    """Samples of all kinds."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(n):
+        found.append(
+            {
+                "adapter": NAMES[i % 3],
+                "prompt": ids(rng, int(rng.integers(1, 40))).tolist(),
+                "n": int(rng.integers(1, 4)),
+                "max_tokens": int(rng.integers(1, 24)),
+                "temperature": (1.0, 0.6, 0.0, 1.7)[i % 4],
+                "top_k": (-1, 3, 1000)[i // 2 % 3],
+                "top_p": (1.0, 0.5)[i // 3 % 2],
+                "seed": i,
+                "top": (0, 4)[i % 2],
+                "prompt_logprobs": i % 3 == 1,
+                "top_prompt": (0, 3)[i % 2],
+            }
+        )
+    return found
+
+
+def test_a_mixed_batch_against_the_model_itself(world, engine):
+    asked = requests(1, 24)
+    found = [begun(engine, **fields) for fields in asked]
+    largest = 0.0
+    for fields, future in zip(asked, found, strict=True):
+        drawn, prompt, t = future.result(SECONDS), fields["prompt"], fields["temperature"]
+        assert len(drawn.completions) == fields["n"]
+        for completion in drawn.completions:
+            m = len(completion.tokens)
+            assert m == min(fields["max_tokens"], LENGTH - len(prompt)) and not completion.stopped
+            whole = [*prompt, *completion.tokens]
+            logps = world.logps(fields["adapter"], whole, t)[len(prompt) - 1 : -1]
+            off = logps[np.arange(m), completion.tokens] - completion.logprobs
+            largest = max(largest, np.abs(off).max())
+            for at, token in zip(logps, completion.tokens, strict=True):
+                assert token in allowed(at, fields["top_k"], fields["top_p"] if t else 0.0)
+            if fields["top"]:
+                largest = max(largest, off_top(completion.top, logps, 4))
+        plain = world.logps(fields["adapter"], prompt)[:-1]
+        if fields["prompt_logprobs"]:
+            assert np.isnan(drawn.prompt_logprobs[0])
+            off = drawn.prompt_logprobs[1:] - plain[np.arange(len(plain)), prompt[1:]]
+            largest = max(largest, np.abs(off).max(initial=0))
+        if fields["top_prompt"]:
+            first = drawn.top_prompt
+            assert (first.ids[0] == 0).all() and (first.logprobs[0] == -99999).all()
+            rest = types.SimpleNamespace(ids=first.ids[1:], logprobs=first.logprobs[1:])
+            largest = max(largest, off_top(rest, plain, 3))
+    print(f"largest deviation {largest:.1e}")
+    assert largest < 1e-5
+
+
+def allowed(logps, top_k, top_p):
+    """The tokens that may be drawn, by their definitions; of top_p 0, the likeliest."""
+    order = np.argsort(-logps, kind="stable")
+    order = order[:top_k] if top_k > 0 else order
+    probs = np.exp(logps[order]) / np.exp(logps[order]).sum()
+    before = np.concatenate([[0], np.cumsum(probs)[:-1]])
+    return set(order[before < max(top_p, 1e-9)].tolist())
+
+
+def off_top(top, logps, k):
+    """How far the log-probabilities of the likeliest tokens are off, which are compared."""
+    assert top.ids.shape == top.logprobs.shape == (len(logps), k)
+    order = np.argsort(-logps, axis=-1)[:, :k]
+    assert (top.ids == order).all()
+    off = np.take_along_axis(logps, order, -1) - top.logprobs
+    return np.abs(off).max(initial=0)
+
+
+def test_sampler_and_trainer_agree(world, engine):
+    tell(engine, "scorer", Create(AdapterSpec(rank=2, seed=3)))
+    world.learn("scorer", 7)
+    largest = 0.0
+    for n in (1, 9, 40):
+        prompt = ids(np.random.default_rng(n), n).tolist()
+        tell(engine, "scorer", Save(unused(), name="scored"))
+        drawn = sampled(engine, adapter="scored", prompt=prompt, n=2, max_tokens=20, seed=n)
+        for completion in drawn.completions:
+            whole = np.array([*prompt, *completion.tokens], np.int32)
+            datum = Datum(whole[:-1], {"target_tokens": whole[1:]})
+            request = Gradient([datum], "cross_entropy", forward_only=True)
+            found = tell(engine, "scorer", request).logprobs[0][n - 1 :]
+            largest = max(largest, np.abs(found - completion.logprobs).max())
+    tell(engine, "scorer", Leave())
+    print(f"largest deviation {largest:.1e}")
+    assert largest < 1e-5
+
+
+def unused():
+    """A folder that is not there yet."""
+    return Path(tempfile.mkdtemp()) / "adapter"
+
+
+def test_greedy_tokens_are_those_of_generate(world, engine):
+    prompts = np.stack([ids(np.random.default_rng(seed), 6) for seed in range(4)])
+    expected = models.generate(
+        world.base.model,
+        world.trees["one"],
+        prompts,
+        max_new_tokens=30,
+        eos_token_id=[],
+        apply=world.forward,
+    )
+    found = [
+        begun(engine, adapter="one", prompt=prompt.tolist(), max_tokens=30, temperature=0.0)
+        for prompt in prompts
+    ]
+    tokens = np.stack([x.result(SECONDS).completions[0].tokens for x in found])
+    assert (tokens == np.asarray(expected)).all()
+
+
+def test_seeds(engine):
+    fields = {"adapter": "two", "prompt": [5, 6], "n": 4, "max_tokens": 12, "temperature": 1.4}
+    one, again, other = (sampled(engine, **fields, seed=seed) for seed in (1, 1, 2))
+    assert bits(one) == bits(again)
+    assert len({c.tokens.tobytes() for c in [*one.completions, *other.completions]}) == 8
+    unseeded = [sampled(engine, **fields) for _ in range(2)]
+    assert bits(unseeded[0]) != bits(unseeded[1])
+    huge = [sampled(engine, **fields, seed=seed) for seed in (-1, 2**32 - 1, 2**40)]
+    assert bits(huge[0]) == bits(huge[1]) != bits(huge[2])
+
+
+def test_neighbours_change_no_bit(engine):
+    mine = {"adapter": "one", "prompt": [*range(20)], "n": 2, "max_tokens": 20, "top_p": 0.9}
+    alone = bits(sampled(engine, **mine, seed=4))
+    for crowd in range(3):
+        others = [begun(engine, **fields) for fields in requests(crowd, 9)]
+        assert bits(sampled(engine, **mine, seed=4)) == alone
+        for other in others:
+            other.result(SECONDS)
+
+
+def test_snapshots_never_change(world, engine):
+    tell(engine, "learner", Create(AdapterSpec(rank=4, seed=3)))
+    found = []
+    for step in range(4):
+        world.learn("learner", step)
+        tell(engine, "learner", Save(unused(), name=f"step {step}"))
+        score = {
+            "prompt": [1, 2, 3, 4],
+            "prompt_logprobs": True,
+            "n": 2,
+            "max_tokens": 9,
+            "seed": 1,
+        }
+        found.append([bits(sampled(engine, adapter=f"step {i}", **score)) for i in range(step + 1)])
+    last = found[-1]
+    assert all(row == last[: len(row)] for row in found)
+    assert len({str(each) for each in last}) == 4
+    tell(engine, "learner", Leave())
+    assert bits(sampled(engine, adapter="step 1", **score)) == last[1]
+    under_way = begun(engine, adapter="step 1", **score)
+    engine.drop("step 1")
+    assert bits(under_way.result(SECONDS)) == last[1]
+    with pytest.raises(RequestError, match="there is no adapter 'step 1'; there are one, two"):
+        sampled(engine, adapter="step 1", **score)
+
+
+def test_draws_follow_the_distribution(world, engine):
+    """Tokens become uniform numbers by the model's distribution functions: a χ² test of those."""
+    fields = {"adapter": "one", "prompt": [3, 8], "max_tokens": 3, "temperature": 1.3}
+    drawn = sampled(engine, **fields, n=400, seed=17)
+    tokens = np.stack([c.tokens for c in drawn.completions])
+    rng, known, uniform = np.random.default_rng(0), {}, []
+    for row in tokens:
+        for place in range(3):
+            before = (3, 8, *row[:place].tolist())
+            if before not in known:
+                known[before] = np.exp(world.logps("one", before, 1.3)[-1])
+            probs = known[before]
+            uniform.append(probs[: row[place]].sum() + rng.uniform() * probs[row[place]])
+    counts = np.histogram(uniform, bins=20, range=(0, 1))[0]
+    assert len(np.unique(tokens[:, 0])) > 5
+    assert stats.chisquare(counts).pvalue > 1e-3, counts
+    by_place = np.reshape(uniform, tokens.shape)
+    assert abs(np.corrcoef(by_place[:, 0], by_place[:, 1])[0, 1]) < 4 / 20
+
+
+def test_stops(engine, monkeypatch):
+    fields = {"adapter": "one", "prompt": [9, 2, 4], "max_tokens": 12, "seed": 3}
+    free = sampled(engine, **fields).completions[0]
+    at = next(i for i in range(3, 12) if free.tokens[i] not in free.tokens[:i])
+    stops = (
+        {"stop_ids": frozenset({int(free.tokens[at])})},
+        {"stop": ("never", text_of(free.tokens[at - 1 : at + 1]))},
+    )
+    for stop in stops:
+        found = sampled(engine, **fields, **stop, top=2).completions[0]
+        assert found.stopped and len(found.top.ids) == at + 1
+        assert (found.tokens == free.tokens[: at + 1]).all()
+        assert (found.logprobs == free.logprobs[: at + 1]).all()
+    exact = sampled(engine, **fields | {"max_tokens": at + 1}, **stops[0]).completions[0]
+    assert exact.stopped, "the last token may be a stop"
+    assert not sampled(engine, **fields | {"max_tokens": at}, **stops[0]).completions[0].stopped
+    monkeypatch.setattr(engine._sampler, "_text_of", lambda tokens: "あ" * (len(tokens) // 3))
+    slow = sampled(engine, **fields | {"max_tokens": 30}, stop=("あ" * 6,)).completions[0]
+    assert slow.stopped and len(slow.tokens) == 18, "a letter of several tokens"
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "drawn"),
+    [
+        (1, None, 63),
+        (1, 5, 5),
+        (LENGTH - 1, None, 1),
+        (LENGTH - 1, 9, 1),
+        (LENGTH, 0, 0),
+        (8, 0, 0),
+    ],
+)
+def test_shortest_and_longest(world, engine, n, most, drawn):
+    prompt = ids(np.random.default_rng(n), n)
+    found = sampled(
+        engine, adapter="two", prompt=prompt.tolist(), max_tokens=most, prompt_logprobs=True
+    )
+    assert [len(c.tokens) for c in found.completions] == [drawn]
+    expected = world.logps("two", prompt)[np.arange(n - 1), prompt[1:]]
+    assert np.abs(found.prompt_logprobs[1:] - expected).max(initial=0) < 1e-5
+
+
+def forget(engine):
+    """Has the engine keep no prompt of earlier tests."""
+    engine._sampler._prefixes._kept.clear()
+
+
+def test_shared_prefixes_run_once(engine):
+    prompt = ids(np.random.default_rng(0), 30).tolist()
+    other = [*prompt[:21], *[(i + 1) % VOCAB for i in prompt[21:]], 5]
+    fields = {"max_tokens": 8, "n": 2, "seed": 1}
+    forget(engine)
+    alone = sampled(engine, adapter="one", prompt=other, **fields)
+    assert alone.cached == 0
+    forget(engine)
+    assert sampled(engine, adapter="one", prompt=prompt, **fields).cached == 0
+    before = engine.status().prompt_tokens
+    after = sampled(engine, adapter="one", prompt=other, **fields)
+    assert after.cached == 16 and engine.status().prompt_tokens - before == len(other) - 16
+    assert bits(after) == bits(alone)
+    same = sampled(engine, adapter="one", prompt=prompt, **fields)
+    assert same.cached == 24, "the last token runs in any case"
+    assert sampled(engine, adapter="two", prompt=other, **fields).cached == 0
+    forget(engine)
+    before = engine.status().prompt_tokens
+    with held(engine):
+        crowd = [begun(engine, adapter="one", prompt=other, **fields) for _ in range(3)]
+        crowd.append(begun(engine, adapter="one", prompt=prompt, **fields))
+    found = [x.result(SECONDS) for x in crowd]
+    assert [bits(x) for x in found[:3]] == [bits(alone)] * 3
+    assert engine.status().prompt_tokens - before == 31 + 7 + 7 + 14
+
+
+def test_long_prompts_hold_up_no_short_ones(engine):
+    forget(engine)
+    long, seen = ids(np.random.default_rng(1), 60).tolist(), {}
+
+    def note(name):
+        return lambda _: seen.setdefault(name, engine.status().prompt_tokens - before)
+
+    before = engine.status().prompt_tokens
+    with held(engine):
+        crowd = [begun(engine, note(f"long {i}"), prompt=[i, *long], max_tokens=2) for i in (1, 2)]
+        crowd += [
+            begun(engine, note("short"), adapter="one", prompt=[4], max_tokens=2),
+            begun(engine, note("same"), prompt=[7, 7], max_tokens=2),
+            begun(engine, note("part"), prompt=[1, *long[:8]], max_tokens=2),
+        ]
+    for future in crowd:
+        future.result(SECONDS)
+    assert seen["short"] <= 3 * CHUNK and seen["same"] <= 4 * CHUNK
+    assert seen["part"] <= 6 * CHUNK, "it waits for what is shared alone"
+    assert seen["long 1"] > 8 * CHUNK
+
+
+def test_cancelled(engine):
+    stop = {}
+
+    def seen(piece):
+        if len(piece_of := stop.setdefault(piece.index, [])) == 4:
+            stop["call"]()
+        piece_of.append(piece.token)
+
+    with held(engine):
+        drawing = begun(engine, seen, adapter="one", prompt=[1] * 20, n=3, seed=1)
+        stop["call"] = drawing.call
+        waiting = begun(engine, prompt=[1] * 20, n=3)
+        waiting.call()
+    found = drawing.result(SECONDS).completions
+    assert [c.tokens.tolist() for c in found] == [stop[i] for i in range(3)]
+    assert {len(c.tokens) for c in found} <= {4, 5, 6} and not any(c.stopped for c in found)
+    assert waiting.result(SECONDS).completions == []
+    for future in (drawing, waiting):
+        future.call()
+    with held(engine):  # more than there are rows: some did not begin
+        many = begun(engine, lambda _: many.call(), prompt=[1], n=20)
+    assert 1 <= len(many.result(SECONDS).completions) < 20
+
+
+def test_more_adapters_and_completions_than_places(world, engine):
+    """All are served, those that ask for much no more than others, and little waits in memory."""
+    most, order = [], []
+
+    def seen(_):
+        sampler = engine._sampler
+        most.append(sum(p.cache is not None for p in sampler._prompts + sampler._ready))
+
+    tell(engine, "maker", Create(AdapterSpec(rank=1, seed=9)))
+    for i in range(5):
+        world.learn("maker", i)
+        tell(engine, "maker", Save(unused(), name=f"many {i}"))
+    tell(engine, "maker", Leave())
+    with held(engine):
+        crowd = []
+        for i in range(4):
+            for _ in range(10):
+                name = f"many {i}"
+                crowd.append(begun(engine, seen, adapter=name, prompt=[i], n=4, max_tokens=6))
+        crowd.append(begun(engine, seen, adapter="many 4", prompt=[1], max_tokens=6))
+        crowd.append(begun(engine, seen, prompt=[1], max_tokens=6))
+        names = [f"many {i}" for i in range(4) for _ in range(10)] + ["many 4", "base"]
+        for name, future in zip(names, crowd, strict=True):
+            future.add_done_callback(lambda _, name=name: order.append(name))
+    for future in crowd:
+        assert future.result(SECONDS).completions
+    assert max(most) <= 8 + 3 + 1
+    assert order.index("many 4") < 20 and order.index("base") < 10
+    halves = [order[:20].count(f"many {i}") for i in range(4)]
+    assert min(halves) >= 3, order
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt": []}, "empty"),
+        ({"prompt": [0] * LENGTH}, "64 with the completion"),
+        ({"prompt": [0] * (LENGTH + 1), "max_tokens": 0}, "65 tokens"),
+        ({"prompt": [VOCAB]}, "outside 0 to 36"),
+        ({"prompt": [-1]}, "outside"),
+        ({"n": 0}, "0 completions"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top": 21}, "20 at most"),
+        ({"stop": ("",)}, "a stop is an empty text"),
+        ({"adapter": "three"}, "there is no adapter 'three'"),
+    ],
+    ids=str,
+)
+def test_bad_samples_are_refused(engine, fields, said):
+    with pytest.raises(RequestError, match=said):
+        sampled(engine, **{"prompt": [1]} | fields)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-8])
+def test_cold_samples_are_greedy(engine, temperature):
+    fields = {"adapter": "one", "prompt": [1, 2, 3], "max_tokens": 9}
+    cold = sampled(engine, **fields, temperature=temperature, top_k=2**40).completions[0]
+    greedy = sampled(engine, **fields, temperature=0.0).completions[0]
+    assert (cold.tokens == greedy.tokens).all() and (np.abs(cold.logprobs) < 0.1).all()
+
+
+def test_status_while_all_changes(world, engine):
+    stop, failures = threading.Event(), []
+
+    def look():
+        while not stop.is_set():
+            try:
+                engine.status()
+                engine.knows("one")
+            except Exception as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for i in range(30):
+        tell(engine, f"tenant {i}", Create(AdapterSpec(rank=1, seed=i)))
+        engine.drop(f"tenant {i - 1}")
+        tell(engine, f"tenant {i}", Save(unused(), name=f"tenant {i}"))
+        tell(engine, f"tenant {i}", Leave())
+    stop.set()
+    thread.join(SECONDS)
+    assert not failures
