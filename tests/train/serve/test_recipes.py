@@ -152,7 +152,8 @@ def ended(server, process, run):
     """Waits for a recipe; returns its metrics, a dictionary a step."""
     code = process.wait(300)
     assert code == 0, (server.work / f"{run}.log").read_text()[-3000:]
-    return [json.loads(line) for line in (server.work / run / "metrics.jsonl").open()]
+    lines = (server.work / run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def final(server, run):
