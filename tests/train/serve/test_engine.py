@@ -359,27 +359,31 @@ def test_bad_commands_are_refused(engine, base, tmp_path):
 
 
 def test_tenants_share_the_engine_s_time(engine, monkeypatch):
-    order, futures = [], []
-    clock = types.SimpleNamespace(monotonic=lambda: len(order) * 0.01)  # a part, a hundredth
+    """Whatever they had before, while nobody else wanted it."""
+    parts, futures = [], []
+    clock = types.SimpleNamespace(monotonic=lambda: len(parts) * 0.01)  # a part, a hundredth
     monkeypatch.setattr(engine_module, "time", clock)
+    trainer, real = engine._trainer, engine._trainer.gradient
+
+    def noted(adapter, *rest):
+        owners = {id(t.state.adapter): name for name, t in engine._tenants.items() if t.state}
+        parts.append(owners[id(adapter)])
+        return real(adapter, *rest)
+
+    monkeypatch.setattr(trainer, "gradient", noted)
     for name in ("one large", "many small"):
         tell(engine, name, Create(AdapterSpec(rank=1, seed=0)))
+    tell(engine, "one large", Gradient(random_data(1, n=30), "cross_entropy"))
+    before = len(parts)
     with held(engine):
-        for call in ([16], [2] * 8):
+        for call in ([2] * 8, [16]):
             name = "one large" if len(call) == 1 else "many small"
             for n in call:
                 data = [Datum(np.arange(60) % VOCAB, {"target_tokens": np.ones(60, int)})] * n
                 futures.append(submitted(engine, name, Gradient(data, "cross_entropy")))
-        trainer, real = engine._trainer, engine._trainer.gradient
-
-        def noted(adapter, *rest):
-            owners = {id(t.state.adapter): name for name, t in engine._tenants.items() if t.state}
-            order.append(owners[id(adapter)])
-            return real(adapter, *rest)
-
-        monkeypatch.setattr(trainer, "gradient", noted)
     for future in futures:
         future.result(SECONDS)
+    order = parts[before:]
     assert len(order) == 16
     for n in (6, 10, 14):
         share = order[:n].count("one large") / n
@@ -411,6 +415,16 @@ def test_it_outlives_what_goes_wrong(engine, monkeypatch, caplog):
         patched.setattr(engine._drawing, "decode", wrong)
         with pytest.raises(ValueError, match="a callback"):
             sampled(engine, prompt=[1], n=12, max_tokens=3)
+    insert = engine._drawing.insert
+
+    def spoilt(rows, *rest):
+        insert(rows, *rest)  # it took the rows
+        raise ValueError("a callback")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._drawing, "insert", spoilt)
+        with pytest.raises(ValueError, match="a callback"):
+            sampled(engine, prompt=[1], max_tokens=3)
     assert len(sampled(engine, prompt=[1], n=12, max_tokens=3).completions) == 12
     status = engine.status()
     assert (status.waiting, status.drawing, dict(status.tenants)) == (0, 0, {})

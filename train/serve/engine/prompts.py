@@ -62,7 +62,9 @@ class Prefixes:
         """Returns whether another prompt is about to run what this one begins with."""
         if prompt.n:
             return False
-        coming = [(other.job.adapter, other.ids, None) for other in others if other.n]
+        who = prompt.job.request.adapter  # those of other names have other turns
+        others = [other for other in others if other.n and other.job.request.adapter == who]
+        coming = [(other.job.adapter, other.ids, None) for other in others]
         return self._common(prompt, coming)[0] > self._common(prompt, self._there(others))[0]
 
     def run(self, prompt: Prompt, tree: Any, others: Iterable[Prompt] = ()) -> int:

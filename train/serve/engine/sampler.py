@@ -210,11 +210,13 @@ class Sampler:
             self._finish_prompt(prompt)
 
     def _for(self, job: Job, function: Callable[..., None], *args: Any) -> None:
-        """Does something for a sample, which alone fails if that does."""
+        """Does something for a sample, which alone fails if that does, and the rows stay whole."""
         try:
             function(*args)
         except Exception as error:
             self.end(job, error)
+            if self._arrays.last.is_deleted():
+                raise
 
     def _finish_prompt(self, prompt: Prompt) -> None:
         job = prompt.job
