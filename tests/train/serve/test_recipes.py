@@ -188,7 +188,7 @@ def whole(server):
 
 def test_sl_loop_learns(whole):
     losses = [line["train_mean_nll"] for line in whole if "train_mean_nll" in line]
-    assert len(losses) == 8 and losses[-1] < 0.5 * losses[0]
+    assert len(losses) == 8 and losses[-1] < 0.6 * losses[0]
 
 
 def test_sl_loop_goes_on_where_it_was_stopped(server, whole):
