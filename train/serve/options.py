@@ -12,7 +12,7 @@ from lora_jax.training.arguments import Numbers, at_least, check_numbers
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.options.common import Quantize
-from train.options.sft import DEFAULT_MODEL
+from train.options.scripts.sft import DEFAULT_MODEL
 from train.processes.mesh import parse_mesh
 from train.run.pretrained import Outline
 from train.serve.routes.access import read_keys

@@ -1,4 +1,4 @@
-"""What routes and engine say to each other: commands on adapters, samples, and their results.
+"""Commands on adapters, samples, and their results, as routes and engine exchange them.
 
 Arrays are NumPy's: routes know no JAX, and the engine knows no HTTP.
 """
@@ -20,8 +20,8 @@ class AdapterSpec:
     """Describes an adapter.
 
     Attributes:
-      rank: of all its factors.
-      seed: of the initial A; by default 0, so that equal runs are equal.
+      rank: rank of all its factors.
+      seed: seed of the initial A; by default 0, so that equal runs are equal.
       attention, mlp, unembed: whether the projections of attention, those of the MLPs, and the
         output head are adapted.
       alpha: the scale is alpha / rank.
@@ -142,7 +142,7 @@ class Outputs:
     """Holds what a `Gradient` found.
 
     Attributes:
-      logprobs: of each datum's targets, fp32 [n] or [n, k].
+      logprobs: log-probabilities of each datum's targets, fp32 [n] or [n, k].
       metrics: by name and reduction; "loss:sum" is among them.
     """
 
@@ -172,11 +172,11 @@ class Sample:
       adapter: the name of a saved or adopted adapter; None for the base.
       prompt: token ids, one at least.
       n: the number of completions.
-      max_tokens: of each; None for as many as fit. 0 for none, to score the prompt alone.
+      max_tokens: length of each; None for as many as fit. 0 for none, to score the prompt alone.
       temperature: 0 takes the most likely token.
       top_k: the number of tokens to draw from; -1 for all.
       top_p: the probability of the tokens to draw from.
-      seed: of the draws; None for a seed of the engine's choice.
+      seed: seed of the draws; None for a seed of the engine's choice.
       stop_ids: tokens that end a completion; they are part of it.
       stop: texts that end a completion; the tokens that complete one are part of it.
       prompt_logprobs: whether the log-probability of each prompt token is wanted.
@@ -267,12 +267,12 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What an engine serves.
+    """Describes what an engine serves.
 
     Attributes:
       model: the base's name.
       max_length: tokens of a sequence at most, and of prompt and completion together.
-      max_rank: of an adapter.
+      max_rank: the largest rank of an adapter.
       vocab_size: ids are below it.
       eos: the tokens that end a text.
       slots: adapters in a batch of samples at most.
@@ -290,14 +290,14 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TenantStatus:
-    """What a tenant has done.
+    """Describes what a tenant has done.
 
     Attributes:
       steps: updates taken.
       losses: (step, loss a target token) of the latest steps.
       size: bytes of its arrays on the device.
       queued: commands that wait.
-      seconds: of the engine's time that it had.
+      seconds: seconds of the engine's time that it had.
     """
 
     spec: AdapterSpec
@@ -310,7 +310,7 @@ class TenantStatus:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """What an engine does now.
+    """Describes what an engine does now.
 
     Attributes:
       tenants: by name.
@@ -342,7 +342,7 @@ class Serving(Protocol):
 
     @property
     def facts(self) -> Facts:
-        """What is served."""
+        """The model, and the limits of requests."""
 
     def submit(self, tenant: str, command: Command, done: Done) -> None:
         """Queues a command; a tenant's are executed in the order of their submission."""

@@ -87,7 +87,7 @@ class Base:
         """Takes in a model; its arrays are not copied.
 
         Args:
-          model: of `lora_jax.models`.
+          model: a model of `lora_jax.models`.
           params: its parameters.
           name: its name, for clients.
           max_rank: the largest rank of an adapter. Where it is a multiple of 8, sums over all

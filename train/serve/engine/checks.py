@@ -1,4 +1,4 @@
-"""What is wrong with a request, before anything is computed."""
+"""Checks requests before anything is computed."""
 
 import numpy as np
 

@@ -14,12 +14,12 @@ from train.serve.engine.trainer import likeliest
 
 
 class How(NamedTuple):
-    """How tokens of each row are drawn: [] or [rows] each.
+    """Holds how the tokens of each row are drawn: [] or [rows] each.
 
     Attributes:
       temperature, top_p: fp32.
       top_k: int32; the size of the vocabulary for all.
-      key: of the completion.
+      key: PRNG key of the completion.
     """
 
     temperature: jax.Array
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What was drawn: a token of each row.
+    """Holds what was drawn: a token of each row.
 
     Attributes:
       ids: [rows] int32.
@@ -67,7 +67,7 @@ class Drawing:
         """Makes the functions; nothing is compiled yet.
 
         Args:
-          model: of `lora_jax.models`.
+          model: a model of `lora_jax.models`.
           layout: the mesh.
           chunk: tokens of a prompt that run at once.
         """
@@ -155,7 +155,7 @@ class Drawing:
         Args:
           rows: the rows.
           order: [n] int32, which of them.
-          length: of the caches.
+          length: length of the caches.
         """
         with jax.set_mesh(self._mesh):
             return self._fit(rows, order, length)

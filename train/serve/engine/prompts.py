@@ -23,7 +23,7 @@ class Prompt:
       ids: its tokens.
       cache: keys and values of the first `n`.
       n: the tokens that ran.
-      cached: those of them that others ran.
+      cached: number of tokens that others ran.
       logits: [1, vocab], after the last token, once all ran.
       begun: completions that began.
     """
@@ -38,7 +38,7 @@ class Prompt:
 
     @property
     def is_done(self) -> bool:
-        """Whether all tokens ran."""
+        """True once all tokens ran."""
         return self.n == len(self.ids)
 
 

@@ -105,7 +105,7 @@ class Sampler:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """True where there is anything to do."""
         return bool(self._waiting or self._prompts or self._ready or self._rows)
 
     def add(self, job: Job) -> None:

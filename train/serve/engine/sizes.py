@@ -13,10 +13,10 @@ class Sizes:
 
     Attributes:
       max_length: tokens of a sequence at most.
-      tokens: of a batch that is trained on.
+      tokens: number of tokens of a batch that is trained on.
       sequences: completions side by side at most.
       chunk: tokens of a prompt that run at once.
-      parts: of a batch, on a mesh.
+      parts: number of parts of a batch, on a mesh.
     """
 
     max_length: int

@@ -16,8 +16,8 @@ class Tenant:
     """An adapter that trains, and what it waits for.
 
     Attributes:
-      seconds: of the engine's time that it had.
-      turn: those that count against it: of tenants that wait, that with the least is next.
+      seconds: seconds of the engine's time that it had.
+      turn: seconds that count against it; of tenants that wait, the one with the least is next.
     """
 
     def __init__(self, name: str) -> None:
@@ -42,7 +42,7 @@ class Tenant:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there is something to do."""
+        """True where there is something to do."""
         return self.job is not None or bool(self.queue)
 
     @property
