@@ -1,22 +1,35 @@
 """Engines on tiny models, and how tests ask them."""
 
 import contextlib
+import tempfile
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import models
+import lora_jax as lj
+from lora_jax import models, peft
 from lora_jax.training.layout import one_device
 from train.serve.engine.base import Base
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import Datum, Leave, Sample
+from train.serve.requests import (
+    AdapterSpec,
+    Create,
+    Datum,
+    Gradient,
+    Leave,
+    Sample,
+    Save,
+    Update,
+)
 
 SECONDS = 300  # a loaded machine compiles slowly
-VOCAB = 37
+VOCAB, LENGTH, CHUNK = 37, 64, 8
+NAMES = (None, "one", "two")  # of the adapters of a `World`
 FIELDS = {
     "model_type": "llama",
     "vocab_size": VOCAB,
@@ -50,9 +63,9 @@ def made_base(tied=True, max_rank=8):
     return Base(model, params, "tiny", max_rank)
 
 
-def made_engine(base, *, max_length=64, tokens=128, sequences=8, chunk=8, slots=3, **options):
+def made_engine(base, *, tokens=128, slots=3, **options):
     """An engine that is not started."""
-    sizes = Sizes(max_length=max_length, tokens=tokens, sequences=sequences, chunk=chunk)
+    sizes = Sizes(max_length=LENGTH, tokens=tokens, sequences=8, chunk=CHUNK)
     return Engine(base, sizes, one_device(), eos=[1], text_of=text_of, slots=slots, **options)
 
 
@@ -141,3 +154,39 @@ def held(engine):
         yield
     finally:
         free.set()
+
+
+class World:
+    """A running engine with two snapshots, and the model by itself."""
+
+    def __init__(self, engine, base, folder):
+        self.engine, self.base = engine, base
+        self.trees = {None: base.tree(base.none.factors, base.none.scales, base.shell)}
+        for number, name in enumerate(NAMES[1:]):
+            tell(engine, "maker", Create(AdapterSpec(rank=3, seed=number, mlp=name == "one")))
+            self.learn("maker", number)
+            tell(engine, "maker", Save(folder / name, name=name))
+            self.trees[name] = peft.load(folder / name, base.model, base.params)
+        self.forward = jax.jit(lj.adapt(base.model.apply))
+
+    def learn(self, tenant, seed):
+        tell(self.engine, tenant, Gradient(random_data(seed), "cross_entropy"))
+        tell(self.engine, tenant, Update(3e-2, eps=1e-8))
+
+    def logits(self, name, tokens):
+        """The logits at each place, [n, vocab] in double precision."""
+        padded = np.zeros((1, LENGTH), np.int32)
+        padded[0, : len(tokens)] = tokens
+        found = self.forward({"params": self.trees[name]}, padded)[0]
+        return np.asarray(found, np.float64)[: len(tokens)]
+
+    def logps(self, name, tokens, temperature=1.0):
+        """The log-probabilities of all tokens at each place, [n, vocab]."""
+        scores = self.logits(name, tokens) / (temperature or 1.0)
+        scores -= scores.max(-1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+def unused():
+    """A folder that is not there yet."""
+    return Path(tempfile.mkdtemp()) / "adapter"

@@ -63,7 +63,7 @@ class World:
         self.base.save_pretrained(folder / "base")
         self.folder, self.saves = folder, 0
         model, params = models.from_pretrained(folder / "base")
-        self.engine = made_engine(Base(model, params, str(folder / "base"), 5), chunk=8)
+        self.engine = made_engine(Base(model, params, str(folder / "base"), 5), chunk=48)
 
     def tell(self, command):
         return tell(self.engine, "tenant", command)
