@@ -259,17 +259,21 @@ def test_a_new_adapter_is_the_base_and_random_in_a(world):
     assert apart(found, plain) < LIMIT
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.5], ids=["unclipped", "clipped"])
-def test_three_steps_of_adamw(world, clip, record_property):
+@pytest.mark.parametrize(
+    ("rate", "eps", "clip"),
+    [(1e-2, 0.1, 0.0), (1e-2, 3e-3, 0.5), (5e-4, 1e-8, 0.0)],
+    ids=["plain", "clipped", "small eps"],  # by that, rounding of small gradients weighs a lot
+)
+def test_three_steps_of_adamw(world, rate, eps, clip, record_property):
     import torch
 
     path = world.random_adapter(WHOLE)
     model, factors = world.on_torch(path)
     optimizer = torch.optim.AdamW(factors.values())
     steps = [
-        Update(1e-2, 0.9, 0.95, 1e-4, 0.1, clip),
-        Update(3e-2, 0.8, 0.999, 1e-8, 0.0, clip),
-        Update(2e-2, 0.9, 0.99, 1e-2, 0.3, clip / 2),
+        Update(rate, 0.9, 0.95, eps, 0.1, clip),
+        Update(3 * rate, 0.8, 0.999, eps / 3, 0.0, clip),
+        Update(2 * rate, 0.9, 0.99, eps * 3, 0.3, clip / 2),
     ]
     for number, how in enumerate(steps):
         data = data_for("cross_entropy", None, seed=number)
@@ -290,7 +294,7 @@ def test_three_steps_of_adamw(world, clip, record_property):
         assert float(norm) > 2, "the clip binds"
     after, before = (load_file(x / "adapter_model.safetensors") for x in (world.saved(), path))
     off = {name: apart(after[name], x.detach().numpy()) for name, x in factors.items()}
-    assert all(apart(before[name], after[name]) > 0.01 for name in factors), "it moved"
+    assert all(apart(before[name], after[name]) > rate for name in factors), "it moved"
     worst = max(off, key=off.get)
     record_property("largest deviation", off[worst])
     print(f"AdamW: {off[worst]:.1e} at {worst}")
