@@ -159,9 +159,10 @@ def ended(server, process, run):
 def final(server, run):
     """The arrays of a run's last state: its adapter and the optimiser's."""
     last = json.loads((server.work / run / "checkpoints.jsonl").read_text().splitlines()[-1])
-    session, _, name = last["state_path"].removeprefix("tinker://").split("/")
-    (folder,) = server.work.glob(f"served/**/{session.replace(':', '-')}/**/{name}")
-    return {f.name: load_file(f) for f in folder.glob("*.safetensors")}
+    model, kind, name = last["state_path"].removeprefix("tinker://").split("/")
+    where = server.work / "served/checkpoints" / model.replace(":", "-") / kind
+    (folder,) = where.glob(f"{name}@*")
+    return {file.name: load_file(file) for file in folder.glob("*.safetensors")}
 
 
 def same(one, other):
