@@ -415,6 +415,11 @@ def test_it_outlives_what_goes_wrong(engine, monkeypatch, caplog):
         patched.setattr(engine._drawing, "decode", wrong)
         with pytest.raises(ValueError, match="a callback"):
             sampled(engine, prompt=[1], n=12, max_tokens=3)
+        patched.setattr(engine._sampler, "fail", wrong)
+        hopeless = begun(engine, prompt=[1], max_tokens=3)
+        with held(engine):  # it goes on
+            patched.undo()
+    assert len(hopeless.result(SECONDS).completions[0].tokens) == 3
     insert = engine._drawing.insert
 
     def spoilt(rows, *rest):

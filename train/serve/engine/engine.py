@@ -224,7 +224,10 @@ class Engine:
                 calls, self._calls = [*self._calls], deque()
             for call in calls:
                 call()
-            self._turn()
+            try:
+                self._turn()
+            except Exception:  # nothing may end the thread
+                _log.exception("a turn failed")
 
     def _is_busy(self) -> bool:
         return self._sampler.busy or any(t.is_waiting for t in self._tenants.values())

@@ -96,7 +96,8 @@ class Sampler:
     @property
     def waiting(self) -> int:
         """The number of samples that wait."""
-        return sum(map(len, self._waiting.values())) + len(self._prompts)
+        ready = sum(not prompt.begun for prompt in [*self._ready])
+        return sum(map(len, self._waiting.values())) + len(self._prompts) + ready
 
     @property
     def drawing(self) -> int:
