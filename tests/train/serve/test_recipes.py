@@ -45,7 +45,7 @@ CONFIG = {name: value for name, value in mixture.CONFIG.items() if "expert" not 
 
 
 def taught_rows(draw, n):
-    """Answers in the formats of rl_loop, most of them right, and of math_rl, half of them broken."""
+    """Answers in the formats of rl_loop, most of them right, and of math_rl, half broken."""
     for _ in range(n // 2):
         a, b = draw.randint(1, 4), draw.randint(1, 4)
         said = a + b if draw.random() < 0.7 else draw.randint(2, 8)
