@@ -140,6 +140,7 @@ def test_a_pallas_kernel(ran):
 
 @of("Kernels stored out, in")
 @pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # the wrong one is told of
+@pytest.mark.slow
 def test_kernels_that_lie_out_in(ran):
     for tree in (ran["looked"], lj.lorafy(ran["params"], [ran["wrong"]])):
         tree = with_random_factors(tree)

@@ -94,14 +94,8 @@ def alone(optimizer, step, one, batches):
 LENGTHS = [(6, 9), (6, 6), (9, 6), (6, 6), (6, 9)]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "both",
-        pytest.param("dropout", marks=pytest.mark.slow),
-        pytest.param("noise", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["both", "dropout", "noise"])
 def test_dropout_and_noise_beside_longer_rows(how):
     draws = {"dropout": 0.0 if how == "noise" else 0.4, "noise": 0.0 if how == "dropout" else NOISE}
     tenants = {name: tenant(seed, **draws) for seed, name in enumerate(("mine", "theirs"))}

@@ -79,7 +79,8 @@ def test_all_linear_is_every_kernel_but_the_head(family, float64):
     assert set(lj.split(tree)[0]) == kernels - {"lm_head/kernel"}
 
 
-@over("family", FAMILIES, OFTEN)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_factored_equals_merged(family, float64):
     model, tree = model_and_tree(family)
     parts = lj.split(tree)

@@ -146,7 +146,8 @@ def test_a_row_is_dropped_on_its_own(float64: None) -> None:
     assert kept.all(1).mean() < 0.4, "elements, not rows"
 
 
-@over("text", ["fsdp=2,tensor=2", "expert=2,sequence=2"], often=["expert=2,sequence=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["fsdp=2,tensor=2", "expert=2,sequence=2"])
 def test_meshes(text: str, float64: None) -> None:
     """On every mesh ragged products are one device's blocks, values and the adapter's gradients."""
     config = models.read_config({**tiny.fields("mixtral"), "intermediate_size": 38})

@@ -151,6 +151,7 @@ def test_a_prompt_runs_once_for_its_answers() -> None:
     assert rows_of_prompts(15, 1) == [False, True], "the control"
 
 
+@pytest.mark.slow
 def test_pairs_of_tokens_follow_the_models_distribution() -> None:
     """Compares 10,000 answers with the model by χ², which refuses another temperature."""
     fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 7}

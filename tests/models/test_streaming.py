@@ -67,6 +67,7 @@ def test_another_length_or_weights_compile_nothing(tiny_model: Any) -> None:
     np.testing.assert_array_equal(longer[:, :4], first)
 
 
+@pytest.mark.slow
 def test_keys_and_values_that_are_shared_stay_the_callers() -> None:
     """The cache is given away from call to call; they are not."""
     model, params = tiny_encoders.model("gpt2")

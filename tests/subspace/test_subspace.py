@@ -21,7 +21,7 @@ from lora_jax.core.weight import leaves_of
 from lora_jax.subspace.fastfood import draw as draws_for
 from lora_jax.subspace.fastfood import project, projected
 from lora_jax.subspace.hadamard import hadamard_transform
-from tests.support import assert_close, assert_identical, draw, over
+from tests.support import assert_close, assert_identical, draw
 
 
 def params_of(space, theta, params):
@@ -115,12 +115,8 @@ def test_a_projection_equals_the_dense_one(d, size, float64):
     assert_close(matrix, dense(draws, d, size), 1e-9)
 
 
-@over(
-    ("kind", "largest"),
-    [("did", 2**18), ("said", 30)],
-    often=["said"],
-    called=lambda case: case[0],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "largest"), [("did", 2**18), ("said", 30)])
 def test_a_tree_moves_as_by_dense_projections(kind, largest, float64, monkeypatch):
     """Some tensors have fewer entries than θ_d. (G is drawn in fp32, and rounded as compiled.)
 

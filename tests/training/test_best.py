@@ -165,6 +165,7 @@ def test_a_run_killed_anywhere_comes_to_the_same_best(whole, patient, tmp_path, 
         assert here == there
 
 
+@pytest.mark.slow
 def test_a_signal_before_a_measurement_leaves_it_to_the_resumed_run(whole, tmp_path):
     def interrupt(line):
         if line["step"] == 5 and "loss" in line:

@@ -11,7 +11,7 @@ from lora_jax.training import make_scorer
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import token_values
 from tests.models import tiny
-from tests.support import assert_close, over, with_random_factors
+from tests.support import assert_close, with_random_factors
 from tests.training.test_losses import BATCH, SEQ, arrays_of_size, bag, batch, lora
 from train.processes.mesh import make_mesh
 
@@ -65,7 +65,8 @@ def test_padding_is_finite_and_needs_no_weights(adapted):
     assert all(np.isfinite(x).all() and x.shape == data["weights"].shape for x in split)
 
 
-@over("sizes", ["fsdp=2,tensor=2", "data=2,sequence=2"], often=["data=2,sequence=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2", "data=2,sequence=2"])
 def test_a_mesh_scores_as_one_device_does(sizes):
     model, plain = tiny.decoder("llama3")
     params = with_random_factors(lj.lorafy(plain, [lora("q_proj", "down_proj")]))

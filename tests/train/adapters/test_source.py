@@ -77,6 +77,7 @@ def test_every_folder_of_an_adapter_answers_the_same(base, adapters, capsys):
     assert len(set(said.values())) == 1 and said["ours"] != answer(capsys, "--model", base)
 
 
+@pytest.mark.slow
 def test_a_bias_on_b_is_not_merged_and_answers(base, tmp_path, capsys):
     """q_proj has no bias that could take it."""
     model, params = models.from_pretrained(base)

@@ -1,10 +1,14 @@
-"""New adapters: which weights they adapt, what their A is drawn from, and that none compiles."""
+"""New adapters: which weights they adapt, what their A is drawn from, and that none compiles.
+
+Adapters of runs: which are read, and which are refused.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax as lj
 from lora_jax import models
 from train.serve.engine.base import Base
 from train.serve.requests import AdapterSpec, RequestError
@@ -78,3 +82,31 @@ def test_new_adapters_compile_nothing(base, caplog):
 def test_ranks_beyond_the_largest_are_refused(base):
     with pytest.raises(RequestError, match="ranks from 1 to 7"):
         base.begin(AdapterSpec(rank=8), seed=0)
+
+
+@pytest.mark.parametrize("inside", ["adapter", "best/12", "."])
+def test_the_adapter_of_a_run_is_read(base, tmp_path, inside):
+    rng = np.random.default_rng(0)
+    tree = lj.lorafy(base.params, [lj.LoraRule(targets=["o_proj", "up_proj"], rank=3, alpha=5)])
+    adapter, rest = lj.split(tree)
+    adapter = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), adapter)
+    facts = {"model": "tiny"}
+    lj.save_adapter(tmp_path / inside, lj.join(adapter, rest), about=facts, overwrite=True)
+    found = base.read(tmp_path).adapter
+    assert {path for path, parts in found.factors.items() if np.any(parts["b"])} == {*adapter}
+    for path, parts in adapter.items():
+        axis = base.slots[path].slot_axis
+        for name, mine in parts.items():
+            whole = np.asarray(found.factors[path][name])
+            np.testing.assert_array_equal(np.take(whole, range(3), axis), mine)
+    assert (found.spec.rank, found.spec.unembed) == (3, False)
+
+
+def test_what_cannot_be_served_is_refused(base, tmp_path):
+    tree = lj.lorafy(base.params, [lj.LoraRule(targets=["o_proj"], rank=3)])
+    scaled = {"model": "tiny", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    lj.save_adapter(tmp_path / "scaled", tree, about=scaled)
+    with pytest.raises(RequestError, match="--rope-scaling"):
+        base.read(tmp_path / "scaled")
+    with pytest.raises(RequestError, match="neither an adapter's folder"):
+        base.read(tmp_path)

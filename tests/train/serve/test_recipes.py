@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
 from train import sft
 from train.export import __main__ as export
@@ -42,17 +45,30 @@ CONFIG = {name: value for name, value in mixture.CONFIG.items() if "expert" not 
 
 
 def taught_rows(draw, n):
-    """Sums in the formats of rl_loop and of math_rl, of which half have a wrong answer."""
-    for i in range(n):
+    """Answers in the formats of rl_loop, most of them right, and of math_rl, half broken."""
+    for _ in range(n // 2):
         a, b = draw.randint(1, 4), draw.randint(1, 4)
-        said = a + b if draw.random() < 0.5 else draw.randint(2, 8)
-        question, answer = f"{SHOT}User: {a}+{b}{SUFFIX}", f"\\boxed{{{said}}}"
-        if i % 2:
-            question, answer = (
-                f"User: What is 4 + 5?\n\nAssistant: 9\n\nUser: What is {a} + {b}?",
-                said,
-            )
-        yield {"prompt": f"{question}\n\nAssistant:", "completion": f" {answer}\n\nUser:"}
+        said = a + b if draw.random() < 0.7 else draw.randint(2, 8)
+        question, answer = f"{SHOT}User: {a}+{b}{SUFFIX}", f" \\boxed{{{said}}}\n\nUser:"
+        yield {"prompt": f"{question}\n\nAssistant:", "completion": answer}
+        a, b = draw.randint(0, 99), draw.randint(0, 99)
+        question = f"User: What is 4 + 5?\n\nAssistant: 9\n\nUser: What is {a} + {b}?"
+        answer = f" {a + b}" + draw.choice(["\n\nUser:", " and so on and so on and so on"])
+        yield {"prompt": f"{question}\n\nAssistant:", "completion": answer}
+
+
+def word_tokenizer(texts):
+    """A tokenizer without tokens across line breaks: texts and their parts have the same."""
+    core = Tokenizer(tokenizer_models.BPE())
+    lines, bytes_ = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([lines, digits, bytes_])
+    core.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True) for token in ("<|pad|>", "<|end|>")]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    how = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, **how))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
 
 
 def write_jsonl(path, rows):
@@ -66,11 +82,9 @@ def work(tmp_path_factory):
     folder, draw = tmp_path_factory.mktemp("work"), random.Random(0)
     rows = [*taught_rows(draw, 4000)]
     write_jsonl(folder / "rows.jsonl", rows)
-    tokenizer = mixture.tokenizer(
-        "\n".join(row["prompt"] + row["completion"] for row in rows[:500])
-    )
+    tokenizer = word_tokenizer(row["prompt"] + row["completion"] for row in rows[:500])
     write_untrained(CONFIG | {"vocab_size": len(tokenizer)}, tokenizer, folder / "untrained")
-    line = "--full --packing --seq-len 192 --batch-size 12 --steps 150 --lr 5e-3 --warmup 20"
+    line = "--full --packing --seq-len 192 --batch-size 12 --steps 300 --lr 5e-3 --warmup 20"
     files = f"--model {folder}/untrained --dataset {folder}/rows.jsonl --output {folder}/taught"
     sft.main([*line.split(), *files.split(), "--report-to", "none"])
     export.main(["--adapter", f"{folder}/taught", "--merged", "--output", f"{folder}/{NAME}"])
@@ -159,9 +173,10 @@ def ended(server, process, run):
 def final(server, run):
     """The arrays of a run's last state: its adapter and the optimiser's."""
     last = json.loads((server.work / run / "checkpoints.jsonl").read_text().splitlines()[-1])
-    session, _, name = last["state_path"].removeprefix("tinker://").split("/")
-    (folder,) = server.work.glob(f"served/**/{session.replace(':', '-')}/**/{name}")
-    return {f.name: load_file(f) for f in folder.glob("*.safetensors")}
+    model, kind, name = last["state_path"].removeprefix("tinker://").split("/")
+    where = server.work / "served/checkpoints" / model.replace(":", "-") / kind
+    (folder,) = where.glob(f"{name}@*")
+    return {file.name: load_file(file) for file in folder.glob("*.safetensors")}
 
 
 def same(one, other):
@@ -219,21 +234,21 @@ def test_dpo_learns(server):
     assert abs(lines[0]["dpo_loss"] - 0.6931) < 1e-3 and lines[-1]["dpo_loss"] < 0.6
 
 
-@pytest.mark.parametrize("recipe", ["rl_loop", "math_rl.train"])
-def test_rewards_rise(recipe, server):
-    common = {"group_size": 8, "max_tokens": 12, "lora_rank": 8, "learning_rate": 2e-3}
-    steps = (
-        {"batch_size": 8}
-        if recipe == "rl_loop"
-        else {"groups_per_batch": 8, "env": "arithmetic", "renderer_name": "role_colon"}
-    )
-    process = started(server, recipe, recipe, **common, **steps, max_steps=12)
-    lines = ended(server, process, recipe)
-    key = next(
-        name
-        for name in ("reward/total", "env/all/correct", "env/all/reward/total")
-        if name in lines[0]
-    )
-    rewards = [line[key] for line in lines if key in line]
+COMMON = {"group_size": 8, "max_tokens": 12, "lora_rank": 8, "learning_rate": 2e-3}
+
+
+def test_rl_loop_learns(server):
+    run = started(server, "rl_loop", "rl", **COMMON, batch_size=8, max_steps=12)
+    rewards = [line["reward/total"] for line in ended(server, run, "rl") if "reward/total" in line]
     assert 0.1 < rewards[0] < 0.7
-    assert sum(rewards[-3:]) > sum(rewards[:3])
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
+
+
+def test_math_rl_learns(server):
+    """Most rewards here are of the format: few of the sums are right."""
+    how = {"env": "arithmetic", "renderer_name": "role_colon", "groups_per_batch": 8}
+    run = started(server, "math_rl.train", "math", **COMMON, **how, max_steps=10)
+    lines = [line for line in ended(server, run, "math") if "env/all/format" in line]
+    formats = [line["env/all/format"] for line in lines]
+    assert 0.1 < formats[0] < 0.9
+    assert sum(formats[-3:]) > sum(formats[:3]) + 0.3

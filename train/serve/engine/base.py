@@ -29,12 +29,13 @@ from lora_jax.core.types import Tree
 from lora_jax.core.weight import LoraWeight
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
-from lora_jax.saving.checkpoint import load_adapter
 from lora_jax.training.layout import Layout, one_device
+from train.adapters.source import find_adapter
+from train.console.errors import UserError
 from train.serve.requests import AdapterSpec, RequestError
 
 Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
-SPEC, MOMENTS, PEFT_FILE = "tenant.json", "optimizer.safetensors", "adapter_config.json"
+SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,13 +170,13 @@ class Base:
           RequestError: it cannot be read, or does not fit.
         """
         try:
-            if (folder / PEFT_FILE).exists():
-                tree = peft.load(folder, self.model, self.params)
-            else:
-                tree = load_adapter(folder, self.params)
-        except (ValueError, OSError) as error:
+            source = find_adapter(str(folder.absolute()), "the adapter")
+            if source.is_subspace or source.rope_scaling:
+                how = "--intrinsic" if source.is_subspace else "--rope-scaling"
+                raise RequestError(f"{folder.name} was trained by {how}, which is not served")
+            nodes = nodes_of(source.load(self.model, self.params, self.name))
+        except (UserError, ValueError, OSError) as error:
             raise RequestError(f"{folder.name}: {error}") from None
-        nodes = nodes_of(tree)
         saved = folder / SPEC
         about = json.loads(saved.read_text()) if saved.exists() else {}
         spec = AdapterSpec(**about["spec"]) if about else self._spec_of(nodes)
