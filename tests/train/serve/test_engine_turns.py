@@ -222,3 +222,12 @@ def test_status_while_all_changes(world, engine):
     stop.set()
     thread.join(SECONDS)
     assert not failures
+
+
+def test_ended_samples_hold_no_arrays(engine, monkeypatch):
+    jobs, add = [], engine._sampler.add
+    monkeypatch.setattr(engine._sampler, "add", lambda job: (jobs.append(job), add(job)))
+    drawn = sampled(engine, adapter="one", prompt=[1, 2], max_tokens=3, prompt_logprobs=True)
+    (job,) = jobs
+    assert len(drawn.completions) == 1 and len(drawn.prompt_logprobs) == 2
+    assert (job.adapter, job.completions, job.scores) == (None, {}, (None, None))
