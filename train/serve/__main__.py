@@ -31,7 +31,7 @@ from train.serve.engine.sizes import Sizes
 from train.serve.options import ServeOptions, check, length_of, parse
 from train.serve.requests import RequestError
 from train.serve.routes.access import Access, owner_of
-from train.serve.routes.tinker import Tinker
+from train.serve.routes.tinker.api import Tinker
 
 _LEDGER = "ledger.sqlite"
 _SWEPT = 60.0  # seconds

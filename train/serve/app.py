@@ -19,10 +19,10 @@ from train.console.output import say
 from train.serve.requests import Serving
 from train.serve.routes.access import BODY, WAITING, Access, Gate
 from train.serve.routes.errors import HANDLERS
-from train.serve.routes.models import Models, Owns, Resolve
-from train.serve.routes.openai import OpenAI
+from train.serve.routes.openai.api import OpenAI
+from train.serve.routes.openai.models import Models, Owns, Resolve
+from train.serve.routes.openai.text import Tokens
 from train.serve.routes.status import StatusRoutes
-from train.serve.routes.text import Tokens
 
 _DRAIN = 30.0  # seconds that requests under way have when the server ends
 _LOOK = 0.05

@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from tests.train.serve import protobuf
 from tests.train.serve.protobuf import F32, I64, datum, dense
-from train.serve.routes.tinker import Tinker
+from train.serve.routes.tinker.api import Tinker
 
 KEYS = {"tml-a": "alice", "tml-b": "bob"}
 

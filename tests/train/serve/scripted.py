@@ -21,7 +21,7 @@ from train.serve.requests import (
     TenantStatus,
     Top,
 )
-from train.serve.routes.text import Tokens
+from train.serve.routes.openai.text import Tokens
 
 EOS = 258
 FACTS = Facts(

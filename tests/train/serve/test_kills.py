@@ -29,7 +29,7 @@ import uvicorn
 from starlette.applications import Starlette
 from tests.train.serve.client import key_owner
 from tests.train.serve.fakes import FakeEngine
-from train.serve.routes.tinker import Tinker
+from train.serve.routes.tinker.api import Tinker
 
 tinker = Tinker(FakeEngine(), Path(sys.argv[1]), key_owner, every=5)
 tinker.start()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.train.serve.scripted import EOS, TOKENIZER, TOKENS, ids
-from train.serve.routes.chat import Calls
-from train.serve.routes.text import Text
+from train.serve.routes.openai.chat import Calls
+from train.serve.routes.openai.text import Text
 
 ALPHABET = ["a", "b", "ab", "é", "€", "𝄞", "c", " "]
 

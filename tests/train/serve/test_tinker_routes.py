@@ -19,7 +19,7 @@ from tests.train.serve.client import Client, body, logprobs
 from tests.train.serve.fakes import FACTS, FakeEngine
 from tests.train.serve.protobuf import fields
 from train.serve.requests import AdapterSpec, Create, Sample
-from train.serve.routes import bodies
+from train.serve.routes.tinker import bodies
 
 
 @pytest.fixture

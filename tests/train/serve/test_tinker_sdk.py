@@ -15,8 +15,8 @@ from starlette.applications import Starlette
 from tests.train.serve.client import key_owner
 from tests.train.serve.fakes import FACTS, FakeEngine, logprobs
 from train.serve.requests import Completion, Drawn, Outputs, Top
-from train.serve.routes import tinker as routes
-from train.serve.routes import wire
+from train.serve.routes.tinker import api as routes
+from train.serve.routes.tinker import wire
 
 tinker = pytest.importorskip("tinker", reason="the extra 'serve-test' has the SDK")
 from tinker import types  # noqa: E402

@@ -23,7 +23,7 @@ from tests.train.serve.protobuf import (
     sparse,
 )
 from train.serve.requests import Completion, Drawn, Gradient, Outputs, RequestError, Top
-from train.serve.routes import wire
+from train.serve.routes.tinker import wire
 
 
 def decoded(body):

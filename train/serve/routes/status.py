@@ -10,7 +10,7 @@ from starlette.routing import Route
 from train.serve.requests import Serving, TenantStatus
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import json_response
-from train.serve.routes.models import Owns
+from train.serve.routes.openai.models import Owns
 
 _PAGE = files("train.serve.routes").joinpath("status.html").read_text(encoding="utf-8")
 _COUNTERS = {

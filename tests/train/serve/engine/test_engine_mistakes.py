@@ -6,7 +6,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import peft
-from tests.train.serve.engines import (
+from tests.train.serve.engine.engines import (
     SECONDS,
     VOCAB,
     asked,

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.responses import Response
 
 from train.serve.ledger import DONE, LOGGED, Ledger
-from train.serve.routes.bodies import Refused, say
+from train.serve.routes.tinker.bodies import Refused, say
 from train.serve.turns import Busy, error_answer
 
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"

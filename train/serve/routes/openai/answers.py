@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from train.serve.requests import Completion, Drawn, Piece, Sample
-from train.serve.routes.chat import Calls
-from train.serve.routes.text import Entry, Text, Tokens, finite
+from train.serve.routes.openai.chat import Calls
+from train.serve.routes.openai.text import Entry, Text, Tokens, finite
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import peft
 from tests.adapted_trees import with_random_factors
-from tests.train.serve.engines import (
+from tests.train.serve.engine.engines import (
     SECONDS,
     VOCAB,
     asked,

@@ -14,9 +14,9 @@ from starlette.routing import Route
 
 from train.serve.requests import Serving
 from train.serve.routes.access import Access, owner_of
-from train.serve.routes.draws import done_of
 from train.serve.routes.errors import HttpError, json_response
-from train.serve.routes.fields import read_body, text_of, wrong
+from train.serve.routes.openai.draws import done_of
+from train.serve.routes.openai.fields import read_body, text_of, wrong
 
 _NAME = re.compile(r"\w[\w.-]{0,127}")  # no name leaves its folder
 _TINKER = "tinker://"

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from lora_jax import models
-from tests.train.serve.engines import (
+from tests.train.serve.engine.engines import (
     LENGTH,
     NAMES,
     SECONDS,

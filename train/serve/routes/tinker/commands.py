@@ -21,8 +21,8 @@ from train.serve.requests import (
     Save,
     Update,
 )
-from train.serve.routes import wire
-from train.serve.routes.bodies import Fields
+from train.serve.routes.tinker import wire
+from train.serve.routes.tinker.bodies import Fields
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
 _TEXT = re.compile(r"[^\ud800-\udfff]{1,1024}", re.DOTALL)  # what UTF-8 can say

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from train.serve.requests import RequestError
-from train.serve.routes.wire import MOST_BYTES
+from train.serve.routes.tinker.wire import MOST_BYTES
 from train.serve.turns import Busy
 
 _log = logging.getLogger(__name__)

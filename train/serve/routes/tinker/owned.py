@@ -5,7 +5,7 @@ from typing import Any
 
 from train.serve.ledger import Ledger, Row
 from train.serve.requests import RequestError
-from train.serve.routes.bodies import Refused
+from train.serve.routes.tinker.bodies import Refused
 
 
 class Owned:

@@ -19,7 +19,7 @@ from train.serve.requests import (
     RequestError,
     Top,
 )
-from train.serve.routes.messages import (
+from train.serve.routes.tinker.messages import (
     ForwardBackwardOutput,
     ForwardBackwardRequest,
     SampleResponse,

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
-from tests.train.serve.engines import made_engine, running, submitted, tell
+from tests.train.serve.engine.engines import made_engine, running, submitted, tell
 from train.serve.engine.base import Base
 from train.serve.requests import (
     AdapterSpec,

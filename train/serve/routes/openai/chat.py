@@ -11,7 +11,7 @@ from lora_jax.training.data.rows import check_text, question, shown
 from lora_jax.training.data.templates import asked
 from lora_jax.training.errors import TrainingError
 from train.serve.routes.errors import HttpError
-from train.serve.routes.text import Tokens, beginning
+from train.serve.routes.openai.text import Tokens, beginning
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 

@@ -14,11 +14,11 @@ from starlette.routing import Route
 from train.serve.adoption import Adoption
 from train.serve.ledger import Ledger, Row
 from train.serve.requests import Command, RequestError, Serving
-from train.serve.routes import commands, wire
-from train.serve.routes.bodies import Endpoint, Fields, Owner, Refused, body_of, guarded, say
-from train.serve.routes.futures import Futures
-from train.serve.routes.owned import Owned, spec_of
-from train.serve.routes.runs import Runs
+from train.serve.routes.tinker import commands, wire
+from train.serve.routes.tinker.bodies import Endpoint, Fields, Owner, Refused, body_of, guarded, say
+from train.serve.routes.tinker.futures import Futures
+from train.serve.routes.tinker.owned import Owned, spec_of
+from train.serve.routes.tinker.runs import Runs
 from train.serve.turns import Turns, link
 
 API = "/api/v1"

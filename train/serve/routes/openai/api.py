@@ -15,7 +15,8 @@ from starlette.routing import Route
 from lora_jax.training.errors import TrainingError
 from train.serve.requests import TOP, Drawn, Piece, Sample, Serving
 from train.serve.routes.access import owner_of
-from train.serve.routes.answers import (
+from train.serve.routes.errors import HttpError, as_http_error, json_response
+from train.serve.routes.openai.answers import (
     ChatForm,
     Choice,
     Said,
@@ -24,10 +25,9 @@ from train.serve.routes.answers import (
     joined,
     usage_of,
 )
-from train.serve.routes.chat import prompt_of, tools_of
-from train.serve.routes.draws import Draws, Events, unless_gone
-from train.serve.routes.errors import HttpError, as_http_error, json_response
-from train.serve.routes.fields import (
+from train.serve.routes.openai.chat import prompt_of, tools_of
+from train.serve.routes.openai.draws import Draws, Events, unless_gone
+from train.serve.routes.openai.fields import (
     flag_of,
     read_body,
     read_prompts,
@@ -38,8 +38,8 @@ from train.serve.routes.fields import (
     with_prompt,
     wrong,
 )
-from train.serve.routes.models import Models
-from train.serve.routes.text import Tokens
+from train.serve.routes.openai.models import Models
+from train.serve.routes.openai.text import Tokens
 
 _AT_ONCE = 1024  # completions of a request at most
 _LENGTH = 16  # tokens of a plain completion that asks for no number, as at OpenAI's

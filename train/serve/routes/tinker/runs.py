@@ -15,8 +15,8 @@ from starlette.responses import FileResponse, Response
 
 from train.serve.ledger import Ledger, Row
 from train.serve.requests import RequestError
-from train.serve.routes.bodies import Endpoint, Fields, Refused, body_of, say
-from train.serve.routes.owned import Owned, spec_of
+from train.serve.routes.tinker.bodies import Endpoint, Fields, Refused, body_of, say
+from train.serve.routes.tinker.owned import Owned, spec_of
 from train.serve.turns import Turns
 
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}

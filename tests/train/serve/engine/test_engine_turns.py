@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.train.serve.engines import (
+from tests.train.serve.engine.engines import (
     CHUNK,
     LENGTH,
     SECONDS,
