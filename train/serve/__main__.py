@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_jax import models
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout, one_device
-from lora_jax.training.run.lock import FolderLock
+from lora_jax.training.run.lock import LOCK, FolderLock
 from train.console.errors import UserError, reported
 from train.console.output import say
 from train.processes.cache import keep_compiled
@@ -97,7 +97,8 @@ def _output(options: ServeOptions, held: ExitStack) -> Path:
       UserError: another one does, or the folder is none of a server's.
     """
     folder = Path(options.output).expanduser()
-    found = [path for path in folder.iterdir()] if folder.exists() else []
+    there = folder.iterdir() if folder.exists() else ()
+    found = [path for path in there if path.name != LOCK]  # a killed server leaves its own
     if found and not (folder / _LEDGER).exists():
         raise UserError(
             f"--output {options.output} holds something else than a server's {_LEDGER}: name "
