@@ -36,7 +36,7 @@ class Client:
         self.http = TestClient(app, headers={"X-API-Key": key})
 
     def other(self, key):
-        """The same server, with another key."""
+        """Returns a client of the same server, with another key."""
         return Client(self.engine, None, key, self.server)
 
     def ask(self, method, path, status=200, **what):

@@ -19,7 +19,7 @@ def parts_of(text, tokens):
 
 
 def cut(text, stops):
-    """What stands before a stop, by brute force: that which is whole first, the earliest."""
+    """Returns the text before the stop that is whole first, the earliest, by brute force."""
     for n in range(len(text) + 1):
         places = [text[:n].find(stop) for stop in stops if stop in text[:n]]
         if places:

@@ -115,11 +115,10 @@ class Engine:
             self._thread.join()
         self._files.shutdown()
 
-    def warm_up(self, tell: Callable[[str], None] = lambda text: None) -> None:
+    def warm_up(self) -> None:
         """Compiles what requests will need; before `start`."""
         state = Training.begin(self._base.begin(AdapterSpec(rank=1), 0))
         for length in self._sizes.lengths:
-            tell(f"compiling for rows of {length} tokens")
             tokens = np.zeros(length, np.int32)
             datum = Datum(tokens, {"target_tokens": tokens})
             request = Gradient([datum], "cross_entropy")
@@ -129,7 +128,6 @@ class Engine:
         grads = self._trainer.add(grads, grads)
         self._trainer.is_finite(grads)
         self._trainer.update(state, grads, Update())
-        tell("compiling what draws tokens")
         self._sampler.warm_up()
 
     def submit(self, tenant: str, command: Command, done: Done) -> None:

@@ -3,9 +3,6 @@
 from collections import Counter
 from typing import Any
 
-import jax
-
-from lora_jax.bank.mixing import Choice
 from lora_jax.bank.slots import slots_of
 from lora_jax.bank.writing import with_slots, write
 from train.serve.engine.base import Adapter, Base
@@ -21,10 +18,6 @@ class Pool:
         self._there: dict[int, Adapter | None] = dict.fromkeys(range(1, slots + 1))
         self._users: Counter[int] = Counter()
         self._write(1, base.none)  # so the arrays lie where all later writes leave them
-
-    def choice(self, ids: jax.Array) -> Choice:
-        """Returns the tree for rows with the adapters of these slots."""
-        return Choice(self._tree, ids)
 
     @property
     def tree(self) -> Any:

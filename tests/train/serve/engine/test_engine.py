@@ -20,7 +20,6 @@ from tests.train.serve.engine.engines import (
     bits,
     held,
     ids,
-    made_base,
     made_engine,
     random_data,
     running,
@@ -42,11 +41,6 @@ from train.serve.requests import (
 )
 
 STEP = Update(learning_rate=1e-2, eps=1e-8)
-
-
-@pytest.fixture(scope="module")
-def base():
-    return made_base()
 
 
 @pytest.fixture(scope="module")

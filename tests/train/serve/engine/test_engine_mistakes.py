@@ -1,4 +1,4 @@
-"""What the engine refuses, and what it outlives."""
+"""The engine refuses bad requests, and outlives errors."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from tests.train.serve.engine.engines import (
     asked,
     begun,
     held,
-    made_base,
     made_engine,
     random_data,
     running,
@@ -33,11 +32,6 @@ from train.serve.requests import (
 )
 
 STEP = Update(learning_rate=1e-2, eps=1e-8)
-
-
-@pytest.fixture(scope="module")
-def base():
-    return made_base()
 
 
 @pytest.fixture(scope="module")
