@@ -12,6 +12,7 @@ from dataclasses import field
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.axes import AxisRoles
@@ -139,6 +140,12 @@ class WeightSlots(_Slots):
             scale = jnp.where(ids > 0, scale, 0)
         taken["scale"] = scale + _no_slot(ids, self.n_slots)
         return self.replace(arrays=taken, per_example=True)
+
+    def only(self, slot: jax.Array) -> "WeightSlots":
+        """Returns the weight with a copy of one slot, [] int, as slot 1, beside the base."""
+        index, axis = slot - (not self.has_base), self.slot_axis
+        arrays = {n: lax.dynamic_index_in_dim(x, index, axis) for n, x in self.arrays.items()}
+        return self.replace(arrays=arrays, has_base=False)
 
     def of_example(self, arrays: Parts, index: jax.Array) -> LoraWeight:
         """Returns the adapted weight of one example.

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
+from lora_jax.models.layers import trunk
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import score_scale
 from lora_jax.models.layers.cache import with_slots
@@ -95,3 +97,26 @@ def test_a_decoding_step_reads_slots_where_they_lie(heads_lead: bool) -> None:
             mask = Mask(queries=Tokens(slots[4:5], None), keys=seen, causal=True, aligned=False)
             want = jax.jit(lambda *x, mask=mask: by_softmax(*x, mask, None, None))(want, k, v)
         assert_close(step(*args), want, 1e-5)
+
+
+def under_vmap(cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, axis: int) -> Any:
+    """The obvious way to write each row's token into its own slot."""
+
+    def put(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(cached, new, first, axis - 1)
+
+    return jax.vmap(put, (batch, batch, 0), batch)(cached, new, first)
+
+
+@pytest.mark.parametrize("write", [trunk._put, under_vmap])
+def test_tokens_of_rows_of_different_age_are_written_where_the_cache_lies(write: Any) -> None:
+    cached = draw(0, (LAYERS, BATCH, KV_HEADS, SLOTS, HEAD_DIM))
+    new = draw(1, (LAYERS, BATCH, KV_HEADS, 1, HEAD_DIM))
+    first = jnp.array([3, 0, SLOTS + 1, 7, SLOTS - 1])
+    expected = np.array(cached)
+    for row, slot in enumerate(np.minimum(first, SLOTS - 1)):
+        expected[:, row, :, slot] = new[:, row, :, 0]
+    step = jax.jit(lambda *args: write(*args, batch=1, axis=3), donate_argnums=0)
+    temporary = step.lower(cached, new, first).compile().memory_analysis().temp_size_in_bytes
+    assert (temporary < cached.nbytes / 2) == (write is trunk._put), "the control copies it"
+    np.testing.assert_array_equal(step(cached, new, first), expected)

@@ -139,15 +139,26 @@ def _put(cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, axis: 
       first: [] or [batch] int32.
       batch, axis: see `cached`.
     """
-
-    def put(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-        axis_here = axis - 1 if per_row else axis
-        return lax.dynamic_update_slice_in_dim(cached, new, first, axis_here)
-
-    per_row = first.ndim > 0
-    if per_row:
-        put = jax.vmap(put, (batch, batch, 0), batch)
-    return put(cached, new.astype(cached.dtype), first)
+    new = new.astype(cached.dtype)
+    if not first.ndim:
+        return lax.dynamic_update_slice_in_dim(cached, new, first, axis)
+    # In place; under vmap, rows would be moved to the front, and the cache copied.
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, cached.ndim - 1)),
+        inserted_window_dims=(axis,),
+        scatter_dims_to_operand_dims=(axis,),
+        operand_batching_dims=(batch,),
+        scatter_indices_batching_dims=(0,),
+    )
+    return lax.scatter(
+        cached,
+        first[:, None],
+        jnp.moveaxis(new.squeeze(axis), batch, 0),
+        numbers,
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode="clip",
+    )
 
 
 def scan(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.bank.mixing import Choice, mixed
+from lora_jax.bank.slots import map_slots
 from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.training.layout import Layout
 from train.serve.engine.trainer import likeliest
@@ -106,7 +107,7 @@ class Drawing:
 
         Args:
           tree: the base with adapters in slots.
-          slot: [1] int32, the prompt's adapter.
+          slot: [] int32, the prompt's adapter.
           ids: [1, chunk] int32, filled up on the right.
           n: [] int32, the tokens of the chunk.
           cache: that of the prompt; it is taken.
@@ -166,7 +167,7 @@ class Drawing:
         self.compiled += 1
         there = (jnp.arange(ids.shape[1]) < n)[None]
         logits, new = self._forward(
-            {"params": Choice(tree, slot)},
+            {"params": _alone(tree, slot)},
             ids,
             attention_mask=there,
             cache=cache,
@@ -247,6 +248,12 @@ class Drawing:
         return Rows(fitted, last, drawn, slots, how)
 
 
+def _alone(tree: Any, slot: jax.Array) -> Choice:
+    """Returns the choice of a slot for one row, at the cost of that slot alone."""
+    only = map_slots(lambda _, slots: slots.only(slot), tree)
+    return Choice(only, jnp.minimum(slot, 1)[None])
+
+
 def _drawn(logits: jax.Array, how: How, step: jax.Array, with_top: jax.Array) -> Tokens:
     """Draws a token of each row.
 
@@ -258,12 +265,16 @@ def _drawn(logits: jax.Array, how: How, step: jax.Array, with_top: jax.Array) ->
     """
     greedy = how.temperature <= 0
     scores = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, how.temperature)[:, None]
-    vocab = scores.shape[-1]
-    limited = jnp.any((how.top_p < 1) | (how.top_k < vocab))
-    allowed = lax.cond(limited, _limited, lambda scores, _: scores, scores, how)
-    keys = jax.vmap(jax.random.fold_in)(how.key, step)
-    drawn = jax.vmap(jax.random.categorical)(keys, allowed)
-    ids = jnp.where(greedy, jnp.argmax(scores, axis=-1), drawn).astype(jnp.int32)
+    likely = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    def drawn() -> jax.Array:
+        limited = jnp.any((how.top_p < 1) | (how.top_k < scores.shape[-1]))
+        allowed = lax.cond(limited, _limited, lambda scores, _: scores, scores, how)
+        keys = jax.vmap(jax.random.fold_in)(how.key, step)
+        found = jax.vmap(jax.random.categorical)(keys, allowed)
+        return jnp.where(greedy, likely, found.astype(jnp.int32))
+
+    ids = lax.cond(jnp.all(greedy), lambda: likely, drawn)
     found = jnp.take_along_axis(scores, ids[:, None], axis=-1)[:, 0]
     logps = found - jax.nn.logsumexp(scores, axis=-1)
     return Tokens(ids, logps, likeliest(scores, with_top))

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from lora_jax.bank.slots import slots_of
+from lora_jax.bank.slots import map_slots, slots_of
 from lora_jax.bank.writing import with_slots, write
 from train.serve.engine.base import Adapter, Base
 
@@ -12,8 +12,9 @@ class Pool:
     """Slots for the adapters that samples use at the moment; slot 0 is the base."""
 
     def __init__(self, base: Base, slots: int) -> None:
-        """Makes empty slots, `slots` of them beside the base's."""
-        self._tree = with_slots(base.params, base.rules, slots + 1)
+        """Makes empty slots, `slots` of them; the base has no arrays."""
+        tree = with_slots(base.params, base.rules, slots)
+        self._tree = map_slots(lambda _, here: here.replace(has_base=False), tree)
         # By slot, the adapter that is there, the least recently used first.
         self._there: dict[int, Adapter | None] = dict.fromkeys(range(1, slots + 1))
         self._users: Counter[int] = Counter()
@@ -51,4 +52,4 @@ class Pool:
         arrays = {path: slots.arrays for path, slots in slots_of(self._tree).items()}
         scales = adapter.scales
         values = {path: {**parts, "scale": scales[path]} for path, parts in adapter.factors.items()}
-        self._tree = write(self._tree, arrays, slot, values)
+        self._tree = write(self._tree, arrays, slot - 1, values)

@@ -85,7 +85,7 @@ class Prefixes:
         ids = np.zeros((1, self._chunk), np.int32)
         part = prompt.ids[prompt.n : prompt.n + self._chunk]
         ids[0, : len(part)] = part
-        slot = np.array([prompt.job.slot], np.int32)
+        slot = np.int32(prompt.job.slot)
         prompt.logits, prompt.cache = self._drawing.extend(
             tree, slot, ids, np.int32(len(part)), prompt.cache
         )

@@ -18,6 +18,7 @@ from train.serve.engine.sizes import Sizes
 from train.serve.engine.trainer import Trainer
 from train.serve.requests import Completion, Done, Drawn, Piece, Sample, Top
 
+_CHUNKS = 8  # of prompts, between two tokens where all rows are free
 _HELD = 32  # decoded tokens after which fewer or shorter rows are chosen, if they would do
 _COLDEST = 1e-4  # the lowest temperature: logits that are divided by less lose their digits
 
@@ -90,6 +91,7 @@ class Sampler:
         self._width, self._length = sizes.widths[0], sizes.caches[0]
         self._arrays = drawing.empty(self._width, self._length)
         self._idle = 0  # tokens since the rows were all needed
+        self._ran = 0  # chunks of prompts since the last token
         self._served: Counter[Any] = Counter()
         self.prompt_tokens = self.drawn_tokens = 0
 
@@ -121,12 +123,21 @@ class Sampler:
         self._waiting.setdefault(who, deque()).append(job)
 
     def step(self) -> None:
-        """Runs a chunk of a prompt, and draws a token of each completion."""
+        """Runs a chunk of a prompt, or draws a token of each completion.
+
+        A token costs as much for few rows as for all. So the more rows are free, the more chunks
+        run before the next token.
+        """
         self._admit()
-        self._run_prompt()
-        self._begin_rows()
-        if self._rows:
+        free = self._sizes.sequences - len(self._rows)
+        chunks = max(1, _CHUNKS * free // self._sizes.sequences)
+        if self._prompts and (not self._rows or self._ran < chunks):
+            self._ran += 1
+            self._run_prompt()
+        elif self._rows:
+            self._ran = 0
             self._draw()
+        self._begin_rows()
 
     def end(self, job: Job, error: Exception | None = None) -> None:
         """Ends a sample that is not over: with what was drawn so far, or with what went wrong."""
@@ -311,7 +322,7 @@ class Sampler:
         """Compiles all functions, for all shapes; nobody samples yet."""
         drawing, sizes, off = self._drawing, self._sizes, np.bool_(False)
         ids = np.zeros((1, sizes.chunk), np.int32)
-        slot, one = np.zeros(1, np.int32), np.int32(1)
+        slot, one = np.int32(0), np.int32(1)
         cache = drawing.prompt(sizes.max_length)
         logits, cache = drawing.extend(self._pool.tree, slot, ids, one, cache)
         drawing.cut(cache, one)
