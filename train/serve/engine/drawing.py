@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.bank.mixing import Choice, mixed
-from lora_jax.bank.slots import map_slots
+from lora_jax.bank.slots import Slots, WeightSlots, map_slots
 from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.training.layout import Layout
 from train.serve.engine.trainer import likeliest
@@ -250,8 +250,12 @@ class Drawing:
 
 def _alone(tree: Any, slot: jax.Array) -> Choice:
     """Returns the choice of a slot for one row, at the cost of that slot alone."""
-    only = map_slots(lambda _, slots: slots.only(slot), tree)
-    return Choice(only, jnp.minimum(slot, 1)[None])
+
+    def only(_: str, slots: Slots) -> WeightSlots:
+        assert isinstance(slots, WeightSlots)  # adapters here are factors
+        return slots.only(slot)
+
+    return Choice(map_slots(only, tree), jnp.minimum(slot, 1)[None])
 
 
 def _drawn(logits: jax.Array, how: How, step: jax.Array, with_top: jax.Array) -> Tokens:
