@@ -84,7 +84,7 @@ class Drawing:
         self._insert = jit(self._inserted, donate_argnums=0)
         self._fit = jit(self._fitted, static_argnums=2)
         self._first = jit(self._first_token)
-        self._cut = jit(self._beginning)
+        self._cut = jit(self._beginning, static_argnums=2)
 
     def empty(self, rows: int, length: int) -> Rows:
         """Returns rows without completions."""
@@ -96,9 +96,13 @@ class Drawing:
         return self._place(Rows(cache._replace(filled=None), last, drawn, slots, how))
 
     def prompt(self, length: int) -> Cache:
-        """Returns the cache for a prompt of this length, which has whole chunks."""
-        whole = -(-length // self.chunk) * self.chunk
-        return self._place(init_cache(self._model.config, 1, whole, self._model.dtype))
+        """Returns the cache for a prompt of at most this length, which has whole chunks."""
+        return self._place(
+            init_cache(self._model.config, 1, self._whole(length), self._model.dtype)
+        )
+
+    def _whole(self, length: int) -> int:
+        return -(-length // self.chunk) * self.chunk
 
     def extend(
         self, tree: Any, slot: Any, ids: Any, n: Any, cache: Cache
@@ -126,10 +130,16 @@ class Drawing:
         with jax.set_mesh(self._mesh):
             return self._first(logits, how, with_top)
 
-    def cut(self, cache: Cache, n: Any) -> Cache:
-        """Returns a copy of a prompt's cache with the first n tokens, [] int32, alone."""
+    def cut(self, cache: Cache, n: Any, length: int) -> Cache:
+        """Returns a copy of a prompt's cache, for a prompt that begins alike; see `prompt`.
+
+        Args:
+          cache: the cache.
+          n: [] int32, the number of tokens that are taken over.
+          length: the other prompt's.
+        """
         with jax.set_mesh(self._mesh):
-            return self._cut(cache, n)
+            return self._cut(cache, n, self._whole(length))
 
     def insert(self, rows: Rows, row: Any, cache: Cache, n: Any, token: Any, mine: Any) -> Rows:
         """Puts a completion into a row.
@@ -179,13 +189,13 @@ class Drawing:
         self.compiled += 1
         return _drawn(logits, how, jnp.zeros(1, jnp.int32), with_top)
 
-    def _beginning(self, cache: Cache, n: jax.Array) -> Cache:
+    def _beginning(self, cache: Cache, n: jax.Array, length: int) -> Cache:
         self.compiled += 1
-        there = jnp.arange(cache.positions.shape[1]) < n
+        there = jnp.arange(length) < n
         return cache._replace(
-            key=jnp.array(cache.key, copy=True),
-            value=jnp.array(cache.value, copy=True),
-            positions=jnp.where(there, cache.positions, -1),
+            key=_resized(cache.key, 3, length, 0),
+            value=_resized(cache.value, 3, length, 0),
+            positions=jnp.where(there, _resized(cache.positions, 1, length, -1), -1),
             filled=n,
             length=jnp.full_like(cache.length, n),
         )
@@ -230,22 +240,23 @@ class Drawing:
 
     def _fitted(self, rows: Rows, order: jax.Array, length: int) -> Rows:
         self.compiled += 1
-
-        def resized(x: jax.Array, axis: int, fill: int) -> jax.Array:
-            more = [(0, 0)] * x.ndim
-            more[axis] = (0, max(0, length - x.shape[axis]))
-            padded = jnp.pad(x, more, constant_values=fill)
-            return lax.slice_in_dim(padded, 0, length, axis=axis)
-
         cache = rows.cache
         last, drawn, slots, how = jax.tree.map(lambda x: x[order], rows[1:])
         fitted = cache._replace(
-            key=resized(cache.key[:, order], 3, 0),
-            value=resized(cache.value[:, order], 3, 0),
-            positions=resized(cache.positions[order], 1, -1),
+            key=_resized(cache.key[:, order], 3, length, 0),
+            value=_resized(cache.value[:, order], 3, length, 0),
+            positions=_resized(cache.positions[order], 1, length, -1),
             length=cache.length[order],
         )
         return Rows(fitted, last, drawn, slots, how)
+
+
+def _resized(x: jax.Array, axis: int, n: int, fill: int) -> jax.Array:
+    """Returns a copy of an array with n entries along an axis: cut, or filled up."""
+    more = [(0, 0)] * x.ndim
+    more[axis] = (0, max(0, n - x.shape[axis]))
+    padded = jnp.pad(x, more, constant_values=fill)
+    return jnp.array(lax.slice_in_dim(padded, 0, n, axis=axis), copy=True)
 
 
 def _alone(tree: Any, slot: jax.Array) -> Choice:

@@ -51,7 +51,7 @@ class Prefixes:
 
     def __init__(self, drawing: Drawing, sizes: Sizes) -> None:
         """Begins without any."""
-        self._drawing, self._length, self._chunk = drawing, sizes.max_length, sizes.chunk
+        self._drawing, self._sizes, self._chunk = drawing, sizes, sizes.chunk
         self._kept: list[tuple[Adapter | None, np.ndarray, Cache]] = []
 
     def begin(self, job: Any) -> Prompt:
@@ -78,10 +78,11 @@ class Prefixes:
         if prompt.cache is None:
             n, cache = self._common(prompt, self._there(others))
             prompt.n = prompt.cached = n
+            length = self._sizes.cache(len(prompt.ids))
             if cache is None:
-                prompt.cache = self._drawing.prompt(self._length)
+                prompt.cache = self._drawing.prompt(length)
             else:
-                prompt.cache = self._drawing.cut(cache, np.int32(n))
+                prompt.cache = self._drawing.cut(cache, np.int32(n), length)
         ids = np.zeros((1, self._chunk), np.int32)
         part = prompt.ids[prompt.n : prompt.n + self._chunk]
         ids[0, : len(part)] = part

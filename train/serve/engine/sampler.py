@@ -323,15 +323,19 @@ class Sampler:
         drawing, sizes, off = self._drawing, self._sizes, np.bool_(False)
         ids = np.zeros((1, sizes.chunk), np.int32)
         slot, one = np.int32(0), np.int32(1)
-        cache = drawing.prompt(sizes.max_length)
-        logits, cache = drawing.extend(self._pool.tree, slot, ids, one, cache)
-        drawing.cut(cache, one)
-        how = self._how(Sample(adapter=None, prompt=[0]), 0, 0)
+        caches, how = [], self._how(Sample(adapter=None, prompt=[0]), 0, 0)
+        for length in sizes.caches:
+            cache = drawing.prompt(length)
+            logits, cache = drawing.extend(self._pool.tree, slot, ids, one, cache)
+            caches.append(cache)
+            for long in sizes.caches:
+                drawing.cut(cache, one, long)
         token = drawing.first(logits, jax.tree.map(lambda x: x[None], how), off).ids[0]
         for width in sizes.widths:
             for length in sizes.caches:
                 rows = drawing.empty(width, length)
-                rows = drawing.insert(rows, np.int32(0), cache, one, token, (np.int32(0), how))
+                for cache in caches:
+                    rows = drawing.insert(rows, np.int32(0), cache, one, token, (np.int32(0), how))
                 rows, _ = drawing.decode(self._pool.tree, rows, off)
                 for wide in sizes.widths:
                     for long in sizes.caches:
