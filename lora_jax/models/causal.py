@@ -98,6 +98,8 @@ class CausalLM(ModelPart):
             logits = dot_wide(hidden.astype(self.dtype), table, contract)
         else:
             logits = self.lm_head(hidden)
+        if (divisor := getattr(self.config, "logits_scaling", 1.0)) != 1:
+            logits = logits / divisor
         return soft_cap(logits, getattr(self.config, "final_logit_softcapping", None))
 
 

@@ -26,6 +26,9 @@ KINDS = [
     "gemma2",
     "gemma3 with every option",
     "phi3 with a long context",
+    "smollm3 with every option",
+    "olmo3",
+    "granite",
 ]
 of_each_case = pytest.mark.parametrize("case", list(tiny.CASES))
 of_each_kind = pytest.mark.parametrize("case", KINDS)

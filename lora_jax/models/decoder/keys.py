@@ -25,7 +25,8 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     words = (config.vocab_size, width)
     rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
-    norm(f"{layer}/input_layernorm", width)
+    if config.pre_norms:
+        norm(f"{layer}/input_layernorm", width)
     sizes = {"q": q_out, "k": kv_out, "v": kv_out}
     if config.fused_projections:
         sizes = {"qkv": q_out + 2 * kv_out}
@@ -33,11 +34,12 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
         path = f"{attention}/{name}_proj"
         rows.linear("attention", path, (width, size), COLUMNS, config.qkv_bias)
     if config.qk_norm:
-        norm(f"{attention}/q_norm", head_dim)
-        norm(f"{attention}/k_norm", head_dim)
+        joined = config.qk_norm_joins_heads
+        norm(f"{attention}/q_norm", q_out if joined else head_dim)
+        norm(f"{attention}/k_norm", kv_out if joined else head_dim)
     rows.linear("attention", f"{attention}/o_proj", (q_out, width), ROWS, config.o_bias)
     norm(f"{layer}/post_attention_layernorm", width)
-    if config.post_norms:
+    if config.pre_norms and config.post_norms:
         norm(f"{layer}/pre_feedforward_layernorm", width)
     if config.num_experts:
         rows.linear("router", f"{mlp}/gate", (width, config.num_experts), ROUTER, bias=False)

@@ -24,6 +24,9 @@ class DecoderFamily:
       traits: the fields of ``DecoderConfig`` that are the same in all its models.
       windowed: (get, number of layers) -> the layers with a window in a file that has a window and
         no layer_types.
+      rope_free: (get, number of layers) -> the layers without RoPE.
+      windows_rotate_apart: True if RoPE in layers with a window has a base of its own, and is never
+        scaled.
       experts: get -> the number of experts and their inner size; None for dense MLPs.
       writes: fields that config.json has under another name than ``DecoderConfig``.
       mlp_name: Hugging Face's name of a layer's MLP.
@@ -43,6 +46,8 @@ class DecoderFamily:
     refuses: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windowed: Callable[[Get, int], range | tuple[int, ...]] = lambda get, n_layers: range(n_layers)
+    rope_free: Callable[[Get, int], tuple[int, ...]] = lambda get, n_layers: ()
+    windows_rotate_apart: bool = False
     experts: Callable[[Get], tuple[int, int]] | None = None
     writes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mlp_name: str = "mlp"
