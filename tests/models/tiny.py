@@ -187,6 +187,35 @@ CASES: dict[str, dict[str, Any]] = {
         "logits_scaling": 0.3,
         "attention_bias": True,
     },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "intermediate_size": 14,
+        "num_hidden_layers": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 0.7,
+        "rope_parameters": {
+            **YARN,
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        "max_position_embeddings": 512,
+    },
+    "gpt-oss with other options": {
+        "model_type": "gpt_oss",
+        "intermediate_size": 14,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 3,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "swiglu_limit": 0.4,
+        "swiglu_alpha": 1.1,
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+        "tie_word_embeddings": True,
+    },
     "phi3": {
         "model_type": "phi3",
         "partial_rotary_factor": 0.6,
@@ -245,6 +274,8 @@ def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndar
         return 1 + 0.4 * values
     if "bias" in name:
         return 0.7 * values
+    if "sinks" in name:
+        return 2 * values
     return values if "embed" in name else values * np.float32(1.3 / np.sqrt(shape[-2]))
 
 

@@ -19,12 +19,32 @@ pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
+    # PEFT heeds the pattern, although it says that it did not.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
 ]
 
 # name -> (case, fields of LoraConfig)
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     case: (case, {"target_modules": "all-linear"})
     for case in ("smollm3 with every option", "olmo2", "olmo3", "granite")
+} | {
+    "gpt-oss, attention": ("gpt-oss", {"target_modules": "all-linear"}),
+    "gpt-oss, experts": (
+        "gpt-oss",
+        {
+            "target_modules": ["q_proj", "o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+        },
+    ),
+    "gpt-oss, gate and up alone": (
+        "gpt-oss",
+        {"target_parameters": ["mlp.experts.gate_up_proj", "router.weight"]},
+    ),
+    "mixtral, experts": (
+        "mixtral",
+        {"target_parameters": ["mlp.experts.down_proj", "gate.weight"]},
+    ),
 }
 
 

@@ -16,7 +16,7 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Gemma 2 and 3, Phi-3,
-    SmolLM3, OLMo 2 and 3, Granite 3.
+    SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
 
     Hashable. Sizes are in elements.
 
@@ -43,6 +43,10 @@ class DecoderConfig:
       attn_logit_softcapping, final_logit_softcapping: c in c tanh(x / c), for scores and logits.
       num_experts: 0 for a dense MLP; else each token is sent to ``num_experts_per_tok`` of them,
         of inner size ``moe_intermediate_size``. ``norm_topk_prob``: their weights add up to 1.
+      expert_biases: the router and the experts have biases.
+      swiglu_limit, swiglu_alpha: experts compute (up + 1) gate sigmoid(alpha gate), of up clipped
+        to ±limit and gate to at most limit (gpt-oss); without a limit act(gate) up.
+      sinks: each head has a number of its own in the softmax's sum; see ``attend`` (gpt-oss).
       eos_token_ids: the tokens that end a text.
 
     Raises:
@@ -90,6 +94,10 @@ class DecoderConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    expert_biases: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    sinks: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -152,6 +160,13 @@ class DecoderConfig:
     def layers_rotated_apart(self) -> tuple[int, ...]:
         """The layers whose rotation is not that of the others."""
         return self.rope_free_layers if self.rope_local_theta is None else self.windowed_layers
+
+    @property
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of an expert's kernels, by name: gate and up, apart or in one, and down."""
+        *first, down = self.family.expert_names
+        inner, outer = self.moe_intermediate_size, self.hidden_size
+        return dict.fromkeys(first, (outer, 2 * inner // len(first))) | {down: (inner, outer)}
 
     @property
     def score_scale(self) -> float:

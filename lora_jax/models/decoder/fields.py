@@ -29,6 +29,8 @@ _SAME_WHERE_READ: dict[str, Any] = {
     "residual_multiplier": 1.0,
     "attention_multiplier": None,
     "logits_scaling": 1.0,
+    "swiglu_limit": None,
+    "swiglu_alpha": 1.702,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }

@@ -75,10 +75,14 @@ class Attention(ModelPart):
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
         mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
+        sinks = None
+        if cfg.sinks:
+            init = nn.initializers.normal(cfg.initializer_range)
+            sinks = self.param("sinks", init, (cfg.num_attention_heads,), self.param_dtype)
         # All layers are one program; the name tells a plan how many of them have the window.
         with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
-            cap = cfg.attn_logit_softcapping
-            out = attended(self, q, k, v, mask, layer.cache, step.filled, cfg.score_scale, cap)
+            how = (cfg.score_scale, cfg.attn_logit_softcapping, sinks)
+            out = attended(self, q, k, v, mask, layer.cache, step.filled, *how)
         return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:

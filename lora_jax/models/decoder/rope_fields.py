@@ -75,7 +75,7 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> dict[str, Any]
         if (kind := local.pop("rope_type", "default")) != "default" or any(local.values()):
             raise ConfigError(f"RoPE type {kind!r} of sliding_attention ({local}) is not supported")
     else:
-        fields = fields or dict(config.get("rope_scaling") or {})
+        fields = fields or dict(get("rope_scaling") or {})
     nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(f"RoPE parameters per layer type ({', '.join(nested)}) are not supported")
@@ -165,7 +165,8 @@ def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, Any]:
         out["partial_rotary_factor"] = fields["partial_rotary_factor"]
     scaling = fields["rope_scaling"]
     if scaling is None:
-        return out
+        default = "rope_scaling" in family.defaults  # would be read if there were none
+        return out | ({"rope_scaling": {"rope_type": "default"}} if default else {})
     needed, optional = _KINDS[scaling.kind]
     values = dataclasses.asdict(scaling)
     kept = {name: values[name] for name in (*needed, *optional) if name in values}

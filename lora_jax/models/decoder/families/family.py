@@ -30,7 +30,10 @@ class DecoderFamily:
       experts: get -> the number of experts and their inner size; None for dense MLPs.
       writes: fields that config.json has under another name than ``DecoderConfig``.
       mlp_name: Hugging Face's name of a layer's MLP.
-      expert_names: its names of an expert's gate, up and down projections.
+      router_name: its name of the router in it.
+      expert_names: its names of an expert's gate, up and down projections; of the one projection
+        to gate and up, whose outputs take turns, and of down, where its files hold all experts of a
+        layer in one tensor of each.
       rope_kinds: the only types of scaled RoPE that it has; () for any.
       rope_aliases: other names of these types in its files.
       gguf: its architecture in GGUF files; None if such files are not read.
@@ -51,7 +54,8 @@ class DecoderFamily:
     experts: Callable[[Get], tuple[int, int]] | None = None
     writes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mlp_name: str = "mlp"
-    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    router_name: str = "gate"
+    expert_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     rope_kinds: tuple[str, ...] = ()
     rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf: str | None = None

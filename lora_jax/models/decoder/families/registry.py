@@ -2,6 +2,7 @@
 
 from lora_jax.models.decoder.families import (
     gemma,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -28,5 +29,6 @@ FAMILIES: dict[str, DecoderFamily] = {
         olmo.OLMO2,
         olmo.OLMO3,
         granite.GRANITE,
+        gpt_oss.GPT_OSS,
     )
 }
