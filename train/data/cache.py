@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_jax.hf.packaged import cache_folder
 from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.data.templates import tells_today
 
 OFF = "off"
 _FORMAT = b"lora_jax tokens 4\n"
@@ -38,8 +39,10 @@ def place(asked: str | None, key: str, tokenizer: Any, **options: Any) -> Path |
     core = tokenizer.backend_tokenizer
     core.no_padding()  # as in every call for chats
     core.no_truncation()
-    template = json.dumps(tokenizer.chat_template)
-    today = str(date.today()) if "strftime_now" in template else ""  # some templates tell the date
+    chat_template = tokenizer.chat_template
+    template = json.dumps(chat_template)
+    named = chat_template.values() if isinstance(chat_template, dict) else [chat_template or ""]
+    today = str(date.today()) if any(map(tells_today, named)) else ""
     special = repr(sorted(tokenizer.special_tokens_map.items()))
     packages = repr([version(package) for package in _PACKAGES])
     made = hashlib.sha256(_FORMAT)

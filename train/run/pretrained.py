@@ -1,6 +1,8 @@
 """The model of a script: first its outline, which is cheap, then its weights."""
 
+import copy
 import dataclasses
+import datetime
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.quantized import is_coded
+from lora_jax.training.data.templates import tells_today, with_date
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.ready import not_finite
 from train.console.errors import UserError, as_user_errors
 from train.options.rope import as_text
@@ -111,6 +115,24 @@ class Outline:
             source = open_source(resolve(self.name).path) if quantize == STORED else None
             params = shapes_of(models.key_table(self.config), jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
+
+    def dated(self, day: str | None) -> "Outline":
+        """Returns the outline with a chat template that tells this day; see --template-date.
+
+        Raises:
+          UserError: this is no day, or the template tells none.
+        """
+        if day is None:
+            return self
+        given, tokenizer = f"--template-date {day}: ", copy.copy(self.tokenizer)
+        template = tokenizer.chat_template
+        named = template if isinstance(template, dict) else {"": template or ""}
+        telling = [name for name, text in named.items() if tells_today(text)] or [*named][:1]
+        with as_user_errors(ValueError, TrainingError, prefix=given):
+            date = datetime.date.fromisoformat(day)
+            named = named | {name: with_date(named[name], date) for name in telling}
+        tokenizer.chat_template = named if isinstance(template, dict) else named[""]
+        return dataclasses.replace(self, tokenizer=tokenizer)
 
     def shapes(self, dtype: Any, *, arrays: bool = False) -> dict[str, Any]:
         """Returns the abstract parameters, with this dtype in the place of float32.

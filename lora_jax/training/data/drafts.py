@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -153,6 +154,8 @@ def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list
             continue
         asked = templates.render(chat, index, tokenizer, ask=True)
         answered = templates.render(chat, index + 1, tokenizer).rstrip()
+        if not answered.startswith(asked) and (rest := _rest(chat, index, asked, tokenizer)):
+            answered = asked + rest
         if not answered.startswith(asked):
             raise TrainingError(
                 "the model's chat template renders an answer otherwise than its prompt announces, "
@@ -162,6 +165,25 @@ def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list
         templates.check_calls(turn, answered[len(asked) :])
         found.append(Answer(index, answered, (len(asked), len(answered))))
     return found
+
+
+def _rest(chat: Conversation, index: int, asked: str, tokenizer: Tokenizer) -> str | None:
+    """Returns an answer whose template renders turns before it otherwise once it is there.
+
+    So does gpt-oss's, which drops the thoughts before a tool call once an answer follows. What the
+    model sees when it answers is the prompt. The answer begins where that of another text does.
+
+    Returns:
+      None where its beginning is not that of the prompt's end.
+    """
+    turn = chat.messages[index]
+    texts = {name for name, value in turn.items() if isinstance(value, str)} - {"role"}
+    other = turn | {name: f"~{turn[name]}" for name in texts}
+    changed = chat._replace(messages=[*chat.messages[:index], other])
+    both = [templates.render(one, index + 1, tokenizer).rstrip() for one in (chat, changed)]
+    begins = asked.removeprefix(templates.render(chat, index, tokenizer))
+    at = both[0].rfind(begins, 0, len(os.path.commonprefix(both)))
+    return None if begins in ("", asked) or at < 0 else both[0][at + len(begins) :]
 
 
 def _all_but(answers: Sequence[Answer], chat: Conversation) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ A template ignores a role, a field or a variable that it does not know. So what 
 for in the text: as it stands, or by rendering the chat once more without it.
 """
 
+import datetime
 import functools
 import json
 import re
@@ -20,6 +21,9 @@ from lora_jax.training.errors import TrainingError
 # The tags of Jinja by which a template marks what the assistant says.
 _GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 _TAGS = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
+# A template's call for the date of today; and a macro that takes its place.
+_DATES = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_MACRO, _END = "{%- macro strftime_now(format) -%}", "{%- endmacro -%}"
 _SET_HERE = ("messages", "tools", "add_generation_prompt")
 # Fields of a turn, by what they mean. transformers takes names of one meaning for each other.
 _FIELDS = (("reasoning_content", "reasoning", "thinking"), ("name",), ("function_call",))
@@ -47,6 +51,38 @@ def template_of(tokenizer: Tokenizer, chat: Conversation) -> str:
         return tokenizer.chat_template
     template: str = tokenizer.get_chat_template(None, chat.tools)
     return template
+
+
+def tells_today(template: str) -> bool:
+    """Returns whether a template tells the day on which it renders a chat."""
+    return bool(_DATES.search(template)) and not template.startswith(_MACRO)
+
+
+def with_date(template: str, day: datetime.date) -> str:
+    """Returns a template that tells one day, whenever it renders a chat.
+
+    Some templates tell the date (gpt-oss's, Llama 3.1's). With today's, rows become other tokens on
+    another day, and a run that is resumed then goes on with other rows.
+
+    Args:
+      template: the chat template.
+      day: the day to tell.
+
+    Raises:
+      TrainingError: the template tells no date.
+
+    >>> import datetime, jinja2
+    >>> from lora_jax.training.data.templates import with_date
+    >>> template = with_date('Today is {{ strftime_now("%d %b %Y") }}.', datetime.date(2025, 8, 5))
+    >>> jinja2.Template(template).render()
+    'Today is 05 Aug 2025.'
+    """
+    formats = {found[2]: day.strftime(found[2]) for found in _DATES.finditer(template)}
+    if not formats:
+        raise TrainingError("the model's chat template tells no date")
+    if template.startswith(_MACRO):  # told another day before
+        template = template.partition(_END)[2]
+    return f"{_MACRO}{{{{ {json.dumps(formats)}[format] }}}}{_END}{template}"
 
 
 def marks_answers(template: str) -> bool:

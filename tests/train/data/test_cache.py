@@ -1,5 +1,6 @@
 """Tokens kept for later runs: found if nothing has changed, made again if anything has."""
 
+import datetime
 import os
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 
 from lora_jax.training.data import drafts
 from tests.train.tiny import CHATML, tokenizer
+from train.console.errors import UserError
 from train.data import cache
 from train.data.chats import tokenize
 from train.data.dataset import Dataset
+from train.run.pretrained import Outline
 
 ROWS = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
 
@@ -106,3 +109,35 @@ def test_the_files_unused_for_longest_make_room(tokenised, tmp_path, monkeypatch
     monkeypatch.setattr(cache, "_MOST_BYTES", 3 * size)
     tokenised(ROWS[:4])
     assert [tokenised(ROWS[:n], kept_in=str(tmp_path))[1] for n in (4, 1, 2)] == [0, 0, 1]
+
+
+def test_a_template_on_a_fixed_day(tmp_path, monkeypatch):
+    """Its rows have the same tokens on every day, and are kept for later ones."""
+
+    def outline(made):
+        return Outline("a model", made, None, {})
+
+    made = tokenizer(CHATML + '{{ strftime_now("%Y-%m-%d") }}')
+    dated = outline(made).dated("2025-08-05").tokenizer
+    shown = dated.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert shown.endswith("2025-08-05") and dated is not made
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2031, 1, 2)
+
+    def places():
+        return [cache.place(str(tmp_path), "key", one) for one in (made, dated)]
+
+    before = places()
+    monkeypatch.setattr(cache, "date", Tomorrow)
+    after = places()
+    assert before[0] != after[0] and before[1] == after[1]
+    for day, template, words in (
+        ("today", made.chat_template, "--template-date today: Invalid isoformat"),
+        ("2025-08-05", CHATML, "--template-date 2025-08-05: the model's chat template tells no"),
+        ("2025-08-05", None, "tells no date"),
+    ):
+        with pytest.raises(UserError, match=words):
+            outline(tokenizer(template)).dated(day)

@@ -32,7 +32,7 @@ class OneTPU(Placement):
 
 @functools.cache
 def compiled(
-    how: str, seq: int, cap: float | None = None, some: bool = False
+    how: str, seq: int, cap: float | None = None, some: bool = False, with_sinks: bool = False
 ) -> jax.stages.Compiled:
     """The gradient of a layer's attention, on one chip."""
     here = NamedSharding(Mesh(find_machine("v5e:1x1").devices, ("chip",)), P())
@@ -42,13 +42,15 @@ def compiled(
         tokens = Tokens(slots, slots[None], segments)
         mask = Mask(queries=tokens, keys=tokens, causal=True, aligned=True)
         mask = mask.within(200, windowed) if some else mask
-        out = attend(*arrays, mask, None, cap, attention=how, placement=OneTPU())
+        *arrays, sinks = arrays
+        out = attend(*arrays, mask, None, cap, sinks, attention=how, placement=OneTPU())
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=here)
 
     arrays = tuple(shape(1, seq, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    arrays += (shape(HEADS) if with_sinks else None,)
     rest = shape(1, seq, dtype=jnp.int32), shape(dtype=jnp.bool_)
     return jax.jit(jax.grad(loss)).lower(arrays, *rest).compile()
 
@@ -73,9 +75,10 @@ def test_temporaries_grow_with_the_length_and_not_its_square():
     assert growth("dense") > 12, "the control"
 
 
-def test_a_window_of_some_layers_and_a_cap():
+@pytest.mark.parametrize("options", [{"cap": 50.0}, {"with_sinks": True}])
+def test_a_window_of_some_layers_and_a_cap_or_sinks(options):
     """Tells the kernel at run time whether the window holds, by a bit in the queries' slots."""
-    work = work_of(compiled("splash", 1100, cap=50.0, some=True).as_text())
+    work = work_of(compiled("splash", 1100, some=True, **options).as_text())
     assert named(work.kernels) == ALL_THREE
 
 

@@ -21,6 +21,9 @@ class LanguageDataConfig:
     they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's
     rope_parameters (yarn:4,beta_fast=16). The adapter stores the scaling, and train.generate and
     train.export apply it. By default the scaling of --init-adapter."""
+    template_date: str | None = option(None, field.OF_BASE)
+    """The date that the model's chat template tells (gpt-oss's, Llama 3.1's), as YYYY-MM-DD. By
+    default today's, and a run that is resumed on another day reads rows with another date."""
     dataset: Any = option(field.REQUIRED, field.HIDDEN)
     fields: tuple[str, ...] = option((), field.HIDDEN)
     """Names that your fields have instead: prompt=question completion=answer. Of several data sets,
