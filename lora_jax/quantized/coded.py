@@ -13,6 +13,7 @@ to every array alike.
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
@@ -39,7 +40,8 @@ class Coded:
     Attributes:
       arrays: by name:
         codes: codes of W's shape.
-        scales: one for each block; where they are coded themselves, int8 (`Format.double`) or fp8.
+        scales: one for each block; where they are coded themselves, int8 (`Format.double`) or fp8;
+            uint8 are the exponents of powers of two, E8M0's bits.
         mins: one for each block, of a format that has them.
         zeros: one for each block, of files that have them: W = s·(v(c) − zero).
         scale_steps, scale_mean: fp32, where the scales are coded: s = step·code (+ mean).
@@ -157,7 +159,9 @@ def _formed(values: Any, arrays: Any, format: Format, stretch: Callable[..., Any
 
 def scales_of(arrays: Mapping[str, Any], stretch: Callable[..., Any] | None = None) -> Any:
     """Returns the scales of a `Coded`'s blocks, fp32, from its arrays; by default, JAX's."""
-    scales = arrays["scales"].astype(np.float32)
+    scales = arrays["scales"]
+    scales = scales.view(jnp.float8_e8m0fnu) if scales.dtype == np.uint8 else scales
+    scales = scales.astype(np.float32)
     if "scale_divisor" in arrays:
         scales = scales / arrays["scale_divisor"]
     if "scale_steps" in arrays:
@@ -182,18 +186,27 @@ def stretched(array: jax.Array, shape: Sequence[int], block: int | None = None) 
       shape: shape of the result.
       block: the size of blocks along each axis that has several, the last of which may be smaller.
     """
-    sizes = array.shape
-    axes = [axis for axis, (n, m) in enumerate(zip(shape, sizes, strict=True)) if 1 < m < n]
+    pairs = enumerate(zip(shape, array.shape, strict=True))
+    axes = [axis for axis, (n, m) in pairs if 1 < m < n]
     for axis in reversed(axes):
-        if axis != axes[-1]:  # of several axes, all but the first one in the product's own kernel
+        size, n_blocks = shape[axis], array.shape[axis]
+        over = block or size // n_blocks
+        unit = math.gcd(size, over)
+        if unit < over:  # a partial block: by parts of blocks, of which the axis has whole ones
+            array = _spread(array, axis, over // unit)
+            array = lax.slice_in_dim(array, 0, size // unit, axis=axis)
+        if len(axes) > 1 or unit < over:  # the product's own kernel does the last step, and no more
             array = lax.optimization_barrier(array)
-        over = block or shape[axis] // sizes[axis]
-        apart = (*array.shape[: axis + 1], over, *array.shape[axis + 1 :])
-        kept = [i for i in range(len(apart)) if i != axis + 1]
-        joined = (*array.shape[:axis], sizes[axis] * over, *array.shape[axis + 1 :])
-        array = lax.broadcast_in_dim(array, apart, kept).reshape(joined)
-        array = lax.slice_in_dim(array, 0, shape[axis], axis=axis)
+        array = _spread(array, axis, unit)
     return array
+
+
+def _spread(array: jax.Array, axis: int, times: int) -> jax.Array:
+    """Returns an array with each element repeated along an axis."""
+    apart = (*array.shape[: axis + 1], times, *array.shape[axis + 1 :])
+    kept = [i for i in range(len(apart)) if i != axis + 1]
+    joined = (*array.shape[:axis], array.shape[axis] * times, *array.shape[axis + 1 :])
+    return lax.broadcast_in_dim(array, apart, kept).reshape(joined)
 
 
 def _written(values: Sequence[Any]) -> bytes:

@@ -59,6 +59,14 @@ def from_unsigned(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32) + 8
 
 
+def from_bits(dtype: DTypeLike) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function of codes that are the bits of floats of 8 bits, uint8, to their values.
+
+    Compilers that know no such floats would cast a stack of them before its layers are read.
+    """
+    return lambda codes: codes.view(dtype).astype(jnp.float32)
+
+
 def from_e2m1(codes: jax.Array) -> jax.Array:
     """Returns the values of E2M1's bits, kept as int4: ±0, 0.5, 1, 1.5, 2, 3, 4, 6."""
     return lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).astype(jnp.float32)
@@ -139,9 +147,11 @@ Q4_K = Format("q4_k", jnp.int4, block=32, to_values=from_unsigned)
 Q6_K = Format("q6_k", jnp.int8, block=16, top=31)
 
 # Codes of published checkpoints, read by `lora_jax.hf.stored`.
-FP8 = Format("fp8", jnp.float8_e4m3fn, block=128, top=448, partial=True)
-FP8_E5M2 = dataclasses.replace(FP8, name="fp8-e5m2", code_dtype=jnp.float8_e5m2, top=57344)
-MXFP4 = Format("mxfp4", jnp.int4, 32, 6, to_values=from_e2m1, scale_dtype=jnp.float8_e8m0fnu)
+FP8 = Format("fp8", jnp.uint8, 128, 448, to_values=from_bits(jnp.float8_e4m3fn), partial=True)
+FP8_E5M2 = dataclasses.replace(
+    FP8, name="fp8-e5m2", top=57344, to_values=from_bits(jnp.float8_e5m2)
+)
+MXFP4 = Format("mxfp4", jnp.int4, 32, 6, to_values=from_e2m1, scale_dtype=jnp.uint8)
 NVFP4 = Format("nvfp4", jnp.int4, 16, 6, to_values=from_e2m1, scale_dtype=jnp.float8_e4m3fn)
 
 _ENCODED = (INT8, INT4, NF4, NF4_DOUBLE, Q8_0, Q4_0, Q6_K)

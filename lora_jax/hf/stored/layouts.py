@@ -35,7 +35,7 @@ def fp8(name: str, files: Files) -> Stored | None:
         of_scales = files.piece(scale, (*lead, 1, 1), tuple(lead) or (1,), tuple(lead))
     format = FP8 if dtype == "F8_E4M3" else FP8_E5M2
     format = dataclasses.replace(format, block=files.block or format.block)
-    pieces = {"codes": files.piece(name, shape), "scales": of_scales}
+    pieces = {"codes": files.piece(name, shape, raw=True), "scales": of_scales}
     return Stored(name, format, pieces, (name, scale, *_inputs(stem, files)))
 
 

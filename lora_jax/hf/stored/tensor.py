@@ -117,13 +117,16 @@ class Files(NamedTuple):
             raise WeightsError(f"{name} is {dtype}, expected {' or '.join(dtypes)}")
         return name
 
-    def piece(self, name: str, shape: tuple[int, ...], *others: tuple[int, ...]) -> Piece:
-        """Returns a tensor as it lies in its file; a byte as a power of two, if it is a scale's.
+    def piece(
+        self, name: str, shape: tuple[int, ...], *others: tuple[int, ...], raw: bool = False
+    ) -> Piece:
+        """Returns a tensor as it lies in its file; powers of two (F8_E8M0) as bytes.
 
         Args:
           name: the tensor.
           shape: its shape, and that of the piece.
           *others: shapes that the file may hold it in as well.
+          raw: whether each of its numbers is a byte, whatever it stands for.
 
         Raises:
           WeightsError: the file holds it in none of these shapes.
@@ -132,7 +135,7 @@ class Files(NamedTuple):
         if own not in (shape, *others):
             wanted = " or ".join(str(list(shape)) for shape in (shape, *others))
             raise WeightsError(f"{name} is {list(own)}, expected {wanted} by config.json")
-        kind = DTYPES["F8_E8M0" if dtype == "U8" else dtype]
+        kind = np.dtype(np.uint8) if raw or dtype == "F8_E8M0" else DTYPES[dtype]
 
         def read(rows: slice | None) -> np.ndarray:
             array = self.fetch(name, None if own != shape else rows).view(kind).reshape(shape)
