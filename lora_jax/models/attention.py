@@ -45,6 +45,7 @@ def chosen_attention(
         head_dim=head_dim,
         dtype=jnp.dtype(dtype),
         capped=getattr(config, "attn_logit_softcapping", None) is not None,
+        sinks=getattr(config, "sinks", False),
         split=split,
     )
     return chosen(attention, call, seq, platform)

@@ -98,6 +98,8 @@ class CausalLM(ModelPart):
             logits = dot_wide(hidden.astype(self.dtype), table, contract)
         else:
             logits = self.lm_head(hidden)
+        if (divisor := getattr(self.config, "logits_scaling", 1.0)) != 1:
+            logits = logits / divisor
         return soft_cap(logits, getattr(self.config, "final_logit_softcapping", None))
 
 
@@ -111,6 +113,7 @@ def attended(
     filled: jax.Array,
     scale: float | jax.Array,
     cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Returns what each query sees in a cache and the call's own tokens: [batch, seq, heads * d].
 
@@ -120,12 +123,12 @@ def attended(
       mask: the keys that each query may see.
       cache: the layer's keys and values so far; None without a cache.
       filled: [] int32, the number of the cache's slots in use.
-      scale, cap: see ``attend``.
+      scale, cap, sinks: see ``attend``.
     """
     if cache is not None:
         k, v = with_slots(cache.key, k, filled), with_slots(cache.value, v, filled)
     out = attend(
-        *(q, k, v, mask, scale, cap),
+        *(q, k, v, mask, scale, cap, sinks),
         attention=part.attention,
         placement=part.placement,
         shared=cache and cache.shared,

@@ -55,6 +55,19 @@ class Rows(list[Row]):
             Row(path=f"{path}/{leaf}", hf=hf, shape=shape, stack=stack, kind=kind, spec=spec, **row)
         )
 
+    def named(
+        self, kind: Kind, path: str, hf: str, shape: tuple[int, ...], spec: PartitionSpec
+    ) -> None:
+        """Adds a parameter of each layer that is stored as it is, under a name of its own.
+
+        Args:
+          kind, shape, spec: see ``add``.
+          path: the parameter's path.
+          hf: Hugging Face's name behind that of the stack, with ``{}`` for the layer's number.
+        """
+        hf, stack = f"{self._layers.replace('/', '.')}.{hf}", (self._n_layers,)
+        self.append(Row(path=path, hf=hf, shape=shape, stack=stack, kind=kind, spec=spec))
+
     def linear(
         self,
         kind: Kind,

@@ -1,8 +1,9 @@
 """Maps the adapters of experts, which in transformers are two parameters of one module.
 
 `experts.gate_up_proj` is [experts, 2·inner, d_model] and `experts.down_proj` [experts, d_model,
-inner]; here gate, up and down are separate kernels. PEFT (``target_parameters``) packs the factors
-of all experts e, of rank r, into two matrices:
+inner]; here gate, up and down are separate kernels. (gpt-oss's are [experts, in, out], there as
+here: gate and up are one kernel, whose outputs take turns.) PEFT (``target_parameters``) packs the
+factors of all experts e, of rank r, into two matrices:
 
     A [experts·r, in]    row e·r + k is the k-th of expert e
     B [out, r·experts]   column k·experts + e is the k-th of expert e
@@ -31,7 +32,7 @@ class Expert(Module):
 
     Attributes:
       parameter: "gate_up_proj", "down_proj", or a router's "weight".
-      half: the half of gate_up_proj's outputs: 0 or 1; None for the others.
+      half: the half of gate_up_proj's outputs: 0 or 1; None for the others, and for all of them.
       n: the number of experts in the parameter; 1 for a router.
     """
 
@@ -46,11 +47,14 @@ def experts_of(model: Model) -> list[Expert]:
     n = getattr(config, "num_experts", None)
     if config is None or not n:
         return []
-    gate, up, down = config.family.expert_names
+    router = config.family.router_name
+    *first, down = config.family.expert_names
     parts = (
-        ("gate", "gate", ROUTER, None, 1),
-        (f"experts/{gate}", "experts", GATE_UP, 0, n),
-        (f"experts/{up}", "experts", GATE_UP, 1, n),
+        (router, router, ROUTER, None, 1),
+        *(
+            (f"experts/{name}", "experts", GATE_UP, half if len(first) > 1 else None, n)
+            for half, name in enumerate(first)
+        ),
         (f"experts/{down}", "experts", DOWN, None, n),
     )
     return [

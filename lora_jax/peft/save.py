@@ -31,6 +31,7 @@ from lora_jax.peft.modules import (
     table_of,
 )
 from lora_jax.peft.names import FILE, PREFIX, VECTORS, bias_key, exactly, keys_of, number, token_key
+from lora_jax.peft.served import as_served
 
 PEFT_VERSION = "0.21.2"  # files have the format of this version
 
@@ -45,6 +46,7 @@ def save(
     readme: str | None = None,
     overwrite: bool = False,
     embedding_layers: bool = True,
+    for_serving: bool = False,
 ) -> None:
     """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
@@ -61,6 +63,8 @@ def save(
       overwrite: replace an adapter's folder. Without it, an existing folder is an error.
       embedding_layers: whether the base of an adapted table or head is written, too, as PEFT does
         by default (``save_embedding_layers``).
+      for_serving: writes the same function in the layout that vLLM reads: one rank, scales in B,
+        every projection of experts; see `lora_jax.peft.served`.
 
     Raises:
       PeftError: names the part of the adapter that PEFT cannot hold.
@@ -84,6 +88,8 @@ def save(
     folder = Path(folder).absolute()
     check_free(folder, overwrite, configuration.FILE, "adapter's")
     config, tensors = contents(model, params, embedding_layers)
+    if for_serving:
+        config, tensors = as_served(config, tensors, model)
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
         write_tensors(partial / FILE, tensors)

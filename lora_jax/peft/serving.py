@@ -2,16 +2,20 @@
 
 The engine is vLLM, whose loader reads adapter_config.json (``PEFTHelper``) and the names of the
 tensors. It knows few of PEFT's fields and ignores all others, so a field that it does not know is a
-problem just like one that it refuses. Its support of a model's architecture, or of mixtures of
-experts, depends on its version and is not checked.
+problem just like one that it refuses. Of experts it needs every projection; see
+`lora_jax.peft.served`. Its support of a model's architecture depends on its version and is not
+checked.
 """
 
 import os
+import re
 from collections.abc import Mapping
 
 from lora_jax.core.types import Fields, Shaped
+from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.peft.config import FILE as CONFIG_FILE
 from lora_jax.peft.config import REFUSED, UNUSED, fields_of
+from lora_jax.peft.experts import DOWN, GATE_UP
 from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
 from lora_jax.peft.modules import by_pattern
@@ -21,12 +25,20 @@ from lora_jax.variants import VARIANTS
 MAX_RANK = 16  # vLLM's default
 _MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank
 _CLASSIFIERS = ("classifier", "score")
+_A = ".lora_A.weight"
+_BOTH = (".experts", ".experts.base_layer")
+_AGAIN = "write it by --for-serving, which fills in zeros and changes the layout"
 _MERGE = "merge it into the base (--merged)"
+_SCALED = f"write it by --for-serving, which gives all one scale, or {_MERGE}"
 _BY_PEFT = "merge it into the base by PEFT (merge_and_unload)"
 
 
 def serving_problems(
-    folder: str | os.PathLike[str], *, adapter: str | None = None, max_rank: int = MAX_RANK
+    folder: str | os.PathLike[str],
+    *,
+    adapter: str | None = None,
+    max_rank: int = MAX_RANK,
+    model_type: str | None = None,
 ) -> list[str]:
     """Lists a serving engine's problems with a PEFT adapter: a line each, with a remedy.
 
@@ -34,6 +46,7 @@ def serving_problems(
       folder: a local folder, or a hub name; see `load`.
       adapter: the subfolder of one adapter, if the folder holds several.
       max_rank: the engine's limit, vLLM's ``--max-lora-rank``.
+      model_type: the base's, which tells the layout that its experts need; None if unknown.
 
     Returns:
       The lines; [] for an adapter without a problem.
@@ -47,36 +60,74 @@ def serving_problems(
     fields, _ = fields_of(found / CONFIG_FILE)
     if fields.get("peft_type", "LORA") != "LORA":
         return [f"peft_type {fields['peft_type']}: only LORA is served; {_BY_PEFT}"]
-    return problems_of(fields, read_tensors(found / FILE), max_rank=max_rank)
+    tensors = read_tensors(found / FILE)
+    return problems_of(fields, tensors, max_rank=max_rank, model_type=model_type)
 
 
 def problems_of(
-    fields: Fields, tensors: Mapping[str, Shaped], *, max_rank: int = MAX_RANK
+    fields: Fields,
+    tensors: Mapping[str, Shaped],
+    *,
+    max_rank: int = MAX_RANK,
+    model_type: str | None = None,
 ) -> list[str]:
     """Lists the problems as `serving_problems` does, from parsed fields and tensors by name.
 
     Args:
       fields: parsed from adapter_config.json.
       tensors: key -> tensor; only shapes count.
-      max_rank: the engine's limit.
+      max_rank, model_type: see `serving_problems`.
     """
     return [
         *_of_kind(fields),
         *_of_start(fields),
         *_of_what_else_trains(fields, tensors),
         *_of_tables(fields, tensors),
-        *_of_ranks(fields, _ranks(tensors), max_rank),
+        *_of_experts(tensors, model_type),
+        *_of_ranks(fields, _ranks(fields, tensors), max_rank),
     ]
 
 
-def _ranks(tensors: Mapping[str, Shaped]) -> dict[str, int]:
-    """Returns r by the name of the module."""
+def _ranks(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[str, int]:
+    """Returns r by the name of the module; of a layer's experts, by that of the parameter."""
     ranks = {}
+    wanted = fields.get("target_parameters") or ()
     for key, tensor in tensors.items():
         for end in (".lora_A.weight", ".lora_embedding_A"):
-            if key.endswith(end):
-                ranks[key.removeprefix(PREFIX).removesuffix(end)] = int(tensor.shape[0])
+            if not key.endswith(end):
+                continue
+            name, rank = key.removeprefix(PREFIX).removesuffix(end), int(tensor.shape[0])
+            if name.endswith(_BOTH):  # A has the ranks of all experts
+                inside = f"{PREFIX}{name}.base_layer{end}" in tensors
+                stem, one = name.removesuffix(".base_layer"), GATE_UP
+                if stem == name and (inside or not any(GATE_UP in target for target in wanted)):
+                    one = DOWN
+                name = f"{stem}.{one}"
+                rank = by_pattern(fields.get("rank_pattern"), name, fields.get("r", 8))
+            ranks[name] = rank
     return ranks
+
+
+def _of_experts(tensors: Mapping[str, Shaped], model_type: str | None) -> list[str]:
+    """Lists experts of which a projection is not adapted, or in another model's layout."""
+    names = [key.removesuffix(_A) for key in tensors if key.endswith(_A)]
+    joined = {name for name in names if name.endswith(".experts")}
+    alone = sorted(name for name in joined if f"{name}.base_layer" not in names)
+    apart: dict[str, list[str]] = {}
+    for name in names:
+        if (match := re.fullmatch(r"(.*\.experts)\.(\d+)\.\w+", name)) is not None:
+            apart.setdefault(match[1], []).append(match[2])
+    alone += [layer for layer, of in apart.items() if len(of) < 3 * len(set(of))]
+    found = []
+    if alone:
+        found.append(
+            f"experts: one projection of theirs is not adapted, in {len(alone)} layers, and an "
+            f"engine needs all of them; {_AGAIN}"
+        )
+    family = FAMILIES.get(model_type or "")
+    if family is not None and (joined if len(family.expert_names) > 2 else apart):
+        found.append(f"experts: not in the layout that is read for {model_type}; {_AGAIN}")
+    return found
 
 
 def _of_kind(fields: Fields) -> list[str]:
@@ -161,6 +212,6 @@ def _of_ranks(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> list[s
     if other:
         found.append(
             f"rank_pattern, alpha_pattern: ignored, so {len(other)} modules, {other[0]} among "
-            f"them, would run with lora_alpha's scale instead of their own; {_MERGE}"
+            f"them, would run with lora_alpha's scale instead of their own; {_SCALED}"
         )
     return found

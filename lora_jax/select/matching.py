@@ -20,7 +20,7 @@ _NOT_LINEAR = re.compile(
 )
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
 BIASES = ("bias", "b")
-_SIDE_LEAVES = frozenset({*BIASES, "scale", "offset", "mean", "var", "gamma", "beta"})
+_SIDE_LEAVES = frozenset({*BIASES, "scale", "offset", "mean", "var", "gamma", "beta", "sinks"})
 
 NO_ARGUMENT = "it is no argument (leaves are matched by identity)"
 

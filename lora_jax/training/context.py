@@ -57,6 +57,7 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
         mask: Mask,
         scale: float | jax.Array | None = None,
         cap: float | None = None,
+        sinks: jax.Array | None = None,
     ) -> jax.Array:
         split = None
         if mask.aligned and q.shape[1] == k.shape[1]:
@@ -69,27 +70,33 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
         given = scale if isinstance(scale, jax.Array) else None
 
         def apart(
-            q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, given: jax.Array | None
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            mask: Mask,
+            given: jax.Array | None,
+            sinks: jax.Array | None,
         ) -> jax.Array:
-            factor = scale if given is None else given
+            rest = (scale if given is None else given, cap, *([] if sinks is None else [sinks]))
             if split is None:
-                return local(q, k, v, mask, factor, cap)
+                return local(q, k, v, mask, *rest)
             part = dataclasses.replace(
                 mask, queries=split.take(mask.queries), aligned=False, split=split
             )
             k, v = (lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (k, v))
             if not split.paired:
-                return local(q, k, v, part, factor, cap)
-            return _to_chunks(local(_to_pairs(q, split), k, v, part, factor, cap), split)
+                return local(q, k, v, part, *rest)
+            return _to_chunks(local(_to_pairs(q, split), k, v, part, *rest), split)
 
         # A mask has a few integers per token: a device has those of all queries, and takes its own.
         of_mask = jax.tree.map(
             lambda x: sharding_for((BATCH, None), x.shape, mesh).spec if x.ndim == 2 else P(), mask
         )
-        specs = (of_arrays, of_arrays, of_arrays, of_mask, None if given is None else P())
+        of_sinks = None if sinks is None else P(of_arrays[2])
+        specs = (of_arrays, of_arrays, of_arrays, of_mask, None if given is None else P(), of_sinks)
         # Kernels do not say over which axes of a mesh their results differ.
         run = jax.shard_map(apart, mesh=mesh, in_specs=specs, out_specs=of_arrays, check_vma=False)
-        return run(q, k, v, mask, given)
+        return run(q, k, v, mask, given, sinks)
 
     return called
 

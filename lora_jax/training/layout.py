@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -249,18 +250,24 @@ class Layout(Placement):
         if self.mesh.size == 1:
             return mixed
         tokens, inner, outer = P(BATCH, "sequence"), P(None, None, "tensor"), P(None, "tensor")
-        specs = (tokens, tokens, tokens, inner, inner, outer)
 
-        def apart(*args: jax.Array) -> jax.Array:
-            total: jax.Array = jax.lax.psum(mixed(*args), "tensor")
+        def apart(*args: Any) -> jax.Array:
+            *rest, biases = args
+            if biases:  # the last is added to the sum once
+                here = jax.lax.axis_index("tensor") == 0
+                biases = (*biases[:-1], jnp.where(here, biases[-1], 0))
+            total: jax.Array = jax.lax.psum(mixed(*rest, biases), "tensor")
             return total
 
-        def called(*args: jax.Array) -> jax.Array:
+        def called(*args: Any) -> jax.Array:
+            n, biased = len(args[-2]) - 1, bool(args[-1])
+            of_biases = (*[P(None, "tensor")] * n, P()) if biased else ()
+            specs = (tokens, tokens, tokens, (*[inner] * n, outer), of_biases)
             fit = all(
                 NamedSharding(self.mesh, spec).is_equivalent_to(
                     self._fitting(arg.shape, tuple(spec)), arg.ndim
                 )
-                for arg, spec in zip(args, specs, strict=True)
+                for arg, spec in zip(*map(jax.tree.leaves, (args, specs)), strict=True)
             )
             if not self.sorts_apart or not fit:
                 return mixed(*args)

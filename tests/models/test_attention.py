@@ -45,6 +45,7 @@ class Case:
     window: int | None = None
     cap: float | None = None
     scale: float | None = None
+    sinks: bool = False
     slots: int | None = None  # of a cache, three of them in use
     blocks: Blockwise = Blockwise(block=5, spans=2)
 
@@ -63,6 +64,9 @@ class Case:
         keys = (self.batch, self.slots or self.seq, self.kv_heads, self.head_dim)
         q = draw(1, (self.batch, self.seq, heads, self.head_dim))
         return 2 * q, draw(2, keys), draw(3, keys)
+
+    def heads_sinks(self) -> jax.Array | None:
+        return 2 * draw(6, (self.kv_heads * self.group,)) if self.sinks else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -106,7 +110,10 @@ CASES = {
     "one head of keys": Case(17, kv_heads=1, group=4),
     "no groups": Case(17, kv_heads=3, group=1),
     "into a cache": Case(23, slots=31),
-    "into a cache, a window and padding": Case(23, slots=31, window=4, padding="left", cap=2.0),
+    "into a cache, a window and padding": Case(
+        23, slots=31, window=4, padding="left", cap=2.0, sinks=True
+    ),
+    "sinks": Case(23, sinks=True),
 }
 
 
@@ -160,31 +167,34 @@ def test_blocks_compute_what_dense_attention_does(name: str) -> None:
     cotangent = np.where(looks, draw(4, arrays[0].shape), np.float32(0))
 
     def gradient(how: Any, arrays: Any) -> Any:
-        def run(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = attend(*arrays, mask, case.scale, case.cap, attention=how)
+        def run(arrays: Any, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            out = attend(*arrays, mask, case.scale, case.cap, sinks, attention=how)
             return jnp.sum(out * cotangent), out
 
-        return jax.value_and_grad(run, (0, 1, 2), has_aux=True)(*arrays)
+        return jax.value_and_grad(run, (0, 1), has_aux=True)(arrays, case.heads_sinks())
 
     both = jax.jit(lambda *arrays: [gradient(how, arrays) for how in (case.blocks, "dense")])
     ((_, out), got), ((_, expected), want) = both(*arrays)
     assert np.isfinite(out).all()
     assert_close(np.where(looks, out, 0), np.where(looks, expected, 0), 1e-5)
     assert_close(got, want, 1e-5)
-    assert all(np.abs(x).max() > 1e-2 for x in want[2:])
+    assert all(np.abs(x).max() > 1e-2 for x in jax.tree.leaves(want)[2:])
 
 
-def test_dense_attention_is_softmax_written_out(float64: None) -> None:
-    case = CASES["packed, a window and padding"]
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_dense_attention_is_softmax_written_out(with_sinks: bool, float64: None) -> None:
+    case = dataclasses.replace(CASES["packed, a window and padding"], sinks=with_sinks)
     mask = case.mask()
     q, k, v = (np.asarray(x, np.float64) for x in case.arrays())
     sees = np.asarray(visible(mask)[0])
-    got = np.asarray(jax.jit(lambda *x: dense(*x, mask, 0.6, 1.5))(q, k, v))
+    sinks = case.heads_sinks()
+    got = np.asarray(jax.jit(lambda *x: dense(*x, mask, 0.6, 1.5, sinks))(q, k, v))
     for b, i, h in np.ndindex(case.batch, case.seq, q.shape[2]):
         seen = sees[b, i]
         if seen.any():
             scores = 1.5 * np.tanh(0.6 * k[b, seen, h // case.group] @ q[b, i, h] / 1.5)
-            weights = np.exp(scores) / np.exp(scores).sum()
+            more = 0.0 if sinks is None else np.exp(float(sinks[h]))
+            weights = np.exp(scores) / (np.exp(scores).sum() + more)
             want = weights @ v[b, seen, h // case.group]
             np.testing.assert_allclose(got[b, i, h], want, rtol=1e-9, atol=1e-12)
 
@@ -332,6 +342,7 @@ def test_the_choice() -> None:
         ({"head_dim": 256}, "multiples of 8 up to 128, not 256"),
         ({"head_dim": 60}, "multiples of 8 up to 128, not 60"),
         ({"capped": True}, "does not cap"),
+        ({"sinks": True}, "no sinks"),
         ({"queries": 511}, "even number"),
         ({"queries": 8192}, "more than 4,096 tokens"),
         ({"split": Split("sequence", 2, True)}, "lie on several devices"),

@@ -106,6 +106,10 @@ def test_rope_as_transformers_4_and_5_write_it(
         ({"model_type": "mixtral", "sliding_window": 5}, 5, (0, 1, 2, 3)),
         ({"model_type": "qwen3_moe", "num_experts": 8}, None, ()),
         ({"model_type": "phi3", "sliding_window": 5}, 5, (0, 1, 2, 3)),
+        ({"model_type": "olmo3"}, 4096, (0, 1, 2)),
+        ({"model_type": "gpt_oss"}, 128, (0, 2)),
+        ({"model_type": "smollm3", "sliding_window": 5, "use_sliding_window": True}, 5, (3,)),
+        ({"model_type": "smollm3", "sliding_window": 5}, None, ()),
     ],
 )
 def test_sliding_windows(
@@ -121,6 +125,7 @@ GEMMA2 = {"model_type": "gemma2", "num_key_value_heads": 2}
 GEMMA3 = {"model_type": "gemma3_text", "num_key_value_heads": 2}
 PHI3 = {"model_type": "phi3"}
 WINDOWED = ["sliding_attention"] * 4
+YARN = {"rope_type": "yarn", "factor": 2.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 
 
@@ -168,6 +173,23 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [
         ({**PHI3, "partial_rotary_factor": 0.1}, "partial_rotary_factor=0.1.* leaves 0 dim"),
         ({**PHI3, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not.* phi3"),
         ({"head_dim": 5}, "even head_dim"),
+        (
+            {"model_type": "gpt_oss", "num_key_value_heads": 2, "experts_per_token": 3},
+            "experts_per_token=3 contradicts num_experts_per_tok=4",
+        ),
+        ({"model_type": "gpt_oss", "num_key_value_heads": 2, "mlp_bias": True}, "mlp_bias=True"),
+        ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
+        ({"model_type": "olmo2", "mlp_bias": True}, "mlp_bias=True is not known for olmo2"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"sliding_attention": YARN}},
+            "RoPE type 'yarn' of sliding_attention",
+        ),
+        ({"model_type": "granite", "num_local_experts": 4}, "num_local_experts=4 is not known"),
+        ({"model_type": "granite", "position_embedding_type": "nope"}, "position_embedding_type"),
+        (
+            {"model_type": "smollm3", "num_key_value_heads": 2, "layer_types": WINDOWED},
+            "no sliding_window",
+        ),
         (
             {"model_type": "qwen3", "num_key_value_heads": 2, "layer_types": ["chunked"] * 4},
             "layer_types",

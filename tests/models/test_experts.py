@@ -33,13 +33,19 @@ CHOICES = {
 }
 
 
-def loop(act: Any, rows: Any, chosen: Any, gate: Any, up: Any, down: Any) -> jax.Array:
+def loop(gated: Any, rows: Any, chosen: Any, *kernels: Any, biases: Any = ()) -> jax.Array:
     """Every expert on every row, of which each keeps its own's."""
     total = jnp.zeros_like(rows)
-    for e in range(gate.shape[0]):
-        out = (act(rows @ gate[e]) * (rows @ up[e])) @ down[e]
+    for e in range(N_EXPERTS):
+        of_gate, of_up, of_down = (bias[e] for bias in biases or np.zeros((3, N_EXPERTS, 1)))
+        gate, up, down = (kernel[e] for kernel in kernels)
+        out = gated(rows @ gate + of_gate, rows @ up + of_up) @ down + of_down
         total += jnp.where((chosen == e)[:, None], out, jnp.zeros_like(out))
     return total
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 def kernels(dtype: Any) -> dict[str, dict[str, jax.Array]]:
@@ -50,28 +56,36 @@ def kernels(dtype: Any) -> dict[str, dict[str, jax.Array]]:
     }
 
 
-def called(case: tuple[Any, str]) -> str:
+def called(case: tuple[Any, ...]) -> str:
     return f"{case[0].__name__}, {case[1]}"
 
 
 # With 21 rows, test_each_expert_has_its_factors computes both.
 @over(
-    ("how", "choice"),
-    itertools.product((by_blocks, ragged), list(CHOICES)[1:]),
-    often=["by_blocks, one row", "ragged, 16 rows, three experts", "ragged, one expert for all"],
-    called=called,
+    ("how", "choice", "biased"),
+    itertools.product((by_blocks, ragged), list(CHOICES)[1:], (False, True)),
+    often=[
+        "by_blocks, one row, False",
+        "by_blocks, one expert for all, True",
+        "ragged, 16 rows, three experts, True",
+        "ragged, one expert for all, False",
+    ],
+    called=lambda case: f"{called(case)}, {case[2]}",
 )
-def test_values_and_gradients(how: Any, choice: str, float64: None) -> None:
+def test_values_and_gradients(how: Any, choice: str, biased: bool, float64: None) -> None:
     chosen = jnp.asarray(CHOICES[choice], jnp.int32)
     rows, weights = (draw(key, (chosen.size, WIDTH), jnp.float64) for key in (8, 9))
+    biases = [draw(i, (N_EXPERTS, n), jnp.float64) for i, n in enumerate((INNER, INNER, WIDTH))]
+    biases = biases if biased else []
 
-    def loss(fn: Any, rows: Any, params: Any) -> Any:
-        out = fn(jax.nn.silu, rows, chosen, *(params[name]["kernel"] for name in NAMES))
+    def loss(fn: Any, rows: Any, params: Any, biases: Any) -> Any:
+        of = [params[name]["kernel"] for name in NAMES]
+        out = fn(gated, rows, chosen, *of, **({"biases": biases} if biases else {}))
         return jnp.sum(jnp.sin(out) * weights), out
 
-    run = jax.grad(loss, argnums=(1, 2), has_aux=True)
+    run = jax.grad(loss, argnums=(1, 2, 3), has_aux=True)
     both = jax.jit(lambda *args: [run(fn, *args) for fn in (loop, how)])
-    want, got = both(rows, kernels(rows.dtype))
+    want, got = both(rows, kernels(rows.dtype), biases)
     assert_close(got, want, 1e-9)
     assert np.abs(want[1]).max() > 0.05
 
@@ -105,7 +119,7 @@ def test_each_expert_has_its_factors(how: Any, variant: str, float64: None) -> N
     adapter, base = lj.split(with_random_factors(lj.lorafy(kernels(jnp.float64), [rule])))
 
     def apply(fn: Any, params: Any, rows: Any) -> jax.Array:
-        return fn(jax.nn.silu, rows, chosen, *(params[name]["kernel"] for name in NAMES))
+        return fn(gated, rows, chosen, *(params[name]["kernel"] for name in NAMES))
 
     factored = lj.adapt(functools.partial(apply, how), strict=True)
 
@@ -134,7 +148,7 @@ def test_a_row_is_dropped_on_its_own(float64: None) -> None:
 
     def apply(params: Any, rows: jax.Array) -> jax.Array:
         ones = np.ones_like(eye) / width  # up is 1 on rows of ones; down passes on
-        return ragged(lambda x: x, rows, chosen, params["gate"]["kernel"], ones, eye)
+        return ragged(jnp.multiply, rows, chosen, params["gate"]["kernel"], ones, eye)
 
     rows = np.ones((chosen.size, width))
     run = jax.jit(lj.adapt(apply, strict=True))
@@ -147,17 +161,18 @@ def test_a_row_is_dropped_on_its_own(float64: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["mixtral", "gpt-oss"])
 @pytest.mark.parametrize("text", ["fsdp=2,tensor=2", "expert=2,sequence=2"])
-def test_meshes(text: str, float64: None) -> None:
+def test_meshes(text: str, case: str, float64: None) -> None:
     """On every mesh ragged products are one device's blocks, values and the adapter's gradients."""
-    config = models.read_config({**tiny.fields("mixtral"), "intermediate_size": 38})
+    config = models.read_config({**tiny.fields(case), "intermediate_size": 38})
     layout = Layout.of(make_mesh(text, 4), config)
     x = np.random.default_rng(0).standard_normal((4, 6, config.hidden_size))
     module = SparseMLP(config, jnp.float64, jnp.float64)
     name = config.family.mlp_name
     params = {name: jax.eval_shape(module.init, jax.random.key(1), x)["params"]}
     params = jax.tree.map(lambda p: draw(p.size, p.shape, p.dtype), params)
-    rules = [lj.LoraRule(targets=["experts", "gate"], rank=3, alpha=7)]
+    rules = [lj.LoraRule(targets=["experts", "gate", "router"], rank=3, alpha=7)]
     tree = with_random_factors(lj.lorafy(params, rules))
 
     def gradients(module: SparseMLP, tree: Any, x: jax.Array) -> Any:

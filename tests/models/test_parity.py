@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from lora_jax.models import Decoder, DecoderConfig, from_pretrained, generate, init_cache
+from lora_jax.models import (
+    Decoder,
+    DecoderConfig,
+    from_pretrained,
+    generate,
+    init_cache,
+    save_pretrained,
+)
 from lora_jax.models.layers.blockwise import Blockwise
 from tests.models import tiny
 
@@ -26,6 +34,10 @@ KINDS = [
     "gemma2",
     "gemma3 with every option",
     "phi3 with a long context",
+    "smollm3 with every option",
+    "olmo3",
+    "granite",
+    "gpt-oss",
 ]
 of_each_case = pytest.mark.parametrize("case", list(tiny.CASES))
 of_each_kind = pytest.mark.parametrize("case", KINDS)
@@ -111,6 +123,16 @@ def test_both_layouts_of_experts(case: str, tmp_path: Path) -> None:
     reference, _, params = made(case)
     reference.save_pretrained(tmp_path, save_original_format=False)
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
+
+
+@pytest.mark.parametrize("case", ["gpt-oss", "olmo3"])
+def test_files_are_theirs(case: str, tmp_path: Path) -> None:
+    reference, model, params = made(case)
+    save_pretrained(tmp_path / "ours", model, params)
+    reference.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def check_cached_decoding(case: str, side: str, attention: Any) -> None:

@@ -33,19 +33,24 @@ def differentiated(case: Case, how: Any, some: bool | None = None, **options: An
         mask = mask.within(case.window, jnp.bool_(some))
 
     def run(arrays: Any, mask: Mask, scale: jax.Array) -> Any:
-        out = attend(*arrays, mask, scale, case.cap, attention=how, **options)
+        *given, sinks = arrays
+        out = attend(*given, mask, scale, case.cap, sinks, attention=how, **options)
         return jnp.sum(out * cotangent), jnp.where(real, out, 0.0)
 
     scale = jnp.float32(case.scale or 0.3)
-    (_, out), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(arrays, mask, scale)
+    (_, out), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(
+        (*arrays, case.heads_sinks()), mask, scale
+    )
     assert np.isfinite(out).all()
-    return out, *gradient
+    return out, *(x for x in gradient if x is not None)
 
 
 MASKS = {
     "causal": (Case(128, batch=2, kv_heads=2, group=1), None),
     "padded, packed, a window, capped": (
-        Case(200, packed=True, padding="right", window=70, cap=1.5, kv_heads=1, group=3),
+        Case(
+            200, packed=True, padding="right", window=70, cap=1.5, kv_heads=1, group=3, sinks=True
+        ),
         None,
     ),
     "bidirectional": (Case(150, causal=False, padding="left", kv_heads=2, group=2), None),

@@ -155,6 +155,67 @@ CASES: dict[str, dict[str, Any]] = {
         "hidden_activation": "silu",
         "tie_word_embeddings": False,
     },
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    "smollm3 with every option": {
+        "model_type": "smollm3",
+        "no_rope_layers": [0, 1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0},
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "olmo2": {"model_type": "olmo2", "rope_theta": 777.0, "head_dim": 4},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 4,
+        "head_dim": 4,
+        "num_hidden_layers": 4,
+        "attention_bias": True,
+        "rope_parameters": {
+            "full_attention": {**YARN, "original_max_position_embeddings": 16},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 40.0},
+        },
+    },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.3,
+        "attention_bias": True,
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "intermediate_size": 14,
+        "num_hidden_layers": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 0.7,
+        "rope_parameters": {
+            **YARN,
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        "max_position_embeddings": 512,
+    },
+    "gpt-oss with other options": {
+        "model_type": "gpt_oss",
+        "intermediate_size": 14,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 3,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "swiglu_limit": 0.4,
+        "swiglu_alpha": 1.1,
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+        "tie_word_embeddings": True,
+    },
     "phi3": {
         "model_type": "phi3",
         "partial_rotary_factor": 0.6,
@@ -213,6 +274,8 @@ def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndar
         return 1 + 0.4 * values
     if "bias" in name:
         return 0.7 * values
+    if "sinks" in name:
+        return 2 * values
     return values if "embed" in name else values * np.float32(1.3 / np.sqrt(shape[-2]))
 
 

@@ -46,6 +46,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 6}
         | {"norm_topk_prob": True, "mlp_only_layers": [], "tie_word_embeddings": False},
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        DECODER
+        | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20}
+        | {"head_dim": 6, "sliding_window": 4, "swiglu_limit": 0.5},
+    ),
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -205,6 +212,27 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {"gate.weight": 4},
             "lora_dropout": 0.0,
         },
+    ),
+    "gpt-oss, experts": (
+        "gpt_oss",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+            "alpha_pattern": {"experts.gate_up_proj": 5},
+            "lora_dropout": 0.0,
+        },
+    ),
+    "gpt-oss, router and one layer's gate and up": (
+        "gpt_oss",
+        {
+            "target_parameters": ["router.weight", "model.layers.1.mlp.experts.gate_up_proj"],
+            "lora_dropout": 0.0,
+        },
+    ),
+    "gpt-oss, all linear": (
+        "gpt_oss",
+        {"target_modules": "all-linear", "bias": "lora_only", "lora_dropout": 0.0},
     ),
     "router of one layer": (
         "mixtral",

@@ -31,6 +31,19 @@ def factors(r=4, name=f"{STEM}.0.self_attn.q_proj"):
     }
 
 
+def experts(*names, r=4, n=8):
+    """Factors of n experts' parameters: a rank each, and n times as many rows."""
+    found = {}
+    for name in names:
+        stem = f"{STEM}.0.mlp.experts{'.base_layer' if len(names) > 1 and 'up' in name else ''}"
+        found |= factors(r * n, stem)
+    return found
+
+
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+BOTH = {"target_parameters": [GATE_UP, DOWN]}
+
+
 def table(name):
     key = f"base_model.model.{name}"
     return {
@@ -48,6 +61,18 @@ SERVED = {
     "an equal scale": (
         {"rank_pattern": {"1.self_attn.q_proj": 2}, "alpha_pattern": {"1.self_attn.q_proj": 4}},
         factors() | factors(2, f"{STEM}.1.self_attn.q_proj"),
+    ),
+    "experts, of all together a high rank": (BOTH, factors() | experts(GATE_UP, DOWN)),
+    "experts of an equal scale": (
+        BOTH | {"rank_pattern": {"experts.*": 2}, "alpha_pattern": {"experts.*": 4}},
+        factors() | experts(GATE_UP, DOWN, r=2),
+    ),
+    "experts one by one": (
+        {},
+        factors()
+        | factors(4, f"{STEM}.0.mlp.experts.0.gate_proj")
+        | factors(4, f"{STEM}.0.mlp.experts.0.up_proj")
+        | factors(4, f"{STEM}.0.mlp.experts.0.down_proj"),
     ),
     "the highest rank": ({"r": 16, "lora_alpha": 8}, factors(16)),
 }
@@ -82,6 +107,31 @@ REFUSED = {
         factors(600),
         "rank 600: above the maximum of 16; .*--merged",
     ),
+    "experts of a high rank": (
+        BOTH | {"rank_pattern": {"experts.*": 60}, "alpha_pattern": {"experts.*": 120}},
+        experts(GATE_UP, DOWN, r=60),
+        "rank 60: .*--max-lora-rank 64",
+    ),
+    "experts of another scale": (
+        BOTH | {"alpha_pattern": {"experts.down_proj": 9}},
+        experts(GATE_UP, DOWN),
+        "so 1 modules, model.layers.0.mlp.experts.down_proj among .*--for-serving",
+    ),
+    "gate and up alone": (
+        {"target_parameters": [GATE_UP]},
+        experts(GATE_UP),
+        "experts: one projection of theirs is not adapted, in 1 layers, .*--for-serving",
+    ),
+    "gate and up alone, by their own scale": (
+        {"target_parameters": [GATE_UP], "alpha_pattern": {"experts.down_proj": 9}},
+        experts(GATE_UP),
+        "experts: one projection",
+    ),
+    "an expert's gate alone": (
+        {},
+        factors(4, f"{STEM}.0.mlp.experts.0.gate_proj"),
+        "experts: one projection",
+    ),
     "another scale": (
         {"alpha_pattern": {"q_proj": 9}},
         {},
@@ -102,6 +152,17 @@ def test_each_problem_is_one_line(name):
     (found,) = problems_of(PLAIN | changes, factors() | tensors)
     assert re.search(line, found), found
     assert "\n" not in found
+
+
+def test_experts_in_another_model_s_layout():
+    joined, apart = SERVED["experts, of all together a high rank"], SERVED["experts one by one"]
+    for (changes, tensors), fit, other in (
+        (joined, "gpt_oss", "mixtral"),
+        (apart, "qwen3_moe", "gpt_oss"),
+    ):
+        assert problems_of(PLAIN | changes, tensors, model_type=fit) == []
+        (found,) = problems_of(PLAIN | changes, tensors, model_type=other)
+        assert re.search(f"not in the layout that is read for {other}; .*--for-serving", found)
 
 
 def test_problems_add_up():

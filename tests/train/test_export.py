@@ -199,12 +199,26 @@ def test_check_serving(saved, trained, tmp_path, capsys):
     assert fails(capsys, "--adapter", output, "--check-serving", code=1) == message
 
 
+def test_for_serving(base, saved, tmp_path, capsys):
+    """Ranks and scales that differ, which an engine would ignore, become one of each."""
+    rules = [lj.LoraRule(targets=[f"{x}_proj"], rank=r, alpha=7) for x, r in (("q", 2), ("v", 3))]
+    adapter, tree = saved(*rules)
+    args = ["--adapter", adapter, "--check-serving", "--output", tmp_path / "served"]
+    assert "by --for-serving" in fails(capsys, *args, code=1)
+    export(*args, "--for-serving")
+    assert lp.serving_problems(tmp_path / "served") == []
+    model, params = models.from_pretrained(base)
+    assert_close(lj.merge(lp.load(tmp_path / "served", model, params)), lj.merge(tree), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         ([], ["nothing to do: give --output, --push-to-hub or --check-serving"]),
         (["--merged"], ["--merged writes a model: name its folder with --output"]),
         (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
+        (["--merged", "--for-serving", "--output", "out"], ["--for-serving is about adapters"]),
+        (["--for-serving", "--check-serving"], ["--for-serving writes an adapter: name"]),
         (["--dtype", "bfloat16", "--output", "out"], ["--dtype needs --merged"]),
         (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5: a size such as"]),
         (["--max-shard-size", "0GB", "--output", "out"], ["--max-shard-size 0GB: a size"]),

@@ -23,7 +23,7 @@ from train.plan.flops.hlo import work_of
 from train.processes.mesh import make_mesh
 
 BLOCKS = Blockwise(block=3, spans=4)
-ALL = {"packed": True, "window": 3, "padding": "right", "cap": 1.5, "scale": 0.9}
+ALL = {"packed": True, "window": 3, "padding": "right", "cap": 1.5, "scale": 0.9, "sinks": True}
 
 
 def layout_of(text: str) -> Layout:
@@ -39,19 +39,22 @@ def differentiated(case: Case, layout: Layout, how: Any, **options: Any) -> Any:
     cotangent = jnp.where(looks, draw(4, arrays[0].shape), 0.0)
 
     def run(arrays: Any, mask: Mask) -> Any:
-        out = attend(*arrays, mask, case.scale, case.cap, attention=how, **options)
+        *given, sinks = arrays
+        out = attend(*given, mask, case.scale, case.cap, sinks, attention=how, **options)
         return jnp.sum(out * cotangent), jnp.where(looks, out, 0.0)
 
     gradient = jax.value_and_grad(run, has_aux=True)
     with jax.set_mesh(layout.mesh):
-        (_, out), got = jax.jit(gradient, compiler_options=tiny.FAST_COMPILE)(arrays, mask)
-    return out, *got
+        (_, out), got = jax.jit(gradient, compiler_options=tiny.FAST_COMPILE)(
+            (*arrays, case.heads_sinks()), mask
+        )
+    return out, *(x for x in got if x is not None)
 
 
 CASES = [
     ("sequence=4", Case(32, **ALL), BLOCKS),
     ("data=2,sequence=2", Case(24, causal=False, padding="left"), BLOCKS),
-    ("sequence=2,tensor=2", Case(24, kv_heads=1, group=4), BLOCKS),  # keys are repeated
+    ("sequence=2,tensor=2", Case(24, kv_heads=1, group=4, sinks=True), BLOCKS),  # keys are repeated
     ("sequence=4", Case(24, window=5), "dense"),
     ("sequence=4", Case(20, window=4), BLOCKS),  # no multiple of 8: nothing is exchanged
     ("sequence=4", Case(18), BLOCKS),  # no multiple of 4: each device has the row

@@ -26,6 +26,7 @@ from lora_jax.models import save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.save import contents
+from lora_jax.peft.served import as_served
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
 from train.console.errors import UserError, as_user_errors, reported
@@ -67,6 +68,9 @@ class ExportOptions:
     float32 and rounded once."""
     max_shard_size: str = "5GB"
     """The maximum size of one file of a merged model, in MB or GB."""
+    for_serving: bool = False
+    """Write the adapter in the layout that vLLM reads: one rank, scales in B, every projection of
+    experts."""
     check_serving: bool = False
     """List the parts of the adapter that a serving engine (vLLM) would refuse or misread. If there
     are any, exit with code 1 and write nothing; leave this option out to write anyway."""
@@ -226,9 +230,12 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
     no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
     with as_user_errors(ValueError, prefix=no_peft):
         fields, tensors = contents(model, params)
+        if options.for_serving:
+            fields, tensors = as_served(fields, tensors, model)
     scaled = scaled_fields(work.adapter, model)
     if options.check_serving:
-        problems = problems_of(fields, tensors, max_rank=options.max_rank)
+        how: dict[str, Any] = {"max_rank": options.max_rank, "model_type": model.config.model_type}
+        problems = problems_of(fields, tensors, **how)
         report_problems([*problems, *([rope_problem(scaled)] if scaled else [])])
     if options.output is None:
         return
@@ -239,6 +246,7 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
             params,
             base_model=options.base_name or name_for_others(base),
             task_type=task_type(model, fields),
+            for_serving=options.for_serving,
             readme=readme_of(work, model, fields),
             overwrite=options.overwrite,
         )
@@ -250,8 +258,8 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
             "adapter_config.json names no base, because the base is a local folder: give its name "
             "on the hub with --base-name"
         )
-    how = "".join(f", {key}={value!r}" for key, value in scaled.items())
-    loaded = f'{auto_class(model)[0]}.from_pretrained("{base}"{how})'
+    more = "".join(f", {key}={value!r}" for key, value in scaled.items())
+    loaded = f'{auto_class(model)[0]}.from_pretrained("{base}"{more})'
     tell(work.console, f'load it with: PeftModel.from_pretrained({loaded}, "{work.output}")')
 
 
@@ -270,11 +278,14 @@ def check(options: ExportOptions) -> int:
         raise UserError("nothing to do: give --output, --push-to-hub or --check-serving")
     if options.private and options.push_to_hub is None:
         raise UserError("--private is about a repository on the hub: name it with --push-to-hub")
-    if options.merged and options.check_serving:
-        raise UserError(
-            "--check-serving is about adapters, and --merged writes none: a merged "
-            "model is served like any other model"
-        )
+    for name in ("check_serving", "for_serving"):
+        if options.merged and getattr(options, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is about adapters, and --merged writes none: a merged "
+                "model is served like any other model"
+            )
+    if options.for_serving and options.output is None and options.push_to_hub is None:
+        raise UserError("--for-serving writes an adapter: name its folder with --output")
     if options.base_name and options.merged:
         raise UserError(
             "--base-name is for adapter_config.json, and a merged model (--merged) has none"

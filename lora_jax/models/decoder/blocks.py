@@ -18,13 +18,15 @@ from lora_jax.models.layers.trunk import by_chunks
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, normalised in fp32 (Zhang and Sennrich 2019).
 
-    With ``adds_one`` it multiplies by 1 + scale, in fp32 too, as in Gemma.
+    With ``multiplies_wide`` it also multiplies in fp32, before it rounds; with ``adds_one`` it does
+    that by 1 + scale.
     """
 
     eps: float
     dtype: DTypeLike
     param_dtype: DTypeLike
     adds_one: bool = False
+    multiplies_wide: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -32,8 +34,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         y = x.astype(wide(x.dtype))
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        if self.adds_one:
-            return (y * (1.0 + scale.astype(y.dtype))).astype(self.dtype)
+        if self.adds_one or self.multiplies_wide:
+            return (y * (float(self.adds_one) + scale.astype(y.dtype))).astype(self.dtype)
         return y.astype(self.dtype) * scale.astype(self.dtype)
 
 
@@ -60,7 +62,13 @@ def _gated(module: MLP, x: jax.Array) -> jax.Array:
     return dense(module, cfg.hidden_size, use_bias=bias, name="down_proj")(hidden)
 
 
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """Returns x * factor in x's dtype; the factor is not rounded to it."""
+    return x if factor == 1 else (x.astype(wide(x.dtype)) * factor).astype(x.dtype)
+
+
 def norm(module: Any, name: str | None = None) -> RMSNorm:
     """Makes a norm with the dtypes and the options of the module that holds it."""
     cfg: DecoderConfig = module.config
-    return RMSNorm(cfg.rms_norm_eps, module.dtype, module.param_dtype, cfg.norm_adds_one, name=name)
+    how = (cfg.norm_adds_one, cfg.norm_multiplies_wide)
+    return RMSNorm(cfg.rms_norm_eps, module.dtype, module.param_dtype, *how, name=name)

@@ -15,25 +15,38 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Gemma 2 and 3, Phi-3.
+    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Gemma 2 and 3, Phi-3,
+    SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
 
     Hashable. Sizes are in elements.
 
     Attributes:
-      rope_local_theta: RoPE's base in layers with a sliding window, where it differs (Gemma 3).
+      rope_local_theta: RoPE's base in layers with a sliding window, where it is another or where
+        only the other layers scale it (Gemma 3, OLMo 3).
+      rope_free_layers: the layers without RoPE (SmolLM3).
       partial_rotary_factor: the part of each head's dimensions that RoPE rotates.
       qkv_bias, o_bias, mlp_bias: True if these projections have a bias.
-      qk_norm: normalise each head's query and key.
+      qk_norm: normalise each head's query and key; with ``qk_norm_joins_heads`` those of all heads
+        together (OLMo).
       fused_projections: q, k, v are one kernel, and so are gate and up (Phi-3).
       norm_adds_one: norms scale by 1 + scale (Gemma).
-      post_norms: norms also follow attention and MLP, before the residual sum (Gemma).
+      norm_multiplies_wide: norms scale in fp32, before they round (OLMo).
+      pre_norms, post_norms: norms precede attention and MLP, and norms follow them, before the
+        residual sum: both in Gemma, the latter alone in OLMo.
       scale_embeddings: embeddings are multiplied by sqrt(hidden_size) (Gemma).
       sliding_window: the number of tokens, itself included, that a token sees in
         ``windowed_layers``.
       query_pre_attn_scalar: scores are divided by its root; if None, by the root of head_dim.
+      attention_multiplier: multiplies scores in place of that; None for that.
+      embedding_multiplier, residual_multiplier, logits_scaling: embeddings, and what a layer's
+        attention and MLP add to the stream, are multiplied, and logits divided (Granite).
       attn_logit_softcapping, final_logit_softcapping: c in c tanh(x / c), for scores and logits.
       num_experts: 0 for a dense MLP; else each token is sent to ``num_experts_per_tok`` of them,
         of inner size ``moe_intermediate_size``. ``norm_topk_prob``: their weights add up to 1.
+      expert_biases: the router and the experts have biases.
+      swiglu_limit, swiglu_alpha: experts compute (up + 1) gate sigmoid(alpha gate), of up clipped
+        to ±limit and gate to at most limit (gpt-oss); without a limit act(gate) up.
+      sinks: each head has a number of its own in the softmax's sum; see ``attend`` (gpt-oss).
       eos_token_ids: the tokens that end a text.
 
     Raises:
@@ -53,6 +66,7 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rope_local_theta: float | None = None
+    rope_free_layers: tuple[int, ...] = ()
     partial_rotary_factor: float = 1.0
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
@@ -60,19 +74,30 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_joins_heads: bool = False
     fused_projections: bool = False
     norm_adds_one: bool = False
+    norm_multiplies_wide: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     scale_embeddings: bool = False
     sliding_window: int | None = None
     windowed_layers: tuple[int, ...] = ()
     query_pre_attn_scalar: float | None = None
+    attention_multiplier: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    expert_biases: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    sinks: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -92,11 +117,12 @@ class DecoderConfig:
                 f"sliding_window ({self.sliding_window}) and windowed_layers "
                 f"({self.windowed_layers}) go together"
             )
-        if not all(0 <= i < self.num_hidden_layers for i in self.windowed_layers):
-            raise ConfigError(
-                f"windowed_layers {self.windowed_layers} names layers beyond the "
-                f"{self.num_hidden_layers} there are"
-            )
+        for name in ("windowed_layers", "rope_free_layers"):
+            if not all(0 <= i < self.num_hidden_layers for i in getattr(self, name)):
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} names layers beyond the "
+                    f"{self.num_hidden_layers} there are"
+                )
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) is not between 1 and "
@@ -106,6 +132,8 @@ class DecoderConfig:
             raise ConfigError("num_experts needs a moe_intermediate_size")
 
     def _check_rope(self) -> None:
+        if self.rope_free_layers and self.rope_local_theta is not None:
+            raise ConfigError("rope_free_layers and rope_local_theta do not go together")
         if self.head_dim % 2:
             raise ConfigError(f"RoPE needs an even head_dim, not {self.head_dim}")
         pairs = (self.rotary_dim + 1) // 2
@@ -127,6 +155,25 @@ class DecoderConfig:
     def rotary_dim(self) -> int:
         """The number of a head's dimensions that RoPE rotates; of an odd number, one more is."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def layers_rotated_apart(self) -> tuple[int, ...]:
+        """The layers whose rotation is not that of the others."""
+        return self.rope_free_layers if self.rope_local_theta is None else self.windowed_layers
+
+    @property
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of an expert's kernels, by name: gate and up, apart or in one, and down."""
+        *first, down = self.family.expert_names
+        inner, outer = self.moe_intermediate_size, self.hidden_size
+        return dict.fromkeys(first, (outer, 2 * inner // len(first))) | {down: (inner, outer)}
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of attention's scores."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
+        return float((self.query_pre_attn_scalar or self.head_dim) ** -0.5)
 
     @property
     def family(self) -> DecoderFamily:

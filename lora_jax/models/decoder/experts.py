@@ -11,7 +11,7 @@ A token costs k products, however many experts there are. Two implementations ac
   masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,38 +24,56 @@ from lora_jax.models.layers.placement import UNPLACED, Placement
 _SUBLANES = 8  # the TPU kernel takes multiples of this many rows; XLA masks for others
 
 
-Act = Callable[[jax.Array], jax.Array]
+# The products of all kernels but the last -> what the last multiplies, such as act(gate) * up.
+Gated = Callable[..., jax.Array]
 
 
 class Experts(Protocol):
     """An implementation of the MLPs of experts. It has to be hashable."""
 
     def __call__(
-        self, act: Act, rows: jax.Array, chosen: jax.Array, /, *kernels: jax.Array
+        self,
+        gated: Gated,
+        rows: jax.Array,
+        chosen: jax.Array,
+        /,
+        *kernels: jax.Array,
+        biases: Sequence[jax.Array] = (),
     ) -> jax.Array:
-        """Returns (act(row @ gate) * (row @ up)) @ down of each row, with its expert's kernels.
+        """Returns gated(row @ gate, row @ up) @ down of each row, with its expert's kernels.
 
         Args:
-          act: the activation.
+          gated: see ``Gated``.
           rows: [rows, d_model].
           chosen: [rows] int32, each row's expert.
-          *kernels: gate and up, [experts, d_model, d_ff], and down, [experts, d_ff, d_model].
+          *kernels: gate and up, [experts, d_model, d_ff] each or one kernel for both, and down,
+            [experts, d_ff, d_model].
+          biases: what is added to each kernel's products, [experts, out] each; () for nothing.
 
         Returns:
           [rows, d_model].
         """
 
 
-def by_blocks(act: Act, rows: jax.Array, chosen: jax.Array, *kernels: jax.Array) -> jax.Array:
+def by_blocks(
+    gated: Gated,
+    rows: jax.Array,
+    chosen: jax.Array,
+    *kernels: jax.Array,
+    biases: Sequence[jax.Array] = (),
+) -> jax.Array:
     """Applies experts to blocks of rows; see ``Experts`` for the arguments."""
     blocks = blocks_of(chosen, kernels[0].shape[0])
 
     def through(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         rows, expert = block
-        of_gate, of_up, of_down = (
-            lax.dynamic_index_in_dim(kernel, expert, keepdims=False) for kernel in kernels
-        )
-        return None, (act(rows @ of_gate) * (rows @ of_up)) @ of_down
+
+        def product(x: jax.Array, i: int) -> jax.Array:
+            y: jax.Array = x @ lax.dynamic_index_in_dim(kernels[i], expert, keepdims=False)
+            return y + lax.dynamic_index_in_dim(biases[i], expert, keepdims=False) if biases else y
+
+        *first, last = range(len(kernels))
+        return None, product(gated(*(product(rows, i) for i in first)), last)
 
     # No slot is written or read twice, so that the derivatives add in a fixed order.
     filled = jnp.zeros((blocks.experts.size * blocks.rows, rows.shape[1]), rows.dtype)
@@ -101,7 +119,13 @@ def blocks_of(chosen: jax.Array, n_experts: int) -> Blocks:
     return Blocks(rows, experts.astype(jnp.int32), (before * rows + within).astype(jnp.int32))
 
 
-def ragged(act: Act, rows: jax.Array, chosen: jax.Array, *kernels: jax.Array) -> jax.Array:
+def ragged(
+    gated: Gated,
+    rows: jax.Array,
+    chosen: jax.Array,
+    *kernels: jax.Array,
+    biases: Sequence[jax.Array] = (),
+) -> jax.Array:
     """Applies experts to sorted rows; see ``Experts`` for the arguments."""
     n = chosen.size
     order = jnp.argsort(chosen)  # stable
@@ -112,10 +136,16 @@ def ragged(act: Act, rows: jax.Array, chosen: jax.Array, *kernels: jax.Array) ->
     if spare := -n % _SUBLANES:  # rows of zeros, for the last expert
         grouped = jnp.pad(grouped, ((0, spare), (0, 0)))
         sizes = sizes.at[-1].add(spare)
+    if biases:
+        of_rows = jnp.pad(jnp.asarray(chosen)[order], (0, spare), constant_values=-1)
 
-    def through(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        hidden = act(lax.ragged_dot(x, gate, sizes)) * lax.ragged_dot(x, up, sizes)
-        return lax.ragged_dot(hidden, down, sizes)
+    def through(x: jax.Array, *kernels: jax.Array) -> jax.Array:
+        def product(x: jax.Array, i: int) -> jax.Array:
+            y = lax.ragged_dot(x, kernels[i], sizes)
+            return y + biases[i][of_rows] if biases else y
+
+        *first, last = range(len(kernels))
+        return product(gated(*(product(x, i) for i in first)), last)
 
     through = jax.checkpoint(through, policy=_keeps_products, prevent_cse=False)
     out = through(grouped, *kernels)[:n]

@@ -25,6 +25,12 @@ _SAME: dict[str, Any] = {
 _SAME_WHERE_READ: dict[str, Any] = {
     "mlp_bias": False,
     "query_pre_attn_scalar": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "logits_scaling": 1.0,
+    "swiglu_limit": None,
+    "swiglu_alpha": 1.702,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
@@ -88,6 +94,7 @@ def read_fields(config: Fields) -> dict[str, Any]:
         "o_bias": attention_bias,
         "sliding_window": window,
         "windowed_layers": windowed,
+        "rope_free_layers": family.rope_free(get, config["num_hidden_layers"]),
         **_read_experts(family, get),
         "eos_token_ids": read_eos(config),
         **family.traits,
@@ -123,10 +130,13 @@ def write_fields(fields: Fields) -> dict[str, Any]:
         out["attention_bias"] = fields["o_bias"]
     if "use_sliding_window" in own:
         out["use_sliding_window"] = fields["sliding_window"] is not None
+    layers = range(fields["num_hidden_layers"])
+    if "no_rope_layers" in own:
+        out["no_rope_layers"] = [int(i not in fields["rope_free_layers"]) for i in layers]
     if "layer_types" in own:
         out["layer_types"] = [
             "sliding_attention" if i in fields["windowed_layers"] else "full_attention"
-            for i in range(fields["num_hidden_layers"])
+            for i in layers
         ]
     return {**out, **write_rope(family, fields)}
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from lora_jax.hf.keys import Row, SubTensor
 from lora_jax.models.decoder.config import DecoderConfig
@@ -25,7 +25,8 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     words = (config.vocab_size, width)
     rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
-    norm(f"{layer}/input_layernorm", width)
+    if config.pre_norms:
+        norm(f"{layer}/input_layernorm", width)
     sizes = {"q": q_out, "k": kv_out, "v": kv_out}
     if config.fused_projections:
         sizes = {"qkv": q_out + 2 * kv_out}
@@ -33,22 +34,28 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
         path = f"{attention}/{name}_proj"
         rows.linear("attention", path, (width, size), COLUMNS, config.qkv_bias)
     if config.qk_norm:
-        norm(f"{attention}/q_norm", head_dim)
-        norm(f"{attention}/k_norm", head_dim)
+        joined = config.qk_norm_joins_heads
+        norm(f"{attention}/q_norm", q_out if joined else head_dim)
+        norm(f"{attention}/k_norm", kv_out if joined else head_dim)
     rows.linear("attention", f"{attention}/o_proj", (q_out, width), ROWS, config.o_bias)
+    if config.sinks:
+        heads = (config.num_attention_heads,)
+        rows.named("attention", f"{attention}/sinks", "{}.self_attn.sinks", heads, P("tensor"))
     norm(f"{layer}/post_attention_layernorm", width)
-    if config.post_norms:
+    if config.pre_norms and config.post_norms:
         norm(f"{layer}/pre_feedforward_layernorm", width)
     if config.num_experts:
-        rows.linear("router", f"{mlp}/gate", (width, config.num_experts), ROUTER, bias=False)
-        size = config.moe_intermediate_size
-        shapes = ((width, size), (width, size), (size, width))
-        for name, shape, spec in zip(
-            config.family.expert_names, shapes, (COLUMNS, COLUMNS, ROWS), strict=True
-        ):
-            spec = PartitionSpec("expert", *spec)
-            path = f"{mlp}/experts/{name}"
-            rows.add("experts", path, "kernel", shape, spec, experts=config.num_experts)
+        router, biased, n = config.family.router_name, config.expert_biases, config.num_experts
+        rows.linear("router", f"{mlp}/{router}", (width, n), ROUTER, biased)
+        *_, last = config.expert_shapes
+        for name, shape in config.expert_shapes.items():
+            path, spec = f"{mlp}/experts/{name}", P("expert", *(ROWS if name == last else COLUMNS))
+            if not fused(config):
+                rows.add("experts", path, "kernel", shape, spec, experts=n)
+                continue
+            hf, split = f"{{}}.mlp.experts.{name}", P("expert", None if name == last else "tensor")
+            rows.named("experts", f"{path}/kernel", hf, (n, *shape), spec)
+            rows.named("experts", f"{path}/bias", f"{hf}_bias", (n, shape[1]), split)
     else:
         sizes = {"gate_up": 2 * inner} if config.fused_projections else {"gate": inner, "up": inner}
         for name, size in sizes.items():
@@ -60,6 +67,11 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     if not config.tie_word_embeddings:
         rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False)
     return rows
+
+
+def fused(config: DecoderConfig) -> bool:
+    """Returns whether files hold all experts of a layer in one tensor, as we do: gpt-oss's."""
+    return len(config.family.expert_names) == 2
 
 
 _FUSED = re.compile(
@@ -84,7 +96,7 @@ def decoder_parts(
       The table's name of each tensor -> its place in the file; {} for a file of another layout.
     """
     parts: dict[str, SubTensor] = {}
-    if not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):
+    if fused(config) or not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):
         return parts
     gate, up, down = config.family.expert_names
     inner = config.moe_intermediate_size

@@ -1,13 +1,13 @@
 """One decoder layer: norms, grouped-query attention, and an MLP or experts."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.causal import attended
-from lora_jax.models.decoder.blocks import MLP, norm
+from lora_jax.models.decoder.blocks import MLP, norm, times
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
@@ -23,13 +23,13 @@ class Step(NamedTuple):
 
     Attributes:
       rope: RoPE's rotations of this call's tokens.
-      window_rope: rotations in layers with a sliding window; None if all layers use ``rope``.
+      other_rope: rotations in layers that are rotated apart; None if all layers use ``rope``.
       mask: the keys that each token may see in layers without a sliding window.
       filled: [] int32, the number of the cache's slots in use.
     """
 
     rope: Rotation
-    window_rope: Rotation | None
+    other_rope: Rotation | None
     mask: Mask
     filled: jax.Array
 
@@ -39,10 +39,12 @@ class PerLayer(NamedTuple):
 
     Attributes:
       windowed: [] bool, True if this layer uses the sliding window.
+      apart: [] bool, True if this layer is rotated apart.
       cache: this layer's keys and values so far; None without a cache.
     """
 
     windowed: jax.Array
+    apart: jax.Array
     cache: LayerCache | None
 
 
@@ -68,23 +70,23 @@ class Attention(ModelPart):
         """
         cfg = self.config
         q, k, v = self._project(x)
-        if cfg.qk_norm:
-            q = norm(self, "q_norm")(q)
-            k = norm(self, "k_norm")(k)
-        rope = _chosen(layer.windowed, step.window_rope, step.rope)
+        rope = _chosen(layer.apart, step.other_rope, step.rope)
         q, k = rotate(q, rope), rotate(k, rope)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
         mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
-        scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
+        sinks = None
+        if cfg.sinks:
+            init = nn.initializers.normal(cfg.initializer_range)
+            sinks = self.param("sinks", init, (cfg.num_attention_heads,), self.param_dtype)
         # All layers are one program; the name tells a plan how many of them have the window.
         with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
-            cap = cfg.attn_logit_softcapping
-            out = attended(self, q, k, v, mask, layer.cache, step.filled, scale, cap)
+            how = (cfg.score_scale, cfg.attn_logit_softcapping, sinks)
+            out = attended(self, q, k, v, mask, layer.cache, step.filled, *how)
         return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
-        """Returns queries, keys and values: [batch, seq, heads, head_dim] each."""
+        """Returns queries, keys and values, normalised: [batch, seq, heads, head_dim] each."""
         cfg = self.config
         heads = {"q": cfg.num_attention_heads} | dict.fromkeys("kv", cfg.num_key_value_heads)
         sizes = [n * cfg.head_dim for n in heads.values()]
@@ -96,14 +98,20 @@ class Attention(ModelPart):
                 dense(self, size, use_bias=cfg.qkv_bias, name=f"{name}_proj")(x)
                 for name, size in zip(heads, sizes, strict=True)
             ]
-        return [
+        names = ("q_norm", "k_norm")
+        if cfg.qk_norm and cfg.qk_norm_joins_heads:
+            flat[:2] = [norm(self, name)(part) for name, part in zip(names, flat, strict=False)]
+        parts = [
             self.placement.constrain(part.reshape(*x.shape[:2], n, cfg.head_dim), "heads")
             for part, n in zip(flat, heads.values(), strict=True)
         ]
+        if cfg.qk_norm and not cfg.qk_norm_joins_heads:
+            parts[:2] = [norm(self, name)(part) for name, part in zip(names, parts, strict=False)]
+        return parts
 
 
 class DecoderLayer(ModelPart):
-    """Attention and MLP, each after a norm (and before one, in Gemma), added to the stream."""
+    """Attention and MLP, each after a norm, before one, or both, added to the stream."""
 
     config: DecoderConfig
     experts: str | Experts = "auto"
@@ -121,24 +129,29 @@ class DecoderLayer(ModelPart):
         else:
             mlp = MLP(*self.options, name=cfg.family.mlp_name)
 
-        def inputs(norm_name: str, x: jax.Array) -> jax.Array:
-            return self.placement.constrain(norm(self, norm_name)(x), "inputs")
+        before, after = ["input_layernorm", "post_attention_layernorm"], ["", ""]
+        if cfg.post_norms:
+            after = ["post_attention_layernorm", "post_feedforward_layernorm"]
+            before[1] = "pre_feedforward_layernorm"
+
+        def inputs(i: int, x: jax.Array) -> jax.Array:
+            return self.placement.constrain(
+                norm(self, before[i])(x) if cfg.pre_norms else x, "inputs"
+            )
+
+        def added(i: int, x: jax.Array, part: jax.Array) -> jax.Array:
+            part = norm(self, after[i])(part) if cfg.post_norms else part
+            return x + times(part, cfg.residual_multiplier)
 
         attention = Attention(*self.options, name="self_attn")
-        hidden, cached = attention(inputs("input_layernorm", x), step, layer)
-        if cfg.post_norms:
-            x = x + norm(self, "post_attention_layernorm")(hidden)
-            hidden = mlp(inputs("pre_feedforward_layernorm", x))
-            x = x + norm(self, "post_feedforward_layernorm")(hidden)
-        else:
-            x = x + hidden
-            x = x + mlp(inputs("post_attention_layernorm", x))
-        x = self.placement.constrain(x, "residual")
+        hidden, cached = attention(inputs(0, x), step, layer)
+        x = added(0, x, hidden)
+        x = self.placement.constrain(added(1, x, mlp(inputs(1, x))), "residual")
         return x, None if layer.cache is None else cached
 
 
-def _chosen(windowed: jax.Array, inside: Any, outside: Any) -> Any:
-    """Chooses a layer's input, with a sliding window or without; None inside: no difference."""
-    if inside is None:
-        return outside
-    return jax.tree.map(lambda a, b: jnp.where(windowed, a, b), inside, outside)
+def _chosen(apart: jax.Array, other: Rotation | None, usual: Rotation) -> Rotation:
+    """Chooses a layer's rotation; no other: no difference."""
+    if other is None:
+        return usual
+    return Rotation(*(jnp.where(apart, a, b) for a, b in zip(other, usual, strict=True)))

@@ -8,11 +8,11 @@ import numpy as np
 from flax import linen as nn
 
 from lora_jax.models.causal import CausalLM, output_head
-from lora_jax.models.decoder.blocks import norm
+from lora_jax.models.decoder.blocks import norm, times
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
 from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
-from lora_jax.models.decoder.rope import rotations
+from lora_jax.models.decoder.rope import Rotation, rotations
 from lora_jax.models.layers.blocks import ModelPart, embed
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.masks import Mask
@@ -81,16 +81,20 @@ class _Trunk(ModelPart):
         positions = placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.max_len
         rope = rotations(positions, self.config, length)
-        window_rope = None
-        if self.config.rope_local_theta is not None:
-            window_rope = rotations(positions, self.config, length, local=True)
-        step = Step(rope, window_rope, mask, placed.first)
+        other_rope = None
+        if self.config.rope_free_layers:
+            other_rope = Rotation(jnp.ones_like(rope.cos), jnp.zeros_like(rope.sin))
+        elif self.config.rope_local_theta is not None:
+            other_rope = rotations(positions, self.config, length, local=True)
+        step = Step(rope, other_rope, mask, placed.first)
 
         x = with_noise(self.embed_tokens(input_ids), embedding_noise)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
-        x = self.placement.constrain(x, "residual")
-        windowed = np.zeros(self.config.num_hidden_layers, bool)
-        windowed[list(self.config.windowed_layers)] = True
-        x, new = self.layers(x, step, PerLayer(jnp.asarray(windowed), cache and cache.layers))
+        x = self.placement.constrain(times(x, self.config.embedding_multiplier), "residual")
+        windowed, apart = (
+            jnp.asarray(np.isin(np.arange(self.config.num_hidden_layers), some))
+            for some in (self.config.windowed_layers, self.config.layers_rotated_apart)
+        )
+        x, new = self.layers(x, step, PerLayer(windowed, apart, cache and cache.layers))
         return self.placement.constrain(self.norm(x), "inputs"), new

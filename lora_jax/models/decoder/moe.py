@@ -1,4 +1,4 @@
-"""A mixture of experts in place of an MLP: Mixtral's and Qwen3-MoE's.
+"""A mixture of experts in place of an MLP: Mixtral's, Qwen3-MoE's and gpt-oss's.
 
 Each token goes through k experts only, so it costs k products, however many experts there are. The
 module ``experts`` has the implementations that multiply the (token, expert) pairs.
@@ -6,10 +6,12 @@ module ``experts`` has the implementations that multiply the (token, expert) pai
 The experts' kernels are stacked, [experts, in, out], and the router is a kernel like any other
 ([d_model, experts]). So "all-linear" adapts both, each expert with an A and a B of its own: in
 transformers 4, whose names these are, both are ``nn.Linear`` layers, and PEFT's "all-linear" takes
-them. ``LoraRule(exclude=["gate"])`` leaves the router as it is.
+them. ``LoraRule(exclude=["gate"])`` leaves the router as it is (``"router"`` in gpt-oss, whose
+experts have one kernel for gate and up, whose outputs take turns, as in its files).
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,9 +20,9 @@ from flax import linen as nn
 from jax import lax
 
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.experts import Act, Experts, implementation
+from lora_jax.models.decoder.experts import Experts, Gated, implementation
 from lora_jax.models.layers.activations import ACTIVATION
-from lora_jax.models.layers.attention import dot_wide
+from lora_jax.models.layers.attention import dot_wide, wide
 from lora_jax.models.layers.blocks import ModelPart, dense
 
 
@@ -37,12 +39,29 @@ class SparseMLP(ModelPart):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Sends tokens, [batch, seq, d_model], through their experts; returns the same shape."""
         cfg = self.config
-        router = dense(self, cfg.num_experts, use_bias=False, name="gate", dot_general=dot_wide)
+        name, biased = cfg.family.router_name, cfg.expert_biases
+        dtype = wide(self.dtype) if biased else None  # of the sum
+        router = dense(
+            self, cfg.num_experts, use_bias=biased, name=name, dot_general=dot_wide, dtype=dtype
+        )
         weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob)
-        kernels = _Experts(*self.options, name="experts")()
+        kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
-        mixed = functools.partial(_mixed, ACTIVATION[cfg.hidden_act], products)
-        return self.placement.mixture(mixed)(x, weights, chosen, *kernels)
+        mixed = functools.partial(_mixed, gated_of(cfg), products)
+        return self.placement.mixture(mixed)(x, weights, chosen, kernels, biases)
+
+
+def gated_of(config: DecoderConfig) -> Gated:
+    """Returns the gated activation of a model's experts."""
+    limit, act = config.swiglu_limit, ACTIVATION[config.hidden_act]
+    if limit is None:
+        return lambda gate, up: act(gate) * up
+
+    def clamped(both: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(both[..., ::2], limit), jnp.clip(both[..., 1::2], -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
+
+    return clamped
 
 
 def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +83,13 @@ def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Ar
 
 
 def _mixed(
-    act: Act, experts: Experts, x: jax.Array, weights: jax.Array, chosen: jax.Array, *kernels: Any
+    gated: Gated,
+    experts: Experts,
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    kernels: Sequence[Any],
+    biases: Sequence[jax.Array],
 ) -> jax.Array:
     """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the shapes."""
     width, k = x.shape[-1], weights.shape[-1]
@@ -72,37 +97,40 @@ def _mixed(
     tokens = x.reshape(-1, width).astype(kernels[0].dtype)
     rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, width)
     weights, chosen = (pairs.reshape(-1, k).T for pairs in (weights, chosen))
-    out = experts(act, rows, chosen.reshape(-1), *kernels)
+    more = {"biases": biases} if biases else {}  # a function of one's own may do without
+    out = experts(gated, rows, chosen.reshape(-1), *kernels, **more)
     out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
     return out.sum(axis=0).reshape(x.shape).astype(x.dtype)
 
 
 class _Experts(ModelPart):
-    """The kernels of all experts: [experts, d_model, d_ff] twice, and [experts, d_ff, d_model]."""
+    """The kernels and the biases of all experts; see ``experts.Experts``."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self) -> list[jax.Array]:
+    def __call__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         cfg = self.config
-        inner, outer = cfg.moe_intermediate_size, cfg.hidden_size
-        return [
+        found = [
             _Kernel(*self.options, shape=(cfg.num_experts, *shape), name=name)()
-            for name, shape in zip(
-                cfg.family.expert_names,
-                [(outer, inner), (outer, inner), (inner, outer)],
-                strict=True,
-            )
+            for name, shape in cfg.expert_shapes.items()
         ]
+        kernels, biases = zip(*found, strict=True)
+        return kernels, biases if cfg.expert_biases else ()
 
 
 class _Kernel(ModelPart):
-    """The parameter ``kernel``."""
+    """The parameter ``kernel``, and a ``bias`` if experts have them."""
 
     config: DecoderConfig
     shape: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
         init = nn.initializers.normal(self.config.initializer_range)
-        return self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
+        if not self.config.expert_biases:
+            return kernel, None
+        shape = (self.shape[0], self.shape[-1])
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        return kernel, bias.astype(self.dtype)

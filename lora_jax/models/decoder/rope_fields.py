@@ -67,21 +67,23 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> dict[str, Any]
     name = family.model_type
     fields = dict(config.get("rope_parameters") or {})
     local_theta = None
-    if "rope_local_base_freq" in family.reads:
+    if family.windows_rotate_apart:
         local = dict(fields.pop("sliding_attention", None) or {})
         fields |= fields.pop("full_attention", None) or {}
         fields |= config.get("rope_scaling") or {}
-        local_theta = float(local.pop("rope_theta", None) or get("rope_local_base_freq", 10000.0))
+        local_theta = local.pop("rope_theta", None)
         if (kind := local.pop("rope_type", "default")) != "default" or any(local.values()):
             raise ConfigError(f"RoPE type {kind!r} of sliding_attention ({local}) is not supported")
     else:
-        fields = fields or dict(config.get("rope_scaling") or {})
+        fields = fields or dict(get("rope_scaling") or {})
     nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(f"RoPE parameters per layer type ({', '.join(nested)}) are not supported")
     legacy = fields.pop("type", "default")
     kind = fields.pop("rope_type", legacy) or "default"
     theta = float(fields.pop("rope_theta", None) or get("rope_theta", 10000.0))
+    if family.windows_rotate_apart:
+        local_theta = float(local_theta or get("rope_local_base_freq", theta))
     partial = fields.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
     if "partial_rotary_factor" not in family.reads and (partial or 1.0) != 1.0:
         raise ConfigError(f"partial_rotary_factor={partial} is not supported for {name}, only 1")
@@ -150,13 +152,21 @@ def _attention_factor(kind: str, fields: Fields, context: int) -> float:
 def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, Any]:
     """Writes config.json's fields on RoPE for transformers 4 and 5; see ``read_rope``."""
     out: dict[str, Any] = {"rope_theta": fields["rope_theta"]}
-    if fields["rope_local_theta"] is not None:
+    if family.windows_rotate_apart and "rope_local_base_freq" not in family.reads:
+        # transformers 5 alone has a base for each; it adds rope_scaling to full_attention's fields.
+        bases = {"full_attention": "rope_theta", "sliding_attention": "rope_local_theta"}
+        out["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": fields[base]}
+            for kind, base in bases.items()
+        }
+    elif fields["rope_local_theta"] is not None:
         out["rope_local_base_freq"] = fields["rope_local_theta"]
     if "partial_rotary_factor" in family.reads:
         out["partial_rotary_factor"] = fields["partial_rotary_factor"]
     scaling = fields["rope_scaling"]
     if scaling is None:
-        return out
+        default = "rope_scaling" in family.defaults  # would be read if there were none
+        return out | ({"rope_scaling": {"rope_type": "default"}} if default else {})
     needed, optional = _KINDS[scaling.kind]
     values = dataclasses.asdict(scaling)
     kept = {name: values[name] for name in (*needed, *optional) if name in values}

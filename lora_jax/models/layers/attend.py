@@ -25,7 +25,8 @@ class Attend(Protocol):
     """An implementation of attention; see ``attend`` for the arguments. It has to be hashable.
 
     On a mesh it is called in ``jax.shard_map``, with a device's batch, heads and queries, and with
-    all keys of those: see ``Split`` for the queries of a long row.
+    all keys of those: see ``Split`` for the queries of a long row. A model without ``sinks`` gives
+    none.
     """
 
     def __call__(
@@ -36,6 +37,7 @@ class Attend(Protocol):
         mask: Mask,
         scale: float | jax.Array | None = None,
         cap: float | None = None,
+        sinks: jax.Array | None = None,
         /,
     ) -> jax.Array: ...
 
@@ -61,6 +63,7 @@ def attend(
     mask: Mask,
     scale: float | jax.Array | None = None,
     cap: float | None = None,
+    sinks: jax.Array | None = None,
     *,
     attention: str | Attend = "auto",
     placement: Placement = UNPLACED,
@@ -77,6 +80,8 @@ def attend(
         average of values, which depends on the implementation and is finite.
       scale: a number or []; 1 / sqrt(head_dim) by default.
       cap: see ``soft_cap``.
+      sinks: [heads]; exp(sink) is added to the sum of a query's weights, so that they add up to
+        less than 1 (gpt-oss). None for none.
       attention: the implementation; see ``implementation``.
       placement: partitions the work over a mesh; see ``Placement.attention``.
       shared: keys and values, [kv_heads, n, head_dim], that come before those of every row, in the
@@ -89,11 +94,12 @@ def attend(
     local = implementation(attention, q.shape[1], placement.platform, kernels=placement.kernels)
     if shared is not None:
         if local is dense and placement == UNPLACED:
-            return dense(q, k, v, mask, scale, cap, shared=shared)
+            return dense(q, k, v, mask, scale, cap, sinks, shared=shared)
         before = shared.for_rows(q.shape[0])
         k = jnp.concatenate([before.key.astype(k.dtype), k], axis=1)
         v = jnp.concatenate([before.value.astype(v.dtype), v], axis=1)
-    return placement.attention(local)(q, k, v, mask, scale, cap)
+    more = [] if sinks is None else [sinks]  # a function of one's own may do without
+    return placement.attention(local)(q, k, v, mask, scale, cap, *more)
 
 
 def implementation(

@@ -42,6 +42,7 @@ def dense(
     mask: Mask,
     scale: float | jax.Array | None = None,
     cap: float | None = None,
+    sinks: jax.Array | None = None,
     *,
     shared: Shared | None = None,
 ) -> jax.Array:
@@ -74,8 +75,9 @@ def dense(
     scores = list(map(scores_of, parts, seen))
     # The maximum changes no result, and so needs no derivative.
     largest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
-    weights = [jnp.exp(s - lax.stop_gradient(largest)) for s in scores]
-    total = functools.reduce(jnp.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights))
+    largest, sink = with_sinks(lax.stop_gradient(largest), sinks, (k.shape[2], -1, 1, 1))
+    weights = [jnp.exp(s - largest) for s in scores]
+    total = functools.reduce(jnp.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights)) + sink
 
     def sum_of(part: KeysAndValues, weights: jax.Array) -> jax.Array:
         weights = weights.astype(v.dtype)
@@ -85,6 +87,23 @@ def dense(
 
     out = functools.reduce(jnp.add, map(sum_of, parts, weights))
     return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def with_sinks(
+    largest: jax.Array, sinks: jax.Array | None, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array | float]:
+    """Returns the largest of scores and sinks, and what sinks add to the sums of weights.
+
+    Args:
+      largest: the largest scores, without a derivative.
+      sinks: [heads], or None.
+      shape: that of the sinks beside ``largest``.
+    """
+    if sinks is None:
+        return largest, 0.0
+    sinks = sinks.astype(largest.dtype).reshape(shape)
+    largest = jnp.maximum(largest, lax.stop_gradient(sinks))
+    return largest, jnp.exp(sinks - largest)
 
 
 def score_scale(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:

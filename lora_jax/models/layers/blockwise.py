@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.types import Tree
-from lora_jax.models.layers.attention import score_scale, soft_cap
+from lora_jax.models.layers.attention import score_scale, soft_cap, with_sinks
 from lora_jax.models.layers.masks import Mask, Split, Tokens
 from lora_jax.models.layers.paired import KEEPS_SUMS, kept, pair_of_blocks, seen_by
 
@@ -59,11 +59,14 @@ class Blockwise:
         mask: Mask,
         scale: float | jax.Array | None = None,
         cap: float | None = None,
+        sinks: jax.Array | None = None,
     ) -> jax.Array:
         batch, seq, _, head_dim = q.shape
         grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
         keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
-        run = functools.partial(_span, scale=score_scale(q, scale), cap=cap, block=self.block)
+        run = functools.partial(
+            _span, scale=score_scale(q, scale), cap=cap, sinks=sinks, block=self.block
+        )
         if mask.causal and mask.split is not None and mask.split.paired:
             size = self._tile(seq // 2, mask.split)
             out = _pairs(grouped, keys, values, mask, mask.split, size, **run.keywords)
@@ -123,6 +126,7 @@ def _span(
     *,
     scale: jax.Array,
     cap: float | None,
+    sinks: jax.Array | None,
     block: int,
 ) -> jax.Array:
     """Computes attention of queries, block by block, to all of the given keys.
@@ -132,7 +136,7 @@ def _span(
       keys, values: [batch, kv_heads, keys, head_dim].
       mask: mask of these queries and keys.
       scale: [], the factor of the scores.
-      cap: see ``soft_cap``.
+      cap, sinks: see ``attend``.
       block: queries per block.
 
     Returns:
@@ -140,7 +144,7 @@ def _span(
     """
 
     def one(q: jax.Array, queries: Tokens) -> jax.Array:
-        return _block(q, keys, values, mask.visible(queries), scale, cap)
+        return _block(q, keys, values, mask.visible(queries), scale, cap, sinks)
 
     return _over_blocks(one, q, mask.queries, block)
 
@@ -155,6 +159,7 @@ def _pairs(
     *,
     scale: jax.Array,
     cap: float | None,
+    sinks: jax.Array | None,
     block: int,
 ) -> jax.Array:
     """Computes attention of a device's two chunks of queries, a tile of each at a time.
@@ -167,7 +172,7 @@ def _pairs(
       mask: mask of these queries and keys.
       split: the mask's.
       tile: queries per tile, and keys.
-      scale, cap, block: see ``_span``.
+      scale, cap, sinks, block: see ``_span``.
 
     Returns:
       As q.
@@ -186,7 +191,7 @@ def _pairs(
         pair = (i, count - 1 - i)
 
         def one(q: jax.Array, queries: Tokens, seen: Any = seen) -> jax.Array:
-            return pair_of_blocks(q, queries, seen, mask, scale, cap)
+            return pair_of_blocks(q, queries, seen, mask, scale, cap, sinks)
 
         both = jnp.stack([mine[:, at] for at in pair], axis=2)
         queries = jax.tree.map(
@@ -220,6 +225,7 @@ def _block(
     visible: jax.Array,
     scale: jax.Array,
     cap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Computes attention of one block; its mask is [batch, block, keys]. See ``_span``."""
     batch, size, kv_heads, group, head_dim = q.shape
@@ -230,8 +236,10 @@ def _block(
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(dtype).min)
     # Division comes last, when there is less to divide. The maximum changes no result, and so
     # needs no derivative.
-    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    largest, sink = with_sinks(largest, sinks, (kv_heads, group, 1, 1))
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + sink
     weights = weights.reshape(batch, kv_heads, group * size, -1).astype(values.dtype)
     out = jnp.einsum("bnqk,bnkd->bnqd", weights, values, preferred_element_type=dtype)
     out = (kept(out).reshape(batch, kv_heads, group, size, head_dim) / total).astype(q.dtype)

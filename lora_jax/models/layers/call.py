@@ -20,6 +20,7 @@ class Call:
       head_dim: the size of a head.
       dtype: the dtype of queries, keys and values.
       capped: whether scores are capped.
+      sinks: whether heads have sinks.
       cached: whether keys come from a cache, and are more than the queries.
       split: how the queries of a row are split over devices; None where they are not.
     """
@@ -28,17 +29,21 @@ class Call:
     head_dim: int
     dtype: DTypeLike
     capped: bool = False
+    sinks: bool = False
     cached: bool = False
     split: Split | None = None
 
     @classmethod
-    def of(cls, q: jax.Array, mask: Mask, cap: float | None) -> Call:
+    def of(
+        cls, q: jax.Array, mask: Mask, cap: float | None, sinks: jax.Array | None = None
+    ) -> Call:
         """Returns the facts of an implementation's arguments."""
         return cls(
             queries=q.shape[1],
             head_dim=q.shape[-1],
             dtype=jnp.dtype(q.dtype),
             capped=cap is not None,
+            sinks=sinks is not None,
             cached=not mask.aligned and mask.split is None,
             split=mask.split,
         )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models.layers.attention import soft_cap
+from lora_jax.models.layers.attention import soft_cap, with_sinks
 from lora_jax.models.layers.masks import Mask, Tokens
 
 _SUMS = "sums of values"
@@ -64,7 +64,13 @@ def seen_by(first: jax.Array, keys: jax.Array, values: jax.Array, tokens: Tokens
 
 
 def pair_of_blocks(
-    q: jax.Array, queries: Tokens, seen: Seen, mask: Mask, scale: jax.Array, cap: float | None
+    q: jax.Array,
+    queries: Tokens,
+    seen: Seen,
+    mask: Mask,
+    scale: jax.Array,
+    cap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Computes attention of a block of the earlier tile and one of the later.
 
@@ -74,7 +80,7 @@ def pair_of_blocks(
       seen: the tiles that these see, T + 1.
       mask: gives everything but the tokens.
       scale: [], the factor of the scores.
-      cap: see ``soft_cap``.
+      cap, sinks: see ``attend``.
 
     Returns:
       As q.
@@ -104,8 +110,10 @@ def pair_of_blocks(
     scores = jnp.where(visible[:, None, :, None], scores, lowest)
     top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     tops = (jnp.where(of, top, lowest) for of in (early, ~early))
-    weights = jnp.exp(scores - mine(jnp.stack([jnp.max(x, axis=2, keepdims=True) for x in tops])))
-    total = summed(jnp.sum(weights, axis=-1, keepdims=True))
+    largest = jnp.stack([jnp.max(x, axis=2, keepdims=True) for x in tops])
+    largest, sink = with_sinks(largest, sinks, (kv_heads, 1, group, 1, 1))
+    weights = jnp.exp(scores - mine(largest))
+    total = summed(jnp.sum(weights, axis=-1, keepdims=True)) + sink
     weights = weights.reshape(*flat, -1).astype(seen.values.dtype)
     out = jnp.einsum("bntqk,bntkd->bntqd", weights, seen.values, preferred_element_type=dtype)
     out = kept(summed(out.reshape(rows.shape))) / total

@@ -9,7 +9,7 @@ import jax
 
 Activation = Literal["residual", "inputs", "heads", "features"]
 # (x [batch, seq, d_model], weights [batch, seq, k], experts [batch, seq, k], the kernels of the
-# gates, of the up and of the down projections [experts, …]) -> [batch, seq, d_model]
+# gates, of the up and of the down projections [experts, …], their biases) -> [batch, seq, d_model]
 Mixture = Callable[..., jax.Array]
 # An implementation of attention; see ``lora_jax.models.layers.attend.Attend``.
 Attention = Callable[..., jax.Array]

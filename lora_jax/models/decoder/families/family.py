@@ -24,10 +24,16 @@ class DecoderFamily:
       traits: the fields of ``DecoderConfig`` that are the same in all its models.
       windowed: (get, number of layers) -> the layers with a window in a file that has a window and
         no layer_types.
+      rope_free: (get, number of layers) -> the layers without RoPE.
+      windows_rotate_apart: True if RoPE in layers with a window has a base of its own, and is never
+        scaled.
       experts: get -> the number of experts and their inner size; None for dense MLPs.
       writes: fields that config.json has under another name than ``DecoderConfig``.
       mlp_name: Hugging Face's name of a layer's MLP.
-      expert_names: its names of an expert's gate, up and down projections.
+      router_name: its name of the router in it.
+      expert_names: its names of an expert's gate, up and down projections; of the one projection
+        to gate and up, whose outputs take turns, and of down, where its files hold all experts of a
+        layer in one tensor of each.
       rope_kinds: the only types of scaled RoPE that it has; () for any.
       rope_aliases: other names of these types in its files.
       gguf: its architecture in GGUF files; None if such files are not read.
@@ -43,10 +49,13 @@ class DecoderFamily:
     refuses: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windowed: Callable[[Get, int], range | tuple[int, ...]] = lambda get, n_layers: range(n_layers)
+    rope_free: Callable[[Get, int], tuple[int, ...]] = lambda get, n_layers: ()
+    windows_rotate_apart: bool = False
     experts: Callable[[Get], tuple[int, int]] | None = None
     writes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mlp_name: str = "mlp"
-    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    router_name: str = "gate"
+    expert_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     rope_kinds: tuple[str, ...] = ()
     rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf: str | None = None

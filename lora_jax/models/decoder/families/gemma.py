@@ -43,7 +43,13 @@ GEMMA3 = DecoderFamily(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     reads=_READS | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
-    defaults={**_DEFAULTS, "max_position_embeddings": 131072, "rope_theta": 1e6},
+    defaults={
+        **_DEFAULTS,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
     traits={**_TRAITS, "qk_norm": True},
+    windows_rotate_apart=True,
     windowed=lambda get, n: _all_but_each_last(get("sliding_window_pattern", 6), n),
 )

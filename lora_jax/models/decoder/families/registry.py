@@ -1,6 +1,16 @@
 """The families of decoders, by ``model_type``."""
 
-from lora_jax.models.decoder.families import gemma, llama, mistral, phi, qwen
+from lora_jax.models.decoder.families import (
+    gemma,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    smollm,
+)
 from lora_jax.models.decoder.families.family import DecoderFamily
 
 FAMILIES: dict[str, DecoderFamily] = {
@@ -15,5 +25,10 @@ FAMILIES: dict[str, DecoderFamily] = {
         gemma.GEMMA2,
         gemma.GEMMA3,
         phi.PHI3,
+        smollm.SMOLLM3,
+        olmo.OLMO2,
+        olmo.OLMO3,
+        granite.GRANITE,
+        gpt_oss.GPT_OSS,
     )
 }

@@ -47,6 +47,8 @@ class Cudnn:
             return f"cuDNN's heads are multiples of 8 up to 128, not {call.head_dim}"
         if call.capped:
             return "cuDNN does not cap scores"
+        if call.sinks:
+            return "cuDNN has no sinks"
         if call.queries % 2:
             return "cuDNN needs an even number of tokens"
         if call.queries > _LONGEST:
@@ -61,9 +63,10 @@ class Cudnn:
         mask: Mask,
         scale: float | jax.Array | None = None,
         cap: float | None = None,
+        sinks: jax.Array | None = None,
     ) -> jax.Array:
-        if self.refusal(Call.of(q, mask, cap)):
-            return self.otherwise(q, k, v, mask, scale, cap)
+        if self.refusal(Call.of(q, mask, cap, sinks)):
+            return self.otherwise(q, k, v, mask, scale, cap, sinks)
         # Padding sees itself, so that no row of the mask is empty.
         visible = mask.visible() | (mask.queries.slots[:, None] == mask.keys.slots)
         implementation: Any = self.backend

@@ -100,9 +100,10 @@ class Flash:
         mask: Mask,
         scale: float | jax.Array | None = None,
         cap: float | None = None,
+        sinks: jax.Array | None = None,
     ) -> jax.Array:
-        if self.refusal(Call.of(q, mask, cap)):
-            return self.otherwise(q, k, v, mask, scale, cap)
+        if self.refusal(Call.of(q, mask, cap, sinks)):
+            return self.otherwise(q, k, v, mask, scale, cap, sinks)
         batch, seq, _, head_dim = q.shape
         if isinstance(scale, jax.Array):
             q, scale = scaled(q, scale), 1.0
@@ -132,7 +133,11 @@ class Flash:
             interpret=self.interpret,
         )
         with jax.named_scope(self._visited(q.shape[1], k.shape[1], mask)):
-            return _attention(how, q, k, v, tokens)[:, :seq]
+            out, lse = _attention(how, q, k, v, tokens)
+        if sinks is not None:  # the sum of weights is exp(lse), and exp(lse) + exp(sink) with them
+            kept = jax.nn.sigmoid(lse * math.log(2) - sinks.astype(lse.dtype)[:, None])
+            out = (out * kept.swapaxes(1, 2)[..., None]).astype(q.dtype)
+        return out[:, :seq]
 
     def _visited(self, queries: int, keys: int, mask: Mask) -> str:
         """Returns the number of blocks that rows of one text visit, for plans; see ``Splash``."""
@@ -204,13 +209,16 @@ def _bounds(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(how: How, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens) -> jax.Array:
+def _attention(
+    how: How, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
+) -> tuple[jax.Array, jax.Array]:
+    """Returns attention, and the logarithm to base 2 of the sum of weights of each query."""
     return _forward(how, q, k, v, tokens)[0]
 
 
 def _forward(
     how: How, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
-) -> tuple[jax.Array, Any]:
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
     call = _Call(how, q, k)
     out, lse = call.run(
         programs.forward,
@@ -221,13 +229,14 @@ def _forward(
         [(q, call.block), (k, call.row), (v, call.row)],
         [(q, call.block), (call.statistics, call.block_statistics)],
     )
-    return out, (q, k, v, tokens, out, lse)
+    return (out, lse), (q, k, v, tokens, out, lse)
 
 
-def _backward(how: How, kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _backward(how: How, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     q, k, v, tokens, out, lse = kept
+    cotangent, of_lse = cotangents
     mean = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-    mean = mean.transpose(0, 2, 1)
+    mean = mean.transpose(0, 2, 1) - of_lse / math.log(2)
     call = _Call(how, q, k)
     (dq,) = call.run(
         programs.dq_of,

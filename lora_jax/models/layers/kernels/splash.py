@@ -94,9 +94,10 @@ class Splash:
         mask: Mask,
         scale: float | jax.Array | None = None,
         cap: float | None = None,
+        sinks: jax.Array | None = None,
     ) -> jax.Array:
-        if self.refusal(Call.of(q, mask, cap)):
-            return self.otherwise(q, k, v, mask, scale, cap)
+        if self.refusal(Call.of(q, mask, cap, sinks)):
+            return self.otherwise(q, k, v, mask, scale, cap, sinks)
         batch, seq, heads, _ = q.shape
         q = scaled(q, scale)
         segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
@@ -108,7 +109,7 @@ class Splash:
         def one(row: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v = (x.transpose(1, 0, 2) for x in row[:3])
             with jax.named_scope(visits):
-                out: jax.Array = kernel(q, k, v, kernels.SegmentIds(*row[3:]))
+                out: jax.Array = kernel(q, k, v, kernels.SegmentIds(*row[3:]), sinks)
             return out.transpose(1, 0, 2)
 
         # Row by row: the kernel writes 128 fp32 copies of each query's logsumexp.

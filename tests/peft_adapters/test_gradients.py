@@ -1,0 +1,87 @@
+"""Gradients of adapters on families of decoders, with PEFT on transformers' model as the judge."""
+
+import copy
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax.core.paths import flatten_with_paths
+from tests.models import tiny
+from tests.models.test_parity import made
+from tests.peft_adapters.models import with_adapter
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    # PEFT heeds the pattern, although it says that it did not.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
+]
+
+# name -> (case, fields of LoraConfig)
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    case: (case, {"target_modules": "all-linear"})
+    for case in ("smollm3 with every option", "olmo2", "olmo3", "granite")
+} | {
+    "gpt-oss, attention": ("gpt-oss", {"target_modules": "all-linear"}),
+    "gpt-oss, experts": (
+        "gpt-oss",
+        {
+            "target_modules": ["q_proj", "o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+        },
+    ),
+    "gpt-oss, gate and up alone": (
+        "gpt-oss",
+        {"target_parameters": ["mlp.experts.gate_up_proj", "router.weight"]},
+    ),
+    "mixtral, experts": (
+        "mixtral",
+        {"target_parameters": ["mlp.experts.down_proj", "gate.weight"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_and_gradients(name: str, tmp_path: Any) -> None:
+    """PEFT's gradients, saved in the place of its factors, are ours in the tree that is loaded."""
+    import torch
+    import torch.nn.functional as F
+
+    case, options = ADAPTERS[name]
+    reference, model, params = made(case)
+    theirs = with_adapter(copy.deepcopy(reference), options | {"lora_dropout": 0.0})
+    theirs.save_pretrained(tmp_path / "factors")
+    ids = tiny.tokens(1, 3, 11)
+    # PEFT computes the change of experts within a forward pass, and parameters are read anew.
+    logits = theirs(input_ids=torch.from_numpy(ids).long()).logits
+    labels = torch.from_numpy(ids[:, 1:]).long()
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()).backward()
+    tree = lp.load(tmp_path / "factors", model, params)
+    adapter, base = lj.split(tree)
+    forward = lj.adapt(model.apply, strict=True)
+
+    def loss(adapter: Any) -> Any:
+        logits = forward({"params": lj.join(adapter, base)}, ids)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
+        return losses.mean(), logits
+
+    got, ours = jax.jit(jax.grad(loss, has_aux=True), compiler_options=tiny.FAST_COMPILE)(adapter)
+    tiny.assert_close(ours, logits.detach().numpy())
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.grad)
+    theirs.save_pretrained(tmp_path / "gradients")
+    want = lj.split(lp.load(tmp_path / "gradients", model, params))[0]
+    want, got = (dict(flatten_with_paths(tree)[0]) for tree in (want, got))
+    assert want.keys() == got.keys()
+    for path in want:
+        assert np.abs(want[path]).max() > 1e-4, path
+        tiny.assert_close(got[path], want[path], 1e-5)
