@@ -132,6 +132,16 @@ def mxfp4(rng: Any, shape: tuple[int, int], name: str) -> tuple[Tensors, np.ndar
     return {f"{name}.{part}": array for part, array in found.items()}, weight
 
 
+def experts(rng: Any, shape: tuple[int, int, int], name: str) -> tuple[Tensors, np.ndarray]:
+    """gpt-oss's: a weight of [experts, in, out] whose rows in the file are outputs."""
+    n, n_in, n_out = shape
+    codes = rng.integers(0, 16, (n, n_out, n_in))
+    scale = rng.integers(121, 126, (n, n_out, n_in // 32), np.uint8)
+    weight = E2M1[codes] * np.stack([spread(power(s), (n_out, n_in), 1, 32) for s in scale])
+    blocks = packed(codes).reshape(n, n_out, n_in // 32, 16)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scale}, weight.transpose(0, 2, 1)
+
+
 def nvfp4(names: tuple[str, str, str], divide: bool) -> Callable[..., tuple[Tensors, np.ndarray]]:
     def tensors(rng: Any, shape: tuple[int, int], name: str) -> tuple[Tensors, np.ndarray]:
         codes = rng.integers(0, 16, shape)
@@ -266,6 +276,7 @@ LAYOUTS = {
     "gptq": Layout(
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}, by_input("gptq")
     ),
+    "gpt-oss": Layout({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, experts),
     "nf4": Layout(_BNB, nf4(nested=False)),
     "nf4 nested": Layout({**_BNB, "bnb_4bit_use_double_quant": True}, nf4(nested=True)),
 }
@@ -289,7 +300,7 @@ def ship(
     rng, meant, held = np.random.default_rng(7), {}, {}
     for name, array in tensors.items():
         meant[name] = array
-        if not name.endswith("_proj.weight"):
+        if not name.endswith("_proj" if layout == "gpt-oss" else "_proj.weight"):
             held[name] = array
             continue
         made, meant[name] = LAYOUTS[layout].tensors(rng, array.shape, name.removesuffix(".weight"))
@@ -303,7 +314,7 @@ def ship(
     files = {name: f"model-{i % shards:05d}.safetensors" for i, name in enumerate(held)}
     for file in set(files.values()):
         write(folder / file, {name: x for name, x in held.items() if files[name] == file})
-    index = {"weight_map": files}
+    index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return meant
 

@@ -15,11 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.hf.load import shapes_of
-from lora_jax.models import DecoderConfig, from_pretrained, hf_tensors, key_table
+from lora_jax.models import DecoderConfig, from_pretrained, hf_tensors, key_table, kinds
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import Coded, is_coded
 from lora_jax.quantized.coded import on_host
 from lora_jax.quantized.formats import FP8
+from tests.adapted_trees import with_random_factors
 from tests.hf import shipped
 from tests.hf.test_load_coded import assert_same, leaves
 from tests.models import tiny
@@ -33,7 +34,10 @@ WHOLE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 16, "num_atte
 
 def fields_of(layout: str, **changes: Any) -> dict[str, Any]:
     sizes = PARTIAL if "fp8" in layout else WHOLE
-    return {**tiny.fields("llama3"), **sizes, "num_hidden_layers": 2, **changes}
+    if layout == "gpt-oss":
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    case = "gpt-oss" if layout == "gpt-oss" else "llama3"
+    return {**tiny.fields(case), **sizes, "num_hidden_layers": 2, **changes}
 
 
 def tensors_of(fields: dict[str, Any]) -> shipped.Tensors:
@@ -57,11 +61,15 @@ def shipped_as(tmp_path: Path) -> Any:
     return written
 
 
+EXPERTS = {"gpt-oss": "blocks"}
 UP = "model.layers.1.mlp.up_proj"
 OUR_UP = "model/layers/mlp/up_proj/kernel"
 
 
-@pytest.mark.parametrize("layout", shipped.LAYOUTS)
+LINEAR = [layout for layout in shipped.LAYOUTS if layout != "gpt-oss"]
+
+
+@pytest.mark.parametrize("layout", LINEAR)
 def test_numbers_of_each_layout(layout: str, shipped_as: Any) -> None:
     """Bitwise in fp32, as they are read and as they are computed; scales lie in another shard."""
     folder, meant = shipped_as(layout, num_hidden_layers=1)
@@ -79,7 +87,7 @@ def test_numbers_of_each_layout(layout: str, shipped_as: Any) -> None:
     np.testing.assert_array_equal(half, meant[up].astype(jnp.bfloat16))
 
 
-@over("layout", shipped.LAYOUTS, often=["fp8 blocks, bf16", "nf4 nested"], called=str)
+@over("layout", LINEAR, often=["fp8 blocks, bf16", "nf4 nested"], called=str)
 def test_a_model_keeps_its_codes(layout: str, shipped_as: Any, capsys: Any) -> None:
     folder, meant = shipped_as(layout)
     model, params = from_pretrained(folder, param_dtype=jnp.bfloat16)
@@ -155,7 +163,7 @@ def test_codes_on_a_mesh(shipped_as: Any) -> None:
 @over(
     ("layout", "kind"),
     [("fp8 blocks, bf16", "llama"), ("fp8 blocks, fp32", "qwen3")]
-    + [(layout, "llama") for layout in shipped.LAYOUTS if "fp8 blocks" not in layout],
+    + [(layout, "llama") for layout in LINEAR if "fp8 blocks" not in layout],
     often=["fp8 blocks, bf16, llama", "fp8 blocks, fp32, qwen3", "nf4 nested, llama"],
     called=", ".join,
 )
@@ -172,6 +180,32 @@ def test_logits_are_those_of_transformers(
     load = transformers.AutoModelForCausalLM.from_pretrained
     reference = load(tmp_path / "plain", attn_implementation="eager", dtype=torch.float32)
     model, params = from_pretrained(folder)
+    ids = tiny.tokens(1, 2, 9)
+    got = jax.jit(lj.adapt(model.apply))({"params": params}, ids)
+    with torch.no_grad():
+        want = reference(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
+    assert np.abs(want).max() > 0.1
+    tiny.assert_close(got, want, 1e-4)
+
+
+@pytest.mark.parity
+def test_gpt_oss_is_that_of_transformers(shipped_as: Any) -> None:
+    """Its own reader of MXFP4, from the same files: weights bitwise, logits closely."""
+    import torch
+    import transformers
+
+    folder, meant = shipped_as("gpt-oss")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+        attn_implementation="eager",
+        dtype=torch.float32,
+    )
+    model, params = from_pretrained(folder)
+    found = reference.state_dict()
+    for name, array in hf_tensors(lj.quantized.dequantize(params), key_table(model.config)):
+        np.testing.assert_array_equal(found[name].numpy(), array)
+        np.testing.assert_array_equal(array, meant[name])
     ids = tiny.tokens(1, 2, 9)
     got = jax.jit(lj.adapt(model.apply))({"params": params}, ids)
     with torch.no_grad():
@@ -204,20 +238,33 @@ def largest_float(hlo: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_step_holds_one_kernel_at_most(shipped_as: Any) -> None:
-    """In floats, each kernel by itself. Control: the whole tree as arrays first."""
-    folder, _ = shipped_as("fp8 blocks, fp32", num_hidden_layers=5)
-    model, params = from_pretrained(folder, remat=True)
-    tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
+@pytest.mark.parametrize(
+    ("layout", "largest", "all_of_them"),
+    [("fp8 blocks, fp32", 136 * 264, 5 * 136 * 264), ("gpt-oss", 64 * 192, 5 * 64 * 192)],
+)
+def test_a_step_holds_one_kernel_at_most(
+    layout: str, largest: int, all_of_them: int, shipped_as: Any
+) -> None:
+    """In floats, each kernel or each expert by itself. Control: the whole tree as arrays first."""
+    folder, _ = shipped_as(layout, num_hidden_layers=2 if layout == "gpt-oss" else 5)
+    model, params = from_pretrained(folder, remat=True, experts=EXPERTS.get(layout, "auto"))
+    tree = with_random_factors(
+        lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)], kinds=kinds(model.config))
+    )
     adapter, base = lj.split(tree)
     ids = tiny.tokens(1, 1, 3)
 
-    def compiled(prepare: Any) -> str:
+    def compiled(prepare: Any) -> Any:
         def loss(adapter: Any, base: Any) -> jax.Array:
             params = prepare(lj.join(adapter, base))
-            return jnp.sum(lj.adapt(model.apply)({"params": params}, ids))
+            return jnp.sum(lj.adapt(model.apply)({"params": params}, ids) ** 2)
 
-        return jax.jit(jax.grad(loss)).lower(adapter, base).compile(AS_FOR_USERS).as_text()
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(adapter, base)
+        return lowered.compile(AS_FOR_USERS)
 
-    assert largest_float(compiled(lambda tree: tree)) == 136 * 264
-    assert largest_float(compiled(lj.quantized.dequantize)) >= 5 * 136 * 264
+    ours, control = compiled(lambda tree: tree), compiled(lj.quantized.dequantize)
+    assert largest_float(ours.as_text()) == largest
+    assert largest_float(control.as_text()) >= all_of_them
+    jax.tree.map(
+        lambda a, b: tiny.assert_close(a, b, 1e-5), *(f(adapter, base) for f in (ours, control))
+    )
