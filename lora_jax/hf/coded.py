@@ -55,24 +55,30 @@ def encoded(
     return whole
 
 
-def shapes_as_stored(source: Source, row: Row, dtype: DTypeLike) -> Coded | None:
-    """Returns the shapes of what `as_stored` returns.
-
-    Raises:
-      WeightsError: some tensors of a stack lie in codes that stay so, and others do not.
-    """
-    kinds: dict[Any, str] = {}  # of codes -> the first tensor in them
-    for name in row.hf_names:
-        shapes = source.code_shapes(name, dtype)
-        leaves = jax.tree.leaves(shapes)
-        kind = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        kinds.setdefault((kind, jax.tree.structure(shapes)), name)
-    first, *others = kinds.values()
-    if others and any(name in source.shipped for name in kinds.values()):
+def check_alike(source: Source, row: Row) -> None:
+    """Raises a WeightsError if a stack's tensors lie in codes that stay so, and not all alike."""
+    first, *others = _kinds(source, row)
+    if others and not source.shipped.isdisjoint((first, *others)):
         raise WeightsError(
             f"{source.where}: {first} and {others[0]} lie in different codes, or one of them in "
             f"none, and {row.path} stacks them. quantize='none' (--quantize none) reads arrays"
         )
+
+
+def _kinds(source: Source, row: Row) -> list[str]:
+    """Returns the first tensor of a stack in each form that they lie in."""
+    kinds: dict[Any, str] = {}  # of codes -> the first tensor in them
+    for name in row.hf_names:
+        shapes = source.code_shapes(name, np.float32)
+        leaves = jax.tree.leaves(shapes)
+        kind = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        kinds.setdefault((kind, jax.tree.structure(shapes)), name)
+    return list(kinds.values())
+
+
+def shapes_as_stored(source: Source, row: Row, dtype: DTypeLike) -> Coded | None:
+    """Returns the shapes of what `as_stored` returns."""
+    first, *others = _kinds(source, row)
     coded = source.code_shapes(first, dtype)
     if coded is None or others:
         return None
@@ -95,9 +101,6 @@ def as_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | None
 
     Returns:
       The codes; None if not all of it is in codes of one format.
-
-    Raises:
-      WeightsError: see `shapes_as_stored`.
     """
     shapes = shapes_as_stored(source, row, dtype)
     if shapes is None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from lora_jax.hf.coded import NONE, STORED, as_stored, encoded, shapes_as_stored
+from lora_jax.hf.coded import NONE, STORED, as_stored, check_alike, encoded, shapes_as_stored
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
 from lora_jax.hf.sources import FLOATS, Source
@@ -58,12 +58,14 @@ def load_params(
         quantize = STORED
         print(
             f"{source.where}: {len(source.shipped)} kernels stay in the codes that they were "
-            "shipped in (quantize='none' for arrays)",
+            "shipped in; quantize='none' (--quantize none) reads arrays",
             file=sys.stderr,
         )
     codings = codings_of(table, param_dtype, quantize, source)
     if quantize == STORED:
         kernels = [row for row in held if row.path in codings]
+        for row in kernels:
+            check_alike(source, row)
         if not any([shapes_as_stored(source, row, param_dtype) for row in kernels]):
             raise ConfigError(
                 f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here "
