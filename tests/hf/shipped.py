@@ -35,8 +35,10 @@ def write(path: Path, tensors: Tensors) -> None:
         }  # fmt: skip
         at = ends[1]
     text = json.dumps(header).encode()
-    body = b"".join(np.ascontiguousarray(array).tobytes() for array in tensors.values())
-    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).tobytes())
 
 
 def e4m3(code: np.ndarray) -> np.ndarray:
