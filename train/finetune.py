@@ -142,7 +142,7 @@ def finetune(
     del params
 
     # The base, for comparison.
-    is_quantized = optim.quantize != "none"
+    is_quantized = outline.in_codes
     running = running_in(space, model)
     answering = lj.adapt(running.apply)  # as the model itself answers, not laid out for a step
     evaluated = answering if is_quantized else model.apply

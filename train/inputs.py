@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 import lora_jax as lj
+from lora_jax.hf.coded import NONE
 from lora_jax.models.attention import chosen_attention
 from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
@@ -18,7 +19,7 @@ from train.options.field import traits_of
 from train.options.file import alike
 from train.processes import hosts
 from train.progress import Prompts
-from train.run.intrinsic import space_of
+from train.run.intrinsic import moves_weights, space_of
 from train.run.output import saved_options
 from train.run.pretrained import Outline
 from train.run.rules import check_names, rules
@@ -65,7 +66,9 @@ def read_inputs(config: Any, task: Task) -> Read:
       UserError: something is missing, or does not fit the model.
     """
     rows = task.rows(config)
-    outline = task.outline(config, rows).quantized(config.optim.quantize)
+    # Codes do not train: where the weights do, they are arrays.
+    codes = NONE if moves_weights(config.adapter) else config.optim.quantize
+    outline = task.outline(config, rows).quantized(codes)
     outline.check_experts(config.optim.experts)
     read = {"rows": rows.train, "held_out": rows.held_out, "model": outline.config}
     hosts.check_alike(alike(config), **read)

@@ -49,7 +49,8 @@ class Base(Protocol):
         Args:
           move: called with an array and, for each of its axes, the axis of W that it holds, or -1
             where the array's axis is shorter than W's (one scale for all, one for a block). A move
-            that only places axes (`touched` is empty) places blocks too: it gets their axis.
+            that only places axes (`touched` is empty) places blocks too, if all are of one size: it
+            gets their axis.
           touched: the axes of W that the move changes. Every array must hold these in full: stretch
             an array that is constant along one of them.
 
@@ -192,8 +193,8 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
     is_even: list[bool] = []
 
     def look(array: Any, axes: Axes) -> Any:
-        pairs = zip(array.shape, axes, strict=True)
-        is_even.append(all(axis < 0 or n % parts[axis] == 0 for n, axis in pairs))
+        cuts = zip(array.shape, axes, parts, strict=True)
+        is_even.append(all(1 in (n, cut) or (axis >= 0 and n % cut == 0) for n, axis, cut in cuts))
         return array
 
     moved = base.along(look, frozenset())

@@ -1,20 +1,22 @@
 """Kernels of a file as codes, a layer at a time: the float kernel is never in memory whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from lora_jax.hf.keys import Row
+from lora_jax.hf.keys import Row, WeightsError
 from lora_jax.hf.sources import Source
 from lora_jax.quantized import Coded, Coding, encode
 from lora_jax.quantized.encode import encode_part, shardings_of, warn_of_lost
 
-# A `quantize=` that keeps the codes of the file itself.
-STORED = "stored"
+# Values of `quantize=`: keep the codes of the file itself, and have arrays in any case.
+STORED, NONE = "stored", "none"
 
 
 def encoded(
@@ -39,66 +41,123 @@ def encoded(
     whole_stack = isinstance(place, NamedSharding) and any(place.spec[:1])  # layers are sharded
     if not row.stack or whole_stack:
         return encode(read(None), coding, dtype=dtype, name=row.path)
-    layers, lost = [], 0
-    for i in range(row.stack[0]):
-        layer = read(range(i, i + 1))
-        coded, n_lost = encode_part(layer, coding, dtype, f"{row.path}, layer {i}")
-        layers.append(jax.block_until_ready(coded))
-        lost += n_lost
-    where = None
-    if isinstance(place, NamedSharding):
-        shape = jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32)
-        where = shardings_of(encode(shape, coding, dtype=dtype), place)
-    whole: Coded = jax.block_until_ready(jax.jit(_joined, out_shardings=where)(layers))
-    warn_of_lost(lost, whole, row.path)
+    lost = []
+
+    def layer(i: int) -> Coded:
+        coded, n_lost = encode_part(read(range(i, i + 1)), coding, dtype, f"{row.path}, layer {i}")
+        lost.append(n_lost)
+        return coded
+
+    shapes = encode(jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32), coding, dtype=dtype)
+    where = shardings_of(shapes, place) if isinstance(place, NamedSharding) else place
+    whole = _stacked(map(layer, range(row.stack[0])), shapes, where)
+    warn_of_lost(sum(lost), whole, row.path)
     return whole
 
 
-def _joined(layers: Sequence[Coded]) -> Coded:
-    return layers[0].map(lambda *arrays: jnp.concatenate(arrays), *layers[1:])
+def check_alike(source: Source, row: Row) -> None:
+    """Raises a WeightsError if a stack's tensors lie in codes that stay so, and not all alike."""
+    first, *others = _kinds(source, row)
+    if others and not source.shipped.isdisjoint((first, *others)):
+        raise WeightsError(
+            f"{source.where}: {first} and {others[0]} lie in different codes, or one of them in "
+            f"none, and {row.path} stacks them. quantize='none' (--quantize none) reads arrays"
+        )
+
+
+def _kinds(source: Source, row: Row) -> list[str]:
+    """Returns the first tensor of a stack in each form that they lie in."""
+    kinds: dict[Any, str] = {}  # of codes -> the first tensor in them
+    for name in row.hf_names:
+        shapes = source.code_shapes(name, np.float32)
+        leaves = jax.tree.leaves(shapes)
+        kind = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        kinds.setdefault((kind, jax.tree.structure(shapes)), name)
+    return list(kinds.values())
 
 
 def shapes_as_stored(source: Source, row: Row, dtype: DTypeLike) -> Coded | None:
     """Returns the shapes of what `as_stored` returns."""
-    parts = _alike([source.code_shapes(name, dtype) for name in row.hf_names])
-    if parts is None:
+    first, *others = _kinds(source, row)
+    coded = source.code_shapes(first, dtype)
+    if coded is None or others:
         return None
 
     def stacked(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         shape = array.shape[::-1] if row.transpose else array.shape
         return jax.ShapeDtypeStruct((*row.stack, *shape), array.dtype)
 
-    return parts[0].map(stacked)
-
-
-def _alike(parts: Sequence[Coded | None]) -> list[Coded] | None:
-    """Returns the tensors of a stack; None if not all of them are in codes of one format."""
-    whole = [part for part in parts if part is not None]
-    same = len(whole) == len(parts) and len({part.format for part in whole}) == 1
-    return whole if same else None
+    return coded.map(stacked)
 
 
 def as_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | None) -> Coded | None:
-    """Returns a kernel in the codes of the file; None if not all of it is in codes of one format.
+    """Reads a kernel in the codes of the file, a layer at a time, into its place.
 
     Args:
       source: the file.
       row: the kernel.
       dtype: dtype of the array that the codes stand for.
       place: the sharding of that array.
+
+    Returns:
+      The codes; None if not all of it is in codes of one format.
     """
-    whole = _alike([source.codes(name, dtype) for name in row.hf_names])
-    if whole is None:
+    shapes = shapes_as_stored(source, row, dtype)
+    if shapes is None:
         return None
+    where = shardings_of(shapes, place) if isinstance(place, NamedSharding) else place
+    if not row.stack:
+        return _put(_read(source, row, row.hf_names, dtype), where)
+    names = np.array(row.hf_names).reshape(row.stack[0], -1).tolist()
+    layers = (_put(_read(source, row, some, dtype), _of_a_layer(where)) for some in names)
+    return _stacked(layers, shapes, where)
 
-    def stacked(*arrays: np.ndarray) -> np.ndarray:
-        members = [array.T if row.transpose else array for array in arrays]
-        return np.stack(members).reshape(*row.stack, *members[0].shape)
 
-    coded = whole[0].map(stacked, *whole[1:])
-    if not isinstance(place, NamedSharding):
-        return coded.map(lambda array: jax.block_until_ready(jax.device_put(array, place)))
-    return coded.map(
-        lambda array, where: jax.make_array_from_callback(array.shape, where, array.__getitem__),
-        shardings_of(coded, place),
-    )
+def _read(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> Coded:
+    """Returns a kernel, or a layer of a stack with an axis for itself, of NumPy arrays."""
+    first, *others = [cast(Coded, source.codes(name, dtype)) for name in names]
+
+    def joined(*arrays: np.ndarray) -> np.ndarray:
+        each = [array.T if row.transpose else array for array in arrays]
+        shape = (*(1 for _ in row.stack[:1]), *row.stack[1:], *each[0].shape)
+        return (np.stack(each) if len(each) > 1 else each[0]).reshape(shape)
+
+    return first.map(joined, *others)
+
+
+def _put(coded: Coded, where: Any) -> Coded:
+    """Returns codes on their devices: `where` has the sharding of each array, or one for all."""
+    if not isinstance(where, Coded):
+        return coded.map(lambda array: jax.device_put(array, where))
+
+    def placed(array: np.ndarray, where: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+    return coded.map(placed, where)
+
+
+def _of_a_layer(where: Any) -> Any:
+    """Returns the shardings of one layer of a stack, which has an axis for itself."""
+    if not isinstance(where, Coded):
+        return where
+    return where.map(lambda one: NamedSharding(one.mesh, PartitionSpec(None, *one.spec[1:])))
+
+
+def _stacked(layers: Iterable[Coded], shapes: Coded, where: Any) -> Coded:
+    """Returns a stack in its place, written a layer at a time: there is no second copy of it.
+
+    Args:
+      layers: each with an axis for itself.
+      shapes: of the whole.
+      where: the sharding of each array, or one for all.
+    """
+    empty = jax.jit(lambda: shapes.map(lambda x: jnp.zeros(x.shape, x.dtype)), out_shardings=where)
+    write = jax.jit(_with_layer, donate_argnums=0, out_shardings=where)
+    whole: Coded = empty()
+    for i, layer in enumerate(layers):
+        whole = jax.block_until_ready(write(whole, layer, i))
+    return whole
+
+
+def _with_layer(whole: Coded, layer: Coded, i: jax.Array) -> Coded:
+    return whole.map(lambda all, one: lax.dynamic_update_slice_in_dim(all, one, i, 0), layer)

@@ -60,10 +60,11 @@ def read_file(path: Path, kind: str, error: type[ValueError]) -> dict[str, Any]:
     return fields
 
 
-def check_known(name: str, value: Any, known: Collection[str]) -> None:
+def check_known(name: str, value: Any, known: Collection[Any]) -> None:
     """Raises a ConfigError that lists the known values, if the value is none of them."""
     if value not in known:
-        raise ConfigError(f"{name} {value!r} is not supported; supported are {', '.join(known)}")
+        listed = ", ".join(map(str, known))
+        raise ConfigError(f"{name} {value!r} is not supported; supported are {listed}")
 
 
 def read_eos(config: Fields) -> tuple[int, ...]:

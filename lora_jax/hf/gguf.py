@@ -25,11 +25,14 @@ class GGUFFile:
 
     Attributes:
       metadata: the file's key-value pairs.
+      shipped: empty, since its codes are kept only if they are asked for.
 
     Raises:
       ConfigError: for another architecture or an unsupported option; names it.
       WeightsError: if the file is damaged or cut short.
     """
+
+    shipped: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, formats: Formats):
         self.where = str(path)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Leaf, Tree
+from lora_jax.quantized import is_coded
 
 # "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
 # the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
@@ -212,6 +213,11 @@ def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Leaf]:
 
 
 def _problem(leaf: Leaf, shape: tuple[int, ...]) -> str | None:
+    if is_coded(leaf):
+        return (
+            f"is in codes ({leaf.format.name}), and files are written in floats: "
+            "lora_jax.quantized.dequantize(params) makes arrays of codes"
+        )
     if not isinstance(leaf, np.ndarray | jax.Array):
         return (
             f"is a {type(leaf).__name__}, not an array (an adapted tree has to be merged first: "

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from lora_jax.hf.coded import STORED, as_stored, encoded, shapes_as_stored
+from lora_jax.hf.coded import NONE, STORED, as_stored, check_alike, encoded, shapes_as_stored
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
 from lora_jax.hf.sources import FLOATS, Source
@@ -54,13 +54,23 @@ def load_params(
     if absent:
         print(f"{source.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
     key = jax.random.key(0) if key is None else key
-    codings = codings_of(table, param_dtype, quantize)
-    kernels = (row.hf_names[0] for row in held if row.path in codings)
-    if quantize == STORED and not any(source.code_shapes(name, param_dtype) for name in kernels):
-        raise ConfigError(
-            f"{source.where}: quantize='stored' keeps the codes of a GGUF file, and no kernel here "
-            "is in codes: choose a format, such as quantize='nf4'"
+    if quantize is None and source.shipped:
+        quantize = STORED
+        print(
+            f"{source.where}: {len(source.shipped)} kernels stay in the codes that they were "
+            "shipped in; quantize='none' (--quantize none) reads arrays",
+            file=sys.stderr,
         )
+    codings = codings_of(table, param_dtype, quantize, source)
+    if quantize == STORED:
+        kernels = [row for row in held if row.path in codings]
+        for row in kernels:
+            check_alike(source, row)
+        if not any([shapes_as_stored(source, row, param_dtype) for row in kernels]):
+            raise ConfigError(
+                f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here "
+                "is in codes: choose a format, such as quantize='nf4'"
+            )
 
     def read(row: Row) -> Any:
         place = None if sharding is None else sharding(row.path, row.stacked_shape)
@@ -106,13 +116,14 @@ def shapes_of(
       table: the parameters.
       dtype: dtype of the parameters.
       quantize: see ``models.from_pretrained``.
-      source: the GGUF file whose codes are kept, for "stored".
+      source: the file whose codes are kept, for "stored".
     """
-    codings = codings_of(table, dtype, quantize)
+    quantize = STORED if quantize is None and source is not None and source.shipped else quantize
+    codings = codings_of(table, dtype, quantize, source)
 
     def shape(row: Row) -> Any:
         array, coding = jax.ShapeDtypeStruct(row.stacked_shape, dtype), codings.get(row.path)
-        if source is not None and row.path in codings:
+        if quantize == STORED and source is not None and row.path in codings:
             return shapes_as_stored(source, row, dtype) or array
         return array if coding is None else encode(array, coding)
 
@@ -120,7 +131,10 @@ def shapes_of(
 
 
 def codings_of(
-    table: Sequence[Row], dtype: DTypeLike, quantize: str | Codes | Sequence[QuantRule] | None
+    table: Sequence[Row],
+    dtype: DTypeLike,
+    quantize: str | Codes | Sequence[QuantRule] | None,
+    source: Source | None = None,
 ) -> dict[str, Coding | None]:
     """Returns how each kernel that ``quantize`` selects is stored, by path; see `quantized.plan`.
 
@@ -128,9 +142,12 @@ def codings_of(
       table: the parameters.
       dtype: dtype of the parameters.
       quantize: see ``models.from_pretrained``.
+      source: the file, for "stored".
     """
-    if quantize is None:
+    if quantize in (None, NONE):
         return {}
+    if quantize == STORED and source is not None and source.shipped:
+        return {r.path: None for r in table if not source.shipped.isdisjoint(r.hf_names)}
     shapes = nested((row.path, jax.ShapeDtypeStruct(row.stacked_shape, dtype)) for row in table)
     kinds = {row.path: row.kind for row in table if row.kind is not None}
     if not isinstance(quantize, str | Codes):

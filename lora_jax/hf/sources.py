@@ -12,10 +12,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
+from lora_jax.hf.stored.methods import Method, read_method, stored_tensors
+from lora_jax.hf.stored.raw import Header, RawFile
 from lora_jax.quantized import Coded
+from lora_jax.quantized.coded import on_host
 
 # The dtypes of weights, by safetensors' names.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -31,7 +35,8 @@ class Source(Protocol):
       format: the family's.
       config: the family's configuration.
       shapes: name -> shape, of every tensor.
-      dtypes: name -> dtype as it is stored, by safetensors' names ("F32").
+      dtypes: name -> dtype as it is stored, by safetensors' names ("F32"); of codes, "F32".
+      shipped: the names of tensors that lie in codes, and stay so unless another form is asked for.
     """
 
     where: str
@@ -39,6 +44,7 @@ class Source(Protocol):
     config: Any
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    shipped: frozenset[str]
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, as it is stored or in fp32."""
@@ -64,8 +70,8 @@ class Source(Protocol):
 class SafetensorsFolder:
     """A folder with config.json and model.safetensors, or shards and their index.
 
-    Only headers are read here. Tensors are read by file access, not through a map of the file:
-    mapped pages would count as this process's memory.
+    Only headers are read here, and the shapes and tables of codes. Tensors are read by file access,
+    not through a map of the file: mapped pages would count as this process's memory.
 
     Args:
       folder: the folder.
@@ -73,14 +79,14 @@ class SafetensorsFolder:
       **options: see ``Formats.read_config``.
 
     Raises:
-      ConfigError: if config.json is missing or describes another model.
-      WeightsError: if a file is missing, truncated or damaged, or if the index and its shards
-        disagree; it names the file and the tensor.
+      ConfigError: if config.json is missing, or describes another model or unknown codes.
+      WeightsError: if a file is missing, truncated or damaged, if the index and its shards
+        disagree, or if codes lack their scales; it names the file and the tensor.
     """
 
     def __init__(self, folder: Path, formats: Formats, **options: Any):
         self.where = str(folder)
-        self.config = read_config_file(folder / "config.json", formats, **options)
+        self.config, method = _read_config(folder / "config.json", formats, options)
         self.format = formats.of(self.config.model_type)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -92,6 +98,14 @@ class SafetensorsFolder:
         for name, shard in listed.items():
             if name and self._paths.get(name) != folder / shard:
                 raise WeightsError(f"{folder / _INDEX} puts {name} in {shard}, which lacks it")
+        self._raw: dict[Path, RawFile] = {}
+        headers = {name: Header(self.dtypes[name], shape) for name, shape in self.shapes.items()}
+        self._stored = stored_tensors(method, headers, self._fetch, self.where)
+        for name, stored in self._stored.items():
+            path = self._paths[stored.tensors[0]]
+            for tensor in stored.tensors:
+                del self.shapes[tensor]
+            self.shapes[name], self.dtypes[name], self._paths[name] = stored.shape, "F32", path
         parts = self.format.parts(self.config, self.shapes)
         apart = {part.name for part in parts.values()}
         held = {name: SubTensor(name, ()) for name in self.shapes if name not in apart} | parts
@@ -99,7 +113,8 @@ class SafetensorsFolder:
         shapes, dtypes, paths = self.shapes, self.dtypes, self._paths
         self.shapes = {name: part.shape_of(shapes[part.name]) for name, part in parts.items()}
         self.dtypes = {name: dtypes[part.name] for name, part in parts.items()}
-        self._paths = {name: paths[part.name] for name, part in parts.items()}
+        self._locations = {name: paths[part.name] for name, part in parts.items()}
+        self.shipped = frozenset(n for n, part in parts.items() if part.name in self._stored)
 
     def _names_of(self, held: Iterable[str]) -> dict[str, str]:
         """Returns the tensors' names in the family's table -> their names in the files.
@@ -130,12 +145,21 @@ class SafetensorsFolder:
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path} is damaged or cut short: {error}") from None
 
+    def _fetch(self, name: str, rows: slice | None) -> np.ndarray:
+        path = self._paths[name]
+        try:
+            if path not in self._raw:
+                self._raw[path] = RawFile(path)
+            return self._raw[path].read(name, rows)
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot read {name}: {error}") from None
+
     def read(self, name: str) -> np.ndarray:
         return self._slice(name, tuple(slice(None) for _ in self.shapes[name]))
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         # Block by block, so that there is never a second copy of a large tensor.
-        if not index:
+        if not index or name in self.shipped:
             return convert(self._slice(name, index), out, f"{self.locate(name)}: {name}")
         row_bytes = out.itemsize * math.prod(out.shape[1:])
         rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
@@ -147,16 +171,20 @@ class SafetensorsFolder:
             convert(values, out[at:stop], f"{self.locate(name)}: {name}")
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        return None
+        stored = self._stored.get(self._parts[name].name)
+        return None if stored is None else stored.coded(dtype, self._parts[name].at)
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        return None
+        stored = self._stored.get(self._parts[name].name)
+        return None if stored is None else stored.shapes(dtype, self._parts[name].at)
 
     def locate(self, name: str) -> str:
-        return str(self._paths[name])
+        return str(self._locations[name])
 
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        path, part = self._paths[name], self._parts[name]
+        path, part = self._locations[name], self._parts[name]
+        if (coded := self.codes(name, np.float32)) is not None:
+            return on_host(coded)[index]
         try:
             return np.asarray(self._files[path].get_slice(part.name)[part.inside(index)])
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
@@ -169,9 +197,16 @@ def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
     Raises:
       ConfigError: names the file, and what is wrong with it.
     """
+    return _read_config(path, formats, options)[0]
+
+
+def _read_config(path: Path, formats: Formats, options: Fields) -> tuple[Any, Method | None]:
+    """Returns a configuration, and the method of its codes."""
     fields = read_file(path, "a model", ConfigError)
     try:
-        return formats.read_config(fields, **options)
+        method = read_method(fields)
+        fields.pop("quantization_config", None)
+        return formats.read_config(fields, **options), method
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:  # "24" in the place of 24, 0 heads

@@ -70,10 +70,10 @@ def from_pretrained(
         ``EncoderConfig``.
       rope_scaling: a decoder's, for rows longer than its positions; see ``with_rope_scaling``.
       quantize: the codes to keep kernels in: a format ("nf4", "nf4-double", "int4", "int8", …), a
-        list of ``QuantRule``, or "stored" for the codes of a GGUF file as they are; None for
-        arrays. Kernels are encoded as they are read, a layer at a time, so that the float kernels
-        are never in memory together. Run such a model through ``lora_jax.adapt``. See
-        ``lora_jax.quantized``.
+        list of ``QuantRule``, "stored" for the codes that the files hold, or "none" for arrays. By
+        default "stored" where safetensors files hold codes, and "none" elsewhere. Kernels are
+        read or encoded a layer at a time, so that the float kernels are never in memory together.
+        Run such a model through ``lora_jax.adapt``. See ``lora_jax.quantized``.
       key: random key for a freshly initialised head; ``jax.random.key(0)`` by default. Each
         parameter's values depend on the key and its path alone.
 

@@ -5,8 +5,9 @@
 
 All arrays have W's axes in W's order. Codes have W's shape. Of another array, an element stands for
 as many elements of W along an axis as their sizes say: a scale for a block of 64, a mean for a
-whole axis. So an array's shape says all about its blocks, and whatever cuts, indexes, stacks or
-shards W's other axes does so to every array alike.
+whole axis. So an array's shape says all about its blocks (beside `Format.partial`, where the last
+block may have fewer elements), and whatever cuts, indexes, stacks or shards W's other axes does so
+to every array alike.
 """
 
 import dataclasses
@@ -39,9 +40,12 @@ class Coded:
     Attributes:
       arrays: by name:
         codes: codes of W's shape.
-        scales: one for each block; where they are coded themselves (`Format.double`), int8.
+        scales: one for each block; where they are coded themselves, int8 (`Format.double`) or fp8;
+            uint8 are the exponents of powers of two, E8M0's bits.
         mins: one for each block, of a format that has them.
-        scale_steps, scale_mean: fp32, where the scales are coded: s = step·code + mean.
+        zeros: one for each block, of files that have them: W = s·(v(c) − zero).
+        scale_steps, scale_mean: fp32, where the scales are coded: s = step·code (+ mean).
+        scale_divisor: fp32, in the place of steps: s = code / divisor.
       format: the format of the codes.
       dtype: dtype of W.
     """
@@ -64,7 +68,7 @@ class Coded:
     def blocks(self) -> tuple[int, ...]:
         """The size of a block along each axis of W."""
         pairs = zip(self.shape, self.arrays["scales"].shape, strict=True)
-        return tuple(n // m if m else 1 for n, m in pairs)
+        return tuple(self.format.span(n, m) for n, m in pairs)
 
     @property
     def nbytes(self) -> int:
@@ -93,8 +97,10 @@ class Coded:
             if any(sizes[axis] != whole[axis] for axis in touched):
                 sizes = [whole[a] if a in touched else n for a, n in enumerate(sizes)]
                 array = jnp.broadcast_to(array, sizes)
-            # What only places axes places blocks as well.
-            held = [n == whole[a] or (not touched and n != 1) for a, n in enumerate(sizes)]
+            # What only places axes places blocks as well, if they are all of one size.
+            pairs = list(zip(sizes, whole, strict=True))
+            even = [not touched and m != 1 and n == m * self.format.span(n, m) for m, n in pairs]
+            held = [m == n or is_even for (m, n), is_even in zip(pairs, even, strict=True)]
             return move(array, tuple(a if is_held else -1 for a, is_held in enumerate(held)))
 
         return self.map(moved)
@@ -113,52 +119,110 @@ def bytes_of(array: Shaped) -> int:
 
 @functools.partial(jax.jit, static_argnames=("format", "dtype"), inline=True)
 def _decoded(arrays: Mapping[str, jax.Array], format: Format, dtype: DTypeLike) -> jax.Array:
-    codes = arrays["codes"]
-    values = format.values(codes) * stretched(scales_of(arrays), codes.shape)
+    if "scale_divisor" in arrays:  # XLA multiplies by the inverse of a single number
+        each = jnp.broadcast_to(arrays["scale_divisor"], arrays["scales"].shape)
+        arrays = {**arrays, "scale_divisor": lax.optimization_barrier(each)}
+    formed = _formed(format.values(arrays["codes"]), arrays, format, stretched)
+    whole: jax.Array = formed.astype(dtype)
+    return whole
+
+
+def on_host(coded: Coded) -> np.ndarray:
+    """Returns W of a `Coded` of NumPy arrays, in fp32: the exact product, rounded once.
+
+    XLA gives zero for what is below 2⁻¹²⁶, and NumPy does not.
+
+    Args:
+      coded: its codes are int4, or of 8 bits.
+    """
+    codes = coded.arrays["codes"]
+    if is_of_4_bits(codes):
+        every = ((np.arange(16) ^ 8) - 8).astype(np.int8).astype(codes.dtype)
+    else:
+        every = np.arange(256, dtype=np.uint8).view(codes.dtype)
+    table = np.asarray(coded.format.values(jnp.asarray(every)))
+    with np.errstate(all="ignore"):
+        values = table[codes.view(np.uint8) & (len(table) - 1)]
+        return np.asarray(_formed(values, coded.arrays, coded.format, _repeated))
+
+
+def _formed(values: Any, arrays: Any, format: Format, stretch: Callable[..., Any]) -> Any:
+    """Returns W in fp32 from the values of its codes, by the functions of JAX or NumPy."""
+    if "zeros" in arrays:
+        values = values - stretch(arrays["zeros"].astype(np.float32), values.shape)
+    block = format.block if format.partial else None
+    values = values * stretch(scales_of(arrays, stretch), values.shape, block)
     if "mins" in arrays:
-        values += stretched(arrays["mins"].astype(jnp.float32), codes.shape)
-    return values.astype(dtype)
+        values = values + stretch(arrays["mins"].astype(np.float32), values.shape)
+    return values
 
 
-def scales_of(arrays: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns the scales of a `Coded`'s blocks, fp32, from its arrays."""
-    scales = arrays["scales"].astype(jnp.float32)
+def scales_of(arrays: Mapping[str, Any], stretch: Callable[..., Any] | None = None) -> Any:
+    """Returns the scales of a `Coded`'s blocks, fp32, from its arrays; by default, JAX's."""
+    scales = arrays["scales"]
+    scales = scales.view(jnp.float8_e8m0fnu) if scales.dtype == np.uint8 else scales
+    scales = scales.astype(np.float32)
+    if "scale_divisor" in arrays:
+        scales = scales / arrays["scale_divisor"]
     if "scale_steps" in arrays:
-        steps = stretched(arrays["scale_steps"], scales.shape)
-        scales = steps * scales + arrays["scale_mean"]
-    return scales
+        scales = (stretch or stretched)(arrays["scale_steps"], scales.shape) * scales
+    return scales + arrays["scale_mean"] if "scale_mean" in arrays else scales
 
 
-def stretched(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+def _repeated(array: np.ndarray, shape: Sequence[int], block: int | None = None) -> np.ndarray:
+    """Returns what `stretched` does, by NumPy."""
+    for axis, (n, m) in enumerate(zip(shape, array.shape, strict=True)):
+        if 1 < m < n:
+            array = np.repeat(array, block or n // m, axis)
+            array = array[(*[slice(None)] * axis, slice(n))]
+    return array
+
+
+def stretched(array: jax.Array, shape: Sequence[int], block: int | None = None) -> jax.Array:
     """Returns an array with each element repeated over its block, of size one where all share it.
 
     Args:
-      array: its sizes divide `shape`.
+      array: its sizes divide `shape`, unless a block is given.
       shape: shape of the result.
+      block: the size of blocks along each axis that has several, the last of which may be smaller.
     """
-    over = [n // m if 1 < m < n else 1 for n, m in zip(shape, array.shape, strict=True)]
-    if all(n == 1 for n in over):
-        return array
-    sizes = [(m, n) if n > 1 else (m,) for m, n in zip(array.shape, over, strict=True)]
-    apart = [n for pair in sizes for n in pair]
-    first = [sum(map(len, sizes[:axis])) for axis in range(array.ndim)]
-    spread = lax.broadcast_in_dim(array, apart, first)
-    return spread.reshape([math.prod(pair) for pair in sizes])
+    pairs = enumerate(zip(shape, array.shape, strict=True))
+    axes = [axis for axis, (n, m) in pairs if 1 < m < n]
+    for axis in reversed(axes):
+        size, n_blocks = shape[axis], array.shape[axis]
+        over = block or size // n_blocks
+        unit = math.gcd(size, over)
+        if unit < over:  # a partial block: by parts of blocks, of which the axis has whole ones
+            array = _spread(array, axis, over // unit)
+            array = lax.slice_in_dim(array, 0, size // unit, axis=axis)
+        if len(axes) > 1 or unit < over:  # the product's own kernel does the last step, and no more
+            array = lax.optimization_barrier(array)
+        array = _spread(array, axis, unit)
+    return array
+
+
+def _spread(array: jax.Array, axis: int, times: int) -> jax.Array:
+    """Returns an array with each element repeated along an axis."""
+    apart = (*array.shape[: axis + 1], times, *array.shape[axis + 1 :])
+    kept = [i for i in range(len(apart)) if i != axis + 1]
+    joined = (*array.shape[:axis], array.shape[axis] * times, *array.shape[axis + 1 :])
+    return lax.broadcast_in_dim(array, apart, kept).reshape(joined)
 
 
 def _written(values: Sequence[Any]) -> bytes:
     format, dtype = values
-    if FORMATS.get(format.name) != format:
+    known = FORMATS.get(format.name)
+    if known is None or dataclasses.replace(known, block=format.block) != format:
         raise ValueError(
             f"jax.export cannot write {format!r}, whose functions are your own; it writes "
             f"{', '.join(FORMATS)}"
         )
-    return json.dumps([format.name, np.dtype(dtype).name]).encode()
+    return json.dumps([format.name, format.block, np.dtype(dtype).name]).encode()
 
 
 def _read(text: bytes | bytearray) -> tuple[Format, Any]:
-    name, dtype = json.loads(bytes(text))
-    return FORMATS[name], jnp.dtype(dtype)
+    name, block, dtype = json.loads(bytes(text))
+    return dataclasses.replace(FORMATS[name], block=block), jnp.dtype(dtype)
 
 
 export.register_pytree_node_serialization(

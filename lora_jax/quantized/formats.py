@@ -2,13 +2,13 @@
 
 A block of weights w shares a scale s. Its codes c stand for the values v(c), and W = s·v(c) (+ m,
 where a format has a minimum for each block). A format is an entry of the table below: to add one,
-write a `Format` and give it to `quantize` or `encode`; MXFP4 is
+write a `Format` and give it to `quantize` or `encode`; one with powers of two as scales is
 
     def power_of_two(absmax):                              # of a block, for values up to 6
         return jnp.exp2(jnp.floor(jnp.log2(absmax)) - 2)
 
-    MXFP4 = Format("mxfp4", jnp.float4_e2m1fn, block=32, scale_of=power_of_two,
-                   scale_dtype=jnp.float8_e8m0fnu)
+    own = Format("own", jnp.float4_e2m1fn, block=32, scale_of=power_of_two,
+                 scale_dtype=jnp.float8_e8m0fnu)
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 # NormalFloat of 4 bits (Dettmers et al., arXiv 2305.14314, appendix E), as bitsandbytes has it.
@@ -58,6 +59,19 @@ def from_unsigned(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32) + 8
 
 
+def from_bits(dtype: DTypeLike) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function of codes that are the bits of floats of 8 bits, uint8, to their values.
+
+    Compilers that know no such floats would cast a stack of them before its layers are read.
+    """
+    return lambda codes: codes.view(dtype).astype(jnp.float32)
+
+
+def from_e2m1(codes: jax.Array) -> jax.Array:
+    """Returns the values of E2M1's bits, kept as int4: ±0, 0.5, 1, 1.5, 2, 3, 4, 6."""
+    return lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).astype(jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Format:
     """A format of codes.
@@ -74,6 +88,8 @@ class Format:
       scale_dtype: dtype of the scales.
       double: whether the scales themselves are stored as int8 (double quantisation): steps from
         the mean of their column, a step for each 256 of them.
+      partial: whether blocks have this size along every axis that has several, the last block of an
+        axis perhaps fewer weights; otherwise, all blocks of an axis are of one size.
     """
 
     name: str
@@ -85,6 +101,17 @@ class Format:
     scale_of: Callable[[jax.Array], jax.Array] | None = None
     scale_dtype: DTypeLike = jnp.float32
     double: bool = False
+    partial: bool = False
+
+    def span(self, size: int, n_blocks: int) -> int:
+        """Returns the size of a block along an axis of W, given the sizes of W and of its scales.
+
+        >>> lj.quantized.FORMATS["fp8"].span(576, 5)
+        128
+        """
+        if self.partial and 1 < n_blocks < size:
+            return self.block
+        return size // n_blocks if n_blocks else 1
 
     def codes(self, scaled: jax.Array) -> jax.Array:
         """Returns the codes of scaled weights, fp32."""
@@ -119,18 +146,27 @@ Q4_1 = Format("q4_1", jnp.int4, block=32, to_values=from_unsigned, scale_dtype=j
 Q4_K = Format("q4_k", jnp.int4, block=32, to_values=from_unsigned)
 Q6_K = Format("q6_k", jnp.int8, block=16, top=31)
 
-FORMATS = {f.name: f for f in (INT8, INT4, NF4, NF4_DOUBLE, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K)}
-_WITH_MINIMA = (Q4_1, Q4_K)
+# Codes of published checkpoints, read by `lora_jax.hf.stored`.
+FP8 = Format("fp8", jnp.uint8, 128, 448, to_values=from_bits(jnp.float8_e4m3fn), partial=True)
+FP8_E5M2 = dataclasses.replace(
+    FP8, name="fp8-e5m2", top=57344, to_values=from_bits(jnp.float8_e5m2)
+)
+MXFP4 = Format("mxfp4", jnp.int4, 32, 6, to_values=from_e2m1, scale_dtype=jnp.uint8)
+NVFP4 = Format("nvfp4", jnp.int4, 16, 6, to_values=from_e2m1, scale_dtype=jnp.float8_e4m3fn)
+
+_ENCODED = (INT8, INT4, NF4, NF4_DOUBLE, Q8_0, Q4_0, Q6_K)
+_READ = (Q4_1, Q4_K, FP8, FP8_E5M2, MXFP4, NVFP4)
+FORMATS = {f.name: f for f in (*_ENCODED, *_READ)}
 
 
 def format_of(format: "str | Format") -> Format:
     """Returns a format that weights can be encoded in, by its name.
 
     Raises:
-      ValueError: there is none of that name, or GGUF files alone are read in it.
+      ValueError: there is none of that name, or it is only read from files.
     """
     if isinstance(format, str):
-        encoded = [f.name for f in FORMATS.values() if f not in _WITH_MINIMA]
+        encoded = [f.name for f in _ENCODED]
         if format not in encoded:
             raise ValueError(
                 f"format={format!r}: choose one of {', '.join(map(repr, encoded))}, or give a "
@@ -139,6 +175,6 @@ def format_of(format: "str | Format") -> Format:
         return FORMATS[format]
     if not isinstance(format, Format):
         raise TypeError(f"format={format!r}: a format is a name or a lora_jax.quantized.Format")
-    if format in _WITH_MINIMA:
-        raise ValueError(f"format={format!r} has minima: it is read from GGUF files, not encoded")
+    if format.partial or format in _READ:
+        raise ValueError(f"format={format!r} is read from files, not encoded")
     return format

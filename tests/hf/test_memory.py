@@ -1,4 +1,4 @@
-"""Memory of loading and saving SmolLM2-135M, measured in a separate process."""
+"""Memory of loading and saving SmolLM2-135M, and a model in codes, in a separate process."""
 
 import json
 import os
@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 
 from lora_jax.hf.bundled import SMOLLM2
-from lora_jax.models import from_pretrained, save_pretrained
+from lora_jax.models import from_pretrained, key_table, read_config, save_pretrained
+from tests.hf import shipped
+from tests.models import tiny
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +90,32 @@ def test_loading(folders: dict[str, str], stored: str, dtype: str, sharded: bool
     got = measure(folders[stored], dtype, sharded, None, 0)
     assert got["model"] == 134_515_008 * jnp.dtype(dtype).itemsize
     assert got["loaded"] <= got["model"] + got["largest"] + ALLOWANCE
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_loading_codes(sharded: bool, tmp_path: Path) -> None:
+    """A layer's codes beyond the model; all layers' of one kernel take 200 MB, 800 MB in floats."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 24}
+    fields = {**tiny.fields("llama2"), **sizes, "head_dim": 32, "tie_word_embeddings": True}
+    codes = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    tensors = {}
+    for row in key_table(read_config(fields)):
+        for name in row.hf_names:
+            array = np.ones(row.hf_shape, np.float32)
+            if name.endswith("_proj.weight"):
+                array = np.full(row.hf_shape, 0x38, np.uint8).view(ml_dtypes.float8_e4m3fn)
+                blocks = tuple(-(-n // 128) for n in row.hf_shape)
+                tensors[f"{name}_scale_inv"] = np.ones(blocks, np.float32)
+            tensors[name] = array
+    shipped.write(tmp_path / "model.safetensors", tensors)
+    config = fields | {"quantization_config": codes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    del tensors
+    got = measure(str(tmp_path), "bfloat16", sharded, None, 0)
+    assert got["model"] <= 1.01 * (tmp_path / "model.safetensors").stat().st_size
+    layer = 3 * 1024 * 8192
+    assert got["loaded"] <= got["model"] + layer + ALLOWANCE
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

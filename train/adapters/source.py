@@ -12,6 +12,7 @@ import jax
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import subspace
+from lora_jax.hf.coded import NONE
 from lora_jax.hf.hub import name_for_others
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft.config import FILE as PEFT_CONFIG
@@ -66,8 +67,13 @@ class AdapterSource:
 
     @property
     def quantize(self) -> str | None:
-        """The codes of the base that the adapter was trained on; see --quantize."""
+        """The --quantize of the base that the adapter was trained on; None if its files said it."""
         return None if self.from_peft else self.about.get("quantize")
+
+    @property
+    def codes(self) -> str | None:
+        """The codes of the base that the adapter was trained on; None for arrays."""
+        return None if self.quantize == NONE else self.quantize
 
     @property
     def is_subspace(self) -> bool:

@@ -53,7 +53,7 @@ def measured(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Co
     config = min(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method)).config
     with doing(console, f"reading the weights of {outline.name}"):
         model, plain = weights_of(config, outline, inputs.layout)
-    forward = model.apply if config.optim.quantize == "none" else lj.adapt(model.apply)
+    forward = lj.adapt(model.apply) if outline.in_codes else model.apply
     before = None
     if sweep.outside is not None:
         with doing(console, "measuring the base on text outside the task"):

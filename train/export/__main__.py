@@ -216,7 +216,7 @@ def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
             overwrite=work.options.overwrite,
         )
     print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
-    if codes := work.adapter.quantize:
+    if codes := work.adapter.codes:
         work.say(
             f"its kernels are the values of the base's {codes} codes, plus the update: a server "
             "sees the model that was trained"
@@ -251,7 +251,7 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
             overwrite=options.overwrite,
         )
     print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
-    if codes := work.adapter.quantize:
+    if codes := work.adapter.codes:
         work.say(said_of_codes(codes, base))
     if not options.base_name and name_for_others(base) is None:
         work.say(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.hf.coded import STORED
 from lora_jax.models import EncoderConfig
 from train.adapters.source import AdapterSource
 
@@ -52,6 +53,8 @@ def said_of_codes(codes: str, base: str) -> str:
       codes: the value of --quantize that it was trained with.
       base: the name of the base.
     """
+    if codes == STORED:
+        return f"it was trained over the codes that {base} is published in: serve it over the same"
     config = loading_config(codes)
     remedy = f"load it with quantization_config={config}, or " if config else ""
     return (

@@ -96,7 +96,8 @@ def outlined(outline: Outline, adapters: Sequence[Named]) -> Outline:
     sources = [one.source for one in adapters if one.source is not None]
     for what in ("rope_scaling", "quantize"):
         for source in sources[1:]:
-            one, other = getattr(sources[0], what), getattr(source, what)
+            own = outline.head.get(what)  # what the files hold
+            one, other = (getattr(each, what) or own for each in (sources[0], source))
             if one != other:
                 raise UserError(
                     f"{sources[0].given} was trained with the {what} {one or 'none'}, and "
@@ -161,7 +162,7 @@ class Served:
     def use(self, name: str) -> tuple[Any, Callable[..., Any] | None]:
         """Returns the parameters of an adapter, and the function in the place of `model.apply`."""
         if name == BASE:
-            return self._trees[BASE], None
+            return self._trees[BASE], self._forward if self.outline.in_codes else None
         if not self._merge:
             return self._trees[name], self._forward
         if self._merged[0] != name:

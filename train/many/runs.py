@@ -120,7 +120,7 @@ def train_rows(
     for one in ones:
         with one.isolate_errors():
             tenants[one.row.name] = _begun(one, model, plain, session.release)
-    is_quantized = first.optim.quantize != "none"
+    is_quantized = outline.in_codes
     answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
     evaluated = answering if is_quantized else model.apply
     for one in ones:

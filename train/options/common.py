@@ -206,8 +206,9 @@ class OptimConfig:
     )
     """Codes to keep the base's kernels in, under a float32 adapter (QLoRA): nf4, int4 or int8, in
     blocks of 64 with a scale each; nf4-double has its scales in 8 bits too; stored keeps the codes
-    of a GGUF file. Each kernel is encoded as it is read. Embeddings, norms, routers and the output
-    head stay in --dtype. By default none, or the codes that --init-adapter was trained over."""
+    that the files hold. Each kernel is encoded as it is read. Embeddings, norms, routers and the
+    output head stay in --dtype. By default the codes that --init-adapter was trained over; else
+    stored where safetensors files hold codes (FP8, MXFP4, NF4, ...), and none elsewhere."""
 
     @property
     def remat_policy(self) -> bool | str:

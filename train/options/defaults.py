@@ -55,8 +55,8 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
     if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
         data = dataclasses.replace(data, model=str(path.absolute()))
-    if optim.quantize is None:
-        codes: Any = (source.quantize if source else None) or "none"
+    if optim.quantize is None and source:
+        codes: Any = source.quantize
         optim = dataclasses.replace(optim, quantize=codes)
     run = options.run
     if getattr(run, "eval_questions", 0) is None:

@@ -41,7 +41,7 @@ class Classifier:
         name = self.outline.name
         model, params = read_model(name, dtype="float32", **self.outline.head)
         if self.adapter is None:
-            return model.apply, params
+            return runnable(model, params)
         tree = self.adapter.load(model, params, name, allow_base_mismatch=allow_base_mismatch)
         return runnable(model, tree)
 

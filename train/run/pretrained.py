@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from lora_jax import models
 from lora_jax.hf.bundled import BUNDLES
-from lora_jax.hf.coded import STORED
+from lora_jax.hf.coded import NONE, STORED
+from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, shapes_of
 from lora_jax.hf.tokenizer import load_tokenizer
@@ -58,6 +59,11 @@ class Outline:
         return {"model": self.name, "revision": revision_of(resolve(self.name).path), **scaled}
 
     @property
+    def in_codes(self) -> bool:
+        """Whether kernels are in codes, so that models run through `lora_jax.adapt`."""
+        return any(map(is_coded, jax.tree.leaves(self.params, is_leaf=is_coded)))
+
+    @property
     def active_experts(self) -> int | None:
         """The number of experts active for a token; None if the model is no mixture of experts."""
         return getattr(self.config, "num_experts_per_tok", None) or None
@@ -98,21 +104,21 @@ class Outline:
         """Returns the outline with its kernels in codes; see --quantize.
 
         Args:
-          quantize: the codes; None or "none" for arrays.
+          quantize: the codes; "none" for arrays, None for what the model's files hold.
 
         Raises:
           UserError: the model's files hold no codes, and "stored" was asked for.
         """
-        if quantize in (None, "none"):
+        if quantize is None or (quantize == NONE and not self.in_codes):
             return self
         head = {**self.head, "quantize": quantize}
         given = f"--quantize {quantize}: "
         with as_user_errors(*_OF_MODEL, ValueError, prefix=given):
-            if quantize == STORED and resolve_config(self.name).suffix != ".gguf":
-                raise models.ConfigError(
-                    f"{self.name} is no GGUF file: choose a format, such as nf4"
-                )
             source = open_source(resolve(self.name).path) if quantize == STORED else None
+            if source is not None and not (source.shipped or isinstance(source, GGUFFile)):
+                raise models.ConfigError(
+                    f"the files of {self.name} hold no codes: choose a format, such as nf4"
+                )
             params = shapes_of(models.key_table(self.config), jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
 
@@ -243,7 +249,10 @@ def read_untokenized(name: str, **head: Any) -> Outline:
     with _model_errors(name):
         source = open_source(models.fetch(name), **head)
         absent = tuple(row.path for row in absent_rows(source))
-    return Outline(name, None, source.config, _abstract(source.config), head, absent)
+        params = shapes_of(models.key_table(source.config), jnp.float32, source=source)
+    if source.shipped:
+        head = {**head, "quantize": STORED}
+    return Outline(name, None, source.config, params, head, absent)
 
 
 def _outline(name: str, **head: Any) -> Outline:

@@ -1,0 +1,1 @@
+"""Tensors that safetensors files hold as codes and scales, kept as they were shipped."""

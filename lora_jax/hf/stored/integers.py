@@ -1,0 +1,176 @@
+"""How files lay out integers of 4 bits, and bitsandbytes' NF4: names, shapes and bits."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.hf.keys import WeightsError
+from lora_jax.hf.stored.tensor import Files, Piece, Stored, unpacked
+from lora_jax.quantized.formats import INT4, NF4, NF4_VALUES
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+def _words(files: Files, name: str) -> np.ndarray:
+    """Returns the numbers of 4 bits in a tensor's words, less 8."""
+    return unpacked(files.fetch(name, None), less_8=True)
+
+
+def _matrix(files: Files, name: str) -> tuple[int, int]:
+    shape = files.tensors[name].shape
+    if len(shape) != 2:
+        raise WeightsError(f"{name} is {list(shape)}, expected a matrix")
+    return shape[0], shape[1]
+
+
+def pack_quantized(name: str, files: Files) -> Stored | None:
+    """compressed-tensors' W4A16: eight codes a word along a row, each stored plus 8."""
+    stem = name.removesuffix("weight_packed")
+    if stem == name or files.tensors[name].dtype != "I32":
+        return None
+    if (order := f"{stem}weight_g_idx") in files.tensors:
+        raise WeightsError(f"{order}: groups in the order of activations are not kept in codes")
+    shape = files.find(name, ("I64", "I32"), f"{stem}weight_shape")
+    scale = files.find(name, _FLOATS, f"{stem}weight_scale")
+    n_out, n_in = (int(n) for n in files.fetch(shape, None).reshape(-1))
+    files.piece(name, (n_out, -(-n_in // 8)))  # has this shape
+    groups = (n_out, files.groups(name, n_in))
+
+    def codes(_: slice | None) -> np.ndarray:
+        return _words(files, name)[:, :n_in]
+
+    pieces = {
+        "codes": Piece((n_out, n_in), INT4.code_dtype, codes),
+        "scales": files.piece(scale, groups),
+    }
+    tensors = [name, shape, scale]
+    if (zero := f"{stem}weight_zero_point") in files.tensors:  # packed along the outputs
+        files.piece(zero, (-(-n_out // 8), groups[1]))
+
+        def zeros(_: slice | None) -> np.ndarray:
+            words = np.ascontiguousarray(files.fetch(zero, None).T)
+            return unpacked(words, less_8=True)[:, :n_out].T.astype(np.int8)
+
+        pieces["zeros"] = Piece(groups, np.int8, zeros)
+        tensors.append(zero)
+    return Stored(f"{stem}weight", INT4, pieces, tensors)
+
+
+def gptq(name: str, files: Files) -> Stored | None:
+    """GPTQ: eight codes a word along the inputs, with zeros for groups of them."""
+    if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
+        return None
+    stem = name.removesuffix("qweight")
+    n_words, n_out = _matrix(files, name)
+    n_in = 8 * n_words
+    order = f"{stem}g_idx"
+    if order in files.tensors:
+        group = files.group or n_in
+        if not np.array_equal(files.fetch(order, None), np.arange(n_in) // group):
+            raise WeightsError(f"{order}: groups in the order of activations are not kept in codes")
+
+    def codes(_: slice | None) -> np.ndarray:
+        return unpacked(files.fetch(name, None).T, less_8=True)
+
+    def in_order(numbers: np.ndarray) -> np.ndarray:
+        return numbers
+
+    return _with_zeros(name, files, (n_out, n_in), codes, in_order, [order])
+
+
+def awq(name: str, files: Files) -> Stored | None:
+    """AWQ: eight codes a word along the outputs, out of order, with zeros for groups of inputs."""
+    if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
+        return None
+    n_in, n_words = _matrix(files, name)
+
+    def in_order(numbers: np.ndarray) -> np.ndarray:
+        return numbers.reshape(len(numbers), -1, 8)[..., _AWQ].reshape(len(numbers), -1)
+
+    def codes(_: slice | None) -> np.ndarray:
+        return in_order(_words(files, name)).T
+
+    return _with_zeros(name, files, (8 * n_words, n_in), codes, in_order, [])
+
+
+_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the places of a word's numbers
+
+
+def _with_zeros(
+    name: str,
+    files: Files,
+    shape: tuple[int, int],
+    codes: Callable[[slice | None], np.ndarray],
+    in_order: Callable[[np.ndarray], np.ndarray],
+    others: Sequence[str],
+) -> Stored:
+    """Returns a tensor whose scales and packed zeros lie [groups, out]."""
+    stem = name.removesuffix("qweight")
+    n_out, n_in = shape
+    n_groups = files.groups(name, n_in)
+    scale = files.find(name, _FLOATS, f"{stem}scales")
+    zero = files.find(name, ("I32",), f"{stem}qzeros")
+    scales = files.piece(scale, (n_groups, n_out))
+    files.piece(zero, (n_groups, n_out // 8))
+
+    def zeros(_: slice | None) -> np.ndarray:
+        numbers = in_order(_words(files, zero)).astype(np.int8)
+        return (numbers + np.int8(files.zero_is_less)).T
+
+    pieces = {
+        "codes": Piece(shape, INT4.code_dtype, codes),
+        "scales": Piece((n_out, n_groups), scales.dtype, lambda _: scales.read(None).T),
+        "zeros": Piece((n_out, n_groups), np.int8, zeros),
+    }
+    held = [other for other in others if other in files.tensors]
+    return Stored(f"{stem}weight", INT4, pieces, [name, scale, zero, *held])
+
+
+def bnb_nf4(name: str, files: Files) -> Stored | None:
+    """bitsandbytes' NF4: codes in one row, the first in high bits; scales coded or not."""
+    state = f"{name}.quant_state.bitsandbytes__nf4"
+    if state not in files.tensors:
+        if files.tensors[name].dtype == "U8" and f"{name}.absmax" in files.tensors:
+            raise WeightsError(f"{name} is in codes, and no file holds its {state}")
+        return None
+    facts = json.loads(files.fetch(state, None).tobytes())
+    shape, block = tuple(facts["shape"]), facts["blocksize"]
+    n = math.prod(shape)
+    if len(shape) != 2 or shape[1] % block:
+        raise WeightsError(f"{name}: blocks of {block} do not fit its rows of {shape[1:]} weights")
+    files.piece(name, (n // 2, 1), (1, n // 2))
+    table = files.find(name, ("F32",), f"{name}.quant_map")
+    if not np.array_equal(files.fetch(table, None), np.array(NF4_VALUES, np.float32)):
+        raise WeightsError(f"{table} holds other values than those of NF4")
+    absmax = files.find(name, ("F32", "U8"), f"{name}.absmax")
+    files.piece(absmax, (n // block,))
+    tensors = [name, state, table, absmax]
+    nested = files.tensors[absmax].dtype == "U8"
+    if nested:
+        size = facts["nested_blocksize"]
+        of_map = files.find(name, ("F32",), f"{name}.nested_quant_map")
+        of_max = files.find(name, ("F32",), f"{name}.nested_absmax")
+        files.piece(of_map, (256,))
+        files.piece(of_max, (-(-(n // block) // size),))
+        tensors += [of_map, of_max]
+
+    def codes(_: slice | None) -> np.ndarray:
+        raw = files.fetch(name, None).reshape(-1)
+        return unpacked(raw, less_8=True, high_first=True).reshape(shape)
+
+    def scales(_: slice | None) -> np.ndarray:
+        values = files.fetch(absmax, None)
+        if nested:
+            steps = np.repeat(files.fetch(of_max, None), size)[: len(values)]
+            offset = np.float32(facts["nested_offset"])
+            values = files.fetch(of_map, None)[values] * steps + offset
+        return values.reshape(shape[0], -1)
+
+    pieces = {
+        "codes": Piece(shape, NF4.code_dtype, codes),
+        "scales": Piece((shape[0], shape[1] // block), jnp.float32, scales),
+    }
+    return Stored(name, NF4, pieces, tensors)

@@ -1,0 +1,183 @@
+"""What config.json says of a checkpoint's codes: which methods are read, and with which facts."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError, check_known
+from lora_jax.hf.keys import WeightsError
+from lora_jax.hf.stored.integers import awq, bnb_nf4, gptq, pack_quantized
+from lora_jax.hf.stored.layouts import fp8, mxfp4_blocks, packed_floats
+from lora_jax.hf.stored.raw import Fetch, Header
+from lora_jax.hf.stored.tensor import Files, Stored
+
+Layout = Callable[[str, Files], Stored | None]
+
+
+class Method(NamedTuple):
+    """A way to quantise, as a config.json describes it; see `Files` for the numbers."""
+
+    name: str
+    layouts: tuple[Layout, ...]
+    block: int | None = None
+    group: int | None = None
+    zero_is_less: bool = False
+
+
+def read_method(fields: Fields) -> Method | None:
+    """Returns the method of a parsed config.json; None if it names none.
+
+    Raises:
+      ConfigError: the method, or one of its options, is not kept in codes; names it.
+    """
+    config = fields.get("quantization_config")
+    if config is None:
+        return None
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"quantization_config is a {type(config).__name__}, not fields")
+    name = config.get("quant_method")
+    check_known("quantization_config: quant_method", name, _METHODS)
+    try:
+        return _METHODS[name](config)
+    except ConfigError as error:
+        raise ConfigError(f"quantization_config, {name}: {error}") from None
+
+
+def _square(size: Any) -> int | None:
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or size[0] != size[1] or size[0] < 2:
+        raise ConfigError(f"blocks of {size} weights are not kept in codes, only square ones")
+    return int(size[0])
+
+
+def _require(config: Fields, what: str, **wanted: Any) -> None:
+    """Raises a ConfigError if a field that is given has another value than one of those wanted."""
+    for name, values in wanted.items():
+        if config.get(name) is not None:
+            check_known(f"{what}{name}", config[name], values)
+
+
+def _fp8(config: Fields) -> Method:
+    _require(config, "", fmt=("e4m3", "e5m2"))
+    return Method("fp8", (fp8,), _square(config.get("weight_block_size")))
+
+
+def _mxfp4(config: Fields) -> Method:
+    return Method("mxfp4", (mxfp4_blocks,))
+
+
+def _bitsandbytes(config: Fields) -> Method:
+    if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
+        raise ConfigError("only load_in_4bit is kept in codes, not 8 bits")
+    _require({"bnb_4bit_quant_type": "fp4", **config}, "", bnb_4bit_quant_type=("nf4",))
+    return Method("bitsandbytes", (bnb_nf4,))
+
+
+def _of_words(layout: Layout) -> Callable[[Fields], Method]:
+    def method(config: Fields) -> Method:
+        _require(config, "", bits=(4,), version=("gemm", "GEMM"))
+        form = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if layout is gptq:
+            check_known("checkpoint_format", form, ("gptq", "gptq_v2"))
+        group = config.get("group_size", 128)
+        group = None if group == -1 else group
+        less = layout is gptq and form == "gptq"
+        return Method(str(config["quant_method"]), (layout,), None, group, less)
+
+    return method
+
+
+def _compressed(config: Fields) -> Method:
+    sparse = config.get("sparsity_config") or {}
+    _require(sparse, "sparsity_config: ", format=("dense",))
+    _require(config, "", quantization_status=("compressed",), format=_FORMATS)
+    facts = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
+    for group in (config.get("config_groups") or {}).values():
+        _require(group, "", format=_FORMATS)
+    for weights in facts:
+        _require(weights, "weights: ", num_bits=(4, 8), actorder=("weight", "static", False))
+        if weights.get("num_bits") == 8 and weights.get("type") != "float":
+            raise ConfigError("integers of 8 bits are not kept in codes")
+    of_blocks = {str(w.get("block_structure")): w for w in facts if w.get("strategy") == "block"}
+    groups = {w.get("group_size") for w in facts if w.get("strategy") == "group"}
+    if len(of_blocks) > 1 or len(groups) > 1:
+        raise ConfigError("several sizes of blocks in one checkpoint are not kept in codes")
+    block = next((_square(w.get("block_structure")) for w in of_blocks.values()), None)
+    layouts = (pack_quantized, packed_floats, fp8)
+    return Method("compressed-tensors", layouts, block, next(iter(groups), None))
+
+
+_FORMATS = (
+    *("float-quantized", "naive-quantized", "pack-quantized"),
+    *("mxfp4-pack-quantized", "nvfp4-pack-quantized", "mixed-precision"),
+)
+
+
+def _modelopt(config: Fields) -> Method:
+    _require(config, "", quant_algo=("FP8", "NVFP4"))
+    return Method("modelopt", (packed_floats, fp8))
+
+
+_METHODS: dict[Any, Callable[[Fields], Method]] = {
+    "fp8": _fp8,
+    "compressed-tensors": _compressed,
+    "mxfp4": _mxfp4,
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _of_words(gptq),
+    "awq": _of_words(awq),
+    "modelopt": _modelopt,
+}
+
+
+def stored_tensors(
+    method: Method | None, tensors: Mapping[str, Header], fetch: Fetch, where: str
+) -> dict[str, Stored]:
+    """Finds the tensors in codes among those of a folder.
+
+    The files are believed, and config.json says what they do not: the size of a block.
+
+    Args:
+      method: the method that config.json names.
+      tensors: what the files' headers say of each.
+      fetch: reads one; only small ones, such as a shape, are read here.
+      where: the folder, for messages.
+
+    Returns:
+      name -> tensor, each name as if it held an array.
+
+    Raises:
+      WeightsError: codes without scales, or of another shape than config.json says; lists them all.
+    """
+    found: dict[str, Stored] = {}
+    claimed: set[str] = set()
+    problems: list[str] = []
+    if method is not None:
+        files = Files(tensors, fetch, method.block, method.group, method.zero_is_less)
+        for layout in method.layouts:
+            for name in tensors:
+                if name in claimed:
+                    continue
+                try:
+                    one = layout(name, files)
+                except WeightsError as error:
+                    problems.append(str(error))
+                    claimed.add(name)
+                    continue
+                if one is not None:
+                    found[one.name] = one
+                    claimed.update(one.tensors)
+        if not found and not problems:
+            problems.append(f"no tensor is in the codes of {method.name}, which config.json names")
+    said = "names no quantization_config" if method is None else f"says {method.name}"
+    problems += [
+        f"{name} is {dtype}, and config.json {said}"
+        for name, (dtype, shape) in tensors.items()
+        if dtype.startswith(("F8", "F4"))
+        and len(shape) > 1
+        and name not in claimed
+        and not problems
+    ]
+    if problems:
+        raise WeightsError(f"{where}: its codes cannot be read\n  " + "\n  ".join(problems))
+    return found
