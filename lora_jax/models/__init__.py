@@ -3,6 +3,8 @@
 from lora_jax.hf.fetch import fetch as fetch
 from lora_jax.hf.fields import ConfigError as ConfigError
 from lora_jax.hf.hub import ModelNotFound as ModelNotFound
+from lora_jax.hf.images import ImageProcessor as ImageProcessor
+from lora_jax.hf.images import load_image_processor as load_image_processor
 from lora_jax.hf.keys import Row as Row
 from lora_jax.hf.keys import WeightsError as WeightsError
 from lora_jax.hf.keys import hf_tensors as hf_tensors
