@@ -121,7 +121,7 @@ class ImageProcessor:
         def named(pair: tuple[int, int]) -> dict[str, int]:
             return dict(zip(("height", "width"), pair, strict=True))
 
-        out = {
+        out: dict[str, Any] = {
             "image_processor_type": "ViTImageProcessor"
             if self.crop is None
             else "BitImageProcessor",
