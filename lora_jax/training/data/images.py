@@ -139,8 +139,8 @@ def read_pixels(
     Raises:
       TrainingError: some cannot be read; names the first of them.
     """
-    file = tempfile.TemporaryFile()  # noqa: SIM115  the map keeps it open
-    pixels = np.memmap(file, np.uint8, "w+", shape=(len(found), *processor.shape))
+    with tempfile.TemporaryFile() as file:  # lives as long as the map
+        pixels = np.memmap(file, np.uint8, "w+", shape=(len(found), *processor.shape))
 
     def read(at: int) -> str | None:
         try:
