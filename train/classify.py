@@ -1,18 +1,28 @@
 """Text classification: `python -m train.classify` teaches MiniLM which words are positive.
 
 The head of the encoder trains in full; the encoder trains with LoRA, in full, or not at all. With
-`--labels pairs`, it learns to score completions instead: a reward model for `train.grpo`.
+a ViT or DINOv2, it classifies images: `--model NAME --dataset photos/`. With `--labels pairs`, it
+learns to score completions instead: a reward model for `train.grpo`.
 `python -m train.classify --help` lists the options. The run itself is in `train.finetune`.
 """
 
+from train.data.files import holds_images
 from train.options.scripts import classify as options
-from train.options.tasks import SCORES, TEXTS
+from train.options.tasks import IMAGES, SCORES, TEXTS
 from train.script import Script
+
+
+def _kind(config: options.Config) -> str:
+    """Returns the kind of the task for a user's own rows."""
+    if config.data.labels == "pairs":
+        return SCORES
+    return IMAGES if holds_images(config.data.image, config.data.dataset) else TEXTS
+
 
 SCRIPT = Script(
     name="train.classify",
     plain=options.Config(),
-    kind=lambda config: SCORES if config.data.labels == "pairs" else TEXTS,
+    kind=_kind,
     check_options=options.check,
     completed=options.with_defaults,
 )

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.batches import Examples, HostBatch
+from lora_jax.training.data.images import Images
 from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.losses import Loss
@@ -103,7 +104,7 @@ def _print_steps(say: Say, config: Options, inputs: Inputs, first: HostBatch) ->
     of_step = f"{n} {unit} a step" + (
         f" ({optim.grad_accum} batches of {optim.batch_size})" if optim.grad_accum > 1 else ""
     )
-    shape = " × ".join(map(str, first["ids"].shape[1:]))
+    shape = " × ".join(map(str, _largest(first, examples)))
     epochs, taken = "", steps / getattr(optim, "updates", 1)  # steps that take rows of their own
     if isinstance(feed, Feed | PromptFeed):
         epochs = f", {taken * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
@@ -120,6 +121,13 @@ def _print_steps(say: Say, config: Options, inputs: Inputs, first: HostBatch) ->
         )
     if run.eval_every:
         say(f"held-out loss: {steps // run.eval_every + bool(steps % run.eval_every)} times")
+
+
+def _largest(first: HostBatch, examples: Examples) -> tuple[int, ...]:
+    """Returns the rows and tokens of the largest batch."""
+    if isinstance(examples, Images):
+        return first["labels"].shape[1], examples.length
+    return first["ids"].shape[1:]
 
 
 def _print_memory(say: Say, needed: Needs) -> None:

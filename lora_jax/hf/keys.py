@@ -22,9 +22,11 @@ from lora_jax.quantized import is_coded
 
 # "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
 # the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
-# turns hidden states into logits of tokens, "classifier" into logits of classes.
+# turns hidden states into logits of tokens, "classifier" into logits of classes; "patches" is what
+# an image is embedded by.
 Kind = Literal[
     "embedding",
+    "patches",
     "positions",
     "attention",
     "mlp",
@@ -54,6 +56,8 @@ class Row:
       stack: the sizes of the axes in front: (layers,), (layers, experts), or ().
       transpose: True if Hugging Face stores [out, in].
       aliases: other names under which a file may hold this very tensor (a tied head).
+      in_module: the name in transformers 5's module, by which PEFT knows it, if files keep the one
+        of transformers 4; as `hf` otherwise.
       part: the name of the optional part that the parameter belongs to, such as "classifier": one
         that a file lacks as a whole is freshly initialised.
       kind: the part of the model, the same for a kernel and its bias; None if unknown.
@@ -67,6 +71,7 @@ class Row:
     stack: tuple[int, ...] = ()
     transpose: bool = False
     aliases: tuple[str, ...] = ()
+    in_module: str | None = None
     part: str | None = None
     kind: Kind | None = None
     spec: PartitionSpec = PartitionSpec()

@@ -18,11 +18,13 @@ from safetensors.numpy import save_file
 from lora_jax.core.types import Fields, Tokenizer, Tree
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
+from lora_jax.hf.images import FILE as IMAGES
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
 from lora_jax.hf.tokenizer import load_tokenizer
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
+# Those of what makes arrays of a user's data: a tokenizer or an image processor.
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -31,6 +33,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "vocab.*",
     "*.model",
+    IMAGES,
 )
 
 
@@ -140,7 +143,7 @@ def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes a tokenizer's files; see ``models.save_pretrained``."""
+    """Writes the files of a tokenizer or an image processor; see ``models.save_pretrained``."""
     if not isinstance(tokenizer, str | os.PathLike):
         tokenizer.save_pretrained(folder)
         return
@@ -150,13 +153,13 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         return
     files = tokenizer_files(source)
     if not files:
-        raise FileNotFoundError(f"{source} holds no tokenizer's files")
+        raise FileNotFoundError(f"{source} holds no tokenizer's files, and no {IMAGES}")
     for file in files:
         shutil.copyfile(file, folder / file.name)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Returns the tokenizer's files in a model's folder."""
+    """Returns the files of the tokenizer, or of the image processor, in a model's folder."""
     return sorted({p for name in _TOKENIZER_FILES for p in folder.glob(name) if p.is_file()})
 
 

@@ -3,6 +3,8 @@
 from lora_jax.hf.fetch import fetch as fetch
 from lora_jax.hf.fields import ConfigError as ConfigError
 from lora_jax.hf.hub import ModelNotFound as ModelNotFound
+from lora_jax.hf.images import ImageProcessor as ImageProcessor
+from lora_jax.hf.images import load_image_processor as load_image_processor
 from lora_jax.hf.keys import Row as Row
 from lora_jax.hf.keys import WeightsError as WeightsError
 from lora_jax.hf.keys import hf_tensors as hf_tensors
@@ -31,3 +33,5 @@ from lora_jax.models.rollouts import Samples as Samples
 from lora_jax.models.rollouts import sample as sample
 from lora_jax.models.rope_scaling import with_rope_scaling as with_rope_scaling
 from lora_jax.models.streaming import stream as stream
+from lora_jax.models.vision.config import VisionConfig as VisionConfig
+from lora_jax.models.vision.model import VisionEncoder as VisionEncoder

@@ -25,6 +25,11 @@ from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.keys import gpt2_name, gpt2_table
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.layers.attend import Attend
+from lora_jax.models.vision.config import OPTIONS as VISION_OPTIONS
+from lora_jax.models.vision.config import VisionConfig
+from lora_jax.models.vision.families import FAMILIES as VISION
+from lora_jax.models.vision.keys import OTHER_PARTS, vision_name, vision_table
+from lora_jax.models.vision.model import VisionEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,13 @@ class Family:
 _ENCODER = Format(
     EncoderConfig.from_hf, encoder_table, options=OPTIONS, name=encoder_name, ignored=OTHER_HEADS
 )
+_VISION = Format(
+    VisionConfig.from_hf,
+    vision_table,
+    options=VISION_OPTIONS,
+    name=vision_name,
+    ignored=OTHER_PARTS,
+)
 
 FAMILIES: dict[str, Family] = {
     **{
@@ -56,6 +68,7 @@ FAMILIES: dict[str, Family] = {
         for name, facts in DECODERS.items()
     },
     **{name: Family(Encoder, _ENCODER, facts.default_targets) for name, facts in ENCODERS.items()},
+    **{name: Family(VisionEncoder, _VISION, None) for name in VISION},
     "gpt2": Family(GPT2, Format(GPT2Config.from_hf, gpt2_table, name=gpt2_name), ("c_attn",)),
 }
 

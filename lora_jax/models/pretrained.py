@@ -141,7 +141,8 @@ def save_pretrained(
       model: the module that ``from_pretrained`` returned: its configuration is written.
       params: the parameter tree: plain arrays, sharded or not. ``lora_jax.merge`` sums W + s·AB in
         fp32 and rounds once to W's dtype, so leave ``dtype`` at None or at W's dtype after it.
-      tokenizer: a transformers tokenizer; or a folder, GGUF file or hub name to take it from.
+      tokenizer: a transformers tokenizer or an ``ImageProcessor``; or a folder, GGUF file or hub
+        name to take it from.
       max_shard_size: bytes of weights per file. A single tensor may exceed it.
       dtype: dtype of the weights in the file: fp64, fp32, bf16 or fp16; None keeps each
         parameter's.

@@ -7,6 +7,8 @@ from jax.sharding import PartitionSpec
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.specs import COLUMNS, REPLICATED
 
+_WEIGHTS = ("kernel", "embedding", "scale")  # are called "weight" in files; others as here
+
 
 class Rows(list[Row]):
     """The rows of a key table so far.
@@ -43,7 +45,7 @@ class Rows(list[Row]):
           experts: the number of experts in a layer, if each has such a parameter.
           **more: other fields of the row.
         """
-        hf = f"{path}/{'bias' if leaf == 'bias' else 'weight'}"
+        hf = f"{path}/{'weight' if leaf in _WEIGHTS else leaf}"
         stack: tuple[int, ...] = ()
         if path.startswith(f"{self._layers}/"):
             hf, stack = hf.replace(self._layers, f"{self._layers}/{{}}", 1), (self._n_layers,)

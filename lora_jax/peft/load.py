@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -25,7 +25,7 @@ from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, keys_of_expert, unpack_a, unpack_b
 from lora_jax.peft.forms import FORMS, OfFile
 from lora_jax.peft.hub import adapter_folder
-from lora_jax.peft.modules import Module, is_tied, kind_of, places, rank_and_alpha, table_of
+from lora_jax.peft.modules import Module, is_tied, kind_of, places, rank_and_alpha, tables_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.peft.rules import rules_for, saved_modules, selected, takes_from_base, token_rows
 
@@ -59,7 +59,7 @@ def load(
     config = configuration.read_config(found / configuration.FILE)
     tensors = read_tensors(found / FILE)
     where = str(found / FILE)
-    table = table_of(model)
+    table = _table_for(tensors, model)
     _check_tree(params, table)
     experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
     tied = [row for row in table if row.aliases] if is_tied(config) else []
@@ -82,6 +82,17 @@ def load(
     loaded = map_leaves(lambda path, leaf: files.node(path, leaf, bases[path]), tree)
     reader.finish()
     return loaded
+
+
+def _table_for(tensors: Iterable[str], model: Model) -> Sequence[Row]:
+    """Returns the model's key table by the names that a file has; see `tables_of`."""
+    newer, *older = tables_of(model)
+    files = {re.split(r"\.(?:lora_|base_layer)", key.removeprefix(PREFIX))[0] for key in tensors}
+    for table in older:
+        names = {name.removesuffix(".weight") for name in places(table).keys() - places(newer)}
+        if files & names:
+            return table
+    return newer
 
 
 def _abstract(params: Tree) -> Tree:

@@ -51,6 +51,19 @@ class Module:
         return self.is_embedding or self.uses == "product"
 
 
+def tables_of(model: Model) -> list[Sequence[Row]]:
+    """Returns a model's key table by the names that PEFT knows: transformers 5's, then 4's.
+
+    There is one table where all names are the same.
+
+    Raises:
+      PeftError: see `table_of`.
+    """
+    table = table_of(model)
+    newer = [dataclasses.replace(row, hf=row.in_module or row.hf, in_module=None) for row in table]
+    return [newer, table] if any(row.in_module for row in table) else [table]
+
+
 def table_of(model: Model) -> Sequence[Row]:
     """Returns the key table of one of our models, or a table given in its place.
 

@@ -1,5 +1,6 @@
 """Translates a PEFT configuration into rules for a parameter tree."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
@@ -19,7 +20,7 @@ from lora_jax.peft.modules import (
     modules,
     places,
     rank_and_alpha,
-    table_of,
+    tables_of,
     targeted,
 )
 from lora_jax.rules import LoraRule, Rule, TrainRule
@@ -54,8 +55,11 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
     fields = read_config(config)
     if model is None:
         return _translated(fields)
-    table = table_of(model)
-    return rules_for(fields, table, *selected(fields, table, model))
+    *tables, last = tables_of(model)
+    for table in tables:  # names of transformers 5 come first, those of 4 if none of them matches
+        with contextlib.suppress(PeftError):
+            return rules_for(fields, table, *selected(fields, table, model))
+    return rules_for(fields, last, *selected(fields, last, model))
 
 
 def _translated(config: Fields) -> list[Rule]:

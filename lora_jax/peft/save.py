@@ -28,7 +28,7 @@ from lora_jax.peft.modules import (
     kind_of,
     modules,
     places,
-    table_of,
+    tables_of,
 )
 from lora_jax.peft.names import FILE, PREFIX, VECTORS, bias_key, exactly, keys_of, number, token_key
 from lora_jax.peft.served import as_served
@@ -112,7 +112,7 @@ def contents(
     Raises:
       PeftError: names the part of the adapter that PEFT cannot hold.
     """
-    table = table_of(model)
+    table = tables_of(model)[0]
     nodes = nodes_of(params)
     if not nodes:
         raise PeftError("peft.save needs an adapted tree, and this one is plain")

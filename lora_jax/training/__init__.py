@@ -11,6 +11,7 @@ and `layout` (the step on a mesh), `batches`, `run.checkpoints`, `loop`; `finetu
 from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.chats import chats
 from lora_jax.training.data.comparisons import comparisons
+from lora_jax.training.data.images import Images, images
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.data.preferences import Preferences, pairs
@@ -31,6 +32,7 @@ __all__ = [
     "Examples",
     "Feed",
     "Fields",
+    "Images",
     "Interrupted",
     "Labelled",
     "Layout",
@@ -48,6 +50,7 @@ __all__ = [
     "chats",
     "comparisons",
     "finetune",
+    "images",
     "init_state",
     "label_names",
     "make_evaluation",

@@ -16,10 +16,11 @@ import numpy as np
 from lora_jax.core.types import Forward, Model
 from lora_jax.models import Decoder
 from lora_jax.training.batches import Arrays, Examples, Packs
+from lora_jax.training.data.images import Images
 from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import CLASSES, COMPARISONS, Loss, token_loss
+from lora_jax.training.losses import CLASSES, COMPARISONS, IMAGES, Loss, token_loss
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
@@ -162,6 +163,8 @@ def loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
         return token_loss(chunk=chunk, parts=layout.sequence_parts)
     if isinstance(examples, Labelled):
         return CLASSES if examples.ids.ndim == 2 else COMPARISONS
+    if isinstance(examples, Images):
+        return IMAGES
     raise TrainingError(
         "loss is missing: for your own arrays, give a function (forward, params, batch, "
         "dropout_key) -> training.Sums(total, count, logs)"

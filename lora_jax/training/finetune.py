@@ -46,7 +46,7 @@ from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import Line, Recorder, show
 from lora_jax.training.run.stop import Stop
 
-_OUR_MODELS = (models.Decoder, models.GPT2, models.Encoder)
+_OUR_MODELS = (models.Decoder, models.GPT2, models.Encoder, models.VisionEncoder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,12 +120,12 @@ def finetune(
     Args:
       model: one of `lora_jax.models`, a Flax module, or any function of a tree of parameters.
       params: the tree, plain; or adapted already, where `rules` is None.
-      examples: `chats`, `texts`, or a user's own arrays by name, each [n, …].
+      examples: `chats`, `texts`, `images`, or a user's own arrays by name, each [n, …].
       rules: say what trains.
       lr: the highest learning rate (see `lora_jax.optim.learning_rate`), or a schedule.
-      loss: the function to minimise, a `Loss` or its `sums`. Chats and texts have one; own arrays
-        need one. It is called as ``loss(forward, params, batch, dropout_key)``, where ``forward``
-        is the adapted `model` (of a module, its ``apply``).
+      loss: the function to minimise, a `Loss` or its `sums`. Chats, texts and images have one; own
+        arrays need one. It is called as ``loss(forward, params, batch, dropout_key)``, where
+        ``forward`` is the adapted `model` (of a module, its ``apply``).
       steps, epochs: the length of the run: give one of the two; by default one epoch.
       batch_size: examples in memory at once.
       grad_accum: batches a step.

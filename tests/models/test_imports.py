@@ -9,14 +9,16 @@ import pytest
 
 from lora_jax import hf, models
 
-OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub", "gguf"}
+OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub", "gguf", "PIL"}
 # What the files of a folder may import, of this package: what lies below it, and itself.
-SHARED = ("core.types", "hf", "models.layers", "models.causal", "models.rows", "models.specs")
+_MODELS = ("layers", "causal", "heads", "rows", "specs")
+SHARED = ("core.types", "hf", *(f"models.{name}" for name in _MODELS))
 BELOW = {
     "hf": ("core.paths", "core.types", "folders", "hf", "quantized"),
     "models/layers": ("core.types", "models.layers"),
     "models/decoder": (*SHARED, "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),
+    "models/vision": (*SHARED, "models.vision"),
     "models/gpt2": (*SHARED, "models.gpt2"),
     "models": ("core.types", "folders", "hf", "models", "quantized"),
 }

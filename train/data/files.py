@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
 }
 NO_PARQUET = "cannot be read as Parquet: "  # before what pyarrow says
 FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))
+IMAGE_KINDS = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())
 # The splits that files are named after, by the word in their name.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev", "eval")}
@@ -36,8 +37,9 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     """Reads the rows of a dataset.
 
     Args:
-      dataset: a file with one of the endings `FILE_KINDS`, a folder of such files, a folder that
-        `datasets` saved (`save_to_disk`), or a name on the hub.
+      dataset: a file with one of the endings `FILE_KINDS`, a folder of such files or of images
+        (see `labelled_images`), a folder that `datasets` saved (`save_to_disk`), or a name on the
+        hub.
       split: the split of a folder or of a dataset on the hub. A file in a folder belongs to the
         split in its name (`test-00.jsonl`), or else to "train".
       subset: its subset (configuration), on the hub.
@@ -45,13 +47,77 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     Raises:
       UserError: there is no such file or dataset, it cannot be read, or it has no rows.
     """
-    if (paths := files_of(dataset, split)) is not None:
+    if is_image_folder(dataset):
+        rows = labelled_images(Path(dataset).expanduser(), split)
+    elif (paths := files_of(dataset, split)) is not None:
         rows = [row for path in paths for row in read_file(path)]
     else:
         rows = rows_of(load(dataset, split=split, subset=subset))
     if not rows:
         raise UserError(f"--dataset {dataset} has no rows")
     return rows
+
+
+def is_image_folder(name: str) -> bool:
+    """Returns whether a name is of a folder with images, and with no rows that would name them."""
+    folder = Path(name).expanduser()
+    if any(kind_of(path.name) for at in ("*", "*/*") for path in folder.glob(at)):
+        return False
+    return next(_images_in(folder), None) is not None
+
+
+def holds_images(field: str | None, dataset: str) -> bool:
+    """Returns whether rows hold images: --image names their field, or --dataset their folder."""
+    return field is not None or is_image_folder(dataset)
+
+
+def labelled_images(folder: Path, split: str = "train") -> list[Row]:
+    """Returns a row for each image in a folder that has a folder for each class.
+
+    Folders of splits (train, test, validation) may lie in between: `photos/train/cat/1.jpg`. A row
+    has the fields `image`, the path, and `label`, the name of the class's folder.
+
+    Raises:
+      UserError: there is no such split, or an image lies in no folder of a class.
+    """
+    splits = {path: _SPLITS.get(path.name.lower()) for path in _folders_in(folder)}
+    roots = [folder]
+    if splits and all(splits.values()):
+        roots = [path for path, name in splits.items() if name == split]
+        if not roots:
+            names = ", ".join(sorted({str(name) for name in splits.values()}))
+            raise UserError(f"--split {split}: the images in {folder} are of the splits {names}")
+    elif split != "train":
+        raise UserError(f"--split {split}: {folder} has a folder for each class, and no splits")
+    for root in roots:
+        if loose := [path for path in _images_in(root) if path.parent == root]:
+            raise UserError(
+                f"{loose[0]} lies in no folder of a class: {root} needs one for each class, with "
+                "its images"
+            )
+    return [
+        {"image": str(path), "label": of_class.name}
+        for root in roots
+        for of_class in _folders_in(root)
+        for path in sorted(_images_in(of_class))
+    ]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    """Yields the images in a folder, at any depth, but for those that are hidden."""
+    for path in folder.rglob("*"):
+        hidden = any(part[0] in "._" for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in IMAGE_KINDS and not hidden:
+            yield path
+
+
+def images_of(name: str) -> list[str]:
+    """Returns the paths of the images in a folder, at any depth, in their order."""
+    return sorted(map(str, _images_in(Path(name).expanduser())))
 
 
 def files_of(dataset: str, split: str = "train") -> list[Path] | None:
@@ -159,10 +225,15 @@ def _load_hub(name: str, split: str, subset: str | None) -> Any:
 
 
 def rows_of(dataset: Any) -> list[Row]:
-    """Returns the rows of a loaded dataset, with names in the place of class numbers."""
+    """Returns the rows of a loaded dataset, with names in the place of class numbers.
+
+    Images stay as they are stored: a dict with their file's bytes or path.
+    """
     import datasets
 
     kinds = dataset.features or {}
+    for name in [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]:
+        dataset = dataset.cast_column(name, datasets.Image(decode=False))
     classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
     return [{**rows_of_arrow(row), **_class_names(row, classes)} for row in dataset]
 

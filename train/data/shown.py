@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.training.batches import Examples, Packs
+from lora_jax.training.data.images import Images
 from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.data.preferences import Preferences
 
@@ -36,7 +37,7 @@ def shown(
     """Returns the first `n` sequences, or those of so many pairs, as the model sees them.
 
     Args:
-      examples: chats, prompts, preferences, or labelled texts.
+      examples: chats, prompts, preferences, or labelled texts or images.
       tokenizer: the model's.
       n: the number of sequences or pairs.
       labels: the names of the classes.
@@ -48,6 +49,8 @@ def shown(
     if isinstance(examples, Labelled):
         known = range(min(n, len(lengths(examples))))
         return [_of_label(examples, tokenizer, at, labels) for at in known]
+    if isinstance(examples, Images):
+        return [_of_image(examples, at, labels) for at in range(min(n, len(examples)))]
     return []
 
 
@@ -57,6 +60,8 @@ def lengths(examples: Examples) -> np.ndarray:
         return examples.table.lengths
     if isinstance(examples, Labelled):
         return examples.attention_mask.sum(axis=-1).ravel()
+    if isinstance(examples, Images):
+        return np.full(len(examples), examples.length)
     return np.empty(0, np.int64)
 
 
@@ -98,6 +103,12 @@ def _of_label(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> Shown:
         name = labels[int(texts.labels[at])]
         title = f"text {at + 1}: {len(ids)} tokens; the label to learn is {name!r}"
     return Shown(title, _spans(ids, np.zeros(len(ids), bool), tokenizer))
+
+
+def _of_image(images: Images, at: int, labels: Any) -> Shown:
+    size = " x ".join(map(str, images.pixels.shape[1:]))
+    title = f"image {at + 1}: the label to learn is {labels[int(images.labels[at])]!r}"
+    return Shown(title, [Span(f"{images.length} tokens, of {size} pixels", False)])
 
 
 def _spans(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:

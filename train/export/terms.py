@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.coded import STORED
-from lora_jax.models import EncoderConfig
+from lora_jax.models import EncoderConfig, VisionConfig
 from train.adapters.source import AdapterSource
 
 # The quantization_config of transformers that makes the same codes.
@@ -14,15 +14,18 @@ _HEADS = {
     "classification": ("AutoModelForSequenceClassification", "text-classification"),
     "masked_lm": ("AutoModelForMaskedLM", "fill-mask"),
 }
+_OF_IMAGES = ("AutoModelForImageClassification", "image-classification")
 
 
 def task_type(model: Any, fields: Mapping[str, Any]) -> str | None:
     """Returns PEFT's task type of the model; None if it has none.
 
     A classifier that does not train has none: with SEQ_CLS, PEFT would look for a trained head in
-    the adapter's file.
+    the adapter's file. PEFT has none for images.
     """
     config = model.config
+    if isinstance(config, VisionConfig):
+        return None
     if not isinstance(config, EncoderConfig):
         return "CAUSAL_LM"
     if config.head == "classification":
@@ -32,6 +35,8 @@ def task_type(model: Any, fields: Mapping[str, Any]) -> str | None:
 
 def auto_class(model: Any) -> tuple[str, str]:
     """Returns the names of the transformers class that loads the model, and of its pipeline."""
+    if isinstance(model.config, VisionConfig):
+        return _OF_IMAGES
     if not isinstance(model.config, EncoderConfig):
         return "AutoModelForCausalLM", "text-generation"
     return _HEADS.get(model.config.head, ("AutoModel", "feature-extraction"))

@@ -176,7 +176,7 @@ class OptimConfig:
     """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
     grad_clip: float = option(1.0, field.OPTIMISATION)
     """Maximum norm of the whole gradient; 0 for no clipping."""
-    neftune: float = option(0.0, field.OPTIMISATION)
+    neftune: float = option(0.0, field.OPTIMISATION, Idle.IMAGES)
     """NEFTune's alpha: adds noise of at most alpha / sqrt(length * width) to the embeddings of
     training tokens (the paper uses 5 to 15); 0 for none."""
     seed: int = option(0, field.OPTIMISATION, compared_by="seeds")

@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.variants import VARIANTS
 from train.console.errors import flag
-from train.data.files import kind_of, named
+from train.data.files import holds_images, kind_of, named
 from train.options.tasks import CLASSIFY, GRPO, SFT
 from train.reporters.registry import trackers
 
@@ -30,6 +30,8 @@ class _Given:
             **CLASSIFY,
             **GRPO,
         }  # with rows and a test of its own
+        own = vars(self)
+        self.holds_images = "image" in own and holds_images(self.image, self.datasets[0])
         without_project = [one.no_project for one in trackers(self.report_to).values()]
         if all(without_project):
             self.no_project = next(iter(without_project), None) or "nothing is reported"
@@ -90,6 +92,7 @@ class Idle(enum.Enum):
         "--labels pairs reads the fields prompt, chosen and rejected",
         lambda o: o.labels == "pairs",
     )
+    IMAGES = "the rows hold images, not texts", lambda o: o.holds_images
     FILES = "the rows come from a file, not from the hub", lambda o: o.from_files
     HAS_ROWS = "--dataset {o.datasets[0]} has rows and a test of its own", lambda o: o.is_named
     TEST = "--test names the rows to test on", lambda o: o.test is not None

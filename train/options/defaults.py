@@ -14,7 +14,7 @@ class Defaults:
     """A task's defaults for options that were not given.
 
     Attributes:
-      model: the base.
+      model: the base; None where one has to be named.
       alpha: a multiple of the rank.
       lr, full_lr: AdamW's peak learning rate with an adapter, and of full fine-tuning.
       beta2: Adam's decay rate of the squared gradients.
@@ -22,7 +22,7 @@ class Defaults:
       eval_questions: number of questions to answer, or of rows to hold out.
     """
 
-    model: str
+    model: str | None
     alpha: float
     lr: float
     full_lr: float
@@ -53,7 +53,8 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         data = dataclasses.replace(data, model=stated or defaults.model)
     if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
         data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
-    if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
+    path = Path(data.model or "").expanduser()
+    if data.model and path.exists():  # found from any folder, later
         data = dataclasses.replace(data, model=str(path.absolute()))
     if optim.quantize is None and source:
         codes: Any = source.quantize

@@ -17,6 +17,7 @@ DISTILL = {"sql": "train.tasks.sql.taught"}
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
 STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
 TEXTS = "train.tasks.labelled"  # classifies a user's texts
+IMAGES = "train.tasks.images"  # classifies a user's images
 SCORES = "train.tasks.scored"  # scores completions, by a user's preferences
 PAIRS = "train.tasks.pairs"  # trains on a user's preferences
 PROMPTS = "train.tasks.prompts"  # trains on rewards of completions of a user's prompts
@@ -29,7 +30,7 @@ def find_task(datasets: Sequence[str], kind: str) -> Any:
 
     Args:
       datasets: the names of the data sets.
-      kind: `CHATS`, `STREAMED`, `TEXTS`, `SCORES`, `PAIRS`, `PROMPTS` or `TAUGHT`.
+      kind: `CHATS`, `STREAMED`, `TEXTS`, `IMAGES`, `SCORES`, `PAIRS`, `PROMPTS` or `TAUGHT`.
 
     Raises:
       UserError: a task is named beside other data.

@@ -1,7 +1,8 @@
 """Classify texts: `python -m train.predict --adapter runs/classify "a delight" "a bore"`.
 
-Texts are arguments, the rows or lines of a file (--input), or the lines of standard input. The
-classifier is one that `train.classify` trained, an adapter of PEFT's, or a model with its own head.
+Texts are arguments, the rows or lines of a file (--input), or the lines of standard input; images
+are paths in these places, or a folder. The classifier is one that `train.classify` trained, an
+adapter of PEFT's, or a model with its own head.
 """
 
 import dataclasses
@@ -11,14 +12,18 @@ from pathlib import Path
 
 import tyro
 
+from lora_jax.models import VisionConfig
+from lora_jax.training.data.images import Images
 from train.console.errors import UserError, flag, reported
 from train.console.output import closed_pipe, opened
 from train.console.progress import progress_of
 from train.options.field import given_options
 from train.predict.batches import probabilities
 from train.predict.classifier import find_classifier
+from train.predict.images import read_images
 from train.predict.texts import (
     Texts,
+    Tokens,
     holds_rows,
     of_arguments,
     of_file,
@@ -27,15 +32,16 @@ from train.predict.texts import (
 )
 from train.predict.write import Format, format_of, write
 from train.processes.cache import keep_compiled
+from train.run.pretrained import Outline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Classify texts with a trained classifier."""
+    """Classify texts or images with a trained classifier."""
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to classify. Without any, they come from --input, or from standard input, one per
-    line."""
+    """Texts, or paths of images, to classify. Without any, they come from --input, or from standard
+    input, one per line."""
     adapter: str | None = None
     """A classifier's adapter: the folder of a run, of this library or of PEFT, or the hub name of a
     PEFT adapter."""
@@ -44,9 +50,9 @@ class PredictOptions:
     --adapter, a model with its own head, such as `train.export --merged` writes."""
     input: str | None = None
     """A file of texts: rows with fields (JSONL, JSON, CSV, TSV, also gzipped, or Parquet) or, with
-    any other ending, one text per line."""
-    field: str = "text"
-    """The field of --input that holds the text."""
+    any other ending, one text per line. For images also a folder of them."""
+    field: str | None = None
+    """The field of --input that holds the text or the image; by default "text" or "image"."""
     field_pair: str | None = None
     """The field of --input that holds a second text, for pairs (a premise and a hypothesis)."""
     out: str | None = None
@@ -60,7 +66,7 @@ class PredictOptions:
     """Names of the classes, in the order of their indices, if neither the adapter nor the model
     names them."""
     batch_size: int = 32
-    """Texts in memory at once."""
+    """Texts or images in memory at once."""
     seq_len: int | None = None
     """The maximum number of tokens of a text. By default the model's."""
     truncate: bool = False
@@ -94,14 +100,13 @@ def run(options: PredictOptions) -> None:
     classifier = find_classifier(
         options.adapter, options.model, options.labels, allow_base_mismatch=mismatch
     )
-    texts = read_texts(options)
-    tokens = tokenize(texts, classifier.outline, options.seq_len, options.truncate)
+    texts, inputs, what = read_inputs(options, classifier.outline)
     with opened(options.out, options.overwrite) as file:
         apply, params = classifier.load(allow_base_mismatch=mismatch)
-        with progress_of(len(texts), "classifying", "classified", "texts") as progress:
+        with progress_of(len(texts), "classifying", "classified", f"{what}s") as progress:
             size = options.batch_size
-            found = probabilities(apply, params, tokens, batch_size=size, progress=progress)
-        write(file, format_of(options.format, options.out), texts, found, classifier.labels)
+            found = probabilities(apply, params, inputs, batch_size=size, progress=progress)
+        write(file, format_of(options.format, options.out), texts, found, classifier.labels, what)
 
 
 def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
@@ -128,12 +133,27 @@ def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
             raise UserError(f"--out {options.out} is the file of --input: name another")
 
 
+def read_inputs(options: PredictOptions, outline: Outline) -> tuple[Texts, Tokens | Images, str]:
+    """Returns texts with their tokens, or names of images with these, and what they are.
+
+    Raises:
+      UserError: they cannot be read, or do not fit the model.
+    """
+    if isinstance(outline.config, VisionConfig):
+        for name in ("field_pair", "seq_len", "truncate"):
+            if getattr(options, name):
+                raise UserError(f"{flag(name)} is about texts, and {outline.name} reads images")
+        return *read_images(options.texts, options.input, options.field, outline), "image"
+    texts = read_texts(options)
+    return texts, tokenize(texts, outline, options.seq_len, options.truncate), "text"
+
+
 def read_texts(options: PredictOptions) -> Texts:
     """Reads the texts from where the options say."""
     if options.texts:
         return of_arguments(options.texts)
     if options.input is not None:
-        return of_file(options.input, options.field, options.field_pair)
+        return of_file(options.input, options.field or "text", options.field_pair)
     return of_standard_input()
 
 

@@ -1,4 +1,4 @@
-"""Probabilities of many texts, in batches of few shapes: each shape is compiled once."""
+"""Probabilities of many texts or images, in batches of few shapes: each shape is compiled once."""
 
 import functools
 import itertools
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.training.data.images import Images
 from lora_jax.training.losses import logits_of
 from train.predict.texts import Tokens
 
@@ -48,32 +49,45 @@ def batches(
 def probabilities(
     apply: Callable[..., Any],
     params: Any,
-    tokens: Tokens,
+    inputs: Tokens | Images,
     *,
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
     of: Callable[[jax.Array], jax.Array] = jax.nn.softmax,
 ) -> np.ndarray:
-    """Returns the probability of each class for each text: [n, classes], fp32.
+    """Returns the probability of each class for each text or image: [n, classes], fp32.
 
     Args:
       apply: a classifier's, adapted or not.
       params: its parameters.
-      tokens: the texts.
-      batch_size: texts in memory at once.
-      progress: is called with the number of texts that are done.
+      inputs: the texts or images.
+      batch_size: how many of them are in memory at once.
+      progress: is called with the number of those that are done.
       of: the function of the logits to return, in the place of probabilities.
     """
     done, out = 0, None
-    for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
-        found = np.asarray(_run(apply, of, params, _batch(tokens, texts, rows, length)))
+    made = _of_images if isinstance(inputs, Images) else _of_texts
+    for chosen, batch in made(inputs, batch_size):
+        found = np.asarray(_run(apply, of, params, batch))
         if out is None:
-            out = np.empty((len(tokens.ids), found.shape[-1]), np.float32)
-        out[texts] = found[: len(texts)]
-        done += len(texts)
+            out = np.empty((len(inputs), found.shape[-1]), np.float32)
+        out[chosen] = found[: len(chosen)]
+        done += len(chosen)
         progress(done)
-    assert out is not None, "no texts"
+    assert out is not None, "nothing to classify"
     return out
+
+
+def _of_texts(tokens: Any, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
+        yield texts, _batch(tokens, texts, rows, length)
+
+
+def _of_images(images: Any, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    size = min(batch_size, len(images))
+    for first in range(0, len(images), size):
+        chosen = np.arange(first, min(first + size, len(images)))
+        yield chosen, images.take(np.resize(chosen, size))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -8,7 +8,8 @@ from train.adapters.source import AdapterSource, find_adapter, runnable
 from train.console.errors import UserError
 from train.run.pretrained import Outline, read_classifier_outline, read_fields, read_model
 
-_HEAD = "ForSequenceClassification"  # the end of transformers' names of such models
+# The ends of transformers' names of such models.
+_HEADS = ("ForSequenceClassification", "ForImageClassification")
 _OTHER_PROBLEMS = ("multi_label_classification", "regression")
 
 
@@ -76,7 +77,7 @@ def find_classifier(
         _check_own_head(name, source)
     if source is None or source.from_peft:
         _check_problem(name)
-    outline = read_classifier_outline(name, num_labels)
+    outline = read_classifier_outline(name, num_labels, of=None)
     if source:
         outline = outline.quantized(source.quantize)
     config: Any = outline.config
@@ -100,13 +101,13 @@ def find_classifier(
 def _check_own_head(name: str, source: AdapterSource | None) -> None:
     """Raises a UserError if a model has no head for classes, and the adapter brings none."""
     found = read_fields(name).get("architectures") or ["no architecture"]
-    if any(one.endswith(_HEAD) for one in found):
+    if any(one.endswith(_HEADS) for one in found):
         return
     what = f"--model {name} is not a classifier: its config.json names {', '.join(found)}"
     if source is None:
         raise UserError(
-            f"{what}, and one whose name ends in {_HEAD} is needed. For a classifier that a run "
-            "trained, give --adapter"
+            f"{what}, and one whose name ends in {' or '.join(_HEADS)} is needed. For a "
+            "classifier that a run trained, give --adapter"
         )
     raise UserError(
         f"{source.given} is not the adapter of a classifier: it has no head, and {what}. Give the "

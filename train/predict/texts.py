@@ -51,6 +51,9 @@ class Tokens:
     most: int
     pad: int
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     @property
     def lengths(self) -> np.ndarray:
         """The number of tokens of each text, [n]."""

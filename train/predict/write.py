@@ -19,25 +19,31 @@ def format_of(asked: Format | None, out: str | None) -> Format:
 
 
 def write(
-    file: TextIO, format: Format, texts: Texts, probabilities: np.ndarray, labels: Sequence[str]
+    file: TextIO,
+    format: Format,
+    texts: Texts,
+    probabilities: np.ndarray,
+    labels: Sequence[str],
+    what: str = "text",
 ) -> None:
-    """Writes a line for each text, in their order.
+    """Writes a line for each text or image, in their order.
 
     Args:
       file: the open output.
       format: JSON lines, or CSV with a header.
-      texts: the texts.
+      texts: the texts, or the names of images.
       probabilities: [n, classes].
       labels: the names of the classes.
+      what: the name of the field that has the text.
     """
     rows = csv.writer(file, lineterminator="\n")
     if format == "csv":
         pair = [] if texts.second is None else ["text_pair"]
-        rows.writerow(["text", *pair, "label", "probability", *(f"p({one})" for one in labels)])
+        rows.writerow([what, *pair, "label", "probability", *(f"p({one})" for one in labels)])
     for i, of_text in enumerate(probabilities):
         best = int(of_text.argmax())
         shown = [round(float(p), _DIGITS) for p in of_text]
-        fields: dict[str, Any] = {"text": texts.first[i]}
+        fields: dict[str, Any] = {what: texts.first[i]}
         if texts.second is not None:
             fields["text_pair"] = texts.second[i]
         fields |= {"label": labels[best], "probability": shown[best]}

@@ -6,7 +6,7 @@ import datetime
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from lora_jax.hf.load import absent_rows, shapes_of
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
+from lora_jax.models.vision.families import FAMILIES as VISION
 from lora_jax.quantized import is_coded
 from lora_jax.training.data.templates import tells_today, with_date
 from lora_jax.training.errors import TrainingError
@@ -36,8 +37,8 @@ class Outline:
     """A model without its weights: tokenizer, configuration, and abstract parameters."""
 
     name: str
-    tokenizer: Any
-    config: models.DecoderConfig | models.GPT2Config | models.EncoderConfig
+    tokenizer: Any  # of a model of images, its `lora_jax.models.ImageProcessor`
+    config: models.DecoderConfig | models.GPT2Config | models.EncoderConfig | models.VisionConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
     # An encoder's head, a decoder's scaled RoPE, codes: keywords of `from_pretrained`.
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -76,7 +77,7 @@ class Outline:
     @property
     def max_tokens(self) -> int:
         """The most tokens of a row."""
-        if isinstance(self.config, models.EncoderConfig):
+        if isinstance(self.config, models.EncoderConfig | models.VisionConfig):
             return self.config.max_tokens
         return self.config.max_position_embeddings
 
@@ -176,7 +177,7 @@ def read_outline(name: str) -> Outline:
 
 
 def _check_continues(name: str, config: Any) -> None:
-    if isinstance(config, models.EncoderConfig):
+    if isinstance(config, models.EncoderConfig | models.VisionConfig):
         raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
 
 
@@ -195,27 +196,51 @@ def read_fields(name: str) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def read_classifier_outline(name: str, num_labels: int | None) -> Outline:
+def read_classifier_outline(
+    name: str, num_labels: int | None, of: Literal["texts", "images"] | None = "texts"
+) -> Outline:
     """Like `read_outline`, for an encoder with a head for classes.
 
     Args:
       name: the model.
       num_labels: the number of classes; None for that of the model's own head.
+      of: what it is to classify; None for either.
 
     Raises:
-      UserError: the model cannot be read, or is not an encoder.
+      UserError: the model cannot be read, or is not such an encoder.
     """
     kind = read_fields(name).get("model_type")
     if kind is None:
         with _model_errors(name):
             kind = open_source(models.fetch(name)).config.model_type
-    if kind not in ENCODERS:
+    found = "texts" if kind in ENCODERS else "images" if kind in VISION else None
+    if found is None or of not in (None, found):
+        needed = "a BERT, RoBERTa or XLM-RoBERTa is needed, or for images a ViT or DINOv2"
+        if found == "images":
+            needed = "it classifies images: name a folder of them with --dataset, or a field by "
+            needed += "--image"
+        elif found == "texts":
+            needed = "it classifies texts: name a ViT or DINOv2 for images"
+        raise UserError(f"--model {name}: a {kind} model has no head for classes here; {needed}")
+    head: dict[str, Any] = {"head": "classification"}
+    if num_labels is not None:
+        head["num_labels"] = num_labels
+    return _outline(name, **head) if found == "texts" else _outline_of_images(name, **head)
+
+
+def _outline_of_images(name: str, **head: Any) -> Outline:
+    outline: Any = read_untokenized(name, **head)
+    with _model_errors(name):
+        processor = models.load_image_processor(name)
+    (channels, height, width), config = processor.shape, outline.config
+    if channels != config.num_channels or min(config.grid_of(height, width)) < 1:
         raise UserError(
-            f"--model {name}: a {kind} model has no head for classes here; a BERT, "
-            "RoBERTa or XLM-RoBERTa is needed"
+            f"--model {name}: its preprocessor_config.json makes images of {channels} channels and "
+            f"{height} x {width} pixels; config.json asks for {config.num_channels} channels and "
+            f"patches of {config.patch_size} pixels"
         )
-    number = {} if num_labels is None else {"num_labels": num_labels}
-    return _outline(name, head="classification", **number)
+    replaced: Outline = dataclasses.replace(outline, tokenizer=processor)
+    return replaced
 
 
 def read_shapes(name: str) -> Outline:

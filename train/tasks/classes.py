@@ -16,18 +16,21 @@ from train.tasks.task import print_figures
 _MISTAKES = 8
 
 
-def scores_of(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def scores_of(
+    labels: np.ndarray, predicted: np.ndarray, names: Sequence[str], unit: str = "texts"
+) -> dict[str, Any]:
     """Computes accuracy, macro F1 (mean over classes), per-class scores, and the confusion matrix.
 
     Args:
       labels, predicted: [n], indices of `names`.
       names: the classes.
+      unit: what is classified, and so the name of their number in each class.
     """
     classes = range(len(names))
     found = metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=0.0
     )
-    columns = ("precision", "recall", "f1", "texts")
+    columns = ("precision", "recall", "f1", unit)
     rows = zip(*(array.tolist() for array in found), strict=True)
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
@@ -54,19 +57,19 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
     figure.savefig(path, dpi=120)
 
 
-def print_scores(console: Console, ways: Mapping[str, Mapping[str, Any]], n: int) -> None:
-    """Prints a table of accuracy and macro F1 in %, with a row per classifier."""
+def print_scores(console: Console, ways: Mapping[str, Mapping[str, Any]], what: str) -> None:
+    """Prints a table of accuracy and macro F1 in % on `what`, with a row per classifier."""
     rows = [(way, *_percents(scores, "accuracy", "macro_f1")) for way, scores in ways.items()]
-    print_figures(console, f"{n} held-out texts, in %", ("by", "accuracy", "macro F1"), rows)
+    print_figures(console, f"{what}, in %", ("by", "accuracy", "macro F1"), rows)
 
 
-def print_classes(console: Console, scores: Mapping[str, Any]) -> None:
+def print_classes(console: Console, scores: Mapping[str, Any], unit: str) -> None:
     """Prints a table of precision, recall and F1 in %, with a row per class."""
     rows = [
-        (escape(name), *_percents(row, "precision", "recall", "f1"), str(row["texts"]))
+        (escape(name), *_percents(row, "precision", "recall", "f1"), str(row[unit]))
         for name, row in scores["classes"].items()
     ]
-    columns = ("class", "precision", "recall", "F1", "texts")
+    columns = ("class", "precision", "recall", "F1", unit)
     print_figures(console, "The fine-tuned model, in %", columns, rows)
 
 
@@ -80,6 +83,7 @@ def print_mistakes(
     labels: np.ndarray,
     probabilities: np.ndarray,
     names: Sequence[str],
+    unit: str,
 ) -> None:
     """Prints a table of the mistakes with the highest predicted probability."""
     predicted = probabilities.argmax(-1)
@@ -89,7 +93,7 @@ def print_mistakes(
     if not len(wrong):
         return
     table = Table(title="The most confident mistakes")
-    table.add_column("text", overflow="fold", max_width=60)
+    table.add_column(unit.removesuffix("s"), overflow="fold", max_width=60)
     table.add_column("label")
     table.add_column("predicted")
     for i in wrong.tolist():

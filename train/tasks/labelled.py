@@ -3,20 +3,21 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
 from lora_jax.hf.bundled import MINILM
 from lora_jax.training.data import labelled
+from lora_jax.training.data.images import Images
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict
 from lora_jax.training.data.rows import Row
 from lora_jax.training.losses import CLASSES
 from lora_jax.training.processes import is_first, write_json
 from train.console.errors import as_user_errors
-from train.data.files import kind_of, read_rows
+from train.data.files import is_image_folder, kind_of, read_rows
 from train.options.defaults import Defaults
 from train.options.scripts.classify import HEAD, Config, DataConfig
 from train.processes.hosts import map_over_processes
@@ -30,6 +31,7 @@ from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task, pa
 SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
+Part = TypeVar("Part", Labelled, Images)
 ADAPTED = "fine-tuned"  # among the names of the baselines, in scores.json
 
 
@@ -53,11 +55,14 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
       TrainingError: the rows cannot be read, lack a field, or are too few to hold out a share.
     """
 
-    def split(rows: list[Row]) -> Sequence[Any]:
-        names = [str(row[data.label]) for row in rows]
-        return train_test_split(rows, test_size=data.test_share, random_state=SEED, stratify=names)
+    check = functools.partial(labelled.check_rows, fields=fields_of(data))
+    return read_parts(data, check, functools.partial(split_by_label, data))
 
-    return read_parts(data, functools.partial(labelled.check_rows, fields=fields_of(data)), split)
+
+def split_by_label(data: DataConfig, rows: list[Row]) -> Sequence[Any]:
+    """Returns rows in two parts, with as many of each label in the second as in the first."""
+    names = [str(row[data.label]) for row in rows]
+    return train_test_split(rows, test_size=data.test_share, random_state=SEED, stratify=names)
 
 
 def read_parts(
@@ -73,12 +78,17 @@ def read_parts(
         with as_user_errors(ValueError, prefix=said, suffix=" Name other rows with --test"):
             train, test = split(rows)
         return train, test
-    if kind_of(data.test):
+    if names_rows(data.test):
         test = read_rows(data.test)
     else:
         test = read_rows(data.dataset, split=data.test, subset=data.subset)
     check(test, data.test)
     return rows, test
+
+
+def names_rows(test: str) -> bool:
+    """Returns whether --test names a file or a folder of images, rather than a split."""
+    return bool(kind_of(test)) or is_image_folder(test)
 
 
 def fields_of(data: DataConfig) -> Fields:
@@ -128,25 +138,29 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         source=data.dataset,
         facts={"labels": names, "sequence_length": train.lengths[-1], "lengths": train.lengths},
         lines=(
-            *(
-                f"{len(part)} texts {what}: {_shares(part, data.label)}"
-                for what, part in (("to train on", rows.train), ("to test on", rows.held_out))
-            ),
+            *numbers(rows, data.label, "texts"),
             padding_line(len(train), "texts", train.lengths, train.filled),
         ),
     )
 
 
-def spread(test: Labelled, n: int | None) -> Labelled | None:
-    """Returns so many texts from all over the test rows; None for all of them."""
+def spread(test: Part, n: int | None) -> Part | None:
+    """Returns so many texts or images from all over the test rows; None for all of them."""
     if n is None or n >= len(test):
         return None
     chosen = np.linspace(0, len(test) - 1, n).astype(int)
-    return Labelled(**{name: array[chosen] for name, array in test.by_name().items()})
+    parts: Any = {name: array[chosen] for name, array in test.by_name().items()}
+    return dataclasses.replace(test, **parts)
+
+
+def numbers(rows: Rows, label: str, unit: str) -> Iterator[str]:
+    """Yields the number of texts or images of each part, and of each label in it."""
+    for what, part in (("to train on", rows.train), ("to test on", rows.held_out)):
+        yield f"{len(part)} {unit} {what}: {_shares(part, label)}"
 
 
 def _shares(rows: Sequence[Row], label: str) -> str:
-    """Describes the number of texts per label: "3 negative, 5 positive"."""
+    """Describes the number of rows per label: "3 negative, 5 positive"."""
     counts = Counter(str(row[label]) for row in rows)
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
@@ -159,15 +173,21 @@ def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[st
 
 @dataclasses.dataclass
 class Telling:
-    """Evaluates the model, and baselines that need no model, on the held-out texts.
+    """Evaluates the model, and baselines that need no model, on the held-out texts or images.
 
     Attributes:
       context: the run.
       baselines: baselines besides the commonest label.
+      unit: what is classified: "texts".
+      titles: returns the held-out texts, or the names of images.
     """
 
     context: Context
     baselines: Sequence[Baseline] = ()
+    unit: str = "texts"
+    titles: Callable[[Context], list[str]] = lambda context: [
+        row[context.config.data.text] for row in context.rows.held_out
+    ]
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Does nothing: the head is not trained yet."""
@@ -179,7 +199,7 @@ class Telling:
     def score(
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
-        """Classifies the texts; returns accuracy and macro F1."""
+        """Classifies them; returns accuracy and macro F1."""
         test: Any = self.context.data.held_out
         rows = 4 * self.context.config.optim.batch_size
         predicted = predict(forward, params, test, rows).argmax(-1)
@@ -187,33 +207,36 @@ class Telling:
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
-        """Classifies the texts; writes, prints and returns scores, and prints mistakes."""
-        context, data = self.context, self.context.config.data
+        """Classifies them; writes, prints and returns scores, and prints mistakes."""
+        context = self.context
         test: Any = context.data.held_out
         names = context.data.facts["labels"]
-        with doing(context.console, f"classifying {len(test)} texts"):
+        with doing(context.console, f"classifying {len(test)} {self.unit}"):
             probabilities = predict(forward, params, test, 4 * context.config.optim.batch_size)
-        texts = [row[data.text] for row in context.rows.held_out]
+        texts = self.titles(context)
         ways = self._without_model(test, texts, names)
-        scores = classes.scores_of(test.labels, probabilities.argmax(-1), names)
+        predicted = probabilities.argmax(-1)
+        scores = classes.scores_of(test.labels, predicted, names, self.unit)
         ways[ADAPTED] = scores
         write_json(context.folder / SCORES, ways)
         if is_first():
             classes.draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
-        classes.print_mistakes(context.console, texts, test.labels, probabilities, names)
-        classes.print_classes(context.console, scores)
-        classes.print_scores(context.console, ways, len(test))
+        classes.print_mistakes(context.console, texts, test.labels, probabilities, names, self.unit)
+        classes.print_classes(context.console, scores, self.unit)
+        classes.print_scores(context.console, ways, f"{len(test)} held-out {self.unit}")
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def _without_model(
-        self, test: Labelled, texts: Sequence[str], names: Sequence[str]
+        self, test: Any, texts: Sequence[str], names: Sequence[str]
     ) -> dict[str, Any]:
         """Returns the scores of the baselines, by name."""
         rows, label = self.context.rows.train, self.context.config.data.label
         index = {name: i for i, name in enumerate(names)}
         made = [commonest(rows, texts, label), *(make(rows, texts) for make in self.baselines)]
         return {
-            way: classes.scores_of(test.labels, np.array([index[name] for name in labels]), names)
+            way: classes.scores_of(
+                test.labels, np.array([index[name] for name in labels]), names, self.unit
+            )
             for way, labels in made
         }
 

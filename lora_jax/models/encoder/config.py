@@ -1,13 +1,12 @@
 """An encoder's configuration: the options of its forward pass, and its config.json."""
 
 import dataclasses
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.models.encoder.families import FAMILIES, EncoderFamily
+from lora_jax.models.heads import check_classes, read_classes, read_head, written_classes
 from lora_jax.models.layers.activations import ACTIVATION
 
 HEADS = ("none", "masked_lm", "classification", "embedding")
@@ -19,6 +18,7 @@ _ARCHITECTURES = {
     "none": ("Model",),
     "masked_lm": ("ForMaskedLM", "ForPreTraining"),
     "classification": ("ForSequenceClassification",),
+    "embedding": (),
 }
 
 # Fields that config.json lacks, or has in another form.
@@ -89,15 +89,9 @@ class EncoderConfig:
             )
         if self.family.after_padding and self.pad_token_id is None:
             raise ConfigError(f"{self.model_type} counts positions from pad_token_id: it needs one")
-        if self.num_labels < 1 or self.type_vocab_size < 1:
-            raise ConfigError(
-                f"num_labels ({self.num_labels}) and type_vocab_size ({self.type_vocab_size}) are "
-                "at least 1"
-            )
-        if self.label_names and len(self.label_names) != self.num_labels:
-            raise ConfigError(
-                f"label_names has {len(self.label_names)} names for {self.num_labels} labels"
-            )
+        if self.type_vocab_size < 1:
+            raise ConfigError(f"type_vocab_size ({self.type_vocab_size}) is at least 1")
+        check_classes(self.num_labels, self.label_names)
 
     @property
     def family(self) -> EncoderFamily:
@@ -150,10 +144,7 @@ class EncoderConfig:
         ):
             if name in options and head != owner:
                 raise ConfigError(f"{name} goes with head={owner!r}, and the head is {head!r}")
-        names = _names(config.get("id2label") or {})
-        num_labels = options.get("num_labels") or config.get("num_labels") or len(names) or 2
-        if names == _numbered(len(names)) or len(names) != num_labels:
-            names = ()  # none, or of another head
+        num_labels, names = read_classes(config, options.get("num_labels"))
         read: dict[str, Any] = {
             "num_labels": num_labels,
             "label_names": names,
@@ -177,41 +168,16 @@ class EncoderConfig:
         out = {name: getattr(self, name) for name in self._names()}
         written = "none" if self.head == "embedding" else self.head
         out["architectures"] = [self.family.class_name + _ARCHITECTURES[written][0]]
-        names = self.label_names or _numbered(self.num_labels)
-        out["id2label"] = {str(i): name for i, name in enumerate(names)}
-        out["label2id"] = {name: i for i, name in enumerate(names)}
+        out |= written_classes(self.num_labels, self.label_names)
         if self.head == "embedding":
             out["sentence_pooling"] = self.pooling
             out["sentence_normalize"] = self.normalize
         return out
 
 
-def _names(id2label: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Returns the names of the classes in their order; () if they are not numbered from 0."""
-    names = {str(i): str(name) for i, name in id2label.items()}
-    numbers = [str(i) for i in range(len(names))]
-    return tuple(names[i] for i in numbers) if set(names) == set(numbers) else ()
-
-
-def _numbered(n: int) -> tuple[str, ...]:
-    """Returns transformers' names of n classes without names."""
-    return tuple(f"LABEL_{i}" for i in range(n))
-
-
 def _head_of(config: Fields) -> str:
     """Returns the head that a config.json names."""
     if config.get("sentence_pooling") is not None:
         return "embedding"
-    names = config.get("architectures") or []
-    classes = "|".join(family.class_name for family in FAMILIES.values())
-    for name in names:
-        found = re.fullmatch(rf"({classes})(\w+)", name)
-        for head, endings in _ARCHITECTURES.items():
-            if found and found[2] in endings:
-                return head
-    if names:
-        raise ConfigError(
-            f"architectures={list(names)!r} has a head that is not supported; say which one to "
-            f"load with head=…, one of {', '.join(HEADS)}"
-        )
-    return "none"
+    classes = [family.class_name for family in FAMILIES.values()]
+    return read_head(config, classes, _ARCHITECTURES)

@@ -9,11 +9,11 @@ from flax import linen as nn
 from lora_jax.models.encoder.config import EncoderConfig
 from lora_jax.models.encoder.embeddings import Embeddings, default_positions, pooled
 from lora_jax.models.layers.activations import ACTIVATION, activated
-from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import dot_wide, wide
 from lora_jax.models.layers.blocks import ModelPart, dense, layer_norm
 from lora_jax.models.layers.masks import Mask, bidirectional
 from lora_jax.models.layers.noise import EmbeddingNoise
+from lora_jax.models.layers.self_attention import Dense, SelfAttention
 from lora_jax.models.layers.trunk import layer_input, scan
 
 
@@ -141,7 +141,7 @@ class _Trunk(_Part):
         self.embeddings = Embeddings(*self.options)
         self.encoder = _Layers(*self.options)
         if self.config.has_pooler:
-            self.pooler = _Dense(*self.options)
+            self.pooler = Dense(*self.options)
 
     def __call__(
         self,
@@ -184,7 +184,7 @@ class _Layer(_Part):
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
         cfg, args, x = self.config, self.options, layer_input(x, self.remat)
         x = _Attention(*args, name="attention")(x, mask)
-        intermediate = _Dense(*args, features=cfg.intermediate_size, name="intermediate")
+        intermediate = Dense(*args, features=cfg.intermediate_size, name="intermediate")
         inner = activated(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))
         x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
         return self.placement.constrain(x, "residual"), None
@@ -193,24 +193,10 @@ class _Layer(_Part):
 class _Attention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        attention = _SelfAttention(*self.options, name="self")
+        attention = SelfAttention(*self.options, name="self")
         seen = attention(self.placement.constrain(x, "inputs"), mask)
         out: jax.Array = _AddNorm(*self.options, name="output")(seen, x)
         return out
-
-
-class _SelfAttention(_Part):
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        heads = (*x.shape[:2], self.config.num_attention_heads, -1)
-        q, k, v = (
-            self.placement.constrain(
-                dense(self, self.config.hidden_size, name=name)(x).reshape(heads), "heads"
-            )
-            for name in ("query", "key", "value")
-        )
-        out = attend(q, k, v, mask, attention=self.attention, placement=self.placement)
-        return self.placement.constrain(out.reshape(x.shape), "features")
 
 
 class _AddNorm(_Part):
@@ -220,16 +206,6 @@ class _AddNorm(_Part):
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
         x = dense(self, self.config.hidden_size, name="dense")(x)
         return layer_norm(self, name="LayerNorm")(x + residual)
-
-
-class _Dense(_Part):
-    """A layer that Hugging Face wraps in a module of its own; d_model wide by default."""
-
-    features: int | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return dense(self, self.features or self.config.hidden_size, name="dense")(x)
 
 
 class _BertHead(_Part):

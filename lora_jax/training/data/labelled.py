@@ -131,18 +131,28 @@ def texts(
             tokenizer(firsts[block], second, return_token_type_ids=True, verbose=False, **limit)
         )
 
-    index = {name: i for i, name in enumerate(names)}
-    for number, row in enumerate(rows, start=1):
-        if str(row[fields.label]) not in index:
-            raise TrainingError(
-                f"{name_of(row, source, number)}: the label {row[fields.label]!r} is none of "
-                f"those to train on: {', '.join(names)}"
-            )
+    labels = label_indices(rows, names, fields.label, source)
     return Labelled(
         **padded_texts(encoded, len(rows), tokenizer, seq_len, source, mapped),
-        labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
+        labels=labels,
         weights=np.ones(len(rows), np.int32),
     )
+
+
+def label_indices(rows: Sequence[Row], names: Sequence[str], label: str, source: str) -> np.ndarray:
+    """Returns the index of each row's class among `names`: [n] int32.
+
+    Raises:
+      TrainingError: a row has a label that is not among them.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    for number, row in enumerate(rows, start=1):
+        if str(row[label]) not in index:
+            raise TrainingError(
+                f"{name_of(row, source, number)}: the label {row[label]!r} is none of "
+                f"those to train on: {', '.join(names)}"
+            )
+    return np.array([index[str(row[label])] for row in rows], np.int32)
 
 
 def padded_texts(
@@ -185,16 +195,28 @@ def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
     for number, row in enumerate(rows, start=1):
         for option, field in of_texts.items():
             if not isinstance(row.get(field), str) or not row[field].strip():
-                raise _no_field(row, name_of(row, source, number), option, field, "a text")
+                raise no_field(row, name_of(row, source, number), option, field, "a text")
             if not row[field].isascii():
                 check_text(row[field], name_of(row, source, number))
-        label = row.get(fields.label)
-        if not isinstance(label, str | int) or label == "":
-            needed = "a name or a whole number"
-            raise _no_field(row, name_of(row, source, number), "label", fields.label, needed)
+        check_label(row, name_of(row, source, number), fields.label)
 
 
-def _no_field(row: Row, where: str, option: str, field: str, needed: str) -> TrainingError:
+def check_label(row: Row, where: str, field: str) -> None:
+    """Raises TrainingError where a row has no label; `where` names the row."""
+    if not isinstance(row.get(field), str | int) or row[field] == "":
+        raise no_field(row, where, "label", field, "a name or a whole number")
+
+
+def no_field(row: Row, where: str, option: str, field: str, needed: str) -> TrainingError:
+    """Returns the error of a row without a field, or with another value than is needed there.
+
+    Args:
+      row: the row.
+      where: its name.
+      option: the option that names the field.
+      field: the field's name.
+      needed: what has to stand there, in words.
+    """
     if field in row:
         return TrainingError(f"{where}: `{field}` is {shown(row[field])}; {needed} is needed")
     return TrainingError(
@@ -227,10 +249,8 @@ def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
     return tuple(sorted(names, key=int) if numbers else sorted(names))
 
 
-def predict(
-    model: Model | Forward, params: Tree, examples: Labelled, batch_size: int
-) -> np.ndarray:
-    """Returns the probability of each class for each text: [n, classes].
+def predict(model: Model | Forward, params: Tree, examples: Padded, batch_size: int) -> np.ndarray:
+    """Returns the probability of each class for each text or image: [n, classes].
 
     See the example of `texts`.
 
@@ -238,8 +258,8 @@ def predict(
       model: a classifier, or its ``apply`` on an adapted tree, ``lora_jax.adapt(model.apply)``.
         What is compiled for one function serves it again.
       params: the parameters, plain or adapted as `model` is.
-      examples: the texts.
-      batch_size: texts in memory at once.
+      examples: the texts or images; see `texts` and `images`.
+      batch_size: how many of them are in memory at once.
     """
     run = functools.partial(_probabilities, getattr(model, "apply", model))
     parts = [np.asarray(run(params, part)) for part in examples.parts(batch_size)]

@@ -4,7 +4,13 @@ Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabi
 your own; `pair_loss`, `unpaired_loss` and `rollout_loss` take batches, for a step.
 """
 
-from lora_jax.training.losses.classes import CLASSES, COMPARISONS, classification_loss, logits_of
+from lora_jax.training.losses.classes import (
+    CLASSES,
+    COMPARISONS,
+    IMAGES,
+    classification_loss,
+    logits_of,
+)
 from lora_jax.training.losses.contract import (
     HELD_OUT,
     OWN_METRICS,
@@ -56,6 +62,7 @@ __all__ = [
     "CROSS_ENTROPY",
     "DEFAULT",
     "HELD_OUT",
+    "IMAGES",
     "ONLINE",
     "OWN_METRICS",
     "PREFERENCES",

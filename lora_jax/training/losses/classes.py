@@ -1,4 +1,4 @@
-"""The cross entropy of a classifier's texts, and the loss of a reward model, in nats."""
+"""The cross entropy of a classifier's texts or images, and the loss of a reward model, in nats."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +16,18 @@ _TEXTS = ("ids", "attention_mask", "token_type_ids")
 def logits_of(
     forward: Callable[..., jax.Array], params: Tree, batch: Batch, **options: Any
 ) -> jax.Array:
-    """Returns the logits of a batch's classes: [batch, classes], fp32."""
-    return forward(
-        {"params": params},
-        batch["ids"],
-        attention_mask=batch["attention_mask"],
-        token_type_ids=batch["token_type_ids"],
-        **options,
-    ).astype(jnp.float32)
+    """Returns the logits of the classes of a batch's texts or images: [batch, classes], fp32."""
+    if "pixel_values" in batch:
+        logits = forward({"params": params}, batch["pixel_values"], **options)
+    else:
+        logits = forward(
+            {"params": params},
+            batch["ids"],
+            attention_mask=batch["attention_mask"],
+            token_type_ids=batch["token_type_ids"],
+            **options,
+        )
+    return logits.astype(jnp.float32)
 
 
 def classification_loss(
@@ -32,19 +36,19 @@ def classification_loss(
     batch: Batch,
     dropout_key: jax.Array | None = None,
 ) -> Sums:
-    """Sums the cross entropy of a batch's classes, in nats, over the texts that count.
+    """Sums the cross entropy of a batch's classes, in nats, over the texts or images that count.
 
-    Each text's is multiplied by its weight, which may be negative. Texts whose weight is not zero
+    Each one's is multiplied by its weight, which may be negative. Those whose weight is not zero
     are counted.
 
     Args:
       forward: a classifier's ``apply``, adapted or not; see `logits_of`.
       params: a parameter tree, adapted or plain.
-      batch: arrays [batch, …]; see `lora_jax.training.Labelled`.
+      batch: arrays [batch, …]; see `lora_jax.training.Labelled` and `lora_jax.training.Images`.
       dropout_key: turns dropout on.
 
     Returns:
-      The sums. `logs` has "accuracy", the number of counted texts whose label has the largest
+      The sums. `logs` has "accuracy", the number of those counted whose label has the largest
       logit.
     """
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
@@ -89,4 +93,5 @@ def comparison_loss(
 
 
 CLASSES = Loss(classification_loss, unit="text")
+IMAGES = Loss(classification_loss, unit="image")
 COMPARISONS = Loss(comparison_loss, unit="pair")

@@ -24,12 +24,12 @@ class DataConfig:
     """Model and data."""
 
     model: str | None = option(None, field.OF_BASE)
-    """A BERT, RoBERTa or XLM-RoBERTa model: a name on the hub, or a folder. By default the base of
-    --init-adapter, or else all-MiniLM-L6-v2."""
+    """A BERT, RoBERTa or XLM-RoBERTa model, or for images a ViT or DINOv2: a name on the hub, or a
+    folder. By default the base of --init-adapter, or else, for texts, all-MiniLM-L6-v2."""
     dataset: str = option(DEFAULT_TASK, field.HIDDEN)
     """"vader" (the default task: words rated by people), a file (JSONL, JSON, CSV, TSV, also
     gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the
-    hub."""
+    hub; or a folder of images, with a folder for each class."""
     labels: Literal["classes", "pairs"] = option("classes", field.HIDDEN)
     """The labels of the rows. classes: the class of a text. pairs: which of two completions is
     better, as in rows of `train.dpo`; it trains a reward model, which `train.grpo --reward` takes.
@@ -38,9 +38,12 @@ class DataConfig:
     """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = option(None, field.OF_HUB)
     """The subset (configuration) to load, for a dataset on the hub."""
-    text: str = option("text", field.OF_FIELD, Idle.PREFERENCES)
+    text: str = option("text", field.OF_FIELD, Idle.PREFERENCES, Idle.IMAGES)
     """The field that holds the text."""
-    text_pair: str | None = option(None, field.OF_FIELD, Idle.PREFERENCES)
+    image: str | None = option(None, field.OF_FIELD, Idle.PREFERENCES)
+    """The field that holds an image, as a path or as its file's bytes, in the place of a text. A
+    folder of images needs no such name."""
+    text_pair: str | None = option(None, field.OF_FIELD, Idle.PREFERENCES, Idle.IMAGES)
     """The field that holds a second text, for pairs (a premise and a hypothesis)."""
     label: str = option("label", field.OF_FIELD, Idle.PREFERENCES)
     """The field that holds the label: a name or a number."""
@@ -51,9 +54,9 @@ class DataConfig:
     """The share of the rows to hold out for the test, stratified by label; of pairs, of prompts."""
     rows: int | None = option(None, field.ROWS)
     """Use only this many rows, from the beginning."""
-    seq_len: int = option(128, field.HIDDEN, card=Card.LENGTH)
+    seq_len: int = option(128, field.HIDDEN, Idle.IMAGES, card=Card.LENGTH)
     """The maximum number of tokens of a text, or of a prompt and its completion."""
-    truncate: bool = option(False, field.HIDDEN, card=Card.LOSS)
+    truncate: bool = option(False, field.HIDDEN, Idle.IMAGES, card=Card.LOSS)
     """Truncate texts longer than --seq-len; without this option, they are an error. With --labels
     pairs, they lose the prompt's beginning."""
 
@@ -83,7 +86,7 @@ class ClassifyOptimConfig(OptimConfig):
     epochs: float | None = None
     """Passes over the data. By default 3, if --steps is not given."""
     batch_size: int = 32
-    """Texts, or pairs, in memory at once, on all devices together."""
+    """Texts, images or pairs in memory at once, on all devices together."""
     lr: float | None = None
     """The peak learning rate. By default 1e-3; with --full 3e-5, with --head-only 3e-2,
     with --intrinsic D 0.03 * (10000 / D)^0.75. With --optimizer lion a third of that; sgd has no
@@ -110,7 +113,8 @@ class ClassifyRunConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Options):
-    """Fine-tune an encoder to classify texts, or to score completions, with LoRA or in full."""
+    """Fine-tune an encoder to classify texts or images, or to score completions, with LoRA or in
+    full."""
 
     data: DataConfig = DataConfig()
     adapter: ClassifyAdapterConfig = ClassifyAdapterConfig()

@@ -1,0 +1,288 @@
+"""Makes arrays of images as a preprocessor_config.json says: resize, crop, rescale, normalise."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError, read_file
+from lora_jax.hf.hub import resolve
+
+FILE = "preprocessor_config.json"
+
+_READ = (
+    "do_resize do_center_crop do_rescale do_normalize image_mean image_std resample rescale_factor "
+    "size crop_size"
+).split()
+# Without an effect here: every image becomes RGB, and pixels are those of Pillow.
+_NO_EFFECT = frozenset(
+    """
+    image_processor_type feature_extractor_type processor_class do_convert_rgb use_fast
+    default_to_square data_format input_data_format return_tensors device disable_grouping auto_map
+    """.split()
+)
+_SHORTEST_EDGE = ("Bit", "CLIP")  # of these, a size that is one number is that of the shorter edge
+_MODES = {1: "L", 3: "RGB"}
+_RESAMPLING = range(6)  # Pillow's filters
+
+
+class ImageError(ValueError):
+    """An image that cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageProcessor:
+    """The steps from an image to a model's ``pixel_values``, as transformers' Pillow back end.
+
+    Attributes:
+      size: (height, width) to resize to; None to keep the image's.
+      shortest_edge: the length to resize the shorter edge to, instead of `size`.
+      resample: Pillow's number of the filter: 2 bilinear, 3 bicubic.
+      crop: (height, width) of the middle to cut out; smaller images get a black border.
+      scale: the factor of values from 0 to 255; None for 1.
+      mean, std: subtracted from each channel, and then its divisor.
+
+    Raises:
+      ConfigError: if images of different sizes would stay so, or for other than 1 or 3 channels.
+    """
+
+    size: tuple[int, int] | None = None
+    shortest_edge: int | None = None
+    resample: int = 2
+    crop: tuple[int, int] | None = None
+    scale: float | None = 1 / 255
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if (self.crop or self.size) is None:
+            raise ConfigError(
+                "neither size (height and width) nor crop_size gives all images one size"
+            )
+        if len(self.mean) not in _MODES or len(self.std) != len(self.mean):
+            raise ConfigError(
+                f"image_mean {self.mean} and image_std {self.std}: one number a channel is needed, "
+                "of 1 channel or 3"
+            )
+        if self.resample not in _RESAMPLING:
+            raise ConfigError(f"resample {self.resample!r} is none of Pillow's filters, 0 to 5")
+
+    @classmethod
+    def from_hf(cls, fields: Fields) -> "ImageProcessor":
+        """Reads the fields of a preprocessor_config.json, as transformers 4 and 5 write it.
+
+        Args:
+          fields: the parsed file.
+
+        Raises:
+          ConfigError: names the fields that are missing, or not known.
+        """
+        if unknown := [
+            f"{name}={value!r}"
+            for name, value in fields.items()
+            if name not in (*_READ, *_NO_EFFECT) and value not in (None, False)
+        ]:
+            raise ConfigError(f"{', '.join(unknown)}: not known for images")
+        kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or ""
+        read: dict[str, Any] = {}
+        if fields.get("do_resize", True):
+            size = fields.get("size")
+            if isinstance(size, int) and kind.startswith(_SHORTEST_EDGE):
+                size = {"shortest_edge": size}
+            if isinstance(size, dict) and [*size] == ["shortest_edge"]:
+                read["shortest_edge"] = size["shortest_edge"]
+            else:
+                read["size"] = _height_and_width("size", size)
+            read["resample"] = fields.get("resample", 2)
+        if fields.get("do_center_crop", "crop_size" in fields):
+            read["crop"] = _height_and_width("crop_size", fields.get("crop_size"))
+        read["scale"] = fields.get("rescale_factor", cls.scale)
+        if not fields.get("do_rescale", True):
+            read["scale"] = None
+        for name in ("mean", "std"):
+            if fields.get("do_normalize", True):
+                if not isinstance(fields.get(f"image_{name}"), list):
+                    raise ConfigError(f"image_{name} is {fields.get(f'image_{name}')!r}, no list")
+                read[name] = tuple(map(float, fields[f"image_{name}"]))
+            else:
+                read[name] = (float(name == "std"),) * 3
+        return cls(**read)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the fields that ``from_hf`` reads back as this processor."""
+
+        def named(pair: tuple[int, int]) -> dict[str, int]:
+            return dict(zip(("height", "width"), pair, strict=True))
+
+        out: dict[str, Any] = {
+            "image_processor_type": "ViTImageProcessor"
+            if self.crop is None
+            else "BitImageProcessor",
+            "do_resize": bool(self.size or self.shortest_edge),
+            "do_center_crop": self.crop is not None,
+            "do_rescale": self.scale is not None,
+            "do_normalize": True,
+            "do_convert_rgb": len(self.mean) == 3,
+            "resample": self.resample,
+            "rescale_factor": self.scale,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        if self.shortest_edge:
+            out["size"] = {"shortest_edge": self.shortest_edge}
+        elif self.size:
+            out["size"] = named(self.size)
+        return out | ({"crop_size": named(self.crop)} if self.crop else {})
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes preprocessor_config.json into a folder that exists."""
+        text = json.dumps(self.to_hf(), indent=2, sort_keys=True)
+        (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of an image's pixels: (channels, height, width)."""
+        size = self.crop or self.size
+        assert size is not None
+        return len(self.mean), *size
+
+    def pixels(self, image: Any) -> np.ndarray:
+        """Returns an image resized and cut, [channels, height, width] uint8.
+
+        Args:
+          image: a file's path or bytes; a ``PIL.Image.Image``; or a dict with one of them, as
+            `datasets` stores images: ``{"bytes": …, "path": …}``.
+
+        Raises:
+          ImageError: the image cannot be read; says why.
+        """
+        image = opened(image, _MODES[len(self.mean)])
+        if wanted := self._resized(*image.size):
+            image = image.resize(wanted, resample=self.resample)
+        array = np.asarray(image, np.uint8)
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        return array if self.crop is None else _cropped(array, *self.crop)
+
+    def values(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns pixel values for a model, fp32, of `pixels`: [..., channels, height, width]."""
+        channel = np.arange(len(self.mean))[:, None, None]
+        values: np.ndarray = self._table[channel, pixels]
+        return values
+
+    def __call__(self, images: Sequence[Any]) -> np.ndarray:
+        """Returns ``pixel_values`` of images, [n, channels, height, width] fp32; see `pixels`."""
+        return self.values(np.stack([self.pixels(image) for image in images]))
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        """Returns the value of each of the 256 levels in each channel."""
+        levels = np.arange(256) * (1.0 if self.scale is None else self.scale)
+        mean, std = (np.array(x, np.float32)[:, None] for x in (self.mean, self.std))
+        return np.asarray((levels.astype(np.float32) - mean) / std)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int] | None:
+        """Returns the width and height to resize to; None to keep them."""
+        if self.shortest_edge is None:
+            return self.size and self.size[::-1]
+        short, long = sorted((width, height))
+        longer = int(self.shortest_edge * long / short)
+        return (self.shortest_edge, longer) if width <= height else (longer, self.shortest_edge)
+
+
+def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
+    """Loads the image processor that goes with ``from_pretrained(name_or_path)``.
+
+    Args:
+      name_or_path: folder or hub name.
+
+    Raises:
+      ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
+      ConfigError: there is no preprocessor_config.json, or it asks for what is not supported.
+
+    >>> from lora_jax import models
+    >>> processor = models.load_image_processor("google/vit-base-patch16-224")  # doctest: +SKIP
+    >>> processor(["cat.jpg", "dog.jpg"]).shape  # doctest: +SKIP
+    (2, 3, 224, 224)
+    """
+    path = resolve(name_or_path).path / FILE
+    try:
+        return ImageProcessor.from_hf(read_file(path, "a model of images", ConfigError))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if str(path) not in str(error) else error) from None
+
+
+def opened(image: Any, mode: str = "RGB") -> Any:
+    """Returns an image, decoded and upright, as a ``PIL.Image.Image``.
+
+    Args:
+      image: see `ImageProcessor.pixels`.
+      mode: Pillow's name of the channels. What is transparent gets a white ground.
+
+    Raises:
+      ImageError: the image cannot be read; says why.
+    """
+    pil = _pillow()
+    source = image
+    if isinstance(image, dict):
+        source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+    if isinstance(source, bytes | bytearray | memoryview):
+        source = io.BytesIO(source)
+    try:
+        if isinstance(source, str | os.PathLike | io.BytesIO):
+            source = pil.Image.open(source)
+        if not isinstance(source, pil.Image.Image):
+            raise TypeError(f"a {type(image).__name__} is no image, nor a path or bytes of one")
+        found = pil.ImageOps.exif_transpose(source)
+        if mode == "RGB" and ("A" in found.getbands() or "transparency" in found.info):
+            found = found.convert("RGBA")
+            ground = pil.Image.new("RGBA", found.size, (255, 255, 255, 255))
+            found = pil.Image.alpha_composite(ground, found)
+        return found.convert(mode)
+    except Exception as error:  # of a damaged file, anything
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"the image cannot be read: {said}") from None
+
+
+def _height_and_width(name: str, size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, dict) and {*size} == {"height", "width"}:
+        return size["height"], size["width"]
+    raise ConfigError(f"{name} is {size!r}; height and width, or one number, are needed")
+
+
+def _cropped(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Returns the middle of [channels, ., .]; what lies beyond the image is 0."""
+    out = np.zeros((image.shape[0], height, width), image.dtype)
+    cuts = [
+        _overlap(size, wanted)
+        for size, wanted in zip(image.shape[1:], (height, width), strict=True)
+    ]
+    (y_from, y_to), (x_from, x_to) = cuts
+    out[:, y_to, x_to] = image[:, y_from, x_from]
+    return out
+
+
+def _overlap(size: int, wanted: int) -> tuple[slice, slice]:
+    """Returns where the middle lies in an axis, and where it goes in one of the wanted size."""
+    if size >= wanted:
+        first = (size - wanted) // 2
+        return slice(first, first + wanted), slice(None)
+    return slice(None), slice((wanted - size + 1) // 2, (wanted - size + 1) // 2 + size)
+
+
+def _pillow() -> Any:
+    try:
+        import PIL
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError:
+        raise ImportError("an image needs the package Pillow: pip install pillow") from None
+    return PIL

@@ -1,0 +1,74 @@
+"""The heads and the classes that a config.json names."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError
+
+
+def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequence[str]]) -> str:
+    """Returns the head that a config.json names by its ``architectures``; "none" where it has none.
+
+    Args:
+      config: the parsed config.json.
+      classes: the beginnings of transformers' names of the classes, such as "Bert".
+      endings: their ends, by head: {"classification": ("ForSequenceClassification",)}.
+
+    Raises:
+      ConfigError: for a head that is not known.
+    """
+    names = config.get("architectures") or []
+    for name in names:
+        found = re.fullmatch(rf"({'|'.join(classes)})(\w+)", name)
+        for head, known in endings.items():
+            if found and found[2] in known:
+                return head
+    if names:
+        raise ConfigError(
+            f"architectures={list(names)!r} has a head that is not supported; say which one to "
+            f"load with head=…, one of {', '.join(endings)}"
+        )
+    return "none"
+
+
+def read_classes(config: Fields, asked: int | None = None) -> tuple[int, tuple[str, ...]]:
+    """Returns the number of classes, and their names in the order of their indices.
+
+    Args:
+      config: the parsed config.json.
+      asked: the number to take instead of the file's.
+
+    Returns:
+      The number, and the names: () where there are none, or those of another number of classes.
+    """
+    named = {str(i): str(name) for i, name in (config.get("id2label") or {}).items()}
+    indices = [str(i) for i in range(len(named))]
+    names = tuple(named[i] for i in indices) if set(named) == set(indices) else ()
+    number = asked or config.get("num_labels") or len(names) or 2
+    if names == _numbered(len(names)) or len(names) != number:
+        names = ()
+    return number, names
+
+
+def written_classes(number: int, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields of a config.json that `read_classes` reads back."""
+    names = names or _numbered(number)
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def check_classes(number: int, names: Sequence[str]) -> None:
+    """Raises a ConfigError for less than one class, or for another number of names."""
+    if number < 1:
+        raise ConfigError(f"num_labels ({number}) is at least 1")
+    if names and len(names) != number:
+        raise ConfigError(f"label_names has {len(names)} names for {number} labels")
+
+
+def _numbered(n: int) -> tuple[str, ...]:
+    """Returns transformers' names of n classes without names."""
+    return tuple(f"LABEL_{i}" for i in range(n))

@@ -1,0 +1,143 @@
+"""A vision model's configuration: the options of its forward pass, and its config.json."""
+
+import dataclasses
+from typing import Any
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.models.heads import check_classes, read_classes, read_head, written_classes
+from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.vision.families import FAMILIES, VisionFamily
+
+OPTIONS = frozenset({"head", "num_labels"})
+
+# transformers' class names for a model with the head; the first is the one that is written.
+_ARCHITECTURES = {"none": ("Model",), "classification": ("ForImageClassification",)}
+
+# Without an effect on the output: of training and initial values, of the pooler, of masked images
+# and of the use as a backbone.
+_NO_EFFECT = frozenset(
+    """
+    hidden_dropout_prob attention_probs_dropout_prob drop_path_rate layerscale_value pooler_act
+    pooler_output_size encoder_stride use_mask_token apply_layernorm reshape_hidden_states
+    out_features out_indices stage_names
+    """.split()
+)
+# Known options that would change the forward pass, and the only value that is supported.
+_UNSUPPORTED: dict[str, Any] = {"use_swiglu_ffn": False}
+
+_OF_HEAD = frozenset({"head", "num_labels", "label_names"})
+_PAIRS = ("image_size", "patch_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """An encoder of images of the ViT and DINOv2 kind, with its head. Hashable.
+
+    Sizes are in elements; those of images and patches are (height, width) in pixels. ``head`` is
+    "none" (final hidden states) or "classification" (logits of ``num_labels`` classes).
+
+    Raises:
+      ConfigError: if the fields contradict each other.
+    """
+
+    model_type: str = "vit"
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    num_channels: int = 3
+    qkv_bias: bool = True
+    head: str = "none"
+    num_labels: int = 2
+    label_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_known("model_type", self.model_type, FAMILIES)
+        check_known("head", self.head, _ARCHITECTURES)
+        check_known("hidden_act", self.hidden_act, ACTIVATION)
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if min(self.grid) < 1:
+            raise ConfigError(
+                f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}"
+            )
+        check_classes(self.num_labels, self.label_names)
+
+    @property
+    def family(self) -> VisionFamily:
+        """The facts of the model's family."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The rows and columns of patches that the table of positions is for."""
+        return self.grid_of(*self.image_size)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the rows and columns of patches of an image; a rest of pixels is left out."""
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    @property
+    def max_tokens(self) -> int:
+        """The tokens of an image of ``image_size``: its patches, and one for the whole."""
+        return 1 + self.grid[0] * self.grid[1]
+
+    @classmethod
+    def from_hf(cls, config: Fields, **options: Any) -> "VisionConfig":
+        """Reads the dict of a config.json, as transformers 4 and 5 write it.
+
+        Args:
+          config: the parsed config.json. Its ``architectures`` tells the head.
+          **options: head and num_labels, instead of the file's.
+
+        Returns:
+          The configuration.
+
+        Raises:
+          ConfigError: names the fields that are missing, unsupported or unknown, and options that
+            do not go with the head.
+        """
+        family: Any = config.get("model_type")
+        check_known("model_type", family, FAMILIES)
+        facts = FAMILIES[family]
+        own = {*cls._names(), *facts.defaults} - ({"intermediate_size"} - {*facts.defaults})
+        refuse_unknown(config, family, own | _NO_EFFECT | {"num_labels"}, _UNSUPPORTED)
+        classes = [one.class_name for one in FAMILIES.values()]
+        head = options.get("head") or read_head(config, classes, _ARCHITECTURES)
+        if "num_labels" in options and head != "classification":
+            raise ConfigError(f"num_labels goes with head='classification', and it is {head!r}")
+        num_labels, names = read_classes(config, options.get("num_labels"))
+        read = {**facts.defaults, **{name: config[name] for name in own if name in config}}
+        if "mlp_ratio" in read:
+            width = read.get("hidden_size", cls.hidden_size)
+            read["intermediate_size"] = int(width * read.pop("mlp_ratio"))
+        for name in _PAIRS:
+            size = read.get(name, getattr(cls, name))
+            read[name] = (size, size) if isinstance(size, int) else tuple(size)
+        return cls(**read, head=head, num_labels=num_labels, label_names=names)
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """Returns the fields that config.json has under the same names."""
+        return [field.name for field in dataclasses.fields(cls) if field.name not in _OF_HEAD]
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the config.json that ``from_hf`` reads back as this configuration."""
+        out = {name: getattr(self, name) for name in self._names()} | dict(self.family.written)
+        for name in _PAIRS:
+            height, width = out[name]
+            out[name] = height if height == width else [height, width]
+        if "mlp_ratio" in self.family.defaults:
+            ratio = out.pop("intermediate_size") / self.hidden_size
+            out["mlp_ratio"] = int(ratio) if ratio.is_integer() else ratio
+        out["architectures"] = [self.family.class_name + _ARCHITECTURES[self.head][0]]
+        return out | written_classes(self.num_labels, self.label_names)

@@ -1,0 +1,186 @@
+"""Encoders of images in Flax Linen: ViT (Dosovitskiy et al. 2021), DINOv2 (Oquab et al. 2024)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lora_jax.models.layers.activations import activated
+from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.blocks import ModelPart, dense, layer_norm
+from lora_jax.models.layers.masks import Mask, bidirectional
+from lora_jax.models.layers.self_attention import Dense, SelfAttention
+from lora_jax.models.layers.trunk import layer_input, scan
+from lora_jax.models.vision.config import VisionConfig
+from lora_jax.models.vision.positions import resampled
+
+
+class VisionEncoder(ModelPart):
+    """An encoder of images with its head. Layers are scanned.
+
+    Parameters are a plain nested dict under the names in Hugging Face's files, less the layer
+    number: ``vit/encoder/layer/attention/attention/query/kernel`` is [layers, d_model, d_model].
+    The convolution over patches is a product with
+    ``vit/embeddings/patch_embeddings/projection/kernel``, [width, height, channels, d_model].
+
+    Attributes:
+      config: the options of the forward pass, and the head.
+      dtype, param_dtype, remat, placement, attention: see ``Encoder``.
+    """
+
+    config: VisionConfig
+
+    def setup(self) -> None:
+        setattr(self, self.config.family.prefix, _Trunk(*self.options))
+        if self.config.head == "classification":
+            self.classifier = dense(self, self.config.num_labels, dtype=wide(self.dtype))
+
+    def __call__(self, pixel_values: jax.Array, return_hidden: bool = False) -> jax.Array:
+        """Encodes each image.
+
+        Args:
+          pixel_values: [batch, channels, height, width], as a processor returns them. For another
+            height or width than the configuration's ``image_size``, the table of positions is
+            resampled (bicubic).
+          return_hidden: return the final hidden states instead of the head's output.
+
+        Returns:
+          Logits of classes, [batch, num_labels]; without a head the final hidden states,
+          [batch, 1 + patches, d_model].
+
+        Raises:
+          ValueError: for another number of channels, or an image smaller than a patch.
+        """
+        cfg, (_, channels, *size) = self.config, pixel_values.shape
+        if channels != cfg.num_channels or min(cfg.grid_of(*size)) < 1:
+            raise ValueError(
+                f"pixel_values of shape {pixel_values.shape}: [batch, {cfg.num_channels}, height, "
+                f"width] is needed, with room for a patch of {cfg.patch_size} pixels"
+            )
+        hidden: jax.Array = getattr(self, cfg.family.prefix)(pixel_values)
+        if return_hidden or cfg.head == "none":
+            return hidden
+        first = hidden[:, 0]
+        if cfg.family.mean_patch:
+            patches = hidden[:, 1:].astype(wide(hidden.dtype))
+            mean = jnp.mean(patches, axis=1).astype(first.dtype)
+            first = jnp.concatenate([first, mean], axis=-1)
+        logits: jax.Array = self.classifier(first)
+        return logits
+
+
+class _Part(ModelPart):
+    config: VisionConfig
+
+
+class _Trunk(_Part):
+    """Embeddings, scanned layers and the last norm."""
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = _Embeddings(*self.options, name="embeddings")(pixels)
+        x = self.placement.constrain(x, "residual")
+        mask = bidirectional(jnp.ones(x.shape[:2], bool))
+        x = _Layers(*self.options, name="encoder")(x, mask)
+        return layer_norm(self, name="layernorm")(x)
+
+
+class _Embeddings(_Part):
+    """The image's own token and its patches, each with its position."""
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        cfg = self.config
+        normal = nn.initializers.normal(cfg.initializer_range)
+        shape = (1, 1, cfg.hidden_size)
+        token = self.param("cls_token", normal, shape, self.param_dtype)
+        patches = _Patches(*self.options, name="patch_embeddings")(pixels)
+        shape = (1, cfg.max_tokens, cfg.hidden_size)
+        table = self.param("position_embeddings", normal, shape, self.param_dtype)
+        table = resampled(table, cfg.grid, cfg.grid_of(*pixels.shape[2:])).astype(self.dtype)
+        token = jnp.broadcast_to(token.astype(self.dtype), (patches.shape[0], 1, cfg.hidden_size))
+        return jnp.concatenate([token, patches], axis=1) + table
+
+
+class _Patches(_Part):
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        out: jax.Array = _Projection(*self.options, name="projection")(pixels)
+        return out
+
+
+class _Projection(_Part):
+    """A convolution whose stride is its size: a product with each patch's pixels."""
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        cfg, (high, wide_) = self.config, self.config.patch_size
+        shape = (wide_, high, cfg.num_channels, cfg.hidden_size)
+        normal = nn.initializers.normal(cfg.initializer_range)
+        kernel = self.param("kernel", normal, shape, self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:], self.param_dtype)
+        rows, columns = cfg.grid_of(*pixels.shape[2:])
+        x = pixels[:, :, : rows * high, : columns * wide_].astype(self.dtype)
+        x = x.reshape(*x.shape[:2], rows, high, columns, wide_)
+        x = x.transpose(0, 2, 4, 5, 3, 1).reshape(x.shape[0], rows * columns, -1)
+        return x @ kernel.reshape(-1, shape[-1]) + bias.astype(self.dtype)
+
+
+class _Layers(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
+        scanned = scan(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
+        x, _ = scanned(*self.options, name="layer")(x, mask)
+        return x
+
+
+class _Layer(_Part):
+    """Attention and MLP of the normalised input, each added to it: a scan's body."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
+        cfg, args, x = self.config, self.options, layer_input(x, self.remat)
+        facts = cfg.family
+        normed = layer_norm(self, name=facts.attention_norm)(x)
+        x = x + self._scaled(1, _Attention(*args, name="attention")(normed, mask))
+        x = self.placement.constrain(x, "residual")
+        normed = layer_norm(self, name=facts.mlp_norm)(x)
+        normed = self.placement.constrain(normed, "inputs")
+        if "mlp" in facts.mlp[0]:
+            added = _MLP(*args, name="mlp")(normed)
+        else:
+            inner = Dense(*args, features=cfg.intermediate_size, name="intermediate")(normed)
+            inner = self.placement.constrain(activated(cfg.hidden_act, inner), "features")
+            added = Dense(*args, name="output")(inner)
+        x = x + self._scaled(2, added)
+        return self.placement.constrain(x, "residual"), None
+
+    def _scaled(self, number: int, x: jax.Array) -> jax.Array:
+        if not self.config.family.layer_scale:
+            return x
+        return _LayerScale(*self.options, name=f"layer_scale{number}")(x)
+
+
+class _Attention(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
+        args, bias = self.options, self.config.qkv_bias
+        attention = SelfAttention(*args, use_bias=bias, name="attention")
+        seen = attention(self.placement.constrain(x, "inputs"), mask)
+        out: jax.Array = Dense(*args, name="output")(seen)
+        return out
+
+
+class _MLP(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.config
+        inner = activated(cfg.hidden_act, dense(self, cfg.intermediate_size, name="fc1")(x))
+        return dense(self, cfg.hidden_size, name="fc2")(self.placement.constrain(inner, "features"))
+
+
+class _LayerScale(_Part):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.config.hidden_size,)
+        scale: jax.Array = self.param("lambda1", nn.initializers.ones, shape, self.param_dtype)
+        return x * scale.astype(x.dtype)

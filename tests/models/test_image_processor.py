@@ -1,0 +1,152 @@
+"""Image processors: steps by hand, files, damaged images; and transformers' Pillow back end."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.images import ImageError, ImageProcessor, load_image_processor
+
+VIT: dict[str, Any] = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"height": 18, "width": 13},
+    "resample": 2,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+DINO = VIT | {
+    "image_processor_type": "BitImageProcessor",
+    "size": {"shortest_edge": 21},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 17, "width": 11},
+    "do_convert_rgb": True,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "vit": VIT,
+    "dinov2": DINO,
+    "a crop beyond the image": DINO | {"crop_size": {"height": 26, "width": 31}},
+    "a crop beyond one side": DINO | {"crop_size": {"height": 8, "width": 61}, "resample": 1},
+    "no resizing": DINO | {"do_resize": False},
+    "no rescaling": VIT | {"do_rescale": False},
+    "no normalising": VIT | {"do_normalize": False, "rescale_factor": 0.01},
+}
+SIZES = [(40, 29), (29, 40), (16, 16), (21, 50)]
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """An image of random pixels, smoothed, so that filters differ."""
+    shape = (height, width, len(mode)) if len(mode) > 1 else (height, width)
+    noise = np.random.default_rng(width).integers(0, 256, shape, np.uint8)
+    return Image.fromarray(noise)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", CASES)
+def test_pixels_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    import transformers
+
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CASES[case]))
+    name = CASES[case]["image_processor_type"] + "Pil"
+    theirs = getattr(transformers, name).from_pretrained(tmp_path)
+    ours = load_image_processor(tmp_path)
+    (tmp_path / "again").mkdir()
+    ours.save_pretrained(tmp_path / "again")
+    again = getattr(transformers, name).from_pretrained(tmp_path / "again")
+    for size in SIZES:
+        image = picture(*size)
+        want = theirs(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(ours([image]), want)
+        np.testing.assert_array_equal(again(image, return_tensors="np")["pixel_values"], want)
+    transparent = picture(30, 20, "RGBA")
+    if CASES[case].get("do_convert_rgb"):
+        want = theirs(transparent, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(ours([encoded(transparent)]), want)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_are_read_back(case: str) -> None:
+    processor = ImageProcessor.from_hf(CASES[case])
+    assert ImageProcessor.from_hf(processor.to_hf()) == processor
+    assert processor.pixels(picture(40, 29)).shape == processor.shape
+
+
+def test_steps_by_hand(tmp_path: Path) -> None:
+    """From a path, from bytes and from a row of `datasets`; grey, and turned by its camera."""
+    processor = ImageProcessor(size=(2, 2), resample=0, mean=(0.25,), std=(0.5,), scale=1 / 255)
+    grey = Image.fromarray(np.array([[0, 255], [51, 102]], np.uint8))
+    grey.save(tmp_path / "grey.png")
+    want = np.array([[[[-0.5, 1.5], [-0.1, 0.3]]]])
+    for image in (tmp_path / "grey.png", str(tmp_path / "grey.png"), encoded(grey), grey):
+        np.testing.assert_allclose(processor([image]), want, atol=1e-6)
+        row = {"bytes": image, "path": None} if isinstance(image, bytes) else {"path": image}
+        np.testing.assert_allclose(processor([row]), want, atol=1e-6)
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    grey.save(file, "PNG", exif=exif)
+    np.testing.assert_allclose(processor([file.getvalue()]), want[..., ::-1, ::-1], atol=1e-6)
+
+
+def test_sizes_of_one_number() -> None:
+    square = ImageProcessor.from_hf(VIT | {"size": 9})
+    assert square.size == (9, 9)
+    edge = ImageProcessor.from_hf(DINO | {"size": 9, "crop_size": 5})
+    assert (edge.shortest_edge, edge.crop) == (9, (5, 5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"do_pad": True}, "do_pad=True: not known"),
+        ({"size": {"shortest_edge": 5}}, "gives all images one size"),
+        ({"size": {"longest_edge": 5}}, "height and width, or one number"),
+        ({"image_mean": [0.5, 0.5]}, "of 1 channel or 3"),
+        ({"image_std": None}, "image_std is None"),
+        ({"resample": 7}, "none of Pillow's filters"),
+    ],
+)
+def test_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(VIT | changes))
+    with pytest.raises(ConfigError, match=said) as error:
+        load_image_processor(tmp_path)
+    assert "preprocessor_config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+def test_damaged_images(kind: str) -> None:
+    """Cut off anywhere, an image is refused, never completed in grey."""
+    processor, whole = ImageProcessor.from_hf(VIT), encoded(picture(40, 29), kind)
+    assert processor.pixels(whole).any()
+    for part in (0, 3, len(whole) // 4, len(whole) // 2):
+        with pytest.raises(ImageError, match="cannot be read"):
+            processor.pixels(whole[:part])
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    processor = ImageProcessor.from_hf(VIT)
+    for image in ("missing.jpg", tmp_path, 3, None, {"bytes": None, "path": None}, b"text"):
+        with pytest.raises(ImageError, match="cannot be read"):
+            processor.pixels(image)
+
+
+def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match="pip install pillow"):
+        ImageProcessor.from_hf(VIT).pixels("cat.jpg")

@@ -1,0 +1,57 @@
+"""The images to classify: from arguments, a folder, a file of rows, or standard input."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_jax.training.data.images import Images, check_rows, names_of, read_pixels
+from lora_jax.training.data.rows import Row
+from lora_jax.training.errors import TrainingError
+from train.console.errors import UserError, as_user_errors
+from train.data.files import images_of, read_file
+from train.predict.texts import Texts, holds_rows, of_file, of_standard_input
+from train.run.pretrained import Outline
+from train.tasks.images import FIELD, located
+
+
+def read_images(
+    paths: Sequence[str], given: str | None, field: str | None, outline: Outline
+) -> tuple[Texts, Images]:
+    """Returns the names of images, and the images.
+
+    Args:
+      paths: the images of the command line.
+      given: the option --input: a folder, a file of rows, or a file with a path a line; without
+        it and `paths`, standard input has a path a line.
+      field: the option --field.
+      outline: the model's, with its processor.
+
+    Raises:
+      UserError: there are none, or some cannot be read; names them.
+    """
+    rows, field = _rows(paths, given, field), field or FIELD
+    with as_user_errors(TrainingError):
+        check_rows(rows, given or "the images", field, None)
+        names = names_of(rows, field, given or "the images")
+        pixels = read_pixels([row[field] for row in rows], names, outline.tokenizer)
+    unused = np.zeros(len(rows), np.int32)
+    return Texts(names, None, names), Images(pixels, unused, unused, outline.tokenizer)
+
+
+def _rows(paths: Sequence[str], given: str | None, field: str | None) -> list[Row]:
+    if given is not None and holds_rows(given) and Path(given).expanduser().is_file():
+        rows: list[Row] = [*read_file(Path(given).expanduser())]
+        if not rows:
+            raise UserError(f"--input {given} has no rows")
+        return located(rows, field or FIELD, given)
+    found = [*paths]
+    if given is not None and Path(given).expanduser().is_dir():
+        found = images_of(given)
+        if not found:
+            raise UserError(f"--input {given}: there is no image in this folder")
+    elif given is not None:
+        found = of_file(given, "", None).first
+    elif not paths:
+        found = of_standard_input().first
+    return [{field or FIELD: path} for path in found]

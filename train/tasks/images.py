@@ -1,0 +1,129 @@
+"""The task of classifying a user's images: a head on a ViT or DINOv2, which trains in full."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.training.data.images import Images, check_rows, images, names_of
+from lora_jax.training.data.labelled import label_names
+from lora_jax.training.data.rows import Row, moved
+from lora_jax.training.losses import IMAGES
+from train.console.errors import UserError
+from train.options.scripts.classify import Config, DataConfig
+from train.run.pretrained import Outline, read_classifier_outline
+from train.tasks import labelled
+from train.tasks.task import Context, Data, Rows
+
+FIELD = "image"  # of a folder's rows
+_HELD_OUT = "the held-out rows"
+
+
+def check(config: Config) -> None:
+    """Raises a UserError where no model is named: there is no default for images."""
+    if not config.data.model:
+        raise UserError(
+            "images need a --model: a ViT or DINOv2, by its name on the hub "
+            "(facebook/dinov2-small) or its folder"
+        )
+
+
+def field_of(data: DataConfig) -> str:
+    """Returns the name of the field that holds the image."""
+    return data.image or FIELD
+
+
+def read_images(config: Config) -> Rows:
+    """Reads the rows, each with an image and a label; where a share is held out, by label."""
+    data = config.data
+
+    def check(rows: list[Row], source: str) -> None:
+        check_rows(rows, source, field_of(data), data.label)
+
+    train, test = labelled.read_parts(data, check, functools.partial(labelled.split_by_label, data))
+    of_test = data.test if data.test and labelled.names_rows(data.test) else data.dataset
+    return Rows(
+        located(train, field_of(data), data.dataset), located(test, field_of(data), of_test)
+    )
+
+
+def located(rows: list[Row], field: str, source: str) -> list[Row]:
+    """Returns rows with the paths of their images as they are found from here.
+
+    Args:
+      rows: the rows. A path that is not there is one beside the rows' file.
+      field: the name of the image's field.
+      source: the rows' file or folder.
+    """
+    folder = Path(source).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+
+    def found(row: Row) -> Row:
+        value = row[field]
+        if not isinstance(value, str) or Path(value).exists() or not (folder / value).is_file():
+            return row
+        return moved(row, {**row, field: str(folder / value)})
+
+    return [found(row) for row in rows]
+
+
+def outline(config: Config, rows: Rows) -> Outline:
+    """Reads the outline of the encoder, with a head for the classes of the rows."""
+    data = config.data
+    assert data.model is not None, "the options have no defaults yet"
+    return read_classifier_outline(data.model, len(label_names(rows.train, data.label)), "images")
+
+
+def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+    """Returns the images as arrays, with their class indices."""
+    data, names = config.data, label_names(rows.train, config.data.label)
+    found: Any = outline.config
+    field = field_of(data)
+    _, *size = outline.tokenizer.shape
+    rows_, columns = found.grid_of(*size)
+    length = 1 + rows_ * columns
+
+    def read(part: Sequence[Row], source: str) -> Images:
+        return images(
+            part,
+            outline.tokenizer,
+            names=names,
+            image=field,
+            label=data.label,
+            length=length,
+            source=source,
+        )
+
+    train, test = read(rows.train, data.dataset), read(rows.held_out, data.test or _HELD_OUT)
+    titles = names_of(rows.train, field, data.dataset)
+    resampled = "" if found.grid == (rows_, columns) else ", with resampled positions"
+    return Data(
+        train=train,
+        held_out=test,
+        measured=labelled.spread(test, config.run.eval_rows),
+        name=titles.__getitem__,
+        source="",
+        facts={"labels": names, "sequence_length": length, "lengths": (length,)},
+        lines=(
+            *labelled.numbers(rows, data.label, "images"),
+            f"images are {' x '.join(map(str, size))} pixels, {length} tokens{resampled}",
+        ),
+    )
+
+
+def _titles(context: Context) -> list[str]:
+    data = context.config.data
+    return names_of(context.rows.held_out, field_of(data), data.test or _HELD_OUT)
+
+
+TASK = dataclasses.replace(
+    labelled.TASK,
+    defaults=dataclasses.replace(labelled.TASK.defaults, model=None),
+    check=check,
+    rows=read_images,
+    outline=outline,
+    examples=examples,
+    loss=lambda config, layout: IMAGES,
+    evaluation=functools.partial(labelled.Telling, unit="images", titles=_titles),
+)
