@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.train.serve.waiting import until
 from train.serve.requests import (
     AdapterSpec,
     Completion,
@@ -115,8 +116,7 @@ class FakeEngine:
 
     def wait(self):
         """Waits until what is queued now is done; then nothing is, unless that queued more."""
-        while not self._jobs.empty() or not self._idle():
-            pass
+        until(lambda: self._jobs.empty() and self._idle(), "nothing is queued")
 
     def _idle(self):
         reached = threading.Event()

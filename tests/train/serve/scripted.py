@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import threading
-import time
 
 import numpy as np
 import uvicorn
@@ -159,11 +158,3 @@ def serving(engine, **options):
     finally:
         server.should_exit = True
         thread.join()
-
-
-def until(holds, seconds=10.0):
-    """Waits until something holds."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from tests.train.serve.scripted import TOKENIZER, ScriptedEngine, ids, serving, tenant
+from tests.train.serve.waiting import until
 from train.console.errors import UserError
 from train.serve.app import make_app
 from train.serve.routes.access import Access, owner_of, read_keys
@@ -154,8 +155,7 @@ def test_an_owner_who_waits_too_much_waits_alone():
         threads = [threading.Thread(target=ask, args=("tml-one", found)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        while len(engine.drawn) < 2:
-            pass
+        until(lambda: len(engine.drawn) == 2, "the engine has both requests")
         third = []
         ask("tml-three", third)
         assert third[0].status_code == 429 and int(third[0].headers["retry-after"]) > 0

@@ -77,7 +77,7 @@ class Server:
                     raise
             except (OSError, http.client.HTTPException):  # it is down, or fell
                 time.sleep(0.02)
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, f"no answer to {path} for a minute"
 
 
 @pytest.fixture

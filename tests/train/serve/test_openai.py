@@ -14,8 +14,8 @@ from tests.train.serve.scripted import (
     ids,
     logprob,
     serving,
-    until,
 )
+from tests.train.serve.waiting import until
 from tests.train.tiny import CHATML, tokenizer
 from train.serve.requests import RequestError
 
@@ -144,7 +144,7 @@ def test_who_leaves_ends_the_sample(stream):
         else:
             with pytest.raises(openai.APITimeoutError), client_of(address) as client:
                 ask(client, timeout=0.5)
-        until(lambda: engine.ended)
+        until(lambda: engine.ended, "the sample is ended")
         more.release(1000)
     assert engine.ended == engine.drawn
 

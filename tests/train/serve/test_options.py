@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.train.serve.waiting import until
 from train.console.errors import UserError
 from train.serve.options import check, parse
 
@@ -50,77 +50,78 @@ def test_options_that_make_none_are_refused(given, named, tmp_path, monkeypatch)
         check(parse(given.split()))
 
 
+# Each token is drawn once the standard input has a byte, or is closed; nothing but the end of
+# requests, or a second signal, ends the server.
 SERVER = """
-import sys, time
+import os
 from tests.train.serve.scripted import TOKENIZER, ScriptedEngine, ids
-from train.serve.app import make_app, serve
+from train.serve import app
 
-engine = ScriptedEngine(lambda sample, index: ids("x" * 390), lambda: time.sleep(0.1))
-serve(make_app(engine, TOKENIZER), "127.0.0.1", 0, lambda: print("stopped", flush=True))
+app._DRAIN = 1e9
+engine = ScriptedEngine(lambda sample, index: ids("x" * 390), lambda: os.read(0, 1))
+made = app.make_app(engine, TOKENIZER)
+app.serve(made, "127.0.0.1", 0, lambda: print("stopped", flush=True))
 print("after", flush=True)
 """
 
 
-def start():
+@pytest.fixture
+def server():
+    """A process and its address, with a request that is under way, and what is found of it."""
     command = [sys.executable, "-c", SERVER]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[3]),
         "JAX_PLATFORMS": "cpu",
     }
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
-    said = process.stderr.readline()
-    assert "http://127" in said, said + process.communicate()[1]
-    return process, said.split()[2]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+        try:
+            said = process.stderr.readline()
+            assert "http://127" in said, said + process.communicate()[1]
+            address, found = said.split()[2], []
+            work = threading.Thread(target=ask, args=(address, found), daemon=True)
+            work.start()
+            until(lambda: status(address)["drawing"] == 1, "the engine has the request")
+            yield process, address, work, found
+        finally:
+            process.kill()
 
 
-def ask(address, found, n):
-    body = {"model": "tiny/base", "prompt": "x", "max_tokens": n}
-    found.append(httpx.post(f"{address}/v1/completions", json=body, timeout=60).json())
+def ask(address, found):
+    body = {"model": "tiny/base", "prompt": "x", "max_tokens": 30}
+    with contextlib.suppress(httpx.HTTPError, ValueError):
+        found.append(httpx.post(f"{address}/v1/completions", json=body, timeout=None).json())
 
 
-def wait_for_it(address):
-    """Waits until the engine has the request."""
-    while httpx.get(f"{address}/status.json").json()["drawing"] < 1:
-        time.sleep(0.02)
+def status(address, page="status.json"):
+    return httpx.get(f"{address}/{page}", timeout=60).json()
 
 
-def test_sigterm_finishes_what_runs_and_refuses_the_rest():
-    process, address = start()
-    found = []
-    work = threading.Thread(target=ask, args=(address, found, 30))
-    work.start()
-    wait_for_it(address)
+def is_draining(address):
+    return lambda: status(address, "healthz") == {"status": "draining"}
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):
+    process, address, work, found = server
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert httpx.get(f"{address}/healthz").json() == {"status": "draining"}
-    refused = httpx.post(f"{address}/v1/completions", json={})
+    until(is_draining(address), "the server drains")
+    refused = httpx.post(f"{address}/v1/completions", json={}, timeout=60)
     assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+    assert found == [] and process.poll() is None
+    out, error = process.communicate()  # closes its standard input: all tokens come
+    assert (process.returncode, out) == (0, "stopped\nafter\n")
     work.join()
     assert found[0]["choices"][0]["text"] == "x" * 30
-    out, error = process.communicate(timeout=20)
-    assert (process.returncode, out) == (0, "stopped\nafter\n")
     assert "Traceback" not in error
 
 
-def test_a_second_signal_ends_at_once():
-    process, address = start()
-    found = []
-
-    def cut_off():
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            ask(address, found, 300)
-
-    work = threading.Thread(target=cut_off)
-    work.start()
-    wait_for_it(address)
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    begin = time.monotonic()
-    out, _ = process.communicate(timeout=20)
-    assert time.monotonic() - begin < 10 and process.returncode == 0 and "stopped" in out
+def test_a_second_signal_ends_at_once(server):
+    process, address, work, found = server
+    process.send_signal(signal.SIGINT)
+    until(is_draining(address), "the server drains")
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0 and process.stdout.read() == "stopped\nafter\n"
     work.join()
     assert found == []
 

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
+from tests.train.serve.waiting import until
 from train import sft
 from train.export import __main__ as export
 from train.findings.making import mixture
@@ -120,14 +120,23 @@ class Server:
     def start(self):
         line = f"--model {NAME} --output served --max-length 256 --sequences 16 --slots 3"
         command = [sys.executable, "-m", "train.serve", *line.split(), "--port", str(self.port)]
-        env = {**os.environ, "PYTHONPATH": str(Path.cwd()), "JAX_PLATFORMS": "cpu"}
+        root = str(Path(__file__).parents[3])
+        env = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+        before = len(self.ports())
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, cwd=self.work, env=env, stderr=log, stdout=log)
-        before = self.log.read_text().count("serving at")
-        while (text := self.log.read_text()).count("serving at") == before:
-            assert self.process.poll() is None, text
-            time.sleep(0.1)
-        self.port = int(re.findall(r"serving at http://127.0.0.1:(\d+)", text)[-1])
+
+        def listens():
+            assert self.process.poll() is None, self.log.read_text()
+            return len(self.ports()) > before
+
+        until(listens, "the server listens", 300)
+        self.port = int(self.ports()[-1])
+
+    def ports(self):
+        """The ports at which it listened, one for each start."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return re.findall(r"serving at http://127.0.0.1:(\d+)", text)
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
@@ -218,10 +227,13 @@ def test_sl_loop_goes_on_where_it_was_stopped(server, whole):
 def test_a_killed_server_takes_no_step_twice(server, whole):
     process = started(server, "sl_loop", "killed", **SL, max_steps=8)
     metrics = server.work / "killed/metrics.jsonl"
+
+    def taken():
+        assert process.poll() is None, (server.work / "killed.log").read_text()[-3000:]
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
     for steps in (2, 5):
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
-            assert process.poll() is None
-            time.sleep(0.02)
+        until(lambda n=steps: taken() >= n, f"{steps} steps are taken", 300)
         server.kill()
         server.start()
     ended(server, process, "killed")

@@ -1,7 +1,6 @@
 """Tinker's own SDK against the routes, over HTTP; its codec against ours."""
 
 import threading
-import time
 import urllib.request
 
 import numpy as np
@@ -14,6 +13,7 @@ from starlette.applications import Starlette
 
 from tests.train.serve.client import key_owner
 from tests.train.serve.fakes import FACTS, FakeEngine, logprobs
+from tests.train.serve.waiting import until
 from train.serve.requests import Completion, Drawn, Outputs, Top
 from train.serve.routes.tinker import api as routes
 from train.serve.routes.tinker import wire
@@ -44,8 +44,7 @@ class Served:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
+        until(lambda: self.server.started, "the server listens")
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
 
     @property
