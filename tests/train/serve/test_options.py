@@ -40,6 +40,8 @@ def test_options_that_make_sense(tmp_path):
         ("--sequences -1", "--sequences -1"),
         ("--max-length 1", "--max-length 1"),
         ("--port 70000", "--port 70000"),
+        ("--tenants-per-key 0", "--tenants-per-key 0"),
+        ("--tenants-per-key 2", "--tenants-per-key 2 changes nothing"),
         ("--mesh tensor=two", "--mesh"),
     ],
 )
