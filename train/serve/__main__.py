@@ -62,7 +62,7 @@ def run(options: ServeOptions) -> None:
         folder = _output(options, held)
         engine = _engine(options, outline, layout, length)
         access = Access(keys)
-        tinker = Tinker(engine, folder, owner_of)
+        tinker = Tinker(engine, folder, owner_of, tenants=options.tenants_per_key)
         engine.start()
         held.callback(_every(_SWEPT, tinker.turns.sweep))
         tinker.start()

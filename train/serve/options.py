@@ -19,7 +19,9 @@ from train.serve.routes.access import read_keys
 
 _LENGTH = 1024
 _NUMBERS = {
-    **dict.fromkeys(("tenants", "slots", "max_rank", "sequences", "tokens"), at_least(1)),
+    **dict.fromkeys(
+        ("tenants", "tenants_per_key", "slots", "max_rank", "sequences", "tokens"), at_least(1)
+    ),
     "max_length": at_least(2),
     "port": Numbers(lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"),
 }
@@ -41,6 +43,9 @@ class ServeOptions:
     """Delete what lasts in --output, and begin anew."""
     tenants: int = 64
     """Adapters that train at once; more are refused."""
+    tenants_per_key: int | None = None
+    """Adapters that train at once by one name of --keys, so that no one takes all. By default as
+    many as --tenants."""
     slots: int = 8
     """Adapters that completions drawn side by side may have."""
     max_rank: int = 32
@@ -94,6 +99,13 @@ def check(options: ServeOptions) -> dict[str, str] | None:
         raise UserError(
             f"--host {options.host}: others reach this address, and could do all that you can: "
             "give --keys with a file of `name key` lines, or leave --host out"
+        )
+    if options.tenants_per_key is not None and (
+        options.keys is None or options.tenants_per_key > options.tenants
+    ):
+        raise UserError(
+            f"--tenants-per-key {options.tenants_per_key} changes nothing: it shares out the "
+            f"{options.tenants} of --tenants among the names of --keys: give fewer, and --keys"
         )
     if options.adapters is not None and not Path(options.adapters).expanduser().is_dir():
         raise UserError(f"--adapters {options.adapters}: there is no such folder")

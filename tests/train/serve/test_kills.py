@@ -1,27 +1,21 @@
 """A server that is killed again and again loses no acknowledged command, and repeats none."""
 
-import http.client
-import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from tests.support import THOROUGH
+from tests.train.serve import protobuf
 from tests.train.serve.client import body
 from tests.train.serve.fakes import Tenant
+from tests.train.serve.process import Server, serve
+from tests.train.serve.protobuf import F32, I64, dense
+from tests.train.tiny import CONFIG, write_model
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[3]
-KILLS = 20 if os.environ.get("THOROUGH") else 6
 SERVER = """
 import sys
 from pathlib import Path
@@ -31,90 +25,138 @@ from tests.train.serve.client import key_owner
 from tests.train.serve.fakes import FakeEngine
 from train.serve.routes.tinker.api import Tinker
 
-tinker = Tinker(FakeEngine(), Path(sys.argv[1]), key_owner, every=5)
+tinker = Tinker(FakeEngine(), Path("served"), key_owner, every=5)
 tinker.start()
-uvicorn.run(Starlette(routes=tinker.routes()), port=int(sys.argv[2]), log_level="error")
+uvicorn.run(Starlette(routes=tinker.routes()), port=int(sys.argv[1]), log_level="error")
 """
 
 
-class Server:
-    """A process, and a client that comes again until it is answered."""
+def killed(server, rng, times, seconds, step):
+    """Calls `step` all the time while a server is killed and started again.
 
-    def __init__(self, folder):
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            self.port = one.getsockname()[1]
-        self.folder = folder
-        self.start()
-
-    def start(self):
-        command = [sys.executable, "-c", SERVER, str(self.folder), str(self.port)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(command, env=environment)
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def restart(self):
-        self.kill()
-        self.start()
-
-    def once(self, path, content):
-        url = f"http://127.0.0.1:{self.port}/api/v1/{path}"
-        request = urllib.request.Request(url, content, {"X-API-Key": "tml-a"})
-        with urllib.request.urlopen(request, timeout=40) as answer:
-            return json.load(answer)
-
-    def post(self, path, content):
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                return self.once(path, content)
-            except urllib.error.HTTPError as error:
-                if error.code != 408:
-                    raise
-            except (OSError, http.client.HTTPException):  # it is down, or fell
-                time.sleep(0.02)
-            assert time.monotonic() < deadline, f"no answer to {path} for a minute"
-
-
-@pytest.fixture
-def server(tmp_path):
-    found = Server(tmp_path)
-    yield found
-    found.kill()
-
-
-def test_kills(tmp_path, server):
-    rng = random.Random(5)
-    session = server.post("create_session", {"tags": []})["session_id"]
-    model = f"{session}:train:0"
-    place = {"session_id": session, "model_seq_id": 0, "base_model": "tiny/base"}
-    server.post("create_model", place | {"lora_config": {"rank": 2}})
-    number = momentum = 0.0
-    seq = steps = 0
-    for _ in range(KILLS):
-        timer = threading.Timer(rng.uniform(0.1, 0.6), server.restart)
+    Args:
+        server: The server; all its answers come in the end, from the next start if need be.
+        rng: Draws when it is killed: more often soon after it listens, when it still replays.
+        times: The number of kills.
+        seconds: For which it lives at most.
+        step: Is called once at least for each kill.
+    """
+    for _ in range(times):
+        server.ready()
+        timer = threading.Timer(seconds * rng.random() ** 2, server.restart)
         timer.start()
-        while timer.is_alive():  # requests are cut off, and sent again
-            weights = [float(rng.randrange(-8, 8)) for _ in range(2)]
-            content = body(model, seq + 1, weights)
-            sent = server.post("forward_backward", content)
-            if rng.random() < 0.2:
-                assert server.post("forward_backward", content) == sent
-            step = {"model_id": model, "seq_id": seq + 2, "adam_params": {"learning_rate": 0.25}}
-            last = server.post("optim_step", step)["request_id"]
-            momentum = 0.9 * momentum + (weights[0] * 5 + weights[1] * 6) / 100
-            number, seq, steps = number - 0.25 * momentum, seq + 2, steps + 1
-        answer = server.post("retrieve_future", {"request_id": last})
-        assert answer["metrics"] == {"step:max": steps}
-    seq += 1
-    saved = server.post("save_weights", {"model_id": model, "seq_id": seq, "path": "end"})
-    server.post("retrieve_future", saved)
-    server.kill()
-    (folder,) = tmp_path.glob("checkpoints/*/weights/end@*")
+        step()
+        while timer.is_alive():
+            step()
+        timer.join()
+
+
+def test_kills_over_a_number(tmp_path):
+    rng, kills = random.Random(5), 20 if THOROUGH else 6
+    server = Server(tmp_path, lambda port: ["-c", SERVER, str(port)])
+    model, last = server.create(rank=2), None
+    number = momentum = 0.0
+    steps = 0
+
+    def step():
+        nonlocal number, momentum, steps, last
+        weights = [float(rng.randrange(-8, 8)) for _ in range(2)]
+        content = body(model, 2 * steps + 1, weights)
+        sent = server.post("forward_backward", content)
+        if rng.random() < 0.2:
+            assert server.post("forward_backward", content) == sent
+        last = server.step(model, 2 * steps + 2, learning_rate=0.25)
+        momentum = 0.9 * momentum + (weights[0] * 5 + weights[1] * 6) / 100
+        number, steps = number - 0.25 * momentum, steps + 1
+
+    try:
+        killed(server, rng, kills, 1.0, step)
+        assert server.result(last)["metrics"] == {"step:max": steps}
+        server.result(server.save(model, 2 * steps + 1, "end"))
+    finally:
+        server.kill()
+    (folder,) = tmp_path.glob("served/checkpoints/*/weights/end@*")
     found = Tenant.read(folder, True)
-    assert found.steps == steps > 5 * KILLS
+    assert found.steps == steps > 5 * kills
     assert (found.number, found.momentum) == pytest.approx((number, momentum), rel=1e-9)
+
+
+class Run:
+    """A tenant whose commands depend on their numbers alone; it remembers what was promised."""
+
+    def __init__(self, server):
+        self.server, self.model = server, server.create(rank=3, seed=7)
+        self.steps, self.seq, self.saved, self.sampler = 0, 0, [], None
+
+    def next(self):
+        self.seq += 1
+        return self.seq
+
+    def step(self):
+        """Sends a gradient, sometimes twice, and an update; at times, waits, and saves."""
+        rng, server = np.random.default_rng(self.steps), self.server
+        data = []
+        for length in rng.integers(2, 40, rng.integers(1, 4)):
+            tokens, targets = rng.integers(0, CONFIG["vocab_size"], (2, length))
+            weights = dense(rng.normal(size=length), F32)
+            data.append(
+                protobuf.datum([tokens], target_tokens=dense(targets, I64), weights=weights)
+            )
+        content = protobuf.request(*data, model=self.model, seq=self.next())
+        sent = server.post("forward_backward", content)
+        if rng.random() < 0.2:
+            assert server.post("forward_backward", content) == sent
+        how = {"learning_rate": 1e-2, "eps": 1e-8, "weight_decay": 0.1, "grad_clip_norm": 2.0}
+        sent = server.step(self.model, self.next(), **how)
+        self.steps += 1
+        if self.steps % 7 == 3:
+            metrics = server.result(sent)["metrics"]
+            assert metrics["step:max"] == self.steps and metrics["grad_norm:max"] > 0
+        if self.steps % 10 == 5:
+            self.saved.append(f"{self.steps:06d}")
+            server.save(self.model, self.next(), self.saved[-1])
+        if self.steps == 8:
+            what = {"model_id": self.model, "seq_id": self.next(), "sampling_session_seq_id": 0}
+            self.sampler = server.post("save_weights_for_sampler", what)
+
+    def end(self):
+        """Returns all checkpoints, and the snapshot's log-probabilities of a prompt."""
+        self.saved.append("end")
+        self.server.result(self.server.save(self.model, self.next(), "end"))
+        (root,) = self.server.folder.glob(f"served/checkpoints/{self.model.replace(':', '-')}")
+        folders = {name: next(root.glob(f"weights/{name}@*")) for name in self.saved}
+        arrays = {
+            (name, file.name): {key: x.tobytes() for key, x in load_file(file).items()}
+            for name, folder in folders.items()
+            for file in folder.glob("*.safetensors")
+        }
+        sampler = self.server.result(self.sampler)["sampling_session_id"]
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": [*range(5, 35)]}]}
+        asked = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt}
+        how = {"prompt_logprobs": True, "sampling_params": {"max_tokens": 0}}
+        drawn = self.server.result(self.server.post("asample", asked | how))
+        return arrays, protobuf.fields(drawn)[2]
+
+
+def test_kills_over_the_engine(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    write_model(tmp_path / "tiny")
+    sizes = "--max-length 64 --sequences 4 --slots 2 --max-rank 4"
+    server, kills = serve(tmp_path, "tiny", sizes), 20 if THOROUGH else 4
+    try:
+        server.ready()
+        run = Run(server)
+        killed(server, random.Random(3), kills, 3.0, run.step)
+        while run.steps < 12:
+            run.step()
+        arrays, scores = run.end()
+        whole = Run(server)
+        for _ in range(run.steps):
+            whole.step()
+        expected, expected_scores = whole.end()
+        server.end()
+    finally:
+        server.kill()
+    print(f"{kills} kills, {run.steps} steps, {len(run.saved)} checkpoints")
+    assert len(arrays) == 2 * len(run.saved) and arrays == expected
+    assert len(scores[0]) == 30 * 4 and scores == expected_scores

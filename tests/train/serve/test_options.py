@@ -22,6 +22,7 @@ def test_options_that_make_sense(tmp_path):
     keys.write_text("anna tml-one\n")
     assert check(parse(["--port", "0", "--mesh", "fsdp=2", "--host", "::1"])) is None
     assert check(parse(["--keys", str(keys), "--host", "0.0.0.0"])) == {"tml-one": "anna"}
+    check(parse(["--keys", str(keys), "--tenants", "9", "--tenants-per-key", "9"]))
     found = parse([])
     assert (found.slots, found.max_rank, found.sequences, found.port) == (8, 32, 32, 8000)
     assert (found.host, found.output, found.max_length) == ("127.0.0.1", "runs/serve", None)
@@ -40,6 +41,8 @@ def test_options_that_make_sense(tmp_path):
         ("--sequences -1", "--sequences -1"),
         ("--max-length 1", "--max-length 1"),
         ("--port 70000", "--port 70000"),
+        ("--tenants-per-key 0", "--tenants-per-key 0"),
+        ("--tenants-per-key 2", "--tenants-per-key 2 changes nothing"),
         ("--mesh tensor=two", "--mesh"),
     ],
 )

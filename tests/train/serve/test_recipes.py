@@ -25,6 +25,7 @@ from train.export import __main__ as export
 from train.findings.making import mixture
 from train.findings.making.base import write_untrained
 
+tinker = pytest.importorskip("tinker")
 pytest.importorskip("tinker_cookbook", reason="the extra 'serve-test' has the cookbook")
 pytestmark = pytest.mark.serving
 
@@ -180,9 +181,14 @@ def ended(server, process, run):
 
 
 def final(server, run):
-    """The arrays of a run's last state: its adapter and the optimiser's."""
-    last = json.loads((server.work / run / "checkpoints.jsonl").read_text().splitlines()[-1])
-    model, kind, name = last["state_path"].removeprefix("tinker://").split("/")
+    """The arrays of a run's last state."""
+    last = (server.work / run / "checkpoints.jsonl").read_text().splitlines()[-1]
+    return arrays(server, json.loads(last)["state_path"])
+
+
+def arrays(server, path):
+    """The arrays of a state: its adapter and the optimiser's."""
+    model, kind, name = path.removeprefix("tinker://").split("/")
     where = server.work / "served/checkpoints" / model.replace(":", "-") / kind
     (folder,) = where.glob(f"{name}@*")
     return {file.name: load_file(file) for file in folder.glob("*.safetensors")}
@@ -204,18 +210,33 @@ DPO = {
 }
 
 
+RECIPES = {
+    "sl": ("sl_loop", SL | {"max_steps": 8}),
+    "dpo": ("preference.dpo.train", DPO | {"max_steps": 12}),
+}
+
+
 @pytest.fixture(scope="module")
 def whole(server):
-    process = started(server, "sl_loop", "sl", **SL, max_steps=8)
-    return ended(server, process, "sl")
+    """Returns the metrics of a recipe that nothing disturbs; each runs once."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            recipe, how = RECIPES[name]
+            found[name] = ended(server, started(server, recipe, name, **how), name)
+        return found[name]
+
+    return of
 
 
 def test_sl_loop_learns(whole):
-    losses = [line["train_mean_nll"] for line in whole if "train_mean_nll" in line]
+    losses = [line["train_mean_nll"] for line in whole("sl") if "train_mean_nll" in line]
     assert len(losses) == 8 and losses[-1] < 0.6 * losses[0]
 
 
 def test_sl_loop_goes_on_where_it_was_stopped(server, whole):
+    whole("sl")
     ended(server, started(server, "sl_loop", "stopped", **SL, max_steps=4), "stopped")
     lines = (server.work / "stopped/checkpoints.jsonl").read_text().splitlines()
     kept = [line for line in lines if '"final"' not in line]
@@ -224,26 +245,27 @@ def test_sl_loop_goes_on_where_it_was_stopped(server, whole):
     same(final(server, "stopped"), final(server, "sl"))
 
 
-def test_a_killed_server_takes_no_step_twice(server, whole):
-    process = started(server, "sl_loop", "killed", **SL, max_steps=8)
-    metrics = server.work / "killed/metrics.jsonl"
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_killed_server_takes_no_step_twice(server, whole, name):
+    whole(name)
+    (recipe, how), run = RECIPES[name], f"killed-{name}"
+    process = started(server, recipe, run, **how)
+    metrics = server.work / run / "metrics.jsonl"
 
     def taken():
-        assert process.poll() is None, (server.work / "killed.log").read_text()[-3000:]
+        assert process.poll() is None, (server.work / f"{run}.log").read_text()[-3000:]
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
     for steps in (2, 5):
         until(lambda n=steps: taken() >= n, f"{steps} steps are taken", 300)
         server.kill()
         server.start()
-    ended(server, process, "killed")
-    same(final(server, "killed"), final(server, "sl"))
+    ended(server, process, run)
+    same(final(server, run), final(server, name))
 
 
-def test_dpo_learns(server):
-    process = started(server, "preference.dpo.train", "dpo", **DPO, max_steps=12)
-    lines = [line for line in ended(server, process, "dpo") if "dpo_loss" in line]
-    losses = [line["dpo_loss"] for line in lines]
+def test_dpo_learns(whole):
+    losses = [line["dpo_loss"] for line in whole("dpo") if "dpo_loss" in line]
     assert abs(losses[0] - 0.6931) < 1e-3 and sum(losses[-4:]) / 4 < 0.62
 
 
@@ -256,6 +278,14 @@ def test_rl_loop_learns(server):
     rewards = [line["reward/total"] for line in ended(server, run, "rl") if "reward/total" in line]
     assert 0.1 < rewards[0] < 0.7
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.2
+    saved = (server.work / "rl/checkpoints.jsonl").read_text().splitlines()[-1]
+    where = {"base_url": f"http://127.0.0.1:{server.port}", "api_key": "tml-dummy"}
+    service = tinker.ServiceClient(**where)
+    restored = service.create_training_client_from_state_with_optimizer(
+        json.loads(saved)["state_path"]
+    )
+    again = restored.result().save_state("again").result().path
+    same(arrays(server, again), final(server, "rl"))
 
 
 def test_math_rl_learns(server):

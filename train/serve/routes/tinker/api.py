@@ -50,6 +50,7 @@ class Tinker:
         *,
         hold: float = 25.0,
         every: int = 32,
+        tenants: int | None = None,
     ):
         """Opens the folder.
 
@@ -60,10 +61,11 @@ class Tinker:
           names: more names of the base, by which clients may ask for it.
           hold: seconds for which a request for a result is held open.
           every: a tenant's state is saved after so many commands.
+          tenants: models of an owner at once; None for any number.
         """
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        self.engine, self._owner = engine, owner
+        self.engine, self._owner, self._tenants = engine, owner, tenants
         self.names = tuple(dict.fromkeys([engine.facts.model, *names]))
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.futures = Futures(self.ledger, hold=hold)
@@ -181,6 +183,15 @@ class Tinker:
         model = self.ledger.model(checkpoint["model"])
         return self._base(fields.get("base_model", str, model["base"] if model else ""))
 
+    def _add_model(self, model: str, session: str, owner: str, base: str, metadata: Any) -> None:
+        """Notes a model; raises a RequestError if its owner has as many as a key may have."""
+        if self._tenants is not None and self.ledger.training(owner) >= self._tenants:
+            raise RequestError(
+                f"{self._tenants} of your models train here, and a key has no room for more: "
+                "unload one, or end a session of yours"
+            )
+        self.ledger.add_model(model, session, owner, base, metadata)
+
     async def _submit(self, place: tuple[str, int], *rest: Any, **more: Any) -> Response:
         """Takes a command in: see `Turns.accept`."""
         request = await asyncio.to_thread(self.turns.accept, *place, *rest, **more)
@@ -198,7 +209,7 @@ class Tinker:
         base, metadata = self._base(fields.get("base_model", str)), fields.metadata()
 
         def prepare() -> tuple[None, None]:
-            self.ledger.add_model(model, session, owner, base, metadata)
+            self._add_model(model, session, owner, base, metadata)
             return None, None
 
         return await self._submit((model, 0), "create_model", body, prepare)
@@ -244,7 +255,7 @@ class Tinker:
                 raise RequestError(f"{path} has no optimiser's state: load weights/…, or without")
             if session is not None:
                 base = self._base_of(source, fields)
-                self.ledger.add_model(place[0], session, owner, base, fields.metadata())
+                self._add_model(place[0], session, owner, base, fields.metadata())
             folder = self.turns.place("states", place[0]) / f"load-{place[1]}"
             if not folder.exists():  # so that the checkpoint may be deleted before a replay
                 link(Path(source["folder"]), folder)
