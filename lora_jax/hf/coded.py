@@ -148,7 +148,7 @@ def _stacked(layers: Iterable[Coded], shapes: Coded, where: Any) -> Coded:
 
     Args:
       layers: each with an axis for itself.
-      shapes: of the whole.
+      shapes: shapes of the whole.
       where: the sharding of each array, or one for all.
     """
     empty = jax.jit(lambda: shapes.map(lambda x: jnp.zeros(x.shape, x.dtype)), out_shardings=where)

@@ -56,7 +56,7 @@ class Outline:
 
     @property
     def in_codes(self) -> bool:
-        """Whether kernels are in codes, so that models run through `lora_jax.adapt`."""
+        """True where kernels are in codes, so that the model runs through `lora_jax.adapt`."""
         return any(map(is_coded, jax.tree.leaves(self.params, is_leaf=is_coded)))
 
     @property
