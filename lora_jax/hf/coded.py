@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from lora_jax.hf.keys import Row, WeightsError
-from lora_jax.hf.sources import Source
+from lora_jax.hf.sources import HasCodes, Source
 from lora_jax.quantized import Coded, Coding, encode
 from lora_jax.quantized.encode import encode_part, shardings_of, warn_of_lost
 
@@ -55,7 +55,7 @@ def encoded(
     return whole
 
 
-def check_alike(source: Source, row: Row) -> None:
+def check_alike(source: HasCodes, row: Row) -> None:
     """Raises a WeightsError if a stack's tensors lie in codes that stay so, and not all alike."""
     first, *others = _kinds(source, row)
     if others and not source.shipped.isdisjoint((first, *others)):
@@ -65,7 +65,7 @@ def check_alike(source: Source, row: Row) -> None:
         )
 
 
-def _kinds(source: Source, row: Row) -> list[str]:
+def _kinds(source: HasCodes, row: Row) -> list[str]:
     """Returns the first tensor of a stack in each form that they lie in."""
     kinds: dict[Any, str] = {}  # of codes -> the first tensor in them
     for name in row.hf_names:
@@ -76,7 +76,7 @@ def _kinds(source: Source, row: Row) -> list[str]:
     return list(kinds.values())
 
 
-def shapes_as_stored(source: Source, row: Row, dtype: DTypeLike) -> Coded | None:
+def shapes_as_stored(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
     """Returns the shapes of what `as_stored` returns."""
     first, *others = _kinds(source, row)
     coded = source.code_shapes(first, dtype)
@@ -148,7 +148,7 @@ def _stacked(layers: Iterable[Coded], shapes: Coded, where: Any) -> Coded:
 
     Args:
       layers: each with an axis for itself.
-      shapes: of the whole.
+      shapes: shapes of the whole.
       where: the sharding of each array, or one for all.
     """
     empty = jax.jit(lambda: shapes.map(lambda x: jnp.zeros(x.shape, x.dtype)), out_shardings=where)

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from lora_jax.hf.coded import NONE, STORED, as_stored, check_alike, encoded, shapes_as_stored
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
-from lora_jax.hf.sources import FLOATS, Source
+from lora_jax.hf.sources import FLOATS, HasCodes, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
 from lora_jax.quantized import Format as Codes
 
@@ -108,7 +108,7 @@ def shapes_of(
     table: Sequence[Row],
     dtype: DTypeLike,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
-    source: Source | None = None,
+    source: HasCodes | None = None,
 ) -> dict[str, Any]:
     """Returns the shapes of what `load_params` returns; reads no weights.
 
@@ -134,7 +134,7 @@ def codings_of(
     table: Sequence[Row],
     dtype: DTypeLike,
     quantize: str | Codes | Sequence[QuantRule] | None,
-    source: Source | None = None,
+    source: HasCodes | None = None,
 ) -> dict[str, Coding | None]:
     """Returns how each kernel that ``quantize`` selects is stored, by path; see `quantized.plan`.
 

@@ -27,24 +27,35 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _BLOCK_BYTES = 16_000_000
 
 
-class Source(Protocol):
-    """A model's configuration and its tensors, by the table's names, in Hugging Face's layout.
+class HasCodes(Protocol):
+    """The shapes of the tensors of a model that lie in codes.
 
     Attributes:
       where: the folder or file, for messages.
-      format: the family's.
-      config: the family's configuration.
-      shapes: name -> shape, of every tensor.
-      dtypes: name -> dtype as it is stored, by safetensors' names ("F32"); of codes, "F32".
       shipped: the names of tensors that lie in codes, and stay so unless another form is asked for.
     """
 
     where: str
+    shipped: frozenset[str]
+
+    def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
+        """Returns the shapes of what `Source.codes` returns."""
+
+
+class Source(HasCodes, Protocol):
+    """A model's configuration and its tensors, by the table's names, in Hugging Face's layout.
+
+    Attributes:
+      format: the family's.
+      config: the family's configuration.
+      shapes: name -> shape, of every tensor.
+      dtypes: name -> dtype as it is stored, by safetensors' names ("F32"); of codes, "F32".
+    """
+
     format: Format
     config: Any
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
-    shipped: frozenset[str]
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, as it is stored or in fp32."""
@@ -59,9 +70,6 @@ class Source(Protocol):
           name: the tensor.
           dtype: dtype of the array that the codes stand for.
         """
-
-    def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        """Returns the shapes of what `codes` returns."""
 
     def locate(self, name: str) -> str:
         """Returns the file that holds a tensor."""

@@ -15,7 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.hf.load import shapes_of
-from lora_jax.models import DecoderConfig, from_pretrained, hf_tensors, key_table, kinds
+from lora_jax.hf.stored.promised import Promised
+from lora_jax.models import (
+    ConfigError,
+    DecoderConfig,
+    from_pretrained,
+    hf_tensors,
+    key_table,
+    kinds,
+)
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import Coded, is_coded
 from lora_jax.quantized.coded import on_host
@@ -104,6 +112,31 @@ def test_a_model_keeps_its_codes(layout: str, shipped_as: Any, capsys: Any) -> N
     again = from_pretrained(folder, quantize="stored")[1]
     for name, array in hf_tensors(lj.quantized.dequantize(again), table):
         np.testing.assert_array_equal(array, meant[name])
+
+
+@pytest.mark.parametrize("layout", ["fp8 blocks, fp32", "fp8 static", "gpt-oss"])
+def test_shapes_of_a_config_alone(layout: str, shipped_as: Any) -> None:
+    folder, _ = shipped_as(layout)
+    source, path = open_source(folder), folder / "config.json"
+    table = key_table(source.config)
+    promised = Promised(path, json.loads(path.read_text()), table)
+    assert promised.shipped == source.shipped
+    want = shapes_of(table, jnp.float32, source=source)
+    assert_same(shapes_of(table, jnp.float32, source=promised), want)
+
+
+def test_what_a_config_alone_does_not_tell(shipped_as: Any) -> None:
+    folder, _ = shipped_as("fp8 blocks, fp32")
+    fields, table = fields_of("fp8 blocks, fp32"), key_table(open_source(folder).config)
+    codes = shipped.LAYOUTS["fp8 blocks, fp32"].config
+    kept = ["model.layers.*.mlp.up", "mlp.gate_proj", "lm_head"]  # the first is no module's name
+    fields["quantization_config"] = codes | {"modules_to_not_convert": kept}
+    found = Promised(folder, fields, table).shipped
+    assert f"{UP}.weight" in found and not any("gate_proj" in name for name in found)
+    fields["quantization_config"] = shipped.LAYOUTS["nf4"].config
+    with pytest.raises(ConfigError, match="bitsandbytes's codes do not follow from config.json"):
+        Promised(folder, fields, table)
+    assert Promised(folder, fields_of("nf4"), table).shipped == frozenset()
 
 
 def raw(folder: Path, name: str) -> np.ndarray:

@@ -353,8 +353,9 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Any
 
 
 def dtype_of_files(name: str) -> str:
-    """Returns the commonest dtype of the base's tensors; float32 for quantised ones."""
-    kinds = Counter(open_source(resolve(name).path).dtypes.values())
+    """Returns the commonest dtype of the base's tensors, less those in codes; float32 for GGUF."""
+    source = open_source(resolve(name).path)
+    kinds = Counter(kind for tensor, kind in source.dtypes.items() if tensor not in source.shipped)
     return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
 
 

@@ -218,7 +218,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "max_new_tokens": job.max_new_tokens,
         "rows": _rows(job),
         "dtype": asked.dtype,
-        "quantize": asked.quantize,
+        "quantize": job.outline.head.get("quantize", "none"),
         "attention": str(job.chosen),
         "experts": asked.experts,
         "optimizer": asked.optimizer,

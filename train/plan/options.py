@@ -50,8 +50,9 @@ class PlanConfig:
     dtype: str = "bfloat16"
     """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
     and so are the weights in full fine-tuning."""
-    quantize: PlannedCodes = "none"
-    """The codes to keep the base's kernels in; see train.sft."""
+    quantize: PlannedCodes | None = None
+    """The codes to keep the base's kernels in; see train.sft. By default what config.json tells of
+    the files' own."""
     remat: Remat = "full"
     """Activations to recompute in the backward pass; see train.sft."""
     attention: Attention = "auto"
@@ -139,7 +140,7 @@ def check(options: PlanOptions) -> None:
         raise UserError(
             "--init-adapter: an adapter's shapes come from options here, not from a folder"
         )
-    if adapter.full and asked.quantize != "none":
+    if adapter.full and asked.quantize not in (None, "none"):
         raise UserError(
             f"--quantize {asked.quantize}: codes do not train, and --full trains every weight"
         )

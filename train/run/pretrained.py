@@ -14,10 +14,14 @@ import jax.numpy as jnp
 from lora_jax import models
 from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.coded import NONE, STORED
+from lora_jax.hf.fields import read_file
 from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, shapes_of
+from lora_jax.hf.sources import HasCodes
+from lora_jax.hf.stored.promised import Promised
 from lora_jax.hf.tokenizer import load_tokenizer
+from lora_jax.models import key_table
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.models.vision.families import FAMILIES as VISION
@@ -61,7 +65,7 @@ class Outline:
 
     @property
     def in_codes(self) -> bool:
-        """Whether kernels are in codes, so that models run through `lora_jax.adapt`."""
+        """True where kernels are in codes, so that the model runs through `lora_jax.adapt`."""
         return any(map(is_coded, jax.tree.leaves(self.params, is_leaf=is_coded)))
 
     @property
@@ -120,7 +124,7 @@ class Outline:
                 raise models.ConfigError(
                     f"the files of {self.name} hold no codes: choose a format, such as nf4"
                 )
-            params = shapes_of(models.key_table(self.config), jnp.float32, quantize, source)
+            params = shapes_of(key_table(self.config), jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
 
     def dated(self, day: str | None) -> "Outline":
@@ -256,9 +260,17 @@ def read_shapes(name: str) -> Outline:
         if name in BUNDLES:
             models.fetch(name)  # for other models, the configuration is enough
         path = resolve_config(name)
-        config = open_source(path).config if path.suffix == ".gguf" else read_config_file(path)
-    _check_continues(name, config)
-    return Outline(name, None, config, _abstract(config))
+        source: HasCodes
+        if path.suffix == ".gguf":
+            source = file = open_source(path)
+            config = file.config
+        else:
+            config, fields = read_config_file(path), read_file(path, "a model", models.ConfigError)
+            source = Promised(path, fields, key_table(config))
+        _check_continues(name, config)
+        params = shapes_of(key_table(config), jnp.float32, source=source)
+    head = {"quantize": STORED} if source.shipped else {}
+    return Outline(name, None, config, params, head)
 
 
 def read_untokenized(name: str, **head: Any) -> Outline:
@@ -274,7 +286,7 @@ def read_untokenized(name: str, **head: Any) -> Outline:
     with _model_errors(name):
         source = open_source(models.fetch(name), **head)
         absent = tuple(row.path for row in absent_rows(source))
-        params = shapes_of(models.key_table(source.config), jnp.float32, source=source)
+        params = shapes_of(key_table(source.config), jnp.float32, source=source)
     if source.shipped:
         head = {**head, "quantize": STORED}
     return Outline(name, None, source.config, params, head, absent)
@@ -287,10 +299,6 @@ def _outline(name: str, **head: Any) -> Outline:
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
     return dataclasses.replace(outline, tokenizer=tokenizer)
-
-
-def _abstract(config: Any) -> dict[str, Any]:
-    return shapes_of(models.key_table(config), jnp.float32)
 
 
 def read_model(

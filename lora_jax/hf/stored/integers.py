@@ -1,4 +1,4 @@
-"""How files lay out integers of 4 bits, and bitsandbytes' NF4: names, shapes and bits."""
+"""Layouts of integers of 4 bits, and of bitsandbytes' NF4; see `lora_jax.hf.stored.layouts`."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def _matrix(files: Files, name: str) -> tuple[int, int]:
 
 
 def pack_quantized(name: str, files: Files) -> Stored | None:
-    """compressed-tensors' W4A16: eight codes a word along a row, each stored plus 8."""
+    """Finds compressed-tensors' W4A16: eight codes a word along a row, each stored plus 8."""
     stem = name.removesuffix("weight_packed")
     if stem == name or files.tensors[name].dtype != "I32":
         return None
@@ -60,7 +60,7 @@ def pack_quantized(name: str, files: Files) -> Stored | None:
 
 
 def gptq(name: str, files: Files) -> Stored | None:
-    """GPTQ: eight codes a word along the inputs, with zeros for groups of them."""
+    """Finds GPTQ's: eight codes a word along the inputs, with zeros for groups of them."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
     stem = name.removesuffix("qweight")
@@ -82,7 +82,7 @@ def gptq(name: str, files: Files) -> Stored | None:
 
 
 def awq(name: str, files: Files) -> Stored | None:
-    """AWQ: eight codes a word along the outputs, out of order, with zeros for groups of inputs."""
+    """Finds AWQ's: eight codes a word along the outputs, mixed, with zeros for groups of inputs."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
     n_in, n_words = _matrix(files, name)
@@ -130,7 +130,7 @@ def _with_zeros(
 
 
 def bnb_nf4(name: str, files: Files) -> Stored | None:
-    """bitsandbytes' NF4: codes in one row, the first in high bits; scales coded or not."""
+    """Finds bitsandbytes' NF4: codes in one row, the first in high bits; scales coded or not."""
     state = f"{name}.quant_state.bitsandbytes__nf4"
     if state not in files.tensors:
         if files.tensors[name].dtype == "U8" and f"{name}.absmax" in files.tensors:

@@ -1,4 +1,4 @@
-"""How files lay out floats of 8 and 4 bits: names, shapes and bits.
+"""Layouts of floats of 8 and 4 bits in files: their names, shapes and bits.
 
 Each layout takes a tensor's name in the files, and returns the whole that it belongs to; None if it
 is not the first tensor of such a whole. Rows are outputs, and blocks of 4-bit codes run along rows.
@@ -18,7 +18,7 @@ _INPUTS = ("input_scale", "activation_scale", "input_global_scale")  # no weight
 
 
 def fp8(name: str, files: Files) -> Stored | None:
-    """FP8 with one scale for the tensor, for each row or for each block; it multiplies."""
+    """Finds FP8 with one scale for the tensor, for each row or for each block; it multiplies."""
     dtype, shape = files.tensors[name]
     if dtype not in ("F8_E4M3", "F8_E5M2") or len(shape) < 2:
         return None
@@ -44,7 +44,7 @@ def _inputs(stem: str, files: Files) -> list[str]:
 
 
 def mxfp4_blocks(name: str, files: Files) -> Stored | None:
-    """gpt-oss's experts, [experts, out, in / 32, 16 bytes]; shown as [experts, in, out]."""
+    """Finds gpt-oss's experts, [experts, out, in / 32, 16 bytes]; shown as [experts, in, out]."""
     dtype, shape = files.tensors[name]
     if not name.endswith("_blocks") or dtype != "U8":
         return None
@@ -70,7 +70,7 @@ def mxfp4_blocks(name: str, files: Files) -> Stored | None:
 
 
 def packed_floats(name: str, files: Files) -> Stored | None:
-    """MXFP4, and NVFP4 with a second scale for the tensor: two codes a byte, the low one first.
+    """Finds MXFP4, and NVFP4 with a second scale for the tensor: two codes a byte, the low first.
 
     compressed-tensors calls the bytes ``weight_packed`` and divides by the second scale; ModelOpt
     calls them ``weight`` and multiplies by it.

@@ -1,4 +1,4 @@
-"""What config.json says of a checkpoint's codes: which methods are read, and with which facts."""
+"""The methods of quantisation that a config.json may name, and the facts that it tells of them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ Layout = Callable[[str, Files], Stored | None]
 
 
 class Method(NamedTuple):
-    """A way to quantise, as a config.json describes it; see `Files` for the numbers."""
+    """A method, as a config.json describes it; see `Files` for the numbers."""
 
     name: str
     layouts: tuple[Layout, ...]

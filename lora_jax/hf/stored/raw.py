@@ -30,7 +30,7 @@ DTYPES: dict[str, np.dtype] = {
 
 
 class Header(NamedTuple):
-    """What a file's header says of a tensor."""
+    """The entry of a tensor in its file's header."""
 
     dtype: str
     shape: tuple[int, ...]

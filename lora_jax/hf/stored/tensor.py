@@ -163,7 +163,7 @@ def unpacked(array: np.ndarray, *, less_8: bool = False, high_first: bool = Fals
     """Returns the numbers of 4 bits in an array's bytes, along its last axis, as int4.
 
     Args:
-      array: of bytes, or of words, whose lowest bits come first.
+      array: array of bytes, or of words, whose lowest bits come first.
       less_8: take 8 from numbers of 0 to 15; by default, each keeps its four bits.
       high_first: the first number of a byte is in its high bits.
     """
