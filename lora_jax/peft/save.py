@@ -330,6 +330,10 @@ class _Contents:
                 continue
             if isinstance(node, TrainedRows):
                 names = [row.hf.format(layer) for layer in node.rows]
+            if not row.hf.endswith((".bias", ".weight")):
+                raise PeftError(
+                    f"{path!r} trains in full; PEFT saves whole modules, and this is none"
+                )
             (biases if row.hf.endswith(".bias") else whole).extend(names)
         adapted = {module.name for module in self._adapted}
         saved = {_module_of(name) for name in whole}

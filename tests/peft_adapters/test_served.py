@@ -116,6 +116,14 @@ def test_we_read_it_too(case: str, tmp_path: Any) -> None:
     assert lp.serving_problems(tmp_path / "served", model_type=model.config.model_type) == []
 
 
+@pytest.mark.parametrize("targets", ["sinks", "experts"])
+def test_parameters_of_no_module_cannot_be_saved(targets: str) -> None:
+    model, params = tiny.decoder("gpt-oss")
+    rules = [lj.TrainRule(targets=[targets]), lj.LoraRule(targets=["q_proj"], rank=2)]
+    with pytest.raises(lp.PeftError, match="PEFT saves whole modules, and this is none"):
+        contents(model, lj.lorafy(params, rules))
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
