@@ -3,14 +3,19 @@
     python tests/benchmarks/serving.py --rows 32
 
 Prints tokens a second of completions drawn side by side by SmolLM2-135M: of one adapter by
-`models.generate` in one compiled loop, and by the engine, of one and of eight adapters; then the
-time to the first token of a short prompt, alone and beside a long one.
+`models.generate` in one compiled loop, and by the engine, of one adapter with one slot and with
+eight, and of eight; then the time to the first token of a short prompt, alone and beside a long
+one.
 """
 
 import argparse
+import dataclasses
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +24,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.layout import one_device
-from train.serve.engine.base import Base, Training
+from train.serve.engine.base import Adapter, Base, Training
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
 from train.serve.requests import AdapterSpec, Sample
@@ -45,6 +50,16 @@ def asked(engine: Engine, requests: Sequence[Sample]) -> float:
     return time.perf_counter() - began
 
 
+def started(base: Base, folders: Sequence[Path], slots: int, rows: int) -> Engine:
+    """Returns an engine that computes, with an adapter of each folder, a0 and so on."""
+    sizes = Sizes(max_length=512, tokens=512, sequences=rows, chunk=64)
+    engine = Engine(base, sizes, one_device(), eos=(), text_of=lambda ids: "", slots=slots)
+    engine.start()
+    for i, folder in enumerate(folders):
+        engine.adopt(f"a{i}", folder, lambda result: None)
+    return engine
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=32)
@@ -54,27 +69,29 @@ def main() -> None:
     given = parser.parse_args()
     model, params = models.from_pretrained(MODEL)
     base = Base(model, params, MODEL, given.rank)
-    sizes = Sizes(max_length=512, tokens=512, sequences=given.rows, chunk=64)
-    engine = Engine(base, sizes, one_device(), eos=(), text_of=lambda ids: "", slots=8)
-    for i in range(8):
-        adapter = base.begin(AdapterSpec(rank=given.rank, seed=i), i)
-        noise = jax.tree.map(lambda x: x + 0.001, adapter.factors)
-        engine._named[f"a{i}"] = type(adapter)(adapter.spec, noise, adapter.scales)
-    began = time.perf_counter()
-    engine._sampler.warm_up()
-    print(f"compiled in {time.perf_counter() - began:.0f} s")
-    engine.start()
+    adapter = base.begin(AdapterSpec(rank=given.rank, seed=0), 0)
+    noise = jax.tree.map(lambda x: x + 0.001, adapter.factors)
+    adapter = dataclasses.replace(adapter, factors=noise)
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / str(i) for i in range(8)]
+        for folder in folders:
+            base.write(Training.begin(adapter), folder, optimizer=False)
+        measure(base, adapter, folders, given)
+
+
+def measure(base: Base, adapter: Adapter, folders: Sequence[Path], given: Any) -> None:
+    """Prints the rates; see the module."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(5, 40_000, (given.rows, PROMPT))
-    forward = lj.adapt(model.apply)
-    tree = base.tree(engine._named["a0"].factors, engine._named["a0"].scales, base.shell)
-    state = Training.begin(engine._named["a0"])
-    print(f"adapter: {state.adapter.size / 1e6:.1f} MB")
+    forward = lj.adapt(base.model.apply)
+    tree = base.tree(adapter.factors, adapter.scales, base.shell)
+    alone = started(base, folders[:1], 1, given.rows)
+    engine = started(base, folders, 8, given.rows)
 
     def generated() -> float:
         began = time.perf_counter()
         out = models.generate(
-            model,
+            base.model,
             tree,
             jnp.array(prompts),
             max_new_tokens=given.tokens,
@@ -84,7 +101,7 @@ def main() -> None:
         jax.block_until_ready(out)
         return time.perf_counter() - began
 
-    def served(n: int) -> float:
+    def served(engine: Engine, n: int) -> float:
         return asked(
             engine,
             [
@@ -98,25 +115,35 @@ def main() -> None:
             ],
         )
 
-    generated()
     total = given.rows * given.tokens
-    for _ in range(given.times):
-        seconds = {"generate": generated(), "one adapter": served(1), "eight adapters": served(8)}
-        rates = {name: total / s for name, s in seconds.items()}
-        print("  ".join(f"{name} {rate:.0f}/s" for name, rate in rates.items()), end="  ")
-        print(f"served/generate {rates['one adapter'] / rates['generate']:.2f}", end="  ")
-        print(f"eight/one {rates['eight adapters'] / rates['one adapter']:.2f}")
+    for time_ in range(given.times + 1):
+        seconds = {
+            "generate": generated(),
+            "one adapter, --slots 1": served(alone, 1),
+            "one, --slots 8": served(engine, 1),
+            "eight": served(engine, 8),
+        }
+        if time_ == 0:
+            continue  # it compiled
+        rates = [total / s for s in seconds.values()]
+        print("  ".join(f"{name} {r:.0f}/s" for name, r in zip(seconds, rates, strict=True)))
+        print(f"  served/generate {rates[1] / rates[0]:.2f} {rates[2] / rates[0]:.2f}", end="  ")
+        print(f"eight/one {rates[3] / rates[2]:.2f}", flush=True)
     short = Sample(adapter="a0", prompt=prompts[0, :16].tolist(), max_tokens=1)
     long = Sample(adapter="a1", prompt=rng.integers(5, 40_000, 480).tolist(), max_tokens=1)
+    asked(engine, [long])
     for _ in range(given.times):
-        alone = asked(engine, [short])
+        by_itself = asked(engine, [short])
         other = threading.Thread(target=asked, args=(engine, [long]))
         other.start()
         time.sleep(0.05)
         beside = asked(engine, [short])
         other.join()
-        print(f"first token: {alone:.3f} s alone, {beside:.3f} s beside a long prompt", end="  ")
-        print(f"{beside / alone:.1f}x")
+        print(
+            f"first token: {by_itself:.3f} s alone, {beside:.3f} s beside a long prompt", end="  "
+        )
+        print(f"{beside / by_itself:.1f}x", flush=True)
+    alone.close()
     engine.close()
 
 
