@@ -19,7 +19,7 @@ _LAYERS = ("attention", "mlp", "experts")
 ALL_LINEAR = "all-linear"
 # Targets by what a leaf is, as `lora_jax.models.kinds` says; tables, heads and norms are in none.
 PRESETS: dict[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _LAYERS}
-PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform"})
+PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform", "connector"})
 
 
 def _as_written(rule: Any) -> str:

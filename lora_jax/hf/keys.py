@@ -23,10 +23,11 @@ from lora_jax.quantized import is_coded
 # "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
 # the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
 # turns hidden states into logits of tokens, "classifier" into logits of classes; "patches" is what
-# an image is embedded by.
+# an image is embedded by, "connector" maps its vectors to those of a text.
 Kind = Literal[
     "embedding",
     "patches",
+    "connector",
     "positions",
     "attention",
     "mlp",

@@ -33,6 +33,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "vocab.*",
     "*.model",
+    "processor_config.json",
     IMAGES,
 )
 

@@ -32,6 +32,8 @@ from lora_jax.models.pretrained import save_pretrained as save_pretrained
 from lora_jax.models.rollouts import Samples as Samples
 from lora_jax.models.rollouts import sample as sample
 from lora_jax.models.rope_scaling import with_rope_scaling as with_rope_scaling
+from lora_jax.models.smolvlm.config import SmolVLMConfig as SmolVLMConfig
+from lora_jax.models.smolvlm.model import SmolVLM as SmolVLM
 from lora_jax.models.streaming import stream as stream
 from lora_jax.models.vision.config import VisionConfig as VisionConfig
 from lora_jax.models.vision.model import VisionEncoder as VisionEncoder

@@ -40,6 +40,7 @@ class CausalLM(ModelPart):
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
         embedding_noise: EmbeddingNoise | None = None,
+        **inputs: jax.Array,
     ) -> Any:
         """Predicts each next token.
 
@@ -57,6 +58,7 @@ class CausalLM(ModelPart):
           return_hidden: return the final hidden states, [batch, seq, d_model], instead of logits;
             ``head`` turns them into logits.
           embedding_noise: noise to add to the table's vectors, for training.
+          **inputs: other inputs of a family's trunk: ``pixel_values`` of ``SmolVLM``.
 
         Returns:
           Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
@@ -74,7 +76,7 @@ class CausalLM(ModelPart):
             raise ValueError(f"{length} {what} more than the model's {limit} positions")
         placed = place(input_ids, attention_mask, positions, cache, segment_ids)
         mask = causal_mask(placed, segment_ids, cache)
-        hidden, new = self.trunk(input_ids, placed, mask, cache, embedding_noise)
+        hidden, new = self.trunk(input_ids, placed, mask, cache, embedding_noise, **inputs)
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         out = hidden if return_hidden else self.head(hidden)

@@ -46,7 +46,7 @@ from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import Line, Recorder, show
 from lora_jax.training.run.stop import Stop
 
-_OUR_MODELS = (models.Decoder, models.GPT2, models.Encoder, models.VisionEncoder)
+_OUR_MODELS = models.Decoder, models.GPT2, models.Encoder, models.VisionEncoder, models.SmolVLM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

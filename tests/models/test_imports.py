@@ -19,6 +19,7 @@ BELOW = {
     "models/decoder": (*SHARED, "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),
     "models/vision": (*SHARED, "models.vision"),
+    "models/smolvlm": (*SHARED, "models.decoder", "models.smolvlm"),
     "models/gpt2": (*SHARED, "models.gpt2"),
     "models": ("core.types", "folders", "hf", "models", "quantized"),
 }

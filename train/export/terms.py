@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.coded import STORED
-from lora_jax.models import EncoderConfig, VisionConfig
+from lora_jax.models import EncoderConfig, SmolVLMConfig, VisionConfig
 from train.adapters.source import AdapterSource
 
 # The quantization_config of transformers that makes the same codes.
@@ -14,7 +14,10 @@ _HEADS = {
     "classification": ("AutoModelForSequenceClassification", "text-classification"),
     "masked_lm": ("AutoModelForMaskedLM", "fill-mask"),
 }
-_OF_IMAGES = ("AutoModelForImageClassification", "image-classification")
+_OF_IMAGES: dict[type, tuple[str, str]] = {
+    VisionConfig: ("AutoModelForImageClassification", "image-classification"),
+    SmolVLMConfig: ("AutoModelForImageTextToText", "image-text-to-text"),
+}
 
 
 def task_type(model: Any, fields: Mapping[str, Any]) -> str | None:
@@ -35,8 +38,8 @@ def task_type(model: Any, fields: Mapping[str, Any]) -> str | None:
 
 def auto_class(model: Any) -> tuple[str, str]:
     """Returns the names of the transformers class that loads the model, and of its pipeline."""
-    if isinstance(model.config, VisionConfig):
-        return _OF_IMAGES
+    if type(model.config) in _OF_IMAGES:
+        return _OF_IMAGES[type(model.config)]
     if not isinstance(model.config, EncoderConfig):
         return "AutoModelForCausalLM", "text-generation"
     return _HEADS.get(model.config.head, ("AutoModel", "feature-extraction"))

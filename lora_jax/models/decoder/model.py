@@ -17,6 +17,7 @@ from lora_jax.models.layers.blocks import ModelPart, embed
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
+from lora_jax.models.layers.patches import with_vectors
 from lora_jax.models.layers.trunk import Placed, scan
 
 
@@ -48,12 +49,15 @@ class Decoder(CausalLM):
 
     def setup(self) -> None:
         check_experts(self.config, self.experts)
-        self.model = _Trunk(*self.options, experts=self.experts)
+        self.model = Trunk(*self.options, experts=self.experts)
         self.lm_head = output_head(self)
 
 
-class _Trunk(ModelPart):
-    """Embedding, scanned layers and the final norm: everything but the head."""
+class Trunk(ModelPart):
+    """Embedding, scanned layers and the final norm: everything but the head.
+
+    ``vectors`` stand in the places ``at`` of embedded tokens; see ``with_vectors``.
+    """
 
     config: DecoderConfig
     experts: str | Experts = "auto"
@@ -77,6 +81,8 @@ class _Trunk(ModelPart):
         mask: Mask,
         cache: Cache | None,
         embedding_noise: EmbeddingNoise | None,
+        at: jax.Array | None = None,
+        vectors: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         positions = placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.max_len
@@ -91,7 +97,9 @@ class _Trunk(ModelPart):
         x = with_noise(self.embed_tokens(input_ids), embedding_noise)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
-        x = self.placement.constrain(times(x, self.config.embedding_multiplier), "residual")
+        x = self.placement.constrain(
+            with_vectors(times(x, self.config.embedding_multiplier), at, vectors), "residual"
+        )
         windowed, apart = (
             jnp.asarray(np.isin(np.arange(self.config.num_hidden_layers), some))
             for some in (self.config.windowed_layers, self.config.layers_rotated_apart)

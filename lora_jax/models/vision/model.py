@@ -8,6 +8,7 @@ from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attention import wide
 from lora_jax.models.layers.blocks import ModelPart, dense, layer_norm
 from lora_jax.models.layers.masks import Mask, bidirectional
+from lora_jax.models.layers.patches import PatchProjection
 from lora_jax.models.layers.self_attention import Dense, SelfAttention
 from lora_jax.models.layers.trunk import layer_input, scan
 from lora_jax.models.vision.config import VisionConfig
@@ -104,25 +105,9 @@ class _Embeddings(_Part):
 class _Patches(_Part):
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        out: jax.Array = _Projection(*self.options, name="projection")(pixels)
+        size = self.config.patch_size
+        out: jax.Array = PatchProjection(*self.options, size, name="projection")(pixels)
         return out
-
-
-class _Projection(_Part):
-    """A convolution whose stride is its size: a product with each patch's pixels."""
-
-    @nn.compact
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        cfg, (high, wide_) = self.config, self.config.patch_size
-        shape = (wide_, high, cfg.num_channels, cfg.hidden_size)
-        normal = nn.initializers.normal(cfg.initializer_range)
-        kernel = self.param("kernel", normal, shape, self.param_dtype).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape[-1:], self.param_dtype)
-        rows, columns = cfg.grid_of(*pixels.shape[2:])
-        x = pixels[:, :, : rows * high, : columns * wide_].astype(self.dtype)
-        x = x.reshape(*x.shape[:2], rows, high, columns, wide_)
-        x = x.transpose(0, 2, 4, 5, 3, 1).reshape(x.shape[0], rows * columns, -1)
-        return x @ kernel.reshape(-1, shape[-1]) + bias.astype(self.dtype)
 
 
 class _Layers(_Part):

@@ -1,0 +1,1 @@
+"""SmolVLM: a SigLIP encoder of images, a connector, and a decoder."""

@@ -1,0 +1,143 @@
+"""SmolVLM's configuration: its decoder's, its vision encoder's, and its config.json."""
+
+import dataclasses
+from typing import Any
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.layers.activations import ACTIVATION
+
+# model_type -> the beginning of the name of transformers' class.
+CLASSES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}
+_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "image_size": 224,
+    "patch_size": 32,
+}
+_OWN = frozenset({"text_config", "vision_config", "scale_factor", "image_token_id"})
+# Without an effect on the output: of training, of the processor, and of parts that are not there.
+_NO_EFFECT = frozenset(
+    """
+    model_type tie_word_embeddings vocab_size pad_token_id _pad_token_id bos_token_id eos_token_id
+    image_seq_len attention_dropout max_image_size size
+    """.split()
+)
+_OF_OLD_TEXT = frozenset(
+    "_flash_attn_2_enabled neftune_noise_alpha perceiver_config pixel_shuffle_factor".split()
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiglipConfig:
+    """An encoder of images of the SigLIP kind. Hashable; sizes are in elements and pixels."""
+
+    hidden_size: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_known("hidden_act", self.hidden_act, ACTIVATION)
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+
+    @property
+    def side(self) -> int:
+        """The patches along a side of an image."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmolVLMConfig:
+    """A decoder that reads images: SmolVLM, and Idefics 3 with a Llama. Hashable.
+
+    Every field of the decoder's configuration is one of this, too.
+
+    Attributes:
+      text: the decoder's configuration.
+      vision: the configuration of the encoder of images.
+      scale_factor: a square of so many patches a side becomes one token.
+      image_token_id: the token in whose place an image's next vector stands.
+
+    Raises:
+      ConfigError: if the fields contradict each other.
+    """
+
+    model_type: str = "smolvlm"
+    text: DecoderConfig
+    vision: SiglipConfig
+    scale_factor: int = 2
+    image_token_id: int = 128257
+
+    def __post_init__(self) -> None:
+        check_known("model_type", self.model_type, CLASSES)
+        if self.scale_factor < 1 or self.vision.side % self.scale_factor:
+            raise ConfigError(
+                f"the {self.vision.side} patches along a side of an image are not a multiple of "
+                f"scale_factor ({self.scale_factor})"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "text":
+            raise AttributeError(name)
+        return getattr(self.text, name)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """The number of tokens that stand for an image."""
+        return (self.vision.side // self.scale_factor) ** 2
+
+    @classmethod
+    def from_hf(cls, config: Fields) -> "SmolVLMConfig":
+        """Reads the dict of a config.json, as transformers 4 and 5 write it.
+
+        Args:
+          config: the parsed config.json.
+
+        Raises:
+          ConfigError: names the fields that are missing, unsupported or unknown.
+        """
+        kind: Any = config.get("model_type")
+        check_known("model_type", kind, CLASSES)
+        refuse_unknown(config, kind, _OWN | _NO_EFFECT)
+        parts = {}
+        for name in ("text_config", "vision_config"):
+            if not isinstance(config.get(name), dict):
+                raise ConfigError(f"the configuration lacks {name}")
+            parts[name] = dict(config[name])
+        text, vision = parts.values()
+        names = [field.name for field in dataclasses.fields(SiglipConfig)]
+        refuse_unknown(vision, f"{kind}'s vision_config", _NO_EFFECT.union(names))
+        vision = {name: vision[name] for name in names if name in vision}
+        text = {name: value for name, value in text.items() if name not in _OF_OLD_TEXT}
+        text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
+        same = ("scale_factor", "image_token_id")
+        return cls(
+            model_type=kind,
+            text=DecoderConfig.from_hf({"model_type": "llama", **text}),
+            vision=SiglipConfig(**{**_VISION_DEFAULTS, **vision}),
+            **{name: config[name] for name in same if name in config},
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the config.json that ``from_hf`` reads back as this configuration."""
+        return {
+            "model_type": self.model_type,
+            "architectures": [f"{CLASSES[self.model_type]}ForConditionalGeneration"],
+            "text_config": self.text.to_hf(),
+            "vision_config": dataclasses.asdict(self.vision),
+            "scale_factor": self.scale_factor,
+            "image_token_id": self.image_token_id,
+            "tie_word_embeddings": self.text.tie_word_embeddings,
+        }

@@ -1,0 +1,48 @@
+"""SmolVLM's key table: the rows of its encoder, its connector and its decoder."""
+
+import dataclasses
+
+from lora_jax.hf.keys import Row
+from lora_jax.models.decoder.keys import decoder_table
+from lora_jax.models.rows import Rows
+from lora_jax.models.smolvlm.config import SmolVLMConfig
+from lora_jax.models.specs import COLUMNS, POSITIONS, REPLICATED, ROWS
+
+_TEXT = "model/text_model"
+
+
+def smolvlm_table(config: SmolVLMConfig) -> list[Row]:
+    """Returns every parameter of the model, once, in the order of the forward pass."""
+    return [*_vision_table(config), *map(_of_text, decoder_table(config.text))]
+
+
+def _of_text(row: Row) -> Row:
+    """Returns a row of the decoder where it stands here: "model." is "model.text_model."."""
+    if not row.path.startswith("model/"):
+        return row
+    path, hf = row.path.removeprefix("model/"), row.hf.removeprefix("model.")
+    return dataclasses.replace(row, path=f"{_TEXT}/{path}", hf=f"model.text_model.{hf}")
+
+
+def _vision_table(config: SmolVLMConfig) -> Rows:
+    vision, trunk = config.vision, "model/vision_model"
+    width, inner = vision.hidden_size, vision.intermediate_size
+    layer, embeddings = f"{trunk}/encoder/layers", f"{trunk}/embeddings"
+    rows = Rows(layer, vision.num_hidden_layers)
+    patch = (vision.patch_size, vision.patch_size, vision.num_channels, width)  # files: reversed
+    rows.add("patches", f"{embeddings}/patch_embedding", "kernel", patch)
+    rows.add("patches", f"{embeddings}/patch_embedding", "bias", (width,))
+    table = (vision.side**2, width)
+    rows.add("positions", f"{embeddings}/position_embedding", "embedding", table, POSITIONS)
+    rows.layer_norm(f"{layer}/layer_norm1", width)
+    for name in ("q", "k", "v"):
+        rows.linear("attention", f"{layer}/self_attn/{name}_proj", (width, width), COLUMNS)
+    rows.linear("attention", f"{layer}/self_attn/out_proj", (width, width), ROWS)
+    rows.layer_norm(f"{layer}/layer_norm2", width)
+    rows.linear("mlp", f"{layer}/mlp/fc1", (width, inner), COLUMNS)
+    rows.linear("mlp", f"{layer}/mlp/fc2", (inner, width), ROWS)
+    rows.layer_norm(f"{trunk}/post_layernorm", width)
+    shape = (width * config.scale_factor**2, config.text.hidden_size)
+    proj = "model/connector/modality_projection/proj"
+    rows.linear("connector", proj, shape, REPLICATED, bias=False)
+    return rows

@@ -1,0 +1,182 @@
+"""SmolVLM in Flax Linen (Marafioti et al. 2025): SigLIP, pixel shuffle, a linear layer, a Llama."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lora_jax.models.causal import CausalLM, output_head
+from lora_jax.models.decoder.model import Trunk
+from lora_jax.models.layers.activations import activated
+from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.blocks import ModelPart, dense, embed, layer_norm
+from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.masks import Mask, bidirectional
+from lora_jax.models.layers.noise import EmbeddingNoise
+from lora_jax.models.layers.patches import PatchProjection
+from lora_jax.models.layers.trunk import Placed, layer_input, scan
+from lora_jax.models.smolvlm.config import SiglipConfig, SmolVLMConfig
+
+
+class SmolVLM(CausalLM):
+    """A causal language model that reads images, called as ``Decoder`` is.
+
+    With ``pixel_values``, [batch, images, channels, image_size, image_size], each image becomes
+    ``tokens_per_image`` vectors, which take the places of the row's tokens ``image_token_id``, in
+    their order. A row with fewer images than others has any pixels at the end. More such tokens
+    than vectors give NaN.
+
+    Parameters are a plain nested dict under Hugging Face's module names, less the layers' numbers:
+    ``model/text_model/…`` as in ``Decoder``, ``model/vision_model/…`` and ``model/connector/…``.
+
+    Attributes:
+      config: the options of the forward pass.
+      dtype, param_dtype, remat, placement, attention: see ``Decoder``.
+    """
+
+    config: SmolVLMConfig
+    TRUNK = "model"
+
+    def setup(self) -> None:
+        self.model = _Trunk(*self.options)
+        self.lm_head = output_head(self)
+
+
+class _Trunk(ModelPart):
+    """Everything but the head."""
+
+    config: SmolVLMConfig
+    n_positions = None
+
+    def setup(self) -> None:
+        config, *others = self.options
+        self.vision_model = _Vision(config.vision, *others)
+        self.connector = _Connector(*self.options)
+        self.text_model = Trunk(config.text, *others)
+
+    @property
+    def words(self) -> nn.Embed:
+        words: nn.Embed = self.text_model.words
+        return words
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        placed: Placed,
+        mask: Mask,
+        cache: Cache | None,
+        embedding_noise: EmbeddingNoise | None,
+        pixel_values: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        vectors = None
+        if pixel_values is not None or self.is_initializing():
+            vectors = self._vectors(input_ids.shape[0], pixel_values)
+        at = input_ids == self.config.image_token_id
+        return self.text_model(input_ids, placed, mask, cache, embedding_noise, at, vectors)
+
+    def _vectors(self, batch: int, pixels: jax.Array | None) -> jax.Array:
+        """Returns the vectors of each row's images, [batch, n, d_model]."""
+        vision = self.config.vision
+        shape = (vision.num_channels, vision.image_size, vision.image_size)
+        if pixels is None:
+            pixels = jnp.zeros((batch, 1, *shape), self.dtype)
+        if pixels.ndim != 5 or pixels.shape[2:] != shape or pixels.shape[0] != batch:
+            raise ValueError(
+                f"pixel_values of shape {pixels.shape}: [{batch}, images, "
+                f"{', '.join(map(str, shape))}] is needed"
+            )
+        found = self.connector(self.vision_model(pixels.reshape(-1, *shape)))
+        return found.reshape(batch, -1, found.shape[-1])
+
+
+class _Connector(ModelPart):
+    """Joins a square of patches to one vector, and maps it to the decoder's width."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        factor, small = (
+            self.config.scale_factor,
+            self.config.vision.side // self.config.scale_factor,
+        )
+        x = x.reshape(x.shape[0], small, factor, small, factor, -1)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], small * small, -1)
+        out: jax.Array = _Projection(*self.options, name="modality_projection")(x)
+        return out
+
+
+class _Projection(ModelPart):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return dense(self, self.config.text.hidden_size, use_bias=False, name="proj")(x)
+
+
+class _VisionPart(ModelPart):
+    config: SiglipConfig
+
+
+class _Vision(_VisionPart):
+    """SigLIP's encoder: patches with their positions, scanned layers and the last norm."""
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = _Embeddings(*self.options, name="embeddings")(pixels)
+        x = self.placement.constrain(x, "residual")
+        mask = bidirectional(jnp.ones(x.shape[:2], bool))
+        x = _Layers(*self.options, name="encoder")(x, mask)
+        return layer_norm(self, name="post_layernorm")(x)
+
+
+class _Embeddings(_VisionPart):
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        cfg = self.config
+        sides = (cfg.patch_size, cfg.patch_size)
+        x = PatchProjection(*self.options, sides, name="patch_embedding")(pixels)
+        table = embed(self, cfg.side**2, name="position_embedding")
+        out: jax.Array = x + table(jnp.arange(cfg.side**2))
+        return out
+
+
+class _Layers(_VisionPart):
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
+        scanned = scan(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
+        x, _ = scanned(*self.options, name="layers")(x, mask)
+        return x
+
+
+class _Layer(_VisionPart):
+    """Attention and MLP of the normalised input, each added to it: a scan's body."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
+        args, x = self.options, layer_input(x, self.remat)
+        normed = self.placement.constrain(layer_norm(self, name="layer_norm1")(x), "inputs")
+        x = x + _Attention(*args, name="self_attn")(normed, mask)
+        normed = self.placement.constrain(layer_norm(self, name="layer_norm2")(x), "inputs")
+        x = x + _MLP(*args, name="mlp")(normed)
+        return self.placement.constrain(x, "residual"), None
+
+
+class _Attention(_VisionPart):
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
+        heads, width = (*x.shape[:2], self.config.num_attention_heads, -1), x.shape[-1]
+        q, k, v = (
+            self.placement.constrain(
+                dense(self, width, name=f"{name}_proj")(x).reshape(heads), "heads"
+            )
+            for name in ("q", "k", "v")
+        )
+        out = attend(q, k, v, mask, attention=self.attention, placement=self.placement)
+        out = self.placement.constrain(out.reshape(x.shape), "features")
+        return dense(self, width, name="out_proj")(out)
+
+
+class _MLP(_VisionPart):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.config
+        inner = activated(cfg.hidden_act, dense(self, cfg.intermediate_size, name="fc1")(x))
+        return dense(self, cfg.hidden_size, name="fc2")(self.placement.constrain(inner, "features"))
