@@ -287,3 +287,80 @@ def test_to_hf_is_the_inverse(case: str) -> None:
     config = tiny.config(case)
     assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
     assert hash(config) == hash(tiny.config(case))
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 200002,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "output_router_logits": False,
+        "pad_token_id": 199999,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 201088,
+    },
+    "OLMo 3, 7B": {
+        "model_type": "olmo3",
+        "attention_bias": False,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 500000,
+        "sliding_window": 4096,
+        "vocab_size": 100278,
+    },
+}
+
+
+def test_published_configurations() -> None:
+    gpt_oss, olmo = map(DecoderConfig.from_hf, PUBLISHED.values())
+    assert gpt_oss.rope_scaling is not None and not gpt_oss.rope_scaling.truncate
+    assert gpt_oss.rope_scaling.attention_factor == pytest.approx(0.1 * math.log(32) + 1)
+    assert gpt_oss.windowed_layers == tuple(range(0, 24, 2)) and gpt_oss.o_bias and gpt_oss.sinks
+    assert (gpt_oss.num_experts, gpt_oss.swiglu_limit, gpt_oss.swiglu_alpha) == (32, 7.0, 1.702)
+    assert gpt_oss.expert_shapes == {"gate_up_proj": (2880, 5760), "down_proj": (2880, 2880)}
+    assert olmo.rope_local_theta == olmo.rope_theta == 5e5 and olmo.rope_scaling is not None
+    assert olmo.windowed_layers == tuple(i for i in range(32) if (i + 1) % 4)
+    for config in (gpt_oss, olmo):
+        assert DecoderConfig.from_hf(config.to_hf()) == config

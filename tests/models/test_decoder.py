@@ -218,6 +218,7 @@ YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=32)
         ("gemma3 with every option", {"scale_embeddings": False}),
         ("phi3", {"partial_rotary_factor": 1.0}),
         ("smollm3", {"rope_free_layers": ()}),
+        ("gpt-oss", {"sinks": False}),
         ("gpt-oss", {"swiglu_limit": 7.0}),
         ("gpt-oss", {"swiglu_alpha": 1.0}),
         ("granite", {"embedding_multiplier": 1.0}),

@@ -13,7 +13,7 @@ from lora_jax.peft.save import contents
 from lora_jax.peft.served import as_served
 from lora_jax.peft.serving import problems_of
 from tests.models import tiny
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, over, with_random_factors
 
 # case of a model -> its rules: projections left out, ranks and scales that differ, a router.
 ADAPTERS: dict[str, list[lj.LoraRule]] = {
@@ -91,7 +91,7 @@ def changes(config: Any, params: Any, tree: Any) -> Iterator[tuple[str, np.ndarr
                     yield f"model.layers.{i}.{stem}.{part}", values
 
 
-@pytest.mark.parametrize("case", ADAPTERS)
+@over("case", ADAPTERS, often=["mixtral", "gpt-oss"])
 def test_an_engine_reads_our_change(case: str) -> None:
     model, params, tree = adapted(case)
     fields, tensors = as_served(*contents(model, tree), model)
@@ -107,7 +107,7 @@ def test_an_engine_reads_our_change(case: str) -> None:
     assert len(experts) % per_layer == 0, "every projection of every expert"
 
 
-@pytest.mark.parametrize("case", ADAPTERS)
+@over("case", ADAPTERS, often=["qwen3 moe"])
 def test_we_read_it_too(case: str, tmp_path: Any) -> None:
     model, params, tree = adapted(case)
     lp.save(tmp_path / "served", model, tree, for_serving=True)
