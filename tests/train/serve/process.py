@@ -19,10 +19,7 @@ SECONDS = 300  # a loaded machine starts slowly
 
 
 class Server:
-    """A process at a port of its own, the same after each start.
-
-    Its programs are kept between its starts.
-    """
+    """A process at a port of its own, the same after each start, as are its compiled programs."""
 
     def __init__(self, folder, command):
         """Starts it.
@@ -78,10 +75,10 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
-    def once(self, path, content=None, **headers):
+    def once(self, path, content=None):
         """The answer to a request."""
         url = f"http://127.0.0.1:{self.port}/{path}"
-        request = urllib.request.Request(url, content, {"X-API-Key": "tml-a"} | headers)
+        request = urllib.request.Request(url, content, {"X-API-Key": "tml-a"})
         with urllib.request.urlopen(request, timeout=40) as answer:
             found = answer.read()
             is_json = answer.headers["Content-Type"] == "application/json"
@@ -124,7 +121,5 @@ class Server:
 def serve(folder, model, line=""):
     """A server of `python -m train.serve` over a model's folder; what lasts is in served."""
 
-    def command(port):
-        return ["-m", "train.serve", "--model", model, "--port", str(port), *line.split()]
-
-    return Server(folder, lambda port: [*command(port), "--output", "served"])
+    given = ["-m", "train.serve", "--model", model, "--output", "served", *line.split()]
+    return Server(folder, lambda port: [*given, "--port", str(port)])

@@ -1,5 +1,6 @@
 """Many tenants at once, and bodies of garbage, against a server in a process of its own."""
 
+import contextlib
 import http.client
 import json
 import random
@@ -15,6 +16,7 @@ from tests.support import THOROUGH
 from tests.train.serve import protobuf
 from tests.train.serve.process import SECONDS, serve
 from tests.train.serve.protobuf import F32, I64, dense
+from tests.train.serve.waiting import until
 from tests.train.tiny import CONFIG, write_model
 
 pytestmark = pytest.mark.slow
@@ -74,7 +76,7 @@ def test_tenants_share_alike(server):
         """Sends all but the first command, which the others wait for."""
         rng, model, sent = np.random.default_rng(i), models[i], []
         for step in range(STEPS):
-            content = gradient(rng, model, 2 * step + 1, 1 + i, 60)
+            content = gradient(rng, model, 2 * step + 1, 2 + i, 60)
             if step == 0:
                 first = content
             else:
@@ -84,14 +86,23 @@ def test_tenants_share_alike(server):
 
     asked = all_at_once(ask, TENANTS)
     began = time.monotonic()
-    sent = [[server.post("forward_backward", first), *more] for first, more in asked]
-    tenants, busy, slowest = {}, True, 0.0
-    while busy:
-        before, start = tenants, time.monotonic()
+    firsts = [server.post("forward_backward", first) for first, _ in reversed(asked)]
+    sent = [[one, *more] for one, (_, more) in zip(reversed(firsts), asked, strict=True)]
+    slowest = 0.0
+
+    def all_busy():
+        """The tenants, while each has something to do."""
+        nonlocal slowest
+        start = time.monotonic()
         tenants = server.once("status.json")["tenants"]
         slowest = max(slowest, time.monotonic() - start)
-        busy = min(tenants[model]["queued"] for model in models) > 0
+        return min(tenants[model]["queued"] for model in models) > 0 and tenants
+
+    seen = [until(all_busy, "all are busy")]
+    while found := all_busy():
+        seen.append(found)
         time.sleep(0.05)
+    assert len(seen) > 9, "they are busy together for a while"
 
     def end(i):
         prompt = {"chunks": [{"type": "encoded_text", "tokens": [5 + i, 6, 7]}]}
@@ -105,8 +116,9 @@ def test_tenants_share_alike(server):
     for done, _ in results:
         steps = [one["metrics"]["step:max"] for one in done if isinstance(one, dict)]
         assert len(done) == 2 * STEPS and sorted(steps) == [*range(1, STEPS + 1)]
-    seconds = np.array([before[model]["seconds"] for model in models])
-    steps = [before[model]["steps"] for model in models]
+    begin, *_, busy = seen
+    seconds = np.array([busy[model]["seconds"] - begin[model]["seconds"] for model in models])
+    steps = [busy[model]["steps"] for model in models]
     shares = seconds / seconds.mean()
     print(f"\n{TENANTS} x {2 * STEPS + SAMPLES} requests in {took:.1f} s; shares {shares.round(2)}")
     print(f"of {seconds.sum():.1f} s, after steps {steps}; slowest status {slowest:.2f} s")
@@ -144,18 +156,26 @@ def mutated(rng, body):
     return rng.choice((packed, flipped(rng, packed), spliced(rng, packed))), "zstd"
 
 
-def test_bodies_of_garbage(server):
+@pytest.fixture
+def connection(server):
+    """A connection that is kept."""
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+    ) as found:
+        yield found
+
+
+def test_bodies_of_garbage(server, connection):
     """Each is refused, or does no harm: the server goes on, and so does their model."""
     rng, numbers = random.Random(9), np.random.default_rng(9)
     model = server.create(rank=2)
     statuses, good, taken, memory = Counter(), 0, set(), {}
-    http_ = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
 
     def send(content, encoding="identity"):
         """The status, and what is said."""
         headers = {"X-API-Key": "tml-a", "Content-Encoding": encoding}
-        http_.request("POST", "/api/v1/forward_backward", content, headers)
-        answer = http_.getresponse()
+        connection.request("POST", "/api/v1/forward_backward", content, headers)
+        answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
 
     began = time.monotonic()
@@ -176,7 +196,6 @@ def test_bodies_of_garbage(server):
             server.result(last)
             memory[(number + 1) * TOGETHER] = server.memory() / MIB
     took = time.monotonic() - began
-    http_.close()
     print(f"\n{BODIES} bodies in {took:.0f} s: {dict(statuses)}; {good} good ones were taken")
     print("MiB:", {n: round(memory[n]) for n in [*memory][:: max(1, len(memory) // 10)]})
     assert statuses[200] > BODIES / 30 and statuses[400] > BODIES / 3 and statuses[404] > 0

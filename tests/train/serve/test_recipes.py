@@ -7,11 +7,8 @@ named as on the hub, which clients prefer to it.
 import json
 import os
 import random
-import re
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
@@ -19,13 +16,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
+from tests.train.serve.process import serve
 from tests.train.serve.waiting import until
 from train import sft
 from train.export import __main__ as export
 from train.findings.making import mixture
 from train.findings.making.base import write_untrained
 
-tinker = pytest.importorskip("tinker")
 pytest.importorskip("tinker_cookbook", reason="the extra 'serve-test' has the cookbook")
 pytestmark = pytest.mark.serving
 
@@ -112,50 +109,20 @@ def work(tmp_path_factory):
     return folder
 
 
-class Server:
-    """A server that can be killed and started again at the same port."""
-
-    def __init__(self, work):
-        self.work, self.port, self.log = work, 0, work / "server.log"
-
-    def start(self):
-        line = f"--model {NAME} --output served --max-length 256 --sequences 16 --slots 3"
-        command = [sys.executable, "-m", "train.serve", *line.split(), "--port", str(self.port)]
-        root = str(Path(__file__).parents[3])
-        env = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-        before = len(self.ports())
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, cwd=self.work, env=env, stderr=log, stdout=log)
-
-        def listens():
-            assert self.process.poll() is None, self.log.read_text()
-            return len(self.ports()) > before
-
-        until(listens, "the server listens", 300)
-        self.port = int(self.ports()[-1])
-
-    def ports(self):
-        """The ports at which it listened, one for each start."""
-        text = self.log.read_text() if self.log.exists() else ""
-        return re.findall(r"serving at http://127.0.0.1:(\d+)", text)
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(work):
-    server = Server(work)
-    server.start()
-    yield server
-    server.process.terminate()
-    assert server.process.wait(60) == 0, server.log.read_text()
+    server = serve(work, NAME, "--max-length 256 --sequences 16 --slots 3")
+    try:
+        server.ready()
+        yield server
+        server.end()
+    finally:
+        server.kill()
 
 
 def started(server, recipe, run, **options):
     """Starts a recipe; its log goes beside its run."""
-    work = server.work
+    work = server.folder
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "hf")}
     client = {"TINKER_API_KEY": "tml-dummy", "TINKER_TELEMETRY": "0"}
     given = {"base_url": f"http://127.0.0.1:{server.port}", "model_name": NAME} | options
@@ -175,21 +142,21 @@ def started(server, recipe, run, **options):
 def ended(server, process, run):
     """Waits for a recipe; returns its metrics, a dictionary a step."""
     code = process.wait(300)
-    assert code == 0, (server.work / f"{run}.log").read_text()[-3000:]
-    lines = (server.work / run / "metrics.jsonl").read_text().splitlines()
+    assert code == 0, (server.folder / f"{run}.log").read_text()[-3000:]
+    lines = (server.folder / run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def final(server, run):
     """The arrays of a run's last state."""
-    last = (server.work / run / "checkpoints.jsonl").read_text().splitlines()[-1]
+    last = (server.folder / run / "checkpoints.jsonl").read_text().splitlines()[-1]
     return arrays(server, json.loads(last)["state_path"])
 
 
 def arrays(server, path):
     """The arrays of a state: its adapter and the optimiser's."""
     model, kind, name = path.removeprefix("tinker://").split("/")
-    where = server.work / "served/checkpoints" / model.replace(":", "-") / kind
+    where = server.folder / "served/checkpoints" / model.replace(":", "-") / kind
     (folder,) = where.glob(f"{name}@*")
     return {file.name: load_file(file) for file in folder.glob("*.safetensors")}
 
@@ -238,9 +205,9 @@ def test_sl_loop_learns(whole):
 def test_sl_loop_goes_on_where_it_was_stopped(server, whole):
     whole("sl")
     ended(server, started(server, "sl_loop", "stopped", **SL, max_steps=4), "stopped")
-    lines = (server.work / "stopped/checkpoints.jsonl").read_text().splitlines()
+    lines = (server.folder / "stopped/checkpoints.jsonl").read_text().splitlines()
     kept = [line for line in lines if '"final"' not in line]
-    (server.work / "stopped/checkpoints.jsonl").write_text("\n".join(kept) + "\n")
+    (server.folder / "stopped/checkpoints.jsonl").write_text("\n".join(kept) + "\n")
     ended(server, started(server, "sl_loop", "stopped", **SL, max_steps=8), "stopped")
     same(final(server, "stopped"), final(server, "sl"))
 
@@ -250,16 +217,16 @@ def test_a_killed_server_takes_no_step_twice(server, whole, name):
     whole(name)
     (recipe, how), run = RECIPES[name], f"killed-{name}"
     process = started(server, recipe, run, **how)
-    metrics = server.work / run / "metrics.jsonl"
+    metrics = server.folder / run / "metrics.jsonl"
 
     def taken():
-        assert process.poll() is None, (server.work / f"{run}.log").read_text()[-3000:]
+        assert process.poll() is None, (server.folder / f"{run}.log").read_text()[-3000:]
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
     for steps in (2, 5):
         until(lambda n=steps: taken() >= n, f"{steps} steps are taken", 300)
-        server.kill()
-        server.start()
+        server.restart()
+        server.ready()
     ended(server, process, run)
     same(final(server, run), final(server, name))
 
@@ -278,13 +245,12 @@ def test_rl_loop_learns(server):
     rewards = [line["reward/total"] for line in ended(server, run, "rl") if "reward/total" in line]
     assert 0.1 < rewards[0] < 0.7
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.2
-    saved = (server.work / "rl/checkpoints.jsonl").read_text().splitlines()[-1]
-    where = {"base_url": f"http://127.0.0.1:{server.port}", "api_key": "tml-dummy"}
-    service = tinker.ServiceClient(**where)
-    restored = service.create_training_client_from_state_with_optimizer(
-        json.loads(saved)["state_path"]
-    )
-    again = restored.result().save_state("again").result().path
+    saved = (server.folder / "rl/checkpoints.jsonl").read_text().splitlines()[-1]
+    session = server.post("create_session", {"tags": []})["session_id"]
+    load = {"session_id": session, "model_seq_id": 0, "optimizer": True}
+    load["path"] = json.loads(saved)["state_path"]
+    model = server.post("load_weights", load)["model_id"]
+    again = server.result(server.save(model, 1, "again"))["path"]
     same(arrays(server, again), final(server, "rl"))
 
 

@@ -56,7 +56,7 @@ class Trainer:
         self._scores = jitted(self._scored)
         self._add = jitted(lambda one, other: jax.tree.map(jnp.add, one, other))
         self._update = jitted(self._updated)
-        self._finite = jitted(_are_finite)
+        self._finite = jitted(lambda factors: jnp.isfinite(optax.tree.norm(factors)))
 
     def parts(self, request: Gradient) -> list[Part]:
         """Returns the batches of a request, data of like length together.
@@ -130,7 +130,7 @@ class Trainer:
         return other if one is None else self._add(one, other)
 
     def is_finite(self, factors: Factors) -> bool:
-        """Returns whether all numbers are finite."""
+        """Returns whether all numbers are finite, and so is the norm, by which updates clip."""
         return bool(self._finite(factors))
 
     def update(self, state: Training, grads: Factors | None, how: Update) -> tuple[Training, float]:
@@ -151,7 +151,10 @@ class Trainer:
             state.adapter.factors, state.first, state.second, grads, numbers
         )
         if not is_finite:
-            raise RequestError("the update is not finite: adapter and gradient stay as they are")
+            raise RequestError(
+                "the update is not finite: adapter and gradient stay as they are; load a saved "
+                "state to go on without this gradient"
+            )
         adapter = dataclasses.replace(state.adapter, factors=moved)
         return Training(adapter, first, second, steps), float(norm)
 

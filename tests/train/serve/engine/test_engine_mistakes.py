@@ -112,6 +112,18 @@ def test_bad_commands_are_refused(engine, base, tmp_path):
     assert not engine.knows("broken")
 
 
+@pytest.mark.parametrize("weight", [1e25, 1e38])
+def test_a_gradient_that_no_update_could_take_is_refused(engine, weight):
+    """Each of its numbers may be finite, but no norm by which it could be clipped."""
+    tell(engine, "greedy", Create(AdapterSpec(rank=1, seed=0)))
+    given = THREE | {"weights": np.full(3, weight, np.float32)}
+    with pytest.raises(RequestError, match="not finite: nothing was added"):
+        tell(engine, "greedy", Gradient([Datum(np.arange(3), given)], "cross_entropy"))
+    tell(engine, "greedy", Gradient(random_data(1), "cross_entropy"))
+    assert tell(engine, "greedy", STEP).metrics["step:max"] == 1
+    tell(engine, "greedy", Leave())
+
+
 def test_it_outlives_what_goes_wrong(engine, monkeypatch, caplog):
     def wrong(*_):
         raise ValueError("a callback of a route's")
