@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.training.layout import Layout
-from train.serve.engine.base import Adapter, Base, Training
+from train.serve.engine.base import Base, Training
 from train.serve.engine.checks import check_sample, check_update
 from train.serve.engine.drawing import Drawing
+from train.serve.engine.named import Named
 from train.serve.engine.pool import Pool
 from train.serve.engine.sampler import Job, Sampler
 from train.serve.engine.sizes import Sizes
@@ -92,7 +93,7 @@ class Engine:
             sequences=sizes.sequences,
         )
         self._tenants: dict[str, Tenant] = {}
-        self._named: dict[str, Adapter] = {}
+        self._named = Named(2 * slots, lambda folder: self._read(folder).adapter)
         self._calls: deque[Callable[[], Any]] = deque()
         self._something = threading.Condition()
         self._stopping = False
@@ -153,7 +154,7 @@ class Engine:
             try:
                 check_sample(request, self.facts)
                 if request.adapter is not None:
-                    job.adapter = self._adapter(request.adapter)
+                    job.adapter = self._named.find(request.adapter)
                 self._sampler.add(job)
             except Exception as error:
                 job.done(error)
@@ -165,14 +166,15 @@ class Engine:
         """Reads an adapter that samples may choose."""
 
         def adopted() -> AdapterSpec:
-            self._named[name] = adapter = self._base.read(folder).adapter
+            adapter = self._base.read(folder).adapter
+            self._named.add(name, folder, adapter)
             return adapter.spec
 
         self._call(lambda: _answer(adopted, _guarded(done)))
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
-        self._call(lambda: self._named.pop(name, None))
+        self._call(lambda: self._named.drop(name))
 
     def knows(self, name: str) -> bool:
         """Returns whether samples may choose an adapter of this name."""
@@ -286,8 +288,7 @@ class Engine:
             tenant.become(Training.begin(self._base.begin(spec, spec.seed or 0)))
             return spec
         if isinstance(command, Load):
-            self._files.submit(int).result()  # what was saved before is there
-            loaded = self._base.read(command.path, command.optimizer)
+            loaded = self._read(command.path, command.optimizer)
             tenant.become(loaded)
             return loaded.adapter.spec
         if isinstance(command, Leave):
@@ -349,7 +350,7 @@ class Engine:
     def _save(self, tenant: Tenant, state: Training, command: Save) -> None:
         """Names an adapter at once; its files are written while others compute."""
         if command.name is not None:
-            self._named[command.name] = state.adapter
+            self._named.add(command.name, command.path, state.adapter)
         done, tenant.done = tenant.done, None
         assert done is not None
 
@@ -358,11 +359,9 @@ class Engine:
 
         self._files.submit(_answer, written, done)
 
-    def _adapter(self, name: str) -> Adapter:
-        if name not in self._named:
-            there = ", ".join(self._named) or "none"
-            raise RequestError(f"there is no adapter {name!r}; there are {there}")
-        return self._named[name]
+    def _read(self, folder: Path, optimizer: bool = False) -> Training:
+        self._files.submit(int).result()  # what was saved before is there
+        return self._base.read(folder, optimizer)
 
 
 def _guarded(function: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -1,5 +1,6 @@
 """The engine's samples: what is drawn, by whom, and in whose company."""
 
+import functools
 import types
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.train.serve.engine.engines import (
     ids,
     made_base,
     made_engine,
+    random_data,
     running,
     sampled,
     tell,
@@ -31,6 +33,7 @@ from train.serve.requests import (
     Leave,
     RequestError,
     Save,
+    Update,
 )
 
 
@@ -274,3 +277,26 @@ def test_cold_samples_are_greedy(engine, temperature):
     cold = sampled(engine, **fields, temperature=temperature, top_k=2**40).completions[0]
     greedy = sampled(engine, **fields, temperature=0.0).completions[0]
     assert (cold.tokens == greedy.tokens).all() and (np.abs(cold.logprobs) < 0.1).all()
+
+
+def test_adapters_that_nobody_asks_for_are_read_again(base, tmp_path):
+    """However many are named, a few are in memory, and all say what they said before."""
+    with running(made_engine(base, slots=1)) as engine:
+        draw = functools.partial(
+            sampled, engine, prompt=[1, 2, 3], max_tokens=9, seed=4, prompt_logprobs=True
+        )
+        said = []
+        tell(engine, "maker", Create(AdapterSpec(rank=3, seed=5)))
+        for i in range(5):
+            tell(engine, "maker", Gradient(random_data(i), "cross_entropy"))
+            tell(engine, "maker", Update(3e-2, eps=1e-8))
+            tell(engine, "maker", Save(tmp_path / str(i), name=str(i)))
+            said.append(draw(adapter=str(i)))
+            assert len(engine._named) == min(i + 1, 2)
+        assert len({tuple(one.prompt_logprobs[1:]) for one in said}) == 5
+        assert engine.status().adapters == ("0", "1", "2", "3", "4") and engine.knows("0")
+        for i in (0, 1, 4, 0):
+            assert bits(draw(adapter=str(i))) == bits(said[i])
+        engine.drop("0")
+        with pytest.raises(RequestError, match="there is no adapter '0'"):
+            sampled(engine, adapter="0", prompt=[1])
