@@ -91,8 +91,7 @@ class Base:
           model: a model of `lora_jax.models`.
           params: its parameters.
           name: its name, for clients.
-          max_rank: the largest rank of an adapter. Where it is a multiple of 8, sums over all
-            slots' ranks have the same bits whichever slot an adapter lies in.
+          max_rank: the largest rank of an adapter.
           layout: the mesh; by default the first device.
         """
         self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
@@ -111,8 +110,10 @@ class Base:
         if self._tied:  # the head's use of the table alone
             self._paths["unembed"] = [path for path, kind in kinds.items() if kind == "embedding"]
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        whole = AdapterSpec(rank=max_rank)
-        self.rules = self.rules_of(whole)
+        # Sums over all slots' ranks have the same bits, whichever slot an adapter lies in, where
+        # each has a multiple of 8.
+        whole = AdapterSpec(rank=-(-max_rank // 8) * 8)
+        self.rules = self._rules(whole)
         _, self.shell = lj.split(lj.lorafy(params, self.rules))
         self.slots = slots_of(with_slots(params, self.rules, 2))
         self.leaves = {path: slots.base for path, slots in self.slots.items()}
@@ -130,9 +131,12 @@ class Base:
             raise RequestError(
                 f"rank {spec.rank}: this server has room for ranks from 1 to {self.max_rank}"
             )
-        parts = [part for part in self._paths if getattr(spec, part)]
-        if not parts:
+        rules = self._rules(spec)
+        if not rules:
             raise RequestError("an adapter of nothing: train attention, mlp or unembed")
+        return rules
+
+    def _rules(self, spec: AdapterSpec) -> list[lj.LoraRule]:
         return [
             lj.LoraRule(
                 targets=self._paths[part],
@@ -140,7 +144,8 @@ class Base:
                 alpha=spec.alpha,
                 uses="product" if part == "unembed" and self._tied else "all",
             )
-            for part in parts
+            for part in self._paths
+            if getattr(spec, part)
         ]
 
     def begin(self, spec: AdapterSpec, seed: int) -> Adapter:

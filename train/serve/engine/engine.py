@@ -167,7 +167,7 @@ class Engine:
 
         def adopted() -> AdapterSpec:
             adapter = self._base.read(folder).adapter
-            self._named.add(name, folder, adapter)
+            self._named.add(name, None, adapter)
             return adapter.spec
 
         self._call(lambda: _answer(adopted, _guarded(done)))

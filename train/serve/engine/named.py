@@ -1,4 +1,4 @@
-"""The adapters that samples may choose: all in folders, and a few in memory."""
+"""The adapters that samples may choose: of those in folders that never change, a few in memory."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +17,11 @@ class Named:
         """Starts with none.
 
         Args:
-          most: adapters in memory at most.
+          most: adapters in memory at most, beside those without a folder.
           read: reads the adapter in a folder, where it is written by then.
         """
         self._most, self._read = most, read
-        self._folders: dict[str, Path] = {}
+        self._folders: dict[str, Path | None] = {}
         self._there: dict[str, Adapter] = {}  # the least recently used first
 
     def __contains__(self, name: str) -> bool:
@@ -36,13 +36,21 @@ class Named:
         """Returns how many are in memory."""
         return len(self._there)
 
-    def add(self, name: str, folder: Path, adapter: Adapter) -> None:
-        """Names an adapter, or has it used last."""
+    def add(self, name: str, folder: Path | None, adapter: Adapter) -> None:
+        """Names an adapter, or notes that it was used.
+
+        Args:
+          name: its name.
+          folder: where it can be read again; None for one that stays in memory, since its folder
+            may change.
+          adapter: its arrays.
+        """
         self._folders[name] = folder
         self._there.pop(name, None)
         self._there[name] = adapter
-        if len(self._there) > self._most:
-            del self._there[next(iter(self._there))]
+        in_folders = [name for name in self._there if self._folders[name] is not None]
+        if len(in_folders) > self._most:
+            del self._there[in_folders[0]]
 
     def drop(self, name: str) -> None:
         """Forgets an adapter, if there is one of this name."""
@@ -54,7 +62,9 @@ class Named:
         if name not in self._folders:
             there = ", ".join(self) or "none"
             raise RequestError(f"there is no adapter {name!r}; there are {there}")
-        folder = self._folders[name]
-        adapter = self._there[name] if name in self._there else self._read(folder)
+        folder, adapter = self._folders[name], self._there.get(name)
+        if adapter is None:
+            assert folder is not None
+            adapter = self._read(folder)
         self.add(name, folder, adapter)
         return adapter
