@@ -194,7 +194,11 @@ def test_codes_on_a_mesh(shipped_as: Any) -> None:
 @pytest.mark.parity
 @over(
     ("layout", "kind"),
-    [("fp8 blocks, bf16", "llama"), ("fp8 blocks, fp32", "qwen3")]
+    [
+        ("fp8 blocks, bf16", "llama"),
+        ("fp8 blocks, fp32", "qwen3"),
+        ("fp8 blocks, fp16", "qwen3 moe"),
+    ]
     + [(layout, "llama") for layout in LINEAR if "fp8 blocks" not in layout],
     often=["fp8 blocks, bf16, llama", "fp8 blocks, fp32, qwen3", "nf4 nested, llama"],
     called=", ".join,
@@ -206,11 +210,15 @@ def test_logits_are_those_of_transformers(
     import torch
     import transformers
 
-    own = {} if kind == "llama" else {"model_type": kind, "rope_parameters": None}
+    own = {} if kind == "llama" else {"rope_parameters": None, **tiny.CASES[kind]}
     folder, meant = shipped_as(layout, **own)
     shipped.plain(tmp_path / "plain", fields_of(layout, **own), meant)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    reference = load(tmp_path / "plain", attn_implementation="eager", dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain",
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
+    )
     model, params = from_pretrained(folder)
     ids = tiny.tokens(1, 2, 9)
     got = jax.jit(lj.adapt(model.apply))({"params": params}, ids)
