@@ -7,7 +7,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, Tree
+from lora_jax.core.weight import leaves_of
 from lora_jax.hf.fields import check_known
 from lora_jax.hf.format import Config, Format, Formats
 from lora_jax.hf.keys import Kind, Row
@@ -34,6 +35,7 @@ from lora_jax.models.vision.config import VisionConfig
 from lora_jax.models.vision.families import FAMILIES as VISION
 from lora_jax.models.vision.keys import OTHER_PARTS, vision_name, vision_table
 from lora_jax.models.vision.model import VisionEncoder
+from lora_jax.quantized import is_coded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +103,25 @@ def module_of(
     remat: bool | str = False,
     attention: str | Attend = "auto",
     experts: str | Experts = "auto",
+    params: Tree = None,
 ) -> Any:
     """Makes a configuration's module.
 
     Args:
       config: configuration of any family.
       dtype, param_dtype, remat, attention, experts: see ``Decoder``.
+      params: the parameters, or their shapes. Experts that lie in codes run by "blocks" unless
+        asked otherwise: one of them is wide at a time.
 
     Raises:
       ConfigError: if ``experts`` are given for a model without experts.
     """
     check_experts(config, experts)
+    if experts == "auto" and params is not None:
+        of_experts = {path for path, kind in kinds(config).items() if kind == "experts"}
+        leaves = leaves_of(params)[0] if of_experts else ()
+        if any(is_coded(leaf) for path, leaf in leaves if path in of_experts):
+            experts = "blocks"
     module = family_of(config.model_type).module
     more = {"experts": experts} if module is Decoder else {}
     return module(config, dtype, param_dtype, remat=remat, attention=attention, **more)

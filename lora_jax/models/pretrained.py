@@ -110,8 +110,9 @@ def from_pretrained(
     config = source.config
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
-    model = module_of(config, dtype, param_dtype, **how)
-    return model, load_params(source, param_dtype, sharding, key, quantize)
+    module_of(config, dtype, param_dtype, **how)  # finds wrong options before weights are read
+    params = load_params(source, param_dtype, sharding, key, quantize)
+    return module_of(config, dtype, param_dtype, **how, params=params), params
 
 
 def save_pretrained(

@@ -101,22 +101,32 @@ class Layout:
     tensors: Callable[[np.random.Generator, tuple[int, int], str], tuple[Tensors, np.ndarray]]
 
 
-def fp8(kind: str, scale: str, dtype: Any) -> Callable[..., tuple[Tensors, np.ndarray]]:
+def e5m2(code: np.ndarray) -> np.ndarray:
+    """The values of E5M2's bytes, the upper halves of fp16 numbers."""
+    return (code.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+
+
+_OF_VALUES = {e4m3: ml_dtypes.float8_e4m3fn, e5m2: ml_dtypes.float8_e5m2}
+
+
+def fp8(
+    kind: str, scale: str, dtype: Any, values: Any = e4m3
+) -> Callable[..., tuple[Tensors, np.ndarray]]:
     def tensors(rng: Any, shape: tuple[int, int], name: str) -> tuple[Tensors, np.ndarray]:
         n_out, n_in = shape
         by = {"block": (BLOCK, BLOCK), "row": (1, n_in), "tensor": (n_out, n_in)}[kind]
         codes = _fp8_codes(rng, shape)
         drawn = _scales(rng, -(-n_out // by[0]), -(-n_in // by[1]))
-        if dtype == "power":
+        if dtype in (np.uint8, ml_dtypes.float8_e8m0fnu):
             held = rng.integers(121, 124, drawn.shape, np.uint8)
-            drawn = power(held)
+            drawn, held = power(held), held.view(dtype)
         else:
             held = drawn.astype(dtype)
             drawn = held.astype(np.float32)
-        weight = e4m3(codes) * spread(drawn, shape, *by)
+        weight = values(codes) * spread(drawn, shape, *by)
         shapes = {"tensor": (), "row": held.shape, "block": held.shape}
         found = {
-            f"{name}.weight": codes.view(ml_dtypes.float8_e4m3fn),
+            f"{name}.weight": codes.view(_OF_VALUES[values]),
             f"{name}.{scale}": held.reshape(shapes[kind]),
         }
         if kind == "tensor":
@@ -242,6 +252,7 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
 
 _FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 _BLOCKS = {**_FP8, "weight_block_size": [BLOCK, BLOCK]}
+_POWERS = {**_BLOCKS, "scale_fmt": "ue8m0"}
 _STATIC = {**_FP8, "activation_scheme": "static", "weight_block_size": None}
 _ROWS = compressed("float-quantized", num_bits=8, strategy="channel")
 _SQUARES = compressed(
@@ -255,9 +266,9 @@ LAYOUTS = {
     "fp8 blocks, fp32": Layout(_BLOCKS, fp8("block", _INVERSE, np.float32)),
     "fp8 blocks, bf16": Layout(_BLOCKS, fp8("block", _INVERSE, ml_dtypes.bfloat16)),
     "fp8 blocks, fp16": Layout(_BLOCKS, fp8("block", _INVERSE, np.float16)),
-    "fp8 blocks, powers": Layout(
-        {**_BLOCKS, "scale_fmt": "ue8m0"}, fp8("block", _INVERSE, "power")
-    ),
+    "fp8 blocks, bytes": Layout(_POWERS, fp8("block", _INVERSE, np.uint8)),
+    "fp8 blocks, powers": Layout(_POWERS, fp8("block", "scale", ml_dtypes.float8_e8m0fnu)),
+    "fp8 e5m2": Layout({**_FP8, "fmt": "e5m2"}, fp8("row", _INVERSE, np.float32, e5m2)),
     "fp8 static": Layout(_STATIC, fp8("tensor", _INVERSE, np.float32)),
     "compressed fp8 rows": Layout(_ROWS, fp8("row", "weight_scale", ml_dtypes.bfloat16)),
     "compressed fp8 blocks": Layout(_SQUARES, fp8("block", "weight_scale", np.float32)),

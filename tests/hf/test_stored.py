@@ -69,7 +69,6 @@ def shipped_as(tmp_path: Path) -> Any:
     return written
 
 
-EXPERTS = {"gpt-oss": "blocks"}
 UP = "model.layers.1.mlp.up_proj"
 OUR_UP = "model/layers/mlp/up_proj/kernel"
 
@@ -195,7 +194,11 @@ def test_codes_on_a_mesh(shipped_as: Any) -> None:
 @pytest.mark.parity
 @over(
     ("layout", "kind"),
-    [("fp8 blocks, bf16", "llama"), ("fp8 blocks, fp32", "qwen3")]
+    [
+        ("fp8 blocks, bf16", "llama"),
+        ("fp8 blocks, fp32", "qwen3"),
+        ("fp8 blocks, fp16", "qwen3 moe"),
+    ]
     + [(layout, "llama") for layout in LINEAR if "fp8 blocks" not in layout],
     often=["fp8 blocks, bf16, llama", "fp8 blocks, fp32, qwen3", "nf4 nested, llama"],
     called=", ".join,
@@ -207,11 +210,15 @@ def test_logits_are_those_of_transformers(
     import torch
     import transformers
 
-    own = {} if kind == "llama" else {"model_type": kind, "rope_parameters": None}
+    own = {} if kind == "llama" else {"rope_parameters": None, **tiny.CASES[kind]}
     folder, meant = shipped_as(layout, **own)
     shipped.plain(tmp_path / "plain", fields_of(layout, **own), meant)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    reference = load(tmp_path / "plain", attn_implementation="eager", dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain",
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
+    )
     model, params = from_pretrained(folder)
     ids = tiny.tokens(1, 2, 9)
     got = jax.jit(lj.adapt(model.apply))({"params": params}, ids)
@@ -280,12 +287,13 @@ def test_a_step_holds_one_kernel_at_most(
 ) -> None:
     """In floats, each kernel or each expert by itself. Control: the whole tree as arrays first."""
     folder, _ = shipped_as(layout, num_hidden_layers=2 if layout == "gpt-oss" else 5)
-    model, params = from_pretrained(folder, remat=True, experts=EXPERTS.get(layout, "auto"))
+    model, params = from_pretrained(folder, remat=True)
     tree = with_random_factors(
         lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)], kinds=kinds(model.config))
     )
     adapter, base = lj.split(tree)
     ids = tiny.tokens(1, 1, 3)
+    assert model.experts == ("blocks" if layout == "gpt-oss" else "auto")
 
     def compiled(prepare: Any) -> Any:
         def loss(adapter: Any, base: Any) -> jax.Array:

@@ -98,6 +98,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
         lambda config, tensors: tensors.update({f"{UP}.weight_g_idx": np.zeros(128, np.int32)}),
         "weight_g_idx: groups in the order of activations",
     ),
+    "zeros are promised": ("w4a16", of_weights(symmetric=False), "no file holds its .*zero_point"),
     "three bits": ("w4a16", of_weights(num_bits=3), "num_bits 3"),
     "integers of 8 bits": ("w4a16", of_weights(num_bits=8), "integers of 8 bits"),
     "another group": ("w4a16", of_weights(group_size=64), r"expected \[192, 2\]"),

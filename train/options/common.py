@@ -196,7 +196,8 @@ class OptimConfig:
     experts: Experts = option("auto", field.OF_BASE)
     """Computation of a mixture of experts. blocks: a loop over blocks of tokens of one expert.
     ragged: all tokens of a device, sorted by expert, in a kernel that only the TPU's compiler has.
-    auto: ragged on a TPU (but blocks for --dropout on several chips), and blocks elsewhere."""
+    auto: ragged on a TPU (but blocks for experts in codes, and for --dropout on several chips), and
+    blocks elsewhere."""
     dtype: Literal["float32", "bfloat16"] = option("float32", field.OF_BASE, card=Card.OPTIMISATION)
     """The dtype of the base and its activations. Adapters are always float32, and so are the
     weights with --full."""

@@ -117,6 +117,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
         remat=dataclasses.replace(optim, remat=variant.remat).remat_policy,
         attention=job.attention,
         experts=job.experts,
+        params=lj.strip(params),
     )
     loss, forward = job.loss, setup.forward(model)
     with jax.set_mesh(job.layout.mesh):

@@ -105,6 +105,7 @@ def needs(
         remat=optim.remat_policy,
         attention=optim.attention,
         experts=optim.experts,
+        params=outline.params,
     )
     shapes = {
         name: jax.ShapeDtypeStruct(

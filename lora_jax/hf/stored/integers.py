@@ -47,7 +47,9 @@ def pack_quantized(name: str, files: Files) -> Stored | None:
         "scales": files.piece(scale, groups),
     }
     tensors = [name, shape, scale]
-    if (zero := f"{stem}weight_zero_point") in files.tensors:  # packed along the outputs
+    zero = f"{stem}weight_zero_point"
+    if zero in files.tensors or not files.symmetric:  # packed along the outputs
+        files.find(name, ("I32",), zero)
         files.piece(zero, (-(-n_out // 8), groups[1]))
 
         def zeros(_: slice | None) -> np.ndarray:

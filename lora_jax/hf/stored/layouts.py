@@ -14,7 +14,10 @@ from lora_jax.quantized.formats import FP8, FP8_E5M2, MXFP4, NVFP4
 
 _FLOATS = ("F32", "F16", "BF16")
 _POWERS = ("F8_E8M0", "U8")  # a byte b is 2^(b - 127), and 255 is NaN
-_INPUTS = ("input_scale", "activation_scale", "input_global_scale")  # no weight needs them
+_INPUTS = (  # scales of activations, which no weight needs
+    *("input_scale", "activation_scale", "input_global_scale"),
+    *("output_scale", "k_scale", "v_scale"),
+)
 
 
 def fp8(name: str, files: Files) -> Stored | None:

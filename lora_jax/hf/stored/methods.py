@@ -22,6 +22,7 @@ class Method(NamedTuple):
     block: int | None = None
     group: int | None = None
     zero_is_less: bool = False
+    symmetric: bool = True
 
 
 def read_method(fields: Fields) -> Method | None:
@@ -104,8 +105,10 @@ def _compressed(config: Fields) -> Method:
     if len(of_blocks) > 1 or len(groups) > 1:
         raise ConfigError("several sizes of blocks in one checkpoint are not kept in codes")
     block = next((_square(w.get("block_structure")) for w in of_blocks.values()), None)
+    symmetric = not any(weights.get("symmetric") is False for weights in facts)
     layouts = (pack_quantized, packed_floats, fp8)
-    return Method("compressed-tensors", layouts, block, next(iter(groups), None))
+    group = next(iter(groups), None)
+    return Method("compressed-tensors", layouts, block, group, symmetric=symmetric)
 
 
 _FORMATS = (
@@ -153,7 +156,7 @@ def stored_tensors(
     claimed: set[str] = set()
     problems: list[str] = []
     if method is not None:
-        files = Files(tensors, fetch, method.block, method.group, method.zero_is_less)
+        files = Files(tensors, fetch, *method[2:])
         for layout in method.layouts:
             for name in tensors:
                 if name in claimed:

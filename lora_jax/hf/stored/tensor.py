@@ -96,6 +96,7 @@ class Files(NamedTuple):
       block: the size of blocks along both axes; None for one scale a row or a tensor.
       group: the number of weights along the inputs that share a scale; None for all.
       zero_is_less: zeros are stored less one.
+      symmetric: no zeros are needed.
     """
 
     tensors: Mapping[str, Header]
@@ -103,6 +104,7 @@ class Files(NamedTuple):
     block: int | None = None
     group: int | None = None
     zero_is_less: bool = False
+    symmetric: bool = True
 
     def find(self, whose: str, dtypes: Sequence[str], *names: str) -> str:
         """Returns the first of these names that there is.

@@ -36,6 +36,9 @@ MIXTRAL = LLAMA | {
     "num_experts_per_tok": 2,
     "sliding_window": None,
 }
+SMALL = LLAMA | {"vocab_size": 2048, "num_hidden_layers": 4, "intermediate_size": 14336}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
+SIZES = {"blocks": {"weight_block_size": [128, 128]}, "one scale": {"weight_block_size": None}}
 MODELS = {
     "7b": LLAMA,
     "8b": LLAMA_3 | {"intermediate_size": 14336, "max_position_embeddings": 131072},
@@ -53,6 +56,7 @@ MODELS = {
         "num_hidden_layers": 126,
         "num_attention_heads": 128,
     },
+    **{f"fp8, {name}": SMALL | {"quantization_config": FP8 | size} for name, size in SIZES.items()},
     "8x7b": MIXTRAL,
     "small 8x7b": MIXTRAL
     | {
@@ -147,6 +151,18 @@ def test_a_base_in_4_bits_fits_where_bf16_does_not(model, options, base, plan):
     np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
     control = plan(model, *options, "--rank", 16)
     assert not control["fits"] and "exceeds available HBM (15.75G)" in control["refused"]
+
+
+def test_blocks_of_fp8_take_no_more_memory_than_one_scale(plan):
+    """No array of scales has a kernel's shape; kernels take their bytes in the file."""
+    options = ("--topology", "v5e:1x1", "--batch-size", 1, "--rank", 16, "--attention", "dense")
+    blocks, scale = (
+        plan(f"fp8, {name}", *options, "--seq-len", 256)["per_chip_bytes"] for name in SIZES
+    )
+    kernels = 4 * (4 * 4096**2 + 3 * 4096 * 14336)
+    others = 2 * 2 * 2048 * 4096 + 2 * 9 * 4096  # of the tables and norms, in bf16
+    assert kernels + others < blocks["base"] <= 1.01 * (kernels + others)
+    assert 0 < blocks["temporaries"] <= 1.2 * scale["temporaries"]
 
 
 @thorough
