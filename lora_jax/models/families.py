@@ -1,6 +1,8 @@
 """The families of models, by ``model_type``: module, file format, PEFT's default targets."""
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 from flax import linen as nn
@@ -8,7 +10,6 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields, Tree
-from lora_jax.core.weight import leaves_of
 from lora_jax.hf.fields import check_known
 from lora_jax.hf.format import Config, Format, Formats
 from lora_jax.hf.keys import Kind, Row
@@ -118,9 +119,8 @@ def module_of(
     """
     check_experts(config, experts)
     if experts == "auto" and params is not None:
-        of_experts = {path for path, kind in kinds(config).items() if kind == "experts"}
-        leaves = leaves_of(params)[0] if of_experts else ()
-        if any(is_coded(leaf) for path, leaf in leaves if path in of_experts):
+        paths = [path.split("/") for path, kind in kinds(config).items() if kind == "experts"]
+        if any(is_coded(functools.reduce(operator.getitem, path, params)) for path in paths):
             experts = "blocks"
     module = family_of(config.model_type).module
     more = {"experts": experts} if module is Decoder else {}

@@ -154,7 +154,7 @@ def test_a_base_in_4_bits_fits_where_bf16_does_not(model, options, base, plan):
 
 
 def test_blocks_of_fp8_take_no_more_memory_than_one_scale(plan):
-    """No array of scales has a kernel's shape; kernels take their bytes in the file."""
+    """An array of scales with a kernel's shape would double it. Kernels take their files' bytes."""
     options = ("--topology", "v5e:1x1", "--batch-size", 1, "--rank", 16, "--attention", "dense")
     blocks, scale = (
         plan(f"fp8, {name}", *options, "--seq-len", 256)["per_chip_bytes"] for name in SIZES
@@ -162,7 +162,7 @@ def test_blocks_of_fp8_take_no_more_memory_than_one_scale(plan):
     kernels = 4 * (4 * 4096**2 + 3 * 4096 * 14336)
     others = 2 * 2 * 2048 * 4096 + 2 * 9 * 4096  # of the tables and norms, in bf16
     assert kernels + others < blocks["base"] <= 1.01 * (kernels + others)
-    assert 0 < blocks["temporaries"] <= 1.2 * scale["temporaries"]
+    assert 0 < blocks["temporaries"] <= 1.5 * scale["temporaries"]
 
 
 @thorough
