@@ -36,6 +36,10 @@ MODELS = {
     "mixture": DENSE
     | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
     | {"sliding_window": None},
+    "experts in mxfp4": DENSE
+    | {"model_type": "gpt_oss", "intermediate_size": 192, "sliding_window": 128}
+    | {"num_local_experts": 16, "num_experts_per_tok": 2}
+    | {"quantization_config": {"quant_method": "mxfp4"}},
     "windows": DENSE
     | {"model_type": "gemma2", "sliding_window": 320, "query_pre_attn_scalar": 64}
     | {"attn_logit_softcapping": 30.0, "final_logit_softcapping": 20.0},

@@ -142,6 +142,20 @@ def test_experts_in_codes_are_formed_one_at_a_time() -> None:
     assert not {shape for shape in coded.floats if shape[-3:] in layer}
 
 
+def test_codes_of_experts_are_not_copied() -> None:
+    step = compiled("experts in mxfp4", "l4:1", "--batch-size", 1, "--seq-len", 512)
+    stacks = [(3, 16, 256, 384), (3, 16, 192, 256)]
+
+    def copies(text: str) -> list[str]:
+        found = re.findall(r"= s4\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+        return [s for s in found if sorted(map(int, s.split(","))) in map(sorted, stacks)]
+
+    assert not copies(step.text) and "s4[3,16,256,384]" in step.text
+    packed = {"xla_gpu_experimental_pack_dot_operands_along_k_dimension": "True"}
+    control = step.prepared.lowered.compile(compiler_options=packed)
+    assert copies(control.as_text())
+
+
 def test_adapters_side_by_side() -> None:
     step = compiled("dense", "h100:1", "--batch-size", 4, "--seq-len", 1536, "--adapters", 4)
     assert kernels(step) == FLASH and not squares(step, 1536)

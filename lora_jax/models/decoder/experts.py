@@ -195,7 +195,7 @@ def check_experts(config: Any, experts: str | Experts) -> None:
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str]:
-    """Returns the compiler's options under which ragged products are kernels.
+    """Returns the compiler's options for mixtures of experts, and for codes of 4 bits on GPUs.
 
     ``lora_jax.training`` and the scripts compile their steps with them. In your own code::
 
@@ -203,13 +203,14 @@ def compiler_options(platform: str | None = None) -> dict[str, str]:
         step = jax.jit(step, compiler_options=models.compiler_options())
 
     Without them, XLA compiles ``jax.lax.ragged_dot`` for TPU to a masked product of all rows with
-    every expert: as many times the FLOPs as there are experts.
+    every expert: as many times the FLOPs as there are experts. For GPUs, it copies a whole stack of
+    4-bit codes of experts, to have the codes of a product's sums side by side.
 
     Args:
       platform: what is compiled for, such as "tpu"; by default JAX's default backend.
 
     Returns:
-      The options; none for platforms other than "tpu", whose compilers refuse this one.
+      The options; none for other platforms, whose compilers refuse these.
 
     >>> from lora_jax import models
     >>> models.compiler_options("tpu")
@@ -218,4 +219,6 @@ def compiler_options(platform: str | None = None) -> dict[str, str]:
     {}
     """
     platform = jax.default_backend() if platform is None else platform
+    if platform.startswith("gpu"):  # of any age; see `placement.platform_of`
+        return {"xla_gpu_experimental_pack_dot_operands_along_k_dimension": "False"}
     return {"xla_tpu_enable_ragged_dot_kernel": "true"} if platform == "tpu" else {}
