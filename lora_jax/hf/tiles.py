@@ -21,8 +21,10 @@ Grid = tuple[int, int]  # rows and columns of tiles; (0, 0) for an image that is
 
 _PROCESSOR = "processor_config.json"  # of transformers 5, with the image processor inside
 _MOST = 4096  # pixels of the longest edge: transformers makes longer ones smaller
-_OWN = frozenset(
-    "size do_resize do_image_splitting max_image_size do_pad video_sampling return_row_col_info".split()
+_OWN = frozenset(  # read here, or without an effect
+    """
+    size do_resize do_image_splitting max_image_size do_pad video_sampling return_row_col_info
+    """.split()
 )
 _DEFAULTS = {"resample": 1, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 _WRITTEN = {
@@ -75,7 +77,8 @@ class TileProcessor:
         """
         image, (_, side, _) = opened(image), self.tile.shape
         if self.longest_edge is not None:
-            image = self._resized(image, *_longest(*image.size, self.longest_edge))
+            width, height = image.size
+            image = self._resized(image, *_longest(width, height, self.longest_edge))
         rows = columns = 1
         if self.split:
             width, height = image.size

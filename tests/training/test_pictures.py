@@ -1,12 +1,15 @@
 """Chats with images against transformers' processors: the same tokens, masks and pixel values."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lora_jax import models, training
+from lora_jax.training.data.rows import question
 from tests.train import tiny_smolvlm as tiny
 
 SIZES = [(21, 13), (12, 23), (16, 16), (40, 7), (5, 9)]
@@ -73,3 +76,130 @@ def test_tokens_and_pixels(
     batch = training.chats([row], tokenizer, seq_len=2048, images=reader).take(np.arange(1))
     said = tokenizer.decode(batch["targets"][batch["weights"] > 0])
     assert said == " blue, it seems<end_of_utterance> red<end_of_utterance>"
+
+
+@pytest.mark.parity
+def test_the_loss_of_a_batch(tmp_path: Path) -> None:
+    """Rows of one, two and no images in a batch: transformers' loss on the same answers."""
+    import torch
+    import transformers
+
+    folder = tiny.write_smolvlm(tmp_path / "model")
+    model, params = models.from_pretrained(folder)
+    found = examples(folder, [row_of(n) for n in (1, 2, 0)])
+    batch = found.take(np.arange(3))
+    assert batch["pixel_values"].shape[:2] == (3, 14) and found.further is not None
+    loss = training.losses.token_loss()
+    sums = loss(model.apply, params, {name: jnp.asarray(x) for name, x in batch.items()})
+    reference = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    total = 0.0
+    for at in range(3):
+        n = int((batch["segment_ids"][at] > 0).sum())
+        ids, labels = torch.tensor(batch["ids"][at : at + 1, :n]).long(), torch.full((1, n), -100)
+        where = batch["predict_at"][at][batch["weights"][at] > 0] + 1
+        labels[0, where] = ids[0, where]
+        pixels = batch["pixel_values"][at : at + 1][:, : (7, 14, 0)[at]]
+        given = {"pixel_values": torch.tensor(pixels)} if pixels.size else {}
+        with torch.no_grad():
+            total += float(reference(input_ids=ids, labels=labels, **given).loss) * len(where)
+    assert abs(float(sums.total) - total) < 1e-4 * total and int(sums.count) == 3 * 6
+
+
+def row_of(n: int, **more: Any) -> dict[str, Any]:
+    """A question about n images of 21 x 13 pixels, each seven tiles, and its answer."""
+    asks = {"role": "user", "content": "which colour?"}
+    images = [tiny.picture("red", seed) for seed in range(n)]
+    return {"messages": [asks, {"role": "assistant", "content": "blue"}], "images": images} | more
+
+
+def examples(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
+    tokenizer = models.load_tokenizer(folder)
+    config = models.read_config(tiny.fields())
+    reader = models.load_image_reader(folder, tokenizer, config)
+    return training.chats(rows, tokenizer, **{"seq_len": 2048, "images": reader, **options})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and a processor."""
+    made = tmp_path_factory.mktemp("model")
+    (made / "config.json").write_text(json.dumps(tiny.fields()))
+    tiny.tokenizer().save_pretrained(made)
+    (made / "preprocessor_config.json").write_text(json.dumps(tiny.processor()))
+    return made
+
+
+def test_where_images_stand(folder: Path, tmp_path: Path) -> None:
+    """By path, bytes, or datasets' dict; in parts, or ahead of a text (TRL's convention)."""
+    images = [tiny.picture("red", seed) for seed in range(2)]
+    images[0].save(tmp_path / "0.png")
+    images[1].save(tmp_path / "1.png")
+    stored = {"bytes": (tmp_path / "1.png").read_bytes(), "path": None}
+    text = {"type": "text", "text": "which colour?"}
+    own = {"type": "image", "image": stored["bytes"]}
+    parts = [{"type": "image", "path": str(tmp_path / "0.png")}, own, text]
+    says = {"role": "assistant", "content": "blue"}
+    rows = [
+        row_of(2),
+        row_of(2, images=[str(tmp_path / "0.png"), stored]),
+        row_of(0, messages=[{"role": "user", "content": parts}, says]),
+    ]
+    batch = examples(folder, rows).take(np.arange(3))
+    for array in batch.values():
+        np.testing.assert_array_equal(array, array[:1].repeat(3, axis=0))
+    assert np.abs(batch["pixel_values"][0, 0] - batch["pixel_values"][0, 7]).max() > 0.1
+    changed = [row_of(2), row_of(2, images=images[::-1])]
+    one, other = (examples(folder, [row]) for row in changed)
+    assert one.digest() == examples(folder, changed[:1]).digest() != other.digest()
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+TOLD = [
+    (row_of(1, images=[b"no image"]), {}, r"the rows, row 1: the image cannot be read"),
+    (row_of(1, images=["no/such.png"]), {}, r"row 1, no/such.png: .*No such file"),
+    (row_of(1, images=[None]), {}, "row 1 has 1 images, and 1 parts"),
+    (row_of(1), {"images": None}, "row 1 has images, and only texts are read"),
+    (row_of(1), {"packing": True}, "packing=True: rows have images"),
+    (
+        row_of(0, messages=[{"role": "user", "content": "<image>?"}, row_of(0)["messages"][1]]),
+        {},
+        "row 1 has 0 images, and the chat .* has 1 places",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "options", "message"), TOLD)
+def test_what_cannot_be_used_is_named(
+    row: dict[str, Any], options: dict[str, Any], message: str, folder: Path
+) -> None:
+    with pytest.raises(training.TrainingError, match=message):
+        examples(folder, [row], **options)
+
+
+def test_where_only_texts_are_read(folder: Path) -> None:
+    row = row_of(1)
+    with pytest.raises(training.TrainingError, match="has images, and only texts"):
+        question({**row, "messages": row["messages"][:1]}, "a row")
+    with pytest.raises(training.TrainingError, match="has images, and only texts"):
+        tokenizer = models.load_tokenizer(folder)
+        training.pairs([{**PAIR, "images": row["images"]}], tokenizer, seq_len=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_image_size": {"longest_edge": 8}}, r"makes tiles of \(3, 8, 8\)"),
+        ({"size": {"height": 8, "width": 8}}, "size is .*; longest_edge is needed"),
+        ({"do_thumbnail": True}, "do_thumbnail=True: not known"),
+    ],
+)
+def test_a_processor_that_does_not_fit(
+    changes: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = models.load_tokenizer(folder)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(tiny.processor(**changes)))
+    with pytest.raises(models.ConfigError, match=message):
+        models.load_image_reader(tmp_path, tokenizer, models.read_config(tiny.fields()))
+    with pytest.raises(models.ConfigError, match="makes 0 tokens 5 .* takes 4"):
+        config = models.read_config(tiny.fields(image_token_id=5))
+        models.load_image_reader(folder, tokenizer, config)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -75,10 +74,7 @@ def tokenize(
 def read_images(
     datasets: Sequence[Dataset], outline: Outline
 ) -> tuple[list[Dataset], list[Pictures]]:
-    """Returns data sets, and the images of each if a row has some and the model reads them.
-
-    A path that is not there is one beside the rows' file.
-    """
+    """Returns data sets, and the images of each if a row has some and the model reads them."""
     if not isinstance(outline.config, SmolVLMConfig):
         return [*datasets], []
     rows = [dataset.rows() for dataset in datasets]
@@ -89,11 +85,7 @@ def read_images(
     reader = outline.images if any(has_images(row) for found in rows for row in found) else None
     if reader is None:
         return held, []
-    folders = [Path(one.name).expanduser() for one in datasets]
-    return held, [
-        chats.pictures_of(found, reader, one.name, at if at.is_dir() else at.parent)
-        for one, found, at in zip(datasets, rows, folders, strict=True)
-    ]
+    return held, [chats.pictures_of(one.rows(), reader, one.name) for one in held]
 
 
 def _with_progress(console: Console, n: int) -> chats.Mapped:

@@ -118,10 +118,17 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     packs = packed(config, parts, [w for w in weights if w is not None], pictures)
     measured = Sequences.joined(held_out) if held_out else None
     if packs.further is not None:
+        if config.run.many:
+            raise UserError(
+                f"--many {config.run.many}: rows have images, and runs side by side take texts "
+                "alone: train them one after the other"
+            )
         lines.append(_images_line(pictures))
     return Data(
         train=packs,
-        held_out=measured and packed(config, {source: measured}, (), measured_pictures),
+        held_out=None
+        if measured is None
+        else packed(config, {source: measured}, (), measured_pictures),
         name=packs.name,
         source="" if packs.sources else next(iter(parts)),
         facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},

@@ -12,7 +12,6 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,13 +78,11 @@ def chats(
     return packs if pictures is None else with_pictures(packs, [pictures], packing=packing)
 
 
-def pictures_of(
-    rows: Sequence[Row], reader: ImageReader, source: str, folder: Path | None = None
-) -> Pictures:
+def pictures_of(rows: Sequence[Row], reader: ImageReader, source: str) -> Pictures:
     """Returns the images of chats; see `read_pictures`."""
     names = [name_of(row, source, number) for number, row in enumerate(rows, start=1)]
     found = [conversation(row, name).images for row, name in zip(rows, names, strict=True)]
-    return read_pictures(found, names, reader, folder)
+    return read_pictures(found, names, reader)
 
 
 def with_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> Packs:

@@ -14,7 +14,6 @@ from lora_jax.training.batches import HostBatch, Padded
 from lora_jax.training.data.labelled import check_label, label_indices, label_names, no_field
 from lora_jax.training.data.pictures import check_read
 from lora_jax.training.data.rows import Row, name_of
-from lora_jax.training.errors import TrainingError
 
 _BLOCK = 256  # images that are hashed at once
 

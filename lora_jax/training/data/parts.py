@@ -1,6 +1,7 @@
 """Reads the parts of a turn's content: texts, and the images that a row shows in them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_jax.training.errors import TrainingError
@@ -35,13 +36,23 @@ def has_images(row: Mapping[str, Any]) -> bool:
     return bool(row.get(IMAGES)) or any(images_in(turn.get("content")) for turn in turns)
 
 
+def _located(image: Any, row: Any) -> Any:
+    """Returns the path of an image as it is found from here; any other image as it is."""
+    place = getattr(row, "place", None)
+    if place is None or not isinstance(image, str) or Path(image).exists():
+        return image
+    beside = Path(place[0]).parent / image
+    return str(beside) if beside.is_file() else image
+
+
 def shown_images(
     turns: Sequence[Mapping[str, Any]], row: Mapping[str, Any], name: str
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Returns turns as a chat template gets them, and their images in the order of their parts.
 
     A part has its image itself, or shows the next of the row's `images`, or the row's `image`.
-    Where no part shows an image, the row's `images` come first in the first turn of the user.
+    Where no part shows an image, the row's `images` come first in the first turn of the user. A
+    path that is not there is one beside the row's file.
 
     Args:
       turns: the turns of a row.
@@ -65,7 +76,7 @@ def shown_images(
     left = iter(given)
     for part in parts:
         own = next((part[field] for field in _OWN if part.get(field) is not None), None)
-        found.append(next(left, None) if own is None else own)
+        found.append(_located(next(left, None) if own is None else own, row))
     if any(image is None for image in found) or next(left, None) is not None:
         raise TrainingError(
             f"{name} has {len(given)} images, and {len(parts)} parts of the type 'image': give an "

@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,6 @@ def read_pictures(
     rows: Sequence[Sequence[Any]],
     names: Sequence[str],
     reader: ImageReader,
-    folder: Path | None = None,
 ) -> Pictures:
     """Reads the images of rows, in all threads, into a temporary file that is mapped into memory.
 
@@ -122,7 +120,6 @@ def read_pictures(
       rows: the images of each row; see ``ImageProcessor.pixels``.
       names: the rows' names in errors.
       reader: the model's.
-      folder: where paths begin that are not there.
 
     Raises:
       TrainingError: some cannot be read; names the first of them.
@@ -131,14 +128,12 @@ def read_pictures(
     broken = []
 
     def read(place: tuple[int, Any]) -> Any:
-        source = place[1]
-        if folder is not None and isinstance(source, str) and not Path(source).exists():
-            source = folder / source if (folder / source).is_file() else source
+        row, image = place
         try:
-            return reader.processor.tiles(source)
+            return reader.processor.tiles(image)
         except ImageError as error:
-            path = f", {source}" if isinstance(source, str | os.PathLike) else ""
-            return f"{names[place[0]]}{path}: {error}"
+            path = f", {image}" if isinstance(image, str | os.PathLike) else ""
+            return f"{names[row]}{path}: {error}"
 
     places = [(row, image) for row, images in enumerate(rows) for image in images]
     # The file lives as long as the map.
@@ -153,7 +148,9 @@ def read_pictures(
         file.flush()
         shape = reader.processor.tile.shape
         n = file.tell() // int(np.prod(shape))
-        pixels = np.memmap(file, np.uint8, "r", shape=(n, *shape)) if n else np.empty((0, *shape), np.uint8)
+        pixels: np.ndarray = np.empty((0, *shape), np.uint8)
+        if n:
+            pixels = np.memmap(file, np.uint8, "r", shape=(n, *shape))
     return Pictures(reader, grids, pixels)
 
 

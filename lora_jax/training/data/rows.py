@@ -267,7 +267,8 @@ def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
         kept["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
     if isinstance(content, list) and content and all(map(is_text, content)):
         content = kept["content"] = "\n".join(part["text"] for part in content)  # as servers do
-    if images_in(content) and all(is_text(part) or is_image(part) for part in content):
+    parts = content if isinstance(content, list) else ()
+    if images_in(content) and all(is_text(part) or is_image(part) for part in parts):
         return kept
     if content is None and calls or role == "tool" and content is not None:
         return kept
