@@ -107,6 +107,6 @@ def write_rows(folder: Path, n: int = 12) -> Path:
             picture(colour, i, (21, 13) if i % 3 else (12, 23)).save(folder / name)
         shown = [{"type": "image"} for _ in names]
         asks = {"role": "user", "content": [*shown, {"type": "text", "text": "colour?"}]}
-        says = {"role": "assistant", "content": " ".join(colours)}
+        says = {"role": "assistant", "content": [{"type": "text", "text": " ".join(colours)}]}
         rows.append({"messages": [asks, says], "images": names})
     return tiny.write_jsonl(folder / "rows.jsonl", rows)

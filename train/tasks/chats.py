@@ -120,8 +120,8 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     if packs.further is not None:
         if config.run.many:
             raise UserError(
-                f"--many {config.run.many}: rows have images, and runs side by side take texts "
-                "alone: train them one after the other"
+                "rows have images, and runs side by side (--many) take texts alone: train them one "
+                "after the other"
             )
         lines.append(_images_line(pictures))
     return Data(
