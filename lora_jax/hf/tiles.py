@@ -140,6 +140,15 @@ def load_image_reader(name_or_path: str | Path, tokenizer: Any, config: Any) -> 
     Raises:
       ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
       ConfigError: there is no preprocessor_config.json, or it does not fit the model.
+
+    >>> from lora_jax import models, training
+    >>> name = "HuggingFaceTB/SmolVLM-256M-Instruct"
+    >>> tokenizer = models.load_tokenizer(name)  # doctest: +SKIP
+    >>> model, params = models.from_pretrained(name)  # doctest: +SKIP
+    >>> reader = models.load_image_reader(name, tokenizer, model.config)  # doctest: +SKIP
+    >>> asks = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    >>> row = {"messages": [asks, {"role": "assistant", "content": "A cat."}], "images": ["1.jpg"]}
+    >>> training.chats([row], tokenizer, seq_len=2048, images=reader)  # doctest: +SKIP
     """
     folder = resolve(name_or_path).path
     path = next((folder / one for one in (FILE, _PROCESSOR) if (folder / one).is_file()), None)

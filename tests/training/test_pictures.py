@@ -58,6 +58,9 @@ def test_tokens_and_pixels(
     reader = models.load_image_reader(folder, tokenizer, config)
     images = [tiny.picture("blue", i, size) for i, size in enumerate(SIZES)]
     processor = theirs(kind, monkeypatch, **changes)
+    processor.save_pretrained(tmp_path / "theirs")
+    saved = models.load_image_reader(tmp_path / "theirs", tokenizer, config)
+    assert saved.processor == reader.processor
     text = tokenizer.apply_chat_template(chat(len(images)), tokenize=False)
     want = processor(text=text.rstrip(), images=[images], add_special_tokens=False)
     row = {"messages": chat(len(images)), "images": images}
