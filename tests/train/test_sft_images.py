@@ -10,6 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from tests.train import tiny as tiny_decoder
 from tests.train import tiny_smolvlm as tiny
 from tests.train.test_classify import assert_same
 from train.data.files import read_rows
@@ -88,7 +89,23 @@ def test_rows_of_datasets(made: Path, tmp_path: Path) -> None:
     table.save_to_disk(str(tmp_path / "saved"))
     run(made, tmp_path / "paths", "--steps", 2)
     run(made, tmp_path / "stored", "--steps", 2, "--dataset", tmp_path / "saved")
-    losses = [
+    paths, stored = (
         [line["loss"] for line in read_metrics(tmp_path / name)] for name in ("paths", "stored")
-    ]
-    np.testing.assert_array_equal(*losses)
+    )
+    assert paths == stored
+
+
+def test_a_table_of_runs(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Side by side, a run takes the steps that it takes alone; texts and images do not mix."""
+    run(made, tmp_path / "alone", "--steps", 2)
+    table = tiny_decoder.write_jsonl(
+        tmp_path / "t.jsonl", [{"name": "a"}, {"name": "b", "rank": 2}]
+    )
+    run(made, tmp_path / "many", "--steps", 2, "--many", table)
+    alone, beside = ([x["loss"] for x in read_metrics(tmp_path / n)] for n in ("alone", "many/a"))
+    np.testing.assert_allclose(beside, alone, rtol=1e-5)
+    texts = str(tiny_decoder.write_rows(tmp_path / "texts.jsonl"))
+    tiny_decoder.write_jsonl(table, [{"name": "a"}, {"name": "b", "dataset": [texts]}])
+    with pytest.raises(SystemExit):
+        run(made, tmp_path / "mixed", "--steps", 2, "--many", table)
+    assert "the rows of a have images, and those of b have none" in capsys.readouterr().err

@@ -160,6 +160,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 TOLD = [
     (row_of(1, images=[b"no image"]), {}, r"the rows, row 1: the image cannot be read"),
     (row_of(1, images=["no/such.png"]), {}, r"row 1, no/such.png: .*No such file"),
+    ({"text": "blue", "images": ["1.png"]}, {}, "row 1 has images and a `text`"),
     (row_of(1, images=[None]), {}, "row 1 has 1 images, and 1 parts"),
     (row_of(1), {"images": None}, "row 1 has images, and only texts are read"),
     (row_of(1), {"packing": True}, "packing=True: rows have images"),

@@ -118,11 +118,6 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     packs = packed(config, parts, [w for w in weights if w is not None], pictures)
     measured = Sequences.joined(held_out) if held_out else None
     if packs.further is not None:
-        if config.run.many:
-            raise UserError(
-                "rows have images, and runs side by side (--many) take texts alone: train them one "
-                "after the other"
-            )
         lines.append(_images_line(pictures))
     return Data(
         train=packs,

@@ -9,7 +9,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.training.data.parts import TEXTS_ONLY, images_in, is_image, is_text, shown_images
+from lora_jax.training.data.parts import (
+    IMAGES,
+    TEXTS_ONLY,
+    images_in,
+    is_image,
+    is_text,
+    shown_images,
+)
 from lora_jax.training.errors import TrainingError
 
 Message = Mapping[str, Any]
@@ -86,6 +93,8 @@ def conversation(row: Row, name: str) -> Conversation:
     if form is None:
         raise TrainingError(f"{name} has {field_names(row)}; {NEEDED}")
     if form == ("text",):
+        if row.get(IMAGES):
+            raise TrainingError(f"{name} has images and a `text`: only turns show images")
         return Conversation([], text=_text(row, "text", name))
     if form == ("messages",):
         messages = _turns(row["messages"], "messages", name)
