@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -13,6 +13,8 @@ from jax import lax
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.causal import CausalLM
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
+
+Inputs = Mapping[str, jax.typing.ArrayLike]
 
 
 def generate(
@@ -30,6 +32,7 @@ def generate(
     key: jax.Array | None = None,
     apply: Forward | None = None,
     shared: Shared | None = None,
+    inputs: Inputs | None = None,
 ) -> jax.Array:
     """Continues each prompt, greedily or by sampling.
 
@@ -55,6 +58,7 @@ def generate(
         ``lora_jax.adapt(model.apply)``. Keep one and pass it again: each new function compiles.
       shared: tokens that come before each prompt, from ``share``: a system prompt, solved examples.
         Their keys and values are stored, and read, once for all rows.
+      inputs: further inputs of the model beside the prompts: ``pixel_values`` of ``SmolVLM``.
 
     Returns:
       [batch, max_new_tokens], int32: the new tokens, EOS included, then padding.
@@ -85,7 +89,7 @@ def generate(
         key=key,
     )
     static: dict[str, Any] = {"model": model, "apply": apply, "max_new_tokens": max_new_tokens}
-    tokens: jax.Array = _generate(params, ids, mask, choice, shared, **static)
+    tokens: jax.Array = _generate(params, ids, mask, choice, shared, inputs, **static)
     return tokens
 
 
@@ -244,6 +248,7 @@ def _generate(
     mask: jax.Array,
     choice: Choice,
     shared: Shared | None,
+    inputs: Inputs | None = None,
     *,
     model: CausalLM,
     apply: Forward | None,
@@ -251,7 +256,7 @@ def _generate(
 ) -> jax.Array:
     static: dict[str, Any] = {"model": model, "apply": apply}
     cache_len = ids.shape[1] + max_new_tokens - 1  # the last token is never fed
-    start = (params, ids, mask, choice, shared)
+    start = (params, ids, mask, choice, shared, inputs)
     state = prefill(*start, cache_len=cache_len, n=max_new_tokens, **static)
     return decode(params, state, choice, max_new_tokens, **static).tokens
 
@@ -262,6 +267,7 @@ def prefill(
     mask: jax.Array,
     choice: Choice,
     shared: Shared | None,
+    inputs: Inputs | None = None,
     *,
     model: CausalLM,
     apply: Forward | None,
@@ -273,7 +279,7 @@ def prefill(
     """Runs the prompts and chooses the first token of each answer.
 
     Args:
-      params, shared, model, apply: see ``generate``.
+      params, shared, inputs, model, apply: see ``generate``.
       ids: [batch, seq] int32.
       mask: [batch, seq] bool.
       choice: how tokens are chosen.
@@ -286,7 +292,7 @@ def prefill(
     batch, seq = ids.shape
     cache = init_cache(model.config, batch, cache_len, model.dtype, shared=shared)
     last_real = seq - 1 - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
-    logits, cache = _forward(run, params, ids, mask, cache, last_real)
+    logits, cache = _forward(run, params, ids, mask, cache, last_real, inputs or {})
     rows = batch * rows_each
     if rows_each > 1:
         logits, cache = jnp.repeat(logits, rows_each, axis=0), cache.repeated(rows_each)
@@ -319,18 +325,24 @@ def decode(
     def one(state: Loop) -> Loop:
         fed = ~state.done  # a row that has ended feeds padding
         here = jnp.zeros(state.last.shape, jnp.int32)
-        found = _forward(run, params, state.last[:, None], fed[:, None], state.cache, here)
+        found = _forward(run, params, state.last[:, None], fed[:, None], state.cache, here, {})
         return _written(state, choice, *found)
 
     return lax.while_loop(unfinished, one, state)
 
 
 def _forward(
-    run: Forward, params: Tree, ids: jax.Array, mask: jax.Array, old: Cache, at: jax.Array
+    run: Forward,
+    params: Tree,
+    ids: jax.Array,
+    mask: jax.Array,
+    old: Cache,
+    at: jax.Array,
+    inputs: Inputs,
 ) -> tuple[jax.Array, Cache]:
     """Returns the logits, [batch, vocab], of one token of each row, and the longer cache."""
     logits, new = run(
-        {"params": params}, ids, attention_mask=mask, cache=old, logits_at=at[:, None]
+        {"params": params}, ids, attention_mask=mask, cache=old, logits_at=at[:, None], **inputs
     )
     return logits[:, 0], new
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.generate import Choice, Choosing, Loop, arguments, decode, prefill
+from lora_jax.models.generate import Choice, Choosing, Inputs, Loop, arguments, decode, prefill
 from lora_jax.models.layers.cache import Cache, Shared
 
 
@@ -26,6 +26,7 @@ def stream(
     cache_len: int | None = None,
     apply: Forward | None = None,
     shared: Shared | None = None,
+    inputs: Inputs | None = None,
     **choosing: Unpack[Choosing],
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, and yields the tokens as they are chosen.
@@ -35,7 +36,7 @@ def stream(
     number of rows and ``cache_len``. The latter writes to the cache in place.
 
     Args:
-      model, params, input_ids, attention_mask, apply, shared: see ``generate``.
+      model, params, input_ids, attention_mask, apply, shared, inputs: see ``generate``.
       max_new_tokens: the number of tokens to add at most. It is not compiled in where ``cache_len``
         is given.
       tokens_per_call: the tokens that are decoded between two looks at them. More of them cost
@@ -73,7 +74,8 @@ def stream(
 
     def steps() -> Iterator[np.ndarray]:
         read, n = 0, min(tokens_per_call, max_new_tokens)
-        state = _begin(params, ids, mask, choice, shared, cache_len=cache_len, n=n, **static)
+        start = (params, ids, mask, choice, shared, inputs)
+        state = _begin(*start, cache_len=cache_len, n=n, **static)
         while True:
             step, tokens, done = jax.device_get((state.step, state.tokens, state.done))
             for i in range(read, step):

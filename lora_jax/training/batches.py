@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -119,6 +119,16 @@ class Padded(Examples):
             yield part
 
 
+class Further(Protocol):
+    """Further arrays of each row of the data, such as its images."""
+
+    def arrays(self, origin: int, row: int) -> HostBatch:
+        """Returns those of a row of a data set, always of the same shapes."""
+
+    def digest(self) -> str:
+        """Returns a fingerprint of all."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packs(Padded):
     """Holds sequences ready to be batched, without padding; a row is one or several of them.
@@ -141,6 +151,7 @@ class Packs(Padded):
       predicted: m, for each of the lengths.
       sources: the names of the data sets, where there are several.
       mixture: what an epoch draws of each data set; None where it has each row once.
+      further: further arrays of a batch; a row then has one sequence.
     """
 
     table: Sequences
@@ -149,6 +160,7 @@ class Packs(Padded):
     predicted: tuple[int, ...]
     sources: tuple[str, ...] = ()
     mixture: Shares | None = None
+    further: Further | None = None
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -159,7 +171,10 @@ class Packs(Padded):
     def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
         batch = self.batch_of([(self, rows.ravel())])
-        return {name: array.reshape(*rows.shape, -1) for name, array in batch.items()}
+        if self.further is not None:
+            each = [self.further.arrays(*self.origins_of(row)[0]) for row in rows.ravel().tolist()]
+            batch |= {name: np.stack([one[name] for one in each]) for name in each[0]}
+        return {name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in batch.items()}
 
     @staticmethod
     def batch_of(parts: Sequence[tuple["Packs", np.ndarray]]) -> HostBatch:
@@ -235,6 +250,8 @@ class Packs(Padded):
             sha.update(f"{array.shape}".encode() + array.tobytes())
         if self.mixture is not None:
             sha.update(repr(self.mixture).encode())
+        if self.further is not None:
+            sha.update(self.further.digest().encode())
         return sha.hexdigest()
 
     def by_name(self) -> HostBatch:

@@ -126,6 +126,30 @@ def test_a_cache_and_too_many_tokens() -> None:
         model.apply({"params": params}, ids, pixel_values=pixels[:, :, :, :15])
 
 
+def test_answers(tmp_path: Path) -> None:
+    """Greedy continuations are transformers', at once and streamed, and images change them."""
+    import torch
+
+    model, params = made("smolvlm")
+    models.save_pretrained(tmp_path / "model", model, params)
+    reference = theirs_of(tmp_path / "model", "smolvlm")
+    ids, mask, pixels = inputs()
+    mask = mask[:, ::-1].copy()  # padding at the left, as transformers needs it
+    ids[1] = np.roll(ids[1], 4)
+    given = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    new: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": 0}
+    want = reference.generate(
+        **{name: torch.from_numpy(x) for name, x in given.items()}, **new, do_sample=False
+    )[:, 17:].numpy()
+    more = {"inputs": {"pixel_values": jnp.asarray(pixels)}, **new}
+    got = np.asarray(models.generate(model, params, ids, mask, **more))
+    np.testing.assert_array_equal(got[:, : want.shape[1]], want)
+    streamed = np.stack([*models.stream(model, params, ids, mask, **more)], axis=1)
+    np.testing.assert_array_equal(streamed, got[:, : streamed.shape[1]])
+    more["inputs"] = {"pixel_values": jnp.asarray(pixels[:, ::-1])}
+    assert (np.asarray(models.generate(model, params, ids, mask, **more)) != got).any()
+
+
 @pytest.mark.parametrize("targets", [r".*(text|vision)_model.*\.(q|v)_proj", "all-linear"], ids=str)
 def test_adapters(targets: str, tmp_path: Path) -> None:
     """PEFT's folders both ways, on text and vision; gradients within 1e-5 of PEFT's."""

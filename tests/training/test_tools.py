@@ -251,8 +251,8 @@ def calling(**call):
         (calling(function={"name": "f", "arguments": "{'a': 1}"}), "`arguments` of f is \"{'a'"),
         ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}]}, "are of the role 'user'; only"),
         (
-            {"messages": [{**USER, "content": [{"type": "image"}]}]},
-            "`content` of turn 0 is .*image",
+            {"messages": [{**USER, "content": [{"type": "audio"}]}]},
+            "`content` of turn 0 is .*audio",
         ),
         ({**CHAT, "tools": "none"}, "`tools` is 'none'; a list of objects"),
         ({"\ufeffprompt": "a", "completion": "b"}, r"has `\\ufeffprompt`, `completion`; a row"),

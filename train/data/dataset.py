@@ -12,7 +12,7 @@ from train.console.errors import UserError, flag
 from train.data import cache
 from train.data.files import files_of, read_rows
 
-_KNOWN = sorted({"input", "tools"}.union(*FORMS, *of_pairs.FORMS))
+_KNOWN = sorted({"input", "tools", "images"}.union(*FORMS, *of_pairs.FORMS))
 
 Pairs = list[tuple[str, str]]
 

@@ -232,8 +232,12 @@ def rows_of(dataset: Any) -> list[Row]:
     import datasets
 
     kinds = dataset.features or {}
-    for name in [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]:
-        dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    stored = datasets.Image(decode=False)
+    for name, kind in kinds.items():
+        if isinstance(kind, datasets.Image):
+            dataset = dataset.cast_column(name, stored)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(stored))
     classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
     return [{**rows_of_arrow(row), **_class_names(row, classes)} for row in dataset]
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.models import stream
+from lora_jax.training.data.pictures import pixel_values
 from train.generate.options import GenerateOptions
+from train.generate.prompts import PromptTokens
 from train.run.complete import left_padded
 from train.run.pretrained import Outline, end_tokens
 
@@ -138,7 +140,7 @@ class Speaker:
         )
 
     def tokens(
-        self, prompts: Sequence[list[int]], numbers: Sequence[int], *, per_call: int, most: int
+        self, prompts: Sequence[PromptTokens], numbers: Sequence[int], *, per_call: int, most: int
     ) -> Iterator[np.ndarray]:
         """Yields the next token of each prompt, [prompts].
 
@@ -150,6 +152,11 @@ class Speaker:
         """
         options, longest = self.options, padded(max(map(len, prompts)))
         ids, mask = left_padded(prompts, longest, 0)
+        tiles, inputs = [prompt.tiles for prompt in prompts], None
+        if any(len(one) for one in tiles):
+            assert self.outline.images is not None
+            n = max(map(len, tiles))
+            inputs = {"pixel_values": pixel_values(tiles, self.outline.images, n)}
         key = None
         if options.temperature > 0:
             seed = jax.random.key(options.seed)
@@ -168,6 +175,7 @@ class Speaker:
             top_k=options.top_k,
             key=key,
             apply=self.apply,
+            inputs=inputs,
         )
 
 
@@ -186,7 +194,7 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def answers(
     speaker: Speaker,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[PromptTokens],
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[tuple[int, Answer]]:
@@ -216,7 +224,7 @@ def answers(
 def spoken(
     speaker: Speaker,
     answer: Answer,
-    prompt: list[int],
+    prompt: PromptTokens,
     number: int,
     say: Callable[[str], None],
     *,

@@ -17,7 +17,7 @@ from train.console.errors import UserError
 from train.console.output import opened, say
 from train.console.progress import progress_of
 from train.generate.answers import Answer, answers, spoken
-from train.generate.prompts import Prompt, check_lengths, tokenize
+from train.generate.prompts import Prompt, PromptTokens, check_lengths, tokenize
 from train.generate.shared_base import Served
 
 _COLUMN = 30  # the least characters of an answer that stands beside others
@@ -111,11 +111,12 @@ def json_lines(prompts: Sequence[Prompt], found: Found, names: Sequence[str]) ->
         if several:
             fields["sample"] = place.sample
         fields |= {"answer": answer.text, "tokens": len(answer.tokens), "ended": answer.ended}
-        lines.append(json.dumps(fields, ensure_ascii=False))
+        said = json.dumps(fields, ensure_ascii=False, default=lambda data: f"{len(data)} bytes")
+        lines.append(said)
     return lines
 
 
-def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[list[int]]) -> None:
+def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens]) -> None:
     """Answers prompts in batches, with one adapter after the other.
 
     Args:
@@ -159,7 +160,7 @@ def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[list[
 
 
 def _answers(
-    served: Served, rows: Sequence[list[int]], progress: Callable[[int], None]
+    served: Served, rows: Sequence[PromptTokens], progress: Callable[[int], None]
 ) -> Iterator[tuple[str, int, Answer]]:
     """Yields adapter, row and answer, as they are ready."""
     before = 0

@@ -10,7 +10,7 @@ from typing import Any
 from lora_jax.training.data.rows import Conversation
 from train.console.errors import UserError
 from train.generate.answers import Answer, spoken
-from train.generate.prompts import Prompt, tokenize
+from train.generate.prompts import Prompt, PromptTokens, tokenize
 from train.generate.shared_base import Served
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -130,7 +130,7 @@ def ask(chat: Chat, text: str, pressed: Callable[[], bool]) -> None:
         say(f"(cut off at --max-new-tokens {longest})")
 
 
-def _answered(chat: Chat, tokens: list[int], most: int, pressed: Callable[[], bool]) -> Answer:
+def _answered(chat: Chat, tokens: PromptTokens, most: int, pressed: Callable[[], bool]) -> Answer:
     """Prints an answer of at most so many tokens as it is generated, and returns it."""
     speaker, waiting = chat.served.speaker(chat.name), sys.stdout.isatty()
 

@@ -37,6 +37,9 @@ class GenerateOptions:
     prompts: str | None = None
     """A file of prompts: rows with `prompt` or `messages` (JSONL, JSON, CSV, TSV, also gzipped, or
     Parquet) or, with any other ending, one prompt per line."""
+    image: tuple[str, ...] = ()
+    """Images that every --prompt shows, ahead of its text, for a model that reads images. Rows of
+    --prompts have their own, as for training."""
     interactive: bool = False
     """Chat in the terminal; /help lists the commands."""
     system: str | None = None
@@ -87,7 +90,7 @@ def parse(args: Sequence[str]) -> GenerateOptions:
 
 def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     """Raises a UserError for options that make no sense, or that were given to no effect."""
-    for name in ("adapter", "prompt", "stop"):
+    for name in ("adapter", "prompt", "image", "stop"):
         if name in given and not getattr(options, name):
             raise UserError(f"{flag(name)} has no value: give one, or leave it out")
     with as_user_errors(TrainingError):
@@ -130,6 +133,7 @@ def _without_effect(options: GenerateOptions) -> list[tuple[bool, tuple[str, ...
             ("prompt", "prompts", "output", "overwrite", "batch_size", "num_samples"),
             "has no effect on a chat: leave it out, or leave out --interactive",
         ),
+        (not options.prompt, ("image",), "is what each --prompt shows: give one"),
         (bool(options.prompt), ("prompts",), "and --prompt both name prompts: give one"),
         (
             options.output is None,

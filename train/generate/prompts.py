@@ -7,9 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 
+from lora_jax.training.data.parts import IMAGES, shown_images
+from lora_jax.training.data.pictures import read_pictures
 from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
+from lora_jax.training.data.sequences import Tokens
 from lora_jax.training.data.templates import asked
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
@@ -18,6 +22,7 @@ from train.data.text_files import read_lines
 from train.generate.options import GenerateOptions
 from train.run.pretrained import Outline
 
+_REPEATED = ("messages", "prompt", "tools", IMAGES)  # of a row, in an output
 _TOO_LONG = "prompt and --max-new-tokens"
 
 
@@ -38,7 +43,10 @@ class Prompt:
     @property
     def text(self) -> str:
         """The last turn's text."""
-        return str(self.chat.messages[-1].get("content") or "")
+        content = self.chat.messages[-1].get("content") or ""
+        if isinstance(content, str):
+            return content
+        return " ".join(part["text"] for part in content if part["type"] == "text")
 
     @property
     def is_text(self) -> bool:
@@ -46,10 +54,17 @@ class Prompt:
         return self.fields.get("prompt") == self.text
 
 
-def prompt_of(text: str, name: str) -> Prompt:
-    """Returns a prompt that is a text."""
-    chat = Conversation([{"role": "user", "content": text}])
-    return Prompt(name, {"prompt": text}, chat)
+class PromptTokens(list[int]):
+    """The tokens of a prompt; `tiles` are those of its images, [n, channels, side, side] uint8."""
+
+    tiles: np.ndarray = np.empty((0, 0, 0, 0), np.uint8)
+
+
+def prompt_of(text: str, name: str, images: Sequence[str] = ()) -> Prompt:
+    """Returns a prompt that is a text, and perhaps images ahead of it."""
+    fields: dict[str, Any] = {"prompt": text} | ({IMAGES: [*images]} if images else {})
+    turns, shown = shown_images([{"role": "user", "content": text}], fields, name)
+    return Prompt(name, fields, Conversation(turns, images=shown))
 
 
 def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
@@ -61,7 +76,7 @@ def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
     if options.prompts is not None:
         return _of_file(options.prompts)
     given = enumerate(options.prompt, start=1)
-    return [prompt_of(text, f"prompt {n}") for n, text in given] or None
+    return [prompt_of(text, f"prompt {n}", options.image) for n, text in given] or None
 
 
 def of_standard_input() -> list[Prompt]:
@@ -101,8 +116,8 @@ def _of_file(given: str) -> list[Prompt]:
 
 
 def _of_row(row: Row, name: str) -> Prompt:
-    chat = question(row, name)
-    repeated = {one: row[one] for one in ("messages", "prompt", "tools") if row.get(one)}
+    chat = question(row, name, images=True)
+    repeated = {one: row[one] for one in _REPEATED if row.get(one)}
     if "messages" in repeated:
         repeated.pop("prompt", None)
     return Prompt(name, repeated, chat)
@@ -129,7 +144,7 @@ def check_template(options: GenerateOptions, outline: Outline, prompts: Iterable
         )
 
 
-def tokenize(prompts: Sequence[Prompt], outline: Outline, system: str | None) -> list[list[int]]:
+def tokenize(prompts: Sequence[Prompt], outline: Outline, system: str | None) -> list[PromptTokens]:
     """Returns the tokens of each prompt, up to the start of the answer.
 
     Args:
@@ -139,16 +154,43 @@ def tokenize(prompts: Sequence[Prompt], outline: Outline, system: str | None) ->
 
     Raises:
       UserError: the chat template refuses a prompt or drops some of it, or it has another system
-        prompt.
+        prompt; or the model reads no images, or an image cannot be read.
     """
     with as_user_errors(TrainingError):
         for prompt in prompts:
-            check_text(json.dumps(prompt.chat, ensure_ascii=False, default=repr), prompt.name)
+            chat = prompt.chat._replace(images=())
+            check_text(json.dumps(chat, ensure_ascii=False, default=repr), prompt.name)
         check_text(system or "", "--system")
+    shown = [prompt.name for prompt in prompts if prompt.chat.images]
+    if shown and (outline.images is None or outline.tokenizer.chat_template is None):
+        raise UserError(
+            f"{shown[0]} has images, and the model {outline.name} reads none, or has no chat "
+            "template to show them: name a model that reads images, such as SmolVLM"
+        )
     if outline.tokenizer.chat_template is None:
-        return outline.tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]
+        made = outline.tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]
+        return [PromptTokens(ids) for ids in made]
     texts = [_rendered(prompt, outline, system) for prompt in prompts]
-    return outline.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    made = outline.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    if not shown:
+        return [PromptTokens(ids) for ids in made]
+    return _with_images(prompts, made, outline)
+
+
+def _with_images(
+    prompts: Sequence[Prompt], made: Sequence[list[int]], outline: Outline
+) -> list[PromptTokens]:
+    """Returns tokens with those of images, and the images."""
+    assert outline.images is not None
+    names = [prompt.name for prompt in prompts]
+    found = []
+    with as_user_errors(TrainingError):
+        pictures = read_pictures([one.chat.images for one in prompts], names, outline.images)
+        for number, (ids, name) in enumerate(zip(made, names, strict=True), start=1):
+            tokens = Tokens(np.array(ids, np.int32), np.zeros(len(ids), bool), number)
+            found.append(PromptTokens(pictures.written(tokens, name).ids.tolist()))
+            found[-1].tiles = pictures.of(number)
+    return found
 
 
 def _rendered(prompt: Prompt, outline: Outline, system: str | None) -> str:
@@ -166,7 +208,7 @@ def _rendered(prompt: Prompt, outline: Outline, system: str | None) -> str:
 
 def check_lengths(
     prompts: Sequence[Prompt],
-    tokens: Sequence[list[int]],
+    tokens: Sequence[PromptTokens],
     outline: Outline,
     options: GenerateOptions,
 ) -> None:
@@ -181,8 +223,8 @@ def check_lengths(
 
 
 def short_enough(
-    prompts: list[Prompt], tokens: list[list[int]], outline: Outline, options: GenerateOptions
-) -> tuple[list[Prompt], list[list[int]]]:
+    prompts: list[Prompt], tokens: list[PromptTokens], outline: Outline, options: GenerateOptions
+) -> tuple[list[Prompt], list[PromptTokens]]:
     """Returns the prompts and tokens that the model allows, and says which it does not."""
     kept = []
     for i, (prompt, one) in enumerate(zip(prompts, tokens, strict=True)):

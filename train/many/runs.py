@@ -32,7 +32,7 @@ from lora_jax.training.processes import write_json
 from lora_jax.training.ready import Ready, hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
 from lora_jax.training.step import State
-from train.console.errors import as_user_errors
+from train.console.errors import UserError, as_user_errors
 from train.console.output import tell
 from train.finetune import RunPart, evaluation_of, measures, prepared, run_of, weights_of
 from train.inputs import inputs_of
@@ -110,6 +110,13 @@ def train_rows(
     for wanted in asked:
         with as_user_errors(TrainingError, prefix=f"{wanted.row.where}: "):
             ones.append(_opened(script, wanted, mesh, session, part))
+    with_images = [getattr(one.inputs.read.data.train, "further", None) is not None for one in ones]
+    if len({*with_images}) > 1:
+        raise UserError(
+            f"the rows of {ones[with_images.index(True)].row.name} have images, and those of "
+            f"{ones[with_images.index(False)].row.name} have none, and they train side by side: "
+            "give each kind a table of its own"
+        )
     outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
     with doing(console, f"reading the weights of {outline.name}"):
         model, plain = weights_of(ones[0].config, outline, layout)

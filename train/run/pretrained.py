@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import datetime
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,6 +68,18 @@ class Outline:
     def in_codes(self) -> bool:
         """True where kernels are in codes, so that the model runs through `lora_jax.adapt`."""
         return any(map(is_coded, jax.tree.leaves(self.params, is_leaf=is_coded)))
+
+    @functools.cached_property
+    def images(self) -> models.ImageReader | None:
+        """The reader of images in chats; None where the model reads texts alone.
+
+        Raises:
+          UserError: the model's folder has no processor, or one that does not fit.
+        """
+        if not isinstance(self.config, models.SmolVLMConfig):
+            return None
+        with _model_errors(self.name):
+            return models.load_image_reader(self.name, self.tokenizer, self.config)
 
     @property
     def active_experts(self) -> int | None:

@@ -8,13 +8,14 @@ import numpy as np
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack, pack_mixture
-from lora_jax.training.data.chats import check_lengths
+from lora_jax.training.data.chats import check_lengths, with_pictures
+from lora_jax.training.data.pictures import Pictures, PixelValues
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, token_loss
 from train.console.errors import UserError, flag
 from train.console.output import tell
-from train.data.chats import tokenize
+from train.data.chats import read_images, tokenize
 from train.data.dataset import Dataset, find, pairs_of
 from train.data.files import named
 from train.options.defaults import Defaults
@@ -102,8 +103,9 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns the rows as sequences, padded or packed; with --eval-every, some are held out."""
     data, lines = config.data, []
     weights = [dataset.weight for dataset in named(data.dataset)]
-    parts = {one.name: tokens_of(config, one, outline.tokenizer) for one in rows.train}
-    held_out = [tokens_of(config, dataset, outline.tokenizer) for dataset in rows.held_out]
+    train, pictures = _read(config, rows.train, outline)
+    held_out, measured_pictures = _read(config, rows.held_out, outline)
+    parts = dict(zip((one.name for one in rows.train), train, strict=True))
     source = ", ".join(dataset.name for dataset in rows.held_out)
     counts = {name: int(tokens.rows[-1]) for name, tokens in parts.items()}
     if not held_out and (drawn := hold_out(config, counts, weights)):
@@ -112,11 +114,16 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         source = "the held-out rows"
         parts = {name: rest for name, (rest, _) in zip(parts, split, strict=True)}
         lines = [_drawn(config, n, rows) for n, rows in zip(counts.items(), drawn, strict=True)]
-    packs = packed(config, parts, [w for w in weights if w is not None])
+        measured_pictures = pictures
+    packs = packed(config, parts, [w for w in weights if w is not None], pictures)
     measured = Sequences.joined(held_out) if held_out else None
+    if packs.further is not None:
+        lines.append(_images_line(pictures))
     return Data(
         train=packs,
-        held_out=None if measured is None else packed(config, {source: measured}),
+        held_out=None
+        if measured is None
+        else packed(config, {source: measured}, (), measured_pictures),
         name=packs.name,
         source="" if packs.sources else next(iter(parts)),
         facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
@@ -124,10 +131,33 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     )
 
 
-def tokens_of(config: Config, dataset: Dataset, tokenizer: Any) -> Sequences:
-    """Returns a data set's rows as sequences."""
+def _read(
+    config: Config, datasets: Sequence[Dataset], outline: Outline
+) -> tuple[list[Sequences], Sequence[Pictures]]:
+    """Returns data sets as sequences, and the images of each, if there are some."""
+    held, pictures = read_images(datasets, outline)
+    options = [{"pictures": one} for one in pictures] or [{} for _ in held]
+    return [
+        tokens_of(config, one, outline.tokenizer, **more)
+        for one, more in zip(held, options, strict=True)
+    ], pictures
+
+
+def tokens_of(config: Config, dataset: Dataset, tokenizer: Any, **options: Any) -> Sequences:
+    """Returns a data set's rows as sequences; `options` are further ones of `chats.tokenize`."""
     write = not config.run.dry_run
-    return tokenize(dataset, tokenizer, train_on=config.data.train_on, write=write)
+    return tokenize(dataset, tokenizer, train_on=config.data.train_on, write=write, **options)
+
+
+def _images_line(pictures: Sequence[Pictures]) -> str:
+    """Returns the number of images, and of their tiles, in words."""
+    n = sum(len(row) for part in pictures for row in part.grids)
+    reader, tiles = pictures[0].reader, sum(len(part.pixels) for part in pictures)
+    size = " x ".join(map(str, reader.processor.tile.shape[1:]))
+    return (
+        f"{n:,} images, in {tiles:,} tiles of {size} pixels and {reader.per_tile} tokens each; "
+        f"each row has room for {PixelValues(pictures).most} tiles"
+    )
 
 
 def hold_out(
@@ -204,13 +234,19 @@ def _option_and_seed(config: Any) -> tuple[str, int]:
     return "seed", config.optim.seed
 
 
-def packed(config: Config, parts: Mapping[str, Sequences], weights: Sequence[float] = ()) -> Packs:
+def packed(
+    config: Config,
+    parts: Mapping[str, Sequences],
+    weights: Sequence[float] = (),
+    pictures: Sequence[Pictures] = (),
+) -> Packs:
     """Packs sequences, or has them batched by length.
 
     Args:
       config: the options.
       parts: the sequences of each data set, by its name in messages.
       weights: weights of the data sets, if they are mixed by weight.
+      pictures: the images of each data set, if there are some.
     """
     data = config.data
     kept = {}
@@ -218,9 +254,12 @@ def packed(config: Config, parts: Mapping[str, Sequences], weights: Sequence[flo
         kept[source] = check_lengths(sequences, data.seq_len, truncate=data.truncate)
         if left_out := len(sequences) - len(kept[source]):
             print(f"{source}: left out {left_out} rows, truncated before their completion began")
+    how: Any = {"packing": data.packing}
     if len(kept) == 1:
-        return pack(next(iter(kept.values())), data.seq_len, packing=data.packing)
-    return pack_mixture(kept, weights or None, data.seq_len, packing=data.packing)
+        packs = pack(next(iter(kept.values())), data.seq_len, **how)
+    else:
+        packs = pack_mixture(kept, weights or None, data.seq_len, **how)
+    return with_pictures(packs, pictures, **how)
 
 
 def loss(config: Config, layout: Layout) -> Loss:

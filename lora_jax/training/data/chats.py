@@ -6,7 +6,9 @@ marks the assistant's words itself (``{% generation %}``), those marks count.
 """
 
 import base64
+import dataclasses
 import functools
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +17,12 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.types import Tokenizer
+from lora_jax.hf.tiles import ImageReader
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.drafts import Draft, Drafts, TrainOn, drafts_of
-from lora_jax.training.data.rows import Row, check_rows, name_of
+from lora_jax.training.data.parts import TEXTS_ONLY, has_images
+from lora_jax.training.data.pictures import Pictures, PixelValues, read_pictures
+from lora_jax.training.data.rows import Row, check_rows, conversation, name_of
 from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.data.templates import LeftOut
 from lora_jax.training.errors import TrainingError
@@ -35,6 +40,7 @@ def chats(
     packing: bool = False,
     truncate: bool = False,
     train_on: TrainOn = "assistant",
+    images: ImageReader | None = None,
     source: str = "the rows",
 ) -> Packs:
     """Returns chats as examples for a language model, which learns what the assistant says.
@@ -51,10 +57,12 @@ def chats(
         completion left.
       train_on: the tokens that the loss counts: "assistant", all that the assistant says; "last",
         its last turn; "all", every token.
+      images: reads images for the model (`lora_jax.models.load_image_reader`), which rows then may
+        have: turns have parts of the type "image", and a row `images`. None for texts alone.
       source: the name of the rows in errors.
 
     Raises:
-      TrainingError: a row cannot be used; names it.
+      TrainingError: a row cannot be used; names it. Or rows with images are to be packed.
 
     >>> from lora_jax import models, training
     >>> rows = [{"prompt": "What is one plus one?", "completion": "Two."}]
@@ -64,8 +72,40 @@ def chats(
     if not rows:
         raise TrainingError(f"{source} is empty")
     check_rows(rows, source)
-    tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=warn)
-    return pack(check_lengths(tokens, seq_len, truncate=truncate), seq_len, packing=packing)
+    pictures = None if images is None else pictures_of(rows, images, source)
+    tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=warn, pictures=pictures)
+    packs = pack(check_lengths(tokens, seq_len, truncate=truncate), seq_len, packing=packing)
+    return packs if pictures is None else with_pictures(packs, [pictures], packing=packing)
+
+
+def pictures_of(rows: Sequence[Row], reader: ImageReader, source: str) -> Pictures:
+    """Returns the images of chats; see `read_pictures`."""
+    names = [name_of(row, source, number) for number, row in enumerate(rows, start=1)]
+    found = [conversation(row, name).images for row, name in zip(rows, names, strict=True)]
+    return read_pictures(found, names, reader)
+
+
+def with_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> Packs:
+    """Returns rows whose batches have `pixel_values`, if there are images.
+
+    Args:
+      packs: the rows.
+      parts: the images of each data set.
+      packing: whether several sequences share a row.
+
+    Raises:
+      TrainingError: there are images, and rows are packed.
+    """
+    if not any(len(part.pixels) for part in parts):
+        return packs
+    if packing:
+        raise TrainingError(
+            lambda option: (
+                f"{option('packing', True)}: rows have images, and each needs a row of a batch for "
+                "itself: leave it out"
+            )
+        )
+    return dataclasses.replace(packs, further=PixelValues(parts))
 
 
 def warn(lines: Sequence[str], above: int = 1) -> None:
@@ -88,6 +128,7 @@ def tokenize(
     train_on: TrainOn = "assistant",
     say: Callable[[Sequence[str]], None] | None = None,
     drafted: Callable[[Row, int, Tokenizer, str], Drafts] | None = None,
+    pictures: Pictures | None = None,
 ) -> Sequences:
     """Returns each row as one sequence, or several.
 
@@ -105,6 +146,7 @@ def tokenize(
       say: gets a line on each field that the template shows in some turns only, if there is one.
       drafted: finds the sequences of a row (its number, the tokenizer and its name follow it); by
         default as `train_on` says.
+      pictures: the images of all rows; None where the model reads none.
 
     Raises:
       TrainingError: a row is not usable; names the first one.
@@ -117,11 +159,21 @@ def tokenize(
         counts: Counter[str] = Counter()
         block = slice(first, first + BLOCK)
         for number, row in zip(numbered[block], rows[block], strict=True):
+            if pictures is None and has_images(row):
+                raise TrainingError(f"{name_of(row, source, number)} has {TEXTS_ONLY}")
             made = drafted(row, number, tokenizer, name_of(row, source, number))
             found += made.sequences
             for field, left_out in made.left_out.items():
                 counts.update({f"{kind} {field}": n for kind, n in left_out._asdict().items()})
-        return {**as_json(_encoded(found, tokenizer)), "left_out": counts}
+        tokens = _encoded(found, tokenizer)
+        if pictures is not None:
+            lasts = [one.row != two.row for one, two in itertools.pairwise(tokens)] + [True]
+            names = dict(zip(numbered[block], rows[block], strict=True))
+            tokens = [
+                pictures.written(one, name_of(names[one.row], source, one.row), whole=last)
+                for one, last in zip(tokens, lasts, strict=True)
+            ]
+        return {**as_json(tokens), "left_out": counts}
 
     blocks = mapped(of_block, range(0, len(rows), BLOCK))
     if say is not None:

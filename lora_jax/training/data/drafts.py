@@ -55,7 +55,7 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
       TrainingError: the row cannot be used, or the model's chat template drops some of it.
     """
     chat = conversation(row, name)
-    check_text(json.dumps(chat, ensure_ascii=False, default=repr), name)
+    check_text(json.dumps(chat._replace(images=()), ensure_ascii=False, default=repr), name)
     if chat.text is not None:
         part = CountedText(chat.text, [(0, len(chat.text))], special=True)
         return Drafts([Draft(number, [part], end=True)])

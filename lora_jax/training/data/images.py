@@ -12,10 +12,9 @@ import numpy as np
 from lora_jax.hf.images import ImageError, ImageProcessor
 from lora_jax.training.batches import HostBatch, Padded
 from lora_jax.training.data.labelled import check_label, label_indices, label_names, no_field
+from lora_jax.training.data.pictures import check_read
 from lora_jax.training.data.rows import Row, name_of
-from lora_jax.training.errors import TrainingError
 
-_NAMED = 5  # broken images that a message names
 _BLOCK = 256  # images that are hashed at once
 
 
@@ -150,11 +149,5 @@ def read_pixels(
             return f"{names[at]}: {error}"
 
     with ThreadPoolExecutor() as pool:
-        broken = [said for said in pool.map(read, range(len(found))) if said]
-    if broken:
-        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        raise TrainingError(
-            f"{len(broken)} of {len(found)} images cannot be used: {'; '.join(broken[:_NAMED])}"
-            f"{more}. Replace them, or take them out"
-        )
+        check_read([said for said in pool.map(read, range(len(found))) if said], len(found))
     return pixels

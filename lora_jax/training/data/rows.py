@@ -9,6 +9,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lora_jax.training.data.parts import (
+    IMAGES,
+    TEXTS_ONLY,
+    images_in,
+    is_image,
+    is_text,
+    shown_images,
+)
 from lora_jax.training.errors import TrainingError
 
 Message = Mapping[str, Any]
@@ -58,12 +66,14 @@ class Conversation(NamedTuple):
       tools: the tools that the template gets; None for none.
       options: further variables of the template (`chat_template_kwargs`, `documents`).
       text: a plain text, of which every token counts.
+      images: the images of the turns' parts of the type "image", in their order.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     options: Mapping[str, Any] = {}
     text: str | None = None
+    images: Sequence[Any] = ()
 
 
 def name_of(row: Row, source: str, number: int) -> str:
@@ -83,6 +93,8 @@ def conversation(row: Row, name: str) -> Conversation:
     if form is None:
         raise TrainingError(f"{name} has {field_names(row)}; {NEEDED}")
     if form == ("text",):
+        if row.get(IMAGES):
+            raise TrainingError(f"{name} has images and a `text`: only turns show images")
         return Conversation([], text=_text(row, "text", name))
     if form == ("messages",):
         messages = _turns(row["messages"], "messages", name)
@@ -101,7 +113,7 @@ def conversation(row: Row, name: str) -> Conversation:
     else:  # both are lists of turns
         both = (_listed(row[field], field, name) for field in form)
         messages = _turns([turn for turns in both for turn in turns], "prompt", name)
-    return Conversation(messages, _objects(row, "tools", name), _options(row, name))
+    return _of_turns(messages, row, name)
 
 
 def check_rows(
@@ -133,12 +145,13 @@ def check_rows(
         texts = is_text
 
 
-def question(row: Row, name: str) -> Conversation:
+def question(row: Row, name: str, *, images: bool = False) -> Conversation:
     """Returns the turns that a row asks a model to answer: its ``messages``, or its ``prompt``.
 
     Args:
       row: ``messages``, with ``tools`` where there are some; or ``prompt``, a text or such turns.
       name: what it is called in errors.
+      images: whether the row may have images.
 
     Raises:
       TrainingError: the row has neither, one is of the wrong type, or its last turn is an answer.
@@ -150,23 +163,35 @@ def question(row: Row, name: str) -> Conversation:
             "of turns with `role` and `content`)"
         )
     value = row[field] if field == "prompt" else _listed(row[field], field, name)
-    turns = as_turns(said(value, field, name), "user")
+    turns = as_turns(said(value, field, name, images=images), "user")
     if turns[-1]["role"] == "assistant":
         raise TrainingError(
             f"{name} ends with an assistant's turn, and nothing is left to answer: leave that turn "
             "out"
         )
-    return Conversation(turns, _objects(row, "tools", name), _options(row, name))
+    found = _of_turns(turns, row, name)
+    if found.images and not images:
+        raise TrainingError(f"{name} has {TEXTS_ONLY}")
+    return found
 
 
-def said(value: Any, field: str, name: str) -> Said:
+def _of_turns(turns: list[dict[str, Any]], row: Row, name: str) -> Conversation:
+    turns, images = shown_images(turns, row, name)
+    tools, options = _objects(row, "tools", name), _options(row, name)
+    return Conversation(turns, tools, options, images=images)
+
+
+def said(value: Any, field: str, name: str, *, images: bool = False) -> Said:
     """Returns the value of a field that has a text, as it is, or turns, as templates get them.
 
     Raises:
-      TrainingError: it is empty, or neither.
+      TrainingError: it is empty, or neither; or it has images, which are not allowed.
     """
     if not isinstance(value, str) or not isinstance(_parsed(value), str):
-        return [_turn(turn, i, name) for i, turn in enumerate(_listed(value, field, name))]
+        turns = [_turn(turn, i, name) for i, turn in enumerate(_listed(value, field, name))]
+        if not images and any(images_in(turn.get("content")) for turn in turns):
+            raise TrainingError(f"{name} has {TEXTS_ONLY}")
+        return turns
     if not value.strip():
         raise TrainingError(f"{name}: `{field}` is empty")
     return value
@@ -249,8 +274,11 @@ def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
     _check_weight(kept, role, f"{name}: `weight` of turn {index}")
     if calls := _parsed(kept.pop("tool_calls", None)):
         kept["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
-    if isinstance(content, list) and content and all(map(_is_text, content)):
+    if isinstance(content, list) and content and all(map(is_text, content)):
         content = kept["content"] = "\n".join(part["text"] for part in content)  # as servers do
+    parts = content if isinstance(content, list) else ()
+    if images_in(content) and all(is_text(part) or is_image(part) for part in parts):
+        return kept
     if content is None and calls or role == "tool" and content is not None:
         return kept
     if not isinstance(content, str):
@@ -267,10 +295,6 @@ def _check_weight(turn: Message, role: str, what: str) -> None:
             f"{what} belongs to the role {role!r}: only turns of the assistant are weighed, leave "
             "it out"
         )
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and "text" in part
 
 
 def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:

@@ -23,6 +23,8 @@ _GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 _TAGS = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
 # A template's call for the date of today; and a macro that takes its place.
 _DATES = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+# Of a template that reads parts of a turn's content, and no content that is a text.
+_PARTS, _TEXTS = re.compile(r"""['"]image['"]"""), re.compile(r"\bis\s+string\b")
 _MACRO, _END = "{%- macro strftime_now(format) -%}", "{%- endmacro -%}"
 _SET_HERE = ("messages", "tools", "add_generation_prompt")
 # Fields of a turn, by what they mean. transformers takes names of one meaning for each other.
@@ -102,12 +104,22 @@ def render(
       ask: adds what precedes an answer.
       how: further arguments of `apply_chat_template`.
     """
+    turns, template = chat.messages[:n], template_of(tokenizer, chat)
+    if _PARTS.search(template) and not _TEXTS.search(template):
+        turns = [_in_parts(turn) for turn in turns]
     return tokenizer.apply_chat_template(
-        chat.messages[:n],
+        turns,
         tools=chat.tools,
         add_generation_prompt=ask,
         **{**chat.options, "tokenize": False, **how},
     )
+
+
+def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
+    """Returns a turn whose content, if it is a text, is a list with one part."""
+    if not isinstance(turn.get("content"), str):
+        return turn
+    return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
 
 
 def asked(chat: Conversation, tokenizer: Tokenizer) -> str:

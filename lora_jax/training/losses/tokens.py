@@ -63,6 +63,9 @@ TOKEN_LOSSES = {  # by the names of `train.sft --loss`
 }
 
 
+_WHERE = ("positions", "segment_ids", "pixel_values")  # what a model gets beside the tokens
+
+
 def token_values(
     each: Callable[[jax.Array, jax.Array], Tree],
     forward: Logits,
@@ -89,7 +92,8 @@ def token_values(
         positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
         ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
       params: a parameter tree, adapted or plain.
-      batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`.
+      batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`. The model
+        gets `pixel_values`, too, where a batch has them.
       dropout_key: turns dropout on.
       chunk: predictions a chunk; 0 for all at once.
       parts: the parts that a row is split into, each on a device. With several, a place may
@@ -143,7 +147,7 @@ def _at_heads(
 ) -> Any:
     """Returns the values of `token_values`; those of split rows where they lie: [batch, seq]."""
     variables, targets = {"params": params}, batch["targets"]
-    where = {name: batch[name] for name in ("positions", "segment_ids")} | _dropout(dropout_key)
+    where = {name: batch[name] for name in _WHERE if name in batch} | _dropout(dropout_key)
     if parts == 1:
         where["logits_at"] = batch["predict_at"]
     else:  # padding has weight 0; it is all at place 0

@@ -1,0 +1,187 @@
+"""Cuts images into square tiles as SmolVLM's and Idefics 3's processors do, and writes them.
+
+"Writing" an image is the tokens that stand for it: one for each vector that the model makes of it,
+and those around them.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError, read_file
+from lora_jax.hf.hub import resolve
+from lora_jax.hf.images import FILE, ImageProcessor, opened
+
+Grid = tuple[int, int]  # rows and columns of tiles; (0, 0) for an image that is not cut
+
+_PROCESSOR = "processor_config.json"  # of transformers 5, with the image processor inside
+_MOST = 4096  # pixels of the longest edge: transformers makes longer ones smaller
+_OWN = frozenset(  # read here, or without an effect
+    """
+    size do_resize do_image_splitting max_image_size do_pad video_sampling return_row_col_info
+    """.split()
+)
+_DEFAULTS = {"resample": 1, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_WRITTEN = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TileProcessor:
+    """The steps from an image to its tiles.
+
+    Attributes:
+      tile: resizes to a tile, and makes pixel values.
+      longest_edge: pixels that the longer edge is resized to first; None to keep the image's size.
+      split: whether an image that is larger than a tile becomes several, and the whole one last.
+    """
+
+    tile: ImageProcessor
+    longest_edge: int | None
+    split: bool
+
+    @classmethod
+    def from_hf(cls, fields: Fields) -> "TileProcessor":
+        """Reads the fields of a preprocessor_config.json of SmolVLM or Idefics 3.
+
+        Args:
+          fields: the parsed file.
+
+        Raises:
+          ConfigError: names the fields that are not supported, or not known.
+        """
+        side = _edge(fields, "max_image_size", 364)
+        rest = {name: value for name, value in fields.items() if name not in _OWN}
+        return cls(
+            tile=ImageProcessor.from_hf({**_DEFAULTS, **rest, "size": side}),
+            longest_edge=_edge(fields, "size", 4 * 364) if fields.get("do_resize", True) else None,
+            split=bool(fields.get("do_image_splitting", True)),
+        )
+
+    def tiles(self, image: Any) -> tuple[np.ndarray, Grid]:
+        """Returns an image's tiles, [n, channels, side, side] uint8, and their grid.
+
+        Args:
+          image: see ``ImageProcessor.pixels``.
+
+        Raises:
+          ImageError: the image cannot be read; says why.
+        """
+        image, (_, side, _) = opened(image), self.tile.shape
+        if self.longest_edge is not None:
+            width, height = image.size
+            image = self._resized(image, *_longest(width, height, self.longest_edge))
+        rows = columns = 1
+        if self.split:
+            width, height = image.size
+            if width >= height:
+                columns = math.ceil(width / side)
+                rows = math.ceil(int(columns * side / (width / height)) / side)
+            else:
+                rows = math.ceil(height / side)
+                columns = math.ceil(int(rows * side * (width / height)) / side)
+            image = self._resized(image, columns * side, rows * side)
+        whole = self.tile.pixels(image)[None]
+        if rows * columns == 1:
+            return whole, (0, 0)
+        cut = np.asarray(image, np.uint8).reshape(rows, side, columns, side, 3)
+        cut = cut.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)
+        return np.concatenate([cut, whole]), (rows, columns)
+
+    def _resized(self, image: Any, width: int, height: int) -> Any:
+        return image.resize((width, height), resample=self.tile.resample)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageReader:
+    """Reads images for a language model: their tiles, and the tokens that stand for them.
+
+    Attributes:
+      processor: makes the tiles.
+      tokenizer: the model's.
+      token: the token of each vector of a tile, and of an image in a rendered chat.
+      per_tile: the number of vectors of a tile.
+    """
+
+    processor: TileProcessor
+    tokenizer: Any
+    token: int
+    per_tile: int
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  (readers live as long as the process)
+    def written(self, grid: Grid) -> np.ndarray:
+        """Returns the tokens of an image with this grid of tiles: [n] int32."""
+        image, around, whole = (getattr(self.tokenizer, *one) for one in _WRITTEN.items())
+        (rows, columns), tile = grid, image * self.per_tile
+        text = "".join(
+            "".join(f"{around}<row_{y + 1}_col_{x + 1}>{tile}" for x in range(columns)) + "\n"
+            for y in range(rows)
+        )
+        text += ("\n" if rows else "") + f"{around}{whole}{tile}{around}"
+        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def load_image_reader(name_or_path: str | Path, tokenizer: Any, config: Any) -> ImageReader:
+    """Loads the reader of images that goes with ``from_pretrained(name_or_path)``.
+
+    Args:
+      name_or_path: folder or hub name.
+      tokenizer: the model's.
+      config: a ``SmolVLMConfig``.
+
+    Raises:
+      ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
+      ConfigError: there is no preprocessor_config.json, or it does not fit the model.
+
+    >>> from lora_jax import models, training
+    >>> name = "HuggingFaceTB/SmolVLM-256M-Instruct"
+    >>> tokenizer = models.load_tokenizer(name)  # doctest: +SKIP
+    >>> model, params = models.from_pretrained(name)  # doctest: +SKIP
+    >>> reader = models.load_image_reader(name, tokenizer, model.config)  # doctest: +SKIP
+    >>> asks = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    >>> row = {"messages": [asks, {"role": "assistant", "content": "A cat."}], "images": ["1.jpg"]}
+    >>> training.chats([row], tokenizer, seq_len=2048, images=reader)  # doctest: +SKIP
+    """
+    folder = resolve(name_or_path).path
+    path = next((folder / one for one in (FILE, _PROCESSOR) if (folder / one).is_file()), None)
+    fields = read_file(path or folder / FILE, "a model of images", ConfigError)
+    try:
+        processor = TileProcessor.from_hf(fields.get("image_processor", fields))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    reader = ImageReader(processor, tokenizer, config.image_token_id, config.tokens_per_image)
+    shape = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
+    if processor.tile.shape != shape:
+        raise ConfigError(f"{path} makes tiles of {processor.tile.shape}, the model takes {shape}")
+    n = int((reader.written((0, 0)) == reader.token).sum())
+    if n != reader.per_tile:
+        raise ConfigError(
+            f"the tokenizer makes {n} tokens {reader.token} (image_token_id) of an image, and the "
+            f"model takes {reader.per_tile}"
+        )
+    return reader
+
+
+def _edge(fields: Fields, name: str, default: int) -> int:
+    size: Any = fields.get(name) or {"longest_edge": default}
+    edge = size.get("longest_edge") if isinstance(size, dict) else None
+    if not isinstance(edge, int) or not 0 < edge <= _MOST:
+        raise ConfigError(f"{name} is {size!r}; longest_edge is needed, from 1 to {_MOST}")
+    return edge
+
+
+def _longest(width: int, height: int, edge: int) -> tuple[int, int]:
+    """Returns width and height whose longer one is `edge`; the other is even, as transformers'."""
+    if width >= height:
+        other = int(edge / (width / height))
+        return edge, max(1, other + other % 2)
+    other = int(edge * (width / height))
+    return max(1, other + other % 2), edge

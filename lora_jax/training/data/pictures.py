@@ -1,0 +1,164 @@
+"""The images of chats: read once, written as tokens, and given to batches as pixel values."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from lora_jax.hf.images import ImageError
+from lora_jax.hf.tiles import Grid, ImageReader
+from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.errors import TrainingError
+
+_NAMED = 5  # broken images that a message names
+_BLOCK = 64  # tiles that are hashed at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pictures:
+    """Holds the images of rows.
+
+    Attributes:
+      reader: the model's.
+      grids: the grid of each image, by row.
+      pixels: [tiles, channels, height, width] uint8, in the order of rows and images.
+    """
+
+    reader: ImageReader
+    grids: Sequence[Sequence[Grid]]
+    pixels: np.ndarray
+
+    @functools.cached_property
+    def firsts(self) -> np.ndarray:
+        """Returns the first tile of each row, and after the last: [n + 1]."""
+        counts = [sum(rows * columns + 1 for rows, columns in row) for row in self.grids]
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def written(self, tokens: Tokens, name: str, *, whole: bool = True) -> Tokens:
+        """Returns a row's tokens with those of its images; the loss counts none of these.
+
+        Args:
+          tokens: with one token for each image.
+          name: the row's name in errors.
+          whole: whether all images of the row have to be there.
+
+        Raises:
+          TrainingError: there are more such tokens than images, or less.
+        """
+        (at,) = np.nonzero(tokens.ids == self.reader.token)
+        grids = self.grids[tokens.row - 1]
+        if len(at) > len(grids) or whole and len(at) < len(grids):
+            raise TrainingError(
+                f"{name} has {len(grids)} images, and the chat that the model learns or answers "
+                f"has {len(at)} places for them: the model's chat template leaves some out, a text "
+                "has the token for an image, or images follow the last answer"
+            )
+        parts = [self.reader.written(grid) for grid in grids[: len(at)]]
+        sizes = np.ones(len(tokens), np.int64)
+        sizes[at] = [len(part) for part in parts]
+        ids = np.repeat(tokens.ids, sizes)
+        counts = np.repeat(tokens.counts, sizes)
+        for part, end in zip(parts, np.cumsum(sizes)[at].tolist(), strict=True):
+            here = slice(end - len(part), end)
+            ids[here], counts[here] = part, False
+        return dataclasses.replace(tokens, ids=ids, counts=counts)
+
+    def of(self, row: int) -> np.ndarray:
+        """Returns the tiles of a row, counted from 1: [n, channels, height, width] uint8."""
+        return self.pixels[self.firsts[row - 1] : self.firsts[row]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PixelValues:
+    """Gives `pixel_values` of the rows of data sets to batches; see ``Packs.further``."""
+
+    parts: Sequence[Pictures]
+
+    @functools.cached_property
+    def most(self) -> int:
+        """Returns the tiles that each row gets: as many as the row with most of them."""
+        return int(max(np.diff(part.firsts).max(initial=1) for part in self.parts))
+
+    def arrays(self, origin: int, row: int) -> HostBatch:
+        """Returns the pixel values of a row, [most, channels, height, width] fp32; 0 at the end."""
+        part = self.parts[origin]
+        return {"pixel_values": pixel_values([part.of(row)], part.reader, self.most)[0]}
+
+    def digest(self) -> str:
+        """Returns a fingerprint of all images and of what makes values of them."""
+        sha = hashlib.sha256()
+        for part in self.parts:
+            sha.update(f"{part.reader.processor}{part.grids}".encode())
+            for first in range(0, len(part.pixels), _BLOCK):
+                sha.update(part.pixels[first : first + _BLOCK].tobytes())
+        return sha.hexdigest()
+
+
+def pixel_values(tiles: Sequence[np.ndarray], reader: ImageReader, most: int) -> np.ndarray:
+    """Returns the pixel values of each row's tiles, [rows, most, …] fp32; 0 where there are few."""
+    out = np.zeros((len(tiles), most, *reader.processor.tile.shape), np.float32)
+    for row, pixels in zip(out, tiles, strict=True):
+        row[: len(pixels)] = reader.processor.tile.values(pixels)
+    return out
+
+
+def read_pictures(
+    rows: Sequence[Sequence[Any]],
+    names: Sequence[str],
+    reader: ImageReader,
+) -> Pictures:
+    """Reads the images of rows, in all threads, into a temporary file that is mapped into memory.
+
+    Args:
+      rows: the images of each row; see ``ImageProcessor.pixels``.
+      names: the rows' names in errors.
+      reader: the model's.
+
+    Raises:
+      TrainingError: some cannot be read; names the first of them.
+    """
+    grids: list[list[Grid]] = [[] for _ in rows]
+    broken = []
+
+    def read(place: tuple[int, Any]) -> Any:
+        row, image = place
+        try:
+            return reader.processor.tiles(image)
+        except ImageError as error:
+            path = f", {image}" if isinstance(image, str | os.PathLike) else ""
+            return f"{names[row]}{path}: {error}"
+
+    places = [(row, image) for row, images in enumerate(rows) for image in images]
+    # The file lives as long as the map.
+    with tempfile.TemporaryFile() as file, ThreadPoolExecutor() as pool:
+        for (row, _), made in zip(places, pool.map(read, places), strict=True):
+            if isinstance(made, str):
+                broken.append(made)
+                continue
+            file.write(made[0].tobytes())
+            grids[row].append(made[1])
+        check_read(broken, len(places))
+        file.flush()
+        shape = reader.processor.tile.shape
+        n = file.tell() // int(np.prod(shape))
+        pixels: np.ndarray = np.empty((0, *shape), np.uint8)
+        if n:
+            pixels = np.memmap(file, np.uint8, "r", shape=(n, *shape))
+    return Pictures(reader, grids, pixels)
+
+
+def check_read(broken: Sequence[str], n: int) -> None:
+    """Raises TrainingError where some of n images are broken; names the first of them."""
+    if broken:
+        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        raise TrainingError(
+            f"{len(broken)} of {n} images cannot be used: {'; '.join(broken[:_NAMED])}{more}. "
+            "Replace them, or take them out"
+        )
