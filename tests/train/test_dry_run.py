@@ -91,6 +91,7 @@ def said_of(script, tmp_path, capsys, rows, *args):
     return capsys.readouterr().out, line
 
 
+@pytest.mark.slow
 def test_pairs_are_shown_by_row_and_side(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": f"no {n}"} for n in range(9)]
@@ -126,6 +127,7 @@ def test_pairs_that_share_a_row_are_counted_as_pairs(tmp_path):
     assert [title.split(":")[0] for title in titles] == ["row 1, bad", "row 2, good", "row 3, bad"]
 
 
+@pytest.mark.slow
 def test_prompts_are_shown_without_a_loss(tmp_path, capsys):
     rows = [{"prompt": f"{n}?"} for n in range(9)]
     args = ["--reward", "length", "--batch-size", 4, "--group", 2, "--seq-len", 64, "--steps", 2]

@@ -104,7 +104,7 @@ def test_a_batch_of_completions_has_the_shapes_of_a_run(model):
         "pairs, in chunks": (*DPO, "--remat", "none", "--loss-chunk", 40),
         "completions": (*GRPO, "--remat", "none"),
     }.items(),
-    often=["pairs", "completions"],
+    often=["pairs"],
     called=lambda case: case[0],
 )
 def test_flops_are_those_counted_by_hand(model, name, options):
