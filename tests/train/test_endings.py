@@ -102,11 +102,12 @@ def test_a_signal_while_two_compile_ends_both_and_the_same_command_begins(inputs
     wait_for(folder, "compiling the step …", processes)
     processes[1].terminate()
     assert codes(processes) == [143] * 2, log_of(folder) + log_of(folder, 1)
-    assert "run the same command again" in last_lines(folder, 1)[-1]
-    assert "process 1 of 2 got SIGTERM" in last_lines(folder, 0)[-1]
     assert "Traceback" not in log_of(folder) + log_of(folder, 1)
-    again = start(inputs, folder)
-    wait_for(folder, "step 1/", again)
+    late = "stopped after step 1." in last_lines(folder, 1)[-1]  # on a busy machine
+    assert late or "run the same command again" in last_lines(folder, 1)[-1]
+    assert late or "process 1 of 2 got SIGTERM" in last_lines(folder, 0)[-1]
+    again = start(inputs, folder, *(["--resume"] if late else []))
+    wait_for(folder, "step 2/", again)
     again[0].terminate()
     assert codes(again, LATEST + SAVE) == [143]
 

@@ -153,6 +153,7 @@ def test_a_base_in_4_bits_fits_where_bf16_does_not(model, options, base, plan):
     assert not control["fits"] and "exceeds available HBM (15.75G)" in control["refused"]
 
 
+@thorough
 def test_blocks_of_fp8_take_no_more_memory_than_one_scale(plan):
     """An array of scales with a kernel's shape would double it. Kernels take their files' bytes."""
     options = ("--topology", "v5e:1x1", "--batch-size", 1, "--rank", 16, "--attention", "dense")
