@@ -36,7 +36,7 @@ def fp8(shape, format=SMALL, dtype=jnp.float32, seed=0):
 
 @pytest.mark.parametrize("shape", [(576, 300), (1000, 256), (256, 1000), (128, 130), (90, 60)])
 def test_partial_blocks_are_bitwise_right(shape):
-    """Of every code, NaN too, with scales of all magnitudes: 1,000 rows have eight, not of 125."""
+    """Makes every code, NaN too, with scales of all magnitudes; 1,000 rows have eight blocks."""
     rng = np.random.default_rng(1)
     codes = rng.integers(0, 256, shape, np.uint8)
     rows, columns = (-(-n // 128) for n in shape)

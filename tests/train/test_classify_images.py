@@ -189,7 +189,7 @@ def lines_of(capsys: Any, *args: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_predictions(made: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
-    """The same from paths, a file of rows, a file of paths and a folder: those by hand."""
+    """Paths, rows in a file, paths in a file and a folder give what is computed by hand."""
     paths = [made / "photos" / "red" / "0.gif", made / "photos" / "green" / "0.jpeg"]
     paths += [made / "photos" / "blue" / "more" / "1.png"]
     want = by_hand(made, [path.read_bytes() for path in paths])

@@ -99,7 +99,7 @@ class Server:
         raise AssertionError(f"there is no answer to {path} after {SECONDS} s")
 
     def result(self, sent):
-        """What a request came to, which is no error."""
+        """Returns the result of a request, which is no error."""
         found = self.post("retrieve_future", {"request_id": sent["request_id"]})
         assert isinstance(found, bytes) or "error" not in found, found
         return found

@@ -51,7 +51,7 @@ def gradient(rng, model, seq, n, longest):
 
 
 def all_at_once(call, n):
-    """What a call for each number up to n returns, of n threads."""
+    """Returns what a call for each number up to n returns, in n threads."""
     found = {}
 
     def work(i):
