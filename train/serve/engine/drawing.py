@@ -84,7 +84,7 @@ class Drawing:
         self._insert = jit(self._inserted, donate_argnums=0)
         self._fit = jit(self._fitted, static_argnums=2)
         self._first = jit(self._first_token)
-        self._cut = jit(self._beginning, static_argnums=2)
+        self._cut = jit(self._beginning)
 
     def empty(self, rows: int, length: int) -> Rows:
         """Returns rows without completions."""
@@ -97,11 +97,11 @@ class Drawing:
 
     def prompt(self, length: int) -> Cache:
         """Returns the cache for a prompt of at most this length, which has whole chunks."""
-        return self._place(
-            init_cache(self._model.config, 1, self._whole(length), self._model.dtype)
-        )
+        whole = self.whole(length)
+        return self._place(init_cache(self._model.config, 1, whole, self._model.dtype))
 
-    def _whole(self, length: int) -> int:
+    def whole(self, length: int) -> int:
+        """Returns a number of tokens, rounded up to whole chunks."""
         return -(-length // self.chunk) * self.chunk
 
     def extend(
@@ -130,16 +130,10 @@ class Drawing:
         with jax.set_mesh(self._mesh):
             return self._first(logits, how, with_top)
 
-    def cut(self, cache: Cache, n: Any, length: int) -> Cache:
-        """Returns a copy of a prompt's cache, for a prompt that begins alike; see `prompt`.
-
-        Args:
-          cache: the cache.
-          n: [] int32, the number of tokens that are taken over.
-          length: the other prompt's.
-        """
+    def cut(self, cache: Cache, n: Any) -> Cache:
+        """Returns a copy of a prompt's cache with the first n tokens, [] int32, alone."""
         with jax.set_mesh(self._mesh):
-            return self._cut(cache, n, self._whole(length))
+            return self._cut(cache, n)
 
     def insert(self, rows: Rows, row: Any, cache: Cache, n: Any, token: Any, mine: Any) -> Rows:
         """Puts a completion into a row.
@@ -189,13 +183,13 @@ class Drawing:
         self.compiled += 1
         return _drawn(logits, how, jnp.zeros(1, jnp.int32), with_top)
 
-    def _beginning(self, cache: Cache, n: jax.Array, length: int) -> Cache:
+    def _beginning(self, cache: Cache, n: jax.Array) -> Cache:
         self.compiled += 1
-        there = jnp.arange(length) < n
+        there = jnp.arange(cache.positions.shape[1]) < n
         return cache._replace(
-            key=_resized(cache.key, 3, length, 0),
-            value=_resized(cache.value, 3, length, 0),
-            positions=jnp.where(there, _resized(cache.positions, 1, length, -1), -1),
+            key=jnp.array(cache.key, copy=True),
+            value=jnp.array(cache.value, copy=True),
+            positions=jnp.where(there, cache.positions, -1),
             filled=n,
             length=jnp.full_like(cache.length, n),
         )
@@ -240,23 +234,22 @@ class Drawing:
 
     def _fitted(self, rows: Rows, order: jax.Array, length: int) -> Rows:
         self.compiled += 1
+
+        def resized(x: jax.Array, axis: int, fill: int) -> jax.Array:
+            more = [(0, 0)] * x.ndim
+            more[axis] = (0, max(0, length - x.shape[axis]))
+            padded = jnp.pad(x, more, constant_values=fill)
+            return lax.slice_in_dim(padded, 0, length, axis=axis)
+
         cache = rows.cache
         last, drawn, slots, how = jax.tree.map(lambda x: x[order], rows[1:])
         fitted = cache._replace(
-            key=_resized(cache.key[:, order], 3, length, 0),
-            value=_resized(cache.value[:, order], 3, length, 0),
-            positions=_resized(cache.positions[order], 1, length, -1),
+            key=resized(cache.key[:, order], 3, 0),
+            value=resized(cache.value[:, order], 3, 0),
+            positions=resized(cache.positions[order], 1, -1),
             length=cache.length[order],
         )
         return Rows(fitted, last, drawn, slots, how)
-
-
-def _resized(x: jax.Array, axis: int, n: int, fill: int) -> jax.Array:
-    """Returns a copy of an array with n entries along an axis: cut, or filled up."""
-    more = [(0, 0)] * x.ndim
-    more[axis] = (0, max(0, n - x.shape[axis]))
-    padded = jnp.pad(x, more, constant_values=fill)
-    return jnp.array(lax.slice_in_dim(padded, 0, n, axis=axis), copy=True)
 
 
 def _alone(tree: Any, slot: jax.Array) -> Choice:

@@ -45,8 +45,9 @@ class Prompt:
 class Prefixes:
     """Keeps the keys and values of the latest prompts.
 
-    What a prompt has in common with one of them is taken over up to the end of a whole chunk, so
-    that each prompt has the very numbers that it would have had alone.
+    What a prompt has in common with one of them is taken over up to the end of a whole chunk, and
+    only if their caches are of one length, so that each prompt has the very numbers that it would
+    have had alone.
     """
 
     def __init__(self, drawing: Drawing, sizes: Sizes) -> None:
@@ -64,7 +65,7 @@ class Prefixes:
             return False
         who = prompt.job.request.adapter  # those of other names have other turns
         others = [other for other in others if other.n and other.job.request.adapter == who]
-        coming = [(other.job.adapter, other.ids, None) for other in others]
+        coming = [(other.job.adapter, other.ids, other.cache) for other in others]
         return self._common(prompt, coming)[0] > self._common(prompt, self._there(others))[0]
 
     def run(self, prompt: Prompt, tree: Any, others: Iterable[Prompt] = ()) -> int:
@@ -78,11 +79,10 @@ class Prefixes:
         if prompt.cache is None:
             n, cache = self._common(prompt, self._there(others))
             prompt.n = prompt.cached = n
-            length = self._sizes.cache(len(prompt.ids))
             if cache is None:
-                prompt.cache = self._drawing.prompt(length)
+                prompt.cache = self._drawing.prompt(self._sizes.cache(len(prompt.ids)))
             else:
-                prompt.cache = self._drawing.cut(cache, np.int32(n), length)
+                prompt.cache = self._drawing.cut(cache, np.int32(n))
         ids = np.zeros((1, self._chunk), np.int32)
         part = prompt.ids[prompt.n : prompt.n + self._chunk]
         ids[0, : len(part)] = part
@@ -103,8 +103,9 @@ class Prefixes:
     def _common(self, prompt: Prompt, others: Iterable[Any]) -> tuple[int, Cache | None]:
         """Returns the tokens of whole chunks that a prompt shares with another, and its cache."""
         best: tuple[int, Cache | None] = 0, None
+        length = self._drawing.whole(self._sizes.cache(len(prompt.ids)))
         for adapter, ids, cache in others:
-            if adapter is not prompt.job.adapter:
+            if adapter is not prompt.job.adapter or cache.positions.shape[1] != length:
                 continue
             n = min(len(ids), len(prompt.ids) - 1)
             differs = np.flatnonzero(ids[:n] != prompt.ids[:n])

@@ -328,8 +328,7 @@ class Sampler:
             cache = drawing.prompt(length)
             logits, cache = drawing.extend(self._pool.tree, slot, ids, one, cache)
             caches.append(cache)
-            for long in sizes.caches:
-                drawing.cut(cache, one, long)
+            drawing.cut(cache, one)
         token = drawing.first(logits, jax.tree.map(lambda x: x[None], how), off).ids[0]
         for width in sizes.widths:
             for length in sizes.caches:
