@@ -80,9 +80,8 @@ def server():
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
         try:
-            said = process.stderr.readline()
-            assert "http://127" in said, said + process.communicate()[1]
-            address, found = said.split()[2], []
+            lines = iter(process.stderr.readline, "")  # other packages' warnings may come first
+            address, found = next(line.split()[2] for line in lines if "http://127" in line), []
             work = threading.Thread(target=ask, args=(address, found), daemon=True)
             work.start()
             until(lambda: status(address)["drawing"] == 1, "the engine has the request")
