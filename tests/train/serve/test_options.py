@@ -80,8 +80,11 @@ def server():
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
         try:
-            lines = iter(process.stderr.readline, "")  # other packages' warnings may come first
-            address, found = next(line.split()[2] for line in lines if "http://127" in line), []
+            said = [""]
+            while "http://127" not in said[-1]:  # other packages' warnings may come first
+                said.append(process.stderr.readline())
+                assert said[-1], "".join(said)
+            address, found = said[-1].split()[2], []
             work = threading.Thread(target=ask, args=(address, found), daemon=True)
             work.start()
             until(lambda: status(address)["drawing"] == 1, "the engine has the request")
