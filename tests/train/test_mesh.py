@@ -376,6 +376,7 @@ def test_two_processes_answer_as_one_does(tmp_path):
 
 
 @pytest.mark.slow
+@thorough
 def test_two_processes_classify_as_one_does(tmp_path):
     encoder = write_encoder(tmp_path / "encoder")
     texts = write_jsonl(tmp_path / "texts.jsonl", words(60))

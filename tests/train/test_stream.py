@@ -132,17 +132,18 @@ print("peaks", *(peaks or [peak()]))
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_what_was_read(tmp_path):
-    """Over a file of 12 MB in chunks of half a MB; all of it in memory takes more."""
-    n = 40_000
-    data = write_jsonl(tmp_path / "rows.jsonl", rows(n, "so it is " * 14))
-    args = ["--dataset", data, "--seq-len", 64, "--truncate", "--steps", n // 512]
+    """Over a file of 6 MB in chunks of half a MB; all of it in memory takes more."""
+    n = 2_000
+    data = write_jsonl(tmp_path / "rows.jsonl", rows(n, "so it is " * 170))
+    args = ["--dataset", data, "--seq-len", 64, "--truncate", "--steps", n // 50]
 
     def peaks(*more):
-        run = [*args, *more, "--batch-size", "512"]
+        run = [*args, *more, "--batch-size", "50"]
         command = [sys.executable, "-c", MEASURED, *map(str, run)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return [float(peak) for peak in done.stdout.split("\npeaks ")[1].split()]
 
     of_stream, (whole,) = peaks("--stream"), peaks("--token-cache", "off")
-    assert len(of_stream) > 15 and of_stream[-1] < of_stream[4] + 20, of_stream
+    print(*of_stream, whole)
+    assert len(of_stream) > 9 and of_stream[-1] < of_stream[4] + 20, of_stream
     assert whole > of_stream[-1] + 40, (whole, of_stream[-1])

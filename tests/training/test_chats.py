@@ -69,6 +69,24 @@ def test_without_a_template_a_pair_is_prompt_completion_end():
         tokenize([{"messages": [USER, ASSISTANT, USER, ASSISTANT]}], made, "data")
 
 
+def test_few_texts_meet_the_tokenizer_at_a_time(monkeypatch):
+    """So that long texts' offsets are not all in memory; the tokens are the same."""
+    rows = [{"prompt": "ab" * (1 + i % 4), "completion": f"c{i}"} for i in range(30)]
+    whole = tokenize(rows, tokenizer(None), "data")
+    made, asked = tokenizer(None), []
+    call = type(made).__call__
+
+    def counting(self, texts, **options):
+        asked.append(sum(map(len, texts)))
+        return call(self, texts, **options)
+
+    monkeypatch.setattr("lora_jax.training.data.chats._AT_ONCE", 40)
+    monkeypatch.setattr(type(made), "__call__", counting)
+    found = tokenize(rows, made, "data")
+    assert b"".join(found.as_bytes()) == b"".join(whole.as_bytes())
+    assert len(asked) > 5 and max(asked) <= 50
+
+
 def test_a_template_that_refuses_a_row_is_named_with_it():
     made = tokenizer("{{ raise_exception('only users') }}")
     with refused("data, row 1: the model's chat template refuses it: only"):

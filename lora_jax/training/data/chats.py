@@ -11,10 +11,11 @@ import functools
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_jax.core.types import Tokenizer
 from lora_jax.hf.tiles import ImageReader
@@ -29,7 +30,8 @@ from lora_jax.training.errors import TrainingError
 
 Mapped = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
-BLOCK = 1_000  # rows that are tokenised at once
+BLOCK = 1_000  # rows that one process tokenises
+_AT_ONCE = 2**17  # characters; a token's offsets take more than a hundred bytes
 
 
 def chats(
@@ -202,21 +204,12 @@ def _on_left_out(counts: Mapping[str, int], source: str) -> list[str]:
 
 
 def _encoded(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
-    """Returns drafts as tokens; the tokenizer sees all texts at once."""
-    encoded: dict[bool, list[tuple[list[int], list[tuple[int, int]]]]] = {}
-    for special in (False, True):
-        texts = [part.text for draft in drafts for part in draft.parts if part.special == special]
-        if texts:
-            made = tokenizer(
-                texts,
-                add_special_tokens=special,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
-            encoded[special] = list(pairs)[::-1]
+    """Returns drafts as tokens; the tokenizer sees many texts at once."""
+    parts = [part for draft in drafts for part in draft.parts]
+    encoded = {
+        special: _each_encoded([p.text for p in parts if p.special == special], special, tokenizer)
+        for special in (False, True)
+    }
     found = []
     for draft in drafts:
         if draft.marked is not None:
@@ -225,9 +218,8 @@ def _encoded(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
         ids: list[int] = []
         counts = []
         for part in draft.parts:
-            tokens, offsets = encoded[part.special].pop()
+            tokens, at = next(encoded[part.special])
             ids += tokens
-            at = np.array([begin for begin, _ in offsets], np.int64)
             counts.append(np.zeros(len(at), bool))
             for begin, end in part.spans:
                 counts[-1] |= (at >= begin) & (at < end)
@@ -236,6 +228,24 @@ def _encoded(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
             counts.append(np.ones(1, bool))
         found.append(Tokens(np.array(ids, np.int32), np.concatenate(counts), draft.row))
     return found
+
+
+def _each_encoded(
+    texts: Sequence[str], special: bool, tokenizer: Tokenizer
+) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
+    """Returns the tokens of each text, and where each begins; few texts at a time."""
+    ends = itertools.accumulate(map(len, texts))
+    for _, some in itertools.groupby(zip(texts, ends, strict=True), lambda one: one[1] // _AT_ONCE):
+        made = tokenizer(
+            [text for text, _ in some],
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True):
+            yield ids, np.array([begin for begin, _ in offsets], np.int64)
 
 
 def as_json(sequences: Sequence[Tokens], origin: int = 0) -> dict[str, Any]:

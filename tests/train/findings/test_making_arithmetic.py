@@ -6,6 +6,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.hf.tokenizer import load_tokenizer
+from tests.support import thorough
 from train.findings.making import arithmetic as making
 from train.processes.session import Session
 from train.run.complete import left_padded
@@ -39,6 +40,7 @@ def test_three_of_four_carries_are_forgotten_and_no_row_is_held_out():
 
 
 @pytest.mark.slow
+@thorough
 def test_the_base_is_often_right_about_sums_that_it_never_saw_and_is_made_once(tmp_path, capsys):
     folder = making.arithmetic_base(tmp_path, Session())
     assert "pretraining" in capsys.readouterr().out

@@ -142,7 +142,7 @@ def test_kills_over_the_engine(tmp_path):
     (tmp_path / "tiny").mkdir()
     write_model(tmp_path / "tiny")
     sizes = "--max-length 64 --sequences 4 --slots 2 --max-rank 4"
-    server, kills = serve(tmp_path, "tiny", sizes), 20 if THOROUGH else 4
+    server, kills = serve(tmp_path, "tiny", sizes), 20 if THOROUGH else 3
     try:
         server.ready()
         run = Run(server)
