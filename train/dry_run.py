@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_jax.training.batches import Examples, HostBatch
-from lora_jax.training.data.images import Images
 from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
+from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import Loss
 from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors

@@ -11,10 +11,10 @@ and `layout` (the step on a mesh), `batches`, `run.checkpoints`, `loop`; `finetu
 from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.chats import chats
 from lora_jax.training.data.comparisons import comparisons
-from lora_jax.training.data.images import Images, images
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.data.preferences import Preferences, pairs
+from lora_jax.training.data.vision.images import Images, images
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, Interrupted, TrainingError
 from lora_jax.training.finetune import Report, finetune
 from lora_jax.training.layout import Layout, make_mesh

@@ -16,8 +16,8 @@ import numpy as np
 from lora_jax.core.types import Forward, Model
 from lora_jax.models import Decoder
 from lora_jax.training.batches import Arrays, Examples, Packs
-from lora_jax.training.data.images import Images
 from lora_jax.training.data.labelled import Labelled
+from lora_jax.training.data.vision.images import Images
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import CLASSES, COMPARISONS, IMAGES, Loss, token_loss

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from lora_jax.models import SmolVLMConfig
 from lora_jax.training.data import chats
-from lora_jax.training.data.parts import has_images
-from lora_jax.training.data.pictures import Pictures
 from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.data.vision.parts import has_images
+from lora_jax.training.data.vision.pictures import Pictures
 from train.console.output import tell
 from train.console.progress import progress_of
 from train.data import cache

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.training.batches import Examples, Packs
-from lora_jax.training.data.images import Images
 from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.data.preferences import Preferences
+from lora_jax.training.data.vision.images import Images
 
 _ENDS = 160  # tokens shown of the beginning of a long sequence, and of its end
 

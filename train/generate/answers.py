@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.models import stream
-from lora_jax.training.data.pictures import pixel_values
+from lora_jax.training.data.vision.pictures import pixel_values
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
 from train.run.complete import left_padded

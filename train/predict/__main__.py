@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from lora_jax.models import VisionConfig
-from lora_jax.training.data.images import Images
+from lora_jax.training.data.vision.images import Images
 from train.console.errors import UserError, flag, reported
 from train.console.output import closed_pipe, opened
 from train.console.progress import progress_of

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.training.data.images import Images
+from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import logits_of
 from train.predict.texts import Tokens
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.training.data.images import Images, check_rows, names_of, read_pixels
 from lora_jax.training.data.rows import Row
+from lora_jax.training.data.vision.images import Images, check_rows, names_of, read_pixels
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.data.files import images_of, read_file

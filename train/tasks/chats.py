@@ -9,8 +9,8 @@ import numpy as np
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack, pack_mixture
 from lora_jax.training.data.chats import check_lengths, with_pictures
-from lora_jax.training.data.pictures import Pictures, PixelValues
 from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.data.vision.pictures import Pictures, PixelValues
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, token_loss
 from train.console.errors import UserError, flag

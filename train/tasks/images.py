@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.training.data.images import Images, check_rows, images, names_of
 from lora_jax.training.data.labelled import label_names
 from lora_jax.training.data.rows import Row, moved
+from lora_jax.training.data.vision.images import Images, check_rows, images, names_of
 from lora_jax.training.losses import IMAGES
 from train.console.errors import UserError
 from train.options.scripts.classify import Config, DataConfig

@@ -11,9 +11,9 @@ from sklearn.model_selection import train_test_split
 
 from lora_jax.hf.bundled import MINILM
 from lora_jax.training.data import labelled
-from lora_jax.training.data.images import Images
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict
 from lora_jax.training.data.rows import Row
+from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import CLASSES
 from lora_jax.training.processes import is_first, write_json
 from train.console.errors import as_user_errors

@@ -21,11 +21,11 @@ from lora_jax.core.types import Tokenizer
 from lora_jax.hf.tiles import ImageReader
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.drafts import Draft, Drafts, TrainOn, drafts_of
-from lora_jax.training.data.parts import TEXTS_ONLY, has_images
-from lora_jax.training.data.pictures import Pictures, PixelValues, read_pictures
 from lora_jax.training.data.rows import Row, check_rows, conversation, name_of
 from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.data.templates import LeftOut
+from lora_jax.training.data.vision.parts import TEXTS_ONLY, has_images
+from lora_jax.training.data.vision.pictures import Pictures, PixelValues, read_pictures
 from lora_jax.training.errors import TrainingError
 
 Mapped = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
