@@ -19,6 +19,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.training.layout import Layout
 from lora_jax.training.run.log import duration
 from train.console.errors import UserError, reported
@@ -32,7 +33,7 @@ from train.plan.machines import Machine, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
 from train.processes.mesh import make_mesh
-from train.run.pretrained import read_shapes
+from train.run.pretrained import Outline, read_shapes
 
 _ROW_UNIT = 256  # --longest counts rows in multiples of it
 _MOST_ROWS = 2**16  # of a batch that --largest-batch tries
@@ -149,6 +150,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     outline = outline.quantized(asked.quantize)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     outline.check_experts(asked.experts)
+    _check_images(asked, outline)
     machine = find_machine(
         asked.topology, asked.capacity_gib, asked.peak_tflops, asked.mem_fraction
     )
@@ -177,10 +179,24 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
         task=asked.task,
         group=group,
         max_new_tokens=max_new_tokens,
+        images=asked.images,
     )
     layout.check_lengths([job.row])
     optim = OptimConfig(optimizer=asked.optimizer, batch_size=asked.batch_size)
     return job, with_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
+
+
+def _check_images(asked: PlanConfig, outline: Outline) -> None:
+    if not asked.images:
+        return
+    if not isinstance(outline.config, SmolVLMConfig):
+        raise UserError(f"--images {asked.images}: the model {asked.model} reads texts alone")
+    needed = asked.images * outline.config.tokens_per_image
+    if needed > asked.seq_len:
+        raise UserError(
+            f"--images {asked.images}: they take {needed} tokens of a row, and --seq-len is "
+            f"{asked.seq_len}"
+        )
 
 
 def variants(options: PlanOptions) -> list[Variant]:
@@ -216,6 +232,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "task": asked.task,
         "group": job.group,
         "max_new_tokens": job.max_new_tokens,
+        "images": job.images,
         "rows": _rows(job),
         "dtype": asked.dtype,
         "quantize": job.outline.head.get("quantize", "none"),
@@ -240,6 +257,8 @@ def _rows(job: Job) -> str:
     if job.task == GRPO:
         parts = f"{job.seq_len - job.max_new_tokens} + {job.max_new_tokens}"
         return f"{n} completions, {job.group} of a prompt, of {parts} tokens"
+    if job.images:
+        what += f" with {job.images} {'image' if job.images == 1 else 'images'}"
     return f"{n} × {what}"
 
 

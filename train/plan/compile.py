@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import lora_jax as lj
 from lora_jax.bank.together.stacked import traced_step
 from lora_jax.models.families import module_of
+from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.training.losses import number_of_chunks
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
@@ -46,7 +47,8 @@ class Plan:
       flops_source: their source: "hlo" (the optimised HLO) or "jaxpr" (the step as traced, if the
         HLO is not understood); see `train.plan.flops.checked`.
       flops_traced: FLOPs of a step counted in its jaxpr, on all devices.
-      flops_closed_form: FLOPs of a step in closed form; see `train.plan.flops.closed_form`.
+      flops_closed_form: FLOPs of a step in closed form; see `train.plan.flops.closed_form`. None
+        for a model that reads images.
       collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
       kernels: the kernels in the compiled step, in words; see `train.plan.flops.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.
@@ -65,7 +67,7 @@ class Plan:
     flops_per_chip: int | None = None
     flops_source: str | None = None
     flops_traced: int | None
-    flops_closed_form: int
+    flops_closed_form: int | None
     collective_bytes: dict[str, int] | None = None
     kernels: tuple[str, ...] | None = None
     adapter_bytes: int
@@ -241,8 +243,10 @@ def _largest(
     return max(made, key=lambda one: compiled_bytes(one).get(STEP, 0))
 
 
-def _in_all(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int:
+def _in_all(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int | None:
     """Returns the FLOPs of a step, and of what is scored for it, in closed form."""
+    if isinstance(job.outline.config, SmolVLMConfig):
+        return None
     total = job.grad_accum * _closed_form(job, variant, programs[STEP].params)
     return total + sum(
         one.times * _closed_form(job, variant, one.params, tokens=job.row)
@@ -278,8 +282,10 @@ def _of_compiled(
     if not all(sizes.values()):
         raise UserError("this compiler does not report how much memory a program needs")
     stays = sum(held.values())
-    totals = {  # donated arguments become outputs
-        name: sum(of.values()) - 2 * of["aliased"] + stays - programs[name].shared
+    totals = {  # donated arguments become outputs; those that a program does not read are left out
+        name: max(
+            sum(of.values()) - 2 * of["aliased"] + stays - programs[name].shared, stays + of[STEP]
+        )
         for name, of in sizes.items()
     }
     temporaries = {name: of[STEP] for name, of in sizes.items()}

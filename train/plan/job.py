@@ -46,6 +46,7 @@ class Job:
       attention, experts: the implementations of attention and of experts, by name.
       task: the script that trains.
       group, max_new_tokens: completions of a prompt and tokens of one, of GRPO.
+      images: images of a row, or the tiles that they are cut into.
     """
 
     outline: Outline
@@ -61,6 +62,7 @@ class Job:
     task: Task = SFT
     group: int = 1
     max_new_tokens: int = 0
+    images: int = 0
 
     @property
     def row(self) -> int:
@@ -183,6 +185,11 @@ def batch_shapes(job: Job, adapters: int | None = None) -> dict[str, Any]:
         ints["counts"], numbers = [2], {"reference": [2], "mean_tokens": []}
     elif job.task == GRPO:
         numbers = {"old": [job.predicted], "advantages": []}
+    if job.images:
+        config: Any = job.outline.config
+        vision = config.vision
+        shape = [vision.num_channels, vision.image_size, vision.image_size]
+        numbers["pixel_values"] = [job.images, *shape]
 
     def placed(rest: list[int], dtype: Any) -> jax.ShapeDtypeStruct:
         shape = (*of, *rest)

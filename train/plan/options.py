@@ -44,6 +44,9 @@ class PlanConfig:
     """Completions of each prompt, for grpo; by default 8."""
     max_new_tokens: int | None = None
     """Tokens of a completion, for grpo; by default 128."""
+    images: int = 0
+    """Images of each sequence, counted as the model sees them (in tiles), for models that read
+    images in chats; by default the plan is of texts alone."""
     loss_chunk: int = 256
     """Predictions whose logits are in memory at once, for each part of the batch on the mesh; 0 for
     all at once."""
@@ -106,9 +109,10 @@ def check(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
     asked, adapter = options.plan, options.adapter
     numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "max_new_tokens"), at_least(1))
+    numbers |= dict.fromkeys(("loss_chunk", "images"), at_least(0))
     numbers |= dict.fromkeys(("tokens", "price", "capacity_gib", "peak_tflops"), POSITIVE)
     with as_user_errors(TrainingError):
-        check_numbers(vars(asked), numbers | {"loss_chunk": at_least(0), "group": at_least(2)})
+        check_numbers(vars(asked), numbers | {"group": at_least(2)})
     for name in ("group", "max_new_tokens"):
         if asked.task != GRPO and getattr(asked, name) is not None:
             raise UserError(
@@ -122,6 +126,8 @@ def check(options: PlanOptions) -> None:
                 "--longest: with --task grpo, --seq-len holds a prompt and a completion, and which "
                 "of them to lengthen is not said: try several --seq-len, or --largest-batch"
             )
+    if asked.task != SFT and asked.images:
+        raise UserError(f"--images: train.{asked.task} reads texts alone: leave it out")
     if asked.task != SFT and asked.adapters:
         raise UserError(
             f"--adapters plans adapters of train.sft side by side: leave out --task {asked.task}"
