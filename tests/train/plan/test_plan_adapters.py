@@ -2,18 +2,11 @@
 
 import json
 
-import jax
 import pytest
 
 from tests.train.plan.tiny_plans import FIELDS, asked, write
 from train.plan import __main__ as plan
 from train.plan import compile as planned
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_devices():
-    """Plans are for machines of their own; JAX has all its devices before the first."""
-    assert jax.device_count() == 4
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Plans of rows with images: their shapes, their work, and what is refused."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,12 +10,6 @@ from train.plan import __main__ as plan
 from train.plan.job import batch_shapes
 
 OF_TEXT = ("--targets", ".*text_model.*q_proj/kernel")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_devices():
-    """Plans are for machines of their own; JAX has all its devices before the first."""
-    assert jax.device_count() == 4
 
 
 @pytest.fixture(scope="module")
