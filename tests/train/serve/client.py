@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from tests.train.serve import protobuf
-from tests.train.serve.protobuf import F32, I64, datum, dense
+from tests.train.serve.protobuf import F32, I64, datum, dense, fields
 from train.serve.routes.tinker.api import Tinker
 
 KEYS = {"tml-a": "alice", "tml-b": "bob"}
@@ -94,3 +94,33 @@ def logprobs(content):
     record = protobuf.fields(protobuf.fields(content)[2][0])
     tensor = protobuf.fields(protobuf.fields(record[2][0])[2][0])
     return np.frombuffer(tensor[1][0], "<f4")
+
+
+def prompt(*tokens):
+    return {"chunks": [{"type": "encoded_text", "tokens": list(tokens)}]}
+
+
+def sampler(client, session=None, number=0, **source):
+    place = {"session_id": session or client.session(), "sampling_session_seq_id": number}
+    source = source or {"base_model": "tiny/base"}
+    answer = client.post("create_sampling_session", **place, **source)
+    return answer["sampling_session_id"]
+
+
+def drawn(client, name, seq=0, **rest):
+    """A sample: its sequences as (tokens, logprobs, whether a stop ended them), and the message."""
+    asked = {"prompt": prompt(5, 6), "sampling_params": {"max_tokens": 4}} | rest
+    answer = client.post("asample", sampling_session_id=name, seq_id=seq, **asked)
+    message = fields(client.result(answer))
+    sequences = [fields(one) for one in message[1]]
+    assert len(answer["sample_sequence_ids"]) == len(set(answer["sample_sequence_ids"]))
+    assert len(answer["sample_sequence_ids"]) == len(sequences)
+    found = [
+        (
+            np.frombuffer(one.get(2, [b""])[0], "<i4").tolist(),
+            np.frombuffer(one[3][0], "<f4"),
+            1 not in one,
+        )
+        for one in sequences
+    ]
+    return found, message
