@@ -34,7 +34,8 @@ class Shipped(Protocol):
     """A folder that holds tensors in codes; see `lora_jax.hf.sources.Source`.
 
     Attributes:
-      where, shipped: those of a source.
+      where: the folder, for messages.
+      shipped: the names of tensors that lie in codes.
       quantization: the quantization_config of its config.json.
     """
 
