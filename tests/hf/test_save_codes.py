@@ -47,6 +47,14 @@ def contents(folder: Path) -> BYTES:
     return found
 
 
+def arrays_of(folder: Path) -> shipped.Tensors:
+    kinds = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
+    return {
+        name: np.frombuffer(raw, kinds[dtype]).reshape(shape)
+        for name, (dtype, shape, raw) in contents(folder).items()
+    }
+
+
 def codes_config(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
     return found
@@ -79,13 +87,7 @@ def test_kernels_that_no_stack_holds(tmp_path: Path) -> None:
     head, _ = shipped.LAYOUTS["fp8 blocks, bf16"].tensors(
         np.random.default_rng(1), tensors["lm_head.weight"].shape, "lm_head"
     )
-    held = contents(folder)
-    arrays = {
-        name: np.frombuffer(raw, ml_dtypes.float8_e4m3fn if dtype == "F8_E4M3" else
-                            ml_dtypes.bfloat16 if dtype == "BF16" else np.float32).reshape(shape)
-        for name, (dtype, shape, raw) in held.items()
-    }  # fmt: skip
-    shipped.write(folder / "model.safetensors", arrays | head)
+    shipped.write(folder / "model.safetensors", arrays_of(folder) | head)
     model, params = from_pretrained(folder)
     assert is_coded(params["lm_head"]["kernel"])
     assert is_coded(params["model"]["layers"]["mlp"]["experts"]["gate_proj"]["kernel"])
@@ -99,6 +101,29 @@ def test_kernels_that_no_stack_holds(tmp_path: Path) -> None:
             assert got[name] == want[name]
     save_pretrained(folder, model, params, codes_from=folder, overwrite=True)  # in its own place
     assert contents(folder) == want
+
+
+@pytest.mark.slow
+def test_experts_fused_in_one_tensor(tmp_path: Path) -> None:
+    """As transformers 5 saves them with save_original_format=False."""
+    folder = ship(tmp_path / "in", "compressed fp8 rows", 1, **MOE)
+    _, want = from_pretrained(folder)
+    held = arrays_of(folder)
+    tensors = {name: array for name, array in held.items() if ".experts." not in name}
+    for mlp in ("model.layers.0.mlp", "model.layers.1.mlp"):
+        for part in ("weight", "weight_scale"):
+            gate, up, down = (
+                np.stack([held[f"{mlp}.experts.{i}.{name}.{part}"] for i in range(5)])
+                for name in ("gate_proj", "up_proj", "down_proj")
+            )
+            end = part.removeprefix("weight")
+            tensors[f"{mlp}.experts.gate_up_proj{end}"] = np.concatenate([gate, up], axis=1)
+            tensors[f"{mlp}.experts.down_proj{end}"] = down
+    shipped.write(folder / "model.safetensors", tensors)
+    model, params = from_pretrained(folder)
+    assert_same(params, want)
+    save_pretrained(tmp_path / "out", model, params, codes_from=folder)
+    assert contents(tmp_path / "out") == contents(folder)
 
 
 @over("layout", ["fp8 blocks, fp32", "compressed mxfp4", "nf4"], often=["fp8 blocks, fp32"])
