@@ -18,7 +18,7 @@ from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.images import FILE as IMAGES
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_member
-from lora_jax.hf.stored.kept import Shipped, check_kept, quantization_of
+from lora_jax.hf.stored.kept import Kept, Shipped
 from lora_jax.hf.stored.raw import NAMES, Entry, Header, write_tensors
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.quantized import is_coded
@@ -86,11 +86,13 @@ def write_model(
     Raises:
       WeightsError: for values that fp16 cannot hold, or codes that `source` does not hold.
     """
-    leaves = checked_leaves(params, table, in_codes=source is not None)
     fields = config.to_hf()
-    if source is not None:
-        fields["quantization_config"] = quantization_of(leaves, table, source)
-        check_kept(leaves, table, source)
+    if source is None:
+        leaves = checked_leaves(params, table)
+    else:
+        kept = Kept(params, table, source)
+        leaves, fields["quantization_config"] = kept.leaves, kept.quantization()
+        kept.check()
     tensors: dict[str, Entry] = {}
     for row in table:
         leaf = leaves[row.path]

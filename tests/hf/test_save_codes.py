@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.core.weight import leaves_of
-from lora_jax.hf.stored.kept import not_kept
+from lora_jax.hf.stored.kept import Kept
 from lora_jax.models import WeightsError, from_pretrained, key_table, save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import Coded, dequantize, is_coded
 from tests.adapted_trees import with_random_factors
 from tests.hf import shipped
+from tests.hf.test_gguf import write as write_gguf
 from tests.hf.test_load_coded import assert_same
 from tests.hf.test_stored import fields_of, tensors_of
+from tests.hf.trees import decoder
 from tests.models import tiny
 from tests.support import over
 
@@ -173,8 +174,7 @@ def test_what_readers_want_in_one_form(
     own = {"layout": "fp8 blocks, fp32", **MOE} if layout == "experts" else {"layout": layout}
     folder = ship(tmp_path / "in", **own)
     model, _, tree = merged(folder, target)
-    leaves = dict(leaves_of(tree)[0])
-    paths = not_kept(leaves, key_table(model.config), open_source(folder))
+    paths = Kept(tree, key_table(model.config), open_source(folder)).unwanted()
     assert sorted(path.split("/")[-2] for path in paths) == sorted(with_it)
 
 
@@ -204,6 +204,9 @@ def test_what_no_config_can_say_is_refused(tmp_path: Path) -> None:
     model, tree, whole = merged(folder, "down_proj")
     with pytest.raises(WeightsError, match=r"mlp\.experts lies in codes in part, .*dequantize"):
         save_pretrained(out, model, whole, codes_from=folder)
+    write_gguf(tmp_path / "model.gguf", "llama2", decoder("llama2")[1])
+    with pytest.raises(WeightsError, match="model.gguf: codes are kept of safetensors files alone"):
+        save_pretrained(out, model, whole, codes_from=tmp_path / "model.gguf")
     with pytest.raises(WeightsError, match="is a LoraWeight, not an array"):
         save_pretrained(out, model, tree, codes_from=folder)
     with pytest.raises(WeightsError, match="codes_from=.*none of the parameters is in codes"):

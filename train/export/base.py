@@ -4,12 +4,12 @@ import sys
 from collections import Counter
 from typing import Any
 
-from lora_jax.core.weight import leaves_of, map_leaves
+from lora_jax.core.weight import map_leaves
 from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.save import tokenizer_files
 from lora_jax.hf.sources import SafetensorsFolder
-from lora_jax.hf.stored.kept import not_kept
+from lora_jax.hf.stored.kept import Kept
 from lora_jax.models import key_table
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import dequantize, is_coded
@@ -48,15 +48,16 @@ def keep_codes(
       The tree; the base if codes are left, or None; and what to say of them, "" for nothing.
     """
     source = open_source(resolve(base).path)
-    leaves, table = dict(leaves_of(params)[0]), key_table(model.config)
-    coded = [row for row in table if is_coded(leaves[row.path])]
-    if quantize != STORED or not isinstance(source, SafetensorsFolder) or not coded:
+    if quantize != STORED or not isinstance(source, SafetensorsFolder):
         return dequantize(params), None, ""
-    arrays = set(not_kept(leaves, table, source))
+    table = key_table(model.config)
+    kept = Kept(params, table, source)
+    arrays = kept.unwanted()
     params = map_leaves(lambda path, x: dequantize(x) if path in arrays else x, params)
-    n_kept = sum(len(row.hf_names) for row in coded if row.path not in arrays)
+    coded = {path for path, leaf in kept.leaves.items() if is_coded(leaf)}.difference(arrays)
+    n_kept = sum(len(row.hf_names) for row in table if row.path in coded)
     said = f"{n_kept} kernels stay in the codes of {base}, byte for byte" if n_kept else ""
-    if turned := [row.hf.removesuffix(".weight") for row in coded if row.path in arrays]:
+    if turned := [row.hf.removesuffix(".weight") for row in table if row.path in arrays]:
         said += "; " * bool(said) + (
             f"{', '.join(turned)} are arrays, though the adapter leaves them alone: readers want "
             "them in one form with those that it changed"

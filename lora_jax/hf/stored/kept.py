@@ -5,15 +5,15 @@ another form, or not at all, is kept as well: nested scales, and those of activa
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax.core.types import Fields, Leaf
-from lora_jax.hf.keys import Row, WeightsError, hf_member
+from lora_jax.core.types import Fields, Tree
+from lora_jax.hf.keys import Row, WeightsError, checked_leaves, hf_member
 from lora_jax.hf.stored.raw import Entry
 from lora_jax.quantized import Coded, is_coded
 
@@ -55,102 +55,93 @@ def _module(name: str) -> str:
     return _EXPERTS.sub(".experts", name).removesuffix(".weight")
 
 
-def _kernels(
-    leaves: Mapping[str, Leaf], table: Sequence[Row], source: Shipped
-) -> tuple[list[Row], list[Row]]:
-    """Returns the rows that the tree holds in codes, and those that the files alone do."""
-    coded = [row for row in table if is_coded(leaves[row.path])]
-    shipped = [row for row in table if not source.shipped.isdisjoint(row.hf_names)]
-    return coded, [row for row in shipped if row not in coded]
-
-
-def not_kept(leaves: Mapping[str, Leaf], table: Sequence[Row], source: Shipped) -> list[str]:
-    """Returns the paths of codes that readers want as arrays, since others are arrays.
-
-    A layer's experts lie all in codes or none of them does; so do the projections that vLLM fuses.
-    Where the method has no list of modules in floats, all kernels do.
+class Kept:
+    """A tree's codes, beside those of the files that they were read from.
 
     Args:
-      leaves: the leaves of a tree, by path.
+      params: the tree.
       table: the model's key table.
-      source: the folder that the codes are from.
-    """
-    coded, changed = _kernels(leaves, table, source)
-    if changed and source.quantization["quant_method"] not in _LISTS:
-        return [row.path for row in coded]
+      source: the folder of the files.
 
-    def together(row: Row) -> str:
-        return _FUSED.sub(".fused", _EXPERTS.sub(".experts", row.hf))
-
-    broken = {together(row) for row in changed}
-    return [row.path for row in coded if together(row) in broken]
-
-
-def check_kept(leaves: Mapping[str, Leaf], table: Sequence[Row], source: Shipped) -> None:
-    """Checks codes against those of the files, a tensor at a time.
-
-    Args:
-      leaves: the leaves of a tree, by path.
-      table: the model's key table.
-      source: the folder that the codes are from.
+    Attributes:
+      leaves: the leaves of the tree, by path.
 
     Raises:
-      WeightsError: no leaf is in codes, or one is in others than the files; names it.
+      WeightsError: the tree does not fit the table.
     """
-    coded, _ = _kernels(leaves, table, source)
-    if not coded:
-        raise WeightsError(f"codes_from={source.where}: none of the parameters is in codes")
-    for row in coded:
-        leaf = leaves[row.path]
-        for index, name in zip(row.members, row.hf_names, strict=True):
-            ours = leaf.map(partial(hf_member, row, index=index))
-            held = source.codes(name, leaf.dtype) if name in source.shipped else None
-            if held is None or not _same(held, ours):
-                raise WeightsError(
-                    f"{row.path} is in codes ({leaf.format.name}) that are not those of {name} in "
-                    f"{source.where}: name the checkpoint that they were read from, or make arrays "
-                    "of them by lora_jax.quantized.dequantize(params)"
-                )
+
+    def __init__(self, params: Tree, table: Sequence[Row], source: Shipped):
+        self.leaves = checked_leaves(params, table, in_codes=True)
+        self._source = source
+        self._field = _LISTS.get(source.quantization.get("quant_method", ""))
+        self._heads = [row.hf for row in table if row.kind in ("head", "classifier")]
+        self._coded = [row for row in table if is_coded(self.leaves[row.path])]
+        shipped = [row for row in table if not source.shipped.isdisjoint(row.hf_names)]
+        self._changed = [row for row in shipped if row not in self._coded]
+
+    def unwanted(self) -> list[str]:
+        """Returns the paths of codes that readers want as arrays, since others are arrays.
+
+        A layer's experts lie all in codes or none of them does; so do the projections that vLLM
+        fuses. Where the method has no list of modules in floats, all kernels do.
+        """
+
+        def together(row: Row) -> str:
+            name = _FUSED.sub(".fused", _EXPERTS.sub(".experts", row.hf))
+            return name if self._field else ""
+
+        changed = set(map(together, self._changed))
+        return [row.path for row in self._coded if together(row) in changed]
+
+    def check(self) -> None:
+        """Compares the codes with those of the files, a tensor at a time.
+
+        Raises:
+          WeightsError: there are none, or they are others; names the first.
+        """
+        source = self._source
+        if not self._coded:
+            raise WeightsError(f"codes_from={source.where}: none of the parameters is in codes")
+        for row in self._coded:
+            leaf = self.leaves[row.path]
+            for index, name in zip(row.members, row.hf_names, strict=True):
+                ours = leaf.map(partial(hf_member, row, index=index))
+                held = source.codes(name, leaf.dtype) if name in source.shipped else None
+                if held is None or not _same(held, ours):
+                    raise WeightsError(
+                        f"{row.path} is in codes ({leaf.format.name}) that are not those of {name} "
+                        f"in {source.where}: name the checkpoint that they were read from, or make "
+                        "arrays of them by lora_jax.quantized.dequantize(params)"
+                    )
+
+    def quantization(self) -> dict[str, Any]:
+        """Returns the quantization_config of the files, which lists what is an array by now.
+
+        Raises:
+          WeightsError: the method has no list, or modules are in codes in part; says what to do.
+        """
+        fields, shipped = dict(self._source.quantization), self._source.shipped
+        names = [name for row in self._changed for name in row.hf_names if name in shipped]
+        if not names:
+            return fields
+        modules = list(map(_module, names))
+        half = {_module(name) for row in self._coded for name in row.hf_names}.intersection(modules)
+        if half or self._field is None:
+            why = f"{min(half)} lies in codes in part" if half else f"{names[0]} is an array now"
+            raise WeightsError(
+                f"{why}, which a quantization_config of {fields['quant_method']} cannot say: "
+                "lora_jax.quantized.dequantize makes arrays of the codes"
+            )
+        listed = fields.get(self._field) or []
+        if self._field == "ignore":  # of modules as they lie in the files
+            modules = [name.removesuffix(".weight") for name in names]
+        elif not listed:  # without a list, readers leave out the heads alone
+            heads = {name for name in self._heads if name.endswith(".weight")} | {"lm_head.weight"}
+            modules += sorted(map(_module, heads - shipped))
+        return fields | {self._field: list(dict.fromkeys([*listed, *modules]))}
 
 
 def _same(a: Coded, b: Coded) -> bool:
     if a.format != b.format or a.arrays.keys() != b.arrays.keys():
         return False
     return all(np.array_equal(array, b.arrays[name]) for name, array in a.arrays.items())
-
-
-def quantization_of(
-    leaves: Mapping[str, Leaf], table: Sequence[Row], source: Shipped
-) -> dict[str, Any]:
-    """Returns the files' quantization_config, with kernels that are no longer in codes in its list.
-
-    Args:
-      leaves: the leaves of a tree, by path.
-      table: the model's key table.
-      source: the folder that the codes are from.
-
-    Raises:
-      WeightsError: the method has no such list, or modules are in codes in part; says what to do.
-    """
-    fields = dict(source.quantization)
-    coded, changed = _kernels(leaves, table, source)
-    names = [name for row in changed for name in row.hf_names if name in source.shipped]
-    if not names:
-        return fields
-    modules = list(map(_module, names))
-    half = {_module(name) for row in coded for name in row.hf_names}.intersection(modules)
-    field = _LISTS.get(fields["quant_method"])
-    if half or field is None:
-        why = "{} lies in codes in part".format(*half) if half else f"{names[0]} is an array now"
-        raise WeightsError(
-            f"{why}, which a quantization_config of {fields['quant_method']} cannot say: "
-            "lora_jax.quantized.dequantize makes arrays of the codes"
-        )
-    if field == "ignore":  # of modules as they lie in the file
-        modules = [name.removesuffix(".weight") for name in names]
-    elif not fields.get(field):  # without a list, readers leave out the heads alone
-        heads = {row.hf for row in table if row.kind in ("head", "classifier")}
-        heads = {name for name in heads if name.endswith(".weight")} | {"lm_head.weight"}
-        modules += sorted(map(_module, heads - source.shipped))
-    fields[field] = list(dict.fromkeys([*(fields.get(field) or ()), *modules]))
-    return fields
