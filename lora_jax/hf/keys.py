@@ -195,8 +195,15 @@ def nested(leaves: Iterable[tuple[str, Leaf]]) -> dict[str, Any]:
     return tree
 
 
-def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Leaf]:
+def checked_leaves(
+    params: Tree, table: Sequence[Row], *, in_codes: bool = False
+) -> dict[str, Leaf]:
     """Returns the arrays of a parameter tree, by path.
+
+    Args:
+      params: the tree.
+      table: the model's.
+      in_codes: accept codes in the place of arrays.
 
     Raises:
       WeightsError: one error that lists every parameter that is missing, unexpected, misshaped, or
@@ -209,7 +216,7 @@ def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Leaf]:
     problems += [
         f"{path} {problem}"
         for path, shape in expected.items()
-        if path in leaves and (problem := _problem(leaves[path], shape))
+        if path in leaves and (problem := _problem(leaves[path], shape, in_codes))
     ]
     if problems:
         raise WeightsError(
@@ -218,12 +225,14 @@ def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Leaf]:
     return leaves
 
 
-def _problem(leaf: Leaf, shape: tuple[int, ...]) -> str | None:
+def _problem(leaf: Leaf, shape: tuple[int, ...], in_codes: bool) -> str | None:
     if is_coded(leaf):
-        return (
-            f"is in codes ({leaf.format.name}), and files are written in floats: "
-            "lora_jax.quantized.dequantize(params) makes arrays of codes"
-        )
+        if not in_codes:
+            return (
+                f"is in codes ({leaf.format.name}): save_pretrained(…, codes_from=…) names the "
+                "checkpoint that holds them, and lora_jax.quantized.dequantize(params) makes arrays"
+            )
+        leaf = leaf.arrays["codes"]
     if not isinstance(leaf, np.ndarray | jax.Array):
         return (
             f"is a {type(leaf).__name__}, not an array (an adapted tree has to be merged first: "
@@ -265,8 +274,13 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
     for row in table:
         leaf = leaves[row.path]
         for index, name in zip(row.members, row.hf_names, strict=True):
-            array = _member(leaf, index)
-            yield name, np.ascontiguousarray(array.T if row.transpose else array)
+            yield name, np.ascontiguousarray(hf_member(row, leaf, index))
+
+
+def hf_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
+    """Returns a tensor of a parameter, or of an array of its codes, in Hugging Face's layout."""
+    array = _member(leaf, index)
+    return array.T if row.transpose else array
 
 
 def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:

@@ -1,26 +1,27 @@
 """Writes a parameter tree as a folder that transformers and ``from_pretrained`` read."""
 
-import itertools
 import json
 import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from lora_jax.core.types import Fields, Tokenizer, Tree
+from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.images import FILE as IMAGES
-from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
+from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_member
+from lora_jax.hf.stored.kept import Kept, Shipped
+from lora_jax.hf.stored.raw import NAMES, Entry, Header, write_tensors
 from lora_jax.hf.tokenizer import load_tokenizer
+from lora_jax.quantized import is_coded
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -38,19 +39,23 @@ _TOKENIZER_FILES = (
 )
 
 
-def file_dtypes(params: Tree, table: Sequence[Row], dtype: DTypeLike | None) -> dict[str, np.dtype]:
-    """Returns path -> dtype in the file, after a check of the tree.
+def file_dtypes(
+    params: Tree, table: Sequence[Row], dtype: DTypeLike | None, *, in_codes: bool = False
+) -> dict[str, np.dtype]:
+    """Returns path -> dtype in the file, after a check of the tree; none for codes.
 
     Args:
       params: the parameter tree.
       table: the model's key table.
       dtype: dtype of all weights in the file; None keeps each parameter's.
+      in_codes: accept codes, which stay as they are.
 
     Raises:
       WeightsError: if the tree does not fit the table (one error lists all), or is not merged.
     """
-    leaves = checked_leaves(params, table).items()
-    asked = {path: jnp.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves}
+    leaves = checked_leaves(params, table, in_codes=in_codes).items()
+    floats = {path: leaf for path, leaf in leaves if not is_coded(leaf)}
+    asked = {p: jnp.dtype(leaf.dtype if dtype is None else dtype) for p, leaf in floats.items()}
     if wrong := [f"{path}: {got.name}" for path, got in asked.items() if got.name not in _DTYPES]:
         raise WeightsError(
             f"weights are saved as {', '.join(_DTYPES)}, and not as\n  " + "\n  ".join(wrong)
@@ -65,8 +70,9 @@ def write_model(
     params: Tree,
     dtypes: Mapping[str, np.dtype],
     max_shard_size: int,
+    source: Shipped | None = None,
 ) -> None:
-    """Writes config.json and the weights.
+    """Writes config.json and the weights, a tensor at a time.
 
     Args:
       folder: exists.
@@ -75,51 +81,47 @@ def write_model(
       params: the parameter tree.
       dtypes: see `file_dtypes`.
       max_shard_size: bytes of weights per file.
+      source: the folder that the tree's codes are from; None if it has none.
 
     Raises:
-      WeightsError: for values that fp16 cannot hold.
+      WeightsError: for values that fp16 cannot hold, or codes that `source` does not hold.
     """
-    rows = {name: row for row in table for name in row.hf_names}
-    out = {name: dtypes[row.path] for name, row in rows.items()}
-    sizes = {name: math.prod(row.shape) * out[name].itemsize for name, row in rows.items()}
+    fields = config.to_hf()
+    if source is None:
+        leaves = checked_leaves(params, table)
+    else:
+        kept = Kept(params, table, source)
+        leaves, fields["quantization_config"] = kept.leaves, kept.quantization()
+        kept.check()
+    tensors: dict[str, Entry] = {}
+    for row in table:
+        leaf = leaves[row.path]
+        for index, name in zip(row.members, row.hf_names, strict=True):
+            if source is not None and is_coded(leaf):
+                tensors |= source.entries(name)
+            else:
+                header = Header(NAMES[dtypes[row.path]], row.hf_shape)
+                read = partial(_converted, row, leaf, index, dtypes[row.path], name)
+                tensors[name] = Entry(header, read)
+    sizes = {name: one.header.nbytes for name, one in tensors.items()}
     shards = _shards(sizes, max_shard_size)
-    tensors = hf_tensors(params, table)
     weight_map = {}
     for i, names in enumerate(shards, 1):
         many = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         path = folder / ("model.safetensors" if len(shards) == 1 else many)
-        some = itertools.islice(tensors, len(names))
-        write_tensors(path, {name: _converted(array, out[name], name) for name, array in some})
+        write_tensors(path, {name: tensors[name] for name in names})
         weight_map.update(dict.fromkeys(names, path.name))
     if len(shards) > 1:
         total = sum(math.prod(row.stacked_shape) for row in table)
         metadata = {"total_parameters": total, "total_size": sum(sizes.values())}
-        index = {"metadata": metadata, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        listing = {"metadata": metadata, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", listing)
     counts: Counter[str] = Counter()
     for row in table:
-        counts[dtypes[row.path].name] += math.prod(row.stacked_shape)
+        if row.path in dtypes:
+            counts[dtypes[row.path].name] += math.prod(row.stacked_shape)
     main_dtype = counts.most_common(1)[0][0]  # of most of the parameters
-    _write_json(folder / "config.json", {**config.to_hf(), "dtype": main_dtype})
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file, marked as PyTorch's libraries mark theirs.
-
-    Args:
-      path: the file.
-      tensors: name -> array.
-
-    Raises:
-      OSError: if the file cannot be written.
-    """
-    path.touch()
-    mode = path.stat().st_mode  # by the umask; safetensors leaves files to their owner alone
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    path.chmod(mode)
+    _write_json(folder / "config.json", {**fields, "dtype": main_dtype})
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -135,7 +137,11 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def _converted(
+    row: Row, leaf: Leaf, index: tuple[int, ...], dtype: np.dtype, name: str
+) -> np.ndarray:
+    """Returns a tensor of a parameter in its dtype in the file."""
+    array = hf_member(row, leaf, index)
     if array.dtype == dtype:
         return array
     out = np.empty(array.shape, dtype)

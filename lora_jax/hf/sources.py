@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +17,8 @@ from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
-from lora_jax.hf.stored.methods import Method, read_method, stored_tensors
-from lora_jax.hf.stored.raw import Header, RawFile
+from lora_jax.hf.stored.methods import read_method, stored_tensors
+from lora_jax.hf.stored.raw import Entry, Header, RawFile
 from lora_jax.quantized import Coded
 from lora_jax.quantized.coded import on_host
 
@@ -94,7 +95,8 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, formats: Formats, **options: Any):
         self.where = str(folder)
-        self.config, method = _read_config(folder / "config.json", formats, options)
+        self.config, fields = _read_config(folder / "config.json", formats, options)
+        self.quantization: Fields = fields.get("quantization_config") or {}
         self.format = formats.of(self.config.model_type)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -108,7 +110,8 @@ class SafetensorsFolder:
                 raise WeightsError(f"{folder / _INDEX} puts {name} in {shard}, which lacks it")
         self._raw: dict[Path, RawFile] = {}
         headers = {name: Header(self.dtypes[name], shape) for name, shape in self.shapes.items()}
-        self._stored = stored_tensors(method, headers, self._fetch, self.where)
+        self._headers = headers
+        self._stored = stored_tensors(read_method(fields), headers, self._fetch, self.where)
         for name, stored in self._stored.items():
             path = self._paths[stored.tensors[0]]
             for tensor in stored.tensors:
@@ -162,6 +165,11 @@ class SafetensorsFolder:
         except OSError as error:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
+    def entries(self, name: str) -> dict[str, Entry]:
+        """Returns the tensors that hold one in codes, as they lie in the files."""
+        tensors = self._stored[self._parts[name].name].tensors
+        return {n: Entry(self._headers[n], partial(self._fetch, n, None)) for n in tensors}
+
     def read(self, name: str) -> np.ndarray:
         return self._slice(name, tuple(slice(None) for _ in self.shapes[name]))
 
@@ -208,13 +216,13 @@ def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
     return _read_config(path, formats, options)[0]
 
 
-def _read_config(path: Path, formats: Formats, options: Fields) -> tuple[Any, Method | None]:
-    """Returns a configuration, and the method of its codes."""
+def _read_config(path: Path, formats: Formats, options: Fields) -> tuple[Any, Fields]:
+    """Returns a configuration, and the fields of the file, whose codes are known."""
     fields = read_file(path, "a model", ConfigError)
     try:
-        method = read_method(fields)
-        fields.pop("quantization_config", None)
-        return formats.read_config(fields, **options), method
+        read_method(fields)
+        own = {name: value for name, value in fields.items() if name != "quantization_config"}
+        return formats.read_config(own, **options), fields
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:  # "24" in the place of 24, 0 heads

@@ -16,6 +16,7 @@ from lora_jax.hf import sources
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve
+from lora_jax.hf.keys import WeightsError
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.hf.save import file_dtypes, write_model, write_tokenizer
 from lora_jax.hf.sources import SafetensorsFolder, Source
@@ -125,6 +126,7 @@ def save_pretrained(
     dtype: DTypeLike | None = None,
     readme: str | None = None,
     overwrite: bool = False,
+    codes_from: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a model as Hugging Face's libraries write one; the folder appears whole or not at all.
 
@@ -134,7 +136,11 @@ def save_pretrained(
         save_pretrained("out", model, params, tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct")
         save_pretrained("out", model, lora_jax.merge(params))      # an adapted tree
 
-    Beside the parameters, the host holds one shard at a time. With several processes, call it in
+    Kernels in the codes of a checkpoint stay in them, if ``codes_from`` names it: their tensors are
+    copied from its files, once they are found to be those of the tree. Its quantization_config goes
+    with them, and lists as well the modules that are arrays now, such as merged ones.
+
+    Beside the parameters, the host holds one tensor at a time. With several processes, call it in
     one of them, which needs all of the parameters on its own devices.
 
     Args:
@@ -149,20 +155,24 @@ def save_pretrained(
         parameter's.
       readme: the text of README.md, the hub's model card; None for none.
       overwrite: replace a model's folder that is there. Without it, an existing folder is an error.
+      codes_from: folder or hub name that ``from_pretrained`` read, for a tree with codes.
 
     Raises:
       FileExistsError: if the folder exists; with ``overwrite``, if it is no model's folder.
-      WeightsError: if the tree does not fit the model (one error lists all), is not merged, or has
-        values that fp16 cannot hold.
+      WeightsError: if the tree does not fit the model (one error lists all), is not merged, has
+        values that fp16 cannot hold, or is in codes that ``codes_from`` does not hold.
 
     See the example of `from_pretrained`.
     """
     folder = Path(folder).absolute()
     check_free(folder, overwrite, "config.json", "model's")
     table = key_table(model.config)
-    dtypes = file_dtypes(params, table, dtype)
+    source = None if codes_from is None else open_source(resolve(Path(codes_from)).path)
+    if source is not None and not isinstance(source, SafetensorsFolder):
+        raise WeightsError(f"codes_from={codes_from}: codes are kept of safetensors files alone")
+    dtypes = file_dtypes(params, table, dtype, in_codes=source is not None)
     with new_folder(folder) as partial:
-        write_model(partial, model.config, table, params, dtypes, max_shard_size)
+        write_model(partial, model.config, table, params, dtypes, max_shard_size, source)
         if tokenizer is not None:
             write_tokenizer(partial, tokenizer)
         if readme is not None:

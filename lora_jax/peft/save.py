@@ -14,7 +14,7 @@ from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.folders import check_free, new_folder
 from lora_jax.hf.keys import Row
-from lora_jax.hf.save import write_tensors
+from lora_jax.hf.stored.raw import entry, write_tensors
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
@@ -92,7 +92,7 @@ def save(
         config, tensors = as_served(config, tensors, model)
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
-        write_tensors(partial / FILE, tensors)
+        write_tensors(partial / FILE, {name: entry(array) for name, array in tensors.items()})
         text = json.dumps(dict(sorted(config.items())), indent=2)
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
         if readme is not None:

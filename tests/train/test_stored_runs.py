@@ -1,6 +1,7 @@
 """Runs over a checkpoint in FP8: it stays so, unless arrays are asked for."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -99,3 +100,43 @@ def test_answers_and_exports(models, trained, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, whole, dequantize(lj.merge(tree)))
     export.main(["--adapter", str(trained), "--output", str(tmp_path / "peft")])
     assert "serve it over the same" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_merged_export_keeps_what_the_adapter_leaves_alone(models, options, tmp_path, capsys):
+    run_of = sft(models[0], options, tmp_path / "run", "--targets", "q_proj")
+    capsys.readouterr()
+    export.main(["--adapter", str(run_of), "--merged", "--output", str(tmp_path / "whole")])
+    said = " ".join(capsys.readouterr().out.split())
+    tree = lj.merge(lj.load_adapter(run_of / "adapter", from_pretrained(models[0])[1]))
+    n_layers = len(tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"])
+    assert f"{4 * n_layers} kernels stay in the codes of {models[0]}, byte for byte" in said
+    assert "self_attn.k_proj, model.layers.{}.self_attn.v_proj are arrays, though" in said
+    whole = from_pretrained(tmp_path / "whole")[1]
+    kernels = whole["model"]["layers"]
+    coded = {n for part in ("self_attn", "mlp") for n, k in kernels[part].items() if in_codes(k)}
+    assert coded == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    jax.tree.map(np.testing.assert_array_equal, dequantize(whole), dequantize(tree))
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())["quantization_config"]
+    assert f"model.layers.{n_layers - 1}.self_attn.v_proj" in config["modules_to_not_convert"]
+    arrays = ["--merged", "--quantize", "none", "--output", str(tmp_path / "arrays")]
+    export.main(["--adapter", str(run_of), *arrays])
+    config = json.loads((tmp_path / "arrays" / "config.json").read_text())
+    assert "quantization_config" not in config
+    again = from_pretrained(tmp_path / "arrays")[1]
+    jax.tree.map(np.testing.assert_array_equal, again, dequantize(tree))
+
+
+def test_what_quantize_is_about(models, options, trained, tmp_path, capsys):
+    floats = sft(models[1], options, tmp_path / "run")
+    for adapter, more, message in [
+        (floats, ["--merged"], "--quantize none: no file of .* holds codes: leave the option out"),
+        (trained, [], "--quantize needs --merged"),
+    ]:
+        asked = ["--adapter", str(adapter), "--output", str(tmp_path / "out"), "--quantize", "none"]
+        with pytest.raises(SystemExit):
+            export.main([*asked, *more])
+        assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def in_codes(module):
+    return is_coded(module["kernel"])

@@ -8,7 +8,6 @@ import dataclasses
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +19,9 @@ from rich.table import Column, Table
 
 import lora_jax as lj
 import lora_jax.peft as lp
-from lora_jax.hf.hub import name_for_others, resolve
-from lora_jax.hf.save import tokenizer_files
+from lora_jax.hf.coded import STORED
+from lora_jax.hf.hub import name_for_others
 from lora_jax.models import save_pretrained
-from lora_jax.models.pretrained import open_source
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.save import contents
 from lora_jax.peft.served import as_served
@@ -31,6 +29,7 @@ from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
 from train.console.errors import UserError, as_user_errors, reported
 from train.console.output import tell
+from train.export.base import dtype_of_files, keep_codes, tokenizer_of
 from train.export.card import Export, card
 from train.export.hub import README, Repository, find_repository, push
 from train.export.marked import is_generated
@@ -44,7 +43,6 @@ from train.run.report import megabytes
 MODEL_CONFIG = "config.json"
 PROBLEMS = 1  # the exit code when --check-serving finds some
 _UNITS = {"MB": 10**6, "GB": 10**9}
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,9 @@ class ExportOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """The dtype of a merged model; by default that of the base's files. Weights are merged in
     float32 and rounded once."""
+    quantize: Literal["none"] | None = None
+    """With --merged, none writes arrays in the place of all codes of the base's files. By default
+    the kernels that the adapter leaves alone stay in them, where readers allow it."""
     max_shard_size: str = "5GB"
     """The maximum size of one file of a merged model, in MB or GB."""
     for_serving: bool = False
@@ -201,21 +202,26 @@ def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -
 def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
     """Writes the whole model, with the adapter merged into it."""
     dtype = work.options.dtype or dtype_of_files(work.base)
+    wanted = None if work.options.quantize else work.adapter.quantize or STORED
     with (
         as_user_errors(ValueError, OSError, prefix="--merged: "),
         work.console.status(f"merging and writing {work.output}"),
     ):
+        params, codes_from, said = keep_codes(lj.merge(params), model, work.base, wanted)
         save_pretrained(
             work.output,
             model,
-            lj.quantized.dequantize(lj.merge(params)),
+            params,
             tokenizer=tokenizer_of(work.base),
             max_shard_size=shard,
             dtype=jnp.dtype(dtype),
             readme=readme_of(work, model),
             overwrite=work.options.overwrite,
+            codes_from=codes_from,
         )
     print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
+    if said:
+        work.say(said)
     if codes := work.adapter.codes:
         work.say(
             f"its kernels are the values of the base's {codes} codes, plus the update: a server "
@@ -294,6 +300,8 @@ def check(options: ExportOptions) -> int:
         raise UserError(
             "--dtype needs --merged: it is the dtype of a merged model, adapters keep theirs"
         )
+    if options.quantize and not options.merged:
+        raise UserError("--quantize needs --merged: it is about the kernels of a merged model")
     if options.max_rank < 1:
         raise UserError(f"--max-rank {options.max_rank}: at least 1 is needed")
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", options.max_shard_size.upper())
@@ -344,28 +352,14 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Any
     head: dict[str, Any] = {"head": "classification", "num_labels": num_labels}
     mismatch = options.allow_base_mismatch
     outline = read_untokenized(name, **(head if num_labels else {})).scaled(adapter.rope_scaling)
+    if options.quantize and not outline.in_codes:
+        raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
     outline = outline.quantized(adapter.quantize)
     adapter.check(outline, allow_base_mismatch=mismatch)
     model, params = read_model(name, dtype="float32", **outline.head)
     if num_labels and len(names) == num_labels:
         model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
     return model, adapter.load(model, params, name, allow_base_mismatch=mismatch)
-
-
-def dtype_of_files(name: str) -> str:
-    """Returns the commonest dtype of the base's tensors, less those in codes; float32 for GGUF."""
-    source = open_source(resolve(name).path)
-    kinds = Counter(kind for tensor, kind in source.dtypes.items() if tensor not in source.shipped)
-    return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
-
-
-def tokenizer_of(name: str) -> str | None:
-    """Returns the source of the tokenizer's files; None if the base's folder has none."""
-    path = resolve(name).path
-    if path.is_dir() and not tokenizer_files(path):
-        print(f"{path} holds no tokenizer: the model is written without one", file=sys.stderr)
-        return None
-    return name
 
 
 def report_problems(problems: Sequence[str]) -> None:

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -28,12 +28,19 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 class Header(NamedTuple):
     """The entry of a tensor in its file's header."""
 
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 # (a tensor's name, rows) -> these rows of it, all for None.
@@ -82,3 +89,47 @@ class RawFile:
         if at < n_bytes:
             raise OSError(f"{self._path} ends within {name}")
         return out.view(dtype).reshape(shape)
+
+
+class Entry(NamedTuple):
+    """A tensor to write: its entry in the header, and what reads it."""
+
+    header: Header
+    read: Callable[[], np.ndarray]
+
+
+def entry(array: np.ndarray) -> Entry:
+    """Returns the entry of an array."""
+    return Entry(Header(NAMES[array.dtype], array.shape), lambda: array)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Entry]) -> None:
+    """Writes a safetensors file, marked as PyTorch's libraries mark theirs, a tensor at a time.
+
+    Args:
+      path: the file.
+      tensors: by name; they are read in this order, and lie in the file by the size of an element,
+        so that each begins at a multiple of it.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
+    sizes = {name: DTYPES[one.header.dtype].itemsize for name, one in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
+        dtype, shape = tensors[name].header
+        ends = [at, at + tensors[name].header.nbytes]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": ends}
+        at = ends[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, one in tensors.items():
+                file.seek(8 + len(text) + header[name]["data_offsets"][0])
+                array = np.ascontiguousarray(one.read())
+                file.write(array.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None

@@ -140,8 +140,10 @@ class Files(NamedTuple):
         kind = np.dtype(np.uint8) if raw or dtype == "F8_E8M0" else DTYPES[dtype]
 
         def read(rows: slice | None) -> np.ndarray:
-            array = self.fetch(name, None if own != shape else rows).view(kind).reshape(shape)
-            return array if rows is None or own == shape else array[rows]
+            if own == shape:
+                return self.fetch(name, rows).view(kind)
+            whole = self.fetch(name, None).view(kind).reshape(shape)
+            return whole if rows is None else whole[rows]
 
         return Piece(shape, kind, read)
 

@@ -1,0 +1,147 @@
+"""Codes of a parameter tree that are those of a checkpoint's files, and go back as they lay there.
+
+Their tensors are copied from these files. So nothing is packed anew, and what memory holds in
+another form, or not at all, is kept as well: nested scales, and those of activations.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from lora_jax.core.types import Fields, Tree
+from lora_jax.hf.keys import Row, WeightsError, checked_leaves, hf_member
+from lora_jax.hf.stored.raw import Entry
+from lora_jax.quantized import Coded, is_coded
+
+# The field that lists modules in floats, by quant_method. GPTQ's has none.
+_LISTS = {
+    "fp8": "modules_to_not_convert",
+    "mxfp4": "modules_to_not_convert",
+    "awq": "modules_to_not_convert",
+    "bitsandbytes": "llm_int8_skip_modules",
+    "compressed-tensors": "ignore",
+    "modelopt": "ignore",
+}
+_EXPERTS = re.compile(r"\.experts\..*")
+_FUSED = re.compile(r"\.([qkv]|gate|up)_proj\.weight")  # by vLLM: those of one module that match
+
+
+class Shipped(Protocol):
+    """A folder that holds tensors in codes; see `lora_jax.hf.sources.Source`.
+
+    Attributes:
+      where: the folder, for messages.
+      shipped: the names of tensors that lie in codes.
+      quantization: the quantization_config of its config.json.
+    """
+
+    where: str
+    shipped: frozenset[str]
+    quantization: Fields
+
+    def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
+        """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes."""
+
+    def entries(self, name: str) -> dict[str, Entry]:
+        """Returns the tensors that hold one in codes, as they lie in the files."""
+
+
+def _module(name: str) -> str:
+    """Returns the module of a tensor; all experts of a layer are one."""
+    return _EXPERTS.sub(".experts", name).removesuffix(".weight")
+
+
+class Kept:
+    """A tree's codes, beside those of the files that they were read from.
+
+    Args:
+      params: the tree.
+      table: the model's key table.
+      source: the folder of the files.
+
+    Attributes:
+      leaves: the leaves of the tree, by path.
+
+    Raises:
+      WeightsError: the tree does not fit the table.
+    """
+
+    def __init__(self, params: Tree, table: Sequence[Row], source: Shipped):
+        self.leaves = checked_leaves(params, table, in_codes=True)
+        self._source = source
+        self._field = _LISTS.get(source.quantization.get("quant_method", ""))
+        self._heads = [row.hf for row in table if row.kind in ("head", "classifier")]
+        self._coded = [row for row in table if is_coded(self.leaves[row.path])]
+        shipped = [row for row in table if not source.shipped.isdisjoint(row.hf_names)]
+        self._changed = [row for row in shipped if row not in self._coded]
+
+    def unwanted(self) -> list[str]:
+        """Returns the paths of codes that readers want as arrays, since others are arrays.
+
+        A layer's experts lie all in codes or none of them does; so do the projections that vLLM
+        fuses. Where the method has no list of modules in floats, all kernels do.
+        """
+
+        def together(row: Row) -> str:
+            name = _FUSED.sub(".fused", _EXPERTS.sub(".experts", row.hf))
+            return name if self._field else ""
+
+        changed = set(map(together, self._changed))
+        return [row.path for row in self._coded if together(row) in changed]
+
+    def check(self) -> None:
+        """Compares the codes with those of the files, a tensor at a time.
+
+        Raises:
+          WeightsError: there are none, or they are others; names the first.
+        """
+        source = self._source
+        if not self._coded:
+            raise WeightsError(f"codes_from={source.where}: none of the parameters is in codes")
+        for row in self._coded:
+            leaf = self.leaves[row.path]
+            for index, name in zip(row.members, row.hf_names, strict=True):
+                ours = leaf.map(partial(hf_member, row, index=index))
+                held = source.codes(name, leaf.dtype) if name in source.shipped else None
+                if held is None or not _same(held, ours):
+                    raise WeightsError(
+                        f"{row.path} is in codes ({leaf.format.name}) that are not those of {name} "
+                        f"in {source.where}: name the checkpoint that they were read from, or make "
+                        "arrays of them by lora_jax.quantized.dequantize(params)"
+                    )
+
+    def quantization(self) -> dict[str, Any]:
+        """Returns the quantization_config of the files, which lists what is an array by now.
+
+        Raises:
+          WeightsError: the method has no list, or modules are in codes in part; says what to do.
+        """
+        fields, shipped = dict(self._source.quantization), self._source.shipped
+        names = [name for row in self._changed for name in row.hf_names if name in shipped]
+        if not names:
+            return fields
+        modules = list(map(_module, names))
+        half = {_module(name) for row in self._coded for name in row.hf_names}.intersection(modules)
+        if half or self._field is None:
+            why = f"{min(half)} lies in codes in part" if half else f"{names[0]} is an array now"
+            raise WeightsError(
+                f"{why}, which a quantization_config of {fields['quant_method']} cannot say: "
+                "lora_jax.quantized.dequantize makes arrays of the codes"
+            )
+        listed = fields.get(self._field) or []
+        if self._field == "ignore":  # of modules as they lie in the files
+            modules = [name.removesuffix(".weight") for name in names]
+        elif not listed:  # without a list, readers leave out the heads alone
+            heads = {name for name in self._heads if name.endswith(".weight")} | {"lm_head.weight"}
+            modules += sorted(map(_module, heads - shipped))
+        return fields | {self._field: list(dict.fromkeys([*listed, *modules]))}
+
+
+def _same(a: Coded, b: Coded) -> bool:
+    if a.format != b.format or a.arrays.keys() != b.arrays.keys():
+        return False
+    return all(np.array_equal(array, b.arrays[name]) for name, array in a.arrays.items())

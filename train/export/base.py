@@ -1,0 +1,65 @@
+"""The files of a merged export's base: their dtype, their tokenizer, and their codes that stay."""
+
+import sys
+from collections import Counter
+from typing import Any
+
+from lora_jax.core.weight import map_leaves
+from lora_jax.hf.coded import STORED
+from lora_jax.hf.hub import resolve
+from lora_jax.hf.save import tokenizer_files
+from lora_jax.hf.sources import SafetensorsFolder
+from lora_jax.hf.stored.kept import Kept
+from lora_jax.models import key_table
+from lora_jax.models.pretrained import open_source
+from lora_jax.quantized import dequantize, is_coded
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def dtype_of_files(name: str) -> str:
+    """Returns the commonest dtype of the base's tensors, less those in codes; float32 for GGUF."""
+    source = open_source(resolve(name).path)
+    kinds = Counter(kind for tensor, kind in source.dtypes.items() if tensor not in source.shipped)
+    return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
+
+
+def tokenizer_of(name: str) -> str | None:
+    """Returns the source of the tokenizer's files; None if the base's folder has none."""
+    path = resolve(name).path
+    if path.is_dir() and not tokenizer_files(path):
+        print(f"{path} holds no tokenizer: the model is written without one", file=sys.stderr)
+        return None
+    return name
+
+
+def keep_codes(
+    params: Any, model: Any, base: str, quantize: str | None
+) -> tuple[Any, str | None, str]:
+    """Returns a merged tree whose codes a folder can hold, and arrays in the place of others.
+
+    Args:
+      params: the merged tree.
+      model: its model.
+      base: the name of the base.
+      quantize: the codes that the base was read in; None to keep none.
+
+    Returns:
+      The tree; the base if codes are left, or None; and what to say of them, "" for nothing.
+    """
+    source = open_source(resolve(base).path)
+    if quantize != STORED or not isinstance(source, SafetensorsFolder):
+        return dequantize(params), None, ""
+    table = key_table(model.config)
+    kept = Kept(params, table, source)
+    arrays = kept.unwanted()
+    params = map_leaves(lambda path, x: dequantize(x) if path in arrays else x, params)
+    coded = {path for path, leaf in kept.leaves.items() if is_coded(leaf)}.difference(arrays)
+    n_kept = sum(len(row.hf_names) for row in table if row.path in coded)
+    said = f"{n_kept} kernels stay in the codes of {base}, byte for byte" if n_kept else ""
+    if turned := [row.hf.removesuffix(".weight") for row in table if row.path in arrays]:
+        said += "; " * bool(said) + (
+            f"{', '.join(turned)} are arrays, though the adapter leaves them alone: readers want "
+            "them in one form with those that it changed"
+        )
+    return params, base if n_kept else None, said
