@@ -122,11 +122,13 @@ class Save:
       optimizer: whether the optimiser's state lies beside it, for `Load`.
       name: the name by which samples choose these very weights from now on, whatever the tenant
         learns later; None for none.
+      recipients: public keys for whom the files are encrypted; none for files as they are.
     """
 
     path: Path
     optimizer: bool = False
     name: str | None = None
+    recipients: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from train.serve.requests import (
     Update,
     Updated,
 )
+from train.serve.sealed import seal
 
 FACTS = Facts(
     model="tiny/base",
@@ -62,7 +63,7 @@ class Tenant:
         self.gradient = 0.0
         self.losses = []
 
-    def write(self, path, optimizer):
+    def write(self, path, optimizer, recipients=()):
         if path.exists():
             raise RequestError(f"{path} is there already")
         state = {"spec": vars(self.spec), "number": self.number}
@@ -74,6 +75,8 @@ class Tenant:
         data = json.dumps(state).encode()
         (partial / "adapter_model.safetensors").write_bytes(data)
         (partial / "adapter_config.json").write_text(json.dumps({"r": self.spec.rank}))
+        if recipients:
+            seal(partial, recipients)
         os.rename(partial, path)
         return Saved(sum(one.stat().st_size for one in path.iterdir()))
 
@@ -206,7 +209,7 @@ class FakeEngine:
                 tenant.gradient, tenant.steps = 0.0, tenant.steps + 1
                 return Updated({"step:max": float(tenant.steps)})
             case Save():
-                saved = tenant.write(command.path, command.optimizer)
+                saved = tenant.write(command.path, command.optimizer, command.recipients)
                 if command.name is not None:
                     self.snapshots[command.name] = tenant.number
                 return saved

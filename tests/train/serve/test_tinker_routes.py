@@ -221,8 +221,26 @@ def test_exports_are_downloaded(client):
             assert client.http.get(wrong).status_code == 403
     client.result(client.save(model, 2, "a"))
     client.ask("GET", f"{root}/weights/a/external_weights_urls", 400)
-    encrypted = {"age_encryption_recipients": ["age1x"]}
-    client.save(model, 3, "b", "save_weights_external", status=400, **encrypted)
+
+
+def test_exports_are_encrypted_for_whom_they_are(client):
+    pyrage = pytest.importorskip("pyrage")
+    model, identity = client.create(), pyrage.x25519.Identity.generate()
+    own, kind = [str(identity.to_public())], "save_weights_external"
+    for seq, wrong in enumerate((["age1x"], ["nobody"], [7], own * 11), 1):
+        client.save(model, seq, "a", kind, status=400, age_encryption_recipients=wrong)
+    plain, sealed = (
+        Path(client.server.owned.weights(client.result(saved)["path"], "alice")["folder"])
+        for saved in (
+            client.save(model, 5, "a", kind),
+            client.save(model, 6, "b", kind, age_encryption_recipients=own),
+        )
+    )
+    assert {one.name for one in sealed.iterdir()} == {f"{one.name}.age" for one in plain.iterdir()}
+    for one in plain.iterdir():
+        content = (sealed / f"{one.name}.age").read_bytes()
+        assert one.read_bytes() not in content
+        assert pyrage.decrypt(content, [identity]) == one.read_bytes()
 
 
 def test_tenants_see_their_own_alone(client):

@@ -32,7 +32,8 @@ from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
-from train.serve.requests import AdapterSpec, RequestError
+from train.serve.requests import AdapterSpec, RequestError, Save
+from train.serve.sealed import seal
 
 Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
 SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"
@@ -203,14 +204,14 @@ class Base:
             steps=about["steps"],
         )
 
-    def write(self, state: Training, folder: Path, optimizer: bool) -> int:
+    def write(self, state: Training, command: Save) -> int:
         """Writes an adapter as a PEFT folder, which appears whole; returns its bytes.
 
         Args:
           state: the adapter and its optimiser's state.
-          folder: a folder that is not there yet, or is replaced.
-          optimizer: whether the optimiser's state is written, too.
+          command: its folder is not there yet, or is replaced.
         """
+        folder = command.path
         spec = state.adapter.spec
         tree = lj.lorafy(self._shapes, self.rules_of(spec))
         scales = state.adapter.scales
@@ -229,7 +230,7 @@ class Base:
             inner.rmdir()
             about = {"spec": dataclasses.asdict(spec), "steps": state.steps}
             (partial / SPEC).write_text(json.dumps(about))
-            if optimizer:
+            if command.optimizer:
                 both = {"first": state.first, "second": state.second}
                 arrays = {
                     f"{moment}|{path}|{name}": np.ascontiguousarray(array)
@@ -238,6 +239,8 @@ class Base:
                     for name, array in self._own(factors[path], path, spec.rank).items()
                 }
                 save_file(arrays, partial / MOMENTS)
+            if command.recipients:
+                seal(partial, command.recipients)
             for path in partial.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())

@@ -355,7 +355,7 @@ class Engine:
         assert done is not None
 
         def written() -> Saved:
-            return Saved(self._base.write(state, command.path, command.optimizer))
+            return Saved(self._base.write(state, command))
 
         self._files.submit(_answer, written, done)
 

@@ -23,6 +23,7 @@ from train.serve.requests import (
 )
 from train.serve.routes.tinker import wire
 from train.serve.routes.tinker.bodies import Fields
+from train.serve.sealed import check_recipients
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
 _TEXT = re.compile(r"[^\ud800-\udfff]{1,1024}", re.DOTALL)  # what UTF-8 can say
@@ -53,7 +54,8 @@ def command_of(row: Row, facts: Facts, names: Callable[[Path], str]) -> Command:
     if kind == "load_weights":
         return Load(folder, fields.get("optimizer", bool, False))
     is_snapshot = not row["target"].startswith("tinker://")
-    return Save(folder, kind == "save_weights", names(folder) if is_snapshot else None)
+    name = names(folder) if is_snapshot else None
+    return Save(folder, kind == "save_weights", name, recipients_of(fields))
 
 
 def answer_of(row: Row, result: Any) -> bytes:
@@ -123,9 +125,13 @@ def path_of(fields: Fields, kind: str, model: str, seq: int) -> str:
         )
     fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
     fields.metadata()
-    if fields.get("age_encryption_recipients", list, None):
-        raise RequestError("exports are not encrypted here: leave age_encryption_recipients out")
+    recipients_of(fields)
     return f"tinker://{model}/{_SEGMENT[kind]}/{name}"
+
+
+def recipients_of(fields: Fields) -> tuple[str, ...]:
+    """Returns the public keys for which an export is encrypted."""
+    return check_recipients(fields.get("age_encryption_recipients", list, None) or [])
 
 
 def sample_of(fields: Fields, facts: Facts, adapter: str | None) -> Sample:

@@ -1,0 +1,46 @@
+"""Encrypts exports for those who may read them, by age (https://age-encryption.org/v1)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyrage
+
+from train.serve.requests import RequestError
+
+SUFFIX = ".age"
+_MOST = 10  # recipients
+
+
+def check_recipients(recipients: Sequence[Any]) -> tuple[str, ...]:
+    """Returns public keys of age or SSH, as they are given.
+
+    Raises:
+      RequestError: one is none, or there are too many.
+    """
+    if len(recipients) > _MOST:
+        raise RequestError(f"age_encryption_recipients are {_MOST} public keys at most")
+    for number, recipient in enumerate(recipients, 1):
+        try:
+            _key(recipient)
+        except (TypeError, pyrage.RecipientError) as error:
+            raise RequestError(
+                f"age_encryption_recipients, number {number}: neither a public key of age "
+                f"(age1…) nor of SSH: {error}"
+            ) from None
+    return tuple(recipients)
+
+
+def seal(folder: Path, recipients: Sequence[str]) -> None:
+    """Encrypts each file of a folder, whose name then ends in ``.age``."""
+    keys = [_key(recipient) for recipient in recipients]
+    for path in sorted(folder.iterdir()):
+        pyrage.encrypt_file(str(path), f"{path}{SUFFIX}", keys)
+        path.unlink()
+
+
+def _key(recipient: Any) -> Any:
+    if not isinstance(recipient, str):
+        raise TypeError("it is no text")
+    kind = pyrage.x25519 if recipient.startswith("age1") else pyrage.ssh
+    return kind.Recipient.from_str(recipient)
