@@ -84,8 +84,9 @@ def by_blocks(
             def apart(x: jax.Array) -> jax.Array:
                 return jnp.stack([of(expert, x) for expert, x in zip(experts, x, strict=True)])
 
-            y: jax.Array = lax.cond(experts[0] == experts[1], together, apart, x)
-            return checkpoint_name(y, _KEPT)
+            y = lax.cond(experts[0] == experts[1], together, apart, x)
+            named: jax.Array = checkpoint_name(y, _KEPT)
+            return named
 
         *first, last = range(len(kernels))
         return None, product(gated(*(product(rows, i) for i in first)), last)
