@@ -188,7 +188,8 @@ def stretched(array: jax.Array, shape: Sequence[int], block: int | None = None) 
     """
     pairs = enumerate(zip(shape, array.shape, strict=True))
     axes = [axis for axis, (n, m) in pairs if 1 < m < n]
-    for axis in reversed(axes):
+    # Last along an axis of partial blocks: a TPU lays whole ones along its lanes.
+    for axis in sorted(reversed(axes), key=lambda axis: shape[axis] % (block or 1) > 0):
         size, n_blocks = shape[axis], array.shape[axis]
         over = block or size // n_blocks
         unit = math.gcd(size, over)

@@ -137,7 +137,7 @@ def test_flops_of_many_devices_are_those_of_one(model):
 
 @pytest.mark.slow
 def test_a_mixture_costs_its_active_experts(tmp_path):
-    """And blocks of its own tokens that are not full: at most half as much again here.
+    """And blocks of its own tokens that are not full: less than a third as much again here.
 
     Ragged products are traced without these; a CPU's compiler multiplies by all experts.
     """
@@ -146,7 +146,7 @@ def test_a_mixture_costs_its_active_experts(tmp_path):
     made, ragged = (
         planned_for(model, *options, *more)[2] for more in ([], ["--experts", "ragged"])
     )
-    assert made.flops_closed_form < made.flops_per_step < 1.5 * made.flops_closed_form
+    assert made.flops_closed_form < made.flops_per_step < 1.3 * made.flops_closed_form
     np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
     assert ragged.flops_traced < 1.3 * ragged.flops_closed_form
     assert ragged.flops_per_step > 1.5 * ragged.flops_traced
