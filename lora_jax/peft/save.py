@@ -329,7 +329,7 @@ class _Contents:
                 self._put(token_key(name), np.asarray(node.value))
                 continue
             if isinstance(node, TrainedRows):
-                names = [row.hf.format(layer) for layer in node.rows]
+                names = [names[layer] for layer in node.rows]
             if not row.hf.endswith((".bias", ".weight")):
                 raise PeftError(
                     f"{path!r} trains in full; PEFT saves whole modules, and this is none"

@@ -15,8 +15,8 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Gemma 2 and 3, Phi-3,
-    SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
+    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Qwen3.5, Gemma 2 and 3,
+    Phi-3, SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
 
     Hashable. Sizes are in elements.
 
@@ -47,6 +47,12 @@ class DecoderConfig:
       swiglu_limit, swiglu_alpha: experts compute (up + 1) gate sigmoid(alpha gate), of up clipped
         to ±limit and gate to at most limit (gpt-oss); without a limit act(gate) up.
       sinks: each head has a number of its own in the softmax's sum; see ``attend`` (gpt-oss).
+      attn_output_gate: q_proj makes a gate beside each query, whose sigmoid multiplies what
+        attention returns (Qwen3.5).
+      linear_layers: the layers with a ``GatedDeltaNet`` in the place of attention (Qwen3.5).
+      linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim,
+        linear_conv_kernel_dim: their heads, the heads' sizes, and the tokens that the convolution
+        sees.
       eos_token_ids: the tokens that end a text.
 
     Raises:
@@ -98,6 +104,13 @@ class DecoderConfig:
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     sinks: bool = False
+    attn_output_gate: bool = False
+    linear_layers: tuple[int, ...] = ()
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_conv_kernel_dim: int = 0
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -117,7 +130,8 @@ class DecoderConfig:
                 f"sliding_window ({self.sliding_window}) and windowed_layers "
                 f"({self.windowed_layers}) go together"
             )
-        for name in ("windowed_layers", "rope_free_layers"):
+        self._check_linear()
+        for name in ("windowed_layers", "rope_free_layers", "linear_layers"):
             if not all(0 <= i < self.num_hidden_layers for i in getattr(self, name)):
                 raise ConfigError(
                     f"{name} {getattr(self, name)} names layers beyond the "
@@ -150,6 +164,43 @@ class DecoderConfig:
                 raise ConfigError(
                     f"{name} has {len(getattr(scaling, name))} numbers for {pairs} rotated pairs"
                 )
+
+    def _check_linear(self) -> None:
+        if not self.linear_layers:
+            return
+        if len(self.linear_layers) == self.num_hidden_layers:
+            raise ConfigError("all layers are linear: one with attention is needed at least")
+        sizes = {field.name for field in dataclasses.fields(self) if field.name[:7] == "linear_"}
+        for name in sorted(sizes - {"linear_layers"}):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"linear_layers need a {name} of 1 at least")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ConfigError(
+                f"linear_num_value_heads ({self.linear_num_value_heads}) is not a multiple of "
+                f"linear_num_key_heads ({self.linear_num_key_heads})"
+            )
+
+    @property
+    def pattern(self) -> dict[str, bool]:
+        """The shortest run of layers that all repeat, such as "0_of_4": whether each is linear.
+
+        {} if none is linear. ``model/layers/0_of_4`` is the stack of layers 0, 4, 8, ….
+        """
+        if not self.linear_layers:
+            return {}
+        n = self.num_hidden_layers
+        linear = tuple(i in self.linear_layers for i in range(n))
+        repeats = (p for p in range(1, n + 1) if n % p == 0 and linear[:p] * (n // p) == linear)
+        size = next(repeats)
+        return {f"{i}_of_{size}": linear[i] for i in range(size)}
+
+    @property
+    def recurrent_shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """The shapes of what a linear layer remembers of a row; see ``cache.Recurrent``."""
+        heads, key_dim = self.linear_num_value_heads, self.linear_key_head_dim
+        channels = 2 * self.linear_num_key_heads * key_dim + heads * self.linear_value_head_dim
+        tail = (self.linear_conv_kernel_dim - 1, channels)
+        return tail, (heads, key_dim, self.linear_value_head_dim)
 
     @property
     def rotary_dim(self) -> int:

@@ -1,4 +1,6 @@
-"""Qwen2, Qwen3 and Qwen3-MoE."""
+"""Qwen2, Qwen3, Qwen3-MoE and the text models of Qwen3.5."""
+
+import re
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
@@ -64,5 +66,45 @@ QWEN3_MOE = DecoderFamily(
     refuses={"use_qk_norm": True, "shared_expert_intermediate_size": 0},
     traits={"qk_norm": True},
     experts=_experts,
+    default_targets=None,
+)
+
+
+def _all_but_each_last(get: Get, n_layers: int) -> tuple[int, ...]:
+    every = get("full_attention_interval", 4)
+    return tuple(i for i in range(n_layers) if (i + 1) % every)
+
+
+QWEN3_5 = DecoderFamily(
+    model_type="qwen3_5_text",
+    architecture="Qwen3_5ForCausalLM",
+    reads=frozenset(
+        """
+        attention_bias layer_types full_attention_interval partial_rotary_factor
+        linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
+        linear_conv_kernel_dim mtp_num_hidden_layers mtp_use_dedicated_embeddings
+        """.split()
+    ),
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "partial_rotary_factor": 0.25,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    },
+    refuses={
+        "attn_output_gate": True,
+        "output_gate_type": "swish",
+        "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [],
+    },
+    traits={"qk_norm": True, "norm_adds_one": True, "attn_output_gate": True},
+    linear=_all_but_each_last,
+    with_images="qwen3_5",
+    left_out=re.compile(r"(mtp|model\.visual)\..*"),
     default_targets=None,
 )

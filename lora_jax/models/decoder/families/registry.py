@@ -22,6 +22,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         qwen.QWEN2,
         qwen.QWEN3,
         qwen.QWEN3_MOE,
+        qwen.QWEN3_5,
         gemma.GEMMA2,
         gemma.GEMMA3,
         phi.PHI3,
