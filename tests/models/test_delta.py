@@ -181,6 +181,6 @@ def test_layers_that_repeat_are_stacked() -> None:
     model = Decoder(DecoderConfig.from_hf({**fields, "num_hidden_layers": 12}))
     tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     layers = tree["model"]["layers"]
-    assert list(layers) == ["0_of_3", "1_of_3", "2_of_3"]
-    assert layers["2_of_3"]["self_attn"]["q_proj"]["kernel"].shape == (4, 24, 2 * 6 * 16)
-    assert layers["1_of_3"]["linear_attn"]["conv1d"].shape == (4, 2 * 3 * 7 + 9 * 5, 1, 4)
+    assert list(layers) == ["0of3", "1of3", "2of3"]
+    assert layers["2of3"]["self_attn"]["q_proj"]["kernel"].shape == (4, 24, 2 * 6 * 16)
+    assert layers["1of3"]["linear_attn"]["conv1d"].shape == (4, 2 * 3 * 7 + 9 * 5, 1, 4)

@@ -53,6 +53,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20}
         | {"head_dim": 6, "sliding_window": 4, "swiglu_limit": 0.5},
     ),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        DECODER
+        | {"num_hidden_layers": 4, "full_attention_interval": 2, "head_dim": 16}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "attention_bias": True}
+        | {"linear_key_head_dim": 7, "linear_value_head_dim": 5},
+    ),
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -240,6 +248,31 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral all linear": ("mixtral", {"target_modules": "all-linear", "lora_dropout": 0.0}),
     "qwen3_moe all linear": ("qwen3_moe", {"target_modules": "all-linear", "lora_dropout": 0.0}),
+    "qwen3.5 all linear": ("qwen3_5", {"target_modules": "all-linear", "bias": "lora_only"}),
+    "qwen3.5, some layers": (
+        "qwen3_5",
+        {
+            "target_modules": ["in_proj_qkv", "out_proj", "o_proj", "up_proj"],
+            "layers_to_transform": [0, 3],
+            "rank_pattern": {"layers.0.linear_attn.in_proj_qkv": 5},
+        },
+    ),
+    "qwen3.5, biases and ranks by layer": (
+        "qwen3_5",
+        {
+            "target_modules": r".*(in_proj_[zba]|q_proj|down_proj)",
+            "rank_pattern": {"layers.2.mlp.down_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 11},
+            "bias": "all",
+        },
+    ),
+    "qwen3.5, modules saved": (
+        "qwen3_5",
+        {
+            "target_modules": ["in_proj_qkv"],
+            "modules_to_save": ["layers.2.linear_attn.norm", "layers.1.input_layernorm"],
+        },
+    ),
     "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "gpt2 all linear, DoRA": (
         "gpt2",

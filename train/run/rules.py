@@ -1,7 +1,8 @@
 """Adapter options as rules for the tree."""
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -70,7 +71,25 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
         raise UserError(
             "--targets none: nothing would train; select parameters with --train or --bias"
         )
-    return chosen
+    pattern = getattr(outline and outline.config, "pattern", {})
+    return [one for rule in chosen for one in _by_places(rule, pattern)]
+
+
+def _by_places(rule: Rule, pattern: Mapping[str, bool]) -> list[Rule]:
+    """Returns a rule on some layers as one for each stack of every n-th layer.
+
+    Args:
+      rule: its layers are the model's.
+      pattern: see ``DecoderConfig.pattern``.
+    """
+    if not pattern or rule.layers is None:
+        return [rule]
+    found: list[Rule] = []
+    for i, place in enumerate(pattern):
+        if own := [at // len(pattern) for at in rule.layers if at % len(pattern) == i]:
+            elsewhere = f"(?!model/layers/{place}/).*"
+            found.append(dataclasses.replace(rule, layers=own, exclude=elsewhere))
+    return found
 
 
 def check_names(adapter: AdapterConfig, outline: Outline) -> None:

@@ -182,9 +182,9 @@ class DecoderConfig:
 
     @property
     def pattern(self) -> dict[str, bool]:
-        """The shortest run of layers that all repeat, such as "0_of_4": whether each is linear.
+        """The shortest run of layers that all repeat, such as "0of4": whether each is linear.
 
-        {} if none is linear. ``model/layers/0_of_4`` is the stack of layers 0, 4, 8, ….
+        {} if none is linear. ``model/layers/0of4`` is the stack of layers 0, 4, 8, ….
         """
         if not self.linear_layers:
             return {}
@@ -192,7 +192,7 @@ class DecoderConfig:
         linear = tuple(i in self.linear_layers for i in range(n))
         repeats = (p for p in range(1, n + 1) if n % p == 0 and linear[:p] * (n // p) == linear)
         size = next(repeats)
-        return {f"{i}_of_{size}": linear[i] for i in range(size)}
+        return {f"{i}of{size}": linear[i] for i in range(size)}
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:

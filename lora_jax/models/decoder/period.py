@@ -15,7 +15,7 @@ from lora_jax.models.layers.trunk import rematerialised, scan
 
 
 class Period(ModelPart):
-    """The layers of one repetition of the pattern, ``0_of_4`` to ``3_of_4``."""
+    """The layers of one repetition of the pattern, ``0of4`` to ``3of4``."""
 
     config: DecoderConfig
     experts: str | Experts = "auto"
