@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import Decoder, DecoderConfig, init_cache
+from lora_jax.models import Decoder, DecoderConfig, init_cache, sample, share
 from lora_jax.models.layers.delta import Tokens, gated_delta_rule, short_convolution
 from tests.models import tiny
 
@@ -148,6 +148,7 @@ def test_a_packed_row_is_each_sequence_alone(case: str, float64: None) -> None:
     assert np.abs(packed - np.asarray(tiny.run(model, params, ids))).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_row_that_is_padding_keeps_its_state() -> None:
     model, params = tiny.decoder("qwen3.5")
     ids = tiny.tokens(3, 2, 6)
@@ -157,6 +158,39 @@ def test_a_row_that_is_padding_keeps_its_state() -> None:
     for old, new in zip(before.recurrent, after.recurrent, strict=True):
         np.testing.assert_array_equal(old[:, 1], new[:, 1])
         assert np.abs(old[:, 0] - new[:, 0]).max() > 1e-2
+
+
+def test_there_is_nothing_to_share() -> None:
+    with pytest.raises(ValueError, match="a qwen3_5_text model has linear layers"):
+        share(*tiny.decoder("qwen3.5"), np.arange(3))
+
+
+@pytest.mark.slow
+def test_several_answers_to_a_prompt() -> None:
+    """The likeliest tokens, twice each, are those without a cache."""
+    model, params = tiny.decoder("qwen3.5")
+    ids = tiny.tokens(7, 2, 5)
+    drawn = sample(
+        model, params, ids, n=2, max_new_tokens=4, temperature=0.0, key=jax.random.key(1)
+    )
+    want = np.stack([tiny.greedy_loop(model, params, row, 4) for row in ids])
+    np.testing.assert_array_equal(drawn.tokens, np.repeat(want, 2, axis=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [True, "offload", "dots_saveable"])
+def test_what_is_recomputed_is_the_same(remat: bool | str, float64: None) -> None:
+    model, params = tiny.decoder("qwen3.5", dtype=jnp.float64, param_dtype=jnp.float64)
+    ids = tiny.tokens(7, 2, 70)
+
+    def gradient(model: Decoder) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return jnp.mean(model.apply({"params": params}, ids) ** 2)
+
+        return jax.jit(jax.grad(loss), compiler_options=tiny.FAST_COMPILE)(params)
+
+    both = gradient(model.clone(remat=remat)), gradient(model)
+    jax.tree.map(lambda a, b: tiny.assert_close(a, b, 1e-9), *both)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is kept of tokens already seen: an explicit pytree, for decoding step by step."""
+"""The keys, values and states of tokens already seen: a pytree, for decoding step by step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Shared(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """What linear layers remember of the tokens so far, whatever their number.
+    """The memory of linear layers, of one size after any number of tokens.
 
     Attributes:
       tail: [layers, batch, n, channels], the last n real tokens before the convolution; zeros where

@@ -89,7 +89,7 @@ def step_flops(
     pair = 4 * batch * heads * layers  # of a query and a key, forward
     passes = 1 if forward else 3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE))
     if linear:
-        total += passes * linear * batch * _of_delta_rule(config, seq)
+        total += linear * batch * _of_delta_rule(config, seq, passes)
     if isinstance(attention, Blockwise):
         return total + pair * attention.pairs(seq, split) * (1 if forward else _OF_BLOCKS[remat])
     if isinstance(attention, Splash | Flash):
@@ -101,10 +101,13 @@ def step_flops(
     return total + pair * seq**2 * passes
 
 
-def _of_delta_rule(config: Any, seq: int) -> float:
-    """Returns the FLOPs of a row in a linear layer's products, forward."""
+def _of_delta_rule(config: Any, seq: int, passes: int) -> float:
+    """Returns the FLOPs of a row in a linear layer's products, but for its projections."""
     heads, key, value = config.recurrent_shapes[1]
     size = min(CHUNK, seq)
     tokens = -(-seq // size) * size
     # Scores of keys and of queries, their sums of values; the state is read twice and written.
-    return 2.0 * tokens * heads * (size * (2 * key + value) + 3 * key * value)
+    products = passes * (size * (2 * key + value) + 3 * key * value)
+    if passes > 1:  # the gradient of the system that is solved
+        products += size * (key + value)
+    return 2.0 * tokens * heads * products
