@@ -148,6 +148,7 @@ class _Contents:
         self._all = modules(table, tied=self._tied)
         self._heads = tied_heads(nodes, tied) if self._tied else {}
         self._adapted = [m for m in self._all if self._rank(m)]
+        self._all_experts = experts
         self._experts = [e for e in experts if self._rank(e)]
         written = {m.path for m in [*self._adapted, *self._experts]}
         if lost := sorted(set(self._lora) - written):
@@ -269,8 +270,9 @@ class _Contents:
             self._put(key_a, packed_a)
             self._put(key_b, packed_b)
         ends = sorted({end_of(name) for name in by_name})
-        depth = self._rows[self._experts[0].path].stack[0]
-        every_layer = len(by_name) == depth * len(ends)
+        every_layer = {
+            e.name for e in self._all_experts if end_of(e.name) in ends
+        } == by_name.keys()
         return {"target_parameters": ends if every_layer else sorted(by_name)}
 
     def _of_experts(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:

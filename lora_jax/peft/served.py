@@ -105,7 +105,7 @@ def _experts(
             used = b.any(axis=(0, 2))
             a, b = a[:, used], b[:, used]
         factors = _scaled(a, b, _scale(fields, expert.name))
-        mlp = f"model.layers.{expert.index[0]}.{config.family.mlp_name}"
+        mlp = f"model.layers.{expert.layer}.{config.family.mlp_name}"
         if expert.parameter == ROUTER:
             routers[f"{mlp}.{config.family.router_name}"] = factors
         else:

@@ -38,7 +38,9 @@ KINDS = [
     "olmo3",
     "granite",
     "gpt-oss",
+    "qwen3-next",
     "qwen3.5",
+    "qwen3.5 moe",
 ]
 of_each_case = pytest.mark.parametrize("case", list(tiny.CASES))
 of_each_kind = pytest.mark.parametrize("case", KINDS)
@@ -153,14 +155,14 @@ def test_the_text_of_a_model_with_images(tmp_path: Path) -> None:
     np.testing.assert_array_equal(*(reference_logits(m, ids, mask) for m in (back, reference)))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe", "qwen3-next"])
 def test_both_layouts_of_experts(case: str, tmp_path: Path) -> None:
     reference, _, params = made(case)
     reference.save_pretrained(tmp_path, save_original_format=False)
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
 
 
-@pytest.mark.parametrize("case", ["gpt-oss", "olmo3", "qwen3.5"])
+@pytest.mark.parametrize("case", ["gpt-oss", "olmo3", "qwen3.5", "qwen3-next", "qwen3.5 moe"])
 def test_files_are_theirs(case: str, tmp_path: Path) -> None:
     reference, model, params = made(case)
     save_pretrained(tmp_path / "ours", model, params)

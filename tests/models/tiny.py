@@ -53,6 +53,13 @@ DELTA = {
     "linear_value_head_dim": 5,
 }
 
+MIXTURE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 13,
+    "shared_expert_intermediate_size": 11,
+}
+
 # Case -> the fields of config.json, as transformers 5 names them.
 CASES: dict[str, dict[str, Any]] = {
     "llama2": {"model_type": "llama", "num_key_value_heads": 6, "head_dim": 4},
@@ -223,6 +230,22 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
         "tie_word_embeddings": True,
+    },
+    "qwen3-next": {
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 6,
+        "full_attention_interval": 3,
+        **DELTA,
+        **MIXTURE,
+        "norm_topk_prob": False,
+        "partial_rotary_factor": 0.5,
+    },
+    "qwen3.5 moe": {
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": 4,
+        "full_attention_interval": 2,
+        **DELTA,
+        **MIXTURE,
     },
     "qwen3.5": {
         "model_type": "qwen3_5_text",

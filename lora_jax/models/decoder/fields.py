@@ -25,6 +25,7 @@ _SAME: dict[str, Any] = {
 }
 _SAME_WHERE_READ: dict[str, Any] = {
     "mlp_bias": False,
+    "shared_expert_intermediate_size": 0,
     "query_pre_attn_scalar": None,
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
@@ -81,7 +82,8 @@ def read_fields(config: Fields) -> dict[str, Any]:
     config = _of_text(config)
     check_known("model_type", config.get("model_type"), FAMILIES)
     family = FAMILIES[config["model_type"]]
-    missing = [name for name in _REQUIRED if config.get(name) is None]
+    given = {**family.defaults, **config}
+    missing = [name for name in _REQUIRED if given.get(name) is None]
     if missing:
         raise ConfigError(f"the configuration lacks {', '.join(missing)}")
     unsupported = {**_UNSUPPORTED, **family.refuses}
@@ -95,7 +97,7 @@ def read_fields(config: Fields) -> dict[str, Any]:
     same = {name: get(name, default) for name, default in (_SAME | _SAME_WHERE_READ).items()}
     return {
         "model_type": family.model_type,
-        **{name: config[name] for name in _REQUIRED},
+        **{name: get(name) for name in _REQUIRED},
         **same,
         "tie_word_embeddings": bool(same["tie_word_embeddings"]),
         "mlp_bias": bool(same["mlp_bias"]),

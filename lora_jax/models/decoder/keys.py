@@ -32,7 +32,7 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
 def _layer(rows: Rows, config: DecoderConfig, layer: str, linear: bool = False) -> None:
     """Adds the parameters of the stack of layers at a path."""
     mlp = f"{layer}/{config.family.mlp_name}"
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
 
     def norm(path: str, size: int) -> None:
         rows.add("norm", path, "scale", (size,))
@@ -58,20 +58,28 @@ def _layer(rows: Rows, config: DecoderConfig, layer: str, linear: bool = False) 
             hf, split = f"{{}}.mlp.experts.{name}", P("expert", None if name == last else "tensor")
             rows.named("experts", f"{path}/kernel", hf, (n, *shape), spec)
             rows.named("experts", f"{path}/bias", f"{hf}_bias", (n, shape[1]), split)
+        if config.shared_expert_intermediate_size:
+            _mlp(rows, config, f"{mlp}/shared_expert", config.shared_expert_intermediate_size)
+            rows.linear("mlp", f"{mlp}/shared_expert_gate", (width, 1), ROUTER, bias=False)
     else:
-        sizes = {"gate_up": 2 * inner} if config.fused_projections else {"gate": inner, "up": inner}
-        for name, size in sizes.items():
-            rows.linear("mlp", f"{mlp}/{name}_proj", (width, size), COLUMNS, config.mlp_bias)
-        rows.linear("mlp", f"{mlp}/down_proj", (inner, width), ROWS, config.mlp_bias)
+        _mlp(rows, config, mlp, config.intermediate_size)
     if config.post_norms:
         norm(f"{layer}/post_feedforward_layernorm", width)
+
+
+def _mlp(rows: Rows, config: DecoderConfig, path: str, inner: int) -> None:
+    width = config.hidden_size
+    sizes = {"gate_up": 2 * inner} if config.fused_projections else {"gate": inner, "up": inner}
+    for name, size in sizes.items():
+        rows.linear("mlp", f"{path}/{name}_proj", (width, size), COLUMNS, config.mlp_bias)
+    rows.linear("mlp", f"{path}/down_proj", (inner, width), ROWS, config.mlp_bias)
 
 
 def _linear(rows: Rows, config: DecoderConfig, path: str) -> None:
     (_, channels), (heads, _, size) = config.recurrent_shapes
     values = heads * size
-    for name, out in {"qkv": channels, "z": values, "b": heads, "a": heads}.items():
-        shape = (config.hidden_size, out)
+    for name in config.linear_projections:
+        shape = (config.hidden_size, sum(config.linear_sizes[part] for part in name))
         rows.linear("attention", f"{path}/in_proj_{name}", shape, COLUMNS, bias=False)
     taps = (channels, 1, config.linear_conv_kernel_dim)
     rows.named("attention", f"{path}/conv1d", "{}.linear_attn.conv1d.weight", taps, REPLICATED)
@@ -115,7 +123,7 @@ def fused(config: DecoderConfig) -> bool:
 
 
 _FUSED = re.compile(
-    r"(model\.layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
+    r"(model\.(?:language_model\.)?layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
 )
 
 

@@ -1,7 +1,8 @@
-"""A linear layer's mixer: the gated delta net of Qwen3.5 (Yang et al. 2025)."""
+"""A linear layer's mixer: the gated delta net of Qwen3-Next and Qwen3.5 (Yang et al. 2025)."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from lora_jax.models.decoder.blocks import RMSNorm
@@ -36,29 +37,32 @@ class GatedDeltaNet(ModelPart):
         keys, values = cfg.linear_num_key_heads, cfg.linear_num_value_heads
         tail, state = cfg.recurrent_shapes
         act, init = ACTIVATION[cfg.hidden_act], nn.initializers.normal(cfg.initializer_range)
+        width, group = cfg.linear_key_head_dim, values // keys
+        sizes, n = cfg.linear_sizes, keys if cfg.linear_projections_joined else 1
 
-        def projected(name: str, features: int) -> jax.Array:
-            return dense(self, features, use_bias=False, name=f"in_proj_{name}")(x)
+        def projected(name: str) -> list[jax.Array]:
+            each = [sizes[part] for part in name]
+            out = dense(self, sum(each), use_bias=False, name=f"in_proj_{name}")(x)
+            parts = jnp.split(out.reshape(*x.shape[:2], n, -1), np.cumsum(each[:-1]) // n, axis=-1)
+            return [part.reshape(*x.shape[:2], -1) for part in parts]
 
         def heads(x: jax.Array, n: int) -> jax.Array:
             return self.placement.constrain(x.reshape(*x.shape[:2], n, -1), "heads")
 
-        taps = self.param(
-            "conv1d", init, (tail[1], 1, cfg.linear_conv_kernel_dim), self.param_dtype
-        )
+        shape = (tail[1], 1, cfg.linear_conv_kernel_dim)
+        taps = self.param("conv1d", init, shape, self.param_dtype)
         rate = self.param("A_log", nn.initializers.zeros, (values,), self.param_dtype)
         shift = self.param("dt_bias", nn.initializers.ones, (values,), self.param_dtype)
 
+        q, k, v, z, b, a = [part for name in cfg.linear_projections for part in projected(name)]
         mixed, new_tail = short_convolution(
-            *(projected("qkv", tail[1]).astype(dtype), taps.astype(dtype), tokens),
+            *(jnp.concatenate([q, k, v], axis=-1).astype(dtype), taps.astype(dtype), tokens),
             before and before.tail.astype(dtype),
         )
-        width = keys * cfg.linear_key_head_dim
-        q, k, v = jnp.split(act(mixed), [width, 2 * width], axis=-1)
+        q, k, v = jnp.split(act(mixed), [keys * width, 2 * keys * width], axis=-1)
         q, k = (normalised(heads(part, keys)) for part in (q, k))
-        # A key's head serves neighbouring heads of values.
-        q, k = (jnp.repeat(part, values // keys, axis=2) for part in (q, k))
-        z, b, a = (projected(*of) for of in (("z", v.shape[-1]), ("b", values), ("a", values)))
+        # A head of keys serves neighbouring heads of values.
+        q, k = (jnp.repeat(part, group, axis=2) for part in (q, k))
         beta = nn.sigmoid(b.astype(dtype))
         softened = nn.softplus(a.astype(dtype) + shift.astype(dtype))
         log_decay = -jnp.exp(rate.astype(dtype)) * softened
@@ -68,7 +72,7 @@ class GatedDeltaNet(ModelPart):
         else:
             start = before.state.astype(dtype)
         out, end = gated_delta_rule(
-            *(q * cfg.linear_key_head_dim**-0.5, k, heads(v, values), log_decay, beta, start),
+            *(q * width**-0.5, k, heads(v, values), log_decay, beta, start),
             tokens.segments,
         )
         out = RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(out)
