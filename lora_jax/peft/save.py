@@ -90,6 +90,12 @@ def save(
     config, tensors = contents(model, params, embedding_layers)
     if for_serving:
         config, tensors = as_served(config, tensors, model)
+    elif any(".mlp.shared_expert." in key for key in tensors) and _takes_for_experts(model):
+        raise PeftError(
+            "PEFT takes gate_proj, up_proj and down_proj of a qwen3_next model for its experts', "
+            "and cannot hold an adapter of shared_expert: leave it out "
+            "(exclude=['shared_expert']), merge the adapter, or write it for_serving"
+        )
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
         write_tensors(partial / FILE, tensors)
@@ -97,6 +103,11 @@ def save(
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
         if readme is not None:
             (partial / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _takes_for_experts(model: Model) -> bool:
+    """Returns whether PEFT renames every gate_proj, up_proj and down_proj, as of Qwen2-MoE."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "qwen3_next"
 
 
 def contents(

@@ -127,20 +127,29 @@ def test_logits_over_several_chunks(side: str) -> None:
     check_logits("qwen3.5", side, "dense", 150)
 
 
-def test_the_text_of_a_model_with_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "family", "layout"),
+    [
+        ("qwen3.5", "Qwen3_5", {}),
+        ("qwen3.5 moe", "Qwen3_5Moe", {}),
+        ("qwen3.5 moe", "Qwen3_5Moe", {"save_original_format": False}),
+    ],
+)
+def test_the_text_of_a_model_with_images(
+    case: str, family: str, layout: dict[str, bool], tmp_path: Path
+) -> None:
     """Its files have text under another name, and a vision encoder that is left out."""
     import transformers
 
-    reference, model, params = made("qwen3.5")
+    reference, model, params = made(case)
     vision = {"depth": 1, "hidden_size": 12, "intermediate_size": 8, "num_heads": 2}
     vision |= {"out_hidden_size": 24, "patch_size": 2, "num_position_embeddings": 4}
-    config = transformers.Qwen3_5Config(
-        text_config=reference.config.to_dict(), vision_config=vision
-    )
-    whole = transformers.Qwen3_5ForConditionalGeneration(config)
+    text = reference.config.to_dict()
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    whole = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     whole.model.language_model.load_state_dict(reference.model.state_dict())
     whole.lm_head.load_state_dict(reference.lm_head.state_dict())
-    whole.save_pretrained(tmp_path / "whole")
+    whole.save_pretrained(tmp_path / "whole", **layout)
     names = load_file(tmp_path / "whole/model.safetensors")
     assert {name.split(".")[1] for name in names} == {"language_model", "visual", "weight"}
     own, again = from_pretrained(tmp_path / "whole")
@@ -148,7 +157,7 @@ def test_the_text_of_a_model_with_images(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, again, params)
     save_pretrained(tmp_path / "text", own, again)
     back = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "text", attn_implementation="eager"
+        tmp_path / "text", attn_implementation="eager", experts_implementation="eager"
     )
     assert type(back) is type(reference)
     ids, mask = padded("left")

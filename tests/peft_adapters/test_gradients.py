@@ -25,56 +25,58 @@ pytestmark = [
 ]
 
 # name -> (case, fields of LoraConfig)
-ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = (
-    {
-        case: (case, {"target_modules": "all-linear"})
-        for case in (
-            "llama3",
-            "mistral with a window",
-            "qwen2 with some windows",
-            "qwen3",
-            "gemma2",
-            "gemma3",
-            "phi3",
-            "smollm3 with every option",
-            "olmo2",
-            "olmo3",
-            "granite",
-        )
-    }
-    | {
-        # alpha / r is exact: keys of length one enlarge the rounding of our s, which is in fp32.
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    case: (case, {"target_modules": "all-linear"})
+    for case in (
+        "llama3",
+        "mistral with a window",
+        "qwen2 with some windows",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "smollm3 with every option",
+        "olmo2",
+        "olmo3",
+        "granite",
+    )
+} | {
+    "gpt-oss, attention": ("gpt-oss", {"target_modules": "all-linear"}),
+    "gpt-oss, experts": (
+        "gpt-oss",
+        {
+            "target_modules": ["q_proj", "o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+        },
+    ),
+    "gpt-oss, gate and up alone": (
+        "gpt-oss",
+        {"target_parameters": ["mlp.experts.gate_up_proj", "router.weight"]},
+    ),
+    # gate and up share an A in PEFT, and have one each here: down alone has the same gradients.
+    "qwen3 moe": (
+        "qwen3 moe",
+        {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
+    "qwen3-next": (
+        "qwen3-next",
+        {
+            "target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"],
+            "target_parameters": ["mlp.experts.down_proj", "gate.weight"],
+            "lora_alpha": 6,
+        },
+    ),
+    # alpha / r is exact: keys of length one enlarge the rounding of our s, which is in fp32.
+    **{
         case: (case, {"target_modules": "all-linear", "lora_alpha": 6})
-        for case in ("qwen3.5", "qwen3.5 with every option")
-    }
-    | {
-        "gpt-oss, attention": ("gpt-oss", {"target_modules": "all-linear"}),
-        "gpt-oss, experts": (
-            "gpt-oss",
-            {
-                "target_modules": ["q_proj", "o_proj"],
-                "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-                "rank_pattern": {"experts.down_proj": 2},
-            },
-        ),
-        "gpt-oss, gate and up alone": (
-            "gpt-oss",
-            {"target_parameters": ["mlp.experts.gate_up_proj", "router.weight"]},
-        ),
-        # gate and up share an A in PEFT, and have one each here: down alone has the same gradients.
-        "qwen3 moe": (
-            "qwen3 moe",
-            {
-                "target_modules": ["q_proj", "v_proj"],
-                "target_parameters": ["mlp.experts.down_proj"],
-            },
-        ),
-        "mixtral, experts": (
-            "mixtral",
-            {"target_parameters": ["mlp.experts.down_proj", "gate.weight"]},
-        ),
-    }
-)
+        for case in ("qwen3.5", "qwen3.5 with every option", "qwen3.5 moe")
+    },
+    "mixtral, experts": (
+        "mixtral",
+        {"target_parameters": ["mlp.experts.down_proj", "gate.weight"]},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -89,6 +91,7 @@ def test_logits_and_gradients(
     reference, model, params = made(case)
     if model.config.linear_layers:  # transformers computes them in single precision, whatever x is
         monkeypatch.setattr(torch, "float32", torch.float64)
+        monkeypatch.setattr(torch, "float", torch.float64)
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.manual_seed(5)
     # In double precision, but for norms and the like: single is 1e-5 off on either side.
