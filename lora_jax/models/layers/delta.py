@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 CHUNK = 64
@@ -32,8 +34,6 @@ def gated_delta_rule(
     beta: jax.Array,
     state: jax.Array,
     segments: jax.Array | None = None,
-    *,
-    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the gated delta rule (Yang et al. 2025), a chunk of tokens at a time.
 
@@ -52,13 +52,12 @@ def gated_delta_rule(
       state: [batch, heads, key_dim, value_dim], before the first token.
       segments: [batch, seq] int32: a token whose segment is not that of the one before it finds an
         empty state; None where there is one segment, which goes on from ``state``.
-      chunk: the tokens of a chunk at most.
 
     Returns:
       The outputs, [batch, seq, heads, value_dim], and the state after the last token.
     """
     batch, seq, heads, _ = k.shape
-    size = min(chunk, seq)
+    size = chunk_size(seq)
 
     def cut(x: jax.Array, mode: str = "constant") -> jax.Array:
         """Returns [chunks, batch, heads, size, …] of [batch, seq, heads, …]."""
@@ -87,11 +86,8 @@ def gated_delta_rule(
     weights = jnp.einsum("...id,...jd->...ij", q, k) * between
     values, keys = beta * v, beta * from_before * k
     if size > 1:
-        system = beta * jnp.einsum("...id,...jd->...ij", k, k) * between
-        both = jnp.concatenate([values, keys], axis=-1)
-        both = lax.linalg.triangular_solve(
-            system, both, left_side=True, lower=True, unit_diagonal=True
-        )
+        system = jnp.tril(beta * jnp.einsum("...id,...jd->...ij", k, k) * between, -1)
+        both = inverse_plus_one(system) @ jnp.concatenate([values, keys], axis=-1)
         values, keys = jnp.split(both, [v.shape[-1]], axis=-1)
 
     def through_chunk(state: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -106,6 +102,41 @@ def gated_delta_rule(
     state, out = lax.scan(through_chunk, state, each)
     out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, -1, heads, v.shape[-1])
     return out[:, :seq], state
+
+
+def chunk_size(seq: int) -> int:
+    """Returns the tokens of a chunk, a power of two."""
+    return int(min(CHUNK, 1 << (seq - 1).bit_length()))
+
+
+@jax.custom_jvp
+def inverse_plus_one(system: jax.Array) -> jax.Array:
+    """Returns the inverse of 1 + a strictly lower triangular matrix, by products of matrices.
+
+    The inverses of two blocks on the diagonal give that of both together, whose size is twice as
+    large. Products are in full precision, since errors would add up.
+
+    Args:
+      system: [..., n, n], n a power of two.
+    """
+    size = system.shape[-1]
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), system.shape)
+    for block in (1 << level for level in range(size.bit_length() - 1)):
+        row, column = np.indices((size, size)) // block
+        beside = jnp.where((row == column + 1) & (row % 2 == 1), system, 0)
+        inverse -= beside if block == 1 else _exactly(inverse, beside, inverse)
+    return inverse
+
+
+@inverse_plus_one.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    inverse = inverse_plus_one(*primals)
+    return inverse, -_exactly(inverse, *tangents, inverse)
+
+
+def _exactly(*factors: jax.Array) -> jax.Array:
+    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return functools.reduce(product, factors)
 
 
 def short_convolution(

@@ -8,7 +8,7 @@ from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.models import kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.delta import CHUNK
+from lora_jax.models.layers.delta import chunk_size
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Split
@@ -104,10 +104,10 @@ def step_flops(
 def _of_delta_rule(config: Any, seq: int, passes: int) -> float:
     """Returns the FLOPs of a row in a linear layer's products, but for its projections."""
     heads, key, value = config.recurrent_shapes[1]
-    size = min(CHUNK, seq)
+    size = chunk_size(seq)
     tokens = -(-seq // size) * size
-    # Scores of keys and of queries, their sums of values; the state is read twice and written.
-    products = passes * (size * (2 * key + value) + 3 * key * value)
-    if passes > 1:  # the gradient of the system that is solved
-        products += size * (key + value)
-    return 2.0 * tokens * heads * products
+    # Scores of keys and of queries, their sums and those of a system's solution; the state is read
+    # twice and written. The system's inverse has no gradient through the products that make it.
+    products = passes * (size * (3 * key + 2 * value) + 3 * key * value)
+    inverses = max(1, passes - 2) * max(0, size.bit_length() - 2) + (passes > 1)
+    return 2.0 * tokens * heads * (products + 2 * inverses * size**2)
