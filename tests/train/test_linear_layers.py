@@ -14,6 +14,7 @@ from tests.models import tiny as tiny_models
 from tests.train.plan.tiny_plans import planned_for, write
 from tests.train.tiny import CONFIG, write_model, write_rows
 from train.adapters.source import find_adapter
+from train.console.errors import UserError
 from train.generate.__main__ import main as generate
 from train.options.common import AdapterConfig
 from train.run.rules import rules
@@ -33,7 +34,12 @@ def test_layers_are_counted_in_the_model() -> None:
     model = Decoder(tiny_models.config("qwen3.5"))
     ids = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    outline = SimpleNamespace(config=model.config, active_experts=None)
+    kinds = models.kinds(model.config)
+    outline = SimpleNamespace(config=model.config, active_experts=None, params=params, kinds=kinds)
+    tree = lj.lorafy(params, rules(AdapterConfig(targets=("o_proj",), layers=(0, 5)), outline))
+    assert lj.split(tree)[0].keys() == {"model/layers/2of3/self_attn/o_proj/kernel"}
+    with pytest.raises(UserError, match="--layers 6: the model has 6 layers"):
+        rules(AdapterConfig(layers=(1, 6)), outline)
     adapter = AdapterConfig(targets=("up_proj", "o_proj"), layers=(1, 2, 5), rank=3)
     tree = lj.lorafy(params, rules(adapter, outline))
     found = {
