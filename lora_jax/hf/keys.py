@@ -55,6 +55,7 @@ class Row:
         the expert's.
       shape: ours, of one member of the stack: [in, out] for a kernel.
       stack: the sizes of the axes in front: (layers,), (layers, experts), or ().
+      numbers: the layers' numbers in Hugging Face's names; None if the stack holds all layers.
       transpose: True if Hugging Face stores [out, in].
       aliases: other names under which a file may hold this very tensor (a tied head).
       in_module: the name in transformers 5's module, by which PEFT knows it, if files keep the one
@@ -70,6 +71,7 @@ class Row:
     hf: str
     shape: tuple[int, ...]
     stack: tuple[int, ...] = ()
+    numbers: tuple[int, ...] | None = None
     transpose: bool = False
     aliases: tuple[str, ...] = ()
     in_module: str | None = None
@@ -85,7 +87,9 @@ class Row:
     @property
     def hf_names(self) -> list[str]:
         """Hugging Face's names, in the order of ``members``."""
-        return [self.hf.format(*index) for index in self.members]
+        if self.numbers is None:
+            return [self.hf.format(*index) for index in self.members]
+        return [self.hf.format(self.numbers[layer], *rest) for layer, *rest in self.members]
 
     @property
     def hf_shape(self) -> tuple[int, ...]:

@@ -15,9 +15,10 @@ from lora_jax.hf.format import Config, Format, Formats
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
+from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES as DECODERS
 from lora_jax.models.decoder.gguf import gguf_of
-from lora_jax.models.decoder.keys import decoder_parts, decoder_table
+from lora_jax.models.decoder.keys import decoder_name, decoder_parts, decoder_table
 from lora_jax.models.decoder.model import Decoder
 from lora_jax.models.encoder.config import OPTIONS, EncoderConfig
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
@@ -65,14 +66,24 @@ _VISION = Format(
     ignored=OTHER_PARTS,
 )
 
+
+def _decoder_format(facts: DecoderFamily) -> Format:
+    return Format(
+        DecoderConfig.from_hf,
+        decoder_table,
+        decoder_parts,
+        name=decoder_name,
+        ignored=facts.left_out,
+        gguf=gguf_of(facts),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     **{
-        name: Family(
-            Decoder,
-            Format(DecoderConfig.from_hf, decoder_table, decoder_parts, gguf=gguf_of(facts)),
-            facts.default_targets,
-        )
-        for name, facts in DECODERS.items()
+        name: Family(Decoder, _decoder_format(facts), facts.default_targets)
+        for facts in DECODERS.values()
+        for name in (facts.model_type, facts.with_images)
+        if name is not None
     },
     **{name: Family(Encoder, _ENCODER, facts.default_targets) for name, facts in ENCODERS.items()},
     **{name: Family(VisionEncoder, _VISION, None) for name in VISION},

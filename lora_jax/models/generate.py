@@ -173,7 +173,7 @@ def share(
       Keys and values, for ``generate(…, shared=…)``.
 
     Raises:
-      ValueError: ids is empty, or does not have one axis.
+      ValueError: ids is empty, or does not have one axis; or the model has linear layers.
 
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
@@ -188,6 +188,11 @@ def share(
     tokens = jnp.asarray(ids, jnp.int32)
     if tokens.ndim != 1 or not tokens.size:
         raise ValueError(f"ids has the shape {tokens.shape}: one axis of tokens is needed")
+    if getattr(model.config, "linear_layers", ()):
+        raise ValueError(
+            f"a {model.config.model_type} model has linear layers, which have no keys and values "
+            "to share: give generate whole prompts, without shared="
+        )
     shared: Shared = _share(params, tokens, model=model, more_tokens=more_tokens, apply=apply)
     return shared
 

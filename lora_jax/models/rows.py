@@ -1,5 +1,6 @@
 """Writes a key table down row by row: Hugging Face's names follow from our paths."""
 
+import dataclasses
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -22,6 +23,17 @@ class Rows(list[Row]):
     def __init__(self, layers: str, n_layers: int, *, transpose: bool = True):
         super().__init__()
         self._layers, self._n_layers, self._transpose = layers, n_layers, transpose
+        self._place = ""
+        self._numbers: tuple[int, ...] | None = None
+
+    def begin(self, place: str, numbers: range) -> None:
+        """Begins with the stack of some layers.
+
+        Args:
+          place: its path behind that of all layers.
+          numbers: the layers, by Hugging Face's numbers.
+        """
+        self._place, self._n_layers, self._numbers = f"/{place}", len(numbers), tuple(numbers)
 
     def add(
         self,
@@ -48,7 +60,8 @@ class Rows(list[Row]):
         hf = f"{path}/{'weight' if leaf in _WEIGHTS else leaf}"
         stack: tuple[int, ...] = ()
         if path.startswith(f"{self._layers}/"):
-            hf, stack = hf.replace(self._layers, f"{self._layers}/{{}}", 1), (self._n_layers,)
+            hf = hf.replace(f"{self._layers}{self._place}", f"{self._layers}/{{}}", 1)
+            stack, more["numbers"] = (self._n_layers,), self._numbers
         if experts is not None:
             hf, stack = hf.replace("/experts/", "/experts/{}/"), (*stack, experts)
         row = {"transpose": leaf == "kernel" and self._transpose, **more}
@@ -68,7 +81,8 @@ class Rows(list[Row]):
           hf: Hugging Face's name behind that of the stack, with ``{}`` for the layer's number.
         """
         hf, stack = f"{self._layers.replace('/', '.')}.{hf}", (self._n_layers,)
-        self.append(Row(path=path, hf=hf, shape=shape, stack=stack, kind=kind, spec=spec))
+        row = Row(path=path, hf=hf, shape=shape, stack=stack, kind=kind, spec=spec)
+        self.append(dataclasses.replace(row, numbers=self._numbers))
 
     def linear(
         self,

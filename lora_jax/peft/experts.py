@@ -34,11 +34,13 @@ class Expert(Module):
       parameter: "gate_up_proj", "down_proj", or a router's "weight".
       half: the half of gate_up_proj's outputs: 0 or 1; None for the others, and for all of them.
       n: the number of experts in the parameter; 1 for a router.
+      layer: the layer's number.
     """
 
     parameter: str
     half: int | None
     n: int
+    layer: int
 
 
 def experts_of(model: Model) -> list[Expert]:
@@ -60,14 +62,16 @@ def experts_of(model: Model) -> list[Expert]:
     return [
         Expert(
             name=f"model.layers.{layer}.mlp.{module}.{parameter}",
-            path=f"model/layers/{config.family.mlp_name}/{kernel}/kernel",
-            index=(layer,),
+            path=f"{stack}/{config.family.mlp_name}/{kernel}/kernel",
+            index=(index,),
+            layer=layer,
             kind="router" if parameter == ROUTER else "experts",
             parameter=parameter,
             half=half,
             n=packed,
         )
         for layer in range(config.num_hidden_layers)
+        for stack, index in [config.place_of(layer)]
         for kernel, module, parameter, half, packed in parts
     ]
 

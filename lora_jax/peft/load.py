@@ -306,7 +306,8 @@ class _Files:
             value = self.reader.take(token_key(name), shape)
             value = value[[order.index(row) for row in node.rows]]
         else:
-            names = (self._row(path).hf.format(layer) for layer in node.rows)
+            of_layers = self._row(path).hf_names
+            names = (of_layers[layer] for layer in node.rows)
             value = np.stack([self._tensor(name) for name in names])
         return node.replace(value=jnp.asarray(value).astype(wide(node.dtype)))
 

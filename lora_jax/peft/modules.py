@@ -54,14 +54,21 @@ class Module:
 def tables_of(model: Model) -> list[Sequence[Row]]:
     """Returns a model's key table by the names that PEFT knows: transformers 5's, then 4's.
 
-    There is one table where all names are the same.
+    There is one table where all names are the same. A decoder that is the text of a model with
+    images has another, by the names in that model.
 
     Raises:
       PeftError: see `table_of`.
     """
     table = table_of(model)
     newer = [dataclasses.replace(row, hf=row.in_module or row.hf, in_module=None) for row in table]
-    return [newer, table] if any(row.in_module for row in table) else [table]
+    if any(row.in_module for row in table):
+        return [newer, table]
+    facts = getattr(getattr(model, "config", None), "family", None)
+    if getattr(facts, "with_images", None) is None:
+        return [table]
+    whole = ((row, re.sub(r"^model\.", "model.language_model.", row.hf)) for row in table)
+    return [table, [dataclasses.replace(row, hf=hf) for row, hf in whole]]
 
 
 def table_of(model: Model) -> Sequence[Row]:

@@ -90,6 +90,12 @@ def save(
     config, tensors = contents(model, params, embedding_layers)
     if for_serving:
         config, tensors = as_served(config, tensors, model)
+    elif any(".mlp.shared_expert." in key for key in tensors) and _takes_for_experts(model):
+        raise PeftError(
+            "PEFT takes gate_proj, up_proj and down_proj of a qwen3_next model for its experts', "
+            "and cannot hold an adapter of shared_expert: leave it out "
+            "(exclude=['shared_expert']), merge the adapter, or write it for_serving"
+        )
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
         write_tensors(partial / FILE, {name: entry(array) for name, array in tensors.items()})
@@ -97,6 +103,11 @@ def save(
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
         if readme is not None:
             (partial / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _takes_for_experts(model: Model) -> bool:
+    """Returns whether PEFT renames every gate_proj, up_proj and down_proj, as of Qwen2-MoE."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "qwen3_next"
 
 
 def contents(
@@ -148,6 +159,7 @@ class _Contents:
         self._all = modules(table, tied=self._tied)
         self._heads = tied_heads(nodes, tied) if self._tied else {}
         self._adapted = [m for m in self._all if self._rank(m)]
+        self._all_experts = experts
         self._experts = [e for e in experts if self._rank(e)]
         written = {m.path for m in [*self._adapted, *self._experts]}
         if lost := sorted(set(self._lora) - written):
@@ -269,8 +281,9 @@ class _Contents:
             self._put(key_a, packed_a)
             self._put(key_b, packed_b)
         ends = sorted({end_of(name) for name in by_name})
-        depth = self._rows[self._experts[0].path].stack[0]
-        every_layer = len(by_name) == depth * len(ends)
+        every_layer = {
+            e.name for e in self._all_experts if end_of(e.name) in ends
+        } == by_name.keys()
         return {"target_parameters": ends if every_layer else sorted(by_name)}
 
     def _of_experts(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
@@ -329,7 +342,7 @@ class _Contents:
                 self._put(token_key(name), np.asarray(node.value))
                 continue
             if isinstance(node, TrainedRows):
-                names = [row.hf.format(layer) for layer in node.rows]
+                names = [names[layer] for layer in node.rows]
             if not row.hf.endswith((".bias", ".weight")):
                 raise PeftError(
                     f"{path!r} trains in full; PEFT saves whole modules, and this is none"

@@ -5,7 +5,7 @@ alpha_pattern say: so all modules get one rank, filled up with zeros, and B hold
 experts it needs every projection of each, so that zeros stand for those that are not adapted:
 
 - gpt-oss: PEFT's two tensors of a layer, as `lora_jax.peft.experts` packs them;
-- Mixtral, Qwen3-MoE: a module for each expert's gate, up and down, under the names of the
+- Mixtral, Qwen's mixtures: a module for each expert's gate, up and down, under the names of the
   checkpoint, as PEFT names them in transformers 4.
 """
 
@@ -105,7 +105,7 @@ def _experts(
             used = b.any(axis=(0, 2))
             a, b = a[:, used], b[:, used]
         factors = _scaled(a, b, _scale(fields, expert.name))
-        mlp = f"model.layers.{expert.index[0]}.{config.family.mlp_name}"
+        mlp = f"model.layers.{expert.layer}.{config.family.mlp_name}"
         if expert.parameter == ROUTER:
             routers[f"{mlp}.{config.family.router_name}"] = factors
         else:
@@ -127,7 +127,11 @@ def _experts(
         names = _shortened(experts, depth, end_of)
         names += _shortened([f"{name}.{ROUTER}" for name in routers], depth, end_of)
         return found, {"target_parameters": sorted(names)}
-    names = [*(fields["target_modules"] or []), *_shortened(experts, depth * n, _last)]
+    names = list(fields["target_modules"] or [])
+    if config.shared_expert_intermediate_size:  # whose projections have the same last names
+        names += _shortened(experts, depth, lambda name: ".".join(name.split(".")[-3:]))
+    else:
+        names += _shortened(experts, depth * n, _last)
     names += _shortened(routers, depth, _last)
     return found, {"target_modules": sorted(names), "target_parameters": None}
 

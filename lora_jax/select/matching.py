@@ -20,7 +20,8 @@ _NOT_LINEAR = re.compile(
 )
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
 BIASES = ("bias", "b")
-_SIDE_LEAVES = frozenset({*BIASES, "scale", "offset", "mean", "var", "gamma", "beta", "sinks"})
+_OF_NORMS = ("scale", "offset", "mean", "var", "gamma", "beta")
+_SIDE_LEAVES = frozenset({*BIASES, *_OF_NORMS, "sinks", "conv1d", "A_log", "dt_bias"})
 
 NO_ARGUMENT = "it is no argument (leaves are matched by identity)"
 

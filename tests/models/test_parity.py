@@ -38,6 +38,9 @@ KINDS = [
     "olmo3",
     "granite",
     "gpt-oss",
+    "qwen3-next",
+    "qwen3.5",
+    "qwen3.5 moe",
 ]
 of_each_case = pytest.mark.parametrize("case", list(tiny.CASES))
 of_each_kind = pytest.mark.parametrize("case", KINDS)
@@ -91,17 +94,17 @@ def reference_logits(reference: Any, ids: np.ndarray, mask: np.ndarray) -> np.nd
         ).logits.numpy()
 
 
-def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
-    ids = tiny.tokens(1, 3, 11)
-    lengths = np.array([[11], [7], [4]])
-    at = np.arange(11)[None]
-    mask = at < lengths if side == "right" else at >= 11 - lengths
+def padded(side: str, seq: int = 11) -> tuple[np.ndarray, np.ndarray]:
+    ids = tiny.tokens(1, 3, seq)
+    lengths = np.array([[seq], [seq - 4], [4]])
+    at = np.arange(seq)[None]
+    mask = at < lengths if side == "right" else at >= seq - lengths
     return ids, mask.astype(np.int32)
 
 
-def check_logits(case: str, side: str, attention: Any) -> None:
+def check_logits(case: str, side: str, attention: Any, seq: int = 11) -> None:
     reference, model, params = made(case)
-    ids, mask = padded(side)
+    ids, mask = padded(side, seq)
     want = reference_logits(reference, ids, mask)
     got = np.asarray(tiny.run(model.clone(attention=attention), params, ids, mask))
     assert np.abs(want).max() > 1
@@ -118,14 +121,57 @@ def test_logits_by_blocks(case: str) -> None:
     check_logits(case, "right", Blockwise(block=4, spans=2))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_over_several_chunks(side: str) -> None:
+    """Linear layers take 64 tokens at a time; the last chunk is not full."""
+    check_logits("qwen3.5", side, "dense", 150)
+
+
+@pytest.mark.parametrize(
+    ("case", "family", "layout"),
+    [
+        ("qwen3.5", "Qwen3_5", {}),
+        ("qwen3.5 moe", "Qwen3_5Moe", {}),
+        ("qwen3.5 moe", "Qwen3_5Moe", {"save_original_format": False}),
+    ],
+)
+def test_the_text_of_a_model_with_images(
+    case: str, family: str, layout: dict[str, bool], tmp_path: Path
+) -> None:
+    """Its files have text under another name, and a vision encoder that is left out."""
+    import transformers
+
+    reference, model, params = made(case)
+    vision = {"depth": 1, "hidden_size": 12, "intermediate_size": 8, "num_heads": 2}
+    vision |= {"out_hidden_size": 24, "patch_size": 2, "num_position_embeddings": 4}
+    text = reference.config.to_dict()
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    whole = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    whole.model.language_model.load_state_dict(reference.model.state_dict())
+    whole.lm_head.load_state_dict(reference.lm_head.state_dict())
+    whole.save_pretrained(tmp_path / "whole", **layout)
+    names = load_file(tmp_path / "whole/model.safetensors")
+    assert {name.split(".")[1] for name in names} == {"language_model", "visual", "weight"}
+    own, again = from_pretrained(tmp_path / "whole")
+    assert own.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    save_pretrained(tmp_path / "text", own, again)
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "text", attn_implementation="eager", experts_implementation="eager"
+    )
+    assert type(back) is type(reference)
+    ids, mask = padded("left")
+    np.testing.assert_array_equal(*(reference_logits(m, ids, mask) for m in (back, reference)))
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe", "qwen3-next"])
 def test_both_layouts_of_experts(case: str, tmp_path: Path) -> None:
     reference, _, params = made(case)
     reference.save_pretrained(tmp_path, save_original_format=False)
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
 
 
-@pytest.mark.parametrize("case", ["gpt-oss", "olmo3"])
+@pytest.mark.parametrize("case", ["gpt-oss", "olmo3", "qwen3.5", "qwen3-next", "qwen3.5 moe"])
 def test_files_are_theirs(case: str, tmp_path: Path) -> None:
     reference, model, params = made(case)
     save_pretrained(tmp_path / "ours", model, params)

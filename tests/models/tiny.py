@@ -45,6 +45,21 @@ LONG = {
 }
 CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 5.0}
 
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 9,
+    "linear_key_head_dim": 7,
+    "linear_value_head_dim": 5,
+}
+
+MIXTURE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 13,
+    "shared_expert_intermediate_size": 11,
+}
+
 # Case -> the fields of config.json, as transformers 5 names them.
 CASES: dict[str, dict[str, Any]] = {
     "llama2": {"model_type": "llama", "num_key_value_heads": 6, "head_dim": 4},
@@ -216,6 +231,45 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
         "tie_word_embeddings": True,
     },
+    "qwen3-next": {
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 6,
+        "full_attention_interval": 3,
+        **DELTA,
+        **MIXTURE,
+        "norm_topk_prob": False,
+        "partial_rotary_factor": 0.5,
+    },
+    "qwen3.5 moe": {
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": 4,
+        "full_attention_interval": 2,
+        **DELTA,
+        **MIXTURE,
+    },
+    "qwen3.5": {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 6,
+        "full_attention_interval": 3,
+        **DELTA,
+    },
+    "qwen3.5 with every option": {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 4,
+        "layer_types": [f"{kind}_attention" for kind in ("linear", "full", "full", "linear")],
+        **DELTA,
+        "linear_conv_kernel_dim": 3,
+        "rope_parameters": {
+            **YARN,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 16,
+            "mrope_section": [1, 1, 1],
+            "mrope_interleaved": True,
+        },
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+    },
     "phi3": {
         "model_type": "phi3",
         "partial_rotary_factor": 0.6,
@@ -272,7 +326,7 @@ def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndar
     values = rng.standard_normal(shape).astype(np.float32)
     if "norm" in name or "scale" in name:
         return 1 + 0.4 * values
-    if "bias" in name:
+    if "bias" in name or "A_log" in name:
         return 0.7 * values
     if "sinks" in name:
         return 2 * values

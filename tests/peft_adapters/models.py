@@ -19,6 +19,21 @@ DECODER = SIZES | {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LINEAR = DECODER | {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 13,
+    "linear_value_head_dim": 5,
+}
+MIXTURE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 12,
+}
 ENCODER = SIZES | {
     "intermediate_size": 40,
     "max_position_embeddings": 64,
@@ -53,6 +68,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20}
         | {"head_dim": 6, "sliding_window": 4, "swiglu_limit": 0.5},
     ),
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", LINEAR | MIXTURE),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", LINEAR | {"attention_bias": True}),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", LINEAR | MIXTURE),
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -240,6 +258,64 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral all linear": ("mixtral", {"target_modules": "all-linear", "lora_dropout": 0.0}),
     "qwen3_moe all linear": ("qwen3_moe", {"target_modules": "all-linear", "lora_dropout": 0.0}),
+    "qwen3-next all linear": (
+        "qwen3_next",
+        {"target_modules": "all-linear", "lora_dropout": 0.0},
+    ),
+    "qwen3-next, experts and router": (
+        "qwen3_next",
+        {
+            "target_modules": ["in_proj_qkvz", "shared_expert_gate"],
+            "target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj"],
+            "alpha_pattern": {"gate.weight": 4},
+            "lora_dropout": 0.0,
+        },
+    ),
+    "qwen3-next, one layer's experts": (
+        "qwen3_next",
+        {
+            "target_modules": ["in_proj_ba"],
+            "target_parameters": ["model.layers.2.mlp.experts.gate_up_proj"],
+            "lora_dropout": 0.0,
+        },
+    ),
+    "qwen3.5 moe all linear": (
+        "qwen3_5_moe",
+        {"target_modules": "all-linear", "lora_dropout": 0.0},
+    ),
+    "qwen3.5 moe, shared and other experts": (
+        "qwen3_5_moe",
+        {
+            "target_modules": ["shared_expert.up_proj", "shared_expert_gate"],
+            "target_parameters": ["experts.gate_up_proj", "model.layers.1.mlp.gate.weight"],
+            "lora_dropout": 0.0,
+        },
+    ),
+    "qwen3.5 all linear": ("qwen3_5", {"target_modules": "all-linear", "bias": "lora_only"}),
+    "qwen3.5, some layers": (
+        "qwen3_5",
+        {
+            "target_modules": ["in_proj_qkv", "out_proj", "o_proj", "up_proj"],
+            "layers_to_transform": [0, 3],
+            "rank_pattern": {"layers.0.linear_attn.in_proj_qkv": 5},
+        },
+    ),
+    "qwen3.5, biases and ranks by layer": (
+        "qwen3_5",
+        {
+            "target_modules": r".*(in_proj_[zba]|q_proj|down_proj)",
+            "rank_pattern": {"layers.2.mlp.down_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 11},
+            "bias": "all",
+        },
+    ),
+    "qwen3.5, modules saved": (
+        "qwen3_5",
+        {
+            "target_modules": ["in_proj_qkv"],
+            "modules_to_save": ["layers.2.linear_attn.norm", "layers.1.input_layernorm"],
+        },
+    ),
     "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "gpt2 all linear, DoRA": (
         "gpt2",

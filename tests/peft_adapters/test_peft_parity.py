@@ -85,6 +85,27 @@ def test_both_ways(name, folders, tmp_path):
     assert_close(logits_of(back), expected, 1e-5)
 
 
+def test_an_adapter_of_a_whole_model_is_one_of_its_text(folders, tmp_path):
+    """PEFT on a model with images: its text has other names there."""
+    import transformers
+
+    text = torch_model(folders, "qwen3_5")
+    vision = {"depth": 1, "hidden_size": 12, "intermediate_size": 8, "num_heads": 2}
+    vision |= {"out_hidden_size": 24, "patch_size": 2, "num_position_embeddings": 4}
+    config = transformers.Qwen3_5Config(text_config=text.config.to_dict(), vision_config=vision)
+    whole = transformers.Qwen3_5ForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    targets = {"target_modules": ["in_proj_qkv", "q_proj", "up_proj"]}
+    theirs = with_adapter(whole.eval(), targets)
+    theirs.save_pretrained(tmp_path)
+    assert all(
+        ".language_model." in name for name in load_file(tmp_path / "adapter_model.safetensors")
+    )
+    model, params = models.from_pretrained(folders / "qwen3_5")
+    assert_close(our_logits(model, lp.load(tmp_path, model, params)), logits_of(theirs), 1e-5)
+
+
 @pytest.mark.parametrize("kernels", [["w1", "w2", "w3"], ["w3"], ["w1", "w2"]])
 def test_experts_trained_here(kernels, folders, tmp_path):
     """gate and up have an A each, and ranks of their own: still one function in PEFT."""

@@ -1,5 +1,7 @@
 """Adapters of experts in the layout that servers read, by vLLM's rules written out in NumPy."""
 
+import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +26,10 @@ ADAPTERS: dict[str, list[lj.LoraRule]] = {
     "qwen3 moe": [
         lj.LoraRule(targets=["gate"], rank=4, alpha=6),
         lj.LoraRule(targets=["down_proj"], rank=2, alpha=3, layers=[1]),
+    ],
+    "qwen3-next": [
+        lj.LoraRule(targets=["gate", "experts/up_proj"], rank=4, alpha=6),
+        lj.LoraRule(targets=["experts/down_proj", "o_proj"], rank=2, alpha=3, layers=[1]),
     ],
     "gpt-oss": [
         lj.LoraRule(targets=["gate_up_proj"], rank=2, alpha=5),
@@ -72,14 +78,15 @@ def as_read(config: Any, fields: Any, tensors: Any) -> Iterator[tuple[str, np.nd
 
 def changes(config: Any, params: Any, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (a module of the engine's, the change of our kernel) for what may be adapted."""
-    layers, merged = params["model"]["layers"], lj.merge(tree)["model"]["layers"]
-    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), merged, layers)
-    mlp = config.family.mlp_name
-    for i in range(config.num_hidden_layers):
-        for name in ("q_proj", "o_proj"):
-            yield f"model.layers.{i}.self_attn.{name}", change["self_attn"][name]["kernel"][i].T
-        router = config.family.router_name
-        yield f"model.layers.{i}.{mlp}.{router}", change[mlp][router]["kernel"][i].T
+    whole = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), lj.merge(tree), params)
+    mlp, router = config.family.mlp_name, config.family.router_name
+    for number in range(config.num_hidden_layers):
+        path, i = config.place_of(number)
+        change = functools.reduce(operator.getitem, path.split("/"), whole)
+        for name in ("q_proj", "o_proj") if "self_attn" in change else ():
+            kernel = change["self_attn"][name]["kernel"][i].T
+            yield f"model.layers.{number}.self_attn.{name}", kernel
+        yield f"model.layers.{number}.{mlp}.{router}", change[mlp][router]["kernel"][i].T
         for name in config.expert_shapes:
             for e in range(config.num_experts):
                 kernel, stem = change[mlp]["experts"][name]["kernel"][i, e].T, f"{mlp}.experts.{e}"
@@ -88,7 +95,7 @@ def changes(config: Any, params: Any, tree: Any) -> Iterator[tuple[str, np.ndarr
                     halves = {"gate": kernel[::2], "up": kernel[1::2]}
                     parts = halves if name == "gate_up_proj" else {"down": kernel}
                 for part, values in parts.items():
-                    yield f"model.layers.{i}.{stem}.{part}", values
+                    yield f"model.layers.{number}.{stem}.{part}", values
 
 
 @over("case", ADAPTERS, often=["mixtral", "gpt-oss"])
@@ -114,6 +121,16 @@ def test_we_read_it_too(case: str, tmp_path: Any) -> None:
     again = lp.load(tmp_path / "served", model, params)
     assert_close(lj.merge(again), lj.merge(tree), 1e-6)
     assert lp.serving_problems(tmp_path / "served", model_type=model.config.model_type) == []
+
+
+def test_peft_cannot_hold_an_expert_that_all_tokens_share(tmp_path: Any) -> None:
+    """Of Qwen3-Next: PEFT renames its projections. A server reads them, and so do we."""
+    model, params = tiny.decoder("qwen3-next")
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["shared_expert"], rank=2)])
+    with pytest.raises(lp.PeftError, match=r"cannot hold an adapter of shared_expert"):
+        lp.save(tmp_path / "plain", model, tree)
+    lp.save(tmp_path / "served", model, tree, for_serving=True)
+    assert not (tmp_path / "plain").exists()
 
 
 @pytest.mark.parametrize("targets", ["sinks", "experts"])

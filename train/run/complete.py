@@ -60,7 +60,7 @@ def completed(
     """Returns the tokens of each prompt's greedy continuation, with the one that ends it.
 
     A prefix shared by all prompts (a system prompt, solved examples) runs through the model once,
-    and is held once for all rows.
+    and is held once for all rows; not in a model with linear layers, which have no keys to share.
 
     Args:
       model: a decoder.
@@ -72,7 +72,7 @@ def completed(
         again: each new function compiles.
       progress: is called with the number of answers so far, and of all.
     """
-    n_shared = _n_shared(prompts)
+    n_shared = 0 if getattr(model.config, "linear_layers", ()) else _n_shared(prompts)
     rests = [prompt[n_shared:] for prompt in prompts]
     length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE
     ends = end_tokens(outline)
@@ -115,7 +115,8 @@ def left_padded(
 def _n_rows(model: Any, slots: int) -> int:
     """Returns the number of rows whose caches fit into the memory of a batch's."""
     cache = jax.eval_shape(lambda: init_cache(model.config, 1, slots, model.dtype))
-    of_row = sum(leaf.size * leaf.dtype.itemsize for leaf in (cache.key, cache.value))
+    kept = jax.tree.leaves((cache.key, cache.value, cache.recurrent))
+    of_row = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
     return max(1, min(_MOST_ROWS, _CACHE_BYTES // of_row))
 
 

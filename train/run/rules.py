@@ -1,5 +1,6 @@
 """Adapter options as rules for the tree."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -70,7 +71,39 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
         raise UserError(
             "--targets none: nothing would train; select parameters with --train or --bias"
         )
-    return chosen
+    if outline is None or not getattr(outline.config, "pattern", {}):
+        return chosen
+    return [one for rule in chosen for one in _by_places(rule, outline)]
+
+
+def _by_places(rule: Rule, outline: Outline) -> list[Rule]:
+    """Returns a rule on some of the model's layers as one for each stack of every n-th layer.
+
+    Args:
+      rule: the rule; one on all layers stays as it is.
+      outline: a model whose layers are stacked by their places; see ``DecoderConfig.pattern``.
+
+    Raises:
+      UserError: the model has fewer layers.
+    """
+    if rule.layers is None:
+        return [rule]
+    config: Any = outline.config
+    n, depth, found = len(config.pattern), config.num_hidden_layers, []
+    if beyond := [layer for layer in rule.layers if layer >= depth]:
+        raise UserError(f"--layers {beyond[0]}: the model has {depth} layers, counted from 0")
+    for i, place in enumerate(config.pattern):
+        if own := [layer // n for layer in rule.layers if layer % n == i]:
+            elsewhere = f"(?!model/layers/{place}/).*"
+            found.append(dataclasses.replace(rule, layers=own, exclude=elsewhere))
+
+    def selects(rule: Rule) -> bool:
+        try:
+            return bool(lj.lorafy(outline.params, [rule], kinds=outline.kinds))
+        except ValueError:  # linear layers have no q_proj, and others no in_proj_qkv
+            return False
+
+    return list(filter(selects, found)) or found
 
 
 def check_names(adapter: AdapterConfig, outline: Outline) -> None:

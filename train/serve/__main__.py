@@ -56,6 +56,12 @@ def run(options: ServeOptions) -> None:
     outline = read_outline(options.model).quantized(options.quantize)
     if isinstance(outline.config, models.EncoderConfig):
         raise UserError(f"--model {options.model} is an encoder, which writes no text")
+    if getattr(outline.config, "linear_layers", ()):
+        raise UserError(
+            f"--model {options.model} ({outline.config.model_type}) has linear layers: a server "
+            "keeps keys and values of prompts, and not yet what such layers remember; answer by "
+            "train.generate, or serve a saved model elsewhere"
+        )
     length = length_of(options, outline)
     layout = _layout(options, outline)
     with ExitStack() as held:

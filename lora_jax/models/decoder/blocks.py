@@ -43,6 +43,7 @@ class MLP(ModelPart):
     """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
     config: DecoderConfig
+    inner: int | None = None  # None for the configuration's intermediate_size
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,7 +52,7 @@ class MLP(ModelPart):
 
 def _gated(module: MLP, x: jax.Array) -> jax.Array:
     cfg = module.config
-    size, bias = cfg.intermediate_size, cfg.mlp_bias
+    size, bias = module.inner or cfg.intermediate_size, cfg.mlp_bias
     if cfg.fused_projections:
         fused = dense(module, 2 * size, use_bias=bias, name="gate_up_proj")(x)
         gate, up = jnp.split(fused, 2, axis=-1)

@@ -15,8 +15,8 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Gemma 2 and 3, Phi-3,
-    SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
+    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Qwen3-Next, Qwen3.5
+    (MoE), Gemma 2 and 3, Phi-3, SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
 
     Hashable. Sizes are in elements.
 
@@ -44,9 +44,19 @@ class DecoderConfig:
       num_experts: 0 for a dense MLP; else each token is sent to ``num_experts_per_tok`` of them,
         of inner size ``moe_intermediate_size``. ``norm_topk_prob``: their weights add up to 1.
       expert_biases: the router and the experts have biases.
+      shared_expert_intermediate_size: the inner size of an MLP that each token goes through beside
+        its experts, and whose output a sigmoid of the token weighs; 0 without one.
       swiglu_limit, swiglu_alpha: experts compute (up + 1) gate sigmoid(alpha gate), of up clipped
         to ±limit and gate to at most limit (gpt-oss); without a limit act(gate) up.
       sinks: each head has a number of its own in the softmax's sum; see ``attend`` (gpt-oss).
+      attn_output_gate: q_proj makes a gate beside each query, whose sigmoid multiplies what
+        attention returns (Qwen3.5).
+      linear_layers: the layers with a ``GatedDeltaNet`` in the place of attention (Qwen3.5).
+      linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim,
+        linear_conv_kernel_dim: their heads, the heads' sizes, and the tokens that the convolution
+        sees.
+      linear_projections_joined: q, k, v, z are one kernel, and so are b and a, with what belongs to
+        a head of keys side by side (Qwen3-Next).
       eos_token_ids: the tokens that end a text.
 
     Raises:
@@ -94,10 +104,19 @@ class DecoderConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    shared_expert_intermediate_size: int = 0
     expert_biases: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     sinks: bool = False
+    attn_output_gate: bool = False
+    linear_layers: tuple[int, ...] = ()
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_conv_kernel_dim: int = 0
+    linear_projections_joined: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -117,7 +136,8 @@ class DecoderConfig:
                 f"sliding_window ({self.sliding_window}) and windowed_layers "
                 f"({self.windowed_layers}) go together"
             )
-        for name in ("windowed_layers", "rope_free_layers"):
+        self._check_linear()
+        for name in ("windowed_layers", "rope_free_layers", "linear_layers"):
             if not all(0 <= i < self.num_hidden_layers for i in getattr(self, name)):
                 raise ConfigError(
                     f"{name} {getattr(self, name)} names layers beyond the "
@@ -150,6 +170,64 @@ class DecoderConfig:
                 raise ConfigError(
                     f"{name} has {len(getattr(scaling, name))} numbers for {pairs} rotated pairs"
                 )
+
+    def _check_linear(self) -> None:
+        if not self.linear_layers:
+            return
+        if len(self.linear_layers) == self.num_hidden_layers:
+            raise ConfigError("all layers are linear: one with attention is needed at least")
+        sizes = "num_key_heads num_value_heads key_head_dim value_head_dim conv_kernel_dim".split()
+        for name in (f"linear_{size}" for size in sizes):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"linear_layers need a {name} of 1 at least")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ConfigError(
+                f"linear_num_value_heads ({self.linear_num_value_heads}) is not a multiple of "
+                f"linear_num_key_heads ({self.linear_num_key_heads})"
+            )
+
+    @property
+    def pattern(self) -> dict[str, bool]:
+        """The shortest run of layers that all repeat, such as "0of4": whether each is linear.
+
+        {} if none is linear. ``model/layers/0of4`` is the stack of layers 0, 4, 8, ….
+        """
+        if not self.linear_layers:
+            return {}
+        n = self.num_hidden_layers
+        linear = tuple(i in self.linear_layers for i in range(n))
+        repeats = (p for p in range(1, n + 1) if n % p == 0 and linear[:p] * (n // p) == linear)
+        size = next(repeats)
+        return {f"{i}of{size}": linear[i] for i in range(size)}
+
+    def place_of(self, layer: int) -> tuple[str, int]:
+        """Returns the path of the stack that holds a layer, and the layer's index in it."""
+        places = ["/".join(("model/layers", place)) for place in self.pattern] or ["model/layers"]
+        return places[layer % len(places)], layer // len(places)
+
+    @property
+    def linear_sizes(self) -> dict[str, int]:
+        """The features of what a linear layer's projections make: q, k, v, z, b and a."""
+        heads, keys = self.linear_num_value_heads, self.linear_num_key_heads
+        sizes = dict.fromkeys("qk", keys * self.linear_key_head_dim)
+        return (
+            sizes
+            | dict.fromkeys("vz", heads * self.linear_value_head_dim)
+            | dict.fromkeys("ba", heads)
+        )
+
+    @property
+    def linear_projections(self) -> tuple[str, ...]:
+        """A linear layer's projections, by the names of what they make."""
+        return ("qkvz", "ba") if self.linear_projections_joined else ("qkv", "z", "b", "a")
+
+    @property
+    def recurrent_shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """The shapes of what a linear layer remembers of a row; see ``cache.Recurrent``."""
+        heads, key_dim = self.linear_num_value_heads, self.linear_key_head_dim
+        channels = sum(self.linear_sizes[part] for part in "qkv")
+        tail = (self.linear_conv_kernel_dim - 1, channels)
+        return tail, (heads, key_dim, self.linear_value_head_dim)
 
     @property
     def rotary_dim(self) -> int:

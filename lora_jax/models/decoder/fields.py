@@ -1,5 +1,6 @@
 """A decoder's fields in Hugging Face's config.json: see ``families`` for what each family reads."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.types import Fields
@@ -24,6 +25,7 @@ _SAME: dict[str, Any] = {
 }
 _SAME_WHERE_READ: dict[str, Any] = {
     "mlp_bias": False,
+    "shared_expert_intermediate_size": 0,
     "query_pre_attn_scalar": None,
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
@@ -31,9 +33,21 @@ _SAME_WHERE_READ: dict[str, Any] = {
     "logits_scaling": 1.0,
     "swiglu_limit": None,
     "swiglu_alpha": 1.702,
+    "linear_num_key_heads": 0,
+    "linear_num_value_heads": 0,
+    "linear_key_head_dim": 0,
+    "linear_value_head_dim": 0,
+    "linear_conv_kernel_dim": 0,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
+
+# Fields of a model with images that say nothing of its texts.
+_OF_IMAGES = frozenset(
+    """
+    vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
+    """.split()
+)
 
 _COMMON = frozenset(
     """
@@ -65,9 +79,11 @@ def read_fields(config: Fields) -> dict[str, Any]:
     Raises:
       ConfigError: names the fields that are missing, unsupported or unknown.
     """
+    config = _of_text(config)
     check_known("model_type", config.get("model_type"), FAMILIES)
     family = FAMILIES[config["model_type"]]
-    missing = [name for name in _REQUIRED if config.get(name) is None]
+    given = {**family.defaults, **config}
+    missing = [name for name in _REQUIRED if given.get(name) is None]
     if missing:
         raise ConfigError(f"the configuration lacks {', '.join(missing)}")
     unsupported = {**_UNSUPPORTED, **family.refuses}
@@ -77,12 +93,11 @@ def read_fields(config: Fields) -> dict[str, Any]:
         return config.get(name, family.defaults.get(name, default))
 
     heads = config["num_attention_heads"]
-    window, windowed = _read_window(family, config["num_hidden_layers"], get)
     attention_bias = bool(get("attention_bias", False))
     same = {name: get(name, default) for name, default in (_SAME | _SAME_WHERE_READ).items()}
     return {
         "model_type": family.model_type,
-        **{name: config[name] for name in _REQUIRED},
+        **{name: get(name) for name in _REQUIRED},
         **same,
         "tie_word_embeddings": bool(same["tie_word_embeddings"]),
         "mlp_bias": bool(same["mlp_bias"]),
@@ -92,8 +107,7 @@ def read_fields(config: Fields) -> dict[str, Any]:
         **read_rope(family, config, get),
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
-        "sliding_window": window,
-        "windowed_layers": windowed,
+        **_read_layers(family, config["num_hidden_layers"], get),
         "rope_free_layers": family.rope_free(get, config["num_hidden_layers"]),
         **_read_experts(family, get),
         "eos_token_ids": read_eos(config),
@@ -134,11 +148,29 @@ def write_fields(fields: Fields) -> dict[str, Any]:
     if "no_rope_layers" in own:
         out["no_rope_layers"] = [int(i not in fields["rope_free_layers"]) for i in layers]
     if "layer_types" in own:
-        out["layer_types"] = [
-            "sliding_attention" if i in fields["windowed_layers"] else "full_attention"
-            for i in layers
-        ]
+        kinds = dict.fromkeys(layers, "full_attention")
+        kinds |= dict.fromkeys(fields["windowed_layers"], "sliding_attention")
+        kinds |= dict.fromkeys(fields["linear_layers"], "linear_attention")
+        out["layer_types"] = list(kinds.values())
     return {**out, **write_rope(family, fields)}
+
+
+def _of_text(config: Fields) -> Fields:
+    """Returns the fields of a decoder, which a model with images has in its text_config."""
+    kind = config.get("model_type")
+    of_text = {f.with_images: f.model_type for f in FAMILIES.values() if f.with_images}
+    if kind not in of_text:
+        return config
+    tied, text = "tie_word_embeddings", config.get("text_config")
+    refuse_unknown(config, kind, _OF_IMAGES | {"model_type", "text_config", tied})
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"the configuration of {kind} lacks text_config")
+    if text.get("model_type", of_text[kind]) != of_text[kind]:
+        raise ConfigError(f"text_config has model_type {text['model_type']!r}: not {of_text[kind]}")
+    both = {bool(fields[tied]) for fields in (config, text) if tied in fields}
+    if len(both) > 1:
+        raise ConfigError(f"{tied} of {kind} and of its text_config contradict each other")
+    return {**text, "model_type": of_text[kind], tied: True in both}
 
 
 def _read_activation(family: DecoderFamily, get: Get) -> str:
@@ -167,21 +199,27 @@ def _read_experts(family: DecoderFamily, get: Get) -> dict[str, Any]:
     }
 
 
-def _read_window(
-    family: DecoderFamily, n_layers: int, get: Get
-) -> tuple[int | None, tuple[int, ...]]:
-    """Reads the sliding window and the layers that use it."""
+def _read_layers(family: DecoderFamily, n_layers: int, get: Get) -> dict[str, Any]:
+    """Reads the sliding window, the layers that use it, and the linear layers."""
     window = get("sliding_window") if "sliding_window" in family.reads else None
     if "use_sliding_window" in family.reads and not get("use_sliding_window", False):
         window = None
     types = get("layer_types") if "layer_types" in family.reads else None
     if types is None:
         windowed = () if window is None else tuple(family.windowed(get, n_layers))
+        linear = family.linear(get, n_layers) if family.linear else ()
     else:
-        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-        if unknown or len(types) != n_layers:
+        known = {"full_attention", "linear_attention" if family.linear else "sliding_attention"}
+        if set(types) - known or len(types) != n_layers:
             raise ConfigError(f"layer_types {list(types)} do not describe {n_layers} layers")
-        windowed = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+        windowed, linear = (
+            tuple(i for i, kind in enumerate(types) if kind == f"{name}_attention")
+            for name in ("sliding", "linear")
+        )
         if windowed and window is None:
             raise ConfigError("layer_types has sliding_attention, but no sliding_window is in use")
-    return (window, windowed) if windowed else (None, ())
+    return {
+        "sliding_window": window if windowed else None,
+        "windowed_layers": windowed if window else (),
+        "linear_layers": linear,
+    }

@@ -8,39 +8,41 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.hf.keys import Row, SubTensor
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.rows import Rows
-from lora_jax.models.specs import COLUMNS, ROUTER, ROWS
+from lora_jax.models.specs import COLUMNS, REPLICATED, ROUTER, ROWS
 
 
 def decoder_table(config: DecoderConfig) -> list[Row]:
     """Returns every parameter of the decoder, once, in the order of the forward pass."""
-    layer = "model/layers"
-    attention, mlp = f"{layer}/self_attn", f"{layer}/{config.family.mlp_name}"
-    rows = Rows(layer, config.num_hidden_layers)
+    layers, width, n = "model/layers", config.hidden_size, config.num_hidden_layers
+    rows = Rows(layers, n)
+    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    words = (config.vocab_size, width)
+    rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
+    if not config.pattern:
+        _layer(rows, config, layers)
+    for i, (place, linear) in enumerate(config.pattern.items()):
+        rows.begin(place, range(i, n, len(config.pattern)))
+        _layer(rows, config, f"{layers}/{place}", linear)
+    rows.add("norm", "model/norm", "scale", (width,))
+    if not config.tie_word_embeddings:
+        rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False)
+    return rows
+
+
+def _layer(rows: Rows, config: DecoderConfig, layer: str, linear: bool = False) -> None:
+    """Adds the parameters of the stack of layers at a path."""
+    mlp = f"{layer}/{config.family.mlp_name}"
+    width = config.hidden_size
 
     def norm(path: str, size: int) -> None:
         rows.add("norm", path, "scale", (size,))
 
-    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_out, kv_out = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    words = (config.vocab_size, width)
-    rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
     if config.pre_norms:
         norm(f"{layer}/input_layernorm", width)
-    sizes = {"q": q_out, "k": kv_out, "v": kv_out}
-    if config.fused_projections:
-        sizes = {"qkv": q_out + 2 * kv_out}
-    for name, size in sizes.items():
-        path = f"{attention}/{name}_proj"
-        rows.linear("attention", path, (width, size), COLUMNS, config.qkv_bias)
-    if config.qk_norm:
-        joined = config.qk_norm_joins_heads
-        norm(f"{attention}/q_norm", q_out if joined else head_dim)
-        norm(f"{attention}/k_norm", kv_out if joined else head_dim)
-    rows.linear("attention", f"{attention}/o_proj", (q_out, width), ROWS, config.o_bias)
-    if config.sinks:
-        heads = (config.num_attention_heads,)
-        rows.named("attention", f"{attention}/sinks", "{}.self_attn.sinks", heads, P("tensor"))
+    if linear:
+        _linear(rows, config, f"{layer}/linear_attn")
+    else:
+        _attention(rows, config, f"{layer}/self_attn")
     norm(f"{layer}/post_attention_layernorm", width)
     if config.pre_norms and config.post_norms:
         norm(f"{layer}/pre_feedforward_layernorm", width)
@@ -56,17 +58,63 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
             hf, split = f"{{}}.mlp.experts.{name}", P("expert", None if name == last else "tensor")
             rows.named("experts", f"{path}/kernel", hf, (n, *shape), spec)
             rows.named("experts", f"{path}/bias", f"{hf}_bias", (n, shape[1]), split)
+        if config.shared_expert_intermediate_size:
+            _mlp(rows, config, f"{mlp}/shared_expert", config.shared_expert_intermediate_size)
+            rows.linear("mlp", f"{mlp}/shared_expert_gate", (width, 1), ROUTER, bias=False)
     else:
-        sizes = {"gate_up": 2 * inner} if config.fused_projections else {"gate": inner, "up": inner}
-        for name, size in sizes.items():
-            rows.linear("mlp", f"{mlp}/{name}_proj", (width, size), COLUMNS, config.mlp_bias)
-        rows.linear("mlp", f"{mlp}/down_proj", (inner, width), ROWS, config.mlp_bias)
+        _mlp(rows, config, mlp, config.intermediate_size)
     if config.post_norms:
         norm(f"{layer}/post_feedforward_layernorm", width)
-    norm("model/norm", width)
-    if not config.tie_word_embeddings:
-        rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False)
-    return rows
+
+
+def _mlp(rows: Rows, config: DecoderConfig, path: str, inner: int) -> None:
+    width = config.hidden_size
+    sizes = {"gate_up": 2 * inner} if config.fused_projections else {"gate": inner, "up": inner}
+    for name, size in sizes.items():
+        rows.linear("mlp", f"{path}/{name}_proj", (width, size), COLUMNS, config.mlp_bias)
+    rows.linear("mlp", f"{path}/down_proj", (inner, width), ROWS, config.mlp_bias)
+
+
+def _linear(rows: Rows, config: DecoderConfig, path: str) -> None:
+    (_, channels), (heads, _, size) = config.recurrent_shapes
+    values = heads * size
+    for name in config.linear_projections:
+        shape = (config.hidden_size, sum(config.linear_sizes[part] for part in name))
+        rows.linear("attention", f"{path}/in_proj_{name}", shape, COLUMNS, bias=False)
+    taps = (channels, 1, config.linear_conv_kernel_dim)
+    rows.named("attention", f"{path}/conv1d", "{}.linear_attn.conv1d.weight", taps, REPLICATED)
+    for name in ("A_log", "dt_bias"):
+        hf = f"{{}}.linear_attn.{name}"
+        rows.named("attention", f"{path}/{name}", hf, (heads,), REPLICATED)
+    rows.add("norm", f"{path}/norm", "scale", (size,))
+    out_shape = (values, config.hidden_size)
+    rows.linear("attention", f"{path}/out_proj", out_shape, ROWS, bias=False)
+
+
+def _attention(rows: Rows, config: DecoderConfig, attention: str) -> None:
+    width, head_dim = config.hidden_size, config.head_dim
+    q_out, kv_out = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    sizes = {"q": q_out * (1 + config.attn_output_gate), "k": kv_out, "v": kv_out}
+    if config.fused_projections:
+        sizes = {"qkv": q_out + 2 * kv_out}
+    for name, size in sizes.items():
+        path = f"{attention}/{name}_proj"
+        rows.linear("attention", path, (width, size), COLUMNS, config.qkv_bias)
+    if config.qk_norm:
+        joined = config.qk_norm_joins_heads
+        for name, size in (("q", q_out), ("k", kv_out)):
+            rows.add("norm", f"{attention}/{name}_norm", "scale", (size if joined else head_dim,))
+    rows.linear("attention", f"{attention}/o_proj", (q_out, width), ROWS, config.o_bias)
+    if config.sinks:
+        heads = (config.num_attention_heads,)
+        rows.named("attention", f"{attention}/sinks", "{}.self_attn.sinks", heads, P("tensor"))
+
+
+def decoder_name(name: str, config: DecoderConfig) -> str:
+    """Returns the table's name of a tensor, in the files of a model with images as well."""
+    if config.family.with_images is None:
+        return name
+    return re.sub(r"^model\.language_model\.", "model.", name)
 
 
 def fused(config: DecoderConfig) -> bool:
@@ -75,7 +123,7 @@ def fused(config: DecoderConfig) -> bool:
 
 
 _FUSED = re.compile(
-    r"(model\.layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
+    r"(model\.(?:language_model\.)?layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
 )
 
 

@@ -1,6 +1,6 @@
-"""One decoder layer: norms, grouped-query attention, and an MLP or experts."""
+"""One decoder layer: norms, grouped-query attention or a linear mixer, and an MLP or experts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,12 @@ from lora_jax.models.causal import attended
 from lora_jax.models.decoder.blocks import MLP, norm, times
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
+from lora_jax.models.decoder.linear import GatedDeltaNet
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
 from lora_jax.models.layers.blocks import ModelPart, dense
-from lora_jax.models.layers.cache import LayerCache
+from lora_jax.models.layers.cache import LayerCache, Recurrent
+from lora_jax.models.layers.delta import Tokens
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import layer_input
 
@@ -26,12 +28,14 @@ class Step(NamedTuple):
       other_rope: rotations in layers that are rotated apart; None if all layers use ``rope``.
       mask: the keys that each token may see in layers without a sliding window.
       filled: [] int32, the number of the cache's slots in use.
+      tokens: padding and segments, for linear layers.
     """
 
     rope: Rotation
     other_rope: Rotation | None
     mask: Mask
     filled: jax.Array
+    tokens: Tokens
 
 
 class PerLayer(NamedTuple):
@@ -41,11 +45,13 @@ class PerLayer(NamedTuple):
       windowed: [] bool, True if this layer uses the sliding window.
       apart: [] bool, True if this layer is rotated apart.
       cache: this layer's keys and values so far; None without a cache.
+      recurrent: what this layer remembers, if it is linear and there is a cache.
     """
 
     windowed: jax.Array
     apart: jax.Array
     cache: LayerCache | None
+    recurrent: Recurrent | None
 
 
 class Attention(ModelPart):
@@ -69,7 +75,7 @@ class Attention(ModelPart):
           each [batch, seq, kv_heads, head_dim].
         """
         cfg = self.config
-        q, k, v = self._project(x)
+        q, k, v, *gate = self._project(x)
         rope = _chosen(layer.apart, step.other_rope, step.rope)
         q, k = rotate(q, rope), rotate(k, rope)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
@@ -83,13 +89,19 @@ class Attention(ModelPart):
         with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
             how = (cfg.score_scale, cfg.attn_logit_softcapping, sinks)
             out = attended(self, q, k, v, mask, layer.cache, step.filled, *how)
+        if gate:
+            out = out * nn.sigmoid(gate[0].reshape(out.shape))
         return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
-        """Returns queries, keys and values, normalised: [batch, seq, heads, head_dim] each."""
+        """Returns queries, keys and values, normalised: [batch, seq, heads, head_dim] each.
+
+        Behind them stand the gates of the outputs, as queries, if there are any.
+        """
         cfg = self.config
         heads = {"q": cfg.num_attention_heads} | dict.fromkeys("kv", cfg.num_key_value_heads)
         sizes = [n * cfg.head_dim for n in heads.values()]
+        sizes[0] *= 1 + cfg.attn_output_gate
         if cfg.fused_projections:
             fused = dense(self, sum(sizes), use_bias=cfg.qkv_bias, name="qkv_proj")(x)
             flat = jnp.split(fused, [sizes[0], sizes[0] + sizes[1]], axis=-1)
@@ -102,9 +114,12 @@ class Attention(ModelPart):
         if cfg.qk_norm and cfg.qk_norm_joins_heads:
             flat[:2] = [norm(self, name)(part) for name, part in zip(names, flat, strict=False)]
         parts = [
-            self.placement.constrain(part.reshape(*x.shape[:2], n, cfg.head_dim), "heads")
+            self.placement.constrain(part.reshape(*x.shape[:2], n, -1), "heads")
             for part, n in zip(flat, heads.values(), strict=True)
         ]
+        if cfg.attn_output_gate:
+            parts[:1] = jnp.split(parts[0], 2, axis=-1)
+            parts.append(parts.pop(1))
         if cfg.qk_norm and not cfg.qk_norm_joins_heads:
             parts[:2] = [norm(self, name)(part) for name, part in zip(names, parts, strict=False)]
         return parts
@@ -115,11 +130,10 @@ class DecoderLayer(ModelPart):
 
     config: DecoderConfig
     experts: str | Experts = "auto"
+    linear: bool = False  # a ``GatedDeltaNet`` in the place of attention
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, step: Step, layer: PerLayer
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    def __call__(self, x: jax.Array, step: Step, layer: PerLayer) -> tuple[jax.Array, Any]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
         cfg, x = self.config, layer_input(x, self.remat)
         if cfg.num_experts:
@@ -143,11 +157,17 @@ class DecoderLayer(ModelPart):
             part = norm(self, after[i])(part) if cfg.post_norms else part
             return x + times(part, cfg.residual_multiplier)
 
-        attention = Attention(*self.options, name="self_attn")
-        hidden, cached = attention(inputs(0, x), step, layer)
+        new: Any
+        if self.linear:
+            mixer = GatedDeltaNet(*self.options, name="linear_attn")
+            hidden, new = mixer(inputs(0, x), step.tokens, layer.recurrent)
+        else:
+            attention = Attention(*self.options, name="self_attn")
+            hidden, new = attention(inputs(0, x), step, layer)
+            new = None if layer.cache is None else new
         x = added(0, x, hidden)
         x = self.placement.constrain(added(1, x, mlp(inputs(1, x))), "residual")
-        return x, None if layer.cache is None else cached
+        return x, new
 
 
 def _chosen(apart: jax.Array, other: Rotation | None, usual: Rotation) -> Rotation:

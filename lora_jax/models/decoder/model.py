@@ -11,14 +11,16 @@ from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.blocks import norm, times
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
-from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
+from lora_jax.models.decoder.layer import PerLayer, Step
+from lora_jax.models.decoder.period import run, stack
 from lora_jax.models.decoder.rope import Rotation, rotations
 from lora_jax.models.layers.blocks import ModelPart, embed
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.delta import Tokens
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
 from lora_jax.models.layers.patches import with_vectors
-from lora_jax.models.layers.trunk import Placed, scan
+from lora_jax.models.layers.trunk import Placed
 
 
 class Decoder(CausalLM):
@@ -66,8 +68,7 @@ class Trunk(ModelPart):
     def setup(self) -> None:
         cfg = self.config
         self.embed_tokens = embed(self, cfg.vocab_size)
-        scanned = scan(DecoderLayer, self.remat, cfg.num_hidden_layers)
-        self.layers = scanned(*self.options, experts=self.experts)
+        self.layers = stack(self)
         self.norm = norm(self)
 
     @property
@@ -92,7 +93,8 @@ class Trunk(ModelPart):
             other_rope = Rotation(jnp.ones_like(rope.cos), jnp.zeros_like(rope.sin))
         elif self.config.rope_local_theta is not None:
             other_rope = rotations(positions, self.config, length, local=True)
-        step = Step(rope, other_rope, mask, placed.first)
+        tokens = Tokens(placed.present, mask.queries.segments)
+        step = Step(rope, other_rope, mask, placed.first, tokens)
 
         x = with_noise(self.embed_tokens(input_ids), embedding_noise)
         if self.config.scale_embeddings:
@@ -104,5 +106,6 @@ class Trunk(ModelPart):
             jnp.asarray(np.isin(np.arange(self.config.num_hidden_layers), some))
             for some in (self.config.windowed_layers, self.config.layers_rotated_apart)
         )
-        x, new = self.layers(x, step, PerLayer(windowed, apart, cache and cache.layers))
+        each = PerLayer(windowed, apart, cache and cache.layers, cache and cache.recurrent)
+        x, new = run(self.layers, self.config, x, step, each)
         return self.placement.constrain(self.norm(x), "inputs"), new

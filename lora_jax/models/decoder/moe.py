@@ -1,4 +1,4 @@
-"""A mixture of experts in place of an MLP: Mixtral's, Qwen3-MoE's and gpt-oss's.
+"""A mixture of experts in place of an MLP: Mixtral's, those of Qwen, and gpt-oss's.
 
 Each token goes through k experts only, so it costs k products, however many experts there are. The
 module ``experts`` has the implementations that multiply the (token, expert) pairs.
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, Gated, implementation
 from lora_jax.models.layers.activations import ACTIVATION
@@ -29,7 +30,8 @@ from lora_jax.models.layers.blocks import ModelPart, dense
 class SparseMLP(ModelPart):
     """The weighted sum of each token's k most likely experts (Jiang et al. 2024, Mixtral).
 
-    The router's logits and probabilities, and the sum over experts, are in fp32.
+    The router's logits and probabilities, and the sum over experts, are in fp32. An MLP that all
+    tokens share may stand beside the experts, weighed by a gate of its own.
     """
 
     config: DecoderConfig
@@ -48,7 +50,13 @@ class SparseMLP(ModelPart):
         kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
         mixed = functools.partial(_mixed, gated_of(cfg), products)
-        return self.placement.mixture(mixed)(x, weights, chosen, kernels, biases)
+        out = self.placement.mixture(mixed)(x, weights, chosen, kernels, biases)
+        if not cfg.shared_expert_intermediate_size:
+            return out
+        inner = cfg.shared_expert_intermediate_size
+        shared = MLP(*self.options, inner=inner, name="shared_expert")(x)
+        gate = dense(self, 1, use_bias=False, name="shared_expert_gate")(x)
+        return out + nn.sigmoid(gate) * shared
 
 
 def gated_of(config: DecoderConfig) -> Gated:

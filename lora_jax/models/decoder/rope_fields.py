@@ -10,6 +10,8 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _ORIGINAL = "original_max_position_embeddings"
+# How a rotation is split over an image's three positions. A text's are the same.
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 # For each kind: the fields that it needs, and those that it may have.
 _KINDS: dict[str, tuple[list[str], list[str]]] = {
@@ -79,12 +81,13 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> dict[str, Any]
     nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(f"RoPE parameters per layer type ({', '.join(nested)}) are not supported")
+    fields = {field: value for field, value in fields.items() if field not in _OF_IMAGES}
     legacy = fields.pop("type", "default")
     kind = fields.pop("rope_type", legacy) or "default"
     theta = float(fields.pop("rope_theta", None) or get("rope_theta", 10000.0))
     if family.windows_rotate_apart:
         local_theta = float(local_theta or get("rope_local_base_freq", theta))
-    partial = fields.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
+    partial = fields.pop("partial_rotary_factor", None) or get("partial_rotary_factor")
     if "partial_rotary_factor" not in family.reads and (partial or 1.0) != 1.0:
         raise ConfigError(f"partial_rotary_factor={partial} is not supported for {name}, only 1")
     kind = family.rope_aliases.get(kind, kind)

@@ -1,4 +1,4 @@
-"""The keys and values of tokens already seen: an explicit pytree, for decoding step by step."""
+"""The keys, values and states of tokens already seen: a pytree, for decoding step by step."""
 
 from __future__ import annotations
 
@@ -52,6 +52,19 @@ class Shared(NamedTuple):
         )
 
 
+class Recurrent(NamedTuple):
+    """The memory of linear layers, of one size after any number of tokens.
+
+    Attributes:
+      tail: [layers, batch, n, channels], the last n real tokens before the convolution; zeros where
+        there were fewer. Without the first axis for one layer.
+      state: [layers, batch, heads, key_dim, value_dim], fp32 at least; so, too.
+    """
+
+    tail: jax.Array
+    state: jax.Array
+
+
 class LayerCache(NamedTuple):
     """The part of a cache that one layer sees; stacked on axis 0 for the scan.
 
@@ -70,7 +83,8 @@ class Cache(NamedTuple):
 
     Attributes:
       key: [layers, batch, kv_heads, max_len, head_dim], rotated where the model rotates. Heads
-        lead, so that attention reads a layer's slots in order and copies none of them.
+        lead, so that attention reads a layer's slots in order and copies none of them. Linear
+        layers have none.
       value: as key.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
       filled: [] int32, the number of slots in use, padding included; the same for every row. None
@@ -79,6 +93,7 @@ class Cache(NamedTuple):
       length: [batch] int32, the next token's position: the number of the row's tokens, shared ones
         included, padding not.
       shared: the tokens before slot 0 of every row, or None.
+      recurrent: what linear layers remember; None without such layers.
     """
 
     key: jax.Array
@@ -87,6 +102,7 @@ class Cache(NamedTuple):
     filled: jax.Array | None
     length: jax.Array
     shared: Shared | None = None
+    recurrent: Recurrent | None = None
 
     @property
     def max_len(self) -> int:
@@ -96,7 +112,9 @@ class Cache(NamedTuple):
     @property
     def example_axes(self) -> Cache:
         """The axis of the rows in each array, None where there is none; see `lora_jax.bank`."""
-        return Cache(key=1, value=1, positions=0, filled=None, length=0)  # type: ignore[arg-type]
+        recurrent = self.recurrent and Recurrent(tail=1, state=1)  # type: ignore[arg-type]
+        axes = {"key": 1, "value": 1, "positions": 0, "filled": None, "length": 0}
+        return Cache(**axes, recurrent=recurrent)  # type: ignore[arg-type]
 
     def repeated(self, n: int) -> Cache:
         """Returns the cache with each row n times, side by side; what is shared stays so."""
@@ -105,6 +123,7 @@ class Cache(NamedTuple):
             value=jnp.repeat(self.value, n, axis=1),
             positions=jnp.repeat(self.positions, n, axis=0),
             length=jnp.repeat(self.length, n, axis=0),
+            recurrent=jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), self.recurrent),
         )
 
     @property
@@ -114,7 +133,7 @@ class Cache(NamedTuple):
 
     @property
     def layers(self) -> LayerCache:
-        """Keys and values of all layers, stacked on axis 0."""
+        """Keys and values of all layers with attention, stacked on axis 0."""
         return LayerCache(self.key, self.value, self.shared)
 
 
@@ -146,7 +165,16 @@ def init_cache(
     >>> models.init_cache(config, batch=2, max_len=16).key.shape
     (1, 2, 2, 16, 4)
     """
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
+    linear = len(getattr(config, "linear_layers", ()))
+    layers = config.num_hidden_layers - linear
+    shape = (layers, batch, config.num_key_value_heads, max_len, config.head_dim)
+    recurrent = None
+    if linear:
+        tail, state = config.recurrent_shapes  # type: ignore[attr-defined]
+        wide = jnp.promote_types(dtype, jnp.float32)
+        recurrent = Recurrent(
+            jnp.zeros((linear, batch, *tail), dtype), jnp.zeros((linear, batch, *state), wide)
+        )
     return Cache(
         key=jnp.zeros(shape, dtype),
         value=jnp.zeros(shape, dtype),
@@ -154,6 +182,7 @@ def init_cache(
         filled=jnp.zeros((), jnp.int32),
         length=jnp.full((batch,), shared.n_tokens if shared else 0, jnp.int32),
         shared=shared,
+        recurrent=recurrent,
     )
 
 

@@ -39,11 +39,13 @@ class Placed(NamedTuple):
       positions: [batch, seq] int32.
       slots: [batch, keys] int32, the keys' positions; -1 in slots with nothing to see.
       first: [] int32, the slot of the first query; [batch] with a token a row.
+      present: [batch, seq] bool, False at padding.
     """
 
     positions: jax.Array
     slots: jax.Array
     first: jax.Array
+    present: jax.Array
 
 
 def place(
@@ -76,7 +78,7 @@ def place(
     if cache is not None:
         first = cache.first
         slots = _put(cache.positions, slots, first, batch=0, axis=1)
-    return Placed(positions, slots, first)
+    return Placed(positions, slots, first, present)
 
 
 def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | None) -> Mask:
@@ -108,25 +110,28 @@ def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | No
     )
 
 
-def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Cache:
+def extend(cache: Cache, placed: Placed, new: tuple[Any, ...]) -> Cache:
     """Returns the cache with this call's keys and values added.
 
     Args:
       cache: the cache before the call.
       placed: the positions of the call's tokens.
-      new: keys and values, [layers, batch, seq, kv_heads, head_dim] each.
+      new: keys and values, [layers, batch, seq, kv_heads, head_dim] each; behind them, what linear
+        layers remember now, a ``Recurrent``, if there are such layers.
     """
+    keys, values, *recurrent = new
 
     def extended(cached: jax.Array, new: jax.Array) -> jax.Array:
         return _put(cached, new.swapaxes(2, 3), placed.first, batch=1, axis=3)
 
     return Cache(
-        key=extended(cache.key, new[0]),
-        value=extended(cache.value, new[1]),
+        key=extended(cache.key, keys),
+        value=extended(cache.value, values),
         positions=placed.slots,
         filled=cache.filled if cache.filled is None else cache.filled + placed.positions.shape[1],
         length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),
         shared=cache.shared,
+        recurrent=recurrent[0] if recurrent else None,
     )
 
 
@@ -168,38 +173,50 @@ def scan(
 
     Args:
       layer: the scan's body.
-      remat: what is recomputed in the backward pass; see ``Decoder``. With "offload", the body
-        starts with ``layer_input``.
+      remat: what is recomputed in the backward pass; see ``rematerialised``.
       n: the number of layers.
       in_axes: the axes of the body's inputs after the first; by default one input that all layers
         share, and one with an entry for each.
 
     Raises:
-      ValueError: for a policy that is neither "offload" nor one of ``REMAT_POLICIES``.
+      ValueError: see ``rematerialised``.
     """
-    if remat is not False:
-        policy = None
-        if remat == OFFLOAD:
-            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=(),
-                names_which_can_be_offloaded=(_INPUT,),
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-        elif isinstance(remat, str):
-            if remat not in REMAT_POLICIES:
-                known = ", ".join((OFFLOAD, *REMAT_POLICIES))
-                raise ValueError(f"remat policy {remat!r} is not one of {known}")
-            policy = _of_name(remat)
-        # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
-        layer = nn.remat(layer, policy=policy, prevent_cse=False)
     return nn.scan(
-        layer,
+        rematerialised(layer, remat),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=n,
     )
+
+
+def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
+    """Returns a layer in a scan's body that is recomputed in the backward pass.
+
+    Args:
+      layer: the layer; with "offload", it starts with ``layer_input``.
+      remat: what is recomputed; see ``Decoder``.
+
+    Raises:
+      ValueError: for a policy that is neither "offload" nor one of ``REMAT_POLICIES``.
+    """
+    if remat is False:
+        return layer
+    policy = None
+    if remat == OFFLOAD:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=(),
+            names_which_can_be_offloaded=(_INPUT,),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    elif isinstance(remat, str):
+        if remat not in REMAT_POLICIES:
+            known = ", ".join((OFFLOAD, *REMAT_POLICIES))
+            raise ValueError(f"remat policy {remat!r} is not one of {known}")
+        policy = _of_name(remat)
+    # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
+    return nn.remat(layer, policy=policy, prevent_cse=False)
 
 
 def layer_input(x: jax.Array, remat: bool | str) -> jax.Array:

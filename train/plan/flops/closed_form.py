@@ -8,6 +8,7 @@ from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.models import kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.delta import chunk_size
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Split
@@ -83,14 +84,30 @@ def step_flops(
                 passes = 1 if forward else 2 + trains + (chunked if is_head else layers_again)
                 total += 2 * tokens * share * math.prod(leaf.shape_of(name)) * passes
     heads = config.num_attention_heads * config.head_dim
-    pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
+    linear = len(getattr(config, "linear_layers", ()))
+    layers = config.num_hidden_layers - linear
+    pair = 4 * batch * heads * layers  # of a query and a key, forward
+    passes = 1 if forward else 3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE))
+    if linear:
+        total += linear * batch * _of_delta_rule(config, seq, passes)
     if isinstance(attention, Blockwise):
         return total + pair * attention.pairs(seq, split) * (1 if forward else _OF_BLOCKS[remat])
     if isinstance(attention, Splash | Flash):
         pairs = float(attention.pairs(seq, split))
         if windowed := len(getattr(config, "windowed_layers", ())):
             near = attention.pairs(seq, split, window=config.sliding_window)
-            pairs += (near - pairs) * windowed / config.num_hidden_layers
+            pairs += (near - pairs) * windowed / layers
         return total + pair * pairs * (1 if forward else _OF_KERNELS[remat])
-    times = 1 if forward else 3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE))
-    return total + pair * seq**2 * times
+    return total + pair * seq**2 * passes
+
+
+def _of_delta_rule(config: Any, seq: int, passes: int) -> float:
+    """Returns the FLOPs of a row in a linear layer's products, but for its projections."""
+    heads, key, value = config.recurrent_shapes[1]
+    size = chunk_size(seq)
+    tokens = -(-seq // size) * size
+    # Scores of keys and of queries, their sums and those of a system's solution; the state is read
+    # twice and written. The system's inverse has no gradient through the products that make it.
+    products = passes * (size * (3 * key + 2 * value) + 3 * key * value)
+    inverses = max(1, passes - 2) * max(0, size.bit_length() - 2) + (passes > 1)
+    return 2.0 * tokens * heads * (products + 2 * inverses * size**2)

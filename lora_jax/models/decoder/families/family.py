@@ -1,6 +1,7 @@
 """A family of decoders: the facts by which its models and their files differ from Llama's."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ class DecoderFamily:
       windowed: (get, number of layers) -> the layers with a window in a file that has a window and
         no layer_types.
       rope_free: (get, number of layers) -> the layers without RoPE.
+      linear: (get, number of layers) -> the linear layers in a file that has no layer_types; None
+        in families without such layers.
       windows_rotate_apart: True if RoPE in layers with a window has a base of its own, and is never
         scaled.
       experts: get -> the number of experts and their inner size; None for dense MLPs.
@@ -36,6 +39,9 @@ class DecoderFamily:
         layer in one tensor of each.
       rope_kinds: the only types of scaled RoPE that it has; () for any.
       rope_aliases: other names of these types in its files.
+      with_images: the model_type of models with images whose text_config is of this family; their
+        files are read without what is for images.
+      left_out: matches tensors in its files that are no part of the decoder.
       gguf: its architecture in GGUF files; None if such files are not read.
       gguf_pairs_rows: True if GGUF's q and k rotate neighbouring rows, (0, 1), where Hugging Face's
         rotate row i with i + head_dim/2.
@@ -50,6 +56,7 @@ class DecoderFamily:
     traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windowed: Callable[[Get, int], range | tuple[int, ...]] = lambda get, n_layers: range(n_layers)
     rope_free: Callable[[Get, int], tuple[int, ...]] = lambda get, n_layers: ()
+    linear: Callable[[Get, int], tuple[int, ...]] | None = None
     windows_rotate_apart: bool = False
     experts: Callable[[Get], tuple[int, int]] | None = None
     writes: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -58,6 +65,8 @@ class DecoderFamily:
     expert_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     rope_kinds: tuple[str, ...] = ()
     rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    with_images: str | None = None
+    left_out: re.Pattern[str] | None = None
     gguf: str | None = None
     gguf_pairs_rows: bool = False
     default_targets: tuple[str, ...] | None = ("q_proj", "v_proj")

@@ -1,4 +1,7 @@
-"""Qwen2, Qwen3 and Qwen3-MoE."""
+"""Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next and the text models of Qwen3.5."""
+
+import re
+from typing import Any
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
@@ -64,5 +67,94 @@ QWEN3_MOE = DecoderFamily(
     refuses={"use_qk_norm": True, "shared_expert_intermediate_size": 0},
     traits={"qk_norm": True},
     experts=_experts,
+    default_targets=None,
+)
+
+
+def _all_but_each_last(get: Get, n_layers: int) -> tuple[int, ...]:
+    every = get("full_attention_interval", 4)
+    return tuple(i for i in range(n_layers) if (i + 1) % every)
+
+
+_LINEAR = frozenset(
+    """
+    attention_bias layer_types full_attention_interval partial_rotary_factor linear_num_key_heads
+    linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
+    """.split()
+)
+_MIXTURE = frozenset(
+    """
+    num_experts num_local_experts num_experts_per_tok moe_intermediate_size
+    shared_expert_intermediate_size
+    """.split()
+)
+_OF_MTP = frozenset({"mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"})
+_LINEAR_DEFAULTS: dict[str, Any] = {
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 0.25,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+_MIXTURE_DEFAULTS: dict[str, Any] = {
+    **_LINEAR_DEFAULTS,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+_REFUSED = {"attn_output_gate": True, "output_gate_type": "swish", "mamba_ssm_dtype": "float32"}
+_GATED = {"qk_norm": True, "norm_adds_one": True, "attn_output_gate": True}
+_LEFT_OUT = re.compile(r"(mtp|model\.visual)\..*")
+
+QWEN3_NEXT = DecoderFamily(
+    model_type="qwen3_next",
+    architecture="Qwen3NextForCausalLM",
+    reads=_LINEAR | _MIXTURE | {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
+    defaults={
+        **_MIXTURE_DEFAULTS,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "norm_topk_prob": True,
+    },
+    refuses=_REFUSED,
+    traits={**_GATED, "linear_projections_joined": True},
+    linear=_all_but_each_last,
+    experts=_experts,
+    left_out=_LEFT_OUT,
+    default_targets=None,
+)
+
+QWEN3_5 = DecoderFamily(
+    model_type="qwen3_5_text",
+    architecture="Qwen3_5ForCausalLM",
+    reads=_LINEAR | _OF_MTP,
+    defaults={**_LINEAR_DEFAULTS, "num_key_value_heads": 4},
+    refuses={**_REFUSED, "mlp_only_layers": []},
+    traits=_GATED,
+    linear=_all_but_each_last,
+    with_images="qwen3_5",
+    left_out=_LEFT_OUT,
+    default_targets=None,
+)
+
+QWEN3_5_MOE = DecoderFamily(
+    model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    reads=_LINEAR | _MIXTURE | _OF_MTP,
+    defaults={
+        **_MIXTURE_DEFAULTS,
+        "intermediate_size": 0,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+    },
+    refuses={**_REFUSED, "mlp_only_layers": []},
+    traits={**_GATED, "norm_topk_prob": True},
+    linear=_all_but_each_last,
+    experts=_experts,
+    with_images="qwen3_5_moe",
+    left_out=_LEFT_OUT,
     default_targets=None,
 )
