@@ -275,6 +275,7 @@ def test_outputs_that_are_no_arrays_come_back_each_time():
         assert out["tree"]["a"]["kernel"] is TREE["a"]["kernel"]
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_later_calls_holds_no_array_of_this_one():
     run = lj.adapt(lambda p, x: jnp.tanh(x @ p["a"]["kernel"] @ p["a"]["kernel"].T) * x)
     x = X + 1

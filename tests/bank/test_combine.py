@@ -209,6 +209,7 @@ TRAINED = [
 OTHER_ROWS = [*TRAINED[:1], lj.TrainRule(targets=["embed"], rows=[7, 1]), TRAINED[2]]
 
 
+@pytest.mark.slow
 def test_leaves_that_train_in_full_are_summed():
     trees = [adapted(PARAMS, rules, i) for i, rules in enumerate((TRAINED, OTHER_ROWS))]
     expected = merged_sum(PARAMS, trees, [2.0, -0.5])
@@ -277,6 +278,7 @@ def test_another_base_is_refused_and_a_copy_is_not():
         combine([tree, lj.lorafy(PARAMS | {"more": jnp.zeros(3)}, rule())], [1.0, 1.0])
 
 
+@pytest.mark.slow
 def test_a_sum_is_saved_as_any_adapter_is(tmp_path, float64):
     part, base = ({"q": tree["layers"]["q"]} for tree in (exact_sum()[0], three_trees()[0]))
     lj.save_adapter(tmp_path / "sum", part)

@@ -62,6 +62,7 @@ def singular(before, after, path):
     return change, np.linalg.svd(change, compute_uv=False)
 
 
+@pytest.mark.slow
 def test_rank(float64):
     before, after = trees(jnp.float64)
     rules = [*RULES[:1], lj.LoraRule(targets=["out"], in_axes=[0, 1], out_axes=[2])]
@@ -104,6 +105,7 @@ def test_energy_chooses_the_rank_of_each_layer(most):
     assert "layers/q/kernel" in str(found) and "embed/embedding" in str(found)
 
 
+@pytest.mark.slow
 def test_the_whole_rank_is_the_whole_change(tmp_path):
     before, after = trees()
     rules = [*RULES, lj.TrainRule(targets=["norm"]), lj.TrainRule(targets=["embed"], rows=[2])]

@@ -172,6 +172,7 @@ def weighted(forward, params, batch, dropout_key):
     )
 
 
+@pytest.mark.slow
 def test_metrics_the_tree_and_batches_of_other_sizes():
     """Smaller batches are filled up: with weights, in which what is filled up has 0."""
     loss, names = training.Loss(weighted), ("plain", "another rate")
@@ -243,6 +244,7 @@ def test_going_on_from_a_state_is_never_having_stopped(whole):
         Together(FORWARD, PARAMS).add({"other": other})
 
 
+@pytest.mark.slow
 def test_free_slots_are_dropped(whole):
     fewer = Together(FORWARD, PARAMS)
     fewer.add({name: member(name) for name in ("another rate", "plain", "head")})

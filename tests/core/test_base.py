@@ -235,6 +235,7 @@ def test_roles_are_inferred_from_its_use():
     assert (looked["w"].roles.in_axes, looked["w"].roles.out_axes) == ((-1,), (-2,))
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_over_its_base(tmp_path):
     _, tree, x = STACK.inputs()
     lj.save_adapter(tmp_path / "adapter", tree)

@@ -48,6 +48,7 @@ def test_save_and_load_are_bitwise(program, tmp_path):
     assert_identical(lj.load_adapter(tmp_path / "adapter", params), tree)
 
 
+@pytest.mark.slow
 def test_ranks_dropout_and_trained_leaves_travel_along(saved):
     folder, tree = saved
     loaded = lj.load_adapter(folder, PARAMS)

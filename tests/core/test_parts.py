@@ -108,6 +108,7 @@ def test_it_is_the_algebra(program, float64):
     assert np.abs(ours - without).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_it_trains_is_counted_saved_and_sharded(tmp_path):
     program = STACK
     params, tree, x = program.inputs()

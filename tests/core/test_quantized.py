@@ -297,6 +297,7 @@ def test_selection():
         quantized.quantize(adapted)
 
 
+@pytest.mark.slow
 def test_leaves_of_every_kind():
     """NumPy's, abstract ones, tracers, and arrays on a mesh give the same codes."""
     params, keep = model(), ["layers/odd"]

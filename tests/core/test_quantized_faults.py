@@ -75,6 +75,7 @@ def test_blocks_of_other_sizes_are_held(format):
     assert np.linalg.norm(found - kernel) < 0.15 * np.linalg.norm(kernel)
 
 
+@pytest.mark.slow
 def test_files_name_the_kernel_and_the_layer(tmp_path):
     model, params = tiny.decoder("smollm2")
     folder = tmp_path / "model"

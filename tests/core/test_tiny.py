@@ -67,6 +67,7 @@ def test_ranks_that_cannot_be():
         lj.lorafy(PARAMS, rules)
 
 
+@pytest.mark.slow
 def test_the_factors_of_xs_are_singular_vectors():
     """NumPy in float64 is the judge; W itself stays what it was."""
     fresh = lorafied(PARAMS, [rule("xs", layers=[0]), rule("xs", rank=2)])

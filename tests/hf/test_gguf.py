@@ -139,6 +139,7 @@ def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got, np.asarray(want).astype(np.float16).astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_gguf_model_generates_to_its_eos(tmp_path: Path) -> None:
     _, params = decoder("smollm2")
     path = tmp_path / "model.gguf"

@@ -65,6 +65,7 @@ def test_codes_are_those_of_the_tree(case: str, format: str, folder: Any) -> Non
     )
 
 
+@pytest.mark.slow
 def test_rules_say_which_kernels(folder: Any) -> None:
     rules = [QuantRule(targets=["mlp"], format="int8"), QuantRule(targets=["q_proj"])]
     where = folder("llama3")
@@ -79,6 +80,7 @@ def test_rules_say_which_kernels(folder: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_layer_is_read_at_a_time(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     original = load._part
@@ -96,6 +98,7 @@ def test_a_layer_is_read_at_a_time(folder: Any, monkeypatch: pytest.MonkeyPatch)
     assert read == [1, 1, 1, 3], "without codes, all layers are read at once"
 
 
+@pytest.mark.slow
 def test_codes_lie_on_a_mesh_as_the_kernel_does(folder: Any) -> None:
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
 
@@ -148,6 +151,7 @@ def test_what_is_in_no_codes(folder: Any) -> None:
         from_pretrained(where, quantize=[QuantRule(targets=["nothing"])])
 
 
+@pytest.mark.slow
 def test_a_kernel_that_no_blocks_fit_stays_and_is_named(tmp_path: Path) -> None:
     sizes = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=10)  # as llama3's
     model, params = decoder(intermediate_size=131, **sizes)

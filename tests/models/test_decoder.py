@@ -243,6 +243,7 @@ def test_each_option_matters(case: str, change: dict[str, Any]) -> None:
     assert np.abs(plain(other, params) - plain(model, params)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_long_context_takes_other_frequencies() -> None:
     """LongRoPE chooses by the longest row, or by what a cache can hold; here beyond 8 tokens."""
     model, params = tiny.decoder("phi3 with a long context")

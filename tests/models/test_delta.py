@@ -100,6 +100,7 @@ def test_gradients_of_any_decay(decay: float) -> None:
         tiny.assert_close(gradient[at], (sides[0] - sides[1]) / (2 * step), 2e-3)
 
 
+@pytest.mark.slow
 def test_convolution_sees_real_tokens_of_its_segment() -> None:
     """A cached call with padding between tokens is one without it; NumPy sums tap by tap."""
     rng = np.random.default_rng(4)
@@ -129,6 +130,7 @@ def test_convolution_sees_real_tokens_of_its_segment() -> None:
     np.testing.assert_array_equal(tail[1], x[1, 2:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen3.5"])
 def test_a_packed_row_is_each_sequence_alone(case: str, float64: None) -> None:
     model, params = tiny.decoder(case, dtype=jnp.float64)

@@ -225,6 +225,7 @@ def test_prompts_that_share_their_beginning(case: str, attention: Any) -> None:
     assert not np.array_equal(after(shared[::-1]), got)
 
 
+@pytest.mark.slow
 def test_what_is_shared_is_held_once(tiny_model: Any) -> None:
     """A shared token takes a row less than its keys and values; one of the row's own, those."""
     model, params = tiny_model

@@ -83,6 +83,7 @@ def test_without_temperature_it_is_greedy(llama: Any) -> None:
     np.testing.assert_array_equal(drawn(llama, temperature=0.0).tokens, want.repeat(N, axis=0))
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_its_own_key_alone(llama: Any) -> None:
     model, params, apply = llama
     together = drawn(llama)

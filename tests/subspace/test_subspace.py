@@ -313,6 +313,7 @@ def test_a_7b_model_needs_little_beside_its_parameters():
     assert backward < 10 * bytes_of_table < 4 * space.size / 5
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_is_as_on_one_device():
     """Tensors on a mesh keep their sharding, and values and gradients are those of one device."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)

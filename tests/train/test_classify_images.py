@@ -239,6 +239,7 @@ def test_exports(made: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
     assert "AutoModelForImageClassification" in (tmp_path / "peft" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_rehearsal(made: Path, tmp_path: Path, capsys: Any) -> None:
     options = ["--model", made / "vit", "--dataset", made / "photos", "--steps", 2]
     run(tmp_path / "run", *options, "--dry-run")

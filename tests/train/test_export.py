@@ -106,6 +106,7 @@ def test_a_run_as_a_peft_adapter(base, trained, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_run_as_a_merged_model(base, trained, tmp_path, capsys):
     output = tmp_path / "merged"
     args = ["--adapter", trained / "adapter", "--output", output, "--merged"]

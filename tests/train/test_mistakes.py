@@ -81,6 +81,7 @@ def test_a_base_that_is_not_finite_is_named_before_training(tmp_path, capsys):
     assert "of its weights hold values that are not finite, model/" in said
 
 
+@pytest.mark.slow
 def test_a_limit_on_files_is_told_in_one_paragraph(tmp_path, capsys, compiles_anew):
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -97,6 +97,7 @@ def test_the_reference_is_an_adapter(folder, tmp_path):
     assert_close(*(adapter_of(folder, tmp_path / way) for way in ("kept", "live")), 1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_is_read_once(folder, tmp_path, monkeypatch, capsys):
     """Another run finds its log-probabilities, unless they are those of something else."""
 

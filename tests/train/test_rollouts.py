@@ -153,7 +153,7 @@ WITHOUT = {
 }
 
 
-@over("reward", WITHOUT, often=["early"])
+@over("reward", WITHOUT, often=[])
 def test_nothing_is_learned_from_nothing(folder, tmp_path, reward, capsys):
     args = ["--init-adapter", folder / "used", "--steps", 2, "--lr", 1e-1, *WITHOUT[reward]]
     args = [folder / arg if arg == "endless" else arg for arg in args]
@@ -231,6 +231,7 @@ def test_rollouts_in_parts_are_the_batch(folder, stepped, loss, parts):
     assert_close(adapter, expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_groups_without_spread_are_drawn_again(folder, tmp_path, monkeypatch):
     found = recorded(monkeypatch)
     args = ["--steps", 2, "--redraw", 2]
@@ -262,6 +263,7 @@ def test_groups_without_spread_are_drawn_again(folder, tmp_path, monkeypatch):
 STOPS = ("\n\n", "\r", ")")
 
 
+@pytest.mark.slow
 def test_a_text_ends_a_completion_and_rewards_that_fail_leave_the_others(
     folder, tmp_path, monkeypatch, capsys
 ):
@@ -340,7 +342,7 @@ TEACHERS = {
 }
 
 
-@over("teacher", TEACHERS, often=["an adapter"])
+@over("teacher", TEACHERS, often=[])
 def test_a_student_comes_closer_to_its_teacher(folder, tmp_path, teacher):
     if not (folder / "other").exists():
         write_model(folder / "other", scale=0.8, eos_token_id=ENDS)

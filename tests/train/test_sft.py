@@ -184,6 +184,7 @@ def test_other_data_are_not_resumed_on(inputs, whole, tmp_path, capsys):
     assert "the training data are not those that the run began with" in message
 
 
+@pytest.mark.slow
 def test_the_adapter_answers_and_goes_on_training(inputs, whole, tmp_path, capsys):
     args = ["--adapter", str(whole / "adapter"), "--max-new-tokens", "5", "--prompt", "1 plus 7?"]
     generate.main(args)  # the model's name is read from the run beside the adapter

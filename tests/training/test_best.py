@@ -114,6 +114,7 @@ def test_of_an_optimiser_that_averages_the_average_is_kept(tmp_path):
     assert held_out_loss(tree) == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_patience_ends_the_run_and_going_on_ends_it_again_or_later(whole, tmp_path):
     _, tree, report = whole
     step = report.best["step"]
@@ -182,6 +183,7 @@ def test_a_signal_before_a_measurement_leaves_it_to_the_resumed_run(whole, tmp_p
     assert report.best == expected.best
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_finds_what_was_the_best_there(whole, tmp_path):
     """As after a damaged checkpoint is deleted: the run goes on from the one before it."""
     _, expected = tuned(tmp_path / "a", steps=10)

@@ -264,6 +264,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bitwise(tmp_path):
     assert_same(resumed, fitted(None, 6)[0])
 
 
+@pytest.mark.slow
 def test_an_adapter_out_of_the_base_is_decomposed_once(tmp_path, monkeypatch):
     rules = [lj.LoraRule(targets=["up"], rank=2, alpha=4, init=lj.init.pissa)]
     whole, _ = fitted(None, 4, rules=rules)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import lora_jax as lj
 from lora_jax import subspace
@@ -32,6 +33,7 @@ def squares(forward, params, batch, dropout_key):
     return Sums(error, jnp.float32(len(batch["x"])), {"rows": jnp.float32(len(batch["x"]))})
 
 
+@pytest.mark.slow
 def test_weights_are_formed_once_and_measured_as_in_each_batch():
     params = {"kernel": draw(0, (5, 3))}
     space = subspace.make(params, dimension=4, kind="did")

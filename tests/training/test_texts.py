@@ -68,6 +68,7 @@ def test_other_lengths_are_other_data(monkeypatch):
     assert drawn([5] * N).digest() == alike
 
 
+@pytest.mark.slow
 def test_probabilities_and_loss_are_those_of_texts_alone():
     model, params = tiny_encoders.model("roberta with other options", "classification")
     lengths = [5, 20]

@@ -177,6 +177,7 @@ def test_pefts_adapter_that_is_damaged(copied, capsys, monkeypatch):
     assert f"{CONFIG} is missing, without which" in fails(capsys, generate, "--adapter", copied)
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp_path, capsys):
     wide = write_model(tmp_path / "wide", intermediate_size=44)
     for name in ("ours", "PEFT's"):

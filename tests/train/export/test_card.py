@@ -68,6 +68,7 @@ def code(text, which, **names):
     return made
 
 
+@pytest.mark.slow
 def test_the_card_of_an_adapter(run, tmp_path):
     base = write_model(tmp_path / "base")
     folder = run(base, {}, [lj.LoraRule(targets=["q_proj"], rank=2, alpha=5)])
@@ -97,6 +98,7 @@ def test_the_card_of_an_adapter(run, tmp_path):
     assert_close(got, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_card_of_a_merged_classifier(run, tmp_path):
     head = {"head": "classification", "num_labels": 3}
     base = write_encoder(tmp_path / "base")

@@ -73,6 +73,7 @@ def fails(capsys, adapter, *args, base_name=("--base-name", "owner/base")):
     return said.removeprefix("error: ")
 
 
+@pytest.mark.slow
 def test_an_adapter_arrives_whole(hub, adapter, tmp_path, capsys):
     export(adapter, "--push-to-hub", "name", "--output", tmp_path / "out", "--private")
     assert capsys.readouterr().out.strip().endswith(f"uploaded to {hub.url}/me/name")
@@ -93,6 +94,7 @@ def test_an_adapter_arrives_whole(hub, adapter, tmp_path, capsys):
         find_adapter("me/nam")
 
 
+@pytest.mark.slow
 def test_a_merged_model_arrives_without_an_output(hub, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["--adapter", str(adapter[0]), "--push-to-hub", "lab/merged", "--merged"])

@@ -117,6 +117,7 @@ def test_lines_of_standard_input_are_answered_side_by_side(made, expected, monke
         assert blocks[n] == f"prompt {n}: {text}\n-- one\n{one}\n-- base\n{base}\n\n"
 
 
+@pytest.mark.slow
 def test_who_types_a_line_waits_for_its_answer(made, expected, monkeypatch, capsys):
     folder, *_ = made
     said = []

@@ -96,6 +96,7 @@ def test_a_conversation_goes_on_with_another_adapter(made, talk, capsys):
     assert len(asked[2]) == 6 and asked[3] == [("system", "Be brief."), ("user", "3?")]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_not_the_chat(made, talk, monkeypatch):
     stream, allowed, before = answers.stream, iter([3, 99, 0]), signal.getsignal(signal.SIGINT)
 

@@ -43,6 +43,7 @@ def test_the_largest_size(name, first):
     assert len(asked) <= 12
 
 
+@pytest.mark.slow
 def test_a_plan_of_the_longest_row(tmp_path, capsys, monkeypatch):
     model = write(tmp_path, FIELDS | {"max_position_embeddings": 700})
     words = ["--model", model, "--batch-size", "2", "--rank", "3", "--longest", "--json"]

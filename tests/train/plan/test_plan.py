@@ -152,6 +152,7 @@ def test_a_mixture_costs_its_active_experts(tmp_path):
     assert ragged.flops_per_step > 1.5 * ragged.flops_traced
 
 
+@pytest.mark.slow
 def test_a_counter_that_forgets_the_layers_is_noticed(model, monkeypatch):
     monkeypatch.setattr("train.plan.flops.jaxpr._times", lambda n, part: part)
     _, _, made = planned_for(model)

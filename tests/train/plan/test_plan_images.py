@@ -17,6 +17,7 @@ def model(tmp_path_factory):
     return write(tmp_path_factory.mktemp("model"), fields())
 
 
+@pytest.mark.slow
 def test_images_cost_one_forward_pass_of_their_encoder(model):
     """Where no adapter stands on it; each image has 16 patches, and 4 tokens of the row."""
     job, _, with_images = planned_for(model, *OF_TEXT, "--images", 3)

@@ -111,6 +111,7 @@ def test_flops_are_those_counted_by_hand(model, name, options):
     assert 1.2 < made.flops_traced / alone < 1.5 and made.notes == ()
 
 
+@pytest.mark.slow
 def test_a_sampled_token_costs_two_flops_a_weight(model):
     _, _, made = planned_for(model, *GRPO)
     step = prepared(asked(model, *GRPO))
@@ -166,6 +167,7 @@ def test_the_total_is_that_of_the_largest_program():
     assert memory(500, 400, 800)["total"] == of_scorer["total"] + 7, "an adapter of its own"
 
 
+@pytest.mark.slow
 def test_in_full_the_base_is_there_beside_what_trains(model):
     """While a reference reads, that is: a copy of the weights trains."""
     step = prepared(asked(model, *DPO, "--full"))
@@ -289,6 +291,7 @@ def test_a_sampler_that_is_refused_is_told(model, monkeypatch):
     assert memory["total"] == held + memory["sampler"] and made.flops_traced > 0
 
 
+@pytest.mark.slow
 def test_tables_name_the_programs(model, capsys, monkeypatch):
     monkeypatch.setattr(planned, "prepare", lambda *_: step)
     for options, parts, rows in (

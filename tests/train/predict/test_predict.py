@@ -117,6 +117,7 @@ def test_texts_from_everywhere(tmp_path, monkeypatch, capsys):
     assert "texts.txt: 1 empty lines are left out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_form_of_a_classifier(made, expected, tmp_path, capsys):
     folder = made[0]
     short = [i for i, text in enumerate(TEXTS) if len(text) < 16]  # of one length, padded

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import over
 from train.console.errors import UserError
 from train.rewards.find import find_rewards
 
@@ -230,6 +231,7 @@ def test_rows_on_which_all_fail_have_no_reward():
     np.testing.assert_array_equal(scored.total, [np.nan] * 5 + [2] + [np.nan] * 6)
 
 
+@pytest.mark.slow
 def test_a_function_that_hangs_is_ended_with_what_it_started_and_replaced():
     write(
         """
@@ -258,6 +260,7 @@ def test_a_function_that_hangs_is_ended_with_what_it_started_and_replaced():
     assert ends(int(after))
 
 
+@pytest.mark.slow
 def test_groups_are_judged_at_the_same_time():
     write("import time\ndef slow(level):\n    time.sleep(1)\n    return level")
     with find("mine.py:slow", workers=4) as rewards:
@@ -267,6 +270,7 @@ def test_groups_are_judged_at_the_same_time():
         assert time.monotonic() - start < 3  # 4 in a row
 
 
+@pytest.mark.slow
 def test_the_process_has_no_jax_and_the_folder_of_the_file():
     Path("sub").mkdir()
     write("VALUE = 4", "sub/neighbour.py")
@@ -338,7 +342,7 @@ def test_names_that_two_functions_share_are_told_apart():
     )
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "exit"])
+@over("how", ["SIGKILL", "SIGINT", "exit"], often=["SIGKILL"])
 def test_no_process_is_left_however_the_script_ends(how):
     write(
         """

@@ -155,6 +155,7 @@ def _near_misses(example: sql.SqlExample) -> Iterator[tuple[str, str]]:
         yield "order", re.sub(r" ORDER BY [\w.]+( DESC)?", "", query)
 
 
+@pytest.mark.slow
 def test_near_misses_are_wrong(examples: list[sql.SqlExample]) -> None:
     kinds: Counter[str] = Counter()
     for example in examples:

@@ -279,6 +279,7 @@ def test_cold_samples_are_greedy(engine, temperature):
     assert (cold.tokens == greedy.tokens).all() and (np.abs(cold.logprobs) < 0.1).all()
 
 
+@pytest.mark.slow
 def test_adapters_that_nobody_asks_for_are_read_again(base, tmp_path):
     """However many are named, a few are in memory, and all say what they said before."""
     with running(made_engine(base, slots=1)) as engine:
