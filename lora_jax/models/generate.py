@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.causal import CausalLM
+from lora_jax.models.choosing import Choice, choose, is_a_row_each, log_probability
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 
 Inputs = Mapping[str, jax.typing.ArrayLike]
@@ -142,17 +143,6 @@ def arguments(
     return ids, mask, choice
 
 
-class Choosing(TypedDict, total=False):
-    """The keywords of ``generate`` that choose the next tokens."""
-
-    eos_token_id: int | Sequence[int] | None
-    pad_token_id: int | None
-    temperature: float
-    top_p: float
-    top_k: int | None
-    key: jax.Array | None
-
-
 def share(
     model: CausalLM,
     params: Tree,
@@ -207,22 +197,6 @@ def _share(
     no_logits = jnp.zeros((1, 1), jnp.int32)
     _, cache = run({"params": params}, ids[None], cache=cache, logits_at=no_logits)
     return Shared(cache.key[:, 0, :, :n], cache.value[:, 0, :, :n])
-
-
-class Choice(NamedTuple):
-    """The options that choose the next tokens, [] each but for ``eos``; see ``generate``.
-
-    Attributes:
-      eos: [n] int32.
-      key: [] or [batch] keys.
-    """
-
-    eos: jax.Array
-    pad: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    key: jax.Array
 
 
 class Loop(NamedTuple):
@@ -357,60 +331,13 @@ def _written(state: Loop, choice: Choice, logits: jax.Array, cache: Cache) -> Lo
     fold = jax.random.fold_in
     if is_a_row_each(choice.key):
         fold = jax.vmap(fold, (0, None))
-    new = _choose(logits, choice, fold(choice.key, state.step))
+    new = choose(logits, choice, fold(choice.key, state.step))
     new = jnp.where(state.done, choice.pad, new)
     column = state.step % state.tokens.shape[1]
     tokens = lax.dynamic_update_slice(state.tokens, new[:, None], (0, column))
     logps = state.logps
     if logps is not None:
-        found = jnp.where(state.done, 0.0, _log_probability(logits, new, choice.temperature))
+        found = jnp.where(state.done, 0.0, log_probability(logits, new, choice.temperature))
         logps = lax.dynamic_update_slice(logps, found[:, None], (0, column))
     done = state.done | jnp.isin(new, choice.eos)
     return Loop(state.step + 1, tokens, new, done, cache, logps)
-
-
-def _log_probability(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Returns log p of tokens, [batch], in the whole vocabulary; at temperature 1 where it is 0."""
-    scores = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
-    of_tokens = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
-    return of_tokens - jax.nn.logsumexp(scores, axis=-1)
-
-
-def is_a_row_each(key: jax.Array) -> bool:
-    """Returns whether these are keys, one a row; an old key (`jax.random.PRNGKey`) is one."""
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0
-
-
-def _choose(logits: jax.Array, choice: Choice, key: jax.Array) -> jax.Array:
-    """Chooses the next tokens, [batch] int32, by logits, [batch, vocab]; sorts for a limit only."""
-    vocab = logits.shape[-1]
-
-    def greedy(logits: jax.Array) -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def likely(scores: jax.Array) -> jax.Array:
-        ranked = -jnp.sort(-scores, axis=-1)
-        rank = jnp.arange(vocab, dtype=jnp.int32)
-        ranked = jnp.where(rank < choice.top_k, ranked, -jnp.inf)
-        probs = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
-        kept = (rank == 0) | ((rank < choice.top_k) & (before < choice.top_p))
-        least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(scores >= least, scores, -jnp.inf)
-
-    def drawn(scores: jax.Array) -> jax.Array:
-        draw = jax.random.categorical
-        if is_a_row_each(key):
-            draw = jax.vmap(draw)
-        return draw(key, scores).astype(jnp.int32)
-
-    def of_all(logits: jax.Array) -> jax.Array:
-        return drawn(logits / choice.temperature)
-
-    def of_likely(logits: jax.Array) -> jax.Array:
-        return drawn(likely(logits / choice.temperature))
-
-    limited = ((choice.top_p < 1) | (choice.top_k < vocab)).astype(jnp.int32)
-    how = jnp.where(choice.temperature > 0, 1 + limited, 0)
-    chosen: jax.Array = lax.switch(how, [greedy, of_all, of_likely], logits)
-    return chosen

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.generate import Choice, arguments, decode, is_a_row_each, prefill
+from lora_jax.models.choosing import Choice, is_a_row_each
+from lora_jax.models.generate import arguments, decode, prefill
 
 
 class Samples(NamedTuple):

@@ -11,7 +11,8 @@ import numpy as np
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.generate import Choice, Choosing, Inputs, Loop, arguments, decode, prefill
+from lora_jax.models.choosing import Choice, Choosing
+from lora_jax.models.generate import Inputs, Loop, arguments, decode, prefill
 from lora_jax.models.layers.cache import Cache, Shared
 
 

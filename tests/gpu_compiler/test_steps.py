@@ -10,8 +10,9 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.models import Encoder, EncoderConfig, read_config
+from lora_jax.models.choosing import Choice
 from lora_jax.models.families import module_of
-from lora_jax.models.generate import Choice, decode, prefill
+from lora_jax.models.generate import decode, prefill
 from lora_jax.models.layers.attend import chosen, implementation
 from lora_jax.models.layers.call import Call
 from lora_jax.models.layers.kernels.flash import Flash

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import Decoder, generate, share
+from lora_jax.models import Decoder, choosing, generate, share
 from lora_jax.models.layers.blockwise import Blockwise
 from tests.models import tiny, tiny_encoders
 from tests.support import over
@@ -122,7 +122,7 @@ def test_the_narrowest_sampling_is_greedy(tiny_model: Any, limit: dict[str, Any]
     assert not np.array_equal(generated(tiny_model, 0, **hot), want)
 
 
-choose = jax.jit(MODULE._choose)
+choose = jax.jit(choosing.choose)
 LOGITS = np.log(np.array([0.05, 0.4, 0.25, 0.2, 0.1], np.float32))
 
 

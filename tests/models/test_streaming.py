@@ -1,6 +1,5 @@
 """Generation step by step: the tokens of `generate`, few compilations, and a cache in place."""
 
-import importlib
 from typing import Any
 
 import jax
@@ -8,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import generate, init_cache, share, stream, streaming
+from lora_jax.models import choosing, generate, init_cache, share, stream, streaming
 from tests.models import tiny, tiny_encoders
 
 # The module's name is the function's, too.
-GENERATE = importlib.import_module("lora_jax.models.generate")
 SAMPLED = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "key": jax.random.key(5)}
 
 
@@ -121,8 +119,8 @@ def test_with_a_key_a_row_rows_do_not_depend_on_each_other(tiny_model: Any) -> N
 def test_a_row_alone_draws_what_it_does_among_others() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 61)).astype(np.float32)
     limits = np.float32(1.3), np.float32(0.9), np.int32(40)
-    sampling = GENERATE.Choice(None, None, *limits, None)
-    keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(GENERATE._choose)
+    sampling = choosing.Choice(None, None, *limits, None)
+    keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(choosing.choose)
     together = choose(logits, sampling, keys)
     alone = [choose(logits[i : i + 1], sampling, keys[i])[0] for i in range(3)]
     np.testing.assert_array_equal(alone, together)
