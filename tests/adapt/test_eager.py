@@ -89,6 +89,7 @@ class Scaled:
         return self.factor * product(p, x)
 
 
+@pytest.mark.slow
 def test_what_a_function_reads_beside_its_arguments_is_compared(monkeypatch):
     factor, table, settings, scaled = 1.0, np.ones(7, np.float32), {"on": True}, Scaled()
     module = types.ModuleType("of_the_user")

@@ -84,6 +84,7 @@ def test_rank(float64):
     assert of(tree, ("out",)).base is before["out"]["kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [None, 2])
 def test_energy_chooses_the_rank_of_each_layer(most):
     before, after = trees()

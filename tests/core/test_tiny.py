@@ -191,6 +191,7 @@ def test_a_scan_over_layers_holds_no_copies_of_the_pair(remat):
     assert needed(vera=True) < 12 * pair < layers * pair / 1.5 < needed()
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_file_holds_what_trains(name, tmp_path):
     one = tree(name)

@@ -108,7 +108,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         (ragged, "VeRA"),
         (ragged, "a high rank"),
     ],
-    often=["ragged, DoRA"],
+    often=[],
     called=called,
 )
 def test_each_expert_has_its_factors(how: Any, variant: str, float64: None) -> None:

@@ -76,6 +76,7 @@ def test_log_probabilities_are_those_of_the_whole_vocabulary(case: str) -> None:
         assert np.abs(found.logps - judged(made, found.tokens, wrong)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_without_temperature_it_is_greedy(llama: Any) -> None:
     model, params, apply = llama
     options: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": EOS, "apply": apply}
@@ -123,6 +124,7 @@ def test_answers_end_with_the_first_eos(llama: Any, pad: int) -> None:
     assert len(np.unique(found.lengths)) > 2 and not found.ended.all()
 
 
+@pytest.mark.slow
 def test_nothing_compiles_anew_for_other_values(llama: Any) -> None:
     model, params, apply = llama
     first = drawn(llama)

@@ -96,6 +96,7 @@ def test_a_limit_on_files_is_told_in_one_paragraph(tmp_path, capsys, compiles_an
     assert "raise the limit on the size of files" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_left_out(tmp_path, capsys, monkeypatch):
     model = write_model(tmp_path / "model", max_position_embeddings=64)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"1?\n{'long ' * 20}\n2?\n"))

@@ -166,6 +166,7 @@ def test_a_model_of_ones_own_is_its_parts_composed_by_hand(kind):
     assert measured == list(range(3, 31, 3))
 
 
+@pytest.mark.slow
 @over("in_full", [False, True], often=["True"])
 def test_a_base_that_is_no_array_trains_as_its_array_does(in_full, tmp_path):
     """Codes with scales: the same adapter as on the array they stand for, kept and resumed."""

@@ -177,6 +177,7 @@ def test_in_full_the_base_is_there_beside_what_trains(model):
     assert lora.shared >= tree_bytes(lora.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [DPO, GRPO], ids=["pairs", "completions"])
 def test_a_step_has_no_second_base(model, options):
     """At equal tokens, beside the arrays that a batch has besides."""
