@@ -1,6 +1,5 @@
 """A mixture of experts against all experts on every token, and the FLOPs that it takes."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -9,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lora_jax as lj
 from lora_jax.models import DecoderConfig
-from lora_jax.models.decoder.experts import blocks_of, by_blocks
+from lora_jax.models.decoder.experts import blocks_of
 from lora_jax.models.decoder.moe import SparseMLP, route
 from lora_jax.models.layers.activations import ACTIVATION
-from lora_jax.quantized import FORMATS, Coded
 from tests.models import tiny
 from train.plan.flops.hlo import work_of
 
@@ -75,7 +72,7 @@ def _values_and_gradients(
 
 @pytest.mark.parametrize("n_experts", [8, 32])
 def test_only_the_chosen_experts_are_multiplied(n_experts: int) -> None:
-    """FLOPs: k products a token, and less than a third as much for blocks that are not full."""
+    """FLOPs: k products a token, and at most as much again for blocks that are not full."""
     fields = tiny.fields("mixtral") | {"num_local_experts": n_experts, "num_experts_per_tok": 2}
     config = DecoderConfig.from_hf(fields)
     module = SparseMLP(config, jnp.float32, jnp.float32)
@@ -85,15 +82,15 @@ def test_only_the_chosen_experts_are_multiplied(n_experts: int) -> None:
     pair = 3 * 2 * config.hidden_size * config.moe_intermediate_size
     router = 2 * 512 * config.hidden_size * n_experts
     needed = 512 * 2 * pair
-    assert needed <= flops - router <= 1.3 * needed
-    assert 512 * n_experts * pair > 1.3 * needed, "all experts would be seen"
+    assert needed <= flops - router <= 2 * needed
+    assert 512 * n_experts * pair > 2 * needed, "all experts would be seen"
 
 
 def test_the_kernels_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block has its expert's kernels; all of them at once would be more than the experts'."""
     module, params, _ = layer("mixtral")
     x = jax.ShapeDtypeStruct((2, 20, 24), jnp.float32)
-    n_pairs = (2 * 20 * 2 // 8 + 5 + 1) // 2
+    n_blocks = 2 * 20 * 2 // 8 + 5
 
     def gradient() -> str:
         def loss(x: jax.Array, params: Any) -> jax.Array:
@@ -101,30 +98,10 @@ def test_the_kernels_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
         return jax.jit(jax.grad(loss)).lower(x, params).compile().as_text()
 
-    of_blocks = f"f32[{n_pairs},24,37]"
+    of_blocks = f"f32[{n_blocks},24,37]"
     assert of_blocks not in gradient()
     monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
     assert of_blocks in gradient(), "the control"
-
-
-@pytest.mark.parametrize("n_chosen", [1, 2])
-def test_blocks_of_one_expert_decode_it_once(n_chosen: int) -> None:
-    """128 rows are ten blocks of 16, the spare ones the last expert's; two of a pair may differ."""
-    decoded: list[int] = []
-
-    def values(codes: jax.Array) -> jax.Array:
-        jax.debug.callback(lambda: decoded.append(1))
-        return codes.astype(jnp.float32)
-
-    own = dataclasses.replace(FORMATS["int8"], to_values=values)
-    arrays = {"codes": normal(0, (2, 6, 6)).astype(np.int8), "scales": np.ones((2, 1, 6))}
-    tree = {"kernel": Coded(arrays, own, jnp.float32)}
-    chosen = np.ones(128, np.int32)
-    chosen[: 16 * (n_chosen - 1)] = 0
-    run = lj.adapt(lambda tree, rows: by_blocks(jnp.sin, rows, chosen, *2 * [tree["kernel"]]))
-    jax.block_until_ready(jax.jit(run)(tree, normal(1, (128, 6))))
-    jax.effects_barrier()
-    assert len(decoded) == 2 * (5 + n_chosen - 1)
 
 
 def test_any_choice_has_its_blocks() -> None:

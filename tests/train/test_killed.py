@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from tests.support import THOROUGH, assert_identical
+from tests.support import assert_identical
 from tests.train.scripts import command
 from tests.train.tiny import CONFIG, write_jsonl, write_model
 from train.adapters.source import find_adapter
@@ -46,15 +46,6 @@ MOMENTS = {
     "the adapter is to be saved": ("train.finetune:keep_adapter", 1, "before"),
     "the adapter is saved": ("train.finetune:keep_adapter", 1, "after"),
 }
-SIMILAR = {  # to others
-    "completions are rewarded",
-    "a checkpoint has its record",
-    "completions are written down",
-    "older checkpoints are to go",
-    "the adapter is saved",
-}
-if not THOROUGH:
-    MOMENTS = {name: moment for name, moment in MOMENTS.items() if name not in SIMILAR}
 
 
 @pytest.mark.slow

@@ -3,9 +3,8 @@
 A token costs k products, however many experts there are. Two implementations achieve that:
 
 - "blocks" lays the rows out in blocks of equal size, each of one expert, padded with zeros; a scan
-  takes them through their expert's kernels, two at once. Where both are of one expert, as most are,
-  its kernel is read, and decoded, once for both. It runs everywhere, and pads by up to a block for
-  each expert.
+  takes them one by one through their expert's kernels. It runs everywhere, and pads by up to a
+  block for each expert.
 - "ragged" sorts the rows by expert and multiplies them by ``jax.lax.ragged_dot``, padding seven
   rows at most. That takes a compiler with a kernel for it: XLA for TPU, under ``compiler_options``.
   XLA for CPU and GPU, and for TPU without the option, multiplies all rows with every expert, and
@@ -18,12 +17,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
-_KEPT = "products of experts"  # for the backward pass
 _SUBLANES = 8  # the TPU kernel takes multiples of this many rows; XLA masks for others
 
 
@@ -68,25 +65,12 @@ def by_blocks(
     """Applies experts to blocks of rows; see ``Experts`` for the arguments."""
     blocks = blocks_of(chosen, kernels[0].shape[0])
 
-    def through(_: None, pair: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        rows, experts = pair
+    def through(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        rows, expert = block
 
         def product(x: jax.Array, i: int) -> jax.Array:
-            def of(expert: jax.Array, x: jax.Array) -> jax.Array:
-                y: jax.Array = x @ lax.dynamic_index_in_dim(kernels[i], expert, keepdims=False)
-                if biases:
-                    y += lax.dynamic_index_in_dim(biases[i], expert, keepdims=False)
-                return y
-
-            def together(x: jax.Array) -> jax.Array:
-                return of(experts[0], x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-
-            def apart(x: jax.Array) -> jax.Array:
-                return jnp.stack([of(expert, x) for expert, x in zip(experts, x, strict=True)])
-
-            y = lax.cond(experts[0] == experts[1], together, apart, x)
-            named: jax.Array = checkpoint_name(y, _KEPT)
-            return named
+            y: jax.Array = x @ lax.dynamic_index_in_dim(kernels[i], expert, keepdims=False)
+            return y + lax.dynamic_index_in_dim(biases[i], expert, keepdims=False) if biases else y
 
         *first, last = range(len(kernels))
         return None, product(gated(*(product(rows, i) for i in first)), last)
@@ -94,11 +78,11 @@ def by_blocks(
     # No slot is written or read twice, so that the derivatives add in a fixed order.
     filled = jnp.zeros((blocks.experts.size * blocks.rows, rows.shape[1]), rows.dtype)
     filled = filled.at[blocks.slots].set(rows, unique_indices=True)
-    filled = filled.reshape(-1, 2, blocks.rows, rows.shape[1])
+    filled = filled.reshape(-1, blocks.rows, rows.shape[1])
     # The backward pass indexes the kernels of each block again: they are not kept for all blocks.
-    kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    kept = jax.checkpoint_policies.dots_saveable
     body = jax.checkpoint(through, policy=kept, prevent_cse=False)
-    _, out = lax.scan(body, None, (filled, blocks.experts.reshape(-1, 2)))
+    _, out = lax.scan(body, None, (filled, blocks.experts))
     out = jnp.reshape(out, (-1, out.shape[-1]))
     return out.at[blocks.slots].get(unique_indices=True)
 
@@ -108,7 +92,7 @@ class Blocks(NamedTuple):
 
     Attributes:
       rows: the number of rows of a block.
-      experts: [blocks] int32, each block's expert; an even number of blocks.
+      experts: [blocks] int32, each block's expert.
       slots: [rows] int32, the place of each row, counted over all blocks.
     """
 
@@ -125,7 +109,6 @@ def blocks_of(chosen: jax.Array, n_experts: int) -> Blocks:
     n = chosen.size
     rows = min(128, max(8, n // (4 * n_experts) // 8 * 8))
     n_blocks = n // rows + min(n_experts, n)  # as many as any choice needs: the shape is fixed
-    n_blocks += n_blocks % 2
     sizes = jnp.bincount(chosen, length=n_experts)
     blocks_until = jnp.cumsum(-(-sizes // rows))  # of this expert and those before it
     places = jnp.argsort(jnp.argsort(chosen))  # of each row, in the order of experts

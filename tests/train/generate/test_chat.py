@@ -178,7 +178,7 @@ def test_in_a_terminal(tmp_path):
         terminal.send("\x03")
         terminal.until("^C", "(stopped; the conversation keeps", "base> ")
         assert time.monotonic() - began < 20
-        time.sleep(0.5)  # a signal before readline waits for a key waits for one, too
+        time.sleep(2)  # a signal before readline waits for a key waits for one, too
         terminal.send("\x03")
         terminal.until("/quit or Ctrl-D ends the chat", "base> ")
         terminal.send("/adapter\n")
