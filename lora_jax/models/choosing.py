@@ -1,4 +1,4 @@
-"""How a next token is chosen by its logits: greedily, or drawn from all or from likely ones."""
+"""Chooses next tokens by their logits: greedily, or drawn from all or from likely ones."""
 
 from __future__ import annotations
 
