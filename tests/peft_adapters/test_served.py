@@ -124,7 +124,7 @@ def test_we_read_it_too(case: str, tmp_path: Any) -> None:
 
 
 def test_peft_cannot_hold_an_expert_that_all_tokens_share(tmp_path: Any) -> None:
-    """Of Qwen3-Next: PEFT renames its projections. A server reads them, and so do we."""
+    """PEFT renames its projections in Qwen3-Next. A server reads them, and so do we."""
     model, params = tiny.decoder("qwen3-next")
     tree = lj.lorafy(params, [lj.LoraRule(targets=["shared_expert"], rank=2)])
     with pytest.raises(lp.PeftError, match=r"cannot hold an adapter of shared_expert"):

@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.slow
 def test_images_cost_one_forward_pass_of_their_encoder(model):
-    """Where no adapter stands on it; each image has 16 patches, and 4 tokens of the row."""
+    """No adapter stands on it; each image has 16 patches, and 4 tokens of the row."""
     job, _, with_images = planned_for(model, *OF_TEXT, "--images", 3)
     _, _, texts = planned_for(model, *OF_TEXT)
     assert batch_shapes(job)["pixel_values"].shape == (1, 4, 3, 3, 16, 16)

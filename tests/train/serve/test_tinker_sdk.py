@@ -176,7 +176,7 @@ def test_exports(service):
 
 @pytest.mark.skipif(not NEWEST, reason="it exports nothing")
 def test_the_cookbook_downloads_weights(served, service, tmp_path):
-    """Of a training checkpoint, by an export that is encrypted for it and deleted afterwards."""
+    """A training checkpoint is exported, encrypted, fetched, and the export deleted."""
     weights = pytest.importorskip("tinker_cookbook.weights")
     client = made(service.create_lora_training_client(base_model="tiny/base", rank=4))
     path = client.save_state("last").result().path
