@@ -229,11 +229,14 @@ def test_exports_are_encrypted_for_whom_they_are(client):
     own, kind = [str(identity.to_public())], "save_weights_external"
     for seq, wrong in enumerate((["age1x"], ["nobody"], [7], own * 11), 1):
         client.save(model, seq, "a", kind, status=400, age_encryption_recipients=wrong)
+    # A checkpoint that the server has to read again is not encrypted.
+    for seq, other in enumerate(("save_weights", "save_weights_for_sampler"), 5):
+        client.save(model, seq, "a", other, status=400, age_encryption_recipients=own)
     plain, sealed = (
         Path(client.server.owned.weights(client.result(saved)["path"], "alice")["folder"])
         for saved in (
-            client.save(model, 5, "a", kind),
-            client.save(model, 6, "b", kind, age_encryption_recipients=own),
+            client.save(model, 7, "a", kind),
+            client.save(model, 8, "b", kind, age_encryption_recipients=own),
         )
     )
     assert {one.name for one in sealed.iterdir()} == {f"{one.name}.age" for one in plain.iterdir()}

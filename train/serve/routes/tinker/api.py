@@ -271,6 +271,7 @@ class Tinker:
         is_snapshot = kind == "save_weights_for_sampler" and number is not None
 
         def prepare() -> tuple[Path, str]:
+            commands.recipients_of(fields, kind)
             if is_snapshot and fields.get("path", str, None) is None:
                 target = f"{model.split(':')[0]}:sample:{number}"
                 folder = self.turns.place("snapshots", target)

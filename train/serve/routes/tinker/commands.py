@@ -55,7 +55,7 @@ def command_of(row: Row, facts: Facts, names: Callable[[Path], str]) -> Command:
         return Load(folder, fields.get("optimizer", bool, False))
     is_snapshot = not row["target"].startswith("tinker://")
     name = names(folder) if is_snapshot else None
-    return Save(folder, kind == "save_weights", name, recipients_of(fields))
+    return Save(folder, kind == "save_weights", name, recipients_of(fields, kind))
 
 
 def answer_of(row: Row, result: Any) -> bytes:
@@ -125,13 +125,19 @@ def path_of(fields: Fields, kind: str, model: str, seq: int) -> str:
         )
     fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
     fields.metadata()
-    recipients_of(fields)
     return f"tinker://{model}/{_SEGMENT[kind]}/{name}"
 
 
-def recipients_of(fields: Fields) -> tuple[str, ...]:
-    """Returns the public keys for which an export is encrypted."""
-    return check_recipients(fields.get("age_encryption_recipients", list, None) or [])
+def recipients_of(fields: Fields, kind: str) -> tuple[str, ...]:
+    """Returns the public keys for which an export is encrypted.
+
+    Raises:
+      RequestError: it is no export, or one is no key.
+    """
+    given = fields.get("age_encryption_recipients", list, None) or []
+    if given and kind != "save_weights_external":
+        raise RequestError("age_encryption_recipients are for save_weights_external alone")
+    return check_recipients(given)
 
 
 def sample_of(fields: Fields, facts: Facts, adapter: str | None) -> Sample:
