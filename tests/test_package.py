@@ -12,6 +12,8 @@ SOURCES = sorted([*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "train").rglob("*
 HEAVY = {"transformers", "datasets", "torch", "tokenizers", "gguf"}
 # Half as long to import as JAX, or more: those who need them pay for them.
 DEAR = HEAVY | {"orbax", "flax"}
+# Of the scripts, which are started often: for pictures, tables and scores.
+OF_SCRIPTS = {"transformers", "datasets", "torch", "sklearn", "matplotlib", "pandas", "pyarrow"}
 USE = """
 import jax, jax.numpy as jnp, lora_jax as lj
 params = {'up': {'kernel': jnp.ones((5, 3))}}
@@ -21,15 +23,20 @@ x = jnp.ones((2, 5)); forward(params, x); jax.jit(forward)(params, x); lj.merge(
 """
 
 
-def test_the_core_imports_neither_orbax_nor_flax_and_models_no_heavy_library():
+def test_heavy_libraries_are_imported_by_those_who_need_them():
     """In one process, which at last imports some: the judge sees them."""
-    say = f"import sys; print(*({DEAR!r} & {{*sys.modules}}), flush=True)"
+    say = f"import sys; print(*({DEAR | OF_SCRIPTS!r} & {{*sys.modules}}), flush=True)"
     models = "import lora_jax.models, lora_jax.training.loop, lora_jax.training.data.chats"
-    code = "\n".join([USE, say, models, say, "import flax.nnx, orbax.checkpoint, gguf", say])
+    scripts = "import train.sft, train.dpo, train.grpo, train.distill, train.classify"
+    scripts += ", train.generate.__main__, train.predict.__main__, train.export.__main__"
+    judge = "import flax.nnx, orbax.checkpoint, gguf, sklearn"
+    code = "\n".join([USE, say, models, say, scripts, say, judge, say])
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    core, of_models, all_of_them = (set(line.split()) for line in run.stdout.split("\n")[:3])
-    assert core == set() == of_models & HEAVY
-    assert all_of_them >= {"flax", "orbax", "gguf"}
+    core, of_models, of_scripts, all_of_them = (
+        set(line.split()) for line in run.stdout.split("\n")[:4]
+    )
+    assert core == set() == of_models & HEAVY == of_scripts & OF_SCRIPTS
+    assert all_of_them >= {"flax", "orbax", "gguf", "sklearn"}
 
 
 def test_the_library_knows_nothing_of_the_scripts():

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -227,6 +226,8 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
       lines: the run's metrics; see `read_metrics`.
       label: the label of the loss axis.
     """
+    from matplotlib.figure import Figure  # only here: it takes half a second
+
     figure = Figure(figsize=(7, 4), layout="tight")  # without pyplot: no window, no global state
     axes = figure.subplots()
     for name, curve in (("loss", "training"), ("eval_loss", "held out")):

@@ -1,15 +1,16 @@
-"""Scores of a classifier: their computation, their tables, and the confusion matrix as a PNG."""
+"""Scores of a classifier: their computation, their tables, and the confusion matrix as a PNG.
+
+scikit-learn and Matplotlib take two seconds to import, and are imported where they are used.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sklearn import metrics
 
 from train.tasks.task import print_figures
 
@@ -26,6 +27,8 @@ def scores_of(
       names: the classes.
       unit: what is classified, and so the name of their number in each class.
     """
+    from sklearn import metrics
+
     classes = range(len(names))
     found = metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=0.0
@@ -45,12 +48,15 @@ def scores_of(
 
 def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> None:
     """Draws the confusion matrix as a PNG; rows are labels, columns are predictions."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
     matrix = np.array(confusion)
     size = 3.2 + 0.6 * len(names)
     # Without pyplot: no window, no global state.
     figure = Figure(figsize=(size + 0.8, size), layout="tight")
     axes = figure.subplots()
-    shown = metrics.ConfusionMatrixDisplay(matrix, display_labels=list(names))
+    shown = ConfusionMatrixDisplay(matrix, display_labels=list(names))
     rotation = "horizontal" if len(names) < 6 else "vertical"
     shown.plot(ax=axes, cmap="Blues", colorbar=False, values_format="d", xticks_rotation=rotation)
     axes.set(xlabel="predicted", ylabel="label")

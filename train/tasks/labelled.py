@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from lora_jax.hf.bundled import MINILM
 from lora_jax.training.data import labelled
@@ -61,8 +60,19 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
 
 def split_by_label(data: DataConfig, rows: list[Row]) -> Sequence[Any]:
     """Returns rows in two parts, with as many of each label in the second as in the first."""
+    from sklearn.model_selection import train_test_split  # it takes two seconds
+
     names = [str(row[data.label]) for row in rows]
     return train_test_split(rows, test_size=data.test_share, random_state=SEED, stratify=names)
+
+
+def split_by_group(rows: Sequence[Row], groups: Sequence[str], share: float) -> list[list[Row]]:
+    """Returns rows in two parts, the second with a share of the groups; no group is in both."""
+    from sklearn.model_selection import GroupShuffleSplit  # it takes two seconds
+
+    splitter = GroupShuffleSplit(n_splits=1, test_size=share, random_state=SEED)
+    (parts,) = splitter.split(rows, groups=groups)
+    return [[rows[i] for i in part] for part in parts]
 
 
 def read_parts(

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from sklearn.model_selection import GroupShuffleSplit
 
 from lora_jax.training.data.comparisons import comparisons, texts_of
 from lora_jax.training.data.pairs import check_pairs
@@ -37,10 +36,8 @@ def read_rows(config: Config) -> Rows:
     """Reads the pairs; where a share is held out, those of one prompt are on one side."""
 
     def split(rows: list[Row]) -> Sequence[Any]:
-        share, seed = config.data.test_share, labelled.SEED
-        splitter = GroupShuffleSplit(n_splits=1, test_size=share, random_state=seed)
-        (parts,) = splitter.split(rows, groups=[texts_of(row, "")[0] for row in rows])
-        return [[rows[i] for i in part] for part in parts]
+        prompts = [texts_of(row, "")[0] for row in rows]
+        return labelled.split_by_group(rows, prompts, config.data.test_share)
 
     return Rows(*labelled.read_parts(config.data, check_pairs, split))
 

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import snowballstemmer
-from sklearn.model_selection import GroupShuffleSplit
 
 from lora_jax.hf.packaged import FetchError, Package
 from lora_jax.training.data.rows import Row
@@ -73,9 +72,8 @@ def split_words(lexicon: str) -> tuple[list[Row], list[Row]]:
         if re.fullmatch("[a-z]+", word)  # no emoticons, no abbreviations with digits
     ]
     stems = snowballstemmer.stemmer("english").stemWords([row["text"] for row in rows])
-    splitter = GroupShuffleSplit(n_splits=1, test_size=_TEST_SHARE, random_state=0)
-    train, test = next(splitter.split(rows, groups=stems))
-    return [rows[i] for i in train], [rows[i] for i in test]
+    train, test = labelled.split_by_group(rows, stems, _TEST_SHARE)
+    return train, test
 
 
 def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], float]:
