@@ -152,14 +152,16 @@ class Terminal:
         )
         os.close(slave)
 
-    def until(self, *what, seconds=90):
-        """Returns what the process writes until all of this is in it."""
+    def until(self, *what, again=None, seconds=90):
+        """Waits until the process wrote all of this; sends keys again while it is silent."""
         seen, end = "", time.monotonic() + seconds
         while not all(one in seen for one in what):
-            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
-            assert ready, f"after {seconds} s: {seen!r}"
-            seen += os.read(self.master, 4096).decode(errors="replace")
-        return seen
+            ready, _, _ = select.select([self.master], [], [], 2)
+            assert time.monotonic() < end, f"after {seconds} s: {seen!r}"
+            if ready:
+                seen += os.read(self.master, 4096).decode(errors="replace")
+            elif again:
+                self.send(again)
 
     def send(self, keys):
         os.write(self.master, keys.encode())
@@ -178,9 +180,8 @@ def test_in_a_terminal(tmp_path):
         terminal.send("\x03")
         terminal.until("^C", "(stopped; the conversation keeps", "base> ")
         assert time.monotonic() - began < 20
-        time.sleep(2)  # a signal before readline waits for a key waits for one, too
-        terminal.send("\x03")
-        terminal.until("/quit or Ctrl-D ends the chat", "base> ")
+        # A signal before readline waits for a key waits for one, too: then another one is sent.
+        terminal.until("/quit or Ctrl-D ends the chat", "base> ", again="\x03")
         terminal.send("/adapter\n")
         terminal.until("base answers", "base> ")
         terminal.send("\x04")
