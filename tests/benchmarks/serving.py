@@ -27,7 +27,7 @@ from lora_jax.training.layout import one_device
 from train.serve.engine.base import Adapter, Base, Training
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import AdapterSpec, Sample
+from train.serve.requests import AdapterSpec, Sample, Save
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = 64
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(i) for i in range(8)]
         for folder in folders:
-            base.write(Training.begin(adapter), folder, optimizer=False)
+            base.write(Training.begin(adapter), Save(folder, optimizer=False))
         measure(base, adapter, folders, given)
 
 

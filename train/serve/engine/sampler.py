@@ -334,12 +334,15 @@ class Sampler:
             for length in sizes.caches:
                 rows = drawing.empty(width, length)
                 for cache in caches:
-                    rows = drawing.insert(rows, np.int32(0), cache, one, token, (np.int32(0), how))
+                    if cache.positions.shape[1] <= drawing.whole(length):
+                        mine = (np.int32(0), how)
+                        rows = drawing.insert(rows, np.int32(0), cache, one, token, mine)
                 rows, _ = drawing.decode(self._pool.tree, rows, off)
-                for wide in sizes.widths:
-                    for long in sizes.caches:
-                        if (wide, long) != (width, length):
-                            drawing.fit(rows, np.zeros(wide, np.int32), long)
+                for wide in set(sizes.widths) - {width}:
+                    drawing.fit(rows, np.zeros(wide, np.int32), length)
+                for end in (sizes.caches[0], sizes.caches[-1]):
+                    for other in sizes.caches_to(length, end)[:1]:
+                        drawing.fit(rows, np.zeros(width, np.int32), other)
         self._pool.give(self._pool.take(self._base.none) or 0)
 
     def _fit(self, n: int, length: int) -> None:
@@ -351,10 +354,13 @@ class Sampler:
             width, least = max(width, self._width), max(least, self._length)
         if (width, least) == (self._width, self._length):
             return
-        order = [*self._rows]
-        rows = dict(enumerate(self._rows.values()))
-        order += [0] * (width - len(order))
-        if width == self._width:
-            order, rows = [*range(width)], self._rows
-        self._arrays = self._drawing.fit(self._arrays, np.array(order, np.int32), least)
-        self._rows, self._width, self._length, self._idle = rows, width, least, 0
+        if width != self._width:
+            order = [*self._rows, *[0] * (width - len(self._rows))]
+            self._resize(order, self._length)
+            self._rows = dict(enumerate(self._rows.values()))
+        for step in self._sizes.caches_to(self._length, least):
+            self._resize(range(width), step)
+        self._width, self._length, self._idle = width, least, 0
+
+    def _resize(self, order: Sequence[int], length: int) -> None:
+        self._arrays = self._drawing.fit(self._arrays, np.array(order, np.int32), length)

@@ -2,8 +2,9 @@
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
 
-_LEAST = 64  # the shortest rows
+_LEAST, _LEAST_CACHE = 64, 128  # the shortest rows, and caches
 TARGETS = (1, 32)  # targets of a place
 
 
@@ -35,8 +36,8 @@ class Sizes:
 
     @property
     def caches(self) -> tuple[int, ...]:
-        """The lengths of completions' caches: every other one of `lengths`."""
-        return self.lengths[::-2][::-1]
+        """The lengths of completions' caches."""
+        return tuple(n for n in self.lengths if n >= _LEAST_CACHE) or self.lengths[-1:]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -51,6 +52,11 @@ class Sizes:
     def cache(self, n: int) -> int:
         """Returns the length of a cache that holds n tokens."""
         return self.caches[bisect.bisect_left(self.caches, n)]
+
+    def caches_to(self, length: int, other: int) -> Sequence[int]:
+        """Returns the lengths of caches from one, left out, to another one, a step at a time."""
+        i, j = self.caches.index(length), self.caches.index(other)
+        return self.caches[i + 1 : j + 1] or self.caches[j:i][::-1]
 
     def length(self, n: int) -> int:
         """Returns the length of a row that holds n tokens."""

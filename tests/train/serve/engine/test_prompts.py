@@ -10,7 +10,7 @@ from train.serve.engine.drawing import Drawing
 from train.serve.engine.prompts import Prefixes
 from train.serve.engine.sizes import Sizes
 
-SIZES = Sizes(max_length=256, tokens=256, sequences=2, chunk=16)  # caches of 64 and of 256
+SIZES = Sizes(max_length=256, tokens=256, sequences=2, chunk=16)  # caches of 128 and of 256
 MODEL = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=2)
 
 
@@ -30,13 +30,13 @@ class Unread:
         return None, cache
 
 
-@pytest.mark.parametrize(("n", "cached"), [(90, 80), (50, 0)])
+@pytest.mark.parametrize(("n", "cached"), [(140, 128), (90, 0)])
 def test_a_prefix_is_taken_over_from_a_cache_of_the_same_length(n, cached):
     def job(ids):
         request = SimpleNamespace(prompt=ids, adapter="a")
         return SimpleNamespace(request=request, adapter=None, slot=0)
 
-    prefixes, ids = Prefixes(Unread(), SIZES), np.arange(100)
+    prefixes, ids = Prefixes(Unread(), SIZES), np.arange(150)
     first, other = prefixes.begin(job(ids)), prefixes.begin(job(ids[:n]))
     prefixes.run(first, None)
     assert prefixes.waits(other, [first]) == bool(cached)
