@@ -4,8 +4,8 @@
 
 Prints tokens a second of completions drawn side by side by SmolLM2-135M: of one adapter by
 `models.generate` in one compiled loop, and by the engine, of one adapter with one slot and with
-eight, and of eight; then the time to the first token of a short prompt, alone and beside a long
-one.
+eight, and of eight: in all, and while all rows decode. Then the time to the first token of a short
+prompt, alone and beside a long one.
 """
 
 import argparse
@@ -33,9 +33,9 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = 64
 
 
-def asked(engine: Engine, requests: Sequence[Sample]) -> float:
-    """Returns the seconds until all samples are there."""
-    results, all_there = [], threading.Event()
+def asked(engine: Engine, requests: Sequence[Sample]) -> tuple[float, float]:
+    """Returns the seconds until all samples are there, and tokens a second while all are drawn."""
+    results, times, all_there = [], [[] for _ in requests], threading.Event()
 
     def done(result):
         results.append(result)
@@ -43,11 +43,14 @@ def asked(engine: Engine, requests: Sequence[Sample]) -> float:
             all_there.set()
 
     began = time.perf_counter()
-    for request in requests:
-        engine.sample(request, done)
+    for request, mine in zip(requests, times, strict=True):
+        engine.sample(request, done, lambda _, mine=mine: mine.append(time.perf_counter()))
     all_there.wait()
+    end = time.perf_counter()
     assert not any(isinstance(result, Exception) for result in results), results
-    return time.perf_counter() - began
+    full, first_end = max(mine[0] for mine in times), min(mine[-1] for mine in times)
+    n_drawn = sum(full < at <= first_end for mine in times for at in mine)
+    return end - began, n_drawn / max(first_end - full, 1e-9)
 
 
 def started(base: Base, folders: Sequence[Path], slots: int, rows: int) -> Engine:
@@ -88,20 +91,23 @@ def measure(base: Base, adapter: Adapter, folders: Sequence[Path], given: Any) -
     alone = started(base, folders[:1], 1, given.rows)
     engine = started(base, folders, 8, given.rows)
 
-    def generated() -> float:
-        began = time.perf_counter()
-        out = models.generate(
-            base.model,
-            tree,
-            jnp.array(prompts),
-            max_new_tokens=given.tokens,
-            eos_token_id=[],
-            apply=forward,
-        )
-        jax.block_until_ready(out)
-        return time.perf_counter() - began
+    def generated() -> tuple[float, float]:
+        ends = [time.perf_counter()]
+        for n in (1, given.tokens):
+            out = models.generate(
+                base.model,
+                tree,
+                jnp.array(prompts),
+                max_new_tokens=n,
+                eos_token_id=[],
+                apply=forward,
+            )
+            jax.block_until_ready(out)
+            ends.append(time.perf_counter())
+        first, whole = np.diff(ends)
+        return whole, given.rows * (given.tokens - 1) / (whole - first)
 
-    def served(engine: Engine, n: int) -> float:
+    def served(engine: Engine, n: int) -> tuple[float, float]:
         return asked(
             engine,
             [
@@ -116,28 +122,28 @@ def measure(base: Base, adapter: Adapter, folders: Sequence[Path], given: Any) -
         )
 
     total = given.rows * given.tokens
+    ways = ("generate", "one adapter, --slots 1", "one, --slots 8", "eight")
     for time_ in range(given.times + 1):
-        seconds = {
-            "generate": generated(),
-            "one adapter, --slots 1": served(alone, 1),
-            "one, --slots 8": served(engine, 1),
-            "eight": served(engine, 8),
-        }
+        found = [generated(), served(alone, 1), served(engine, 1), served(engine, 8)]
         if time_ == 0:
             continue  # it compiled
-        rates = [total / s for s in seconds.values()]
-        print("  ".join(f"{name} {r:.0f}/s" for name, r in zip(seconds, rates, strict=True)))
-        print(f"  served/generate {rates[1] / rates[0]:.2f} {rates[2] / rates[0]:.2f}", end="  ")
-        print(f"eight/one {rates[3] / rates[2]:.2f}", flush=True)
+        whole = [total / seconds for seconds, _ in found]
+        for what, rates in (("in all", whole), ("decoding", [rate for _, rate in found])):
+            each = "  ".join(f"{way} {r:.0f}/s" for way, r in zip(ways, rates, strict=True))
+            print(f"{what}: {each}")
+            print(
+                f"  served/generate {rates[1] / rates[0]:.2f} {rates[2] / rates[0]:.2f}", end="  "
+            )
+            print(f"eight/one {rates[3] / rates[2]:.2f}", flush=True)
     short = Sample(adapter="a0", prompt=prompts[0, :16].tolist(), max_tokens=1)
     long = Sample(adapter="a1", prompt=rng.integers(5, 40_000, 480).tolist(), max_tokens=1)
     asked(engine, [long])
     for _ in range(given.times):
-        by_itself = asked(engine, [short])
+        by_itself, _ = asked(engine, [short])
         other = threading.Thread(target=asked, args=(engine, [long]))
         other.start()
         time.sleep(0.05)
-        beside = asked(engine, [short])
+        beside, _ = asked(engine, [short])
         other.join()
         print(
             f"first token: {by_itself:.3f} s alone, {beside:.3f} s beside a long prompt", end="  "
