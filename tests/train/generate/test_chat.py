@@ -140,6 +140,10 @@ class Terminal:
     """A process in a terminal of its own."""
 
     def __init__(self, *args):
+        def begin():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "train.generate", *map(str, args)],
@@ -148,7 +152,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=begin,
         )
         os.close(slave)
 
