@@ -184,6 +184,8 @@ class Sample:
       prompt_logprobs: whether the log-probability of each prompt token is wanted.
       top_prompt, top: the number of most likely tokens wanted at each place of the prompt and of
         the completions, `TOP` at most.
+      targets: tokens whose log-probability is wanted at each place of the prompt but the first,
+        [prompt - 1, k] int32, -1 for none; k is `MOST_TARGETS` at most.
     """
 
     adapter: str | None
@@ -199,9 +201,10 @@ class Sample:
     prompt_logprobs: bool = False
     top_prompt: int = 0
     top: int = 0
+    targets: np.ndarray | None = None
 
 
-TOP = 20
+TOP, MOST_TARGETS = 20, 127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,12 +246,14 @@ class Drawn:
       prompt_logprobs: [prompt] fp32, NaN at place 0; None if they were not asked for.
       top_prompt: the most likely tokens at each place, of place 0 none (id 0, -99999).
       cached: the number of prompt tokens whose keys and values were there already.
+      targets: the log-probabilities of `Sample.targets`, fp32; 0 for none.
     """
 
     completions: list[Completion]
     prompt_logprobs: np.ndarray | None = None
     top_prompt: Top | None = None
     cached: int = 0
+    targets: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

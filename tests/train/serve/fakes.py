@@ -250,7 +250,10 @@ class FakeEngine:
         top = self._top(request.top_prompt, prompt) if request.top_prompt else None
         if top is not None:
             top.ids[0], top.logprobs[0] = 0, -99999
-        return Drawn(completions, prompt if request.prompt_logprobs else None, top)
+        asked = request.targets
+        if asked is not None:
+            asked = np.where(asked < 0, np.float32(0), logprobs(asked, number))
+        return Drawn(completions, prompt if request.prompt_logprobs else None, top, targets=asked)
 
     def _complete(self, request, number, index, most, seen, cancelled):
         tokens, values, stopped = [], [], False

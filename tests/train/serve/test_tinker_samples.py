@@ -136,7 +136,20 @@ def test_a_prompt_that_fills_the_context_is_scored(client):
         {"num_samples": 10**9},
         {"topk_prompt_logprobs": 21},
         {"prompt_alt_tokens_k": 1},
-        {"target_prompt_logprobs": {"data": [1], "dtype": "int64"}},
+        *(
+            {"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]} | wrong}
+            for wrong in (
+                {"dtype": "float32"},
+                {"shape": None},
+                {"shape": [1, 2]},
+                {"shape": [1, -1]},
+                {"shape": [2**30, 2**30], "sparse_crow_indices": [0]},
+                {"data": [1.0]},
+                {"data": [-2]},
+                {"sparse_crow_indices": [0, 1]},
+                {"sparse_crow_indices": [0, 1], "sparse_col_indices": [1]},
+            )
+        ),
         {"record_stability_info": True},
         {"prompt_logprobs_last_n": 2},
         *(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from train.serve.requests import TOP, Facts, RequestError, Sample, Update
+from train.serve.requests import MOST_TARGETS, TOP, Facts, RequestError, Sample, Update
 
 
 def check_sample(request: Sample, facts: Facts) -> None:
@@ -30,6 +30,16 @@ def check_sample(request: Sample, facts: Facts) -> None:
     for name in ("top", "top_prompt"):
         if not 0 <= getattr(request, name) <= TOP:
             raise RequestError(f"{getattr(request, name)} likeliest tokens: {TOP} at most")
+    if (ids := request.targets) is not None:
+        if ids.ndim != 2 or len(ids) != n - 1 or not 1 <= ids.shape[1] <= MOST_TARGETS:
+            raise RequestError(
+                f"targets of the prompt have the shape {ids.shape}: its {n} tokens take [{n - 1}, "
+                f"k], with k from 1 to {MOST_TARGETS}"
+            )
+        if ids.size and not -1 <= ids.min() <= ids.max() < facts.vocab_size:
+            raise RequestError(
+                f"targets of the prompt hold an id outside 0 to {facts.vocab_size - 1}; -1 is none"
+            )
 
 
 def check_update(how: Update) -> None:

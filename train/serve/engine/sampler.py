@@ -42,7 +42,7 @@ class Job:
     slot: int | None = None
     is_over: bool = False
     completions: dict[int, Completion] = dataclasses.field(default_factory=dict)
-    scores: tuple[Any, Any] = (None, None)
+    scores: tuple[Any, Any, Any] = (None, None, None)
     cached: int = 0
 
 
@@ -155,8 +155,9 @@ class Sampler:
         if job.slot is not None:
             self._pool.give(job.slot)
         completions = [job.completions[i] for i in sorted(job.completions)]
-        job.done(error or Drawn(completions, *job.scores, cached=job.cached))
-        job.adapter, job.completions, job.scores = None, {}, (None, None)
+        own, top, targets = job.scores
+        job.done(error or Drawn(completions, own, top, job.cached, targets))
+        job.adapter, job.completions, job.scores = None, {}, (None, None, None)
 
     def fail(self, error: Exception) -> None:
         """Ends all samples, by an error in what they share."""
@@ -233,10 +234,10 @@ class Sampler:
     def _finish_prompt(self, prompt: Prompt) -> None:
         job = prompt.job
         request, job.cached = job.request, prompt.cached
-        if request.prompt_logprobs or request.top_prompt:
+        if request.prompt_logprobs or request.top_prompt or request.targets is not None:
             adapter = job.adapter or self._base.none
             tokens = np.asarray(request.prompt, np.int32)
-            job.scores = self._trainer.prompt(adapter, tokens, request.top_prompt)
+            job.scores = self._trainer.prompt(adapter, tokens, request.top_prompt, request.targets)
         if request.max_tokens == 0:
             nothing = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
             job.completions = dict.fromkeys(range(request.n), nothing)

@@ -103,27 +103,47 @@ class Trainer:
         )
         return float(loss), np.asarray(p)
 
-    def prompt(self, adapter: Adapter, tokens: np.ndarray, top: int) -> tuple[np.ndarray, Any]:
-        """Returns the log-probabilities of a prompt's tokens, and the likeliest at each place."""
-        targets = np.append(tokens[1:], 0).astype(np.int32)
-        datum = Datum(tokens, {"target_tokens": targets})
-        request = Gradient([datum], "cross_entropy", forward_only=True)
-        (part,) = self.parts(request)
-        batch = self._layout.batch(part.batch, parts=False)
-        _, p, (ids, logps) = self._scores(
-            *(adapter.factors, adapter.scales, self._base.shell, batch, np.int32(0)),
-            *(np.float32(0), np.bool_(top > 0)),
-        )
-        n = len(tokens)
-        shifted = np.concatenate([[np.nan], np.asarray(p)[0, : n - 1, 0]]).astype(np.float32)
+    def prompt(
+        self, adapter: Adapter, tokens: np.ndarray, top: int, targets: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Top | None, np.ndarray | None]:
+        """Scores a prompt.
+
+        Args:
+          adapter: the adapter.
+          tokens: [n] int32.
+          top: the number of likeliest tokens wanted at each place.
+          targets: other tokens at each place; see `Sample.targets`.
+
+        Returns:
+          The log-probabilities of its tokens, the likeliest ones at each place if they are wanted,
+          and the log-probabilities of the targets if there are any.
+        """
+        wanted, n = np.append(tokens[1:], 0)[:, None], len(tokens) - 1
+        if targets is not None:
+            others = np.pad(np.maximum(targets, 0), ((0, 1), (0, 0)))
+            wanted = np.concatenate([wanted, others], axis=1)
+        scores = []
+        for first in range(0, wanted.shape[1], TARGETS[-1]):
+            columns = wanted[:, first : first + TARGETS[-1]].astype(np.int32)
+            datum = Datum(tokens, {"target_tokens": columns})
+            (part,) = self.parts(Gradient([datum], "cross_entropy", forward_only=True))
+            batch = self._layout.batch(part.batch, parts=False)
+            _, p, (ids, logps) = self._scores(
+                *(adapter.factors, adapter.scales, self._base.shell, batch, np.int32(0)),
+                *(np.float32(0), np.bool_(top > 0)),
+            )
+            scores.append(np.asarray(p)[0, :n, : columns.shape[1]])
+        found = np.concatenate(scores, axis=1)
+        own = np.append(np.float32(np.nan), found[:, 0])
+        asked = None if targets is None else np.where(targets < 0, np.float32(0), found[:, 1:])
         if not top:
-            return shifted, None
-        first = (np.zeros((1, top), np.int32), np.full((1, top), _EMPTY, np.float32))
+            return own, None, asked
+        none = (np.zeros((1, top), np.int32), np.full((1, top), _EMPTY, np.float32))
         both = [
-            np.concatenate([empty, np.asarray(x)[0, : n - 1, :top]])
-            for empty, x in zip(first, (ids, logps), strict=True)
+            np.concatenate([empty, np.asarray(x)[0, :n, :top]])
+            for empty, x in zip(none, (ids, logps), strict=True)
         ]
-        return shifted, Top(*both)
+        return own, Top(*both), asked
 
     def add(self, one: Factors | None, other: Factors) -> Factors:
         """Returns the sum of two gradients."""

@@ -12,6 +12,7 @@ from tests.train.serve.engine.engines import (
     LENGTH,
     NAMES,
     SECONDS,
+    VOCAB,
     World,
     begun,
     bits,
@@ -105,6 +106,26 @@ def test_a_mixed_batch_against_the_model_itself(world, engine):
             largest = max(largest, off_top(rest, plain, 3))
     print(f"largest deviation {largest:.1e}")
     assert largest < 1e-5
+
+
+@pytest.mark.parametrize("k", [1, 40])
+def test_any_tokens_are_scored_at_each_place_of_a_prompt(world, engine, k):
+    rng = np.random.default_rng(k)
+    prompt = ids(rng, 12)
+    targets = rng.integers(-1, VOCAB, (11, k)).astype(np.int32)
+    targets[3], targets[4, 0] = -1, 5
+    asked = {"adapter": "one", "prompt": prompt.tolist(), "max_tokens": 0}
+    drawn = sampled(engine, **asked, targets=targets, top_prompt=2, prompt_logprobs=True)
+    plain = world.logps("one", prompt)[:-1]
+    expected = np.where(targets < 0, 0, np.take_along_axis(plain, targets, axis=1))
+    assert np.abs(drawn.targets - expected).max() < 1e-5 and (drawn.targets[3] == 0).all()
+    own = plain[np.arange(11), prompt[1:]]
+    assert np.abs(drawn.prompt_logprobs[1:] - own).max() < 1e-5
+    assert drawn.top_prompt.ids[1:, 0].tolist() == plain.argmax(axis=1).tolist()
+    with pytest.raises(RequestError, match=r"have the shape \(12, .*take \[11, k\], with k from 1"):
+        sampled(engine, **asked, targets=np.zeros((12, k), np.int32))
+    with pytest.raises(RequestError, match="hold an id outside 0 to 36; -1 is none"):
+        sampled(engine, **asked, targets=np.full((11, k), 37, np.int32))
 
 
 def allowed(logps, top_k, top_p):

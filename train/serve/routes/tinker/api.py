@@ -328,9 +328,11 @@ class Tinker:
             _, path, folder = self._source(fields, owner)
             request_id = f"{uuid.uuid4()}:sample"
         name = None if folder is None else self.turns.name(folder)
-        wanted = await asyncio.to_thread(commands.sample_of, fields, self.engine.facts, name)
+        facts, targets = self.engine.facts, await asyncio.to_thread(commands.targets_of, fields)
+        wanted = await asyncio.to_thread(commands.sample_of, fields, facts, name, targets)
         last = fields.get("prompt_logprobs_last_n", int, None)
-        if self.futures.open(request_id, owner, partial(wire.encoded_drawn, last=last)):
+        encoded = partial(wire.encoded_drawn, last=last, targets=targets)
+        if self.futures.open(request_id, owner, encoded):
             self.adoption.sample(wanted, folder, partial(self.futures.resolve, request_id))
         sequences = [f"{request_id}:{index}" for index in range(wanted.n)]
         return say({"request_id": request_id, "sample_sequence_ids": sequences})

@@ -23,6 +23,7 @@ from train.serve.requests import (
 )
 from train.serve.routes.tinker import wire
 from train.serve.routes.tinker.bodies import Fields
+from train.serve.routes.tinker.messages import Tensor
 from train.serve.sealed import check_recipients
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
@@ -140,17 +141,51 @@ def recipients_of(fields: Fields, kind: str) -> tuple[str, ...]:
     return check_recipients(given)
 
 
-def sample_of(fields: Fields, facts: Facts, adapter: str | None) -> Sample:
+def targets_of(fields: Fields) -> Any:
+    """Returns the tensor of tokens to score at each place of a prompt, as a message, or None.
+
+    Raises:
+      RequestError: It is none of int64, -1 for none.
+    """
+    name = "target_prompt_logprobs"
+    if fields.get(name, dict, None) is None:
+        return None
+    given = fields.object(name)
+
+    def integers(part: str) -> np.ndarray:
+        values = given.get(part, list)
+        if not all(type(one) is int and -1 <= one < 2**31 for one in values):
+            raise RequestError(f"{part} of {name} holds what is neither an id nor an index")
+        return np.array(values, "<i8")
+
+    if (kind := given.get("dtype", str)) != "int64":
+        raise RequestError(f"{name} are {kind[:40]!r}; they are to be int64")
+    tensor = Tensor(dtype=wire.I64, shape=integers("shape").tolist())
+    if given.get("sparse_crow_indices", list, None) is None:
+        tensor.dense = integers("data").tobytes()
+    else:
+        tensor.sparse_csr.values = integers("data").tobytes()
+        tensor.sparse_csr.crow_indices = integers("sparse_crow_indices").tobytes()
+        tensor.sparse_csr.col_indices = integers("sparse_col_indices").tobytes()
+    return tensor
+
+
+def sample_of(fields: Fields, facts: Facts, adapter: str | None, targets: Any = None) -> Sample:
     """Returns what an asample asks the engine for.
+
+    Args:
+      fields: the body's.
+      facts: the engine's.
+      adapter: name of the adapter; None for the base.
+      targets: what `targets_of` returned.
 
     Raises:
       RequestError: It has a chunk that is no text, or asks for what is not offered.
     """
-    others = fields.get("target_prompt_logprobs", dict, None)
-    if others is not None or fields.get("prompt_alt_tokens_k", int, 0):
+    if fields.get("prompt_alt_tokens_k", int, 0):
         raise RequestError(
-            "prompt_alt_tokens_k and target_prompt_logprobs are not offered; there are "
-            "prompt_logprobs and topk_prompt_logprobs"
+            "prompt_alt_tokens_k is not offered; there are prompt_logprobs, topk_prompt_logprobs "
+            "and target_prompt_logprobs"
         )
     if fields.get("record_stability_info", bool, False):
         raise RequestError(
@@ -183,6 +218,7 @@ def sample_of(fields: Fields, facts: Facts, adapter: str | None) -> Sample:
         prompt_logprobs=fields.get("prompt_logprobs", bool, False) or last is not None,
         top_prompt=fields.get("topk_prompt_logprobs", int, 0, least=0, most=TOP),
         top=fields.get("topk_sample_logprobs", int, 0, least=0, most=TOP),
+        targets=None if targets is None else wire.target_ids(targets),
     )
 
 

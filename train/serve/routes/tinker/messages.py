@@ -25,7 +25,8 @@ _FIELDS = {
     "SampledSequence": "stop_reason 1 int32, tokens 2 bytes, logprobs 3 ?bytes, "
     "topk_sampled_logprobs 4 TopkLogprobs",
     "SampleResponse": "sequences 1 *SampledSequence, prompt_logprobs 2 ?bytes, "
-    "topk_prompt_logprobs 3 TopkLogprobs, prompt_cache_hit_tokens 4 int32",
+    "topk_prompt_logprobs 3 TopkLogprobs, prompt_cache_hit_tokens 4 int32, "
+    "target_prompt_logprobs 5 Tensor",
 }
 _PACKAGE = "lora_jax.tinker"
 _Field = descriptor_pb2.FieldDescriptorProto
@@ -79,3 +80,4 @@ _CLASSES = _messages()
 ForwardBackwardRequest = _CLASSES["ForwardBackwardRequest"]
 ForwardBackwardOutput = _CLASSES["ForwardBackwardOutput"]
 SampleResponse = _CLASSES["SampleResponse"]
+Tensor = _CLASSES["Tensor"]

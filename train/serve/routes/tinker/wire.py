@@ -33,7 +33,7 @@ _TYPES: dict[int, np.dtype] = {
     3: np.dtype("<i4"),
     4: np.dtype("<u2"),
 }
-_F32, _BF16 = 1, 4
+I64, _F32, _BF16 = 2, 1, 4
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 _CONFIG = {"ppo": _CLIP, "cispo": _CLIP, "gspo": _CLIP, "dro": ("beta",)}
 _STOP, _LENGTH = 0, 1
@@ -113,12 +113,22 @@ def encoded_outputs(outputs: Outputs) -> bytes:
     return message.SerializeToString()
 
 
-def encoded_drawn(drawn: Drawn, last: int | None = None) -> bytes:
+def target_ids(message: Any) -> np.ndarray:
+    """Returns the tokens of a tensor, int32 [prompt - 1, k], -1 where it lists none.
+
+    Raises:
+      RequestError: It is no tensor.
+    """
+    return _tensor(message, "target_prompt_logprobs", _Room(), fill=-1).astype(np.int32)
+
+
+def encoded_drawn(drawn: Drawn, last: int | None = None, targets: Any = None) -> bytes:
     """Returns the body that holds completions.
 
     Args:
       drawn: the completions.
       last: how many of the prompt's tokens were to be scored; None for all.
+      targets: the tensor of tokens that were to be scored, too, whose layout their scores get.
     """
     message = SampleResponse(prompt_cache_hit_tokens=drawn.cached)
     for one in drawn.completions:
@@ -138,6 +148,16 @@ def encoded_drawn(drawn: Drawn, last: int | None = None) -> bytes:
         top = Top(drawn.top_prompt.ids.copy(), drawn.top_prompt.logprobs.copy())
         top.ids[skipped], top.logprobs[skipped] = 0, -99999.0
         _write_top(message.topk_prompt_logprobs, top)
+    if drawn.targets is not None:
+        scores, found = message.target_prompt_logprobs, drawn.targets.astype("<f4")
+        scores.CopyFrom(targets)
+        scores.dtype = _F32
+        if targets.HasField("sparse_csr"):
+            csr = targets.sparse_csr
+            listed = (np.frombuffer(x, "<i8") for x in (csr.crow_indices, csr.col_indices))
+            scores.sparse_csr.values = found[_places(*listed)].tobytes()
+        else:
+            scores.dense = found.tobytes()
     return message.SerializeToString()
 
 
@@ -235,15 +255,15 @@ def _array(data: bytes, dtype: np.dtype, where: str) -> np.ndarray:
     return np.frombuffer(data, dtype)
 
 
-def _tensor(message: Any, where: str, room: _Room) -> np.ndarray:
-    """Returns a tensor as an array, with zeros where a sparse one has nothing."""
+def _tensor(message: Any, where: str, room: _Room, fill: int = 0) -> np.ndarray:
+    """Returns a tensor as an array, with `fill` where a sparse one has nothing."""
     if message.dtype not in _TYPES:
         raise RequestError(f"{where} has the unknown type {message.dtype}; there are 1 to 4")
     dtype, shape = _TYPES[message.dtype], list(message.shape)
     if len(shape) > 2 or any(not 0 <= one <= MOST_BYTES for one in shape):
         raise RequestError(f"{where} has the shape {shape[:8]}; there are [n] and [n, k]")
     if message.HasField("sparse_csr"):
-        array = _densified(message.sparse_csr, dtype, shape, where, room)
+        array = _densified(message.sparse_csr, dtype, shape, where, room, fill)
     else:
         array = _array(message.dense, dtype, where)
         room.take(array.size, where)
@@ -255,7 +275,9 @@ def _tensor(message: Any, where: str, room: _Room) -> np.ndarray:
     return array
 
 
-def _densified(csr: Any, dtype: np.dtype, shape: list[int], where: str, room: _Room) -> np.ndarray:
+def _densified(
+    csr: Any, dtype: np.dtype, shape: list[int], where: str, room: _Room, fill: int
+) -> np.ndarray:
     values = _array(csr.values, dtype, where)
     rows = _array(csr.crow_indices, _TYPES[2], where)
     columns = _array(csr.col_indices, _TYPES[2], where)
@@ -267,6 +289,11 @@ def _densified(csr: Any, dtype: np.dtype, shape: list[int], where: str, room: _R
     if len(columns) and not 0 <= columns.min() <= columns.max() < shape[1]:
         raise RequestError(f"{where} has a column outside its shape {shape}")
     room.take(math.prod(shape), where)
-    array = np.zeros(shape, dtype)
-    array[np.repeat(np.arange(shape[0]), steps), columns] = values
+    array = np.full(shape, fill, dtype)
+    array[_places(rows, columns)] = values
     return array
+
+
+def _places(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of what a CSR tensor lists."""
+    return np.repeat(np.arange(len(rows) - 1), np.diff(rows)), columns
