@@ -72,7 +72,7 @@ def _values_and_gradients(
 
 @pytest.mark.parametrize("n_experts", [8, 32])
 def test_only_the_chosen_experts_are_multiplied(n_experts: int) -> None:
-    """FLOPs: k products a token, and at most as much again for blocks that are not full."""
+    """FLOPs: k products a token, and less than a third as much for blocks that are not full."""
     fields = tiny.fields("mixtral") | {"num_local_experts": n_experts, "num_experts_per_tok": 2}
     config = DecoderConfig.from_hf(fields)
     module = SparseMLP(config, jnp.float32, jnp.float32)
@@ -82,8 +82,8 @@ def test_only_the_chosen_experts_are_multiplied(n_experts: int) -> None:
     pair = 3 * 2 * config.hidden_size * config.moe_intermediate_size
     router = 2 * 512 * config.hidden_size * n_experts
     needed = 512 * 2 * pair
-    assert needed <= flops - router <= 2 * needed
-    assert 512 * n_experts * pair > 2 * needed, "all experts would be seen"
+    assert needed <= flops - router <= 1.3 * needed
+    assert 512 * n_experts * pair > 1.3 * needed, "all experts would be seen"
 
 
 def test_the_kernels_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
