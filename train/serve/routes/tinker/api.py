@@ -328,10 +328,9 @@ class Tinker:
             _, path, folder = self._source(fields, owner)
             request_id = f"{uuid.uuid4()}:sample"
         name = None if folder is None else self.turns.name(folder)
-        facts, targets = self.engine.facts, await asyncio.to_thread(commands.targets_of, fields)
-        wanted = await asyncio.to_thread(commands.sample_of, fields, facts, name, targets)
-        last = fields.get("prompt_logprobs_last_n", int, None)
-        encoded = partial(wire.encoded_drawn, last=last, targets=targets)
+        wanted, encoded = await asyncio.to_thread(
+            commands.sample_of, fields, self.engine.facts, name
+        )
         if self.futures.open(request_id, owner, encoded):
             self.adoption.sample(wanted, folder, partial(self.futures.resolve, request_id))
         sequences = [f"{request_id}:{index}" for index in range(wanted.n)]

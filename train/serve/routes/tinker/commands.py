@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from train.serve.requests import (
     AdapterSpec,
     Command,
     Create,
+    Drawn,
     Facts,
     Load,
     RequestError,
@@ -141,7 +143,7 @@ def recipients_of(fields: Fields, kind: str) -> tuple[str, ...]:
     return check_recipients(given)
 
 
-def targets_of(fields: Fields) -> Any:
+def _targets(fields: Fields) -> Any:
     """Returns the tensor of tokens to score at each place of a prompt, as a message, or None.
 
     Raises:
@@ -170,14 +172,10 @@ def targets_of(fields: Fields) -> Any:
     return tensor
 
 
-def sample_of(fields: Fields, facts: Facts, adapter: str | None, targets: Any = None) -> Sample:
-    """Returns what an asample asks the engine for.
-
-    Args:
-      fields: the body's.
-      facts: the engine's.
-      adapter: name of the adapter; None for the base.
-      targets: what `targets_of` returned.
+def sample_of(
+    fields: Fields, facts: Facts, adapter: str | None
+) -> tuple[Sample, Callable[[Drawn], bytes]]:
+    """Returns what an asample asks the engine for, and what makes the answer's body of the result.
 
     Raises:
       RequestError: It has a chunk that is no text, or asks for what is not offered.
@@ -204,7 +202,8 @@ def sample_of(fields: Fields, facts: Facts, adapter: str | None, targets: Any = 
     stop_ids, stop = _stops(params, facts)
     top_k = params.get("top_k", int, -1, least=-1)
     last = fields.get("prompt_logprobs_last_n", int, None, least=1, most=max(1, len(prompt) - 1))
-    return Sample(
+    targets = _targets(fields)
+    sample = Sample(
         adapter=adapter,
         prompt=prompt.tolist(),
         n=fields.get("num_samples", int, 1, least=1, most=_MOST_COMPLETIONS),
@@ -220,6 +219,7 @@ def sample_of(fields: Fields, facts: Facts, adapter: str | None, targets: Any = 
         top=fields.get("topk_sample_logprobs", int, 0, least=0, most=TOP),
         targets=None if targets is None else wire.target_ids(targets),
     )
+    return sample, partial(wire.encoded_drawn, last=last, targets=targets)
 
 
 def _stops(params: Fields, facts: Facts) -> tuple[frozenset[int], tuple[str, ...]]:

@@ -33,7 +33,7 @@ _TYPES: dict[int, np.dtype] = {
     3: np.dtype("<i4"),
     4: np.dtype("<u2"),
 }
-I64, _F32, _BF16 = 2, 1, 4
+_F32, I64, _BF16 = 1, 2, 4
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 _CONFIG = {"ppo": _CLIP, "cispo": _CLIP, "gspo": _CLIP, "dro": ("beta",)}
 _STOP, _LENGTH = 0, 1
