@@ -122,16 +122,19 @@ class Trainer:
         if targets is not None:
             others = np.pad(np.maximum(targets, 0), ((0, 1), (0, 0)))
             wanted = np.concatenate([wanted, others], axis=1)
-        scores = []
+        scores: list[np.ndarray] = []
         for first in range(0, wanted.shape[1], TARGETS[-1]):
             columns = wanted[:, first : first + TARGETS[-1]].astype(np.int32)
             datum = Datum(tokens, {"target_tokens": columns})
             (part,) = self.parts(Gradient([datum], "cross_entropy", forward_only=True))
             batch = self._layout.batch(part.batch, parts=False)
-            _, p, (ids, logps) = self._scores(
+            with_top = np.bool_(top > 0 and not scores)
+            _, p, likely = self._scores(
                 *(adapter.factors, adapter.scales, self._base.shell, batch, np.int32(0)),
-                *(np.float32(0), np.bool_(top > 0)),
+                *(np.float32(0), with_top),
             )
+            if with_top:
+                ids, logps = likely
             scores.append(np.asarray(p)[0, :n, : columns.shape[1]])
         found = np.concatenate(scores, axis=1)
         own = np.append(np.float32(np.nan), found[:, 0])
