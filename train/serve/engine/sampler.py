@@ -341,7 +341,7 @@ class Sampler:
                 rows, _ = drawing.decode(self._pool.tree, rows, off)
                 for wide in set(sizes.widths) - {width}:
                     drawing.fit(rows, np.zeros(wide, np.int32), length)
-                for end in (sizes.caches[0], sizes.caches[-1]):
+                for end in (sizes.caches[0], sizes.caches[-1]):  # a step towards each
                     for other in sizes.caches_to(length, end)[:1]:
                         drawing.fit(rows, np.zeros(width, np.int32), other)
         self._pool.give(self._pool.take(self._base.none) or 0)
