@@ -1,6 +1,8 @@
 """Stops a run on Ctrl-C or SIGTERM: at once if there is nothing to save, else after the step."""
 
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +12,7 @@ from lora_jax.training.errors import Interrupted
 from lora_jax.training.processes import Agreement
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN = 0.05  # seconds until a signal whose exception Python dropped comes again
 
 
 class Stop:
@@ -25,16 +28,28 @@ class Stop:
         self.remedy = "Training had not begun, and nothing was lost: run the same command again"
         self.signal: int | None = None
         self.deferring = False
+        self._report = sys.unraisablehook
+        self._timer: threading.Timer | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals within, by raising `Interrupted`."""
+        """Handles the signals within, by raising `Interrupted`.
+
+        Python drops an exception that is raised in a destructor or while garbage is collected (JAX
+        has a callback there); such a signal comes again a moment later.
+        """
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        hook, sys.unraisablehook = sys.unraisablehook, self._send_again
+        self._report = hook
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            sys.unraisablehook = hook
+            try:
+                self._forget_timer()
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -79,3 +94,21 @@ class Stop:
         again, self.signal = self.signal is not None, number
         if again or not self.deferring:
             raise self.interrupted()
+
+    def _send_again(self, dropped: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(dropped.exc_value, Interrupted) or self.signal is None:
+            self._report(dropped)
+            return
+        main, number = threading.main_thread().ident, self.signal
+        assert main is not None
+        if not self.deferring:
+            self.signal = None  # it still is the first one
+        self._forget_timer()
+        self._timer = threading.Timer(_AGAIN, signal.pthread_kill, (main, number))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
