@@ -41,10 +41,10 @@ class Coded:
       arrays: by name:
         codes: codes of W's shape.
         scales: one for each block; where they are coded themselves, int8 (`Format.double`) or fp8;
-            uint8 are the exponents of powers of two, E8M0's bits.
+            uint8 are places in `Format.scale_table`, or exponents of powers of two, E8M0's bits.
         mins: one for each block, of a format that has them.
         zeros: one for each block, of files that have them: W = s·(v(c) − zero).
-        scale_steps, scale_mean: fp32, where the scales are coded: s = step·code (+ mean).
+        scale_steps, scale_mean: fp32, where the scales are coded: s = step·v(code) (+ mean).
         scale_divisor: fp32, in the place of steps: s = code / divisor.
       format: the format of the codes.
       dtype: dtype of W.
@@ -151,21 +151,29 @@ def _formed(values: Any, arrays: Any, format: Format, stretch: Callable[..., Any
     if "zeros" in arrays:
         values = values - stretch(arrays["zeros"].astype(np.float32), values.shape)
     block = format.block if format.partial else None
-    values = values * stretch(scales_of(arrays, stretch), values.shape, block)
+    values = values * stretch(scales_of(arrays, format, stretch), values.shape, block)
     if "mins" in arrays:
         values = values + stretch(arrays["mins"].astype(np.float32), values.shape)
     return values
 
 
-def scales_of(arrays: Mapping[str, Any], stretch: Callable[..., Any] | None = None) -> Any:
+def scales_of(
+    arrays: Mapping[str, Any], format: Format, stretch: Callable[..., Any] | None = None
+) -> Any:
     """Returns the scales of a `Coded`'s blocks, fp32, from its arrays; by default, JAX's."""
-    scales = arrays["scales"]
-    scales = scales.view(jnp.float8_e8m0fnu) if scales.dtype == np.uint8 else scales
+    scales, table = arrays["scales"], format.scale_table
+    of = np if isinstance(scales, np.ndarray) else jnp
+    if table is not None:
+        scales = of.take(of.asarray(table, np.float32), scales.astype(np.int32), mode="clip")
+    elif scales.dtype == np.uint8:
+        scales = scales.view(jnp.float8_e8m0fnu)
     scales = scales.astype(np.float32)
     if "scale_divisor" in arrays:
         scales = scales / arrays["scale_divisor"]
     if "scale_steps" in arrays:
-        scales = (stretch or stretched)(arrays["scale_steps"], scales.shape) * scales
+        steps = (stretch or stretched)(arrays["scale_steps"], scales.shape)
+        # Rounded before the mean is added: compilers would join a product and a sum.
+        scales = of.minimum(steps * scales, np.finfo(np.float32).max)
     return scales + arrays["scale_mean"] if "scale_mean" in arrays else scales
 
 
@@ -212,18 +220,22 @@ def _spread(array: jax.Array, axis: int, times: int) -> jax.Array:
 
 def _written(values: Sequence[Any]) -> bytes:
     format, dtype = values
-    known = FORMATS.get(format.name)
-    if known is None or dataclasses.replace(known, block=format.block) != format:
+    known, own = (
+        FORMATS.get(format.name),
+        {"block": format.block, "scale_table": format.scale_table},
+    )
+    if known is None or dataclasses.replace(known, **own) != format:
         raise ValueError(
             f"jax.export cannot write {format!r}, whose functions are your own; it writes "
             f"{', '.join(FORMATS)}"
         )
-    return json.dumps([format.name, format.block, np.dtype(dtype).name]).encode()
+    return json.dumps([format.name, own, np.dtype(dtype).name]).encode()
 
 
 def _read(text: bytes | bytearray) -> tuple[Format, Any]:
-    name, block, dtype = json.loads(bytes(text))
-    return dataclasses.replace(FORMATS[name], block=block), jnp.dtype(dtype)
+    name, own, dtype = json.loads(bytes(text))
+    table = own["scale_table"] and tuple(own["scale_table"])
+    return dataclasses.replace(FORMATS[name], **own | {"scale_table": table}), jnp.dtype(dtype)
 
 
 export.register_pytree_node_serialization(

@@ -220,7 +220,7 @@ def _encoded(array: jax.Array, coding: Coding, dtype: DTypeLike) -> tuple[Coded,
     held = scales.astype(jnp.float32)
     if format.double:
         arrays |= _doubled(scales, coding)
-        held = scales_of(arrays)
+        held = scales_of(arrays, format)
     is_held = (jnp.abs(held - exact) <= _LOST * exact) & (held < 1 / _TINY)
     is_lost = (absmax > _TINY) & jnp.isfinite(absmax) & ~is_held
     faults = jnp.stack([jnp.sum(~jnp.isfinite(absmax)), jnp.sum(is_lost)])

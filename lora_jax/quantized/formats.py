@@ -86,6 +86,7 @@ class Format:
       to_values: codes -> values, fp32; by default a cast.
       scale_of: the largest magnitude of a block -> its scale; by default divides by `top`.
       scale_dtype: dtype of the scales.
+      scale_table: the fp32 values of scales that are codes, uint8; None for other scales.
       double: whether the scales themselves are stored as int8 (double quantisation): steps from
         the mean of their column, a step for each 256 of them.
       partial: whether blocks have this size along every axis that has several, the last block of an
@@ -102,6 +103,7 @@ class Format:
     scale_dtype: DTypeLike = jnp.float32
     double: bool = False
     partial: bool = False
+    scale_table: tuple[float, ...] | None = None
 
     def span(self, size: int, n_blocks: int) -> int:
         """Returns the size of a block along an axis of W, given the sizes of W and of its scales.
@@ -146,7 +148,8 @@ Q4_1 = Format("q4_1", jnp.int4, block=32, to_values=from_unsigned, scale_dtype=j
 Q4_K = Format("q4_k", jnp.int4, block=32, to_values=from_unsigned)
 Q6_K = Format("q6_k", jnp.int8, block=16, top=31)
 
-# Codes of published checkpoints, read by `lora_jax.hf.stored`.
+# Codes of published checkpoints, read by `lora_jax.hf.stored`. Files bring nf4-nested's table.
+NF4_NESTED = dataclasses.replace(NF4, name="nf4-nested", scale_dtype=jnp.uint8)
 FP8 = Format("fp8", jnp.uint8, 128, 448, to_values=from_bits(jnp.float8_e4m3fn), partial=True)
 FP8_E5M2 = dataclasses.replace(
     FP8, name="fp8-e5m2", top=57344, to_values=from_bits(jnp.float8_e5m2)
@@ -155,7 +158,7 @@ MXFP4 = Format("mxfp4", jnp.int4, 32, 6, to_values=from_e2m1, scale_dtype=jnp.ui
 NVFP4 = Format("nvfp4", jnp.int4, 16, 6, to_values=from_e2m1, scale_dtype=jnp.float8_e4m3fn)
 
 _ENCODED = (INT8, INT4, NF4, NF4_DOUBLE, Q8_0, Q4_0, Q6_K)
-_READ = (Q4_1, Q4_K, FP8, FP8_E5M2, MXFP4, NVFP4)
+_READ = (Q4_1, Q4_K, NF4_NESTED, FP8, FP8_E5M2, MXFP4, NVFP4)
 FORMATS = {f.name: f for f in (*_ENCODED, *_READ)}
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import quantized, sharding
 from lora_jax.core.axes import AxisRoles
-from lora_jax.quantized import FORMATS, Format, QuantRule, encode
+from lora_jax.quantized import FORMATS, Coded, Format, QuantRule, encode
 from lora_jax.quantized.gguf import TYPES
 from tests.core.coded import check_variant, coded_program, decoded, is_on
 from tests.laws import test_laws as laws
@@ -423,9 +423,19 @@ def test_in_shard_map(spec, block, float64):
     assert_close(ours, np.asarray(x) @ np.asarray(lj.merge(tree)["kernel"]), 1e-9)
 
 
+def nested():
+    """Codes whose scales are codes, as files of bitsandbytes bring them."""
+    format = dataclasses.replace(FORMATS["nf4-nested"], scale_table=tuple(np.linspace(-1, 2, 256)))
+    arrays = encode(draw(1, (128, 24)), "nf4").arrays
+    arrays |= {"scales": jnp.arange(48, dtype=jnp.uint8).reshape(2, 24)}
+    arrays |= {"scale_steps": jnp.abs(draw(2, (1, 24))), "scale_mean": jnp.full((1, 1), 0.3)}
+    return Coded(arrays, format, jnp.float32)
+
+
 @pytest.mark.slow
-def test_exported():
-    params = {"kernel": encode(draw(1, (128, 24)), "nf4")}
+@pytest.mark.parametrize("coded", [lambda: encode(draw(1, (128, 24)), "nf4"), nested])
+def test_exported(coded):
+    params = {"kernel": coded()}
     tree = with_random_factors(lj.lorafy(params, [lj.LoraRule(targets=["kernel"], rank=2)]))
     x = draw(9, (13, 128))
     forward = jax.jit(lj.adapt(lambda p, x: x @ p["kernel"]))

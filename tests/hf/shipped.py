@@ -213,6 +213,10 @@ def by_input(method: str) -> Callable[..., tuple[Tensors, np.ndarray]]:
     return tensors
 
 
+# A table of bitsandbytes' scales; a file's kernels all have the same.
+_OF_SCALES = np.sort(np.random.default_rng(5).uniform(-1, 1, 256)).astype(np.float32)
+
+
 def nf4(nested: bool) -> Callable[..., tuple[Tensors, np.ndarray]]:
     def tensors(rng: Any, shape: tuple[int, int], name: str) -> tuple[Tensors, np.ndarray]:
         n_out, n_in = shape
@@ -224,7 +228,7 @@ def nf4(nested: bool) -> Callable[..., tuple[Tensors, np.ndarray]]:
         if nested:
             facts |= {"nested_blocksize": 256, "nested_offset": 0.0713, "nested_dtype": "float32"}
             coded = rng.integers(0, 256, n_blocks, np.uint8)
-            table = np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)
+            table = _OF_SCALES
             most = _scales(rng, -(-n_blocks // 256))
             scale = [
                 np.float32(np.float32(table[c] * most[i // 256]) + np.float32(0.0713))

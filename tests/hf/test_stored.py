@@ -94,6 +94,20 @@ def test_numbers_of_each_layout(layout: str, shipped_as: Any) -> None:
     np.testing.assert_array_equal(half, meant[up].astype(jnp.bfloat16))
 
 
+def test_coded_scales_of_long_rows_stay_codes(shipped_as: Any) -> None:
+    """Their steps are for several rows; products are rounded before the offset is added."""
+    folder, meant = shipped_as("nf4 nested", num_hidden_layers=1, hidden_size=1024)
+    up = UP.replace("1", "0") + ".weight"
+    coded = open_source(folder).codes(up, jnp.float32)
+    assert coded.arrays["scales"].dtype == np.uint8
+    parts = ("", ".absmax", ".nested_absmax")
+    held = sum(raw(folder, f"{up}{part}").nbytes for part in parts)
+    assert held < coded.nbytes <= 1.01 * held
+    own = {"xla_backend_optimization_level": 3}  # as for users: without, no product joins a sum
+    as_array = jax.jit(lambda coded: coded.as_array(), compiler_options=own)
+    np.testing.assert_array_equal(as_array(coded), meant[up])
+
+
 @over("layout", LINEAR, often=["fp8 blocks, bf16", "nf4 nested"], called=str)
 def test_a_model_keeps_its_codes(layout: str, shipped_as: Any, capsys: Any) -> None:
     folder, meant = shipped_as(layout)

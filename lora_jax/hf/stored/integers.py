@@ -1,15 +1,17 @@
 """Layouts of integers of 4 bits, and of bitsandbytes' NF4; see `lora_jax.hf.stored.layouts`."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.hf.keys import WeightsError
 from lora_jax.hf.stored.tensor import Files, Piece, Stored, unpacked
-from lora_jax.quantized.formats import INT4, NF4, NF4_VALUES
+from lora_jax.quantized.coded import scales_of
+from lora_jax.quantized.formats import INT4, NF4, NF4_NESTED, NF4_VALUES
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -148,31 +150,58 @@ def bnb_nf4(name: str, files: Files) -> Stored | None:
     if not np.array_equal(files.fetch(table, None), np.array(NF4_VALUES, np.float32)):
         raise WeightsError(f"{table} holds other values than those of NF4")
     absmax = files.find(name, ("F32", "U8"), f"{name}.absmax")
-    files.piece(absmax, (n // block,))
     tensors = [name, state, table, absmax]
-    nested = files.tensors[absmax].dtype == "U8"
-    if nested:
-        size = facts["nested_blocksize"]
-        of_map = files.find(name, ("F32",), f"{name}.nested_quant_map")
-        of_max = files.find(name, ("F32",), f"{name}.nested_absmax")
-        files.piece(of_map, (256,))
-        files.piece(of_max, (-(-(n // block) // size),))
-        tensors += [of_map, of_max]
 
     def codes(_: slice | None) -> np.ndarray:
         raw = files.fetch(name, None).reshape(-1)
         return unpacked(raw, less_8=True, high_first=True).reshape(shape)
 
-    def scales(_: slice | None) -> np.ndarray:
-        values = files.fetch(absmax, None)
-        if nested:
-            steps = np.repeat(files.fetch(of_max, None), size)[: len(values)]
-            offset = np.float32(facts["nested_offset"])
-            values = files.fetch(of_map, None)[values] * steps + offset
-        return values.reshape(shape[0], -1)
-
     pieces = {
         "codes": Piece(shape, NF4.code_dtype, codes),
-        "scales": Piece((shape[0], shape[1] // block), jnp.float32, scales),
+        "scales": files.piece(absmax, (shape[0], shape[1] // block), (n // block,)),
     }
-    return Stored(name, NF4, pieces, tensors)
+    if files.tensors[absmax].dtype == "F32":
+        return Stored(name, NF4, pieces, tensors)
+    return _nested(files, Stored(name, NF4_NESTED, pieces, tensors), block, facts)
+
+
+def _nested(files: Files, stored: Stored, block: int, facts: dict[str, Any]) -> Stored:
+    """Returns a tensor of bitsandbytes whose scales are coded: s = step·v(code) + offset.
+
+    In the file, a step is for `nested_blocksize` scales, which run on from row to row. Here, it is
+    for a part of a row whose size divides both a row and what shares a step, so that it needs no
+    other rows. Where that is a single block, scales are held in fp32: fewer bytes.
+    """
+    name, (n_out, n_in), group = stored.name, stored.shape, block * facts["nested_blocksize"]
+    of_map = files.find(name, ("F32",), f"{name}.nested_quant_map")
+    of_max = files.find(name, ("F32",), f"{name}.nested_absmax")
+    files.piece(of_map, (256,))
+    files.piece(of_max, (-(-n_out * n_in // group),))
+    table = tuple(map(float, files.fetch(of_map, None)))
+    format = dataclasses.replace(stored.format, scale_table=table)
+    span = math.gcd(group, n_in)
+
+    def steps(_: slice | None) -> np.ndarray:
+        each = np.arange(0, n_out * n_in, span) // group
+        most: np.ndarray = files.fetch(of_max, None)[each]
+        return most.reshape(n_out, -1)
+
+    def offset(_: slice | None) -> np.ndarray:
+        return np.full((1, 1), facts["nested_offset"], np.float32)
+
+    pieces = {
+        **stored.pieces,
+        "scale_steps": Piece((n_out, n_in // span), np.float32, steps),
+        "scale_mean": Piece((1, 1), np.float32, offset),
+    }
+    tensors = [*stored.tensors, of_map, of_max]
+    if span > block:
+        return Stored(name, format, pieces, tensors)
+
+    def scales(_: slice | None) -> np.ndarray:
+        arrays = {part: pieces[part].read(None) for part in pieces if part != "codes"}
+        whole: np.ndarray = scales_of(arrays, format, lambda steps, shape: steps)
+        return whole
+
+    of_blocks = Piece((n_out, n_in // block), np.float32, scales)
+    return Stored(name, NF4, {"codes": pieces["codes"], "scales": of_blocks}, tensors)
