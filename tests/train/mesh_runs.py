@@ -1,10 +1,11 @@
-"""Runs train.sft several times in one process: SHARED options, then those of each run.
+"""Runs a script several times in one process: SHARED options, then those of each run.
 
-python tests/train/mesh_runs.py DEVICES PROCESS/PROCESSES PORT SHARED… -- OPTIONS… -- OPTIONS…
+python tests/train/mesh_runs.py DEVICES PROCESS/PROCESSES PORT SCRIPT SHARED… -- OPTIONS… -- …
 
 OPTIONS may begin with order=3,0,2,1: the devices, by number, in the order that the mesh takes them.
 """
 
+import importlib
 import sys
 
 devices, place, port, script, *rest = sys.argv[1:]
@@ -18,7 +19,6 @@ import jax  # noqa: E402
 jax.config.update("jax_num_cpu_devices", int(devices))
 
 from lora_jax.training.processes import wait_for_all  # noqa: E402
-from train import classify, sft  # noqa: E402
 from train.processes import mesh  # noqa: E402
 
 runs: list[list[str]] = [[]]
@@ -36,5 +36,5 @@ for options in each:
     if options[0].startswith("order="):
         order = [int(number) for number in options.pop(0).removeprefix("order=").split(",")]
         mesh.all_devices = lambda order=order: [jax.devices()[number] for number in order]
-    {"sft": sft, "classify": classify}[script].main([*shared, *options])
+    importlib.import_module(f"train.{script}").main([*shared, *options])
     wait_for_all("the next run")
