@@ -67,6 +67,23 @@ def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     assert all(np.abs(x).max() > 1e-2 for x in want)
 
 
+def test_sinks_in_fp32_beside_bf16() -> None:
+    """As full fine-tuning holds them: the kernel's gradient of sinks has the queries' dtype."""
+    case = Case(128, batch=2, packed=True, kv_heads=2, group=1, sinks=True)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.arrays())
+
+    def run(sinks: jax.Array, how: Any) -> jax.Array:
+        out = attend(*half, case.mask(), None, None, sinks, attention=how)
+        return jnp.sum(out.astype(jnp.float32) * draw(4, out.shape))
+
+    got, want = (
+        jax.jit(jax.grad(run), static_argnums=1)(case.heads_sinks(), how)
+        for how in (SPLASH, "dense")
+    )
+    assert got.dtype == jnp.float32
+    assert_close(got, want, 2e-2)
+
+
 SPLITS = [
     ("sequence=2,tensor=2", Case(512, kv_heads=2, group=1, packed=True), None),
     ("sequence=2", Case(512, kv_heads=1, group=2, window=150, cap=2.0), True),

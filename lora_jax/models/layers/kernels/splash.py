@@ -105,6 +105,8 @@ class Splash:
             q, k, v = (padded(x, LANES) for x in (q, k, v))
             segments = [padded(x, LANES) for x in segments]
         kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap)
+        if sinks is not None:
+            sinks = sinks.astype(q.dtype)  # the kernel's gradient of them has this dtype
 
         def one(row: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v = (x.transpose(1, 0, 2) for x in row[:3])
