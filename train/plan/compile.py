@@ -19,7 +19,7 @@ from train.console.errors import UserError
 from train.options.common import OptimConfig
 from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
-from train.plan.flops.checked import StepWork, count_traced, step_work, together
+from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
 from train.plan.flops.closed_form import step_flops
 from train.plan.job import Job, Variant, abstract_params, batch_shapes, per_device
 from train.plan.refusals import of_refusal, reason_of
@@ -216,7 +216,7 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
                 **known,
             )
     seconds = time.perf_counter() - began
-    found = work({name: one.as_text() for name, one in made.items()})
+    found = work({name: text_of(one) for name, one in made.items()})
     memory = _of_compiled(made, programs, held) | {"capacity": machine.capacity}
     fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
     return Plan(

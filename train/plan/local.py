@@ -22,7 +22,7 @@ from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule
 from train.plan.between import Program, programs_between
 from train.plan.compile import STEP
-from train.plan.flops.checked import count_traced, step_work, together
+from train.plan.flops.checked import count_traced, step_work, text_of, together
 from train.plan.job import adapted_shapes, per_device, placed_shapes
 from train.run.intrinsic import moves_weights, running_in, space_of
 from train.run.pretrained import Outline
@@ -131,7 +131,7 @@ def needs(
     seconds = time.perf_counter() - began
     work = {
         name: step_work(
-            compiled[name].as_text(), count_traced(one.traced.jaxpr), layout.mesh.devices.size
+            text_of(compiled[name]), count_traced(one.traced.jaxpr), layout.mesh.devices.size
         )
         for name, one in programs.items()
         if one.times

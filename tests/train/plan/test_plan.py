@@ -161,8 +161,13 @@ def test_a_counter_that_forgets_the_layers_is_noticed(model, monkeypatch):
     assert "times the FLOPs of the step as traced: the partitioner makes devices repeat" in note
 
 
+def broken(text):
+    raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")  # as of a v5p's programs
+
+
 UNREADABLE = {
     "nothing": lambda text: None,
+    "an error of XLA's": broken,
     "another language": lambda text: "func.func public @main()",
     "a loop that does not say its turns": lambda text: text.replace(
         "known_trip_count", "known_count"

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from train.plan.flops.hlo import NotUnderstood, Work, work_of
 from train.plan.flops.jaxpr import Count, count_flops
 from train.plan.flops.kernels import named, unlisted
@@ -41,19 +43,29 @@ class StepWork:
     notes: tuple[str, ...]
 
 
+def text_of(compiled: jax.stages.Compiled) -> str | None:
+    """Returns the optimised HLO of a program; None where XLA cannot write what it has compiled."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
 def step_work(
     text: str | None, counted: Count | None, n_devices: int, products_in_hlo: bool = True
 ) -> StepWork:
     """Returns the work of a step, from its HLO if it is understood.
 
     Args:
-      text: the optimised HLO; None if the compiler gives none.
+      text: the optimised HLO; None if there is none.
       counted: the count of the step's jaxpr; None if it was not understood.
       n_devices: the number of devices that share the step.
       products_in_hlo: whether the HLO shows products; if not, their FLOPs are the jaxpr's.
     """
     try:
-        work = work_of(text or "")
+        if text is None:
+            raise NotUnderstood("XLA cannot write it")
+        work = work_of(text)
     except NotUnderstood as error:
         return _from_jaxpr(counted, n_devices, str(error))
     if not products_in_hlo:
