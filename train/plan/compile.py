@@ -1,5 +1,6 @@
 """Compiles one variant of training for a machine, and reads what it needs."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,12 @@ from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
 from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
 from train.plan.flops.closed_form import step_flops
 from train.plan.job import Job, Variant, abstract_params, batch_shapes, per_device
+from train.plan.machines import Machine
 from train.plan.refusals import of_refusal, reason_of
 from train.run.report import compiled_bytes, tree_bytes
 
 STEP = "temporaries"  # those of a step, by their name in a plan
+_WITHOUT_SPARSE_CORES: dict[str, Any] = {"xla_tpu_offload_gather_to_sparsecore": False}
 _STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
 
 
@@ -215,8 +218,9 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
                 compile_seconds=time.perf_counter() - began,
                 **known,
             )
+    texts = {name: hlo_of(made[name], one.lowered, machine) for name, one in programs.items()}
     seconds = time.perf_counter() - began
-    found = work({name: text_of(one) for name, one in made.items()})
+    found = work(texts)
     memory = _of_compiled(made, programs, held) | {"capacity": machine.capacity}
     fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
     return Plan(
@@ -241,6 +245,21 @@ def _largest(
     """Compiles a program with each of several options; returns the one with most temporaries."""
     made = [lowered.compile(compiler_options=options or None) for options in compilations]
     return max(made, key=lambda one: compiled_bytes(one).get(STEP, 0))
+
+
+def hlo_of(
+    compiled: jax.stages.Compiled, lowered: jax.stages.Lowered, machine: Machine
+) -> str | None:
+    """Returns the optimised HLO of a program; None where there is none.
+
+    XLA fails to write what runs on SparseCores: an embedding's look-up, on v5p and v6e. Then it is
+    the HLO of the same program without them, which differs in that alone.
+    """
+    text = text_of(compiled)
+    if text is None and machine.platform == "tpu":
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            text = text_of(lowered.compile(compiler_options=_WITHOUT_SPARSE_CORES))
+    return text
 
 
 def _in_all(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int | None:

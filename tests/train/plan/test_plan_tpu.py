@@ -7,10 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from tests.support import thorough
+from train.plan.compile import hlo_of
+from train.plan.flops.checked import text_of
+from train.plan.flops.hlo import work_of
+from train.plan.machines import find_machine
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
@@ -212,3 +219,17 @@ def test_a_token_costs_its_experts_and_no_more(plan):
     masked = plan("small 8x7b", *options, program=("-c", WITHOUT_OPTIONS))
     assert not any("ragged" in kernel for kernel in masked["kernels"])
     assert masked["flops_per_step"] > 3 * made["flops_per_step"], "the control"
+
+
+@pytest.mark.usefixtures("tpu_compiler")
+def test_the_hlo_of_a_look_up_on_sparse_cores():
+    """XLA cannot write it; then it is that of the same program on the other cores."""
+    machine = find_machine("v5p:2x2x1")
+    here = SingleDeviceSharding(machine.devices[0])
+    shapes = [((32000, 512), jnp.bfloat16), ((8192,), jnp.int32), ((512, 128), jnp.bfloat16)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes]
+    lowered = jax.jit(lambda table, rows, kernel: table[rows] @ kernel).lower(*arrays)
+    compiled = lowered.compile()
+    assert text_of(compiled) is None, "the control"
+    work = work_of(hlo_of(compiled, lowered, machine))
+    assert work.flops == 2 * 8192 * 512 * 128
