@@ -172,7 +172,7 @@ def scales_of(
         scales = scales / arrays["scale_divisor"]
     if "scale_steps" in arrays:
         steps = (stretch or stretched)(arrays["scale_steps"], scales.shape)
-        # Rounded before the mean is added: compilers would join a product and a sum.
+        # Compilers join a product and a sum, and round once; a minimum between keeps them apart.
         scales = of.minimum(steps * scales, np.finfo(np.float32).max)
     return scales + arrays["scale_mean"] if "scale_mean" in arrays else scales
 
@@ -220,10 +220,8 @@ def _spread(array: jax.Array, axis: int, times: int) -> jax.Array:
 
 def _written(values: Sequence[Any]) -> bytes:
     format, dtype = values
-    known, own = (
-        FORMATS.get(format.name),
-        {"block": format.block, "scale_table": format.scale_table},
-    )
+    known = FORMATS.get(format.name)
+    own = {"block": format.block, "scale_table": format.scale_table}
     if known is None or dataclasses.replace(known, **own) != format:
         raise ValueError(
             f"jax.export cannot write {format!r}, whose functions are your own; it writes "

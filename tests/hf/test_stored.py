@@ -95,17 +95,19 @@ def test_numbers_of_each_layout(layout: str, shipped_as: Any) -> None:
 
 
 def test_coded_scales_of_long_rows_stay_codes(shipped_as: Any) -> None:
-    """Their steps are for several rows; products are rounded before the offset is added."""
-    folder, meant = shipped_as("nf4 nested", num_hidden_layers=1, hidden_size=1024)
-    up = UP.replace("1", "0") + ".weight"
-    coded = open_source(folder).codes(up, jnp.float32)
-    assert coded.arrays["scales"].dtype == np.uint8
-    parts = ("", ".absmax", ".nested_absmax")
-    held = sum(raw(folder, f"{up}{part}").nbytes for part in parts)
-    assert held < coded.nbytes <= 1.01 * held
+    """Steps are for several rows, or run on from row to row; products are rounded before sums."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 384}
+    folder, meant = shipped_as("nf4 nested", num_hidden_layers=1, **sizes)
     own = {"xla_backend_optimization_level": 3}  # as for users: without, no product joins a sum
     as_array = jax.jit(lambda coded: coded.as_array(), compiler_options=own)
-    np.testing.assert_array_equal(as_array(coded), meant[up])
+    up, down = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))
+    for name, n_steps in ((up, 1), (down, 3)):
+        coded = open_source(folder).codes(name, jnp.float32)
+        assert coded.arrays["scales"].dtype == np.uint8
+        assert coded.arrays["scale_steps"].shape == (len(meant[name]), n_steps)
+        np.testing.assert_array_equal(as_array(coded), meant[name])
+    held = sum(raw(folder, f"{up}{part}").nbytes for part in ("", ".absmax", ".nested_absmax"))
+    assert held < open_source(folder).codes(up, jnp.float32).nbytes <= 1.01 * held
 
 
 @over("layout", LINEAR, often=["fp8 blocks, bf16", "nf4 nested"], called=str)
