@@ -43,7 +43,7 @@ def test_a_signal_whose_exception_python_drops_comes_again(moment, capfd, monkey
     assert raised.value.code == 143 and not capfd.readouterr().err
 
 
-def test_a_dropped_signal_is_still_the_first_one(monkeypatch):
+def test_a_dropped_signal_is_still_the_first_one():
     stop = Stop()
     with pytest.raises(Interrupted), stop.listening():
         forget()

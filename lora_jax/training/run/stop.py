@@ -3,8 +3,9 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -28,7 +29,6 @@ class Stop:
         self.remedy = "Training had not begun, and nothing was lost: run the same command again"
         self.signal: int | None = None
         self.deferring = False
-        self._report = sys.unraisablehook
         self._timer: threading.Timer | None = None
 
     @contextmanager
@@ -39,8 +39,8 @@ class Stop:
         has a callback there); such a signal comes again a moment later.
         """
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        hook, sys.unraisablehook = sys.unraisablehook, self._send_again
-        self._report = hook
+        hook = sys.unraisablehook
+        sys.unraisablehook = partial(self._send_again, hook)
         try:
             yield
         finally:
@@ -95,9 +95,13 @@ class Stop:
         if again or not self.deferring:
             raise self.interrupted()
 
-    def _send_again(self, dropped: "sys.UnraisableHookArgs") -> None:
+    def _send_again(
+        self,
+        report: Callable[["sys.UnraisableHookArgs"], Any],
+        dropped: "sys.UnraisableHookArgs",
+    ) -> None:
         if not isinstance(dropped.exc_value, Interrupted) or self.signal is None:
-            self._report(dropped)
+            report(dropped)
             return
         main, number = threading.main_thread().ident, self.signal
         assert main is not None
