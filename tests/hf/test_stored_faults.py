@@ -91,6 +91,24 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
         replaced(f"{UP}.weight.quant_state.bitsandbytes__nf4", lambda x: None),
         f"{UP}.weight is in codes.*quant_state",
     ),
+    "bnb's state cut": (
+        "nf4",
+        replaced(f"{UP}.weight.quant_state.bitsandbytes__nf4", lambda x: x[:-9]),
+        f"{UP}.weight.quant_state.* does not tell shape and blocksize",
+    ),
+    "bnb's state of other scales": (
+        "nf4 nested",
+        replaced(
+            f"{UP}.weight.quant_state.bitsandbytes__nf4",
+            lambda x: np.frombuffer(x.tobytes().replace(b"nested_offset", b"offset"), np.uint8),
+        ),
+        f"{UP}.weight.quant_state.* does not tell nested_blocksize and nested_offset",
+    ),
+    "fewer nested absmax": (
+        "nf4 nested",
+        replaced(f"{UP}.weight.nested_absmax", lambda x: x[:-1]),
+        "nested_absmax is",
+    ),
     "fewer absmax": ("nf4", replaced(f"{UP}.weight.absmax", lambda x: x[:-1]), "absmax is"),
     "order of activations": ("w4a16", of_weights(actorder="group"), "actorder 'group'"),
     "g_idx": (

@@ -140,9 +140,8 @@ def bnb_nf4(name: str, files: Files) -> Stored | None:
         if files.tensors[name].dtype == "U8" and f"{name}.absmax" in files.tensors:
             raise WeightsError(f"{name} is in codes, and no file holds its {state}")
         return None
-    facts = json.loads(files.fetch(state, None).tobytes())
-    shape, block = tuple(facts["shape"]), facts["blocksize"]
-    n = math.prod(shape)
+    sizes, block = _facts(files, state, "shape", "blocksize")
+    shape, n = tuple(sizes), math.prod(sizes)
     if len(shape) != 2 or shape[1] % block:
         raise WeightsError(f"{name}: blocks of {block} do not fit its rows of {shape[1:]} weights")
     files.piece(name, (n // 2, 1), (1, n // 2))
@@ -162,17 +161,31 @@ def bnb_nf4(name: str, files: Files) -> Stored | None:
     }
     if files.tensors[absmax].dtype == "F32":
         return Stored(name, NF4, pieces, tensors)
-    return _nested(files, Stored(name, NF4_NESTED, pieces, tensors), block, facts)
+    return _nested(files, Stored(name, NF4_NESTED, pieces, tensors), block, state)
 
 
-def _nested(files: Files, stored: Stored, block: int, facts: dict[str, Any]) -> Stored:
+def _facts(files: Files, state: str, *names: str) -> list[Any]:
+    """Returns what bitsandbytes says of a tensor, by these names.
+
+    Raises:
+      WeightsError: it does not say so.
+    """
+    try:
+        facts = json.loads(files.fetch(state, None).tobytes())
+        return [facts[name] for name in names]
+    except (ValueError, LookupError) as error:
+        raise WeightsError(f"{state} does not tell {' and '.join(names)}: {error!r}") from error
+
+
+def _nested(files: Files, stored: Stored, block: int, state: str) -> Stored:
     """Returns a tensor of bitsandbytes whose scales are coded: s = step·v(code) + offset.
 
     In the file, a step is for `nested_blocksize` scales, which run on from row to row. Here, it is
     for a part of a row whose size divides both a row and what shares a step, so that it needs no
     other rows. Where that is a single block, scales are held in fp32: fewer bytes.
     """
-    name, (n_out, n_in), group = stored.name, stored.shape, block * facts["nested_blocksize"]
+    size, mean = _facts(files, state, "nested_blocksize", "nested_offset")
+    name, (n_out, n_in), group = stored.name, stored.shape, block * size
     of_map = files.find(name, ("F32",), f"{name}.nested_quant_map")
     of_max = files.find(name, ("F32",), f"{name}.nested_absmax")
     files.piece(of_map, (256,))
@@ -187,7 +200,7 @@ def _nested(files: Files, stored: Stored, block: int, facts: dict[str, Any]) -> 
         return most.reshape(n_out, -1)
 
     def offset(_: slice | None) -> np.ndarray:
-        return np.full((1, 1), facts["nested_offset"], np.float32)
+        return np.full((1, 1), mean, np.float32)
 
     pieces = {
         **stored.pieces,
