@@ -31,6 +31,7 @@ from train.serve.engine.sizes import Sizes
 from train.serve.options import ServeOptions, check, length_of, parse
 from train.serve.requests import RequestError
 from train.serve.routes.access import Access, owner_of
+from train.serve.routes.origins import Origins, read_origin
 from train.serve.routes.tinker.api import Tinker
 
 _LEDGER = "ledger.sqlite"
@@ -67,7 +68,7 @@ def run(options: ServeOptions) -> None:
     with ExitStack() as held:
         folder = _output(options, held)
         engine = _engine(options, outline, layout, length)
-        access = Access(keys)
+        access = Access(keys, Origins(map(read_origin, options.allow_origin)))
         tinker = Tinker(engine, folder, owner_of, tenants=options.tenants_per_key)
         engine.start()
         held.callback(_every(_SWEPT, tinker.turns.sweep))

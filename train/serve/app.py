@@ -12,6 +12,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
 from train.console.errors import UserError
@@ -24,6 +25,12 @@ from train.serve.routes.openai.models import Models, Owns, Resolve
 from train.serve.routes.openai.text import Tokens
 from train.serve.routes.status import StatusRoutes
 
+_CORS: dict[str, Any] = {
+    "allow_methods": ["*"],
+    "allow_headers": ["*"],
+    "expose_headers": ["Retry-After"],
+    "allow_private_network": True,
+}
 _DRAIN = 30.0  # seconds that requests under way have when the server ends
 _LOOK = 0.05
 
@@ -46,7 +53,8 @@ def make_app(
       engine: the engine.
       tokenizer: the model's, of transformers.
       tinker_routes: the routes of Tinker's API. `access.owner_of(request)` tells them the owner.
-      access: the keys; none by default. It is `app.state.access`.
+      access: the keys, and the web pages that are let in; none by default, but the server's own.
+        It is `app.state.access`.
       adapters: the folder of --adapters.
       resolve: see `Models`.
       owns: tells whether an owner may see a tenant, or an adapter that the engine knows.
@@ -60,8 +68,10 @@ def make_app(
         *StatusRoutes(engine, access, owns).routes(),
         *tinker_routes,
     ]
-    gate = Middleware(Gate, access, body=body, waiting=waiting)
-    app = Starlette(routes=routes, middleware=[gate], exception_handlers=HANDLERS)
+    gates = [Middleware(Gate, access, body=body, waiting=waiting)]
+    if access.origins.allowed:  # browsers ask first whether they may send a request
+        gates.insert(0, Middleware(CORSMiddleware, allow_origins=access.origins.allowed, **_CORS))
+    app = Starlette(routes=routes, middleware=gates, exception_handlers=HANDLERS)
     app.state.access = access
     return app
 

@@ -1,7 +1,6 @@
 """The options of `train.serve`, and which of them make no sense."""
 
 import dataclasses
-import ipaddress
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from train.options.scripts.sft import DEFAULT_MODEL
 from train.processes.mesh import parse_mesh
 from train.run.pretrained import Outline
 from train.serve.routes.access import read_keys
+from train.serve.routes.origins import is_loopback, read_origin
 
 _LENGTH = 1024
 _NUMBERS = {
@@ -74,6 +74,10 @@ class ServeOptions:
     """The address to listen at. Any but this machine's own needs --keys."""
     port: int = 8000
     """The port to listen at."""
+    allow_origin: tuple[str, ...] = ()
+    """Origins of web pages that may use the server, such as http://localhost:3000, or * for all.
+    Without --keys, a request is refused if another page than the server's own sent it, or if its
+    Host is none of localhost, 127.0.0.1, [::1] and the hosts of these origins."""
     compilation_cache: str | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
@@ -95,7 +99,9 @@ def check(options: ServeOptions) -> dict[str, str] | None:
     with as_user_errors(TrainingError):
         check_numbers(vars(options), _NUMBERS)
     parse_mesh(options.mesh)
-    if options.keys is None and not _is_loopback(options.host):
+    for origin in options.allow_origin:
+        read_origin(origin)
+    if options.keys is None and not is_loopback(options.host):
         raise UserError(
             f"--host {options.host}: others reach this address, and could do all that you can: "
             "give --keys with a file of `name key` lines, or leave --host out"
@@ -121,10 +127,3 @@ def length_of(options: ServeOptions, outline: Outline) -> int:
         return min(_LENGTH, outline.max_tokens)
     outline.check_length(options.max_length, f"--max-length {options.max_length}")
     return options.max_length
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

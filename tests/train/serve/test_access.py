@@ -53,7 +53,7 @@ def client_of(engine=None, **options):
         Route(path, _guarded, methods=["POST"]) for path in ("/guarded", "/api/v1/files/1/x")
     ]
     app = make_app(engine or engine_of(), TOKENIZER, routes, **options)
-    return TestClient(app, raise_server_exceptions=False)
+    return TestClient(app, "http://localhost", raise_server_exceptions=False)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,9 @@ def test_a_body_that_does_not_come_is_refused(monkeypatch):
     with serving(engine_of()) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as slow:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n12345"
+            head = (
+                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n12345"
+            )
             slow.sendall(head.encode())
             slow.settimeout(10)
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from train.console.errors import UserError, as_user_errors
 from train.serve.routes.errors import HttpError, json_response
+from train.serve.routes.origins import Origins
 
 LOCAL = "local"  # the owner of all requests, without keys
 BODY = 64 << 20  # bytes of a body at most
@@ -28,13 +29,17 @@ class Access:
 
     Attributes:
       keyed: whether there are keys.
+      origins: web pages that may use the server without keys.
       draining: whether the server ends; new work is refused then.
       running: requests under way, by owner.
     """
 
-    def __init__(self, keys: Mapping[str, str] | None = None) -> None:
-        """Takes the owners by their keys; None for a server without keys."""
+    def __init__(
+        self, keys: Mapping[str, str] | None = None, origins: Origins | None = None
+    ) -> None:
+        """Takes the owners by their keys, None for a server without; by default no origins."""
         self.keyed, self.draining = keys is not None, False
+        self.origins = origins or Origins()
         self.running: Counter[str] = Counter()
         self._owners = [(_digest(key), name) for key, name in (keys or {}).items()]
 
@@ -133,6 +138,9 @@ class Gate:
     def _enter(self, scope: Scope) -> str:
         """Returns the owner of a request; raises HttpError if it is not let in."""
         path, new = scope["path"], scope["method"] not in ("GET", "HEAD")
+        headers = Headers(scope=scope)
+        if not self._access.keyed and (refusal := self._access.origins.refusal(headers)):
+            raise HttpError(403, refusal, code="origin_not_allowed")
         if self._access.draining and new and path != _DRAINED:
             raise HttpError(503, "the server ends; ask again", headers={"Retry-After": "5"})
         owner = self._access.owner(HTTPConnection(scope))
@@ -145,7 +153,7 @@ class Gate:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             owner = ""
-        length = Headers(scope=scope).get("content-length", "0")
+        length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._body:
             raise _too_large(self._body)
         if self._access.running[owner] >= self._waiting:

@@ -1,0 +1,82 @@
+"""The command `python -m train.serve` in this process, over an engine that computes nothing."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+
+from tests.train.serve.fakes import FakeEngine
+from tests.train.serve.waiting import until
+from tests.train.tiny import write_model
+from train.serve import __main__
+
+
+class Engine(FakeEngine):
+    """A fake engine that the command can start and end."""
+
+    def start(self):
+        pass
+
+    close = FakeEngine.stop
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def ask(port, method="GET", path="/healthz", content=None, **headers):
+    """Returns the status, the headers and the body of an answer.
+
+    Args:
+        port: The server's.
+        method, path, content: What is asked.
+        **headers: With _ for -; a Host takes the place of the usual one.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, content, names)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    is_json = answer.headers.get("content-type") == "application/json"
+    return answer.status, answer.headers, json.loads(body) if is_json else body
+
+
+def listens(port):
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def command(monkeypatch, folder, line, work, engine=None):
+    """Runs the command until some work is done; returns what the work returned.
+
+    Args:
+        monkeypatch: Puts the engine in its place.
+        folder: Where it runs.
+        line: More options.
+        work: Gets the port, in a thread.
+        engine: The engine.
+    """
+    monkeypatch.chdir(folder)
+    (folder / "tiny").mkdir(exist_ok=True)
+    write_model(folder / "tiny")
+    engine, port, found = engine or Engine(), free_port(), []
+    monkeypatch.setattr(__main__, "_engine", lambda *_: engine)
+
+    def worked():
+        try:
+            until(lambda: listens(port), "the server listens")
+            found.append(work(port))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=worked)
+    thread.start()
+    given = ["--model", "tiny", "--output", "served", "--port", str(port), *line.split()]
+    __main__.main([*given, "--compilation-cache", "off"])
+    thread.join()
+    return found[0]

@@ -1,0 +1,83 @@
+"""Web pages that may use a server: their origins, and the names by which it may be asked for."""
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+
+from train.console.errors import UserError
+
+ANY = "*"
+_PORT = re.compile(r":\d*$")
+_ORIGIN = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[^\s/?#@:*\[\]]+)(:(?P<port>\d{1,5}))?/?"
+)
+
+
+class Origins:
+    """Decides which web pages may use a server.
+
+    A browser sends requests of any page to any address, and names the page's origin in `Origin`. A
+    page whose host name was rebound to this machine has itself for an origin, and for `Host`. So
+    without keys, `Host` is to be a loopback name, and `Origin` the server's own.
+
+    Attributes:
+      allowed: the origins of pages elsewhere that may use the server; "*" stands for all.
+    """
+
+    def __init__(self, allowed: Iterable[str] = ()) -> None:
+        """Takes origins as `read_origin` returns them."""
+        self.allowed = tuple(dict.fromkeys(allowed))
+        self._hosts = {urlsplit(origin).netloc for origin in self.allowed}
+
+    def refusal(self, headers: Headers) -> str | None:
+        """Returns why a request without a key is refused; None if it is not."""
+        if ANY in self.allowed:
+            return None
+        hosts = [host.lower() for host in headers.getlist("host")]
+        for host in hosts:
+            if not (host in self._hosts or is_loopback(_PORT.sub("", host))):
+                return (
+                    f"the server was asked for as {host[:200]!r}: without --keys, it answers to "
+                    "localhost, 127.0.0.1 and [::1] alone; start it with --keys, or with "
+                    f"--allow-origin http://{host[:200]} if pages there may use it"
+                )
+        for origin in map(str.lower, headers.getlist("origin")):
+            own = urlsplit(origin).netloc in hosts if "://" in origin else False
+            if not (own or origin in self.allowed):
+                return (
+                    f"a web page of {origin[:200]!r} sent this request: without --keys, the "
+                    "server answers its own page alone; start it with --allow-origin for others"
+                )
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a name stands for this very machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        name = host.lower().removesuffix(".")
+        return name == "localhost" or name.endswith(".localhost")
+
+
+def read_origin(given: str) -> str:
+    """Returns an origin as browsers write it, or "*".
+
+    Raises:
+      UserError: it is none.
+    """
+    if given == ANY:
+        return given
+    parts = _ORIGIN.fullmatch(given.lower())
+    if parts is None or int(parts["port"] or 0) >= 2**16:
+        raise UserError(
+            f"--allow-origin {given} is no origin of web pages: give a scheme, a host and, if it "
+            "is not the usual one, a port, such as https://chat.example.org or "
+            "http://localhost:3000, or * for all pages"
+        )
+    scheme, host, port = parts["scheme"], parts["host"], parts["port"]
+    usual = {"http": "80", "https": "443"}[scheme]
+    return f"{scheme}://{host}" + ("" if port in (None, usual) else f":{port}")
