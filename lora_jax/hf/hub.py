@@ -88,7 +88,7 @@ def look_up(name_or_path: str | Path) -> Found | str:
     path = Path(name_or_path).expanduser()
     if path.exists():
         return Found(path)
-    name = _hub_name(name_or_path)
+    name = hub_name(name_or_path)
     if (cached := _complete(_download(name, local_only=True))) is not None:
         return Found(cached)
     bundle = BUNDLES.get(name)
@@ -122,13 +122,13 @@ def resolve_config(name_or_path: str | Path) -> Path:
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path / "config.json" if path.is_dir() else path
-    name = _hub_name(name_or_path)
+    name = hub_name(name_or_path)
     if name in BUNDLES:  # small, and perhaps a package's copy
         return resolve_config(resolve(name).path)
     return snapshot(name, ["config.json"], needed="config.json") / "config.json"
 
 
-def _hub_name(name_or_path: str | Path) -> str:
+def hub_name(name_or_path: str | Path) -> str:
     """Returns a name of the form owner/model; raises ModelNotFound for any other."""
     name = str(name_or_path)
     is_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json"))

@@ -20,23 +20,14 @@ from lora_jax.hf.images import FILE as IMAGES
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_member
 from lora_jax.hf.stored.kept import Kept, Shipped
 from lora_jax.hf.stored.raw import NAMES, Entry, Header, write_tensors
+from lora_jax.hf.tokenizer import FILES as TOKENIZER_FILES
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.quantized import is_coded
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # Those of what makes arrays of a user's data: a tokenizer or an image processor.
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "merges.txt",
-    "vocab.*",
-    "*.model",
-    "processor_config.json",
-    IMAGES,
-)
+_TOKENIZER_FILES = (*TOKENIZER_FILES, "processor_config.json", IMAGES)
 
 
 def file_dtypes(

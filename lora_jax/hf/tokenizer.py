@@ -4,9 +4,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.gguf import open_gguf
-from lora_jax.hf.hub import resolve
+from lora_jax.hf.hub import hub_name, resolve, snapshot
+
+# The files of a tokenizer in a model's folder.
+FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "merges.txt",
+    "vocab.*",
+    "*.model",
+)
 
 # GGUF's token types (llama.cpp's llama_token_type).
 _CONTROL, _USER_DEFINED = 3, 4
@@ -38,6 +50,21 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
         return tokenizer_from_gguf({name: reader.fields[name].contents() for name in names})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def tokenizer_path(name_or_path: str | Path) -> Path:
+    """Finds a tokenizer's files; from the hub, downloads these alone, without a model.
+
+    Args:
+      name_or_path: folder, GGUF file or hub name.
+
+    Raises:
+      ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
+    """
+    name = str(name_or_path)
+    if Path(name).expanduser().exists() or name in BUNDLES:
+        return resolve(name).path
+    return snapshot(hub_name(name), [*FILES, "config.json"], needed="tokenizer*.json")
 
 
 def _of_folder(path: Path) -> Any:

@@ -66,6 +66,11 @@ class AdapterSource:
         return None if self.from_peft else self.about.get("rope_scaling")
 
     @property
+    def tokenizer(self) -> str | None:
+        """The --tokenizer that the adapter was trained with; None for its base's own."""
+        return None if self.from_peft else self.about.get("tokenizer")
+
+    @property
     def quantize(self) -> str | None:
         """The --quantize of the base that the adapter was trained on; None if its files said it."""
         return None if self.from_peft else self.about.get("quantize")

@@ -34,6 +34,7 @@ from train.export.card import Export, card
 from train.export.hub import README, Repository, find_repository, push
 from train.export.marked import is_generated
 from train.export.terms import auto_class, rope_problem, said_of_codes, scaled_fields, task_type
+from train.options.tokenizer import TokenizerOption
 from train.processes.cache import keep_compiled
 from train.reporters.files import read_json
 from train.run.output import folder_bytes
@@ -46,7 +47,7 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(TokenizerOption):
     """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
 
     adapter: str
@@ -202,6 +203,7 @@ def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -
 def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
     """Writes the whole model, with the adapter merged into it."""
     dtype = work.options.dtype or dtype_of_files(work.base)
+    given = work.options.tokenizer or work.adapter.tokenizer
     wanted = None if work.options.quantize else work.adapter.quantize or STORED
     with (
         as_user_errors(ValueError, OSError, prefix="--merged: "),
@@ -212,7 +214,7 @@ def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
             work.output,
             model,
             params,
-            tokenizer=tokenizer_of(work.base),
+            tokenizer=tokenizer_of(work.base, given, model.config),
             max_shard_size=shard,
             dtype=jnp.dtype(dtype),
             readme=readme_of(work, model),
@@ -300,6 +302,8 @@ def check(options: ExportOptions) -> int:
         raise UserError(
             "--dtype needs --merged: it is the dtype of a merged model, adapters keep theirs"
         )
+    if options.tokenizer and not options.merged:
+        raise UserError("--tokenizer needs --merged: it goes into a merged model's folder")
     if options.quantize and not options.merged:
         raise UserError("--quantize needs --merged: it is about the kernels of a merged model")
     if options.max_rank < 1:

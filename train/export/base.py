@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from lora_jax.core.weight import map_leaves
@@ -10,9 +11,11 @@ from lora_jax.hf.hub import resolve
 from lora_jax.hf.save import tokenizer_files
 from lora_jax.hf.sources import SafetensorsFolder
 from lora_jax.hf.stored.kept import Kept
+from lora_jax.hf.tokenizer import tokenizer_path
 from lora_jax.models import key_table
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import dequantize, is_coded
+from train.run.pretrained import read_tokenizer
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -24,8 +27,20 @@ def dtype_of_files(name: str) -> str:
     return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
 
 
-def tokenizer_of(name: str) -> str | None:
-    """Returns the source of the tokenizer's files; None if the base's folder has none."""
+def tokenizer_of(name: str, given: str | None, config: Any) -> str | Path | None:
+    """Returns the source of the tokenizer's files; None if the base's folder has none.
+
+    Args:
+      name: the base.
+      given: the tokenizer in the place of the base's own; see --tokenizer.
+      config: the base's configuration.
+
+    Raises:
+      UserError: that tokenizer cannot be read, or has tokens that the base lacks.
+    """
+    if given is not None:
+        read_tokenizer(name, given, config)
+        return tokenizer_path(given)
     path = resolve(name).path
     if path.is_dir() and not tokenizer_files(path):
         print(f"{path} holds no tokenizer: the model is written without one", file=sys.stderr)

@@ -21,7 +21,13 @@ from train.generate.prompts import (
     tokenize,
     typed,
 )
-from train.generate.shared_base import Served, base_of, find_adapters, outlined
+from train.generate.shared_base import (
+    Served,
+    base_of,
+    find_adapters,
+    outlined,
+    tokenizer_of,
+)
 from train.options.field import given_options
 from train.processes.cache import keep_compiled
 from train.run.pretrained import read_model, read_outline
@@ -49,7 +55,8 @@ def run(options: GenerateOptions) -> None:
         check_free(options.output, options.overwrite, "--output")
     prompts = read_prompts(options)
     adapters = find_adapters(options.adapter)
-    outline = outlined(read_outline(base_of(adapters, options.model)), adapters)
+    tokenizer = tokenizer_of(adapters, options.tokenizer)
+    outline = outlined(read_outline(base_of(adapters, options.model), tokenizer), adapters)
     for adapter in adapters:
         if adapter.source:
             adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)

@@ -10,6 +10,7 @@ from lora_jax.training.arguments import NOT_NEGATIVE, SEED, Numbers, at_least, c
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
 from train.options.common import Attention
+from train.options.tokenizer import TokenizerOption
 
 BASE = "base"  # the name of the base alone among the adapters
 _NUMBERS = {
@@ -21,7 +22,7 @@ _NUMBERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(TokenizerOption):
     """Generate text with a base model and adapters, or chat with them."""
 
     adapter: tuple[str, ...] = ()

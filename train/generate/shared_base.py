@@ -87,6 +87,26 @@ def base_of(adapters: Sequence[Named], model: str | None) -> str:
     return first.base()
 
 
+def tokenizer_of(adapters: Sequence[Named], tokenizer: str | None) -> str | None:
+    """Returns the name of the tokenizer: that of --tokenizer, or the one that the adapters state.
+
+    Raises:
+      UserError: they were trained with different ones.
+    """
+    sources = [one.source for one in adapters if one.source is not None]
+    if tokenizer is not None or not sources:
+        return tokenizer
+    first, *others = sources
+    for other in others:
+        if other.tokenizer != first.tokenizer:
+            raise UserError(
+                f"{first.given} was trained with the tokenizer {first.tokenizer or 'of its base'}, "
+                f"and {other.given} with {other.tokenizer or 'that of its base'}: ask them one "
+                "after the other, or name the tokenizer with --tokenizer"
+            )
+    return first.tokenizer
+
+
 def outlined(outline: Outline, adapters: Sequence[Named]) -> Outline:
     """Returns the outline of the base as the adapters were trained on it: its RoPE, its codes.
 

@@ -53,9 +53,12 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         data = dataclasses.replace(data, model=stated or defaults.model)
     if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
         data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
-    path = Path(data.model or "").expanduser()
-    if data.model and path.exists():  # found from any folder, later
-        data = dataclasses.replace(data, model=str(path.absolute()))
+    if data.tokenizer is None and source:
+        data = dataclasses.replace(data, tokenizer=source.tokenizer)
+    for name in ("model", "tokenizer"):
+        path = Path(given := getattr(data, name) or "").expanduser()
+        if given and path.exists():  # found from any folder, later
+            data = dataclasses.replace(data, **{name: str(path.absolute())})
     if optim.quantize is None and source:
         codes: Any = source.quantize
         optim = dataclasses.replace(optim, quantize=codes)

@@ -18,6 +18,7 @@ from train.console.errors import UserError, flag, reported
 from train.console.output import closed_pipe, opened
 from train.console.progress import progress_of
 from train.options.field import given_options
+from train.options.tokenizer import TokenizerOption
 from train.predict.batches import probabilities
 from train.predict.classifier import find_classifier
 from train.predict.images import read_images
@@ -36,7 +37,7 @@ from train.run.pretrained import Outline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictOptions:
+class PredictOptions(TokenizerOption):
     """Classify texts or images with a trained classifier."""
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -98,7 +99,11 @@ def run(options: PredictOptions) -> None:
         print(said, file=sys.stderr)
     mismatch = options.allow_base_mismatch
     classifier = find_classifier(
-        options.adapter, options.model, options.labels, allow_base_mismatch=mismatch
+        options.adapter,
+        options.model,
+        options.labels,
+        tokenizer=options.tokenizer,
+        allow_base_mismatch=mismatch,
     )
     texts, inputs, what = read_inputs(options, classifier.outline)
     with opened(options.out, options.overwrite) as file:

@@ -52,6 +52,7 @@ def find_classifier(
     model: str | None,
     labels: Sequence[str] = (),
     *,
+    tokenizer: str | None = None,
     allow_base_mismatch: bool = False,
 ) -> Classifier:
     """Returns the classifier that options name; reads no weights.
@@ -60,6 +61,7 @@ def find_classifier(
       adapter: the option --adapter.
       model: the option --model.
       labels: the option --labels.
+      tokenizer: the option --tokenizer.
       allow_base_mismatch: accept an adapter of another base.
 
     Raises:
@@ -77,7 +79,8 @@ def find_classifier(
         _check_own_head(name, source)
     if source is None or source.from_peft:
         _check_problem(name)
-    outline = read_classifier_outline(name, num_labels, of=None)
+    tokenizer = tokenizer or (source.tokenizer if source else None)
+    outline = read_classifier_outline(name, num_labels, of=None, tokenizer=tokenizer)
     if source:
         outline = outline.quantized(source.quantize)
     config: Any = outline.config

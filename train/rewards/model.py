@@ -34,7 +34,8 @@ class RewardModel:
                 "`train.classify --labels pairs`"
             )
         with as_user_errors(UserError, prefix=f"{source.given}: its base cannot be read: "):
-            outline = read_classifier_outline(source.about.get("model", ""), 1)
+            base, tokenizer = source.about.get("model", ""), source.tokenizer
+            outline = read_classifier_outline(base, 1, tokenizer=tokenizer)
         outline = outline.quantized(source.quantize)
         source.check(outline)
         self._apply, self._params = Classifier(outline, source, ()).load()

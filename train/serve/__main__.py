@@ -54,7 +54,7 @@ def run(options: ServeOptions) -> None:
     keys = check(options)
     if said := keep_compiled(options.compilation_cache):
         say(said)
-    outline = read_outline(options.model).quantized(options.quantize)
+    outline = read_outline(options.model, options.tokenizer).quantized(options.quantize)
     if isinstance(outline.config, models.EncoderConfig):
         raise UserError(f"--model {options.model} is an encoder, which writes no text")
     if getattr(outline.config, "linear_layers", ()):
@@ -138,7 +138,7 @@ def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int
             **outline.head,
         )
     check_weights(outline, params)
-    base = Base(model, params, outline.name, options.max_rank, layout)
+    base = Base(model, params, outline.name, options.max_rank, layout, tokenizer=options.tokenizer)
     on_cpu = layout.platform == "cpu"
     sizes = Sizes(
         max_length=length,

@@ -12,6 +12,7 @@ from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.options.common import Quantize
 from train.options.scripts.sft import DEFAULT_MODEL
+from train.options.tokenizer import TokenizerOption
 from train.processes.mesh import parse_mesh
 from train.run.pretrained import Outline
 from train.serve.routes.access import read_keys
@@ -28,7 +29,7 @@ _NUMBERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeOptions:
+class ServeOptions(TokenizerOption):
     """Serve a base model and many adapters over HTTP: Tinker's API to train, and OpenAI's."""
 
     model: str = DEFAULT_MODEL

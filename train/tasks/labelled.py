@@ -130,7 +130,7 @@ def outline(config: Config, rows: Rows) -> Outline:
 def outline_of(data: DataConfig, num_labels: int) -> Outline:
     """Reads the outline of the encoder, with a head for so many classes."""
     assert data.model is not None, "the options have no defaults yet"
-    outline = read_classifier_outline(data.model, num_labels)
+    outline = read_classifier_outline(data.model, num_labels, tokenizer=data.tokenizer)
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
     return outline
 

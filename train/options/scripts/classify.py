@@ -12,6 +12,7 @@ from train.options.conditions import NO_ADAPTER, Idle
 from train.options.defaults import Defaults
 from train.options.defaults import with_defaults as with_shared_defaults
 from train.options.field import Card, option
+from train.options.tokenizer import TokenizerOption
 
 DEFAULT_TASK = "vader"  # of train/options/tasks.py
 HEAD = "classifier"
@@ -20,7 +21,7 @@ INTRINSIC_RATE = 3e-2  # with --intrinsic 10000; see `rate_of_dimension`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(TokenizerOption):
     """Model and data."""
 
     model: str | None = option(None, field.OF_BASE)

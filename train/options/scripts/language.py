@@ -7,10 +7,11 @@ from train.options import field
 from train.options.common import OptimConfig
 from train.options.conditions import Idle
 from train.options.field import Card, option
+from train.options.tokenizer import TokenizerOption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageDataConfig:
+class LanguageDataConfig(TokenizerOption):
     """Model and data."""
 
     model: str | None = option(None, field.OF_BASE)

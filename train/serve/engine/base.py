@@ -84,7 +84,13 @@ class Base:
     """A model with its weights, and what makes, reads and writes adapters over it."""
 
     def __init__(
-        self, model: Any, params: Tree, name: str, max_rank: int, layout: Layout | None = None
+        self,
+        model: Any,
+        params: Tree,
+        name: str,
+        max_rank: int,
+        layout: Layout | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         """Takes in a model; its arrays are not copied.
 
@@ -94,7 +100,9 @@ class Base:
           name: its name, for clients.
           max_rank: the largest rank of an adapter.
           layout: the mesh; by default the first device.
+          tokenizer: name of the tokenizer, if it is not the model's own.
         """
+        self.tokenizer = tokenizer
         self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
         # New adapters lie where trained ones do: others would have all functions compile again.
         self._place = functools.partial(jax.device_put, device=(layout or one_device()).whole)
@@ -180,6 +188,11 @@ class Base:
             if source.is_subspace or source.rope_scaling:
                 how = "--intrinsic" if source.is_subspace else "--rope-scaling"
                 raise RequestError(f"{folder.name} was trained by {how}, which is not served")
+            if source.tokenizer not in (None, self.tokenizer):
+                raise RequestError(
+                    f"{folder.name} was trained with the tokenizer {source.tokenizer}, and this "
+                    f"server has {self.tokenizer or 'that of the model'}: start it with --tokenizer"
+                )
             nodes = nodes_of(source.load(self.model, self.params, self.name))
         except (UserError, ValueError, OSError) as error:
             raise RequestError(f"{folder.name}: {error}") from None

@@ -1,0 +1,89 @@
+"""The option --tokenizer: a model without a tokenizer trains, answers and is exported."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from tests.train.scripts import begun, fails
+from tests.train.tiny import tokenizer, write_model, write_rows
+from train import sft
+from train.adapters.source import find_adapter
+from train.export import __main__ as export
+from train.generate import __main__ as generate
+from train.generate.shared_base import Named, tokenizer_of
+from train.run.pretrained import read_outline
+from train.serve.engine.base import Base
+from train.serve.requests import RequestError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model without a tokenizer, a tokenizer beside it, rows, and an adapter that names both."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = write_model(folder / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / file).unlink()
+    tokenizer().save_pretrained(folder / "tokens")
+    write_rows(folder / "rows.jsonl")
+    outline = read_outline(str(model), str(folder / "tokens"))
+    module, params = models.from_pretrained(model)
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
+    lj.save_adapter(folder / "adapter", tree, about=outline.about)
+    return SimpleNamespace(
+        path=folder,
+        model=str(model),
+        tokens=str(folder / "tokens"),
+        adapter=str(folder / "adapter"),
+        base=(module, params),
+    )
+
+
+def test_a_run_reads_rows_with_it_and_its_adapter_says_so(folder, tmp_path, capsys):
+    args = ["--model", folder.model, "--dataset", folder.path / "rows.jsonl"]
+    args += ["--output", tmp_path / "run"]
+    said = fails(capsys, sft.main, *args)
+    assert "the tokenizer cannot be read" in said and "name another with --tokenizer" in said
+    assert begun(sft.main, *args, "--tokenizer", folder.tokens)
+    assert find_adapter(folder.adapter).tokenizer == folder.tokens
+    ahead = sft.parse(["--init-adapter", folder.adapter])
+    assert (ahead.data.model, ahead.data.tokenizer) == (folder.model, folder.tokens)
+
+
+def test_answers_and_a_merged_model_have_it(folder, tmp_path, capsys):
+    prompt = ["--prompt", "1 plus 1?", "--max-new-tokens", "2"]
+    generate.main(["--adapter", folder.adapter, *prompt])
+    generate.main(["--model", folder.model, "--tokenizer", folder.tokens, *prompt])
+    merged = ["--adapter", folder.adapter, "--output", str(tmp_path / "out"), "--merged"]
+    export.main(merged)
+    ids = models.load_tokenizer(tmp_path / "out").encode("1 plus 1?")
+    assert ids == tokenizer().encode("1 plus 1?")
+    said = fails(capsys, export.main, *merged[:-1], "--overwrite", "--tokenizer", folder.tokens)
+    assert "--tokenizer needs --merged" in said
+
+
+def test_one_that_does_not_fit_is_refused(folder, tmp_path, capsys):
+    args = ["--model", folder.model, "--dataset", folder.path / "rows.jsonl"]
+    larger = tokenizer()
+    larger.add_tokens([f"<{i}>" for i in range(3)])
+    larger.save_pretrained(tmp_path / "larger")
+    said = fails(capsys, sft.main, *args, "--tokenizer", tmp_path / "larger")
+    assert "has tokens up to 261, and the vocabulary of --model" in said and "ends at 258" in said
+    said = fails(capsys, sft.main, *args, "--tokenizer", tmp_path / "none")
+    assert said.startswith(f"--tokenizer {tmp_path / 'none'}: ")
+
+
+def test_adapters_with_different_ones_are_asked_one_after_the_other(folder, tmp_path):
+    module, params = folder.base
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
+    lj.save_adapter(tmp_path / "other", tree, about={"model": folder.model})
+    sources = [find_adapter(folder.adapter), find_adapter(str(tmp_path / "other"))]
+    named = [Named(str(i), source) for i, source in enumerate(sources)]
+    assert tokenizer_of(named[:1], None) == folder.tokens
+    assert tokenizer_of(named, "mine") == "mine"
+    with pytest.raises(Exception, match="or name the tokenizer with --tokenizer"):
+        tokenizer_of(named, None)
+    with pytest.raises(RequestError, match="start it with --tokenizer"):
+        Base(module, params, folder.model, 4).read(folder.path / "adapter")
+    Base(module, params, folder.model, 4, tokenizer=folder.tokens).read(folder.path / "adapter")
