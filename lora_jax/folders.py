@@ -1,9 +1,60 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, on the disks of this machine."""
 
 import contextlib
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# A scheme of two letters at least: C: is a drive. `pathlib` writes one slash for two.
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(//?)", re.IGNORECASE)
+_HUB = re.compile(r"(?:hf|https?)://(?:huggingface\.co/)?(?:datasets/|models/)?([\w.-]+/[\w.-]+)")
+_MOUNTED_BY = {
+    "gs": "gcsfuse BUCKET FOLDER",
+    "s3": "mount-s3 BUCKET FOLDER",
+    **dict.fromkeys(("az", "abfs", "abfss", "wasb", "wasbs"), "blobfuse2 mount FOLDER"),
+}
+_KNOWN = {*_MOUNTED_BY, "file", "hf", "http", "https", "hdfs", "ftp", "s3a", "r2", "oci"}
+
+
+class RemotePathError(ValueError):
+    """A path with a scheme, such as gs://, where one of this machine is needed."""
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Returns a path of this machine.
+
+    Raises:
+      RemotePathError: it has a scheme; the message says what to do.
+
+    >>> from lora_jax.folders import local_path
+    >>> local_path("gs://bucket/run")
+    Traceback (most recent call last):
+        ...
+    lora_jax.folders.RemotePathError: gs://bucket/run is no path of this machine: mount the bucket \
+(gcsfuse BUCKET FOLDER), and name the folder where it is mounted
+    """
+    if problem := remote_problem(path):
+        raise RemotePathError(f"{os.fspath(path)} {problem}")
+    return Path(path)
+
+
+def remote_problem(path: str | os.PathLike[str]) -> str | None:
+    """Returns why a path with a scheme is refused, and what to do instead; None for others."""
+    text = os.fspath(path)
+    found = _SCHEME.match(text)
+    if found is None or found[2] == "/" and found[1].lower() not in _KNOWN:
+        return None
+    scheme, rest = found[1].lower(), text[found.end() :]
+    problem = "is no path of this machine: "
+    if scheme == "file":
+        return f"{problem}leave out the scheme, and give /{rest.lstrip('/')}"
+    if hub := _HUB.match(text) if scheme == "hf" or "huggingface.co/" in rest else None:
+        return f"{problem}a name on the hub has no scheme: {hub[1]}"
+    if mount := _MOUNTED_BY.get(scheme):
+        return f"{problem}mount the bucket ({mount}), and name the folder where it is mounted"
+    return f"{problem}copy it here or mount it (a bucket by gcsfuse), and give that path"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from lora_jax.training.processes import Agreement
 from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError, as_user_errors
 from train.data.text_files import parsed
+from train.options.paths import check_local
 from train.options.scripts.sft import SftRunConfig
 from train.reporters.contract import Sample
 from train.run.complete import Chat, answered, tokenized
@@ -105,6 +106,7 @@ def _read(given: Sequence[str]) -> list[Chat]:
         )
     if not files:
         return [_chat(text, f"prompt {number}") for number, text in enumerate(given, start=1)]
+    check_local("sample_prompts", files)
     path = Path(files[0]).expanduser()
     unreadable = f"--sample-prompts: {path} cannot be read: "
     with as_user_errors(OSError, UnicodeDecodeError, prefix=unreadable):

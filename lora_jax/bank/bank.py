@@ -20,6 +20,7 @@ from lora_jax.bank.stored import Adapter, BankError, stored, values_of
 from lora_jax.bank.writing import with_slots, write
 from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, map_leaves
+from lora_jax.folders import local_path
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.rules import Rule
 from lora_jax.saving.checkpoint import load_adapter
@@ -232,7 +233,7 @@ class Bank:
             check(name)
         tree = adapter
         if isinstance(adapter, (str, os.PathLike)):
-            tree = self._loaded(Path(adapter), allow_base_mismatch)
+            tree = self._loaded(local_path(adapter), allow_base_mismatch)
         found = stored(name, tree, self._slots)
         if not allow_base_mismatch:
             self._base.check(f"bank: {name!r}", tree)

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lora_jax.folders import remote_problem
 from lora_jax.hf.bundled import BUNDLES
 
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
@@ -85,7 +86,7 @@ def look_up(name_or_path: str | Path) -> Found | str:
     Raises:
       ModelNotFound: if the name is neither a path here nor a hub name.
     """
-    path = Path(name_or_path).expanduser()
+    path = _path(name_or_path)
     if path.exists():
         return Found(path)
     name = hub_name(name_or_path)
@@ -119,13 +120,20 @@ def resolve_config(name_or_path: str | Path) -> Path:
     Raises:
       ModelNotFound: if neither the hub nor its cache has it, nor a package's copy.
     """
-    path = Path(name_or_path).expanduser()
+    path = _path(name_or_path)
     if path.exists():
         return path / "config.json" if path.is_dir() else path
     name = hub_name(name_or_path)
     if name in BUNDLES:  # small, and perhaps a package's copy
         return resolve_config(resolve(name).path)
     return snapshot(name, ["config.json"], needed="config.json") / "config.json"
+
+
+def _path(name_or_path: str | Path) -> Path:
+    """Returns what may be a path of this machine; raises ModelNotFound for one with a scheme."""
+    if problem := remote_problem(name_or_path):
+        raise ModelNotFound(f"{name_or_path} {problem}")
+    return Path(name_or_path).expanduser()
 
 
 def hub_name(name_or_path: str | Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.types import Fields
+from lora_jax.folders import local_path
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.hub import resolve
 
@@ -144,7 +145,7 @@ class ImageProcessor:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes preprocessor_config.json into a folder that exists."""
         text = json.dumps(self.to_hf(), indent=2, sort_keys=True)
-        (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+        (local_path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
 
     @property
     def shape(self) -> tuple[int, int, int]:

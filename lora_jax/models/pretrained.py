@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Model, Tokenizer, Tree
-from lora_jax.folders import check_free, new_folder
+from lora_jax.folders import check_free, local_path, new_folder
 from lora_jax.hf import sources
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.gguf import GGUFFile
@@ -164,10 +164,10 @@ def save_pretrained(
 
     See the example of `from_pretrained`.
     """
-    folder = Path(folder).absolute()
+    folder = local_path(folder).absolute()
     check_free(folder, overwrite, "config.json", "model's")
     table = key_table(model.config)
-    source = None if codes_from is None else open_source(resolve(Path(codes_from)).path)
+    source = None if codes_from is None else open_source(resolve(local_path(codes_from)).path)
     if source is not None and not isinstance(source, SafetensorsFolder):
         raise WeightsError(f"codes_from={codes_from}: codes are kept of safetensors files alone")
     dtypes = file_dtypes(params, table, dtype, in_codes=source is not None)

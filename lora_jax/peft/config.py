@@ -1,10 +1,10 @@
 """PEFT's adapter_config.json: fields that are honoured, and fields that are refused by name."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lora_jax.core.types import Fields
+from lora_jax.folders import local_path
 from lora_jax.hf.fields import read_file
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.forms import FORMS
@@ -112,7 +112,7 @@ def fields_of(source: Any) -> tuple[dict[str, Any], str]:
         return dict(source), "the PEFT configuration"
     if hasattr(source, "to_dict"):
         return dict(source.to_dict()), type(source).__name__
-    path = Path(source)
+    path = local_path(source)
     path = path / FILE if path.is_dir() else path
     return read_file(path, "a PEFT adapter", PeftError), str(path)
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from lora_jax.folders import local_path
 from lora_jax.hf.hub import ModelNotFound, snapshot
 from lora_jax.peft.config import FILE
 from lora_jax.peft.errors import PeftError
@@ -22,7 +23,7 @@ def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
     Raises:
       PeftError: if there is no adapter, or one of several has to be chosen.
     """
-    path = Path(folder).expanduser()
+    path = local_path(folder).expanduser()
     if not path.exists():
         name = str(folder)
         if name.count("/") != 1 or name.startswith((".", "/", "~")):

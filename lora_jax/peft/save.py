@@ -4,7 +4,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from lora_jax.core.base import as_array
 from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
-from lora_jax.folders import check_free, new_folder
+from lora_jax.folders import check_free, local_path, new_folder
 from lora_jax.hf.keys import Row
 from lora_jax.hf.stored.raw import entry, write_tensors
 from lora_jax.lorafy import nodes_of
@@ -85,7 +84,7 @@ def save(
     ...     peft.serving_problems(f"{folder}/peft")
     []
     """
-    folder = Path(folder).absolute()
+    folder = local_path(folder).absolute()
     check_free(folder, overwrite, configuration.FILE, "adapter's")
     config, tensors = contents(model, params, embedding_layers)
     if for_serving:

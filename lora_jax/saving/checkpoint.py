@@ -23,7 +23,7 @@ from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.core.paths import nearest
 from lora_jax.core.types import BaseLike, Fields, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
-from lora_jax.folders import partial_of, put_in_place
+from lora_jax.folders import local_path, partial_of, put_in_place
 from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, without_derived
 from lora_jax.saving.errors import AdapterError
@@ -65,7 +65,7 @@ def save_adapter(
     ...     lj.adapter_info(f"{folder}/adapter")
     {'model': 'owner/name'}
     """
-    folder = Path(folder).absolute()
+    folder = local_path(folder).absolute()
     if folder.exists() and not overwrite:
         raise AdapterError(
             f"{folder} exists; name another folder, or give overwrite=True to replace it"
@@ -112,7 +112,7 @@ def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     See the example of `save_adapter`.
     """
-    about: dict[str, Any] = _read_metadata(Path(folder).absolute())["about"]
+    about: dict[str, Any] = _read_metadata(local_path(folder).absolute())["about"]
     return about
 
 
@@ -147,7 +147,7 @@ def load_adapter(
     >>> bool((loaded["dense"]["kernel"].a == tree["dense"]["kernel"].a).all())
     True
     """
-    folder = Path(folder).absolute()
+    folder = local_path(folder).absolute()
     metadata = _read_metadata(folder)
     leaves, treedef = leaves_of(strip(params))
     _check_shapes(folder, metadata, leaves)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.core.types import Forward, Model
+from lora_jax.folders import remote_problem
 from lora_jax.models import Decoder
 from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.labelled import Labelled
@@ -178,6 +179,8 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
             name = "resume" if resume else "overwrite"
             raise TrainingError(f"{name}=True is about a run's folder: name it by folder")
         return None
+    if problem := remote_problem(folder):
+        raise TrainingError(f"the folder {folder} {problem}")
     path = Path(folder).expanduser()
     if not (resume or overwrite) and any((path / name).exists() for name in _OURS):
         raise TrainingError(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -34,6 +33,8 @@ from train.export.card import Export, card
 from train.export.hub import README, Repository, find_repository, push
 from train.export.marked import is_generated
 from train.export.terms import auto_class, rope_problem, said_of_codes, scaled_fields, task_type
+from train.options.command import parsed
+from train.options.paths import Words
 from train.options.tokenizer import TokenizerOption
 from train.processes.cache import keep_compiled
 from train.reporters.files import read_json
@@ -89,7 +90,7 @@ class ExportOptions(TokenizerOption):
     """Upload the export to the Hugging Face hub under this name, such as owner/name."""
     private: bool = False
     """Make the repository on the hub private."""
-    compilation_cache: str | None = None
+    compilation_cache: Words | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
 
@@ -117,11 +118,8 @@ class Work:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(
-        tyro.conf.FlagCreatePairsOff[ExportOptions], args=args, prog="python -m train.export"
-    )
     with reported():
-        run(options)
+        run(parsed(ExportOptions, args, "python -m train.export"))
 
 
 def run(options: ExportOptions) -> None:

@@ -30,6 +30,7 @@ from train.findings.making.made import Made
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
 from train.options.field import given_options
+from train.options.paths import check_local
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import read_json
@@ -86,7 +87,7 @@ def parse(args: Sequence[str]) -> Asked:
       args: the words, one at least.
 
     Raises:
-      UserError: there is no such finding; an option has no effect.
+      UserError: there is no such finding; an option has no effect; a path has a scheme.
     """
     if args[0] in ("-h", "--help"):
         print(f"{__doc__}\n{listed()}")
@@ -104,6 +105,8 @@ def parse(args: Sequence[str]) -> Asked:
             f"--from {known.source} runs nothing, so that {' '.join(rest)} has no effect: leave it "
             "out"
         )
+    check_local("output", [known.output or ""])
+    check_local("from", [known.source or ""])
     source = None if known.source is None else Path(known.source).expanduser()
     output = Path(known.output or known.source or f"runs/{name}").expanduser()
     return Asked(name, finding, output, source, known.measure, tuple(rest))

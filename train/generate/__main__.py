@@ -36,8 +36,8 @@ from train.run.pretrained import read_model, read_outline
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     given = sys.argv[1:] if args is None else args
-    options = parse(given)
     with reported(), closed_pipe():
+        options = parse(given)
         check(options, given_options(given))
         run(options)
 

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from lora_jax.training.arguments import NOT_NEGATIVE, SEED, Numbers, at_least, check_numbers
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
+from train.options.command import parsed
 from train.options.common import Attention
+from train.options.paths import Words
 from train.options.tokenizer import TokenizerOption
 
 BASE = "base"  # the name of the base alone among the adapters
@@ -32,7 +32,7 @@ class GenerateOptions(TokenizerOption):
     model: str | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapters name, or
     else SmolLM2-135M-Instruct."""
-    prompt: tuple[str, ...] = ()
+    prompt: tuple[Words, ...] = ()
     """Prompts to answer. Without any, they come from --prompts, or from standard input, one per
     line."""
     prompts: str | None = None
@@ -43,7 +43,7 @@ class GenerateOptions(TokenizerOption):
     --prompts have their own, as for training."""
     interactive: bool = False
     """Chat in the terminal; /help lists the commands."""
-    system: str | None = None
+    system: Words | None = None
     """A system prompt, for models with a chat template."""
     max_new_tokens: int = 128
     """The maximum number of tokens to generate."""
@@ -57,7 +57,7 @@ class GenerateOptions(TokenizerOption):
     """Seed of the sampler. What it draws depends on the prompt's number alone, not on batches."""
     num_samples: int = 1
     """Answers to each prompt."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Words, ...] = ()
     """Texts that end an answer; they are no part of it. (In a shell, $'\\n' is a line break.)"""
     output: str | None = None
     """A file of JSON lines to write, one an answer; it appears once all are there, or at Ctrl-C."""
@@ -77,16 +77,14 @@ class GenerateOptions(TokenizerOption):
     refused: these kernels read no KV cache."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
-    compilation_cache: str | None = None
+    compilation_cache: Words | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
 
 
 def parse(args: Sequence[str]) -> GenerateOptions:
-    """Returns the options of a command line."""
-    return tyro.cli(
-        tyro.conf.FlagCreatePairsOff[GenerateOptions], args=args, prog="python -m train.generate"
-    )
+    """Returns the options of a command line; raises a UserError for a path with a scheme."""
+    return parsed(GenerateOptions, args, "python -m train.generate")
 
 
 def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:

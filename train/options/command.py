@@ -2,15 +2,34 @@
 
 import argparse
 from collections.abc import Collection, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from train.options.common import Options
 from train.options.field import given_options, outdone
 from train.options.file import read_options, replaced
+from train.options.paths import check_local, check_paths
 
 Config = TypeVar("Config", bound=Options)
+Kind = TypeVar("Kind")
+
+
+def parsed(kind: type[Kind], args: Sequence[str] | None, prog: str) -> Kind:
+    """Parses the command line of a script without --config.
+
+    Args:
+      kind: a dataclass of its options, or of parts with them.
+      args: the command line; None for this process's.
+      prog: how the script is called.
+
+    Raises:
+      UserError: a path has a scheme.
+    """
+    flat: Any = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type,misc]
+    options: Kind = tyro.cli(flat, args=args, prog=prog)
+    check_paths(options)
+    return options
 
 
 def read_line(
@@ -28,7 +47,8 @@ def read_line(
       the file of --config that count, with the line of each. `check_effects` takes all three.
 
     Raises:
-      UserError: the file of --config cannot be read, or has a key or a value that no option takes.
+      UserError: the file of --config cannot be read, or has a key or a value that no option takes;
+        or a path has a scheme.
     """
     path = _named_file(args)
     on_line = given_options(args)
@@ -36,6 +56,7 @@ def read_line(
     in_file: dict[str, int] = {}
     lines: dict[str, int] = {}
     if path is not None:
+        check_local("config", [path])
         config, lines = read_options(path, config)
         in_file = lines
         overridden = outdone(config, on_line) & in_file.keys()
@@ -45,7 +66,9 @@ def read_line(
         in_file = {name: line for name, line in in_file.items() if name not in overridden}
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
     needed = [arg for arg in args if not _is_so_already(arg, config, lines)]
-    return tyro.cli(flat, args=needed, prog=prog, default=config), on_line, in_file
+    config = tyro.cli(flat, args=needed, prog=prog, default=config)
+    check_paths(config, in_file, path or "")
+    return config, on_line, in_file
 
 
 def _is_so_already(arg: str, config: Options, in_file: Collection[str]) -> bool:

@@ -17,6 +17,7 @@ from train.options import field
 from train.options.conditions import Idle
 from train.options.field import Card, Shared, Uncompared, option
 from train.options.optim import check_optim
+from train.options.paths import Words
 from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
@@ -233,7 +234,7 @@ class RunConfig:
     the batch, and tensor gets the rest."""
     distributed: bool = option(False, field.OF_PROCESSES, single=True)
     """Run as one process of many; SLURM, a TPU pod, GKE or Open MPI tells which one."""
-    coordinator: str | None = option(None, field.OF_PROCESSES, single=True, of="process")
+    coordinator: Words | None = option(None, field.OF_PROCESSES, single=True, of="process")
     """Address of process 0, as host:port; the same in all processes."""
     num_processes: int | None = option(None, field.OF_PROCESSES)
     """Number of processes, with --coordinator."""
@@ -269,10 +270,10 @@ class RunConfig:
     """Services that get the metrics, beside metrics.jsonl; or none. tensorboard writes files to the
     output folder; each of the others needs the extra of its name. A resumed run continues its runs
     there."""
-    report_project: str | None = option(None, field.COURSE, Idle.NO_PROJECT)
+    report_project: Words | None = option(None, field.COURSE, Idle.NO_PROJECT)
     """The run's project in the service (MLflow calls it an experiment). By default the one that the
     service's own environment variable names, or lora_jax."""
-    compilation_cache: str | None = option(None, field.CHANGEABLE, shared=Shared.PROCESS)
+    compilation_cache: Words | None = option(None, field.CHANGEABLE, shared=Shared.PROCESS)
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR. Many processes have no
     default: name a folder that all of them reach."""

@@ -18,6 +18,7 @@ from train.options.command import value_of
 from train.options.common import Options
 from train.options.field import Shared, Traits, check_effects, idle_options, outdone, traits_of
 from train.options.file import composed, entries, kinds_of, read_value, replaced
+from train.options.paths import check_paths
 from train.reporters.registry import check_many
 
 Config = TypeVar("Config", bound=Options)
@@ -111,6 +112,8 @@ def _row(
     given = frozenset(option for option, value in values.items() if value is not None)
     values |= {option: value_of(plain, option) for option in outdone(config, given)}
     changed = replaced(config, {**values, "output": str(Path(config.run.output) / name)})
+    with as_user_errors(UserError, prefix=f"{where}: "):
+        check_paths(changed)
     if changed.adapter.full:
         raise UserError(
             f"{where}: --full trains the base itself, which the runs of a table share: run it "

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 
 from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.training.layout import Layout
 from lora_jax.training.run.log import duration
 from train.console.errors import UserError, reported
+from train.options.command import parsed
 from train.options.common import AdapterConfig, OptimConfig, check_offload
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import parse_rope_scaling
@@ -48,8 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def parse(args: Sequence[str] | None = None) -> PlanOptions:
     """Parses a command line, by default this process's."""
-    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[PlanOptions]]
-    return tyro.cli(flat, args=args, prog="python -m train.plan")
+    return parsed(PlanOptions, args, "python -m train.plan")
 
 
 def run(options: PlanOptions) -> None:

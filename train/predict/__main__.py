@@ -17,7 +17,9 @@ from lora_jax.training.data.vision.images import Images
 from train.console.errors import UserError, flag, reported
 from train.console.output import closed_pipe, opened
 from train.console.progress import progress_of
+from train.options.command import parsed
 from train.options.field import given_options
+from train.options.paths import Words
 from train.options.tokenizer import TokenizerOption
 from train.predict.batches import probabilities
 from train.predict.classifier import find_classifier
@@ -40,7 +42,7 @@ from train.run.pretrained import Outline
 class PredictOptions(TokenizerOption):
     """Classify texts or images with a trained classifier."""
 
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: tyro.conf.Positional[tuple[Words, ...]] = ()
     """Texts, or paths of images, to classify. Without any, they come from --input, or from standard
     input, one per line."""
     adapter: str | None = None
@@ -63,7 +65,7 @@ class PredictOptions(TokenizerOption):
     lines."""
     overwrite: bool = False
     """Replace the file of --out."""
-    labels: tuple[str, ...] = ()
+    labels: tuple[Words, ...] = ()
     """Names of the classes, in the order of their indices, if neither the adapter nor the model
     names them."""
     batch_size: int = 32
@@ -74,17 +76,15 @@ class PredictOptions(TokenizerOption):
     """Truncate longer texts; without this option, they are an error."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
-    compilation_cache: str | None = None
+    compilation_cache: Words | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(
-        tyro.conf.FlagCreatePairsOff[PredictOptions], args=args, prog="python -m train.predict"
-    )
     with reported(), closed_pipe():
+        options = parsed(PredictOptions, args, "python -m train.predict")
         check(options, given_options(sys.argv[1:] if args is None else args))
         run(options)
 

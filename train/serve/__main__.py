@@ -40,9 +40,8 @@ _SWEPT = 60.0  # seconds
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    options = parse(sys.argv[1:] if args is None else args)
     with reported():
-        run(options)
+        run(parse(sys.argv[1:] if args is None else args))
 
 
 def run(options: ServeOptions) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from lora_jax.training.arguments import Numbers, at_least, check_numbers
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
+from train.options.command import parsed
 from train.options.common import Quantize
+from train.options.paths import Words
 from train.options.scripts.sft import DEFAULT_MODEL
 from train.options.tokenizer import TokenizerOption
 from train.processes.mesh import parse_mesh
@@ -71,24 +71,22 @@ class ServeOptions(TokenizerOption):
     keys: str | None = None
     """A file of keys, a `name key` a line. A request needs one, and whoever has one sees nothing of
     the others. Tinker's client takes keys that begin with tml- only."""
-    host: str = "127.0.0.1"
+    host: Words = "127.0.0.1"
     """The address to listen at. Any but this machine's own needs --keys."""
     port: int = 8000
     """The port to listen at."""
-    allow_origin: tuple[str, ...] = ()
+    allow_origin: tuple[Words, ...] = ()
     """Origins of web pages that may use the server, such as http://localhost:3000, or * for all.
     Without --keys, a request is refused if another page than the server's own sent it, or if its
     Host is none of localhost, 127.0.0.1, [::1] and the hosts of these origins."""
-    compilation_cache: str | None = None
+    compilation_cache: Words | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
 
 
 def parse(args: Sequence[str]) -> ServeOptions:
-    """Returns the options of a command line."""
-    return tyro.cli(
-        tyro.conf.FlagCreatePairsOff[ServeOptions], args=args, prog="python -m train.serve"
-    )
+    """Returns the options of a command line; raises a UserError for a path with a scheme."""
+    return parsed(ServeOptions, args, "python -m train.serve")
 
 
 def check(options: ServeOptions) -> dict[str, str] | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import lora_jax as lj
 from lora_jax.core.types import Fields, Tree
+from lora_jax.folders import local_path
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.processes import is_first, wait_for_all
 
@@ -77,7 +78,7 @@ class Best:
           patience: the measurements in a row without a better one that end training.
           about: facts to keep beside each adapter; see `lora_jax.save_adapter`.
         """
-        self.folder = folder.absolute()
+        self.folder = local_path(folder).absolute()
         self.metric = metric
         self.standing = Standing()
         self._goal = goal

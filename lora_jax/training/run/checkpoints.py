@@ -21,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lora_jax.core.types import Fields
+from lora_jax.folders import local_path
 from lora_jax.training.errors import DamagedCheckpoint, Written
 from lora_jax.training.processes import is_first, wait_for_all, write_json
 from lora_jax.training.step import State
@@ -40,7 +41,7 @@ class Checkpoints:
     """The checkpoints in one folder, the newest `keep` of them, each named by its step."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder.absolute()
+        self.folder = local_path(folder).absolute()
         self._record = self.folder.with_name(RECORD)
         self._keep = keep
 

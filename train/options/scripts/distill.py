@@ -7,6 +7,7 @@ from train.console.errors import UserError
 from train.options import field
 from train.options.common import Options
 from train.options.field import option
+from train.options.paths import Words
 from train.options.scripts import rollouts
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
@@ -31,7 +32,7 @@ class DistillDataConfig(RolloutDataConfig):
     teacher_model: str | None = option(None, field.HIDDEN)
     """Another model as the base of the teacher, such as a larger one with the same tokenizer. By
     default --model."""
-    teacher_prompt: str | None = option(None, field.HIDDEN)
+    teacher_prompt: Words | None = option(None, field.HIDDEN)
     """A text that the teacher alone sees before each prompt (as the system's turn of a chat), so
     that the adapter learns to do without it."""
 

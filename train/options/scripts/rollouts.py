@@ -7,6 +7,7 @@ from lora_jax.training.arguments import POSITIVE, Numbers, at_least
 from train.console.errors import UserError
 from train.options import field
 from train.options.field import option
+from train.options.paths import Words
 from train.options.scripts import sft as sft_options
 from train.options.scripts.language import LanguageDataConfig, LanguageOptimConfig
 
@@ -29,7 +30,7 @@ class RolloutDataConfig(LanguageDataConfig):
     """Draw from the fewest tokens whose probabilities add up to it."""
     top_k: int | None = option(None, field.OPTIMISATION)
     """Draw from this many tokens."""
-    stop: tuple[str, ...] = option((), field.HIDDEN)
+    stop: tuple[Words, ...] = option((), field.HIDDEN)
     """Texts that end a completion, which has no token after the one in which they are complete."""
     mask_truncated: bool = option(False, field.OPTIMISATION)
     """Do not learn from completions that --max-new-tokens cut off; their rewards count in their

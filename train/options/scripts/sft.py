@@ -13,6 +13,7 @@ from train.options import field
 from train.options.common import AdapterConfig, Options, RunConfig, check_shared
 from train.options.conditions import Idle
 from train.options.field import Card, Uncompared, option
+from train.options.paths import Words
 from train.options.scripts.language import LanguageOptimConfig, TokensConfig
 
 DEFAULT_MODEL = SMOLLM2.name
@@ -91,7 +92,7 @@ class SftRunConfig(RunConfig):
     """Train a table of runs over one base side by side: a file (.csv, .tsv, .jsonl, .json or .yaml)
     with a row a run. `name` is its folder in --output; other columns are options, by their names
     here, that override the command line for this run."""
-    sample_prompts: tuple[str, ...] = option((), field.COURSE)
+    sample_prompts: tuple[Words, ...] = option((), field.COURSE)
     """Prompts for the model to answer (greedily) while it trains, for the log and samples.jsonl:
     texts, or one file: .txt with a prompt per line, or .jsonl with rows that have a `prompt`, or
     `messages` that end with a user's."""

@@ -1,0 +1,154 @@
+"""Tests of paths with a scheme: each option that may take one refuses it by name, before any work.
+
+The options are those that the scripts declare, so that a new one is tested, too.
+"""
+
+import typing
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+from lora_jax.folders import RemotePathError, remote_problem
+from lora_jax.training.arguments import check_folder
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.run.checkpoints import Checkpoints
+from tests.train.scripts import fails
+from train import classify, distill, dpo, grpo, progress, sft
+from train.compare import __main__ as compare
+from train.compare.options import CompareConfig
+from train.console.errors import UserError
+from train.export import __main__ as export
+from train.findings import __main__ as findings
+from train.generate import __main__ as generate
+from train.options.paths import path_options
+from train.plan import __main__ as plan
+from train.predict import __main__ as predict
+from train.serve import __main__ as serve
+
+BUCKET = "gs://bucket/run"
+# What takes a text that names no file, or a place that JAX itself reads.
+WORDS = {
+    *("compilation_cache", "coordinator", "host", "allow_origin", "report_project"),
+    *("prompt", "system", "stop", "teacher_prompt", "sample_prompts", "texts", "labels"),
+}
+TRAINING = {"sft": sft, "dpo": dpo, "grpo": grpo, "distill": distill, "classify": classify}
+OTHERS = {
+    "generate": (generate.main, generate.GenerateOptions, ()),
+    "serve": (serve.main, serve.ServeOptions, ()),
+    "predict": (predict.main, predict.PredictOptions, ()),
+    "export": (export.main, export.ExportOptions, ("--adapter", "here")),
+    "plan": (plan.main, plan.PlanConfig, ("--model", "here")),
+    "compare": (lambda args: compare.main(["sft", *args]), CompareConfig, ()),
+}
+
+
+def _scripts():
+    """Yields name, main, the classes of the options, and the words that a command line needs."""
+    for name, module in TRAINING.items():
+        parts = vars(module.SCRIPT.plain).values()
+        yield name, module.main, [type(part) for part in parts], ()
+    for name, (main, kind, needed) in OTHERS.items():
+        yield name, main, [kind], needed
+
+
+def _takes_text(kind):
+    """Returns whether an option's type has room for any text."""
+    if typing.get_origin(kind) is typing.Literal:
+        return False
+    return kind in (str, typing.Any) or any(map(_takes_text, typing.get_args(kind)))
+
+
+def _texts(parts):
+    kinds = {name: kind for part in parts for name, kind in typing.get_type_hints(part).items()}
+    return sorted(name for name, kind in kinds.items() if _takes_text(kind))
+
+
+@pytest.mark.parametrize(("main", "parts", "needed"), [s[1:] for s in _scripts()], ids=lambda x: "")
+def test_each_option_that_takes_a_path_refuses_a_scheme(main, parts, needed, capsys):
+    options = [name for name in _texts(parts) if name not in {*WORDS, "remat"}]  # a policy's name
+    assert {"output", "out", "model"} & {*options} or parts == [CompareConfig]
+    for name in options:
+        flag = f"--{name.replace('_', '-')}"
+        others = [] if flag in needed else needed
+        said = fails(capsys, main, *others, flag, BUCKET)
+        assert said.startswith(f"{flag} {BUCKET} is no path of this machine"), (name, said)
+        assert "gcsfuse" in said
+    assert not any(Path.cwd().iterdir())
+
+
+def test_files_of_options_and_tables_are_refused_by_their_lines(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"steps: 1\noutput: {BUCKET}\n")
+    said = fails(capsys, sft.main, "--config", tmp_path / "run.yaml")
+    assert f"--output {BUCKET} (line 2 of {tmp_path}/run.yaml) is no path" in said
+    (tmp_path / "runs.csv").write_text("name,init_adapter\na,s3://bucket/adapter\n")
+    said = fails(capsys, sft.main, "--many", tmp_path / "runs.csv", "--output", tmp_path / "many")
+    assert "runs.csv, line 2: --init-adapter s3://bucket/adapter is no path" in said
+    assert "mount-s3" in said
+    for flag in ("--output", "--from"):
+        assert f"{flag} {BUCKET} is no path" in fails(capsys, findings.main, "rates", flag, BUCKET)
+    with pytest.raises(UserError, match=f"--sample-prompts {BUCKET}.txt is no path"):
+        progress._read([f"{BUCKET}.txt"])
+    assert not (tmp_path / "many").exists()
+
+
+def test_names_in_front_of_paths_and_texts_that_are_none(capsys):
+    said = fails(capsys, generate.main, "--adapter", "mine=gs://bucket/a")
+    assert "--adapter mine=gs://bucket/a is no path" in said
+    options = generate.parse(["--prompt", "s3://bucket: what is it?", "--stop", "gs://"])
+    assert "prompt" not in dict(path_options(options))
+    reports = ["--report-to", "mlflow", "--report-project", "mlflow://runs"]
+    config = sft.parse(["--compilation-cache", BUCKET, *reports])
+    assert config.run.compilation_cache == BUCKET  # JAX reads it
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("gs://bucket/run", "gcsfuse"),
+        ("s3://bucket/run", "mount-s3"),
+        ("az://bucket", "blobfuse2"),
+        ("hf://datasets/owner/name", "no scheme: owner/name"),
+        ("https://huggingface.co/owner/name/tree/main", "no scheme: owner/name"),
+        ("file:///tmp/run", "give /tmp/run"),
+        ("file:/tmp/run", "give /tmp/run"),
+        ("gs:/bucket/run", "gcsfuse"),
+        ("made-up://x", "copy it here"),
+        *((text, None) for text in ("C:\\runs", "C:/runs", "C://runs", "owner/name", "a:b/c")),
+        *((text, None) for text in ("runs/x", "~/x", "", "rows.jsonl:3", "file.py:function")),
+    ],
+)
+def test_what_is_a_scheme(path, says):
+    problem = remote_problem(path)
+    assert problem is None if says is None else says in problem
+
+
+def test_functions_of_the_library_refuse_a_scheme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    model = models.GPT2(models.read_config(fields | {"n_positions": 16}))
+    params = {"dense": {"kernel": jnp.ones((4, 3))}}
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    for call in (
+        lambda: lj.save_adapter(BUCKET, tree),
+        lambda: lj.load_adapter(BUCKET, params),
+        lambda: lj.adapter_info(BUCKET),
+        lambda: models.save_pretrained(BUCKET, model, params),
+        lambda: models.save_pretrained("out", model, params, codes_from=BUCKET),
+        lambda: lp.save(BUCKET, model, tree),
+        lambda: lp.load(BUCKET, model, params),
+        lambda: lp.rules(BUCKET),
+        lambda: lp.serving_problems(BUCKET),
+        lambda: Checkpoints(BUCKET, 2),
+    ):
+        with pytest.raises(RemotePathError, match="gs:/+bucket/run is no path of this machine"):
+            call()
+    for call in (models.from_pretrained, models.load_tokenizer, models.fetch):
+        with pytest.raises(models.ModelNotFound, match=f"{BUCKET} is no path of this machine"):
+            call(BUCKET)
+    with pytest.raises(TrainingError, match=f"the folder {BUCKET} is no path of this machine"):
+        check_folder(BUCKET, resume=False, overwrite=False)
+    assert not any(Path.cwd().iterdir())

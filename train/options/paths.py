@@ -1,0 +1,69 @@
+"""Options that take paths: those with a scheme, such as gs://, are refused before any work.
+
+Every text that an option takes may be a path, or hold one (name=folder, file.py:function), unless
+its type is `Words`.
+"""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
+
+from lora_jax.folders import remote_problem
+from train.console.errors import UserError, flag
+
+_NO_PATH = "no path"
+# The type of a text that names no file: a prompt, an address. JAX reads schemes itself.
+Words = Annotated[str, _NO_PATH]
+_NAME = re.compile(r"[\w.-]+=")  # of what --adapter name=folder and --fields give
+
+
+def check_paths(options: Any, lines: Mapping[str, int] | None = None, file: str = "") -> None:
+    """Raises a UserError for an option whose value is a path with a scheme.
+
+    Args:
+      options: a dataclass of options, or of parts that are.
+      lines: the options that a file gives, with the line of each.
+      file: the name of that file.
+    """
+    for name, values in path_options(options):
+        where = f" (line {lines[name]} of {file})" if lines and name in lines else ""
+        check_local(name, values, where)
+
+
+def check_local(name: str, values: Iterable[str], where: str = "") -> None:
+    """Raises a UserError if one of an option's values is a path with a scheme.
+
+    Args:
+      name: the option.
+      values: its values.
+      where: says where they stand, if not on the command line.
+    """
+    for value in values:
+        if problem := remote_problem(_NAME.sub("", value, count=1)):
+            raise UserError(f"{flag(name, value)}{where} {problem}")
+
+
+def path_options(options: Any) -> Iterator[tuple[str, list[str]]]:
+    """Yields the options that may take paths, with the texts that they have."""
+    kinds = typing.get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        value, kind = getattr(options, field.name), kinds[field.name]
+        if dataclasses.is_dataclass(value):
+            yield from path_options(value)
+        elif kind is Any or str in (parts := [*_parts(kind)]) and _NO_PATH not in parts:
+            values = value if isinstance(value, tuple) else (value,)
+            yield field.name, [one for one in values if isinstance(one, str)]
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """Yields a type and what it is made of, without the values of a Literal."""
+    yield kind
+    if typing.get_origin(kind) is typing.Literal:
+        return
+    if typing.get_origin(kind) is Annotated:
+        yield from kind.__metadata__
+    for part in typing.get_args(kind):
+        if isinstance(part, type) or typing.get_origin(part) is not None:
+            yield from _parts(part)
