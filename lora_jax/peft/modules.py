@@ -54,8 +54,8 @@ class Module:
 def tables_of(model: Model) -> list[Sequence[Row]]:
     """Returns a model's key table by the names that PEFT knows: transformers 5's, then 4's.
 
-    There is one table where all names are the same. A decoder that is the text of a model with
-    images has another, by the names in that model.
+    A decoder that is the text of a model with images has another, by the names in that model. The
+    last ones are by the names in a bare model (transformers' AutoModel), without "model.".
 
     Raises:
       PeftError: see `table_of`.
@@ -65,10 +65,14 @@ def tables_of(model: Model) -> list[Sequence[Row]]:
     if any(row.in_module for row in table):
         return [newer, table]
     facts = getattr(getattr(model, "config", None), "family", None)
-    if getattr(facts, "with_images", None) is None:
-        return [table]
-    whole = ((row, re.sub(r"^model\.", "model.language_model.", row.hf)) for row in table)
-    return [table, [dataclasses.replace(row, hf=hf) for row, hf in whole]]
+    tables = [table]
+    if getattr(facts, "with_images", None) is not None:
+        tables.append(_renamed(table, r"^model\.", "model.language_model."))
+    return [*tables, *(_renamed(each, r"^(model|transformer)\.", "") for each in tables)]
+
+
+def _renamed(table: Sequence[Row], pattern: str, by: str) -> list[Row]:
+    return [dataclasses.replace(row, hf=re.sub(pattern, by, row.hf)) for row in table]
 
 
 def table_of(model: Model) -> Sequence[Row]:

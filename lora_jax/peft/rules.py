@@ -55,11 +55,14 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
     fields = read_config(config)
     if model is None:
         return _translated(fields)
-    *tables, last = tables_of(model)
-    for table in tables:  # names of transformers 5 come first, those of 4 if none of them matches
-        with contextlib.suppress(PeftError):
-            return rules_for(fields, table, *selected(fields, table, model))
-    return rules_for(fields, last, *selected(fields, last, model))
+    first, *others = tables_of(model)
+    try:
+        return rules_for(fields, first, *selected(fields, first, model))
+    except PeftError:
+        for table in others:  # by other names of the same modules
+            with contextlib.suppress(PeftError):
+                return rules_for(fields, table, *selected(fields, table, model))
+        raise
 
 
 def _translated(config: Fields) -> list[Rule]:

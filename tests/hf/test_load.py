@@ -119,6 +119,29 @@ def test_experts_fused_in_one_tensor(case: str, tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("case", "prefix"), [("qwen3", ""), ("qwen3.5", "language_model."), ("gpt-oss", "")]
+)
+def test_names_of_a_bare_model(case: str, prefix: str, tmp_path: Path) -> None:
+    """As transformers' AutoModel saves them: without "model.", and without a head."""
+    _, params = decoder(case)
+    tensors = tiny.write_folder(tmp_path, case, params, tie_word_embeddings=True)
+    head = tensors.pop("lm_head.weight", None)
+    bare = {prefix + name.removeprefix("model."): array for name, array in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors")
+    _, loaded = from_pretrained(tmp_path)
+    rest = {name: part for name, part in params.items() if name != "lm_head"}
+    jax.tree.map(np.testing.assert_array_equal, loaded, rest)
+    if head is not None:
+        tiny.write_folder(tmp_path, case, params, tie_word_embeddings=False)
+        save_file(bare, tmp_path / "model.safetensors")
+        with pytest.raises(WeightsError, match="(?s)1 missing, 0 unex.*no head.*ForCausalLM"):
+            from_pretrained(tmp_path)
+    save_file(bare | tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="holds both"):
+        from_pretrained(tmp_path)
+
+
 def test_everything_wrong_is_in_one_error(tmp_path: Path) -> None:
     _, params = decoder(CASE)
     tensors = tiny.write_folder(tmp_path, CASE, params)

@@ -127,6 +127,32 @@ def test_experts_fused_in_one_tensor(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(folder)
 
 
+@pytest.mark.parametrize("layout", ["compressed fp8 rows", "nf4 nested"])
+def test_a_bare_model_gets_its_prefix(layout: str, tmp_path: Path) -> None:
+    """Tensors in codes, and what config.json says of them, have the names of all others."""
+    folder, out = ship(tmp_path / "in", layout, 1, tie_word_embeddings=True), tmp_path / "out"
+    whole = contents(folder)
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].replace(b'"model.', b'"')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    config = json.loads((folder / "config.json").read_text())
+    if (codes := config["quantization_config"])["quant_method"] == "compressed-tensors":
+        codes["ignore"] = ["layers.7.mlp.up_proj", "re:.*lm_head", "re:^layers[.]8", "lm_head"]
+        codes["config_groups"]["group_0"]["targets"] = ["Linear", "layers.0.mlp.up_proj"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model, params = from_pretrained(folder)
+    save_pretrained(out, model, params, codes_from=folder)
+    assert contents(out) == {name: x for name, x in whole.items() if name != "lm_head.weight"}
+    if codes["quant_method"] == "compressed-tensors":
+        ignored = ["model.layers.7.mlp.up_proj", "re:.*lm_head", r"re:(.*\.)?layers[.]8"]
+        assert codes_config(out)["ignore"] == [*ignored, "lm_head"]
+        targets = codes_config(out)["config_groups"]["group_0"]["targets"]
+        assert targets == ["Linear", "model.layers.0.mlp.up_proj"]
+    assert_same(from_pretrained(out)[1], params)
+
+
 @over("layout", ["fp8 blocks, fp32", "compressed mxfp4", "nf4"], often=["fp8 blocks, fp32"])
 def test_merged_kernels_are_listed(layout: str, tmp_path: Path) -> None:
     folder, out = ship(tmp_path / "in", layout), tmp_path / "out"

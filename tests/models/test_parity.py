@@ -21,7 +21,7 @@ from lora_jax.models import (
     save_pretrained,
 )
 from lora_jax.models.layers.blockwise import Blockwise
-from tests.models import tiny
+from tests.models import tiny, tiny_encoders
 
 pytestmark = pytest.mark.parity
 
@@ -114,6 +114,31 @@ def check_logits(case: str, side: str, attention: Any, seq: int = 11) -> None:
 @of_each_case
 def test_logits(case: str) -> None:
     check_logits(case, "left", "dense")
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen3 moe", "gpt-oss", "qwen3.5", "gpt2"])
+def test_a_bare_model(case: str, tmp_path: Path) -> None:
+    """Saved by transformers' AutoModel, and read by AutoModelForCausalLM."""
+    import torch
+    import transformers
+
+    fields = tiny_encoders.fields("gpt2") if case == "gpt2" else tiny.fields(case)
+    config = transformers.AutoConfig.for_model(**fields | {"tie_word_embeddings": True})
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
+    model, params = from_pretrained(tmp_path)
+    ids, mask = padded("right")
+    want = reference_logits(reference, ids, mask)
+    assert np.abs(want).max() > 0.1
+    got = np.asarray(tiny.run(model, params, ids, mask))
+    tiny.assert_close(got[mask == 1], want[mask == 1])
+    save_pretrained(tmp_path / "again", model, params)
+    assert all(
+        name.startswith(("model.", "transformer."))
+        for name in load_file(tmp_path / "again/model.safetensors")
+    )
 
 
 @of_each_kind

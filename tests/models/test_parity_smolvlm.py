@@ -110,6 +110,11 @@ def test_logits(case: str, tmp_path: Path) -> None:
     tiny.assert_close(got[mask == 1], want[mask == 1])
     swapped = tiny_vision.run(model, params, ids, mask, pixel_values=pixels[:, ::-1])
     assert np.abs(np.asarray(swapped)[0] - got[0]).max() > 0.1
+    if model.config.text.tie_word_embeddings:
+        reference.model.save_pretrained(tmp_path / "bare")  # names without "model."
+        jax.tree.map(
+            np.testing.assert_array_equal, models.from_pretrained(tmp_path / "bare")[1], params
+        )
 
 
 def test_a_cache_and_too_many_tokens() -> None:

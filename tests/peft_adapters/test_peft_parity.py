@@ -106,6 +106,31 @@ def test_an_adapter_of_a_whole_model_is_one_of_its_text(folders, tmp_path):
     assert_close(our_logits(model, lp.load(tmp_path, model, params)), logits_of(theirs), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "targets"), [("qwen2", r"layers\.\d\.mlp\.up_proj"), ("gpt2", ["c_attn"])]
+)
+def test_an_adapter_of_a_bare_model(family, targets, folders, tmp_path):
+    """PEFT on transformers' AutoModel, whose modules have no "model." before them."""
+    from peft import PeftModel
+
+    whole = torch_model(folders, family)
+    theirs = with_adapter(whole.base_model, {"target_modules": targets})
+    theirs.save_pretrained(tmp_path / "adapter")
+    want = logits_of(whole)  # its layers are PEFT's by now
+    assert np.abs(want - plain_logits(folders, family)).max() > 1e-2
+    for name in load_file(tmp_path / "adapter/adapter_model.safetensors"):
+        assert name.startswith(("base_model.model.layers.", "base_model.model.h."))
+    base = torch_model(folders, family).base_model
+    base.save_pretrained(tmp_path / "bare")
+    model, params = models.from_pretrained(tmp_path / "bare")
+    tree = lp.load(tmp_path / "adapter", model, params)
+    assert_close(our_logits(model, tree), want, 1e-5)
+    assert lp.rules(tmp_path / "adapter", model)
+    lp.save(tmp_path / "ours", model, tree)
+    back = PeftModel.from_pretrained(torch_model(folders, family), tmp_path / "ours").eval()
+    assert_close(logits_of(back), want, 1e-5)
+
+
 @pytest.mark.parametrize("kernels", [["w1", "w2", "w3"], ["w3"], ["w1", "w2"]])
 def test_experts_trained_here(kernels, folders, tmp_path):
     """gate and up have an A each, and ranks of their own: still one function in PEFT."""

@@ -5,7 +5,7 @@ another form, or not at all, is kept as well: nested scales, and those of activa
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ class Shipped(Protocol):
     Attributes:
       where: the folder, for messages.
       shipped: the names of tensors that lie in codes.
-      quantization: the quantization_config of its config.json.
+      quantization: the quantization_config of its config.json, by the table's names.
     """
 
     where: str
@@ -47,7 +47,38 @@ class Shipped(Protocol):
         """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes."""
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Returns the tensors that hold one in codes, as they lie in the files."""
+        """Returns the tensors of one in codes, as they lie in the files, by the table's names."""
+
+
+def renamed(config: Fields, rename: Callable[[str], str]) -> dict[str, Any]:
+    """Returns a quantization_config by other names of modules.
+
+    Args:
+      config: the quantization_config.
+      rename: a tensor's name -> its other name.
+    """
+
+    def names(listed: Sequence[str]) -> list[str]:
+        return [_renamed(name, rename) for name in listed]
+
+    config = dict(config)
+    field = _LISTS.get(config.get("quant_method", ""), "")
+    if config.get(field):
+        config[field] = names(config[field])
+    if groups := config.get("config_groups"):
+        config["config_groups"] = {
+            key: {**group, "targets": names(group.get("targets") or [])}
+            for key, group in groups.items()
+        }
+    return config
+
+
+def _renamed(name: str, rename: Callable[[str], str]) -> str:
+    """Renames a module; a pattern ("re:…") gets one that matches behind any prefix as well."""
+    pattern = name.removeprefix("re:")
+    if pattern == name:
+        return rename(f"{name}.weight").removesuffix(".weight")
+    return name if pattern.startswith((".*", "^.*")) else rf"re:(.*\.)?{pattern.removeprefix('^')}"
 
 
 def _module(name: str) -> str:

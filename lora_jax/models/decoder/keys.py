@@ -110,11 +110,18 @@ def _attention(rows: Rows, config: DecoderConfig, attention: str) -> None:
         rows.named("attention", f"{attention}/sinks", "{}.self_attn.sinks", heads, P("tensor"))
 
 
+# Tensors of a bare decoder (transformers' AutoModel) come without the prefix.
+_BARE = re.compile(r"(embed_tokens|layers\.\d+|norm)\..+")
+
+
 def decoder_name(name: str, config: DecoderConfig) -> str:
-    """Returns the table's name of a tensor, in the files of a model with images as well."""
-    if config.family.with_images is None:
-        return name
-    return re.sub(r"^model\.language_model\.", "model.", name)
+    """Returns the table's name of a file's tensor: with the prefix ``model.``.
+
+    Files of a model with images put the decoder's tensors below ``language_model.``.
+    """
+    if config.family.with_images is not None:
+        name = re.sub(r"^(model\.)?language_model\.", "model.", name)
+    return f"model.{name}" if _BARE.fullmatch(name) else name
 
 
 def fused(config: DecoderConfig) -> bool:
@@ -123,7 +130,7 @@ def fused(config: DecoderConfig) -> bool:
 
 
 _FUSED = re.compile(
-    r"(model\.(?:language_model\.)?layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
+    r"((?:model\.)?(?:language_model\.)?layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
 )
 
 

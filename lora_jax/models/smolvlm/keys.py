@@ -1,6 +1,7 @@
 """SmolVLM's key table: the rows of its encoder, its connector and its decoder."""
 
 import dataclasses
+import re
 
 from lora_jax.hf.keys import Row
 from lora_jax.models.decoder.keys import decoder_table
@@ -9,6 +10,14 @@ from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.models.specs import COLUMNS, POSITIONS, REPLICATED, ROWS
 
 _TEXT = "model/text_model"
+
+# Tensors of a bare SmolVLMModel come without the prefix.
+_BARE = re.compile(r"(text_model|vision_model|connector)\..+")
+
+
+def smolvlm_name(name: str, config: SmolVLMConfig) -> str:
+    """Returns the table's name of a file's tensor: with the prefix ``model.``."""
+    return f"model.{name}" if _BARE.fullmatch(name) else name
 
 
 def smolvlm_table(config: SmolVLMConfig) -> list[Row]:

@@ -107,7 +107,7 @@ _MIXTURE_DEFAULTS: dict[str, Any] = {
 }
 _REFUSED = {"attn_output_gate": True, "output_gate_type": "swish", "mamba_ssm_dtype": "float32"}
 _GATED = {"qk_norm": True, "norm_adds_one": True, "attn_output_gate": True}
-_LEFT_OUT = re.compile(r"(mtp|model\.visual)\..*")
+_LEFT_OUT = re.compile(r"(mtp|(model\.)?visual)\..*")
 
 QWEN3_NEXT = DecoderFamily(
     model_type="qwen3_next",
