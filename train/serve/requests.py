@@ -15,6 +15,22 @@ class RequestError(Exception):
     """Says what is wrong with a request, and what to do; the fault is the client's."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """Says who asks: owners take turns, and an owner's sessions take the owner's turns in turn.
+
+    Attributes:
+      owner: the name of a key.
+      session: the owner's session; "" for requests without one.
+    """
+
+    owner: str = ""
+    session: str = ""
+
+
+ANYONE = Client()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
     """Describes an adapter.
@@ -186,6 +202,7 @@ class Sample:
         the completions, `TOP` at most.
       targets: tokens whose log-probability is wanted at each place of the prompt but the first,
         [prompt - 1, k] int32, -1 for none; k is `MOST_TARGETS` at most.
+      client: the client that asks.
     """
 
     adapter: str | None
@@ -202,6 +219,7 @@ class Sample:
     top_prompt: int = 0
     top: int = 0
     targets: np.ndarray | None = None
+    client: Client = ANYONE
 
 
 TOP, MOST_TARGETS = 20, 127
@@ -305,6 +323,9 @@ class TenantStatus:
       size: bytes of its arrays on the device.
       queued: commands that wait.
       seconds: seconds of the engine's time that it had.
+      client: the client that it is of.
+      used: when its last command came, in seconds since 1970; None where that is not known.
+      parked: whether its arrays lie on disk, until its next command.
     """
 
     spec: AdapterSpec
@@ -313,6 +334,9 @@ class TenantStatus:
     size: int
     queued: int
     seconds: float
+    client: Client = ANYONE
+    used: float | None = None
+    parked: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,8 +375,15 @@ class Serving(Protocol):
     def facts(self) -> Facts:
         """The model, and the limits of requests."""
 
-    def submit(self, tenant: str, command: Command, done: Done) -> None:
-        """Queues a command; a tenant's are executed in the order of their submission."""
+    def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
+        """Queues a command; a tenant's are executed in the order of their submission.
+
+        Args:
+          tenant: the adapter that trains.
+          command: what to do.
+          done: gets the result.
+          client: the client whose turn it takes.
+        """
 
     def sample(
         self, request: Sample, done: Done, seen: Callable[[Piece], None] | None = None

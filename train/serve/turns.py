@@ -15,7 +15,9 @@ from typing import Any
 
 from train.serve.ledger import DONE, LOGGED, REFUSED, Ledger, Row
 from train.serve.requests import (
+    ANYONE,
     AdapterSpec,
+    Client,
     Command,
     Create,
     Gradient,
@@ -49,6 +51,7 @@ class _Turn:
 
     Attributes:
       next: the number of the command that the engine gets next.
+      client: the client that it is of.
       waiting: commands that came too early; None for one that the engine does not get.
       gradient: whether what was executed left a gradient that no update has taken.
       handed, size: commands, and bytes of them, since the last saved state.
@@ -56,6 +59,7 @@ class _Turn:
     """
 
     next: int
+    client: Client = ANYONE
     waiting: dict[int, tuple[Row, Command | None]] = dataclasses.field(default_factory=dict)
     gradient: bool = False
     handed: int = 0
@@ -161,6 +165,8 @@ class Turns:
                 with self._ledger.transaction():
                     row = self._ledger.log(model, seq, kind, payload, *prepare())
                     command = command or self._read(row)
+                if model not in self._turns:
+                    turn.client = _client(self._ledger.model(model))
                 self._turns[model] = turn
             except RequestError as error:
                 if seq == 0:
@@ -184,7 +190,7 @@ class Turns:
 
     def _replay(self, model: Row) -> None:
         name, state = model["id"], model["state"]
-        turn = self._turns[name] = _Turn(state + 1)
+        turn = self._turns[name] = _Turn(state + 1, _client(model))
         rows = self._ledger.commands(name, state)
         needed = {model["folder"], *(row["folder"] for row in rows)}
         for one in _children(self.place("states", name)):
@@ -192,7 +198,7 @@ class Turns:
                 shutil.rmtree(one, ignore_errors=True)
         if model["folder"] is not None:
             load = Load(Path(model["folder"]), optimizer=True)
-            self._engine.submit(name, load, partial(_warn, f"the state of {name}"))
+            self._engine.submit(name, load, partial(_warn, f"the state of {name}"), turn.client)
         for row in rows:
             command = None
             if row["state"] in (LOGGED, DONE):
@@ -219,9 +225,8 @@ class Turns:
             turn.next += 1
             if command is None:
                 continue
-            self._engine.submit(
-                model, command, partial(self._later, self._finish, row, command, turn)
-            )
+            done = partial(self._later, self._finish, row, command, turn)
+            self._engine.submit(model, command, done, turn.client)
             turn.handed += 1
             turn.size += len(row["payload"] or b"")
             due = turn.handed >= self._every or turn.size >= self._most_bytes
@@ -229,7 +234,7 @@ class Turns:
                 turn.handed = turn.size = 0
                 folder = self.place("states", model) / str(row["seq"])
                 done = partial(self._later, self._saved, row, folder, turn)
-                self._engine.submit(model, Save(folder, optimizer=True), done)
+                self._engine.submit(model, Save(folder, optimizer=True), done, turn.client)
 
     def _later(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -315,7 +320,7 @@ class Turns:
             self._ledger.end_model(model)
             states = self.place("states", model)
             done = partial(self._later, partial(shutil.rmtree, states, True))
-            self._engine.submit(model, Leave(), lambda _: done())
+            self._engine.submit(model, Leave(), lambda _: done(), turn.client)
 
     def end_session(self, session: str) -> None:
         """Unloads a session's models, and forgets its snapshots."""
@@ -345,6 +350,12 @@ class Turns:
         for checkpoint in self._ledger.expired_checkpoints():
             self.delete(checkpoint)
         self._ledger.forget(keep)
+
+
+def _client(model: Row | None) -> Client:
+    """Returns the client whose model this is."""
+    assert model is not None  # its command was logged
+    return Client(model["owner"], model["session"])
 
 
 def _load(row: Row) -> int:

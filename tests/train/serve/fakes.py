@@ -10,6 +10,7 @@ import numpy as np
 
 from tests.train.serve.waiting import until
 from train.serve.requests import (
+    ANYONE,
     AdapterSpec,
     Completion,
     Create,
@@ -96,12 +97,14 @@ class FakeEngine:
     Attributes:
       executed: (tenant, command) in the order of execution.
       drawn: the samples, in theirs.
+      clients: whose each tenant is.
     """
 
     def __init__(self, facts=FACTS, held=False):
         self.facts = facts
         self.tenants, self.snapshots = {}, {}
         self.executed, self.drawn = [], []
+        self.clients = {}
         self._jobs = queue.SimpleQueue()
         self._free = threading.Event()
         if not held:
@@ -136,7 +139,8 @@ class FakeEngine:
             job()
         return count
 
-    def submit(self, tenant, command, done):
+    def submit(self, tenant, command, done, client=ANYONE):
+        self.clients[tenant] = client
         self._jobs.put(lambda: self._finish(lambda: self._execute(tenant, command), done))
 
     def sample(self, request, done, seen=None):
@@ -163,6 +167,8 @@ class FakeEngine:
                     size=8,
                     queued=0,
                     seconds=0.5,
+                    client=self.clients[name],
+                    used=1.0,
                 )
                 for name, one in self.tenants.items()
             },

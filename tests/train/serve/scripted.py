@@ -11,6 +11,7 @@ from tests.train.tiny import tokenizer
 from train.serve.app import make_app
 from train.serve.requests import (
     AdapterSpec,
+    Client,
     Completion,
     Drawn,
     Facts,
@@ -119,7 +120,8 @@ def tenant(steps=2):
     """A tenant with a loss that fell, and one that is not finite."""
     losses = [(0, 3.5), (1, float("nan")), (2, 1.25)]
     spec, rest = AdapterSpec(rank=6), {"size": 29, "queued": 31, "seconds": 0.5}
-    return TenantStatus(spec=spec, steps=steps, losses=losses, **rest)
+    who = {"client": Client("anna", "one"), "used": 5.0, "parked": True}
+    return TenantStatus(spec=spec, steps=steps, losses=losses, **rest, **who)
 
 
 def logprob(token):

@@ -290,6 +290,10 @@ def test_the_status_shows_what_is_ones_own():
             "seconds": 0.5,
             "size": 29,
             "queued": 31,
+            "owner": "anna",
+            "session": "one",
+            "used": 5.0,
+            "parked": True,
         }
         assert found["waiting"] == 5 and found["drawn_tokens"] == 13 and found["base_size"] == 23
         text = client.get("/metrics", headers=ben).text

@@ -92,6 +92,7 @@ def test_what_is_asked_reaches_the_engine(client, engine):
     assert (sample.temperature, sample.top_p, sample.top_k) == (0.5, 0.25, 7)
     assert (sample.seed, sample.n, sample.max_tokens) == (2**32 - 1, 2, 9)
     assert (sample.stop, sample.stop_ids) == (("x", "y"), {5, EOS})
+    assert sample.client.owner == "local"
 
 
 @pytest.mark.parametrize(

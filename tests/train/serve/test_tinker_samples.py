@@ -11,6 +11,7 @@ from tests.train.serve import fakes
 from tests.train.serve.client import Client, drawn, prompt, sampler
 from tests.train.serve.fakes import FACTS, FakeEngine
 from tests.train.serve.protobuf import fields
+from train.serve import requests
 from train.serve.requests import Sample
 
 
@@ -99,6 +100,7 @@ def test_what_the_engine_is_asked_for(client):
     found = asked_of_engine(client, **params)
     eos = frozenset(FACTS.eos)
     rest = {"max_tokens": 3, "temperature": 0.0, "top_k": 5, "top_p": 0.5, "seed": 9}
+    rest["client"] = found.client
     assert found == Sample(adapter=None, prompt=[5, 6], stop_ids=eos, **rest)
     assert asked_of_engine(client, max_tokens=None).max_tokens == FACTS.max_length - 2
     assert asked_of_engine(client, max_tokens=10**6).max_tokens == FACTS.max_length - 2
@@ -233,3 +235,16 @@ def test_failed_samples_say_why(tmp_path):
     asked = {"sampling_session_id": name, "prompt": prompt(1), "sampling_params": {}}
     answer = client.result(client.post("asample", seq_id=0, **asked))
     assert answer["category"] == "user" and "holds no adapter" in answer["error"]
+
+
+def test_the_engine_knows_who_asks(client):
+    session = client.session()
+    model = client.create(session)
+    name = sampler(client, session)
+    drawn(client, name)
+    bob = client.other("tml-b")
+    drawn(bob, sampler(bob))
+    asker = requests.Client("alice", session)
+    mine, other = (one.client for one in client.engine.drawn)
+    assert mine == client.engine.status().tenants[model].client == asker
+    assert other.owner == "bob" and other.session not in ("", session)

@@ -23,7 +23,9 @@ from train.serve.engine.sizes import Sizes
 from train.serve.engine.tenant import Tenant
 from train.serve.engine.trainer import Trainer
 from train.serve.requests import (
+    ANYONE,
     AdapterSpec,
+    Client,
     Command,
     Create,
     Datum,
@@ -131,11 +133,13 @@ class Engine:
         self._trainer.update(state, grads, Update())
         self._sampler.warm_up()
 
-    def submit(self, tenant: str, command: Command, done: Done) -> None:
+    def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
         """Queues a command of a tenant."""
+        now = time.time()
 
         def queued() -> None:
-            mine = self._tenants.setdefault(tenant, Tenant(tenant))
+            mine = self._tenants.setdefault(tenant, Tenant(tenant, client))
+            mine.used = now
             if not mine.is_waiting:  # it neither saved up time, nor owes what nobody wanted
                 waiting = [t.turn for t in self._tenants.values() if t.is_waiting]
                 mine.turn = max(mine.turn, min(waiting) if waiting else self._latest)
@@ -190,6 +194,8 @@ class Engine:
                 size=tenant.size,
                 queued=len(tenant.queue) + (tenant.job is not None),
                 seconds=tenant.seconds,
+                client=tenant.client,
+                used=tenant.used,
             )
             for name, tenant in self._tenants.copy().items()
             if (state := tenant.state) is not None

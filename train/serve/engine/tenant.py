@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from train.serve.engine.base import Factors, Training
-from train.serve.requests import Command, Done
+from train.serve.requests import Client, Command, Done
 
 _LOSSES_KEPT = 200
 
@@ -16,13 +16,16 @@ class Tenant:
     """An adapter that trains, and what it waits for.
 
     Attributes:
+      client: the client that it is of.
+      used: when its last command came, in seconds since 1970.
       seconds: seconds of the engine's time that it had.
       turn: seconds that count against it; of tenants that wait, the one with the least is next.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, client: Client) -> None:
         """Begins without an adapter."""
-        self.name, self.seconds, self.turn = name, 0.0, 0.0
+        self.name, self.client, self.seconds, self.turn = name, client, 0.0, 0.0
+        self.used: float | None = None
         self.queue: deque[tuple[Command, Done]] = deque()
         self.job: Generator[None, None, Any] | None = None
         self.done: Done | None = None

@@ -70,6 +70,10 @@ class StatusRoutes:
             name: {
                 "rank": one.spec.rank,
                 "losses": [[step, _number(loss)] for step, loss in one.losses],
+                "owner": one.client.owner,
+                "session": one.client.session,
+                "used": one.used,
+                "parked": one.parked,
                 **{field: getattr(one, field) for field in _OF_TENANTS},
             }
             for name, one in tenants.items()

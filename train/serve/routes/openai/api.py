@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lora_jax.training.errors import TrainingError
-from train.serve.requests import TOP, Drawn, Piece, Sample, Serving
+from train.serve.requests import TOP, Client, Drawn, Piece, Sample, Serving
 from train.serve.routes.access import owner_of
 from train.serve.routes.errors import HttpError, as_http_error, json_response
 from train.serve.routes.openai.answers import (
@@ -137,8 +137,9 @@ class OpenAI:
         self, request: Request, body: Any, max_tokens: int | None, least: int = 1
     ) -> Sample:
         sample = read_sample(body, self._engine.facts, max_tokens=max_tokens, least=least)
-        adapter = await self._models.find(text_of(body, "model"), owner_of(request))
-        return dataclasses.replace(sample, adapter=adapter)
+        owner = owner_of(request)
+        adapter = await self._models.find(text_of(body, "model"), owner)
+        return dataclasses.replace(sample, adapter=adapter, client=Client(owner))
 
     def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         try:

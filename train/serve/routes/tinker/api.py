@@ -1,6 +1,7 @@
 """Tinker's API: sessions, training and samples, as its SDK speaks it."""
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from starlette.routing import Route
 
 from train.serve.adoption import Adoption
 from train.serve.ledger import Ledger, Row
-from train.serve.requests import Command, RequestError, Serving
+from train.serve.requests import Client, Command, RequestError, Serving
 from train.serve.routes.tinker import commands, wire
 from train.serve.routes.tinker.bodies import Endpoint, Fields, Owner, Refused, body_of, guarded, say
 from train.serve.routes.tinker.futures import Futures
@@ -321,16 +322,17 @@ class Tinker:
         if (sampler := fields.get("sampling_session_id", str, None)) is not None:
             row = self.owned.sampler(sampler, owner)
             request_id = f"{sampler}:{fields.get('seq_id', int, least=0)}"
-            path, folder = row["path"], row["folder"]
+            path, folder, client = row["path"], row["folder"], Client(owner, row["session"])
             if path is not None and not Path(folder).exists():
                 raise RequestError(f"{path} was deleted or overwritten: sample from another")
         else:
             _, path, folder = self._source(fields, owner)
-            request_id = f"{uuid.uuid4()}:sample"
+            request_id, client = f"{uuid.uuid4()}:sample", Client(owner)
         name = None if folder is None else self.turns.name(folder)
         wanted, encoded = await asyncio.to_thread(
             commands.sample_of, fields, self.engine.facts, name
         )
+        wanted = dataclasses.replace(wanted, client=client)
         if self.futures.open(request_id, owner, encoded):
             self.adoption.sample(wanted, folder, partial(self.futures.resolve, request_id))
         sequences = [f"{request_id}:{index}" for index in range(wanted.n)]
