@@ -188,7 +188,7 @@ class LoraWeight(_Node):
     @property
     def is_compact(self) -> bool:
         """True where A and B follow from W or a seed, and what stands around them trains."""
-        return "b" in self.frozen
+        return {"a", "b"} <= set(self.frozen)
 
     @property
     def has(self) -> tuple[str, ...]:

@@ -266,6 +266,8 @@ class _Files:
         scale = node.scale
         if isinstance(scale, jax.ShapeDtypeStruct):
             scale = self._scale(path, batch)
+        if self.config["init_lora_weights"] == "mica" and node.uses == "all":
+            node = node.replace(frozen=("b",))  # as in PEFT, if it trains on
         return node.replace(scale=scale, **jax.device_put(changes))  # asarray would compile
 
     def _arrays(

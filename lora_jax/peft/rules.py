@@ -1,9 +1,13 @@
 """Translates a PEFT configuration into rules for a parameter tree."""
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
+
+import jax
+from jax.typing import DTypeLike
 
 from lora_jax import init
 from lora_jax.core.types import Fields, Model
@@ -26,6 +30,32 @@ from lora_jax.peft.modules import (
 from lora_jax.rules import LoraRule, Rule, TrainRule
 
 
+def _drawn_both(key: jax.Array, shape: init.FactorShape, dtype: DTypeLike) -> init.Factors:
+    """Draws A ~ U(±1/√d_in), B ~ U(±1/√r): PEFT's ``init_lora_weights=False``."""
+    key_a, key_b = jax.random.split(key)
+    bound = 1 / math.sqrt(shape.rank)
+    a, _ = init.kaiming(key_a, shape, dtype)
+    return a, jax.random.uniform(key_b, shape.b, dtype, -bound, bound)
+
+
+# The initialiser of each value of init_lora_weights.
+_INITIALISERS: dict[Any, init.Initialiser] = {
+    True: init.kaiming,
+    None: init.kaiming,
+    False: _drawn_both,
+    "gaussian": init.gaussian,
+    "orthogonal": init.orthogonal,
+    "pissa": init.pissa,
+    "olora": init.olora,
+}
+# What PEFT does for the others, which a rule cannot. A trained adapter needs none of it.
+_BEYOND_RULES = {
+    "eva": "computes A from activations of your data",
+    "lora_ga": "computes A and B from gradients on your data",
+    "mica": "freezes B at singular vectors of the base, and trains A alone",
+}
+
+
 def rules(config: Any, model: Any = None) -> list[Rule]:
     """Translates a PEFT configuration into rules.
 
@@ -39,7 +69,7 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
       Rules for `lora_jax.lorafy`.
 
     Raises:
-      PeftError: for a field that is not supported, and if nothing matches.
+      PeftError: for a field or an initialiser that is not supported, and if nothing matches.
 
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
@@ -53,6 +83,7 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
     [LoraRule(targets=..., rank=4, alpha=8...)]
     """
     fields = read_config(config)
+    _check_initialiser(fields)
     if model is None:
         return _translated(fields)
     first, *others = tables_of(model)
@@ -63,6 +94,17 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
             with contextlib.suppress(PeftError):
                 return rules_for(fields, table, *selected(fields, table, model))
         raise
+
+
+def _check_initialiser(config: Fields) -> None:
+    """Raises a PeftError where PEFT initialises otherwise than any rule."""
+    name = config["init_lora_weights"]
+    if (deed := _BEYOND_RULES.get(name)) is not None:
+        known = ", ".join(map(repr, _INITIALISERS))
+        raise PeftError(
+            f"init_lora_weights={name!r}: PEFT {deed}, and rules do not: choose one of {known}; or "
+            "initialise in PEFT, save the adapter there, and go on from it by lora_jax.peft.load"
+        )
 
 
 def _translated(config: Fields) -> list[Rule]:
@@ -158,7 +200,6 @@ def _lora_rule(
     variants = {option: config[field] for field, option in SWITCHES.items()}
     if config[KIND] in FORMS:
         variants[FORMS[config[KIND]].VARIANT.option] = True
-    draws = {"pissa": init.pissa, "olora": init.olora, "gaussian": init.gaussian}
     return LoraRule(
         targets=targets,
         exclude=exclude,
@@ -167,7 +208,7 @@ def _lora_rule(
         alpha=alpha,
         scaling="alpha/sqrt(rank)" if config["use_rslora"] else "alpha/rank",
         dropout=config["lora_dropout"],
-        init=draws.get(config["init_lora_weights"], init.kaiming),
+        init=_INITIALISERS.get(config["init_lora_weights"], init.kaiming),
         train_bias=config["bias"] == "lora_only",
         uses=cast(Literal["all", "lookup", "product", "each"], uses),
         **variants,

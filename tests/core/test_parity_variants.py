@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import lora_jax as lj
+import lora_jax.peft as lp
 from lora_jax import init, models
 from tests.core.test_parity_peft import ALL_LINEAR, batches, tiny_llama  # noqa: F401
 from tests.support import assert_close, lorafied, with_random_factors
@@ -246,3 +247,44 @@ def base_a(tree, path):
     for name in path.split("/"):
         node = node[name]
     return node.a
+
+
+# Whether B starts at zero, and what rules cannot do.
+INITIALISERS = {True: True, None: True, False: False, "gaussian": True, "orthogonal": False}
+
+
+@pytest.mark.parametrize("name", INITIALISERS)
+def test_rules_draw_as_peft_does(tiny_llama, name):  # noqa: F811
+    """Random, so compared by the spread of each factor."""
+    folder, _ = tiny_llama
+    theirs_ = theirs(folder, init_lora_weights=True if name is None else name, r=4)
+    model, params = loaded(folder)
+    fields = theirs_.peft_config["default"].to_dict() | {"init_lora_weights": name}
+    adapter, _ = lj.split(lorafied(params, lp.rules(fields, model)))
+    for path, expected in take(theirs_, adapter, lambda p: p).items():
+        ours_ = adapter[path]
+        assert bool(np.any(ours_["b"])) != INITIALISERS[name], path
+        for factor in ("a", "b"):
+            spread = np.std(expected[factor])
+            assert 0.5 * spread <= np.std(ours_[factor]) <= 1.5 * spread, (path, factor)
+
+
+@pytest.mark.parametrize("name", ["eva", "lora_ga", "mica"])
+def test_rules_refuse_initialisers_that_they_cannot_draw(name):
+    config = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": name}
+    with pytest.raises(lp.PeftError, match=f"'{name}': PEFT .*lora_jax.peft.load"):
+        lp.rules(config)
+
+
+def test_b_stays_frozen_in_a_loaded_mica(tiny_llama, tmp_path):  # noqa: F811
+    folder, _ = tiny_llama
+    peft = theirs(folder, init_lora_weights="mica")
+    peft.save_pretrained(tmp_path)
+    model, params = loaded(folder)
+    tree = lp.load(tmp_path, model, params)
+    adapter, _ = lj.split(tree)
+    assert {name for parts in adapter.values() for name in parts} == {"a"}
+    trained = sum(p.numel() for p in peft.parameters() if p.requires_grad)
+    assert sum(parts["a"].size for parts in adapter.values()) == trained
+    logits = jax.jit(lj.adapt(model.apply, strict=True))({"params": tree}, IDS)
+    assert_close(logits, their_loss(peft).logits.detach().numpy(), 1e-5)
