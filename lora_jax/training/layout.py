@@ -190,15 +190,17 @@ class Layout(Placement):
         return place(params, self.table, self.mesh)
 
     def step_shardings(self, params: Tree) -> Tree:
-        """Returns an adapter's shardings within a step: A and B gathered over fsdp and sequence.
+        """Returns an adapter's shardings within a step: A and B gathered over SHARDS.
 
         They are small, so they are gathered once a step; layer by layer it would be three times:
         forward, recomputed, and backward. Leaves that train in full are not small: they keep their
-        sharding, and so does the state of the optimiser. Nothing is gathered over tensor and
-        expert: a device has the factors of its own features and experts.
+        sharding, and so does the state of the optimiser. Nothing is gathered over tensor, nor over
+        the axis of experts: a device has the factors of its own features and experts.
         """
 
         def gathered(entry: Any) -> Any:
+            if entry == "expert":  # an axis of experts; of a dense kernel, SHARDS has it
+                return entry
             names = (entry,) if isinstance(entry, str) else entry or ()
             return tuple(name for name in names if name not in SHARDS)
 

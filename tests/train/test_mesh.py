@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -177,6 +178,17 @@ def test_factors_are_gathered_for_work_and_what_trains_in_full_is_not():
         "b": (None, "tensor"),
     }
     assert tuple(shardings["head/kernel"]["value"].spec) == ("fsdp", "tensor")
+
+
+@pytest.mark.parametrize("mesh", ["expert=4", "expert=2,sequence=2", "fsdp=2,expert=2"])
+def test_no_kernel_of_a_mixture_lies_whole_on_each_device(mesh):
+    config = models.read_config(MIXTURE | {"max_position_embeddings": 64})
+    layout = Layout.of(make_mesh(mesh, 4), config)
+    for row in models.key_table(config):
+        shape = row.stacked_shape
+        part = layout.of_parameter(row.path, shape).shard_shape(shape)
+        is_norm = "norm" in row.path
+        assert math.prod(part) * (1 if is_norm else 4) == math.prod(shape), row.path
 
 
 @pytest.mark.slow

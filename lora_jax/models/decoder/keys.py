@@ -8,7 +8,14 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.hf.keys import Row, SubTensor
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.rows import Rows
-from lora_jax.models.specs import COLUMNS, REPLICATED, ROUTER, ROWS
+from lora_jax.models.specs import (
+    COLUMNS,
+    EXPERT_COLUMNS,
+    EXPERT_ROWS,
+    REPLICATED,
+    ROUTER,
+    ROWS,
+)
 
 
 def decoder_table(config: DecoderConfig) -> list[Row]:
@@ -51,7 +58,7 @@ def _layer(rows: Rows, config: DecoderConfig, layer: str, linear: bool = False) 
         rows.linear("router", f"{mlp}/{router}", (width, n), ROUTER, biased)
         *_, last = config.expert_shapes
         for name, shape in config.expert_shapes.items():
-            path, spec = f"{mlp}/experts/{name}", P("expert", *(ROWS if name == last else COLUMNS))
+            path, spec = f"{mlp}/experts/{name}", EXPERT_ROWS if name == last else EXPERT_COLUMNS
             if not fused(config):
                 rows.add("experts", path, "kernel", shape, spec, experts=n)
                 continue
