@@ -1,6 +1,8 @@
 """The output folder of a run: its files, the check before a run, and its clearing."""
 
+import contextlib
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ def locked_output(config: Options, held: ExitStack, console: Console) -> Path:
     """
     folder = Path(config.run.output).expanduser()
     if not folder.is_dir():
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        held.callback(_remove_empty, made)  # where the run is refused later on
         check_output(config)
     if is_first():
         try:
@@ -52,6 +56,13 @@ def locked_output(config: Options, held: ExitStack, console: Console) -> Path:
         except OSError as error:
             raise _cannot_be_written(folder, error) from error
     return check_output(config)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders with nothing in them, the innermost first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def check_output(config: Options) -> Path:
