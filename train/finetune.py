@@ -46,7 +46,13 @@ from train.run.lifecycle import (
 from train.run.log import SAMPLED, Log, QuietLog, doing
 from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
-from train.run.report import compiled_bytes, print_adapter, print_costs, tree_bytes
+from train.run.report import (
+    compiled_bytes,
+    print_adapter,
+    print_commands,
+    print_costs,
+    tree_bytes,
+)
 from train.run.rules import rules
 from train.tasks.task import Context, Evaluation, Preparing, Rolling, Task
 
@@ -204,6 +210,8 @@ def finetune(
     tell(console, report["summary"])
     took = duration(time.monotonic() - began)
     console.print(f"the whole run took {took}; its files are in {folder}")
+    merged_only = config.adapter.full or space is not None
+    print_commands(console, folder / ADAPTER, classifies=bool(outline.head), merged=merged_only)
     return scores
 
 

@@ -1,6 +1,7 @@
 """Runs of LoRA-XS and VeRA: what they train, keep, publish and load again is tiny."""
 
 import json
+import shlex
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from tests.train.scripts import begun
 from tests.train.tiny import write_model, write_rows
 from train.adapters.source import find_adapter
 from train.export import __main__ as export
+from train.generate import options as generate_options
 from train.run.log import read_metrics
 from train.sft import main
 
@@ -50,10 +52,21 @@ def loaded(folder, output):
     return model, tree, jax.jit(lj.adapt(model.apply))({"params": tree}, IDS)
 
 
+def shown_commands(out):
+    """Returns the options of the two commands that a run prints in the end."""
+    lines = [line for line in out.splitlines() if line.startswith("to ")]
+    modules, options = zip(
+        *((words[5], words[6:]) for words in map(shlex.split, lines)), strict=True
+    )
+    assert modules == ("train.generate", "train.export")
+    return options
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_and_what_comes_of_it(folder, tmp_path, way):
+def test_a_run_and_what_comes_of_it(folder, tmp_path, way, capsys):
     whole = run(folder, tmp_path / "run", *WAYS[way], "--steps", "2")
+    asks, exports = shown_commands(capsys.readouterr().out)
     facts = json.loads((whole / "facts.json").read_text())
     model, tree, logits = loaded(folder, whole)
     adapter, _ = lj.split(tree)
@@ -73,14 +86,15 @@ def test_a_run_and_what_comes_of_it(folder, tmp_path, way):
     base = plain_logits(model, lj.strip(tree), IDS)
     assert np.abs(logits - base).max() > 1e-6
 
-    first = ["--output", str(tmp_path / "published"), "--adapter", str(whole)]
-    export.main([*first, "--model", str(folder / "model")])
-    fields = json.loads((tmp_path / "published" / "adapter_config.json").read_text())
+    assert generate_options.parse(asks).adapter == (str(whole / "adapter"),)
+    export.main([*exports, "--model", str(folder / "model")])
+    published = whole / "exported"
+    fields = json.loads((published / "adapter_config.json").read_text())
     assert fields["peft_type"] == {"xs": "LORA", "vera": "VERA"}[way]
-    _, _, again = loaded(folder, tmp_path / "published")
+    _, _, again = loaded(folder, published)
     assert_close(again, logits, 1e-5)
     model, params = models.from_pretrained(folder / "model")
-    assert lj.count_params(lp.load(tmp_path / "published", model, params))[0] > 0
+    assert lj.count_params(lp.load(published, model, params))[0] > 0
     args = ["--model", folder / "model", "--dataset", folder / "rows.jsonl"]
     onward = begun(main, *args, "--output", tmp_path / "on", "--init-adapter", whole)
     assert_identical(onward, tree)

@@ -1,6 +1,7 @@
 """The report at the end of a run: its memory, time, and size on disk."""
 
 import resource
+import shlex
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -95,6 +96,25 @@ def print_best(console: Console, best: Best, patience: int | None) -> None:
             f"({flag('patience', patience)}); {said}"
         )
     tell(console, said)
+
+
+def print_commands(console: Console, adapter: Path, *, classifies: bool, merged: bool) -> None:
+    """Prints the commands that ask the trained model, and that export it.
+
+    Args:
+      console: console to print to.
+      adapter: the adapter's folder.
+      classifies: whether the model is a classifier.
+      merged: whether the model can be exported merged only.
+    """
+    ask = ("train.predict", "TEXT") if classifies else ("train.generate", "--interactive")
+    exported = str(adapter.parent / "exported")
+    export = ("train.export", "--output", exported, *["--merged"] * merged)
+    for what, (module, *more) in {"to use it": ask, "to export it": export}.items():
+        tell(
+            console,
+            f"{what}: {shlex.join(['python', '-m', module, '--adapter', str(adapter), *more])}",
+        )
 
 
 def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) -> None:
