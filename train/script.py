@@ -15,6 +15,7 @@ from train.options.command import read_line
 from train.options.common import Options
 from train.options.defaults import Defaults, with_defaults
 from train.options.field import check_effects
+from train.options.file import replaced
 from train.options.table import TableRow, check_one_base, read_table
 from train.options.tasks import find_task
 from train.processes.session import Session
@@ -32,6 +33,8 @@ class Script:
       check_options: raises a UserError for options that make no sense for any task.
       completed: fills in a task's defaults.
       started: makes what a run begins with, where it is not there yet, by another run.
+      own_output: the output folder, if none is given, of a run on other data than the default ones;
+        None for the same.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Script:
     check_options: Callable[[Any], None]
     completed: Callable[[Any, Defaults], Any] = with_defaults
     started: Callable[[Any, Session], Any] = lambda config, session: config
+    own_output: str | None = None
 
     def parse(self, args: Sequence[str] | None = None) -> Any:
         """Parses a command line, by default this process's, and fills in the task's defaults.
@@ -52,7 +56,11 @@ class Script:
 
     def _read(self, args: Sequence[str] | None) -> tuple[Any, frozenset[str], dict[str, int]]:
         given = sys.argv[1:] if args is None else args
-        return read_line(self.plain, given, f"python -m {self.name}")
+        config, on_line, in_file = read_line(self.plain, given, f"python -m {self.name}")
+        is_own = config.data.dataset != self.plain.data.dataset
+        if is_own and self.own_output and "output" not in (on_line | in_file.keys()):
+            config = replaced(config, {"output": self.own_output})
+        return config, on_line, in_file
 
     def _alone(self, config: Any, on_line: frozenset[str], in_file: Mapping[str, int]) -> Any:
         """Returns the options of a single run, with the task's defaults; see `parse`."""

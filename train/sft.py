@@ -12,6 +12,7 @@ SCRIPT = Script(
     plain=options.Config(),
     kind=lambda config: STREAMED if config.data.stream else CHATS,
     check_options=options.check,
+    own_output="runs/sft",
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

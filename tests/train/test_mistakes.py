@@ -1,5 +1,6 @@
 """Tests of what users run into: full disks, damaged bases, long prompts, a hub that is silent."""
 
+import dataclasses
 import io
 import os
 import resource
@@ -16,11 +17,19 @@ from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.run.lock import FolderLock
 from tests.train.scripts import fails
 from tests.train.tiny import write_model, write_rows
+from train import dpo, grpo
 from train.console.errors import UserError
 from train.data import files
+from train.export import __main__ as export
 from train.generate import __main__ as generate
+from train.options import elsewhere
+from train.options.field import traits_of
+from train.plan import __main__ as plan
+from train.predict import __main__ as predict
 from train.run import lifecycle
 from train.run.output import begin
+from train.serve import __main__ as serve
+from train.serve.options import ServeOptions
 from train.sft import main, parse
 from train.tasks.chats import hold_out
 
@@ -159,6 +168,72 @@ def test_a_second_run_in_a_folder_is_refused_before_weights_are_read(tmp_path, c
             assert f"another run, process {os.getpid()} on {socket.gethostname()}, is" in said
     assert "nowhere.gguf" in fails(capsys, main, *args, "--output", tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path, capsys):
+    rows, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "runs" / "mine"
+    fails(capsys, main, "--model", "nowhere.gguf", "--dataset", rows, "--output", output)
+    assert not output.parent.exists()
+
+
+def test_rows_of_ones_own_have_an_output_folder_of_their_own(tmp_path):
+    assert parse([]).run.output == "runs/sql"
+    assert parse(["--dataset", "x.jsonl"]).run.output == "runs/sft"
+    (tmp_path / "run.yaml").write_text("output: here\n")
+    given = ["--dataset", "x.jsonl", "--config", str(tmp_path / "run.yaml")]
+    assert parse(given).run.output == "here"
+
+
+SCRIPTS = {
+    "sft": main,
+    "dpo": dpo.main,
+    "grpo": grpo.main,
+    "generate": generate.main,
+    "serve": serve.main,
+    "export": export.main,
+    "predict": predict.main,
+    "plan": plan.main,
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "answer"),
+    [
+        ("sft", ["--learning-rate", "1e-4"], "--learning-rate is --lr"),
+        (
+            "sft",
+            ["--lora-r=8", "--lora-alpha", "16"],
+            "--lora-alpha is --alpha, --lora-r is --rank",
+        ),
+        ("sft", ["--r", "8", "--num-train-epochs", "1"], "--num-train-epochs is --epochs, --r is"),
+        ("sft", ["--load-in-4bit"], "--load-in-4bit is --quantize nf4"),
+        (
+            "sft",
+            ["--bf16", "--max-seq-length", "9"],
+            "--dtype bfloat16, --max-seq-length is --seq-len",
+        ),
+        ("sft", ["--per-device-train-batch-size", "2"], "--batch-size (the rows on all devices"),
+        ("dpo", ["--gradient_accumulation_steps", "2"], "--grad-accum"),
+        ("dpo", ["--target-modules", "q_proj"], "--target-modules is --targets"),
+        ("grpo", ["--model-name-or-path", "x"], "--model-name-or-path is --model"),
+        ("generate", ["--max-tokens", "3"], "--max-tokens is --max-new-tokens"),
+        ("serve", ["--max-model-len", "3"], "--max-model-len is --max-length"),
+        ("export", ["--model-name-or-path", "x"], "--model"),
+        ("predict", ["--max-length", "3"], "--max-length is --seq-len"),
+        ("plan", ["--lora-r", "3"], "--lora-r is --rank"),
+    ],
+)
+def test_options_of_other_tools_are_answered_with_ours(script, args, answer, capsys):
+    assert answer in fails(capsys, SCRIPTS[script], *args)
+
+
+def test_options_of_other_tools_stand_for_options_that_there_are():
+    plain = [script([]) for script in (parse, dpo.parse, grpo.parse)]
+    ours = {name for options in plain for name in traits_of(options)}
+    ours |= {field.name for field in dataclasses.fields(ServeOptions)}
+    for name, own in elsewhere._NAMES.items():
+        assert not own.startswith("--") or own.split()[0][2:].replace("-", "_") in ours, name
+        assert name not in ours or name == "max_length", name
 
 
 def test_a_relative_model_is_stored_absolute(tmp_path, monkeypatch):

@@ -1,13 +1,17 @@
 """A command line, with the file that its `--config` names, as options."""
 
 import argparse
-from collections.abc import Collection, Sequence
+import dataclasses
+import sys
+import typing
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 from train.options.common import Options
-from train.options.field import given_options, outdone
+from train.options.elsewhere import check_names
+from train.options.field import given_options, outdone, traits_of
 from train.options.file import read_options, replaced
 from train.options.paths import check_local, check_paths
 
@@ -24,8 +28,10 @@ def parsed(kind: type[Kind], args: Sequence[str] | None, prog: str) -> Kind:
       prog: how the script is called.
 
     Raises:
-      UserError: a path has a scheme.
+      UserError: a path has a scheme, or an option the name that another tool has for it.
     """
+    args = sys.argv[1:] if args is None else args
+    check_names(args, set(_names(kind)))
     flat: Any = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type,misc]
     options: Kind = tyro.cli(flat, args=args, prog=prog)
     check_paths(options)
@@ -48,8 +54,9 @@ def read_line(
 
     Raises:
       UserError: the file of --config cannot be read, or has a key or a value that no option takes;
-        or a path has a scheme.
+        a path has a scheme; or an option has the name that another tool has for it.
     """
+    check_names(args, traits_of(plain))
     path = _named_file(args)
     on_line = given_options(args)
     config = plain
@@ -69,6 +76,15 @@ def read_line(
     config = tyro.cli(flat, args=needed, prog=prog, default=config)
     check_paths(config, in_file, path or "")
     return config, on_line, in_file
+
+
+def _names(kind: type) -> Iterator[str]:
+    """Yields the names of the options of a dataclass and its groups."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _names(hint)
+        else:
+            yield name
 
 
 def _is_so_already(arg: str, config: Options, in_file: Collection[str]) -> bool:

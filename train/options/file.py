@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -20,6 +20,7 @@ import yaml
 from lora_jax.core.paths import nearest
 from train.console.errors import UserError, flag
 from train.options.common import Options, as_json
+from train.options.elsewhere import own_name
 from train.options.field import idle_options, traits_of
 
 Config = TypeVar("Config", bound=Options)
@@ -175,8 +176,20 @@ def _unknown(key: str, value: yaml.Node, kinds: Mapping[str, Any], config: Optio
         return f"{key} is no option: a file of options has no groups, write its keys one level up"
     if key.replace("-", "_") in _NOT_IN_A_FILE:
         return f"{flag(key)} names this file and cannot stand in it: leave it out"
-    (likely,) = nearest(key.replace("-", "_"), kinds, n=1)
-    return f"there is no option {key}; the nearest is {likely}"
+    return no_such_option(key, kinds)
+
+
+def no_such_option(key: str, known: Collection[str]) -> str:
+    """Returns the message for a key of a file that is no option, with the likely one.
+
+    Args:
+      key: the key as it stands there.
+      known: the names of the options.
+    """
+    name = key.replace("-", "_")
+    if own := own_name(name, known):
+        return f"there is no option {key}: it is {own} here"
+    return f"there is no option {key}; the nearest is {nearest(name, known, n=1)[0]}"
 
 
 def read_value(key: str, node: yaml.Node, kind: Any, where: str) -> Any:

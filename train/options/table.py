@@ -10,14 +10,20 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 
-from lora_jax.core.paths import nearest
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
 from train.data.text_files import read_csv, read_json
 from train.options.command import value_of
 from train.options.common import Options
 from train.options.field import Shared, Traits, check_effects, idle_options, outdone, traits_of
-from train.options.file import composed, entries, kinds_of, read_value, replaced
+from train.options.file import (
+    composed,
+    entries,
+    kinds_of,
+    no_such_option,
+    read_value,
+    replaced,
+)
 from train.options.paths import check_paths
 from train.reporters.registry import check_many
 
@@ -128,8 +134,7 @@ def _row(
 def _check_column(column: str, option: str, where: str, traits: Mapping[str, Traits]) -> None:
     if option not in traits:
         known = [name for name, one in traits.items() if one.shared is None]
-        (likely,) = nearest(option, [NAME, *known], n=1)
-        raise UserError(f"{where}: there is no option {column}; the nearest is {likely}")
+        raise UserError(f"{where}: {no_such_option(column, [NAME, *known])}")
     if why := traits[option].shared:
         raise UserError(
             f"{where}: {column} cannot differ between rows: {why.value}. Give {flag(option)} on "

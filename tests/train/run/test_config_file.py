@@ -50,6 +50,7 @@ def test_a_file_holds_options_by_their_names_and_flags_override_it(tmp_path):
     ("text", "message"),
     [
         ("rank: 4\nrnak: 8", "line 2: there is no option rnak; the nearest is rank"),
+        ("lora_r: 8", "there is no option lora_r: it is --rank here"),
         ("head-only: true", "there is no option head-only"),  # that is one of train.classify
         ("adapter:\n  rank: 4", "adapter is no option: a file of options has no groups"),
         ("config: b.yaml", "--config names this file and cannot stand in it"),

@@ -87,7 +87,8 @@ class SftRunConfig(RunConfig):
     """Evaluation and output."""
 
     output: str = f"runs/{DEFAULT_TASK}"
-    """The output folder of the run; with --many, of the folders of all runs."""
+    """The output folder of the run; with --many, of the folders of all runs. By default runs/sft
+    for other data than the SQL task's."""
     many: str | None = option(None, field.OF_CALL, uncompared=Uncompared.TABLE)
     """Train a table of runs over one base side by side: a file (.csv, .tsv, .jsonl, .json or .yaml)
     with a row a run. `name` is its folder in --output; other columns are options, by their names
