@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapt.roles import traced_roles
+from lora_jax.core.aliases import aliases, flatten, resolved
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import nearest
 from lora_jax.core.types import Adapter, Leaf, Tree
@@ -65,7 +66,8 @@ def lorafy(
             "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
         )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    chosen = resolve(arrays, rules, Known(traced_roles(trace, arrays), kinds))
+    shared = aliases(treedef.unflatten(leaf for _, leaf in leaves))
+    chosen = resolve(arrays, rules, Known(traced_roles(trace, arrays), kinds, shared))
     key = jax.random.key(0) if key is None else key
     starts = starts_of(dict(arrays), chosen, key)
     return treedef.unflatten(
@@ -180,7 +182,7 @@ def strip(params: Tree) -> Tree:
     >>> lj.strip(tree)["dense"]["kernel"] is params["dense"]["kernel"]
     True
     """
-    return map_nodes(lambda _, node: node.base, params)
+    return resolved(map_nodes(lambda _, node: node.base, params))
 
 
 def merge(params: Tree) -> Tree:
@@ -225,7 +227,7 @@ def merge(params: Tree) -> Tree:
         dtype = merged[there].dtype
         total = merged[there].astype(wide(dtype)) + shift.astype(wide(dtype))
         merged[there] = total.astype(dtype)
-    return treedef.unflatten(merged[path] for path, _ in leaves)
+    return resolved(treedef.unflatten(merged[path] for path, _ in leaves))
 
 
 def _merged(leaf: Leaf) -> Leaf:
@@ -321,7 +323,7 @@ def count_params(params: Tree) -> tuple[int, int]:
     >>> lj.count_params(tree)
     (14, 29)
     """
-    leaves = jax.tree.leaves(params, is_leaf=is_leaf)
+    leaves = [leaf for _, leaf in flatten(params, is_leaf)[0]]
     nodes = [leaf for leaf in leaves if is_node(leaf)]
     bases = [leaf for leaf in leaves if hasattr(leaf, "shape") and not isinstance(leaf, Trained)]
     trained = sum(node.n_trainable for node in nodes if node.is_on)

@@ -9,6 +9,7 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Record
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
+from lora_jax.core.aliases import flatten
 from lora_jax.core.types import Forward
 from lora_jax.core.weight import LoraWeight, leaves_of
 
@@ -21,7 +22,8 @@ def uses(fn: Forward, *args: Any, **kwargs: Any) -> list[Record]:
     """
     found: list[Record] = []
     interpreter = Interpreter(RULES, strict=False, record=found.append)
-    leaves, treedef = jax.tree.flatten((args, kwargs))
+    keyed, treedef = flatten((args, kwargs))
+    leaves = [leaf for _, leaf in keyed]
     places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
     called = lambda args, kwargs: run(fn, interpreter, args, kwargs, None)  # noqa: E731
     traced = eqns.trace_with(called, leaves, treedef, places)

@@ -7,32 +7,30 @@ changes must change in the objects that were passed.
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from lora_jax.core.aliases import KeyPath, objects
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import Trained, is_node
 
 _VALUE = "value of the Variable"  # in the place of an attribute's name
 _DELETED = object()  # in the place of a value
-_Path = tuple[Any, ...]  # of keys, as `jax.tree_util` has them
 # The path of each object, and its attributes' new values: a pytree.
-Writes = list[tuple[_Path, dict[str, Any]]]
+Writes = list[tuple[KeyPath, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """The NNX objects in a tree of arguments, each with its path and its attributes."""
 
-    objects: list[tuple[_Path, Any, dict[str, Any]]]
+    objects: list[tuple[KeyPath, Any, dict[str, Any]]]
 
     @classmethod
     def of(cls, tree: Tree) -> "Snapshot":
         """Returns the snapshot of a tree, before a function changes the objects in it."""
-        return cls([(path, each, _attributes(each)) for path, each in _objects(tree)])
+        return cls([(path, each, _attributes(each)) for path, each in objects(tree)])
 
     def writes(self) -> Writes:
         """Returns what has been changed since."""
@@ -111,33 +109,13 @@ def write(tree: Tree, writes: Writes) -> None:
                 each.set_raw_value(value)
 
 
-def _objects(tree: Tree) -> Iterator[tuple[_Path, Any]]:
-    """Returns each module, stream and Variable in a tree, with its path."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:  # nobody has made one, and NNX is slow to import
-        return
-
-    def is_object(value: Leaf) -> bool:
-        return isinstance(value, (nnx.Pytree, nnx.Variable))
-
-    for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_object):
-        if not is_object(value):
-            continue
-        yield path, value
-        if isinstance(value, nnx.Pytree):
-            one_level = lambda child, parent=value: child is not parent  # noqa: E731
-            for key, child in jax.tree_util.tree_leaves_with_path(value, is_leaf=one_level):
-                for below, each in _objects(child):
-                    yield (*path, *key, *below), each
-
-
 def _attributes(each: Any) -> dict[str, Any]:
     if isinstance(each, sys.modules["flax.nnx"].Variable):
         return {_VALUE: each.get_raw_value()}
     return {name: value for name, value in vars(each).items() if not name.startswith("_pytree__")}
 
 
-def _at(tree: Tree, path: _Path) -> Any:
+def _at(tree: Tree, path: KeyPath) -> Any:
     for key in path:
         match key:
             case GetAttrKey(name):

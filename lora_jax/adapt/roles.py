@@ -35,6 +35,7 @@ from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.control import CONTROL_RULES
 from lora_jax.adapt.rules.solves import SOLVE_RULES
 from lora_jax.adapt.user_code import place_of
+from lora_jax.core.aliases import flatten, resolved
 from lora_jax.core.axes import AxisRoles, Seen
 from lora_jax.core.base import is_abstract, is_base, stand_in
 from lora_jax.core.factored import Factored
@@ -76,7 +77,8 @@ def infer_roles(
     """
     log = _Log()
     interpreter = Interpreter(log.rules(), record=log.merged, default=log.other)
-    leaves, treedef = jax.tree.flatten(tuple(args), is_leaf=is_base)
+    keyed, treedef = flatten(tuple(args), is_base)
+    leaves = [leaf for _, leaf in keyed]
     places = [i for i, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)]
 
     def followed(place: int, array: jax.Array) -> Value:
@@ -86,7 +88,7 @@ def infer_roles(
         return labelled(array, [frozenset({Axis(path, axis)}) for axis in range(array.ndim)])
 
     def walk(arrays: list[Value]) -> None:
-        traced = eqns.trace_with(lambda *args: fn(*args), leaves, treedef, places)
+        traced = eqns.trace_with(lambda *args: fn(*resolved(args)), leaves, treedef, places)
         jaxpr = jax.make_jaxpr(traced)(*arrays)
         interpreter.evaluate(jaxpr, list(map(followed, places, arrays)))
 

@@ -21,6 +21,7 @@ from lora_jax.adapt.fn_state import State, UnknownStateError
 from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
 from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import Steps
+from lora_jax.core.aliases import resolved
 from lora_jax.core.types import Forward, Leaf, Value
 
 _TRACED = object()  # in the place of a traced array
@@ -114,6 +115,7 @@ def _traced(call: Call, inputs: Mapping[int, Value]) -> Trace:
     made: list[tuple[list[Any], Any]] = []
 
     def called(args: Any, kwargs: Any) -> list[Any]:
+        args, kwargs = resolved((args, kwargs))
         before = Snapshot.of((args, kwargs))
         result = call.fn(*args, **kwargs)
         leaves, treedef = jax.tree.flatten((result, before.writes()))

@@ -18,6 +18,7 @@ from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import Call, EagerTraces, Trace, trace
 from lora_jax.adapt.user_code import place_of_call
+from lora_jax.core.aliases import flatten, resolved
 from lora_jax.core.base import is_base, stand_in
 from lora_jax.core.factored import Factored
 from lora_jax.core.paths import fold_in_path, path_string
@@ -110,7 +111,7 @@ def run(
     """
     call, weights, nodes = _flattened(fn, args, kwargs, dropout_key)
     if not weights:
-        args, kwargs = call.treedef.unflatten(call.leaves)
+        args, kwargs = resolved(call.treedef.unflatten(call.leaves))
         return fn(*args, **kwargs)
     where = {} if axes is None else mapped(call, nodes, axes)
     call = dataclasses.replace(call, others={place: call.leaves[place] for place in where})
@@ -151,7 +152,7 @@ def _say_assigned(
     """
     if not traced.outputs.assigned:
         return
-    keyed, _ = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_leaf)
+    keyed, _ = flatten(arguments, is_leaf)
     for place in traced.outputs.assigned:
         key_path, node = keyed[place]
         if not is_node(node) or isinstance(node, Trained):  # whose value it may change
@@ -173,7 +174,7 @@ def _flattened(
 ) -> tuple[Call, dict[int, Factored], dict[int, Leaf]]:
     """Returns a call as its function is traced, and its weights and nodes by place."""
     treedef: Any
-    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
+    keyed, treedef = flatten((args, kwargs), is_leaf)
     if not any(is_leaf(leaf) for _, leaf in keyed):
         raise TypeError(
             f"adapt({getattr(fn, '__name__', fn)}): no argument holds an adapted tree, so "

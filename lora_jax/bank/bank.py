@@ -18,6 +18,7 @@ from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, stored, values_of
 from lora_jax.bank.writing import with_slots, write
+from lora_jax.core.aliases import aliased
 from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, map_leaves
 from lora_jax.folders import local_path
@@ -68,6 +69,7 @@ class Bank:
         """
         if slots < 1:
             raise ValueError(f"Bank: {slots} slots: at least 1 is needed")
+        params = aliased(params)
         self._model, self._params, self._base = model, params, OneBase(params)
         self._tree = with_slots(params, rules, slots + 1)
         self._slots, self._held = slots_of(self._tree), Held()

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey, keystr
 
+from lora_jax.core.aliases import flatten
 from lora_jax.core.types import Leaf, Tree
 
 # A box (a Flax NNX Variable, `nn.Partitioned`) holds its array under one of these attributes.
@@ -29,6 +30,8 @@ def flatten_with_paths(
 ) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of a tree with their paths, and its treedef.
 
+    What an NNX module shares has one path, its first; see `lora_jax.core.aliases`.
+
     Args:
       tree: any pytree.
       is_leaf: as in `jax.tree.flatten`.
@@ -36,7 +39,7 @@ def flatten_with_paths(
     Raises:
       ValueError: two leaves share a path (a key that itself contains ``/``).
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    keyed, treedef = flatten(tree, is_leaf)
     leaves = [(path_string(key_path), leaf) for key_path, leaf in keyed]
     times = Counter(path for path, _ in leaves)
     if repeated := [path for path, n in times.items() if n > 1]:

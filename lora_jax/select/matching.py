@@ -35,10 +35,12 @@ class Known:
         roles follow from the names of leaves.
       kinds: the part of the model that a leaf belongs to; presets select by it. None: "all-linear"
         goes by names, and no other preset can be used.
+      shared: the path of the object that stands at a path, too; see `lora_jax.core.aliases`.
     """
 
     roles: Mapping[str, Seen | str] | None = None
     kinds: Mapping[str, str] | None = None
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], known: Known) -> bool:
@@ -146,11 +148,24 @@ def why_nothing(rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], kno
         )
     if not tree:
         return "the tree has no leaves"
+    if shared := _why_shared(rule, tree, known):
+        return shared
     names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
     if ALL_LINEAR in names and isinstance(rule, LoraRule) and known.kinds is None:
         return _why_not_linear({p: leaf for p, leaf in tree.items() if _is_matrix(leaf)}, known)
     near = dict.fromkeys(path for name in names for path in nearest(name, tree))
     return "\n  ".join(["the nearest paths are:", *near])
+
+
+def _why_shared(rule: Rule, tree: Mapping[str, Leaf], known: Known) -> str:
+    """Returns why a rule that names a later place of a shared object selects nothing; "" else."""
+    for place, first in known.shared.items():
+        for path in tree:
+            rest = path.removeprefix(first)
+            is_inside = path == first or path.startswith(f"{first}/")
+            if is_inside and matches(rule.targets, f"{place}{rest}"):
+                return f"what stands at {place!r} is {first!r} itself: name that path"
+    return ""
 
 
 def _why_side_leaf(path: str, known: Known) -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bank.sums.lowrank import Factors, stacked, with_factors, with_roots
+from lora_jax.core.aliases import aliased
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array, member
 from lora_jax.core.magnitude import wide
@@ -153,7 +154,7 @@ def extract(
             stacklevel=2,
         )
     in_full = tuple(path for path, node in found.items() if isinstance(node, Trained))
-    tree = map_leaves(found.get, before)
+    tree = map_leaves(found.get, aliased(before))
     return tree, Extraction(ranks, errors, in_full, lost)
 
 

@@ -10,6 +10,7 @@ from lora_jax.bank.stored import BankError
 from lora_jax.bank.together.alike import calls_of
 from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import Kind, Tenant
+from lora_jax.core.aliases import aliased
 from lora_jax.core.types import Tree
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.batches import HostBatch
@@ -58,7 +59,7 @@ class Together:
           base: the plain tree that all share; it is not copied.
           compiler_options: to compile steps with: those of a `lora_jax.training.Layout`.
         """
-        self._forward, self._base, self._options = forward, base, compiler_options
+        self._forward, self._base, self._options = forward, aliased(base), compiler_options
         self._shared = OneBase(base)
         self._lock = threading.RLock()  # held by all that reads or changes what follows
         self._stacks: dict[Kind, Stack] = {}
