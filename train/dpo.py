@@ -14,7 +14,7 @@ SCRIPT = Script(
     plain=options.Config(),
     kind=lambda config: PAIRS,
     check_options=options.check,
-    completed=lambda config, defaults: options.with_reference(with_defaults(config, defaults)),
+    completed=lambda config, defaults: options.with_loss(with_defaults(config, defaults)),
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

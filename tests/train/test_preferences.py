@@ -11,7 +11,7 @@ from lora_jax import models
 from tests.adapted_trees import with_random_factors
 from tests.support import assert_close
 from tests.train.scripts import fails
-from tests.train.tiny import write_jsonl, write_model
+from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.adapters.source import find_adapter
 from train.dpo import main
 from train.run.log import read_metrics
@@ -95,6 +95,57 @@ def test_the_reference_is_an_adapter(folder, tmp_path):
         assert all(first[name] == 0 for name in ("chosen", "rejected", "margin", "accuracy"))
     assert kept[-1]["margin"] > 0.01
     assert_close(*(adapter_of(folder, tmp_path / way) for way in ("kept", "live")), 1e-6)
+
+
+def tokens_nll(folder, *, of_prompts):
+    """The cross-entropy of chosen completions in use, a mean over the tokens of all of them."""
+    model, params = models.from_pretrained(folder / "model")
+    tree = find_adapter(str(folder / "used")).load(model, params, "the base")
+    forward, found = jax.jit(lj.adapt(model.apply)), []
+    texts = [CHATML_PAIR.format(**row) for row in PAIRS]
+    length = max(map(len, (tokenizer()(text)["input_ids"] for text in texts)))
+    for row, text in zip(PAIRS, texts, strict=True):
+        ids = np.array(tokenizer()(text)["input_ids"])
+        padded = np.pad(ids, (0, length - len(ids)))[None]
+        logits = np.asarray(forward({"params": tree}, padded))[0, : len(ids) - 1]
+        each = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
+        completion = len(tokenizer()(row["chosen"])["input_ids"]) + len(END)
+        found.extend(each if of_prompts else each[-completion:])
+    return np.mean(found)
+
+
+CHATML_PAIR = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{chosen}<|im_end|>\n"
+END = ("<|im_end|>", "\n")
+
+
+@pytest.mark.parametrize(("loss", "of_prompts"), [("orpo", True), ("cpo", False)])
+def test_losses_without_a_reference_count_their_cross_entropy(folder, tmp_path, loss, of_prompts):
+    """By default, as TRL's trainers do; sft and a weight of 0 are in its place."""
+    first = {}
+    ways = {"alone": [loss], "no": [loss, "--nll-weight", 0], "sft": [loss, "sft"]}
+    for way, args in ways.items():
+        args = ["--loss", *args, "--steps", 1, "--beta", 0.4]
+        (first[way],) = run(folder, tmp_path / way, *args)
+    nll = tokens_nll(folder, of_prompts=of_prompts)
+    pair = first["no"]["loss"]
+    assert first["alone"]["loss"] == pytest.approx(pair + nll, abs=1e-5)
+    sft = tokens_nll(folder, of_prompts=False)
+    assert first["sft"]["loss"] == pytest.approx(pair + sft, abs=1e-5)
+    assert nll > 1
+
+
+def test_a_run_of_before_goes_on_with_its_loss(folder, tmp_path, capsys):
+    """Its cpo was the loss of pairs alone."""
+    args = ["--loss", "cpo", "--steps", 1]
+    run(folder, tmp_path / "run", *args, "--nll-weight", 0)
+    kept = tmp_path / "run" / "config.yaml"
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(line for line in lines if "nll_weight" not in line))
+    args = ["--model", folder / "model", "--init-adapter", folder / "used", *args, "--resume"]
+    args += ["--dataset", folder / "pairs.jsonl", "--warmup", 1, "--output", tmp_path / "run"]
+    told = fails(capsys, main, *args)
+    assert "--nll-weight was 0.0 and is now 1.0" in told
+    main([str(arg) for arg in [*args, "--nll-weight", 0]])
 
 
 @pytest.mark.slow
@@ -240,6 +291,7 @@ BAD = {
         "--grad-accum 2: the loss aot sorts all pairs of a batch",
     ),
     "margin": (PAIRS, ["--margin", "1"], "--margin is for the losses simpo"),
+    "cross-entropy": (PAIRS, ["--nll-weight", "1"], "--nll-weight is for the losses cpo, simpo"),
     "smoothing": (PAIRS, ["--loss", "ipo", "--smoothing", "0.1"], "--smoothing is for the losses"),
     "a reference without use": (
         PAIRS,

@@ -163,9 +163,9 @@ WAYS = {  # start, our options, TRL's
 }
 
 
-def in_order(rows, **options):
+def in_order(rows, made=None, **options):
     """The rows of all steps, one after another, as our run takes them."""
-    examples = training.pairs(rows, tokenizer(), seq_len=128, **options)
+    examples = training.pairs(rows, made or tokenizer(), seq_len=128, **options)
     order = Order.of(examples, 0, BATCH)
     return [rows[row] for step in range(STEPS) for row in order.rows(step).ravel()]
 

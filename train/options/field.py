@@ -69,6 +69,7 @@ class Traits:
         so that it may differ between the processes of a run.
       changeable: whether a resumed run may change it, such as length, devices, reports and
         checkpoints. Any other change would make it another run.
+      older: the value that it had in runs older than the option, where that is not its default.
       of_inputs: whether rows, outline and examples depend on it, for some task.
       compared_by: the option of train.compare that sets it for each run.
       uncompared: why a comparison has no use for it.
@@ -81,6 +82,7 @@ class Traits:
     single: bool = False
     of: Literal["run", "call", "process"] = "run"
     changeable: bool = False
+    older: Any = None
     of_inputs: bool = True
     compared_by: str | None = None
     uncompared: Uncompared | None = None

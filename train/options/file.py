@@ -316,7 +316,8 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> Non
     """
     now, traits = effective(options), traits_of(options)
     plain: Any = type(options)
-    saved = {**{k: v for k, v in as_json(plain()).items() if k in now}, **saved}
+    lacking = as_json(plain()) | {k: x.older for k, x in traits.items() if x.older is not None}
+    saved = {**{k: v for k, v in lacking.items() if k in now}, **saved}
     differing = [
         f"{flag(name)} was {_option(saved.get(name))} and is now {_option(now.get(name))}"
         for name in {**saved, **now}

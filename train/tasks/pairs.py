@@ -105,7 +105,13 @@ def _packed(config: Config, source: str, tokens: Sequences) -> Preferences:
             hosts.console(),
             f"{source}: left out {left_out} rows, truncated before a completion began",
         )
-    packs = pack_pairs(kept, data.seq_len, packing=data.packing, labelled=labelled)
+    packs = pack_pairs(
+        kept,
+        data.seq_len,
+        packing=data.packing,
+        labelled=labelled,
+        of_prompts=config.optim.predicts_prompts,
+    )
     if data.reference == NONE:
         return packs
     zeros = np.zeros((len(packs), packs.segments_a_row), np.float32)
@@ -129,5 +135,5 @@ TASK = Task(
     examples=examples,
     loss=loss,
     prepared=prepared,
-    reads=lambda config: ("loss", *chats.reads(config)),
+    reads=lambda config: ("loss", "nll_weight", *chats.reads(config)),
 )

@@ -12,7 +12,7 @@ from lora_jax.training.batches import HostBatch, Packs, pack
 from lora_jax.training.data.chats import check_lengths, warn
 from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
 from lora_jax.training.data.rows import Row
-from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.errors import TrainingError
 
 
@@ -34,13 +34,20 @@ class Preferences(Packs):
     Pairs have `mean_tokens`, fp32 [batch], too: the mean of `counts` over all chosen completions
     that are taken together.
 
+    Where the prompts of chosen completions are predicted, too, there are `completion`, int32
+    [batch, m], 1 for targets in completions, and `mean_with_prompts`, fp32 [batch], the mean number
+    of tokens of prompt and chosen completion that are predicted.
+
     Attributes:
       a_unit: the sequences of a unit: 2 of pairs, 1 of labelled completions.
       reference: fp32 [n, segments_a_row], log-probabilities of the completions under a reference.
+      completion: bool [tokens of `table`], where completions are, in a table that counts the
+        prompts of chosen ones, too; None where it counts completions alone.
     """
 
     a_unit: int = 2
     reference: np.ndarray | None = None
+    completion: np.ndarray | None = None
 
     @property
     def segments_a_row(self) -> int:
@@ -49,31 +56,64 @@ class Preferences(Packs):
 
     def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
-        counts = self._counts[rows]
-        batch = super().take(rows) | {"counts": counts}
+        batch = super().take(rows) | {"counts": self._counts[rows]}
         if self.a_unit == 1:
-            labels = batch["labels"] = self._labels[rows]
-            batch["good"] = np.full(rows.shape, labels[counts > 0].mean(), np.float32)
+            batch["labels"] = self._labels[rows]
             batch["kl"] = np.zeros(rows.shape, np.float32)
-        else:
-            chosen = counts[..., ::2]
-            batch["mean_tokens"] = np.full(rows.shape, chosen[chosen > 0].mean(), np.float32)
         if self.reference is not None:
             batch["reference"] = self.reference[rows]
-        return batch
+        return batch | self._shares(rows)
+
+    def _shares(self, rows: np.ndarray) -> HostBatch:
+        """Returns the numbers about all rows that are taken together, in the shape of `rows`."""
+        counts = self._counts[rows]
+        if self.a_unit == 1:
+            found = {"good": self._labels[rows][counts > 0].mean()}
+        else:
+            chosen = counts[..., ::2] > 0
+            found = {"mean_tokens": counts[..., ::2][chosen].mean()}
+            if self.completion is not None:
+                found["mean_with_prompts"] = self._predicted[rows][..., ::2][chosen].mean()
+        return {name: np.full(rows.shape, x, np.float32) for name, x in found.items()}
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
-        """Yields all rows, by length; what fills up the last part counts nothing."""
+        """Yields all rows, by length; what fills up the last part counts nothing.
+
+        Numbers about rows that are taken together are those of all rows.
+        """
+        of_all = {name: x[0] for name, x in self._shares(np.arange(len(self))).items()}
         for part in super().parts(batch_size):
             part["counts"] *= part["weights"].any(axis=1, keepdims=True)
-            yield part
+            yield part | {name: np.full_like(part[name], x) for name, x in of_all.items()}
+
+    def blank(self, n: int, group: int = -1, counted: int = 0) -> HostBatch:
+        """Returns `n` rows of padding; see `Packs.blank`."""
+        batch = super().blank(n, group, counted)
+        if self.completion is not None:
+            batch["completion"] = np.zeros_like(batch["weights"])
+        return batch
+
+    def _fill(self, arrays: HostBatch, row: int) -> None:
+        super()._fill(arrays, row)
+        if self.completion is not None:
+            begins, counts = self._begins(row), self._counted(row)[1]
+            found = self.completion[begins[0] : begins[-1]][counts]
+            arrays["completion"][: len(found)] = found
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows and labels; the reference follows from these."""
-        return hashlib.sha256(super().digest().encode() + self.table.labels.tobytes()).hexdigest()
+        completion = b"" if self.completion is None else self.completion.tobytes()
+        known = super().digest().encode() + self.table.labels.tobytes() + completion
+        return hashlib.sha256(known).hexdigest()
 
     @functools.cached_property
     def _counts(self) -> np.ndarray:
+        if self.completion is None:
+            return self._predicted
+        return self._by_segment(dataclasses.replace(self.table, counts=self.completion).predicted)
+
+    @functools.cached_property
+    def _predicted(self) -> np.ndarray:
         return self._by_segment(self.table.predicted)
 
     @functools.cached_property
@@ -88,7 +128,12 @@ class Preferences(Packs):
 
 
 def pack_pairs(
-    sequences: Sequence[Tokens], seq_len: int, *, packing: bool, labelled: bool = False
+    sequences: Sequence[Tokens],
+    seq_len: int,
+    *,
+    packing: bool,
+    labelled: bool = False,
+    of_prompts: bool = False,
 ) -> Preferences:
     """Returns one unit a row or, with `packing`, as many as fit.
 
@@ -97,11 +142,17 @@ def pack_pairs(
       seq_len: tokens of a sequence, at most. A row of pairs has twice as many, at most.
       packing: puts several units into one row; see `lora_jax.training.batches.pack`.
       labelled: whether the sequences have labels, and are no pairs.
+      of_prompts: predicts the prompts of chosen completions, too; see `Preferences.completion`.
     """
-    a_unit = 1 if labelled else 2
-    packs = pack(sequences, seq_len, packing=packing, a_unit=a_unit)
+    a_unit, completion = 1 if labelled else 2, None
+    table = Sequences.of(sequences)
+    if of_prompts:
+        completion = pack(table, seq_len, packing=packing, a_unit=a_unit).table.counts
+        is_chosen = np.repeat(np.arange(len(table)) % a_unit == 0, table.lengths)
+        table = dataclasses.replace(table, counts=table.counts | is_chosen)
+    packs = pack(table, seq_len, packing=packing, a_unit=a_unit)
     fields = {field.name: getattr(packs, field.name) for field in dataclasses.fields(packs)}
-    return Preferences(**fields, a_unit=a_unit)
+    return Preferences(**fields, a_unit=a_unit, completion=completion)
 
 
 def pairs(
@@ -112,6 +163,7 @@ def pairs(
     packing: bool = False,
     truncate: bool = False,
     labelled: bool = False,
+    of_prompts: bool = False,
     source: str = "the rows",
 ) -> Preferences:
     """Returns pairs of completions as examples, from which a model learns to prefer the chosen.
@@ -130,6 +182,8 @@ def pairs(
         has no token left.
       labelled: rows have `prompt`, `completion` and `label`, true for a good completion, false for
         a bad one; a pair is one of each.
+      of_prompts: predicts the prompts of chosen completions, too, for the term "nll" of
+        `lora_jax.training.losses.pair_loss`.
       source: the name of the rows in errors.
 
     Raises:
@@ -146,4 +200,4 @@ def pairs(
     say = functools.partial(warn, above=2)
     tokens = tokenize_pairs(rows, tokenizer, source, labelled=labelled, say=say)
     kept = check_lengths(tokens, seq_len, truncate=truncate, a_unit=1 if labelled else 2)
-    return pack_pairs(kept, seq_len, packing=packing, labelled=labelled)
+    return pack_pairs(kept, seq_len, packing=packing, labelled=labelled, of_prompts=of_prompts)

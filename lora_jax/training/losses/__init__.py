@@ -11,6 +11,7 @@ from lora_jax.training.losses.classes import (
     classification_loss,
     logits_of,
 )
+from lora_jax.training.losses.completions import Completions, completions
 from lora_jax.training.losses.contract import (
     HELD_OUT,
     OWN_METRICS,
@@ -22,6 +23,7 @@ from lora_jax.training.losses.contract import (
     number_of_units,
 )
 from lora_jax.training.losses.objectives import (
+    NLL,
     pair_loss,
     rollout_loss,
     sequence_logps,
@@ -39,9 +41,7 @@ from lora_jax.training.losses.online import (
 )
 from lora_jax.training.losses.preference import (
     PREFERENCES,
-    Completions,
     PreferenceOptions,
-    completions,
     kto_loss,
     mismatched_kl,
     preference_loss,
@@ -63,6 +63,7 @@ __all__ = [
     "DEFAULT",
     "HELD_OUT",
     "IMAGES",
+    "NLL",
     "ONLINE",
     "OWN_METRICS",
     "PREFERENCES",

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.types import Batch, Tree
+from lora_jax.training.losses.completions import Completions, completions, summed_nll
 from lora_jax.training.losses.contract import Logits, Loss, Sums
 from lora_jax.training.losses.online import Online, online_loss, rloo_loss
 from lora_jax.training.losses.preference import (
-    Completions,
     PreferenceOptions,
-    completions,
     kto_loss,
     preference_loss,
 )
 from lora_jax.training.losses.tokens import cross_entropy, token_values
+
+NLL = "nll"  # the term of a prompt's and a chosen completion's cross-entropy
 
 
 def sequence_logps(
@@ -34,11 +35,24 @@ def sequence_logps(
       forward, params, dropout_key, chunk, parts: see `sum_over_tokens`.
       batch: see `lora_jax.training.batches.Packs`; `counts`, int32 [batch, n], are the tokens that
         count of each sequence of a row, and `reference`, fp32 [batch, n], where there is one, are
-        the reference's log-probabilities.
+        the reference's log-probabilities. `completion`, int32 [batch, m], where there is one, is 1
+        where a token of a completion is predicted, and 0 where one of a prompt is.
 
     Returns:
       [batch * n] completions; those without tokens, which fill up a row, do not count.
     """
+    return _sequences(forward, params, batch, dropout_key, chunk, parts)[0]
+
+
+def _sequences(
+    forward: Logits,
+    params: Tree,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    chunk: int,
+    parts: int,
+) -> tuple[Completions, Completions]:
+    """Returns what `sequence_logps` does, and the same of all that is predicted, prompts, too."""
     logps = token_values(
         lambda logits, targets: -cross_entropy(logits, targets),
         forward,
@@ -49,10 +63,14 @@ def sequence_logps(
         parts=parts,
     )
     segments = jnp.take_along_axis(batch["segment_ids"], batch["predict_at"], axis=1) - 1
-    counted = batch["weights"] > 0
-    found = completions(logps, counted, segments=segments, n=batch["counts"].shape[1])
+    known, n = batch["weights"] > 0, batch["counts"].shape[1]
+    whole = completions(logps, known, segments=segments, n=n)
+    found = whole
+    if "completion" in batch:
+        known &= batch["completion"] > 0
+        found = completions(logps, known, segments=segments, n=n)
     reference = batch.get("reference")
-    return found._replace(reference=None if reference is None else reference.reshape(-1))
+    return found._replace(reference=None if reference is None else reference.reshape(-1)), whole
 
 
 def pair_loss(
@@ -65,7 +83,8 @@ def pair_loss(
     """Returns a loss of pairs, for batches of `training.pairs`; equal arguments give the same one.
 
     Args:
-      terms: see `preference_loss`.
+      terms: see `preference_loss`; "nll" is the cross-entropy of prompts and chosen completions
+        together, for batches that predict both (`Preferences.completion`).
       options: β and the like.
       chunk, parts: see `sum_over_tokens`.
     """
@@ -80,10 +99,19 @@ def _pair_loss(
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
-        both = sequence_logps(forward, params, batch, dropout_key, chunk=chunk, parts=parts)
+        both, whole = _sequences(forward, params, batch, dropout_key, chunk, parts)
         chosen, rejected = (jax.tree.map(lambda x, i=i: x[i::2], both) for i in (0, 1))
-        mean = batch["mean_tokens"][0]
-        found = preference_loss(dict(terms), chosen, rejected, options, sft_tokens=mean)
+        mean, weights = batch["mean_tokens"][0], dict(terms)
+        weight = weights.pop(NLL, 0.0)
+        found = preference_loss(weights, chosen, rejected, options, sft_tokens=mean)
+        if weight:
+            if "completion" not in batch:
+                raise ValueError(
+                    f'the term "{NLL}" needs predictions of prompts: give pairs of_prompts=True'
+                )
+            with_prompts = jax.tree.map(lambda x: x[::2], whole)
+            nll = summed_nll(with_prompts, batch["mean_with_prompts"][0])
+            found = found._replace(total=found.total + weight * nll)
         seen = jax.lax.stop_gradient({"chosen": chosen, "rejected": rejected})
         logs = {f"logps_{name}": jnp.sum(one.policy) for name, one in seen.items()}
         tokens = batch["counts"].astype(jnp.float32).reshape(-1, 2).sum(0)

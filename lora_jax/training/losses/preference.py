@@ -13,77 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.training.losses.completions import (
+    Completions,
+    sum_counted,
+    summed_nll,
+    without_padding,
+)
 from lora_jax.training.losses.contract import Sums
-
-
-class Completions(NamedTuple):
-    """Log-probabilities of completions, each the sum over its tokens in fp32.
-
-    Attributes:
-      policy: [n], under the parameters that train.
-      tokens: [n], the number of tokens of each; at least 1.
-      reference: [n], under the reference, a constant; None for losses without one.
-      counted: [n] bool, false for padding, which no loss counts; None where all count.
-    """
-
-    policy: jax.Array
-    tokens: jax.Array
-    reference: jax.Array | None = None
-    counted: jax.Array | None = None
-
-    @property
-    def ratio(self) -> jax.Array:
-        """Returns log π / π_ref of each completion, [n]."""
-        if self.reference is None:
-            raise ValueError("this loss compares with a reference: give its log-probabilities")
-        return self.policy - jax.lax.stop_gradient(self.reference)
-
-    @property
-    def mean(self) -> jax.Array:
-        """Returns the mean log-probability of a completion's tokens, [n]."""
-        return self.policy / self.tokens
-
-
-def completions(
-    logps: jax.Array,
-    mask: jax.Array,
-    reference: jax.Array | None = None,
-    segments: jax.Array | None = None,
-    n: int = 0,
-) -> Completions:
-    """Sums log-probabilities of tokens over completions, in fp32.
-
-    Args:
-      logps: [batch, seq], log-probabilities of tokens.
-      mask: [batch, seq], true at the tokens of completions.
-      reference: log-probabilities of the same tokens under the reference.
-      segments: [batch, seq] int32, the completion of each token in packed rows, from 0; by default
-        a row is one.
-      n: the number of segments a row at most.
-
-    Returns:
-      [batch] completions, or [batch * n] in packed rows; those without tokens do not count.
-
-    >>> import jax.numpy as jnp
-    >>> from lora_jax.training.losses import completions
-    >>> logps = jnp.array([[-1.0, -2.0, -4.0]])
-    >>> completions(logps, jnp.array([[0, 1, 1]])).policy.tolist()
-    [-6.0]
-    >>> completions(logps, logps < 0, segments=jnp.array([[0, 0, 1]]), n=2).policy.tolist()
-    [-3.0, -4.0]
-    """
-    counted = mask.astype(bool)
-
-    def sums(x: jax.Array) -> jax.Array:
-        x = jnp.where(counted, x.astype(jnp.float32), 0.0)
-        if segments is None:
-            return jnp.sum(x, axis=1)
-        of = segments[..., None] == jnp.arange(n)  # a scatter would add in any order on a GPU
-        return jnp.sum(jnp.where(of, x[..., None], 0.0), axis=1).reshape(-1)
-
-    tokens = sums(jnp.ones_like(logps, jnp.float32))
-    before = None if reference is None else sums(reference)
-    return Completions(sums(logps), jnp.maximum(tokens, 1.0), before, tokens > 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,12 +48,17 @@ class Preference(NamedTuple):
       smooths: whether it takes label smoothing.
       coupled: whether a pair's loss depends on the others of its batch, so that a batch cannot be
         accumulated in parts.
+      nll: weight that its paper gives to the cross-entropy of the chosen completions beside it;
+        None for losses with a reference.
+      of_prompts: whether that covers the prompts, too.
     """
 
     each: Callable[[Completions, Completions, PreferenceOptions], jax.Array]
     about: str
     smooths: bool = False
     coupled: bool = False
+    nll: float | None = None
+    of_prompts: bool = False
 
 
 def _log_sigmoid(x: jax.Array) -> jax.Array:
@@ -237,16 +178,22 @@ PREFERENCES: dict[str, Preference] = {
     ),
     "cpo": Preference(
         lambda w, r, o: _smoothed(o.beta * (w.policy - r.policy), o.smoothing),
-        "CPO without a reference; add sft (2401.08417)",
+        "CPO without a reference; adds the chosen completions' cross-entropy (2401.08417)",
         smooths=True,
+        nll=1.0,
     ),
     "simpo": Preference(
         lambda w, r, o: _smoothed(o.beta * (w.mean - r.mean) - o.margin, o.smoothing),
         "SimPO without a reference, on means over tokens (2405.14734)",
         smooths=True,
+        nll=0.0,
     ),
     "orpo": Preference(
-        _orpo, "ORPO's odds ratio without a reference; add the prompt's sft (2403.07691)"
+        _orpo,
+        "ORPO's odds ratio without a reference; adds the cross-entropy of prompts and chosen "
+        "completions (2403.07691)",
+        nll=1.0,
+        of_prompts=True,
     ),
 }
 
@@ -270,9 +217,12 @@ def preference_loss(
     >>> round(float(sums.total / sums.count), 6)  # ln 2
     0.693147
 
+    A loss is that of a pair alone: cross-entropies that belong to it (`Preference.nll`) are terms.
+
     Args:
       terms: the name of a loss of `PREFERENCES`, or weights by name, in which "sft" stands for the
-        cross-entropy of the chosen completions.
+        cross-entropy of the chosen completions. ORPO, as TRL has it, is ``{"orpo": 1, "sft": 1}``
+        with the prompts' tokens in `sft`; CPO is ``{"cpo": 1, "sft": 1}``.
       chosen, rejected: the completions of each pair, [pairs]; see `completions`.
       options: β and the like.
       sft: the completions whose cross-entropy "sft" is; by default the chosen ones. ORPO's are
@@ -290,35 +240,22 @@ def preference_loss(
     """
     weights = {terms: 1.0} if isinstance(terms, str) else dict(terms)
     of = chosen if sft is None else sft
-    chosen, rejected = _without_padding(chosen), _without_padding(rejected)
+    chosen, rejected = without_padding(chosen), without_padding(rejected)
     counted = chosen.counted
     assert counted is not None
     count, total = jnp.sum(counted).astype(jnp.float32), jnp.float32(0)
     for name, weight in weights.items():
         if name == "sft":
-            of = _without_padding(of)
-            tokens = _sum(of.tokens, counted) / jnp.maximum(count, 1.0)
-            tokens = jnp.asarray(tokens if sft_tokens is None else sft_tokens)
-            total += weight * -_sum(of.policy, counted) / jnp.maximum(tokens, 1.0)
+            total += weight * summed_nll(of, sft_tokens)
         else:
             known = _known(name, options)
             kept = jnp.arange(len(counted)) < count if known.coupled else counted
-            total += weight * _sum(known.each(chosen, rejected, options), kept)
+            total += weight * sum_counted(known.each(chosen, rejected, options), kept)
     if chosen.reference is None or rejected.reference is None:
         return Sums(total, count, {})
     a, d = (options.beta * jax.lax.stop_gradient(x.ratio) for x in (chosen, rejected))
     logs = {"chosen": a, "rejected": d, "margin": a - d, "accuracy": (a > d).astype(jnp.float32)}
-    return Sums(total, count, {name: _sum(x, counted) for name, x in logs.items()})
-
-
-def _without_padding(of: Completions) -> Completions:
-    """Returns completions that say which count; the others have values that no loss fails on."""
-    counted = jnp.ones_like(of.policy, bool) if of.counted is None else of.counted
-    return of._replace(policy=jnp.where(counted, of.policy, -1.0), counted=counted)
-
-
-def _sum(x: jax.Array, counted: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(counted, x, 0.0))
+    return Sums(total, count, {name: sum_counted(x, counted) for name, x in logs.items()})
 
 
 def _known(name: str, options: PreferenceOptions) -> Preference:
@@ -357,7 +294,7 @@ def kto_loss(
     Returns:
       The sums; rows are counted. `logs` has the rewards of desirable and of other rows, and `kl`.
     """
-    rows = _without_padding(rows)
+    rows = without_padding(rows)
     counted = rows.counted
     assert counted is not None
     gain = jnp.where(desirable, rows.ratio - kl, kl - rows.ratio)
@@ -367,10 +304,10 @@ def kto_loss(
     if share is None:
         share = jnp.sum(counted & desirable) / jnp.maximum(count, 1)
     logs = {
-        name: _sum(rewards, counted & of) / jnp.where(part > 0, part, 1)
+        name: sum_counted(rewards, counted & of) / jnp.where(part > 0, part, 1)
         for name, of, part in (("chosen", desirable, share), ("rejected", ~desirable, 1 - share))
     }
-    return Sums(_sum(losses, counted), count, {**logs, "kl": count * kl})
+    return Sums(sum_counted(losses, counted), count, {**logs, "kl": count * kl})
 
 
 def mismatched_kl(mismatched: Completions) -> jax.Array:
@@ -379,7 +316,7 @@ def mismatched_kl(mismatched: Completions) -> jax.Array:
     Args:
       mismatched: prompts with the completions of other rows of the batch.
     """
-    of = _without_padding(mismatched)
+    of = without_padding(mismatched)
     assert of.counted is not None
-    mean = _sum(of.ratio, of.counted) / jnp.maximum(jnp.sum(of.counted), 1)
+    mean = sum_counted(of.ratio, of.counted) / jnp.maximum(jnp.sum(of.counted), 1)
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE
-from lora_jax.training.losses import PREFERENCES, PreferenceOptions
+from lora_jax.training.losses import NLL, PREFERENCES, PreferenceOptions
 from train.console.errors import UserError, flag
 from train.options import field
 from train.options.common import Options
@@ -19,7 +19,8 @@ KTO, SFT = "kto", "sft"
 DEFAULT_TASK = "sql"  # of train/options/tasks.py
 BASE, NONE = "base", "none"  # values of --reference
 LossName = Literal[*PREFERENCES, KTO, SFT]  # type: ignore[valid-type]
-WITHOUT_REFERENCE = ("cpo", "simpo", "orpo", SFT)
+_WITH_NLL = tuple(name for name, one in PREFERENCES.items() if one.nll is not None)
+WITHOUT_REFERENCE = (*_WITH_NLL, SFT)
 # Options of single losses, by the names of `PreferenceOptions`; without one of these they do
 # nothing.
 _READ_BY = {
@@ -27,6 +28,7 @@ _READ_BY = {
     "margin": ("simpo",),
     "temperature": ("discopop",),
     "kto_weights": (KTO,),
+    "nll_weight": _WITH_NLL,
 }
 _LOSS = (
     "The loss of a pair, or of rows with labels (kto), or several, which are added up. "
@@ -81,11 +83,25 @@ class DpoOptimConfig(LanguageOptimConfig):
     kto_weights: tuple[float, float] | None = option(None, field.OPTIMISATION)
     """KTO's weights of good and of bad rows, by default 1 and 1. Rather many bad rows want 1 to 4/3
     for good weight * good rows / (bad weight * bad rows)."""
+    nll_weight: float | None = option(None, field.OPTIMISATION, older=0.0)
+    """The weight of the cross-entropy of the chosen completions, and of their prompts with orpo,
+    that is part of cpo, simpo and orpo (TRL's cpo_alpha). By default 1 with cpo or orpo; 0 for
+    simpo, and where --loss names sft itself."""
 
     @property
     def terms(self) -> dict[str, float]:
-        """Returns the weight of each loss, by its name."""
-        return dict(zip(self.loss, self.loss_weights or (1.0,) * len(self.loss), strict=True))
+        """Returns the weight of each term of the loss, by its name."""
+        terms = dict(zip(self.loss, self.loss_weights or (1.0,) * len(self.loss), strict=True))
+        if self.nll_weight:
+            name = NLL if self.predicts_prompts else SFT
+            terms[name] = terms.get(name, 0.0) + self.nll_weight
+        return terms
+
+    @property
+    def predicts_prompts(self) -> bool:
+        """Returns whether the loss counts the tokens of prompts, too."""
+        of_prompts = any(name in PREFERENCES and PREFERENCES[name].of_prompts for name in self.loss)
+        return bool(self.nll_weight) and of_prompts
 
     @property
     def preference(self) -> PreferenceOptions:
@@ -118,8 +134,16 @@ class Config(Options):
     run: DpoRunConfig = DpoRunConfig()
 
 
-def with_reference(config: Config) -> Config:
-    """Fills in --reference by what the losses need."""
+def with_loss(config: Config) -> Config:
+    """Fills in --nll-weight, and --reference, by what the losses need."""
+    optim = config.optim
+    if optim.nll_weight is None and (own := [x for x in optim.loss if x in _WITH_NLL]):
+        weight = 0.0 if SFT in optim.loss else max(PREFERENCES[x].nll or 0.0 for x in own)
+        config = dataclasses.replace(config, optim=dataclasses.replace(optim, nll_weight=weight))
+    return _with_reference(config)
+
+
+def _with_reference(config: Config) -> Config:
     if config.data.reference is not None:
         return config
     alone = all(name in WITHOUT_REFERENCE for name in config.optim.loss)
@@ -129,7 +153,9 @@ def with_reference(config: Config) -> Config:
 
 def check(config: Config) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task."""
-    sft_options.check(config, beta=POSITIVE, margin=NOT_NEGATIVE, temperature=POSITIVE)
+    sft_options.check(
+        config, beta=POSITIVE, margin=NOT_NEGATIVE, temperature=POSITIVE, nll_weight=NOT_NEGATIVE
+    )
     data, optim = config.data, config.optim
     losses = set(optim.loss)
     given = flag("loss", *optim.loss)
