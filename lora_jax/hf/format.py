@@ -33,14 +33,17 @@ class GGUF:
       architecture: the files' ``general.architecture``.
       name: a tensor's name in a file -> Hugging Face's; an unknown name stays as it is, and is
         refused later.
-      read: (a file's metadata, its shapes by Hugging Face's names) -> the configuration.
+      read: (a file's metadata, its shapes by Hugging Face's names, its tensors that are `facts`) ->
+        the configuration.
       in_order: (a tensor's rows, its name, the configuration) -> the rows in Hugging Face's order.
+      facts: a file's names of tensors that are no parameters, but belong to the configuration.
     """
 
     architecture: str
     name: Callable[[str], str]
-    read: Callable[[Mapping[str, Any], Shapes], Any]
+    read: Callable[[Mapping[str, Any], Shapes, Mapping[str, np.ndarray]], Any]
     in_order: Callable[[np.ndarray, str, Any], np.ndarray]
+    facts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.gguf import open_gguf
+from lora_jax.hf.gguf.tokenizer import build
 from lora_jax.hf.hub import hub_name, resolve, snapshot
 
 # The files of a tokenizer in a model's folder.
@@ -20,9 +22,6 @@ FILES = (
     "*.model",
 )
 
-# GGUF's token types (llama.cpp's llama_token_type).
-_CONTROL, _USER_DEFINED = 3, 4
-
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """Loads the tokenizer that goes with ``from_pretrained(name_or_path)``.
@@ -35,8 +34,8 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
     Raises:
       ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
-      ConfigError: for a GGUF file whose tokenizer is not SmolLM2's kind of byte-level BPE; for a
-        folder whose tokenizer is damaged, or needs code of its own.
+      ConfigError: for a GGUF file whose tokenizer is of an unknown kind; for a folder whose
+        tokenizer is damaged, or needs code of its own.
 
     >>> from lora_jax import models
     >>> tokenizer = models.load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
@@ -44,10 +43,8 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     path = resolve(name_or_path).path
     if path.is_dir():
         return _of_folder(path)
-    _, reader = open_gguf(path)
-    names = [name for name in reader.fields if name.startswith("tokenizer.")]
     try:
-        return tokenizer_from_gguf({name: reader.fields[name].contents() for name in names})
+        return tokenizer_from_gguf(open_gguf(path).metadata)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -86,40 +83,15 @@ def _of_folder(path: Path) -> Any:
         ) from error
 
 
-def tokenizer_from_gguf(metadata: dict[str, Any]) -> Any:
-    """Builds a byte-level BPE tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
-    kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != ("gpt2", "smollm"):
-        raise ConfigError(
-            f"the tokenizer {kind[0]!r} with pre-tokenizer {kind[1]!r} is not supported, only "
-            "'gpt2' with 'smollm' is; load the tokenizer from a folder with tokenizer.json"
-        )
+def tokenizer_from_gguf(metadata: Fields) -> Any:
+    """Builds a tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
     _transformers()  # says what is missing
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    types = metadata["tokenizer.ggml.token_type"]
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type == _CONTROL:
-            core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif token_type == _USER_DEFINED:
-            core.add_tokens([AddedToken(token, normalized=False)])
-
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
-    special = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
+    core, special = build(metadata)
     tokenizer = fast_tokenizer(core, **special)
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    prefix = "tokenizer.chat_template"
+    template = metadata.get(prefix)
+    named = {name: metadata[f"{prefix}.{name}"] for name in metadata.get(f"{prefix}s", ())}
+    tokenizer.chat_template = {"default": template, **named} if named and template else template
     return tokenizer
 
 

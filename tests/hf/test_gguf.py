@@ -1,5 +1,7 @@
 """GGUF files, written here as llama.cpp writes them."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,20 @@ import pytest
 
 from lora_jax.models import (
     ConfigError,
+    Decoder,
     DecoderConfig,
     WeightsError,
     from_pretrained,
     generate,
     hf_tensors,
     key_table,
+    load_tokenizer,
 )
 from tests.hf.trees import decoder
+from tests.hf.vocabularies import sentencepiece
 from tests.models import tiny
+from tests.train.tiny import CONFIG
+from tests.train.tiny import decoder as tiny_decoder
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -39,12 +46,29 @@ NAMES = {
 
 
 def write(
-    path: Path, case: str | DecoderConfig, params: Any, kind: str = "F32", **extra: Any
+    path: Path,
+    case: str | DecoderConfig,
+    params: Any,
+    kind: str | Callable[[str], str] = "F32",
+    *,
+    tokenizer: Mapping[str, Any] | None = None,
+    factors: np.ndarray | None = None,
+    split: int = 0,
+    **extra: Any,
 ) -> None:
-    """A GGUF file of the case; ``extra`` are metadata under the architecture's name."""
+    """A GGUF file of the case.
+
+    Args:
+      path, case, params: the file, and its model.
+      kind: the type of kernels, or of each by its name.
+      tokenizer: metadata of a tokenizer.
+      factors: rope_freqs.weight.
+      split: tensors of a part of the file; 0 for one file.
+      **extra: metadata under the architecture's name.
+    """
     config = tiny.config(case) if isinstance(case, str) else case
     arch = "qwen3" if config.qk_norm else config.model_type
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -54,7 +78,9 @@ def write(
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_eos_token_id(7)
+    add(writer, tokenizer or {"tokenizer.ggml.eos_token_id": 7})
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     for name, value in extra.items():
         if isinstance(value, str):
             writer.add_string(name.replace("__", "."), value)
@@ -70,13 +96,27 @@ def write(
             prefix = f"blk.{parts[2]}."
             parts = parts[3:]
         target = f"{prefix}{NAMES['.'.join(parts[:-1])]}.{parts[-1]}"
-        quantised = kind if tensor.ndim == 2 else "F32"
+        quantised = kind if isinstance(kind, str) else kind(target)
+        quantised = quantised if tensor.ndim == 2 else "F32"
         data = gguf.quantize(tensor, gguf.GGMLQuantizationType[quantised])
         writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[quantised])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    """Adds metadata of a tokenizer."""
+    for name, value in metadata.items():
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
+        else:
+            writer.add_uint32(name, value)
 
 
 def interleave(tensor: np.ndarray, heads: int) -> np.ndarray:
@@ -182,3 +222,85 @@ def test_what_is_damaged_or_unknown_is_named(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ConfigError, match="architecture 'gemma' is not supported.*llama"):
         from_pretrained(path)
+
+
+LLAMA31 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def factors_of(fields: dict[str, Any], head_dim: int) -> np.ndarray:
+    """The rope_freqs.weight that llama.cpp's converter writes of a model's rope_parameters."""
+    low, high, context = (
+        fields[name]
+        for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * fields["rope_theta"] ** (i / head_dim)
+        if wavelength < context / high:
+            factors.append(1.0)
+        elif wavelength > context / low:
+            factors.append(fields["factor"])
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / fields["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize("rope", [LLAMA31, tiny.LLAMA3_ROPE], ids=["as Llama 3.1", "others"])
+def test_factors_of_rope_scale_as_config_json_does(rope: dict[str, Any], tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"vocab_size": 64, "head_dim": 16}
+    _, params = tiny_decoder(**fields)
+    model = Decoder(DecoderConfig.from_hf({**CONFIG, **fields, "rope_parameters": rope}))
+    factors = factors_of(rope, 16)
+    assert factors[0] < factors[-2] <= factors[-1] == rope["factor"]
+    write(tmp_path / "model.gguf", model.config, params, factors=factors)
+    again, loaded = from_pretrained(tmp_path / "model.gguf")
+    scaling = again.config.rope_scaling
+    assert scaling.kind == ("llama3" if rope is LLAMA31 else "longrope")
+    if rope is LLAMA31:
+        assert scaling == model.config.rope_scaling
+    ids = np.arange(48, dtype=np.int32)[None] % 64
+    want = np.asarray(tiny.run(model, params, ids))
+    np.testing.assert_allclose(tiny.run(again, loaded, ids), want, atol=3e-4)  # of up to 7
+    plain = Decoder(dataclasses.replace(again.config, rope_scaling=None))
+    assert np.abs(np.asarray(tiny.run(plain, loaded, ids)) - want).max() > 1e-2
+    # What config.json says of the scaling reads back as the same frequencies.
+    kept = DecoderConfig.from_hf(again.config.to_hf())
+    assert kept.rope_scaling == scaling
+
+
+def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
+    _, params = decoder("llama2")
+    path = tmp_path / "model.gguf"
+    write(path, "llama2", params, factors=np.full(7, 2.0, np.float32))
+    with pytest.raises(ConfigError, match="rope_freqs.weight has 7 factors, and RoPE has 2 freq"):
+        from_pretrained(path)
+    write(path, "llama2", params, factors=np.ones(2, np.float32))
+    assert from_pretrained(path)[0].config.rope_scaling is None
+
+
+def test_any_part_names_a_split_file(tmp_path: Path) -> None:
+    _, params = decoder("llama2")
+    write(tmp_path / "model.gguf", "llama2", params, split=5, tokenizer=sentencepiece())
+    parts = sorted(tmp_path.iterdir())
+    assert parts[0].name == f"model-00001-of-{len(parts):05}.gguf" and len(parts) > 3
+    for part in (parts[0], parts[2]):
+        model, loaded = from_pretrained(part)
+        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+        assert load_tokenizer(part).encode("x")
+    parts[1].rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(WeightsError, match=f"is part 3 of {len(parts)} .*{parts[1].name} are miss"):
+        from_pretrained(parts[2])
+    with pytest.raises(WeightsError, match="elsewhere.gguf is part 2 of .*names that they were"):
+        from_pretrained(tmp_path / "elsewhere.gguf")
+    (tmp_path / "elsewhere.gguf").rename(parts[1])
+    parts[1].write_bytes(parts[1].read_bytes()[:100])
+    with pytest.raises(WeightsError, match=f"{parts[1].name} is damaged or cut short"):
+        from_pretrained(parts[0])

@@ -1,5 +1,7 @@
 """A tokenizer built from GGUF metadata, and one read from a folder."""
 
+import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,9 @@ from tokenizers import pre_tokenizers
 
 from lora_jax.hf.tokenizer import tokenizer_from_gguf
 from lora_jax.models import ConfigError, load_tokenizer
+from tests.hf.test_gguf import write
+from tests.hf.vocabularies import TEXTS, byte_level, metadata_of, sentencepiece
+from tests.train.tiny import decoder
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -59,9 +64,87 @@ def test_chat_template() -> None:
     assert ids == tokenizer.encode(text)
 
 
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
+def test_ids_are_those_of_the_original(pre: str) -> None:
+    """Rows of the vocabulary that only make its size round stand for no text."""
+    core, found = byte_level(pre), metadata_of(byte_level(pre), pre)
+    tokenizer = tokenizer_from_gguf(found)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == core.encode(text, add_special_tokens=False).ids, text
+        if pre != "qwen2":  # which composes what it reads
+            assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == core.get_vocab_size() < len(found["tokenizer.ggml.tokens"])
+    begins = [found["tokenizer.ggml.bos_token_id"]] if pre == "llama-bpe" else []
+    assert tokenizer.encode("x") == [*begins, *core.encode("x").ids]
+    without = tokenizer_from_gguf({**found, "tokenizer.ggml.add_bos_token": False})
+    assert without.encode("x") == core.encode("x").ids
+    assert "<|im_end|>" in tokenizer.all_special_tokens
+    assert "<think>" not in tokenizer.all_special_tokens
+    both = tokenizer_from_gguf({**found, "tokenizer.ggml.add_eos_token": True})
+    end = tokenizer.eos_token_id
+    assert both.encode("x", "y")[-2:] == [core.encode("y").ids[-1], end]
+
+
+def test_sentencepiece_falls_back_on_bytes() -> None:
+    tokenizer = tokenizer_from_gguf(sentencepiece())
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids[0] == tokenizer.bos_token_id == 1
+        # A space comes first, but for a text that begins with one: the first space is not told.
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text.removeprefix(" ")
+    assert tokenizer.tokenize("<s>x</s>")[0] == "<s>"
+    bare = tokenizer_from_gguf({**sentencepiece(), "tokenizer.ggml.add_space_prefix": False})
+    assert bare.decode(bare.encode(" x"), skip_special_tokens=True) == " x"
+
+
 def test_other_kinds_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'gpt2' with pre-tokenizer 'qwen2' is not supported"):
-        tokenizer_from_gguf({**metadata(), "tokenizer.ggml.pre": "qwen2"})
+    with pytest.raises(ConfigError, match="'gpt2' with pre-tokenizer 'falcon' is not supported"):
+        tokenizer_from_gguf({**metadata(), "tokenizer.ggml.pre": "falcon"})
+    with pytest.raises(ConfigError, match="'t5' with .* from a folder with tokenizer.json"):
+        tokenizer_from_gguf({**metadata(), "tokenizer.ggml.model": "t5"})
+    with pytest.raises(ConfigError, match="lists are incomplete"):
+        tokenizer_from_gguf({**metadata(), "tokenizer.ggml.eos_token_id": 9999})
+    with pytest.raises(ConfigError, match="cannot be built"):
+        tokenizer_from_gguf({**metadata(), "tokenizer.ggml.merges": ["no such"]})
+
+
+def test_several_templates() -> None:
+    more = {"tokenizer.chat_templates": ["tools"], "tokenizer.chat_template.tools": "tools!"}
+    tokenizer = tokenizer_from_gguf({**metadata(), **more})
+    assert tokenizer.chat_template == {"default": TEMPLATE, "tools": "tools!"}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe", "llama"])
+def test_ids_are_those_of_transformers_own_reader(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    found = sentencepiece() if kind == "llama" else metadata_of(byte_level(kind), kind)
+    size = len(found["tokenizer.ggml.tokens"])
+    model, params = decoder(vocab_size=size, model_type="qwen2" if kind == "qwen2" else "llama")
+    write(tmp_path / "model.gguf", model.config, params, tokenizer=found)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    ours = load_tokenizer(tmp_path / "model.gguf")
+    composed = [text for text in TEXTS if unicodedata.is_normalized("NFC", text)]
+    for text in composed if kind == "qwen2" else TEXTS:  # theirs forgets that Qwen2's composes
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_special_tokens=False) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids), text
+    assert ours.eos_token_id == theirs.eos_token_id
+    assert ours.chat_template == theirs.chat_template
+
+
+def test_a_saved_one_is_read_back_with_a_model(tmp_path: Path) -> None:
+    """As `save_pretrained` writes it beside config.json, whose model_type transformers looks at."""
+    for kind, model_type in {"qwen2": "qwen2", "llama-bpe": "llama", "llama": "llama"}.items():
+        found = sentencepiece() if kind == "llama" else metadata_of(byte_level(kind), kind)
+        tokenizer = tokenizer_from_gguf(found)
+        tokenizer.save_pretrained(tmp_path / kind)
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": model_type}))
+        again = load_tokenizer(tmp_path / kind)
+        for text in TEXTS:
+            assert again.encode(text) == tokenizer.encode(text), (kind, text)
 
 
 def test_a_folder(tmp_path: Path) -> None:

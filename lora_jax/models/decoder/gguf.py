@@ -1,5 +1,6 @@
 """A decoder in a GGUF file: the names of its tensors, and its configuration in the metadata."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from lora_jax.hf.format import GGUF
 from lora_jax.hf.keys import WeightsError
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.families.family import DecoderFamily
+from lora_jax.models.decoder.rope import frequencies
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
 _BLOCK = {
@@ -28,6 +30,8 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 
+_ROPE_FACTORS = "rope_freqs.weight"  # what each of RoPE's frequencies is divided by
+
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -39,7 +43,8 @@ def gguf_of(family: DecoderFamily) -> GGUF | None:
     """Returns the layout of a family's GGUF files; None if these are not read."""
     if family.gguf is None:
         return None
-    return GGUF(family.gguf, _hf_name, functools.partial(_read, family), _in_order)
+    read = functools.partial(_read, family)
+    return GGUF(family.gguf, _hf_name, read, _in_order, facts=(_ROPE_FACTORS,))
 
 
 def _hf_name(name: str) -> str:
@@ -59,7 +64,10 @@ def _in_order(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
 
 
 def _read(
-    family: DecoderFamily, metadata: Fields, shapes: Mapping[str, tuple[int, ...]]
+    family: DecoderFamily,
+    metadata: Fields,
+    shapes: Mapping[str, tuple[int, ...]],
+    facts: Mapping[str, np.ndarray],
 ) -> DecoderConfig:
     """Reads a configuration from GGUF metadata.
 
@@ -68,6 +76,7 @@ def _read(
       metadata: the file's key-value pairs.
       shapes: Hugging Face's name -> shape. Biases, the size of the vocabulary and a tied head
         follow from them, since the metadata lacks these.
+      facts: the factors of RoPE, by their name, if the file has some.
 
     Raises:
       ConfigError: names what is missing or not supported.
@@ -87,20 +96,20 @@ def _read(
     for name, value in {**same_as_head, "expert_count": 0}.items():
         if get(name, value) != value:
             raise ConfigError(f"{arch}.{name}={get(name)} is not supported, only {value} is")
-    if "rope_freqs.weight" in shapes:
-        raise ConfigError("RoPE with scaled frequencies (rope_freqs.weight) is not supported")
     if (kind := get("rope.scaling.type", "none")) not in ("none", "linear"):
         raise ConfigError(f"RoPE scaling {kind!r} is not supported")
     scaling = None
     if kind == "linear":
         scaling = RopeScaling(kind=kind, factor=get("rope.scaling.factor"))
+    if scaling is not None and _ROPE_FACTORS in facts:
+        raise ConfigError(f"RoPE is scaled twice, by {arch}.rope.scaling and by {_ROPE_FACTORS}")
     if "model.embed_tokens.weight" not in shapes:
         raise WeightsError("there is no token_embd.weight")
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     modules = {"qkv_bias": "self_attn.q_proj", "o_bias": "self_attn.o_proj"}
     modules["mlp_bias"] = "mlp.gate_proj"
     biases = {name: f"model.layers.0.{path}.bias" in shapes for name, path in modules.items()}
-    return DecoderConfig(
+    config = DecoderConfig(
         model_type=family.model_type,
         **{**family.traits, **biases},
         vocab_size=shapes["model.embed_tokens.weight"][0],
@@ -118,4 +127,42 @@ def _read(
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=() if eos is None else (eos,),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+    )
+    if _ROPE_FACTORS not in facts:
+        return config
+    return dataclasses.replace(config, rope_scaling=_scaling_of(facts[_ROPE_FACTORS], config))
+
+
+def _scaling_of(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | None:
+    """Returns the scaling of RoPE whose frequencies are a model's own, divided by these factors.
+
+    The file has the factors of Llama 3.1's formula, and not its numbers: where the published ones
+    give the same frequencies, it is that formula, else a list of factors (LongRoPE's).
+
+    Args:
+      factors: one for each frequency.
+      config: the model's, without a scaling.
+
+    Raises:
+      ConfigError: there are more or fewer factors than frequencies.
+    """
+    plain = np.asarray(frequencies(config, 0))
+    if factors.shape != plain.shape:
+        raise ConfigError(
+            f"{_ROPE_FACTORS} has {factors.size} factors, and RoPE has {plain.size} frequencies"
+        )
+    if np.all(factors == 1):
+        return None
+    largest = float(str(factors.max()))
+    published = RopeScaling(kind="llama3", factor=largest)
+    made = frequencies(dataclasses.replace(config, rope_scaling=published), 0)
+    if np.allclose(made, plain / factors, rtol=1e-6, atol=0):
+        return published
+    each = tuple(map(float, factors))
+    context = config.max_position_embeddings
+    return RopeScaling(
+        kind="longrope",
+        short_factor=each,
+        long_factor=each,
+        original_max_position_embeddings=context,
     )

@@ -1,4 +1,4 @@
-"""The option --tokenizer: a model without a tokenizer trains, answers and is exported."""
+"""The tokenizers of scripts: the option --tokenizer, and those inside GGUF files."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,10 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from tests.hf.test_gguf import write as write_gguf
+from tests.hf.vocabularies import byte_level, metadata_of, sentencepiece
 from tests.train.scripts import begun, fails
-from tests.train.tiny import tokenizer, write_model, write_rows
+from tests.train.tiny import decoder, tokenizer, write_model, write_rows
 from train import sft
 from train.adapters.source import find_adapter
 from train.export import __main__ as export
@@ -87,3 +89,16 @@ def test_adapters_with_different_ones_are_asked_one_after_the_other(folder, tmp_
     with pytest.raises(RequestError, match="start it with --tokenizer"):
         Base(module, params, folder.model, 4).read(folder.path / "adapter")
     Base(module, params, folder.model, 4, tokenizer=folder.tokens).read(folder.path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe", "llama"])
+def test_a_gguf_file_is_trained_on_and_answers_with_its_own(kind, folder, tmp_path):
+    found = sentencepiece() if kind == "llama" else metadata_of(byte_level(kind), kind)
+    model_type = "qwen2" if kind == "qwen2" else "llama"
+    model, params = decoder(vocab_size=len(found["tokenizer.ggml.tokens"]), model_type=model_type)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model.config, params, tokenizer=found)
+    args = ["--model", path, "--dataset", folder.path / "rows.jsonl", "--output", tmp_path / "run"]
+    assert begun(sft.main, *args)
+    if kind == "llama":
+        generate.main(["--model", str(path), "--prompt", "x", "--max-new-tokens", "2"])

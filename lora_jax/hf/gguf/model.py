@@ -1,6 +1,5 @@
-"""GGUF files: quantised tensors, to fp32 or as their codes, under Hugging Face's names."""
+"""Quantised tensors of GGUF files, to fp32 or as their codes, under Hugging Face's names."""
 
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import Formats
+from lora_jax.hf.gguf.files import open_gguf
 from lora_jax.hf.keys import WeightsError, convert
 from lora_jax.quantized import Coded, from_gguf
 from lora_jax.quantized.gguf import TYPES
@@ -36,27 +36,30 @@ class GGUFFile:
 
     def __init__(self, path: Path, formats: Formats):
         self.where = str(path)
-        self._gguf, reader = open_gguf(path)
-        self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        self._gguf, self.metadata, tensors = open_gguf(path)
         try:
             self.format, self._layout = formats.of_gguf(self.metadata.get("general.architecture"))
-            self._tensors = {self._layout.name(t.name): t for t in reader.tensors}
+            facts = {t.name: self._array(t) for t in tensors if t.name in self._layout.facts}
+            self._tensors = {self._layout.name(t.name): t for t in tensors if t.name not in facts}
             self.shapes = {
                 name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
             }
-            self.config = self._layout.read(self.metadata, self.shapes)
+            self.config = self._layout.read(self.metadata, self.shapes, facts)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         self.dtypes = dict.fromkeys(self.shapes, "F32")  # as they are read
+        self.forms = {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+        rows = self._array(self._tensors[name]).reshape(self.shapes[name])
+        return self._layout.in_order(rows, name, self.config)
+
+    def _array(self, tensor: Any) -> np.ndarray:
         try:
             array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
         except (ValueError, NotImplementedError) as error:
             raise WeightsError(f"{self.where}: cannot read {tensor.name}: {error}") from None
-        rows = np.asarray(array, np.float32).reshape(self.shapes[name])
-        return self._layout.in_order(rows, name, self.config)
+        return np.asarray(array, np.float32)
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         tensor = self._tensors[name]
@@ -80,49 +83,3 @@ class GGUFFile:
 
     def locate(self, name: str) -> str:
         return self.where
-
-
-def open_gguf(path: Path) -> tuple[Any, Any]:
-    """Opens a GGUF file.
-
-    Args:
-      path: the file.
-
-    Returns:
-      The module gguf, and its reader of the file.
-
-    Raises:
-      ImportError: if the gguf package is not installed.
-      WeightsError: if the file is damaged or cut short.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
-    try:
-        status = path.stat()
-        return gguf, _reader(path.absolute(), status.st_mtime_ns, status.st_size)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the reader raises whatever its cursor runs into
-        raise WeightsError(f"{path} is damaged or cut short: {error}") from None
-
-
-@functools.lru_cache(maxsize=2)  # tokenizer, configuration and weights are read one by one
-def _reader(path: Path, changed: int, size: int) -> Any:
-    """Returns gguf's reader of a file, with its arrays as plain ones.
-
-    It slices its file for each token of a vocabulary, and slices of a memmap cost several times as
-    much.
-
-    Args:
-      path: the file.
-      changed, size: when it was changed, and its bytes; another file is read anew.
-    """
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
-
-    return Reader(path)

@@ -1,0 +1,178 @@
+"""Builds the tokenizer that a GGUF file's metadata describe.
+
+The files name the regular expressions that split a text (`tokenizer.ggml.pre`), and do not hold
+them: known here are those of the models that are read.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError
+
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's llama_token_type
+_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"  # values of tokenizer.ggml.model
+_SPACE = "\u2581"  # SentencePiece's sign for a space
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Splits of a text, before a byte-level tokenizer merges its bytes.
+
+    Attributes:
+      patterns: regular expressions, each applied to the parts that the one before leaves.
+      nfc: whether the text is composed first (Unicode's NFC).
+      whole: whether a part that is a token stays whole, whatever the merges say.
+      begins: whether bos comes first, if the file does not say.
+    """
+
+    patterns: tuple[str, ...]
+    nfc: bool = False
+    whole: bool = False
+    begins: bool = False
+
+
+_LLAMA3 = Splits(patterns=(rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole=True, begins=True)
+_QWEN2 = Splits(patterns=(rf"{_WORDS}|\p{{N}}|{_REST}",), nfc=True)
+# By tokenizer.ggml.pre.
+SPLITS = {
+    "smollm": Splits(patterns=(r"\p{N}", _GPT2)),
+    "gpt-2": Splits(patterns=(_GPT2,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": dataclasses.replace(_QWEN2, nfc=False),
+    "tekken": Splits(patterns=(_TEKKEN,), whole=True, begins=True),
+}
+
+
+def build(metadata: Fields) -> tuple[Any, dict[str, str]]:
+    """Returns a ``tokenizers.Tokenizer``, and its special tokens by role ("eos_token").
+
+    Args:
+      metadata: the file's pairs whose names begin with ``tokenizer.``.
+
+    Raises:
+      ConfigError: it is of an unknown kind, or its lists do not fit each other.
+    """
+    kind, pre = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    splits = SPLITS.get(str(pre)) if kind == _BYTE_LEVEL else None
+    if splits is None and kind != _SENTENCEPIECE:
+        raise ConfigError(
+            f"the tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported: {_BYTE_LEVEL!r} "
+            f"with {', '.join(SPLITS)} are, and {_SENTENCEPIECE!r} is. Load the tokenizer from a "
+            "folder with tokenizer.json (--tokenizer of a script)"
+        )
+    try:
+        return _built(metadata, splits)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ConfigError(f"the tokenizer's lists are incomplete: {error!r}") from None
+    except Exception as error:  # what the package `tokenizers` raises has no type of its own
+        raise ConfigError(f"the tokenizer cannot be built: {error}") from None
+
+
+def _built(metadata: Fields, splits: Splits | None) -> tuple[Any, dict[str, str]]:
+    from tokenizers import AddedToken
+
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    # The rows that only make a table of a round size stand for no text.
+    vocab = {
+        token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t != _UNUSED
+    }
+    ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in _ROLES.items()}
+    special = {role: tokens[i] for role, i in ids.items() if i is not None}
+    if splits is None:
+        core = _sentencepiece(metadata, vocab, special.setdefault("unk", "<unk>"))
+    else:
+        core = _byte_level(metadata, vocab, splits)
+    begins = True if splits is None else splits.begins
+    ends = {
+        role: special[role]
+        for role, default in (("bos", begins), ("eos", False))
+        if metadata.get(f"tokenizer.ggml.add_{role}_token", default) and role in special
+    }
+    if ends:
+        core.post_processor = _framed(vocab, ends.get("bos"), ends.get("eos"))
+    for token, token_type in zip(tokens, types, strict=True):
+        if token_type == _CONTROL or token in special.values() and splits is None:
+            core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif token_type == _USER_DEFINED:
+            core.add_tokens([AddedToken(token, normalized=False)])
+    return core, {f"{role}_token": token for role, token in special.items()}
+
+
+def _byte_level(metadata: Fields, vocab: dict[str, int], splits: Splits) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splits.whole))
+    if splits.nfc:
+        core.normalizer = normalizers.NFC()
+    steps: list[Any] = [
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits.patterns
+    ]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown: str) -> Any:
+    """Returns SentencePiece's BPE as transformers' `LlamaTokenizer` has it.
+
+    A text that begins with a space gets no second one, as it would from SentencePiece.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    given = metadata.get("tokenizer.ggml.merges")
+    if given is None:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        merges = _merges(vocab, dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True)))
+    else:
+        merges = [tuple(merge.split(" ")) for merge in given]
+    model = models.BPE(
+        vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
+    core = Tokenizer(model)
+    begins = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    scheme = "first" if begins else "never"
+    core.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if begins else [])])
+    return core
+
+
+def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Returns the pairs that make tokens, best first; SentencePiece stores no merges."""
+
+    def pairs() -> Iterator[tuple[float, int, int, str, str]]:
+        for token in vocab:
+            for at in range(1, len(token)):
+                left, right = token[:at], token[at:]
+                if left in vocab and right in vocab:
+                    yield -scores[token], -len(left), vocab[left], left, right
+
+    return [(left, right) for *_, left, right in sorted(pairs())]
+
+
+def _framed(vocab: dict[str, int], bos: str | None, eos: str | None) -> Any:
+    """Returns what adds the first and the last token to a text, or to each of a pair."""
+    from tokenizers import processors
+
+    def around(text: str, segment: int) -> Sequence[str]:
+        return [f"{one}:{segment}" for one in (bos, text, eos) if one is not None]
+
+    named = [(token, vocab[token]) for token in (bos, eos) if token is not None]
+    pair = [*around("$A", 0), *around("$B", 1)]
+    return processors.TemplateProcessing(single=[*around("$A", 0)], pair=pair, special_tokens=named)
