@@ -264,11 +264,20 @@ STOPS = ("\n\n", "\r", ")")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stops", "special"), [(STOPS, ""), ([*"()*+,-./"], "()*+,-./:")], ids=["texts", "special"]
+)
 def test_a_text_ends_a_completion_and_rewards_that_fail_leave_the_others(
-    folder, tmp_path, monkeypatch, capsys
+    folder, tmp_path, monkeypatch, capsys, stops, special
 ):
     found, made = recorded(monkeypatch), tokenizer()
-    args = ["--steps", 1, "--stop", *STOPS, "--lr", 1e-2]
+    args = ["--steps", 1, "--stop", *stops, "--lr", 1e-2]
+    if special:  # they are left out of all texts
+        other = tokenizer()
+        other.add_special_tokens({"additional_special_tokens": [*special]})
+        assert len(other) == len(made)
+        other.save_pretrained(tmp_path / "other")
+        args += ["--tokenizer", tmp_path / "other"]
     (line,) = run(folder, tmp_path / "run", *args, reward="half")
     assert line["reward_failed"] == 0.5 and line["grad_norm"] > 0
     assert "no reward for 24 of 48 completions (not finite): nan" in told(capsys)
@@ -283,14 +292,14 @@ def test_a_text_ends_a_completion_and_rewards_that_fail_leave_the_others(
     ):
         texts = [made.decode(ids[:k], skip_special_tokens=True) for k in range(NEW + 1)]
         ends = next((k for k in range(1, NEW + 1) if int(ids[k - 1]) in ENDS), NEW + 1)
-        stops = next(
-            (k for k, one in enumerate(texts) if any(stop in one for stop in STOPS)), NEW + 1
+        stop = next(
+            (k for k, one in enumerate(texts) if any(stop in one for stop in stops)), NEW + 1
         )
-        assert n == min(ends, stops, NEW) and ended == (min(ends, stops) <= NEW)
-        if stops <= ends and stops <= NEW:
+        assert n == min(ends, stop, NEW) and ended == (min(ends, stop) <= NEW)
+        if stop <= ends and stop <= NEW:
             stopped += 1
-            assert texts[stops].startswith(text) and not any(stop in text for stop in STOPS)
-            assert texts[stops][len(text) :].startswith(STOPS)
+            before = min(at for at in map(texts[stop].find, stops) if at >= 0)
+            assert text == "".join(c for c in texts[stop][:before] if c not in special)
     assert stopped > 2 and line["length"] == pytest.approx(drawn.lengths.mean())
 
 
@@ -397,3 +406,10 @@ def test_bad_teachers_are_one_paragraph(folder, tmp_path, capsys, args, message)
         del line[at : at + 3]
     told = fails(capsys, distill.main, *line)
     assert message in told and len(told.splitlines()) == 1, told
+
+
+@pytest.mark.parametrize("script", [grpo, distill])
+def test_an_empty_stop_text_is_refused(script, capsys):
+    teacher = ["--teacher", "runs/teacher"] * (script is distill)
+    said = fails(capsys, script.main, "--dataset", "rows.jsonl", "--stop", "a", "", *teacher)
+    assert said == "--stop '': an empty text would end every completion before it begins"

@@ -19,6 +19,7 @@ from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
 from train.run.complete import left_padded
 from train.run.pretrained import Outline, end_tokens
+from train.run.stops import StopTexts
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 _STEPS = 16  # tokens of a batch between two looks at what has ended
@@ -50,11 +51,13 @@ class Answer:
         """
         self.tokens: list[int] = []
         self.ended: Ended | None = None
-        self._tokenizer, self._ends, self._stops, self.most = tokenizer, ends, stops, most
+        self._stops, self._ends, self.most = StopTexts(tokenizer, stops), ends, most
         self.said = ""
 
     def add(self, tokens: Sequence[int]) -> None:
         """Takes the next tokens; leaves out those after the end."""
+        if self.ended is not None:
+            return
         before = len(self.tokens)
         for token in tokens:
             if self.ended is None:
@@ -63,17 +66,15 @@ class Answer:
                     self.ended = "eos"
                 elif len(self.tokens) == self.most:
                     self.ended = "length"
-        if not self._has_stop(len(self.tokens)):
-            return
-        while not self._has_stop(before):
-            before += 1
-        del self.tokens[before:]
-        self.ended = "stop"
+        n = self._stops.length(self.tokens, before)
+        if n is not None and not (self.ended == "eos" and n == len(self.tokens)):
+            del self.tokens[n:]
+            self.ended = "stop"
 
     @property
     def text(self) -> str:
         """The answer so far, up to a text of --stop."""
-        return self._before_stop(self._decoded(len(self.tokens))).strip()
+        return self._stops.shown(self._stops.decoded(self.tokens)).strip()
 
     def fresh(self) -> str:
         """Returns the text to show since the last call.
@@ -85,30 +86,23 @@ class Answer:
         shown = self.text
         if self.ended is None:
             # All tokens are decoded each time: this takes less time than to make one of them.
-            held = self._decoded(len(self.tokens)).rstrip(_CUT)
-            shown = held[: len(held) - self._n_of_stop(held)].strip()
+            held = self._stops.decoded(self.tokens).rstrip(_CUT)
+            shown = self._stops.shown(held[: len(held) - self._n_of_stop(held)]).strip()
             if not shown.startswith(self.said):
                 return ""  # some tokenizers change what stands before a token
         new = shown[len(os.path.commonprefix([shown, self.said])) :]
         self.said = shown
         return new
 
-    def _decoded(self, n: int) -> str:
-        return self._tokenizer.decode(self.tokens[:n], skip_special_tokens=True)
-
-    def _has_stop(self, n: int) -> bool:
-        if not self._stops:
-            return False
-        text = self._decoded(n)
-        return any(stop in text for stop in self._stops)
-
-    def _before_stop(self, text: str) -> str:
-        return text[: min((text.index(stop) for stop in self._stops if stop in text), default=None)]
-
     def _n_of_stop(self, text: str) -> int:
         """Returns the length of the longest beginning of a stop text that ends `text`."""
         return max(
-            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            (
+                n
+                for stop in self._stops.stops
+                for n in range(1, len(stop))
+                if text.endswith(stop[:n])
+            ),
             default=0,
         )
 

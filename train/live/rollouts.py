@@ -5,7 +5,6 @@ what an uninterrupted one does. Sampler and step read the same arrays.
 """
 
 import abc
-import bisect
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,8 @@ from lora_jax.training.step import State
 from train.live.prompts import Drawn, PromptFeed
 from train.live.reference import running
 from train.run.complete import left_padded
-from train.run.pretrained import Outline, end_tokens
+from train.run.pretrained import end_tokens
+from train.run.stops import StopTexts
 from train.tasks.task import Preparing
 
 _STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout
@@ -130,9 +130,9 @@ class Rollouts(abc.ABC):
             parts.append(self._sampled(params, some, key, first * group))
         found = [np.concatenate(arrays)[: len(rows) * group] for arrays in zip(*parts, strict=True)]
         tokens, logps, lengths, ended = (np.array(one) for one in found)
-        texts = []
+        texts, stops = [], StopTexts(self.of.outline.tokenizer, self.config.data.stop)
         for at, ids in enumerate(tokens):
-            text, cut = text_of(ids[: lengths[at]].tolist(), self.of.outline, self.config)
+            text, cut = stops.cut(ids[: lengths[at]].tolist())
             if cut is not None:
                 lengths[at], ended[at] = cut, True
             texts.append(text)
@@ -162,22 +162,3 @@ class Rollouts(abc.ABC):
                 apply=self._apply,
             )
             return jax.tree.map(np.asarray, tuple(self._everywhere(drawn)))
-
-
-def text_of(ids: list[int], outline: Outline, config: Any) -> tuple[str, int | None]:
-    """Returns the text of a completion, and the number of its tokens if a stop text ends it."""
-    stops = config.data.stop
-
-    def decoded(n: int) -> str:
-        text: str = outline.tokenizer.decode(ids[:n], skip_special_tokens=True)
-        return text
-
-    text = decoded(len(ids))
-    places = [at for at in map(text.find, stops) if at >= 0]
-    if not places:
-        return text, None
-    numbers = range(1, len(ids) + 1)
-    before = bisect.bisect_left(
-        numbers, True, key=lambda n: any(stop in decoded(n) for stop in stops)
-    )
-    return text[: min(places)], before + 1

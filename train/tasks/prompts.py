@@ -19,7 +19,6 @@ from train.console.output import tell
 from train.data.dataset import find
 from train.live import rewarded
 from train.live.prompts import PromptFeed, Prompts
-from train.live.rollouts import text_of
 from train.options.defaults import Defaults
 from train.options.scripts.grpo import Config
 from train.reporters.files import read_json
@@ -28,6 +27,7 @@ from train.run.complete import completed
 from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import Outline
+from train.run.stops import StopTexts
 from train.tasks import chats
 from train.tasks.task import (
     Context,
@@ -198,7 +198,7 @@ class Rewarding:
         ids = completed(
             model, params, outline, of.tokens, new_tokens=new, forward=forward, progress=progress
         )
-        cut = [text_of(one, outline, config) for one in ids]
+        cut = [*map(StopTexts(outline.tokenizer, config.data.stop).cut, ids)]
         texts, ids = (
             [text for text, _ in cut],
             [one[:n] for one, (_, n) in zip(ids, cut, strict=True)],

@@ -15,7 +15,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from tests.support import with_random_factors
-from tests.train.tiny import CHATML, write_jsonl, write_model
+from tests.train.tiny import CHATML, SPECIAL, write_jsonl, write_model
 from train.generate import __main__ as generate
 from train.generate import answers, batch
 from train.generate.options import parse
@@ -69,6 +69,20 @@ def expected(made):
 
 def ask(*args):
     generate.main(["--max-new-tokens", "6", *map(str, args)])
+
+
+def test_a_special_token_ends_an_answer(made, tmp_path):
+    """Answers are the beginnings of those without --stop."""
+    args = ["--model", made[0] / "base-model", "--prompt", "3?", "--num-samples", 24]
+    args += ["--temperature", 3, "--max-new-tokens", 40, "--batch-size", 24]
+    ask(*args, "--output", tmp_path / "free.jsonl")
+    ask(*args, "--stop", SPECIAL[1], "--output", tmp_path / "stopped.jsonl")
+    free, stopped = (lines_of(tmp_path / f"{name}.jsonl") for name in ("free", "stopped"))
+    ended = [pair for pair in zip(free, stopped, strict=True) if pair[1]["ended"] == "stop"]
+    assert ended and all(one["tokens"] < other["tokens"] for other, one in ended)
+    assert all(other["answer"].startswith(one["answer"]) for other, one in ended)
+    others = [pair for pair in zip(free, stopped, strict=True) if pair not in ended]
+    assert others and all(other == one for other, one in others)
 
 
 def lines_of(path):

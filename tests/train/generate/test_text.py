@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tests.train.tiny import SPECIAL, tokenizer
 from train.generate.answers import Answer
+from train.run.stops import StopTexts
 
 TOKENIZER = tokenizer()
 END = TOKENIZER.convert_tokens_to_ids(SPECIAL[2])
@@ -47,6 +48,22 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(size):
         assert pieces[4:9] == ["", "", "", " STO", " t"]
 
 
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_a_special_token_is_a_stop_text_and_is_not_shown_otherwise(size):
+    pad, begin, _ = SPECIAL
+    said = tokens_of(f"a{pad}b{begin}c\n{begin}d")
+    for stops, text, n in (
+        ((begin,), "ab", 4),
+        ((f"\n{begin}",), "abc", 7),
+        ((f"{begin}x", "d"), "abc\n", 8),
+        ((f"{pad}z",), "abc\nd", None),
+    ):
+        made = answer(stops, most=len(said))
+        assert "".join(shown(made, said, size)) == made.text == text.strip()
+        assert (made.ended, len(made.tokens)) == (("stop", n) if n else ("length", 8))
+        assert StopTexts(TOKENIZER, stops).cut(said) == (text, n)
+
+
 def test_how_it_ends():
     by_end, by_length, both = answer(), answer(most=3), answer(most=3)
     by_end.add([*tokens_of("ab"), END, *tokens_of("c")])
@@ -60,7 +77,9 @@ def test_how_it_ends():
 @given(
     st.lists(st.one_of(st.integers(0, 258), st.sampled_from(tokens_of("a b\n"))), max_size=30),
     st.integers(1, 7),
-    st.lists(st.text("ab \n", min_size=1, max_size=3), max_size=2),
+    st.lists(
+        st.one_of(st.text("ab \n", min_size=1, max_size=3), st.sampled_from(SPECIAL)), max_size=2
+    ),
 )
 @settings(max_examples=200, deadline=None)
 def test_the_pieces_are_the_text(tokens, size, stops):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.train.serve.scripted import EOS, TOKENIZER, TOKENS, ids
+from tests.train.tiny import SPECIAL
 from train.serve.routes.openai.chat import Calls
 from train.serve.routes.openai.text import Text
 
@@ -50,6 +51,21 @@ def _char(entries, i):
     """The character that begins at a token, if one does."""
     rest = b"".join(TOKENS.of(entry.token) for entry in entries[i:])
     return "" if 0x80 <= rest[0] < 0xC0 else rest.decode()[0]
+
+
+def test_a_special_token_is_a_stop_text_and_is_not_shown_otherwise():
+    pad, begin, _ = SPECIAL
+    said = ids(f"a{pad}b{begin}c {begin}d", end=False)
+    for stops, expected in (
+        ([begin], "ab"),
+        ([f" {begin}"], "abc"),
+        ([f"{begin}x", "d"], "abc "),
+        ([f"{pad}z"], "abc d"),
+    ):
+        text = Text(TOKENS, stops)
+        parts = parts_of(text, said)
+        assert "".join(part for part, _ in parts) == expected
+        assert text.stopped == (expected != "abc d") and text.length == len(expected)
 
 
 @pytest.mark.parametrize("stops", [["b", "ab"], ["ab", "b"]])

@@ -82,6 +82,8 @@ def check(config: Any, **numbers: Numbers) -> None:
         **numbers,
     )
     check_group(optim.batch_size, data.group, data.max_new_tokens, data.seq_len)
+    if "" in data.stop:
+        raise UserError("--stop '': an empty text would end every completion before it begins")
     if run.eval_every:
         raise UserError(
             f"--eval-every {run.eval_every}: there is no held-out loss; --score-every measures the "

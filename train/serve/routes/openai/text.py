@@ -10,6 +10,7 @@ from tokenizers import pre_tokenizers
 
 from lora_jax.training.data.rows import check_text
 from lora_jax.training.errors import TrainingError
+from train.run.stops import StopTexts
 
 CUT = "\ufffd"  # stands for a character whose bytes are not all there
 _HELD = 32  # tokens that may wait for the end of a character
@@ -113,7 +114,8 @@ class Text:
     def __init__(self, tokens: Tokens, stop: Sequence[str] = (), *, special: bool = False) -> None:
         """Begins a text; `special` shows special tokens."""
         self.length, self.stopped = 0, False
-        self._tokens, self._stop, self._special = tokens, tuple(stop), special
+        self._tokens, self._special = tokens, special
+        self._stop = StopTexts(tokens.tokenizer, stop)
         self._ids: list[int] = []  # those given out last, as the context of the next, and the rest
         self._known = 0  # those given out, of these
         self._held = ""  # decoded, and not given out
@@ -145,23 +147,28 @@ class Text:
 
     def _decoded(self) -> str:
         """Returns the text since the tokens that were given out last."""
-        before = self._tokens.text(self._ids[: self._known], special=self._special)
-        return self._tokens.text(self._ids, special=self._special)[len(before) :]
+        before = self._text(self._ids[: self._known])
+        return self._text(self._ids)[len(before) :]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokens.text(ids, special=True) if self._special else self._stop.decoded(ids)
 
     def _given(self, new: str, *, last: bool = False) -> tuple[str, list[Entry]]:
         if new:
             self._ids = self._ids[self._known :]
             self._known = len(self._ids)
         text = self._held + new
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        self.stopped = bool(found)
-        kept = min(found) if found else len(text) - (0 if last else beginning(text, self._stop))
+        kept = self._stop.place(text)
+        self.stopped = kept is not None
+        if kept is None:
+            kept = len(text) - (0 if last else beginning(text, self._stop.stops))
         self._held = text[kept:]
-        self.length += kept
-        whole = last and not found
+        given_text = text[:kept] if self._special else self._stop.shown(text[:kept])
+        self.length += len(given_text)
+        whole = last and not self.stopped
         given = [one for one in self._entries if whole or one.start < self.length]
         self._entries = self._entries[len(given) :]
-        return text[:kept], given
+        return given_text, given
 
 
 def beginning(text: str, marks: Iterable[str]) -> int:
