@@ -1,5 +1,6 @@
 """Kernels of a file as codes, a layer at a time: the float kernel is never in memory whole."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
+from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.keys import Row, WeightsError
 from lora_jax.hf.sources import HasCodes, Source
 from lora_jax.quantized import Coded, Coding, encode
@@ -63,6 +65,36 @@ def check_alike(source: HasCodes, row: Row) -> None:
             f"{source.where}: {first} and {others[0]} lie in different codes, or one of them in "
             f"none, and {row.path} stacks them. quantize='none' (--quantize none) reads arrays"
         )
+
+
+def check_stored(source: Source, kernels: Sequence[Row]) -> None:
+    """Raises an error if kernels that are to stay in the codes of their file do not lie in any.
+
+    Args:
+      source: the file.
+      kernels: the kernels.
+
+    Raises:
+      ConfigError: none lies in codes that stay so; says what they lie in.
+      WeightsError: a stack's tensors lie in different codes, and those of the file always stay so.
+    """
+    for row in kernels:
+        check_alike(source, row)
+    if any([shapes_as_stored(source, row, np.float32) for row in kernels]):
+        return
+    found = "in codes"
+    if source.stays:
+        found = f"in codes that stay so: they lie in {forms_of(source, kernels)}. {source.stays}"
+    raise ConfigError(
+        f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here is "
+        f"{found}: choose a format, such as quantize='nf4'"
+    )
+
+
+def forms_of(source: Source, kernels: Iterable[Row]) -> str:
+    """Returns the forms that kernels lie in, and how many of their layers do: "Q5_K (12)"."""
+    forms = Counter(source.form(name) for row in kernels for name in row.hf_names)
+    return ", ".join(f"{form} ({n})" for form, n in forms.most_common())
 
 
 def _kinds(source: HasCodes, row: Row) -> list[str]:

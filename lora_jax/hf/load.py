@@ -13,8 +13,15 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from lora_jax.hf.coded import NONE, STORED, as_stored, check_alike, encoded, shapes_as_stored
-from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.coded import (
+    NONE,
+    STORED,
+    as_stored,
+    check_stored,
+    encoded,
+    forms_of,
+    shapes_as_stored,
+)
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
 from lora_jax.hf.sources import FLOATS, HasCodes, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
@@ -63,21 +70,14 @@ def load_params(
         )
     codings = codings_of(table, param_dtype, quantize, source)
     if quantize == STORED:
-        kernels = [row for row in held if row.path in codings]
-        for row in kernels:
-            check_alike(source, row)
-        if not any([shapes_as_stored(source, row, param_dtype) for row in kernels]):
-            raise ConfigError(
-                f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here "
-                "is in codes: choose a format, such as quantize='nf4'"
-            )
+        check_stored(source, [row for row in held if row.path in codings])
 
     def read(row: Row) -> Any:
         place = None if sharding is None else sharding(row.path, row.stacked_shape)
         if row.path in codings and row.part not in absent:
             if (coded := read_codes(row, codings[row.path], place)) is not None:
                 return coded
-            unfit.append(row.path)
+            unfit.append(row)
         if row.part in absent:
             fresh = _fresh(row, source.config.initializer_range, key)
             return jax.device_put(fresh.astype(param_dtype), place)
@@ -91,16 +91,19 @@ def load_params(
         exact = functools.partial(_placed, source, row, np.dtype(np.float32), place)
         return encoded(row, coding, param_dtype, place, exact)
 
-    unfit: list[str] = []
+    unfit: list[Row] = []
     params = nested((row.path, read(row)) for row in table)
     if unfit:
-        why = "is not in the codes of one known format" if quantize == STORED else "fits no blocks"
-        warnings.warn(
-            f"{source.where}: {unfit[0]} {why}, nor do {len(unfit) - 1} other kernels of "
-            f"{len(codings)}: they stay as they are",
-            QuantizeWarning,
-            stacklevel=3,
+        said = (
+            f"{unfit[0].path} fits no blocks, nor do {len(unfit) - 1} other kernels of "
+            f"{len(codings)}: they stay as they are"
         )
+        if quantize == STORED:
+            said = (
+                f"{len(unfit)} of {len(codings)} kernels are read as floats: {unfit[0].path} lies "
+                f"in {forms_of(source, unfit[:1])}. {source.stays}"
+            )
+        warnings.warn(f"{source.where}: {said}", QuantizeWarning, stacklevel=3)
     return params
 
 

@@ -52,12 +52,14 @@ class Source(HasCodes, Protocol):
       config: the family's configuration.
       shapes: name -> shape, of every tensor.
       dtypes: name -> dtype as it is stored, by safetensors' names ("F32"); of codes, "F32".
+      stays: a sentence on the forms that stay in codes, for messages; "" where all do.
     """
 
     format: Format
     config: Any
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    stays: str
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, as it is stored or in fp32."""
@@ -76,6 +78,9 @@ class Source(HasCodes, Protocol):
     def locate(self, name: str) -> str:
         """Returns the file that holds a tensor."""
 
+    def form(self, name: str) -> str:
+        """Returns the form that a tensor lies in, by the file's own name for it: "Q5_K", "F16"."""
+
 
 class SafetensorsFolder:
     """A folder with config.json and model.safetensors, or shards and their index.
@@ -93,6 +98,8 @@ class SafetensorsFolder:
       WeightsError: if a file is missing, truncated or damaged, if the index and its shards
         disagree, or if codes lack their scales; it names the file and the tensor.
     """
+
+    stays = ""
 
     def __init__(self, folder: Path, formats: Formats, **options: Any):
         self.where = str(folder)
@@ -203,6 +210,9 @@ class SafetensorsFolder:
 
     def locate(self, name: str) -> str:
         return str(self._locations[name])
+
+    def form(self, name: str) -> str:
+        return self.dtypes[name]
 
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         path, part = self._locations[name], self._parts[name]

@@ -1,5 +1,6 @@
 """Kernels that are read as codes: those of the whole tree in codes, a layer in memory at a time."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,25 @@ def test_the_codes_of_a_file_stay_as_they_are(kind: str, tmp_path: Path) -> None
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     alike = NamedSharding(mesh, PartitionSpec(None))
     assert_same(from_pretrained(path, quantize="stored", sharding=lambda *_: alike)[1], coded)
+
+
+def test_types_of_a_file_that_do_not_stay_are_named(tmp_path: Path) -> None:
+    """As Q4_K_M and Q5_K_M files have them: types that are read as floats, and mixed stacks."""
+    model, params = decoder(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16
+    )
+    path = tmp_path / "model.gguf"
+    write(path, model.config, params, "Q5_0")
+    said = r"no kernel here is in codes that stay so: they lie in Q5_0 \(14\)\. .* Q4_0, "
+    with pytest.raises(ConfigError, match=said):
+        from_pretrained(path, quantize="stored")
+    mixed = {"blk.0.ffn_down.weight": "Q8_0", "blk.1.attn_q.weight": "Q5_1"}
+    write(path, model.config, params, lambda name: mixed.get(name, "Q4_0"))
+    with pytest.warns(QuantizeWarning, match="2 of 7 kernels are read as floats") as caught:
+        _, coded = from_pretrained(path, quantize="stored")
+    floats = [path.split("/")[-2] for path, leaf in leaves(coded).items() if not is_coded(leaf)]
+    assert {"q_proj", "down_proj"} <= {*floats} and "up_proj" not in floats
+    assert re.search(r"lies in Q4_0 \(1\), Q5_1 \(1\)\. Of the types", str(caught[0].message))
 
 
 def test_what_is_in_no_codes(folder: Any) -> None:

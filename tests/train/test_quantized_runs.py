@@ -11,11 +11,13 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 from lora_jax.models import from_pretrained
 from lora_jax.quantized import dequantize
+from tests.hf.test_gguf import write
+from tests.hf.vocabularies import byte_level, metadata_of
 from tests.models.tiny import run as plain_logits
 from tests.support import assert_close
 from tests.train.test_classify import words, write_encoder
 from tests.train.test_sft import fails, run
-from tests.train.tiny import write_jsonl, write_model, write_rows
+from tests.train.tiny import decoder, write_jsonl, write_model, write_rows
 from train import classify, sft
 from train.adapters.source import find_adapter, runnable
 from train.export import __main__ as export
@@ -171,6 +173,17 @@ def test_what_has_no_codes_is_refused(options, message, inputs, tmp_path, capsys
     given = inputs[:6] if "--full" in options else inputs
     said = fails(capsys, *given, "--output", tmp_path / "run", *options.split())
     assert re.search(message, said), said
+
+
+def test_types_of_a_gguf_file_that_are_no_codes_here_are_named(inputs, tmp_path, capsys):
+    found = metadata_of(byte_level("qwen2"), "qwen2")
+    sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16)
+    tiny, params = decoder(vocab_size=len(found["tokenizer.ggml.tokens"]), **sizes)
+    write(tmp_path / "model.gguf", tiny.config, params, "Q5_1", tokenizer=found)
+    given = ["--model", tmp_path / "model.gguf", *inputs[2:], "--output", tmp_path / "run"]
+    said = fails(capsys, *map(str, given), "--quantize", "stored")
+    assert "they lie in Q5_1 (14)" in said and "the others are read as floats" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

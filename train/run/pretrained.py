@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from lora_jax import models
 from lora_jax.hf.bundled import BUNDLES
-from lora_jax.hf.coded import NONE, STORED
+from lora_jax.hf.coded import NONE, STORED, check_stored
 from lora_jax.hf.fields import read_file
 from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
-from lora_jax.hf.load import absent_rows, shapes_of
+from lora_jax.hf.load import absent_rows, codings_of, shapes_of
 from lora_jax.hf.sources import HasCodes
 from lora_jax.hf.stored.promised import Promised
 from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
@@ -128,7 +128,7 @@ class Outline:
           quantize: the codes; "none" for arrays, None for what the model's files hold.
 
         Raises:
-          UserError: the model's files hold no codes, and "stored" was asked for.
+          UserError: the model's files hold no codes that stay, and "stored" was asked for.
         """
         if quantize is None or (quantize == NONE and not self.in_codes):
             return self
@@ -140,7 +140,11 @@ class Outline:
                 raise models.ConfigError(
                     f"the files of {self.name} hold no codes: choose a format, such as nf4"
                 )
-            params = shapes_of(key_table(self.config), jnp.float32, quantize, source)
+            table = key_table(self.config)
+            if source is not None:
+                kernels = codings_of(table, jnp.float32, quantize, source)
+                check_stored(source, [row for row in table if row.path in kernels])
+            params = shapes_of(table, jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
 
     def dated(self, day: str | None) -> "Outline":

@@ -26,6 +26,7 @@ class GGUFFile:
     Attributes:
       metadata: the file's key-value pairs.
       shipped: empty, since its codes are kept only if they are asked for.
+      stays: see `lora_jax.hf.sources.Source`.
 
     Raises:
       ConfigError: for another architecture or an unsupported option; names it.
@@ -33,6 +34,10 @@ class GGUFFile:
     """
 
     shipped: frozenset[str] = frozenset()
+    stays = (
+        f"Of the types of GGUF files, {', '.join(TYPES)} stay in codes, where all layers of a "
+        "kernel have the same one; the others are read as floats"
+    )
 
     def __init__(self, path: Path, formats: Formats):
         self.where = str(path)
@@ -48,7 +53,6 @@ class GGUFFile:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         self.dtypes = dict.fromkeys(self.shapes, "F32")  # as they are read
-        self.forms = {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         rows = self._array(self._tensors[name]).reshape(self.shapes[name])
@@ -63,18 +67,17 @@ class GGUFFile:
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         tensor = self._tensors[name]
-        kind = tensor.tensor_type.name
-        if kind not in TYPES:
+        if self.form(name) not in TYPES:
             return None
-        coded = from_gguf(tensor.data, kind, self.shapes[name], dtype)
+        coded = from_gguf(tensor.data, self.form(name), self.shapes[name], dtype)
         return coded.map(lambda rows: self._layout.in_order(rows, name, self.config))
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         tensor, shape = self._tensors[name], self.shapes[name]
-        if tensor.tensor_type.name not in TYPES:
+        if self.form(name) not in TYPES:
             return None
         row = np.zeros(tensor.data.nbytes // math.prod(shape[:-1]), np.uint8)
-        one = from_gguf(row, tensor.tensor_type.name, (1, shape[-1]), dtype)
+        one = from_gguf(row, self.form(name), (1, shape[-1]), dtype)
         lead = shape[:-1]
         return one.map(lambda row: jax.ShapeDtypeStruct((*lead, row.shape[-1]), row.dtype))
 
@@ -83,3 +86,6 @@ class GGUFFile:
 
     def locate(self, name: str) -> str:
         return self.where
+
+    def form(self, name: str) -> str:
+        return str(self._tensors[name].tensor_type.name)
