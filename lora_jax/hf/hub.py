@@ -1,6 +1,7 @@
 """Resolves a name or a path to local files: the hub, its cache, or a model in a package."""
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,7 +33,8 @@ def resolve(name_or_path: str | Path) -> Found:
     hub, so that runs agree. No package is downloaded here: ``fetch.fetch`` does that.
 
     Args:
-      name_or_path: a folder, a GGUF file, or a hub name such as "owner/model".
+      name_or_path: a folder, a GGUF file, or a hub name such as "owner/model". Of a folder with
+        one GGUF file and no safetensors, that file is the model.
 
     Returns:
       The folder or the GGUF file.
@@ -88,7 +90,8 @@ def look_up(name_or_path: str | Path) -> Found | str:
     """
     path = _path(name_or_path)
     if path.exists():
-        return Found(path)
+        file = _only_gguf(path)
+        return Found(path) if file is None else Found(file, f"{path}: reading {file.name}")
     name = hub_name(name_or_path)
     if (cached := _complete(_download(name, local_only=True))) is not None:
         return Found(cached)
@@ -122,7 +125,7 @@ def resolve_config(name_or_path: str | Path) -> Path:
     """
     path = _path(name_or_path)
     if path.exists():
-        return path / "config.json" if path.is_dir() else path
+        return _only_gguf(path) or (path / "config.json" if path.is_dir() else path)
     name = hub_name(name_or_path)
     if name in BUNDLES:  # small, and perhaps a package's copy
         return resolve_config(resolve(name).path)
@@ -134,6 +137,13 @@ def _path(name_or_path: str | Path) -> Path:
     if problem := remote_problem(name_or_path):
         raise ModelNotFound(f"{name_or_path} {problem}")
     return Path(name_or_path).expanduser()
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """Returns the GGUF file of a folder that holds one, or the parts of one, and no safetensors."""
+    files = sorted(folder.glob("*.gguf"))
+    models = {re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name) for file in files}
+    return files[0] if len(models) == 1 and not any(folder.glob("*.safetensors*")) else None
 
 
 def hub_name(name_or_path: str | Path) -> str:

@@ -147,7 +147,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         return
     source = resolve(Path(tokenizer)).path
     if not source.is_dir():
-        load_tokenizer(source).save_pretrained(folder)
+        load_tokenizer(Path(tokenizer)).save_pretrained(folder)
         return
     files = tokenizer_files(source)
     if not files:

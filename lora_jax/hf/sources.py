@@ -1,8 +1,6 @@
 """Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time."""
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_file
+from lora_jax.hf.folder import INDEX, damaged, not_a_model, weight_map
 from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
 from lora_jax.hf.stored.kept import renamed
@@ -109,12 +108,12 @@ class SafetensorsFolder:
         self.dtypes: dict[str, str] = {}
         self._paths: dict[str, Path] = {}
         self._files: dict[Path, Any] = {}
-        listed = _weight_map(folder)
+        listed = weight_map(folder)
         for path in sorted({folder / shard for shard in listed.values()}):
             self._open(path)
         for name, shard in listed.items():
             if name and self._paths.get(name) != folder / shard:
-                raise WeightsError(f"{folder / _INDEX} puts {name} in {shard}, which lacks it")
+                raise WeightsError(f"{folder / INDEX} puts {name} in {shard}, which lacks it")
         self._raw: dict[Path, RawFile] = {}
         headers = {name: Header(self.dtypes[name], shape) for name, shape in self.shapes.items()}
         self._headers = headers
@@ -165,7 +164,7 @@ class SafetensorsFolder:
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
                 self.dtypes[name] = file.get_slice(name).get_dtype()
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} is damaged or cut short: {error}") from None
+            raise WeightsError(damaged(path, error)) from None
 
     def _fetch(self, name: str, rows: slice | None) -> np.ndarray:
         path = self._paths[name]
@@ -235,6 +234,8 @@ def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
 
 def _read_config(path: Path, formats: Formats, options: Fields) -> tuple[Any, Fields]:
     """Returns a configuration, and the fields of the file, whose codes are known."""
+    if not path.exists() and (why := not_a_model(path.parent)):
+        raise ConfigError(f"{path} is missing: {why}")
     fields = read_file(path, "a model", ConfigError)
     try:
         read_method(fields)
@@ -244,36 +245,3 @@ def _read_config(path: Path, formats: Formats, options: Fields) -> tuple[Any, Fi
         raise ConfigError(f"{path}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:  # "24" in the place of 24, 0 heads
         raise ConfigError(f"{path} has a field of the wrong kind: {error}") from error
-
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Returns the index, tensor -> file; without one, the single file under the name ""."""
-    index = folder / _INDEX
-    if not index.exists():
-        if not (folder / _SINGLE).exists():
-            raise WeightsError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
-        return {"": _SINGLE}
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        times = Counter(name for name, _ in pairs)
-        if twice := sorted(name for name, n in times.items() if n > 1):
-            raise WeightsError(f"{index} lists more than once: {', '.join(twice)}")
-        return dict(pairs)
-
-    try:
-        text = index.read_text(encoding="utf-8")
-        listed: dict[str, str] = json.loads(text, object_pairs_hook=unique)["weight_map"]
-        strange = [n for n, shard in listed.items() if Path(shard).name != shard or not shard]
-    except WeightsError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} cannot be read: {error!r}") from None
-    if strange:
-        raise WeightsError(f"{index} names no file of its folder for {', '.join(strange)}")
-    shards = sorted(set(listed.values()))
-    if missing := [shard for shard in shards if not (folder / shard).exists()]:
-        raise WeightsError(f"{folder} lacks shards that {_INDEX} lists: {', '.join(missing)}")
-    return listed

@@ -7,6 +7,7 @@ from typing import Any
 from lora_jax.core.types import Fields
 from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.folder import pointer_problem
 from lora_jax.hf.gguf import open_gguf
 from lora_jax.hf.gguf.tokenizer import build
 from lora_jax.hf.hub import hub_name, resolve, snapshot
@@ -40,7 +41,8 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     >>> from lora_jax import models
     >>> tokenizer = models.load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    path = resolve(name_or_path).path
+    folder = Path(name_or_path).expanduser()
+    path = folder if (folder / "tokenizer.json").is_file() else resolve(name_or_path).path
     if path.is_dir():
         return _of_folder(path)
     try:
@@ -69,6 +71,9 @@ def _of_folder(path: Path) -> Any:
     try:
         return auto.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a damaged folder, anything
+        file = path / "tokenizer.json"
+        if file.is_file() and (pointer := pointer_problem(file)):
+            raise ConfigError(pointer) from None
         said = " ".join(str(error).split())
         if "trust_remote_code" in said:
             raise ConfigError(

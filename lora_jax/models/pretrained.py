@@ -47,10 +47,10 @@ def from_pretrained(
 ) -> tuple[Model, dict[str, Any]]:
     """Loads a pretrained model, and its parameters as a plain nested dict.
 
-    Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
-    a name on the Hugging Face hub. Parameters are read one at a time, and a sharded one part by
-    part, so that the host never holds more than the largest of these parts beside what is on the
-    devices.
+    Reads a folder (config.json with model.safetensors, or shards and their index; or one GGUF
+    file), a GGUF file, or a name on the Hugging Face hub. Parameters are read one at a time, and a
+    sharded one part by part, so that the host never holds more than the largest of these parts
+    beside what is on the devices.
 
     Files of a base class (transformers' ``AutoModel``), whose names lack the prefix ``model.``, are
     read as well; a decoder's need a head that is tied to the embedding.
