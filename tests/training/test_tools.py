@@ -63,7 +63,7 @@ LLAMA = """
         {{- message.content | trim + '<|eot_id|>' }}{{- END }}
     {%- else %}
         {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}
-        {%- if loop.index0 == 1 and tools %}
+        {%- if tools and message == (messages | selectattr('role', 'equalto', 'user') | first) %}
             {%- for tool in tools %}{{- tool | tojson(indent=4) + '\n\n' }}{%- endfor %}
         {%- endif %}{{- message.content | trim + '<|eot_id|>' }}
     {%- endif %}
@@ -142,6 +142,7 @@ TOOLS = [
 ]
 CALL = {"name": "weather", "arguments": {"city": "Ürümqi", "days": 2}}
 USER = {"role": "user", "content": "Rain in Ürümqi?"}
+NAMES_IT = {"role": "user", "content": "What is the weather?"}
 CALLING = {
     "role": "assistant",
     "content": None,
@@ -226,6 +227,7 @@ def test_the_loss_counts_all_the_last_turn_or_the_assistants():
     [
         ({"messages": [USER, CALLING]}, CHATML, "row 1: the model's chat template shows no tool c"),
         ({**CHAT, "messages": [USER, ANSWER]}, CHATML, "shows no tools: 'weather' is not in"),
+        ({**CHAT, "messages": [NAMES_IT, ANSWER]}, CHATML, "shows no tools: 'weather' is only"),
         (
             {"messages": [USER, ANSWER, TOLD, ANSWER]},
             "{% for m in messages if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -31,6 +31,7 @@ _SET_HERE = ("messages", "tools", "add_generation_prompt")
 _FIELDS = (("reasoning_content", "reasoning", "thinking"), ("name",), ("function_call",))
 _LONG = 20  # characters of a text that is hardly in a rendered chat by chance
 _CHANGE = " And so on."
+_MARK = "qzjxvk"  # stands in no text
 
 
 class LeftOut(NamedTuple):
@@ -204,14 +205,37 @@ class Rendered(NamedTuple):
             self._check_said(index, turn)
 
     def _check_tools(self) -> None:
-        for tool in self.chat.tools or ():
-            name = (tool.get("function") or tool).get("name")
-            if isinstance(name, str) and name not in self.text:
-                raise TrainingError(
-                    f"the model's chat template shows no tools: {name!r} is not in "
-                    f"{shown(self.text)}. Give a model whose template knows tools, or rows without "
-                    "`tools`"
-                )
+        tools = self.chat.tools or []
+        names = {i: name for i, tool in enumerate(tools) if isinstance(name := _name(tool), str)}
+        hidden = [name for name in names.values() if name not in self.text]
+        for name in hidden or self._hidden_tools(names):
+            where = "not in" if hidden else "only there where a turn says it, in"
+            raise TrainingError(
+                f"the model's chat template shows no tools: {name!r} is {where} "
+                f"{shown(self.text)}. Give a model whose template knows tools, or rows without "
+                "`tools`"
+            )
+
+    def _hidden_tools(self, names: Mapping[int, str]) -> list[str]:
+        """Returns the tools, of those whose name is in the text, that the template does not show.
+
+        A name may stand in a turn as well, or in the template. With others, which stand nowhere, it
+        tells whether it shows the tools.
+        """
+        chat, tools = self.chat, list(self.chat.tools or ())
+        other = template_of(self.tokenizer, chat) + repr((chat.messages, chat.options))
+        if not any(name in other for name in names.values()):
+            return []
+        new = {i: f"{_MARK}{i}_{name}" for i, name in names.items()}
+        for i, name in new.items():
+            function = tools[i].get("function")
+            renamed = {"function": {**function, "name": name}} if function else {"name": name}
+            tools[i] = {**tools[i], **renamed}
+        try:
+            text = render(chat._replace(tools=tools), self.end, self.tokenizer, ask=self.ask)
+        except Exception:  # what a template refuses, it has read
+            return []
+        return [names[i] for i, name in new.items() if name not in text]
 
     def _check_said(self, index: int, turn: Message) -> None:
         """Raises TrainingError if the text of a turn is missing that is no assistant's."""
@@ -334,6 +358,11 @@ def check_calls(turn: Message, text: str) -> None:
 def _of(turn: Message, fields: Iterable[str]) -> list[str]:
     """Returns those of some fields that a turn has."""
     return [field for field in fields if turn.get(field)]
+
+
+def _name(call: Mapping[str, Any]) -> Any:
+    """Returns the name of a tool, or of a call of one."""
+    return (call.get("function") or call).get("name")
 
 
 def _called(turns: Iterable[Message]) -> set[str]:

@@ -85,7 +85,7 @@ def test_a_chat(client, engine):
 
 
 def test_what_is_asked_reaches_the_engine(client, engine):
-    extra = {"top_k": 7, "stop_token_ids": [5], "unknown": "ignored"}
+    extra = {"top_k": 7, "stop_token_ids": [5]}
     fields = {"temperature": 0.5, "top_p": 0.25, "seed": -1, "n": 2, "stop": ["x", "y"]}
     ask(client, max_completion_tokens=9, extra_body=extra, **fields)
     sample = engine.drawn[-1]

@@ -94,20 +94,34 @@ def test_unknown_losses_say_what_there_is(client):
         {"learning_rate": "1"},
         {"learning_rate": -1.0},
         {"learning_rate": float("nan")},
+        {"learning_rate": None},
         {"beta1": 1.0},
         {"beta2": -0.1},
         {"eps": float("inf")},
+        {"eps": None},
         {"weight_decay": True},
     ],
 )
 def test_steps_that_are_refused(client, params):
     model = client.create()
     content = json.dumps({"model_id": model, "seq_id": 1, "adam_params": params})
-    client.ask("POST", "optim_step", 400, content=content)
+    refused = client.ask("POST", "optim_step", 400, content=content)
+    assert next(iter(params)) in refused["detail"]
     muon = {"type": "dimuon", "learning_rate": 0.1}
     said = client.post("optim_step", 400, model_id=model, seq_id=2, optimizer_params=muon)
     assert "adamw" in said["detail"]
     client.result(client.step(model, 3))
+
+
+def test_steps_that_were_taken_before_they_were_refused_are_executed_again(tmp_path):
+    client = Client(FakeEngine(), tmp_path)
+    model = client.create()
+    client.result(f"{model}:0")
+    content = json.dumps({"model_id": model, "seq_id": 1, "adam_params": {"learning_rate": None}})
+    client.server.ledger.log(model, 1, "optim_step", content.encode())
+    client.server.close()
+    again = Client(FakeEngine(), tmp_path)
+    assert again.result(f"{model}:1")["metrics"] == {"step:max": 1.0}
 
 
 def test_checkpoints(client):

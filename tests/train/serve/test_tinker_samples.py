@@ -158,6 +158,7 @@ def test_a_prompt_that_fills_the_context_is_scored(client):
             {"sampling_params": params}
             for params in (
                 {"temperature": -1},
+                {"temperature": None},
                 {"temperature": "hot"},
                 {"top_p": 0},
                 {"top_p": 2},

@@ -217,6 +217,9 @@ def test_errors_reach_the_user(service):
     with pytest.raises(tinker.BadRequestError, match="exists already"):
         client.save_state("a").result()
     client.optim_step(types.AdamParams()).result()  # the client goes on
+    refused = (tinker.BadRequestError, ValueError)  # older SDKs do not send it
+    with pytest.raises(refused, match="learning_rate is null|not JSON compliant"):
+        client.optim_step(types.AdamParams(learning_rate=float("nan"))).result()
 
 
 def test_custom_losses(served, service):

@@ -28,6 +28,7 @@ from train.serve.routes.openai.answers import (
 from train.serve.routes.openai.chat import prompt_of, tools_of
 from train.serve.routes.openai.draws import Draws, Events, unless_gone
 from train.serve.routes.openai.fields import (
+    check_fields,
     flag_of,
     read_body,
     read_prompts,
@@ -39,6 +40,7 @@ from train.serve.routes.openai.fields import (
     wrong,
 )
 from train.serve.routes.openai.models import Models
+from train.serve.routes.openai.table import CHAT, COMPLETIONS, FIELDS, STREAM_OPTIONS
 from train.serve.routes.openai.text import Tokens
 
 _AT_ONCE = 1024  # completions of a request at most
@@ -85,13 +87,13 @@ class OpenAI:
     def routes(self) -> list[Route]:
         """Returns the routes."""
         return [
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route(CHAT, self._chat, methods=["POST"]),
+            Route(COMPLETIONS, self._complete, methods=["POST"]),
             *self._models.routes(),
         ]
 
     async def _chat(self, request: Request) -> Response:
-        body = await read_body(request)
+        body = await self._read(request, CHAT)
         sample, top = await self._sample(request, body, None), read_top(body)
         prompt = await run_in_threadpool(
             prompt_of, body, self._tokens, self._engine.facts.max_length
@@ -109,7 +111,7 @@ class OpenAI:
         )
 
     async def _complete(self, request: Request) -> Response:
-        body, facts = await read_body(request), self._engine.facts
+        body, facts = await self._read(request, COMPLETIONS), self._engine.facts
         prompts, echo = read_prompts(body, facts), flag_of(body, "echo")
         sample = await self._sample(request, body, _LENGTH, least=int(not echo))
         top = whole(body, "logprobs", 0, TOP)
@@ -132,6 +134,11 @@ class OpenAI:
                 **_streaming(body),
             ),
         )
+
+    async def _read(self, request: Request, path: str) -> dict[str, Any]:
+        body = await read_body(request)
+        check_fields(body, FIELDS[path], path)
+        return body
 
     async def _sample(
         self, request: Request, body: Any, max_tokens: int | None, least: int = 1
@@ -219,4 +226,5 @@ def _streaming(body: dict[str, Any]) -> dict[str, bool]:
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise wrong("stream_options", options, "an object is needed")
+    check_fields(options, STREAM_OPTIONS, "`stream_options`")
     return {"stream": flag_of(body, "stream"), "usage": flag_of(options, "include_usage")}

@@ -11,32 +11,11 @@ from lora_jax.training.data.rows import check_text, shown
 from lora_jax.training.errors import TrainingError
 from train.serve.requests import TOP, Facts, Sample
 from train.serve.routes.errors import HttpError
+from train.serve.routes.openai.table import Field, nearest
 
 _MOST = 128  # completions of a prompt
 _STOPS = 16
 _SEEDS = 2**63
-
-# Fields of OpenAI's and of vLLM's that would change the answer, and are not supported: by name, the
-# values that change nothing, besides null.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens"), (0,)),
-    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
-    **dict.fromkeys(("functions", "bad_words"), ([],)),
-    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
-    **dict.fromkeys(("use_beam_search", "continue_final_message"), (False,)),
-    **dict.fromkeys(("parallel_tool_calls", "add_generation_prompt"), (True,)),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "suffix": ("",),
-    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity"), ()),
-    **dict.fromkeys(("web_search_options", "prompt_embeds", "structured_outputs"), ()),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
-}
-_INSTEAD = {
-    "functions": "give `tools`",
-    "reasoning_effort": "give what the chat template reads as `chat_template_kwargs`",
-}
 
 
 async def read_body(request: Request) -> dict[str, Any]:
@@ -91,13 +70,28 @@ def real(body: Mapping[str, Any], name: str, default: float, most: float) -> flo
     return float(value)
 
 
-def check_supported(body: Mapping[str, Any]) -> None:
-    """Raises HttpError for a field that would change the answer, and has no effect here."""
-    for name, neutral in _NEUTRAL.items():
-        value = body.get(name)
-        if value is not None and value not in neutral:
-            instead = _INSTEAD.get(name, "leave it out")
-            raise wrong(name, value, f"this is not supported; {instead}")
+def check_fields(body: Mapping[str, Any], fields: Mapping[str, Field], of: str) -> None:
+    """Raises HttpError for a field that is unknown, or that would change the answer and cannot.
+
+    Args:
+      body: the fields that were sent.
+      fields: the known fields, of `table`.
+      of: the name of what was sent, for the message.
+    """
+    for name, value in body.items():
+        field = fields.get(name)
+        if field is None:
+            raise _unknown(name, fields, of)
+        if value is not None and field.values is not None and value not in field.values:
+            raise wrong(name, value, f"this is not supported; {field.instead}")
+
+
+def _unknown(name: str, fields: Mapping[str, Field], of: str) -> HttpError:
+    like = nearest(name, fields)
+    works = ", ".join(known for known, field in fields.items() if field.kind == "works")
+    instead = f"did you mean `{like}`?" if like else f"leave it out; there are {works}"
+    said = f"{shown(name)} is no field of {of}: {instead}"
+    return HttpError(400, said, param=name[:100], code="unknown_parameter")
 
 
 def read_sample(
@@ -106,15 +100,14 @@ def read_sample(
     """Returns what a request asks for, of the base and with an empty prompt.
 
     Args:
-      body: the fields that chats and plain completions share.
+      body: the fields that chats and plain completions share; see `check_fields`.
       facts: the engine's.
       max_tokens: default of the number of tokens.
       least: smallest number of tokens; 0 where the prompt itself is scored.
 
     Raises:
-      HttpError: a field is wrong, or is not supported.
+      HttpError: a field is wrong.
     """
-    check_supported(body)
     longest = [whole(body, x, least, 1 << 30) for x in ("max_completion_tokens", "max_tokens")]
     given = next((x for x in longest if x is not None), max_tokens)
     n = whole(body, "n", 1, _MOST) or 1

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from train.serve.adoption import Adoption
 from train.serve.ledger import Ledger, Row
-from train.serve.requests import Client, Command, RequestError, Serving
+from train.serve.requests import Client, Command, RequestError, Serving, Update
 from train.serve.routes.tinker import commands, wire
 from train.serve.routes.tinker.bodies import Endpoint, Fields, Owner, Refused, body_of, guarded, say
 from train.serve.routes.tinker.futures import Futures
@@ -238,7 +238,14 @@ class Tinker:
 
     async def _optim_step(self, request: Request, owner: str) -> Response:
         body = await body_of(request)
-        return await self._submit(self._place(Fields.parsed(body), owner), "optim_step", body)
+        fields = Fields.parsed(body)
+
+        def prepare() -> tuple[None, None]:
+            given = fields.object("adam_params", {})
+            commands.check_numbers(given, *(one.name for one in dataclasses.fields(Update)))
+            return None, None
+
+        return await self._submit(self._place(fields, owner), "optim_step", body, prepare)
 
     async def _load_weights(self, request: Request, owner: str) -> Response:
         body = await body_of(request)

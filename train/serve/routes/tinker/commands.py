@@ -112,6 +112,20 @@ def update_of(fields: Fields) -> Update:
     )
 
 
+def check_numbers(fields: Fields, *names: str) -> None:
+    """Raises a RequestError for a number that is null, as JSON writes NaN and infinities.
+
+    Commands that were taken in before are executed again as they were then: so this is a check of
+    what comes, and none of what the ledger has.
+    """
+    for name in names:
+        if name in fields.values and fields.values[name] is None:
+            raise RequestError(
+                f"{name} is null, which JSON writes for NaN and infinities: give a finite number, "
+                "or leave it out"
+            )
+
+
 def _check_optimizer(fields: Fields, name: str) -> None:
     kind = fields.object(name, {}).get("type", str, "adamw")
     if kind != "adamw":
@@ -198,6 +212,7 @@ def sample_of(
         chunks.append(one.get("tokens", list))
     prompt = wire.tokens_of(chunks, facts, "the prompt")
     params = fields.object("sampling_params", {})
+    check_numbers(params, "temperature", "top_p")
     room = facts.max_length - len(prompt)
     stop_ids, stop = _stops(params, facts)
     top_k = params.get("top_k", int, -1, least=-1)

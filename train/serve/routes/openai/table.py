@@ -1,0 +1,130 @@
+"""The fields of chats and completions: those that work, are refused, or do not change the answer.
+
+A field stands here once, whoever knows it: OpenAI, vLLM, SGLang or llama.cpp. Any other is unknown.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+Kind = Literal["works", "refused", "no effect"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Says what a server makes of a field.
+
+    Attributes:
+      kind: "works"; "refused", as it would change the answer; or "no effect" on the answer.
+      values: the values that it may have besides null; None for any that its reader takes.
+      instead: what to do instead of another value.
+    """
+
+    kind: Kind
+    values: tuple[Any, ...] | None = None
+    instead: str = "leave it out"
+
+
+def _refused(names: str, *neutral: Any, instead: str = "leave it out") -> dict[str, Field]:
+    """Returns fields that are refused, but for values that change nothing."""
+    return dict.fromkeys(names.split(), Field("refused", neutral, instead))
+
+
+def _all(kind: Kind, names: str) -> dict[str, Field]:
+    return dict.fromkeys(names.split(), Field(kind))
+
+
+_VARIABLE = "give what the chat template reads as `chat_template_kwargs`"
+_CONSTRAINED = "say in the prompt what form the answer is to have"
+_COMMON = {
+    **_all(
+        "works",
+        "model max_tokens max_completion_tokens n best_of temperature top_p top_k seed stop "
+        "stop_token_ids ignore_eos logprobs stream stream_options",
+    ),
+    **_all(
+        "no effect",
+        "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_options "
+        "prompt_cache_retention prediction request_id rid cache_salt cache_prompt keep_alive "
+        "guided_decoding_backend guided_whitespace_pattern mm_processor_kwargs "
+        "spaces_between_special_tokens repeat_last_n priority",
+    ),
+    **_refused("presence_penalty frequency_penalty min_p min_tokens mirostat", 0),
+    **_refused("xtc_probability dry_multiplier dynatemp_range", 0),
+    **_refused("repetition_penalty repeat_penalty length_penalty typical_p tfs_z", 1),
+    **_refused("bad_words stop_regex", []),
+    **_refused("allowed_token_ids", instead="leave it out: tokens are not restricted here"),
+    **_refused("logit_bias", {}),
+    **_refused(
+        "response_format", {"type": "text"}, instead=f"leave it out, and {_CONSTRAINED}, or `tools`"
+    ),
+    **_refused(
+        "guided_json guided_regex guided_choice guided_grammar guided_decoding structured_outputs "
+        "structural_tag json_schema grammar regex ebnf format",
+        instead=f"leave it out, and {_CONSTRAINED}",
+    ),
+    **_refused("logits_processors custom_logit_processor session_params", []),
+    **_refused("functions", [], instead="give `tools`"),
+    **_refused("function_call", "none", "auto", instead="give `tools`"),
+    **_refused("documents", [], instead=_VARIABLE),
+    **_refused("chat_template", instead="leave it out: the template of the model is the server's"),
+    **_refused("reasoning_effort reasoning thinking enable_thinking", instead=_VARIABLE),
+    **_refused("include_reasoning", True, instead="leave it out: reasoning is part of the text"),
+    **_refused("verbosity web_search_options audio moderation prompt_embeds"),
+    **_refused("kv_transfer_params vllm_xargs thinking_token_budget"),
+    **_refused("modalities", ["text"]),
+    **_refused("suffix", ""),
+    **_refused("parallel_tool_calls add_generation_prompt skip_special_tokens", True),
+    **_refused("do_sample", True, instead="give `temperature` 0"),
+    **_refused("use_beam_search continue_final_message return_token_ids no_stop_trim", False),
+    **_refused("return_hidden_states", False),
+    **_refused("return_tokens_as_token_ids include_stop_str_in_output", False),
+    **_refused(
+        "prompt_logprobs", instead="ask /v1/completions with `echo`, `logprobs` and `max_tokens` 0"
+    ),
+    **_refused("truncate_prompt_tokens", instead="send a prompt that is short enough"),
+    **_refused("n_predict num_predict max_new_tokens", instead="give `max_tokens`"),
+    **_refused("lora_path", instead="name the adapter as `model`"),
+    **_refused("options extra_body", {}, instead="give its fields themselves"),
+}
+_OF_CHATS = {
+    **_all("works", "messages tools chat_template_kwargs top_logprobs"),
+    "tool_choice": Field(
+        "works", ("none", "auto"), "leave it out: the model itself chooses what it calls"
+    ),
+}
+_OF_COMPLETIONS = _all("works", "prompt echo")
+
+
+def _elsewhere(fields: Mapping[str, Field], path: str, **instead: str) -> dict[str, Field]:
+    """Returns the fields of another path's requests, which are refused here."""
+    usual = f"leave it out: it belongs to {path}"
+    nothing: tuple[Any, ...] = ([], {}, False)
+    return {
+        name: Field("refused", (*nothing, *(field.values or ())), instead.get(name, usual))
+        for name, field in fields.items()
+    }
+
+
+FIELDS: dict[str, Mapping[str, Field]] = {
+    CHAT: _COMMON
+    | _elsewhere(_OF_COMPLETIONS, COMPLETIONS)
+    | _OF_CHATS
+    | _refused("add_special_tokens", False),
+    COMPLETIONS: _COMMON
+    | _elsewhere(_OF_CHATS, CHAT, top_logprobs="give `logprobs`, the number of alternatives")
+    | _OF_COMPLETIONS
+    | _refused("add_special_tokens", True),
+}
+STREAM_OPTIONS: Mapping[str, Field] = {
+    **_all("works", "include_usage"),
+    **_all("no effect", "include_obfuscation"),
+    **_refused("continuous_usage_stats", False),
+}
+
+
+def nearest(name: str, fields: Mapping[str, Field]) -> str | None:
+    """Returns the field whose name is most like an unknown one; None if none is like it."""
+    return next(iter(difflib.get_close_matches(name[:64], fields, 1, 0.7)), None)
