@@ -9,12 +9,12 @@ import jax
 from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.aliases import aliases, flatten, resolved
 from lora_jax.core.magnitude import wide
-from lora_jax.core.paths import nearest
+from lora_jax.core.paths import checked_key, nearest
 from lora_jax.core.types import Adapter, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of, map_leaves
 from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
-from lora_jax.select.matching import Known
+from lora_jax.select.matching import Known, check_names
 from lora_jax.select.resolve import beside, resolve
 
 
@@ -50,15 +50,17 @@ def lorafy(
         ``lora_jax.models.kinds(model.config)``.
 
     Raises:
-      ValueError: a rule selects nothing, a kernel's axis roles are unknown, or the tree is adapted
-        already.
-      TypeError: a rule is no rule, or `trace` is no tuple of a function and its arguments.
+      ValueError: a rule, or a name in its list of targets, selects nothing; a kernel's axis roles
+        are unknown; or the tree is adapted already.
+      TypeError: a rule is no rule, `key` is no PRNG key, or `trace` is no tuple of a function and
+        its arguments.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
     >>> tree["dense"]["kernel"]
     LoraWeight(shape=(4, 3), ranks=2, in axes (-2,), out axes (-1,), the rest batch)
     """
+    key = jax.random.key(0) if key is None else checked_key("lorafy: key", key)
     leaves, treedef = leaves_of(params)
     if adapted := [path for path, leaf in leaves if is_node(leaf)]:
         raise ValueError(
@@ -67,8 +69,9 @@ def lorafy(
         )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
     shared = aliases(treedef.unflatten(leaf for _, leaf in leaves))
-    chosen = resolve(arrays, rules, Known(traced_roles(trace, arrays), kinds, shared))
-    key = jax.random.key(0) if key is None else key
+    known = Known(traced_roles(trace, arrays), kinds, shared)
+    chosen = resolve(arrays, rules, known)
+    check_names(rules, dict(arrays), known)
     starts = starts_of(dict(arrays), chosen, key)
     return treedef.unflatten(
         node_of(leaf, path, chosen[path], key, starts) if path in chosen else leaf
@@ -164,6 +167,14 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
             raise ValueError(
                 f"join: the adapter has {given} for {path!r}, where the tree trains {wanted}"
             )
+        for name, array in adapter[path].items():
+            shape, expected = getattr(array, "shape", None), node.part_shape(name)
+            if None not in (shape, expected) and shape != expected:
+                raise ValueError(
+                    f"join: the adapter's {name!r} of {path!r} has the shape {shape}, where the "
+                    f"tree takes {expected}: adapt the base by the adapter's own rules (rank, "
+                    "layers), or load it from its folder by lora_jax.load_adapter"
+                )
         return node.with_parts(adapter[path])
 
     return map_nodes(filled, base)
@@ -334,6 +345,9 @@ def count_params(params: Tree) -> tuple[int, int]:
 def summary(params: Tree) -> str:
     """Returns the line that PEFT's ``print_trainable_parameters`` prints, for an adapted tree.
 
+    Where the rules have dropout, its probability is added: it takes place in calls with a
+    `dropout_key` only.
+
     Args:
       params: as in `count_params`.
 
@@ -344,4 +358,8 @@ def summary(params: Tree) -> str:
     """
     trained, total = count_params(params)
     share = 100 * trained / total if total else 0.0
-    return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+    line = f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+    weights = [node for node in nodes_of(params).values() if isinstance(node, LoraWeight)]
+    if rates := sorted({node.dropout for node in weights if node.dropout}):
+        line += f" || dropout {', '.join(map(str, rates))} (needs dropout_key)"
+    return line

@@ -4,13 +4,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax import init as initialisers
 from lora_jax.core.parts import AXES
+from lora_jax.core.paths import nearest
 from lora_jax.core.weight import Part
 from lora_jax.variants import VARIANTS, Variants
 
@@ -36,13 +37,37 @@ def _shown(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
+class AnyOf(tuple[str, ...]):
+    """Names of which some may select nothing, as in PEFT's lists; of other lists, each selects."""
+
+
+class _Fields:
+    """Answers a keyword that a rule does not have with the one to write."""
+
+    _elsewhere: dict[str, str]  # what stands for names that PEFT has
+
+    def __new__(cls, *values: Any, **given: Any) -> Self:
+        """Raises a TypeError for what is no field of the rule."""
+        if values:
+            raise TypeError(
+                f"{cls.__name__} takes keywords alone: {cls.__name__}(targets={values[0]!r}, …)"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in given:
+            if name not in known:
+                instead = cls._elsewhere.get(name) or f"{nearest(name, known, n=1)[0]}=…"
+                raise TypeError(f"{cls.__name__} has no field {name!r}: write {instead}")
+        return super().__new__(cls)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class LoraRule(Variants):
+class LoraRule(_Fields, Variants):
     """Adapts each kernel that `targets` selects: W becomes W + s·AB, A and B trained.
 
     Args:
       targets: a list of names, each equal to a run of whole path segments (``["q_proj"]`` selects
-        ``model/layers/q_proj/kernel``, and never a bias or a norm); or a string, which
+        ``model/layers/q_proj/kernel``, and never a bias or a norm; to `lorafy`, a name that selects
+        nothing is an error); or a string, which
         `re.fullmatch`\\ es the whole ``/``-joined path of the leaf; or a preset, alone or among the
         names: ``"all-linear"``, every kernel but embeddings and the output head (experts and their
         routers are kernels, too; `lorafy`'s `trace` finds kernels of any name); ``"attention"``,
@@ -93,6 +118,24 @@ class LoraRule(Variants):
     out_axes: Sequence[int] | None = None
 
     __repr__ = _as_written
+    _elsewhere = {
+        "r": "rank=…",
+        "lora_alpha": "alpha=…",
+        "lora_dropout": "dropout=…",
+        "target_modules": "targets=[…]",
+        "target_parameters": "targets=[…]",
+        "exclude_modules": "exclude=[…]",
+        "layers_to_transform": "layers=[…]",
+        "use_rslora": "scaling='alpha/sqrt(rank)'",
+        "use_dora": "dora=True",
+        "lora_bias": "bias_on_b=True",
+        "init_lora_weights": "init=lora_jax.init.kaiming, or another function there",
+        "bias": "train_bias=True for the adapted kernels' own, or TrainRule(targets=['bias'])",
+        "modules_to_save": "a rule beside it, TrainRule(targets=[…])",
+        "trainable_token_indices": "a rule beside it, TrainRule(targets=[…], rows=[…])",
+        "rank_pattern": "a rule for each rank, the first that selects a kernel wins",
+        "alpha_pattern": "a rule for each alpha, the first that selects a kernel wins",
+    }
 
     def __post_init__(self) -> None:
         _freeze_sequences(self, "targets", "exclude", "layers", "in_axes", "out_axes", "extras")
@@ -164,7 +207,7 @@ class LoraRule(Variants):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class TrainRule:
+class TrainRule(_Fields):
     """Trains the leaves that `targets` selects in full: a head, norms, biases; ``".*"`` is all.
 
     Args:
@@ -190,6 +233,13 @@ class TrainRule:
     layers: Sequence[int] | None = None
 
     __repr__ = _as_written
+    _elsewhere = {
+        "target_modules": "targets=[…]",
+        "modules_to_save": "targets=[…]",
+        "exclude_modules": "exclude=[…]",
+        "trainable_token_indices": "rows=[…]",
+        "layers_to_transform": "layers=[…]",
+    }
 
     def __post_init__(self) -> None:
         _freeze_sequences(self, "targets", "exclude", "rows", "layers")
@@ -210,7 +260,7 @@ def _freeze_sequences(rule: Rule, *names: str) -> None:
     """Makes tuples of lists, so that rules can be hashed and compared."""
     for name in names:
         value = getattr(rule, name)
-        if value is not None and not isinstance(value, str):
+        if value is not None and not isinstance(value, (str, tuple)):
             object.__setattr__(rule, name, tuple(value))
 
 

@@ -21,7 +21,7 @@ from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.aliases import flatten, resolved
 from lora_jax.core.base import is_base, stand_in
 from lora_jax.core.factored import Factored
-from lora_jax.core.paths import fold_in_path, path_string
+from lora_jax.core.paths import checked_key, fold_in_path, path_string
 from lora_jax.core.types import Forward, Leaf
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
 
@@ -63,9 +63,10 @@ def adapt(
     Returns:
       ``forward(*args, dropout_key=None, **kwargs)``. A PRNG key as `dropout_key` turns on the
       dropout of the rules; each weight, layer and place of use gets a mask of its own. `forward`
-      raises TypeError where no argument holds an adapted tree, `RoleError` where a use contradicts
-      a weight's recorded axis roles, and `MergeError` where a use has no factored form and a merged
-      weight would not do the same (with dropout or a bias on B, say).
+      raises TypeError where no argument holds an adapted tree, or `dropout_key` is no PRNG key;
+      `RoleError` where a use contradicts a weight's recorded axis roles; and `MergeError` where a
+      use has no factored form and a merged weight would not do the same (with dropout or a bias on
+      B, say).
 
     Source: Hu et al., *LoRA*, arXiv 2106.09685, equation 3 (it is ΔW·x that α/r scales).
 
@@ -109,6 +110,8 @@ def run(
       ExamplesError: with `axes`, if the function mixes examples or its result has others. Nothing
         has been run then.
     """
+    if dropout_key is not None:
+        dropout_key = checked_key("dropout_key", dropout_key)
     call, weights, nodes = _flattened(fn, args, kwargs, dropout_key)
     if not weights:
         args, kwargs = resolved(call.treedef.unflatten(call.leaves))

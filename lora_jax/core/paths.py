@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr
 
 from lora_jax.core.aliases import flatten
@@ -54,6 +55,19 @@ def fold_in_path(key: jax.Array, path: str) -> jax.Array:
     """Returns a key for one path: the same in every process, whatever other paths there are."""
     digest = hashlib.sha256(path.encode()).digest()
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "little"))
+
+
+def checked_key(what: str, key: Any) -> jax.Array:
+    """Returns a PRNG key, typed or raw.
+
+    Raises:
+      TypeError: it is none.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or shape):
+        raise TypeError(f"{what}={key!r} is no PRNG key: write jax.random.key({key!r})")
+    checked: jax.Array = key
+    return checked
 
 
 def has_run(path: str, name: str) -> bool:

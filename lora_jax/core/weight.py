@@ -64,6 +64,10 @@ class _Node(NoArray):
         found = {name: getattr(self, name) for name in self.part_names()}
         return {name: array for name, array in found.items() if array is not None}
 
+    def part_shape(self, name: str) -> tuple[int, ...] | None:
+        """Returns the shape of an array that trains; None where this half does not tell."""
+        return getattr(getattr(self, name), "shape", None)
+
     def with_parts(self, parts: Mapping[str, Any]) -> Self:
         """Returns the inverse of `parts`; with an empty mapping, the node of the base half."""
         return self.replace(**{name: parts.get(name) for name in self.part_names()})
@@ -226,6 +230,9 @@ class LoraWeight(_Node):
         """Returns the shape of an array, padding included."""
         return sizes(self.axes_of(name), self.shape, self.labels, self.rank)
 
+    def part_shape(self, name: str) -> tuple[int, ...] | None:
+        return self.shape_of(name) if hasattr(self.base, "shape") else None
+
     def _count(self, name: str) -> int:
         """Returns the number of parameters of an array, padding not counted."""
         n = self.axes_of(name).count("rank")
@@ -336,6 +343,9 @@ class TrainedRows(_Node):
     @property
     def is_factored(self) -> bool:  # type: ignore[override]
         return self.is_on and self.is_table
+
+    def part_shape(self, name: str) -> tuple[int, ...] | None:
+        return (len(self.rows), *self.shape[1:]) if hasattr(self.base, "shape") else None
 
     def merged(self) -> jax.Array:
         """Returns the leaf with its trained rows, in its own dtype."""

@@ -27,7 +27,7 @@ from lora_jax.peft.modules import (
     tables_of,
     targeted,
 )
-from lora_jax.rules import LoraRule, Rule, TrainRule
+from lora_jax.rules import AnyOf, LoraRule, Rule, TrainRule
 
 
 def _drawn_both(key: jax.Array, shape: init.FactorShape, dtype: DTypeLike) -> init.Factors:
@@ -125,8 +125,8 @@ def _translated(config: Fields) -> list[Rule]:
             "rules(config, model)"
         )
 
-    def paths(field: str) -> tuple[str, ...]:
-        return tuple(name.replace(".", "/") for name in config[field] or ())
+    def paths(field: str) -> AnyOf:
+        return AnyOf(name.replace(".", "/") for name in config[field] or ())
 
     targets = targets if isinstance(targets, str) else paths("target_modules")
     layers = config["layers_to_transform"]

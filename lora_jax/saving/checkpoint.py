@@ -41,6 +41,7 @@ def save_adapter(
     *,
     about: Fields | None = None,
     overwrite: bool = False,
+    base: Tree = None,
 ) -> None:
     """Writes the adapter of an adapted tree to `folder`, which appears whole or not at all.
 
@@ -52,9 +53,11 @@ def save_adapter(
       about: facts to keep beside the adapter, of JSON's types, such as {"model": name, "revision":
         commit}; `adapter_info` reads them.
       overwrite: replace the folder, whatever is in it. Without it, an existing folder is an error.
+      base: the tree before `lorafy`, or an adapted one, that the adapter is meant for: the frozen
+        leaves of `params` are compared with its own, which an optimiser over the whole tree moves.
 
     Raises:
-      AdapterError: the folder exists, or the tree is not adapted.
+      AdapterError: the folder exists, the tree is not adapted, or it is over another base.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -73,6 +76,9 @@ def save_adapter(
     nodes = nodes_of(params)
     if not nodes:
         raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
+    fingerprint = base_fingerprint(params)
+    if base is not None:
+        _check_meant(nodes, fingerprint, base)
     arrays = {path: _arrays(path, node) for path, node in nodes.items()}
     derived = without_derived(nodes, arrays)
     metadata = {
@@ -89,7 +95,7 @@ def save_adapter(
             if isinstance(n, TrainedRows)
         },
         "arrays": jax.tree.map(checksum, arrays),
-        "base": base_fingerprint(params),
+        "base": fingerprint,
         "about": dict(about or {}),
     }
     ocp, partial = _orbax(), partial_of(folder)
@@ -176,6 +182,20 @@ def _orbax() -> Any:
     import orbax.checkpoint
 
     return orbax.checkpoint
+
+
+def _check_meant(nodes: Mapping[str, Node], fingerprint: Mapping[str, str], base: Tree) -> None:
+    """Raises an AdapterError where the base of an adapter is not the one that it is meant for."""
+    meant = base_fingerprint(base)
+    trained = {path for path, node in nodes.items() if isinstance(node, Trained)}
+    if wrong := [path for path in differing(meant, fingerprint) if path not in trained]:
+        some = ", ".join(map(repr, wrong[:3]))
+        raise AdapterError(
+            f"save_adapter: the tree is over another base than the one given: {len(wrong)} of "
+            f"{len(meant)} frozen leaves differ, {some} among them. Nothing was written. An "
+            "optimiser over the whole tree moves the base with the adapter: optimise the adapter "
+            "alone, lora_jax.split(params)[0], or wrap it, lora_jax.optim.freeze_base(optimizer)"
+        )
 
 
 def _settings(weight: LoraWeight) -> dict[str, Any]:

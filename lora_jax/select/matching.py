@@ -2,14 +2,15 @@
 
 import dataclasses
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
 from lora_jax.core.axes import EMBEDDING_NAMES, Seen, default_roles
 from lora_jax.core.paths import has_run, leaf_name, nearest
 from lora_jax.core.types import Leaf
-from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, Targets, TrainRule
+from lora_jax.rules import ALL_LINEAR, PRESETS, AnyOf, LoraRule, Rule, Targets, TrainRule
 
 # Without kinds, "all-linear" leaves these modules alone: embeddings (also by the name of the leaf)
 # and the heads that turn the last hidden state into the model's output. In masked language models
@@ -113,6 +114,22 @@ def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], known: Kn
     return name not in BIASES or not is_whole or max(beside) > len(leaf.shape)
 
 
+def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], known: Known) -> None:
+    """Raises a ValueError for a name in a rule's list that selects nothing beside others that do.
+
+    Names count whose leaves an earlier rule takes, or the rule's own exclude or layers leave out.
+    """
+    for rule in rules:
+        if isinstance(rule.targets, (str, AnyOf)):
+            continue
+        everywhere: dict[str, Any] = {"exclude": (), "layers": None}
+        for name in rule.targets:
+            alone = dataclasses.replace(rule, targets=(name,), **everywhere)
+            if not any(selects(alone, path, tree, known) for path in tree):
+                why = why_nothing(alone, tree, (), known)
+                raise ValueError(f"{rule}: the target {name!r} selects nothing: {why}")
+
+
 def why_nothing(rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], known: Known) -> str:
     """Returns the reason why a rule selects nothing.
 
@@ -150,11 +167,22 @@ def why_nothing(rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], kno
         return "the tree has no leaves"
     if shared := _why_shared(rule, tree, known):
         return shared
-    names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
+    if isinstance(rule.targets, str) and (names := _names_in(rule.targets, tree)):
+        return (
+            "a string is a pattern for whole paths (of re.fullmatch). A list holds names: write "
+            f"targets={names}"
+        )
+    names = [rule.targets] if isinstance(rule.targets, str) else [*rule.targets]
     if ALL_LINEAR in names and isinstance(rule, LoraRule) and known.kinds is None:
         return _why_not_linear({p: leaf for p, leaf in tree.items() if _is_matrix(leaf)}, known)
     near = dict.fromkeys(path for name in names for path in nearest(name, tree))
     return "\n  ".join(["the nearest paths are:", *near])
+
+
+def _names_in(pattern: str, tree: Mapping[str, Leaf]) -> list[str]:
+    """Returns the names of modules that a string holds, if it holds nothing else."""
+    names = [name for name in re.split(r"[\s,|()]+", pattern) if name]
+    return names if all(any(has_run(path, name) for path in tree) for name in names) else []
 
 
 def _why_shared(rule: Rule, tree: Mapping[str, Leaf], known: Known) -> str:

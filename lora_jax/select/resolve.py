@@ -1,7 +1,7 @@
 """Resolves rules: finds the leaves of a tree that they select, and decides on each."""
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -79,13 +79,18 @@ def resolve(
     Raises:
       ValueError: a rule selects nothing (the message names it and the nearest paths), the roles of
         a selected kernel's axes are unknown, or layers of one stack disagree.
-      TypeError: one of `rules` is no rule.
+      TypeError: `rules` is no list, or one of them is no rule.
     """
+    if isinstance(rules, Rule):
+        raise TypeError(f"rules is a list: write [{rules!r}]")
+    if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
+        wrong = f"{rules!r}{_of_peft(rules)}"
+        raise TypeError(f"rules is a list, such as [LoraRule(targets=['q_proj'])], not {wrong}")
     if not rules:
         raise ValueError("no rules: give at least one LoraRule or TrainRule")
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise TypeError(f"a rule is a LoraRule or a TrainRule, not {rule!r}")
+            raise TypeError(f"a rule is a LoraRule or a TrainRule, not {rule!r}{_of_peft(rule)}")
         if known.kinds is None and rule.targets in PRESETS and rule.targets != ALL_LINEAR:
             raise ValueError(
                 f"{rule}: a preset needs to be told what each leaf is: lorafy(params, rules, "
@@ -114,6 +119,11 @@ def resolve(
             why = why_nothing(rule, tree, resolved if index else {}, known)
             raise ValueError(f"{rule} selects nothing: {why}")
     return resolved
+
+
+def _of_peft(rules: Any) -> str:
+    """Returns what to do with a configuration of PEFT that is given for rules."""
+    return ": lora_jax.peft.rules(config) makes rules of it" if hasattr(rules, "peft_type") else ""
 
 
 def _train(rule: TrainRule, path: str, leaf: Leaf) -> InFull | None:

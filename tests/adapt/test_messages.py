@@ -145,6 +145,11 @@ def test_python_code_that_needs_elements_is_told_what_tracing_means():
     assert any("lora_jax.adapt traces the function" in note for note in caught.value.__notes__)
 
 
+def test_a_number_is_no_dropout_key():
+    with pytest.raises(TypeError, match=r"dropout_key=0 is no PRNG key: write jax.random.key\(0\)"):
+        lj.adapt(lambda p, x: x @ p["a"]["kernel"])(tree_of(5, 7), X, dropout_key=0)
+
+
 def test_a_use_inside_of_a_function_that_is_known_counts():
     inner = jax.jit(lambda w, x: jnp.tanh(x @ w))
     tree = tree_of(5, 7)

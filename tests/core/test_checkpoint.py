@@ -189,6 +189,21 @@ def test_a_missing_folder_and_a_plain_tree():
         lj.save_adapter("nowhere", PARAMS)
 
 
+def test_a_base_that_an_optimiser_has_moved_is_not_saved(tmp_path):
+    """As by SGD over the whole tree, which decays or moves the frozen kernels, too."""
+    tree = lorafied(PARAMS, RULES)
+    moved = jax.tree.map(lambda x: x * 0.5, tree)
+    for base in (PARAMS, tree):
+        with pytest.raises(
+            lj.AdapterError, match=r"3 of \d frozen leaves differ.*Nothing was.*freeze_base"
+        ):
+            lj.save_adapter(tmp_path / "adapter", moved, base=base)
+        assert not any(tmp_path.iterdir())
+        lj.save_adapter(tmp_path / "adapter", tree, base=base, overwrite=True)
+        assert_identical(lj.load_adapter(tmp_path / "adapter", PARAMS), tree)
+        shutil.rmtree(tmp_path / "adapter")
+
+
 def test_half_a_tree_is_refused(tmp_path):
     _, base = lj.split(lj.lorafy(PARAMS, RULES))
     with pytest.raises(lj.AdapterError, match="join"):

@@ -206,6 +206,33 @@ def test_join_refuses_what_does_not_belong():
         lj.join(adapter, base)
 
 
+@pytest.mark.parametrize("half", [True, False], ids=["base", "adapted"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        lambda rank: [lj.LoraRule(targets=["q_proj"], rank=rank)],
+        lambda rank: [lj.LoraRule(targets=["q_proj"], rank=rank, xs=True)],
+        lambda rank: [lj.TrainRule(targets=["kernel"], rows=range(rank))],
+    ],
+    ids=["LoRA", "LoRA-XS", "rows"],
+)
+def test_join_refuses_another_rank(rules, half):
+    tree, other = (lj.lorafy(KERNEL, rules(rank)) for rank in (2, 3))
+    adapter, base = lj.split(other)[0], lj.split(tree)[1] if half else tree
+    with pytest.raises(ValueError, match="q_proj/kernel.*has the shape.*3.*the tree takes.*2"):
+        lj.join(adapter, base)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), lj.split(tree)[0])
+    joined = jax.vmap(lambda adapter: lj.merge(lj.join(adapter, base)))(stacked)
+    assert joined["q_proj"]["kernel"].shape == (2, 5, 7)
+
+
+def test_the_summary_says_that_dropout_needs_a_key():
+    rules = [lj.LoraRule(targets=["q_proj"], rank=2, dropout=0.1)]
+    line = lj.summary(lj.lorafy(KERNEL, rules))
+    assert line.endswith("|| dropout 0.1 (needs dropout_key)")
+    assert "dropout" not in lj.summary(lj.lorafy(KERNEL, [RULE]))
+
+
 def test_the_base_alone_runs():
     _, base = lj.split(lj.lorafy(KERNEL, [RULE]))
     x = draw(3, (3, 5))

@@ -1,10 +1,15 @@
 """Leaves that a rule selects, and the errors of rules that select none."""
 
+import copy
+import pickle
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
+from lora_jax import peft
 
 
 def shaped(*shape):
@@ -159,6 +164,83 @@ def test_errors_say_what_was_found(rules, tree, message):
         lj.lorafy(tree, rules)
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            lj.LoraRule(targets=["q_proj", "v_prj"]),
+            r"targets=\['q_proj', 'v_prj'\]\).*target 'v_prj' selects nothing.*v_proj/kernel",
+        ),
+        (lj.LoraRule(targets=["q_proj", "q_norm"]), "'q_norm'.*no kernel; a TrainRule trains"),
+        (lj.TrainRule(targets=["lm_head", "norms"]), "target 'norms' selects nothing"),
+        (lj.LoraRule(targets=["all-linear", "experts"]), "target 'experts' selects nothing"),
+    ],
+)
+def test_each_name_of_a_list_selects_something(rule, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        selected([rule])
+
+
+def test_a_name_that_another_rule_or_exclude_leaves_nothing_is_no_mistake():
+    names = ["q_proj", "lm_head"]
+    assert selected([lj.LoraRule(targets=names, exclude=["lm_head"])]) == {Q}
+    assert selected([lj.TrainRule(targets=["lm_head"]), lj.LoraRule(targets=names)]) == {
+        Q,
+        "lm_head/kernel",
+    }
+
+
+def test_lists_of_peft_may_hold_other_models_names():
+    config = {"r": 2, "target_modules": ["q_proj", "query"], "modules_to_save": ["lm_head", "cls"]}
+    assert selected(peft.rules(config)) == {Q, "lm_head/kernel"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lj.LoraRule(targets=["q"], r=8), "no field 'r': write rank="),
+        (lambda: lj.LoraRule(targets=["q"], lora_alpha=8), "'lora_alpha': write alpha="),
+        (lambda: lj.LoraRule(targets=["q"], lora_dropout=0.1), "write dropout="),
+        (lambda: lj.LoraRule(target_modules=["q"]), r"write targets=\["),
+        (lambda: lj.LoraRule(targets=["q"], use_rslora=True), r"scaling='alpha/sqrt\(rank\)'"),
+        (lambda: lj.LoraRule(targets=["q"], use_dora=True), "write dora=True"),
+        (lambda: lj.LoraRule(targets=["q"], rnak=8), "no field 'rnak': write rank="),
+        (lambda: lj.LoraRule(["q"]), r"keywords alone: LoraRule\(targets=\['q'\]"),
+        (lambda: lj.TrainRule(modules_to_save=["q"]), r"write targets=\["),
+        (
+            lambda: lj.lorafy(TREE, lj.LoraRule(targets=["q_proj"], rank=2)),
+            r"rules is a list: write \[LoraRule\(targets=\['q_proj'\], rank=2\)\]",
+        ),
+        (lambda: lj.lorafy(TREE, "q_proj"), r"rules is a list, such as \[LoraRule.*not 'q_proj'"),
+        (
+            lambda: lj.lorafy(TREE, types.SimpleNamespace(peft_type="LORA")),
+            r"lora_jax.peft.rules\(config\)",
+        ),
+        (
+            lambda: lj.lorafy(TREE, [lj.LoraRule(targets=["q_proj"])], key=0),
+            r"key=0 is no PRNG key: write jax.random.key\(0\)",
+        ),
+    ],
+)
+def test_common_mistakes_are_told_what_to_write(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [("q_proj", ["q_proj"]), ("q_proj,v_proj", ["q_proj", "v_proj"]), ("q_proj|mlp",) * 2],
+)
+def test_a_string_of_names_is_told_to_be_a_list(targets, names):
+    names = names.split("|") if isinstance(names, str) else names
+    with pytest.raises(ValueError) as caught:
+        selected([lj.LoraRule(targets=targets)])
+    assert (
+        f"pattern for whole paths (of re.fullmatch). A list holds names: write targets={names}"
+        in (str(caught.value))
+    )
+
+
 BARE = [shaped(5, 7), shaped(7, 3)]
 
 
@@ -235,5 +317,7 @@ def test_scale(rule, scale):
 
 
 def test_rules_are_values():
+    rule = lj.LoraRule(targets=["q", "v"], rank=4, dora=True)
+    assert pickle.loads(pickle.dumps(rule)) == copy.deepcopy(rule) == rule
     a, b = (lj.LoraRule(targets=["q", "v"], layers=[1]) for _ in range(2))
     assert a == b and hash(a) == hash(b)
