@@ -1,6 +1,7 @@
 """Exports as transformers and PEFT read them: our logits, nothing missing, nothing left over."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -86,7 +87,8 @@ def test_transformers_runs_the_merged_model(family, exported, capsys):
     assert f'{auto.__name__}.from_pretrained("{output}")' in capsys.readouterr().out
 
 
-def test_a_classifier_of_peft_on_a_base_without_its_head(tmp_path):
+def test_a_classifier_of_peft_on_a_base_without_its_head(tmp_path, capsys):
+    import peft
     import transformers
     from peft import AutoPeftModelForSequenceClassification
 
@@ -98,10 +100,13 @@ def test_a_classifier_of_peft_on_a_base_without_its_head(tmp_path):
     theirs.save_pretrained(tmp_path / "adapter")
     args = ["--adapter", tmp_path / "adapter", "--model", tmp_path / "base", "--num-labels", 3]
     main([str(arg) for arg in [*args, "--output", tmp_path / "merged", "--merged"]])
-    auto = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert_close(logits_of(auto.eval()), expected, 1e-4)
+    auto = transformers.AutoModelForSequenceClassification
+    assert_close(logits_of(auto.from_pretrained(tmp_path / "merged").eval()), expected, 1e-4)
     named = ["--base-name", tmp_path / "base", "--output", tmp_path / "again"]
     main([str(arg) for arg in [*args, *named]])
     assert lp.serving_problems(tmp_path / "again") == []
+    line = re.findall(r"load it with: (.*)", capsys.readouterr().out)[-1]
+    shown = eval(line, {"PeftModel": peft.PeftModel, auto.__name__: auto})
+    assert_close(logits_of(shown.eval()), expected, 1e-4)
     again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "again", num_labels=3)
     assert_close(logits_of(again.eval()), expected, 1e-4)

@@ -32,7 +32,13 @@ from train.export.base import dtype_of_files, keep_codes, tokenizer_of
 from train.export.card import Export, card
 from train.export.hub import README, Repository, find_repository, push
 from train.export.marked import is_generated
-from train.export.terms import auto_class, rope_problem, said_of_codes, scaled_fields, task_type
+from train.export.terms import (
+    auto_class,
+    loading_options,
+    rope_problems,
+    said_of_codes,
+    task_type,
+)
 from train.options.command import parsed
 from train.options.paths import Words
 from train.options.tokenizer import TokenizerOption
@@ -238,11 +244,10 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
         fields, tensors = contents(model, params)
         if options.for_serving:
             fields, tensors = as_served(fields, tensors, model)
-    scaled = scaled_fields(work.adapter, model)
     if options.check_serving:
         how: dict[str, Any] = {"max_rank": options.max_rank, "model_type": model.config.model_type}
         problems = problems_of(fields, tensors, **how)
-        report_problems([*problems, *([rope_problem(scaled)] if scaled else [])])
+        report_problems([*problems, *rope_problems(work.adapter, model)])
     if options.output is None:
         return
     with as_user_errors(ValueError, OSError):
@@ -264,7 +269,8 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
             "adapter_config.json names no base, because the base is a local folder: give its name "
             "on the hub with --base-name"
         )
-    more = "".join(f", {key}={value!r}" for key, value in scaled.items())
+    given = loading_options(work.adapter, model)
+    more = "".join(f", {key}={value!r}" for key, value in given.items())
     loaded = f'{auto_class(model)[0]}.from_pretrained("{base}"{more})'
     tell(work.console, f'load it with: PeftModel.from_pretrained({loaded}, "{work.output}")')
 

@@ -15,7 +15,7 @@ from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown, table
 from train.data.files import FILE_KINDS, named
 from train.export.marked import marked
-from train.export.terms import auto_class, loading_config, scaled_fields
+from train.export.terms import auto_class, loading_config, loading_options
 from train.options.field import Card, traits_of
 from train.options.scripts import classify, distill, dpo, grpo, sft
 from train.reporters.files import read_json
@@ -129,12 +129,11 @@ def _code(export: Export) -> Iterator[str]:
         yield _python("from lora_jax import models", "", loaded)
         return
     config, source = export.model.config, export.source
-    of_torch = of_ours = ""
-    if getattr(config, "head", None) == "classification":
-        of_torch = f", num_labels={config.num_labels}"
-        of_ours = f', head="classification"{of_torch}'
-    if scaled := scaled_fields(source, export.model):
-        of_torch += "".join(f", {key}={value!r}" for key, value in scaled.items())
+    given = loading_options(source, export.model)
+    of_torch, of_ours = "".join(f", {key}={value!r}" for key, value in given.items()), ""
+    if "num_labels" in given:
+        of_ours = f', head="classification", num_labels={config.num_labels}'
+    if source.rope_scaling:
         of_ours += f", rope_scaling={source.rope_scaling!r}"
     imports = auto
     if source.quantize:

@@ -86,9 +86,23 @@ def scaled_fields(adapter: AdapterSource, model: Any) -> dict[str, Any]:
     }
 
 
-def rope_problem(scaled: dict[str, Any]) -> str:
-    """Returns the line of --check-serving about a scaled RoPE."""
-    return (
+def loading_options(adapter: AdapterSource, model: Any) -> dict[str, Any]:
+    """Returns the keywords with which transformers loads the base of a PEFT adapter.
+
+    They are the number of classes, which the base's config.json need not have, and the fields of a
+    scaled RoPE.
+    """
+    config = model.config
+    classes = getattr(config, "head", None) == "classification"
+    return ({"num_labels": config.num_labels} if classes else {}) | scaled_fields(adapter, model)
+
+
+def rope_problems(adapter: AdapterSource, model: Any) -> list[str]:
+    """Returns the line of --check-serving about a scaled RoPE, if there is one."""
+    scaled = scaled_fields(adapter, model)
+    if not scaled:
+        return []
+    return [
         "the adapter was trained with a scaled RoPE, and the base's config.json has another: "
         f"serve it with --hf-overrides '{json.dumps(scaled)}', or write a whole model with --merged"
-    )
+    ]
