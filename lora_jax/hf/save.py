@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
+from lora_jax.hf import generation as generation_config
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.images import FILE as IMAGES
@@ -63,7 +64,7 @@ def write_model(
     max_shard_size: int,
     source: Shipped | None = None,
 ) -> None:
-    """Writes config.json and the weights, a tensor at a time.
+    """Writes config.json, generation_config.json and the weights, a tensor at a time.
 
     Args:
       folder: exists.
@@ -113,6 +114,8 @@ def write_model(
             counts[dtypes[row.path].name] += math.prod(row.stacked_shape)
     main_dtype = counts.most_common(1)[0][0]  # of most of the parameters
     _write_json(folder / "config.json", {**fields, "dtype": main_dtype})
+    if (generation := getattr(config, "generation", None)) is not None:
+        (folder / generation_config.FILE).write_text(generation.text, encoding="utf-8")
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -15,6 +15,7 @@ from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.folder import INDEX, damaged, not_a_model, weight_map
 from lora_jax.hf.format import Format, Formats
+from lora_jax.hf.generation import with_generation
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
 from lora_jax.hf.stored.kept import renamed
 from lora_jax.hf.stored.methods import read_method, stored_tensors
@@ -102,7 +103,8 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, formats: Formats, **options: Any):
         self.where = str(folder)
-        self.config, fields = _read_config(folder / "config.json", formats, options)
+        config, fields = _read_config(folder / "config.json", formats, options)
+        self.config = with_generation(config, folder)
         self.format = formats.of(self.config.model_type)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}

@@ -134,7 +134,8 @@ def save_pretrained(
     """Writes a model as Hugging Face's libraries write one; the folder appears whole or not at all.
 
     The folder holds config.json, the weights (model.safetensors, or shards
-    model-00001-of-0000N.safetensors and model.safetensors.index.json) and the tokenizer's files::
+    model-00001-of-0000N.safetensors and model.safetensors.index.json), the tokenizer's files, and
+    generation_config.json if the model came with one::
 
         save_pretrained("out", model, params, tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct")
         save_pretrained("out", model, lora_jax.merge(params))      # an adapted tree

@@ -11,7 +11,7 @@ from train.console.errors import UserError, reported
 from train.console.output import check_free, closed_pipe
 from train.generate.batch import answer_all, answer_aloud
 from train.generate.chat import talk
-from train.generate.options import GenerateOptions, check, parse
+from train.generate.options import GenerateOptions, check, parse, with_sampling
 from train.generate.prompts import (
     check_lengths,
     check_template,
@@ -31,6 +31,7 @@ from train.generate.shared_base import (
 from train.options.field import given_options
 from train.processes.cache import keep_compiled
 from train.run.pretrained import read_model, read_outline
+from train.run.sampling import with_generation_config
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -39,11 +40,15 @@ def main(args: Sequence[str] | None = None) -> None:
     with reported(), closed_pipe():
         options = parse(given)
         check(options, given_options(given))
-        run(options)
+        run(options, given_options(given))
 
 
-def run(options: GenerateOptions) -> None:
+def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     """Loads the model and its adapters, and answers the prompts, or chats.
+
+    Args:
+      options: the options.
+      given: the names of those on the command line.
 
     Raises:
       UserError: something that was asked for cannot be done: before weights are read; of prompts
@@ -61,6 +66,8 @@ def run(options: GenerateOptions) -> None:
         if adapter.source:
             adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)
     check_template(options, outline, prompts or [])
+    outline, sampling = with_generation_config(outline, options.generation_config)
+    options = with_sampling(options, sampling, given)
 
     # Someone who types a line waits for its answer; the lines of a pipe are answered together.
     one_by_one = not (prompts or options.interactive or options.output) and sys.stdin.isatty()

@@ -1,14 +1,16 @@
 """The options of `train.generate`, and which of them make no sense together."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_jax.training.arguments import NOT_NEGATIVE, SEED, Numbers, at_least, check_numbers
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
 from train.options.command import parsed
 from train.options.common import Attention
+from train.options.generation import GenerationOption
 from train.options.paths import Words
 from train.options.tokenizer import TokenizerOption
 
@@ -22,7 +24,7 @@ _NUMBERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(TokenizerOption):
+class GenerateOptions(TokenizerOption, GenerationOption):
     """Generate text with a base model and adapters, or chat with them."""
 
     adapter: tuple[str, ...] = ()
@@ -112,11 +114,25 @@ def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None
             raise UserError(f"{flag(named[0])} {why}")
 
 
+def with_sampling(
+    options: GenerateOptions, sampling: Mapping[str, Any], given: frozenset[str]
+) -> GenerateOptions:
+    """Returns the options with defaults of a generation_config.json; those given stay.
+
+    Raises:
+      UserError: an option has no effect beside them.
+    """
+    kept = {name: value for name, value in sampling.items() if name not in given}
+    options = dataclasses.replace(options, **kept, generation_config=None)
+    check(options, given)
+    return options
+
+
 def _without_effect(options: GenerateOptions) -> list[tuple[bool, tuple[str, ...], str]]:
     """Returns cases in which options have no effect: whether each holds, and why."""
     return [
         (
-            options.temperature == 0,
+            options.temperature == 0 and options.generation_config is None,
             ("num_samples", "seed", "top_k", "top_p"),
             "is about sampling, and --temperature 0 (the default) always takes the most likely "
             "token: give a temperature above 0, or leave it out",

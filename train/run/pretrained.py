@@ -381,7 +381,13 @@ def check_weights(outline: Outline, params: Any) -> None:
 
 
 def end_tokens(outline: Outline) -> tuple[int, ...]:
-    """Returns the tokens that end an answer, from the configuration and the tokenizer."""
+    """Returns the tokens that end an answer.
+
+    They are those of config.json, of generation_config.json and of the tokenizer: in some models
+    the end of a turn stands in one of them alone.
+    """
     eos = outline.tokenizer.eos_token_id
     own = getattr(outline.config, "eos_token_ids", ())
-    return tuple(dict.fromkeys([*own, *([] if eos is None else [eos])]))
+    generation = getattr(outline.config, "generation", None)
+    more = generation.eos_token_ids if generation else ()
+    return tuple(dict.fromkeys([*own, *more, *([] if eos is None else [eos])]))

@@ -24,6 +24,7 @@ from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.run.log import doing
 from train.run.pretrained import Outline, check_weights, end_tokens, read_model, read_outline
+from train.run.sampling import with_generation_config
 from train.serve.app import make_app, serve
 from train.serve.engine.base import Base
 from train.serve.engine.engine import Engine
@@ -62,6 +63,7 @@ def run(options: ServeOptions) -> None:
             "keeps keys and values of prompts, and not yet what such layers remember; answer by "
             "train.generate, or serve a saved model elsewhere"
         )
+    outline, sampling = with_generation_config(outline, options.generation_config)
     length = length_of(options, outline)
     layout = _layout(options, outline)
     with ExitStack() as held:
@@ -77,6 +79,7 @@ def run(options: ServeOptions) -> None:
             outline.tokenizer,
             tinker.routes(),
             access=access,
+            sampling=sampling,
             adapters=Path(options.adapters).expanduser() if options.adapters else None,
             resolve=lambda path, owner: _checkpoint(tinker, path, owner),
             owns=lambda owner, name: _owns(tinker, owner, name),

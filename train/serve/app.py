@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def make_app(
     tinker_routes: Sequence[BaseRoute] = (),
     *,
     access: Access | None = None,
+    sampling: Mapping[str, float] | None = None,
     adapters: Path | None = None,
     resolve: Resolve = lambda path, owner: None,
     owns: Owns = lambda owner, name: True,
@@ -55,6 +56,7 @@ def make_app(
       tinker_routes: the routes of Tinker's API. `access.owner_of(request)` tells them the owner.
       access: the keys, and the web pages that are let in; none by default, but the server's own.
         It is `app.state.access`.
+      sampling: the temperature, top_p and top_k of OpenAI's routes, where a request gives none.
       adapters: the folder of --adapters.
       resolve: see `Models`.
       owns: tells whether an owner may see a tenant, or an adapter that the engine knows.
@@ -64,7 +66,7 @@ def make_app(
     access = access or Access()
     models = Models(engine, access, folder=adapters, resolve=resolve, owns=owns)
     routes = [
-        *OpenAI(engine, Tokens(tokenizer), models).routes(),
+        *OpenAI(engine, Tokens(tokenizer), models, sampling).routes(),
         *StatusRoutes(engine, access, owns).routes(),
         *tinker_routes,
     ]

@@ -10,6 +10,7 @@ from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.options.command import parsed
 from train.options.common import Quantize
+from train.options.generation import GenerationOption
 from train.options.paths import Words
 from train.options.scripts.sft import DEFAULT_MODEL
 from train.options.tokenizer import TokenizerOption
@@ -29,7 +30,7 @@ _NUMBERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeOptions(TokenizerOption):
+class ServeOptions(TokenizerOption, GenerationOption):
     """Serve a base model and many adapters over HTTP: Tinker's API to train, and OpenAI's."""
 
     model: str = DEFAULT_MODEL

@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known
+from lora_jax.hf.generation import Generation
 from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.fields import read_fields, write_fields
@@ -58,6 +59,7 @@ class DecoderConfig:
       linear_projections_joined: q, k, v, z are one kernel, and so are b and a, with what belongs to
         a head of keys side by side (Qwen3-Next).
       eos_token_ids: the tokens that end a text.
+      generation: what the model's generation_config.json says; None without one.
 
     Raises:
       ConfigError: if the fields contradict each other.
@@ -121,6 +123,7 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    generation: Generation | None = None
 
     def __post_init__(self) -> None:
         check_known("model_type", self.model_type, FAMILIES)

@@ -5,8 +5,10 @@ from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, written_eos
+from lora_jax.hf.generation import Generation
 from lora_jax.models.layers.activations import ACTIVATION
 
+_APART = ("eos_token_ids", "generation")  # fields that stand otherwise, or elsewhere
 # GPT-2's own names of some of our fields.
 _NAMES = {
     "hidden_size": "n_embd",
@@ -35,7 +37,8 @@ class GPT2Config:
 
     ``scale_attn_weights`` divides attention's scores by the root of head_dim, and
     ``scale_attn_by_inverse_layer_idx`` divides the i-th layer's scores by i (counted from 1).
-    ``eos_token_ids`` are the tokens that end a text.
+    ``eos_token_ids`` are the tokens that end a text. ``generation`` is what generation_config.json
+    says; None without one.
 
     Raises:
       ConfigError: if the fields contradict each other.
@@ -56,6 +59,7 @@ class GPT2Config:
     scale_attn_by_inverse_layer_idx: bool = False
     bos_token_id: int | None = 50256
     eos_token_ids: tuple[int, ...] = (50256,)
+    generation: Generation | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +112,6 @@ class GPT2Config:
 
     @classmethod
     def _names(cls) -> dict[str, str]:
-        """Returns the name in config.json of each field, all but `eos_token_ids`."""
+        """Returns the name in config.json of each field, but for those of `_APART`."""
         fields = (field.name for field in dataclasses.fields(cls))
-        return {name: _NAMES.get(name, name) for name in fields if name != "eos_token_ids"}
+        return {name: _NAMES.get(name, name) for name in fields if name not in _APART}

@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.hf.generation import Generation
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.activations import ACTIVATION
 
@@ -69,6 +70,7 @@ class SmolVLMConfig:
       vision: the configuration of the encoder of images.
       scale_factor: a square of so many patches a side becomes one token.
       image_token_id: the token in whose place an image's next vector stands.
+      generation: what the model's generation_config.json says; None without one.
 
     Raises:
       ConfigError: if the fields contradict each other.
@@ -79,6 +81,7 @@ class SmolVLMConfig:
     vision: SiglipConfig
     scale_factor: int = 2
     image_token_id: int = 128257
+    generation: Generation | None = None
 
     def __post_init__(self) -> None:
         check_known("model_type", self.model_type, CLASSES)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -80,9 +80,16 @@ class Asked:
 class OpenAI:
     """The routes, over one engine."""
 
-    def __init__(self, engine: Serving, tokens: Tokens, models: Models) -> None:
-        """Keeps what answers."""
+    def __init__(
+        self,
+        engine: Serving,
+        tokens: Tokens,
+        models: Models,
+        sampling: Mapping[str, float] | None = None,
+    ) -> None:
+        """Keeps what answers, and the temperature, top_p and top_k of requests that give none."""
         self._engine, self._tokens, self._models = engine, tokens, models
+        self._sampling = sampling or {}
 
     def routes(self) -> list[Route]:
         """Returns the routes."""
@@ -143,7 +150,10 @@ class OpenAI:
     async def _sample(
         self, request: Request, body: Any, max_tokens: int | None, least: int = 1
     ) -> Sample:
-        sample = read_sample(body, self._engine.facts, max_tokens=max_tokens, least=least)
+        given = {name: x for name, x in body.items() if x is not None}
+        sample = read_sample(
+            {**self._sampling, **given}, self._engine.facts, max_tokens=max_tokens, least=least
+        )
         owner = owner_of(request)
         adapter = await self._models.find(text_of(body, "model"), owner)
         return dataclasses.replace(sample, adapter=adapter, client=Client(owner))

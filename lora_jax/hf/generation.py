@@ -1,0 +1,113 @@
+"""Reads generation_config.json: the tokens that end an answer, and how a model's makers sample."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_jax.hf.fields import ConfigError, read_eos, read_file
+
+FILE = "generation_config.json"
+_LEAST = {"temperature": 0.0, "top_p": 0.0, "top_k": 0}
+# Further fields that change what is drawn, with the values that change nothing, besides null.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "diversity_penalty"), (0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), ([],)),
+    **dict.fromkeys(("sequence_bias", "forced_bos_token_id", "forced_eos_token_id"), ()),
+    **dict.fromkeys(("exponential_decay_length_penalty", "penalty_alpha", "top_h"), (0,)),
+    **dict.fromkeys(("num_beams", "guidance_scale"), (1,)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The fields of a generation_config.json. Hashable, as a part of a configuration.
+
+    Attributes:
+      text: the file's text, which `lora_jax.models.save_pretrained` writes again.
+
+    Raises:
+      ConfigError: a field that is read has a value of the wrong kind.
+
+    >>> from lora_jax.hf.generation import Generation
+    >>> found = Generation('{"eos_token_id": [2, 5], "do_sample": true, "temperature": 0.6}')
+    >>> found.eos_token_ids, found.sampling
+    ((2, 5), {'temperature': 0.6})
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if any(isinstance(one, bool) or not isinstance(one, int) for one in self.eos_token_ids):
+            raise ConfigError(f"eos_token_id={self.fields['eos_token_id']!r}: token ids are needed")
+        for name, value in self.sampling.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value < _LEAST[name]:
+                raise ConfigError(f"{name}={value!r}: a number from {_LEAST[name]:g} on is needed")
+
+    @cached_property
+    def fields(self) -> Mapping[str, Any]:
+        """The fields as they are written."""
+        found: dict[str, Any] = json.loads(self.text)
+        return found
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return read_eos(self.fields)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The temperature, top_p and top_k that are given; temperature 0 for greedy decoding.
+
+        A file with ``"do_sample": false`` asks for that, whatever its temperature. Without the
+        field, a temperature counts. A top_k of 0 keeps all tokens, and is left out.
+        """
+        if self.fields.get("do_sample") is False:
+            return {"temperature": 0.0}
+        given = {name: self.fields.get(name) for name in _LEAST}
+        if self.fields.get("do_sample") and given["temperature"] is None:
+            given["temperature"] = 1.0
+        return {n: x for n, x in given.items() if x is not None and not (n == "top_k" and x == 0)}
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The further fields that would change what is drawn, and are not applied here."""
+        given = {name: self.fields.get(name) for name in _NEUTRAL}
+        return {n: x for n, x in given.items() if x is not None and x not in _NEUTRAL[n]}
+
+
+def read_generation(path: Path) -> Generation:
+    """Reads a generation_config.json.
+
+    Args:
+      path: the file, or the folder that holds it.
+
+    Raises:
+      ConfigError: the file is missing, cannot be read, or has a field of the wrong kind.
+    """
+    path = path / FILE if path.is_dir() else path
+    read_file(path, "a model", ConfigError)
+    try:
+        return Generation(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def with_generation(config: Any, folder: Path) -> Any:
+    """Returns the configuration of a folder's model with what its generation_config.json says.
+
+    Models that continue no texts have no such field, and stay as they are, as do folders without
+    the file.
+
+    Raises:
+      ConfigError: see `read_generation`.
+    """
+    if not hasattr(config, "generation") or not (folder / FILE).is_file():
+        return config
+    return dataclasses.replace(config, generation=read_generation(folder))

@@ -1,0 +1,50 @@
+"""The defaults of sampling that a model comes with, in its generation_config.json."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.generation import FILE, Generation, read_generation
+from train.console.errors import UserError, as_user_errors
+from train.console.output import say
+from train.options.generation import AUTO
+from train.run.pretrained import Outline
+
+
+def with_generation_config(outline: Outline, given: str | None) -> tuple[Outline, dict[str, Any]]:
+    """Applies --generation-config, and says what the file has.
+
+    Args:
+      outline: the model's.
+      given: the option.
+
+    Returns:
+      The outline, with the tokens of another file that end an answer; and the temperature, top_p
+      and top_k to use in the place of a script's defaults, where the file gives them.
+
+    Raises:
+      UserError: the file cannot be read, or says nothing of sampling.
+    """
+    option = f"--generation-config {given}"
+    if given not in (None, AUTO):
+        with as_user_errors(ConfigError, prefix=f"{option}: "):
+            found = read_generation(Path(str(given)).expanduser())
+        config: Any = dataclasses.replace(outline.config, generation=found)  # type: ignore[arg-type]
+        outline = dataclasses.replace(outline, config=config)
+    generation: Generation | None = getattr(outline.config, "generation", None)
+    sampling = {} if generation is None else generation.sampling
+    if given is None:
+        if sampling and sampling.get("temperature") != 0:
+            say(f"{FILE} samples with {_said(sampling)}: --generation-config auto does so, too")
+        return outline, {}
+    if generation is None or not sampling:
+        what = "the model has none" if generation is None else "it says nothing of sampling"
+        raise UserError(f"{option}: {what}: leave it out, or name another {FILE}")
+    others = f"; not applied: {_said(generation.others)}" if generation.others else ""
+    say(f"sampling as {FILE} says: {_said(sampling)}{others}")
+    return outline, sampling
+
+
+def _said(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
