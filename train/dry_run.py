@@ -1,6 +1,7 @@
 """Shows a run without running it: `--dry-run` of the scripts that train."""
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from train.live.prompts import PromptFeed
 from train.live.reference import is_live
 from train.options.common import Options
 from train.plan.local import Needs, measured_rate, needs
+from train.rewards.asking import columns_of
 from train.run.log import doing
 from train.run.output import state_of
 from train.run.report import megabytes
@@ -33,6 +35,7 @@ _UTILISATION = 0.5  # the share of a matrix product's FLOP/s that a whole step i
 _REFUSAL = jax.errors.JaxRuntimeError
 _REFUSED = "the compiler refuses the step (--remat or a smaller --batch-size need less memory): "
 Say = Callable[[str], None]
+COMPLETION = "Hello! The answer is 4."  # that rewards are asked about
 OPEN, CLOSE = "[[", "]]"  # around what the loss counts, where there are no colours
 
 
@@ -61,6 +64,8 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
         say(f"--- {one.title}")
         console.print(as_text(one, coloured=coloured), soft_wrap=True)
     say("---")
+    if isinstance(feed, PromptFeed) and feed.rewards is not None:
+        _print_reward(say, feed)
     sizes = lengths(data.train)
     found = np.percentile(sizes, _PERCENTILES, method="higher").astype(int).tolist()
     shares = ", ".join(f"{n} ({p}%)" for p, n in zip(_PERCENTILES, found, strict=True))
@@ -76,6 +81,29 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     _print_time(say, config, inputs, needed)
     say(f"{config.run.output}: {state_of(Path(config.run.output).expanduser())}")
     say("nothing was trained, and nothing was written: leave out --dry-run to train")
+
+
+def _print_reward(say: Say, feed: PromptFeed) -> None:
+    """Asks the rewards about a fixed completion of the first prompt; prints what they answer."""
+    assert feed.rewards is not None
+    row, group = feed.prompts.rows[0], feed.config.data.group
+    ids = feed.outline.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
+    began = time.perf_counter()
+    found = feed.rewards(
+        [feed.prompts.asked(0)] * group,
+        [COMPLETION] * group,
+        [ids] * group,
+        columns_of([row] * group, feed.prompts.columns),
+        group=group,
+        state=feed.progress(0),
+    )
+    took = time.perf_counter() - began
+    say(f"the rewards of {COMPLETION!r} after the first prompt, in {duration(took)}:")
+    for name, values in found.by_name.items():
+        known = dict.fromkeys("none" if np.isnan(x) else f"{x:.4g}" for x in values)
+        say(f"  {name}: {', '.join(known)}")
+    for line in found.said:
+        say(f"warning: {line}")
 
 
 def as_text(one: Shown, *, coloured: bool) -> Text:

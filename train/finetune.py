@@ -126,7 +126,9 @@ def finetune(
         optim = config.optim
         rules(config.adapter)
         folder = None if dry else locked_output(config, session.release, console)
-        inputs = inputs_of(config, mesh, part.reader(config, task))
+        read = part.reader(config, task)
+        session.release.callback(read.data.close)
+        inputs = inputs_of(config, mesh, read)
     outline, data, layout = inputs.read.outline, inputs.read.data, inputs.layout
     for line in [*([cached] if cached else []), *inputs.lines]:
         tell(console, line)
@@ -258,6 +260,7 @@ def prepared(
         console=run.console,
         outline=outline,
         data=data,
+        stop=run.stop,
         layout=run.layout,
         model=model,
         plain=plain,
@@ -278,6 +281,7 @@ def evaluation_of(run: Run, inputs: Inputs, task: Task) -> Evaluation | None:
         rows=rows,
         data=data,
         outline=outline,
+        stop=run.stop,
     )
     return task.evaluation(context)
 

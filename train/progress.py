@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.training.errors import TrainingError
+from lora_jax.training.errors import Dropped, TrainingError
 from lora_jax.training.processes import Agreement
 from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError, as_user_errors
@@ -43,7 +43,7 @@ def score(
 
     try:
         return evaluation.score(model, tree, forward, progress)
-    except _Cut:
+    except (_Cut, Dropped):
         return None
 
 

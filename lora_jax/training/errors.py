@@ -33,6 +33,10 @@ class DamagedCheckpoint(TrainingError):
     """A checkpoint is not what was saved."""
 
 
+class Dropped(Exception):
+    """A batch was not made, as a signal came meanwhile: the run stops before that batch's step."""
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM came, and there is nothing left to save. `code` is the exit code."""
 

@@ -90,7 +90,12 @@ def compiled_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callabl
 
 
 def means(loss: Loss, sums: Sums) -> dict[str, float]:
-    """Returns the loss, in the sense of its reduction, and its logs divided by the count."""
-    count: Any = sums.count or 1.0
+    """Returns the loss, in the sense of its reduction, and its logs divided by the count.
+
+    Returns {} where nothing counts: what was not measured is no loss of 0.
+    """
+    count: Any = sums.count
+    if not count:
+        return {}
     total: Any = sums.total / count if loss.reduction == "mean" else sums.total
     return {"loss": total, **{name: value / count for name, value in sums.logs.items()}}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 
 from lora_jax.core.types import Tree
-from lora_jax.training.errors import Diverged, Interrupted
+from lora_jax.training.errors import Diverged, Dropped, Interrupted
 from lora_jax.training.losses import OWN_METRICS, Reduction
 from lora_jax.training.processes import Agreement, from_first
 from lora_jax.training.run.log import Log
@@ -71,10 +71,13 @@ class Hooks:
     Attributes:
       batch: (number of steps before it, the state it begins with) -> a step's batch. Rollouts are
         sampled from the state; data ignore it. The batch must not hold the state's own arrays,
-        which the step donates.
+        which the step donates. It may raise `Dropped` after a signal.
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
-      noted: returns metrics of the batch with that number, to be logged beside the step's.
+      noted: returns metrics of the batch with that number, to be logged beside the step's; None for
+        one that is not known.
+      lost: returns why nothing can be learned from the batch with that number, whose loss is NaN
+        so that its step is skipped; None for a batch like others.
       save: writes a checkpoint; gets the prefixes of the measures that its step still lacks.
       rows: names the rows of the batch with that number, as a user knows them.
       resume_hint: tells an interrupted user how to go on.
@@ -91,7 +94,8 @@ class Hooks:
     save: Callable[[State, Sequence[str]], None]
     rows: Callable[[int], str]
     resume_hint: str
-    noted: Callable[[int], Mapping[str, float]] = lambda number: {}
+    noted: Callable[[int], Mapping[str, float | None]] = lambda number: {}
+    lost: Callable[[int], str | None] = lambda number: None
     reduction: Reduction = "mean"
     measures: Sequence[Measure] = ()
     owed: Sequence[str] = ()
@@ -110,17 +114,17 @@ class _Window:
         self.seconds: list[float] = []
         self.skipped = 0
         self._run, self._hooks, self._log = run, hooks, log
-        self._steps: list[tuple[int, Mapping[str, Any]]] = []
+        self._steps: list[tuple[int, Mapping[str, Any], str | None]] = []
         self._began, self._tokens = time.perf_counter(), 0
 
-    def add(self, done: int, metrics: Mapping[str, Any], tokens: int) -> None:
+    def add(self, done: int, metrics: Mapping[str, Any], tokens: int, lost: str | None) -> None:
         """Adds the step that is now the last of `done`."""
-        self._steps.append((done, metrics))
+        self._steps.append((done, metrics, lost))
         self._tokens += tokens
 
     def before_last(self) -> list[Mapping[str, Any]]:
         """Returns the metrics of the step before the last, if they were not read yet."""
-        return [metrics for _, metrics in self._steps[-2:-1]]
+        return [metrics for _, metrics, _ in self._steps[-2:-1]]
 
     def read(self) -> None:
         """Logs the steps as one line, and those that were skipped one by one.
@@ -130,16 +134,20 @@ class _Window:
         """
         if not self._steps:
             return
-        values = [(at, {k: float(v) for k, v in m.items()}) for at, m in self._steps]
+        values = [
+            (at, {k: None if v is None else float(v) for k, v in metrics.items()}, lost)
+            for at, metrics, lost in self._steps
+        ]
         elapsed = time.perf_counter() - self._began
         self.seconds += [elapsed / len(values)] * len(values)
-        for at, v in values:
+        for at, v, lost in values:
             self.skipped = self.skipped + 1 if v["skipped"] else 0
             if v["skipped"]:
-                self._log.skipped(at, v)
+                self._log.skipped(at, v if lost is None else {**v, "lost": lost})
             if self.skipped == self._run.max_skipped:
-                raise _diverged(at, v, self._run.max_skipped, self._hooks.rows(at - 1))
-        if taken := [v for _, v in values if not v["skipped"]]:
+                rows = self._hooks.rows(at - 1)
+                raise _diverged(at, v, self._run.max_skipped, rows, lost)
+        if taken := [v for _, v, _ in values if not v["skipped"]]:
             speed = self._tokens / elapsed
             self._log.add(_line(values[-1][0], taken, speed, self._hooks.reduction))
         self._steps, self._tokens = [], 0
@@ -192,7 +200,10 @@ def train(
         try:
             number = next(turns)
             while True:
-                batch = hooks.batch(number, held[0])
+                try:
+                    batch = hooks.batch(number, held[0])
+                except Dropped as dropped:
+                    turns.throw(dropped)  # it saves, and raises Stopped
                 n_tokens = hooks.tokens(batch)
                 held[0], metrics = step(held[0], base, hooks.placed(batch))
                 number = turns.send((metrics, n_tokens))
@@ -214,7 +225,8 @@ def training_steps(
         driver's, who also defers signals.
 
     Yields:
-      The number of steps before the one to take.
+      The number of steps before the one to take. A driver without its batch, as a signal came,
+      throws `Dropped`: the steps before are saved.
 
     Returns:
       The median seconds of a step (None where none was taken).
@@ -235,15 +247,22 @@ def training_steps(
     del state
     window.begin()
     for number in range(begun, steps):
-        metrics, n_tokens = yield number
-        done = number + 1
-        window.add(done, {**metrics, **hooks.noted(number)}, n_tokens)
+        try:
+            metrics, n_tokens = yield number
+        except Dropped:  # of which a resumed run makes the same batch
+            window.read()
+            if number > begun and number % run.save_every and not window.skipped:
+                hooks.save(now(), ())
+            raise _stopped(number, hooks, stop) from None
+        done, lost = number + 1, hooks.lost(number)
+        window.add(done, {**metrics, **hooks.noted(number)}, n_tokens, lost)
         # The host runs ahead of the device by one step, and of a slow one not at all: a signal then
         # waits for the step in progress alone.
         jax.block_until_ready(metrics if took > _SLOW else window.before_last())
         took, turn = time.monotonic() - turn, time.monotonic()
         stopping = stop.agreed(agreement, metrics)
-        if stopping or done == steps or done % run.log_every == 0 or done % run.save_every == 0:
+        line_is_due = done % run.log_every == 0 or done % run.save_every == 0
+        if stopping or done == steps or line_is_due or lost is not None:
             window.read()
         due = [measure for measure in hooks.measures if measure.is_due(done, steps)]
         if stopping and done < steps:
@@ -286,32 +305,47 @@ def _stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
 
 
 def _line(
-    step: int, taken: list[dict[str, float]], tokens_per_s: float, reduction: Reduction
+    step: int, taken: Sequence[Mapping[str, Any]], tokens_per_s: float, reduction: Reduction
 ) -> dict[str, Any]:
     """Returns one line of metrics for a window of steps that ends with `step`.
 
     Its loss is the mean over the window's units or, of a loss that is a sum, over its steps. Logs
-    are means over the units, of steps without any over the steps; 0 stands for one that a step does
-    not have.
+    are means over the units, of steps without any over the steps, that know them: None stands for a
+    log that is not known, and a line leaves out one that no step knows. 0 stands for one that a
+    step does not have.
 
     Args:
       taken: the metrics of the window's steps, without those that were skipped.
     """
     count = sum(v["count"] for v in taken)
-    weights = [v["count"] if count else 1 for v in taken]
 
-    def a_unit(name: str) -> float:
-        return sum(v.get(name, 0) * w for v, w in zip(taken, weights, strict=True)) / sum(weights)
+    def a_unit(name: str) -> float | None:
+        known = [(v.get(name, 0), v["count"]) for v in taken if v.get(name, 0) is not None]
+        units = sum(n for _, n in known)
+        weighed = [(x, n if units else 1) for x, n in known]
+        return sum(x * n for x, n in weighed) / (units or len(known)) if known else None
 
     newest = {name: value for name, value in taken[-1].items() if name != "skipped"}
     names = dict.fromkeys(name for v in taken for name in v if name not in OWN_METRICS)
     logs = {name: a_unit(name) for name in names}
     loss = a_unit("loss") if reduction == "mean" else sum(v["loss"] for v in taken) / len(taken)
     line = {"step": step, **newest, **logs, "loss": loss, "count": int(count)}
-    return {**line, "tokens_per_s": round(tokens_per_s, 1)}
+    line["tokens_per_s"] = round(tokens_per_s, 1)
+    return {name: value for name, value in line.items() if value is not None}
 
 
-def _diverged(step: int, metrics: dict[str, float], n: int, rows: str) -> Diverged:
+def _diverged(
+    step: int, metrics: Mapping[str, Any], n: int, rows: str, lost: str | None
+) -> Diverged:
+    if lost is not None:
+        return Diverged(
+            lambda option: (
+                f"{option('max_skipped', n)}: so many steps in a row were skipped, as they had "
+                f"nothing to learn from. The last is step {step}, {rows}: {lost}. Put it right, "
+                f"and begin again; {option('resume', True)} goes on from the last checkpoint, if "
+                "there is one"
+            )
+        )
     return Diverged(
         lambda option: (
             f"{option('max_skipped', n)}: so many steps in a row were skipped, because their loss, "

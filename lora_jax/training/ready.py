@@ -33,10 +33,17 @@ class Live(Protocol):
     """Makes batches of the state that a step begins with, such as rollouts."""
 
     def batch(self, number: int, state: State) -> HostBatch:
-        """Returns the batch of the step that has `number` steps before it; a function of both."""
+        """Returns the batch of the step that has `number` steps before it; a function of both.
 
-    def noted(self, number: int) -> Mapping[str, float]:
-        """Returns metrics of that batch, the newest, to be logged."""
+        Raises:
+          Dropped: a signal came meanwhile.
+        """
+
+    def noted(self, number: int) -> Mapping[str, float | None]:
+        """Returns metrics of that batch, the newest, to be logged; None for one not known."""
+
+    def lost(self, number: int) -> str | None:
+        """Returns why nothing can be learned from that batch, whose loss is NaN; None otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,6 +223,7 @@ def hooks_of(
     return Hooks(
         batch=live.batch if live else lambda number, state: feed.batch(number),
         noted=live.noted if live else lambda number: {},
+        lost=live.lost if live else lambda number: None,
         placed=lambda batch: layout.batch(batch, parts=True),
         tokens=feed.tokens,
         save=save,

@@ -53,6 +53,9 @@ class Compared:
         """Returns nothing: the loss logs all there is."""
         return {}
 
+    def lost(self, number: int) -> None:
+        """Returns None: what pairs teach, the loss alone can tell."""
+
     def _scores(self, params: Tree, batch: HostBatch) -> np.ndarray:
         """Returns the log-probabilities of a batch, [accumulate, batch, n]."""
         layout = self.ready.setup.layout

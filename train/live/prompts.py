@@ -2,7 +2,9 @@
 
 import base64
 import dataclasses
+import functools
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,8 @@ from train.run.pretrained import Outline
 _OF_PROMPT = ("prompt", "messages")
 
 
-class Prompts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Prompts:
     """Rows that ask something.
 
     Attributes:
@@ -29,10 +32,11 @@ class Prompts(NamedTuple):
     rows: Sequence[Row]
     tokens: Sequence[list[int]]
 
-    @property
+    @functools.cached_property
     def columns(self) -> list[str]:
-        """Returns the fields that rewards get."""
-        return [name for name in self.rows[0] if name not in _OF_PROMPT]
+        """Returns the fields that rewards get: of all rows, as each may lack some."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return [name for name in names if name not in _OF_PROMPT]
 
     @property
     def longest(self) -> int:
@@ -83,6 +87,9 @@ class PromptFeed:
       rewards: what rewards completions; None where nothing does.
       noted: metrics of the newest batch.
       newest: its completions, in words, until `fresh` returns them.
+      lost: why nothing can be learned from it; None where something can.
+      steps: the number of steps of the run.
+      done: the steps so far.
     """
 
     config: Any
@@ -92,8 +99,11 @@ class PromptFeed:
     judged: tuple[str, ...] = ("advantages",)
     held: tuple[int, HostBatch] = (-1, {})
     rewards: Rewards | None = None
-    noted: dict[str, float] = dataclasses.field(default_factory=dict)
+    noted: dict[str, float | None] = dataclasses.field(default_factory=dict)
     newest: list[Sample] = dataclasses.field(default_factory=list)
+    lost: str | None = None
+    steps: int = 0
+    done: int = 0
 
     def __post_init__(self) -> None:
         optim, group = self.config.optim, self.config.data.group
@@ -131,6 +141,17 @@ class PromptFeed:
         batch |= {name: np.zeros((*of, new), np.float32) for name in self.scored}
         return batch | {name: np.zeros(of, np.float32) for name in self.judged}
 
+    def progress(self, step: int) -> dict[str, Any]:
+        """Returns where training stands after `step` steps, by the names of TRL's trainer state."""
+        taken, of_all = step // self.config.optim.updates, self.steps // self.config.optim.updates
+        epochs = [n * self.order.rows_a_step / self.order.n_rows for n in (taken, of_all)]
+        return {
+            "global_step": step,
+            "max_steps": self.steps,
+            "epoch": epochs[0],
+            "num_train_epochs": math.ceil(epochs[1]),
+        }
+
     def rows(self, number: int) -> np.ndarray:
         """Returns the prompts of a step: [n]."""
         return self.order.rows(number // self.config.optim.updates).ravel()
@@ -167,6 +188,11 @@ class PromptFeed:
         fresh, self.newest = self.newest, []
         return fresh
 
+    def close(self) -> None:
+        """Ends the processes of rewards."""
+        if self.rewards is not None:
+            self.rewards.close()
+
     def named(self, number: int) -> str:
         """Returns the names of the prompts of a step."""
         rows, source = self.rows(number).tolist(), self.config.data.dataset
@@ -195,7 +221,7 @@ class PromptFeed:
 
     def seek(self, cursor: dict[str, Any], step: int) -> bool:
         """Takes up a batch that has steps to come; returns whether the cursor is of these data."""
-        updates, kept = self.config.optim.updates, dict(cursor)
+        updates, kept, self.done = self.config.optim.updates, dict(cursor), step
         self.noted = kept.pop("noted", {})
         if (completions := kept.pop("completions", None)) is not None:
             with np.load(io.BytesIO(base64.b64decode(completions))) as arrays:

@@ -11,13 +11,13 @@ from lora_jax.core.types import Tree
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import advantages_of, leave_one_out
 from lora_jax.training.ready import Ready
-from train.console.output import tell
 from train.live.prompts import Drawn, PromptFeed
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
 from train.options.scripts.grpo import RLOO
-from train.processes import hosts
 from train.reporters.contract import Sample
+from train.rewards.asking import Answer, ask, columns_of, mean_known
+from train.rewards.reward import Batch
 from train.tasks.task import Data, Preparing
 
 
@@ -47,23 +47,38 @@ class Rewarded(Rollouts):
 
     def judged(
         self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int
-    ) -> tuple[Drawn, HostBatch, dict[str, float]]:
-        """Returns advantages, by rewards of completions, and log-probabilities."""
+    ) -> tuple[Drawn, HostBatch, dict[str, float | None]]:
+        """Returns advantages, by rewards of completions, and log-probabilities.
+
+        Where rewards have failed, and no completion has one, the advantages are NaN: the step is
+        skipped.
+        """
         optim, group = self.config.optim, self.config.data.group
-        rewards, noted = self._rewarded(rows, drawn)  # what is noted is of the first draw
+        first = self._ask(rows, drawn, number)  # what is noted is of the first draw
+        rewards, lost, noted = first.total.reshape(-1, group), first.lost, first.noted
+        extra = _by_completion(first, group)
         for attempt in range(self.config.data.redraw):
             (flat,) = np.nonzero(_without_spread(rewards))
             if not len(flat):
                 break
             again = self.drawn(params, rows[flat], number, attempt + 1)
-            rewards[flat], _ = self._rewarded(rows[flat], again)
+            answer = self._ask(rows[flat], again, number)
+            rewards[flat], extra[flat] = (
+                answer.total.reshape(-1, group),
+                _by_completion(answer, group),
+            )
+            lost = lost and answer.lost
             for before, new in zip(drawn, again, strict=True):
                 before[flat] = new
         flat_rewards, asked = rewards.ravel(), map(self.feed.prompts.shown, np.repeat(rows, group))
         self.feed.newest = [
-            Sample(prompt, text, None if math.isnan(reward) else reward)
-            for prompt, text, reward in zip(
-                asked, drawn.texts.ravel().tolist(), flat_rewards.tolist(), strict=True
+            Sample(prompt, text, None if math.isnan(reward) else reward, facts)
+            for prompt, text, reward, facts in zip(
+                asked,
+                drawn.texts.ravel().tolist(),
+                flat_rewards.tolist(),
+                extra.ravel().tolist(),
+                strict=True,
             )
         ]
         batch = self.feed.of_completions(rows, drawn)
@@ -82,52 +97,39 @@ class Rewarded(Rollouts):
         else:
             advantages = advantages_of(jnp.asarray(flat_rewards), group, optim.scale)
         batch["advantages"] = np.asarray(advantages).reshape(counted.shape[:2])
+        if lost:
+            batch["advantages"] = np.full_like(batch["advantages"], np.nan)
+        self.feed.lost = lost and f"no completion has a reward ({lost})"
         noted |= {
             "reward": mean_known(rewards),
             "zero_spread": float(_without_spread(rewards).mean()),
-            "entropy": float(entropy[counted].mean()) if counted.any() else 0.0,
+            "entropy": float(entropy[counted].mean()) if counted.any() else None,
         }
         return drawn, batch, noted
 
-    def _rewarded(self, rows: np.ndarray, drawn: Drawn) -> tuple[np.ndarray, dict[str, float]]:
-        """Returns the rewards of completions, [prompts, group], and metrics."""
-
-        def asked(_: int) -> dict[str, Any]:
-            total, noted = self._asked(rows, drawn)
-            return {"total": [None if math.isnan(x) else x for x in total], "noted": noted}
-
-        (found,) = hosts.map_over_processes(asked, range(1))  # the first process asks
-        total = np.array([np.nan if x is None else x for x in found["total"]], np.float32)
-        return total.reshape(-1, drawn.lengths.shape[1]), found["noted"]
-
-    def _asked(self, rows: np.ndarray, drawn: Drawn) -> tuple[list[float], dict[str, float]]:
-        """Returns the reward of each completion, NaN for none, and metrics."""
+    def _ask(self, rows: np.ndarray, drawn: Drawn, number: int) -> Answer:
+        """Returns the rewards of completions, [prompts * group], and metrics."""
         group, prompts = self.config.data.group, self.feed.prompts
-        each, texts = np.repeat(rows, group).tolist(), drawn.texts.ravel().tolist()
-        tokens = drawn.tokens.reshape(len(each), -1)
+        each = np.repeat(rows, group).tolist()
+        tokens, lengths = drawn.tokens.reshape(len(each), -1), drawn.lengths.ravel()
         assert self.feed.rewards is not None
-        found = self.feed.rewards(
+        batch = Batch(
             [prompts.asked(row) for row in each],
-            texts,
-            [ids[:n].tolist() for ids, n in zip(tokens, drawn.lengths.ravel(), strict=True)],
-            {name: [prompts.rows[row].get(name) for row in each] for name in prompts.columns},
-            group=group,
+            drawn.texts.ravel().tolist(),
+            [ids[:n].tolist() for ids, n in zip(tokens, lengths, strict=True)],
+            columns_of([prompts.rows[row] for row in each], prompts.columns),
+            group,
+            self.feed.progress(number),
         )
-        for line in found.said:
-            tell(self.of.console, f"warning: {line}")
-        noted: dict[str, float] = {}
-        if len(found.by_name) > 1:
-            noted = {f"reward_{k}": mean_known(v) for k, v in found.by_name.items()}
-        failed = sum(sum(kinds.values()) for kinds in found.failures.values())
-        noted["reward_failed"] = failed / len(each)
-        for kinds in found.kinds.values():
-            noted |= {f"share_{kind}": n / len(each) for kind, n in kinds.items()}
-        return found.total.tolist(), noted
+        return ask(self.feed.rewards, batch, self.of.console, self.of.stop)
 
 
-def mean_known(values: np.ndarray) -> float:
-    """Returns the mean of what is no NaN; 0 where all is."""
-    return float(np.nansum(values) / max((~np.isnan(values)).sum(), 1))
+def _by_completion(answer: Answer, group: int) -> np.ndarray:
+    """Returns further facts about each completion, [prompts, group]; None for none."""
+    facts = np.full(len(answer.total), None, object)
+    for at in range(len(facts)) if answer.extra else ():
+        facts[at] = {name: values[at] for name, values in answer.extra.items()}
+    return facts.reshape(-1, group)
 
 
 def _without_spread(rewards: np.ndarray) -> np.ndarray:

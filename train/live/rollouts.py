@@ -59,7 +59,7 @@ class Rollouts(abc.ABC):
     @abc.abstractmethod
     def judged(
         self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int
-    ) -> tuple[Drawn, HostBatch, dict[str, float]]:
+    ) -> tuple[Drawn, HostBatch, dict[str, float | None]]:
         """Returns what a step learns from.
 
         Args:
@@ -70,18 +70,23 @@ class Rollouts(abc.ABC):
 
         Returns:
           The completions, drawn again where they have to be; the batch, each array [accumulate,
-          batch, …]; and metrics.
+          batch, …]; and metrics, None for one that is not known.
         """
 
-    def noted(self, number: int) -> Mapping[str, float]:
+    def noted(self, number: int) -> Mapping[str, float | None]:
         """Returns the metrics of the newest completions."""
         return self.feed.noted
+
+    def lost(self, number: int) -> str | None:
+        """Returns why nothing can be learned from the newest completions, or None."""
+        return self.feed.lost
 
     def batch(self, number: int, state: State) -> HostBatch:
         """Returns the batch of a step: completions drawn now, or those that have steps to come."""
         begun = number - number % self.config.optim.updates
         if self.feed.held[0] != begun:
             self.feed.held = (begun, self._made(begun, state))
+        self.feed.done = number + 1
         return self.feed.held[1]
 
     def _made(self, number: int, state: State) -> HostBatch:
@@ -95,8 +100,8 @@ class Rollouts(abc.ABC):
         self.feed.noted = noted | {
             "length": float(drawn.lengths.mean()),
             "truncated": float(1 - drawn.ended.mean()),
-            "mismatch_mean": float(apart.mean()) if apart.size else 0.0,
-            "mismatch_max": float(apart.max(initial=0.0)),
+            "mismatch_mean": float(apart.mean()) if apart.size else None,
+            "mismatch_max": float(apart.max()) if apart.size else None,
         }
         return batch
 

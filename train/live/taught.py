@@ -108,7 +108,7 @@ class Taught(Rollouts):
 
     def judged(
         self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int
-    ) -> tuple[Drawn, HostBatch, dict[str, float]]:
+    ) -> tuple[Drawn, HostBatch, dict[str, float | None]]:
         """Returns an advantage for each token, and log-probabilities."""
         batch = self.feed.of_completions(rows, drawn)
         old, entropy = self.scores(params, batch)
@@ -119,7 +119,8 @@ class Taught(Rollouts):
         group = self.config.data.group
         asked = map(self.feed.prompts.shown, np.repeat(rows, group).tolist())
         self.feed.newest = [*map(Sample, asked, drawn.texts.ravel().tolist())]
-        n = max(int(counted.sum()), 1)
-        noted = {"reverse_kl": float(-gain.sum() / n), "entropy": float(entropy[counted].sum() / n)}
+        n = int(counted.sum())
+        sums = {"reverse_kl": -gain.sum(), "entropy": entropy[counted].sum()}
+        noted = {name: float(total / n) if n else None for name, total in sums.items()}
         batch |= {"old": old, "advantages": self.config.optim.coefficient * gain}
         return drawn, batch, noted

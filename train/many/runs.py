@@ -174,7 +174,9 @@ def _opened(script: str, asked: Asked, mesh: Any, session: Session, part: RunPar
     check_packages(config.run.report_to)
     rules(config.adapter)
     folder = locked_output(config, session.release, paper.console)
-    inputs = inputs_of(config, mesh, part.reader(config, task))
+    read = part.reader(config, task)
+    session.release.callback(read.data.close)
+    inputs = inputs_of(config, mesh, read)
     for line in inputs.lines:
         tell(paper.console, line)
     run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part)

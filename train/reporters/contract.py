@@ -15,11 +15,16 @@ Ending = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be
 
 
 class Sample(NamedTuple):
-    """A prompt, and the model's answer, with its reward where it has one."""
+    """A prompt, and the model's answer, with its reward where it has one.
+
+    Attributes:
+      extra: further facts about the answer, by name, for the record alone; None for none.
+    """
 
     prompt: str
     answer: str
     reward: float | None = None
+    extra: Mapping[str, Any] | None = None
 
 
 class Start(NamedTuple):

@@ -5,6 +5,8 @@ from typing import Any
 
 from train.reporters.contract import Sample
 
+_COLUMNS = ("prompt", "answer", "reward")
+
 
 class LogsTables:
     """Logs to a run of such a package: wandb, and trackio, which follows it.
@@ -25,5 +27,6 @@ class LogsTables:
 
     def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
         """Logs the samples as a table."""
-        table = self._table(columns=list(Sample._fields), data=[list(sample) for sample in samples])
+        rows = [[getattr(sample, name) for name in _COLUMNS] for sample in samples]
+        table = self._table(columns=[*_COLUMNS], data=rows)
         self._run.log({"samples": table}, step=step)

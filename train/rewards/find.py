@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,17 +26,25 @@ class Scored(NamedTuple):
       total: [n], fp32: the weighted sum of the rewards that have an opinion; NaN if none has, or if
         one failed.
       by_name: [n] each, fp32, without weights; NaN: no opinion, or none because it failed.
+      failed: [n] bool: whether a reward of the completion failed.
       failures: the number of completions that have no value because a reward failed, by its name
         and by kind.
       said: a sentence on each kind of failure that did not occur before.
+      why: the first failure, in words; None for none.
       kinds: the number of completions by what became of them, of rewards that tell, by name.
+      metrics: the means of further numbers that rewards log, as "name/number".
+      extra: further facts about completions, as "name/fact": [n] each.
     """
 
     total: np.ndarray
     by_name: dict[str, np.ndarray]
+    failed: np.ndarray
     failures: dict[str, dict[str, int]]
     said: list[str]
+    why: str | None
     kinds: dict[str, dict[str, int]]
+    metrics: dict[str, float]
+    extra: dict[str, Sequence[Any]]
 
 
 class Rewards:
@@ -43,12 +52,15 @@ class Rewards:
 
     Attributes:
       names: the rewards' names.
+      needs: the columns that each cannot do without, by its name.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Sequence[float]) -> None:
         self._rewards, self._weights = rewards, np.array(weights, np.float32)
         self.names = [*rewards]
+        self.needs = {name: reward.needs for name, reward in rewards.items()}
         self._known: set[tuple[str, str]] = set()
+        self._was_silent = False
 
     def __enter__(self) -> "Rewards":
         return self
@@ -69,9 +81,10 @@ class Rewards:
         columns: Mapping[str, Sequence[Any]],
         *,
         group: int,
+        state: Mapping[str, Any] | None = None,
     ) -> Scored:
         """Returns the rewards of completions; see `Batch` for what is given."""
-        batch = Batch(prompts, completions, completion_ids, columns, group)
+        batch = Batch(prompts, completions, completion_ids, columns, group, state or {})
         judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         values = np.stack([one.values for one in judged.values()])  # [rewards, n]
         failed = np.isinf(values)
@@ -81,10 +94,28 @@ class Rewards:
         return Scored(
             np.where(given.any(0) & ~failed.any(0), total, np.float32(np.nan)),
             dict(zip(judged, values, strict=True)),
+            failed.any(0),
             {name: dict(one.failures) for name, one in judged.items() if one.failures},
-            [said for name, one in judged.items() for said in self._news(name, one, len(total))],
+            [
+                *self._silence(bool(given.any() or failed.any()), len(total)),
+                *(x for name, one in judged.items() for x in self._news(name, one, len(total))),
+            ],
+            next((f"{k}: {text}" for k, one in judged.items() for text in one.said.values()), None),
             {name: dict(one.kinds) for name, one in judged.items() if one.kinds},
+            {
+                f"{name}/{k}": mean(v)
+                for name, one in judged.items()
+                for k, v in one.metrics.items()
+            },
+            {f"{name}/{k}": v for name, one in judged.items() for k, v in one.extra.items()},
         )
+
+    def _silence(self, has_any: bool, n: int) -> list[str]:
+        """Returns a sentence where no reward has an opinion, the first time."""
+        if has_any or self._was_silent:
+            return []
+        self._was_silent = True
+        return [f"no reward has an opinion on any of {n} completions: nothing is learned from them"]
 
     def _news(self, name: str, judged: Judged, n: int) -> list[str]:
         new = [kind for kind in judged.failures if (name, kind) not in self._known]

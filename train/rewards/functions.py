@@ -60,15 +60,25 @@ class Workers:
         """Returns what a function says of a batch; calls it once for each prompt."""
         starts = range(0, len(batch.completions), batch.group)
         parts = [slice(start, start + batch.group) for start in starts]
-        found = list(self._threads.map(lambda part: self._ask(function, batch, part), parts))
+        try:
+            found = list(self._threads.map(lambda part: self._ask(function, batch, part), parts))
+        except BaseException:  # such as a signal: what is still being asked is not waited for
+            self._served.close()
+            raise
         values = [value for one in found for value in one["values"]]
         failures: Counter[str] = Counter()
         said: dict[str, str] = {}
-        for one in found:
+        metrics: dict[str, list[float]] = {}
+        extra: dict[str, list[Any]] = {}
+        for part, one in zip(parts, found, strict=True):
             for kind, (number, text) in one["failures"].items():
                 failures[kind] += number
                 said.setdefault(kind, text)
-        return Judged(np.array(values, np.float32), dict(failures), said)
+            for name, numbers in one.get("metrics", {}).items():
+                metrics.setdefault(name, []).extend(numbers)
+            for name, facts in one.get("extra", {}).items():
+                extra.setdefault(name, [None] * len(values))[part] = facts
+        return Judged(np.array(values, np.float32), dict(failures), said, {}, metrics, extra)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -87,12 +97,14 @@ class Workers:
             "completions": completions,
             "completion_ids": [list(map(int, ids)) for ids in batch.completion_ids[part]],
         }
-        line = base64.b64encode(pickle.dumps((function, keywords))).decode()
+        asked = (function, keywords, dict(batch.state))
+        line = base64.b64encode(pickle.dumps(asked)).decode()
         try:
             return json.loads(self._served.ask(line, self._seconds))
         except NoAnswer as error:
             n = len(completions)
-            why = f"a call took longer than {self._seconds:g} seconds" if error.late else str(error)
+            late = f"a call took longer than {self._seconds:g} seconds, --reward-timeout"
+            why = late if error.late else str(error)
             return {
                 "values": [worker.FAILED] * n,
                 "failures": {TIMEOUT if error.late else DIED: [n, why]},

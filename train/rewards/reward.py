@@ -15,6 +15,7 @@ class Batch(NamedTuple):
       completion_ids: their tokens.
       columns: the values of the rows' other columns, one for each completion.
       group: the number of completions of a prompt.
+      state: where training stands, by TRL's names: global_step, max_steps, epoch.
     """
 
     prompts: Sequence[Any]
@@ -22,6 +23,7 @@ class Batch(NamedTuple):
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
     group: int
+    state: Mapping[str, Any] = {}
 
 
 class Judged(NamedTuple):
@@ -32,12 +34,16 @@ class Judged(NamedTuple):
       failures: the number of completions that have no value because it failed, by kind.
       said: the first message of each kind of failure.
       kinds: the number of completions by what became of them, for rewards that tell.
+      metrics: further numbers that it logs, by name, such as one of each prompt.
+      extra: further facts about completions, by name: [n] each.
     """
 
     values: np.ndarray
     failures: Mapping[str, int] = {}
     said: Mapping[str, str] = {}
     kinds: Mapping[str, int] = {}
+    metrics: Mapping[str, Sequence[float]] = {}
+    extra: Mapping[str, Sequence[Any]] = {}
 
 
 class Reward(NamedTuple):

@@ -1,11 +1,14 @@
 """The program that calls a user's reward functions; `functions.py` starts it.
 
 Its arguments are ``file.py:function``. It says what it found, then answers requests, a line each.
-It imports the standard library alone: a user's file is the only one to import more.
+It imports the standard library alone: a user's file is the only one to import more. A process that
+a user's function starts by "spawn" or "forkserver" imports it, too, to find the user's files.
 """
 
 import asyncio
 import base64
+import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import json
@@ -13,23 +16,47 @@ import math
 import os
 import pickle
 import queue
+import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TextIO
 
-OURS = ("prompts", "completions", "completion_ids")  # what each function may take, beside columns
+# What each function may take, beside columns; the last three are TRL's.
+OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 EXCEPTION, NUMBER_OF_RESULTS = "exception", "wrong number of results"
-NO_NUMBER, NOT_FINITE = "not a number", "not finite"
+NO_LIST, NO_NUMBER, NOT_FINITE = "not a list", "not a number", "not finite"
+_MODULE = re.compile(r"_rewards_(\d+)")
 _LARGEST = 3.4e38  # of fp32
 FAILED = math.inf  # in the place of a value
 
 
 class NoFunction(Exception):
-    """A file has no such function."""
+    """A file has no such function, or one that cannot be used as it is."""
+
+
+class Files:
+    """Imports the files of the command line as `_rewards_0`, …, in order: a finder of modules.
+
+    A file is a package, with the files beside it as its modules: relative imports find them.
+    """
+
+    @staticmethod
+    def find_spec(name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        """Returns the spec of one of the files; None for other modules."""
+        if (match := _MODULE.fullmatch(name)) is None:
+            return None
+        path = _paths()[int(match[1])]
+        beside = [str(Path(path).absolute().parent)]
+        return importlib.util.spec_from_file_location(name, path, submodule_search_locations=beside)
+
+
+def _paths() -> list[str]:
+    return [*dict.fromkeys(spec.rpartition(":")[0] for spec in sys.argv[1:])]
 
 
 class Function(NamedTuple):
@@ -46,25 +73,21 @@ class Function(NamedTuple):
     needs: list[str]
 
 
-def find(spec: str, modules: dict[str, Any]) -> Function:
-    """Returns the function that ``file.py:function`` names; imports each file once.
+def find(spec: str) -> Function:
+    """Returns the function that ``file.py:function`` names, an object of a class that it names.
 
     Raises:
       NoFunction: the file has no such function.
       BaseException: whatever the file raises.
     """
     path, _, name = spec.rpartition(":")
-    if path not in modules:
-        module_spec = importlib.util.spec_from_file_location(f"_rewards_{len(modules)}", path)
-        assert module_spec is not None and module_spec.loader is not None
-        module = modules[path] = importlib.util.module_from_spec(module_spec)
-        sys.path.insert(0, str(Path(path).absolute().parent))
-        sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
-        module_spec.loader.exec_module(module)
-    found = getattr(modules[path], name, None)
+    module = _imported(path)
+    found = getattr(module, name, None)
     if not callable(found):
-        functions = [n for n, value in vars(modules[path]).items() if inspect.isfunction(value)]
+        functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         raise NoFunction(f"it has no function {name!r}, but: {', '.join(functions) or 'none'}")
+    if inspect.isclass(found):
+        found = _made(found, name)
     taken = inspect.signature(found).parameters.values()
     named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return Function(
@@ -74,24 +97,115 @@ def find(spec: str, modules: dict[str, Any]) -> Function:
     )
 
 
+def _imported(path: str) -> Any:
+    """Returns the module of a file, imported once; its folder is where it finds others."""
+    name, folder = f"_rewards_{_paths().index(path)}", Path(path).absolute().parent
+    if name in sys.modules:
+        return sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        own = _own_frames(error)
+        match = own and re.match(r"from (\.\.+)\s*(.*)", own[-1].line or "")
+        if not match or "relative import" not in str(error):
+            raise
+        dots, rest = match.groups()
+        absolute = rest if rest.startswith("import ") else f"from {rest}"
+        above = Path(own[-1].filename).absolute().parents[len(dots) - 1]
+        raise NoFunction(
+            f"{said(error)}: relative imports reach the files beside it alone; write `{absolute}`, "
+            f"and set PYTHONPATH={above}"
+        ) from error
+
+
+def _made(given: type[Any], name: str) -> Callable[..., Any]:
+    """Returns an object of a class, to be called."""
+    if not any("__call__" in vars(one) for one in given.__mro__):
+        raise NoFunction(f"{name} is a class, and its objects cannot be called: give it __call__")
+    wanted = [
+        p.name
+        for p in inspect.signature(given).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if wanted:
+        raise NoFunction(
+            f"{name} is a class whose objects need {', '.join(wanted)}: make one in the file, such "
+            f"as `judge = {name}(…)`, and name that"
+        )
+    made: Callable[..., Any] = given()
+    return made
+
+
+def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Returns the frames of a traceback that are of files of others, not of this one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
+
+
 def said(error: BaseException) -> str:
     """Returns the last line of a traceback, with the file and the line that it is about."""
     text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    own = [frame for frame in frames if not frame.filename.startswith("<")]
+    own = _own_frames(error)
     if not own or isinstance(error, SyntaxError):  # which says itself where it is
         return text
     return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
 
 
-def judge(function: Function, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Calls a function; returns its values, and its failures: by kind, how many and the first."""
-    n = len(keywords["completions"])
-    taken = {k: v for k, v in keywords.items() if function.takes is None or k in function.takes}
+class Logged:
+    """Takes what a function logs beside its values, as TRL's ``log_metric`` and ``log_extra`` do.
+
+    Attributes:
+      metrics: numbers by name, one of each call.
+      extra: facts about the completions by name: [n] each.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.metrics: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
+        self._n = n
+
+    def metric(self, name: str, value: Any) -> None:
+        """Takes a number; one that is not finite is not known."""
+        if math.isfinite(number := float(value)):
+            self.metrics.setdefault(str(name), []).append(number)
+
+    def column(self, name: str, values: Iterable[Any]) -> None:
+        """Takes a fact about each completion."""
+        facts = [v if isinstance(v, str | int | float | None) else repr(v) for v in values]
+        if len(facts) != self._n:
+            raise ValueError(f"log_extra({name!r}): {len(facts)} values, {self._n} completions")
+        self.extra[str(name)] = facts
+
+
+def judge(
+    function: Function, keywords: Mapping[str, Any], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Calls a function; returns its values, and its failures: by kind, how many and the first.
+
+    Args:
+      function: the function.
+      keywords: prompts, completions, their tokens, and columns.
+      state: where training stands: the attributes of ``trainer_state``.
+
+    Returns:
+      Values, failures, and what it has logged, as JSON.
+    """
+    logged = Logged(len(keywords["completions"]))
+    given: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
+    given |= {"log_metric": logged.metric, "log_extra": logged.column, **keywords}
+    taken = {k: v for k, v in given.items() if function.takes is None or k in function.takes}
+    answer = _judged(function, taken, len(keywords["completions"]))
+    return answer | {"metrics": logged.metrics, "extra": logged.extra}
+
+
+def _judged(function: Function, keywords: Mapping[str, Any], n: int) -> dict[str, Any]:
     try:
-        found = function.call(**taken)
+        found = function.call(**keywords)
         if inspect.iscoroutine(found):
             found = asyncio.run(found)
+        if wrong := _no_list(found):
+            return {"values": [FAILED] * n, "failures": {NO_LIST: [n, wrong]}}
         results = list(found)
     except (Exception, SystemExit) as error:
         return {"values": [FAILED] * n, "failures": {EXCEPTION: [n, said(error)]}}
@@ -112,6 +226,18 @@ def judge(function: Function, keywords: Mapping[str, Any]) -> dict[str, Any]:
             failures.setdefault(kind, [0, repr(result)[:80]])[0] += 1
         values.append(FAILED if kind else value)
     return {"values": values, "failures": failures}
+
+
+def _no_list(found: Any) -> str | None:
+    """Returns what a function has returned in the place of a list of numbers; None for a list."""
+    if isinstance(found, Mapping):
+        keys = ", ".join(map(repr, list(found)[:8]))
+        what = f"a {type(found).__name__} with the keys {keys}" if found else "an empty dict"
+    elif found is None or isinstance(found, str | bytes | int | float | Set):
+        what = repr(found)[:80]
+    else:
+        return None
+    return f"it returned {what}; a list with a number, or None, for each completion is needed"
 
 
 def _requests(source: TextIO) -> "queue.SimpleQueue[str]":
@@ -141,19 +267,21 @@ def main() -> None:
         print(json.dumps(value), file=answers, flush=True)
 
     lines = _requests(requests)
-    functions, modules = [], dict[str, Any]()
+    functions = []
     for spec in sys.argv[1:]:
         try:
-            functions.append(find(spec, modules))
+            functions.append(find(spec))
         except BaseException as error:
             known = isinstance(error, NoFunction)
             answer({"spec": spec, "error": str(error) if known else said(error)})
             return
     answer({"needs": [function.needs for function in functions]})
     while True:
-        index, keywords = pickle.loads(base64.b64decode(lines.get()))
-        answer(judge(functions[index], keywords))
+        index, keywords, state = pickle.loads(base64.b64decode(lines.get()))
+        answer(judge(functions[index], keywords, state))
 
 
+if __name__ in ("__main__", "__mp_main__"):  # the second is its name in processes that are started
+    sys.meta_path.append(Files)
 if __name__ == "__main__":
     main()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -92,14 +93,14 @@ class Log:
             self._progress.stop()
         self._file.close()
 
-    def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
+    def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records that a step was skipped, and prints why."""
         self._record({"step": step, "skipped": 1.0})
-        tell(
-            self._console,
-            f"step {step} skipped: its loss is {metrics['loss']}, its count {metrics['count']}, "
-            f"its gradient's norm {metrics['grad_norm']}",
+        why = metrics.get("lost") or (
+            f"its loss is {metrics['loss']}, its count {metrics['count']}, its gradient's norm "
+            f"{metrics['grad_norm']}"
         )
+        tell(self._console, f"step {step} skipped: {why}")
 
     def add(self, line: Line) -> None:
         """Records a line of metrics, which has a `step`, and prints it."""

@@ -11,6 +11,7 @@ from lora_jax.training.batches import pack
 from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row, name_of, question
 from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.errors import Dropped
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, rollout_loss
 from lora_jax.training.processes import write_json
@@ -22,7 +23,9 @@ from train.live.prompts import PromptFeed, Prompts
 from train.options.defaults import Defaults
 from train.options.scripts.grpo import Config
 from train.reporters.files import read_json
-from train.rewards.find import find_rewards
+from train.rewards.asking import ask, columns_of, mean_known
+from train.rewards.find import Rewards, find_rewards
+from train.rewards.reward import Batch
 from train.run.complete import completed
 from train.run.log import doing
 from train.run.output import SCORES
@@ -93,11 +96,27 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         seconds=data.reward_timeout,
         workers=data.reward_workers,
     )
+    check_columns(config, rewards, held_out)
     feed = PromptFeed(config, train, outline, scored=rewarded.scored(config), rewards=rewards)
     lines = [f"completions are rewarded by {', '.join(rewards.names)}"]
     if held_out is not None:
         lines.append(f"{len(held_out.rows)} prompts are held out")
     return data_of(feed, lines)
+
+
+def check_columns(config: Config, rewards: Rewards, held_out: Prompts | None) -> None:
+    """Raises a UserError if --eval-dataset has no row with a column that a reward needs."""
+    data = config.data
+    if held_out is None or data.eval_dataset is None:
+        return
+    for name, needs in rewards.needs.items():
+        if missing := [column for column in needs if column not in held_out.columns]:
+            rewards.close()
+            raise UserError(
+                f"--eval-dataset {data.eval_dataset}: the reward {name} needs the column "
+                f"{missing[0]!r}; the rows have "
+                f"{', '.join(held_out.columns) or 'none beside the prompt'}"
+            )
 
 
 def read_prompts(config: Any, rows: Rows, outline: Outline) -> tuple[Prompts, Prompts | None]:
@@ -136,6 +155,11 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         for at, ids in enumerate(feed.prompts.tokens, start=1)
     ]
     n = feed.order.rows_a_step
+
+    def of_steps(steps: int) -> PromptFeed:
+        feed.steps = steps or feed.steps
+        return feed
+
     return Data(
         train=pack(shown, data.seq_len, packing=False),
         held_out=None,
@@ -144,8 +168,9 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         source=data.dataset,
         facts={"sequence_length": feed.length, "lengths": (feed.length,)},
         lines=(f"{len(shown):,} prompts; a step has {data.group} completions of {n} each", *lines),
-        feed=lambda steps: feed,
+        feed=of_steps,
         steps=lambda epochs: feed.order.steps(epochs) * optim.updates,
+        close=feed.close,
     )
 
 
@@ -165,15 +190,12 @@ class Rewarding:
     """Rewards greedy completions of held-out prompts before and after training."""
 
     context: Context
+    feed: PromptFeed
 
     def __post_init__(self) -> None:
         rows = self.context.rows.held_out
         tokens = tokenize_prompts(rows, self.context.outline.tokenizer, "the held-out rows")
         self.prompts = Prompts(rows, tokens)
-        assert self.context.data.feed is not None
-        feed = self.context.data.feed(0)
-        assert isinstance(feed, PromptFeed) and feed.rewards is not None
-        self.rewards = feed.rewards
         self.found: dict[str, Any] = {}
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
@@ -186,13 +208,15 @@ class Rewarding:
         """Takes what another run measured of the base on the same prompts."""
         if not isinstance(other, Rewarding) or other.prompts != self.prompts:
             return False
+        if BASE not in other.found.get(REWARD, {}):  # what failed is tried again
+            return False
         self.found = {REWARD: {BASE: other.found[REWARD][BASE]}}
         return True
 
     def score(
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
-        """Returns the mean reward."""
+        """Returns the mean reward of the completions that have one; {} where none has."""
         of, outline, config = self.prompts, self.context.outline, self.context.config
         new = config.data.max_new_tokens
         ids = completed(
@@ -203,11 +227,12 @@ class Rewarding:
             [text for text, _ in cut],
             [one[:n] for one, (_, n) in zip(ids, cut, strict=True)],
         )
-        columns = {name: [row.get(name) for row in of.rows] for name in of.columns}
+        names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))
         asked = [of.asked(row) for row in range(len(of.rows))]
-        scored = self.rewards(asked, texts, ids, columns, group=1)
-        for line in scored.said:
-            tell(self.context.console, f"warning: {line}")
+        state = self.feed.progress(self.feed.done)
+        batch = Batch(asked, texts, ids, columns_of(of.rows, names), 1, state)
+        assert self.feed.rewards is not None
+        scored = ask(self.feed.rewards, batch, self.context.console, self.context.stop)
         self.newest = [
             {
                 "prompt": prompt,
@@ -216,32 +241,45 @@ class Rewarding:
             }
             for prompt, text, reward in zip(asked, texts, scored.total, strict=True)
         ]
-        return {REWARD: rewarded.mean_known(scored.total)}
+        if (mean := mean_known(scored.total)) is None:
+            why = f" ({scored.lost})" if scored.lost else ""
+            tell(self.context.console, f"warning: no held-out completion has a reward{why}")
+            return {}
+        return {REWARD: mean}
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
         """Rewards the trained model; writes and prints the rewards."""
         self._measure(ADAPTED, model, params, forward)
-        rewards = self.found[REWARD]
-        print_figures(
-            self.context.console,
-            f"mean reward of {len(self.prompts.rows)} held-out prompts",
-            ("", *rewards),
-            [("reward", *(f"{value:.4f}" for value in rewards.values()))],
-        )
-        return {REWARD: rewards[ADAPTED]}
+        rewards = self.found.get(REWARD, {})
+        figures = [rewards.get(way) for way in (BASE, ADAPTED)]
+        rows = [("reward", *("none" if x is None else f"{x:.4f}" for x in figures))]
+        answers = [self.found.get("answers", {}).get(way, ()) for way in (BASE, ADAPTED)]
+        if any(without := [sum(a["reward"] is None for a in each) for each in answers]):
+            rows.append(("prompts without one", *map(str, without)))
+        title = f"mean reward of {len(self.prompts.rows)} held-out prompts"
+        print_figures(self.context.console, title, ("", BASE, ADAPTED), rows)
+        return {REWARD: rewards[ADAPTED]} if ADAPTED in rewards else {}
 
     def _measure(self, way: str, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         n = len(self.prompts.rows)
+        self.found.get(REWARD, {}).pop(way, None)  # of an earlier end of a run that went on
         with doing(self.context.console, f"{way}: completing {n} held-out prompts") as progress:
-            found = self.score(model, params, forward, progress)
-        self.found.setdefault(REWARD, {})[way] = found[REWARD]
+            try:
+                found = self.score(model, params, forward, progress)
+            except Dropped:
+                raise self.context.stop.interrupted() from None
+        if found:
+            self.found.setdefault(REWARD, {})[way] = found[REWARD]
         self.found.setdefault("answers", {})[way] = self.newest
         write_json(self.context.folder / SCORES, self.found)
 
 
 def evaluation(context: Context) -> Rewarding | None:
     """Returns the evaluation by rewards; None where no prompt is held out."""
-    return Rewarding(context) if context.rows.held_out else None
+    assert context.data.feed is not None
+    feed = context.data.feed(0)
+    assert isinstance(feed, PromptFeed)
+    return Rewarding(context, feed) if context.rows.held_out else None
 
 
 TASK = Task(

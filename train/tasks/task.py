@@ -17,6 +17,7 @@ from lora_jax.training.data.order import Batches
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.ready import Ready
+from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError
 from train.options.defaults import Defaults
 from train.reporters.contract import Sample
@@ -50,6 +51,7 @@ class Data:
         `train` is then a sample of them.
       steps: returns the number of steps of so many epochs, where it does not follow from `train`.
       row: returns the name of a row, from its data set and its number; None for "row 3".
+      close: ends what the batches need, such as processes; may be called twice.
     """
 
     train: Examples
@@ -62,6 +64,7 @@ class Data:
     steps: Callable[[float], int] | None = None
     row: Callable[[int, int], str] | None = None
     measured: Examples | None = None
+    close: Callable[[], None] = lambda: None
 
     @property
     def on_the_way(self) -> Examples | None:
@@ -71,7 +74,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """The options, folder, console, rows and model of a run, for an evaluation."""
+    """The options, folder, console, rows, model and signals of a run, for an evaluation."""
 
     config: Any
     folder: Path
@@ -79,6 +82,7 @@ class Context:
     rows: Rows
     data: Data
     outline: Outline
+    stop: Stop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,7 @@ class Preparing:
 
     Attributes:
       config, folder, console, outline, data: parts of the run.
+      stop: tells of a signal.
       layout: the placement of all that follows.
       model, plain: the model and its parameters, without the adapter.
       ready: what training begins with.
@@ -98,6 +103,7 @@ class Preparing:
     console: Console
     outline: Outline
     data: Data
+    stop: Stop
     layout: Layout
     model: Any
     plain: Any
@@ -138,13 +144,16 @@ class Evaluation(Protocol):
     def score(
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
-        """Returns the scores of an adapted tree by name, the task's `score` among them.
+        """Returns the scores of an adapted tree by name, the task's `score` if it is known.
 
         Args:
           model: the model.
           params: the adapted tree.
           forward: the model's ``apply``, for an adapted tree.
           progress: may be called on the way, in all processes alike; ends the scoring by raising.
+
+        Raises:
+          Dropped: a signal came meanwhile; raised in all processes.
         """
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from lora_jax.training.batches import HostBatch
+from lora_jax.training.errors import Dropped
 from lora_jax.training.loop import Stopped
 
 Metrics = Mapping[str, Any]
@@ -21,7 +22,7 @@ class Running:
     Attributes:
       turns: yields the number of a step to take, is sent its metrics and tokens, and returns what
         came of the run; see `lora_jax.training.loop.training_steps`.
-      batch: returns the batch of the step with that number.
+      batch: returns the batch of the step with that number; may raise `Dropped` after a signal.
       tokens: counts the tokens of a batch, without padding.
     """
 
@@ -88,7 +89,7 @@ def side_by_side(
         while numbers:
             batches: dict[str, HostBatch] = {}
             for name, number in [*numbers.items()]:
-                batch = advance(name, runs[name].batch, number)
+                batch = advance(name, _made, runs[name], number)
                 if batch is not None:
                     batches[name] = batch
             found = step(batches) if batches else {}
@@ -99,3 +100,12 @@ def side_by_side(
         for run in runs.values():
             run.turns.close()
     return endings
+
+
+def _made(run: Running, number: int) -> HostBatch:
+    """Returns a run's batch; where a signal dropped it, the run saves its steps and stops."""
+    try:
+        return run.batch(number)
+    except Dropped as dropped:
+        run.turns.throw(dropped)
+        raise

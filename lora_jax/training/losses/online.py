@@ -91,8 +91,8 @@ def online_loss(
 
     Returns:
       The sums; the count is what the total is to be divided by. `logs`, sums as well: the shares of
-      clipped ratios ("clip_low", "clip_high") and the divergence ("kl"), means over the batch's
-      tokens, each multiplied by count.
+      clipped ratios ("clip_low", "clip_high") and, with a reference, the divergence ("kl"), means
+      over the batch's tokens, each multiplied by count.
 
     Raises:
       ValueError: beta is given without a reference, or a reference without beta.
@@ -118,14 +118,16 @@ def online_loss(
         losses = -jnp.minimum(free * gain, clipped * gain)
         clipped_low = (ratio < 1 - options.low) & (gain < 0)
         clipped_high = (ratio > 1 + high) & (gain > 0)
-    divergence = jnp.zeros_like(losses)
+    divergence = None
     if reference is not None:
         away = jnp.where(counted > 0, reference.astype(jnp.float32) - logps, 0.0)
         divergence = jnp.exp(away) - away - 1
         if options.divergence == "corrected":
             divergence *= ratio
         losses += options.beta * divergence
-    shares = {"clip_low": clipped_low, "clip_high": clipped_high, "kl": divergence}
+    shares = {"clip_low": clipped_low, "clip_high": clipped_high}
+    if divergence is not None:
+        shares["kl"] = divergence
     if options.over == "sequences":
         counted = counted / tokens
     count = {

@@ -19,8 +19,8 @@ class Log(Protocol):
     def add(self, line: Line) -> None:
         """Takes a line of metrics, which has a `step`."""
 
-    def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a step that was skipped."""
+    def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of a step that was skipped; `lost` says why, if its batch does."""
 
 
 class NullLog:
@@ -42,7 +42,8 @@ class NullLog:
 def losses_of(line: Line) -> str:
     """Returns the loss of a line and its logs, as "loss 0.3333  accuracy 0.875"."""
     logs = (f"  {name} {value:.4g}" for name, value in line.items() if name not in OWN_METRICS)
-    return f"loss {line['loss']:.4f}{''.join(logs)}"
+    norm = f"  grad_norm {line['grad_norm']:.3g}" if "grad_norm" in line else ""
+    return f"loss {line['loss']:.4f}{''.join(logs)}{norm}"
 
 
 def duration(seconds: float) -> str:

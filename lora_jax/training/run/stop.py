@@ -23,12 +23,13 @@ class Stop:
       remedy: tells an interrupted user how to go on, at this point of the run.
       signal: the number of the signal that came; None for none.
       deferring: whether a first signal waits for the end of the step.
+      raising: whether one raises nevertheless, within work that is dropped.
     """
 
     def __init__(self) -> None:
         self.remedy = "Training had not begun, and nothing was lost: run the same command again"
         self.signal: int | None = None
-        self.deferring = False
+        self.deferring = self.raising = False
         self._timer: threading.Timer | None = None
 
     @contextmanager
@@ -59,6 +60,19 @@ class Stop:
             yield
         finally:
             self.deferring = False
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Raises `Interrupted` for a signal that came or comes within, also where it is deferred.
+
+        For work that the run does again when it goes on.
+        """
+        self.raising = True
+        try:
+            self.check()
+            yield
+        finally:
+            self.raising = False
 
     def agreed(self, agreement: Agreement, turn: Any = ()) -> bool:
         """Returns whether a signal came to one of the processes; all have to call this, each turn.
@@ -92,7 +106,7 @@ class Stop:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         again, self.signal = self.signal is not None, number
-        if again or not self.deferring:
+        if again or not self.deferring or self.raising:
             raise self.interrupted()
 
     def _send_again(
@@ -105,7 +119,7 @@ class Stop:
             return
         main, number = threading.main_thread().ident, self.signal
         assert main is not None
-        if not self.deferring:
+        if not self.deferring or self.raising:
             self.signal = None  # it still is the first one
         self._forget_timer()
         self._timer = threading.Timer(_AGAIN, signal.pthread_kill, (main, number))

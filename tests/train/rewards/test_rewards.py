@@ -56,7 +56,8 @@ def test_functions_see_batches_of_whole_groups_and_the_columns():
         """
         def everything(prompts, completions, completion_ids, **columns):
             assert len(prompts) == 3 and len(set(prompts)) == 1 and len(set(completions)) == 3
-            assert set(columns) == {"answer", "level"}
+            of_trl = {"trainer_state", "log_metric", "log_extra"}
+            assert set(columns) == {"answer", "level"} | of_trl
             assert columns["answer"][0].split()[1] == prompts[0].split()[1]
             return [len(a) + 100 * len(b) + 10000 * c
                     for a, b, c in zip(completions, completion_ids, columns["level"])]

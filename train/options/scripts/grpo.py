@@ -40,12 +40,12 @@ class GrpoDataConfig(RolloutDataConfig):
     """Rewards of a completion: file.py:function, the folder of a run of `train.classify --labels
     pairs`, sql, arithmetic, or length; or several, which are added up. A function gets lists by
     keyword: `prompts`, `completions`, `completion_ids` and the fields of the rows; it returns a
-    number for each completion, or None for no opinion. It runs in processes of its own. By default
-    that of the task."""
+    number for each completion, or None for no opinion, as for TRL. It runs in processes of its own.
+    By default that of the task."""
     reward_weights: tuple[float, ...] = option((), field.HIDDEN)
     """A weight for each --reward; by default 1."""
     reward_timeout: float = option(30.0, field.CHANGEABLE)
-    """Seconds that a reward may take for the completions of a step."""
+    """Seconds that a function may take for the completions of a prompt."""
     reward_workers: int = option(2, field.CHANGEABLE)
     """Processes in which functions run side by side."""
     redraw: int = option(0, field.OPTIMISATION)

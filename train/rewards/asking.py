@@ -1,0 +1,86 @@
+"""Asks rewards about completions: in one of many processes, and not after a signal."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from lora_jax.training.errors import Dropped, Interrupted
+from lora_jax.training.run.stop import Stop
+from train.console.output import tell
+from train.processes import hosts
+from train.rewards.find import Rewards, Scored
+from train.rewards.reward import Batch
+
+
+class Answer(NamedTuple):
+    """Holds the rewards of completions, the same in all processes.
+
+    Attributes:
+      total: [n], fp32: the reward of each; NaN for none.
+      lost: what failed, in words, where no completion has a reward as a reward failed; else None.
+      noted: metrics; None for one that is not known.
+      extra: further facts about the completions, by name: [n] each.
+    """
+
+    total: np.ndarray
+    lost: str | None
+    noted: dict[str, float | None]
+    extra: dict[str, Sequence[Any]]
+
+
+def ask(rewards: Rewards, batch: Batch, console: Console, stop: Stop) -> Answer:
+    """Asks the rewards, in the first process alone; all processes have to call this.
+
+    Args:
+      rewards: the rewards.
+      batch: the completions.
+      console: console to print warnings to.
+      stop: tells of a signal.
+
+    Raises:
+      Dropped: a signal came to the first process, before or meanwhile; raised in all processes.
+    """
+
+    def asked(_: int) -> dict[str, Any]:
+        try:
+            with stop.dropping():
+                found = rewards(*batch[:4], group=batch.group, state=batch.state)
+        except Interrupted:
+            return {"dropped": stop.signal}
+        for line in found.said:
+            tell(console, f"warning: {line}")
+        total = [None if math.isnan(x) else x for x in found.total.tolist()]
+        lost = None if any(x is not None for x in total) else found.why
+        return {"total": total, "lost": lost, "noted": _noted(found), "extra": found.extra}
+
+    (answer,) = hosts.map_over_processes(asked, range(1))
+    if "dropped" in answer:
+        stop.signal = stop.signal or answer["dropped"]
+        raise Dropped
+    total = np.array([np.nan if x is None else x for x in answer["total"]], np.float32)
+    return Answer(total, answer["lost"], answer["noted"], answer["extra"])
+
+
+def _noted(found: Scored) -> dict[str, float | None]:
+    """Returns the metrics of what was rewarded."""
+    noted: dict[str, float | None] = {}
+    if len(found.by_name) > 1:
+        noted = {f"reward_{k}": mean_known(v) for k, v in found.by_name.items()}
+    noted["reward_failed"] = float(found.failed.mean())
+    for kinds in found.kinds.values():
+        noted |= {f"share_{kind}": n / len(found.total) for kind, n in kinds.items()}
+    return noted | found.metrics
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Returns the columns of rows; None where a row lacks one."""
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def mean_known(values: np.ndarray) -> float | None:
+    """Returns the mean of what is no NaN; None where all is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else None
