@@ -16,6 +16,7 @@ from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
 from lora_jax.select.matching import Known, check_names
 from lora_jax.select.resolve import beside, resolve
+from lora_jax.select.sharing import owners, with_shared_a
 
 
 def lorafy(
@@ -72,11 +73,15 @@ def lorafy(
     known = Known(traced_roles(trace, arrays), kinds, shared)
     chosen = resolve(arrays, rules, known)
     check_names(rules, dict(arrays), known)
-    starts = starts_of(dict(arrays), chosen, key)
-    return treedef.unflatten(
-        node_of(leaf, path, chosen[path], key, starts) if path in chosen else leaf
-        for path, leaf in leaves
-    )
+    starts, a_of = starts_of(dict(arrays), chosen, key), owners(chosen, dict(arrays))
+
+    def made(path: str, leaf: Leaf) -> Leaf:
+        if path not in chosen:
+            return leaf
+        node = node_of(leaf, path, chosen[path], key, starts)
+        return node.replace(a_of=a_of[path]) if path in a_of else node
+
+    return with_shared_a(treedef.unflatten(made(path, leaf) for path, leaf in leaves))
 
 
 def nodes_of(tree: Tree) -> dict[str, Node]:
@@ -106,7 +111,9 @@ def map_parts(visit: Callable[[str, str, Any], Any], tree: Tree) -> Tree:
 
     if isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values()):
         return {path: visited(path, parts) for path, parts in tree.items()}
-    return map_nodes(lambda path, node: node.with_parts(visited(path, node.parts())), tree)
+    return with_shared_a(
+        map_nodes(lambda path, node: node.with_parts(visited(path, node.parts())), tree)
+    )
 
 
 def _is_parts(parts: Any) -> bool:
@@ -175,7 +182,9 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
                     f"tree takes {expected}: adapt the base by the adapter's own rules (rank, "
                     "layers), or load it from its folder by lora_jax.load_adapter"
                 )
-        return node.with_parts(adapter[path])
+        owner = node.a_of if isinstance(node, LoraWeight) else None
+        shared = {} if owner is None else {"a": adapter[owner]["a"]}
+        return node.with_parts({**adapter[path], **shared})
 
     return map_nodes(filled, base)
 
@@ -309,12 +318,22 @@ def trainable_mask(params: Tree) -> Tree:
     Args:
       params: an adapted tree.
 
+    Raises:
+      ValueError: weights share an A, which only `split` and `join` keep one.
+
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
     >>> mask = lj.trainable_mask(tree)
     >>> mask["dense"]["bias"], mask["dense"]["kernel"].a, mask["dense"]["kernel"].base
     (False, True, False)
     """
+
+    shared = [path for path, node in nodes_of(params).items() if getattr(node, "a_of", None)]
+    if shared:
+        raise ValueError(
+            f"trainable_mask: {shared[0]!r} shares another weight's A, and an optimiser of the "
+            "whole tree would train the two apart: optimise the adapter of lora_jax.split(params)"
+        )
 
     def mask(node: Node) -> Node:
         untrained: Node = jax.tree.map(lambda _: False, node)

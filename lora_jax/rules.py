@@ -88,6 +88,8 @@ class LoraRule(_Fields, Variants):
       uses: for an embedding that is also the output head (tied): "lookup" or "product" adapts one
         of the two uses only, "each" gives each its own adapter of this rank, as PEFT does. Such a
         weight cannot be merged. "all": both uses see one adapter.
+      share_a: give kernels that stand side by side (``…/experts/gate_proj/kernel`` and
+        ``…/experts/up_proj/kernel``) one A, which trains once, as PEFT's experts have it.
       dtype: dtype of A and B. They are cast to the activation's dtype where they are used.
       in_axes, out_axes: the kernel's axis roles, where they are not Flax's (last axis out, the one
         before it in, the rest batch). Both or neither. A leaf named like a bias or a part of a norm
@@ -113,6 +115,7 @@ class LoraRule(_Fields, Variants):
     extras: Sequence[Part] = ()
     train_bias: bool = False
     uses: Literal["all", "lookup", "product", "each"] = "all"
+    share_a: bool = False
     dtype: DTypeLike = jnp.float32
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
@@ -154,6 +157,11 @@ class LoraRule(_Fields, Variants):
             raise ValueError(
                 f"uses='each' is for plain A and B: leave out {options}, extras and an init that "
                 "takes factors out of the base, or choose one use"
+            )
+        if self.share_a and (self.frozen or initialisers.takes_from_base(self.init)):
+            raise ValueError(
+                "share_a=True: an A that is frozen, or that is taken out of its own base, is not "
+                "shared: leave out share_a, or the variant or init that makes it so"
             )
         self._check_variants()
         if not 0 <= self.dropout < 1:

@@ -166,7 +166,9 @@ def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
 
 def _alike(node: LoraWeight, slots: WeightSlots, arrays: Any, rank: int) -> LoraWeight:
     """Returns a node over the slots' base that differs from others of its kind in arrays alone."""
-    return node.replace(base=slots.base, arrays=arrays, ranks=(rank,), dropout=0.0, frozen=())
+    return node.replace(
+        base=slots.base, arrays=arrays, ranks=(rank,), dropout=0.0, frozen=(), a_of=None
+    )
 
 
 @jax.jit

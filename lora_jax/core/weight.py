@@ -158,6 +158,8 @@ class LoraWeight(_Node):
       frozen: the names of the factors that do not train.
       uses: the uses of W that see the adapter: "all", "lookup" or "product" alone, or "each" with
         its own half of the rank.
+      a_of: the path of the weight whose A is this one's, too, and trains there; None for an A of
+        its own. In a whole tree both hold the same array.
     """
 
     base: BaseLike
@@ -168,6 +170,7 @@ class LoraWeight(_Node):
     extras: tuple[Part, ...] = field(default=(), metadata=STATIC)
     frozen: tuple[str, ...] = field(default=(), metadata=STATIC)
     uses: str = field(default="all", metadata=STATIC)
+    a_of: str | None = field(default=None, metadata=STATIC)
 
     def __getattr__(self, name: str) -> Any:
         """Returns an array by its name."""
@@ -201,7 +204,12 @@ class LoraWeight(_Node):
         return tuple(extra.name for extra in self.extras)
 
     def part_names(self) -> tuple[str, ...]:
-        return tuple(name for name in ("a", "b", *self.has) if name not in self.frozen)
+        elsewhere = (*self.frozen, *["a"] * (self.a_of is not None))
+        return tuple(name for name in ("a", "b", *self.has) if name not in elsewhere)
+
+    def with_parts(self, parts: Mapping[str, Any]) -> Self:
+        node = super().with_parts(parts)
+        return node if self.a_of is None else node.replace(a=parts.get("a"))
 
     @property
     def n_batch(self) -> int:

@@ -1,6 +1,7 @@
 """Translates a PEFT configuration into rules for a parameter tree."""
 
 import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -173,7 +174,7 @@ def rules_for(
         paths = sorted({row.path for row in table if row.hf.endswith(".bias")})
         if paths:
             found.append(TrainRule(targets=_either(paths)))
-    settings: dict[tuple[int, float, str, tuple[int, ...] | None], list[str]] = {}
+    settings: dict[tuple[int, float, str, tuple[int, ...] | None, bool], list[str]] = {}
     for path, members in _by_path(chosen).items():
         layers: dict[tuple[int, float], list[int]] = {}
         for module in members:
@@ -181,10 +182,13 @@ def rules_for(
             at.extend(module.index[:1])
         row = next(row for row in table if row.path == path)
         uses = members[0].uses if len({m.uses for m in members}) == 1 else "each"
+        halves = getattr(members[0], "half", None) is not None  # of gate_up_proj, with one A
         for (rank, alpha), at in layers.items():
-            settings.setdefault((rank, alpha, uses, _some_layers(at, row)), []).append(path)
-    for (rank, alpha, uses, layer), paths in settings.items():
-        found.append(_lora_rule(config, _either(paths), rank, alpha, layer, uses=uses))
+            key = (rank, alpha, uses, _some_layers(at, row), halves)
+            settings.setdefault(key, []).append(path)
+    for (rank, alpha, uses, layer, halves), paths in settings.items():
+        rule = _lora_rule(config, _either(paths), rank, alpha, layer, uses=uses)
+        found.append(dataclasses.replace(rule, share_a=halves and _may_share_a(rule)))
     return found
 
 
@@ -213,6 +217,11 @@ def _lora_rule(
         uses=cast(Literal["all", "lookup", "product", "each"], uses),
         **variants,
     )
+
+
+def _may_share_a(rule: LoraRule) -> bool:
+    """Returns False where A is taken out of each kernel: PEFT has that for the two as one."""
+    return not init.takes_from_base(rule.init)
 
 
 def _some_layers(layers: Sequence[int], row: Row) -> tuple[int, ...] | None:

@@ -201,6 +201,8 @@ def _check_meant(nodes: Mapping[str, Node], fingerprint: Mapping[str, str], base
 def _settings(weight: LoraWeight) -> dict[str, Any]:
     names = ("shape", "ranks", "dropout", "frozen", "uses")
     settings = {name: getattr(weight, name) for name in names}
+    if weight.a_of is not None:
+        settings["a_of"] = weight.a_of
     scale = np.asarray(weight.scale).tolist()
     return {**settings, **dataclasses.asdict(weight.roles), "scale": scale}
 
@@ -238,6 +240,7 @@ def _weight(
         extras=tuple(part for name, part in known.items() if name in filed),
         frozen=tuple(settings["frozen"]),
         uses=settings["uses"],
+        a_of=settings.get("a_of"),
     )
     arrays, ragged = jax.tree.map(jnp.asarray, dict(filed)), len(set(weight.ranks)) > 1
     for name, array in arrays.items():

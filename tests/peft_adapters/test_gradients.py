@@ -54,10 +54,12 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt-oss",
         {"target_parameters": ["mlp.experts.gate_up_proj", "router.weight"]},
     ),
-    # gate and up share an A in PEFT, and have one each here: down alone has the same gradients.
     "qwen3 moe": (
         "qwen3 moe",
-        {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
     ),
     "qwen3-next": (
         "qwen3-next",
@@ -74,7 +76,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "mixtral, experts": (
         "mixtral",
-        {"target_parameters": ["mlp.experts.down_proj", "gate.weight"]},
+        {"target_parameters": ["mlp.experts.gate_up_proj", "gate.weight"]},
     ),
 }
 
@@ -106,6 +108,10 @@ def test_logits_and_gradients(
     F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()).backward()
     tree = lp.load(tmp_path / "factors", model, params)
     adapter, base = lj.split(tree)
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert sum(x.size for x in jax.tree.leaves(adapter)) == trained
+    drawn = lj.lorafy(params, lp.rules(tmp_path / "factors", model))
+    assert jax.tree.map(jnp.shape, lj.split(drawn)[0]) == jax.tree.map(jnp.shape, adapter)
     forward = lj.adapt(model.apply, strict=True)
 
     def loss(adapter: Any) -> Any:

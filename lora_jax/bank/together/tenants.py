@@ -89,8 +89,13 @@ class Kind:
 
     @classmethod
     def of(cls, tenant: Tenant) -> "Kind":
-        """Returns the kind of an adapter."""
+        """Returns the kind of an adapter; raises a ValueError for weights that share an A."""
         nodes = nodes_of(tenant.params)
+        if shared := [path for path, node in nodes.items() if getattr(node, "a_of", None)]:
+            raise ValueError(
+                f"{shared[0]!r} shares another weight's A (share_a=True), which adapters side by "
+                "side cannot: train it alone, or give each weight an A of its own"
+            )
         given = {name: value for name, value in tenant.options.items() if value is not None}
         return cls(
             shells={path: with_arrays(node, None, {}) for path, node in nodes.items()},

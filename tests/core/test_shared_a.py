@@ -1,0 +1,103 @@
+"""One A for kernels that stand side by side."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+from lora_jax import optim
+from lora_jax.bank import Bank, combine
+from tests.support import assert_close, assert_identical, draw, with_random_factors
+
+KERNELS = {
+    "mlp": {name: {"kernel": draw(i, (5, 7))} for i, name in enumerate(("gate", "up"))}
+    | {"down": {"kernel": draw(2, (7, 5))}}
+}
+RULES = [
+    lj.LoraRule(targets=["gate", "up"], rank=2, alpha=3.0, share_a=True),
+    lj.LoraRule(targets=["down"], rank=2, alpha=3.0),
+]
+GATE, UP = "mlp/gate/kernel", "mlp/up/kernel"
+
+
+def program(params, x):
+    mlp = params["mlp"]
+    hidden = jnp.tanh(x @ mlp["gate"]["kernel"]) * (x @ mlp["up"]["kernel"])
+    return hidden @ mlp["down"]["kernel"]
+
+
+def tree_with_one_a():
+    """Returns an adapted tree with random factors, still with one A for two kernels."""
+    adapter, base = lj.split(lj.lorafy(KERNELS, RULES))
+    drawn, _ = lj.split(with_random_factors(lj.join(adapter, base)))
+    return lj.join(drawn, base)
+
+
+def test_it_trains_once_and_is_the_same_array_in_both():
+    tree = lj.lorafy(KERNELS, RULES)
+    assert tree["mlp"]["gate"]["kernel"].a is tree["mlp"]["up"]["kernel"].a
+    adapter, base = lj.split(tree)
+    assert (set(adapter[GATE]), set(adapter[UP])) == ({"a", "b"}, {"b"})
+    assert base["mlp"]["up"]["kernel"].a is None
+    assert lj.count_params(tree)[0] == 2 * 5 + 2 * (2 * 7) + 2 * (7 + 5)
+    assert_identical(lj.join(adapter, base), tree)
+    moved = lj.join(jax.tree.map(lambda x: x + 1, adapter), base)
+    assert moved["mlp"]["up"]["kernel"].a is moved["mlp"]["gate"]["kernel"].a
+
+
+def test_factored_is_merged_and_the_gradient_is_the_sum_of_both_uses():
+    tree, x = tree_with_one_a(), draw(5, (3, 5))
+    adapter, base = lj.split(tree)
+
+    def loss(adapter, run):
+        return jnp.sum(jnp.sin(run(lj.join(adapter, base), x)))
+
+    def merged(tree, x):
+        return program(lj.merge(tree), x)
+
+    got, want = (jax.grad(loss)(adapter, run) for run in (lj.adapt(program, strict=True), merged))
+    assert_close(got, want, 1e-5)
+    assert np.abs(got[GATE]["a"]).max() > 1e-3 and "a" not in got[UP]
+
+
+def test_it_is_kept_by_files_and_by_swap(tmp_path):
+    tree = tree_with_one_a()
+    lj.save_adapter(tmp_path / "adapter", tree)
+    loaded = lj.load_adapter(tmp_path / "adapter", KERNELS)
+    assert_identical(loaded, tree)
+    assert_identical(lj.split(loaded)[0], lj.split(tree)[0])
+    assert_identical(lj.swap(lj.lorafy(KERNELS, RULES), tree), tree)
+
+
+def test_sums_and_banks_hold_it_as_two():
+    tree, x = tree_with_one_a(), draw(5, (3, 5))
+    expected = program(lj.merge(tree), x)
+    total = combine([tree], [1.0])
+    assert "a" in lj.split(total)[0][UP]
+    assert_close(program(lj.merge(total), x), expected, 1e-5)
+    bank = Bank(KERNELS, RULES, slots=2)
+    bank.add("one", tree)
+    assert_close(program(lj.merge(bank.get("one")), x), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"targets": ["gate", "up", "down"]}, "stand side by side, and their A's differ"),
+        ({"targets": ["gate"], "freeze_a": True}, "share_a=True: an A that is frozen"),
+        ({"targets": ["gate"], "init": lj.init.pissa}, "taken out of its own base"),
+    ],
+)
+def test_what_cannot_be_shared(more, message):
+    with pytest.raises(ValueError, match=message):
+        lj.lorafy(KERNELS, [lj.LoraRule(rank=2, share_a=True, **more)])
+
+
+def test_an_optimiser_of_the_whole_tree_would_train_it_apart():
+    tree = lj.lorafy(KERNELS, RULES)
+    with pytest.raises(ValueError, match="'mlp/up/kernel' shares another weight's A"):
+        lj.trainable_mask(tree)
+    with pytest.raises(ValueError, match="optimise the adapter of lora_jax.split"):
+        optim.freeze_base(optax.sgd(0.1)).init(tree)
