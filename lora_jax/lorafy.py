@@ -8,6 +8,7 @@ import jax
 
 from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.aliases import aliases, flatten, resolved
+from lora_jax.core.flax_bytes import refuse_bytes
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import checked_key, nearest
 from lora_jax.core.types import Adapter, Leaf, Tree
@@ -61,6 +62,7 @@ def lorafy(
     >>> tree["dense"]["kernel"]
     LoraWeight(shape=(4, 3), ranks=2, in axes (-2,), out axes (-1,), the rest batch)
     """
+    refuse_bytes()
     key = jax.random.key(0) if key is None else checked_key("lorafy: key", key)
     leaves, treedef = leaves_of(params)
     if adapted := [path for path, leaf in leaves if is_node(leaf)]:

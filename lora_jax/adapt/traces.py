@@ -22,6 +22,7 @@ from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, change
 from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import Steps
 from lora_jax.core.aliases import resolved
+from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Forward, Leaf, Value
 
 _TRACED = object()  # in the place of a traced array
@@ -115,7 +116,7 @@ def _traced(call: Call, inputs: Mapping[int, Value]) -> Trace:
     made: list[tuple[list[Any], Any]] = []
 
     def called(args: Any, kwargs: Any) -> list[Any]:
-        args, kwargs = resolved((args, kwargs))
+        args, kwargs = resolved(unsealed((args, kwargs)))
         before = Snapshot.of((args, kwargs))
         result = call.fn(*args, **kwargs)
         leaves, treedef = jax.tree.flatten((result, before.writes()))

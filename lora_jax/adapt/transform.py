@@ -21,6 +21,7 @@ from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.aliases import flatten, resolved
 from lora_jax.core.base import is_base, stand_in
 from lora_jax.core.factored import Factored
+from lora_jax.core.opaque import unsealed
 from lora_jax.core.paths import checked_key, fold_in_path, path_string
 from lora_jax.core.types import Forward, Leaf
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
@@ -114,7 +115,7 @@ def run(
         dropout_key = checked_key("dropout_key", dropout_key)
     call, weights, nodes = _flattened(fn, args, kwargs, dropout_key)
     if not weights:
-        args, kwargs = resolved(call.treedef.unflatten(call.leaves))
+        args, kwargs = resolved(unsealed(call.treedef.unflatten(call.leaves)))
         return fn(*args, **kwargs)
     where = {} if axes is None else mapped(call, nodes, axes)
     call = dataclasses.replace(call, others={place: call.leaves[place] for place in where})

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_jax.bank.slots import map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, stored, values_of
 from lora_jax.bank.writing import with_slots, write
 from lora_jax.core.aliases import aliased
+from lora_jax.core.opaque import sealed
 from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, map_leaves
 from lora_jax.folders import local_path
@@ -51,7 +52,14 @@ class Bank:
     """
 
     def __init__(
-        self, params: Tree, rules: Sequence[Rule], *, slots: int, model: Model | None = None
+        self,
+        params: Tree,
+        rules: Sequence[Rule],
+        *,
+        slots: int,
+        model: Model | None = None,
+        trace: Sequence[Any] | None = None,
+        kinds: Mapping[str, str] | None = None,
     ) -> None:
         """Makes an empty bank.
 
@@ -63,6 +71,7 @@ class Bank:
             full.
           slots: the number of adapters on the device at once, beside the base.
           model: the model of `params`, for adapters in PEFT's files; see `lora_jax.peft.load`.
+          trace, kinds: as in `lora_jax.lorafy`.
 
         Raises:
           ValueError: see `lora_jax.lorafy`; or there are fewer slots than one.
@@ -71,7 +80,7 @@ class Bank:
             raise ValueError(f"Bank: {slots} slots: at least 1 is needed")
         params = aliased(params)
         self._model, self._params, self._base = model, params, OneBase(params)
-        self._tree = with_slots(params, rules, slots + 1)
+        self._tree = sealed(with_slots(params, rules, slots + 1, trace=trace, kinds=kinds))
         self._slots, self._held = slots_of(self._tree), Held()
         self._lock = threading.RLock()  # held by all that reads or changes what follows
         self._kept: dict[str, Adapter] = {}

@@ -19,7 +19,7 @@ class OneBase:
     """
 
     def __init__(self, params: Tree) -> None:
-        self.leaves: dict[str, Any] = dict(leaves_of(params)[0])
+        self.leaves = _arrays_of(params)
         self._sums: dict[str, dict[str, str]] = {}
 
     def check(self, what: str, tree: Tree) -> None:
@@ -35,7 +35,7 @@ class OneBase:
         Raises:
           BankError: the paths or the values differ.
         """
-        theirs = dict(leaves_of(tree)[0])
+        theirs = _arrays_of(tree)
         if only := sorted(theirs.keys() ^ self.leaves.keys()):
             who = "its tree" if only[0] in theirs else "the base here"
             raise BankError(
@@ -57,6 +57,15 @@ class OneBase:
                 f"{what} is over another base: {len(wrong)} frozen leaves have other values, "
                 f"{', '.join(wrong[:3])} among them. {_REMEDY}"
             )
+
+
+def _arrays_of(tree: Tree) -> dict[str, Any]:
+    """Returns the arrays and nodes of a tree, by path."""
+    return {path: leaf for path, leaf in leaves_of(tree)[0] if is_node(leaf) or _is_array(leaf)}
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
 
 
 def _is(here: Any, mine: Any) -> bool:

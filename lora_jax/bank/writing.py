@@ -11,16 +11,30 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import BankError, compile_variant
+from lora_jax.core.aliases import flatten
+from lora_jax.core.base import is_base
 from lora_jax.core.types import Leaf, Parts, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, map_leaves
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import Rule
 
 
-def with_slots(params: Tree, rules: Sequence[Rule], n_slots: int) -> Tree:
-    """Returns the base with empty slots in place of each leaf that the rules select."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    nodes = nodes_of(lorafy(shapes, rules))
+def with_slots(
+    params: Tree,
+    rules: Sequence[Rule],
+    n_slots: int,
+    *,
+    trace: Sequence[Any] | None = None,
+    kinds: Mapping[str, str] | None = None,
+) -> Tree:
+    """Returns the base with empty slots in place of each leaf that the rules select.
+
+    Args:
+      params, rules, trace, kinds: as in `lora_jax.lorafy`.
+      n_slots: the number of slots, the base's included.
+    """
+    shapes, trace = _abstract(params, trace)
+    nodes = nodes_of(lorafy(shapes, rules, trace=trace, kinds=kinds))
 
     def slots(path: str, leaf: Leaf) -> Tree:
         node = nodes.get(path)
@@ -34,6 +48,22 @@ def with_slots(params: Tree, rules: Sequence[Rule], n_slots: int) -> Tree:
         return leaf if node is None else empty_slots(Trained(leaf), n_slots)
 
     return map_leaves(slots, params)
+
+
+def _abstract(params: Tree, trace: Sequence[Any] | None) -> tuple[Tree, Sequence[Any] | None]:
+    """Returns a tree's shapes, and a trace whose arguments hold the very same shapes."""
+    twins: dict[int, Any] = {}
+    for _, leaf in flatten(params, is_base)[0]:
+        if hasattr(leaf, "shape"):
+            twins[id(leaf)] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
+
+    def of(tree: Tree) -> Tree:
+        treedef: Any
+        keyed, treedef = flatten(tree, is_base)
+        return treedef.unflatten(twins.get(id(leaf), leaf) for _, leaf in keyed)
+
+    known = isinstance(trace, Sequence) and bool(trace)  # of others, lorafy says what is wrong
+    return of(params), (trace[0], *of(tuple(trace[1:]))) if known and trace else trace
 
 
 def write(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.axes import AxisRoles
+from lora_jax.core.flax_bytes import refuse_bytes
 from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.core.paths import nearest
 from lora_jax.core.types import BaseLike, Fields, Leaf, Tree
@@ -155,6 +156,7 @@ def load_adapter(
     """
     folder = local_path(folder).absolute()
     metadata = _read_metadata(folder)
+    refuse_bytes()
     leaves, treedef = leaves_of(strip(params))
     _check_shapes(folder, metadata, leaves)
     known = PARTS | {part.name: part for part in extras}

@@ -17,6 +17,7 @@ import optax
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.core.opaque import sealed
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import is_node
@@ -203,7 +204,8 @@ def finetune(
         start = None if path is None else path / arguments.START
         first = start if start is not None and resume and start.exists() else None
         kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
-        params = layout.placed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
+        params = sealed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
+        params = layout.placed(params)
         ready = make_ready(
             params,
             Feed(examples, order, examples.name),

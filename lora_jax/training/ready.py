@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
+from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Fields, Forward, Leaf, Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
@@ -263,7 +264,7 @@ def result_of(ready: Ready, state: State) -> Tree:
     if ready.checkpoints is not None:
         ready.checkpoints.close()
     last = tree_of(ready, state)
-    return last if ready.best is None else _on_mesh(ready, ready.best.load(last))
+    return unsealed(last if ready.best is None else _on_mesh(ready, ready.best.load(last)))
 
 
 def tree_of(ready: Ready, state: State) -> Tree:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
+from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Adapter, Batch, Tree
 from lora_jax.training.losses import CROSS_ENTROPY, Logits, Loss, Sums
 
@@ -119,7 +120,7 @@ def make_gradient(
     def of_adapter(
         adapter: Adapter, base: Tree, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, Sums]:
-        sums = loss(forward, lj.join(adapter, base), batch, key)
+        sums = loss(forward, unsealed(lj.join(adapter, base)), batch, key)
         return sums.total, sums
 
     # Of the adapter: no gradient of the base exists.
@@ -216,6 +217,6 @@ def make_evaluation(forward: Logits, loss: Loss = CROSS_ENTROPY) -> Evaluation:
     """
 
     def evaluate(adapter: Adapter, base: Tree, batch: Batch) -> Sums:
-        return loss(forward, lj.join(adapter, base), batch)
+        return loss(forward, unsealed(lj.join(adapter, base)), batch)
 
     return evaluate

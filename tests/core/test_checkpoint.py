@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 
 import lora_jax as lj
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
@@ -226,3 +227,16 @@ def test_facts_about_an_adapter_are_kept_beside_it(tmp_path):
     assert lj.adapter_info(tmp_path / "plain") == {}
     with pytest.raises(lj.AdapterError, match="there is no adapter folder"):
         lj.adapter_info(tmp_path / "missing")
+
+
+def test_flax_bytes_of_an_adapted_tree_say_what_to_save():
+    """Flax's own functions; its dictionaries, and what is plain, are as before."""
+    tree = lorafied(PARAMS, RULES)
+    with pytest.raises(TypeError, match=r"save_adapter.*to_bytes\(lora_jax.split\(params\)\[0\]\)"):
+        serialization.to_bytes({"params": tree})
+    adapter, base = lj.split(tree)
+    read = serialization.from_bytes(adapter, serialization.to_bytes(adapter))
+    assert_identical(jax.tree.map(jnp.asarray, lj.join(read, base)), tree)
+    assert serialization.to_bytes(lj.merge(tree))
+    kept = serialization.to_state_dict(tree)["head"]["kernel"]
+    assert kept is tree["head"]["kernel"]

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 
 from lora_jax.bank.locked import locked
 from lora_jax.bank.mixing import Choice, choose
@@ -11,6 +12,7 @@ from lora_jax.bank.together.alike import calls_of
 from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import Kind, Tenant
 from lora_jax.core.aliases import aliased
+from lora_jax.core.opaque import sealed, unsealed
 from lora_jax.core.types import Tree
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.batches import HostBatch
@@ -59,7 +61,7 @@ class Together:
           base: the plain tree that all share; it is not copied.
           compiler_options: to compile steps with: those of a `lora_jax.training.Layout`.
         """
-        self._forward, self._base, self._options = forward, aliased(base), compiler_options
+        self._forward, self._base, self._options = forward, sealed(aliased(base)), compiler_options
         self._shared = OneBase(base)
         self._lock = threading.RLock()  # held by all that reads or changes what follows
         self._stacks: dict[Kind, Stack] = {}
@@ -98,6 +100,7 @@ class Together:
         Raises:
           BankError: a name is taken, or an adapter is over another base; none was added.
         """
+        tenants = {n: replace(t, params=sealed(t.params)) for n, t in tenants.items()}
         for name, tenant in tenants.items():
             if name in self._stack_of or name == BASE:
                 what = "is the base's" if name == BASE else "is taken"
@@ -160,7 +163,7 @@ class Together:
           BankError: there is no adapter of the name.
         """
         self._check_there(name)
-        return self._stack_of[name].tree(name, self._base)
+        return unsealed(self._stack_of[name].tree(name, self._base))
 
     @locked
     def state(self, name: str) -> State:

@@ -1,0 +1,64 @@
+"""Carries leaves that are no arrays through compiled functions: activations, flags, names.
+
+A module of Equinox has functions and Python numbers among its leaves, which `jax.jit` refuses or
+traces. `sealed` makes them a part of the tree's structure, and `unsealed` leaves again.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from lora_jax.core.aliases import flatten, in_form_of
+from lora_jax.core.types import Leaf, Tree
+from lora_jax.core.weight import is_leaf
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opaque:
+    """Holds a leaf that is no array. Two are equal where their values are, or are one object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Opaque) or type(self.value) is not type(other.value):
+            return False
+        if self.value is other.value:
+            return True
+        return _is_hashable(self.value) and bool(self.value == other.value)
+
+    def __hash__(self) -> int:
+        return hash(self.value) if _is_hashable(self.value) else id(self.value)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_opaque(value: Leaf) -> bool:
+    return isinstance(value, Opaque)
+
+
+def sealed(tree: Tree) -> Tree:
+    """Returns a tree with each leaf that is no array in an `Opaque`, which is no leaf."""
+    treedef: Any
+    keyed, treedef = flatten(tree, is_leaf)
+    if all(hasattr(leaf, "shape") for _, leaf in keyed):
+        return tree
+    leaves = [leaf if hasattr(leaf, "shape") else Opaque(leaf) for _, leaf in keyed]
+    return in_form_of(tree, treedef.unflatten(leaves))
+
+
+def unsealed(tree: Tree) -> Tree:
+    """Returns the inverse of `sealed`; the tree itself where nothing is sealed."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_opaque)
+    if not any(map(_is_opaque, leaves)):
+        return tree
+    return jax.tree.map(  # of a module of NNX that shares, the sealed form has aliases
+        lambda leaf: leaf.value if _is_opaque(leaf) else leaf, tree, is_leaf=_is_opaque
+    )
