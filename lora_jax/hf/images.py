@@ -32,6 +32,8 @@ _NO_EFFECT = frozenset(
 _SHORTEST_EDGE = ("Bit", "CLIP")  # of these, a size that is one number is that of the shorter edge
 _MODES = {1: "L", 3: "RGB"}
 _RESAMPLING = range(6)  # Pillow's filters
+# Pillow's formats that begin with a mark of their own, so that no other file is taken for one.
+_FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF HEIF JPEG2000 ICO".split()
 
 
 class ImageError(ValueError):
@@ -222,12 +224,16 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
 def opened(image: Any, mode: str = "RGB") -> Any:
     """Returns an image, decoded and upright, as a ``PIL.Image.Image``.
 
+    Of a transparent file, the colours beneath show, as transformers' ``load_image`` has it. What is
+    transparent in a ``PIL.Image.Image`` gets a white ground, as transformers' image processors do
+    it with one.
+
     Args:
       image: see `ImageProcessor.pixels`.
-      mode: Pillow's name of the channels. What is transparent gets a white ground.
+      mode: Pillow's name of the channels.
 
     Raises:
-      ImageError: the image cannot be read; says why.
+      ImageError: the image cannot be read, or has levels that 8 bits do not hold; says why.
     """
     pil = _pillow()
     source = image
@@ -235,20 +241,57 @@ def opened(image: Any, mode: str = "RGB") -> Any:
         source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
     if isinstance(source, bytes | bytearray | memoryview):
         source = io.BytesIO(source)
+    is_file = isinstance(source, str | os.PathLike | io.BytesIO)
     try:
-        if isinstance(source, str | os.PathLike | io.BytesIO):
+        if is_file:
             source = pil.Image.open(source)
         if not isinstance(source, pil.Image.Image):
             raise TypeError(f"a {type(image).__name__} is no image, nor a path or bytes of one")
-        found = pil.ImageOps.exif_transpose(source)
-        if mode == "RGB" and ("A" in found.getbands() or "transparency" in found.info):
+        found = _in_8_bits(pil, pil.ImageOps.exif_transpose(source))
+        is_transparent = "A" in found.getbands() or "transparency" in found.info
+        if mode == "RGB" and is_transparent and not is_file:
             found = found.convert("RGBA")
             ground = pil.Image.new("RGBA", found.size, (255, 255, 255, 255))
             found = pil.Image.alpha_composite(ground, found)
+        found.info.pop("transparency", None)  # of which Pillow would warn
         return found.convert(mode)
     except Exception as error:  # of a damaged file, anything
         said = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the image cannot be read: {said}") from None
+
+
+def is_image(path: Path) -> bool:
+    """Returns whether a file begins as an image does, whatever its name ends in."""
+    pil = _pillow()
+    pil.Image.init()
+    try:
+        with pil.Image.open(path, formats=[name for name in _FORMATS if name in pil.Image.OPEN]):
+            return True
+    except Exception:  # of any file, anything
+        return False
+
+
+def _in_8_bits(pil: Any, image: Any) -> Any:
+    """Returns an image of 16 or 32 bits a channel in 8 bits.
+
+    Pillow, and so transformers, takes such values as they are: all above 255 become white, and
+    floating-point numbers from 0 to 1 become black.
+
+    Raises:
+      ValueError: values are not whole numbers from 0 to 255.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    levels = np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)
+    if not np.array_equal(levels, values):
+        kind = "floating-point numbers" if image.mode.startswith("F") else "greys of 16 or 32 bits"
+        raise ValueError(
+            f"its pixels are {kind} (mode {image.mode}) from {values.min():g} to {values.max():g}, "
+            "of which 8 bits hold whole numbers from 0 to 255 alone: save it with 8 bits a "
+            "channel, its values scaled to that range"
+        )
+    return pil.Image.fromarray(levels)
 
 
 def _height_and_width(name: str, size: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,14 @@ def test_pixels_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     transparent = picture(30, 20, "RGBA")
     if CASES[case].get("do_convert_rgb"):
         want = theirs(transparent, return_tensors="np")["pixel_values"]
-        np.testing.assert_array_equal(ours([encoded(transparent)]), want)
+        np.testing.assert_array_equal(ours([transparent]), want)
+    for image in (transparent, transparent.convert("LA"), transparent.quantize(9)):
+        (tmp_path / "image").write_bytes(encoded(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Pillow's, on transparent palettes
+            loaded = transformers.image_utils.load_image(str(tmp_path / "image"))
+        want = theirs(loaded, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(ours([tmp_path / "image"]), want)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,6 +135,35 @@ def test_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said) as error:
         load_image_processor(tmp_path)
     assert "preprocessor_config.json" in str(error.value)
+
+
+def test_what_is_transparent() -> None:
+    """In a file, the colours beneath show; an image that was opened before gets a white ground."""
+    processor = ImageProcessor(size=(1, 2), resample=0)
+    image = Image.fromarray(np.array([[[9, 8, 7, 0], [1, 2, 3, 255]]], np.uint8))
+    for given in (encoded(image), {"bytes": encoded(image)}):
+        np.testing.assert_array_equal(processor.pixels(given)[:, 0].T, [[9, 8, 7], [1, 2, 3]])
+    np.testing.assert_array_equal(processor.pixels(image)[:, 0].T, [[255] * 3, [1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "said"),
+    [
+        (np.array([[0, 65535]], np.uint16), "PNG", "greys of 16 .* from 0 to 65535, of which 8"),
+        (np.array([[7, 300]], np.int32), "TIFF", "greys of 16 or 32 bits .* from 7 to 300"),
+        (np.array([[0, 0.5]], np.float32), "TIFF", "floating-point .*F. from 0 to 0.5, of which"),
+        (np.array([[-1, 255]], np.float32), "TIFF", "floating-point .* from -1 to 255"),
+        (np.array([[np.nan, 255]], np.float32), "TIFF", "floating-point numbers"),
+    ],
+)
+def test_levels_that_8_bits_do_not_hold_are_refused(values: Any, kind: str, said: str) -> None:
+    """Pillow cuts them off: greys of 16 bits would be white, and floats up to 1 black."""
+    processor = ImageProcessor(size=(1, 2), resample=0)
+    with pytest.raises(ImageError, match=said):
+        processor.pixels(encoded(Image.fromarray(values), kind))
+    small = np.array([[0, 255]], values.dtype)  # as some tools write masks
+    pixels = processor.pixels(encoded(Image.fromarray(small), kind))
+    np.testing.assert_array_equal(pixels[:, 0], [[0, 255]] * 3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])

@@ -20,7 +20,7 @@ from tests.train.test_classify import assert_same
 from tests.train.tiny import write_jsonl
 from train.classify import main, parse
 from train.console.errors import UserError
-from train.data.files import is_image_folder, read_rows
+from train.data.files import images_of, is_image_folder, read_rows
 from train.export import __main__ as export
 from train.predict import __main__ as predict
 from train.run.log import read_metrics
@@ -320,4 +320,23 @@ def test_folders_of_splits_and_classes(tmp_path: Path) -> None:
     assert not is_image_folder(str(vehicles)) and len(read_rows(str(vehicles))) == 1
     assert not is_image_folder(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "P1 notes").write_text("P1 is no image")
     assert not is_image_folder(str(tmp_path / "empty"))
+
+
+def test_images_are_known_by_how_they_begin(tmp_path: Path, capsys: Any) -> None:
+    """Whatever their names end in; what is no image is named."""
+    photos = write_photos(tmp_path / "photos", 2)
+    for colour in COLOURS:
+        (photos / colour / "without").write_bytes(picture(colour, 5))
+        (photos / colour / "1.jfif").write_bytes(picture(colour, 6))
+    (photos / "red" / "notes.txt").write_text("GIF of nothing")
+    (photos / "red" / "Thumbs.db").write_bytes(bytes(range(256)))
+    rows = read_rows(str(photos))
+    assert len(rows) == 12 and {row["label"] for row in rows} == {*COLOURS}
+    said = capsys.readouterr().err
+    assert "left out 2 of 14 files, from which no image can be read: red/Thumbs.db, red/not" in said
+    assert len(images_of(str(photos))) == 12
+    for path in [*photos.rglob("*.*")]:
+        path.unlink()
+    assert len(read_rows(str(photos))) == 3  # none has an ending

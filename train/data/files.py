@@ -2,11 +2,13 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.hf.hub import probe
+from lora_jax.hf.images import is_image
 from lora_jax.training.data.rows import Row
 from train.console.errors import UserError, as_user_errors
 from train.data.text_files import placed, read_csv, read_json
@@ -25,6 +27,7 @@ IMAGE_KINDS = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm".split
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev", "eval")}
 _NEEDED = "a weight is a positive number, such as a.jsonl:3 b.jsonl:1"
+_NAMED = 5  # files that a line names
 _OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools", "documents")
 
 
@@ -63,7 +66,7 @@ def is_image_folder(name: str) -> bool:
     folder = Path(name).expanduser()
     if any(kind_of(path.name) for at in ("*", "*/*") for path in folder.glob(at)):
         return False
-    return next(_images_in(folder), None) is not None
+    return any(any(map(known, _files_under(folder))) for known in (_is_named_image, is_image))
 
 
 def holds_images(field: str | None, dataset: str) -> bool:
@@ -89,30 +92,55 @@ def labelled_images(folder: Path, split: str = "train") -> list[Row]:
             raise UserError(f"--split {split}: the images in {folder} are of the splits {names}")
     elif split != "train":
         raise UserError(f"--split {split}: {folder} has a folder for each class, and no splits")
+    rows: list[Row] = []
     for root in roots:
-        if loose := [path for path in _images_in(root) if path.parent == root]:
+        images = _images_in(root)
+        if loose := [path for path in images if path.parent == root]:
             raise UserError(
                 f"{loose[0]} lies in no folder of a class: {root} needs one for each class, with "
                 "its images"
             )
-    return [
-        {"image": str(path), "label": of_class.name}
-        for root in roots
-        for of_class in _folders_in(root)
-        for path in sorted(_images_in(of_class))
-    ]
+        for path in images:
+            rows.append({"image": str(path), "label": path.relative_to(root).parts[0]})
+    return rows
 
 
 def _folders_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
-    """Yields the images in a folder, at any depth, but for those that are hidden."""
+def _files_under(folder: Path) -> Iterator[Path]:
+    """Yields the files in a folder, at any depth, but for those that are hidden."""
     for path in folder.rglob("*"):
         hidden = any(part[0] in "._" for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in IMAGE_KINDS and not hidden:
+        if path.is_file() and not hidden:
             yield path
+
+
+def _is_named_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_KINDS
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Returns the images in a folder, at any depth; says on stderr which files are none.
+
+    A file is one by its ending or, with another ending or none, by how it begins.
+    """
+    images: list[Path] = []
+    others: list[str] = []
+    for path in sorted(_files_under(folder)):
+        if _is_named_image(path) or is_image(path):
+            images.append(path)
+        else:
+            others.append(str(path.relative_to(folder)))
+    if images and others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        print(
+            f"{folder}: left out {len(others)} of {len(images) + len(others)} files, from which no "
+            f"image can be read: {', '.join(others[:_NAMED])}{more}",
+            file=sys.stderr,
+        )
+    return images
 
 
 def images_of(name: str) -> list[str]:
