@@ -11,7 +11,7 @@ from lora_jax.training.errors import Interrupted, TrainingError
 BAD_INPUT = 2  # the exit code of argument parsers, too
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
-_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "disk is full")
 
 
 class UserError(TrainingError):
@@ -54,15 +54,22 @@ def file_problem(error: BaseException) -> str | None:
                 "right to it, or name another place: --output for what a run writes, the variable "
                 "XDG_CACHE_HOME for all caches"
             )
+    if text := no_room(error):
+        return (
+            f"a file cannot be written ({text[-300:]}): make room on the disk, or raise the "
+            "limit on the size of files or the quota"
+        )
+    return None
+
+
+def no_room(error: BaseException) -> str | None:
+    """Returns the text of the error, of those that caused one, that a full disk caused, or None."""
     seen: BaseException | None = error
     while seen is not None:
         text = " ".join(str(seen).split())
         is_full = isinstance(seen, OSError) and seen.errno in _FULL
         if is_full or any(word in text for word in _FULL_WORDS):
-            return (
-                f"a file cannot be written ({text[-300:]}): make room on the disk, or raise the "
-                "limit on the size of files or the quota"
-            )
+            return text or type(seen).__name__
         seen = seen.__cause__ or seen.__context__
     return None
 

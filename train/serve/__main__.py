@@ -3,6 +3,7 @@
 Clients of Tinker's API train adapters, clients of OpenAI's talk to them.
 """
 
+import logging
 import shutil
 import sys
 import threading
@@ -35,6 +36,7 @@ from train.serve.routes.access import Access, owner_of
 from train.serve.routes.origins import Origins, read_origin
 from train.serve.routes.tinker.api import Tinker
 
+_log = logging.getLogger(__name__)
 _LEDGER = "ledger.sqlite"
 _SWEPT = 60.0  # seconds
 
@@ -186,7 +188,10 @@ def _every(seconds: float, function: Callable[[], Any]) -> Callable[[], None]:
 
     def work() -> None:
         while not ended.wait(seconds):
-            function()
+            try:
+                function()
+            except Exception:  # such as a full disk; the next time may be better
+                _log.exception("%s failed", function.__qualname__)
 
     threading.Thread(target=work, name="sweep", daemon=True).start()
     return ended.set

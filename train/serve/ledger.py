@@ -1,15 +1,13 @@
 """Keeps sessions, the log of each tenant's commands, and checkpoints, in SQLite."""
 
 import json
-import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-Row = sqlite3.Row
+from train.serve.database import Database, Row
+
 # The states of a command. Refused ones were wrong on arrival; the engine never sees them.
 LOGGED, DONE, FAILED, REFUSED = "logged", "done", "failed", "refused"
 _TABLES = """
@@ -50,57 +48,11 @@ class Ledger:
           path: the file of SQLite; ":memory:" for none.
           clock: gives the time.
         """
-        self._lock = threading.RLock()
-        self._depth = 0
         self._clock = clock
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.row_factory = Row
-        self._db.execute("pragma journal_mode = wal")
-        self._db.execute("pragma synchronous = normal")
-        self._db.executescript(_TABLES)
-
-    def close(self) -> None:
-        """Closes the file."""
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Commits what happens inside at once, or nothing of it; may be nested."""
-        with self._lock:
-            if self._depth == 0:
-                self._db.execute("begin immediate")
-            self._depth += 1
-            try:
-                yield
-            except BaseException:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._db.execute("rollback")
-                raise
-            self._depth -= 1
-            if self._depth == 0:
-                self._db.execute("commit")
-
-    def _all(self, sql: str, *values: Any) -> list[Row]:
-        with self._lock:
-            return self._db.execute(sql, values).fetchall()
-
-    def _one(self, sql: str, *values: Any) -> Row | None:
-        return next(iter(self._all(sql, *values)), None)
-
-    def _insert(self, table: str, values: Mapping[str, Any], how: str = "insert") -> None:
-        places = ", ".join("?" * len(values))
-        sql = f"{how} into {table} ({', '.join(values)}) values ({places})"
-        self._all(sql, *values.values())
-
-    def _page(
-        self, which: str, order: str, values: tuple, limit: int, offset: int
-    ) -> tuple[list[Row], int]:
-        """Returns some of the rows, and how many there are in all."""
-        count = self._all(f"select count(*) from {which}", *values)[0][0]
-        sql = f"select * from {which} order by {order} limit ? offset ?"
-        return self._all(sql, *values, limit, offset), count
+        self._db = Database(path, _TABLES)
+        self.transaction, self.close = self._db.transaction, self._db.close
+        self._all, self._one = self._db.all, self._db.one
+        self._insert, self._page = self._db.insert, self._db.page
 
     # Sessions
 

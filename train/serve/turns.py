@@ -7,16 +7,17 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from train.serve.database import Locked
 from train.serve.ledger import DONE, LOGGED, REFUSED, Ledger, Row
+from train.serve.notes import Notes, error_answer
 from train.serve.requests import (
     ANYONE,
-    AdapterSpec,
     Client,
     Command,
     Create,
@@ -31,18 +32,12 @@ from train.serve.requests import (
 )
 
 _log = logging.getLogger(__name__)
+_PATIENCE = 5.0  # seconds
 _AHEAD = 10_000  # a command's number is at most so far beyond the next one's
 
 
 class Busy(Exception):
     """Says that a tenant has too much in the queue; the client is to come again."""
-
-
-def error_answer(error: Exception) -> bytes:
-    """Returns what a client gets in place of a result."""
-    category = "user" if isinstance(error, RequestError) else "server"
-    said = str(error) if category == "user" else f"{type(error).__name__}: {error}"
-    return json.dumps({"error": said, "category": category}).encode()
 
 
 @dataclasses.dataclass
@@ -81,7 +76,7 @@ class Turns:
         folder: Path,
         read: Callable[[Row], Command],
         write: Callable[[Row, Any], bytes],
-        wake: Callable[[str], None],
+        wake: Callable[[str, bytes | None], None],
         *,
         every: int = 32,
         most_bytes: int = 64 * 2**20,
@@ -94,21 +89,19 @@ class Turns:
           ledger: remembers.
           folder: where states, snapshots and checkpoints go.
           read: makes the command of a row of the log.
-          write: makes the answer of a row and its result.
-          wake: is told the id of a request once it is answered; by any thread.
+          write, wake: see `Notes`.
           every, most_bytes: a state is saved after so many commands, or bytes of them.
           queue: the most `load` of a tenant.
         """
         self._engine, self._ledger, self.folder = engine, ledger, folder
-        self._read, self._write, self._wake = read, write, wake
+        self._read, self._notes = read, Notes(ledger, write, wake, self._remove)
         self._every, self._most_bytes, self._queue = every, most_bytes, queue
         self._turns: dict[str, _Turn] = {}
         self._lock = threading.RLock()
-        self._writer = ThreadPoolExecutor(1, "ledger")
 
     def close(self) -> None:
         """Notes the results that there are, and stops."""
-        self._writer.shutdown()
+        self._notes.close()
 
     def name(self, folder: Path | str) -> str:
         """Returns the name by which the engine knows the adapter in a folder."""
@@ -143,9 +136,10 @@ class Turns:
         Raises:
           RequestError: It is wrong, or its number is. If `prepare` or `read` raised it, the number
             is used up all the same, so that later ones do not wait for it.
-          Busy: The queue is full.
+          Busy: The queue is full, or many wait for the ledger.
+          Locked, Full: the ledger cannot be written.
         """
-        with self._lock:
+        with self._entered():
             if (row := self._ledger.command(model, seq)) is not None:
                 if row["kind"] != kind:
                     raise RequestError(f"seq_id {seq} is the number of a {row['kind']}")
@@ -180,6 +174,16 @@ class Turns:
             raise refusal
         return f"{model}:{seq}"
 
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Holds the lock, unless others hold it for long."""
+        if not self._lock.acquire(timeout=_PATIENCE):
+            raise Busy("many requests wait for the ledger")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def replay(self) -> None:
         """Loads each tenant's last state, and executes again what was logged since."""
         with self._lock:
@@ -212,7 +216,7 @@ class Turns:
         command = self._read(row)
         if isinstance(command, Save):
             if row["state"] == LOGGED and command.path.exists():  # written, but not noted
-                self._later(self._finish, row, command, None, Saved(_size(command.path)))
+                self._notes.later(self._finish, row, command, None, Saved(_size(command.path)))
                 turn.load -= _load(row)
                 return None
             return command if row["state"] == LOGGED else None
@@ -225,7 +229,7 @@ class Turns:
             turn.next += 1
             if command is None:
                 continue
-            done = partial(self._later, self._finish, row, command, turn)
+            done = partial(self._notes.later, self._finish, row, command, turn)
             self._engine.submit(model, command, done, turn.client)
             turn.handed += 1
             turn.size += len(row["payload"] or b"")
@@ -233,23 +237,12 @@ class Turns:
             if due and isinstance(command, Update):
                 turn.handed = turn.size = 0
                 folder = self.place("states", model) / str(row["seq"])
-                done = partial(self._later, self._saved, row, folder, turn)
+                done = partial(self._notes.later, self._saved, row, folder, turn)
                 self._engine.submit(model, Save(folder, optimizer=True), done, turn.client)
-
-    def _later(self, function: Callable[..., None], *arguments: Any) -> None:
-        try:
-            self._writer.submit(function, *arguments)
-        except RuntimeError:  # it is closed: what is not noted now is executed again
-            pass
 
     def _finish(self, row: Row, command: Command, turn: _Turn | None, result: Any) -> None:
         """Notes a result, in the writer's thread; results come in the order of the commands."""
-        try:
-            self._note(row, result)
-        except Exception as error:
-            _log.exception("the result of %s %s was lost", row["model"], row["seq"])
-            self._ledger.finish(row["model"], row["seq"], error_answer(error), True)
-        self._wake(f"{row['model']}:{row['seq']}")
+        noted = self._notes.note(row, result)
         if turn is None:
             return
         with self._lock:
@@ -260,40 +253,14 @@ class Turns:
             turn.gradient |= not command.forward_only
         elif isinstance(command, Create | Load | Update):
             turn.gradient = False
-        elif isinstance(command, Save) and command.optimizer and not turn.gradient:
+        elif isinstance(command, Save) and command.optimizer and not turn.gradient and noted:
             folder = self.place("states", row["model"]) / str(row["seq"])
             if not folder.exists():
                 link(command.path, folder)
-            self._saved(row, folder, turn, result)
-
-    def _note(self, row: Row, result: Any) -> None:
-        model = self._ledger.model(row["model"])
-        if model is None or row["state"] != LOGGED:
-            return  # it has its answer, and was executed again
-        failed = isinstance(result, Exception)
-        if failed and not isinstance(result, RequestError):
-            _log.error("%s %s failed", row["model"], row["seq"], exc_info=result)
-        answer = error_answer(result) if failed else self._write(row, result)
-        made = isinstance(result, AdapterSpec)
-        spec = json.dumps(dataclasses.asdict(result)) if made else None
-        stale: list[Row | None] = []
-        target = row["target"]
-        with self._ledger.transaction():
-            first = self._ledger.finish(row["model"], row["seq"], answer, failed, spec)
-            if not first or failed or not isinstance(result, Saved):
-                return
-            if target.startswith("tinker://"):
-                stale.append(self._ledger.checkpoint(target))
-                facts = json.loads(row["payload"])
-                self._ledger.add_checkpoint(row, model["owner"], result.size, facts)
-            else:
-                facts = {name: model[name] for name in ("session", "owner", "base")}
-                self._ledger.add_sampler(target, folder=row["folder"], **facts)
-                session = self._ledger.session(model["session"])
-                if session is None or session["ended"]:
-                    stale.extend(self._ledger.end_session(model["session"]))
-        for one in filter(None, stale):
-            self._remove(one["folder"])
+            try:
+                self._saved(row, folder, turn, result)
+            except Locked:
+                self._notes.later(self._saved, row, folder, turn, result)
 
     def _saved(self, row: Row, folder: Path, turn: _Turn, result: Any) -> None:
         """Takes a saved state for the one to start from, if it has no gradient besides."""
@@ -310,16 +277,17 @@ class Turns:
     def leave(self, model: str) -> None:
         """Unloads a model: the commands that the engine has are executed, others never."""
         with self._lock:
-            turn = self._turns.pop(model, None)
+            turn = self._turns.get(model)
             if turn is None:
                 return
+            self._ledger.end_model(model)
+            del self._turns[model]
             gone = RequestError(f"{model} was unloaded")
             for row, command in turn.waiting.values():
                 if command is not None:
-                    self._later(self._finish, row, command, None, gone)
-            self._ledger.end_model(model)
+                    self._notes.later(self._finish, row, command, None, gone)
             states = self.place("states", model)
-            done = partial(self._later, partial(shutil.rmtree, states, True))
+            done = partial(self._notes.later, partial(shutil.rmtree, states, True))
             self._engine.submit(model, Leave(), lambda _: done(), turn.client)
 
     def end_session(self, session: str) -> None:
@@ -345,6 +313,7 @@ class Turns:
           idle: seconds of silence that end a session.
           keep: seconds for which an answer may be fetched.
         """
+        self._notes.again()
         for session in self._ledger.idle_sessions(idle):
             self.end_session(session)
         for checkpoint in self._ledger.expired_checkpoints():

@@ -1,5 +1,6 @@
 """The command `python -m train.serve` in this process, over an engine that computes nothing."""
 
+import functools
 import http.client
 import json
 import os
@@ -11,6 +12,7 @@ from tests.train.serve.fakes import FakeEngine
 from tests.train.serve.waiting import until
 from tests.train.tiny import write_model
 from train.serve import __main__
+from train.serve.routes.tinker.api import Tinker
 
 
 class Engine(FakeEngine):
@@ -66,6 +68,7 @@ def command(monkeypatch, folder, line, work, engine=None):
     write_model(folder / "tiny")
     engine, port, found = engine or Engine(), free_port(), []
     monkeypatch.setattr(__main__, "_engine", lambda *_: engine)
+    monkeypatch.setattr(__main__, "Tinker", functools.partial(Tinker, hold=0.2))
 
     def worked():
         try:

@@ -219,7 +219,7 @@ def logged(client, model):
 def wait(client):
     """Waits until the engine has done all, and all is noted."""
     client.engine.wait()
-    client.server.turns._writer.submit(lambda: None).result()
+    client.server.turns._notes._thread.submit(lambda: None).result()
 
 
 def test_no_state_is_kept_while_a_gradient_is_pending(tmp_path):
@@ -326,7 +326,7 @@ def test_a_full_queue_is_busy_but_gaps_are_filled(tmp_path):
     client.gradient(model, 1)
     client.gradient(model, 4, status=429)
     client.engine.step(99)
-    client.server.turns._writer.submit(lambda: None).result()
+    client.server.turns._notes._thread.submit(lambda: None).result()
     client.gradient(model, 4)
 
 

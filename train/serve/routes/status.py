@@ -3,6 +3,7 @@
 from importlib.resources import files
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -65,7 +66,7 @@ class StatusRoutes:
         return numbers, tenants
 
     async def _json(self, request: Request) -> Response:
-        numbers, tenants = self._seen(owner_of(request))
+        numbers, tenants = await run_in_threadpool(self._seen, owner_of(request))
         told = {
             name: {
                 "rank": one.spec.rank,
@@ -81,7 +82,7 @@ class StatusRoutes:
         return json_response({**numbers, "tenants": told})
 
     async def _metrics(self, request: Request) -> Response:
-        numbers, tenants = self._seen(owner_of(request))
+        numbers, tenants = await run_in_threadpool(self._seen, owner_of(request))
         lines: list[str] = []
         for name, about in (_COUNTERS | _GAUGES).items():
             kind = "counter" if name in _COUNTERS else "gauge"

@@ -85,7 +85,7 @@ class Models:
             found = self._named(owner, model), self._loaded[owner][model]
         elif (folder := self._folders().get(model)) is not None:
             found = model, folder
-        elif self._engine.knows(model) and self._owns(owner, model):
+        elif self._engine.knows(model) and await run_in_threadpool(self._owns, owner, model):
             found = model, None
         if found is None:
             raise HttpError(
@@ -136,12 +136,12 @@ class Models:
         }
 
     async def _list(self, request: Request) -> Response:
-        names = self._names(owner_of(request))
+        names = await run_in_threadpool(self._names, owner_of(request))
         return json_response({"object": "list", "data": [self._about(name) for name in names]})
 
     async def _one(self, request: Request) -> Response:
         name, owner = request.path_params["name"], owner_of(request)
-        if name not in self._names(owner):
+        if name not in await run_in_threadpool(self._names, owner):
             await self.find(name, owner)  # a checkpoint, perhaps
         return json_response(self._about(name))
 
@@ -152,7 +152,7 @@ class Models:
             raise wrong("lora_name", name, "letters, digits, and . - _ within are needed")
         async with self._lock:
             known = self._engine.knows(self._named(owner, name))
-            if known or name in self._names(owner):
+            if known or name in await run_in_threadpool(self._names, owner):
                 raise wrong("lora_name", name, "there is one already; unload it, or take another")
             await self._adopt(self._named(owner, name), path)
             self._loaded.setdefault(owner, {})[name] = path

@@ -1,6 +1,5 @@
 """Tinker's API: sessions, training and samples, as its SDK speaks it."""
 
-import asyncio
 import dataclasses
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from train.serve.adoption import Adoption
 from train.serve.ledger import Ledger, Row
 from train.serve.requests import Client, Command, RequestError, Serving, Update
 from train.serve.routes.tinker import commands, wire
-from train.serve.routes.tinker.bodies import Endpoint, Fields, Owner, Refused, body_of, guarded, say
+from train.serve.routes.tinker.bodies import Endpoint, Fields, Owner, Refused, guarded, say
 from train.serve.routes.tinker.futures import Futures
 from train.serve.routes.tinker.owned import Owned, spec_of
 from train.serve.routes.tinker.runs import Runs
@@ -137,19 +136,18 @@ class Tinker:
     # Sessions
 
     def _fixed(self, content: Mapping[str, Any]) -> Endpoint:
-        async def answer(request: Request, owner: str) -> Response:
-            await body_of(request)
+        async def answer(request: Request, owner: str, body: bytes) -> Response:
             return say(content)
 
         return answer
 
-    async def _capabilities(self, request: Request, owner: str) -> Response:
+    def _capabilities(self, request: Request, owner: str, body: bytes) -> Response:
         length = self.engine.facts.max_length
         facts = {"max_context_length": length, "trainable": True, "sampleable": True}
         return say({"supported_models": [{"model_name": name} | facts for name in self.names]})
 
-    async def _create_session(self, request: Request, owner: str) -> Response:
-        fields = Fields.parsed(await body_of(request))
+    def _create_session(self, request: Request, owner: str, body: bytes) -> Response:
+        fields = Fields.parsed(body)
         session = str(uuid.uuid4())
         self.ledger.open_session(session, owner, fields.metadata())
         return say({"type": "create_session", "session_id": session})
@@ -160,14 +158,14 @@ class Tinker:
             raise Refused(410, f"the session {row['id']} has ended: open another")
         return row["id"]
 
-    async def _heartbeat(self, request: Request, owner: str) -> Response:
-        fields = Fields.parsed(await body_of(request))
+    def _heartbeat(self, request: Request, owner: str, body: bytes) -> Response:
+        fields = Fields.parsed(body)
         self.ledger.touch(self._open_session(fields, owner))
         return say({"type": "session_heartbeat"})
 
-    async def _finish(self, request: Request, owner: str) -> Response:
+    def _finish(self, request: Request, owner: str, body: bytes) -> Response:
         row = self.owned.session(request.path_params["session"], owner)
-        await asyncio.to_thread(self.turns.end_session, row["id"])
+        self.turns.end_session(row["id"])
         return say({})
 
     # Training
@@ -193,17 +191,16 @@ class Tinker:
             )
         self.ledger.add_model(model, session, owner, base, metadata)
 
-    async def _submit(self, place: tuple[str, int], *rest: Any, **more: Any) -> Response:
+    def _submit(self, place: tuple[str, int], *rest: Any, **more: Any) -> Response:
         """Takes a command in: see `Turns.accept`."""
-        request = await asyncio.to_thread(self.turns.accept, *place, *rest, **more)
+        request = self.turns.accept(*place, *rest, **more)
         return say({"request_id": request, "model_id": place[0]})
 
     def _place(self, fields: Fields, owner: str) -> tuple[str, int]:
         model = self.owned.model(fields.get("model_id", str), owner)
         return model["id"], fields.get("seq_id", int, least=1)
 
-    async def _create_model(self, request: Request, owner: str) -> Response:
-        body = await body_of(request)
+    def _create_model(self, request: Request, owner: str, body: bytes) -> Response:
         fields = Fields.parsed(body)
         session = self._open_session(fields, owner)
         model = f"{session}:train:{fields.get('model_seq_id', int, least=0)}"
@@ -213,31 +210,29 @@ class Tinker:
             self._add_model(model, session, owner, base, metadata)
             return None, None
 
-        return await self._submit((model, 0), "create_model", body, prepare)
+        return self._submit((model, 0), "create_model", body, prepare)
 
-    async def _get_info(self, request: Request, owner: str) -> Response:
-        fields = Fields.parsed(await body_of(request))
+    def _get_info(self, request: Request, owner: str, body: bytes) -> Response:
+        fields = Fields.parsed(body)
         row = self.owned.model(fields.get("model_id", str), owner)
         data = {"model_name": row["base"], "arch": "lora_jax"}
         rank = spec_of(row).get("rank")
         told = {"type": "get_info", "model_id": row["id"], "model_name": row["base"]}
         return say({**told, "model_data": data, "is_lora": True, "lora_rank": rank})
 
-    async def _forward_backward(self, request: Request, owner: str) -> Response:
-        raw, encoding = await body_of(request), request.headers.get("content-encoding", "")
-        body, message = await asyncio.to_thread(wire.parsed, raw, encoding)
+    def _forward_backward(self, request: Request, owner: str, body: bytes) -> Response:
+        body, message = wire.parsed(body, request.headers.get("content-encoding", ""))
         model, seq = self.owned.model(message.model_id, owner)["id"], message.seq_id
         if seq < 1:
             raise RequestError(f"seq_id is {seq}; a model's commands count from 1")
 
         try:
-            found = await asyncio.to_thread(wire.gradient, message, self.engine.facts)
+            found = wire.gradient(message, self.engine.facts)
         except RequestError as error:
-            return await self._submit((model, seq), "forward_backward", b"", _raiser(error))
-        return await self._submit((model, seq), "forward_backward", body, command=found)
+            return self._submit((model, seq), "forward_backward", b"", _raiser(error))
+        return self._submit((model, seq), "forward_backward", body, command=found)
 
-    async def _optim_step(self, request: Request, owner: str) -> Response:
-        body = await body_of(request)
+    def _optim_step(self, request: Request, owner: str, body: bytes) -> Response:
         fields = Fields.parsed(body)
 
         def prepare() -> tuple[None, None]:
@@ -245,10 +240,9 @@ class Tinker:
             commands.check_numbers(given, *(one.name for one in dataclasses.fields(Update)))
             return None, None
 
-        return await self._submit(self._place(fields, owner), "optim_step", body, prepare)
+        return self._submit(self._place(fields, owner), "optim_step", body, prepare)
 
-    async def _load_weights(self, request: Request, owner: str) -> Response:
-        body = await body_of(request)
+    def _load_weights(self, request: Request, owner: str, body: bytes) -> Response:
         fields = Fields.parsed(body)
         path, session = fields.get("path", str), None
         if fields.get("session_id", str, None) is not None:
@@ -269,10 +263,9 @@ class Tinker:
                 link(Path(source["folder"]), folder)
             return folder, None
 
-        return await self._submit(place, "load_weights", body, prepare)
+        return self._submit(place, "load_weights", body, prepare)
 
-    async def _save(self, kind: str, request: Request, owner: str) -> Response:
-        body = await body_of(request)
+    def _save(self, kind: str, request: Request, owner: str, body: bytes) -> Response:
         fields = Fields.parsed(body)
         model, seq = self._place(fields, owner)
         number = fields.get("sampling_session_seq_id", int, None, least=0)
@@ -294,20 +287,20 @@ class Tinker:
                 raise RequestError(f"{target} exists already: choose another name, or delete it")
             return folder, target
 
-        return await self._submit((model, seq), kind, body, prepare)
+        return self._submit((model, seq), kind, body, prepare)
 
-    async def _unload_model(self, request: Request, owner: str) -> Response:
-        row = self.owned.model(Fields.parsed(await body_of(request)).get("model_id", str), owner)
+    def _unload_model(self, request: Request, owner: str, body: bytes) -> Response:
+        row = self.owned.model(Fields.parsed(body).get("model_id", str), owner)
         request_id = f"{row['id']}:unload"
+        self.turns.leave(row["id"])
         if self.futures.open(request_id, owner):
-            await asyncio.to_thread(self.turns.leave, row["id"])
             self.futures.resolve(request_id, {"type": "unload_model", "model_id": row["id"]})
         return say({"request_id": request_id})
 
     # Samples
 
-    async def _create_sampling_session(self, request: Request, owner: str) -> Response:
-        fields = Fields.parsed(await body_of(request))
+    def _create_sampling_session(self, request: Request, owner: str, body: bytes) -> Response:
+        fields = Fields.parsed(body)
         session = self._open_session(fields, owner)
         number = fields.get("sampling_session_seq_id", int, least=0)
         sampler = f"{session}:sample:{number}"
@@ -323,8 +316,7 @@ class Tinker:
         row = self.owned.weights(path, owner)
         return self._base_of(row, fields), path, row["folder"]
 
-    async def _sample(self, request: Request, owner: str) -> Response:
-        body = await body_of(request)
+    def _sample(self, request: Request, owner: str, body: bytes) -> Response:
         fields = Fields.parsed(body)
         if (sampler := fields.get("sampling_session_id", str, None)) is not None:
             row = self.owned.sampler(sampler, owner)
@@ -336,17 +328,15 @@ class Tinker:
             _, path, folder = self._source(fields, owner)
             request_id, client = f"{uuid.uuid4()}:sample", Client(owner)
         name = None if folder is None else self.turns.name(folder)
-        wanted, encoded = await asyncio.to_thread(
-            commands.sample_of, fields, self.engine.facts, name
-        )
+        wanted, encoded = commands.sample_of(fields, self.engine.facts, name)
         wanted = dataclasses.replace(wanted, client=client)
         if self.futures.open(request_id, owner, encoded):
             self.adoption.sample(wanted, folder, partial(self.futures.resolve, request_id))
         sequences = [f"{request_id}:{index}" for index in range(wanted.n)]
         return say({"request_id": request_id, "sample_sequence_ids": sequences})
 
-    async def _retrieve(self, request: Request, owner: str) -> Response:
-        fields = Fields.parsed(await body_of(request))
+    async def _retrieve(self, request: Request, owner: str, body: bytes) -> Response:
+        fields = Fields.parsed(body)
         return await self.futures.poll(fields.get("request_id", str), owner)
 
 
@@ -361,5 +351,5 @@ def _raiser(error: RequestError) -> Callable[[], NoReturn]:
     return refuse
 
 
-async def _unknown(request: Request, owner: str) -> Response:
+async def _unknown(request: Request, owner: str, body: bytes) -> Response:
     raise Refused(404, f"there is no {request.method} {request.url.path[:200]} here")

@@ -1,24 +1,32 @@
 """Bodies of requests and answers in JSON; refusals, which say what is wrong in JSON, too."""
 
+import asyncio
 import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from train.console.errors import no_room
+from train.serve.database import Locked
+from train.serve.notes import NO_ROOM
 from train.serve.requests import RequestError
 from train.serve.routes.tinker.wire import MOST_BYTES
 from train.serve.turns import Busy
 
 _log = logging.getLogger(__name__)
+_THREADS = ThreadPoolExecutor(64, "tinker")
 _Kind = TypeVar("_Kind", str, int, float, bool, dict, list)
 _NEEDED: Any = object()
 _WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 _WORDS |= {dict: "an object", list: "a list"}
-Endpoint = Callable[[Request, str], Awaitable[Response]]
+# Called with the request, its owner and its body: in a thread, unless it is a coroutine function.
+Endpoint = Callable[[Request, str, bytes], Response | Awaitable[Response]]
 Owner = Callable[[Request], str | None]
 
 
@@ -39,7 +47,7 @@ def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[R
     """Returns an endpoint for those with a key; what it raises becomes an answer.
 
     Args:
-      endpoint: gets the request and its owner.
+      endpoint: gets the request, its owner and its body. In a thread, it may wait for files.
       owner: says whose key a request has; None for no valid one.
     """
 
@@ -48,17 +56,25 @@ def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[R
             who = owner(request)
             if who is None:
                 return say({"detail": "the X-API-Key is not known here"}, 401)
-            return await endpoint(request, who)
+            body = await body_of(request)
+            if asyncio.iscoroutinefunction(endpoint):
+                return await endpoint(request, who, body)
+            loop, call = asyncio.get_running_loop(), partial(endpoint, request, who, body)
+            return await loop.run_in_executor(_THREADS, cast(Callable[[], Response], call))
         except RequestError as error:
             return say({"detail": str(error)}, 400)
         except Refused as error:
             return say({"detail": str(error)}, error.status)
         except Busy as error:
             return say({"detail": str(error)}, 429, {"Retry-After": "1"})
+        except Locked as error:
+            return say({"detail": f"{error}: ask again"}, 503, {"Retry-After": "1"})
         except ClientDisconnect:
             return say({"detail": "the body was cut off"}, 400)
         except Exception as error:
             _log.exception("%s failed", request.url.path)
+            if no_room(error):
+                return say({"detail": NO_ROOM}, 507)
             return say({"detail": f"the server failed: {type(error).__name__}"}, 500)
 
     return answer

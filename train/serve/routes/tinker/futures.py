@@ -13,8 +13,9 @@ from typing import Any
 from starlette.responses import Response
 
 from train.serve.ledger import DONE, LOGGED, Ledger
+from train.serve.notes import error_answer
 from train.serve.routes.tinker.bodies import Refused, say
-from train.serve.turns import Busy, error_answer
+from train.serve.turns import Busy
 
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
@@ -45,6 +46,7 @@ class Futures:
         self._ledger, self._hold, self._keep, self._most = ledger, hold, keep, most
         self._promises: dict[str, _Promise] = {}
         self._kept: deque[tuple[float, str]] = deque()
+        self._answers: dict[str, bytes] = {}  # that the ledger does not have
         self._pending: Counter[str] = Counter()
         self._waiters: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
         self._lock = threading.Lock()
@@ -83,9 +85,17 @@ class Futures:
             self._pending[promise.owner] -= 1
         self.wake(request)
 
-    def wake(self, request: str) -> None:
-        """Tells those who wait that there is an answer; may be called by any thread."""
+    def wake(self, request: str, answer: bytes | None = None) -> None:
+        """Tells those who wait that there is an answer; may be called by any thread.
+
+        Args:
+          request: the id.
+          answer: the answer to a command, if the ledger does not have it.
+        """
         with self._lock:
+            self._answers.pop(request, None)
+            if answer is not None:
+                self._answers[request] = answer
             waiters = list(self._waiters.get(request, ()))
         for loop, event in waiters:
             try:
@@ -100,13 +110,13 @@ class Futures:
           Refused: There is no such request, or its answer is no longer kept.
         """
         with self._waiting(request) as event:
-            found = self._find(request, owner)
+            found = await asyncio.to_thread(self._find, request, owner)
             if found is None:
                 try:
                     await asyncio.wait_for(event.wait(), self._hold)
                 except TimeoutError:
                     pass
-                found = self._find(request, owner)
+                found = await asyncio.to_thread(self._find, request, owner)
         if found is None:
             again = {"type": "try_again", "request_id": request, "queue_state": "active"}
             return say(again, 408)
@@ -146,7 +156,8 @@ class Futures:
         if known is None or known["owner"] != owner or row is None:
             raise gone
         if row["state"] == LOGGED:
-            return None
+            answer = self._answers.get(request)
+            return None if answer is None else (answer, False)
         if row["answer"] is None:
             raise gone
         return row["answer"], row["kind"] == "forward_backward" and row["state"] == DONE

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response
 
 from train.serve.ledger import Ledger, Row
 from train.serve.requests import RequestError
-from train.serve.routes.tinker.bodies import Endpoint, Fields, Refused, body_of, say
+from train.serve.routes.tinker.bodies import Endpoint, Fields, Refused, say
 from train.serve.routes.tinker.owned import Owned, spec_of
 from train.serve.turns import Turns
 
@@ -56,13 +56,13 @@ class Runs:
             ("weights_info", "POST", self._weights_info),
         ]
 
-    async def _list_runs(self, request: Request, owner: str) -> Response:
+    def _list_runs(self, request: Request, owner: str, body: bytes) -> Response:
         limit, offset = _page(request)
         rows, count = self._ledger.models(owner, limit, offset)
         listed = [self._run(row) for row in rows]
         return say({"training_runs": listed, "cursor": _cursor(limit, offset, count)})
 
-    async def _get_run(self, request: Request, owner: str) -> Response:
+    def _get_run(self, request: Request, owner: str, body: bytes) -> Response:
         return say(self._run(self._owned.model(request.path_params["model"], owner)))
 
     def _run(self, row: Row) -> dict[str, Any]:
@@ -81,12 +81,12 @@ class Runs:
             "user_metadata": _metadata(row),
         }
 
-    async def _list_of_run(self, request: Request, owner: str) -> Response:
+    def _list_of_run(self, request: Request, owner: str, body: bytes) -> Response:
         model = self._owned.model(request.path_params["model"], owner)["id"]
         rows, _ = self._ledger.checkpoints(owner, model)
         return say({"checkpoints": [_checkpoint(row) for row in rows]})
 
-    async def _list_checkpoints(self, request: Request, owner: str) -> Response:
+    def _list_checkpoints(self, request: Request, owner: str, body: bytes) -> Response:
         limit, offset = _page(request)
         rows, count = self._ledger.checkpoints(owner, None, limit, offset)
         listed = [_checkpoint(row) for row in rows]
@@ -100,27 +100,27 @@ class Runs:
             raise Refused(404, f"there is no checkpoint {path[:300]}")
         return row
 
-    async def _delete(self, request: Request, owner: str) -> Response:
+    def _delete(self, request: Request, owner: str, body: bytes) -> Response:
         self._turns.delete(self._own_checkpoint(request, owner))
         return say({})
 
-    async def _set_ttl(self, request: Request, owner: str) -> Response:
+    def _set_ttl(self, request: Request, owner: str, body: bytes) -> Response:
         row = self._own_checkpoint(request, owner)
-        fields = Fields.parsed(await body_of(request))
+        fields = Fields.parsed(body)
         seconds = fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
         self._ledger.set_expiry(row["path"], seconds)
         return say({})
 
-    async def _publish(self, request: Request, owner: str) -> Response:
+    def _publish(self, request: Request, owner: str, body: bytes) -> Response:
         path = self._own_checkpoint(request, owner)["path"]
         self._ledger.set_public(path, request.method == "POST")
         return say({})
 
-    async def _list_sessions(self, request: Request, owner: str) -> Response:
+    def _list_sessions(self, request: Request, owner: str, body: bytes) -> Response:
         rows = self._ledger.sessions(owner, *_page(request))
         return say({"sessions": [row["id"] for row in rows]})
 
-    async def _get_session(self, request: Request, owner: str) -> Response:
+    def _get_session(self, request: Request, owner: str, body: bytes) -> Response:
         row = self._owned.session(request.path_params["session"], owner)
         told = {
             "training_run_ids": [one["id"] for one in self._ledger.models_of(row["id"])],
@@ -129,13 +129,13 @@ class Runs:
         }
         return say(told)
 
-    async def _get_sampler(self, request: Request, owner: str) -> Response:
+    def _get_sampler(self, request: Request, owner: str, body: bytes) -> Response:
         row = self._owned.sampler(request.path_params["sampler"], owner)
         told = {"sampler_id": row["id"], "base_model": row["base"], "model_path": row["path"]}
         return say(told)
 
-    async def _weights_info(self, request: Request, owner: str) -> Response:
-        path = Fields.parsed(await body_of(request)).get("tinker_path", str)
+    def _weights_info(self, request: Request, owner: str, body: bytes) -> Response:
+        path = Fields.parsed(body).get("tinker_path", str)
         model = self._ledger.model(self._owned.weights(path, owner)["model"])
         spec = spec_of(model)
         told = {
@@ -150,7 +150,7 @@ class Runs:
 
     # Downloads
 
-    async def _urls(self, request: Request, owner: str) -> Response:
+    def _urls(self, request: Request, owner: str, body: bytes) -> Response:
         row = self._own_checkpoint(request, owner)
         if row["kind"] != "external_weights":
             raise RequestError(f"{row['path']} is no export: call save_weights_external first")
@@ -164,7 +164,7 @@ class Runs:
             urls[name] = f"{request.url.scheme}://{request.url.netloc}{link}?{query}"
         return say({"urls": urls, "expires": _time(expires)})
 
-    async def download(self, request: Request, owner: str) -> Response:
+    def download(self, request: Request, owner: str, body: bytes) -> Response:
         """Sends a file to whom has its link: the endpoint of files/{expires}/{signature}."""
         path = request.query_params.get("checkpoint", "")
         name = request.query_params.get("file", "")

@@ -1,0 +1,155 @@
+"""A ledger that another process holds, and a disk that is full."""
+
+import json
+import resource
+import sqlite3
+import threading
+
+import pytest
+
+from tests.train.serve.client import Client
+from tests.train.serve.command import Engine, ask, command
+from tests.train.serve.fakes import FakeEngine
+from tests.train.serve.process import Server
+from tests.train.serve.test_kills import SERVER
+from tests.train.serve.waiting import until
+from train.serve import database
+
+
+def post(port, path, **fields):
+    return ask(port, "POST", f"/api/v1/{path}", json.dumps(fields))
+
+
+def result(port, request):
+    """The result of a request, once it is there."""
+
+    def found():
+        status, _, answer = post(port, "retrieve_future", request_id=request)
+        return status == 200 and answer
+
+    return until(found, "there is a result")
+
+
+def background(function):
+    """Calls a function in a thread; returns the thread, and the list of what it returned."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    return thread, found
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Holds the ledger in `served` as a backup does: returns a connection of another program's."""
+
+    def hold():
+        other = sqlite3.connect(tmp_path / "served" / "ledger.sqlite", isolation_level=None)
+        other.execute("begin exclusive")
+        return other
+
+    return hold
+
+
+def test_a_ledger_that_others_hold_keeps_nobody_else_waiting(monkeypatch, tmp_path, held):
+    monkeypatch.setattr(database.Database.__init__, "__defaults__", (60.0,))  # writes wait for long
+
+    def work(port):
+        session = post(port, "create_session")[2]["session_id"]
+        other = held()
+        waiting = [background(lambda: post(port, "create_session")) for _ in range(5)]
+        until(lambda: all(thread.is_alive() for thread, _ in waiting), "all wait")
+        pages = ["/healthz", "/", "/status.json", "/metrics", "/v1/models", "/api/v1/healthz"]
+        pages += ["/api/v1/sessions", f"/api/v1/sessions/{session}"]
+        answers = [ask(port, path=page)[0] for page in pages]
+        poll = post(port, "retrieve_future", request_id="x:0")[0]
+        assert not any(found for _, found in waiting), "nothing was asked while they waited"
+        other.close()
+        for thread, _ in waiting:
+            thread.join()
+        return answers, poll, [found[0][0] for _, found in waiting]
+
+    answers, poll, written = command(monkeypatch, tmp_path, "", work)
+    assert set(answers) == {200} and poll == 410 and written == [200] * 5
+
+
+def test_who_writes_to_a_ledger_that_others_hold_is_told_to_come_again(monkeypatch, tmp_path, held):
+    monkeypatch.setattr(database.Database.__init__, "__defaults__", (0.1,))
+    engine = Engine(held=True)
+
+    def work(port):
+        session = post(port, "create_session")[2]["session_id"]
+        made = {"session_id": session, "model_seq_id": 0, "base_model": "tiny/base"}
+        made = post(port, "create_model", **made, lora_config={"rank": 2})[2]
+        other = held()
+        engine.step(1)  # its result cannot be noted yet
+        step = {"model_id": made["model_id"], "seq_id": 1, "adam_params": {}}
+        refused = [post(port, "optim_step", **step), post(port, "create_session")]
+        pending = post(port, "retrieve_future", request_id=made["request_id"])
+        other.close()
+        engine.release()
+        taken = post(port, "optim_step", **step)[2]
+        return refused, pending, [result(port, one["request_id"]) for one in (made, taken)]
+
+    refused, pending, results = command(monkeypatch, tmp_path, "", work, engine)
+    assert [(one[0], one[1]["retry-after"]) for one in refused] == [(503, "1")] * 2
+    assert all("backup" in one[2]["detail"] for one in refused)
+    assert pending[0] == 408
+    assert results[1]["metrics"] == {"step:max": 1.0}
+
+
+def filled(ledger):
+    """Has the ledger no room for another page; returns what makes room."""
+    db = ledger._db._writer
+
+    def pages(n):
+        db.execute(f"pragma max_page_count = {n}")
+
+    db.execute("pragma wal_checkpoint(truncate)")
+    pages(db.execute("pragma page_count").fetchone()[0])
+    return lambda: pages(2**30)
+
+
+def test_a_full_disk_is_said_and_what_was_done_is_noted_once_there_is_room(tmp_path):
+    engine = FakeEngine(held=True)
+    client = Client(engine, tmp_path)
+    model = client.create()
+    engine.step(1)
+    client.result(f"{model}:0")
+    sent = [client.gradient(model, 1), client.step(model, 2)]
+    sent += [client.save(model, 3, "n" * 100)]
+    again = filled(client.server.ledger)
+    # An answer larger than a page needs a new one.
+    client.server.turns._notes._write = lambda row, result: b"{" + b" " * 9000 + b"}"
+    engine.step(3)
+    for one in sent:
+        answer = client.result(one)
+        assert answer["category"] == "server" and "disk of the server is full" in answer["error"]
+    refused = client.step(model, 4, status=507, padding="x" * 9000)
+    assert "disk of the server is full" in refused["detail"]
+    again()
+    client.server.turns.sweep()
+    for one in sent:
+        until(lambda one=one: client.poll(one["request_id"]).content.startswith(b"{ "), "noted")
+    assert client.step(model, 4, padding="x" * 9000)["request_id"] == f"{model}:4"
+    assert client.ask("GET", f"training_runs/{model}/checkpoints")["checkpoints"]
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_size_of_files_is_said_too(tmp_path):
+    server = Server(tmp_path, lambda port: ["-c", SERVER, str(port)])
+    try:
+        server.ready()
+        model = server.create(rank=2)
+        server.result({"request_id": f"{model}:0"})
+        unlimited = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+        step = {"model_id": model, "seq_id": 1, "adam_params": {}}
+        refused = ask(
+            server.port, "POST", "/api/v1/optim_step", json.dumps(step), X_API_Key="tml-a"
+        )
+        assert refused[0] == 507 and "disk of the server is full" in refused[2]["detail"]
+        assert ask(server.port, path="/api/v1/healthz")[0] == 200
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, unlimited)
+        assert server.result(server.step(model, 1))["metrics"] == {"step:max": 1}
+    finally:
+        server.kill()
