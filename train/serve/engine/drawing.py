@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.bank.mixing import Choice, mixed
@@ -85,6 +86,7 @@ class Drawing:
         self._fit = jit(self._fitted, static_argnums=2)
         self._first = jit(self._first_token)
         self._cut = jit(self._beginning)
+        self._take = jit(self._taken)
 
     def empty(self, rows: int, length: int) -> Rows:
         """Returns rows without completions."""
@@ -135,19 +137,43 @@ class Drawing:
         with jax.set_mesh(self._mesh):
             return self._cut(cache, n)
 
-    def insert(self, rows: Rows, row: Any, cache: Cache, n: Any, token: Any, mine: Any) -> Rows:
+    def take(self, rows: Rows, row: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a copy of a row's keys and values, in the host's memory.
+
+        Args:
+          rows: the rows.
+          row: [] int32.
+          n: the number of tokens in its cache.
+        """
+        with jax.set_mesh(self._mesh):
+            both = self._take(rows, row)
+        key, value = (np.array(np.asarray(x)[:, :, :, :n]) for x in both)
+        return key, value
+
+    def give(self, key: np.ndarray, value: np.ndarray, length: int) -> Cache:
+        """Returns what `take` returned as the cache of a prompt of at most this length."""
+        cache = self.prompt(length)
+        room = [(0, 0)] * key.ndim
+        room[3] = (0, cache.positions.shape[1] - key.shape[3])
+        key, value = (np.pad(x, room) for x in (key, value))
+        return cache._replace(key=self._place(key), value=self._place(value))
+
+    def insert(
+        self, rows: Rows, row: Any, cache: Cache, n: Any, token: Any, drawn: Any, mine: Any
+    ) -> Rows:
         """Puts a completion into a row.
 
         Args:
           rows: they are taken.
           row: [] int32.
-          cache: the prompt's keys and values.
+          cache: keys and values of the prompt, and of all tokens drawn but the newest.
           n: [] int32, its tokens.
-          token: [] int32, the first token.
+          token: [] int32, the newest token.
+          drawn: [] int32, the number of tokens drawn.
           mine: (slot, how) of the completion, [] each.
         """
         with jax.set_mesh(self._mesh):
-            return self._insert(rows, row, cache, n, token, mine)
+            return self._insert(rows, row, cache, n, token, drawn, mine)
 
     def decode(self, tree: Any, rows: Rows, with_top: Any) -> tuple[Rows, Tokens]:
         """Draws the next token of each row; the rows are taken."""
@@ -194,8 +220,21 @@ class Drawing:
             length=jnp.full_like(cache.length, n),
         )
 
+    def _taken(self, rows: Rows, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        self.compiled += 1
+        both = rows.cache.key, rows.cache.value
+        key, value = (lax.dynamic_slice_in_dim(x, row, 1, axis=1) for x in both)
+        return key, value
+
     def _inserted(
-        self, rows: Rows, row: jax.Array, cache: Cache, n: jax.Array, token: jax.Array, mine: Any
+        self,
+        rows: Rows,
+        row: jax.Array,
+        cache: Cache,
+        n: jax.Array,
+        token: jax.Array,
+        drawn: jax.Array,
+        mine: Any,
     ) -> Rows:
         self.compiled += 1
         slot, how = mine
@@ -215,7 +254,7 @@ class Drawing:
                 length=old.length.at[row].set(n),
             ),
             last=rows.last.at[row].set(token),
-            drawn=rows.drawn.at[row].set(1),
+            drawn=rows.drawn.at[row].set(drawn),
             slots=rows.slots.at[row].set(slot),
             how=jax.tree.map(lambda all, one: all.at[row].set(one), rows.how, how),
         )

@@ -16,9 +16,11 @@ from lora_jax.training.layout import Layout
 from train.serve.engine.base import Base, Training
 from train.serve.engine.checks import check_sample, check_update
 from train.serve.engine.drawing import Drawing
+from train.serve.engine.jobs import Job
 from train.serve.engine.named import Named
 from train.serve.engine.pool import Pool
-from train.serve.engine.sampler import Job, Sampler
+from train.serve.engine.rotation import PARTY, Rotation, TurnPath, parties
+from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.tenant import Tenant
 from train.serve.engine.trainer import Trainer
@@ -52,8 +54,9 @@ _log = logging.getLogger(__name__)
 class Engine:
     """Trains tenants' adapters and draws samples over one base; see `train.serve.requests.Serving`.
 
-    One thread does all that computes. Training and sampling have equal shares of its time, and so
-    have tenants, and adapters that are sampled.
+    One thread does all that computes. Training and sampling have equal shares of its time; owners
+    take turns, and an owner's sessions, whose tenants have equal shares. Between two tokens of
+    somebody, all others train one batch each at most.
     """
 
     def __init__(
@@ -100,6 +103,8 @@ class Engine:
         self._something = threading.Condition()
         self._stopping = False
         self._latest = 0.0  # the largest `turn` of a tenant
+        self._turns = Rotation()  # of those that train
+        self._trained: tuple[int, set[TurnPath]] = (0, set())  # who did since a token
         self._spent = {"training": 0.0, "sampling": 0.0}
         self._trained_tokens = 0
         self._files = ThreadPoolExecutor(1, "files")
@@ -140,6 +145,8 @@ class Engine:
         def queued() -> None:
             mine = self._tenants.setdefault(tenant, Tenant(tenant, client))
             mine.used = now
+            if not mine.is_waiting:
+                self._turns.enter(mine.path)
             if not mine.is_waiting:  # it neither saved up time, nor owes what nobody wanted
                 waiting = [t.turn for t in self._tenants.values() if t.is_waiting]
                 mine.turn = max(mine.turn, min(waiting) if waiting else self._latest)
@@ -247,21 +254,38 @@ class Engine:
         kind = min(kinds, key=self._spent.__getitem__)
         if len(kinds) == 1:  # what no one else wanted is not held against it
             self._spent = dict.fromkeys(self._spent, 0.0)
+        ready = [tenant for tenant in waiting if self._may_train(tenant)]
         began = time.monotonic()
-        if kind == "sampling":
+        if kind == "training" and ready:
+            self._train(min(ready, key=self._order))
+        else:
+            kind = "sampling"
             try:
                 self._sampler.step()
             except Exception as error:
                 self._sampler.fail(error)
-        else:
-            self._train(min(waiting, key=lambda tenant: tenant.turn))
         self._spent[kind] += time.monotonic() - began
+
+    def _order(self, tenant: Tenant) -> tuple[float, ...]:
+        """Returns a key to sort tenants by: the least is next."""
+        return *self._turns.order(tenant.path[:PARTY]), tenant.turn
+
+    def _may_train(self, tenant: Tenant) -> bool:
+        """Returns whether a tenant may have a turn before the next token of others."""
+        if self._trained[0] != self._sampler.rounds:
+            self._trained = self._sampler.rounds, set()
+        return not any(
+            party in self._trained[1] and self._sampler.serves_others(party)
+            for party in parties(tenant.path)
+        )
 
     def _train(self, tenant: Tenant) -> None:
         """Executes a part of a tenant's command: a batch, of a gradient."""
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
             tenant.job = self._executed(tenant, command)
+        self._turns.note([tenant.path])
+        self._trained[1].update(parties(tenant.path))
         began, is_over, result = time.monotonic(), True, None
         try:
             next(tenant.job)
@@ -280,6 +304,8 @@ class Engine:
     def _answered(self, tenant: Tenant, result: Any) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
         done, tenant.job, tenant.done = tenant.done, None, None
+        if not tenant.queue:
+            self._turns.leave(tenant.path)
         if tenant.state is None and not tenant.queue:
             del self._tenants[tenant.name]
         if done is not None:

@@ -63,8 +63,8 @@ class Prefixes:
         """Returns whether another prompt is about to run what this one begins with."""
         if prompt.n:
             return False
-        who = prompt.job.request.adapter  # those of other names have other turns
-        others = [other for other in others if other.n and other.job.request.adapter == who]
+        who = prompt.job.path[:-1]  # those of others have other turns
+        others = [other for other in others if other.n and other.job.path[:-1] == who]
         coming = [(other.job.adapter, other.ids, other.cache) for other in others]
         return self._common(prompt, coming)[0] > self._common(prompt, self._there(others))[0]
 

@@ -1,70 +1,36 @@
 """Continuous batching: a sample enters between two tokens, and leaves when it ends."""
 
-import dataclasses
 import itertools
+import math
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from train.serve.engine.base import Adapter, Base
-from train.serve.engine.drawing import Drawing, How, Tokens
+from train.serve.engine.base import Base
+from train.serve.engine.drawing import Drawing, Tokens
+from train.serve.engine.jobs import Job, Row
+from train.serve.engine.places import Places
 from train.serve.engine.pool import Pool
 from train.serve.engine.prompts import Prefixes, Prompt
+from train.serve.engine.rotation import PARTY, Rotation, TurnPath, parties
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.trainer import Trainer
-from train.serve.requests import Completion, Done, Drawn, Piece, Sample, Top
+from train.serve.requests import Completion, Drawn, Piece
 
+_ALONE = 32  # tokens after which an owner who is alone has all rows
 _CHUNKS = 8  # of prompts, between two tokens where all rows are free
-_HELD = 32  # decoded tokens after which fewer or shorter rows are chosen, if they would do
-_COLDEST = 1e-4  # the lowest temperature: logits that are divided by less lose their digits
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """A sample that was asked for.
-
-    Attributes:
-      adapter: its adapter's arrays, as they were when it was asked for; None for the base.
-      slot: theirs, once it was taken in.
-      completions: the finished ones, by place.
-      is_over: whether `done` was called; then it holds no arrays.
-    """
-
-    request: Sample
-    adapter: Adapter | None
-    seed: int
-    done: Done
-    seen: Callable[[Piece], None] | None
-    slot: int | None = None
-    is_over: bool = False
-    completions: dict[int, Completion] = dataclasses.field(default_factory=dict)
-    scores: tuple[Any, Any, Any] = (None, None, None)
-    cached: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-    """A completion under way."""
-
-    job: Job
-    index: int
-    ids: list[int] = dataclasses.field(default_factory=list)
-    logps: list[float] = dataclasses.field(default_factory=list)
-    top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
-
-    def end(self, stopped: bool) -> None:
-        """Hands over what was drawn."""
-        top = Top(*map(np.stack, zip(*self.top, strict=True))) if self.top else None
-        ids, logps = np.array(self.ids, np.int32), np.array(self.logps, np.float32)
-        self.job.completions[self.index] = Completion(ids, logps, stopped, top)
 
 
 class Sampler:
-    """Draws the completions of many samples side by side, each by its own adapter."""
+    """Draws the completions of many samples side by side, each by its own adapter.
+
+    Owners take turns, then an owner's sessions, a session's adapters, and an adapter's requests. A
+    turn is a chunk of a prompt, or a token of each completion. Between two tokens of an owner, each
+    other one has one turn at most. Rows and slots are shared evenly by owners, and by an owner's
+    sessions: a completion that has to give its row to others is paused, and loses nothing.
+    """
 
     def __init__(
         self,
@@ -82,78 +48,73 @@ class Sampler:
           text_of: decodes tokens, to find texts that end a completion.
         """
         self._base, self._trainer, self._sizes, self._text_of = base, trainer, sizes, text_of
-        self._drawing, self._pool = drawing, pool
+        self._pool = pool
+        self._places = Places(drawing, sizes, base.model.config.vocab_size)
         self._prefixes = Prefixes(drawing, sizes)
-        self._waiting: dict[Any, deque[Job]] = {}
+        self._waiting: dict[TurnPath, deque[Job]] = {}  # by owner, session and adapter
         self._prompts: list[Prompt] = []
         self._ready: list[Prompt] = []  # prompts that ran, with completions that are to begin
-        self._rows: dict[int, _Row] = {}
-        self._width, self._length = sizes.widths[0], sizes.caches[0]
-        self._arrays = drawing.empty(self._width, self._length)
-        self._idle = 0  # tokens since the rows were all needed
-        self._ran = 0  # chunks of prompts since the last token
-        self._served: Counter[Any] = Counter()
-        self.prompt_tokens = self.drawn_tokens = 0
+        self._paused: list[Row] = []
+        self._turns = Rotation()
+        self._ran: Counter[TurnPath] = Counter()  # chunks of prompts since the last token
+        self._alone = _ALONE  # tokens since several owners drew
+        self.rounds = self.prompt_tokens = self.drawn_tokens = 0
 
     @property
     def waiting(self) -> int:
         """The number of samples that wait."""
         ready = sum(not prompt.begun for prompt in [*self._ready])
-        return sum(map(len, self._waiting.values())) + len(self._prompts) + ready
+        return sum(map(len, [*self._waiting.values()])) + len(self._prompts) + ready
 
     @property
     def drawing(self) -> int:
         """The number of completions under way."""
-        return len(self._rows)
+        return len(self._places.rows) + len(self._paused)
 
     @property
     def busy(self) -> bool:
         """True where there is anything to do."""
-        return bool(self._waiting or self._prompts or self._ready or self._rows)
+        return bool(self._waiting or self._under_way())
+
+    def serves_others(self, path: TurnPath) -> bool:
+        """Returns whether anybody else samples at the last level of a path."""
+        return self._turns.has_others(path)
 
     def add(self, job: Job) -> None:
-        """Queues a sample; those of one adapter take turns with those of others."""
-        who, active = job.request.adapter, self._active()
-        if who not in active:  # it neither saved up turns, nor owes those that nobody wanted
-            behind = [self._served[one] for one in active]
-            least = min(behind) if behind else max(self._served.values(), default=0)
-            self._served[who] = max(self._served[who], least)
-            kept = {one: n for one, n in self._served.items() if n > least or one in active}
-            self._served = Counter(kept | {who: self._served[who]})
-        self._waiting.setdefault(who, deque()).append(job)
+        """Queues a sample."""
+        self._turns.enter(job.path)
+        self._waiting.setdefault(job.path[:-1], deque()).append(job)
 
     def step(self) -> None:
-        """Runs a chunk of a prompt, or draws a token of each completion.
-
-        A token costs as much for few rows as for all. So the more rows are free, the more chunks
-        run before the next token.
-        """
+        """Runs a chunk of a prompt, or draws a token of each completion."""
         self._admit()
-        free = self._sizes.sequences - len(self._rows)
-        chunks = max(1, _CHUNKS * free // self._sizes.sequences)
-        if self._prompts and (not self._rows or self._ran < chunks):
-            self._ran += 1
-            self._run_prompt()
-        elif self._rows:
-            self._ran = 0
+        self._fill_rows()
+        if (prompt := self._due_prompt()) is not None:
+            self._for(prompt.job, self._run_chunk, prompt)
+        elif self._places.rows:
             self._draw()
-        self._begin_rows()
+        self._fill_rows()
 
     def end(self, job: Job, error: Exception | None = None) -> None:
         """Ends a sample that is not over: with what was drawn so far, or with what went wrong."""
         if job.is_over:
             return
-        job.is_over, who = True, job.request.adapter
-        for place in [place for place, row in self._rows.items() if row.job is job]:
-            self._rows.pop(place).end(stopped=False)
-        if job in self._waiting.get(who, ()):
-            self._waiting[who].remove(job)
-            if not self._waiting[who]:
-                del self._waiting[who]
+        job.is_over = True
+        rows = self._places.rows
+        for place in [place for place, row in rows.items() if row.job is job]:
+            rows.pop(place).end(stopped=False)
+        for row in [row for row in self._paused if row.job is job]:
+            row.end(stopped=False)
+        self._paused = [row for row in self._paused if row.job is not job]
+        queue = self._waiting.get(job.path[:-1], deque())
+        if job in queue:
+            queue.remove(job)
+            if not queue:
+                del self._waiting[job.path[:-1]]
         self._prompts = [prompt for prompt in self._prompts if prompt.job is not job]
         self._ready = [prompt for prompt in self._ready if prompt.job is not job]
-        if job.slot is not None:
-            self._pool.give(job.slot)
+        self._turns.leave(job.path)
+        self._give_slot(job)
         completions = [job.completions[i] for i in sorted(job.completions)]
         own, top, targets = job.scores
         job.done(error or Drawn(completions, own, top, job.cached, targets))
@@ -161,75 +122,111 @@ class Sampler:
 
     def fail(self, error: Exception) -> None:
         """Ends all samples, by an error in what they share."""
-        jobs = [*itertools.chain(*self._waiting.values()), *self._under_way()]
-        for job in jobs:
+        for job in [*itertools.chain(*self._waiting.values()), *self._under_way()]:
             self.end(job, error)
-        self._arrays = self._drawing.empty(self._width, self._length)
+        self._places.reset()
 
     def _under_way(self) -> list[Job]:
-        prompts = self._prompts + self._ready
-        return [prompt.job for prompt in prompts] + [row.job for row in self._rows.values()]
+        rows = [*self._places.rows.values(), *self._paused]
+        return [each.job for each in self._prompts + self._ready] + [row.job for row in rows]
 
-    def _active(self) -> set[Any]:
-        return {job.request.adapter for job in self._under_way()} | self._waiting.keys()
+    # Slots
 
-    def _by_turn(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Returns prompts, those of the adapter that was served least first."""
-        return sorted(prompts, key=lambda prompt: self._served[prompt.job.request.adapter])
+    def _take_slot(self, job: Job) -> bool:
+        """Gives a sample's adapter a slot, if need be another's; returns whether it has one."""
+        if job.slot is None:
+            job.slot = self._pool.take(job.adapter)
+        if job.slot is None and (users := self._others_slot(job)):
+            for other in users:
+                self._suspend(other)
+            job.slot = self._pool.take(job.adapter)
+        return job.slot is not None
+
+    def _others_slot(self, job: Job) -> set[Job]:
+        """Returns the users of a slot that they have to give to a sample."""
+        users: dict[Hashable, set[Job]] = {}
+        for other in self._under_way():
+            if other.slot:  # all have 0, the base's
+                users.setdefault(other.slot, set()).add(other)
+        held = {slot: {other.path for other in there} for slot, there in users.items()}
+        if (lost := self._turns.loser(job.path, held)) is None:
+            return set()
+        return users[max(lost[1], key=lambda slot: max(map(self._turns.order, held[slot])))]
+
+    def _suspend(self, job: Job) -> None:
+        """Takes a sample's slot away, and the rows with it, until its next turn."""
+        for row in [row for row in self._places.rows.values() if row.job is job]:
+            self._pause(row)
+        self._give_slot(job)
+
+    def _give_slot(self, job: Job) -> None:
+        if job.slot is not None:
+            self._pool.give(job.slot)
+            job.slot = None
+
+    # Prompts
 
     def _admit(self) -> None:
-        """Takes in samples while there is room, of the adapter that was served least first.
+        """Takes in samples while there is room.
 
         One of an adapter that has nothing to begin is taken in without room, so that nobody's many
-        completions hold it up. Where its adapter finds no slot, no other one is taken in before.
+        completions hold it up; and so is one more, once the first began some. Where its adapter
+        finds no slot, no other of the same session is taken in before.
         """
         to_begin = self._prompts + self._ready
-        room = self._sizes.sequences - len(self._rows)
+        room = self._sizes.sequences - self.drawing
         room -= sum(prompt.job.request.n - prompt.begun for prompt in to_begin)
-        slots, has_slot = {prompt.job.slot for prompt in to_begin}, True
-        for who in sorted(self._waiting, key=lambda who: self._served[who]):
-            queue = self._waiting[who]
-            while queue and (has_slot or queue[0].adapter is None):
-                job = queue[0]
-                slot = self._pool.take(job.adapter)
-                if slot is None:
-                    has_slot = False
+        last = {prompt.job.path[:-1]: prompt for prompt in to_begin}
+        many = Counter(prompt.job.path[:-1] for prompt in to_begin)
+        blocked: set[TurnPath] = set()
+        for who in sorted(self._waiting, key=self._turns.order):
+            queue, party = self._waiting[who], who[:PARTY]
+            while queue and (party not in blocked or queue[0].adapter is None):
+                if room <= 0 and many[who] and not (many[who] == 1 and last[who].begun):
                     break
-                if room <= 0 and slot in slots:
-                    self._pool.give(slot)
+                if not self._take_slot(queue[0]):
+                    blocked.add(party)
                     break
-                job.slot = slot
-                slots.add(slot)
-                self._prompts.append(self._prefixes.begin(queue.popleft()))
+                job = queue.popleft()
+                last[who] = self._prefixes.begin(job)
+                many[who] += 1
+                self._prompts.append(last[who])
                 room -= job.request.n
             if not queue:
                 del self._waiting[who]
 
-    def _run_prompt(self) -> None:
-        """Runs a chunk of the prompt whose turn it is."""
-        for prompt in self._by_turn(self._prompts):
-            if not self._prefixes.waits(prompt, self._prompts):
-                self._prompts.remove(prompt)
-                self._prompts.append(prompt)
-                self._for(prompt.job, self._run_chunk, prompt)
-                return
+    def _due_prompt(self) -> Prompt | None:
+        """Returns the prompt of which a chunk runs now; None where tokens are drawn.
+
+        Of several owners, or of several sessions of the only one, each has a chunk or a token in
+        its turn. Otherwise a token costs as much for few rows as for all, so that the more rows are
+        free, the more chunks run before the next one.
+        """
+        depth = 1 if self._turns.n_below(()) > 1 else PARTY
+        drawing = {row.job.path[:depth] for row in self._places.rows.values()}
+        oldest = min((self._turns.last(party) for party in drawing), default=math.inf)
+        free = self._sizes.sequences - len(self._places.rows)
+        for prompt in sorted(self._prompts, key=lambda each: self._turns.order(each.job.path)):
+            party = prompt.job.path[:depth]
+            if self._turns.n_below(party[:-1]) > 1:
+                most = 1 if self._turns.last(party) <= oldest else 0
+            else:
+                most = max(1, _CHUNKS * free // self._sizes.sequences)
+            is_due = not drawing or self._ran[party] < most or (most and party not in drawing)
+            if is_due and not self._prefixes.waits(prompt, self._prompts):
+                if self._take_slot(prompt.job):
+                    return prompt
+        return None
 
     def _run_chunk(self, prompt: Prompt) -> None:
-        n = self._prefixes.run(prompt, self._pool.tree, self._prompts)
-        self.prompt_tokens += n
-        self._served[prompt.job.request.adapter] += n
+        path = prompt.job.path
+        self._turns.note([path])
+        self._ran.update(parties(path))
+        self.rounds += not self._places.rows
+        self.prompt_tokens += self._prefixes.run(prompt, self._pool.tree, self._prompts)
         if prompt.is_done:
             self._prompts.remove(prompt)
             self._finish_prompt(prompt)
-
-    def _for(self, job: Job, function: Callable[..., None], *args: Any) -> None:
-        """Does something for a sample, which alone fails if that does, and the rows stay whole."""
-        try:
-            function(*args)
-        except Exception as error:
-            self.end(job, error)
-            if self._arrays.last.is_deleted():
-                raise
 
     def _finish_prompt(self, prompt: Prompt) -> None:
         job = prompt.job
@@ -245,53 +242,93 @@ class Sampler:
         else:
             self._ready.append(prompt)
 
-    def _begin_rows(self) -> None:
-        """Gives completions whose prompt ran a row each, as far as there are free ones."""
-        while self._ready and len(self._rows) < self._sizes.sequences:
-            prompt = self._by_turn(self._ready)[0]
-            prompt.begun += 1
-            if prompt.begun == prompt.job.request.n:
-                self._ready.remove(prompt)
-            self._for(prompt.job, self._begin, prompt, prompt.begun - 1)
+    # Completions
+
+    def _limit(self) -> int:
+        """Returns how many rows may be in use, fewer for a while after several owners drew."""
+        n_owners = self._turns.n_below(())
+        if 1 < n_owners <= self._places.shared:
+            self._alone = 0
+        is_shared = n_owners <= self._places.shared and self._alone < _ALONE
+        return self._places.shared if is_shared else self._sizes.sequences
+
+    def _fill_rows(self) -> None:
+        """Gives rows to completions that begin or go on, some of them those of others."""
+        while len(self._places.rows) > self._limit():
+            self._pause_one([*self._places.rows])
+            self._places.narrow()
+        while any(self._has_row(each) for each in self._to_draw()):
+            pass
+
+    def _to_draw(self) -> list[Prompt | Row]:
+        """Returns what waits for a row, of those with the fewest rows first, one for each party."""
+        rows = Counter[TurnPath]()
+        for row in self._places.rows.values():
+            rows.update(parties(row.job.path))
+
+        def order(each: Prompt | Row) -> tuple[Any, ...]:
+            path = each.job.path
+            turn = self._turns.order(path)
+            return rows[path[:1]], turn[0], rows[path[:2]], *turn[1:]
+
+        firsts: dict[TurnPath, Prompt | Row] = {}
+        waiting: list[Prompt | Row] = [*self._paused, *self._ready]
+        for each in sorted(waiting, key=order):
+            firsts.setdefault(each.job.path[:PARTY], each)
+        return [*firsts.values()]
+
+    def _has_row(self, each: Prompt | Row) -> bool:
+        """Gives a completion a row, if it gets one; returns whether it did."""
+        job = each.job
+        if len(self._places.rows) >= self._limit():
+            held = {place: {row.job.path} for place, row in self._places.rows.items()}
+            if (lost := self._turns.loser(job.path, held)) is None or not self._take_slot(job):
+                return False
+            if len(self._places.rows) >= self._limit():
+                self._pause_one(lost[1])
+        elif not self._take_slot(job):
+            return False
+        if isinstance(each, Row):
+            self._paused.remove(each)
+            self._for(job, self._places.resume, each)
+        else:
+            each.begun += 1
+            if each.begun == job.request.n:
+                self._ready.remove(each)
+            self._for(job, self._begin, each, each.begun - 1)
+        return True
+
+    def _pause_one(self, places: Sequence[Any]) -> None:
+        """Pauses the latest completion of who has the most of some rows."""
+        rows = [self._places.rows[place] for place in reversed(places)]
+        counts = Counter(each for row in rows for each in parties(row.job.path))
+        self._pause(max(rows, key=lambda row: [counts[each] for each in parties(row.job.path)]))
+
+    def _pause(self, row: Row) -> None:
+        self._places.pause(row)
+        self._paused.append(row)
 
     def _begin(self, prompt: Prompt, index: int) -> None:
-        job = prompt.job
-        request, n = job.request, len(job.request.prompt)
-        how = self._how(request, job.seed, index)
-        alone = jax.tree.map(lambda x: x[None], how)
-        tokens = self._drawing.first(prompt.logits, alone, np.bool_(request.top > 0))
-        row, cache = _Row(job, index), prompt.cache
-        assert cache is not None  # it ran
-        self._fit(len(self._rows) + 1, n + 1)
-        free = next(i for i in itertools.count() if i not in self._rows)
-        self._rows[free] = row
-        mine = (np.int32(job.slot), how)
-        self._arrays = self._drawing.insert(
-            self._arrays, np.int32(free), cache, np.int32(n), tokens.ids[0], mine
-        )
-        self._take(free, row, jax.tree.map(np.asarray, tokens), 0)
-
-    def _how(self, request: Sample, seed: int, index: int) -> How:
-        """Returns how the tokens of a completion are drawn."""
-        key = jax.random.fold_in(jax.random.key(seed % 2**32), index)
-        vocab, t = self._base.model.config.vocab_size, request.temperature
-        top_k = min(request.top_k, vocab) if request.top_k > 0 else vocab
-        t = max(t, _COLDEST) if t else 0.0
-        return How(jnp.float32(t), jnp.float32(request.top_p), jnp.int32(top_k), key)
+        row = Row(prompt.job, index)
+        tokens = self._places.begin(row, prompt.logits, prompt.cache)
+        self._turns.note([row.job.path])
+        self._take(row, tokens, 0)
 
     def _draw(self) -> None:
-        longest = max(len(r.job.request.prompt) + len(r.ids) for r in self._rows.values())
-        self._fit(len(self._rows), longest)
-        with_top = np.bool_(any(row.job.request.top for row in self._rows.values()))
-        self._arrays, tokens = self._drawing.decode(self._pool.tree, self._arrays, with_top)
-        found = jax.tree.map(np.asarray, tokens)
-        for place, row in [*self._rows.items()]:
+        tokens = self._places.draw(self._pool.tree)
+        self._ran.clear()
+        self.rounds += 1
+        self._alone += 1
+        rows = [*self._places.rows.items()]
+        self._turns.note(row.job.path for _, row in rows)
+        for place, row in rows:
             if not row.job.is_over:
-                self._for(row.job, self._take, place, row, found, place)
+                self._for(row.job, self._take, row, tokens, place)
 
-    def _take(self, place: int, row: _Row, tokens: Tokens, at: int) -> None:
+    def _take(self, row: Row, tokens: Tokens, at: int) -> None:
         """Notes the token that a row drew, and ends the row if it is the last one."""
-        request = row.job.request
+        job = row.job
+        request = job.request
         token, logp = int(tokens.ids[at]), float(tokens.logps[at])
         top = None
         if request.top:
@@ -300,18 +337,18 @@ class Sampler:
         row.ids.append(token)
         row.logps.append(logp)
         self.drawn_tokens += 1
-        self._served[request.adapter] += 1
-        if row.job.seen:
-            row.job.seen(Piece(row.index, token, logp, top))
+        if job.seen:
+            job.seen(Piece(row.index, token, logp, top))
         room = self._sizes.max_length - len(request.prompt)
         most = room if request.max_tokens is None else min(room, request.max_tokens)
         stopped = token in request.stop_ids or self._says_stop(row)
         if stopped or len(row.ids) >= most:
-            self._rows.pop(place).end(stopped)
-            if len(row.job.completions) == request.n:
-                self.end(row.job)
+            self._places.free(row)
+            row.end(stopped)
+            if len(job.completions) == request.n:
+                self.end(job)
 
-    def _says_stop(self, row: _Row) -> bool:
+    def _says_stop(self, row: Row) -> bool:
         stops = row.job.request.stop
         if not stops:
             return False
@@ -319,49 +356,16 @@ class Sampler:
         text = self._text_of(row.ids[-(longest + 8) :])
         return any(stop in text for stop in stops)
 
+    def _for(self, job: Job, function: Callable[..., None], *args: Any) -> None:
+        """Does something for a sample, which alone fails if that does, and the rows stay whole."""
+        try:
+            function(*args)
+        except Exception as error:
+            self.end(job, error)
+            if self._places.are_lost:
+                raise
+
     def warm_up(self) -> None:
         """Compiles all functions, for all shapes; nobody samples yet."""
-        drawing, sizes, off = self._drawing, self._sizes, np.bool_(False)
-        ids = np.zeros((1, sizes.chunk), np.int32)
-        slot, one = np.int32(0), np.int32(1)
-        caches, how = [], self._how(Sample(adapter=None, prompt=[0]), 0, 0)
-        for length in sizes.caches:
-            cache = drawing.prompt(length)
-            logits, cache = drawing.extend(self._pool.tree, slot, ids, one, cache)
-            caches.append(cache)
-            drawing.cut(cache, one)
-        token = drawing.first(logits, jax.tree.map(lambda x: x[None], how), off).ids[0]
-        for width in sizes.widths:
-            for length in sizes.caches:
-                rows = drawing.empty(width, length)
-                for cache in caches:
-                    if cache.positions.shape[1] <= drawing.whole(length):
-                        mine = (np.int32(0), how)
-                        rows = drawing.insert(rows, np.int32(0), cache, one, token, mine)
-                rows, _ = drawing.decode(self._pool.tree, rows, off)
-                for wide in set(sizes.widths) - {width}:
-                    drawing.fit(rows, np.zeros(wide, np.int32), length)
-                for end in (sizes.caches[0], sizes.caches[-1]):  # a step towards each
-                    for other in sizes.caches_to(length, end)[:1]:
-                        drawing.fit(rows, np.zeros(width, np.int32), other)
+        self._places.warm_up(self._pool.tree)
         self._pool.give(self._pool.take(self._base.none) or 0)
-
-    def _fit(self, n: int, length: int) -> None:
-        """Makes room for n rows of a length; gives up room that is long unneeded."""
-        width, least = self._sizes.width(n), self._sizes.cache(length)
-        smaller = width < self._width or least < self._length
-        self._idle = self._idle + 1 if smaller else 0
-        if self._idle < _HELD:
-            width, least = max(width, self._width), max(least, self._length)
-        if (width, least) == (self._width, self._length):
-            return
-        if width != self._width:
-            order = [*self._rows, *[0] * (width - len(self._rows))]
-            self._resize(order, self._length)
-            self._rows = dict(enumerate(self._rows.values()))
-        for step in self._sizes.caches_to(self._length, least):
-            self._resize(range(width), step)
-        self._width, self._length, self._idle = width, least, 0
-
-    def _resize(self, order: Sequence[int], length: int) -> None:
-        self._arrays = self._drawing.fit(self._arrays, np.array(order, np.int32), length)

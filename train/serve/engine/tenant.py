@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from train.serve.engine.base import Factors, Training
+from train.serve.engine.rotation import TurnPath
 from train.serve.requests import Client, Command, Done
 
 _LOSSES_KEPT = 200
@@ -37,6 +38,11 @@ class Tenant:
     def become(self, state: Training | None) -> None:
         """Goes on from a state, without a gradient; None where it leaves."""
         self.state, self.grads, self.summed = state, None, (0.0, 0)
+
+    @property
+    def path(self) -> TurnPath:
+        """Its place among the turns."""
+        return self.client.owner, self.client.session, self.name
 
     @property
     def loss(self) -> float:

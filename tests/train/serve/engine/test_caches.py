@@ -29,14 +29,14 @@ def test_steps_between_caches():
 def test_rows_keep_their_tokens_while_caches_grow_and_shrink(base):
     engine = Engine(base, SIZES, one_device(), eos=(), text_of=text_of, slots=1)
     engine.warm_up()
-    before, sampler, lengths = engine.status().compiled, engine._sampler, []
-    resize = sampler._resize
+    before, places, lengths = engine.status().compiled, engine._sampler._places, []
+    resize = places._resize
 
     def seen(order, length):
         lengths.append(length)
         resize(order, length)
 
-    sampler._resize = seen
+    places._resize = seen
     rng = np.random.default_rng(0)
     forward = jax.jit(lj.adapt(base.model.apply))
     tree = base.tree(base.none.factors, base.none.scales, base.shell)

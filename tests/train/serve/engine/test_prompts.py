@@ -34,7 +34,7 @@ class Unread:
 def test_a_prefix_is_taken_over_from_a_cache_of_the_same_length(n, cached):
     def job(ids):
         request = SimpleNamespace(prompt=ids, adapter="a")
-        return SimpleNamespace(request=request, adapter=None, slot=0)
+        return SimpleNamespace(request=request, adapter=None, slot=0, path=("", "", "a", None))
 
     prefixes, ids = Prefixes(Unread(), SIZES), np.arange(150)
     first, other = prefixes.begin(job(ids)), prefixes.begin(job(ids[:n]))

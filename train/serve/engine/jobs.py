@@ -1,0 +1,67 @@
+"""Samples that were asked for, and their completions under way."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from train.serve.engine.base import Adapter
+from train.serve.engine.rotation import TurnPath
+from train.serve.requests import Completion, Done, Piece, Sample, Top
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A sample that was asked for.
+
+    Attributes:
+      adapter: its adapter's arrays, as they were when it was asked for; None for the base.
+      slot: the slot of these, while it holds one.
+      completions: the finished ones, by place.
+      is_over: whether `done` was called; then it holds no arrays.
+    """
+
+    request: Sample
+    adapter: Adapter | None
+    seed: int
+    done: Done
+    seen: Callable[[Piece], None] | None
+    slot: int | None = None
+    is_over: bool = False
+    completions: dict[int, Completion] = dataclasses.field(default_factory=dict)
+    scores: tuple[Any, Any, Any] = (None, None, None)
+    cached: int = 0
+
+    @property
+    def path(self) -> TurnPath:
+        """Its place among the turns."""
+        request = self.request
+        return request.client.owner, request.client.session, request.adapter, self
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A completion under way.
+
+    Attributes:
+      cache: keys and values, in the host's memory, while it is paused; see `Drawing.take`.
+    """
+
+    job: Job
+    index: int
+    ids: list[int] = dataclasses.field(default_factory=list)
+    logps: list[float] = dataclasses.field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    cache: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def n_cached(self) -> int:
+        """The tokens that its cache holds: all but the newest."""
+        return len(self.job.request.prompt) + len(self.ids) - 1
+
+    def end(self, stopped: bool) -> None:
+        """Hands over what was drawn."""
+        top = Top(*map(np.stack, zip(*self.top, strict=True))) if self.top else None
+        ids, logps = np.array(self.ids, np.int32), np.array(self.logps, np.float32)
+        self.job.completions[self.index] = Completion(ids, logps, stopped, top)

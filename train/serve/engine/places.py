@@ -1,0 +1,185 @@
+"""The rows in which completions are drawn: each may leave between two tokens, and come back."""
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.serve.engine.drawing import Drawing, How, Tokens
+from train.serve.engine.jobs import Row
+from train.serve.engine.sizes import Sizes
+from train.serve.requests import Sample
+
+_HELD = 32  # decoded tokens after which fewer or shorter rows are chosen, if they would do
+_SLOWER = 1.5  # times as long, at most, that a token takes beside other owners' rows
+_COLDEST = 1e-4  # the lowest temperature: logits that are divided by less lose their digits
+
+
+class Places:
+    """Rows on the device.
+
+    Attributes:
+      rows: the completion in each that is in use, those that came first before others.
+      shared: rows that are in use where several owners draw: few, if all of them would have a token
+        take much longer.
+    """
+
+    def __init__(self, drawing: Drawing, sizes: Sizes, vocab: int) -> None:
+        """Makes few and short rows.
+
+        Args:
+          drawing: the compiled functions.
+          sizes: shapes.
+          vocab: size of the vocabulary.
+        """
+        self._drawing, self._sizes, self._vocab = drawing, sizes, vocab
+        self.rows: dict[int, Row] = {}
+        self.shared = sizes.sequences
+        self._width, self._length = sizes.widths[0], sizes.caches[0]
+        self._idle = 0  # tokens since the rows were all needed
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes new arrays, for rows that nobody uses."""
+        self._arrays = self._drawing.empty(self._width, self._length)
+
+    @property
+    def are_lost(self) -> bool:
+        """True where an error took the arrays with it."""
+        return bool(self._arrays.last.is_deleted())
+
+    def narrow(self) -> None:
+        """Has the next token drawn in as few rows as will do."""
+        self._idle = _HELD
+
+    def begin(self, row: Row, logits: jax.Array, cache: Any) -> Tokens:
+        """Draws the first token of a completion, and gives it a row.
+
+        Args:
+          row: the completion.
+          logits: [1, vocab], after the prompt.
+          cache: keys and values of the prompt.
+        """
+        request = row.job.request
+        how = self.how(request, row.job.seed, row.index)
+        alone = jax.tree.map(lambda x: x[None], how)
+        tokens = self._drawing.first(logits, alone, np.bool_(request.top > 0))
+        self._insert(row, cache, len(request.prompt), tokens.ids[0], 1, how)
+        return Tokens(*jax.tree.map(np.asarray, tuple(tokens)))
+
+    def pause(self, row: Row) -> None:
+        """Takes a completion out of its row; its keys and values go to the host's memory."""
+        row.cache = self._drawing.take(self._arrays, np.int32(self._place(row)), row.n_cached)
+        self.free(row)
+
+    def free(self, row: Row) -> None:
+        """Frees the row of a completion."""
+        del self.rows[self._place(row)]
+
+    def resume(self, row: Row) -> None:
+        """Gives a paused completion a row again, in which it goes on with the same bits."""
+        assert row.cache is not None
+        length = self._sizes.cache(row.n_cached)
+        cache, how = self._drawing.give(*row.cache, length), self.how_of(row)
+        self._insert(row, cache, row.n_cached, jnp.int32(row.ids[-1]), len(row.ids), how)
+        row.cache = None
+
+    def draw(self, tree: Any) -> Tokens:
+        """Draws the next token of each completion."""
+        self._fit(len(self.rows), max(row.n_cached + 1 for row in self.rows.values()))
+        with_top = np.bool_(any(row.job.request.top for row in self.rows.values()))
+        self._arrays, tokens = self._drawing.decode(tree, self._arrays, with_top)
+        return Tokens(*jax.tree.map(np.asarray, tuple(tokens)))
+
+    def how_of(self, row: Row) -> How:
+        """Returns how the tokens of a completion under way are drawn."""
+        return self.how(row.job.request, row.job.seed, row.index)
+
+    def how(self, request: Sample, seed: int, index: int) -> How:
+        """Returns how the tokens of a completion are drawn."""
+        key = jax.random.fold_in(jax.random.key(seed % 2**32), index)
+        t = request.temperature
+        top_k = min(request.top_k, self._vocab) if request.top_k > 0 else self._vocab
+        t = max(t, _COLDEST) if t else 0.0
+        return How(jnp.float32(t), jnp.float32(request.top_p), jnp.int32(top_k), key)
+
+    def _place(self, row: Row) -> int:
+        return next(place for place, other in self.rows.items() if other is row)
+
+    def _insert(self, row: Row, cache: Any, n: int, token: Any, drawn: int, how: How) -> None:
+        self._fit(len(self.rows) + 1, n + 1)
+        free = next(i for i in itertools.count() if i not in self.rows)
+        self.rows[free] = row
+        assert row.job.slot is not None
+        mine = (np.int32(row.job.slot), how)
+        self._arrays = self._drawing.insert(
+            self._arrays, np.int32(free), cache, np.int32(n), token, np.int32(drawn), mine
+        )
+
+    def _fit(self, n: int, length: int) -> None:
+        """Makes room for n rows of a length; gives up room that is long unneeded."""
+        width, least = self._sizes.width(n), self._sizes.cache(length)
+        smaller = width < self._width or least < self._length
+        self._idle = self._idle + 1 if smaller else 0
+        if self._idle < _HELD:
+            width, least = max(width, self._width), max(least, self._length)
+        if (width, least) == (self._width, self._length):
+            return
+        if width != self._width:
+            order = [*self.rows, *[0] * (width - len(self.rows))]
+            self._resize(order, self._length)
+            self.rows = dict(enumerate(self.rows.values()))
+        for step in self._sizes.caches_to(self._length, least):
+            self._resize(range(width), step)
+        self._width, self._length, self._idle = width, least, 0
+
+    def _resize(self, order: Sequence[int], length: int) -> None:
+        self._arrays = self._drawing.fit(self._arrays, np.array(order, np.int32), length)
+
+    def warm_up(self, tree: Any) -> None:
+        """Compiles all functions of sampling, for all shapes; nobody samples yet.
+
+        Args:
+          tree: the base with adapters in slots.
+        """
+        drawing, sizes, off = self._drawing, self._sizes, np.bool_(False)
+        ids = np.zeros((1, sizes.chunk), np.int32)
+        slot, one = np.int32(0), np.int32(1)
+        caches, how = [], self.how(Sample(adapter=None, prompt=[0]), 0, 0)
+        for length in sizes.caches:
+            cache = drawing.prompt(length)
+            logits, cache = drawing.extend(tree, slot, ids, one, cache)
+            caches.append(cache)
+            drawing.cut(cache, one)
+        token = drawing.first(logits, jax.tree.map(lambda x: x[None], how), off).ids[0]
+        for width in sizes.widths:
+            for length in sizes.caches:
+                rows = drawing.empty(width, length)
+                for cache in caches:
+                    if cache.positions.shape[1] <= drawing.whole(length):
+                        mine = (np.int32(0), how)
+                        rows = drawing.insert(rows, np.int32(0), cache, one, token, one, mine)
+                rows, _ = drawing.decode(tree, rows, off)
+                drawing.give(*drawing.take(rows, np.int32(0), 1), length)
+                for wide in set(sizes.widths) - {width}:
+                    drawing.fit(rows, np.zeros(wide, np.int32), length)
+                for end in (sizes.caches[0], sizes.caches[-1]):  # a step towards each
+                    for other in sizes.caches_to(length, end)[:1]:
+                        drawing.fit(rows, np.zeros(width, np.int32), other)
+        few, many = sizes.widths[0], sizes.widths[-1]
+        if self._seconds(tree, many) > _SLOWER * self._seconds(tree, few):
+            self.shared = few
+
+    def _seconds(self, tree: Any, width: int) -> float:
+        """Returns the seconds that a token takes in so many rows."""
+        times, rows = [], self._drawing.empty(width, self._sizes.caches[0])
+        for _ in range(3):
+            began = time.perf_counter()
+            rows, tokens = self._drawing.decode(tree, rows, np.bool_(False))
+            np.asarray(tokens.ids)
+            times.append(time.perf_counter() - began)
+        return min(times)
