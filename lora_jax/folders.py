@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+TEMPLATE_FILE = "chat_template.jinja"  # of a model or an adapter, where transformers looks for it
 # A scheme of two letters at least: C: is a drive. `pathlib` writes one slash for two.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(//?)", re.IGNORECASE)
 _HUB = re.compile(r"(?:hf|https?)://(?:huggingface\.co/)?(?:datasets/|models/)?([\w.-]+/[\w.-]+)")

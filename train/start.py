@@ -22,6 +22,7 @@ from train.tasks import sums
 from train.tasks.sql import task as sql
 
 _FIRST = "sft"  # the folder, in the run's, of the run that makes the adapter
+_READ = ("model", "tokenizer", "chat_template")
 _SHARED = ("mesh", "compilation_cache", "report_to")
 
 
@@ -56,7 +57,8 @@ def _writing_sql(config: Config, session: Session) -> Config:
         tell(hosts.console(), f"first, {folder} learns to write SQL, as `train.sft` does")
         own = {name: getattr(config.optim, name) for name in ("seed", "dtype", "quantize")}
         own |= {name: getattr(config.run, name) for name in _SHARED}
-        own |= {"model": config.data.model, "output": str(folder), "eval_questions": 0}
+        own |= {name: getattr(config.data, name) for name in _READ}
+        own |= {"output": str(folder), "eval_questions": 0}
         going_on = {"resume": (folder / CONFIG).exists()}
         first = dataclasses.replace(replaced(SftConfig(), own | going_on), adapter=config.adapter)
         part = RunPart(hint=resume_hint("train.grpo"))

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
+from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf import generation as generation_config
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
@@ -157,6 +158,18 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         raise FileNotFoundError(f"{source} holds no tokenizer's files, and no {IMAGES}")
     for file in files:
         shutil.copyfile(file, folder / file.name)
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Writes a chat template in the place of the one that a folder's tokenizer has."""
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        if fields.pop("chat_template", None) is not None:  # older readers look there
+            _write_json(config, {**fields, "chat_template": template})
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.keys import WeightsError
 from lora_jax.hf.load import ShardingOf, load_params
-from lora_jax.hf.save import file_dtypes, write_model, write_tokenizer
+from lora_jax.hf.save import file_dtypes, write_model, write_template, write_tokenizer
 from lora_jax.hf.sources import SafetensorsFolder, Source
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.families import FORMATS, key_table, module_of
@@ -128,6 +128,7 @@ def save_pretrained(
     max_shard_size: int = 5_000_000_000,
     dtype: DTypeLike | None = None,
     readme: str | None = None,
+    chat_template: str | None = None,
     overwrite: bool = False,
     codes_from: str | os.PathLike[str] | None = None,
 ) -> None:
@@ -158,6 +159,7 @@ def save_pretrained(
       dtype: dtype of the weights in the file: fp64, fp32, bf16 or fp16; None keeps each
         parameter's.
       readme: the text of README.md, the hub's model card; None for none.
+      chat_template: template to render chats with, in the place of the tokenizer's own.
       overwrite: replace a model's folder that is there. Without it, an existing folder is an error.
       codes_from: folder or hub name that ``from_pretrained`` read, for a tree with codes.
 
@@ -179,6 +181,8 @@ def save_pretrained(
         write_model(partial, model.config, table, params, dtypes, max_shard_size, source)
         if tokenizer is not None:
             write_tokenizer(partial, tokenizer)
+        if chat_template is not None:
+            write_template(partial, chat_template)
         if readme is not None:
             (partial / "README.md").write_text(readme, encoding="utf-8")
 

@@ -8,7 +8,7 @@ from lora_jax.hf.hub import ModelNotFound, snapshot
 from lora_jax.peft.config import FILE
 from lora_jax.peft.errors import PeftError
 
-_PATTERNS = ["*adapter_config.json", "*adapter_model.safetensors"]
+_PATTERNS = ["*adapter_config.json", "*adapter_model.safetensors", "*chat_template.jinja"]
 
 
 def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.core.base import as_array
 from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
-from lora_jax.folders import check_free, local_path, new_folder
+from lora_jax.folders import TEMPLATE_FILE, check_free, local_path, new_folder
 from lora_jax.hf.keys import Row
 from lora_jax.hf.stored.raw import entry, write_tensors
 from lora_jax.lorafy import nodes_of
@@ -43,6 +43,7 @@ def save(
     base_model: str | None = None,
     task_type: str | None = None,
     readme: str | None = None,
+    chat_template: str | None = None,
     overwrite: bool = False,
     embedding_layers: bool = True,
     for_serving: bool = False,
@@ -59,6 +60,7 @@ def save(
       base_model: the base's hub name or folder, which PEFT's ``AutoPeftModel`` reads.
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
       readme: the text of README.md, the hub's model card; None for none.
+      chat_template: the template that rendered the chats it was trained on, if it has its own.
       overwrite: replace an adapter's folder. Without it, an existing folder is an error.
       embedding_layers: whether the base of an adapted table or head is written, too, as PEFT does
         by default (``save_embedding_layers``).
@@ -100,8 +102,9 @@ def save(
         write_tensors(partial / FILE, {name: entry(array) for name, array in tensors.items()})
         text = json.dumps(dict(sorted(config.items())), indent=2)
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
-        if readme is not None:
-            (partial / "README.md").write_text(readme, encoding="utf-8")
+        for file, content in (("README.md", readme), (TEMPLATE_FILE, chat_template)):
+            if content is not None:
+                (partial / file).write_text(content, encoding="utf-8")
 
 
 def _takes_for_experts(model: Model) -> bool:

@@ -24,7 +24,7 @@ from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.core.paths import nearest
 from lora_jax.core.types import BaseLike, Fields, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
-from lora_jax.folders import local_path, partial_of, put_in_place
+from lora_jax.folders import TEMPLATE_FILE, local_path, partial_of, put_in_place
 from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, without_derived
 from lora_jax.saving.errors import AdapterError
@@ -33,6 +33,7 @@ from lora_jax.variants import PARTS
 
 FORMAT = 2
 _LONG_AXIS_FIRST = ("a", "start_a")  # filed as [batch…, in…, r]
+TEMPLATE = "chat_template"  # of the facts: a text in a file of its own
 _FIELDS = {"format", "weights", "trained", "rows", "arrays", "base", "about"}
 
 
@@ -52,7 +53,8 @@ def save_adapter(
       folder: created; its parents too.
       params: an adapted tree; of its base only a fingerprint is written.
       about: facts to keep beside the adapter, of JSON's types, such as {"model": name, "revision":
-        commit}; `adapter_info` reads them.
+        commit}; `adapter_info` reads them. A text "chat_template" goes into chat_template.jinja,
+        where transformers looks for one.
       overwrite: replace the folder, whatever is in it. Without it, an existing folder is an error.
       base: the tree before `lorafy`, or an adapted one, that the adapter is meant for: the frozen
         leaves of `params` are compared with its own, which an optimiser over the whole tree moves.
@@ -74,7 +76,7 @@ def save_adapter(
         raise AdapterError(
             f"{folder} exists; name another folder, or give overwrite=True to replace it"
         )
-    nodes = nodes_of(params)
+    facts, nodes = dict(about or {}), nodes_of(params)
     if not nodes:
         raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
     fingerprint = base_fingerprint(params)
@@ -97,7 +99,7 @@ def save_adapter(
         },
         "arrays": jax.tree.map(checksum, arrays),
         "base": fingerprint,
-        "about": dict(about or {}),
+        "about": {name: fact for name, fact in facts.items() if name != TEMPLATE},
     }
     ocp, partial = _orbax(), partial_of(folder)
     args = ocp.args
@@ -105,6 +107,8 @@ def save_adapter(
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(partial, items, force=True)
     if jax.process_index() == 0:
+        if (template := facts.get(TEMPLATE)) is not None:
+            (partial / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         put_in_place(partial, folder)
 
 
@@ -119,7 +123,10 @@ def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     See the example of `save_adapter`.
     """
-    about: dict[str, Any] = _read_metadata(local_path(folder).absolute())["about"]
+    folder = local_path(folder).absolute()
+    about: dict[str, Any] = _read_metadata(folder)["about"]
+    if (file := folder / TEMPLATE_FILE).is_file():
+        about[TEMPLATE] = file.read_text(encoding="utf-8")
     return about
 
 

@@ -12,6 +12,7 @@ import jax
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import subspace
+from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf.coded import NONE
 from lora_jax.hf.hub import name_for_others
 from lora_jax.lorafy import nodes_of
@@ -64,6 +65,12 @@ class AdapterSource:
     def rope_scaling(self) -> dict[str, Any] | None:
         """The scaling of RoPE that the adapter was trained with; see --rope-scaling."""
         return None if self.from_peft else self.about.get("rope_scaling")
+
+    @property
+    def chat_template(self) -> Path | None:
+        """The file of the chat template that the adapter was trained with, if it has one."""
+        file = self.folder / TEMPLATE_FILE
+        return file if file.is_file() else None
 
     @property
     def tokenizer(self) -> str | None:

@@ -26,6 +26,7 @@ from lora_jax.peft.save import contents
 from lora_jax.peft.served import as_served
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
+from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors, reported
 from train.console.output import tell
 from train.export.base import dtype_of_files, keep_codes, tokenizer_of
@@ -116,6 +117,12 @@ class Work:
         """The folder to write."""
         assert self.options.output is not None
         return Path(self.options.output).expanduser()
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the adapter was trained with; None for the base's own."""
+        file = self.adapter.chat_template
+        return None if file is None else read_template(str(file), self.adapter.given)
 
     def say(self, text: str) -> None:
         """Prints a line as it is."""
@@ -224,6 +231,7 @@ def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
             readme=readme_of(work, model),
             overwrite=work.options.overwrite,
             codes_from=codes_from,
+            chat_template=work.template,
         )
     print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
     if said:
@@ -259,6 +267,7 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
             task_type=task_type(model, fields),
             for_serving=options.for_serving,
             readme=readme_of(work, model, fields),
+            chat_template=work.template,
             overwrite=options.overwrite,
         )
     print_files(work, f"{options.adapter} as a PEFT adapter of {base}")

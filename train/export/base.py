@@ -15,7 +15,7 @@ from lora_jax.hf.tokenizer import tokenizer_path
 from lora_jax.models import key_table
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import dequantize, is_coded
-from train.run.pretrained import read_tokenizer
+from train.run.tokenizer import read_tokenizer
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

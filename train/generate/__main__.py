@@ -26,6 +26,7 @@ from train.generate.shared_base import (
     base_of,
     find_adapters,
     outlined,
+    templated,
     tokenizer_of,
 )
 from train.options.field import given_options
@@ -62,6 +63,7 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     adapters = find_adapters(options.adapter)
     tokenizer = tokenizer_of(adapters, options.tokenizer)
     outline = outlined(read_outline(base_of(adapters, options.model), tokenizer), adapters)
+    outline = templated(outline, adapters, options.chat_template)
     for adapter in adapters:
         if adapter.source:
             adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)

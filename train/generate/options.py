@@ -12,7 +12,7 @@ from train.options.command import parsed
 from train.options.common import Attention
 from train.options.generation import GenerationOption
 from train.options.paths import Words
-from train.options.tokenizer import TokenizerOption
+from train.options.tokenizer import TemplateOption, TokenizerOption
 
 BASE = "base"  # the name of the base alone among the adapters
 _NUMBERS = {
@@ -24,7 +24,7 @@ _NUMBERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(TokenizerOption, GenerationOption):
+class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
     """Generate text with a base model and adapters, or chat with them."""
 
     adapter: tuple[str, ...] = ()

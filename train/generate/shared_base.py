@@ -128,6 +128,25 @@ def outlined(outline: Outline, adapters: Sequence[Named]) -> Outline:
     return outline.scaled(sources[0].rope_scaling).quantized(sources[0].quantize)
 
 
+def templated(outline: Outline, adapters: Sequence[Named], given: str | None) -> Outline:
+    """Returns the outline with the chat template of --chat-template, or else of the adapters.
+
+    Raises:
+      UserError: it cannot be read, or the adapters were trained with different ones.
+    """
+    sources = [one.source for one in adapters if one.source is not None]
+    if given is not None or not sources:
+        return outline.templated(given)
+    first, *others = (outline.templated(one.chat_template, one.given) for one in sources)
+    for source, other in zip(sources[1:], others, strict=True):
+        if other.tokenizer.chat_template != first.tokenizer.chat_template:
+            raise UserError(
+                f"{sources[0].given} and {source.given} were trained with different chat "
+                "templates: ask them one after the other, or name a template with --chat-template"
+            )
+    return first
+
+
 class Served:
     """One base in memory, and the adapters over its arrays.
 

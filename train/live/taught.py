@@ -35,7 +35,9 @@ def teacher_outline(config: Any, outline: Outline) -> Outline:
       UserError: it has another tokenizer, or --teacher does not fit it.
     """
     data = config.data
-    found = outline if data.teacher_model is None else read_outline(data.teacher_model)
+    found = outline
+    if data.teacher_model is not None:
+        found = read_outline(data.teacher_model).templated(data.chat_template)
     if found.tokenizer.get_vocab() != outline.tokenizer.get_vocab():
         raise UserError(
             f"--teacher-model {found.name}: its tokenizer is not that of {outline.name}, and it "

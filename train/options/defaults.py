@@ -55,8 +55,10 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
     if data.tokenizer is None and source:
         data = dataclasses.replace(data, tokenizer=source.tokenizer)
-    for name in ("model", "tokenizer"):
-        path = Path(given := getattr(data, name) or "").expanduser()
+    if getattr(data, "chat_template", "") is None and source and source.chat_template:
+        data = dataclasses.replace(data, chat_template=str(source.chat_template))
+    for name in ("model", "tokenizer", "chat_template"):
+        path = Path(given := getattr(data, name, None) or "").expanduser()
         if given and path.exists():  # found from any folder, later
             data = dataclasses.replace(data, **{name: str(path.absolute())})
     if optim.quantize is None and source:

@@ -1,4 +1,4 @@
-"""The option --tokenizer, of all scripts that read a model and write or read its tokens."""
+"""The options of how texts and chats become a model's tokens: --tokenizer, --chat-template."""
 
 import dataclasses
 
@@ -15,3 +15,13 @@ class TokenizerOption:
     """The tokenizer to use in the place of the model's own: a folder with its files, a GGUF file,
     or a name on the hub. Adapters store it. By default that of the adapters, if they name one, or
     else the model's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemplateOption:
+    """The template that renders chats."""
+
+    chat_template: str | None = option(None, field.OF_BASE)
+    """A file of Jinja to render chats with, in the place of the model's chat template, such as one
+    that knows tools. Adapters store it as chat_template.jinja. By default that of the adapters, if
+    they have one, or else the model's own."""

@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -21,19 +22,20 @@ from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, codings_of, shapes_of
 from lora_jax.hf.sources import HasCodes
 from lora_jax.hf.stored.promised import Promised
-from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
 from lora_jax.models import key_table
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.models.vision.families import FAMILIES as VISION
 from lora_jax.quantized import is_coded
+from lora_jax.saving.checkpoint import TEMPLATE
 from lora_jax.training.data.templates import tells_today, with_date
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.ready import not_finite
+from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors
 from train.options.rope import as_text
+from train.run.tokenizer import MODEL_ERRORS, read_tokenizer
 
-_OF_MODEL = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 _OF_BASE = ("rope_scaling", "quantize")  # what an adapter says of its base, beside its name
 
 
@@ -49,6 +51,7 @@ class Outline:
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()  # paths of parameters that its files lack, such as a new head's
     tokenizer_name: str | None = None  # --tokenizer; None for the model's own
+    chat_template: str | None = None  # in the place of the model's own; see `templated`
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -63,8 +66,8 @@ class Outline:
     def about(self) -> dict[str, Any]:
         """The facts that an adapter stores about its base: name, RoPE, codes, tokenizer."""
         facts = {name: self.head[name] for name in _OF_BASE if name in self.head}
-        if self.tokenizer_name is not None:
-            facts["tokenizer"] = self.tokenizer_name
+        facts |= {} if self.tokenizer_name is None else {"tokenizer": self.tokenizer_name}
+        facts |= {} if self.chat_template is None else {TEMPLATE: self.chat_template}
         return {"model": self.name, "revision": revision_of(resolve(self.name).path), **facts}
 
     @property
@@ -134,7 +137,7 @@ class Outline:
             return self
         head = {**self.head, "quantize": quantize}
         given = f"--quantize {quantize}: "
-        with as_user_errors(*_OF_MODEL, ValueError, prefix=given):
+        with as_user_errors(*MODEL_ERRORS, ValueError, prefix=given):
             source = open_source(resolve(self.name).path) if quantize == STORED else None
             if source is not None and not (source.shipped or isinstance(source, GGUFFile)):
                 raise models.ConfigError(
@@ -146,6 +149,22 @@ class Outline:
                 check_stored(source, [row for row in table if row.path in kernels])
             params = shapes_of(table, jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
+
+    def templated(self, path: str | Path | None, given: str | None = None) -> "Outline":
+        """Returns the outline with the chat template of a file, if one is named.
+
+        Args:
+          path: the file.
+          given: the option that names it; by default --chat-template.
+
+        Raises:
+          UserError: see `read_template`.
+        """
+        if path is None:
+            return self
+        template, tokenizer = read_template(str(path), given), copy.copy(self.tokenizer)
+        tokenizer.chat_template = template
+        return dataclasses.replace(self, tokenizer=tokenizer, chat_template=template)
 
     def dated(self, day: str | None) -> "Outline":
         """Returns the outline with a chat template that tells this day; see --template-date.
@@ -183,7 +202,7 @@ class Outline:
 
 @contextmanager
 def _model_errors(name: str) -> Iterator[None]:
-    with as_user_errors(*_OF_MODEL, prefix=f"--model {name}: "):
+    with as_user_errors(*MODEL_ERRORS, prefix=f"--model {name}: "):
         yield
 
 
@@ -328,36 +347,6 @@ def _outline(name: str, given: str | None, **head: Any) -> Outline:
     outline = read_untokenized(name, **head)
     tokenizer = read_tokenizer(name, given, outline.config)
     return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
-
-
-def read_tokenizer(name: str, given: str | None, config: Any) -> Any:
-    """Reads the tokenizer of a model, or another one that is to take its place.
-
-    Args:
-      name: the model.
-      given: the option --tokenizer, None for the model's own.
-      config: the model's configuration.
-
-    Raises:
-      UserError: it cannot be read, or has tokens that the model lacks.
-    """
-    if given is None:
-        option, other = f"--model {name}", "; or name another with --tokenizer"
-    else:
-        option, other = f"--tokenizer {given}", ""
-        if isinstance(config, models.SmolVLMConfig):
-            raise UserError(f"{option}: --model {name} writes images with its own tokenizer alone")
-    with as_user_errors(*_OF_MODEL, prefix=f"{option}: ", suffix=other):
-        tokenizer = load_tokenizer(name if given is None else tokenizer_path(given))
-    if not tokenizer.is_fast:
-        raise UserError(f"{option}: its tokenizer has no fast version (tokenizer.json)")
-    last = max(tokenizer.get_vocab().values())
-    if given is not None and last >= config.vocab_size:
-        raise UserError(
-            f"{option} has tokens up to {last:,}, and the vocabulary of --model {name} ends at "
-            f"{config.vocab_size - 1:,}: name the tokenizer that the model was trained with"
-        )
-    return tokenizer
 
 
 def read_model(

@@ -19,6 +19,8 @@ from lora_jax import models
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.run.lock import LOCK, FolderLock
+from train.adapters.source import find_adapter
+from train.adapters.template import read_template
 from train.console.errors import UserError, reported
 from train.console.output import say
 from train.processes.cache import keep_compiled
@@ -57,6 +59,7 @@ def run(options: ServeOptions) -> None:
     if said := keep_compiled(options.compilation_cache):
         say(said)
     outline = read_outline(options.model, options.tokenizer).quantized(options.quantize)
+    outline = outline.templated(options.chat_template)
     if isinstance(outline.config, models.EncoderConfig):
         raise UserError(f"--model {options.model} is an encoder, which writes no text")
     if getattr(outline.config, "linear_layers", ()):
@@ -85,6 +88,7 @@ def run(options: ServeOptions) -> None:
             adapters=Path(options.adapters).expanduser() if options.adapters else None,
             resolve=lambda path, owner: _checkpoint(tinker, path, owner),
             owns=lambda owner, name: _owns(tinker, owner, name),
+            template_of=_template_of,
         )
 
         def stop() -> None:
@@ -180,6 +184,20 @@ def _owns(tinker: Tinker, owner: str, name: str) -> bool:
     """Returns whether a tenant, or an adapter that was not made by Tinker's API, is an owner's."""
     row = tinker.ledger.model(name)
     return row is not None and row["owner"] == owner
+
+
+def _template_of(folder: Path) -> str | None:
+    """Returns the chat template that an adapter was trained with; None for its base's own.
+
+    Raises:
+      RequestError: the adapter or its template cannot be read.
+    """
+    try:
+        source = find_adapter(str(folder))
+        file = source.chat_template
+        return None if file is None else read_template(str(file), source.given)
+    except UserError as error:
+        raise RequestError(f"{folder.name}: {error}") from None
 
 
 def _every(seconds: float, function: Callable[[], Any]) -> Callable[[], None]:

@@ -21,7 +21,7 @@ from train.serve.requests import Serving
 from train.serve.routes.access import BODY, WAITING, Access, Gate
 from train.serve.routes.errors import HANDLERS
 from train.serve.routes.openai.api import OpenAI
-from train.serve.routes.openai.models import Models, Owns, Resolve
+from train.serve.routes.openai.models import Models, Owns, Resolve, TemplateOf
 from train.serve.routes.openai.text import Tokens
 from train.serve.routes.status import StatusRoutes
 
@@ -45,6 +45,7 @@ def make_app(
     adapters: Path | None = None,
     resolve: Resolve = lambda path, owner: None,
     owns: Owns = lambda owner, name: True,
+    template_of: TemplateOf = lambda folder: None,
     body: int = BODY,
     waiting: int = WAITING,
 ) -> Starlette:
@@ -60,11 +61,13 @@ def make_app(
       adapters: the folder of --adapters.
       resolve: see `Models`.
       owns: tells whether an owner may see a tenant, or an adapter that the engine knows.
+      template_of: see `Models`.
       body: bytes of a request's body at most.
       waiting: requests of an owner under way at most.
     """
     access = access or Access()
-    models = Models(engine, access, folder=adapters, resolve=resolve, owns=owns)
+    how: dict[str, Any] = {"resolve": resolve, "owns": owns, "template_of": template_of}
+    models = Models(engine, access, folder=adapters, **how)
     routes = [
         *OpenAI(engine, Tokens(tokenizer), models, sampling).routes(),
         *StatusRoutes(engine, access, owns).routes(),

@@ -13,7 +13,7 @@ from train.options.common import Quantize
 from train.options.generation import GenerationOption
 from train.options.paths import Words
 from train.options.scripts.sft import DEFAULT_MODEL
-from train.options.tokenizer import TokenizerOption
+from train.options.tokenizer import TemplateOption, TokenizerOption
 from train.processes.mesh import parse_mesh
 from train.run.pretrained import Outline
 from train.serve.routes.access import read_keys
@@ -30,7 +30,7 @@ _NUMBERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeOptions(TokenizerOption, GenerationOption):
+class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     """Serve a base model and many adapters over HTTP: Tinker's API to train, and OpenAI's."""
 
     model: str = DEFAULT_MODEL

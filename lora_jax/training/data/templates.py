@@ -26,6 +26,7 @@ _DATES = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 # Of a template that reads parts of a turn's content, and no content that is a text.
 _PARTS, _TEXTS = re.compile(r"""['"]image['"]"""), re.compile(r"\bis\s+string\b")
 _MACRO, _END = "{%- macro strftime_now(format) -%}", "{%- endmacro -%}"
+_EXTENSIONS = ("jinja2.ext.loopcontrols",)
 _SET_HERE = ("messages", "tools", "add_generation_prompt")
 # Fields of a turn, by what they mean. transformers takes names of one meaning for each other.
 _FIELDS = (("reasoning_content", "reasoning", "thinking"), ("name",), ("function_call",))
@@ -162,10 +163,32 @@ def check_variables(chat: Conversation, template: str) -> None:
         )
 
 
+def check_template(template: str) -> None:
+    """Raises TrainingError for a text that is no chat template.
+
+    >>> from lora_jax.training.data.templates import check_template
+    >>> check_template("{% if %}")
+    Traceback (most recent call last):
+        ...
+    lora_jax.training.errors.TrainingError: line 1 is no Jinja: Expected an expression, got \
+'end of statement block'
+    """
+    try:
+        jinja2.Environment(extensions=_EXTENSIONS).from_string(_TAGS.sub("", template))
+        read = _variables(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise TrainingError(f"line {error.lineno} is no Jinja: {error.message}") from error
+    if "messages" not in read:
+        raise TrainingError(
+            "the chat template does not read `messages`, so that all chats would be the same text: "
+            "give a template of Jinja that renders them"
+        )
+
+
 @functools.lru_cache(maxsize=8)
 def _variables(template: str) -> frozenset[str]:
     """Returns the names that a template looks up outside itself."""
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.Environment(extensions=_EXTENSIONS)
     return frozenset(meta.find_undeclared_variables(environment.parse(_TAGS.sub("", template))))
 
 

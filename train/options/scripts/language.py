@@ -7,11 +7,11 @@ from train.options import field
 from train.options.common import OptimConfig
 from train.options.conditions import Idle
 from train.options.field import Card, option
-from train.options.tokenizer import TokenizerOption
+from train.options.tokenizer import TemplateOption, TokenizerOption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageDataConfig(TokenizerOption):
+class LanguageDataConfig(TokenizerOption, TemplateOption):
     """Model and data."""
 
     model: str | None = option(None, field.OF_BASE)

@@ -8,6 +8,7 @@ import tyro
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.arguments import SEED, Numbers, at_least
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
+from train.adapters.template import read_template
 from train.console.errors import UserError
 from train.options import field
 from train.options.common import AdapterConfig, Options, RunConfig, check_shared
@@ -131,5 +132,7 @@ def check(config: Any, **numbers: Numbers) -> None:
         raise UserError(
             "--sample-prompts says what to ask, and --sample-every how often: give both"
         )
+    if config.data.chat_template is not None:
+        read_template(config.data.chat_template)
     if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")

@@ -102,9 +102,8 @@ class OpenAI:
     async def _chat(self, request: Request) -> Response:
         body = await self._read(request, CHAT)
         sample, top = await self._sample(request, body, None), read_top(body)
-        prompt = await run_in_threadpool(
-            prompt_of, body, self._tokens, self._engine.facts.max_length
-        )
+        tokens = self._tokens.templated(self._models.template(sample.adapter))
+        prompt = await run_in_threadpool(prompt_of, body, tokens, self._engine.facts.max_length)
         sample = dataclasses.replace(sample, top=top or 0)
         return await self._answer(
             request,

@@ -24,6 +24,7 @@ _OF_ADAPTERS = ("adapter", "adapter_config.json", "lora", "best")  # one is in s
 
 # A tinker:// path and an owner: the engine's name of the adapter, and its folder.
 Resolve = Callable[[str, str], tuple[str, Path] | None]
+TemplateOf = Callable[[Path], str | None]
 Owns = Callable[[str, str], bool]  # an owner and the name of a tenant, or of its adapter
 
 
@@ -38,6 +39,7 @@ class Models:
         folder: Path | None = None,
         resolve: Resolve = lambda path, owner: None,
         owns: Owns = lambda owner, name: True,
+        template_of: TemplateOf = lambda folder: None,
     ) -> None:
         """Keeps what it asks.
 
@@ -48,9 +50,12 @@ class Models:
           resolve: returns the engine's name of a checkpoint, and its folder; None where the owner
             has no such one. It is called in a thread.
           owns: tells whether an owner may see an adapter that the engine knows.
+          template_of: returns the chat template of the adapter in a folder, None for the base's. It
+            is called in a thread.
         """
         self._engine, self._keyed, self._folder = engine, access.keyed, folder
-        self._resolve, self._owns = resolve, owns
+        self._resolve, self._owns, self._template_of = resolve, owns, template_of
+        self._templates: dict[str, str | None] = {}  # chat templates, by the engine's name
         self._loaded: dict[str, dict[str, Path]] = {}  # folders, by owner and the client's name
         self._lock = asyncio.Lock()  # one adapter is read at a time
         self._created = int(time.time())
@@ -101,7 +106,12 @@ class Models:
                     await self._adopt(name, place)
         return name
 
+    def template(self, name: str | None) -> str | None:
+        """Returns the chat template of an adapter, by the engine's name; None for the base's."""
+        return None if name is None else self._templates.get(name)
+
     async def _adopt(self, name: str, folder: Path) -> None:
+        self._templates[name] = await run_in_threadpool(self._template_of, folder)
         await done_of(lambda done: self._engine.adopt(name, folder, done))
 
     def _named(self, owner: str, name: str) -> str:

@@ -1,5 +1,6 @@
 """Tokens as text: of single ones, and of a completion while it grows."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -53,6 +54,15 @@ class Tokens:
             "input_ids"
         ]
         return ids
+
+    def templated(self, template: str | None) -> "Tokens":
+        """Returns the same tokenizer with another chat template, if there is one."""
+        if template is None:
+            return self
+        other = copy.copy(self)
+        other.tokenizer = copy.copy(self.tokenizer)
+        other.tokenizer.chat_template = template
+        return other
 
     def text(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Returns the text of tokens, with or without special ones."""
