@@ -1,20 +1,31 @@
 """Preferences: `python -m train.dpo` trains an adapter on pairs of a better and a worse completion.
 
-The reference is the base under the adapter, or another adapter over it. `python -m train.dpo
---help` lists the options. The run itself is in `train.finetune`.
+The reference is the adapter that it begins with, the base, or another adapter over it. `python -m
+train.dpo --help` lists the options. The run itself is in `train.finetune`.
 """
 
-from train.options.defaults import with_defaults
+from pathlib import Path
+
+from train.options.defaults import Defaults, with_defaults
 from train.options.scripts import dpo as options
 from train.options.tasks import PAIRS
+from train.run.output import CONFIG, saved_options
 from train.script import Script
+
+
+def completed(config: options.Config, defaults: Defaults) -> options.Config:
+    """Fills in defaults; a resumed run keeps its reference."""
+    config = with_defaults(config, defaults)
+    begun = (Path(config.run.output).expanduser() / CONFIG).exists()
+    return options.with_loss(config, saved_options(config).get("reference") if begun else None)
+
 
 SCRIPT = Script(
     name="train.dpo",
     plain=options.Config(),
     kind=lambda config: PAIRS,
     check_options=options.check,
-    completed=lambda config, defaults: options.with_loss(with_defaults(config, defaults)),
+    completed=completed,
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

@@ -1,9 +1,10 @@
 """The loss on held-out examples, as a measure of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 import lora_jax as lj
 from lora_jax.core.types import Adapter, Forward, Tree
@@ -44,7 +45,7 @@ def held_out_loss(
     """Returns the measure of a loss, and of its logs, on held-out examples.
 
     Args:
-      ready: the run.
+      ready: the run; its `measured` may give numbers to the batches.
       forward: the adapted function that the loss calls.
       loss: the function that trains; its `held_out` is measured.
       examples: are taken in batches of the run's size, none twice.
@@ -66,7 +67,13 @@ def held_out_loss(
 
     def take(state: State) -> dict[str, float] | None:
         parts, agreement, (adapter, base) = [], Agreement(), halves(state)
+        numbers: Mapping[str, float] | None = {}
+        if ready.measured is not None:
+            numbers = ready.measured(lj.join(adapter, base), lambda: stop.agreed(agreement))
+        if numbers is None:
+            return None
         for part in examples.parts(ready.feed.batch_size):
+            part |= {name: np.full_like(part[name], x) for name, x in numbers.items()}
             batch = layout.batch(part, parts=False)
             with jax.set_mesh(layout.mesh):
                 parts.append(jax.tree.map(float, evaluate(adapter, base, batch)))

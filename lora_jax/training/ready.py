@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -28,6 +28,10 @@ from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.log import Log
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State
+
+# Returns numbers by name that batches of held-out examples hold, such as KTO's divergence, of an
+# adapted tree; None where the second argument has said that it is to stop.
+Numbers = Callable[[Tree, Callable[[], bool]], Mapping[str, float] | None]
 
 
 class Live(Protocol):
@@ -61,6 +65,7 @@ class Ready:
       owed: the prefixes of the measures that an interrupted run did not take after its last step.
       best: keeps the best adapter; None for no such thing.
       live: makes the batches that are not of the data alone; None where all are the feed's.
+      measured: returns numbers that held-out examples need of the tree; None for none.
     """
 
     feed: Batches
@@ -72,6 +77,7 @@ class Ready:
     owed: tuple[str, ...] = ()
     best: Best | None = None
     live: Live | None = None
+    measured: Numbers | None = None
 
 
 def make_ready(

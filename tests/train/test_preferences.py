@@ -36,10 +36,8 @@ LABELLED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model, an adapter over it that is in use, and rows, as many as a batch."""
-    folder = tmp_path_factory.mktemp("inputs")
+def write_inputs(folder):
+    """Writes a model, an adapter over it that is in use, and rows, as many as a batch."""
     write_model(folder / "model", scale=0.4)
     _, params = models.from_pretrained(folder / "model")
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj", "v_proj"], rank=3, alpha=6)])
@@ -47,6 +45,11 @@ def folder(tmp_path_factory):
     write_jsonl(folder / "pairs.jsonl", PAIRS)
     write_jsonl(folder / "labelled.jsonl", LABELLED)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run(folder, output, *args, start="used", metrics=True):
@@ -211,7 +214,8 @@ def stepped(folder, tmp_path_factory):
     def step(loss, way):
         if (loss, way) not in found:
             rows, name = (LABELLED, "labelled") if loss == "kto" else (PAIRS, "pairs")
-            args = [*LOSSES[loss], *SPLITS.get(way, ["--batch-size", 8]), "--steps", 1, "--lr", 1]
+            args = [] if loss == "orpo" else ["--reference", "base"]
+            args += [*LOSSES[loss], *SPLITS.get(way, ["--batch-size", 8]), "--steps", 1, "--lr", 1]
             args += ["--optimizer", "sgd", "--momentum", 0, "--grad-clip", 0]
             path = folder / f"{name}.jsonl"
             if way == "in another order":
@@ -244,12 +248,13 @@ def test_a_batch_in_parts_is_the_batch(folder, stepped, loss, way):
 @pytest.mark.slow
 def test_runs_of_a_table_are_each_what_they_are_alone(folder, tmp_path):
     rows = [
-        {},
-        {"loss": ["kto"], "batch_size": 4},
+        {"reference": "base"},
+        {"reference": "base", "loss": ["kto"], "batch_size": 4},
         {"loss": ["simpo", "sft"], "grad_accum": 2},
         {"reference": str(folder / "used"), "reference_logps": "live"},
     ]
     line = ["--steps", 3, "--eps", 1e-4, "--lr", 1e-2]
+    line += ["--eval-every", 2, "--eval-dataset", folder / "pairs.jsonl"]
     table = tmp_path / "runs.json"
     table.write_text(json.dumps([{"name": f"{i}"} | row for i, row in enumerate(rows)]))
     run(folder, tmp_path / "many", *line, "--many", table, metrics=False)
@@ -264,8 +269,8 @@ def test_runs_of_a_table_are_each_what_they_are_alone(folder, tmp_path):
         ]
         alone = run(folder, tmp_path / f"alone {number}", *line, *args)
         beside = read_metrics(tmp_path / "many" / f"{number}")
-        for name in ("loss", "grad_norm", "count"):
-            both = ([x[name] for x in lines] for lines in (beside, alone))
+        for name in ("loss", "grad_norm", "count", "eval_loss"):
+            both = ([x[name] for x in lines if name in x] for lines in (beside, alone))
             assert_close(*map(np.array, both), 1e-5)
         places = (tmp_path / "many" / f"{number}", tmp_path / f"alone {number}")
         assert_close(*(adapter_of(folder, place) for place in places), 1e-5)

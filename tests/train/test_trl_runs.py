@@ -164,10 +164,10 @@ WAYS = {  # start, our options, TRL's
 
 
 def in_order(rows, made=None, **options):
-    """The rows of all steps, one after another, as our run takes them."""
+    """The rows of all steps, one after another; those of a step in their order in the data."""
     examples = training.pairs(rows, made or tokenizer(), seq_len=128, **options)
     order = Order.of(examples, 0, BATCH)
-    return [rows[row] for step in range(STEPS) for row in order.rows(step).ravel()]
+    return [rows[row] for step in range(STEPS) for row in np.sort(order.rows(step).ravel())]
 
 
 @pytest.mark.parametrize("way", WAYS)

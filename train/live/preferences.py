@@ -1,9 +1,10 @@
 """The comparison of each batch with the reference, and KTO's divergence from it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 import lora_jax as lj
@@ -13,9 +14,16 @@ from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.layout import OnMesh
-from lora_jax.training.ready import Ready
+from lora_jax.training.losses import Completions, mismatched_kl
+from lora_jax.training.ready import Numbers, Ready
 from lora_jax.training.step import State
-from train.live.reference import is_live, reference_params, sequence_scorer, with_reference
+from train.live.reference import (
+    is_live,
+    reference_params,
+    scores,
+    sequence_scorer,
+    with_reference,
+)
 from train.options.scripts.dpo import KTO
 from train.tasks.task import Data, Preparing
 
@@ -63,15 +71,23 @@ class Compared:
         each = [self.score(params, layout.batch(part, parts=False)) for part in parts]
         return np.stack([np.asarray(one) for one in each])
 
-    def _kl(self, examples: Preferences, number: int, state: State) -> np.float32:
-        """Returns the mean log-ratio of each prompt with the completion of the row before it."""
+    def _kl(self, examples: Preferences, number: int, state: State) -> float:
+        """Returns KTO's divergence over a batch."""
         feed: Any = self.ready.feed
         rows = feed.order.rows(number)
         mixed = mismatched(examples, rows.ravel())
         batch = {name: x.reshape(*rows.shape, -1) for name, x in mixed.by_name().items()}
         policy = self._scores(lj.join(state.adapter, self.ready.base), batch)
-        ratio = (policy - self._scores(self.params, batch))[batch["counts"] > 0]
-        return np.float32(max(ratio.mean(), 0.0)) if ratio.size else np.float32(0)
+        return divergence(policy, self._scores(self.params, batch), batch["counts"])
+
+
+def divergence(policy: np.ndarray, reference: np.ndarray, counts: np.ndarray) -> float:
+    """Returns KTO's divergence from log-probabilities of `mismatched` rows, and their tokens."""
+    arrays: Any = [x.ravel() for x in (policy, counts, reference, counts > 0)]
+    return float(_kl_of(Completions(*arrays)))
+
+
+_kl_of = jax.jit(mismatched_kl)
 
 
 def mixable(examples: Preferences, seq_len: int) -> Preferences:
@@ -88,11 +104,13 @@ def mixable(examples: Preferences, seq_len: int) -> Preferences:
 def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
     """Returns each row's prompt with the completion of the row before it, or of the last one.
 
+    Rows are taken in their order in the data, so that the divergence is that of a set of rows.
+
     Args:
       examples: rows of one sequence each.
       rows: [n], the rows of a batch.
     """
-    table: Sequences = examples.table.select(examples.firsts[rows])
+    table: Sequences = examples.table.select(examples.firsts[np.sort(rows)])
     asked = [one.ids[: int(np.argmax(one.counts))] for one in table]
     said = [one.ids[len(prompt) :] for one, prompt in zip(table, asked, strict=True)]
     most = examples.lengths[-1]
@@ -119,12 +137,12 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
         return of.ready, of.data
     score = sequence_scorer(of.model, of.layout, optim.loss_chunk)
     assert isinstance(examples, Preferences)
-    data = of.data
-    if data.held_out is not None:
-        assert isinstance(data.held_out, Preferences)
-        held_out = with_reference(of, score, params, data.held_out)
-        data = dataclasses.replace(data, held_out=held_out)
-    ready = of.ready
+    data, ready = of.data, of.ready
+    if (held_out := data.held_out) is not None:
+        assert isinstance(held_out, Preferences)
+        data = dataclasses.replace(data, held_out=with_reference(of, score, params, held_out))
+        if diverges:
+            ready = dataclasses.replace(ready, measured=_measured(of, score, params, held_out))
     if cached:
         examples = with_reference(of, score, params, examples)
         assert isinstance(ready.feed, Feed)
@@ -134,3 +152,18 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
         live = Compared(ready, score, params, cached=cached, mixable=mixed)
         ready = dataclasses.replace(ready, live=live)
     return ready, data
+
+
+def _measured(of: Preparing, score: OnMesh, params: Tree, held_out: Preferences) -> Numbers:
+    """Returns the function of KTO's divergence over all held-out rows together."""
+    rooms = mixable(held_out, of.config.data.seq_len)
+    mixed = with_reference(of, score, params, mismatched(rooms, np.arange(len(rooms))))
+    reference, layout, batch_size = mixed.reference, of.layout, of.config.optim.batch_size
+    assert reference is not None
+
+    def measured(tree: Tree, ended: Callable[[], bool]) -> Mapping[str, float] | None:
+        policy = scores(layout, score, tree, mixed, batch_size, lambda done: ended())
+        counts = mixed.table.predicted.reshape(reference.shape)
+        return None if policy is None else {"kl": divergence(policy, reference, counts)}
+
+    return measured

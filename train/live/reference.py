@@ -129,16 +129,43 @@ def with_reference(
         )
         reference = np.frombuffer(kept, "<f4").reshape(shape)
         return dataclasses.replace(examples, reference=reference)
-    found, n = np.zeros(shape, np.float32), of.config.optim.batch_size
-    order = examples.by_length
-    with doing(of.console, f"the reference reads {len(order):,} rows") as progress:
-        for first, part in zip(range(0, len(order), n), examples.parts(n), strict=True):
-            rows = order[first : first + n]
-            found[rows] = np.asarray(score(params, of.layout.batch(part, parts=False)))[: len(rows)]
-            progress(first + len(rows), len(order))
-    if path is not None and is_first() and (asked is not None or len(order) >= cache.FEW):
+    n = len(examples)
+    with doing(of.console, f"the reference reads {n:,} rows") as progress:
+        size, say = of.config.optim.batch_size, lambda done: progress(done, n)
+        found = scores(of.layout, score, params, examples, size, say)
+    assert found is not None
+    if path is not None and is_first() and (asked is not None or n >= cache.FEW):
         _keep(of, path, found)
     return dataclasses.replace(examples, reference=found)
+
+
+def scores(
+    layout: Layout,
+    score: OnMesh,
+    params: Tree,
+    examples: Preferences,
+    batch_size: int,
+    on_the_way: Callable[[int], bool | None],
+) -> np.ndarray | None:
+    """Returns the log-probabilities of examples, fp32 [n, segments_a_row].
+
+    Args:
+      layout: the placement of batches.
+      score: a `sequence_scorer`.
+      params: the parameters.
+      examples: pairs, or rows.
+      batch_size: rows in memory at once.
+      on_the_way: is called with the rows done so far, in all processes alike; True ends the
+        reading, and None is returned.
+    """
+    found = np.zeros((len(examples), examples.segments_a_row), np.float32)
+    order, firsts = examples.by_length, range(0, len(examples), batch_size)
+    for first, part in zip(firsts, examples.parts(batch_size), strict=True):
+        rows = order[first : first + batch_size]
+        found[rows] = np.asarray(score(params, layout.batch(part, parts=False)))[: len(rows)]
+        if on_the_way(first + len(rows)):
+            return None
+    return found
 
 
 def _keep(of: Preparing, path: Path, found: np.ndarray) -> None:

@@ -64,6 +64,8 @@ _NAMES = {
     "overwrite_output_dir": "--overwrite",
     **dict.fromkeys(("loss_type", "rl"), "--loss"),
     "label_smoothing": "--smoothing",
+    "cpo_alpha": "--nll-weight",
+    "simpo_gamma": "--margin",
     "reward_funcs": "--reward",
     "num_generations": "--group",
     "num_iterations": "--updates",

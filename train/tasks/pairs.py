@@ -19,7 +19,7 @@ from train.data.dataset import Dataset, find
 from train.live.preferences import prepared
 from train.live.reference import check_reference
 from train.options.defaults import Defaults
-from train.options.scripts.dpo import KTO, NONE, Config
+from train.options.scripts.dpo import BASE, KTO, NONE, Config
 from train.processes import hosts
 from train.run.pretrained import Outline
 from train.tasks import chats
@@ -71,6 +71,11 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     if drawn is not None:
         tokens, held_out = tokens.split(drawn[0])
         lines = [f"{len(drawn[0])} rows of {train.name} are held out"]
+    if held_out is not None and KTO in config.optim.loss and len(held_out) < 2:
+        raise UserError(
+            "--loss kto compares held-out rows with one another, and there is one: give more, or "
+            "leave out --eval-every"
+        )
     packs = _packed(config, train.name, tokens)
     unit = "rows" if packs.a_unit == 1 else "pairs"
     if config.data.packing:
@@ -85,8 +90,20 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         name=packs.name,
         source=train.name,
         facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
-        lines=(*lines, f"reference: {config.data.reference}"),
+        lines=(*lines, _reference_line(config)),
     )
+
+
+def _reference_line(config: Config) -> str:
+    """Returns what the run compares with, in words."""
+    given, start = config.data.reference, config.adapter.init_adapter
+    if start is None or given == NONE:
+        return f"reference: {given}"
+    if given == BASE:
+        return f"reference: base, without the adapter that the run begins with ({start})"
+    if given == start:
+        return f"reference: {given}, the adapter that the run begins with (else: --reference base)"
+    return f"reference: {given}; the run begins with {start}"
 
 
 def _tokens(config: Config, dataset: Dataset, outline: Outline) -> Sequences:

@@ -49,8 +49,9 @@ class DpoDataConfig(TokensConfig):
     perhaps `tools`; without `prompt`, it is what the two have in common. For --loss kto also
     `prompt`, `completion` and `label`."""
     reference: str | None = option(None, field.HIDDEN)
-    """The model to compare with: base, the folder of an adapter over the same base (such as
-    that of --init-adapter), or none. By default base, and none for losses without a reference."""
+    """The model to compare with: base, the folder of an adapter over the same base, or none. By
+    default the adapter of --init-adapter, or else base; none for losses without a reference. A
+    resumed run keeps its own."""
     reference_logps: Literal["cached", "live"] = option("cached", field.HIDDEN)
     """When its log-probabilities are computed. cached: of all rows before training, and kept for
     later runs as tokens are. live: of each batch before its step, which no row needs that no step
@@ -134,21 +135,23 @@ class Config(Options):
     run: DpoRunConfig = DpoRunConfig()
 
 
-def with_loss(config: Config) -> Config:
-    """Fills in --nll-weight, and --reference, by what the losses need."""
-    optim = config.optim
+def with_loss(config: Config, reference: str | None = None) -> Config:
+    """Fills in --nll-weight, and --reference, by what the losses need.
+
+    Args:
+      config: the options.
+      reference: the reference of the run that is resumed; None for a run that begins.
+    """
+    data, optim = config.data, config.optim
     if optim.nll_weight is None and (own := [x for x in optim.loss if x in _WITH_NLL]):
         weight = 0.0 if SFT in optim.loss else max(PREFERENCES[x].nll or 0.0 for x in own)
-        config = dataclasses.replace(config, optim=dataclasses.replace(optim, nll_weight=weight))
-    return _with_reference(config)
-
-
-def _with_reference(config: Config) -> Config:
-    if config.data.reference is not None:
-        return config
-    alone = all(name in WITHOUT_REFERENCE for name in config.optim.loss)
-    data = dataclasses.replace(config.data, reference=NONE if alone else BASE)
-    return dataclasses.replace(config, data=data)
+        optim = dataclasses.replace(optim, nll_weight=weight)
+    if data.reference is None:
+        if reference is None:
+            alone = all(name in WITHOUT_REFERENCE for name in optim.loss)
+            reference = NONE if alone else config.adapter.init_adapter or BASE
+        data = dataclasses.replace(data, reference=reference)
+    return dataclasses.replace(config, data=data, optim=optim)
 
 
 def check(config: Config) -> None:

@@ -1,0 +1,57 @@
+"""The reference of `train.dpo`: which one it is, what is kept of it, and KTO's divergence."""
+
+import numpy as np
+import pytest
+
+from tests.train.scripts import fails
+from tests.train.test_preferences import BATCH, LABELLED, run, write_inputs
+from tests.train.tiny import write_jsonl
+from train.dpo import main
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_an_initial_adapter_is_the_reference(folder, tmp_path, capsys):
+    """Unless another one is named, of which a resumed run is not asked again."""
+    used = folder / "used"
+    (first,) = run(folder, tmp_path / "run", "--steps", 1)
+    assert f"reference: {used}, the adapter that the run begins with" in said(capsys)
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["margin"] == 0
+
+    (first,) = run(folder, tmp_path / "base", "--steps", 1, "--reference", "base")
+    assert "reference: base, without the adapter that the run begins with" in said(capsys)
+    assert min(abs(first["chosen"]), abs(first["rejected"])) > 1e-3
+    _, second = run(folder, tmp_path / "base", "--steps", 2, "--resume")
+    assert "reference: base, without" in said(capsys)
+    assert min(abs(second["chosen"]), abs(second["rejected"])) > 1e-3
+
+
+def said(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_held_out_loss_of_kto_is_that_of_training(folder, tmp_path, parts):
+    """On the same rows, and with the weights that the next step begins with."""
+    rows = folder / "labelled.jsonl"
+    args = ["--loss", "kto", "--reference", "base", "--dataset", rows, "--eval-dataset", rows]
+    args += ["--batch-size", BATCH // parts, "--grad-accum", parts, "--kto-weights", 1.5, 0.5]
+    lines = run(folder, tmp_path / "run", *args, "--eval-every", 1, "--steps", 3, "--lr", 1e-4)
+    steps, measured = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
+    for held_out, after in zip(measured[:-1], steps[1:], strict=True):
+        for name in ("loss", "kl", "chosen", "rejected"):
+            assert held_out[f"eval_{name}"] == pytest.approx(after[name], rel=1e-5), name
+        assert held_out["eval_kl"] > 0.05
+
+
+def test_one_held_out_row_has_no_divergence(folder, tmp_path, capsys):
+    one = write_jsonl(tmp_path / "one.jsonl", LABELLED[:1])
+    line = ["--model", folder / "model", "--dataset", folder / "labelled.jsonl", "--loss", "kto"]
+    line += ["--output", tmp_path / "run", "--eval-every", 1, "--eval-dataset", one]
+    assert "compares held-out rows with one another" in fails(capsys, main, *line)
