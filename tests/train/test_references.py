@@ -1,8 +1,14 @@
 """The reference of `train.dpo`: which one it is, what is kept of it, and KTO's divergence."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
+import lora_jax as lj
+from lora_jax import models
+from lora_jax.lorafy import map_nodes
 from tests.train.scripts import fails
 from tests.train.test_preferences import BATCH, LABELLED, run, write_inputs
 from tests.train.tiny import write_jsonl
@@ -55,3 +61,25 @@ def test_one_held_out_row_has_no_divergence(folder, tmp_path, capsys):
     line = ["--model", folder / "model", "--dataset", folder / "labelled.jsonl", "--loss", "kto"]
     line += ["--output", tmp_path / "run", "--eval-every", 1, "--eval-dataset", one]
     assert "compares held-out rows with one another" in fails(capsys, main, *line)
+
+
+def test_a_kept_reference_is_of_this_model(folder, tmp_path):
+    """Its log-probabilities are read anew where config.json has changed, or the adapter's scale."""
+    model, used = (shutil.copytree(folder / name, tmp_path / name) for name in ("model", "used"))
+    args = ["--token-cache", tmp_path / "cache", "--model", model, "--steps", 1, "--overwrite"]
+    args += ["--init-adapter", used, "--reference", used]
+
+    def begun():
+        (first,) = run(folder, tmp_path / "run", *args)
+        return first["chosen"], first["rejected"]
+
+    assert begun() == (0, 0)
+    fields = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(fields | {"rope_theta": 50.0}))
+    assert begun() == (0, 0)
+
+    _, params = models.from_pretrained(model)
+    tree = lj.load_adapter(used, params)
+    twice = map_nodes(lambda _, node: node.replace(scale=2 * node.scale), tree)
+    lj.save_adapter(used, twice, overwrite=True)
+    assert begun() == (0, 0)

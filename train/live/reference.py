@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ import lora_jax as lj
 from lora_jax.core.base import is_base
 from lora_jax.core.types import Batch, Tree
 from lora_jax.core.weight import is_node, leaves_of
-from lora_jax.lorafy import nodes_of
-from lora_jax.saving.fingerprint import base_fingerprint, checksum
+from lora_jax.saving.fingerprint import checksum
 from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.layout import Layout, OnMesh
 from lora_jax.training.losses import sequence_logps
@@ -27,6 +27,7 @@ from train.data import cache
 from train.options.scripts.dpo import BASE, KTO, NONE
 from train.processes import hosts
 from train.run.log import doing
+from train.run.report import versions
 from train.tasks.task import Preparing
 
 
@@ -180,13 +181,20 @@ def _keep(of: Preparing, path: Path, found: np.ndarray) -> None:
 
 
 def _key(of: Preparing, params: Tree, examples: Preferences) -> str:
-    """Returns a hash of all that the reference's log-probabilities depend on."""
-    adapter = lj.split(params)[0] if nodes_of(params) else {}
+    """Returns a hash of all that the reference's log-probabilities depend on.
+
+    The tokens are the tokenizer's and its template's.
+    """
+    arrays = jax.tree_util.tree_flatten_with_path(params)[0]
     known = {
         "examples": examples.digest(),
-        "base": base_fingerprint(params),
-        "adapter": jax.tree.map(checksum, adapter),
-        "dtype": of.config.optim.dtype,
-        "outline": repr(of.outline.head),
+        "arrays": {jax.tree_util.keystr(path): checksum(array) for path, array in arrays},
+        "nodes": _ADDRESS.sub("", str(jax.tree.structure(params))),  # axes, ranks, formats of codes
+        "config": repr(of.outline.config),
+        "model": [of.config.optim.dtype, of.config.optim.experts],
+        "version": versions().get("lora_jax"),
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function, in its repr
