@@ -363,7 +363,7 @@ def count_params(params: Tree) -> tuple[int, int]:
     return trained, trained + frozen
 
 
-def summary(params: Tree) -> str:
+def summary(params: Tree, *, in_training: bool = False) -> str:
     """Returns the line that PEFT's ``print_trainable_parameters`` prints, for an adapted tree.
 
     Where the rules have dropout, its probability is added: it takes place in calls with a
@@ -371,6 +371,7 @@ def summary(params: Tree) -> str:
 
     Args:
       params: as in `count_params`.
+      in_training: whether a loop gives that key to each step, as those of `lora_jax.training` do.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -382,5 +383,6 @@ def summary(params: Tree) -> str:
     line = f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}"
     weights = [node for node in nodes_of(params).values() if isinstance(node, LoraWeight)]
     if rates := sorted({node.dropout for node in weights if node.dropout}):
-        line += f" || dropout {', '.join(map(str, rates))} (needs dropout_key)"
+        line += f" || dropout {', '.join(map(str, rates))}"
+        line += "" if in_training else " (needs dropout_key)"
     return line

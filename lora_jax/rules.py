@@ -48,6 +48,8 @@ class _Fields:
 
     def __new__(cls, *values: Any, **given: Any) -> Self:
         """Raises a TypeError for what is no field of the rule."""
+        if "__dataclass_fields__" not in vars(cls):  # a subclass with a constructor of its own
+            return super().__new__(cls)
         if values:
             raise TypeError(
                 f"{cls.__name__} takes keywords alone: {cls.__name__}(targets={values[0]!r}, …)"

@@ -21,7 +21,7 @@ from lora_jax.adapt.fn_state import State, UnknownStateError
 from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
 from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import Steps
-from lora_jax.core.aliases import resolved
+from lora_jax.core.aliases import aliased, aliases, resolved
 from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Forward, Leaf, Value
 
@@ -70,10 +70,15 @@ class Outputs:
 
     def filled(self, arrays: Sequence[Value]) -> tuple[Any, Writes]:
         """Returns the function's result and its writes, for the outputs of the jaxpr."""
-        result: tuple[Any, Writes] = self.treedef.unflatten(
+        result, writes = self.treedef.unflatten(
             arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves
         )
-        return result
+        return resolved(result) if self._has_aliases else result, writes
+
+    @functools.cached_property
+    def _has_aliases(self) -> bool:
+        result, _ = self.treedef.unflatten(self.leaves)
+        return bool(aliases(result))
 
 
 @dataclasses.dataclass
@@ -118,7 +123,7 @@ def _traced(call: Call, inputs: Mapping[int, Value]) -> Trace:
     def called(args: Any, kwargs: Any) -> list[Any]:
         args, kwargs = resolved(unsealed((args, kwargs)))
         before = Snapshot.of((args, kwargs))
-        result = call.fn(*args, **kwargs)
+        result = aliased(call.fn(*args, **kwargs))
         leaves, treedef = jax.tree.flatten((result, before.writes()))
         made.append(([_TRACED if isinstance(x, jax.core.Tracer) else x for x in leaves], treedef))
         return leaves

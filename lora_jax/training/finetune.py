@@ -238,7 +238,7 @@ def finetune(
                 arguments.clear(path)
             wait_for_all("the folder is cleared")
         keeps_start = rules is not None and takes_from_base(params)
-        summary = lj.summary(params)
+        summary = lj.summary(params, in_training=True)
         del params
 
         # Training, and the adapter on its own.

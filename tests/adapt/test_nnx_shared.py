@@ -76,6 +76,8 @@ def test_a_call_is_that_of_the_module():
         assert_close(wrap(ours)(tree, X), y, 1e-5)
         assert_close(state_of(tree), state_of(module), 1e-5)
     assert int(tree.drops[0].rngs.dropout.count[...]) == 6
+    same, y = lj.adapt(lambda module, x: (module, module(x)))(tree, X)
+    assert same.last is same.blocks[0] and y.shape == (13, 5)
 
 
 def test_the_adapter_is_that_of_the_state():
@@ -178,6 +180,6 @@ def test_mistakes_name_the_path():
 
 
 def test_a_module_that_shares_nothing_has_no_references():
-    tree = lj.lorafy(Block(nnx.Rngs(0)), RULES[:1])
+    tree = lj.lorafy(Block(nnx.Rngs(0)), [lj.LoraRule(targets=["up"], rank=2)])
     assert np.shape(tree.up.bias[...]) == (5,)
     assert not any("Alias" in type(value).__name__ for value in vars(tree).values())

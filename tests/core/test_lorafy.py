@@ -230,6 +230,7 @@ def test_the_summary_says_that_dropout_needs_a_key():
     rules = [lj.LoraRule(targets=["q_proj"], rank=2, dropout=0.1)]
     line = lj.summary(lj.lorafy(KERNEL, rules))
     assert line.endswith("|| dropout 0.1 (needs dropout_key)")
+    assert lj.summary(lj.lorafy(KERNEL, rules), in_training=True).endswith("|| dropout 0.1")
     assert "dropout" not in lj.summary(lj.lorafy(KERNEL, [RULE]))
 
 

@@ -319,5 +319,11 @@ def test_scale(rule, scale):
 def test_rules_are_values():
     rule = lj.LoraRule(targets=["q", "v"], rank=4, dora=True)
     assert pickle.loads(pickle.dumps(rule)) == copy.deepcopy(rule) == rule
+
+    class Named(lj.LoraRule):
+        def __init__(self, name):
+            super().__init__(targets=[name])
+
+    assert Named("q_proj").targets == ("q_proj",)
     a, b = (lj.LoraRule(targets=["q", "v"], layers=[1]) for _ in range(2))
     assert a == b and hash(a) == hash(b)

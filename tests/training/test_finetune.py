@@ -129,7 +129,7 @@ def test_a_run_on_chats_is_its_parts_composed_by_hand():
     )
     assert_same(trained, expected)
     assert losses_of(report) == losses and losses[-1] < losses[0]
-    assert report.summary == lj.summary(trained) and report.adapter is None
+    assert report.summary == lj.summary(trained, in_training=True) and report.adapter is None
     assert report.steps == 6 and report.held_out == {} and report.step_seconds > 0
 
 

@@ -97,7 +97,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
       TrainingError: the checkpoint in the folder belongs to another run.
     """
     optim = run.config.optim
-    summary = lj.summary(params)
+    summary = lj.summary(params, in_training=True)
     params = run.layout.placed(params)
     tell(run.console, summary, optimizer_line(optim, params))
     schedule = make_schedule(optim, run.rate, run.steps)
@@ -211,7 +211,7 @@ def report_of(
     if is_first():
         draw_curve(run.folder, metrics, loss.label)
     report = {
-        "summary": lj.summary(trained),
+        "summary": lj.summary(trained, in_training=True),
         "steps": run.steps,
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "median_step_seconds": step_seconds,
