@@ -41,8 +41,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     >>> from lora_jax import models
     >>> tokenizer = models.load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    folder = Path(name_or_path).expanduser()
-    path = folder if (folder / "tokenizer.json").is_file() else resolve(name_or_path).path
+    path = _folder(name_or_path) or resolve(name_or_path).path
     if path.is_dir():
         return _of_folder(path)
     try:
@@ -62,8 +61,14 @@ def tokenizer_path(name_or_path: str | Path) -> Path:
     """
     name = str(name_or_path)
     if Path(name).expanduser().exists() or name in BUNDLES:
-        return resolve(name).path
+        return _folder(name) or resolve(name).path
     return snapshot(hub_name(name), [*FILES, "config.json"], needed="tokenizer*.json")
+
+
+def _folder(name_or_path: str | Path) -> Path | None:
+    """Returns a folder that holds a tokenizer, perhaps beside a GGUF file with one; else None."""
+    folder = Path(name_or_path).expanduser()
+    return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def _of_folder(path: Path) -> Any:

@@ -9,13 +9,15 @@ from lora_jax import models
 from tests.hf.test_gguf import write as write_gguf
 from tests.hf.vocabularies import byte_level, metadata_of, sentencepiece
 from tests.train.scripts import begun, fails
-from tests.train.tiny import decoder, tokenizer, write_model, write_rows
-from train import sft
+from tests.train.test_classify import write_encoder
+from tests.train.tiny import decoder, tokenizer, write_jsonl, write_model, write_rows
+from train import classify, sft
 from train.adapters.source import find_adapter
 from train.export import __main__ as export
 from train.generate import __main__ as generate
 from train.generate.shared_base import Named, tokenizer_of
-from train.run.pretrained import read_outline
+from train.predict import __main__ as predict
+from train.run.pretrained import read_classifier_outline, read_outline
 from train.serve.engine.base import Base
 from train.serve.requests import RequestError
 
@@ -76,7 +78,7 @@ def test_one_that_does_not_fit_is_refused(folder, tmp_path, capsys):
     assert said.startswith(f"--tokenizer {tmp_path / 'none'}: ")
 
 
-def test_adapters_with_different_ones_are_asked_one_after_the_other(folder, tmp_path):
+def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys, monkeypatch):
     module, params = folder.base
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
     lj.save_adapter(tmp_path / "other", tree, about={"model": folder.model})
@@ -88,7 +90,32 @@ def test_adapters_with_different_ones_are_asked_one_after_the_other(folder, tmp_
         tokenizer_of(named, None)
     with pytest.raises(RequestError, match="start it with --tokenizer"):
         Base(module, params, folder.model, 4).read(folder.path / "adapter")
-    Base(module, params, folder.model, 4, tokenizer=folder.tokens).read(folder.path / "adapter")
+    monkeypatch.chdir(folder.path)
+    Base(module, params, folder.model, 4, tokenizer="tokens").read(folder.path / "adapter")
+    outline = read_outline(folder.model, folder.tokens)
+    about = {**outline.about, "tokenizer": "/nowhere/tokens"}
+    lj.save_adapter(tmp_path / "moved", tree, about=about)
+    prompt = ["--adapter", tmp_path / "moved", "--prompt", "x", "--max-new-tokens", "1"]
+    said = fails(capsys, generate.main, *prompt)
+    assert "trained with the tokenizer in /nowhere/tokens, which does not exist here" in said
+    generate.main([*map(str, prompt), "--tokenizer", folder.tokens])
+
+
+def test_a_classifier_reads_texts_with_it(tmp_path, capsys):
+    """As a run and `train.predict` do; images have none."""
+    base = write_encoder(tmp_path / "base")
+    (tmp_path / "tokens").mkdir()
+    for file in base.glob("*token*"):
+        file.rename(tmp_path / "tokens" / file.name)
+    model, params = models.from_pretrained(base, head="classification", num_labels=2)
+    tree = lj.lorafy(params, [lj.TrainRule(targets=["classifier"])])
+    outline = read_classifier_outline(str(base), 2, tokenizer=str(tmp_path / "tokens"))
+    lj.save_adapter(tmp_path / "adapter", tree, about={**outline.about, "labels": ["a", "b"]})
+    predict.main(["--adapter", str(tmp_path / "adapter"), "a text"])
+    assert '"label"' in capsys.readouterr().out
+    args = ["--dataset", write_jsonl(tmp_path / "rows.jsonl", [{"image": "1", "label": "a"}])]
+    args += ["--image", "image", "--model", base, "--tokenizer", tmp_path / "tokens"]
+    assert "hold images, not texts: leave out --tokenizer" in fails(capsys, classify.main, *args)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama-bpe", "llama"])

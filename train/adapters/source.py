@@ -74,8 +74,18 @@ class AdapterSource:
 
     @property
     def tokenizer(self) -> str | None:
-        """The --tokenizer that the adapter was trained with; None for its base's own."""
-        return None if self.from_peft else self.about.get("tokenizer")
+        """The --tokenizer that the adapter was trained with; None for its base's own.
+
+        Raises:
+          UserError: it was in a folder that is not on this machine.
+        """
+        name: str | None = None if self.from_peft else self.about.get("tokenizer")
+        if name and Path(name).is_absolute() and not Path(name).exists():
+            raise UserError(
+                f"{self.given} was trained with the tokenizer in {name}, which does not exist "
+                "here: name it with --tokenizer"
+            )
+        return name
 
     @property
     def quantize(self) -> str | None:
@@ -268,6 +278,12 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
         f"{given} is neither an adapter's folder (of this library or of PEFT, {PEFT_CONFIG}) nor a "
         f"run's{where}"
     )
+
+
+def absolute(name: str | None) -> str | None:
+    """Returns a path as it is found from any folder; a name on the hub, and None, as they are."""
+    path = Path(name or "").expanduser()
+    return str(path.absolute()) if name and path.exists() else name
 
 
 def _best_in(folder: Path) -> list[Path]:

@@ -1,10 +1,9 @@
 """The defaults of a task, and of options that depend on others."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from train.adapters.source import find_adapter
+from train.adapters.source import absolute, find_adapter
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import as_text
 
@@ -58,9 +57,8 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     if getattr(data, "chat_template", "") is None and source and source.chat_template:
         data = dataclasses.replace(data, chat_template=str(source.chat_template))
     for name in ("model", "tokenizer", "chat_template"):
-        path = Path(given := getattr(data, name, None) or "").expanduser()
-        if given and path.exists():  # found from any folder, later
-            data = dataclasses.replace(data, **{name: str(path.absolute())})
+        if given := getattr(data, name, None):
+            data = dataclasses.replace(data, **{name: absolute(given)})
     if optim.quantize is None and source:
         codes: Any = source.quantize
         optim = dataclasses.replace(optim, quantize=codes)

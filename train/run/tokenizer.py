@@ -3,6 +3,7 @@
 from typing import Any
 
 from lora_jax import models
+from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
 from train.console.errors import UserError, as_user_errors
 
@@ -27,6 +28,8 @@ def read_tokenizer(name: str, given: str | None, config: Any) -> Any:
         if isinstance(config, models.SmolVLMConfig):
             raise UserError(f"{option}: --model {name} writes images with its own tokenizer alone")
     with as_user_errors(*MODEL_ERRORS, prefix=f"{option}: ", suffix=other):
+        if given in BUNDLES:
+            models.fetch(given)
         tokenizer = load_tokenizer(name if given is None else tokenizer_path(given))
     if not tokenizer.is_fast:
         raise UserError(f"{option}: its tokenizer has no fast version (tokenizer.json)")

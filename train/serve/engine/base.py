@@ -30,7 +30,7 @@ from lora_jax.core.weight import LoraWeight
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.training.layout import Layout, one_device
-from train.adapters.source import find_adapter
+from train.adapters.source import absolute, find_adapter
 from train.console.errors import UserError
 from train.serve.requests import AdapterSpec, RequestError, Save
 from train.serve.sealed import seal
@@ -102,7 +102,7 @@ class Base:
           layout: the mesh; by default the first device.
           tokenizer: name of the tokenizer, if it is not the model's own.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer = absolute(tokenizer)
         self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
         # New adapters lie where trained ones do: others would have all functions compile again.
         self._place = functools.partial(jax.device_put, device=(layout or one_device()).whole)
@@ -188,7 +188,7 @@ class Base:
             if source.is_subspace or source.rope_scaling:
                 how = "--intrinsic" if source.is_subspace else "--rope-scaling"
                 raise RequestError(f"{folder.name} was trained by {how}, which is not served")
-            if source.tokenizer not in (None, self.tokenizer):
+            if source.tokenizer and source.tokenizer != self.tokenizer:
                 raise RequestError(
                     f"{folder.name} was trained with the tokenizer {source.tokenizer}, and this "
                     f"server has {self.tokenizer or 'that of the model'}: start it with --tokenizer"
