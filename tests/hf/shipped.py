@@ -217,7 +217,7 @@ def by_input(method: str) -> Callable[..., tuple[Tensors, np.ndarray]]:
 _OF_SCALES = np.sort(np.random.default_rng(5).uniform(-1, 1, 256)).astype(np.float32)
 
 
-def nf4(nested: bool) -> Callable[..., tuple[Tensors, np.ndarray]]:
+def nf4(nested: bool, storage: Any = np.uint8) -> Callable[..., tuple[Tensors, np.ndarray]]:
     def tensors(rng: Any, shape: tuple[int, int], name: str) -> tuple[Tensors, np.ndarray]:
         n_out, n_in = shape
         codes = rng.integers(0, 16, shape)
@@ -242,7 +242,8 @@ def nf4(nested: bool) -> Callable[..., tuple[Tensors, np.ndarray]]:
         values = np.array(NF4_VALUES, np.float32)[codes]
         weight = (values.reshape(-1, 64) * scale[:, None]).reshape(shape)
         named = {f"{name}.weight.{part}": array for part, array in found.items()}
-        return {f"{name}.weight": (flat[::2] << 4 | flat[1::2])[:, None], **named}, weight
+        held = (flat[::2] << 4 | flat[1::2]).view(storage)
+        return {f"{name}.weight": held[:, None], **named}, weight
 
     return tensors
 
@@ -262,7 +263,9 @@ _ROWS = compressed("float-quantized", num_bits=8, strategy="channel")
 _SQUARES = compressed(
     "float-quantized", num_bits=8, strategy="block", block_structure=[BLOCK, BLOCK]
 )
-_WORDS = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+_GROUPS = {"num_bits": 4, "strategy": "group", "group_size": 32}
+_WORDS = compressed("pack-quantized", type="int", **_GROUPS)
+_ASYMMETRIC = compressed("pack-quantized", type="int", symmetric=False, **_GROUPS)
 _BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 _INVERSE = "weight_scale_inv"
 
@@ -276,7 +279,7 @@ LAYOUTS = {
     "fp8 static": Layout(_STATIC, fp8("tensor", _INVERSE, np.float32)),
     "compressed fp8 rows": Layout(_ROWS, fp8("row", "weight_scale", ml_dtypes.bfloat16)),
     "compressed fp8 blocks": Layout(_SQUARES, fp8("block", "weight_scale", np.float32)),
-    "compressed mxfp4": Layout(compressed("mxfp4-pack-quantized", num_bits=4), mxfp4),
+    "compressed mxfp4": Layout(compressed("mxfp4-pack-quantized", **_GROUPS), mxfp4),
     "compressed nvfp4": Layout(
         compressed("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16),
         nvfp4(("weight_packed", "weight_scale", "weight_global_scale"), divide=True),
@@ -286,7 +289,7 @@ LAYOUTS = {
         nvfp4(("weight", "weight_scale", "weight_scale_2"), divide=False),
     ),
     "w4a16": Layout(_WORDS, w4a16(zeros=False)),
-    "w4a16 with zeros": Layout(_WORDS, w4a16(zeros=True)),
+    "w4a16 with zeros": Layout(_ASYMMETRIC, w4a16(zeros=True)),
     "awq": Layout(
         {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, by_input("awq")
     ),
@@ -296,6 +299,10 @@ LAYOUTS = {
     "gpt-oss": Layout({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, experts),
     "nf4": Layout(_BNB, nf4(nested=False)),
     "nf4 nested": Layout({**_BNB, "bnb_4bit_use_double_quant": True}, nf4(nested=True)),
+    "nf4 nested, in bf16": Layout(
+        {**_BNB, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "bfloat16"},
+        nf4(nested=True, storage=ml_dtypes.bfloat16),
+    ),
 }
 
 

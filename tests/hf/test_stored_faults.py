@@ -109,6 +109,16 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
         replaced(f"{UP}.weight.nested_absmax", lambda x: x[:-1]),
         "nested_absmax is",
     ),
+    "bnb's codes cut": (
+        "nf4 nested, in bf16",
+        replaced(f"{UP}.weight", lambda x: x[:-1]),
+        rf"{UP}.weight is BF16 \[6143, 1\], expected 12288 bytes in a row",
+    ),
+    "bnb's state of codes in bf16": (
+        "nf4 nested, in bf16",
+        replaced(f"{UP}.weight.quant_state.bitsandbytes__nf4", lambda x: None),
+        f"{UP}.weight is in codes.*quant_state",
+    ),
     "fewer absmax": ("nf4", replaced(f"{UP}.weight.absmax", lambda x: x[:-1]), "absmax is"),
     "order of activations": ("w4a16", of_weights(actorder="group"), "actorder 'group'"),
     "g_idx": (

@@ -50,7 +50,7 @@ def pack_quantized(name: str, files: Files) -> Stored | None:
     }
     tensors = [name, shape, scale]
     zero = f"{stem}weight_zero_point"
-    if zero in files.tensors or not files.symmetric:  # packed along the outputs
+    if zero in files.tensors or not files.facts.symmetric:  # packed along the outputs
         files.find(name, ("I32",), zero)
         files.piece(zero, (-(-n_out // 8), groups[1]))
 
@@ -72,7 +72,7 @@ def gptq(name: str, files: Files) -> Stored | None:
     n_in = 8 * n_words
     order = f"{stem}g_idx"
     if order in files.tensors:
-        group = files.group or n_in
+        group = files.facts.group or n_in
         if not np.array_equal(files.fetch(order, None), np.arange(n_in) // group):
             raise WeightsError(f"{order}: groups in the order of activations are not kept in codes")
 
@@ -122,7 +122,7 @@ def _with_zeros(
 
     def zeros(_: slice | None) -> np.ndarray:
         numbers = in_order(_words(files, zero)).astype(np.int8)
-        return (numbers + np.int8(files.zero_is_less)).T
+        return (numbers + np.int8(files.facts.zero_is_less)).T
 
     pieces = {
         "codes": Piece(shape, INT4.code_dtype, codes),
@@ -134,17 +134,25 @@ def _with_zeros(
 
 
 def bnb_nf4(name: str, files: Files) -> Stored | None:
-    """Finds bitsandbytes' NF4: codes in one row, the first in high bits; scales coded or not."""
+    """Finds bitsandbytes' NF4: codes in one row, the first in high bits; scales coded or not.
+
+    The bytes of codes lie in numbers of any dtype (bnb_4bit_quant_storage), such as BF16.
+    """
     state = f"{name}.quant_state.bitsandbytes__nf4"
     if state not in files.tensors:
-        if files.tensors[name].dtype == "U8" and f"{name}.absmax" in files.tensors:
+        if f"{name}.absmax" in files.tensors:
             raise WeightsError(f"{name} is in codes, and no file holds its {state}")
         return None
     sizes, block = _facts(files, state, "shape", "blocksize")
     shape, n = tuple(sizes), math.prod(sizes)
     if len(shape) != 2 or shape[1] % block:
         raise WeightsError(f"{name}: blocks of {block} do not fit its rows of {shape[1:]} weights")
-    files.piece(name, (n // 2, 1), (1, n // 2))
+    held = files.tensors[name]
+    if held.nbytes != n // 2 or max(held.shape) != math.prod(held.shape):
+        raise WeightsError(
+            f"{name} is {held.dtype} {list(held.shape)}, expected {n // 2} bytes in a row for the "
+            f"{list(shape)} of its quant_state"
+        )
     table = files.find(name, ("F32",), f"{name}.quant_map")
     if not np.array_equal(files.fetch(table, None), np.array(NF4_VALUES, np.float32)):
         raise WeightsError(f"{table} holds other values than those of NF4")
@@ -152,7 +160,7 @@ def bnb_nf4(name: str, files: Files) -> Stored | None:
     tensors = [name, state, table, absmax]
 
     def codes(_: slice | None) -> np.ndarray:
-        raw = files.fetch(name, None).reshape(-1)
+        raw = files.fetch(name, None).reshape(-1).view(np.uint8)
         return unpacked(raw, less_8=True, high_first=True).reshape(shape)
 
     pieces = {

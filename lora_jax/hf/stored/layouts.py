@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from lora_jax.hf.keys import WeightsError
-from lora_jax.hf.stored.tensor import Files, Piece, Stored, unpacked
+from lora_jax.hf.stored.tensor import Facts, Files, Piece, Stored, unpacked
 from lora_jax.quantized.formats import FP8, FP8_E5M2, MXFP4, NVFP4
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -29,15 +29,15 @@ def fp8(name: str, files: Files) -> Stored | None:
     scales = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale", f"{stem}qscale_weight")
     scale = files.find(name, (*_FLOATS, *_POWERS), *scales)
     *lead, n_out, n_in = shape
-    if files.block is not None:
-        blocks = (*lead, -(-n_out // files.block), -(-n_in // files.block))
+    if (block := files.facts.block) is not None:
+        blocks = (*lead, -(-n_out // block), -(-n_in // block))
         of_scales = files.piece(scale, blocks)
     elif files.tensors[scale].shape[-2:] in ((n_out, 1), (*lead, n_out)[-2:]):
         of_scales = files.piece(scale, (*lead, n_out, 1), (*lead, n_out))
     else:
         of_scales = files.piece(scale, (*lead, 1, 1), tuple(lead) or (1,), tuple(lead))
     format = FP8 if dtype == "F8_E4M3" else FP8_E5M2
-    format = dataclasses.replace(format, block=files.block or format.block)
+    format = dataclasses.replace(format, block=block or format.block)
     pieces = {"codes": files.piece(name, shape, raw=True), "scales": of_scales}
     return Stored(name, format, pieces, (name, scale, *_inputs(stem, files)))
 
@@ -85,7 +85,7 @@ def packed_floats(name: str, files: Files) -> Stored | None:
     scale = files.find(name, (*_POWERS, "F8_E4M3"), f"{stem}weight_scale")
     format = NVFP4 if files.tensors[scale].dtype == "F8_E4M3" else MXFP4
     n_out, n_in = shape[0], 2 * shape[1]
-    n_groups = files._replace(group=format.block).groups(name, n_in)
+    n_groups = files._replace(facts=Facts(group=format.block)).groups(name, n_in)
     pieces = {
         "codes": Piece(
             (n_out, n_in), format.code_dtype, lambda _: unpacked(files.fetch(name, None))

@@ -1,28 +1,35 @@
 """The methods of quantisation that a config.json may name, and the facts that it tells of them."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known
 from lora_jax.hf.keys import WeightsError
+from lora_jax.hf.stored.groups import check_target, common, facts_of
 from lora_jax.hf.stored.integers import awq, bnb_nf4, gptq, pack_quantized
 from lora_jax.hf.stored.layouts import fp8, mxfp4_blocks, packed_floats
 from lora_jax.hf.stored.raw import Fetch, Header
-from lora_jax.hf.stored.tensor import Files, Stored
+from lora_jax.hf.stored.tensor import Facts, Files, Stored
 
 Layout = Callable[[str, Files], Stored | None]
 
 
 class Method(NamedTuple):
-    """A method, as a config.json describes it; see `Files` for the numbers."""
+    """A method, as a config.json describes it.
+
+    Attributes:
+      name: its quant_method.
+      layouts: the layouts of its tensors.
+      facts: what it says of the codes.
+      targets: what it says of those of some modules, by target; see `groups.facts_of`.
+    """
 
     name: str
     layouts: tuple[Layout, ...]
-    block: int | None = None
-    group: int | None = None
-    zero_is_less: bool = False
-    symmetric: bool = True
+    facts: Facts = Facts()
+    targets: Mapping[str, Facts] = MappingProxyType({})
 
 
 def read_method(fields: Fields) -> Method | None:
@@ -61,7 +68,7 @@ def _require(config: Fields, what: str, **wanted: Any) -> None:
 
 def _fp8(config: Fields) -> Method:
     _require(config, "", fmt=("e4m3", "e5m2"))
-    return Method("fp8", (fp8,), _square(config.get("weight_block_size")))
+    return Method("fp8", (fp8,), Facts(_square(config.get("weight_block_size"))))
 
 
 def _mxfp4(config: Fields) -> Method:
@@ -84,7 +91,7 @@ def _of_words(layout: Layout) -> Callable[[Fields], Method]:
         group = config.get("group_size", 128)
         group = None if group == -1 else group
         less = layout is gptq and form == "gptq"
-        return Method(str(config["quant_method"]), (layout,), None, group, less)
+        return Method(str(config["quant_method"]), (layout,), Facts(None, group, less))
 
     return method
 
@@ -93,22 +100,23 @@ def _compressed(config: Fields) -> Method:
     sparse = config.get("sparsity_config") or {}
     _require(sparse, "sparsity_config: ", format=("dense",))
     _require(config, "", quantization_status=("compressed",), format=_FORMATS)
-    facts = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
+    targets: dict[str, Facts] = {}
+    kinds = []
     for group in (config.get("config_groups") or {}).values():
         _require(group, "", format=_FORMATS)
-    for weights in facts:
+        weights = group.get("weights") or {}
         _require(weights, "weights: ", num_bits=(4, 8), actorder=("weight", "static", False))
         if weights.get("num_bits") == 8 and weights.get("type") != "float":
             raise ConfigError("integers of 8 bits are not kept in codes")
-    of_blocks = {str(w.get("block_structure")): w for w in facts if w.get("strategy") == "block"}
-    groups = {w.get("group_size") for w in facts if w.get("strategy") == "group"}
-    if len(of_blocks) > 1 or len(groups) > 1:
-        raise ConfigError("several sizes of blocks in one checkpoint are not kept in codes")
-    block = next((_square(w.get("block_structure")) for w in of_blocks.values()), None)
-    symmetric = not any(weights.get("symmetric") is False for weights in facts)
+        strategy = weights.get("strategy")
+        block = _square(weights.get("block_structure")) if strategy == "block" else None
+        size = weights.get("group_size") if strategy == "group" else None
+        kinds.append(Facts(block, size, symmetric=weights.get("symmetric") is not False))
+        targets |= dict.fromkeys(map(check_target, group.get("targets") or ()), kinds[-1])
     layouts = (pack_quantized, packed_floats, fp8)
-    group = next(iter(groups), None)
-    return Method("compressed-tensors", layouts, block, group, symmetric=symmetric)
+    return Method(
+        "compressed-tensors", layouts, common(kinds), targets if len({*kinds}) > 1 else {}
+    )
 
 
 _FORMATS = (
@@ -156,13 +164,16 @@ def stored_tensors(
     claimed: set[str] = set()
     problems: list[str] = []
     if method is not None:
-        files = Files(tensors, fetch, *method[2:])
+        files = {
+            name: Files(tensors, fetch, facts_of(name, method.targets) or method.facts)
+            for name in tensors
+        }
         for layout in method.layouts:
             for name in tensors:
                 if name in claimed:
                     continue
                 try:
-                    one = layout(name, files)
+                    one = layout(name, files[name])
                 except WeightsError as error:
                     problems.append(str(error))
                     claimed.add(name)

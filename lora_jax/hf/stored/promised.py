@@ -71,7 +71,7 @@ def _headers(method: Method, name: str, shape: tuple[int, ...]) -> dict[str, Hea
         return {f"{name}_blocks": Header("U8", blocks), f"{name}_scales": Header("U8", scales)}
     assert method.layouts == (fp8,)
     scales = ()
-    if (block := method.block) is not None:
+    if (block := method.facts.block) is not None:
         scales = (*shape[:-2], *(-(-n // block) for n in shape[-2:]))
     return {name: Header("F8_E4M3", shape), f"{name}_scale_inv": Header("F32", scales)}
 

@@ -87,24 +87,34 @@ class Stored:
         return coded.map(inside)
 
 
-class Files(NamedTuple):
-    """The tensors of a folder, and what config.json says of its codes.
+class Facts(NamedTuple):
+    """The numbers that config.json gives for the codes of a module, or of all.
 
     Attributes:
-      tensors: what the files' headers say of each.
-      fetch: reads one.
       block: the size of blocks along both axes; None for one scale a row or a tensor.
       group: the number of weights along the inputs that share a scale; None for all.
       zero_is_less: zeros are stored less one.
       symmetric: no zeros are needed.
     """
 
-    tensors: Mapping[str, Header]
-    fetch: Fetch
     block: int | None = None
     group: int | None = None
     zero_is_less: bool = False
     symmetric: bool = True
+
+
+class Files(NamedTuple):
+    """The tensors of a folder, and what config.json says of the codes of one.
+
+    Attributes:
+      tensors: what the files' headers say of each.
+      fetch: reads one.
+      facts: what config.json says.
+    """
+
+    tensors: Mapping[str, Header]
+    fetch: Fetch
+    facts: Facts = Facts()
 
     def find(self, whose: str, dtypes: Sequence[str], *names: str) -> str:
         """Returns the first of these names that there is.
@@ -153,7 +163,7 @@ class Files(NamedTuple):
         Raises:
           WeightsError: they do not come out even.
         """
-        if n_in % (group := self.group or n_in):
+        if n_in % (group := self.facts.group or n_in):
             raise WeightsError(f"{whose} has {n_in} inputs, which are no groups of {group}")
         return n_in // group
 

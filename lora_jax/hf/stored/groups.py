@@ -1,0 +1,51 @@
+"""Modules in codes of different kinds, by compressed-tensors' targets."""
+
+import re
+from collections.abc import Collection, Mapping
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.stored.tensor import Facts
+
+_CLASSES = ("Linear", "Module")  # of the layers whose weights are kept in codes
+_PARAMETER = re.compile(r"\.weight(_packed)?$")
+_PATTERN = "re:"
+
+
+def check_target(target: object) -> str:
+    """Returns a target: a module's name, "re:" and a pattern, or a class.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+    try:
+        if isinstance(target, str):
+            re.compile(target.removeprefix(_PATTERN) if target.startswith(_PATTERN) else "")
+            return target
+        problem = f"is a {type(target).__name__}"
+    except re.error as error:
+        problem = f"is no pattern: {error}"
+    raise ConfigError(f"config_groups: the target {target!r} {problem}")
+
+
+def facts_of(tensor: str, targets: Mapping[str, Facts]) -> Facts | None:
+    """Returns what the first target that names a tensor's module says; None if none does.
+
+    A name comes before patterns, these in their alphabetical order, and patterns before classes, as
+    in compressed-tensors (``match_targets``). Patterns match from the beginning of a name.
+
+    Args:
+      tensor: the weight's name in the files.
+      targets: target -> what config.json says of its modules.
+    """
+    module = _PARAMETER.sub("", tensor)
+    patterns = sorted(target for target in targets if target.startswith(_PATTERN))
+    matching = [p for p in patterns if re.match(p.removeprefix(_PATTERN), module)]
+    first = (targets[t] for t in (module, *matching, *_CLASSES) if t in targets)
+    return next(first, None)
+
+
+def common(facts: Collection[Facts]) -> Facts:
+    """Returns what kinds have in common, for a module that no target names."""
+    blocks, sizes = ({one[i] for one in facts} - {None} for i in range(2))
+    block, size = (next(iter(each)) if len(each) == 1 else None for each in (blocks, sizes))
+    return Facts(block, size, symmetric=all(one.symmetric for one in facts))
