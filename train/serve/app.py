@@ -6,7 +6,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute
 
 from train.console.errors import UserError
 from train.console.output import say
+from train.serve.connections import Connections
 from train.serve.requests import Serving
 from train.serve.routes.access import BODY, WAITING, Access, Gate
 from train.serve.routes.errors import HANDLERS
@@ -118,6 +119,7 @@ def serve(app: Starlette, host: str, port: int, stop: Callable[[], None]) -> Non
     with _listening(host, port) as listener:
         config = uvicorn.Config(
             app,
+            http=cast(Any, Connections()),
             log_level="warning",
             access_log=False,
             server_header=False,
