@@ -40,7 +40,7 @@ from train.serve.routes.tinker.api import Tinker
 
 _log = logging.getLogger(__name__)
 _LEDGER = "ledger.sqlite"
-_SWEPT = 60.0  # seconds
+_SWEPT, _LOOKED = 60.0, 5.0  # seconds
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -78,6 +78,7 @@ def run(options: ServeOptions) -> None:
         tinker = Tinker(engine, folder, owner_of, tenants=options.tenants_per_key)
         engine.start()
         held.callback(_every(_SWEPT, tinker.turns.sweep))
+        held.callback(_every(_LOOKED, tinker.sweep_samples))
         tinker.start()
         app = make_app(
             engine,

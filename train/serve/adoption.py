@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.serve.requests import Done, Piece, Sample, Serving
+from train.serve.requests import Done, Drawn, Piece, Sample, Serving
 
 
 class Adoption:
@@ -43,7 +43,7 @@ class Adoption:
         folder: Path | str | None,
         done: Done,
         seen: Callable[[Piece], None] | None = None,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Queues a sample as soon as its adapter is ready.
 
         Args:
@@ -51,15 +51,30 @@ class Adoption:
           folder: where its adapter lies.
           done: gets the result, or what went wrong.
           seen: gets each token.
+
+        Returns:
+          A function that ends it early; see `Serving.sample`.
         """
+        lock, ended, ends = threading.Lock(), threading.Event(), list[Callable[[], None]]()
 
         def draw(error: Any) -> None:
             if isinstance(error, Exception):
                 done(error)
-            else:
-                self._engine.sample(request, done, seen)
+                return
+            with lock:
+                if not ended.is_set():
+                    ends.append(self._engine.sample(request, done, seen))
+                    return
+            done(Drawn([]))
+
+        def end() -> None:
+            with lock:
+                ended.set()
+            for each in ends:
+                each()
 
         self.ready(request.adapter, folder, draw)
+        return end
 
     def _adopted(self, name: str, result: Any) -> None:
         with self._lock:

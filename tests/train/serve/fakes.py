@@ -97,6 +97,7 @@ class FakeEngine:
     Attributes:
       executed: (tenant, command) in the order of execution.
       drawn: the samples, in theirs.
+      ended: the samples that were ended early.
       clients: whose each tenant is.
     """
 
@@ -104,7 +105,7 @@ class FakeEngine:
         self.facts = facts
         self.tenants, self.snapshots = {}, {}
         self.executed, self.drawn = [], []
-        self.clients = {}
+        self.clients, self.ended = {}, []
         self._jobs = queue.SimpleQueue()
         self._free = threading.Event()
         if not held:
@@ -146,7 +147,12 @@ class FakeEngine:
     def sample(self, request, done, seen=None):
         cancelled = threading.Event()
         self._jobs.put(lambda: self._finish(lambda: self._draw(request, seen, cancelled), done))
-        return cancelled.set
+
+        def end():
+            self.ended.append(request)
+            cancelled.set()
+
+        return end
 
     def adopt(self, name, folder, done):
         self._jobs.put(lambda: self._finish(lambda: self._adopt(name, folder), done))

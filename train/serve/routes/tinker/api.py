@@ -22,6 +22,7 @@ from train.serve.routes.tinker.runs import Runs
 from train.serve.turns import Turns, link
 
 API = "/api/v1"
+_BEATS = 40.0  # seconds without a heartbeat, of which clients send one every 10
 # What clients are told to do; what is not named keeps the SDK's default.
 _CONFIG = {
     "create_model_via_load_weights": True,
@@ -89,6 +90,15 @@ class Tinker:
         """Notes what is done, and closes the ledger."""
         self.turns.close()
         self.ledger.close()
+
+    def end_session(self, session: str) -> None:
+        """Ends a session: its models, snapshots and samples."""
+        self.turns.end_session(session)
+        self.futures.end_session(session)
+
+    def sweep_samples(self) -> None:
+        """Ends the samples of clients that are gone; call it every few seconds."""
+        self.futures.sweep(self.ledger.idle_sessions(_BEATS))
 
     def routes(self) -> list[Route]:
         """Returns the routes below /api/v1."""
@@ -165,7 +175,7 @@ class Tinker:
 
     def _finish(self, request: Request, owner: str, body: bytes) -> Response:
         row = self.owned.session(request.path_params["session"], owner)
-        self.turns.end_session(row["id"])
+        self.end_session(row["id"])
         return say({})
 
     # Training
@@ -330,14 +340,19 @@ class Tinker:
         name = None if folder is None else self.turns.name(folder)
         wanted, encoded = commands.sample_of(fields, self.engine.facts, name)
         wanted = dataclasses.replace(wanted, client=client)
-        if self.futures.open(request_id, owner, encoded):
-            self.adoption.sample(wanted, folder, partial(self.futures.resolve, request_id))
+        work = partial(self.adoption.sample, wanted, folder)
+        self.futures.start(request_id, owner, work, encoded, client.session)
         sequences = [f"{request_id}:{index}" for index in range(wanted.n)]
         return say({"request_id": request_id, "sample_sequence_ids": sequences})
 
     async def _retrieve(self, request: Request, owner: str, body: bytes) -> Response:
         fields = Fields.parsed(body)
-        return await self.futures.poll(fields.get("request_id", str), owner)
+
+        async def closed() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        return await self.futures.poll(fields.get("request_id", str), owner, closed)
 
 
 def _anyone(request: Request) -> str:

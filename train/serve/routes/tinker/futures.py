@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 import json
+import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -20,20 +22,52 @@ from train.serve.turns import Busy
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
 
+async def _first(event: Awaitable[Any], closed: Awaitable[Any] | None, seconds: float) -> bool:
+    """Waits for an event, or for the end of a connection; returns whether that came first."""
+    tasks = [asyncio.ensure_future(each) for each in (event, closed) if each is not None]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done) and tasks[0] not in done
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 @dataclasses.dataclass
 class _Promise:
-    """A result that is kept in memory alone; `write` makes protobuf of it, else it is JSON."""
+    """A result that is kept in memory alone.
+
+    Attributes:
+      owner: who may fetch it.
+      write: makes protobuf of it; None where it is JSON.
+      session: the session that it ends with; None for none.
+      result: None before it is there.
+      end: ends the work for it.
+      until: when it is given up, unless somebody asks for it; by `time.monotonic`.
+      polls: requests for it that are held open.
+    """
 
     owner: str
     write: Callable[[Any], bytes] | None
+    session: str | None
+    until: float
     result: Any = None
+    end: Callable[[], None] | None = None
+    polls: int = 0
 
 
 class Futures:
     """Finds results by the ids of requests: of commands in the ledger, of samples in memory."""
 
     def __init__(
-        self, ledger: Ledger, *, hold: float = 25.0, keep: float = 300.0, most: int = 4096
+        self,
+        ledger: Ledger,
+        *,
+        hold: float = 25.0,
+        keep: float = 300.0,
+        most: int = 4096,
+        patience: float = 60.0,
+        gone: float = 10.0,
     ):
         """Starts with nothing.
 
@@ -42,7 +76,10 @@ class Futures:
           hold: seconds for which a client waits for a result before it asks again.
           keep: seconds for which the result of a sample may be fetched.
           most: samples of an owner without a result.
+          patience: seconds after which a sample ends that nobody asks for.
+          gone: the same, once the connection of who asked was closed.
         """
+        self._patience, self._gone = patience, gone
         self._ledger, self._hold, self._keep, self._most = ledger, hold, keep, most
         self._promises: dict[str, _Promise] = {}
         self._kept: deque[tuple[float, str]] = deque()
@@ -51,35 +88,101 @@ class Futures:
         self._waiters: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
         self._lock = threading.Lock()
 
-    def open(self, request: str, owner: str, write: Callable[[Any], bytes] | None = None) -> bool:
-        """Promises a result, such as that of a sample.
+    def open(self, request: str, owner: str) -> bool:
+        """Promises a result in JSON; returns whether it is new, or was promised before."""
+        return self._promise(request, _Promise(owner, None, None, math.inf))
+
+    def start(
+        self,
+        request: str,
+        owner: str,
+        work: Callable[[Callable[[Any], None]], Callable[[], None]],
+        write: Callable[[Any], bytes],
+        session: str | None = None,
+    ) -> None:
+        """Promises the result of a sample, and starts it, unless it was promised before.
 
         Args:
           request: its id.
           owner: who may fetch it.
-          write: makes the body of the result, in protobuf; None for one in JSON.
-
-        Returns:
-          Whether it is new; else it was promised before.
+          work: starts; is called with a function that takes the result, and returns one that ends
+            the work early.
+          write: makes the body of the result, in protobuf.
+          session: the session that it ends with.
 
         Raises:
           Busy: The owner has too many without a result.
         """
+        promise = _Promise(owner, write, session, time.monotonic() + self._patience)
+        if not self._promise(request, promise):
+            return
+        end = work(partial(self._resolve, request, promise))
+        with self._lock:
+            promise.end = end
+            is_wanted = self._promises.get(request) is promise
+        if not is_wanted:
+            end()
+
+    def _promise(self, request: str, promise: _Promise) -> bool:
         with self._lock:
             while self._kept and self._kept[0][0] < time.monotonic() - self._keep:
                 del self._promises[self._kept.popleft()[1]]
             if request in self._promises:
                 return False
-            if self._pending[owner] >= self._most:
+            if self._pending[promise.owner] >= self._most:
                 raise Busy(f"{self._most} of your samples wait for a result: wait for some")
-            self._promises[request] = _Promise(owner, write)
-            self._pending[owner] += 1
+            self._promises[request] = promise
+            self._pending[promise.owner] += 1
             return True
 
+    def end_session(self, session: str) -> None:
+        """Ends the samples of a session; requests for their results are told that there are none.
+
+        A client that lives asks for such a sample anew.
+        """
+        self._drop(lambda promise: promise.session == session)
+
+    def sweep(self, silent: Container[str] = ()) -> None:
+        """Ends the samples that nobody will fetch; call it every few seconds.
+
+        Args:
+          silent: sessions whose heartbeats are missing.
+        """
+        now = time.monotonic()
+
+        def is_left(promise: _Promise) -> bool:
+            until = promise.until
+            if promise.session in silent:
+                until -= self._patience - self._gone
+            return not promise.polls and until < now
+
+        self._drop(is_left)
+
+    def _drop(self, is_over: Callable[[_Promise], bool]) -> None:
+        """Ends and forgets the samples without a result of which something holds."""
+        with self._lock:
+            over = {
+                request: promise
+                for request, promise in self._promises.items()
+                if promise.result is None and is_over(promise)
+            }
+            for request, promise in over.items():
+                del self._promises[request]
+                self._pending[promise.owner] -= 1
+        for request, promise in over.items():
+            if promise.end is not None:
+                promise.end()
+            self.wake(request)
+
     def resolve(self, request: str, result: Any) -> None:
+        """Keeps a result that was promised by `open`."""
+        self._resolve(request, self._promises[request], result)
+
+    def _resolve(self, request: str, promise: _Promise, result: Any) -> None:
         """Keeps the result of a sample, or what went wrong; may be called by any thread."""
         with self._lock:
-            promise = self._promises[request]
+            if self._promises.get(request) is not promise:
+                return  # it was given up
             promise.result = result
             self._kept.append((time.monotonic(), request))
             self._pending[promise.owner] -= 1
@@ -103,19 +206,25 @@ class Futures:
             except RuntimeError:  # the loop is closed, and its client gone
                 pass
 
-    async def poll(self, request: str, owner: str) -> Response:
+    async def poll(
+        self, request: str, owner: str, closed: Callable[[], Awaitable[Any]] | None = None
+    ) -> Response:
         """Returns the answer to a request, or, after `hold` seconds, that there is none yet.
+
+        Args:
+          request: its id.
+          owner: who asks.
+          closed: returns once the connection of who asks is closed.
 
         Raises:
           Refused: There is no such request, or its answer is no longer kept.
         """
-        with self._waiting(request) as event:
+        with self._waiting(request) as event, self._polled(request, owner) as promise:
             found = await asyncio.to_thread(self._find, request, owner)
             if found is None:
-                try:
-                    await asyncio.wait_for(event.wait(), self._hold)
-                except TimeoutError:
-                    pass
+                is_closed = await _first(event.wait(), closed and closed(), self._hold)
+                if promise is not None and is_closed:
+                    promise.until = time.monotonic() + self._gone
                 found = await asyncio.to_thread(self._find, request, owner)
         if found is None:
             again = {"type": "try_again", "request_id": request, "queue_state": "active"}
@@ -135,6 +244,24 @@ class Futures:
                 self._waiters[request].discard(me)
                 if not self._waiters[request]:
                     del self._waiters[request]
+
+    @contextmanager
+    def _polled(self, request: str, owner: str) -> Iterator[_Promise | None]:
+        """Keeps a sample of an owner from being given up."""
+        with self._lock:
+            promise = self._promises.get(request)
+            if promise is not None and promise.owner != owner:
+                promise = None
+            if promise is not None:
+                promise.polls += 1
+                promise.until = math.inf
+        try:
+            yield promise
+        finally:
+            with self._lock:
+                if promise is not None:
+                    promise.polls -= 1
+                    promise.until = min(promise.until, time.monotonic() + self._patience)
 
     def _find(self, request: str, owner: str) -> tuple[bytes, bool] | None:
         """Returns a body, and whether it is protobuf; None if it is not there yet."""
