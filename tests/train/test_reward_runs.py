@@ -8,7 +8,9 @@ import threading
 
 import pytest
 
-from tests.support import assert_identical
+from lora_jax import models
+from lora_jax.training.setup import Setup
+from tests.support import assert_close, assert_identical
 from tests.train import test_rollouts
 from tests.train.scripts import fails
 from tests.train.test_rollouts import adapter_of, line_of, lines_of, run, told
@@ -150,3 +152,38 @@ def test_a_signal_drops_completions_that_are_rewarded(
     assert [{k: v for k, v in line.items() if k not in timed} for line in whole] == [
         {k: v for k, v in line.items() if k not in timed} for line in parts
     ]
+
+
+def test_a_batch_is_as_wide_as_its_own_prompts_need(folder, tmp_path, monkeypatch, capsys):
+    """And gives what it gives at the width of the longest prompt; each width is compiled once."""
+    rows = [{"prompt": "a" * (300 if i == 5 else 1 + i)} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    args = ["--steps", 5, "--dataset", tmp_path / "rows.jsonl", "--seq-len", 512, "--grad-accum", 2]
+    args += ["--batch-size", 16, "--eps", 1e-4]  # an epsilon hides the last bits
+    drawn, compiled = [], []
+
+    def sampled(model, params, ids, *rest, **options):
+        drawn.append(ids.shape[1])
+        return models.sample(model, params, ids, *rest, **options)
+
+    def compile(setup, forward, loss, state, base, batch):
+        compiled.append(batch["ids"].shape[2])
+        return compile_step(setup, forward, loss, state, base, batch)
+
+    compile_step = Setup.compile
+    monkeypatch.setattr("train.live.rollouts.sample", sampled)
+    monkeypatch.setattr(Setup, "compile", compile)
+    lines = run(folder, tmp_path / "run", *args)
+    assert compiled == [336, 56], "the widest first, and each once"
+    assert {*drawn} == {40, 320} and drawn.count(320) == 1
+    assert "as its longest prompt needs: 2 widths, 56, 336 tokens" in told(capsys)
+    monkeypatch.setattr("train.live.prompts.few_lengths", lambda rows, *_, **__: (int(max(rows)),))
+    drawn.clear()
+    whole = run(folder, tmp_path / "whole", *args)
+    assert {*drawn} == {320} and compiled[2:] == [336]
+    samples = [lines_of(tmp_path / name, "samples.jsonl") for name in ("run", "whole")]
+    assert [{**one, "time": 0} for one in samples[0]] == [{**one, "time": 0} for one in samples[1]]
+    for name in ("loss", "grad_norm", "reward", "entropy"):
+        got, want = ([x[name] for x in each] for each in (lines, whole))
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+    assert_close(*(adapter_of(folder, tmp_path / name) for name in ("run", "whole")), 1e-5)

@@ -12,12 +12,16 @@ import numpy as np
 
 from lora_jax.training.batches import Arrays, HostBatch, round_up
 from lora_jax.training.data.order import Order, listed
+from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, name_of
 from train.reporters.contract import Sample
 from train.rewards.find import Rewards
 from train.run.pretrained import Outline
 
 _OF_PROMPT = ("prompt", "messages")
+_MOST_WIDTHS = 4  # sampler, scorer and step are compiled for each
+_WORTH = 1.1  # as many tokens as with the most widths are well spent on fewer
+_LOOKED_AT = (100, 1000)  # steps, at least and at most, by whose batches they are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,11 @@ class Prompts:
     @property
     def longest(self) -> int:
         """Returns the number of tokens that all prompts fit into."""
-        return int(round_up(np.array(max(map(len, self.tokens))), 2**31))
+        return _rounded(max(map(len, self.tokens)))
+
+    def longest_of(self, rows: np.ndarray) -> int:
+        """Returns the number of tokens of the longest prompt of these rows."""
+        return max(len(self.tokens[row]) for row in rows.ravel().tolist())
 
     def asked(self, row: int) -> Any:
         """Returns a row's prompt: a text or turns."""
@@ -51,6 +59,52 @@ class Prompts:
         """Returns a row's prompt in words: a text, or the last turn."""
         asked = self.asked(row)
         return asked if isinstance(asked, str) else str(asked[-1]["content"])
+
+
+class Widths(NamedTuple):
+    """Holds the few widths that batches of prompts have, ascending.
+
+    Attributes:
+      prompts: tokens that the prompts of a batch are padded to, to draw completions.
+      rows: tokens that these are padded to together with their completions.
+    """
+
+    prompts: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Prompts, order: Order, new: int, parts: int = 1) -> "Widths":
+        """Returns those with little padding, given which prompts share a batch.
+
+        One long prompt thus costs the batches that it is in, and no others.
+
+        Args:
+          prompts: the prompts.
+          order: says which ones share a batch.
+          new: the maximum number of tokens of a completion.
+          parts: a width divides into so many parts, but for the widest.
+        """
+        sizes = np.array([_rounded(len(ids)) for ids in prompts.tokens])
+        n_steps = int(np.clip(order.steps(1), *_LOOKED_AT))
+        found = [sizes[order.rows(step)].max(axis=1) for step in range(n_steps)]
+        widest = np.concatenate([*found, [sizes.max()]])
+        rows = np.array([_rounded(size + new) for size in widest.tolist()])
+        suits = (rows % parts == 0) | (rows == rows.max())
+        rows = np.where(suits, rows, rows.max())
+        lengths = few_lengths(rows, _MOST_WIDTHS, least=1, worth=_WORTH)
+        return cls(tuple(int(widest[rows == length].max()) for length in lengths), lengths)
+
+    def prompt(self, n: int) -> int:
+        """Returns the width for prompts of up to n tokens."""
+        return self.prompts[int(np.searchsorted(self.prompts, n))]
+
+    def row(self, n: int) -> int:
+        """Returns the width for rows of up to n tokens."""
+        return self.rows[int(np.searchsorted(self.rows, n))]
+
+
+def _rounded(n: int) -> int:
+    return int(round_up(np.array(n), 2**31))
 
 
 class Drawn(NamedTuple):
@@ -90,6 +144,7 @@ class PromptFeed:
       lost: why nothing can be learned from it; None where something can.
       steps: the number of steps of the run.
       done: the steps so far.
+      sequence_parts: the parts that the mesh splits a row into.
     """
 
     config: Any
@@ -104,13 +159,19 @@ class PromptFeed:
     lost: str | None = None
     steps: int = 0
     done: int = 0
+    sequence_parts: int = 1
 
     def __post_init__(self) -> None:
         optim, group = self.config.optim, self.config.data.group
         n, parts = len(self.prompts.tokens), optim.grad_accum
         self.order = Order(optim.seed, n, optim.batch_size // group, parts)
-        self.length = self.prompts.longest + self.config.data.max_new_tokens
-        self.length = int(round_up(np.array(self.length), 2**31))
+        new = self.config.data.max_new_tokens
+        self.widths = Widths.of(self.prompts, self.order, new, self.sequence_parts)
+
+    @property
+    def length(self) -> int:
+        """Returns the tokens of a row of the widest batch."""
+        return self.widths.rows[-1]
 
     @property
     def batch_size(self) -> int:
@@ -123,7 +184,7 @@ class PromptFeed:
         return len(self.prompts.tokens)
 
     def first(self) -> HostBatch:
-        """Returns a batch of zeros, of the shape that all have."""
+        """Returns a batch of zeros, of the largest shape."""
         return self.batch(0)
 
     def batch(self, number: int, length: int | None = None) -> HostBatch:
@@ -131,7 +192,7 @@ class PromptFeed:
 
         Args:
           number: the number of its step, which does not matter.
-          length: the tokens of a row; by default those of all batches of the run.
+          length: the tokens of a row; by default those of the widest batch.
         """
         of = (self.config.optim.grad_accum, self.batch_size)
         new = self.config.data.max_new_tokens
@@ -157,7 +218,11 @@ class PromptFeed:
         return self.order.rows(number // self.config.optim.updates).ravel()
 
     def of_completions(
-        self, rows: np.ndarray, drawn: Drawn, prompts: Prompts | None = None, length: int = 0
+        self,
+        rows: np.ndarray,
+        drawn: Drawn,
+        prompts: Prompts | None = None,
+        widths: Widths | None = None,
     ) -> HostBatch:
         """Returns prompts and completions as rows of one sequence each.
 
@@ -165,10 +230,12 @@ class PromptFeed:
           rows: [n], the prompts.
           drawn: their completions.
           prompts: what stands before the completions; by default what was asked.
-          length: the tokens of a row; by default those of all batches of the run.
+          widths: the widths of batches of these; by default those of what was asked.
         """
         data, prompts = self.config.data, prompts or self.prompts
-        batch = self.batch(0, length or self.length)
+        asked_tokens = np.array([len(prompts.tokens[row]) for row in rows.tolist()])
+        longest = int((asked_tokens[:, None] + drawn.lengths).max())
+        batch = self.batch(0, (widths or self.widths).row(longest))
         flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
         tokens = drawn.tokens.reshape(-1, data.max_new_tokens)
         lengths, ended = drawn.lengths.ravel().tolist(), drawn.ended.ravel()

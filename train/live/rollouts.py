@@ -131,7 +131,7 @@ class Rollouts(abc.ABC):
         key = jax.random.fold_in(jax.random.fold_in(key, number), attempt)
         parts = []
         for first in range(0, len(rows), at_once):
-            some = np.resize(rows[first : first + at_once], at_once)  # all parts have one shape
+            some = np.resize(rows[first : first + at_once], at_once)  # all parts have as many rows
             parts.append(self._sampled(params, some, key, first * group))
         found = [np.concatenate(arrays)[: len(rows) * group] for arrays in zip(*parts, strict=True)]
         tokens, logps, lengths, ended = (np.array(one) for one in found)
@@ -148,7 +148,8 @@ class Rollouts(abc.ABC):
         """Returns the tokens, log-probabilities, lengths and ends of a part's completions."""
         data, layout, ends = self.config.data, self.of.layout, end_tokens(self.of.outline)
         prompts = [self.feed.prompts.tokens[row] for row in rows.tolist()]
-        ids, mask = left_padded(prompts, self.feed.prompts.longest, ends[0] if ends else 0)
+        width = self.feed.widths.prompt(self.feed.prompts.longest_of(rows))
+        ids, mask = left_padded(prompts, width, ends[0] if ends else 0)
         asked = layout.batch({"ids": ids, "mask": mask}, parts=False)
         numbers = jnp.arange(first, first + len(rows) * data.group)
         with jax.set_mesh(layout.mesh):

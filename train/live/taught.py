@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.types import Tree
-from lora_jax.training.batches import HostBatch, round_up
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row
 from lora_jax.training.layout import Layout
@@ -14,7 +14,7 @@ from lora_jax.training.ready import Ready
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
-from train.live.prompts import Drawn, PromptFeed, Prompts
+from train.live.prompts import Drawn, PromptFeed, Prompts, Widths
 from train.live.rollouts import Rollouts
 from train.options.scripts.distill import BASE
 from train.reporters.contract import Sample
@@ -86,7 +86,9 @@ class Taught(Rollouts):
         data, optim = of.config.data, of.config.optim
         outline = teacher_outline(of.config, of.outline)
         self._prompts = teacher_prompts(of.config, feed.prompts, outline)
-        self._length = int(round_up(np.array(self._prompts.longest + data.max_new_tokens), 2**31))
+        self._widths = Widths.of(
+            self._prompts, feed.order, data.max_new_tokens, feed.sequence_parts
+        )
         self._layout, model, params = of.layout, of.model, of.plain
         if data.teacher_model is None and (of.config.adapter.full or of.takes_from_base):
             raise UserError(
@@ -114,7 +116,7 @@ class Taught(Rollouts):
         """Returns an advantage for each token, and log-probabilities."""
         batch = self.feed.of_completions(rows, drawn)
         old, entropy = self.scores(params, batch)
-        shown = self.feed.of_completions(rows, drawn, self._prompts, self._length)
+        shown = self.feed.of_completions(rows, drawn, self._prompts, self._widths)
         theirs, _ = self.scores(self._params, shown, self._teacher)
         counted = batch["weights"] > 0
         gain = np.where(counted, theirs - old, 0.0).astype(np.float32)

@@ -22,6 +22,7 @@ from train.live import rewarded
 from train.live.prompts import PromptFeed, Prompts
 from train.options.defaults import Defaults
 from train.options.scripts.grpo import Config
+from train.processes.mesh import all_devices, parse_mesh
 from train.reporters.files import read_json
 from train.rewards.asking import ask, columns_of, mean_known
 from train.rewards.find import Rewards, find_rewards
@@ -97,11 +98,24 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         workers=data.reward_workers,
     )
     check_columns(config, rewards, held_out)
-    feed = PromptFeed(config, train, outline, scored=rewarded.scored(config), rewards=rewards)
+    feed = PromptFeed(
+        config,
+        train,
+        outline,
+        scored=rewarded.scored(config),
+        rewards=rewards,
+        sequence_parts=sequence_parts(config),
+    )
     lines = [f"completions are rewarded by {', '.join(rewards.names)}"]
     if held_out is not None:
         lines.append(f"{len(held_out.rows)} prompts are held out")
     return data_of(feed, lines)
+
+
+def sequence_parts(config: Any) -> int:
+    """Returns a number of parts that the mesh of --mesh can split a row into."""
+    parts = parse_mesh(config.run.mesh).get("sequence", 1)
+    return parts if parts > 0 else len(all_devices())
 
 
 def check_columns(config: Config, rewards: Rewards, held_out: Prompts | None) -> None:
@@ -155,6 +169,11 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         for at, ids in enumerate(feed.prompts.tokens, start=1)
     ]
     n = feed.order.rows_a_step
+    widths = (
+        f"a batch is as wide as its longest prompt needs: {len(feed.widths.rows)} widths, "
+        f"{', '.join(map(str, feed.widths.rows))} tokens; sampler and step are compiled for each "
+        "when it comes"
+    )
 
     def of_steps(steps: int) -> PromptFeed:
         feed.steps = steps or feed.steps
@@ -166,8 +185,12 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         name=lambda row: f"row {row + 1}",
         row=lambda _, number: f"prompt {number}",
         source=data.dataset,
-        facts={"sequence_length": feed.length, "lengths": (feed.length,)},
-        lines=(f"{len(shown):,} prompts; a step has {data.group} completions of {n} each", *lines),
+        facts={"sequence_length": feed.length, "lengths": feed.widths.rows},
+        lines=(
+            f"{len(shown):,} prompts; a step has {data.group} completions of {n} each",
+            *([widths] if len(feed.widths.rows) > 1 else []),
+            *lines,
+        ),
         feed=of_steps,
         steps=lambda epochs: feed.order.steps(epochs) * optim.updates,
         close=feed.close,

@@ -26,7 +26,14 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns the prompts, and the batches that a teacher's judgement of completions makes."""
     train, _ = prompts.read_prompts(config, rows, outline)
     taught.teacher_prompts(config, train, taught.teacher_outline(config, outline))
-    feed = PromptFeed(config, train, outline, scored=("old", "advantages"), judged=())
+    feed = PromptFeed(
+        config,
+        train,
+        outline,
+        scored=("old", "advantages"),
+        judged=(),
+        sequence_parts=prompts.sequence_parts(config),
+    )
     data = config.data
     longer = "" if data.teacher_prompt is None else ", with a longer prompt"
     who = data.teacher_model or data.model

@@ -48,7 +48,13 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-def few_lengths(lengths: np.ndarray, most: int = MOST_LENGTHS) -> tuple[int, ...]:
+def few_lengths(
+    lengths: np.ndarray,
+    most: int = MOST_LENGTHS,
+    *,
+    least: int = _ROWS_A_LENGTH,
+    worth: float = _WORTH,
+) -> tuple[int, ...]:
     """Returns at most `most` lengths that rows are padded to, so that little is padding.
 
     Dynamic programming over the distinct lengths finds those with the least padding. There are
@@ -57,6 +63,8 @@ def few_lengths(lengths: np.ndarray, most: int = MOST_LENGTHS) -> tuple[int, ...
     Args:
       lengths: [n], of the rows, rounded up to lengths that suit devices.
       most: the number of lengths.
+      least: the number of rows that a length has, at least.
+      worth: how many times as many tokens as with `most` lengths fewer may need.
 
     Returns:
       The lengths, ascending; the last is that of the longest row.
@@ -68,7 +76,7 @@ def few_lengths(lengths: np.ndarray, most: int = MOST_LENGTHS) -> tuple[int, ...
         sizes = sizes[last]
     below = np.concatenate([[0], np.cumsum(counts)])  # rows of the first i sizes
     rows = below[None, 1:] - below[:-1, None]  # [from, to]
-    cost = np.where(rows >= min(_ROWS_A_LENGTH, below[-1]), rows * sizes, np.inf)
+    cost = np.where(rows >= min(least, below[-1]), rows * sizes, np.inf)
     best = cost[0]  # tokens of the rows up to each size, padded to one length
     totals, cuts = [best[-1]], []
     for _ in range(most - 1):
@@ -76,7 +84,7 @@ def few_lengths(lengths: np.ndarray, most: int = MOST_LENGTHS) -> tuple[int, ...
         cuts.append(split.argmin(axis=0))
         best = split.min(axis=0)
         totals.append(best[-1])
-    n = next(i for i, total in enumerate(totals) if total <= _WORTH * min(totals))
+    n = next(i for i, total in enumerate(totals) if total <= worth * min(totals))
     found, to = [], len(sizes) - 1
     for cut in reversed(cuts[:n]):
         found.append(to)
