@@ -102,7 +102,7 @@ def test_a_template_that_refuses_a_row_is_named_with_it():
         ({"question": 1, "sql": 2}, "row 7 has `question`, `sql`; a row needs `messages`"),
         ({}, "row 7 has nothing; a row needs"),
         ({"prompt": "a"}, "row 7 has `prompt`; a row needs"),
-        ({"prompt": "a", "completion": None}, "row 7 has `prompt`, `completion`; a row needs"),
+        ({"prompt": "a", "completion": None}, "row 7: `completion` is null: fill it in, or leave"),
         ({"prompt": "a", "completion": ""}, "row 7: `completion` is ''"),
         ({"prompt": 3, "completion": "b"}, "row 7: `prompt` is 3"),
         ({"messages": []}, r"row 7: `messages` is \[\]"),

@@ -104,6 +104,17 @@ ONE = {"prompt": "a", "completion": "b", "label": True}
         ({**BOTH, "chosen": [USER]}, "after the prompt, `chosen` has the turns user; they need to"),
         ({**BOTH, "chosen": [GOOD, USER]}, "`chosen` has the turns assistant, user; they"),
         ({"chosen": "yes", "rejected": "no"}, "row 2 has no `prompt`, and `chosen` and `rejected`"),
+        ({**BOTH, "chosen": None}, "row 2: `chosen` is null: fill it in, or leave the row out"),
+        ({**BOTH, "rejected": None}, "row 2: `rejected` is null: fill it in"),
+        ({**BOTH, "system": 3}, "row 2: `system` is 3; a text is needed, the prompt's first turn"),
+        (
+            {**BOTH, "prompt": [{"role": "system", "content": "s"}, USER], "system": "t"},
+            "row 2 has a `system`, and its prompt begins with a turn of the system",
+        ),
+        (
+            {"question": "a", "chosen": "so b", "rejected": "so c"},
+            r"row 2 has no `prompt`, and its `question` would not be read: .*--fields prompt=quest",
+        ),
         ({"chosen": "\n\nyes", "rejected": "\n\nno"}, "row 2 has no `prompt`, and `chosen` and"),
         ({"chosen": [USER, GOOD], "rejected": [BAD]}, "row 2 has no `prompt`, and `chosen` and"),
         ({"chosen": "I do", "rejected": "I don't"}, "row 2 has `chosen`, `rejected`; a row needs"),
@@ -121,6 +132,8 @@ def test_a_row_that_is_no_pair_is_named_with_what_it_has(row, message):
         ({"prompt": "a", "label": True}, "row 2 has `prompt`, `label`; a row needs `prompt`, `com"),
         ({**ONE, "label": 1}, "row 2: `label` is 1; true or false is needed"),
         ({**ONE, "completion": ""}, "row 2: `completion` is empty"),
+        ({**ONE, "completion": None}, "row 2: `completion` is null: fill it in"),
+        ({**ONE, "label": None, "chosen": None}, "row 2: `chosen` is null: fill it in"),
     ],
 )
 def test_a_row_without_a_label_is_named(row, message):
@@ -141,6 +154,16 @@ def test_a_row_without_a_label_is_named(row, message):
             FORGETFUL,
             "row 1: .* renders a turn of the assistant otherwise once others follow",
         ),
+        (
+            {**BOTH, "system": "s"},
+            None,
+            "`system` is a turn of a chat template, and not of a model",
+        ),
+        (
+            {"chosen": "a b", "rejected": "a c", "system": "s"},
+            CHATML,
+            "`system` is a turn of a chat template, and not of texts without a `prompt`",
+        ),
         (BOTH, "{{ raise_exception('no') }}", "row 1: the model's chat template refuses it: no"),
         ({**BOTH, "chosen": "\ud83d"}, CHATML, "row 1 has .*one half of a surrogate pair"),
     ],
@@ -148,6 +171,25 @@ def test_a_row_without_a_label_is_named(row, message):
 def test_what_the_template_does_not_take_is_refused(row, template, message):
     with pytest.raises(TrainingError, match=message):
         tokenize_pairs([row], tokenizer(template), "data")
+
+
+def test_a_system_text_is_the_first_turn():
+    """As axolotl reads Intel/orca_dpo_pairs; an empty one is none."""
+    system = {"role": "system", "content": "Be brief."}
+    turns = {"prompt": [system, USER], "chosen": [GOOD], "rejected": [BAD]}
+    row = {"system": "Be brief.", "prompt": USER["content"], "chosen": [GOOD], "rejected": [BAD]}
+    repeating = row | {"chosen": [USER, GOOD]}
+    whole = row | {"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    for one, other in (
+        (row, turns),
+        (repeating, turns),
+        (whole, turns),
+        (row | {"system": ""}, turns | {"prompt": [USER]}),
+        (row | {"system": None}, turns | {"prompt": [USER]}),
+    ):
+        got, want = (tokenize_pairs([x], tokenizer(), "data") for x in (one, other))
+        np.testing.assert_array_equal(got.ids, want.ids)
+        np.testing.assert_array_equal(got.counts, want.counts)
 
 
 def test_fields_that_the_template_leaves_out_are_told_of():

@@ -7,8 +7,9 @@ import numpy as np
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import check_lengths
-from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
+from lora_jax.training.data.pairs import READ, check_pairs, tokenize_pairs
 from lora_jax.training.data.preferences import Preferences, pack_pairs
+from lora_jax.training.data.rows import Row
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, pair_loss, unpaired_loss
@@ -43,7 +44,7 @@ def read_rows(config: Config) -> Rows:
         subset=data.subset,
         fields=data.fields,
         kept_in=data.token_cache,
-        check=functools.partial(check_pairs, labelled=KTO in config.optim.loss),
+        check=functools.partial(_checked, labelled=KTO in config.optim.loss),
     )
     train = look(data.dataset, split=data.split, rows=data.rows)
     measured = []
@@ -52,6 +53,14 @@ def read_rows(config: Config) -> Rows:
     for dataset in (train, *measured):
         dataset.check()
     return Rows([train], measured)
+
+
+def _checked(rows: list[Row], source: str, *, labelled: bool) -> None:
+    """Checks rows, and says which of their fields are not read."""
+    check_pairs(rows, source, labelled=labelled)
+    names = dict.fromkeys(name for row in rows for name in row)
+    if unread := [name for name in names if name not in READ]:
+        tell(hosts.console(), f"{source}: fields that are not read: {', '.join(unread)}")
 
 
 def outline(config: Config, rows: Rows) -> Outline:

@@ -30,6 +30,7 @@ from lora_jax.training.data.rows import (
     Row,
     Said,
     as_turns,
+    check_nulls,
     check_rows,
     check_text,
     field_names,
@@ -45,7 +46,9 @@ Turns = list[dict[str, Any]]
 
 _PAIR, _LABELLED = ("chosen", "rejected"), ("prompt", "completion", "label")
 FORMS = (("prompt", *_PAIR), _PAIR, _LABELLED)
+_QUESTIONS = ("question", "instruction", "query", "input", "problem")  # names of prompts elsewhere
 _OF_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
+READ = frozenset({"system", *_OF_TEMPLATE}.union(*FORMS))  # the fields that are read
 _NEEDED = (
     "a row needs `prompt`, `chosen` and `rejected` (each a text, or a list of turns with `role` "
     "and `content`), or a `chosen` and a `rejected` that begin with the same prompt"
@@ -70,10 +73,14 @@ def _is_pair(row: Row) -> bool:
 
 
 def answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Turns]]:
-    """Returns the prompt of a row, whose `text` is set in plain texts, and its completions."""
+    """Returns the prompt of a row, whose `text` is set in plain texts, and its completions.
+
+    A `system` of the row is the prompt's first turn.
+    """
     fields = _PAIR if _is_pair(row) else ("completion",)
     if fields != _PAIR:
         if not labelled or any(row.get(field) is None for field in _LABELLED):
+            check_nulls(row, _PAIR + _LABELLED * labelled, name)
             raise TrainingError(f"{name} has {field_names(row)}; {_needed(labelled)}")
         if not isinstance(row["label"], bool):
             raise TrainingError(
@@ -84,7 +91,7 @@ def answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Tu
         raise TrainingError(f"{name}: `chosen` and `rejected` are the same: leave the row out")
     asked, text = row.get("prompt"), None
     if asked is None:
-        n = _common_beginning(answers[0], answers[1], name)
+        n = _common_beginning(row, answers[0], answers[1], name)
         asked, answers = answers[0][:n], [answer[n:] for answer in answers]
         text = asked if isinstance(asked, str) else None
     prompt = question({"prompt": asked, **{one: row.get(one) for one in _OF_TEMPLATE}}, name)
@@ -102,10 +109,41 @@ def answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Tu
         if not any(turn.get("content") or turn.get("tool_calls") for turn in learned):
             raise TrainingError(f"{name}: the assistant says nothing in `{field}`")
         completions.append(turns)
-    return prompt._replace(text=text), completions
+    messages = _system(row, prompt, name) + prompt.messages
+    return prompt._replace(messages=messages, text=text), completions
 
 
-def _common_beginning(chosen: Said, rejected: Said, name: str) -> int:
+def _system(row: Row, prompt: Conversation, name: str) -> Turns:
+    """Returns the turn of a row's `system`; none where it is empty."""
+    system = row.get("system")
+    if system is None or system == "":
+        return []
+    if not isinstance(system, str):
+        raise TrainingError(
+            f"{name}: `system` is {shown(system)}; a text is needed, the prompt's first turn: "
+            "rename what is something else"
+        )
+    if prompt.messages[0]["role"] == "system":
+        raise TrainingError(
+            f"{name} has a `system`, and its prompt begins with a turn of the system: leave one out"
+        )
+    return [{"role": "system", "content": system}]
+
+
+def _check_read(row: Row, begun: Said, name: str) -> None:
+    """Raises TrainingError if a row without `prompt` has one by another name, unread."""
+    turns = as_turns(begun, "user")
+    known = "\n".join(str(turn.get("content")) for turn in turns)
+    for field in _QUESTIONS:
+        value = row.get(field)
+        if isinstance(value, str) and value.strip() and value.strip() not in known:
+            raise TrainingError(
+                f"{name} has no `prompt`, and its `{field}` would not be read: rename it (in a "
+                f"script, --fields prompt={field}), or take it out"
+            )
+
+
+def _common_beginning(row: Row, chosen: Said, rejected: Said, name: str) -> int:
     """Returns how many turns or characters two completions have in common, as TRL counts them.
 
     One is left to each completion, and so is the space before a completion.
@@ -117,6 +155,7 @@ def _common_beginning(chosen: Said, rejected: Said, name: str) -> int:
     elif chosen[n - 1 : n] == " ":
         n -= 1
     begun = chosen[:n]
+    _check_read(row, begun, name)
     if not (begun.strip() if isinstance(begun, str) else begun):
         raise TrainingError(
             f"{name} has no `prompt`, and `chosen` and `rejected` begin differently; {_NEEDED}"
@@ -133,6 +172,12 @@ def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled:
     left_out: dict[str, templates.LeftOut] = {}
     for completion in completions:
         chat = prompt._replace(messages=prompt.messages + completion)
+        if is_plain and row.get("system"):
+            why = "texts without a `prompt`" if prompt.text is not None else "a model that has none"
+            raise TrainingError(
+                f"{name}: `system` is a turn of a chat template, and not of {why}: write it into "
+                "the texts, and take it out"
+            )
         if is_plain:
             asked, answer = (part.text for part in plain(chat, name, "last"))
             counted = CountedText(asked + answer, [(0, len(asked + answer))], special=True)

@@ -170,8 +170,9 @@ def pairs(
 
     Args:
       rows: dicts with `prompt`, `chosen` and `rejected`, each a text or turns with `role` and
-        `content`, and perhaps `tools` and `chat_template_kwargs`. A text is a turn of the user or
-        the assistant, if the model has a chat template. Without `prompt`, it is what `chosen` and
+        `content`, and perhaps `system` (a text, the first turn), `tools` and
+        `chat_template_kwargs`. A text is a turn of the user or the assistant, if the model has a
+        chat template. Without `prompt`, it is what `chosen` and
         `rejected` begin with alike; such texts are taken as they are, without a template.
       tokenizer: the model's; its chat template renders the turns. Without one, texts are prompt,
         completion and the token of a text's end.

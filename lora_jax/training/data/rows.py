@@ -91,6 +91,9 @@ def conversation(row: Row, name: str) -> Conversation:
     """
     form = next((f for f in FORMS if all(row.get(field) is not None for field in f)), None)
     if form is None:
+        for fields in FORMS:
+            if row.keys() >= {*fields}:
+                check_nulls(row, fields, name)
         raise TrainingError(f"{name} has {field_names(row)}; {NEEDED}")
     if form == ("text",):
         if row.get(IMAGES):
@@ -114,6 +117,13 @@ def conversation(row: Row, name: str) -> Conversation:
         both = (_listed(row[field], field, name) for field in form)
         messages = _turns([turn for turns in both for turn in turns], "prompt", name)
     return _of_turns(messages, row, name)
+
+
+def check_nulls(row: Row, fields: Sequence[str], name: str) -> None:
+    """Raises TrainingError if one of these fields is there and null."""
+    for field in fields:
+        if field in row and row[field] is None:
+            raise TrainingError(f"{name}: `{field}` is null: fill it in, or leave the row out")
 
 
 def check_rows(

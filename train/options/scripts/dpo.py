@@ -46,8 +46,8 @@ class DpoDataConfig(TokensConfig):
     """"sql" (the default task: a right query, and one that is a mistake away), a file (JSONL, JSON,
     CSV, TSV, also gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a
     dataset on the hub. Each row has `prompt`, `chosen` and `rejected`, as texts or as turns, and
-    perhaps `tools`; without `prompt`, it is what the two have in common. For --loss kto also
-    `prompt`, `completion` and `label`."""
+    perhaps `system`, a text, and `tools`; without `prompt`, it is what the two have in common. For
+    --loss kto also `prompt`, `completion` and `label`."""
     reference: str | None = option(None, field.HIDDEN)
     """The model to compare with: base, the folder of an adapter over the same base, or none. By
     default the adapter of --init-adapter, or else base; none for losses without a reference. A
