@@ -20,6 +20,7 @@ from lora_jax.models import (
     hf_tensors,
     key_table,
     load_tokenizer,
+    save_pretrained,
 )
 from tests.hf.trees import decoder
 from tests.hf.vocabularies import sentencepiece
@@ -255,7 +256,7 @@ def factors_of(fields: dict[str, Any], head_dim: int) -> np.ndarray:
 
 @pytest.mark.parametrize("rope", [LLAMA31, tiny.LLAMA3_ROPE], ids=["as Llama 3.1", "others"])
 def test_factors_of_rope_scale_as_config_json_does(rope: dict[str, Any], tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"vocab_size": 64, "head_dim": 16}
+    fields: dict[str, Any] = {"head_dim": 16}
     _, params = tiny_decoder(**fields)
     model = Decoder(DecoderConfig.from_hf({**CONFIG, **fields, "rope_parameters": rope}))
     factors = factors_of(rope, 16)
@@ -266,7 +267,7 @@ def test_factors_of_rope_scale_as_config_json_does(rope: dict[str, Any], tmp_pat
     assert scaling.kind == ("llama3" if rope is LLAMA31 else "longrope")
     if rope is LLAMA31:
         assert scaling == model.config.rope_scaling
-    ids = np.arange(48, dtype=np.int32)[None] % 64
+    ids = np.arange(48, dtype=np.int32)[None]
     want = np.asarray(tiny.run(model, params, ids))
     np.testing.assert_allclose(tiny.run(again, loaded, ids), want, atol=3e-4)  # of up to 7
     plain = Decoder(dataclasses.replace(again.config, rope_scaling=None))
@@ -274,6 +275,36 @@ def test_factors_of_rope_scale_as_config_json_does(rope: dict[str, Any], tmp_pat
     # What config.json says of the scaling reads back as the same frequencies.
     kept = DecoderConfig.from_hf(again.config.to_hf())
     assert kept.rope_scaling == scaling
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("rope", [LLAMA31, tiny.LLAMA3_ROPE], ids=["as Llama 3.1", "others"])
+def test_what_is_saved_scales_in_transformers(rope: dict[str, Any], tmp_path: Path) -> None:
+    """A model of a GGUF file, written as safetensors, beside the original with its config.json."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    fields: dict[str, Any] = {"head_dim": 16}
+    _, params = tiny_decoder(**fields)
+    model = Decoder(DecoderConfig.from_hf({**CONFIG, **fields, "rope_parameters": rope}))
+    save_pretrained(tmp_path / "original", model, params)
+    write(tmp_path / "model.gguf", model.config, params, factors=factors_of(rope, 16))
+    again, loaded = from_pretrained(tmp_path / "model.gguf")
+    save_pretrained(tmp_path / "saved", again, loaded)
+    ids = np.arange(200, dtype=np.int32)[None]
+
+    def theirs(name: str) -> np.ndarray:
+        torch_model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            logits: np.ndarray = torch_model.eval()(torch.tensor(ids)).logits.numpy()
+        return logits
+
+    want = theirs("original")
+    tolerance = 1e-4 * np.abs(want).max()
+    np.testing.assert_allclose(theirs("saved"), want, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(tiny.run(again, loaded, ids), want, atol=tolerance, rtol=0)
 
 
 def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:

