@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,11 @@ from typing import Any
 from lora_jax.hf.fields import ConfigError, read_eos, read_file
 
 FILE = "generation_config.json"
-_LEAST = {"temperature": 0.0, "top_p": 0.0, "top_k": 0}
+_SAMPLING: dict[str, Callable[[float], bool]] = {
+    "temperature": lambda x: 0 <= x < math.inf,
+    "top_p": lambda x: 0 < x <= 1,
+    "top_k": lambda x: x >= 1 and x == int(x),
+}
 # Further fields that change what is drawn, with the values that change nothing, besides null.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p"), (1,)),
@@ -32,7 +36,7 @@ class Generation:
       text: the file's text, which `lora_jax.models.save_pretrained` writes again.
 
     Raises:
-      ConfigError: a field that is read has a value of the wrong kind.
+      ConfigError: eos_token_id is no token id, and no list of such.
 
     >>> from lora_jax.hf.generation import Generation
     >>> found = Generation('{"eos_token_id": [2, 5], "do_sample": true, "temperature": 0.6}')
@@ -45,10 +49,6 @@ class Generation:
     def __post_init__(self) -> None:
         if any(isinstance(one, bool) or not isinstance(one, int) for one in self.eos_token_ids):
             raise ConfigError(f"eos_token_id={self.fields['eos_token_id']!r}: token ids are needed")
-        for name, value in self.sampling.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or value < _LEAST[name]:
-                raise ConfigError(f"{name}={value!r}: a number from {_LEAST[name]:g} on is needed")
 
     @cached_property
     def fields(self) -> Mapping[str, Any]:
@@ -66,14 +66,23 @@ class Generation:
         """The temperature, top_p and top_k that are given; temperature 0 for greedy decoding.
 
         A file with ``"do_sample": false`` asks for that, whatever its temperature. Without the
-        field, a temperature counts. A top_k of 0 keeps all tokens, and is left out.
+        field, a temperature counts. A top_k of 0 or -1 keeps all tokens, and is left out.
         """
         if self.fields.get("do_sample") is False:
             return {"temperature": 0.0}
-        given = {name: self.fields.get(name) for name in _LEAST}
+        given = {name: self.fields.get(name) for name in _SAMPLING}
         if self.fields.get("do_sample") and given["temperature"] is None:
             given["temperature"] = 1.0
-        return {n: x for n, x in given.items() if x is not None and not (n == "top_k" and x == 0)}
+        if given["top_k"] in (0, -1):
+            given["top_k"] = None
+        return {name: value for name, value in given.items() if value is not None}
+
+    def check_sampling(self) -> None:
+        """Raises a ConfigError for a value of `sampling` that nothing can be sampled with."""
+        for name, value in self.sampling.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number and _SAMPLING[name](value)):
+                raise ConfigError(f"{name}={value!r} is nothing to sample with: correct the file")
 
     @property
     def others(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.made import Made
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
+from train.options.command import read_line
 from train.options.field import given_options
 from train.options.paths import check_local
 from train.processes import hosts
@@ -134,12 +135,15 @@ def run(asked: Asked, session: Session, command: str) -> None:
         raise UserError(f"{flag(given[0])}: the finding {name} makes it itself: leave it out")
     if "--help" in rest or "-h" in rest:
         compare.parse([finding.script, "--help"])  # exits
+    options = ["--config", str(catalog.options_of(name)), *rest]
+    plain = compare.SCRIPTS[finding.script].compared
+    read_line(plain, options, f"python -m {_PROG} {name}")  # before anything is made
     made = _made(asked, session)
     if not (asked.output / CONFIG).exists():  # interrupted before the comparison began
         rest = tuple(word for word in rest if word != "--resume")
     named = [word for option, value in made.options.items() for word in (flag(option), str(value))]
-    line = [finding.script, "--config", str(catalog.options_of(name)), *named]
-    script, config, names = compare.parse([*line, *rest, "--output", str(asked.output)])
+    line = [finding.script, *options[:2], *named, *rest, "--output", str(asked.output)]
+    script, config, names = compare.parse(line)
     found = compare.compare(script, config, names, session, command, _PROG)
     show(asked, found, made.notes)
 

@@ -41,6 +41,8 @@ def with_generation_config(outline: Outline, given: str | None) -> tuple[Outline
     if generation is None or not sampling:
         what = "the model has none" if generation is None else "it says nothing of sampling"
         raise UserError(f"{option}: {what}: leave it out, or name another {FILE}")
+    with as_user_errors(ConfigError, prefix=f"{option}: {FILE}: "):
+        generation.check_sampling()
     others = f"; not applied: {_said(generation.others)}" if generation.others else ""
     say(f"sampling as {FILE} says: {_said(sampling)}{others}")
     return outline, sampling

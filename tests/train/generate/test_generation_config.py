@@ -139,10 +139,13 @@ def test_what_cannot_be_applied_is_refused(main, base, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     made = copied(base[0], tmp_path / "made", {"eos_token_id": 7})
     option = ["--generation-config", "auto"]
+    strange = copied(base[0], tmp_path / "strange", {"temperature": 0.5, "top_p": 1.5})
+    assert end_tokens(read_outline(str(strange))) == (258,)  # as before, if nobody asks for it
     for folder, args, message in (
         (base[0], option, "auto: the model has none: leave it out"),
         (made, option, "auto: it says nothing of sampling"),
         (made, [option[0], tmp_path / "no"], f"no: {tmp_path}/no is missing"),
+        (base[0], [option[0], strange], "top_p=1.5 is nothing to sample with"),
     ):
         more = ["--prompt", PROMPT] if main is generate.main else []
         assert message in fails(capsys, main, "--model", folder, *args, *more)
@@ -159,6 +162,7 @@ def test_what_cannot_be_applied_is_refused(main, base, tmp_path, capsys, monkeyp
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}),
         ({"do_sample": True}, {"temperature": 1.0}),
         ({"temperature": 0.6, "top_k": 0}, {"temperature": 0.6}),
+        ({"temperature": 0.6, "top_k": -1}, {"temperature": 0.6}),
         (SAMPLING, {"temperature": 1.3, "top_k": 40, "top_p": 0.9}),
         ({"eos_token_id": 3, "top_p": None}, {}),
     ],

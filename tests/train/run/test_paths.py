@@ -90,6 +90,8 @@ def test_files_of_options_and_tables_are_refused_by_their_lines(tmp_path, capsys
     assert "mount-s3" in said
     for flag in ("--output", "--from"):
         assert f"{flag} {BUCKET} is no path" in fails(capsys, findings.main, "rates", flag, BUCKET)
+    said = fails(capsys, findings.main, "rates", "--test", BUCKET)
+    assert said.startswith(f"--test {BUCKET} is no path") and not Path("runs").exists()
     with pytest.raises(UserError, match=f"--sample-prompts {BUCKET}.txt is no path"):
         progress._read([f"{BUCKET}.txt"])
     assert not (tmp_path / "many").exists()

@@ -345,8 +345,12 @@ def test_owners_share_no_adapters(tmp_path):
             answer = client.get("/v1/models", headers={"X-API-Key": key}).json()
             return {one["id"] for one in answer["data"]}
 
-        for path in ("../beyond", str(tmp_path / "beyond"), "/", "~"):
+        for path in ("../beyond", str(tmp_path / "beyond"), "/", "~", "gs://bucket/a"):
             assert post("tml-one", "load_lora_adapter", lora_name="x", lora_path=path) == 400
+        asked = {"lora_name": "x", "lora_path": "gs://bucket/a"}
+        headers = {"X-API-Key": "tml-one"}
+        said = client.post("/v1/load_lora_adapter", json=asked, headers=headers).json()
+        assert "this is no path of this machine: mount the bucket" in said["error"]["message"]
         assert post("tml-one", "load_lora_adapter", lora_name="mine", lora_path="inside") == 200
         assert names("tml-one") == {"tiny/base", "inside", "mine", "anna-snapshot"}
         assert names("tml-two") == {"tiny/base", "inside"}

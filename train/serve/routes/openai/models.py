@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from lora_jax.folders import remote_problem
 from train.serve.requests import Serving
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import HttpError, json_response
@@ -170,6 +171,8 @@ class Models:
 
     def _inside(self, given: str) -> Path:
         """Returns the folder of an adapter; with keys, one beneath --adapters."""
+        if problem := remote_problem(given):
+            raise wrong("lora_path", given, f"this {problem}")
         path = ((self._folder or Path()) / Path(given).expanduser()).resolve()
         if self._keyed and not (self._folder and path.is_relative_to(self._folder.resolve())):
             raise wrong("lora_path", given, "a folder beneath --adapters of the server is needed")
