@@ -7,6 +7,7 @@ has no leaves and survives all transforms. Functions see the object at all of it
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -94,6 +95,8 @@ def flatten(
     Raises:
       ValueError: an object holds itself.
     """
+    if "flax.nnx" not in sys.modules:
+        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     met: dict[int, Any] = {}  # held, so that no identity is given twice
 
     def stops(value: Leaf) -> bool:
@@ -185,8 +188,15 @@ def _aliases(tree: Tree) -> list[tuple[KeyPath, Alias]]:
 
 def is_object(value: Leaf) -> bool:
     """Returns whether a value is an object of NNX: a module, a stream, a Variable."""
-    nnx = sys.modules.get("flax.nnx")  # without it there are none, and it is slow to import
-    return nnx is not None and isinstance(value, (nnx.Pytree, nnx.Variable))
+    # Without NNX there are none, and it is slow to import.
+    kind: Any = type(value)
+    return "flax.nnx" in sys.modules and _is_class(kind)
+
+
+@functools.cache
+def _is_class(kind: Any) -> bool:
+    nnx = sys.modules["flax.nnx"]
+    return issubclass(kind, (nnx.Pytree, nnx.Variable))
 
 
 def objects(tree: Tree, seen: dict[int, Any] | None = None) -> Iterator[tuple[KeyPath, Any]]:
