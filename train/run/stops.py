@@ -1,6 +1,7 @@
 """Texts that end an answer: where they stand among its tokens, and what is said before them."""
 
 import bisect
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,11 +59,12 @@ class StopTexts:
         return self.shown(self.decoded(ids)), self.length(ids)
 
 
-def _special(tokenizer: Any, stops: Sequence[str]) -> tuple[list[str], frozenset[int]]:
+@functools.lru_cache(maxsize=8)  # a tokenizer may have thousands, and each answer asks
+def _special(tokenizer: Any, stops: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[int]]:
     """Returns the special tokens that stop texts hold, and the ids of the others."""
     if not stops:
-        return [], frozenset()
+        return (), frozenset()
     special = {i: str(one) for i, one in tokenizer.added_tokens_decoder.items() if one.special}
     held = {text for text in special.values() if any(text in stop for stop in stops)}
     skipped = frozenset(i for i, text in special.items() if text not in held)
-    return sorted(held, key=len, reverse=True), skipped
+    return tuple(sorted(held, key=len, reverse=True)), skipped
