@@ -52,10 +52,8 @@ def load_params(
     Raises:
       WeightsError: for tensors that cannot be read or do not fit; one error lists all of them.
     """
-    table = source.format.table(source.config)
-    absent = absent_parts(source.shapes, table)
+    table, absent = _checked(source)
     held = [row for row in table if row.part not in absent]
-    check(source.shapes, held, source.where, source.format.ignored)
     _check_dtypes(source, held)
     _check_aliases(source, held)
     if absent:
@@ -159,10 +157,22 @@ def codings_of(
 
 
 def absent_rows(source: Source) -> list[Row]:
-    """Returns the parameters of optional parts, such as heads, that a source lacks entirely."""
+    """Returns the parameters of optional parts, such as heads, that a source lacks entirely.
+
+    Raises:
+      WeightsError: other tensors are missing, left over or misshaped; one error lists all of them.
+    """
+    table, absent = _checked(source)
+    return [row for row in table if row.part in absent]
+
+
+def _checked(source: Source) -> tuple[list[Row], list[str]]:
+    """Returns the key table that a source fits, and the optional parts that it lacks entirely."""
     table = source.format.table(source.config)
     absent = absent_parts(source.shapes, table)
-    return [row for row in table if row.part in absent]
+    held = [row for row in table if row.part not in absent]
+    check(source.shapes, held, source.where, source.format.ignored)
+    return table, absent
 
 
 def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax import models
@@ -86,6 +87,13 @@ def peft_adapter(folder):
     return [f"{folder} {said}", f"--init-adapter {folder} to train on"]
 
 
+def bare_and_untied(folder):
+    path = folder / WEIGHTS
+    save_file({name.removeprefix("model."): x for name, x in load_file(path).items()}, path)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": False}))
+    return ["1 missing, 0 unexpected", "the files have no head", "save the model with its head"]
+
+
 def several_ggufs(folder):
     for file in (WEIGHTS, "config.json"):
         (folder / file).unlink()
@@ -102,7 +110,7 @@ def pointer_to_a_gguf(folder):
 
 
 OF_WEIGHTS = [pointer, variant, variant_in_shards, shards_alone, another_name, pickle]
-OF_FOLDERS = [adapter, peft_adapter, several_ggufs, pointer_to_a_gguf]
+OF_FOLDERS = [bare_and_untied, adapter, peft_adapter, several_ggufs, pointer_to_a_gguf]
 
 
 @pytest.mark.parametrize("make", [*OF_WEIGHTS, *OF_FOLDERS, pointer_to_a_tokenizer])
@@ -121,6 +129,25 @@ def test_a_folder_says_what_it_is(make, folder, capsys):
     with pytest.raises((models.ConfigError, models.WeightsError)) as caught:
         load(folder)
     assert part in str(caught.value)
+
+
+def test_a_bare_model_is_used(folder, capsys):
+    """As transformers' AutoModel saves one: the names of its tensors lack "model."."""
+    path = folder / WEIGHTS
+    save_file({name.removeprefix("model."): x for name, x in load_file(path).items()}, path)
+    rows = write_rows(folder.parent / "rows.jsonl")
+    tree = begun(sft.main, "--model", folder, "--dataset", rows, "--output", folder.parent / "run")
+    table = lj.strip(tree)["model"]["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(table, decoder()[1]["model"]["embed_tokens"]["embedding"])
+
+
+def test_an_adapter_that_git_lfs_left_a_pointer_for(folder, capsys):
+    (own := folder.parent / "adapter").mkdir()
+    fields = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (own / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": ["q_proj"]}))
+    (own / "adapter_model.safetensors").write_text(POINTER)
+    said = fails(capsys, generate.main, "--adapter", own, "--prompt", "hello")
+    assert f"{own / 'adapter_model.safetensors'} is a git-lfs pointer" in said
 
 
 def test_a_model_of_the_hub_that_has_no_safetensors(folder):
