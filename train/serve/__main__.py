@@ -28,7 +28,7 @@ from train.processes.mesh import make_mesh
 from train.run.log import doing
 from train.run.pretrained import Outline, check_weights, end_tokens, read_model, read_outline
 from train.run.sampling import with_generation_config
-from train.serve.app import make_app, serve
+from train.serve.app import Site, make_app, make_starting_app
 from train.serve.engine.base import Base
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
@@ -36,6 +36,7 @@ from train.serve.options import ServeOptions, check, length_of, parse
 from train.serve.requests import RequestError
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.origins import Origins, read_origin
+from train.serve.routes.starting import Starting
 from train.serve.routes.tinker.api import Tinker
 
 _log = logging.getLogger(__name__)
@@ -73,14 +74,18 @@ def run(options: ServeOptions) -> None:
     layout = _layout(options, outline)
     with ExitStack() as held:
         folder = _output(options, held)
-        engine = _engine(options, outline, layout, length)
         access = Access(keys, Origins(map(read_origin, options.allow_origin)))
+        access.starting = Starting(outline.name)
+        site = Site(make_starting_app(access), options.host, options.port)
+        held.enter_context(site)
+        say(f"starts at {site.address}, where a page shows how far it is")
+        engine = _engine(options, outline, layout, length, access.starting.see)
         tinker = Tinker(engine, folder, owner_of, tenants=options.tenants_per_key)
         engine.start()
         held.callback(_every(_SWEPT, tinker.turns.sweep))
         held.callback(_every(_LOOKED, tinker.sweep_samples))
         tinker.start()
-        app = make_app(
+        site.app = make_app(
             engine,
             outline.tokenizer,
             tinker.routes(),
@@ -89,6 +94,7 @@ def run(options: ServeOptions) -> None:
             adapters=Path(options.adapters).expanduser() if options.adapters else None,
             resolve=lambda path, owner: _checkpoint(tinker, path, owner),
             owns=lambda owner, name: _owns(tinker, owner, name),
+            called=tinker.owned.called,
             template_of=_template_of,
         )
 
@@ -96,7 +102,8 @@ def run(options: ServeOptions) -> None:
             engine.close()
             tinker.close()
 
-        serve(app, options.host, options.port, stop)
+        access.starting = None
+        site.serve(access, stop)
 
 
 def _layout(options: ServeOptions, outline: Outline) -> Layout:
@@ -133,8 +140,14 @@ def _output(options: ServeOptions, held: ExitStack) -> Path:
     return folder
 
 
-def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int) -> Engine:
-    """Returns the engine, everything compiled."""
+def _engine(
+    options: ServeOptions,
+    outline: Outline,
+    layout: Layout,
+    length: int,
+    seen: Callable[[int, int], None],
+) -> Engine:
+    """Returns the engine, everything compiled; `seen` is told how far that is."""
     console = Console(stderr=True)
     with doing(console, f"reading the weights of {outline.name}"):
         model, params = read_model(
@@ -165,7 +178,7 @@ def _engine(options: ServeOptions, outline: Outline, layout: Layout, length: int
     room = {"slots": options.slots, "tenants": options.tenants}
     engine = Engine(base, sizes, layout, eos=eos, text_of=text_of, **room)
     with doing(console, "compiling what requests will need"):
-        engine.warm_up()
+        engine.warm_up(seen)
     free = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
     say(f"{outline.name}: {free:.2f} GB; rows of {', '.join(map(str, sizes.lengths))} tokens")
     return engine

@@ -4,16 +4,18 @@ import asyncio
 import contextlib
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
+from starlette.types import Receive, Scope, Send
 
 from train.console.errors import UserError
 from train.console.output import say
@@ -24,7 +26,7 @@ from train.serve.routes.errors import HANDLERS
 from train.serve.routes.openai.api import OpenAI
 from train.serve.routes.openai.models import Models, Owns, Resolve, TemplateOf
 from train.serve.routes.openai.text import Tokens
-from train.serve.routes.status import StatusRoutes
+from train.serve.routes.status import Called, StatusRoutes, page_route
 
 _CORS: dict[str, Any] = {
     "allow_methods": ["*"],
@@ -46,6 +48,7 @@ def make_app(
     adapters: Path | None = None,
     resolve: Resolve = lambda path, owner: None,
     owns: Owns = lambda owner, name: True,
+    called: Called = lambda tenant: None,
     template_of: TemplateOf = lambda folder: None,
     body: int = BODY,
     waiting: int = WAITING,
@@ -62,6 +65,7 @@ def make_app(
       adapters: the folder of --adapters.
       resolve: see `Models`.
       owns: tells whether an owner may see a tenant, or an adapter that the engine knows.
+      called: returns a name for people of a tenant, or None.
       template_of: see `Models`.
       body: bytes of a request's body at most.
       waiting: requests of an owner under way at most.
@@ -71,10 +75,19 @@ def make_app(
     models = Models(engine, access, folder=adapters, **how)
     routes = [
         *OpenAI(engine, Tokens(tokenizer), models, sampling).routes(),
-        *StatusRoutes(engine, access, owns).routes(),
+        *StatusRoutes(engine, access, owns, called).routes(),
         *tinker_routes,
     ]
-    gates = [Middleware(Gate, access, body=body, waiting=waiting)]
+    return _app(routes, access, body=body, waiting=waiting)
+
+
+def make_starting_app(access: Access) -> Starlette:
+    """Returns the application until the server is ready: its page, and 503 for all else."""
+    return _app([page_route()], access)
+
+
+def _app(routes: Sequence[BaseRoute], access: Access, **limits: int) -> Starlette:
+    gates = [Middleware(Gate, access, **limits)]
     if access.origins.allowed:  # browsers ask first whether they may send a request
         gates.insert(0, Middleware(CORSMiddleware, allow_origins=access.origins.allowed, **_CORS))
     app = Starlette(routes=routes, middleware=gates, exception_handlers=HANDLERS)
@@ -83,43 +96,39 @@ def make_app(
 
 
 class _Server(uvicorn.Server):
-    """Counts signals; uvicorn's own ends at the first, and has it kill the process at the end."""
-
-    signals = 0
+    """Leaves signals alone: the main thread counts them."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        def count(number: int, frame: Any) -> None:
-            self.signals += 1
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, count) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        yield
 
 
-def serve(app: Starlette, host: str, port: int, stop: Callable[[], None]) -> None:
-    """Serves until SIGTERM or SIGINT, in the main thread.
+class Site:
+    """A server in a thread, which listens from the beginning to the end of a `with` block.
 
-    Then new work is refused with 503, and requests under way have half a minute to end; a second
-    signal ends them at once. Long polls should end once `app.state.access.draining` is set.
-
-    Args:
-      app: the application, of `make_app`.
-      host: the address.
-      port: the port; 0 for a free one.
-      stop: ends the engine; is called in a thread, once no request is under way, or time is up.
-
-    Raises:
-      UserError: the address cannot be had.
+    Attributes:
+      app: the application; it may be replaced by another.
+      address: the address.
     """
-    with _listening(host, port) as listener:
+
+    def __init__(self, app: Starlette, host: str, port: int) -> None:
+        """Listens.
+
+        Args:
+          app: the application.
+          host: the address.
+          port: the port; 0 for a free one.
+
+        Raises:
+          UserError: the address cannot be had.
+        """
+        self.app, self._listener = app, _listening(host, port)
+        self.address = _address(self._listener)
         config = uvicorn.Config(
-            app,
+            self._answer,
             http=cast(Any, Connections()),
+            interface="asgi3",
+            lifespan="off",
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -127,7 +136,68 @@ def serve(app: Starlette, host: str, port: int, stop: Callable[[], None]) -> Non
             timeout_keep_alive=75,
             timeout_graceful_shutdown=1,
         )
-        asyncio.run(_served(_Server(config), app.state.access, listener, stop))
+        self._server = _Server(config)
+        self._thread = threading.Thread(target=self._work, name="server", daemon=True)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+    def _work(self) -> None:
+        with self._listener:
+            asyncio.run(self._server.serve([self._listener]))
+
+    def __enter__(self) -> "Site":
+        """Begins to answer."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def serve(self, access: Access, stop: Callable[[], None]) -> None:
+        """Serves until SIGTERM or SIGINT, in the main thread.
+
+        Then new work is refused with 503, and requests under way have half a minute to end; a
+        second signal ends them at once. Long polls should end once `access.draining` is set.
+
+        Args:
+          access: that of the application.
+          stop: ends the engine; it is called once no request is under way, or time is up.
+        """
+        with _signals() as signals:
+            say(f"serving at {self.address} (Ctrl-C ends it)")
+            while not signals and self._thread.is_alive():
+                time.sleep(_LOOK)
+            access.draining = True
+            say("ends: what runs is finished; a second Ctrl-C ends it at once")
+            seen, left = len(signals), _DRAIN
+            while access.running.total() and len(signals) == seen and left > 0:
+                time.sleep(_LOOK)
+                left -= _LOOK
+            stop()
+            self._server.should_exit = True
+            self._thread.join()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects signals that would end the process."""
+    seen: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, frame: seen.append(number)) for n in numbers}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(app: Starlette, host: str, port: int, stop: Callable[[], None]) -> None:
+    """Serves an application of `make_app`; see `Site`."""
+    with Site(app, host, port) as site:
+        site.serve(app.state.access, stop)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -140,24 +210,6 @@ def _listening(host: str, port: int) -> socket.socket:
             f"--host {host} --port {port}: the server cannot listen there ({error.strerror}): "
             "another one may run: stop it, or give another --port"
         ) from error
-
-
-async def _served(
-    server: _Server, access: Access, listener: socket.socket, stop: Callable[[], None]
-) -> None:
-    running = asyncio.create_task(server.serve([listener]))
-    say(f"serving at {_address(listener)} (Ctrl-C ends it)")
-    while not server.signals and not running.done():
-        await asyncio.sleep(_LOOK)
-    access.draining = True
-    say("ends: what runs is finished; a second Ctrl-C ends it at once")
-    signals, left = server.signals, _DRAIN
-    while access.running.total() and server.signals == signals and left > 0:
-        await asyncio.sleep(_LOOK)
-        left -= _LOOK
-    await run_in_threadpool(stop)
-    server.should_exit = True
-    await running
 
 
 def _address(listener: socket.socket) -> str:

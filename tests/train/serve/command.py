@@ -53,7 +53,11 @@ def listens(port):
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
-def command(monkeypatch, folder, line, work, engine=None):
+def is_ready(port):
+    return listens(port) and ask(port)[0] != 503
+
+
+def command(monkeypatch, folder, line, work, engine=None, *, ready=True):
     """Runs the command until some work is done; returns what the work returned.
 
     Args:
@@ -61,18 +65,20 @@ def command(monkeypatch, folder, line, work, engine=None):
         folder: Where it runs.
         line: More options.
         work: Gets the port, in a thread.
-        engine: The engine.
+        engine: The engine; or a function that makes it, and is told how to show its progress.
+        ready: Whether the work begins once all routes answer, or as soon as the port is open.
     """
     monkeypatch.chdir(folder)
     (folder / "tiny").mkdir(exist_ok=True)
     write_model(folder / "tiny")
     engine, port, found = engine or Engine(), free_port(), []
-    monkeypatch.setattr(__main__, "_engine", lambda *_: engine)
+    made = engine if callable(engine) else lambda seen: engine
+    monkeypatch.setattr(__main__, "_engine", lambda *given: made(given[-1]))
     monkeypatch.setattr(__main__, "Tinker", functools.partial(Tinker, hold=0.2))
 
     def worked():
         try:
-            until(lambda: listens(port), "the server listens")
+            until(lambda: (is_ready if ready else listens)(port), "the server answers")
             found.append(work(port))
         finally:
             os.kill(os.getpid(), signal.SIGTERM)

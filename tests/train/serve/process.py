@@ -47,15 +47,17 @@ class Server:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, **how)
 
-    def listens(self):
+    def answers(self):
         """Returns whether it can be asked; it must not have ended."""
         assert self.process.poll() is None, self.log.read_text()
-        with socket.socket() as one:
-            return one.connect_ex(("127.0.0.1", self.port)) == 0
+        try:
+            return self.once("api/v1/healthz")
+        except OSError:  # it does not listen, or compiles
+            return False
 
     def ready(self):
         """Waits until it can be asked."""
-        until(self.listens, "the server listens", SECONDS)
+        until(self.answers, "the server is ready", SECONDS)
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)

@@ -274,7 +274,7 @@ def owns(owner, name):
 def test_the_status_shows_what_is_ones_own():
     engine = engine_of()
     engine.tenants = {"anna-1": tenant(), 'ben-"2"\n': tenant(steps=4)}
-    with client_of(engine, keys=KEYS, owns=owns) as client:
+    with client_of(engine, keys=KEYS, owns=owns, called={"anna-1": "mine"}.get) as client:
         assert client.get("/status.json").status_code == 401
         assert client.get("/metrics").status_code == 401
         assert client.get("/healthz").json() == {"status": "ok"}
@@ -284,6 +284,7 @@ def test_the_status_shows_what_is_ones_own():
         found = client.get("/status.json", headers=anna).json()
         assert [*found["tenants"]] == ["anna-1"]
         assert found["tenants"]["anna-1"] == {
+            "name": "mine",
             "rank": 6,
             "losses": [[0, 3.5], [1, None], [2, 1.25]],
             "steps": 2,

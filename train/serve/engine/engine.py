@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from train.serve.requests import (
     Client,
     Command,
     Create,
-    Datum,
     Done,
     Facts,
     Gradient,
@@ -123,20 +123,18 @@ class Engine:
             self._thread.join()
         self._files.shutdown()
 
-    def warm_up(self) -> None:
-        """Compiles what requests will need; before `start`."""
+    def warm_up(self, seen: Callable[[int, int], Any] = lambda done, steps: None) -> None:
+        """Compiles what requests will need; before `start`.
+
+        Args:
+          seen: is told how many steps are done, and how many there are.
+        """
         state = Training.begin(self._base.begin(AdapterSpec(rank=1), 0))
-        for length in self._sizes.lengths:
-            tokens = np.zeros(length, np.int32)
-            datum = Datum(tokens, {"target_tokens": tokens})
-            request = Gradient([datum], "cross_entropy")
-            (part,) = self._trainer.parts(request)
-            grads, *_ = self._trainer.gradient(state.adapter, None, request, part)
-            self._trainer.loss(state.adapter, request, part)
-        grads = self._trainer.add(grads, grads)
-        self._trainer.is_finite(grads)
-        self._trainer.update(state, grads, Update())
-        self._sampler.warm_up()
+        steps = self._trainer.steps + self._sampler.steps
+        seen(0, steps)
+        work = chain(self._trainer.warm_up(state), self._sampler.warm_up())
+        for done, _ in enumerate(work, start=1):
+            seen(done, steps)
 
     def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
         """Queues a command of a tenant."""
@@ -375,7 +373,8 @@ class Engine:
     def _step(self, tenant: Tenant, state: Training, how: Update) -> Updated:
         check_update(how)
         moved, norm = self._trainer.update(state, tenant.grads, how)
-        tenant.losses.append((moved.steps, tenant.loss))
+        if tenant.grads is not None:
+            tenant.losses.append((moved.steps, tenant.loss))
         tenant.become(moved)
         return Updated({"grad_norm:max": norm, "step:max": float(moved.steps)})
 

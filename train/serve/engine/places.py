@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -140,8 +140,14 @@ class Places:
     def _resize(self, order: Sequence[int], length: int) -> None:
         self._arrays = self._drawing.fit(self._arrays, np.array(order, np.int32), length)
 
-    def warm_up(self, tree: Any) -> None:
-        """Compiles all functions of sampling, for all shapes; nobody samples yet.
+    @property
+    def steps(self) -> int:
+        """The number of steps of `warm_up`."""
+        n = len(self._sizes.caches)
+        return 2 * n + 1 + 4 * n * len(self._sizes.widths)
+
+    def warm_up(self, tree: Any) -> Iterator[None]:
+        """Compiles all functions of sampling, for all shapes, step by step; nobody samples yet.
 
         Args:
           tree: the base with adapters in slots.
@@ -154,8 +160,11 @@ class Places:
             cache = drawing.prompt(length)
             logits, cache = drawing.extend(tree, slot, ids, one, cache)
             caches.append(cache)
+            yield
             drawing.cut(cache, one)
+            yield
         token = drawing.first(logits, jax.tree.map(lambda x: x[None], how), off).ids[0]
+        yield
         for width in sizes.widths:
             for length in sizes.caches:
                 rows = drawing.empty(width, length)
@@ -163,13 +172,17 @@ class Places:
                     if cache.positions.shape[1] <= drawing.whole(length):
                         mine = (np.int32(0), how)
                         rows = drawing.insert(rows, np.int32(0), cache, one, token, one, mine)
+                yield
                 rows, _ = drawing.decode(tree, rows, off)
+                yield
                 drawing.give(*drawing.take(rows, np.int32(0), 1), length)
+                yield
                 for wide in set(sizes.widths) - {width}:
                     drawing.fit(rows, np.zeros(wide, np.int32), length)
                 for end in (sizes.caches[0], sizes.caches[-1]):  # a step towards each
                     for other in sizes.caches_to(length, end)[:1]:
                         drawing.fit(rows, np.zeros(width, np.int32), other)
+                yield
         few, many = sizes.widths[0], sizes.widths[-1]
         if self._seconds(tree, many) > _SLOWER * self._seconds(tree, few):
             self.shared = few

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -365,7 +365,12 @@ class Sampler:
             if self._places.are_lost:
                 raise
 
-    def warm_up(self) -> None:
-        """Compiles all functions, for all shapes; nobody samples yet."""
-        self._places.warm_up(self._pool.tree)
+    @property
+    def steps(self) -> int:
+        """The number of steps of `warm_up`."""
+        return self._places.steps
+
+    def warm_up(self) -> Iterator[None]:
+        """Compiles all functions, for all shapes, step by step; nobody samples yet."""
+        yield from self._places.warm_up(self._pool.tree)
         self._pool.give(self._pool.take(self._base.none) or 0)

@@ -58,6 +58,32 @@ class Trainer:
         self._update = jitted(self._updated)
         self._finite = jitted(lambda factors: jnp.isfinite(optax.tree.norm(factors)))
 
+    @property
+    def steps(self) -> int:
+        """The number of steps of `warm_up`."""
+        return 2 * len(self._sizes.lengths) + 3
+
+    def warm_up(self, state: Training) -> Iterator[None]:
+        """Compiles all functions, for all shapes, step by step.
+
+        Args:
+          state: that of an adapter, which stays as it is.
+        """
+        for length in self._sizes.lengths:
+            tokens = np.zeros(length, np.int32)
+            request = Gradient([Datum(tokens, {"target_tokens": tokens})], "cross_entropy")
+            (part,) = self.parts(request)
+            grads, *_ = self.gradient(state.adapter, None, request, part)
+            yield
+            self.loss(state.adapter, request, part)
+            yield
+        grads = self.add(grads, grads)
+        yield
+        self.is_finite(grads)
+        yield
+        self.update(state, grads, Update())
+        yield
+
     def parts(self, request: Gradient) -> list[Part]:
         """Returns the batches of a request, data of like length together.
 

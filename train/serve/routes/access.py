@@ -14,12 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from train.console.errors import UserError, as_user_errors
 from train.serve.routes.errors import HttpError, json_response
 from train.serve.routes.origins import Origins
+from train.serve.routes.starting import Starting
 
 LOCAL = "local"  # the owner of all requests, without keys
 BODY = 64 << 20  # bytes of a body at most
 WAITING = 4096  # requests of an owner under way at most
 _READING = 300.0  # seconds that a body may take
-_OPEN = ("/", "/healthz", "/api/v1/healthz")  # need no key
+_PAGE = "/"
+_OPEN = (_PAGE, "/healthz", "/api/v1/healthz")  # need no key
 _SIGNED = "/api/v1/files/"  # addresses that say themselves who may have the file
 _DRAINED = "/api/v1/retrieve_future"  # is answered while the server ends: the work is old
 
@@ -31,6 +33,7 @@ class Access:
       keyed: whether there are keys.
       origins: web pages that may use the server without keys.
       draining: whether the server ends; new work is refused then.
+      starting: how far the server is, until it is ready; all but its page is refused then.
       running: requests under way, by owner.
     """
 
@@ -40,6 +43,7 @@ class Access:
         """Takes the owners by their keys, None for a server without; by default no origins."""
         self.keyed, self.draining = keys is not None, False
         self.origins = origins or Origins()
+        self.starting: Starting | None = None
         self.running: Counter[str] = Counter()
         self._owners = [(_digest(key), name) for key, name in (keys or {}).items()]
 
@@ -141,6 +145,8 @@ class Gate:
         headers = Headers(scope=scope)
         if not self._access.keyed and (refusal := self._access.origins.refusal(headers)):
             raise HttpError(403, refusal, code="origin_not_allowed")
+        if (starting := self._access.starting) is not None and path != _PAGE:
+            raise starting.refusal()
         if self._access.draining and new and path != _DRAINED:
             raise HttpError(503, "the server ends; ask again", headers={"Retry-After": "5"})
         owner = self._access.owner(HTTPConnection(scope))

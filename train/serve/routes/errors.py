@@ -21,6 +21,7 @@ class HttpError(Exception):
       param: the field that is wrong.
       code: code as OpenAI has it, such as "model_not_found".
       headers: headers of the answer.
+      more: fields of the answer beside `error`.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class HttpError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         """Takes what to tell the client."""
         super().__init__(message)
+        self.more = more or {}
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     @property
@@ -42,7 +45,7 @@ class HttpError(Exception):
         server = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _TYPES.get(self.status, server)
         said = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": said}
+        return {"error": said, **self.more}
 
 
 def json_response(

@@ -1,5 +1,6 @@
 """The state of a server: a page, its numbers as JSON, and Prometheus' metrics."""
 
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -13,6 +14,8 @@ from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import json_response
 from train.serve.routes.openai.models import Owns
 
+# A tenant's id: what people call it, or None.
+Called = Callable[[str], str | None]
 _PAGE = files("train.serve.routes").joinpath("status.html").read_text(encoding="utf-8")
 _COUNTERS = {
     "prompt_tokens": "Tokens of prompts that were read.",
@@ -33,26 +36,33 @@ _OF_TENANTS = {
 }
 
 
+def page_route() -> Route:
+    """Returns the route of the page."""
+    return Route("/", _page)
+
+
+async def _page(request: Request) -> Response:
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": f"{policy}; connect-src 'self'"})
+
+
 class StatusRoutes:
     """The routes; with keys, an owner sees only the tenants that are the owner's."""
 
-    def __init__(self, engine: Serving, access: Access, owns: Owns) -> None:
-        """Keeps what it asks."""
-        self._engine, self._access, self._owns = engine, access, owns
+    def __init__(
+        self, engine: Serving, access: Access, owns: Owns, called: Called = lambda tenant: None
+    ) -> None:
+        """Keeps what it asks; `called` returns a name for people of a tenant."""
+        self._engine, self._access, self._owns, self._called = engine, access, owns, called
 
     def routes(self) -> list[Route]:
         """Returns the routes."""
         return [
-            Route("/", self._page),
+            page_route(),
             Route("/status.json", self._json),
             Route("/metrics", self._metrics),
             Route("/healthz", self._healthz),
         ]
-
-    async def _page(self, request: Request) -> Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-        headers = {"Content-Security-Policy": f"{policy}; connect-src 'self'"}
-        return HTMLResponse(_PAGE, headers=headers)
 
     async def _healthz(self, request: Request) -> Response:
         return json_response({"status": "draining" if self._access.draining else "ok"})
@@ -67,8 +77,10 @@ class StatusRoutes:
 
     async def _json(self, request: Request) -> Response:
         numbers, tenants = await run_in_threadpool(self._seen, owner_of(request))
+        names = await run_in_threadpool(lambda: {name: self._called(name) for name in tenants})
         told = {
             name: {
+                "name": names[name],
                 "rank": one.spec.rank,
                 "losses": [[step, _number(loss)] for step, loss in one.losses],
                 "owner": one.client.owner,

@@ -47,7 +47,8 @@ STEP = Update(learning_rate=1e-2, eps=1e-8)
 @pytest.fixture(scope="module")
 def engine(base):
     made = made_engine(base)
-    made.warm_up()
+    made.seen = []
+    made.warm_up(lambda *progress: made.seen.append(progress))
     with running(made):
         yield made
 
@@ -56,6 +57,23 @@ def logps(engine, tenant, data):
     """The log-probabilities that a tenant's adapter gives to targets, as bytes."""
     request = Gradient(data, "cross_entropy", forward_only=True)
     return [x.tobytes() for x in tell(engine, tenant, request).logprobs]
+
+
+def test_the_progress_of_compiling_is_told(engine):
+    parts = len(engine.seen) - 1
+    assert parts > 10 and engine.seen == [(done, parts) for done in range(parts + 1)]
+
+
+def test_a_step_without_a_gradient_has_no_loss(engine):
+    tell(engine, "idle", Create(AdapterSpec(rank=2, seed=1)))
+    for gradient in (True, False, True, False):
+        if gradient:
+            tell(engine, "idle", Gradient(random_data(2), "cross_entropy"))
+        tell(engine, "idle", STEP)
+    status = engine.status().tenants["idle"]
+    tell(engine, "idle", Leave())
+    assert status.steps == 4 and [step for step, _ in status.losses] == [1, 3]
+    assert all(loss for _, loss in status.losses)
 
 
 def test_nothing_compiles_once_it_is_warm(engine, tmp_path):

@@ -159,7 +159,9 @@ class Tinker:
     def _create_session(self, request: Request, owner: str, body: bytes) -> Response:
         fields = Fields.parsed(body)
         session = str(uuid.uuid4())
-        self.ledger.open_session(session, owner, fields.metadata())
+        name = fields.get("display_name", str, None)
+        attached = {"display_name": name} if name else {}
+        self.ledger.open_session(session, owner, (fields.metadata() or {}) | attached)
         return say({"type": "create_session", "session_id": session})
 
     def _open_session(self, fields: Fields, owner: str) -> str:

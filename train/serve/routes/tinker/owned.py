@@ -7,6 +7,8 @@ from train.serve.ledger import Ledger, Row
 from train.serve.requests import RequestError
 from train.serve.routes.tinker.bodies import Refused
 
+_NAMES = ("display_name", "name", "run_name", "recipe_name")  # in what clients attach
+
 
 class Owned:
     """Finds rows of the ledger; those of others are not there."""
@@ -37,6 +39,17 @@ class Owned:
         if row is None or not (row["public"] or row["owner"] == owner):
             raise RequestError(f"there is no checkpoint {path[:300]}, or it is not yours")
         return row
+
+    def called(self, model: str) -> str | None:
+        """Returns the name that its client gave to a model, or to its session; None for none."""
+        row = self._ledger.model(model)
+        session = None if row is None else self._ledger.session(row["session"])
+        for one in filter(None, (row, session)):
+            given = json.loads(one["metadata"] or "null") or {}
+            for name in _NAMES:
+                if isinstance(given.get(name), str) and given[name].strip():
+                    return given[name][:200]
+        return None
 
 
 def spec_of(model: Row | None) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Starts of a server: its page, and the refusal of all else until it is ready."""
+
+import json
+import threading
+
+import pytest
+
+from tests.train.serve.command import Engine, ask, command, is_ready
+from tests.train.serve.waiting import until
+
+POSTS = ("/v1/chat/completions", "/api/v1/create_session", "/api/v1/client/config")
+GETS = ("/healthz", "/status.json", "/metrics", "/v1/models", "/api/v1/healthz", "/nothing")
+
+
+@pytest.mark.parametrize("line", ["", "--keys keys"])
+def test_the_page_is_there_at_once_and_all_else_is_to_be_asked_again(monkeypatch, tmp_path, line):
+    (tmp_path / "keys").write_text("anna tml-one\n")
+    reached, go_on, early = threading.Event(), threading.Event(), []
+
+    def made(seen):
+        go_on.wait()
+        go_on.clear()
+        seen(31, 90)
+        reached.set()
+        go_on.wait()
+        return Engine()
+
+    def work(port):
+        early.append(ask(port, path="/status.json"))
+        go_on.set()
+        reached.wait()
+        page = ask(port, path="/")
+        refused = [ask(port, path=path) for path in GETS]
+        refused += [ask(port, "POST", path, "{}") for path in POSTS]
+        rebound = ask(port, path="/", Host="example.org")
+        go_on.set()
+        until(lambda: is_ready(port), "the server is ready")
+        return page, refused, rebound, ask(port, path="/"), ask(port, path="/healthz")
+
+    page, refused, rebound, later, health = command(
+        monkeypatch, tmp_path, line, work, made, ready=False
+    )
+    assert page[0] == 200 and b"<progress" in page[2] and page[2] == later[2]
+    for status, headers, body in refused:
+        assert status == 503 and int(headers["retry-after"]) > 0
+        assert body["starting"] == {"model": "tiny", "compiled": 31, "parts": 90}
+        assert "31 of 90" in body["error"]["message"]
+    assert early[0][0] == 503 and early[0][2]["starting"]["parts"] == 0
+    assert (rebound[0], health[0]) == (200 if line else 403, 200)
+
+
+def test_names_owners_and_last_use_stand_beside_ids(monkeypatch, tmp_path):
+    (tmp_path / "keys").write_text("anna tml-one\n")
+    engine = Engine()
+
+    def work(port):
+        def post(path, **fields):
+            return ask(port, "POST", f"/api/v1/{path}", json.dumps(fields), X_API_Key="tml-one")[2]
+
+        def create(session, **fields):
+            place = {"session_id": session, "model_seq_id": 0, "base_model": "tiny/base"}
+            return post("create_model", **place, lora_config={"rank": 2}, **fields)["model_id"]
+
+        recipe = {"recipe_name": "sl_loop"}
+        sessions = [post("create_session"), post("create_session", display_name="Mine")]
+        sessions += [post("create_session", user_metadata=recipe)]
+        models = [create(one["session_id"]) for one in sessions]
+        until(lambda: len(engine.tenants) == 3, "they are made")
+        return models, ask(port, path="/status.json", X_API_Key="tml-one")[2]["tenants"]
+
+    models, told = command(monkeypatch, tmp_path, "--keys keys", work, engine)
+    assert [told[model]["name"] for model in models] == [None, "Mine", "sl_loop"]
