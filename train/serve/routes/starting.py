@@ -28,7 +28,7 @@ class Starting:
     def refusal(self) -> HttpError:
         """Returns the answer to requests that come too early."""
         far = f"{self.compiled} of {self.parts} parts are compiled"
-        said = far if self.parts else "weights are read"
+        said = far if self.parts else "the weights are being loaded"
         return HttpError(
             503,
             f"the server starts: {said}; ask again",
