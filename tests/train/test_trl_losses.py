@@ -40,7 +40,7 @@ PAIRS = [
     {"prompt": said(20), "chosen": said(24) + "a", "rejected": said(12) + "b"} for _ in "12345"
 ]
 TEXTS = tokenizer(None)
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -97,23 +97,30 @@ def test_losses_without_a_reference(folder, tmp_path, loss):
     assert min(np.abs(adapter[name] - begun[name]).max() for name in begun) > LR
 
 
-SMOOTHED = {"robust": 0.1, "exo_pair": 0.01, "aot": 0.2, "aot_unpaired": 0.2}
-WITH_REFERENCE = [name for name, loss in PREFERENCES.items() if loss.nll is None]
-MIXED = {"hinge": 0.5, "sft": 0.3}
+# Several losses a run, by weights that keep one from hiding another; smoothing is shared.
+WITH_REFERENCE = {
+    "plain": {"sigmoid": 1.0, "hinge": 2.0, "ipo": 0.1, "nca_pair": 0.5},
+    "other": {"bco_pair": 1.0, "sppo_hard": 0.05, "apo_zero": 2.0, "apo_down": 0.5},
+    "means": {"discopop": 1.0, "sigmoid_norm": 3.0, "sft": 0.3},
+    "smoothed": {"robust": 1.0, "exo_pair": 0.5, "aot": 2.0, "aot_unpaired": 3.0},
+}
 
 
 def test_losses_with_a_reference(folder, tmp_path):
-    """The first step of a table with a run for each, beside one trainer that computes all."""
+    """The first step of a table of runs, beside one trainer that computes all."""
     import peft
     from safetensors.torch import load_file
     from trl import DPOConfig, DPOTrainer
 
+    known = {name for name, loss in PREFERENCES.items() if loss.nll is None}
+    assert known == set().union(*WITH_REFERENCE.values()) - {"sft"}
     table = [
-        {"name": name, "loss": [name], "smoothing": SMOOTHED.get(name)} for name in WITH_REFERENCE
+        {"name": name, "loss": [*terms], "loss_weights": [*terms.values()]}
+        | ({"smoothing": 0.1} if name == "smoothed" else {})
+        for name, terms in WITH_REFERENCE.items()
     ]
-    table.append({"name": "mixed", "loss": [*MIXED], "loss_weights": [*MIXED.values()]})
     rows = tmp_path / "runs.json"
-    rows.write_text(json.dumps([{k: v for k, v in row.items() if v is not None} for row in table]))
+    rows.write_text(json.dumps(table))
     line = ["--model", folder / "model", "--dataset", write_jsonl(tmp_path / "a.jsonl", PAIRS)]
     line += ["--init-adapter", folder / "used", "--reference", folder / "before", "--beta", 0.3]
     line += ["--steps", 1, "--batch-size", BATCH, "--output", tmp_path / "runs", "--many", rows]
@@ -125,9 +132,8 @@ def test_losses_with_a_reference(folder, tmp_path):
     peft.set_peft_model_state_dict(trainer.model, used)  # its reference stays as it was
     (batch, *_) = trainer.get_train_dataloader()
     for row in table:
-        trainer.loss_types = row["loss"]
-        trainer.loss_weights = row.get("loss_weights", [1.0])
-        trainer.label_smoothing = row.get("smoothing") or 0.0
+        trainer.loss_types, trainer.loss_weights = row["loss"], row["loss_weights"]
+        trainer.label_smoothing = row.get("smoothing", 0.0)
         want = trainer._compute_loss(trainer.model, batch, return_outputs=False).item()
         (first,) = read_metrics(tmp_path / "runs" / row["name"])
         assert first["loss"] == pytest.approx(want, rel=2e-5), row["name"]
