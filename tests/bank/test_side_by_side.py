@@ -5,7 +5,7 @@ import pytest
 
 from lora_jax.bank.together.alike import alike
 from lora_jax.bank.together.side_by_side import Running, side_by_side
-from lora_jax.training.errors import Diverged, Interrupted
+from lora_jax.training.errors import Diverged, Dropped, Interrupted
 from lora_jax.training.loop import Stopped
 
 
@@ -77,6 +77,32 @@ def test_a_signal_stops_each_and_a_second_one_all():
 
     with pytest.raises(RuntimeError, match="out of memory"):
         side_by_side(broken, {"a": running("a", 1, heard)})
+
+
+def test_a_run_whose_batch_a_signal_drops_saves_and_stops():
+    saved = []
+
+    def turns():
+        for number in range(3):
+            try:
+                yield number
+            except Dropped:
+                saved.append(number)
+                raise Stopped("saved", 143) from None
+
+    def batch(number):
+        if number == 2:
+            raise Dropped
+        return {"x": np.zeros((1, 2), int)}
+
+    heard = []
+    runs = {
+        "dropped": Running(turns=turns(), batch=batch, tokens=lambda batch: 0),
+        "other": running("other", 4, heard),
+    }
+    endings = side_by_side(losses, runs)
+    assert saved == [2] and isinstance(endings["dropped"].error, Stopped)
+    assert endings["other"].result == "other is over"
 
 
 def test_padding():

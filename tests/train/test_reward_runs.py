@@ -109,14 +109,14 @@ def test_a_dry_run_asks_the_reward_and_names_the_column_that_is_missing(
     folder, tmp_path, rewards, capsys
 ):
     asked = ["--eval-dataset", folder / "rows.jsonl", "--dry-run"]
-    grpo.main(line_of(folder, tmp_path / "run", *asked))
+    both = ["--reward", f"{folder / 'rewards.py'}:early", *rewards("raises")[1:]]
+    grpo.main(line_of(folder, tmp_path / "run", *both, *asked))
     said = told(capsys)
     assert re.search(
-        r"the rewards of 'Hello! .*' after the first prompt, in .*: early: 0\.\d+", said
+        r"the rewards of 'Hello! .*' after the first prompt, in .*: early: 0\.\d+ raises: none w",
+        said,
     )
-    grpo.main(line_of(folder, tmp_path / "run", *rewards("raises"), *asked))
-    said = told(capsys)
-    assert "raises: none warning: raises: no reward for 8 of 8 completions (exception): Val" in said
+    assert "raises: no reward for 8 of 8 completions (exception): ValueError: no reward" in said
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b"}))
     args = [*rewards("answers"), "--dataset", tmp_path / "rows.jsonl", *asked]
     line = line_of(folder, tmp_path / "run", *args)
@@ -156,10 +156,10 @@ def test_a_signal_drops_completions_that_are_rewarded(
 
 def test_a_batch_is_as_wide_as_its_own_prompts_need(folder, tmp_path, monkeypatch, capsys):
     """And gives what it gives at the width of the longest prompt; each width is compiled once."""
-    rows = [{"prompt": "a" * (300 if i == 5 else 1 + i)} for i in range(16)]
+    rows = [{"prompt": "a" * (120 if i == 5 else 1 + i)} for i in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    args = ["--steps", 5, "--dataset", tmp_path / "rows.jsonl", "--seq-len", 512, "--grad-accum", 2]
-    args += ["--batch-size", 16, "--eps", 1e-4]  # an epsilon hides the last bits
+    args = ["--steps", 4, "--dataset", tmp_path / "rows.jsonl", "--seq-len", 256, "--grad-accum", 2]
+    args += ["--group", 4, "--batch-size", 8, "--eps", 1e-4]  # an epsilon hides the last bits
     drawn, compiled = [], []
 
     def sampled(model, params, ids, *rest, **options):
@@ -174,13 +174,13 @@ def test_a_batch_is_as_wide_as_its_own_prompts_need(folder, tmp_path, monkeypatc
     monkeypatch.setattr("train.live.rollouts.sample", sampled)
     monkeypatch.setattr(Setup, "compile", compile)
     lines = run(folder, tmp_path / "run", *args)
-    assert compiled == [336, 56], "the widest first, and each once"
-    assert {*drawn} == {40, 320} and drawn.count(320) == 1
-    assert "as its longest prompt needs: 2 widths, 56, 336 tokens" in told(capsys)
+    assert compiled == [160, 56], "the widest first, and each once"
+    assert {*drawn} == {40, 144} and drawn.count(144) == 1
+    assert "as its longest prompt needs: 2 widths, 56, 160 tokens" in told(capsys)
     monkeypatch.setattr("train.live.prompts.few_lengths", lambda rows, *_, **__: (int(max(rows)),))
     drawn.clear()
     whole = run(folder, tmp_path / "whole", *args)
-    assert {*drawn} == {320} and compiled[2:] == [336]
+    assert {*drawn} == {144} and compiled[2:] == [160]
     samples = [lines_of(tmp_path / name, "samples.jsonl") for name in ("run", "whole")]
     assert [{**one, "time": 0} for one in samples[0]] == [{**one, "time": 0} for one in samples[1]]
     for name in ("loss", "grad_norm", "reward", "entropy"):

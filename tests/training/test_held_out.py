@@ -12,7 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import subspace
 from lora_jax.training.batches import Examples
-from lora_jax.training.held_out import Formed, held_out_loss
+from lora_jax.training.held_out import Formed, held_out_loss, means
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.run.stop import Stop
@@ -31,6 +31,11 @@ class Rows(Examples):
 def squares(forward, params, batch, dropout_key):
     error = jnp.sum((forward(params, batch["x"]) - batch["y"]) ** 2)
     return Sums(error, jnp.float32(len(batch["x"])), {"rows": jnp.float32(len(batch["x"]))})
+
+
+def test_a_loss_of_which_nothing_counts_is_not_measured():
+    assert means(squares, Sums(0.0, 0.0, {"rows": 0.0})) == {}
+    assert means(squares, Sums(3.0, 2.0, {"rows": 2.0})) == {"loss": 1.5, "rows": 1.0}
 
 
 @pytest.mark.slow
