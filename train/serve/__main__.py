@@ -41,7 +41,7 @@ from train.serve.routes.tinker.api import Tinker
 
 _log = logging.getLogger(__name__)
 _LEDGER = "ledger.sqlite"
-_SWEPT, _LOOKED = 60.0, 5.0  # seconds
+_SWEPT, _LOOKED, _SILENT = 60.0, 5.0, 120.0  # seconds
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -80,11 +80,14 @@ def run(options: ServeOptions) -> None:
         held.enter_context(site)
         say(f"starts at {site.address}, where a page shows how far it is")
         engine = _engine(options, outline, layout, length, access.starting.see)
-        tinker = Tinker(engine, folder, owner_of, tenants=options.tenants_per_key)
+        room, own_room = options.tenants, options.tenants_per_key
+        tinker = Tinker(
+            *(engine, folder, owner_of), room=room, tenants=own_room, idle=options.session_idle
+        )
         engine.start()
-        held.callback(_every(_SWEPT, tinker.turns.sweep))
+        held.callback(_every(_SWEPT, lambda: tinker.sweep(_SILENT)))
         held.callback(_every(_LOOKED, tinker.sweep_samples))
-        tinker.start()
+        tinker.start(_SILENT)
         site.app = make_app(
             engine,
             outline.tokenizer,
@@ -95,6 +98,7 @@ def run(options: ServeOptions) -> None:
             resolve=lambda path, owner: _checkpoint(tinker, path, owner),
             owns=lambda owner, name: _owns(tinker, owner, name),
             called=tinker.owned.called,
+            tenants=tinker.turns.parking.status,
             template_of=_template_of,
         )
 

@@ -26,7 +26,7 @@ from train.serve.routes.errors import HANDLERS
 from train.serve.routes.openai.api import OpenAI
 from train.serve.routes.openai.models import Models, Owns, Resolve, TemplateOf
 from train.serve.routes.openai.text import Tokens
-from train.serve.routes.status import Called, StatusRoutes, page_route
+from train.serve.routes.status import Called, StatusRoutes, Tenants, page_route
 
 _CORS: dict[str, Any] = {
     "allow_methods": ["*"],
@@ -50,6 +50,7 @@ def make_app(
     owns: Owns = lambda owner, name: True,
     called: Called = lambda tenant: None,
     template_of: TemplateOf = lambda folder: None,
+    tenants: Tenants | None = None,
     body: int = BODY,
     waiting: int = WAITING,
 ) -> Starlette:
@@ -67,6 +68,7 @@ def make_app(
       owns: tells whether an owner may see a tenant, or an adapter that the engine knows.
       called: returns a name for people of a tenant, or None.
       template_of: see `Models`.
+      tenants: returns the tenants and their states; by default those of the engine.
       body: bytes of a request's body at most.
       waiting: requests of an owner under way at most.
     """
@@ -75,7 +77,7 @@ def make_app(
     models = Models(engine, access, folder=adapters, **how)
     routes = [
         *OpenAI(engine, Tokens(tokenizer), models, sampling).routes(),
-        *StatusRoutes(engine, access, owns, called).routes(),
+        *StatusRoutes(engine, access, owns, called, tenants).routes(),
         *tinker_routes,
     ]
     return _app(routes, access, body=body, waiting=waiting)

@@ -111,14 +111,6 @@ class Ledger:
         """Returns the models of a session."""
         return self._all("select * from models where session = ? order by id", session)
 
-    def training(self, owner: str) -> int:
-        """Returns how many models an owner has that were not unloaded, nor failed to be made."""
-        sql = (
-            "select count(*) from models where owner = ? and ended is null and id not in "
-            "(select model from commands where seq = 0 and state = 'failed')"
-        )
-        return int(self._all(sql, owner)[0][0])
-
     def live_models(self) -> list[Row]:
         """Returns the models that were not unloaded."""
         return self._all("select * from models where ended is null order by id")

@@ -25,6 +25,7 @@ _NUMBERS = {
         ("tenants", "tenants_per_key", "slots", "max_rank", "sequences", "tokens"), at_least(1)
     ),
     "max_length": at_least(2),
+    "session_idle": Numbers(lambda x: 60 <= x < float("inf"), "a minute or more is needed"),
     "port": Numbers(lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"),
 }
 
@@ -44,10 +45,14 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     fresh: bool = False
     """Delete what lasts in --output, and begin anew."""
     tenants: int = 64
-    """Adapters that train at once; more are refused."""
+    """Adapters that train in memory at once. Others lie on disk until their next command; so do
+    those of a session that was silent for two minutes."""
     tenants_per_key: int | None = None
-    """Adapters that train at once by one name of --keys, so that no one takes all. By default as
-    many as --tenants."""
+    """Adapters that train in memory at once by one name of --keys, so that no one takes all. By
+    default as many as --tenants."""
+    session_idle: float | None = None
+    """Seconds of silence after which a session ends: what it trained and did not save is deleted.
+    By default, it lies on disk until its client, or somebody on the server's page, ends it."""
     slots: int = 8
     """Adapters that completions drawn side by side may have."""
     max_rank: int = 32

@@ -318,7 +318,7 @@ class TenantStatus:
     """Describes what a tenant has done.
 
     Attributes:
-      steps: updates taken.
+      steps: updates taken; None where that is not known, of one that was parked by another process.
       losses: (step, loss a target token) of the latest steps.
       size: bytes of its arrays on the device.
       queued: commands that wait.
@@ -329,7 +329,7 @@ class TenantStatus:
     """
 
     spec: AdapterSpec
-    steps: int
+    steps: int | None
     losses: Sequence[tuple[int, float]]
     size: int
     queued: int

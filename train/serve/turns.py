@@ -1,12 +1,13 @@
 """The order of commands: each reaches the engine in its turn, once, and again after a restart."""
 
-import dataclasses
+import itertools
 import json
 import logging
-import os
+import math
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from train.serve.database import Locked
+from train.serve.folders import children, link, size
 from train.serve.ledger import DONE, LOGGED, REFUSED, Ledger, Row
 from train.serve.notes import Notes, error_answer
+from train.serve.parking import Parking
 from train.serve.requests import (
-    ANYONE,
     Client,
     Command,
     Create,
@@ -30,6 +32,8 @@ from train.serve.requests import (
     Serving,
     Update,
 )
+from train.serve.seats import Seats
+from train.serve.turn import Turn
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds
@@ -40,33 +44,14 @@ class Busy(Exception):
     """Says that a tenant has too much in the queue; the client is to come again."""
 
 
-@dataclasses.dataclass
-class _Turn:
-    """The progress of a tenant.
-
-    Attributes:
-      next: the number of the command that the engine gets next.
-      client: the client that it is of.
-      waiting: commands that came too early; None for one that the engine does not get.
-      gradient: whether what was executed left a gradient that no update has taken.
-      handed, size: commands, and bytes of them, since the last saved state.
-      load: commands without an answer, a large one counted as one for each half MiB.
-    """
-
-    next: int
-    client: Client = ANYONE
-    waiting: dict[int, tuple[Row, Command | None]] = dataclasses.field(default_factory=dict)
-    gradient: bool = False
-    handed: int = 0
-    size: int = 0
-    load: int = 0
-
-
 class Turns:
     """Hands commands to the engine: committed first, in the order of their numbers.
 
     Now and then, after an update, a tenant's state is saved, and the log before it is forgotten.
     After a restart the last state is loaded, and the commands since are executed again.
+
+    In the same way a tenant is parked that was silent for a while, or whose room another needs: it
+    leaves the engine, and comes back at its next command.
     """
 
     def __init__(
@@ -81,6 +66,9 @@ class Turns:
         every: int = 32,
         most_bytes: int = 64 * 2**20,
         queue: int = 1024,
+        room: int | None = None,
+        own_room: int | None = None,
+        clock: Callable[[], float] = time.time,
     ):
         """Starts the thread that notes results.
 
@@ -92,12 +80,22 @@ class Turns:
           write, wake: see `Notes`.
           every, most_bytes: a state is saved after so many commands, or bytes of them.
           queue: the most `load` of a tenant.
+          room: tenants in the engine at once; None for any number.
+          own_room: the same, of an owner.
+          clock: gives the time.
         """
         self._engine, self._ledger, self.folder = engine, ledger, folder
         self._read, self._notes = read, Notes(ledger, write, wake, self._remove)
         self._every, self._most_bytes, self._queue = every, most_bytes, queue
-        self._turns: dict[str, _Turn] = {}
-        self._lock = threading.RLock()
+        self._turns: dict[str, Turn] = {}
+        self._clock, self._lock = clock, threading.RLock()
+        self.parking = Parking(
+            *(engine, ledger, self._notes, self._lock, self._turns, Seats(room, own_room)),
+            resume=self.resume,
+            refuse=self.refuse,
+            keep=self._saved,
+            place=partial(self.place, "states"),
+        )
 
     def close(self) -> None:
         """Notes the results that there are, and stops."""
@@ -146,7 +144,7 @@ class Turns:
                 if row["state"] == REFUSED:
                     raise RequestError(json.loads(row["answer"])["error"])
                 return f"{model}:{seq}"
-            turn = self._turns.get(model, _Turn(0))
+            turn = self._turns.get(model, Turn(0))
             if seq != 0 and model not in self._turns:
                 raise RequestError(f"{model} is unloaded: load its last checkpoint")
             if not turn.next <= seq <= turn.next + _AHEAD:
@@ -168,6 +166,7 @@ class Turns:
                 refusal, command = error, None
                 row = self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
             turn.load += _load(row)
+            turn.used = self._clock()
             turn.waiting[seq] = row, command
             self._advance(model, turn)
         if refusal is not None:
@@ -184,46 +183,67 @@ class Turns:
         finally:
             self._lock.release()
 
-    def replay(self) -> None:
-        """Loads each tenant's last state, and executes again what was logged since."""
+    def replay(self, silent: float = math.inf) -> None:
+        """Loads each tenant's last state, and executes again what was logged since.
+
+        Args:
+          silent: seconds; a tenant without a command for longer stays on disk.
+        """
         with self._lock:
             self._ledger.touch()
             self._ledger.abandon(error_answer(RequestError("the model was unloaded")))
-            for model in self._ledger.live_models():
-                self._replay(model)
+            models = self._ledger.live_models()
+            for model in sorted(models, key=lambda model: model["used"], reverse=True):
+                self._replay(model, self._clock() - silent)
 
-    def _replay(self, model: Row) -> None:
+    def _replay(self, model: Row, since: float) -> None:
         name, state = model["id"], model["state"]
-        turn = self._turns[name] = _Turn(state + 1, _client(model))
+        turn = self._turns[name] = Turn(state + 1, _client(model), used=model["used"])
         rows = self._ledger.commands(name, state)
         needed = {model["folder"], *(row["folder"] for row in rows)}
-        for one in _children(self.place("states", name)):
+        for one in children(self.place("states", name)):
             if str(one) not in needed:
                 shutil.rmtree(one, ignore_errors=True)
+        turn.load = sum(map(_load, rows))
+        turn.exists = model["spec"] is not None or turn.load > 0
+        is_recent = model["used"] >= since and self.parking.seats.fits(turn.client)
+        if turn.exists and (turn.load or is_recent):
+            self.parking.seats.wait(name, turn.client)
+        turn.next = next(n for n in itertools.count(state + 1) if n not in {r["seq"] for r in rows})
+        self.parking.settle()
+
+    def _restore(self, name: str, turn: Turn) -> None:
+        """Has the engine load a tenant's last state, and execute again what was logged since."""
+        model = self._ledger.model(name)
+        assert model is not None
+        state = model["state"]
         if model["folder"] is not None:
             load = Load(Path(model["folder"]), optimizer=True)
             self._engine.submit(name, load, partial(_warn, f"the state of {name}"), turn.client)
-        for row in rows:
-            command = None
-            if row["state"] in (LOGGED, DONE):
-                turn.load += _load(row)
-                command = self._again(row, turn)
-            turn.waiting[row["seq"]] = row, command
-        self._advance(name, turn)
+        for row in self._ledger.commands(name, state):
+            if row["seq"] not in turn.waiting:
+                is_wanted = row["state"] in (LOGGED, DONE)
+                turn.waiting[row["seq"]] = row, self._again(row, turn) if is_wanted else None
+        turn.next, turn.gradient, turn.handed, turn.size = state + 1, False, 0, 0
 
-    def _again(self, row: Row, turn: _Turn) -> Command | None:
+    def _again(self, row: Row, turn: Turn) -> Command | None:
         """Returns the command of a row if it is to be executed, perhaps again."""
         command = self._read(row)
         if isinstance(command, Save):
             if row["state"] == LOGGED and command.path.exists():  # written, but not noted
-                self._notes.later(self._finish, row, command, None, Saved(_size(command.path)))
+                self._notes.later(self._finish, row, command, None, Saved(size(command.path)))
                 turn.load -= _load(row)
                 return None
             return command if row["state"] == LOGGED else None
         changes = not (isinstance(command, Gradient) and command.forward_only)
         return command if changes or row["state"] == LOGGED else None
 
-    def _advance(self, model: str, turn: _Turn) -> None:
+    def _advance(self, model: str, turn: Turn) -> None:
+        """Hands over the commands whose turn has come, once the engine has the tenant."""
+        if turn.next in turn.waiting and turn.exists and not self.parking.seats.holds(model):
+            self.parking.seats.wait(model, turn.client)
+            self.parking.settle()
+            return
         while turn.next in turn.waiting:
             row, command = turn.waiting.pop(turn.next)
             turn.next += 1
@@ -231,48 +251,90 @@ class Turns:
                 continue
             done = partial(self._notes.later, self._finish, row, command, turn)
             self._engine.submit(model, command, done, turn.client)
+            turn.running += 1
             turn.handed += 1
             turn.size += len(row["payload"] or b"")
             due = turn.handed >= self._every or turn.size >= self._most_bytes
             if due and isinstance(command, Update):
                 turn.handed = turn.size = 0
                 folder = self.place("states", model) / str(row["seq"])
-                done = partial(self._notes.later, self._saved, row, folder, turn)
+                turn.running += 1
+                done = partial(self._notes.later, self._kept, model, row["seq"], folder, turn)
                 self._engine.submit(model, Save(folder, optimizer=True), done, turn.client)
 
-    def _finish(self, row: Row, command: Command, turn: _Turn | None, result: Any) -> None:
+    def _finish(self, row: Row, command: Command, turn: Turn | None, result: Any) -> None:
         """Notes a result, in the writer's thread; results come in the order of the commands."""
         noted = self._notes.note(row, result)
         if turn is None:
             return
+        failed = isinstance(result, Exception)
+        try:
+            if not failed:
+                self._follow(row, command, turn, noted, result)
+        except Exception:  # such as a full disk: the log goes on from the state before
+            _log.exception("the state of %s was not kept", row["model"])
         with self._lock:
             turn.load -= _load(row)
-        if isinstance(result, Exception):
-            return
+            turn.running -= 1
+            if failed and row["seq"] == 0:
+                turn.exists = False
+                self.parking.seats.leave(row["model"])
+            self.parking.settle()
+
+    def _follow(self, row: Row, command: Command, turn: Turn, noted: bool, result: Any) -> None:
+        """Notes what a command changed."""
+        model, seq = row["model"], row["seq"]
         if isinstance(command, Gradient):
             turn.gradient |= not command.forward_only
         elif isinstance(command, Create | Load | Update):
             turn.gradient = False
         elif isinstance(command, Save) and command.optimizer and not turn.gradient and noted:
-            folder = self.place("states", row["model"]) / str(row["seq"])
+            folder = self.place("states", model) / str(seq)
             if not folder.exists():
                 link(command.path, folder)
             try:
-                self._saved(row, folder, turn, result)
+                self._saved(model, seq, folder, turn, result)
             except Locked:
-                self._notes.later(self._saved, row, folder, turn, result)
+                self._notes.later(self._saved, model, seq, folder, turn, result)
 
-    def _saved(self, row: Row, folder: Path, turn: _Turn, result: Any) -> None:
+    def _kept(self, name: str, seq: int, folder: Path, turn: Turn, result: Any) -> None:
+        """Takes a state that was saved by the way."""
+        try:
+            self._saved(name, seq, folder, turn, result)
+        except Locked:
+            raise
+        except Exception:  # the log goes on from the state before
+            _log.exception("the state of %s was not noted", name)
+        with self._lock:
+            turn.running -= 1
+            self.parking.settle()
+
+    def _saved(self, name: str, seq: int, folder: Path, turn: Turn, result: Any) -> None:
         """Takes a saved state for the one to start from, if it has no gradient besides."""
-        model = self._ledger.model(row["model"])
+        model = self._ledger.model(name)
         if not isinstance(result, Saved) or turn.gradient or model is None or model["ended"]:
             shutil.rmtree(folder, ignore_errors=True)
             return
-        self._ledger.set_state(row["model"], row["seq"], folder)
-        for one in _children(folder.parent):
+        self._ledger.set_state(name, seq, folder)
+        for one in children(folder.parent):
             number = re.fullmatch(r"(?:load-)?(\d+)", one.name)
-            if number and int(number[1]) <= row["seq"] and one != folder:
+            if number and int(number[1]) <= seq and one != folder:
                 shutil.rmtree(one, ignore_errors=True)
+
+    def resume(self, name: str) -> None:
+        """Has the engine go on with a tenant that it did not have."""
+        self._restore(name, self._turns[name])
+        self._advance(name, self._turns[name])
+
+    def refuse(self, name: str, why: RequestError) -> None:
+        """Answers the commands of a tenant for which there is no room."""
+        turn = self._turns[name]
+        while turn.next in turn.waiting:
+            row, command = turn.waiting.pop(turn.next)
+            turn.next += 1
+            if command is not None:
+                turn.running += 1
+                self._notes.later(self._finish, row, command, turn, why)
 
     def leave(self, model: str) -> None:
         """Unloads a model: the commands that the engine has are executed, others never."""
@@ -287,8 +349,16 @@ class Turns:
                 if command is not None:
                     self._notes.later(self._finish, row, command, None, gone)
             states = self.place("states", model)
-            done = partial(self._notes.later, partial(shutil.rmtree, states, True))
-            self._engine.submit(model, Leave(), lambda _: done(), turn.client)
+
+            def left(_: Any) -> None:
+                shutil.rmtree(states, ignore_errors=True)
+                self.parking.left(model)
+
+            if self.parking.seats.go(model):
+                done = partial(self._notes.later, left)
+                self._engine.submit(model, Leave(), done, turn.client)
+            else:
+                self._notes.later(left, None)
 
     def end_session(self, session: str) -> None:
         """Unloads a session's models, and forgets its snapshots."""
@@ -306,16 +376,17 @@ class Turns:
         self._engine.drop(self.name(folder))
         shutil.rmtree(folder, ignore_errors=True)
 
-    def sweep(self, idle: float = 3600.0, keep: float = 3600.0) -> None:
+    def park_silent(self, seconds: float) -> None:
+        """Parks the tenants of sessions that were silent for so long."""
+        self.parking.park_silent(seconds, self._clock())
+
+    def sweep(self, keep: float = 3600.0) -> None:
         """Removes what is over; call it every minute or so.
 
         Args:
-          idle: seconds of silence that end a session.
           keep: seconds for which an answer may be fetched.
         """
         self._notes.again()
-        for session in self._ledger.idle_sessions(idle):
-            self.end_session(session)
         for checkpoint in self._ledger.expired_checkpoints():
             self.delete(checkpoint)
         self._ledger.forget(keep)
@@ -330,26 +401,6 @@ def _client(model: Row | None) -> Client:
 def _load(row: Row) -> int:
     """Returns what a command without an answer counts in the queue."""
     return 1 + len(row["payload"] or b"") // 2**19 if row["state"] == LOGGED else 0
-
-
-def link(source: Path, target: Path) -> None:
-    """Makes a folder of the same files, which take no room of their own; it appears whole."""
-    partial_ = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial_, ignore_errors=True)
-    try:
-        shutil.copytree(source, partial_, copy_function=os.link)
-    except (OSError, shutil.Error):  # another file system, or one without links
-        shutil.rmtree(partial_, ignore_errors=True)
-        shutil.copytree(source, partial_)
-    os.rename(partial_, target)
-
-
-def _children(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _size(folder: Path) -> int:
-    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
 
 
 def _warn(what: str, result: Any) -> None:

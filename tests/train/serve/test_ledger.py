@@ -296,9 +296,9 @@ def test_models_end_with_their_session(tmp_path):
 
 def test_what_is_over_is_swept(tmp_path):
     now = [1000.0]
-    client = Client(FakeEngine(), tmp_path)
+    client = Client(FakeEngine(), tmp_path, idle=4000.0)
     ledger = client.server.ledger
-    ledger._clock = lambda: now[0]
+    ledger._clock = client.server.turns._clock = lambda: now[0]
     model = client.create()
     other = client.create()
     client.result(client.save(model, 1, "short", ttl_seconds=4000))
@@ -306,7 +306,7 @@ def test_what_is_over_is_swept(tmp_path):
     now[0] += 3000
     client.post("session_heartbeat", session_id=model.split(":")[0])
     now[0] += 1500
-    client.server.turns.sweep()
+    client.server.sweep(1e9)
     wait(client)
     assert set(client.engine.tenants) == {model}  # the other was silent for too long
     assert "is unloaded" in client.step(other, 1, status=400)["detail"]

@@ -43,6 +43,7 @@ def test_options_that_make_sense(tmp_path):
         ("--port 70000", "--port 70000"),
         ("--tenants-per-key 0", "--tenants-per-key 0"),
         ("--tenants-per-key 2", "--tenants-per-key 2 changes nothing"),
+        ("--session-idle 5", "--session-idle 5"),
         ("--mesh tensor=two", "--mesh"),
     ],
 )

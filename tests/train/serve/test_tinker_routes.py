@@ -315,20 +315,19 @@ def test_models_are_unloaded(client):
 
 
 def test_a_key_has_room_for_so_many_models(tmp_path):
+    """In memory: others are parked."""
     client = Client(FakeEngine(), tmp_path, tenants=2)
-    session = client.session()
-    first, second = (client.create(session, number) for number in range(2))
-    assert client.create(session, 1) == second  # a duplicate
-    path = client.result(client.save(first, 1, "a"))["path"]
-    lora = {"base_model": "tiny/base", "lora_config": {"rank": 2}}
+    session, bob = client.session(), client.other("tml-b")
+    of_bob = bob.create(bob.session())
+    models = [client.create(session, number) for number in range(2)]
+    assert client.create(session, 1) == models[1]  # a duplicate
+    path = client.result(client.save(models[0], 1, "a"))["path"]
+    client.result(f"{models[1]}:0")
     place = {"session_id": session, "model_seq_id": 2}
-    for refused in ({"path": path, "optimizer": True}, lora):
-        kind = "load_weights" if "path" in refused else "create_model"
-        assert "2 of your models" in client.post(kind, 400, **place, **refused)["detail"]
-    bob = client.other("tml-b")
-    bob.create(bob.session())
-    client.result(client.post("unload_model", model_id=second))
-    client.result(client.post("load_weights", **place, path=path, optimizer=True))
-    client.post("create_model", 400, **lora | place | {"model_seq_id": 3})
+    models.append(client.result(client.post("load_weights", path=path, **place))["model_id"])
+    assert client.engine.tenants.keys() == {of_bob, models[0], models[2]}, "used last"
+    client.result(client.step(models[1], 1))
+    assert client.engine.tenants.keys() == {of_bob, *models[1:]}
     client.ask("POST", f"sessions/{session}/finish", content=b"{}")
-    client.create()
+    client.engine.wait()
+    assert client.engine.tenants.keys() == {of_bob}

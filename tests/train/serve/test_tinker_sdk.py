@@ -38,13 +38,15 @@ OLD = Path(os.environ.get("TINKER_OLD", Path(sys.prefix) / "tinker-0.27"))
 class Served:
     """A server in a thread, which can be stopped and started again on the same port."""
 
-    def __init__(self, folder):
-        self.folder, self.port = folder, 0
+    def __init__(self, folder, **rest):
+        self.folder, self.port, self.rest = folder, 0, {"hold": 2.0} | rest
         self.start()
 
     def start(self):
         self.engine = FakeEngine()
-        self.tinker = routes.Tinker(self.engine, self.folder, key_owner, ["other/name"], hold=2.0)
+        self.tinker = routes.Tinker(
+            self.engine, self.folder, key_owner, ["other/name"], **self.rest
+        )
         self.tinker.start()
         app = Starlette(routes=self.tinker.routes())
         config = uvicorn.Config(app, port=self.port, log_level="warning")

@@ -1,6 +1,6 @@
 """The state of a server: a page, its numbers as JSON, and Prometheus' metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -16,6 +16,7 @@ from train.serve.routes.openai.models import Owns
 
 # A tenant's id: what people call it, or None.
 Called = Callable[[str], str | None]
+Tenants = Callable[[], Mapping[str, TenantStatus]]
 _PAGE = files("train.serve.routes").joinpath("status.html").read_text(encoding="utf-8")
 _COUNTERS = {
     "prompt_tokens": "Tokens of prompts that were read.",
@@ -50,10 +51,22 @@ class StatusRoutes:
     """The routes; with keys, an owner sees only the tenants that are the owner's."""
 
     def __init__(
-        self, engine: Serving, access: Access, owns: Owns, called: Called = lambda tenant: None
+        self,
+        engine: Serving,
+        access: Access,
+        owns: Owns,
+        called: Called = lambda tenant: None,
+        tenants: Tenants | None = None,
     ) -> None:
-        """Keeps what it asks; `called` returns a name for people of a tenant."""
+        """Keeps what it asks.
+
+        Args:
+          engine, access, owns: see `make_app`.
+          called: returns a name for people of a tenant.
+          tenants: returns the tenants, with those on disk; by default those of the engine.
+        """
         self._engine, self._access, self._owns, self._called = engine, access, owns, called
+        self._tenants = tenants or (lambda: engine.status().tenants)
 
     def routes(self) -> list[Route]:
         """Returns the routes."""
@@ -72,7 +85,7 @@ class StatusRoutes:
         status, facts = self._engine.status(), self._engine.facts
         numbers = {name: getattr(status, name) for name in (*_COUNTERS, *_GAUGES)}
         numbers |= {"model": facts.model, "sequences": facts.sequences, "slots": facts.slots}
-        tenants = {n: one for n, one in status.tenants.items() if self._owns(owner, n)}
+        tenants = {n: one for n, one in self._tenants().items() if self._owns(owner, n)}
         return numbers, tenants
 
     async def _json(self, request: Request) -> Response:
@@ -103,7 +116,8 @@ class StatusRoutes:
         for name, (kind, about) in _OF_TENANTS.items():
             metric = _begun(lines, f"tenant_{name}", kind, about)
             for tenant, one in tenants.items():
-                lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {getattr(one, name)}')
+                if (value := getattr(one, name)) is not None:
+                    lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {value}')
         metric = _begun(lines, "tenant_loss", "gauge", "Loss of a tenant's latest step.")
         for tenant, one in tenants.items():
             if one.losses:

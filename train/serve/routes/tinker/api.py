@@ -1,6 +1,7 @@
 """Tinker's API: sessions, training and samples, as its SDK speaks it."""
 
 import dataclasses
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from train.serve.adoption import Adoption
+from train.serve.folders import link
 from train.serve.ledger import Ledger, Row
 from train.serve.requests import Client, Command, RequestError, Serving, Update
 from train.serve.routes.tinker import commands, wire
@@ -19,7 +21,7 @@ from train.serve.routes.tinker.bodies import Endpoint, Fields, Owner, Refused, g
 from train.serve.routes.tinker.futures import Futures
 from train.serve.routes.tinker.owned import Owned, spec_of
 from train.serve.routes.tinker.runs import Runs
-from train.serve.turns import Turns, link
+from train.serve.turns import Turns
 
 API = "/api/v1"
 _BEATS = 40.0  # seconds without a heartbeat, of which clients send one every 10
@@ -51,7 +53,9 @@ class Tinker:
         *,
         hold: float = 25.0,
         every: int = 32,
+        room: int | None = None,
         tenants: int | None = None,
+        idle: float | None = None,
     ):
         """Opens the folder.
 
@@ -62,11 +66,13 @@ class Tinker:
           names: more names of the base, by which clients may ask for it.
           hold: seconds for which a request for a result is held open.
           every: a tenant's state is saved after so many commands.
-          tenants: models of an owner at once; None for any number.
+          room: models in the engine at once, others lie on disk; None for any number.
+          tenants: the same, of an owner.
+          idle: seconds of silence that end a session; None for any number.
         """
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        self.engine, self._owner, self._tenants = engine, owner, tenants
+        self.engine, self._owner, self._idle = engine, owner, idle
         self.names = tuple(dict.fromkeys([engine.facts.model, *names]))
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.futures = Futures(self.ledger, hold=hold)
@@ -79,12 +85,18 @@ class Tinker:
         self.turns = Turns(
             *(engine, self.ledger, folder, read, commands.answer_of, self.futures.wake),
             every=every,
+            room=room,
+            own_room=tenants,
         )
         self._runs = Runs(self.ledger, self.turns, self.owned, API)
 
-    def start(self) -> None:
-        """Brings back the tenants that were there; call it before the first request."""
-        self.turns.replay()
+    def start(self, silent: float = math.inf) -> None:
+        """Brings back the tenants that were there; call it before the first request.
+
+        Args:
+          silent: seconds; those without a command for longer stay on disk.
+        """
+        self.turns.replay(silent)
 
     def close(self) -> None:
         """Notes what is done, and closes the ledger."""
@@ -96,9 +108,21 @@ class Tinker:
         self.turns.end_session(session)
         self.futures.end_session(session)
 
+    def sweep(self, silent: float) -> None:
+        """Removes what is over, and parks tenants; call it every minute or so.
+
+        Args:
+          silent: seconds of silence of a session after which its tenants lie on disk.
+        """
+        if self._idle is not None:
+            for session in self.ledger.idle_sessions(self._idle):
+                self.end_session(session)
+        self.turns.park_silent(silent)
+        self.turns.sweep()
+
     def sweep_samples(self) -> None:
         """Ends the samples of clients that are gone; call it every few seconds."""
-        self.futures.sweep(self.ledger.idle_sessions(_BEATS))
+        self.futures.sweep(set(self.ledger.idle_sessions(_BEATS)))
 
     def routes(self) -> list[Route]:
         """Returns the routes below /api/v1."""
@@ -194,15 +218,6 @@ class Tinker:
         model = self.ledger.model(checkpoint["model"])
         return self._base(fields.get("base_model", str, model["base"] if model else ""))
 
-    def _add_model(self, model: str, session: str, owner: str, base: str, metadata: Any) -> None:
-        """Notes a model; raises a RequestError if its owner has as many as a key may have."""
-        if self._tenants is not None and self.ledger.training(owner) >= self._tenants:
-            raise RequestError(
-                f"{self._tenants} of your models train here, and a key has no room for more: "
-                "unload one, or end a session of yours"
-            )
-        self.ledger.add_model(model, session, owner, base, metadata)
-
     def _submit(self, place: tuple[str, int], *rest: Any, **more: Any) -> Response:
         """Takes a command in: see `Turns.accept`."""
         request = self.turns.accept(*place, *rest, **more)
@@ -219,7 +234,7 @@ class Tinker:
         base, metadata = self._base(fields.get("base_model", str)), fields.metadata()
 
         def prepare() -> tuple[None, None]:
-            self._add_model(model, session, owner, base, metadata)
+            self.ledger.add_model(model, session, owner, base, metadata)
             return None, None
 
         return self._submit((model, 0), "create_model", body, prepare)
@@ -269,7 +284,7 @@ class Tinker:
                 raise RequestError(f"{path} has no optimiser's state: load weights/…, or without")
             if session is not None:
                 base = self._base_of(source, fields)
-                self._add_model(place[0], session, owner, base, fields.metadata())
+                self.ledger.add_model(place[0], session, owner, base, fields.metadata())
             folder = self.turns.place("states", place[0]) / f"load-{place[1]}"
             if not folder.exists():  # so that the checkpoint may be deleted before a replay
                 link(Path(source["folder"]), folder)

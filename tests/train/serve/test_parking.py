@@ -1,0 +1,248 @@
+"""Tenants on disk: they take no room, come back at the next command, and lose nothing."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.train.serve.client import Client, key_owner
+from tests.train.serve.command import Engine, ask, command
+from tests.train.serve.engine.engines import made_base, made_engine, running
+from tests.train.serve.fakes import FakeEngine, Tenant
+from tests.train.serve.test_ledger import PROGRAM, close_to, send, state
+from tests.train.serve.waiting import until
+from train.serve import __main__, seats
+from train.serve.routes.tinker.api import Tinker
+
+
+def later(client, seconds):
+    """Has the client's server see a later time."""
+    clock = client.server.ledger._clock
+    client.server.ledger._clock = client.server.turns._clock = lambda: clock() + seconds
+
+
+def parked(client, seconds=200.0):
+    """Sweeps as if nobody had been heard for a while; waits until the engine has no tenant."""
+    later(client, seconds)
+
+    def are_gone():
+        client.server.sweep(120.0)
+        return not client.engine.tenants
+
+    until(are_gone, "all are parked", 20)
+    settled(client)
+
+
+def settled(client):
+    """Waits until what the engine did is noted."""
+    for _ in range(3):
+        client.engine.wait()
+        client.server.turns._notes._thread.submit(lambda: None).result()
+
+
+def ran(client, model, program, first=1):
+    sent = [send(client, model, seq, one) for seq, one in enumerate(program, first)]
+    return [client.result(one) for one in sent]
+
+
+@pytest.mark.parametrize("n", range(1, len(PROGRAM), 2))
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_parked_tenant_goes_on_where_it_was(tmp_path, n, killed):
+    client = Client(FakeEngine(), tmp_path, every=4)
+    model = client.create()
+    ran(client, model, PROGRAM[:n])
+    parked(client)
+    assert client.engine.tenants == {}
+    if killed:
+        client = Client(FakeEngine(), tmp_path, every=4)
+    ran(client, model, PROGRAM[n:], n + 1)
+    assert state(client.engine.tenants[model]) == close_to(PROGRAM)
+
+
+def test_the_status_shows_who_is_parked(tmp_path):
+    client = Client(FakeEngine(), tmp_path)
+    model = client.create(rank=5)
+    ran(client, model, [("gradient", 1.0), ("step", 0.5)] * 2)
+    before = client.server.turns.parking.status()[model]
+    assert (before.parked, before.steps, len(before.losses)) == (False, 2, 2)
+    parked(client)
+    there = client.server.turns.parking.status()[model]
+    assert (there.parked, there.steps, there.size) == (True, 2, 0)
+    assert there.losses == before.losses and there.client == before.client
+    ran(client, model, [("gradient", 1.0), ("step", 0.5)], 5)
+    after = client.server.turns.parking.status()[model]
+    assert (after.parked, after.steps) == (False, 3) and len(after.losses) == 3
+    parked(client)
+    again = Tinker(FakeEngine(), tmp_path, key_owner)
+    again.start(-1000.0)
+    found = again.turns.parking.status()[model]
+    assert (found.parked, found.steps, found.spec.rank) == (True, None, 5), "not known is no 0"
+
+
+def test_those_that_work_or_beat_are_not_parked(tmp_path):
+    client = Client(FakeEngine(), tmp_path)
+    quiet, beats, works = (client.create() for _ in range(3))
+    for model in (quiet, beats, works):
+        client.result(f"{model}:0")
+    server = client.server
+    later(client, 200.0)
+    client.post("session_heartbeat", session_id=beats.split(":")[0])
+    client.result(client.step(works, 1))
+    server.sweep(120.0)
+    until(lambda: client.engine.tenants.keys() == {beats, works}, "one is parked")
+    assert not server.ledger.session(quiet.split(":")[0])["ended"]
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_more_clients_than_room(tmp_path, gap):
+    """All start, one after the other, though nobody ends; and all go on."""
+    client = Client(FakeEngine(), tmp_path, room=2)
+    models = []
+    for i in range(10):
+        models.append(client.create(client.session()))
+        ran(client, models[-1], [("gradient", float(i)), ("step", 0.5)])
+        if gap:
+            client.gradient(models[-1], 9)  # it was killed between two requests
+        assert len(client.engine.tenants) <= 2
+    for i, model in enumerate(models):
+        ran(client, model, [("gradient", 1.0), ("step", 0.25)], 3)
+        program = [("gradient", float(i)), ("step", 0.5), ("gradient", 1.0), ("step", 0.25)]
+        assert state(client.engine.tenants[model]) == close_to(program)
+        assert len(client.engine.tenants) <= 2
+
+
+def test_all_at_once_have_their_turn(tmp_path):
+    client = Client(FakeEngine(held=True), tmp_path, room=2)
+    models = [client.create() for _ in range(6)]
+    sent = [client.gradient(model, 1) for model in models]
+    sent += [client.step(model, 2) for model in models]
+    client.engine.release()
+    assert [client.result(one).get("metrics") for one in sent[6:]] == [{"step:max": 1.0}] * 6
+    settled(client)
+    assert len(client.engine.tenants) == 2
+
+
+def test_a_model_that_cannot_be_made_takes_no_room(tmp_path):
+    client = Client(FakeEngine(), tmp_path, room=1)
+    first = client.create()
+    path = client.result(client.save(first, 1, "a"))["path"]
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    place = {"session_id": client.session(), "model_seq_id": 0}
+    client.post("load_weights", 500, path=path, **place)
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    for file in tmp_path.glob("checkpoints/*/weights/a@1/adapter_model.safetensors"):
+        file.unlink()
+    sent = client.post("load_weights", path=path, **place)
+    assert "holds no adapter" in client.result(sent)["error"]
+    broken = sent["model_id"]
+    assert "no tenant" in client.result(client.step(broken, 1))["error"]
+    assert client.result(client.step(first, 2))["metrics"] == {"step:max": 1.0}
+
+
+def test_a_full_disk_keeps_tenants_in_memory_and_says_so(tmp_path, monkeypatch, caplog):
+    client = Client(FakeEngine(), tmp_path, room=1)
+    model = client.create()
+    ran(client, model, PROGRAM[:3])
+    write = Tenant.write
+
+    def full(self, path, *rest):
+        write(self, path, *rest)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tenant, "write", full)
+        other = client.create(client.session())
+        said = client.result(f"{other}:0")["error"]
+        assert "room for no more" in said and "No space left on device" in said
+        assert f"{model} cannot be parked, and stays in memory" in caplog.text
+        ran(client, model, PROGRAM[4:5], 4)
+        assert client.engine.tenants[model].steps == 1
+    monkeypatch.setattr(seats, "_AGAIN", -1.0)
+    client.server.turns.parking.seats._stuck.clear()
+    third = client.create(client.session())
+    assert client.result(f"{third}:0")["model_id"] == third
+    assert [*client.engine.tenants] == [third]
+    ran(client, model, PROGRAM[3:], 5)
+    assert state(client.engine.tenants[model]) == close_to(PROGRAM)
+
+
+def test_silence_ends_a_session_only_where_it_was_asked_for(tmp_path):
+    client = Client(FakeEngine(), tmp_path)
+    model = client.create()
+    ran(client, model, PROGRAM[:3])
+    parked(client, 10 * 86400.0)
+    ran(client, model, PROGRAM[3:], 4)
+    assert state(client.engine.tenants[model]) == close_to(PROGRAM)
+    client.server._idle = 3600.0
+    later(client, 4000.0)
+    client.server.sweep(120.0)
+    client.post("session_heartbeat", 410, session_id=model.split(":")[0])
+    settled(client)
+    assert client.engine.tenants == {} and not list((tmp_path / "states").iterdir())
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_weights_and_moments_come_back_bitwise(tmp_path, pending):
+    with running(made_engine(made_base())) as engine:
+        server = Tinker(engine, tmp_path, key_owner, ["tiny/base"], hold=0.5)
+        server.start()
+        client, saved = Client(engine, None, server=server), []
+        for is_parked in (False, True):
+            model, seqs = client.create(), itertools.count(1)
+            for step in range(4):
+                ran_once = [client.gradient(model, next(seqs), (1.0, step - 2.5))]
+                if is_parked and step == 2 and pending:
+                    client.result(ran_once[0])
+                    park_all(client)
+                ran_once.append(client.step(model, next(seqs), 0.01))
+                gradient, step_ = map(client.result, ran_once)
+                assert isinstance(gradient, bytes) and "metrics" in step_
+                if is_parked and step == 2 and not pending:
+                    park_all(client)
+            path = client.result(client.save(model, next(seqs), "end"))["path"]
+            folder = Path(server.owned.weights(path, "alice")["folder"])
+            saved.append({file.name: load_file(file) for file in folder.glob("*.safetensors")})
+        one, other = saved
+        assert len(one) == 2 and one.keys() == other.keys()
+        for file, arrays in one.items():
+            assert all((other[file][name] == array).all() for name, array in arrays.items())
+            assert any(array.any() for array in arrays.values())
+        server.close()
+
+
+def park_all(client):
+    """Parks all tenants of a real engine; waits until it has none."""
+    later(client, 200.0)
+
+    def are_gone():
+        client.server.sweep(120.0)
+        return not client.engine.status().tenants
+
+    until(are_gone, "all are parked")
+
+
+def test_the_command_parks_whom_others_need_the_room_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(__main__, "_SWEPT", 0.05)
+
+    def work(port):
+        def post(path, **fields):
+            return ask(port, "POST", f"/api/v1/{path}", json.dumps(fields))[2]
+
+        def made():
+            session = post("create_session")["session_id"]
+            lora = {"base_model": "tiny/base", "lora_config": {"rank": 2}}
+            sent = post("create_model", session_id=session, model_seq_id=0, **lora)
+            del sent["model_id"]
+            return until(lambda: "model_id" in (one := post("retrieve_future", **sent)) and one, "")
+
+        models = [made()["model_id"] for _ in range(3)]
+        tenants = ask(port, path="/status.json")[2]["tenants"]
+        before = [tenants[model]["parked"] for model in models]
+        monkeypatch.setattr(__main__, "_SILENT", -10.0)
+        until(lambda: not engine.tenants, "silence parks them all")
+        return before
+
+    engine = Engine()
+    assert command(monkeypatch, tmp_path, "--tenants 1", work, engine) == [True, True, False]

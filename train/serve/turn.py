@@ -1,0 +1,41 @@
+"""The progress of a tenant."""
+
+import dataclasses
+
+from train.serve.ledger import Row
+from train.serve.requests import ANYONE, Client, Command, TenantStatus
+
+
+@dataclasses.dataclass
+class Turn:
+    """The progress of a tenant.
+
+    Attributes:
+      next: the number of the command that the engine gets next.
+      client: the client that it is of.
+      waiting: commands that came too early; None for one that the engine does not get.
+      gradient: whether what was executed left a gradient that no update has taken.
+      handed, size: commands, and bytes of them, since the last saved state.
+      load: commands without an answer, a large one counted as one for each half MiB.
+      running: commands that the engine has.
+      exists: whether the tenant was made, or may be.
+      used: when its last command came, in seconds since 1970.
+      status: the state in which it was parked; None for one that never was.
+    """
+
+    next: int
+    client: Client = ANYONE
+    waiting: dict[int, tuple[Row, Command | None]] = dataclasses.field(default_factory=dict)
+    gradient: bool = False
+    handed: int = 0
+    size: int = 0
+    load: int = 0
+    running: int = 0
+    exists: bool = True
+    used: float = 0.0
+    status: TenantStatus | None = None
+
+    @property
+    def is_quiet(self) -> bool:
+        """True where the engine has nothing to do, nor could have."""
+        return self.running == 0 and self.next not in self.waiting
