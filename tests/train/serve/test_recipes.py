@@ -111,7 +111,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(work):
-    server = serve(work, NAME, "--max-length 256 --sequences 16 --slots 3")
+    server = serve(work, NAME, "--max-length 256 --sequences 16 --slots 3 --tenants 2")
     try:
         server.ready()
         yield server

@@ -5,20 +5,17 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_jax.training.layout import Layout
 from train.serve.engine.base import Base, Training
-from train.serve.engine.checks import check_sample, check_update
+from train.serve.engine.checks import check_sample
+from train.serve.engine.commands import Commands, answer
 from train.serve.engine.drawing import Drawing
 from train.serve.engine.jobs import Job
-from train.serve.engine.named import Named
 from train.serve.engine.pool import Pool
 from train.serve.engine.rotation import PARTY, Rotation, TurnPath, parties
 from train.serve.engine.sampler import Sampler
@@ -30,22 +27,13 @@ from train.serve.requests import (
     AdapterSpec,
     Client,
     Command,
-    Create,
     Done,
     Facts,
-    Gradient,
-    Leave,
-    Load,
-    Outputs,
     Piece,
     RequestError,
     Sample,
-    Save,
-    Saved,
     Status,
     TenantStatus,
-    Update,
-    Updated,
 )
 
 _log = logging.getLogger(__name__)
@@ -98,7 +86,8 @@ class Engine:
             sequences=sizes.sequences,
         )
         self._tenants: dict[str, Tenant] = {}
-        self._named = Named(2 * slots, lambda folder: self._read(folder).adapter)
+        self._commands = Commands(base, self._trainer, 2 * slots, self._check_room)
+        self._named = self._commands.named
         self._calls: deque[Callable[[], Any]] = deque()
         self._something = threading.Condition()
         self._stopping = False
@@ -106,8 +95,6 @@ class Engine:
         self._turns = Rotation()  # of those that train
         self._trained: tuple[int, set[TurnPath]] = (0, set())  # who did since a token
         self._spent = {"training": 0.0, "sampling": 0.0}
-        self._trained_tokens = 0
-        self._files = ThreadPoolExecutor(1, "files")
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -121,7 +108,7 @@ class Engine:
             self._something.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self._files.shutdown()
+        self._commands.close()
 
     def warm_up(self, seen: Callable[[int, int], Any] = lambda done, steps: None) -> None:
         """Compiles what requests will need; before `start`.
@@ -179,7 +166,7 @@ class Engine:
             self._named.add(name, None, adapter)
             return adapter.spec
 
-        self._call(lambda: _answer(adopted, _guarded(done)))
+        self._call(lambda: answer(adopted, _guarded(done)))
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
@@ -212,7 +199,7 @@ class Engine:
             drawing=self._sampler.drawing,
             prompt_tokens=self._sampler.prompt_tokens,
             drawn_tokens=self._sampler.drawn_tokens,
-            trained_tokens=self._trained_tokens,
+            trained_tokens=self._commands.trained_tokens,
             compiled=self._trainer.compiled + self._drawing.compiled,
             base_size=self._base.size,
         )
@@ -281,7 +268,7 @@ class Engine:
         """Executes a part of a tenant's command: a batch, of a gradient."""
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
-            tenant.job = self._executed(tenant, command)
+            tenant.job = self._commands.execute(tenant, command)
         self._turns.note([tenant.path])
         self._trained[1].update(parties(tenant.path))
         began, is_over, result = time.monotonic(), True, None
@@ -309,29 +296,6 @@ class Engine:
         if done is not None:
             done(result)
 
-    def _executed(self, tenant: Tenant, command: Command) -> Generator[None, None, Any]:
-        """Executes a command bit by bit, and returns its result."""
-        if isinstance(command, (Create, Load)) and tenant.state is None:
-            self._check_room()
-        if isinstance(command, Create):
-            spec = command.spec
-            tenant.become(Training.begin(self._base.begin(spec, spec.seed or 0)))
-            return spec
-        if isinstance(command, Load):
-            loaded = self._read(command.path, command.optimizer)
-            tenant.become(loaded)
-            return loaded.adapter.spec
-        if isinstance(command, Leave):
-            tenant.become(None)
-            return None
-        if (state := tenant.state) is None:
-            raise RequestError(f"there is no adapter {tenant.name}: create or load it first")
-        if isinstance(command, Gradient):
-            return (yield from self._add_gradient(tenant, state, command))
-        if isinstance(command, Update):
-            return self._step(tenant, state, command)
-        return self._save(tenant, state, command)
-
     def _check_room(self) -> None:
         """Raises a RequestError if as many adapters train as the server has room for."""
         if sum(t.state is not None for t in self._tenants.values()) >= self._most_tenants:
@@ -339,60 +303,6 @@ class Engine:
                 f"{self._most_tenants} adapters train here, and there is room for no more: unload "
                 "one, or wait until a session ends"
             )
-
-    def _add_gradient(
-        self, tenant: Tenant, state: Training, request: Gradient
-    ) -> Generator[None, None, Outputs]:
-        parts = self._trainer.parts(request)
-        logps: list[Any] = [None] * len(request.data)
-        total, grads = 0.0, None
-        for part in parts:
-            if request.forward_only:
-                loss, p = self._trainer.loss(state.adapter, request, part)
-            else:
-                grads, loss, p = self._trainer.gradient(state.adapter, grads, request, part)
-            total += loss
-            for row, place in enumerate(part.at):
-                targets = request.data[place].inputs["target_tokens"]
-                n, k = len(targets), 1 if targets.ndim == 1 else targets.shape[1]
-                found = p[row, :n, :k]
-                logps[place] = found[:, 0] if targets.ndim == 1 else found
-            self._trained_tokens += sum(len(request.data[i].tokens) for i in part.at)
-            yield
-        finite = np.isfinite(total) and (grads is None or self._trainer.is_finite(grads))
-        if not request.forward_only and not finite:
-            raise RequestError(
-                f"the loss is {total:g}, or its gradient is not finite: nothing was added"
-            )
-        if grads is not None:
-            tenant.grads = self._trainer.add(tenant.grads, grads)
-            tokens = sum(len(datum.tokens) for datum in request.data)
-            tenant.summed = (tenant.summed[0] + total, tenant.summed[1] + tokens)
-        return Outputs(logps, {"loss:sum": total})
-
-    def _step(self, tenant: Tenant, state: Training, how: Update) -> Updated:
-        check_update(how)
-        moved, norm = self._trainer.update(state, tenant.grads, how)
-        if tenant.grads is not None:
-            tenant.losses.append((moved.steps, tenant.loss))
-        tenant.become(moved)
-        return Updated({"grad_norm:max": norm, "step:max": float(moved.steps)})
-
-    def _save(self, tenant: Tenant, state: Training, command: Save) -> None:
-        """Names an adapter at once; its files are written while others compute."""
-        if command.name is not None:
-            self._named.add(command.name, command.path, state.adapter)
-        done, tenant.done = tenant.done, None
-        assert done is not None
-
-        def written() -> Saved:
-            return Saved(self._base.write(state, command))
-
-        self._files.submit(_answer, written, done)
-
-    def _read(self, folder: Path, optimizer: bool = False) -> Training:
-        self._files.submit(int).result()  # what was saved before is there
-        return self._base.read(folder, optimizer)
 
 
 def _guarded(function: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -405,12 +315,3 @@ def _guarded(function: Callable[[Any], None]) -> Callable[[Any], None]:
             _log.exception("a result was not taken")
 
     return call
-
-
-def _answer(function: Callable[[], Any], done: Done) -> None:
-    """Hands over a function's result, or what went wrong."""
-    try:
-        result = function()
-    except Exception as error:
-        result = error
-    done(result)

@@ -1,0 +1,143 @@
+"""Commands of tenants, executed bit by bit."""
+
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.serve.engine.base import Base, Training
+from train.serve.engine.checks import check_update
+from train.serve.engine.named import Named
+from train.serve.engine.tenant import Tenant
+from train.serve.engine.trainer import Trainer
+from train.serve.requests import (
+    Command,
+    Create,
+    Done,
+    Gradient,
+    Leave,
+    Load,
+    Outputs,
+    RequestError,
+    Save,
+    Saved,
+    Update,
+    Updated,
+)
+
+
+class Commands:
+    """Executes commands in the engine's thread; files are written in another one.
+
+    Attributes:
+      named: the adapters that samples may choose.
+      trained_tokens: tokens that were trained on.
+    """
+
+    def __init__(
+        self, base: Base, trainer: Trainer, most: int, check_room: Callable[[], None]
+    ) -> None:
+        """Starts the thread that writes files.
+
+        Args:
+          base, trainer: see their classes.
+          most: see `Named`.
+          check_room: raises a RequestError if there is no room for another tenant.
+        """
+        self._base, self._trainer, self._check_room = base, trainer, check_room
+        self.named = Named(most, lambda folder: self.read(folder).adapter)
+        self.trained_tokens = 0
+        self._files = ThreadPoolExecutor(1, "files")
+
+    def close(self) -> None:
+        """Ends once all files are written."""
+        self._files.shutdown()
+
+    def execute(self, tenant: Tenant, command: Command) -> Generator[None, None, Any]:
+        """Executes a command bit by bit, and returns its result."""
+        if isinstance(command, (Create, Load)) and tenant.state is None:
+            self._check_room()
+        if isinstance(command, Create):
+            spec = command.spec
+            tenant.become(Training.begin(self._base.begin(spec, spec.seed or 0)))
+            return spec
+        if isinstance(command, Load):
+            loaded = self.read(command.path, command.optimizer)
+            tenant.become(loaded)
+            return loaded.adapter.spec
+        if isinstance(command, Leave):
+            tenant.become(None)
+            return None
+        if (state := tenant.state) is None:
+            raise RequestError(f"there is no adapter {tenant.name}: create or load it first")
+        if isinstance(command, Gradient):
+            return (yield from self._add_gradient(tenant, state, command))
+        if isinstance(command, Update):
+            return self._step(tenant, state, command)
+        return self._save(tenant, state, command)
+
+    def _add_gradient(
+        self, tenant: Tenant, state: Training, request: Gradient
+    ) -> Generator[None, None, Outputs]:
+        parts = self._trainer.parts(request)
+        logps: list[Any] = [None] * len(request.data)
+        total, grads = 0.0, None
+        for part in parts:
+            if request.forward_only:
+                loss, p = self._trainer.loss(state.adapter, request, part)
+            else:
+                grads, loss, p = self._trainer.gradient(state.adapter, grads, request, part)
+            total += loss
+            for row, place in enumerate(part.at):
+                targets = request.data[place].inputs["target_tokens"]
+                n, k = len(targets), 1 if targets.ndim == 1 else targets.shape[1]
+                found = p[row, :n, :k]
+                logps[place] = found[:, 0] if targets.ndim == 1 else found
+            self.trained_tokens += sum(len(request.data[i].tokens) for i in part.at)
+            yield
+        finite = np.isfinite(total) and (grads is None or self._trainer.is_finite(grads))
+        if not request.forward_only and not finite:
+            raise RequestError(
+                f"the loss is {total:g}, or its gradient is not finite: nothing was added"
+            )
+        if grads is not None:
+            tenant.grads = self._trainer.add(tenant.grads, grads)
+            tokens = sum(len(datum.tokens) for datum in request.data)
+            tenant.summed = (tenant.summed[0] + total, tenant.summed[1] + tokens)
+        return Outputs(logps, {"loss:sum": total})
+
+    def _step(self, tenant: Tenant, state: Training, how: Update) -> Updated:
+        check_update(how)
+        moved, norm = self._trainer.update(state, tenant.grads, how)
+        if tenant.grads is not None:
+            tenant.losses.append((moved.steps, tenant.loss))
+        tenant.become(moved)
+        return Updated({"grad_norm:max": norm, "step:max": float(moved.steps)})
+
+    def _save(self, tenant: Tenant, state: Training, command: Save) -> None:
+        """Names an adapter at once; its files are written while others compute."""
+        if command.name is not None:
+            self.named.add(command.name, command.path, state.adapter)
+        done, tenant.done = tenant.done, None
+        assert done is not None
+
+        def written() -> Saved:
+            return Saved(self._base.write(state, command))
+
+        self._files.submit(answer, written, done)
+
+    def read(self, folder: Path, optimizer: bool = False) -> Training:
+        """Returns an adapter and its training's state, once what was saved before is written."""
+        self._files.submit(int).result()
+        return self._base.read(folder, optimizer)
+
+
+def answer(function: Callable[[], Any], done: Done) -> None:
+    """Hands over a function's result, or what went wrong."""
+    try:
+        result = function()
+    except Exception as error:
+        result = error
+    done(result)
