@@ -45,31 +45,48 @@ def test_samples_end_with_their_session(client):
     assert client.server.futures._pending["alice"] == 0
 
 
+def later(client, seconds):
+    """Has the client's server miss heartbeats for a while."""
+    clock = client.server.ledger._clock
+    client.server.ledger._clock = lambda: clock() + seconds
+
+
 def test_samples_end_after_missed_heartbeats(client):
+    client.server.futures._patience = 0.0
     mine, other = client.session(), client.session()
     requests = [asked(client, sampler(client, session)) for session in (mine, other)]
-    client.server.futures._gone = 0.0
     client.server.sweep_samples()
-    assert client.engine.ended == []
-    clock = client.server.ledger._clock
-    client.server.ledger._clock = lambda: clock() + 45.0
+    assert client.engine.ended == [], "their clients live"
+    later(client, 45.0)
     client.post("session_heartbeat", session_id=other)
     client.server.sweep_samples()
     assert [client.poll(one).status_code for one in requests] == [410, 408]
     assert len(client.engine.ended) == 1
 
 
-def test_samples_that_nobody_asks_for_end(client):
-    name = sampler(client)
-    requests = [asked(client, name, seq) for seq in range(2)]
-    client.server.futures._patience = 0.0
-    assert client.poll(requests[0]).status_code == 408
+def test_samples_without_a_session_end_if_nobody_asks_for_them(client):
+    fields = {"base_model": "tiny/base", "prompt": prompt(5), "sampling_params": {}}
+    first, other = (client.post("asample", **fields)["request_id"] for _ in range(2))
     client.server.sweep_samples()
-    assert [client.poll(one).status_code for one in requests] == [410, 408]
-    again = asked(client, name)  # as a retry of the request would
-    client.engine.step(9)
-    assert again == requests[0]
-    assert [client.poll(one).status_code for one in requests] == [200, 200]
+    assert client.engine.ended == []
+    client.server.futures._patience = 0.0
+    assert client.poll(first).status_code == 408
+    client.server.sweep_samples()
+    assert [client.poll(one).status_code for one in (first, other)] == [410, 408]
+
+
+def test_a_sample_that_was_given_up_may_be_asked_for_again(client):
+    client.server.futures._patience = 0.0
+    name = sampler(client)
+    request = asked(client, name)
+    later(client, 45.0)
+    client.server.sweep_samples()
+    assert client.poll(request).status_code == 410
+    assert asked(client, name) == request  # as a retry would
+    client.engine.step(1)
+    assert client.poll(request).status_code == 408, "the result of the first is not taken for it"
+    client.engine.step(1)
+    assert client.poll(request).status_code == 200
 
 
 @contextmanager

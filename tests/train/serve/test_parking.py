@@ -1,7 +1,10 @@
 """Tenants on disk: they take no room, come back at the next command, and lose nothing."""
 
+import contextlib
 import itertools
 import json
+import queue
+import random
 from pathlib import Path
 
 import pytest
@@ -181,6 +184,44 @@ def test_silence_ends_a_session_only_where_it_was_asked_for(tmp_path):
     client.post("session_heartbeat", 410, session_id=model.split(":")[0])
     settled(client)
     assert client.engine.tenants == {} and not list((tmp_path / "states").iterdir())
+
+
+def fall(client):
+    """Ends a server in the midst of its work: what is queued is never done, nor noted."""
+    jobs = client.engine._jobs
+    with contextlib.suppress(queue.Empty):
+        while True:
+            jobs.get_nowait()
+    client.engine._idle()
+    client.engine.stop()
+    client.server.turns._notes._thread.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_clients_restarts_and_silence(tmp_path, seed):
+    """Models of programs that are cut, sent in any order, and met by a server with room for two."""
+    rng = random.Random(seed)
+    options = {"every": rng.choice([2, 5, 32]), "room": 2}
+    client = Client(FakeEngine(), tmp_path, **options)
+    models = {client.create(): 0 for _ in range(5)}
+    for _ in range(60):
+        model = rng.choice([*models])
+        n = min(rng.randint(1, 4), len(PROGRAM) - models[model])
+        seqs = [models[model] + 1 + i for i in range(n)]
+        models[model] += n
+        sent = [send(client, model, seq, PROGRAM[seq - 1]) for seq in rng.sample(seqs, n)]
+        if rng.random() < 0.7:
+            for one in sent:
+                client.result(one)
+        if rng.random() < 0.1:
+            later(client, 200.0)
+            client.server.sweep(120.0)
+        if rng.random() < 0.1:
+            fall(client)
+            client = Client(FakeEngine(), tmp_path, **options)
+    for model, n in models.items():
+        client.result(client.save(model, n + 1, "end"))
+        assert state(client.engine.tenants[model]) == close_to(PROGRAM[:n])
 
 
 @pytest.mark.parametrize("pending", [False, True])

@@ -43,8 +43,9 @@ class _Promise:
       session: the session that it ends with; None for none.
       result: None before it is there.
       end: ends the work for it.
-      until: when it is given up, unless somebody asks for it; by `time.monotonic`.
+      until: when it may be given up, unless somebody asks for it; by `time.monotonic`.
       polls: requests for it that are held open.
+      closed: whether the last of these ended since its connection was closed.
     """
 
     owner: str
@@ -54,6 +55,7 @@ class _Promise:
     result: Any = None
     end: Callable[[], None] | None = None
     polls: int = 0
+    closed: bool = False
 
 
 class Futures:
@@ -76,8 +78,9 @@ class Futures:
           hold: seconds for which a client waits for a result before it asks again.
           keep: seconds for which the result of a sample may be fetched.
           most: samples of an owner without a result.
-          patience: seconds after which a sample ends that nobody asks for.
-          gone: the same, once the connection of who asked was closed.
+          patience: seconds after which a sample ends that nobody asks for, unless the client of its
+            session is heard.
+          gone: seconds after which it ends in any case, once the connection of who asked is closed.
         """
         self._patience, self._gone = patience, gone
         self._ledger, self._hold, self._keep, self._most = ledger, hold, keep, most
@@ -151,10 +154,9 @@ class Futures:
         now = time.monotonic()
 
         def is_left(promise: _Promise) -> bool:
-            until = promise.until
-            if promise.session in silent:
-                until -= self._patience - self._gone
-            return not promise.polls and until < now
+            if promise.polls or promise.until >= now:
+                return False
+            return promise.closed or not promise.session or promise.session in silent
 
         self._drop(is_left)
 
@@ -224,7 +226,7 @@ class Futures:
             if found is None:
                 is_closed = await _first(event.wait(), closed and closed(), self._hold)
                 if promise is not None and is_closed:
-                    promise.until = time.monotonic() + self._gone
+                    promise.closed, promise.until = True, time.monotonic() + self._gone
                 found = await asyncio.to_thread(self._find, request, owner)
         if found is None:
             again = {"type": "try_again", "request_id": request, "queue_state": "active"}
@@ -254,7 +256,7 @@ class Futures:
                 promise = None
             if promise is not None:
                 promise.polls += 1
-                promise.until = math.inf
+                promise.closed, promise.until = False, math.inf
         try:
             yield promise
         finally:
