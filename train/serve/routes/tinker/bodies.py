@@ -1,6 +1,7 @@
 """Bodies of requests and answers in JSON; refusals, which say what is wrong in JSON, too."""
 
 import asyncio
+import inspect
 import json
 import logging
 import math
@@ -57,7 +58,7 @@ def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[R
             if who is None:
                 return say({"detail": "the X-API-Key is not known here"}, 401)
             body = await body_of(request)
-            if asyncio.iscoroutinefunction(endpoint):
+            if inspect.iscoroutinefunction(endpoint):
                 return await endpoint(request, who, body)
             loop, call = asyncio.get_running_loop(), partial(endpoint, request, who, body)
             return await loop.run_in_executor(_THREADS, cast(Callable[[], Response], call))
