@@ -9,7 +9,6 @@ from typing import Any
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.hub import name_for_others
 from lora_jax.hf.keys import WeightsError
-from lora_jax.saving.checkpoint import adapter_info
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -55,8 +54,9 @@ def _not_an_adapter(folder: Path, is_peft: bool) -> str:
             fields = read_file(folder / _PEFT, "a PEFT adapter", ConfigError)
             base = fields.get("base_model_name_or_path")
         else:
-            base = adapter_info(folder).get("model")
-    except ValueError:
+            about = read_file(folder / _OURS, "an adapter", ConfigError).get("about")
+            base = about.get("model") if isinstance(about, dict) else None
+    except ConfigError:
         pass  # whoever loads the adapter says what is wrong with it
     kind = "an adapter of PEFT" if is_peft else "an adapter"
     call = "peft.load(folder, model, params)" if is_peft else "load_adapter(folder, params)"

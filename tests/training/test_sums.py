@@ -275,7 +275,7 @@ def test_windows_have_the_means_over_their_units(tmp_path):
     assert line["loss"] == pytest.approx((10 * 2 + 20 * 3 + 40 * 5) / 70)
     assert line["hits"] == pytest.approx((20 * 0.25 + 40 * 0.75) / 70)
     assert line["few"] == pytest.approx(20 * 0.7 / 70)  # one step has it, and it is 0 in others
-    assert "step 4/4  loss 4.0000  hits 0.5  few 0.2  lr" in text
+    assert "step 4/4  loss 4.0000  hits 0.5  few 0.2  grad_norm 1  lr" in text
     assert "step 4: held-out loss 7.0000  hits 0.5\n" in text
     assert (lines[-1]["eval_loss"], lines[-1]["eval_hits"]) == (7.0, 0.5)
     tags = {tag for tag, _ in events(tmp_path / "mean")}

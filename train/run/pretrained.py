@@ -218,9 +218,7 @@ def read_outline(name: str, tokenizer: str | None = None) -> Outline:
     Raises:
       UserError: the model cannot be read, or does not continue texts; the tokenizer is not its.
     """
-    outline = _outline(name, tokenizer)
-    _check_continues(name, outline.config)
-    return outline
+    return _outline(name, tokenizer, continues=True)
 
 
 def _check_continues(name: str, config: Any) -> None:
@@ -324,11 +322,12 @@ def read_shapes(name: str) -> Outline:
     return Outline(name, None, config, params, head)
 
 
-def read_untokenized(name: str, **head: Any) -> Outline:
+def read_untokenized(name: str, *, continues: bool = False, **head: Any) -> Outline:
     """Reads the files of any model, without its weights and its tokenizer.
 
     Args:
       name: the model.
+      continues: whether only a model that continues texts will do.
       **head: head of an encoder; see `from_pretrained`.
 
     Raises:
@@ -336,6 +335,8 @@ def read_untokenized(name: str, **head: Any) -> Outline:
     """
     with _model_errors(name):
         source = open_source(models.fetch(name), **head)
+        if continues:
+            _check_continues(name, source.config)
         absent = tuple(row.path for row in absent_rows(source))
         params = shapes_of(key_table(source.config), jnp.float32, source=source)
     if source.shipped:
@@ -343,8 +344,8 @@ def read_untokenized(name: str, **head: Any) -> Outline:
     return Outline(name, None, source.config, params, head, absent)
 
 
-def _outline(name: str, given: str | None, **head: Any) -> Outline:
-    outline = read_untokenized(name, **head)
+def _outline(name: str, given: str | None, *, continues: bool = False, **head: Any) -> Outline:
+    outline = read_untokenized(name, continues=continues, **head)
     tokenizer = read_tokenizer(name, given, outline.config)
     return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
 

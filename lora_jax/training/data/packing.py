@@ -52,7 +52,7 @@ def few_lengths(
     lengths: np.ndarray,
     most: int = MOST_LENGTHS,
     *,
-    least: int = _ROWS_A_LENGTH,
+    least: int | None = None,
     worth: float = _WORTH,
 ) -> tuple[int, ...]:
     """Returns at most `most` lengths that rows are padded to, so that little is padding.
@@ -63,7 +63,8 @@ def few_lengths(
     Args:
       lengths: [n], of the rows, rounded up to lengths that suit devices.
       most: the number of lengths.
-      least: the number of rows that a length has, at least.
+      least: the number of rows that a length has, at least; by default as many as repay a
+        compilation.
       worth: how many times as many tokens as with `most` lengths fewer may need.
 
     Returns:
@@ -76,6 +77,7 @@ def few_lengths(
         sizes = sizes[last]
     below = np.concatenate([[0], np.cumsum(counts)])  # rows of the first i sizes
     rows = below[None, 1:] - below[:-1, None]  # [from, to]
+    least = _ROWS_A_LENGTH if least is None else least
     cost = np.where(rows >= min(least, below[-1]), rows * sizes, np.inf)
     best = cost[0]  # tokens of the rows up to each size, padded to one length
     totals, cuts = [best[-1]], []
