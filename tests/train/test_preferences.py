@@ -121,6 +121,7 @@ CHATML_PAIR = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{cho
 END = ("<|im_end|>", "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "of_prompts"), [("orpo", True), ("cpo", False)])
 def test_losses_without_a_reference_count_their_cross_entropy(folder, tmp_path, loss, of_prompts):
     """By default, as TRL's trainers do; sft and a weight of 0 are in its place."""

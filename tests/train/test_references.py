@@ -62,6 +62,7 @@ def test_one_held_out_row_has_no_divergence(folder, tmp_path, capsys):
     assert "compares held-out rows with one another" in fails(capsys, main, *line)
 
 
+@pytest.mark.slow
 def test_a_kept_reference_is_of_this_model(folder, tmp_path):
     """Its log-probabilities are read anew where config.json has changed, or the adapter's scale."""
     model, used = (shutil.copytree(folder / name, tmp_path / name) for name in ("model", "used"))

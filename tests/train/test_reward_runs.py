@@ -66,6 +66,7 @@ def test_a_reward_that_always_fails_ends_the_run_as_nan_does(folder, tmp_path, r
     ]
 
 
+@pytest.mark.slow
 def test_a_score_that_is_not_known_is_none(folder, tmp_path, rewards, capsys):
     """Not in the log, nor to --keep-best and --patience, in the table and in scores.json."""
     args = [*rewards("now_and_then"), "--steps", 3, "--score-every", 1, "--keep-best", "score"]
@@ -84,6 +85,7 @@ def test_a_score_that_is_not_known_is_none(folder, tmp_path, rewards, capsys):
     assert scores["reward"] == {"fine-tuned": -4.0}
 
 
+@pytest.mark.slow
 def test_what_a_step_does_not_know_is_left_out_of_its_line(folder, tmp_path, rewards, capsys):
     both = [*rewards("at_first"), "--steps", 2]
     (line,) = run(folder, tmp_path / "run", *both, "--log-every", 2)
@@ -124,6 +126,7 @@ def test_a_dry_run_asks_the_reward_and_names_the_column_that_is_missing(
     assert "the reward answers needs the column 'answer'; the rows have none beside" in said
 
 
+@pytest.mark.slow
 def test_a_signal_drops_completions_that_are_rewarded(
     folder, tmp_path, rewards, monkeypatch, capsys
 ):
@@ -154,6 +157,7 @@ def test_a_signal_drops_completions_that_are_rewarded(
     ]
 
 
+@pytest.mark.slow
 def test_a_batch_is_as_wide_as_its_own_prompts_need(folder, tmp_path, monkeypatch, capsys):
     """And gives what it gives at the width of the longest prompt; each width is compiled once."""
     rows = [{"prompt": "a" * (120 if i == 5 else 1 + i)} for i in range(16)]
