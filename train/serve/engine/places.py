@@ -68,8 +68,9 @@ class Places:
         how = self.how(request, row.job.seed, row.index)
         alone = jax.tree.map(lambda x: x[None], how)
         tokens = self._drawing.first(logits, alone, np.bool_(request.top > 0))
-        self._insert(row, cache, len(request.prompt), tokens.ids[0], 1, how)
-        return Tokens(*jax.tree.map(np.asarray, tuple(tokens)))
+        tokens = Tokens(*jax.tree.map(np.asarray, tuple(tokens)))
+        self._insert(row, cache, len(request.prompt), int(tokens.ids[0]), 1, how)
+        return tokens
 
     def pause(self, row: Row) -> None:
         """Takes a completion out of its row; its keys and values go to the host's memory."""
@@ -85,7 +86,7 @@ class Places:
         assert row.cache is not None
         length = self._sizes.cache(row.n_cached)
         cache, how = self._drawing.give(*row.cache, length), self.how_of(row)
-        self._insert(row, cache, row.n_cached, jnp.int32(row.ids[-1]), len(row.ids), how)
+        self._insert(row, cache, row.n_cached, row.ids[-1], len(row.ids), how)
         row.cache = None
 
     def draw(self, tree: Any) -> Tokens:
@@ -110,14 +111,15 @@ class Places:
     def _place(self, row: Row) -> int:
         return next(place for place, other in self.rows.items() if other is row)
 
-    def _insert(self, row: Row, cache: Any, n: int, token: Any, drawn: int, how: How) -> None:
+    def _insert(self, row: Row, cache: Any, n: int, token: int, drawn: int, how: How) -> None:
         self._fit(len(self.rows) + 1, n + 1)
         free = next(i for i in itertools.count() if i not in self.rows)
         self.rows[free] = row
         assert row.job.slot is not None
         mine = (np.int32(row.job.slot), how)
         self._arrays = self._drawing.insert(
-            self._arrays, np.int32(free), cache, np.int32(n), token, np.int32(drawn), mine
+            *(self._arrays, np.int32(free), cache, np.int32(n)),
+            *(np.int32(token), np.int32(drawn), mine),
         )
 
     def _fit(self, n: int, length: int) -> None:
@@ -163,7 +165,7 @@ class Places:
             yield
             drawing.cut(cache, one)
             yield
-        token = drawing.first(logits, jax.tree.map(lambda x: x[None], how), off).ids[0]
+        drawing.first(logits, jax.tree.map(lambda x: x[None], how), off)
         yield
         for width in sizes.widths:
             for length in sizes.caches:
@@ -171,11 +173,12 @@ class Places:
                 for cache in caches:
                     if cache.positions.shape[1] <= drawing.whole(length):
                         mine = (np.int32(0), how)
-                        rows = drawing.insert(rows, np.int32(0), cache, one, token, one, mine)
+                        rows = drawing.insert(rows, np.int32(0), cache, one, one, one, mine)
                 yield
                 rows, _ = drawing.decode(tree, rows, off)
                 yield
-                drawing.give(*drawing.take(rows, np.int32(0), 1), length)
+                paused = drawing.give(*drawing.take(rows, np.int32(0), 1), length)
+                rows = drawing.insert(rows, np.int32(0), paused, one, one, one, mine)
                 yield
                 for wide in set(sizes.widths) - {width}:
                     drawing.fit(rows, np.zeros(wide, np.int32), length)

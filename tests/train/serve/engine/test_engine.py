@@ -31,6 +31,7 @@ from tests.train.serve.engine.engines import (
 from train.serve.engine import engine as engine_module
 from train.serve.requests import (
     AdapterSpec,
+    Client,
     Create,
     Datum,
     Gradient,
@@ -106,6 +107,12 @@ def test_nothing_compiles_once_it_is_warm(engine, tmp_path):
             begun(engine, prompt=[1, 2], max_tokens=0, top_prompt=2),
         ]
         assert [len(x.result(SECONDS).completions[0].tokens) for x in crowd] == [4, 20, 45, 0]
+        with held(engine):  # rows are paused, and go on
+            crowd = [
+                begun(engine, prompt=prompt, n=20, max_tokens=6, client=Client(owner))
+                for owner in ("anna", "ben")
+            ]
+        assert [len(x.result(SECONDS).completions) for x in crowd] == [20, 20]
         tell(engine, name, Leave())
     tell(engine, "other", Leave())
     assert not compiled and engine.status().compiled == before
