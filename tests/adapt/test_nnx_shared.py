@@ -108,6 +108,7 @@ def test_the_adapter_is_that_of_the_state():
         assert_close(ours, theirs, 1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_module_loads_onto_the_state(tmp_path):
     module = Net()
     graph, state = nnx.split(module)

@@ -26,7 +26,10 @@ def streamed(*args: Any, n: int = 8, **options: Any) -> np.ndarray:
     return np.stack(list(stream(*args, max_new_tokens=n, **options)), axis=1)
 
 
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="greedy", marks=pytest.mark.slow), pytest.param(SAMPLED, id="sampled")],
+)
 def test_it_is_generate_step_by_step(tiny_model: Any, options: dict[str, Any]) -> None:
     ids = tiny.tokens(2, 3, 6)
     mask = (np.arange(6) >= 6 - np.array([6, 2, 5])[:, None]).astype(np.int32)

@@ -89,6 +89,7 @@ def test_separable_pairs_are_learned(whole):
     assert lines[-1]["chosen"] > 0 > lines[-1]["rejected"]
 
 
+@pytest.mark.slow
 def test_the_reference_is_an_adapter(folder, tmp_path):
     """Its log-probabilities, kept or not, are those of the adapter that begins."""
     args = ["--reference", folder / "used", "--steps", 4, "--lr", 1e-2]
@@ -138,6 +139,7 @@ def test_losses_without_a_reference_count_their_cross_entropy(folder, tmp_path, 
     assert nll > 1
 
 
+@pytest.mark.slow
 def test_a_run_of_before_goes_on_with_its_loss(folder, tmp_path, capsys):
     """Its cpo was the loss of pairs alone."""
     args = ["--loss", "cpo", "--steps", 1]

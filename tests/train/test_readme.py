@@ -35,6 +35,7 @@ def commands_of(script):
     return [shlex.split(line, comments=True) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_command_of_qlora_trains_on_the_chat_of_the_page(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text(rows_of("messages"))
@@ -46,6 +47,7 @@ def test_the_command_of_qlora_trains_on_the_chat_of_the_page(model, tmp_path, mo
     assert len(read_metrics(Path(given["--output"]))) == 2
 
 
+@pytest.mark.slow
 def test_the_pair_of_the_page_trains(model, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     path.write_text(rows_of("chosen"))
@@ -54,6 +56,7 @@ def test_the_pair_of_the_page_trains(model, tmp_path, capsys):
     assert "fields that are not read" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fields_that_pairs_do_not_read_are_named(model, tmp_path, capsys):
     """Those of Intel/orca_dpo_pairs, and one more: its `system` is read."""
     row = {"system": "Be brief.", "question": "a?", "chosen": "b", "rejected": "c", "source": "d"}

@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.mark.slow
 def test_an_initial_adapter_is_the_reference(folder, tmp_path, capsys):
     """Unless another one is named, of which a resumed run is not asked again."""
     used = folder / "used"
@@ -42,6 +43,7 @@ def said(capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_of_kto_is_that_of_training(folder, tmp_path):
     """On the same rows, and with the weights that the next step begins with."""
     rows = folder / "labelled.jsonl"

@@ -95,6 +95,7 @@ def test_what_a_step_does_not_know_is_left_out_of_its_line(folder, tmp_path, rew
     assert "reward" not in first and second["reward"] == 1.0 and first["kl"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_reward_gets_the_fields_of_all_rows(folder, tmp_path, rewards):
     rows = [{"prompt": "a"}, {"prompt": "aa", "answer": "four"}, {"prompt": "aaa"}]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -107,6 +108,7 @@ def test_a_reward_gets_the_fields_of_all_rows(folder, tmp_path, rewards):
     assert line["reward"] == 7.5 and line["answers/known"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_a_dry_run_asks_the_reward_and_names_the_column_that_is_missing(
     folder, tmp_path, rewards, capsys
 ):

@@ -109,6 +109,7 @@ def test_transformers_ends_the_answers_of_a_merged_folder_there(base, tmp_path):
         assert found.tolist() == tokens[:n].tolist()
 
 
+@pytest.mark.slow
 def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     fields = {**SAMPLING, "repetition_penalty": 1.1}
     made = copied(base[0], tmp_path / "made", fields)

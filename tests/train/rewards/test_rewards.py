@@ -343,7 +343,7 @@ def test_names_that_two_functions_share_are_told_apart():
     )
 
 
-@over("how", ["SIGKILL", "SIGINT", "exit"], often=["SIGKILL"])
+@over("how", ["SIGKILL", "SIGINT", "exit"], often=[])
 def test_no_process_is_left_however_the_script_ends(how):
     write(
         """

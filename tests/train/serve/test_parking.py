@@ -224,6 +224,7 @@ def test_any_order_of_clients_restarts_and_silence(tmp_path, seed):
         assert state(client.engine.tenants[model]) == close_to(PROGRAM[:n])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pending", [False, True])
 def test_weights_and_moments_come_back_bitwise(tmp_path, pending):
     with running(made_engine(made_base())) as engine:

@@ -59,7 +59,7 @@ PATHS = st.sampled_from(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(path=PATHS, found=st.dictionaries(NAMES, VALUES, max_size=8), keep=st.booleans())
 def test_malformed_requests_never_fail_the_server(client, path, found, keep):
