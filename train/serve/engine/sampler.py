@@ -171,14 +171,16 @@ class Sampler:
 
         One of an adapter that has nothing to begin is taken in without room, so that nobody's many
         completions hold it up; and so is one more, once the first began some. Where its adapter
-        finds no slot, no other of the same session is taken in before.
+        finds no slot, no other of the same session is taken in before; nor is one while a sample of
+        the session that is under way has lost its slot.
         """
         to_begin = self._prompts + self._ready
         room = self._sizes.sequences - self.drawing
         room -= sum(prompt.job.request.n - prompt.begun for prompt in to_begin)
         last = {prompt.job.path[:-1]: prompt for prompt in to_begin}
         many = Counter(prompt.job.path[:-1] for prompt in to_begin)
-        blocked: set[TurnPath] = set()
+        under_way: list[Prompt | Row] = [*to_begin, *self._paused]
+        blocked = {each.job.path[:PARTY] for each in under_way if each.job.slot is None}
         for who in sorted(self._waiting, key=self._turns.order):
             queue, party = self._waiting[who], who[:PARTY]
             while queue and (party not in blocked or queue[0].adapter is None):
@@ -261,7 +263,11 @@ class Sampler:
             pass
 
     def _to_draw(self) -> list[Prompt | Row]:
-        """Returns what waits for a row, of those with the fewest rows first, one for each party."""
+        """Returns completions that wait for a row, those of parties with the fewest rows first.
+
+        Of each party, the first one that has a slot is among them, and the first that has none: of
+        these, one can go on where all slots are the party's own.
+        """
         rows = Counter[TurnPath]()
         for row in self._places.rows.values():
             rows.update(parties(row.job.path))
@@ -271,10 +277,10 @@ class Sampler:
             turn = self._turns.order(path)
             return rows[path[:1]], turn[0], rows[path[:2]], *turn[1:]
 
-        firsts: dict[TurnPath, Prompt | Row] = {}
+        firsts: dict[tuple[TurnPath, bool], Prompt | Row] = {}
         waiting: list[Prompt | Row] = [*self._paused, *self._ready]
         for each in sorted(waiting, key=order):
-            firsts.setdefault(each.job.path[:PARTY], each)
+            firsts.setdefault((each.job.path[:PARTY], each.job.slot is None), each)
         return [*firsts.values()]
 
     def _has_row(self, each: Prompt | Row) -> bool:

@@ -190,6 +190,33 @@ def test_who_fills_all_slots_keeps_nobody_out(engine, monkeypatch):
     log.check()
 
 
+@pytest.mark.slow
+def test_a_session_whose_samples_lost_their_slots_goes_on(engine, monkeypatch):
+    """Its other samples hold all slots then, and none of them has a row."""
+    sampler = engine._sampler
+    monkeypatch.delitem(sampler._pool._there, 3)  # two are left
+    plan = {0: ("a", "one", 8, 20), 2: ("a", "two", 12, 5), 11: ("b", "more 0", 1, 20)}
+    plan[24] = "a", "more 0", 8, 5
+    futures, count, step = [], itertools.count(), sampler.step
+
+    def counted():
+        if row := plan.get(next(count)):
+            owner, name, n, most = row
+            fields = {"prompt": [2, 3, 4], "n": n, "max_tokens": most, "seed": 1}
+            futures.append(begun(engine, adapter=name, client=Client(owner), **fields))
+        before = sampler.prompt_tokens, sampler.drawn_tokens
+        step()
+        if (sampler.prompt_tokens, sampler.drawn_tokens) == before:
+            raise RuntimeError("the step did nothing")
+
+    with held(engine):
+        first = begun(engine, prompt=[2], max_tokens=40, client=Client("c"))
+        monkeypatch.setattr(sampler, "step", counted)
+    first.result(SECONDS)
+    found = [future.result(SECONDS) for future in futures]
+    assert [len(one.completions) for one in found] == [8, 12, 1, 8]
+
+
 def test_a_paused_sample_ends_early(engine):
     def seen(piece):
         if not piece.index:

@@ -1,0 +1,143 @@
+"""The sampler's choices alone, without arrays: whatever is asked for, each step does something."""
+
+import itertools
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from train.serve.engine.drawing import Tokens
+from train.serve.engine.jobs import Job
+from train.serve.engine.pool import Pool
+from train.serve.engine.sampler import Sampler
+from train.serve.engine.sizes import Sizes
+from train.serve.requests import Client, Sample
+
+CHUNK = 8
+
+
+class EmptyPool(Pool):
+    """Slots that hold no arrays."""
+
+    def __init__(self, slots):
+        self._tree, self._users = None, Counter()
+        self._there = dict.fromkeys(range(1, slots + 1))
+
+    def _write(self, slot, adapter):
+        pass
+
+
+class EmptyPlaces:
+    """Rows that hold no arrays."""
+
+    are_lost = False
+
+    def __init__(self, shared):
+        self.rows, self.shared = {}, shared
+
+    def narrow(self):
+        pass
+
+    def begin(self, row, logits, cache):
+        self.resume(row)
+        return self.draw(None)
+
+    def pause(self, row):
+        self.free(row)
+
+    def free(self, row):
+        del self.rows[next(place for place, other in self.rows.items() if other is row)]
+
+    def resume(self, row):
+        assert row.job.slot is not None
+        self.rows[next(i for i in itertools.count() if i not in self.rows)] = row
+
+    def draw(self, tree):
+        n = max(self.rows) + 1
+        return Tokens(np.zeros(n, int), np.zeros(n), None)
+
+
+def made_sampler(slots, sequences, shared):
+    cache = SimpleNamespace(positions=np.zeros((1, 64)))
+    drawing = SimpleNamespace(
+        chunk=CHUNK,
+        empty=lambda width, length: None,
+        prompt=lambda length: cache,
+        cut=lambda cache, n: cache,
+        extend=lambda tree, slot, ids, n, cache: (None, cache),
+        whole=lambda length: length,
+    )
+    base = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=9)))
+    sizes = Sizes(max_length=64, tokens=64, sequences=sequences, chunk=CHUNK)
+    sampler = Sampler(base, None, drawing, EmptyPool(slots), sizes, str)
+    sampler._places = EmptyPlaces(shared)
+    return sampler
+
+
+def step(sampler):
+    """Takes a step, which draws tokens or runs a part of a prompt."""
+    before = sampler.drawn_tokens, sampler.prompt_tokens
+    sampler.step()
+    assert (sampler.drawn_tokens, sampler.prompt_tokens) != before
+
+
+class Requests:
+    """Asks a sampler, and counts the answers."""
+
+    def __init__(self, sampler):
+        self.sampler, self.jobs, self.answers, self._adapters = sampler, [], [], {}
+
+    def ask(self, owner, session, name, n, most, prompt):
+        adapter = None if name is None else self._adapters.setdefault(name, object())
+        request = Sample(
+            **{"adapter": name, "prompt": prompt, "n": n, "max_tokens": most},
+            client=Client(owner, session),
+        )
+        self.jobs.append(Job(request, adapter, 0, self.answers.append, None))
+        self.sampler.add(self.jobs[-1])
+
+    def end(self):
+        """Takes steps until all is answered."""
+        while self.sampler.busy:
+            step(self.sampler)
+        assert len(self.answers) == len(self.jobs)
+        assert not any(isinstance(answer, Exception) for answer in self.answers)
+        assert not self.sampler._turns._users
+        assert not any(n for slot, n in self.sampler._pool._users.items() if slot)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_each_step_does_something(seed):
+    rng = random.Random(seed)
+    slots = rng.choice([2, 2, 3, 8])
+    sequences = rng.choice([4, 8])
+    sampler = made_sampler(slots, sequences, shared=rng.choice([1, sequences]))
+    requests, is_ended_early = Requests(sampler), rng.choice([0.0, 0.01])
+    for _ in range(300):
+        if rng.random() < 0.08:
+            names = [None, *(f"x{i}" for i in range(slots + 3))]
+            prompt = rng.choices(range(2), k=rng.choice([3, 20]))
+            who = rng.choice("abc"), rng.choice(["", "s"])
+            requests.ask(
+                *who, rng.choice(names), rng.choice([1, 2, 12]), rng.choice([1, 5, 30]), prompt
+            )
+        if requests.jobs and rng.random() < is_ended_early:
+            sampler.end(rng.choice(requests.jobs))
+        if sampler.busy:
+            step(sampler)
+    requests.end()
+
+
+def test_a_sample_that_lost_its_slot_holds_up_no_others_of_its_session():
+    """These hold all slots, and none of them has a row."""
+    requests = Requests(made_sampler(2, 8, 8))
+    plan = {0: ("a", "x0", 8, 20), 2: ("a", "x1", 12, 5), 11: ("b", "x2", 1, 20)}
+    plan[24] = "a", "x2", 8, 5
+    for i in range(25):
+        if i in plan:
+            owner, *rest = plan[i]
+            requests.ask(owner, "", *rest, [2, 3, 4])
+        step(requests.sampler)
+    requests.end()
