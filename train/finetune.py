@@ -47,6 +47,7 @@ from train.run.log import SAMPLED, Log, QuietLog, doing
 from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
 from train.run.report import (
+    ask_words,
     compiled_bytes,
     print_adapter,
     print_commands,
@@ -213,7 +214,7 @@ def finetune(
     took = duration(time.monotonic() - began)
     console.print(f"the whole run took {took}; its files are in {folder}")
     merged_only = config.adapter.full or space is not None
-    print_commands(console, folder / ADAPTER, classifies=bool(outline.head), merged=merged_only)
+    print_commands(console, folder / ADAPTER, ask_words(outline), merged=merged_only)
     return scores
 
 

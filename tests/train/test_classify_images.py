@@ -24,6 +24,8 @@ from train.data.files import images_of, is_image_folder, read_rows
 from train.export import __main__ as export
 from train.predict import __main__ as predict
 from train.run.log import read_metrics
+from train.run.pretrained import read_classifier_outline
+from train.run.report import ask_words
 from train.tasks import images
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -240,6 +242,11 @@ def test_exports(made: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.slow
+def test_the_command_that_asks_it_names_an_image(made: Path) -> None:
+    outline = read_classifier_outline(str(made / "vit"), 3, "images")
+    assert ask_words(outline) == ("train.predict", "IMAGE")
+
+
 def test_a_rehearsal(made: Path, tmp_path: Path, capsys: Any) -> None:
     options = ["--model", made / "vit", "--dataset", made / "photos", "--steps", 2]
     run(tmp_path / "run", *options, "--dry-run")

@@ -36,7 +36,7 @@ def commands_of(script):
 
 
 @pytest.mark.slow
-def test_the_command_of_qlora_trains_on_the_chat_of_the_page(model, tmp_path, monkeypatch):
+def test_the_command_of_qlora_trains_on_the_chat_of_the_page(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text(rows_of("messages"))
     (line,) = (line for line in commands_of("train.sft") if "--quantize" in line)
@@ -45,6 +45,7 @@ def test_the_command_of_qlora_trains_on_the_chat_of_the_page(model, tmp_path, mo
     line[line.index(given["--model"])] = model
     sft.main([*line, "--steps", "2", "--report-to", "none"])
     assert len(read_metrics(Path(given["--output"]))) == 2
+    assert "to use it: python -m train.generate --adapter" in capsys.readouterr().out
 
 
 @pytest.mark.slow

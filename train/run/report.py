@@ -3,7 +3,7 @@
 import resource
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from lora_jax.models import VisionConfig
 from lora_jax.quantized import bytes_of
 from lora_jax.training.run.best import Best
 from train.console.errors import flag
 from train.console.output import tell
+from train.run.pretrained import Outline
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
 
@@ -98,16 +100,25 @@ def print_best(console: Console, best: Best, patience: int | None) -> None:
     tell(console, said)
 
 
-def print_commands(console: Console, adapter: Path, *, classifies: bool, merged: bool) -> None:
+def ask_words(outline: Outline) -> tuple[str, ...]:
+    """Returns the module and the arguments that ask a model of this outline, but for --adapter."""
+    if "head" in outline.head:
+        of_images = isinstance(outline.config, VisionConfig)
+        return "train.predict", "IMAGE" if of_images else "TEXT"
+    if outline.tokenizer.chat_template is None:
+        return "train.generate", "--prompt", "TEXT"
+    return "train.generate", "--interactive"
+
+
+def print_commands(console: Console, adapter: Path, ask: Sequence[str], *, merged: bool) -> None:
     """Prints the commands that ask the trained model, and that export it.
 
     Args:
       console: console to print to.
       adapter: the adapter's folder.
-      classifies: whether the model is a classifier.
+      ask: the words that ask the model; see `ask_words`.
       merged: whether the model can be exported merged only.
     """
-    ask = ("train.predict", "TEXT") if classifies else ("train.generate", "--interactive")
     exported = str(adapter.parent / "exported")
     export = ("train.export", "--output", exported, *["--merged"] * merged)
     for what, (module, *more) in {"to use it": ask, "to export it": export}.items():
