@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_jax.training.errors import TrainingError
@@ -15,7 +16,7 @@ from train.options.command import read_line
 from train.options.common import Options
 from train.options.defaults import Defaults, with_defaults
 from train.options.field import check_effects
-from train.options.file import replaced
+from train.options.file import CONFIG, replaced
 from train.options.table import TableRow, check_one_base, read_table
 from train.options.tasks import find_task
 from train.processes.session import Session
@@ -34,7 +35,8 @@ class Script:
       completed: fills in a task's defaults.
       started: makes what a run begins with, where it is not there yet, by another run.
       own_output: the output folder, if none is given, of a run on other data than the default ones;
-        None for the same.
+        None for the same. --resume also finds a run of these data in the folder of the default
+        ones, where older runs are.
     """
 
     name: str
@@ -59,7 +61,9 @@ class Script:
         config, on_line, in_file = read_line(self.plain, given, f"python -m {self.name}")
         is_own = config.data.dataset != self.plain.data.dataset
         if is_own and self.own_output and "output" not in (on_line | in_file.keys()):
-            config = replaced(config, {"output": self.own_output})
+            own, older = Path(self.own_output), Path(config.run.output)
+            if not (config.run.resume and _holds_run(older) and not _holds_run(own)):
+                config = replaced(config, {"output": self.own_output})
         return config, on_line, in_file
 
     def _alone(self, config: Any, on_line: frozenset[str], in_file: Mapping[str, int]) -> Any:
@@ -109,3 +113,7 @@ class Script:
             asked.append(Asked(row._replace(options=config), task))
         check_one_base([one.row for one in asked])
         return asked
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()

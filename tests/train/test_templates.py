@@ -1,6 +1,7 @@
 """The option --chat-template: what renders chats in every script, and goes with the adapter."""
 
 import json
+import shutil
 import urllib.request
 from types import SimpleNamespace
 
@@ -14,8 +15,11 @@ from tests.train.serve.scripted import ScriptedEngine, ids, serving
 from tests.train.tiny import CHATML, tokenizer, write_jsonl, write_model
 from train import distill, dpo, grpo, sft
 from train.adapters.source import find_adapter
+from train.console.errors import UserError
 from train.export import __main__ as export
 from train.generate import __main__ as generate
+from train.options.table import read_table
+from train.run.output import begin, check_output
 from train.serve import __main__ as serve
 
 OWN = "{% for t in tools or [] %}<tool>{{ t.function.name }}</tool>{% endfor %}" + CHATML
@@ -91,6 +95,52 @@ def test_a_merged_model_has_it_in_the_place_of_its_own(folder, tmp_path):
     said = made.apply_chat_template(ROW["messages"], tools=TOOLS, tokenize=False)
     assert made.chat_template == OWN and said.startswith("<tool>look_up</tool>")
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == OWN
+
+
+def peft_folder(folder, template):
+    """What a command line reads of a PEFT adapter with a chat template."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "owner/name"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / FILE).write_text(template)
+    return str(folder)
+
+
+def test_a_run_of_before_goes_on_with_the_template_of_its_base(folder, tmp_path):
+    """It began when adapters of PEFT did not give theirs."""
+    given = ["--init-adapter", peft_folder(tmp_path / "peft", OWN), "--model", folder.model]
+    given += ["--dataset", str(folder.path / "rows.jsonl"), "--output", str(tmp_path / "run")]
+    begun = sft.parse(given)
+    assert begun.data.chat_template == str(tmp_path / "peft" / FILE)
+    (tmp_path / "run").mkdir()
+    begin(tmp_path / "run", begun, "train.sft", {})
+    assert sft.parse([*given, "--resume"]).data.chat_template == begun.data.chat_template
+    kept = tmp_path / "run/config.yaml"
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(line for line in lines if "chat_template" not in line))
+    older = sft.parse([*given, "--resume"])
+    assert older.data.chat_template is None and check_output(older) == tmp_path / "run"
+    own = sft.parse([*given, "--resume", "--chat-template", str(folder.path / "own.jinja")])
+    with pytest.raises(UserError, match="--chat-template was None and is now"):
+        check_output(own)
+
+
+def test_the_adapters_of_a_table_go_with_one_template(folder, tmp_path):
+    for name, template in {"one": OWN, "same": OWN, "other": CHATML}.items():
+        shutil.copytree(folder.path / "run/adapter", tmp_path / name)
+        (tmp_path / name / FILE).write_text(template)
+
+    def asked(*names):
+        rows = [{"name": name, "init_adapter": str(tmp_path / name)} for name in names]
+        table = write_jsonl(tmp_path / "runs.jsonl", rows)
+        line = ["--model", folder.model, "--dataset", folder.path / "rows.jsonl", "--many", table]
+        config, on_line, _ = sft.SCRIPT._read([str(arg) for arg in line])
+        return sft.SCRIPT.asked_for(read_table(config, sft.SCRIPT.plain, on_line))
+
+    first, second = asked("one", "same")
+    assert first.row.options.data.chat_template != second.row.options.data.chat_template
+    with pytest.raises(UserError, match="line 2: --init-adapter: this adapter goes with another c"):
+        asked("one", "other")
 
 
 @pytest.mark.parametrize("script", [sft, dpo, grpo, distill])

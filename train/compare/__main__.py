@@ -47,7 +47,7 @@ from train.processes import hosts
 from train.processes.session import Session
 from train.run.intrinsic import merged, moves_weights, space_of
 from train.run.lifecycle import Run, resume_hint
-from train.run.output import CONFIG
+from train.run.output import CONFIG, remove_empty
 
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"
@@ -58,11 +58,19 @@ _OURS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SftCompareRun(sft_options.SftRunConfig):
+    """Evaluation and output."""
+
+    output: str = _OUTPUT
+    """The output folder of the comparison: its report, its measurements, and a folder a run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SftCompare(sft_options.Config):
     """Compare LoRA and full fine-tuning of a language model."""
 
     compare: CompareConfig = CompareConfig()
-    run: sft_options.SftRunConfig = sft_options.SftRunConfig(output=_OUTPUT)
+    run: SftCompareRun = SftCompareRun()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,6 +255,8 @@ def _locked(config: Any, session: Session, console: Console) -> Path:
       TrainingError: another comparison writes to it.
     """
     folder = Path(config.run.output).expanduser()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    session.release.callback(remove_empty, made)  # where the comparison is refused later on
     try:
         folder.mkdir(parents=True, exist_ok=True)
         session.release.enter_context(FolderLock(folder, notice=lambda line: console.print(line)))

@@ -1,9 +1,13 @@
 """The defaults of a task, and of options that depend on others."""
 
+import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from train.adapters.source import absolute, find_adapter
+from train.console.errors import UserError
+from train.options.file import CONFIG, from_file
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import as_text
 
@@ -54,8 +58,9 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
     if data.tokenizer is None and source:
         data = dataclasses.replace(data, tokenizer=source.tokenizer)
-    if getattr(data, "chat_template", "") is None and source and source.chat_template:
-        data = dataclasses.replace(data, chat_template=str(source.chat_template))
+    template = source.chat_template if source else None
+    if template and getattr(data, "chat_template", "") is None and not _began_without(options):
+        data = dataclasses.replace(data, chat_template=str(template))
     for name in ("model", "tokenizer", "chat_template"):
         if given := getattr(data, name, None):
             data = dataclasses.replace(data, **{name: absolute(given)})
@@ -66,3 +71,16 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     if getattr(run, "eval_questions", 0) is None:
         run = dataclasses.replace(run, eval_questions=defaults.eval_questions)
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data, run=run)
+
+
+def _began_without(options: Any) -> bool:
+    """Returns whether --resume goes on with a run that began with no --chat-template.
+
+    In runs that are older than this default, the base's own template renders chats.
+    """
+    file = Path(options.run.output).expanduser() / CONFIG
+    if not options.run.resume or not file.is_file():
+        return False
+    with contextlib.suppress(UserError):  # the check of the folder tells of a damaged file
+        return "chat_template" not in from_file(file, options)
+    return False

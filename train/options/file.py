@@ -25,6 +25,8 @@ from train.options.field import idle_options, traits_of
 
 Config = TypeVar("Config", bound=Options)
 
+CONFIG = "config.yaml"  # the file of a run's options, in its folder
+
 _TAG = "tag:yaml.org,2002:"
 _NEEDED = {
     bool: "true or false is needed",

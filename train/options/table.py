@@ -11,6 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import yaml
 
 from lora_jax.training.errors import TrainingError
+from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors, flag
 from train.data.text_files import read_csv, read_json
 from train.options.command import value_of
@@ -92,7 +93,14 @@ def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
     of_base = [name for name, one in traits.items() if one.shared is Shared.BASE]
     for row in rows[1:]:
         for name in of_base:
-            here, there = value_of(row.options, name), value_of(rows[0].options, name)
+            here, there = (_of_base(each.options, name) for each in (row, rows[0]))
+            if here != there and name == "chat_template":
+                raise UserError(
+                    f"{row.where}: {flag('init_adapter')}: this adapter goes with another chat "
+                    f"template than that of {_place(rows[0])}; all runs of a table share one base "
+                    f"with its template: give {flag(name)} on the command line, or a table to each "
+                    "template"
+                )
             if here != there:
                 raise UserError(
                     f"{row.where}: {flag('init_adapter')}: this adapter is over a base with "
@@ -100,6 +108,12 @@ def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
                     f"all runs of a table share one base: give {flag(name)} on the command line, "
                     "or a table to each base"
                 )
+
+
+def _of_base(options: Options, name: str) -> object:
+    """Returns the value of an option; of --chat-template the text of the file."""
+    value = value_of(options, name)
+    return read_template(str(value)) if name == "chat_template" and value else value
 
 
 def _row(

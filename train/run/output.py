@@ -17,12 +17,11 @@ from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
 from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
-from train.options.file import as_file, check_same_run, from_file
+from train.options.file import CONFIG, as_file, check_same_run, from_file
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, read_metrics
 
-CONFIG = "config.yaml"  # the options
 FACTS = "facts.json"  # what came of them: steps, sizes, versions
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
@@ -48,7 +47,7 @@ def locked_output(config: Options, held: ExitStack, console: Console) -> Path:
     folder = Path(config.run.output).expanduser()
     if not folder.is_dir():
         made = [path for path in (folder, *folder.parents) if not path.exists()]
-        held.callback(_remove_empty, made)  # where the run is refused later on
+        held.callback(remove_empty, made)  # where the run is refused later on
         check_output(config)
     if is_first():
         try:
@@ -58,7 +57,7 @@ def locked_output(config: Options, held: ExitStack, console: Console) -> Path:
     return check_output(config)
 
 
-def _remove_empty(folders: Sequence[Path]) -> None:
+def remove_empty(folders: Sequence[Path]) -> None:
     """Removes folders with nothing in them, the innermost first."""
     with contextlib.suppress(OSError):
         for folder in folders:
