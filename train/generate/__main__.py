@@ -68,7 +68,8 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
         if adapter.source:
             adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)
     check_template(options, outline, prompts or [])
-    outline, sampling = with_generation_config(outline, options.generation_config)
+    asked = {name: value for name, value in vars(options).items() if name in given}
+    outline, sampling = with_generation_config(outline, options.generation_config, asked)
     options = with_sampling(options, sampling, given)
 
     # Someone who types a line waits for its answer; the lines of a pipe are answered together.

@@ -109,7 +109,7 @@ def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None
             f"--attention {options.attention}: the kernel does not read keys from a cache, and "
             "generation has one: give blockwise, dense or auto"
         )
-    for holds, names, why in _without_effect(options):
+    for holds, names, why in _without_effect(options, given):
         if holds and (named := [name for name in names if name in given]):
             raise UserError(f"{flag(named[0])} {why}")
 
@@ -117,7 +117,7 @@ def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None
 def with_sampling(
     options: GenerateOptions, sampling: Mapping[str, Any], given: frozenset[str]
 ) -> GenerateOptions:
-    """Returns the options with defaults of a generation_config.json; those given stay.
+    """Returns the options; those on the command line take precedence over the file's.
 
     Raises:
       UserError: an option has no effect beside them.
@@ -128,7 +128,9 @@ def with_sampling(
     return options
 
 
-def _without_effect(options: GenerateOptions) -> list[tuple[bool, tuple[str, ...], str]]:
+def _without_effect(
+    options: GenerateOptions, given: frozenset[str]
+) -> list[tuple[bool, tuple[str, ...], str]]:
     """Returns cases in which options have no effect: whether each holds, and why."""
     return [
         (
@@ -136,6 +138,12 @@ def _without_effect(options: GenerateOptions) -> list[tuple[bool, tuple[str, ...
             ("num_samples", "seed", "top_k", "top_p"),
             "is about sampling, and --temperature 0 (the default) always takes the most likely "
             "token: give a temperature above 0, or leave it out",
+        ),
+        (
+            options.temperature == 0 and "temperature" in given,
+            ("generation_config",),
+            "says how to sample, and --temperature 0 always takes the most likely token: leave out "
+            "one of them",
         ),
         (
             not {*options.adapter} - {BASE},

@@ -1,30 +1,36 @@
 """The defaults of sampling that a model comes with, in its generation_config.json."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.generation import FILE, Generation, read_generation
-from train.console.errors import UserError, as_user_errors
+from train.console.errors import UserError, as_user_errors, flag
 from train.console.output import say
 from train.options.generation import AUTO
 from train.run.pretrained import Outline
 
+_NAMES = ("temperature", "top_p", "top_k")
 
-def with_generation_config(outline: Outline, given: str | None) -> tuple[Outline, dict[str, Any]]:
-    """Applies --generation-config, and says what the file has.
+
+def with_generation_config(
+    outline: Outline, given: str | None, asked: Mapping[str, Any] | None = None
+) -> tuple[Outline, dict[str, Any]]:
+    """Applies --generation-config, and says how answers are sampled.
 
     Args:
       outline: the model's.
       given: the option.
+      asked: further options that were given, by name; those of sampling take precedence.
 
     Returns:
       The outline, with the tokens of another file that end an answer; and the temperature, top_p
       and top_k to use in the place of a script's defaults, where the file gives them.
 
     Raises:
-      UserError: the file cannot be read, or says nothing of sampling.
+      UserError: the file cannot be read, or says nothing of sampling that `asked` leaves open.
     """
     option = f"--generation-config {given}"
     if given not in (None, AUTO):
@@ -44,7 +50,14 @@ def with_generation_config(outline: Outline, given: str | None) -> tuple[Outline
     with as_user_errors(ConfigError, prefix=f"{option}: {FILE}: "):
         generation.check_sampling()
     others = f"; not applied: {_said(generation.others)}" if generation.others else ""
-    say(f"sampling as {FILE} says: {_said(sampling)}{others}")
+    own = {name: asked[name] for name in _NAMES if name in asked} if asked else {}
+    if sampling.keys() <= own.keys() and given == AUTO:
+        raise UserError(
+            f"{option} has no effect beside {', '.join(map(flag, own))}: it says nothing else of "
+            "sampling; leave it out"
+        )
+    but = f" but for {', '.join(map(flag, own))}" if own else ""
+    say(f"sampling as {FILE} says{but}: {_said(sampling | own)}{others}")
     return outline, sampling
 
 

@@ -125,6 +125,11 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     options = parse(["--temperature", "0.2", "--generation-config", str(made / FILE)])
     outline, sampling = with_generation_config(read_outline(str(base[0])), str(made / FILE))
     assert outline.config.generation == read_generation(made)
+    capsys.readouterr()
+    with_generation_config(read_outline(str(made)), "auto", {"temperature": 0.2, "prompt": ("x",)})
+    assert "says but for --temperature: temperature 0.2, top_p 0.9, top_k 40" in (
+        capsys.readouterr().err
+    )
     used = with_sampling(options, sampling, given)
     assert (used.temperature, used.top_p, used.top_k) == (0.2, 0.9, 40)
     capsys.readouterr()
@@ -133,6 +138,15 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
         capsys.readouterr().err
     )
     assert greedy["answer"] == tokenizer().decode(base[1], skip_special_tokens=True).strip()
+
+
+def test_it_is_refused_where_other_options_leave_it_nothing_to_say(base, tmp_path, capsys):
+    made = copied(base[0], tmp_path / "made", {"temperature": 0.7, "top_p": 0.9})
+    line = ["--model", made, "--prompt", PROMPT, "--generation-config", "auto", "--temperature"]
+    said = fails(capsys, generate.main, *line, 0)
+    assert "--generation-config says how to sample, and --temperature 0 always takes" in said
+    said = fails(capsys, generate.main, *line, 0.5, "--top-p", 0.5)
+    assert "--generation-config auto has no effect beside --temperature, --top-p" in said
 
 
 @pytest.mark.parametrize("main", [generate.main, serve.main])
