@@ -10,14 +10,16 @@ from tests.hf.test_gguf import write as write_gguf
 from tests.hf.vocabularies import byte_level, metadata_of, sentencepiece
 from tests.train.scripts import begun, fails
 from tests.train.test_classify import write_encoder
-from tests.train.tiny import decoder, tokenizer, write_jsonl, write_model, write_rows
-from train import classify, sft
+from tests.train.tiny import CHATML, decoder, tokenizer, write_jsonl, write_model, write_rows
+from train import classify, distill, sft
 from train.adapters.source import find_adapter
 from train.export import __main__ as export
 from train.generate import __main__ as generate
 from train.generate.shared_base import Named, tokenizer_of
+from train.live.taught import teacher_outline
 from train.predict import __main__ as predict
 from train.run.pretrained import read_classifier_outline, read_outline
+from train.run.report import ask_words
 from train.serve.engine.base import Base
 from train.serve.requests import RequestError
 
@@ -67,6 +69,20 @@ def test_answers_and_a_merged_model_have_it(folder, tmp_path, capsys):
     assert "--tokenizer needs --merged" in said
 
 
+def test_a_teacher_reads_with_it_and_tells_the_day_of_the_student(folder, tmp_path, capsys):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "1?"}])
+    (tmp_path / "day.jinja").write_text(CHATML + '{{ strftime_now("%d %b %Y") }}')
+    line = ["--model", folder.model, "--dataset", tmp_path / "prompts.jsonl", "--teacher-model"]
+    line = [str(arg) for arg in [*line, folder.model, "--tokenizer", folder.tokens]]
+    day = ["--chat-template", str(tmp_path / "day.jinja"), "--template-date", "2025-08-05"]
+    config = distill.parse([*line, *day])
+    teacher = teacher_outline(config, distill.task_of(config).outline(config, None))
+    chat = [{"role": "user", "content": "?"}]
+    assert "05 Aug 2025" in teacher.tokenizer.apply_chat_template(chat, tokenize=False)
+    gone = [*line, "--teacher-model", str(tmp_path / "gone"), "--output", tmp_path / "run"]
+    assert fails(capsys, distill.main, *gone).startswith(f"--teacher-model {tmp_path / 'gone'}: ")
+
+
 def test_one_that_does_not_fit_is_refused(folder, tmp_path, capsys):
     args = ["--model", folder.model, "--dataset", folder.path / "rows.jsonl"]
     larger = tokenizer()
@@ -99,6 +115,22 @@ def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys,
     said = fails(capsys, generate.main, *prompt)
     assert "trained with the tokenizer in /nowhere/tokens, which does not exist here" in said
     generate.main([*map(str, prompt), "--tokenizer", folder.tokens])
+
+
+def test_the_command_that_asks_a_model_is_one_that_it_answers(folder, tmp_path):
+    """A chat needs a template."""
+    chats = read_outline(folder.model, folder.tokens)
+    assert ask_words(chats) == ("train.generate", "--interactive")
+    assert ask_words(chats.quantized("nf4").scaled({"rope_type": "linear", "factor": 2.0}))[1:] == (
+        "--interactive",
+    )
+    write_encoder(tmp_path / "encoder")
+    assert ask_words(read_classifier_outline(str(tmp_path / "encoder"), 2)) == (
+        "train.predict",
+        "TEXT",
+    )
+    chats.tokenizer.chat_template = None
+    assert ask_words(chats) == ("train.generate", "--prompt", "TEXT")
 
 
 def test_a_classifier_reads_texts_with_it(tmp_path, capsys):

@@ -37,7 +37,8 @@ def teacher_outline(config: Any, outline: Outline) -> Outline:
     data = config.data
     found = outline
     if data.teacher_model is not None:
-        found = read_outline(data.teacher_model).templated(data.chat_template)
+        found = read_outline(data.teacher_model, data.tokenizer, "--teacher-model")
+        found = found.templated(data.chat_template).dated(data.template_date, optional=True)
     if found.tokenizer.get_vocab() != outline.tokenizer.get_vocab():
         raise UserError(
             f"--teacher-model {found.name}: its tokenizer is not that of {outline.name}, and it "
@@ -101,6 +102,7 @@ class Taught(Rollouts):
             model, params = read_model(
                 outline.name,
                 dtype=optim.dtype,
+                option=outline.option,
                 attention=optim.attention,
                 sharding=self._layout.of_parameter,
             )

