@@ -197,6 +197,10 @@ def test_a_base_that_is_gone(whole, monkeypatch):
     monkeypatch.setattr(type(find_adapter(str(whole))), "about", gone)
     with pytest.raises(UserError, match="--reward .*: its base cannot be read: --model /nowhere"):
         RewardModel(str(whole))
+    gone = {"model": "/nowhere", "labels": ["reward"], "tokenizer": "/nowhere/tokens"}
+    monkeypatch.setattr(type(find_adapter(str(whole))), "about", gone)
+    with pytest.raises(UserError, match="in /nowhere/tokens, .* copy it there, or train the rew"):
+        RewardModel(str(whole))
 
 
 def test_rows_that_are_no_pairs(inputs, tmp_path, capsys):

@@ -79,13 +79,7 @@ class AdapterSource:
         Raises:
           UserError: it was in a folder that is not on this machine.
         """
-        name: str | None = None if self.from_peft else self.about.get("tokenizer")
-        if name and Path(name).is_absolute() and not Path(name).exists():
-            raise UserError(
-                f"{self.given} was trained with the tokenizer in {name}, which does not exist "
-                "here: name it with --tokenizer"
-            )
-        return name
+        return self.find_tokenizer("name it with --tokenizer")
 
     @property
     def quantize(self) -> str | None:
@@ -114,6 +108,23 @@ class AdapterSource:
         with self._readable():
             tensors = read_tensors(self.folder / PEFT_WEIGHTS)
         return next((len(t) for name, t in tensors.items() if _CLASSES.fullmatch(name)), None)
+
+    def find_tokenizer(self, remedy: str) -> str | None:
+        """Returns `tokenizer`.
+
+        Args:
+          remedy: says what to do about a folder that is not on this machine.
+
+        Raises:
+          UserError: as `tokenizer` does.
+        """
+        name: str | None = None if self.from_peft else self.about.get("tokenizer")
+        if name and Path(name).is_absolute() and not Path(name).exists():
+            raise UserError(
+                f"{self.given} was trained with the tokenizer in {name}, which does not exist "
+                f"here: {remedy}"
+            )
+        return name
 
     def base(self) -> str:
         """Returns the name of the base that the adapter states.
@@ -281,7 +292,7 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
 
 
 def absolute(name: str | None) -> str | None:
-    """Returns a path as it is found from any folder; a name on the hub, and None, as they are."""
+    """Returns an existing path as absolute; other names unchanged."""
     path = Path(name or "").expanduser()
     return str(path.absolute()) if name and path.exists() else name
 

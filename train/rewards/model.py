@@ -33,8 +33,9 @@ class RewardModel:
                 f"{source.given} holds no reward model: name the folder of a run of "
                 "`train.classify --labels pairs`"
             )
+        tokenizer = source.find_tokenizer("copy it there, or train the reward model again")
         with as_user_errors(UserError, prefix=f"{source.given}: its base cannot be read: "):
-            base, tokenizer = source.about.get("model", ""), source.tokenizer
+            base = source.about.get("model", "")
             outline = read_classifier_outline(base, 1, tokenizer=tokenizer)
         outline = outline.quantized(source.quantize)
         source.check(outline)
