@@ -9,12 +9,14 @@ import threading
 import pytest
 
 from lora_jax import models
+from lora_jax.training.data.order import Order
 from lora_jax.training.setup import Setup
 from tests.support import assert_close, assert_identical
 from tests.train import test_rollouts
 from tests.train.scripts import fails
 from tests.train.test_rollouts import adapter_of, line_of, lines_of, run, told
 from train import grpo
+from train.live.prompts import Prompts, Widths
 from train.run.log import read_metrics
 
 # Processes of rewards end with the process of a script.
@@ -157,6 +159,13 @@ def test_a_signal_drops_completions_that_are_rewarded(
     assert [{k: v for k, v in line.items() if k not in timed} for line in whole] == [
         {k: v for k, v in line.items() if k not in timed} for line in parts
     ]
+
+
+def test_widths_are_chosen_by_the_longest_prompt_of_each_step():
+    """One long prompt of 16 is in every step of all, whatever part of the step it is in."""
+    prompts = Prompts([{}] * 16, [[1] * (700 if i == 5 else 8) for i in range(16)])
+    assert len(Widths.of(prompts, Order(0, 16, 4, 4), 8).rows) == 1
+    assert len(Widths.of(prompts, Order(0, 16, 4, 1), 8).rows) == 2
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ class Compared:
             batch = batch | {"reference": self._scores(self.params, batch)}
         if self.mixable is not None:
             kl = self._kl(self.mixable, number, state)
-            batch = batch | {"kl": np.full(batch["ids"].shape[:2], kl)}
+            batch = batch | {"kl": np.full(batch["ids"].shape[:2], kl, np.float32)}
         return batch
 
     def noted(self, number: int) -> Mapping[str, float]:
@@ -62,7 +62,7 @@ class Compared:
         return {}
 
     def lost(self, number: int) -> None:
-        """Returns None: what pairs teach, the loss alone can tell."""
+        """Returns None: a batch of pairs is never lost."""
 
     def _scores(self, params: Tree, batch: HostBatch) -> np.ndarray:
         """Returns the log-probabilities of a batch, [accumulate, batch, n]."""

@@ -20,8 +20,8 @@ from train.run.pretrained import Outline
 
 _OF_PROMPT = ("prompt", "messages")
 _MOST_WIDTHS = 4  # sampler, scorer and step are compiled for each
-_WORTH = 1.1  # as many tokens as with the most widths are well spent on fewer
-_LOOKED_AT = (100, 1000)  # steps, at least and at most, by whose batches they are chosen
+_WORTH = 1.1  # fewer widths are taken if they cost at most 1.1 times the tokens
+_LOOKED_AT = (100, 1000)  # number of steps whose batches choose the widths, at least and at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Widths(NamedTuple):
         """
         sizes = np.array([_rounded(len(ids)) for ids in prompts.tokens])
         n_steps = int(np.clip(order.steps(1), *_LOOKED_AT))
-        found = [sizes[order.rows(step)].max(axis=1) for step in range(n_steps)]
-        widest = np.concatenate([*found, [sizes.max()]])
+        # Scorer and step pad all parts of a step to the longest of all.
+        widest = np.array([*(sizes[order.rows(n)].max() for n in range(n_steps)), sizes.max()])
         rows = np.array([_rounded(size + new) for size in widest.tolist()])
         suits = (rows % parts == 0) | (rows == rows.max())
         rows = np.where(suits, rows, rows.max())
