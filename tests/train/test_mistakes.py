@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -18,6 +19,7 @@ from lora_jax.training.run.lock import FolderLock
 from tests.train.scripts import fails
 from tests.train.tiny import write_model, write_rows
 from train import dpo, grpo
+from train.compare import __main__ as compare
 from train.console.errors import UserError
 from train.data import files
 from train.export import __main__ as export
@@ -174,6 +176,9 @@ def test_a_refused_run_leaves_no_folder(tmp_path, capsys):
     rows, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "runs" / "mine"
     fails(capsys, main, "--model", "nowhere.gguf", "--dataset", rows, "--output", output)
     assert not output.parent.exists()
+    args = ["--model", "nowhere.gguf", "--dataset", rows, "--output", output]
+    assert "nowhere.gguf" in fails(capsys, compare.main, "sft", *args)
+    assert not output.parent.exists()
 
 
 def test_rows_of_ones_own_have_an_output_folder_of_their_own(tmp_path):
@@ -182,6 +187,17 @@ def test_rows_of_ones_own_have_an_output_folder_of_their_own(tmp_path):
     (tmp_path / "run.yaml").write_text("output: here\n")
     given = ["--dataset", "x.jsonl", "--config", str(tmp_path / "run.yaml")]
     assert parse(given).run.output == "here"
+
+
+def test_a_run_of_ones_own_rows_is_found_where_older_runs_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--dataset", "x.jsonl", "--resume"]
+    assert parse(args).run.output == "runs/sft"
+    for folder in ("runs/sql", "runs/sft"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.yaml").write_text("rank: 8")
+        assert parse(args).run.output == folder
+    assert parse(args[:-1]).run.output == "runs/sft"
 
 
 SCRIPTS = {
@@ -218,7 +234,10 @@ SCRIPTS = {
         ("grpo", ["--model-name-or-path", "x"], "--model-name-or-path is --model"),
         ("generate", ["--max-tokens", "3"], "--max-tokens is --max-new-tokens"),
         ("serve", ["--max-model-len", "3"], "--max-model-len is --max-length"),
-        ("export", ["--model-name-or-path", "x"], "--model"),
+        ("export", ["--model-name-or-path", "x"], "--model-name-or-path is --model"),
+        ("export", ["--fp16"], "--fp16 is --dtype float16"),
+        ("sft", ["--fp16"], "--fp16 is --dtype bfloat16 (there is no float16)"),
+        ("sft", ["--use-peft"], "--use-peft is the default (--full trains without"),
         ("predict", ["--max-length", "3"], "--max-length is --seq-len"),
         ("plan", ["--lora-r", "3"], "--lora-r is --rank"),
     ],
@@ -227,12 +246,18 @@ def test_options_of_other_tools_are_answered_with_ours(script, args, answer, cap
     assert answer in fails(capsys, SCRIPTS[script], *args)
 
 
+def test_a_name_that_means_something_else_here_gets_no_answer(capsys):
+    """axolotl's rl is no --loss of supervised training; what trains nothing has no adapter."""
+    for script, name in (("sft", "rl"), ("generate", "use-peft"), ("generate", "fp16")):
+        assert f"--{name} is " not in fails(capsys, SCRIPTS[script], f"--{name}", "x")
+
+
 def test_options_of_other_tools_stand_for_options_that_there_are():
     plain = [script([]) for script in (parse, dpo.parse, grpo.parse)]
     ours = {name for options in plain for name in traits_of(options)}
     ours |= {field.name for field in dataclasses.fields(ServeOptions)}
     for name, own in elsewhere._NAMES.items():
-        assert not own.startswith("--") or own.split()[0][2:].replace("-", "_") in ours, name
+        assert own.split()[0][2:].replace("-", "_") in ours, name
         assert name not in ours or name == "max_length", name
 
 

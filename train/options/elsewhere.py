@@ -29,7 +29,6 @@ _NAMES = {
     **dict.fromkeys(("use_dora", "peft_use_dora"), "--dora"),
     **dict.fromkeys(("use_rslora", "peft_use_rslora"), "--scaling 'alpha/sqrt(rank)'"),
     "loraplus_lr_ratio": "--lora-plus",
-    "use_peft": "the default (--full trains without an adapter)",
     "learning_rate": "--lr",
     **dict.fromkeys(("num_train_epochs", "num_epochs"), "--epochs"),
     "max_steps": "--steps",
@@ -53,7 +52,6 @@ _NAMES = {
     "load_in_4bit": "--quantize nf4",
     "load_in_8bit": "--quantize int8",
     **dict.fromkeys(("torch_dtype", "bf16"), "--dtype bfloat16"),
-    "fp16": "--dtype bfloat16 (there is no float16)",
     "logging_steps": "--log-every",
     "save_steps": "--save-every",
     "save_total_limit": "--keep",
@@ -62,7 +60,7 @@ _NAMES = {
     "early_stopping_patience": "--patience",
     "resume_from_checkpoint": "--resume",
     "overwrite_output_dir": "--overwrite",
-    **dict.fromkeys(("loss_type", "rl"), "--loss"),
+    "loss_type": "--loss",
     "label_smoothing": "--smoothing",
     "cpo_alpha": "--nll-weight",
     "simpo_gamma": "--margin",
@@ -74,6 +72,11 @@ _NAMES = {
     "epsilon_high": "--clip-high",
     "max_model_len": "--max-length",
     "max_lora_rank": "--max-rank",
+}
+# Their name -> answers, each for scripts that have some option.
+_WITH = {
+    "use_peft": {"full": "the default (--full trains without an adapter)"},
+    "fp16": {"merged": "--dtype float16", "dtype": "--dtype bfloat16 (there is no float16)"},
 }
 
 
@@ -97,8 +100,10 @@ def own_name(name: str, known: Collection[str]) -> str | None:
       name: the other tool's name, with underscores.
       known: the names of the script's options.
     """
-    own = _NAMES.get(name)
-    if own is None or name in known:
+    if name in known:
         return None
-    is_here = not own.startswith("--") or own.split()[0][2:].replace("-", "_") in known
+    if name in _WITH:
+        return next((own for option, own in _WITH[name].items() if option in known), None)
+    own = _NAMES.get(name)
+    is_here = own is not None and own.split()[0][2:].replace("-", "_") in known
     return own if is_here else None
