@@ -1,7 +1,7 @@
 """Commands of tenants, executed bit by bit."""
 
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Commands:
         self.named = Named(most, lambda folder: self.read(folder).adapter)
         self.trained_tokens = 0
         self._files = ThreadPoolExecutor(1, "files")
+        self._writing: dict[Path, Future[None]] = {}  # by folder; the engine's thread alone has it
 
     def close(self) -> None:
         """Ends once all files are written."""
@@ -126,11 +127,13 @@ class Commands:
         def written() -> Saved:
             return Saved(self._base.write(state, command))
 
-        self._files.submit(answer, written, done)
+        self._writing = {path: end for path, end in self._writing.items() if not end.done()}
+        self._writing[command.path.absolute()] = self._files.submit(answer, written, done)
 
     def read(self, folder: Path, optimizer: bool = False) -> Training:
-        """Returns an adapter and its training's state, once what was saved before is written."""
-        self._files.submit(int).result()
+        """Returns an adapter and its training's state; waits while this very folder is written."""
+        if (written := self._writing.get(folder.absolute())) is not None:
+            written.result()
         return self._base.read(folder, optimizer)
 
 

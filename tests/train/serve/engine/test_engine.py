@@ -271,6 +271,30 @@ def test_saved_and_loaded_bitwise(engine, tmp_path):
         tell(engine, name, Leave())
 
 
+def test_a_folder_is_read_while_others_are_written(engine, base, tmp_path, monkeypatch):
+    tell(engine, "writer", Create(AdapterSpec(rank=2, seed=1)))
+    tell(engine, "writer", Save(tmp_path / "there"))
+    write, go_on = base.write, threading.Event()
+
+    def wait(*given):
+        assert go_on.wait(SECONDS)
+        return write(*given)
+
+    monkeypatch.setattr(base, "write", wait)
+    saved = submitted(engine, "writer", Save(tmp_path / "slow"))
+    loaded = submitted(engine, "reader", Load(tmp_path / "there", optimizer=False))
+    try:
+        assert loaded.result(20).rank == 2 and not saved.done()
+        again = submitted(engine, "writer", Load(tmp_path / "slow", optimizer=False))
+        time.sleep(0.02)
+        assert not again.done()
+    finally:
+        go_on.set()
+    assert again.result(SECONDS).rank == 2 and saved.result(SECONDS).size > 0
+    for name in ("writer", "reader"):
+        tell(engine, name, Leave())
+
+
 @pytest.mark.parametrize("kind", ["peft", "run"])
 def test_folders_from_elsewhere(engine, base, tmp_path, kind):
     rules = [
