@@ -119,7 +119,7 @@ class Parking:
     def _leave_engine(self, name: str, turn: Turn) -> None:
         status = self._engine.status().tenants.get(name, turn.status)
         if status is not None:
-            turn.status = dataclasses.replace(status, parked=True, size=0, used=turn.used)
+            turn.status = dataclasses.replace(status, parked=True, size=0)
         self.seats.go(name)
         self._engine.submit(name, Leave(), partial(self._notes.later, self.left, name), turn.client)
 
@@ -156,6 +156,8 @@ class Parking:
                 losses = sorted((dict(before.losses) | dict(found[name].losses)).items())
                 seconds = before.seconds + found[name].seconds
                 found[name] = dataclasses.replace(found[name], losses=losses, seconds=seconds)
+            if name in found:  # not when the engine had a command, such as one of parking
+                found[name] = dataclasses.replace(found[name], used=turn.used)
         return found
 
     def _on_disk(self, name: str, turn: Turn) -> TenantStatus | None:
@@ -172,6 +174,5 @@ class Parking:
             queued=len(turn.waiting),
             seconds=0.0,
             client=turn.client,
-            used=turn.used,
             parked=True,
         )

@@ -324,7 +324,8 @@ class TenantStatus:
       queued: commands that wait.
       seconds: seconds of the engine's time that it had.
       client: the client that it is of.
-      used: when its last command came, in seconds since 1970; None where that is not known.
+      used: when its client's last command came, in seconds since 1970; None in the engine's own
+        account, which does not tell a client's commands from those of parking.
       parked: whether its arrays lie on disk, until its next command.
     """
 

@@ -174,7 +174,6 @@ class FakeEngine:
                     queued=0,
                     seconds=0.5,
                     client=self.clients[name],
-                    used=1.0,
                 )
                 for name, one in self.tenants.items()
             },

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 
@@ -66,7 +67,25 @@ def test_names_owners_and_last_use_stand_beside_ids(monkeypatch, tmp_path):
         sessions += [post("create_session", user_metadata=recipe)]
         models = [create(one["session_id"]) for one in sessions]
         until(lambda: len(engine.tenants) == 3, "they are made")
-        return models, ask(port, path="/status.json", X_API_Key="tml-one")[2]["tenants"]
+        before, made = status(port), time.time()
+        models.append(create(post("create_session")["session_id"]))  # there is no room for it
+        until(lambda: status(port)[models[0]]["parked"], "another is parked")
+        parked = status(port)
+        post("optim_step", model_id=models[0], seq_id=1, adam_params={})
+        until(lambda: not status(port)[models[0]]["parked"], "it is back")
+        return models, made, before, parked, status(port)
 
-    models, told = command(monkeypatch, tmp_path, "--keys keys", work, engine)
-    assert [told[model]["name"] for model in models] == [None, "Mine", "sl_loop"]
+    def status(port):
+        return ask(port, path="/status.json", X_API_Key="tml-one")[2]["tenants"]
+
+    began = time.time()
+    line = "--keys keys --tenants 3"
+    models, made, before, parked, later = command(monkeypatch, tmp_path, line, work, engine)
+    names = [before[model]["name"] for model in models[:3]]
+    assert names == [None, "Mine", "sl_loop"]
+    assert {told["owner"] for told in before.values()} == {"anna"}
+    used = [before[model]["used"] for model in models[:3]]
+    assert began < used[0] < used[1] < used[2] < made
+    assert [parked[model]["used"] for model in models[:3]] == used, "parking is no use"
+    assert later[models[0]]["used"] > parked[models[3]]["used"] > made
+    assert [later[model]["used"] for model in models[1:3]] == used[1:]

@@ -125,11 +125,9 @@ class Engine:
 
     def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
         """Queues a command of a tenant."""
-        now = time.time()
 
         def queued() -> None:
             mine = self._tenants.setdefault(tenant, Tenant(tenant, client))
-            mine.used = now
             if not mine.is_waiting:
                 self._turns.enter(mine.path)
             if not mine.is_waiting:  # it neither saved up time, nor owes what nobody wanted
@@ -187,7 +185,6 @@ class Engine:
                 queued=len(tenant.queue) + (tenant.job is not None),
                 seconds=tenant.seconds,
                 client=tenant.client,
-                used=tenant.used,
             )
             for name, tenant in self._tenants.copy().items()
             if (state := tenant.state) is not None
