@@ -17,7 +17,7 @@ from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
 from lora_jax.select.matching import Known, check_names
 from lora_jax.select.resolve import beside, resolve
-from lora_jax.select.sharing import owners, with_shared_a
+from lora_jax.select.sharing import check_owners, owner_of, owners, with_shared_a
 
 
 def lorafy(
@@ -53,7 +53,7 @@ def lorafy(
 
     Raises:
       ValueError: a rule, or a name in its list of targets, selects nothing; a kernel's axis roles
-        are unknown; or the tree is adapted already.
+        are unknown; a rule with `share_a` shares nothing; or the tree is adapted already.
       TypeError: a rule is no rule, `key` is no PRNG key, or `trace` is no tuple of a function and
         its arguments.
 
@@ -137,7 +137,7 @@ def split(params: Tree) -> tuple[Adapter, Tree]:
       base: the tree with the rest, frozen; where the adapter's arrays were, there is None.
 
     Raises:
-      ValueError: the tree is plain.
+      ValueError: the tree is plain, or a part that lacks a weight whose A another one shares.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -145,7 +145,9 @@ def split(params: Tree) -> tuple[Adapter, Tree]:
     >>> jax.tree.map(jnp.shape, adapter)
     {'dense/kernel': {'a': (2, 4), 'b': (2, 3)}}
     """
-    adapter = {path: node.parts() for path, node in _nodes_for("split", params).items()}
+    nodes = _nodes_for("split", params)
+    check_owners(nodes)
+    adapter = {path: node.parts() for path, node in nodes.items()}
     return adapter, map_nodes(lambda _, node: node.with_parts({}), params)
 
 
@@ -168,7 +170,8 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
     """
     if not adapter:
         return base
-    _check_same_paths("join", adapter, nodes_of(base))
+    nodes = nodes_of(base)
+    _check_same_paths("join", adapter, nodes)
 
     def filled(path: str, node: Node) -> Node:
         given, wanted = sorted(adapter[path]), sorted(node.part_names())
@@ -184,7 +187,7 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
                     f"tree takes {expected}: adapt the base by the adapter's own rules (rank, "
                     "layers), or load it from its folder by lora_jax.load_adapter"
                 )
-        owner = node.a_of if isinstance(node, LoraWeight) else None
+        owner = owner_of(path, nodes)
         shared = {} if owner is None else {"a": adapter[owner]["a"]}
         return node.with_parts({**adapter[path], **shared})
 
@@ -321,7 +324,7 @@ def trainable_mask(params: Tree) -> Tree:
       params: an adapted tree.
 
     Raises:
-      ValueError: weights share an A, which only `split` and `join` keep one.
+      ValueError: two weights share an A; an optimiser over the whole tree would update it twice.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])

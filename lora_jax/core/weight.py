@@ -158,8 +158,9 @@ class LoraWeight(_Node):
       frozen: the names of the factors that do not train.
       uses: the uses of W that see the adapter: "all", "lookup" or "product" alone, or "each" with
         its own half of the rank.
-      a_of: the path of the weight whose A is this one's, too, and trains there; None for an A of
-        its own. In a whole tree both hold the same array.
+      a_of: the weight whose A is this one's, too, and trains there, by the end of its path from
+        the module on ("gate_proj/kernel", beside this module); None for an A of its own. In a whole
+        tree both hold the same array. See `lora_jax.select.sharing.owner_of`.
     """
 
     base: BaseLike

@@ -29,6 +29,7 @@ from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, without_derived
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
+from lora_jax.select.sharing import check_owners, with_shared_a
 from lora_jax.variants import PARTS
 
 FORMAT = 2
@@ -79,6 +80,7 @@ def save_adapter(
     facts, nodes = dict(about or {}), nodes_of(params)
     if not nodes:
         raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
+    check_owners(nodes)
     fingerprint = base_fingerprint(params)
     if base is not None:
         _check_meant(nodes, fingerprint, base)
@@ -182,7 +184,7 @@ def load_adapter(
         in_full = path in metadata["trained"]
         return Trained(jnp.asarray(arrays[path]["value"])) if in_full else base
 
-    loaded = treedef.unflatten(adapted(path, leaf) for path, leaf in leaves)
+    loaded = with_shared_a(treedef.unflatten(adapted(path, leaf) for path, leaf in leaves))
     return swap(params, loaded) if nodes_of(params) else loaded
 
 

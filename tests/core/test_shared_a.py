@@ -9,6 +9,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import optim
 from lora_jax.bank import Bank, combine
+from lora_jax.lorafy import map_parts
 from tests.support import assert_close, assert_identical, draw, with_random_factors
 
 KERNELS = {
@@ -47,6 +48,61 @@ def test_it_trains_once_and_is_the_same_array_in_both():
     assert moved["mlp"]["up"]["kernel"].a is moved["mlp"]["gate"]["kernel"].a
 
 
+def without_modules():
+    """Returns an adapted tree whose leaves are kernels themselves."""
+    rule = lj.LoraRule(targets=".*", rank=2, share_a=True, in_axes=[0], out_axes=[1])
+    return lj.lorafy({name: KERNELS["mlp"][name]["kernel"] for name in ("gate", "up")}, [rule])
+
+
+@pytest.mark.parametrize(
+    ("place", "gate", "up"),
+    [
+        (lambda: {"params": lj.lorafy(KERNELS, RULES)}, f"params/{GATE}", f"params/{UP}"),
+        (lambda: lj.lorafy(KERNELS, RULES)["mlp"], "gate/kernel", "up/kernel"),
+        (lambda: lj.lorafy({"params": KERNELS}, RULES)["params"], GATE, UP),
+        (without_modules, "gate", "up"),
+        (lambda: {"params": {"mlp": without_modules()}}, "params/mlp/gate", "params/mlp/up"),
+    ],
+    ids=["wrapped", "cut", "unwrapped", "without modules", "without modules, wrapped"],
+)
+def test_it_holds_wherever_the_two_stand(place, gate, up, tmp_path):
+    def at(tree, path):
+        for segment in path.split("/"):
+            tree = tree[segment]
+        return tree
+
+    tree = place()
+    adapter, base = lj.split(tree)
+    assert (set(adapter[gate]), set(adapter[up])) == ({"a", "b"}, {"b"})
+    assert_identical(lj.join(adapter, base), tree)
+    moved = map_parts(lambda path, name, array: array + 1, tree)
+    assert at(moved, up).a is at(moved, gate).a
+    assert_identical(at(moved, up).a, at(tree, up).a + 1)
+    lj.save_adapter(tmp_path / "adapter", tree)
+    loaded = lj.load_adapter(tmp_path / "adapter", lj.strip(tree))
+    assert_identical(loaded, tree)
+    assert at(loaded, up).a is at(loaded, gate).a
+    assert_identical(lj.join(*lj.split(loaded)), tree)
+
+
+def test_a_part_without_the_owner_is_refused(tmp_path):
+    whole = lj.lorafy(KERNELS, RULES)
+    part = {"mlp": {name: whole["mlp"][name] for name in ("up", "down")}}
+    message = f"'{UP}' shares the A of '{GATE}'.*give the part of the tree that holds both"
+    for use in (
+        lj.split,
+        lambda tree: map_parts(lambda path, name, array: array, tree),
+        lambda tree: lj.save_adapter(tmp_path / "adapter", tree),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use(part)
+    adapter, base = lj.split(whole)
+    with pytest.raises(ValueError, match=message):
+        lj.join({UP: adapter[UP]}, {"mlp": {"up": base["mlp"]["up"]}})
+    assert not (tmp_path / "adapter").exists()
+    assert_close(lj.merge(part)["mlp"]["up"]["kernel"], KERNELS["mlp"]["up"]["kernel"], 1e-6)
+
+
 def test_factored_is_merged_and_the_gradient_is_the_sum_of_both_uses():
     tree, x = tree_with_one_a(), draw(5, (3, 5))
     adapter, base = lj.split(tree)
@@ -67,6 +123,7 @@ def test_it_is_kept_by_files_and_by_swap(tmp_path):
     lj.save_adapter(tmp_path / "adapter", tree)
     loaded = lj.load_adapter(tmp_path / "adapter", KERNELS)
     assert_identical(loaded, tree)
+    assert loaded["mlp"]["up"]["kernel"].a is loaded["mlp"]["gate"]["kernel"].a
     assert_identical(lj.split(loaded)[0], lj.split(tree)[0])
     assert_identical(lj.swap(lj.lorafy(KERNELS, RULES), tree), tree)
 
@@ -86,6 +143,10 @@ def test_sums_and_banks_hold_it_as_two():
     ("more", "message"),
     [
         ({"targets": ["gate", "up", "down"]}, "stand side by side, and their A's differ"),
+        (
+            {"targets": ["gate"]},
+            "no two kernels of this rule stand side by side .*'mlp/gate/kernel",
+        ),
         ({"targets": ["gate"], "freeze_a": True}, "share_a=True: an A that is frozen"),
         ({"targets": ["gate"], "init": lj.init.pissa}, "taken out of its own base"),
     ],
