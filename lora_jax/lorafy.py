@@ -1,7 +1,7 @@
 """The transform of a parameter tree, its halves, and its inverses."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,13 @@ from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, le
 from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
 from lora_jax.select.matching import Known, check_names
-from lora_jax.select.resolve import beside, resolve
+from lora_jax.select.resolve import beside, listed, resolve
 from lora_jax.select.sharing import check_owners, owner_of, owners, with_shared_a
 
 
 def lorafy(
     params: Tree,
-    rules: Sequence[Rule],
+    rules: Iterable[Rule],
     *,
     key: jax.Array | None = None,
     trace: Sequence[Any] | None = None,
@@ -73,6 +73,7 @@ def lorafy(
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
     shared = aliases(treedef.unflatten(leaf for _, leaf in leaves))
     known = Known(traced_roles(trace, arrays), kinds, shared)
+    rules = listed(rules)
     chosen = resolve(arrays, rules, known)
     check_names(rules, dict(arrays), known)
     starts, a_of = starts_of(dict(arrays), chosen, key), owners(chosen, dict(arrays))

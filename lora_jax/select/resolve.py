@@ -64,33 +64,46 @@ class Adapted:
 Choice = Adapted | InFull
 
 
+def listed(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Returns the rules of a list or another iterable.
+
+    Raises:
+      TypeError: `rules` is no iterable of rules; says what to write.
+      ValueError: there are none.
+    """
+    if isinstance(rules, Rule):
+        raise TypeError(f"rules is a list: write [{rules!r}]")
+    if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
+        wrong = f"{rules!r}{_peft_hint(rules)}"
+        raise TypeError(f"rules is a list, such as [LoraRule(targets=['q_proj'])], not {wrong}")
+    rules = tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"a rule is a LoraRule or a TrainRule, not {rule!r}{_peft_hint(rule)}")
+    if not rules:
+        raise ValueError("no rules: give at least one LoraRule or TrainRule")
+    return rules
+
+
 def resolve(
     leaves: Leaves,
-    rules: Sequence[Rule],
+    rules: Iterable[Rule],
     known: Known = Known(),  # noqa: B008
 ) -> dict[str, Choice]:
     """Returns the decision for each leaf that a rule selects, by path; the first rule wins.
 
     Args:
       leaves: leaves of the tree, with their paths.
-      rules: in the order in which they apply.
+      rules: in the order in which they apply; see `listed`.
       known: facts about the leaves beyond their names.
 
     Raises:
       ValueError: a rule selects nothing (the message names it and the nearest paths), the roles of
         a selected kernel's axes are unknown, or layers of one stack disagree.
-      TypeError: `rules` is no list, or one of them is no rule.
+      TypeError: `rules` is no iterable of rules.
     """
-    if isinstance(rules, Rule):
-        raise TypeError(f"rules is a list: write [{rules!r}]")
-    if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
-        wrong = f"{rules!r}{_of_peft(rules)}"
-        raise TypeError(f"rules is a list, such as [LoraRule(targets=['q_proj'])], not {wrong}")
-    if not rules:
-        raise ValueError("no rules: give at least one LoraRule or TrainRule")
+    rules = listed(rules)
     for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"a rule is a LoraRule or a TrainRule, not {rule!r}{_of_peft(rule)}")
         if known.kinds is None and rule.targets in PRESETS and rule.targets != ALL_LINEAR:
             raise ValueError(
                 f"{rule}: a preset needs to be told what each leaf is: lorafy(params, rules, "
@@ -121,7 +134,7 @@ def resolve(
     return resolved
 
 
-def _of_peft(rules: Any) -> str:
+def _peft_hint(rules: Any) -> str:
     """Returns what to do with a configuration of PEFT that is given for rules."""
     return ": lora_jax.peft.rules(config) makes rules of it" if hasattr(rules, "peft_type") else ""
 

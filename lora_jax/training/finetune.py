@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,6 +185,8 @@ def finetune(
     arguments.check_together(given)
     arguments.check_best(keep_best, held_out=held_out is not None, folder=folder is not None)
     arguments.check_optimizer(optimizer, weight_decay)
+    if isinstance(rules, Iterator):  # its rules are settings of the run as well
+        rules = list(rules)
     layout = layout or one_device()
     for rows in filter(None, (examples, measured)):
         arguments.check_positions(model, rows)

@@ -227,6 +227,17 @@ def test_common_mistakes_are_told_what_to_write(make, message):
         make()
 
 
+def test_rules_may_be_any_iterable():
+    names = ("q_proj", "v_proj")
+    rules = [lj.LoraRule(targets=[name]) for name in names]
+    for given in ((rule for rule in rules), tuple(rules), dict.fromkeys(rules).keys()):
+        assert selected(given) == {Q, V}
+    with pytest.raises(TypeError, match="a rule is a LoraRule or a TrainRule, not 'q_proj'"):
+        selected(name for name in names)
+    with pytest.raises(ValueError, match="no rules: give at least one"):
+        selected(iter(()))
+
+
 @pytest.mark.parametrize(
     ("targets", "names"),
     [("q_proj", ["q_proj"]), ("q_proj,v_proj", ["q_proj", "v_proj"]), ("q_proj|mlp",) * 2],
