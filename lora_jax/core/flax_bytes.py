@@ -29,9 +29,7 @@ def _as_it_is(node: Node) -> Any:
       TypeError: the dictionary is to be bytes.
     """
     for frame, _ in traceback.walk_stack(sys._getframe(1)):
-        if frame.f_globals.get("__name__") != _FLAX:
-            return node
-        if frame.f_code.co_name == "to_bytes":
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == (_FLAX, "to_bytes"):
             raise TypeError(
                 "to_bytes: the tree is adapted, and its nodes are no arrays. Save the adapter with "
                 "its ranks and scales, lora_jax.save_adapter(folder, params); or its arrays alone, "

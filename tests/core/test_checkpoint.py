@@ -7,8 +7,11 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import serialization
+from flax.core import freeze
+from flax.training.train_state import TrainState
 
 import lora_jax as lj
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
@@ -234,11 +237,17 @@ def test_facts_about_an_adapter_are_kept_beside_it(tmp_path):
 def test_flax_bytes_of_an_adapted_tree_say_what_to_save():
     """Flax's own functions; its dictionaries, and what is plain, are as before."""
     tree = lorafied(PARAMS, RULES)
-    with pytest.raises(TypeError, match=r"save_adapter.*to_bytes\(lora_jax.split\(params\)\[0\]\)"):
-        serialization.to_bytes({"params": tree})
+    state = TrainState.create(apply_fn=None, params=tree, tx=optax.identity())
+    for held in ({"params": tree}, state, freeze({"params": tree})):
+        with pytest.raises(
+            TypeError, match=r"save_adapter.*to_bytes\(lora_jax.split\(params\)\[0\]\)"
+        ):
+            serialization.to_bytes(held)
     adapter, base = lj.split(tree)
     read = serialization.from_bytes(adapter, serialization.to_bytes(adapter))
     assert_identical(jax.tree.map(jnp.asarray, lj.join(read, base)), tree)
     assert serialization.to_bytes(lj.merge(tree))
     kept = serialization.to_state_dict(tree)["head"]["kernel"]
     assert kept is tree["head"]["kernel"]
+    assert serialization.to_state_dict(state)["params"]["head"]["kernel"] is kept
+    assert serialization.to_state_dict(freeze({"params": tree}))["params"]["head"]["kernel"] is kept
