@@ -67,6 +67,33 @@ def test_only_the_completion_counts_and_in_it_only_the_assistant():
     assert learned(muted)[0][1] == "no<|im_end|>\n"
 
 
+def test_a_system_that_the_prompt_begins_with_counts_once():
+    system = {"role": "system", "content": "be kind"}
+    row = {"prompt": [system, USER], "chosen": [GOOD], "rejected": [BAD]}
+    assert learned({**row, "system": "be kind"}) == learned(row)
+    assert learned({**row, "prompt": [USER], "system": "be kind"}) == learned(row)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"input": "en"},
+        {"query": "a search", "problem": "another"},
+        {"question": "anything"},
+    ],
+)
+def test_a_field_beside_a_question_of_the_user_is_something_else(field):
+    row = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    assert learned({**field, **row}) == learned(row)
+
+
+def test_a_question_that_the_texts_begin_with_is_read_whatever_its_white_space():
+    row = {"chosen": "Q: one\n two A: so", "rejected": "Q: one\n two A: no"}
+    assert learned({**row, "question": "one two\n"}) == learned(row)
+    with pytest.raises(TrainingError, match="its `question` would not be read"):
+        learned({**row, "question": "onetwo"})
+
+
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_texts_without_a_prompt_are_taken_as_they_are(template):
     row = {"chosen": "Q: 1+1? A: two", "rejected": "Q: 1+1? A: three"}
@@ -109,11 +136,19 @@ ONE = {"prompt": "a", "completion": "b", "label": True}
         ({**BOTH, "system": 3}, "row 2: `system` is 3; a text is needed, the prompt's first turn"),
         (
             {**BOTH, "prompt": [{"role": "system", "content": "s"}, USER], "system": "t"},
-            "row 2 has a `system`, and its prompt begins with a turn of the system",
+            "row 2 has a `system`, and its prompt begins with another turn of the system",
         ),
         (
             {"question": "a", "chosen": "so b", "rejected": "so c"},
             r"row 2 has no `prompt`, and its `question` would not be read: .*--fields prompt=quest",
+        ),
+        (
+            {
+                "instruction": "a",
+                "chosen": [{"role": "system", "content": "s"}, GOOD],
+                "rejected": [{"role": "system", "content": "s"}, BAD],
+            },
+            "row 2 has no `prompt`, and its `instruction` would not be read",
         ),
         ({"chosen": "\n\nyes", "rejected": "\n\nno"}, "row 2 has no `prompt`, and `chosen` and"),
         ({"chosen": [USER, GOOD], "rejected": [BAD]}, "row 2 has no `prompt`, and `chosen` and"),

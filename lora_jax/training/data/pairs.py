@@ -114,7 +114,7 @@ def answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Tu
 
 
 def _system(row: Row, prompt: Conversation, name: str) -> Turns:
-    """Returns the turn of a row's `system`; none where it is empty."""
+    """Returns the turn of a row's `system`; none where it is empty, or the prompt begins with it."""
     system = row.get("system")
     if system is None or system == "":
         return []
@@ -123,24 +123,38 @@ def _system(row: Row, prompt: Conversation, name: str) -> Turns:
             f"{name}: `system` is {shown(system)}; a text is needed, the prompt's first turn: "
             "rename what is something else"
         )
-    if prompt.messages[0]["role"] == "system":
+    first = prompt.messages[0]
+    if first["role"] == "system":
+        if first.get("content") == system:
+            return []
         raise TrainingError(
-            f"{name} has a `system`, and its prompt begins with a turn of the system: leave one out"
+            f"{name} has a `system`, and its prompt begins with another turn of the system: leave "
+            "one out"
         )
     return [{"role": "system", "content": system}]
 
 
 def _check_read(row: Row, begun: Said, name: str) -> None:
-    """Raises TrainingError if a row without `prompt` has one by another name, unread."""
+    """Raises TrainingError if a row without `prompt` has one by another name, unread.
+
+    Beside turns with a question of the user, such a field is something else.
+    """
+    if not isinstance(begun, str) and any(turn["role"] == "user" for turn in begun):
+        return
     turns = as_turns(begun, "user")
-    known = "\n".join(str(turn.get("content")) for turn in turns)
+    known = _one_spaced("\n".join(str(turn.get("content")) for turn in turns))
     for field in _QUESTIONS:
         value = row.get(field)
-        if isinstance(value, str) and value.strip() and value.strip() not in known:
+        if isinstance(value, str) and _one_spaced(value) not in known:
             raise TrainingError(
                 f"{name} has no `prompt`, and its `{field}` would not be read: rename it (in a "
                 f"script, --fields prompt={field}), or take it out"
             )
+
+
+def _one_spaced(text: str) -> str:
+    """Returns a text with a space for each run of white space, and none at its ends."""
+    return " ".join(text.split())
 
 
 def _common_beginning(row: Row, chosen: Said, rejected: Said, name: str) -> int:
