@@ -114,7 +114,7 @@ def answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Tu
 
 
 def _system(row: Row, prompt: Conversation, name: str) -> Turns:
-    """Returns the turn of a row's `system`; none where it is empty, or the prompt begins with it."""
+    """Returns the turn of a row's `system`; none where it is empty, or the prompt's first turn."""
     system = row.get("system")
     if system is None or system == "":
         return []
