@@ -1,6 +1,7 @@
 """Folders whose kernels stay in the codes of the checkpoint that they were read from."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.hf.stored.kept import Kept
+from lora_jax.hf.stored.kept import Kept, renamed
 from lora_jax.models import WeightsError, from_pretrained, key_table, save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import Coded, dequantize, is_coded
@@ -146,11 +147,39 @@ def test_a_bare_model_gets_its_prefix(layout: str, tmp_path: Path) -> None:
     save_pretrained(out, model, params, codes_from=folder)
     assert contents(out) == {name: x for name, x in whole.items() if name != "lm_head.weight"}
     if codes["quant_method"] == "compressed-tensors":
-        ignored = ["model.layers.7.mlp.up_proj", "re:.*lm_head", r"re:(.*\.)?layers[.]8"]
+        ignored = ["model.layers.7.mlp.up_proj", "re:.*lm_head", r"re:(?:.*\.)?(?:layers[.]8)"]
         assert codes_config(out)["ignore"] == [*ignored, "lm_head"]
         targets = codes_config(out)["config_groups"]["group_0"]["targets"]
         assert targets == ["Linear", "model.layers.0.mlp.up_proj"]
     assert_same(from_pretrained(out)[1], params)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "lm_head|layers[.]8",
+        "^lm_head|^layers[.]8[.]",
+        "(^lm_head|layers[.]9)[^.]*$",
+        ".*lm_head|layers[.]8",
+        ".*(lm_head|[|]other)",
+        "(?i)LAYERS[.]8[.]|lm",
+        r"(layers)[.]8[.]x\1",
+    ],
+)
+def test_a_pattern_matches_the_same_modules_behind_a_prefix(pattern: str) -> None:
+    config = {"quant_method": "compressed-tensors", "ignore": [f"re:{pattern}"]}
+    (after,) = renamed(config, lambda name: f"model.{name}")["ignore"]
+    for name in (
+        "lm_head",
+        "lm_head_x",
+        "layers.8.up",
+        "layers.8.xlayers",
+        "layers.9",
+        "alayers.8",
+    ):
+        matches = re.match(pattern, name) is not None
+        for prefix in ("", "model.", "a.model."):
+            assert (re.match(after.removeprefix("re:"), prefix + name) is not None) == matches, name
 
 
 @over("layout", ["fp8 blocks, fp32", "compressed mxfp4", "nf4"], often=[])

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import lora_jax as lj
-from lora_jax.hf.stored.groups import facts_of
+from lora_jax.hf.stored.groups import Targets
 from lora_jax.hf.stored.tensor import Facts
 from lora_jax.models import ConfigError, WeightsError, from_pretrained, save_pretrained
 from lora_jax.models.pretrained import open_source
@@ -85,8 +85,8 @@ A, B, C = Facts(block=128), Facts(group=32), Facts()
     ],
 )
 def test_the_target_that_counts(targets: dict[str, Facts], facts: Facts | None) -> None:
-    assert facts_of(f"{MLP}.up_proj.weight", targets) == facts
-    assert facts_of(f"{MLP}.up_proj.weight_packed", targets) == facts
+    assert Targets(targets).facts_of(f"{MLP}.up_proj.weight") == facts
+    assert Targets(targets).facts_of(f"{MLP}.up_proj.weight_packed") == facts
 
 
 @pytest.mark.parity
@@ -104,7 +104,7 @@ def test_the_target_is_that_of_compressed_tensors() -> None:
         for name in parts:
             first = match_targets(name, linear, facts)[:1]
             want = facts[first[0]] if first else None
-            assert facts_of(f"{name}.weight", facts) == want
+            assert Targets(facts).facts_of(f"{name}.weight") == want
             seen.add(first[0] if first else None)
     assert seen > {None, "Linear", "Module", "re:.*mlp.*", "lm_head"}
 

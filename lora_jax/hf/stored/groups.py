@@ -27,24 +27,32 @@ def check_target(target: object) -> str:
     raise ConfigError(f"config_groups: the target {target!r} {problem}")
 
 
-def facts_of(tensor: str, targets: Mapping[str, Facts]) -> Facts | None:
-    """Returns what the first target that names a tensor's module says; None if none does.
+class Targets:
+    """Finds what config.json says of a module in codes.
 
     A name comes before patterns, these in their alphabetical order, and patterns before classes, as
     in compressed-tensors (``match_targets``). Patterns match from the beginning of a name.
 
     Args:
-      tensor: the weight's name in the files.
-      targets: target -> what config.json says of its modules.
+      facts: target -> what config.json says of its modules.
     """
-    module = _PARAMETER.sub("", tensor)
-    patterns = sorted(target for target in targets if target.startswith(_PATTERN))
-    matching = [p for p in patterns if re.match(p.removeprefix(_PATTERN), module)]
-    first = (targets[t] for t in (module, *matching, *_CLASSES) if t in targets)
-    return next(first, None)
+
+    def __init__(self, facts: Mapping[str, Facts]):
+        self._facts = facts
+        patterns = sorted(target for target in facts if target.startswith(_PATTERN))
+        self._patterns = [(re.compile(p.removeprefix(_PATTERN)), facts[p]) for p in patterns]
+        self._rest = next((facts[name] for name in _CLASSES if name in facts), None)
+
+    def facts_of(self, tensor: str) -> Facts | None:
+        """Returns what the first target that names a weight's module says; None if none does."""
+        module = _PARAMETER.sub("", tensor)
+        if module in self._facts:
+            return self._facts[module]
+        matching = (facts for pattern, facts in self._patterns if pattern.match(module))
+        return next(matching, self._rest)
 
 
-def common(facts: Collection[Facts]) -> Facts:
+def common_facts(facts: Collection[Facts]) -> Facts:
     """Returns what kinds have in common, for a module that no target names."""
     blocks, sizes = ({one[i] for one in facts} - {None} for i in range(2))
     block, size = (next(iter(each)) if len(each) == 1 else None for each in (blocks, sizes))

@@ -27,6 +27,10 @@ _LISTS = {
     "modelopt": "ignore",
 }
 _EXPERTS = re.compile(r"\.experts\..*")
+# A pattern's flags, which may stand at its beginning alone, and the rest.
+_FLAGS = re.compile(r"((?:\(\?[a-zA-Z]+\))?)(.*)", re.DOTALL)
+# Escaped characters and sets of characters, and the ^ outside of them, which anchors a name.
+_ATOMS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\^")
 _FUSED = re.compile(r"\.([qkv]|gate|up)_proj\.weight")  # by vLLM: those of one module that match
 
 
@@ -78,7 +82,19 @@ def _renamed(name: str, rename: Callable[[str], str]) -> str:
     pattern = name.removeprefix("re:")
     if pattern == name:
         return rename(f"{name}.weight").removesuffix(".weight")
-    return name if pattern.startswith((".*", "^.*")) else rf"re:(.*\.)?{pattern.removeprefix('^')}"
+    flags, pattern = _FLAGS.fullmatch(pattern).groups()  # type: ignore[union-attr]
+    if pattern.startswith((".*", "^.*")) and not _has_alternatives(pattern):
+        return name
+    pattern = _ATOMS.sub(lambda atom: "" if atom[0] == "^" else atom[0], pattern)
+    return rf"re:{flags}(?:.*\.)?(?:{pattern})"
+
+
+def _has_alternatives(pattern: str) -> bool:
+    """Returns whether a pattern has a | outside of its groups."""
+    pattern, n = _ATOMS.sub("", pattern), 1
+    while n:
+        pattern, n = re.subn(r"\([^()]*\)", "", pattern)
+    return "|" in pattern
 
 
 def _module(name: str) -> str:

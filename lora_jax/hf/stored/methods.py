@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known
 from lora_jax.hf.keys import WeightsError
-from lora_jax.hf.stored.groups import check_target, common, facts_of
+from lora_jax.hf.stored.groups import Targets, check_target, common_facts
 from lora_jax.hf.stored.integers import awq, bnb_nf4, gptq, pack_quantized
 from lora_jax.hf.stored.layouts import fp8, mxfp4_blocks, packed_floats
 from lora_jax.hf.stored.raw import Fetch, Header
@@ -23,7 +23,7 @@ class Method(NamedTuple):
       name: its quant_method.
       layouts: the layouts of its tensors.
       facts: what it says of the codes.
-      targets: what it says of those of some modules, by target; see `groups.facts_of`.
+      targets: what it says of those of some modules, by target; see `groups.Targets`.
     """
 
     name: str
@@ -115,7 +115,7 @@ def _compressed(config: Fields) -> Method:
         targets |= dict.fromkeys(map(check_target, group.get("targets") or ()), kinds[-1])
     layouts = (pack_quantized, packed_floats, fp8)
     return Method(
-        "compressed-tensors", layouts, common(kinds), targets if len({*kinds}) > 1 else {}
+        "compressed-tensors", layouts, common_facts(kinds), targets if len({*kinds}) > 1 else {}
     )
 
 
@@ -164,9 +164,9 @@ def stored_tensors(
     claimed: set[str] = set()
     problems: list[str] = []
     if method is not None:
+        targets = Targets(method.targets)
         files = {
-            name: Files(tensors, fetch, facts_of(name, method.targets) or method.facts)
-            for name in tensors
+            name: Files(tensors, fetch, targets.facts_of(name) or method.facts) for name in tensors
         }
         for layout in method.layouts:
             for name in tensors:
