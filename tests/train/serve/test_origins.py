@@ -45,7 +45,7 @@ ELSEWHERE = (
 OWN = (("localhost:PORT",) * 2, ("[::1]:PORT",) * 2, ("LocalHost:9", "localhost:9"))
 FOREIGN = (
     *(PAGE, "null", "http://localhost:3000", "http://localhost", "http://127.0.0.1:PORT"),
-    *("http://localhost:PORT.example.org", "localhost:PORT", "", "file://", "http://"),
+    *("http://localhost:PORT.example.org", "localhost:PORT", "", "file://", "http://", "http://["),
 )
 
 
