@@ -18,6 +18,10 @@ from train.serve.routes.openai.models import Owns
 Called = Callable[[str], str | None]
 Tenants = Callable[[], Mapping[str, TenantStatus]]
 _PAGE = files("train.serve.routes").joinpath("status.html").read_text(encoding="utf-8")
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; frame-ancestors 'none'"
+)
 _COUNTERS = {
     "prompt_tokens": "Tokens of prompts that were read.",
     "drawn_tokens": "Tokens that were drawn.",
@@ -43,8 +47,7 @@ def page_route() -> Route:
 
 
 async def _page(request: Request) -> Response:
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": f"{policy}; connect-src 'self'"})
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
 
 
 class StatusRoutes:
