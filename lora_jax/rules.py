@@ -38,7 +38,7 @@ def _shown(value: Any) -> str:
 
 
 class AnyOf(tuple[str, ...]):
-    """Names of which some may select nothing, as in PEFT's lists; of other lists, each selects."""
+    """List of names that may include some without a match, as in PEFT's configurations."""
 
 
 class _Fields:
@@ -48,8 +48,6 @@ class _Fields:
 
     def __new__(cls, *values: Any, **given: Any) -> Self:
         """Raises a TypeError for what is no field of the rule."""
-        if "__dataclass_fields__" not in vars(cls):  # a subclass with a constructor of its own
-            return super().__new__(cls)
         if values:
             raise TypeError(
                 f"{cls.__name__} takes keywords alone: {cls.__name__}(targets={values[0]!r}, …)"
@@ -57,8 +55,9 @@ class _Fields:
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in given:
             if name not in known:
-                instead = cls._elsewhere.get(name) or f"{nearest(name, known, n=1)[0]}=…"
-                raise TypeError(f"{cls.__name__} has no field {name!r}: write {instead}")
+                instead = cls._elsewhere.get(name)
+                hint = f"write {instead}" if instead else f"the nearest is {nearest(name, known)[0]}"
+                raise TypeError(f"{cls.__name__} has no field {name!r}: {hint}")
         return super().__new__(cls)
 
 
