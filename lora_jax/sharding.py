@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.core.aliases import flatten, in_form_of
+from lora_jax.core.aliases import flatten, restore_form
 from lora_jax.core.base import along
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_node, map_leaves
@@ -94,7 +94,7 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
 
     keyed, treedef = flatten(params)
     arrays = [put(array, at) for (_, array), (_, at) in zip(keyed, flatten(where)[0], strict=True)]
-    return in_form_of(params, treedef.unflatten(arrays))
+    return restore_form(params, treedef.unflatten(arrays))
 
 
 def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> NamedSharding:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from lora_jax.adapt.user_code import is_packaged
+from lora_jax.core.opaque import is_hashable
 
 _MOST = 2_000  # values that are looked at
 _MOST_BYTES = 1 << 16  # of a NumPy array, whose elements may change
@@ -115,7 +116,7 @@ class State:
         kind = type(value)
         yield from self._class(kind)
         by_identity: Any = object.__hash__
-        if kind.__hash__ not in (None, by_identity) and _is_hashable(value):
+        if kind.__hash__ not in (None, by_identity) and is_hashable(value):
             yield _ByEquality(value)
             return
         slots = [name for base in kind.__mro__ for name in vars(base).get("__slots__", ())]
@@ -173,14 +174,6 @@ def _is_of_python(name: str, value: Any) -> bool:
     """Returns whether Python itself keeps an attribute of a class, beside what its author wrote."""
     is_written = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
     return name == "_abc_impl" or (name[:2] == name[-2:] == "__" and not is_written)
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 def _contents(cell: types.CellType) -> Any:

@@ -169,7 +169,7 @@ def aliased(tree: Tree) -> Tree:
     return made if _aliases(made) else tree
 
 
-def in_form_of(tree: Tree, made: Tree) -> Tree:
+def restore_form(tree: Tree, made: Tree) -> Tree:
     """Returns a tree that was made from another's leaves, with aliases where the other has them."""
     return made if _aliases(tree) else resolved(made)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.core.aliases import flatten, in_form_of
+from lora_jax.core.aliases import flatten, restore_form
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import is_leaf
 
@@ -26,13 +26,17 @@ class Opaque:
             return False
         if self.value is other.value:
             return True
-        return _is_hashable(self.value) and bool(self.value == other.value)
+        try:
+            return is_hashable(self.value) and bool(self.value == other.value)
+        except Exception:  # as of values whose == gives an array
+            return False
 
     def __hash__(self) -> int:
-        return hash(self.value) if _is_hashable(self.value) else id(self.value)
+        return hash(self.value) if is_hashable(self.value) else id(self.value)
 
 
-def _is_hashable(value: Any) -> bool:
+def is_hashable(value: Any) -> bool:
+    """Returns whether a value has a hash, and so has what it holds."""
     try:
         hash(value)
     except TypeError:
@@ -51,7 +55,7 @@ def sealed(tree: Tree) -> Tree:
     if all(hasattr(leaf, "shape") for _, leaf in keyed):
         return tree
     leaves = [leaf if hasattr(leaf, "shape") else Opaque(leaf) for _, leaf in keyed]
-    return in_form_of(tree, treedef.unflatten(leaves))
+    return restore_form(tree, treedef.unflatten(leaves))
 
 
 def unsealed(tree: Tree) -> Tree:

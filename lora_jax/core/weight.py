@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.aliases import in_form_of
+from lora_jax.core.aliases import restore_form
 from lora_jax.core.axes import AxisRoles, Label
 from lora_jax.core.base import along, as_array, is_base
 from lora_jax.core.factored import Factored
@@ -401,7 +401,7 @@ def is_leaf(value: Leaf) -> bool:
 def map_leaves(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
     """Returns a tree with ``visit(path, leaf)`` in place of each leaf, nodes whole."""
     leaves, treedef = leaves_of(tree)
-    return in_form_of(tree, treedef.unflatten(visit(path, leaf) for path, leaf in leaves))
+    return restore_form(tree, treedef.unflatten(visit(path, leaf) for path, leaf in leaves))
 
 
 def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:

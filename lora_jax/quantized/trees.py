@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from lora_jax.adapt.roles import traced_roles
-from lora_jax.core.aliases import flatten, in_form_of
+from lora_jax.core.aliases import flatten, restore_form
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base
 from lora_jax.core.paths import leaf_name
@@ -200,7 +200,7 @@ def dequantize(params: Tree) -> Tree:
     """
     keyed, treedef = flatten(params, is_base)
     leaves = (_decoded(leaf) if is_base(leaf) else leaf for _, leaf in keyed)
-    return in_form_of(params, treedef.unflatten(leaves))
+    return restore_form(params, treedef.unflatten(leaves))
 
 
 def _decoded(base: BaseLike) -> Leaf:

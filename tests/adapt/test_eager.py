@@ -16,6 +16,7 @@ from flax import nnx
 
 import lora_jax as lj
 from lora_jax.adapt.fn_state import State, UnknownStateError
+from lora_jax.core.opaque import sealed
 from tests.support import (
     assert_close,
     assert_identical,
@@ -285,3 +286,26 @@ def test_what_is_kept_for_later_calls_holds_no_array_of_this_one():
     del x
     gc.collect()
     assert gone() is None
+
+
+class ArrayLike:
+    """A value with a hash whose == gives an array, as NumPy's has."""
+
+    def __hash__(self):
+        return 1
+
+    def __eq__(self, other):
+        return np.array([True, False])
+
+
+def test_leaves_whose_equality_is_an_array_are_compared_by_identity():
+    leaf, calls = ArrayLike(), []
+
+    @jax.jit
+    def program(tree):
+        calls.append(1)
+        return tree["w"]
+
+    for value in (leaf, leaf, ArrayLike()):
+        program(sealed({"w": jnp.ones(3), "label": value}))
+    assert len(calls) == 2
