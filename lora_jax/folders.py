@@ -10,7 +10,11 @@ from pathlib import Path
 TEMPLATE_FILE = "chat_template.jinja"  # of a model or an adapter, where transformers looks for it
 # A scheme of two letters at least: C: is a drive. `pathlib` writes one slash for two.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(//?)", re.IGNORECASE)
-_HUB = re.compile(r"(?:hf|https?)://(?:huggingface\.co/)?(?:datasets/|models/)?([\w.-]+/[\w.-]+)")
+_HUB = re.compile(
+    r"(?:hf://?|https?://?(?:www\.)?(?:huggingface\.co|hf\.co)/)"
+    r"(?:(datasets|models|spaces)/)?([\w.-]+/[\w.-]+)",
+    re.IGNORECASE,
+)
 _MOUNTED_BY = {
     "gs": "gcsfuse BUCKET FOLDER",
     "s3": "mount-s3 BUCKET FOLDER",
@@ -51,8 +55,10 @@ def remote_problem(path: str | os.PathLike[str]) -> str | None:
     problem = "is no path of this machine: "
     if scheme == "file":
         return f"{problem}leave out the scheme, and give /{rest.lstrip('/')}"
-    if hub := _HUB.match(text) if scheme == "hf" or "huggingface.co/" in rest else None:
-        return f"{problem}a name on the hub has no scheme: {hub[1]}"
+    if hub := _HUB.match(text):
+        if (hub[1] or "").lower() == "spaces":
+            return f"{problem}a space of the hub is no model and no data; clone it to use its files"
+        return f"{problem}a name on the hub has no scheme: {hub[2]}"
     if mount := _MOUNTED_BY.get(scheme):
         return f"{problem}mount the bucket ({mount}), and name the folder where it is mounted"
     return f"{problem}copy it here or mount it (a bucket by gcsfuse), and give that path"
