@@ -56,7 +56,9 @@ class _Fields:
         for name in given:
             if name not in known:
                 instead = cls._elsewhere.get(name)
-                hint = f"write {instead}" if instead else f"the nearest is {nearest(name, known)[0]}"
+                hint = (
+                    f"write {instead}" if instead else f"the nearest is {nearest(name, known)[0]}"
+                )
                 raise TypeError(f"{cls.__name__} has no field {name!r}: {hint}")
         return super().__new__(cls)
 

@@ -83,8 +83,9 @@ def check_stored(source: Source, kernels: Sequence[Row]) -> None:
     if any([shapes_as_stored(source, row, np.float32) for row in kernels]):
         return
     found = "in codes"
-    if source.stays:
-        found = f"in codes that stay so: they lie in {forms_of(source, kernels)}. {source.stays}"
+    if source.kept_forms_note:
+        found = f"in codes that stay so: they lie in {forms_of(source, kernels)}. "
+        found += source.kept_forms_note
     raise ConfigError(
         f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here is "
         f"{found}: choose a format, such as quantize='nf4'"

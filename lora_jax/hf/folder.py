@@ -19,7 +19,7 @@ _VARIANT = re.compile(r"(model\.safetensors\.index|model)(\.[^.-]+)(\.json|\.saf
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def damaged(path: Path, error: object) -> str:
+def damage_message(path: Path, error: object) -> str:
     """Returns what is wrong with a file that its reader refuses."""
     return pointer_problem(path) or f"{path} is damaged or cut short: {error}"
 

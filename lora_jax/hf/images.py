@@ -256,8 +256,8 @@ def opened(image: Any, mode: str = "RGB") -> Any:
         found.info.pop("transparency", None)  # of which Pillow would warn
         return found.convert(mode)
     except Exception as error:  # of a damaged file, anything
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"the image cannot be read: {said}") from None
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"the image cannot be read: {message}") from None
 
 
 def is_image(path: Path) -> bool:

@@ -92,16 +92,16 @@ def load_params(
     unfit: list[Row] = []
     params = nested((row.path, read(row)) for row in table)
     if unfit:
-        said = (
+        message = (
             f"{unfit[0].path} fits no blocks, nor do {len(unfit) - 1} other kernels of "
             f"{len(codings)}: they stay as they are"
         )
         if quantize == STORED:
-            said = (
+            message = (
                 f"{len(unfit)} of {len(codings)} kernels are read as floats: {unfit[0].path} lies "
-                f"in {forms_of(source, unfit[:1])}. {source.stays}"
+                f"in {forms_of(source, unfit[:1])}. {source.kept_forms_note}"
             )
-        warnings.warn(f"{source.where}: {said}", QuantizeWarning, stacklevel=3)
+        warnings.warn(f"{source.where}: {message}", QuantizeWarning, stacklevel=3)
     return params
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_file
-from lora_jax.hf.folder import INDEX, damaged, not_a_model, weight_map
+from lora_jax.hf.folder import INDEX, damage_message, not_a_model, weight_map
 from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.generation import with_generation
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
@@ -52,14 +52,14 @@ class Source(HasCodes, Protocol):
       config: the family's configuration.
       shapes: name -> shape, of every tensor.
       dtypes: name -> dtype as it is stored, by safetensors' names ("F32"); of codes, "F32".
-      stays: a sentence on the forms that stay in codes, for messages; "" where all do.
+      kept_forms_note: a sentence on the forms that stay in codes, for messages; "" where all do.
     """
 
     format: Format
     config: Any
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
-    stays: str
+    kept_forms_note: str
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, as it is stored or in fp32."""
@@ -99,7 +99,7 @@ class SafetensorsFolder:
         disagree, or if codes lack their scales; it names the file and the tensor.
     """
 
-    stays = ""
+    kept_forms_note = ""
 
     def __init__(self, folder: Path, formats: Formats, **options: Any):
         self.where = str(folder)
@@ -166,7 +166,7 @@ class SafetensorsFolder:
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
                 self.dtypes[name] = file.get_slice(name).get_dtype()
         except (SafetensorError, OSError) as error:
-            raise WeightsError(damaged(path, error)) from None
+            raise WeightsError(damage_message(path, error)) from None
 
     def _fetch(self, name: str, rows: slice | None) -> np.ndarray:
         path = self._paths[name]
@@ -178,7 +178,7 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Returns the tensors of one in codes, as they lie in the files, by the table's names."""
+        """Returns the stored tensors of a coded weight, keyed by the key table's names."""
         tensors = self._stored[self._parts[name].name].tensors
         return {
             self.format.name(n, self.config): Entry(self._headers[n], partial(self._fetch, n, None))

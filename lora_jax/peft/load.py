@@ -16,7 +16,7 @@ from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.magnitude import wide
 from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of, map_leaves
-from lora_jax.hf.folder import damaged
+from lora_jax.hf.folder import damage_message
 from lora_jax.hf.keys import Row
 from lora_jax.hf.sources import FLOATS
 from lora_jax.lorafy import lorafy, nodes_of
@@ -140,7 +140,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     except PeftError:
         raise
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise PeftError(damaged(path, error)) from None
+        raise PeftError(damage_message(path, error)) from None
 
 
 class _Reader:

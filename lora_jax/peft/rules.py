@@ -100,11 +100,11 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
 def _check_initialiser(config: Fields) -> None:
     """Raises a PeftError where PEFT initialises otherwise than any rule."""
     name = config["init_lora_weights"]
-    if (deed := _BEYOND_RULES.get(name)) is not None:
+    if (reason := _BEYOND_RULES.get(name)) is not None:
         known = ", ".join(map(repr, _INITIALISERS))
         raise PeftError(
-            f"init_lora_weights={name!r}: PEFT {deed}, and rules do not: choose one of {known}; or "
-            "initialise in PEFT, save the adapter there, and go on from it by lora_jax.peft.load"
+            f"init_lora_weights={name!r}: PEFT {reason}, and rules do not: choose one of {known}; "
+            "or initialise in PEFT, save the adapter there, and go on from it by lora_jax.peft.load"
         )
 
 

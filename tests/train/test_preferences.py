@@ -101,7 +101,7 @@ def test_the_reference_is_an_adapter(folder, tmp_path):
     assert_close(*(adapter_of(folder, tmp_path / way) for way in ("kept", "live")), 1e-6)
 
 
-def tokens_nll(folder, *, of_prompts):
+def tokens_nll(folder, *, predict_prompts):
     """The cross-entropy of chosen completions in use, a mean over the tokens of all of them."""
     model, params = models.from_pretrained(folder / "model")
     tree = find_adapter(str(folder / "used")).load(model, params, "the base")
@@ -114,7 +114,7 @@ def tokens_nll(folder, *, of_prompts):
         logits = np.asarray(forward({"params": tree}, padded))[0, : len(ids) - 1]
         each = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
         completion = len(tokenizer()(row["chosen"])["input_ids"]) + len(END)
-        found.extend(each if of_prompts else each[-completion:])
+        found.extend(each if predict_prompts else each[-completion:])
     return np.mean(found)
 
 
@@ -123,18 +123,20 @@ END = ("<|im_end|>", "\n")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "of_prompts"), [("orpo", True), ("cpo", False)])
-def test_losses_without_a_reference_count_their_cross_entropy(folder, tmp_path, loss, of_prompts):
+@pytest.mark.parametrize(("loss", "predict_prompts"), [("orpo", True), ("cpo", False)])
+def test_losses_without_a_reference_count_their_cross_entropy(
+    folder, tmp_path, loss, predict_prompts
+):
     """By default, as TRL's trainers do; sft and a weight of 0 are in its place."""
     first = {}
     ways = {"alone": [loss], "no": [loss, "--nll-weight", 0], "sft": [loss, "sft"]}
     for way, args in ways.items():
         args = ["--loss", *args, "--steps", 1, "--beta", 0.4]
         (first[way],) = run(folder, tmp_path / way, *args)
-    nll = tokens_nll(folder, of_prompts=of_prompts)
+    nll = tokens_nll(folder, predict_prompts=predict_prompts)
     pair = first["no"]["loss"]
     assert first["alone"]["loss"] == pytest.approx(pair + nll, abs=1e-5)
-    sft = tokens_nll(folder, of_prompts=False)
+    sft = tokens_nll(folder, predict_prompts=False)
     assert first["sft"]["loss"] == pytest.approx(pair + sft, abs=1e-5)
     assert nll > 1
 

@@ -136,7 +136,7 @@ def _packed(config: Config, source: str, tokens: Sequences) -> Preferences:
         data.seq_len,
         packing=data.packing,
         labelled=labelled,
-        of_prompts=config.optim.predicts_prompts,
+        predict_prompts=config.optim.predicts_prompts,
     )
     if data.reference == NONE:
         return packs

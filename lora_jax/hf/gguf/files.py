@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.folder import damaged
+from lora_jax.hf.folder import damage_message
 from lora_jax.hf.keys import WeightsError
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names them
@@ -120,4 +120,4 @@ def _reader(path: Path) -> Any:
     try:
         return Reader(path)
     except Exception as error:  # it raises whatever its cursor runs into
-        raise WeightsError(damaged(path, error)) from None
+        raise WeightsError(damage_message(path, error)) from None

@@ -26,7 +26,7 @@ class GGUFFile:
     Attributes:
       metadata: the file's key-value pairs.
       shipped: empty, since its codes are kept only if they are asked for.
-      stays: see `lora_jax.hf.sources.Source`.
+      kept_forms_note: see `lora_jax.hf.sources.Source`.
 
     Raises:
       ConfigError: for another architecture or an unsupported option; names it.
@@ -34,7 +34,7 @@ class GGUFFile:
     """
 
     shipped: frozenset[str] = frozenset()
-    stays = (
+    kept_forms_note = (
         f"Of the types of GGUF files, {', '.join(TYPES)} stay in codes, where all layers of a "
         "kernel have the same one; the others are read as floats"
     )

@@ -51,7 +51,7 @@ class Shipped(Protocol):
         """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes."""
 
     def entries(self, name: str) -> dict[str, Entry]:
-        """Returns the tensors of one in codes, as they lie in the files, by the table's names."""
+        """Returns the stored tensors of a coded weight, keyed by the key table's names."""
 
 
 def renamed(config: Fields, rename: Callable[[str], str]) -> dict[str, Any]:

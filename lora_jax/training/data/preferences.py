@@ -133,7 +133,7 @@ def pack_pairs(
     *,
     packing: bool,
     labelled: bool = False,
-    of_prompts: bool = False,
+    predict_prompts: bool = False,
 ) -> Preferences:
     """Returns one unit a row or, with `packing`, as many as fit.
 
@@ -142,11 +142,11 @@ def pack_pairs(
       seq_len: tokens of a sequence, at most. A row of pairs has twice as many, at most.
       packing: puts several units into one row; see `lora_jax.training.batches.pack`.
       labelled: whether the sequences have labels, and are no pairs.
-      of_prompts: predicts the prompts of chosen completions, too; see `Preferences.completion`.
+      predict_prompts: predicts chosen completions' prompts, too; see `Preferences.completion`.
     """
     a_unit, completion = 1 if labelled else 2, None
     table = Sequences.of(sequences)
-    if of_prompts:
+    if predict_prompts:
         completion = pack(table, seq_len, packing=packing, a_unit=a_unit).table.counts
         is_chosen = np.repeat(np.arange(len(table)) % a_unit == 0, table.lengths)
         table = dataclasses.replace(table, counts=table.counts | is_chosen)
@@ -163,7 +163,7 @@ def pairs(
     packing: bool = False,
     truncate: bool = False,
     labelled: bool = False,
-    of_prompts: bool = False,
+    predict_prompts: bool = False,
     source: str = "the rows",
 ) -> Preferences:
     """Returns pairs of completions as examples, from which a model learns to prefer the chosen.
@@ -183,7 +183,7 @@ def pairs(
         has no token left.
       labelled: rows have `prompt`, `completion` and `label`, true for a good completion, false for
         a bad one; a pair is one of each.
-      of_prompts: predicts the prompts of chosen completions, too, for the term "nll" of
+      predict_prompts: predicts the prompts of chosen completions, too, for the term "nll" of
         `lora_jax.training.losses.pair_loss`.
       source: the name of the rows in errors.
 
@@ -201,4 +201,6 @@ def pairs(
     say = functools.partial(warn, above=2)
     tokens = tokenize_pairs(rows, tokenizer, source, labelled=labelled, say=say)
     kept = check_lengths(tokens, seq_len, truncate=truncate, a_unit=1 if labelled else 2)
-    return pack_pairs(kept, seq_len, packing=packing, labelled=labelled, of_prompts=of_prompts)
+    return pack_pairs(
+        kept, seq_len, packing=packing, labelled=labelled, predict_prompts=predict_prompts
+    )

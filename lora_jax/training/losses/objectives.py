@@ -107,7 +107,7 @@ def _pair_loss(
         if weight:
             if "completion" not in batch:
                 raise ValueError(
-                    f'the term "{NLL}" needs predictions of prompts: give pairs of_prompts=True'
+                    f'the term "{NLL}" needs predictions of prompts: pairs(…, predict_prompts=True)'
                 )
             with_prompts = jax.tree.map(lambda x: x[::2], whole)
             nll = summed_nll(with_prompts, batch["mean_with_prompts"][0])

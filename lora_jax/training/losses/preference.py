@@ -50,7 +50,7 @@ class Preference(NamedTuple):
         accumulated in parts.
       nll: weight that its paper gives to the cross-entropy of the chosen completions beside it;
         None for losses with a reference.
-      of_prompts: whether that covers the prompts, too.
+      predict_prompts: whether that covers the prompts, too.
     """
 
     each: Callable[[Completions, Completions, PreferenceOptions], jax.Array]
@@ -58,7 +58,7 @@ class Preference(NamedTuple):
     smooths: bool = False
     coupled: bool = False
     nll: float | None = None
-    of_prompts: bool = False
+    predict_prompts: bool = False
 
 
 def _log_sigmoid(x: jax.Array) -> jax.Array:
@@ -193,7 +193,7 @@ PREFERENCES: dict[str, Preference] = {
         "ORPO's odds ratio without a reference; adds the cross-entropy of prompts and chosen "
         "completions (2403.07691)",
         nll=1.0,
-        of_prompts=True,
+        predict_prompts=True,
     ),
 }
 

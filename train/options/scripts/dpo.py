@@ -101,8 +101,10 @@ class DpoOptimConfig(LanguageOptimConfig):
     @property
     def predicts_prompts(self) -> bool:
         """Returns whether the loss counts the tokens of prompts, too."""
-        of_prompts = any(name in PREFERENCES and PREFERENCES[name].of_prompts for name in self.loss)
-        return bool(self.nll_weight) and of_prompts
+        predict_prompts = any(
+            name in PREFERENCES and PREFERENCES[name].predict_prompts for name in self.loss
+        )
+        return bool(self.nll_weight) and predict_prompts
 
     @property
     def preference(self) -> PreferenceOptions:
