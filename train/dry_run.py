@@ -24,7 +24,7 @@ from train.live.prompts import PromptFeed
 from train.live.reference import is_live
 from train.options.common import Options
 from train.plan.local import Needs, measured_rate, needs
-from train.rewards.asking import columns_of
+from train.rewards.ask import columns_of
 from train.run.log import doing
 from train.run.output import state_of
 from train.run.report import megabytes

@@ -181,6 +181,13 @@ def test_a_refused_run_leaves_no_folder(tmp_path, capsys):
     assert not output.parent.exists()
 
 
+def test_the_help_of_a_comparison_tells_its_own_output_folder(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["sft", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "of the comparison: its report, its measurements" in said and "runs/sft" not in said
+
+
 def test_rows_of_ones_own_have_an_output_folder_of_their_own(tmp_path):
     assert parse([]).run.output == "runs/sql"
     assert parse(["--dataset", "x.jsonl"]).run.output == "runs/sft"

@@ -1,6 +1,7 @@
 """`train.dpo` on a tiny model: its first step, its reference, batches in parts, and bad input."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from tests.train.scripts import fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.adapters.source import find_adapter
 from train.dpo import main
+from train.live import preferences
 from train.run.log import read_metrics
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -142,6 +144,15 @@ def test_losses_without_a_reference_count_their_cross_entropy(
 
 
 @pytest.mark.slow
+def test_what_a_batch_gets_of_a_divergence_is_single_precision(monkeypatch):
+    batch = {"ids": np.zeros((2, 3, 8), np.int32)}
+    ready = SimpleNamespace(feed=SimpleNamespace(batch=lambda number: batch))
+    live = preferences.Compared(ready, None, None, cached=True, mixable=SimpleNamespace())
+    monkeypatch.setattr(preferences.Compared, "_kl", lambda *_: 0.1)
+    kl = live.batch(0, None)["kl"]
+    assert kl.shape == (2, 3) and kl.dtype == np.float32
+
+
 def test_a_run_of_before_goes_on_with_its_loss(folder, tmp_path, capsys):
     """Its cpo was the loss of pairs alone."""
     args = ["--loss", "cpo", "--steps", 1]

@@ -291,12 +291,6 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     )
 
 
-def absolute(name: str | None) -> str | None:
-    """Returns an existing path as absolute; other names unchanged."""
-    path = Path(name or "").expanduser()
-    return str(path.absolute()) if name and path.exists() else name
-
-
 def _best_in(folder: Path) -> list[Path]:
     """Returns the newest of the best adapters that a run keeps; see `training.run.best`."""
     best = folder if folder.name == BEST else folder / BEST

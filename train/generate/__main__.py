@@ -25,9 +25,9 @@ from train.generate.shared_base import (
     Served,
     base_of,
     find_adapters,
+    outline_with_template,
     outlined,
-    templated,
-    tokenizer_of,
+    tokenizer_name,
 )
 from train.options.field import given_options
 from train.processes.cache import keep_compiled
@@ -61,9 +61,9 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
         check_free(options.output, options.overwrite, "--output")
     prompts = read_prompts(options)
     adapters = find_adapters(options.adapter)
-    tokenizer = tokenizer_of(adapters, options.tokenizer)
+    tokenizer = tokenizer_name(adapters, options.tokenizer)
     outline = outlined(read_outline(base_of(adapters, options.model), tokenizer), adapters)
-    outline = templated(outline, adapters, options.chat_template)
+    outline = outline_with_template(outline, adapters, options.chat_template)
     for adapter in adapters:
         if adapter.source:
             adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)

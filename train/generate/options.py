@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax.training.arguments import NOT_NEGATIVE, SEED, Numbers, at_least, check_numbers
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
-from train.options.command import parsed
+from train.options.command import parse_options
 from train.options.common import Attention
 from train.options.generation import GenerationOption
 from train.options.paths import Words
@@ -86,7 +86,7 @@ class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
 
 def parse(args: Sequence[str]) -> GenerateOptions:
     """Returns the options of a command line; raises a UserError for a path with a scheme."""
-    return parsed(GenerateOptions, args, "python -m train.generate")
+    return parse_options(GenerateOptions, args, "python -m train.generate")
 
 
 def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:

@@ -87,7 +87,7 @@ def base_of(adapters: Sequence[Named], model: str | None) -> str:
     return first.base()
 
 
-def tokenizer_of(adapters: Sequence[Named], tokenizer: str | None) -> str | None:
+def tokenizer_name(adapters: Sequence[Named], tokenizer: str | None) -> str | None:
     """Returns the name of the tokenizer: that of --tokenizer, or the one that the adapters state.
 
     Raises:
@@ -128,7 +128,9 @@ def outlined(outline: Outline, adapters: Sequence[Named]) -> Outline:
     return outline.scaled(sources[0].rope_scaling).quantized(sources[0].quantize)
 
 
-def templated(outline: Outline, adapters: Sequence[Named], given: str | None) -> Outline:
+def outline_with_template(
+    outline: Outline, adapters: Sequence[Named], given: str | None
+) -> Outline:
     """Returns the outline with the chat template of --chat-template, or else of the adapters.
 
     Raises:
@@ -136,8 +138,8 @@ def templated(outline: Outline, adapters: Sequence[Named], given: str | None) ->
     """
     sources = [one.source for one in adapters if one.source is not None]
     if given is not None or not sources:
-        return outline.templated(given)
-    first, *others = (outline.templated(one.chat_template, one.given) for one in sources)
+        return outline.with_template(given)
+    first, *others = (outline.with_template(one.chat_template, one.given) for one in sources)
     for source, other in zip(sources[1:], others, strict=True):
         if other.tokenizer.chat_template != first.tokenizer.chat_template:
             raise UserError(

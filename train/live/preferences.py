@@ -142,7 +142,9 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
         assert isinstance(held_out, Preferences)
         data = dataclasses.replace(data, held_out=with_reference(of, score, params, held_out))
         if diverges:
-            ready = dataclasses.replace(ready, measured=_measured(of, score, params, held_out))
+            ready = dataclasses.replace(
+                ready, measured=_divergence_of_rows(of, score, params, held_out)
+            )
     if cached:
         examples = with_reference(of, score, params, examples)
         assert isinstance(ready.feed, Feed)
@@ -154,7 +156,9 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
     return ready, data
 
 
-def _measured(of: Preparing, score: OnMesh, params: Tree, held_out: Preferences) -> Numbers:
+def _divergence_of_rows(
+    of: Preparing, score: OnMesh, params: Tree, held_out: Preferences
+) -> Numbers:
     """Returns the function of KTO's divergence over all held-out rows together."""
     rooms = mixable(held_out, of.config.data.seq_len)
     mixed = with_reference(of, score, params, mismatched(rooms, np.arange(len(rooms))))

@@ -16,7 +16,7 @@ from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
 from train.options.scripts.grpo import RLOO
 from train.reporters.contract import Sample
-from train.rewards.asking import Answer, ask, columns_of, mean_known
+from train.rewards.ask import RewardAnswer, ask, columns_of, mean_known
 from train.rewards.reward import Batch
 from train.tasks.task import Data, Preparing
 
@@ -107,7 +107,7 @@ class Rewarded(Rollouts):
         }
         return drawn, batch, noted
 
-    def _ask(self, rows: np.ndarray, drawn: Drawn, number: int) -> Answer:
+    def _ask(self, rows: np.ndarray, drawn: Drawn, number: int) -> RewardAnswer:
         """Returns the rewards of completions, [prompts * group], and metrics."""
         group, prompts = self.config.data.group, self.feed.prompts
         each = np.repeat(rows, group).tolist()
@@ -124,7 +124,7 @@ class Rewarded(Rollouts):
         return ask(self.feed.rewards, batch, self.of.console, self.of.stop)
 
 
-def _by_completion(answer: Answer, group: int) -> np.ndarray:
+def _by_completion(answer: RewardAnswer, group: int) -> np.ndarray:
     """Returns further facts about each completion, [prompts, group]; None for none."""
     facts = np.full(len(answer.total), None, object)
     for at in range(len(facts)) if answer.extra else ():

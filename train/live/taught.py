@@ -38,7 +38,7 @@ def teacher_outline(config: Any, outline: Outline) -> Outline:
     found = outline
     if data.teacher_model is not None:
         found = read_outline(data.teacher_model, data.tokenizer, "--teacher-model")
-        found = found.templated(data.chat_template).dated(data.template_date, optional=True)
+        found = found.with_template(data.chat_template).dated(data.template_date, optional=True)
     if found.tokenizer.get_vocab() != outline.tokenizer.get_vocab():
         raise UserError(
             f"--teacher-model {found.name}: its tokenizer is not that of {outline.name}, and it "

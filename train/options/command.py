@@ -19,7 +19,7 @@ Config = TypeVar("Config", bound=Options)
 Kind = TypeVar("Kind")
 
 
-def parsed(kind: type[Kind], args: Sequence[str] | None, prog: str) -> Kind:
+def parse_options(kind: type[Kind], args: Sequence[str] | None, prog: str) -> Kind:
     """Parses the command line of a script without --config.
 
     Args:

@@ -5,10 +5,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from train.adapters.source import absolute, find_adapter
+from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.options.file import CONFIG, from_file
 from train.options.optim import with_optimizer_defaults
+from train.options.paths import absolute_path
 from train.options.rope import as_text
 
 
@@ -63,7 +64,7 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         data = dataclasses.replace(data, chat_template=str(template))
     for name in ("model", "tokenizer", "chat_template"):
         if given := getattr(data, name, None):
-            data = dataclasses.replace(data, **{name: absolute(given)})
+            data = dataclasses.replace(data, **{name: absolute_path(given)})
     if optim.quantize is None and source:
         codes: Any = source.quantize
         optim = dataclasses.replace(optim, quantize=codes)

@@ -8,6 +8,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from lora_jax.folders import remote_problem
@@ -67,3 +68,9 @@ def _parts(kind: Any) -> Iterator[Any]:
     for part in typing.get_args(kind):
         if isinstance(part, type) or typing.get_origin(part) is not None:
             yield from _parts(part)
+
+
+def absolute_path(name: str | None) -> str | None:
+    """Returns an existing path as absolute; other names unchanged."""
+    path = Path(name or "").expanduser()
+    return str(path.absolute()) if name and path.exists() else name

@@ -22,7 +22,7 @@ from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.training.layout import Layout
 from lora_jax.training.run.log import duration
 from train.console.errors import UserError, reported
-from train.options.command import parsed
+from train.options.command import parse_options
 from train.options.common import AdapterConfig, OptimConfig, check_offload
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import parse_rope_scaling
@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def parse(args: Sequence[str] | None = None) -> PlanOptions:
     """Parses a command line, by default this process's."""
-    return parsed(PlanOptions, args, "python -m train.plan")
+    return parse_options(PlanOptions, args, "python -m train.plan")
 
 
 def run(options: PlanOptions) -> None:

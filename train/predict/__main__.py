@@ -17,7 +17,7 @@ from lora_jax.training.data.vision.images import Images
 from train.console.errors import UserError, flag, reported
 from train.console.output import closed_pipe, opened
 from train.console.progress import progress_of
-from train.options.command import parsed
+from train.options.command import parse_options
 from train.options.field import given_options
 from train.options.paths import Words
 from train.options.tokenizer import TokenizerOption
@@ -84,7 +84,7 @@ class PredictOptions(TokenizerOption):
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with reported(), closed_pipe():
-        options = parsed(PredictOptions, args, "python -m train.predict")
+        options = parse_options(PredictOptions, args, "python -m train.predict")
         check(options, given_options(sys.argv[1:] if args is None else args))
         run(options)
 

@@ -39,7 +39,7 @@ class NoFunction(Exception):
     """A file has no such function, or one that cannot be used as it is."""
 
 
-class Files:
+class RewardFinder:
     """Imports the files of the command line as `_rewards_0`, …, in order: a finder of modules.
 
     A file is a package, with the files beside it as its modules: relative imports find them.
@@ -81,13 +81,13 @@ def find(spec: str) -> Function:
       BaseException: whatever the file raises.
     """
     path, _, name = spec.rpartition(":")
-    module = _imported(path)
+    module = _import(path)
     found = getattr(module, name, None)
     if not callable(found):
         functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         raise NoFunction(f"it has no function {name!r}, but: {', '.join(functions) or 'none'}")
     if inspect.isclass(found):
-        found = _made(found, name)
+        found = _instantiate(found, name)
     taken = inspect.signature(found).parameters.values()
     named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return Function(
@@ -97,7 +97,7 @@ def find(spec: str) -> Function:
     )
 
 
-def _imported(path: str) -> Any:
+def _import(path: str) -> Any:
     """Returns the module of a file, imported once; its folder is where it finds others."""
     name, folder = f"_rewards_{_paths().index(path)}", Path(path).absolute().parent
     if name in sys.modules:
@@ -119,7 +119,7 @@ def _imported(path: str) -> Any:
         ) from error
 
 
-def _made(given: type[Any], name: str) -> Callable[..., Any]:
+def _instantiate(given: type[Any], name: str) -> Callable[..., Any]:
     """Returns an object of a class, to be called."""
     if not any("__call__" in vars(one) for one in given.__mro__):
         raise NoFunction(f"{name} is a class, and its objects cannot be called: give it __call__")
@@ -152,7 +152,7 @@ def said(error: BaseException) -> str:
     return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
 
 
-class Logged:
+class RewardLog:
     """Takes what a function logs beside its values, as TRL's ``log_metric`` and ``log_extra`` do.
 
     Attributes:
@@ -191,15 +191,15 @@ def judge(
     Returns:
       Values, failures, and what it has logged, as JSON.
     """
-    logged = Logged(len(keywords["completions"]))
+    logged = RewardLog(len(keywords["completions"]))
     given: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
     given |= {"log_metric": logged.metric, "log_extra": logged.column, **keywords}
     taken = {k: v for k, v in given.items() if function.takes is None or k in function.takes}
-    answer = _judged(function, taken, len(keywords["completions"]))
+    answer = _call(function, taken, len(keywords["completions"]))
     return answer | {"metrics": logged.metrics, "extra": logged.extra}
 
 
-def _judged(function: Function, keywords: Mapping[str, Any], n: int) -> dict[str, Any]:
+def _call(function: Function, keywords: Mapping[str, Any], n: int) -> dict[str, Any]:
     try:
         found = function.call(**keywords)
         if inspect.iscoroutine(found):
@@ -282,6 +282,6 @@ def main() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the second is its name in processes that are started
-    sys.meta_path.append(Files)
+    sys.meta_path.append(RewardFinder)
 if __name__ == "__main__":
     main()

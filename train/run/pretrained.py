@@ -51,7 +51,7 @@ class Outline:
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()  # paths of parameters that its files lack, such as a new head's
     tokenizer_name: str | None = None  # --tokenizer; None for the model's own
-    chat_template: str | None = None  # in the place of the model's own; see `templated`
+    chat_template: str | None = None  # in the place of the model's own; see `with_template`
     option: str = "--model"  # the option that names the model, for messages
 
     @property
@@ -151,7 +151,7 @@ class Outline:
             params = shapes_of(table, jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
 
-    def templated(self, path: str | Path | None, given: str | None = None) -> "Outline":
+    def with_template(self, path: str | Path | None, given: str | None = None) -> "Outline":
         """Returns the outline with the chat template of a file, if one is named.
 
         Args:

@@ -60,7 +60,7 @@ def run(options: ServeOptions) -> None:
     if said := keep_compiled(options.compilation_cache):
         say(said)
     outline = read_outline(options.model, options.tokenizer).quantized(options.quantize)
-    outline = outline.templated(options.chat_template)
+    outline = outline.with_template(options.chat_template)
     if isinstance(outline.config, models.EncoderConfig):
         raise UserError(f"--model {options.model} is an encoder, which writes no text")
     if getattr(outline.config, "linear_layers", ()):

@@ -8,7 +8,7 @@ from typing import Literal
 from lora_jax.training.arguments import Numbers, at_least, check_numbers
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
-from train.options.command import parsed
+from train.options.command import parse_options
 from train.options.common import Quantize
 from train.options.generation import GenerationOption
 from train.options.paths import Words
@@ -92,7 +92,7 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
 
 def parse(args: Sequence[str]) -> ServeOptions:
     """Returns the options of a command line; raises a UserError for a path with a scheme."""
-    return parsed(ServeOptions, args, "python -m train.serve")
+    return parse_options(ServeOptions, args, "python -m train.serve")
 
 
 def check(options: ServeOptions) -> dict[str, str] | None:

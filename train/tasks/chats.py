@@ -94,7 +94,7 @@ def outline(config: Any, rows: Rows) -> Outline:
     assert data.model is not None, "the options have no defaults yet"
     outline = read_outline(data.model, data.tokenizer)
     outline = outline.scaled(parse_rope_scaling(data.rope_scaling))
-    outline = outline.templated(data.chat_template).dated(data.template_date)
+    outline = outline.with_template(data.chat_template).dated(data.template_date)
     remedy = "" if data.rope_scaling else "; --rope-scaling makes it more, yarn:2 twice as many"
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}", remedy)
     return outline

@@ -44,7 +44,7 @@ def read_rows(config: Config) -> Rows:
         subset=data.subset,
         fields=data.fields,
         kept_in=data.token_cache,
-        check=functools.partial(_checked, labelled=KTO in config.optim.loss),
+        check=functools.partial(_check_rows, labelled=KTO in config.optim.loss),
     )
     train = look(data.dataset, split=data.split, rows=data.rows)
     measured = []
@@ -55,7 +55,7 @@ def read_rows(config: Config) -> Rows:
     return Rows([train], measured)
 
 
-def _checked(rows: list[Row], source: str, *, labelled: bool) -> None:
+def _check_rows(rows: list[Row], source: str, *, labelled: bool) -> None:
     """Checks rows, and says which of their fields are not read."""
     check_pairs(rows, source, labelled=labelled)
     names = dict.fromkeys(name for row in rows for name in row)

@@ -24,7 +24,7 @@ from train.options.defaults import Defaults
 from train.options.scripts.grpo import Config
 from train.processes.mesh import all_devices, parse_mesh
 from train.reporters.files import read_json
-from train.rewards.asking import ask, columns_of, mean_known
+from train.rewards.ask import ask, columns_of, mean_known
 from train.rewards.find import Rewards, find_rewards
 from train.rewards.reward import Batch
 from train.run.complete import completed
@@ -175,7 +175,7 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         "when it comes"
     )
 
-    def of_steps(steps: int) -> PromptFeed:
+    def feed_of(steps: int) -> PromptFeed:
         feed.steps = steps or feed.steps
         return feed
 
@@ -191,7 +191,7 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
             *([widths] if len(feed.widths.rows) > 1 else []),
             *lines,
         ),
-        feed=of_steps,
+        feed=feed_of,
         steps=lambda epochs: feed.order.steps(epochs) * optim.updates,
         close=feed.close,
     )

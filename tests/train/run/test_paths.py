@@ -22,6 +22,7 @@ from train.compare import __main__ as compare
 from train.compare.options import CompareConfig
 from train.console.errors import UserError
 from train.export import __main__ as export
+from train.export.options import ExportOptions
 from train.findings import __main__ as findings
 from train.generate import __main__ as generate
 from train.options.paths import path_options
@@ -40,7 +41,7 @@ OTHERS = {
     "generate": (generate.main, generate.GenerateOptions, ()),
     "serve": (serve.main, serve.ServeOptions, ()),
     "predict": (predict.main, predict.PredictOptions, ()),
-    "export": (export.main, export.ExportOptions, ("--adapter", "here")),
+    "export": (export.main, ExportOptions, ("--adapter", "here")),
     "plan": (plan.main, plan.PlanConfig, ("--model", "here")),
     "compare": (lambda args: compare.main(["sft", *args]), CompareConfig, ()),
 }

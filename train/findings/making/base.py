@@ -14,6 +14,7 @@ from lora_jax.models import Decoder, DecoderConfig, save_pretrained
 from lora_jax.training.processes import write_json
 from train import classify, sft
 from train.export import __main__ as export
+from train.export.options import ExportOptions
 from train.findings.making.words import Labelled
 from train.finetune import RunPart, finetune
 from train.predict.batches import probabilities
@@ -64,7 +65,7 @@ def train_base(
     with session.part():
         finetune(script, config, module.task_of(config), session, RunPart(hint=hint))
     session.stop.check()
-    export.run(export.ExportOptions(adapter=str(run / ADAPTER), merged=True, output=str(model)))
+    export.run(ExportOptions(adapter=str(run / ADAPTER), merged=True, output=str(model)))
     shutil.rmtree(run)
     return model
 

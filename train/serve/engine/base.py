@@ -30,8 +30,9 @@ from lora_jax.core.weight import LoraWeight
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.training.layout import Layout, one_device
-from train.adapters.source import absolute, find_adapter
+from train.adapters.source import find_adapter
 from train.console.errors import UserError
+from train.options.paths import absolute_path
 from train.serve.requests import AdapterSpec, RequestError, Save
 from train.serve.sealed import seal
 
@@ -102,7 +103,7 @@ class Base:
           layout: the mesh; by default the first device.
           tokenizer: name of the tokenizer, if it is not the model's own.
         """
-        self.tokenizer = absolute(tokenizer)
+        self.tokenizer = absolute_path(tokenizer)
         self.model, self.params, self.name, self.max_rank = model, params, name, max_rank
         # New adapters lie where trained ones do: others would have all functions compile again.
         self._place = functools.partial(jax.device_put, device=(layout or one_device()).whole)

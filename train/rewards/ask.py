@@ -15,7 +15,7 @@ from train.rewards.find import Rewards, Scored
 from train.rewards.reward import Batch
 
 
-class Answer(NamedTuple):
+class RewardAnswer(NamedTuple):
     """Holds the rewards of completions, the same in all processes.
 
     Attributes:
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
     extra: dict[str, Sequence[Any]]
 
 
-def ask(rewards: Rewards, batch: Batch, console: Console, stop: Stop) -> Answer:
+def ask(rewards: Rewards, batch: Batch, console: Console, stop: Stop) -> RewardAnswer:
     """Asks the rewards, in the first process alone; all processes have to call this.
 
     Args:
@@ -61,7 +61,7 @@ def ask(rewards: Rewards, batch: Batch, console: Console, stop: Stop) -> Answer:
         stop.signal = stop.signal or answer["dropped"]
         raise Dropped
     total = np.array([np.nan if x is None else x for x in answer["total"]], np.float32)
-    return Answer(total, answer["lost"], answer["noted"], answer["extra"])
+    return RewardAnswer(total, answer["lost"], answer["noted"], answer["extra"])
 
 
 def _noted(found: Scored) -> dict[str, float | None]:
