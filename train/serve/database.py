@@ -11,10 +11,11 @@ Row = sqlite3.Row
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 _HELD = "another process, such as a backup, holds the server's ledger"
+_CROWDED = "many requests write to the server's ledger"
 
 
 class Locked(Exception):
-    """Says that another process holds the file, such as a backup; what was to be written is not."""
+    """Says that a backup or other writers hold the file; what was to be written is not."""
 
 
 class Full(Exception):
@@ -42,6 +43,7 @@ class Database:
         self._patience = patience
         self._lock, self._reading = threading.RLock(), threading.RLock()
         self._mine = threading.local()  # depth: of the transactions that a thread is in
+        self._is_held = False  # True while a thread waits for other processes, or did in vain
         with _translated(path):
             self._writer = self._reader = self._opened(path)
             self._writer.execute("pragma journal_mode = wal")
@@ -75,11 +77,12 @@ class Database:
             yield
             return
         if not self._lock.acquire(timeout=self._patience):
-            raise Locked(_HELD)
+            raise Locked(_HELD if self._is_held else _CROWDED)
         try:
+            self._is_held = True
             with _translated(self._path):
                 self._writer.execute("begin immediate")
-            self._mine.depth = 1
+            self._is_held, self._mine.depth = False, 1
             try:
                 yield
                 with _translated(self._path):

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,6 +18,17 @@ def link(source: Path, target: Path) -> None:
         shutil.rmtree(partial_, ignore_errors=True)
         shutil.copytree(source, partial_)
     os.rename(partial_, target)
+
+
+@contextmanager
+def link_beside(source: Path, target: Path) -> Iterator[Path]:
+    """Makes a folder of the same files, to be renamed to its target; removes it if it was not."""
+    folder = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    link(source, folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def children(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sqlite3
 import threading
 
@@ -95,6 +96,45 @@ def test_who_writes_to_a_ledger_that_others_hold_is_told_to_come_again(monkeypat
     assert all("backup" in one[2]["detail"] for one in refused)
     assert pending[0] == 408
     assert results[1]["metrics"] == {"step:max": 1.0}
+
+
+def test_who_waits_for_other_requests_of_the_server_is_told_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(database.Database.__init__, "__defaults__", (0.05,))
+    client = Client(FakeEngine(), tmp_path)
+    with client.server.ledger.transaction():
+        refused = client.post("create_session", 503)["detail"]
+    assert refused == "many requests write to the server's ledger: ask again"
+
+
+def test_nobody_waits_while_files_are_copied(monkeypatch, tmp_path):
+    monkeypatch.setattr(database.Database.__init__, "__defaults__", (0.5,))
+    client = Client(FakeEngine(), tmp_path)
+    model, copy = client.create(), shutil.copytree
+    path = client.result(client.save(model, 1, "a"))["path"]
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(*given, **options):
+        begun.set()
+        go_on.wait(20)
+        return copy(*given, **options)
+
+    place = {"session_id": client.session(), "model_seq_id": 0}
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", wait)
+        thread, sent = background(lambda: client.post("load_weights", path=path, **place))
+        assert begun.wait(20)
+        client.session()
+        client.step(model, 2)
+        go_on.set()
+        thread.join()
+    loaded = sent[0]["model_id"]
+    assert client.result(sent[0])["model_id"] == loaded
+    assert client.post("load_weights", path=path, **place) == sent[0], "it came before"
+    assert client.result(client.step(loaded, 1))["metrics"] == {"step:max": 1.0}
+    for model_, again in ((loaded, 2), (model, 3)):
+        client.post("load_weights", 400, path=f"{path}-", model_id=model_, seq_id=again)
+    folder = client.server.turns.place("states", loaded)
+    assert [one.name for one in folder.iterdir()] == ["load-0"]
 
 
 def filled(ledger):

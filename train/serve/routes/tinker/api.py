@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from train.serve.adoption import Adoption
-from train.serve.folders import link
+from train.serve.folders import link_beside
 from train.serve.ledger import Ledger, Row
 from train.serve.requests import Client, Command, RequestError, Serving, Update
 from train.serve.routes.tinker import commands, wire
@@ -278,19 +279,31 @@ class Tinker:
         else:
             place = self._place(fields, owner)
 
-        def prepare() -> tuple[Path, None]:
-            source = self.owned.weights(path, owner)
-            if fields.get("optimizer", bool, False) and source["kind"] != "weights":
+        def source() -> Row:
+            found = self.owned.weights(path, owner)
+            if fields.get("optimizer", bool, False) and found["kind"] != "weights":
                 raise RequestError(f"{path} has no optimiser's state: load weights/…, or without")
+            return found
+
+        def prepare(files: Path) -> tuple[Path, None]:
             if session is not None:
-                base = self._base_of(source, fields)
+                base = self._base_of(source(), fields)
                 self.ledger.add_model(place[0], session, owner, base, fields.metadata())
-            folder = self.turns.place("states", place[0]) / f"load-{place[1]}"
-            if not folder.exists():  # so that the checkpoint may be deleted before a replay
-                link(Path(source["folder"]), folder)
+            if not folder.exists():
+                os.rename(files, folder)
             return folder, None
 
-        return self._submit(place, "load_weights", body, prepare)
+        folder = self.turns.place("states", place[0]) / f"load-{place[1]}"
+        if self.ledger.command(*place) is not None:  # it came before
+            return self._submit(place, "load_weights", body)
+        try:
+            checkpoint = Path(source()["folder"])
+        except RequestError as error:
+            return self._submit(place, "load_weights", body, _raiser(error))
+        # So that the checkpoint may be deleted before a replay. A copy takes long, and nobody else
+        # is to wait for it.
+        with link_beside(checkpoint, folder) as files:
+            return self._submit(place, "load_weights", body, partial(prepare, files))
 
     def _save(self, kind: str, request: Request, owner: str, body: bytes) -> Response:
         fields = Fields.parsed(body)
