@@ -97,7 +97,7 @@ def run(options: ServeOptions) -> None:
             adapters=Path(options.adapters).expanduser() if options.adapters else None,
             resolve=lambda path, owner: _checkpoint(tinker, path, owner),
             owns=lambda owner, name: _owns(tinker, owner, name),
-            called=tinker.owned.called,
+            display_name=tinker.owned.display_name,
             tenants=tinker.turns.parking.status,
             template_of=_template_of,
         )

@@ -26,7 +26,7 @@ from train.serve.routes.errors import HANDLERS
 from train.serve.routes.openai.api import OpenAI
 from train.serve.routes.openai.models import Models, Owns, Resolve, TemplateOf
 from train.serve.routes.openai.text import Tokens
-from train.serve.routes.status import Called, StatusRoutes, Tenants, page_route
+from train.serve.routes.status import DisplayName, StatusRoutes, Tenants, page_route
 
 _CORS: dict[str, Any] = {
     "allow_methods": ["*"],
@@ -48,7 +48,7 @@ def make_app(
     adapters: Path | None = None,
     resolve: Resolve = lambda path, owner: None,
     owns: Owns = lambda owner, name: True,
-    called: Called = lambda tenant: None,
+    display_name: DisplayName = lambda tenant: None,
     template_of: TemplateOf = lambda folder: None,
     tenants: Tenants | None = None,
     body: int = BODY,
@@ -66,7 +66,7 @@ def make_app(
       adapters: the folder of --adapters.
       resolve: see `Models`.
       owns: tells whether an owner may see a tenant, or an adapter that the engine knows.
-      called: returns a name for people of a tenant, or None.
+      display_name: returns the name that the page shows for a tenant; None for its id alone.
       template_of: see `Models`.
       tenants: returns the tenants and their states; by default those of the engine.
       body: bytes of a request's body at most.
@@ -77,7 +77,7 @@ def make_app(
     models = Models(engine, access, folder=adapters, **how)
     routes = [
         *OpenAI(engine, Tokens(tokenizer), models, sampling).routes(),
-        *StatusRoutes(engine, access, owns, called, tenants).routes(),
+        *StatusRoutes(engine, access, owns, display_name, tenants).routes(),
         *tinker_routes,
     ]
     return _app(routes, access, body=body, waiting=waiting)

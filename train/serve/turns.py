@@ -137,7 +137,7 @@ class Turns:
           Busy: The queue is full, or many wait for the ledger.
           Locked, Full: the ledger cannot be written.
         """
-        with self._entered():
+        with self._hold_lock():
             if (row := self._ledger.command(model, seq)) is not None:
                 if row["kind"] != kind:
                     raise RequestError(f"seq_id {seq} is the number of a {row['kind']}")
@@ -174,7 +174,7 @@ class Turns:
         return f"{model}:{seq}"
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _hold_lock(self) -> Iterator[None]:
         """Holds the lock, unless others hold it for long."""
         if not self._lock.acquire(timeout=_PATIENCE):
             raise Busy("many requests wait for the ledger")

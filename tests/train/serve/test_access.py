@@ -274,7 +274,7 @@ def owns(owner, name):
 def test_the_status_shows_what_is_ones_own():
     engine = engine_of()
     engine.tenants = {"anna-1": tenant(), 'ben-"2"\n': tenant(steps=4)}
-    with client_of(engine, keys=KEYS, owns=owns, called={"anna-1": "mine"}.get) as client:
+    with client_of(engine, keys=KEYS, owns=owns, display_name={"anna-1": "mine"}.get) as client:
         assert client.get("/status.json").status_code == 401
         assert client.get("/metrics").status_code == 401
         assert client.get("/healthz").json() == {"status": "ok"}

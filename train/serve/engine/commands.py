@@ -127,13 +127,13 @@ class Commands:
         def written() -> Saved:
             return Saved(self._base.write(state, command))
 
-        self._writing = {path: end for path, end in self._writing.items() if not end.done()}
+        self._writing = {path: job for path, job in self._writing.items() if not job.done()}
         self._writing[command.path.absolute()] = self._files.submit(answer, written, done)
 
     def read(self, folder: Path, optimizer: bool = False) -> Training:
         """Returns an adapter and its training's state; waits while this very folder is written."""
-        if (written := self._writing.get(folder.absolute())) is not None:
-            written.result()
+        if (job := self._writing.get(folder.absolute())) is not None:
+            job.result()
         return self._base.read(folder, optimizer)
 
 

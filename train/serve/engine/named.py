@@ -18,7 +18,7 @@ class Named:
 
         Args:
           most: adapters in memory at most, beside those without a folder.
-          read: reads the adapter in a folder, where it is written by then.
+          read: reads the adapter in a folder, and waits while that is written.
         """
         self._most, self._read = most, read
         self._folders: dict[str, Path | None] = {}

@@ -14,8 +14,8 @@ from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import json_response
 from train.serve.routes.openai.models import Owns
 
-# A tenant's id: what people call it, or None.
-Called = Callable[[str], str | None]
+# Returns the name that people gave to a tenant, by its id; None for none.
+DisplayName = Callable[[str], str | None]
 Tenants = Callable[[], Mapping[str, TenantStatus]]
 _PAGE = files("train.serve.routes").joinpath("status.html").read_text(encoding="utf-8")
 _POLICY = (
@@ -58,17 +58,18 @@ class StatusRoutes:
         engine: Serving,
         access: Access,
         owns: Owns,
-        called: Called = lambda tenant: None,
+        display_name: DisplayName = lambda tenant: None,
         tenants: Tenants | None = None,
     ) -> None:
         """Keeps what it asks.
 
         Args:
           engine, access, owns: see `make_app`.
-          called: returns a name for people of a tenant.
+          display_name: returns the name that the page shows for a tenant.
           tenants: returns the tenants, with those on disk; by default those of the engine.
         """
-        self._engine, self._access, self._owns, self._called = engine, access, owns, called
+        self._engine, self._access, self._owns = engine, access, owns
+        self._display_name = display_name
         self._tenants = tenants or (lambda: engine.status().tenants)
 
     def routes(self) -> list[Route]:
@@ -93,7 +94,9 @@ class StatusRoutes:
 
     async def _json(self, request: Request) -> Response:
         numbers, tenants = await run_in_threadpool(self._seen, owner_of(request))
-        names = await run_in_threadpool(lambda: {name: self._called(name) for name in tenants})
+        names = await run_in_threadpool(
+            lambda: {name: self._display_name(name) for name in tenants}
+        )
         told = {
             name: {
                 "name": names[name],

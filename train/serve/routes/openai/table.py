@@ -89,13 +89,13 @@ _COMMON = {
     **_refused("lora_path", instead="name the adapter as `model`"),
     **_refused("options extra_body", {}, instead="give its fields themselves"),
 }
-_OF_CHATS = {
+_CHAT_FIELDS = {
     **_all("works", "messages tools chat_template_kwargs top_logprobs"),
     "tool_choice": Field(
         "works", ("none", "auto"), "leave it out: the model itself chooses what it calls"
     ),
 }
-_OF_COMPLETIONS = _all("works", "prompt echo")
+_COMPLETION_FIELDS = _all("works", "prompt echo")
 
 
 def _elsewhere(fields: Mapping[str, Field], path: str, **instead: str) -> dict[str, Field]:
@@ -110,12 +110,12 @@ def _elsewhere(fields: Mapping[str, Field], path: str, **instead: str) -> dict[s
 
 FIELDS: dict[str, Mapping[str, Field]] = {
     CHAT: _COMMON
-    | _elsewhere(_OF_COMPLETIONS, COMPLETIONS)
-    | _OF_CHATS
+    | _elsewhere(_COMPLETION_FIELDS, COMPLETIONS)
+    | _CHAT_FIELDS
     | _refused("add_special_tokens", False),
     COMPLETIONS: _COMMON
-    | _elsewhere(_OF_CHATS, CHAT, top_logprobs="give `logprobs`, the number of alternatives")
-    | _OF_COMPLETIONS
+    | _elsewhere(_CHAT_FIELDS, CHAT, top_logprobs="give `logprobs`, the number of alternatives")
+    | _COMPLETION_FIELDS
     | _refused("add_special_tokens", True),
 }
 STREAM_OPTIONS: Mapping[str, Field] = {

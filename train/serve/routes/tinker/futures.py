@@ -43,9 +43,9 @@ class _Promise:
       session: the session that it ends with; None for none.
       result: None before it is there.
       end: ends the work for it.
-      until: when it may be given up, unless somebody asks for it; by `time.monotonic`.
-      polls: requests for it that are held open.
-      closed: whether the last of these ended since its connection was closed.
+      until: when it may be given up, by `time.monotonic`; infinite while a poll is held open.
+      polls: polls for it that are held open.
+      closed: whether the client closed the connection of the last poll.
     """
 
     owner: str
@@ -80,7 +80,8 @@ class Futures:
           most: samples of an owner without a result.
           patience: seconds after which a sample ends that nobody asks for, unless the client of its
             session is heard.
-          gone: seconds after which it ends in any case, once the connection of who asked is closed.
+          gone: seconds after which it ends in any case, once the client closed the connection of
+            the last poll.
         """
         self._patience, self._gone = patience, gone
         self._ledger, self._hold, self._keep, self._most = ledger, hold, keep, most
@@ -161,7 +162,7 @@ class Futures:
         self._drop(is_left)
 
     def _drop(self, is_over: Callable[[_Promise], bool]) -> None:
-        """Ends and forgets the samples without a result of which something holds."""
+        """Ends and forgets the samples without a result for which a condition is true."""
         with self._lock:
             over = {
                 request: promise
@@ -216,12 +217,12 @@ class Futures:
         Args:
           request: its id.
           owner: who asks.
-          closed: returns once the connection of who asks is closed.
+          closed: returns once the client closed the connection.
 
         Raises:
           Refused: There is no such request, or its answer is no longer kept.
         """
-        with self._waiting(request) as event, self._polled(request, owner) as promise:
+        with self._waiting(request) as event, self._count_poll(request, owner) as promise:
             found = await asyncio.to_thread(self._find, request, owner)
             if found is None:
                 is_closed = await _first(event.wait(), closed and closed(), self._hold)
@@ -248,8 +249,8 @@ class Futures:
                     del self._waiters[request]
 
     @contextmanager
-    def _polled(self, request: str, owner: str) -> Iterator[_Promise | None]:
-        """Keeps a sample of an owner from being given up."""
+    def _count_poll(self, request: str, owner: str) -> Iterator[_Promise | None]:
+        """Counts a poll while it is held open: the sample is not given up meanwhile."""
         with self._lock:
             promise = self._promises.get(request)
             if promise is not None and promise.owner != owner:

@@ -40,7 +40,7 @@ class Owned:
             raise RequestError(f"there is no checkpoint {path[:300]}, or it is not yours")
         return row
 
-    def called(self, model: str) -> str | None:
+    def display_name(self, model: str) -> str | None:
         """Returns the name that its client gave to a model, or to its session; None for none."""
         row = self._ledger.model(model)
         session = None if row is None else self._ledger.session(row["session"])
