@@ -241,12 +241,12 @@ def test_exports(made: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
     assert "AutoModelForImageClassification" in (tmp_path / "peft" / "README.md").read_text()
 
 
-@pytest.mark.slow
 def test_the_command_that_asks_it_names_an_image(made: Path) -> None:
     outline = read_classifier_outline(str(made / "vit"), 3, "images")
     assert ask_words(outline) == ("train.predict", "IMAGE")
 
 
+@pytest.mark.slow
 def test_a_rehearsal(made: Path, tmp_path: Path, capsys: Any) -> None:
     options = ["--model", made / "vit", "--dataset", made / "photos", "--steps", 2]
     run(tmp_path / "run", *options, "--dry-run")

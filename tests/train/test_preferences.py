@@ -143,7 +143,6 @@ def test_losses_without_a_reference_count_their_cross_entropy(
     assert nll > 1
 
 
-@pytest.mark.slow
 def test_what_a_batch_gets_of_a_divergence_is_single_precision(monkeypatch):
     batch = {"ids": np.zeros((2, 3, 8), np.int32)}
     ready = SimpleNamespace(feed=SimpleNamespace(batch=lambda number: batch))
@@ -153,6 +152,7 @@ def test_what_a_batch_gets_of_a_divergence_is_single_precision(monkeypatch):
     assert kl.shape == (2, 3) and kl.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_a_run_of_before_goes_on_with_its_loss(folder, tmp_path, capsys):
     """Its cpo was the loss of pairs alone."""
     args = ["--loss", "cpo", "--steps", 1]
