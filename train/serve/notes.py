@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,14 +45,14 @@ class Notes:
         Args:
           ledger: the ledger.
           write: makes the answer of a row and its result.
-          wake: is told the id of a request once it is answered, and its answer if the ledger has no
-            room for it.
+          wake: is told the id of a request once it is answered, and its answer if the ledger does
+            not take it.
           remove: removes a folder that another has replaced.
         """
         self._ledger, self._write, self._wake, self._remove = ledger, write, wake, remove
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._closing = threading.Event()
-        self._kept: list[tuple[Row, Any]] = []  # results that the ledger had no room for
+        self._kept: list[tuple[Row, Any]] = []  # what the ledger did not take; for the thread
 
     def close(self) -> None:
         """Notes what there is, and stops; after a restart, the rest is executed again."""
@@ -80,7 +81,8 @@ class Notes:
     def note(self, row: Row, result: Any) -> bool:
         """Notes the result of a command, and tells those who wait; returns whether it is noted.
 
-        What there is no room for is answered by an error, and noted once there is.
+        What the ledger does not take, such as for lack of room, is answered by an error, and noted
+        once it can be.
 
         Raises:
           Locked: others hold the ledger.
@@ -93,16 +95,30 @@ class Notes:
         except Exception as error:
             _log.exception("the result of %s was not noted", request)
             noted, answer = False, error_answer(error)
-            if no_room(error):
-                self._kept.append((row, result))
-            else:
-                self._ledger.finish(row["model"], row["seq"], answer, True)
+            is_ledger = no_room(error) or isinstance(error, sqlite3.Error)
+            if not is_ledger and self._fail(row, answer):
                 answer = None
+            else:
+                self._kept.append((row, result))
         self._wake(request, answer)
         return noted
 
+    def _fail(self, row: Row, answer: bytes) -> bool:
+        """Notes an error for an answer; returns whether the ledger took it."""
+        try:
+            self._ledger.finish(row["model"], row["seq"], answer, True)
+        except Locked:
+            raise
+        except Exception:
+            _log.exception("the error of %s %s was not noted", row["model"], row["seq"])
+            return False
+        return True
+
     def again(self) -> None:
-        """Notes what there was no room for."""
+        """Notes what the ledger did not take."""
+        self.later(self._again)
+
+    def _again(self) -> None:
         kept, self._kept = self._kept, []
         for row, result in kept:
             self.later(self.note, row, result)

@@ -174,6 +174,48 @@ def test_a_full_disk_is_said_and_what_was_done_is_noted_once_there_is_room(tmp_p
     assert client.ask("GET", f"training_runs/{model}/checkpoints")["checkpoints"]
 
 
+def test_a_ledger_that_cannot_be_written_is_said_and_what_was_done_is_noted_later(tmp_path):
+    client = Client(FakeEngine(held=True), tmp_path)
+    model = client.create()
+    client.engine.step(1)
+    client.result(f"{model}:0")
+    sent = client.step(model, 1)
+    db = client.server.ledger._db._writer
+    db.execute("pragma query_only = 1")
+    client.engine.step(1)
+    assert "readonly database" in client.result(sent)["error"]
+    until(lambda: client.server.turns._turns[model].running == 0, "it is counted")
+    db.execute("pragma query_only = 0")
+    client.server.turns.sweep()
+    until(lambda: b"metrics" in client.poll(sent["request_id"]).content, "it is noted")
+    client.engine.release()
+    assert client.result(client.step(model, 2))["metrics"] == {"step:max": 2.0}
+
+
+def test_a_result_that_is_kept_during_a_sweep_is_not_lost(tmp_path):
+    client = Client(FakeEngine(), tmp_path)
+    model = client.create()
+    client.result(f"{model}:0")
+    reached, free = threading.Event(), threading.Event()
+
+    class Slow(list):
+        def append(self, item):
+            reached.set()
+            assert free.wait(60)
+            super().append(item)
+
+    client.server.turns._notes._kept = Slow()
+    again = filled(client.server.ledger)
+    client.server.turns._notes._write = lambda row, result: b"{" + b" " * 9000 + b"}"
+    sent = client.step(model, 1)
+    assert reached.wait(60)
+    again()
+    client.server.turns.sweep()
+    free.set()
+    client.server.turns.sweep()
+    until(lambda: client.poll(sent["request_id"]).content.startswith(b"{ "), "it is noted")
+
+
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_said_too(tmp_path):
     server = Server(tmp_path, lambda port: ["-c", SERVER, str(port)])
