@@ -3,17 +3,17 @@
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from train.serve.database import Locked
 from train.serve.ledger import Ledger
+from train.serve.loading import Loading
 from train.serve.notes import Notes
 from train.serve.requests import (
+    LATEST_LOSSES,
     AdapterSpec,
     Leave,
     RequestError,
@@ -21,7 +21,8 @@ from train.serve.requests import (
     Serving,
     TenantStatus,
 )
-from train.serve.seats import Seats
+from train.serve.seats import Phase, Seats
+from train.serve.states import States
 from train.serve.turn import Turn
 
 _log = logging.getLogger(__name__)
@@ -42,11 +43,10 @@ class Parking:
         lock: AbstractContextManager[Any],
         turns: Mapping[str, Turn],
         seats: Seats,
+        states: States,
+        loading: Loading,
         *,
-        resume: Callable[[str], None],
-        refuse: Callable[[str, RequestError], None],
-        keep: Callable[[str, int, Path, Turn, Any], None],
-        place: Callable[[str], Path],
+        advance: Callable[[str, Turn], None],
     ):
         """Begins with an empty engine.
 
@@ -55,26 +55,26 @@ class Parking:
           lock: guards `turns` and `seats`.
           turns: the tenants, by name.
           seats: the room in the engine.
-          resume: has the engine go on with a tenant.
-          refuse: answers the commands of a tenant that cannot go on.
-          keep: takes a saved state for the one to start from.
-          place: returns the folder of a tenant's states.
+          states: states of the tenants on disk.
+          loading: loads tenants that have got a seat.
+          advance: hands over the commands whose turn has come.
         """
         self._engine, self._ledger, self._notes = engine, ledger, notes
-        self._lock, self._turns, self.seats = lock, turns, seats
-        self._resume, self._refuse, self._keep, self._place = resume, refuse, keep, place
+        self._lock, self._turns, self.seats, self._states = lock, turns, seats, states
+        self._loading, self._advance = loading, advance
 
     def settle(self) -> None:
         """Has the engine take in those who wait for room, and makes room for them."""
-        while (model := self.seats.next()) is not None:
-            self._resume(model)
-        while self.seats.is_short:
-            if (model := self.seats.victim(self._quiet())) is None:
-                break
-            self._park(model)
-        for model, why in self.seats.hopeless().items():
-            self.seats.give_up(model)
-            self._refuse(model, RequestError(why))
+        while (name := self.seats.next()) is not None:
+            self._loading.resume(name)
+        while (name := self.seats.victim(self._quiet())) is not None:
+            self.seats.enter(name, Phase.HELD)
+        for name in self.seats.in_phase(Phase.HELD):
+            if self._turns[name].running == 0:
+                self._park(name)
+        for name, why in self.seats.hopeless().items():
+            self.seats.give_up(name)
+            self._loading.refuse(name, RequestError(why))
 
     def _quiet(self) -> list[str]:
         """Returns the tenants without work in the engine, those used last at the end."""
@@ -82,52 +82,63 @@ class Parking:
         return sorted(quiet, key=lambda name: self._turns[name].used)
 
     def _park(self, name: str) -> None:
-        """Has a tenant leave the engine once its state is on disk."""
+        """Has a tenant leave the engine once its state is on disk; its commands wait."""
         turn, model = self._turns[name], self._ledger.model(name)
         assert model is not None
-        self.seats.park(name)
         seq = turn.next - 1
         if turn.gradient or model["state"] == seq:  # the log has the rest
             self._leave_engine(name, turn)
             return
-        folder = self._place(name) / str(seq)
-        shutil.rmtree(folder, ignore_errors=True)
-        done = partial(self._notes.later, self._parked, name, seq, folder, turn)
-        self._engine.submit(name, Save(folder, optimizer=True), done, turn.client)
+        self.seats.enter(name, Phase.SAVING)
+        self._states.clear(name, seq)
+        save = Save(self._states.path(name, seq), optimizer=True)
+        done = partial(self._notes.later, self._finish_save, name, seq, turn)
+        self._engine.submit(name, save, done, turn.client)
 
-    def _parked(self, name: str, seq: int, folder: Path, turn: Turn, result: Any) -> None:
-        """Takes a tenant out of the engine that was saved, unless it was used again."""
-        error: Exception | None = None
+    def _finish_save(self, name: str, seq: int, turn: Turn, result: Any) -> None:
+        """Takes a tenant out of the engine whose state was saved."""
+        error = result if isinstance(result, Exception) else None
         try:
-            self._keep(name, seq, folder, turn, result)
+            self._states.keep(name, seq, turn, result)
         except Locked:
             raise
         except Exception as caught:
-            error = caught
+            error = error or caught
         with self._lock:
-            if self._turns.get(name) is not turn:
-                return  # it was unloaded
-            if error is not None or isinstance(result, Exception):
-                _log.error("%s cannot be parked, and stays in memory: %s", name, error or result)
-                self.seats.stay(name, error or result)
-            elif turn.next - 1 != seq or not turn.is_quiet:
-                self.seats.stay(name)
-            else:
+            if error is None or self._turns.get(name) is not turn:  # it may be unloaded by now
                 self._leave_engine(name, turn)
+            else:
+                _log.error("%s cannot be parked, and stays in memory: %s", name, error)
+                self.seats.stay(name, error)
+                self._advance(name, turn)
             self.settle()
 
     def _leave_engine(self, name: str, turn: Turn) -> None:
-        status = self._engine.status().tenants.get(name, turn.status)
-        if status is not None:
+        if (status := self._engine.status().tenants.get(name)) is not None:
+            status = _merge(turn.status, status)
             turn.status = dataclasses.replace(status, parked=True, size=0)
-        self.seats.go(name)
-        self._engine.submit(name, Leave(), partial(self._notes.later, self.left, name), turn.client)
+        self.seats.enter(name, Phase.LEAVING)
+        done = partial(self._notes.later, self._finish_leave, name)
+        self._engine.submit(name, Leave(), done, turn.client)
 
-    def left(self, name: str, _: Any = None) -> None:
-        """Notes that a tenant has left the engine."""
+    def _finish_leave(self, name: str, _: Any = None) -> None:
+        """Frees the seat of a tenant that has left the engine, and the disk if it is unloaded."""
         with self._lock:
+            if name not in self._turns:
+                self._states.remove(name)
             self.seats.leave(name)
             self.settle()
+
+    def unload(self, name: str, turn: Turn) -> None:
+        """Has the engine forget a tenant that is no longer among the turns; removes its states."""
+        self.seats.give_up(name)
+        match self.seats.phase(name):
+            case None:
+                self._notes.later(self._finish_leave, name)
+            case Phase.SAVING | Phase.LEAVING:
+                pass  # it leaves, and its states are removed then
+            case _:
+                self._leave_engine(name, turn)
 
     def park_silent(self, seconds: float, now: float) -> None:
         """Parks the tenants of sessions that were silent for some seconds until now."""
@@ -138,24 +149,20 @@ class Parking:
                 turn = self._turns[name]
                 is_left = turn.client.session in silent and turn.used < before
                 if is_left and self.seats.may_park(name):
-                    self._park(name)
+                    self.seats.enter(name, Phase.HELD)
+            self.settle()
 
     def status(self) -> dict[str, TenantStatus]:
         """Returns the state of all tenants, whether the engine has them or not."""
         found = dict(self._engine.status().tenants)
         with self._lock:
             turns = dict(self._turns)
+            leaving = set(self.seats.in_phase(Phase.LEAVING))
         for name, turn in turns.items():
-            before = turn.status
-            if name not in found:
-                if before is None:
-                    before = self._on_disk(name, turn)
-                if before is not None:
-                    found[name] = before
-            elif before is not None:  # the engine has forgotten what was before it was parked
-                losses = sorted((dict(before.losses) | dict(found[name].losses)).items())
-                seconds = before.seconds + found[name].seconds
-                found[name] = dataclasses.replace(found[name], losses=losses, seconds=seconds)
+            if name in found and name not in leaving:
+                found[name] = _merge(turn.status, found[name])
+            elif (status := turn.status or self._on_disk(name, turn)) is not None:
+                found[name] = status
             if name in found:  # not when the engine had a command, such as one of parking
                 found[name] = dataclasses.replace(found[name], used=turn.used)
         return found
@@ -176,3 +183,11 @@ class Parking:
             client=turn.client,
             parked=True,
         )
+
+
+def _merge(before: TenantStatus | None, now: TenantStatus) -> TenantStatus:
+    """Returns the engine's state of a tenant, with what it has forgotten by parking."""
+    if before is None:
+        return now
+    losses = sorted((dict(before.losses) | dict(now.losses)).items())[-LATEST_LOSSES:]
+    return dataclasses.replace(now, losses=losses, seconds=before.seconds + now.seconds)

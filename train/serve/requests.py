@@ -313,13 +313,16 @@ class Facts:
     sequences: int
 
 
+LATEST_LOSSES = 200  # the number of them in a status
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TenantStatus:
     """Describes what a tenant has done.
 
     Attributes:
       steps: updates taken; None where that is not known, of one that was parked by another process.
-      losses: (step, loss a target token) of the latest steps.
+      losses: (step, loss a target token) of the latest `LATEST_LOSSES` steps.
       size: bytes of its arrays on the device.
       queued: commands that wait.
       seconds: seconds of the engine's time that it had.

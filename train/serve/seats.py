@@ -1,11 +1,33 @@
 """Seats of tenants in the engine, and those who wait for one."""
 
+import dataclasses
+import enum
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from train.serve.requests import Client
 
 _AGAIN = 60.0  # seconds after which a tenant that could not be parked may be
+_TURN = 10.0  # seconds of a seat for which a tenant that always has work is left alone
+
+
+class Phase(enum.Enum):
+    """The phases of a tenant that has a seat, in their order."""
+
+    LOADING = "its state is read, if there is one; commands wait"
+    READY = "the engine takes its commands"
+    HELD = "what the engine has is executed; new commands wait"
+    SAVING = "its state is written; commands wait"
+    LEAVING = "the engine forgets it; commands wait"
+
+
+@dataclasses.dataclass
+class _Seat:
+    """The seat of a tenant: its client, its phase, and since when it was ready."""
+
+    client: Client
+    phase: Phase = Phase.LOADING
+    since: float = 0.0
 
 
 class Seats:
@@ -19,109 +41,118 @@ class Seats:
           own: tenants of an owner at once.
         """
         self._room, self._own = room, own
-        self._taken: dict[str, Client] = {}
-        self._parking: set[str] = set()  # of those that have a seat
-        self._going: set[str] = set()  # of these, they get no command any more
+        self._taken: dict[str, _Seat] = {}
         self._waiting: dict[str, Client] = {}
         self._stuck: dict[str, float] = {}  # could not be parked before this time
         self._problem = ""
 
+    def phase(self, name: str) -> Phase | None:
+        """Returns the phase of a tenant; None for one without a seat."""
+        seat = self._taken.get(name)
+        return None if seat is None else seat.phase
+
     def holds(self, name: str) -> bool:
         """Returns whether the engine takes a tenant's commands."""
-        return name in self._taken and name not in self._going
+        return self.phase(name) is Phase.READY
+
+    def in_phase(self, phase: Phase) -> list[str]:
+        """Returns the tenants in a phase."""
+        return [name for name, seat in self._taken.items() if seat.phase is phase]
 
     def wait(self, name: str, client: Client) -> None:
-        """Has a tenant wait for a seat."""
+        """Puts a tenant at the end of the line for a seat, unless it is in it."""
         self._waiting.setdefault(name, client)
+
+    def give_up(self, name: str) -> None:
+        """Takes a tenant out of the line for a seat."""
+        self._waiting.pop(name, None)
 
     def fits(self, client: Client) -> bool:
         """Returns whether there is room for another tenant of a client."""
         return self._has_room() and self._has_own_room(client)
 
     def next(self) -> str | None:
-        """Seats the first who waits and for whom there is room; returns the name."""
-        for name, client in self._waiting.items():
-            if name not in self._taken and self.fits(client):
+        """Gives a free seat to the first tenant in the line that may have it; returns its name."""
+        for name, client in self._wanted():
+            if self.fits(client):
                 del self._waiting[name]
-                self._taken[name] = client
+                self._taken[name] = _Seat(client)
                 return name
         return None
 
-    @property
-    def is_short(self) -> bool:
-        """True where more wait than room is being made for."""
-        return len(self._wanted()) > len(self._parking)
-
-    def _wanted(self) -> dict[str, Client]:
-        return {name: c for name, c in self._waiting.items() if name not in self._taken}
+    def _wanted(self) -> list[tuple[str, Client]]:
+        """Returns the line for a seat, without those that have not left theirs."""
+        return [each for each in self._waiting.items() if each[0] not in self._taken]
 
     def victim(self, quiet: Sequence[str]) -> str | None:
-        """Returns a tenant that has to be parked for those who wait; None for none.
+        """Returns a tenant that has to be parked for one that waits; None for none.
+
+        Where none is quiet, it is the one that has had its seat longest, and for a while.
 
         Args:
           quiet: tenants without work, in the order in which they may be parked.
         """
-        free = [name for name in quiet if self.may_park(name)]
-        for client in self._wanted().values():
-            if not self._has_own_room(client):
-                mine = [name for name in free if self._taken[name].owner == client.owner]
-            else:
-                mine = [] if self._has_room() else free
-            if mine:
-                return mine[0]
+        leaving = [name for name in self._taken if not self._stays(name)]
+        before = time.monotonic() - _TURN
+        since = {name: seat.since for name, seat in self._taken.items() if seat.since < before}
+        free = [name for name in (*quiet, *sorted(since, key=since.__getitem__))]
+        free = [name for name in free if self.may_park(name)]
+        # Those whom only the room of their owner helps choose first.
+        for _, client in sorted(self._wanted(), key=lambda each: self._has_own_room(each[1])):
+            if self.fits(client):
+                continue
+            if helpers := self._helpers(client, leaving):
+                leaving.remove(helpers[0])  # its room is for this one
+            elif helpers := self._helpers(client, free):
+                return helpers[0]
         return None
+
+    def _stays(self, name: str) -> bool:
+        return self._taken[name].phase in (Phase.LOADING, Phase.READY)
+
+    def _helpers(self, client: Client, names: Iterable[str]) -> list[str]:
+        """Returns the tenants whose leaving makes room for another one of a client."""
+        if self._has_own_room(client):
+            return list(names)
+        return [name for name in names if self._taken[name].client.owner == client.owner]
 
     def may_park(self, name: str) -> bool:
         """Returns whether a tenant that has a seat may lose it."""
-        is_stuck = self._stuck.get(name, 0.0) > time.monotonic()
-        return self.holds(name) and name not in self._parking and not is_stuck
+        return self.holds(name) and not self._is_stuck(name)
+
+    def _is_stuck(self, name: str) -> bool:
+        return self._stuck.get(name, 0.0) > time.monotonic()
 
     def hopeless(self) -> dict[str, str]:
         """Returns those who wait in vain, since nobody can be parked, and why."""
-        late = time.monotonic()
-        stuck = {name for name in self._taken if self._stuck.get(name, 0.0) > late}
         found = {}
-        for name, client in self._waiting.items():
-            rivals = set(self._taken)
-            if not self._has_own_room(client):
-                rivals = {each for each in rivals if self._taken[each].owner == client.owner}
-            if name not in rivals and rivals and rivals <= stuck:
+        for name, client in self._wanted():
+            rivals = self._helpers(client, self._taken)
+            if rivals and all(map(self._is_stuck, rivals)):
                 found[name] = (
                     f"{len(rivals)} adapters train here, and there is room for no more: none can "
                     f"be parked on disk ({self._problem}): ask again once that is mended"
                 )
         return found
 
-    def park(self, name: str) -> None:
-        """Notes that a tenant is saved, to leave then."""
-        self._parking.add(name)
+    def enter(self, name: str, phase: Phase) -> None:
+        """Has a tenant that has a seat enter a phase."""
+        seat = self._taken[name]
+        seat.phase = phase
+        if phase is Phase.READY:
+            seat.since = time.monotonic()
 
-    def stay(self, name: str, error: Exception | None = None) -> None:
-        """Notes that a tenant stays, since it is used, or could not be saved."""
-        self._parking.discard(name)
-        if error is not None:
-            self._stuck[name] = time.monotonic() + _AGAIN
-            self._problem = str(error) or type(error).__name__
-
-    def go(self, name: str) -> bool:
-        """Notes that a tenant leaves the engine; returns whether it was there."""
-        self._waiting.pop(name, None)
-        if not self.holds(name):
-            return False
-        self._parking.add(name)
-        self._going.add(name)
-        return True
+    def stay(self, name: str, error: Exception) -> None:
+        """Leaves a tenant its seat, since its state could not be saved."""
+        self.enter(name, Phase.READY)
+        self.give_up(name)
+        self._stuck[name] = time.monotonic() + _AGAIN
+        self._problem = str(error) or type(error).__name__
 
     def leave(self, name: str) -> None:
-        """Notes that a tenant has left the engine, or never came."""
+        """Frees the seat of a tenant that has left the engine, or never came."""
         self._taken.pop(name, None)
         self._stuck.pop(name, None)
-        self._parking.discard(name)
-        self._going.discard(name)
-
-    def give_up(self, name: str) -> None:
-        """Notes that a tenant waits no more."""
-        self._waiting.pop(name, None)
 
     def _has_room(self) -> bool:
         return self._room is None or len(self._taken) < self._room
@@ -129,4 +160,5 @@ class Seats:
     def _has_own_room(self, client: Client) -> bool:
         if self._own is None:
             return True
-        return sum(each.owner == client.owner for each in self._taken.values()) < self._own
+        owners = [seat.client.owner for seat in self._taken.values()]
+        return owners.count(client.owner) < self._own

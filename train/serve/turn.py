@@ -1,8 +1,9 @@
 """The progress of a tenant."""
 
 import dataclasses
+import itertools
 
-from train.serve.ledger import Row
+from train.serve.ledger import LOGGED, Row
 from train.serve.requests import ANYONE, Client, Command, TenantStatus
 
 
@@ -39,3 +40,14 @@ class Turn:
     def is_quiet(self) -> bool:
         """True where the engine has nothing to do, nor could have."""
         return self.running == 0 and self.next not in self.waiting
+
+
+def load_of(row: Row) -> int:
+    """Returns what a command without an answer counts in the queue."""
+    return 1 + len(row["payload"] or b"") // 2**19 if row["state"] == LOGGED else 0
+
+
+def first_gap(state: int, rows: list[Row]) -> int:
+    """Returns the number of the first command that did not come, after that of a state."""
+    numbers = {row["seq"] for row in rows}
+    return next(n for n in itertools.count(state + 1) if n not in numbers)

@@ -1,10 +1,8 @@
 """The order of commands: each reaches the engine in its turn, once, and again after a restart."""
 
-import itertools
 import json
 import logging
 import math
-import re
 import shutil
 import threading
 import time
@@ -15,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from train.serve.database import Locked
-from train.serve.folders import children, link, size
-from train.serve.ledger import DONE, LOGGED, REFUSED, Ledger, Row
+from train.serve.ledger import REFUSED, Ledger, Row
+from train.serve.loading import Loading
 from train.serve.notes import Notes, error_answer
 from train.serve.parking import Parking
 from train.serve.requests import (
@@ -24,16 +22,15 @@ from train.serve.requests import (
     Command,
     Create,
     Gradient,
-    Leave,
     Load,
     RequestError,
     Save,
-    Saved,
     Serving,
     Update,
 )
 from train.serve.seats import Seats
-from train.serve.turn import Turn
+from train.serve.states import States
+from train.serve.turn import Turn, first_gap, load_of
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds
@@ -89,13 +86,16 @@ class Turns:
         self._every, self._most_bytes, self._queue = every, most_bytes, queue
         self._turns: dict[str, Turn] = {}
         self._clock, self._lock = clock, threading.RLock()
-        self.parking = Parking(
-            *(engine, ledger, self._notes, self._lock, self._turns, Seats(room, own_room)),
-            resume=self.resume,
-            refuse=self.refuse,
-            keep=self._saved,
-            place=partial(self.place, "states"),
+        self.states = States(ledger, folder / "states")
+        shared = engine, ledger, self._notes, self._lock, self._turns, Seats(room, own_room)
+        loading = Loading(
+            *shared,
+            read,
+            advance=self._advance,
+            finish=self._finish,
+            count_down=self._count_down,
         )
+        self.parking = Parking(*shared, self.states, loading, advance=self._advance)
 
     def close(self) -> None:
         """Notes the results that there are, and stops."""
@@ -106,7 +106,7 @@ class Turns:
         return str(Path(folder).relative_to(self.folder))
 
     def place(self, room: str, model: str) -> Path:
-        """Returns a model's folder in a room: states, snapshots or checkpoints."""
+        """Returns a model's folder in a room: snapshots or checkpoints."""
         return self.folder / room / model.replace(":", "-")
 
     def accept(
@@ -165,7 +165,7 @@ class Turns:
                     raise  # there is no model, whose commands could wait
                 refusal, command = error, None
                 row = self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
-            turn.load += _load(row)
+            turn.load += load_of(row)
             turn.used = self._clock()
             turn.waiting[seq] = row, command
             self._advance(model, turn)
@@ -200,49 +200,26 @@ class Turns:
         name, state = model["id"], model["state"]
         turn = self._turns[name] = Turn(state + 1, _client(model), used=model["used"])
         rows = self._ledger.commands(name, state)
-        needed = {model["folder"], *(row["folder"] for row in rows)}
-        for one in children(self.place("states", name)):
-            if str(one) not in needed:
-                shutil.rmtree(one, ignore_errors=True)
-        turn.load = sum(map(_load, rows))
+        self.states.tidy(model, rows)
+        turn.load = sum(map(load_of, rows))
         turn.exists = model["spec"] is not None or turn.load > 0
         is_recent = model["used"] >= since and self.parking.seats.fits(turn.client)
         if turn.exists and (turn.load or is_recent):
             self.parking.seats.wait(name, turn.client)
-        turn.next = next(n for n in itertools.count(state + 1) if n not in {r["seq"] for r in rows})
+        turn.next = first_gap(state, rows)
         self.parking.settle()
 
-    def _restore(self, name: str, turn: Turn) -> None:
-        """Has the engine load a tenant's last state, and execute again what was logged since."""
-        model = self._ledger.model(name)
-        assert model is not None
-        state = model["state"]
-        if model["folder"] is not None:
-            load = Load(Path(model["folder"]), optimizer=True)
-            self._engine.submit(name, load, partial(_warn, f"the state of {name}"), turn.client)
-        for row in self._ledger.commands(name, state):
-            if row["seq"] not in turn.waiting:
-                is_wanted = row["state"] in (LOGGED, DONE)
-                turn.waiting[row["seq"]] = row, self._again(row, turn) if is_wanted else None
-        turn.next, turn.gradient, turn.handed, turn.size = state + 1, False, 0, 0
-
-    def _again(self, row: Row, turn: Turn) -> Command | None:
-        """Returns the command of a row if it is to be executed, perhaps again."""
-        command = self._read(row)
-        if isinstance(command, Save):
-            if row["state"] == LOGGED and command.path.exists():  # written, but not noted
-                self._notes.later(self._finish, row, command, None, Saved(size(command.path)))
-                turn.load -= _load(row)
-                return None
-            return command if row["state"] == LOGGED else None
-        changes = not (isinstance(command, Gradient) and command.forward_only)
-        return command if changes or row["state"] == LOGGED else None
-
     def _advance(self, model: str, turn: Turn) -> None:
-        """Hands over the commands whose turn has come, once the engine has the tenant."""
-        if turn.next in turn.waiting and turn.exists and not self.parking.seats.holds(model):
-            self.parking.seats.wait(model, turn.client)
-            self.parking.settle()
+        """Hands over the commands whose turn has come, once the engine has the tenant.
+
+        A tenant that the engine does not have waits for a seat, once all its results are noted.
+        """
+        if turn.next not in turn.waiting:
+            return
+        if turn.exists and not self.parking.seats.holds(model):
+            if turn.running == 0:
+                self.parking.seats.wait(model, turn.client)
+                self.parking.settle()
             return
         while turn.next in turn.waiting:
             row, command = turn.waiting.pop(turn.next)
@@ -257,31 +234,41 @@ class Turns:
             due = turn.handed >= self._every or turn.size >= self._most_bytes
             if due and isinstance(command, Update):
                 turn.handed = turn.size = 0
-                folder = self.place("states", model) / str(row["seq"])
                 turn.running += 1
-                done = partial(self._notes.later, self._kept, model, row["seq"], folder, turn)
-                self._engine.submit(model, Save(folder, optimizer=True), done, turn.client)
+                save = Save(self.states.path(model, row["seq"]), optimizer=True)
+                done = partial(self._notes.later, self._finish_save, model, row["seq"], turn)
+                self._engine.submit(model, save, done, turn.client)
 
-    def _finish(self, row: Row, command: Command, turn: Turn | None, result: Any) -> None:
+    def _finish(self, row: Row, command: Command | None, turn: Turn | None, result: Any) -> None:
         """Notes a result, in the writer's thread; results come in the order of the commands."""
-        noted = self._notes.note(row, result)
-        if turn is None:
-            return
-        failed = isinstance(result, Exception)
+        noted, failed = False, isinstance(result, Exception)
         try:
-            if not failed:
+            noted = self._notes.note(row, result)
+            if not failed and turn is not None:
                 self._follow(row, command, turn, noted, result)
+        except Locked:
+            raise
         except Exception:  # such as a full disk: the log goes on from the state before
             _log.exception("the state of %s was not kept", row["model"])
+        if turn is None:
+            return
         with self._lock:
-            turn.load -= _load(row)
-            turn.running -= 1
+            turn.load -= load_of(row)
             if failed and row["seq"] == 0:
                 turn.exists = False
                 self.parking.seats.leave(row["model"])
-            self.parking.settle()
+            self._count_down(row["model"], turn)
 
-    def _follow(self, row: Row, command: Command, turn: Turn, noted: bool, result: Any) -> None:
+    def _count_down(self, name: str, turn: Turn) -> None:
+        """Notes that the engine has a command less."""
+        turn.running -= 1
+        if turn.running == 0:
+            self._advance(name, turn)
+        self.parking.settle()
+
+    def _follow(
+        self, row: Row, command: Command | None, turn: Turn, noted: bool, result: Any
+    ) -> None:
         """Notes what a command changed."""
         model, seq = row["model"], row["seq"]
         if isinstance(command, Gradient):
@@ -289,52 +276,22 @@ class Turns:
         elif isinstance(command, Create | Load | Update):
             turn.gradient = False
         elif isinstance(command, Save) and command.optimizer and not turn.gradient and noted:
-            folder = self.place("states", model) / str(seq)
-            if not folder.exists():
-                link(command.path, folder)
+            self.states.link(model, seq, command.path)
             try:
-                self._saved(model, seq, folder, turn, result)
+                self.states.keep(model, seq, turn, result)
             except Locked:
-                self._notes.later(self._saved, model, seq, folder, turn, result)
+                self._notes.later(self.states.keep, model, seq, turn, result)
 
-    def _kept(self, name: str, seq: int, folder: Path, turn: Turn, result: Any) -> None:
+    def _finish_save(self, name: str, seq: int, turn: Turn, result: Any) -> None:
         """Takes a state that was saved by the way."""
         try:
-            self._saved(name, seq, folder, turn, result)
+            self.states.keep(name, seq, turn, result)
         except Locked:
             raise
         except Exception:  # the log goes on from the state before
             _log.exception("the state of %s was not noted", name)
         with self._lock:
-            turn.running -= 1
-            self.parking.settle()
-
-    def _saved(self, name: str, seq: int, folder: Path, turn: Turn, result: Any) -> None:
-        """Takes a saved state for the one to start from, if it has no gradient besides."""
-        model = self._ledger.model(name)
-        if not isinstance(result, Saved) or turn.gradient or model is None or model["ended"]:
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        self._ledger.set_state(name, seq, folder)
-        for one in children(folder.parent):
-            number = re.fullmatch(r"(?:load-)?(\d+)", one.name)
-            if number and int(number[1]) <= seq and one != folder:
-                shutil.rmtree(one, ignore_errors=True)
-
-    def resume(self, name: str) -> None:
-        """Has the engine go on with a tenant that it did not have."""
-        self._restore(name, self._turns[name])
-        self._advance(name, self._turns[name])
-
-    def refuse(self, name: str, why: RequestError) -> None:
-        """Answers the commands of a tenant for which there is no room."""
-        turn = self._turns[name]
-        while turn.next in turn.waiting:
-            row, command = turn.waiting.pop(turn.next)
-            turn.next += 1
-            if command is not None:
-                turn.running += 1
-                self._notes.later(self._finish, row, command, turn, why)
+            self._count_down(name, turn)
 
     def leave(self, model: str) -> None:
         """Unloads a model: the commands that the engine has are executed, others never."""
@@ -348,17 +305,8 @@ class Turns:
             for row, command in turn.waiting.values():
                 if command is not None:
                     self._notes.later(self._finish, row, command, None, gone)
-            states = self.place("states", model)
-
-            def left(_: Any) -> None:
-                shutil.rmtree(states, ignore_errors=True)
-                self.parking.left(model)
-
-            if self.parking.seats.go(model):
-                done = partial(self._notes.later, left)
-                self._engine.submit(model, Leave(), done, turn.client)
-            else:
-                self._notes.later(left, None)
+            turn.waiting.clear()
+            self.parking.unload(model, turn)
 
     def end_session(self, session: str) -> None:
         """Unloads a session's models, and forgets its snapshots."""
@@ -375,6 +323,11 @@ class Turns:
     def _remove(self, folder: str) -> None:
         self._engine.drop(self.name(folder))
         shutil.rmtree(folder, ignore_errors=True)
+
+    def busy_sessions(self) -> set[str]:
+        """Returns the sessions whose tenants have something to do, or wait for that."""
+        with self._lock:
+            return {turn.client.session for turn in self._turns.values() if not turn.is_quiet}
 
     def park_silent(self, seconds: float) -> None:
         """Parks the tenants of sessions that were silent for so long."""
@@ -396,13 +349,3 @@ def _client(model: Row | None) -> Client:
     """Returns the client whose model this is."""
     assert model is not None  # its command was logged
     return Client(model["owner"], model["session"])
-
-
-def _load(row: Row) -> int:
-    """Returns what a command without an answer counts in the queue."""
-    return 1 + len(row["payload"] or b"") // 2**19 if row["state"] == LOGGED else 0
-
-
-def _warn(what: str, result: Any) -> None:
-    if isinstance(result, Exception):
-        _log.error("%s could not be loaded", what, exc_info=result)

@@ -39,6 +39,11 @@ class Client:
         """Returns a client of the same server, with another key."""
         return Client(self.engine, None, key, self.server)
 
+    def later(self, seconds):
+        """Has the server see a later time."""
+        clock = self.server.ledger._clock
+        self.server.ledger._clock = self.server.turns._clock = lambda: clock() + seconds
+
     def ask(self, method, path, status=200, **what):
         answer = self.http.request(method, f"/api/v1/{path}", **what)
         assert answer.status_code == status, answer.text

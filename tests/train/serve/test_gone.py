@@ -45,19 +45,13 @@ def test_samples_end_with_their_session(client):
     assert client.server.futures._pending["alice"] == 0
 
 
-def later(client, seconds):
-    """Has the client's server miss heartbeats for a while."""
-    clock = client.server.ledger._clock
-    client.server.ledger._clock = lambda: clock() + seconds
-
-
 def test_samples_end_after_missed_heartbeats(client):
     client.server.futures._patience = 0.0
     mine, other = client.session(), client.session()
     requests = [asked(client, sampler(client, session)) for session in (mine, other)]
     client.server.sweep_samples()
     assert client.engine.ended == [], "their clients live"
-    later(client, 45.0)
+    client.later(45.0)
     client.post("session_heartbeat", session_id=other)
     client.server.sweep_samples()
     assert [client.poll(one).status_code for one in requests] == [410, 408]
@@ -79,7 +73,7 @@ def test_a_sample_that_was_given_up_may_be_asked_for_again(client):
     client.server.futures._patience = 0.0
     name = sampler(client)
     request = asked(client, name)
-    later(client, 45.0)
+    client.later(45.0)
     client.server.sweep_samples()
     assert client.poll(request).status_code == 410
     assert asked(client, name) == request  # as a retry would

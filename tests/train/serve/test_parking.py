@@ -1,6 +1,7 @@
 """Tenants on disk: they take no room, come back at the next command, and lose nothing."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import queue
@@ -13,22 +14,17 @@ from safetensors.numpy import load_file
 from tests.train.serve.client import Client, key_owner
 from tests.train.serve.command import Engine, ask, command
 from tests.train.serve.engine.engines import made_base, made_engine, running
-from tests.train.serve.fakes import FakeEngine, Tenant
+from tests.train.serve.fakes import FACTS, FakeEngine, Tenant
 from tests.train.serve.test_ledger import PROGRAM, close_to, send, state
 from tests.train.serve.waiting import until
 from train.serve import __main__, seats
+from train.serve.requests import Save
 from train.serve.routes.tinker.api import Tinker
-
-
-def later(client, seconds):
-    """Has the client's server see a later time."""
-    clock = client.server.ledger._clock
-    client.server.ledger._clock = client.server.turns._clock = lambda: clock() + seconds
 
 
 def parked(client, seconds=200.0):
     """Sweeps as if nobody had been heard for a while; waits until the engine has no tenant."""
-    later(client, seconds)
+    client.later(seconds)
 
     def are_gone():
         client.server.sweep(120.0)
@@ -78,6 +74,8 @@ def test_the_status_shows_who_is_parked(tmp_path):
     after = client.server.turns.parking.status()[model]
     assert (after.parked, after.steps) == (False, 3) and len(after.losses) == 3
     parked(client)
+    twice = client.server.turns.parking.status()[model]
+    assert (twice.losses, twice.seconds) == (after.losses, before.seconds + 0.5)
     again = Tinker(FakeEngine(), tmp_path, key_owner)
     again.start(-1000.0)
     found = again.turns.parking.status()[model]
@@ -90,7 +88,7 @@ def test_those_that_work_or_beat_are_not_parked(tmp_path):
     for model in (quiet, beats, works):
         client.result(f"{model}:0")
     server = client.server
-    later(client, 200.0)
+    client.later(200.0)
     client.post("session_heartbeat", session_id=beats.split(":")[0])
     client.result(client.step(works, 1))
     server.sweep(120.0)
@@ -125,6 +123,151 @@ def test_all_at_once_have_their_turn(tmp_path):
     assert [client.result(one).get("metrics") for one in sent[6:]] == [{"step:max": 1.0}] * 6
     settled(client)
     assert len(client.engine.tenants) == 2
+
+
+def executed(client, count=99):
+    """Has a held engine execute some commands, and notes their results."""
+    assert client.engine.step(count)
+    noted(client)
+
+
+def noted(client):
+    for _ in range(2):
+        client.server.turns._notes._thread.submit(lambda: None).result()
+
+
+@pytest.mark.parametrize("is_quiet", [True, False])
+def test_a_client_that_goes_on_gives_way(tmp_path, monkeypatch, is_quiet):
+    """One sends its next command while its state is saved, one has work in the engine always."""
+    monkeypatch.setattr(seats, "_TURN", 0.0, raising=False)
+    client = Client(FakeEngine(held=True), tmp_path, room=1)
+    first = client.create()
+    executed(client)
+    sent = []
+
+    def go_on():
+        n = len(sent) + 1
+        sent.append(client.step(first, n) if n % 2 == 0 else client.gradient(first, n))
+
+    go_on()
+    go_on()
+    if is_quiet:
+        executed(client)
+    other = client.create(client.session())
+    for _ in range(6):
+        if is_made := client.poll(f"{other}:0").status_code == 200:
+            break
+        go_on()
+        executed(client, 1)
+    saves = [isinstance(one, Save) for name, one in client.engine.executed if name == first]
+    assert is_made and sum(saves) == 1, "the state is saved once, to leave"
+    client.engine.release()
+    for request in sent:
+        assert "error" not in str(client.result(request))
+    program = ([("gradient", 1.0), ("step", 0.5)] * len(sent))[: len(sent)]
+    assert state(client.engine.tenants[first]) == close_to(program)
+
+
+def test_a_tenant_that_could_not_be_saved_goes_on(tmp_path, monkeypatch):
+    client = Client(FakeEngine(held=True), tmp_path, room=1)
+    first = client.create()
+    executed(client)
+    monkeypatch.setattr(Tenant, "write", lambda *_: 1 / 0)
+    other = client.create(client.session())
+    sent = client.step(first, 1)
+    executed(client)
+    assert "room for no more" in client.result(f"{other}:0")["error"]
+    executed(client)
+    assert client.result(sent)["metrics"] == {"step:max": 1.0}
+
+
+def test_a_client_that_waits_has_one_tenant_parked(tmp_path):
+    """Though another owner's waits, too: for that one, room of this owner's is of no use."""
+    alice = Client(FakeEngine(held=True), tmp_path, tenants=2)
+    bob = alice.other("tml-b")
+    mine, his = ([client.create() for _ in range(2)] for client in (alice, bob))
+    executed(alice)
+    for model in his:
+        bob.gradient(model, 1)
+    bob.create()
+    mine.append(alice.create())
+    holds = alice.server.turns.parking.seats.holds
+    assert [*map(holds, mine + his)] == [False, True, False, True, True]
+    while alice.engine.step():
+        noted(alice)
+    assert [name in alice.engine.tenants for name in mine] == [False, True, True]
+
+
+@pytest.mark.parametrize("phase", ["saved", "left", "loaded"])
+def test_an_unloaded_tenant_keeps_its_room_until_it_has_left(tmp_path, phase):
+    client = Client(FakeEngine(held=True), tmp_path, room=1)
+    session = client.session()
+    first = client.create(session)
+    executed(client)
+    client.gradient(first, 1)
+    client.step(first, 2)
+    executed(client)
+    other = client.create(client.session())  # the state of the first is being saved
+    if phase != "saved":
+        executed(client, 1)
+    if phase == "loaded":
+        executed(client)
+        client.gradient(first, 3)
+        executed(client, 2)  # the other is saved, and has left
+    client.post(f"sessions/{session}/finish", reason={"type": "success"})
+    noted(client)
+    holds, n = client.server.turns.parking.seats.holds, 1
+    while n:
+        assert not (holds(other) and first in client.engine.tenants)
+        n = client.engine.step()
+        noted(client)
+    assert client.result(f"{other}:0")["model_id"] == other
+    kept = [other.replace(":", "-")] if phase == "loaded" else []
+    assert [folder.name for folder in (tmp_path / "states").iterdir()] == kept
+    third = client.create(client.session())
+    client.engine.release()
+    assert client.result(f"{third}:0")["model_id"] == third
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_state_that_is_lost_is_said_and_takes_no_room(tmp_path, restarted, caplog):
+    client = Client(FakeEngine(), tmp_path, room=1)
+    model = client.create()
+    ran(client, model, PROGRAM[:3])
+    parked(client)
+    (file,) = tmp_path.glob("states/*/*/adapter_model.safetensors")
+    file.rename(tmp_path / "away")
+    if restarted:
+        client = Client(FakeEngine(), tmp_path, room=1)
+        settled(client)
+        assert f"the state of {model} could not be loaded" in caplog.text
+    for seq in (5, 4):  # also those that came too early
+        early = client.step(model, seq)
+    answers = [client.result(early), client.result(f"{model}:5")]
+    for answer in answers:
+        assert f"the state of {model} could not be loaded: " in answer["error"]
+    other = client.create(client.session())
+    assert client.result(f"{other}:0")["model_id"] == other
+    (tmp_path / "away").rename(file)
+    ran(client, model, PROGRAM[5:], 6)
+    program = PROGRAM[:3] + PROGRAM[5:]
+    assert state(client.engine.tenants[model]) == close_to(program)
+
+
+def test_a_rank_that_a_later_server_does_not_take_is_said(tmp_path, caplog):
+    client = Client(FakeEngine(), tmp_path)
+    large, small = client.create(rank=16), client.create(rank=4)
+    ran(client, large, PROGRAM[:3])
+    ran(client, small, PROGRAM[:3])
+    settled(client)
+    engine = FakeEngine(dataclasses.replace(FACTS, max_rank=8))
+    client = Client(engine, tmp_path)
+    assert f"the state of {large} could not be loaded: rank" in caplog.text
+    for seq in (4, 5):
+        assert "could not be loaded: rank" in client.result(client.step(large, seq))["error"]
+    ran(client, small, PROGRAM[3:], 4)
+    assert state(engine.tenants[small]) == close_to(PROGRAM)
+    assert [*engine.tenants] == [small]
 
 
 def test_a_model_that_cannot_be_made_takes_no_room(tmp_path):
@@ -179,7 +322,7 @@ def test_silence_ends_a_session_only_where_it_was_asked_for(tmp_path):
     ran(client, model, PROGRAM[3:], 4)
     assert state(client.engine.tenants[model]) == close_to(PROGRAM)
     client.server._idle = 3600.0
-    later(client, 4000.0)
+    client.later(4000.0)
     client.server.sweep(120.0)
     client.post("session_heartbeat", 410, session_id=model.split(":")[0])
     settled(client)
@@ -214,7 +357,7 @@ def test_any_order_of_clients_restarts_and_silence(tmp_path, seed):
             for one in sent:
                 client.result(one)
         if rng.random() < 0.1:
-            later(client, 200.0)
+            client.later(200.0)
             client.server.sweep(120.0)
         if rng.random() < 0.1:
             fall(client)
@@ -256,7 +399,7 @@ def test_weights_and_moments_come_back_bitwise(tmp_path, pending):
 
 def park_all(client):
     """Parks all tenants of a real engine; waits until it has none."""
-    later(client, 200.0)
+    client.later(200.0)
 
     def are_gone():
         client.server.sweep(120.0)

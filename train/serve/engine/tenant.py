@@ -8,9 +8,7 @@ import jax
 
 from train.serve.engine.base import Factors, Training
 from train.serve.engine.rotation import TurnPath
-from train.serve.requests import Client, Command, Done
-
-_LOSSES_KEPT = 200
+from train.serve.requests import LATEST_LOSSES, Client, Command, Done
 
 
 class Tenant:
@@ -31,7 +29,7 @@ class Tenant:
         self.state: Training | None = None
         self.grads: Factors | None = None
         self.summed = (0.0, 0)  # the loss and its targets since the last update
-        self.losses: deque[tuple[int, float]] = deque(maxlen=_LOSSES_KEPT)
+        self.losses: deque[tuple[int, float]] = deque(maxlen=LATEST_LOSSES)
 
     def become(self, state: Training | None) -> None:
         """Goes on from a state, without a gradient; None where it leaves."""

@@ -293,7 +293,7 @@ class Tinker:
                 os.rename(files, folder)
             return folder, None
 
-        folder = self.turns.place("states", place[0]) / f"load-{place[1]}"
+        folder = self.turns.states.place(place[0]) / f"load-{place[1]}"
         if self.ledger.command(*place) is not None:  # it came before
             return self._submit(place, "load_weights", body)
         try:
