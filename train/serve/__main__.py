@@ -85,8 +85,8 @@ def run(options: ServeOptions) -> None:
             *(engine, folder, owner_of), room=room, tenants=own_room, idle=options.session_idle
         )
         engine.start()
-        held.callback(_every(_SWEPT, lambda: tinker.sweep(_SILENT)))
-        held.callback(_every(_LOOKED, tinker.sweep_samples))
+        held.callback(_every(_SWEPT, lambda: tinker.sweep(_SILENT), "the sweep"))
+        held.callback(_every(_LOOKED, tinker.sweep_samples, "the search for clients that are gone"))
         tinker.start(_SILENT)
         site.app = make_app(
             engine,
@@ -218,8 +218,14 @@ def _template_of(folder: Path) -> str | None:
         raise RequestError(f"{folder.name}: {error}") from None
 
 
-def _every(seconds: float, function: Callable[[], Any]) -> Callable[[], None]:
-    """Calls a function again and again, in a thread; returns what ends that."""
+def _every(seconds: float, function: Callable[[], Any], what: str) -> Callable[[], None]:
+    """Calls a function again and again, in a thread; returns what ends that.
+
+    Args:
+      seconds: the time between two calls.
+      function: the function.
+      what: what it does, for the log.
+    """
     ended = threading.Event()
 
     def work() -> None:
@@ -227,7 +233,7 @@ def _every(seconds: float, function: Callable[[], Any]) -> Callable[[], None]:
             try:
                 function()
             except Exception:  # such as a full disk; the next time may be better
-                _log.exception("%s failed", function.__qualname__)
+                _log.exception("%s failed", what)
 
     threading.Thread(target=work, name="sweep", daemon=True).start()
     return ended.set

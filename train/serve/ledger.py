@@ -1,6 +1,7 @@
 """Keeps sessions, the log of each tenant's commands, and checkpoints, in SQLite."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,6 +51,7 @@ class Ledger:
         """
         self._clock = clock
         self._db = Database(path, _TABLES)
+        self._sampled: dict[str, float] = {}  # when a session last asked for a sample
         self.transaction, self.close = self._db.transaction, self._db.close
         self._all, self._one = self._db.all, self._db.one
         self._insert, self._page = self._db.insert, self._db.page
@@ -76,13 +78,23 @@ class Ledger:
         sql = "update sessions set seen = ?1 where id = ?2 or ?2 is null"
         self._all(sql, self._clock(), session)
 
+    def hear(self, session: str) -> None:
+        """Notes that a session asked for a sample, in memory: samples do not wait for the disk."""
+        self._sampled[session] = self._clock()
+
     def idle_sessions(self, seconds: float) -> list[str]:
-        """Returns the sessions that were silent for longer."""
-        sql = "select id from sessions where ended is null and seen < ?"
-        return [row["id"] for row in self._all(sql, self._clock() - seconds)]
+        """Returns the sessions without a heartbeat, a command or a sample for some seconds."""
+        sql = (
+            "select id from sessions where ended is null and seen < ?1 and not exists "
+            "(select 1 from models where session = sessions.id and used >= ?1)"
+        )
+        before = self._clock() - seconds
+        silent = [row["id"] for row in self._all(sql, before)]
+        return [session for session in silent if self._sampled.get(session, -math.inf) < before]
 
     def end_session(self, session: str) -> list[Row]:
         """Marks a session as ended; drops and returns its samplers that own their weights."""
+        self._sampled.pop(session, None)
         with self.transaction():
             sql = "update sessions set ended = ? where id = ? and ended is null"
             self._all(sql, self._clock(), session)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.train.serve.client import Client, key_owner
+from tests.train.serve.client import Client, key_owner, prompt, sampler
 from tests.train.serve.command import Engine, ask, command
 from tests.train.serve.engine.engines import made_base, made_engine, running
 from tests.train.serve.fakes import FACTS, FakeEngine, Tenant
@@ -327,6 +327,58 @@ def test_silence_ends_a_session_only_where_it_was_asked_for(tmp_path):
     client.post("session_heartbeat", 410, session_id=model.split(":")[0])
     settled(client)
     assert client.engine.tenants == {} and not list((tmp_path / "states").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["commands", "samples", "a long command", "a long sample"])
+def test_sessions_that_work_without_heartbeats_are_not_idle(tmp_path, kind):
+    is_long = kind.startswith("a long")
+    client = Client(FakeEngine(held=is_long), tmp_path, idle=60.0)
+    session, idle = client.session(), client.session()
+    model, name = client.create(session), sampler(client, session, 7)
+    sampled = {"sampling_session_id": name, "prompt": prompt(5, 6), "sampling_params": {}}
+    for seq in range(1, 2 if is_long else 8):
+        if "command" in kind:
+            sent = client.step(model, seq)
+        else:
+            client.engine.step(9)
+            sent = client.post("asample", seq_id=seq, **sampled)["request_id"]
+        if not is_long:
+            client.result(sent)
+        client.later(100.0 if is_long else 20.0)
+        client.server.sweep(1e9)
+    assert client.server.ledger.session(idle)["ended"]
+    client.post("session_heartbeat", session_id=session)
+    client.engine.release()
+    client.result(sent)
+    client.later(100.0)
+    settled(client)
+    client.server.sweep(1e9)
+    client.post("session_heartbeat", 410, session_id=session)
+
+
+def test_a_sweep_goes_on_after_a_failure(tmp_path, monkeypatch, caplog):
+    client = Client(FakeEngine(), tmp_path, idle=60.0)
+    sessions = [client.session() for _ in range(3)]
+    end = client.server.ledger.end_session
+
+    def fail(session):
+        if session != sessions[1]:
+            raise OSError("out of order")
+        return end(session)
+
+    monkeypatch.setattr(client.server.ledger, "end_session", fail)
+    swept = []
+    monkeypatch.setattr(client.server.turns, "sweep", lambda: swept.append(True))
+    client.later(100.0)
+    client.server.sweep(1e9)
+    assert client.server.ledger.session(sessions[1])["ended"] and swept
+    assert f"the end of the idle session {sessions[0]} failed" in caplog.text
+
+
+def test_what_is_done_now_and_then_is_named_when_it_fails(caplog):
+    end = __main__._every(0.01, lambda: 1 / 0, "the sweep")
+    until(lambda: "the sweep failed" in caplog.text, "it is in the log")
+    end()
 
 
 def fall(client):

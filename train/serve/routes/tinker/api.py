@@ -1,6 +1,7 @@
 """Tinker's API: sessions, training and samples, as its SDK speaks it."""
 
 import dataclasses
+import logging
 import math
 import os
 import uuid
@@ -24,6 +25,7 @@ from train.serve.routes.tinker.owned import Owned, spec_of
 from train.serve.routes.tinker.runs import Runs
 from train.serve.turns import Turns
 
+_log = logging.getLogger(__name__)
 API = "/api/v1"
 _BEATS = 40.0  # seconds without a heartbeat, of which clients send one every 10
 # What clients are told to do; what is not named keeps the SDK's default.
@@ -116,10 +118,11 @@ class Tinker:
           silent: seconds of silence of a session after which its tenants lie on disk.
         """
         if self._idle is not None:
-            for session in self.ledger.idle_sessions(self._idle):
-                self.end_session(session)
-        self.turns.park_silent(silent)
-        self.turns.sweep()
+            idle = set(self.ledger.idle_sessions(self._idle))
+            for session in idle - self.turns.busy_sessions() - self.futures.busy_sessions():
+                _try(f"the end of the idle session {session}", self.end_session, session)
+        _try("the parking of tenants", self.turns.park_silent, silent)
+        _try("the removal of what is over", self.turns.sweep)
 
     def sweep_samples(self) -> None:
         """Ends the samples of clients that are gone; call it every few seconds."""
@@ -367,6 +370,7 @@ class Tinker:
         else:
             _, path, folder = self._source(fields, owner)
             request_id, client = f"{uuid.uuid4()}:sample", Client(owner)
+        self.ledger.hear(client.session)
         name = None if folder is None else self.turns.name(folder)
         wanted, encoded = commands.sample_of(fields, self.engine.facts, name)
         wanted = dataclasses.replace(wanted, client=client)
@@ -383,6 +387,14 @@ class Tinker:
                 pass
 
         return await self.futures.poll(fields.get("request_id", str), owner, closed)
+
+
+def _try(what: str, function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls a function; an error is logged, such as of a full disk, and hinders nothing else."""
+    try:
+        function(*arguments)
+    except Exception:
+        _log.exception("%s failed", what)
 
 
 def _anyone(request: Request) -> str:

@@ -146,6 +146,12 @@ class Futures:
         """
         self._drop(lambda promise: promise.session == session)
 
+    def busy_sessions(self) -> set[str]:
+        """Returns the sessions that wait for a sample."""
+        with self._lock:
+            pending = [one for one in self._promises.values() if one.result is None]
+        return {one.session for one in pending if one.session}
+
     def sweep(self, silent: Container[str] = ()) -> None:
         """Ends the samples that nobody will fetch; call it every few seconds.
 
