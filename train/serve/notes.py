@@ -52,7 +52,7 @@ class Notes:
         self._ledger, self._write, self._wake, self._remove = ledger, write, wake, remove
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._closing = threading.Event()
-        self._kept: list[tuple[Row, Any]] = []  # what the ledger did not take; for the thread
+        self._backlog: list[tuple[Row, Any]] = []  # what the ledger did not take; for the thread
 
     def close(self) -> None:
         """Notes what there is, and stops; after a restart, the rest is executed again."""
@@ -99,7 +99,7 @@ class Notes:
             if not is_ledger and self._fail(row, answer):
                 answer = None
             else:
-                self._kept.append((row, result))
+                self._backlog.append((row, result))
         self._wake(request, answer)
         return noted
 
@@ -119,8 +119,8 @@ class Notes:
         self.later(self._again)
 
     def _again(self) -> None:
-        kept, self._kept = self._kept, []
-        for row, result in kept:
+        backlog, self._backlog = self._backlog, []
+        for row, result in backlog:
             self.later(self.note, row, result)
 
     def _note(self, row: Row, result: Any) -> None:

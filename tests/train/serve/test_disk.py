@@ -204,7 +204,7 @@ def test_a_result_that_is_kept_during_a_sweep_is_not_lost(tmp_path):
             assert free.wait(60)
             super().append(item)
 
-    client.server.turns._notes._kept = Slow()
+    client.server.turns._notes._backlog = Slow()
     again = filled(client.server.ledger)
     client.server.turns._notes._write = lambda row, result: b"{" + b" " * 9000 + b"}"
     sent = client.step(model, 1)

@@ -98,7 +98,7 @@ def listening(client):
         thread.join()
 
 
-def polled(port, request):
+def open_poll(port, request):
     """A connection that waits for a result."""
     body = json.dumps({"request_id": request}).encode()
     head = "POST /api/v1/retrieve_future HTTP/1.1\r\nHost: localhost\r\nX-API-Key: tml-a\r\n"
@@ -112,7 +112,7 @@ def test_samples_end_on_a_closed_connection(client):
     futures._hold, futures._gone = 30.0, 0.2
     requests = [asked(client, sampler(client), seq) for seq in range(2)]
     with listening(client) as port:
-        connections = [polled(port, one) for one in (*requests, requests[1])]
+        connections = [open_poll(port, one) for one in (*requests, requests[1])]
         until(lambda: [futures._promises[one].polls for one in requests] == [1, 2], "both wait")
         for connection in connections[:2]:
             connection.close()
@@ -155,7 +155,7 @@ def test_the_command_looks_for_clients_that_are_gone(monkeypatch, tmp_path):
         name = post("create_sampling_session", base_model="tiny/base", **place)
         fields = {"prompt": prompt(5, 6), "sampling_params": {"max_tokens": 4}, "seq_id": 0}
         request = post("asample", **name, **fields)["request_id"]
-        polled(port, request).close()
+        open_poll(port, request).close()
         until(lambda: engine.ended, "the sample ends")
         engine.release()
         return ask(port, "POST", "/api/v1/retrieve_future", json.dumps({"request_id": request}))[0]

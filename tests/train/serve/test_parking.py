@@ -22,7 +22,7 @@ from train.serve.requests import Save
 from train.serve.routes.tinker.api import Tinker
 
 
-def parked(client, seconds=200.0):
+def park(client, seconds=200.0):
     """Sweeps as if nobody had been heard for a while; waits until the engine has no tenant."""
     client.later(seconds)
 
@@ -31,17 +31,17 @@ def parked(client, seconds=200.0):
         return not client.engine.tenants
 
     until(are_gone, "all are parked", 20)
-    settled(client)
+    settle(client)
 
 
-def settled(client):
+def settle(client):
     """Waits until what the engine did is noted."""
     for _ in range(3):
         client.engine.wait()
         client.server.turns._notes._thread.submit(lambda: None).result()
 
 
-def ran(client, model, program, first=1):
+def run(client, model, program, first=1):
     sent = [send(client, model, seq, one) for seq, one in enumerate(program, first)]
     return [client.result(one) for one in sent]
 
@@ -51,29 +51,29 @@ def ran(client, model, program, first=1):
 def test_a_parked_tenant_goes_on_where_it_was(tmp_path, n, killed):
     client = Client(FakeEngine(), tmp_path, every=4)
     model = client.create()
-    ran(client, model, PROGRAM[:n])
-    parked(client)
+    run(client, model, PROGRAM[:n])
+    park(client)
     assert client.engine.tenants == {}
     if killed:
         client = Client(FakeEngine(), tmp_path, every=4)
-    ran(client, model, PROGRAM[n:], n + 1)
+    run(client, model, PROGRAM[n:], n + 1)
     assert state(client.engine.tenants[model]) == close_to(PROGRAM)
 
 
 def test_the_status_shows_who_is_parked(tmp_path):
     client = Client(FakeEngine(), tmp_path)
     model = client.create(rank=5)
-    ran(client, model, [("gradient", 1.0), ("step", 0.5)] * 2)
+    run(client, model, [("gradient", 1.0), ("step", 0.5)] * 2)
     before = client.server.turns.parking.status()[model]
     assert (before.parked, before.steps, len(before.losses)) == (False, 2, 2)
-    parked(client)
+    park(client)
     there = client.server.turns.parking.status()[model]
     assert (there.parked, there.steps, there.size) == (True, 2, 0)
     assert there.losses == before.losses and there.client == before.client
-    ran(client, model, [("gradient", 1.0), ("step", 0.5)], 5)
+    run(client, model, [("gradient", 1.0), ("step", 0.5)], 5)
     after = client.server.turns.parking.status()[model]
     assert (after.parked, after.steps) == (False, 3) and len(after.losses) == 3
-    parked(client)
+    park(client)
     twice = client.server.turns.parking.status()[model]
     assert (twice.losses, twice.seconds) == (after.losses, before.seconds + 0.5)
     again = Tinker(FakeEngine(), tmp_path, key_owner)
@@ -103,12 +103,12 @@ def test_more_clients_than_room(tmp_path, gap):
     models = []
     for i in range(10):
         models.append(client.create(client.session()))
-        ran(client, models[-1], [("gradient", float(i)), ("step", 0.5)])
+        run(client, models[-1], [("gradient", float(i)), ("step", 0.5)])
         if gap:
             client.gradient(models[-1], 9)  # it was killed between two requests
         assert len(client.engine.tenants) <= 2
     for i, model in enumerate(models):
-        ran(client, model, [("gradient", 1.0), ("step", 0.25)], 3)
+        run(client, model, [("gradient", 1.0), ("step", 0.25)], 3)
         program = [("gradient", float(i)), ("step", 0.5), ("gradient", 1.0), ("step", 0.25)]
         assert state(client.engine.tenants[model]) == close_to(program)
         assert len(client.engine.tenants) <= 2
@@ -121,17 +121,17 @@ def test_all_at_once_have_their_turn(tmp_path):
     sent += [client.step(model, 2) for model in models]
     client.engine.release()
     assert [client.result(one).get("metrics") for one in sent[6:]] == [{"step:max": 1.0}] * 6
-    settled(client)
+    settle(client)
     assert len(client.engine.tenants) == 2
 
 
-def executed(client, count=99):
+def execute(client, count=99):
     """Has a held engine execute some commands, and notes their results."""
     assert client.engine.step(count)
-    noted(client)
+    flush(client)
 
 
-def noted(client):
+def flush(client):
     for _ in range(2):
         client.server.turns._notes._thread.submit(lambda: None).result()
 
@@ -142,7 +142,7 @@ def test_a_client_that_goes_on_gives_way(tmp_path, monkeypatch, is_quiet):
     monkeypatch.setattr(seats, "_TURN", 0.0, raising=False)
     client = Client(FakeEngine(held=True), tmp_path, room=1)
     first = client.create()
-    executed(client)
+    execute(client)
     sent = []
 
     def go_on():
@@ -152,13 +152,13 @@ def test_a_client_that_goes_on_gives_way(tmp_path, monkeypatch, is_quiet):
     go_on()
     go_on()
     if is_quiet:
-        executed(client)
+        execute(client)
     other = client.create(client.session())
     for _ in range(6):
         if is_made := client.poll(f"{other}:0").status_code == 200:
             break
         go_on()
-        executed(client, 1)
+        execute(client, 1)
     saves = [isinstance(one, Save) for name, one in client.engine.executed if name == first]
     assert is_made and sum(saves) == 1, "the state is saved once, to leave"
     client.engine.release()
@@ -171,13 +171,13 @@ def test_a_client_that_goes_on_gives_way(tmp_path, monkeypatch, is_quiet):
 def test_a_tenant_that_could_not_be_saved_goes_on(tmp_path, monkeypatch):
     client = Client(FakeEngine(held=True), tmp_path, room=1)
     first = client.create()
-    executed(client)
+    execute(client)
     monkeypatch.setattr(Tenant, "write", lambda *_: 1 / 0)
     other = client.create(client.session())
     sent = client.step(first, 1)
-    executed(client)
+    execute(client)
     assert "room for no more" in client.result(f"{other}:0")["error"]
-    executed(client)
+    execute(client)
     assert client.result(sent)["metrics"] == {"step:max": 1.0}
 
 
@@ -186,7 +186,7 @@ def test_a_client_that_waits_has_one_tenant_parked(tmp_path):
     alice = Client(FakeEngine(held=True), tmp_path, tenants=2)
     bob = alice.other("tml-b")
     mine, his = ([client.create() for _ in range(2)] for client in (alice, bob))
-    executed(alice)
+    execute(alice)
     for model in his:
         bob.gradient(model, 1)
     bob.create()
@@ -194,7 +194,7 @@ def test_a_client_that_waits_has_one_tenant_parked(tmp_path):
     holds = alice.server.turns.parking.seats.holds
     assert [*map(holds, mine + his)] == [False, True, False, True, True]
     while alice.engine.step():
-        noted(alice)
+        flush(alice)
     assert [name in alice.engine.tenants for name in mine] == [False, True, True]
 
 
@@ -203,24 +203,24 @@ def test_an_unloaded_tenant_keeps_its_room_until_it_has_left(tmp_path, phase):
     client = Client(FakeEngine(held=True), tmp_path, room=1)
     session = client.session()
     first = client.create(session)
-    executed(client)
+    execute(client)
     client.gradient(first, 1)
     client.step(first, 2)
-    executed(client)
+    execute(client)
     other = client.create(client.session())  # the state of the first is being saved
     if phase != "saved":
-        executed(client, 1)
+        execute(client, 1)
     if phase == "loaded":
-        executed(client)
+        execute(client)
         client.gradient(first, 3)
-        executed(client, 2)  # the other is saved, and has left
+        execute(client, 2)  # the other is saved, and has left
     client.post(f"sessions/{session}/finish", reason={"type": "success"})
-    noted(client)
+    flush(client)
     holds, n = client.server.turns.parking.seats.holds, 1
     while n:
         assert not (holds(other) and first in client.engine.tenants)
         n = client.engine.step()
-        noted(client)
+        flush(client)
     assert client.result(f"{other}:0")["model_id"] == other
     kept = [other.replace(":", "-")] if phase == "loaded" else []
     assert [folder.name for folder in (tmp_path / "states").iterdir()] == kept
@@ -233,13 +233,13 @@ def test_an_unloaded_tenant_keeps_its_room_until_it_has_left(tmp_path, phase):
 def test_a_state_that_is_lost_is_said_and_takes_no_room(tmp_path, restarted, caplog):
     client = Client(FakeEngine(), tmp_path, room=1)
     model = client.create()
-    ran(client, model, PROGRAM[:3])
-    parked(client)
+    run(client, model, PROGRAM[:3])
+    park(client)
     (file,) = tmp_path.glob("states/*/*/adapter_model.safetensors")
     file.rename(tmp_path / "away")
     if restarted:
         client = Client(FakeEngine(), tmp_path, room=1)
-        settled(client)
+        settle(client)
         assert f"the state of {model} could not be loaded" in caplog.text
     for seq in (5, 4):  # also those that came too early
         early = client.step(model, seq)
@@ -249,7 +249,7 @@ def test_a_state_that_is_lost_is_said_and_takes_no_room(tmp_path, restarted, cap
     other = client.create(client.session())
     assert client.result(f"{other}:0")["model_id"] == other
     (tmp_path / "away").rename(file)
-    ran(client, model, PROGRAM[5:], 6)
+    run(client, model, PROGRAM[5:], 6)
     program = PROGRAM[:3] + PROGRAM[5:]
     assert state(client.engine.tenants[model]) == close_to(program)
 
@@ -257,15 +257,15 @@ def test_a_state_that_is_lost_is_said_and_takes_no_room(tmp_path, restarted, cap
 def test_a_rank_that_a_later_server_does_not_take_is_said(tmp_path, caplog):
     client = Client(FakeEngine(), tmp_path)
     large, small = client.create(rank=16), client.create(rank=4)
-    ran(client, large, PROGRAM[:3])
-    ran(client, small, PROGRAM[:3])
-    settled(client)
+    run(client, large, PROGRAM[:3])
+    run(client, small, PROGRAM[:3])
+    settle(client)
     engine = FakeEngine(dataclasses.replace(FACTS, max_rank=8))
     client = Client(engine, tmp_path)
     assert f"the state of {large} could not be loaded: rank" in caplog.text
     for seq in (4, 5):
         assert "could not be loaded: rank" in client.result(client.step(large, seq))["error"]
-    ran(client, small, PROGRAM[3:], 4)
+    run(client, small, PROGRAM[3:], 4)
     assert state(engine.tenants[small]) == close_to(PROGRAM)
     assert [*engine.tenants] == [small]
 
@@ -290,7 +290,7 @@ def test_a_model_that_cannot_be_made_takes_no_room(tmp_path):
 def test_a_full_disk_keeps_tenants_in_memory_and_says_so(tmp_path, monkeypatch, caplog):
     client = Client(FakeEngine(), tmp_path, room=1)
     model = client.create()
-    ran(client, model, PROGRAM[:3])
+    run(client, model, PROGRAM[:3])
     write = Tenant.write
 
     def full(self, path, *rest):
@@ -303,29 +303,29 @@ def test_a_full_disk_keeps_tenants_in_memory_and_says_so(tmp_path, monkeypatch, 
         said = client.result(f"{other}:0")["error"]
         assert "room for no more" in said and "No space left on device" in said
         assert f"{model} cannot be parked, and stays in memory" in caplog.text
-        ran(client, model, PROGRAM[4:5], 4)
+        run(client, model, PROGRAM[4:5], 4)
         assert client.engine.tenants[model].steps == 1
     monkeypatch.setattr(seats, "_AGAIN", -1.0)
     client.server.turns.parking.seats._stuck.clear()
     third = client.create(client.session())
     assert client.result(f"{third}:0")["model_id"] == third
     assert [*client.engine.tenants] == [third]
-    ran(client, model, PROGRAM[3:], 5)
+    run(client, model, PROGRAM[3:], 5)
     assert state(client.engine.tenants[model]) == close_to(PROGRAM)
 
 
 def test_silence_ends_a_session_only_where_it_was_asked_for(tmp_path):
     client = Client(FakeEngine(), tmp_path)
     model = client.create()
-    ran(client, model, PROGRAM[:3])
-    parked(client, 10 * 86400.0)
-    ran(client, model, PROGRAM[3:], 4)
+    run(client, model, PROGRAM[:3])
+    park(client, 10 * 86400.0)
+    run(client, model, PROGRAM[3:], 4)
     assert state(client.engine.tenants[model]) == close_to(PROGRAM)
     client.server._idle = 3600.0
     client.later(4000.0)
     client.server.sweep(120.0)
     client.post("session_heartbeat", 410, session_id=model.split(":")[0])
-    settled(client)
+    settle(client)
     assert client.engine.tenants == {} and not list((tmp_path / "states").iterdir())
 
 
@@ -351,7 +351,7 @@ def test_sessions_that_work_without_heartbeats_are_not_idle(tmp_path, kind):
     client.engine.release()
     client.result(sent)
     client.later(100.0)
-    settled(client)
+    settle(client)
     client.server.sweep(1e9)
     client.post("session_heartbeat", 410, session_id=session)
 

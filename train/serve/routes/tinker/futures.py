@@ -86,7 +86,7 @@ class Futures:
         self._patience, self._gone = patience, gone
         self._ledger, self._hold, self._keep, self._most = ledger, hold, keep, most
         self._promises: dict[str, _Promise] = {}
-        self._kept: deque[tuple[float, str]] = deque()
+        self._results: deque[tuple[float, str]] = deque()  # when each came, and its request
         self._answers: dict[str, bytes] = {}  # that the ledger does not have
         self._pending: Counter[str] = Counter()
         self._waiters: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
@@ -129,8 +129,8 @@ class Futures:
 
     def _promise(self, request: str, promise: _Promise) -> bool:
         with self._lock:
-            while self._kept and self._kept[0][0] < time.monotonic() - self._keep:
-                del self._promises[self._kept.popleft()[1]]
+            while self._results and self._results[0][0] < time.monotonic() - self._keep:
+                del self._promises[self._results.popleft()[1]]
             if request in self._promises:
                 return False
             if self._pending[promise.owner] >= self._most:
@@ -193,7 +193,7 @@ class Futures:
             if self._promises.get(request) is not promise:
                 return  # it was given up
             promise.result = result
-            self._kept.append((time.monotonic(), request))
+            self._results.append((time.monotonic(), request))
             self._pending[promise.owner] -= 1
         self.wake(request)
 
