@@ -51,9 +51,9 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     """Adapters that train in memory at once by one name of --keys, so that no one takes all. By
     default as many as --tenants."""
     session_idle: float | None = None
-    """Seconds without a heartbeat, command or sample after which a session ends: what it trained and
-    did not save is deleted. By default, it lies on disk until its client, or somebody on the server's
-    page, ends it."""
+    """Seconds without a heartbeat, command or sample after which a session ends: what it trained
+    and did not save is deleted. By default, it lies on disk until its client, or somebody on the
+    server's page, ends it."""
     slots: int = 8
     """Adapters that completions drawn side by side may have."""
     max_rank: int = 32
