@@ -121,8 +121,10 @@ NAMES = ["two", "base", "three", "one", "two"]
 def test_decoders(case):
     """Logits and greedy answers, by a KV cache, of rows that are padded on either side."""
     model, params = tiny.decoder(case)
-    rule = {**RULE, "targets": [f"{name}_proj" for name in "q k v o gate up down".split()]}
-    trees = adapters(params, [rule], **KINDS)
+    mlp = [] if case == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    rule = {**RULE, "targets": [*(f"{name}_proj" for name in "qkvo"), *mlp]}
+    kinds = KINDS | {"three": KINDS["three"] | {"targets": ["o_proj", *mlp[2:]]}}
+    trees = adapters(params, [rule], **kinds)
     bank = banked(params, [lj.LoraRule(**rule)], trees)
     rng = np.random.default_rng(0)
     ids, mask = rng.integers(0, 61, (5, 8)), np.ones((5, 8), bool)

@@ -1,5 +1,7 @@
 """RoPE scaled by a call: what is refused, what is written, and transformers' logits."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -91,7 +93,8 @@ def test_transformers_computes_the_same_on_longer_rows(case, kind, tmp_path):
     reference.eval().save_pretrained(tmp_path)
     read, params = models.from_pretrained(tmp_path)
     scaled = Decoder(with_rope_scaling(config, SCALINGS[kind]))
-    assert scaled.config == read.config  # what they wrote
+    written = dataclasses.replace(read.config, generation=None)  # transformers writes that, too
+    assert scaled.config == written
     ids = tiny.tokens(2, 2, 40)
     with torch.no_grad():
         want = reference(torch.from_numpy(ids).long()).logits.numpy()

@@ -47,6 +47,7 @@ def test_weights_are_formed_once_and_measured_as_in_each_batch():
     ready: Any = SimpleNamespace(
         setup=SimpleNamespace(layout=Layout(make_mesh(None, 4), [])),
         feed=SimpleNamespace(batch_size=4),
+        measured=None,
         base=base,
     )
     state = init_state(adapter, optax.sgd(1.0), jax.random.key(0))
