@@ -90,7 +90,7 @@ class Alias:
 def flatten(
     tree: Tree, is_leaf: Callable[[Leaf], bool] | None = None
 ) -> tuple[Keyed, jax.tree_util.PyTreeDef]:
-    """Returns what `jax.tree_util.tree_flatten_with_path` does, for the tree with aliases.
+    """Returns the leaves with their paths, and the structure, of the tree with aliases.
 
     Raises:
       ValueError: an object holds itself.
@@ -221,7 +221,7 @@ def objects(tree: Tree, seen: dict[int, Any] | None = None) -> Iterator[tuple[Ke
 
 
 def _children(value: Any) -> Keyed:
-    """Returns what an object holds, with a key each."""
+    """Returns the children of an object, with a key each."""
     calls = iter([False])  # for the object itself
     keyed, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda _: next(calls, True))
     return keyed

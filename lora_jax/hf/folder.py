@@ -20,12 +20,12 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def damage_message(path: Path, error: object) -> str:
-    """Returns what is wrong with a file that its reader refuses."""
+    """Returns the error message for a file that its reader refuses."""
     return pointer_problem(path) or f"{path} is damaged or cut short: {error}"
 
 
 def pointer_problem(path: Path) -> str | None:
-    """Returns what to do about a file that git-lfs left a pointer for; None for other files."""
+    """Returns the remedy for a file that git-lfs left a pointer for; None for other files."""
     with path.open("rb") as file:
         start = file.read(len(_POINTER))
     if start != _POINTER:
@@ -37,7 +37,7 @@ def pointer_problem(path: Path) -> str | None:
 
 
 def not_a_model(folder: Path) -> str | None:
-    """Returns what a folder without config.json is, and how to use it; None if unknown."""
+    """Returns the kind of a folder without config.json, and its use; None if unknown."""
     for place in (folder, folder / _OF_RUN):
         is_peft = (place / _PEFT).is_file()
         if is_peft or (place / _OURS).is_file():
@@ -103,7 +103,7 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 
 def _instead_of_weights(folder: Path) -> str:
-    """Returns what a folder has in the place of weights, and what to do; "" for nothing known."""
+    """Returns the files in the place of weights, and the remedy; "" for nothing known."""
     if why := not_a_model(folder):
         return f": {why}"
     others = sorted(path.name for path in folder.glob("*.safetensors*"))

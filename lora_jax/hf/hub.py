@@ -133,7 +133,7 @@ def resolve_config(name_or_path: str | Path) -> Path:
 
 
 def _path(name_or_path: str | Path) -> Path:
-    """Returns what may be a path of this machine; raises ModelNotFound for one with a scheme."""
+    """Returns a possible path of this machine; raises ModelNotFound for one with a scheme."""
     if problem := remote_problem(name_or_path):
         raise ModelNotFound(f"{name_or_path} {problem}")
     return Path(name_or_path).expanduser()

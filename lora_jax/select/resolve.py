@@ -94,7 +94,7 @@ def resolve(
 
     Args:
       leaves: leaves of the tree, with their paths.
-      rules: in the order in which they apply; see `listed`.
+      rules: the rules, in the order in which they apply; see `listed`.
       known: facts about the leaves beyond their names.
 
     Raises:

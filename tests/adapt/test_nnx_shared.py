@@ -1,4 +1,4 @@
-"""What an NNX module has at several places stays one object. NNX itself is the judge."""
+"""Tests that an object at several places of an NNX module stays one; NNX itself is the judge."""
 
 import jax
 import jax.numpy as jnp

@@ -59,7 +59,7 @@ def test_the_pair_of_the_page_trains(model, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_fields_that_pairs_do_not_read_are_named(model, tmp_path, capsys):
-    """Those of Intel/orca_dpo_pairs, and one more: its `system` is read."""
+    """Checks fields as in Intel/orca_dpo_pairs, and one more: its `system` is read."""
     row = {"system": "Be brief.", "question": "a?", "chosen": "b", "rejected": "c", "source": "d"}
     line = ["--model", model, "--output", str(tmp_path / "run"), "--dry-run"]
     line += ["--dataset", str(write_jsonl(tmp_path / "rows.jsonl", [row] * 2))]

@@ -98,7 +98,7 @@ def test_a_merged_model_has_it_in_the_place_of_its_own(folder, tmp_path):
 
 
 def peft_folder(folder, template):
-    """What a command line reads of a PEFT adapter with a chat template."""
+    """Parses a command line that names a PEFT adapter with a chat template."""
     folder.mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": "owner/name"}
     (folder / "adapter_config.json").write_text(json.dumps(config))

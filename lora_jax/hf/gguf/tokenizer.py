@@ -167,7 +167,7 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
 
 
 def _framed(vocab: dict[str, int], bos: str | None, eos: str | None) -> Any:
-    """Returns what adds the first and the last token to a text, or to each of a pair."""
+    """Returns the processor that adds the first and the last token to a text or a pair."""
     from tokenizers import processors
 
     def around(text: str, segment: int) -> Sequence[str]:

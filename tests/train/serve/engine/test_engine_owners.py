@@ -51,7 +51,7 @@ def engine(world):
 
 
 class Log:
-    """What the engine does, in order: ("chunk", owner), ("draw", owners), ("train", owner)."""
+    """Records the engine's turns in order: ("chunk", owner), ("draw", owners), ("train", owner)."""
 
     def __init__(self, engine, monkeypatch):
         self.engine, self.events, self.futures, self.ends = engine, [], [], []
