@@ -17,7 +17,7 @@ from train.serve.engine.commands import Commands, answer
 from train.serve.engine.drawing import Drawing
 from train.serve.engine.jobs import Job
 from train.serve.engine.pool import Pool
-from train.serve.engine.rotation import PARTY, Rotation, TurnPath, parties
+from train.serve.engine.rotation import TurnPath, levels, parties
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.tenant import Tenant
@@ -91,8 +91,8 @@ class Engine:
         self._calls: deque[Callable[[], Any]] = deque()
         self._something = threading.Condition()
         self._stopping = False
-        self._latest = 0.0  # the largest `turn` of a tenant
-        self._turns = Rotation()  # of those that train
+        # Seconds of training, of owners, sessions and tenants: who has had the least is next.
+        self._trained_for: dict[TurnPath, float] = {}
         self._trained: tuple[int, set[TurnPath]] = (0, set())  # who did since a token
         self._spent = {"training": 0.0, "sampling": 0.0}
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -129,10 +129,7 @@ class Engine:
         def queued() -> None:
             mine = self._tenants.setdefault(tenant, Tenant(tenant, client))
             if not mine.is_waiting:
-                self._turns.enter(mine.path)
-            if not mine.is_waiting:  # it neither saved up time, nor owes what nobody wanted
-                waiting = [t.turn for t in self._tenants.values() if t.is_waiting]
-                mine.turn = max(mine.turn, min(waiting) if waiting else self._latest)
+                self._line_up(mine.path)
             mine.queue.append((command, _guarded(done)))
 
         self._call(queued)
@@ -248,9 +245,21 @@ class Engine:
                 self._sampler.fail(error)
         self._spent[kind] += time.monotonic() - began
 
+    def _line_up(self, path: TurnPath) -> None:
+        """Lets a tenant wait: it neither saved up time, nor owes what nobody wanted."""
+        waiting = [t.path for t in self._tenants.values() if t.is_waiting]
+        for level in levels(path):
+            n = len(level)
+            if any(other[:n] == level for other in waiting):
+                continue
+            beside = [self._trained_for[o[:n]] for o in waiting if o[: n - 1] == level[:-1]]
+            siblings = (s for o, s in self._trained_for.items() if o[:-1] == level[:-1])
+            least = min(beside) if beside else max(siblings, default=0.0)
+            self._trained_for[level] = max(self._trained_for.get(level, 0.0), least)
+
     def _order(self, tenant: Tenant) -> tuple[float, ...]:
         """Returns a key to sort tenants by: the least is next."""
-        return *self._turns.order(tenant.path[:PARTY]), tenant.turn
+        return tuple(self._trained_for[level] for level in levels(tenant.path))
 
     def _may_train(self, tenant: Tenant) -> bool:
         """Returns whether a tenant may have a turn before the next token of others."""
@@ -266,7 +275,6 @@ class Engine:
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
             tenant.job = self._commands.execute(tenant, command)
-        self._turns.note([tenant.path])
         self._trained[1].update(parties(tenant.path))
         began, is_over, result = time.monotonic(), True, None
         try:
@@ -278,16 +286,14 @@ class Engine:
             result = error
         took = time.monotonic() - began
         tenant.seconds += took
-        tenant.turn += took
-        self._latest = max(self._latest, tenant.turn)
+        for level in levels(tenant.path):
+            self._trained_for[level] += took
         if is_over:
             self._answered(tenant, result)
 
     def _answered(self, tenant: Tenant, result: Any) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
         done, tenant.job, tenant.done = tenant.done, None, None
-        if not tenant.queue:
-            self._turns.leave(tenant.path)
         if tenant.state is None and not tenant.queue:
             del self._tenants[tenant.name]
         if done is not None:

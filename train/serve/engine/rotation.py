@@ -25,7 +25,7 @@ class Rotation:
 
     def enter(self, path: TurnPath) -> None:
         """Lets somebody in."""
-        for each in _levels(path):
+        for each in levels(path):
             if not self._users[each]:
                 self._now += 1
                 self._last[each] = self._now
@@ -34,7 +34,7 @@ class Rotation:
 
     def leave(self, path: TurnPath) -> None:
         """Lets somebody out who entered."""
-        for each in _levels(path):
+        for each in levels(path):
             self._users[each] -= 1
             if not self._users[each]:
                 del self._users[each], self._last[each]
@@ -46,7 +46,7 @@ class Rotation:
         """Notes a turn that some had at once."""
         self._now += 1
         for path in paths:
-            self._last.update(dict.fromkeys(_levels(path), self._now))
+            self._last.update(dict.fromkeys(levels(path), self._now))
 
     def last(self, path: TurnPath) -> int:
         """Returns when somebody had a turn."""
@@ -58,7 +58,7 @@ class Rotation:
 
     def order(self, path: TurnPath) -> tuple[int, ...]:
         """Returns a key to sort by: the least is next."""
-        return tuple(self._last[each] for each in _levels(path))
+        return tuple(self._last[each] for each in levels(path))
 
     def has_others(self, path: TurnPath) -> bool:
         """Returns whether anybody else is there at the last level of a path."""
@@ -103,5 +103,6 @@ def parties(path: TurnPath) -> list[TurnPath]:
     return [path[: n + 1] for n in range(PARTY)]
 
 
-def _levels(path: TurnPath) -> Iterator[TurnPath]:
+def levels(path: TurnPath) -> Iterator[TurnPath]:
+    """Yields the beginnings of a path: the owner's, the session's, and so on."""
     return (path[: n + 1] for n in range(len(path)))

@@ -17,12 +17,11 @@ class Tenant:
     Attributes:
       client: the client that it is of.
       seconds: seconds of the engine's time that it had.
-      turn: seconds that count against it; of tenants that wait, the one with the least is next.
     """
 
     def __init__(self, name: str, client: Client) -> None:
         """Begins without an adapter."""
-        self.name, self.client, self.seconds, self.turn = name, client, 0.0, 0.0
+        self.name, self.client, self.seconds = name, client, 0.0
         self.queue: deque[tuple[Command, Done]] = deque()
         self.job: Generator[None, None, Any] | None = None
         self.done: Done | None = None
