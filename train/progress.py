@@ -12,7 +12,7 @@ from train.data.text_files import parsed
 from train.options.paths import check_local
 from train.options.scripts.sft import SftRunConfig
 from train.reporters.contract import Sample
-from train.run.complete import Chat, answered, tokenized
+from train.run.complete import Chat, answer_prompts, tokenize_chats
 from train.run.pretrained import Outline
 from train.tasks.task import Evaluation
 
@@ -65,7 +65,7 @@ class Prompts:
         self.texts = [str(chat[-1]["content"]) for chat in chats]
         if outline.tokenizer.chat_template is not None:
             with as_user_errors(TrainingError, prefix="--sample-prompts: "):
-                self.tokens = tokenized(outline, chats)
+                self.tokens = tokenize_chats(outline, chats)
         elif any(len(chat) > 1 for chat in chats):
             raise UserError(
                 f"--sample-prompts: {outline.name} has no chat template, and a prompt has several "
@@ -91,9 +91,11 @@ def sample(
       outline: the model's outline.
       model: a decoder.
       tree: the adapted tree.
-      forward: the model's ``apply`` on an adapted tree; see `complete.answered`.
+      forward: the model's ``apply`` on an adapted tree; see `complete.answer_prompts`.
     """
-    answers = answered(model, tree, outline, prompts.tokens, new_tokens=new_tokens, forward=forward)
+    answers = answer_prompts(
+        model, tree, outline, prompts.tokens, new_tokens=new_tokens, forward=forward
+    )
     return [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-class Choosing(TypedDict, total=False):
+class SamplingKeywords(TypedDict, total=False):
     """The keywords of ``generate`` that choose the next tokens."""
 
     eos_token_id: int | Sequence[int] | None
@@ -21,7 +21,7 @@ class Choosing(TypedDict, total=False):
     key: jax.Array | None
 
 
-class Choice(NamedTuple):
+class Sampling(NamedTuple):
     """The options that choose the next tokens, [] each but for ``eos``; see ``generate``.
 
     Attributes:
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
     key: jax.Array
 
 
-def choose(logits: jax.Array, choice: Choice, key: jax.Array) -> jax.Array:
+def choose(logits: jax.Array, choice: Sampling, key: jax.Array) -> jax.Array:
     """Chooses the next tokens, [batch] int32, by logits, [batch, vocab]; sorts for a limit only."""
     vocab = logits.shape[-1]
 
@@ -56,7 +56,7 @@ def choose(logits: jax.Array, choice: Choice, key: jax.Array) -> jax.Array:
 
     def drawn(scores: jax.Array) -> jax.Array:
         draw = jax.random.categorical
-        if is_a_row_each(key):
+        if has_row_keys(key):
             draw = jax.vmap(draw)
         return draw(key, scores).astype(jnp.int32)
 
@@ -79,6 +79,6 @@ def log_probability(logits: jax.Array, tokens: jax.Array, temperature: jax.Array
     return of_tokens - jax.nn.logsumexp(scores, axis=-1)
 
 
-def is_a_row_each(key: jax.Array) -> bool:
+def has_row_keys(key: jax.Array) -> bool:
     """Returns whether these are keys, one a row; an old key (`jax.random.PRNGKey`) is one."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0

@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.choosing import Choice, choose, is_a_row_each, log_probability
+from lora_jax.models.choosing import Sampling, choose, has_row_keys, log_probability
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 
 Inputs = Mapping[str, jax.typing.ArrayLike]
@@ -107,7 +107,7 @@ def arguments(
     top_k: int | None = None,
     key: jax.Array | None = None,
     rows_each: int = 1,
-) -> tuple[jax.Array, jax.Array, Choice]:
+) -> tuple[jax.Array, jax.Array, Sampling]:
     """Returns ids, mask and choice as arrays, with the configuration's defaults; see ``generate``.
 
     ``rows_each`` is the number of answers to each prompt, each of which may have a key.
@@ -130,9 +130,9 @@ def arguments(
     ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones_like(ids, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
     rows = ids.shape[0] * rows_each
-    if key is not None and is_a_row_each(key) and key.shape != (rows,):
+    if key is not None and has_row_keys(key) and key.shape != (rows,):
         raise ValueError(f"{key.shape} keys for {rows} rows: one key, or one a row")
-    choice = Choice(
+    choice = Sampling(
         eos=jnp.asarray(eos, jnp.int32),
         pad=jnp.asarray(pad_token_id, jnp.int32),
         temperature=jnp.asarray(temperature, jnp.float32),
@@ -199,7 +199,7 @@ def _share(
     return Shared(cache.key[:, 0, :, :n], cache.value[:, 0, :, :n])
 
 
-class Loop(NamedTuple):
+class DecodingState(NamedTuple):
     """The decoding loop's state.
 
     Attributes:
@@ -225,7 +225,7 @@ def _generate(
     params: Tree,
     ids: jax.Array,
     mask: jax.Array,
-    choice: Choice,
+    choice: Sampling,
     shared: Shared | None,
     inputs: Inputs | None = None,
     *,
@@ -244,7 +244,7 @@ def prefill(
     params: Tree,
     ids: jax.Array,
     mask: jax.Array,
-    choice: Choice,
+    choice: Sampling,
     shared: Shared | None,
     inputs: Inputs | None = None,
     *,
@@ -254,7 +254,7 @@ def prefill(
     n: int,
     rows_each: int = 1,
     with_logps: bool = False,
-) -> Loop:
+) -> DecodingState:
     """Runs the prompts and chooses the first token of each answer.
 
     Args:
@@ -275,7 +275,7 @@ def prefill(
     rows = batch * rows_each
     if rows_each > 1:
         logits, cache = jnp.repeat(logits, rows_each, axis=0), cache.repeated(rows_each)
-    start = Loop(
+    start = DecodingState(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.broadcast_to(choice.pad, (rows, n)),
         last=jnp.zeros((rows,), jnp.int32),
@@ -288,20 +288,20 @@ def prefill(
 
 def decode(
     params: Tree,
-    state: Loop,
-    choice: Choice,
+    state: DecodingState,
+    choice: Sampling,
     until: jax.typing.ArrayLike,
     *,
     model: CausalLM,
     apply: Forward | None,
-) -> Loop:
+) -> DecodingState:
     """Decodes up to `until` tokens of each answer, or until all have ended."""
     run: Any = model.apply if apply is None else apply
 
-    def unfinished(state: Loop) -> jax.Array:
+    def unfinished(state: DecodingState) -> jax.Array:
         return (state.step < until) & ~jnp.all(state.done)
 
-    def one(state: Loop) -> Loop:
+    def one(state: DecodingState) -> DecodingState:
         fed = ~state.done  # a row that has ended feeds padding
         here = jnp.zeros(state.last.shape, jnp.int32)
         found = _forward(run, params, state.last[:, None], fed[:, None], state.cache, here, {})
@@ -326,10 +326,12 @@ def _forward(
     return logits[:, 0], new
 
 
-def _written(state: Loop, choice: Choice, logits: jax.Array, cache: Cache) -> Loop:
+def _written(
+    state: DecodingState, choice: Sampling, logits: jax.Array, cache: Cache
+) -> DecodingState:
     """Chooses the next tokens, and writes them down."""
     fold = jax.random.fold_in
-    if is_a_row_each(choice.key):
+    if has_row_keys(choice.key):
         fold = jax.vmap(fold, (0, None))
     new = choose(logits, choice, fold(choice.key, state.step))
     new = jnp.where(state.done, choice.pad, new)
@@ -340,4 +342,4 @@ def _written(state: Loop, choice: Choice, logits: jax.Array, cache: Cache) -> Lo
         found = jnp.where(state.done, 0.0, log_probability(logits, new, choice.temperature))
         logps = lax.dynamic_update_slice(logps, found[:, None], (0, column))
     done = state.done | jnp.isin(new, choice.eos)
-    return Loop(state.step + 1, tokens, new, done, cache, logps)
+    return DecodingState(state.step + 1, tokens, new, done, cache, logps)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.choosing import Choice, is_a_row_each
+from lora_jax.models.choosing import Sampling, has_row_keys
 from lora_jax.models.generate import arguments, decode, prefill
 
 
@@ -100,7 +100,7 @@ def _sample(
     params: Tree,
     ids: jax.Array,
     mask: jax.Array,
-    choice: Choice,
+    choice: Sampling,
     *,
     model: CausalLM,
     apply: Forward | None,
@@ -125,7 +125,7 @@ def _sample(
 
 
 def _a_row_each(key: jax.Array, rows: int) -> jax.Array:
-    if is_a_row_each(key):
+    if has_row_keys(key):
         return key
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)

@@ -11,8 +11,8 @@ import numpy as np
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.choosing import Choice, Choosing
-from lora_jax.models.generate import Inputs, Loop, arguments, decode, prefill
+from lora_jax.models.choosing import Sampling, SamplingKeywords
+from lora_jax.models.generate import DecodingState, Inputs, arguments, decode, prefill
 from lora_jax.models.layers.cache import Cache, Shared
 
 
@@ -28,7 +28,7 @@ def stream(
     apply: Forward | None = None,
     shared: Shared | None = None,
     inputs: Inputs | None = None,
-    **choosing: Unpack[Choosing],
+    **choosing: Unpack[SamplingKeywords],
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, and yields the tokens as they are chosen.
 
@@ -93,7 +93,7 @@ def stream(
 
 # `shared` stays out of the state, which is given away: its arrays are the caller's.
 @functools.partial(jax.jit, static_argnames=("model", "apply", "cache_len", "n"))
-def _begin(*args: Any, **static: Any) -> Loop:
+def _begin(*args: Any, **static: Any) -> DecodingState:
     state = prefill(*args, **static)
     return state._replace(cache=state.cache._replace(shared=None))
 
@@ -102,12 +102,12 @@ def _begin(*args: Any, **static: Any) -> Loop:
 def _more(
     params: Tree,
     cache: Cache,
-    rest: Loop,
-    choice: Choice,
+    rest: DecodingState,
+    choice: Sampling,
     until: jax.Array,
     shared: Shared | None,
     **static: Any,
-) -> Loop:
+) -> DecodingState:
     state = rest._replace(cache=cache._replace(shared=shared))
     state = decode(params, state, choice, until, **static)
     return state._replace(cache=state.cache._replace(shared=None))

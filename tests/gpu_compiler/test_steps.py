@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.models import Encoder, EncoderConfig, read_config
-from lora_jax.models.choosing import Choice
+from lora_jax.models.choosing import Sampling
 from lora_jax.models.families import module_of
 from lora_jax.models.generate import decode, prefill
 from lora_jax.models.layers.attend import chosen, implementation
@@ -182,7 +182,7 @@ def test_decoding_writes_its_cache_in_place() -> None:
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     eos = jax.ShapeDtypeStruct((1,), jnp.int32)
-    choice = Choice(eos, whole, number, number, whole, key)
+    choice = Sampling(eos, whole, number, number, whole, key)
     how = {"model": model, "apply": apply}
     state = jax.eval_shape(
         lambda *args: prefill(*args, None, cache_len=300, n=200, **how), adapted, ids, mask, choice

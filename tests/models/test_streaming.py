@@ -83,7 +83,7 @@ def test_keys_and_values_that_are_shared_stay_the_callers() -> None:
 def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
     model, params = tiny_model
     cache = init_cache(model.config, 2, 64, model.dtype)
-    state = streaming.Loop(
+    state = streaming.DecodingState(
         jnp.int32(1),
         jnp.zeros((2, 1), jnp.int32),
         *(jnp.zeros(2, kind) for kind in (jnp.int32, bool)),
@@ -122,7 +122,7 @@ def test_with_a_key_a_row_rows_do_not_depend_on_each_other(tiny_model: Any) -> N
 def test_a_row_alone_draws_what_it_does_among_others() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 61)).astype(np.float32)
     limits = np.float32(1.3), np.float32(0.9), np.int32(40)
-    sampling = choosing.Choice(None, None, *limits, None)
+    sampling = choosing.Sampling(None, None, *limits, None)
     keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(choosing.choose)
     together = choose(logits, sampling, keys)
     alone = [choose(logits[i : i + 1], sampling, keys[i])[0] for i in range(3)]

@@ -15,7 +15,7 @@ from train import classify, distill, sft
 from train.adapters.source import find_adapter
 from train.export import __main__ as export
 from train.generate import __main__ as generate
-from train.generate.shared_base import Named, tokenizer_name
+from train.generate.shared_base import NamedAdapter, tokenizer_name
 from train.live.taught import teacher_outline
 from train.predict import __main__ as predict
 from train.run.pretrained import read_classifier_outline, read_outline
@@ -99,7 +99,7 @@ def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys,
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
     lj.save_adapter(tmp_path / "other", tree, about={"model": folder.model})
     sources = [find_adapter(folder.adapter), find_adapter(str(tmp_path / "other"))]
-    named = [Named(str(i), source) for i, source in enumerate(sources)]
+    named = [NamedAdapter(str(i), source) for i, source in enumerate(sources)]
     assert tokenizer_name(named[:1], None) == folder.tokens
     assert tokenizer_name(named, "mine") == "mine"
     with pytest.raises(Exception, match="or name the tokenizer with --tokenizer"):

@@ -9,20 +9,20 @@ from collections.abc import Sequence
 
 from train.console.errors import UserError, reported
 from train.console.output import check_free, closed_pipe
-from train.generate.batch import answer_all, answer_aloud
+from train.generate.batch import answer_all, stream_answers
 from train.generate.chat import talk
 from train.generate.options import GenerateOptions, check, parse, with_sampling
 from train.generate.prompts import (
     check_lengths,
     check_template,
-    of_standard_input,
+    drop_long_prompts,
     read_prompts,
-    short_enough,
+    read_standard_input,
     tokenize,
-    typed,
+    typed_prompts,
 )
 from train.generate.shared_base import (
-    Served,
+    LoadedAdapters,
     base_of,
     find_adapters,
     outline_with_template,
@@ -32,7 +32,7 @@ from train.generate.shared_base import (
 from train.options.field import given_options
 from train.processes.cache import keep_compiled
 from train.run.pretrained import read_model, read_outline
-from train.run.sampling import with_generation_config
+from train.run.sampling import apply_generation_config
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -69,7 +69,7 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
             adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)
     check_template(options, outline, prompts or [])
     asked = {name: value for name, value in vars(options).items() if name in given}
-    outline, sampling = with_generation_config(outline, options.generation_config, asked)
+    outline, sampling = apply_generation_config(outline, options.generation_config, asked)
     options = with_sampling(options, sampling, given)
 
     # Someone who types a line waits for its answer; the lines of a pipe are answered together.
@@ -79,20 +79,20 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
         tokens = tokenize(prompts, outline, options.system)
         check_lengths(prompts, tokens, outline, options)
     elif not (options.interactive or one_by_one):
-        prompts = of_standard_input()
+        prompts = read_standard_input()
         n, tokens = len(prompts), tokenize(prompts, outline, options.system)
-        prompts, tokens = short_enough(prompts, tokens, outline, options)
+        prompts, tokens = drop_long_prompts(prompts, tokens, outline, options)
         refused = n - len(prompts)
 
     how = {"attention": options.attention, **outline.head}
     model, params = read_model(outline.name, dtype="float32", **how)
-    served = Served(model, params, adapters, outline, options)
+    served = LoadedAdapters(model, params, adapters, outline, options)
     if options.interactive:
         talk(served)
     elif prompts is None:
-        refused = answer_aloud(served, typed())
+        refused = stream_answers(served, typed_prompts())
     elif sys.stdout.isatty() and len(prompts) * options.num_samples == 1 and not options.output:
-        answer_aloud(served, prompts)
+        stream_answers(served, prompts)
     elif prompts:
         answer_all(served, prompts, tokens)
     if refused:

@@ -1,6 +1,6 @@
 """Answers to many prompts in batches of few shapes, or to one prompt as it is generated.
 
-An `Answer` grows by its tokens: it knows where it ends, and the text that can be shown already.
+A `GeneratedAnswer` grows by its tokens: it knows where it ends, and the text to show so far.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from lora_jax.models import stream
 from lora_jax.training.data.vision.pictures import pixel_values
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
-from train.run.complete import left_padded
+from train.run.complete import pad_left
 from train.run.pretrained import Outline, end_tokens
 from train.run.stops import StopTexts
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 _STEPS = 16  # tokens of a batch between two looks at what has ended
-Ended = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length"]
 _CUT = "\ufffd"  # what stands for a character whose bytes are not all there
 
 
-class Answer:
+class GeneratedAnswer:
     """The tokens of an answer.
 
     Attributes:
@@ -50,7 +50,7 @@ class Answer:
           most: the most tokens.
         """
         self.tokens: list[int] = []
-        self.ended: Ended | None = None
+        self.ended: FinishReason | None = None
         self._stops, self._ends, self.most = StopTexts(tokenizer, stops), ends, most
         self.said = ""
 
@@ -108,7 +108,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Speaker:
+class AnswerGenerator:
     """A model with its parameters, which answers.
 
     Attributes:
@@ -124,9 +124,9 @@ class Speaker:
     outline: Outline
     options: GenerateOptions
 
-    def answer(self, most: int | None = None) -> Answer:
+    def answer(self, most: int | None = None) -> GeneratedAnswer:
         """Returns an empty answer, of at most so many tokens."""
-        return Answer(
+        return GeneratedAnswer(
             self.outline.tokenizer,
             ends=end_tokens(self.outline),
             stops=self.options.stop,
@@ -144,8 +144,8 @@ class Speaker:
           per_call: the tokens that are decoded at once.
           most: the most tokens of an answer.
         """
-        options, longest = self.options, padded(max(map(len, prompts)))
-        ids, mask = left_padded(prompts, longest, 0)
+        options, longest = self.options, padded_length(max(map(len, prompts)))
+        ids, mask = pad_left(prompts, longest, 0)
         tiles, inputs = [prompt.tiles for prompt in prompts], None
         if any(len(one) for one in tiles):
             assert self.outline.images is not None
@@ -173,7 +173,7 @@ class Speaker:
         )
 
 
-def padded(n: int) -> int:
+def padded_length(n: int) -> int:
     """Returns the length that a prompt of n tokens is padded to: from 256 on, a quarter at most."""
     step = max(_MULTIPLE, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
@@ -186,12 +186,12 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[first : first + size]
 
 
-def answers(
-    speaker: Speaker,
+def generate_answers(
+    speaker: AnswerGenerator,
     prompts: Sequence[PromptTokens],
     *,
     progress: Callable[[int], None] = lambda done: None,
-) -> Iterator[tuple[int, Answer]]:
+) -> Iterator[tuple[int, GeneratedAnswer]]:
     """Yields the answers to prompts with the index of each, as they end.
 
     Args:
@@ -215,9 +215,9 @@ def answers(
             progress(done)
 
 
-def spoken(
-    speaker: Speaker,
-    answer: Answer,
+def stream_answer(
+    speaker: AnswerGenerator,
+    answer: GeneratedAnswer,
     prompt: PromptTokens,
     number: int,
     say: Callable[[str], None],

@@ -16,15 +16,15 @@ from rich.text import Text
 from train.console.errors import UserError
 from train.console.output import opened, say
 from train.console.progress import progress_of
-from train.generate.answers import Answer, answers, spoken
+from train.generate.answers import GeneratedAnswer, generate_answers, stream_answer
 from train.generate.prompts import Prompt, PromptTokens, check_lengths, tokenize
-from train.generate.shared_base import Served
+from train.generate.shared_base import LoadedAdapters
 
 _COLUMN = 30  # the least characters of an answer that stands beside others
 _SHOWN = 72  # characters of a prompt above its answers
 
 
-class Place(NamedTuple):
+class AnswerPlace(NamedTuple):
     """The place of an answer: its prompt, its adapter, and which of several samples it is."""
 
     prompt: int
@@ -32,17 +32,17 @@ class Place(NamedTuple):
     sample: int
 
 
-Found = Mapping[Place, Answer]
+AnswersByPlace = Mapping[AnswerPlace, GeneratedAnswer]
 
 
-class Shown:
+class AnswerPrinter:
     """Prints the answers to each prompt once they and those to the prompts before it are there."""
 
     def __init__(self, prompts: Sequence[Prompt], names: Sequence[str], n_samples: int) -> None:
         self._prompts, self._names, self._samples = prompts, names, range(n_samples)
         self._next = 0
 
-    def ready(self, found: Found, *, all_that_is_there: bool = False) -> None:
+    def ready(self, found: AnswersByPlace, *, all_that_is_there: bool = False) -> None:
         """Prints the prompts whose turn has come.
 
         Args:
@@ -50,7 +50,7 @@ class Shown:
           all_that_is_there: prints those of a prompt with some answers missing, too.
         """
         while self._next < len(self._prompts):
-            places = [Place(self._next, n, i) for n in self._names for i in self._samples]
+            places = [AnswerPlace(self._next, n, i) for n in self._names for i in self._samples]
             if not all_that_is_there and not all(place in found for place in places):
                 return
             here = {place: found[place] for place in places if place in found}
@@ -58,7 +58,7 @@ class Shown:
                 self._print(self._prompts[self._next], self._next + 1, here)
             self._next += 1
 
-    def _print(self, prompt: Prompt, number: int, here: Found) -> None:
+    def _print(self, prompt: Prompt, number: int, here: AnswersByPlace) -> None:
         on_terminal, alone = sys.stdout.isatty(), len(self._names) * len(self._samples) == 1
         if alone and (not on_terminal or len(self._prompts) == 1):
             print("".join(answer.text for answer in here.values()), flush=True)
@@ -76,14 +76,14 @@ class Shown:
             print(answer.text)
         print(flush=True)
 
-    def _table(self, here: Found) -> Table:
+    def _table(self, here: AnswersByPlace) -> Table:
         """Returns a table with a column an adapter, and a row a sample."""
         table = Table(expand=True, show_lines=len(self._samples) > 1)
         prompt = next(iter(here)).prompt
         for name in self._names:
             table.add_column(Text(name), ratio=1)
         for sample in self._samples:
-            answers = (here.get(Place(prompt, name, sample)) for name in self._names)
+            answers = (here.get(AnswerPlace(prompt, name, sample)) for name in self._names)
             table.add_row(*(Text(answer.text if answer else "") for answer in answers))
         return table
 
@@ -100,7 +100,7 @@ def first_line(text: str) -> str:
     return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
 
 
-def json_lines(prompts: Sequence[Prompt], found: Found, names: Sequence[str]) -> list[str]:
+def json_lines(prompts: Sequence[Prompt], found: AnswersByPlace, names: Sequence[str]) -> list[str]:
     """Returns a line for each answer: by prompt, then by adapter, then by sample."""
     several = any(place.sample for place in found)
     order = sorted(found, key=lambda place: (place.prompt, names.index(place.adapter), place))
@@ -116,7 +116,9 @@ def json_lines(prompts: Sequence[Prompt], found: Found, names: Sequence[str]) ->
     return lines
 
 
-def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens]) -> None:
+def answer_all(
+    served: LoadedAdapters, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens]
+) -> None:
     """Answers prompts in batches, with one adapter after the other.
 
     Args:
@@ -127,11 +129,11 @@ def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[Promp
     Raises:
       UserError: the file of --output is there, or cannot be written.
     """
-    options, found = served.options, dict[Place, Answer]()
+    options, found = served.options, dict[AnswerPlace, GeneratedAnswer]()
     n = options.num_samples
     rows = [one for one in tokens for _ in range(n)]
     total = len(rows) * len(served.names)
-    shown = None if options.output else Shown(prompts, served.names, n)
+    shown = None if options.output else AnswerPrinter(prompts, served.names, n)
     stopped: BaseException | None = None
     with contextlib.ExitStack() as stack:
         file = None
@@ -141,7 +143,7 @@ def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[Promp
             hidden = shown is not None and sys.stdout.isatty()
             with progress_of(total, "answering", "made", "answers", hidden=hidden) as progress:
                 for name, row, answer in _answers(served, rows, progress):
-                    found[Place(row // n, name, row % n)] = answer
+                    found[AnswerPlace(row // n, name, row % n)] = answer
                     if shown:
                         shown.ready(found)
         except BaseException as error:  # whatever ended the rest, these are kept
@@ -160,8 +162,8 @@ def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[Promp
 
 
 def _answers(
-    served: Served, rows: Sequence[PromptTokens], progress: Callable[[int], None]
-) -> Iterator[tuple[str, int, Answer]]:
+    served: LoadedAdapters, rows: Sequence[PromptTokens], progress: Callable[[int], None]
+) -> Iterator[tuple[str, int, GeneratedAnswer]]:
     """Yields adapter, row and answer, as they are ready."""
     before = 0
 
@@ -169,12 +171,12 @@ def _answers(
         progress(before + done)
 
     for name in served.names:
-        for row, answer in answers(served.speaker(name), rows, progress=tell):
+        for row, answer in generate_answers(served.speaker(name), rows, progress=tell):
             yield name, row, answer
         before += len(rows)
 
 
-def answer_aloud(served: Served, prompts: Iterable[Prompt]) -> int:
+def stream_answers(served: LoadedAdapters, prompts: Iterable[Prompt]) -> int:
     """Answers each prompt as it comes, and prints the text as it is generated.
 
     Args:
@@ -198,6 +200,8 @@ def answer_aloud(served: Served, prompts: Iterable[Prompt]) -> int:
                 print(heading(name, 1))
             speaker = served.speaker(name)
             answer = speaker.answer()
-            spoken(speaker, answer, tokens, number, lambda text: print(text, end="", flush=True))
+            stream_answer(
+                speaker, answer, tokens, number, lambda text: print(text, end="", flush=True)
+            )
             print(flush=True)
     return refused

@@ -9,9 +9,9 @@ from typing import Any
 
 from lora_jax.training.data.rows import Conversation
 from train.console.errors import UserError
-from train.generate.answers import Answer, spoken
+from train.generate.answers import GeneratedAnswer, stream_answer
 from train.generate.prompts import Prompt, PromptTokens, tokenize
-from train.generate.shared_base import Served
+from train.generate.shared_base import LoadedAdapters
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives `input` a history, and keys to edit a line)
@@ -40,14 +40,14 @@ class Chat:
       number: the number of answers so far, from which the next one's key comes.
     """
 
-    served: Served
+    served: LoadedAdapters
     name: str
     system: str | None = None
     turns: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     number: int = 0
 
 
-def talk(served: Served) -> None:
+def talk(served: LoadedAdapters) -> None:
     """Chats until /quit or the end of standard input."""
     chat = Chat(served, served.names[0], served.options.system)
     say(f"{_adapters(chat)}. /help lists the commands.")
@@ -130,7 +130,9 @@ def ask(chat: Chat, text: str, pressed: Callable[[], bool]) -> None:
         say(f"(cut off at --max-new-tokens {longest})")
 
 
-def _answered(chat: Chat, tokens: PromptTokens, most: int, pressed: Callable[[], bool]) -> Answer:
+def _answered(
+    chat: Chat, tokens: PromptTokens, most: int, pressed: Callable[[], bool]
+) -> GeneratedAnswer:
     """Prints an answer of at most so many tokens as it is generated, and returns it."""
     speaker, waiting = chat.served.speaker(chat.name), sys.stdout.isatty()
 
@@ -143,7 +145,7 @@ def _answered(chat: Chat, tokens: PromptTokens, most: int, pressed: Callable[[],
         print(_WAITING, end="", flush=True)
     answer = speaker.answer(most)
     with contextlib.suppress(KeyboardInterrupt):
-        spoken(speaker, answer, tokens, chat.number, tell, stopped=pressed)
+        stream_answer(speaker, answer, tokens, chat.number, tell, stopped=pressed)
     chat.number += 1
     tell("\n")
     return answer

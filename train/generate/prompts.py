@@ -79,20 +79,20 @@ def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
     return [prompt_of(text, f"prompt {n}", options.image) for n, text in given] or None
 
 
-def of_standard_input() -> list[Prompt]:
+def read_standard_input() -> list[Prompt]:
     """Reads a prompt a line, up to the end.
 
     Raises:
       UserError: there is none, or the text is not UTF-8.
     """
     with as_user_errors(UnicodeDecodeError, prefix="standard input is not UTF-8 text: "):
-        prompts = list(typed())
+        prompts = list(typed_prompts())
     if not prompts:
         raise UserError("standard input has no prompt: give one a line, or name one with --prompt")
     return prompts
 
 
-def typed() -> Iterator[Prompt]:
+def typed_prompts() -> Iterator[Prompt]:
     """Yields the prompts of standard input, one per line, as they come."""
     if sys.stdin.isatty():
         print("One prompt per line; end with Ctrl-D.", file=sys.stderr)
@@ -222,7 +222,7 @@ def check_lengths(
         outline.check_length(outline.max_tokens + 1, what, has)
 
 
-def short_enough(
+def drop_long_prompts(
     prompts: list[Prompt], tokens: list[PromptTokens], outline: Outline, options: GenerateOptions
 ) -> tuple[list[Prompt], list[PromptTokens]]:
     """Returns the prompts and tokens that the model allows, and says which it does not."""

@@ -14,7 +14,7 @@ import lora_jax as lj
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
 from train.console.errors import UserError, as_user_errors
 from train.console.output import say
-from train.generate.answers import Speaker
+from train.generate.answers import AnswerGenerator
 from train.generate.options import BASE, GenerateOptions
 from train.options.scripts.sft import DEFAULT_MODEL
 from train.run.pretrained import Outline
@@ -22,14 +22,14 @@ from train.run.pretrained import Outline
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
-class Named(NamedTuple):
+class NamedAdapter(NamedTuple):
     """An adapter under its name; `source` is None for the base alone."""
 
     name: str
     source: AdapterSource | None
 
 
-def find_adapters(given: Sequence[str]) -> list[Named]:
+def find_adapters(given: Sequence[str]) -> list[NamedAdapter]:
     """Returns the adapters that --adapter names; [base] where it names none.
 
     One without a name is called after its folder, or by all that was given where two folders have
@@ -41,14 +41,14 @@ def find_adapters(given: Sequence[str]) -> list[Named]:
     parts = [_parted(one) for one in given or (BASE,)]
     labels = Counter(_label(path) for name, path in parts if name is None)
     labels.update(name for name, _ in parts if name is not None)
-    found: dict[str, Named] = {}
+    found: dict[str, NamedAdapter] = {}
     for name, path in parts:
         if name is None:
             label = _label(path)
             name = label if labels[label] == 1 and label != BASE or path == BASE else path
         if name in found:
             raise UserError(f"--adapter: {name} is there twice; give names: --adapter name=folder")
-        found[name] = Named(name, None if name == BASE else find_adapter(path))
+        found[name] = NamedAdapter(name, None if name == BASE else find_adapter(path))
     return list(found.values())
 
 
@@ -67,7 +67,7 @@ def _label(path: str) -> str:
     return parts[-2] if parts[-1] == ADAPTER and len(parts) > 2 else parts[-1]
 
 
-def base_of(adapters: Sequence[Named], model: str | None) -> str:
+def base_of(adapters: Sequence[NamedAdapter], model: str | None) -> str:
     """Returns the name of the base: that of --model, or the one that all adapters state.
 
     Raises:
@@ -87,7 +87,7 @@ def base_of(adapters: Sequence[Named], model: str | None) -> str:
     return first.base()
 
 
-def tokenizer_name(adapters: Sequence[Named], tokenizer: str | None) -> str | None:
+def tokenizer_name(adapters: Sequence[NamedAdapter], tokenizer: str | None) -> str | None:
     """Returns the name of the tokenizer: that of --tokenizer, or the one that the adapters state.
 
     Raises:
@@ -107,7 +107,7 @@ def tokenizer_name(adapters: Sequence[Named], tokenizer: str | None) -> str | No
     return first.tokenizer
 
 
-def outlined(outline: Outline, adapters: Sequence[Named]) -> Outline:
+def outlined(outline: Outline, adapters: Sequence[NamedAdapter]) -> Outline:
     """Returns the outline of the base as the adapters were trained on it: its RoPE, its codes.
 
     Raises:
@@ -129,7 +129,7 @@ def outlined(outline: Outline, adapters: Sequence[Named]) -> Outline:
 
 
 def outline_with_template(
-    outline: Outline, adapters: Sequence[Named], given: str | None
+    outline: Outline, adapters: Sequence[NamedAdapter], given: str | None
 ) -> Outline:
     """Returns the outline with the chat template of --chat-template, or else of the adapters.
 
@@ -149,7 +149,7 @@ def outline_with_template(
     return first
 
 
-class Served:
+class LoadedAdapters:
     """One base in memory, and the adapters over its arrays.
 
     Attributes:
@@ -162,7 +162,7 @@ class Served:
         self,
         model: Any,
         params: Any,
-        adapters: Sequence[Named],
+        adapters: Sequence[NamedAdapter],
         outline: Outline,
         options: GenerateOptions,
     ):
@@ -196,9 +196,9 @@ class Served:
         if BASE in self.names:
             self._trees[BASE] = params
 
-    def speaker(self, name: str) -> Speaker:
+    def speaker(self, name: str) -> AnswerGenerator:
         """Returns what answers with an adapter."""
-        return Speaker(self.model, *self.use(name), self.outline, self.options)
+        return AnswerGenerator(self.model, *self.use(name), self.outline, self.options)
 
     def use(self, name: str) -> tuple[Any, Callable[..., Any] | None]:
         """Returns the parameters of an adapter, and the function in the place of `model.apply`."""

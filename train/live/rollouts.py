@@ -22,7 +22,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.step import State
 from train.live.prompts import Drawn, PromptFeed
 from train.live.reference import running
-from train.run.complete import left_padded
+from train.run.complete import pad_left
 from train.run.pretrained import end_tokens
 from train.run.stops import StopTexts
 from train.tasks.task import Preparing
@@ -149,7 +149,7 @@ class Rollouts(abc.ABC):
         data, layout, ends = self.config.data, self.of.layout, end_tokens(self.of.outline)
         prompts = [self.feed.prompts.tokens[row] for row in rows.tolist()]
         width = self.feed.widths.prompt(self.feed.prompts.longest_of(rows))
-        ids, mask = left_padded(prompts, width, ends[0] if ends else 0)
+        ids, mask = pad_left(prompts, width, ends[0] if ends else 0)
         asked = layout.batch({"ids": ids, "mask": mask}, parts=False)
         numbers = jnp.arange(first, first + len(rows) * data.group)
         with jax.set_mesh(layout.mesh):

@@ -18,7 +18,7 @@ _MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths 
 Chat = Sequence[Mapping[str, str]]
 
 
-def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
+def tokenize_chats(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
     """Returns the tokens of each chat, up to the start of the assistant's answer.
 
     Raises:
@@ -29,7 +29,7 @@ def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
     return outline.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def answered(
+def answer_prompts(
     model: Any,
     params: Any,
     outline: Outline,
@@ -39,15 +39,15 @@ def answered(
     forward: Callable[..., Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Returns the continuation of each prompt, decoded greedily; see `completed`."""
-    found = completed(
+    """Returns the continuation of each prompt, decoded greedily; see `complete_prompts`."""
+    found = complete_prompts(
         model, params, outline, prompts, new_tokens=new_tokens, forward=forward, progress=progress
     )
     texts: list[str] = outline.tokenizer.batch_decode(found, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
-def completed(
+def complete_prompts(
     model: Any,
     params: Any,
     outline: Outline,
@@ -82,7 +82,7 @@ def completed(
         shared = share(model, params, first, more_tokens=more, apply=forward)
     found: list[list[int]] = []
     for batch, n_real in _batches(rests, _n_rows(model, length + new_tokens)):
-        ids, mask = left_padded(batch, length, ends[0] if ends else 0)
+        ids, mask = pad_left(batch, length, ends[0] if ends else 0)
         new = generate(
             model,
             params,
@@ -100,7 +100,7 @@ def completed(
     return found
 
 
-def left_padded(
+def pad_left(
     prompts: Sequence[Sequence[int]], length: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns prompts as (ids, mask), each [prompts, length] int32, padded at the left."""

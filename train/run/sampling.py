@@ -15,7 +15,7 @@ from train.run.pretrained import Outline
 _NAMES = ("temperature", "top_p", "top_k")
 
 
-def with_generation_config(
+def apply_generation_config(
     outline: Outline, given: str | None, asked: Mapping[str, Any] | None = None
 ) -> tuple[Outline, dict[str, Any]]:
     """Applies --generation-config, and says how answers are sampled.

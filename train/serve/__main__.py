@@ -27,7 +27,7 @@ from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.run.log import doing
 from train.run.pretrained import Outline, check_weights, end_tokens, read_model, read_outline
-from train.run.sampling import with_generation_config
+from train.run.sampling import apply_generation_config
 from train.serve.app import Site, make_app, make_starting_app
 from train.serve.engine.base import Base
 from train.serve.engine.engine import Engine
@@ -69,7 +69,7 @@ def run(options: ServeOptions) -> None:
             "keeps keys and values of prompts, and not yet what such layers remember; answer by "
             "train.generate, or serve a saved model elsewhere"
         )
-    outline, sampling = with_generation_config(outline, options.generation_config)
+    outline, sampling = apply_generation_config(outline, options.generation_config)
     length = length_of(options, outline)
     layout = _layout(options, outline)
     with ExitStack() as held:

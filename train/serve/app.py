@@ -25,7 +25,7 @@ from train.serve.routes.access import BODY, WAITING, Access, Gate
 from train.serve.routes.errors import HANDLERS
 from train.serve.routes.openai.api import OpenAI
 from train.serve.routes.openai.models import Models, Owns, Resolve, TemplateOf
-from train.serve.routes.openai.text import Tokens
+from train.serve.routes.openai.text import ServedTokenizer
 from train.serve.routes.status import DisplayName, StatusRoutes, Tenants, page_route
 
 _CORS: dict[str, Any] = {
@@ -76,7 +76,7 @@ def make_app(
     how: dict[str, Any] = {"resolve": resolve, "owns": owns, "template_of": template_of}
     models = Models(engine, access, folder=adapters, **how)
     routes = [
-        *OpenAI(engine, Tokens(tokenizer), models, sampling).routes(),
+        *OpenAI(engine, ServedTokenizer(tokenizer), models, sampling).routes(),
         *StatusRoutes(engine, access, owns, display_name, tenants).routes(),
         *tinker_routes,
     ]

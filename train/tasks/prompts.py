@@ -27,7 +27,7 @@ from train.reporters.files import read_json
 from train.rewards.ask import ask, columns_of, mean_known
 from train.rewards.find import Rewards, find_rewards
 from train.rewards.reward import Batch
-from train.run.complete import completed
+from train.run.complete import complete_prompts
 from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import Outline
@@ -242,7 +242,7 @@ class Rewarding:
         """Returns the mean reward of the completions that have one; {} where none has."""
         of, outline, config = self.prompts, self.context.outline, self.context.config
         new = config.data.max_new_tokens
-        ids = completed(
+        ids = complete_prompts(
             model, params, outline, of.tokens, new_tokens=new, forward=forward, progress=progress
         )
         cut = [*map(StopTexts(outline.tokenizer, config.data.stop).cut, ids)]

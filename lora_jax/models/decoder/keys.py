@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.hf.keys import Row, SubTensor
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.rows import Rows
+from lora_jax.models.key_rows import KeyTable
 from lora_jax.models.specs import (
     COLUMNS,
     EXPERT_COLUMNS,
@@ -21,7 +21,7 @@ from lora_jax.models.specs import (
 def decoder_table(config: DecoderConfig) -> list[Row]:
     """Returns every parameter of the decoder, once, in the order of the forward pass."""
     layers, width, n = "model/layers", config.hidden_size, config.num_hidden_layers
-    rows = Rows(layers, n)
+    rows = KeyTable(layers, n)
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     words = (config.vocab_size, width)
     rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
@@ -36,7 +36,7 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     return rows
 
 
-def _layer(rows: Rows, config: DecoderConfig, layer: str, linear: bool = False) -> None:
+def _layer(rows: KeyTable, config: DecoderConfig, layer: str, linear: bool = False) -> None:
     """Adds the parameters of the stack of layers at a path."""
     mlp = f"{layer}/{config.family.mlp_name}"
     width = config.hidden_size
@@ -74,7 +74,7 @@ def _layer(rows: Rows, config: DecoderConfig, layer: str, linear: bool = False) 
         norm(f"{layer}/post_feedforward_layernorm", width)
 
 
-def _mlp(rows: Rows, config: DecoderConfig, path: str, inner: int) -> None:
+def _mlp(rows: KeyTable, config: DecoderConfig, path: str, inner: int) -> None:
     width = config.hidden_size
     sizes = {"gate_up": 2 * inner} if config.fused_projections else {"gate": inner, "up": inner}
     for name, size in sizes.items():
@@ -82,7 +82,7 @@ def _mlp(rows: Rows, config: DecoderConfig, path: str, inner: int) -> None:
     rows.linear("mlp", f"{path}/down_proj", (inner, width), ROWS, config.mlp_bias)
 
 
-def _linear(rows: Rows, config: DecoderConfig, path: str) -> None:
+def _linear(rows: KeyTable, config: DecoderConfig, path: str) -> None:
     (_, channels), (heads, _, size) = config.recurrent_shapes
     values = heads * size
     for name in config.linear_projections:
@@ -98,7 +98,7 @@ def _linear(rows: Rows, config: DecoderConfig, path: str) -> None:
     rows.linear("attention", f"{path}/out_proj", out_shape, ROWS, bias=False)
 
 
-def _attention(rows: Rows, config: DecoderConfig, attention: str) -> None:
+def _attention(rows: KeyTable, config: DecoderConfig, attention: str) -> None:
     width, head_dim = config.hidden_size, config.head_dim
     q_out, kv_out = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     sizes = {"q": q_out * (1 + config.attn_output_gate), "k": kv_out, "v": kv_out}

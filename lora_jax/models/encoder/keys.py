@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.encoder.config import EncoderConfig
-from lora_jax.models.rows import Rows
+from lora_jax.models.key_rows import KeyTable
 from lora_jax.models.specs import COLUMNS, POSITIONS, REPLICATED, ROWS
 
 _ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..+)")
@@ -52,7 +52,7 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
     """
     trunk, width, inner = config.prefix, config.hidden_size, config.intermediate_size
     layer, embeddings = f"{trunk}/encoder/layer", f"{trunk}/embeddings"
-    rows = Rows(layer, config.num_hidden_layers)
+    rows = KeyTable(layer, config.num_hidden_layers)
 
     def table(kind: Kind, name: str, n: int, spec: PartitionSpec, **more: Any) -> None:
         path = f"{embeddings}/{name}_embeddings"

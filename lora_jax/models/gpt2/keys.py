@@ -4,7 +4,7 @@ import re
 
 from lora_jax.hf.keys import Row
 from lora_jax.models.gpt2.config import GPT2Config
-from lora_jax.models.rows import Rows
+from lora_jax.models.key_rows import KeyTable
 from lora_jax.models.specs import COLUMNS, POSITIONS, ROWS
 
 # A bare GPT2Model's tensors, such as OpenAI's, come without the prefix.
@@ -22,7 +22,7 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
     Hugging Face stores its kernels as [in, out] (``Conv1D``), as Flax does.
     """
     layer = "transformer/h"
-    rows = Rows(layer, config.num_hidden_layers, transpose=False)
+    rows = KeyTable(layer, config.num_hidden_layers, transpose=False)
     width, inner = config.hidden_size, config.intermediate_size
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     words, positions = (config.vocab_size, width), (config.max_position_embeddings, width)

@@ -5,7 +5,7 @@ import re
 
 from lora_jax.hf.keys import Row
 from lora_jax.models.decoder.keys import decoder_table
-from lora_jax.models.rows import Rows
+from lora_jax.models.key_rows import KeyTable
 from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.models.specs import COLUMNS, POSITIONS, REPLICATED, ROWS
 
@@ -33,11 +33,11 @@ def _of_text(row: Row) -> Row:
     return dataclasses.replace(row, path=f"{_TEXT}/{path}", hf=f"model.text_model.{hf}")
 
 
-def _vision_table(config: SmolVLMConfig) -> Rows:
+def _vision_table(config: SmolVLMConfig) -> KeyTable:
     vision, trunk = config.vision, "model/vision_model"
     width, inner = vision.hidden_size, vision.intermediate_size
     layer, embeddings = f"{trunk}/encoder/layers", f"{trunk}/embeddings"
-    rows = Rows(layer, vision.num_hidden_layers)
+    rows = KeyTable(layer, vision.num_hidden_layers)
     patch = (vision.patch_size, vision.patch_size, vision.num_channels, width)  # files: reversed
     rows.add("patches", f"{embeddings}/patch_embedding", "kernel", patch)
     rows.add("patches", f"{embeddings}/patch_embedding", "bias", (width,))

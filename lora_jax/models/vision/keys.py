@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from lora_jax.hf.keys import Row
-from lora_jax.models.rows import Rows
+from lora_jax.models.key_rows import KeyTable
 from lora_jax.models.specs import COLUMNS, REPLICATED, ROWS
 from lora_jax.models.vision.config import VisionConfig
 
@@ -36,7 +36,7 @@ def vision_table(config: VisionConfig) -> list[Row]:
     facts, width = config.family, config.hidden_size
     trunk = facts.prefix
     layer, embeddings = f"{trunk}/encoder/layer", f"{trunk}/embeddings"
-    rows = Rows(layer, config.num_hidden_layers)
+    rows = KeyTable(layer, config.num_hidden_layers)
     rows.add("patches", embeddings, "cls_token", (1, 1, width))
     projection = f"{embeddings}/patch_embeddings/projection"
     patch = (*config.patch_size[::-1], config.num_channels, width)  # files: reversed

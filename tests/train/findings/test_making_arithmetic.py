@@ -9,7 +9,7 @@ from lora_jax.hf.tokenizer import load_tokenizer
 from tests.support import thorough
 from train.findings.making import arithmetic as making
 from train.processes.session import Session
-from train.run.complete import left_padded
+from train.run.complete import pad_left
 from train.tasks import arithmetic
 
 
@@ -54,7 +54,7 @@ def test_the_base_is_often_right_about_sums_that_it_never_saw_and_is_made_once(t
     model, params = models.from_pretrained(str(folder))
     rows = arithmetic.rows(1, arithmetic.HELD_OUT, held_out=True)
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-    ids, mask = left_padded(prompts, 8, tokenizer.pad_token_id)
+    ids, mask = pad_left(prompts, 8, tokenizer.pad_token_id)
 
     def right(temperature):
         options = {"max_new_tokens": 4, "temperature": temperature, "key": jax.random.key(0)}

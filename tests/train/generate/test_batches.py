@@ -19,7 +19,7 @@ from tests.train.tiny import CHATML, SPECIAL, write_jsonl, write_model
 from train.generate import __main__ as generate
 from train.generate import answers, batch
 from train.generate.options import parse
-from train.generate.shared_base import Served, base_of, find_adapters
+from train.generate.shared_base import LoadedAdapters, base_of, find_adapters
 from train.run import pretrained
 from train.run.pretrained import read_outline
 
@@ -160,7 +160,7 @@ def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compi
     options = parse([*["--adapter", *options.adapter, str(folder / "peft"), "base"]])
     adapters = find_adapters(options.adapter)
     outline = read_outline(base_of(adapters, options.model))
-    served = Served(model, trees["base"], adapters, outline, options)
+    served = LoadedAdapters(model, trees["base"], adapters, outline, options)
     used = {name: served.use(name) for name in served.names}
     assert list(used) == ["a", "sql", "peft", "base"]
     for name in ("a", "sql", "peft"):
@@ -267,7 +267,7 @@ def test_answers_beside_each_other_on_a_terminal(made, monkeypatch, capsys):
 
 
 def test_few_lengths_are_compiled():
-    lengths = [answers.padded(n) for n in range(1, 8193)]
+    lengths = [answers.padded_length(n) for n in range(1, 8193)]
     assert lengths == sorted(lengths) and len({*lengths}) == 24
     assert all(n <= length for n, length in enumerate(lengths, start=1))
     assert all(length <= 1.25 * n for n, length in enumerate(lengths, start=1) if n >= 256)

@@ -16,7 +16,7 @@ from train.export import __main__ as export
 from train.generate import __main__ as generate
 from train.generate.options import parse, with_sampling
 from train.run.pretrained import end_tokens, read_outline
-from train.run.sampling import with_generation_config
+from train.run.sampling import apply_generation_config
 from train.serve import __main__ as serve
 
 PROMPT = "3 plus 4?"
@@ -123,10 +123,10 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     assert len({one["answer"] for one in auto}) > 1
     given = frozenset({"temperature"})
     options = parse(["--temperature", "0.2", "--generation-config", str(made / FILE)])
-    outline, sampling = with_generation_config(read_outline(str(base[0])), str(made / FILE))
+    outline, sampling = apply_generation_config(read_outline(str(base[0])), str(made / FILE))
     assert outline.config.generation == read_generation(made)
     capsys.readouterr()
-    with_generation_config(read_outline(str(made)), "auto", {"temperature": 0.2, "prompt": ("x",)})
+    apply_generation_config(read_outline(str(made)), "auto", {"temperature": 0.2, "prompt": ("x",)})
     assert "says but for --temperature: temperature 0.2, top_p 0.9, top_k 40" in (
         capsys.readouterr().err
     )

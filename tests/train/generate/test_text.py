@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.tiny import SPECIAL, tokenizer
-from train.generate.answers import Answer
+from train.generate.answers import GeneratedAnswer
 from train.run.stops import StopTexts
 
 TOKENIZER = tokenizer()
@@ -13,7 +13,7 @@ END = TOKENIZER.convert_tokens_to_ids(SPECIAL[2])
 
 
 def answer(stops=(), most=1000):
-    return Answer(TOKENIZER, ends=(END,), stops=stops, most=most)
+    return GeneratedAnswer(TOKENIZER, ends=(END,), stops=stops, most=most)
 
 
 def tokens_of(text):

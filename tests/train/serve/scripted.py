@@ -21,7 +21,7 @@ from train.serve.requests import (
     TenantStatus,
     Top,
 )
-from train.serve.routes.openai.text import Tokens
+from train.serve.routes.openai.text import ServedTokenizer
 
 EOS = 258
 FACTS = Facts(
@@ -135,7 +135,7 @@ def likely(tokens, k):
 
 
 TOKENIZER = tokenizer()
-TOKENS = Tokens(TOKENIZER)
+TOKENS = ServedTokenizer(TOKENIZER)
 
 
 def bytes_of(token):

@@ -9,7 +9,7 @@ import pytest
 from tests.train.serve.scripted import EOS, TOKENIZER, TOKENS, ids
 from tests.train.tiny import SPECIAL
 from train.serve.routes.openai.chat import Calls
-from train.serve.routes.openai.text import Text
+from train.serve.routes.openai.text import CompletionText
 
 ALPHABET = ["a", "b", "ab", "é", "€", "𝄞", "c", " "]
 
@@ -34,7 +34,7 @@ def test_text_comes_whole_and_is_never_retracted(seed):
     said = "".join(rng.choices(ALPHABET, k=rng.randrange(1, 15)))
     stops = ["".join(rng.choices(ALPHABET, k=rng.randrange(1, 4))) for _ in range(rng.randrange(4))]
     stops = [stop for stop in stops if not any(one != stop and one in stop for one in stops)]
-    text = Text(TOKENS, stops)
+    text = CompletionText(TOKENS, stops)
     parts = parts_of(text, ids(said, end=False))
     expected, stopped = cut(said, stops)
     assert "".join(part for part, _ in parts) == expected
@@ -62,7 +62,7 @@ def test_a_special_token_is_a_stop_text_and_is_not_shown_otherwise():
         ([f"{begin}x", "d"], "abc "),
         ([f"{pad}z"], "abc d"),
     ):
-        text = Text(TOKENS, stops)
+        text = CompletionText(TOKENS, stops)
         parts = parts_of(text, said)
         assert "".join(part for part, _ in parts) == expected
         assert text.stopped == (expected != "abc d") and text.length == len(expected)
@@ -70,12 +70,12 @@ def test_a_special_token_is_a_stop_text_and_is_not_shown_otherwise():
 
 @pytest.mark.parametrize("stops", [["b", "ab"], ["ab", "b"]])
 def test_of_stops_that_end_together_the_first_to_begin_counts(stops):
-    text = Text(TOKENS, stops)
+    text = CompletionText(TOKENS, stops)
     assert "".join(part for part, _ in parts_of(text, ids("xabc", end=False))) == "x"
 
 
 def test_text_comes_as_soon_as_it_is_sure():
-    text = Text(TOKENS, ["END"])
+    text = CompletionText(TOKENS, ["END"])
     parts = [text.add(token)[0] for token in ids("aEx€EN.ENDz", end=False)]
     assert parts == ["a", "", "Ex", "", "", "€", "", "", "EN.", "", "", "", ""]
 
@@ -84,7 +84,7 @@ def test_bytes_that_are_no_text_are_replaced():
     rng = np.random.default_rng(0)
     for _ in range(50):
         tokens = rng.integers(0, 256, rng.integers(1, 60)).tolist()
-        whole = "".join(part for part, _ in parts_of(Text(TOKENS), tokens))
+        whole = "".join(part for part, _ in parts_of(CompletionText(TOKENS), tokens))
         assert len(whole) > 0
         if len(tokens) < 30:  # beyond, a character may be given up
             assert whole == TOKENIZER.decode(tokens)

@@ -6,7 +6,7 @@ import pytest
 from lora_jax import models
 from tests.support import over
 from tests.train.tiny import decoder, tokenizer
-from train.run.complete import answered, left_padded, tokenized
+from train.run.complete import answer_prompts, pad_left, tokenize_chats
 from train.run.pretrained import Outline
 from train.tasks.sql.evaluate import (
     ADAPTED,
@@ -30,7 +30,7 @@ def outline():
 def alone(outline, chat, new_tokens):
     """The answer to one chat, without padding, batching or a shared beginning."""
     model, params = decoder()
-    ids = np.array(tokenized(outline, [chat]))
+    ids = np.array(tokenize_chats(outline, [chat]))
     new = models.generate(model, params, ids, max_new_tokens=new_tokens)
     return outline.tokenizer.decode(np.asarray(new)[0].tolist(), skip_special_tokens=True).strip()
 
@@ -41,7 +41,7 @@ def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, sys
     model, params = decoder()
     questions = ["one", "another, longer one", "one"]
     chats = [[*system, {"role": "user", "content": text}] for text in questions]
-    texts = answered(model, params, outline, tokenized(outline, chats), new_tokens=6)
+    texts = answer_prompts(model, params, outline, tokenize_chats(outline, chats), new_tokens=6)
     assert texts == [alone(outline, chat, 6) for chat in chats]
     assert texts[0] != texts[1]
 
@@ -60,13 +60,13 @@ def test_more_chats_than_a_batch_keep_their_order(outline, monkeypatch):
     model, params = decoder()
     asked = ["b", "cc", "d", "ee", "f"]
     chats = [[{"role": "user", "content": text}] for text in asked]
-    texts = answered(model, params, outline, tokenized(outline, chats), new_tokens=4)
+    texts = answer_prompts(model, params, outline, tokenize_chats(outline, chats), new_tokens=4)
     assert [text.split("\n")[0] for text in texts] == asked
     assert len(batches) == 3 and len({*batches}) == 1
 
 
 def test_prompts_are_padded_at_the_left():
-    ids, mask = left_padded([[1, 2], [3]], 3, pad=9)
+    ids, mask = pad_left([[1, 2], [3]], 3, pad=9)
     assert ids.tolist() == [[9, 1, 2], [9, 9, 3]]
     assert mask.tolist() == [[0, 1, 1], [0, 0, 1]]
 

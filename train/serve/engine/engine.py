@@ -14,9 +14,9 @@ from lora_jax.training.layout import Layout
 from train.serve.engine.base import Base, Training
 from train.serve.engine.checks import check_sample
 from train.serve.engine.commands import Commands, answer
-from train.serve.engine.drawing import Drawing
-from train.serve.engine.jobs import Job
-from train.serve.engine.pool import Pool
+from train.serve.engine.jobs import SampleJob
+from train.serve.engine.pool import AdapterPool
+from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.rotation import TurnPath, levels, parties
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
@@ -73,8 +73,8 @@ class Engine:
         """
         self._base, self._sizes, self._most_tenants = base, sizes, tenants
         self._trainer = Trainer(base, sizes, layout, chunk)
-        self._drawing = Drawing(base.model, layout, sizes.chunk)
-        self._pool = Pool(base, slots)
+        self._drawing = SamplingPrograms(base.model, layout, sizes.chunk)
+        self._pool = AdapterPool(base, slots)
         self._sampler = Sampler(base, self._trainer, self._drawing, self._pool, sizes, text_of)
         self.facts = Facts(
             model=base.name,
@@ -139,7 +139,7 @@ class Engine:
     ) -> Callable[[], None]:
         """Queues a sample; returns what ends it early."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
-        job = Job(request, None, seed, _guarded(done), seen and _guarded(seen))
+        job = SampleJob(request, None, seed, _guarded(done), seen and _guarded(seen))
 
         def queued() -> None:
             try:

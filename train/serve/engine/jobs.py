@@ -12,7 +12,7 @@ from train.serve.requests import Completion, Done, Piece, Sample, Top
 
 
 @dataclasses.dataclass(eq=False)
-class Job:
+class SampleJob:
     """A sample that was asked for.
 
     Attributes:
@@ -41,14 +41,14 @@ class Job:
 
 
 @dataclasses.dataclass(eq=False)
-class Row:
+class ActiveCompletion:
     """A completion under way.
 
     Attributes:
-      cache: keys and values, in the host's memory, while it is paused; see `Drawing.take`.
+      cache: keys and values, in the host's memory, while it is paused; see `SamplingPrograms.take`.
     """
 
-    job: Job
+    job: SampleJob
     index: int
     ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)

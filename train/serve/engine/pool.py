@@ -8,7 +8,7 @@ from lora_jax.bank.writing import with_slots, write
 from train.serve.engine.base import Adapter, Base
 
 
-class Pool:
+class AdapterPool:
     """Slots for the adapters that samples use at the moment; slot 0 is the base."""
 
     def __init__(self, base: Base, slots: int) -> None:

@@ -8,14 +8,14 @@ import numpy as np
 
 from lora_jax.models.layers.cache import Cache
 from train.serve.engine.base import Adapter
-from train.serve.engine.drawing import Drawing
+from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.sizes import Sizes
 
 _KEPT = 4  # prompts whose keys and values are kept
 
 
 @dataclasses.dataclass(eq=False)
-class Prompt:
+class RunningPrompt:
     """A prompt that runs, or did.
 
     Attributes:
@@ -42,7 +42,7 @@ class Prompt:
         return self.n == len(self.ids)
 
 
-class Prefixes:
+class PrefixCache:
     """Keeps the keys and values of the latest prompts.
 
     What a prompt has in common with one of them is taken over up to the end of a whole chunk, and
@@ -50,16 +50,16 @@ class Prefixes:
     have had alone.
     """
 
-    def __init__(self, drawing: Drawing, sizes: Sizes) -> None:
+    def __init__(self, drawing: SamplingPrograms, sizes: Sizes) -> None:
         """Begins without any."""
         self._drawing, self._sizes, self._chunk = drawing, sizes, sizes.chunk
         self._kept: list[tuple[Adapter | None, np.ndarray, Cache]] = []
 
-    def begin(self, job: Any) -> Prompt:
+    def begin(self, job: Any) -> RunningPrompt:
         """Returns a sample's prompt, of which nothing ran yet."""
-        return Prompt(job, np.asarray(job.request.prompt, np.int32))
+        return RunningPrompt(job, np.asarray(job.request.prompt, np.int32))
 
-    def waits(self, prompt: Prompt, others: Iterable[Prompt]) -> bool:
+    def waits(self, prompt: RunningPrompt, others: Iterable[RunningPrompt]) -> bool:
         """Returns whether another prompt is about to run what this one begins with."""
         if prompt.n:
             return False
@@ -68,7 +68,7 @@ class Prefixes:
         coming = [(other.job.adapter, other.ids, other.cache) for other in others]
         return self._common(prompt, coming)[0] > self._common(prompt, self._there(others))[0]
 
-    def run(self, prompt: Prompt, tree: Any, others: Iterable[Prompt] = ()) -> int:
+    def run(self, prompt: RunningPrompt, tree: Any, others: Iterable[RunningPrompt] = ()) -> int:
         """Runs the next chunk of a prompt; returns its number of tokens.
 
         Args:
@@ -95,12 +95,12 @@ class Prefixes:
             self._kept = [*self._kept[1 - _KEPT :], (prompt.job.adapter, prompt.ids, prompt.cache)]
         return len(part)
 
-    def _there(self, others: Iterable[Prompt]) -> list[Any]:
+    def _there(self, others: Iterable[RunningPrompt]) -> list[Any]:
         """Returns what ran: adapters, tokens, and keys and values."""
         under_way = [(each.job.adapter, each.ids[: each.n], each.cache) for each in others]
         return self._kept + [each for each in under_way if len(each[1])]
 
-    def _common(self, prompt: Prompt, others: Iterable[Any]) -> tuple[int, Cache | None]:
+    def _common(self, prompt: RunningPrompt, others: Iterable[Any]) -> tuple[int, Cache | None]:
         """Returns the tokens of whole chunks that a prompt shares with another, and its cache."""
         best: tuple[int, Cache | None] = 0, None
         length = self._drawing.whole(self._sizes.cache(len(prompt.ids)))

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from train.serve.engine.base import Base
-from train.serve.engine.drawing import Drawing, Tokens
-from train.serve.engine.jobs import Job, Row
-from train.serve.engine.places import Places
-from train.serve.engine.pool import Pool
-from train.serve.engine.prompts import Prefixes, Prompt
+from train.serve.engine.jobs import ActiveCompletion, SampleJob
+from train.serve.engine.pool import AdapterPool
+from train.serve.engine.programs import DrawnTokens, SamplingPrograms
+from train.serve.engine.prompts import PrefixCache, RunningPrompt
 from train.serve.engine.rotation import PARTY, Rotation, TurnPath, parties
+from train.serve.engine.rows import RunningRows
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.trainer import Trainer
 from train.serve.requests import Completion, Drawn, Piece
@@ -36,8 +36,8 @@ class Sampler:
         self,
         base: Base,
         trainer: Trainer,
-        drawing: Drawing,
-        pool: Pool,
+        drawing: SamplingPrograms,
+        pool: AdapterPool,
         sizes: Sizes,
         text_of: Callable[[Sequence[int]], str],
     ) -> None:
@@ -49,12 +49,12 @@ class Sampler:
         """
         self._base, self._trainer, self._sizes, self._text_of = base, trainer, sizes, text_of
         self._pool = pool
-        self._places = Places(drawing, sizes, base.model.config.vocab_size)
-        self._prefixes = Prefixes(drawing, sizes)
-        self._waiting: dict[TurnPath, deque[Job]] = {}  # by owner, session and adapter
-        self._prompts: list[Prompt] = []
-        self._ready: list[Prompt] = []  # prompts that ran, with completions that are to begin
-        self._paused: list[Row] = []
+        self._places = RunningRows(drawing, sizes, base.model.config.vocab_size)
+        self._prefixes = PrefixCache(drawing, sizes)
+        self._waiting: dict[TurnPath, deque[SampleJob]] = {}  # by owner, session and adapter
+        self._prompts: list[RunningPrompt] = []
+        self._ready: list[RunningPrompt] = []  # ran, with completions that are to begin
+        self._paused: list[ActiveCompletion] = []
         self._turns = Rotation()
         self._ran: Counter[TurnPath] = Counter()  # chunks of prompts since the last token
         self._alone = _ALONE  # tokens since several owners drew
@@ -80,7 +80,7 @@ class Sampler:
         """Returns whether anybody else samples at the last level of a path."""
         return self._turns.has_others(path)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: SampleJob) -> None:
         """Queues a sample."""
         self._turns.enter(job.path)
         self._waiting.setdefault(job.path[:-1], deque()).append(job)
@@ -95,7 +95,7 @@ class Sampler:
             self._draw()
         self._fill_rows()
 
-    def end(self, job: Job, error: Exception | None = None) -> None:
+    def end(self, job: SampleJob, error: Exception | None = None) -> None:
         """Ends a sample that is not over: with what was drawn so far, or with what went wrong."""
         if job.is_over:
             return
@@ -126,13 +126,13 @@ class Sampler:
             self.end(job, error)
         self._places.reset()
 
-    def _under_way(self) -> list[Job]:
+    def _under_way(self) -> list[SampleJob]:
         rows = [*self._places.rows.values(), *self._paused]
         return [each.job for each in self._prompts + self._ready] + [row.job for row in rows]
 
     # Slots
 
-    def _take_slot(self, job: Job) -> bool:
+    def _take_slot(self, job: SampleJob) -> bool:
         """Gives a sample's adapter a slot, if need be another's; returns whether it has one."""
         if job.slot is None:
             job.slot = self._pool.take(job.adapter)
@@ -142,9 +142,9 @@ class Sampler:
             job.slot = self._pool.take(job.adapter)
         return job.slot is not None
 
-    def _others_slot(self, job: Job) -> set[Job]:
+    def _others_slot(self, job: SampleJob) -> set[SampleJob]:
         """Returns the users of a slot that they have to give to a sample."""
-        users: dict[Hashable, set[Job]] = {}
+        users: dict[Hashable, set[SampleJob]] = {}
         for other in self._under_way():
             if other.slot:  # all have 0, the base's
                 users.setdefault(other.slot, set()).add(other)
@@ -153,13 +153,13 @@ class Sampler:
             return set()
         return users[max(lost[1], key=lambda slot: max(map(self._turns.order, held[slot])))]
 
-    def _suspend(self, job: Job) -> None:
+    def _suspend(self, job: SampleJob) -> None:
         """Takes a sample's slot away, and the rows with it, until its next turn."""
         for row in [row for row in self._places.rows.values() if row.job is job]:
             self._pause(row)
         self._give_slot(job)
 
-    def _give_slot(self, job: Job) -> None:
+    def _give_slot(self, job: SampleJob) -> None:
         if job.slot is not None:
             self._pool.give(job.slot)
             job.slot = None
@@ -179,7 +179,7 @@ class Sampler:
         room -= sum(prompt.job.request.n - prompt.begun for prompt in to_begin)
         last = {prompt.job.path[:-1]: prompt for prompt in to_begin}
         many = Counter(prompt.job.path[:-1] for prompt in to_begin)
-        under_way: list[Prompt | Row] = [*to_begin, *self._paused]
+        under_way: list[RunningPrompt | ActiveCompletion] = [*to_begin, *self._paused]
         blocked = {each.job.path[:PARTY] for each in under_way if each.job.slot is None}
         for who in sorted(self._waiting, key=self._turns.order):
             queue, party = self._waiting[who], who[:PARTY]
@@ -197,7 +197,7 @@ class Sampler:
             if not queue:
                 del self._waiting[who]
 
-    def _due_prompt(self) -> Prompt | None:
+    def _due_prompt(self) -> RunningPrompt | None:
         """Returns the prompt of which a chunk runs now; None where tokens are drawn.
 
         Of several owners, or of several sessions of the only one, each has a chunk or a token in
@@ -220,7 +220,7 @@ class Sampler:
                     return prompt
         return None
 
-    def _run_chunk(self, prompt: Prompt) -> None:
+    def _run_chunk(self, prompt: RunningPrompt) -> None:
         path = prompt.job.path
         self._turns.note([path])
         self._ran.update(parties(path))
@@ -230,7 +230,7 @@ class Sampler:
             self._prompts.remove(prompt)
             self._finish_prompt(prompt)
 
-    def _finish_prompt(self, prompt: Prompt) -> None:
+    def _finish_prompt(self, prompt: RunningPrompt) -> None:
         job = prompt.job
         request, job.cached = job.request, prompt.cached
         if request.prompt_logprobs or request.top_prompt or request.targets is not None:
@@ -262,7 +262,7 @@ class Sampler:
         while any(self._has_row(each) for each in self._to_draw()):
             pass
 
-    def _to_draw(self) -> list[Prompt | Row]:
+    def _to_draw(self) -> list[RunningPrompt | ActiveCompletion]:
         """Returns completions that wait for a row, those of parties with the fewest rows first.
 
         Of each party, the first one that has a slot is among them, and the first that has none: of
@@ -272,18 +272,18 @@ class Sampler:
         for row in self._places.rows.values():
             rows.update(parties(row.job.path))
 
-        def order(each: Prompt | Row) -> tuple[Any, ...]:
+        def order(each: RunningPrompt | ActiveCompletion) -> tuple[Any, ...]:
             path = each.job.path
             turn = self._turns.order(path)
             return rows[path[:1]], turn[0], rows[path[:2]], *turn[1:]
 
-        firsts: dict[tuple[TurnPath, bool], Prompt | Row] = {}
-        waiting: list[Prompt | Row] = [*self._paused, *self._ready]
+        firsts: dict[tuple[TurnPath, bool], RunningPrompt | ActiveCompletion] = {}
+        waiting: list[RunningPrompt | ActiveCompletion] = [*self._paused, *self._ready]
         for each in sorted(waiting, key=order):
             firsts.setdefault((each.job.path[:PARTY], each.job.slot is None), each)
         return [*firsts.values()]
 
-    def _has_row(self, each: Prompt | Row) -> bool:
+    def _has_row(self, each: RunningPrompt | ActiveCompletion) -> bool:
         """Gives a completion a row, if it gets one; returns whether it did."""
         job = each.job
         if len(self._places.rows) >= self._limit():
@@ -294,7 +294,7 @@ class Sampler:
                 self._pause_one(lost[1])
         elif not self._take_slot(job):
             return False
-        if isinstance(each, Row):
+        if isinstance(each, ActiveCompletion):
             self._paused.remove(each)
             self._for(job, self._places.resume, each)
         else:
@@ -310,12 +310,12 @@ class Sampler:
         counts = Counter(each for row in rows for each in parties(row.job.path))
         self._pause(max(rows, key=lambda row: [counts[each] for each in parties(row.job.path)]))
 
-    def _pause(self, row: Row) -> None:
+    def _pause(self, row: ActiveCompletion) -> None:
         self._places.pause(row)
         self._paused.append(row)
 
-    def _begin(self, prompt: Prompt, index: int) -> None:
-        row = Row(prompt.job, index)
+    def _begin(self, prompt: RunningPrompt, index: int) -> None:
+        row = ActiveCompletion(prompt.job, index)
         tokens = self._places.begin(row, prompt.logits, prompt.cache)
         self._turns.note([row.job.path])
         self._take(row, tokens, 0)
@@ -331,7 +331,7 @@ class Sampler:
             if not row.job.is_over:
                 self._for(row.job, self._take, row, tokens, place)
 
-    def _take(self, row: Row, tokens: Tokens, at: int) -> None:
+    def _take(self, row: ActiveCompletion, tokens: DrawnTokens, at: int) -> None:
         """Notes the token that a row drew, and ends the row if it is the last one."""
         job = row.job
         request = job.request
@@ -354,7 +354,7 @@ class Sampler:
             if len(job.completions) == request.n:
                 self.end(job)
 
-    def _says_stop(self, row: Row) -> bool:
+    def _says_stop(self, row: ActiveCompletion) -> bool:
         stops = row.job.request.stop
         if not stops:
             return False
@@ -362,7 +362,7 @@ class Sampler:
         text = self._text_of(row.ids[-(longest + 8) :])
         return any(stop in text for stop in stops)
 
-    def _for(self, job: Job, function: Callable[..., None], *args: Any) -> None:
+    def _for(self, job: SampleJob, function: Callable[..., None], *args: Any) -> None:
         """Does something for a sample, which alone fails if that does, and the rows stay whole."""
         try:
             function(*args)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from train.run.complete import Chat, answered, tokenized
+from train.run.complete import Chat, answer_prompts, tokenize_chats
 from train.run.pretrained import Outline
 from train.tasks.sql import examples as sql
 from train.tasks.task import print_figures
@@ -31,7 +31,7 @@ def draw_questions(n: int) -> Questions:
 
 def longest_prompt(outline: Outline, questions: Questions) -> int:
     """Returns the maximum number of tokens of a few-shot prompt and its answer."""
-    return max(map(len, tokenized(outline, _chats(questions, few_shot=True)))) + NEW_TOKENS
+    return max(map(len, tokenize_chats(outline, _chats(questions, few_shot=True)))) + NEW_TOKENS
 
 
 def answer(
@@ -55,8 +55,8 @@ def answer(
       forward: the model's ``apply``, or that on an adapted tree.
       progress: is called with the number of answers so far, and of all.
     """
-    prompts = tokenized(outline, _chats(questions, few_shot))
-    made = answered(
+    prompts = tokenize_chats(outline, _chats(questions, few_shot))
+    made = answer_prompts(
         model, params, outline, prompts, new_tokens=NEW_TOKENS, forward=forward, progress=progress
     )
     texts = iter(made)

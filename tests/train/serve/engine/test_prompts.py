@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lora_jax.models.layers.cache import init_cache
-from train.serve.engine.drawing import Drawing
-from train.serve.engine.prompts import Prefixes
+from train.serve.engine.programs import SamplingPrograms
+from train.serve.engine.prompts import PrefixCache
 from train.serve.engine.sizes import Sizes
 
 SIZES = Sizes(max_length=256, tokens=256, sequences=2, chunk=16)  # caches of 128 and of 256
@@ -18,7 +18,7 @@ class Unread:
     """Gives caches of the right length, and computes nothing."""
 
     chunk = SIZES.chunk
-    whole = Drawing.whole
+    whole = SamplingPrograms.whole
 
     def prompt(self, length):
         return init_cache(MODEL, 1, self.whole(length))
@@ -36,7 +36,7 @@ def test_a_prefix_is_taken_over_from_a_cache_of_the_same_length(n, cached):
         request = SimpleNamespace(prompt=ids, adapter="a")
         return SimpleNamespace(request=request, adapter=None, slot=0, path=("", "", "a", None))
 
-    prefixes, ids = Prefixes(Unread(), SIZES), np.arange(150)
+    prefixes, ids = PrefixCache(Unread(), SIZES), np.arange(150)
     first, other = prefixes.begin(job(ids)), prefixes.begin(job(ids[:n]))
     prefixes.run(first, None)
     assert prefixes.waits(other, [first]) == bool(cached)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from train.serve.engine.drawing import Tokens
-from train.serve.engine.jobs import Job
-from train.serve.engine.pool import Pool
+from train.serve.engine.jobs import SampleJob
+from train.serve.engine.pool import AdapterPool
+from train.serve.engine.programs import DrawnTokens
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
 from train.serve.requests import Client, Sample
@@ -18,7 +18,7 @@ from train.serve.requests import Client, Sample
 CHUNK = 8
 
 
-class EmptyPool(Pool):
+class EmptyPool(AdapterPool):
     """Slots that hold no arrays."""
 
     def __init__(self, slots):
@@ -56,7 +56,7 @@ class EmptyPlaces:
 
     def draw(self, tree):
         n = max(self.rows) + 1
-        return Tokens(np.zeros(n, int), np.zeros(n), None)
+        return DrawnTokens(np.zeros(n, int), np.zeros(n), None)
 
 
 def made_sampler(slots, sequences, shared):
@@ -95,7 +95,7 @@ class Requests:
             **{"adapter": name, "prompt": prompt, "n": n, "max_tokens": most},
             client=Client(owner, session),
         )
-        self.jobs.append(Job(request, adapter, 0, self.answers.append, None))
+        self.jobs.append(SampleJob(request, adapter, 0, self.answers.append, None))
         self.sampler.add(self.jobs[-1])
 
     def end(self):

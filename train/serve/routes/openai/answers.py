@@ -8,7 +8,7 @@ import numpy as np
 
 from train.serve.requests import Completion, Drawn, Piece, Sample
 from train.serve.routes.openai.chat import Calls
-from train.serve.routes.openai.text import Entry, Text, Tokens, finite
+from train.serve.routes.openai.text import CompletionText, ServedTokenizer, TokenEntry, finite
 
 
 @dataclasses.dataclass
@@ -24,16 +24,16 @@ class Said:
 
     text: str = ""
     calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    entries: list[Entry] = dataclasses.field(default_factory=list)
+    entries: list[TokenEntry] = dataclasses.field(default_factory=list)
     finish: str | None = None
 
 
 class Choice:
     """A completion of a request, while it grows."""
 
-    def __init__(self, tokens: Tokens, sample: Sample, *, tools: bool = False) -> None:
+    def __init__(self, tokens: ServedTokenizer, sample: Sample, *, tools: bool = False) -> None:
         """Begins a completion; `tools` looks for calls in it."""
-        self._text = Text(tokens, sample.stop, special=tools)
+        self._text = CompletionText(tokens, sample.stop, special=tools)
         self._calls = Calls() if tools else None
         self._ends, self._n = sample.stop_ids, 0
 
@@ -58,7 +58,7 @@ class Choice:
             "tool_calls" if called else "stop" if stopped else "length",
         )
 
-    def _said(self, text: str, entries: list[Entry], *, last: bool = False) -> Said:
+    def _said(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> Said:
         if self._calls is None:
             return Said(text, [], entries)
         return Said(*self._calls.add(text, last=last), entries)
@@ -71,9 +71,9 @@ def _pieces(completion: Completion, first: int) -> Iterable[Piece]:
         yield Piece(0, int(completion.tokens[i]), finite(completion.logprobs[i]), likely)
 
 
-def echoed(tokens: Tokens, sample: Sample, drawn: Drawn | None) -> Said:
+def echoed(tokens: ServedTokenizer, sample: Sample, drawn: Drawn | None) -> Said:
     """Returns a prompt as the beginning of its completion, with entries if they were asked for."""
-    text, parts = Text(tokens), Said()
+    text, parts = CompletionText(tokens), Said()
     logprobs = None if drawn is None else drawn.prompt_logprobs
     top = None if drawn is None else drawn.top_prompt
     for i, token in enumerate(sample.prompt):
@@ -115,7 +115,7 @@ class ChatForm:
       logprobs: whether each token's log-probability is told.
     """
 
-    tokens: Tokens
+    tokens: ServedTokenizer
     logprobs: bool
     prefix, whole_kind, part_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
@@ -143,7 +143,7 @@ class ChatForm:
         logprobs = told if self.logprobs and (said.entries or said.finish) else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": said.finish}
 
-    def _entry(self, entry: Entry) -> dict[str, Any]:
+    def _entry(self, entry: TokenEntry) -> dict[str, Any]:
         likely = [self._token(*one) for one in entry.top or ()]
         return {**self._token(entry.token, entry.logprob), "top_logprobs": likely}
 
@@ -162,7 +162,7 @@ class TextForm:
       top: the alternatives told for each token; None for no log-probabilities.
     """
 
-    tokens: Tokens
+    tokens: ServedTokenizer
     top: int | None
     prefix, whole_kind, part_kind = "cmpl-", "text_completion", "text_completion"
 
@@ -177,7 +177,7 @@ class TextForm:
 
     part = whole
 
-    def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
         return {
             "tokens": [self._text(one.token) for one in entries],
             "token_logprobs": [one.logprob for one in entries],
@@ -185,7 +185,7 @@ class TextForm:
             "text_offset": [one.start for one in entries],
         }
 
-    def _likely(self, entry: Entry) -> dict[str, float] | None:
+    def _likely(self, entry: TokenEntry) -> dict[str, float] | None:
         if entry.logprob is None:
             return None
         found = [*(entry.top or ()), (entry.token, entry.logprob)]

@@ -41,7 +41,7 @@ from train.serve.routes.openai.fields import (
 )
 from train.serve.routes.openai.models import Models
 from train.serve.routes.openai.table import CHAT, COMPLETIONS, FIELDS, STREAM_OPTIONS
-from train.serve.routes.openai.text import Tokens
+from train.serve.routes.openai.text import ServedTokenizer
 
 _AT_ONCE = 1024  # completions of a request at most
 _LENGTH = 16  # tokens of a plain completion that asks for no number, as at OpenAI's
@@ -83,7 +83,7 @@ class OpenAI:
     def __init__(
         self,
         engine: Serving,
-        tokens: Tokens,
+        tokens: ServedTokenizer,
         models: Models,
         sampling: Mapping[str, float] | None = None,
     ) -> None:

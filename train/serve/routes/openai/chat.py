@@ -11,7 +11,7 @@ from lora_jax.training.data.rows import check_text, question, shown
 from lora_jax.training.data.templates import asked
 from lora_jax.training.errors import TrainingError
 from train.serve.routes.errors import HttpError
-from train.serve.routes.openai.text import Tokens, beginning
+from train.serve.routes.openai.text import ServedTokenizer, beginning
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
@@ -21,7 +21,7 @@ def tools_of(body: Mapping[str, Any]) -> Any:
     return None if body.get("tool_choice") == "none" else body.get("tools") or None
 
 
-def prompt_of(body: Mapping[str, Any], tokens: Tokens, most: int) -> list[int]:
+def prompt_of(body: Mapping[str, Any], tokens: ServedTokenizer, most: int) -> list[int]:
     """Returns the tokens of a chat, up to the beginning of the answer.
 
     Args:

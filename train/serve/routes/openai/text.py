@@ -18,7 +18,7 @@ _HELD = 32  # tokens that may wait for the end of a character
 _LEAST = -9999.0  # what OpenAI's API writes for a log-probability of -inf
 
 
-class Tokens:
+class ServedTokenizer:
     """A tokenizer, as the routes use it; by several threads at once."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -55,7 +55,7 @@ class Tokens:
         ]
         return ids
 
-    def templated(self, template: str | None) -> "Tokens":
+    def templated(self, template: str | None) -> "ServedTokenizer":
         """Returns the same tokenizer with another chat template, if there is one."""
         if template is None:
             return self
@@ -94,7 +94,7 @@ def _byte_level() -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TokenEntry:
     """A token in a text.
 
     Attributes:
@@ -110,7 +110,7 @@ class Entry:
     start: int
 
 
-class Text:
+class CompletionText:
     """The text of tokens as they come; what was given out is never taken back.
 
     It ends before a text of `stop`. What may become part of one is held back, and so are the bytes
@@ -121,7 +121,9 @@ class Text:
       stopped: whether a text of `stop` was found.
     """
 
-    def __init__(self, tokens: Tokens, stop: Sequence[str] = (), *, special: bool = False) -> None:
+    def __init__(
+        self, tokens: ServedTokenizer, stop: Sequence[str] = (), *, special: bool = False
+    ) -> None:
         """Begins a text; `special` shows special tokens."""
         self.length, self.stopped = 0, False
         self._tokens, self._special = tokens, special
@@ -129,27 +131,27 @@ class Text:
         self._ids: list[int] = []  # those given out last, as the context of the next, and the rest
         self._known = 0  # those given out, of these
         self._held = ""  # decoded, and not given out
-        self._entries: list[Entry] = []  # of tokens whose text is not given out
+        self._entries: list[TokenEntry] = []  # of tokens whose text is not given out
 
     def add(
         self,
         token: int,
         logprob: float | None = None,
         top: Iterable[tuple[int, float]] | None = None,
-    ) -> tuple[str, list[Entry]]:
+    ) -> tuple[str, list[TokenEntry]]:
         """Takes a token; returns what can be given out now."""
         if self.stopped:
             return "", []
         listed = None if top is None else [(int(i), finite(x)) for i, x in top]
         start = self.length + len(self._held)
-        self._entries.append(Entry(token, logprob, listed, start))
+        self._entries.append(TokenEntry(token, logprob, listed, start))
         self._ids.append(token)
         new = self._decoded()
         if new.endswith(CUT) and len(self._ids) - self._known < _HELD:
             return "", []
         return self._given(new)
 
-    def end(self) -> tuple[str, list[Entry]]:
+    def end(self) -> tuple[str, list[TokenEntry]]:
         """Returns what was held back, once no more tokens come."""
         if self.stopped:
             return "", []
@@ -163,7 +165,7 @@ class Text:
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokens.text(ids, special=True) if self._special else self._stop.decoded(ids)
 
-    def _given(self, new: str, *, last: bool = False) -> tuple[str, list[Entry]]:
+    def _given(self, new: str, *, last: bool = False) -> tuple[str, list[TokenEntry]]:
         if new:
             self._ids = self._ids[self._known :]
             self._known = len(self._ids)

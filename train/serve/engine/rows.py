@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.serve.engine.drawing import Drawing, How, Tokens
-from train.serve.engine.jobs import Row
+from train.serve.engine.jobs import ActiveCompletion
+from train.serve.engine.programs import DrawnTokens, RowSampling, SamplingPrograms
 from train.serve.engine.sizes import Sizes
 from train.serve.requests import Sample
 
@@ -19,7 +19,7 @@ _SLOWER = 1.5  # times as long, at most, that a token takes beside other owners'
 _COLDEST = 1e-4  # the lowest temperature: logits that are divided by less lose their digits
 
 
-class Places:
+class RunningRows:
     """Rows on the device.
 
     Attributes:
@@ -28,7 +28,7 @@ class Places:
         take much longer.
     """
 
-    def __init__(self, drawing: Drawing, sizes: Sizes, vocab: int) -> None:
+    def __init__(self, drawing: SamplingPrograms, sizes: Sizes, vocab: int) -> None:
         """Makes few and short rows.
 
         Args:
@@ -37,7 +37,7 @@ class Places:
           vocab: size of the vocabulary.
         """
         self._drawing, self._sizes, self._vocab = drawing, sizes, vocab
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, ActiveCompletion] = {}
         self.shared = sizes.sequences
         self._width, self._length = sizes.widths[0], sizes.caches[0]
         self._idle = 0  # tokens since the rows were all needed
@@ -56,7 +56,7 @@ class Places:
         """Has the next token drawn in as few rows as will do."""
         self._idle = _HELD
 
-    def begin(self, row: Row, logits: jax.Array, cache: Any) -> Tokens:
+    def begin(self, row: ActiveCompletion, logits: jax.Array, cache: Any) -> DrawnTokens:
         """Draws the first token of a completion, and gives it a row.
 
         Args:
@@ -68,20 +68,20 @@ class Places:
         how = self.how(request, row.job.seed, row.index)
         alone = jax.tree.map(lambda x: x[None], how)
         tokens = self._drawing.first(logits, alone, np.bool_(request.top > 0))
-        tokens = Tokens(*jax.tree.map(np.asarray, tuple(tokens)))
+        tokens = DrawnTokens(*jax.tree.map(np.asarray, tuple(tokens)))
         self._insert(row, cache, len(request.prompt), int(tokens.ids[0]), 1, how)
         return tokens
 
-    def pause(self, row: Row) -> None:
+    def pause(self, row: ActiveCompletion) -> None:
         """Takes a completion out of its row; its keys and values go to the host's memory."""
         row.cache = self._drawing.take(self._arrays, np.int32(self._place(row)), row.n_cached)
         self.free(row)
 
-    def free(self, row: Row) -> None:
+    def free(self, row: ActiveCompletion) -> None:
         """Frees the row of a completion."""
         del self.rows[self._place(row)]
 
-    def resume(self, row: Row) -> None:
+    def resume(self, row: ActiveCompletion) -> None:
         """Gives a paused completion a row again, in which it goes on with the same bits."""
         assert row.cache is not None
         length = self._sizes.cache(row.n_cached)
@@ -89,29 +89,31 @@ class Places:
         self._insert(row, cache, row.n_cached, row.ids[-1], len(row.ids), how)
         row.cache = None
 
-    def draw(self, tree: Any) -> Tokens:
+    def draw(self, tree: Any) -> DrawnTokens:
         """Draws the next token of each completion."""
         self._fit(len(self.rows), max(row.n_cached + 1 for row in self.rows.values()))
         with_top = np.bool_(any(row.job.request.top for row in self.rows.values()))
         self._arrays, tokens = self._drawing.decode(tree, self._arrays, with_top)
-        return Tokens(*jax.tree.map(np.asarray, tuple(tokens)))
+        return DrawnTokens(*jax.tree.map(np.asarray, tuple(tokens)))
 
-    def how_of(self, row: Row) -> How:
+    def how_of(self, row: ActiveCompletion) -> RowSampling:
         """Returns how the tokens of a completion under way are drawn."""
         return self.how(row.job.request, row.job.seed, row.index)
 
-    def how(self, request: Sample, seed: int, index: int) -> How:
+    def how(self, request: Sample, seed: int, index: int) -> RowSampling:
         """Returns how the tokens of a completion are drawn."""
         key = jax.random.fold_in(jax.random.key(seed % 2**32), index)
         t = request.temperature
         top_k = min(request.top_k, self._vocab) if request.top_k > 0 else self._vocab
         t = max(t, _COLDEST) if t else 0.0
-        return How(jnp.float32(t), jnp.float32(request.top_p), jnp.int32(top_k), key)
+        return RowSampling(jnp.float32(t), jnp.float32(request.top_p), jnp.int32(top_k), key)
 
-    def _place(self, row: Row) -> int:
+    def _place(self, row: ActiveCompletion) -> int:
         return next(place for place, other in self.rows.items() if other is row)
 
-    def _insert(self, row: Row, cache: Any, n: int, token: int, drawn: int, how: How) -> None:
+    def _insert(
+        self, row: ActiveCompletion, cache: Any, n: int, token: int, drawn: int, how: RowSampling
+    ) -> None:
         self._fit(len(self.rows) + 1, n + 1)
         free = next(i for i in itertools.count() if i not in self.rows)
         self.rows[free] = row

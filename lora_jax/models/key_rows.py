@@ -11,7 +11,7 @@ from lora_jax.models.specs import COLUMNS, REPLICATED
 _WEIGHTS = ("kernel", "embedding", "scale")  # are called "weight" in files; others as here
 
 
-class Rows(list[Row]):
+class KeyTable(list[Row]):
     """The rows of a key table so far.
 
     Args:

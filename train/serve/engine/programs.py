@@ -15,7 +15,7 @@ from lora_jax.training.layout import Layout
 from train.serve.engine.trainer import likeliest
 
 
-class How(NamedTuple):
+class RowSampling(NamedTuple):
     """Holds how the tokens of each row are drawn: [] or [rows] each.
 
     Attributes:
@@ -30,7 +30,7 @@ class How(NamedTuple):
     key: jax.Array
 
 
-class Rows(NamedTuple):
+class CompletionRows(NamedTuple):
     """Completions under way, a row each.
 
     Attributes:
@@ -38,17 +38,17 @@ class Rows(NamedTuple):
       last: [rows] int32, the newest token, which is not in the cache yet.
       drawn: [rows] int32, the number of tokens drawn.
       slots: [rows] int32, the adapters.
-      how: see `How`.
+      how: see `RowSampling`.
     """
 
     cache: Cache
     last: jax.Array
     drawn: jax.Array
     slots: jax.Array
-    how: How
+    how: RowSampling
 
 
-class Tokens(NamedTuple):
+class DrawnTokens(NamedTuple):
     """Holds what was drawn: a token of each row.
 
     Attributes:
@@ -62,7 +62,7 @@ class Tokens(NamedTuple):
     top: tuple[Any, Any]
 
 
-class Drawing:
+class SamplingPrograms:
     """The functions, for one model; see their names. `compiled` counts what was compiled."""
 
     def __init__(self, model: Any, layout: Layout, chunk: int) -> None:
@@ -88,14 +88,14 @@ class Drawing:
         self._cut = jit(self._beginning)
         self._take = jit(self._taken)
 
-    def empty(self, rows: int, length: int) -> Rows:
+    def empty(self, rows: int, length: int) -> CompletionRows:
         """Returns rows without completions."""
         cache = init_cache(self._model.config, rows, length, self._model.dtype)
         ones, vocab = functools.partial(jnp.ones, rows), self._model.config.vocab_size
         keys = jax.random.split(jax.random.key(0), rows)
-        how = How(ones(), ones(), jnp.full(rows, vocab, jnp.int32), keys)
+        how = RowSampling(ones(), ones(), jnp.full(rows, vocab, jnp.int32), keys)
         last, drawn, slots = (jnp.zeros(rows, jnp.int32) for _ in range(3))
-        return self._place(Rows(cache._replace(filled=None), last, drawn, slots, how))
+        return self._place(CompletionRows(cache._replace(filled=None), last, drawn, slots, how))
 
     def prompt(self, length: int) -> Cache:
         """Returns the cache for a prompt of at most this length, which has whole chunks."""
@@ -121,7 +121,7 @@ class Drawing:
         with jax.set_mesh(self._mesh):
             return self._extend(tree, slot, ids, n, cache)
 
-    def first(self, logits: jax.Array, how: How, with_top: Any) -> Tokens:
+    def first(self, logits: jax.Array, how: RowSampling, with_top: Any) -> DrawnTokens:
         """Draws the first token of a completion.
 
         Args:
@@ -137,7 +137,7 @@ class Drawing:
         with jax.set_mesh(self._mesh):
             return self._cut(cache, n)
 
-    def take(self, rows: Rows, row: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def take(self, rows: CompletionRows, row: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns a copy of a row's keys and values, in the host's memory.
 
         Args:
@@ -159,8 +159,15 @@ class Drawing:
         return cache._replace(key=self._place(key), value=self._place(value))
 
     def insert(
-        self, rows: Rows, row: Any, cache: Cache, n: Any, token: Any, drawn: Any, mine: Any
-    ) -> Rows:
+        self,
+        rows: CompletionRows,
+        row: Any,
+        cache: Cache,
+        n: Any,
+        token: Any,
+        drawn: Any,
+        mine: Any,
+    ) -> CompletionRows:
         """Puts a completion into a row.
 
         Args:
@@ -175,12 +182,14 @@ class Drawing:
         with jax.set_mesh(self._mesh):
             return self._insert(rows, row, cache, n, token, drawn, mine)
 
-    def decode(self, tree: Any, rows: Rows, with_top: Any) -> tuple[Rows, Tokens]:
+    def decode(
+        self, tree: Any, rows: CompletionRows, with_top: Any
+    ) -> tuple[CompletionRows, DrawnTokens]:
         """Draws the next token of each row; the rows are taken."""
         with jax.set_mesh(self._mesh):
             return self._decode(tree, rows, with_top)
 
-    def fit(self, rows: Rows, order: Any, length: int) -> Rows:
+    def fit(self, rows: CompletionRows, order: Any, length: int) -> CompletionRows:
         """Returns chosen rows, with caches of another length.
 
         Args:
@@ -205,7 +214,7 @@ class Drawing:
         )
         return logits[:, 0], new
 
-    def _first_token(self, logits: jax.Array, how: How, with_top: jax.Array) -> Tokens:
+    def _first_token(self, logits: jax.Array, how: RowSampling, with_top: jax.Array) -> DrawnTokens:
         self.compiled += 1
         return _drawn(logits, how, jnp.zeros(1, jnp.int32), with_top)
 
@@ -220,7 +229,7 @@ class Drawing:
             length=jnp.full_like(cache.length, n),
         )
 
-    def _taken(self, rows: Rows, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _taken(self, rows: CompletionRows, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         self.compiled += 1
         both = rows.cache.key, rows.cache.value
         key, value = (lax.dynamic_slice_in_dim(x, row, 1, axis=1) for x in both)
@@ -228,14 +237,14 @@ class Drawing:
 
     def _inserted(
         self,
-        rows: Rows,
+        rows: CompletionRows,
         row: jax.Array,
         cache: Cache,
         n: jax.Array,
         token: jax.Array,
         drawn: jax.Array,
         mine: Any,
-    ) -> Rows:
+    ) -> CompletionRows:
         self.compiled += 1
         slot, how = mine
         length = rows.cache.positions.shape[1]
@@ -246,7 +255,7 @@ class Drawing:
             return lax.dynamic_update_slice(old, new[:, :, :, :length], (0, row, 0, 0, 0))
 
         old = rows.cache
-        return Rows(
+        return CompletionRows(
             cache=old._replace(
                 key=put(old.key, cache.key),
                 value=put(old.value, cache.value),
@@ -259,7 +268,9 @@ class Drawing:
             how=jax.tree.map(lambda all, one: all.at[row].set(one), rows.how, how),
         )
 
-    def _decoded(self, tree: Any, rows: Rows, with_top: jax.Array) -> tuple[Rows, Tokens]:
+    def _decoded(
+        self, tree: Any, rows: CompletionRows, with_top: jax.Array
+    ) -> tuple[CompletionRows, DrawnTokens]:
         self.compiled += 1
         here = jnp.zeros((len(rows.last), 1), jnp.int32)
         logits, cache = self._forward(
@@ -271,7 +282,7 @@ class Drawing:
         tokens = _drawn(logits[:, 0], rows.how, rows.drawn, with_top)
         return rows._replace(cache=cache, last=tokens.ids, drawn=rows.drawn + 1), tokens
 
-    def _fitted(self, rows: Rows, order: jax.Array, length: int) -> Rows:
+    def _fitted(self, rows: CompletionRows, order: jax.Array, length: int) -> CompletionRows:
         self.compiled += 1
 
         def resized(x: jax.Array, axis: int, fill: int) -> jax.Array:
@@ -288,7 +299,7 @@ class Drawing:
             positions=resized(cache.positions[order], 1, -1),
             length=cache.length[order],
         )
-        return Rows(fitted, last, drawn, slots, how)
+        return CompletionRows(fitted, last, drawn, slots, how)
 
 
 def _alone(tree: Any, slot: jax.Array) -> Choice:
@@ -301,7 +312,9 @@ def _alone(tree: Any, slot: jax.Array) -> Choice:
     return Choice(map_slots(only, tree), jnp.minimum(slot, 1)[None])
 
 
-def _drawn(logits: jax.Array, how: How, step: jax.Array, with_top: jax.Array) -> Tokens:
+def _drawn(
+    logits: jax.Array, how: RowSampling, step: jax.Array, with_top: jax.Array
+) -> DrawnTokens:
     """Draws a token of each row.
 
     Args:
@@ -324,10 +337,10 @@ def _drawn(logits: jax.Array, how: How, step: jax.Array, with_top: jax.Array) ->
     ids = lax.cond(jnp.all(greedy), lambda: likely, drawn)
     found = jnp.take_along_axis(scores, ids[:, None], axis=-1)[:, 0]
     logps = found - jax.nn.logsumexp(scores, axis=-1)
-    return Tokens(ids, logps, likeliest(scores, with_top))
+    return DrawnTokens(ids, logps, likeliest(scores, with_top))
 
 
-def _limited(scores: jax.Array, how: How) -> jax.Array:
+def _limited(scores: jax.Array, how: RowSampling) -> jax.Array:
     """Returns scores, -inf outside each row's top_k and top_p."""
     ranked = -jnp.sort(-scores, axis=-1)
     rank = jnp.arange(scores.shape[-1])
