@@ -33,7 +33,7 @@ from train.compare.intruders import mean_intruders
 from train.compare.options import OF_CLASSIFIER, CompareConfig, check
 from train.compare.reporting import dimension, peft_json, report
 from train.compare.sweep import PROGRESS, Sweep, read_progress
-from train.compare.trials import RUNS, Script, trials_of
+from train.compare.trials import RUNS, ComparedScript, trials_of
 from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.finetune import RunPart, weights_of
@@ -82,7 +82,7 @@ class ClassifyCompare(classify_options.Config):
 
 
 SCRIPTS = {
-    "sft": Script(
+    "sft": ComparedScript(
         name="train.sft",
         compared=SftCompare(),
         plain=sft_options.Config(run=sft_options.SftRunConfig(eval_questions=64)),
@@ -95,7 +95,7 @@ SCRIPTS = {
         },
         quick_full=(1.0, 3.0),
     ),
-    "classify": Script(
+    "classify": ComparedScript(
         name="train.classify",
         compared=ClassifyCompare(),
         plain=classify_options.Config(),
@@ -123,7 +123,7 @@ def main(args: Sequence[str] | None = None) -> None:
         compare(script, config, names, session, command)
 
 
-def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
+def parse(args: Sequence[str]) -> tuple[ComparedScript, Any, frozenset[str]]:
     """Parses a command line.
 
     Returns:
@@ -160,7 +160,7 @@ def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
 
 
 def compare(
-    script: Script,
+    script: ComparedScript,
     config: Any,
     given: frozenset[str],
     session: Session,
@@ -186,7 +186,7 @@ def compare(
     """
     began = time.monotonic()
     console = hosts.console()
-    folder = _locked(config, session, console)
+    folder = _open_folder(config, session, console)
     asked = config.compare
     text = outside.read_text(asked.outside) if script.kind == "sft" else None
     reader = Reader()
@@ -217,7 +217,7 @@ def compare(
         console=console,
     )
     sweep.run()
-    found = measure.measured(sweep, inputs, command, None if text is None else text[1])
+    found = measure.collect(sweep, inputs, command, None if text is None else text[1])
     result.write(found, folder)
     said = report.write_report(found, folder)
     if asked.peft_json:
@@ -247,7 +247,7 @@ def _intruders(inputs: Inputs, known: dict[Any, Any], run: Run, tree: Any) -> fl
     return mean_intruders(before, after, outline.kinds, known)
 
 
-def _locked(config: Any, session: Session, console: Console) -> Path:
+def _open_folder(config: Any, session: Session, console: Console) -> Path:
     """Returns the output folder, checked, and with its lock.
 
     Raises:

@@ -19,7 +19,7 @@ _AROUND_FULL = (1 / 3, 1.0, 3.0, 9.0)  # the scripts' rates are careful ones, fo
 _DIMENSIONS = (100, 1000, 10_000)
 
 
-class Basis(NamedTuple):
+class ScriptDefaults(NamedTuple):
     """The settings that a script would choose by itself.
 
     Attributes:
@@ -36,7 +36,7 @@ class Basis(NamedTuple):
     quick_full: tuple[float, ...]
 
 
-def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
+def arms_of(compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
     """Returns all arms, method by method.
 
     Args:

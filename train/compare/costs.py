@@ -22,7 +22,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import models
-from train.compare.result import Arm, Latency, Planned
+from train.compare.result import Arm, Latency, PlanResult
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.finetune import finetune
@@ -49,7 +49,7 @@ def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> dict
       session: tells of signals.
 
     Returns:
-      The fields of `Measured` about a step: "step_seconds", "compiled_bytes" and "peak_bytes".
+      The fields of `RunResult` about a step: "step_seconds", "compiled_bytes" and "peak_bytes".
 
     Raises:
       UserError: the process failed.
@@ -76,9 +76,9 @@ def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> dict
     }
 
 
-def planned(
+def plan_result(
     trial: Trial, topology: str, price: float | None, tokens_a_row: int
-) -> tuple[Planned, str]:
+) -> tuple[PlanResult, str]:
     """Plans a run for a machine that is not there; see `train.plan`.
 
     Args:
@@ -112,7 +112,9 @@ def planned(
     if not made["fits"]:
         raise UserError(f"{topology} does not hold {trial.name}: {made['refused']}")
     bytes_of_chip = made["per_chip_bytes"]["total"]
-    plan = Planned(trial.arm, bytes_of_chip, made["step_seconds"], made["chip_hours"], made["cost"])
+    plan = PlanResult(
+        trial.arm, bytes_of_chip, made["step_seconds"], made["chip_hours"], made["cost"]
+    )
     words = f"{topology} ({made['chips']} chips), at {made['utilisation']:.0%} of its peak"
     return plan, words if price is None else f"{words}, {price:g} a chip-hour"
 

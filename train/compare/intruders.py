@@ -68,7 +68,7 @@ def mean_intruders(
 
 
 def intruders(vectors: np.ndarray, trained: np.ndarray) -> int:
-    """Returns how many of a trained matrix's first singular vectors are foreign to the base's.
+    """Counts the first singular vectors of a trained matrix that are foreign to the base's.
 
     Args:
       vectors: `right_vectors` of the base's matrix.

@@ -15,12 +15,12 @@ from train.compare.options import has_adapter
 from train.compare.reporting import tables
 from train.compare.result import (
     Comparison,
-    Facts,
+    ComparisonFacts,
     Forgetting,
     Latency,
-    Measured,
-    Planned,
+    PlanResult,
     Point,
+    RunResult,
     Status,
 )
 from train.compare.rungs import RULE
@@ -38,7 +38,7 @@ from train.run.report import tree_bytes, versions
 COSTS = "costs"
 
 
-def measured(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Comparison:
+def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Comparison:
     """Returns all measurements; takes those that are left for the end.
 
     Args:
@@ -60,7 +60,7 @@ def measured(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Co
             before = sweep.outside(plain, forward)
     given = config.data.dataset
     found = Comparison(
-        facts=Facts(
+        facts=ComparisonFacts(
             command=command,
             script=sweep.script,
             model=outline.name,
@@ -76,7 +76,7 @@ def measured(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Co
             rule=RULE if asked.early_stopping else None,
             baselines=next(filter(None, map(_baselines, sweep.trials)), {}),
         ),
-        runs=tuple(_of_run(trial, sweep, before) for trial in sweep.trials),
+        runs=tuple(_run_result(trial, sweep, before) for trial in sweep.trials),
         rungs=sweep.record.rungs,
     )
     best = _best(found, sweep.trials)
@@ -89,11 +89,11 @@ def measured(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Co
                 latencies.append(costs.answer_latency(trial.arm, model, plain, adapted, decodes))
     del plain, model
     if asked.costs:
-        runs = _with_costs(found.runs, best, sweep)
+        runs = _add_costs(found.runs, best, sweep)
         found = dataclasses.replace(found, runs=runs, latencies=tuple(latencies))
     if asked.topology is not None:
         length = inputs.read.data.facts["sequence_length"]
-        found = _planned(found, asked.topology, best, sweep, length)
+        found = _add_plans(found, asked.topology, best, sweep, length)
     return found
 
 
@@ -113,9 +113,9 @@ def _machine() -> str:
     return f"{platform.machine()} CPU, {cores} core{plural} ({platform.system()})"
 
 
-def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
-    """Returns what was measured of a run."""
-    done = sweep.record.of(trial.name)
+def _run_result(trial: Trial, sweep: Sweep, before: float | None) -> RunResult:
+    """Returns the result of a run, as far as it went."""
+    done = sweep.record.progress(trial.name)
     lines = read_metrics(trial.folder)
 
     def points(name: str) -> tuple[Point, ...]:
@@ -126,7 +126,7 @@ def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
     if done.finished or done.error is not None:
         status = "done" if done.error is None else "failed"
     lost = None if before is None or done.outside is None else Forgetting(before, done.outside)
-    return Measured(
+    return RunResult(
         name=trial.name,
         arm=trial.arm,
         seed=trial.seed,
@@ -151,16 +151,16 @@ def _best(found: Comparison, trials: Sequence[Trial]) -> list[Trial]:
     by_name = {trial.name: trial for trial in trials}
     chosen = []
     for row in tables.best_of_each(tables.rows(found), lambda arm: arm.method):
-        of = row.measure.of
-        values = {run.name: value for run in row.runs if (value := of(run)) is not None}
+        value_of = row.measure.value
+        values = {run.name: x for run in row.runs if (x := value_of(run)) is not None}
         best = (max if row.measure.larger else min)(values, key=values.__getitem__)
         chosen.append(by_name[best])
     return chosen
 
 
-def _with_costs(
-    runs: tuple[Measured, ...], best: list[Trial], sweep: Sweep
-) -> tuple[Measured, ...]:
+def _add_costs(
+    runs: tuple[RunResult, ...], best: list[Trial], sweep: Sweep
+) -> tuple[RunResult, ...]:
     """Returns the runs, those of the best arms with the memory and time of a step."""
     for trial in best:
         try:
@@ -175,16 +175,16 @@ def _with_costs(
     return runs
 
 
-def _planned(
+def _add_plans(
     found: Comparison, topology: str, best: list[Trial], sweep: Sweep, length: int
 ) -> Comparison:
     """Returns the comparison with plans of the best arms for another machine."""
-    plans: list[Planned] = []
+    plans: list[PlanResult] = []
     words = topology
     for trial in best:
         try:
             with doing(sweep.console, f"planning {trial.name} for {topology}"):
-                plan, words = costs.planned(trial, topology, sweep.asked.price, length)
+                plan, words = costs.plan_result(trial, topology, sweep.asked.price, length)
         except UserError as error:
             tell(sweep.console, f"warning: {error}")
             continue

@@ -19,7 +19,7 @@ OF_SUBSPACE = ("said", "did")
 OF_CLASSIFIER = ("head-only", *OF_SUBSPACE)  # methods that train.sft has not
 
 
-class Way(NamedTuple):
+class TrainingMethod(NamedTuple):
     """A way to train.
 
     Attributes:
@@ -34,19 +34,19 @@ class Way(NamedTuple):
 
 
 METHODS = {
-    "lora": Way("LoRA", {}, {}),
-    "rslora": Way("rsLoRA", {"scaling": "alpha/sqrt(rank)"}, {"use_rslora": True}),
-    "pissa": Way("PiSSA", {"init": "pissa"}, {"init_lora_weights": "pissa"}),
-    "olora": Way("OLoRA", {"init": "olora"}, {"init_lora_weights": "olora"}),
-    "lora-plus": Way("LoRA+", {"lora_plus": 16.0}, {}),
+    "lora": TrainingMethod("LoRA", {}, {}),
+    "rslora": TrainingMethod("rsLoRA", {"scaling": "alpha/sqrt(rank)"}, {"use_rslora": True}),
+    "pissa": TrainingMethod("PiSSA", {"init": "pissa"}, {"init_lora_weights": "pissa"}),
+    "olora": TrainingMethod("OLoRA", {"init": "olora"}, {"init_lora_weights": "olora"}),
+    "lora-plus": TrainingMethod("LoRA+", {"lora_plus": 16.0}, {}),
     **{
-        method: Way(one.name, {one.option: True}, one.in_peft and one.in_peft.fields)
+        method: TrainingMethod(one.name, {one.option: True}, one.in_peft and one.in_peft.fields)
         for method, one in COMPARED.items()
     },
-    "full": Way("full fine-tuning", {"full": True}),
-    "head-only": Way("head alone", {"head_only": True}),
-    "said": Way("SAID", {"intrinsic_kind": "said"}),
-    "did": Way("DID", {"intrinsic_kind": "did"}),
+    "full": TrainingMethod("full fine-tuning", {"full": True}),
+    "head-only": TrainingMethod("head alone", {"head_only": True}),
+    "said": TrainingMethod("SAID", {"intrinsic_kind": "said"}),
+    "did": TrainingMethod("DID", {"intrinsic_kind": "did"}),
 }
 if TYPE_CHECKING:
     Method = str
@@ -55,7 +55,7 @@ else:
 
 
 def has_adapter(method: str) -> bool:
-    """Returns whether a method trains an adapter, so that several train side by side."""
+    """Returns True if a method trains an adapter, so that several train side by side."""
     return method not in ("full", *OF_CLASSIFIER)
 
 

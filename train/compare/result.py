@@ -41,7 +41,7 @@ class Arm(NamedTuple):
     batch_size: int
     dimension: int | None = None
 
-    def at_any_rate(self) -> "Arm":
+    def rate_group(self) -> "Arm":
         """Returns the arm without its learning rate: one for all arms that differ in it alone."""
         return self._replace(learning_rate=0.0)
 
@@ -61,7 +61,7 @@ class Forgetting(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
+class RunResult:
     """A run: an arm with a seed.
 
     Attributes:
@@ -134,7 +134,7 @@ class Latency(NamedTuple):
     what: str
 
 
-class Planned(NamedTuple):
+class PlanResult(NamedTuple):
     """An arm on a machine that is not there, as `train.plan` computes it.
 
     Attributes:
@@ -166,7 +166,7 @@ class Rung(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class ComparisonFacts:
     """Facts that all runs share.
 
     Attributes:
@@ -181,7 +181,7 @@ class Facts:
       machine: where it ran, in words.
       date: when it began, as ISO 8601 has it.
       versions: versions of Python and packages.
-      planned_on: the machine of `Planned`, with price and assumed share of the peak, in words.
+      planned_on: the machine of `PlanResult`, with price and assumed share of the peak, in words.
       outside: the text that forgetting was measured on, in words.
       rule: the rule of early stopping, in words; None where no run was stopped early.
       baselines: the task's score without training, by what gets it: "always the commonest label".
@@ -208,11 +208,11 @@ class Facts:
 class Comparison:
     """All that a comparison measured."""
 
-    facts: Facts
-    runs: tuple[Measured, ...]
+    facts: ComparisonFacts
+    runs: tuple[RunResult, ...]
     rungs: tuple[Rung, ...] = ()
     latencies: tuple[Latency, ...] = ()
-    planned: tuple[Planned, ...] = ()
+    planned: tuple[PlanResult, ...] = ()
 
 
 Kind = TypeVar("Kind")
@@ -242,7 +242,7 @@ def write_record(record: Any, path: Path) -> None:
 
 
 def read_record(kind: type[Kind], path: Path) -> Kind:
-    """Returns what `write_record` wrote.
+    """Reads a record that `write_record` wrote.
 
     Fields that have a default may be missing, as in the files of an earlier version.
 

@@ -54,18 +54,18 @@ def step_of(stage: Stage, steps: int, every: int, warmup: int = 0) -> int:
 
 
 def chooses(stage: Stage, arms: Collection[Arm]) -> bool:
-    """Returns whether a stage stops any of these arms: of a method's only arm it stops none."""
+    """Returns True if a stage stops any of these arms: of a method's only arm it stops none."""
     counts = Counter(arm.method for arm in arms)
     return any(_kept(stage, n) < n for n in counts.values())
 
 
 def _kept(stage: Stage, n: int) -> int:
-    """Returns how many of a method's n arms go on after a stage."""
+    """Returns the number of a method's n arms that go on after a stage."""
     return max(1, math.ceil(stage.kept * n))
 
 
 def decide(stage: Stage, losses: Mapping[Arm, float], share: float) -> Rung:
-    """Returns which arms go on after a stage.
+    """Returns the decision after a stage: the arms that go on, and those that stop.
 
     Args:
       stage: the stage.

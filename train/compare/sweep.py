@@ -43,7 +43,7 @@ PROGRESS = "sweep.json"
 
 
 @dataclasses.dataclass
-class Done:
+class RunProgress:
     """The progress of a run.
 
     Attributes:
@@ -70,7 +70,7 @@ class Done:
 
 
 @dataclasses.dataclass
-class Record:
+class SweepRecord:
     """The progress of all runs.
 
     Attributes:
@@ -80,22 +80,22 @@ class Record:
     """
 
     date: str
-    runs: dict[str, Done] = dataclasses.field(default_factory=dict)
+    runs: dict[str, RunProgress] = dataclasses.field(default_factory=dict)
     rungs: tuple[Rung, ...] = ()
 
-    def of(self, name: str) -> Done:
-        """Returns what was done of a run."""
-        return self.runs.setdefault(name, Done())
+    def progress(self, name: str) -> RunProgress:
+        """Returns the progress of a run, a new one at first."""
+        return self.runs.setdefault(name, RunProgress())
 
 
-def read_progress(folder: Path, date: str) -> Record:
+def read_progress(folder: Path, date: str) -> SweepRecord:
     """Returns the record of a folder, or a new one that begins now.
 
     Raises:
       UserError: the file is damaged.
     """
     path = folder / PROGRESS
-    return read_record(Record, path) if path.exists() else Record(date)
+    return read_record(SweepRecord, path) if path.exists() else SweepRecord(date)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -119,7 +119,7 @@ class Sweep:
     script: str
     folder: Path
     trials: Sequence[Trial]
-    record: Record
+    record: SweepRecord
     part: RunPart
     asked: CompareConfig
     outside: Callable[[Any, Callable[..., Any]], float] | None
@@ -136,7 +136,9 @@ class Sweep:
         stages = [*rungs.STAGES, rungs.LAST] if self.asked.early_stopping else [rungs.LAST]
         for number, stage in enumerate(stages):
             going = [trial for trial in self.trials if not self.is_over(trial)]
-            waiting = [trial for trial in going if self.record.of(trial.name).stages <= number]
+            waiting = [
+                trial for trial in going if self.record.progress(trial.name).stages <= number
+            ]
             before = stages[number - 1] if number and stage is not rungs.LAST else None
             # After a long warmup, two stages may end at one step.
             there = [one for one in waiting if before and _end(before, one) == _end(stage, one)]
@@ -145,7 +147,7 @@ class Sweep:
             if stage is not rungs.LAST and not chooses:
                 there = waiting  # on to the next one: to end here would cost time for nothing
             for trial in there:
-                self.record.of(trial.name).stages = number + 1
+                self.record.progress(trial.name).stages = number + 1
             waiting = [trial for trial in waiting if trial not in there]
             if waiting:
                 self._say(number, len(stages), stage, waiting)
@@ -159,8 +161,8 @@ class Sweep:
         return {arm for rung in self.record.rungs for arm, _ in rung.stopped}
 
     def is_over(self, trial: Trial) -> bool:
-        """Returns whether a run needs no more training."""
-        done = self.record.of(trial.name)
+        """Returns True if a run needs no more training."""
+        done = self.record.progress(trial.name)
         return done.finished or done.error is not None or trial.arm in self.stopped_arms()
 
     def _say(self, number: int, n: int, stage: Stage, waiting: Sequence[Trial]) -> None:
@@ -176,10 +178,10 @@ class Sweep:
     def _train(self, group: Sequence[Trial], number: int, stage: Stage) -> None:
         """Trains a group to the end of a stage, and records what came of it."""
         began = time.monotonic()
-        until = None if stage is rungs.LAST else functools.partial(_step_of, stage)
+        until = None if stage is rungs.LAST else functools.partial(_end_of_stage, stage)
 
         def trained(run: Run, tree: Any, forward: Callable[..., Any]) -> None:
-            done = self.record.of(run.folder.name)
+            done = self.record.progress(run.folder.name)
             done.saved_bytes = folder_bytes(run.folder / ADAPTER)
             if self.outside is not None:
                 done.outside = self.outside(tree, forward)
@@ -196,7 +198,7 @@ class Sweep:
         gc.collect()
         seconds = (time.monotonic() - began) / len(group)
         for trial in group:
-            done = self.record.of(trial.name)
+            done = self.record.progress(trial.name)
             done.seconds += seconds
             done.side_by_side = len(group)
             # A signal in the last step cuts off the measurement after it, still to do then.
@@ -204,7 +206,7 @@ class Sweep:
                 done.stages, done.finished = number + 1, until is None
         write_record(self.record, self.folder / PROGRESS)
         for trial in group:
-            if self.record.of(trial.name).finished:
+            if self.record.progress(trial.name).finished:
                 self._tidy(trial)
         self.session.stop.remedy = self.part.hint or ""
         self.session.stop.check()
@@ -212,20 +214,20 @@ class Sweep:
     def _side_by_side(self, group: Sequence[Trial], part: RunPart) -> None:
         asked = []
         for trial in group:
-            row = TableRow(trial.name, f"run {trial.name}", frozenset(), _going_on(trial))
+            row = TableRow(trial.name, f"run {trial.name}", frozenset(), _resumed_options(trial))
             asked.append(Asked(row, trial.task))
         for one in train_rows(self.script, asked, self.session, self.console, part):
-            done = self.record.of(one.row.name)
+            done = self.record.progress(one.row.name)
             if one.state == "failed":
                 done.error = one.why
             if one.score is not None:
                 done.score = one.score
 
     def _alone(self, trial: Trial, part: RunPart) -> None:
-        done = self.record.of(trial.name)
+        done = self.record.progress(trial.name)
         tell(self.console, f"run {trial.name}")
         try:
-            scores = finetune(self.script, _going_on(trial), trial.task, self.session, part)
+            scores = finetune(self.script, _resumed_options(trial), trial.task, self.session, part)
         except TrainingError as error:
             done.error = error.said(flag).strip().splitlines()[0]
             write_text(trial.folder / ERROR, f"{error.said(flag).rstrip()}\n")
@@ -256,7 +258,7 @@ class Sweep:
 
     def _loss(self, trial: Trial) -> float:
         """Returns the newest held-out loss of a run; NaN for one that failed."""
-        if self.record.of(trial.name).error is not None:
+        if self.record.progress(trial.name).error is not None:
             return math.nan
         lines = read_metrics(trial.folder)
         name = f"{HELD_OUT}loss"
@@ -270,14 +272,14 @@ class Sweep:
             shutil.rmtree(trial.folder / ADAPTER, ignore_errors=True)
 
 
-def _step_of(stage: Stage, steps: int, config: Any) -> int:
+def _end_of_stage(stage: Stage, steps: int, config: Any) -> int:
     """Returns the step that ends a stage of a run, by its number of steps and its options."""
     warmup = warmup_steps(config.optim, steps)
     return rungs.step_of(stage, steps, config.run.eval_every, warmup)
 
 
 def _end(stage: Stage, trial: Trial) -> int:
-    return _step_of(stage, trial.steps, trial.config)
+    return _end_of_stage(stage, trial.steps, trial.config)
 
 
 def _share(stage: Stage, trials: Sequence[Trial]) -> float:
@@ -285,6 +287,6 @@ def _share(stage: Stage, trials: Sequence[Trial]) -> float:
     return max(_end(stage, trial) / trial.steps for trial in trials)
 
 
-def _going_on(trial: Trial) -> Any:
+def _resumed_options(trial: Trial) -> Any:
     """Returns a run's options, with --resume where it has begun."""
     return replaced(trial.config, {"resume": (trial.folder / CONFIG).exists()})

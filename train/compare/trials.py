@@ -33,7 +33,7 @@ RUNS = "runs"
 _EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
 
 
-class Script(NamedTuple):
+class ComparedScript(NamedTuple):
     """A training script, as a comparison uses it.
 
     Attributes:
@@ -98,7 +98,7 @@ class Trial:
         return Path(self.config.run.output)
 
 
-def basis_of(script: Script, options: Any) -> arms.Basis:
+def basis_of(script: ComparedScript, options: Any) -> arms.ScriptDefaults:
     """Returns the settings that the script would choose by itself.
 
     Raises:
@@ -120,11 +120,11 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
             )
         rates[name] = completed.optim.lr
     alpha = script.task_of(options).defaults.alpha
-    return arms.Basis(alpha, rates, options.optim.batch_size, script.quick_full)
+    return arms.ScriptDefaults(alpha, rates, options.optim.batch_size, script.quick_full)
 
 
 def trials_of(
-    script: Script, config: Any, given: Collection[str], folder: Path, reader: Reader
+    script: ComparedScript, config: Any, given: Collection[str], folder: Path, reader: Reader
 ) -> tuple[list[Trial], Inputs]:
     """Returns all runs, checked, and the inputs of one of them.
 
@@ -176,7 +176,7 @@ def _likeness(trial: Trial) -> tuple[Any, ...]:
 
 
 def _asked(
-    script: Script, options: Any, compare: CompareConfig, given: Collection[str]
+    script: ComparedScript, options: Any, compare: CompareConfig, given: Collection[str]
 ) -> list[Experiment]:
     """Returns all runs that are asked for."""
     if not compare.peft_experiments:
@@ -200,7 +200,12 @@ def _asked(
 
 
 def _trial(
-    script: Script, options: Any, one: Experiment, first_seed: int, folder: Path, reader: Reader
+    script: ComparedScript,
+    options: Any,
+    one: Experiment,
+    first_seed: int,
+    folder: Path,
+    reader: Reader,
 ) -> tuple[Trial, Inputs]:
     options = replaced(options, one.options)
     changes = arms.settings(one.arm, one.seed) | {

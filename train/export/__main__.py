@@ -34,9 +34,9 @@ from train.export.marked import is_generated
 from train.export.options import ExportOptions, check, parse
 from train.export.terms import (
     auto_class,
+    codes_notice,
     loading_options,
     rope_problems,
-    said_of_codes,
     task_type,
 )
 from train.processes.cache import keep_compiled
@@ -48,7 +48,7 @@ PROBLEMS = 1  # the exit code when --check-serving finds some
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ExportJob:
     """Says what to export: the options, the adapter, its base, and where it is uploaded to."""
 
     options: ExportOptions
@@ -108,7 +108,7 @@ def run(options: ExportOptions) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if repository and options.output is None:
             options = dataclasses.replace(options, output=str(Path(folder) / "export"))
-        work = Work(options, console, adapter, name, repository)
+        work = ExportJob(options, console, adapter, name, repository)
         if options.merged:
             write_merged(work, model, params, shard)
         else:
@@ -134,7 +134,7 @@ def repository_of(options: ExportOptions, base: str) -> Repository | None:
     return find_repository(name, private=options.private, overwrite=options.overwrite)
 
 
-def upload(work: Work, repository: Repository, temporary: Path) -> None:
+def upload(work: ExportJob, repository: Repository, temporary: Path) -> None:
     """Uploads the export, and prints where it is."""
     output = work.output
     remedy = f"The export is in {output}: `hf upload {repository.name} {output}` sends it"
@@ -145,7 +145,7 @@ def upload(work: Work, repository: Repository, temporary: Path) -> None:
     work.say(f"uploaded to {push(repository, output, remedy)}")
 
 
-def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -> str:
+def readme_of(work: ExportJob, model: Any, fields: Mapping[str, Any] | None = None) -> str:
     """Returns the model card: the one that somebody wrote in the output folder, or a new one."""
     there = work.output / README
     if there.is_file() and not is_generated(text := there.read_text(encoding="utf-8")):
@@ -156,7 +156,7 @@ def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -
     return card(Export(name, base, model, fields, work.adapter))
 
 
-def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
+def write_merged(work: ExportJob, model: Any, params: Any, shard: int) -> None:
     """Writes the whole model, with the adapter merged into it."""
     dtype = work.options.dtype or dtype_of_files(work.base)
     given = work.options.tokenizer or work.adapter.tokenizer
@@ -189,7 +189,7 @@ def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
     work.say(f'load it with: {auto_class(model)[0]}.from_pretrained("{work.output}")')
 
 
-def write_adapter(work: Work, model: Any, params: Any) -> None:
+def write_adapter(work: ExportJob, model: Any, params: Any) -> None:
     """Writes PEFT's files; with --check-serving, exits first if there are problems."""
     options, base = work.options, work.base
     no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
@@ -217,7 +217,7 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
         )
     print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
     if codes := work.adapter.codes:
-        work.say(said_of_codes(codes, base))
+        work.say(codes_notice(codes, base))
     if not options.base_name and name_for_others(base) is None:
         work.say(
             "adapter_config.json names no base, because the base is a local folder: give its name "
@@ -266,7 +266,7 @@ def report_problems(problems: Sequence[str]) -> None:
     print("serving: no problems found")
 
 
-def print_files(work: Work, what: str) -> None:
+def print_files(work: ExportJob, what: str) -> None:
     """Prints a table of the files in the output folder."""
     work.say(f"{what}: {work.output}")
     table = Table("file", Column("size", justify="right"))

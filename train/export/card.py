@@ -14,7 +14,7 @@ from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown, table
 from train.data.files import FILE_KINDS, named
-from train.export.marked import marked
+from train.export.marked import mark
 from train.export.terms import auto_class, loading_config, loading_options
 from train.options.field import Card, traits_of
 from train.options.scripts import classify, distill, dpo, grpo, sft
@@ -80,7 +80,7 @@ def card(export: Export) -> str:
     used = run.get("versions") or versions()
     listed = ", ".join(_cell(f"{name} {version}") for name, version in used.items())
     parts += ["## Versions", f"{'Trained' if run else 'Exported'} with {listed}."]
-    return marked(f"---\n{_front_matter(export, options)}\n---\n\n" + "\n\n".join(parts))
+    return mark(f"---\n{_front_matter(export, options)}\n---\n\n" + "\n\n".join(parts))
 
 
 def _front_matter(export: Export, options: Mapping[str, Any]) -> str:

@@ -54,8 +54,8 @@ def loading_config(codes: str | None) -> str | None:
     return _CONFIGS.get(codes) if codes else None
 
 
-def said_of_codes(codes: str, base: str) -> str:
-    """Returns what a server sees of an adapter that was trained over a base in codes.
+def codes_notice(codes: str, base: str) -> str:
+    """Returns a notice about serving an adapter that was trained over a base in codes.
 
     Args:
       codes: the value of --quantize that it was trained with.

@@ -26,14 +26,14 @@ from train.predict.classifier import find_classifier
 from train.predict.images import read_images
 from train.predict.texts import (
     Texts,
-    Tokens,
+    TokenizedTexts,
     holds_rows,
-    of_arguments,
-    of_file,
-    of_standard_input,
+    read_arguments,
+    read_standard_input,
+    read_text_file,
     tokenize,
 )
-from train.predict.write import Format, format_of, write
+from train.predict.write import Format, output_format, write
 from train.processes.cache import keep_compiled
 from train.run.pretrained import Outline
 
@@ -111,7 +111,9 @@ def run(options: PredictOptions) -> None:
         with progress_of(len(texts), "classifying", "classified", f"{what}s") as progress:
             size = options.batch_size
             found = probabilities(apply, params, inputs, batch_size=size, progress=progress)
-        write(file, format_of(options.format, options.out), texts, found, classifier.labels, what)
+        write(
+            file, output_format(options.format, options.out), texts, found, classifier.labels, what
+        )
 
 
 def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
@@ -138,7 +140,9 @@ def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
             raise UserError(f"--out {options.out} is the file of --input: name another")
 
 
-def read_inputs(options: PredictOptions, outline: Outline) -> tuple[Texts, Tokens | Images, str]:
+def read_inputs(
+    options: PredictOptions, outline: Outline
+) -> tuple[Texts, TokenizedTexts | Images, str]:
     """Returns texts with their tokens, or names of images with these, and what they are.
 
     Raises:
@@ -156,10 +160,10 @@ def read_inputs(options: PredictOptions, outline: Outline) -> tuple[Texts, Token
 def read_texts(options: PredictOptions) -> Texts:
     """Reads the texts from where the options say."""
     if options.texts:
-        return of_arguments(options.texts)
+        return read_arguments(options.texts)
     if options.input is not None:
-        return of_file(options.input, options.field or "text", options.field_pair)
-    return of_standard_input()
+        return read_text_file(options.input, options.field or "text", options.field_pair)
+    return read_standard_input()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import logits_of
-from train.predict.texts import Tokens
+from train.predict.texts import TokenizedTexts
 
 _SHORTEST = 16
 
@@ -49,7 +49,7 @@ def batches(
 def probabilities(
     apply: Callable[..., Any],
     params: Any,
-    inputs: Tokens | Images,
+    inputs: TokenizedTexts | Images,
     *,
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
@@ -66,7 +66,7 @@ def probabilities(
       of: the function of the logits to return, in the place of probabilities.
     """
     done, out = 0, None
-    made = _of_images if isinstance(inputs, Images) else _of_texts
+    made = _image_batches if isinstance(inputs, Images) else _text_batches
     for chosen, batch in made(inputs, batch_size):
         found = np.asarray(_run(apply, of, params, batch))
         if out is None:
@@ -78,12 +78,16 @@ def probabilities(
     return out
 
 
-def _of_texts(tokens: Any, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+def _text_batches(
+    tokens: Any, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
         yield texts, _batch(tokens, texts, rows, length)
 
 
-def _of_images(images: Any, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+def _image_batches(
+    images: Any, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     size = min(batch_size, len(images))
     for first in range(0, len(images), size):
         chosen = np.arange(first, min(first + size, len(images)))
@@ -95,7 +99,9 @@ def _run(apply: Callable[..., Any], of: Callable[..., Any], params: Any, batch: 
     return of(logits_of(apply, params, batch))
 
 
-def _batch(tokens: Tokens, texts: np.ndarray, rows: int, length: int) -> dict[str, np.ndarray]:
+def _batch(
+    tokens: TokenizedTexts, texts: np.ndarray, rows: int, length: int
+) -> dict[str, np.ndarray]:
     """Returns texts as arrays [rows, length], padded on the right; spare rows repeat the first."""
     ids = np.full((rows, length), tokens.pad, np.int32)
     types, mask = np.zeros((2, rows, length), np.int32)

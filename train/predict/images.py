@@ -10,7 +10,7 @@ from lora_jax.training.data.vision.images import Images, check_rows, names_of, r
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.data.files import images_of, read_file
-from train.predict.texts import Texts, holds_rows, of_file, of_standard_input
+from train.predict.texts import Texts, holds_rows, read_standard_input, read_text_file
 from train.run.pretrained import Outline
 from train.tasks.images import FIELD, located
 
@@ -51,7 +51,7 @@ def _rows(paths: Sequence[str], given: str | None, field: str | None) -> list[Ro
         if not found:
             raise UserError(f"--input {given}: there is no image in this folder")
     elif given is not None:
-        found = of_file(given, "", None).first
+        found = read_text_file(given, "", None).first
     elif not paths:
-        found = of_standard_input().first
+        found = read_standard_input().first
     return [{field or FIELD: path} for path in found]

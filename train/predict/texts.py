@@ -37,7 +37,7 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenizedTexts:
     """Tokenised texts.
 
     Attributes:
@@ -61,11 +61,11 @@ class Tokens:
 
 
 def holds_rows(path: str) -> bool:
-    """Returns whether a file has rows with fields, by its ending; others have a text a line."""
+    """Returns True if a file has rows with fields, by its ending; others have a text a line."""
     return kind_of(path) is not None
 
 
-def of_arguments(texts: Sequence[str]) -> Texts:
+def read_arguments(texts: Sequence[str]) -> Texts:
     """Returns the texts of a command line.
 
     Raises:
@@ -77,7 +77,7 @@ def of_arguments(texts: Sequence[str]) -> Texts:
     return Texts(list(texts), None, [f"text {n}" for n in range(1, len(texts) + 1)])
 
 
-def of_lines(lines: Iterable[str], source: str) -> Texts:
+def split_lines(lines: Iterable[str], source: str) -> Texts:
     """Returns one text a line. Empty lines are left out, and a line on stderr says how many."""
     found = [(n, line.strip()) for n, line in enumerate(lines, start=1)]
     kept = [(n, text) for n, text in found if text]
@@ -88,7 +88,7 @@ def of_lines(lines: Iterable[str], source: str) -> Texts:
     return Texts([text for _, text in kept], None, [f"{source}, line {n}" for n, _ in kept])
 
 
-def of_file(path: str, field: str, field_pair: str | None) -> Texts:
+def read_text_file(path: str, field: str, field_pair: str | None) -> Texts:
     """Reads the texts of a file: the fields of its rows, or its lines.
 
     Raises:
@@ -100,7 +100,7 @@ def of_file(path: str, field: str, field_pair: str | None) -> Texts:
     if not place.is_file():
         raise UserError(f"--input {path}: there is no such file")
     if not holds_rows(path):
-        return of_lines(read_lines(place), path)
+        return split_lines(read_lines(place), path)
     rows = read_file(place)
     if not rows:
         raise UserError(f"--input {path} has no rows")
@@ -113,12 +113,12 @@ def of_file(path: str, field: str, field_pair: str | None) -> Texts:
     return Texts(texts("--field", field), second, names)
 
 
-def of_standard_input() -> Texts:
+def read_standard_input() -> Texts:
     """Reads one text a line, up to the end."""
     if sys.stdin.isatty():
         print("One text per line; end with Ctrl-D.", file=sys.stderr)
     with as_user_errors(UnicodeDecodeError, prefix="standard input is not UTF-8 text: "):
-        return of_lines(sys.stdin, "standard input")
+        return split_lines(sys.stdin, "standard input")
 
 
 def _text(row: Row, name: str, option: str, field: str) -> str:
@@ -130,7 +130,7 @@ def _text(row: Row, name: str, option: str, field: str) -> str:
     raise UserError(f"{name} has {field_names(row)}, and no `{field}`: name the field by {option}")
 
 
-def tokenize(texts: Texts, outline: Outline, seq_len: int | None, truncate: bool) -> Tokens:
+def tokenize(texts: Texts, outline: Outline, seq_len: int | None, truncate: bool) -> TokenizedTexts:
     """Returns texts as tokens.
 
     Args:
@@ -161,7 +161,7 @@ def tokenize(texts: Texts, outline: Outline, seq_len: int | None, truncate: bool
         )
         ids += [np.array(one, np.int32) for one in made["input_ids"]]
         types += [np.array(one, np.int32) for one in made["token_type_ids"]]
-    tokens = Tokens(ids, types, most, outline.tokenizer.pad_token_id or 0)
+    tokens = TokenizedTexts(ids, types, most, outline.tokenizer.pad_token_id or 0)
     longer = np.flatnonzero(tokens.lengths > most)
     if len(longer):
         whose = "--seq-len" if seq_len is not None else "the model"

@@ -13,7 +13,7 @@ Format = Literal["jsonl", "csv"]
 _DIGITS = 7  # decimals of a probability: fp32 has no more
 
 
-def format_of(asked: Format | None, out: str | None) -> Format:
+def output_format(asked: Format | None, out: str | None) -> Format:
     """Returns the format that is asked for; else that of the file's ending, or JSON lines."""
     return asked or ("csv" if out is not None and out.lower().endswith(".csv") else "jsonl")
 

@@ -11,7 +11,7 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors
 from train.predict.batches import probabilities
 from train.predict.classifier import Classifier
-from train.predict.texts import Tokens
+from train.predict.texts import TokenizedTexts
 from train.rewards.reward import Batch, Judged
 from train.run.pretrained import read_classifier_outline
 
@@ -57,7 +57,7 @@ class RewardModel:
                 file=sys.stderr,
             )
         ids, types = ([np.array(one, np.int32) for one in each] for each in encoded.values())
-        tokens = Tokens(ids, types, self._most, self._tokenizer.pad_token_id or 0)
+        tokens = TokenizedTexts(ids, types, self._most, self._tokenizer.pad_token_id or 0)
         scores = probabilities(
             self._apply, self._params, tokens, batch_size=_BATCH_SIZE, of=jax.nn.identity
         )

@@ -6,16 +6,16 @@ from typing import Any
 from train.compare.result import (
     Arm,
     Comparison,
-    Facts,
+    ComparisonFacts,
     Forgetting,
     Latency,
-    Measured,
-    Planned,
+    PlanResult,
     Point,
     Rung,
+    RunResult,
 )
 
-FACTS = Facts(
+FACTS = ComparisonFacts(
     command="python -m train.compare --data <names> --ranks 2 8 32",
     script="train.sft",
     model="made/up-<1B> & co",
@@ -44,7 +44,7 @@ def full(rate: float = 1e-4) -> Arm:
     return Arm("full", None, None, None, rate, 8)
 
 
-def run(arm: Arm, seed: int, loss: float, score: float | None = None, **more: Any) -> Measured:
+def run(arm: Arm, seed: int, loss: float, score: float | None = None, **more: Any) -> RunResult:
     """Returns a run that ended with a loss and a score; what it cost follows from its arm."""
     rank = arm.rank or 1500
     rank *= len({*(arm.targets or ())} | {"v_proj"}) if arm.rank else 1
@@ -68,10 +68,10 @@ def run(arm: Arm, seed: int, loss: float, score: float | None = None, **more: An
         seconds=60.0 + 0.02 * rank,
         forgetting=Forgetting(2.5, 2.5 + 3e-4 * rank + 0.01 * seed),
     )
-    return Measured(arm=arm, seed=seed, **{**of_run, **more})
+    return RunResult(arm=arm, seed=seed, **{**of_run, **more})
 
 
-def runs(arm: Arm, *losses: float, scores: tuple[float, ...] = ()) -> tuple[Measured, ...]:
+def runs(arm: Arm, *losses: float, scores: tuple[float, ...] = ()) -> tuple[RunResult, ...]:
     """Returns a run for each loss, with seeds from 0."""
     return tuple(
         run(arm, seed, loss, scores[seed] if scores else None) for seed, loss in enumerate(losses)
@@ -80,7 +80,7 @@ def runs(arm: Arm, *losses: float, scores: tuple[float, ...] = ()) -> tuple[Meas
 
 def example() -> Comparison:
     """Returns a comparison with all that there can be: failures, rungs, latencies and plans."""
-    found: list[Measured] = []
+    found: list[RunResult] = []
     arms = [lora(rank, rate) for rank in (2, 8, 32) for rate in (3e-4, 1e-3, 3e-3)]
     arms += [lora(8, 1e-3, on="down_proj"), lora(8, 1e-3, "dora")]
     arms += [full(rate) for rate in (3e-5, 1e-4, 3e-4)]
@@ -112,7 +112,7 @@ def example() -> Comparison:
             Latency(full(), 0.0101, 0.0102, 0.0101, "a decoding step of 8 rows"),
         ),
         planned=(
-            Planned(lora(8), 5_000_000_000, 0.08, 0.036, 0.043),
-            Planned(full(), 14_000_000_000, None, None, None),
+            PlanResult(lora(8), 5_000_000_000, 0.08, 0.036, 0.043),
+            PlanResult(full(), 14_000_000_000, None, None, None),
         ),
     )

@@ -8,7 +8,7 @@ import pytest
 from tests.train.compare.made_up import full, lora
 from train.classify import parse
 from train.compare.__main__ import SCRIPTS
-from train.compare.arms import Basis, arms_of, name_of, settings
+from train.compare.arms import ScriptDefaults, arms_of, name_of, settings
 from train.compare.options import CompareConfig
 from train.compare.rungs import LAST, STAGES, chooses, decide, step_of
 from train.compare.trials import basis_of, groups_of
@@ -16,7 +16,7 @@ from train.options.scripts import classify
 
 RATES = {"lora": 3e-4, "full": 3e-5, "head-only": 1e-2, "said": 0.06, "did": 0.06}
 RATES |= {"lora-xs": 6e-4, "vera": 3e-3}
-BASIS = Basis(alpha=2.0, rates=RATES, batch_size=8, quick_full=(1.0, 3.0, 9.0))
+BASIS = ScriptDefaults(alpha=2.0, rates=RATES, batch_size=8, quick_full=(1.0, 3.0, 9.0))
 
 
 def test_arms_are_all_combinations_of_what_was_given():
@@ -43,7 +43,7 @@ def test_runs_of_one_rank_targets_and_batch_size_train_together():
     groups = groups_of(trials, at_once=2)
     assert sum(len(group) == 2 for group in groups) == 2 * 2 * 2
     for group in groups:
-        assert len({trial.arm.at_any_rate() for trial in group}) == 1
+        assert len({trial.arm.rate_group() for trial in group}) == 1
         assert len(group) == (1 if group[0].arm.method == "full" else 2)
     every = [trial for group in groups_of(trials, at_once=3) for trial in group]
     assert len(every) == len(trials) and all(trial in every for trial in trials)

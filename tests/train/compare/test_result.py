@@ -29,7 +29,7 @@ def test_a_comparison_survives_its_file(tmp_path):
         (lambda c: c["runs"][3].update(status="lost"), r"runs\[3\].status must be 'done' or"),
         (lambda c: c["runs"][0]["losses"].append([1, 2.0]), r"runs\[0\].losses\[10\] must be an o"),
         (lambda c: c["facts"].pop("model"), "facts.model is missing"),
-        (lambda c: c["facts"].update(colour="red"), "facts.colour is no field of Facts"),
+        (lambda c: c["facts"].update(colour="red"), "facts.colour is no field of ComparisonFacts"),
         (lambda c: c["facts"]["versions"].update(jax=1), r"facts.versions\['jax'\] must be a str"),
         (lambda c: c["rungs"][0]["kept"][0].pop(), r"rungs\[0\].kept\[0\] must be a list of 2"),
         (lambda c: c["runs"][0].update(steps=True), r"runs\[0\].steps must be an integer"),

@@ -10,7 +10,13 @@ from lora_jax import training
 from tests.train.tiny import CHATML, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.generate import prompts
-from train.predict.texts import holds_rows, of_arguments, of_file, of_standard_input, tokenize
+from train.predict.texts import (
+    holds_rows,
+    read_arguments,
+    read_standard_input,
+    read_text_file,
+    tokenize,
+)
 from train.progress import Prompts
 
 USER = {"role": "user", "content": "a"}
@@ -24,8 +30,8 @@ def outline(template=None):
 def test_half_a_character_names_the_text(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("ok\nb\udcffc\n"))
     for texts, name in (
-        (of_arguments(["ok", "a\udcffb"]), "text 2"),
-        (of_standard_input(), "standard input, line 2"),
+        (read_arguments(["ok", "a\udcffb"]), "text 2"),
+        (read_standard_input(), "standard input, line 2"),
     ):
         with pytest.raises(UserError, match=rf"{name} has \\udcff in .*{HALF}"):
             tokenize(texts, outline(), None, False)
@@ -36,14 +42,14 @@ def test_rows_of_a_file_are_named_by_their_line(tmp_path):
     path.write_text('{"text": "a"}\n{"text": "b\\ud83d"}\n')
     assert holds_rows(str(path))
     with pytest.raises(UserError, match=rf"ROWS.JSONL, line 2 has \\ud83d .*{HALF}"):
-        of_file(str(path), "text", None)
+        read_text_file(str(path), "text", None)
     write_jsonl(path, [{"text": "a"}, {"text": [7] * 5000}])
     message = r"line 2: `text` is \[7, .*\.\.\.; a text is needed"
     with pytest.raises(UserError, match=message) as caught:
-        of_file(str(path), "text", None)
+        read_text_file(str(path), "text", None)
     assert len(str(caught.value)) < 300
     with pytest.raises(UserError, match="is a folder: name a file in it"):
-        of_file(str(tmp_path), "text", None)
+        read_text_file(str(tmp_path), "text", None)
 
 
 def test_labelled_texts_are_named_by_their_row():

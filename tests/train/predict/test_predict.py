@@ -22,7 +22,7 @@ from train.export import __main__ as export
 from train.predict import batches
 from train.predict.__main__ import PredictOptions, main, read_texts
 from train.predict.classifier import find_classifier
-from train.predict.texts import Tokens
+from train.predict.texts import TokenizedTexts
 from train.run import pretrained
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -170,7 +170,7 @@ def test_more_texts_compile_nothing_more(monkeypatch):
     def run(n):
         traced.clear()
         ids = [np.full(1 + 5 * i % 28, 1 + i % 3, np.int32) for i in range(n)]
-        tokens = Tokens(ids, [np.zeros_like(one) for one in ids], 29, 7)
+        tokens = TokenizedTexts(ids, [np.zeros_like(one) for one in ids], 29, 7)
         new = functools.partial(toy)  # of one function, programs are kept
         found = batches.probabilities(new, {}, tokens, batch_size=4)
         sums = np.array([one.sum() for one in ids])

@@ -18,7 +18,7 @@ class Heading(NamedTuple):
     level: int = 2
 
 
-class Text(NamedTuple):
+class Paragraph(NamedTuple):
     """A paragraph: plain, a note in small print, or the verdict that the document is about."""
 
     text: str
@@ -57,12 +57,12 @@ class Gallery(NamedTuple):
     pictures: Sequence[Picture]
 
 
-Block = Heading | Text | Lines | Grid | Code | Gallery
+Block = Heading | Paragraph | Lines | Grid | Code | Gallery
 
 
 def markdown(blocks: Sequence[Block]) -> str:
     """Returns a document in GitHub's Markdown; pictures are links to files beside it."""
-    return "\n\n".join(map(_as_markdown, blocks)) + "\n"
+    return "\n\n".join(map(_markdown_block, blocks)) + "\n"
 
 
 def page(title: str, blocks: Sequence[Block], folder: Path) -> str:
@@ -74,7 +74,7 @@ def page(title: str, blocks: Sequence[Block], folder: Path) -> str:
       folder: where the pictures' files lie; the page holds their content.
     """
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    body = "\n".join(_as_html(block, folder) for block in blocks)
+    body = "\n".join(_html_block(block, folder) for block in blocks)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -83,11 +83,11 @@ def page(title: str, blocks: Sequence[Block], folder: Path) -> str:
     )
 
 
-def _as_markdown(block: Block) -> str:
+def _markdown_block(block: Block) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {escape_markdown(text)}"
-        case Text(text, kind):
+        case Paragraph(text, kind):
             return f"**{escape_markdown(text)}**" if kind == "verdict" else escape_markdown(text)
         case Lines(items):
             return "\n".join(f"- {escape_markdown(item)}" for item in items)
@@ -105,11 +105,11 @@ def _as_markdown(block: Block) -> str:
             return "\n".join(f"| {' | '.join(line)} |" for line in (first, ruler, *rest))
 
 
-def _as_html(block: Block, folder: Path) -> str:
+def _html_block(block: Block, folder: Path) -> str:
     match block:
         case Heading(text, level):
             return f"<h{level}>{_safe(text)}</h{level}>"
-        case Text(text, kind):
+        case Paragraph(text, kind):
             opening = f'<p class="{kind}">' if kind else "<p>"
             return f"{opening}{_safe(text)}</p>"
         case Lines(items):

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_jax.training.processes import write_json
 from train.compare.options import METHODS
-from train.compare.result import Arm, Comparison, Measured
+from train.compare.result import Arm, Comparison, RunResult
 
 FOLDER = "peft"
 
@@ -71,7 +71,7 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     return files
 
 
-def _result(comparison: Comparison, run: Measured, total: int | None) -> dict[str, Any]:
+def _result(comparison: Comparison, run: RunResult, total: int | None) -> dict[str, Any]:
     facts, arm = comparison.facts, run.arm
     last = _metrics(run, run.steps)
     last |= {"test accuracy": _number(run.score), "train total tokens": None}
@@ -127,8 +127,8 @@ def _result(comparison: Comparison, run: Measured, total: int | None) -> dict[st
     }
 
 
-def _metrics(run: Measured, step: int) -> dict[str, Any]:
-    """Returns what both kinds of metrics have: the loss in training up to a step, and its rows."""
+def _metrics(run: RunResult, step: int) -> dict[str, Any]:
+    """Returns the fields of both kinds of metrics: the training loss up to a step, and its rows."""
     until = [point.value for point in run.losses if point.step <= step]
     return {
         "step": step,

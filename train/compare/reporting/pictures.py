@@ -47,14 +47,14 @@ class Picture(NamedTuple):
     said: str
 
 
-class _Drawing(Figures):
+class _Plot(Figures):
     """Shares, among all pictures of one comparison, its rows, and a style for each of them."""
 
     def __init__(self, comparison: Comparison) -> None:
         super().__init__(comparison)
-        shown = tables.with_stopped(self.rows)
+        shown = tables.series_and_stopped(self.rows)
         # Other alphas and batch sizes stand in one picture alone: they come last.
-        kinds = dict.fromkeys(row.arm.at_any_rate() for row in (*shown, *self.rows))
+        kinds = dict.fromkeys(row.arm.rate_group() for row in (*shown, *self.rows))
         methods = dict.fromkeys(kind.method for kind in kinds if kind.method != "full")
         self._colours = {m: ADAPTERS[i % len(ADAPTERS)] for i, m in enumerate(methods)}
         self._colours["full"] = FULL
@@ -73,7 +73,7 @@ class _Drawing(Figures):
 
     def style(self, row: ArmRow) -> dict[str, Any]:
         """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
-        return self._styles[row.arm.at_any_rate()]
+        return self._styles[row.arm.rate_group()]
 
     def name(self, row: ArmRow) -> str:
         """Returns the name of a row's method, size and targets."""
@@ -100,7 +100,7 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
     Returns:
       The pictures drawn.
     """
-    drawing = _Drawing(comparison)
+    drawing = _Plot(comparison)
     if not drawing.series:
         return ()
     found = []
@@ -115,15 +115,15 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
     return tuple(found)
 
 
-def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+def _curves(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the held-out loss, else that in training, against the step; a band over seeds."""
-    chosen = _few(tables.with_stopped(drawing.rows))
+    chosen = _few(tables.series_and_stopped(drawing.rows))
     held_out = any(len(run.held_out) > 1 for row in chosen for run in row.runs)
     axes = figure.subplots()
     for row in chosen:
         ended = [run for run in row.runs if run.status == "done"] or row.runs
         curves = [run.held_out if held_out else run.losses for run in ended]
-        steps, low, mean, high = _over_seeds(curves)
+        steps, low, mean, high = _seed_curves(curves)
         if len(steps) < 2:
             continue
         style = drawing.style(row)
@@ -141,7 +141,7 @@ def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     )
 
 
-def _rates(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+def _rates(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the quality against the learning rate, a line for each adapter and full.
 
     Where settings were stopped early, few are left at the end: their loss when all were compared.
@@ -164,13 +164,13 @@ def _rates(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     )
 
 
-def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+def _first_rung(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     rung = drawing.comparison.rungs[0]
     losses = {arm: loss for arm, loss in (*rung.kept, *rung.stopped) if math.isfinite(loss)}
     axes = figure.subplots()
-    for first in tables.with_stopped(drawing.rows):
-        alike = first.arm.at_any_rate()
-        line = [arm for arm in losses if arm.at_any_rate() == alike]
+    for first in tables.series_and_stopped(drawing.rows):
+        alike = first.arm.rate_group()
+        line = [arm for arm in losses if arm.rate_group() == alike]
         line.sort(key=lambda arm: arm.learning_rate)
         at, of = [arm.learning_rate for arm in line], [losses[arm] for arm in line]
         if line:
@@ -187,7 +187,7 @@ def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     )
 
 
-def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+def _sizes(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the quality against the number of trained parameters, a line for each method."""
     ended = [row for row in drawing.series if row.quality and row.trained_parameters]
     if len(ended) < 2:
@@ -206,7 +206,7 @@ def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     )
 
 
-def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+def _dimension(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the score against the dimension of random subspaces, with full fine-tuning's."""
     found = dimension.dimensions(drawing.comparison)
     if not found:
@@ -227,7 +227,7 @@ def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     )
 
 
-def _costs(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+def _costs(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws bars of time, memory and files, a panel each."""
     chosen = _few(drawing.series)
     panels: list[tuple[str, list[float], Callable[[float | None], str]]] = []
@@ -264,7 +264,7 @@ def _costs(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     )
 
 
-def _storage(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+def _storage(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the bytes on disk against the number of tasks."""
     stored = tables.storage(drawing.comparison)
     if not stored:
@@ -282,7 +282,7 @@ def _storage(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     return "Storage by number of tasks", "Both axes are logarithmic."
 
 
-def _forgetting(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+def _forgetting(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws how much the loss outside the task rose."""
     every = [(row, row.spread_of("forgotten")) for row in drawing.series]
     measured = [(row, found) for row, found in every if found]
@@ -335,7 +335,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _over_seeds(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any, Any]:
+def _seed_curves(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any, Any]:
     """Returns steps that all seeds measured, and lowest, mean and highest value at each."""
     of_seed: list[dict[int, float]] = [
         {one.step: one.value for one in curve if math.isfinite(one.value)}

@@ -67,14 +67,14 @@ class Gap(NamedTuple):
 
     @property
     def decides(self) -> bool:
-        """Returns whether the gap is beyond the spread; see `RULE`."""
+        """Returns True if the gap is beyond the spread; see `RULE`."""
         if self.error is None:
             return abs(self.share) > UNKNOWN_SPREAD
         return abs(self.value) > self.error
 
     @property
     def is_hidden(self) -> bool:
-        """Returns whether so wide a spread hides a large lead of full fine-tuning."""
+        """Returns True if so wide a spread hides a large lead of full fine-tuning."""
         return self.error is not None and not self.decides and self.share < -UNKNOWN_SPREAD
 
 
@@ -100,7 +100,7 @@ class Recommendation:
 
 
 def recommend(comparison: Comparison) -> Recommendation:
-    """Returns what to use, by `RULE`; a pure function of the measurements."""
+    """Returns the recommendation by `RULE`; a pure function of the measurements."""
     figures = Figures(comparison)
     lora, full = tables.best_sides(figures.rows)
     if lora is None or full is None:
@@ -114,7 +114,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     if chosen is full:
         reasons += ["This is the price of the better quality:", *costs] if costs else []
     else:
-        doubts += _of_the_spread(gap, better is full, bool(cheaper), figures.rows)
+        doubts += _spread_doubts(gap, better is full, bool(cheaper), figures.rows)
         reasons += [*costs, *_smaller(lora, figures)]
     if figures.measure.kind == "training":
         lacks = "No score and no held-out loss was measured for both methods, and the training loss"
@@ -137,10 +137,10 @@ def recommend(comparison: Comparison) -> Recommendation:
     )
 
 
-def _of_the_spread(
+def _spread_doubts(
     gap: Gap, full_ahead: bool, cheaper: bool, rows: Sequence[ArmRow]
 ) -> list[Doubt]:
-    """Returns why a gap that does not decide may hide that full fine-tuning is better."""
+    """Returns the doubt that a wide spread leaves: it may hide that full fine-tuning is better."""
     if gap.decides:
         return []
     seeds = sorted({run.seed for row in rows for run in row.runs})
@@ -219,7 +219,7 @@ def _one_sided(lora: ArmRow | None, full: ArmRow | None, rows: Sequence[ArmRow])
 
 
 def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> tuple[str, list[str]]:
-    """Returns how the qualities compare, as a clause of a headline, and sentences with both."""
+    """Returns a comparison of the qualities: a clause of a headline, and sentences with both."""
     one, other = lora.quality, full.quality
     assert one and other
     values = [words.beside(side.mean, gap.error or side.deviation) for side in (one, other)]
@@ -250,7 +250,7 @@ def _seeds(values: Spread) -> str:
 
 
 def _costs(lora: ArmRow, full: ArmRow) -> tuple[int, list[str]]:
-    """Returns how many costs speak for the adapter, and a sentence about each measured one."""
+    """Counts the costs that speak for the adapter; returns a sentence on each measured one, too."""
     costs = (
         ("Memory of the compiled step", "compiled_bytes", words.size),
         ("Time of a step", "step_seconds", words.seconds),
@@ -293,7 +293,7 @@ def _smaller(lora: ArmRow, figures: Figures) -> list[str]:
 
 
 def _doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
-    """Returns why a method may do better than its best row here, and what would show it."""
+    """Returns reasons why a method may do better than its best row here, and what would show it."""
     found = []
     tried = tables.rates_of(side, figures.rows)
     rate, who = side.arm.learning_rate, words.method(side.arm.method)

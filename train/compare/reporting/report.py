@@ -14,14 +14,14 @@ from train.compare.reporting.document import (
     Grid,
     Heading,
     Lines,
-    Text,
+    Paragraph,
     markdown,
     page,
 )
 from train.compare.reporting.pictures import Picture, draw
 from train.compare.reporting.recommend import RULE, UNSEEN, Recommendation, recommend
 from train.compare.reporting.tables import ArmRow, Figures, Spread
-from train.compare.result import Arm, Comparison, Facts
+from train.compare.result import Arm, Comparison, ComparisonFacts
 
 MARKDOWN, HTML = "report.md", "report.html"
 PICTURES = "pictures"  # the folder of the PNGs
@@ -63,7 +63,7 @@ def report_of(
     figures = Figures(comparison)
     blocks: list[Block] = [
         Heading("LoRA or full fine-tuning?", 1),
-        Text(_task(comparison.facts), "note"),
+        Paragraph(_task(comparison.facts), "note"),
         *_recommended(recommendation),
         *_quality(figures, recommendation),
     ]
@@ -74,8 +74,8 @@ def report_of(
     return blocks
 
 
-def _task(facts: Facts) -> str:
-    """Returns what was trained on what, and what reaches how much without training."""
+def _task(facts: ComparisonFacts) -> str:
+    """Returns a sentence about model and data, and the scores without training."""
     text = f"{facts.model}, trained on {facts.dataset} for {facts.steps} steps."
     if not facts.baselines:
         return text
@@ -84,16 +84,19 @@ def _task(facts: Facts) -> str:
 
 
 def _recommended(recommendation: Recommendation) -> list[Block]:
-    blocks: list[Block] = [Text(recommendation.headline, "verdict"), Lines(recommendation.reasons)]
+    blocks: list[Block] = [
+        Paragraph(recommendation.headline, "verdict"),
+        Lines(recommendation.reasons),
+    ]
     if recommendation.undecided:
         blocks += [Heading("What would decide it", 3), Lines(recommendation.undecided)]
     if recommendation.command:
-        blocks += [Text("All of it, ready to paste:"), Code(recommendation.command)]
+        blocks += [Paragraph("All of it, ready to paste:"), Code(recommendation.command)]
     return [
         *blocks,
         Heading("What these measurements cannot see", 3),
         Lines(UNSEEN),
-        Text(f"The rule. {RULE}", "note"),
+        Paragraph(f"The rule. {RULE}", "note"),
     ]
 
 
@@ -103,7 +106,7 @@ def _table(
     """Returns a heading, a sentence if there is one, and a table; nothing without rows."""
     if not body:
         return []
-    return [heading, *([Text(text)] if text else []), Grid(header, body)]
+    return [heading, *([Paragraph(text)] if text else []), Grid(header, body)]
 
 
 def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
@@ -122,7 +125,7 @@ def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
         said = " The row that stands out is ahead so far."
     blocks: list[Block] = [
         Heading("Quality"),
-        Text(
+        Paragraph(
             f"{words.capital(measure.name)} over seeds, {better} is better; the "
             f"best arm comes first. Runs that did not end do not count.{said}"
         ),
@@ -165,7 +168,9 @@ def _rates(figures: Figures) -> list[Block]:
     heading = Heading("Learning rates", 3)
     blocks = _table(heading, ["", "Next smaller", "Best", "Next larger"], body)
     if blocks and (ratio := tables.rate_ratio(figures.rows)) is not None:
-        blocks.append(Text(f"The best adapter's rate is {words.times(ratio)} full fine-tuning's."))
+        blocks.append(
+            Paragraph(f"The best adapter's rate is {words.times(ratio)} full fine-tuning's.")
+        )
     return blocks
 
 
@@ -189,11 +194,11 @@ def _costs(figures: Figures) -> list[Block]:
     ]
     if not body:
         return []
-    blocks: list[Block] = [Heading("Costs"), Grid(header, body), Text(_OF_MEMORY, "note")]
+    blocks: list[Block] = [Heading("Costs"), Grid(header, body), Paragraph(_OF_MEMORY, "note")]
     together = max(run.side_by_side for row in figures.series for run in row.runs)
     if together > 1:
         share = f"Up to {together} runs shared their steps; the time of such a run is its even "
-        blocks.append(Text(f"{share}share of theirs.", "note"))
+        blocks.append(Paragraph(f"{share}share of theirs.", "note"))
     return [*blocks, *_planned(figures)]
 
 
@@ -252,7 +257,7 @@ def _storage(figures: Figures) -> list[Block]:
 def _forgetting(figures: Figures) -> list[Block]:
     outside = figures.comparison.facts.outside or "text outside the task"
     text = f"How much the loss (nats a token) on {outside} rose in training; smaller is better."
-    return _over_seeds(figures, "forgotten", "Forgetting", text)
+    return _seeds_table(figures, "forgotten", "Forgetting", text)
 
 
 def _intruders(figures: Figures) -> list[Block]:
@@ -261,11 +266,11 @@ def _intruders(figures: Figures) -> list[Block]:
         f"below {ALIKE:g} with each of the base's (Shuttleworth et al., arXiv 2410.21228); a mean "
         "over matrices of all layers."
     )
-    return _over_seeds(figures, "intruders", "Intruder dimensions", text)
+    return _seeds_table(figures, "intruders", "Intruder dimensions", text)
 
 
-def _over_seeds(figures: Figures, field: str, heading: str, text: str) -> list[Block]:
-    """Returns a table of a field of `Measured`, with a row for each arm that has it."""
+def _seeds_table(figures: Figures, field: str, heading: str, text: str) -> list[Block]:
+    """Returns a table of a field of `RunResult`, with a row for each arm that has it."""
     measured = ((row.arm, row.spread_of(field)) for row in figures.rows)
     body = [[figures.label(arm), *_spread(found)] for arm, found in measured if found]
     return _table(Heading(heading), ["Arm", *_SPREAD], body, text)
@@ -275,7 +280,7 @@ def _failed(figures: Figures) -> list[Block]:
     failed = [run for run in figures.comparison.runs if run.status == "failed"]
     blocks: list[Block] = [Heading("Failed runs")] if failed else []
     for run in failed:
-        blocks.append(Text(f"{run.name}, after {run.steps} steps:"))
+        blocks.append(Paragraph(f"{run.name}, after {run.steps} steps:"))
         blocks.append(Code(run.error or "no error was recorded"))
     return blocks
 
@@ -302,7 +307,7 @@ _SECTIONS = (
 
 
 def _others(row: ArmRow) -> str:
-    """Returns how the runs of a row ended that have no value."""
+    """Returns the number of a row's runs without a value, by how they ended."""
     counts: Counter[str] = Counter(run.status for run in row.runs)
     said = [f"{counts[status]} {name}" for status, name in _ENDINGS.items() if counts[status]]
     if n := counts["done"] - (row.quality.n if row.quality else 0):

@@ -9,12 +9,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from train.compare.reporting import words
-from train.compare.result import Arm, Comparison, Facts, Measured
+from train.compare.result import Arm, Comparison, ComparisonFacts, RunResult
 
 TASKS = (1, 10, 100, 1000)  # how many tasks are stored
 
 
-class Measure(NamedTuple):
+class Criterion(NamedTuple):
     """A value of runs that arms are compared by.
 
     Attributes:
@@ -27,7 +27,7 @@ class Measure(NamedTuple):
     name: str
     larger: bool
 
-    def of(self, run: Measured) -> float | None:
+    def value(self, run: RunResult) -> float | None:
         """Returns the value of a run that ended; None for others, and where it is not finite."""
         value = getattr(run, _FIELDS[self.kind]) if run.status == "done" else None
         return value if value is not None and math.isfinite(value) else None
@@ -69,13 +69,13 @@ class ArmRow:
     """
 
     arm: Arm
-    runs: tuple[Measured, ...]
-    measure: Measure
+    runs: tuple[RunResult, ...]
+    measure: Criterion
 
     @functools.cached_property
     def quality(self) -> Spread | None:
         """The spread of the measure; runs that ended count alone."""
-        return spread(map(self.measure.of, self.runs))
+        return spread(map(self.measure.value, self.runs))
 
     @property
     def trained_parameters(self) -> int | None:
@@ -83,11 +83,11 @@ class ArmRow:
         return next((n for run in self.runs if (n := run.trained_parameters)), None)
 
     def spread_of(self, field: str) -> Spread | None:
-        """Returns the spread of a field of `Measured` over the runs that ended."""
+        """Returns the spread of a field of `RunResult` over the runs that ended."""
         return spread(getattr(run, field) for run in self.runs if run.status == "done")
 
     def mean(self, field: str) -> float | None:
-        """Returns the mean of a field of `Measured` over the runs that ended."""
+        """Returns the mean of a field of `RunResult` over the runs that ended."""
         found = self.spread_of(field)
         return found and found.mean
 
@@ -100,17 +100,17 @@ class ArmRow:
 
     @property
     def is_whole(self) -> bool:
-        """Returns whether every run ended with a finite value."""
+        """Returns True if every run ended with a finite value."""
         return self.quality is not None and self.quality.n == len(self.runs)
 
     @property
     def is_full(self) -> bool:
-        """Returns whether the arm is full fine-tuning."""
+        """Returns True if the arm is full fine-tuning."""
         return self.arm.method == "full"
 
     @property
     def is_adapter(self) -> bool:
-        """Returns whether the arm has an adapter. One that trains a head alone has none."""
+        """Returns True if the arm has an adapter. One that trains a head alone has none."""
         return self.arm.rank is not None
 
 
@@ -127,7 +127,7 @@ class Figures:
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        self.measure = measure_of(comparison)
+        self.measure = criterion_of(comparison)
         self.rows = rows(comparison)
         self.series = series(self.rows)
         self.arms = [row.arm for row in self.rows]
@@ -160,7 +160,7 @@ class Rates(NamedTuple):
         return {0: "smallest", len(self.tried) - 1: "largest"}.get(self.best)  # type: ignore[return-value]
 
 
-class Stored(NamedTuple):
+class DiskUse(NamedTuple):
     """The size of a number of tasks on disk, in bytes."""
 
     tasks: int
@@ -179,46 +179,46 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(len(found), mean, low, high, deviation)
 
 
-def measures(facts: Facts) -> dict[str, Measure]:
+def criteria(facts: ComparisonFacts) -> dict[str, Criterion]:
     """Returns all measures by their kinds, named as the facts of a comparison name them."""
     every = (
-        Measure("score", facts.score or "score", True),
-        Measure("held out", f"held-out {facts.loss}", False),
-        Measure("training", f"training {facts.loss}", False),
-        Measure("forgetting", "rise of the loss on other text (nats a token)", False),
-        Measure("intruders", "intruder dimensions of a matrix", False),
+        Criterion("score", facts.score or "score", True),
+        Criterion("held out", f"held-out {facts.loss}", False),
+        Criterion("training", f"training {facts.loss}", False),
+        Criterion("forgetting", "rise of the loss on other text (nats a token)", False),
+        Criterion("intruders", "intruder dimensions of a matrix", False),
     )
     return {measure.kind: measure for measure in every}
 
 
-def measure_of(comparison: Comparison) -> Measure:
-    """Returns what arms are compared by.
+def criterion_of(comparison: Comparison) -> Criterion:
+    """Returns the criterion that arms are compared by.
 
     The task's score if each method has a run with one; else the held-out loss if each method has a
     run with one; else the loss in training.
     """
-    known = measures(comparison.facts)
+    known = criteria(comparison.facts)
     done = [run for run in comparison.runs if run.status == "done"]
     sides = {run.arm.method for run in done}
     for measure in (known["score"], known["held out"]):
-        if sides and sides == {run.arm.method for run in done if measure.of(run) is not None}:
+        if sides and sides == {run.arm.method for run in done if measure.value(run) is not None}:
             return measure
     return known["training"]
 
 
-def rows(comparison: Comparison, measure: Measure | None = None) -> tuple[ArmRow, ...]:
+def rows(comparison: Comparison, measure: Criterion | None = None) -> tuple[ArmRow, ...]:
     """Returns a row for each arm, the best first and those without a value last.
 
     Args:
       comparison: the measurements.
-      measure: what its rows are sorted by; by default `measure_of` the comparison.
+      measure: what its rows are sorted by; by default `criterion_of` the comparison.
     """
-    return tuple(sorted(in_order(comparison, measure or measure_of(comparison)), key=_order))
+    return tuple(sorted(arm_rows(comparison, measure or criterion_of(comparison)), key=_order))
 
 
-def in_order(comparison: Comparison, measure: Measure) -> tuple[ArmRow, ...]:
+def arm_rows(comparison: Comparison, measure: Criterion) -> tuple[ArmRow, ...]:
     """Returns a row for each arm, in the order of their first runs."""
-    of_arm: dict[Arm, list[Measured]] = {}
+    of_arm: dict[Arm, list[RunResult]] = {}
     for run in comparison.runs:
         of_arm.setdefault(run.arm, []).append(run)
     return tuple(ArmRow(arm, tuple(runs), measure) for arm, runs in of_arm.items())
@@ -252,7 +252,7 @@ def series(among: Iterable[ArmRow]) -> tuple[ArmRow, ...]:
     return tuple(sorted(best_of_each(among, _kind), key=_place))
 
 
-def with_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
+def series_and_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
     """Returns `series`, and where no run of a kind ended, the arm that got furthest and lowest."""
     found = {_kind(row.arm): row for row in series(among)}
     for row in sorted(among, key=_last):
@@ -267,7 +267,7 @@ def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
     Runs that were stopped early or diverged count as tried, and are never the best.
     """
     found = []
-    for group in groups(filter(is_tried, among), Arm.at_any_rate):
+    for group in groups(filter(is_tried, among), Arm.rate_group):
         tried = tuple(sorted(group, key=lambda row: row.arm.learning_rate))
         if (top := best(tried)) is not None:
             found.append(Rates(tried, tried.index(top)))
@@ -275,7 +275,7 @@ def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
 
 
 def is_tried(row: ArmRow) -> bool:
-    """Returns whether a run of the row says something of its quality: it ended, or diverged."""
+    """Returns True if a run of the row says something of its quality: it ended, or diverged."""
     return any(
         run.status in ("done", "stopped early") or (run.status == "failed" and _diverged(run))
         for run in row.runs
@@ -284,21 +284,21 @@ def is_tried(row: ArmRow) -> bool:
 
 def rates_of(row: ArmRow, among: Iterable[ArmRow]) -> Rates:
     """Returns the rates that were tried where a row's arm is the best."""
-    alike = row.arm.at_any_rate()
-    (found,) = rates(one for one in among if one.arm.at_any_rate() == alike)
+    alike = row.arm.rate_group()
+    (found,) = rates(one for one in among if one.arm.rate_group() == alike)
     return found
 
 
 def rate_ratio(among: Iterable[ArmRow]) -> float | None:
-    """Returns how many times full fine-tuning's best learning rate the best adapter's is."""
+    """Returns the learning rate of the best adapter over that of the best full fine-tuning."""
     adapter, full = best_sides(among)
     if adapter is None or full is None:
         return None
     return adapter.arm.learning_rate / full.arm.learning_rate
 
 
-def storage(comparison: Comparison) -> tuple[Stored, ...]:
-    """Returns what tasks take on disk: N full models, or one base and N of the best adapter.
+def storage(comparison: Comparison) -> tuple[DiskUse, ...]:
+    """Returns the disk use of N tasks: N full models, or one base and N of the best adapter.
 
     Empty if the bytes of either were not measured.
     """
@@ -306,7 +306,7 @@ def storage(comparison: Comparison) -> tuple[Stored, ...]:
     if adapter is None or full is None:
         return ()
     small, large = adapter.mean("saved_bytes") or 0.0, full.mean("saved_bytes") or 0.0
-    return tuple(Stored(n, n * large, comparison.facts.base_bytes + n * small) for n in TASKS)
+    return tuple(DiskUse(n, n * large, comparison.facts.base_bytes + n * small) for n in TASKS)
 
 
 def groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[list[ArmRow]]:
@@ -331,7 +331,7 @@ def _last(row: ArmRow) -> tuple[float, float]:
     return -statistics.fmean(run.steps for run in row.runs), loss.mean if loss else math.inf
 
 
-def _diverged(run: Measured) -> bool:
+def _diverged(run: RunResult) -> bool:
     return "finite" in (run.error or "") or any(not math.isfinite(one.value) for one in run.losses)
 
 

@@ -19,7 +19,7 @@ from train.findings.making.words import Labelled
 from train.finetune import RunPart, finetune
 from train.predict.batches import probabilities
 from train.predict.classifier import find_classifier
-from train.predict.texts import of_arguments, tokenize
+from train.predict.texts import read_arguments, tokenize
 from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.lifecycle import resume_hint
@@ -97,7 +97,7 @@ def accuracy(model: Path, rows: Sequence[Labelled]) -> float:
       UserError: the folder holds no classifier.
     """
     classifier = find_classifier(None, str(model))
-    texts = of_arguments([text for text, _ in rows])
+    texts = read_arguments([text for text, _ in rows])
     tokens = tokenize(texts, classifier.outline, None, False)
     found = probabilities(*classifier.load(), tokens, batch_size=_ROWS)
     said = [classifier.labels[i] for i in found.argmax(-1)]

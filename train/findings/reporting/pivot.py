@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from train.compare.reporting import tables, words
-from train.compare.reporting.tables import ArmRow, Measure
+from train.compare.reporting.tables import ArmRow, Criterion
 from train.compare.result import Arm, Comparison
 from train.console.errors import UserError
 
@@ -60,7 +60,7 @@ class Block:
     columns: tuple[Key, ...]
     cells: dict[tuple[Key, Key], ArmRow]
 
-    def best(self, column: Key, measure: Measure) -> set[Key]:
+    def best(self, column: Key, measure: Criterion) -> set[Key]:
         """Returns the rows in which a column's mean is the best; several if they are equal."""
         found = {
             row: cell.quality.mean
@@ -83,7 +83,7 @@ class Pivot:
       blocks: the tables.
     """
 
-    measure: Measure
+    measure: Criterion
     rows: Axis
     columns: Axis
     blocks: tuple[Block, ...]
@@ -136,18 +136,18 @@ def axis_of(name: str) -> Axis:
     return Axis(", ".join(names), of, "")
 
 
-def measures_of(comparison: Comparison) -> dict[str, Measure]:
+def measures_of(comparison: Comparison) -> dict[str, Criterion]:
     """Returns the measures that some run ended with, by the names of `MEASURES`."""
-    known = tables.measures(comparison.facts)
+    known = tables.criteria(comparison.facts)
     kinds = {name: "held out" if name == "loss" else name for name in MEASURES}
     return {
         name: known[kind]
         for name, kind in kinds.items()
-        if any(known[kind].of(run) is not None for run in comparison.runs)
+        if any(known[kind].value(run) is not None for run in comparison.runs)
     }
 
 
-def pivot_of(comparison: Comparison, layout: Layout, measure: Measure) -> Pivot:
+def pivot_of(comparison: Comparison, layout: Layout, measure: Criterion) -> Pivot:
     """Returns a comparison in tables.
 
     Args:
@@ -158,9 +158,9 @@ def pivot_of(comparison: Comparison, layout: Layout, measure: Measure) -> Pivot:
     Raises:
       UserError: the layout names no axis.
     """
-    arms = tables.in_order(comparison, measure)
+    arms = tables.arm_rows(comparison, measure)
     if layout.at_best_rate:
-        best = tables.best_of_each(arms, Arm.at_any_rate)
+        best = tables.best_of_each(arms, Arm.rate_group)
         arms = tuple(row for row in arms if row in best)
     rows, columns = axis_of(layout.rows), axis_of(layout.columns)
     apart = _blocks_of(arms, layout)
