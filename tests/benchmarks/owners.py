@@ -18,10 +18,10 @@ import numpy as np
 
 from lora_jax import models
 from lora_jax.training.layout import one_device
-from train.serve.engine.base import Base
+from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import Client, Sample
+from train.serve.requests import Client, SampleRequest
 
 CONFIG = {
     "model_type": "llama",
@@ -35,7 +35,7 @@ CONFIG = {
 }
 
 
-def made_base(rank: int, layers: int) -> Base:
+def made_base(rank: int, layers: int) -> ServedBase:
     """Returns a base of small random weights."""
     model = models.Decoder(models.read_config(CONFIG | {"num_hidden_layers": layers}))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -43,10 +43,10 @@ def made_base(rank: int, layers: int) -> Base:
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape).astype(x.dtype) * 0.02), shapes
     )
-    return Base(model, params, "untrained", rank)
+    return ServedBase(model, params, "untrained", rank)
 
 
-def timed(engine: Engine, request: Sample) -> list[float]:
+def timed(engine: Engine, request: SampleRequest) -> list[float]:
     """Returns the seconds until each token, from the request on."""
     times: list[float] = []
     there = threading.Event()
@@ -58,7 +58,7 @@ def timed(engine: Engine, request: Sample) -> list[float]:
     return times
 
 
-def waits(engine: Engine, request: Sample, times: int) -> tuple[float, float]:
+def waits(engine: Engine, request: SampleRequest, times: int) -> tuple[float, float]:
     """Returns the median seconds to the first token, and between two tokens."""
     found = [timed(engine, request) for _ in range(times)]
     firsts = [one[0] for one in found]
@@ -83,11 +83,11 @@ def main() -> None:
     engine.start()
     rng = np.random.default_rng(0)
     prompt = rng.integers(5, 40_000, given.prompt).tolist()
-    few = Sample(adapter=None, prompt=prompt, max_tokens=24, client=Client("ben"))
+    few = SampleRequest(adapter=None, prompt=prompt, max_tokens=24, client=Client("ben"))
     timed(engine, few)
     alone = waits(engine, few, given.times)
     ended = threading.Event()
-    many = Sample(
+    many = SampleRequest(
         adapter=None,
         prompt=prompt[::-1],
         n=64,

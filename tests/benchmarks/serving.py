@@ -24,16 +24,16 @@ import numpy as np
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.layout import one_device
-from train.serve.engine.base import Adapter, Base, Training
+from train.serve.engine.base import Adapter, ServedBase, TrainingState
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import AdapterSpec, Sample, Save
+from train.serve.requests import AdapterSpec, SampleRequest, Save
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = 64
 
 
-def asked(engine: Engine, requests: Sequence[Sample]) -> tuple[float, float]:
+def asked(engine: Engine, requests: Sequence[SampleRequest]) -> tuple[float, float]:
     """Returns the seconds until all samples are there, and tokens a second while all are drawn."""
     results, times, all_there = [], [[] for _ in requests], threading.Event()
 
@@ -53,7 +53,7 @@ def asked(engine: Engine, requests: Sequence[Sample]) -> tuple[float, float]:
     return end - began, n_drawn / max(first_end - full, 1e-9)
 
 
-def started(base: Base, folders: Sequence[Path], slots: int, rows: int) -> Engine:
+def started(base: ServedBase, folders: Sequence[Path], slots: int, rows: int) -> Engine:
     """Returns an engine that computes, with an adapter of each folder, a0 and so on."""
     sizes = Sizes(max_length=512, tokens=512, sequences=rows, chunk=64)
     engine = Engine(base, sizes, one_device(), eos=(), text_of=lambda ids: "", slots=slots)
@@ -71,18 +71,18 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     given = parser.parse_args()
     model, params = models.from_pretrained(MODEL)
-    base = Base(model, params, MODEL, given.rank)
+    base = ServedBase(model, params, MODEL, given.rank)
     adapter = base.begin(AdapterSpec(rank=given.rank, seed=0), 0)
     noise = jax.tree.map(lambda x: x + 0.001, adapter.factors)
     adapter = dataclasses.replace(adapter, factors=noise)
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(i) for i in range(8)]
         for folder in folders:
-            base.write(Training.begin(adapter), Save(folder, optimizer=False))
+            base.write(TrainingState.begin(adapter), Save(folder, optimizer=False))
         measure(base, adapter, folders, given)
 
 
-def measure(base: Base, adapter: Adapter, folders: Sequence[Path], given: Any) -> None:
+def measure(base: ServedBase, adapter: Adapter, folders: Sequence[Path], given: Any) -> None:
     """Prints the rates; see the module."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(5, 40_000, (given.rows, PROMPT))
@@ -111,7 +111,7 @@ def measure(base: Base, adapter: Adapter, folders: Sequence[Path], given: Any) -
         return asked(
             engine,
             [
-                Sample(
+                SampleRequest(
                     adapter=f"a{i % n}",
                     prompt=prompts[i].tolist(),
                     max_tokens=given.tokens,
@@ -135,8 +135,8 @@ def measure(base: Base, adapter: Adapter, folders: Sequence[Path], given: Any) -
                 f"  served/generate {rates[1] / rates[0]:.2f} {rates[2] / rates[0]:.2f}", end="  "
             )
             print(f"eight/one {rates[3] / rates[2]:.2f}", flush=True)
-    short = Sample(adapter="a0", prompt=prompts[0, :16].tolist(), max_tokens=1)
-    long = Sample(adapter="a1", prompt=rng.integers(5, 40_000, 480).tolist(), max_tokens=1)
+    short = SampleRequest(adapter="a0", prompt=prompts[0, :16].tolist(), max_tokens=1)
+    long = SampleRequest(adapter="a1", prompt=rng.integers(5, 40_000, 480).tolist(), max_tokens=1)
     asked(engine, [long])
     for _ in range(given.times):
         by_itself, _ = asked(engine, [short])

@@ -20,7 +20,7 @@ from train.live.taught import teacher_outline
 from train.predict import __main__ as predict
 from train.run.pretrained import read_classifier_outline, read_outline
 from train.run.report import ask_words
-from train.serve.engine.base import Base
+from train.serve.engine.base import ServedBase
 from train.serve.requests import RequestError
 
 
@@ -105,9 +105,9 @@ def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys,
     with pytest.raises(Exception, match="or name the tokenizer with --tokenizer"):
         tokenizer_name(named, None)
     with pytest.raises(RequestError, match="start it with --tokenizer"):
-        Base(module, params, folder.model, 4).read(folder.path / "adapter")
+        ServedBase(module, params, folder.model, 4).read(folder.path / "adapter")
     monkeypatch.chdir(folder.path)
-    Base(module, params, folder.model, 4, tokenizer="tokens").read(folder.path / "adapter")
+    ServedBase(module, params, folder.model, 4, tokenizer="tokens").read(folder.path / "adapter")
     outline = read_outline(folder.model, folder.tokens)
     about = {**outline.about, "tokenizer": "/nowhere/tokens"}
     lj.save_adapter(tmp_path / "moved", tree, about=about)

@@ -28,15 +28,15 @@ from train.processes.mesh import make_mesh
 from train.run.log import doing
 from train.run.pretrained import Outline, check_weights, end_tokens, read_model, read_outline
 from train.run.sampling import apply_generation_config
-from train.serve.app import Site, make_app, make_starting_app
-from train.serve.engine.base import Base
+from train.serve.app import HttpServer, make_app, make_starting_app
+from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
 from train.serve.options import ServeOptions, check, length_of, parse
 from train.serve.requests import RequestError
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.origins import Origins, read_origin
-from train.serve.routes.starting import Starting
+from train.serve.routes.starting import StartProgress
 from train.serve.routes.tinker.api import Tinker
 
 _log = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ def run(options: ServeOptions) -> None:
     with ExitStack() as held:
         folder = _output(options, held)
         access = Access(keys, Origins(map(read_origin, options.allow_origin)))
-        access.starting = Starting(outline.name)
-        site = Site(make_starting_app(access), options.host, options.port)
+        access.starting = StartProgress(outline.name)
+        site = HttpServer(make_starting_app(access), options.host, options.port)
         held.enter_context(site)
         say(f"starts at {site.address}, where a page shows how far it is")
         engine = _engine(options, outline, layout, length, access.starting.see)
@@ -164,7 +164,9 @@ def _engine(
             **outline.head,
         )
     check_weights(outline, params)
-    base = Base(model, params, outline.name, options.max_rank, layout, tokenizer=options.tokenizer)
+    base = ServedBase(
+        model, params, outline.name, options.max_rank, layout, tokenizer=options.tokenizer
+    )
     on_cpu = layout.platform == "cpu"
     sizes = Sizes(
         max_length=length,

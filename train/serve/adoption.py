@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.serve.requests import Done, Drawn, Piece, Sample, Serving
+from train.serve.requests import Done, DrawnToken, EngineProtocol, SampleRequest, SampleResult
 
 
 class Adoption:
     """Lets the engine adopt each adapter once, however many samples ask for it together."""
 
-    def __init__(self, engine: Serving):
+    def __init__(self, engine: EngineProtocol):
         self._engine = engine
         self._lock = threading.Lock()
         self._waiting: dict[str, list[Callable[[Any], None]]] = {}
@@ -39,10 +39,10 @@ class Adoption:
 
     def sample(
         self,
-        request: Sample,
+        request: SampleRequest,
         folder: Path | str | None,
         done: Done,
-        seen: Callable[[Piece], None] | None = None,
+        seen: Callable[[DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
         """Queues a sample as soon as its adapter is ready.
 
@@ -53,7 +53,7 @@ class Adoption:
           seen: gets each token.
 
         Returns:
-          A function that ends it early; see `Serving.sample`.
+          A function that ends it early; see `EngineProtocol.sample`.
         """
         lock, ended, ends = threading.Lock(), threading.Event(), list[Callable[[], None]]()
 
@@ -65,7 +65,7 @@ class Adoption:
                 if not ended.is_set():
                     ends.append(self._engine.sample(request, done, seen))
                     return
-            done(Drawn([]))
+            done(SampleResult([]))
 
         def end() -> None:
             with lock:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from train.console.errors import UserError
 from train.console.output import say
 from train.serve.connections import Connections
-from train.serve.requests import Serving
+from train.serve.requests import EngineProtocol
 from train.serve.routes.access import BODY, WAITING, Access, Gate
 from train.serve.routes.errors import HANDLERS
 from train.serve.routes.openai.api import OpenAI
@@ -39,7 +39,7 @@ _LOOK = 0.05
 
 
 def make_app(
-    engine: Serving,
+    engine: EngineProtocol,
     tokenizer: Any,
     tinker_routes: Sequence[BaseRoute] = (),
     *,
@@ -105,7 +105,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-class Site:
+class HttpServer:
     """A server in a thread, which listens from the beginning to the end of a `with` block.
 
     Attributes:
@@ -148,7 +148,7 @@ class Site:
         with self._listener:
             asyncio.run(self._server.serve([self._listener]))
 
-    def __enter__(self) -> "Site":
+    def __enter__(self) -> "HttpServer":
         """Begins to answer."""
         self._thread.start()
         return self
@@ -197,8 +197,8 @@ def _signals() -> Iterator[list[int]]:
 
 
 def serve(app: Starlette, host: str, port: int, stop: Callable[[], None]) -> None:
-    """Serves an application of `make_app`; see `Site`."""
-    with Site(app, host, port) as site:
+    """Serves an application of `make_app`; see `HttpServer`."""
+    with HttpServer(app, host, port) as site:
         site.serve(app.state.access, stop)
 
 

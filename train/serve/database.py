@@ -14,11 +14,11 @@ _HELD = "another process, such as a backup, holds the server's ledger"
 _CROWDED = "many requests write to the server's ledger"
 
 
-class Locked(Exception):
+class LockedError(Exception):
     """Says that a backup or other writers hold the file; what was to be written is not."""
 
 
-class Full(Exception):
+class FullError(Exception):
     """Says that the file cannot be written, for lack of room; what was to be written is not."""
 
 
@@ -37,8 +37,8 @@ class Database:
           patience: seconds for which a write waits for others.
 
         Raises:
-          Locked: another process holds it.
-          Full: there is no room for it.
+          LockedError: another process holds it.
+          FullError: there is no room for it.
         """
         self._patience = patience
         self._lock, self._reading = threading.RLock(), threading.RLock()
@@ -71,13 +71,13 @@ class Database:
         """Commits what happens inside at once, or nothing of it; may be nested.
 
         Raises:
-          Locked, Full: nothing was written.
+          LockedError, FullError: nothing was written.
         """
         if self._depth:
             yield
             return
         if not self._lock.acquire(timeout=self._patience):
-            raise Locked(_HELD if self._is_held else _CROWDED)
+            raise LockedError(_HELD if self._is_held else _CROWDED)
         try:
             self._is_held = True
             with _translated(self._path):
@@ -133,13 +133,15 @@ class Database:
 
 @contextmanager
 def _translated(path: Path | str) -> Iterator[None]:
-    """Raises Locked or Full for errors of SQLite that say so."""
+    """Raises LockedError or FullError for errors of SQLite that say so."""
     try:
         yield
     except sqlite3.OperationalError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one
         if code in _BUSY:
-            raise Locked(_HELD) from error
+            raise LockedError(_HELD) from error
         if code in _FULL:
-            raise Full(f"{path} cannot be written ({error}): the disk is full, or fails") from error
+            raise FullError(
+                f"{path} cannot be written ({error}): the disk is full, or fails"
+            ) from error
         raise

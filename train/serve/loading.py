@@ -9,35 +9,43 @@ from typing import Any
 
 from train.serve.folders import size
 from train.serve.ledger import DONE, LOGGED, Ledger, Row
-from train.serve.notes import Notes
-from train.serve.requests import Command, Gradient, Load, RequestError, Save, Saved, Serving
+from train.serve.notes import ResultWriter
+from train.serve.requests import (
+    Command,
+    EngineProtocol,
+    Gradient,
+    Load,
+    RequestError,
+    Save,
+    SaveResult,
+)
 from train.serve.seats import Phase, Seats
-from train.serve.turn import Turn, first_gap, load_of
+from train.serve.turn import TenantProgress, first_gap, load_of
 
 _log = logging.getLogger(__name__)
 
 
-class Loading:
+class TenantLoader:
     """Has the engine load tenants that have got a seat, and answers those that it cannot take."""
 
     def __init__(
         self,
-        engine: Serving,
+        engine: EngineProtocol,
         ledger: Ledger,
-        notes: Notes,
+        notes: ResultWriter,
         lock: AbstractContextManager[Any],
-        turns: Mapping[str, Turn],
+        turns: Mapping[str, TenantProgress],
         seats: Seats,
         read: Callable[[Row], Command],
         *,
-        advance: Callable[[str, Turn], None],
-        finish: Callable[[Row, Command | None, Turn | None, Any], None],
-        count_down: Callable[[str, Turn], None],
+        advance: Callable[[str, TenantProgress], None],
+        finish: Callable[[Row, Command | None, TenantProgress | None, Any], None],
+        count_down: Callable[[str, TenantProgress], None],
     ):
         """Begins with an empty engine.
 
         Args:
-          engine, ledger, notes, read: see `Turns`.
+          engine, ledger, notes, read: see `CommandLog`.
           lock: guards `turns` and `seats`.
           turns: the tenants, by name.
           seats: the room in the engine.
@@ -65,7 +73,7 @@ class Loading:
         done = partial(self._notes.later, self._finish_load, name, turn)
         self._engine.submit(name, Load(folder, optimizer=True), done, turn.client)
 
-    def _restore(self, name: str, turn: Turn) -> Path | None:
+    def _restore(self, name: str, turn: TenantProgress) -> Path | None:
         """Queues what was logged since a tenant's last state; returns that state's folder."""
         model = self._ledger.model(name)
         assert model is not None
@@ -76,7 +84,7 @@ class Loading:
         turn.next, turn.gradient, turn.handed, turn.size = model["state"] + 1, False, 0, 0
         return None if model["folder"] is None else Path(model["folder"])
 
-    def _finish_load(self, name: str, turn: Turn, result: Any) -> None:
+    def _finish_load(self, name: str, turn: TenantProgress, result: Any) -> None:
         """Has a tenant go on whose last state was loaded, or says why it was not."""
         with self._lock:
             if self._turns.get(name) is turn:  # else it was unloaded, and leaves the engine
@@ -105,12 +113,12 @@ class Loading:
                 turn.running += 1
                 self._notes.later(self._finish, row, None, turn, why)
 
-    def _again(self, row: Row, turn: Turn) -> Command | None:
+    def _again(self, row: Row, turn: TenantProgress) -> Command | None:
         """Returns the command of a row if it is to be executed, perhaps again."""
         command = self._read(row)
         if isinstance(command, Save):
             if row["state"] == LOGGED and command.path.exists():  # written, but not noted
-                self._notes.later(self._finish, row, command, None, Saved(size(command.path)))
+                self._notes.later(self._finish, row, command, None, SaveResult(size(command.path)))
                 turn.load -= load_of(row)
                 return None
             return command if row["state"] == LOGGED else None

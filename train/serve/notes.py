@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from train.console.errors import no_room
-from train.serve.database import Locked
+from train.serve.database import LockedError
 from train.serve.ledger import LOGGED, Ledger, Row
-from train.serve.requests import AdapterSpec, RequestError, Saved
+from train.serve.requests import AdapterSpec, RequestError, SaveResult
 
 _log = logging.getLogger(__name__)
 NO_ROOM = (
@@ -30,7 +30,7 @@ def error_answer(error: Exception) -> bytes:
     return json.dumps({"error": said, "category": category}).encode()
 
 
-class Notes:
+class ResultWriter:
     """Notes results in a thread of its own, in the order in which they come."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Notes:
         while True:
             try:
                 function(*arguments)
-            except Locked:
+            except LockedError:
                 if not self._closing.is_set():
                     continue  # the ledger itself waited for a while
                 _log.warning("the ledger is held by others: a result is not noted")
@@ -85,12 +85,12 @@ class Notes:
         once it can be.
 
         Raises:
-          Locked: others hold the ledger.
+          LockedError: others hold the ledger.
         """
         request, noted, answer = f"{row['model']}:{row['seq']}", True, None
         try:
             self._note(row, result)
-        except Locked:
+        except LockedError:
             raise
         except Exception as error:
             _log.exception("the result of %s was not noted", request)
@@ -107,7 +107,7 @@ class Notes:
         """Notes an error for an answer; returns whether the ledger took it."""
         try:
             self._ledger.finish(row["model"], row["seq"], answer, True)
-        except Locked:
+        except LockedError:
             raise
         except Exception:
             _log.exception("the error of %s %s was not noted", row["model"], row["seq"])
@@ -137,7 +137,7 @@ class Notes:
         target = row["target"]
         with self._ledger.transaction():
             first = self._ledger.finish(row["model"], row["seq"], answer, failed, spec)
-            if not first or failed or not isinstance(result, Saved):
+            if not first or failed or not isinstance(result, SaveResult):
                 return
             if target.startswith("tinker://"):
                 stale.append(self._ledger.checkpoint(target))

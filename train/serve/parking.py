@@ -8,27 +8,27 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from train.serve.database import Locked
+from train.serve.database import LockedError
 from train.serve.ledger import Ledger
-from train.serve.loading import Loading
-from train.serve.notes import Notes
+from train.serve.loading import TenantLoader
+from train.serve.notes import ResultWriter
 from train.serve.requests import (
     LATEST_LOSSES,
     AdapterSpec,
+    EngineProtocol,
     Leave,
     RequestError,
     Save,
-    Serving,
     TenantStatus,
 )
 from train.serve.seats import Phase, Seats
-from train.serve.states import States
-from train.serve.turn import Turn
+from train.serve.states import StateFolders
+from train.serve.turn import TenantProgress
 
 _log = logging.getLogger(__name__)
 
 
-class Parking:
+class TenantParking:
     """Has tenants leave the engine, and come back.
 
     Attributes:
@@ -37,21 +37,21 @@ class Parking:
 
     def __init__(
         self,
-        engine: Serving,
+        engine: EngineProtocol,
         ledger: Ledger,
-        notes: Notes,
+        notes: ResultWriter,
         lock: AbstractContextManager[Any],
-        turns: Mapping[str, Turn],
+        turns: Mapping[str, TenantProgress],
         seats: Seats,
-        states: States,
-        loading: Loading,
+        states: StateFolders,
+        loading: TenantLoader,
         *,
-        advance: Callable[[str, Turn], None],
+        advance: Callable[[str, TenantProgress], None],
     ):
         """Begins with an empty engine.
 
         Args:
-          engine, ledger, notes: see `Turns`.
+          engine, ledger, notes: see `CommandLog`.
           lock: guards `turns` and `seats`.
           turns: the tenants, by name.
           seats: the room in the engine.
@@ -95,12 +95,12 @@ class Parking:
         done = partial(self._notes.later, self._finish_save, name, seq, turn)
         self._engine.submit(name, save, done, turn.client)
 
-    def _finish_save(self, name: str, seq: int, turn: Turn, result: Any) -> None:
+    def _finish_save(self, name: str, seq: int, turn: TenantProgress, result: Any) -> None:
         """Takes a tenant out of the engine whose state was saved."""
         error = result if isinstance(result, Exception) else None
         try:
             self._states.keep(name, seq, turn, result)
-        except Locked:
+        except LockedError:
             raise
         except Exception as caught:
             error = error or caught
@@ -113,7 +113,7 @@ class Parking:
                 self._advance(name, turn)
             self.settle()
 
-    def _leave_engine(self, name: str, turn: Turn) -> None:
+    def _leave_engine(self, name: str, turn: TenantProgress) -> None:
         if (status := self._engine.status().tenants.get(name)) is not None:
             status = _merge(turn.status, status)
             turn.status = dataclasses.replace(status, parked=True, size=0)
@@ -129,7 +129,7 @@ class Parking:
             self.seats.leave(name)
             self.settle()
 
-    def unload(self, name: str, turn: Turn) -> None:
+    def unload(self, name: str, turn: TenantProgress) -> None:
         """Has the engine forget a tenant that is no longer among the turns; removes its states."""
         self.seats.give_up(name)
         match self.seats.phase(name):
@@ -167,7 +167,7 @@ class Parking:
                 found[name] = dataclasses.replace(found[name], used=turn.used)
         return found
 
-    def _on_disk(self, name: str, turn: Turn) -> TenantStatus | None:
+    def _on_disk(self, name: str, turn: TenantProgress) -> TenantStatus | None:
         """Returns the state of a tenant that was parked before the server was started."""
         model = self._ledger.model(name)
         if model is None or model["spec"] is None:

@@ -87,7 +87,7 @@ class Datum:
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """Adds the gradient of a loss, summed over all data, to a tenant's; the result is `Outputs`.
+    """Adds the gradient of a loss, a sum over all data, to a tenant's; see `GradientResult`.
 
     Attributes:
       data: the sequences.
@@ -115,7 +115,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """Takes a step of AdamW by the summed gradient, and clears it; the result is `Updated`.
+    """Takes a step of AdamW by the summed gradient, and clears it; the result is `UpdateResult`.
 
     Attributes:
       grad_clip_norm: the largest norm of the gradient over all factors; 0 for no limit.
@@ -131,7 +131,7 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class Save:
-    """Writes a tenant's adapter as a PEFT folder, which appears whole; the result is `Saved`.
+    """Writes a tenant's adapter as a PEFT folder, which appears whole; the result is `SaveResult`.
 
     Attributes:
       path: a folder that is not there yet.
@@ -156,7 +156,7 @@ Command = Create | Load | Gradient | Update | Save | Leave
 
 
 @dataclasses.dataclass(frozen=True)
-class Outputs:
+class GradientResult:
     """Holds what a `Gradient` found.
 
     Attributes:
@@ -169,21 +169,21 @@ class Outputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Updated:
+class UpdateResult:
     """Holds the metrics of an `Update`, by name and reduction."""
 
     metrics: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
+class SaveResult:
     """Says how many bytes a `Save` wrote."""
 
     size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
+class SampleRequest:
     """Asks for completions of a prompt.
 
     Attributes:
@@ -256,15 +256,15 @@ class Completion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """The answer to a `Sample`.
+class SampleResult:
+    """The answer to a `SampleRequest`.
 
     Attributes:
       completions: n of them.
       prompt_logprobs: [prompt] fp32, NaN at place 0; None if they were not asked for.
       top_prompt: the most likely tokens at each place, of place 0 none (id 0, -99999).
       cached: the number of prompt tokens whose keys and values were there already.
-      targets: the log-probabilities of `Sample.targets`, fp32; 0 for none.
+      targets: the log-probabilities of `SampleRequest.targets`, fp32; 0 for none.
     """
 
     completions: list[Completion]
@@ -275,7 +275,7 @@ class Drawn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class DrawnToken:
     """A token of a completion, as it is drawn.
 
     Attributes:
@@ -291,7 +291,7 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class EngineFacts:
     """Describes what an engine serves.
 
     Attributes:
@@ -372,11 +372,11 @@ class Status:
 Done = Callable[[Any], None]
 
 
-class Serving(Protocol):
+class EngineProtocol(Protocol):
     """The engine, as routes see it. All methods may be called by any thread, and return at once."""
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> EngineFacts:
         """The model, and the limits of requests."""
 
     def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
@@ -390,13 +390,13 @@ class Serving(Protocol):
         """
 
     def sample(
-        self, request: Sample, done: Done, seen: Callable[[Piece], None] | None = None
+        self, request: SampleRequest, done: Done, seen: Callable[[DrawnToken], None] | None = None
     ) -> Callable[[], None]:
         """Queues a sample.
 
         Args:
           request: what to draw.
-          done: gets `Drawn`.
+          done: gets `SampleResult`.
           seen: gets each token as it is drawn, in the engine's thread.
 
         Returns:

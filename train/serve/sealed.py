@@ -31,7 +31,7 @@ def check_recipients(recipients: Sequence[Any]) -> tuple[str, ...]:
     return tuple(recipients)
 
 
-def seal(folder: Path, recipients: Sequence[str]) -> None:
+def encrypt(folder: Path, recipients: Sequence[str]) -> None:
     """Encrypts each file of a folder, whose name then ends in ``.age``."""
     keys = [_key(recipient) for recipient in recipients]
     for path in sorted(folder.iterdir()):

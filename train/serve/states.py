@@ -7,11 +7,11 @@ from typing import Any
 
 from train.serve.folders import children, link
 from train.serve.ledger import Ledger, Row
-from train.serve.requests import Saved
-from train.serve.turn import Turn
+from train.serve.requests import SaveResult
+from train.serve.turn import TenantProgress
 
 
-class States:
+class StateFolders:
     """Keeps the folders of states: of each tenant the last one, and what its log needs."""
 
     def __init__(self, ledger: Ledger, folder: Path):
@@ -31,7 +31,7 @@ class States:
         """Returns the folder of the state after a command."""
         return self.place(name) / str(seq)
 
-    def keep(self, name: str, seq: int, turn: Turn, result: Any) -> None:
+    def keep(self, name: str, seq: int, turn: TenantProgress, result: Any) -> None:
         """Makes a saved state the last one, unless a gradient is pending, which it lacks.
 
         Args:
@@ -41,7 +41,7 @@ class States:
           result: result of the `Save`; nothing is kept of one that failed.
         """
         model, folder = self._ledger.model(name), self.path(name, seq)
-        if not isinstance(result, Saved) or turn.gradient or model is None or model["ended"]:
+        if not isinstance(result, SaveResult) or turn.gradient or model is None or model["ended"]:
             shutil.rmtree(folder, ignore_errors=True)
             return
         self._ledger.set_state(name, seq, folder)

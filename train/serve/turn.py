@@ -8,7 +8,7 @@ from train.serve.requests import ANYONE, Client, Command, TenantStatus
 
 
 @dataclasses.dataclass
-class Turn:
+class TenantProgress:
     """The progress of a tenant.
 
     Attributes:

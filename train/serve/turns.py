@@ -12,36 +12,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.serve.database import Locked
+from train.serve.database import LockedError
 from train.serve.ledger import REFUSED, Ledger, Row
-from train.serve.loading import Loading
-from train.serve.notes import Notes, error_answer
-from train.serve.parking import Parking
+from train.serve.loading import TenantLoader
+from train.serve.notes import ResultWriter, error_answer
+from train.serve.parking import TenantParking
 from train.serve.requests import (
     Client,
     Command,
     Create,
+    EngineProtocol,
     Gradient,
     Load,
     RequestError,
     Save,
-    Serving,
     Update,
 )
 from train.serve.seats import Seats
-from train.serve.states import States
-from train.serve.turn import Turn, first_gap, load_of
+from train.serve.states import StateFolders
+from train.serve.turn import TenantProgress, first_gap, load_of
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds
 _AHEAD = 10_000  # a command's number is at most so far beyond the next one's
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """Says that a tenant has too much in the queue; the client is to come again."""
 
 
-class Turns:
+class CommandLog:
     """Hands commands to the engine: committed first, in the order of their numbers.
 
     Now and then, after an update, a tenant's state is saved, and the log before it is forgotten.
@@ -53,7 +53,7 @@ class Turns:
 
     def __init__(
         self,
-        engine: Serving,
+        engine: EngineProtocol,
         ledger: Ledger,
         folder: Path,
         read: Callable[[Row], Command],
@@ -74,7 +74,7 @@ class Turns:
           ledger: remembers.
           folder: where states, snapshots and checkpoints go.
           read: makes the command of a row of the log.
-          write, wake: see `Notes`.
+          write, wake: see `ResultWriter`.
           every, most_bytes: a state is saved after so many commands, or bytes of them.
           queue: the most `load` of a tenant.
           room: tenants in the engine at once; None for any number.
@@ -82,20 +82,20 @@ class Turns:
           clock: gives the time.
         """
         self._engine, self._ledger, self.folder = engine, ledger, folder
-        self._read, self._notes = read, Notes(ledger, write, wake, self._remove)
+        self._read, self._notes = read, ResultWriter(ledger, write, wake, self._remove)
         self._every, self._most_bytes, self._queue = every, most_bytes, queue
-        self._turns: dict[str, Turn] = {}
+        self._turns: dict[str, TenantProgress] = {}
         self._clock, self._lock = clock, threading.RLock()
-        self.states = States(ledger, folder / "states")
+        self.states = StateFolders(ledger, folder / "states")
         shared = engine, ledger, self._notes, self._lock, self._turns, Seats(room, own_room)
-        loading = Loading(
+        loading = TenantLoader(
             *shared,
             read,
             advance=self._advance,
             finish=self._finish,
             count_down=self._count_down,
         )
-        self.parking = Parking(*shared, self.states, loading, advance=self._advance)
+        self.parking = TenantParking(*shared, self.states, loading, advance=self._advance)
 
     def close(self) -> None:
         """Notes the results that there are, and stops."""
@@ -134,8 +134,8 @@ class Turns:
         Raises:
           RequestError: It is wrong, or its number is. If `prepare` or `read` raised it, the number
             is used up all the same, so that later ones do not wait for it.
-          Busy: The queue is full, or many wait for the ledger.
-          Locked, Full: the ledger cannot be written.
+          BusyError: The queue is full, or many wait for the ledger.
+          LockedError, FullError: the ledger cannot be written.
         """
         with self._hold_lock():
             if (row := self._ledger.command(model, seq)) is not None:
@@ -144,14 +144,14 @@ class Turns:
                 if row["state"] == REFUSED:
                     raise RequestError(json.loads(row["answer"])["error"])
                 return f"{model}:{seq}"
-            turn = self._turns.get(model, Turn(0))
+            turn = self._turns.get(model, TenantProgress(0))
             if seq != 0 and model not in self._turns:
                 raise RequestError(f"{model} is unloaded: load its last checkpoint")
             if not turn.next <= seq <= turn.next + _AHEAD:
                 raise RequestError(f"seq_id {seq} is out of order: the next one is {turn.next}")
             fills = seq == turn.next and turn.waiting  # refused, it would block those that wait
             if turn.load >= self._queue and not fills:
-                raise Busy(f"{model} has too many commands without an answer: wait for some")
+                raise BusyError(f"{model} has too many commands without an answer: wait for some")
             refusal = None
             try:
                 with self._ledger.transaction():
@@ -177,7 +177,7 @@ class Turns:
     def _hold_lock(self) -> Iterator[None]:
         """Holds the lock, unless others hold it for long."""
         if not self._lock.acquire(timeout=_PATIENCE):
-            raise Busy("many requests wait for the ledger")
+            raise BusyError("many requests wait for the ledger")
         try:
             yield
         finally:
@@ -198,7 +198,7 @@ class Turns:
 
     def _replay(self, model: Row, since: float) -> None:
         name, state = model["id"], model["state"]
-        turn = self._turns[name] = Turn(state + 1, _client(model), used=model["used"])
+        turn = self._turns[name] = TenantProgress(state + 1, _client(model), used=model["used"])
         rows = self._ledger.commands(name, state)
         self.states.tidy(model, rows)
         turn.load = sum(map(load_of, rows))
@@ -209,7 +209,7 @@ class Turns:
         turn.next = first_gap(state, rows)
         self.parking.settle()
 
-    def _advance(self, model: str, turn: Turn) -> None:
+    def _advance(self, model: str, turn: TenantProgress) -> None:
         """Hands over the commands whose turn has come, once the engine has the tenant.
 
         A tenant that the engine does not have waits for a seat, once all its results are noted.
@@ -239,14 +239,16 @@ class Turns:
                 done = partial(self._notes.later, self._finish_save, model, row["seq"], turn)
                 self._engine.submit(model, save, done, turn.client)
 
-    def _finish(self, row: Row, command: Command | None, turn: Turn | None, result: Any) -> None:
+    def _finish(
+        self, row: Row, command: Command | None, turn: TenantProgress | None, result: Any
+    ) -> None:
         """Notes a result, in the writer's thread; results come in the order of the commands."""
         noted, failed = False, isinstance(result, Exception)
         try:
             noted = self._notes.note(row, result)
             if not failed and turn is not None:
                 self._follow(row, command, turn, noted, result)
-        except Locked:
+        except LockedError:
             raise
         except Exception:  # such as a full disk: the log goes on from the state before
             _log.exception("the state of %s was not kept", row["model"])
@@ -259,7 +261,7 @@ class Turns:
                 self.parking.seats.leave(row["model"])
             self._count_down(row["model"], turn)
 
-    def _count_down(self, name: str, turn: Turn) -> None:
+    def _count_down(self, name: str, turn: TenantProgress) -> None:
         """Notes that the engine has a command less."""
         turn.running -= 1
         if turn.running == 0:
@@ -267,7 +269,7 @@ class Turns:
         self.parking.settle()
 
     def _follow(
-        self, row: Row, command: Command | None, turn: Turn, noted: bool, result: Any
+        self, row: Row, command: Command | None, turn: TenantProgress, noted: bool, result: Any
     ) -> None:
         """Notes what a command changed."""
         model, seq = row["model"], row["seq"]
@@ -279,14 +281,14 @@ class Turns:
             self.states.link(model, seq, command.path)
             try:
                 self.states.keep(model, seq, turn, result)
-            except Locked:
+            except LockedError:
                 self._notes.later(self.states.keep, model, seq, turn, result)
 
-    def _finish_save(self, name: str, seq: int, turn: Turn, result: Any) -> None:
+    def _finish_save(self, name: str, seq: int, turn: TenantProgress, result: Any) -> None:
         """Takes a state that was saved by the way."""
         try:
             self.states.keep(name, seq, turn, result)
-        except Locked:
+        except LockedError:
             raise
         except Exception:  # the log goes on from the state before
             _log.exception("the state of %s was not noted", name)

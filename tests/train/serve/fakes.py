@@ -14,25 +14,25 @@ from train.serve.requests import (
     AdapterSpec,
     Completion,
     Create,
-    Drawn,
-    Facts,
+    DrawnToken,
+    EngineFacts,
     Gradient,
+    GradientResult,
     Leave,
     Load,
-    Outputs,
-    Piece,
     RequestError,
+    SampleResult,
     Save,
-    Saved,
+    SaveResult,
     Status,
     TenantStatus,
     Top,
     Update,
-    Updated,
+    UpdateResult,
 )
-from train.serve.sealed import seal
+from train.serve.sealed import encrypt
 
-FACTS = Facts(
+FACTS = EngineFacts(
     model="tiny/base",
     max_length=64,
     max_rank=32,
@@ -77,9 +77,9 @@ class Tenant:
         (partial / "adapter_model.safetensors").write_bytes(data)
         (partial / "adapter_config.json").write_text(json.dumps({"r": self.spec.rank}))
         if recipients:
-            seal(partial, recipients)
+            encrypt(partial, recipients)
         os.rename(partial, path)
-        return Saved(sum(one.stat().st_size for one in path.iterdir()))
+        return SaveResult(sum(one.stat().st_size for one in path.iterdir()))
 
     @staticmethod
     def read(path, optimizer):
@@ -218,7 +218,7 @@ class FakeEngine:
                 tenant.momentum = command.beta1 * tenant.momentum + tenant.gradient
                 tenant.number -= command.learning_rate * tenant.momentum
                 tenant.gradient, tenant.steps = 0.0, tenant.steps + 1
-                return Updated({"step:max": float(tenant.steps)})
+                return UpdateResult({"step:max": float(tenant.steps)})
             case Save():
                 saved = tenant.write(command.path, command.optimizer, command.recipients)
                 if command.name is not None:
@@ -240,7 +240,7 @@ class FakeEngine:
         if not command.forward_only:
             tenant.gradient += slope
             tenant.losses = [*tenant.losses, (tenant.steps, loss)]
-        return Outputs(found, {"loss:sum": loss})
+        return GradientResult(found, {"loss:sum": loss})
 
     def _adopt(self, name, folder):
         self.snapshots[name] = Tenant.read(Path(folder), False).number
@@ -264,7 +264,9 @@ class FakeEngine:
         asked = request.targets
         if asked is not None:
             asked = np.where(asked < 0, np.float32(0), logprobs(asked, number))
-        return Drawn(completions, prompt if request.prompt_logprobs else None, top, targets=asked)
+        return SampleResult(
+            completions, prompt if request.prompt_logprobs else None, top, targets=asked
+        )
 
     def _complete(self, request, number, index, most, seen, cancelled):
         tokens, values, stopped = [], [], False
@@ -279,7 +281,7 @@ class FakeEngine:
             if seen is not None:
                 one = self._top(request.top, values[-1:]) if request.top else None
                 top = (one.ids[0], one.logprobs[0]) if one is not None else None
-                seen(Piece(index, token, values[-1], top))
+                seen(DrawnToken(index, token, values[-1], top))
         return Completion(
             np.array(tokens, np.int32),
             np.array(values, np.float32),

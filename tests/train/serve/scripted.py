@@ -13,10 +13,10 @@ from train.serve.requests import (
     AdapterSpec,
     Client,
     Completion,
-    Drawn,
-    Facts,
-    Piece,
+    DrawnToken,
+    EngineFacts,
     RequestError,
+    SampleResult,
     Status,
     TenantStatus,
     Top,
@@ -24,7 +24,7 @@ from train.serve.requests import (
 from train.serve.routes.openai.text import ServedTokenizer
 
 EOS = 258
-FACTS = Facts(
+FACTS = EngineFacts(
     model="tiny/base",
     max_length=400,
     max_rank=32,
@@ -85,7 +85,7 @@ class ScriptedEngine:
                 if seen is not None:
                     ids, values = likely([token], request.top)
                     top = (ids[0], values[0]) if request.top else None
-                    seen(Piece(index, token, logprob(token), top))
+                    seen(DrawnToken(index, token, logprob(token), top))
                 if stopped:
                     break
             values = np.array([logprob(token) for token in tokens], np.float32)
@@ -93,7 +93,9 @@ class ScriptedEngine:
             completions.append(Completion(np.array(tokens, np.int32), values, stopped, top))
         scored = np.array([np.nan, *map(logprob, request.prompt[1:])], np.float32)
         top = Top(*likely(request.prompt, request.top_prompt)) if request.top_prompt else None
-        return done(Drawn(completions, scored if request.prompt_logprobs else None, top, cached=3))
+        return done(
+            SampleResult(completions, scored if request.prompt_logprobs else None, top, cached=3)
+        )
 
     def adopt(self, name, folder, done):
         found = (folder / "adapter_config.json").exists()

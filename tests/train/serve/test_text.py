@@ -8,7 +8,7 @@ import pytest
 
 from tests.train.serve.scripted import EOS, TOKENIZER, TOKENS, ids
 from tests.train.tiny import SPECIAL
-from train.serve.routes.openai.chat import Calls
+from train.serve.routes.openai.chat import ToolCalls
 from train.serve.routes.openai.text import CompletionText
 
 ALPHABET = ["a", "b", "ab", "é", "€", "𝄞", "c", " "]
@@ -114,7 +114,7 @@ CASES = [
 @pytest.mark.parametrize(("text", "content", "names"), CASES)
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_calls_are_found_however_the_text_comes(text, content, names, size):
-    calls = Calls()
+    calls = ToolCalls()
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     parts = [calls.add(piece) for piece in pieces] + [calls.add("", last=True)]
     assert "".join(part for part, _ in parts) == content

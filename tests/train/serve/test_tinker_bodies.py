@@ -78,7 +78,7 @@ def test_a_body_that_is_cut_off_is_no_failure():
         return {"type": "http.disconnect"}
 
     async def endpoint(request, owner):
-        return bodies.say(len(await bodies.body_of(request)))
+        return bodies.say(len(await bodies.read_bytes(request)))
 
     scope = {"type": "http", "method": "POST", "headers": [], "path": "/", "query_string": b""}
     answer = bodies.guarded(endpoint, lambda _: "me")(Request(scope, cut))

@@ -12,7 +12,7 @@ from tests.train.serve.client import Client, drawn, prompt, sampler
 from tests.train.serve.fakes import FACTS, FakeEngine
 from tests.train.serve.protobuf import fields
 from train.serve import requests
-from train.serve.requests import Sample
+from train.serve.requests import SampleRequest
 
 
 def test_samples_of_the_base(client):
@@ -101,7 +101,7 @@ def test_what_the_engine_is_asked_for(client):
     eos = frozenset(FACTS.eos)
     rest = {"max_tokens": 3, "temperature": 0.0, "top_k": 5, "top_p": 0.5, "seed": 9}
     rest["client"] = found.client
-    assert found == Sample(adapter=None, prompt=[5, 6], stop_ids=eos, **rest)
+    assert found == SampleRequest(adapter=None, prompt=[5, 6], stop_ids=eos, **rest)
     assert asked_of_engine(client, max_tokens=None).max_tokens == FACTS.max_length - 2
     assert asked_of_engine(client, max_tokens=10**6).max_tokens == FACTS.max_length - 2
     name = sampler(client, number=8)

@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from tests.train.serve.client import key_owner
 from tests.train.serve.fakes import FACTS, FakeEngine, logprobs
 from tests.train.serve.waiting import until
-from train.serve.requests import Completion, Drawn, Outputs, Top
+from train.serve.requests import Completion, GradientResult, SampleResult, Top
 from train.serve.routes.tinker import api as routes
 from train.serve.routes.tinker import wire
 
@@ -293,9 +293,9 @@ def test_requests_of_the_sdk_are_read(shapes, data):
         forward_backward_input=inner, model_id="a:train:0", seq_id=5
     )
     content = request_conv.forward_backward_request_to_proto(request).SerializeToString()
-    _, message = wire.parsed(content)
+    _, message = wire.parse(content)
     assert (message.model_id, message.seq_id) == ("a:train:0", 5)
-    found = wire.gradient(message, FACTS)
+    found = wire.gradient_of(message, FACTS)
     for one, weights, target in zip(found.data, drawn, targets, strict=True):
         assert one.tokens.tolist() == list(range(len(weights)))
         assert np.array_equal(one.inputs["weights"], weights)
@@ -314,7 +314,7 @@ def test_sparse_targets_of_the_sdk_are_read():
     )
     request = types.ForwardBackwardRequest(forward_backward_input=inner, model_id="m", seq_id=1)
     content = request_conv.forward_backward_request_to_proto(request).SerializeToString()
-    inputs = wire.gradient(wire.parsed(content)[1], FACTS).data[0].inputs
+    inputs = wire.gradient_of(wire.parse(content)[1], FACTS).data[0].inputs
     assert np.array_equal(inputs["target_tokens"], targets.numpy())
     assert np.array_equal(inputs["weights"], weights.numpy())
 
@@ -323,7 +323,7 @@ def test_sparse_targets_of_the_sdk_are_read():
 @given(st.lists(SHAPES, max_size=6), st.data())
 def test_outputs_are_read_by_the_sdk(shapes, data):
     drawn = [data.draw(arrays.arrays(np.float32, shape, elements=FLOATS)) for shape in shapes]
-    content = wire.encoded_outputs(Outputs(drawn, {"loss:sum": 0.1, "x:mean": -3.0}))
+    content = wire.encode_gradient(GradientResult(drawn, {"loss:sum": 0.1, "x:mean": -3.0}))
     found = response_conv.deserialize_forward_backward_output(content)
     assert found.metrics == {"loss:sum": 0.1, "x:mean": -3.0}
     read = [one["logprobs"].to_numpy() for one in found.loss_fn_outputs]
@@ -335,7 +335,9 @@ def test_completions_are_read_by_the_sdk():
     top = Top(np.array([[0, 0], [5, 6]], np.int32), np.array([[-99999] * 2, [-1, -2]], np.float32))
     one = Completion(np.array([3, 4], np.int32), np.array([-1, -2], np.float32), True, top)
     two = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
-    content = wire.encoded_drawn(Drawn([one, two], np.array([np.nan, -3], np.float32), top, 1))
+    content = wire.encode_samples(
+        SampleResult([one, two], np.array([np.nan, -3], np.float32), top, 1)
+    )
     found = response_conv.deserialize_sample_response(content)
     assert [each.stop_reason for each in found.sequences] == ["stop", "length"]
     assert list(found.sequences[0].tokens) == [3, 4] and list(found.sequences[1].tokens) == []

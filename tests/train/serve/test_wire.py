@@ -22,12 +22,19 @@ from tests.train.serve.protobuf import (
     request,
     sparse,
 )
-from train.serve.requests import Completion, Drawn, Gradient, Outputs, RequestError, Top
+from train.serve.requests import (
+    Completion,
+    Gradient,
+    GradientResult,
+    RequestError,
+    SampleResult,
+    Top,
+)
 from train.serve.routes.tinker import wire
 
 
 def decoded(body):
-    return wire.gradient(wire.parsed(body)[1], FACTS)
+    return wire.gradient_of(wire.parse(body)[1], FACTS)
 
 
 def refusal(body):
@@ -39,9 +46,9 @@ def refusal(body):
 def test_a_datum_in_chunks():
     weights = np.array([0.5, -2.0, 1e-3], np.float32)
     one = datum([[4, 96], [7]], target_tokens=dense([5, 6, 7], I64), weights=dense(weights, F32))
-    _, message = wire.parsed(request(one, only=1))
+    _, message = wire.parse(request(one, only=1))
     assert (message.model_id, message.seq_id) == ("s:train:0", 3)
-    found = wire.gradient(message, FACTS)
+    found = wire.gradient_of(message, FACTS)
     assert (found.loss, found.forward_only, dict(found.config)) == ("cross_entropy", True, {})
     (only,) = found.data
     assert only.tokens.dtype == np.int32 and only.tokens.tolist() == [4, 96, 7]
@@ -140,13 +147,13 @@ def test_a_small_sparse_tensor_cannot_stand_for_a_large_one():
 def test_bodies_in_zstd():
     body = request(datum([[1, 2]], **GOOD))
     packed = zstandard.ZstdCompressor().compress(body)
-    assert wire.parsed(packed, "zstd") == wire.parsed(body) == (body, wire.parsed(body)[1])
+    assert wire.parse(packed, "zstd") == wire.parse(body) == (body, wire.parse(body)[1])
     stream = zstandard.ZstdCompressor().compressobj()  # does not say how long it is
-    assert wire.parsed(stream.compress(body) + stream.flush(), "zstd")[0] == body
+    assert wire.parse(stream.compress(body) + stream.flush(), "zstd")[0] == body
     bomb = zstandard.ZstdCompressor().compress(bytes(wire.MOST_BYTES + 1))
     for wrong, encoding in [(bomb, "zstd"), (b"garbage", "zstd"), (body, "gzip")]:
         with pytest.raises(RequestError):
-            wire.parsed(wrong, encoding)
+            wire.parse(wrong, encoding)
 
 
 BODY = request(
@@ -181,7 +188,7 @@ def test_damaged_bodies_are_read_or_refused(changes, end):
 
 def test_outputs_are_ragged_records():
     arrays = [np.array(one, np.float32) for one in ([-1, -2], [-3], [[-4, -5, -6]], [-7, -8])]
-    message = fields(wire.encoded_outputs(Outputs(arrays, {"loss:sum": 2.5})))
+    message = fields(wire.encode_gradient(GradientResult(arrays, {"loss:sum": 2.5})))
     assert message[1] == [b"ArrayRecord"]
     metric = fields(message[3][0])
     assert metric[1] == [b"loss:sum"] and struct.unpack("<d", metric[2][0]) == (2.5,)
@@ -203,7 +210,7 @@ def test_completions():
     short = Completion(np.array([9, 1], np.int32), np.array([-1, -2], np.float32), True, None)
     long = Completion(np.array([3], np.int32), np.array([-0.5], np.float32), False, top)
     prompt = np.array([np.nan, -1, -2], np.float32)
-    message = fields(wire.encoded_drawn(Drawn([short, long], prompt, top, 2)))
+    message = fields(wire.encode_samples(SampleResult([short, long], prompt, top, 2)))
     first, second = map(fields, message[1])
     assert 1 not in first and second[1] == [1]  # stop is the enum's zero
     assert np.frombuffer(first[2][0], "<i4").tolist() == [9, 1] and 4 not in first
@@ -218,8 +225,8 @@ def test_completions():
 
 def test_the_last_tokens_of_a_prompt_alone():
     top = Top(np.ones((3, 1), np.int32), np.ones((3, 1), np.float32))
-    drawn = Drawn([], np.array([np.nan, -1, -2], np.float32), top)
-    message = fields(wire.encoded_drawn(drawn, last=1))
+    drawn = SampleResult([], np.array([np.nan, -1, -2], np.float32), top)
+    message = fields(wire.encode_samples(drawn, last=1))
     found = np.frombuffer(message[2][0], "<f4")
     assert np.isnan(found[:2]).all() and found[2] == -2
     best = fields(message[3][0])

@@ -34,7 +34,7 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.options.paths import absolute_path
 from train.serve.requests import AdapterSpec, RequestError, Save
-from train.serve.sealed import seal
+from train.serve.sealed import encrypt
 
 Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
 SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"
@@ -60,7 +60,7 @@ class Adapter:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingState:
     """The state of an adapter's training.
 
     Attributes:
@@ -75,13 +75,13 @@ class Training:
     steps: int
 
     @classmethod
-    def begin(cls, adapter: Adapter) -> "Training":
+    def begin(cls, adapter: Adapter) -> "TrainingState":
         """Returns the state before the first update."""
         zeros = jax.tree.map(jnp.zeros_like, adapter.factors)
         return cls(adapter, zeros, jax.tree.map(jnp.zeros_like, adapter.factors), 0)
 
 
-class Base:
+class ServedBase:
     """A model with its weights, and what makes, reads and writes adapters over it."""
 
     def __init__(
@@ -174,7 +174,7 @@ class Base:
         joined = lj.join(factors, shell)
         return map_nodes(lambda path, node: node.replace(scale=scales[path]), joined)
 
-    def read(self, folder: Path, optimizer: bool = False) -> Training:
+    def read(self, folder: Path, optimizer: bool = False) -> TrainingState:
         """Reads what `write` wrote, or an adapter that PEFT or a run of this library wrote.
 
         Args:
@@ -205,7 +205,7 @@ class Base:
             np.isfinite(x).all() for x in jax.tree.leaves((adapter.factors, adapter.scales))
         ):
             raise RequestError(f"{folder.name} holds values that are not finite")
-        state = Training.begin(adapter)
+        state = TrainingState.begin(adapter)
         if not optimizer:
             return state
         if not (folder / MOMENTS).exists():
@@ -218,7 +218,7 @@ class Base:
             steps=about["steps"],
         )
 
-    def write(self, state: Training, command: Save) -> int:
+    def write(self, state: TrainingState, command: Save) -> int:
         """Writes an adapter as a PEFT folder, which appears whole; returns its bytes.
 
         Args:
@@ -254,7 +254,7 @@ class Base:
                 }
                 save_file(arrays, partial / MOMENTS)
             if command.recipients:
-                seal(partial, command.recipients)
+                encrypt(partial, command.recipients)
             for path in partial.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())

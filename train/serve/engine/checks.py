@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from train.serve.requests import MOST_TARGETS, TOP, Facts, RequestError, Sample, Update
+from train.serve.requests import MOST_TARGETS, TOP, EngineFacts, RequestError, SampleRequest, Update
 
 
-def check_sample(request: Sample, facts: Facts) -> None:
+def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
     """Raises a RequestError if a sample makes no sense."""
     n, most = len(request.prompt), facts.max_length
     if not n:

@@ -7,28 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from train.serve.engine.base import Base, Training
+from train.serve.engine.base import ServedBase, TrainingState
 from train.serve.engine.checks import check_update
-from train.serve.engine.named import Named
-from train.serve.engine.tenant import Tenant
+from train.serve.engine.named import AdapterCache
+from train.serve.engine.tenant import EngineTenant
 from train.serve.engine.trainer import Trainer
 from train.serve.requests import (
     Command,
     Create,
     Done,
     Gradient,
+    GradientResult,
     Leave,
     Load,
-    Outputs,
     RequestError,
     Save,
-    Saved,
+    SaveResult,
     Update,
-    Updated,
+    UpdateResult,
 )
 
 
-class Commands:
+class CommandRunner:
     """Executes commands in the engine's thread; files are written in another one.
 
     Attributes:
@@ -37,17 +37,17 @@ class Commands:
     """
 
     def __init__(
-        self, base: Base, trainer: Trainer, most: int, check_room: Callable[[], None]
+        self, base: ServedBase, trainer: Trainer, most: int, check_room: Callable[[], None]
     ) -> None:
         """Starts the thread that writes files.
 
         Args:
           base, trainer: see their classes.
-          most: see `Named`.
+          most: see `AdapterCache`.
           check_room: raises a RequestError if there is no room for another tenant.
         """
         self._base, self._trainer, self._check_room = base, trainer, check_room
-        self.named = Named(most, lambda folder: self.read(folder).adapter)
+        self.named = AdapterCache(most, lambda folder: self.read(folder).adapter)
         self.trained_tokens = 0
         self._files = ThreadPoolExecutor(1, "files")
         self._writing: dict[Path, Future[None]] = {}  # by folder; the engine's thread alone has it
@@ -56,13 +56,13 @@ class Commands:
         """Ends once all files are written."""
         self._files.shutdown()
 
-    def execute(self, tenant: Tenant, command: Command) -> Generator[None, None, Any]:
+    def execute(self, tenant: EngineTenant, command: Command) -> Generator[None, None, Any]:
         """Executes a command bit by bit, and returns its result."""
         if isinstance(command, (Create, Load)) and tenant.state is None:
             self._check_room()
         if isinstance(command, Create):
             spec = command.spec
-            tenant.become(Training.begin(self._base.begin(spec, spec.seed or 0)))
+            tenant.become(TrainingState.begin(self._base.begin(spec, spec.seed or 0)))
             return spec
         if isinstance(command, Load):
             loaded = self.read(command.path, command.optimizer)
@@ -80,8 +80,8 @@ class Commands:
         return self._save(tenant, state, command)
 
     def _add_gradient(
-        self, tenant: Tenant, state: Training, request: Gradient
-    ) -> Generator[None, None, Outputs]:
+        self, tenant: EngineTenant, state: TrainingState, request: Gradient
+    ) -> Generator[None, None, GradientResult]:
         parts = self._trainer.parts(request)
         logps: list[Any] = [None] * len(request.data)
         total, grads = 0.0, None
@@ -107,37 +107,37 @@ class Commands:
             tenant.grads = self._trainer.add(tenant.grads, grads)
             tokens = sum(len(datum.tokens) for datum in request.data)
             tenant.summed = (tenant.summed[0] + total, tenant.summed[1] + tokens)
-        return Outputs(logps, {"loss:sum": total})
+        return GradientResult(logps, {"loss:sum": total})
 
-    def _step(self, tenant: Tenant, state: Training, how: Update) -> Updated:
+    def _step(self, tenant: EngineTenant, state: TrainingState, how: Update) -> UpdateResult:
         check_update(how)
         moved, norm = self._trainer.update(state, tenant.grads, how)
         if tenant.grads is not None:
             tenant.losses.append((moved.steps, tenant.loss))
         tenant.become(moved)
-        return Updated({"grad_norm:max": norm, "step:max": float(moved.steps)})
+        return UpdateResult({"grad_norm:max": norm, "step:max": float(moved.steps)})
 
-    def _save(self, tenant: Tenant, state: Training, command: Save) -> None:
+    def _save(self, tenant: EngineTenant, state: TrainingState, command: Save) -> None:
         """Names an adapter at once; its files are written while others compute."""
         if command.name is not None:
             self.named.add(command.name, command.path, state.adapter)
         done, tenant.done = tenant.done, None
         assert done is not None
 
-        def written() -> Saved:
-            return Saved(self._base.write(state, command))
+        def written() -> SaveResult:
+            return SaveResult(self._base.write(state, command))
 
         self._writing = {path: job for path, job in self._writing.items() if not job.done()}
-        self._writing[command.path.absolute()] = self._files.submit(answer, written, done)
+        self._writing[command.path.absolute()] = self._files.submit(call_back, written, done)
 
-    def read(self, folder: Path, optimizer: bool = False) -> Training:
+    def read(self, folder: Path, optimizer: bool = False) -> TrainingState:
         """Returns an adapter and its training's state; waits while this very folder is written."""
         if (job := self._writing.get(folder.absolute())) is not None:
             job.result()
         return self._base.read(folder, optimizer)
 
 
-def answer(function: Callable[[], Any], done: Done) -> None:
+def call_back(function: Callable[[], Any], done: Done) -> None:
     """Hands over a function's result, or what went wrong."""
     try:
         result = function()

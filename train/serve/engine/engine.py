@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.training.layout import Layout
-from train.serve.engine.base import Base, Training
+from train.serve.engine.base import ServedBase, TrainingState
 from train.serve.engine.checks import check_sample
-from train.serve.engine.commands import Commands, answer
+from train.serve.engine.commands import CommandRunner, call_back
 from train.serve.engine.jobs import SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.rotation import TurnPath, levels, parties
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
-from train.serve.engine.tenant import Tenant
+from train.serve.engine.tenant import EngineTenant
 from train.serve.engine.trainer import Trainer
 from train.serve.requests import (
     ANYONE,
@@ -28,10 +28,10 @@ from train.serve.requests import (
     Client,
     Command,
     Done,
-    Facts,
-    Piece,
+    DrawnToken,
+    EngineFacts,
     RequestError,
-    Sample,
+    SampleRequest,
     Status,
     TenantStatus,
 )
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Trains tenants' adapters and draws samples over one base; see `train.serve.requests.Serving`.
+    """Trains tenants' adapters and draws samples over one base; see `EngineProtocol`.
 
     One thread does all that computes. Training and sampling have equal shares of its time; owners
     take turns, and an owner's sessions, whose tenants have equal shares. Between two tokens of
@@ -49,7 +49,7 @@ class Engine:
 
     def __init__(
         self,
-        base: Base,
+        base: ServedBase,
         sizes: Sizes,
         layout: Layout,
         *,
@@ -76,7 +76,7 @@ class Engine:
         self._drawing = SamplingPrograms(base.model, layout, sizes.chunk)
         self._pool = AdapterPool(base, slots)
         self._sampler = Sampler(base, self._trainer, self._drawing, self._pool, sizes, text_of)
-        self.facts = Facts(
+        self.facts = EngineFacts(
             model=base.name,
             max_length=sizes.max_length,
             max_rank=base.max_rank,
@@ -85,8 +85,8 @@ class Engine:
             slots=slots,
             sequences=sizes.sequences,
         )
-        self._tenants: dict[str, Tenant] = {}
-        self._commands = Commands(base, self._trainer, 2 * slots, self._check_room)
+        self._tenants: dict[str, EngineTenant] = {}
+        self._commands = CommandRunner(base, self._trainer, 2 * slots, self._check_room)
         self._named = self._commands.named
         self._calls: deque[Callable[[], Any]] = deque()
         self._something = threading.Condition()
@@ -116,7 +116,7 @@ class Engine:
         Args:
           seen: is told how many steps are done, and how many there are.
         """
-        state = Training.begin(self._base.begin(AdapterSpec(rank=1), 0))
+        state = TrainingState.begin(self._base.begin(AdapterSpec(rank=1), 0))
         steps = self._trainer.steps + self._sampler.steps
         seen(0, steps)
         work = chain(self._trainer.warm_up(state), self._sampler.warm_up())
@@ -127,7 +127,7 @@ class Engine:
         """Queues a command of a tenant."""
 
         def queued() -> None:
-            mine = self._tenants.setdefault(tenant, Tenant(tenant, client))
+            mine = self._tenants.setdefault(tenant, EngineTenant(tenant, client))
             if not mine.is_waiting:
                 self._line_up(mine.path)
             mine.queue.append((command, _guarded(done)))
@@ -135,7 +135,7 @@ class Engine:
         self._call(queued)
 
     def sample(
-        self, request: Sample, done: Done, seen: Callable[[Piece], None] | None = None
+        self, request: SampleRequest, done: Done, seen: Callable[[DrawnToken], None] | None = None
     ) -> Callable[[], None]:
         """Queues a sample; returns what ends it early."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
@@ -161,7 +161,7 @@ class Engine:
             self._named.add(name, None, adapter)
             return adapter.spec
 
-        self._call(lambda: answer(adopted, _guarded(done)))
+        self._call(lambda: call_back(adopted, _guarded(done)))
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
@@ -257,11 +257,11 @@ class Engine:
             least = min(beside) if beside else max(siblings, default=0.0)
             self._trained_for[level] = max(self._trained_for.get(level, 0.0), least)
 
-    def _order(self, tenant: Tenant) -> tuple[float, ...]:
+    def _order(self, tenant: EngineTenant) -> tuple[float, ...]:
         """Returns a key to sort tenants by: the least is next."""
         return tuple(self._trained_for[level] for level in levels(tenant.path))
 
-    def _may_train(self, tenant: Tenant) -> bool:
+    def _may_train(self, tenant: EngineTenant) -> bool:
         """Returns whether a tenant may have a turn before the next token of others."""
         if self._trained[0] != self._sampler.rounds:
             self._trained = self._sampler.rounds, set()
@@ -270,7 +270,7 @@ class Engine:
             for party in parties(tenant.path)
         )
 
-    def _train(self, tenant: Tenant) -> None:
+    def _train(self, tenant: EngineTenant) -> None:
         """Executes a part of a tenant's command: a batch, of a gradient."""
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
@@ -291,7 +291,7 @@ class Engine:
         if is_over:
             self._answered(tenant, result)
 
-    def _answered(self, tenant: Tenant, result: Any) -> None:
+    def _answered(self, tenant: EngineTenant, result: Any) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
         done, tenant.job, tenant.done = tenant.done, None, None
         if tenant.state is None and not tenant.queue:

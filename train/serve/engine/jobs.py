@@ -8,7 +8,7 @@ import numpy as np
 
 from train.serve.engine.base import Adapter
 from train.serve.engine.rotation import TurnPath
-from train.serve.requests import Completion, Done, Piece, Sample, Top
+from train.serve.requests import Completion, Done, DrawnToken, SampleRequest, Top
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,11 +22,11 @@ class SampleJob:
       is_over: whether `done` was called; then it holds no arrays.
     """
 
-    request: Sample
+    request: SampleRequest
     adapter: Adapter | None
     seed: int
     done: Done
-    seen: Callable[[Piece], None] | None
+    seen: Callable[[DrawnToken], None] | None
     slot: int | None = None
     is_over: bool = False
     completions: dict[int, Completion] = dataclasses.field(default_factory=dict)

@@ -74,7 +74,7 @@ DEFAULTS = {
 }
 
 
-def summed(which: jax.Array, p: jax.Array, given: Given) -> jax.Array:
+def sum_loss(which: jax.Array, p: jax.Array, given: Given) -> jax.Array:
     """Returns the sum of one loss's terms, [] fp32.
 
     Args:

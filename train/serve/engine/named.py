@@ -7,7 +7,7 @@ from train.serve.engine.base import Adapter
 from train.serve.requests import RequestError
 
 
-class Named:
+class AdapterCache:
     """Finds adapters by name; those not asked for lately are read again.
 
     A client that trains and samples in turn names one at each step, and asks for few again.

@@ -5,13 +5,13 @@ from typing import Any
 
 from lora_jax.bank.slots import map_slots, slots_of
 from lora_jax.bank.writing import with_slots, write
-from train.serve.engine.base import Adapter, Base
+from train.serve.engine.base import Adapter, ServedBase
 
 
 class AdapterPool:
     """Slots for the adapters that samples use at the moment; slot 0 is the base."""
 
-    def __init__(self, base: Base, slots: int) -> None:
+    def __init__(self, base: ServedBase, slots: int) -> None:
         """Makes empty slots, `slots` of them; the base has no arrays."""
         tree = with_slots(base.params, base.rules, slots)
         self._tree = map_slots(lambda _, here: here.replace(has_base=False), tree)

@@ -10,7 +10,7 @@ PARTY = 2  # levels that stand for people: owners, and sessions
 _PATIENCE = (1, 16)  # turns without one after which an owner, or a session, has another's place
 
 
-class Rotation:
+class TurnOrder:
     """Gives a turn to whoever had none for the longest time, level by level.
 
     Who comes anew begins at the end of the row: nobody saves up turns.

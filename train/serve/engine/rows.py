@@ -12,7 +12,7 @@ import numpy as np
 from train.serve.engine.jobs import ActiveCompletion
 from train.serve.engine.programs import DrawnTokens, RowSampling, SamplingPrograms
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import Sample
+from train.serve.requests import SampleRequest
 
 _HELD = 32  # decoded tokens after which fewer or shorter rows are chosen, if they would do
 _SLOWER = 1.5  # times as long, at most, that a token takes beside other owners' rows
@@ -100,7 +100,7 @@ class RunningRows:
         """Returns how the tokens of a completion under way are drawn."""
         return self.how(row.job.request, row.job.seed, row.index)
 
-    def how(self, request: Sample, seed: int, index: int) -> RowSampling:
+    def how(self, request: SampleRequest, seed: int, index: int) -> RowSampling:
         """Returns how the tokens of a completion are drawn."""
         key = jax.random.fold_in(jax.random.key(seed % 2**32), index)
         t = request.temperature
@@ -159,7 +159,7 @@ class RunningRows:
         drawing, sizes, off = self._drawing, self._sizes, np.bool_(False)
         ids = np.zeros((1, sizes.chunk), np.int32)
         slot, one = np.int32(0), np.int32(1)
-        caches, how = [], self.how(Sample(adapter=None, prompt=[0]), 0, 0)
+        caches, how = [], self.how(SampleRequest(adapter=None, prompt=[0]), 0, 0)
         for length in sizes.caches:
             cache = drawing.prompt(length)
             logits, cache = drawing.extend(tree, slot, ids, one, cache)

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from train.serve.engine.base import Base
+from train.serve.engine.base import ServedBase
 from train.serve.engine.jobs import ActiveCompletion, SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import DrawnTokens, SamplingPrograms
 from train.serve.engine.prompts import PrefixCache, RunningPrompt
-from train.serve.engine.rotation import PARTY, Rotation, TurnPath, parties
+from train.serve.engine.rotation import PARTY, TurnOrder, TurnPath, parties
 from train.serve.engine.rows import RunningRows
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.trainer import Trainer
-from train.serve.requests import Completion, Drawn, Piece
+from train.serve.requests import Completion, DrawnToken, SampleResult
 
 _ALONE = 32  # tokens after which an owner who is alone has all rows
 _CHUNKS = 8  # of prompts, between two tokens where all rows are free
@@ -34,7 +34,7 @@ class Sampler:
 
     def __init__(
         self,
-        base: Base,
+        base: ServedBase,
         trainer: Trainer,
         drawing: SamplingPrograms,
         pool: AdapterPool,
@@ -55,7 +55,7 @@ class Sampler:
         self._prompts: list[RunningPrompt] = []
         self._ready: list[RunningPrompt] = []  # ran, with completions that are to begin
         self._paused: list[ActiveCompletion] = []
-        self._turns = Rotation()
+        self._turns = TurnOrder()
         self._ran: Counter[TurnPath] = Counter()  # chunks of prompts since the last token
         self._alone = _ALONE  # tokens since several owners drew
         self.rounds = self.prompt_tokens = self.drawn_tokens = 0
@@ -117,7 +117,7 @@ class Sampler:
         self._give_slot(job)
         completions = [job.completions[i] for i in sorted(job.completions)]
         own, top, targets = job.scores
-        job.done(error or Drawn(completions, own, top, job.cached, targets))
+        job.done(error or SampleResult(completions, own, top, job.cached, targets))
         job.adapter, job.completions, job.scores = None, {}, (None, None, None)
 
     def fail(self, error: Exception) -> None:
@@ -344,7 +344,7 @@ class Sampler:
         row.logps.append(logp)
         self.drawn_tokens += 1
         if job.seen:
-            job.seen(Piece(row.index, token, logp, top))
+            job.seen(DrawnToken(row.index, token, logp, top))
         room = self._sizes.max_length - len(request.prompt)
         most = room if request.max_tokens is None else min(room, request.max_tokens)
         stopped = token in request.stop_ids or self._says_stop(row)

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
-from train.serve.engine.base import Factors, Training
+from train.serve.engine.base import Factors, TrainingState
 from train.serve.engine.rotation import TurnPath
 from train.serve.requests import LATEST_LOSSES, Client, Command, Done
 
 
-class Tenant:
+class EngineTenant:
     """An adapter that trains, and what it waits for.
 
     Attributes:
@@ -25,12 +25,12 @@ class Tenant:
         self.queue: deque[tuple[Command, Done]] = deque()
         self.job: Generator[None, None, Any] | None = None
         self.done: Done | None = None
-        self.state: Training | None = None
+        self.state: TrainingState | None = None
         self.grads: Factors | None = None
         self.summed = (0.0, 0)  # the loss and its targets since the last update
         self.losses: deque[tuple[int, float]] = deque(maxlen=LATEST_LOSSES)
 
-    def become(self, state: Training | None) -> None:
+    def become(self, state: TrainingState | None) -> None:
         """Goes on from a state, without a gradient; None where it leaves."""
         self.state, self.grads, self.summed = state, None, (0.0, 0)
 

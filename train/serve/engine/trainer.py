@@ -13,8 +13,8 @@ from jax import lax
 import lora_jax as lj
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses.tokens import token_values
-from train.serve.engine.base import Adapter, Base, Factors, Training
-from train.serve.engine.losses import DEFAULTS, ORDER, summed
+from train.serve.engine.base import Adapter, Factors, ServedBase, TrainingState
+from train.serve.engine.losses import DEFAULTS, ORDER, sum_loss
 from train.serve.engine.sizes import TARGETS, Sizes
 from train.serve.requests import LOSSES, TOP, Datum, Gradient, RequestError, Top, Update
 
@@ -22,7 +22,7 @@ _EMPTY = -99999.0  # the log-probability of a token that there is none of
 _HUGE = 1e30
 
 
-class Part(NamedTuple):
+class TrainBatch(NamedTuple):
     """Some rows of a request, filled up to a shape.
 
     Attributes:
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 class Trainer:
     """Computes with an adapter that is an argument, so that all share what is compiled."""
 
-    def __init__(self, base: Base, sizes: Sizes, layout: Layout, chunk: int) -> None:
+    def __init__(self, base: ServedBase, sizes: Sizes, layout: Layout, chunk: int) -> None:
         """Makes the functions; nothing is compiled yet.
 
         Args:
@@ -63,7 +63,7 @@ class Trainer:
         """The number of steps of `warm_up`."""
         return 2 * len(self._sizes.lengths) + 3
 
-    def warm_up(self, state: Training) -> Iterator[None]:
+    def warm_up(self, state: TrainingState) -> Iterator[None]:
         """Compiles all functions, for all shapes, step by step.
 
         Args:
@@ -84,7 +84,7 @@ class Trainer:
         self.update(state, grads, Update())
         yield
 
-    def parts(self, request: Gradient) -> list[Part]:
+    def parts(self, request: Gradient) -> list[TrainBatch]:
         """Returns the batches of a request, data of like length together.
 
         Raises:
@@ -102,13 +102,13 @@ class Trainer:
         for i, datum in enumerate(request.data):
             shapes.setdefault(self._shape(datum), []).append(i)
         return [
-            Part(rows, self._batch([request.data[i] for i in rows], request, *shape))
+            TrainBatch(rows, self._batch([request.data[i] for i in rows], request, *shape))
             for shape, places in shapes.items()
             for rows in _groups(places, self._sizes.rows(shape[0]))
         ]
 
     def gradient(
-        self, adapter: Adapter, total: Factors | None, request: Gradient, part: Part
+        self, adapter: Adapter, total: Factors | None, request: Gradient, part: TrainBatch
     ) -> tuple[Factors, float, np.ndarray]:
         """Returns the gradient so far, the part's loss and its log-probabilities."""
         which = np.int32(ORDER.index(request.loss))
@@ -119,7 +119,9 @@ class Trainer:
         grads = found if total is None else self._add(total, found)
         return grads, float(loss), np.asarray(p)
 
-    def loss(self, adapter: Adapter, request: Gradient, part: Part) -> tuple[float, np.ndarray]:
+    def loss(
+        self, adapter: Adapter, request: Gradient, part: TrainBatch
+    ) -> tuple[float, np.ndarray]:
         """Returns a part's loss and its log-probabilities, without a gradient."""
         which = np.int32(ORDER.index(request.loss))
         batch = self._layout.batch(part.batch, parts=False)
@@ -138,7 +140,7 @@ class Trainer:
           adapter: the adapter.
           tokens: [n] int32.
           top: the number of likeliest tokens wanted at each place.
-          targets: other tokens at each place; see `Sample.targets`.
+          targets: other tokens at each place; see `SampleRequest.targets`.
 
         Returns:
           The log-probabilities of its tokens, the likeliest ones at each place if they are wanted,
@@ -182,7 +184,9 @@ class Trainer:
         """Returns whether all numbers are finite, and so is the norm, by which updates clip."""
         return bool(self._finite(factors))
 
-    def update(self, state: Training, grads: Factors | None, how: Update) -> tuple[Training, float]:
+    def update(
+        self, state: TrainingState, grads: Factors | None, how: Update
+    ) -> tuple[TrainingState, float]:
         """Returns the state after a step of AdamW, and the norm of the gradient before clipping.
 
         Raises:
@@ -205,7 +209,7 @@ class Trainer:
                 "state to go on without this gradient"
             )
         adapter = dataclasses.replace(state.adapter, factors=moved)
-        return Training(adapter, first, second, steps), float(norm)
+        return TrainingState(adapter, first, second, steps), float(norm)
 
     def _beta(self, request: Gradient) -> np.float32:
         return np.float32(request.config.get("beta", 0.05))
@@ -280,7 +284,7 @@ class Trainer:
 
         def loss(factors: Factors) -> tuple[jax.Array, jax.Array]:
             p = self._values(_of_targets, factors, scales, shell, batch)
-            return summed(which, p, batch | {"beta": beta}), p
+            return sum_loss(which, p, batch | {"beta": beta}), p
 
         (total, p), grads = jax.value_and_grad(loss, has_aux=True)(factors)
         return total, p, grads
@@ -301,7 +305,7 @@ class Trainer:
             return _of_targets(logits, targets), likeliest(logits, with_top)
 
         p, top = self._values(each, factors, scales, shell, batch)
-        return summed(which, p, batch | {"beta": beta}), p, top
+        return sum_loss(which, p, batch | {"beta": beta}), p, top
 
     def _updated(
         self, factors: Factors, first: Factors, second: Factors, grads: Factors, how: Any

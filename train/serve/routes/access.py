@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from train.console.errors import UserError, as_user_errors
 from train.serve.routes.errors import HttpError, json_response
 from train.serve.routes.origins import Origins
-from train.serve.routes.starting import Starting
+from train.serve.routes.starting import StartProgress
 
 LOCAL = "local"  # the owner of all requests, without keys
 BODY = 64 << 20  # bytes of a body at most
@@ -43,7 +43,7 @@ class Access:
         """Takes the owners by their keys, None for a server without; by default no origins."""
         self.keyed, self.draining = keys is not None, False
         self.origins = origins or Origins()
-        self.starting: Starting | None = None
+        self.starting: StartProgress | None = None
         self.running: Counter[str] = Counter()
         self._owners = [(_digest(key), name) for key, name in (keys or {}).items()]
 

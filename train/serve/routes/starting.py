@@ -8,7 +8,7 @@ _AGAIN = "2"  # seconds
 
 
 @dataclasses.dataclass
-class Starting:
+class StartProgress:
     """The progress of a start; any thread may change it.
 
     Attributes:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from train.serve.requests import Serving, TenantStatus
+from train.serve.requests import EngineProtocol, TenantStatus
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import json_response
 from train.serve.routes.openai.models import Owns
@@ -55,7 +55,7 @@ class StatusRoutes:
 
     def __init__(
         self,
-        engine: Serving,
+        engine: EngineProtocol,
         access: Access,
         owns: Owns,
         display_name: DisplayName = lambda tenant: None,

@@ -13,7 +13,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax import models, peft
 from lora_jax.training.layout import one_device
-from train.serve.engine.base import Base
+from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
 from train.serve.requests import (
@@ -22,7 +22,7 @@ from train.serve.requests import (
     Datum,
     Gradient,
     Leave,
-    Sample,
+    SampleRequest,
     Save,
     Update,
 )
@@ -60,7 +60,7 @@ def made_base(tied=True, max_rank=8):
         return (rng.normal(size=leaf.shape) * 0.4).astype(leaf.dtype)
 
     params = jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(drawn, shapes))
-    return Base(model, params, "tiny", max_rank)
+    return ServedBase(model, params, "tiny", max_rank)
 
 
 def made_engine(base, *, tokens=128, slots=3, **options):
@@ -105,7 +105,7 @@ def tell(engine, tenant, command):
 
 def begun(engine, seen=None, **fields):
     """A future of a sample's result; its `call` cancels it."""
-    request = Sample(**{"adapter": None} | fields)
+    request = SampleRequest(**{"adapter": None} | fields)
     return asked(lambda done: engine.sample(request, done, seen))
 
 

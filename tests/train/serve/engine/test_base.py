@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from train.serve.engine.base import Base
+from train.serve.engine.base import ServedBase
 from train.serve.requests import AdapterSpec, RequestError
 
 FIELDS = {
@@ -29,7 +29,7 @@ INPUTS = {"down_proj": 24}  # of all others, the head among them: 16
 def base(request):
     model = models.Decoder(models.read_config(FIELDS | {"tie_word_embeddings": request.param}))
     params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    return Base(model, params, "tiny", max_rank=7)
+    return ServedBase(model, params, "tiny", max_rank=7)
 
 
 def drawn_of(adapter):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
 from tests.train.serve.engine.engines import made_engine, running, submitted, tell
-from train.serve.engine.base import Base
+from train.serve.engine.base import ServedBase
 from train.serve.requests import (
     AdapterSpec,
     Create,
@@ -63,7 +63,7 @@ class World:
         self.base.save_pretrained(folder / "base")
         self.folder, self.saves = folder, 0
         model, params = models.from_pretrained(folder / "base")
-        self.engine = made_engine(Base(model, params, str(folder / "base"), 5), chunk=48)
+        self.engine = made_engine(ServedBase(model, params, str(folder / "base"), 5), chunk=48)
 
     def tell(self, command):
         return tell(self.engine, "tenant", command)

@@ -13,7 +13,7 @@ from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import DrawnTokens
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import Client, Sample
+from train.serve.requests import Client, SampleRequest
 
 CHUNK = 8
 
@@ -91,7 +91,7 @@ class Requests:
 
     def ask(self, owner, session, name, n, most, prompt):
         adapter = None if name is None else self._adapters.setdefault(name, object())
-        request = Sample(
+        request = SampleRequest(
             **{"adapter": name, "prompt": prompt, "n": n, "max_tokens": most},
             client=Client(owner, session),
         )

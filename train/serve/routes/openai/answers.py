@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from train.serve.requests import Completion, Drawn, Piece, Sample
-from train.serve.routes.openai.chat import Calls
+from train.serve.requests import Completion, DrawnToken, SampleRequest, SampleResult
+from train.serve.routes.openai.chat import ToolCalls
 from train.serve.routes.openai.text import CompletionText, ServedTokenizer, TokenEntry, finite
 
 
 @dataclasses.dataclass
-class Said:
+class AnswerPart:
     """A part of an answer.
 
     Attributes:
@@ -28,52 +28,56 @@ class Said:
     finish: str | None = None
 
 
-class Choice:
+class ChoiceBuilder:
     """A completion of a request, while it grows."""
 
-    def __init__(self, tokens: ServedTokenizer, sample: Sample, *, tools: bool = False) -> None:
+    def __init__(
+        self, tokens: ServedTokenizer, sample: SampleRequest, *, tools: bool = False
+    ) -> None:
         """Begins a completion; `tools` looks for calls in it."""
         self._text = CompletionText(tokens, sample.stop, special=tools)
-        self._calls = Calls() if tools else None
+        self._calls = ToolCalls() if tools else None
         self._ends, self._n = sample.stop_ids, 0
 
-    def add(self, piece: Piece) -> Said:
+    def add(self, piece: DrawnToken) -> AnswerPart:
         """Takes a token."""
         self._n += 1
         if piece.token in self._ends:  # no text
-            return Said()
+            return AnswerPart()
         top = None if piece.top is None else zip(*piece.top, strict=True)
         return self._said(*self._text.add(piece.token, piece.logprob, top))
 
-    def end(self, completion: Completion) -> Said:
+    def end(self, completion: Completion) -> AnswerPart:
         """Takes the tokens that did not come yet, and what was held back."""
         parts = [self.add(piece) for piece in _pieces(completion, self._n)]
         parts.append(self._said(*self._text.end(), last=True))
         stopped = completion.stopped or self._text.stopped
         called = self._calls is not None and self._calls.n
-        return Said(
+        return AnswerPart(
             "".join(part.text for part in parts),
             [call for part in parts for call in part.calls],
             [entry for part in parts for entry in part.entries],
             "tool_calls" if called else "stop" if stopped else "length",
         )
 
-    def _said(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> Said:
+    def _said(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> AnswerPart:
         if self._calls is None:
-            return Said(text, [], entries)
-        return Said(*self._calls.add(text, last=last), entries)
+            return AnswerPart(text, [], entries)
+        return AnswerPart(*self._calls.add(text, last=last), entries)
 
 
-def _pieces(completion: Completion, first: int) -> Iterable[Piece]:
+def _pieces(completion: Completion, first: int) -> Iterable[DrawnToken]:
     top = completion.top
     for i in range(first, len(completion.tokens)):
         likely = None if top is None else (top.ids[i], top.logprobs[i])
-        yield Piece(0, int(completion.tokens[i]), finite(completion.logprobs[i]), likely)
+        yield DrawnToken(0, int(completion.tokens[i]), finite(completion.logprobs[i]), likely)
 
 
-def echoed(tokens: ServedTokenizer, sample: Sample, drawn: Drawn | None) -> Said:
+def echo_prompt(
+    tokens: ServedTokenizer, sample: SampleRequest, drawn: SampleResult | None
+) -> AnswerPart:
     """Returns a prompt as the beginning of its completion, with entries if they were asked for."""
-    text, parts = CompletionText(tokens), Said()
+    text, parts = CompletionText(tokens), AnswerPart()
     logprobs = None if drawn is None else drawn.prompt_logprobs
     top = None if drawn is None else drawn.top_prompt
     for i, token in enumerate(sample.prompt):
@@ -84,16 +88,16 @@ def echoed(tokens: ServedTokenizer, sample: Sample, drawn: Drawn | None) -> Said
         )
         parts.text, parts.entries = parts.text + said[0], parts.entries + said[1]
     said = text.end()
-    return Said(parts.text + said[0], [], parts.entries + said[1])
+    return AnswerPart(parts.text + said[0], [], parts.entries + said[1])
 
 
-def joined(first: Said, then: Said) -> Said:
+def join(first: AnswerPart, then: AnswerPart) -> AnswerPart:
     """Returns a completion with its prompt before it."""
     moved = [dataclasses.replace(one, start=one.start + len(first.text)) for one in then.entries]
-    return Said(first.text + then.text, then.calls, first.entries + moved, then.finish)
+    return AnswerPart(first.text + then.text, then.calls, first.entries + moved, then.finish)
 
 
-def usage_of(samples: Sequence[Sample], drawn: Iterable[Drawn]) -> dict[str, Any]:
+def usage_of(samples: Sequence[SampleRequest], drawn: Iterable[SampleResult]) -> dict[str, Any]:
     """Returns the numbers of tokens of a request."""
     found = [*drawn]
     asked = sum(len(sample.prompt) for sample in samples)
@@ -119,7 +123,7 @@ class ChatForm:
     logprobs: bool
     prefix, whole_kind, part_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, index: int, said: Said) -> dict[str, Any]:
+    def whole(self, index: int, said: AnswerPart) -> dict[str, Any]:
         """Returns a choice."""
         message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
         if said.calls:
@@ -129,16 +133,16 @@ class ChatForm:
 
     def begin(self, index: int) -> dict[str, Any]:
         """Returns the choice of the first event."""
-        return self._choice(index, {"delta": {"role": "assistant", "content": ""}}, Said())
+        return self._choice(index, {"delta": {"role": "assistant", "content": ""}}, AnswerPart())
 
-    def part(self, index: int, said: Said) -> dict[str, Any]:
+    def part(self, index: int, said: AnswerPart) -> dict[str, Any]:
         """Returns the choice of an event."""
         delta: dict[str, Any] = {"content": said.text} if said.text else {}
         if said.calls:
             delta["tool_calls"] = said.calls
         return self._choice(index, {"delta": delta}, said)
 
-    def _choice(self, index: int, content: dict[str, Any], said: Said) -> dict[str, Any]:
+    def _choice(self, index: int, content: dict[str, Any], said: AnswerPart) -> dict[str, Any]:
         told = {"content": [self._entry(one) for one in said.entries], "refusal": None}
         logprobs = told if self.logprobs and (said.entries or said.finish) else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": said.finish}
@@ -166,7 +170,7 @@ class TextForm:
     top: int | None
     prefix, whole_kind, part_kind = "cmpl-", "text_completion", "text_completion"
 
-    def whole(self, index: int, said: Said) -> dict[str, Any]:
+    def whole(self, index: int, said: AnswerPart) -> dict[str, Any]:
         """Returns a choice."""
         told = None if self.top is None else self._logprobs(said.entries)
         choice = {"index": index, "text": said.text, "logprobs": told}

@@ -13,31 +13,38 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lora_jax.training.errors import TrainingError
-from train.serve.requests import TOP, Client, Drawn, Piece, Sample, Serving
+from train.serve.requests import (
+    TOP,
+    Client,
+    DrawnToken,
+    EngineProtocol,
+    SampleRequest,
+    SampleResult,
+)
 from train.serve.routes.access import owner_of
 from train.serve.routes.errors import HttpError, as_http_error, json_response
 from train.serve.routes.openai.answers import (
+    AnswerPart,
     ChatForm,
-    Choice,
-    Said,
+    ChoiceBuilder,
     TextForm,
-    echoed,
-    joined,
+    echo_prompt,
+    join,
     usage_of,
 )
 from train.serve.routes.openai.chat import prompt_of, tools_of
-from train.serve.routes.openai.draws import Draws, Events, unless_gone
+from train.serve.routes.openai.draws import Events, PendingSamples, unless_gone
 from train.serve.routes.openai.fields import (
+    add_prompt,
     check_fields,
-    flag_of,
+    field_error,
     read_body,
+    read_flag,
+    read_integer,
     read_prompts,
     read_sample,
+    read_text,
     read_top,
-    text_of,
-    whole,
-    with_prompt,
-    wrong,
 )
 from train.serve.routes.openai.models import Models
 from train.serve.routes.openai.table import CHAT, COMPLETIONS, FIELDS, STREAM_OPTIONS
@@ -48,7 +55,7 @@ _LENGTH = 16  # tokens of a plain completion that asks for no number, as at Open
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class CompletionRequest:
     """A request that was read.
 
     Attributes:
@@ -62,7 +69,7 @@ class Asked:
     """
 
     model: str
-    samples: list[Sample]
+    samples: list[SampleRequest]
     form: ChatForm | TextForm
     tools: bool = False
     echo: bool = False
@@ -82,7 +89,7 @@ class OpenAI:
 
     def __init__(
         self,
-        engine: Serving,
+        engine: EngineProtocol,
         tokens: ServedTokenizer,
         models: Models,
         sampling: Mapping[str, float] | None = None,
@@ -107,9 +114,9 @@ class OpenAI:
         sample = dataclasses.replace(sample, top=top or 0)
         return await self._answer(
             request,
-            Asked(
+            CompletionRequest(
                 body["model"],
-                [with_prompt(sample, prompt, self._engine.facts)],
+                [add_prompt(sample, prompt, self._engine.facts)],
                 ChatForm(self._tokens, top is not None),
                 tools=tools_of(body) is not None,
                 **_streaming(body),
@@ -118,13 +125,13 @@ class OpenAI:
 
     async def _complete(self, request: Request) -> Response:
         body, facts = await self._read(request, COMPLETIONS), self._engine.facts
-        prompts, echo = read_prompts(body, facts), flag_of(body, "echo")
+        prompts, echo = read_prompts(body, facts), read_flag(body, "echo")
         sample = await self._sample(request, body, _LENGTH, least=int(not echo))
-        top = whole(body, "logprobs", 0, TOP)
+        top = read_integer(body, "logprobs", 0, TOP)
         if len(prompts) * sample.n > _AT_ONCE:
             raise HttpError(400, f"{_AT_ONCE} completions at once are the most: send fewer prompts")
         if echo and top is not None and body.get("stream"):
-            raise wrong("stream", True, "`echo` with `logprobs` comes whole: leave it out")
+            raise field_error("stream", True, "`echo` with `logprobs` comes whole: leave it out")
         scored = echo and top is not None
         sample = dataclasses.replace(
             sample, prompt_logprobs=scored, top_prompt=scored * (top or 0), top=top or 0
@@ -132,9 +139,9 @@ class OpenAI:
         ids = await run_in_threadpool(self._ids, prompts)
         return await self._answer(
             request,
-            Asked(
+            CompletionRequest(
                 body["model"],
-                [with_prompt(sample, one, facts) for one in ids],
+                [add_prompt(sample, one, facts) for one in ids],
                 TextForm(self._tokens, top),
                 echo=echo,
                 **_streaming(body),
@@ -148,13 +155,13 @@ class OpenAI:
 
     async def _sample(
         self, request: Request, body: Any, max_tokens: int | None, least: int = 1
-    ) -> Sample:
+    ) -> SampleRequest:
         given = {name: x for name, x in body.items() if x is not None}
         sample = read_sample(
             {**self._sampling, **given}, self._engine.facts, max_tokens=max_tokens, least=least
         )
         owner = owner_of(request)
-        adapter = await self._models.find(text_of(body, "model"), owner)
+        adapter = await self._models.find(read_text(body, "model"), owner)
         return dataclasses.replace(sample, adapter=adapter, client=Client(owner))
 
     def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -164,8 +171,8 @@ class OpenAI:
         except TrainingError as error:
             raise HttpError(400, str(error), param="prompt") from None
 
-    async def _answer(self, request: Request, asked: Asked) -> Response:
-        draws = Draws(self._engine, asked.samples, pieces=asked.stream)
+    async def _answer(self, request: Request, asked: CompletionRequest) -> Response:
+        draws = PendingSamples(self._engine, asked.samples, pieces=asked.stream)
         try:
             if not asked.stream:
                 drawn = await unless_gone(request, draws.all())
@@ -176,17 +183,20 @@ class OpenAI:
             raise
         return Events(self._events(asked, draws, first), draws.close)
 
-    def _whole(self, asked: Asked, drawn: Sequence[Drawn]) -> dict[str, Any]:
+    def _whole(self, asked: CompletionRequest, drawn: Sequence[SampleResult]) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for sample, one in zip(asked.samples, drawn, strict=True):
-            prompt = echoed(self._tokens, sample, one) if asked.echo else Said()
+            prompt = echo_prompt(self._tokens, sample, one) if asked.echo else AnswerPart()
             for completion in one.completions:
-                said = Choice(self._tokens, sample, tools=asked.tools).end(completion)
-                choices.append(asked.form.whole(len(choices), joined(prompt, said)))
+                said = ChoiceBuilder(self._tokens, sample, tools=asked.tools).end(completion)
+                choices.append(asked.form.whole(len(choices), join(prompt, said)))
         return {**asked.head, "choices": choices, "usage": usage_of(asked.samples, drawn)}
 
     async def _events(
-        self, asked: Asked, draws: Draws, item: tuple[int, Piece | Drawn]
+        self,
+        asked: CompletionRequest,
+        draws: PendingSamples,
+        item: tuple[int, DrawnToken | SampleResult],
     ) -> AsyncIterator[str]:
         """Yields the events of a stream; `item` is the first that came of its samples."""
         head = asked.head | ({"usage": None} if asked.usage else {})
@@ -196,9 +206,9 @@ class OpenAI:
 
         n, choices, drawn = asked.samples[0].n, [], []
         for k, sample in enumerate(asked.samples):
-            prompt = echoed(self._tokens, sample, None) if asked.echo else Said()
+            prompt = echo_prompt(self._tokens, sample, None) if asked.echo else AnswerPart()
             for i in range(n):
-                choices.append(Choice(self._tokens, sample, tools=asked.tools))
+                choices.append(ChoiceBuilder(self._tokens, sample, tools=asked.tools))
                 if begun := asked.form.begin(k * n + i):
                     yield event(begun)
                 if prompt.text:
@@ -206,7 +216,7 @@ class OpenAI:
         try:
             while True:
                 k, came = item
-                if isinstance(came, Piece):
+                if isinstance(came, DrawnToken):
                     said = choices[k * n + came.index].add(came)
                     if said.text or said.calls or said.entries:
                         yield event(asked.form.part(k * n + came.index, said))
@@ -234,6 +244,6 @@ def _streaming(body: dict[str, Any]) -> dict[str, bool]:
     """Returns whether an answer comes in parts, and whether it ends with the usage."""
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
-        raise wrong("stream_options", options, "an object is needed")
+        raise field_error("stream_options", options, "an object is needed")
     check_fields(options, STREAM_OPTIONS, "`stream_options`")
-    return {"stream": flag_of(body, "stream"), "usage": flag_of(options, "include_usage")}
+    return {"stream": read_flag(body, "stream"), "usage": read_flag(options, "include_usage")}

@@ -82,7 +82,7 @@ def _turn(turn: Any, index: int) -> Any:
     return {**turn, "role": "system"} if turn.get("role") == "developer" else turn
 
 
-class Calls:
+class ToolCalls:
     """Finds the calls of tools in an answer, while it grows.
 
     A call is an object of JSON with `name` and `arguments`, between the tags that the templates of

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from train.serve.requests import Drawn, Piece, Sample, Serving
+from train.serve.requests import DrawnToken, EngineProtocol, SampleRequest, SampleResult
 from train.serve.routes.errors import HttpError
 
 Value = TypeVar("Value")
 
 
-def posted(done: Callable[[Any], None]) -> Callable[[Any], None]:
+def loop_callback(done: Callable[[Any], None]) -> Callable[[Any], None]:
     """Returns a function that any thread may call, and that calls another in the present loop."""
     loop = asyncio.get_running_loop()
 
@@ -26,30 +26,34 @@ def posted(done: Callable[[Any], None]) -> Callable[[Any], None]:
     return post
 
 
-async def done_of(call: Callable[[Callable[[Any], None]], Any]) -> Any:
+async def result_of(call: Callable[[Callable[[Any], None]], Any]) -> Any:
     """Returns the result of a call of the engine that takes a `Done`; raises what went wrong."""
     future = asyncio.get_running_loop().create_future()
-    call(posted(lambda item: None if future.done() else future.set_result(item)))
+    call(loop_callback(lambda item: None if future.done() else future.set_result(item)))
     result = await future
     if isinstance(result, BaseException):
         raise result
     return result
 
 
-class Draws:
+class PendingSamples:
     """Samples of one request."""
 
-    def __init__(self, engine: Serving, samples: Sequence[Sample], *, pieces: bool) -> None:
+    def __init__(
+        self, engine: EngineProtocol, samples: Sequence[SampleRequest], *, pieces: bool
+    ) -> None:
         """Submits samples; `pieces` has each token come as it is drawn."""
-        self._queue: asyncio.Queue[tuple[int, Piece | Drawn | BaseException]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, DrawnToken | SampleResult | BaseException]] = (
+            asyncio.Queue()
+        )
         self.left = len(samples)
-        post = posted(self._queue.put_nowait)
+        post = loop_callback(self._queue.put_nowait)
         self._cancels = []
         for k, sample in enumerate(samples):
             come = partial(_numbered, post, k)
             self._cancels.append(engine.sample(sample, come, come if pieces else None))
 
-    async def next(self) -> tuple[int, Piece | Drawn]:
+    async def next(self) -> tuple[int, DrawnToken | SampleResult]:
         """Returns the number of a sample, and its next token, or at last what it drew.
 
         Raises:
@@ -58,15 +62,15 @@ class Draws:
         k, item = await self._queue.get()
         if isinstance(item, BaseException):
             raise item
-        self.left -= isinstance(item, Drawn)
+        self.left -= isinstance(item, SampleResult)
         return k, item
 
-    async def all(self) -> list[Drawn]:
+    async def all(self) -> list[SampleResult]:
         """Returns what all samples drew, once it is there."""
-        found: dict[int, Drawn] = {}
+        found: dict[int, SampleResult] = {}
         while self.left:
             k, item = await self.next()
-            if isinstance(item, Drawn):
+            if isinstance(item, SampleResult):
                 found[k] = item
         return [found[k] for k in sorted(found)]
 

@@ -1,4 +1,4 @@
-"""The fields of a request for completions, read as a `Sample` that lacks its prompt alone."""
+"""The fields of a request for completions, read as a `SampleRequest` without its prompt."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from lora_jax.training.data.rows import check_text, shown
 from lora_jax.training.errors import TrainingError
-from train.serve.requests import TOP, Facts, Sample
+from train.serve.requests import TOP, EngineFacts, SampleRequest
 from train.serve.routes.errors import HttpError
 from train.serve.routes.openai.table import Field, nearest
 
@@ -29,44 +29,44 @@ async def read_body(request: Request) -> dict[str, Any]:
     return body
 
 
-def wrong(name: str, value: Any, needed: str, code: str | None = None) -> HttpError:
+def field_error(name: str, value: Any, needed: str, code: str | None = None) -> HttpError:
     """Returns the refusal of a field."""
     return HttpError(400, f"`{name}` is {shown(value)}: {needed}", param=name, code=code)
 
 
-def text_of(body: Mapping[str, Any], name: str) -> str:
+def read_text(body: Mapping[str, Any], name: str) -> str:
     """Returns a field that has to be a text."""
     value = body.get(name)
     if not isinstance(value, str) or not value:
-        raise wrong(name, value, "a text is needed")
+        raise field_error(name, value, "a text is needed")
     return value
 
 
-def flag_of(body: Mapping[str, Any], name: str) -> bool:
+def read_flag(body: Mapping[str, Any], name: str) -> bool:
     """Returns a field that is true or false; false without it."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise wrong(name, value, "true or false is needed")
+        raise field_error(name, value, "true or false is needed")
     return bool(value)
 
 
-def whole(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+def read_integer(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
     """Returns a field that is a whole number of a range, or None."""
     value = body.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise wrong(name, value, f"a whole number from {least} to {most} is needed")
+        raise field_error(name, value, f"a whole number from {least} to {most} is needed")
     return value
 
 
-def real(body: Mapping[str, Any], name: str, default: float, most: float) -> float:
+def read_number(body: Mapping[str, Any], name: str, default: float, most: float) -> float:
     """Returns a field that is a number from 0 on."""
     value = body.get(name)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise wrong(name, value, f"a number from 0 to {most:g} is needed")
+        raise field_error(name, value, f"a number from 0 to {most:g} is needed")
     return float(value)
 
 
@@ -83,7 +83,7 @@ def check_fields(body: Mapping[str, Any], fields: Mapping[str, Field], of: str) 
         if field is None:
             raise _unknown(name, fields, of)
         if value is not None and field.values is not None and value not in field.values:
-            raise wrong(name, value, f"this is not supported; {field.instead}")
+            raise field_error(name, value, f"this is not supported; {field.instead}")
 
 
 def _unknown(name: str, fields: Mapping[str, Field], of: str) -> HttpError:
@@ -95,8 +95,8 @@ def _unknown(name: str, fields: Mapping[str, Field], of: str) -> HttpError:
 
 
 def read_sample(
-    body: Mapping[str, Any], facts: Facts, *, max_tokens: int | None, least: int = 1
-) -> Sample:
+    body: Mapping[str, Any], facts: EngineFacts, *, max_tokens: int | None, least: int = 1
+) -> SampleRequest:
     """Returns what a request asks for, of the base and with an empty prompt.
 
     Args:
@@ -108,23 +108,27 @@ def read_sample(
     Raises:
       HttpError: a field is wrong.
     """
-    longest = [whole(body, x, least, 1 << 30) for x in ("max_completion_tokens", "max_tokens")]
+    longest = [
+        read_integer(body, x, least, 1 << 30) for x in ("max_completion_tokens", "max_tokens")
+    ]
     given = next((x for x in longest if x is not None), max_tokens)
-    n = whole(body, "n", 1, _MOST) or 1
-    if (best := whole(body, "best_of", 1, _MOST)) not in (None, n):
-        raise wrong("best_of", best, "completions are not compared here; give the value of `n`")
-    top_p = real(body, "top_p", 1.0, 1.0)
+    n = read_integer(body, "n", 1, _MOST) or 1
+    if (best := read_integer(body, "best_of", 1, _MOST)) not in (None, n):
+        raise field_error(
+            "best_of", best, "completions are not compared here; give the value of `n`"
+        )
+    top_p = read_number(body, "top_p", 1.0, 1.0)
     if top_p == 0:
-        raise wrong("top_p", 0, "a number above 0 is needed; `temperature` 0 is greedy")
-    seed = whole(body, "seed", -_SEEDS, _SEEDS)
-    ends = set() if flag_of(body, "ignore_eos") else set(facts.eos)
-    return Sample(
+        raise field_error("top_p", 0, "a number above 0 is needed; `temperature` 0 is greedy")
+    seed = read_integer(body, "seed", -_SEEDS, _SEEDS)
+    ends = set() if read_flag(body, "ignore_eos") else set(facts.eos)
+    return SampleRequest(
         adapter=None,
         prompt=(),
         n=n,
         max_tokens=given,
-        temperature=real(body, "temperature", 1.0, 2.0),
-        top_k=whole(body, "top_k", -1, facts.vocab_size) or -1,
+        temperature=read_number(body, "temperature", 1.0, 2.0),
+        top_k=read_integer(body, "top_k", -1, facts.vocab_size) or -1,
         top_p=top_p,
         seed=None if seed is None else seed % 2**32,
         stop_ids=frozenset(
@@ -134,7 +138,7 @@ def read_sample(
     )
 
 
-def with_prompt(sample: Sample, prompt: list[int], facts: Facts) -> Sample:
+def add_prompt(sample: SampleRequest, prompt: list[int], facts: EngineFacts) -> SampleRequest:
     """Returns a sample of a prompt; raises HttpError if the two are too long, or it is empty."""
     if not prompt:
         raise HttpError(400, "the prompt has no token: give a text", param="prompt")
@@ -152,48 +156,48 @@ def with_prompt(sample: Sample, prompt: list[int], facts: Facts) -> Sample:
     return dataclasses.replace(sample, prompt=prompt)
 
 
-def read_prompts(body: Mapping[str, Any], facts: Facts) -> list[str | list[int]]:
+def read_prompts(body: Mapping[str, Any], facts: EngineFacts) -> list[str | list[int]]:
     """Returns the prompts of `prompt`: a text or token ids, or a list of such."""
     given = body.get("prompt")
     if isinstance(given, str):
         return [given]
     needed = "a text, a list of token ids, or a list of such is needed"
     if not isinstance(given, list) or not given:
-        raise wrong("prompt", given, needed)
+        raise field_error("prompt", given, needed)
     if all(isinstance(one, int) for one in given):
         return [_ids(given, "prompt", facts)]
     for one in given:
         if not isinstance(one, str | list):
-            raise wrong("prompt", given, needed)
+            raise field_error("prompt", given, needed)
     return [one if isinstance(one, str) else _ids(one, "prompt", facts) for one in given]
 
 
 def read_top(body: Mapping[str, Any]) -> int | None:
     """Returns the alternatives that a chat wants for each token; None for no log-probabilities."""
-    top = whole(body, "top_logprobs", 0, TOP)
-    if flag_of(body, "logprobs"):
+    top = read_integer(body, "top_logprobs", 0, TOP)
+    if read_flag(body, "logprobs"):
         return top or 0
     if top is not None:
-        raise wrong("top_logprobs", top, "set `logprobs` to true, too")
+        raise field_error("top_logprobs", top, "set `logprobs` to true, too")
     return None
 
 
-def _ids(given: Any, name: str, facts: Facts) -> list[int]:
+def _ids(given: Any, name: str, facts: EngineFacts) -> list[int]:
     if not isinstance(given, list):
-        raise wrong(name, given, "a list of token ids is needed")
+        raise field_error(name, given, "a list of token ids is needed")
     for one in given:
         if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < facts.vocab_size:
-            raise wrong(name, one, f"ids from 0 to {facts.vocab_size - 1} are needed")
+            raise field_error(name, one, f"ids from 0 to {facts.vocab_size - 1} are needed")
     return given
 
 
 def _stops(given: Any) -> tuple[str, ...]:
     stops = [given] if isinstance(given, str) else given or []
     if not isinstance(stops, list) or len(stops) > _STOPS:
-        raise wrong("stop", given, f"a text, or a list of {_STOPS} at most, is needed")
+        raise field_error("stop", given, f"a text, or a list of {_STOPS} at most, is needed")
     for stop in stops:
         if not isinstance(stop, str) or not stop:
-            raise wrong("stop", stop, "texts that are not empty are needed")
+            raise field_error("stop", stop, "texts that are not empty are needed")
     try:
         check_text("".join(stops), "`stop`")
     except TrainingError as error:

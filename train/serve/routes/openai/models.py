@@ -13,11 +13,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from lora_jax.folders import remote_problem
-from train.serve.requests import Serving
+from train.serve.requests import EngineProtocol
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import HttpError, json_response
-from train.serve.routes.openai.draws import done_of
-from train.serve.routes.openai.fields import read_body, text_of, wrong
+from train.serve.routes.openai.draws import result_of
+from train.serve.routes.openai.fields import field_error, read_body, read_text
 
 _NAME = re.compile(r"\w[\w.-]{0,127}")  # no name leaves its folder
 _TINKER = "tinker://"
@@ -34,7 +34,7 @@ class Models:
 
     def __init__(
         self,
-        engine: Serving,
+        engine: EngineProtocol,
         access: Access,
         *,
         folder: Path | None = None,
@@ -113,7 +113,7 @@ class Models:
 
     async def _adopt(self, name: str, folder: Path) -> None:
         self._templates[name] = await run_in_threadpool(self._template_of, folder)
-        await done_of(lambda done: self._engine.adopt(name, folder, done))
+        await result_of(lambda done: self._engine.adopt(name, folder, done))
 
     def _named(self, owner: str, name: str) -> str:
         """Returns the engine's name of an adapter that an owner loaded: owners share no names."""
@@ -158,13 +158,15 @@ class Models:
 
     async def _load(self, request: Request) -> Response:
         body, owner = await read_body(request), owner_of(request)
-        name, path = text_of(body, "lora_name"), self._inside(text_of(body, "lora_path"))
+        name, path = read_text(body, "lora_name"), self._inside(read_text(body, "lora_path"))
         if not _NAME.fullmatch(name):
-            raise wrong("lora_name", name, "letters, digits, and . - _ within are needed")
+            raise field_error("lora_name", name, "letters, digits, and . - _ within are needed")
         async with self._lock:
             known = self._engine.knows(self._named(owner, name))
             if known or name in await run_in_threadpool(self._names, owner):
-                raise wrong("lora_name", name, "there is one already; unload it, or take another")
+                raise field_error(
+                    "lora_name", name, "there is one already; unload it, or take another"
+                )
             await self._adopt(self._named(owner, name), path)
             self._loaded.setdefault(owner, {})[name] = path
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
@@ -172,17 +174,19 @@ class Models:
     def _inside(self, given: str) -> Path:
         """Returns the folder of an adapter; with keys, one beneath --adapters."""
         if problem := remote_problem(given):
-            raise wrong("lora_path", given, f"this {problem}")
+            raise field_error("lora_path", given, f"this {problem}")
         path = ((self._folder or Path()) / Path(given).expanduser()).resolve()
         if self._keyed and not (self._folder and path.is_relative_to(self._folder.resolve())):
-            raise wrong("lora_path", given, "a folder beneath --adapters of the server is needed")
+            raise field_error(
+                "lora_path", given, "a folder beneath --adapters of the server is needed"
+            )
         if not path.is_dir():
-            raise wrong("lora_path", given, "there is no such folder")
+            raise field_error("lora_path", given, "there is no such folder")
         return path
 
     async def _unload(self, request: Request) -> Response:
         body, owner = await read_body(request), owner_of(request)
-        name = text_of(body, "lora_name")
+        name = read_text(body, "lora_name")
         mine = self._loaded.get(owner, {})
         shared = not self._keyed and name in self._folders() and self._engine.knows(name)
         if name not in mine and not shared:

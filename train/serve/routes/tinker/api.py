@@ -17,13 +17,13 @@ from starlette.routing import Route
 from train.serve.adoption import Adoption
 from train.serve.folders import link_beside
 from train.serve.ledger import Ledger, Row
-from train.serve.requests import Client, Command, RequestError, Serving, Update
+from train.serve.requests import Client, Command, EngineProtocol, RequestError, Update
 from train.serve.routes.tinker import commands, wire
-from train.serve.routes.tinker.bodies import Endpoint, Fields, Owner, Refused, guarded, say
+from train.serve.routes.tinker.bodies import Endpoint, JsonFields, Owner, Refused, guarded, say
 from train.serve.routes.tinker.futures import Futures
-from train.serve.routes.tinker.owned import Owned, spec_of
+from train.serve.routes.tinker.owned import OwnerRows, spec_of
 from train.serve.routes.tinker.runs import Runs
-from train.serve.turns import Turns
+from train.serve.turns import CommandLog
 
 _log = logging.getLogger(__name__)
 API = "/api/v1"
@@ -49,7 +49,7 @@ class Tinker:
 
     def __init__(
         self,
-        engine: Serving,
+        engine: EngineProtocol,
         folder: Path,
         owner: Owner,
         names: Sequence[str] = (),
@@ -79,13 +79,13 @@ class Tinker:
         self.names = tuple(dict.fromkeys([engine.facts.model, *names]))
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.futures = Futures(self.ledger, hold=hold)
-        self.owned = Owned(self.ledger)
+        self.owned = OwnerRows(self.ledger)
         self.adoption = Adoption(engine)
 
         def read(row: Any) -> Command:
             return commands.command_of(row, engine.facts, self.turns.name)
 
-        self.turns = Turns(
+        self.turns = CommandLog(
             *(engine, self.ledger, folder, read, commands.answer_of, self.futures.wake),
             every=every,
             room=room,
@@ -185,21 +185,21 @@ class Tinker:
         return say({"supported_models": [{"model_name": name} | facts for name in self.names]})
 
     def _create_session(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         session = str(uuid.uuid4())
         name = fields.get("display_name", str, None)
         attached = {"display_name": name} if name else {}
         self.ledger.open_session(session, owner, (fields.metadata() or {}) | attached)
         return say({"type": "create_session", "session_id": session})
 
-    def _open_session(self, fields: Fields, owner: str) -> str:
+    def _open_session(self, fields: JsonFields, owner: str) -> str:
         row = self.owned.session(fields.get("session_id", str), owner)
         if row["ended"]:
             raise Refused(410, f"the session {row['id']} has ended: open another")
         return row["id"]
 
     def _heartbeat(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         self.ledger.touch(self._open_session(fields, owner))
         return say({"type": "session_heartbeat"})
 
@@ -217,22 +217,22 @@ class Tinker:
             )
         return name
 
-    def _base_of(self, checkpoint: Row, fields: Fields) -> str:
+    def _base_of(self, checkpoint: Row, fields: JsonFields) -> str:
         """Returns the base that a client names, or the one of the model that was saved."""
         model = self.ledger.model(checkpoint["model"])
         return self._base(fields.get("base_model", str, model["base"] if model else ""))
 
     def _submit(self, place: tuple[str, int], *rest: Any, **more: Any) -> Response:
-        """Takes a command in: see `Turns.accept`."""
+        """Takes a command in: see `CommandLog.accept`."""
         request = self.turns.accept(*place, *rest, **more)
         return say({"request_id": request, "model_id": place[0]})
 
-    def _place(self, fields: Fields, owner: str) -> tuple[str, int]:
+    def _place(self, fields: JsonFields, owner: str) -> tuple[str, int]:
         model = self.owned.model(fields.get("model_id", str), owner)
         return model["id"], fields.get("seq_id", int, least=1)
 
     def _create_model(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         session = self._open_session(fields, owner)
         model = f"{session}:train:{fields.get('model_seq_id', int, least=0)}"
         base, metadata = self._base(fields.get("base_model", str)), fields.metadata()
@@ -244,7 +244,7 @@ class Tinker:
         return self._submit((model, 0), "create_model", body, prepare)
 
     def _get_info(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         row = self.owned.model(fields.get("model_id", str), owner)
         data = {"model_name": row["base"], "arch": "lora_jax"}
         rank = spec_of(row).get("rank")
@@ -252,19 +252,19 @@ class Tinker:
         return say({**told, "model_data": data, "is_lora": True, "lora_rank": rank})
 
     def _forward_backward(self, request: Request, owner: str, body: bytes) -> Response:
-        body, message = wire.parsed(body, request.headers.get("content-encoding", ""))
+        body, message = wire.parse(body, request.headers.get("content-encoding", ""))
         model, seq = self.owned.model(message.model_id, owner)["id"], message.seq_id
         if seq < 1:
             raise RequestError(f"seq_id is {seq}; a model's commands count from 1")
 
         try:
-            found = wire.gradient(message, self.engine.facts)
+            found = wire.gradient_of(message, self.engine.facts)
         except RequestError as error:
             return self._submit((model, seq), "forward_backward", b"", _raiser(error))
         return self._submit((model, seq), "forward_backward", body, command=found)
 
     def _optim_step(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
 
         def prepare() -> tuple[None, None]:
             given = fields.object("adam_params", {})
@@ -274,7 +274,7 @@ class Tinker:
         return self._submit(self._place(fields, owner), "optim_step", body, prepare)
 
     def _load_weights(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         path, session = fields.get("path", str), None
         if fields.get("session_id", str, None) is not None:
             session = self._open_session(fields, owner)
@@ -309,7 +309,7 @@ class Tinker:
             return self._submit(place, "load_weights", body, partial(prepare, files))
 
     def _save(self, kind: str, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         model, seq = self._place(fields, owner)
         number = fields.get("sampling_session_seq_id", int, None, least=0)
         is_snapshot = kind == "save_weights_for_sampler" and number is not None
@@ -333,7 +333,7 @@ class Tinker:
         return self._submit((model, seq), kind, body, prepare)
 
     def _unload_model(self, request: Request, owner: str, body: bytes) -> Response:
-        row = self.owned.model(Fields.parsed(body).get("model_id", str), owner)
+        row = self.owned.model(JsonFields.parsed(body).get("model_id", str), owner)
         request_id = f"{row['id']}:unload"
         self.turns.leave(row["id"])
         if self.futures.open(request_id, owner):
@@ -343,7 +343,7 @@ class Tinker:
     # Samples
 
     def _create_sampling_session(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         session = self._open_session(fields, owner)
         number = fields.get("sampling_session_seq_id", int, least=0)
         sampler = f"{session}:sample:{number}"
@@ -352,7 +352,7 @@ class Tinker:
         self.ledger.add_sampler(sampler, **facts)
         return say({"type": "create_sampling_session", "sampling_session_id": sampler})
 
-    def _source(self, fields: Fields, owner: str) -> tuple[str, str | None, str | None]:
+    def _source(self, fields: JsonFields, owner: str) -> tuple[str, str | None, str | None]:
         """Returns the base, the path and the folder that a client wants to sample from."""
         if (path := fields.get("model_path", str, None)) is None:
             return self._base(fields.get("base_model", str)), None, None
@@ -360,7 +360,7 @@ class Tinker:
         return self._base_of(row, fields), path, row["folder"]
 
     def _sample(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         if (sampler := fields.get("sampling_session_id", str, None)) is not None:
             row = self.owned.sampler(sampler, owner)
             request_id = f"{sampler}:{fields.get('seq_id', int, least=0)}"
@@ -380,7 +380,7 @@ class Tinker:
         return say({"request_id": request_id, "sample_sequence_ids": sequences})
 
     async def _retrieve(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
 
         async def closed() -> None:
             while (await request.receive())["type"] != "http.disconnect":

@@ -14,11 +14,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from train.console.errors import no_room
-from train.serve.database import Locked
+from train.serve.database import LockedError
 from train.serve.notes import NO_ROOM
 from train.serve.requests import RequestError
 from train.serve.routes.tinker.wire import MOST_BYTES
-from train.serve.turns import Busy
+from train.serve.turns import BusyError
 
 _log = logging.getLogger(__name__)
 _THREADS = ThreadPoolExecutor(64, "tinker")
@@ -57,7 +57,7 @@ def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[R
             who = owner(request)
             if who is None:
                 return say({"detail": "the X-API-Key is not known here"}, 401)
-            body = await body_of(request)
+            body = await read_bytes(request)
             if inspect.iscoroutinefunction(endpoint):
                 return await endpoint(request, who, body)
             loop, call = asyncio.get_running_loop(), partial(endpoint, request, who, body)
@@ -66,9 +66,9 @@ def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[R
             return say({"detail": str(error)}, 400)
         except Refused as error:
             return say({"detail": str(error)}, error.status)
-        except Busy as error:
+        except BusyError as error:
             return say({"detail": str(error)}, 429, {"Retry-After": "1"})
-        except Locked as error:
+        except LockedError as error:
             return say({"detail": f"{error}: ask again"}, 503, {"Retry-After": "1"})
         except ClientDisconnect:
             return say({"detail": "the body was cut off"}, 400)
@@ -81,7 +81,7 @@ def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[R
     return answer
 
 
-async def body_of(request: Request) -> bytes:
+async def read_bytes(request: Request) -> bytes:
     """Returns a body; raises `Refused` (413) if it has more than `MOST_BYTES`."""
     found = bytearray()
     async for part in request.stream():
@@ -91,7 +91,7 @@ async def body_of(request: Request) -> bytes:
     return bytes(found)
 
 
-class Fields:
+class JsonFields:
     """Reads the fields of an object in JSON: each has a kind, unknown ones are ignored."""
 
     def __init__(self, values: Any, where: str = "the body"):
@@ -100,7 +100,7 @@ class Fields:
         self.values, self._where = values, where
 
     @classmethod
-    def parsed(cls, body: bytes) -> "Fields":
+    def parsed(cls, body: bytes) -> "JsonFields":
         """Returns the fields of a body; raises a RequestError if it is no object in JSON."""
         try:
             return cls(json.loads(body))
@@ -135,9 +135,9 @@ class Fields:
             raise RequestError(f"{name} of {self._where} has characters that cannot be printed")
         return value
 
-    def object(self, name: str, default: Any = _NEEDED) -> "Fields":
+    def object(self, name: str, default: Any = _NEEDED) -> "JsonFields":
         """Returns the fields of an object within."""
-        return Fields(self.get(name, dict, default), name)
+        return JsonFields(self.get(name, dict, default), name)
 
     def metadata(self) -> dict | None:
         """Returns what the client attaches."""

@@ -15,16 +15,16 @@ from train.serve.requests import (
     AdapterSpec,
     Command,
     Create,
-    Drawn,
-    Facts,
+    EngineFacts,
     Load,
     RequestError,
-    Sample,
+    SampleRequest,
+    SampleResult,
     Save,
     Update,
 )
 from train.serve.routes.tinker import wire
-from train.serve.routes.tinker.bodies import Fields
+from train.serve.routes.tinker.bodies import JsonFields
 from train.serve.routes.tinker.messages import Tensor
 from train.serve.sealed import check_recipients
 
@@ -38,7 +38,7 @@ _SEGMENT = {
 _MOST_COMPLETIONS = 1024
 
 
-def command_of(row: Row, facts: Facts, names: Callable[[Path], str]) -> Command:
+def command_of(row: Row, facts: EngineFacts, names: Callable[[Path], str]) -> Command:
     """Returns the command of a row of the ledger.
 
     Args:
@@ -48,8 +48,8 @@ def command_of(row: Row, facts: Facts, names: Callable[[Path], str]) -> Command:
     """
     kind, folder = row["kind"], Path(row["folder"] or "")
     if kind == "forward_backward":
-        return wire.gradient(wire.parsed(row["payload"])[1], facts)
-    fields = Fields.parsed(row["payload"])
+        return wire.gradient_of(wire.parse(row["payload"])[1], facts)
+    fields = JsonFields.parsed(row["payload"])
     if kind == "create_model":
         return Create(spec_of(fields, facts))
     if kind == "optim_step":
@@ -65,7 +65,7 @@ def answer_of(row: Row, result: Any) -> bytes:
     """Returns the body that a client gets for a command's result."""
     kind, target = row["kind"], row["target"]
     if kind == "forward_backward":
-        return wire.encoded_outputs(result)
+        return wire.encode_gradient(result)
     answer: dict[str, Any] = {"type": kind}
     if kind == "create_model":
         answer["model_id"] = row["model"]
@@ -80,7 +80,7 @@ def answer_of(row: Row, result: Any) -> bytes:
     return json.dumps(answer).encode()
 
 
-def spec_of(fields: Fields, facts: Facts) -> AdapterSpec:
+def spec_of(fields: JsonFields, facts: EngineFacts) -> AdapterSpec:
     """Returns the adapter that a create_model asks for."""
     _check_optimizer(fields, "optimizer_config")
     lora = fields.object("lora_config")
@@ -96,7 +96,7 @@ def spec_of(fields: Fields, facts: Facts) -> AdapterSpec:
     return spec
 
 
-def update_of(fields: Fields) -> Update:
+def update_of(fields: JsonFields) -> Update:
     """Returns the step that an optim_step asks for."""
     for name in ("optimizer_params", "optim_params"):
         _check_optimizer(fields, name)
@@ -112,7 +112,7 @@ def update_of(fields: Fields) -> Update:
     )
 
 
-def check_numbers(fields: Fields, *names: str) -> None:
+def check_numbers(fields: JsonFields, *names: str) -> None:
     """Raises a RequestError for a number that is null, as JSON writes NaN and infinities.
 
     Commands that were taken in before are executed again as they were then: so this is a check of
@@ -126,13 +126,13 @@ def check_numbers(fields: Fields, *names: str) -> None:
             )
 
 
-def _check_optimizer(fields: Fields, name: str) -> None:
+def _check_optimizer(fields: JsonFields, name: str) -> None:
     kind = fields.object(name, {}).get("type", str, "adamw")
     if kind != "adamw":
         raise RequestError(f"the optimizer {kind[:40]!r} is not offered; there is adamw")
 
 
-def path_of(fields: Fields, kind: str, model: str, seq: int) -> str:
+def path_of(fields: JsonFields, kind: str, model: str, seq: int) -> str:
     """Returns the tinker:// path that a save makes; its name cannot leave its folder."""
     name = fields.get("path", str, f"{seq:06d}")
     if not _NAME.fullmatch(name):
@@ -145,7 +145,7 @@ def path_of(fields: Fields, kind: str, model: str, seq: int) -> str:
     return f"tinker://{model}/{_SEGMENT[kind]}/{name}"
 
 
-def recipients_of(fields: Fields, kind: str) -> tuple[str, ...]:
+def recipients_of(fields: JsonFields, kind: str) -> tuple[str, ...]:
     """Returns the public keys for which an export is encrypted.
 
     Raises:
@@ -157,7 +157,7 @@ def recipients_of(fields: Fields, kind: str) -> tuple[str, ...]:
     return check_recipients(given)
 
 
-def _targets(fields: Fields) -> Any:
+def _targets(fields: JsonFields) -> Any:
     """Returns the tensor of tokens to score at each place of a prompt, as a message, or None.
 
     Raises:
@@ -187,8 +187,8 @@ def _targets(fields: Fields) -> Any:
 
 
 def sample_of(
-    fields: Fields, facts: Facts, adapter: str | None
-) -> tuple[Sample, Callable[[Drawn], bytes]]:
+    fields: JsonFields, facts: EngineFacts, adapter: str | None
+) -> tuple[SampleRequest, Callable[[SampleResult], bytes]]:
     """Returns what an asample asks the engine for, and what makes the answer's body of the result.
 
     Raises:
@@ -206,7 +206,7 @@ def sample_of(
         )
     chunks = []
     for chunk in fields.object("prompt").get("chunks", list):
-        one = Fields(chunk, "a chunk of the prompt")
+        one = JsonFields(chunk, "a chunk of the prompt")
         if (kind := one.get("type", str, "encoded_text")) != "encoded_text":
             raise RequestError(f"a chunk of the prompt is {kind[:40]!r}; there is encoded_text")
         chunks.append(one.get("tokens", list))
@@ -218,7 +218,7 @@ def sample_of(
     top_k = params.get("top_k", int, -1, least=-1)
     last = fields.get("prompt_logprobs_last_n", int, None, least=1, most=max(1, len(prompt) - 1))
     targets = _targets(fields)
-    sample = Sample(
+    sample = SampleRequest(
         adapter=adapter,
         prompt=prompt.tolist(),
         n=fields.get("num_samples", int, 1, least=1, most=_MOST_COMPLETIONS),
@@ -234,10 +234,10 @@ def sample_of(
         top=fields.get("topk_sample_logprobs", int, 0, least=0, most=TOP),
         targets=None if targets is None else wire.target_ids(targets),
     )
-    return sample, partial(wire.encoded_drawn, last=last, targets=targets)
+    return sample, partial(wire.encode_samples, last=last, targets=targets)
 
 
-def _stops(params: Fields, facts: Facts) -> tuple[frozenset[int], tuple[str, ...]]:
+def _stops(params: JsonFields, facts: EngineFacts) -> tuple[frozenset[int], tuple[str, ...]]:
     """Returns the tokens and the texts that end a completion.
 
     The end of a text is among them, unless the client gives an empty list.

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from train.serve.ledger import DONE, LOGGED, Ledger
 from train.serve.notes import error_answer
 from train.serve.routes.tinker.bodies import Refused, say
-from train.serve.turns import Busy
+from train.serve.turns import BusyError
 
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
@@ -115,7 +115,7 @@ class Futures:
           session: the session that it ends with.
 
         Raises:
-          Busy: The owner has too many without a result.
+          BusyError: The owner has too many without a result.
         """
         promise = _Promise(owner, write, session, time.monotonic() + self._patience)
         if not self._promise(request, promise):
@@ -134,7 +134,7 @@ class Futures:
             if request in self._promises:
                 return False
             if self._pending[promise.owner] >= self._most:
-                raise Busy(f"{self._most} of your samples wait for a result: wait for some")
+                raise BusyError(f"{self._most} of your samples wait for a result: wait for some")
             self._promises[request] = promise
             self._pending[promise.owner] += 1
             return True

@@ -10,7 +10,7 @@ from train.serve.routes.tinker.bodies import Refused
 _NAMES = ("display_name", "name", "run_name", "recipe_name")  # in what clients attach
 
 
-class Owned:
+class OwnerRows:
     """Finds rows of the ledger; those of others are not there."""
 
     def __init__(self, ledger: Ledger):

@@ -15,9 +15,9 @@ from starlette.responses import FileResponse, Response
 
 from train.serve.ledger import Ledger, Row
 from train.serve.requests import RequestError
-from train.serve.routes.tinker.bodies import Endpoint, Fields, Refused, say
-from train.serve.routes.tinker.owned import Owned, spec_of
-from train.serve.turns import Turns
+from train.serve.routes.tinker.bodies import Endpoint, JsonFields, Refused, say
+from train.serve.routes.tinker.owned import OwnerRows, spec_of
+from train.serve.turns import CommandLog
 
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _SECONDS = 3600  # a link to a file is valid for so long
@@ -26,7 +26,7 @@ _SECONDS = 3600  # a link to a file is valid for so long
 class Runs:
     """Answers what runs, checkpoints and sessions there are, and lets owners change those."""
 
-    def __init__(self, ledger: Ledger, turns: Turns, owned: Owned, api: str):
+    def __init__(self, ledger: Ledger, turns: CommandLog, owned: OwnerRows, api: str):
         """Takes a new secret for the links to files.
 
         Args:
@@ -106,7 +106,7 @@ class Runs:
 
     def _set_ttl(self, request: Request, owner: str, body: bytes) -> Response:
         row = self._own_checkpoint(request, owner)
-        fields = Fields.parsed(body)
+        fields = JsonFields.parsed(body)
         seconds = fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
         self._ledger.set_expiry(row["path"], seconds)
         return say({})
@@ -135,7 +135,7 @@ class Runs:
         return say(told)
 
     def _weights_info(self, request: Request, owner: str, body: bytes) -> Response:
-        path = Fields.parsed(body).get("tinker_path", str)
+        path = JsonFields.parsed(body).get("tinker_path", str)
         model = self._ledger.model(self._owned.weights(path, owner)["model"])
         spec = spec_of(model)
         told = {

@@ -12,11 +12,11 @@ from google.protobuf.message import DecodeError
 from train.serve.requests import (
     LOSSES,
     Datum,
-    Drawn,
-    Facts,
+    EngineFacts,
     Gradient,
-    Outputs,
+    GradientResult,
     RequestError,
+    SampleResult,
     Top,
 )
 from train.serve.routes.tinker.messages import (
@@ -54,7 +54,7 @@ def _decompressed(body: bytes, encoding: str) -> bytes:
     return found
 
 
-def parsed(body: bytes, encoding: str = "") -> tuple[bytes, Any]:
+def parse(body: bytes, encoding: str = "") -> tuple[bytes, Any]:
     """Returns the body of a forward_backward without its Content-Encoding, and its message.
 
     Raises:
@@ -67,7 +67,7 @@ def parsed(body: bytes, encoding: str = "") -> tuple[bytes, Any]:
         raise RequestError("the body is no ForwardBackwardRequest in protobuf") from error
 
 
-def gradient(message: Any, facts: Facts) -> Gradient:
+def gradient_of(message: Any, facts: EngineFacts) -> Gradient:
     """Returns the engine's command.
 
     Raises:
@@ -83,7 +83,9 @@ def gradient(message: Any, facts: Facts) -> Gradient:
     return Gradient(data, loss, _config(message, loss), message.forward_only)
 
 
-def tokens_of(chunks: Sequence[bytes | Sequence[int]], facts: Facts, where: str) -> np.ndarray:
+def tokens_of(
+    chunks: Sequence[bytes | Sequence[int]], facts: EngineFacts, where: str
+) -> np.ndarray:
     """Returns the tokens in chunks of a text, [n] int32.
 
     Raises:
@@ -97,7 +99,7 @@ def tokens_of(chunks: Sequence[bytes | Sequence[int]], facts: Facts, where: str)
     return _checked_ids(tokens, facts, where)
 
 
-def encoded_outputs(outputs: Outputs) -> bytes:
+def encode_gradient(outputs: GradientResult) -> bytes:
     """Returns the body that holds what a `Gradient` found."""
     message = ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     for trailing, group in groupby(outputs.logprobs, key=lambda one: one.shape[1:]):
@@ -122,7 +124,7 @@ def target_ids(message: Any) -> np.ndarray:
     return _tensor(message, "target_prompt_logprobs", _Room(), fill=-1).astype(np.int32)
 
 
-def encoded_drawn(drawn: Drawn, last: int | None = None, targets: Any = None) -> bytes:
+def encode_samples(drawn: SampleResult, last: int | None = None, targets: Any = None) -> bytes:
     """Returns the body that holds completions.
 
     Args:
@@ -196,7 +198,7 @@ class _Room:
             raise RequestError(f"{where} makes the arrays larger than {MOST_BYTES} bytes together")
 
 
-def _datum(message: Any, where: str, loss: str, facts: Facts, room: _Room) -> Datum:
+def _datum(message: Any, where: str, loss: str, facts: EngineFacts, room: _Room) -> Datum:
     if not all(chunk.HasField("encoded_text") for chunk in message.model_input):
         raise RequestError(f"{where} has a chunk that is no text; there is encoded_text alone")
     texts = [chunk.encoded_text.tokens for chunk in message.model_input]
@@ -242,7 +244,7 @@ def _ids(chunk: bytes | Sequence[int], where: str) -> np.ndarray:
     return np.array(chunk, np.int64)
 
 
-def _checked_ids(ids: np.ndarray, facts: Facts, where: str) -> np.ndarray:
+def _checked_ids(ids: np.ndarray, facts: EngineFacts, where: str) -> np.ndarray:
     if ids.min() < 0 or ids.max() >= facts.vocab_size:
         worst = int(ids.min() if ids.min() < 0 else ids.max())
         raise RequestError(f"{where}: {worst} is no token; ids are 0 to {facts.vocab_size - 1}")
