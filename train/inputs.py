@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 import lora_jax as lj
 from lora_jax.hf.coded import NONE
-from lora_jax.models.attention import chosen_attention
+from lora_jax.models.attention import choose_attention
 from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
@@ -161,7 +161,7 @@ def _attention_line(config: Options, outline: Outline, layout: Layout, seq: int)
     """
     check_offload(config.optim.remat, layout.platform)
     with as_user_errors(ValueError):
-        chosen = chosen_attention(
+        chosen = choose_attention(
             outline.config,
             seq,
             dtype=config.optim.dtype,

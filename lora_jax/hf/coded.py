@@ -21,7 +21,7 @@ from lora_jax.quantized.encode import encode_part, shardings_of, warn_of_lost
 STORED, NONE = "stored", "none"
 
 
-def encoded(
+def encode_row(
     row: Row,
     coding: Coding,
     dtype: DTypeLike,
@@ -80,11 +80,11 @@ def check_stored(source: Source, kernels: Sequence[Row]) -> None:
     """
     for row in kernels:
         check_alike(source, row)
-    if any([shapes_as_stored(source, row, np.float32) for row in kernels]):
+    if any([stored_shapes(source, row, np.float32) for row in kernels]):
         return
     found = "in codes"
     if source.kept_forms_note:
-        found = f"in codes that stay so: they lie in {forms_of(source, kernels)}. "
+        found = f"in codes that stay so: they lie in {count_forms(source, kernels)}. "
         found += source.kept_forms_note
     raise ConfigError(
         f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here is "
@@ -92,7 +92,7 @@ def check_stored(source: Source, kernels: Sequence[Row]) -> None:
     )
 
 
-def forms_of(source: Source, kernels: Iterable[Row]) -> str:
+def count_forms(source: Source, kernels: Iterable[Row]) -> str:
     """Returns the forms that kernels lie in, and how many of their layers do: "Q5_K (12)"."""
     forms = Counter(source.form(name) for row in kernels for name in row.hf_names)
     return ", ".join(f"{form} ({n})" for form, n in forms.most_common())
@@ -109,8 +109,8 @@ def _kinds(source: HasCodes, row: Row) -> list[str]:
     return list(kinds.values())
 
 
-def shapes_as_stored(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
-    """Returns the shapes of what `as_stored` returns."""
+def stored_shapes(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
+    """Returns the shapes of what `read_stored` returns."""
     first, *others = _kinds(source, row)
     coded = source.code_shapes(first, dtype)
     if coded is None or others:
@@ -123,7 +123,7 @@ def shapes_as_stored(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | No
     return coded.map(stacked)
 
 
-def as_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | None) -> Coded | None:
+def read_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | None) -> Coded | None:
     """Reads a kernel in the codes of the file, a layer at a time, into its place.
 
     Args:
@@ -135,7 +135,7 @@ def as_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | None
     Returns:
       The codes; None if not all of it is in codes of one format.
     """
-    shapes = shapes_as_stored(source, row, dtype)
+    shapes = stored_shapes(source, row, dtype)
     if shapes is None:
         return None
     where = shardings_of(shapes, place) if isinstance(place, NamedSharding) else place

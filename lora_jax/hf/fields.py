@@ -73,7 +73,7 @@ def read_eos(config: Fields) -> tuple[int, ...]:
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-def written_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
+def write_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
     """Returns the inverse of `read_eos`, the field."""
     return list(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
 

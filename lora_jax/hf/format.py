@@ -14,7 +14,7 @@ from lora_jax.hf.keys import Row, SubTensor
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Config(Protocol):
+class ModelConfig(Protocol):
     """A family's configuration: hashable, and read from and written as a config.json."""
 
     @property
@@ -26,7 +26,7 @@ class Config(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class GGUF:
+class GGUFLayout:
     """The layout of a family's models in GGUF files.
 
     Attributes:
@@ -35,19 +35,19 @@ class GGUF:
         refused later.
       read: (a file's metadata, its shapes by Hugging Face's names, its tensors that are `facts`) ->
         the configuration.
-      in_order: (a tensor's rows, its name, the configuration) -> the rows in Hugging Face's order.
+      reorder: (a tensor's rows, its name, the configuration) -> the rows in Hugging Face's order.
       facts: a file's names of tensors that are no parameters, but belong to the configuration.
     """
 
     architecture: str
     name: Callable[[str], str]
     read: Callable[[Mapping[str, Any], Shapes, Mapping[str, np.ndarray]], Any]
-    in_order: Callable[[np.ndarray, str, Any], np.ndarray]
+    reorder: Callable[[np.ndarray, str, Any], np.ndarray]
     facts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class ModelFormat:
     """A family's reader of configurations, and its names of tensors.
 
     Attributes:
@@ -67,16 +67,16 @@ class Format:
     options: frozenset[str] = frozenset()
     name: Callable[[str, Any], str] = lambda name, config: name
     ignored: re.Pattern[str] | None = None
-    gguf: GGUF | None = None
+    gguf: GGUFLayout | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Formats:
+class ModelFormats:
     """The formats of all families, by model_type."""
 
-    by_type: Mapping[str, Format]
+    by_type: Mapping[str, ModelFormat]
 
-    def of(self, model_type: Any) -> Format:
+    def format_of(self, model_type: Any) -> ModelFormat:
         """Returns the format of a model_type.
 
         Raises:
@@ -85,14 +85,14 @@ class Formats:
         check_known("model_type", model_type, self.by_type)
         return self.by_type[model_type]
 
-    def of_gguf(self, architecture: Any) -> tuple[Format, GGUF]:
+    def gguf_format_of(self, architecture: Any) -> tuple[ModelFormat, GGUFLayout]:
         """Returns the format of a GGUF file's architecture, and its layout in such files.
 
         Raises:
           ConfigError: for an unknown architecture; lists the known ones.
         """
         known = {f.gguf.architecture: (f, f.gguf) for f in self.by_type.values() if f.gguf}
-        check_known("GGUF architecture", architecture, known)
+        check_known("GGUFLayout architecture", architecture, known)
         return known[architecture]
 
     def read_config(self, fields: Fields, **options: Any) -> Any:
@@ -109,7 +109,7 @@ class Formats:
           ConfigError: names what is missing, unsupported or unknown, in the file or the options.
         """
         model_type = fields.get("model_type")
-        found = self.of(model_type)
+        found = self.format_of(model_type)
         if unknown := sorted(set(options) - found.options):
             raise ConfigError(f"a {model_type} model has no option {', '.join(unknown)}")
         return found.read(fields, **options)

@@ -166,7 +166,7 @@ class ImageProcessor:
         Raises:
           ImageError: the image cannot be read; says why.
         """
-        image = opened(image, _MODES[len(self.mean)])
+        image = open_image(image, _MODES[len(self.mean)])
         if wanted := self._resized(*image.size):
             image = image.resize(wanted, resample=self.resample)
         array = np.asarray(image, np.uint8)
@@ -221,7 +221,7 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
         raise ConfigError(f"{path}: {error}" if str(path) not in str(error) else error) from None
 
 
-def opened(image: Any, mode: str = "RGB") -> Any:
+def open_image(image: Any, mode: str = "RGB") -> Any:
     """Returns an image, decoded and upright, as a ``PIL.Image.Image``.
 
     Of a transparent file, the colours beneath show, as transformers' ``load_image`` has it. What is

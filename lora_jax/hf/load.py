@@ -16,11 +16,11 @@ from jax.typing import DTypeLike
 from lora_jax.hf.coded import (
     NONE,
     STORED,
-    as_stored,
     check_stored,
-    encoded,
-    forms_of,
-    shapes_as_stored,
+    count_forms,
+    encode_row,
+    read_stored,
+    stored_shapes,
 )
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
 from lora_jax.hf.sources import FLOATS, HasCodes, Source
@@ -83,11 +83,11 @@ def load_params(
 
     def read_codes(row: Row, coding: Coding | None, place: Any) -> Coded | None:
         if quantize == STORED:
-            return as_stored(source, row, param_dtype, place)
+            return read_stored(source, row, param_dtype, place)
         if coding is None:
             return None
         exact = functools.partial(_placed, source, row, np.dtype(np.float32), place)
-        return encoded(row, coding, param_dtype, place, exact)
+        return encode_row(row, coding, param_dtype, place, exact)
 
     unfit: list[Row] = []
     params = nested((row.path, read(row)) for row in table)
@@ -99,7 +99,7 @@ def load_params(
         if quantize == STORED:
             message = (
                 f"{len(unfit)} of {len(codings)} kernels are read as floats: {unfit[0].path} lies "
-                f"in {forms_of(source, unfit[:1])}. {source.kept_forms_note}"
+                f"in {count_forms(source, unfit[:1])}. {source.kept_forms_note}"
             )
         warnings.warn(f"{source.where}: {message}", QuantizeWarning, stacklevel=3)
     return params
@@ -125,7 +125,7 @@ def shapes_of(
     def shape(row: Row) -> Any:
         array, coding = jax.ShapeDtypeStruct(row.stacked_shape, dtype), codings.get(row.path)
         if quantize == STORED and source is not None and row.path in codings:
-            return shapes_as_stored(source, row, dtype) or array
+            return stored_shapes(source, row, dtype) or array
         return array if coding is None else encode(array, coding)
 
     return nested((row.path, shape(row)) for row in table)

@@ -16,12 +16,12 @@ from jax.typing import DTypeLike
 from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
 from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf import generation as generation_config
-from lora_jax.hf.format import Config
+from lora_jax.hf.format import ModelConfig
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.images import FILE as IMAGES
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_member
-from lora_jax.hf.stored.kept import Kept, Shipped
-from lora_jax.hf.stored.raw import NAMES, Entry, Header, write_tensors
+from lora_jax.hf.stored.kept import CodesCheck, CodesFolder
+from lora_jax.hf.stored.raw import NAMES, Header, TensorEntry, write_tensors
 from lora_jax.hf.tokenizer import FILES as TOKENIZER_FILES
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.quantized import is_coded
@@ -58,12 +58,12 @@ def file_dtypes(
 
 def write_model(
     folder: Path,
-    config: Config,
+    config: ModelConfig,
     table: Sequence[Row],
     params: Tree,
     dtypes: Mapping[str, np.dtype],
     max_shard_size: int,
-    source: Shipped | None = None,
+    source: CodesFolder | None = None,
 ) -> None:
     """Writes config.json, generation_config.json and the weights, a tensor at a time.
 
@@ -83,10 +83,10 @@ def write_model(
     if source is None:
         leaves = checked_leaves(params, table)
     else:
-        kept = Kept(params, table, source)
+        kept = CodesCheck(params, table, source)
         leaves, fields["quantization_config"] = kept.leaves, kept.quantization()
         kept.check()
-    tensors: dict[str, Entry] = {}
+    tensors: dict[str, TensorEntry] = {}
     for row in table:
         leaf = leaves[row.path]
         for index, name in zip(row.members, row.hf_names, strict=True):
@@ -95,7 +95,7 @@ def write_model(
             else:
                 header = Header(NAMES[dtypes[row.path]], row.hf_shape)
                 read = partial(_converted, row, leaf, index, dtypes[row.path], name)
-                tensors[name] = Entry(header, read)
+                tensors[name] = TensorEntry(header, read)
     sizes = {name: one.header.nbytes for name, one in tensors.items()}
     shards = _shards(sizes, max_shard_size)
     weight_map = {}

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.folder import INDEX, damage_message, not_a_model, weight_map
-from lora_jax.hf.format import Format, Formats
+from lora_jax.hf.format import ModelFormat, ModelFormats
 from lora_jax.hf.generation import with_generation
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
-from lora_jax.hf.stored.kept import renamed
+from lora_jax.hf.stored.kept import rename_modules
 from lora_jax.hf.stored.methods import read_method, stored_tensors
-from lora_jax.hf.stored.raw import Entry, Header, RawFile
+from lora_jax.hf.stored.raw import Header, RawFile, TensorEntry
 from lora_jax.quantized import Coded
 from lora_jax.quantized.coded import on_host
 
@@ -55,7 +55,7 @@ class Source(HasCodes, Protocol):
       kept_forms_note: a sentence on the forms that stay in codes, for messages; "" where all do.
     """
 
-    format: Format
+    format: ModelFormat
     config: Any
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -91,7 +91,7 @@ class SafetensorsFolder:
     Args:
       folder: the folder.
       formats: the formats of all families.
-      **options: see ``Formats.read_config``.
+      **options: see ``ModelFormats.read_config``.
 
     Raises:
       ConfigError: if config.json is missing, or describes another model or unknown codes.
@@ -101,11 +101,11 @@ class SafetensorsFolder:
 
     kept_forms_note = ""
 
-    def __init__(self, folder: Path, formats: Formats, **options: Any):
+    def __init__(self, folder: Path, formats: ModelFormats, **options: Any):
         self.where = str(folder)
         config, fields = _read_config(folder / "config.json", formats, options)
         self.config = with_generation(config, folder)
-        self.format = formats.of(self.config.model_type)
+        self.format = formats.format_of(self.config.model_type)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._paths: dict[str, Path] = {}
@@ -136,7 +136,9 @@ class SafetensorsFolder:
         self.shipped = frozenset(n for n, part in parts.items() if part.name in self._stored)
         quantization: Fields = fields.get("quantization_config") or {}
         if any(self.format.name(name, self.config) != name for name in headers):
-            quantization = renamed(quantization, lambda name: self.format.name(name, self.config))
+            quantization = rename_modules(
+                quantization, lambda name: self.format.name(name, self.config)
+            )
         self.quantization = quantization
 
     def _names_of(self, held: Iterable[str]) -> dict[str, str]:
@@ -177,11 +179,13 @@ class SafetensorsFolder:
         except OSError as error:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
-    def entries(self, name: str) -> dict[str, Entry]:
+    def entries(self, name: str) -> dict[str, TensorEntry]:
         """Returns the stored tensors of a coded weight, keyed by the key table's names."""
         tensors = self._stored[self._parts[name].name].tensors
         return {
-            self.format.name(n, self.config): Entry(self._headers[n], partial(self._fetch, n, None))
+            self.format.name(n, self.config): TensorEntry(
+                self._headers[n], partial(self._fetch, n, None)
+            )
             for n in tensors
         }
 
@@ -225,8 +229,8 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
 
-def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
-    """Reads the configuration in a config.json; see ``Formats.read_config``.
+def read_config_file(path: Path, formats: ModelFormats, **options: Any) -> Any:
+    """Reads the configuration in a config.json; see ``ModelFormats.read_config``.
 
     Raises:
       ConfigError: names the file, and what is wrong with it.
@@ -234,7 +238,7 @@ def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
     return _read_config(path, formats, options)[0]
 
 
-def _read_config(path: Path, formats: Formats, options: Fields) -> tuple[Any, Fields]:
+def _read_config(path: Path, formats: ModelFormats, options: Fields) -> tuple[Any, Fields]:
     """Returns a configuration, and the fields of the file, whose codes are known."""
     if not path.exists() and (why := not_a_model(path.parent)):
         raise ConfigError(f"{path} is missing: {why}")

@@ -15,7 +15,7 @@ import numpy as np
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.hub import resolve
-from lora_jax.hf.images import FILE, ImageProcessor, opened
+from lora_jax.hf.images import FILE, ImageProcessor, open_image
 
 Grid = tuple[int, int]  # rows and columns of tiles; (0, 0) for an image that is not cut
 
@@ -75,7 +75,7 @@ class TileProcessor:
         Raises:
           ImageError: the image cannot be read; says why.
         """
-        image, (_, side, _) = opened(image), self.tile.shape
+        image, (_, side, _) = open_image(image), self.tile.shape
         if self.longest_edge is not None:
             width, height = image.size
             image = self._resized(image, *_longest(width, height, self.longest_edge))

@@ -5,12 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.models.layers.attend import Attend, Chosen, chosen
-from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.attend import Attend, AttentionChoice, choose_implementation
+from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.masks import Split
 
 
-def chosen_attention(
+def choose_attention(
     config: Any,
     seq: int,
     *,
@@ -18,14 +18,14 @@ def chosen_attention(
     attention: str | Attend = "auto",
     platform: str = "cpu",
     split: Split | None = None,
-) -> Chosen:
+) -> AttentionChoice:
     """Returns the implementation that rows of a length will run on, without a cache, and why.
 
     >>> from lora_jax import models
-    >>> from lora_jax.models.attention import chosen_attention
+    >>> from lora_jax.models.attention import choose_attention
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_positions": 4096}
     >>> config = models.read_config(fields)
-    >>> print(chosen_attention(config, 2048, dtype="float16", platform="tpu"))
+    >>> print(choose_attention(config, 2048, dtype="float16", platform="tpu"))
     blockwise (splash: the kernel has no float16)
 
     Args:
@@ -40,7 +40,7 @@ def chosen_attention(
       ValueError: for an unknown name, or one that does not run on the platform.
     """
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    call = Call(
+    call = AttentionCall(
         queries=seq // (split.parts if split else 1),
         head_dim=head_dim,
         dtype=jnp.dtype(dtype),
@@ -48,4 +48,4 @@ def chosen_attention(
         sinks=getattr(config, "sinks", False),
         split=split,
     )
-    return chosen(attention, call, seq, platform)
+    return choose_implementation(attention, call, seq, platform)

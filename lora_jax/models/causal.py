@@ -9,10 +9,10 @@ from flax import linen as nn
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import dot_wide, soft_cap
 from lora_jax.models.layers.blocks import ModelPart, dense
-from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
+from lora_jax.models.layers.cache import Cache, LayerCache, write_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise
-from lora_jax.models.layers.trunk import causal_mask, extend, place
+from lora_jax.models.layers.trunk import causal_mask, extend_cache, place_tokens
 
 
 class CausalLM(ModelPart):
@@ -74,13 +74,13 @@ class CausalLM(ModelPart):
         if counted and length > (limit := self.trunk.n_positions or length):
             what = "tokens are" if cache is None else "slots of a cache are"
             raise ValueError(f"{length} {what} more than the model's {limit} positions")
-        placed = place(input_ids, attention_mask, positions, cache, segment_ids)
+        placed = place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
         mask = causal_mask(placed, segment_ids, cache)
         hidden, new = self.trunk(input_ids, placed, mask, cache, embedding_noise, **inputs)
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         out = hidden if return_hidden else self.head(hidden)
-        return out if cache is None else (out, extend(cache, placed, new))
+        return out if cache is None else (out, extend_cache(cache, placed, new))
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits of final hidden states.
@@ -128,7 +128,7 @@ def attended(
       scale, cap, sinks: see ``attend``.
     """
     if cache is not None:
-        k, v = with_slots(cache.key, k, filled), with_slots(cache.value, v, filled)
+        k, v = write_slots(cache.key, k, filled), write_slots(cache.value, v, filled)
     out = attend(
         *(q, k, v, mask, scale, cap, sinks),
         attention=part.attention,

@@ -11,13 +11,13 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields, Tree
 from lora_jax.hf.fields import check_known
-from lora_jax.hf.format import Config, Format, Formats
+from lora_jax.hf.format import ModelConfig, ModelFormat, ModelFormats
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
 from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES as DECODERS
-from lora_jax.models.decoder.gguf import gguf_of
+from lora_jax.models.decoder.gguf import gguf_layout
 from lora_jax.models.decoder.keys import decoder_name, decoder_parts, decoder_table
 from lora_jax.models.decoder.model import Decoder
 from lora_jax.models.encoder.config import OPTIONS, EncoderConfig
@@ -51,14 +51,14 @@ class Family:
     """
 
     module: type[nn.Module]
-    format: Format
+    format: ModelFormat
     default_targets: tuple[str, ...] | None
 
 
-_ENCODER = Format(
+_ENCODER = ModelFormat(
     EncoderConfig.from_hf, encoder_table, options=OPTIONS, name=encoder_name, ignored=OTHER_HEADS
 )
-_VISION = Format(
+_VISION = ModelFormat(
     VisionConfig.from_hf,
     vision_table,
     options=VISION_OPTIONS,
@@ -67,14 +67,14 @@ _VISION = Format(
 )
 
 
-def _decoder_format(facts: DecoderFamily) -> Format:
-    return Format(
+def _decoder_format(facts: DecoderFamily) -> ModelFormat:
+    return ModelFormat(
         DecoderConfig.from_hf,
         decoder_table,
         decoder_parts,
         name=decoder_name,
         ignored=facts.left_out,
-        gguf=gguf_of(facts),
+        gguf=gguf_layout(facts),
     )
 
 
@@ -88,13 +88,15 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(Encoder, _ENCODER, facts.default_targets) for name, facts in ENCODERS.items()},
     **{name: Family(VisionEncoder, _VISION, None) for name in VISION},
     **{
-        name: Family(SmolVLM, Format(SmolVLMConfig.from_hf, smolvlm_table, name=smolvlm_name), None)
+        name: Family(
+            SmolVLM, ModelFormat(SmolVLMConfig.from_hf, smolvlm_table, name=smolvlm_name), None
+        )
         for name in SMOLVLM
     },
-    "gpt2": Family(GPT2, Format(GPT2Config.from_hf, gpt2_table, name=gpt2_name), ("c_attn",)),
+    "gpt2": Family(GPT2, ModelFormat(GPT2Config.from_hf, gpt2_table, name=gpt2_name), ("c_attn",)),
 }
 
-FORMATS = Formats({name: family.format for name, family in FAMILIES.items()})
+FORMATS = ModelFormats({name: family.format for name, family in FAMILIES.items()})
 
 
 def family_of(model_type: Any) -> Family:
@@ -160,7 +162,7 @@ def read_config(fields: Fields, **options: Any) -> Any:
     return FORMATS.read_config(fields, **options)
 
 
-def key_table(config: Config) -> list[Row]:
+def key_table(config: ModelConfig) -> list[Row]:
     """Returns every parameter of the model, once, in the order of the forward pass.
 
     Args:
@@ -175,7 +177,7 @@ def key_table(config: Config) -> list[Row]:
     return family_of(config.model_type).format.table(config)
 
 
-def kinds(config: Config) -> dict[str, Kind]:
+def kinds(config: ModelConfig) -> dict[str, Kind]:
     """Returns the kind of each parameter, by path, in the order of the forward pass.
 
     `lora_jax.lorafy` uses them where a rule's targets are a preset:
@@ -195,7 +197,7 @@ def kinds(config: Config) -> dict[str, Kind]:
     return {row.path: row.kind for row in key_table(config) if row.kind is not None}
 
 
-def partition_specs(config: Config) -> tuple[tuple[str, PartitionSpec], ...]:
+def partition_specs(config: ModelConfig) -> tuple[tuple[str, PartitionSpec], ...]:
     """Returns how parameters are sharded over a mesh: a table for ``lora_jax.sharding``.
 
     Each line has a parameter's path, and the spec of its last axes; parameters without a line are

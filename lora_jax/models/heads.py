@@ -52,7 +52,7 @@ def read_classes(config: Fields, asked: int | None = None) -> tuple[int, tuple[s
     return number, names
 
 
-def written_classes(number: int, names: Sequence[str]) -> dict[str, Any]:
+def write_classes(number: int, names: Sequence[str]) -> dict[str, Any]:
     """Returns the fields of a config.json that `read_classes` reads back."""
     names = names or _numbered(number)
     return {

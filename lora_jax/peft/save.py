@@ -13,7 +13,7 @@ from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.folders import TEMPLATE_FILE, check_free, local_path, new_folder
 from lora_jax.hf.keys import Row
-from lora_jax.hf.stored.raw import entry, write_tensors
+from lora_jax.hf.stored.raw import array_entry, write_tensors
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
@@ -99,7 +99,7 @@ def save(
         )
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
-        write_tensors(partial / FILE, {name: entry(array) for name, array in tensors.items()})
+        write_tensors(partial / FILE, {name: array_entry(array) for name, array in tensors.items()})
         text = json.dumps(dict(sorted(config.items())), indent=2)
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
         for file, content in (("README.md", readme), (TEMPLATE_FILE, chat_template)):

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax.core.magnitude import wide
 from lora_jax.core.types import Fields, Model
-from lora_jax.models.decoder.keys import fused
+from lora_jax.models.decoder.keys import has_fused_experts
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import (
     GATE_UP,
@@ -95,7 +95,7 @@ def _experts(
 ) -> tuple[_ByName, dict[str, Any]]:
     """Returns the factors of experts and routers by their modules, and the fields on targets."""
     config = model.config
-    joined, n, depth = fused(config), config.num_experts, config.num_hidden_layers
+    joined, n, depth = has_fused_experts(config), config.num_experts, config.num_hidden_layers
     routers: _ByName = {}
     kernels: dict[str, _ByName] = {}  # of each layer's experts, by the name of the kernel
     for expert in chosen:

@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.bank import BankError, Tenant, Together
-from lora_jax.models.layers.noise import with_noise
+from lora_jax.models.layers.noise import add_noise
 from lora_jax.training.neftune import neftune
 from tests.support import assert_close, draw, with_random_factors
 
@@ -28,7 +28,7 @@ def strict_promotion():
 def apply(variables, ids, attention_mask=None, embedding_noise=None):
     """[batch, seq] tokens -> [batch, seq, 3]; each token by itself."""
     params = variables["params"]
-    x = with_noise(jnp.take(params["table"], ids, axis=0), embedding_noise)
+    x = add_noise(jnp.take(params["table"], ids, axis=0), embedding_noise)
     return jnp.tanh(x @ params["up"]["kernel"]) @ params["out"]
 
 

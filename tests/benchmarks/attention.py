@@ -22,7 +22,7 @@ import torch
 
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.masks import Mask, Tokens
+from lora_jax.models.layers.masks import Mask, MaskTokens
 
 HEADS, KV_HEADS, HEAD_DIM, ROUNDS = 9, 3, 64, 7
 DENSE_UP_TO = 4096  # tokens; 1.8 GB of scores and as much again for their gradients
@@ -33,9 +33,9 @@ Runs = tuple[Callable[[], Any], Callable[[], Any], str]
 def ours(arrays: Arrays, causal: bool, how: Any) -> Runs:
     """Ours, with segments as in training: (forward, forward and backward, memory)."""
     slots = jnp.arange(arrays[0].shape[1], dtype=jnp.int32)
-    tokens = Tokens(slots, slots[None], jnp.ones_like(slots)[None])
+    tokens = MaskTokens(slots, slots[None], jnp.ones_like(slots)[None])
 
-    def run(*arrays: jax.Array, tokens: Tokens) -> jax.Array:
+    def run(*arrays: jax.Array, tokens: MaskTokens) -> jax.Array:
         mask = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
         return attend(*arrays, mask, attention=how)
 

@@ -13,8 +13,8 @@ from lora_jax.models import Encoder, EncoderConfig, read_config
 from lora_jax.models.choosing import Sampling
 from lora_jax.models.families import module_of
 from lora_jax.models.generate import decode, prefill
-from lora_jax.models.layers.attend import chosen, implementation
-from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.attend import choose_implementation, implementation
+from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
@@ -68,8 +68,8 @@ def test_a_card_before_ampere_has_no_kernel() -> None:
     """Neither Triton's products nor ours are compiled for it: 'auto' takes blocks."""
     (device,) = find_machine("t4:1").devices
     assert platform_of(device) == OLD_GPU
-    call = Call(queries=2048, head_dim=64, dtype=jnp.bfloat16)
-    assert str(chosen("auto", call, 2048, OLD_GPU)) == "blockwise"
+    call = AttentionCall(queries=2048, head_dim=64, dtype=jnp.bfloat16)
+    assert str(choose_implementation("auto", call, 2048, OLD_GPU)) == "blockwise"
     with pytest.raises(ValueError, match="'flash' runs on a gpu, and this is for a gpu before"):
         implementation("flash", 2048, OLD_GPU)
 

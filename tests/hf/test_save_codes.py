@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.hf.stored.kept import Kept, renamed
+from lora_jax.hf.stored.kept import CodesCheck, rename_modules
 from lora_jax.models import WeightsError, from_pretrained, key_table, save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import Coded, dequantize, is_coded
@@ -168,7 +168,7 @@ def test_a_bare_model_gets_its_prefix(layout: str, tmp_path: Path) -> None:
 )
 def test_a_pattern_matches_the_same_modules_behind_a_prefix(pattern: str) -> None:
     config = {"quant_method": "compressed-tensors", "ignore": [f"re:{pattern}"]}
-    (after,) = renamed(config, lambda name: f"model.{name}")["ignore"]
+    (after,) = rename_modules(config, lambda name: f"model.{name}")["ignore"]
     for name in (
         "lm_head",
         "lm_head_x",
@@ -229,7 +229,7 @@ def test_what_readers_want_in_one_form(
     own = {"layout": "fp8 blocks, fp32", **MOE} if layout == "experts" else {"layout": layout}
     folder = ship(tmp_path / "in", **own)
     model, _, tree = merged(folder, target)
-    paths = Kept(tree, key_table(model.config), open_source(folder)).unwanted()
+    paths = CodesCheck(tree, key_table(model.config), open_source(folder)).unwanted()
     assert sorted(path.split("/")[-2] for path in paths) == sorted(with_it)
 
 

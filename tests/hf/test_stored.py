@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.hf.load import shapes_of
-from lora_jax.hf.stored.promised import Promised
+from lora_jax.hf.stored.promised import ConfigCodes
 from lora_jax.models import (
     ConfigError,
     DecoderConfig,
@@ -134,7 +134,7 @@ def test_shapes_of_a_config_alone(layout: str, shipped_as: Any) -> None:
     folder, _ = shipped_as(layout)
     source, path = open_source(folder), folder / "config.json"
     table = key_table(source.config)
-    promised = Promised(path, json.loads(path.read_text()), table)
+    promised = ConfigCodes(path, json.loads(path.read_text()), table)
     assert promised.shipped == source.shipped
     want = shapes_of(table, jnp.float32, source=source)
     assert_same(shapes_of(table, jnp.float32, source=promised), want)
@@ -146,12 +146,12 @@ def test_what_a_config_alone_does_not_tell(shipped_as: Any) -> None:
     codes = shipped.LAYOUTS["fp8 blocks, fp32"].config
     kept = ["model.layers.*.mlp.up", "mlp.gate_proj", "lm_head"]  # the first is no module's name
     fields["quantization_config"] = codes | {"modules_to_not_convert": kept}
-    found = Promised(folder, fields, table).shipped
+    found = ConfigCodes(folder, fields, table).shipped
     assert f"{UP}.weight" in found and not any("gate_proj" in name for name in found)
     fields["quantization_config"] = shipped.LAYOUTS["nf4"].config
     with pytest.raises(ConfigError, match="bitsandbytes's codes do not follow from config.json"):
-        Promised(folder, fields, table)
-    assert Promised(folder, fields_of("nf4"), table).shipped == frozenset()
+        ConfigCodes(folder, fields, table)
+    assert ConfigCodes(folder, fields_of("nf4"), table).shipped == frozenset()
 
 
 def raw(folder: Path, name: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lora_jax as lj
 from lora_jax.hf.stored.groups import Targets
-from lora_jax.hf.stored.tensor import Facts
+from lora_jax.hf.stored.tensor import CodeFacts
 from lora_jax.models import ConfigError, WeightsError, from_pretrained, save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import is_coded
@@ -69,7 +69,7 @@ def test_a_run_trains_over_one(tmp_path: Path) -> None:
     assert is_coded(leaves(lj.strip(params))["model/layers/self_attn/q_proj/kernel"])
 
 
-A, B, C = Facts(block=128), Facts(group=32), Facts()
+A, B, C = CodeFacts(block=128), CodeFacts(group=32), CodeFacts()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ A, B, C = Facts(block=128), Facts(group=32), Facts()
         ({"re:.*down_proj": A, "Embedding": B}, None),
     ],
 )
-def test_the_target_that_counts(targets: dict[str, Facts], facts: Facts | None) -> None:
+def test_the_target_that_counts(targets: dict[str, CodeFacts], facts: CodeFacts | None) -> None:
     assert Targets(targets).facts_of(f"{MLP}.up_proj.weight") == facts
     assert Targets(targets).facts_of(f"{MLP}.up_proj.weight_packed") == facts
 
@@ -100,7 +100,7 @@ def test_the_target_is_that_of_compressed_tensors() -> None:
     pool += ["re:.*mlp.*", "re:model", "re:^model.*proj$", "re:.*layers.[01].*", "re:lm_head"]
     seen = set()
     for _ in range(500):
-        facts = {target: Facts(i) for i, target in enumerate(rng.sample(pool, 5))}
+        facts = {target: CodeFacts(i) for i, target in enumerate(rng.sample(pool, 5))}
         for name in parts:
             first = match_targets(name, linear, facts)[:1]
             want = facts[first[0]] if first else None

@@ -16,17 +16,17 @@ from lora_jax.models.layers.attend import (
     IMPLEMENTATIONS,
     LONG,
     attend,
-    chosen,
+    choose_implementation,
     implementation,
 )
 from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
-from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.kernels.splash import Splash
-from lora_jax.models.layers.masks import Mask, Split, Tokens, bidirectional
+from lora_jax.models.layers.masks import Mask, MaskTokens, Split, bidirectional_mask
 from lora_jax.models.layers.placement import OLD_GPU, UNPLACED
-from lora_jax.models.layers.trunk import causal_mask, place
+from lora_jax.models.layers.trunk import causal_mask, place_tokens
 from tests.support import assert_close, draw, over
 
 
@@ -73,7 +73,7 @@ class Case:
 def _mask(case: Case) -> Mask:
     present = jnp.asarray(case.present)
     if not case.causal:
-        return bidirectional(present)
+        return bidirectional_mask(present)
     ids, cache, segments = jnp.zeros(present.shape, jnp.int32), None, None
     if case.packed:
         ends = [[4, 11, 13, case.seq], [1, 9, case.seq, case.seq]]
@@ -85,7 +85,7 @@ def _mask(case: Case) -> Mask:
         nothing = jnp.zeros(())
         length = jnp.asarray([3, 2], jnp.int32)
         cache = Cache(nothing, nothing, jnp.asarray(held), jnp.int32(3), length)
-    placed = place(ids, present, None, cache, segments)
+    placed = place_tokens(ids, present, None, cache, segments)
     return causal_mask(placed, segments, cache).within(case.window)
 
 
@@ -265,7 +265,7 @@ def compiled(how: str, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         slots = jnp.arange(seq, dtype=jnp.int32)
-        tokens = Tokens(slots, slots[None], segments)
+        tokens = MaskTokens(slots, slots[None], segments)
         mask = Mask(queries=tokens, keys=tokens, window=900, causal=causal, aligned=True)
         return jnp.sum(attend(q, k, v, mask, attention=how) ** 2)
 
@@ -321,8 +321,8 @@ def test_the_choice() -> None:
     assert implementation("auto", LONG, "tpu", kernels=False) is IMPLEMENTATIONS["blockwise"]
 
     def served(attention: Any, platform: str, **facts: Any) -> str:
-        call = Call(**{"queries": 512, "head_dim": 64, "dtype": jnp.bfloat16} | facts)
-        return str(chosen(attention, call, 512, platform))
+        call = AttentionCall(**{"queries": 512, "head_dim": 64, "dtype": jnp.bfloat16} | facts)
+        return str(choose_implementation(attention, call, 512, platform))
 
     assert served("auto", "cpu", cached=True) == "blockwise"
     assert served("auto", "tpu") == served(Splash(128), "tpu", capped=True, head_dim=80) == "splash"
@@ -360,7 +360,7 @@ def test_refusals() -> None:
         Splash(block=100)
     with pytest.raises(ValueError, match=r"block=0, spans=8.*at least 1"):
         Blockwise(block=0)
-    mask = bidirectional(jnp.ones((2, 3), bool))
+    mask = bidirectional_mask(jnp.ones((2, 3), bool))
     with pytest.raises(ValueError, match="queries of a mask with a window need positions"):
         mask.within(4).visible()
     with pytest.raises(ValueError, match="keys of a mask need positions"):

@@ -13,8 +13,8 @@ from jax import lax
 from lora_jax.models.layers import trunk
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import score_scale
-from lora_jax.models.layers.cache import with_slots
-from lora_jax.models.layers.masks import Mask, Tokens
+from lora_jax.models.layers.cache import write_slots
+from lora_jax.models.layers.masks import Mask, MaskTokens
 from tests.models import tiny
 from tests.support import assert_close, draw
 
@@ -67,17 +67,17 @@ def test_a_decoding_step_reads_slots_where_they_lie(heads_lead: bool) -> None:
     q = draw(1, (BATCH, 1, KV_HEADS * GROUP, HEAD_DIM))
     new = draw(2, (BATCH, 1, KV_HEADS, HEAD_DIM))
     slots = jnp.arange(SLOTS, dtype=jnp.int32)
-    keys = Tokens(slots, jnp.broadcast_to(slots, (BATCH, SLOTS)))
+    keys = MaskTokens(slots, jnp.broadcast_to(slots, (BATCH, SLOTS)))
 
     def slots_lead(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice(cached, new, (0, first, 0, 0))
 
     @jax.jit
     def step(stacks: Any, q: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-        mask = Mask(queries=Tokens(first[None], None), keys=keys, causal=True, aligned=False)
+        mask = Mask(queries=MaskTokens(first[None], None), keys=keys, causal=True, aligned=False)
 
         def layer(q: jax.Array, cached: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            write = with_slots if heads_lead else slots_lead
+            write = write_slots if heads_lead else slots_lead
             k, v = (write(part, new, first) for part in cached)
             return attend(q, k, v, mask), None
 
@@ -93,8 +93,8 @@ def test_a_decoding_step_reads_slots_where_they_lie(heads_lead: bool) -> None:
         want = q
         for at in range(LAYERS):
             k, v = (part[at].at[:, :, 4].set(new[:, 0]).swapaxes(1, 2)[:, :5] for part in args[0])
-            seen = Tokens(slots[:5], keys.positions[:, :5])
-            mask = Mask(queries=Tokens(slots[4:5], None), keys=seen, causal=True, aligned=False)
+            seen = MaskTokens(slots[:5], keys.positions[:, :5])
+            mask = Mask(queries=MaskTokens(slots[4:5], None), keys=seen, causal=True, aligned=False)
             want = jax.jit(lambda *x, mask=mask: by_softmax(*x, mask, None, None))(want, k, v)
         assert_close(step(*args), want, 1e-5)
 

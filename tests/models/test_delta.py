@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import Decoder, DecoderConfig, init_cache, sample, share
-from lora_jax.models.layers.delta import Tokens, gated_delta_rule, short_convolution
+from lora_jax.models.layers.delta import RecurrentTokens, gated_delta_rule, short_convolution
 from tests.models import tiny
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5, 4
@@ -112,7 +112,7 @@ def test_convolution_sees_real_tokens_of_its_segment() -> None:
         if t >= back and segments[b, t] == segments[b, t - back]:
             want[b, t] += taps[:, 0, 3 - back] * x[b, t - back]
     there = np.ones((2, 9), bool)
-    got, _ = short_convolution(x, taps, Tokens(there, segments), None)
+    got, _ = short_convolution(x, taps, RecurrentTokens(there, segments), None)
     tiny.assert_close(got, want, 1e-6)
 
     # Row 1 again, in two calls with a cache, padded anywhere; row 0 is longer.
@@ -123,7 +123,7 @@ def test_convolution_sees_real_tokens_of_its_segment() -> None:
     for present in (first, second):
         at = start[:, None] + np.maximum(np.cumsum(present, axis=1) - 1, 0)
         garbage = np.where(present[..., None], x[rows, at], 99)
-        out, tail = short_convolution(garbage, taps, Tokens(present, None), tail)
+        out, tail = short_convolution(garbage, taps, RecurrentTokens(present, None), tail)
         parts.append(np.asarray(out)[1][present[1]])
         start += present.sum(axis=1)
     tiny.assert_close(np.concatenate(parts), want[1, :5], 1e-6)

@@ -12,7 +12,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.models.decoder.experts import by_blocks, implementation, ragged
+from lora_jax.models.decoder.experts import apply_blocks, apply_ragged, implementation
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.sharding import place
 from lora_jax.training.layout import Layout, one_device
@@ -63,12 +63,12 @@ def called(case: tuple[Any, ...]) -> str:
 # With 21 rows, test_each_expert_has_its_factors computes both.
 @over(
     ("how", "choice", "biased"),
-    itertools.product((by_blocks, ragged), list(CHOICES)[1:], (False, True)),
+    itertools.product((apply_blocks, apply_ragged), list(CHOICES)[1:], (False, True)),
     often=[
-        "by_blocks, one row, False",
-        "by_blocks, one expert for all, True",
-        "ragged, 16 rows, three experts, True",
-        "ragged, one expert for all, False",
+        "apply_blocks, one row, False",
+        "apply_blocks, one expert for all, True",
+        "apply_ragged, 16 rows, three experts, True",
+        "apply_ragged, one expert for all, False",
     ],
     called=lambda case: f"{called(case)}, {case[2]}",
 )
@@ -102,11 +102,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @over(
     ("how", "variant"),
     [
-        (by_blocks, "plain"),
-        (ragged, "plain"),
-        (ragged, "DoRA"),
-        (ragged, "VeRA"),
-        (ragged, "a high rank"),
+        (apply_blocks, "plain"),
+        (apply_ragged, "plain"),
+        (apply_ragged, "DoRA"),
+        (apply_ragged, "VeRA"),
+        (apply_ragged, "a high rank"),
     ],
     often=[],
     called=called,
@@ -148,7 +148,7 @@ def test_a_row_is_dropped_on_its_own(float64: None) -> None:
 
     def apply(params: Any, rows: jax.Array) -> jax.Array:
         ones = np.ones_like(eye) / width  # up is 1 on rows of ones; down passes on
-        return ragged(jnp.multiply, rows, chosen, params["gate"]["kernel"], ones, eye)
+        return apply_ragged(jnp.multiply, rows, chosen, params["gate"]["kernel"], ones, eye)
 
     rows = np.ones((chosen.size, width))
     run = jax.jit(lj.adapt(apply, strict=True))
@@ -204,10 +204,12 @@ class OnTPU(Layout):
 def test_the_choice() -> None:
     """Ragged products where a placement says that there is a kernel for them."""
     there = OnTPU(one_device().mesh, ())
-    assert implementation("auto") is implementation("auto", one_device()) is by_blocks
-    assert implementation("auto", there) is ragged
-    assert implementation("auto", dataclasses.replace(there, sorts_apart=False)) is by_blocks
-    assert implementation("ragged") is ragged and implementation("blocks", there) is by_blocks
+    assert implementation("auto") is implementation("auto", one_device()) is apply_blocks
+    assert implementation("auto", there) is apply_ragged
+    assert implementation("auto", dataclasses.replace(there, sorts_apart=False)) is apply_blocks
+    assert (
+        implementation("ragged") is apply_ragged and implementation("blocks", there) is apply_blocks
+    )
     assert implementation(loop) is loop
     assert there.compiler_options == models.compiler_options("tpu") != one_device().compiler_options
     with pytest.raises(ValueError, match="'gmm' is not one of auto, blocks, ragged"):

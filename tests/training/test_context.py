@@ -13,7 +13,7 @@ import pytest
 
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.masks import Mask, Split, Tokens
+from lora_jax.models.layers.masks import Mask, MaskTokens, Split
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from tests.models import tiny
@@ -134,7 +134,7 @@ def compiled(how: Any, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         slots = jnp.arange(seq, dtype=jnp.int32)
-        tokens = Tokens(slots, slots[None], segments)
+        tokens = MaskTokens(slots, slots[None], segments)
         mask = Mask(queries=tokens, keys=tokens, window=seq // 2, causal=causal, aligned=True)
         return jnp.sum(attend(q, k, v, mask, attention=how, placement=layout) ** 2)
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.models.layers.noise import with_noise
+from lora_jax.models.layers.noise import add_noise
 from lora_jax.models.specs import AXES
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import summed_loss
@@ -71,7 +71,7 @@ def test_noise_has_the_papers_bounds_and_spares_padding():
     width, drawn = 64, []
 
     def forward(variables, ids, *, dropout_key=None, embedding_noise=None, segment_ids=None):
-        return with_noise(jnp.zeros((*ids.shape, width)), embedding_noise)
+        return add_noise(jnp.zeros((*ids.shape, width)), embedding_noise)
 
     noisy = neftune(forward, ALPHA)
     for seed in range(20):

@@ -10,7 +10,7 @@ from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.save import tokenizer_files
 from lora_jax.hf.sources import SafetensorsFolder
-from lora_jax.hf.stored.kept import Kept
+from lora_jax.hf.stored.kept import CodesCheck
 from lora_jax.hf.tokenizer import tokenizer_path
 from lora_jax.models import key_table
 from lora_jax.models.pretrained import open_source
@@ -66,7 +66,7 @@ def keep_codes(
     if quantize != STORED or not isinstance(source, SafetensorsFolder):
         return dequantize(params), None, ""
     table = key_table(model.config)
-    kept = Kept(params, table, source)
+    kept = CodesCheck(params, table, source)
     arrays = kept.unwanted()
     params = map_leaves(lambda path, x: dequantize(x) if path in arrays else x, params)
     coded = {path for path, leaf in kept.leaves.items() if is_coded(leaf)}.difference(arrays)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from lora_jax.models.attention import chosen_attention
-from lora_jax.models.layers.attend import Chosen
+from lora_jax.models.attention import choose_attention
+from lora_jax.models.layers.attend import AttentionChoice
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import ONLINE, Loss, pair_loss, rollout_loss, token_loss
@@ -83,14 +83,14 @@ class Job:
         return rollout_loss(ONLINE["dapo"], **split) if self.task == GRPO else token_loss(**split)
 
     @property
-    def chosen(self) -> Chosen:
+    def chosen(self) -> AttentionChoice:
         """Returns the implementation of attention that will run, and why.
 
         Raises:
           UserError: the one that was asked for does not run on this machine.
         """
         with as_user_errors(ValueError):
-            return chosen_attention(
+            return choose_attention(
                 self.outline.config,
                 self.row,
                 dtype=self.dtype,

@@ -21,7 +21,7 @@ from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, codings_of, shapes_of
 from lora_jax.hf.sources import HasCodes
-from lora_jax.hf.stored.promised import Promised
+from lora_jax.hf.stored.promised import ConfigCodes
 from lora_jax.models import key_table
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
@@ -319,7 +319,7 @@ def read_shapes(name: str) -> Outline:
             config = file.config
         else:
             config, fields = read_config_file(path), read_file(path, "a model", models.ConfigError)
-            source = Promised(path, fields, key_table(config))
+            source = ConfigCodes(path, fields, key_table(config))
         _check_continues(name, config)
         params = shapes_of(key_table(config), jnp.float32, source=source)
     head = {"quantize": STORED} if source.shipped else {}

@@ -17,7 +17,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names them
 _NAMED = 5  # missing parts that a message names
 
 
-class Opened(NamedTuple):
+class OpenGGUF(NamedTuple):
     """An open file, or the open parts of one.
 
     Attributes:
@@ -31,7 +31,7 @@ class Opened(NamedTuple):
     tensors: Sequence[Any]
 
 
-def open_gguf(path: Path) -> Opened:
+def open_gguf(path: Path) -> OpenGGUF:
     """Opens a GGUF file; of a split one, any of its parts names them all.
 
     Args:
@@ -51,11 +51,11 @@ def open_gguf(path: Path) -> Opened:
         names = sorted(path.parent.glob(f"{glob.escape(match[1])}-*-of-{match[3]}.gguf"))
     statuses = [(name.absolute(), name.stat()) for name in names or [path]]
     stamps = tuple((name, status.st_mtime_ns, status.st_size) for name, status in statuses)
-    return _opened(path, stamps)
+    return _open_parts(path, stamps)
 
 
 @functools.lru_cache(maxsize=2)  # tokenizer, configuration and weights are read one by one
-def _opened(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> Opened:
+def _open_parts(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> OpenGGUF:
     """Opens a file.
 
     Args:
@@ -72,7 +72,7 @@ def _opened(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> Opened:
         metadata = {name: field.contents() for name, field in readers[0].fields.items()}
     except Exception as error:
         raise WeightsError(f"{parts[0]} is damaged or cut short: {error}") from None
-    return Opened(gguf, metadata, [tensor for one in readers for tensor in one.tensors])
+    return OpenGGUF(gguf, metadata, [tensor for one in readers for tensor in one.tensors])
 
 
 def _parts(path: Path, reader: Any) -> list[Path]:
@@ -113,11 +113,11 @@ def _reader(path: Path) -> Any:
     """
     import gguf
 
-    class Reader(gguf.GGUFReader):
+    class _PlainArrayReader(gguf.GGUFReader):
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
     try:
-        return Reader(path)
+        return _PlainArrayReader(path)
     except Exception as error:  # it raises whatever its cursor runs into
         raise WeightsError(damage_message(path, error)) from None

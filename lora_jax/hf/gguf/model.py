@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.format import Formats
+from lora_jax.hf.format import ModelFormats
 from lora_jax.hf.gguf.files import open_gguf
 from lora_jax.hf.keys import WeightsError, convert
 from lora_jax.quantized import Coded, from_gguf
@@ -39,11 +39,13 @@ class GGUFFile:
         "kernel have the same one; the others are read as floats"
     )
 
-    def __init__(self, path: Path, formats: Formats):
+    def __init__(self, path: Path, formats: ModelFormats):
         self.where = str(path)
         self._gguf, self.metadata, tensors = open_gguf(path)
         try:
-            self.format, self._layout = formats.of_gguf(self.metadata.get("general.architecture"))
+            self.format, self._layout = formats.gguf_format_of(
+                self.metadata.get("general.architecture")
+            )
             facts = {t.name: self._array(t) for t in tensors if t.name in self._layout.facts}
             self._tensors = {self._layout.name(t.name): t for t in tensors if t.name not in facts}
             self.shapes = {
@@ -56,7 +58,7 @@ class GGUFFile:
 
     def read(self, name: str) -> np.ndarray:
         rows = self._array(self._tensors[name]).reshape(self.shapes[name])
-        return self._layout.in_order(rows, name, self.config)
+        return self._layout.reorder(rows, name, self.config)
 
     def _array(self, tensor: Any) -> np.ndarray:
         try:
@@ -70,7 +72,7 @@ class GGUFFile:
         if self.form(name) not in TYPES:
             return None
         coded = from_gguf(tensor.data, self.form(name), self.shapes[name], dtype)
-        return coded.map(lambda rows: self._layout.in_order(rows, name, self.config))
+        return coded.map(lambda rows: self._layout.reorder(rows, name, self.config))
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         tensor, shape = self._tensors[name], self.shapes[name]

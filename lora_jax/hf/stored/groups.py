@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.stored.tensor import Facts
+from lora_jax.hf.stored.tensor import CodeFacts
 
 _CLASSES = ("Linear", "Module")  # of the layers whose weights are kept in codes
 _PARAMETER = re.compile(r"\.weight(_packed)?$")
@@ -37,13 +37,13 @@ class Targets:
       facts: target -> what config.json says of its modules.
     """
 
-    def __init__(self, facts: Mapping[str, Facts]):
+    def __init__(self, facts: Mapping[str, CodeFacts]):
         self._facts = facts
         patterns = sorted(target for target in facts if target.startswith(_PATTERN))
         self._patterns = [(re.compile(p.removeprefix(_PATTERN)), facts[p]) for p in patterns]
         self._rest = next((facts[name] for name in _CLASSES if name in facts), None)
 
-    def facts_of(self, tensor: str) -> Facts | None:
+    def facts_of(self, tensor: str) -> CodeFacts | None:
         """Returns what the first target that names a weight's module says; None if none does."""
         module = _PARAMETER.sub("", tensor)
         if module in self._facts:
@@ -52,8 +52,8 @@ class Targets:
         return next(matching, self._rest)
 
 
-def common_facts(facts: Collection[Facts]) -> Facts:
+def common_facts(facts: Collection[CodeFacts]) -> CodeFacts:
     """Returns what kinds have in common, for a module that no target names."""
     blocks, sizes = ({one[i] for one in facts} - {None} for i in range(2))
     block, size = (next(iter(each)) if len(each) == 1 else None for each in (blocks, sizes))
-    return Facts(block, size, symmetric=all(one.symmetric for one in facts))
+    return CodeFacts(block, size, symmetric=all(one.symmetric for one in facts))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.keys import WeightsError
-from lora_jax.hf.stored.tensor import Files, Piece, Stored, unpacked
+from lora_jax.hf.stored.tensor import CodedTensor, Files, LazyArray, unpack
 from lora_jax.quantized.coded import scales_of
 from lora_jax.quantized.formats import INT4, NF4, NF4_NESTED, NF4_VALUES
 
@@ -18,7 +18,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 def _words(files: Files, name: str) -> np.ndarray:
     """Returns the numbers of 4 bits in a tensor's words, less 8."""
-    return unpacked(files.fetch(name, None), less_8=True)
+    return unpack(files.fetch(name, None), less_8=True)
 
 
 def _matrix(files: Files, name: str) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def _matrix(files: Files, name: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def pack_quantized(name: str, files: Files) -> Stored | None:
+def pack_quantized(name: str, files: Files) -> CodedTensor | None:
     """Finds compressed-tensors' W4A16: eight codes a word along a row, each stored plus 8."""
     stem = name.removesuffix("weight_packed")
     if stem == name or files.tensors[name].dtype != "I32":
@@ -45,7 +45,7 @@ def pack_quantized(name: str, files: Files) -> Stored | None:
         return _words(files, name)[:, :n_in]
 
     pieces = {
-        "codes": Piece((n_out, n_in), INT4.code_dtype, codes),
+        "codes": LazyArray((n_out, n_in), INT4.code_dtype, codes),
         "scales": files.piece(scale, groups),
     }
     tensors = [name, shape, scale]
@@ -56,14 +56,14 @@ def pack_quantized(name: str, files: Files) -> Stored | None:
 
         def zeros(_: slice | None) -> np.ndarray:
             words = np.ascontiguousarray(files.fetch(zero, None).T)
-            return unpacked(words, less_8=True)[:, :n_out].T.astype(np.int8)
+            return unpack(words, less_8=True)[:, :n_out].T.astype(np.int8)
 
-        pieces["zeros"] = Piece(groups, np.int8, zeros)
+        pieces["zeros"] = LazyArray(groups, np.int8, zeros)
         tensors.append(zero)
-    return Stored(f"{stem}weight", INT4, pieces, tensors)
+    return CodedTensor(f"{stem}weight", INT4, pieces, tensors)
 
 
-def gptq(name: str, files: Files) -> Stored | None:
+def gptq(name: str, files: Files) -> CodedTensor | None:
     """Finds GPTQ's: eight codes a word along the inputs, with zeros for groups of them."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
@@ -77,7 +77,7 @@ def gptq(name: str, files: Files) -> Stored | None:
             raise WeightsError(f"{order}: groups in the order of activations are not kept in codes")
 
     def codes(_: slice | None) -> np.ndarray:
-        return unpacked(files.fetch(name, None).T, less_8=True)
+        return unpack(files.fetch(name, None).T, less_8=True)
 
     def in_order(numbers: np.ndarray) -> np.ndarray:
         return numbers
@@ -85,7 +85,7 @@ def gptq(name: str, files: Files) -> Stored | None:
     return _with_zeros(name, files, (n_out, n_in), codes, in_order, [order])
 
 
-def awq(name: str, files: Files) -> Stored | None:
+def awq(name: str, files: Files) -> CodedTensor | None:
     """Finds AWQ's: eight codes a word along the outputs, mixed, with zeros for groups of inputs."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
@@ -110,7 +110,7 @@ def _with_zeros(
     codes: Callable[[slice | None], np.ndarray],
     in_order: Callable[[np.ndarray], np.ndarray],
     others: Sequence[str],
-) -> Stored:
+) -> CodedTensor:
     """Returns a tensor whose scales and packed zeros lie [groups, out]."""
     stem = name.removesuffix("qweight")
     n_out, n_in = shape
@@ -125,15 +125,15 @@ def _with_zeros(
         return (numbers + np.int8(files.facts.zero_is_less)).T
 
     pieces = {
-        "codes": Piece(shape, INT4.code_dtype, codes),
-        "scales": Piece((n_out, n_groups), scales.dtype, lambda _: scales.read(None).T),
-        "zeros": Piece((n_out, n_groups), np.int8, zeros),
+        "codes": LazyArray(shape, INT4.code_dtype, codes),
+        "scales": LazyArray((n_out, n_groups), scales.dtype, lambda _: scales.read(None).T),
+        "zeros": LazyArray((n_out, n_groups), np.int8, zeros),
     }
     held = [other for other in others if other in files.tensors]
-    return Stored(f"{stem}weight", INT4, pieces, [name, scale, zero, *held])
+    return CodedTensor(f"{stem}weight", INT4, pieces, [name, scale, zero, *held])
 
 
-def bnb_nf4(name: str, files: Files) -> Stored | None:
+def bnb_nf4(name: str, files: Files) -> CodedTensor | None:
     """Finds bitsandbytes' NF4: codes in one row, the first in high bits; scales coded or not.
 
     The bytes of codes lie in numbers of any dtype (bnb_4bit_quant_storage), such as BF16.
@@ -161,15 +161,15 @@ def bnb_nf4(name: str, files: Files) -> Stored | None:
 
     def codes(_: slice | None) -> np.ndarray:
         raw = files.fetch(name, None).reshape(-1).view(np.uint8)
-        return unpacked(raw, less_8=True, high_first=True).reshape(shape)
+        return unpack(raw, less_8=True, high_first=True).reshape(shape)
 
     pieces = {
-        "codes": Piece(shape, NF4.code_dtype, codes),
+        "codes": LazyArray(shape, NF4.code_dtype, codes),
         "scales": files.piece(absmax, (shape[0], shape[1] // block), (n // block,)),
     }
     if files.tensors[absmax].dtype == "F32":
-        return Stored(name, NF4, pieces, tensors)
-    return _nested(files, Stored(name, NF4_NESTED, pieces, tensors), block, state)
+        return CodedTensor(name, NF4, pieces, tensors)
+    return _nested(files, CodedTensor(name, NF4_NESTED, pieces, tensors), block, state)
 
 
 def _facts(files: Files, state: str, *names: str) -> list[Any]:
@@ -185,7 +185,7 @@ def _facts(files: Files, state: str, *names: str) -> list[Any]:
         raise WeightsError(f"{state} does not tell {' and '.join(names)}: {error!r}") from error
 
 
-def _nested(files: Files, stored: Stored, block: int, state: str) -> Stored:
+def _nested(files: Files, stored: CodedTensor, block: int, state: str) -> CodedTensor:
     """Returns a tensor of bitsandbytes whose scales are coded: s = step·v(code) + offset.
 
     In the file, a step is for `nested_blocksize` scales, which run on from row to row. Here, it is
@@ -212,17 +212,17 @@ def _nested(files: Files, stored: Stored, block: int, state: str) -> Stored:
 
     pieces = {
         **stored.pieces,
-        "scale_steps": Piece((n_out, n_in // span), np.float32, steps),
-        "scale_mean": Piece((1, 1), np.float32, offset),
+        "scale_steps": LazyArray((n_out, n_in // span), np.float32, steps),
+        "scale_mean": LazyArray((1, 1), np.float32, offset),
     }
     tensors = [*stored.tensors, of_map, of_max]
     if span > block:
-        return Stored(name, format, pieces, tensors)
+        return CodedTensor(name, format, pieces, tensors)
 
     def scales(_: slice | None) -> np.ndarray:
         arrays = {part: pieces[part].read(None) for part in pieces if part != "codes"}
         whole: np.ndarray = scales_of(arrays, format, lambda steps, shape: steps)
         return whole
 
-    of_blocks = Piece((n_out, n_in // block), np.float32, scales)
-    return Stored(name, NF4, {"codes": pieces["codes"], "scales": of_blocks}, tensors)
+    of_blocks = LazyArray((n_out, n_in // block), np.float32, scales)
+    return CodedTensor(name, NF4, {"codes": pieces["codes"], "scales": of_blocks}, tensors)

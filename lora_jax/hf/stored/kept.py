@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields, Tree
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, hf_member
-from lora_jax.hf.stored.raw import Entry
+from lora_jax.hf.stored.raw import TensorEntry
 from lora_jax.quantized import Coded, is_coded
 
 # The field that lists modules in floats, by quant_method. GPTQ's has none.
@@ -34,7 +34,7 @@ _ATOMS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\^")
 _FUSED = re.compile(r"\.([qkv]|gate|up)_proj\.weight")  # by vLLM: those of one module that match
 
 
-class Shipped(Protocol):
+class CodesFolder(Protocol):
     """A folder that holds tensors in codes; see `lora_jax.hf.sources.Source`.
 
     Attributes:
@@ -50,11 +50,11 @@ class Shipped(Protocol):
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes."""
 
-    def entries(self, name: str) -> dict[str, Entry]:
+    def entries(self, name: str) -> dict[str, TensorEntry]:
         """Returns the stored tensors of a coded weight, keyed by the key table's names."""
 
 
-def renamed(config: Fields, rename: Callable[[str], str]) -> dict[str, Any]:
+def rename_modules(config: Fields, rename: Callable[[str], str]) -> dict[str, Any]:
     """Returns a quantization_config by other names of modules.
 
     Args:
@@ -102,7 +102,7 @@ def _module(name: str) -> str:
     return _EXPERTS.sub(".experts", name).removesuffix(".weight")
 
 
-class Kept:
+class CodesCheck:
     """A tree's codes, beside those of the files that they were read from.
 
     Args:
@@ -117,7 +117,7 @@ class Kept:
       WeightsError: the tree does not fit the table.
     """
 
-    def __init__(self, params: Tree, table: Sequence[Row], source: Shipped):
+    def __init__(self, params: Tree, table: Sequence[Row], source: CodesFolder):
         self.leaves = checked_leaves(params, table, in_codes=True)
         self._source = source
         self._field = _LISTS.get(source.quantization.get("quant_method", ""))

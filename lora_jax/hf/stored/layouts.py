@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from lora_jax.hf.keys import WeightsError
-from lora_jax.hf.stored.tensor import Facts, Files, Piece, Stored, unpacked
+from lora_jax.hf.stored.tensor import CodedTensor, CodeFacts, Files, LazyArray, unpack
 from lora_jax.quantized.formats import FP8, FP8_E5M2, MXFP4, NVFP4
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -20,7 +20,7 @@ _INPUTS = (  # scales of activations, which no weight needs
 )
 
 
-def fp8(name: str, files: Files) -> Stored | None:
+def fp8(name: str, files: Files) -> CodedTensor | None:
     """Finds FP8 with one scale for the tensor, for each row or for each block; it multiplies."""
     dtype, shape = files.tensors[name]
     if dtype not in ("F8_E4M3", "F8_E5M2") or len(shape) < 2:
@@ -39,14 +39,14 @@ def fp8(name: str, files: Files) -> Stored | None:
     format = FP8 if dtype == "F8_E4M3" else FP8_E5M2
     format = dataclasses.replace(format, block=block or format.block)
     pieces = {"codes": files.piece(name, shape, raw=True), "scales": of_scales}
-    return Stored(name, format, pieces, (name, scale, *_inputs(stem, files)))
+    return CodedTensor(name, format, pieces, (name, scale, *_inputs(stem, files)))
 
 
 def _inputs(stem: str, files: Files) -> list[str]:
     return [stem + name for name in _INPUTS if stem + name in files.tensors]
 
 
-def mxfp4_blocks(name: str, files: Files) -> Stored | None:
+def mxfp4_blocks(name: str, files: Files) -> CodedTensor | None:
     """Finds gpt-oss's experts, [experts, out, in / 32, 16 bytes]; shown as [experts, in, out]."""
     dtype, shape = files.tensors[name]
     if not name.endswith("_blocks") or dtype != "U8":
@@ -59,20 +59,20 @@ def mxfp4_blocks(name: str, files: Files) -> Stored | None:
     of_scales = files.piece(scale, (*lead, n_out, n_blocks))
 
     def codes(rows: slice | None) -> np.ndarray:
-        numbers = unpacked(files.fetch(name, rows))
+        numbers = unpack(files.fetch(name, rows))
         return numbers.reshape(*numbers.shape[:-2], -1).swapaxes(-1, -2)
 
     def scales(rows: slice | None) -> np.ndarray:
         return of_scales.read(rows).swapaxes(-1, -2)
 
     pieces = {
-        "codes": Piece((*lead, 32 * n_blocks, n_out), MXFP4.code_dtype, codes),
-        "scales": Piece((*lead, n_blocks, n_out), of_scales.dtype, scales),
+        "codes": LazyArray((*lead, 32 * n_blocks, n_out), MXFP4.code_dtype, codes),
+        "scales": LazyArray((*lead, n_blocks, n_out), of_scales.dtype, scales),
     }
-    return Stored(whole, MXFP4, pieces, (name, scale))
+    return CodedTensor(whole, MXFP4, pieces, (name, scale))
 
 
-def packed_floats(name: str, files: Files) -> Stored | None:
+def packed_floats(name: str, files: Files) -> CodedTensor | None:
     """Finds MXFP4, and NVFP4 with a second scale for the tensor: two codes a byte, the low first.
 
     compressed-tensors calls the bytes ``weight_packed`` and divides by the second scale; ModelOpt
@@ -85,10 +85,10 @@ def packed_floats(name: str, files: Files) -> Stored | None:
     scale = files.find(name, (*_POWERS, "F8_E4M3"), f"{stem}weight_scale")
     format = NVFP4 if files.tensors[scale].dtype == "F8_E4M3" else MXFP4
     n_out, n_in = shape[0], 2 * shape[1]
-    n_groups = files._replace(facts=Facts(group=format.block)).groups(name, n_in)
+    n_groups = files._replace(facts=CodeFacts(group=format.block)).groups(name, n_in)
     pieces = {
-        "codes": Piece(
-            (n_out, n_in), format.code_dtype, lambda _: unpacked(files.fetch(name, None))
+        "codes": LazyArray(
+            (n_out, n_in), format.code_dtype, lambda _: unpack(files.fetch(name, None))
         ),
         "scales": files.piece(scale, (n_out, n_groups)),
     }
@@ -98,4 +98,4 @@ def packed_floats(name: str, files: Files) -> Stored | None:
         second = files.find(name, ("F32",), f"{stem}weight_{second}")
         pieces[role] = files.piece(second, (1, 1), (1,), ())
         tensors.append(second)
-    return Stored(f"{stem}weight", format, pieces, tensors)
+    return CodedTensor(f"{stem}weight", format, pieces, tensors)

@@ -11,9 +11,9 @@ from lora_jax.hf.stored.groups import Targets, check_target, common_facts
 from lora_jax.hf.stored.integers import awq, bnb_nf4, gptq, pack_quantized
 from lora_jax.hf.stored.layouts import fp8, mxfp4_blocks, packed_floats
 from lora_jax.hf.stored.raw import Fetch, Header
-from lora_jax.hf.stored.tensor import Facts, Files, Stored
+from lora_jax.hf.stored.tensor import CodedTensor, CodeFacts, Files
 
-Layout = Callable[[str, Files], Stored | None]
+Layout = Callable[[str, Files], CodedTensor | None]
 
 
 class Method(NamedTuple):
@@ -28,8 +28,8 @@ class Method(NamedTuple):
 
     name: str
     layouts: tuple[Layout, ...]
-    facts: Facts = Facts()
-    targets: Mapping[str, Facts] = MappingProxyType({})
+    facts: CodeFacts = CodeFacts()
+    targets: Mapping[str, CodeFacts] = MappingProxyType({})
 
 
 def read_method(fields: Fields) -> Method | None:
@@ -68,7 +68,7 @@ def _require(config: Fields, what: str, **wanted: Any) -> None:
 
 def _fp8(config: Fields) -> Method:
     _require(config, "", fmt=("e4m3", "e5m2"))
-    return Method("fp8", (fp8,), Facts(_square(config.get("weight_block_size"))))
+    return Method("fp8", (fp8,), CodeFacts(_square(config.get("weight_block_size"))))
 
 
 def _mxfp4(config: Fields) -> Method:
@@ -91,7 +91,7 @@ def _of_words(layout: Layout) -> Callable[[Fields], Method]:
         group = config.get("group_size", 128)
         group = None if group == -1 else group
         less = layout is gptq and form == "gptq"
-        return Method(str(config["quant_method"]), (layout,), Facts(None, group, less))
+        return Method(str(config["quant_method"]), (layout,), CodeFacts(None, group, less))
 
     return method
 
@@ -100,7 +100,7 @@ def _compressed(config: Fields) -> Method:
     sparse = config.get("sparsity_config") or {}
     _require(sparse, "sparsity_config: ", format=("dense",))
     _require(config, "", quantization_status=("compressed",), format=_FORMATS)
-    targets: dict[str, Facts] = {}
+    targets: dict[str, CodeFacts] = {}
     kinds = []
     for group in (config.get("config_groups") or {}).values():
         _require(group, "", format=_FORMATS)
@@ -111,7 +111,7 @@ def _compressed(config: Fields) -> Method:
         strategy = weights.get("strategy")
         block = _square(weights.get("block_structure")) if strategy == "block" else None
         size = weights.get("group_size") if strategy == "group" else None
-        kinds.append(Facts(block, size, symmetric=weights.get("symmetric") is not False))
+        kinds.append(CodeFacts(block, size, symmetric=weights.get("symmetric") is not False))
         targets |= dict.fromkeys(map(check_target, group.get("targets") or ()), kinds[-1])
     layouts = (pack_quantized, packed_floats, fp8)
     return Method(
@@ -143,7 +143,7 @@ _METHODS: dict[Any, Callable[[Fields], Method]] = {
 
 def stored_tensors(
     method: Method | None, tensors: Mapping[str, Header], fetch: Fetch, where: str
-) -> dict[str, Stored]:
+) -> dict[str, CodedTensor]:
     """Finds the tensors in codes among those of a folder.
 
     The files are believed, and config.json says what they do not: the size of a block.
@@ -160,7 +160,7 @@ def stored_tensors(
     Raises:
       WeightsError: codes without scales, or of another shape than config.json says; lists them all.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, CodedTensor] = {}
     claimed: set[str] = set()
     problems: list[str] = []
     if method is not None:

@@ -18,7 +18,7 @@ from lora_jax.quantized import Coded
 _NEVER = ("embedding", "positions", "router", "norm", "head", "classifier")  # kinds of parameters
 
 
-class Promised:
+class ConfigCodes:
     """The tensors that will lie in codes; see `lora_jax.hf.sources.HasCodes`.
 
     Args:

@@ -71,11 +71,11 @@ class RawFile:
         Raises:
           OSError: the file cannot be read, or is shorter than its header says.
         """
-        entry = self._header[name]
-        dtype, shape = DTYPES[entry["dtype"]], list(entry["shape"])
-        if entry["dtype"] == "F4":
+        header = self._header[name]
+        dtype, shape = DTYPES[header["dtype"]], list(header["shape"])
+        if header["dtype"] == "F4":
             shape[-1] //= 2
-        start = self._start + entry["data_offsets"][0]
+        start = self._start + header["data_offsets"][0]
         if rows is not None:
             start += rows.start * math.prod(shape[1:]) * dtype.itemsize
             shape[0] = rows.stop - rows.start
@@ -91,19 +91,19 @@ class RawFile:
         return out.view(dtype).reshape(shape)
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor to write: its entry in the header, and what reads it."""
 
     header: Header
     read: Callable[[], np.ndarray]
 
 
-def entry(array: np.ndarray) -> Entry:
+def array_entry(array: np.ndarray) -> TensorEntry:
     """Returns the entry of an array."""
-    return Entry(Header(NAMES[array.dtype], array.shape), lambda: array)
+    return TensorEntry(Header(NAMES[array.dtype], array.shape), lambda: array)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Entry]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     """Writes a safetensors file, marked as PyTorch's libraries mark theirs, a tensor at a time.
 
     Args:

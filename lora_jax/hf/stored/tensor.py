@@ -14,7 +14,7 @@ from lora_jax.hf.stored.raw import DTYPES, Fetch, Header
 from lora_jax.quantized import Coded, Format
 
 
-class Piece(NamedTuple):
+class LazyArray(NamedTuple):
     """One array of a `Coded`: its shape, its dtype, and what reads it (all rows for None)."""
 
     shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class CodedTensor:
     """A tensor that files hold in codes.
 
     Attributes:
@@ -36,7 +36,7 @@ class Stored:
 
     name: str
     format: Format
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, LazyArray]
     tensors: Sequence[str]
 
     @property
@@ -87,7 +87,7 @@ class Stored:
         return coded.map(inside)
 
 
-class Facts(NamedTuple):
+class CodeFacts(NamedTuple):
     """The numbers that config.json gives for the codes of a module, or of all.
 
     Attributes:
@@ -114,7 +114,7 @@ class Files(NamedTuple):
 
     tensors: Mapping[str, Header]
     fetch: Fetch
-    facts: Facts = Facts()
+    facts: CodeFacts = CodeFacts()
 
     def find(self, whose: str, dtypes: Sequence[str], *names: str) -> str:
         """Returns the first of these names that there is.
@@ -131,7 +131,7 @@ class Files(NamedTuple):
 
     def piece(
         self, name: str, shape: tuple[int, ...], *others: tuple[int, ...], raw: bool = False
-    ) -> Piece:
+    ) -> LazyArray:
         """Returns a tensor as it lies in its file; powers of two (F8_E8M0) as bytes.
 
         Args:
@@ -155,7 +155,7 @@ class Files(NamedTuple):
             whole = self.fetch(name, None).view(kind).reshape(shape)
             return whole if rows is None else whole[rows]
 
-        return Piece(shape, kind, read)
+        return LazyArray(shape, kind, read)
 
     def groups(self, whose: str, n_in: int) -> int:
         """Returns the number of groups of inputs.
@@ -173,7 +173,7 @@ _SIGNED = ((_NIBBLES ^ 8) - 8).astype(np.int8).astype(ml_dtypes.int4)  # the sam
 _LESS_8 = (_NIBBLES - 8).astype(np.int8).astype(ml_dtypes.int4)
 
 
-def unpacked(array: np.ndarray, *, less_8: bool = False, high_first: bool = False) -> np.ndarray:
+def unpack(array: np.ndarray, *, less_8: bool = False, high_first: bool = False) -> np.ndarray:
     """Returns the numbers of 4 bits in an array's bytes, along its last axis, as int4.
 
     Args:

@@ -9,10 +9,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.layers.activations import activated
-from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.activations import activate
+from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, dense
-from lora_jax.models.layers.trunk import by_chunks
+from lora_jax.models.layers.trunk import apply_chunked
 
 
 class RMSNorm(nn.Module):
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.zeros if self.adds_one else nn.initializers.ones
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        y = x.astype(wide(x.dtype))
+        y = x.astype(wide_dtype(x.dtype))
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         if self.adds_one or self.multiplies_wide:
             return (y * (float(self.adds_one) + scale.astype(y.dtype))).astype(self.dtype)
@@ -47,7 +47,7 @@ class MLP(ModelPart):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return by_chunks(self, _gated, x)
+        return apply_chunked(self, _gated, x)
 
 
 def _gated(module: MLP, x: jax.Array) -> jax.Array:
@@ -59,16 +59,16 @@ def _gated(module: MLP, x: jax.Array) -> jax.Array:
     else:
         gate = dense(module, size, use_bias=bias, name="gate_proj")(x)
         up = dense(module, size, use_bias=bias, name="up_proj")(x)
-    hidden = module.placement.constrain(activated(cfg.hidden_act, gate, up), "features")
+    hidden = module.placement.constrain(activate(cfg.hidden_act, gate, up), "features")
     return dense(module, cfg.hidden_size, use_bias=bias, name="down_proj")(hidden)
 
 
-def times(x: jax.Array, factor: float) -> jax.Array:
+def multiply(x: jax.Array, factor: float) -> jax.Array:
     """Returns x * factor in x's dtype; the factor is not rounded to it."""
-    return x if factor == 1 else (x.astype(wide(x.dtype)) * factor).astype(x.dtype)
+    return x if factor == 1 else (x.astype(wide_dtype(x.dtype)) * factor).astype(x.dtype)
 
 
-def norm(module: Any, name: str | None = None) -> RMSNorm:
+def rms_norm(module: Any, name: str | None = None) -> RMSNorm:
     """Makes a norm with the dtypes and the options of the module that holds it."""
     cfg: DecoderConfig = module.config
     how = (cfg.norm_adds_one, cfg.norm_multiplies_wide)

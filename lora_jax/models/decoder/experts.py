@@ -55,7 +55,7 @@ class Experts(Protocol):
         """
 
 
-def by_blocks(
+def apply_blocks(
     gated: Gated,
     rows: jax.Array,
     chosen: jax.Array,
@@ -63,7 +63,7 @@ def by_blocks(
     biases: Sequence[jax.Array] = (),
 ) -> jax.Array:
     """Applies experts to blocks of rows; see ``Experts`` for the arguments."""
-    blocks = blocks_of(chosen, kernels[0].shape[0])
+    blocks = lay_out_blocks(chosen, kernels[0].shape[0])
 
     def through(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         rows, expert = block
@@ -87,7 +87,7 @@ def by_blocks(
     return out.at[blocks.slots].get(unique_indices=True)
 
 
-class Blocks(NamedTuple):
+class ExpertBlocks(NamedTuple):
     """The places of rows in blocks.
 
     Attributes:
@@ -101,7 +101,7 @@ class Blocks(NamedTuple):
     slots: jax.Array
 
 
-def blocks_of(chosen: jax.Array, n_experts: int) -> Blocks:
+def lay_out_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
     """Lays out blocks for rows with these experts, [rows] int32.
 
     A block has a quarter of the rows that an expert gets on average, but between 8 and 128.
@@ -116,10 +116,10 @@ def blocks_of(chosen: jax.Array, n_experts: int) -> Blocks:
     before = (blocks_until - -(-sizes // rows))[chosen]
     experts = jnp.searchsorted(blocks_until, jnp.arange(n_blocks), side="right")
     experts = jnp.minimum(experts, n_experts - 1)  # of blocks that are left over
-    return Blocks(rows, experts.astype(jnp.int32), (before * rows + within).astype(jnp.int32))
+    return ExpertBlocks(rows, experts.astype(jnp.int32), (before * rows + within).astype(jnp.int32))
 
 
-def ragged(
+def apply_ragged(
     gated: Gated,
     rows: jax.Array,
     chosen: jax.Array,
@@ -157,7 +157,7 @@ def _keeps_products(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name in ("dot_general", "ragged_dot_general")
 
 
-IMPLEMENTATIONS: dict[str, Experts] = {"blocks": by_blocks, "ragged": ragged}
+IMPLEMENTATIONS: dict[str, Experts] = {"blocks": apply_blocks, "ragged": apply_ragged}
 EXPERTS = ("auto", *IMPLEMENTATIONS)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, written_eos
+from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, write_eos
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.rope_fields import read_rope, write_rope
@@ -139,7 +139,7 @@ def write_fields(fields: Fields) -> dict[str, Any]:
     out |= {theirs: fields[ours] for theirs, ours in family.writes.items()}
     out["architectures"] = [family.architecture]
     out["hidden_activation" if "hidden_activation" in own else "hidden_act"] = fields["hidden_act"]
-    out["eos_token_id"] = written_eos(fields["eos_token_ids"])
+    out["eos_token_id"] = write_eos(fields["eos_token_ids"])
     if "attention_bias" in own:
         out["attention_bias"] = fields["o_bias"]
     if "use_sliding_window" in own:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.format import GGUF
+from lora_jax.hf.format import GGUFLayout
 from lora_jax.hf.keys import WeightsError
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.families.family import DecoderFamily
@@ -39,12 +39,12 @@ _TOP = {
 }
 
 
-def gguf_of(family: DecoderFamily) -> GGUF | None:
+def gguf_layout(family: DecoderFamily) -> GGUFLayout | None:
     """Returns the layout of a family's GGUF files; None if these are not read."""
     if family.gguf is None:
         return None
     read = functools.partial(_read, family)
-    return GGUF(family.gguf, _hf_name, read, _in_order, facts=(_ROPE_FACTORS,))
+    return GGUFLayout(family.gguf, _hf_name, read, _reorder, facts=(_ROPE_FACTORS,))
 
 
 def _hf_name(name: str) -> str:
@@ -54,7 +54,7 @@ def _hf_name(name: str) -> str:
     return _TOP.get(name, name)
 
 
-def _in_order(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
+def _reorder(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     module = name.split(".")[-2]
     if not config.family.gguf_pairs_rows or module not in heads:

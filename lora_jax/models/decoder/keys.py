@@ -59,7 +59,7 @@ def _layer(rows: KeyTable, config: DecoderConfig, layer: str, linear: bool = Fal
         *_, last = config.expert_shapes
         for name, shape in config.expert_shapes.items():
             path, spec = f"{mlp}/experts/{name}", EXPERT_ROWS if name == last else EXPERT_COLUMNS
-            if not fused(config):
+            if not has_fused_experts(config):
                 rows.add("experts", path, "kernel", shape, spec, experts=n)
                 continue
             hf, split = f"{{}}.mlp.experts.{name}", P("expert", None if name == last else "tensor")
@@ -131,7 +131,7 @@ def decoder_name(name: str, config: DecoderConfig) -> str:
     return f"model.{name}" if _BARE.fullmatch(name) else name
 
 
-def fused(config: DecoderConfig) -> bool:
+def has_fused_experts(config: DecoderConfig) -> bool:
     """Returns whether files hold all experts of a layer in one tensor, as we do: gpt-oss's."""
     return len(config.family.expert_names) == 2
 
@@ -158,7 +158,9 @@ def decoder_parts(
       The table's name of each tensor -> its place in the file; {} for a file of another layout.
     """
     parts: dict[str, SubTensor] = {}
-    if fused(config) or not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):
+    if has_fused_experts(config) or not any(
+        name.endswith(".mlp.experts.gate_up_proj") for name in shapes
+    ):
         return parts
     gate, up, down = config.family.expert_names
     inner = config.moe_intermediate_size

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.causal import attended
-from lora_jax.models.decoder.blocks import MLP, norm, times
+from lora_jax.models.decoder.blocks import MLP, multiply, rms_norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.linear import GatedDeltaNet
 from lora_jax.models.decoder.moe import SparseMLP
-from lora_jax.models.decoder.rope import Rotation, rotate
+from lora_jax.models.decoder.rope import RopeAngles, rotate
 from lora_jax.models.layers.blocks import ModelPart, dense
 from lora_jax.models.layers.cache import LayerCache, Recurrent
-from lora_jax.models.layers.delta import Tokens
+from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import layer_input
 
@@ -31,11 +31,11 @@ class Step(NamedTuple):
       tokens: padding and segments, for linear layers.
     """
 
-    rope: Rotation
-    other_rope: Rotation | None
+    rope: RopeAngles
+    other_rope: RopeAngles | None
     mask: Mask
     filled: jax.Array
-    tokens: Tokens
+    tokens: RecurrentTokens
 
 
 class PerLayer(NamedTuple):
@@ -112,7 +112,7 @@ class Attention(ModelPart):
             ]
         names = ("q_norm", "k_norm")
         if cfg.qk_norm and cfg.qk_norm_joins_heads:
-            flat[:2] = [norm(self, name)(part) for name, part in zip(names, flat, strict=False)]
+            flat[:2] = [rms_norm(self, name)(part) for name, part in zip(names, flat, strict=False)]
         parts = [
             self.placement.constrain(part.reshape(*x.shape[:2], n, -1), "heads")
             for part, n in zip(flat, heads.values(), strict=True)
@@ -121,7 +121,9 @@ class Attention(ModelPart):
             parts[:1] = jnp.split(parts[0], 2, axis=-1)
             parts.append(parts.pop(1))
         if cfg.qk_norm and not cfg.qk_norm_joins_heads:
-            parts[:2] = [norm(self, name)(part) for name, part in zip(names, parts, strict=False)]
+            parts[:2] = [
+                rms_norm(self, name)(part) for name, part in zip(names, parts, strict=False)
+            ]
         return parts
 
 
@@ -150,12 +152,12 @@ class DecoderLayer(ModelPart):
 
         def inputs(i: int, x: jax.Array) -> jax.Array:
             return self.placement.constrain(
-                norm(self, before[i])(x) if cfg.pre_norms else x, "inputs"
+                rms_norm(self, before[i])(x) if cfg.pre_norms else x, "inputs"
             )
 
         def added(i: int, x: jax.Array, part: jax.Array) -> jax.Array:
-            part = norm(self, after[i])(part) if cfg.post_norms else part
-            return x + times(part, cfg.residual_multiplier)
+            part = rms_norm(self, after[i])(part) if cfg.post_norms else part
+            return x + multiply(part, cfg.residual_multiplier)
 
         new: Any
         if self.linear:
@@ -170,8 +172,8 @@ class DecoderLayer(ModelPart):
         return x, new
 
 
-def _chosen(apart: jax.Array, other: Rotation | None, usual: Rotation) -> Rotation:
+def _chosen(apart: jax.Array, other: RopeAngles | None, usual: RopeAngles) -> RopeAngles:
     """Chooses a layer's rotation; no other: no difference."""
     if other is None:
         return usual
-    return Rotation(*(jnp.where(apart, a, b) for a, b in zip(other, usual, strict=True)))
+    return RopeAngles(*(jnp.where(apart, a, b) for a, b in zip(other, usual, strict=True)))

@@ -8,10 +8,15 @@ from flax import linen as nn
 from lora_jax.models.decoder.blocks import RMSNorm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.activations import ACTIVATION
-from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, dense
 from lora_jax.models.layers.cache import Recurrent
-from lora_jax.models.layers.delta import Tokens, gated_delta_rule, normalised, short_convolution
+from lora_jax.models.layers.delta import (
+    RecurrentTokens,
+    gated_delta_rule,
+    normalise,
+    short_convolution,
+)
 
 
 class GatedDeltaNet(ModelPart):
@@ -21,7 +26,7 @@ class GatedDeltaNet(ModelPart):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tokens: Tokens, before: Recurrent | None
+        self, x: jax.Array, tokens: RecurrentTokens, before: Recurrent | None
     ) -> tuple[jax.Array, Recurrent | None]:
         """Mixes tokens.
 
@@ -33,7 +38,7 @@ class GatedDeltaNet(ModelPart):
         Returns:
           [batch, seq, d_model], and what the layer remembers now; None without a cache.
         """
-        cfg, dtype = self.config, wide(self.dtype)
+        cfg, dtype = self.config, wide_dtype(self.dtype)
         keys, values = cfg.linear_num_key_heads, cfg.linear_num_value_heads
         tail, state = cfg.recurrent_shapes
         act, init = ACTIVATION[cfg.hidden_act], nn.initializers.normal(cfg.initializer_range)
@@ -60,7 +65,7 @@ class GatedDeltaNet(ModelPart):
             before and before.tail.astype(dtype),
         )
         q, k, v = jnp.split(act(mixed), [keys * width, 2 * keys * width], axis=-1)
-        q, k = (normalised(heads(part, keys)) for part in (q, k))
+        q, k = (normalise(heads(part, keys)) for part in (q, k))
         # A head of keys serves neighbouring heads of values.
         q, k = (jnp.repeat(part, group, axis=2) for part in (q, k))
         beta = nn.sigmoid(b.astype(dtype))

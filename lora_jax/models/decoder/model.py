@@ -8,19 +8,19 @@ import numpy as np
 from flax import linen as nn
 
 from lora_jax.models.causal import CausalLM, output_head
-from lora_jax.models.decoder.blocks import norm, times
+from lora_jax.models.decoder.blocks import multiply, rms_norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
 from lora_jax.models.decoder.layer import PerLayer, Step
-from lora_jax.models.decoder.period import run, stack
-from lora_jax.models.decoder.rope import Rotation, rotations
+from lora_jax.models.decoder.period import run_layers, stack_layers
+from lora_jax.models.decoder.rope import RopeAngles, rotations
 from lora_jax.models.layers.blocks import ModelPart, embed
 from lora_jax.models.layers.cache import Cache
-from lora_jax.models.layers.delta import Tokens
+from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.patches import with_vectors
-from lora_jax.models.layers.trunk import Placed
+from lora_jax.models.layers.noise import EmbeddingNoise, add_noise
+from lora_jax.models.layers.patches import insert_vectors
+from lora_jax.models.layers.trunk import TokenPlaces
 
 
 class Decoder(CausalLM):
@@ -58,7 +58,7 @@ class Decoder(CausalLM):
 class Trunk(ModelPart):
     """Embedding, scanned layers and the final norm: everything but the head.
 
-    ``vectors`` stand in the places ``at`` of embedded tokens; see ``with_vectors``.
+    ``vectors`` stand in the places ``at`` of embedded tokens; see ``insert_vectors``.
     """
 
     config: DecoderConfig
@@ -68,8 +68,8 @@ class Trunk(ModelPart):
     def setup(self) -> None:
         cfg = self.config
         self.embed_tokens = embed(self, cfg.vocab_size)
-        self.layers = stack(self)
-        self.norm = norm(self)
+        self.layers = stack_layers(self)
+        self.norm = rms_norm(self)
 
     @property
     def words(self) -> nn.Embed:
@@ -78,7 +78,7 @@ class Trunk(ModelPart):
     def __call__(
         self,
         input_ids: jax.Array,
-        placed: Placed,
+        placed: TokenPlaces,
         mask: Mask,
         cache: Cache | None,
         embedding_noise: EmbeddingNoise | None,
@@ -90,22 +90,22 @@ class Trunk(ModelPart):
         rope = rotations(positions, self.config, length)
         other_rope = None
         if self.config.rope_free_layers:
-            other_rope = Rotation(jnp.ones_like(rope.cos), jnp.zeros_like(rope.sin))
+            other_rope = RopeAngles(jnp.ones_like(rope.cos), jnp.zeros_like(rope.sin))
         elif self.config.rope_local_theta is not None:
             other_rope = rotations(positions, self.config, length, local=True)
-        tokens = Tokens(placed.present, mask.queries.segments)
+        tokens = RecurrentTokens(placed.present, mask.queries.segments)
         step = Step(rope, other_rope, mask, placed.first, tokens)
 
-        x = with_noise(self.embed_tokens(input_ids), embedding_noise)
+        x = add_noise(self.embed_tokens(input_ids), embedding_noise)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         x = self.placement.constrain(
-            with_vectors(times(x, self.config.embedding_multiplier), at, vectors), "residual"
+            insert_vectors(multiply(x, self.config.embedding_multiplier), at, vectors), "residual"
         )
         windowed, apart = (
             jnp.asarray(np.isin(np.arange(self.config.num_hidden_layers), some))
             for some in (self.config.windowed_layers, self.config.layers_rotated_apart)
         )
         each = PerLayer(windowed, apart, cache and cache.layers, cache and cache.recurrent)
-        x, new = run(self.layers, self.config, x, step, each)
+        x, new = run_layers(self.layers, self.config, x, step, each)
         return self.placement.constrain(self.norm(x), "inputs"), new

@@ -23,7 +23,7 @@ from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, Gated, implementation
 from lora_jax.models.layers.activations import ACTIVATION
-from lora_jax.models.layers.attention import dot_wide, wide
+from lora_jax.models.layers.attention import dot_wide, wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, dense
 
 
@@ -42,7 +42,7 @@ class SparseMLP(ModelPart):
         """Sends tokens, [batch, seq, d_model], through their experts; returns the same shape."""
         cfg = self.config
         name, biased = cfg.family.router_name, cfg.expert_biases
-        dtype = wide(self.dtype) if biased else None  # of the sum
+        dtype = wide_dtype(self.dtype) if biased else None  # of the sum
         router = dense(
             self, cfg.num_experts, use_bias=biased, name=name, dot_general=dot_wide, dtype=dtype
         )

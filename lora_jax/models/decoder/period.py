@@ -11,7 +11,7 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
 from lora_jax.models.layers.blocks import ModelPart
-from lora_jax.models.layers.trunk import rematerialised, scan
+from lora_jax.models.layers.trunk import rematerialise, scan_layers
 
 
 class Period(ModelPart):
@@ -32,7 +32,7 @@ class Period(ModelPart):
         Returns:
           [batch, seq, d_model], and the layers' keys, values and memories, stacked on axis 0.
         """
-        layer = rematerialised(DecoderLayer, self.remat)
+        layer = rematerialise(DecoderLayer, self.remat)
         new: dict[bool, list[Any]] = {False: [], True: []}
         for i, (name, linear) in enumerate(self.config.pattern.items()):
             at = len(new[linear])
@@ -51,11 +51,11 @@ class Period(ModelPart):
         return x, (*stacked[0], stacked[1])
 
 
-def run(layers: Any, config: DecoderConfig, x: jax.Array, step: Step, each: PerLayer) -> Any:
+def run_layers(layers: Any, config: DecoderConfig, x: jax.Array, step: Step, each: PerLayer) -> Any:
     """Runs scanned layers, by periods if they are of two kinds.
 
     Args:
-      layers: what ``stack`` returned.
+      layers: what ``stack_layers`` returned.
       config: the decoder's.
       x, step: see ``Period``.
       each: the layers' own input, stacked on axis 0.
@@ -71,11 +71,11 @@ def run(layers: Any, config: DecoderConfig, x: jax.Array, step: Step, each: PerL
     return x, jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:2]), *x.shape[2:]), new)
 
 
-def stack(module: Any) -> Any:
+def stack_layers(module: Any) -> Any:
     """Makes the scanned layers of a decoder's trunk."""
     cfg: DecoderConfig = module.config
     if not cfg.pattern:
-        scanned = scan(DecoderLayer, module.remat, cfg.num_hidden_layers)
+        scanned = scan_layers(DecoderLayer, module.remat, cfg.num_hidden_layers)
     else:
-        scanned = scan(Period, False, cfg.num_hidden_layers // len(cfg.pattern))
+        scanned = scan_layers(Period, False, cfg.num_hidden_layers // len(cfg.pattern))
     return scanned(*module.options, experts=module.experts)

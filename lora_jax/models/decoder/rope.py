@@ -9,10 +9,10 @@ import numpy as np
 
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.rope_fields import RopeScaling
-from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.attention import wide_dtype
 
 
-class Rotation(NamedTuple):
+class RopeAngles(NamedTuple):
     """cos and sin of every position's angles: [batch, seq, 1, rotated / 2] each, fp32."""
 
     cos: jax.Array
@@ -21,7 +21,7 @@ class Rotation(NamedTuple):
 
 def rotations(
     positions: jax.Array, config: DecoderConfig, length: jax.Array | int, *, local: bool = False
-) -> Rotation:
+) -> RopeAngles:
     """Returns the rotation of every position.
 
     Args:
@@ -42,16 +42,16 @@ def rotations(
         freqs = frequencies(config, length)
         factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     angles = positions[..., None, None].astype(jnp.float32) * freqs
-    return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+    return RopeAngles(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+def rotate(x: jax.Array, rotation: RopeAngles) -> jax.Array:
     """Rotates heads, [batch, seq, heads, head_dim], pairing dimension i with i + rotated/2.
 
     Dimensions beyond the rotated ones stay. Runs in fp32 at least and returns x's dtype.
     """
     half = rotation.cos.shape[-1]
-    y = x.astype(wide(x.dtype))
+    y = x.astype(wide_dtype(x.dtype))
     first, second, rest = jnp.split(y, [half, 2 * half], axis=-1)
     cos, sin = rotation.cos.astype(y.dtype), rotation.sin.astype(y.dtype)
     parts = [first * cos - second * sin, second * cos + first * sin, rest]

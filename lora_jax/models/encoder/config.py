@@ -6,7 +6,7 @@ from typing import Any
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.models.encoder.families import FAMILIES, EncoderFamily
-from lora_jax.models.heads import check_classes, read_classes, read_head, written_classes
+from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
 from lora_jax.models.layers.activations import ACTIVATION
 
 HEADS = ("none", "masked_lm", "classification", "embedding")
@@ -168,7 +168,7 @@ class EncoderConfig:
         out = {name: getattr(self, name) for name in self._names()}
         written = "none" if self.head == "embedding" else self.head
         out["architectures"] = [self.family.class_name + _ARCHITECTURES[written][0]]
-        out |= written_classes(self.num_labels, self.label_names)
+        out |= write_classes(self.num_labels, self.label_names)
         if self.head == "embedding":
             out["sentence_pooling"] = self.pooling
             out["sentence_normalize"] = self.normalize

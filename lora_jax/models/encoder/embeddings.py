@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models.encoder.config import EncoderConfig
-from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, embed, layer_norm
-from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
+from lora_jax.models.layers.noise import EmbeddingNoise, add_noise
 
 
 class Embeddings(ModelPart):
@@ -27,7 +27,7 @@ class Embeddings(ModelPart):
         positions: jax.Array,
         embedding_noise: EmbeddingNoise | None,
     ) -> jax.Array:
-        x = with_noise(self.word_embeddings(input_ids), embedding_noise)
+        x = add_noise(self.word_embeddings(input_ids), embedding_noise)
         x = x + self.token_type_embeddings(token_type_ids)
         return self.LayerNorm(x + self.position_embeddings(positions))
 
@@ -41,9 +41,9 @@ def default_positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
     return jnp.cumsum(real, axis=1, dtype=jnp.int32) * real + config.pad_token_id
 
 
-def pooled(hidden: jax.Array, attention_mask: jax.Array | None, config: EncoderConfig) -> jax.Array:
+def pool(hidden: jax.Array, attention_mask: jax.Array | None, config: EncoderConfig) -> jax.Array:
     """Pools hidden states as sentence-transformers does: [batch, d_model], at least fp32."""
-    hidden = hidden.astype(wide(hidden.dtype))
+    hidden = hidden.astype(wide_dtype(hidden.dtype))
     if config.pooling == "cls":
         out = hidden[:, 0]
     elif attention_mask is None:

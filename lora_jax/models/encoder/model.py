@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.encoder.config import EncoderConfig
-from lora_jax.models.encoder.embeddings import Embeddings, default_positions, pooled
-from lora_jax.models.layers.activations import ACTIVATION, activated
-from lora_jax.models.layers.attention import dot_wide, wide
+from lora_jax.models.encoder.embeddings import Embeddings, default_positions, pool
+from lora_jax.models.layers.activations import ACTIVATION, activate
+from lora_jax.models.layers.attention import dot_wide, wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, dense, layer_norm
-from lora_jax.models.layers.masks import Mask, bidirectional
+from lora_jax.models.layers.masks import Mask, bidirectional_mask
 from lora_jax.models.layers.noise import EmbeddingNoise
 from lora_jax.models.layers.self_attention import Dense, SelfAttention
-from lora_jax.models.layers.trunk import layer_input, scan
+from lora_jax.models.layers.trunk import layer_input, scan_layers
 
 
 class EncoderOutput(NamedTuple):
@@ -117,7 +117,7 @@ class Encoder(ModelPart):
         if cfg.head == "none":
             return EncoderOutput(hidden, self._trunk.pool(hidden))
         if cfg.head == "embedding":
-            return pooled(hidden, attention_mask, cfg)
+            return pool(hidden, attention_mask, cfg)
         if cfg.head == "classification":
             bert = cfg.prefix == "bert"
             return self.classifier(self._trunk.pool(hidden) if bert else hidden[:, 0])
@@ -160,7 +160,7 @@ class _Trunk(_Part):
         if attention_mask is not None:
             present = attention_mask.astype(bool)
         x = self.embeddings(input_ids, token_type_ids, positions, embedding_noise)
-        hidden: jax.Array = self.encoder(x, bidirectional(present))
+        hidden: jax.Array = self.encoder(x, bidirectional_mask(present))
         return hidden
 
     def pool(self, hidden: jax.Array) -> jax.Array:
@@ -172,7 +172,7 @@ class _Layers(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         x = self.placement.constrain(x, "residual")
-        scanned = scan(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
+        scanned = scan_layers(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
         x, _ = scanned(*self.options, name="layer")(x, mask)
         return x
 
@@ -185,7 +185,7 @@ class _Layer(_Part):
         cfg, args, x = self.config, self.options, layer_input(x, self.remat)
         x = _Attention(*args, name="attention")(x, mask)
         intermediate = Dense(*args, features=cfg.intermediate_size, name="intermediate")
-        inner = activated(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))
+        inner = activate(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))
         x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
         return self.placement.constrain(x, "residual"), None
 
@@ -251,7 +251,7 @@ class _RobertaClassifier(_Part):
 
 def _classes(module: Any, **kwargs: Any) -> nn.Dense:
     """Makes the layer of the classes' logits, at least fp32."""
-    return dense(module, module.config.num_labels, dtype=wide(module.dtype), **kwargs)
+    return dense(module, module.config.num_labels, dtype=wide_dtype(module.dtype), **kwargs)
 
 
 def _tied_logits(module: Any, x: jax.Array, table: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, written_eos
+from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, write_eos
 from lora_jax.hf.generation import Generation
 from lora_jax.models.layers.activations import ACTIVATION
 
@@ -107,7 +107,7 @@ class GPT2Config:
     def to_hf(self) -> dict[str, Any]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
         out = {name: getattr(self, ours) for ours, name in self._names().items()}
-        eos = written_eos(self.eos_token_ids)
+        eos = write_eos(self.eos_token_ids)
         return {"architectures": ["GPT2LMHeadModel"], "eos_token_id": eos, **out}
 
     @classmethod

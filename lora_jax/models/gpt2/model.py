@@ -8,12 +8,12 @@ from flax import linen as nn
 
 from lora_jax.models.causal import CausalLM, attended, output_head
 from lora_jax.models.gpt2.config import GPT2Config
-from lora_jax.models.layers.activations import activated
+from lora_jax.models.layers.activations import activate
 from lora_jax.models.layers.blocks import ModelPart, dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache, LayerCache
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.trunk import Placed, layer_input, scan
+from lora_jax.models.layers.noise import EmbeddingNoise, add_noise
+from lora_jax.models.layers.trunk import TokenPlaces, layer_input, scan_layers
 
 
 class GPT2(CausalLM):
@@ -73,7 +73,7 @@ class _MLP(ModelPart):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = dense(self, self.config.intermediate_size, name="c_fc")(x)
-        hidden = self.placement.constrain(activated(self.config.hidden_act, x), "features")
+        hidden = self.placement.constrain(activate(self.config.hidden_act, x), "features")
         return dense(self, self.config.hidden_size, name="c_proj")(hidden)
 
 
@@ -107,7 +107,7 @@ class _Trunk(ModelPart):
         cfg = self.config
         self.wte = embed(self, cfg.vocab_size)
         self.wpe = embed(self, cfg.max_position_embeddings)
-        self.h = scan(_Block, self.remat, cfg.num_hidden_layers)(*self.options)
+        self.h = scan_layers(_Block, self.remat, cfg.num_hidden_layers)(*self.options)
         self.ln_f = layer_norm(self)
 
     @property
@@ -121,12 +121,12 @@ class _Trunk(ModelPart):
     def __call__(
         self,
         input_ids: jax.Array,
-        placed: Placed,
+        placed: TokenPlaces,
         mask: Mask,
         cache: Cache | None,
         embedding_noise: EmbeddingNoise | None,
     ) -> tuple[jax.Array, Any]:
-        x = with_noise(self.wte(input_ids), embedding_noise) + self.wpe(placed.positions)
+        x = add_noise(self.wte(input_ids), embedding_noise) + self.wpe(placed.positions)
         x = self.placement.constrain(x, "residual")
         per_layer = _PerLayer(_score_scales(self.config), cache and cache.layers)
         x, new = self.h(x, _Step(mask, placed.first), per_layer)

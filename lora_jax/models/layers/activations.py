@@ -29,7 +29,7 @@ ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def activated(name: str, x: jax.Array, up: jax.Array | None = None) -> jax.Array:
+def activate(name: str, x: jax.Array, up: jax.Array | None = None) -> jax.Array:
     """Returns act(x), or act(x) * up: the element-wise part of an MLP.
 
     Only x and up are kept for the backward pass, which computes the rest again. Otherwise a layer

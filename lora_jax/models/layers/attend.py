@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.cache import Shared
-from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.kernels.cudnn import Cudnn
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.splash import Splash
@@ -95,7 +95,7 @@ def attend(
     if shared is not None:
         if local is dense and placement == UNPLACED:
             return dense(q, k, v, mask, scale, cap, sinks, shared=shared)
-        before = shared.for_rows(q.shape[0])
+        before = shared.repeat(q.shape[0])
         k = jnp.concatenate([before.key.astype(k.dtype), k], axis=1)
         v = jnp.concatenate([before.value.astype(v.dtype), v], axis=1)
     more = [] if sinks is None else [sinks]  # a function of one's own may do without
@@ -116,8 +116,8 @@ def implementation(
       a GPU from Ampere on, and "blockwise" elsewhere, or where there are several devices and no
       placement.
 
-    A call that a kernel does not support (keys in a cache, say) goes to "blockwise"; ``chosen``
-    tells.
+    A call that a kernel does not support (keys in a cache, say) goes to "blockwise";
+    ``choose_implementation`` tells.
 
     Args:
       attention: a name, or a function with the arguments of ``Attend``.
@@ -145,7 +145,7 @@ def implementation(
     return IMPLEMENTATIONS[attention]
 
 
-class Chosen(NamedTuple):
+class AttentionChoice(NamedTuple):
     """The implementation that will serve a call.
 
     Attributes:
@@ -162,14 +162,16 @@ class Chosen(NamedTuple):
         return self.name if self.why is None else f"{self.name} ({self.why})"
 
 
-def chosen(attention: str | Attend, call: Call, seq: int, platform: str) -> Chosen:
+def choose_implementation(
+    attention: str | Attend, call: AttentionCall, seq: int, platform: str
+) -> AttentionChoice:
     """Returns the implementation that will serve a call, and why it is not what was asked for.
 
     >>> import jax.numpy as jnp
-    >>> from lora_jax.models.layers.attend import chosen
-    >>> from lora_jax.models.layers.call import Call
-    >>> call = Call(queries=2048, head_dim=64, dtype=jnp.float16)
-    >>> print(chosen("auto", call, 2048, "tpu"))
+    >>> from lora_jax.models.layers.attend import choose_implementation
+    >>> from lora_jax.models.layers.call import AttentionCall
+    >>> call = AttentionCall(queries=2048, head_dim=64, dtype=jnp.float16)
+    >>> print(choose_implementation("auto", call, 2048, "tpu"))
     blockwise (splash: the kernel has no float16)
 
     Args:
@@ -181,8 +183,8 @@ def chosen(attention: str | Attend, call: Call, seq: int, platform: str) -> Chos
     """
     first = implementation(attention, seq, platform)
     if isinstance(first, Kernel) and (why := first.refusal(call)):
-        return Chosen(first.otherwise, _name(first.otherwise), f"{_name(first)}: {why}")
-    return Chosen(first, _name(first))
+        return AttentionChoice(first.otherwise, _name(first.otherwise), f"{_name(first)}: {why}")
+    return AttentionChoice(first, _name(first))
 
 
 def _name(attend: Attend) -> str:

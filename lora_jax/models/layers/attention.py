@@ -15,7 +15,7 @@ from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.masks import Mask
 
 
-def wide(dtype: DTypeLike) -> DTypeLike:
+def wide_dtype(dtype: DTypeLike) -> DTypeLike:
     """Returns fp32, or the dtype itself if it is wider."""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
@@ -23,7 +23,7 @@ def wide(dtype: DTypeLike) -> DTypeLike:
 def dot_wide(x: jax.Array, y: jax.Array, contract: Any, precision: Any = None) -> jax.Array:
     """Computes ``lax.dot_general`` with a result of at least fp32: for logits."""
     return lax.dot_general(
-        x, y, contract, precision=precision, preferred_element_type=wide(x.dtype)
+        x, y, contract, precision=precision, preferred_element_type=wide_dtype(x.dtype)
     )
 
 
@@ -53,7 +53,7 @@ def dense(
     pass. The scores of shared keys are one product for all rows; see ``attend``.
     """
     batch, seq, _, head_dim = q.shape
-    dtype = wide(q.dtype)
+    dtype = wide_dtype(q.dtype)
     grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
     own = KeysAndValues("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     parts = [own]
@@ -75,7 +75,7 @@ def dense(
     scores = list(map(scores_of, parts, seen))
     # The maximum changes no result, and so needs no derivative.
     largest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
-    largest, sink = with_sinks(lax.stop_gradient(largest), sinks, (k.shape[2], -1, 1, 1))
+    largest, sink = add_sinks(lax.stop_gradient(largest), sinks, (k.shape[2], -1, 1, 1))
     weights = [jnp.exp(s - largest) for s in scores]
     total = functools.reduce(jnp.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights)) + sink
 
@@ -89,7 +89,7 @@ def dense(
     return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def with_sinks(
+def add_sinks(
     largest: jax.Array, sinks: jax.Array | None, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array | float]:
     """Returns the largest of scores and sinks, and what sinks add to the sums of weights.
@@ -108,10 +108,10 @@ def with_sinks(
 
 def score_scale(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
     """Returns the factor of the scores, [] in their dtype: 1 / sqrt(head_dim) by default."""
-    return jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, wide(q.dtype))
+    return jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, wide_dtype(q.dtype))
 
 
-def scaled(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
+def scale_queries(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
     """Returns queries with the factor of their scores, for kernels that take no traced factor."""
     factor = score_scale(q, scale)
     return (q.astype(factor.dtype) * factor).astype(q.dtype)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.models.layers.attend import Attend
-from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
@@ -61,7 +61,7 @@ class LayerNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        dtype = wide(self.dtype)
+        dtype = wide_dtype(self.dtype)
         x = x.astype(dtype)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.types import Tree
-from lora_jax.models.layers.attention import score_scale, soft_cap, with_sinks
-from lora_jax.models.layers.masks import Mask, Split, Tokens
-from lora_jax.models.layers.paired import KEEPS_SUMS, kept, pair_of_blocks, seen_by
+from lora_jax.models.layers.attention import add_sinks, score_scale, soft_cap
+from lora_jax.models.layers.masks import Mask, MaskTokens, Split
+from lora_jax.models.layers.paired import KEEPS_SUMS, name_sums, pair_of_blocks, visible_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _span(
       As q.
     """
 
-    def one(q: jax.Array, queries: Tokens) -> jax.Array:
+    def one(q: jax.Array, queries: MaskTokens) -> jax.Array:
         return _block(q, keys, values, mask.visible(queries), scale, cap, sinks)
 
     return _over_blocks(one, q, mask.queries, block)
@@ -187,10 +187,10 @@ def _pairs(
     outs = []
     for i in range(count // 2):
         first = lax.axis_index(split.axis) * (count // 2) + i
-        seen = seen_by(first, all_keys, all_values, tokens)
+        seen = visible_tiles(first, all_keys, all_values, tokens)
         pair = (i, count - 1 - i)
 
-        def one(q: jax.Array, queries: Tokens, seen: Any = seen) -> jax.Array:
+        def one(q: jax.Array, queries: MaskTokens, seen: Any = seen) -> jax.Array:
             return pair_of_blocks(q, queries, seen, mask, scale, cap, sinks)
 
         both = jnp.stack([mine[:, at] for at in pair], axis=2)
@@ -203,7 +203,7 @@ def _pairs(
 
 
 def _over_blocks(
-    one: Callable[[jax.Array, Tokens], jax.Array], q: jax.Array, queries: Tokens, block: int
+    one: Callable[[jax.Array, MaskTokens], jax.Array], q: jax.Array, queries: MaskTokens, block: int
 ) -> jax.Array:
     """Computes ``one``, again in the backward pass, for each block of q [batch, seq, …]."""
     run = jax.checkpoint(one, policy=KEEPS_SUMS)
@@ -237,12 +237,12 @@ def _block(
     # Division comes last, when there is less to divide. The maximum changes no result, and so
     # needs no derivative.
     largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    largest, sink = with_sinks(largest, sinks, (kv_heads, group, 1, 1))
+    largest, sink = add_sinks(largest, sinks, (kv_heads, group, 1, 1))
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True) + sink
     weights = weights.reshape(batch, kv_heads, group * size, -1).astype(values.dtype)
     out = jnp.einsum("bnqk,bnkd->bnqd", weights, values, preferred_element_type=dtype)
-    out = (kept(out).reshape(batch, kv_heads, group, size, head_dim) / total).astype(q.dtype)
+    out = (name_sums(out).reshape(batch, kv_heads, group, size, head_dim) / total).astype(q.dtype)
     return out.transpose(0, 3, 1, 2, 4)
 
 

@@ -38,7 +38,7 @@ class Shared(NamedTuple):
         """The number of tokens."""
         return self.key.shape[-2]
 
-    def for_rows(self, batch: int) -> Shared:
+    def repeat(self, batch: int) -> Shared:
         """Returns one layer's keys and values as attention takes them, a copy for each row.
 
         Args:
@@ -186,7 +186,7 @@ def init_cache(
     )
 
 
-def with_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+def write_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
     """Returns one layer's keys or values with those of new tokens, as attention takes them.
 
     Args:

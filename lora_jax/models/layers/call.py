@@ -12,7 +12,7 @@ from lora_jax.models.layers.masks import Mask, Split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
+class AttentionCall:
     """The static facts of one call.
 
     Attributes:
@@ -34,9 +34,9 @@ class Call:
     split: Split | None = None
 
     @classmethod
-    def of(
+    def from_arguments(
         cls, q: jax.Array, mask: Mask, cap: float | None, sinks: jax.Array | None = None
-    ) -> Call:
+    ) -> AttentionCall:
         """Returns the facts of an implementation's arguments."""
         return cls(
             queries=q.shape[1],

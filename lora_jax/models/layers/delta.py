@@ -13,7 +13,7 @@ from jax import lax
 CHUNK = 64
 
 
-class Tokens(NamedTuple):
+class RecurrentTokens(NamedTuple):
     """The tokens of one call, as layers with a recurrent state see them.
 
     Attributes:
@@ -140,7 +140,7 @@ def _exactly(*factors: jax.Array) -> jax.Array:
 
 
 def short_convolution(
-    x: jax.Array, taps: jax.Array, tokens: Tokens, tail: jax.Array | None
+    x: jax.Array, taps: jax.Array, tokens: RecurrentTokens, tail: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Computes the weighted sum of each token and those before it, channel by channel.
 
@@ -175,6 +175,6 @@ def short_convolution(
     return y, jnp.take_along_axis(x, at[..., None], axis=1)
 
 
-def normalised(x: jax.Array) -> jax.Array:
+def normalise(x: jax.Array) -> jax.Array:
     """Returns vectors of length one, along the last axis."""
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)

@@ -14,7 +14,7 @@ from jax import lax
 _PADDING = jnp.iinfo(jnp.int32).min  # the segment of padding, where it needs one
 
 
-class Tokens(NamedTuple):
+class MaskTokens(NamedTuple):
     """Queries or keys, as a mask sees them.
 
     Attributes:
@@ -28,9 +28,11 @@ class Tokens(NamedTuple):
     positions: jax.Array | None
     segments: jax.Array | None = None
 
-    def take(self, start: jax.Array | int, size: int) -> Tokens:
+    def take(self, start: jax.Array | int, size: int) -> MaskTokens:
         """Returns ``size`` tokens from ``start`` on."""
-        taken: Tokens = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, -1), self)
+        taken: MaskTokens = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, start, size, -1), self
+        )
         return taken
 
 
@@ -64,7 +66,7 @@ class Split:
         chunks = slots.reshape(2 * self.parts, -1)
         return np.concatenate([chunks[: self.parts], chunks[: self.parts - 1 : -1]], axis=1)
 
-    def take(self, tokens: Tokens) -> Tokens:
+    def take(self, tokens: MaskTokens) -> MaskTokens:
         """Returns this device's part of all tokens."""
         index, count = lax.axis_index(self.axis), tokens.slots.shape[0]
         if not self.paired:
@@ -74,7 +76,7 @@ class Split:
         first, last = (
             tokens.take(chunk * size, size) for chunk in (index, 2 * self.parts - 1 - index)
         )
-        both: Tokens = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), first, last)
+        both: MaskTokens = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), first, last)
         return both
 
 
@@ -99,8 +101,8 @@ class Mask:
         the slot that ``split`` says, and key j slot j; ``aligned`` is False.
     """
 
-    queries: Tokens
-    keys: Tokens
+    queries: MaskTokens
+    keys: MaskTokens
     window: int | None = None
     windowed: jax.Array | None = None
     causal: bool
@@ -111,7 +113,9 @@ class Mask:
         """Returns the mask with a sliding window, where ``windowed``; without one for None."""
         return dataclasses.replace(self, window=window, windowed=windowed)
 
-    def visible(self, queries: Tokens | None = None, keys: Tokens | None = None) -> jax.Array:
+    def visible(
+        self, queries: MaskTokens | None = None, keys: MaskTokens | None = None
+    ) -> jax.Array:
         """Returns [batch, queries, keys] bool: True where a query may look.
 
         Args:
@@ -169,18 +173,18 @@ def extremes(
     return empty, full
 
 
-def bidirectional(present: jax.Array) -> Mask:
+def bidirectional_mask(present: jax.Array) -> Mask:
     """Returns a mask under which every token sees all tokens that are not padding.
 
     Args:
       present: [batch, seq] bool, False at padding.
     """
     slots = jnp.arange(present.shape[1], dtype=jnp.int32)
-    keys = Tokens(slots, jnp.where(present, slots, -1))
-    return Mask(queries=Tokens(slots, None), keys=keys, causal=False, aligned=True)
+    keys = MaskTokens(slots, jnp.where(present, slots, -1))
+    return Mask(queries=MaskTokens(slots, None), keys=keys, causal=False, aligned=True)
 
 
-def padded(x: jax.Array, multiple: int) -> jax.Array:
+def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
     """Returns an array whose axis 1 is filled up to a multiple of a size.
 
     Args:

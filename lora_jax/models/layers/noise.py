@@ -21,7 +21,7 @@ class EmbeddingNoise(NamedTuple):
     bound: jax.Array
 
 
-def with_noise(x: jax.Array, noise: EmbeddingNoise | None) -> jax.Array:
+def add_noise(x: jax.Array, noise: EmbeddingNoise | None) -> jax.Array:
     """Returns embedded tokens, [batch, seq, d_model], with the noise added; None adds nothing."""
     if noise is None:
         return x

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models.layers.attention import soft_cap, with_sinks
-from lora_jax.models.layers.masks import Mask, Tokens
+from lora_jax.models.layers.attention import add_sinks, soft_cap
+from lora_jax.models.layers.masks import Mask, MaskTokens
 
 _SUMS = "sums of values"
 # Of a block, the backward pass computes scores and weights again, but not their sums of values: as
@@ -24,13 +24,13 @@ _SUMS = "sums of values"
 KEEPS_SUMS = jax.checkpoint_policies.save_only_these_names(_SUMS)
 
 
-def kept(sums: jax.Array) -> jax.Array:
+def name_sums(sums: jax.Array) -> jax.Array:
     """Returns the sums of values, by the name under which ``KEEPS_SUMS`` keeps them."""
     named: jax.Array = checkpoint_name(sums, _SUMS)
     return named
 
 
-class Seen(NamedTuple):
+class VisibleTiles(NamedTuple):
     """The tiles of keys that a pair of tiles sees: first those of the earlier tile.
 
     Attributes:
@@ -41,11 +41,13 @@ class Seen(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
-    tokens: Tokens
+    tokens: MaskTokens
     early: jax.Array
 
 
-def seen_by(first: jax.Array, keys: jax.Array, values: jax.Array, tokens: Tokens) -> Seen:
+def visible_tiles(
+    first: jax.Array, keys: jax.Array, values: jax.Array, tokens: MaskTokens
+) -> VisibleTiles:
     """Returns what tiles ``first`` and T - 1 - ``first`` see, tile by tile.
 
     Args:
@@ -55,7 +57,7 @@ def seen_by(first: jax.Array, keys: jax.Array, values: jax.Array, tokens: Tokens
     """
     turn = jnp.arange(keys.shape[2] + 1, dtype=jnp.int32)
     order = jnp.where(turn <= first, turn, turn - first - 1)
-    return Seen(
+    return VisibleTiles(
         jnp.take(keys, order, axis=2),
         jnp.take(values, order, axis=2),
         jax.tree.map(lambda x: jnp.take(x, order, axis=-2), tokens),
@@ -65,8 +67,8 @@ def seen_by(first: jax.Array, keys: jax.Array, values: jax.Array, tokens: Tokens
 
 def pair_of_blocks(
     q: jax.Array,
-    queries: Tokens,
-    seen: Seen,
+    queries: MaskTokens,
+    seen: VisibleTiles,
     mask: Mask,
     scale: jax.Array,
     cap: float | None,
@@ -111,10 +113,10 @@ def pair_of_blocks(
     top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     tops = (jnp.where(of, top, lowest) for of in (early, ~early))
     largest = jnp.stack([jnp.max(x, axis=2, keepdims=True) for x in tops])
-    largest, sink = with_sinks(largest, sinks, (kv_heads, 1, group, 1, 1))
+    largest, sink = add_sinks(largest, sinks, (kv_heads, 1, group, 1, 1))
     weights = jnp.exp(scores - mine(largest))
     total = summed(jnp.sum(weights, axis=-1, keepdims=True)) + sink
     weights = weights.reshape(*flat, -1).astype(seen.values.dtype)
     out = jnp.einsum("bntqk,bntkd->bntqd", weights, seen.values, preferred_element_type=dtype)
-    out = kept(summed(out.reshape(rows.shape))) / total
+    out = name_sums(summed(out.reshape(rows.shape))) / total
     return out[:, :, :, 0].astype(q.dtype).transpose(1, 4, 0, 2, 3, 5)

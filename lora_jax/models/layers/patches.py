@@ -32,7 +32,7 @@ class PatchProjection(ModelPart):
         return x @ kernel.reshape(-1, shape[-1]) + bias.astype(self.dtype)
 
 
-def with_vectors(x: jax.Array, at: jax.Array | None, vectors: jax.Array | None) -> jax.Array:
+def insert_vectors(x: jax.Array, at: jax.Array | None, vectors: jax.Array | None) -> jax.Array:
     """Returns embedded tokens with vectors in the place of some of them.
 
     Args:

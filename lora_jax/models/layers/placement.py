@@ -50,7 +50,7 @@ class Placement:
 
     @property
     def takes_chunks(self) -> bool:
-        """Returns whether a long row may go through an MLP by chunks; see ``by_chunks``.
+        """Returns whether a long row may go through an MLP by chunks; see ``apply_chunked``.
 
         Where a kernel lies on several devices, each chunk would gather it again.
         """

@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models.layers.cache import Cache
-from lora_jax.models.layers.masks import Mask, Tokens
+from lora_jax.models.layers.masks import Mask, MaskTokens
 
 # The policies in jax.checkpoint_policies: its other functions make policies.
 REMAT_POLICIES = (
@@ -32,7 +32,7 @@ _INPUT = "layer_input"  # what "offload" moves
 CHUNK = 4096
 
 
-class Placed(NamedTuple):
+class TokenPlaces(NamedTuple):
     """The positions of the tokens of one call.
 
     Attributes:
@@ -48,13 +48,13 @@ class Placed(NamedTuple):
     present: jax.Array
 
 
-def place(
+def place_tokens(
     input_ids: jax.Array,
     attention_mask: jax.Array | None,
     positions: jax.Array | None,
     cache: Cache | None,
     segment_ids: jax.Array | None,
-) -> Placed:
+) -> TokenPlaces:
     """Finds the positions of queries and keys; see ``Decoder.__call__`` for the arguments.
 
     Raises:
@@ -78,10 +78,10 @@ def place(
     if cache is not None:
         first = cache.first
         slots = _put(cache.positions, slots, first, batch=0, axis=1)
-    return Placed(positions, slots, first, present)
+    return TokenPlaces(positions, slots, first, present)
 
 
-def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | None) -> Mask:
+def causal_mask(placed: TokenPlaces, segment_ids: jax.Array | None, cache: Cache | None) -> Mask:
     """Returns the mask of real tokens of the same segment, up to the query.
 
     A window counts slots, as in transformers, whatever positions the caller gives. In a cache it
@@ -103,14 +103,14 @@ def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | No
         positions = jnp.broadcast_to(queries, positions.shape)
         slots = jnp.where(slots >= 0, keys, -1)
     return Mask(
-        queries=Tokens(queries, positions, segment_ids),
-        keys=Tokens(keys, slots, segment_ids),
+        queries=MaskTokens(queries, positions, segment_ids),
+        keys=MaskTokens(keys, slots, segment_ids),
         causal=True,
         aligned=cache is None,
     )
 
 
-def extend(cache: Cache, placed: Placed, new: tuple[Any, ...]) -> Cache:
+def extend_cache(cache: Cache, placed: TokenPlaces, new: tuple[Any, ...]) -> Cache:
     """Returns the cache with this call's keys and values added.
 
     Args:
@@ -166,23 +166,23 @@ def _put(cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, axis: 
     )
 
 
-def scan(
+def scan_layers(
     layer: type[nn.Module], remat: bool | str, n: int, in_axes: Any = (nn.broadcast, 0)
 ) -> Any:
     """Returns a stack of n layers, their parameters on axis 0, as a scan over them.
 
     Args:
       layer: the scan's body.
-      remat: what is recomputed in the backward pass; see ``rematerialised``.
+      remat: what is recomputed in the backward pass; see ``rematerialise``.
       n: the number of layers.
       in_axes: the axes of the body's inputs after the first; by default one input that all layers
         share, and one with an entry for each.
 
     Raises:
-      ValueError: see ``rematerialised``.
+      ValueError: see ``rematerialise``.
     """
     return nn.scan(
-        rematerialised(layer, remat),
+        rematerialise(layer, remat),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
@@ -190,7 +190,7 @@ def scan(
     )
 
 
-def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
+def rematerialise(layer: type[nn.Module], remat: bool | str) -> Any:
     """Returns a layer in a scan's body that is recomputed in the backward pass.
 
     Args:
@@ -224,7 +224,7 @@ def layer_input(x: jax.Array, remat: bool | str) -> jax.Array:
     return checkpoint_name(x, _INPUT) if remat == OFFLOAD else x
 
 
-def by_chunks(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """Computes ``body(module, x)``, in a long row that is recomputed a chunk of tokens at a time.
 
     A layer that is recomputed keeps its input alone; its MLP is several times as wide as that, and

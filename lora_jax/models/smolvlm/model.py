@@ -8,14 +8,14 @@ from flax import linen as nn
 
 from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.model import Trunk
-from lora_jax.models.layers.activations import activated
+from lora_jax.models.layers.activations import activate
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.blocks import ModelPart, dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache
-from lora_jax.models.layers.masks import Mask, bidirectional
+from lora_jax.models.layers.masks import Mask, bidirectional_mask
 from lora_jax.models.layers.noise import EmbeddingNoise
 from lora_jax.models.layers.patches import PatchProjection
-from lora_jax.models.layers.trunk import Placed, layer_input, scan
+from lora_jax.models.layers.trunk import TokenPlaces, layer_input, scan_layers
 from lora_jax.models.smolvlm.config import SiglipConfig, SmolVLMConfig
 
 
@@ -63,7 +63,7 @@ class _Trunk(ModelPart):
     def __call__(
         self,
         input_ids: jax.Array,
-        placed: Placed,
+        placed: TokenPlaces,
         mask: Mask,
         cache: Cache | None,
         embedding_noise: EmbeddingNoise | None,
@@ -122,7 +122,7 @@ class _Vision(_VisionPart):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         x = _Embeddings(*self.options, name="embeddings")(pixels)
         x = self.placement.constrain(x, "residual")
-        mask = bidirectional(jnp.ones(x.shape[:2], bool))
+        mask = bidirectional_mask(jnp.ones(x.shape[:2], bool))
         x = _Layers(*self.options, name="encoder")(x, mask)
         return layer_norm(self, name="post_layernorm")(x)
 
@@ -141,7 +141,7 @@ class _Embeddings(_VisionPart):
 class _Layers(_VisionPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        scanned = scan(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
+        scanned = scan_layers(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
         x, _ = scanned(*self.options, name="layers")(x, mask)
         return x
 
@@ -178,5 +178,5 @@ class _MLP(_VisionPart):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.config
-        inner = activated(cfg.hidden_act, dense(self, cfg.intermediate_size, name="fc1")(x))
+        inner = activate(cfg.hidden_act, dense(self, cfg.intermediate_size, name="fc1")(x))
         return dense(self, cfg.hidden_size, name="fc2")(self.placement.constrain(inner, "features"))

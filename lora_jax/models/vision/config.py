@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
-from lora_jax.models.heads import check_classes, read_classes, read_head, written_classes
+from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
 from lora_jax.models.layers.activations import ACTIVATION
 from lora_jax.models.vision.families import FAMILIES, VisionFamily
 
@@ -140,4 +140,4 @@ class VisionConfig:
             ratio = out.pop("intermediate_size") / self.hidden_size
             out["mlp_ratio"] = int(ratio) if ratio.is_integer() else ratio
         out["architectures"] = [self.family.class_name + _ARCHITECTURES[self.head][0]]
-        return out | written_classes(self.num_labels, self.label_names)
+        return out | write_classes(self.num_labels, self.label_names)

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.layers.activations import activated
-from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.activations import activate
+from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, dense, layer_norm
-from lora_jax.models.layers.masks import Mask, bidirectional
+from lora_jax.models.layers.masks import Mask, bidirectional_mask
 from lora_jax.models.layers.patches import PatchProjection
 from lora_jax.models.layers.self_attention import Dense, SelfAttention
-from lora_jax.models.layers.trunk import layer_input, scan
+from lora_jax.models.layers.trunk import layer_input, scan_layers
 from lora_jax.models.vision.config import VisionConfig
-from lora_jax.models.vision.positions import resampled
+from lora_jax.models.vision.positions import resample
 
 
 class VisionEncoder(ModelPart):
@@ -33,7 +33,7 @@ class VisionEncoder(ModelPart):
     def setup(self) -> None:
         setattr(self, self.config.family.prefix, _Trunk(*self.options))
         if self.config.head == "classification":
-            self.classifier = dense(self, self.config.num_labels, dtype=wide(self.dtype))
+            self.classifier = dense(self, self.config.num_labels, dtype=wide_dtype(self.dtype))
 
     def __call__(self, pixel_values: jax.Array, return_hidden: bool = False) -> jax.Array:
         """Encodes each image.
@@ -62,7 +62,7 @@ class VisionEncoder(ModelPart):
             return hidden
         first = hidden[:, 0]
         if cfg.family.mean_patch:
-            patches = hidden[:, 1:].astype(wide(hidden.dtype))
+            patches = hidden[:, 1:].astype(wide_dtype(hidden.dtype))
             mean = jnp.mean(patches, axis=1).astype(first.dtype)
             first = jnp.concatenate([first, mean], axis=-1)
         logits: jax.Array = self.classifier(first)
@@ -80,7 +80,7 @@ class _Trunk(_Part):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         x = _Embeddings(*self.options, name="embeddings")(pixels)
         x = self.placement.constrain(x, "residual")
-        mask = bidirectional(jnp.ones(x.shape[:2], bool))
+        mask = bidirectional_mask(jnp.ones(x.shape[:2], bool))
         x = _Layers(*self.options, name="encoder")(x, mask)
         return layer_norm(self, name="layernorm")(x)
 
@@ -97,7 +97,7 @@ class _Embeddings(_Part):
         patches = _Patches(*self.options, name="patch_embeddings")(pixels)
         shape = (1, cfg.max_tokens, cfg.hidden_size)
         table = self.param("position_embeddings", normal, shape, self.param_dtype)
-        table = resampled(table, cfg.grid, cfg.grid_of(*pixels.shape[2:])).astype(self.dtype)
+        table = resample(table, cfg.grid, cfg.grid_of(*pixels.shape[2:])).astype(self.dtype)
         token = jnp.broadcast_to(token.astype(self.dtype), (patches.shape[0], 1, cfg.hidden_size))
         return jnp.concatenate([token, patches], axis=1) + table
 
@@ -113,7 +113,7 @@ class _Patches(_Part):
 class _Layers(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        scanned = scan(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
+        scanned = scan_layers(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
         x, _ = scanned(*self.options, name="layer")(x, mask)
         return x
 
@@ -134,7 +134,7 @@ class _Layer(_Part):
             added = _MLP(*args, name="mlp")(normed)
         else:
             inner = Dense(*args, features=cfg.intermediate_size, name="intermediate")(normed)
-            inner = self.placement.constrain(activated(cfg.hidden_act, inner), "features")
+            inner = self.placement.constrain(activate(cfg.hidden_act, inner), "features")
             added = Dense(*args, name="output")(inner)
         x = x + self._scaled(2, added)
         return self.placement.constrain(x, "residual"), None
@@ -159,7 +159,7 @@ class _MLP(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.config
-        inner = activated(cfg.hidden_act, dense(self, cfg.intermediate_size, name="fc1")(x))
+        inner = activate(cfg.hidden_act, dense(self, cfg.intermediate_size, name="fc1")(x))
         return dense(self, cfg.hidden_size, name="fc2")(self.placement.constrain(inner, "features"))
 
 

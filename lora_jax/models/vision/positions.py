@@ -7,7 +7,7 @@ import numpy as np
 _A = -0.75  # torch's parameter of the cubic kernel (Keys 1981)
 
 
-def resampled(table: jax.Array, grid: tuple[int, int], wanted: tuple[int, int]) -> jax.Array:
+def resample(table: jax.Array, grid: tuple[int, int], wanted: tuple[int, int]) -> jax.Array:
     """Returns a table of positions for another grid of patches.
 
     Args:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.layers.attend import attend
-from lora_jax.models.layers.masks import Mask, Tokens
+from lora_jax.models.layers.masks import Mask, MaskTokens
 from lora_jax.models.layers.placement import Placement
 from tests.train.plan.tiny_plans import FIELDS
 from train.plan import __main__ as plan
@@ -39,7 +39,7 @@ def compiled(
 
     def loss(arrays, segments, windowed):
         slots = jnp.arange(seq, dtype=jnp.int32)
-        tokens = Tokens(slots, slots[None], segments)
+        tokens = MaskTokens(slots, slots[None], segments)
         mask = Mask(queries=tokens, keys=tokens, causal=True, aligned=True)
         mask = mask.within(200, windowed) if some else mask
         *arrays, sinks = arrays

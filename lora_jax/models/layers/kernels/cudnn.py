@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.layers.attention import scaled
+from lora_jax.models.layers.attention import scale_queries
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
-from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.masks import Mask
 
 # Tokens of a row up to which cuDNN is given its mask as an array: 32 MiB a row, for all heads.
@@ -35,7 +35,7 @@ class Cudnn:
     backend: str = "cudnn"
     otherwise: Blockwise = ON_GPU
 
-    def refusal(self, call: Call) -> str | None:
+    def refusal(self, call: AttentionCall) -> str | None:
         """Returns why cuDNN cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
@@ -65,13 +65,13 @@ class Cudnn:
         cap: float | None = None,
         sinks: jax.Array | None = None,
     ) -> jax.Array:
-        if self.refusal(Call.of(q, mask, cap, sinks)):
+        if self.refusal(AttentionCall.from_arguments(q, mask, cap, sinks)):
             return self.otherwise(q, k, v, mask, scale, cap, sinks)
         # Padding sees itself, so that no row of the mask is empty.
         visible = mask.visible() | (mask.queries.slots[:, None] == mask.keys.slots)
         implementation: Any = self.backend
         return jax.nn.dot_product_attention(
-            *(scaled(q, scale), k, v),
+            *(scale_queries(q, scale), k, v),
             mask=visible[:, None],
             is_causal=mask.causal,
             scale=1.0,

@@ -20,12 +20,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lora_jax.models.layers.attention import scaled
+from lora_jax.models.layers.attention import scale_queries
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
-from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.kernels import flash_programs as programs
-from lora_jax.models.layers.kernels.flash_programs import How
-from lora_jax.models.layers.masks import Mask, Split, extremes, padded
+from lora_jax.models.layers.kernels.flash_programs import FlashOptions
+from lora_jax.models.layers.masks import Mask, Split, extremes, pad_rows
 
 _EVER = 1 << 30  # a window that hides nothing
 
@@ -58,7 +58,7 @@ class Flash:
         if any(n < 16 or n & (n - 1) for n in (self.queries, self.keys)):
             raise ValueError(f"{self}: blocks must be powers of 2, 16 at least")
 
-    def refusal(self, call: Call) -> str | None:
+    def refusal(self, call: AttentionCall) -> str | None:
         """Returns why the kernel cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
@@ -102,17 +102,17 @@ class Flash:
         cap: float | None = None,
         sinks: jax.Array | None = None,
     ) -> jax.Array:
-        if self.refusal(Call.of(q, mask, cap, sinks)):
+        if self.refusal(AttentionCall.from_arguments(q, mask, cap, sinks)):
             return self.otherwise(q, k, v, mask, scale, cap, sinks)
         batch, seq, _, head_dim = q.shape
         if isinstance(scale, jax.Array):
-            q, scale = scaled(q, scale), 1.0
+            q, scale = scale_queries(q, scale), 1.0
         segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
         query_slots = mask.queries.slots
         if mask.split is None:
             block = max(self.queries, self.keys)
-            q, k, v = (padded(x, block) for x in (q, k, v))
-            segments = [padded(x, block) for x in segments]
+            q, k, v = (pad_rows(x, block) for x in (q, k, v))
+            segments = [pad_rows(x, block) for x in segments]
             query_slots = jnp.arange(q.shape[1], dtype=jnp.int32)
         window = _EVER if mask.window is None else mask.window
         tokens = _Tokens(
@@ -124,7 +124,7 @@ class Flash:
         # Shared memory is small: 99 KiB on Ada. Wide heads and fp32 take smaller blocks.
         width = pl.next_power_of_2(head_dim)
         smaller = 1 if width * q.dtype.itemsize <= 256 else 2 if width <= 128 else 4
-        how = How(
+        how = FlashOptions(
             causal=mask.causal,
             scale=head_dim**-0.5 if scale is None else float(scale),
             cap=cap,
@@ -180,7 +180,7 @@ def _visits(
 
 
 def _bounds(
-    how: How, tokens: _Tokens, sizes: tuple[int, int], axis: int
+    how: FlashOptions, tokens: _Tokens, sizes: tuple[int, int], axis: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the first block to visit and the one behind the last, [batch, blocks] int32.
 
@@ -210,14 +210,14 @@ def _bounds(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    how: How, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
+    how: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention, and the logarithm to base 2 of the sum of weights of each query."""
     return _forward(how, q, k, v, tokens)[0]
 
 
 def _forward(
-    how: How, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
+    how: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     call = _Call(how, q, k)
     out, lse = call.run(
@@ -232,14 +232,16 @@ def _forward(
     return (out, lse), (q, k, v, tokens, out, lse)
 
 
-def _backward(how: How, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+def _backward(
+    how: FlashOptions, kept: Any, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[Any, ...]:
     q, k, v, tokens, out, lse = kept
     cotangent, of_lse = cotangents
     mean = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
     mean = mean.transpose(0, 2, 1) - of_lse / math.log(2)
     call = _Call(how, q, k)
     (dq,) = call.run(
-        programs.dq_of,
+        programs.query_gradient,
         "flash_dq",
         call.of_queries,
         _bounds(how, tokens, (how.queries, how.keys), 1),
@@ -255,7 +257,7 @@ def _backward(how: How, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> t
         [(q, call.block)],
     )
     dk, dv = call.run(
-        programs.dkv_of,
+        programs.key_value_gradients,
         "flash_dkv",
         call.of_keys,
         _bounds(how, tokens, (how.keys, how.keys), 0),
@@ -287,7 +289,7 @@ class _Call:
       group: all queries of the heads that look at a head of keys; group_statistics: their numbers.
     """
 
-    def __init__(self, how: How, q: jax.Array, k: jax.Array) -> None:
+    def __init__(self, how: FlashOptions, q: jax.Array, k: jax.Array) -> None:
         batch, queries, heads, head_dim = q.shape
         keys, kv_heads = k.shape[1:3]
         group, width = heads // kv_heads, max(16, pl.next_power_of_2(head_dim))

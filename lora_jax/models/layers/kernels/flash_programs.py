@@ -22,7 +22,7 @@ _HIDDEN = -1e30  # the score of a key that is not seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class How:
+class FlashOptions:
     """The static facts of a call: the mask's, the scores', and the sizes of blocks."""
 
     causal: bool
@@ -72,7 +72,7 @@ def _tanh(x: jax.Array) -> jax.Array:
     return 1.0 - 2.0 / (jnp.exp2(2 * _LOG2_E * x) + 1.0)
 
 
-def forward(how: How, head_dim: int, *refs: Any) -> None:
+def forward(how: FlashOptions, head_dim: int, *refs: Any) -> None:
     """Computes a block of queries: a running maximum, a running sum, and the sum of values."""
     start, stop, slots, segments, others, window, q, k, v, out, lse = refs
     rows = pl.ds(pl.program_id(0) * how.queries, how.queries)
@@ -103,7 +103,7 @@ def forward(how: How, head_dim: int, *refs: Any) -> None:
     lse[...] = largest + jnp.log2(summed)
 
 
-def dq_of(how: How, head_dim: int, *refs: Any) -> None:
+def query_gradient(how: FlashOptions, head_dim: int, *refs: Any) -> None:
     """Computes the gradient of a block of queries."""
     start, stop, slots, segments, others, window, q, k, v, cotangent, lse, mean, dq = refs
     rows = pl.ds(pl.program_id(0) * how.queries, how.queries)
@@ -125,7 +125,7 @@ def dq_of(how: How, head_dim: int, *refs: Any) -> None:
     _store(dq, head_dim, total * how.scale)
 
 
-def dkv_of(how: How, head_dim: int, *refs: Any) -> None:
+def key_value_gradients(how: FlashOptions, head_dim: int, *refs: Any) -> None:
     """Computes the gradients of a block of keys and of values, over the heads that look at them."""
     start, stop, slots, segments, others, window, q, k, v, cotangent, lse, mean, dk, dv = refs
     rows = pl.ds(pl.program_id(0) * how.keys, how.keys)

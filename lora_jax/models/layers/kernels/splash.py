@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from lora_jax.models.layers.attention import scaled
+from lora_jax.models.layers.attention import scale_queries
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.call import Call
-from lora_jax.models.layers.masks import Mask, Split, extremes, padded
+from lora_jax.models.layers.call import AttentionCall
+from lora_jax.models.layers.masks import Mask, Split, extremes, pad_rows
 
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
 _WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
@@ -56,7 +56,7 @@ class Splash:
         if self.block < LANES or self.block % LANES:
             raise ValueError(f"{self}: block must be a multiple of {LANES}")
 
-    def refusal(self, call: Call) -> str | None:
+    def refusal(self, call: AttentionCall) -> str | None:
         """Returns why the kernel cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
@@ -96,14 +96,14 @@ class Splash:
         cap: float | None = None,
         sinks: jax.Array | None = None,
     ) -> jax.Array:
-        if self.refusal(Call.of(q, mask, cap, sinks)):
+        if self.refusal(AttentionCall.from_arguments(q, mask, cap, sinks)):
             return self.otherwise(q, k, v, mask, scale, cap, sinks)
         batch, seq, heads, _ = q.shape
-        q = scaled(q, scale)
+        q = scale_queries(q, scale)
         segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
         if mask.split is None:
-            q, k, v = (padded(x, LANES) for x in (q, k, v))
-            segments = [padded(x, LANES) for x in segments]
+            q, k, v = (pad_rows(x, LANES) for x in (q, k, v))
+            segments = [pad_rows(x, LANES) for x in segments]
         kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap)
         if sinks is not None:
             sinks = sinks.astype(q.dtype)  # the kernel's gradient of them has this dtype
