@@ -9,7 +9,7 @@ learns to score completions instead: a reward model for `train.grpo`.
 from train.data.files import holds_images
 from train.options.scripts import classify as options
 from train.options.tasks import IMAGES, SCORES, TEXTS
-from train.script import Script
+from train.script import TrainingScript
 
 
 def _kind(config: options.Config) -> str:
@@ -19,12 +19,12 @@ def _kind(config: options.Config) -> str:
     return IMAGES if holds_images(config.data.image, config.data.dataset) else TEXTS
 
 
-SCRIPT = Script(
+SCRIPT = TrainingScript(
     name="train.classify",
     plain=options.Config(),
     kind=_kind,
     check_options=options.check,
-    completed=options.with_defaults,
+    completed=options.fill_defaults,
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

@@ -6,21 +6,21 @@ train.dpo --help` lists the options. The run itself is in `train.finetune`.
 
 from pathlib import Path
 
-from train.options.defaults import Defaults, with_defaults
+from train.options.defaults import Defaults, fill_defaults
 from train.options.scripts import dpo as options
 from train.options.tasks import PAIRS
 from train.run.output import CONFIG, saved_options
-from train.script import Script
+from train.script import TrainingScript
 
 
 def completed(config: options.Config, defaults: Defaults) -> options.Config:
     """Fills in defaults; a resumed run keeps its reference."""
-    config = with_defaults(config, defaults)
+    config = fill_defaults(config, defaults)
     begun = (Path(config.run.output).expanduser() / CONFIG).exists()
-    return options.with_loss(config, saved_options(config).get("reference") if begun else None)
+    return options.fill_reference(config, saved_options(config).get("reference") if begun else None)
 
 
-SCRIPT = Script(
+SCRIPT = TrainingScript(
     name="train.dpo",
     plain=options.Config(),
     kind=lambda config: PAIRS,

@@ -14,38 +14,45 @@ import jax
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.held_out import Formed, held_out_loss
+from lora_jax.training.held_out import FormedTree, held_out_loss
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Measure, train
+from lora_jax.training.loop import PeriodicMeasure, train
 from lora_jax.training.losses import SCORE
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, write_json
-from lora_jax.training.ready import Ready, compile_step, hooks_of, opened, result_of, tree_of
+from lora_jax.training.ready import (
+    TrainingStart,
+    adapted_tree,
+    compile_step,
+    final_tree,
+    make_hooks,
+    open_log,
+)
 from lora_jax.training.run.log import duration
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
 from train.console.output import tell
 from train.dry_run import rehearse
-from train.inputs import Inputs, Read, Reader, inputs_of
+from train.inputs import InputReader, Inputs, RunData, make_inputs
 from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.progress import sample, score
 from train.reporters.registry import check_packages
-from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
+from train.run.intrinsic import about_space, merge_trained, model_in, moves_weights, space_of
 from train.run.lifecycle import (
     Run,
     adapt_base,
     begin_run,
     keep_adapter,
+    make_report,
     open_run_log,
-    report_of,
     resume_hint,
 )
-from train.run.log import SAMPLED, Log, QuietLog, doing
+from train.run.log import SAMPLED, QuietLog, RunLog, doing
 from train.run.output import ADAPTER, REPORT, locked_output
-from train.run.pretrained import Outline, check_weights, read_model
+from train.run.pretrained import ModelInfo, check_weights, read_model
 from train.run.report import (
     ask_words,
     compiled_bytes,
@@ -79,7 +86,7 @@ class RunPart:
     on_trained: Callable[[Run, Any, Callable[..., Any]], object] | None = None
     hint: str | None = None
     measured: list[Evaluation] = dataclasses.field(default_factory=list)
-    reader: Reader = dataclasses.field(default_factory=Reader)
+    reader: InputReader = dataclasses.field(default_factory=InputReader)
 
     def evaluate_base(self, evaluation: Evaluation, model: Any, plain: Any, forward: Any) -> None:
         """Measures the base, unless an earlier evaluation has; notes the one that measures."""
@@ -129,7 +136,7 @@ def finetune(
         folder = None if dry else locked_output(config, session.release, console)
         read = part.reader(config, task)
         session.release.callback(read.data.close)
-        inputs = inputs_of(config, mesh, read)
+        inputs = make_inputs(config, mesh, read)
     outline, data, layout = inputs.read.outline, inputs.read.data, inputs.layout
     for line in [*([cached] if cached else []), *inputs.lines]:
         tell(console, line)
@@ -137,25 +144,25 @@ def finetune(
         loss = task.loss(config, layout)
         rehearse(config, inputs, loss, console)
         return {}
-    run = run_of(script, config, task, session.stop, folder, console, inputs, part)
+    run = make_run(script, config, task, session.stop, folder, console, inputs, part)
     space = space_of(config, outline.params)
 
     # The model and its adapter.
     with hosts.together(), doing(console, f"reading the weights of {outline.name}"):
-        model, plain = weights_of(config, outline, layout)
+        model, plain = load_model(config, outline, layout)
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
     params = adapt_base(config, outline, plain, folder, jax.random.fold_in(key, 0))
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
-    inputs, ready = prepared(run, inputs, task, model, plain, params, ready)
+    inputs, ready = prepare(run, inputs, task, model, plain, params, ready)
     del params
 
     # The base, for comparison.
     is_quantized = outline.in_codes
-    running = running_in(space, model)
+    running = model_in(space, model)
     answering = lj.adapt(running.apply)  # as the model itself answers, not laid out for a step
     evaluated = answering if is_quantized else model.apply
-    evaluation = evaluation_of(run, inputs, task)
+    evaluation = make_evaluation(run, inputs, task)
     if evaluation and not run.pauses:
         part.evaluate_base(evaluation, model, plain, evaluated)
     del plain
@@ -165,10 +172,12 @@ def finetune(
     measured, formed = answering, None
     if space is not None:  # its weights are formed once for each measurement, not in each batch
         measured = model.apply
-        formed = Formed(functools.partial(merged, space), layout.constrained(model).apply)
+        formed = FormedTree(
+            functools.partial(merge_trained, space), layout.constrained(model).apply
+        )
 
     def tree_of_state(state: State) -> Any:
-        tree = tree_of(ready, state)
+        tree = adapted_tree(ready, state)
         return tree if formed is None else formed.form(tree)
 
     held_out = functools.partial(held_out_loss, ready, forward, loss, formed=formed)
@@ -177,22 +186,22 @@ def finetune(
             compiling = time.perf_counter()
             step = compile_step(ready, forward, loss)
             compile_seconds = time.perf_counter() - compiling
-        to_measure = measures(
+        to_measure = make_measures(
             run, inputs, evaluation, model, tree_of_state, measured, held_out, log
         )
         run.stop.remedy = run.hint
-        hooks = hooks_of(ready, loss, [*to_measure], run.hint)
-        with opened(log, ready):
+        hooks = make_hooks(ready, loss, [*to_measure], run.hint)
+        with open_log(log, ready):
             state, step_seconds = train(
                 step, ready.state, ready.base, run.last, config.run, hooks, log, run.stop
             )
-        trained = result_of(ready, state)
+        trained = final_tree(ready, state)
         if not run.pauses:
             keep_adapter(run, ready, trained)
     if run.pauses:
         tell(console, f"paused after step {run.last} of {run.steps}")
         return {}
-    report = report_of(run, ready, trained, loss, step_seconds)
+    report = make_report(run, ready, trained, loss, step_seconds)
     report |= {"compile_seconds": compile_seconds, "compiled_bytes": compiled_bytes(step)}
     run.stop.remedy = f"The adapter is in {folder / ADAPTER}"
     run.stop.check()
@@ -206,7 +215,7 @@ def finetune(
         part.on_trained(run, trained, answering)
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
-        tree = trained if is_quantized else merged(space, trained)
+        tree = trained if is_quantized else merge_trained(space, trained)
         del trained, ready, state, hooks, held_out, to_measure, tree_of_state
         scores = evaluation.after(model, tree, evaluated)
     print_costs(console, report)
@@ -218,7 +227,7 @@ def finetune(
     return scores
 
 
-def run_of(
+def make_run(
     script: str,
     config: Any,
     task: Task,
@@ -250,10 +259,10 @@ def run_of(
     )
 
 
-def prepared(
-    run: Run, inputs: Inputs, task: Task, model: Any, plain: Any, params: Any, ready: Ready
-) -> tuple[Inputs, Ready]:
-    """Returns inputs and state of a run as its task prepares them; see `Task.prepared`."""
+def prepare(
+    run: Run, inputs: Inputs, task: Task, model: Any, plain: Any, params: Any, ready: TrainingStart
+) -> tuple[Inputs, TrainingStart]:
+    """Returns inputs and state of a run as its task prepares them; see `Task.prepare`."""
     rows, outline, data = inputs.read
     of = Preparing(
         config=run.config,
@@ -269,10 +278,10 @@ def prepared(
         takes_from_base=takes_from_base(params),
     )
     ready, data = task.prepared(of)
-    return dataclasses.replace(inputs, read=Read(rows, outline, data)), ready
+    return dataclasses.replace(inputs, read=RunData(rows, outline, data)), ready
 
 
-def evaluation_of(run: Run, inputs: Inputs, task: Task) -> Evaluation | None:
+def make_evaluation(run: Run, inputs: Inputs, task: Task) -> Evaluation | None:
     """Returns the task's evaluation of a run; None for none."""
     rows, outline, data = inputs.read
     context = Context(
@@ -287,7 +296,7 @@ def evaluation_of(run: Run, inputs: Inputs, task: Task) -> Evaluation | None:
     return task.evaluation(context)
 
 
-def weights_of(config: Any, outline: Outline, layout: Layout) -> tuple[Any, Any]:
+def load_model(config: Any, outline: ModelInfo, layout: Layout) -> tuple[Any, Any]:
     """Reads the model and its weights, as the options say.
 
     Full fine-tuning, and that of a subspace, keeps its weights in fp32, whatever computes.
@@ -307,16 +316,16 @@ def weights_of(config: Any, outline: Outline, layout: Layout) -> tuple[Any, Any]
     return model, plain
 
 
-def measures(
+def make_measures(
     run: Run,
     inputs: Inputs,
     evaluation: Evaluation | None,
     model: Any,
-    tree_of: Callable[[State], Any],
+    adapted_tree: Callable[[State], Any],
     forward: Callable[..., Any],
-    held_out: Callable[..., Measure],
-    log: Log | QuietLog,
-) -> Iterator[Measure]:
+    held_out: Callable[..., PeriodicMeasure],
+    log: RunLog | QuietLog,
+) -> Iterator[PeriodicMeasure]:
     """Yields the measures of a run: the held-out loss, the task's score, sampled answers.
 
     Args:
@@ -338,9 +347,9 @@ def measures(
     if asked.score_every and evaluation:
 
         def scored(state: State) -> dict[str, float] | None:
-            return score(evaluation, model, tree_of(state), forward, run.stop)
+            return score(evaluation, model, adapted_tree(state), forward, run.stop)
 
-        yield Measure(every=asked.score_every, prefix=SCORE, take=scored)
+        yield PeriodicMeasure(every=asked.score_every, prefix=SCORE, take=scored)
     if isinstance(inputs.feed, Rolling):
         rolling, updates = inputs.feed, config.optim.updates
 
@@ -351,13 +360,13 @@ def measures(
             log.sampled(step, rolling.fresh(), shown=_COMPLETIONS if some else 0)
             return {}
 
-        yield Measure(every=1, prefix=SAMPLED, take=completed)
+        yield PeriodicMeasure(every=1, prefix=SAMPLED, take=completed)
     if prompts := inputs.prompts:
         tokens, outline = asked.sample_tokens, inputs.read.outline
 
         def sampled(state: State) -> dict[str, float]:
-            answers = sample(prompts, tokens, outline, model, tree_of(state), forward)
+            answers = sample(prompts, tokens, outline, model, adapted_tree(state), forward)
             log.sampled(int(state.step), answers)
             return {}
 
-        yield Measure(every=asked.sample_every, prefix=SAMPLED, take=sampled)
+        yield PeriodicMeasure(every=asked.sample_every, prefix=SAMPLED, take=sampled)

@@ -4,18 +4,18 @@ It samples from the very arrays that it trains. `python -m train.grpo --help` li
 run itself is in `train.finetune`.
 """
 
-from train.options.defaults import with_defaults
+from train.options.defaults import fill_defaults
 from train.options.scripts import grpo as options
 from train.options.tasks import PROMPTS
-from train.script import Script
+from train.script import TrainingScript
 from train.start import started
 
-SCRIPT = Script(
+SCRIPT = TrainingScript(
     name="train.grpo",
     plain=options.Config(),
     kind=lambda config: PROMPTS,
     check_options=options.check,
-    completed=lambda config, defaults: options.with_reference(with_defaults(config, defaults)),
+    completed=lambda config, defaults: options.fill_reference(fill_defaults(config, defaults)),
     started=started,
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main

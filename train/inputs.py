@@ -18,21 +18,21 @@ from train.options.common import Options, as_json, check_offload
 from train.options.field import traits_of
 from train.options.file import alike
 from train.processes import hosts
-from train.progress import Prompts
+from train.progress import SamplePrompts
 from train.run.intrinsic import moves_weights, space_of
 from train.run.output import saved_options
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.run.rules import check_names, rules
 from train.tasks.task import Data, Rows, Task
 
 _HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
 
 
-class Read(NamedTuple):
+class RunData(NamedTuple):
     """Rows, the model's outline, and the rows as examples for it."""
 
     rows: Rows
-    outline: Outline
+    outline: ModelInfo
     data: Data
 
 
@@ -50,8 +50,8 @@ class Inputs:
       lines: to print before training.
     """
 
-    read: Read
-    prompts: Prompts | None
+    read: RunData
+    prompts: SamplePrompts | None
     feed: Batches
     steps: int
     rate: float
@@ -59,7 +59,7 @@ class Inputs:
     lines: tuple[str, ...]
 
 
-def read_inputs(config: Any, task: Task) -> Read:
+def read_inputs(config: Any, task: Task) -> RunData:
     """Reads rows and the model's outline, and encodes the rows; all processes have to call this.
 
     Raises:
@@ -72,16 +72,16 @@ def read_inputs(config: Any, task: Task) -> Read:
     outline.check_experts(config.optim.experts)
     read = {"rows": rows.train, "held_out": rows.held_out, "model": outline.config}
     hosts.check_alike(alike(config), **read)
-    return Read(rows, outline, task.examples(config, rows, outline))
+    return RunData(rows, outline, task.examples(config, rows, outline))
 
 
-class Reader:
+class InputReader:
     """Reads as `read_inputs` does, but once for all runs of the same data."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, str], Read] = {}
+        self._found: dict[tuple[int, str], RunData] = {}
 
-    def __call__(self, config: Any, task: Task) -> Read:
+    def __call__(self, config: Any, task: Task) -> RunData:
         """Returns what `read_inputs` does. What is read while training is each run's own."""
         if getattr(config.data, "stream", False):
             return read_inputs(config, task)
@@ -98,7 +98,7 @@ class Reader:
         return self._found[key]
 
 
-def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
+def make_inputs(config: Any, mesh: Mesh, found: RunData) -> Inputs:
     """Returns the inputs of a run, checked against the model.
 
     Raises:
@@ -107,7 +107,7 @@ def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
     _, outline, data = found
     optim = config.optim
     asked = getattr(config.run, "sample_prompts", ())
-    prompts = Prompts(config.run, outline) if asked else None
+    prompts = SamplePrompts(config.run, outline) if asked else None
     order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
     steps = (data.steps or order.steps)(optim.epochs) if optim.steps is None else optim.steps
     feed: Batches = Feed(data.train, order, data.name, data.source)
@@ -129,7 +129,7 @@ def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
     )
 
 
-def _learning_rate(config: Options, outline: Outline, steps: int) -> float:
+def _learning_rate(config: Options, outline: ModelInfo, steps: int) -> float:
     """Returns the highest learning rate: --lr, or the one that --lr-rule gives for this run."""
     optim = config.optim
     if optim.lr_rule is None:
@@ -140,7 +140,7 @@ def _learning_rate(config: Options, outline: Outline, steps: int) -> float:
     )
 
 
-def _check_rules(config: Options, outline: Outline) -> None:
+def _check_rules(config: Options, outline: ModelInfo) -> None:
     """Raises a UserError if the rules or the adapter do not fit the model; reads no weights."""
     adapter = config.adapter
     if adapter.init_adapter is not None:
@@ -153,7 +153,7 @@ def _check_rules(config: Options, outline: Outline) -> None:
         lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
 
 
-def _attention_line(config: Options, outline: Outline, layout: Layout, seq: int) -> str:
+def _attention_line(config: Options, outline: ModelInfo, layout: Layout, seq: int) -> str:
     """Returns a line that tells how attention is computed: "attention: blockwise".
 
     Raises:

@@ -13,7 +13,7 @@ from train.options.paths import check_local
 from train.options.scripts.sft import SftRunConfig
 from train.reporters.contract import Sample
 from train.run.complete import Chat, answer_prompts, tokenize_chats
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks.task import Evaluation
 
 _SUFFIXES = (".txt", ".jsonl")
@@ -47,7 +47,7 @@ def score(
         return None
 
 
-class Prompts:
+class SamplePrompts:
     """Holds the prompts of --sample-prompts, and their tokens.
 
     Attributes:
@@ -55,7 +55,7 @@ class Prompts:
       tokens: as the model gets them, up to the start of its answer.
     """
 
-    def __init__(self, run: SftRunConfig, outline: Outline) -> None:
+    def __init__(self, run: SftRunConfig, outline: ModelInfo) -> None:
         """Reads and tokenises the prompts.
 
         Raises:
@@ -81,7 +81,7 @@ class Prompts:
 
 
 def sample(
-    prompts: Prompts, new_tokens: int, outline: Outline, model: Any, tree: Any, forward: Any
+    prompts: SamplePrompts, new_tokens: int, outline: ModelInfo, model: Any, tree: Any, forward: Any
 ) -> list[Sample]:
     """Returns the model's greedy answers to prompts.
 

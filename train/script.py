@@ -10,11 +10,11 @@ from lora_jax.training.errors import TrainingError
 from train.console.errors import as_user_errors
 from train.data.files import named
 from train.finetune import finetune
-from train.many.one import Asked
+from train.many.one import RunRequest
 from train.many.runs import train_many
 from train.options.command import read_line
 from train.options.common import Options
-from train.options.defaults import Defaults, with_defaults
+from train.options.defaults import Defaults, fill_defaults
 from train.options.field import check_effects
 from train.options.file import CONFIG, replaced
 from train.options.table import TableRow, check_one_base, read_table
@@ -24,7 +24,7 @@ from train.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Script:
+class TrainingScript:
     """A script that trains.
 
     Attributes:
@@ -43,7 +43,7 @@ class Script:
     plain: Options
     kind: Callable[[Any], str]
     check_options: Callable[[Any], None]
-    completed: Callable[[Any, Defaults], Any] = with_defaults
+    completed: Callable[[Any, Defaults], Any] = fill_defaults
     started: Callable[[Any, Session], Any] = lambda config, session: config
     own_output: str | None = None
 
@@ -90,7 +90,7 @@ class Script:
             if getattr(config.run, "many", None) is not None:
                 rows = read_table(config, self.plain, on_line | in_file.keys())
                 asked = [
-                    Asked(row._replace(options=self.started(row.options, session)), task)
+                    RunRequest(row._replace(options=self.started(row.options, session)), task)
                     for row, task in self.asked_for(rows)
                 ]
                 return train_many(self.name, asked, session)
@@ -98,19 +98,19 @@ class Script:
             self.check(config)
             finetune(self.name, self.started(config, session), self.task_of(config), session)
 
-    def asked_for(self, rows: Sequence[TableRow[Any]]) -> list[Asked]:
+    def asked_for(self, rows: Sequence[TableRow[Any]]) -> list[RunRequest]:
         """Returns the runs of a table with their tasks, checked as a command line is.
 
         Raises:
           UserError: options make no sense, or adapters stand on different bases; names the row.
         """
-        asked: list[Asked] = []
+        asked: list[RunRequest] = []
         for row in rows:
             with as_user_errors(TrainingError, prefix=f"{row.where}: "):
                 task = self.task_of(row.options)
                 config = self.completed(row.options, task.defaults)
                 self.check(config)
-            asked.append(Asked(row._replace(options=config), task))
+            asked.append(RunRequest(row._replace(options=config), task))
         check_one_base([one.row for one in asked])
         return asked
 

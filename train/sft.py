@@ -5,9 +5,9 @@
 
 from train.options.scripts import sft as options
 from train.options.tasks import CHATS, STREAMED
-from train.script import Script
+from train.script import TrainingScript
 
-SCRIPT = Script(
+SCRIPT = TrainingScript(
     name="train.sft",
     plain=options.Config(),
     kind=lambda config: STREAMED if config.data.stream else CHATS,

@@ -10,7 +10,7 @@ from train.console.errors import UserError
 from train.console.output import tell
 from train.findings.making.arithmetic import arithmetic_base
 from train.finetune import RunPart, finetune
-from train.options.defaults import with_defaults
+from train.options.defaults import fill_defaults
 from train.options.file import replaced
 from train.options.scripts.grpo import Config
 from train.options.scripts.sft import Config as SftConfig
@@ -63,7 +63,7 @@ def _writing_sql(config: Config, session: Session) -> Config:
         first = dataclasses.replace(replaced(SftConfig(), own | going_on), adapter=config.adapter)
         part = RunPart(hint=resume_hint("train.grpo"))
         with session.part():
-            finetune("train.sft", with_defaults(first, sql.TASK.defaults), sql.TASK, session, part)
+            finetune("train.sft", fill_defaults(first, sql.TASK.defaults), sql.TASK, session, part)
         session.stop.check()
         jax.clear_caches()  # its programs take memory
     return replaced(config, {"init_adapter": str(folder.absolute())})

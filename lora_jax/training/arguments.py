@@ -52,7 +52,9 @@ def as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
     return given
 
 
-def like(given: Examples | Mapping[str, Any] | None, examples: Examples) -> Examples | None:
+def matching_examples(
+    given: Examples | Mapping[str, Any] | None, examples: Examples
+) -> Examples | None:
     """Returns held-out examples, if there are any; they must have the same arrays as others."""
     if given is None:
         return None
@@ -65,32 +67,32 @@ def like(given: Examples | Mapping[str, Any] | None, examples: Examples) -> Exam
     return held_out
 
 
-class Numbers(NamedTuple):
+class NumberRange(NamedTuple):
     """The numbers that an option takes, and what to tell who gives another."""
 
     hold: Callable[[float], bool]
     needed: str
 
 
-def at_least(least: int) -> Numbers:
+def minimum(least: int) -> NumberRange:
     """Returns the numbers from `least` on."""
-    return Numbers(lambda x: x >= least, f"at least {least} is needed")
+    return NumberRange(lambda x: x >= least, f"at least {least} is needed")
 
 
-POSITIVE = Numbers(lambda x: 0 < x < math.inf, "a positive number is needed")
-NOT_NEGATIVE = Numbers(lambda x: 0 <= x < math.inf, "a number from 0 on is needed")
+POSITIVE = NumberRange(lambda x: 0 < x < math.inf, "a positive number is needed")
+NOT_NEGATIVE = NumberRange(lambda x: 0 <= x < math.inf, "a number from 0 on is needed")
 # JAX takes a larger seed by its last 32 bits.
-SEED = Numbers(lambda x: 0 <= x < 2**32, f"a number from 0 to {2**32 - 1} is needed")
-_RATE_OF_DECAY = Numbers(lambda x: 0 <= x < 1, "a number from 0 to below 1 is needed")
+SEED = NumberRange(lambda x: 0 <= x < 2**32, f"a number from 0 to {2**32 - 1} is needed")
+_RATE_OF_DECAY = NumberRange(lambda x: 0 <= x < 1, "a number from 0 to below 1 is needed")
 _FINITE = "at least 0 is needed, and a finite number"
 
 # What the library and the scripts take, by the names of arguments and options.
 NUMBERS = {
-    **dict.fromkeys(("steps", "batch_size", "grad_accum", "keep", "patience"), at_least(1)),
-    **dict.fromkeys(("log_every", "eval_every", "save_every", "max_skipped"), at_least(1)),
+    **dict.fromkeys(("steps", "batch_size", "grad_accum", "keep", "patience"), minimum(1)),
+    **dict.fromkeys(("log_every", "eval_every", "save_every", "max_skipped"), minimum(1)),
     "epochs": POSITIVE._replace(needed="a positive number of passes over the data is needed"),
     "lr": POSITIVE._replace(needed="a learning rate is a positive number"),
-    "warmup": at_least(0),
+    "warmup": minimum(0),
     "weight_decay": NOT_NEGATIVE._replace(needed=_FINITE),
     "grad_clip": NOT_NEGATIVE._replace(needed=f"{_FINITE} (0 does not clip)"),
     **dict.fromkeys(("lora_plus", "eps"), POSITIVE),
@@ -99,7 +101,7 @@ NUMBERS = {
 }
 
 
-def check_numbers(values: Mapping[str, Any], numbers: Mapping[str, Numbers] = NUMBERS) -> None:
+def check_numbers(values: Mapping[str, Any], numbers: Mapping[str, NumberRange] = NUMBERS) -> None:
     """Raises a TrainingError for a number that is none of those that its option takes.
 
     Args:
@@ -111,7 +113,7 @@ def check_numbers(values: Mapping[str, Any], numbers: Mapping[str, Numbers] = NU
             raise _refused(name, values[name], taken)
 
 
-def _refused(name: str, value: Any, taken: Numbers) -> TrainingError:
+def _refused(name: str, value: Any, taken: NumberRange) -> TrainingError:
     return TrainingError(lambda option: f"{option(name, value)}: {taken.needed}")
 
 
@@ -152,7 +154,7 @@ def check_best(keep_best: bool, *, held_out: bool, folder: bool) -> None:
         raise TrainingError("keep_best=True keeps adapters in the run's folder: name it by folder")
 
 
-def loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
+def choose_loss(given: Any, examples: Examples, layout: Layout) -> Loss:
     """Returns the given loss, or the default one of chats and texts."""
     if isinstance(given, Loss):
         return given

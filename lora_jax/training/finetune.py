@@ -33,13 +33,13 @@ from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.ready import (
-    Ready,
+    TrainingStart,
     compile_step,
-    hooks_of,
-    make_ready,
-    opened,
-    result_of,
-    resumed,
+    final_tree,
+    make_hooks,
+    make_start,
+    open_log,
+    resume_start,
 )
 from lora_jax.training.run.best import BEST, Best
 from lora_jax.training.run.checkpoints import Checkpoints
@@ -180,7 +180,7 @@ def finetune(
 
     # What can be wrong is found first.
     examples = arguments.as_examples(examples, "examples")
-    measured = arguments.like(held_out, examples)
+    measured = arguments.matching_examples(held_out, examples)
     arguments.check_numbers(given | {"lr": None if callable(lr) else lr})
     arguments.check_together(given)
     arguments.check_best(keep_best, held_out=held_out is not None, folder=folder is not None)
@@ -190,7 +190,7 @@ def finetune(
     layout = layout or one_device()
     for rows in filter(None, (examples, measured)):
         arguments.check_positions(model, rows)
-    loss = arguments.loss_of(loss, examples, layout)
+    loss = arguments.choose_loss(loss, examples, layout)
     order = Order.of(examples, seed, batch_size, grad_accum)
     steps = steps or order.steps(epochs or 1)
     path = arguments.check_folder(folder, resume, overwrite)
@@ -208,7 +208,7 @@ def finetune(
         kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
         params = sealed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
         params = layout.placed(params)
-        ready = make_ready(
+        ready = make_start(
             params,
             Feed(examples, order, examples.name),
             layout=layout,
@@ -234,7 +234,7 @@ def finetune(
         )
         ready = dataclasses.replace(ready, facts={**ready.facts, "settings": settings})
         if resume:
-            ready = resumed(ready, steps)
+            ready = resume_start(ready, steps)
         elif overwrite and path is not None:
             if is_first():
                 arguments.clear(path)
@@ -266,12 +266,12 @@ def finetune(
         stop.remedy = hint
         in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
         with stop.listening() if path is not None and in_main else contextlib.nullcontext():
-            hooks = hooks_of(ready, loss, measures, hint)
-            with opened(recorder, ready):
+            hooks = make_hooks(ready, loss, measures, hint)
+            with open_log(recorder, ready):
                 state, step_seconds = train(
                     step, ready.state, ready.base, steps, pace, hooks, recorder, stop
                 )
-        trained = result_of(ready, state)
+        trained = final_tree(ready, state)
         if path is not None:
             lj.save_adapter(path / arguments.ADAPTER, trained, overwrite=True)
             stop.remedy = f"The adapter is in {path / arguments.ADAPTER}"
@@ -313,7 +313,7 @@ def _adapted(params: Tree, rules: Any, kinds: Any, key: jax.Array, start: Path |
     return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step donates them
 
 
-def _forward(model: Any, ready: Ready) -> Forward:
+def _forward(model: Any, ready: TrainingStart) -> Forward:
     """Returns the function that the loss calls: adapted, a model's activations on the mesh."""
     if hasattr(model, "placement"):
         return ready.setup.forward(model)

@@ -10,16 +10,16 @@ import lora_jax as lj
 from lora_jax.core.types import Adapter, Forward, Tree
 from lora_jax.training.batches import Examples
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Measure
+from lora_jax.training.loop import PeriodicMeasure
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.processes import Agreement
-from lora_jax.training.ready import Ready
+from lora_jax.training.ready import TrainingStart
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, make_evaluation
 
 
-class Formed(NamedTuple):
+class FormedTree(NamedTuple):
     """Runs a tree whose weights are costly to form: they are formed once for each measurement.
 
     Attributes:
@@ -32,7 +32,7 @@ class Formed(NamedTuple):
 
 
 def held_out_loss(
-    ready: Ready,
+    ready: TrainingStart,
     forward: Forward,
     loss: Loss,
     examples: Examples,
@@ -40,8 +40,8 @@ def held_out_loss(
     every: int,
     stop: Stop,
     evaluation: Callable[..., Sums] | None = None,
-    formed: Formed | None = None,
-) -> Measure:
+    formed: FormedTree | None = None,
+) -> PeriodicMeasure:
     """Returns the measure of a loss, and of its logs, on held-out examples.
 
     Args:
@@ -81,7 +81,7 @@ def held_out_loss(
                 return None
         return means(loss, jax.tree.map(lambda *sums: sum(sums), *parts))
 
-    return Measure(every=every, prefix=HELD_OUT, take=take)
+    return PeriodicMeasure(every=every, prefix=HELD_OUT, take=take)
 
 
 def compiled_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callable[..., Sums]:

@@ -11,7 +11,7 @@ import jax
 from lora_jax.core.types import Tree
 from lora_jax.training.errors import Diverged, Dropped, Interrupted
 from lora_jax.training.losses import OWN_METRICS, Reduction
-from lora_jax.training.processes import Agreement, from_first
+from lora_jax.training.processes import Agreement, broadcast_values
 from lora_jax.training.run.log import Log
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, Step
@@ -45,7 +45,7 @@ class Pace(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measure:
+class PeriodicMeasure:
     """Measures the model, every so many steps and at the end of training.
 
     Attributes:
@@ -74,8 +74,8 @@ class Hooks:
         which the step donates. It may raise `Dropped` after a signal.
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
-      noted: returns metrics of the batch with that number, to be logged beside the step's; None for
-        one that is not known.
+      metrics: returns metrics of the batch with that number, to be logged beside those of the step;
+        None for one that is not known.
       lost: returns why nothing can be learned from the batch with that number, whose loss is NaN
         so that its step is skipped; None for a batch like others.
       save: writes a checkpoint; gets the prefixes of the measures that its step still lacks.
@@ -94,10 +94,10 @@ class Hooks:
     save: Callable[[State, Sequence[str]], None]
     rows: Callable[[int], str]
     resume_hint: str
-    noted: Callable[[int], Mapping[str, float | None]] = lambda number: {}
+    metrics: Callable[[int], Mapping[str, float | None]] = lambda number: {}
     lost: Callable[[int], str | None] = lambda number: None
     reduction: Reduction = "mean"
-    measures: Sequence[Measure] = ()
+    measures: Sequence[PeriodicMeasure] = ()
     owed: Sequence[str] = ()
     judge: Callable[[State, dict[str, float]], bool] = lambda state, measured: False
 
@@ -238,7 +238,7 @@ def training_steps(
     agreement, turn, took = Agreement(), time.monotonic(), 0.0
     state = now()
     begun = int(state.step)
-    owed: Sequence[Measure] = [m for m in hooks.measures if m.prefix in hooks.owed]
+    owed: Sequence[PeriodicMeasure] = [m for m in hooks.measures if m.prefix in hooks.owed]
     measured, owed = _measured(owed, now, begun, log)
     if owed and begun < steps:  # the checkpoint says so already
         raise _stopped(begun, hooks, stop)
@@ -255,7 +255,7 @@ def training_steps(
                 hooks.save(now(), ())
             raise _stopped(number, hooks, stop) from None
         done, lost = number + 1, hooks.lost(number)
-        window.add(done, {**metrics, **hooks.noted(number)}, n_tokens, lost)
+        window.add(done, {**metrics, **hooks.metrics(number)}, n_tokens, lost)
         # The host runs ahead of the device by one step, and of a slow one not at all: a signal then
         # waits for the step in progress alone.
         jax.block_until_ready(metrics if took > _SLOW else window.before_last())
@@ -285,8 +285,8 @@ def training_steps(
 
 
 def _measured(
-    due: Sequence[Measure], now: Callable[[], State], done: int, log: Log
-) -> tuple[dict[str, float], Sequence[Measure]]:
+    due: Sequence[PeriodicMeasure], now: Callable[[], State], done: int, log: Log
+) -> tuple[dict[str, float], Sequence[PeriodicMeasure]]:
     """Returns the measurements, by prefixed name, and the measures that a signal cut off."""
     measured: dict[str, float] = {}
     for index, measure in enumerate(due):
@@ -294,7 +294,9 @@ def _measured(
         if found is None:
             return measured, due[index:]
         if found:
-            named = {measure.prefix + name: value for name, value in from_first(found).items()}
+            named = {
+                measure.prefix + name: value for name, value in broadcast_values(found).items()
+            }
             log.add({"step": done, **named})
             measured |= named
     return measured, ()

@@ -29,7 +29,7 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def from_first(values: dict[str, float]) -> dict[str, float]:
+def broadcast_values(values: dict[str, float]) -> dict[str, float]:
     """Returns the first process's values, which have the same names in all, in every process."""
     if jax.process_count() == 1:
         return values

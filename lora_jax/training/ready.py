@@ -20,7 +20,7 @@ from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Hooks, Measure
+from lora_jax.training.loop import Hooks, PeriodicMeasure
 from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.run.best import Best
@@ -31,10 +31,10 @@ from lora_jax.training.step import State
 
 # Returns numbers by name that batches of held-out examples hold, such as KTO's divergence, of an
 # adapted tree; None where the second argument has said that it is to stop.
-Numbers = Callable[[Tree, Callable[[], bool]], Mapping[str, float] | None]
+BatchNumbers = Callable[[Tree, Callable[[], bool]], Mapping[str, float] | None]
 
 
-class Live(Protocol):
+class StateBatches(Protocol):
     """Makes batches of the state that a step begins with, such as rollouts."""
 
     def batch(self, number: int, state: State) -> HostBatch:
@@ -44,7 +44,7 @@ class Live(Protocol):
           Dropped: a signal came meanwhile.
         """
 
-    def noted(self, number: int) -> Mapping[str, float | None]:
+    def metrics(self, number: int) -> Mapping[str, float | None]:
         """Returns metrics of that batch, the newest, to be logged; None for one not known."""
 
     def lost(self, number: int) -> str | None:
@@ -52,7 +52,7 @@ class Live(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ready:
+class TrainingStart:
     """Holds what training begins with.
 
     Attributes:
@@ -76,11 +76,11 @@ class Ready:
     facts: dict[str, Any]
     owed: tuple[str, ...] = ()
     best: Best | None = None
-    live: Live | None = None
-    measured: Numbers | None = None
+    live: StateBatches | None = None
+    measured: BatchNumbers | None = None
 
 
-def make_ready(
+def make_start(
     params: Tree,
     feed: Batches,
     *,
@@ -91,7 +91,7 @@ def make_ready(
     checkpoints: Checkpoints | None = None,
     best: Best | None = None,
     noise: float = 0.0,
-) -> Ready:
+) -> TrainingStart:
     """Returns the state before the first step.
 
     Args:
@@ -107,7 +107,7 @@ def make_ready(
     """
     adapter, base = lj.split(params)
     setup = Setup.of(layout, params, optimizer, schedule, noise=noise)
-    return Ready(
+    return TrainingStart(
         feed=feed,
         setup=setup,
         state=setup.state(adapter, key),
@@ -118,7 +118,7 @@ def make_ready(
     )
 
 
-def resumed(ready: Ready, steps: int) -> Ready:
+def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
     """Returns the state of the newest checkpoint; where there is none, the first.
 
     Raises:
@@ -151,7 +151,7 @@ def resumed(ready: Ready, steps: int) -> Ready:
     return dataclasses.replace(ready, state=state, owed=tuple(saved.get("owed", ())))
 
 
-def _check_settings(saved: Fields, ready: Ready) -> None:
+def _check_settings(saved: Fields, ready: TrainingStart) -> None:
     was, now = saved.get("settings", {}), ready.facts.get("settings", {})
     if changed := [name for name in now if was.get(name) != now[name]]:
         said = "; ".join(f"{name} was {was.get(name)} and is now {now[name]}" for name in changed)
@@ -181,7 +181,7 @@ def _all_finite(array: jax.Array) -> jax.Array:
     return jnp.isfinite(array).all()
 
 
-def compile_step(ready: Ready, forward: Forward, loss: Loss) -> CompiledStep:
+def compile_step(ready: TrainingStart, forward: Forward, loss: Loss) -> CompiledStep:
     """Returns the step, compiled for the first batch, which is of the largest shape.
 
     Batches of another shape are compiled when they come: a run has few shapes.
@@ -198,8 +198,11 @@ def compile_step(ready: Ready, forward: Forward, loss: Loss) -> CompiledStep:
     return step
 
 
-def hooks_of(
-    ready: Ready, loss: Loss, measures: Sequence[Measure] = (), resume_hint: str = ""
+def make_hooks(
+    ready: TrainingStart,
+    loss: Loss,
+    measures: Sequence[PeriodicMeasure] = (),
+    resume_hint: str = "",
 ) -> Hooks:
     """Returns what connects the loop with a run.
 
@@ -224,12 +227,12 @@ def hooks_of(
 
     def judge(state: State, measured: Mapping[str, float]) -> bool:
         return best is not None and best.judge(
-            int(state.step), lambda: tree_of(ready, state), measured
+            int(state.step), lambda: adapted_tree(ready, state), measured
         )
 
     return Hooks(
         batch=live.batch if live else lambda number, state: feed.batch(number),
-        noted=live.noted if live else lambda number: {},
+        metrics=live.metrics if live else lambda number: {},
         lost=live.lost if live else lambda number: None,
         placed=lambda batch: layout.batch(batch, parts=True),
         tokens=feed.tokens,
@@ -244,7 +247,7 @@ def hooks_of(
 
 
 @contextlib.contextmanager
-def opened(log: Log, ready: Ready) -> Iterator[None]:
+def open_log(log: Log, ready: TrainingStart) -> Iterator[None]:
     """Opens the log of a run; within, a run that diverges on a broken base says so.
 
     Raises:
@@ -262,23 +265,23 @@ def opened(log: Log, ready: Ready) -> Iterator[None]:
         raise
 
 
-def result_of(ready: Ready, state: State) -> Tree:
+def final_tree(ready: TrainingStart, state: State) -> Tree:
     """Returns the adapted tree of a run that is over.
 
     It is that of the last step or the best one (see `Best`), averaged where the optimiser averages.
     """
     if ready.checkpoints is not None:
         ready.checkpoints.close()
-    last = tree_of(ready, state)
-    return unsealed(last if ready.best is None else _on_mesh(ready, ready.best.load(last)))
+    last = adapted_tree(ready, state)
+    return unsealed(last if ready.best is None else _place_adapter(ready, ready.best.load(last)))
 
 
-def tree_of(ready: Ready, state: State) -> Tree:
+def adapted_tree(ready: TrainingStart, state: State) -> Tree:
     """Returns the adapted tree of a state, its adapter averaged where the optimiser averages."""
     return lj.join(averaged(state.opt_state, state.adapter), ready.base)
 
 
-def _on_mesh(ready: Ready, loaded: Tree) -> Tree:
+def _place_adapter(ready: TrainingStart, loaded: Tree) -> Tree:
     """Returns an adapted tree with its adapter, read from a folder, on the mesh."""
     host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may give to a jit
     adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)

@@ -44,7 +44,7 @@ def write_chats(path: Path, n: int) -> None:
 def measure(rows: Path, cache: Path, packing: bool) -> None:
     """Prints the cost of each part, in this process."""
     from lora_jax.training.data.order import Order
-    from train.options.scripts.sft import Config, DataConfig
+    from train.options.scripts.sft import Config, SftDataConfig
     from train.tasks import chats
 
     began = clock = time.perf_counter()
@@ -57,7 +57,7 @@ def measure(rows: Path, cache: Path, packing: bool) -> None:
         print(f"  {what:24s} {now - clock:6.1f} s  {used - cpu:6.1f} s of CPU")
         clock, cpu = now, used
 
-    data = DataConfig(
+    data = SftDataConfig(
         model=MODEL, dataset=(str(rows),), seq_len=512, packing=packing, token_cache=str(cache)
     )
     config = Config(data=data)

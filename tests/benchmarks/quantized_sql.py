@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_jax.training.processes import write_json
 from train.adapters.source import find_adapter, runnable
-from train.run.pretrained import read_model, read_outline
+from train.run.pretrained import read_model, read_model_info
 from train.sft import main as sft
 from train.tasks.sql.evaluate import answer, draw_questions
 from train.tasks.sql.examples import score
@@ -42,7 +42,7 @@ def outcomes(folder: Path, codes: str, seed: int, questions: int, steps: int | N
         sft(["--output", str(name), *options, *resume, "--report-to", "none"])
     drawn = draw_questions(questions)
     found = find_adapter(str(name))
-    outline = read_outline(found.base()).quantized(found.quantize)
+    outline = read_model_info(found.base()).quantized(found.quantize)
     model, params = read_model(outline.name, dtype="float32", **outline.head)
     forward, params = runnable(model, found.load(model, params, outline.name))
     answers = answer(model, params, outline, drawn, forward=forward)

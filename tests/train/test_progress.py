@@ -16,9 +16,9 @@ from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import classify, sft
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
-from train.progress import Prompts
-from train.run.log import Log, read_metrics
-from train.run.pretrained import read_outline
+from train.progress import SamplePrompts
+from train.run.log import RunLog, read_metrics
+from train.run.pretrained import read_model_info
 
 # Orbax leaves coroutines behind where a run is broken off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -91,7 +91,7 @@ def test_answers_are_sampled_at_fixed_steps(whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [9, 13])
 def test_a_run_that_breaks_off_ends_as_a_whole_one_does(chats, whole, tmp_path, monkeypatch, at):
-    add = Log.add
+    add = RunLog.add
 
     def until(self, line):
         add(self, line)
@@ -99,7 +99,7 @@ def test_a_run_that_breaks_off_ends_as_a_whole_one_does(chats, whole, tmp_path, 
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Log, "add", until)
+        patch.setattr(RunLog, "add", until)
         sft.main([*chats, "--output", str(tmp_path)])
     sft.main([*chats, "--output", str(tmp_path), "--resume"])
     assert_same(adapter_of(chats, tmp_path), adapter_of(chats, whole))
@@ -187,7 +187,7 @@ def test_a_file_of_prompts_may_hold_chats(chats, tmp_path):
     rows = [{"prompt": "1 plus 7?"}, {"messages": [*turns, {"role": "user", "content": "And?"}]}]
     path = write_jsonl(tmp_path / "prompts.jsonl", rows)
     config = sft.parse([*chats[: chats.index("--sample-prompts")], "--sample-prompts", str(path)])
-    prompts = Prompts(config.run, read_outline(config.data.model))
+    prompts = SamplePrompts(config.run, read_model_info(config.data.model))
     assert prompts.texts == ["1 plus 7?", "And?"]
     decode = tokenizer().decode
     assert decode(prompts.tokens[0]).endswith("1 plus 7?<|im_end|>\n<|im_start|>assistant\n")

@@ -22,11 +22,11 @@ from train import classify, sft
 from train.adapters.source import find_adapter, runnable
 from train.export import __main__ as export
 from train.generate import __main__ as generate
-from train.options.defaults import Defaults, with_defaults
+from train.options.defaults import Defaults, fill_defaults
 from train.plan import __main__ as plan
 from train.predict import __main__ as predict
 from train.run.log import read_metrics
-from train.run.pretrained import read_outline
+from train.run.pretrained import read_model_info
 
 UP = "model/layers/mlp/up_proj/kernel"
 
@@ -57,7 +57,7 @@ def test_the_adapter_knows_the_codes_it_was_trained_over(inputs, trained, capsys
     assert size == sum(lj.quantized.bytes_of(x) for x in jax.tree.leaves(coded(inputs[1])))
     ahead = sft.parse([*inputs[:4], "--init-adapter", str(trained)])
     defaults = Defaults(model="none", alpha=2.0, lr=0.1, full_lr=0.1)
-    assert with_defaults(ahead, defaults).optim.quantize == "nf4"
+    assert fill_defaults(ahead, defaults).optim.quantize == "nf4"
     said = fails(
         capsys, *inputs[:6], "--output", trained.parent / "other", "--init-adapter", trained,
         "--quantize", "none",
@@ -95,7 +95,7 @@ def test_answers_and_exports_are_those_of_the_codes(inputs, trained, model, tmp_
     net, _ = from_pretrained(model)
     ids = np.array([[5, 9, 70, 3]])
     want = plain_logits(net, dequantize(lj.merge(tree)), ids)
-    outline = read_outline(str(model)).quantized("nf4")
+    outline = read_model_info(str(model)).quantized("nf4")
     found = find_adapter(str(trained))
     found.check(outline)
     assert found.quantize == "nf4"

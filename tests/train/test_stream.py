@@ -14,7 +14,7 @@ from lora_jax.training.errors import TrainingError
 from tests.train.test_sft import fails
 from tests.train.tiny import decoder, tokenizer, write_jsonl, write_model
 from train.data import blocks
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.sft import main, parse
 from train.tasks import streamed
 
@@ -68,7 +68,7 @@ def test_a_row_that_cannot_be_used_is_named_when_it_comes(small, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", found)
     at = len("".join(f"{json.dumps(row)}\n" for row in found[:100]))
     config = parse(["--dataset", str(data), "--truncate", "--stream", "--steps", "90"])
-    outline = Outline("a model", tokenizer(), None, {})
+    outline = ModelInfo("a model", tokenizer(), None, {})
     feed = streamed.examples(config, streamed.read_rows(config), outline).feed(90)
     with pytest.raises(TrainingError, match=rf"line 101 \(byte {at:,}\) has `prompt`; a row"):
         for step in range(90):
@@ -106,7 +106,7 @@ from pathlib import Path
 from lora_jax.training.data.stream import Stream
 from tests.train.tiny import tokenizer
 from train.data import blocks
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.sft import parse, task_of
 from train.tasks import streamed
 
@@ -120,7 +120,7 @@ def counted(self):
 peaks, take, Stream._take_next = [], Stream._take_next, counted
 blocks.BLOCK, streamed.ROOM = 2**15, 2**19
 config = parse(sys.argv[1:])
-task, outline = task_of(config), Outline("a model", tokenizer(), None, {})
+task, outline = task_of(config), ModelInfo("a model", tokenizer(), None, {})
 data = task.examples(config, task.rows(config), outline)
 feed = data.feed and data.feed(config.optim.steps)
 for step in range(config.optim.steps if feed else 0):

@@ -191,7 +191,7 @@ def test_adapters_with_different_ones_are_asked_one_after_the_other(folder, tmp_
     assert "were trained with different chat templates" in said and "--chat-template" in said
     for first, other in ((folder.run, "same"), (str(tmp_path / "plain"), "base")):
         named = generate.find_adapters([first, f"other={tmp_path / other}"])
-        outline = generate.read_outline(folder.model)
+        outline = generate.read_model_info(folder.model)
         assert generate.outline_with_template(outline, named, None).tokenizer.chat_template
 
 

@@ -18,7 +18,7 @@ from train.generate import __main__ as generate
 from train.generate.shared_base import NamedAdapter, tokenizer_name
 from train.live.taught import teacher_outline
 from train.predict import __main__ as predict
-from train.run.pretrained import read_classifier_outline, read_outline
+from train.run.pretrained import read_classifier_info, read_model_info
 from train.run.report import ask_words
 from train.serve.engine.base import ServedBase
 from train.serve.requests import RequestError
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         (model / file).unlink()
     tokenizer().save_pretrained(folder / "tokens")
     write_rows(folder / "rows.jsonl")
-    outline = read_outline(str(model), str(folder / "tokens"))
+    outline = read_model_info(str(model), str(folder / "tokens"))
     module, params = models.from_pretrained(model)
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
     lj.save_adapter(folder / "adapter", tree, about=outline.about)
@@ -108,7 +108,7 @@ def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys,
         ServedBase(module, params, folder.model, 4).read(folder.path / "adapter")
     monkeypatch.chdir(folder.path)
     ServedBase(module, params, folder.model, 4, tokenizer="tokens").read(folder.path / "adapter")
-    outline = read_outline(folder.model, folder.tokens)
+    outline = read_model_info(folder.model, folder.tokens)
     about = {**outline.about, "tokenizer": "/nowhere/tokens"}
     lj.save_adapter(tmp_path / "moved", tree, about=about)
     prompt = ["--adapter", tmp_path / "moved", "--prompt", "x", "--max-new-tokens", "1"]
@@ -119,13 +119,13 @@ def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys,
 
 def test_the_command_that_asks_a_model_is_one_that_it_answers(folder, tmp_path):
     """A chat needs a template."""
-    chats = read_outline(folder.model, folder.tokens)
+    chats = read_model_info(folder.model, folder.tokens)
     assert ask_words(chats) == ("train.generate", "--interactive")
     assert ask_words(chats.quantized("nf4").scaled({"rope_type": "linear", "factor": 2.0}))[1:] == (
         "--interactive",
     )
     write_encoder(tmp_path / "encoder")
-    assert ask_words(read_classifier_outline(str(tmp_path / "encoder"), 2)) == (
+    assert ask_words(read_classifier_info(str(tmp_path / "encoder"), 2)) == (
         "train.predict",
         "TEXT",
     )
@@ -141,7 +141,7 @@ def test_a_classifier_reads_texts_with_it(tmp_path, capsys):
         file.rename(tmp_path / "tokens" / file.name)
     model, params = models.from_pretrained(base, head="classification", num_labels=2)
     tree = lj.lorafy(params, [lj.TrainRule(targets=["classifier"])])
-    outline = read_classifier_outline(str(base), 2, tokenizer=str(tmp_path / "tokens"))
+    outline = read_classifier_info(str(base), 2, tokenizer=str(tmp_path / "tokens"))
     lj.save_adapter(tmp_path / "adapter", tree, about={**outline.about, "labels": ["a", "b"]})
     predict.main(["--adapter", str(tmp_path / "adapter"), "a text"])
     assert '"label"' in capsys.readouterr().out

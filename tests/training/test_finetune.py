@@ -356,7 +356,7 @@ BAD = {
 def test_bad_input_is_an_error_before_any_work(case, monkeypatch):
     given, message = BAD[case]
     module = sys.modules["lora_jax.training.finetune"]  # whose name is the function's, too
-    monkeypatch.setattr(module, "make_ready", None)
+    monkeypatch.setattr(module, "make_start", None)
     model, params = mlp()
     options = {"examples": ARRAYS, "rules": UP, "loss": of_mlp, "lr": 0.1, **given}
     with pytest.raises(training.TrainingError, match=message):

@@ -28,7 +28,7 @@ from tests.train.tiny import CONFIG, tokenizer
 from tests.training.test_losses import bag
 from train.console.errors import flag
 from train.options.common import RunConfig
-from train.run.log import Log, read_metrics
+from train.run.log import RunLog, read_metrics
 
 STEPS = 9
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]
@@ -164,7 +164,7 @@ def run(folder, halves, step, poisoned, **options):
     settings = RunConfig(output=str(folder), **options)
     state = error = None
     try:
-        with Log(folder, console, first=0, last=STEPS) as log:
+        with RunLog(folder, console, first=0, last=STEPS) as log:
             state, _ = loop(step, begin(adapter), base, STEPS, settings, hooks, log, Stop())
     except Diverged as raised:
         error = raised.said(flag)

@@ -12,7 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import subspace
 from lora_jax.training.batches import Examples
-from lora_jax.training.held_out import Formed, held_out_loss, means
+from lora_jax.training.held_out import FormedTree, held_out_loss, means
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.run.stop import Stop
@@ -68,8 +68,8 @@ def test_weights_are_formed_once_and_measured_as_in_each_batch():
     def plain(params, x):
         return x @ params["kernel"]
 
-    once = measured(None, Formed(form, plain))
+    once = measured(None, FormedTree(form, plain))
     assert len(formed) == 1, "in three batches"
     assert_close(once, each, 1e-6)
-    base_loss = measured(None, Formed(lambda tree: subspace.base_of(tree), plain))
+    base_loss = measured(None, FormedTree(lambda tree: subspace.base_of(tree), plain))
     assert abs(once["loss"] - base_loss["loss"]) > 0.05 * base_loss["loss"], "theta counts"

@@ -16,7 +16,7 @@ from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import init_state, make_step
 from train.options.common import RunConfig
-from train.run.log import Log, read_metrics
+from train.run.log import RunLog, read_metrics
 
 CONTEXTS, ACTIONS = 3, 4  # the good action in a context is the one of its number
 PARTS, SIZE = 2, 32
@@ -91,7 +91,7 @@ def trained(folder, *, frozen):
     )
     folder.mkdir()
     console = Console(file=io.StringIO(), force_terminal=False)
-    with Log(folder, console, first=0, last=STEPS) as log:
+    with RunLog(folder, console, first=0, last=STEPS) as log:
         state, _ = loop(
             jax.jit(step, donate_argnums=0),
             state,

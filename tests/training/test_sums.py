@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Hooks, Measure
+from lora_jax.training.loop import Hooks, PeriodicMeasure
 from lora_jax.training.loop import train as loop
 from lora_jax.training.losses import (
     CROSS_ENTROPY,
@@ -33,7 +33,7 @@ from tests.training.test_losses import BATCH, M, bag, batch, lora, on_merged
 from train.options.common import RunConfig
 from train.processes.mesh import make_mesh
 from train.reporters.tensorboard import TensorBoard
-from train.run.log import Log, read_metrics
+from train.run.log import RunLog, read_metrics
 
 # What is small and whole is summed in fp32 without rounding, in whatever order.
 RNG = np.random.default_rng(0)
@@ -246,7 +246,7 @@ def looped(folder, reduction, log_every):
         return state._replace(step=state.step + 1), metrics
 
     measured = {"loss": 7.0, "hits": 0.5}
-    measure = Measure(every=4, prefix=HELD_OUT, take=lambda state: measured)
+    measure = PeriodicMeasure(every=4, prefix=HELD_OUT, take=lambda state: measured)
     hooks = Hooks(
         batch=lambda number, state: {"number": number},
         placed=lambda batch: batch,
@@ -262,7 +262,7 @@ def looped(folder, reduction, log_every):
     settings = RunConfig(output=str(folder), log_every=log_every)
     with (
         reporting(folder, {"tensorboard": TensorBoard}) as reports,
-        Log(folder, console, first=0, last=4, reporting=reports) as log,
+        RunLog(folder, console, first=0, last=4, reporting=reports) as log,
     ):
         loop(step, State({}, (), 0, None), {}, 4, settings, hooks, log, Stop())
     return read_metrics(folder), console.file.getvalue()

@@ -36,8 +36,8 @@ from train.compare.sweep import PROGRESS, Sweep, read_progress
 from train.compare.trials import RUNS, ComparedScript, trials_of
 from train.console.errors import UserError, flag
 from train.console.output import tell
-from train.finetune import RunPart, weights_of
-from train.inputs import Inputs, Reader
+from train.finetune import RunPart, load_model
+from train.inputs import InputReader, Inputs
 from train.options.command import read_line
 from train.options.field import check_effects
 from train.options.file import as_file, check_same_run, from_file, replaced
@@ -45,7 +45,7 @@ from train.options.scripts import classify as classify_options
 from train.options.scripts import sft as sft_options
 from train.processes import hosts
 from train.processes.session import Session
-from train.run.intrinsic import merged, moves_weights, space_of
+from train.run.intrinsic import merge_trained, moves_weights, space_of
 from train.run.lifecycle import Run, resume_hint
 from train.run.output import CONFIG, remove_empty
 
@@ -101,7 +101,7 @@ SCRIPTS = {
         plain=classify_options.Config(),
         task_of=classify.task_of,
         check=classify.check,
-        with_defaults=classify_options.with_defaults,
+        with_defaults=classify_options.fill_defaults,
         quick={"epochs": 1.0, "seeds": (0, 1)},
         quick_full=(1.0, 3.0, 9.0),
     ),
@@ -189,7 +189,7 @@ def compare(
     folder = _open_folder(config, session, console)
     asked = config.compare
     text = outside.read_text(asked.outside) if script.kind == "sft" else None
-    reader = Reader()
+    reader = InputReader()
     trials, inputs = trials_of(script, config, given, folder, reader)
     on_text = None
     if text is not None:
@@ -240,10 +240,10 @@ def _intruders(inputs: Inputs, known: dict[Any, Any], run: Run, tree: Any) -> fl
     outline, layout = inputs.read.outline, inputs.layout
     adapter = run.config.adapter
     if moves_weights(adapter):  # the tree holds no base, or one that a subspace moves
-        before = weights_of(run.config, outline, layout)[1]
+        before = load_model(run.config, outline, layout)[1]
     else:
         before = lj.strip(tree)
-    after = merged(space_of(run.config, outline.params), tree)
+    after = merge_trained(space_of(run.config, outline.params), tree)
     return mean_intruders(before, after, outline.kinds, known)
 
 

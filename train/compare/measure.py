@@ -28,7 +28,7 @@ from train.compare.sweep import Sweep
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.console.output import tell
-from train.finetune import weights_of
+from train.finetune import load_model
 from train.inputs import Inputs
 from train.reporters.files import read_json
 from train.run.log import doing, read_metrics
@@ -52,7 +52,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
     # The options of an adapter's run, if there is one: over the base as it is.
     config = min(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method)).config
     with doing(console, f"reading the weights of {outline.name}"):
-        model, plain = weights_of(config, outline, inputs.layout)
+        model, plain = load_model(config, outline, inputs.layout)
     forward = lj.adapt(model.apply) if outline.in_codes else model.apply
     before = None
     if sweep.outside is not None:

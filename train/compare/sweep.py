@@ -28,7 +28,7 @@ from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
 from train.console.output import tell
 from train.finetune import RunPart, finetune
-from train.many.one import Asked
+from train.many.one import RunRequest
 from train.many.runs import train_rows
 from train.options.file import replaced
 from train.options.optim import warmup_steps
@@ -215,7 +215,7 @@ class Sweep:
         asked = []
         for trial in group:
             row = TableRow(trial.name, f"run {trial.name}", frozenset(), _resumed_options(trial))
-            asked.append(Asked(row, trial.task))
+            asked.append(RunRequest(row, trial.task))
         for one in train_rows(self.script, asked, self.session, self.console, part):
             done = self.record.progress(one.row.name)
             if one.state == "failed":

@@ -20,10 +20,10 @@ from train.compare.peft_experiment import Experiment, read_experiment
 from train.compare.result import Arm
 from train.compare.rungs import MEASUREMENTS
 from train.console.errors import UserError, flag
-from train.inputs import Inputs, Reader, inputs_of
+from train.inputs import InputReader, Inputs, make_inputs
 from train.options.common import Options
 from train.options.defaults import Defaults
-from train.options.field import Shared, idle_options, traits_of
+from train.options.field import SharedOption, idle_options, traits_of
 from train.options.file import replaced
 from train.processes.mesh import make_mesh
 from train.run.rules import rules
@@ -124,7 +124,7 @@ def basis_of(script: ComparedScript, options: Any) -> arms.ScriptDefaults:
 
 
 def trials_of(
-    script: ComparedScript, config: Any, given: Collection[str], folder: Path, reader: Reader
+    script: ComparedScript, config: Any, given: Collection[str], folder: Path, reader: InputReader
 ) -> tuple[list[Trial], Inputs]:
     """Returns all runs, checked, and the inputs of one of them.
 
@@ -188,7 +188,7 @@ def _asked(
         seeds = compare.seeds if "seeds" in given else (one.seed,)
         own = {name: value for name, value in one.options.items() if name not in given}
         runs += [Experiment(one.arm, seed, own) for seed in seeds]
-    of_base = [k for k, traits in traits_of(options).items() if traits.shared is Shared.BASE]
+    of_base = [k for k, traits in traits_of(options).items() if traits.shared is SharedOption.BASE]
     for name in of_base:
         values = {run.options[name]: run for run in runs if name in run.options}
         if len(values) > 1:
@@ -205,7 +205,7 @@ def _trial(
     one: Experiment,
     first_seed: int,
     folder: Path,
-    reader: Reader,
+    reader: InputReader,
 ) -> tuple[Trial, Inputs]:
     options = replaced(options, one.options)
     changes = arms.settings(one.arm, one.seed) | {
@@ -225,7 +225,7 @@ def _trial(
     config = task.completed(config)
     rules(config.adapter)
     mesh = make_mesh(config.run.mesh, config.optim.batch_size)
-    inputs = inputs_of(config, mesh, reader(config, task))
+    inputs = make_inputs(config, mesh, reader(config, task))
     steps = inputs.steps
     if inputs.read.data.held_out is None:
         raise UserError(

@@ -17,7 +17,7 @@ from train.console.progress import progress_of
 from train.data import cache
 from train.data.dataset import Dataset
 from train.processes import hosts
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 
 def tokenize(
@@ -72,7 +72,7 @@ def tokenize(
 
 
 def read_images(
-    datasets: Sequence[Dataset], outline: Outline
+    datasets: Sequence[Dataset], outline: ModelInfo
 ) -> tuple[list[Dataset], list[Pictures]]:
     """Returns data sets, and the images of each if a row has some and the model reads them."""
     if not isinstance(outline.config, SmolVLMConfig):

@@ -16,7 +16,7 @@ from train.console.markdown import escape_markdown, table
 from train.data.files import FILE_KINDS, named
 from train.export.marked import mark
 from train.export.terms import auto_class, loading_config, loading_options
-from train.options.field import Card, traits_of
+from train.options.field import CardSection, traits_of
 from train.options.scripts import classify, distill, dpo, grpo, sft
 from train.reporters.files import read_json
 from train.run.log import read_metrics
@@ -29,11 +29,11 @@ _PLACES = {
     name: traits.card
     for options in (sft, classify, dpo, grpo, distill)
     for name, traits in traits_of(options.Config()).items()
-    if traits.card is not Card.NOWHERE
+    if traits.card is not CardSection.NOWHERE
 }
 _IN_ORDER = sorted(_PLACES, key=_PLACES.__getitem__)
-_OF_ADAPTER = [name for name in _IN_ORDER if _PLACES[name] is Card.ADAPTER]
-_OF_TRAINING = [name for name in _IN_ORDER if _PLACES[name] is not Card.ADAPTER]
+_OF_ADAPTER = [name for name in _IN_ORDER if _PLACES[name] is CardSection.ADAPTER]
+_OF_TRAINING = [name for name in _IN_ORDER if _PLACES[name] is not CardSection.ADAPTER]
 _OF_PEFT = (
     *("r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora"),
     *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices"),

@@ -31,7 +31,7 @@ from train.generate.shared_base import (
 )
 from train.options.field import given_options
 from train.processes.cache import keep_compiled
-from train.run.pretrained import read_model, read_outline
+from train.run.pretrained import read_model, read_model_info
 from train.run.sampling import apply_generation_config
 
 
@@ -62,7 +62,7 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     prompts = read_prompts(options)
     adapters = find_adapters(options.adapter)
     tokenizer = tokenizer_name(adapters, options.tokenizer)
-    outline = outlined(read_outline(base_of(adapters, options.model), tokenizer), adapters)
+    outline = outlined(read_model_info(base_of(adapters, options.model), tokenizer), adapters)
     outline = outline_with_template(outline, adapters, options.chat_template)
     for adapter in adapters:
         if adapter.source:

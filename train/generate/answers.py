@@ -18,7 +18,7 @@ from lora_jax.training.data.vision.pictures import pixel_values
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
 from train.run.complete import pad_left
-from train.run.pretrained import Outline, end_tokens
+from train.run.pretrained import ModelInfo, end_tokens
 from train.run.stops import StopTexts
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -121,7 +121,7 @@ class AnswerGenerator:
     model: Any
     params: Any
     apply: Callable[..., Any] | None
-    outline: Outline
+    outline: ModelInfo
     options: GenerateOptions
 
     def answer(self, most: int | None = None) -> GeneratedAnswer:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.training.arguments import NOT_NEGATIVE, SEED, Numbers, at_least, check_numbers
+from lora_jax.training.arguments import NOT_NEGATIVE, SEED, NumberRange, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
 from train.options.command import parse_options
@@ -17,9 +17,9 @@ from train.options.tokenizer import TemplateOption, TokenizerOption
 BASE = "base"  # the name of the base alone among the adapters
 _NUMBERS = {
     "seed": SEED,
-    **dict.fromkeys(("max_new_tokens", "batch_size", "num_samples", "top_k"), at_least(1)),
+    **dict.fromkeys(("max_new_tokens", "batch_size", "num_samples", "top_k"), minimum(1)),
     "temperature": NOT_NEGATIVE,
-    "top_p": Numbers(lambda x: 0 < x <= 1, "a probability above 0 and at most 1"),
+    "top_p": NumberRange(lambda x: 0 < x <= 1, "a probability above 0 and at most 1"),
 }
 
 

@@ -20,7 +20,7 @@ from train.console.errors import UserError, as_user_errors
 from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
 from train.generate.options import GenerateOptions
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 _REPEATED = ("messages", "prompt", "tools", IMAGES)  # of a row, in an output
 _TOO_LONG = "prompt and --max-new-tokens"
@@ -123,7 +123,7 @@ def _of_row(row: Row, name: str) -> Prompt:
     return Prompt(name, repeated, chat)
 
 
-def check_template(options: GenerateOptions, outline: Outline, prompts: Iterable[Prompt]) -> None:
+def check_template(options: GenerateOptions, outline: ModelInfo, prompts: Iterable[Prompt]) -> None:
     """Raises a UserError for what needs a chat template, if the model has none."""
     if outline.tokenizer.chat_template is not None:
         return
@@ -144,7 +144,9 @@ def check_template(options: GenerateOptions, outline: Outline, prompts: Iterable
         )
 
 
-def tokenize(prompts: Sequence[Prompt], outline: Outline, system: str | None) -> list[PromptTokens]:
+def tokenize(
+    prompts: Sequence[Prompt], outline: ModelInfo, system: str | None
+) -> list[PromptTokens]:
     """Returns the tokens of each prompt, up to the start of the answer.
 
     Args:
@@ -178,7 +180,7 @@ def tokenize(prompts: Sequence[Prompt], outline: Outline, system: str | None) ->
 
 
 def _with_images(
-    prompts: Sequence[Prompt], made: Sequence[list[int]], outline: Outline
+    prompts: Sequence[Prompt], made: Sequence[list[int]], outline: ModelInfo
 ) -> list[PromptTokens]:
     """Returns tokens with those of images, and the images."""
     assert outline.images is not None
@@ -193,7 +195,7 @@ def _with_images(
     return found
 
 
-def _rendered(prompt: Prompt, outline: Outline, system: str | None) -> str:
+def _rendered(prompt: Prompt, outline: ModelInfo, system: str | None) -> str:
     turns = prompt.chat.messages
     if system is not None:
         if any(turn["role"] == "system" for turn in turns):
@@ -209,7 +211,7 @@ def _rendered(prompt: Prompt, outline: Outline, system: str | None) -> str:
 def check_lengths(
     prompts: Sequence[Prompt],
     tokens: Sequence[PromptTokens],
-    outline: Outline,
+    outline: ModelInfo,
     options: GenerateOptions,
 ) -> None:
     """Raises a UserError if a prompt and its answer together are longer than the model allows."""
@@ -223,7 +225,7 @@ def check_lengths(
 
 
 def drop_long_prompts(
-    prompts: list[Prompt], tokens: list[PromptTokens], outline: Outline, options: GenerateOptions
+    prompts: list[Prompt], tokens: list[PromptTokens], outline: ModelInfo, options: GenerateOptions
 ) -> tuple[list[Prompt], list[PromptTokens]]:
     """Returns the prompts and tokens that the model allows, and says which it does not."""
     kept = []

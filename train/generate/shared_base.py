@@ -17,7 +17,7 @@ from train.console.output import say
 from train.generate.answers import AnswerGenerator
 from train.generate.options import BASE, GenerateOptions
 from train.options.scripts.sft import DEFAULT_MODEL
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
@@ -107,7 +107,7 @@ def tokenizer_name(adapters: Sequence[NamedAdapter], tokenizer: str | None) -> s
     return first.tokenizer
 
 
-def outlined(outline: Outline, adapters: Sequence[NamedAdapter]) -> Outline:
+def outlined(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> ModelInfo:
     """Returns the outline of the base as the adapters were trained on it: its RoPE, its codes.
 
     Raises:
@@ -129,8 +129,8 @@ def outlined(outline: Outline, adapters: Sequence[NamedAdapter]) -> Outline:
 
 
 def outline_with_template(
-    outline: Outline, adapters: Sequence[NamedAdapter], given: str | None
-) -> Outline:
+    outline: ModelInfo, adapters: Sequence[NamedAdapter], given: str | None
+) -> ModelInfo:
     """Returns the outline with the chat template of --chat-template, or else of the adapters.
 
     Raises:
@@ -163,7 +163,7 @@ class LoadedAdapters:
         model: Any,
         params: Any,
         adapters: Sequence[NamedAdapter],
-        outline: Outline,
+        outline: ModelInfo,
         options: GenerateOptions,
     ):
         """Reads the adapters, and says how they run; see `GenerateOptions.merge`.

@@ -15,7 +15,7 @@ from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.layout import OnMesh
 from lora_jax.training.losses import Completions, mismatched_kl
-from lora_jax.training.ready import Numbers, Ready
+from lora_jax.training.ready import BatchNumbers, TrainingStart
 from lora_jax.training.step import State
 from train.live.reference import (
     is_live,
@@ -41,7 +41,7 @@ class Compared:
         not KTO, and needs no divergence of mismatched completions.
     """
 
-    ready: Ready
+    ready: TrainingStart
     score: OnMesh
     params: Tree
     cached: bool
@@ -57,7 +57,7 @@ class Compared:
             batch = batch | {"kl": np.full(batch["ids"].shape[:2], kl, np.float32)}
         return batch
 
-    def noted(self, number: int) -> Mapping[str, float]:
+    def metrics(self, number: int) -> Mapping[str, float]:
         """Returns nothing: the loss logs all there is."""
         return {}
 
@@ -123,7 +123,7 @@ def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
     return dataclasses.replace(examples, table=Sequences.of(made), firsts=firsts, reference=None)
 
 
-def prepared(of: Preparing) -> tuple[Ready, Data]:
+def prepared(of: Preparing) -> tuple[TrainingStart, Data]:
     """Returns what training begins with, and its data, compared with the reference.
 
     Raises:
@@ -158,7 +158,7 @@ def prepared(of: Preparing) -> tuple[Ready, Data]:
 
 def _divergence_of_rows(
     of: Preparing, score: OnMesh, params: Tree, held_out: Preferences
-) -> Numbers:
+) -> BatchNumbers:
     """Returns the function of KTO's divergence over all held-out rows together."""
     rooms = mixable(held_out, of.config.data.seq_len)
     mixed = with_reference(of, score, params, mismatched(rooms, np.arange(len(rooms))))

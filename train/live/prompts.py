@@ -16,7 +16,7 @@ from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, name_of
 from train.reporters.contract import Sample
 from train.rewards.find import Rewards
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 _OF_PROMPT = ("prompt", "messages")
 _MOST_WIDTHS = 4  # sampler, scorer and step are compiled for each
@@ -149,7 +149,7 @@ class PromptFeed:
 
     config: Any
     prompts: Prompts
-    outline: Outline
+    outline: ModelInfo
     scored: tuple[str, ...] = ("old",)
     judged: tuple[str, ...] = ("advantages",)
     held: tuple[int, HostBatch] = (-1, {})

@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax.core.types import Tree
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import advantages_of, leave_one_out
-from lora_jax.training.ready import Ready
+from lora_jax.training.ready import TrainingStart
 from train.live.prompts import Drawn, PromptFeed
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
@@ -27,7 +27,7 @@ def scored(config: Any) -> tuple[str, ...]:
     return ("old", *(["reference"] if compares else []))
 
 
-def prepared(of: Preparing) -> tuple[Ready, Data]:
+def prepared(of: Preparing) -> tuple[TrainingStart, Data]:
     """Returns what training begins with, and its data: batches are rollouts that rewards judge."""
     assert isinstance(of.ready.feed, PromptFeed)
     return dataclasses.replace(of.ready, live=Rewarded(of, of.ready.feed)), of.data

@@ -73,7 +73,7 @@ class Rollouts(abc.ABC):
           batch, …]; and metrics, None for one that is not known.
         """
 
-    def noted(self, number: int) -> Mapping[str, float | None]:
+    def metrics(self, number: int) -> Mapping[str, float | None]:
         """Returns the metrics of the newest completions."""
         return self.feed.noted
 

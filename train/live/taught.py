@@ -10,7 +10,7 @@ from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row
 from lora_jax.training.layout import Layout
-from lora_jax.training.ready import Ready
+from lora_jax.training.ready import TrainingStart
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
@@ -18,17 +18,17 @@ from train.live.prompts import Drawn, PromptFeed, Prompts, Widths
 from train.live.rollouts import Rollouts
 from train.options.scripts.distill import BASE
 from train.reporters.contract import Sample
-from train.run.pretrained import Outline, check_weights, read_model, read_outline
+from train.run.pretrained import ModelInfo, check_weights, read_model, read_model_info
 from train.tasks.task import Data, Preparing
 
 
-def prepared(of: Preparing) -> tuple[Ready, Data]:
+def prepared(of: Preparing) -> tuple[TrainingStart, Data]:
     """Returns what training begins with, and its data: batches are rollouts of a teacher's."""
     assert isinstance(of.ready.feed, PromptFeed)
     return dataclasses.replace(of.ready, live=Taught(of, of.ready.feed)), of.data
 
 
-def teacher_outline(config: Any, outline: Outline) -> Outline:
+def teacher_outline(config: Any, outline: ModelInfo) -> ModelInfo:
     """Returns the outline of the teacher's base, checked against the student's; reads no weights.
 
     Raises:
@@ -37,7 +37,7 @@ def teacher_outline(config: Any, outline: Outline) -> Outline:
     data = config.data
     found = outline
     if data.teacher_model is not None:
-        found = read_outline(data.teacher_model, data.tokenizer, "--teacher-model")
+        found = read_model_info(data.teacher_model, data.tokenizer, "--teacher-model")
         found = found.with_template(data.chat_template).dated(data.template_date, optional=True)
     if found.tokenizer.get_vocab() != outline.tokenizer.get_vocab():
         raise UserError(
@@ -49,7 +49,7 @@ def teacher_outline(config: Any, outline: Outline) -> Outline:
     return found
 
 
-def teacher_prompts(config: Any, prompts: Prompts, outline: Outline) -> Prompts:
+def teacher_prompts(config: Any, prompts: Prompts, outline: ModelInfo) -> Prompts:
     """Returns prompts as the teacher sees them.
 
     Raises:
@@ -63,7 +63,7 @@ def teacher_prompts(config: Any, prompts: Prompts, outline: Outline) -> Prompts:
     return found
 
 
-def _with(text: str, row: Row, outline: Outline) -> Row:
+def _with(text: str, row: Row, outline: ModelInfo) -> Row:
     """Returns a row with a text before its prompt: a turn of the system, or plain text."""
     name = "messages" if row.get("messages") else "prompt"
     asked = row[name]

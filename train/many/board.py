@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from lora_jax.training.run.log import Line
 from train.console.output import tell
 from train.reporters.files import LOG
-from train.run.log import Log, QuietLog
+from train.run.log import QuietLog, RunLog
 
 _SECONDS = 5.0  # between tables in a log file
 _WIDTH = 100  # characters of a run's own log
@@ -89,7 +89,7 @@ class Board:
 class TeeLog:
     """Writes to the log of a run and to the board."""
 
-    def __init__(self, log: Log | QuietLog, board: Board, name: str) -> None:
+    def __init__(self, log: RunLog | QuietLog, board: Board, name: str) -> None:
         self._log, self._board, self._name = log, board, name
 
     def __enter__(self) -> "TeeLog":
@@ -110,7 +110,7 @@ class TeeLog:
         self._board.note(self._name, {"step": step, "loss": metrics["loss"]})
 
 
-class Paper:
+class BufferedConsole:
     """The console of one run: what it prints goes to log.txt in its folder.
 
     Until the folder is this run's, it is kept in memory.

@@ -11,11 +11,11 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Stopped
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
 from lora_jax.training.processes import write_text
-from lora_jax.training.ready import Ready
+from lora_jax.training.ready import TrainingStart
 from train.console.errors import flag
 from train.console.output import tell
 from train.inputs import Inputs
-from train.many.board import Paper
+from train.many.board import BufferedConsole
 from train.options.table import TableRow
 from train.reporters.files import ERROR
 from train.run.lifecycle import Run
@@ -24,7 +24,7 @@ from train.run.output import ADAPTER
 from train.tasks.task import Evaluation, Task
 
 
-class Asked(NamedTuple):
+class RunRequest(NamedTuple):
     """A run of the table, with its task and the task's defaults."""
 
     row: TableRow[Any]
@@ -32,7 +32,7 @@ class Asked(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class One:
+class TableRun:
     """A run of the table on its way.
 
     Attributes:
@@ -49,12 +49,12 @@ class One:
 
     row: TableRow[Any]
     task: Task
-    paper: Paper
+    paper: BufferedConsole
     run: Run
     inputs: Inputs
     loss: Loss
     evaluation: Evaluation | None = None
-    ready: Ready | None = None
+    ready: TrainingStart | None = None
     ending: Ending = Ending()
     score: float | None = None
 

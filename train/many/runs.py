@@ -29,15 +29,15 @@ from lora_jax.training.loop import Stopped, training_steps
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json
-from lora_jax.training.ready import Ready, hooks_of, opened, result_of, tree_of
+from lora_jax.training.ready import TrainingStart, adapted_tree, final_tree, make_hooks, open_log
 from lora_jax.training.run.log import duration
 from lora_jax.training.step import State
 from train.console.errors import UserError, as_user_errors
 from train.console.output import tell
-from train.finetune import RunPart, evaluation_of, measures, prepared, run_of, weights_of
-from train.inputs import inputs_of
-from train.many.board import Board, Paper, TeeLog, print_results
-from train.many.one import Asked, One
+from train.finetune import RunPart, load_model, make_evaluation, make_measures, make_run, prepare
+from train.inputs import make_inputs
+from train.many.board import Board, BufferedConsole, TeeLog, print_results
+from train.many.one import RunRequest, TableRun
 from train.options.file import replaced
 from train.options.optim import make_tenant
 from train.options.table import RESULTS
@@ -47,7 +47,7 @@ from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.reporters.files import ERROR, write_csv
 from train.reporters.registry import check_packages
-from train.run.lifecycle import adapt_base, begin_run, keep_adapter, open_run_log, report_of
+from train.run.lifecycle import adapt_base, begin_run, keep_adapter, make_report, open_run_log
 from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
 from train.run.report import print_adapter, tree_bytes
@@ -58,7 +58,7 @@ FAILED = 1  # the exit code where some runs failed
 _WORTH_COMPILING = 50
 
 
-def train_many(script: str, asked: Sequence[Asked], session: Session) -> None:
+def train_many(script: str, asked: Sequence[RunRequest], session: Session) -> None:
     """Trains a table of runs, and writes their results beside their folders.
 
     Args:
@@ -79,11 +79,11 @@ def train_many(script: str, asked: Sequence[Asked], session: Session) -> None:
 
 def train_rows(
     script: str,
-    asked: Sequence[Asked],
+    asked: Sequence[RunRequest],
     session: Session,
     console: Console,
     part: RunPart | None = None,
-) -> list[One]:
+) -> list[TableRun]:
     """Trains runs side by side, to their ends or as far as `part` says.
 
     Args:
@@ -106,7 +106,7 @@ def train_rows(
     mesh = make_mesh(first.run.mesh, rows_at_once)
 
     # Cheap checks come first, of all rows. Only then are weights read, once.
-    ones: list[One] = []
+    ones: list[TableRun] = []
     for wanted in asked:
         with as_user_errors(TrainingError, prefix=f"{wanted.row.where}: "):
             ones.append(_opened(script, wanted, mesh, session, part))
@@ -119,7 +119,7 @@ def train_rows(
         )
     outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
     with doing(console, f"reading the weights of {outline.name}"):
-        model, plain = weights_of(ones[0].config, outline, layout)
+        model, plain = load_model(ones[0].config, outline, layout)
     tell(console, f"{len(ones)} runs train side by side over {outline.name}")
 
     # The adapters, and the base for comparison.
@@ -164,10 +164,10 @@ def train_rows(
     return ones
 
 
-def _opened(script: str, asked: Asked, mesh: Any, session: Session, part: RunPart) -> One:
+def _opened(script: str, asked: RunRequest, mesh: Any, session: Session, part: RunPart) -> TableRun:
     """Returns a run, its options checked, its folder locked and its rows read."""
     row, task = asked
-    config, paper = task.completed(row.options), Paper()
+    config, paper = task.completed(row.options), BufferedConsole()
     folder = Path(config.run.output).expanduser()
     going_on = config.run.resume and (folder / CONFIG).exists()
     config = replaced(config, {"resume": going_on})
@@ -176,14 +176,14 @@ def _opened(script: str, asked: Asked, mesh: Any, session: Session, part: RunPar
     folder = locked_output(config, session.release, paper.console)
     read = part.reader(config, task)
     session.release.callback(read.data.close)
-    inputs = inputs_of(config, mesh, read)
+    inputs = make_inputs(config, mesh, read)
     for line in inputs.lines:
         tell(paper.console, line)
-    run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part)
-    return One(row, task, paper, run, inputs, task.loss(config, inputs.layout))
+    run = make_run(script, config, task, session.stop, folder, paper.console, inputs, part)
+    return TableRun(row, task, paper, run, inputs, task.loss(config, inputs.layout))
 
 
-def _begun(one: One, model: Any, plain: Any, held: ExitStack) -> Tenant:
+def _begun(one: TableRun, model: Any, plain: Any, held: ExitStack) -> Tenant:
     """Adapts the base for a run, new or resumed; returns what trains beside others."""
     config, run, optim = one.config, one.run, one.config.optim
     outline, data = one.inputs.read.outline, one.inputs.read.data
@@ -191,10 +191,10 @@ def _begun(one: One, model: Any, plain: Any, held: ExitStack) -> Tenant:
     params = adapt_base(config, outline, plain, run.folder, jax.random.fold_in(key, 0))
     params = run.layout.placed(params)
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
-    one.inputs, ready = prepared(run, one.inputs, one.task, model, plain, params, ready)
+    one.inputs, ready = prepare(run, one.inputs, one.task, model, plain, params, ready)
     one.paper.keep_in(run.folder, held)
     (run.folder / ERROR).unlink(missing_ok=True)
-    one.evaluation = evaluation_of(run, one.inputs, one.task)
+    one.evaluation = make_evaluation(run, one.inputs, one.task)
     one.ready = dataclasses.replace(ready, state=jax.eval_shape(lambda: ready.state))
     tenant = make_tenant(
         optim, params, ready.setup.schedule, run.steps, loss=one.loss, key=ready.state.key
@@ -204,7 +204,7 @@ def _begun(one: One, model: Any, plain: Any, held: ExitStack) -> Tenant:
 
 
 def _train(
-    ones: Sequence[One],
+    ones: Sequence[TableRun],
     tenants: dict[str, Tenant],
     together: Together,
     model: Any,
@@ -219,30 +219,30 @@ def _train(
     evaluations: dict[Loss, Callable[..., Sums]] = {}
     board = Board(console, {name: one.run.last for name, one in by_name.items()})
 
-    def turns(one: One) -> Generator[int, tuple[Mapping[str, Any], int], Any]:
+    def turns(one: TableRun) -> Generator[int, tuple[Mapping[str, Any], int], Any]:
         """Yields the steps of a run to take; returns its trained tree and its report."""
         assert one.ready is not None
         name, run, ready, loss = one.row.name, one.run, one.ready, one.loss
-        now, tree = functools.partial(together.state, name), functools.partial(tree_of, ready)
+        now, tree = functools.partial(together.state, name), functools.partial(adapted_tree, ready)
         evaluation = evaluations.setdefault(
             loss.held_out, compiled_evaluation(layout, forward, loss)
         )
         held_out = functools.partial(held_out_loss, ready, forward, loss, evaluation=evaluation)
         with open_run_log(run, ready, int(now().step)) as own:
-            to_measure = measures(
+            to_measure = make_measures(
                 run, one.inputs, one.evaluation, model, tree, answering, held_out, own
             )
-            hooks = hooks_of(ready, loss, [*to_measure], run.hint)
+            hooks = make_hooks(ready, loss, [*to_measure], run.hint)
             log = TeeLog(own, board, name)
-            with opened(log, ready):
+            with open_log(log, ready):
                 step_seconds = yield from training_steps(
                     now, run.last, one.config.run, hooks, log, run.stop
                 )
-            trained = result_of(ready, now())
+            trained = final_tree(ready, now())
             if run.pauses:
                 return trained, {}
             keep_adapter(run, ready, trained)
-        return trained, report_of(run, ready, trained, loss, step_seconds)
+        return trained, make_report(run, ready, trained, loss, step_seconds)
 
     def ended(name: str, ending: Ending) -> None:
         one = by_name[name]
@@ -273,14 +273,14 @@ def _train(
             board.show()
 
 
-def _batch_of(ready: Ready, now: Callable[[], State]) -> Callable[[int], HostBatch]:
+def _batch_of(ready: TrainingStart, now: Callable[[], State]) -> Callable[[int], HostBatch]:
     """Returns the function of a run's batches, which may need its state."""
     if (live := ready.live) is None:
         return ready.feed.batch
     return lambda number: live.batch(number, now())
 
 
-def _finish(ones: Sequence[One], console: Console, session: Session, began: float) -> None:
+def _finish(ones: Sequence[TableRun], console: Console, session: Session, began: float) -> None:
     """Writes and prints the results; ends with the exit code."""
     results = [one.result() for one in ones]
     parent = ones[0].run.folder.parent

@@ -11,7 +11,7 @@ import tyro
 
 from train.options.common import Options
 from train.options.elsewhere import check_names
-from train.options.field import given_options, outdone, traits_of
+from train.options.field import excluded, given_options, traits_of
 from train.options.file import read_options, replaced
 from train.options.paths import check_local, check_paths
 
@@ -66,7 +66,7 @@ def read_line(
         check_local("config", [path])
         config, lines = read_options(path, config)
         in_file = lines
-        overridden = outdone(config, on_line) & in_file.keys()
+        overridden = excluded(config, on_line) & in_file.keys()
         config = replaced(config, {name: value_of(plain, name) for name in overridden})
         # Where the file turns something on, --no-… turns it off.
         overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}

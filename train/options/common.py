@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lora_jax.training import arguments
-from lora_jax.training.arguments import Numbers, at_least
+from lora_jax.training.arguments import NumberRange, minimum
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors, flag
 from train.options import field
-from train.options.conditions import Idle
-from train.options.field import Card, Shared, Uncompared, option
+from train.options.conditions import NoEffect
+from train.options.field import CardSection, SharedOption, Uncompared, option
 from train.options.optim import check_optim
 from train.options.paths import Words
 from train.options.variants import VariantOptions
@@ -26,11 +26,11 @@ _REMAT |= {name: name for name in ("offload", "dots_saveable", "dots_with_no_bat
 
 # The numbers that the options of all scripts take.
 _NUMBERS = arguments.NUMBERS | {
-    **dict.fromkeys(("eval_every", "score_every"), at_least(0)),
-    "num_processes": at_least(1),
-    "warmup_ratio": Numbers(lambda x: 0 <= x < 1, "a share of the steps, from 0 to below 1"),
-    "min_lr": Numbers(lambda x: 0 <= x <= 1, "a share of the peak learning rate, from 0 to 1"),
-    "decay": Numbers(lambda x: 0 < x <= 1, "a share of the steps, above 0 and at most 1"),
+    **dict.fromkeys(("eval_every", "score_every"), minimum(0)),
+    "num_processes": minimum(1),
+    "warmup_ratio": NumberRange(lambda x: 0 <= x < 1, "a share of the steps, from 0 to below 1"),
+    "min_lr": NumberRange(lambda x: 0 <= x <= 1, "a share of the peak learning rate, from 0 to 1"),
+    "decay": NumberRange(lambda x: 0 < x <= 1, "a share of the steps, above 0 and at most 1"),
     "neftune": arguments.NOT_NEGATIVE,
 }
 
@@ -111,8 +111,8 @@ class AdapterConfig(VariantOptions, _FactorOptions):
     peft_config: str | None = option(
         None,
         field.HIDDEN,
-        Idle.FULL,
-        Idle.INIT_ADAPTER,
+        NoEffect.FULL,
+        NoEffect.INIT_ADAPTER,
         of_inputs=False,
         uncompared=Uncompared.ADAPTER,
     )
@@ -122,7 +122,9 @@ class AdapterConfig(VariantOptions, _FactorOptions):
     init_adapter: str | None = option(None, field.START)
     """Start from this adapter, with its own targets, rank and alpha: the folder of a run, of this
     library or of PEFT, or the hub name of a PEFT adapter."""
-    allow_base_mismatch: bool = option(False, field.START, Idle.NO_INIT_ADAPTER, changeable=True)
+    allow_base_mismatch: bool = option(
+        False, field.START, NoEffect.NO_INIT_ADAPTER, changeable=True
+    )
     """Accept an adapter that was trained on another base."""
 
 
@@ -132,7 +134,7 @@ class OptimConfig:
 
     steps: int | None = option(None, field.COURSE, excludes="epochs")
     """Optimiser steps."""
-    epochs: float | None = option(None, field.COURSE, Idle.STREAM)
+    epochs: float | None = option(None, field.COURSE, NoEffect.STREAM)
     """Passes over the data, as an alternative to --steps."""
     batch_size: int = option(8, field.OPTIMISATION, compared_by="batch_sizes")
     """Sequences in memory at once, on all devices together."""
@@ -146,7 +148,7 @@ class OptimConfig:
     """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
     sgd. A variant of the adapter may have another default."""
     lr_rule: Literal["llama", "qwen"] | None = option(
-        None, field.OPTIMISATION, Idle.ALONE, excludes="lr", uncompared=Uncompared.RATES
+        None, field.OPTIMISATION, NoEffect.ALONE, excludes="lr", uncompared=Uncompared.RATES
     )
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""
@@ -162,22 +164,22 @@ class OptimConfig:
     """Added to the root of the mean squared gradient (adamw, schedule-free). By default 1e-8."""
     momentum: float | None = option(None, field.OPTIMISATION)
     """Momentum of sgd (by default 0.9) and of muon (by default 0.95)."""
-    schedule: ScheduleKind = option("cosine", field.OPTIMISATION, Idle.AVERAGES)
+    schedule: ScheduleKind = option("cosine", field.OPTIMISATION, NoEffect.AVERAGES)
     """Schedule of the learning rate after the warmup. linear and cosine fall to --min-lr over all
     steps, wsd over the last ones (see --decay); inverse-sqrt falls as 1 / sqrt(step)."""
-    warmup: int = option(3, field.OPTIMISATION, Idle.WARMUP_RATIO, excludes="warmup_ratio")
+    warmup: int = option(3, field.OPTIMISATION, NoEffect.WARMUP_RATIO, excludes="warmup_ratio")
     """Steps of linear warmup of the learning rate."""
     warmup_ratio: float | None = option(None, field.OPTIMISATION)
     """Steps of warmup as a share of all steps; an alternative to --warmup."""
-    min_lr: float = option(0.0, field.OPTIMISATION, Idle.AVERAGES, Idle.FLAT)
+    min_lr: float = option(0.0, field.OPTIMISATION, NoEffect.AVERAGES, NoEffect.FLAT)
     """The final learning rate of linear, cosine and wsd, as a share of the peak."""
-    decay: float = option(DECAY, field.OPTIMISATION, Idle.AVERAGES, Idle.NEVER_STABLE)
+    decay: float = option(DECAY, field.OPTIMISATION, NoEffect.AVERAGES, NoEffect.NEVER_STABLE)
     """The share of the steps over which --schedule wsd falls."""
     weight_decay: float = option(0.0, field.OPTIMISATION)
     """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
     grad_clip: float = option(1.0, field.OPTIMISATION)
     """Maximum norm of the whole gradient; 0 for no clipping."""
-    neftune: float = option(0.0, field.OPTIMISATION, Idle.IMAGES)
+    neftune: float = option(0.0, field.OPTIMISATION, NoEffect.IMAGES)
     """NEFTune's alpha: adds noise of at most alpha / sqrt(length * width) to the embeddings of
     training tokens (the paper uses 5 to 15); 0 for none."""
     seed: int = option(0, field.OPTIMISATION, compared_by="seeds")
@@ -199,12 +201,14 @@ class OptimConfig:
     ragged: all tokens of a device, sorted by expert, in a kernel that only the TPU's compiler has.
     auto: ragged on a TPU (but blocks for experts in codes, and for --dropout on several chips), and
     blocks elsewhere."""
-    dtype: Literal["float32", "bfloat16"] = option("float32", field.OF_BASE, card=Card.OPTIMISATION)
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", field.OF_BASE, card=CardSection.OPTIMISATION
+    )
     """The dtype of the base and its activations. Adapters are always float32, and so are the
     weights with --full."""
 
     quantize: Quantize | None = option(
-        None, field.OF_BASE, Idle.FULL, Idle.INTRINSIC, card=Card.CODES
+        None, field.OF_BASE, NoEffect.FULL, NoEffect.INTRINSIC, card=CardSection.CODES
     )
     """Codes to keep the base's kernels in, under a float32 adapter (QLoRA): nf4, int4 or int8, in
     blocks of 64 with a scale each; nf4-double has its scales in 8 bits too; stored keeps the codes
@@ -225,9 +229,9 @@ class RunConfig:
     config: str | None = option(None, field.OF_CALL)
     """A YAML file of options, by their names here; the command line overrides it. A run writes its
     own options to its folder as config.yaml, and that file repeats the run."""
-    output: str = option(field.REQUIRED, field.COURSE, shared=Shared.TABLE)
+    output: str = option(field.REQUIRED, field.COURSE, shared=SharedOption.TABLE)
     """The output folder of the run."""
-    mesh: str | None = option(None, field.CHANGEABLE, shared=Shared.PROCESS)
+    mesh: str | None = option(None, field.CHANGEABLE, shared=SharedOption.PROCESS)
     """The device mesh, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes the
     remaining devices). The batch is sharded over data, fsdp and expert, each row's tokens over
     sequence, and the base over all axes but data. By default fsdp gets as many devices as can share
@@ -243,7 +247,7 @@ class RunConfig:
     dry_run: bool = option(False, field.OF_CALL, single=True, uncompared=Uncompared.MANY_RUNS)
     """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
     all, and the steps, memory and time of the run."""
-    resume: bool = option(False, field.OF_CALL, Idle.DRY_RUN, of_inputs=False)
+    resume: bool = option(False, field.OF_CALL, NoEffect.DRY_RUN, of_inputs=False)
     """Resume from the last checkpoint in the output folder."""
     overwrite: bool = option(False, field.OF_CALL, excludes="resume", of_inputs=False)
     """Delete the run in the output folder and start a new one."""
@@ -270,14 +274,14 @@ class RunConfig:
     """Services that get the metrics, beside metrics.jsonl; or none. tensorboard writes files to the
     output folder; each of the others needs the extra of its name. A resumed run continues its runs
     there."""
-    report_project: Words | None = option(None, field.COURSE, Idle.NO_PROJECT)
+    report_project: Words | None = option(None, field.COURSE, NoEffect.NO_PROJECT)
     """The run's project in the service (MLflow calls it an experiment). By default the one that the
     service's own environment variable names, or lora_jax."""
-    compilation_cache: Words | None = option(None, field.CHANGEABLE, shared=Shared.PROCESS)
+    compilation_cache: Words | None = option(None, field.CHANGEABLE, shared=SharedOption.PROCESS)
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR. Many processes have no
     default: name a folder that all of them reach."""
-    max_skipped: int = option(3, field.COURSE, card=Card.SKIPPED)
+    max_skipped: int = option(3, field.COURSE, card=CardSection.SKIPPED)
     """Stop the run after this many skipped steps in a row. A step is skipped if its loss or its
     gradient is not finite."""
 
@@ -292,7 +296,7 @@ class Options:
     run: RunConfig
 
 
-def check_shared(options: Options, **numbers: Numbers) -> None:
+def check_shared(options: Options, **numbers: NumberRange) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any data.
 
     Args:

@@ -16,7 +16,7 @@ _FALLING = ("linear", "cosine", "wsd")  # the schedules that end at --min-lr
 _STREAM = "--stream reads rows while training, neither counts nor keeps them"
 
 
-class _Given:
+class _GivenOptions:
     """All options of a script by their names; those of other scripts are None."""
 
     def __init__(self, options: Any) -> None:
@@ -46,7 +46,7 @@ class _Given:
         return None
 
 
-class Idle(enum.Enum):
+class NoEffect(enum.Enum):
     """A condition in which options have no effect; of several that hold, the first is told.
 
     Attributes:
@@ -118,7 +118,7 @@ class Idle(enum.Enum):
         self.holds = holds
 
 
-def reasons(options: Any) -> dict[Idle, str]:
+def reasons(options: Any) -> dict[NoEffect, str]:
     """Returns the conditions that hold for all options of a script, with their reasons."""
-    given = _Given(options)
-    return {one: one.why.format(o=given) for one in Idle if one.holds(given)}
+    given = _GivenOptions(options)
+    return {one: one.why.format(o=given) for one in NoEffect if one.holds(given)}

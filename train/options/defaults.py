@@ -8,7 +8,7 @@ from typing import Any
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.options.file import CONFIG, from_file
-from train.options.optim import with_optimizer_defaults
+from train.options.optim import fill_optimizer_defaults
 from train.options.paths import absolute_path
 from train.options.rope import as_text
 
@@ -36,7 +36,7 @@ class Defaults:
     eval_questions: int = 64
 
 
-def with_defaults(options: Any, defaults: Defaults) -> Any:
+def fill_defaults(options: Any, defaults: Defaults) -> Any:
     """Fills in the task's defaults for options that were not given."""
     adapter, optim = options.adapter, options.optim
     if adapter.alpha is None and adapter.peft_config is None:
@@ -45,7 +45,7 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         adapter = dataclasses.replace(adapter, alpha=times * adapter.rank)
     of_variants = [variant.rate(defaults.lr) for variant in adapter.variants if variant.rate]
     rate = defaults.full_lr if adapter.full else [*of_variants, defaults.lr][0]
-    optim = with_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
+    optim = fill_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
     if optim.epochs is None and optim.steps is None:
         epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
         optim = dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from train.console.errors import UserError, flag
-from train.options.conditions import Idle, reasons
+from train.options.conditions import NoEffect, reasons
 
 Value = TypeVar("Value")
 
@@ -21,7 +21,7 @@ REQUIRED: Any = dataclasses.MISSING  # the default of an option that has none
 _TRAITS = "traits"
 
 
-class Card(enum.IntEnum):
+class CardSection(enum.IntEnum):
     """A place on the model card, in its order; in one place, options stand as --help lists them.
 
     Options about the machine, the output and other files stand nowhere, so that no path of a
@@ -32,7 +32,7 @@ class Card(enum.IntEnum):
     PACKING, LOSS, SKIPPED, STREAM, BEST, CODES = range(7, 13)
 
 
-class Shared(enum.Enum):
+class SharedOption(enum.Enum):
     """The reason why the runs of a table cannot differ in an option."""
 
     BASE = "all runs of a table share one base"
@@ -75,10 +75,10 @@ class Traits:
       uncompared: why a comparison has no use for it.
     """
 
-    card: Card
-    idle: tuple[Idle, ...] = ()
+    card: CardSection
+    idle: tuple[NoEffect, ...] = ()
     excludes: str | None = None
-    shared: Shared | None = None
+    shared: SharedOption | None = None
     single: bool = False
     of: Literal["run", "call", "process"] = "run"
     changeable: bool = False
@@ -88,7 +88,7 @@ class Traits:
     uncompared: Uncompared | None = None
 
 
-def option(default: Value, traits: Traits, *idle: Idle, **others: Any) -> Value:
+def option(default: Value, traits: Traits, *idle: NoEffect, **others: Any) -> Value:
     """Declares an option: returns the field of a dataclass.
 
     Args:
@@ -112,7 +112,7 @@ def traits_of(options: Any) -> dict[str, Traits]:
     return {name: _declared(part, name) for part, name in fields}
 
 
-def outdone(options: Any, given: Collection[str]) -> set[str]:
+def excluded(options: Any, given: Collection[str]) -> set[str]:
     """Returns the options that some of those given exclude, and that are not given themselves."""
     pairs = [(name, one.excludes) for name, one in traits_of(options).items() if one.excludes]
     pairs += [(other, name) for name, other in pairs]
@@ -130,35 +130,42 @@ def _declared(part: type, name: str) -> Traits:
 
 
 # What many options have in common.
-HIDDEN = Traits(card=Card.NOWHERE)
-CHANGEABLE = Traits(card=Card.NOWHERE, changeable=True)
-COURSE = Traits(card=Card.NOWHERE, changeable=True, of_inputs=False)
-OF_BASE = Traits(card=Card.NOWHERE, shared=Shared.BASE)
-OF_FIELD = Traits(card=Card.NOWHERE, idle=(Idle.HAS_ROWS,))
-OF_HUB = Traits(card=Card.NOWHERE, idle=(Idle.FILES, Idle.HAS_ROWS))
-ROWS = Traits(card=Card.ROWS)
+HIDDEN = Traits(card=CardSection.NOWHERE)
+CHANGEABLE = Traits(card=CardSection.NOWHERE, changeable=True)
+COURSE = Traits(card=CardSection.NOWHERE, changeable=True, of_inputs=False)
+OF_BASE = Traits(card=CardSection.NOWHERE, shared=SharedOption.BASE)
+OF_FIELD = Traits(card=CardSection.NOWHERE, idle=(NoEffect.HAS_ROWS,))
+OF_HUB = Traits(card=CardSection.NOWHERE, idle=(NoEffect.FILES, NoEffect.HAS_ROWS))
+ROWS = Traits(card=CardSection.ROWS)
 RULES = Traits(
-    card=Card.ADAPTER,
-    idle=(Idle.FULL, Idle.INIT_ADAPTER, Idle.PEFT_CONFIG, Idle.INTRINSIC),
+    card=CardSection.ADAPTER,
+    idle=(NoEffect.FULL, NoEffect.INIT_ADAPTER, NoEffect.PEFT_CONFIG, NoEffect.INTRINSIC),
     of_inputs=False,
 )
-TARGETS = dataclasses.replace(RULES, idle=(*RULES.idle, Idle.HEAD_ONLY))
-FACTORS = dataclasses.replace(RULES, idle=(*TARGETS.idle, Idle.NO_TARGETS))
+TARGETS = dataclasses.replace(RULES, idle=(*RULES.idle, NoEffect.HEAD_ONLY))
+FACTORS = dataclasses.replace(RULES, idle=(*TARGETS.idle, NoEffect.NO_TARGETS))
 # Those about an A and a B that train, or that are drawn.
-PLAIN = dataclasses.replace(RULES, idle=(*FACTORS.idle, Idle.ALONE))
-START = Traits(card=Card.NOWHERE, of_inputs=False, uncompared=Uncompared.START)
-BEST = Traits(card=Card.BEST, of_inputs=False, uncompared=Uncompared.LAST_STEP)
-TRAINED = Traits(card=Card.TRAINED, of_inputs=False)
-OPTIMISATION = Traits(card=Card.OPTIMISATION, of_inputs=False)
+PLAIN = dataclasses.replace(RULES, idle=(*FACTORS.idle, NoEffect.ALONE))
+START = Traits(card=CardSection.NOWHERE, of_inputs=False, uncompared=Uncompared.START)
+BEST = Traits(card=CardSection.BEST, of_inputs=False, uncompared=Uncompared.LAST_STEP)
+TRAINED = Traits(card=CardSection.TRAINED, of_inputs=False)
+OPTIMISATION = Traits(card=CardSection.OPTIMISATION, of_inputs=False)
 LORA_PLUS = dataclasses.replace(
-    OPTIMISATION, idle=(Idle.FULL, Idle.INTRINSIC, Idle.HEAD_ONLY, Idle.NO_TARGETS, Idle.ALONE)
+    OPTIMISATION,
+    idle=(
+        NoEffect.FULL,
+        NoEffect.INTRINSIC,
+        NoEffect.HEAD_ONLY,
+        NoEffect.NO_TARGETS,
+        NoEffect.ALONE,
+    ),
 )
-OF_CALL = Traits(card=Card.NOWHERE, shared=Shared.TABLE, of="call")
+OF_CALL = Traits(card=CardSection.NOWHERE, shared=SharedOption.TABLE, of="call")
 # With --dry-run, other options may stand, so that it can be added to any command of one process.
 OF_PROCESSES = Traits(
-    card=Card.NOWHERE,
-    idle=(Idle.DRY_RUN,),
-    shared=Shared.PROCESS,
+    card=CardSection.NOWHERE,
+    idle=(NoEffect.DRY_RUN,),
+    shared=SharedOption.PROCESS,
     of="call",
     uncompared=Uncompared.PROCESS,
 )

@@ -15,7 +15,7 @@ from lora_jax.training.optimizers.schedules import warmed_up
 from train.console.errors import UserError
 
 
-def with_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
+def fill_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
     """Fills in the defaults of the optimiser's options and of its learning rate.
 
     Args:

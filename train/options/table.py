@@ -16,7 +16,14 @@ from train.console.errors import UserError, as_user_errors, flag
 from train.data.text_files import read_csv, read_json
 from train.options.command import value_of
 from train.options.common import Options
-from train.options.field import Shared, Traits, check_effects, idle_options, outdone, traits_of
+from train.options.field import (
+    SharedOption,
+    Traits,
+    check_effects,
+    excluded,
+    idle_options,
+    traits_of,
+)
 from train.options.file import (
     composed,
     entries,
@@ -90,7 +97,7 @@ def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
       rows: with all defaults, some of which are those of --init-adapter.
     """
     traits = traits_of(rows[0].options)
-    of_base = [name for name, one in traits.items() if one.shared is Shared.BASE]
+    of_base = [name for name, one in traits.items() if one.shared is SharedOption.BASE]
     for row in rows[1:]:
         for name in of_base:
             here, there = (_of_base(each.options, name) for each in (row, rows[0]))
@@ -130,7 +137,7 @@ def _row(
         values[option] = read_value(column, node, str if option == NAME else kinds[option], where)
     name = _checked_name(values.pop(NAME, None), where)
     given = frozenset(option for option, value in values.items() if value is not None)
-    values |= {option: value_of(plain, option) for option in outdone(config, given)}
+    values |= {option: value_of(plain, option) for option in excluded(config, given)}
     changed = replaced(config, {**values, "output": str(Path(config.run.output) / name)})
     with as_user_errors(UserError, prefix=f"{where}: "):
         check_paths(changed)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from train.options import field
-from train.options.conditions import Idle
+from train.options.conditions import NoEffect
 from train.options.field import option
 
 
@@ -11,7 +11,7 @@ from train.options.field import option
 class TokenizerOption:
     """The tokenizer that a model reads and writes texts with."""
 
-    tokenizer: str | None = option(None, field.OF_BASE, Idle.IMAGES)
+    tokenizer: str | None = option(None, field.OF_BASE, NoEffect.IMAGES)
     """The tokenizer to use in the place of the model's own: a folder with its files, a GGUF file,
     or a name on the hub. Adapters store it. By default that of the adapters, if they name one, or
     else the model's own."""

@@ -24,7 +24,7 @@ from lora_jax.training.run.log import duration
 from train.console.errors import UserError, reported
 from train.options.command import parse_options
 from train.options.common import AdapterConfig, OptimConfig, check_offload
-from train.options.optim import with_optimizer_defaults
+from train.options.optim import fill_optimizer_defaults
 from train.options.rope import parse_rope_scaling
 from train.plan.compile import Plan, plan
 from train.plan.job import DPO, GRPO, Job, Variant
@@ -33,7 +33,7 @@ from train.plan.machines import Machine, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
 from train.processes.mesh import make_mesh
-from train.run.pretrained import Outline, read_shapes
+from train.run.pretrained import ModelInfo, read_shapes
 
 _ROW_UNIT = 256  # --longest counts rows in multiples of it
 _MOST_ROWS = 2**16  # of a batch that --largest-batch tries
@@ -182,10 +182,10 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     )
     layout.check_lengths([job.row])
     optim = OptimConfig(optimizer=asked.optimizer, batch_size=asked.batch_size)
-    return job, with_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
+    return job, fill_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
 
 
-def _check_images(asked: PlanConfig, outline: Outline) -> None:
+def _check_images(asked: PlanConfig, outline: ModelInfo) -> None:
     if not asked.images:
         return
     if not isinstance(outline.config, SmolVLMConfig):

@@ -18,7 +18,7 @@ from train.console.errors import as_user_errors
 from train.options.common import AdapterConfig
 from train.options.conditions import NO_ADAPTER
 from train.plan.machines import Machine
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.run.report import tree_bytes
 from train.run.rules import rules
 
@@ -49,7 +49,7 @@ class Job:
       images: images of a row, or the tiles that they are cut into.
     """
 
-    outline: Outline
+    outline: ModelInfo
     layout: Layout
     machine: Machine
     batch_size: int
@@ -138,7 +138,7 @@ def abstract_params(job: Job, variant: Variant) -> Any:
     return adapted_shapes(job.outline, variant.adapter, dtype, job.layout)
 
 
-def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout: Layout) -> Any:
+def adapted_shapes(outline: ModelInfo, adapter: AdapterConfig, dtype: Any, layout: Layout) -> Any:
     """Returns a model's adapted tree as shapes with shardings; --init-adapter's has its own.
 
     Raises:

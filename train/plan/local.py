@@ -24,8 +24,8 @@ from train.plan.between import Program, programs_between
 from train.plan.compile import STEP
 from train.plan.flops.checked import count_traced, step_work, text_of, together
 from train.plan.job import adapted_shapes, per_device, placed_shapes
-from train.run.intrinsic import moves_weights, running_in, space_of
-from train.run.pretrained import Outline
+from train.run.intrinsic import model_in, moves_weights, space_of
+from train.run.pretrained import ModelInfo
 from train.run.report import compiled_bytes, tree_bytes
 
 _SIDE = 1024  # of the matrices of the measured product
@@ -70,7 +70,7 @@ class Needs:
 
 
 def needs(
-    config: Options, outline: Outline, layout: Layout, loss: Loss, batch: dict[str, np.ndarray]
+    config: Options, outline: ModelInfo, layout: Layout, loss: Loss, batch: dict[str, np.ndarray]
 ) -> Needs:
     """Compiles the step of a run, and what runs between steps, for abstract weights.
 
@@ -116,7 +116,7 @@ def needs(
     reference = reference_params(config, outline, lj.strip(params), takes_from_base(params))
     began = time.perf_counter()
     with jax.set_mesh(layout.mesh):
-        traced = setup.trace(setup.forward(running_in(space, model)), loss, state, base, shapes)
+        traced = setup.trace(setup.forward(model_in(space, model)), loss, state, base, shapes)
         lowered = traced.lower()
         programs = {STEP: Program(traced, lowered, params, per_device(params))} | programs_between(
             model,

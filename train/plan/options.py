@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from lora_jax.training.arguments import POSITIVE, at_least, check_numbers
+from lora_jax.training.arguments import POSITIVE, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
@@ -108,11 +108,11 @@ class PlanOptions:
 def check(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
     asked, adapter = options.plan, options.adapter
-    numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "max_new_tokens"), at_least(1))
-    numbers |= dict.fromkeys(("loss_chunk", "images"), at_least(0))
+    numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "max_new_tokens"), minimum(1))
+    numbers |= dict.fromkeys(("loss_chunk", "images"), minimum(0))
     numbers |= dict.fromkeys(("tokens", "price", "capacity_gib", "peak_tflops"), POSITIVE)
     with as_user_errors(TrainingError):
-        check_numbers(vars(asked), numbers | {"group": at_least(2)})
+        check_numbers(vars(asked), numbers | {"group": minimum(2)})
     for name in ("group", "max_new_tokens"):
         if asked.task != GRPO and getattr(asked, name) is not None:
             raise UserError(

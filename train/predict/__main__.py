@@ -35,7 +35,7 @@ from train.predict.texts import (
 )
 from train.predict.write import Format, output_format, write
 from train.processes.cache import keep_compiled
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
 
 
 def read_inputs(
-    options: PredictOptions, outline: Outline
+    options: PredictOptions, outline: ModelInfo
 ) -> tuple[Texts, TokenizedTexts | Images, str]:
     """Returns texts with their tokens, or names of images with these, and what they are.
 

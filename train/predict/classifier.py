@@ -6,7 +6,7 @@ from typing import Any
 
 from train.adapters.source import AdapterSource, find_adapter, runnable
 from train.console.errors import UserError
-from train.run.pretrained import Outline, read_classifier_outline, read_fields, read_model
+from train.run.pretrained import ModelInfo, read_classifier_info, read_fields, read_model
 
 # The ends of transformers' names of such models.
 _HEADS = ("ForSequenceClassification", "ForImageClassification")
@@ -23,7 +23,7 @@ class Classifier:
       labels: the names of the classes, in the order of their indices.
     """
 
-    outline: Outline
+    outline: ModelInfo
     adapter: AdapterSource | None
     labels: tuple[str, ...]
 
@@ -80,7 +80,7 @@ def find_classifier(
     if source is None or source.from_peft:
         _check_problem(name)
     tokenizer = tokenizer or (source.tokenizer if source else None)
-    outline = read_classifier_outline(name, num_labels, of=None, tokenizer=tokenizer)
+    outline = read_classifier_info(name, num_labels, of=None, tokenizer=tokenizer)
     if source:
         outline = outline.quantized(source.quantize)
     config: Any = outline.config

@@ -11,12 +11,12 @@ from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.data.files import images_of, read_file
 from train.predict.texts import Texts, holds_rows, read_standard_input, read_text_file
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks.images import FIELD, located
 
 
 def read_images(
-    paths: Sequence[str], given: str | None, field: str | None, outline: Outline
+    paths: Sequence[str], given: str | None, field: str | None, outline: ModelInfo
 ) -> tuple[Texts, Images]:
     """Returns the names of images, and the images.
 

@@ -13,7 +13,7 @@ from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 _BLOCK = 256  # texts that are tokenised at once
 
@@ -130,7 +130,9 @@ def _text(row: Row, name: str, option: str, field: str) -> str:
     raise UserError(f"{name} has {field_names(row)}, and no `{field}`: name the field by {option}")
 
 
-def tokenize(texts: Texts, outline: Outline, seq_len: int | None, truncate: bool) -> TokenizedTexts:
+def tokenize(
+    texts: Texts, outline: ModelInfo, seq_len: int | None, truncate: bool
+) -> TokenizedTexts:
     """Returns texts as tokens.
 
     Args:

@@ -13,7 +13,7 @@ from train.predict.batches import probabilities
 from train.predict.classifier import Classifier
 from train.predict.texts import TokenizedTexts
 from train.rewards.reward import Batch, Judged
-from train.run.pretrained import read_classifier_outline
+from train.run.pretrained import read_classifier_info
 
 _BATCH_SIZE = 32  # completions in memory at once
 
@@ -36,7 +36,7 @@ class RewardModel:
         tokenizer = source.find_tokenizer("copy it there, or train the reward model again")
         with as_user_errors(UserError, prefix=f"{source.given}: its base cannot be read: "):
             base = source.about.get("model", "")
-            outline = read_classifier_outline(base, 1, tokenizer=tokenizer)
+            outline = read_classifier_info(base, 1, tokenizer=tokenizer)
         outline = outline.quantized(source.quantize)
         source.check(outline)
         self._apply, self._params = Classifier(outline, source, ()).load()

@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.models import generate, init_cache, share
 from lora_jax.training.data.rows import Conversation
 from lora_jax.training.data.templates import asked
-from train.run.pretrained import Outline, end_tokens
+from train.run.pretrained import ModelInfo, end_tokens
 
 _CACHE_BYTES = 2**30  # of a batch: more rows share each pass over the weights
 _MOST_ROWS = 128
@@ -18,7 +18,7 @@ _MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths 
 Chat = Sequence[Mapping[str, str]]
 
 
-def tokenize_chats(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
+def tokenize_chats(outline: ModelInfo, chats: Sequence[Chat]) -> list[list[int]]:
     """Returns the tokens of each chat, up to the start of the assistant's answer.
 
     Raises:
@@ -32,7 +32,7 @@ def tokenize_chats(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
 def answer_prompts(
     model: Any,
     params: Any,
-    outline: Outline,
+    outline: ModelInfo,
     prompts: Sequence[list[int]],
     *,
     new_tokens: int,
@@ -50,7 +50,7 @@ def answer_prompts(
 def complete_prompts(
     model: Any,
     params: Any,
-    outline: Outline,
+    outline: ModelInfo,
     prompts: Sequence[list[int]],
     *,
     new_tokens: int,

@@ -45,12 +45,12 @@ def about_space(space: Subspace | None) -> dict[str, Any]:
     return {} if space is None else {subspace.FACTS: subspace.facts_of(space)}
 
 
-def running_in(space: Subspace | None, model: Any) -> Any:
+def model_in(space: Subspace | None, model: Any) -> Any:
     """Returns the model, as one of trees that `lora_jax.subspace.tree_of` makes with a subspace."""
     return model if space is None else _InSubspace(model, space)
 
 
-def merged(space: Subspace | None, tree: Any) -> Any:
+def merge_trained(space: Subspace | None, tree: Any) -> Any:
     """Returns the plain tree with what was trained."""
     return lj.merge(tree) if space is None else subspace.merge(space, tree)
 

@@ -21,7 +21,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
-from lora_jax.training.ready import Ready, make_ready, resumed
+from lora_jax.training.ready import TrainingStart, make_start, resume_start
 from lora_jax.training.run.best import BEST, Best
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.stop import Stop
@@ -36,8 +36,8 @@ from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting
 from train.run import output
 from train.run.intrinsic import space_of
-from train.run.log import Log, QuietLog, draw_curve, read_metrics
-from train.run.pretrained import Outline
+from train.run.log import QuietLog, RunLog, draw_curve, read_metrics
+from train.run.pretrained import ModelInfo
 from train.run.report import peak_bytes, print_best, versions
 from train.run.rules import rules
 
@@ -66,7 +66,9 @@ class Run:
         return self.last < self.steps
 
 
-def adapt_base(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
+def adapt_base(
+    config: Options, outline: ModelInfo, plain: Any, folder: Path, key: jax.Array
+) -> Any:
     """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one.
 
     With --intrinsic, the numbers of the subspace stand beside them.
@@ -84,7 +86,7 @@ def adapt_base(config: Options, outline: Outline, plain: Any, folder: Path, key:
         return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
 
 
-def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> Ready:
+def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> TrainingStart:
     """Returns the state to train from, new or resumed, and writes the run's configuration.
 
     Args:
@@ -101,7 +103,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
     params = run.layout.placed(params)
     tell(run.console, summary, optimizer_line(optim, params))
     schedule = make_schedule(optim, run.rate, run.steps)
-    ready = make_ready(
+    ready = make_start(
         params,
         run.feed,
         layout=run.layout,
@@ -115,7 +117,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
     if space := run.about.get(subspace.FACTS):
         ready = dataclasses.replace(ready, facts=ready.facts | {"settings": {"subspace": space}})
     if run.config.run.resume:
-        ready = resumed(ready, run.steps)
+        ready = resume_start(ready, run.steps)
         done = int(ready.state.step)
         said = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
         tell(run.console, said, *_moved(run, schedule, done))
@@ -165,7 +167,7 @@ def _best(run: Run) -> Best | None:
 
 
 @contextlib.contextmanager
-def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
+def open_run_log(run: Run, ready: TrainingStart, done: int) -> Iterator[RunLog | QuietLog]:
     """Opens the reporters of --report-to and yields the run's log, which the loop opens.
 
     Args:
@@ -187,7 +189,7 @@ def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
         warn=functools.partial(tell, run.console),
     )
     with reporting:
-        yield Log(
+        yield RunLog(
             run.folder,
             run.console,
             first=done,
@@ -197,14 +199,14 @@ def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
         )
 
 
-def keep_adapter(run: Run, ready: Ready, trained: Any) -> None:
+def keep_adapter(run: Run, ready: TrainingStart, trained: Any) -> None:
     """Saves the adapter of a run that is over."""
     best = {} if ready.best is None else ready.best.about
     lj.save_adapter(run.folder / output.ADAPTER, trained, about=run.about | best, overwrite=True)
 
 
-def report_of(
-    run: Run, ready: Ready, trained: Any, loss: Loss, step_seconds: float | None
+def make_report(
+    run: Run, ready: TrainingStart, trained: Any, loss: Loss, step_seconds: float | None
 ) -> dict[str, Any]:
     """Draws the curve and prints the best; returns the report, but for the compiled step."""
     metrics = read_metrics(run.folder)

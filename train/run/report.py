@@ -17,7 +17,7 @@ from lora_jax.quantized import bytes_of
 from lora_jax.training.run.best import Best
 from train.console.errors import flag
 from train.console.output import tell
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
 
@@ -100,7 +100,7 @@ def print_best(console: Console, best: Best, patience: int | None) -> None:
     tell(console, said)
 
 
-def ask_words(outline: Outline) -> tuple[str, ...]:
+def ask_words(outline: ModelInfo) -> tuple[str, ...]:
     """Returns the module and the arguments that ask a model of this outline, but for --adapter."""
     if "head" in outline.head:
         of_images = isinstance(outline.config, VisionConfig)

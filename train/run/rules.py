@@ -15,7 +15,7 @@ from train.console.errors import UserError, as_user_errors
 from train.options.common import AdapterConfig
 from train.options.conditions import NO_ADAPTER
 from train.run.intrinsic import moves_weights
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 Rule = lj.LoraRule | lj.TrainRule
 
@@ -29,7 +29,7 @@ _INITIALISERS = {
 }
 
 
-def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
+def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule]:
     """Returns the rules that the options describe.
 
     Args:
@@ -76,7 +76,7 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
     return [one for rule in chosen for one in _by_places(rule, outline)]
 
 
-def _by_places(rule: Rule, outline: Outline) -> list[Rule]:
+def _by_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
     """Returns a rule on some of the model's layers as one for each stack of every n-th layer.
 
     Args:
@@ -106,7 +106,7 @@ def _by_places(rule: Rule, outline: Outline) -> list[Rule]:
     return list(filter(selects, found)) or found
 
 
-def check_names(adapter: AdapterConfig, outline: Outline) -> None:
+def check_names(adapter: AdapterConfig, outline: ModelInfo) -> None:
     """Raises a UserError for a name of --targets or --train that selects nothing in the model."""
     if moves_weights(adapter) or adapter.peft_config or adapter.init_adapter:
         return

@@ -10,14 +10,14 @@ from lora_jax.hf.generation import FILE, Generation, read_generation
 from train.console.errors import UserError, as_user_errors, flag
 from train.console.output import say
 from train.options.generation import AUTO
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 _NAMES = ("temperature", "top_p", "top_k")
 
 
 def apply_generation_config(
-    outline: Outline, given: str | None, asked: Mapping[str, Any] | None = None
-) -> tuple[Outline, dict[str, Any]]:
+    outline: ModelInfo, given: str | None, asked: Mapping[str, Any] | None = None
+) -> tuple[ModelInfo, dict[str, Any]]:
     """Applies --generation-config, and says how answers are sampled.
 
     Args:

@@ -26,7 +26,7 @@ from train.console.output import say
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.run.log import doing
-from train.run.pretrained import Outline, check_weights, end_tokens, read_model, read_outline
+from train.run.pretrained import ModelInfo, check_weights, end_tokens, read_model, read_model_info
 from train.run.sampling import apply_generation_config
 from train.serve.app import HttpServer, make_app, make_starting_app
 from train.serve.engine.base import ServedBase
@@ -59,7 +59,7 @@ def run(options: ServeOptions) -> None:
     keys = check(options)
     if said := keep_compiled(options.compilation_cache):
         say(said)
-    outline = read_outline(options.model, options.tokenizer).quantized(options.quantize)
+    outline = read_model_info(options.model, options.tokenizer).quantized(options.quantize)
     outline = outline.with_template(options.chat_template)
     if isinstance(outline.config, models.EncoderConfig):
         raise UserError(f"--model {options.model} is an encoder, which writes no text")
@@ -110,7 +110,7 @@ def run(options: ServeOptions) -> None:
         site.serve(access, stop)
 
 
-def _layout(options: ServeOptions, outline: Outline) -> Layout:
+def _layout(options: ServeOptions, outline: ModelInfo) -> Layout:
     """Returns where arrays lie: on the first device, or on the mesh that was asked for."""
     if options.mesh is None:
         return one_device()
@@ -146,7 +146,7 @@ def _output(options: ServeOptions, held: ExitStack) -> Path:
 
 def _engine(
     options: ServeOptions,
-    outline: Outline,
+    outline: ModelInfo,
     layout: Layout,
     length: int,
     seen: Callable[[int, int], None],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lora_jax.training.arguments import Numbers, at_least, check_numbers
+from lora_jax.training.arguments import NumberRange, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.options.command import parse_options
@@ -15,18 +15,20 @@ from train.options.paths import Words
 from train.options.scripts.sft import DEFAULT_MODEL
 from train.options.tokenizer import TemplateOption, TokenizerOption
 from train.processes.mesh import parse_mesh
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.serve.routes.access import read_keys
 from train.serve.routes.origins import is_loopback, read_origin
 
 _LENGTH = 1024
 _NUMBERS = {
     **dict.fromkeys(
-        ("tenants", "tenants_per_key", "slots", "max_rank", "sequences", "tokens"), at_least(1)
+        ("tenants", "tenants_per_key", "slots", "max_rank", "sequences", "tokens"), minimum(1)
     ),
-    "max_length": at_least(2),
-    "session_idle": Numbers(lambda x: 60 <= x < float("inf"), "a minute or more is needed"),
-    "port": Numbers(lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"),
+    "max_length": minimum(2),
+    "session_idle": NumberRange(lambda x: 60 <= x < float("inf"), "a minute or more is needed"),
+    "port": NumberRange(
+        lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"
+    ),
 }
 
 
@@ -127,7 +129,7 @@ def check(options: ServeOptions) -> dict[str, str] | None:
     return None if options.keys is None else read_keys(Path(options.keys))
 
 
-def length_of(options: ServeOptions, outline: Outline) -> int:
+def length_of(options: ServeOptions, outline: ModelInfo) -> int:
     """Returns the tokens of a sequence at most; raises a UserError if the model allows fewer."""
     if options.max_length is None:
         return min(_LENGTH, outline.max_tokens)

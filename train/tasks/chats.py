@@ -23,7 +23,7 @@ from train.options.rope import parse_rope_scaling
 from train.options.scripts.sft import Config
 from train.processes import hosts
 from train.run.output import saved_options
-from train.run.pretrained import Outline, read_outline
+from train.run.pretrained import ModelInfo, read_model_info
 from train.tasks.task import Data, Rows, Task, padding_line
 
 _LARGE = 2**30  # bytes of files that are better streamed
@@ -88,11 +88,11 @@ def _finder(config: Config, used: set[str] | None) -> Callable[..., Dataset]:
     )
 
 
-def outline(config: Any, rows: Rows) -> Outline:
+def outline(config: Any, rows: Rows) -> ModelInfo:
     """Reads the model's outline; checks that the model allows sequences of --seq-len."""
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
-    outline = read_outline(data.model, data.tokenizer)
+    outline = read_model_info(data.model, data.tokenizer)
     outline = outline.scaled(parse_rope_scaling(data.rope_scaling))
     outline = outline.with_template(data.chat_template).dated(data.template_date)
     remedy = "" if data.rope_scaling else "; --rope-scaling makes it more, yarn:2 twice as many"
@@ -100,7 +100,7 @@ def outline(config: Any, rows: Rows) -> Outline:
     return outline
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences, padded or packed; with --eval-every, some are held out."""
     data, lines = config.data, []
     weights = [dataset.weight for dataset in named(data.dataset)]
@@ -133,7 +133,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
 
 
 def _read(
-    config: Config, datasets: Sequence[Dataset], outline: Outline
+    config: Config, datasets: Sequence[Dataset], outline: ModelInfo
 ) -> tuple[list[Sequences], Sequence[Pictures]]:
     """Returns data sets as sequences, and the images of each, if there are some."""
     held, pictures = read_images(datasets, outline)

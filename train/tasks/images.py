@@ -11,8 +11,8 @@ from lora_jax.training.data.rows import Row, moved
 from lora_jax.training.data.vision.images import Images, check_rows, images, names_of
 from lora_jax.training.losses import IMAGES
 from train.console.errors import UserError
-from train.options.scripts.classify import Config, DataConfig
-from train.run.pretrained import Outline, read_classifier_outline
+from train.options.scripts.classify import ClassifyDataConfig, Config
+from train.run.pretrained import ModelInfo, read_classifier_info
 from train.tasks import labelled
 from train.tasks.task import Context, Data, Rows
 
@@ -29,7 +29,7 @@ def check(config: Config) -> None:
         )
 
 
-def field_of(data: DataConfig) -> str:
+def field_of(data: ClassifyDataConfig) -> str:
     """Returns the name of the field that holds the image."""
     return data.image or FIELD
 
@@ -68,14 +68,14 @@ def located(rows: list[Row], field: str, source: str) -> list[Row]:
     return [found(row) for row in rows]
 
 
-def outline(config: Config, rows: Rows) -> Outline:
+def outline(config: Config, rows: Rows) -> ModelInfo:
     """Reads the outline of the encoder, with a head for the classes of the rows."""
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
-    return read_classifier_outline(data.model, len(label_names(rows.train, data.label)), "images")
+    return read_classifier_info(data.model, len(label_names(rows.train, data.label)), "images")
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns the images as arrays, with their class indices."""
     data, names = config.data, label_names(rows.train, config.data.label)
     found: Any = outline.config

@@ -18,11 +18,11 @@ from lora_jax.training.processes import is_first, write_json
 from train.console.errors import as_user_errors
 from train.data.files import is_image_folder, kind_of, read_rows
 from train.options.defaults import Defaults
-from train.options.scripts.classify import HEAD, Config, DataConfig
+from train.options.scripts.classify import HEAD, ClassifyDataConfig, Config
 from train.processes.hosts import map_over_processes
 from train.run.log import doing
 from train.run.output import CONFUSION, SCORES
-from train.run.pretrained import Outline, read_classifier_outline
+from train.run.pretrained import ModelInfo, read_classifier_info
 from train.run.rules import peft_fields
 from train.tasks import classes
 from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task, padding_line
@@ -47,7 +47,7 @@ def completed(config: Config) -> Config:
     return dataclasses.replace(config, adapter=adapter)
 
 
-def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
+def read_labelled(data: ClassifyDataConfig) -> tuple[list[Row], list[Row]]:
     """Returns (rows to train on, rows to test on), each with a text and a label.
 
     Raises:
@@ -58,7 +58,7 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
     return read_parts(data, check, functools.partial(split_by_label, data))
 
 
-def split_by_label(data: DataConfig, rows: list[Row]) -> Sequence[Any]:
+def split_by_label(data: ClassifyDataConfig, rows: list[Row]) -> Sequence[Any]:
     """Returns rows in two parts, with as many of each label in the second as in the first."""
     from sklearn.model_selection import train_test_split  # it takes two seconds
 
@@ -76,7 +76,7 @@ def split_by_group(rows: Sequence[Row], groups: Sequence[str], share: float) -> 
 
 
 def read_parts(
-    data: DataConfig,
+    data: ClassifyDataConfig,
     check: Callable[[list[Row], str], None],
     split: Callable[[list[Row]], Sequence[Any]],
 ) -> tuple[list[Row], list[Row]]:
@@ -101,13 +101,13 @@ def names_rows(test: str) -> bool:
     return bool(kind_of(test)) or is_image_folder(test)
 
 
-def fields_of(data: DataConfig) -> Fields:
+def fields_of(data: ClassifyDataConfig) -> Fields:
     """Returns the names of the fields, from the options."""
     return Fields(text=data.text, text_pair=data.text_pair, label=data.label)
 
 
 def encode(
-    data: DataConfig, rows: Sequence[Row], names: Sequence[str], tokenizer: Any, source: str
+    data: ClassifyDataConfig, rows: Sequence[Row], names: Sequence[str], tokenizer: Any, source: str
 ) -> Labelled:
     """Returns rows as arrays; each process encodes its part. See `lora_jax.training.texts`."""
     return labelled.texts(
@@ -122,20 +122,20 @@ def encode(
     )
 
 
-def outline(config: Config, rows: Rows) -> Outline:
+def outline(config: Config, rows: Rows) -> ModelInfo:
     """Reads the outline of the encoder, with a head for the classes of the rows."""
     return outline_of(config.data, len(label_names(rows.train, config.data.label)))
 
 
-def outline_of(data: DataConfig, num_labels: int) -> Outline:
+def outline_of(data: ClassifyDataConfig, num_labels: int) -> ModelInfo:
     """Reads the outline of the encoder, with a head for so many classes."""
     assert data.model is not None, "the options have no defaults yet"
-    outline = read_classifier_outline(data.model, num_labels, tokenizer=data.tokenizer)
+    outline = read_classifier_info(data.model, num_labels, tokenizer=data.tokenizer)
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
     return outline
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns the texts as arrays, with their class indices."""
     data, names = config.data, label_names(rows.train, config.data.label)
     train = encode(data, rows.train, names, outline.tokenizer, data.dataset)

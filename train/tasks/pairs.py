@@ -22,7 +22,7 @@ from train.live.reference import check_reference
 from train.options.defaults import Defaults
 from train.options.scripts.dpo import BASE, KTO, NONE, Config
 from train.processes import hosts
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks import chats
 from train.tasks.task import Data, Rows, Task, padding_line
 
@@ -63,14 +63,14 @@ def _check_rows(rows: list[Row], source: str, *, labelled: bool) -> None:
         tell(hosts.console(), f"{source}: fields that are not read: {', '.join(unread)}")
 
 
-def outline(config: Config, rows: Rows) -> Outline:
+def outline(config: Config, rows: Rows) -> ModelInfo:
     """Reads the model's outline; checks --seq-len and --reference against it."""
     found = chats.outline(config, rows)
     check_reference(config, found)
     return found
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences, two a pair; with --eval-every, some are held out."""
     (train,), measured = rows
     tokens = _tokens(config, train, outline)
@@ -115,7 +115,7 @@ def _reference_line(config: Config) -> str:
     return f"reference: {given}; the run begins with {start}"
 
 
-def _tokens(config: Config, dataset: Dataset, outline: Outline) -> Sequences:
+def _tokens(config: Config, dataset: Dataset, outline: ModelInfo) -> Sequences:
     labelled = KTO in config.optim.loss
     write = not config.run.dry_run
     return tokenize(dataset, outline.tokenizer, work=tokenize_pairs, labelled=labelled, write=write)

@@ -30,7 +30,7 @@ from train.rewards.reward import Batch
 from train.run.complete import complete_prompts
 from train.run.log import doing
 from train.run.output import SCORES
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.run.stops import StopTexts
 from train.tasks import chats
 from train.tasks.task import (
@@ -86,7 +86,7 @@ def held_out(config: Config, rows: Sequence[Row]) -> Rows:
     return Rows([rows[at] for at in np.sort(order[n:])], [rows[at] for at in np.sort(order[:n])])
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that rewards of their completions make."""
     data, (train, held_out) = config.data, read_prompts(config, rows, outline)
     rewards = find_rewards(
@@ -133,7 +133,7 @@ def check_columns(config: Config, rewards: Rewards, held_out: Prompts | None) ->
             )
 
 
-def read_prompts(config: Any, rows: Rows, outline: Outline) -> tuple[Prompts, Prompts | None]:
+def read_prompts(config: Any, rows: Rows, outline: ModelInfo) -> tuple[Prompts, Prompts | None]:
     """Returns the prompts to train on, and those that are held out; None for none.
 
     Raises:

@@ -18,7 +18,7 @@ from train.console.errors import UserError
 from train.options.scripts.classify import DEFAULT_TASK, Config
 from train.processes.hosts import map_over_processes
 from train.run.output import SCORES
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks import labelled
 from train.tasks.task import Context, Data, Evaluation, Progress, Rows, padding_line, print_figures
 
@@ -42,7 +42,7 @@ def read_rows(config: Config) -> Rows:
     return Rows(*labelled.read_parts(config.data, check_pairs, split))
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns the pairs as arrays."""
     data = config.data
     encode = functools.partial(

@@ -21,7 +21,7 @@ from train.data.files import named
 from train.options.scripts.sft import Config
 from train.options.tasks import SFT
 from train.processes import hosts
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks import chats
 from train.tasks.task import Data, Rows
 
@@ -64,7 +64,7 @@ def read_rows(config: Config) -> Rows:
     return Rows([blocks], chats.to_measure(config))
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns a sample of the rows, which fixes the lengths of batches, and the stream of all."""
     data, (blocks,) = config.data, rows.train
     chunks = Chunks(config.optim.seed, blocks.sizes, ROOM)

@@ -16,12 +16,12 @@ from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
-from lora_jax.training.ready import Ready
+from lora_jax.training.ready import TrainingStart
 from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError
 from train.options.defaults import Defaults
 from train.reporters.contract import Sample
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 
 class Rows(NamedTuple):
@@ -81,7 +81,7 @@ class Context:
     console: Console
     rows: Rows
     data: Data
-    outline: Outline
+    outline: ModelInfo
     stop: Stop
 
 
@@ -101,13 +101,13 @@ class Preparing:
     config: Any
     folder: Path
     console: Console
-    outline: Outline
+    outline: ModelInfo
     data: Data
     stop: Stop
     layout: Layout
     model: Any
     plain: Any
-    ready: Ready
+    ready: TrainingStart
     takes_from_base: bool
 
 
@@ -229,11 +229,11 @@ class Task:
     check: Callable[[Any], None] = lambda config: None
     completed: Callable[[Any], Any] = lambda config: config
     rows: Callable[[Any], Rows]
-    outline: Callable[[Any, Rows], Outline]
-    examples: Callable[[Any, Rows, Outline], Data]
+    outline: Callable[[Any, Rows], ModelInfo]
+    examples: Callable[[Any, Rows, ModelInfo], Data]
     loss: Callable[[Any, Layout], Loss]
     evaluation: Callable[[Context], Evaluation | None] = lambda context: None
-    prepared: Callable[[Preparing], tuple[Ready, Data]] = lambda of: (of.ready, of.data)
+    prepared: Callable[[Preparing], tuple[TrainingStart, Data]] = lambda of: (of.ready, of.data)
     reads: Callable[[Any], tuple[str, ...]] = reads_all
     score: str | None = None
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = lambda scores: {}

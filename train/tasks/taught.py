@@ -8,7 +8,7 @@ from train.console.errors import UserError
 from train.live import taught
 from train.live.prompts import PromptFeed
 from train.options.scripts.distill import Config
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks import prompts
 from train.tasks.task import Data, Rows, Task
 
@@ -22,7 +22,7 @@ def check(config: Config) -> None:
         )
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that a teacher's judgement of completions makes."""
     train, _ = prompts.read_prompts(config, rows, outline)
     taught.teacher_prompts(config, train, taught.teacher_outline(config, outline))

@@ -12,7 +12,7 @@ from train.console.errors import UserError
 from train.data import cache
 from train.data.chats import tokenize
 from train.data.dataset import Dataset
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 
 ROWS = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
 
@@ -115,7 +115,7 @@ def test_a_template_on_a_fixed_day(tmp_path, monkeypatch):
     """Its rows have the same tokens on every day, and are kept for later ones."""
 
     def outline(made):
-        return Outline("a model", made, None, {})
+        return ModelInfo("a model", made, None, {})
 
     made = tokenizer(CHATML + '{{ strftime_now("%Y-%m-%d") }}')
     dated = outline(made).dated("2025-08-05").tokenizer

@@ -21,7 +21,7 @@ from train.generate import answers, batch
 from train.generate.options import parse
 from train.generate.shared_base import LoadedAdapters, base_of, find_adapters
 from train.run import pretrained
-from train.run.pretrained import read_outline
+from train.run.pretrained import read_model_info
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -159,7 +159,7 @@ def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compi
     options = parse(["--adapter", f"a={folder / 'runs/sql'}", str(folder / "runs/sql/adapter")])
     options = parse([*["--adapter", *options.adapter, str(folder / "peft"), "base"]])
     adapters = find_adapters(options.adapter)
-    outline = read_outline(base_of(adapters, options.model))
+    outline = read_model_info(base_of(adapters, options.model))
     served = LoadedAdapters(model, trees["base"], adapters, outline, options)
     used = {name: served.use(name) for name in served.names}
     assert list(used) == ["a", "sql", "peft", "base"]

@@ -15,7 +15,7 @@ from tests.train.tiny import CONFIG, tokenizer, write_model
 from train.export import __main__ as export
 from train.generate import __main__ as generate
 from train.generate.options import parse, with_sampling
-from train.run.pretrained import end_tokens, read_outline
+from train.run.pretrained import end_tokens, read_model_info
 from train.run.sampling import apply_generation_config
 from train.serve import __main__ as serve
 
@@ -67,8 +67,12 @@ def test_an_answer_ends_where_the_file_says(base, tmp_path):
     made = copied(folder, tmp_path / "made", {"eos_token_id": [end, 7]})
     (ended,) = answers(made, tmp_path / "ended.jsonl")
     assert (ended["ended"], ended["tokens"]) == ("eos", n)
-    assert end_tokens(read_outline(str(made))) == (end, 7, 258)  # rollouts and the server have them
-    assert end_tokens(read_outline(str(folder))) == (258,)
+    assert end_tokens(read_model_info(str(made))) == (
+        end,
+        7,
+        258,
+    )  # rollouts and the server have them
+    assert end_tokens(read_model_info(str(folder))) == (258,)
 
 
 def test_saved_and_merged_folders_have_the_file(base, tmp_path):
@@ -123,10 +127,12 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     assert len({one["answer"] for one in auto}) > 1
     given = frozenset({"temperature"})
     options = parse(["--temperature", "0.2", "--generation-config", str(made / FILE)])
-    outline, sampling = apply_generation_config(read_outline(str(base[0])), str(made / FILE))
+    outline, sampling = apply_generation_config(read_model_info(str(base[0])), str(made / FILE))
     assert outline.config.generation == read_generation(made)
     capsys.readouterr()
-    apply_generation_config(read_outline(str(made)), "auto", {"temperature": 0.2, "prompt": ("x",)})
+    apply_generation_config(
+        read_model_info(str(made)), "auto", {"temperature": 0.2, "prompt": ("x",)}
+    )
     assert "says but for --temperature: temperature 0.2, top_p 0.9, top_k 40" in (
         capsys.readouterr().err
     )
@@ -155,7 +161,7 @@ def test_what_cannot_be_applied_is_refused(main, base, tmp_path, capsys, monkeyp
     made = copied(base[0], tmp_path / "made", {"eos_token_id": 7})
     option = ["--generation-config", "auto"]
     strange = copied(base[0], tmp_path / "strange", {"temperature": 0.5, "top_p": 1.5})
-    assert end_tokens(read_outline(str(strange))) == (258,)  # as before, if nobody asks for it
+    assert end_tokens(read_model_info(str(strange))) == (258,)  # as before, if nobody asks for it
     for folder, args, message in (
         (base[0], option, "auto: the model has none: leave it out"),
         (made, option, "auto: it says nothing of sampling"),

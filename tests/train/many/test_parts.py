@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from rich.console import Console
 
 from train import inputs
-from train.inputs import Reader
-from train.many.board import Board, Paper
-from train.options.defaults import with_defaults
+from train.inputs import InputReader
+from train.many.board import Board, BufferedConsole
+from train.options.defaults import fill_defaults
 from train.options.file import replaced
 from train.options.scripts.sft import Config
 from train.tasks.chats import TASK
@@ -18,8 +18,8 @@ from train.tasks.sql.task import TASK as SQL
 
 def test_rows_are_read_once_for_all_runs_that_share_them(monkeypatch):
     monkeypatch.setattr(inputs, "read_inputs", lambda config, task: object())
-    reader = Reader()
-    plain = with_defaults(replaced(Config(), {"dataset": ("rows.jsonl",)}), TASK.defaults)
+    reader = InputReader()
+    plain = fill_defaults(replaced(Config(), {"dataset": ("rows.jsonl",)}), TASK.defaults)
 
     def found(task=TASK, **options):
         return reader(replaced(plain, options), task)
@@ -56,7 +56,7 @@ def test_the_board_shows_all_runs(monkeypatch):
 
 
 def test_what_a_run_prints_is_kept_in_its_folder_once_it_has_one(tmp_path):
-    paper = Paper()
+    paper = BufferedConsole()
     paper.console.print("before")
     with ExitStack() as held:
         paper.keep_in(tmp_path, held)

@@ -17,7 +17,7 @@ from train.predict.texts import (
     read_text_file,
     tokenize,
 )
-from train.progress import Prompts
+from train.progress import SamplePrompts
 
 USER = {"role": "user", "content": "a"}
 HALF = "one half of a surrogate pair"
@@ -93,7 +93,7 @@ def test_a_sample_prompt_that_would_be_lost_is_refused(tmp_path):
     run = SimpleNamespace(sample_prompts=(str(path),), sample_tokens=3)
     template = CHATML.replace("in messages", "in messages if m.role != 'system'")
     with pytest.raises(UserError, match="--sample-prompts: .* no turns of the role 'system'"):
-        Prompts(run, outline(template))
+        SamplePrompts(run, outline(template))
     write_jsonl(path, [{"prompt": "a"}, {"prompt": "b\ud83d"}])
     with pytest.raises(UserError, match=rf"prompts.JSONL, line 2 has \\ud83d in .*{HALF}"):
-        Prompts(run, outline(CHATML))
+        SamplePrompts(run, outline(CHATML))

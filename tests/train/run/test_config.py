@@ -23,7 +23,7 @@ from train.options.common import Attention, Experts
 from train.options.file import check_same_run, effective
 from train.reporters.files import read_json
 from train.run.output import begin, check_output
-from train.run.pretrained import Outline, read_model
+from train.run.pretrained import ModelInfo, read_model
 from train.run.rules import rules
 from train.sft import check, parse, task_of
 from train.tasks.sql.task import TASK as SQL
@@ -31,11 +31,11 @@ from train.tasks.sql.task import TASK as SQL
 
 def outline(**config):
     """What the rules may ask of a model."""
-    return Outline("a model", None, SimpleNamespace(**config), {})
+    return ModelInfo("a model", None, SimpleNamespace(**config), {})
 
 
 def decoder_outline():
-    return Outline(
+    return ModelInfo(
         "a model", None, DecoderConfig.from_hf(CONFIG | {"tie_word_embeddings": False}), {}
     )
 
@@ -135,7 +135,7 @@ def test_what_else_trains_comes_first():
     args = "--train norm lm_head --train-tokens 3 5 --bias all --dora --init pissa --rank 8"
     config = parse([*args.split(), "--divide-rank"])
     mixture = tiny.config(next(case for case in tiny.CASES if case.startswith("mixtral")))
-    *others, experts, every = rules(config.adapter, Outline("a model", None, mixture, {}))
+    *others, experts, every = rules(config.adapter, ModelInfo("a model", None, mixture, {}))
     saved, tokens, biases = others
     assert (saved.targets, biases.targets) == (("norm", "lm_head"), ("bias",))
     assert tokens.rows == (3, 5)
@@ -159,7 +159,7 @@ def test_what_else_trains_comes_first():
 )
 def test_tokens_train_in_their_own_table_not_in_those_of_positions(model, table):
     config = parse("--targets none --train-tokens 3 5".split())
-    (rule,) = rules(config.adapter, Outline("a model", None, model, {}))
+    (rule,) = rules(config.adapter, ModelInfo("a model", None, model, {}))
     found = [path for path in models.kinds(model) if re.fullmatch(rule.targets, path)]
     assert found == [table]
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from train.compare.__main__ import SCRIPTS
-from train.options.conditions import Idle
-from train.options.field import Card, traits_of
+from train.options.conditions import NoEffect
+from train.options.field import CardSection, traits_of
 from train.options.scripts import classify, sft
 
 ALL = (sft.Config(), classify.Config(), *(script.plain for script in SCRIPTS.values()))
@@ -14,7 +14,9 @@ ALL = (sft.Config(), classify.Config(), *(script.plain for script in SCRIPTS.val
 
 def test_each_option_declares_itself_and_each_condition_is_of_some_option():
     declared = [traits_of(plain) for plain in ALL]
-    assert {case for traits in declared for one in traits.values() for case in one.idle} == {*Idle}
+    assert {case for traits in declared for one in traits.values() for case in one.idle} == {
+        *NoEffect
+    }
     for traits in declared:
         assert {one.excludes for one in traits.values()} <= {None, *traits}
 
@@ -32,4 +34,4 @@ def test_a_field_that_says_nothing_about_itself_is_an_error():
 
 def test_a_field_that_overrides_another_keeps_what_that_one_says():
     alpha, output = (traits_of(sft.Config())[name] for name in ("alpha", "output"))
-    assert alpha.card is Card.ADAPTER and Idle.FULL in alpha.idle and output.changeable
+    assert alpha.card is CardSection.ADAPTER and NoEffect.FULL in alpha.idle and output.changeable

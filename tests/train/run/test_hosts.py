@@ -21,7 +21,7 @@ from train.options.file import alike
 from train.options.scripts.sft import Config, SftOptimConfig, SftRunConfig
 from train.processes import hosts, peers
 from train.processes.hosts import check_alike, map_over_processes, together
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.sft import parse
 from train.tasks import streamed
 
@@ -206,7 +206,7 @@ def test_a_stream_is_the_same_however_many_processes_read_it(processes, monkeypa
     rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i % 9 + 1)} for i in range(40)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = parse(["--dataset", str(data), "--stream", "--steps", "9", "--truncate"])
-    outline = Outline("a model", tokenizer(), None, {})
+    outline = ModelInfo("a model", tokenizer(), None, {})
     (blocks,) = processes(1, lambda: streamed.read_rows(config))[0].train
 
     def batches():

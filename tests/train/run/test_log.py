@@ -12,7 +12,7 @@ from train.reporters.files import METRICS, SAMPLES, read_lines
 from train.reporters.reporting import Reporting
 from train.reporters.tensorboard import TensorBoard
 from train.run import log as run_log
-from train.run.log import Log, draw_curve, duration, read_metrics
+from train.run.log import RunLog, draw_curve, duration, read_metrics
 
 
 def line(step):
@@ -45,7 +45,7 @@ def write(folder, steps, first):
     console = Console(file=io.StringIO(), force_terminal=False)
     with (
         reporting(folder, {"tensorboard": TensorBoard}) as reports,
-        Log(folder, console, first=first, last=6, reporting=reports) as log,
+        RunLog(folder, console, first=first, last=6, reporting=reports) as log,
     ):
         for step in steps:
             log.add(line(step))
@@ -71,7 +71,7 @@ def test_a_resumed_run_has_no_step_twice(tmp_path):
 
 def test_a_terminal_gets_a_progress_bar(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with Log(tmp_path, console, first=0, last=2) as log:
+    with RunLog(tmp_path, console, first=0, last=2) as log:
         log.add(line(1))
         log.add({"step": 1, "eval_loss": 0.5})
         log.add(line(2))

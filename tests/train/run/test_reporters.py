@@ -15,7 +15,7 @@ from train.console.errors import UserError
 from train.reporters import registry
 from train.reporters.contract import Sample
 from train.reporters.registry import TRACKERS, check_packages
-from train.run.log import Log
+from train.run.log import RunLog
 
 SAMPLES = [Sample("1 + 1?", "2"), Sample("2 + 2?", "4")]
 
@@ -64,7 +64,7 @@ def run(folder, steps, *, first=0, reporters, error=None, warn=print, eval_at=()
     console = Console(file=io.StringIO(), force_terminal=False)
     with (
         reporting(folder, reporters, warn) as reports,
-        Log(folder, console, first=first, last=9, owed=owed, reporting=reports) as log,
+        RunLog(folder, console, first=first, last=9, owed=owed, reporting=reports) as log,
     ):
         for step in steps:
             if step > first:

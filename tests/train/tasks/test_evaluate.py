@@ -7,7 +7,7 @@ from lora_jax import models
 from tests.support import over
 from tests.train.tiny import decoder, tokenizer
 from train.run.complete import answer_prompts, pad_left, tokenize_chats
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks.sql.evaluate import (
     ADAPTED,
     FEW_SHOT,
@@ -24,7 +24,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 @pytest.fixture(scope="module")
 def outline():
     model, params = decoder()
-    return Outline("tiny", tokenizer(), model.config, params)
+    return ModelInfo("tiny", tokenizer(), model.config, params)
 
 
 def alone(outline, chat, new_tokens):

@@ -3,15 +3,15 @@
 import dataclasses
 from typing import Literal
 
-from lora_jax.training.arguments import at_least
+from lora_jax.training.arguments import minimum
 from train.console.errors import UserError
 from train.data.files import kind_of
 from train.options import field
 from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig, check_shared, flag
-from train.options.conditions import NO_ADAPTER, Idle
+from train.options.conditions import NO_ADAPTER, NoEffect
 from train.options.defaults import Defaults
-from train.options.defaults import with_defaults as with_shared_defaults
-from train.options.field import Card, option
+from train.options.defaults import fill_defaults as with_shared_defaults
+from train.options.field import CardSection, option
 from train.options.tokenizer import TokenizerOption
 
 DEFAULT_TASK = "vader"  # of train/options/tasks.py
@@ -21,7 +21,7 @@ INTRINSIC_RATE = 3e-2  # with --intrinsic 10000; see `rate_of_dimension`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(TokenizerOption):
+class ClassifyDataConfig(TokenizerOption):
     """Model and data."""
 
     model: str | None = option(None, field.OF_BASE)
@@ -39,25 +39,25 @@ class DataConfig(TokenizerOption):
     """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = option(None, field.OF_HUB)
     """The subset (configuration) to load, for a dataset on the hub."""
-    text: str = option("text", field.OF_FIELD, Idle.PREFERENCES, Idle.IMAGES)
+    text: str = option("text", field.OF_FIELD, NoEffect.PREFERENCES, NoEffect.IMAGES)
     """The field that holds the text."""
-    image: str | None = option(None, field.OF_FIELD, Idle.PREFERENCES)
+    image: str | None = option(None, field.OF_FIELD, NoEffect.PREFERENCES)
     """The field that holds an image, as a path or as its file's bytes, in the place of a text. A
     folder of images needs no such name."""
-    text_pair: str | None = option(None, field.OF_FIELD, Idle.PREFERENCES, Idle.IMAGES)
+    text_pair: str | None = option(None, field.OF_FIELD, NoEffect.PREFERENCES, NoEffect.IMAGES)
     """The field that holds a second text, for pairs (a premise and a hypothesis)."""
-    label: str = option("label", field.OF_FIELD, Idle.PREFERENCES)
+    label: str = option("label", field.OF_FIELD, NoEffect.PREFERENCES)
     """The field that holds the label: a name or a number."""
     test: str | None = option(None, field.HIDDEN)
     """The test rows: a file, or another split of the folder or of the dataset on the hub. By
     default --test-share of the rows is held out."""
-    test_share: float = option(0.2, field.OF_FIELD, Idle.TEST)
+    test_share: float = option(0.2, field.OF_FIELD, NoEffect.TEST)
     """The share of the rows to hold out for the test, stratified by label; of pairs, of prompts."""
     rows: int | None = option(None, field.ROWS)
     """Use only this many rows, from the beginning."""
-    seq_len: int = option(128, field.HIDDEN, Idle.IMAGES, card=Card.LENGTH)
+    seq_len: int = option(128, field.HIDDEN, NoEffect.IMAGES, card=CardSection.LENGTH)
     """The maximum number of tokens of a text, or of a prompt and its completion."""
-    truncate: bool = option(False, field.HIDDEN, Idle.IMAGES, card=Card.LOSS)
+    truncate: bool = option(False, field.HIDDEN, NoEffect.IMAGES, card=CardSection.LOSS)
     """Truncate texts longer than --seq-len; without this option, they are an error. With --labels
     pairs, they lose the prompt's beginning."""
 
@@ -72,7 +72,7 @@ class ClassifyAdapterConfig(AdapterConfig):
     """Train this many numbers, which a random projection turns into changes of every parameter, the
     head's too: the intrinsic dimension (Aghajanyan et al. 2020). --seed draws the projection."""
     intrinsic_kind: Literal["did", "said"] = option(
-        "said", field.TRAINED, Idle.NO_INTRINSIC, compared_by="methods"
+        "said", field.TRAINED, NoEffect.NO_INTRINSIC, compared_by="methods"
     )
     """The kind of --intrinsic. did: one projection for all. said: with a trained scale for each
     layer, which is one of the numbers."""
@@ -108,7 +108,7 @@ class ClassifyRunConfig(RunConfig):
     """Steps between checkpoints; the last step always has one."""
     eval_every: int = 0
     """Steps between evaluations of the loss on the test rows; 0 for none."""
-    eval_rows: int | None = option(None, field.CHANGEABLE, Idle.NONE_MEASURED)
+    eval_rows: int | None = option(None, field.CHANGEABLE, NoEffect.NONE_MEASURED)
     """Test rows to measure that loss on, spread over all of them; by default all."""
 
 
@@ -117,13 +117,13 @@ class Config(Options):
     """Fine-tune an encoder to classify texts or images, or to score completions, with LoRA or in
     full."""
 
-    data: DataConfig = DataConfig()
+    data: ClassifyDataConfig = ClassifyDataConfig()
     adapter: ClassifyAdapterConfig = ClassifyAdapterConfig()
     optim: OptimConfig = ClassifyOptimConfig()
     run: ClassifyRunConfig = ClassifyRunConfig()
 
 
-def with_defaults(config: Config, defaults: Defaults) -> Config:
+def fill_defaults(config: Config, defaults: Defaults) -> Config:
     """Fills in the options whose defaults depend on the parameters that train."""
     adapter = config.adapter
     if adapter.head_only and not adapter.full:
@@ -166,5 +166,5 @@ def check(config: Config) -> None:
             )
     if config.optim.lr_rule is not None:
         raise UserError("--lr-rule was fitted to language models: give --lr instead")
-    one = at_least(1)
-    check_shared(config, intrinsic=one, rows=one, eval_rows=one, seq_len=at_least(3))
+    one = minimum(1)
+    check_shared(config, intrinsic=one, rows=one, eval_rows=one, seq_len=minimum(3))

@@ -137,7 +137,7 @@ class Config(Options):
     run: DpoRunConfig = DpoRunConfig()
 
 
-def with_loss(config: Config, reference: str | None = None) -> Config:
+def fill_reference(config: Config, reference: str | None = None) -> Config:
     """Fills in --nll-weight, and --reference, by what the losses need.
 
     Args:

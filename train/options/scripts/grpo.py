@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE, at_least
+from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE, minimum
 from lora_jax.training.losses import ONLINE, Online, dr_grpo
 from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
@@ -121,9 +121,9 @@ class Config(Options):
     run: GrpoRunConfig = GrpoRunConfig()
 
 
-def with_reference(config: Config) -> Config:
+def fill_reference(config: Config) -> Config:
     """Fills in --max-new-tokens, and --reference, where --beta needs one."""
-    config = rollouts.with_sampling(config)
+    config = rollouts.fill_sampling(config)
     if config.data.reference is not None:
         return config
     data = dataclasses.replace(config.data, reference="base" if config.optim.beta else "none")
@@ -137,8 +137,8 @@ def check(config: Config) -> None:
         config,
         **dict.fromkeys(("reward_timeout", "bound"), POSITIVE),
         **dict.fromkeys(("clip", "clip_high", "beta"), NOT_NEGATIVE),
-        reward_workers=at_least(1),
-        redraw=at_least(0),
+        reward_workers=minimum(1),
+        redraw=minimum(0),
     )
     if data.group < 2:
         raise UserError("--group 1: a completion is compared with others of its prompt; give more")

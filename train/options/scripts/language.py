@@ -5,8 +5,8 @@ from typing import Any
 
 from train.options import field
 from train.options.common import OptimConfig
-from train.options.conditions import Idle
-from train.options.field import Card, option
+from train.options.conditions import NoEffect
+from train.options.field import CardSection, option
 from train.options.tokenizer import TemplateOption, TokenizerOption
 
 
@@ -17,7 +17,7 @@ class LanguageDataConfig(TokenizerOption, TemplateOption):
     model: str | None = option(None, field.OF_BASE)
     """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
     --init-adapter, or else SmolLM2-135M-Instruct."""
-    rope_scaling: str | None = option(None, field.OF_BASE, card=Card.ROPE)
+    rope_scaling: str | None = option(None, field.OF_BASE, card=CardSection.ROPE)
     """Scale the model's RoPE, for rows longer than the model allows. A kind and the factor by which
     they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's
     rope_parameters (yarn:4,beta_fast=16). The adapter stores the scaling, and train.generate and
@@ -38,12 +38,12 @@ class LanguageDataConfig(TokenizerOption, TemplateOption):
     folder or dataset on the hub, as for --dataset."""
     eval_split: str = option("train", field.CHANGEABLE)
     """The split of --eval-dataset, for a folder or a dataset on the hub."""
-    held_out_seed: int | None = option(None, field.ROWS, Idle.NONE_DRAWN)
+    held_out_seed: int | None = option(None, field.ROWS, NoEffect.NONE_DRAWN)
     """Seed that draws the rows to hold out; by default --seed. Give it to compare runs of several
     seeds on the same rows."""
-    rows: int | None = option(None, field.ROWS, Idle.STREAM)
+    rows: int | None = option(None, field.ROWS, NoEffect.STREAM)
     """Use only this many rows of each data set, from the beginning."""
-    seq_len: int = option(128, field.HIDDEN, card=Card.LENGTH)
+    seq_len: int = option(128, field.HIDDEN, card=CardSection.LENGTH)
     """The maximum number of tokens of a sequence."""
 
 
@@ -51,12 +51,12 @@ class LanguageDataConfig(TokenizerOption, TemplateOption):
 class TokensConfig(LanguageDataConfig):
     """Model and data that are tokenised before training."""
 
-    truncate: bool = option(False, field.HIDDEN, card=Card.LOSS)
+    truncate: bool = option(False, field.HIDDEN, card=CardSection.LOSS)
     """Truncate rows longer than --seq-len; without this option, they are an error."""
-    packing: bool = option(False, field.HIDDEN, card=Card.PACKING)
+    packing: bool = option(False, field.HIDDEN, card=CardSection.PACKING)
     """Pack several rows into one sequence; no row attends to another. Without this option, rows of
     about one length share a batch."""
-    token_cache: str | None = option(None, field.CHANGEABLE, Idle.ONLY_STREAM)
+    token_cache: str | None = option(None, field.CHANGEABLE, NoEffect.ONLY_STREAM)
     """The folder where tokenised rows are kept for later runs, or off. By default lora_jax/tokens
     in the user's cache folder, for a thousand rows and more."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from lora_jax.training.arguments import POSITIVE, Numbers, at_least
+from lora_jax.training.arguments import POSITIVE, NumberRange, minimum
 from train.console.errors import UserError
 from train.options import field
 from train.options.field import option
@@ -50,10 +50,10 @@ class RolloutOptimConfig(LanguageOptimConfig):
 OF_ROWS = (512, 128)  # --seq-len and --max-new-tokens of a user's own rows
 _LENGTHS = {"sql": (512, 80), "arithmetic": (64, 8)}
 _TEMPERATURES = {"arithmetic": 1.5}
-_SHARE = Numbers(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
+_SHARE = NumberRange(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
 
 
-def with_sampling(config: Any) -> Any:
+def fill_sampling(config: Any) -> Any:
     """Fills in --seq-len, --max-new-tokens and --sampling-temperature by the task."""
     data = config.data
     seq_len, new = _LENGTHS.get(data.dataset, OF_ROWS)
@@ -66,7 +66,7 @@ def with_sampling(config: Any) -> Any:
     return dataclasses.replace(config, data=data)
 
 
-def check(config: Any, **numbers: Numbers) -> None:
+def check(config: Any, **numbers: NumberRange) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task.
 
     Args:
@@ -76,7 +76,7 @@ def check(config: Any, **numbers: Numbers) -> None:
     data, optim, run = config.data, config.optim, config.run
     sft_options.check(
         config,
-        **dict.fromkeys(("max_new_tokens", "top_k", "updates", "group"), at_least(1)),
+        **dict.fromkeys(("max_new_tokens", "top_k", "updates", "group"), minimum(1)),
         sampling_temperature=POSITIVE,
         top_p=_SHARE,
         **numbers,

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lora_jax.hf.bundled import SMOLLM2
-from lora_jax.training.arguments import SEED, Numbers, at_least
+from lora_jax.training.arguments import SEED, NumberRange, minimum
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.adapters.template import read_template
 from train.console.errors import UserError
 from train.options import field
 from train.options.common import AdapterConfig, Options, RunConfig, check_shared
-from train.options.conditions import Idle
-from train.options.field import Card, Uncompared, option
+from train.options.conditions import NoEffect
+from train.options.field import CardSection, Uncompared, option
 from train.options.paths import Words
 from train.options.scripts.language import LanguageOptimConfig, TokensConfig
 
@@ -28,7 +28,7 @@ DEFAULT_TASK = "sql"  # of train/options/tasks.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(TokensConfig):
+class SftDataConfig(TokensConfig):
     """Model and data."""
 
     dataset: tuple[str, ...] = (DEFAULT_TASK,)
@@ -44,12 +44,12 @@ class DataConfig(TokensConfig):
     as requested, by default as many as 35 steps see, balanced over its query forms."""
     shuffle_schemas: bool = option(False, field.ROWS)
     """Pair each question of the SQL task with the tables of another database, as a control."""
-    stream: bool = option(False, field.HIDDEN, card=Card.STREAM)
+    stream: bool = option(False, field.HIDDEN, card=CardSection.STREAM)
     """Read the data while training, in memory that does not grow with their size: lines of JSON,
     Parquet (by row groups), or what `datasets` loads. Rows are shuffled within a buffer of blocks
     drawn from all over the data. Needs --steps and --truncate."""
     train_on: Literal["all", "assistant", "last"] = option(
-        "assistant", field.HIDDEN, card=Card.LOSS
+        "assistant", field.HIDDEN, card=CardSection.LOSS
     )
     """The tokens that the loss counts: all, the assistant's, or those of its last turn."""
 
@@ -100,9 +100,11 @@ class SftRunConfig(RunConfig):
     `messages` that end with a user's."""
     sample_every: int = option(0, field.COURSE)
     """Steps between answers to --sample-prompts; 0 for none."""
-    sample_tokens: int = option(64, field.COURSE, Idle.NO_PROMPTS)
+    sample_tokens: int = option(64, field.COURSE, NoEffect.NO_PROMPTS)
     """The maximum number of tokens of an answer to --sample-prompts."""
-    eval_questions: int | None = option(None, field.CHANGEABLE, Idle.NONE_HELD_OUT, Idle.STREAM)
+    eval_questions: int | None = option(
+        None, field.CHANGEABLE, NoEffect.NONE_HELD_OUT, NoEffect.STREAM
+    )
     """SQL task: questions of each kind to answer before and after training; by default 16, 0 for
     none. Other data, with --eval-every: rows to hold out, by default 64, at most a tenth of all,
     drawn by --seed; several data sets give their share."""
@@ -112,21 +114,21 @@ class SftRunConfig(RunConfig):
 class Config(Options):
     """Fine-tune a language model, with LoRA or in full."""
 
-    data: DataConfig = DataConfig()
+    data: SftDataConfig = SftDataConfig()
     adapter: AdapterConfig = SftAdapterConfig()
     optim: SftOptimConfig = SftOptimConfig()
     run: SftRunConfig = SftRunConfig()
 
 
-def check(config: Any, **numbers: Numbers) -> None:
+def check(config: Any, **numbers: NumberRange) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task.
 
     Args:
       config: the options of this script, or of another that trains language models.
       **numbers: the numbers that further options take.
     """
-    counted = dict.fromkeys(("seq_len", "rows", "sample_tokens"), at_least(1))
-    counted |= dict.fromkeys(("eval_questions", "sample_every", "loss_chunk"), at_least(0))
+    counted = dict.fromkeys(("seq_len", "rows", "sample_tokens"), minimum(1))
+    counted |= dict.fromkeys(("eval_questions", "sample_every", "loss_chunk"), minimum(0))
     check_shared(config, held_out_seed=SEED, **counted, **numbers)
     if bool(config.run.sample_prompts) != bool(config.run.sample_every):
         raise UserError(

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.run.complete import Chat, answer_prompts, tokenize_chats
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks.sql import examples as sql
 from train.tasks.task import print_figures
 
@@ -29,7 +29,7 @@ def draw_questions(n: int) -> Questions:
     }
 
 
-def longest_prompt(outline: Outline, questions: Questions) -> int:
+def longest_prompt(outline: ModelInfo, questions: Questions) -> int:
     """Returns the maximum number of tokens of a few-shot prompt and its answer."""
     return max(map(len, tokenize_chats(outline, _chats(questions, few_shot=True)))) + NEW_TOKENS
 
@@ -37,7 +37,7 @@ def longest_prompt(outline: Outline, questions: Questions) -> int:
 def answer(
     model: Any,
     params: Any,
-    outline: Outline,
+    outline: ModelInfo,
     questions: Questions,
     *,
     few_shot: bool = False,

@@ -15,7 +15,7 @@ from train.options.scripts.sft import Config
 from train.reporters.files import read_json
 from train.run.log import doing
 from train.run.output import SCORES
-from train.run.pretrained import Outline
+from train.run.pretrained import ModelInfo
 from train.tasks import chats
 from train.tasks.sql import evaluate
 from train.tasks.sql.examples import training_examples
@@ -49,7 +49,7 @@ def read_rows(config: Config) -> Rows:
     return Rows([dataset.of_rows(data.dataset[0], rows)], of_questions)
 
 
-def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences; checks that few-shot prompts and answers fit the model."""
     if questions := _questions(config):
         outline.check_length(evaluate.longest_prompt(outline, questions), "--eval-questions")
