@@ -21,7 +21,7 @@ from lora_jax.training.layout import one_device
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import Client, SampleRequest
+from train.serve.protocol.requests import Client, SampleRequest
 
 CONFIG = {
     "model_type": "llama",

@@ -27,7 +27,7 @@ from lora_jax.training.layout import one_device
 from train.serve.engine.base import Adapter, ServedBase, TrainingState
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import AdapterSpec, SampleRequest, Save
+from train.serve.protocol.requests import AdapterSpec, SampleRequest, Save
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = 64

@@ -21,7 +21,7 @@ from train.predict import __main__ as predict
 from train.run.pretrained import read_classifier_info, read_model_info
 from train.run.report import ask_words
 from train.serve.engine.base import ServedBase
-from train.serve.requests import RequestError
+from train.serve.protocol.requests import RequestError
 
 
 @pytest.fixture(scope="module")

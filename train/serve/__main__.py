@@ -28,16 +28,16 @@ from train.processes.mesh import make_mesh
 from train.run.log import doing
 from train.run.pretrained import ModelInfo, check_weights, end_tokens, read_model, read_model_info
 from train.run.sampling import apply_generation_config
-from train.serve.app import HttpServer, make_app, make_starting_app
+from train.serve.app import make_app, make_starting_app
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
 from train.serve.options import ServeOptions, check, length_of, parse
-from train.serve.requests import RequestError
-from train.serve.routes.access import Access, owner_of
+from train.serve.protocol.requests import RequestError
+from train.serve.routes.access import Access, StartProgress, owner_of
 from train.serve.routes.origins import Origins, read_origin
-from train.serve.routes.starting import StartProgress
 from train.serve.routes.tinker.api import Tinker
+from train.serve.server import HttpServer
 
 _log = logging.getLogger(__name__)
 _LEDGER = "ledger.sqlite"

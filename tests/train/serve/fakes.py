@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from tests.train.serve.waiting import until
-from train.serve.requests import (
+from train.serve.protocol.encryption import encrypt
+from train.serve.protocol.engine import EngineFacts, Status, TenantStatus
+from train.serve.protocol.requests import (
     ANYONE,
     AdapterSpec,
     Completion,
     Create,
     DrawnToken,
-    EngineFacts,
     Gradient,
     GradientResult,
     Leave,
@@ -24,13 +25,10 @@ from train.serve.requests import (
     SampleResult,
     Save,
     SaveResult,
-    Status,
-    TenantStatus,
     Top,
     Update,
     UpdateResult,
 )
-from train.serve.sealed import encrypt
 
 FACTS = EngineFacts(
     model="tiny/base",

@@ -9,16 +9,14 @@ import uvicorn
 
 from tests.train.tiny import tokenizer
 from train.serve.app import make_app
-from train.serve.requests import (
+from train.serve.protocol.engine import EngineFacts, Status, TenantStatus
+from train.serve.protocol.requests import (
     AdapterSpec,
     Client,
     Completion,
     DrawnToken,
-    EngineFacts,
     RequestError,
     SampleResult,
-    Status,
-    TenantStatus,
     Top,
 )
 from train.serve.routes.openai.text import ServedTokenizer

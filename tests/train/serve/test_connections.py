@@ -3,12 +3,12 @@
 import contextlib
 import socket
 import time
+from functools import partial
 
 import pytest
 
 from tests.train.serve.command import ask, command
-from train.serve import app
-from train.serve.connections import Connections
+from train.serve import server
 
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = REQUEST[:-9]
@@ -19,7 +19,8 @@ def served(monkeypatch, tmp_path):
     """Runs some work against the command, which waits for heads for a short time."""
 
     def run(work, **limits):
-        monkeypatch.setattr(app, "Connections", lambda: Connections(**{"head": 0.4, **limits}))
+        limited = partial(server.Connections, **{"head": 0.4, **limits})
+        monkeypatch.setattr(server, "Connections", limited)
         return command(monkeypatch, tmp_path, "", work)
 
     return run

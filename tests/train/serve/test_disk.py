@@ -14,7 +14,7 @@ from tests.train.serve.fakes import FakeEngine
 from tests.train.serve.process import Server
 from tests.train.serve.test_kills import SERVER
 from tests.train.serve.waiting import until
-from train.serve import database
+from train.serve.storage import database
 
 
 def post(port, path, **fields):

@@ -8,9 +8,9 @@ import pytest
 
 from tests.train.serve.client import Client
 from tests.train.serve.fakes import FakeEngine, Tenant
-from train.serve.folders import link
-from train.serve.ledger import Ledger
-from train.serve.requests import AdapterSpec, Create, Gradient, Load, Save, Update
+from train.serve.protocol.requests import AdapterSpec, Create, Gradient, Load, Save, Update
+from train.serve.storage.folders import link
+from train.serve.storage.ledger import Ledger
 
 
 def kinds(engine):

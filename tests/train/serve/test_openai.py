@@ -17,7 +17,7 @@ from tests.train.serve.scripted import (
 )
 from tests.train.serve.waiting import until
 from tests.train.tiny import CHATML, tokenizer
-from train.serve.requests import RequestError
+from train.serve.protocol.requests import RequestError
 
 openai = pytest.importorskip("openai", reason="the extra 'serve-test' has the client")
 pytestmark = pytest.mark.serving

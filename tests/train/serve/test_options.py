@@ -59,12 +59,13 @@ def test_options_that_make_none_are_refused(given, named, tmp_path, monkeypatch)
 SERVER = """
 import os
 from tests.train.serve.scripted import TOKENIZER, ScriptedEngine, ids
-from train.serve import app
+from train.serve import app, server
 
-app._DRAIN = 1e9
+server._DRAIN = 1e9
 engine = ScriptedEngine(lambda sample, index: ids("x" * 390), lambda: os.read(0, 1))
 made = app.make_app(engine, TOKENIZER)
-app.serve(made, "127.0.0.1", 0, lambda: print("stopped", flush=True))
+with server.HttpServer(made, "127.0.0.1", 0) as site:
+    site.serve(made.state.access, lambda: print("stopped", flush=True))
 print("after", flush=True)
 """
 
@@ -135,8 +136,8 @@ def test_a_second_signal_ends_at_once(server):
 def test_a_port_that_is_taken_is_named():
     import socket
 
-    from train.serve.app import serve
+    from train.serve.server import HttpServer
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(UserError, match=f"--port {taken.getsockname()[1]}"):
-            serve(None, "127.0.0.1", taken.getsockname()[1], lambda: None)
+            HttpServer(None, "127.0.0.1", taken.getsockname()[1])

@@ -17,9 +17,10 @@ from tests.train.serve.engine.engines import made_base, made_engine, running
 from tests.train.serve.fakes import FACTS, FakeEngine, Tenant
 from tests.train.serve.test_ledger import PROGRAM, close_to, send, state
 from tests.train.serve.waiting import until
-from train.serve import __main__, seats
-from train.serve.requests import Save
+from train.serve import __main__
+from train.serve.protocol.requests import Save
 from train.serve.routes.tinker.api import Tinker
+from train.serve.tenants import seats
 
 
 def park(client, seconds=200.0):

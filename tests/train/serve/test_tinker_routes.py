@@ -11,7 +11,7 @@ import zstandard
 from tests.train.serve import fakes
 from tests.train.serve.client import Client, body, logprobs, sampler
 from tests.train.serve.fakes import FACTS, FakeEngine
-from train.serve.requests import AdapterSpec, Create
+from train.serve.protocol.requests import AdapterSpec, Create
 
 
 def test_what_is_served(client):

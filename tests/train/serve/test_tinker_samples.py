@@ -11,8 +11,8 @@ from tests.train.serve import fakes
 from tests.train.serve.client import Client, drawn, prompt, sampler
 from tests.train.serve.fakes import FACTS, FakeEngine
 from tests.train.serve.protobuf import fields
-from train.serve import requests
-from train.serve.requests import SampleRequest
+from train.serve.protocol import requests
+from train.serve.protocol.requests import SampleRequest
 
 
 def test_samples_of_the_base(client):

@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from tests.train.serve.client import key_owner
 from tests.train.serve.fakes import FACTS, FakeEngine, logprobs
 from tests.train.serve.waiting import until
-from train.serve.requests import Completion, GradientResult, SampleResult, Top
+from train.serve.protocol.requests import Completion, GradientResult, SampleResult, Top
 from train.serve.routes.tinker import api as routes
 from train.serve.routes.tinker import wire
 

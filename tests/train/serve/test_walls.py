@@ -31,5 +31,5 @@ def imported(path):
 def test_a_room_does_not_know_the_other(room, outside, inside):
     files = [*(FOLDER / room).rglob("*.py")]
     names = {name for path in files for name in imported(path)}
-    assert len(files) > 5 and "train.serve.requests" in names
+    assert len(files) > 5 and "train.serve.protocol.requests" in names
     assert not [name for name in names if name.split(".")[0] in outside or name.startswith(inside)]

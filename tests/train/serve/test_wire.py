@@ -22,7 +22,7 @@ from tests.train.serve.protobuf import (
     request,
     sparse,
 )
-from train.serve.requests import (
+from train.serve.protocol.requests import (
     Completion,
     Gradient,
     GradientResult,

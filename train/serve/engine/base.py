@@ -33,8 +33,8 @@ from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.options.paths import absolute_path
-from train.serve.requests import AdapterSpec, RequestError, Save
-from train.serve.sealed import encrypt
+from train.serve.protocol.encryption import encrypt
+from train.serve.protocol.requests import AdapterSpec, RequestError, Save
 
 Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
 SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"

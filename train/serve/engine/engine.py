@@ -12,28 +12,25 @@ from typing import Any
 
 from lora_jax.training.layout import Layout
 from train.serve.engine.base import ServedBase, TrainingState
-from train.serve.engine.checks import check_sample
 from train.serve.engine.commands import CommandRunner, call_back
 from train.serve.engine.jobs import SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import SamplingPrograms
-from train.serve.engine.rotation import TurnPath, levels, parties
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.tenant import EngineTenant
 from train.serve.engine.trainer import Trainer
-from train.serve.requests import (
+from train.serve.engine.turns import TurnPath, levels, parties
+from train.serve.protocol.engine import EngineFacts, Status, TenantStatus, check_sample
+from train.serve.protocol.requests import (
     ANYONE,
     AdapterSpec,
     Client,
     Command,
     Done,
     DrawnToken,
-    EngineFacts,
     RequestError,
     SampleRequest,
-    Status,
-    TenantStatus,
 )
 
 _log = logging.getLogger(__name__)

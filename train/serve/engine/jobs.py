@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from train.serve.engine.base import Adapter
-from train.serve.engine.rotation import TurnPath
-from train.serve.requests import Completion, Done, DrawnToken, SampleRequest, Top
+from train.serve.engine.turns import TurnPath
+from train.serve.protocol.requests import Completion, Done, DrawnToken, SampleRequest, Top
 
 
 @dataclasses.dataclass(eq=False)

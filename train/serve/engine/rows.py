@@ -12,7 +12,7 @@ import numpy as np
 from train.serve.engine.jobs import ActiveCompletion
 from train.serve.engine.programs import DrawnTokens, RowSampling, SamplingPrograms
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import SampleRequest
+from train.serve.protocol.requests import SampleRequest
 
 _HELD = 32  # decoded tokens after which fewer or shorter rows are chosen, if they would do
 _SLOWER = 1.5  # times as long, at most, that a token takes beside other owners' rows

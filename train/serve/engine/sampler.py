@@ -13,11 +13,11 @@ from train.serve.engine.jobs import ActiveCompletion, SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import DrawnTokens, SamplingPrograms
 from train.serve.engine.prompts import PrefixCache, RunningPrompt
-from train.serve.engine.rotation import PARTY, TurnOrder, TurnPath, parties
 from train.serve.engine.rows import RunningRows
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.trainer import Trainer
-from train.serve.requests import Completion, DrawnToken, SampleResult
+from train.serve.engine.turns import PARTY, TurnOrder, TurnPath, parties
+from train.serve.protocol.requests import Completion, DrawnToken, SampleResult
 
 _ALONE = 32  # tokens after which an owner who is alone has all rows
 _CHUNKS = 8  # of prompts, between two tokens where all rows are free

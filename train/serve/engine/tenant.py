@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from train.serve.engine.base import Factors, TrainingState
-from train.serve.engine.rotation import TurnPath
-from train.serve.requests import LATEST_LOSSES, Client, Command, Done
+from train.serve.engine.turns import TurnPath
+from train.serve.protocol.engine import LATEST_LOSSES
+from train.serve.protocol.requests import Client, Command, Done
 
 
 class EngineTenant:

@@ -16,7 +16,7 @@ from lora_jax.training.losses.tokens import token_values
 from train.serve.engine.base import Adapter, Factors, ServedBase, TrainingState
 from train.serve.engine.losses import DEFAULTS, ORDER, sum_loss
 from train.serve.engine.sizes import TARGETS, Sizes
-from train.serve.requests import LOSSES, TOP, Datum, Gradient, RequestError, Top, Update
+from train.serve.protocol.requests import LOSSES, TOP, Datum, Gradient, RequestError, Top, Update
 
 _EMPTY = -99999.0  # the log-probability of a token that there is none of
 _HUGE = 1e30

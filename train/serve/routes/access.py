@@ -1,6 +1,7 @@
-"""Keys, and the limits of bodies and of requests under way."""
+"""Access to a server: keys, the start, and limits of bodies and of requests under way."""
 
 import asyncio
+import dataclasses
 import hashlib
 import hmac
 from collections import Counter
@@ -14,16 +15,46 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from train.console.errors import UserError, as_user_errors
 from train.serve.routes.errors import HttpError, json_response
 from train.serve.routes.origins import Origins
-from train.serve.routes.starting import StartProgress
 
 LOCAL = "local"  # the owner of all requests, without keys
 BODY = 64 << 20  # bytes of a body at most
 WAITING = 4096  # requests of an owner under way at most
+_AGAIN = "2"  # seconds, while a server starts
 _READING = 300.0  # seconds that a body may take
 _PAGE = "/"
 _OPEN = (_PAGE, "/healthz", "/api/v1/healthz")  # need no key
 _SIGNED = "/api/v1/files/"  # addresses that say themselves who may have the file
 _DRAINED = "/api/v1/retrieve_future"  # is answered while the server ends: the work is old
+
+
+@dataclasses.dataclass
+class StartProgress:
+    """The progress of a start; any thread may change it.
+
+    Attributes:
+      model: name of the base.
+      compiled: number of parts that are compiled.
+      parts: number of all parts; 0 while weights are read.
+    """
+
+    model: str
+    compiled: int = 0
+    parts: int = 0
+
+    def see(self, compiled: int, parts: int) -> None:
+        """Notes how far the start is."""
+        self.compiled, self.parts = compiled, parts
+
+    def refusal(self) -> HttpError:
+        """Returns the answer to requests that come too early."""
+        far = f"{self.compiled} of {self.parts} parts are compiled"
+        said = far if self.parts else "the weights are being loaded"
+        return HttpError(
+            503,
+            f"the server starts: {said}; ask again",
+            headers={"Retry-After": _AGAIN},
+            more={"starting": dataclasses.asdict(self)},
+        )
 
 
 class Access:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from train.serve.requests import EngineProtocol, TenantStatus
+from train.serve.protocol.engine import EngineProtocol, TenantStatus
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import json_response
 from train.serve.routes.openai.models import Owns

@@ -16,7 +16,7 @@ from lora_jax.training.layout import one_device
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import (
+from train.serve.protocol.requests import (
     AdapterSpec,
     Create,
     Datum,

@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from train.serve.engine.base import ServedBase
-from train.serve.requests import AdapterSpec, RequestError
+from train.serve.protocol.requests import AdapterSpec, RequestError
 
 FIELDS = {
     "model_type": "llama",

@@ -29,7 +29,7 @@ from tests.train.serve.engine.engines import (
     tell,
 )
 from train.serve.engine import engine as engine_module
-from train.serve.requests import (
+from train.serve.protocol.requests import (
     AdapterSpec,
     Client,
     Create,

@@ -19,7 +19,7 @@ from tests.train.serve.engine.engines import (
     submitted,
     tell,
 )
-from train.serve.requests import (
+from train.serve.protocol.requests import (
     AdapterSpec,
     Create,
     Datum,

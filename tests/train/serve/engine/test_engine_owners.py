@@ -24,7 +24,7 @@ from tests.train.serve.engine.engines import (
     unused,
 )
 from train.serve.engine import engine as engine_module
-from train.serve.requests import AdapterSpec, Client, Create, Datum, Gradient, Leave, Save
+from train.serve.protocol.requests import AdapterSpec, Client, Create, Datum, Gradient, Leave, Save
 
 ROWS = 8  # of the engine
 

@@ -26,7 +26,7 @@ from tests.train.serve.engine.engines import (
     text_of,
     unused,
 )
-from train.serve.requests import (
+from train.serve.protocol.requests import (
     AdapterSpec,
     Create,
     Datum,

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from lora_jax import models
 from tests.train.serve.engine.engines import made_engine, running, submitted, tell
 from train.serve.engine.base import ServedBase
-from train.serve.requests import (
+from train.serve.protocol.requests import (
     AdapterSpec,
     Create,
     Datum,

@@ -22,7 +22,7 @@ from tests.train.serve.engine.engines import (
     tell,
     unused,
 )
-from train.serve.requests import (
+from train.serve.protocol.requests import (
     AdapterSpec,
     Create,
     Leave,

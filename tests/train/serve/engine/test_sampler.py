@@ -13,7 +13,7 @@ from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import DrawnTokens
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
-from train.serve.requests import Client, SampleRequest
+from train.serve.protocol.requests import Client, SampleRequest
 
 CHUNK = 8
 

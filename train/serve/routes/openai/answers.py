@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.serve.requests import Completion, DrawnToken, SampleRequest, SampleResult
+from train.serve.protocol.requests import Completion, DrawnToken, SampleRequest, SampleResult
 from train.serve.routes.openai.chat import ToolCalls
 from train.serve.routes.openai.text import CompletionText, ServedTokenizer, TokenEntry, finite
 

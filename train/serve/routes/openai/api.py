@@ -13,14 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lora_jax.training.errors import TrainingError
-from train.serve.requests import (
-    TOP,
-    Client,
-    DrawnToken,
-    EngineProtocol,
-    SampleRequest,
-    SampleResult,
-)
+from train.serve.protocol.engine import EngineProtocol
+from train.serve.protocol.requests import TOP, Client, DrawnToken, SampleRequest, SampleResult
 from train.serve.routes.access import owner_of
 from train.serve.routes.errors import HttpError, as_http_error, json_response
 from train.serve.routes.openai.answers import (
@@ -33,7 +27,6 @@ from train.serve.routes.openai.answers import (
     usage_of,
 )
 from train.serve.routes.openai.chat import prompt_of, tools_of
-from train.serve.routes.openai.draws import Events, PendingSamples, unless_gone
 from train.serve.routes.openai.fields import (
     add_prompt,
     check_fields,
@@ -47,6 +40,7 @@ from train.serve.routes.openai.fields import (
     read_top,
 )
 from train.serve.routes.openai.models import Models
+from train.serve.routes.openai.pending import Events, PendingSamples, unless_gone
 from train.serve.routes.openai.table import CHAT, COMPLETIONS, FIELDS, STREAM_OPTIONS
 from train.serve.routes.openai.text import ServedTokenizer
 

@@ -9,7 +9,8 @@ from starlette.requests import Request
 
 from lora_jax.training.data.rows import check_text, shown
 from lora_jax.training.errors import TrainingError
-from train.serve.requests import TOP, EngineFacts, SampleRequest
+from train.serve.protocol.engine import EngineFacts
+from train.serve.protocol.requests import TOP, SampleRequest
 from train.serve.routes.errors import HttpError
 from train.serve.routes.openai.table import Field, nearest
 

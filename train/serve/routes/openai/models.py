@@ -13,11 +13,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from lora_jax.folders import remote_problem
-from train.serve.requests import EngineProtocol
+from train.serve.protocol.engine import EngineProtocol
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import HttpError, json_response
-from train.serve.routes.openai.draws import result_of
 from train.serve.routes.openai.fields import field_error, read_body, read_text
+from train.serve.routes.openai.pending import result_of
 
 _NAME = re.compile(r"\w[\w.-]{0,127}")  # no name leaves its folder
 _TINKER = "tinker://"

@@ -14,16 +14,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from train.serve.adoption import Adoption
-from train.serve.folders import link_beside
-from train.serve.ledger import Ledger, Row
-from train.serve.requests import Client, Command, EngineProtocol, RequestError, Update
+from train.serve.protocol.engine import EngineProtocol
+from train.serve.protocol.requests import Client, Command, RequestError, Update
 from train.serve.routes.tinker import commands, wire
+from train.serve.routes.tinker.adoption import Adoption
 from train.serve.routes.tinker.bodies import Endpoint, JsonFields, Owner, Refused, guarded, say
 from train.serve.routes.tinker.futures import Futures
-from train.serve.routes.tinker.owned import OwnerRows, spec_of
+from train.serve.routes.tinker.owner_rows import OwnerRows, spec_of
 from train.serve.routes.tinker.runs import Runs
-from train.serve.turns import CommandLog
+from train.serve.storage.folders import link_beside
+from train.serve.storage.ledger import Ledger, Row
+from train.serve.tenants.command_log import CommandLog
 
 _log = logging.getLogger(__name__)
 API = "/api/v1"

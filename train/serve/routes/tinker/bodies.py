@@ -14,11 +14,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from train.console.errors import no_room
-from train.serve.database import LockedError
-from train.serve.notes import NO_ROOM
-from train.serve.requests import RequestError
+from train.serve.protocol.requests import RequestError
 from train.serve.routes.tinker.wire import MOST_BYTES
-from train.serve.turns import BusyError
+from train.serve.storage.database import LockedError
+from train.serve.storage.results import NO_ROOM
+from train.serve.tenants.command_log import BusyError
 
 _log = logging.getLogger(__name__)
 _THREADS = ThreadPoolExecutor(64, "tinker")

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from train.serve.ledger import Row
-from train.serve.requests import (
+from train.serve.protocol.encryption import check_recipients
+from train.serve.protocol.engine import EngineFacts
+from train.serve.protocol.requests import (
     TOP,
     AdapterSpec,
     Command,
     Create,
-    EngineFacts,
     Load,
     RequestError,
     SampleRequest,
@@ -26,7 +26,7 @@ from train.serve.requests import (
 from train.serve.routes.tinker import wire
 from train.serve.routes.tinker.bodies import JsonFields
 from train.serve.routes.tinker.messages import Tensor
-from train.serve.sealed import check_recipients
+from train.serve.storage.ledger import Row
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
 _TEXT = re.compile(r"[^\ud800-\udfff]{1,1024}", re.DOTALL)  # what UTF-8 can say

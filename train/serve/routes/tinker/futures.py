@@ -14,10 +14,10 @@ from typing import Any
 
 from starlette.responses import Response
 
-from train.serve.ledger import DONE, LOGGED, Ledger
-from train.serve.notes import error_answer
 from train.serve.routes.tinker.bodies import Refused, say
-from train.serve.turns import BusyError
+from train.serve.storage.ledger import DONE, LOGGED, Ledger
+from train.serve.storage.results import error_answer
+from train.serve.tenants.command_log import BusyError
 
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 

@@ -13,11 +13,11 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from train.serve.ledger import Ledger, Row
-from train.serve.requests import RequestError
+from train.serve.protocol.requests import RequestError
 from train.serve.routes.tinker.bodies import Endpoint, JsonFields, Refused, say
-from train.serve.routes.tinker.owned import OwnerRows, spec_of
-from train.serve.turns import CommandLog
+from train.serve.routes.tinker.owner_rows import OwnerRows, spec_of
+from train.serve.storage.ledger import Ledger, Row
+from train.serve.tenants.command_log import CommandLog
 
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _SECONDS = 3600  # a link to a file is valid for so long

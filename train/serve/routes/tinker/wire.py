@@ -9,10 +9,10 @@ import numpy as np
 import zstandard
 from google.protobuf.message import DecodeError
 
-from train.serve.requests import (
+from train.serve.protocol.engine import EngineFacts
+from train.serve.protocol.requests import (
     LOSSES,
     Datum,
-    EngineFacts,
     Gradient,
     GradientResult,
     RequestError,

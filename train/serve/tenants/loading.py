@@ -7,20 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.serve.folders import size
-from train.serve.ledger import DONE, LOGGED, Ledger, Row
-from train.serve.notes import ResultWriter
-from train.serve.requests import (
-    Command,
-    EngineProtocol,
-    Gradient,
-    Load,
-    RequestError,
-    Save,
-    SaveResult,
-)
-from train.serve.seats import Phase, Seats
-from train.serve.turn import TenantProgress, first_gap, load_of
+from train.serve.protocol.engine import EngineProtocol
+from train.serve.protocol.requests import Command, Gradient, Load, RequestError, Save, SaveResult
+from train.serve.storage.folders import size
+from train.serve.storage.ledger import DONE, LOGGED, Ledger, Row
+from train.serve.storage.results import ResultWriter
+from train.serve.tenants.progress import TenantProgress, first_gap, load_of
+from train.serve.tenants.seats import Phase, Seats
 
 _log = logging.getLogger(__name__)
 

@@ -8,22 +8,15 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from train.serve.database import LockedError
-from train.serve.ledger import Ledger
-from train.serve.loading import TenantLoader
-from train.serve.notes import ResultWriter
-from train.serve.requests import (
-    LATEST_LOSSES,
-    AdapterSpec,
-    EngineProtocol,
-    Leave,
-    RequestError,
-    Save,
-    TenantStatus,
-)
-from train.serve.seats import Phase, Seats
-from train.serve.states import StateFolders
-from train.serve.turn import TenantProgress
+from train.serve.protocol.engine import LATEST_LOSSES, EngineProtocol, TenantStatus
+from train.serve.protocol.requests import AdapterSpec, Leave, RequestError, Save
+from train.serve.storage.database import LockedError
+from train.serve.storage.ledger import Ledger
+from train.serve.storage.results import ResultWriter
+from train.serve.tenants.loading import TenantLoader
+from train.serve.tenants.progress import TenantProgress
+from train.serve.tenants.seats import Phase, Seats
+from train.serve.tenants.states import StateFolders
 
 _log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from train.console.errors import no_room
-from train.serve.database import LockedError
-from train.serve.ledger import LOGGED, Ledger, Row
-from train.serve.requests import AdapterSpec, RequestError, SaveResult
+from train.serve.protocol.requests import AdapterSpec, RequestError, SaveResult
+from train.serve.storage.database import LockedError
+from train.serve.storage.ledger import LOGGED, Ledger, Row
 
 _log = logging.getLogger(__name__)
 NO_ROOM = (

@@ -12,25 +12,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.serve.database import LockedError
-from train.serve.ledger import REFUSED, Ledger, Row
-from train.serve.loading import TenantLoader
-from train.serve.notes import ResultWriter, error_answer
-from train.serve.parking import TenantParking
-from train.serve.requests import (
+from train.serve.protocol.engine import EngineProtocol
+from train.serve.protocol.requests import (
     Client,
     Command,
     Create,
-    EngineProtocol,
     Gradient,
     Load,
     RequestError,
     Save,
     Update,
 )
-from train.serve.seats import Seats
-from train.serve.states import StateFolders
-from train.serve.turn import TenantProgress, first_gap, load_of
+from train.serve.storage.database import LockedError
+from train.serve.storage.ledger import REFUSED, Ledger, Row
+from train.serve.storage.results import ResultWriter, error_answer
+from train.serve.tenants.loading import TenantLoader
+from train.serve.tenants.parking import TenantParking
+from train.serve.tenants.progress import TenantProgress, first_gap, load_of
+from train.serve.tenants.seats import Seats
+from train.serve.tenants.states import StateFolders
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds

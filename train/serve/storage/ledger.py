@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.serve.database import Database, Row
+from train.serve.storage.database import Database, Row
 
 # The states of a command. Refused ones were wrong on arrival; the engine never sees them.
 LOGGED, DONE, FAILED, REFUSED = "logged", "done", "failed", "refused"

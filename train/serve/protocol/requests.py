@@ -6,7 +6,7 @@ Arrays are NumPy's: routes know no JAX, and the engine knows no HTTP.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -290,127 +290,6 @@ class DrawnToken:
     top: tuple[np.ndarray, np.ndarray] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineFacts:
-    """Describes what an engine serves.
-
-    Attributes:
-      model: the base's name.
-      max_length: tokens of a sequence at most, and of prompt and completion together.
-      max_rank: the largest rank of an adapter.
-      vocab_size: ids are below it.
-      eos: the tokens that end a text.
-      slots: adapters in a batch of samples at most.
-      sequences: completions that are drawn side by side at most.
-    """
-
-    model: str
-    max_length: int
-    max_rank: int
-    vocab_size: int
-    eos: tuple[int, ...]
-    slots: int
-    sequences: int
-
-
-LATEST_LOSSES = 200  # the number of them in a status
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TenantStatus:
-    """Describes what a tenant has done.
-
-    Attributes:
-      steps: updates taken; None where that is not known, of one that was parked by another process.
-      losses: (step, loss a target token) of the latest `LATEST_LOSSES` steps.
-      size: bytes of its arrays on the device.
-      queued: commands that wait.
-      seconds: seconds of the engine's time that it had.
-      client: the client that it is of.
-      used: when its client's last command came, in seconds since 1970; None in the engine's own
-        account, which does not tell a client's commands from those of parking.
-      parked: whether its arrays lie on disk, until its next command.
-    """
-
-    spec: AdapterSpec
-    steps: int | None
-    losses: Sequence[tuple[int, float]]
-    size: int
-    queued: int
-    seconds: float
-    client: Client = ANYONE
-    used: float | None = None
-    parked: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Status:
-    """Describes what an engine does now.
-
-    Attributes:
-      tenants: by name.
-      adapters: names that samples may choose.
-      waiting: samples that wait for a place.
-      drawing: completions that are being drawn.
-      prompt_tokens, drawn_tokens, trained_tokens, compiled: numbers since the start.
-      base_size: bytes of the base.
-    """
-
-    tenants: Mapping[str, TenantStatus]
-    adapters: Sequence[str]
-    waiting: int
-    drawing: int
-    prompt_tokens: int
-    drawn_tokens: int
-    trained_tokens: int
-    compiled: int
-    base_size: int
-
-
 # Called once, in a thread of the engine's, with the result, or with what went wrong: `RequestError`
 # for a fault of the client's. It must return at once.
 Done = Callable[[Any], None]
-
-
-class EngineProtocol(Protocol):
-    """The engine, as routes see it. All methods may be called by any thread, and return at once."""
-
-    @property
-    def facts(self) -> EngineFacts:
-        """The model, and the limits of requests."""
-
-    def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
-        """Queues a command; a tenant's are executed in the order of their submission.
-
-        Args:
-          tenant: the adapter that trains.
-          command: what to do.
-          done: gets the result.
-          client: the client whose turn it takes.
-        """
-
-    def sample(
-        self, request: SampleRequest, done: Done, seen: Callable[[DrawnToken], None] | None = None
-    ) -> Callable[[], None]:
-        """Queues a sample.
-
-        Args:
-          request: what to draw.
-          done: gets `SampleResult`.
-          seen: gets each token as it is drawn, in the engine's thread.
-
-        Returns:
-          A function that ends it early: what was drawn so far is then the result.
-        """
-
-    def adopt(self, name: str, folder: Path, done: Done) -> None:
-        """Makes the adapter in a PEFT folder, or in that of a run, one that samples may choose."""
-
-    def drop(self, name: str) -> None:
-        """Forgets an adapter that samples could choose; those under way go on."""
-
-    def knows(self, name: str) -> bool:
-        """Returns whether samples may choose an adapter of this name."""
-
-    def status(self) -> Status:
-        """Returns what the engine does now."""

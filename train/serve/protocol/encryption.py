@@ -6,7 +6,7 @@ from typing import Any
 
 import pyrage
 
-from train.serve.requests import RequestError
+from train.serve.protocol.requests import RequestError
 
 SUFFIX = ".age"
 _MOST = 10  # recipients

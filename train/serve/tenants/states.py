@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from train.serve.folders import children, link
-from train.serve.ledger import Ledger, Row
-from train.serve.requests import SaveResult
-from train.serve.turn import TenantProgress
+from train.serve.protocol.requests import SaveResult
+from train.serve.storage.folders import children, link
+from train.serve.storage.ledger import Ledger, Row
+from train.serve.tenants.progress import TenantProgress
 
 
 class StateFolders:

@@ -5,7 +5,7 @@ import enum
 import time
 from collections.abc import Iterable, Sequence
 
-from train.serve.requests import Client
+from train.serve.protocol.requests import Client
 
 _AGAIN = 60.0  # seconds after which a tenant that could not be parked may be
 _TURN = 10.0  # seconds of a seat for which a tenant that always has work is left alone

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from train.serve.ledger import Ledger, Row
-from train.serve.requests import RequestError
+from train.serve.protocol.requests import RequestError
 from train.serve.routes.tinker.bodies import Refused
+from train.serve.storage.ledger import Ledger, Row
 
 _NAMES = ("display_name", "name", "run_name", "recipe_name")  # in what clients attach
 

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.serve.requests import Done, DrawnToken, EngineProtocol, SampleRequest, SampleResult
+from train.serve.protocol.engine import EngineProtocol
+from train.serve.protocol.requests import Done, DrawnToken, SampleRequest, SampleResult
 
 
 class Adoption:

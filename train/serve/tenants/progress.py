@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 
-from train.serve.ledger import LOGGED, Row
-from train.serve.requests import ANYONE, Client, Command, TenantStatus
+from train.serve.protocol.engine import TenantStatus
+from train.serve.protocol.requests import ANYONE, Client, Command
+from train.serve.storage.ledger import LOGGED, Row
 
 
 @dataclasses.dataclass

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from train.serve.requests import DrawnToken, EngineProtocol, SampleRequest, SampleResult
+from train.serve.protocol.engine import EngineProtocol
+from train.serve.protocol.requests import DrawnToken, SampleRequest, SampleResult
 from train.serve.routes.errors import HttpError
 
 Value = TypeVar("Value")

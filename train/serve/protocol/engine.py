@@ -1,0 +1,191 @@
+"""The engine as routes see it: its limits, its state, its methods, and checks of requests."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from train.serve.protocol.requests import (
+    ANYONE,
+    MOST_TARGETS,
+    TOP,
+    AdapterSpec,
+    Client,
+    Command,
+    Done,
+    DrawnToken,
+    RequestError,
+    SampleRequest,
+    Update,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """Describes what an engine serves.
+
+    Attributes:
+      model: the base's name.
+      max_length: tokens of a sequence at most, and of prompt and completion together.
+      max_rank: the largest rank of an adapter.
+      vocab_size: ids are below it.
+      eos: the tokens that end a text.
+      slots: adapters in a batch of samples at most.
+      sequences: completions that are drawn side by side at most.
+    """
+
+    model: str
+    max_length: int
+    max_rank: int
+    vocab_size: int
+    eos: tuple[int, ...]
+    slots: int
+    sequences: int
+
+
+LATEST_LOSSES = 200  # the number of them in a status
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TenantStatus:
+    """Describes what a tenant has done.
+
+    Attributes:
+      steps: updates taken; None where that is not known, of one that was parked by another process.
+      losses: (step, loss a target token) of the latest `LATEST_LOSSES` steps.
+      size: bytes of its arrays on the device.
+      queued: commands that wait.
+      seconds: seconds of the engine's time that it had.
+      client: the client that it is of.
+      used: when its client's last command came, in seconds since 1970; None in the engine's own
+        account, which does not tell a client's commands from those of parking.
+      parked: whether its arrays lie on disk, until its next command.
+    """
+
+    spec: AdapterSpec
+    steps: int | None
+    losses: Sequence[tuple[int, float]]
+    size: int
+    queued: int
+    seconds: float
+    client: Client = ANYONE
+    used: float | None = None
+    parked: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+    """Describes what an engine does now.
+
+    Attributes:
+      tenants: by name.
+      adapters: names that samples may choose.
+      waiting: samples that wait for a place.
+      drawing: completions that are being drawn.
+      prompt_tokens, drawn_tokens, trained_tokens, compiled: numbers since the start.
+      base_size: bytes of the base.
+    """
+
+    tenants: Mapping[str, TenantStatus]
+    adapters: Sequence[str]
+    waiting: int
+    drawing: int
+    prompt_tokens: int
+    drawn_tokens: int
+    trained_tokens: int
+    compiled: int
+    base_size: int
+
+
+class EngineProtocol(Protocol):
+    """The engine, as routes see it. All methods may be called by any thread, and return at once."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """The model, and the limits of requests."""
+
+    def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
+        """Queues a command; a tenant's are executed in the order of their submission.
+
+        Args:
+          tenant: the adapter that trains.
+          command: what to do.
+          done: gets the result.
+          client: the client whose turn it takes.
+        """
+
+    def sample(
+        self, request: SampleRequest, done: Done, seen: Callable[[DrawnToken], None] | None = None
+    ) -> Callable[[], None]:
+        """Queues a sample.
+
+        Args:
+          request: what to draw.
+          done: gets `SampleResult`.
+          seen: gets each token as it is drawn, in the engine's thread.
+
+        Returns:
+          A function that ends it early: what was drawn so far is then the result.
+        """
+
+    def adopt(self, name: str, folder: Path, done: Done) -> None:
+        """Makes the adapter in a PEFT folder, or in that of a run, one that samples may choose."""
+
+    def drop(self, name: str) -> None:
+        """Forgets an adapter that samples could choose; those under way go on."""
+
+    def knows(self, name: str) -> bool:
+        """Returns whether samples may choose an adapter of this name."""
+
+    def status(self) -> Status:
+        """Returns what the engine does now."""
+
+
+def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
+    """Raises a RequestError if a sample makes no sense."""
+    n, most = len(request.prompt), facts.max_length
+    if not n:
+        raise RequestError("the prompt is empty: give one token at least")
+    room = n if request.max_tokens == 0 else n + 1
+    if room > most:
+        raise RequestError(f"the prompt has {n} tokens: {most} with the completion at most")
+    if not all(0 <= token < facts.vocab_size for token in request.prompt):
+        raise RequestError(f"the prompt holds an id outside 0 to {facts.vocab_size - 1}")
+    if not 1 <= request.n <= 1024:
+        raise RequestError(f"{request.n} completions: from 1 to 1024 are possible")
+    if request.max_tokens is not None and request.max_tokens < 0:
+        raise RequestError(f"max_tokens is {request.max_tokens}: at least 0 is needed")
+    if not (request.temperature >= 0 and np.isfinite(request.temperature)):
+        raise RequestError(f"the temperature is {request.temperature}: 0 or more is needed")
+    if not 0 < request.top_p <= 1:
+        raise RequestError(f"top_p is {request.top_p}: above 0 and at most 1")
+    if not (request.top_k == -1 or request.top_k >= 1):
+        raise RequestError(f"top_k is {request.top_k}: at least 1, or -1 for all")
+    if "" in request.stop:
+        raise RequestError("a stop is an empty text: give one character at least")
+    for name in ("top", "top_prompt"):
+        if not 0 <= getattr(request, name) <= TOP:
+            raise RequestError(f"{getattr(request, name)} likeliest tokens: {TOP} at most")
+    if (ids := request.targets) is not None:
+        if ids.ndim != 2 or len(ids) != n - 1 or not 1 <= ids.shape[1] <= MOST_TARGETS:
+            raise RequestError(
+                f"targets of the prompt have the shape {ids.shape}: its {n} tokens take [{n - 1}, "
+                f"k], with k from 1 to {MOST_TARGETS}"
+            )
+        if ids.size and not -1 <= ids.min() <= ids.max() < facts.vocab_size:
+            raise RequestError(
+                f"targets of the prompt hold an id outside 0 to {facts.vocab_size - 1}; -1 is none"
+            )
+
+
+def check_update(how: Update) -> None:
+    """Raises a RequestError if a step of AdamW by these numbers makes no sense."""
+    for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+        value = getattr(how, name)
+        if not (np.isfinite(value) and (value >= 0 or name == "learning_rate")):
+            raise RequestError(f"{name} is {value}: a finite number, not below 0, is needed")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(how, name) < 1:
+            raise RequestError(f"{name} is {getattr(how, name)}: from 0 to below 1")

@@ -1,0 +1,237 @@
+"""The HTTP server in a thread, which ends gracefully; its connections are bounded and in time."""
+
+import asyncio
+import contextlib
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from train.console.errors import UserError
+from train.console.output import say
+from train.serve.routes.access import Access
+
+_DRAIN = 30.0  # seconds that requests under way have when the server ends
+_LOOK = 0.05
+HEAD = 30.0  # seconds that the head of a request may take
+_MOST = 10_000
+_OTHERS = 128  # files that the process has open besides
+_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_MANY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
+    b"Content-Length: 0\r\n\r\n"
+)
+
+
+def most_connections() -> int:
+    """Returns the number of connections that the limit on open files has room for."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST if files == resource.RLIM_INFINITY else max(1, min(_MOST, files - _OTHERS))
+
+
+class Connections:
+    """Makes the protocol of each connection of a server, for `uvicorn.Config(http=...)`.
+
+    Attributes:
+      open: the connections.
+      waiting: timers of connections that owe the head of a request, the oldest first.
+    """
+
+    def __init__(self, head: float = HEAD, most: int | None = None) -> None:
+        """Starts with none.
+
+        Args:
+          head: seconds that the head of a request may take.
+          most: number of connections at once; by default as many as there may be open files. If
+            there are more, the one that owes a head for the longest time is closed.
+        """
+        self.head, self.most = head, most or most_connections()
+        self.open: set[_Connection] = set()
+        self.waiting: dict[_Connection, asyncio.TimerHandle] = {}
+
+    def __call__(self, **arguments: Any) -> asyncio.Protocol:
+        """Returns the protocol of a new connection."""
+        return _Connection(self, AutoHTTPProtocol(**arguments))
+
+
+class _Connection(asyncio.Protocol):
+    """Passes all on to uvicorn's protocol, and closes a connection whose head is late.
+
+    The time begins with the connection, or with the first byte of a later request on it; no further
+    byte prolongs it.
+    """
+
+    def __init__(self, all_: Connections, inner: Any) -> None:
+        self._all, self._inner, self._said = all_, inner, False
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._inner.connection_made(transport)
+        self._all.open.add(self)
+        self._wait()
+        if len(self._all.open) > self._all.most:
+            next(iter(self._all.waiting)).refuse(_MANY)
+
+    def data_received(self, data: bytes) -> None:
+        self._said, before = True, self._inner.cycle
+        if self not in self._all.waiting and (before is None or before.response_complete):
+            self._wait()
+        self._inner.data_received(data)
+        if self._inner.cycle is not before:  # a request: its head is whole
+            self._end_wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_wait()
+        self._all.open.discard(self)
+        self._inner.connection_lost(exc)
+
+    def eof_received(self) -> Any:
+        return self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+    def refuse(self, answer: bytes) -> None:
+        """Closes the connection; a client that has begun to ask is told why."""
+        self._end_wait()
+        self._all.open.discard(self)
+        if not self._transport.is_closing():
+            if self._said or answer is _MANY:
+                self._transport.write(answer)
+            self._transport.close()
+
+    def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._all.waiting[self] = loop.call_later(self._all.head, self.refuse, _LATE)
+
+    def _end_wait(self) -> None:
+        timer = self._all.waiting.pop(self, None)
+        if timer is not None:
+            timer.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals alone: the main thread counts them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """A server in a thread, which listens from the beginning to the end of a `with` block.
+
+    Attributes:
+      app: the application; it may be replaced by another.
+      address: the address.
+    """
+
+    def __init__(self, app: Starlette, host: str, port: int) -> None:
+        """Listens.
+
+        Args:
+          app: the application.
+          host: the address.
+          port: the port; 0 for a free one.
+
+        Raises:
+          UserError: the address cannot be had.
+        """
+        self.app, self._listener = app, _listening(host, port)
+        self.address = _address(self._listener)
+        config = uvicorn.Config(
+            self._answer,
+            http=cast(Any, Connections()),
+            interface="asgi3",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = _Server(config)
+        self._thread = threading.Thread(target=self._work, name="server", daemon=True)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+    def _work(self) -> None:
+        with self._listener:
+            asyncio.run(self._server.serve([self._listener]))
+
+    def __enter__(self) -> "HttpServer":
+        """Begins to answer."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def serve(self, access: Access, stop: Callable[[], None]) -> None:
+        """Serves until SIGTERM or SIGINT, in the main thread.
+
+        Then new work is refused with 503, and requests under way have half a minute to end; a
+        second signal ends them at once. Long polls should end once `access.draining` is set.
+
+        Args:
+          access: that of the application.
+          stop: ends the engine; it is called once no request is under way, or time is up.
+        """
+        with _signals() as signals:
+            say(f"serving at {self.address} (Ctrl-C ends it)")
+            while not signals and self._thread.is_alive():
+                time.sleep(_LOOK)
+            access.draining = True
+            say("ends: what runs is finished; a second Ctrl-C ends it at once")
+            seen, left = len(signals), _DRAIN
+            while access.running.total() and len(signals) == seen and left > 0:
+                time.sleep(_LOOK)
+                left -= _LOOK
+            stop()
+            self._server.should_exit = True
+            self._thread.join()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects signals that would end the process."""
+    seen: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, frame: seen.append(number)) for n in numbers}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens."""
+    try:
+        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: the server cannot listen there ({error.strerror}): "
+            "another one may run: stop it, or give another --port"
+        ) from error
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,0 +1,1 @@
+"""The SQLite ledger, the results that go into it, and folders of files."""
