@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 import lora_jax as lj
 from lora_jax.hf.coded import NONE
-from lora_jax.models.attention import choose_attention
+from lora_jax.models.layers.attend import choose_attention
 from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter

@@ -7,9 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.hub import Found, ModelNotFound, look_up, not_on_hub
-from lora_jax.hf.packaged import FetchError
+from lora_jax.hf.packaged import BUNDLES, FetchError
 
 
 def fetch(name_or_path: str | Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lora_jax.folders import remote_problem
-from lora_jax.hf.bundled import BUNDLES
+from lora_jax.hf.packaged import BUNDLES
 
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
 _PROBE_SECONDS = 10.0

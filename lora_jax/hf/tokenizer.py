@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.folder import pointer_problem
 from lora_jax.hf.gguf import open_gguf
 from lora_jax.hf.gguf.tokenizer import build
 from lora_jax.hf.hub import hub_name, resolve, snapshot
+from lora_jax.hf.packaged import BUNDLES
 
 # The files of a tokenizer in a model's folder.
 FILES = (

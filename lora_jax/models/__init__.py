@@ -14,6 +14,7 @@ from lora_jax.hf.tokenizer import load_tokenizer as load_tokenizer
 from lora_jax.models.decoder.config import DecoderConfig as DecoderConfig
 from lora_jax.models.decoder.experts import compiler_options as compiler_options
 from lora_jax.models.decoder.model import Decoder as Decoder
+from lora_jax.models.decoder.rope import with_rope_scaling as with_rope_scaling
 from lora_jax.models.decoder.rope_fields import RopeScaling as RopeScaling
 from lora_jax.models.encoder.config import EncoderConfig as EncoderConfig
 from lora_jax.models.encoder.model import Encoder as Encoder
@@ -33,7 +34,6 @@ from lora_jax.models.pretrained import from_pretrained as from_pretrained
 from lora_jax.models.pretrained import save_pretrained as save_pretrained
 from lora_jax.models.rollouts import Samples as Samples
 from lora_jax.models.rollouts import sample as sample
-from lora_jax.models.rope_scaling import with_rope_scaling as with_rope_scaling
 from lora_jax.models.smolvlm.config import SmolVLMConfig as SmolVLMConfig
 from lora_jax.models.smolvlm.model import SmolVLM as SmolVLM
 from lora_jax.models.streaming import stream as stream

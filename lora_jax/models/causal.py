@@ -8,10 +8,9 @@ from flax import linen as nn
 
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import dot_wide, soft_cap
-from lora_jax.models.layers.blocks import ModelPart, dense
+from lora_jax.models.layers.blocks import EmbeddingNoise, ModelPart, dense
 from lora_jax.models.layers.cache import Cache, LayerCache, write_slots
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.noise import EmbeddingNoise
 from lora_jax.models.layers.trunk import causal_mask, extend_cache, place_tokens
 
 

@@ -20,8 +20,8 @@ from lora_jax.models.decoder.families.registry import FAMILIES as DECODERS
 from lora_jax.models.decoder.gguf import gguf_layout
 from lora_jax.models.decoder.keys import decoder_name, decoder_parts, decoder_table
 from lora_jax.models.decoder.model import Decoder
+from lora_jax.models.encoder.config import FAMILIES as ENCODERS
 from lora_jax.models.encoder.config import OPTIONS, EncoderConfig
-from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.encoder.keys import OTHER_HEADS, encoder_name, encoder_table
 from lora_jax.models.encoder.model import Encoder
 from lora_jax.models.gpt2.config import GPT2Config
@@ -32,9 +32,9 @@ from lora_jax.models.smolvlm.config import CLASSES as SMOLVLM
 from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.models.smolvlm.keys import smolvlm_name, smolvlm_table
 from lora_jax.models.smolvlm.model import SmolVLM
+from lora_jax.models.vision.config import FAMILIES as VISION
 from lora_jax.models.vision.config import OPTIONS as VISION_OPTIONS
 from lora_jax.models.vision.config import VisionConfig
-from lora_jax.models.vision.families import FAMILIES as VISION
 from lora_jax.models.vision.keys import OTHER_PARTS, vision_name, vision_table
 from lora_jax.models.vision.model import VisionEncoder
 from lora_jax.quantized import is_coded

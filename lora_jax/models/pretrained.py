@@ -21,9 +21,9 @@ from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.hf.save import file_dtypes, write_model, write_template, write_tokenizer
 from lora_jax.hf.sources import SafetensorsFolder, Source
 from lora_jax.models.decoder.experts import Experts
+from lora_jax.models.decoder.rope import with_rope_scaling
 from lora_jax.models.families import FORMATS, key_table, module_of
 from lora_jax.models.layers.attend import Attend
-from lora_jax.models.rope_scaling import with_rope_scaling
 from lora_jax.quantized import Format as Codes
 from lora_jax.quantized import QuantRule
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Forward, Tree
-from lora_jax.models.layers.noise import EmbeddingNoise
+from lora_jax.models.layers.blocks import EmbeddingNoise
 
 _KEY = "neftune"  # so that the noise is drawn with none of dropout's keys
 

@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.bank import BankError, Tenant, Together
-from lora_jax.models.layers.noise import add_noise
+from lora_jax.models.layers.blocks import add_noise
 from lora_jax.training.neftune import neftune
 from tests.support import assert_close, draw, with_random_factors
 

@@ -14,7 +14,7 @@ from lora_jax.models.choosing import Sampling
 from lora_jax.models.families import module_of
 from lora_jax.models.generate import decode, prefill
 from lora_jax.models.layers.attend import choose_implementation, implementation
-from lora_jax.models.layers.call import AttentionCall
+from lora_jax.models.layers.attention import AttentionCall
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled

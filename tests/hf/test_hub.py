@@ -14,9 +14,8 @@ import huggingface_hub.constants
 import pytest
 
 from lora_jax.hf import hub, packaged
-from lora_jax.hf.bundled import BUNDLES, MINILM, SMOLLM2, Bundle
 from lora_jax.hf.fetch import main as command_line
-from lora_jax.hf.packaged import FetchError, Package
+from lora_jax.hf.packaged import BUNDLES, MINILM, SMOLLM2, Bundle, FetchError, Package
 from lora_jax.hf.tokenizer import tokenizer_path
 from lora_jax.models import ModelNotFound, fetch, from_pretrained, load_tokenizer
 from train.console.errors import UserError

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.models import from_pretrained, key_table, read_config, save_pretrained
 from tests.hf import shipped
 from tests.models import tiny

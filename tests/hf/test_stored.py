@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.hf.load import shapes_of
-from lora_jax.hf.stored.promised import ConfigCodes
+from lora_jax.hf.stored.methods import ConfigCodes
 from lora_jax.models import (
     ConfigError,
     DecoderConfig,

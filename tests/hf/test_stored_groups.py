@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import lora_jax as lj
-from lora_jax.hf.stored.groups import Targets
+from lora_jax.hf.stored.methods import Targets
 from lora_jax.hf.stored.tensor import CodeFacts
 from lora_jax.models import ConfigError, WeightsError, from_pretrained, save_pretrained
 from lora_jax.models.pretrained import open_source

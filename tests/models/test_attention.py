@@ -19,10 +19,9 @@ from lora_jax.models.layers.attend import (
     choose_implementation,
     implementation,
 )
-from lora_jax.models.layers.attention import dense
+from lora_jax.models.layers.attention import AttentionCall, dense
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
-from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Mask, MaskTokens, Split, bidirectional_mask
 from lora_jax.models.layers.placement import OLD_GPU, UNPLACED

@@ -18,7 +18,7 @@ from lora_jax.models.layers.masks import Mask, MaskTokens
 from tests.models import tiny
 from tests.support import assert_close, draw
 
-ACTIVATIONS = importlib.import_module("lora_jax.models.layers.activations")
+ACTIVATIONS = importlib.import_module("lora_jax.models.layers.blocks")
 
 
 def by_softmax(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any, _: Any) -> Any:

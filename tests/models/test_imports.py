@@ -11,7 +11,7 @@ from lora_jax import hf, models
 
 OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub", "gguf", "PIL"}
 # What the files of a folder may import, of this package: what lies below it, and itself.
-_MODELS = ("layers", "causal", "heads", "rows", "specs")
+_MODELS = ("layers", "causal", "heads", "key_rows", "specs")
 SHARED = ("core.types", "hf", *(f"models.{name}" for name in _MODELS))
 BELOW = {
     "hf": ("core.paths", "core.types", "folders", "hf", "quantized"),

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_jax.hf.bundled import MINILM
+from lora_jax.hf.packaged import MINILM
 from lora_jax.models import from_pretrained, load_tokenizer
 from tests.models import tiny
 

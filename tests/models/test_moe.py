@@ -11,7 +11,7 @@ import pytest
 from lora_jax.models import DecoderConfig
 from lora_jax.models.decoder.experts import lay_out_blocks
 from lora_jax.models.decoder.moe import SparseMLP, route
-from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.blocks import ACTIVATION
 from tests.models import tiny
 from train.plan.flops.hlo import work_of
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import from_pretrained, hf_tensors, key_table
-from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.blocks import ACTIVATION
 from lora_jax.models.layers.blockwise import Blockwise
 from tests.models import tiny, tiny_encoders
 

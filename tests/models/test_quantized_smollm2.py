@@ -9,7 +9,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import quantized
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.models import from_pretrained, kinds
 from tests.support import thorough
 

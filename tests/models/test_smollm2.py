@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.models import from_pretrained, generate, load_tokenizer
 from tests.models import tiny
 from tests.support import thorough

@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from lora_jax.models.vision.positions import cubic_weights
+from lora_jax.models.vision.model import cubic_weights
 from tests.models import tiny_vision
 
 of_each_case = pytest.mark.parametrize("case", list(tiny_vision.CASES))

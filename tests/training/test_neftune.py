@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.models.layers.noise import add_noise
+from lora_jax.models.layers.blocks import add_noise
 from lora_jax.models.specs import AXES
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import summed_loss

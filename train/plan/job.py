@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from lora_jax.models.attention import choose_attention
-from lora_jax.models.layers.attend import AttentionChoice
+from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import ONLINE, Loss, pair_loss, rollout_loss, token_loss

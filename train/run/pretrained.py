@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import models
-from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.coded import NONE, STORED, check_stored
 from lora_jax.hf.fields import read_file
 from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, codings_of, shapes_of
+from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.sources import HasCodes
-from lora_jax.hf.stored.promised import ConfigCodes
+from lora_jax.hf.stored.methods import ConfigCodes
 from lora_jax.models import key_table
-from lora_jax.models.encoder.families import FAMILIES as ENCODERS
+from lora_jax.models.encoder.config import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
-from lora_jax.models.vision.families import FAMILIES as VISION
+from lora_jax.models.vision.config import FAMILIES as VISION
 from lora_jax.quantized import is_coded
 from lora_jax.saving.checkpoint import TEMPLATE
 from lora_jax.training.data.templates import tells_today, with_date

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_jax import models
-from lora_jax.hf.bundled import BUNDLES
+from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
 from train.console.errors import UserError, as_user_errors
 

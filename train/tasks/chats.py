@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.batches import Packs, pack, pack_mixture
 from lora_jax.training.data.chats import check_lengths, with_pictures
 from lora_jax.training.data.sequences import Sequences

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lora_jax.hf.bundled import MINILM
+from lora_jax.hf.packaged import MINILM
 from lora_jax.training.data import labelled
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict
 from lora_jax.training.data.rows import Row

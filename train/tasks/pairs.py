@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.data.chats import check_lengths
 from lora_jax.training.data.pairs import READ, check_pairs, tokenize_pairs
 from lora_jax.training.data.preferences import Preferences, pack_pairs

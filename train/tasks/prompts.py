@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.batches import pack
 from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row, name_of, question

@@ -1,17 +1,75 @@
-"""The methods of quantisation that a config.json may name, and the facts that it tells of them."""
+"""The methods of quantisation that a config.json may name, and the tensors in their codes."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+from jax.typing import DTypeLike
+
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known
-from lora_jax.hf.keys import WeightsError
-from lora_jax.hf.stored.groups import Targets, check_target, common_facts
+from lora_jax.hf.keys import Row, WeightsError
 from lora_jax.hf.stored.integers import awq, bnb_nf4, gptq, pack_quantized
 from lora_jax.hf.stored.layouts import fp8, mxfp4_blocks, packed_floats
 from lora_jax.hf.stored.raw import Fetch, Header
 from lora_jax.hf.stored.tensor import CodedTensor, CodeFacts, Files
+from lora_jax.quantized import Coded
+
+_CLASSES = ("Linear", "Module")  # of the layers whose weights are kept in codes
+_PARAMETER = re.compile(r"\.weight(_packed)?$")
+_PATTERN = "re:"
+
+
+def check_target(target: object) -> str:
+    """Returns a target: a module's name, "re:" and a pattern, or a class.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+    try:
+        if isinstance(target, str):
+            re.compile(target.removeprefix(_PATTERN) if target.startswith(_PATTERN) else "")
+            return target
+        problem = f"is a {type(target).__name__}"
+    except re.error as error:
+        problem = f"is no pattern: {error}"
+    raise ConfigError(f"config_groups: the target {target!r} {problem}")
+
+
+class Targets:
+    """Finds what config.json says of a module in codes.
+
+    A name comes before patterns, these in their alphabetical order, and patterns before classes, as
+    in compressed-tensors (``match_targets``). Patterns match from the beginning of a name.
+
+    Args:
+      facts: target -> what config.json says of its modules.
+    """
+
+    def __init__(self, facts: Mapping[str, CodeFacts]):
+        self._facts = facts
+        patterns = sorted(target for target in facts if target.startswith(_PATTERN))
+        self._patterns = [(re.compile(p.removeprefix(_PATTERN)), facts[p]) for p in patterns]
+        self._rest = next((facts[name] for name in _CLASSES if name in facts), None)
+
+    def facts_of(self, tensor: str) -> CodeFacts | None:
+        """Returns what the first target that names a weight's module says; None if none does."""
+        module = _PARAMETER.sub("", tensor)
+        if module in self._facts:
+            return self._facts[module]
+        matching = (facts for pattern, facts in self._patterns if pattern.match(module))
+        return next(matching, self._rest)
+
+
+def common_facts(facts: Collection[CodeFacts]) -> CodeFacts:
+    """Returns what kinds have in common, for a module that no target names."""
+    blocks, sizes = ({one[i] for one in facts} - {None} for i in range(2))
+    block, size = (next(iter(each)) if len(each) == 1 else None for each in (blocks, sizes))
+    return CodeFacts(block, size, symmetric=all(one.symmetric for one in facts))
+
 
 Layout = Callable[[str, Files], CodedTensor | None]
 
@@ -195,3 +253,68 @@ def stored_tensors(
     if problems:
         raise WeightsError(f"{where}: its codes cannot be read\n  " + "\n  ".join(problems))
     return found
+
+
+_NEVER = ("embedding", "positions", "router", "norm", "head", "classifier")  # kinds of parameters
+
+
+class ConfigCodes:
+    """The tensors that will lie in codes; see `lora_jax.hf.sources.HasCodes`.
+
+    Args:
+      path: the config.json, for messages.
+      fields: the parsed config.json.
+      table: the model's key table.
+
+    Raises:
+      ConfigError: the shapes of codes do not follow from it.
+    """
+
+    def __init__(self, path: Path, fields: Fields, table: Sequence[Row]):
+        self.where = str(path)
+        headers: dict[str, Header] = {}
+        method = read_method(fields)
+        if method is not None:
+            if method.name not in ("fp8", "mxfp4"):
+                raise ConfigError(
+                    f"{path}: the shapes of {method.name}'s codes do not follow from config.json; "
+                    "take quantization_config out of a copy, and say in which codes kernels are"
+                )
+            kept = fields["quantization_config"].get("modules_to_not_convert") or ()
+            for row in table:
+                if len(row.shape) > 1 and row.kind not in _NEVER:
+                    for name in row.hf_names:
+                        if not any(_names(pattern, name) for pattern in kept):
+                            headers |= _headers(method, name, row.hf_shape)
+        self._stored = stored_tensors(method, headers, _nothing, self.where)
+        self.shipped = frozenset(self._stored)
+
+    def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
+        """Returns the shapes of a tensor's codes; None if it will lie in none."""
+        stored = self._stored.get(name)
+        return None if stored is None else stored.shapes(dtype)
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Returns whether a module's name, perhaps with stars, is that of a tensor or of its parent."""
+    each = re.escape(pattern).replace(r"\*", "[^.]*")
+    return re.match(rf"(.*\.)?{each}(\.|$)", name) is not None
+
+
+def _headers(method: Method, name: str, shape: tuple[int, ...]) -> dict[str, Header]:
+    """Returns the headers of a tensor in codes, by the names in the files."""
+    if method.layouts == (mxfp4_blocks,):
+        if len(shape) < 3:  # the experts alone
+            return {}
+        *lead, n_in, n_out = shape
+        blocks, scales = (*lead, n_out, n_in // 32, 16), (*lead, n_out, n_in // 32)
+        return {f"{name}_blocks": Header("U8", blocks), f"{name}_scales": Header("U8", scales)}
+    assert method.layouts == (fp8,)
+    scales = ()
+    if (block := method.facts.block) is not None:
+        scales = (*shape[:-2], *(-(-n // block) for n in shape[-2:]))
+    return {name: Header("F8_E4M3", shape), f"{name}_scale_inv": Header("F32", scales)}
+
+
+def _nothing(name: str, rows: slice | None) -> np.ndarray:
+    raise NotImplementedError(f"{name} has no file")

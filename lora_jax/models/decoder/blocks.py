@@ -9,9 +9,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.layers.activations import activate
 from lora_jax.models.layers.attention import wide_dtype
-from lora_jax.models.layers.blocks import ModelPart, dense
+from lora_jax.models.layers.blocks import ModelPart, activate, dense
 from lora_jax.models.layers.trunk import apply_chunked
 
 

@@ -7,9 +7,8 @@ from flax import linen as nn
 
 from lora_jax.models.decoder.blocks import RMSNorm
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.layers.activations import ACTIVATION
 from lora_jax.models.layers.attention import wide_dtype
-from lora_jax.models.layers.blocks import ModelPart, dense
+from lora_jax.models.layers.blocks import ACTIVATION, ModelPart, dense
 from lora_jax.models.layers.cache import Recurrent
 from lora_jax.models.layers.delta import (
     RecurrentTokens,

@@ -22,9 +22,8 @@ from jax import lax
 from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, Gated, implementation
-from lora_jax.models.layers.activations import ACTIVATION
 from lora_jax.models.layers.attention import dot_wide, wide_dtype
-from lora_jax.models.layers.blocks import ModelPart, dense
+from lora_jax.models.layers.blocks import ACTIVATION, ModelPart, dense
 
 
 class SparseMLP(ModelPart):

@@ -1,13 +1,44 @@
-"""An encoder's configuration: the options of its forward pass, and its config.json."""
+"""An encoder's family, its options in the forward pass, and its config.json."""
 
 import dataclasses
 from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
-from lora_jax.models.encoder.families import FAMILIES, EncoderFamily
 from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
-from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.blocks import ACTIVATION
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderFamily:
+    """The facts of one family.
+
+    Attributes:
+      class_name: the beginning of transformers' names of its classes.
+      prefix: the name of the encoder inside a model with a head; its heads are of that kind.
+      pad_token_id: transformers' default.
+      after_padding: True if positions are counted over the tokens other than padding, from the one
+        after ``pad_token_id``; else they are slots, from 0.
+      default_targets: PEFT's default target_modules.
+    """
+
+    class_name: str
+    prefix: str
+    pad_token_id: int
+    after_padding: bool
+    default_targets: tuple[str, ...] = ("query", "value")
+
+
+FAMILIES: dict[str, EncoderFamily] = {
+    "bert": EncoderFamily(class_name="Bert", prefix="bert", pad_token_id=0, after_padding=False),
+    "roberta": EncoderFamily(
+        class_name="Roberta", prefix="roberta", pad_token_id=1, after_padding=True
+    ),
+    "xlm-roberta": EncoderFamily(
+        class_name="XLMRoberta", prefix="roberta", pad_token_id=1, after_padding=True
+    ),
+}
+
 
 HEADS = ("none", "masked_lm", "classification", "embedding")
 POOLINGS = ("mean", "cls")

@@ -6,7 +6,7 @@ from typing import Any
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, write_eos
 from lora_jax.hf.generation import Generation
-from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.blocks import ACTIVATION
 
 _APART = ("eos_token_ids", "generation")  # fields that stand otherwise, or elsewhere
 # GPT-2's own names of some of our fields.

@@ -8,11 +8,17 @@ from flax import linen as nn
 
 from lora_jax.models.causal import CausalLM, attended, output_head
 from lora_jax.models.gpt2.config import GPT2Config
-from lora_jax.models.layers.activations import activate
-from lora_jax.models.layers.blocks import ModelPart, dense, embed, layer_norm
+from lora_jax.models.layers.blocks import (
+    EmbeddingNoise,
+    ModelPart,
+    activate,
+    add_noise,
+    dense,
+    embed,
+    layer_norm,
+)
 from lora_jax.models.layers.cache import Cache, LayerCache
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.noise import EmbeddingNoise, add_noise
 from lora_jax.models.layers.trunk import TokenPlaces, layer_input, scan_layers
 
 

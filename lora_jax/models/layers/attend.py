@@ -1,20 +1,20 @@
-"""Softmax attention, and its implementations by name."""
+"""Softmax attention, its implementations by name, and the choice among them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lora_jax.models.layers.attention import dense
+from lora_jax.models.layers.attention import AttentionCall, dense
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.cache import Shared
-from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.kernels.cudnn import Cudnn
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.splash import Splash
-from lora_jax.models.layers.masks import Mask
+from lora_jax.models.layers.masks import Mask, Split
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
 # From this many queries on, "auto" never holds all scores: see tests/benchmarks/attention.py.
@@ -169,7 +169,7 @@ def choose_implementation(
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.models.layers.attend import choose_implementation
-    >>> from lora_jax.models.layers.call import AttentionCall
+    >>> from lora_jax.models.layers.attention import AttentionCall
     >>> call = AttentionCall(queries=2048, head_dim=64, dtype=jnp.float16)
     >>> print(choose_implementation("auto", call, 2048, "tpu"))
     blockwise (splash: the kernel has no float16)
@@ -193,3 +193,44 @@ def _name(attend: Attend) -> str:
         if attend == one or (isinstance(attend, type(one)) and isinstance(one, Blockwise | Kernel)):
             return name
     return str(attend)
+
+
+def choose_attention(
+    config: Any,
+    seq: int,
+    *,
+    dtype: DTypeLike,
+    attention: str | Attend = "auto",
+    platform: str = "cpu",
+    split: Split | None = None,
+) -> AttentionChoice:
+    """Returns the implementation that rows of a length will run on, without a cache, and why.
+
+    >>> from lora_jax import models
+    >>> from lora_jax.models.layers.attend import choose_attention
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_positions": 4096}
+    >>> config = models.read_config(fields)
+    >>> print(choose_attention(config, 2048, dtype="float16", platform="tpu"))
+    blockwise (splash: the kernel has no float16)
+
+    Args:
+      config: the configuration of a model of ``lora_jax.models``.
+      seq: tokens per row.
+      dtype: dtype of the computation.
+      attention: the name that was asked for; see ``Decoder``.
+      platform: the kind of device; see ``lora_jax.models.layers.placement.platform_of``.
+      split: how the queries of a row are split over devices; None where they are not.
+
+    Raises:
+      ValueError: for an unknown name, or one that does not run on the platform.
+    """
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    call = AttentionCall(
+        queries=seq // (split.parts if split else 1),
+        head_dim=head_dim,
+        dtype=jnp.dtype(dtype),
+        capped=getattr(config, "attn_logit_softcapping", None) is not None,
+        sinks=getattr(config, "sinks", False),
+        split=split,
+    )
+    return choose_implementation(attention, call, seq, platform)

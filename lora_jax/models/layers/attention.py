@@ -1,7 +1,8 @@
-"""Softmax attention with all its scores at once, and products with results of at least fp32."""
+"""Softmax attention with all its scores at once, and what its implementations have in common."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.models.layers.cache import Shared
-from lora_jax.models.layers.masks import Mask
+from lora_jax.models.layers.masks import Mask, Split
 
 
 def wide_dtype(dtype: DTypeLike) -> DTypeLike:
@@ -120,3 +121,41 @@ def scale_queries(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     """Returns cap tanh(x / cap): x where it is small, never beyond ±cap (Gemma 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """The static facts of one call.
+
+    Attributes:
+      queries: queries on this device.
+      head_dim: the size of a head.
+      dtype: the dtype of queries, keys and values.
+      capped: whether scores are capped.
+      sinks: whether heads have sinks.
+      cached: whether keys come from a cache, and are more than the queries.
+      split: how the queries of a row are split over devices; None where they are not.
+    """
+
+    queries: int
+    head_dim: int
+    dtype: DTypeLike
+    capped: bool = False
+    sinks: bool = False
+    cached: bool = False
+    split: Split | None = None
+
+    @classmethod
+    def from_arguments(
+        cls, q: jax.Array, mask: Mask, cap: float | None, sinks: jax.Array | None = None
+    ) -> AttentionCall:
+        """Returns the facts of an implementation's arguments."""
+        return cls(
+            queries=q.shape[1],
+            head_dim=q.shape[-1],
+            dtype=jnp.dtype(q.dtype),
+            capped=cap is not None,
+            sinks=sinks is not None,
+            cached=not mask.aligned and mask.split is None,
+            split=mask.split,
+        )

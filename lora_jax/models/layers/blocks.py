@@ -1,11 +1,15 @@
-"""The parts of models, and their dense layers, LayerNorms and embeddings.
+"""The parts of models: activations, dense layers, LayerNorms, embeddings, patches and noise.
 
-Each function makes a layer for ``module``, with its dtypes and its configuration's options.
+``dense``, ``layer_norm`` and ``embed`` make a layer for ``module``, with its dtypes and its
+configuration's options.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,47 @@ from jax.typing import DTypeLike
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.placement import UNPLACED, Placement
+
+_EXACT_GELU = functools.partial(nn.gelu, approximate=False)
+_TANH_GELU = functools.partial(nn.gelu, approximate=True)
+
+ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": _EXACT_GELU,
+    "gelu_python": _EXACT_GELU,
+    "gelu_10": lambda x: jnp.clip(_EXACT_GELU(x), -10, 10),
+    "gelu_new": _TANH_GELU,
+    "gelu_fast": _TANH_GELU,
+    "gelu_accurate": _TANH_GELU,
+    "gelu_pytorch_tanh": _TANH_GELU,
+    "gelu_python_tanh": _TANH_GELU,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "relu": nn.relu,
+    "tanh": nn.tanh,
+}
+
+
+def activate(name: str, x: jax.Array, up: jax.Array | None = None) -> jax.Array:
+    """Returns act(x), or act(x) * up: the element-wise part of an MLP.
+
+    Only x and up are kept for the backward pass, which computes the rest again. Otherwise a layer
+    with SiLU keeps six arrays of this size instead of three, and on CPU filling and reading them
+    costs more than the arithmetic (tests/models/test_copies.py counts the arrays).
+
+    Args:
+      name: a key of ``ACTIVATION``.
+      x: any shape, the gate where there is ``up``.
+      up: as x.
+    """
+
+    def act(x: jax.Array, up: jax.Array | None) -> jax.Array:
+        y = ACTIVATION[name](x)
+        return y if up is None else y * up
+
+    # Layers are scanned: nothing can be merged with the forward pass, and a barrier would cost.
+    y: jax.Array = jax.checkpoint(act, prevent_cse=False)(x, up)
+    return y
 
 
 class ModelPart(nn.Module):
@@ -83,3 +128,64 @@ def embed(module: Any, rows: int, **kwargs: Any) -> nn.Embed:
         embedding_init=nn.initializers.normal(module.config.initializer_range),
         **kwargs,
     )
+
+
+class EmbeddingNoise(NamedTuple):
+    """Uniform noise to add to the vectors that a model looks up for its tokens.
+
+    Attributes:
+      key: the PRNG key to draw it with.
+      bound: [batch, seq] fp32. A token's noise lies between ± bound / sqrt(d_model).
+    """
+
+    key: jax.Array
+    bound: jax.Array
+
+
+def add_noise(x: jax.Array, noise: EmbeddingNoise | None) -> jax.Array:
+    """Returns embedded tokens, [batch, seq, d_model], with the noise added; None adds nothing."""
+    if noise is None:
+        return x
+    drawn = jax.random.uniform(noise.key, x.shape, jnp.float32, -1.0, 1.0)
+    bound = noise.bound[..., None] / math.sqrt(x.shape[-1])
+    return x + (bound * drawn).astype(x.dtype)
+
+
+class PatchProjection(ModelPart):
+    """A convolution whose stride is its size: a product with each patch's pixels.
+
+    Its kernel is [width, height, channels, d_model].
+
+    Attributes:
+      size: (height, width) of a patch in pixels.
+    """
+
+    size: tuple[int, int] = (16, 16)
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        cfg, (high, wide) = self.config, self.size
+        shape = (wide, high, cfg.num_channels, cfg.hidden_size)
+        normal = nn.initializers.normal(cfg.initializer_range)
+        kernel = self.param("kernel", normal, shape, self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:], self.param_dtype)
+        rows, columns = pixels.shape[2] // high, pixels.shape[3] // wide
+        x = pixels[:, :, : rows * high, : columns * wide].astype(self.dtype)
+        x = x.reshape(*x.shape[:2], rows, high, columns, wide)
+        x = x.transpose(0, 2, 4, 5, 3, 1).reshape(x.shape[0], rows * columns, -1)
+        return x @ kernel.reshape(-1, shape[-1]) + bias.astype(self.dtype)
+
+
+def insert_vectors(x: jax.Array, at: jax.Array | None, vectors: jax.Array | None) -> jax.Array:
+    """Returns embedded tokens with vectors in the place of some of them.
+
+    Args:
+      x: the embedded tokens, [batch, seq, d_model].
+      at: where a row's next vector stands, [batch, seq] bool.
+      vectors: the vectors of each row in their order, [batch, n, d_model]; None for none.
+    """
+    if at is None or vectors is None:
+        return x
+    order = jnp.maximum(jnp.cumsum(at, axis=1) - 1, 0)[..., None]
+    found = jnp.take_along_axis(vectors.astype(x.dtype), order, axis=1, mode="fill")
+    return jnp.where(at[..., None], found, x)

@@ -7,7 +7,7 @@ from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.hf.generation import Generation
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.blocks import ACTIVATION
 
 # model_type -> the beginning of the name of transformers' class.
 CLASSES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}

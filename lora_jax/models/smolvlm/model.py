@@ -8,13 +8,18 @@ from flax import linen as nn
 
 from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.model import Trunk
-from lora_jax.models.layers.activations import activate
 from lora_jax.models.layers.attend import attend
-from lora_jax.models.layers.blocks import ModelPart, dense, embed, layer_norm
+from lora_jax.models.layers.blocks import (
+    EmbeddingNoise,
+    ModelPart,
+    PatchProjection,
+    activate,
+    dense,
+    embed,
+    layer_norm,
+)
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.noise import EmbeddingNoise
-from lora_jax.models.layers.patches import PatchProjection
 from lora_jax.models.layers.trunk import TokenPlaces, layer_input, scan_layers
 from lora_jax.models.smolvlm.config import SiglipConfig, SmolVLMConfig
 

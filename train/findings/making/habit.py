@@ -9,7 +9,7 @@ As many of them are positive as negative, so that the habit alone is right about
 import random
 from pathlib import Path
 
-from lora_jax.hf.bundled import MINILM
+from lora_jax.hf.packaged import MINILM
 from train.findings.making import base
 from train.findings.making.made import Made
 from train.findings.making.words import Labelled, write_rows

@@ -14,7 +14,7 @@ from typing import Any
 
 import snowballstemmer
 
-from lora_jax.hf.bundled import MINILM
+from lora_jax.hf.packaged import MINILM
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import fetch
 from train.console.errors import UserError

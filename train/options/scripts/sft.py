@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.arguments import SEED, NumberRange, minimum
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.adapters.template import read_template

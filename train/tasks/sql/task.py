@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.data.rows import Row
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError, flag

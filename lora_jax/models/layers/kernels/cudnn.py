@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.layers.attention import scale_queries
+from lora_jax.models.layers.attention import AttentionCall, scale_queries
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
-from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.masks import Mask
 
 # Tokens of a row up to which cuDNN is given its mask as an array: 32 MiB a row, for all heads.

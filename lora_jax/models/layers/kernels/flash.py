@@ -20,9 +20,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lora_jax.models.layers.attention import scale_queries
+from lora_jax.models.layers.attention import AttentionCall, scale_queries
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
-from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.kernels import flash_programs as programs
 from lora_jax.models.layers.kernels.flash_programs import FlashOptions
 from lora_jax.models.layers.masks import Mask, Split, extremes, pad_rows

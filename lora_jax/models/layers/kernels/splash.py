@@ -18,9 +18,8 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from lora_jax.models.layers.attention import scale_queries
+from lora_jax.models.layers.attention import AttentionCall, scale_queries
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.call import AttentionCall
 from lora_jax.models.layers.masks import Mask, Split, extremes, pad_rows
 
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
