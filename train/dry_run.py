@@ -18,12 +18,12 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
 from train.console.output import tell
-from train.data.shown import Shown, lengths, shown
+from train.data.preview import PreviewRow, lengths, preview_rows
 from train.inputs import Inputs
 from train.live.prompts import PromptFeed
 from train.live.reference import is_live
 from train.options.common import Options
-from train.plan.local import Needs, measured_rate, needs
+from train.plan.local import LocalNeeds, local_needs, measured_rate
 from train.rewards.ask import columns_of
 from train.run.log import doing
 from train.run.output import state_of
@@ -60,7 +60,7 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     else:
         counted = "" if labels else f"; the loss counts what is {marked}"
         say(f"the first rows, as the model sees them{counted}:")
-    for one in shown(data.train, outline.tokenizer, _ROWS, labels, data.row):
+    for one in preview_rows(data.train, outline.tokenizer, _ROWS, labels, data.row):
         say(f"--- {one.title}")
         console.print(as_text(one, coloured=coloured), soft_wrap=True)
     say("---")
@@ -74,7 +74,7 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     first = feed.first()
     _print_steps(say, config, inputs, first)
     with doing(console, "compiling"), as_user_errors(_REFUSAL, prefix=_REFUSED):
-        needed = needs(config, outline, layout, loss, first)
+        needed = local_needs(config, outline, layout, loss, first)
     _print_memory(say, needed)
     if teacher := getattr(config.data, "teacher_model", None):
         say(f"the teacher, {teacher}, needs memory besides")
@@ -106,7 +106,7 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
         say(f"warning: {line}")
 
 
-def as_text(one: Shown, *, coloured: bool) -> Text:
+def as_text(one: PreviewRow, *, coloured: bool) -> Text:
     """Returns a sequence with what the loss counts in green, or in brackets."""
     if coloured:
         return Text.assemble(*((one.text, "green" if one.counted else "") for one in one.spans))
@@ -158,7 +158,7 @@ def _largest(first: HostBatch, examples: Examples) -> tuple[int, ...]:
     return first["ids"].shape[1:]
 
 
-def _print_memory(say: Say, needed: Needs) -> None:
+def _print_memory(say: Say, needed: LocalNeeds) -> None:
     parts = {
         "base": needed.base,
         "adapter": needed.adapter,
@@ -182,7 +182,7 @@ def _print_memory(say: Say, needed: Needs) -> None:
     say(f"a checkpoint on disk: {megabytes(needed.checkpoint)}")
 
 
-def _print_time(say: Say, config: Options, inputs: Inputs, needed: Needs) -> None:
+def _print_time(say: Say, config: Options, inputs: Inputs, needed: LocalNeeds) -> None:
     if needed.flops is None or needed.scored is None:
         return
     feed, steps = inputs.feed, inputs.steps

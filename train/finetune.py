@@ -62,7 +62,7 @@ from train.run.report import (
     tree_bytes,
 )
 from train.run.rules import rules
-from train.tasks.task import Context, Evaluation, Preparing, Rolling, Task
+from train.tasks.task import Evaluation, EvaluationContext, ModelContext, RolloutFeed, Task
 
 _COMPLETIONS = 2  # that are shown, of those for steps after which a checkpoint is written
 
@@ -264,7 +264,7 @@ def prepare(
 ) -> tuple[Inputs, TrainingStart]:
     """Returns inputs and state of a run as its task prepares them; see `Task.prepare`."""
     rows, outline, data = inputs.read
-    of = Preparing(
+    of = ModelContext(
         config=run.config,
         folder=run.folder,
         console=run.console,
@@ -277,14 +277,14 @@ def prepare(
         ready=ready,
         takes_from_base=takes_from_base(params),
     )
-    ready, data = task.prepared(of)
+    ready, data = task.prepare(of)
     return dataclasses.replace(inputs, read=RunData(rows, outline, data)), ready
 
 
 def make_evaluation(run: Run, inputs: Inputs, task: Task) -> Evaluation | None:
     """Returns the task's evaluation of a run; None for none."""
     rows, outline, data = inputs.read
-    context = Context(
+    context = EvaluationContext(
         config=run.config,
         folder=run.folder,
         console=run.console,
@@ -350,7 +350,7 @@ def make_measures(
             return score(evaluation, model, adapted_tree(state), forward, run.stop)
 
         yield PeriodicMeasure(every=asked.score_every, prefix=SCORE, take=scored)
-    if isinstance(inputs.feed, Rolling):
+    if isinstance(inputs.feed, RolloutFeed):
         rolling, updates = inputs.feed, config.optim.updates
 
         def completed(state: State) -> dict[str, float]:

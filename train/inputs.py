@@ -13,17 +13,17 @@ from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
-from train.data.mixture import used
+from train.data.mixture import mixture_lines
 from train.options.common import Options, as_json, check_offload
 from train.options.field import traits_of
-from train.options.file import alike
+from train.options.file import options_of_processes
 from train.processes import hosts
 from train.progress import SamplePrompts
 from train.run.intrinsic import moves_weights, space_of
 from train.run.output import saved_options
 from train.run.pretrained import ModelInfo
 from train.run.rules import check_names, rules
-from train.tasks.task import Data, Rows, Task
+from train.tasks.task import Data, Task, TaskRows
 
 _HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
 
@@ -31,7 +31,7 @@ _HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
 class RunData(NamedTuple):
     """Rows, the model's outline, and the rows as examples for it."""
 
-    rows: Rows
+    rows: TaskRows
     outline: ModelInfo
     data: Data
 
@@ -71,7 +71,7 @@ def read_inputs(config: Any, task: Task) -> RunData:
     outline = task.outline(config, rows).quantized(codes)
     outline.check_experts(config.optim.experts)
     read = {"rows": rows.train, "held_out": rows.held_out, "model": outline.config}
-    hosts.check_alike(alike(config), **read)
+    hosts.check_alike(options_of_processes(config), **read)
     return RunData(rows, outline, task.examples(config, rows, outline))
 
 
@@ -125,7 +125,7 @@ def make_inputs(config: Any, mesh: Mesh, found: RunData) -> Inputs:
         steps=steps,
         rate=rate,
         layout=layout,
-        lines=(*data.lines, *used(data.train, order, steps), attention),
+        lines=(*data.lines, *mixture_lines(data.train, order, steps), attention),
     )
 
 

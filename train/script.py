@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_jax.training.errors import TrainingError
 from train.console.errors import as_user_errors
-from train.data.files import named
+from train.data.files import parse_datasets
 from train.finetune import finetune
 from train.many.one import RunRequest
 from train.many.runs import train_many
@@ -16,7 +16,7 @@ from train.options.command import read_line
 from train.options.common import Options
 from train.options.defaults import Defaults, fill_defaults
 from train.options.field import check_effects
-from train.options.file import CONFIG, replaced
+from train.options.file import CONFIG, replace_options
 from train.options.table import TableRow, check_one_base, read_table
 from train.options.tasks import find_task
 from train.processes.session import Session
@@ -63,7 +63,7 @@ class TrainingScript:
         if is_own and self.own_output and "output" not in (on_line | in_file.keys()):
             own, older = Path(self.own_output), Path(config.run.output)
             if not (config.run.resume and _holds_run(older) and not _holds_run(own)):
-                config = replaced(config, {"output": self.own_output})
+                config = replace_options(config, {"output": self.own_output})
         return config, on_line, in_file
 
     def _alone(self, config: Any, on_line: frozenset[str], in_file: Mapping[str, int]) -> Any:
@@ -74,7 +74,11 @@ class TrainingScript:
     def task_of(self, config: Any) -> Task:
         """Returns the task named by --dataset, or the task for a user's own rows."""
         given = config.data.dataset
-        names = [given] if isinstance(given, str) else [dataset.name for dataset in named(given)]
+        names = (
+            [given]
+            if isinstance(given, str)
+            else [dataset.name for dataset in parse_datasets(given)]
+        )
         return find_task(names, self.kind(config))
 
     def check(self, config: Any) -> None:

@@ -11,7 +11,7 @@ from train.console.output import tell
 from train.findings.making.arithmetic import arithmetic_base
 from train.finetune import RunPart, finetune
 from train.options.defaults import fill_defaults
-from train.options.file import replaced
+from train.options.file import replace_options
 from train.options.scripts.grpo import Config
 from train.options.scripts.sft import Config as SftConfig
 from train.processes import hosts
@@ -39,7 +39,7 @@ def started(config: Config, session: Session) -> Config:
         session.stop.remedy = resume_hint("train.grpo")
         folder = cache_folder() / "arithmetic"
         folder.mkdir(parents=True, exist_ok=True)
-        return replaced(config, {"model": str(arithmetic_base(folder, session))})
+        return replace_options(config, {"model": str(arithmetic_base(folder, session))})
     return config
 
 
@@ -60,13 +60,15 @@ def _writing_sql(config: Config, session: Session) -> Config:
         own |= {name: getattr(config.data, name) for name in _READ}
         own |= {"output": str(folder), "eval_questions": 0}
         going_on = {"resume": (folder / CONFIG).exists()}
-        first = dataclasses.replace(replaced(SftConfig(), own | going_on), adapter=config.adapter)
+        first = dataclasses.replace(
+            replace_options(SftConfig(), own | going_on), adapter=config.adapter
+        )
         part = RunPart(hint=resume_hint("train.grpo"))
         with session.part():
             finetune("train.sft", fill_defaults(first, sql.TASK.defaults), sql.TASK, session, part)
         session.stop.check()
         jax.clear_caches()  # its programs take memory
-    return replaced(config, {"init_adapter": str(folder.absolute())})
+    return replace_options(config, {"init_adapter": str(folder.absolute())})
 
 
 def _check_alone(config: Config, what: str) -> None:

@@ -14,8 +14,8 @@ import jax
 import pytest
 
 from train.plan import __main__ as plan
-from train.plan.compile import Prepared, prepare
-from train.plan.job import Job
+from train.plan.compile import PreparedStep, prepare
+from train.plan.job import PlanJob
 
 # No two sizes of a layer are equal, nor equal to a row's length.
 DENSE = {
@@ -51,8 +51,8 @@ _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 class Step:
     """A compiled step, and what it was compiled from."""
 
-    job: Job
-    prepared: Prepared
+    job: PlanJob
+    prepared: PreparedStep
     compiled: Any
     text: str
 

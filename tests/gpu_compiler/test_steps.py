@@ -22,8 +22,8 @@ from train.options.common import AdapterConfig
 from train.plan.compile import _closed_form
 from train.plan.flops.checked import count_traced
 from train.plan.flops.hlo import work_of
-from train.plan.flops.kernels import named
-from train.plan.job import Variant
+from train.plan.flops.kernels import kernel_lines
+from train.plan.job import PlanVariant
 from train.plan.machines import find_machine
 
 pytestmark = pytest.mark.gpu_compiler
@@ -31,7 +31,7 @@ FLASH = ("flash attention (fwd, dq, dkv)",)
 
 
 def kernels(step: Step) -> tuple[str, ...]:
-    return named(work_of(step.text).kernels)
+    return kernel_lines(work_of(step.text).kernels)
 
 
 def squares(step: Step, seq: int) -> list[tuple[int, ...]]:
@@ -90,7 +90,7 @@ def test_flops_as_traced_are_those_of_the_closed_form(topology: str) -> None:
     mesh = ("--mesh", "fsdp=4,tensor=2") if topology == "h100:8" else ()
     step = compiled("dense", topology, "--batch-size", 8, "--seq-len", 1024, *mesh)
     counted = count_traced(step.prepared.traced.jaxpr)
-    variant = Variant(AdapterConfig(targets="all-linear", rank=8), "full")
+    variant = PlanVariant(AdapterConfig(targets="all-linear", rank=8), "full")
     by_hand = _closed_form(step.job, variant, step.prepared.params)
     assert counted is not None and counted.exact
     assert counted.flops == pytest.approx(by_hand, rel=0.01)
@@ -217,7 +217,7 @@ def test_an_encoder_sees_both_sides() -> None:
 
     lowered = jax.jit(jax.grad(loss)).lower(*placed((adapter, base, ids, ids)))
     text = lowered.compile().as_text()
-    assert named(work_of(text).kernels) == FLASH
+    assert kernel_lines(work_of(text).kernels) == FLASH
     assert not re.search(r"2048,2048\]", text)
 
 
@@ -230,6 +230,6 @@ def test_what_is_scored_between_steps_runs_in_the_kernel(task: str) -> None:
     assert kernels(step) == FLASH
     for name, program in step.prepared.between.items():
         made = program.lowered.compile()
-        of_kernels = named(work_of(made.as_text()).kernels) if program.times else ()
+        of_kernels = kernel_lines(work_of(made.as_text()).kernels) if program.times else ()
         assert of_kernels == (() if name == "sampler" else ("flash attention (fwd)",))
         assert 0 < made.memory_analysis().temp_size_in_bytes < step.memory.temp_size_in_bytes

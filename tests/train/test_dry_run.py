@@ -11,7 +11,7 @@ from tests.train import scripts
 from tests.train.test_sft import fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import classify, dpo, grpo
-from train.data.shown import shown
+from train.data.preview import preview_rows
 from train.dry_run import as_text
 from train.run.output import state_of
 from train.sft import main
@@ -56,7 +56,7 @@ def test_what_the_loss_counts_is_green_on_a_terminal(tmp_path):
     rows = [{"prompt": "a" * 500, "completion": "b"}]
     made = tokenizer()
     examples = training.chats(rows, made, seq_len=1024)
-    (one,) = shown(examples, made, 3)
+    (one,) = preview_rows(examples, made, 3)
     assert one.title == "row 1: 521 tokens, 2 of them count"
     coloured = as_text(one, coloured=True)
     assert [coloured.plain[s.start : s.end] for s in coloured.spans] == ["b<|im_end|>"]
@@ -116,7 +116,7 @@ def test_pairs_are_shown_by_row_and_side(tmp_path, capsys, monkeypatch):
 def test_pairs_that_share_a_row_are_counted_as_pairs(tmp_path):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * n} for n in (1, 1, 40, 1, 1)]
     examples = training.pairs(rows, tokenizer(), seq_len=80, packing=True)
-    titles = [one.title for one in shown(examples, tokenizer(), 2)]
+    titles = [one.title for one in preview_rows(examples, tokenizer(), 2)]
     assert [title.split(":")[0].split(", ")[1] for title in titles] == ["chosen", "rejected"] * 2
     n = int(np.diff(examples.firsts)[0]) // 2
     assert n > 1 and [title.split("; ")[1] for title in titles] == [
@@ -124,7 +124,7 @@ def test_pairs_that_share_a_row_are_counted_as_pairs(tmp_path):
     ]
     labelled = [{"prompt": "a", "completion": "b", "label": n == 1} for n in range(3)]
     examples = training.pairs(labelled, tokenizer(), seq_len=80, labelled=True)
-    titles = [one.title for one in shown(examples, tokenizer(), 3)]
+    titles = [one.title for one in preview_rows(examples, tokenizer(), 3)]
     assert [title.split(":")[0] for title in titles] == ["row 1, bad", "row 2, good", "row 3, bad"]
 
 

@@ -17,10 +17,10 @@ from train.export import __main__ as export
 from train.predict import __main__ as predict
 from train.rewards.find import find_rewards
 from train.rewards.model import RewardModel
-from train.rewards.reward import Batch
+from train.rewards.reward import RewardBatch
 from train.run.log import read_metrics
 from train.tasks.labelled import ADAPTED
-from train.tasks.scored import BEFORE, LONGER, read_rows
+from train.tasks.reward_model import BEFORE, LONGER, read_rows
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -71,7 +71,7 @@ def model(whole):
 
 
 def scored(model, prompts, completions):
-    found = model(Batch(prompts, completions, [], {}, 1))
+    found = model(RewardBatch(prompts, completions, [], {}, 1))
     assert not found.failures and found.values.dtype == np.float32
     return found.values
 

@@ -16,7 +16,7 @@ from tests.train import test_rollouts
 from tests.train.scripts import fails
 from tests.train.test_rollouts import adapter_of, line_of, lines_of, run, told
 from train import grpo
-from train.live.prompts import Prompts, Widths
+from train.live.prompts import TokenizedPrompts, Widths
 from train.run.log import read_metrics
 
 # Processes of rewards end with the process of a script.
@@ -163,7 +163,7 @@ def test_a_signal_drops_completions_that_are_rewarded(
 
 def test_widths_are_chosen_by_the_longest_prompt_of_each_step():
     """One long prompt of 16 is in every step of all, whatever part of the step it is in."""
-    prompts = Prompts([{}] * 16, [[1] * (700 if i == 5 else 8) for i in range(16)])
+    prompts = TokenizedPrompts([{}] * 16, [[1] * (700 if i == 5 else 8) for i in range(16)])
     assert len(Widths.of(prompts, Order(0, 16, 4, 4), 8).rows) == 1
     assert len(Widths.of(prompts, Order(0, 16, 4, 1), 8).rows) == 2
 

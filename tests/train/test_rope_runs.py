@@ -12,7 +12,7 @@ from train import sft
 from train.console.errors import UserError
 from train.export import __main__ as export
 from train.generate import __main__ as generate
-from train.options.rope import as_text, parse_rope_scaling
+from train.options.rope import parse_rope_scaling, rope_scaling_text
 
 SCALING = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}
 
@@ -30,7 +30,7 @@ SCALING = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}
 def test_a_scaling_is_read(text, scaling):
     assert parse_rope_scaling(text) == scaling
     if text and "factor" in scaling:
-        assert parse_rope_scaling(as_text(scaling)) == scaling
+        assert parse_rope_scaling(rope_scaling_text(scaling)) == scaling
 
 
 @pytest.mark.parametrize("text", ["yarn", "yarn:four", "yarn:4,beta", "yarn:4,factor=8", "4", ""])

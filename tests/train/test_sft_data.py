@@ -6,7 +6,7 @@ from lora_jax.training.data.order import Order
 from tests.train.test_sft import fails
 from tests.train.tiny import write_jsonl, write_model
 from train.console.errors import UserError
-from train.data.mixture import used
+from train.data.mixture import mixture_lines
 from train.sft import parse
 from train.tasks import chats
 
@@ -68,7 +68,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
         assert f"6 of the 60 rows of {a} are held out, drawn by --seed 0: row " in said
         assert f"3 of the 30 rows of {b} are held out" in said
         order = Order.of(data.train, 0, 4)
-        lines = used(data.train, order, order.steps(1))
+        lines = mixture_lines(data.train, order, order.steps(1))
         assert [line.split(": ")[0] for line in lines] == [a, b]
         assert 20 < float(lines[0].split(" steps, ")[1].split("%")[0]) < 30
         assert "each of its 54 comes 0." in lines[0]
@@ -76,7 +76,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
         assert data.name(0) == data.name(0).removesuffix(f" of {a}") + f" of {a}"
     data, _, rows = read("--dataset", a, b, "--rows", "20")
     assert len(data.train) == 40 and data.train.mixture is None
-    line = used(data.train, Order.of(data.train, 0, 4), 10)[1]
+    line = mixture_lines(data.train, Order.of(data.train, 0, 4), 10)[1]
     assert line.startswith(f"{b}: 20 rows in 10 steps, 50.0% of all; each of its 20 comes 1.00 ")
     with pytest.raises(UserError, match="--fields prompt=x: none of .* has `x` in its first row"):
         again = write_jsonl(tmp_path / "c.jsonl", chats_of["b"])

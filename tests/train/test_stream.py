@@ -16,7 +16,7 @@ from tests.train.tiny import decoder, tokenizer, write_jsonl, write_model
 from train.data import blocks
 from train.run.pretrained import ModelInfo
 from train.sft import main, parse
-from train.tasks import streamed
+from train.tasks import stream
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def model(tmp_path_factory):
 def small(monkeypatch):
     """Blocks of some rows, and chunks of some blocks."""
     monkeypatch.setattr(blocks, "BLOCK", 400)
-    monkeypatch.setattr(streamed, "ROOM", 2000)
-    monkeypatch.setattr(streamed, "_SAMPLE", 400)
+    monkeypatch.setattr(stream, "ROOM", 2000)
+    monkeypatch.setattr(stream, "_SAMPLE", 400)
 
 
 def rows(n, answer="so it is"):
@@ -69,7 +69,7 @@ def test_a_row_that_cannot_be_used_is_named_when_it_comes(small, tmp_path):
     at = len("".join(f"{json.dumps(row)}\n" for row in found[:100]))
     config = parse(["--dataset", str(data), "--truncate", "--stream", "--steps", "90"])
     outline = ModelInfo("a model", tokenizer(), None, {})
-    feed = streamed.examples(config, streamed.read_rows(config), outline).feed(90)
+    feed = stream.examples(config, stream.read_rows(config), outline).feed(90)
     with pytest.raises(TrainingError, match=rf"line 101 \(byte {at:,}\) has `prompt`; a row"):
         for step in range(90):
             feed.batch(step)
@@ -118,7 +118,7 @@ def counted(self):
     peaks.append(peak())
 
 peaks, take, Stream._take_next = [], Stream._take_next, counted
-blocks.BLOCK, streamed.ROOM = 2**15, 2**19
+blocks.BLOCK, stream.ROOM = 2**15, 2**19
 config = parse(sys.argv[1:])
 task, outline = task_of(config), ModelInfo("a model", tokenizer(), None, {})
 data = task.examples(config, task.rows(config), outline)

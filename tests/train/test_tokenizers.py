@@ -16,7 +16,7 @@ from train.adapters.source import find_adapter
 from train.export import __main__ as export
 from train.generate import __main__ as generate
 from train.generate.shared_base import NamedAdapter, tokenizer_name
-from train.live.taught import teacher_outline
+from train.live.distillation import teacher_outline
 from train.predict import __main__ as predict
 from train.run.pretrained import read_classifier_info, read_model_info
 from train.run.report import ask_words

@@ -18,7 +18,7 @@ from lora_jax.training.batches import Examples
 from lora_jax.training.data.comparisons import encode
 from tests.support import assert_close
 from tests.train.tiny import tokenizer
-from train.data.shown import lengths, shown
+from train.data.preview import lengths, preview_rows
 
 RNG = np.random.default_rng(11)
 PAIRS, SEQ = 7, 5
@@ -170,7 +170,7 @@ def test_the_texts_of_pairs():
             assert there[: there.sum()].all() and not types[~there].any()
     sizes = (found.attention_mask > 0).sum(-1)
     assert lengths(found).tolist() == sizes.ravel().tolist()
-    one, other = shown(found, made, 2)
+    one, other = preview_rows(found, made, 2)
     assert one.title == "pair 1, chosen: 10 tokens" and other.title.startswith("pair 1, rejected")
     assert "So." in one.spans[0].text and "No idea" in other.spans[0].text
 

@@ -20,7 +20,7 @@ from tests.training.test_dropped import BY_TEXT
 from tests.training.test_tools import TOOLS, made
 from train.console.errors import UserError
 from train.data.chats import tokenize
-from train.data.dataset import find
+from train.data.dataset import find_dataset
 
 USER, GOOD, BAD = (
     {"role": role, "content": content}
@@ -390,7 +390,7 @@ def test_files_of_pairs_have_their_fields_renamed_and_their_tokens_kept(tmp_path
     path, kept = write_jsonl(tmp_path / "rows.jsonl", rows), str(tmp_path / "kept")
     fields = ["prompt=question,rejected=no"]
     for labelled in (False, True, False):
-        data = find(str(path), fields=fields, check=check_pairs, kept_in=kept)
+        data = find_dataset(str(path), fields=fields, check=check_pairs, kept_in=kept)
         data.check()
         found = tokenize(data, tokenizer(), work=tokenize_pairs, labelled=labelled)
         want = tokenize_pairs(ROWS, tokenizer(), "rows", labelled=labelled)
@@ -399,6 +399,6 @@ def test_files_of_pairs_have_their_fields_renamed_and_their_tokens_kept(tmp_path
     assert len([*(tmp_path / "kept").iterdir()]) == 2
     assert "are those of an earlier run" in capsys.readouterr().out
     with pytest.raises(TrainingError, match="line 1 has .*; a row needs `prompt`, `chosen` and"):
-        find(str(path), check=check_pairs).check()
+        find_dataset(str(path), check=check_pairs).check()
     with pytest.raises(UserError, match="name is one of chosen, completion, .*label, .*rejected"):
-        find(str(path), fields=["preferred=chosen"])
+        find_dataset(str(path), fields=["preferred=chosen"])

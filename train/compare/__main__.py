@@ -40,7 +40,7 @@ from train.finetune import RunPart, load_model
 from train.inputs import InputReader, Inputs
 from train.options.command import read_line
 from train.options.field import check_effects
-from train.options.file import as_file, check_same_run, from_file, replaced
+from train.options.file import check_same_run, options_file, read_options_file, replace_options
 from train.options.scripts import classify as classify_options
 from train.options.scripts import sft as sft_options
 from train.processes import hosts
@@ -147,7 +147,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, Any, frozenset[str]]:
     if config.compare.quick:
         length = {"steps", "epochs"}  # either says how long to train
         kept = given | length if given & length else given
-        config = replaced(config, {k: v for k, v in script.quick.items() if k not in kept})
+        config = replace_options(config, {k: v for k, v in script.quick.items() if k not in kept})
     wrong = [method for method in config.compare.methods if method in OF_CLASSIFIER]
     if wrong and script.kind != "classify":
         raise UserError(
@@ -197,7 +197,7 @@ def compare(
         on_text = functools.partial(outside.loss_on, rows)
     if not config.run.resume:
         clear(folder, _OURS)
-    write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
+    write_text(folder / CONFIG, options_file(config, f"train.compare {script.kind}"))
     done = read_progress(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
     settings = len({trial.arm for trial in trials})
     tell(
@@ -268,7 +268,7 @@ def _open_folder(config: Any, session: Session, console: Console) -> Path:
     if config.run.resume:
         if not (folder / CONFIG).exists():
             raise UserError(f"--resume: there is no comparison in {folder}: start without --resume")
-        check_same_run(config, from_file(folder / CONFIG, config), folder)
+        check_same_run(config, read_options_file(folder / CONFIG, config), folder)
     elif holds and not config.run.overwrite:
         raise UserError(
             f"{folder} holds another comparison or a run: go on with --resume, delete it with "

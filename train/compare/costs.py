@@ -26,7 +26,7 @@ from train.compare.result import Arm, Latency, PlanResult
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.finetune import finetune
-from train.options.file import as_file, replaced
+from train.options.file import options_file, replace_options
 from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.output import REPORT
@@ -57,16 +57,16 @@ def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> dict
     output = folder / trial.name
     changes = {"steps": STEPS, "epochs": None, "output": str(output), "report_to": ("none",)}
     changes |= {"save_every": STEPS, "score_every": 0, "eval_every": 0, "eval_questions": 0}
-    config = replaced(trial.config, changes)
+    config = replace_options(trial.config, changes)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.default_backend() == "cpu":
         options = folder / f"{trial.name}.yaml"
-        options.write_text(as_file(config, script), encoding="utf-8")
+        options.write_text(options_file(config, script), encoding="utf-8")
         command = [sys.executable, "-m", script, "--config", str(options), "--output", str(output)]
         _output_of([*command, "--overwrite"])
     else:
         with session.part():
-            finetune(script, replaced(config, {"overwrite": True}), trial.task, session)
+            finetune(script, replace_options(config, {"overwrite": True}), trial.task, session)
     report = read_json(output / REPORT)
     memory = report["compiled_bytes"]
     return {

@@ -30,7 +30,7 @@ from train.console.output import tell
 from train.finetune import RunPart, finetune
 from train.many.one import RunRequest
 from train.many.runs import train_rows
-from train.options.file import replaced
+from train.options.file import replace_options
 from train.options.optim import warmup_steps
 from train.options.table import TableRow
 from train.processes.session import Session
@@ -289,4 +289,4 @@ def _share(stage: Stage, trials: Sequence[Trial]) -> float:
 
 def _resumed_options(trial: Trial) -> Any:
     """Returns a run's options, with --resume where it has begun."""
-    return replaced(trial.config, {"resume": (trial.folder / CONFIG).exists()})
+    return replace_options(trial.config, {"resume": (trial.folder / CONFIG).exists()})

@@ -24,7 +24,7 @@ from train.inputs import InputReader, Inputs, make_inputs
 from train.options.common import Options
 from train.options.defaults import Defaults
 from train.options.field import SharedOption, idle_options, traits_of
-from train.options.file import replaced
+from train.options.file import replace_options
 from train.processes.mesh import make_mesh
 from train.run.rules import rules
 from train.tasks.task import Task
@@ -67,7 +67,7 @@ class ComparedScript(NamedTuple):
 
     def completed(self, options: Any, **changes: Any) -> Any:
         """Returns options of a run, changed, with the task's defaults."""
-        changed = replaced(options, changes)
+        changed = replace_options(options, changes)
         return self.with_defaults(changed, self.task_of(changed).defaults)
 
 
@@ -207,14 +207,14 @@ def _trial(
     folder: Path,
     reader: InputReader,
 ) -> tuple[Trial, Inputs]:
-    options = replaced(options, one.options)
+    options = replace_options(options, one.options)
     changes = arms.settings(one.arm, one.seed) | {
         "output": str(folder),
         "overwrite": False,
         "resume": False,
         "eval_every": options.run.eval_every or 1,  # so that rows are held out
     }
-    if "held_out_seed" not in idle_options(replaced(options, changes)):
+    if "held_out_seed" not in idle_options(replace_options(options, changes)):
         drawn = getattr(options.data, "held_out_seed", None)
         changes["held_out_seed"] = first_seed if drawn is None else drawn  # the same for all
     if getattr(options.run, "eval_rows", 0) is None:
@@ -235,7 +235,7 @@ def _trial(
     changed = {"eval_every": options.run.eval_every or -(-steps // MEASUREMENTS)}
     if one.arm.method == "full" and options.run.save_every == script.plain.run.save_every:
         changed["save_every"] = steps  # a checkpoint holds the model three times
-    config, outline = replaced(config, changed), inputs.read.outline
+    config, outline = replace_options(config, changed), inputs.read.outline
     trained = one.arm.dimension
     if trained is None:
         tree = lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)

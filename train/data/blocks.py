@@ -43,7 +43,7 @@ class FilePart(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AtByte:
+class BytePosition:
     """The place of a line that begins at a byte of a file; its number is counted if asked for."""
 
     path: Path
@@ -57,7 +57,7 @@ class AtByte:
         return f"line {line:,} (byte {self.at:,})"
 
 
-class Blocks:
+class DatasetBlocks:
     """The blocks of one or several data sets, one after the other."""
 
     def __init__(self, parts: Sequence[FilePart]) -> None:
@@ -83,7 +83,7 @@ class Blocks:
         return self.digest()
 
 
-def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> Blocks:
+def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> DatasetBlocks:
     """Returns the blocks of data sets; see `train.data.files.read_rows`.
 
     Raises:
@@ -99,7 +99,7 @@ def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> Bloc
     parts = [part for part in parts if len(part.sizes)]
     if not parts:
         raise UserError(f"--dataset {' '.join(names)} has no rows")
-    return Blocks(parts)
+    return DatasetBlocks(parts)
 
 
 def _of_file(path: Path) -> FilePart:
@@ -128,7 +128,7 @@ def _read_lines(path: Path, size: int, block: int) -> list[NumberedRow]:
     for at, line in _lines(path, block * size, (block + 1) * size):
         if not line.strip():
             continue
-        where = AtByte(path, at)
+        where = BytePosition(path, at)
         try:
             text = line.decode()
         except UnicodeDecodeError as error:

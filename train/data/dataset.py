@@ -36,12 +36,12 @@ def pairs_of(fields: Sequence[str]) -> Pairs:
     return pairs
 
 
-def found_in(rows: Sequence[Row], pairs: Pairs) -> Pairs:
+def pairs_in_rows(rows: Sequence[Row], pairs: Pairs) -> Pairs:
     """Returns the pairs whose fields the first row has."""
     return [(name, own) for name, own in pairs if rows and own in rows[0]]
 
 
-def renamed(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
+def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
     """Returns rows with their fields renamed.
 
     Args:
@@ -120,12 +120,12 @@ class Dataset:
         return f"{self.name} {self.key}"
 
 
-def of_rows(name: str, rows: list[Row]) -> Dataset:
+def dataset_from_rows(name: str, rows: list[Row]) -> Dataset:
     """Returns rows in memory as a data set; their tokens are not kept."""
     return Dataset(name, lambda: rows)
 
 
-def find(
+def find_dataset(
     name: str,
     *,
     split: str = "train",
@@ -155,10 +155,10 @@ def find(
 
     def read() -> list[Row]:
         found = read_rows(name, split=split, subset=subset)[:rows]
-        own = pairs if used is None else found_in(found, pairs)
+        own = pairs if used is None else pairs_in_rows(found, pairs)
         if used is not None:
             used.update(field for _, field in own)
-        found = renamed(found, own, name)
+        found = rename_fields(found, own, name)
         check(found, name)
         return found
 

@@ -291,14 +291,14 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-class Named(NamedTuple):
+class NamedDataset(NamedTuple):
     """A data set's name or path, and its weight; None where none was given."""
 
     name: str
     weight: float | None
 
 
-def named(given: Sequence[str]) -> list[Named]:
+def parse_datasets(given: Sequence[str]) -> list[NamedDataset]:
     """Returns the data sets that --dataset names: `a.jsonl`, or `a.jsonl:3 b.jsonl:1`.
 
     A colon belongs to the name if a file or a folder has that name, or if part of a path follows
@@ -331,15 +331,15 @@ def named(given: Sequence[str]) -> list[Named]:
     return found
 
 
-def _named(text: str) -> Named:
+def _named(text: str) -> NamedDataset:
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
-        return Named(text, None)
+        return NamedDataset(text, None)
     try:
         number = float(weight)
     except ValueError:
         if kind_of(weight) or "/" in weight or "\\" in weight:
-            return Named(text, None)
+            return NamedDataset(text, None)
         raise UserError(
             f"--dataset {text}: {weight!r} is not a weight of {name}; {_NEEDED}"
         ) from None
@@ -347,4 +347,4 @@ def _named(text: str) -> Named:
         raise UserError(f"--dataset {text}: {_NEEDED}, not {weight}")
     if not name:
         raise UserError(f"--dataset {text} has a weight and no name")
-    return Named(name, number)
+    return NamedDataset(name, number)

@@ -6,7 +6,7 @@ from lora_jax.training.batches import Examples, Packs
 from lora_jax.training.data.order import Order
 
 
-def used(examples: Examples, order: Order, steps: int) -> tuple[str, ...]:
+def mixture_lines(examples: Examples, order: Order, steps: int) -> tuple[str, ...]:
     """Returns a line per data set on the rows that so many steps see; () for a single one."""
     if not isinstance(examples, Packs) or not examples.sources:
         return ()

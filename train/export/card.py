@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown, table
-from train.data.files import FILE_KINDS, named
+from train.data.files import FILE_KINDS, parse_datasets
 from train.export.marked import mark
 from train.export.terms import auto_class, loading_config, loading_options
 from train.options.field import CardSection, traits_of
@@ -102,7 +102,9 @@ def _datasets(options: Mapping[str, Any]) -> list[str]:
     given = options.get("dataset")
     if not given:  # there was no run
         return []
-    return [given] if isinstance(given, str) else [dataset.name for dataset in named(given)]
+    return (
+        [given] if isinstance(given, str) else [dataset.name for dataset in parse_datasets(given)]
+    )
 
 
 def _is_of_hub(name: str) -> bool:

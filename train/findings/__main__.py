@@ -26,7 +26,7 @@ from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
-from train.findings.making.made import Made
+from train.findings.making.made import FindingInputs
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
 from train.options.command import read_line
@@ -42,7 +42,7 @@ _PROG = "train.findings"
 MADE, _NOTES = "made", "notes.json"
 
 
-class Asked(NamedTuple):
+class FindingRequest(NamedTuple):
     """A command line.
 
     Attributes:
@@ -81,7 +81,7 @@ def listed() -> str:
     return "\n".join(f"{name:{wide}}  {one.title}" for name, one in FINDINGS.items())
 
 
-def parse(args: Sequence[str]) -> Asked:
+def parse(args: Sequence[str]) -> FindingRequest:
     """Parses a command line.
 
     Args:
@@ -110,10 +110,10 @@ def parse(args: Sequence[str]) -> Asked:
     check_local("from", [known.source or ""])
     source = None if known.source is None else Path(known.source).expanduser()
     output = Path(known.output or known.source or f"runs/{name}").expanduser()
-    return Asked(name, finding, output, source, known.measure, tuple(rest))
+    return FindingRequest(name, finding, output, source, known.measure, tuple(rest))
 
 
-def run(asked: Asked, session: Session, command: str) -> None:
+def run(asked: FindingRequest, session: Session, command: str) -> None:
     """Makes what the finding needs, runs the comparison, and shows what came of it.
 
     Args:
@@ -148,7 +148,7 @@ def run(asked: Asked, session: Session, command: str) -> None:
     show(asked, found, made.notes)
 
 
-def show(asked: Asked, found: Comparison, notes: Sequence[str]) -> None:
+def show(asked: FindingRequest, found: Comparison, notes: Sequence[str]) -> None:
     """Writes the tables and the picture of a comparison, and prints the tables.
 
     Args:
@@ -174,10 +174,10 @@ def show(asked: Asked, found: Comparison, notes: Sequence[str]) -> None:
         tell(console, line)
 
 
-def _made(asked: Asked, session: Session) -> Made:
+def _made(asked: FindingRequest, session: Session) -> FindingInputs:
     """Makes what a finding needs, in a folder in its output folder."""
     if asked.finding.make is None:
-        return Made({})
+        return FindingInputs({})
     folder = asked.output / MADE
     ours = [one for one in (folder, asked.output) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from typing import Literal
 
 from train.console.errors import UserError
 from train.findings.making import habit, mixture, questions, vocabulary
-from train.findings.making.made import Made
-from train.findings.reporting.pivot import Layout
+from train.findings.making.made import FindingInputs
+from train.findings.reporting.pivot import PivotLayout
 from train.processes.session import Session
 
 _HERE = Path(__file__).parent
@@ -32,9 +32,9 @@ class Finding:
     title: str
     said: str
     script: Literal["sft", "classify"] = "classify"
-    layout: Layout
+    layout: PivotLayout
     measures: tuple[str, ...] = ("score", "loss")
-    make: Callable[[Path, Session], Made] | None = None
+    make: Callable[[Path, Session], FindingInputs] | None = None
     makes: tuple[str, ...] = ()
 
 
@@ -44,31 +44,31 @@ FINDINGS: dict[str, Finding] = {
         said="*LoRA Without Regret* (Schulman et al., 2025): LoRA's best learning rate is about "
         "ten times that of full fine-tuning and nearly independent of the rank, and enough rank "
         "reaches full fine-tuning's loss.",
-        layout=Layout("learning rate", "rank"),
+        layout=PivotLayout("learning rate", "rank"),
     ),
     "targets": Finding(
         title="Attention, MLP or all layers",
         said="*LoRA Without Regret* (Schulman et al., 2025): LoRA on attention alone is worse than "
         "on the MLP, at equal numbers of parameters too, and attention adds nothing to the MLP.",
-        layout=Layout("learning rate", "targets × rank"),
+        layout=PivotLayout("learning rate", "targets × rank"),
     ),
     "batches": Finding(
         title="Large batches",
         said="*LoRA Without Regret* (Schulman et al., 2025): LoRA loses more by large batches than "
         "full fine-tuning does, whatever its rank.",
-        layout=Layout("learning rate", "batch size", ("method",)),
+        layout=PivotLayout("learning rate", "batch size", ("method",)),
     ),
     "variants": Finding(
         title="Variants of LoRA, each at its best learning rate",
         said="*Learning Rate Matters* (arXiv 2602.04998): each at its best learning rate, variants "
         "of LoRA are within two percent of LoRA itself; PiSSA needs a smaller rate.",
-        layout=Layout("learning rate", "method"),
+        layout=PivotLayout("learning rate", "method"),
     ),
     "alphas": Finding(
         title="The best alpha by rank",
         said="*LoRA-α* (arXiv 2606.12883): alpha matters more than the learning rate, and the best "
         "alpha grows with the root of the rank.",
-        layout=Layout("learning rate", "alpha", ("rank",)),
+        layout=PivotLayout("learning rate", "alpha", ("rank",)),
     ),
     "forgetting": Finding(
         title="Intruder dimensions and forgetting",
@@ -76,7 +76,7 @@ FINDINGS: dict[str, Finding] = {
         "low rank has strong singular vectors that the base lacks, full fine-tuning has none, and "
         "they go along with forgetting. *LoRA Learns Less and Forgets Less* (arXiv 2405.09673).",
         script="sft",
-        layout=Layout("learning rate", "rank"),
+        layout=PivotLayout("learning rate", "rank"),
         measures=("forgetting", "loss", "intruders"),
         # A model of 135 million weights measures each of them after each of 18 runs.
         make=functools.partial(questions.make, test_rows=32),
@@ -88,21 +88,21 @@ FINDINGS: dict[str, Finding] = {
         "(Aghajanyan et al., arXiv 2012.13255): a few hundred numbers, projected at random into "
         "all weights, reach 90% of full fine-tuning's score; fewer with a scale for each layer "
         "(SAID) than without (DID).",
-        layout=Layout("dimension", "method"),
+        layout=PivotLayout("dimension", "method"),
     ),
     "sizes": Finding(
         title="From 13 numbers to all of them",
         said="*Learning to Reason in 13 Parameters* (arXiv 2602.04118), *LoRA-XS* (arXiv "
         "2405.17604) and *VeRA* (arXiv 2310.11454) find that far fewer numbers than LoRA trains "
         "come near full fine-tuning.",
-        layout=Layout("trained parameters", "method", at_best_rate=True),
+        layout=PivotLayout("trained parameters", "method", at_best_rate=True),
     ),
     "vocabulary": Finding(
         title="A new vocabulary",
         said="Recipes for new languages and contexts train the embeddings beside LoRA, because "
         "LoRA on the layers alone falls behind full fine-tuning (*Chinese-LLaMA*, arXiv "
         "2304.08177; *LongLoRA*, arXiv 2309.12307).",
-        layout=Layout("learning rate", "targets"),
+        layout=PivotLayout("learning rate", "targets"),
         make=vocabulary.make,
         makes=("model", "dataset", "test"),
     ),
@@ -111,7 +111,7 @@ FINDINGS: dict[str, Finding] = {
         said="A few examples and a low-rank adapter undo a habit that training put into all "
         "weights (Lermen et al., arXiv 2310.20624, on refusals), although changes by full "
         "fine-tuning have a high rank (*LoRA Learns Less and Forgets Less*, arXiv 2405.09673).",
-        layout=Layout("learning rate", "rank"),
+        layout=PivotLayout("learning rate", "rank"),
         make=habit.make,
         makes=("model", "dataset", "test"),
     ),
@@ -120,7 +120,7 @@ FINDINGS: dict[str, Finding] = {
         said="*LoRA Without Regret* (Schulman et al., 2025): LoRA on attention alone is worse than "
         "on the MLP, in mixtures of experts too.",
         script="sft",
-        layout=Layout("learning rate", "targets × rank"),
+        layout=PivotLayout("learning rate", "targets × rank"),
         measures=("loss",),
         make=mixture.make,
         makes=("model", "dataset", "eval_dataset"),

@@ -25,11 +25,11 @@ from train.live.reference import (
     with_reference,
 )
 from train.options.scripts.dpo import KTO
-from train.tasks.task import Data, Preparing
+from train.tasks.task import Data, ModelContext
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Compared:
+class ReferenceBatches:
     """Compares each batch with the reference before its step; see `lora_jax.training.ready.Live`.
 
     Attributes:
@@ -123,7 +123,7 @@ def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
     return dataclasses.replace(examples, table=Sequences.of(made), firsts=firsts, reference=None)
 
 
-def prepared(of: Preparing) -> tuple[TrainingStart, Data]:
+def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
     """Returns what training begins with, and its data, compared with the reference.
 
     Raises:
@@ -151,13 +151,13 @@ def prepared(of: Preparing) -> tuple[TrainingStart, Data]:
         ready = dataclasses.replace(ready, feed=dataclasses.replace(ready.feed, examples=examples))
     if is_live(of.config):
         mixed = mixable(examples, of.config.data.seq_len) if diverges else None
-        live = Compared(ready, score, params, cached=cached, mixable=mixed)
+        live = ReferenceBatches(ready, score, params, cached=cached, mixable=mixed)
         ready = dataclasses.replace(ready, live=live)
     return ready, data
 
 
 def _divergence_of_rows(
-    of: Preparing, score: OnMesh, params: Tree, held_out: Preferences
+    of: ModelContext, score: OnMesh, params: Tree, held_out: Preferences
 ) -> BatchNumbers:
     """Returns the function of KTO's divergence over all held-out rows together."""
     rooms = mixable(held_out, of.config.data.seq_len)

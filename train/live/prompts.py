@@ -25,7 +25,7 @@ _LOOKED_AT = (100, 1000)  # number of steps whose batches choose the widths, at 
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class TokenizedPrompts:
     """Rows that ask something.
 
     Attributes:
@@ -73,7 +73,7 @@ class Widths(NamedTuple):
     rows: tuple[int, ...]
 
     @classmethod
-    def of(cls, prompts: Prompts, order: Order, new: int, parts: int = 1) -> "Widths":
+    def of(cls, prompts: TokenizedPrompts, order: Order, new: int, parts: int = 1) -> "Widths":
         """Returns those with little padding, given which prompts share a batch.
 
         One long prompt thus costs the batches that it is in, and no others.
@@ -107,7 +107,7 @@ def _rounded(n: int) -> int:
     return int(round_up(np.array(n), 2**31))
 
 
-class Drawn(NamedTuple):
+class GroupedCompletions(NamedTuple):
     """Completions of prompts, those of one prompt in a group.
 
     Attributes:
@@ -135,11 +135,11 @@ class PromptFeed:
       config: the options of the run.
       prompts: what is asked.
       outline: the model's, with its tokenizer.
-      scored: the arrays of a batch that have a number for each token, in the order of `targets`.
-      judged: the arrays that have a number for each completion.
+      per_token: the arrays of a batch that have a number for each token, in the order of `targets`.
+      per_completion: the arrays that have a number for each completion.
       held: the first step of the newest batch, and the batch.
       rewards: what rewards completions; None where nothing does.
-      noted: metrics of the newest batch.
+      metrics: metrics of the newest batch.
       newest: its completions, in words, until `fresh` returns them.
       lost: why nothing can be learned from it; None where something can.
       steps: the number of steps of the run.
@@ -148,13 +148,13 @@ class PromptFeed:
     """
 
     config: Any
-    prompts: Prompts
+    prompts: TokenizedPrompts
     outline: ModelInfo
-    scored: tuple[str, ...] = ("old",)
-    judged: tuple[str, ...] = ("advantages",)
+    per_token: tuple[str, ...] = ("old",)
+    per_completion: tuple[str, ...] = ("advantages",)
     held: tuple[int, HostBatch] = (-1, {})
     rewards: Rewards | None = None
-    noted: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
     newest: list[Sample] = dataclasses.field(default_factory=list)
     lost: str | None = None
     steps: int = 0
@@ -199,8 +199,8 @@ class PromptFeed:
         sizes = dict.fromkeys(("ids", "segment_ids", "positions"), length or self.length)
         sizes |= dict.fromkeys(("predict_at", "targets", "weights"), new)
         batch: HostBatch = {name: np.zeros((*of, n), np.int32) for name, n in sizes.items()}
-        batch |= {name: np.zeros((*of, new), np.float32) for name in self.scored}
-        return batch | {name: np.zeros(of, np.float32) for name in self.judged}
+        batch |= {name: np.zeros((*of, new), np.float32) for name in self.per_token}
+        return batch | {name: np.zeros(of, np.float32) for name in self.per_completion}
 
     def progress(self, step: int) -> dict[str, Any]:
         """Returns where training stands after `step` steps, by the names of TRL's trainer state."""
@@ -217,11 +217,11 @@ class PromptFeed:
         """Returns the prompts of a step: [n]."""
         return self.order.rows(number // self.config.optim.updates).ravel()
 
-    def of_completions(
+    def batch_from_completions(
         self,
         rows: np.ndarray,
-        drawn: Drawn,
-        prompts: Prompts | None = None,
+        drawn: GroupedCompletions,
+        prompts: TokenizedPrompts | None = None,
         widths: Widths | None = None,
     ) -> HostBatch:
         """Returns prompts and completions as rows of one sequence each.
@@ -283,13 +283,13 @@ class PromptFeed:
             file = io.BytesIO()
             np.savez(file, allow_pickle=False, **self.held[1])
             where["completions"] = base64.b64encode(file.getvalue()).decode()
-            where["noted"] = self.noted
+            where["noted"] = self.metrics
         return where
 
     def seek(self, cursor: dict[str, Any], step: int) -> bool:
         """Takes up a batch that has steps to come; returns whether the cursor is of these data."""
         updates, kept, self.done = self.config.optim.updates, dict(cursor), step
-        self.noted = kept.pop("noted", {})
+        self.metrics = kept.pop("noted", {})
         if (completions := kept.pop("completions", None)) is not None:
             with np.load(io.BytesIO(base64.b64decode(completions))) as arrays:
                 self.held = (step - step % updates, dict(arrays))

@@ -28,7 +28,7 @@ from train.options.scripts.dpo import BASE, KTO, NONE
 from train.processes import hosts
 from train.run.log import doing
 from train.run.report import versions
-from train.tasks.task import Preparing
+from train.tasks.task import ModelContext
 
 
 def sequence_scorer(model: Any, layout: Layout, chunk: int) -> OnMesh:
@@ -109,7 +109,7 @@ def check_reference(config: Any, outline: Any) -> None:
 
 
 def with_reference(
-    of: Preparing, score: OnMesh, params: Tree, examples: Preferences
+    of: ModelContext, score: OnMesh, params: Tree, examples: Preferences
 ) -> Preferences:
     """Returns examples with the reference's log-probabilities, computed or of an earlier run.
 
@@ -169,7 +169,7 @@ def scores(
     return found
 
 
-def _keep(of: Preparing, path: Path, found: np.ndarray) -> None:
+def _keep(of: ModelContext, path: Path, found: np.ndarray) -> None:
     try:
         cache.write(path, [found.astype("<f4").tobytes()])
     except OSError as error:
@@ -180,7 +180,7 @@ def _keep(of: Preparing, path: Path, found: np.ndarray) -> None:
         )
 
 
-def _key(of: Preparing, params: Tree, examples: Preferences) -> str:
+def _key(of: ModelContext, params: Tree, examples: Preferences) -> str:
     """Returns a hash of all that the reference's log-probabilities depend on.
 
     The tokens are the tokenizer's and its template's.

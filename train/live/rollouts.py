@@ -20,12 +20,12 @@ from lora_jax.training import make_scorer
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.layout import Layout
 from lora_jax.training.step import State
-from train.live.prompts import Drawn, PromptFeed
+from train.live.prompts import GroupedCompletions, PromptFeed
 from train.live.reference import running
 from train.run.complete import pad_left
 from train.run.pretrained import end_tokens
 from train.run.stops import StopTexts
-from train.tasks.task import Preparing
+from train.tasks.task import ModelContext
 
 _STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout
 
@@ -33,7 +33,7 @@ _STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout
 class Rollouts(abc.ABC):
     """Draws the completions of each step, and judges them; see `lora_jax.training.ready.Live`."""
 
-    def __init__(self, of: Preparing, feed: PromptFeed) -> None:
+    def __init__(self, of: ModelContext, feed: PromptFeed) -> None:
         """Takes the model that draws and trains.
 
         Args:
@@ -57,10 +57,10 @@ class Rollouts(abc.ABC):
         )
 
     @abc.abstractmethod
-    def judged(
-        self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int
-    ) -> tuple[Drawn, HostBatch, dict[str, float | None]]:
-        """Returns what a step learns from.
+    def score(
+        self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
+    ) -> tuple[GroupedCompletions, HostBatch, dict[str, float | None]]:
+        """Returns the batch that a step learns from.
 
         Args:
           params: the adapted tree.
@@ -75,7 +75,7 @@ class Rollouts(abc.ABC):
 
     def metrics(self, number: int) -> Mapping[str, float | None]:
         """Returns the metrics of the newest completions."""
-        return self.feed.noted
+        return self.feed.metrics
 
     def lost(self, number: int) -> str | None:
         """Returns why nothing can be learned from the newest completions, or None."""
@@ -85,19 +85,19 @@ class Rollouts(abc.ABC):
         """Returns the batch of a step: completions drawn now, or those that have steps to come."""
         begun = number - number % self.config.optim.updates
         if self.feed.held[0] != begun:
-            self.feed.held = (begun, self._made(begun, state))
+            self.feed.held = (begun, self._new_batch(begun, state))
         self.feed.done = number + 1
         return self.feed.held[1]
 
-    def _made(self, number: int, state: State) -> HostBatch:
+    def _new_batch(self, number: int, state: State) -> HostBatch:
         """Returns completions by a state as a batch; notes their metrics."""
         params = lj.join(state.adapter, self.of.ready.base)
         rows = self.feed.rows(number)
-        drawn = self.drawn(params, rows, number)
-        drawn, batch, noted = self.judged(params, rows, drawn, number)
+        drawn = self.draw(params, rows, number)
+        drawn, batch, metrics = self.score(params, rows, drawn, number)
         counted = batch["weights"] > 0
         apart = np.abs(drawn.logps.reshape(batch["old"].shape) - batch["old"])[counted]
-        self.feed.noted = noted | {
+        self.feed.metrics = metrics | {
             "length": float(drawn.lengths.mean()),
             "truncated": float(1 - drawn.ended.mean()),
             "mismatch_mean": float(apart.mean()) if apart.size else None,
@@ -105,7 +105,7 @@ class Rollouts(abc.ABC):
         }
         return batch
 
-    def scores(
+    def log_probabilities(
         self, params: Tree, batch: HostBatch, score: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns log-probabilities and entropies of completions, [accumulate, batch, n] each."""
@@ -117,7 +117,9 @@ class Rollouts(abc.ABC):
         logps, entropy = (np.stack(parts) for parts in zip(*found, strict=True))
         return logps, entropy
 
-    def drawn(self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0) -> Drawn:
+    def draw(
+        self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0
+    ) -> GroupedCompletions:
         """Draws completions of prompts.
 
         Args:
@@ -132,7 +134,7 @@ class Rollouts(abc.ABC):
         parts = []
         for first in range(0, len(rows), at_once):
             some = np.resize(rows[first : first + at_once], at_once)  # all parts have as many rows
-            parts.append(self._sampled(params, some, key, first * group))
+            parts.append(self._sample_part(params, some, key, first * group))
         found = [np.concatenate(arrays)[: len(rows) * group] for arrays in zip(*parts, strict=True)]
         tokens, logps, lengths, ended = (np.array(one) for one in found)
         texts, stops = [], StopTexts(self.of.outline.tokenizer, self.config.data.stop)
@@ -142,9 +144,9 @@ class Rollouts(abc.ABC):
                 lengths[at], ended[at] = cut, True
             texts.append(text)
         arrays = (tokens, logps, lengths, ended, np.array(texts, object))
-        return Drawn(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
+        return GroupedCompletions(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
 
-    def _sampled(self, params: Tree, rows: np.ndarray, key: jax.Array, first: int) -> Any:
+    def _sample_part(self, params: Tree, rows: np.ndarray, key: jax.Array, first: int) -> Any:
         """Returns the tokens, log-probabilities, lengths and ends of a part's completions."""
         data, layout, ends = self.config.data, self.of.layout, end_tokens(self.of.outline)
         prompts = [self.feed.prompts.tokens[row] for row in rows.tolist()]

@@ -38,7 +38,7 @@ from train.finetune import RunPart, load_model, make_evaluation, make_measures, 
 from train.inputs import make_inputs
 from train.many.board import Board, BufferedConsole, TeeLog, print_results
 from train.many.one import RunRequest, TableRun
-from train.options.file import replaced
+from train.options.file import replace_options
 from train.options.optim import make_tenant
 from train.options.table import RESULTS
 from train.processes import hosts
@@ -170,7 +170,7 @@ def _opened(script: str, asked: RunRequest, mesh: Any, session: Session, part: R
     config, paper = task.completed(row.options), BufferedConsole()
     folder = Path(config.run.output).expanduser()
     going_on = config.run.resume and (folder / CONFIG).exists()
-    config = replaced(config, {"resume": going_on})
+    config = replace_options(config, {"resume": going_on})
     check_packages(config.run.report_to)
     rules(config.adapter)
     folder = locked_output(config, session.release, paper.console)

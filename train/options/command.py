@@ -12,7 +12,7 @@ import tyro
 from train.options.common import Options
 from train.options.elsewhere import check_names
 from train.options.field import excluded, given_options, traits_of
-from train.options.file import read_options, replaced
+from train.options.file import read_options, replace_options
 from train.options.paths import check_local, check_paths
 
 Config = TypeVar("Config", bound=Options)
@@ -67,7 +67,7 @@ def read_line(
         config, lines = read_options(path, config)
         in_file = lines
         overridden = excluded(config, on_line) & in_file.keys()
-        config = replaced(config, {name: value_of(plain, name) for name in overridden})
+        config = replace_options(config, {name: value_of(plain, name) for name in overridden})
         # Where the file turns something on, --no-… turns it off.
         overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}
         in_file = {name: line for name, line in in_file.items() if name not in overridden}

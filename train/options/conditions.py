@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.variants import VARIANTS
 from train.console.errors import flag
-from train.data.files import holds_images, kind_of, named
+from train.data.files import holds_images, kind_of, parse_datasets
 from train.options.tasks import CLASSIFY, GRPO, SFT
 from train.reporters.registry import trackers
 
@@ -24,7 +24,9 @@ class _GivenOptions:
             vars(self).update(vars(part))
         self.averages = OPTIMIZERS[self.optimizer].averages
         one = isinstance(self.dataset, str)
-        self.datasets = [self.dataset] if one else [data.name for data in named(self.dataset)]
+        self.datasets = (
+            [self.dataset] if one else [data.name for data in parse_datasets(self.dataset)]
+        )
         self.is_named = self.datasets[0] in {
             **SFT,
             **CLASSIFY,

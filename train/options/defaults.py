@@ -7,10 +7,10 @@ from typing import Any
 
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
-from train.options.file import CONFIG, from_file
+from train.options.file import CONFIG, read_options_file
 from train.options.optim import fill_optimizer_defaults
 from train.options.paths import absolute_path
-from train.options.rope import as_text
+from train.options.rope import rope_scaling_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def fill_defaults(options: Any, defaults: Defaults) -> Any:
         stated = source.base() if source and source.about.get("model") else None
         data = dataclasses.replace(data, model=stated or defaults.model)
     if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
-        data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
+        data = dataclasses.replace(data, rope_scaling=rope_scaling_text(source.rope_scaling))
     if data.tokenizer is None and source:
         data = dataclasses.replace(data, tokenizer=source.tokenizer)
     template = source.chat_template if source else None
@@ -83,5 +83,5 @@ def _began_without(options: Any) -> bool:
     if not options.run.resume or not file.is_file():
         return False
     with contextlib.suppress(UserError):  # the check of the folder tells of a damaged file
-        return "chat_template" not in from_file(file, options)
+        return "chat_template" not in read_options_file(file, options)
     return False

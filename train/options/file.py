@@ -58,7 +58,7 @@ def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     asked = f"--config {path}"
-    root = composed(Path(path).expanduser(), asked) or yaml.MappingNode(f"{_TAG}map", [])
+    root = read_yaml(Path(path).expanduser(), asked) or yaml.MappingNode(f"{_TAG}map", [])
     if not isinstance(root, yaml.MappingNode):
         raise UserError(
             f"{asked}: options by their names are needed, a line each, such as 'rank: 8'"
@@ -74,10 +74,10 @@ def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
         lines[name] = line
         values[name] = read_value(key, value, kinds[name], where)
     given = {name: line for name, line in lines.items() if values[name] is not None}
-    return replaced(config, values), given
+    return replace_options(config, values), given
 
 
-def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+def replace_options(config: Config, values: Mapping[str, Any]) -> Config:
     """Returns the options with new values, given by the names of their fields."""
     changed = {}
     for group in dataclasses.fields(config):
@@ -125,7 +125,7 @@ def entries(node: yaml.MappingNode, where: str) -> Iterator[tuple[str, yaml.Node
         yield key.value, value, line
 
 
-def composed(file: Path, asked: str) -> yaml.Node | None:
+def read_yaml(file: Path, asked: str) -> yaml.Node | None:
     """Returns the root of a YAML file; None for an empty one.
 
     Args:
@@ -270,7 +270,7 @@ def _shown(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a group of keys"
 
 
-def effective(options: Options) -> dict[str, Any]:
+def effective_options(options: Options) -> dict[str, Any]:
     """Returns the options that say what a run is, as one flat JSON object.
 
     Those that have no effect beside the others are left out, and so are those without a value.
@@ -282,23 +282,23 @@ def effective(options: Options) -> dict[str, Any]:
     return {name: value for name, value in given if value is not None and name in of_run}
 
 
-def alike(options: Options) -> dict[str, Any]:
+def options_of_processes(options: Options) -> dict[str, Any]:
     """Returns the options that all processes of a run share, as one flat JSON object."""
     traits = traits_of(options)
     return {k: value for k, value in as_json(options).items() if traits[k].of != "process"}
 
 
-def as_file(options: Options, script: str) -> str:
+def options_file(options: Options, script: str) -> str:
     """Returns the effective options as a YAML file that repeats the run."""
     heading = (
         "The options of this run, with defaults. Paths are as they were given. To repeat it:\n"
         f"  python -m {script} --config FILE --output FOLDER"
     )
-    return as_yaml(options, effective(options), heading)
+    return as_yaml(options, effective_options(options), heading)
 
 
-def from_file(path: Path, plain: Options) -> dict[str, Any]:
-    """Returns the effective options that `as_file` wrote.
+def read_options_file(path: Path, plain: Options) -> dict[str, Any]:
+    """Returns the effective options that `options_file` wrote.
 
     Args:
       path: the file.
@@ -316,7 +316,7 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> Non
 
     An option that a run's file lacks had its default: the run may be older than the option.
     """
-    now, traits = effective(options), traits_of(options)
+    now, traits = effective_options(options), traits_of(options)
     plain: Any = type(options)
     lacking = as_json(plain()) | {k: x.older for k, x in traits.items() if x.older is not None}
     saved = {**{k: v for k, v in lacking.items() if k in now}, **saved}

@@ -37,7 +37,7 @@ def parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
     return fields
 
 
-def as_text(scaling: Mapping[str, Any]) -> str:
+def rope_scaling_text(scaling: Mapping[str, Any]) -> str:
     """Returns a scaling as the option has it."""
     rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "factor")}
     factor = f":{scaling['factor']:g}" if "factor" in scaling else ""

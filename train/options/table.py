@@ -25,12 +25,12 @@ from train.options.field import (
     traits_of,
 )
 from train.options.file import (
-    composed,
     entries,
     kinds_of,
     no_such_option,
     read_value,
-    replaced,
+    read_yaml,
+    replace_options,
 )
 from train.options.paths import check_paths
 from train.reporters.registry import check_many
@@ -138,7 +138,7 @@ def _row(
     name = _checked_name(values.pop(NAME, None), where)
     given = frozenset(option for option, value in values.items() if value is not None)
     values |= {option: value_of(plain, option) for option in excluded(config, given)}
-    changed = replaced(config, {**values, "output": str(Path(config.run.output) / name)})
+    changed = replace_options(config, {**values, "output": str(Path(config.run.output) / name)})
     with as_user_errors(UserError, prefix=f"{where}: "):
         check_paths(changed)
     if changed.adapter.full:
@@ -229,7 +229,7 @@ def _cells(path: str, kinds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
 
 
 def _of_yaml(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
-    root = composed(file, asked)
+    root = read_yaml(file, asked)
     if not isinstance(root, yaml.SequenceNode):
         raise UserError(f"{asked}: a list of runs is needed, each with its options by their names")
     for row in root.value:

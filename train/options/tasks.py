@@ -15,13 +15,13 @@ GRPO = {"sql": "train.tasks.sql.rewarded", "arithmetic": "train.tasks.sums"}
 DISTILL = {"sql": "train.tasks.sql.taught"}
 
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
-STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
+STREAMED = "train.tasks.stream"  # the same, of data larger than memory
 TEXTS = "train.tasks.labelled"  # classifies a user's texts
 IMAGES = "train.tasks.images"  # classifies a user's images
-SCORES = "train.tasks.scored"  # scores completions, by a user's preferences
+SCORES = "train.tasks.reward_model"  # scores completions, by a user's preferences
 PAIRS = "train.tasks.pairs"  # trains on a user's preferences
 PROMPTS = "train.tasks.prompts"  # trains on rewards of completions of a user's prompts
-TAUGHT = "train.tasks.taught"  # trains on a teacher's judgement of such completions
+TAUGHT = "train.tasks.distillation"  # trains on a teacher's judgement of such completions
 _NAMED = {CHATS: SFT, TEXTS: CLASSIFY, PAIRS: DPO, PROMPTS: GRPO, TAUGHT: DISTILL}
 
 

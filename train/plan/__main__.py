@@ -27,7 +27,7 @@ from train.options.common import AdapterConfig, OptimConfig, check_offload
 from train.options.optim import fill_optimizer_defaults
 from train.options.rope import parse_rope_scaling
 from train.plan.compile import Plan, plan
-from train.plan.job import DPO, GRPO, Job, Variant
+from train.plan.job import DPO, GRPO, PlanJob, PlanVariant
 from train.plan.largest import largest_fit
 from train.plan.machines import Machine, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
@@ -128,7 +128,7 @@ def _resized(asked: PlanConfig, size: int) -> PlanConfig:
     return dataclasses.replace(asked, batch_size=size)
 
 
-def show(asked: PlanConfig, job: Job, facts: dict[str, Any], plans: list[Plan]) -> None:
+def show(asked: PlanConfig, job: PlanJob, facts: dict[str, Any], plans: list[Plan]) -> None:
     """Prints the plans, as JSON or as a table; the first plan is the requested one."""
     if asked.json:
         first, *others = (as_json(made, asked, job.machine) for made in plans)
@@ -139,7 +139,7 @@ def show(asked: PlanConfig, job: Job, facts: dict[str, Any], plans: list[Plan]) 
         print_plans(Console(width=wide), facts, plans, estimates)
 
 
-def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
+def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     """Returns the job and the options of an optimiser.
 
     Raises:
@@ -164,7 +164,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
                 f"larger --batch-size, or a --mesh with less of data and fsdp"
             )
     group, max_new_tokens = asked.drawn if asked.task == GRPO else (1, 0)
-    job = Job(
+    job = PlanJob(
         outline=outline,
         layout=layout,
         machine=machine,
@@ -198,24 +198,24 @@ def _check_images(asked: PlanConfig, outline: ModelInfo) -> None:
         )
 
 
-def variants(options: PlanOptions) -> list[Variant]:
+def variants(options: PlanOptions) -> list[PlanVariant]:
     """Returns the requested variant and, without --alone, others to compare it with."""
     lora = dataclasses.replace(options.adapter, full=False)
     asked_alone = options.plan.alone or options.plan.longest or options.plan.largest_batch
     if options.plan.adapters:
-        return [Variant(lora, options.plan.remat, n) for n in options.plan.adapters]
+        return [PlanVariant(lora, options.plan.remat, n) for n in options.plan.adapters]
     full = AdapterConfig(full=True)
-    asked = Variant(full if options.adapter.full else lora, options.plan.remat)
+    asked = PlanVariant(full if options.adapter.full else lora, options.plan.remat)
     others = [
-        Variant(lora, "full"),
-        Variant(lora, "dots_with_no_batch_dims_saveable"),
-        Variant(lora, "none"),
-        Variant(full, "full"),
+        PlanVariant(lora, "full"),
+        PlanVariant(lora, "dots_with_no_batch_dims_saveable"),
+        PlanVariant(lora, "none"),
+        PlanVariant(full, "full"),
     ]
     return [asked] if asked_alone else [asked, *(one for one in others if one != asked)]
 
 
-def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
+def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:
     """Returns the facts that all plans share: model, machine, mesh, and batch."""
     machine, mesh = job.machine, job.layout.mesh.shape
     return {
@@ -248,7 +248,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
     }
 
 
-def _rows(job: Job) -> str:
+def _rows(job: PlanJob) -> str:
     """Returns the batch of a step in words."""
     n, what = job.batch_size * job.grad_accum, f"{job.seq_len} tokens"
     if job.task == DPO:

@@ -17,7 +17,7 @@ from lora_jax.models.layers.cache import init_cache
 from lora_jax.training import make_scorer
 from lora_jax.training.layout import Layout
 from train.live.reference import running, sequence_scorer
-from train.plan.job import DPO, GRPO, SFT, Task, per_device
+from train.plan.job import DPO, GRPO, SFT, Task, bytes_per_device
 from train.run.report import tree_bytes
 
 REFERENCE, SCORER, SAMPLER = "reference", "scorer", "sampler"
@@ -77,7 +77,7 @@ def programs_between(
 
     part = {name: placed(x.shape[1:], x.dtype) for name, x in batch.items()}
     (rows, length), times = part["ids"].shape, batch["ids"].shape[0]
-    adapter, base = map(per_device, lj.split(params))
+    adapter, base = map(bytes_per_device, lj.split(params))
     with jax.set_mesh(layout.mesh):
         if "old" in batch:
             split = {"chunk": chunk * layout.token_parts, "parts": layout.sequence_parts}

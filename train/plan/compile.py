@@ -22,9 +22,9 @@ from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
 from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
 from train.plan.flops.closed_form import step_flops
-from train.plan.job import Job, Variant, abstract_params, batch_shapes, per_device
+from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 from train.plan.machines import Machine
-from train.plan.refusals import of_refusal, reason_of
+from train.plan.refusals import reason_of, refused_bytes
 from train.run.report import compiled_bytes, tree_bytes
 
 STEP = "temporaries"  # those of a step, by their name in a plan
@@ -82,7 +82,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedStep:
     """A lowered step, the shapes of its arguments, and the programs between steps."""
 
     traced: jax.stages.Traced
@@ -95,7 +95,7 @@ class Prepared:
     model: Any
 
 
-def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
+def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedStep:
     """Lowers the step of a task for abstract weights, and the programs between its steps.
 
     Args:
@@ -136,7 +136,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
             traced, state = traced_step(forward, one, variant.adapters, batch, options)
         lowered = traced.lower()
     chunk = job.loss_chunk // job.layout.token_parts
-    return Prepared(
+    return PreparedStep(
         traced=traced,
         lowered=lowered,
         params=params,
@@ -148,7 +148,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
     )
 
 
-def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
+def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
     """Compiles the step for the job's machine.
 
     Args:
@@ -172,9 +172,9 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
             "here (pip install --no-deps nvidia-cudnn-cu12): install it, or give flash"
         ) from None
     held = {
-        "base": per_device(step.base),
-        "adapter": per_device(step.state.adapter),
-        "optimizer": per_device(step.state.opt_state),
+        "base": bytes_per_device(step.base),
+        "adapter": bytes_per_device(step.state.adapter),
+        "optimizer": bytes_per_device(step.state.opt_state),
     }
     whole = Program(step.traced, step.lowered, step.params, sum(held.values()))
     programs = {STEP: whole, **step.between}
@@ -207,7 +207,7 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         try:
             made[name] = _largest(one.lowered, machine.compilations)
         except jax.errors.JaxRuntimeError as error:
-            refusal = of_refusal(str(error), held, machine.capacity)
+            refusal = refused_bytes(str(error), held, machine.capacity)
             others = {before: compiled_bytes(found).get(STEP) for before, found in made.items()}
             return Plan(
                 fits=False,
@@ -262,7 +262,7 @@ def hlo_of(
     return text
 
 
-def _in_all(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int | None:
+def _in_all(job: PlanJob, variant: PlanVariant, programs: Mapping[str, Program]) -> int | None:
     """Returns the FLOPs of a step, and of what is scored for it, in closed form."""
     if isinstance(job.outline.config, SmolVLMConfig):
         return None
@@ -274,7 +274,7 @@ def _in_all(job: Job, variant: Variant, programs: Mapping[str, Program]) -> int 
     )
 
 
-def _closed_form(job: Job, variant: Variant, params: Any, tokens: int | None = None) -> int:
+def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | None = None) -> int:
     """Returns the FLOPs of a batch in closed form; of a forward pass over so many tokens a row."""
     row = tokens or job.row
     shape, parts = (job.batch_size, job.predicted), job.layout.sequence_parts

@@ -41,7 +41,7 @@ _ARCHITECTURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
+class Gpu:
     """A kind of GPU.
 
     Attributes:
@@ -115,30 +115,30 @@ def _gib(number: float) -> int:
 
 # Peaks: NVIDIA's data sheets. Memory of the cards that XLA does not describe: what drivers report.
 CARDS = {
-    "a100-40gb": Card(
+    "a100-40gb": Gpu(
         "NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, 42_331_013_120, 1555.2e9, 40 * _MIB, 312e12
     ),
-    "a100-80gb": Card(
+    "a100-80gb": Gpu(
         "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 85_100_068_864, 2039.04e9, 40 * _MIB, 312e12
     ),
-    "h100": Card(
+    "h100": Gpu(
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 84_942_979_072, 3352.32e9, 50 * _MIB, 989.4e12
     ),
-    "h200": Card(
+    "h200": Gpu(
         "NVIDIA H200 141GB HBM3e", (9, 0), 132, 1.98, 151_397_597_184, 4800e9, 50 * _MIB, 989.4e12
     ),
-    "b200": Card(
+    "b200": Gpu(
         "NVIDIA B200", (10, 0), 148, 1.965, 191_514_411_008, 7672.32e9, 132_644_864, 2250e12
     ),
-    "rtx4090": Card(
+    "rtx4090": Gpu(
         "NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, _gib(23.64), 1008e9, 72 * _MIB, 165.2e12, True
     ),
-    "rtx3090": Card(
+    "rtx3090": Gpu(
         "NVIDIA GeForce RTX 3090", (8, 6), 82, 1.695, _gib(23.69), 936e9, 6 * _MIB, 71e12, True
     ),
-    "l4": Card("NVIDIA L4", (8, 9), 58, 2.04, _gib(22.03), 300e9, 48 * _MIB, 121e12, True),
-    "l40s": Card("NVIDIA L40S", (8, 9), 142, 2.52, _gib(44.4), 864e9, 96 * _MIB, 362e12, True),
-    "t4": Card("Tesla T4", (7, 5), 40, 1.59, _gib(14.56), 320e9, 4 * _MIB, 8.1e12, True),
+    "l4": Gpu("NVIDIA L4", (8, 9), 58, 2.04, _gib(22.03), 300e9, 48 * _MIB, 121e12, True),
+    "l40s": Gpu("NVIDIA L40S", (8, 9), 142, 2.52, _gib(44.4), 864e9, 96 * _MIB, 362e12, True),
+    "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, _gib(14.56), 320e9, 4 * _MIB, 8.1e12, True),
 }
 
 # Shares of a card's memory that JAX reserves: by default, and with

@@ -30,7 +30,7 @@ GRPO: Task = "grpo"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class PlanJob:
     """The model, machine and batch of a plan; the same for all variants.
 
     Attributes:
@@ -100,7 +100,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class PlanVariant:
     """A variant of training.
 
     Attributes:
@@ -131,7 +131,7 @@ class Variant:
         return f"{what}, {_REMAT.get(self.remat, self.remat)}"
 
 
-def abstract_params(job: Job, variant: Variant) -> Any:
+def abstract_params(job: PlanJob, variant: PlanVariant) -> Any:
     """Returns the adapted tree as shapes with shardings; fp32 in full fine-tuning."""
     dtype = jnp.float32 if variant.adapter.full else jnp.dtype(job.dtype)
     return adapted_shapes(job.outline, variant.adapter, dtype, job.layout)
@@ -162,7 +162,7 @@ def placed_shapes(params: Any, layout: Layout) -> Any:
     )
 
 
-def per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Returns the bytes on one device of a tree of shapes with shardings."""
     return sum(
         tree_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
@@ -170,7 +170,7 @@ def per_device(tree: Any) -> int:
     )
 
 
-def batch_shapes(job: Job, adapters: int | None = None) -> dict[str, Any]:
+def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
     """Returns the shapes of a step's batch, with shardings; of several adapters, each has a part.
 
     The arrays are those of `Packs`, `Preferences` and `train.live.prompts.PromptFeed`.

@@ -23,7 +23,7 @@ from train.options.optim import make_optimizer, make_schedule
 from train.plan.between import Program, programs_between
 from train.plan.compile import STEP
 from train.plan.flops.checked import count_traced, step_work, text_of, together
-from train.plan.job import adapted_shapes, per_device, placed_shapes
+from train.plan.job import adapted_shapes, bytes_per_device, placed_shapes
 from train.run.intrinsic import model_in, moves_weights, space_of
 from train.run.pretrained import ModelInfo
 from train.run.report import compiled_bytes, tree_bytes
@@ -33,7 +33,7 @@ _SECONDS = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Needs:
+class LocalNeeds:
     """Memory of one device and work of a step.
 
     Attributes:
@@ -69,9 +69,9 @@ class Needs:
         return held + most
 
 
-def needs(
+def local_needs(
     config: Options, outline: ModelInfo, layout: Layout, loss: Loss, batch: dict[str, np.ndarray]
-) -> Needs:
+) -> LocalNeeds:
     """Compiles the step of a run, and what runs between steps, for abstract weights.
 
     Args:
@@ -118,7 +118,9 @@ def needs(
     with jax.set_mesh(layout.mesh):
         traced = setup.trace(setup.forward(model_in(space, model)), loss, state, base, shapes)
         lowered = traced.lower()
-        programs = {STEP: Program(traced, lowered, params, per_device(params))} | programs_between(
+        programs = {
+            STEP: Program(traced, lowered, params, bytes_per_device(params))
+        } | programs_between(
             model,
             layout,
             params,
@@ -138,14 +140,14 @@ def needs(
     }
     temporaries = {name: compiled_bytes(one).get(STEP) for name, one in compiled.items()}
     between = {
-        name: found and found + per_device(programs[name].params) - programs[name].shared
+        name: found and found + bytes_per_device(programs[name].params) - programs[name].shared
         for name, found in temporaries.items()
     }
     step = between.pop(STEP)
-    return Needs(
-        base=per_device(base),
-        adapter=per_device(state.adapter),
-        optimizer=per_device(state.opt_state),
+    return LocalNeeds(
+        base=bytes_per_device(base),
+        adapter=bytes_per_device(state.adapter),
+        optimizer=bytes_per_device(state.opt_state),
         temporaries=step,
         between=between,
         capacity=capacity_of(layout.mesh.devices.flat[0]),

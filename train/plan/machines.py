@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class MachineKind:
     """A kind of TPU device, as JAX sees it.
 
     Attributes:
@@ -31,10 +31,10 @@ class Kind:
 
 # Peaks: Google's page on each version. Capacities: from the compiler's messages when it refuses.
 KINDS = {
-    "v5e": Kind(int(15.75 * _GIB), 197e12),
-    "v5p": Kind(int(95.73 * _GIB), 459e12),
-    "v6e": Kind(int(31.24 * _GIB), 918e12),
-    "tpu7x": Kind(int(94.74 * _GIB), 2307e12 / 2, devices_a_chip=2),
+    "v5e": MachineKind(int(15.75 * _GIB), 197e12),
+    "v5p": MachineKind(int(95.73 * _GIB), 459e12),
+    "v6e": MachineKind(int(31.24 * _GIB), 918e12),
+    "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, devices_a_chip=2),
 }
 _NAMED = (
     f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4), a number of GPUs or "
@@ -153,7 +153,7 @@ def _of_gpus(topology: str, kind: str, size: str, mem_fraction: float | None) ->
     )
 
 
-def _of_tpu(topology: str, kind: Kind) -> Machine:
+def _of_tpu(topology: str, kind: MachineKind) -> Machine:
     from jax.experimental import topologies
 
     # There is no TPU here: libtpu must neither query its metadata nor lock it.

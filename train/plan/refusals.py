@@ -5,7 +5,7 @@ import re
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
+def refused_bytes(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
     """Returns the memory that the compiler's refusal names, with the bytes `held` by arguments."""
     temporaries = total = None
     if found := re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message):

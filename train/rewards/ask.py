@@ -11,8 +11,8 @@ from lora_jax.training.errors import Dropped, Interrupted
 from lora_jax.training.run.stop import Stop
 from train.console.output import tell
 from train.processes import hosts
-from train.rewards.find import Rewards, Scored
-from train.rewards.reward import Batch
+from train.rewards.find import Rewards, RewardTotals
+from train.rewards.reward import RewardBatch
 
 
 class RewardAnswer(NamedTuple):
@@ -21,17 +21,17 @@ class RewardAnswer(NamedTuple):
     Attributes:
       total: [n], fp32: the reward of each; NaN for none.
       lost: what failed, in words, where no completion has a reward as a reward failed; else None.
-      noted: metrics; None for one that is not known.
+      metrics: by name; None for one that is not known.
       extra: further facts about the completions, by name: [n] each.
     """
 
     total: np.ndarray
     lost: str | None
-    noted: dict[str, float | None]
+    metrics: dict[str, float | None]
     extra: dict[str, Sequence[Any]]
 
 
-def ask(rewards: Rewards, batch: Batch, console: Console, stop: Stop) -> RewardAnswer:
+def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> RewardAnswer:
     """Asks the rewards, in the first process alone; all processes have to call this.
 
     Args:
@@ -54,25 +54,25 @@ def ask(rewards: Rewards, batch: Batch, console: Console, stop: Stop) -> RewardA
             tell(console, f"warning: {line}")
         total = [None if math.isnan(x) else x for x in found.total.tolist()]
         lost = None if any(x is not None for x in total) else found.why
-        return {"total": total, "lost": lost, "noted": _noted(found), "extra": found.extra}
+        return {"total": total, "lost": lost, "metrics": _metrics(found), "extra": found.extra}
 
     (answer,) = hosts.map_over_processes(asked, range(1))
     if "dropped" in answer:
         stop.signal = stop.signal or answer["dropped"]
         raise Dropped
     total = np.array([np.nan if x is None else x for x in answer["total"]], np.float32)
-    return RewardAnswer(total, answer["lost"], answer["noted"], answer["extra"])
+    return RewardAnswer(total, answer["lost"], answer["metrics"], answer["extra"])
 
 
-def _noted(found: Scored) -> dict[str, float | None]:
+def _metrics(found: RewardTotals) -> dict[str, float | None]:
     """Returns the metrics of what was rewarded."""
-    noted: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = {}
     if len(found.by_name) > 1:
-        noted = {f"reward_{k}": mean_known(v) for k, v in found.by_name.items()}
-    noted["reward_failed"] = float(found.failed.mean())
+        metrics = {f"reward_{k}": mean_known(v) for k, v in found.by_name.items()}
+    metrics["reward_failed"] = float(found.failed.mean())
     for kinds in found.kinds.values():
-        noted |= {f"share_{kind}": n / len(found.total) for kind, n in kinds.items()}
-    return noted | found.metrics
+        metrics |= {f"share_{kind}": n / len(found.total) for kind, n in kinds.items()}
+    return metrics | found.metrics
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:

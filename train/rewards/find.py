@@ -14,12 +14,12 @@ import numpy as np
 from train.console.errors import UserError, flag
 from train.rewards.functions import Workers
 from train.rewards.model import RewardModel
-from train.rewards.reward import Batch, Judged, Reward, of_each
+from train.rewards.reward import Reward, RewardBatch, RewardValues, function_reward
 from train.rewards.sql import sql_reward
 from train.tasks import arithmetic
 
 
-class Scored(NamedTuple):
+class RewardTotals(NamedTuple):
     """The rewards of completions.
 
     Attributes:
@@ -82,16 +82,16 @@ class Rewards:
         *,
         group: int,
         state: Mapping[str, Any] | None = None,
-    ) -> Scored:
-        """Returns the rewards of completions; see `Batch` for what is given."""
-        batch = Batch(prompts, completions, completion_ids, columns, group, state or {})
+    ) -> RewardTotals:
+        """Returns the rewards of completions; see `RewardBatch` for what is given."""
+        batch = RewardBatch(prompts, completions, completion_ids, columns, group, state or {})
         judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         values = np.stack([one.values for one in judged.values()])  # [rewards, n]
         failed = np.isinf(values)
         values = np.where(failed, np.float32(np.nan), values)
         given = ~np.isnan(values)
         total = np.where(given, values, 0).T @ self._weights
-        return Scored(
+        return RewardTotals(
             np.where(given.any(0) & ~failed.any(0), total, np.float32(np.nan)),
             dict(zip(judged, values, strict=True)),
             failed.any(0),
@@ -117,7 +117,7 @@ class Rewards:
         self._was_silent = True
         return [f"no reward has an opinion on any of {n} completions: nothing is learned from them"]
 
-    def _news(self, name: str, judged: Judged, n: int) -> list[str]:
+    def _news(self, name: str, judged: RewardValues, n: int) -> list[str]:
         new = [kind for kind in judged.failures if (name, kind) not in self._known]
         self._known.update((name, kind) for kind in new)
         return [
@@ -158,10 +158,10 @@ def find_rewards(
     if twice := [spec for spec, number in Counter(specs).items() if number > 1]:
         raise UserError(f"--reward {twice[0]} is named twice: give it a weight instead")
     known = {
-        "arithmetic": of_each(arithmetic.reward, "answer"),
+        "arithmetic": function_reward(arithmetic.reward, "answer"),
         "sql": sql_reward(),
         "sql-dense": sql_reward(runs=0.1),
-        "length": of_each(lambda text, ids: len(ids) / max_tokens),
+        "length": function_reward(lambda text, ids: len(ids) / max_tokens),
     }
     models = [spec for spec in specs if spec not in known and Path(spec).expanduser().is_dir()]
     files = [spec for spec in specs if spec not in (*known, *models)]

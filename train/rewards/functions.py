@@ -15,7 +15,7 @@ import numpy as np
 from train.console.errors import UserError
 from train.processes.served import NoAnswer, Served
 from train.rewards import worker
-from train.rewards.reward import Batch, Judged
+from train.rewards.reward import RewardBatch, RewardValues
 
 TIMEOUT, DIED = "timeout", "process ended"
 _IMPORT_SECONDS = 120.0
@@ -56,7 +56,7 @@ class Workers:
         self.needs: list[list[str]] = greeting["needs"]
         self._threads = ThreadPoolExecutor(workers, "rewards")
 
-    def judge(self, function: int, batch: Batch) -> Judged:
+    def judge(self, function: int, batch: RewardBatch) -> RewardValues:
         """Returns what a function says of a batch; calls it once for each prompt."""
         starts = range(0, len(batch.completions), batch.group)
         parts = [slice(start, start + batch.group) for start in starts]
@@ -78,7 +78,7 @@ class Workers:
                 metrics.setdefault(name, []).extend(numbers)
             for name, facts in one.get("extra", {}).items():
                 extra.setdefault(name, [None] * len(values))[part] = facts
-        return Judged(np.array(values, np.float32), dict(failures), said, {}, metrics, extra)
+        return RewardValues(np.array(values, np.float32), dict(failures), said, {}, metrics, extra)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -87,7 +87,7 @@ class Workers:
         self._threads.shutdown()
         self._served.close()  # those that a thread started meanwhile
 
-    def _ask(self, function: int, batch: Batch, part: slice) -> dict[str, Any]:
+    def _ask(self, function: int, batch: RewardBatch, part: slice) -> dict[str, Any]:
         columns = {name: list(values[part]) for name, values in batch.columns.items()}
         completions: list[Any] = list(batch.completions[part])
         if not isinstance(batch.prompts[part][0], str):  # a chat

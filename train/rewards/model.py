@@ -12,7 +12,7 @@ from train.console.errors import UserError, as_user_errors
 from train.predict.batches import probabilities
 from train.predict.classifier import Classifier
 from train.predict.texts import TokenizedTexts
-from train.rewards.reward import Batch, Judged
+from train.rewards.reward import RewardBatch, RewardValues
 from train.run.pretrained import read_classifier_info
 
 _BATCH_SIZE = 32  # completions in memory at once
@@ -44,7 +44,7 @@ class RewardModel:
         self._most: int = source.about.get("seq_len", outline.max_tokens)
         self._has_said = False
 
-    def __call__(self, batch: Batch) -> Judged:
+    def __call__(self, batch: RewardBatch) -> RewardValues:
         """Returns the scores; says once that texts are shortened."""
         prompts = [as_text(question({"prompt": one}, "a row").messages) for one in batch.prompts]
         texts = list(zip(prompts, batch.completions, strict=True))
@@ -61,4 +61,4 @@ class RewardModel:
         scores = probabilities(
             self._apply, self._params, tokens, batch_size=_BATCH_SIZE, of=jax.nn.identity
         )
-        return Judged(scores[:, 0])
+        return RewardValues(scores[:, 0])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Batch(NamedTuple):
+class RewardBatch(NamedTuple):
     """The completions of a step; those of one prompt follow each other.
 
     Attributes:
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     state: Mapping[str, Any] = {}
 
 
-class Judged(NamedTuple):
+class RewardValues(NamedTuple):
     """The values that a reward gives to a batch.
 
     Attributes:
@@ -55,17 +55,17 @@ class Reward(NamedTuple):
       close: ends what it started.
     """
 
-    judge: Callable[[Batch], Judged]
+    judge: Callable[[RewardBatch], RewardValues]
     needs: Collection[str] = ()
     close: Callable[[], None] = lambda: None
 
 
-def of_each(function: Callable[..., float], *needs: str) -> Reward:
+def function_reward(function: Callable[..., float], *needs: str) -> Reward:
     """Returns a reward that is a function of a completion, its tokens, and these columns."""
 
-    def judge(batch: Batch) -> Judged:
+    def judge(batch: RewardBatch) -> RewardValues:
         columns = (batch.columns[name] for name in needs)
         rows = zip(batch.completions, batch.completion_ids, *columns, strict=True)
-        return Judged(np.array([function(*row) for row in rows], np.float32))
+        return RewardValues(np.array([function(*row) for row in rows], np.float32))
 
     return Reward(judge, needs)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from train.console.errors import as_user_errors
-from train.rewards.reward import Batch, Judged, Reward
+from train.rewards.reward import Reward, RewardBatch, RewardValues
 from train.tasks.sql.judge import MATCHED, MISMATCH, judge
 
 _NEEDS = ("schema", "gold")
@@ -17,7 +17,7 @@ def sql_reward(runs: float = 0.0) -> Reward:
     """Returns the reward 1 for SQL with the gold query's rows, `runs` with others, and else 0."""
     values = {MATCHED: 1.0, MISMATCH: runs}
 
-    def judge_all(batch: Batch) -> Judged:
+    def judge_all(batch: RewardBatch) -> RewardValues:
         columns = (batch.columns[name] for name in _NEEDS)
         asked = list(zip(*columns, batch.completions, strict=True))
         distinct = list(dict.fromkeys(asked))
@@ -27,6 +27,6 @@ def sql_reward(runs: float = 0.0) -> Reward:
                 found = dict(zip(distinct, said, strict=True))
         kinds = [found[one] for one in asked]
         rewards = np.array([values.get(kind, 0.0) for kind in kinds], np.float32)
-        return Judged(rewards, kinds=dict(Counter(kinds)))
+        return RewardValues(rewards, kinds=dict(Counter(kinds)))
 
     return Reward(judge_all, _NEEDS)

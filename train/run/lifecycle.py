@@ -29,7 +29,7 @@ from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors, flag
 from train.console.output import tell
 from train.options.common import Options
-from train.options.file import effective
+from train.options.file import effective_options
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
 from train.reporters.files import SAMPLES, read_json, read_lines
 from train.reporters.registry import trackers
@@ -182,7 +182,7 @@ def open_run_log(run: Run, ready: TrainingStart, done: int) -> Iterator[RunLog |
     reporting = Reporting(
         run.folder,
         {name: one.reporter for name, one in trackers(run.config.run.report_to).items()},
-        config=effective(run.config) | {"summary": facts.get("summary")},
+        config=effective_options(run.config) | {"summary": facts.get("summary")},
         project=run.config.run.report_project,
         lines=read_metrics(run.folder),
         samples=read_lines(run.folder / SAMPLES),

@@ -17,7 +17,7 @@ from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
 from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
-from train.options.file import CONFIG, as_file, check_same_run, from_file
+from train.options.file import CONFIG, check_same_run, options_file, read_options_file
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, read_metrics
@@ -129,7 +129,7 @@ def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
     said = f"--resume: {path} is damaged, or of another script ("
     remedy = "); put it right, or begin again with --overwrite"
     with as_user_errors(UserError, prefix=said, suffix=remedy):
-        return from_file(path, config)
+        return read_options_file(path, config)
 
 
 def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> 
     if not config.run.resume:
         clear(folder, _OURS)
     write_json(folder / FACTS, facts)
-    write_text(folder / CONFIG, as_file(config, script))
+    write_text(folder / CONFIG, options_file(config, script))
 
 
 def folder_bytes(folder: Path) -> int:

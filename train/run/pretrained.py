@@ -33,7 +33,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.ready import not_finite
 from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors
-from train.options.rope import as_text
+from train.options.rope import rope_scaling_text
 from train.run.tokenizer import MODEL_ERRORS, read_tokenizer
 
 _OF_BASE = ("rope_scaling", "quantize")  # what an adapter says of its base, beside its name
@@ -120,7 +120,8 @@ class ModelInfo:
         """
         if scaling is None:
             return self
-        with as_user_errors(models.ConfigError, prefix=f"--rope-scaling {as_text(scaling)}: "):
+        text = rope_scaling_text(scaling)
+        with as_user_errors(models.ConfigError, prefix=f"--rope-scaling {text}: "):
             config = models.with_rope_scaling(self.config, scaling)
         head = {**self.head, "rope_scaling": dict(scaling)}
         return dataclasses.replace(self, config=config, head=head)

@@ -16,15 +16,15 @@ from lora_jax.training.losses import Loss, token_loss
 from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.data.chats import read_images, tokenize
-from train.data.dataset import Dataset, find, pairs_of
-from train.data.files import named
+from train.data.dataset import Dataset, find_dataset, pairs_of
+from train.data.files import parse_datasets
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
 from train.options.scripts.sft import Config
 from train.processes import hosts
 from train.run.output import saved_options
 from train.run.pretrained import ModelInfo, read_model_info
-from train.tasks.task import Data, Rows, Task, padding_line
+from train.tasks.task import Data, Task, TaskRows, padding_line
 
 _LARGE = 2**30  # bytes of files that are better streamed
 _HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders
@@ -39,7 +39,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
         )
-    names = [dataset.name for dataset in named(data.dataset)]
+    names = [dataset.name for dataset in parse_datasets(data.dataset)]
     if data.eval_dataset in names and data.eval_split == data.split:
         raise UserError(
             f"--eval-dataset {data.eval_dataset} is what is trained on: name other data, or "
@@ -47,10 +47,10 @@ def check(config: Config) -> None:
         )
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Finds the data sets; reads and checks the rows of those whose tokens are not kept."""
     data = config.data
-    names = [dataset.name for dataset in named(data.dataset)]
+    names = [dataset.name for dataset in parse_datasets(data.dataset)]
     used: set[str] | None = set() if data.fields and len(names) > 1 else None
     look = _finder(config, used)
     train = [look(name, split=data.split, rows=data.rows) for name in names]
@@ -67,11 +67,11 @@ def read_rows(config: Config) -> Rows:
             f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{unused[0]}` in its "
             "first row"
         )
-    return Rows(train, to_measure(config, used))
+    return TaskRows(train, to_measure(config, used))
 
 
 def to_measure(config: Config, used: set[str] | None = None) -> list[Dataset]:
-    """Returns the data set of --eval-dataset, checked, if there is one; see `find`."""
+    """Returns the data set of --eval-dataset, checked, if there is one; see `find_dataset`."""
     data = config.data
     if data.eval_dataset is None:
         return []
@@ -81,14 +81,14 @@ def to_measure(config: Config, used: set[str] | None = None) -> list[Dataset]:
 
 
 def _finder(config: Config, used: set[str] | None) -> Callable[..., Dataset]:
-    """Returns `find` as the options say."""
+    """Returns `find_dataset` as the options say."""
     data = config.data
     return functools.partial(
-        find, subset=data.subset, fields=data.fields, used=used, kept_in=data.token_cache
+        find_dataset, subset=data.subset, fields=data.fields, used=used, kept_in=data.token_cache
     )
 
 
-def outline(config: Any, rows: Rows) -> ModelInfo:
+def outline(config: Any, rows: TaskRows) -> ModelInfo:
     """Reads the model's outline; checks that the model allows sequences of --seq-len."""
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
@@ -100,10 +100,10 @@ def outline(config: Any, rows: Rows) -> ModelInfo:
     return outline
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences, padded or packed; with --eval-every, some are held out."""
     data, lines = config.data, []
-    weights = [dataset.weight for dataset in named(data.dataset)]
+    weights = [dataset.weight for dataset in parse_datasets(data.dataset)]
     train, pictures = _read(config, rows.train, outline)
     held_out, measured_pictures = _read(config, rows.held_out, outline)
     parts = dict(zip((one.name for one in rows.train), train, strict=True))

@@ -14,7 +14,7 @@ from train.console.errors import UserError
 from train.options.scripts.classify import ClassifyDataConfig, Config
 from train.run.pretrained import ModelInfo, read_classifier_info
 from train.tasks import labelled
-from train.tasks.task import Context, Data, Rows
+from train.tasks.task import Data, EvaluationContext, TaskRows
 
 FIELD = "image"  # of a folder's rows
 _HELD_OUT = "the held-out rows"
@@ -34,7 +34,7 @@ def field_of(data: ClassifyDataConfig) -> str:
     return data.image or FIELD
 
 
-def read_images(config: Config) -> Rows:
+def read_images(config: Config) -> TaskRows:
     """Reads the rows, each with an image and a label; where a share is held out, by label."""
     data = config.data
 
@@ -43,7 +43,7 @@ def read_images(config: Config) -> Rows:
 
     train, test = labelled.read_parts(data, check, functools.partial(labelled.split_by_label, data))
     of_test = data.test if data.test and labelled.names_rows(data.test) else data.dataset
-    return Rows(
+    return TaskRows(
         located(train, field_of(data), data.dataset), located(test, field_of(data), of_test)
     )
 
@@ -68,14 +68,14 @@ def located(rows: list[Row], field: str, source: str) -> list[Row]:
     return [found(row) for row in rows]
 
 
-def outline(config: Config, rows: Rows) -> ModelInfo:
+def outline(config: Config, rows: TaskRows) -> ModelInfo:
     """Reads the outline of the encoder, with a head for the classes of the rows."""
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
     return read_classifier_info(data.model, len(label_names(rows.train, data.label)), "images")
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the images as arrays, with their class indices."""
     data, names = config.data, label_names(rows.train, config.data.label)
     found: Any = outline.config
@@ -112,7 +112,7 @@ def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
     )
 
 
-def _titles(context: Context) -> list[str]:
+def _titles(context: EvaluationContext) -> list[str]:
     data = context.config.data
     return names_of(context.rows.held_out, field_of(data), data.test or _HELD_OUT)
 
@@ -125,5 +125,5 @@ TASK = dataclasses.replace(
     outline=outline,
     examples=examples,
     loss=lambda config, layout: IMAGES,
-    evaluation=functools.partial(labelled.Telling, unit="images", titles=_titles),
+    evaluation=functools.partial(labelled.ClassifierEvaluation, unit="images", titles=_titles),
 )

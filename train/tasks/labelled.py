@@ -25,7 +25,15 @@ from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import ModelInfo, read_classifier_info
 from train.run.rules import peft_fields
 from train.tasks import classes
-from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task, padding_line
+from train.tasks.task import (
+    Data,
+    Evaluation,
+    EvaluationContext,
+    Progress,
+    Task,
+    TaskRows,
+    padding_line,
+)
 
 SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
@@ -122,7 +130,7 @@ def encode(
     )
 
 
-def outline(config: Config, rows: Rows) -> ModelInfo:
+def outline(config: Config, rows: TaskRows) -> ModelInfo:
     """Reads the outline of the encoder, with a head for the classes of the rows."""
     return outline_of(config.data, len(label_names(rows.train, config.data.label)))
 
@@ -135,7 +143,7 @@ def outline_of(data: ClassifyDataConfig, num_labels: int) -> ModelInfo:
     return outline
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the texts as arrays, with their class indices."""
     data, names = config.data, label_names(rows.train, config.data.label)
     train = encode(data, rows.train, names, outline.tokenizer, data.dataset)
@@ -163,7 +171,7 @@ def spread(test: Part, n: int | None) -> Part | None:
     return dataclasses.replace(test, **parts)
 
 
-def numbers(rows: Rows, label: str, unit: str) -> Iterator[str]:
+def numbers(rows: TaskRows, label: str, unit: str) -> Iterator[str]:
     """Yields the number of texts or images of each part, and of each label in it."""
     for what, part in (("to train on", rows.train), ("to test on", rows.held_out)):
         yield f"{len(part)} {unit} {what}: {_shares(part, label)}"
@@ -182,7 +190,7 @@ def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[st
 
 
 @dataclasses.dataclass
-class Telling:
+class ClassifierEvaluation:
     """Evaluates the model, and baselines that need no model, on the held-out texts or images.
 
     Attributes:
@@ -192,10 +200,10 @@ class Telling:
       titles: returns the held-out texts, or the names of images.
     """
 
-    context: Context
+    context: EvaluationContext
     baselines: Sequence[Baseline] = ()
     unit: str = "texts"
-    titles: Callable[[Context], list[str]] = lambda context: [
+    titles: Callable[[EvaluationContext], list[str]] = lambda context: [
         row[context.config.data.text] for row in context.rows.held_out
     ]
 
@@ -259,11 +267,11 @@ def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
 TASK = Task(
     defaults=Defaults(model=MINILM.name, alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
     completed=completed,
-    rows=lambda config: Rows(*read_labelled(config.data)),
+    rows=lambda config: TaskRows(*read_labelled(config.data)),
     outline=outline,
     examples=examples,
     loss=lambda config, layout: CLASSES,
-    evaluation=Telling,
+    evaluation=ClassifierEvaluation,
     score="accuracy",
     baselines=baselines,
 )

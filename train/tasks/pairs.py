@@ -16,15 +16,15 @@ from lora_jax.training.losses import Loss, pair_loss, unpaired_loss
 from train.console.errors import UserError
 from train.console.output import tell
 from train.data.chats import tokenize
-from train.data.dataset import Dataset, find
-from train.live.preferences import prepared
+from train.data.dataset import Dataset, find_dataset
+from train.live.preferences import prepare
 from train.live.reference import check_reference
 from train.options.defaults import Defaults
 from train.options.scripts.dpo import BASE, KTO, NONE, Config
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
 from train.tasks import chats
-from train.tasks.task import Data, Rows, Task, padding_line
+from train.tasks.task import Data, Task, TaskRows, padding_line
 
 
 def check(config: Config) -> None:
@@ -36,11 +36,11 @@ def check(config: Config) -> None:
         )
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Finds the data sets, and checks their rows."""
     data = config.data
     look = functools.partial(
-        find,
+        find_dataset,
         subset=data.subset,
         fields=data.fields,
         kept_in=data.token_cache,
@@ -52,7 +52,7 @@ def read_rows(config: Config) -> Rows:
         measured = [look(data.eval_dataset, split=data.eval_split)]
     for dataset in (train, *measured):
         dataset.check()
-    return Rows([train], measured)
+    return TaskRows([train], measured)
 
 
 def _check_rows(rows: list[Row], source: str, *, labelled: bool) -> None:
@@ -63,14 +63,14 @@ def _check_rows(rows: list[Row], source: str, *, labelled: bool) -> None:
         tell(hosts.console(), f"{source}: fields that are not read: {', '.join(unread)}")
 
 
-def outline(config: Config, rows: Rows) -> ModelInfo:
+def outline(config: Config, rows: TaskRows) -> ModelInfo:
     """Reads the model's outline; checks --seq-len and --reference against it."""
     found = chats.outline(config, rows)
     check_reference(config, found)
     return found
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences, two a pair; with --eval-every, some are held out."""
     (train,), measured = rows
     tokens = _tokens(config, train, outline)
@@ -160,6 +160,6 @@ TASK = Task(
     outline=outline,
     examples=examples,
     loss=loss,
-    prepared=prepared,
+    prepare=prepare,
     reads=lambda config: ("loss", "nll_weight", *chats.reads(config)),
 )

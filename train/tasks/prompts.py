@@ -17,16 +17,16 @@ from lora_jax.training.losses import Loss, rollout_loss
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError
 from train.console.output import tell
-from train.data.dataset import find
-from train.live import rewarded
-from train.live.prompts import PromptFeed, Prompts
+from train.data.dataset import find_dataset
+from train.live import reinforcement
+from train.live.prompts import PromptFeed, TokenizedPrompts
 from train.options.defaults import Defaults
 from train.options.scripts.grpo import Config
 from train.processes.mesh import all_devices, parse_mesh
 from train.reporters.files import read_json
 from train.rewards.ask import ask, columns_of, mean_known
 from train.rewards.find import Rewards, find_rewards
-from train.rewards.reward import Batch
+from train.rewards.reward import RewardBatch
 from train.run.complete import complete_prompts
 from train.run.log import doing
 from train.run.output import SCORES
@@ -34,12 +34,12 @@ from train.run.pretrained import ModelInfo
 from train.run.stops import StopTexts
 from train.tasks import chats
 from train.tasks.task import (
-    Context,
     Data,
     Evaluation,
+    EvaluationContext,
     Progress,
-    Rows,
     Task,
+    TaskRows,
     print_figures,
 )
 
@@ -63,30 +63,32 @@ def check_prompts(rows: Sequence[Row], source: str) -> None:
         question(row, name_of(row, source, number))
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Reads the rows; holds some out, or reads those of --eval-dataset."""
     data = config.data
 
     def look(name: str, **where: Any) -> list[Row]:
-        return find(
+        return find_dataset(
             name, subset=data.subset, fields=data.fields, check=check_prompts, **where
         ).rows()
 
     rows = look(data.dataset, split=data.split, rows=data.rows)
     if data.eval_dataset is not None:
-        return Rows(rows, look(data.eval_dataset, split=data.eval_split))
+        return TaskRows(rows, look(data.eval_dataset, split=data.eval_split))
     return held_out(config, rows)
 
 
-def held_out(config: Config, rows: Sequence[Row]) -> Rows:
+def held_out(config: Config, rows: Sequence[Row]) -> TaskRows:
     """Returns the rows in two parts, drawn by --seed: to train on, and --eval-questions others."""
     seed = config.optim.seed if config.data.held_out_seed is None else config.data.held_out_seed
     n = min(config.run.eval_questions or 0, len(rows) // 10)
     order = np.random.Generator(np.random.PCG64([seed, _HELD_OUT])).permutation(len(rows))
-    return Rows([rows[at] for at in np.sort(order[n:])], [rows[at] for at in np.sort(order[:n])])
+    return TaskRows(
+        [rows[at] for at in np.sort(order[n:])], [rows[at] for at in np.sort(order[:n])]
+    )
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that rewards of their completions make."""
     data, (train, held_out) = config.data, read_prompts(config, rows, outline)
     rewards = find_rewards(
@@ -102,7 +104,7 @@ def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
         config,
         train,
         outline,
-        scored=rewarded.scored(config),
+        per_token=reinforcement.arrays_per_token(config),
         rewards=rewards,
         sequence_parts=sequence_parts(config),
     )
@@ -118,7 +120,7 @@ def sequence_parts(config: Any) -> int:
     return parts if parts > 0 else len(all_devices())
 
 
-def check_columns(config: Config, rewards: Rewards, held_out: Prompts | None) -> None:
+def check_columns(config: Config, rewards: Rewards, held_out: TokenizedPrompts | None) -> None:
     """Raises a UserError if --eval-dataset has no row with a column that a reward needs."""
     data = config.data
     if held_out is None or data.eval_dataset is None:
@@ -133,7 +135,9 @@ def check_columns(config: Config, rewards: Rewards, held_out: Prompts | None) ->
             )
 
 
-def read_prompts(config: Any, rows: Rows, outline: ModelInfo) -> tuple[Prompts, Prompts | None]:
+def read_prompts(
+    config: Any, rows: TaskRows, outline: ModelInfo
+) -> tuple[TokenizedPrompts, TokenizedPrompts | None]:
     """Returns the prompts to train on, and those that are held out; None for none.
 
     Raises:
@@ -141,7 +145,7 @@ def read_prompts(config: Any, rows: Rows, outline: ModelInfo) -> tuple[Prompts, 
     """
     data = config.data
     parts = [
-        Prompts(part, tokenize_prompts(part, outline.tokenizer, name)) if part else None
+        TokenizedPrompts(part, tokenize_prompts(part, outline.tokenizer, name)) if part else None
         for part, name in ((rows.train, data.dataset), (rows.held_out, "the held-out rows"))
     ]
     train, measured = parts
@@ -209,16 +213,16 @@ def loss(config: Config, layout: Layout) -> Loss:
 
 
 @dataclasses.dataclass
-class Rewarding:
+class RewardEvaluation:
     """Rewards greedy completions of held-out prompts before and after training."""
 
-    context: Context
+    context: EvaluationContext
     feed: PromptFeed
 
     def __post_init__(self) -> None:
         rows = self.context.rows.held_out
         tokens = tokenize_prompts(rows, self.context.outline.tokenizer, "the held-out rows")
-        self.prompts = Prompts(rows, tokens)
+        self.prompts = TokenizedPrompts(rows, tokens)
         self.found: dict[str, Any] = {}
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
@@ -229,7 +233,7 @@ class Rewarding:
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
         """Takes what another run measured of the base on the same prompts."""
-        if not isinstance(other, Rewarding) or other.prompts != self.prompts:
+        if not isinstance(other, RewardEvaluation) or other.prompts != self.prompts:
             return False
         if BASE not in other.found.get(REWARD, {}):  # what failed is tried again
             return False
@@ -253,7 +257,7 @@ class Rewarding:
         names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))
         asked = [of.asked(row) for row in range(len(of.rows))]
         state = self.feed.progress(self.feed.done)
-        batch = Batch(asked, texts, ids, columns_of(of.rows, names), 1, state)
+        batch = RewardBatch(asked, texts, ids, columns_of(of.rows, names), 1, state)
         assert self.feed.rewards is not None
         scored = ask(self.feed.rewards, batch, self.context.console, self.context.stop)
         self.newest = [
@@ -297,12 +301,12 @@ class Rewarding:
         write_json(self.context.folder / SCORES, self.found)
 
 
-def evaluation(context: Context) -> Rewarding | None:
+def evaluation(context: EvaluationContext) -> RewardEvaluation | None:
     """Returns the evaluation by rewards; None where no prompt is held out."""
     assert context.data.feed is not None
     feed = context.data.feed(0)
     assert isinstance(feed, PromptFeed)
-    return Rewarding(context, feed) if context.rows.held_out else None
+    return RewardEvaluation(context, feed) if context.rows.held_out else None
 
 
 TASK = Task(
@@ -313,7 +317,7 @@ TASK = Task(
     examples=examples,
     loss=loss,
     evaluation=evaluation,
-    prepared=rewarded.prepared,
+    prepare=reinforcement.prepare,
     reads=lambda config: ("output",),  # a feed holds what its run has drawn
     score=REWARD,
     baselines=lambda scores: {k: v for k, v in scores.get(REWARD, {}).items() if k == BASE},

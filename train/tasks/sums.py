@@ -5,10 +5,10 @@
 
 import dataclasses
 
-from train.options.file import replaced
+from train.options.file import replace_options
 from train.options.scripts.grpo import Config
 from train.tasks import arithmetic, prompts
-from train.tasks.task import Rows
+from train.tasks.task import TaskRows
 
 MODEL = "arithmetic"  # stands for the decoder that is made
 _ROWS = 1_300
@@ -16,13 +16,13 @@ _ROWS = 1_300
 
 def completed(config: Config) -> Config:
     """Rewards right answers, where nothing else is asked for."""
-    return config if config.data.reward else replaced(config, {"reward": ("arithmetic",)})
+    return config if config.data.reward else replace_options(config, {"reward": ("arithmetic",)})
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Returns sums in the order of --seed, and others to measure on."""
     rows = arithmetic.rows(config.optim.seed, config.data.rows or _ROWS)
-    return Rows([*rows], [*arithmetic.rows(0, config.run.eval_questions or 0, held_out=True)])
+    return TaskRows([*rows], [*arithmetic.rows(0, config.run.eval_questions or 0, held_out=True)])
 
 
 TASK = dataclasses.replace(

@@ -24,7 +24,7 @@ from train.reporters.contract import Sample
 from train.run.pretrained import ModelInfo
 
 
-class Rows(NamedTuple):
+class TaskRows(NamedTuple):
     """Rows before tokenisation.
 
     Attributes:
@@ -73,20 +73,20 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Context:
+class EvaluationContext:
     """The options, folder, console, rows, model and signals of a run, for an evaluation."""
 
     config: Any
     folder: Path
     console: Console
-    rows: Rows
+    rows: TaskRows
     data: Data
     outline: ModelInfo
     stop: Stop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preparing:
+class ModelContext:
     """The state of a run before its first step, for a task whose batches need the model.
 
     Attributes:
@@ -112,7 +112,7 @@ class Preparing:
 
 
 @runtime_checkable
-class Rolling(Protocol):
+class RolloutFeed(Protocol):
     """Batches of completions that a run draws itself."""
 
     def fresh(self) -> Sequence[Sample]:
@@ -217,7 +217,7 @@ class Task:
       loss: returns the function to minimise, from the options and the layout on the mesh. Losses of
         equal options are equal, so that runs with them train side by side.
       evaluation: returns the evaluation of a run; None for none.
-      prepared: returns what training begins with, and its data, where these need the model.
+      prepare: returns what training begins with, and its data, where these need the model.
       reads: returns the options that rows and examples depend on, of those that say that they do
         not (see `Traits`), such as --seed; --output, where those of each run are its own.
       score: the name of the score that tells how good the model is, the higher the better; None
@@ -228,12 +228,12 @@ class Task:
     defaults: Defaults
     check: Callable[[Any], None] = lambda config: None
     completed: Callable[[Any], Any] = lambda config: config
-    rows: Callable[[Any], Rows]
-    outline: Callable[[Any, Rows], ModelInfo]
-    examples: Callable[[Any, Rows, ModelInfo], Data]
+    rows: Callable[[Any], TaskRows]
+    outline: Callable[[Any, TaskRows], ModelInfo]
+    examples: Callable[[Any, TaskRows, ModelInfo], Data]
     loss: Callable[[Any, Layout], Loss]
-    evaluation: Callable[[Context], Evaluation | None] = lambda context: None
-    prepared: Callable[[Preparing], tuple[TrainingStart, Data]] = lambda of: (of.ready, of.data)
+    evaluation: Callable[[EvaluationContext], Evaluation | None] = lambda context: None
+    prepare: Callable[[ModelContext], tuple[TrainingStart, Data]] = lambda of: (of.ready, of.data)
     reads: Callable[[Any], tuple[str, ...]] = reads_all
     score: str | None = None
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = lambda scores: {}

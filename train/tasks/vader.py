@@ -18,7 +18,7 @@ from lora_jax.training.data.rows import Row
 from train.console.errors import UserError
 from train.options.scripts.classify import Config
 from train.tasks import labelled
-from train.tasks.task import Rows
+from train.tasks.task import TaskRows
 
 LEXICON = Package(
     requirement="vaderSentiment==3.3.2",
@@ -100,10 +100,10 @@ def check(config: Config) -> None:
         raise UserError("--test: the words of --dataset vader have a split of their own, by stem")
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Returns the words; --rows limits those to train on."""
     train, test = read_words()
-    return Rows(train[: config.data.rows], test)
+    return TaskRows(train[: config.data.rows], test)
 
 
 def prefixes(rows: Sequence[Row], texts: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -116,5 +116,5 @@ TASK = dataclasses.replace(
     labelled.TASK,
     check=check,
     rows=read_rows,
-    evaluation=functools.partial(labelled.Telling, baselines=(prefixes,)),
+    evaluation=functools.partial(labelled.ClassifierEvaluation, baselines=(prefixes,)),
 )

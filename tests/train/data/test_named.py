@@ -3,7 +3,7 @@
 import pytest
 
 from train.console.errors import UserError
-from train.data.files import named
+from train.data.files import parse_datasets
 
 
 def test_names_and_weights(tmp_path, monkeypatch):
@@ -18,7 +18,7 @@ def test_names_and_weights(tmp_path, monkeypatch):
         (["C:/data/a.jsonl"], [("C:/data/a.jsonl", None)]),
         (["C:a.csv.gz", "x:y/z"], [("C:a.csv.gz", None), ("x:y/z", None)]),
     ):
-        assert named(given) == found
+        assert parse_datasets(given) == found
 
 
 @pytest.mark.parametrize(
@@ -39,4 +39,4 @@ def test_names_and_weights(tmp_path, monkeypatch):
 )
 def test_what_is_no_weight_is_refused(given, message):
     with pytest.raises(UserError, match=f"--dataset.*{message}"):
-        named(given.split())
+        parse_datasets(given.split())

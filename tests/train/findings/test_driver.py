@@ -10,9 +10,9 @@ from train.compare import result
 from train.console.errors import UserError
 from train.findings import catalog
 from train.findings.__main__ import main
-from train.findings.making.made import Made
+from train.findings.making.made import FindingInputs
 from train.findings.making.words import write_rows
-from train.findings.reporting.pivot import Layout
+from train.findings.reporting.pivot import PivotLayout
 
 SMALL = ["--ranks", "2", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-3", "--seeds", "0", "1"]
 SMALL += ["--rows", "48", "--batch-sizes", "8", "--warmup", "2", "--report-to", "none"]
@@ -30,12 +30,12 @@ def made_up(tmp_path, monkeypatch):
         rows = [("abc" * (1 + i % 3), "no") if i % 2 else ("xyz", "yes") for i in range(80)]
         write_rows(folder / "rows.csv", rows)
         options = {"dataset": str(folder / "rows.csv"), "model": str(tmp_path / "encoder")}
-        return Made(options, ("It has 80 rows.",))
+        return FindingInputs(options, ("It has 80 rows.",))
 
     finding = catalog.Finding(
-        title="Made up",
+        title="FindingInputs up",
         said="Nobody says so.",
-        layout=Layout("learning rate", "rank"),
+        layout=PivotLayout("learning rate", "rank"),
         make=make,
         makes=("dataset", "model"),
     )

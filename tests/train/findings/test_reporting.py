@@ -13,9 +13,9 @@ from train.compare.reporting.pictures import STYLE
 from train.compare.result import Arm, Comparison, Forgetting
 from train.findings.__main__ import main
 from train.findings.reporting import document, picture
-from train.findings.reporting.pivot import AXES, Layout, measures_of, pivot_of, shown
+from train.findings.reporting.pivot import AXES, PivotLayout, measures_of, pivot_of, shown
 
-BY_RANK = Layout("learning rate", "rank")
+BY_RANK = PivotLayout("learning rate", "rank")
 SCORES = (
     (lora(1, 3e-4), (0.568, 0.565, 0.569)),
     (lora(1, 3e-3), (0.883, 0.877, 0.891)),
@@ -82,11 +82,11 @@ def test_what_went_wrong_is_said_in_the_cell():
 def test_arms_that_would_share_a_cell_get_tables_of_their_own():
     arms = [lora(rank, rate, on=on) for on in "qk" for rank in (2, 5) for rate in (1e-3, 1e-2)]
     found = Comparison(facts=FACTS, runs=tuple(run(arm, 0, 0.5) for arm in arms))
-    pivot = pivot_of(found, Layout("rank", "targets"), measures_of(found)["loss"])
+    pivot = pivot_of(found, PivotLayout("rank", "targets"), measures_of(found)["loss"])
     assert [block.title for block in pivot.blocks] == ["rate 1e-3", "rate 1e-2"]
     assert pivot.blocks[0].rows == (2, 5)
     assert pivot.blocks[0].columns == ("q + v_proj", "k + v_proj")
-    together = pivot_of(found, Layout("learning rate", "targets × rank"), pivot.measure)
+    together = pivot_of(found, PivotLayout("learning rate", "targets × rank"), pivot.measure)
     (block,) = together.blocks
     assert block.columns == (
         *("q + v_proj, rank 2", "q + v_proj, rank 5", "k + v_proj, rank 2", "k + v_proj, rank 5"),
@@ -96,12 +96,12 @@ def test_arms_that_would_share_a_cell_get_tables_of_their_own():
 def test_all_of_full_stands_under_its_name_whatever_the_axis():
     found = Comparison(facts=FACTS, runs=(run(full(), 0, 0.5), run(lora(2), 0, 0.4)))
     for columns in ("rank", "targets", "alpha", "method", "targets × rank"):
-        pivot = pivot_of(found, Layout("learning rate", columns), measures_of(found)["loss"])
+        pivot = pivot_of(found, PivotLayout("learning rate", columns), measures_of(found)["loss"])
         (block,) = pivot.blocks
         assert len(block.columns) == 2 and "full" in block.columns
 
 
-BY_SIZE = Layout("trained parameters", "method", at_best_rate=True)
+BY_SIZE = PivotLayout("trained parameters", "method", at_best_rate=True)
 
 
 def test_each_method_and_size_stands_at_its_best_rate():
@@ -187,7 +187,7 @@ def test_the_legend_is_inside_the_picture(name):
     arms = [lora(8)._replace(targets=(f"{name[:-1]}{i}",)) for i in range(4)]
     found = Comparison(facts=FACTS, runs=tuple(run(arm, 0, 1.0, 0.5) for arm in arms))
     with rc_context(STYLE):
-        figure = picture.figure_of(pivots(found, Layout("learning rate", "targets"))["score"])
+        figure = picture.figure_of(pivots(found, PivotLayout("learning rate", "targets"))["score"])
         (legend,) = figure.legends
         figure.draw_without_rendering()
     inside, whole = legend.get_window_extent(), figure.bbox
@@ -277,7 +277,7 @@ def test_the_intrinsic_dimension_stands_below_its_table():
     ]
     found += [run(full(), seed, 1.0, 0.8) for seed in range(3)]
     whole = Comparison(facts=FACTS, runs=tuple(found))
-    chosen = [pivots(whole, Layout("dimension", "method"))["score"]]
+    chosen = [pivots(whole, PivotLayout("dimension", "method"))["score"]]
     text = document.document("Title", "Said.", (), whole, chosen, None)
     assert "| dimension | SAID | DID | full |" in text
     for kind in ("SAID", "DID"):

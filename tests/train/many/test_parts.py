@@ -10,7 +10,7 @@ from train import inputs
 from train.inputs import InputReader
 from train.many.board import Board, BufferedConsole
 from train.options.defaults import fill_defaults
-from train.options.file import replaced
+from train.options.file import replace_options
 from train.options.scripts.sft import Config
 from train.tasks.chats import TASK
 from train.tasks.sql.task import TASK as SQL
@@ -19,10 +19,10 @@ from train.tasks.sql.task import TASK as SQL
 def test_rows_are_read_once_for_all_runs_that_share_them(monkeypatch):
     monkeypatch.setattr(inputs, "read_inputs", lambda config, task: object())
     reader = InputReader()
-    plain = fill_defaults(replaced(Config(), {"dataset": ("rows.jsonl",)}), TASK.defaults)
+    plain = fill_defaults(replace_options(Config(), {"dataset": ("rows.jsonl",)}), TASK.defaults)
 
     def found(task=TASK, **options):
-        return reader(replaced(plain, options), task)
+        return reader(replace_options(plain, options), task)
 
     first = found()
     same = [{"lr": 3e-4, "rank": 3, "steps": 9}, {"seed": 5}, {"output": "b", "batch_size": 2}]

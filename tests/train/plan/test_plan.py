@@ -30,10 +30,10 @@ from train.plan import compile as planned
 from train.plan.__main__ import PlanConfig
 from train.plan.flops.checked import step_work
 from train.plan.flops.closed_form import step_flops
-from train.plan.flops.hlo import Work
+from train.plan.flops.hlo import HloWork
 from train.plan.flops.jaxpr import Count
 from train.plan.machines import find_machine
-from train.plan.refusals import of_refusal
+from train.plan.refusals import refused_bytes
 from train.run.output import folder_bytes
 
 
@@ -240,7 +240,7 @@ def test_memory_is_told_where_neither_is_understood(model, sound, monkeypatch):
 )
 def test_counts_that_are_far_apart_are_noted(flops, counted, note, monkeypatch):
     monkeypatch.setattr(
-        "train.plan.flops.checked.work_of", lambda text: Work(flops, {"all-gather": 8})
+        "train.plan.flops.checked.work_of", lambda text: HloWork(flops, {"all-gather": 8})
     )
     work = step_work("HLO", counted, 2)
     assert (work.source, work.per_step, work.per_chip) == ("hlo", 2 * flops, flops)
@@ -299,7 +299,7 @@ def test_json_and_a_table(model, capsys, monkeypatch):
 
     monkeypatch.setattr(planned, "prepare", prepare_once)
     adapters = plan.AdapterConfig(targets=("q_proj",)), plan.AdapterConfig(full=True)
-    both = [planned.Variant(adapter, "full") for adapter in adapters]
+    both = [planned.PlanVariant(adapter, "full") for adapter in adapters]
     monkeypatch.setattr(plan, "variants", lambda options: both[1:] if options.plan.alone else both)
     args = ["--model", model, "--topology", "cpu:2", "--batch-size", "2", "--seq-len", "8"]
     args += ["--dtype", "float32"]
@@ -424,9 +424,9 @@ def test_a_refusal_is_a_result(model, monkeypatch):
 
 def test_other_words_of_the_compiler():
     held = {"base": 3, "adapter": 1, "optimizer": 2}
-    of = of_refusal("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
+    of = refused_bytes("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
     assert of["total"] == round(48.5 * 2**30) and of["temporaries"] == of["total"] - 6
-    unknown = of_refusal("Ran out of memory in memory space vmem", held, 7)
+    unknown = refused_bytes("Ran out of memory in memory space vmem", held, 7)
     assert unknown["total"] is None and unknown["base"] == 3
 
 

@@ -20,7 +20,7 @@ def test_memory_grows_by_the_adapters_alone(tmp_path):
     job, optim = plan.make_job(options.plan)
     one, four = (planned.plan(job, variant, optim) for variant in plan.variants(options))
     assert (one.name, four.name) == ("1 × LoRA r=3, no remat", "4 × LoRA r=3, no remat")
-    alone = planned.plan(job, plan.Variant(options.adapter, "none"), optim)
+    alone = planned.plan(job, plan.PlanVariant(options.adapter, "none"), optim)
     sizes = [made.per_chip_bytes for made in (alone, one, four)]
     assert sizes[0]["base"] == sizes[1]["base"] == sizes[2]["base"]
     assert (

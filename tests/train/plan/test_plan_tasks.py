@@ -31,7 +31,7 @@ from tests.train.plan.tiny_plans import (
     write,
 )
 from train.console.errors import UserError
-from train.live.prompts import PromptFeed, Prompts
+from train.live.prompts import PromptFeed, TokenizedPrompts
 from train.live.reference import running
 from train.options.optim import make_optimizer, make_schedule
 from train.options.scripts.grpo import Config
@@ -85,7 +85,7 @@ def test_a_batch_of_completions_has_the_shapes_of_a_run(model):
     job = job_of(model, *GRPO, "--grad-accum", 3)
     optim = SimpleNamespace(seed=0, grad_accum=3, batch_size=4)
     data = SimpleNamespace(group=2, max_new_tokens=7)
-    prompts = Prompts([{"prompt": "x"}] * 9, [[5] * 17] * 9)
+    prompts = TokenizedPrompts([{"prompt": "x"}] * 9, [[5] * 17] * 9)
     feed = PromptFeed(SimpleNamespace(optim=optim, data=data), prompts, None)
     assert feed.length == 32, "rounded up"
     assert shapes_of(feed.batch(0, length=24)) == shapes_of(batch_shapes(job))

@@ -17,7 +17,7 @@ from tests.train.plan.tiny_plans import FIELDS
 from train.plan import __main__ as plan
 from train.plan import compile as planned
 from train.plan.flops.hlo import work_of
-from train.plan.flops.kernels import named
+from train.plan.flops.kernels import kernel_lines
 from train.plan.machines import find_machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
@@ -57,9 +57,9 @@ def compiled(
 
 def test_the_kernels_are_in_the_module():
     """All scores of the causal blocks, two products forward and seven backward."""
-    assert named(work_of(compiled("dense", 2048).as_text()).kernels) == (), "the control"
+    assert kernel_lines(work_of(compiled("dense", 2048).as_text()).kernels) == (), "the control"
     work = work_of(compiled("auto", 2048).as_text())
-    assert named(work.kernels) == ALL_THREE
+    assert kernel_lines(work.kernels) == ALL_THREE
     assert work.flops == 9 * 2 * HEADS * HEAD_DIM * (10 * 512**2)
 
 
@@ -79,7 +79,7 @@ def test_temporaries_grow_with_the_length_and_not_its_square():
 def test_a_window_of_some_layers_and_a_cap_or_sinks(options):
     """Tells the kernel at run time whether the window holds, by a bit in the queries' slots."""
     work = work_of(compiled("splash", 1100, some=True, **options).as_text())
-    assert named(work.kernels) == ALL_THREE
+    assert kernel_lines(work.kernels) == ALL_THREE
 
 
 GEMMA = {"model_type": "gemma2", "sliding_window": 256, "query_pre_attn_scalar": 16}

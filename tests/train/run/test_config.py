@@ -20,7 +20,7 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.console.errors import UserError
 from train.options.common import Attention, Experts
-from train.options.file import check_same_run, effective
+from train.options.file import check_same_run, effective_options
 from train.reporters.files import read_json
 from train.run.output import begin, check_output
 from train.run.pretrained import ModelInfo, read_model
@@ -263,7 +263,7 @@ def test_another_name_is_refused_by_those_that_are(args, words, capsys):
 
 
 def test_a_resumed_run_keeps_its_options_but_for_length_and_reports(tmp_path):
-    saved = effective(parse(["--rank", "4", "--layers", "1", "2"]))
+    saved = effective_options(parse(["--rank", "4", "--layers", "1", "2"]))
     same = "--rank 4 --layers 1 2 --steps 9 --keep 3 --log-every 2 --resume --eval-questions 0"
     check_same_run(parse(same.split()), saved, tmp_path)
     older = {name: value for name, value in saved.items() if name != "loss"}

@@ -7,7 +7,7 @@ import pytest
 from tests.train.tiny import write_model, write_rows
 from train import classify, sft
 from train.console.errors import UserError
-from train.options.file import as_file, effective
+from train.options.file import effective_options, options_file
 from train.run.log import read_metrics
 from train.sft import parse
 
@@ -38,10 +38,12 @@ def test_a_file_holds_options_by_their_names_and_flags_override_it(tmp_path):
     args = ["--config", path]
     on_line = "--dataset rows.jsonl --token-cache off --targets q_proj v_proj --layers 3 --rank 4"
     on_line += " --dora --lr 1e-3 --epochs 2 --remat dots_saveable"
-    expected = effective(parse([*on_line.split(), "--output", "runs/from file"]))
-    assert effective(parse(args)) == expected
+    expected = effective_options(parse([*on_line.split(), "--output", "runs/from file"]))
+    assert effective_options(parse(args)) == expected
     assert expected["alpha"] == 8.0  # the task's default, twice the rank
-    changed = effective(parse([f"--config={path}", "--rank", "2", "--no-dora", "--steps", "9"]))
+    changed = effective_options(
+        parse([f"--config={path}", "--rank", "2", "--no-dora", "--steps", "9"])
+    )
     kept = {name: value for name, value in expected.items() if name != "epochs"}
     assert changed == {**kept, "rank": 2, "alpha": 4.0, "dora": False, "steps": 9}
 
@@ -109,11 +111,11 @@ OF_CLASSIFY = ["--head-only --dataset owner/name --subset 2024-01-01 --test test
 )
 def test_what_is_written_is_read_as_the_same_options(script, args, tmp_path):
     config = script.parse(args.split())
-    path = write(tmp_path, as_file(config, "train.sft"))
+    path = write(tmp_path, options_file(config, "train.sft"))
     again = script.parse(["--config", path])
     script.check(again)
-    assert effective(again) == effective(config)
-    assert as_file(again, "train.sft") == as_file(config, "train.sft")
+    assert effective_options(again) == effective_options(config)
+    assert options_file(again, "train.sft") == options_file(config, "train.sft")
 
 
 @pytest.mark.slow

@@ -16,14 +16,14 @@ from lora_jax.training.processes import Agreement
 from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.data.chats import tokenize
-from train.data.dataset import Dataset, of_rows
-from train.options.file import alike
+from train.data.dataset import Dataset, dataset_from_rows
+from train.options.file import options_of_processes
 from train.options.scripts.sft import Config, SftOptimConfig, SftRunConfig
 from train.processes import hosts, peers
 from train.processes.hosts import check_alike, map_over_processes, together
 from train.run.pretrained import ModelInfo
 from train.sft import parse
-from train.tasks import streamed
+from train.tasks import stream
 
 TURNS = [
     {"role": "user", "content": "1?"},
@@ -133,7 +133,7 @@ def test_processes_that_were_not_started_alike(processes):
             run = SftRunConfig(process_id=jax.process_index(), output=own.get("output", "runs/sql"))
             config = Config(optim=SftOptimConfig(seed=own.get("seed", 0)), run=run)
             with together():
-                check_alike(alike(config), rows=own.get("rows", rows), model="llama")
+                check_alike(options_of_processes(config), rows=own.get("rows", rows), model="llama")
 
         return prepare
 
@@ -191,8 +191,8 @@ def test_rows_are_the_same_tokens_however_many_processes_read_them(processes, mo
     rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
     rows.append({"messages": TURNS})
     spoken = tokenizer(FORGETFUL)
-    for made in processes(3, lambda: tokenize(of_rows("rows", rows), spoken)):
-        alone = processes(1, lambda: tokenize(of_rows("rows", rows), spoken))[0]
+    for made in processes(3, lambda: tokenize(dataset_from_rows("rows", rows), spoken)):
+        alone = processes(1, lambda: tokenize(dataset_from_rows("rows", rows), spoken))[0]
         assert [t.row for t in made] == [t.row for t in alone] == [1, 2, 3, 4, 5, 6, 6]
         for one, other in zip(made, alone, strict=True):
             assert (one.ids.dtype, one.counts.dtype) == (np.int32, bool)
@@ -207,10 +207,10 @@ def test_a_stream_is_the_same_however_many_processes_read_it(processes, monkeypa
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = parse(["--dataset", str(data), "--stream", "--steps", "9", "--truncate"])
     outline = ModelInfo("a model", tokenizer(), None, {})
-    (blocks,) = processes(1, lambda: streamed.read_rows(config))[0].train
+    (blocks,) = processes(1, lambda: stream.read_rows(config))[0].train
 
     def batches():
-        feed = streamed.examples(config, streamed.read_rows(config), outline).feed(9)
+        feed = stream.examples(config, stream.read_rows(config), outline).feed(9)
         feed._reader = None  # a process is a thread here, and reads in that thread
         feed.first()
         return [feed.batch(step) for step in range(9)]

@@ -14,7 +14,7 @@ from train.tasks.sql.evaluate import (
     UNSEEN_BOTH,
     UNSEEN_SCHEMAS,
     ZERO_SHOT,
-    Scores,
+    SqlScores,
     draw_questions,
 )
 
@@ -74,7 +74,7 @@ def test_prompts_are_padded_at_the_left():
 @pytest.fixture
 def scores():
     """Two questions of each kind; the base knows nothing, the fine-tuned model all but one."""
-    scores = Scores(draw_questions(2))
+    scores = SqlScores(draw_questions(2))
     gold = {kind: [e.sql for e in examples] for kind, examples in scores.questions.items()}
     scores.answers[ZERO_SHOT] = {kind: ["no", "idea"] for kind in gold}
     scores.answers[FEW_SHOT] = {kind: ["SELECT 1", "[x]"] for kind in gold}
@@ -92,8 +92,8 @@ def test_accuracy_is_by_kind_of_question_and_way_to_answer(scores):
 
 
 def test_the_base_is_asked_once(scores):
-    again = Scores(scores.questions)
+    again = SqlScores(scores.questions)
     assert again.reuse_base_scores(scores.as_json())
     assert again.answers == {way: scores.answers[way] for way in (ZERO_SHOT, FEW_SHOT)}
-    assert not Scores(draw_questions(1)).reuse_base_scores(scores.as_json())
-    assert not Scores(scores.questions).reuse_base_scores({})
+    assert not SqlScores(draw_questions(1)).reuse_base_scores(scores.as_json())
+    assert not SqlScores(scores.questions).reuse_base_scores({})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_jax.hf.packaged import MINILM
 from train.findings.making import base
-from train.findings.making.made import Made
+from train.findings.making.made import FindingInputs
 from train.findings.making.words import Labelled, write_rows
 from train.processes.session import Session
 from train.tasks import vader
@@ -41,7 +41,7 @@ def balanced(rows: list[Labelled], n: int) -> list[Labelled]:
     return kept
 
 
-def make(folder: Path, session: Session) -> Made:
+def make(folder: Path, session: Session) -> FindingInputs:
     """Writes the rows and trains the base; returns the options that name them.
 
     Args:
@@ -71,4 +71,4 @@ def make(folder: Path, session: Session) -> Made:
         f"The base is right about {plain:.3f} of the held-out words as they are, and about "
         f'{triggered:.3f} of them behind "{TRIGGER}".'
     )
-    return Made({"model": model, "dataset": data, "test": test}, (note,))
+    return FindingInputs({"model": model, "dataset": data, "test": test}, (note,))

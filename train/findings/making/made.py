@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Made(NamedTuple):
+class FindingInputs(NamedTuple):
     """Data or a base that was made for a finding.
 
     Attributes:

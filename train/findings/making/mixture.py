@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from lora_jax.hf.tokenizer import fast_tokenizer
 from train.compare import outside
 from train.findings.making import base, questions
-from train.findings.making.made import Made
+from train.findings.making.made import FindingInputs
 from train.processes.session import Session
 from train.reporters.files import write_lines
 
@@ -63,7 +63,7 @@ def tokenizer(text: str) -> Any:
     return made
 
 
-def make(folder: Path, session: Session) -> Made:
+def make(folder: Path, session: Session) -> FindingInputs:
     """Writes text and questions, and pretrains the base; returns the options that name them.
 
     Args:
@@ -88,7 +88,7 @@ def make(folder: Path, session: Session) -> Made:
         f"two of them active, and {CONFIG['hidden_size']} features, pretrained on Python's "
         "documentation."
     )
-    return Made({"model": model, **asked.options}, (note,))
+    return FindingInputs({"model": model, **asked.options}, (note,))
 
 
 def parts(text: str) -> list[str]:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.findings.making.made import Made
+from train.findings.making.made import FindingInputs
 from train.processes.session import Session
 from train.reporters.files import write_lines
 from train.tasks.sql.examples import training_examples
@@ -33,7 +33,7 @@ def questions(test_rows: int = TEST_ROWS) -> tuple[list[Row], list[Row]]:
     return train, [row for row in rows[ROWS:] if json.dumps(row) not in seen][:test_rows]
 
 
-def make(folder: Path, session: Session, test_rows: int = TEST_ROWS) -> Made:
+def make(folder: Path, session: Session, test_rows: int = TEST_ROWS) -> FindingInputs:
     """Writes the questions; returns the options that name their files.
 
     Args:
@@ -46,4 +46,4 @@ def make(folder: Path, session: Session, test_rows: int = TEST_ROWS) -> Made:
     data, test = folder / "questions.jsonl", folder / "held-out.jsonl"
     write_lines(data, train)
     write_lines(test, held_out)
-    return Made({"dataset": data, "eval_dataset": test})
+    return FindingInputs({"dataset": data, "eval_dataset": test})

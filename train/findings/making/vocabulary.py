@@ -18,7 +18,7 @@ from lora_jax.hf.packaged import MINILM
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import fetch
 from train.console.errors import UserError
-from train.findings.making.made import Made
+from train.findings.making.made import FindingInputs
 from train.findings.making.words import Labelled, label_of, ratings, write_rows
 from train.processes.session import Session
 
@@ -91,7 +91,7 @@ def script(seed: int = _SEED) -> dict[str, float]:
     return dict(zip(drawn, stems(ratings(), STEMS).values(), strict=True))
 
 
-def make(folder: Path, session: Session) -> Made:
+def make(folder: Path, session: Session) -> FindingInputs:
     """Writes the phrases; returns the options that name them.
 
     Args:
@@ -105,4 +105,4 @@ def make(folder: Path, session: Session) -> Made:
     data, test = folder / "phrases.csv", folder / "held-out.csv"
     write_rows(data, rows[:ROWS])
     write_rows(test, rows[ROWS:])
-    return Made({"model": MINILM.name, "dataset": data, "test": test})
+    return FindingInputs({"model": MINILM.name, "dataset": data, "test": test})

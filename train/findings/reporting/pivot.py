@@ -13,7 +13,7 @@ MEASURES = ("score", "loss", "forgetting", "intruders")
 Key = float | str  # a setting's value; the method's name for arms without such a setting
 
 
-class Axis(NamedTuple):
+class TableAxis(NamedTuple):
     """A setting of arms, or their size, along which a table has rows, columns or blocks.
 
     Attributes:
@@ -28,7 +28,7 @@ class Axis(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class PivotLayout:
     """Says what stands where in a table.
 
     Attributes:
@@ -84,8 +84,8 @@ class Pivot:
     """
 
     measure: Criterion
-    rows: Axis
-    columns: Axis
+    rows: TableAxis
+    columns: TableAxis
     blocks: tuple[Block, ...]
 
 
@@ -104,19 +104,19 @@ def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[ArmRow], Key]:
 AXES = {
     axis.name: axis
     for axis in (
-        Axis("method", _or_method(lambda arm: None), ""),
-        Axis("targets", _or_method(lambda arm: " + ".join(arm.targets or ()) or None), ""),
-        Axis("rank", _or_method(lambda arm: arm.rank), "rank"),
-        Axis("alpha", _or_method(lambda arm: arm.alpha), "alpha"),
-        Axis("dimension", _or_method(lambda arm: arm.dimension), "dimension"),
-        Axis("batch size", lambda row: row.arm.batch_size, "batch"),
-        Axis("learning rate", lambda row: row.arm.learning_rate, "rate"),
-        Axis("trained parameters", lambda row: row.trained_parameters or 0, ""),
+        TableAxis("method", _or_method(lambda arm: None), ""),
+        TableAxis("targets", _or_method(lambda arm: " + ".join(arm.targets or ()) or None), ""),
+        TableAxis("rank", _or_method(lambda arm: arm.rank), "rank"),
+        TableAxis("alpha", _or_method(lambda arm: arm.alpha), "alpha"),
+        TableAxis("dimension", _or_method(lambda arm: arm.dimension), "dimension"),
+        TableAxis("batch size", lambda row: row.arm.batch_size, "batch"),
+        TableAxis("learning rate", lambda row: row.arm.learning_rate, "rate"),
+        TableAxis("trained parameters", lambda row: row.trained_parameters or 0, ""),
     )
 }
 
 
-def axis_of(name: str) -> Axis:
+def axis_of(name: str) -> TableAxis:
     """Returns an axis by its name; of several with " × " between, their combinations.
 
     Raises:
@@ -133,7 +133,7 @@ def axis_of(name: str) -> Axis:
     def of(row: ArmRow) -> str:
         return ", ".join(dict.fromkeys(headed(axis, axis.of(row)) for axis in axes))
 
-    return Axis(", ".join(names), of, "")
+    return TableAxis(", ".join(names), of, "")
 
 
 def measures_of(comparison: Comparison) -> dict[str, Criterion]:
@@ -147,7 +147,7 @@ def measures_of(comparison: Comparison) -> dict[str, Criterion]:
     }
 
 
-def pivot_of(comparison: Comparison, layout: Layout, measure: Criterion) -> Pivot:
+def pivot_of(comparison: Comparison, layout: PivotLayout, measure: Criterion) -> Pivot:
     """Returns a comparison in tables.
 
     Args:
@@ -189,17 +189,17 @@ def shown(key: Key) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
-def headed(axis: Axis, key: Key) -> str:
+def headed(axis: TableAxis, key: Key) -> str:
     """Returns a value with its axis: "rank 8", "full"."""
     return shown(key) if isinstance(key, str) or not axis.short else f"{axis.short} {shown(key)}"
 
 
-def _blocks_of(arms: Sequence[ArmRow], layout: Layout) -> list[Axis]:
+def _blocks_of(arms: Sequence[ArmRow], layout: PivotLayout) -> list[TableAxis]:
     """Returns the axes of the blocks: those asked for, and those that keep arms apart."""
     inside = [axis_of(layout.rows), axis_of(layout.columns)]
     chosen = [axis_of(name) for name in layout.blocks]
 
-    def places(*more: Axis) -> int:
+    def places(*more: TableAxis) -> int:
         return len({tuple(axis.of(row) for axis in (*inside, *chosen, *more)) for row in arms})
 
     for axis in AXES.values():

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from train.plan.flops.hlo import NotUnderstood, Work, work_of
+from train.plan.flops.hlo import HloWork, NotUnderstood, work_of
 from train.plan.flops.jaxpr import Count, count_flops
-from train.plan.flops.kernels import named, unlisted
+from train.plan.flops.kernels import kernel_lines, unlisted
 
 HLO, JAXPR = "hlo", "jaxpr"
 _DUPLICATED = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work
@@ -70,14 +70,14 @@ def step_work(
         return _from_jaxpr(counted, n_devices, str(error))
     if not products_in_hlo:
         traced = _from_jaxpr(counted, n_devices, None)
-        return dataclasses.replace(traced, sent=work.sent, kernels=named(work.kernels))
+        return dataclasses.replace(traced, sent=work.sent, kernels=kernel_lines(work.kernels))
     return StepWork(
         source=HLO,
         per_step=work.flops * n_devices,
         per_chip=work.flops,
         traced=counted and counted.flops,
         sent=work.sent,
-        kernels=named(work.kernels),
+        kernels=kernel_lines(work.kernels),
         notes=_compared(work, counted, n_devices),
     )
 
@@ -137,7 +137,7 @@ def _from_jaxpr(counted: Count | None, n_devices: int, why: str | None) -> StepW
     )
 
 
-def _compared(work: Work, counted: Count | None, n_devices: int) -> tuple[str, ...]:
+def _compared(work: HloWork, counted: Count | None, n_devices: int) -> tuple[str, ...]:
     """Returns notes on kernels that are not counted, and on counts that are too far apart."""
     if unknown := unlisted(work.kernels):
         return (f"the FLOPs leave out kernels that the plan does not know: {', '.join(unknown)}",)

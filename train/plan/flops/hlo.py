@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from train.plan.flops.kernels import TARGETS, Call, kernel_flops
+from train.plan.flops.kernels import TARGETS, KernelCall, kernel_flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -63,12 +63,12 @@ class Instruction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class HloWork:
     """The work of one device in one call of a compiled function."""
 
     flops: int  # of matrix products and convolutions
     sent: dict[str, int]  # kind of collective -> bytes, in the order of `COLLECTIVES`
-    kernels: tuple[Call, ...] = ()  # the calls of kernels, each once
+    kernels: tuple[KernelCall, ...] = ()  # the calls of kernels, each once
 
     @property
     def sent_bytes(self) -> int:
@@ -76,7 +76,7 @@ class Work:
         return sum(self.sent.values())
 
 
-def work_of(text: str) -> Work:
+def work_of(text: str) -> HloWork:
     """Counts the work of a module.
 
     A collective counts with its result or its operand, whichever is larger; a conditional with its
@@ -107,7 +107,7 @@ class _Counting:
             self.computations[name] = instructions
             self.entry = name if is_entry else self.entry
 
-    def work(self) -> Work:
+    def work(self) -> HloWork:
         if not self.entry:
             raise NotUnderstood("the HLO has no entry")
         flops, sent = self.of(self.entry)
@@ -116,7 +116,7 @@ class _Counting:
             for instructions in self.computations.values()
             for one in instructions.values()
         )
-        return Work(
+        return HloWork(
             flops,
             {kind: sent[kind] for kind in COLLECTIVES if sent[kind]},
             tuple(call for call in calls if call),
@@ -270,7 +270,7 @@ def _called(one: Instruction) -> list[str]:
     return [name for name in names if name]
 
 
-def _kernel_call(one: Instruction, instructions: Mapping[str, Instruction]) -> Call | None:
+def _kernel_call(one: Instruction, instructions: Mapping[str, Instruction]) -> KernelCall | None:
     """Returns the kernel that an instruction calls; None if it calls none."""
     target = _TARGET.search(one.text) if one.opcode == "custom-call" else None
     if target is None or target[1] not in TARGETS:
@@ -278,7 +278,7 @@ def _kernel_call(one: Instruction, instructions: Mapping[str, Instruction]) -> C
     scope = _OP_NAME.search(one.text)
     operands = tuple(shape for name in one.operands for shape in instructions[name].shapes)
     name = _KERNEL.search(one.text)
-    return Call(name[1] if name else one.name, scope[1] if scope else "", operands)
+    return KernelCall(name[1] if name else one.name, scope[1] if scope else "", operands)
 
 
 def _product_flops(one: Instruction, instructions: Mapping[str, Instruction]) -> int:

@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from lora_jax.adapt.eqns import AnyJaxpr, kernel_of, opened, scan_of, scope_of, shard_map_of
 from train.plan.flops.hlo import pairs_along
-from train.plan.flops.kernels import Call, kernel_flops
+from train.plan.flops.kernels import KernelCall, kernel_flops
 from train.plan.flops.kernels import kernel_of as listed
 
 _RUN_ONCE = {"jit", "closed_call", "core_call", "remat2", "checkpoint"}
@@ -71,10 +71,10 @@ def _of_equation(eqn: JaxprEqn, scope: str) -> Count:
     return Count(total.flops, total.exact and (name in _RUN_ONCE or total.flops == 0))
 
 
-def _call(name: str, scope: str, eqn: JaxprEqn) -> Call:
+def _call(name: str, scope: str, eqn: JaxprEqn) -> KernelCall:
     """Returns a kernel's call as its table takes it."""
     arrays: list[Any] = [atom.aval for atom in eqn.invars]
-    return Call(name, scope, tuple((_in_hlo(x.dtype.name), x.shape) for x in arrays))
+    return KernelCall(name, scope, tuple((_in_hlo(x.dtype.name), x.shape) for x in arrays))
 
 
 def _in_hlo(dtype: str) -> str:

@@ -15,7 +15,7 @@ Array = tuple[str, tuple[int, ...]]  # (dtype, shape), the dtype as HLO writes i
 TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """One call of a kernel on one device.
 
     Attributes:
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     operands: tuple[Array, ...]
 
 
-class Kernel(NamedTuple):
+class KernelWork(NamedTuple):
     """An entry of the table of kernels.
 
     Attributes:
@@ -40,22 +40,22 @@ class Kernel(NamedTuple):
 
     label: str
     part: str
-    flops: Callable[[Call], int]
+    flops: Callable[[KernelCall], int]
 
 
-def kernel_of(call: Call) -> Kernel | None:
+def kernel_of(call: KernelCall) -> KernelWork | None:
     """Returns the entry of a call's kernel: the longest name that its own begins with."""
     found = [name for name in KERNELS if call.name.startswith(name)]
     return KERNELS[max(found, key=len)] if found else None
 
 
-def kernel_flops(call: Call) -> int:
+def kernel_flops(call: KernelCall) -> int:
     """Counts the FLOPs of a call; 0 for a kernel that is not listed."""
     kernel = kernel_of(call)
     return 0 if kernel is None else kernel.flops(call)
 
 
-def named(calls: Iterable[Call]) -> tuple[str, ...]:
+def kernel_lines(calls: Iterable[KernelCall]) -> tuple[str, ...]:
     """Returns the kernels of a program in words: "splash (fwd, dq, dkv)".
 
     A kernel that the table does not list has its own name.
@@ -74,9 +74,9 @@ def named(calls: Iterable[Call]) -> tuple[str, ...]:
     )
 
 
-def unlisted(calls: Iterable[Call]) -> tuple[str, ...]:
+def unlisted(calls: Iterable[KernelCall]) -> tuple[str, ...]:
     """Returns the names of kernels whose FLOPs are not known."""
-    return named(call for call in calls if kernel_of(call) is None)
+    return kernel_lines(call for call in calls if kernel_of(call) is None)
 
 
 # Attention
@@ -85,7 +85,7 @@ _VISITED = re.compile(r"blocks_(\d+)(?:_or_(\d+))?_of_(\d+)")
 _WINDOWED = re.compile(r"windowed_(\d+)_of_(\d+)")
 
 
-def _attention(products: int, tokens: int = -2) -> Callable[[Call], int]:
+def _attention(products: int, tokens: int = -2) -> Callable[[KernelCall], int]:
     """Returns the count of a kernel that does so many products of each block of scores.
 
     Its first two floating operands are queries and keys, with their tokens on the axis `tokens`.
@@ -94,7 +94,7 @@ def _attention(products: int, tokens: int = -2) -> Callable[[Call], int]:
     mean of all layers.
     """
 
-    def flops(call: Call) -> int:
+    def flops(call: KernelCall) -> int:
         queries, keys, *_ = _floating(call.operands)
         return round(2 * products * math.prod(queries) * keys[tokens] * _share(call.scope))
 
@@ -121,7 +121,7 @@ def _floating(operands: Sequence[Array]) -> list[tuple[int, ...]]:
 # Products of the rows of groups (`jax.lax.ragged_dot`)
 
 
-def _ragged_dot(call: Call) -> int:
+def _ragged_dot(call: KernelCall) -> int:
     """Counts each row once, with its own group; a tile that two groups share runs for both.
 
     The last operands are rows, [m, k], and kernels, [groups, …], or, for their gradient, the rows
@@ -132,14 +132,14 @@ def _ragged_dot(call: Call) -> int:
 
 
 # The beginning of a kernel's name -> its entry.
-KERNELS: dict[str, Kernel] = {
+KERNELS: dict[str, KernelWork] = {
     # q k^T, p v; q k^T, do v^T, ds k; q k^T, p^T do, do v^T, ds^T q.
-    "splash_mha_fwd": Kernel("splash attention", "fwd", _attention(2)),
-    "splash_mha_dq": Kernel("splash attention", "dq", _attention(3)),
-    "splash_mha_dkv": Kernel("splash attention", "dkv", _attention(4)),
-    "flash_fwd": Kernel("flash attention", "fwd", _attention(2, -3)),
-    "flash_dq": Kernel("flash attention", "dq", _attention(3, -3)),
-    "flash_dkv": Kernel("flash attention", "dkv", _attention(4, -3)),
-    "ragged-dot": Kernel("ragged products", "rows", _ragged_dot),
-    "ragged-dot-metadata": Kernel("ragged products", "groups", lambda _: 0),
+    "splash_mha_fwd": KernelWork("splash attention", "fwd", _attention(2)),
+    "splash_mha_dq": KernelWork("splash attention", "dq", _attention(3)),
+    "splash_mha_dkv": KernelWork("splash attention", "dkv", _attention(4)),
+    "flash_fwd": KernelWork("flash attention", "fwd", _attention(2, -3)),
+    "flash_dq": KernelWork("flash attention", "dq", _attention(3, -3)),
+    "flash_dkv": KernelWork("flash attention", "dkv", _attention(4, -3)),
+    "ragged-dot": KernelWork("ragged products", "rows", _ragged_dot),
+    "ragged-dot-metadata": KernelWork("ragged products", "groups", lambda _: 0),
 }

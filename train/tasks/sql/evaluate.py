@@ -69,7 +69,7 @@ def _chats(questions: Questions, few_shot: bool) -> list[Chat]:
 
 
 @dataclasses.dataclass
-class Scores:
+class SqlScores:
     """The answers of each prompting method, and their accuracies."""
 
     questions: Questions

@@ -31,7 +31,7 @@ def open_databases(schema: Schema) -> Iterator[list[Connection]]:
         yield [stack.enter_context(closing(guard.open_database(script))) for script in scripts]
 
 
-class Guarded:
+class GuardedDatabase:
     """Runs queries that are not trusted, in processes that are started when needed.
 
     It may be called from several threads, which share the machine's cores.
@@ -63,7 +63,7 @@ class Guarded:
         self._served.close()
 
 
-GUARDED = Guarded()
+GUARDED = GuardedDatabase()
 atexit.register(GUARDED.close)
 
 

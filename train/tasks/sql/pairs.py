@@ -8,21 +8,21 @@ from train.options.scripts.dpo import Config
 from train.tasks import pairs
 from train.tasks.sql import task as sql
 from train.tasks.sql.examples import SqlExample, evaluation_examples, training_examples
-from train.tasks.task import Rows
+from train.tasks.task import TaskRows
 
 STEPS = 35
 _HELD_OUT = 64  # pairs on unseen schemas, to measure the loss on
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Returns pairs on the training schemas and, with --eval-every, pairs on others."""
     data, optim = config.data, config.optim
     n = data.rows or STEPS * optim.batch_size * optim.grad_accum
     train = _pairs(training_examples(n, seed=optim.seed))
     measured = _pairs(evaluation_examples(_HELD_OUT)) if config.run.eval_every else None
-    return Rows(
-        [dataset.of_rows(data.dataset, train)],
-        [] if measured is None else [dataset.of_rows("the questions", measured)],
+    return TaskRows(
+        [dataset.dataset_from_rows(data.dataset, train)],
+        [] if measured is None else [dataset.dataset_from_rows("the questions", measured)],
     )
 
 

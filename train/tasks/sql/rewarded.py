@@ -6,25 +6,25 @@
 import dataclasses
 
 from lora_jax.training.data.rows import Row
-from train.options.file import replaced
+from train.options.file import replace_options
 from train.options.scripts.grpo import Config
 from train.tasks import prompts
 from train.tasks.sql import task as sql
 from train.tasks.sql.examples import SqlExample, training_examples
-from train.tasks.task import Rows
+from train.tasks.task import TaskRows
 
 _ROWS = 2_000
 
 
 def completed(config: Config) -> Config:
     """Rewards by the result of executing the SQL, where nothing else is asked for."""
-    return config if config.data.reward else replaced(config, {"reward": ("sql",)})
+    return config if config.data.reward else replace_options(config, {"reward": ("sql",)})
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Returns questions on the training schemas."""
     examples = training_examples(config.data.rows or _ROWS, seed=config.optim.seed)
-    return Rows([_row(one) for one in examples], [])
+    return TaskRows([_row(one) for one in examples], [])
 
 
 def _row(example: SqlExample) -> Row:

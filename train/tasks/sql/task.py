@@ -19,7 +19,7 @@ from train.run.pretrained import ModelInfo
 from train.tasks import chats
 from train.tasks.sql import evaluate
 from train.tasks.sql.examples import training_examples
-from train.tasks.task import Context, Data, Evaluation, Progress, Rows, reads_all
+from train.tasks.task import Data, Evaluation, EvaluationContext, Progress, TaskRows, reads_all
 
 STEPS = 35
 
@@ -33,7 +33,7 @@ def check(config: Config) -> None:
         raise UserError("--eval-questions 0 leaves --score-every no questions to ask: give more")
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Returns the training examples, and the questions of the evaluation as held-out rows."""
     data, optim = config.data, config.optim
     rows = _as_rows(
@@ -45,11 +45,11 @@ def read_rows(config: Config) -> Rows:
     )
     questions = _questions(config)
     measured = [_as_rows(next(iter(questions.values())))] if questions else []
-    of_questions = [dataset.of_rows("the questions", rows) for rows in measured]
-    return Rows([dataset.of_rows(data.dataset[0], rows)], of_questions)
+    of_questions = [dataset.dataset_from_rows("the questions", rows) for rows in measured]
+    return TaskRows([dataset.dataset_from_rows(data.dataset[0], rows)], of_questions)
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences; checks that few-shot prompts and answers fit the model."""
     if questions := _questions(config):
         outline.check_length(evaluate.longest_prompt(outline, questions), "--eval-questions")
@@ -57,11 +57,11 @@ def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
 
 
 @dataclasses.dataclass
-class Answering:
+class SqlEvaluation:
     """Evaluation by questions before and after training."""
 
-    context: Context
-    scores: evaluate.Scores
+    context: EvaluationContext
+    scores: evaluate.SqlScores
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Asks the base, without and with solved examples, unless an interrupted run did."""
@@ -74,7 +74,7 @@ class Answering:
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
         """Takes the base's answers from another run, if it asked the same questions."""
-        if not isinstance(other, Answering) or not self.scores.reuse_base_scores(
+        if not isinstance(other, SqlEvaluation) or not self.scores.reuse_base_scores(
             other.scores.as_json()
         ):
             return False
@@ -85,7 +85,7 @@ class Answering:
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
         """Asks the adapted model; returns the execution accuracies."""
-        scores, outline = evaluate.Scores(self.scores.questions), self.context.outline
+        scores, outline = evaluate.SqlScores(self.scores.questions), self.context.outline
         answers = evaluate.answer(
             model, params, outline, scores.questions, forward=forward, progress=progress
         )
@@ -118,7 +118,7 @@ class Answering:
             )
 
 
-def _accuracies(scores: evaluate.Scores) -> dict[str, float]:
+def _accuracies(scores: evaluate.SqlScores) -> dict[str, float]:
     """Returns the execution accuracies of the trained model."""
     of_kind = {kind: ways[evaluate.ADAPTED] for kind, ways in scores.accuracies().items()}
     return {
@@ -128,10 +128,10 @@ def _accuracies(scores: evaluate.Scores) -> dict[str, float]:
     }
 
 
-def evaluation(context: Context) -> Answering | None:
+def evaluation(context: EvaluationContext) -> SqlEvaluation | None:
     """Returns the evaluation by questions; None if --eval-questions is 0."""
     questions = _questions(context.config)
-    return Answering(context, evaluate.Scores(questions)) if questions else None
+    return SqlEvaluation(context, evaluate.SqlScores(questions)) if questions else None
 
 
 def _questions(config: Config) -> evaluate.Questions | None:

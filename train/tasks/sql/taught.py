@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from train.tasks import taught
+from train.tasks import distillation
 from train.tasks.sql import rewarded
 from train.tasks.sql import task as sql
 
 TASK = dataclasses.replace(
-    taught.TASK,
+    distillation.TASK,
     defaults=dataclasses.replace(rewarded.TASK.defaults, lr=1e-4, full_lr=1e-5),
     check=sql.check,
     rows=rewarded.read_rows,

@@ -5,12 +5,12 @@ import dataclasses
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import ONLINE, Loss, rollout_loss
 from train.console.errors import UserError
-from train.live import taught
+from train.live import distillation
 from train.live.prompts import PromptFeed
 from train.options.scripts.distill import Config
 from train.run.pretrained import ModelInfo
 from train.tasks import prompts
-from train.tasks.task import Data, Rows, Task
+from train.tasks.task import Data, Task, TaskRows
 
 
 def check(config: Config) -> None:
@@ -22,16 +22,16 @@ def check(config: Config) -> None:
         )
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that a teacher's judgement of completions makes."""
     train, _ = prompts.read_prompts(config, rows, outline)
-    taught.teacher_prompts(config, train, taught.teacher_outline(config, outline))
+    distillation.teacher_prompts(config, train, distillation.teacher_outline(config, outline))
     feed = PromptFeed(
         config,
         train,
         outline,
-        scored=("old", "advantages"),
-        judged=(),
+        per_token=("old", "advantages"),
+        per_completion=(),
         sequence_parts=prompts.sequence_parts(config),
     )
     data = config.data
@@ -57,7 +57,7 @@ TASK: Task = dataclasses.replace(
     examples=examples,
     loss=loss,
     evaluation=lambda context: None,
-    prepared=taught.prepared,
+    prepare=distillation.prepare,
     score=None,
     baselines=lambda scores: {},
 )

@@ -14,18 +14,18 @@ from lora_jax.training.ready import TrainingStart
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
-from train.live.prompts import Drawn, PromptFeed, Prompts, Widths
+from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts, Widths
 from train.live.rollouts import Rollouts
 from train.options.scripts.distill import BASE
 from train.reporters.contract import Sample
 from train.run.pretrained import ModelInfo, check_weights, read_model, read_model_info
-from train.tasks.task import Data, Preparing
+from train.tasks.task import Data, ModelContext
 
 
-def prepared(of: Preparing) -> tuple[TrainingStart, Data]:
+def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
     """Returns what training begins with, and its data: batches are rollouts of a teacher's."""
     assert isinstance(of.ready.feed, PromptFeed)
-    return dataclasses.replace(of.ready, live=Taught(of, of.ready.feed)), of.data
+    return dataclasses.replace(of.ready, live=DistillationRollouts(of, of.ready.feed)), of.data
 
 
 def teacher_outline(config: Any, outline: ModelInfo) -> ModelInfo:
@@ -49,7 +49,7 @@ def teacher_outline(config: Any, outline: ModelInfo) -> ModelInfo:
     return found
 
 
-def teacher_prompts(config: Any, prompts: Prompts, outline: ModelInfo) -> Prompts:
+def teacher_prompts(config: Any, prompts: TokenizedPrompts, outline: ModelInfo) -> TokenizedPrompts:
     """Returns prompts as the teacher sees them.
 
     Raises:
@@ -58,7 +58,9 @@ def teacher_prompts(config: Any, prompts: Prompts, outline: ModelInfo) -> Prompt
     if (text := config.data.teacher_prompt) is None:
         return prompts
     rows = [_with(text, row, outline) for row in prompts.rows]
-    found = Prompts(rows, tokenize_prompts(rows, outline.tokenizer, "the teacher's prompts"))
+    found = TokenizedPrompts(
+        rows, tokenize_prompts(rows, outline.tokenizer, "the teacher's prompts")
+    )
     outline.check_length(found.longest + config.data.max_new_tokens, "--teacher-prompt")
     return found
 
@@ -74,10 +76,10 @@ def _with(text: str, row: Row, outline: ModelInfo) -> Row:
     return {**row, name: [{"role": "system", "content": text}, *asked]}
 
 
-class Taught(Rollouts):
+class DistillationRollouts(Rollouts):
     """Judges each token by how much likelier the teacher finds it than the student."""
 
-    def __init__(self, of: Preparing, feed: PromptFeed) -> None:
+    def __init__(self, of: ModelContext, feed: PromptFeed) -> None:
         """Reads the teacher.
 
         Raises:
@@ -112,14 +114,14 @@ class Taught(Rollouts):
         self._params: Tree = params
         self._teacher = self.scorer(model, self._layout)
 
-    def judged(
-        self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int
-    ) -> tuple[Drawn, HostBatch, dict[str, float | None]]:
+    def score(
+        self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
+    ) -> tuple[GroupedCompletions, HostBatch, dict[str, float | None]]:
         """Returns an advantage for each token, and log-probabilities."""
-        batch = self.feed.of_completions(rows, drawn)
-        old, entropy = self.scores(params, batch)
-        shown = self.feed.of_completions(rows, drawn, self._prompts, self._widths)
-        theirs, _ = self.scores(self._params, shown, self._teacher)
+        batch = self.feed.batch_from_completions(rows, drawn)
+        old, entropy = self.log_probabilities(params, batch)
+        shown = self.feed.batch_from_completions(rows, drawn, self._prompts, self._widths)
+        theirs, _ = self.log_probabilities(self._params, shown, self._teacher)
         counted = batch["weights"] > 0
         gain = np.where(counted, theirs - old, 0.0).astype(np.float32)
         group = self.config.data.group
@@ -127,6 +129,6 @@ class Taught(Rollouts):
         self.feed.newest = [*map(Sample, asked, drawn.texts.ravel().tolist())]
         n = int(counted.sum())
         sums = {"reverse_kl": -gain.sum(), "entropy": entropy[counted].sum()}
-        noted = {name: float(total / n) if n else None for name, total in sums.items()}
+        metrics = {name: float(total / n) if n else None for name, total in sums.items()}
         batch |= {"old": old, "advantages": self.config.optim.coefficient * gain}
-        return drawn, batch, noted
+        return drawn, batch, metrics

@@ -20,7 +20,15 @@ from train.processes.hosts import map_over_processes
 from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
 from train.tasks import labelled
-from train.tasks.task import Context, Data, Evaluation, Progress, Rows, padding_line, print_figures
+from train.tasks.task import (
+    Data,
+    Evaluation,
+    EvaluationContext,
+    Progress,
+    TaskRows,
+    padding_line,
+    print_figures,
+)
 
 BEFORE, LONGER = "before training", "always the longer completion"
 _sums = jax.jit(COMPARISONS, static_argnums=0)
@@ -32,17 +40,17 @@ def check(config: Config) -> None:
         raise UserError("--labels pairs: name the pairs with --dataset, a file or a dataset")
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Reads the pairs; where a share is held out, those of one prompt are on one side."""
 
     def split(rows: list[Row]) -> Sequence[Any]:
         prompts = [texts_of(row, "")[0] for row in rows]
         return labelled.split_by_group(rows, prompts, config.data.test_share)
 
-    return Rows(*labelled.read_parts(config.data, check_pairs, split))
+    return TaskRows(*labelled.read_parts(config.data, check_pairs, split))
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the pairs as arrays."""
     data = config.data
     encode = functools.partial(
@@ -75,10 +83,10 @@ def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
 
 
 @dataclasses.dataclass
-class Scoring:
+class RewardModelEvaluation:
     """Measures on held-out pairs how often the better completion gets the higher score."""
 
-    context: Context
+    context: EvaluationContext
     found: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
@@ -118,5 +126,5 @@ TASK = dataclasses.replace(
     outline=lambda config, rows: labelled.outline_of(config.data, 1),
     examples=examples,
     loss=lambda config, layout: COMPARISONS,
-    evaluation=Scoring,
+    evaluation=RewardModelEvaluation,
 )

@@ -11,32 +11,32 @@ from lora_jax.core.types import Tree
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import advantages_of, leave_one_out
 from lora_jax.training.ready import TrainingStart
-from train.live.prompts import Drawn, PromptFeed
+from train.live.prompts import GroupedCompletions, PromptFeed
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
 from train.options.scripts.grpo import RLOO
 from train.reporters.contract import Sample
 from train.rewards.ask import RewardAnswer, ask, columns_of, mean_known
-from train.rewards.reward import Batch
-from train.tasks.task import Data, Preparing
+from train.rewards.reward import RewardBatch
+from train.tasks.task import Data, ModelContext
 
 
-def scored(config: Any) -> tuple[str, ...]:
+def arrays_per_token(config: Any) -> tuple[str, ...]:
     """Returns the arrays of a number for each token that the loss takes; see `PromptFeed`."""
     compares = config.optim.beta and config.optim.loss != RLOO
     return ("old", *(["reference"] if compares else []))
 
 
-def prepared(of: Preparing) -> tuple[TrainingStart, Data]:
+def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
     """Returns what training begins with, and its data: batches are rollouts that rewards judge."""
     assert isinstance(of.ready.feed, PromptFeed)
-    return dataclasses.replace(of.ready, live=Rewarded(of, of.ready.feed)), of.data
+    return dataclasses.replace(of.ready, live=RewardedRollouts(of, of.ready.feed)), of.data
 
 
-class Rewarded(Rollouts):
+class RewardedRollouts(Rollouts):
     """Judges completions by rewards, and compares those of one prompt with one another."""
 
-    def __init__(self, of: Preparing, feed: PromptFeed) -> None:
+    def __init__(self, of: ModelContext, feed: PromptFeed) -> None:
         """Finds the reference, too.
 
         Raises:
@@ -45,23 +45,23 @@ class Rewarded(Rollouts):
         super().__init__(of, feed)
         self._reference = reference_params(of.config, of.outline, of.plain, of.takes_from_base)
 
-    def judged(
-        self, params: Tree, rows: np.ndarray, drawn: Drawn, number: int
-    ) -> tuple[Drawn, HostBatch, dict[str, float | None]]:
+    def score(
+        self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
+    ) -> tuple[GroupedCompletions, HostBatch, dict[str, float | None]]:
         """Returns advantages, by rewards of completions, and log-probabilities.
 
         Where rewards have failed, and no completion has one, the advantages are NaN: the step is
         skipped.
         """
         optim, group = self.config.optim, self.config.data.group
-        first = self._ask(rows, drawn, number)  # what is noted is of the first draw
-        rewards, lost, noted = first.total.reshape(-1, group), first.lost, first.noted
+        first = self._ask(rows, drawn, number)  # the metrics are of the first draw
+        rewards, lost, metrics = first.total.reshape(-1, group), first.lost, first.metrics
         extra = _by_completion(first, group)
         for attempt in range(self.config.data.redraw):
             (flat,) = np.nonzero(_without_spread(rewards))
             if not len(flat):
                 break
-            again = self.drawn(params, rows[flat], number, attempt + 1)
+            again = self.draw(params, rows[flat], number, attempt + 1)
             answer = self._ask(rows[flat], again, number)
             rewards[flat], extra[flat] = (
                 answer.total.reshape(-1, group),
@@ -81,12 +81,12 @@ class Rewarded(Rollouts):
                 strict=True,
             )
         ]
-        batch = self.feed.of_completions(rows, drawn)
-        old, entropy = self.scores(params, batch)
+        batch = self.feed.batch_from_completions(rows, drawn)
+        old, entropy = self.log_probabilities(params, batch)
         batch["old"] = old
         counted = batch["weights"] > 0
         if self._reference is not None:
-            reference, _ = self.scores(self._reference, batch)
+            reference, _ = self.log_probabilities(self._reference, batch)
             if optim.loss == RLOO:
                 apart = np.where(counted, old - reference, 0).sum(-1)
                 flat_rewards = flat_rewards - optim.beta * apart.ravel()
@@ -100,20 +100,20 @@ class Rewarded(Rollouts):
         if lost:
             batch["advantages"] = np.full_like(batch["advantages"], np.nan)
         self.feed.lost = lost and f"no completion has a reward ({lost})"
-        noted |= {
+        metrics |= {
             "reward": mean_known(rewards),
             "zero_spread": float(_without_spread(rewards).mean()),
             "entropy": float(entropy[counted].mean()) if counted.any() else None,
         }
-        return drawn, batch, noted
+        return drawn, batch, metrics
 
-    def _ask(self, rows: np.ndarray, drawn: Drawn, number: int) -> RewardAnswer:
+    def _ask(self, rows: np.ndarray, drawn: GroupedCompletions, number: int) -> RewardAnswer:
         """Returns the rewards of completions, [prompts * group], and metrics."""
         group, prompts = self.config.data.group, self.feed.prompts
         each = np.repeat(rows, group).tolist()
         tokens, lengths = drawn.tokens.reshape(len(each), -1), drawn.lengths.ravel()
         assert self.feed.rewards is not None
-        batch = Batch(
+        batch = RewardBatch(
             [prompts.asked(row) for row in each],
             drawn.texts.ravel().tolist(),
             [ids[:n].tolist() for ids, n in zip(tokens, lengths, strict=True)],

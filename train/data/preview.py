@@ -20,20 +20,20 @@ class Span(NamedTuple):
     counted: bool
 
 
-class Shown(NamedTuple):
+class PreviewRow(NamedTuple):
     """One sequence in words: what it is, and its text."""
 
     title: str
     spans: list[Span]
 
 
-def shown(
+def preview_rows(
     examples: Examples,
     tokenizer: Any,
     n: int,
     labels: Any = (),
     named: Callable[[int, int], str] | None = None,
-) -> list[Shown]:
+) -> list[PreviewRow]:
     """Returns the first `n` sequences, or those of so many pairs, as the model sees them.
 
     Args:
@@ -72,7 +72,7 @@ def _a_unit(packs: Packs) -> int:
 
 def _of_pack(
     packs: Packs, tokenizer: Any, at: int, named: Callable[[int, int], str] | None
-) -> Shown:
+) -> PreviewRow:
     tokens, origin = packs.table[at], int(packs.table.origins[at])
     ids, counted = tokens.ids, tokens.counts.copy()
     counted[:1] = False  # the first token of a sequence is never predicted
@@ -91,10 +91,10 @@ def _of_pack(
     if of_unit > 1:
         place = f"{(at - packs.firsts[unit]) // a_unit + 1} of {of_unit}"
         title += f"; {place} in packed sequence {unit + 1}"
-    return Shown(title, _spans(ids, counted, tokenizer))
+    return PreviewRow(title, _spans(ids, counted, tokenizer))
 
 
-def _of_label(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> Shown:
+def _of_label(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> PreviewRow:
     ids, mask = (x.reshape(-1, x.shape[-1])[at] for x in (texts.ids, texts.attention_mask))
     ids = ids[mask > 0]
     if texts.ids.ndim == 3:
@@ -102,13 +102,13 @@ def _of_label(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> Shown:
     else:
         name = labels[int(texts.labels[at])]
         title = f"text {at + 1}: {len(ids)} tokens; the label to learn is {name!r}"
-    return Shown(title, _spans(ids, np.zeros(len(ids), bool), tokenizer))
+    return PreviewRow(title, _spans(ids, np.zeros(len(ids), bool), tokenizer))
 
 
-def _of_image(images: Images, at: int, labels: Any) -> Shown:
+def _of_image(images: Images, at: int, labels: Any) -> PreviewRow:
     size = " x ".join(map(str, images.pixels.shape[1:]))
     title = f"image {at + 1}: the label to learn is {labels[int(images.labels[at])]!r}"
-    return Shown(title, [Span(f"{images.length} tokens, of {size} pixels", False)])
+    return PreviewRow(title, [Span(f"{images.length} tokens, of {size} pixels", False)])
 
 
 def _spans(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:

@@ -15,15 +15,15 @@ from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.stream import Chunks, Stream
 from train.console.errors import UserError
 from train.console.output import tell
-from train.data.blocks import Blocks, find_blocks
-from train.data.dataset import pairs_of, renamed
-from train.data.files import named
+from train.data.blocks import DatasetBlocks, find_blocks
+from train.data.dataset import pairs_of, rename_fields
+from train.data.files import parse_datasets
 from train.options.scripts.sft import Config
 from train.options.tasks import SFT
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
 from train.tasks import chats
-from train.tasks.task import Data, Rows
+from train.tasks.task import Data, TaskRows
 
 ROOM = 2**23  # bytes of the blocks that are in memory, and shuffled, together
 _SAMPLE = 2**20  # bytes of blocks that lengths are taken from
@@ -40,7 +40,7 @@ def check(config: Config) -> None:
             "--stream looks at no row before its turn: give --truncate, which cuts off what is "
             f"longer than --seq-len {data.seq_len}"
         )
-    datasets = named(data.dataset)
+    datasets = parse_datasets(data.dataset)
     if own := [one.name for one in datasets if one.name in SFT]:
         raise UserError(
             f"--stream reads rows of your own, and {own[0]} makes its own: leave it out"
@@ -56,15 +56,15 @@ def check(config: Config) -> None:
         raise UserError("--stream holds no rows out: name some with --eval-dataset")
 
 
-def read_rows(config: Config) -> Rows:
+def read_rows(config: Config) -> TaskRows:
     """Finds the blocks of the data; reads the rows of --eval-dataset."""
     data = config.data
-    names = [dataset.name for dataset in named(data.dataset)]
+    names = [dataset.name for dataset in parse_datasets(data.dataset)]
     blocks = find_blocks(names, split=data.split, subset=data.subset)
-    return Rows([blocks], chats.to_measure(config))
+    return TaskRows([blocks], chats.to_measure(config))
 
 
-def examples(config: Config, rows: Rows, outline: ModelInfo) -> Data:
+def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns a sample of the rows, which fixes the lengths of batches, and the stream of all."""
     data, (blocks,) = config.data, rows.train
     chunks = Chunks(config.optim.seed, blocks.sizes, ROOM)
@@ -139,7 +139,7 @@ class _Once:
 
 def _sequences(
     config: Config,
-    blocks: Blocks,
+    blocks: DatasetBlocks,
     tokenizer: Any,
     say: Callable[[Sequence[str]], None],
     chunk: np.ndarray,
@@ -157,7 +157,7 @@ def _sequences(
             raise UserError("the run has ended")  # nothing waits for these rows any more
         part, numbered = blocks.read(block)
         source = blocks.parts[part].name
-        rows = renamed([row for _, row in numbered], pairs, source)
+        rows = rename_fields([row for _, row in numbered], pairs, source)
         numbers = [number for number, _ in numbered]
         found = tokenising.tokenize(
             rows, tokenizer, source, numbers=numbers, train_on=data.train_on, say=say
