@@ -228,7 +228,7 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
         back, _ = jnp.linalg.qr(dot(w.mT, q))
         return jnp.linalg.qr(dot(w, back))[0]
 
-    def of_one(w: jax.Array) -> Factors:
+    def decompose(w: jax.Array) -> Factors:
         if is_whole:
             u, s, vt = jnp.linalg.svd(w, full_matrices=False)
         else:
@@ -243,9 +243,9 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
         return u * sign.T, vt * sign
 
     if kernel.ndim == 2:
-        return of_one(kernel)
+        return decompose(kernel)
     batch = kernel.shape[:-2]
-    a, b = jax.lax.map(of_one, kernel.reshape(-1, *kernel.shape[-2:]))
+    a, b = jax.lax.map(decompose, kernel.reshape(-1, *kernel.shape[-2:]))
     return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:])
 
 

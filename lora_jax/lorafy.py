@@ -15,8 +15,8 @@ from lora_jax.core.types import Adapter, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of, map_leaves
 from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
-from lora_jax.select.matching import Known, check_names
-from lora_jax.select.resolve import beside, listed, resolve
+from lora_jax.select.matching import LeafFacts, check_names
+from lora_jax.select.resolve import bias_path, listed, resolve
 from lora_jax.select.sharing import check_owners, owner_of, owners, with_shared_a
 
 
@@ -72,7 +72,7 @@ def lorafy(
         )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
     shared = aliases(treedef.unflatten(leaf for _, leaf in leaves))
-    known = Known(traced_roles(trace, arrays), kinds, shared)
+    known = LeafFacts(traced_roles(trace, arrays), kinds, shared)
     rules = listed(rules)
     chosen = resolve(arrays, rules, known)
     check_names(rules, dict(arrays), known)
@@ -242,7 +242,7 @@ def merge(params: Tree) -> Tree:
     merged = {p: factored[p].merged() if p in on else _merged(leaf) for p, leaf in leaves}
     shifts = {path: w.shift for path, w in factored.items() if w.shift is not None}
     for path, shift in shifts.items():
-        there = beside(path, merged)
+        there = bias_path(path, merged)
         shape = None if there is None else merged[there].shape
         if there is None or shape != shift.shape:
             found = f"{there!r} has the shape {shape}" if there else "no bias stands beside it"

@@ -23,7 +23,7 @@ PRESETS: dict[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _LAYER
 PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform", "connector"})
 
 
-def _as_written(rule: Any) -> str:
+def _non_defaults(rule: Any) -> str:
     """Returns a rule as it was written: only the fields that are not the default."""
     fields = sorted(dataclasses.fields(rule), key=lambda field: "variant" in field.metadata)
     given = [f.name for f in fields if getattr(rule, f.name) != f.default]
@@ -123,7 +123,7 @@ class LoraRule(_Fields, Variants):
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
 
-    __repr__ = _as_written
+    __repr__ = _non_defaults
     _elsewhere = {
         "r": "rank=…",
         "lora_alpha": "alpha=…",
@@ -243,7 +243,7 @@ class TrainRule(_Fields):
     rows: Sequence[int] | None = None
     layers: Sequence[int] | None = None
 
-    __repr__ = _as_written
+    __repr__ = _non_defaults
     _elsewhere = {
         "target_modules": "targets=[…]",
         "modules_to_save": "targets=[…]",

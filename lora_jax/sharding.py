@@ -58,14 +58,14 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
     (None, 'tensor')
     """
 
-    def of(path: str, leaf: Leaf) -> Leaf:
+    def leaf_sharding(path: str, leaf: Leaf) -> Leaf:
         if is_node(leaf):
-            return _of_node(path, leaf, table, mesh)
+            return _node_shardings(path, leaf, table, mesh)
         if not hasattr(leaf, "shape"):
             return leaf
         return along(leaf, _fitting(_axes_of(path, leaf.shape, table), mesh))
 
-    return map_leaves(of, params)
+    return map_leaves(leaf_sharding, params)
 
 
 def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
@@ -147,7 +147,7 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
+def _node_shardings(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
     """Returns a node with shardings in place of its arrays."""
     axes = _axes_of(path, node.shape, table)
     if isinstance(node, Trained):

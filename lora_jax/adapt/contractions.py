@@ -11,7 +11,7 @@ from lora_jax.adapt.user_code import place_of
 from lora_jax.core.factored import Factored
 
 
-class Axis(NamedTuple):
+class LeafAxis(NamedTuple):
     """One axis of a leaf, as an axis of a later array holds it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Axis(NamedTuple):
 
 
 # What an axis holds: axes of leaves, several where they are joined or added.
-Held = frozenset[Axis]
+Held = frozenset[LeafAxis]
 NOTHING: Held = frozenset()
 
 

@@ -182,17 +182,17 @@ def linear_solve_of(eqn: JaxprEqn) -> LinearSolve:
     return LinearSolve(part("matvec"), part("solve"), back, right, is_symmetric)
 
 
-class Kernel(NamedTuple):
+class PallasKernel(NamedTuple):
     """A `pallas_call` equation: a kernel written for an accelerator."""
 
     name: str
 
 
-def kernel_of(eqn: JaxprEqn) -> Kernel | None:
+def kernel_of(eqn: JaxprEqn) -> PallasKernel | None:
     """Reads a `pallas_call`; returns None for any other equation."""
     if eqn.primitive.name != "pallas_call":
         return None
-    return Kernel(eqn.params.get("name") or "")
+    return PallasKernel(eqn.params.get("name") or "")
 
 
 def scope_of(eqn: JaxprEqn) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.interpreter import Interpreter, Record
+from lora_jax.adapt.interpreter import Interpreter, WeightUse
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.core.aliases import flatten
@@ -14,13 +14,13 @@ from lora_jax.core.types import Forward
 from lora_jax.core.weight import LoraWeight, leaves_of
 
 
-def uses(fn: Forward, *args: Any, **kwargs: Any) -> list[Record]:
+def uses(fn: Forward, *args: Any, **kwargs: Any) -> list[WeightUse]:
     """Returns every use of an adapted weight by ``fn(*args, **kwargs)``, in program order.
 
     `fn` is traced, not run; arrays may be `jax.ShapeDtypeStruct`\\ s. A weight that the function
     never uses has one entry, which says so.
     """
-    found: list[Record] = []
+    found: list[WeightUse] = []
     interpreter = Interpreter(RULES, strict=False, record=found.append)
     keyed, treedef = flatten((args, kwargs))
     leaves = [leaf for _, leaf in keyed]
@@ -32,7 +32,7 @@ def uses(fn: Forward, *args: Any, **kwargs: Any) -> list[Record]:
         adapted = [path for path, leaf in leaves_of(argument)[0] if isinstance(leaf, LoraWeight)]
         met = {record.path for record in found}
         found += [
-            Record(path, "", "", "unused", "no output depends on it; its adapter will not train")
+            WeightUse(path, "", "", "unused", "no output depends on it; its adapter will not train")
             for path in adapted
             if path not in met
         ]
@@ -55,7 +55,7 @@ def explain(fn: Forward, *args: Any, **kwargs: Any) -> None:
     path          primitive    place  how       why
     dense/kernel  dot_general  ...    factored  xW + s·(xA)B
     """
-    rows: list[Sequence[str]] = [Record._fields, *uses(fn, *args, **kwargs)]
+    rows: list[Sequence[str]] = [WeightUse._fields, *uses(fn, *args, **kwargs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

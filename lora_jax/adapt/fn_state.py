@@ -37,7 +37,7 @@ class UnknownStateError(Exception):
     """A function reads something that may change unseen."""
 
 
-class State:
+class FunctionState:
     """The state of some values: equal to a later one if nothing that they read has changed."""
 
     def __init__(self, *values: Any) -> None:
@@ -48,11 +48,11 @@ class State:
             refer to too much.
         """
         self._seen: dict[int, Any] = {}  # by identity; held, so that no identity is given twice
-        self._key = tuple(part for value in values for part in self._of(value))
+        self._key = tuple(part for value in values for part in self._walk(value))
         self._hash = hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, State) and self._key == other._key
+        return isinstance(other, FunctionState) and self._key == other._key
 
     def __hash__(self) -> int:
         return self._hash
@@ -61,7 +61,7 @@ class State:
         """Returns the arrays that the values refer to."""
         return [v for v in self._seen.values() if isinstance(v, (jax.Array, np.ndarray))]
 
-    def _of(self, value: Any) -> Iterator[Hashable]:
+    def _walk(self, value: Any) -> Iterator[Hashable]:
         yield id(type(value))
         if isinstance(value, _SIMPLE):
             yield value
@@ -87,15 +87,15 @@ class State:
                 yield from self._function(value)
             case types.BuiltinFunctionType():
                 yield value.__name__
-                yield from self._of(value.__self__)
+                yield from self._walk(value.__self__)
             case types.MethodType():
                 yield from self._all((value.__func__, value.__self__))
             case functools.partial():
                 yield from self._all((value.func, value.args, value.keywords))
             case property():
-                yield from self._of(value.fget)
+                yield from self._walk(value.fget)
             case staticmethod() | classmethod():
-                yield from self._of(value.__func__)
+                yield from self._walk(value.__func__)
             case type():
                 yield from self._class(value)
             case list() | tuple() | set() | frozenset():
@@ -110,7 +110,7 @@ class State:
 
     def _all(self, values: Any) -> Iterator[Hashable]:
         for value in values:
-            yield from self._of(value)
+            yield from self._walk(value)
 
     def _object(self, value: Any) -> Iterator[Hashable]:
         kind = type(value)
@@ -123,7 +123,7 @@ class State:
         is_open = hasattr(value, "__dict__") or slots
         if not is_open or any(base.__module__ in _CHANGING for base in kind.__mro__):
             raise UnknownStateError(f"a {kind.__name__} may change unseen")
-        yield from self._of(getattr(value, "__dict__", None))
+        yield from self._walk(getattr(value, "__dict__", None))
         yield from self._all(getattr(value, name, None) for name in slots)
 
     def _class(self, kind: type) -> Iterator[Hashable]:
@@ -131,7 +131,7 @@ class State:
         for base in kind.__mro__:
             if not is_packaged(base.__module__):
                 named = {n: v for n, v in vars(base).items() if not _is_of_python(n, v)}
-                yield from self._of(named)
+                yield from self._walk(named)
 
     def _function(self, fn: types.FunctionType) -> Iterator[Hashable]:
         code, module = fn.__code__, fn.__module__
@@ -144,7 +144,7 @@ class State:
         """Returns the state of the globals of these names, and of attributes of modules."""
         for name in sorted(names & known.keys()):
             value = known[name]
-            yield from self._of(value)
+            yield from self._walk(value)
             if not isinstance(value, types.ModuleType):
                 continue
             if value.__name__ in _CHANGING or _CHANGING_INSIDE.get(value.__name__) in names:

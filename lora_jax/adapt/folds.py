@@ -19,7 +19,7 @@ from lora_jax.core.types import Outcome, Value
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Folded:
+class FoldedVector:
     """A vector, unformed. It lives within one jaxpr, and is formed where it leaves it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Folded:
             return None
         pieces = self.pieces[ends.index(start) : ends.index(stop)]
         is_vector = len(pieces) == 1 and not isinstance(pieces[0], Factored)
-        return pieces[0] if is_vector else Folded(pieces)
+        return pieces[0] if is_vector else FoldedVector(pieces)
 
 
 def _size(piece: Any) -> int:
@@ -53,15 +53,15 @@ def moved(name: str, params: dict[str, Any], values: Sequence[Value]) -> Outcome
     Args:
       name: name of its primitive.
       params: the equation's.
-      values: its operands, one `Folded` or more among them.
+      values: its operands, one `FoldedVector` or more among them.
 
     Returns:
       The outputs; None for any other equation, or where a weight is cut into.
     """
     first = values[0]
     if name == "concatenate":
-        each = (v.pieces if isinstance(v, Folded) else (v,) for v in values)
-        return [Folded(tuple(itertools.chain(*each)))]
+        each = (v.pieces if isinstance(v, FoldedVector) else (v,) for v in values)
+        return [FoldedVector(tuple(itertools.chain(*each)))]
     if name == "split":
         ends = [0, *itertools.accumulate(params["sizes"])]
         parts = [first.cut(*pair) for pair in itertools.pairwise(ends)]

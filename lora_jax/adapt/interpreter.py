@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from lora_jax.adapt import eqns, folds, merging
-from lora_jax.adapt.per_example.labels import At, Followed
-from lora_jax.adapt.steps import Steps
-from lora_jax.adapt.user_code import Place, place_of, place_of_call, user_context
+from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleLabels
+from lora_jax.adapt.steps import EagerSteps
+from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_context
 from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.product import is_on_mesh
@@ -35,7 +35,9 @@ class Use:
     live: Live
     factor_inputs: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
     jaxpr: Jaxpr  # that the equation is part of
-    at: At | None = None  # where examples with adapters of their own lie in the other operand
+    at: ExampleAxis | None = (
+        None  # where examples with adapters of their own lie in the other operand
+    )
 
     @property
     def params(self) -> dict[str, Any]:
@@ -77,7 +79,7 @@ class Use:
         held = zip(source.params["broadcast_dimensions"], before, strict=True)
         return [axis for axis, n in held if n != 1]
 
-    def for_factors(self, x: jax.Array) -> Value:
+    def factor_input(self, x: jax.Array) -> Value:
         """Returns the x that factors multiply: on a mesh, in traced functions, a copy.
 
         Where W's out axes are sharded, x's cotangent from each product with W is an all-reduce. XLA
@@ -91,7 +93,7 @@ class Use:
         return self.factor_inputs[id(x)][1]
 
 
-class Record(NamedTuple):
+class WeightUse(NamedTuple):
     """One use of an adapted weight; see `lora_jax.explain`."""
 
     path: str
@@ -125,18 +127,18 @@ class Interpreter:
     # The caller's own rules, by the name of a primitive or of a function; see `adapt`.
     own: tuple[tuple[str, Callable[..., Any]], ...] = ()
     # Called with each use of a weight. Inner functions are then evaluated in each call, not cached.
-    record: Callable[[Record], None] | None = None
+    record: Callable[[WeightUse], None] | None = None
     # The rule for primitives that have none; without it, weights are merged there.
     default: Rule | None = dataclasses.field(default=None, hash=False, compare=False)
     # Where the examples of a batch lie in the jaxpr that is evaluated, if each has its adapter.
-    examples: Followed | None = None
+    examples: ExampleLabels | None = None
 
     def evaluate(
         self,
         jaxpr: eqns.AnyJaxpr,
         args: Sequence[Value],
         live: Live | None = None,
-        steps: Steps | None = None,
+        steps: EagerSteps | None = None,
     ) -> list[Value]:
         """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
 
@@ -157,7 +159,7 @@ class Interpreter:
 
         def result(atom: Any) -> Value:
             value = read(atom)
-            if isinstance(value, folds.Folded):
+            if isinstance(value, folds.FoldedVector):
                 return self._unfolded(value, "output", place_of_call())
             return value
 
@@ -165,7 +167,7 @@ class Interpreter:
         site = 0  # counts uses of adapted weights alone, so that other equations change no dropout
         for eqn, wanted, last_uses in _needed_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
-            if any(isinstance(value, (Factored, folds.Folded)) for value in values):
+            if any(isinstance(value, (Factored, folds.FoldedVector)) for value in values):
                 outputs = self._apply(site, Use(eqn, values, wanted, factor_inputs, inner), steps)
                 site += any(isinstance(value, Factored) for value in values)
             elif steps is None:
@@ -203,7 +205,7 @@ class Interpreter:
         known = functions.get((self, key))
         return known or functions.setdefault((self, key), make())  # one, whichever thread made it
 
-    def merged(self, weight: Factored, primitive: str, where: JaxprEqn | Place) -> jax.Array:
+    def merged(self, weight: Factored, primitive: str, where: JaxprEqn | SourceLine) -> jax.Array:
         """Returns W + s·AB, formed at an equation or a place; see `say_merged`."""
         self.say_merged(weight, primitive, where)
         return weight.merged()
@@ -213,30 +215,33 @@ class Interpreter:
         what = f"{use.name} ({how})" if how else use.name
         return self.merged(value, what, use.eqn) if isinstance(value, Factored) else value
 
-    def say_merged(self, weight: Factored, primitive: str, where: JaxprEqn | Place) -> None:
+    def say_merged(self, weight: Factored, primitive: str, where: JaxprEqn | SourceLine) -> None:
         """Warns that a weight is merged at an equation or a place, or raises MergeError."""
-        if isinstance(where, Place):
+        if isinstance(where, SourceLine):
             place, function = where, None
         else:
             place, function = place_of(where), eqns.function_name(where)
         if weight.rows is not None:
-            raise ExamplesError(merging.of_each_example(weight, primitive, place))
+            raise ExamplesError(merging.example_error(weight, primitive, place))
         if self.record is not None:
-            why = merging.why(primitive)
-            self.record(Record(str(weight.path), primitive, str(place), "merged", why))
+            why = merging.merge_reason(primitive)
+            self.record(WeightUse(str(weight.path), primitive, str(place), "merged", why))
         else:
-            merging.say(weight, primitive, function, place, strict=self.strict)
+            merging.warn_or_raise(weight, primitive, function, place, strict=self.strict)
 
-    def _apply(self, site: int, use: Use, steps: Steps | None) -> list[Value]:
+    def _apply(self, site: int, use: Use, steps: EagerSteps | None) -> list[Value]:
         eqn, name, values = use.eqn, use.name, use.values
-        if any(isinstance(value, folds.Folded) for value in values):
+        if any(isinstance(value, folds.FoldedVector) for value in values):
             outputs = folds.moved(name, eqn.params, values)
             if outputs is not None:
                 return outputs
             values = [self._unfolded(value, name, eqn) for value in values]
         if not any(isinstance(value, Factored) for value in values):
             return use.bind(values)
-        at, here = self._examples_in(eqn, values), [at_site(value, site) for value in values]
+        at, here = (
+            self._examples_in(eqn, values),
+            [fold_dropout_key(value, site) for value in values],
+        )
         use = dataclasses.replace(use, values=here, at=at)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
@@ -256,7 +261,7 @@ class Interpreter:
             return self._apply(site, dataclasses.replace(use, values=seen), steps)
         known = self.rules.get(name) or self.default
         if known is not None:
-            outputs = self._by_rule(known, use, steps)
+            outputs = self._apply_rule(known, use, steps)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
                 if name in _JOINS and sum(isinstance(v, Factored) for v in use.values) > 1:
                     self._note(use, "joined with another weight, unformed")
@@ -265,7 +270,7 @@ class Interpreter:
                 return outputs
         return use.bind([self.plain(value, use) for value in values])
 
-    def _by_rule(self, rule: Rule, use: Use, steps: Steps | None) -> Outcome:
+    def _apply_rule(self, rule: Rule, use: Use, steps: EagerSteps | None) -> Outcome:
         """Returns what a rule makes of an equation, compiled where the call is eager."""
         eqn = use.eqn
         if steps is None or use.name in ("jit", "pjit"):  # compiled by itself
@@ -283,7 +288,7 @@ class Interpreter:
         outputs: Outcome = steps.compiled(eqn, how, call)(use.values)
         return outputs
 
-    def _examples_in(self, eqn: JaxprEqn, values: Sequence[Value]) -> At | None:
+    def _examples_in(self, eqn: JaxprEqn, values: Sequence[Value]) -> ExampleAxis | None:
         """Returns where the examples lie in an equation's plain operand, if each has its adapter.
 
         Raises:
@@ -294,9 +299,9 @@ class Interpreter:
             _refuse_rows(eqn, values)
         return known.get(id(eqn))
 
-    def _unfolded(self, value: Value, primitive: str, where: JaxprEqn | Place) -> Value:
+    def _unfolded(self, value: Value, primitive: str, where: JaxprEqn | SourceLine) -> Value:
         """Returns the value as an array, where it is a vector of weights laid end to end."""
-        if not isinstance(value, folds.Folded):
+        if not isinstance(value, folds.FoldedVector):
             return value
         return value.formed(lambda weight: self.merged(weight, primitive, where))
 
@@ -306,14 +311,14 @@ class Interpreter:
         place = str(place_of(use.eqn))
         for value in use.values:
             if isinstance(value, Factored):
-                self.record(Record(str(value.path), use.name, place, "factored", why))
+                self.record(WeightUse(str(value.path), use.name, place, "factored", why))
 
 
 def _refuse_rows(eqn: JaxprEqn, values: Sequence[Value]) -> None:
     """Raises ExamplesError if a weight has an adapter for each example."""
     for value in values:
         if isinstance(value, Factored) and value.rows is not None:
-            raise ExamplesError(merging.of_each_example(value, eqn.primitive.name, place_of(eqn)))
+            raise ExamplesError(merging.example_error(value, eqn.primitive.name, place_of(eqn)))
 
 
 def _cuts_shifted(values: Sequence[Value], outputs: Sequence[Value]) -> bool:
@@ -337,7 +342,7 @@ _JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n",
 _READ_AROUND = ("select_n",)
 
 
-def at_site(value: Value, index: int | jax.Array) -> Value:
+def fold_dropout_key(value: Value, index: int | jax.Array) -> Value:
     """Returns the value with a dropout key of its own for one equation or one iteration."""
     if not isinstance(value, Factored) or value.key is None:
         return value

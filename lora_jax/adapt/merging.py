@@ -1,6 +1,6 @@
 """Warns of, or refuses, uses of a weight that have no factored form: W + s·AB is formed there."""
 
-from lora_jax.adapt.user_code import Place, warn
+from lora_jax.adapt.user_code import SourceLine, warn
 from lora_jax.core.factored import Factored
 
 
@@ -26,7 +26,7 @@ _ADVICE_ON_ASSIGNMENT = (
 _OWN_DERIVATIVES = ("custom_vjp_call", "custom_jvp_call")
 
 
-def why(primitive: str) -> str:
+def merge_reason(primitive: str) -> str:
     """Returns the reason why a weight has no factored form at a primitive."""
     if primitive in _OWN_DERIVATIVES:
         return "has a derivative of its own, which must be kept"
@@ -58,7 +58,7 @@ def advice(primitive: str, function: str | None) -> str:
     )
 
 
-def of_each_example(weight: Factored, primitive: str, place: Place) -> str:
+def example_error(weight: Factored, primitive: str, place: SourceLine) -> str:
     """Returns that a weight of which each example has its own meets what it may not meet."""
     return (
         f"the weight {weight.path!r} has an adapter for each example of a batch, and it is not "
@@ -66,8 +66,8 @@ def of_each_example(weight: Factored, primitive: str, place: Place) -> str:
     )
 
 
-def say(
-    weight: Factored, primitive: str, function: str | None, place: Place, *, strict: bool
+def warn_or_raise(
+    weight: Factored, primitive: str, function: str | None, place: SourceLine, *, strict: bool
 ) -> None:
     """Warns that a weight is merged.
 
@@ -80,7 +80,8 @@ def say(
     Raises:
       MergeError: `strict`, or a merged weight would not do what the weight does.
     """
-    what = f"the weight {weight.path!r} meets {primitive!r} at {place}, which {why(primitive)}"
+    reason = merge_reason(primitive)
+    what = f"the weight {weight.path!r} meets {primitive!r} at {place}, which {reason}"
     if primitive == "output":
         what = f"the weight {weight.path!r}, changed, is an output of the function at {place}"
     elif primitive == "assignment":

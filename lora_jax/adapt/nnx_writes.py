@@ -28,7 +28,7 @@ class Snapshot:
     objects: list[tuple[KeyPath, Any, dict[str, Any]]]
 
     @classmethod
-    def of(cls, tree: Tree) -> "Snapshot":
+    def take(cls, tree: Tree) -> "Snapshot":
         """Returns the snapshot of a tree, before a function changes the objects in it."""
         return cls([(path, each, _attributes(each)) for path, each in objects(tree)])
 
@@ -79,7 +79,7 @@ def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
     kept: Writes = []
     assigned: dict[int, Any] = {}
     for path, attributes in writes:
-        before, changed = _attributes(_at(tree, path)), {}
+        before, changed = _attributes(_find(tree, path)), {}
         for name, value in attributes.items():
             leaf = before.get(name)
             if isinstance(leaf, Argument):
@@ -95,7 +95,7 @@ def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
 def write(tree: Tree, writes: Writes) -> None:
     """Makes the changes in the objects of a tree of arguments."""
     for path, attributes in writes:
-        each = _at(tree, path)
+        each = _find(tree, path)
         before = _attributes(each)
         for name, value in attributes.items():
             held = before.get(name)
@@ -115,7 +115,7 @@ def _attributes(each: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(each).items() if not name.startswith("_pytree__")}
 
 
-def _at(tree: Tree, path: KeyPath) -> Any:
+def _find(tree: Tree, path: KeyPath) -> Any:
     for key in path:
         match key:
             case GetAttrKey(name):

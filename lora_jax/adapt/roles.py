@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from lora_jax.adapt import eqns
 from lora_jax.adapt.contractions import (
     NOTHING,
-    Axis,
     Contraction,
     Held,
+    LeafAxis,
     composed,
     contractions,
     contracts,
@@ -30,13 +30,13 @@ from lora_jax.adapt.contractions import (
     paths_of,
     union,
 )
-from lora_jax.adapt.interpreter import Interpreter, Record, Rule, Use
+from lora_jax.adapt.interpreter import Interpreter, Rule, Use, WeightUse
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.control import CONTROL_RULES
 from lora_jax.adapt.rules.solves import SOLVE_RULES
 from lora_jax.adapt.user_code import place_of
 from lora_jax.core.aliases import flatten, resolved
-from lora_jax.core.axes import AxisRoles, Seen
+from lora_jax.core.axes import AxisRoles, ObservedRoles
 from lora_jax.core.base import is_abstract, is_base, stand_in
 from lora_jax.core.factored import Factored
 from lora_jax.core.types import Forward, Value
@@ -44,7 +44,7 @@ from lora_jax.core.types import Forward, Value
 
 def traced_roles(
     trace: Sequence[Any] | None, leaves: Iterable[tuple[str, Any]]
-) -> dict[str, Seen | str] | None:
+) -> dict[str, ObservedRoles | str] | None:
     """Returns the roles of a tree's leaves, by path, as a function uses them; see `infer_roles`.
 
     Args:
@@ -63,7 +63,7 @@ def traced_roles(
 
 def infer_roles(
     fn: Forward, args: Sequence[Any], paths: Mapping[int, str]
-) -> dict[str, Seen | str]:
+) -> dict[str, ObservedRoles | str]:
     """Returns the roles of the leaves of `args` whose identities are the keys of `paths`.
 
     Args:
@@ -85,7 +85,7 @@ def infer_roles(
         path = paths.get(id(leaves[place]))
         if path is None:
             return array
-        return labelled(array, [frozenset({Axis(path, axis)}) for axis in range(array.ndim)])
+        return labelled(array, [frozenset({LeafAxis(path, axis)}) for axis in range(array.ndim)])
 
     def walk(arrays: list[Value]) -> None:
         traced = eqns.trace_with(lambda *args: fn(*resolved(args)), leaves, treedef, places)
@@ -100,7 +100,7 @@ def infer_roles(
     }
 
 
-def _agreed(uses: list[Contraction], lost: str | None, shape: Sequence[int]) -> Seen | str:
+def _agreed(uses: list[Contraction], lost: str | None, shape: Sequence[int]) -> ObservedRoles | str:
     """Returns the roles that all uses agree on: each contracts the in axes, or all the out axes.
 
     Args:
@@ -125,9 +125,9 @@ def _agreed(uses: list[Contraction], lost: str | None, shape: Sequence[int]) -> 
         return f"no axis of it is contracted in the product: {first}"
     if not first.free:
         return f"no axis of it comes out of the product: {first}"
-    roles = AxisRoles.of(sorted(first.contracted), sorted(first.free), len(shape))
+    roles = AxisRoles.from_axes(sorted(first.contracted), sorted(first.free), len(shape))
     is_table = first.is_lookup or all(use.not_kernel_reason for use in uses)
-    return Seen(roles, first.not_kernel_reason if is_table else "")
+    return ObservedRoles(roles, first.not_kernel_reason if is_table else "")
 
 
 def _rank(use: Contraction) -> tuple[bool, ...]:
@@ -157,7 +157,7 @@ class _Log:
         rules: dict[str, Rule] = {**CONTROL_RULES, **SOLVE_RULES}
         return rules | dict.fromkeys(products, self._product) | dict.fromkeys(moves, self._moved)
 
-    def merged(self, record: Record) -> None:
+    def merged(self, record: WeightUse) -> None:
         """Notes that leaves leave a loop or a branch as plain arrays."""
         self._lose(record.path.splitlines(), record.primitive, record.place)
 

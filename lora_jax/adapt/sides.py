@@ -15,15 +15,15 @@ from jax.extend.core import jaxpr_as_fun
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.roles import infer_roles
-from lora_jax.adapt.user_code import Place, warn
-from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles, Seen
+from lora_jax.adapt.user_code import SourceLine, warn
+from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles, ObservedRoles
 from lora_jax.core.factored import Factored
 from lora_jax.core.paths import leaf_name
 from lora_jax.core.types import Shaped, Value
 
 Side = Literal["in", "out"]  # the axes that a product contracts
 # By the path of a weight, and the side: the place of the first such use, where it is to be told.
-Noted = dict[str, dict[Side, Place | None]]
+Noted = dict[str, dict[Side, SourceLine | None]]
 _SEEN: contextvars.ContextVar[Noted | None] = contextvars.ContextVar("seen", default=None)
 
 
@@ -35,7 +35,7 @@ class RoleWarning(UserWarning):
     """
 
 
-def note(weight: Factored, side: Side, place: Callable[[], Place]) -> None:
+def note(weight: Factored, side: Side, place: Callable[[], SourceLine]) -> None:
     """Notes a product with a weight, or a look-up in it."""
     seen = _SEEN.get()
     if seen is not None and weight.parts and weight.uses == "all":
@@ -78,7 +78,7 @@ def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Value]) 
             continue
         ins, outs = (tuple(a - ndim for a in weight.axes(side)) for side in ("in", "out"))
         there = found[path]
-        if isinstance(there, Seen) and there.roles == AxisRoles(outs, ins):
+        if isinstance(there, ObservedRoles) and there.roles == AxisRoles(outs, ins):
             place = seen[path]["out"]
             assert place is not None
             _warn(path, AxisRoles(ins, outs), place)
@@ -88,7 +88,7 @@ def _shape(array: Shaped) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _warn(path: str, roles: AxisRoles, place: Place) -> None:
+def _warn(path: str, roles: AxisRoles, place: SourceLine) -> None:
     warn(
         f"the weight {path!r} is recorded with {roles}, but the function only uses it the other "
         f"way round, as at {place}. The result is right, but A and B have changed places: DoRA's "

@@ -16,7 +16,7 @@ from lora_jax.core.types import Value
 _MOVED = ("device_put",)  # where an array lies is no part of a program
 
 
-class Steps:
+class EagerSteps:
     """Compiled equations of one jaxpr. Equations that do the same share a program."""
 
     def __init__(self) -> None:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.fn_state import State, UnknownStateError
+from lora_jax.adapt.fn_state import FunctionState, UnknownStateError
 from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
 from lora_jax.adapt.rules.flow import sources_among
-from lora_jax.adapt.steps import Steps
+from lora_jax.adapt.steps import EagerSteps
 from lora_jax.core.aliases import aliased, aliases, resolved
 from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Forward, Leaf, Value
@@ -33,7 +33,7 @@ _FEW_TRACES, _MOST_BYTES = 8, 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class FlatCall:
     """A function with its arguments, flattened.
 
     Attributes:
@@ -51,7 +51,7 @@ class Call:
 
 
 @dataclasses.dataclass
-class Outputs:
+class TraceOutputs:
     """The result of a function and its writes, without the traced arrays that leave the jaxpr.
 
     Attributes:
@@ -91,11 +91,11 @@ class Trace:
 
     jaxpr: eqns.AnyJaxpr
     places: tuple[int, ...]
-    outputs: Outputs
-    steps: Steps = field(default_factory=Steps)
+    outputs: TraceOutputs
+    steps: EagerSteps = field(default_factory=EagerSteps)
 
 
-def trace(call: Call) -> Trace:
+def trace(call: FlatCall) -> Trace:
     """Returns the trace of a call with its weights and `others` as inputs, all else closed over.
 
     Raises whatever the function raises while it is traced.
@@ -111,7 +111,7 @@ def trace(call: Call) -> Trace:
         raise
 
 
-def _traced(call: Call, inputs: Mapping[int, Value]) -> Trace:
+def _traced(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
     """Returns the trace of a call.
 
     Args:
@@ -122,7 +122,7 @@ def _traced(call: Call, inputs: Mapping[int, Value]) -> Trace:
 
     def called(args: Any, kwargs: Any) -> list[Any]:
         args, kwargs = resolved(unsealed((args, kwargs)))
-        before = Snapshot.of((args, kwargs))
+        before = Snapshot.take((args, kwargs))
         result = aliased(call.fn(*args, **kwargs))
         leaves, treedef = jax.tree.flatten((result, before.writes()))
         made.append(([_TRACED if isinstance(x, jax.core.Tracer) else x for x in leaves], treedef))
@@ -133,7 +133,7 @@ def _traced(call: Call, inputs: Mapping[int, Value]) -> Trace:
     return Trace(jaxpr, tuple(inputs), _outputs(*made.pop(), _origins(jaxpr, inputs, call), call))
 
 
-def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: Call) -> list[int | None]:
+def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: FlatCall) -> list[int | None]:
     """Returns, for each output of a call's jaxpr, the place of the leaf that it is."""
     inner, consts = eqns.opened(jaxpr)
     of_leaf = {id(leaf): place for place, leaf in enumerate(call.leaves)}
@@ -144,8 +144,8 @@ def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: Call) -> list[in
 
 
 def _outputs(
-    leaves: list[Any], treedef: jax.tree_util.PyTreeDef, origins: list[int | None], call: Call
-) -> Outputs:
+    leaves: list[Any], treedef: jax.tree_util.PyTreeDef, origins: list[int | None], call: FlatCall
+) -> TraceOutputs:
     """Returns what leaves a function, without writes that change nothing.
 
     Args:
@@ -162,7 +162,7 @@ def _outputs(
         arguments = call.treedef.unflatten(map(Argument, range(len(call.leaves))))
         writes, assigned = changes(arguments, writes)
         leaves, treedef = jax.tree.flatten((result, writes))
-    return Outputs(leaves, treedef, assigned)
+    return TraceOutputs(leaves, treedef, assigned)
 
 
 class EagerTraces:
@@ -175,10 +175,10 @@ class EagerTraces:
         self._is_off = False
 
     def __hash__(self) -> int:
-        """Returns the identity: to `State`, what is kept here changes nothing."""
+        """Returns the identity: to `FunctionState`, what is kept here changes nothing."""
         return id(self)
 
-    def find(self, call: Call) -> Trace | None:
+    def find(self, call: FlatCall) -> Trace | None:
         """Returns the trace of a call, with all of its arrays as inputs, or None.
 
         None where the function's state may change unseen, or where the function needs the elements
@@ -191,7 +191,7 @@ class EagerTraces:
         others = [leaf for place, leaf in enumerate(call.leaves) if place not in inputs]
         types = tuple((place, _type_of(value)) for place, value in inputs.items())
         try:
-            state = State(call.fn, others)
+            state = FunctionState(call.fn, others)
             key = (call.treedef, types, state, _settings())
             with self._lock:
                 entry = self._known.setdefault(key, _Entry(state))
@@ -234,7 +234,7 @@ class _Entry:
       state: the state that the function reads, as it was at that trace.
     """
 
-    state: State
+    state: FunctionState
     trace: Trace | None = None
     is_made: bool = False
     lock: Any = field(default_factory=threading.RLock)

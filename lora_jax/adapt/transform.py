@@ -13,10 +13,10 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import Output, write
-from lora_jax.adapt.per_example.axes import Axes, follow_trace, mapped
+from lora_jax.adapt.per_example.axes import ExampleAxes, follow_trace, mapped
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
-from lora_jax.adapt.traces import Call, EagerTraces, Trace, trace
+from lora_jax.adapt.traces import EagerTraces, FlatCall, Trace, trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.aliases import flatten, resolved
 from lora_jax.core.base import is_base, stand_in
@@ -94,7 +94,7 @@ def run(
     kwargs: dict[str, Any],
     dropout_key: jax.Array | None,
     eager: EagerTraces | None = None,
-    axes: Axes | None = None,
+    axes: ExampleAxes | None = None,
 ) -> Any:
     """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored.
 
@@ -175,7 +175,7 @@ def _is_traced() -> bool:
 
 def _flattened(
     fn: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], dropout_key: jax.Array | None
-) -> tuple[Call, dict[int, Factored], dict[int, Leaf]]:
+) -> tuple[FlatCall, dict[int, Factored], dict[int, Leaf]]:
     """Returns a call as its function is traced, and its weights and nodes by place."""
     treedef: Any
     keyed, treedef = flatten((args, kwargs), is_leaf)
@@ -201,7 +201,7 @@ def _flattened(
             labels: Any = ("batch",) * len(leaf.shape)
             weights[place] = Factored(leaves[place], {}, labels, path=path)
     stand_ins = {place: stand_in(weight.base) for place, weight in weights.items()}
-    return Call(fn, leaves, treedef, stand_ins), weights, nodes
+    return FlatCall(fn, leaves, treedef, stand_ins), weights, nodes
 
 
 def _plain(leaf: Leaf, path: str) -> Leaf:

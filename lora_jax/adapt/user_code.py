@@ -50,7 +50,7 @@ def _is_package_file(path: str) -> bool:
     return path.startswith((*_PACKAGES, _OURS)) or path.startswith("<frozen")
 
 
-class Place(NamedTuple):
+class SourceLine(NamedTuple):
     """A line of code.
 
     Attributes:
@@ -76,7 +76,7 @@ def _named(file: str, line: int) -> str:
     return f"line {line}, {shown!r}"
 
 
-def place_of(eqn: JaxprEqn) -> Place:
+def place_of(eqn: JaxprEqn) -> SourceLine:
     """Returns the nearest line of the user's code to an equation that is evaluated.
 
     An equation inside a function that JAX traced by itself has no line of the user's; the equation
@@ -88,21 +88,21 @@ def place_of(eqn: JaxprEqn) -> Place:
         frames = () if stack is None else stack.frames
         for frame in frames:
             if not _is_package_file(frame.file_name):
-                return Place(frame.file_name, frame.line_num, inside)
+                return SourceLine(frame.file_name, frame.line_num, inside)
             if not inside and not frame.file_name.startswith((*_JAX, _WALK)):
                 inside = f"{_short(frame.file_name)}:{frame.line_num}"
     return place_of_call()._replace(inside=inside)
 
 
-def place_of_call() -> Place:
+def place_of_call() -> SourceLine:
     """Returns the nearest line of the user's code that is being run."""
     for frame, line in traceback.walk_stack(None):
         if not _is_package_file(frame.f_code.co_filename):
-            return Place(frame.f_code.co_filename, line, "")
-    return Place("a package", 1, "")
+            return SourceLine(frame.f_code.co_filename, line, "")
+    return SourceLine("a package", 1, "")
 
 
-def warn(message: str, category: type[Warning], place: Place) -> None:
+def warn(message: str, category: type[Warning], place: SourceLine) -> None:
     """Warns at a line of the user's code; once for each message, unless a filter says otherwise."""
     warnings.warn_explicit(message, category, place.file, place.line, registry=_WARNED)
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import peft
-from lora_jax.bank.held import Held
+from lora_jax.bank.held import HeldNodes
 from lora_jax.bank.locked import locked
 from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import map_slots, slots_of
-from lora_jax.bank.stored import Adapter, BankError, stored, values_of
-from lora_jax.bank.writing import with_slots, write
+from lora_jax.bank.stored import Adapter, BankError, adapter_values, values_of
+from lora_jax.bank.writing import add_slots, write
 from lora_jax.core.aliases import aliased
 from lora_jax.core.opaque import sealed
 from lora_jax.core.types import Leaf, Model, Tree
@@ -80,8 +80,8 @@ class Bank:
             raise ValueError(f"Bank: {slots} slots: at least 1 is needed")
         params = aliased(params)
         self._model, self._params, self._base = model, params, OneBase(params)
-        self._tree = sealed(with_slots(params, rules, slots + 1, trace=trace, kinds=kinds))
-        self._slots, self._held = slots_of(self._tree), Held()
+        self._tree = sealed(add_slots(params, rules, slots + 1, trace=trace, kinds=kinds))
+        self._slots, self._held = slots_of(self._tree), HeldNodes()
         self._lock = threading.RLock()  # held by all that reads or changes what follows
         self._kept: dict[str, Adapter] = {}
         # Names by slot, the least recently used first.
@@ -245,7 +245,7 @@ class Bank:
         tree = adapter
         if isinstance(adapter, (str, os.PathLike)):
             tree = self._loaded(local_path(adapter), allow_base_mismatch)
-        found = stored(name, tree, self._slots)
+        found = adapter_values(name, tree, self._slots)
         if not allow_base_mismatch:
             self._base.check(f"bank: {name!r}", tree)
         with self._lock:

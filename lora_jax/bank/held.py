@@ -8,7 +8,7 @@ from lora_jax.bank.slots import Slots, slots_of
 from lora_jax.core.types import Adapter, Tree
 
 
-class Held:
+class HeldNodes:
     """Knows whether nodes of a bank's tree that were handed out are still held by someone.
 
     Whoever keeps a choice, its tree or a node of it holds them; an array alone does not.

@@ -12,11 +12,11 @@ from jax.extend.core import jaxpr_as_fun
 
 from lora_jax.adapt import adapt
 from lora_jax.adapt.interpreter import Interpreter
-from lora_jax.adapt.per_example.axes import Axes
+from lora_jax.adapt.per_example.axes import ExampleAxes
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.adapt.user_code import place_of_call, warn
-from lora_jax.bank.slots import WeightSlots, map_slots, of_one_slot, slots_of
+from lora_jax.bank.slots import WeightSlots, map_slots, slot_shape, slots_of
 from lora_jax.core.factored import ExamplesError
 from lora_jax.core.types import Forward, Leaf, Tree
 
@@ -40,9 +40,9 @@ class Choice:
         slots = slots_of(self.tree).values()
         return all(isinstance(s, WeightSlots) and s.is_side_by_side for s in slots)
 
-    def at_once(self) -> Tree:
+    def batch_tree(self) -> Tree:
         """Returns the adapted tree of all examples; see `lora_jax.adapt.per_example`."""
-        return map_slots(lambda _, slots: slots.of_batch(self.ids), self.tree)  # type: ignore[union-attr]
+        return map_slots(lambda _, slots: slots.batch_weight(self.ids), self.tree)  # type: ignore[union-attr]
 
 
 def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:
@@ -124,7 +124,7 @@ def mixed(
 
     @functools.wraps(fn)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        call = _Call.of(args, kwargs, in_axes, dict(kwarg_axes or {}), out_axes)
+        call = _Call.make(args, kwargs, in_axes, dict(kwarg_axes or {}), out_axes)
         if one_by_one or len(call.choice.ids) == 1 or not call.choice.is_side_by_side:
             return _run_one_by_one(adapted, call)
         try:
@@ -165,7 +165,7 @@ class _Call:
     choice: Choice
 
     @classmethod
-    def of(
+    def make(
         cls,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -214,8 +214,8 @@ def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Any:
     def axes_of(result: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(result), call.axes_of(result))
 
-    leaves = [leaf.at_once() if _is_choice(leaf) else leaf for leaf in call.leaves]
-    axes = Axes(call.treedef.unflatten(call.axes), axes_of)
+    leaves = [leaf.batch_tree() if _is_choice(leaf) else leaf for leaf in call.leaves]
+    axes = ExampleAxes(call.treedef.unflatten(call.axes), axes_of)
     return run(whole, interpreter, call.treedef.unflatten(leaves), {}, None, axes=axes)
 
 
@@ -228,12 +228,12 @@ def _run_one_by_one(adapted: Forward, call: _Call) -> Any:
 
     def one(index: jax.Array, *mine: Any) -> Any:
         own = zip(call.leaves, treedef.unflatten(mine), strict=True)
-        args, kwargs = call.treedef.unflatten(_of_example(*pair, index) for pair in own)
+        args, kwargs = call.treedef.unflatten(_take_example(*pair, index) for pair in own)
         return adapted(*args, **kwargs)
 
     ids = call.choice.ids
     slot = jax.ShapeDtypeStruct((), ids.dtype)
-    traced, shape = jax.make_jaxpr(one, return_shape=True)(slot, *map(of_one_slot, arrays, axes))
+    traced, shape = jax.make_jaxpr(one, return_shape=True)(slot, *map(slot_shape, arrays, axes))
     out_tree: Any
     shapes, out_tree = jax.tree.flatten(shape)
     to = [
@@ -326,8 +326,8 @@ def _own(leaf: Leaf, axis: int | None) -> tuple[Any, Any]:
     return (None, None) if axis is None else (jnp.expand_dims(leaf, axis + 1), axis)
 
 
-def _of_example(leaf: Leaf, own: Any, index: jax.Array) -> Leaf:
+def _take_example(leaf: Leaf, own: Any, index: jax.Array) -> Leaf:
     """Returns an argument for one example, from its own arrays in it and its slot."""
     if _is_choice(leaf):
-        return map_slots(lambda path, s: s.of_example(own.get(path, s.arrays), index), leaf.tree)
+        return map_slots(lambda path, s: s.take_example(own.get(path, s.arrays), index), leaf.tree)
     return leaf if own is None else own

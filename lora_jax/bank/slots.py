@@ -92,7 +92,7 @@ class WeightSlots(_Slots):
             and self.arrays.keys() == {"a", "b", "scale"}
         )
 
-    def of_batch(self, ids: jax.Array) -> LoraWeight:
+    def batch_weight(self, ids: jax.Array) -> LoraWeight:
         """Returns the adapted weight of all examples; see `lora_jax.adapt.per_example`.
 
         Args:
@@ -147,7 +147,7 @@ class WeightSlots(_Slots):
         arrays = {n: lax.dynamic_index_in_dim(x, index, axis) for n, x in self.arrays.items()}
         return self.replace(arrays=arrays, has_base=False)
 
-    def of_example(self, arrays: Parts, index: jax.Array) -> LoraWeight:
+    def take_example(self, arrays: Parts, index: jax.Array) -> LoraWeight:
         """Returns the adapted weight of one example.
 
         Args:
@@ -205,8 +205,8 @@ class ValueSlots(_Slots):
         value += jnp.expand_dims(_no_slot(ids, self.n_slots), each).astype(value.dtype)
         return ValueSlots({"value": value}, per_example=True)
 
-    def of_example(self, arrays: Parts, index: jax.Array) -> Trained:
-        """Returns the leaf of one example; see `WeightSlots.of_example`."""
+    def take_example(self, arrays: Parts, index: jax.Array) -> Trained:
+        """Returns the leaf of one example; see `WeightSlots.take_example`."""
         return Trained(arrays["value"])
 
     def __repr__(self) -> str:
@@ -229,7 +229,7 @@ def _no_slot(ids: jax.Array, n_slots: int) -> jax.Array:
     return jnp.where((ids >= 0) & (ids < n_slots), 0.0, jnp.nan).astype(jnp.float32)
 
 
-def of_one_slot(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
+def slot_shape(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
     """Returns the shape of what one slot holds of an array."""
     return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
 

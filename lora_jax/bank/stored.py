@@ -22,7 +22,7 @@ class BankError(ValueError):
     """Says why an adapter does not fit into a bank, or is not there."""
 
 
-def stored(name: str, tree: Tree, slots: Mapping[str, Slots]) -> Adapter:
+def adapter_values(name: str, tree: Tree, slots: Mapping[str, Slots]) -> Adapter:
     """Returns an adapter as a bank keeps it, once it fits.
 
     Args:
@@ -97,7 +97,7 @@ def values_of(
     They have the shapes of the slots' arrays, less the slot axis.
 
     Args:
-      adapter: see `stored`.
+      adapter: see `adapter_values`.
       slots: slots of the bank, by path.
       base: the base's leaves by path, which stand where the adapter has nothing.
     """

@@ -19,7 +19,7 @@ from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import Rule
 
 
-def with_slots(
+def add_slots(
     params: Tree,
     rules: Sequence[Rule],
     n_slots: int,
@@ -57,13 +57,13 @@ def _abstract(params: Tree, trace: Sequence[Any] | None) -> tuple[Tree, Sequence
         if hasattr(leaf, "shape"):
             twins[id(leaf)] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
 
-    def of(tree: Tree) -> Tree:
+    def abstract(tree: Tree) -> Tree:
         treedef: Any
         keyed, treedef = flatten(tree, is_base)
         return treedef.unflatten(twins.get(id(leaf), leaf) for _, leaf in keyed)
 
     known = isinstance(trace, Sequence) and bool(trace)  # of others, lorafy says what is wrong
-    return of(params), (trace[0], *of(tuple(trace[1:]))) if known and trace else trace
+    return abstract(params), (trace[0], *abstract(tuple(trace[1:]))) if known and trace else trace
 
 
 def write(

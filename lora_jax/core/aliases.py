@@ -38,7 +38,7 @@ class Alias:
     path: str
 
     @classmethod
-    def of(cls, value: Any, at: KeyPath, first: KeyPath) -> "Alias":
+    def from_paths(cls, value: Any, at: KeyPath, first: KeyPath) -> "Alias":
         """Returns the alias of an object, from the key paths in the whole tree.
 
         Raises:
@@ -114,7 +114,7 @@ def flatten(
         return keyed, treedef
     first = {id(value): path for path, value in objects(tree)}
     leaves = [
-        Alias.of(leaf, path, first[id(leaf)])
+        Alias.from_paths(leaf, path, first[id(leaf)])
         if id(leaf) in met and path != first[id(leaf)]
         else leaf
         for path, leaf in keyed

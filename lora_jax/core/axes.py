@@ -24,7 +24,7 @@ class AxisRoles:
     out_axes: tuple[int, ...]
 
     @classmethod
-    def of(cls, in_axes: Sequence[int], out_axes: Sequence[int], ndim: int) -> "AxisRoles":
+    def from_axes(cls, in_axes: Sequence[int], out_axes: Sequence[int], ndim: int) -> "AxisRoles":
         """Returns the roles for axes counted from either end of a weight with `ndim` axes.
 
         Args:
@@ -63,7 +63,7 @@ class AxisRoles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class ObservedRoles:
     """The roles of the axes of a leaf, as a function was seen to use it.
 
     Attributes:

@@ -200,10 +200,10 @@ class Factored:
         dtype = wide(base.dtype)
         total = base.astype(dtype) + self.delta(dtype)
         if self.gain is not None:
-            total *= self.of_columns(self.gain).astype(dtype)
+            total *= self.spread_columns(self.gain).astype(dtype)
         return total.astype(base.dtype)
 
-    def of_columns(self, vector: jax.Array) -> jax.Array:
+    def spread_columns(self, vector: jax.Array) -> jax.Array:
         """Returns a gain or a shift in the base's layout, of size one where the in axes are."""
         ndim = len(self.labels)
         return spread(vector, self.layout("gain"), dict(enumerate(range(ndim))), ndim)

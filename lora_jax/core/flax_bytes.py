@@ -19,10 +19,10 @@ def refuse_bytes() -> None:
         return
     for kind in (LoraWeight, Trained, TrainedRows):
         if not flax.is_serializable(kind):
-            flax.register_serialization_state(kind, _as_it_is, lambda node, state: state)
+            flax.register_serialization_state(kind, _keep, lambda node, state: state)
 
 
-def _as_it_is(node: Node) -> Any:
+def _keep(node: Node) -> Any:
     """Returns a node for a state dictionary.
 
     Raises:

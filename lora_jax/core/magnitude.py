@@ -51,7 +51,7 @@ def column_norms(
     in_of_a, batch = tuple(range(n + 1, a.ndim)), tuple(range(n))
     cross = sum(
         dot(part, base, ((in_of_a, rows), (batch, stack)), preferred_element_type=dtype)
-        for part in _in_parts(a, base.dtype)
+        for part in _parts(a, base.dtype)
     )  # AᵀW, [batch…, r, out…]
     gram = dot(a, a, ((in_of_a, in_of_a), (batch, batch)))  # AᵀA, [batch…, r, r]
     gram_b = dot(gram, b, (((n + 1,), (n,)), (batch, batch)))
@@ -60,7 +60,7 @@ def column_norms(
     return jnp.sqrt(jnp.maximum(squares + change, jnp.finfo(dtype).tiny))
 
 
-def _in_parts(a: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+def _parts(a: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
     """Returns arrays of W's dtype whose sum is A, so that W need not be cast for the product."""
     if jnp.dtype(dtype).itemsize >= a.dtype.itemsize:
         return [a]

@@ -43,17 +43,17 @@ from lora_jax.core.parts import spread
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 
 
-class _How(NamedTuple):
+class _ProductCall(NamedTuple):
     """The way to multiply x by a weight; see `dot`."""
 
     contract: Dims
     batch: Dims
     weight_first: bool
-    rows: "Rows | None"
+    rows: "ExampleColumns | None"
     params: dict[str, Any]
 
 
-class Rows(NamedTuple):
+class ExampleColumns(NamedTuple):
     """The columns of rank that each row of an activation sees, where examples have own adapters.
 
     Attributes:
@@ -92,7 +92,7 @@ def dot(
     contract: Dims,
     batch: Dims,
     weight_first: bool = False,
-    rows: Rows | None = None,
+    rows: ExampleColumns | None = None,
     **params: Any,
 ) -> jax.Array:
     """Returns `lax.dot_general` of x with an adapted weight, in either order, in factored form.
@@ -109,9 +109,9 @@ def dot(
 
     xA accumulates in fp32 and is scaled there; A and B are cast to x's dtype.
     """
-    how = _How(contract, batch, weight_first, rows, params)
+    how = _ProductCall(contract, batch, weight_first, rows, params)
 
-    def with_base(x: jax.Array) -> jax.Array:
+    def base_product(x: jax.Array) -> jax.Array:
         """Returns xW, or Wᵀx where the weight comes first."""
 
         def product_with(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -121,22 +121,22 @@ def dot(
 
         return product(product_with, weight.base, x)
 
-    def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
+    def factor_product(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
         return lax.reshape(_delta(x, weight, how, seen.dtype), seen.shape)
 
     if not weight.parts:
-        return with_base(x)
+        return base_product(x)
     if set(contract[1]) != set(weight.axes("in")):
         if weight.gain is not None and set(batch[1]) != set(weight.axes("batch")):
-            return _with_a_gain_each(x, weight, how)
+            return _transposed_products(x, weight, how)
         if weight.gain is not None:
-            x = for_factors = x * _of_contracted(weight, x, contract, batch)
+            x = for_factors = x * _contracted_gain(weight, x, contract, batch)
         weight = weight.replace(gain=None, shift=None)
-    placed = functools.partial(_of_result, weight, how, x.ndim)
-    return combined(x, weight, with_base, with_factors, placed, for_factors=for_factors)
+    placed = functools.partial(_result_vector, weight, how, x.ndim)
+    return combined(x, weight, base_product, factor_product, placed, for_factors=for_factors)
 
 
-def _with_a_gain_each(x: jax.Array, weight: Factored, how: _How) -> jax.Array:
+def _transposed_products(x: jax.Array, weight: Factored, how: _ProductCall) -> jax.Array:
     """Returns the mirror image where batch axes are free, so that each weight has its own gain.
 
     Copies x for each weight, times its gain, batches the stack, and puts the axes back in order.
@@ -145,7 +145,7 @@ def _with_a_gain_each(x: jax.Array, weight: Factored, how: _How) -> jax.Array:
     free = tuple(axis for axis in weight.axes("batch") if axis not in batch[1])
     xs = lax.expand_dims(x, range(x.ndim, x.ndim + len(free)))
     every = (batch[0] + tuple(range(x.ndim, xs.ndim)), batch[1] + free)
-    xs = xs * _of_contracted(weight, xs, contract, every)
+    xs = xs * _contracted_gain(weight, xs, contract, every)
     alone = weight.replace(gain=None, shift=None)
     result = dot(xs, alone, contract=contract, batch=every, weight_first=weight_first, **params)
 
@@ -160,8 +160,8 @@ def _with_a_gain_each(x: jax.Array, weight: Factored, how: _How) -> jax.Array:
 def combined(
     x: Any,
     weight: Factored,
-    with_base: Callable[[Any], jax.Array],
-    with_factors: Callable[[Any, Factored, jax.Array], jax.Array],
+    base_product: Callable[[Any], jax.Array],
+    factor_product: Callable[[Any, Factored, jax.Array], jax.Array],
     placed: Callable[[jax.Array], jax.Array],
     *,
     for_factors: Any = None,
@@ -171,23 +171,23 @@ def combined(
     Args:
       x: the activation.
       weight: seen by its in axes, so that gain and shift stand over what comes out.
-      with_base: x ↦ xW.
-      with_factors: (x, the weight, xW) ↦ s·(xA)B in the shape and dtype of xW.
+      base_product: x ↦ xW.
+      factor_product: (x, the weight, xW) ↦ s·(xA)B in the shape and dtype of xW.
       placed: puts a vector over the columns into the layout of xW.
       for_factors: x again, as A is to read it; x itself by default.
     """
     again = x if for_factors is None else for_factors
 
     def taken(again: Any, weight: Factored, seen: jax.Array) -> jax.Array:
-        return seen + with_factors(dropped(again, weight), weight, seen)
+        return seen + factor_product(dropped(again, weight), weight, seen)
 
     def columns_rescaled(x: jax.Array, again: Any, weight: Factored) -> jax.Array:
-        return rescaled(taken(again, weight, with_base(x)), placed(weight.gain))
+        return rescaled(taken(again, weight, base_product(x)), placed(weight.gain))
 
     if weight.gain is None:
-        result = taken(again, weight, with_base(x))
+        result = taken(again, weight, base_product(x))
     elif is_dropped(weight):  # as in PEFT: dropout acts on the adapter's change alone
-        whole, seen = with_base(x), with_base(dropped(x, weight))
+        whole, seen = base_product(x), base_product(dropped(x, weight))
         result = whole - seen + rescaled(taken(again, weight, seen), placed(weight.gain))
     elif _is_narrow(weight):
         result = jax.checkpoint(columns_rescaled)(x, again, weight)
@@ -206,13 +206,15 @@ def _is_narrow(weight: Factored) -> bool:
     return 3 * math.prod(weight.sizes("out")) <= math.prod(weight.sizes("in"))
 
 
-def _of_contracted(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) -> jax.Array:
+def _contracted_gain(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) -> jax.Array:
     """Returns the gain in x's layout and dtype, where the out axes are contracted."""
     where = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
     return spread(weight.gain, weight.layout("gain"), where, x.ndim).astype(x.dtype)
 
 
-def _of_result(weight: Factored, how: _How, x_ndim: int, vector: jax.Array) -> jax.Array:
+def _result_vector(
+    weight: Factored, how: _ProductCall, x_ndim: int, vector: jax.Array
+) -> jax.Array:
     """Returns a gain or a shift in the layout of the product xW."""
     (x_contract, w_contract), (_, w_batch) = how.contract, how.batch
     n_free_x = x_ndim - len(w_batch) - len(x_contract)
@@ -223,7 +225,7 @@ def _of_result(weight: Factored, how: _How, x_ndim: int, vector: jax.Array) -> j
     return spread(vector, weight.layout("gain"), where, len(where) + n_free_x)
 
 
-def _delta(x: jax.Array, weight: Factored, how: _How, dtype: DTypeLike) -> jax.Array:
+def _delta(x: jax.Array, weight: Factored, how: _ProductCall, dtype: DTypeLike) -> jax.Array:
     """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""
     contract, batch, weight_first, rows, params = how
     (x_contract, w_contract), (x_batch, w_batch) = contract, batch

@@ -21,7 +21,7 @@ from lora_jax.hf.stored.kept import rename_modules
 from lora_jax.hf.stored.methods import read_method, stored_tensors
 from lora_jax.hf.stored.raw import Header, RawFile, TensorEntry
 from lora_jax.quantized import Coded
-from lora_jax.quantized.coded import on_host
+from lora_jax.quantized.coded import host_array
 
 # The dtypes of weights, by safetensors' names.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -222,7 +222,7 @@ class SafetensorsFolder:
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         path, part = self._locations[name], self._parts[name]
         if (coded := self.codes(name, np.float32)) is not None:
-            return on_host(coded)[index]
+            return host_array(coded)[index]
         try:
             return np.asarray(self._files[path].get_slice(part.name)[part.inside(index)])
         except (SafetensorError, OSError, TypeError, AttributeError) as error:

@@ -53,9 +53,7 @@ def tied_heads(nodes: Mapping[str, Any], tied: Sequence[Row]) -> dict[str, list[
     return heads
 
 
-def with_head_names(
-    names: list[str] | None, heads: Mapping[str, Sequence[str]]
-) -> list[str] | None:
+def add_head_names(names: list[str] | None, heads: Mapping[str, Sequence[str]]) -> list[str] | None:
     """Returns target_modules or modules_to_save, with the heads that PEFT ties tables by.
 
     Args:
@@ -69,7 +67,7 @@ def with_head_names(
     return names
 
 
-def with_heads(
+def add_heads(
     tensors: Mapping[str, np.ndarray], heads: Mapping[str, Sequence[str]]
 ) -> dict[str, np.ndarray]:
     """Returns the tensors with copies of a tied table's tensors for its heads, as PEFT writes them.
@@ -88,7 +86,7 @@ def with_heads(
     return found
 
 
-def without_copies(
+def drop_copies(
     tensors: Mapping[str, np.ndarray], tied: Sequence[Row], where: str
 ) -> dict[str, np.ndarray]:
     """Returns the tensors without those that only repeat another.

@@ -15,7 +15,7 @@ from lora_jax.variants import variants_of
 from lora_jax.variants.variant import Variant
 
 
-class OfFile(Protocol):
+class FileAdapter(Protocol):
     """The adapter of a file: what its modules share, made once."""
 
     def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Any]:
@@ -27,14 +27,16 @@ class OfFile(Protocol):
         """
 
 
-class Form(Protocol):
+class PeftForm(Protocol):
     """A kind of adapter: a module with these functions."""
 
     @property
     def VARIANT(self) -> Variant:  # noqa: N802
         """The variant of LoRA that it is."""
 
-    def of_file(self, reader: Any, own: Mapping[str, Any], nodes: Sequence[LoraWeight]) -> OfFile:
+    def read_file(
+        self, reader: Any, own: Mapping[str, Any], nodes: Sequence[LoraWeight]
+    ) -> FileAdapter:
         """Returns what a file holds.
 
         Args:
@@ -56,16 +58,16 @@ class Form(Protocol):
         """Returns the tensors that all modules share, by key."""
 
 
-FORMS: dict[str, Form] = {"VERA": vera}
+FORMS: dict[str, PeftForm] = {"VERA": vera}
 
 
-def form_of(node: Leaf) -> Form | None:
+def form_of(node: Leaf) -> PeftForm | None:
     """Returns the form of a node of an adapted tree; None for a LoRA or a leaf trained in full."""
     variants = variants_of(node) if isinstance(node, LoraWeight) else []
     return next((form for form in FORMS.values() if form.VARIANT in variants), None)
 
 
-def as_in_peft(path: str, node: Leaf) -> Leaf:
+def peft_node(path: str, node: Leaf) -> Leaf:
     """Returns a node as PEFT has it: a compact one that PEFT lacks as plain LoRA.
 
     Args:

@@ -21,10 +21,10 @@ from lora_jax.hf.keys import Row
 from lora_jax.hf.sources import FLOATS
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft import config as configuration
-from lora_jax.peft.copies import without_copies
+from lora_jax.peft.copies import drop_copies
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, keys_of_expert, unpack_a, unpack_b
-from lora_jax.peft.forms import FORMS, OfFile
+from lora_jax.peft.forms import FORMS, FileAdapter
 from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.modules import Module, is_tied, kind_of, places, rank_and_alpha, tables_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
@@ -65,11 +65,11 @@ def load(
     _check_tree(params, table)
     experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
     tied = [row for row in table if row.aliases] if is_tied(config) else []
-    reader = _Reader(where, without_copies(tensors, tied, where))
+    reader = _Reader(where, drop_copies(tensors, tied, where))
     try:
         available, chosen = selected(config, table, model, experts=experts)
         rules = rules_for(config, table, available, chosen)
-        params = _with_file_bases(params, chosen, table, config, reader)
+        params = _read_bases(params, chosen, table, config, reader)
         tree = lorafy(_abstract(params), rules)
         if takes_from_base(config) and not any(map(is_abstract, jax.tree.leaves(params))):
             tree = lorafy(params, rules)
@@ -78,7 +78,7 @@ def load(
     own = None
     if (form := FORMS.get(config[configuration.KIND])) is not None:
         nodes = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
-        own = form.of_file(reader, config[configuration.OWN], nodes)
+        own = form.read_file(reader, config[configuration.OWN], nodes)
     files = _Files(reader, table, config, chosen, available, own)
     bases = dict(leaves_of(params)[0])
     loaded = with_shared_a(map_leaves(lambda path, leaf: files.node(path, leaf, bases[path]), tree))
@@ -184,7 +184,7 @@ class _Reader:
             )
 
 
-def _with_file_bases(
+def _read_bases(
     params: Tree, chosen: Sequence[Module], table: Sequence[Row], config: Fields, reader: _Reader
 ) -> Tree:
     """Returns the tree with the base weights that the file holds.
@@ -229,7 +229,7 @@ class _Files:
     config: Fields
     chosen: Sequence[Module]
     available: Sequence[Module]
-    own: OfFile | None  # of a kind other than LORA
+    own: FileAdapter | None  # of a kind other than LORA
 
     def node(self, path: str, leaf: Leaf, base: BaseLike) -> Leaf:
         """Returns the leaf at a path: a node filled from the file, or the base."""

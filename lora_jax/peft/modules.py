@@ -231,11 +231,11 @@ def ends_with(name: str, ends: Iterable[str]) -> bool:
 
 def rank_and_alpha(config: Fields, name: str) -> tuple[int, float]:
     """Returns the r and the lora_alpha of a module."""
-    rank = by_pattern(config["rank_pattern"], name, config["r"])
-    return rank, by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
+    rank = pattern_value(config["rank_pattern"], name, config["r"])
+    return rank, pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
 
 
-def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """Looks a name up in rank_pattern or alpha_pattern; takes the first key that matches."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):

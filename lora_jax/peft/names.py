@@ -13,7 +13,7 @@ VECTORS = {part.name: v.in_peft for v in VARIANTS if v.in_peft for part in v.par
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class TensorKeys:
     """The keys of one adapted module.
 
     PEFT's A is [r, in] and its B is [out, r], of embeddings as of linear layers and of GPT-2's
@@ -26,11 +26,11 @@ class Keys:
     base_weight: str
 
 
-def keys_of(module: Module) -> Keys:
+def keys_of(module: Module) -> TensorKeys:
     """Returns the keys of an adapted module."""
     stem = f"{PREFIX}{module.name}"
     looked_up = module.is_embedding
-    return Keys(
+    return TensorKeys(
         a=f"{stem}.lora_embedding_A" if looked_up else f"{stem}.lora_A.weight",
         b=f"{stem}.lora_embedding_B" if looked_up else f"{stem}.lora_B.weight",
         parts={name: f"{stem}.{vector.tensor}" for name, vector in VECTORS.items()},

@@ -19,10 +19,10 @@ from lora_jax.peft.experts import targeted_experts
 from lora_jax.peft.forms import FORMS
 from lora_jax.peft.modules import (
     Module,
-    by_pattern,
     ends_with,
     is_tied,
     modules,
+    pattern_value,
     places,
     rank_and_alpha,
     tables_of,
@@ -175,7 +175,7 @@ def rules_for(
         if paths:
             found.append(TrainRule(targets=_either(paths)))
     settings: dict[tuple[int, float, str, tuple[int, ...] | None, bool], list[str]] = {}
-    for path, members in _by_path(chosen).items():
+    for path, members in _group_by_path(chosen).items():
         layers: dict[tuple[int, float], list[int]] = {}
         for module in members:
             at = layers.setdefault(rank_and_alpha(config, module.name), [])
@@ -234,7 +234,7 @@ def _either(paths: Sequence[str]) -> str:
     return "|".join(re.escape(path) for path in paths)
 
 
-def _by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
+def _group_by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
     paths: dict[str, list[Module]] = {}
     for module in chosen:
         paths.setdefault(module.path, []).append(module)
@@ -243,11 +243,11 @@ def _by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
 
 def _check_two_uses(config: Fields, chosen: Sequence[Module]) -> None:
     """Raises a PeftError where the two uses of a table are adapted in different ways."""
-    for path, members in _by_path(chosen).items():
+    for path, members in _group_by_path(chosen).items():
         if len({module.uses for module in members}) == 1:
             continue
         for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-            values = [by_pattern(config[field], m.name, config[default]) for m in members]
+            values = [pattern_value(config[field], m.name, config[default]) for m in members]
             if len(set(values)) > 1:
                 names = " and ".join(module.name for module in members)
                 raise PeftError(
@@ -263,7 +263,9 @@ def _check_tied_alphas(config: Fields, table: Sequence[Row], chosen: Sequence[Mo
         heads = [alias.removesuffix(".weight") for alias in row.aliases]
         for head in heads if row.path in adapted else []:
             names = (adapted[row.path], head)
-            alphas = [by_pattern(config["alpha_pattern"], n, config["lora_alpha"]) for n in names]
+            alphas = [
+                pattern_value(config["alpha_pattern"], n, config["lora_alpha"]) for n in names
+            ]
             if alphas[0] != alphas[1]:
                 raise PeftError(
                     f"alpha_pattern gives {names[0]} {alphas[0]} and {head} {alphas[1]}, and the "

@@ -16,10 +16,10 @@ from lora_jax.hf.keys import Row
 from lora_jax.hf.stored.raw import array_entry, write_tensors
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
-from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
+from lora_jax.peft.copies import add_head_names, add_heads, tied_heads
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
-from lora_jax.peft.forms import as_in_peft, form_of
+from lora_jax.peft.forms import form_of, peft_node
 from lora_jax.peft.modules import (
     EMBEDDING_NAMES,
     Module,
@@ -131,7 +131,7 @@ def contents(
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
     if off := [path for path, node in nodes.items() if not node.is_on]:
         raise PeftError(f"{off[0]!r} has no adapter in this half of the tree: join it first")
-    nodes = {path: as_in_peft(path, node) for path, node in nodes.items()}
+    nodes = {path: peft_node(path, node) for path, node in nodes.items()}
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
@@ -192,10 +192,10 @@ class _Contents:
         config |= self._patterns(ranks, alphas)
         config |= self._write_trained()
         for field in ("target_modules", "modules_to_save"):
-            config[field] = with_head_names(config[field], self._heads)
+            config[field] = add_head_names(config[field], self._heads)
         if self._form is not None:
             return self._form.fields(config), self._tensors | self._form.shared(self._lora)
-        return config, with_heads(self._tensors, self._heads)
+        return config, add_heads(self._tensors, self._heads)
 
     def _settings(self) -> dict[str, Any]:
         """Returns the fields that PEFT has once for all adapted modules."""
@@ -272,7 +272,7 @@ class _Contents:
             for what in (*node.has, *["dropout"] * bool(node.dropout)):
                 raise PeftError(f"PEFT has no {what} for experts and routers: {expert.path!r}")
         for name, halves in by_name.items():
-            found = {half: self._of_experts(expert) for half, expert in halves.items()}
+            found = {half: self._expert_factors(expert) for half, expert in halves.items()}
             if None in found:
                 a, b, scale = found[None]
             else:
@@ -288,7 +288,7 @@ class _Contents:
         } == by_name.keys()
         return {"target_parameters": ends if every_layer else sorted(by_name)}
 
-    def _of_experts(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
+    def _expert_factors(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
         """Returns A [experts, r, in], B [experts, r, out] and s of a layer's experts or router."""
         node, rank = self._lora[expert.path], self._rank(expert)
         (layer,) = expert.index
@@ -372,7 +372,7 @@ class _Contents:
                 self._put(f"{PREFIX}{name}", self._tensor(name))
         return {
             "bias": kind,
-            "modules_to_save": self._with_whole_head(saved) or None,
+            "modules_to_save": self._name_whole_head(saved) or None,
             "trainable_token_indices": tokens or None,
         }
 
@@ -387,7 +387,7 @@ class _Contents:
             return "lora_only"
         return "all" if set(names) == every else None
 
-    def _with_whole_head(self, saved: set[str]) -> list[str]:
+    def _name_whole_head(self, saved: set[str]) -> list[str]:
         """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
         places = self._places.items()
         head = {_module_of(name) for name, (row, _) in places if kind_of(row) == "classifier"}

@@ -18,7 +18,7 @@ from lora_jax.peft.config import REFUSED, UNUSED, fields_of
 from lora_jax.peft.experts import DOWN, GATE_UP
 from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
-from lora_jax.peft.modules import by_pattern
+from lora_jax.peft.modules import pattern_value
 from lora_jax.peft.names import FILE, PREFIX
 from lora_jax.variants import VARIANTS
 
@@ -79,12 +79,12 @@ def problems_of(
       max_rank, model_type: see `serving_problems`.
     """
     return [
-        *_of_kind(fields),
-        *_of_start(fields),
-        *_of_what_else_trains(fields, tensors),
-        *_of_tables(fields, tensors),
-        *_of_experts(tensors, model_type),
-        *_of_ranks(fields, _ranks(fields, tensors), max_rank),
+        *_kind_problems(fields),
+        *_start_problems(fields),
+        *_trained_problems(fields, tensors),
+        *_table_problems(fields, tensors),
+        *_expert_problems(tensors, model_type),
+        *_rank_problems(fields, _ranks(fields, tensors), max_rank),
     ]
 
 
@@ -103,12 +103,12 @@ def _ranks(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[str, int]:
                 if stem == name and (inside or not any(GATE_UP in target for target in wanted)):
                     one = DOWN
                 name = f"{stem}.{one}"
-                rank = by_pattern(fields.get("rank_pattern"), name, fields.get("r", 8))
+                rank = pattern_value(fields.get("rank_pattern"), name, fields.get("r", 8))
             ranks[name] = rank
     return ranks
 
 
-def _of_experts(tensors: Mapping[str, Shaped], model_type: str | None) -> list[str]:
+def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> list[str]:
     """Lists experts of which a projection is not adapted, or in another model's layout."""
     names = [key.removesuffix(_A) for key in tensors if key.endswith(_A)]
     joined = {name for name in names if name.endswith(".experts")}
@@ -130,7 +130,7 @@ def _of_experts(tensors: Mapping[str, Shaped], model_type: str | None) -> list[s
     return found
 
 
-def _of_kind(fields: Fields) -> list[str]:
+def _kind_problems(fields: Fields) -> list[str]:
     """Lists fields with which the adapter is something other than W + s·BA."""
     found = []
     for variant in VARIANTS:
@@ -150,7 +150,7 @@ def _of_kind(fields: Fields) -> list[str]:
     return found
 
 
-def _of_start(fields: Fields) -> list[str]:
+def _start_problems(fields: Fields) -> list[str]:
     """Lists initialisers for which PEFT changes the base at each load."""
     init = str(fields.get("init_lora_weights")).lower()
     why = f"init_lora_weights={init}: PEFT changes the base at each load, and engines do not"
@@ -162,7 +162,7 @@ def _of_start(fields: Fields) -> list[str]:
     return [f"{why}; {_BY_PEFT}"] if init.startswith("loftq") else []
 
 
-def _of_what_else_trains(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
+def _trained_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
     found = []
     if (bias := fields.get("bias") or "none") != "none":
         found.append(f"bias={bias}: trained biases are refused; {_MERGE}")
@@ -174,7 +174,7 @@ def _of_what_else_trains(fields: Fields, tensors: Mapping[str, Shaped]) -> list[
     return found
 
 
-def _of_tables(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
+def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
     """Lists adapted embeddings: vLLM has them for embed_tokens (and a head called lm_head).
 
     (PEFT saves these tables' own weights beside, a file that older versions of vLLM refuse.)
@@ -193,7 +193,7 @@ def _of_tables(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
     return found
 
 
-def _of_ranks(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> list[str]:
+def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> list[str]:
     found = []
     r, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
     if (highest := max([r, *ranks.values()])) > max_rank:
@@ -206,7 +206,7 @@ def _of_ranks(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> list[s
 
     other = []
     for name, rank in ranks.items():
-        own = by_pattern(fields.get("alpha_pattern"), name, alpha)
+        own = pattern_value(fields.get("alpha_pattern"), name, alpha)
         if abs(scale(own, rank) - scale(alpha, r)) > 1e-5 * scale(alpha, r):
             other.append(name)
     if other:

@@ -136,7 +136,7 @@ def _keys(module: Module) -> tuple[str, str]:
     return f"{stem}.vera_lambda_d", f"{stem}.vera_lambda_b"
 
 
-class Pair:
+class SharedPair:
     """The pair that the weights of a file share, each of its arrays made once."""
 
     def __init__(self, reader: Any, own: Mapping[str, Any], nodes: Sequence[LoraWeight]) -> None:
@@ -186,7 +186,7 @@ class Pair:
         return self._made[key]
 
 
-of_file = Pair
+read_file = SharedPair
 
 
 def _drawn(seed: int, rank: int, ins: int, outs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -127,7 +127,7 @@ def _decoded(arrays: Mapping[str, jax.Array], format: Format, dtype: DTypeLike) 
     return whole
 
 
-def on_host(coded: Coded) -> np.ndarray:
+def host_array(coded: Coded) -> np.ndarray:
     """Returns W of a `Coded` of NumPy arrays, in fp32: the exact product, rounded once.
 
     XLA gives zero for what is below 2⁻¹²⁶, and NumPy does not.

@@ -38,7 +38,7 @@ class LeafReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class QuantReport:
     """A row for each leaf; printed, a table."""
 
     rows: Sequence[LeafReport]
@@ -59,7 +59,7 @@ class Report:
         return "\n".join(f"{row.path:{width}}  {row}" for row in rows)
 
 
-def report(params: Tree, of: Any = None) -> Report:
+def report(params: Tree, of: Any = None) -> QuantReport:
     """Returns the bytes of a tree before and after `quantize`, and the error of each leaf.
 
     Args:
@@ -84,4 +84,4 @@ def report(params: Tree, of: Any = None) -> Report:
         return LeafReport(path, leaf.format.name, before, leaf.nbytes, error)
 
     bases = [(p, leaf.base if is_node(leaf) else leaf) for p, leaf in leaves_of(params)[0]]
-    return Report([row(path, leaf) for path, leaf in bases if hasattr(leaf, "shape")])
+    return QuantReport([row(path, leaf) for path, leaf in bases if hasattr(leaf, "shape")])

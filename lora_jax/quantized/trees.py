@@ -22,8 +22,8 @@ from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.rules import ALL_LINEAR, LoraRule, Targets
-from lora_jax.select.matching import Known, matches
-from lora_jax.select.resolve import Adapted, resolve
+from lora_jax.select.matching import LeafFacts, matches
+from lora_jax.select.resolve import Adaptation, resolve
 
 ROUTERS = ("router", "gate")  # modules that choose experts
 
@@ -98,20 +98,20 @@ def plan(
     ]
     selecting = {_selection(rule): rule for rule in reversed(chosen)}
     try:
-        found = resolve(arrays, [_selection(rule) for rule in chosen], Known(roles, kinds))
+        found = resolve(arrays, [_selection(rule) for rule in chosen], LeafFacts(roles, kinds))
     except ValueError as error:
         n_coded = sum(is_coded(leaf) for _, leaf in leaves)
         already = f" ({n_coded} leaves of the tree are in codes already)" if n_coded else ""
         raise ValueError(str(error).replace("LoraRule", "QuantRule") + already) from None
     shapes = {path: leaf.shape for path, leaf in arrays}
 
-    def coding(path: str, choice: Adapted) -> Coding | None:
+    def coding(path: str, choice: Adaptation) -> Coding | None:
         format, roles = selecting[choice.rule].format, choice.roles
         if leaf_name(path) in EMBEDDING_NAMES:  # a row of a table is what a look-up reads
             roles = AxisRoles(roles.out_axes, roles.in_axes)
         return coding_of(shapes[path], format, roles)
 
-    return {p: coding(p, choice) for p, choice in found.items() if isinstance(choice, Adapted)}
+    return {p: coding(p, choice) for p, choice in found.items() if isinstance(choice, Adaptation)}
 
 
 def quantize(

@@ -26,7 +26,7 @@ from lora_jax.core.types import BaseLike, Fields, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 from lora_jax.folders import TEMPLATE_FILE, local_path, partial_of, put_in_place
 from lora_jax.lorafy import nodes_of, strip, swap
-from lora_jax.saving.derived import Remaker, without_derived
+from lora_jax.saving.derived import Remaker, take_out_derived
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
 from lora_jax.select.sharing import check_owners, with_shared_a
@@ -85,7 +85,7 @@ def save_adapter(
     if base is not None:
         _check_meant(nodes, fingerprint, base)
     arrays = {path: _arrays(path, node) for path, node in nodes.items()}
-    derived = without_derived(nodes, arrays)
+    derived = take_out_derived(nodes, arrays)
     metadata = {
         "format": FORMAT,
         "weights": {

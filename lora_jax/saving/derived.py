@@ -36,7 +36,7 @@ _TOLERANCE = 5e-3  # of a factor's norm; another sign of one singular vector cha
 Filed = dict[str, dict[str, Any]]  # by path and name
 
 
-def without_derived(nodes: Mapping[str, Node], arrays: Filed) -> dict[str, dict[str, Any]]:
+def take_out_derived(nodes: Mapping[str, Node], arrays: Filed) -> dict[str, dict[str, Any]]:
     """Takes out of `arrays` what is made again on loading; returns the settings to make it with.
 
     Args:
@@ -95,7 +95,7 @@ class Remaker:
             return weight
         if "same" in settings:
             where = {name: settings["same"].get(name, path) for name in derived.names}
-            return weight.replace(**{n: self._of_file(where[n], n) for n in derived.names})
+            return weight.replace(**{n: self._read(where[n], n) for n in derived.names})
         recipe = settings[derived.entry]
         if derived not in self._again:
             self._again[derived] = derived.again(self._nodes)
@@ -107,7 +107,7 @@ class Remaker:
             raise AdapterError(f"the adapter {self._folder} {why}")
         return weight
 
-    def _of_file(self, path: str, name: str) -> jax.Array:
+    def _read(self, path: str, name: str) -> jax.Array:
         if (path, name) not in self._held:
             self._held[path, name] = jnp.asarray(self._arrays[path][name])
         return self._held[path, name]

@@ -16,13 +16,13 @@ from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Leaf
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
 from lora_jax.init import Factors, FactorShape, takes_from_base
-from lora_jax.select.resolve import Adapted, Choice, InFull
-from lora_jax.variants.variant import Kernel, MakeFactors, Variant
+from lora_jax.select.resolve import Adaptation, Decision, FullTraining
+from lora_jax.variants.variant import KernelFacts, MakeFactors, Variant
 
 Starts = Mapping[Variant, MakeFactors]
 
 
-def starts_of(leaves: Mapping[str, Leaf], chosen: Mapping[str, Choice], key: jax.Array) -> Starts:
+def starts_of(leaves: Mapping[str, Leaf], chosen: Mapping[str, Decision], key: jax.Array) -> Starts:
     """Returns what makes the A and B of a tree's weights, for variants that do not draw them.
 
     Args:
@@ -33,24 +33,24 @@ def starts_of(leaves: Mapping[str, Leaf], chosen: Mapping[str, Choice], key: jax
     Raises:
       ValueError: the weights do not fit their variant.
     """
-    kernels: dict[Variant, list[Kernel]] = {}
+    kernels: dict[Variant, list[KernelFacts]] = {}
     for path, choice in chosen.items():
-        if isinstance(choice, Adapted) and (variant := _starting(choice)):
+        if isinstance(choice, Adaptation) and (variant := _starting(choice)):
             kernels.setdefault(variant, []).append(_kernel(leaves[path], path, choice))
     return {v: v.start(each, key) for v, each in kernels.items() if v.start}
 
 
-def _starting(choice: Adapted) -> Variant | None:
+def _starting(choice: Adaptation) -> Variant | None:
     """Returns the variant that gives a weight its A and B, if there is one."""
     return next((variant for variant in choice.rule.variants if variant.start), None)
 
 
-def _kernel(leaf: Leaf, path: str, choice: Adapted) -> Kernel:
+def _kernel(leaf: Leaf, path: str, choice: Adaptation) -> KernelFacts:
     dtype = np.dtype(choice.rule.dtype)
-    return Kernel(path, tuple(leaf.shape), choice.roles, choice.ranks, dtype)
+    return KernelFacts(path, tuple(leaf.shape), choice.roles, choice.ranks, dtype)
 
 
-def node_of(leaf: Leaf, path: str, choice: Choice, key: jax.Array, starts: Starts) -> Node:
+def node_of(leaf: Leaf, path: str, choice: Decision, key: jax.Array, starts: Starts) -> Node:
     """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
 
     Args:
@@ -60,7 +60,7 @@ def node_of(leaf: Leaf, path: str, choice: Choice, key: jax.Array, starts: Start
       key: a PRNG key.
       starts: see `starts_of`.
     """
-    make: Callable[..., Node] = _trained if isinstance(choice, InFull) else _adapted
+    make: Callable[..., Node] = _trained if isinstance(choice, FullTraining) else _adapted
     if is_abstract(leaf):
         key = jax.random.key(0)
         node = jax.eval_shape(lambda leaf: make(leaf, path, choice, key, starts), leaf)
@@ -68,7 +68,7 @@ def node_of(leaf: Leaf, path: str, choice: Choice, key: jax.Array, starts: Start
     return make(leaf, path, choice, key, starts)
 
 
-def _trained(leaf: Leaf, path: str, choice: InFull, *_: Any) -> Node:
+def _trained(leaf: Leaf, path: str, choice: FullTraining, *_: Any) -> Node:
     """Returns the node with a copy of what trains, so that donating it spares the leaf."""
     array = as_array(leaf)
     if choice.rows is None:
@@ -77,7 +77,7 @@ def _trained(leaf: Leaf, path: str, choice: InFull, *_: Any) -> Node:
     return TrainedRows(leaf, value, rows=choice.rows, is_table=choice.is_table)
 
 
-def _adapted(leaf: Leaf, path: str, choice: Adapted, key: jax.Array, starts: Starts) -> Node:
+def _adapted(leaf: Leaf, path: str, choice: Adaptation, key: jax.Array, starts: Starts) -> Node:
     rule, scales = choice.rule, np.asarray(choice.scales, np.float32)
     a_shape, b_shape, scale_shape = factor_shapes(leaf.shape, choice.roles, max(choice.ranks))
     n_batch = len(scale_shape)
@@ -106,7 +106,7 @@ def _adapted(leaf: Leaf, path: str, choice: Adapted, key: jax.Array, starts: Sta
     return node.replace(**{extra.name: first(extra) for extra in rule.parts})
 
 
-def _draw(leaf: Leaf, path: str, choice: Adapted, scale: jax.Array, key: jax.Array) -> Factors:
+def _draw(leaf: Leaf, path: str, choice: Adaptation, scale: jax.Array, key: jax.Array) -> Factors:
     """Returns A [batch…, in, r] and B [batch…, r, out].
 
     Where ranks differ, the factors are drawn layer by layer and filled up with zeros, which

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.core.axes import EMBEDDING_NAMES, Seen, default_roles
+from lora_jax.core.axes import EMBEDDING_NAMES, ObservedRoles, default_roles
 from lora_jax.core.paths import has_run, leaf_name, nearest
 from lora_jax.core.types import Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, AnyOf, LoraRule, Rule, Targets, TrainRule
@@ -28,7 +28,7 @@ NO_ARGUMENT = "it is no argument (leaves are matched by identity)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class LeafFacts:
     """Facts about the leaves, by path.
 
     Attributes:
@@ -39,12 +39,12 @@ class Known:
       shared: the path of the object that stands at a path, too; see `lora_jax.core.aliases`.
     """
 
-    roles: Mapping[str, Seen | str] | None = None
+    roles: Mapping[str, ObservedRoles | str] | None = None
     kinds: Mapping[str, str] | None = None
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], known: Known) -> bool:
+def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], known: LeafFacts) -> bool:
     """Returns whether a rule names a leaf that it can adapt (a LoraRule) or train."""
     leaf = tree[path]
     if matches(rule.exclude, path) or not _is_named(rule, path, leaf, known):
@@ -54,7 +54,7 @@ def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], known: Known) -> bo
     return _is_matrix(leaf) and not _is_side_leaf(rule, path, tree, known)
 
 
-def _is_named(rule: Rule, path: str, leaf: Leaf, known: Known) -> bool:
+def _is_named(rule: Rule, path: str, leaf: Leaf, known: LeafFacts) -> bool:
     if isinstance(rule.targets, str) and rule.targets not in PRESETS:
         return matches(rule.targets, path)
     names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
@@ -73,12 +73,12 @@ def is_table_or_head(path: str) -> bool:
     return leaf_name(path) in EMBEDDING_NAMES or _NOT_LINEAR.fullmatch(path) is not None
 
 
-def _is_linear(path: str, leaf: Leaf, known: Known) -> bool:
+def _is_linear(path: str, leaf: Leaf, known: LeafFacts) -> bool:
     """Returns whether a leaf is known as a kernel: by what was seen of it, or else by its name."""
     if known.roles is None:
         return default_roles(leaf_name(path), len(leaf.shape)) is not None
     seen = known.roles.get(path)
-    return isinstance(seen, Seen) and not seen.not_kernel_reason
+    return isinstance(seen, ObservedRoles) and not seen.not_kernel_reason
 
 
 def matches(targets: Targets, path: str) -> bool:
@@ -92,7 +92,7 @@ def _is_matrix(leaf: Leaf) -> bool:
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], known: Known) -> bool:
+def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], known: LeafFacts) -> bool:
     """Returns whether the name of a leaf says that it is a bias or a part of a norm.
 
     The name does not count where the leaf was seen to be a kernel. Nor does it where the rule gives
@@ -114,7 +114,7 @@ def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], known: Kn
     return name not in BIASES or not is_whole or max(beside) > len(leaf.shape)
 
 
-def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], known: Known) -> None:
+def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], known: LeafFacts) -> None:
     """Raises a ValueError for a name in a rule's list that selects nothing beside others that do.
 
     Names count whose leaves an earlier rule takes, or the rule's own exclude or layers leave out.
@@ -126,11 +126,13 @@ def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], known: Known) -
         for name in rule.targets:
             alone = dataclasses.replace(rule, targets=(name,), **everywhere)
             if not any(selects(alone, path, tree, known) for path in tree):
-                why = why_nothing(alone, tree, (), known)
+                why = no_match_reason(alone, tree, (), known)
                 raise ValueError(f"{rule}: the target {name!r} selects nothing: {why}")
 
 
-def why_nothing(rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], known: Known) -> str:
+def no_match_reason(
+    rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], known: LeafFacts
+) -> str:
     """Returns the reason why a rule selects nothing.
 
     Args:
@@ -150,7 +152,7 @@ def why_nothing(rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], kno
         if rule.layers is not None and (kernels := [path for path in matrices if path not in side]):
             return f"{kernels[0]!r} has none of the layers {rule.layers}"
         if side:
-            return _why_side_leaf(side[0], known)
+            return _side_leaf_reason(side[0], known)
     for path, leaf in named.items():
         if len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.integer):
             return (
@@ -165,7 +167,7 @@ def why_nothing(rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], kno
         )
     if not tree:
         return "the tree has no leaves"
-    if shared := _why_shared(rule, tree, known):
+    if shared := _shared_reason(rule, tree, known):
         return shared
     if isinstance(rule.targets, str) and (names := _names_in(rule.targets, tree)):
         return (
@@ -174,7 +176,7 @@ def why_nothing(rule: Rule, tree: Mapping[str, Leaf], taken: Container[str], kno
         )
     names = [rule.targets] if isinstance(rule.targets, str) else [*rule.targets]
     if ALL_LINEAR in names and isinstance(rule, LoraRule) and known.kinds is None:
-        return _why_not_linear({p: leaf for p, leaf in tree.items() if _is_matrix(leaf)}, known)
+        return _not_linear_reason({p: leaf for p, leaf in tree.items() if _is_matrix(leaf)}, known)
     near = dict.fromkeys(path for name in names for path in nearest(name, tree))
     return "\n  ".join(["the nearest paths are:", *near])
 
@@ -185,7 +187,7 @@ def _names_in(pattern: str, tree: Mapping[str, Leaf]) -> list[str]:
     return names if all(any(has_run(path, name) for path in tree) for name in names) else []
 
 
-def _why_shared(rule: Rule, tree: Mapping[str, Leaf], known: Known) -> str:
+def _shared_reason(rule: Rule, tree: Mapping[str, Leaf], known: LeafFacts) -> str:
     """Returns why a rule that names a later place of a shared object selects nothing; "" else."""
     for place, first in known.shared.items():
         for path in tree:
@@ -196,7 +198,7 @@ def _why_shared(rule: Rule, tree: Mapping[str, Leaf], known: Known) -> str:
     return ""
 
 
-def _why_side_leaf(path: str, known: Known) -> str:
+def _side_leaf_reason(path: str, known: LeafFacts) -> str:
     """Returns why a rule leaves a leaf alone that has the name of a bias, and what to do."""
     look = "or let lorafy look at what your function does: lorafy(params, rules, trace=(fn, …))"
     if known.roles is not None:
@@ -208,13 +210,13 @@ def _why_side_leaf(path: str, known: Known) -> str:
     )
 
 
-def _not_kernel_reason(path: str, roles: Mapping[str, Seen | str]) -> str:
+def _not_kernel_reason(path: str, roles: Mapping[str, ObservedRoles | str]) -> str:
     """Returns why a function was not seen to use a leaf as a kernel; "" where it was."""
     seen = roles.get(path, NO_ARGUMENT)
     return seen if isinstance(seen, str) else seen.not_kernel_reason
 
 
-def _why_not_linear(matrices: Mapping[str, Leaf], known: Known) -> str:
+def _not_linear_reason(matrices: Mapping[str, Leaf], known: LeafFacts) -> str:
     """Returns why "all-linear" takes none of the leaves with two axes or more, and what to do."""
     if not matrices:
         return "no leaf is an array of floats with two axes or more"

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from lora_jax.adapt.sides import RoleWarning
 from lora_jax.adapt.user_code import place_of_call, warn
-from lora_jax.core.axes import AxisRoles, Seen, default_roles
+from lora_jax.core.axes import AxisRoles, ObservedRoles, default_roles
 from lora_jax.core.paths import leaf_name, numbered_layer
 from lora_jax.core.types import Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, TrainRule
-from lora_jax.select.matching import BIASES, NO_ARGUMENT, Known, selects, why_nothing
+from lora_jax.select.matching import BIASES, NO_ARGUMENT, LeafFacts, no_match_reason, selects
 
 _REMEDY = "Leave it out with exclude=…, or give its in_axes=… and out_axes=… in a rule for it"
 
@@ -20,7 +20,7 @@ Leaves = Sequence[tuple[str, Any]]  # path and array, or anything with a shape a
 
 
 @dataclasses.dataclass(frozen=True)
-class InFull:
+class FullTraining:
     """The rules' decision for a leaf that trains: all of it, or some rows of its first axis.
 
     Attributes:
@@ -33,7 +33,7 @@ class InFull:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class Adaptation:
     """The rules' decision for one kernel.
 
     Attributes:
@@ -61,7 +61,7 @@ class Adapted:
         return tuple(rule.scale if rule else 0.0 for rule in self.rules)
 
 
-Choice = Adapted | InFull
+Decision = Adaptation | FullTraining
 
 
 def listed(rules: Iterable[Rule]) -> tuple[Rule, ...]:
@@ -88,8 +88,8 @@ def listed(rules: Iterable[Rule]) -> tuple[Rule, ...]:
 def resolve(
     leaves: Leaves,
     rules: Iterable[Rule],
-    known: Known = Known(),  # noqa: B008
-) -> dict[str, Choice]:
+    known: LeafFacts = LeafFacts(),  # noqa: B008
+) -> dict[str, Decision]:
     """Returns the decision for each leaf that a rule selects, by path; the first rule wins.
 
     Args:
@@ -110,14 +110,14 @@ def resolve(
                 "kinds=lora_jax.models.kinds(model.config)), or kinds={path: kind} of your own"
             )
     used: set[int] = set()
-    resolved: dict[str, Choice] = {}
+    resolved: dict[str, Decision] = {}
     tree = dict(leaves)
     for path, leaf in leaves:
         matching = {i: rule for i, rule in enumerate(rules) if selects(rule, path, tree, known)}
         if not matching:
             continue
         index, first = next(iter(matching.items()))
-        choice: Choice | None
+        choice: Decision | None
         if isinstance(first, TrainRule):
             choice, taking_part = _train(first, path, leaf), {index}
         else:
@@ -129,7 +129,7 @@ def resolve(
     resolved |= _biases(tree, resolved)
     for index, rule in enumerate(rules):
         if index not in used:
-            why = why_nothing(rule, tree, resolved if index else {}, known)
+            why = no_match_reason(rule, tree, resolved if index else {}, known)
             raise ValueError(f"{rule} selects nothing: {why}")
     return resolved
 
@@ -139,21 +139,21 @@ def _peft_hint(rules: Any) -> str:
     return ": lora_jax.peft.rules(config) makes rules of it" if hasattr(rules, "peft_type") else ""
 
 
-def _train(rule: TrainRule, path: str, leaf: Leaf) -> InFull | None:
+def _train(rule: TrainRule, path: str, leaf: Leaf) -> FullTraining | None:
     """Returns the decision for a leaf that a rule selects; None if it is in none of its layers."""
     is_table = rule.rows is not None
     indices = rule.rows if is_table else rule.layers
     if indices is None:
-        return InFull()
+        return FullTraining()
     if is_table and len(leaf.shape) != 2:
         raise ValueError(
             f"{rule}: {path!r} has the shape {tuple(leaf.shape)}; rows are those of a table [n, d]"
         )
     if not is_table and (number := numbered_layer(path, stacked=False)) is not None:
-        return InFull() if number in indices else None
+        return FullTraining() if number in indices else None
     n = leaf.shape[0] if leaf.shape else 0
     _check_indices(rule, "row" if is_table else "layer", indices, path, n)
-    return InFull(tuple(indices), is_table)
+    return FullTraining(tuple(indices), is_table)
 
 
 def _check_indices(rule: Rule, what: str, indices: Sequence[int], path: str, n: int) -> None:
@@ -163,27 +163,27 @@ def _check_indices(rule: Rule, what: str, indices: Sequence[int], path: str, n: 
         )
 
 
-def _biases(paths: Container[str], resolved: Mapping[str, Choice]) -> dict[str, Choice]:
+def _biases(paths: Container[str], resolved: Mapping[str, Decision]) -> dict[str, Decision]:
     """Returns the decision for each bias that stands beside a kernel whose rule trains it."""
-    found: dict[str, Choice] = {}
+    found: dict[str, Decision] = {}
     for path, choice in resolved.items():
-        if isinstance(choice, Adapted) and choice.rule.train_bias:
-            bias = beside(path, paths)
+        if isinstance(choice, Adaptation) and choice.rule.train_bias:
+            bias = bias_path(path, paths)
             if bias is not None and bias not in resolved:
                 on = tuple(layer for layer, rank in enumerate(choice.ranks) if rank)
-                found[bias] = InFull(None if len(on) == len(choice.ranks) else on)
+                found[bias] = FullTraining(None if len(on) == len(choice.ranks) else on)
     return found
 
 
-def beside(path: str, paths: Container[str]) -> str | None:
+def bias_path(path: str, paths: Container[str]) -> str | None:
     """Returns the path of the bias that stands beside a kernel, if there is one."""
     parent = path.removesuffix(leaf_name(path))
     return next((parent + name for name in BIASES if parent + name in paths), None)
 
 
 def _adapt(
-    rules: Mapping[int, LoraRule], path: str, leaf: Leaf, known: Known
-) -> tuple[Adapted | None, set[int]]:
+    rules: Mapping[int, LoraRule], path: str, leaf: Leaf, known: LeafFacts
+) -> tuple[Adaptation | None, set[int]]:
     """Returns the decision for a kernel and the indices of the rules that take part in it.
 
     Args:
@@ -218,23 +218,23 @@ def _adapt(
     layers = chosen[:1] if len(set(chosen)) == 1 else chosen
     if len(layers) > 1 and shared[0].uses == "each":
         raise ValueError(f"uses='each' is for all layers alike, and those of {path!r} differ")
-    return Adapted(roles, tuple(None if i is None else rules[i] for i in layers)), used
+    return Adaptation(roles, tuple(None if i is None else rules[i] for i in layers)), used
 
 
 # Fields that may differ between the layers of one stack, with values that replace theirs.
 _MAY_DIFFER: dict[str, Any] = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
 
 
-def _roles(rule: LoraRule, path: str, ndim: int, known: Known) -> AxisRoles:
+def _roles(rule: LoraRule, path: str, ndim: int, known: LeafFacts) -> AxisRoles:
     if rule.in_axes is not None and rule.out_axes is not None:
         try:
-            return AxisRoles.of(rule.in_axes, rule.out_axes, ndim)
+            return AxisRoles.from_axes(rule.in_axes, rule.out_axes, ndim)
         except ValueError as error:
             raise ValueError(f"{rule}: {path!r}: {error}") from None
     roles = default_roles(leaf_name(path), ndim)
     if known.roles is not None:
         seen = known.roles.get(path, NO_ARGUMENT)
-        if isinstance(seen, Seen):
+        if isinstance(seen, ObservedRoles):
             return seen.roles
         if roles is None or seen == NO_ARGUMENT:
             raise ValueError(

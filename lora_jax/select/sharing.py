@@ -6,10 +6,10 @@ from typing import Any
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of, map_leaves
 from lora_jax.rules import LoraRule
-from lora_jax.select.resolve import Adapted, Choice
+from lora_jax.select.resolve import Adaptation, Decision
 
 
-def owners(chosen: Mapping[str, Choice], leaves: Mapping[str, Leaf]) -> dict[str, str]:
+def owners(chosen: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dict[str, str]:
     """Returns `LoraWeight.a_of` of each weight that shares another's A, by path.
 
     Weights share an A where one rule with `share_a` selects them, and the modules that they are
@@ -25,7 +25,7 @@ def owners(chosen: Mapping[str, Choice], leaves: Mapping[str, Leaf]) -> dict[str
     """
     groups: dict[tuple[LoraRule, object], list[str]] = {}
     for path, choice in chosen.items():
-        if isinstance(choice, Adapted) and choice.rule.share_a:
+        if isinstance(choice, Adaptation) and choice.rule.share_a:
             groups.setdefault((choice.rule, _place(path)), []).append(path)
     _check_effect(groups)
     shared: dict[str, str] = {}
@@ -59,8 +59,8 @@ def _check_effect(groups: Mapping[tuple[LoraRule, object], list[str]]) -> None:
             )
 
 
-def _shape_of_a(leaf: Leaf, choice: Choice) -> tuple[object, ...]:
-    assert isinstance(choice, Adapted)
+def _shape_of_a(leaf: Leaf, choice: Decision) -> tuple[object, ...]:
+    assert isinstance(choice, Adaptation)
     sizes = (choice.roles.sizes(leaf.shape, role) for role in ("batch", "in"))
     return (*sizes, choice.ranks)
 

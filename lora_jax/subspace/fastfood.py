@@ -30,7 +30,7 @@ MOST = 2**31  # entries of a tensor, and of θ_d: indices are 32-bit
 _CACHED = 2**15  # entries that a CPU core's cache holds
 
 
-class Draws(NamedTuple):
+class FastfoodDraws(NamedTuple):
     """The random parts of one projection, in K blocks.
 
     Attributes:
@@ -44,7 +44,7 @@ class Draws(NamedTuple):
     normals: jax.Array
 
 
-def draw(key: jax.Array, d: int, size: int) -> Draws:
+def draw(key: jax.Array, d: int, size: int) -> FastfoodDraws:
     """Returns the random parts of the projection from d numbers to `size`.
 
     Args:
@@ -55,7 +55,7 @@ def draw(key: jax.Array, d: int, size: int) -> Draws:
     blocks, block = -(-d // n), min(n, _power_of_two(d))
     key_b, key_p, key_g = jax.random.split(key, 3)
     signs = jax.random.rademacher(key_b, (blocks, block), jnp.int8)
-    return Draws(signs, _permutation(key_p, blocks, n), _normals(key_g, blocks, n))
+    return FastfoodDraws(signs, _permutation(key_p, blocks, n), _normals(key_g, blocks, n))
 
 
 def project(theta: jax.Array, key: jax.Array, size: int) -> jax.Array:
@@ -72,7 +72,7 @@ def project(theta: jax.Array, key: jax.Array, size: int) -> jax.Array:
     return projected(theta, draw(key, theta.size, size), size)
 
 
-def projected(theta: jax.Array, draws: Draws, size: int) -> jax.Array:
+def projected(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax.Array:
     """Returns Px for a projection's random parts; see `project`."""
     (d,), dtype = theta.shape, theta.dtype
     signs, permutation, normals = draws

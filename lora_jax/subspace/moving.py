@@ -72,13 +72,13 @@ def moved(
             continue
         shape = leaves[tensor.path].shape[: int(tensor.is_stack)]
         scales = _scales(scale, [tensor], total, theta.dtype)
-        of = _of_stack if tensor.is_stack else _of_tensor
-        found[tensor.path] = of(
+        move = _move_stack if tensor.is_stack else _move_tensor
+        found[tensor.path] = move(
             leaves[tensor.path], theta, own[tensor.path].reshape(shape), scales.reshape(shape)
         )
     for size, group in small.items():
-        of_group = jnp.concatenate([own[tensor.path] for tensor in group])
-        changes = _together(theta, of_group, _scales(scale, group, total, theta.dtype), size)
+        group_keys = jnp.concatenate([own[tensor.path] for tensor in group])
+        changes = _together(theta, group_keys, _scales(scale, group, total, theta.dtype), size)
         done = 0
         for tensor in group:
             leaf, n = leaves[tensor.path], len(tensor.names)
@@ -141,7 +141,7 @@ _drawn_again = jax.checkpoint(_change, static_argnums=3)
 
 
 @jax.jit  # tensors of one shape share one compiled function
-def _of_tensor(leaf: Leaf, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
+def _move_tensor(leaf: Leaf, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns θ₀ + λP(θ_d) of one tensor."""
     return _sum(leaf, _drawn_again(theta, key, scale, leaf.shape))
 
@@ -181,7 +181,7 @@ def _layer_by_layer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Arr
     return total, jax.lax.map(layer, (d_leaf, keys, scales, d_scales))
 
 
-_of_stack = jax.jit(_layer_by_layer)
+_move_stack = jax.jit(_layer_by_layer)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -26,12 +26,12 @@ def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
     axis = node.labels.index("batch")
     labels = (*node.labels[:axis], *node.labels[axis + 1 :])
 
-    def of_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
+    def layer_norms(layer: tuple[jax.Array, ...]) -> jax.Array:
         index, a, b, scale = layer
         w = as_array(member(node.base, axis, index))
         return column_norms(w, a, b, scale, labels)
 
-    norms: jax.Array = lax.map(of_layer, (jnp.arange(node.shape[axis]), a, b, node.scale))
+    norms: jax.Array = lax.map(layer_norms, (jnp.arange(node.shape[axis]), a, b, node.scale))
     return norms
 
 

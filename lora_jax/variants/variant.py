@@ -11,7 +11,7 @@ from lora_jax.core.axes import AxisRoles
 from lora_jax.core.weight import LoraWeight, Part
 
 
-class Kernel(NamedTuple):
+class KernelFacts(NamedTuple):
     """The facts about a kernel that its A and B are made from.
 
     Attributes:
@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
         return self.roles.sizes(self.shape, "in"), self.roles.sizes(self.shape, "out")
 
 
-MakeFactors = Callable[[Any, Kernel], dict[str, Any]]  # (W, its facts) -> arrays by name
+MakeFactors = Callable[[Any, KernelFacts], dict[str, Any]]  # (W, its facts) -> arrays by name
 Remake = Callable[[str, LoraWeight, Mapping[str, Any]], dict[str, Any]]
 
 
@@ -112,7 +112,7 @@ class Variant:
     help: str
     parts: tuple[Part, ...] = ()
     frozen: tuple[str, ...] = ()
-    start: Callable[[Sequence[Kernel], jax.Array], MakeFactors] | None = None
+    start: Callable[[Sequence[KernelFacts], jax.Array], MakeFactors] | None = None
     derived: Derived | None = None
     alone: str = ""
     alone_in_scripts: str = ""

@@ -20,7 +20,7 @@ from lora_jax.core.parts import AXES, cleared
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
-from lora_jax.variants.variant import Derived, Kernel, Remake, Variant
+from lora_jax.variants.variant import Derived, KernelFacts, Remake, Variant
 
 Widths = tuple[int, int]  # the most in and out features of the weights that share a pair
 
@@ -36,7 +36,7 @@ class Projections:
         self.seed, self.widths = seed, widths
         self._drawn: dict[Any, jax.Array] = {}
 
-    def __call__(self, leaf: Leaf, kernel: Kernel) -> Parts:
+    def __call__(self, leaf: Leaf, kernel: KernelFacts) -> Parts:
         """Returns the arrays of a weight: shared_a [r, in…], shared_b [r, out…] and the seed."""
         del leaf
         rank, (ins, outs) = max(kernel.ranks), kernel.sides
@@ -67,7 +67,7 @@ class Projections:
         return array
 
 
-def _start(kernels: Sequence[Kernel], key: jax.Array) -> Projections:
+def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> Projections:
     """Returns the matrices that the weights of a tree share.
 
     Raises:
@@ -85,7 +85,7 @@ def _start(kernels: Sequence[Kernel], key: jax.Array) -> Projections:
     return Projections(jax.random.bits(fold_in_path(key, "vera"), dtype=jnp.uint32), widths)
 
 
-def _widths(kernel: Kernel) -> Widths:
+def _widths(kernel: KernelFacts) -> Widths:
     ins, outs = kernel.sides
     return math.prod(ins), math.prod(outs)
 
@@ -95,8 +95,8 @@ def _widest(shapes: Iterable[Widths]) -> Widths:
     return max(ins), max(outs)
 
 
-def _kernel(node: LoraWeight, dtype: DTypeLike, path: str = "") -> Kernel:
-    return Kernel(path, node.shape, node.roles, node.ranks, np.dtype(dtype))
+def _kernel(node: LoraWeight, dtype: DTypeLike, path: str = "") -> KernelFacts:
+    return KernelFacts(path, node.shape, node.roles, node.ranks, np.dtype(dtype))
 
 
 def _recipe(node: LoraWeight, others: Sequence[LoraWeight]) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from lora_jax.core.parts import AXES, cleared
 from lora_jax.core.types import BaseLike, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.init import truncated
-from lora_jax.variants.variant import Derived, Kernel, MakeFactors, Remake, Variant
+from lora_jax.variants.variant import Derived, KernelFacts, MakeFactors, Remake, Variant
 
 
 def _first_latent(node: LoraWeight, key: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ def singular_factors(leaf: Leaf, roles: AxisRoles, ranks: Sequence[int], dtype: 
     return {"a": a.mT.reshape(a_shape).astype(dtype), "b": b.reshape(b_shape).astype(dtype)}
 
 
-def _start(kernels: Sequence[Kernel], key: jax.Array) -> MakeFactors:
+def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactors:
     del kernels, key
     return lambda leaf, kernel: singular_factors(leaf, kernel.roles, kernel.ranks, kernel.dtype)
 
@@ -64,16 +64,16 @@ def _again(there: Mapping[str, Any]) -> Remake:
     """Returns a function that decomposes W, or takes the factors of the node that is there."""
 
     def factors(path: str, weight: LoraWeight, _: Mapping[str, Any]) -> Parts:
-        def of(base: BaseLike) -> Parts:
+        def decompose(base: BaseLike) -> Parts:
             return singular_factors(base, weight.roles, weight.ranks, weight.latent.dtype)
 
         if is_abstract(weight.base):
-            shapes: Parts = jax.eval_shape(of, weight.base)
+            shapes: Parts = jax.eval_shape(decompose, weight.base)
             return shapes
         node = there.get(path)
         if _decomposes_alike(node, weight):
             return {name: node.arrays[name] for name in ("a", "b")}
-        return of(weight.base)
+        return decompose(weight.base)
 
     return factors
 

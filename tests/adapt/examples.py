@@ -9,7 +9,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax.adapt.interpreter import Interpreter
-from lora_jax.adapt.per_example.axes import Axes
+from lora_jax.adapt.per_example.axes import ExampleAxes
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.core.weight import leaves_of
@@ -50,7 +50,7 @@ def bank(trees: Sequence[Any], ids: Any) -> Any:
     return flat[0][1].unflatten(list(map(one, nodes)))
 
 
-def at_once(fn: Callable[..., Any], axes: Axes, tree: Any, *args: Any, **kwargs: Any) -> Any:
+def at_once(fn: Callable[..., Any], axes: ExampleAxes, tree: Any, *args: Any, **kwargs: Any) -> Any:
     """Returns ``fn(tree, *args)``, each example with its own adapter."""
     return run(fn, Interpreter(RULES, strict=True), (tree, *args), kwargs, None, axes=axes)
 
@@ -73,7 +73,7 @@ def check(
       args: of the function, batched.
       in_axes, out_axes: of the examples; `out_axes` is a prefix of the result, without None.
     """
-    axes = Axes((None, *in_axes), out_axes)
+    axes = ExampleAxes((None, *in_axes), out_axes)
     ours = jax.jit(lambda tree, *args: at_once(fn, axes, tree, *args))(bank(trees, ids), *args)
     single = jax.jit(lj.adapt(fn))
     each = [single(tree, *args) for tree in trees]

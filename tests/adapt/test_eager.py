@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import lora_jax as lj
-from lora_jax.adapt.fn_state import State, UnknownStateError
+from lora_jax.adapt.fn_state import FunctionState, UnknownStateError
 from lora_jax.core.opaque import sealed
 from tests.support import (
     assert_close,
@@ -218,13 +218,13 @@ def test_states():
         (make(Concrete(1)), make(Concrete(1)), True),
         (make(Concrete(1)), make(Concrete(2)), False),
     ):
-        assert (State(a) == State(b)) == same
+        assert (FunctionState(a) == FunctionState(b)) == same
     itself = []
     itself.append(itself)
-    assert State(make(itself)) == State(make(itself))
+    assert FunctionState(make(itself)) == FunctionState(make(itself))
     for unknown in (iter([1]), random.Random(0), np.ones(10**5), random.Random(0).random):
         with pytest.raises(UnknownStateError):
-            State(make(unknown))
+            FunctionState(make(unknown))
 
 
 def test_settings_of_jax_are_compared():

@@ -12,7 +12,7 @@ from jax import lax
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.adapt.interpreter import Interpreter
-from lora_jax.adapt.per_example.axes import Axes
+from lora_jax.adapt.per_example.axes import ExampleAxes
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.traces import EagerTraces
 from lora_jax.adapt.transform import run
@@ -229,7 +229,7 @@ def test_mixed_examples_are_declined(case):
         fn = functools.partial(_over_devices, fn)
         why = "shard_map"
     with pytest.raises(ExamplesError, match=why):
-        at_once(fn, Axes((None, 0), 0), bank(trees(), IDS), X)
+        at_once(fn, ExampleAxes((None, 0), 0), bank(trees(), IDS), X)
 
 
 def _over_devices(fn, p, x):
@@ -248,13 +248,13 @@ def test_results_have_the_axes_that_were_asked_for():
     tree, bias = bank(trees(), IDS), jnp.ones((4, 1))
     asked = {"y": 1, "n": None, "three": None}
     for n in (None, 0):  # what is the same for all has any axis
-        at_once(fn, Axes((None, 0), {**asked, "n": n}), tree, X, bias=bias)
+        at_once(fn, ExampleAxes((None, 0), {**asked, "n": n}), tree, X, bias=bias)
     with pytest.raises(ExamplesError, match="along axis 1; the axis that was asked for is 0"):
-        at_once(fn, Axes((None, 0), {**asked, "y": 0}), tree, X, bias=bias)
+        at_once(fn, ExampleAxes((None, 0), {**asked, "y": 0}), tree, X, bias=bias)
     with pytest.raises(ExamplesError, match="merged with others"):
-        at_once(lambda p, x: (x @ p["up"]).reshape(20, 10), Axes((None, 0), 0), tree, X)
+        at_once(lambda p, x: (x @ p["up"]).reshape(20, 10), ExampleAxes((None, 0), 0), tree, X)
     with pytest.raises(ValueError, match="rows|adapters for 4 of 3"):
-        at_once(fn, Axes((None, 0), asked), tree, X[:3], bias=bias[:3])
+        at_once(fn, ExampleAxes((None, 0), asked), tree, X[:3], bias=bias[:3])
 
 
 def test_eager_calls_tell_the_places_of_examples_apart():
@@ -267,7 +267,7 @@ def test_eager_calls_tell_the_places_of_examples_apart():
     x = draw(91, (4, 4, 6))
     for axis in (0, 1, 0):
         run_ = functools.partial(run, fn, Interpreter(RULES), (tree, x), {}, None, eager)
-        ours = run_(Axes((None, axis), axis))
+        ours = run_(ExampleAxes((None, axis), axis))
         each = [single(one, x) for one in trees()]
         rows = [np.take(each[slot], [i], axis) for i, slot in enumerate(IDS)]
         assert_close(ours, np.concatenate(rows, axis), 1e-5)
@@ -293,7 +293,7 @@ def test_gradients_reach_each_adapter_from_its_own_examples(n):
 
     def loss(factors):
         tree = lj.join({k: adapter[k] | factors.get(k, {}) for k in adapter}, base)
-        return at_once(one, Axes((None, 0), 0), tree, x).sum()
+        return at_once(one, ExampleAxes((None, 0), 0), tree, x).sum()
 
     def theirs(parts):
         joined = [lj.join({**lj.split(t)[0], **p}, lj.split(t)[1]) for t, p in parts]
@@ -385,7 +385,7 @@ def test_a_step_of_decoding_copies_no_more_than_the_base():
         sizes = [np.prod(list(map(int, shape.split("x")))) for shape in moved]
         return text.count("stablehlo.scatter"), sum(n >= args[1].key[0].size for n in sizes)
 
-    axes = Axes((None, *in_axes), out_axes)
+    axes = ExampleAxes((None, *in_axes), out_axes)
     base = counts(apply, lj.strip(tree))
     assert counts(lambda tree, *args: at_once(apply, axes, tree, *args), tree) == base
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lora_jax as lj
-from lora_jax.adapt.per_example.axes import Axes
+from lora_jax.adapt.per_example.axes import ExampleAxes
 from lora_jax.core.factored import ExamplesError
 from tests.adapt import random_programs
 from tests.adapt.examples import at_once, bank, slots
@@ -85,7 +85,7 @@ def test_random_programs_are_declined_or_equal(program):
         _, fresh, x = program.inputs()
         ids = [2, 0, 1]
         slots_of = [with_random_factors(fresh, seed=i) for i in range(3)]
-        tree, axes = bank(slots_of, ids), Axes((None, 0), 0)
+        tree, axes = bank(slots_of, ids), ExampleAxes((None, 0), 0)
         try:
             ours = jax.jit(functools.partial(at_once, program.run, axes))(tree, x)
         except ExamplesError:
@@ -105,7 +105,7 @@ def _function_is_declined_or_equal(fn, in_axis):
     slots_of = slots({name: draw(i, size) for i, (name, size) in enumerate(sizes.items())}, rules)
     x, tree = draw(3, (4, 4, 4)) * 2, bank(slots_of, SLOTS)
     for axis in (None, *range(4)):  # all that a result may have
-        axes = Axes((None, in_axis), axis)
+        axes = ExampleAxes((None, in_axis), axis)
         try:
             jax.eval_shape(functools.partial(at_once, fn, axes), tree, x)
             break

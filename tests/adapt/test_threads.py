@@ -11,7 +11,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax.adapt import traces
-from lora_jax.adapt.traces import Call, EagerTraces
+from lora_jax.adapt.traces import EagerTraces, FlatCall
 from tests.support import assert_close, draw, with_random_factors
 
 TREE = with_random_factors(
@@ -60,7 +60,7 @@ def test_threads_share_one_trace_of_each_shape():
 
 def find(known, fn, *args):
     leaves, treedef = jax.tree.flatten((args, {}))
-    return known.find(Call(fn, leaves, treedef, {}))
+    return known.find(FlatCall(fn, leaves, treedef, {}))
 
 
 def test_many_shapes_in_turn_are_traced_once_and_the_number_is_bounded(monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_jax.bank.together.alike import alike
-from lora_jax.bank.together.side_by_side import Running, side_by_side
+from lora_jax.bank.together.side_by_side import DrivenRun, side_by_side
 from lora_jax.training.errors import Diverged, Dropped, Interrupted
 from lora_jax.training.loop import Stopped
 
@@ -28,7 +28,7 @@ def running(name, steps, heard, *, fails=None, of_batch=None):
             raise ValueError("no such row")
         return {"x": np.full((1, 2), number + len(name))}
 
-    return Running(turns=turns(), batch=batch, tokens=lambda batch: int(batch["x"].sum()))
+    return DrivenRun(turns=turns(), batch=batch, tokens=lambda batch: int(batch["x"].sum()))
 
 
 def losses(batches):
@@ -97,7 +97,7 @@ def test_a_run_whose_batch_a_signal_drops_saves_and_stops():
 
     heard = []
     runs = {
-        "dropped": Running(turns=turns(), batch=batch, tokens=lambda batch: 0),
+        "dropped": DrivenRun(turns=turns(), batch=batch, tokens=lambda batch: 0),
         "other": running("other", 4, heard),
     }
     endings = side_by_side(losses, runs)

@@ -10,7 +10,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax.core.base import as_array, is_base
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.select.resolve import Adapted, resolve
+from lora_jax.select.resolve import Adaptation, resolve
 from tests.laws import test_laws as laws
 from tests.support import assert_close
 
@@ -72,7 +72,7 @@ def with_coded_kernels(params: Any, rules: Any, encode: Any = None) -> Any:
     leaves, treedef = flatten_with_paths(params)
     chosen = resolve(leaves, rules)
     return treedef.unflatten(
-        encode(leaf, chosen[path].roles) if isinstance(chosen.get(path), Adapted) else leaf
+        encode(leaf, chosen[path].roles) if isinstance(chosen.get(path), Adaptation) else leaf
         for path, leaf in leaves
     )
 

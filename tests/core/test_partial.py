@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import quantized, sharding
 from lora_jax.quantized import FORMATS, Coded
-from lora_jax.quantized.coded import on_host
+from lora_jax.quantized.coded import host_array
 from tests.core.coded import coded_program
 from tests.core.test_quantized import HEADS, STACK
 from tests.hf.shipped import e4m3, spread
@@ -45,7 +45,7 @@ def test_partial_blocks_are_bitwise_right(shape):
         want = e4m3(codes) * spread(scales, shape, 128, 128)
     coded = Coded({"codes": codes, "scales": scales}, FORMATS["fp8"], np.float32)
     assert np.isnan(want).any() and (np.abs(want) < np.finfo(np.float32).tiny).any()
-    np.testing.assert_array_equal(on_host(coded), want)
+    np.testing.assert_array_equal(host_array(coded), want)
     flushed = np.where(np.abs(want) < np.finfo(np.float32).tiny, 0, want)
     np.testing.assert_array_equal(jax.jit(lambda coded: coded.as_array())(coded), flushed)
     assert coded.blocks == tuple(min(n, 128) for n in shape)
@@ -57,7 +57,7 @@ def test_powers_of_two_of_every_byte():
     coded = Coded({"codes": codes, "scales": every}, FORMATS["mxfp4"], np.float32)
     exact = np.where(every == 255, np.nan, np.exp2(every % 255 - 127.0))
     want = np.broadcast_to(exact, (256, 32)).astype(np.float32)
-    np.testing.assert_array_equal(on_host(coded), want)
+    np.testing.assert_array_equal(host_array(coded), want)
     got = jax.jit(lambda coded: coded.as_array())(coded)
     np.testing.assert_array_equal(np.asarray(got)[1:], want[1:])
 

@@ -26,7 +26,7 @@ from lora_jax.models import (
 )
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import Coded, is_coded
-from lora_jax.quantized.coded import on_host
+from lora_jax.quantized.coded import host_array
 from lora_jax.quantized.formats import FP8
 from tests.adapted_trees import with_random_factors
 from tests.hf import shipped
@@ -283,7 +283,7 @@ def test_fp8_is_that_of_transformers() -> None:
     reader = Fp8Dequantize(SimpleNamespace(quantization_config=SimpleNamespace(dequantize=True)))
     whole = torch.from_numpy(codes).view(torch.float8_e4m3fn)
     theirs = reader._dequantize_one(whole, torch.from_numpy(scales), torch.float32).numpy()
-    np.testing.assert_array_equal(on_host(ours), theirs)
+    np.testing.assert_array_equal(host_array(ours), theirs)
 
 
 def largest_float(hlo: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from lora_jax.bank.together.side_by_side import Ending
+from lora_jax.bank.together.side_by_side import RunEnding
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Stopped
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
@@ -55,7 +55,7 @@ class TableRun:
     loss: Loss
     evaluation: Evaluation | None = None
     ready: TrainingStart | None = None
-    ending: Ending = Ending()
+    ending: RunEnding = RunEnding()
     score: float | None = None
 
     @property
@@ -90,7 +90,7 @@ class TableRun:
         try:
             yield
         except Exception as error:
-            self.ending = Ending(error=error)
+            self.ending = RunEnding(error=error)
             self.record()
 
     def record(self) -> None:

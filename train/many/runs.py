@@ -19,7 +19,7 @@ import jax
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.bank.together.side_by_side import Ending, Running, side_by_side
+from lora_jax.bank.together.side_by_side import DrivenRun, RunEnding, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.training.batches import HostBatch
@@ -244,7 +244,7 @@ def _train(
             keep_adapter(run, ready, trained)
         return trained, make_report(run, ready, trained, loss, step_seconds)
 
-    def ended(name: str, ending: Ending) -> None:
+    def ended(name: str, ending: RunEnding) -> None:
         one = by_name[name]
         one.ending = ending
         together.remove(name)
@@ -260,7 +260,7 @@ def _train(
         for name, one in by_name.items():
             assert one.ready is not None
             batch = _batch_of(one.ready, functools.partial(together.state, name))
-            runs[name] = Running(turns=turns(one), batch=batch, tokens=one.ready.feed.tokens)
+            runs[name] = DrivenRun(turns=turns(one), batch=batch, tokens=one.ready.feed.tokens)
             board.note(name, {"step": together.done(name)})
         session.stop.remedy = ones[0].run.hint
 

@@ -9,16 +9,22 @@ import numpy as np
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.nnx_writes import Output
-from lora_jax.adapt.per_example.labels import At, Followed, Kernel, Known, Mixed
+from lora_jax.adapt.per_example.labels import (
+    ExampleAxis,
+    ExampleKernels,
+    ExampleLabel,
+    ExampleLabels,
+    MixedExamples,
+)
 from lora_jax.adapt.per_example.walk import followed
-from lora_jax.adapt.traces import Call, Trace
+from lora_jax.adapt.traces import FlatCall, Trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.types import Tree, Value
 
 
 @dataclasses.dataclass(frozen=True)
-class Axes:
+class ExampleAxes:
     """The axes that hold the examples, as `jax.vmap` is told: keyword arguments have them first.
 
     Attributes:
@@ -32,7 +38,7 @@ class Axes:
     of_result: Any
 
 
-def mapped(call: Call, nodes: Mapping[int, Value], axes: Axes) -> dict[int, int]:
+def mapped(call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes) -> dict[int, int]:
     """Returns, by the place of each leaf that holds examples, the axis that does.
 
     Args:
@@ -83,10 +89,10 @@ class _Leaf:
 def follow_trace(
     traced: Trace,
     weights: Mapping[int, Factored],
-    call: Call,
+    call: FlatCall,
     axes: Mapping[int, int],
     of_result: Any,
-) -> Followed:
+) -> ExampleLabels:
     """Returns where the examples lie in a function's values, after a check of its result.
 
     Args:
@@ -94,7 +100,7 @@ def follow_trace(
       weights: by place among its leaves.
       call: the call.
       axes: see `mapped`.
-      of_result: see `Axes`.
+      of_result: see `ExampleAxes`.
 
     Raises:
       ExamplesError: there are no examples, or their number is not that of the weights' rows; an
@@ -115,18 +121,18 @@ def follow_trace(
                 "one for all examples"
             )
 
-    def known(place: int) -> Known:
+    def known(place: int) -> ExampleLabel:
         if place in axes:
-            return At(axes[place])
+            return ExampleAxis(axes[place])
         weight = weights.get(place)
-        return None if weight is None or weight.rows is None else Kernel(weight.labels)
+        return None if weight is None or weight.rows is None else ExampleKernels(weight.labels)
 
     found = followed(traced.jaxpr, [known(place) for place in traced.places], n)
     _check_result(traced, found, n, of_result)
     return found
 
 
-def _check_result(traced: Trace, found: Followed, n: int, expected: Any) -> None:
+def _check_result(traced: Trace, found: ExampleLabels, n: int, expected: Any) -> None:
     inner, _ = eqns.opened(traced.jaxpr)
     types = [eqns.type_of(atom) for atom in inner.outvars]
     known = list(zip(found.outputs, types, strict=True))
@@ -146,13 +152,13 @@ def _check_result(traced: Trace, found: Followed, n: int, expected: Any) -> None
         _check(axes[place], want, shape, n)
 
 
-def _axis(known: Known, shape: Sequence[int], n: int) -> int | None:
+def _axis(known: ExampleLabel, shape: Sequence[int], n: int) -> int | None:
     """Returns the axis of an output that holds the examples."""
-    if isinstance(known, Mixed):
+    if isinstance(known, MixedExamples):
         raise ExamplesError(f"the examples of the batch cannot be told apart: {known.why}")
-    if isinstance(known, Kernel):
+    if isinstance(known, ExampleKernels):
         raise ExamplesError(f"an adapted weight is an output of the function at {place_of_call()}")
-    if not isinstance(known, At):
+    if not isinstance(known, ExampleAxis):
         return None
     if shape[known.axis] != n:
         raise ExamplesError(

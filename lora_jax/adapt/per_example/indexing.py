@@ -4,40 +4,40 @@ from collections.abc import Sequence
 
 from jax.extend.core import JaxprEqn
 
-from lora_jax.adapt.per_example.labels import At, Known, MixesError
+from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleLabel, MixingError
 from lora_jax.adapt.per_example.primitives import Rule, out_shape, shape_of
 
 _BY_INDEX = "finds examples by an index that is the same for none or all of them"
 
 
-def _gather(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
+def _gather(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     """A look-up of each example's own indices, in its own part of the operand or in a table."""
     operand, indices = given
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     places = [a for a in range(len(out_shape(eqn))) if a not in numbers.offset_dims]
     batching = tuple(numbers.operand_batching_dims)
-    if isinstance(operand, At) and operand.axis in batching:
+    if isinstance(operand, ExampleAxis) and operand.axis in batching:
         axis = numbers.start_indices_batching_dims[batching.index(operand.axis)]
-        own = At(axis, operand.inner)
+        own = ExampleAxis(axis, operand.inner)
         if indices not in (None, own):
-            raise MixesError("looks up by indices of other examples")
-        return [At(places[axis], own.inner)]
-    if isinstance(operand, At):
+            raise MixingError("looks up by indices of other examples")
+        return [ExampleAxis(places[axis], own.inner)]
+    if isinstance(operand, ExampleAxis):
         is_whole = sizes[operand.axis] == shape_of(eqn)[operand.axis]
         if indices is not None or not is_whole or operand.axis in numbers.start_index_map:
-            raise MixesError(_BY_INDEX)
+            raise MixingError(_BY_INDEX)
         gone = (*numbers.collapsed_slice_dims, *batching)
         kept = [axis for axis in range(len(shape_of(eqn))) if axis not in gone]
         if operand.axis not in kept:  # an axis of size one
-            raise MixesError("drops the axis of the examples")
-        return [At(numbers.offset_dims[kept.index(operand.axis)], operand.inner)]
-    assert isinstance(indices, At)
+            raise MixingError("drops the axis of the examples")
+        return [ExampleAxis(numbers.offset_dims[kept.index(operand.axis)], operand.inner)]
+    assert isinstance(indices, ExampleAxis)
     if indices.axis >= len(places):
-        raise MixesError("finds one element by indices of several examples")
-    return [At(places[indices.axis], indices.inner)]
+        raise MixingError("finds one element by indices of several examples")
+    return [ExampleAxis(places[indices.axis], indices.inner)]
 
 
-def _scatter(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
+def _scatter(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
     """An update of each example's own part of the operand."""
     operand, indices, updates = given
     numbers = eqn.params["dimension_numbers"]
@@ -48,36 +48,36 @@ def _scatter(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
     in_window = tuple(numbers.update_window_dims)
     places = [axis for axis in range(len(shape_of(eqn, 2))) if axis not in in_window]
 
-    def target() -> At:
+    def target() -> ExampleAxis:
         """Returns where the examples lie in the operand."""
-        if isinstance(operand, At):
+        if isinstance(operand, ExampleAxis):
             return operand
-        found = updates if isinstance(updates, At) else None
+        found = updates if isinstance(updates, ExampleAxis) else None
         if found is not None and found.axis in in_window:
-            return At(window[in_window.index(found.axis)], found.inner)
+            return ExampleAxis(window[in_window.index(found.axis)], found.inner)
         if found is None:
-            found = indices if isinstance(indices, At) else None
+            found = indices if isinstance(indices, ExampleAxis) else None
             assert found is not None
             axis = found.axis
         else:
             axis = places.index(found.axis)
         if axis not in by_index:
-            raise MixesError(_BY_INDEX)
-        return At(batching[by_index.index(axis)], found.inner)
+            raise MixingError(_BY_INDEX)
+        return ExampleAxis(batching[by_index.index(axis)], found.inner)
 
     at = target()
     if at.axis in batching:
         axis = by_index[batching.index(at.axis)]
-        own, update = At(axis, at.inner), At(places[axis], at.inner)
+        own, update = ExampleAxis(axis, at.inner), ExampleAxis(places[axis], at.inner)
         if indices not in (None, own) or updates not in (None, update):
-            raise MixesError("updates by indices, or with values, of other examples")
+            raise MixingError("updates by indices, or with values, of other examples")
         return [at]
     if at.axis not in window or at.axis in numbers.scatter_dims_to_operand_dims:
-        raise MixesError(_BY_INDEX)
-    update = At(in_window[window.index(at.axis)], at.inner)
+        raise MixingError(_BY_INDEX)
+    update = ExampleAxis(in_window[window.index(at.axis)], at.inner)
     is_whole = shape_of(eqn, 2)[update.axis] == shape_of(eqn)[at.axis]
     if indices is not None or updates not in (None, update) or not is_whole:
-        raise MixesError(_BY_INDEX)
+        raise MixingError(_BY_INDEX)
     return [at]
 
 

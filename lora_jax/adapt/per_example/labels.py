@@ -7,7 +7,7 @@ from lora_jax.core.axes import Label
 
 
 @dataclasses.dataclass(frozen=True)
-class At:
+class ExampleAxis:
     """The examples lie along an axis: the example of index i is ``i // inner % n``, of n.
 
     Attributes:
@@ -20,7 +20,7 @@ class At:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class ExampleKernels:
     """A weight with an adapter for each example, which only products may use.
 
     Attributes:
@@ -31,7 +31,7 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixed:
+class MixedExamples:
     """An example's part of the value depends on other examples, or cannot be found any more.
 
     Attributes:
@@ -42,57 +42,63 @@ class Mixed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unseen:
+class UnvisitedCarry:
     """The value is carried by a loop, of which no step has been followed yet."""
 
 
 # None: the value is the same whatever the examples and their adapters are.
-Known = At | Kernel | Mixed | Unseen | None
+ExampleLabel = ExampleAxis | ExampleKernels | MixedExamples | UnvisitedCarry | None
 
 
-class MixesError(Exception):
+class MixingError(Exception):
     """Raised by a rule: what an equation does with examples that has them mixed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Followed:
+class ExampleLabels:
     """The facts known of a jaxpr, given those of its inputs.
 
     Attributes:
       outputs: what is known of each output.
-      uses: by the identity of each equation that may meet a `Kernel`: where the examples lie in the
-        other operand; None where there is none.
+      uses: by the identity of each equation that may meet `ExampleKernels`: where the examples lie
+        in the other operand; None where there is none.
       inner: by identity, the jaxprs of these equations.
     """
 
-    outputs: tuple[Known, ...]
-    uses: Mapping[int, At | None]
-    inner: Mapping[int, "Followed"]
+    outputs: tuple[ExampleLabel, ...]
+    uses: Mapping[int, ExampleAxis | None]
+    inner: Mapping[int, "ExampleLabels"]
 
 
-def joined(a: Known, b: Known) -> Known:
+def joined(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
     """Returns what is known of a value that is one of two."""
     for one, other in ((a, b), (b, a)):
-        if isinstance(other, Unseen):
+        if isinstance(other, UnvisitedCarry):
             return one
-        if isinstance(one, Mixed) or (other is None and not isinstance(one, Kernel)):
+        if isinstance(one, MixedExamples) or (
+            other is None and not isinstance(one, ExampleKernels)
+        ):
             return one
-    return a if a == b else Mixed("the examples lie along different axes in two branches or steps")
+    return (
+        a
+        if a == b
+        else MixedExamples("the examples lie along different axes in two branches or steps")
+    )
 
 
-def agreed(given: Iterable[Known]) -> At:
+def agreed(given: Iterable[ExampleLabel]) -> ExampleAxis:
     """Returns where the examples lie in all operands that have them.
 
     Raises:
-      MixesError: the operands differ.
+      MixingError: the operands differ.
     """
-    found = {one for one in given if isinstance(one, At)}
+    found = {one for one in given if isinstance(one, ExampleAxis)}
     if len(found) != 1:
-        raise MixesError("joins values whose examples lie along different axes")
+        raise MixingError("joins values whose examples lie along different axes")
     return found.pop()
 
 
-def reshaped(at: At, n: int, shape: Sequence[int], out: Sequence[int]) -> At:
+def reshaped(at: ExampleAxis, n: int, shape: Sequence[int], out: Sequence[int]) -> ExampleAxis:
     """Returns where the examples lie after a reshape, which keeps the order of elements.
 
     Args:
@@ -101,7 +107,7 @@ def reshaped(at: At, n: int, shape: Sequence[int], out: Sequence[int]) -> At:
       shape, out: before it, and after.
 
     Raises:
-      MixesError: the axis is split between two examples or within.
+      MixingError: the axis is split between two examples or within.
     """
     block = at.inner  # the number of elements after which the next example comes
     for size in shape[at.axis + 1 :]:
@@ -109,9 +115,9 @@ def reshaped(at: At, n: int, shape: Sequence[int], out: Sequence[int]) -> At:
     below, fits = 1, []
     for axis in reversed(range(len(out))):
         if below and block % below == 0 and out[axis] and below * out[axis] % (block * n) == 0:
-            fits.append(At(axis, block // below))
+            fits.append(ExampleAxis(axis, block // below))
         below *= out[axis]
     if not fits:
-        raise MixesError("splits the axis of the examples")
+        raise MixingError("splits the axis of the examples")
     # Of one example, several fit: the least merged, then the one that stays where it was.
     return min(fits, key=lambda one: (one.inner, one.axis != at.axis, one.axis))

@@ -8,11 +8,17 @@ from collections.abc import Callable, Sequence
 from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.per_example.labels import At, Known, MixesError, agreed, reshaped
+from lora_jax.adapt.per_example.labels import (
+    ExampleAxis,
+    ExampleLabel,
+    MixingError,
+    agreed,
+    reshaped,
+)
 
 # (equation, what is known of its operands, the number of examples) -> what is known of its outputs.
 # At least one operand has examples, none is a weight.
-Rule = Callable[[JaxprEqn, Sequence[Known], int], list[Known]]
+Rule = Callable[[JaxprEqn, Sequence[ExampleLabel], int], list[ExampleLabel]]
 
 
 def shape_of(eqn: JaxprEqn, place: int = 0) -> tuple[int, ...]:
@@ -25,7 +31,7 @@ def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
     return tuple(eqns.type_of(eqn.outvars[0]).shape)
 
 
-def each(_: JaxprEqn, given: Sequence[Known], __: int) -> list[Known]:
+def each(_: JaxprEqn, given: Sequence[ExampleLabel], __: int) -> list[ExampleLabel]:
     """Returns what is known of the operands: each is an output."""
     return list(given)
 
@@ -43,11 +49,11 @@ def _moved(
       mixes: whether it mixes examples.
     """
 
-    def rule(eqn: JaxprEqn, given: Sequence[Known], _: int) -> list[Known]:
+    def rule(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
         at = agreed(given)
         if mixes(eqn, at.axis):
-            raise MixesError(problem)
-        return [At(where(eqn, at.axis), at.inner)] * len(eqn.outvars)
+            raise MixingError(problem)
+        return [ExampleAxis(where(eqn, at.axis), at.inner)] * len(eqn.outvars)
 
     return rule
 
@@ -73,9 +79,9 @@ def _dropping(name: str, problem: str) -> Rule:
     )
 
 
-def _reshape(eqn: JaxprEqn, given: Sequence[Known], n: int) -> list[Known]:
+def _reshape(eqn: JaxprEqn, given: Sequence[ExampleLabel], n: int) -> list[ExampleLabel]:
     if eqn.params.get("dimensions") is not None:
-        raise MixesError("transposes as it reshapes")
+        raise MixingError("transposes as it reshapes")
     return [reshaped(agreed(given), n, shape_of(eqn), out_shape(eqn))]
 
 

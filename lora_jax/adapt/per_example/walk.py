@@ -2,7 +2,7 @@
 
 An equation of which no operand has examples is passed over: its results are the same for all. Any
 other follows the rule for its primitive; one without a rule, or one that mixes examples, leaves its
-results `Mixed`, which matters only where an output depends on them.
+results `MixedExamples`, which matters only where an output depends on them.
 """
 
 import weakref
@@ -13,13 +13,13 @@ from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.per_example.labels import (
-    At,
-    Followed,
-    Kernel,
-    Known,
-    Mixed,
-    MixesError,
-    Unseen,
+    ExampleAxis,
+    ExampleKernels,
+    ExampleLabel,
+    ExampleLabels,
+    MixedExamples,
+    MixingError,
+    UnvisitedCarry,
     joined,
 )
 from lora_jax.adapt.per_example.primitives import RULES
@@ -27,7 +27,7 @@ from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
 from lora_jax.adapt.rules.flow import sources
 from lora_jax.adapt.user_code import place_of, user_context
 
-_FOLLOWED: weakref.WeakKeyDictionary[Any, dict[Any, Followed]] = weakref.WeakKeyDictionary()
+_FOLLOWED: weakref.WeakKeyDictionary[Any, dict[Any, ExampleLabels]] = weakref.WeakKeyDictionary()
 _NO_RULE = {
     "ragged_dot_general": "multiplies rows that are sorted by group",
     "shard_map": "runs on parts of the batch",
@@ -36,7 +36,7 @@ _NO_RULE = {
 _PLAIN_RULES = {**RULES, **PRODUCT_RULES}
 
 
-def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[Known], n: int) -> Followed:
+def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel], n: int) -> ExampleLabels:
     """Returns what is known of a jaxpr's values: the same object for the same arguments.
 
     Args:
@@ -50,39 +50,39 @@ def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[Known], n: int) -> Followed:
 
 
 class _Walk:
-    """The walk over one jaxpr, and what it finds; see `Followed`."""
+    """The walk over one jaxpr, and what it finds; see `ExampleLabels`."""
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.uses: dict[int, At | None] = {}
-        self.inner: dict[int, Followed] = {}
+        self.uses: dict[int, ExampleAxis | None] = {}
+        self.inner: dict[int, ExampleLabels] = {}
 
-    def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[Known]) -> Followed:
+    def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel]) -> ExampleLabels:
         """Returns what is known of the whole jaxpr."""
         inner, _ = eqns.opened(jaxpr)
-        found: dict[Any, Known] = dict(zip(inner.invars, given, strict=True))
+        found: dict[Any, ExampleLabel] = dict(zip(inner.invars, given, strict=True))
 
-        def known(atoms: Iterable[Any]) -> list[Known]:
+        def known(atoms: Iterable[Any]) -> list[ExampleLabel]:
             return [None if eqns.is_literal(atom) else found.get(atom) for atom in atoms]
 
         for eqn in inner.eqns:
             operands = known(eqn.invars)
             if any(one is not None for one in operands):
                 found |= zip(eqn.outvars, self._after(eqn, operands), strict=True)
-        return Followed(tuple(known(inner.outvars)), self.uses, self.inner)
+        return ExampleLabels(tuple(known(inner.outvars)), self.uses, self.inner)
 
-    def _after(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+    def _after(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
         """Returns what is known of the outputs of an equation."""
         name = eqn.primitive.name
-        has_kernel = any(isinstance(one, Kernel) for one in given)
+        has_kernel = any(isinstance(one, ExampleKernels) for one in given)
         enter = _CONTROL.get(name)
-        mixed = next((one for one in given if isinstance(one, Mixed)), None)
+        mixed = next((one for one in given if isinstance(one, MixedExamples)), None)
         if mixed is not None and enter is None:
             return [mixed] * len(eqn.outvars)
-        if enter is None and any(isinstance(one, Unseen) for one in given):
-            if not any(isinstance(one, At) for one in given):
-                return [Unseen()] * len(eqn.outvars)
-            given = [None if isinstance(one, Unseen) else one for one in given]
+        if enter is None and any(isinstance(one, UnvisitedCarry) for one in given):
+            if not any(isinstance(one, ExampleAxis) for one in given):
+                return [UnvisitedCarry()] * len(eqn.outvars)
+            given = [None if isinstance(one, UnvisitedCarry) else one for one in given]
         try:
             if enter is not None:
                 with user_context(eqn):
@@ -90,31 +90,33 @@ class _Walk:
             else:
                 rule = (KERNEL_RULES if has_kernel else _PLAIN_RULES).get(name)
                 if rule is None:
-                    raise MixesError(_no_rule(name, has_kernel))
+                    raise MixingError(_no_rule(name, has_kernel))
                 outputs = rule(eqn, given, self.n)
-        except MixesError as error:
+        except MixingError as error:
             return [_mixed(eqn, error)] * len(eqn.outvars)
         if has_kernel:
-            self.uses[id(eqn)] = next((one for one in given if isinstance(one, At)), None)
+            self.uses[id(eqn)] = next((one for one in given if isinstance(one, ExampleAxis)), None)
         return outputs
 
-    def _entered(self, body: eqns.AnyJaxpr, given: Sequence[Known]) -> tuple[Known, ...]:
+    def _entered(
+        self, body: eqns.AnyJaxpr, given: Sequence[ExampleLabel]
+    ) -> tuple[ExampleLabel, ...]:
         """Returns what is known of the outputs of an inner jaxpr, and keeps how weights are met."""
         child = followed(body, given, self.n)
         if child.uses and self.inner.setdefault(id(body), child) is not child:
-            raise MixesError("is met twice, with the examples along different axes")
+            raise MixingError("is met twice, with the examples along different axes")
         return child.outputs
 
-    def _call(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+    def _call(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
         names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
         return list(self._entered(next(eqn.params[n] for n in names if n in eqn.params), given))
 
-    def _own_derivative(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
-        if any(isinstance(one, Kernel) for one in given):
-            raise MixesError("has a derivative of its own, for which an adapted weight is formed")
+    def _own_derivative(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
+        if any(isinstance(one, ExampleKernels) for one in given):
+            raise MixingError("has a derivative of its own, for which an adapted weight is formed")
         return self._call(eqn, given)
 
-    def _scan(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+    def _scan(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
         scan = eqns.scan_of(eqn)
         n_fixed = scan.n_consts + scan.n_carry
         consts, carry = given[: scan.n_consts], given[scan.n_consts : n_fixed]
@@ -123,46 +125,46 @@ class _Walk:
         ys = self._entered(scan.body, (*consts, *carry, *xs))[scan.n_carry :]
         return [*carry, *(_stack_of(one, eqn) for one in ys)]
 
-    def _while(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+    def _while(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
         loop = eqns.while_of(eqn)
         n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
         of_condition, of_body = given[:n_condition], given[n_condition : n_condition + n_body]
         carry = self._carried(loop.body, of_body, given[n_condition + n_body :], [])
         self._entered(loop.body, (*of_body, *carry))
         (goes_on,) = self._entered(loop.condition, (*of_condition, *carry))
-        return [goes_on] * len(carry) if isinstance(goes_on, Mixed) else list(carry)
+        return [goes_on] * len(carry) if isinstance(goes_on, MixedExamples) else list(carry)
 
     def _carried(
         self,
         body: eqns.AnyJaxpr,
-        consts: Sequence[Known],
-        carry: Sequence[Known],
-        xs: Sequence[Known],
-    ) -> list[Known]:
+        consts: Sequence[ExampleLabel],
+        carry: Sequence[ExampleLabel],
+        xs: Sequence[ExampleLabel],
+    ) -> list[ExampleLabel]:
         """Returns what is known of a loop's carry in every step; weights must stay as they are.
 
         A state that starts the same for all examples, as zeros, may have examples after a step. It
         is first taken for whatever the step makes of it, and then held against that.
         """
 
-        def settled(carry: list[Known]) -> list[Known]:
+        def settled(carry: list[ExampleLabel]) -> list[ExampleLabel]:
             while True:
                 child = followed(body, (*consts, *carry, *xs), self.n)
                 before, carry = carry, list(map(joined, carry, child.outputs[: len(carry)]))
                 if carry == before:
                     return carry
 
-        after = settled([Unseen() if one is None else one for one in carry])
+        after = settled([UnvisitedCarry() if one is None else one for one in carry])
         carry = settled(list(map(joined, carry, after)))
-        origins = sources(body) if any(isinstance(one, Kernel) for one in carry) else ()
+        origins = sources(body) if any(isinstance(one, ExampleKernels) for one in carry) else ()
         for place, one in enumerate(carry):
-            if isinstance(one, Kernel) and origins[place] != len(consts) + place:
-                raise MixesError("carries an adapted weight, and changes it")
+            if isinstance(one, ExampleKernels) and origins[place] != len(consts) + place:
+                raise MixingError("carries an adapted weight, and changes it")
         return carry
 
-    def _cond(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+    def _cond(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
         index, *operands = given
-        if isinstance(index, Mixed):
+        if isinstance(index, MixedExamples):
             return [index] * len(eqn.outvars)
         each = [self._entered(branch, operands) for branch in eqn.params["branches"]]
         outputs = list(each[0])
@@ -171,32 +173,36 @@ class _Walk:
         return [_formed(one, eqn) for one in outputs]
 
 
-def _mixed(eqn: JaxprEqn, why: object) -> Mixed:
-    return Mixed(f"{eqn.primitive.name!r} at {place_of(eqn)} {why}")
+def _mixed(eqn: JaxprEqn, why: object) -> MixedExamples:
+    return MixedExamples(f"{eqn.primitive.name!r} at {place_of(eqn)} {why}")
 
 
-def _slice_of(known: Known, eqn: JaxprEqn) -> Known:
+def _slice_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
     """Returns what is known of one step's part of an operand that a scan goes over."""
-    if isinstance(known, At):
+    if isinstance(known, ExampleAxis):
         if known.axis == 0:
             return _mixed(eqn, "goes over the examples")
-        return At(known.axis - 1, known.inner)
-    if isinstance(known, Kernel):
+        return ExampleAxis(known.axis - 1, known.inner)
+    if isinstance(known, ExampleKernels):
         first, *roles = known.roles
         if first != "batch":
             return _mixed(eqn, "goes over rows or columns of an adapted weight")
-        return Kernel(tuple(roles))
+        return ExampleKernels(tuple(roles))
     return known
 
 
-def _stack_of(known: Known, eqn: JaxprEqn) -> Known:
+def _stack_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
     """Returns what is known of an output that a scan stacks."""
-    return At(known.axis + 1, known.inner) if isinstance(known, At) else _formed(known, eqn)
+    return (
+        ExampleAxis(known.axis + 1, known.inner)
+        if isinstance(known, ExampleAxis)
+        else _formed(known, eqn)
+    )
 
 
-def _formed(known: Known, eqn: JaxprEqn) -> Known:
+def _formed(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
     """Returns what is known of a value that is an array from here on."""
-    return _mixed(eqn, "forms an adapted weight") if isinstance(known, Kernel) else known
+    return _mixed(eqn, "forms an adapted weight") if isinstance(known, ExampleKernels) else known
 
 
 def _no_rule(name: str, has_kernel: bool) -> str:
@@ -208,7 +214,7 @@ def _no_rule(name: str, has_kernel: bool) -> str:
 
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
-_CONTROL: dict[str, Callable[[_Walk, JaxprEqn, list[Known]], list[Known]]] = {
+_CONTROL: dict[str, Callable[[_Walk, JaxprEqn, list[ExampleLabel]], list[ExampleLabel]]] = {
     **dict.fromkeys(_CALLS, _Walk._call),
     "custom_jvp_call": _Walk._own_derivative,
     "custom_vjp_call": _Walk._own_derivative,

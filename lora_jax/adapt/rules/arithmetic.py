@@ -152,13 +152,13 @@ def _stack(_: Interpreter, use: Use) -> Outcome:
     """Stacks kernels under a new axis, which is a batch axis."""
     axis = use.params["axis"]
 
-    def under(value: Value) -> Value:
+    def expand(value: Value) -> Value:
         if not isinstance(value, Factored):
             return jnp.expand_dims(value, axis)
         labels = (*value.labels[:axis], "batch", *value.labels[axis:])
         return value.relabelled(jnp.expand_dims(as_array(value.base), axis), labels)
 
-    return _joined(use, [under(value) for value in use.values], axis)
+    return _joined(use, [expand(value) for value in use.values], axis)
 
 
 def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
@@ -236,7 +236,7 @@ def _size(value: Value, axis: int) -> int:
     return size
 
 
-def _of_factors(rule: Rule) -> Rule:
+def _factors_only(rule: Rule) -> Rule:
     """Returns the rule for weights with factors; it declines a base alone that is no array."""
 
     def apply(interpreter: Interpreter, use: Use) -> Outcome:
@@ -249,4 +249,4 @@ def _of_factors(rule: Rule) -> Rule:
 
 _RULES: dict[str, Rule] = {"mul": _mul, "div": _div, "neg": _neg, "add": _sum, "add_any": _sum}
 _RULES |= {"sub": functools.partial(_sum, sign=-1), "concatenate": _concatenate, "stack": _stack}
-ARITHMETIC_RULES: dict[str, Rule] = {name: _of_factors(rule) for name, rule in _RULES.items()}
+ARITHMETIC_RULES: dict[str, Rule] = {name: _factors_only(rule) for name, rule in _RULES.items()}

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import has_more, mirrored, scale_in_a
-from lora_jax.adapt.rules.products import contracted_role, dot_general, with_unit_roles
+from lora_jax.adapt.rules.products import contracted_role, dot_general, match_unit_roles
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
@@ -81,7 +81,7 @@ def _facing(weight: Factored, dims: Any, role: Label) -> Factored | None:
     found = contracted_role(weight, contract) if weight.parts else None
     if found is None:
         return None
-    weight = with_unit_roles(weight, found, contract, batch)
+    weight = match_unit_roles(weight, found, contract, batch)
     is_whole = set(contract) == set(weight.axes(found)) and set(batch) <= set(weight.axes("batch"))
     if not is_whole:
         return None

@@ -19,7 +19,7 @@ from lora_jax.core.parts import AXES, NEUTRAL, filled, rank_axis, sizes
 from lora_jax.core.types import Outcome
 
 
-class Form(NamedTuple):
+class CommonForm(NamedTuple):
     """Form that weights share: the roles of their axes, and their parts' dtypes and rank."""
 
     labels: tuple[Label, ...]
@@ -27,7 +27,7 @@ class Form(NamedTuple):
     rank: int
 
 
-def common_form(weights: Sequence[Factored]) -> Form | None:
+def common_form(weights: Sequence[Factored]) -> CommonForm | None:
     """Returns a form that weights of one shape can all be brought into; None if there is none.
 
     Args:
@@ -53,14 +53,14 @@ def common_form(weights: Sequence[Factored]) -> Form | None:
         for name, array in weight.parts.items():
             found.setdefault(name, []).append(array.dtype)
     dtypes = {name: functools.reduce(_wider, each) for name, each in found.items()}
-    return Form(first.labels, dtypes, max(weight.rank for weight in weights))
+    return CommonForm(first.labels, dtypes, max(weight.rank for weight in weights))
 
 
 def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
     return a if a == b else jnp.promote_types(a, b)
 
 
-def in_form(weight: Factored, form: Form) -> Factored:
+def convert(weight: Factored, form: CommonForm) -> Factored:
     """Returns the weight in a form: ranks are filled up with zeros, parts that it lacks too.
 
     Its base is an array then, since bases of several weights need not be stored alike.
@@ -90,7 +90,7 @@ def _select_n(_: Interpreter, use: Use) -> Outcome:
     form = common_form(cases)
     if form is None or {form.labels[axis] for axis in use.varying_axes(0)} - {"batch"}:
         return None
-    cases = [in_form(case, form) for case in cases]
+    cases = [convert(case, form) for case in cases]
     (base,) = use.bind([which, *(case.base for case in cases)])
     whole = [axis for axis, label in enumerate(form.labels) if label != "batch"]
     narrow = which[tuple(0 if axis in whole else slice(None) for axis in range(which.ndim))]

@@ -10,8 +10,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.interpreter import Interpreter, Rule, Use, at_site
-from lora_jax.adapt.rules.choices import Form, common_form, in_form
+from lora_jax.adapt.interpreter import Interpreter, Rule, Use, fold_dropout_key
+from lora_jax.adapt.rules.choices import CommonForm, common_form, convert
 from lora_jax.adapt.rules.flow import agreed_sources, may_be_weights, sources
 from lora_jax.adapt.rules.layout import moved
 from lora_jax.core.base import is_base, splittable
@@ -113,8 +113,11 @@ def _arguments(
     consts: Sequence[Value], constant: dict[int, Value], carry: dict[int, Value], index: Any
 ) -> list[Value]:
     """Returns what a loop's body takes first in an iteration: consts, then all that it carries."""
-    known = {place: at_site(value, index) for place, value in constant.items()} | carry
-    return [*(at_site(value, index) for value in consts), *map(known.get, range(len(known)))]
+    known = {place: fold_dropout_key(value, index) for place, value in constant.items()} | carry
+    return [
+        *(fold_dropout_key(value, index) for value in consts),
+        *map(known.get, range(len(known))),
+    ]
 
 
 def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
@@ -207,7 +210,7 @@ def _cond(interpreter: Interpreter, use: Use) -> Outcome:
     def branch(body: Callable[..., list[Value]]) -> Callable[..., list[Value]]:
         def leave(place: int, value: Value) -> Value:
             if place in forms:
-                return in_form(value, forms[place])
+                return convert(value, forms[place])
             return interpreter.plain(value, use, "as an output")
 
         return lambda *args: list(map(leave, range(len(live)), body(*args)))
@@ -221,14 +224,14 @@ def _forms(
     bodies: Sequence[Callable[..., list[Value]]],
     operands: Sequence[Value],
     live: Sequence[bool],
-) -> dict[int, Form]:
+) -> dict[int, CommonForm]:
     """Returns, by the place of an output, the form of the weights that the branches return."""
     given = [isinstance(value, Factored) and bool(value.parts) for value in operands]
     each = [may_be_weights(jaxpr, given) for jaxpr in use.params["branches"]]
     may_be = [all(branches) for branches in zip(*each, strict=True)]
     if not any(wanted and may for wanted, may in zip(live, may_be, strict=True)):
         return {}
-    forms: dict[int, Form] = {}
+    forms: dict[int, CommonForm] = {}
     outputs = zip(*(jax.eval_shape(body, *operands) for body in bodies), strict=True)
     for place, values in enumerate(outputs):
         if all(isinstance(value, Factored) for value in values):
@@ -279,10 +282,10 @@ def _specs(value: Value, spec: PartitionSpec) -> Any:
         return spec
     names = _axis_names(value, spec)
 
-    def of(_: Any, axes: Axes) -> PartitionSpec:
+    def partition(_: Any, axes: Axes) -> PartitionSpec:
         return PartitionSpec(*(None if axis < 0 else names[axis] for axis in axes))
 
-    return moved(value, of)
+    return moved(value, partition)
 
 
 CONTROL_RULES: dict[str, Rule] = {

@@ -19,7 +19,7 @@ def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
 
     It looks into functions, loops and branches, and follows axes that are moved away and back.
     """
-    return tuple(map(_unmoved, _of_inputs(jaxpr)))
+    return tuple(map(_unmoved, _input_sources(jaxpr)))
 
 
 def sources_among(jaxpr: eqns.AnyJaxpr, places: Mapping[Any, int]) -> Sources:
@@ -56,7 +56,7 @@ def _origins(jaxpr: eqns.AnyJaxpr, known: Mapping[Any, int]) -> list[_Moved | No
                 return None
             eqn, n = made_by[atom]
             if id(eqn) not in entered:
-                entered[id(eqn)] = _through(eqn)
+                entered[id(eqn)] = _equation_sources(eqn)
             moved = entered[id(eqn)][n]
             if moved is None:
                 return None
@@ -66,34 +66,34 @@ def _origins(jaxpr: eqns.AnyJaxpr, known: Mapping[Any, int]) -> list[_Moved | No
     return list(map(found, inner.outvars))
 
 
-def _of_inputs(jaxpr: eqns.AnyJaxpr) -> list[_Moved | None]:
+def _input_sources(jaxpr: eqns.AnyJaxpr) -> list[_Moved | None]:
     inner, _ = eqns.opened(jaxpr)
     return _origins(jaxpr, {var: place for place, var in enumerate(inner.invars)})
 
 
-def _through(eqn: JaxprEqn) -> Sequence[_Moved | None]:
+def _equation_sources(eqn: JaxprEqn) -> Sequence[_Moved | None]:
     """Returns, for each output of an equation, the operand that it is."""
     name = eqn.primitive.name
     if name == "transpose":
         return [(0, tuple(eqn.params["permutation"]))]
     if name in _CALLS:
-        return _of_inputs(_called(eqn))
+        return _input_sources(_called(eqn))
     if name == "cond":
-        each = zip(*map(_of_inputs, eqn.params["branches"]), strict=True)
-        return [_after(_agreed(one), 1) for one in each]
+        each = zip(*map(_input_sources, eqn.params["branches"]), strict=True)
+        return [_shift(_agreed(one), 1) for one in each]
     if name == "scan":
         scan = eqns.scan_of(eqn)
-        of_body = _of_inputs(scan.body)
+        of_body = _input_sources(scan.body)
         n_fixed = scan.n_consts + scan.n_carry
         ys = [_stacked(one) if one and one[0] >= n_fixed else None for one in of_body]
         return [*_carried(of_body[: scan.n_carry], scan.n_consts, 0), *ys[scan.n_carry :]]
     if name == "while":
         loop = eqns.while_of(eqn)
-        return _carried(_of_inputs(loop.body), loop.n_body_consts, loop.n_condition_consts)
+        return _carried(_input_sources(loop.body), loop.n_body_consts, loop.n_condition_consts)
     return [None] * len(eqn.outvars)
 
 
-def _after(moved: _Moved | None, before: int) -> _Moved | None:
+def _shift(moved: _Moved | None, before: int) -> _Moved | None:
     """Returns an operand's place where `before` others come first."""
     return None if moved is None else (before + moved[0], moved[1])
 
@@ -113,7 +113,7 @@ def _carried(carries: Sequence[_Moved | None], first: int, before: int) -> list[
       before: the number of the loop's operands that the body does not take, which come first.
     """
     same = (_unmoved(moved) == first + place for place, moved in enumerate(carries))
-    return [_after(m, before) if kept else None for m, kept in zip(carries, same, strict=True)]
+    return [_shift(m, before) if kept else None for m, kept in zip(carries, same, strict=True)]
 
 
 def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, ...]:
@@ -145,7 +145,7 @@ def _passed_on(eqn: JaxprEqn, operands: list[bool]) -> Sequence[bool]:
         each = (may_be_weights(branch, operands[1:]) for branch in eqn.params["branches"])
         return [all(outputs) for outputs in zip(*each, strict=True)]
     if name in ("scan", "while"):
-        return [moved is not None and operands[moved[0]] for moved in _through(eqn)]
+        return [moved is not None and operands[moved[0]] for moved in _equation_sources(eqn)]
     if name == "dot_general":
         return [all(operands)]
     return [name not in _ENDS] * n_outputs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.folds import Folded
+from lora_jax.adapt.folds import FoldedVector
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.core.axes import Label
@@ -32,7 +32,7 @@ def _only_weight(use: Use) -> Factored | None:
 def _rearrange(_: Interpreter, use: Use) -> Outcome:
     """Permutes, merges, splits, drops or adds axes; declines where one would mix two roles.
 
-    A vector mixes all roles of a weight: it becomes a `Folded`, which may be taken apart again.
+    A vector mixes all roles of a weight: it becomes a `FoldedVector`, which may be taken apart.
     """
     weight, places = _only_weight(use), axis_map(use.eqn)
     if weight is None or places is None or len(use.values) > 1:
@@ -40,7 +40,7 @@ def _rearrange(_: Interpreter, use: Use) -> Outcome:
     base = use.rearranged(weight)
     labels = labels_after(weight.labels, weight.base.shape, places, base.shape)
     if labels is None:
-        return [Folded((weight,))] if len(base.shape) == 1 and weight.parts else None
+        return [FoldedVector((weight,))] if len(base.shape) == 1 and weight.parts else None
     first = {axis: i for i, held in reversed(list(enumerate(places))) for axis in held}
 
     def permuted(array: jax.Array, axes: Axes) -> jax.Array:
@@ -154,7 +154,7 @@ def _row_or_part(weight: Factored, part: Factored) -> Value:
     if not after == 1 < before:
         return part
     row = part.merged()
-    return row if part.shift is None else row + part.of_columns(part.shift).astype(row.dtype)
+    return row if part.shift is None else row + part.spread_columns(part.shift).astype(row.dtype)
 
 
 def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:

@@ -73,7 +73,7 @@ def _looked_up(
         rows = as_array(base)
         return rows if unit is None else jnp.expand_dims(rows, unit)
     if weight.labels[axis] == "batch":
-        stack = _of_stack(weight, base, axis, indices, offsets, look_up)
+        stack = _look_up_layers(weight, base, axis, indices, offsets, look_up)
         if unit is None:
             return stack
         base, labels = jnp.expand_dims(as_array(stack.base), unit), list(stack.labels)
@@ -170,7 +170,7 @@ def _take(
     return lax.gather(array, indices, numbers, sizes, mode=mode, fill_value=fill_value)
 
 
-def _of_stack(
+def _look_up_layers(
     weight: Factored,
     base: BaseLike,
     axis: int,

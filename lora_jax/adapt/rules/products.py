@@ -16,11 +16,11 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
-from lora_jax.core.product import Rows, combined, dot, is_sharded
+from lora_jax.core.product import ExampleColumns, combined, dot, is_sharded
 from lora_jax.core.types import Outcome
 
 
-def with_base(use: Use, place: int) -> Any:
+def base_product(use: Use, place: int) -> Any:
     """Returns a function of x: the equation with W at a place, and x at the first other one."""
 
     def apply(x: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     pairs: Any = (tuple(map(tuple, pair[::-1] if weight_first else pair)) for pair in dims)
     contract, batch = pairs
     if not weight.parts:
-        return [with_base(use, 1 - weight_first)(x)]
+        return [base_product(use, 1 - weight_first)(x)]
     dtype = eqns.type_of(use.eqn.outvars[0]).dtype
     has_fractions = jnp.issubdtype(x.dtype, jnp.inexact)
     if not jnp.issubdtype(dtype, jnp.inexact) or (weight.gain is not None and not has_fractions):
@@ -56,7 +56,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     if role is None:
         return None
     check_roles(weight, contract[1], batch[1], use)
-    weight = with_unit_roles(weight, role, contract[1], batch[1])
+    weight = match_unit_roles(weight, role, contract[1], batch[1])
     note_side(weight, role, use)
     if set(contract[1]) != set(weight.axes("in")):  # the mirror image
         several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
@@ -65,17 +65,17 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
             return None
     how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
     are_real = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (x, weight.base))
-    again = use.for_factors(x) if are_real else x.astype(dtype)  # A and B are cast to its dtype
+    again = use.factor_input(x) if are_real else x.astype(dtype)  # A and B are cast to its dtype
     how |= {"for_factors": again, "weight_first": weight_first, "rows": rows_of(weight, use)}
     return [dot(x, weight, contract=contract, batch=batch, **how)]
 
 
-def rows_of(weight: Factored, use: Use) -> Rows | None:
+def rows_of(weight: Factored, use: Use) -> ExampleColumns | None:
     """Returns which columns of rank each row of the activation sees, where examples differ."""
     if weight.rows is None:
         return None
     assert use.at is not None, "an equation is refused where it is not known"
-    return Rows(weight.rows, use.at.axis, use.at.inner)
+    return ExampleColumns(weight.rows, use.at.axis, use.at.inner)
 
 
 def note_side(weight: Factored, role: Label, use: Use) -> None:
@@ -93,7 +93,7 @@ def contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
     return next((side for side in sides if math.prod(weight.sizes(side)) == 1), None)
 
 
-def with_unit_roles(
+def match_unit_roles(
     weight: Factored, role: Label, contract: Sequence[int], batch: Sequence[int]
 ) -> Factored:
     """Returns the weight with its axes of size one in the roles that a product uses them in."""
@@ -151,10 +151,10 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
     if isinstance(x, Factored) or params["batch_group_count"] != 1:
         return None
     if not weight.parts:
-        return [with_base(use, 1)(x)]
+        return [base_product(use, 1)(x)]
     out_axis, *in_axes = params["dimension_numbers"].rhs_spec
     check_roles(weight, in_axes, (), use)
-    weight = with_unit_roles(weight, "in", in_axes, ())
+    weight = match_unit_roles(weight, "in", in_axes, ())
     if weight.labels[out_axis] != "out":
         return None  # all axes but one are contracted, and that one is an in axis: a mirror image
     groups = params["feature_group_count"]
@@ -166,7 +166,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
     batch, features, *_ = params["dimension_numbers"].out_spec
     rows = rows_of(weight, use)
 
-    def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
+    def factor_product(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
         z = lax.conv_general_dilated(
             x, kernel, **how, feature_group_count=groups, preferred_element_type=wide(x.dtype)
         )
@@ -187,7 +187,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
         out = eqns.type_of(use.eqn.outvars[0]).ndim
         return lax.expand_dims(vector, [axis for axis in range(out) if axis != features])
 
-    return [combined(x, weight, with_base(use, 1), with_factors, along_features)]
+    return [combined(x, weight, base_product(use, 1), factor_product, along_features)]
 
 
 PRODUCT_RULES: dict[str, Rule] = {

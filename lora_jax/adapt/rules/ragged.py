@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.adapt.rules.products import check_bias, check_roles, note_side, with_base
+from lora_jax.adapt.rules.products import base_product, check_bias, check_roles, note_side
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import combined
@@ -48,7 +48,7 @@ def _through_factors(
     near, far = near.astype(x.dtype), far.astype(x.dtype)
     if near.shape[0] * near.shape[1] > _UNIT:
         z = lax.ragged_dot(x, jnp.swapaxes(near, 1, 2), sizes, precision, wide(x.dtype))
-        z = z * of_each_row(scales, sizes, x.shape[0]).astype(z.dtype)
+        z = z * group_vectors(scales, sizes, x.shape[0]).astype(z.dtype)
         return lax.ragged_dot(z.astype(x.dtype), far, sizes, precision, dtype)
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0], dtype=ends.dtype)[:, None]
@@ -60,7 +60,7 @@ def _through_factors(
     return lax.dot(z, far, precision=precision, preferred_element_type=dtype)
 
 
-def of_each_row(vectors: jax.Array, sizes: jax.Array, n: int) -> jax.Array:
+def group_vectors(vectors: jax.Array, sizes: jax.Array, n: int) -> jax.Array:
     """Returns the vector, one of [groups, …], of the group that each of n rows belongs to."""
     ends = jnp.cumsum(sizes)
     group = jnp.searchsorted(ends, jnp.arange(n, dtype=ends.dtype), side="right")
@@ -75,7 +75,7 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     if isinstance(x, Factored) or isinstance(sizes, Factored):
         return None
     if not weight.parts:
-        return [with_base(use, 1)(x)]
+        return [base_product(use, 1)(x)]
     if (
         use.params["group_offset"] is not None
         or any(batch)
@@ -93,17 +93,17 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
         if weight.shift is not None:
             return None
         if weight.gain is not None:
-            x = x * of_each_row(weight.gain, sizes, x.shape[0]).astype(x.dtype)
+            x = x * group_vectors(weight.gain, sizes, x.shape[0]).astype(x.dtype)
         near, far, weight = far, near, weight.replace(gain=None)
 
-    def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
+    def factor_product(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
         how = (weight.scales, sizes, use.params["precision"], seen.dtype)
         return _through_factors(x, near, far, *how)
 
     def placed(vector: jax.Array) -> jax.Array:
-        return of_each_row(vector, sizes, x.shape[0])
+        return group_vectors(vector, sizes, x.shape[0])
 
-    return [combined(x, weight, with_base(use, 1), with_factors, placed)]
+    return [combined(x, weight, base_product(use, 1), factor_product, placed)]
 
 
 RAGGED_RULES: dict[str, Rule] = {"ragged_dot_general": _ragged_dot_general}

@@ -59,9 +59,9 @@ def _contracted(use: Use, weight: Factored, axes: Sequence[int], stack: Sequence
     dtype = wide(total.dtype)
     result = total.astype(dtype) + jnp.sum(part.delta(dtype), axis=tuple(stack))
     if part.gain is not None:
-        result *= part.of_columns(part.gain).astype(dtype)
+        result *= part.spread_columns(part.gain).astype(dtype)
     if part.shift is not None:
-        result += jnp.sum(part.of_columns(part.shift).astype(dtype), axis=tuple(stack))
+        result += jnp.sum(part.spread_columns(part.shift).astype(dtype), axis=tuple(stack))
     return [result.astype(total.dtype)]
 
 

@@ -14,7 +14,7 @@ Sign = Literal["total", "frequency"]
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
+class CombineMethod:
     """A way to combine adapters.
 
     Attributes:
@@ -47,11 +47,11 @@ _PRUNED: dict[str, tuple[Literal["magnitude", "random"], bool]] = {
     "dare_ties": ("random", True),
 }
 HOWS = {
-    "exact": How("ranks"),
-    "svd": How("ranks", is_compressed=True),
-    "linear": How("factors"),
-    **{name: How("factors", *fields) for name, fields in _PRUNED.items()},
-    **{f"{name}_svd": How("changes", *fields, True) for name, fields in _PRUNED.items()},
+    "exact": CombineMethod("ranks"),
+    "svd": CombineMethod("ranks", is_compressed=True),
+    "linear": CombineMethod("factors"),
+    **{name: CombineMethod("factors", *fields) for name, fields in _PRUNED.items()},
+    **{f"{name}_svd": CombineMethod("changes", *fields, True) for name, fields in _PRUNED.items()},
 }
 
 
@@ -61,7 +61,7 @@ def combined(
     weights: jax.Array,
     key: jax.Array,
     *,
-    how: How,
+    how: CombineMethod,
     rank: int = 0,
     is_mirrored: bool = False,
 ) -> Factors:
@@ -82,7 +82,7 @@ def combined(
         if how.what == "ranks":
             return _side_by_side(factors, scales, weights, rank if how.is_compressed else None)
         if how.what == "changes":
-            return _of_changes(factors, scales, weights, key, rank, how)
+            return _sum_changes(factors, scales, weights, key, rank, how)
         factor = jnp.stack([s * w for s, w in zip(scales, weights, strict=True)])[..., None, None]
         root = jnp.sqrt(jnp.abs(factor))
         signed = jnp.where(factor < 0, -root, root)
@@ -102,28 +102,30 @@ def _side_by_side(
     return (a, b) if rank is None else nearest_product(a, b, rank)
 
 
-def _of_changes(
+def _sum_changes(
     factors: Sequence[Factors],
     scales: Sequence[jax.Array],
     weights: jax.Array,
     key: jax.Array,
     rank: int,
-    how: How,
+    how: CombineMethod,
 ) -> Factors:
     """Returns the factors of a sum of changes s·AB, one matrix of the stack after the other."""
     batch = scales[0].shape
 
-    def of_one(member: tuple[list[Factors], list[jax.Array], jax.Array]) -> Factors:
+    def sum_matrix(member: tuple[list[Factors], list[jax.Array], jax.Array]) -> Factors:
         factors, scales, key = member
         each = zip(factors, scales, strict=True)
         changes = jnp.stack([s * (a.mT @ b) for (a, b), s in each])
         return nearest_factors(_summed(changes, weights[:, None, None], key, how), rank)
 
     keys = jax.random.split(key, batch)
-    return map_batch(of_one, (list(factors), list(scales), keys), len(batch))
+    return map_batch(sum_matrix, (list(factors), list(scales), keys), len(batch))
 
 
-def _summed(tensors: jax.Array, weights: jax.Array, key: jax.Array, how: How) -> jax.Array:
+def _summed(
+    tensors: jax.Array, weights: jax.Array, key: jax.Array, how: CombineMethod
+) -> jax.Array:
     """Returns the weighted sum of matrices [n, batch…, rows, columns] over the first axis.
 
     PEFT's `task_arithmetic`, `magnitude_prune`, `ties`, `dare_linear` and `dare_ties`: the majority

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.sums.arithmetic import HOWS, How, Sign
-from lora_jax.bank.sums.lowrank import with_factors
+from lora_jax.bank.sums.arithmetic import HOWS, CombineMethod, Sign
+from lora_jax.bank.sums.lowrank import replace_factors
 from lora_jax.bank.sums.same_base import shared_base
 from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
 from lora_jax.core.base import as_array
@@ -115,14 +115,14 @@ def combine(
         used = np.asarray([weights[index] for index in of_path])
         if nodes := [node for node in of_path.values() if isinstance(node, LoraWeight)]:
             return _weight(nodes, used, chosen, rank, fold_in_path(key, path))
-        return _in_full(list(of_path.values()), used, earlier.get(path))
+        return _sum_values(list(of_path.values()), used, earlier.get(path))
 
     return map_leaves(lambda path, leaf: result(path) if path in terms else leaf, trees[0])
 
 
 def _checked(
     how: str, rank: int | None, density: float | None, sign: Sign | None, key: jax.Array | None
-) -> How:
+) -> CombineMethod:
     """Returns the way to combine, after a check of the options that it takes and needs."""
     if how not in HOWS:
         hint = "; PEFT's 'cat' is 'exact'" if how == "cat" else ""
@@ -170,7 +170,11 @@ def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node
 
 
 def _check_terms(
-    path: str, terms: _Terms, how: How, earlier: Mapping[str, Any], weights: Sequence[float]
+    path: str,
+    terms: _Terms,
+    how: CombineMethod,
+    earlier: Mapping[str, Any],
+    weights: Sequence[float],
 ) -> None:
     """Raises a ValueError where the nodes of one path have no sum."""
     lora = [index for index, node in terms.items() if isinstance(node, LoraWeight)]
@@ -220,7 +224,11 @@ def _check_terms(
 
 
 def _weight(
-    nodes: Sequence[LoraWeight], weights: np.ndarray, how: How, rank: int | None, key: jax.Array
+    nodes: Sequence[LoraWeight],
+    weights: np.ndarray,
+    how: CombineMethod,
+    rank: int | None,
+    key: jax.Array,
 ) -> LoraWeight:
     """Returns the sum of the nodes of one weight."""
     first, by_layer = nodes[0], ranks_by_layer(nodes)
@@ -241,7 +249,7 @@ def _weight(
         dtype=dtype,
     )
     frozen = first.frozen if all(n.frozen == first.frozen for n in nodes) else ()
-    node = with_factors(first.replace(extras=(), frozen=frozen, a_of=None), factors, ranks)
+    node = replace_factors(first.replace(extras=(), frozen=frozen, a_of=None), factors, ranks)
     extras = tuple(dict.fromkeys(part for n in nodes for part in n.extras))
     for part in extras:  # whose shift is s times its array
         has = [part in n.extras for n in nodes]
@@ -258,7 +266,7 @@ def _is_kept(values: Sequence[jax.Array], weights: Sequence[float]) -> bool:
     return same and math.isclose(sum(weights), 1.0, abs_tol=1e-9)
 
 
-def _in_full(nodes: Sequence[Any], weights: np.ndarray, before: BaseLike) -> Node:
+def _sum_values(nodes: Sequence[Any], weights: np.ndarray, before: BaseLike) -> Node:
     """Returns the sum of leaves that train in full or in some rows: v₀ + Σ wᵢ(vᵢ − v₀)."""
     first: Any = nodes[0]
     if before is None:

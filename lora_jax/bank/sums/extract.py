@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.sums.lowrank import Factors, stacked, with_factors, with_roots
+from lora_jax.bank.sums.lowrank import Factors, replace_factors, split_roots, stack_layers
 from lora_jax.core.aliases import aliased
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array, member
@@ -117,7 +117,7 @@ def extract(
         raise ValueError(f"extract: energy={energy}: a share in (0, 1]")
     chosen = [LoraRule(targets="all-linear")] if rules is None else rules
     old, new = _leaves(before, after)
-    marked = lorafy(before, [_of_rank_one(rule) for rule in chosen], trace=trace, kinds=kinds)
+    marked = lorafy(before, [_cheap_rule(rule) for rule in chosen], trace=trace, kinds=kinds)
     nodes = nodes_of(marked)
     found: dict[str, Node] = {}
     ranks: dict[str, tuple[int, ...]] = {}
@@ -158,7 +158,7 @@ def extract(
     return tree, Extraction(ranks, errors, in_full, lost)
 
 
-def _of_rank_one(rule: Rule) -> Rule:
+def _cheap_rule(rule: Rule) -> Rule:
     """Returns a rule that selects the same, at little cost; checks that all it says has effect."""
     if not isinstance(rule, LoraRule):
         return rule
@@ -214,7 +214,7 @@ def _weight(
             groups.append(([layer], (a[None], b[None]) if depth > 1 else (a, b)))
     if not groups:
         return None
-    return with_factors(node, *stacked(groups, depth)), math.sqrt(left / whole)
+    return replace_factors(node, *stack_layers(groups, depth)), math.sqrt(left / whole)
 
 
 def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
@@ -256,7 +256,7 @@ def _decomposed(
 
     change = matrix(after) - matrix(before)
     u, s, vt = jnp.linalg.svd(change, full_matrices=False)
-    return *with_roots(u, s, vt, s.shape[-1]), s
+    return *split_roots(u, s, vt, s.shape[-1]), s
 
 
 def _change(before: BaseLike, after: BaseLike) -> float:

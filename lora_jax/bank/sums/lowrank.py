@@ -29,15 +29,15 @@ def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
       rank: at most R, in and out.
     """
 
-    def of_one(factors: Factors) -> Factors:
+    def nearest(factors: Factors) -> Factors:
         a, b = factors
         q_a, r_a = jnp.linalg.qr(a.mT)  # [in, k], [k, R]
         q_b, r_b = jnp.linalg.qr(b.mT)
         u, s, vt = jnp.linalg.svd(r_a @ r_b.mT, full_matrices=False)
-        a, b = with_roots(u, s, vt, rank)
+        a, b = split_roots(u, s, vt, rank)
         return a @ q_a.mT, b @ q_b.mT
 
-    return map_batch(of_one, (a, b), a.ndim - 2)
+    return map_batch(nearest, (a, b), a.ndim - 2)
 
 
 def map_batch(fn: Callable[[Any], Factors], arrays: Any, n_batch: int) -> Factors:
@@ -57,16 +57,16 @@ def map_batch(fn: Callable[[Any], Factors], arrays: Any, n_batch: int) -> Factor
 def nearest_factors(change: jax.Array, rank: int) -> Factors:
     """Returns the factors of the best approximation of a matrix [batch…, in, out] of this rank."""
     u, s, vt = jnp.linalg.svd(change, full_matrices=False)
-    return with_roots(u, s, vt, rank)
+    return split_roots(u, s, vt, rank)
 
 
-def with_roots(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> Factors:
+def split_roots(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> Factors:
     """Returns the factors of the largest singular values, whose roots each of the two gets."""
     root = jnp.sqrt(s[..., :rank, None])
     return root * u[..., :rank].mT, root * vt[..., :rank, :]
 
 
-def with_factors(node: LoraWeight, factors: Factors, ranks: tuple[int, ...]) -> LoraWeight:
+def replace_factors(node: LoraWeight, factors: Factors, ranks: tuple[int, ...]) -> LoraWeight:
     """Returns a weight with other factors, and a scale of 1; of 0 in layers of rank 0."""
     node = node.replace(arrays={}, ranks=ranks if len(set(ranks)) > 1 else ranks[:1])
     a, b = (f.reshape(node.shape_of(name)) for f, name in zip(factors, "ab", strict=True))
@@ -74,7 +74,7 @@ def with_factors(node: LoraWeight, factors: Factors, ranks: tuple[int, ...]) -> 
     return node.replace(a=a, b=b, scale=scale)
 
 
-def stacked(
+def stack_layers(
     groups: Iterable[tuple[list[int], Factors | None]], depth: int
 ) -> tuple[Factors, tuple[int, ...]]:
     """Returns the factors of a stack, from those of its layers, and the layers' ranks.

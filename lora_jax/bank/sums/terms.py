@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax.bank.sums.arithmetic import How, combined
-from lora_jax.bank.sums.lowrank import Factors, stacked
+from lora_jax.bank.sums.arithmetic import CombineMethod, combined
+from lora_jax.bank.sums.lowrank import Factors, stack_layers
 from lora_jax.core.magnitude import wide
 from lora_jax.core.weight import LoraWeight
 
@@ -31,7 +31,7 @@ def ranks_by_layer(nodes: Sequence[LoraWeight]) -> tuple[Ranks, ...]:
     )
 
 
-def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: How, rank: int | None) -> int:
+def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: CombineMethod, rank: int | None) -> int:
     """Returns the rank of a sum.
 
     Args:
@@ -60,7 +60,7 @@ def summed(
     ranks: Ranks,
     n_batch: int,
     uses: str,
-    how: How,
+    how: CombineMethod,
     dtype: DTypeLike,
 ) -> Factors:
     """Returns A [batch…, r, in] and B [batch…, r, out] of a sum; ranks are filled up with zeros.
@@ -77,18 +77,19 @@ def summed(
       dtype: dtype of the result.
     """
     layers_of: dict[Ranks, list[int]] = defaultdict(list)
-    for layer, of_terms in enumerate(by_layer):
-        layers_of[of_terms].append(layer)
+    for layer, term_ranks in enumerate(by_layer):
+        layers_of[term_ranks].append(layer)
     n_lanes = 2 if uses == "each" else 1
 
-    def of_lane(lane: int) -> Factors:
-        def of_group(of_terms: Ranks, layers: list[int]) -> Factors | None:
-            on = [term for term, rank in enumerate(of_terms) if rank]
+    def sum_lane(lane: int) -> Factors:
+        def sum_group(term_ranks: Ranks, layers: list[int]) -> Factors | None:
+            on = [term for term, rank in enumerate(term_ranks) if rank]
             at = None if len(by_layer) == 1 else np.asarray(layers)
             if not on:
                 return None
             taken = [
-                _taken(arrays[i], of_terms[i], at, lane, n_lanes, n_batch, wide(dtype)) for i in on
+                _taken(arrays[i], term_ranks[i], at, lane, n_lanes, n_batch, wide(dtype))
+                for i in on
             ]
             factors, scales = zip(*taken, strict=True)
             return combined(
@@ -101,10 +102,12 @@ def summed(
                 is_mirrored=lane == 1 or uses == "product",
             )
 
-        groups = [(layers, of_group(of_terms, layers)) for of_terms, layers in layers_of.items()]
-        return stacked(groups, len(by_layer))[0]
+        groups = [
+            (layers, sum_group(term_ranks, layers)) for term_ranks, layers in layers_of.items()
+        ]
+        return stack_layers(groups, len(by_layer))[0]
 
-    a, b = zip(*map(of_lane, range(n_lanes)), strict=True)
+    a, b = zip(*map(sum_lane, range(n_lanes)), strict=True)
     return jnp.concatenate(a, axis=-2).astype(dtype), jnp.concatenate(b, axis=-2).astype(dtype)
 
 
@@ -133,15 +136,15 @@ def _taken(
     has_start = "start_a" in arrays
     each = rank // (2 if has_start else n_lanes)
 
-    def of_layers(name: str) -> jax.Array:
+    def take_layers(name: str) -> jax.Array:
         array = (arrays[name] if at is None else arrays[name][at]).astype(dtype)
         array = array.reshape(*array.shape[: n_batch + 1], -1)
         return array[..., lane * each : (lane + 1) * each, :]
 
-    a, b = of_layers("a"), of_layers("b")
+    a, b = take_layers("a"), take_layers("b")
     if has_start:
-        a = jnp.concatenate([a, of_layers("start_a")], axis=-2)
-        b = jnp.concatenate([b, -of_layers("start_b")], axis=-2)
+        a = jnp.concatenate([a, take_layers("start_a")], axis=-2)
+        b = jnp.concatenate([b, -take_layers("start_b")], axis=-2)
     scale = arrays["scale"] if at is None else arrays["scale"][at]
     return (a, b), scale.astype(dtype)
 

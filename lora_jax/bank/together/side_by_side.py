@@ -16,7 +16,7 @@ Metrics = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Running:
+class DrivenRun:
     """A run that leaves its steps to a driver.
 
     Attributes:
@@ -32,7 +32,7 @@ class Running:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ending:
+class RunEnding:
     """Holds what a run returned, or what ended it."""
 
     result: Any = None
@@ -41,11 +41,11 @@ class Ending:
 
 def side_by_side(
     step: Callable[[Mapping[str, HostBatch]], Mapping[str, Metrics]],
-    runs: Mapping[str, Running],
+    runs: Mapping[str, DrivenRun],
     *,
-    ended: Callable[[str, Ending], object] = lambda name, ending: None,
+    ended: Callable[[str, RunEnding], object] = lambda name, ending: None,
     turned: Callable[[], object] = lambda: None,
-) -> dict[str, Ending]:
+) -> dict[str, RunEnding]:
     """Trains all runs to their ends. One that ends or fails leaves; the others do not notice.
 
     Args:
@@ -61,7 +61,7 @@ def side_by_side(
     Raises:
       Exception: the common step failed; a second signal, which ends everything at once, too.
     """
-    endings: dict[str, Ending] = {}
+    endings: dict[str, RunEnding] = {}
     numbers: dict[str, int] = {}
 
     def advance(name: str, work: Callable[..., Any], *args: Any) -> Any:
@@ -69,9 +69,9 @@ def side_by_side(
         try:
             return work(*args)
         except StopIteration as end:
-            endings[name] = Ending(result=end.value)
+            endings[name] = RunEnding(result=end.value)
         except (Exception, Stopped) as error:
-            endings[name] = Ending(error=error)
+            endings[name] = RunEnding(error=error)
         numbers.pop(name, None)
         runs[name].turns.close()
         ended(name, endings[name])
@@ -102,7 +102,7 @@ def side_by_side(
     return endings
 
 
-def _made(run: Running, number: int) -> HostBatch:
+def _made(run: DrivenRun, number: int) -> HostBatch:
     """Returns a run's batch; where a signal dropped it, the run saves its steps and stops."""
     try:
         return run.batch(number)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.held import Held
-from lora_jax.bank.slots import ValueSlots, WeightSlots, of_one_slot
+from lora_jax.bank.held import HeldNodes
+from lora_jax.bank.slots import ValueSlots, WeightSlots, slot_shape
 from lora_jax.bank.together.stacked import (
     UPDATES,
-    Numbers,
+    TenantNumbers,
     compiled_steps,
     content_of,
     form_of,
@@ -23,7 +23,7 @@ from lora_jax.bank.together.stacked import (
     replaced,
     tree_of,
 )
-from lora_jax.bank.together.tenants import Kind, Tenant
+from lora_jax.bank.together.tenants import StackKind, Tenant
 from lora_jax.core.types import BaseLike, Leaf, Shaped, Tree
 from lora_jax.core.weight import LoraWeight, Trained, map_leaves
 from lora_jax.training.batches import HostBatch
@@ -43,7 +43,7 @@ class Stack:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: StackKind,
         forward: Logits,
         like: Tenant,
         slots: int,
@@ -64,7 +64,7 @@ class Stack:
         self.state, self.fixed = self._empty(slots, shapes)
         self._forget_choices()
         sizes: Any = ((slots, 0), (slots,), (slots,))
-        self._numbers = Numbers(*(np.zeros(size, np.float32) for size in sizes))
+        self._numbers = TenantNumbers(*(np.zeros(size, np.float32) for size in sizes))
         self._steps = compiled_steps(kind, forward, self._axes, self._where, compiler_options)
         self.names += [None] * slots
 
@@ -72,11 +72,11 @@ class Stack:
         """Adds free slots; the next step compiles anew."""
 
         old = (self.state, self.fixed)
-        new = self._empty(more, jax.tree.map(of_one_slot, old, self._axes))
+        new = self._empty(more, jax.tree.map(slot_shape, old, self._axes))
         longer = lambda *both: jnp.concatenate(both[:2], both[2])  # noqa: E731
         self.state, self.fixed = self._placed(jax.tree.map(longer, old, new, self._axes))
         self._forget_choices()
-        self._numbers = Numbers(
+        self._numbers = TenantNumbers(
             *(np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) for x in self._numbers)
         )
         self.names += [None] * more
@@ -91,7 +91,7 @@ class Stack:
         content = jax.tree.map(fewer, (self.state, self.fixed), self._axes)
         self.state, self.fixed = self._placed(content)
         self._forget_choices()
-        self._numbers = Numbers(*(x[kept] for x in self._numbers))
+        self._numbers = TenantNumbers(*(x[kept] for x in self._numbers))
         self.names = [self.names[slot] for slot in kept.tolist()]
 
     def _empty(self, n: int, shapes: Tree) -> Tree:
@@ -103,7 +103,7 @@ class Stack:
 
     def _forget_choices(self) -> None:
         """Begins to watch choices of new arrays: of what trains, and of what does not."""
-        self._held, self._fixed_held = Held(), Held()
+        self._held, self._fixed_held = HeldNodes(), HeldNodes()
 
     def _writable_state(self) -> State:
         """Returns the state, whose memory may be taken; choices that are held keep their arrays."""
@@ -158,7 +158,7 @@ class Stack:
         found: dict[str, Any] = {}
         if len(calls) == 1:
             (batches,) = calls
-            self.state, metrics = self._steps.of_all(
+            self.state, metrics = self._steps.step_all(
                 self._writable_state(), *self._arguments(base, batches)
             )
             slots = {name: self.names.index(name) for name in batches}
@@ -167,7 +167,7 @@ class Stack:
         else:
             for name, batch in ((name, batch) for call in calls for name, batch in call.items()):
                 slot = np.int32(self.names.index(name))
-                self.state, found[name] = self._steps.of_one(
+                self.state, found[name] = self._steps.step_one(
                     self._writable_state(), self.fixed, self._numbers, base, slot, batch
                 )
         return {
@@ -184,7 +184,7 @@ class Stack:
         """
         names = [name for name in self.names if name is not None]
         arguments = self._arguments(base, dict.fromkeys(names, batch))
-        memory: Any = self._steps.of_all.lower(self.state, *arguments).compile().memory_analysis()
+        memory: Any = self._steps.step_all.lower(self.state, *arguments).compile().memory_analysis()
         state: int = sum(x.nbytes for x in jax.tree.leaves(self.state))
         temporaries: int = memory.temp_size_in_bytes
         return state + temporaries

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.bank.together.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
+from lora_jax.bank.together.tenants import Arrays, StackKind, Tenant, arrays_of, replace_arrays
 from lora_jax.core.types import Adapter, Batch, Leaf, Tree
 from lora_jax.core.weight import map_leaves
 from lora_jax.lorafy import nodes_of, split, strip
@@ -27,7 +27,7 @@ from lora_jax.training.step import Metrics, State, init_state, make_gradient, ma
 UPDATES = 1024  # learning rates are stored for a multiple of so many updates
 
 
-class Numbers(NamedTuple):
+class TenantNumbers(NamedTuple):
     """Holds the numbers that adapters of a kind differ in; in a stack, stacked.
 
     Attributes:
@@ -59,7 +59,7 @@ def traced_step(
     Returns:
       The traced step, and the shapes of its state.
     """
-    kind = Kind.of(like)
+    kind = StackKind.from_tenant(like)
     shapes, axes, where = form_of(kind, like)
     places = jax.tree.map(lambda _: None, shapes) if where is None else where
 
@@ -70,13 +70,13 @@ def traced_step(
     is_none = lambda x: x is None  # noqa: E731
     state, fixed = jax.tree.map(stacked, shapes, axes, places, is_leaf=is_none)
     sizes: Any = ((slots, UPDATES), (slots,), (slots,))
-    numbers = Numbers(*(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
+    numbers = TenantNumbers(*(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
     active = jax.ShapeDtypeStruct((slots,), np.bool_)
     steps = compiled_steps(kind, forward, axes, where, compiler_options)
-    return steps.of_all.trace(state, fixed, numbers, strip(like.params), active, batch), state
+    return steps.step_all.trace(state, fixed, numbers, strip(like.params), active, batch), state
 
 
-def tree_of(kind: Kind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
+def tree_of(kind: StackKind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
     """Returns an adapted tree of a kind.
 
     Args:
@@ -89,12 +89,12 @@ def tree_of(kind: Kind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
     def node(path: str, leaf: Leaf) -> Leaf:
         if path not in kind.shells:
             return leaf
-        return with_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
+        return replace_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
 
     return map_leaves(node, base)
 
 
-def content_of(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
+def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
     """Returns what a slot holds of an adapter before its first step, or where it goes on."""
     nodes = nodes_of(tenant.params)
     adapter, _ = split(tenant.params)
@@ -117,7 +117,7 @@ def content_of(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
     return tenant.state, fixed
 
 
-def form_of(kind: Kind, like: Tenant) -> tuple[Tree, Tree, Tree]:
+def form_of(kind: StackKind, like: Tenant) -> tuple[Tree, Tree, Tree]:
     """Returns shapes, axes of the slots and stacked shardings of (state, fixed arrays)."""
 
     def content(params: Tree, key: jax.Array) -> tuple[State, Arrays]:
@@ -130,19 +130,19 @@ def form_of(kind: Kind, like: Tenant) -> tuple[Tree, Tree, Tree]:
     return shapes, axes, _shardings(shapes, axes, like)
 
 
-def _axes(kind: Kind, state: State) -> Tree:
+def _axes(kind: StackKind, state: State) -> Tree:
     """Returns the axis of the slots in each array of a stacked state.
 
     An optimiser's arrays have it where the adapter's have it, if they have their shapes.
     """
 
-    def of(keys: Any, array: Any) -> int:
+    def slot_axis(keys: Any, array: Any) -> int:
         path, parameter = _array_at(state.adapter, keys)
         if parameter is None or parameter.shape != array.shape:
             return 0
         return kind.slot_axis(path)
 
-    return jax.tree_util.tree_map_with_path(of, state)
+    return jax.tree_util.tree_map_with_path(slot_axis, state)
 
 
 def _array_at(arrays: Mapping[str, Mapping[str, Any]], keys: Any) -> tuple[str, Any]:
@@ -167,7 +167,7 @@ def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
     if not meshes:
         return None
 
-    def of(keys: Any, shape: Any, axis: int) -> NamedSharding:
+    def sharding(keys: Any, shape: Any, axis: int) -> NamedSharding:
         _, array = _array_at(arrays, keys)
         spec: list[Any] = []
         if array is not None and array.shape == shape.shape:
@@ -175,10 +175,10 @@ def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
             spec.insert(axis, None)
         return NamedSharding(meshes[0], PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(of, shapes, axes)
+    return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
 
 
-class Steps(NamedTuple):
+class StackSteps(NamedTuple):
     """Holds the compiled steps of a stack, which take its state's memory.
 
     Attributes:
@@ -188,17 +188,17 @@ class Steps(NamedTuple):
       of_one: ``(state, fixed, numbers, base, slot, batch) -> (state, metrics)``, with one batch.
     """
 
-    of_all: Any
-    of_one: Any
+    step_all: Any
+    step_one: Any
 
 
 def compiled_steps(
-    kind: Kind,
+    kind: StackKind,
     forward: Logits,
     both_axes: tuple[Tree, Tree],
     where: tuple[Tree, Tree] | None,
     compiler_options: Mapping[str, str] | None,
-) -> Steps:
+) -> StackSteps:
     """Returns a stack's steps.
 
     Gradients are taken side by side, updates one after the other: an update is as it is alone, and
@@ -221,7 +221,7 @@ def compiled_steps(
     def updated(
         state: State,
         fixed: Arrays,
-        numbers: Numbers,
+        numbers: TenantNumbers,
         base: Tree,
         active: jax.Array | bool,
         slot: jax.typing.ArrayLike,
@@ -230,7 +230,7 @@ def compiled_steps(
     ) -> tuple[State, Metrics]:
         """Updates the adapter in one slot, if it is active, in the memory of the stack."""
         one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
-        mine: Numbers = jax.tree.map(lambda x: x[slot], numbers)
+        mine: TenantNumbers = jax.tree.map(lambda x: x[slot], numbers)
 
         def schedule(count: jax.Array) -> Any:
             return mine.rates[jnp.minimum(count, mine.rates.shape[0] - 1)]
@@ -248,8 +248,13 @@ def compiled_steps(
         new = new._replace(step=jnp.where(active, new.step, one.step))
         return replaced(state, new, slot, axes), metrics
 
-    def of_all(
-        state: State, fixed: Arrays, numbers: Numbers, base: Tree, active: jax.Array, batch: Batch
+    def step_all(
+        state: State,
+        fixed: Arrays,
+        numbers: TenantNumbers,
+        base: Tree,
+        active: jax.Array,
+        batch: Batch,
     ) -> tuple[State, Metrics]:
         sums, grads = gradients(state, fixed, base, batch)
 
@@ -259,10 +264,10 @@ def compiled_steps(
 
         return lax.scan(visit, state, jnp.arange(active.shape[0]))
 
-    def of_one(
+    def step_one(
         state: State,
         fixed: Arrays,
-        numbers: Numbers,
+        numbers: TenantNumbers,
         base: Tree,
         slot: jax.typing.ArrayLike,
         batch: Batch,
@@ -276,7 +281,7 @@ def compiled_steps(
     jitted = functools.partial(
         jax.jit, donate_argnums=0, out_shardings=out, compiler_options=options
     )
-    return Steps(jitted(of_all), jitted(of_one))
+    return StackSteps(jitted(step_all), jitted(step_one))
 
 
 def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:

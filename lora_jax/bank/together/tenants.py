@@ -65,7 +65,7 @@ class Tenant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class StackKind:
     """Holds all that the compiled step of a stack depends on, and its adapters share.
 
     Attributes:
@@ -88,7 +88,7 @@ class Kind:
     noise: float = 0.0
 
     @classmethod
-    def of(cls, tenant: Tenant) -> "Kind":
+    def from_tenant(cls, tenant: Tenant) -> "StackKind":
         """Returns the kind of an adapter; raises a ValueError for weights that share an A."""
         nodes = nodes_of(tenant.params)
         if shared := [path for path, node in nodes.items() if getattr(node, "a_of", None)]:
@@ -98,7 +98,7 @@ class Kind:
             )
         given = {name: value for name, value in tenant.options.items() if value is not None}
         return cls(
-            shells={path: with_arrays(node, None, {}) for path, node in nodes.items()},
+            shells={path: replace_arrays(node, None, {}) for path, node in nodes.items()},
             shapes=tuple((path, *_form(node)) for path, node in sorted(nodes.items())),
             loss=tenant.loss,
             optimizer=tenant.optimizer,
@@ -142,7 +142,7 @@ def arrays_of(node: Node) -> dict[str, Any]:
     return node.arrays if isinstance(node, LoraWeight) else node.parts()
 
 
-def with_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Node:
+def replace_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Node:
     """Returns a node of the same structure over another base, with other arrays."""
     if isinstance(node, LoraWeight):
         return node.replace(base=base, arrays=dict(arrays))

@@ -10,7 +10,7 @@ from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.stored import BankError
 from lora_jax.bank.together.alike import calls_of
 from lora_jax.bank.together.stack import Stack
-from lora_jax.bank.together.tenants import Kind, Tenant
+from lora_jax.bank.together.tenants import StackKind, Tenant
 from lora_jax.core.aliases import aliased
 from lora_jax.core.opaque import sealed, unsealed
 from lora_jax.core.types import Tree
@@ -64,7 +64,7 @@ class Together:
         self._forward, self._base, self._options = forward, sealed(aliased(base)), compiler_options
         self._shared = OneBase(base)
         self._lock = threading.RLock()  # held by all that reads or changes what follows
-        self._stacks: dict[Kind, Stack] = {}
+        self._stacks: dict[StackKind, Stack] = {}
         self._stack_of: dict[str, Stack] = {}
         self._steps: dict[str, int] = {}
         self._done: dict[str, int] = {}
@@ -108,7 +108,7 @@ class Together:
             self._check_shapes(name, tenant)
             if not allow_base_mismatch:
                 self._shared.check(f"together: {name!r}", tenant.params)
-        kinds = {name: Kind.of(tenant) for name, tenant in tenants.items()}
+        kinds = {name: StackKind.from_tenant(tenant) for name, tenant in tenants.items()}
         for kind in dict.fromkeys(kinds.values()):
             mine = [name for name in tenants if kinds[name] == kind]
             if kind not in self._stacks:

@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 from lora_jax import models, peft
 from lora_jax.bank.slots import slots_of
-from lora_jax.bank.stored import BankError, stored, values_of
-from lora_jax.bank.writing import with_slots
+from lora_jax.bank.stored import BankError, adapter_values, values_of
+from lora_jax.bank.writing import add_slots
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Tree
 from lora_jax.core.weight import LoraWeight
@@ -125,7 +125,7 @@ class ServedBase:
         whole = AdapterSpec(rank=-(-max_rank // 8) * 8)
         self.rules = self._rules(whole)
         _, self.shell = lj.split(lj.lorafy(params, self.rules))
-        self.slots = slots_of(with_slots(params, self.rules, 2))
+        self.slots = slots_of(add_slots(params, self.rules, 2))
         self.leaves = {path: slots.base for path, slots in self.slots.items()}
         self.size = sum(x.nbytes for x in jax.tree.leaves(params))
         self.none = self._adapter(whole, {})
@@ -309,7 +309,7 @@ class ServedBase:
           RequestError: there is no room for it.
         """
         try:
-            kept = stored("the adapter", _tree_of(nodes), self.slots) if nodes else {}
+            kept = adapter_values("the adapter", _tree_of(nodes), self.slots) if nodes else {}
         except BankError as error:
             raise RequestError(str(error)) from None
         values = values_of(kept, self.slots, self.leaves)

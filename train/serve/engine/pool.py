@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from lora_jax.bank.slots import map_slots, slots_of
-from lora_jax.bank.writing import with_slots, write
+from lora_jax.bank.writing import add_slots, write
 from train.serve.engine.base import Adapter, ServedBase
 
 
@@ -13,7 +13,7 @@ class AdapterPool:
 
     def __init__(self, base: ServedBase, slots: int) -> None:
         """Makes empty slots, `slots` of them; the base has no arrays."""
-        tree = with_slots(base.params, base.rules, slots)
+        tree = add_slots(base.params, base.rules, slots)
         self._tree = map_slots(lambda _, here: here.replace(has_base=False), tree)
         # By slot, the adapter that is there, the least recently used first.
         self._there: dict[int, Adapter | None] = dict.fromkeys(range(1, slots + 1))
