@@ -34,10 +34,10 @@ NO_EXAMPLE = {  # types and errors, which functions above return, take or raise
 LONG = {
     f"lora_jax.{name}"
     for name in (
-        "bank.bank", "bank.sums.combine", "hf.keys", "init", "models.generate", "models.rollouts",
-        "models.streaming", "optim", "peft.save", "quantized.trees", "saving.checkpoint",
-        "subspace.saving", "subspace.space", "training.neftune", "training.scoring",
-        "training.step",
+        "bank.bank", "bank.sums.combine", "hf.keys", "init", "models.sampling.generate",
+        "models.sampling.rollouts", "models.sampling.streaming", "optim", "peft.save",
+        "quantized.trees", "saving.checkpoint", "subspace.saving", "subspace.space",
+        "training.neftune", "training.scoring", "training.step",
     )
 }  # fmt: skip
 

@@ -23,8 +23,6 @@ from lora_jax.models.families import key_table as key_table
 from lora_jax.models.families import kinds as kinds
 from lora_jax.models.families import partition_specs as partition_specs
 from lora_jax.models.families import read_config as read_config
-from lora_jax.models.generate import generate as generate
-from lora_jax.models.generate import share as share
 from lora_jax.models.gpt2.config import GPT2Config as GPT2Config
 from lora_jax.models.gpt2.model import GPT2 as GPT2
 from lora_jax.models.layers.cache import Cache as Cache
@@ -32,10 +30,12 @@ from lora_jax.models.layers.cache import Shared as Shared
 from lora_jax.models.layers.cache import init_cache as init_cache
 from lora_jax.models.pretrained import from_pretrained as from_pretrained
 from lora_jax.models.pretrained import save_pretrained as save_pretrained
-from lora_jax.models.rollouts import Samples as Samples
-from lora_jax.models.rollouts import sample as sample
+from lora_jax.models.sampling.generate import generate as generate
+from lora_jax.models.sampling.generate import share as share
+from lora_jax.models.sampling.rollouts import Samples as Samples
+from lora_jax.models.sampling.rollouts import sample as sample
+from lora_jax.models.sampling.streaming import stream as stream
 from lora_jax.models.smolvlm.config import SmolVLMConfig as SmolVLMConfig
 from lora_jax.models.smolvlm.model import SmolVLM as SmolVLM
-from lora_jax.models.streaming import stream as stream
 from lora_jax.models.vision.config import VisionConfig as VisionConfig
 from lora_jax.models.vision.model import VisionEncoder as VisionEncoder

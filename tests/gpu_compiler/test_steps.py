@@ -10,13 +10,13 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.models import Encoder, EncoderConfig, read_config
-from lora_jax.models.choosing import Sampling
 from lora_jax.models.families import module_of
-from lora_jax.models.generate import decode, prefill
 from lora_jax.models.layers.attend import choose_implementation, implementation
 from lora_jax.models.layers.attention import AttentionCall
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.placement import OLD_GPU, platform_of
+from lora_jax.models.sampling.choice import Sampling
+from lora_jax.models.sampling.loop import Decoding, Prompts, decode, prefill
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from train.options.common import AdapterConfig
 from train.plan.compile import _closed_form
@@ -182,10 +182,13 @@ def test_decoding_writes_its_cache_in_place() -> None:
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     eos = jax.ShapeDtypeStruct((1,), jnp.int32)
-    choice = Sampling(eos, whole, number, number, whole, key)
+    choice = Decoding(Sampling(number, number, whole, key), eos, whole)
     how = {"model": model, "apply": apply}
     state = jax.eval_shape(
-        lambda *args: prefill(*args, None, cache_len=300, n=200, **how), adapted, ids, mask, choice
+        lambda *args: prefill(*args, cache_len=300, n=200, **how),
+        adapted,
+        Prompts(ids, mask),
+        choice,
     )
     run = jax.jit(lambda *args: decode(*args, 200, **how), donate_argnums=1)
     made = run.lower(*placed((adapted, state, choice))).compile()

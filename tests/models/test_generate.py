@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import Decoder, choosing, generate, share
+from lora_jax.models import Decoder, generate, share
 from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.sampling import choice
+from lora_jax.models.sampling.choice import Sampling
+from lora_jax.models.sampling.loop import Decoding, Prompts
 from tests.models import tiny, tiny_encoders
 from tests.support import over
 
 # The module's name is the function's, too.
-MODULE = importlib.import_module("lora_jax.models.generate")
+MODULE = importlib.import_module("lora_jax.models.sampling.generate")
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +98,12 @@ def test_weights_are_arguments_not_constants(tiny_model: Any) -> None:
     model, params = tiny_model
     traced = MODULE._generate.trace(
         params,
-        jnp.zeros((3, 6), jnp.int32),
-        jnp.ones((3, 6), bool),
-        MODULE.Choice(
-            jnp.zeros((2,), jnp.int32),
-            jnp.zeros((), jnp.int32),
-            jnp.zeros(()),
-            jnp.ones(()),
-            jnp.zeros((), jnp.int32),
-            jax.random.key(0),
+        Prompts(jnp.zeros((3, 6), jnp.int32), jnp.ones((3, 6), bool)),
+        Decoding(
+            Sampling(jnp.zeros(()), jnp.ones(()), jnp.zeros((), jnp.int32), jax.random.key(0)),
+            eos=jnp.zeros((2,), jnp.int32),
+            pad=jnp.zeros((), jnp.int32),
         ),
-        None,
         model=model,
         apply=None,
         max_new_tokens=8,
@@ -122,7 +120,7 @@ def test_the_narrowest_sampling_is_greedy(tiny_model: Any, limit: dict[str, Any]
     assert not np.array_equal(generated(tiny_model, 0, **hot), want)
 
 
-choose = jax.jit(choosing.choose)
+choose = jax.jit(choice.choose)
 LOGITS = np.log(np.array([0.05, 0.4, 0.25, 0.2, 0.1], np.float32))
 
 
@@ -144,7 +142,7 @@ def test_samples_follow_the_distribution(
     n = 20_000
     logits = np.tile(LOGITS, (n, 1))
     limits = jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k)
-    drawn = choose(logits, MODULE.Choice(None, None, *limits, None), jax.random.key(0))
+    drawn = choose(logits, Sampling(*limits, None), jax.random.key(0))
     shares = np.bincount(drawn, minlength=5) / n
     np.testing.assert_allclose(shares, expected, atol=0.015)
     assert all(share == 0 for share, p in zip(shares, expected, strict=True) if p == 0)

@@ -18,7 +18,7 @@ from lora_jax.training.layout import Layout, make_mesh
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, over, variables_of, with_random_factors
 
-PROGRAM = importlib.import_module("lora_jax.models.rollouts")._sample
+PROGRAM = importlib.import_module("lora_jax.models.sampling.rollouts")._sample
 LENGTHS = np.array([6, 2, 5])
 MASK = (np.arange(6) >= 6 - LENGTHS[:, None]).astype(np.int32)
 IDS = tiny.tokens(2, 3, 6)

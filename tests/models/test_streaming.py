@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import choosing, generate, init_cache, share, stream, streaming
+from lora_jax.models import generate, init_cache, share, stream
+from lora_jax.models.sampling import choice, streaming
 from tests.models import tiny, tiny_encoders
 
 # The module's name is the function's, too.
@@ -89,13 +90,8 @@ def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
         *(jnp.zeros(2, kind) for kind in (jnp.int32, bool)),
         cache=None,
     )
-    choice = streaming.arguments(
-        model,
-        jnp.zeros((2, 3), jnp.int32),
-        None,
-        max_new_tokens=4,
-    )[2]
-    args = (params, cache, state, choice, jnp.int32(2), None)
+    decoding = streaming.as_decoding(model, 2, max_new_tokens=4)
+    args = (params, cache, state, decoding, jnp.int32(2), None)
 
     def aliased(function: Any) -> int:
         lowered = function.lower(*args, model=model, apply=None)
@@ -122,8 +118,8 @@ def test_with_a_key_a_row_rows_do_not_depend_on_each_other(tiny_model: Any) -> N
 def test_a_row_alone_draws_what_it_does_among_others() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 61)).astype(np.float32)
     limits = np.float32(1.3), np.float32(0.9), np.int32(40)
-    sampling = choosing.Sampling(None, None, *limits, None)
-    keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(choosing.choose)
+    sampling = choice.Sampling(*limits, None)
+    keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(choice.choose)
     together = choose(logits, sampling, keys)
     alone = [choose(logits[i : i + 1], sampling, keys[i])[0] for i in range(3)]
     np.testing.assert_array_equal(alone, together)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.models import stream
+from lora_jax.models.sampling.choice import row_keys
 from lora_jax.training.data.vision.pictures import pixel_values
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
@@ -153,8 +154,7 @@ class AnswerGenerator:
             inputs = {"pixel_values": pixel_values(tiles, self.outline.images, n)}
         key = None
         if options.temperature > 0:
-            seed = jax.random.key(options.seed)
-            key = jax.vmap(jax.random.fold_in, (None, 0))(seed, jnp.asarray(numbers, jnp.uint32))
+            key = row_keys(jax.random.key(options.seed), jnp.asarray(numbers, jnp.uint32))
         return stream(
             self.model,
             self.params,

@@ -16,6 +16,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax.core.types import Tree
 from lora_jax.models import sample
+from lora_jax.models.sampling.choice import row_keys
 from lora_jax.training import make_scorer
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.layout import Layout
@@ -165,7 +166,7 @@ class Rollouts(abc.ABC):
                 temperature=data.sampling_temperature,
                 top_p=data.top_p,
                 top_k=data.top_k,
-                key=jax.vmap(jax.random.fold_in, (None, 0))(key, numbers),
+                key=row_keys(key, numbers),
                 eos_token_id=ends or None,
                 apply=self._apply,
             )

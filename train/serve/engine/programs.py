@@ -11,23 +11,10 @@ from jax import lax
 from lora_jax.bank.mixing import Choice, mixed
 from lora_jax.bank.slots import Slots, WeightSlots, map_slots
 from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.sampling.choice import Sampling, choose, log_probability, scale, token_keys
+from lora_jax.models.sampling.loop import next_logits
 from lora_jax.training.layout import Layout
 from train.serve.engine.trainer import likeliest
-
-
-class RowSampling(NamedTuple):
-    """Holds how the tokens of each row are drawn: [] or [rows] each.
-
-    Attributes:
-      temperature, top_p: fp32.
-      top_k: int32; the size of the vocabulary for all.
-      key: PRNG key of the completion.
-    """
-
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    key: jax.Array
 
 
 class CompletionRows(NamedTuple):
@@ -38,14 +25,14 @@ class CompletionRows(NamedTuple):
       last: [rows] int32, the newest token, which is not in the cache yet.
       drawn: [rows] int32, the number of tokens drawn.
       slots: [rows] int32, the adapters.
-      how: see `RowSampling`.
+      sampling: [rows] each.
     """
 
     cache: Cache
     last: jax.Array
     drawn: jax.Array
     slots: jax.Array
-    how: RowSampling
+    sampling: Sampling
 
 
 class DrawnTokens(NamedTuple):
@@ -93,9 +80,11 @@ class SamplingPrograms:
         cache = init_cache(self._model.config, rows, length, self._model.dtype)
         ones, vocab = functools.partial(jnp.ones, rows), self._model.config.vocab_size
         keys = jax.random.split(jax.random.key(0), rows)
-        how = RowSampling(ones(), ones(), jnp.full(rows, vocab, jnp.int32), keys)
+        sampling = Sampling(ones(), ones(), jnp.full(rows, vocab, jnp.int32), keys)
         last, drawn, slots = (jnp.zeros(rows, jnp.int32) for _ in range(3))
-        return self._place(CompletionRows(cache._replace(filled=None), last, drawn, slots, how))
+        return self._place(
+            CompletionRows(cache._replace(filled=None), last, drawn, slots, sampling)
+        )
 
     def prompt(self, length: int) -> Cache:
         """Returns the cache for a prompt of at most this length, which has whole chunks."""
@@ -121,16 +110,16 @@ class SamplingPrograms:
         with jax.set_mesh(self._mesh):
             return self._extend(tree, slot, ids, n, cache)
 
-    def first(self, logits: jax.Array, how: RowSampling, with_top: Any) -> DrawnTokens:
+    def first(self, logits: jax.Array, sampling: Sampling, with_top: Any) -> DrawnTokens:
         """Draws the first token of a completion.
 
         Args:
           logits: [1, vocab], after the prompt.
-          how: [1] each.
+          sampling: [1] each.
           with_top: [] bool, whether the likeliest tokens are wanted.
         """
         with jax.set_mesh(self._mesh):
-            return self._first(logits, how, with_top)
+            return self._first(logits, sampling, with_top)
 
     def cut(self, cache: Cache, n: Any) -> Cache:
         """Returns a copy of a prompt's cache with the first n tokens, [] int32, alone."""
@@ -177,7 +166,7 @@ class SamplingPrograms:
           n: [] int32, its tokens.
           token: [] int32, the newest token.
           drawn: [] int32, the number of tokens drawn.
-          mine: (slot, how) of the completion, [] each.
+          mine: (slot, sampling) of the completion, [] each.
         """
         with jax.set_mesh(self._mesh):
             return self._insert(rows, row, cache, n, token, drawn, mine)
@@ -204,19 +193,14 @@ class SamplingPrograms:
         self, tree: Any, slot: jax.Array, ids: jax.Array, n: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         self.compiled += 1
-        there = (jnp.arange(ids.shape[1]) < n)[None]
-        logits, new = self._forward(
-            {"params": _alone(tree, slot)},
-            ids,
-            attention_mask=there,
-            cache=cache,
-            logits_at=jnp.broadcast_to(n - 1, (1, 1)),
-        )
-        return logits[:, 0], new
+        mask, last = (jnp.arange(ids.shape[1]) < n)[None], jnp.broadcast_to(n - 1, 1)
+        return next_logits(self._forward, _alone(tree, slot), ids, cache, mask, at=last)
 
-    def _first_token(self, logits: jax.Array, how: RowSampling, with_top: jax.Array) -> DrawnTokens:
+    def _first_token(
+        self, logits: jax.Array, sampling: Sampling, with_top: jax.Array
+    ) -> DrawnTokens:
         self.compiled += 1
-        return _drawn(logits, how, jnp.zeros(1, jnp.int32), with_top)
+        return _draw(logits, sampling, jnp.zeros(1, jnp.int32), with_top)
 
     def _beginning(self, cache: Cache, n: jax.Array) -> Cache:
         self.compiled += 1
@@ -246,7 +230,7 @@ class SamplingPrograms:
         mine: Any,
     ) -> CompletionRows:
         self.compiled += 1
-        slot, how = mine
+        slot, sampling = mine
         length = rows.cache.positions.shape[1]
         real = jnp.arange(length) < n
         positions = jnp.where(real, jnp.arange(length, dtype=jnp.int32), -1)
@@ -265,21 +249,16 @@ class SamplingPrograms:
             last=rows.last.at[row].set(token),
             drawn=rows.drawn.at[row].set(drawn),
             slots=rows.slots.at[row].set(slot),
-            how=jax.tree.map(lambda all, one: all.at[row].set(one), rows.how, how),
+            sampling=jax.tree.map(lambda x, new: x.at[row].set(new), rows.sampling, sampling),
         )
 
     def _decoded(
         self, tree: Any, rows: CompletionRows, with_top: jax.Array
     ) -> tuple[CompletionRows, DrawnTokens]:
         self.compiled += 1
-        here = jnp.zeros((len(rows.last), 1), jnp.int32)
-        logits, cache = self._forward(
-            {"params": Choice(tree, rows.slots)},
-            rows.last[:, None],
-            cache=rows.cache,
-            logits_at=here,
-        )
-        tokens = _drawn(logits[:, 0], rows.how, rows.drawn, with_top)
+        params = Choice(tree, rows.slots)
+        logits, cache = next_logits(self._forward, params, rows.last[:, None], rows.cache)
+        tokens = _draw(logits, rows.sampling, rows.drawn, with_top)
         return rows._replace(cache=cache, last=tokens.ids, drawn=rows.drawn + 1), tokens
 
     def _fitted(self, rows: CompletionRows, order: jax.Array, length: int) -> CompletionRows:
@@ -292,14 +271,14 @@ class SamplingPrograms:
             return lax.slice_in_dim(padded, 0, length, axis=axis)
 
         cache = rows.cache
-        last, drawn, slots, how = jax.tree.map(lambda x: x[order], rows[1:])
+        last, drawn, slots, sampling = jax.tree.map(lambda x: x[order], rows[1:])
         fitted = cache._replace(
             key=resized(cache.key[:, order], 3, 0),
             value=resized(cache.value[:, order], 3, 0),
             positions=resized(cache.positions[order], 1, -1),
             length=cache.length[order],
         )
-        return CompletionRows(fitted, last, drawn, slots, how)
+        return CompletionRows(fitted, last, drawn, slots, sampling)
 
 
 def _alone(tree: Any, slot: jax.Array) -> Choice:
@@ -312,41 +291,17 @@ def _alone(tree: Any, slot: jax.Array) -> Choice:
     return Choice(map_slots(only, tree), jnp.minimum(slot, 1)[None])
 
 
-def _drawn(
-    logits: jax.Array, how: RowSampling, step: jax.Array, with_top: jax.Array
+def _draw(
+    logits: jax.Array, sampling: Sampling, step: jax.Array, with_top: jax.Array
 ) -> DrawnTokens:
     """Draws a token of each row.
 
     Args:
       logits: [rows, vocab].
-      how: [rows] each.
+      sampling: [rows] each.
       step: [rows] int32, the number of tokens drawn before.
       with_top: [] bool.
     """
-    greedy = how.temperature <= 0
-    scores = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, how.temperature)[:, None]
-    likely = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-
-    def drawn() -> jax.Array:
-        limited = jnp.any((how.top_p < 1) | (how.top_k < scores.shape[-1]))
-        allowed = lax.cond(limited, _limited, lambda scores, _: scores, scores, how)
-        keys = jax.vmap(jax.random.fold_in)(how.key, step)
-        found = jax.vmap(jax.random.categorical)(keys, allowed)
-        return jnp.where(greedy, likely, found.astype(jnp.int32))
-
-    ids = lax.cond(jnp.all(greedy), lambda: likely, drawn)
-    found = jnp.take_along_axis(scores, ids[:, None], axis=-1)[:, 0]
-    logps = found - jax.nn.logsumexp(scores, axis=-1)
-    return DrawnTokens(ids, logps, likeliest(scores, with_top))
-
-
-def _limited(scores: jax.Array, how: RowSampling) -> jax.Array:
-    """Returns scores, -inf outside each row's top_k and top_p."""
-    ranked = -jnp.sort(-scores, axis=-1)
-    rank = jnp.arange(scores.shape[-1])
-    inside = rank < how.top_k[:, None]
-    probs = jax.nn.softmax(jnp.where(inside, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    kept = (rank == 0) | (inside & (before < how.top_p[:, None]))
-    least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scores >= least, scores, -jnp.inf)
+    ids = choose(logits, sampling, token_keys(sampling.key, step))
+    logps = log_probability(logits, ids, sampling.temperature)
+    return DrawnTokens(ids, logps, likeliest(scale(logits, sampling.temperature), with_top))

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.models.sampling.choice import Sampling
 from train.serve.engine.jobs import ActiveCompletion
-from train.serve.engine.programs import DrawnTokens, RowSampling, SamplingPrograms
+from train.serve.engine.programs import DrawnTokens, SamplingPrograms
 from train.serve.engine.sizes import Sizes
 from train.serve.protocol.requests import SampleRequest
 
@@ -65,11 +66,11 @@ class RunningRows:
           cache: keys and values of the prompt.
         """
         request = row.job.request
-        how = self.how(request, row.job.seed, row.index)
-        alone = jax.tree.map(lambda x: x[None], how)
+        sampling = self._sampling(row)
+        alone = jax.tree.map(lambda x: x[None], sampling)
         tokens = self._drawing.first(logits, alone, np.bool_(request.top > 0))
         tokens = DrawnTokens(*jax.tree.map(np.asarray, tuple(tokens)))
-        self._insert(row, cache, len(request.prompt), int(tokens.ids[0]), 1, how)
+        self._insert(row, cache, len(request.prompt), int(tokens.ids[0]), 1, sampling)
         return tokens
 
     def pause(self, row: ActiveCompletion) -> None:
@@ -85,8 +86,8 @@ class RunningRows:
         """Gives a paused completion a row again, in which it goes on with the same bits."""
         assert row.cache is not None
         length = self._sizes.cache(row.n_cached)
-        cache, how = self._drawing.give(*row.cache, length), self.how_of(row)
-        self._insert(row, cache, row.n_cached, row.ids[-1], len(row.ids), how)
+        cache, sampling = self._drawing.give(*row.cache, length), self._sampling(row)
+        self._insert(row, cache, row.n_cached, row.ids[-1], len(row.ids), sampling)
         row.cache = None
 
     def draw(self, tree: Any) -> DrawnTokens:
@@ -96,29 +97,28 @@ class RunningRows:
         self._arrays, tokens = self._drawing.decode(tree, self._arrays, with_top)
         return DrawnTokens(*jax.tree.map(np.asarray, tuple(tokens)))
 
-    def how_of(self, row: ActiveCompletion) -> RowSampling:
-        """Returns how the tokens of a completion under way are drawn."""
-        return self.how(row.job.request, row.job.seed, row.index)
+    def _sampling(self, row: ActiveCompletion) -> Sampling:
+        return self._sampling_of(row.job.request, row.job.seed, row.index)
 
-    def how(self, request: SampleRequest, seed: int, index: int) -> RowSampling:
-        """Returns how the tokens of a completion are drawn."""
+    def _sampling_of(self, request: SampleRequest, seed: int, index: int) -> Sampling:
+        """Returns the sampler's options for a completion of a request, [] each."""
         key = jax.random.fold_in(jax.random.key(seed % 2**32), index)
         t = request.temperature
         top_k = min(request.top_k, self._vocab) if request.top_k > 0 else self._vocab
         t = max(t, _COLDEST) if t else 0.0
-        return RowSampling(jnp.float32(t), jnp.float32(request.top_p), jnp.int32(top_k), key)
+        return Sampling(jnp.float32(t), jnp.float32(request.top_p), jnp.int32(top_k), key)
 
     def _place(self, row: ActiveCompletion) -> int:
         return next(place for place, other in self.rows.items() if other is row)
 
     def _insert(
-        self, row: ActiveCompletion, cache: Any, n: int, token: int, drawn: int, how: RowSampling
+        self, row: ActiveCompletion, cache: Any, n: int, token: int, drawn: int, sampling: Sampling
     ) -> None:
         self._fit(len(self.rows) + 1, n + 1)
         free = next(i for i in itertools.count() if i not in self.rows)
         self.rows[free] = row
         assert row.job.slot is not None
-        mine = (np.int32(row.job.slot), how)
+        mine = (np.int32(row.job.slot), sampling)
         self._arrays = self._drawing.insert(
             *(self._arrays, np.int32(free), cache, np.int32(n)),
             *(np.int32(token), np.int32(drawn), mine),
@@ -159,7 +159,7 @@ class RunningRows:
         drawing, sizes, off = self._drawing, self._sizes, np.bool_(False)
         ids = np.zeros((1, sizes.chunk), np.int32)
         slot, one = np.int32(0), np.int32(1)
-        caches, how = [], self.how(SampleRequest(adapter=None, prompt=[0]), 0, 0)
+        caches, sampling = [], self._sampling_of(SampleRequest(adapter=None, prompt=[0]), 0, 0)
         for length in sizes.caches:
             cache = drawing.prompt(length)
             logits, cache = drawing.extend(tree, slot, ids, one, cache)
@@ -167,14 +167,14 @@ class RunningRows:
             yield
             drawing.cut(cache, one)
             yield
-        drawing.first(logits, jax.tree.map(lambda x: x[None], how), off)
+        drawing.first(logits, jax.tree.map(lambda x: x[None], sampling), off)
         yield
         for width in sizes.widths:
             for length in sizes.caches:
                 rows = drawing.empty(width, length)
                 for cache in caches:
                     if cache.positions.shape[1] <= drawing.whole(length):
-                        mine = (np.int32(0), how)
+                        mine = (np.int32(0), sampling)
                         rows = drawing.insert(rows, np.int32(0), cache, one, one, one, mine)
                 yield
                 rows, _ = drawing.decode(tree, rows, off)

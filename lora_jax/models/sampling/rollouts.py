@@ -11,8 +11,15 @@ import jax.numpy as jnp
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.choosing import Sampling, has_row_keys
-from lora_jax.models.generate import arguments, decode, prefill
+from lora_jax.models.sampling.choice import has_row_keys, row_keys
+from lora_jax.models.sampling.loop import (
+    Decoding,
+    Prompts,
+    as_decoding,
+    as_prompts,
+    decode,
+    prefill,
+)
 
 
 class Samples(NamedTuple):
@@ -77,10 +84,9 @@ def sample(
     """
     if n < 1:
         raise ValueError(f"n is {n}: the number of answers to each prompt, 1 at least")
-    ids, mask, choice = arguments(
-        model,
-        input_ids,
-        attention_mask,
+    prompts = as_prompts(input_ids, attention_mask)
+    decoding = as_decoding(
+        *(model, len(prompts.ids) * n),
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
@@ -88,19 +94,17 @@ def sample(
         top_p=top_p,
         top_k=top_k,
         key=key,
-        rows_each=n,
     )
     static: dict[str, Any] = {"model": model, "apply": apply, "max_new_tokens": max_new_tokens}
-    drawn: Samples = _sample(params, ids, mask, choice, n=n, **static)
-    return drawn
+    samples: Samples = _sample(params, prompts, decoding, n=n, **static)
+    return samples
 
 
 @functools.partial(jax.jit, static_argnames=("model", "apply", "n", "max_new_tokens"))
 def _sample(
     params: Tree,
-    ids: jax.Array,
-    mask: jax.Array,
-    choice: Sampling,
+    prompts: Prompts,
+    decoding: Decoding,
     *,
     model: CausalLM,
     apply: Forward | None,
@@ -108,26 +112,20 @@ def _sample(
     max_new_tokens: int,
 ) -> Samples:
     static: dict[str, Any] = {"model": model, "apply": apply}
-    choice = choice._replace(key=_a_row_each(choice.key, ids.shape[0] * n))
+    batch, seq = prompts.ids.shape
+    if not has_row_keys(key := decoding.sampling.key):
+        sampling = decoding.sampling._replace(key=row_keys(key, jnp.arange(batch * n)))
+        decoding = decoding._replace(sampling=sampling)
     state = prefill(
-        *(params, ids, mask, choice, None),
-        cache_len=ids.shape[1] + max_new_tokens - 1,  # the last token is never fed
+        *(params, prompts, decoding),
+        cache_len=seq + max_new_tokens - 1,  # the last token is never fed
         n=max_new_tokens,
         rows_each=n,
         with_logps=True,
         **static,
     )
-    state = decode(params, state, choice, max_new_tokens, **static)
-    first_end = jnp.argmax(jnp.isin(state.tokens, choice.eos), axis=1).astype(jnp.int32)
+    state = decode(params, state, decoding, max_new_tokens, **static)
+    first_end = jnp.argmax(jnp.isin(state.tokens, decoding.eos), axis=1).astype(jnp.int32)
     lengths, logps = jnp.where(state.done, first_end + 1, max_new_tokens), state.logps
     assert logps is not None  # they were asked for
     return Samples(state.tokens, logps, lengths, state.done)
-
-
-def _a_row_each(key: jax.Array, rows: int) -> jax.Array:
-    if has_row_keys(key):
-        return key
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    keys: jax.Array = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    return keys

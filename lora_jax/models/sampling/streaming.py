@@ -11,9 +11,17 @@ import numpy as np
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.choosing import Sampling, SamplingKeywords
-from lora_jax.models.generate import DecodingState, Inputs, arguments, decode, prefill
 from lora_jax.models.layers.cache import Cache, Shared
+from lora_jax.models.sampling.choice import SamplingKeywords
+from lora_jax.models.sampling.loop import (
+    Decoding,
+    DecodingState,
+    Inputs,
+    as_decoding,
+    as_prompts,
+    decode,
+    prefill,
+)
 
 
 def stream(
@@ -62,10 +70,9 @@ def stream(
     >>> tokens == models.generate(model, params, ids, max_new_tokens=4)[0].tolist()
     True
     """
-    ids, mask, choice = arguments(
-        model, input_ids, attention_mask, max_new_tokens=max_new_tokens, **choosing
-    )
-    needed = ids.shape[1] + max_new_tokens - 1  # the last token is never fed
+    prompts = as_prompts(input_ids, attention_mask, shared, inputs)
+    decoding = as_decoding(model, len(prompts.ids), max_new_tokens=max_new_tokens, **choosing)
+    needed = prompts.ids.shape[1] + max_new_tokens - 1  # the last token is never fed
     cache_len = needed if cache_len is None else cache_len
     if cache_len < needed:
         raise ValueError(f"cache_len is {cache_len}; prompt and answer need {needed} slots")
@@ -75,8 +82,7 @@ def stream(
 
     def steps() -> Iterator[np.ndarray]:
         read, n = 0, min(tokens_per_call, max_new_tokens)
-        start = (params, ids, mask, choice, shared, inputs)
-        state = _begin(*start, cache_len=cache_len, n=n, **static)
+        state = _begin(params, prompts, decoding, cache_len=cache_len, n=n, **static)
         while True:
             step, tokens, done = jax.device_get((state.step, state.tokens, state.done))
             for i in range(read, step):
@@ -86,7 +92,7 @@ def stream(
                 return
             until = np.int32(min(read + n, max_new_tokens))
             rest = state._replace(cache=None)
-            state = _more(params, state.cache, rest, choice, until, shared, **static)
+            state = _more(params, state.cache, rest, decoding, until, shared, **static)
 
     return steps()
 
@@ -103,11 +109,11 @@ def _more(
     params: Tree,
     cache: Cache,
     rest: DecodingState,
-    choice: Sampling,
+    decoding: Decoding,
     until: jax.Array,
     shared: Shared | None,
     **static: Any,
 ) -> DecodingState:
     state = rest._replace(cache=cache._replace(shared=shared))
-    state = decode(params, state, choice, until, **static)
+    state = decode(params, state, decoding, until, **static)
     return state._replace(cache=state.cache._replace(shared=None))

@@ -1,0 +1,119 @@
+"""Chooses next tokens by their logits: greedily, or drawn from all or from likely ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The keywords of ``generate`` that choose the next tokens."""
+
+    eos_token_id: int | Sequence[int] | None
+    pad_token_id: int | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    key: jax.Array | None
+
+
+class Sampling(NamedTuple):
+    """The options of the sampler; see ``generate``.
+
+    Attributes:
+      temperature, top_p: fp32, [] for all rows, or [rows].
+      top_k: int32, likewise; the size of the vocabulary for all tokens.
+      key: [] or [rows] keys.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    key: jax.Array
+
+
+def has_row_keys(key: jax.Array) -> bool:
+    """Returns True for a key a row; False for one key, also for an old `jax.random.PRNGKey`."""
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0
+
+
+def row_keys(key: jax.Array, numbers: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the key of each row by its number, [rows]."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    keys: jax.Array = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    return keys
+
+
+def token_keys(key: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns the keys of the next tokens.
+
+    Args:
+      key: [] for all rows together, or [rows].
+      step: [] or [rows] int32, the number of tokens drawn before.
+    """
+    fold = jax.random.fold_in
+    if has_row_keys(key):
+        fold = jax.vmap(fold, (0, 0 if step.ndim else None))
+    keys: jax.Array = fold(key, step)
+    return keys
+
+
+def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
+    """Chooses the next tokens, [rows] int32; sorts the vocabulary for a limit only.
+
+    Args:
+      logits: [rows, vocab].
+      sampling: for all rows, or of each row.
+      keys: keys of these tokens; see ``token_keys``.
+    """
+    is_greedy = sampling.temperature <= 0
+    is_limited = (sampling.top_p < 1) | (sampling.top_k < logits.shape[-1])
+
+    def greedy(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw(logits: jax.Array, scores: jax.Array) -> jax.Array:
+        categorical = jax.random.categorical
+        if has_row_keys(keys):
+            categorical = jax.vmap(categorical)
+        tokens = categorical(keys, scores).astype(jnp.int32)
+        return jnp.where(is_greedy, greedy(logits), tokens) if is_greedy.ndim else tokens
+
+    def draw_from_all(logits: jax.Array) -> jax.Array:
+        return draw(logits, scale(logits, sampling.temperature))
+
+    def draw_from_likely(logits: jax.Array) -> jax.Array:
+        return draw(logits, _limit(scale(logits, sampling.temperature), sampling))
+
+    branch = jnp.where(jnp.all(is_greedy), 0, 1 + jnp.any(is_limited).astype(jnp.int32))
+    tokens: jax.Array = lax.switch(branch, [greedy, draw_from_all, draw_from_likely], logits)
+    return tokens
+
+
+def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Returns logits by temperature, fp32; as they are where it is 0."""
+    return logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)[..., None]
+
+
+def log_probability(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Returns log p of tokens, [rows], in the whole vocabulary; at temperature 1 where it is 0."""
+    scores = scale(logits, temperature)
+    chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(scores, axis=-1)
+
+
+def _limit(scores: jax.Array, sampling: Sampling) -> jax.Array:
+    """Returns scores, -inf outside top_k and top_p."""
+    ranked = -jnp.sort(-scores, axis=-1)
+    rank = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    is_inside = rank < sampling.top_k[..., None]
+    probs = jax.nn.softmax(jnp.where(is_inside, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
+    is_likely = (rank == 0) | (is_inside & (before < sampling.top_p[..., None]))
+    least = jnp.min(jnp.where(is_likely, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scores >= least, scores, -jnp.inf)

@@ -1,0 +1,244 @@
+"""The decoding loop over rows that begin together: prompts, then a token of each row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.types import Forward, Tree
+from lora_jax.models.causal import CausalLM
+from lora_jax.models.layers.cache import Cache, Shared, init_cache
+from lora_jax.models.sampling.choice import (
+    Sampling,
+    choose,
+    has_row_keys,
+    log_probability,
+    token_keys,
+)
+
+Inputs = Mapping[str, jax.typing.ArrayLike]
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts.
+
+    Attributes:
+      ids: [batch, seq] int32.
+      mask: [batch, seq] bool, False at padding.
+      shared, inputs: see ``generate``.
+    """
+
+    ids: jax.Array
+    mask: jax.Array
+    shared: Shared | None = None
+    inputs: Inputs | None = None
+
+
+class Decoding(NamedTuple):
+    """The options of decoding.
+
+    Attributes:
+      sampling: options of the sampler.
+      eos: [n] int32, the tokens that end a row.
+      pad: [] int32, the token after the end.
+    """
+
+    sampling: Sampling
+    eos: jax.Array
+    pad: jax.Array
+
+
+class DecodingState(NamedTuple):
+    """The decoding loop's state.
+
+    Attributes:
+      step: [] int32, the number of tokens chosen.
+      tokens: [batch, n] int32, the newest n; the one of step i is in column i % n.
+      last: [batch] int32, each row's newest token.
+      done: [batch] bool.
+      cache: up to, and without, ``last``.
+      logps: [batch, n] fp32, log p of each of ``tokens``, 0 after the end; None where nobody asks.
+    """
+
+    step: jax.Array
+    tokens: jax.Array
+    last: jax.Array
+    done: jax.Array
+    cache: Cache
+    logps: jax.Array | None = None
+
+
+def as_prompts(
+    input_ids: jax.typing.ArrayLike,
+    attention_mask: jax.typing.ArrayLike | None,
+    shared: Shared | None = None,
+    inputs: Inputs | None = None,
+) -> Prompts:
+    """Returns prompts as arrays; see ``generate``."""
+    ids = jnp.asarray(input_ids, jnp.int32)
+    mask = jnp.ones_like(ids, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
+    return Prompts(ids, mask, shared, inputs)
+
+
+def as_decoding(
+    model: CausalLM,
+    rows: int,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    key: jax.Array | None = None,
+) -> Decoding:
+    """Returns the options of ``generate`` as arrays, with the configuration's defaults.
+
+    Raises:
+      ValueError: see ``generate``; `rows` is the number of answers, each of which may have a key.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if temperature > 0 and key is None:
+        raise ValueError("sampling (temperature > 0) needs a key, such as jax.random.key(0)")
+    if key is not None and has_row_keys(key) and key.shape != (rows,):
+        raise ValueError(f"{key.shape} keys for {rows} rows: one key, or one a row")
+    config = model.config
+    if eos_token_id is None:
+        eos_token_id = config.eos_token_ids
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if pad_token_id is None:
+        pad_token_id = config.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = eos[0] if eos else 0
+    sampling = Sampling(
+        temperature=jnp.asarray(temperature, jnp.float32),
+        top_p=jnp.asarray(top_p, jnp.float32),
+        top_k=jnp.asarray(config.vocab_size if top_k is None else top_k, jnp.int32),
+        key=jax.random.key(0) if key is None else key,
+    )
+    return Decoding(sampling, jnp.asarray(eos, jnp.int32), jnp.asarray(pad_token_id, jnp.int32))
+
+
+def prefill(
+    params: Tree,
+    prompts: Prompts,
+    decoding: Decoding,
+    *,
+    model: CausalLM,
+    apply: Forward | None,
+    cache_len: int,
+    n: int,
+    rows_each: int = 1,
+    with_logps: bool = False,
+) -> DecodingState:
+    """Runs the prompts and chooses the first token of each answer.
+
+    Args:
+      params, model, apply: see ``generate``.
+      prompts, decoding: see ``as_prompts`` and ``as_decoding``.
+      cache_len: the slots of the cache.
+      n: the number of tokens that the state holds.
+      rows_each: the answers to each prompt, side by side: batch * rows_each rows in the state.
+      with_logps: whether the state has the tokens' log-probabilities.
+    """
+    run: Any = model.apply if apply is None else apply
+    batch, seq = prompts.ids.shape
+    cache = init_cache(model.config, batch, cache_len, model.dtype, shared=prompts.shared)
+    last_real = seq - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1).astype(jnp.int32)
+    logits, cache = next_logits(
+        run, params, prompts.ids, cache, prompts.mask, at=last_real, inputs=prompts.inputs
+    )
+    rows = batch * rows_each
+    if rows_each > 1:
+        logits, cache = jnp.repeat(logits, rows_each, axis=0), cache.repeated(rows_each)
+    start = DecodingState(
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.broadcast_to(decoding.pad, (rows, n)),
+        last=jnp.zeros((rows,), jnp.int32),
+        done=jnp.zeros((rows,), bool),
+        cache=cache,
+        logps=jnp.zeros((rows, n), jnp.float32) if with_logps else None,
+    )
+    return _append(start, decoding, logits, cache)
+
+
+def decode(
+    params: Tree,
+    state: DecodingState,
+    decoding: Decoding,
+    until: jax.typing.ArrayLike,
+    *,
+    model: CausalLM,
+    apply: Forward | None,
+) -> DecodingState:
+    """Decodes up to `until` tokens of each answer, or until all have ended."""
+    run: Any = model.apply if apply is None else apply
+
+    def is_unfinished(state: DecodingState) -> jax.Array:
+        return (state.step < until) & ~jnp.all(state.done)
+
+    def step(state: DecodingState) -> DecodingState:
+        # A row that has ended feeds padding.
+        found = next_logits(run, params, state.last[:, None], state.cache, ~state.done[:, None])
+        return _append(state, decoding, *found)
+
+    return lax.while_loop(is_unfinished, step, state)
+
+
+def next_logits(
+    run: Forward,
+    params: Tree,
+    ids: jax.Array,
+    cache: Cache,
+    mask: jax.Array | None = None,
+    *,
+    at: jax.Array | None = None,
+    inputs: Inputs | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Runs the next tokens of each row.
+
+    Args:
+      run: the model's ``apply``, or what takes its place.
+      params: passed to it.
+      ids: [rows, seq] int32.
+      cache: the tokens so far.
+      mask: [rows, seq] bool, False at padding; None without padding.
+      at: [rows] int32, the place among ``ids`` whose logits are wanted; 0 by default.
+      inputs: see ``generate``.
+
+    Returns:
+      The logits, [rows, vocab] fp32, and the cache with these tokens.
+    """
+    at = jnp.zeros(len(ids), jnp.int32) if at is None else at
+    logits, cache = run(
+        {"params": params},
+        ids,
+        attention_mask=mask,
+        cache=cache,
+        logits_at=at[:, None],
+        **(inputs or {}),
+    )
+    return logits[:, 0], cache
+
+
+def _append(
+    state: DecodingState, decoding: Decoding, logits: jax.Array, cache: Cache
+) -> DecodingState:
+    """Chooses the next tokens, and puts them into the state."""
+    sampling = decoding.sampling
+    tokens = choose(logits, sampling, token_keys(sampling.key, state.step))
+    tokens = jnp.where(state.done, decoding.pad, tokens)
+    column = state.step % state.tokens.shape[1]
+    all_tokens = lax.dynamic_update_slice(state.tokens, tokens[:, None], (0, column))
+    logps = state.logps
+    if logps is not None:
+        new = log_probability(logits, tokens, sampling.temperature)
+        new = jnp.where(state.done, 0.0, new)
+        logps = lax.dynamic_update_slice(logps, new[:, None], (0, column))
+    done = state.done | jnp.isin(tokens, decoding.eos)
+    return DecodingState(state.step + 1, all_tokens, tokens, done, cache, logps)
