@@ -124,7 +124,7 @@ def finetune(
 
     # Cheap checks come first: options and output folder, then rows, then examples and targets
     # against the model's configuration. Only then are weights read.
-    with hosts.together():
+    with hosts.raise_in_every_process():
         dry = config.run.dry_run
         if is_first() and not dry:
             check_packages(config.run.report_to)
@@ -148,7 +148,7 @@ def finetune(
     space = space_of(config, outline.params)
 
     # The model and its adapter.
-    with hosts.together(), doing(console, f"reading the weights of {outline.name}"):
+    with hosts.raise_in_every_process(), doing(console, f"reading the weights of {outline.name}"):
         model, plain = load_model(config, outline, layout)
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)

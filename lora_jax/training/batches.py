@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.training.data.mixture import Shares, shares_of
 from lora_jax.training.data.packing import few_lengths, first_fit
-from lora_jax.training.data.sequences import Sequences, Tokens
+from lora_jax.training.data.sequences import Sequences, TokenSequence
 
 HostBatch = dict[str, np.ndarray]
 
@@ -268,7 +268,7 @@ class Packs(Padded):
 
 
 def pack(
-    sequences: Sequence[Tokens],
+    sequences: Sequence[TokenSequence],
     seq_len: int,
     *,
     packing: bool,
@@ -281,7 +281,7 @@ def pack(
     have one of a few lengths; see `few_lengths`. With `like`, they have its lengths. Of each
     `a_unit` sequences, which stay together, `seq_len` is the mean.
     """
-    table, most = Sequences.of(sequences), seq_len * a_unit
+    table, most = Sequences.from_list(sequences), seq_len * a_unit
     members, counts = rows = _rows_of(table, most, packing, a_unit)
     if like is None:
         return _packs(table, rows, most, packing=packing)
@@ -290,7 +290,7 @@ def pack(
 
 
 def pack_mixture(
-    parts: Mapping[str, Sequence[Tokens]],
+    parts: Mapping[str, Sequence[TokenSequence]],
     weights: Sequence[float] | None,
     seq_len: int,
     *,
@@ -310,8 +310,8 @@ def pack_mixture(
     Raises:
       TrainingError: a weight is too small for a single row of an epoch.
     """
-    tables = [Sequences.of(part) for part in parts.values()]
-    joined, names = Sequences.joined(tables), tuple(parts)
+    tables = [Sequences.from_list(part) for part in parts.values()]
+    joined, names = Sequences.join(tables), tuple(parts)
     if weights is None:
         packs = _packs(joined, _rows_of(joined, seq_len, packing), seq_len, packing=packing)
         return dataclasses.replace(packs, sources=names)

@@ -33,7 +33,7 @@ def early(completion_ids, **others):
 CHECKPOINTS = "lora_jax.training.run.checkpoints:Checkpoints"
 MOMENTS = {
     "the first completions are drawn": ("train.live.rollouts:sample", 1, "after"),
-    "completions are rewarded": ("train.processes.served:Served.ask", 2, "in"),
+    "completions are rewarded": ("train.processes.pool:ProgramPool.ask", 2, "in"),
     "a batch has one update of two": ("train.live.rollouts:Rollouts.batch", 2, "before"),
     "a checkpoint is written": (f"{CHECKPOINTS}.save", 1, "in"),
     "a checkpoint has no record": (f"{CHECKPOINTS}._record_files", 1, "before"),

@@ -6,11 +6,11 @@ import pytest
 from lora_jax.training.batches import pack, round_up
 from lora_jax.training.data.mixture import order
 from lora_jax.training.data.order import Order
-from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.data.sequences import TokenSequence
 
 
 def sequence(ids, counts):
-    return Tokens(np.array(ids, np.int32), np.array(counts, bool))
+    return TokenSequence(np.array(ids, np.int32), np.array(counts, bool))
 
 
 SEQUENCES = [

@@ -12,7 +12,7 @@ from lora_jax.training.batches import pack
 from lora_jax.training.data import packing
 from lora_jax.training.data.order import Order
 from lora_jax.training.data.packing import few_lengths, first_fit
-from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.data.sequences import TokenSequence
 
 RNG = np.random.default_rng(5)
 
@@ -25,7 +25,9 @@ def drawn(n, room=512):
 def sequences(lengths):
     """Sequences of random tokens; the loss counts their second half."""
     ids = [RNG.integers(1, 50, n).astype(np.int32) for n in lengths]
-    return [Tokens(x, np.arange(len(x)) >= len(x) // 2, i) for i, x in enumerate(ids, start=1)]
+    return [
+        TokenSequence(x, np.arange(len(x)) >= len(x) // 2, i) for i, x in enumerate(ids, start=1)
+    ]
 
 
 def first_fit_by_looking_at_every_row(lengths, room):

@@ -6,14 +6,14 @@ import pytest
 from lora_jax.training.batches import pack, pack_mixture
 from lora_jax.training.data.mixture import Shares
 from lora_jax.training.data.order import Order
-from lora_jax.training.data.sequences import Sequences, Tokens
+from lora_jax.training.data.sequences import Sequences, TokenSequence
 from lora_jax.training.errors import TrainingError
 
 
 def sequences(lengths):
     """Makes a row of each length; its tokens are its number."""
     return [
-        Tokens(np.full(n, row, np.int32), np.arange(n) > 0, row)
+        TokenSequence(np.full(n, row, np.int32), np.arange(n) > 0, row)
         for row, n in enumerate(lengths, start=1)
     ]
 
@@ -70,7 +70,7 @@ def test_a_share_of_no_row_is_refused():
 
 def test_a_table_of_sequences_is_a_list_of_them():
     made = sequences([2, 5, 1, 3])
-    table = Sequences.of(made)
+    table = Sequences.from_list(made)
     assert [(t.ids.tolist(), t.counts.tolist(), t.row) for t in table] == [
         (t.ids.tolist(), t.counts.tolist(), t.row) for t in made
     ]
@@ -81,5 +81,5 @@ def test_a_table_of_sequences_is_a_list_of_them():
     assert [t.ids.tolist() for t in table.cut(2)] == [[1, 1], [2, 2], [3], [4, 4]]
     rest, taken = table.split(np.array([2, 4]))
     assert rest.rows.tolist() == [1, 3] and [t.ids.tolist() for t in taken] == [[2] * 5, [4] * 3]
-    both = Sequences.joined([table, taken])
+    both = Sequences.join([table, taken])
     assert both.origins.tolist() == [0] * 4 + [1] * 2 and both[4].ids.tolist() == [2] * 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.training.batches import pack
-from lora_jax.training.data.sequences import Sequences, Tokens
+from lora_jax.training.data.sequences import Sequences, TokenSequence
 from lora_jax.training.data.stream import Chunks, Stream
 from lora_jax.training.errors import TrainingError
 
@@ -20,7 +20,7 @@ LENGTHS = RNG.integers(3, SEQ + 1, STARTS[-1])
 
 def rows_of(block):
     return [
-        Tokens(np.full(LENGTHS[row], row, np.int32), np.arange(LENGTHS[row]) > 1, row)
+        TokenSequence(np.full(LENGTHS[row], row, np.int32), np.arange(LENGTHS[row]) > 1, row)
         for row in range(STARTS[block], STARTS[block + 1])
     ]
 
@@ -30,9 +30,9 @@ def stream(packing, *, seen=None, counts=COUNTS, room=20, batch_size=3, accumula
         if seen is not None:
             seen.append(blocks.tolist())
         found = [tokens for block in blocks.tolist() for tokens in rows_of(block)]
-        return Sequences.of(found)
+        return Sequences.from_list(found)
 
-    longest = Tokens(np.ones(SEQ, np.int32), np.ones(SEQ, bool))
+    longest = TokenSequence(np.ones(SEQ, np.int32), np.ones(SEQ, bool))
     like = pack([*rows_of(0), longest], SEQ, packing=packing)
     return Stream(
         load,
@@ -88,7 +88,7 @@ def test_a_stream_goes_on_from_any_step_as_if_it_had_never_stopped(packing):
             for name, array in batch.items():
                 np.testing.assert_array_equal(array, batches[later][name])
             assert again.named(later) == whole.named(later)
-        order = Chunks(2, np.array(COUNTS), 20).of_epoch(cursors[step]["epoch"])
+        order = Chunks(2, np.array(COUNTS), 20).blocks_of_epoch(cursors[step]["epoch"])
         assert seen[0] == order[cursors[step]["chunk"]].tolist()  # nothing before it is read
     assert not stream(packing).seek({"epoch": 0, "row": 3}, 1)  # of data in memory
     assert not stream(packing).seek({"epoch": 0, "chunk": 99, "first": 0}, 1)
@@ -119,9 +119,13 @@ def test_little_is_in_memory_and_nothing_after_the_last_step_is_read():
 
 def test_a_batch_with_more_answers_than_the_sample_had_is_padded_to_its_length():
     def load(blocks):
-        return Sequences.of([Tokens(np.arange(16, dtype=np.int32), np.ones(16, bool), 1)] * 4)
+        return Sequences.from_list(
+            [TokenSequence(np.arange(16, dtype=np.int32), np.ones(16, bool), 1)] * 4
+        )
 
-    like = pack([Tokens(np.arange(16, dtype=np.int32), np.arange(16) > 12)], 16, packing=False)
+    like = pack(
+        [TokenSequence(np.arange(16, dtype=np.int32), np.arange(16) > 12)], 16, packing=False
+    )
     chunks = Chunks(0, np.array([1, 1]), 1)
     how = {"batch_size": 2, "accumulate": 1, "digest": "", "named": lambda *_: "", "steps": 1}
     made = Stream(load, chunks, like, packing=False, **how)
@@ -143,6 +147,6 @@ def test_errors_of_reading_reach_the_run(ahead):
     with pytest.raises(TrainingError, match="line 3 is bad"):
         made.batch(0)
     made = stream(False)
-    made._load = lambda blocks: Sequences.of([])
+    made._load = lambda blocks: Sequences.from_list([])
     with pytest.raises(TrainingError, match="no row of the data has a token that the loss counts"):
         made.batch(0)

@@ -88,7 +88,7 @@ def read_images(
     return held, [chats.pictures_of(one.rows(), reader, one.name) for one in held]
 
 
-def _with_progress(console: Console, n: int) -> chats.Mapped:
+def _with_progress(console: Console, n: int) -> chats.MapFunction:
     """Returns `map_over_processes`, with a bar or lines on the progress over `n` rows."""
 
     def mapped(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from lora_jax.training.data import pairs as of_pairs
-from lora_jax.training.data.rows import FORMS, Row, check_rows, field_names, moved, name_of
+from lora_jax.training.data.rows import FORMS, Row, check_rows, field_names, name_of, replace_values
 from train.console.errors import UserError, flag
 from train.data import cache
 from train.data.files import files_of, read_rows
@@ -66,7 +66,7 @@ def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
                 f"{given}: {name_of(row, source, number)} has {field_names(row)}, and no `{own}`"
             )
         others = {name: value for name, value in row.items() if name not in own_names}
-        found.append(moved(row, others | {name: row[own] for name, own in pairs}))
+        found.append(replace_values(row, others | {name: row[own] for name, own in pairs}))
     return found
 
 

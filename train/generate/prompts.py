@@ -11,8 +11,8 @@ import numpy as np
 from jinja2 import TemplateError
 
 from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
-from lora_jax.training.data.sequences import Tokens
-from lora_jax.training.data.templates import asked
+from lora_jax.training.data.sequences import TokenSequence
+from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.data.vision.parts import IMAGES, shown_images
 from lora_jax.training.data.vision.pictures import read_pictures
 from lora_jax.training.errors import TrainingError
@@ -189,9 +189,9 @@ def _with_images(
     with as_user_errors(TrainingError):
         pictures = read_pictures([one.chat.images for one in prompts], names, outline.images)
         for number, (ids, name) in enumerate(zip(made, names, strict=True), start=1):
-            tokens = Tokens(np.array(ids, np.int32), np.zeros(len(ids), bool), number)
-            found.append(PromptTokens(pictures.written(tokens, name).ids.tolist()))
-            found[-1].tiles = pictures.of(number)
+            tokens = TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool), number)
+            found.append(PromptTokens(pictures.expand(tokens, name).ids.tolist()))
+            found[-1].tiles = pictures.tiles_of(number)
     return found
 
 
@@ -205,7 +205,7 @@ def _rendered(prompt: Prompt, outline: ModelInfo, system: str | None) -> str:
         as_user_errors(TemplateError, prefix=f"{prompt.name}: the model's chat template says: "),
         as_user_errors(TrainingError, prefix=f"{prompt.name}: "),
     ):
-        return asked(prompt.chat._replace(messages=turns), outline.tokenizer)
+        return render_prompt(prompt.chat._replace(messages=turns), outline.tokenizer)
 
 
 def check_lengths(

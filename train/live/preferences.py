@@ -12,7 +12,7 @@ from lora_jax.core.types import Tree
 from lora_jax.training.batches import HostBatch, round_up
 from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
-from lora_jax.training.data.sequences import Sequences, Tokens
+from lora_jax.training.data.sequences import Sequences, TokenSequence
 from lora_jax.training.layout import OnMesh
 from lora_jax.training.losses import Completions, mismatched_kl
 from lora_jax.training.ready import BatchNumbers, TrainingStart
@@ -118,9 +118,11 @@ def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
     for at, prompt in enumerate(asked):
         ids = np.concatenate([prompt, said[at - 1]])[:most]
         counts = np.arange(len(ids)) >= len(prompt)
-        made.append(Tokens(ids, counts, int(table.rows[at])))
+        made.append(TokenSequence(ids, counts, int(table.rows[at])))
     firsts = np.arange(len(made) + 1)
-    return dataclasses.replace(examples, table=Sequences.of(made), firsts=firsts, reference=None)
+    return dataclasses.replace(
+        examples, table=Sequences.from_list(made), firsts=firsts, reference=None
+    )
 
 
 def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:

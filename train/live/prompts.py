@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.training.batches import Arrays, HostBatch, round_up
-from lora_jax.training.data.order import Order, listed
+from lora_jax.training.data.order import Order, list_rows
 from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, name_of
 from train.reporters.contract import Sample
@@ -263,7 +263,7 @@ class PromptFeed:
     def named(self, number: int) -> str:
         """Returns the names of the prompts of a step."""
         rows, source = self.rows(number).tolist(), self.config.data.dataset
-        return listed(rows, lambda row: name_of(self.prompts.rows[row], source, row + 1))
+        return list_rows(rows, lambda row: name_of(self.prompts.rows[row], source, row + 1))
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns how many tokens are in a batch, without padding."""

@@ -55,7 +55,7 @@ def _keep(asked: str | None) -> str | None:
             f"--compilation-cache {asked} keeps compiled programs, and JAX is told not to "
             "(JAX_ENABLE_COMPILATION_CACHE): leave out one of them"
         )
-    if already and asked is not None and (asked == OFF or _whole(asked) != _whole(already)):
+    if already and asked is not None and (asked == OFF or _absolute(asked) != _absolute(already)):
         raise UserError(
             f"--compilation-cache {asked} is not JAX's own setting (JAX_COMPILATION_CACHE_DIR), "
             f"{already}: give one of them"
@@ -75,9 +75,9 @@ def _keep(asked: str | None) -> str | None:
         )
     folder = str(already or asked or cache_folder() / "jax")
     if not already:
-        folder = _whole(folder)
+        folder = _absolute(folder)
         if "://" not in folder:  # else a bucket, which JAX opens itself
-            if reason := _why_not(Path(folder)):
+            if reason := _folder_problem(Path(folder)):
                 return (
                     f"warning: compiled programs are not kept: {folder} cannot be written "
                     f"({reason}); name another folder with --compilation-cache, or {OFF}"
@@ -88,7 +88,7 @@ def _keep(asked: str | None) -> str | None:
     return f"compiled programs are kept in {folder}"
 
 
-def _whole(folder: str) -> str:
+def _absolute(folder: str) -> str:
     """Returns a folder's whole path; a bucket's address as it is."""
     return folder if "://" in folder else str(Path(folder).expanduser().absolute())
 
@@ -112,8 +112,8 @@ def _setting(name: str) -> Any:
     return getattr(jax.config, f"jax_{name}")
 
 
-def _why_not(folder: Path) -> str | None:
-    """Returns why a folder cannot be written to, after making it; None if it can be."""
+def _folder_problem(folder: Path) -> str | None:
+    """Makes a folder; returns the reason why it cannot be written to, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 _Message = dict[str, Any]
 
 
-class _OfAll(UserError):
+class _ErrorOfAll(UserError):
     """An error raised in all processes at once."""
 
 
@@ -70,7 +70,7 @@ def console() -> Console:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_in_every_process() -> Iterator[None]:
     """Raises a UserError of one process, within this context, in every process.
 
     Within, processes may communicate only through `map_over_processes` and `check_alike`: a process
@@ -78,13 +78,13 @@ def together() -> Iterator[None]:
     """
     try:
         yield
-    except _OfAll:
+    except _ErrorOfAll:
         raise
     except TrainingError as error:
         if jax.process_count() > 1:
-            _gathered(_failure(error))
+            _gather(_failure(error))
         raise
-    _gathered(_success(None))
+    _gather(_success(None))
 
 
 def check_alike(options: Mapping[str, Any], **read: Any) -> None:
@@ -101,7 +101,7 @@ def check_alike(options: Mapping[str, Any], **read: Any) -> None:
         return
     facts = {flag(name): value for name, value in options.items()}
     facts |= {name: _digest(content) for name, content in read.items()}
-    first, *others = _gathered(_success(facts))
+    first, *others = _gather(_success(facts))
     differing = [
         f"process {number} has {name} {value}, not {first[name]}"
         for number, theirs in enumerate(others, start=1)
@@ -109,7 +109,7 @@ def check_alike(options: Mapping[str, Any], **read: Any) -> None:
         if value != first[name]
     ]
     if differing:
-        raise _OfAll(
+        raise _ErrorOfAll(
             f"the processes of this run were not started alike: {'; '.join(differing)}. All need "
             "the same options, and the same files"
         )
@@ -135,12 +135,12 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
         except TrainingError as error:
             own.append(_failure(error))
             break
-    parts = _gathered(_success(own))
+    parts = _gather(_success(own))
     results = []
     for index in range(len(items)):
         message = parts[index % n][index // n]
         if "error" in message:
-            raise _OfAll(message["error"])
+            raise _ErrorOfAll(message["error"])
         results.append(message["value"])
     return results
 
@@ -153,25 +153,25 @@ def _failure(error: TrainingError) -> _Message:
     return {"error": error.said(flag)}
 
 
-def _gathered(own: _Message) -> list[Any]:
+def _gather(own: _Message) -> list[Any]:
     """Returns the value of each process's message, in the order of the processes.
 
     Raises:
       UserError: a process sent an error; raised in all processes.
     """
     n = jax.process_count()
-    messages = _exchanged(own) if n > 1 else [own]
+    messages = _exchange(own) if n > 1 else [own]
     failed = {number: m["error"] for number, m in enumerate(messages) if "error" in m}
     if failed:
         number, error = next(iter(failed.items()))
         alike = len({*failed.values()}) == 1 and len(failed) == n
-        raise _OfAll(error if alike else f"process {number} of {n}: {error}")
+        raise _ErrorOfAll(error if alike else f"process {number} of {n}: {error}")
     return [message["value"] for message in messages]
 
 
-def gathered(own: Any) -> list[Any]:
+def gather(own: Any) -> list[Any]:
     """Returns the values of all processes, in their order; JSON has to represent them."""
-    return _gathered(_success(own))
+    return _gather(_success(own))
 
 
 def _digest(content: Any) -> str:
@@ -182,7 +182,7 @@ def _digest(content: Any) -> str:
     return made.hexdigest()[:12]
 
 
-def _encoded(own: Any) -> bytes:
+def _encode(own: Any) -> bytes:
     """Returns a value as JSON text.
 
     Raises:
@@ -200,12 +200,12 @@ def _encoded(own: Any) -> bytes:
     return text.encode()
 
 
-def _exchanged(own: Any) -> list[Any]:
+def _exchange(own: Any) -> list[Any]:
     """Returns the values of all processes, in the order of the processes.
 
     The values are sent through the devices, `_ROUND` bytes of each at a time.
     """
-    sent = np.frombuffer(_encoded(own), np.uint8)
+    sent = np.frombuffer(_encode(own), np.uint8)
     counted: Any = multihost_utils.process_allgather(np.array(divmod(sent.size, _ROUND), np.int32))
     sizes = [int(rounds) * _ROUND + int(rest) for rounds, rest in counted]
     filled = np.pad(sent, (0, max(sizes) - sent.size))

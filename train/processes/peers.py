@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from train.processes.hosts import gathered
+from train.processes.hosts import gather
 
 LOST = "ended without a word: it was killed, ran out of memory, or its host is gone"
 _SECONDS = 5.0  # to reach process 0, and to greet it
@@ -27,13 +27,13 @@ _MALFORMED = (ValueError, TypeError, KeyError, RecursionError)
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone
 
 # Called with a process, the reason why it ends, and its exit code.
-Told = Callable[[int, str, int], None]
+EndListener = Callable[[int, str, int], None]
 
 
 class Peers:
     """The connections of this process: process 0 has one to each other, the others one to it."""
 
-    def __init__(self, connections: dict[int, socket.socket], told: Told) -> None:
+    def __init__(self, connections: dict[int, socket.socket], told: EndListener) -> None:
         self.index, self.count = jax.process_index(), jax.process_count()
         self._connections = connections
         self._told = told
@@ -103,7 +103,7 @@ class Peers:
             self._told(message["process"], message["reason"], message["code"])
 
 
-def connect(coordinator: str | None, told: Told) -> Peers | str:
+def connect(coordinator: str | None, told: EndListener) -> Peers | str:
     """Connects the processes of this run; all of them have to call this.
 
     Args:
@@ -114,10 +114,10 @@ def connect(coordinator: str | None, told: Told) -> Peers | str:
       The connections; or, in every process, the reason why there are none.
     """
     if jax.process_index():
-        offer, *_ = gathered(None)
+        offer, *_ = gather(None)
         connection = _reached(offer)
         connections = {} if connection is None else {0: connection}
-        reached = gathered(connection is not None)
+        reached = gather(connection is not None)
     else:
         token, connections = secrets.token_hex(16), {}
         server, host = _server(coordinator)
@@ -127,8 +127,8 @@ def connect(coordinator: str | None, told: Told) -> Peers | str:
                 target=_accept, args=(server, token, connections), name="accept", daemon=True
             )
             accepting.start()
-            gathered({**offer, "token": token})
-            reached = gathered(True)
+            gather({**offer, "token": token})
+            reached = gather(True)
             if all(reached):
                 accepting.join()
     if all(reached):

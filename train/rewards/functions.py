@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from train.console.errors import UserError
-from train.processes.served import NoAnswer, Served
+from train.processes.pool import NoAnswer, ProgramPool
 from train.rewards import worker
 from train.rewards.reward import RewardBatch, RewardValues
 
@@ -43,7 +43,7 @@ class Workers:
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-P", worker.__file__, *specs]
         self._seconds = seconds
-        self._served = Served(command, env, copies=workers, greeting_seconds=_IMPORT_SECONDS)
+        self._served = ProgramPool(command, env, copies=workers, greeting_seconds=_IMPORT_SECONDS)
         try:
             greeting = json.loads(self._served.start())
             if "error" in greeting:

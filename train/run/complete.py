@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.models import generate, init_cache, share
 from lora_jax.training.data.rows import Conversation
-from lora_jax.training.data.templates import asked
+from lora_jax.training.data.templates import render_prompt
 from train.run.pretrained import ModelInfo, end_tokens
 
 _CACHE_BYTES = 2**30  # of a batch: more rows share each pass over the weights
@@ -25,7 +25,7 @@ def tokenize_chats(outline: ModelInfo, chats: Sequence[Chat]) -> list[list[int]]
       TrainingError: the chat template drops something of a chat.
     """
     made = (Conversation([dict(turn) for turn in chat]) for chat in chats)
-    texts = [asked(chat, outline.tokenizer) for chat in made]
+    texts = [render_prompt(chat, outline.tokenizer) for chat in made]
     return outline.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.batches import Packs, pack, pack_mixture
-from lora_jax.training.data.chats import check_lengths, with_pictures
+from lora_jax.training.data.chats import add_pictures, check_lengths
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.vision.pictures import Pictures, PixelValues
 from lora_jax.training.layout import Layout
@@ -117,7 +117,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         lines = [_drawn(config, n, rows) for n, rows in zip(counts.items(), drawn, strict=True)]
         measured_pictures = pictures
     packs = packed(config, parts, [w for w in weights if w is not None], pictures)
-    measured = Sequences.joined(held_out) if held_out else None
+    measured = Sequences.join(held_out) if held_out else None
     if packs.further is not None:
         lines.append(_images_line(pictures))
     return Data(
@@ -260,7 +260,7 @@ def packed(
         packs = pack(next(iter(kept.values())), data.seq_len, **how)
     else:
         packs = pack_mixture(kept, weights or None, data.seq_len, **how)
-    return with_pictures(packs, pictures, **how)
+    return add_pictures(packs, pictures, **how)
 
 
 def loss(config: Config, layout: Layout) -> Loss:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.training.data.labelled import label_names
-from lora_jax.training.data.rows import Row, moved
+from lora_jax.training.data.rows import Row, replace_values
 from lora_jax.training.data.vision.images import Images, check_rows, images, names_of
 from lora_jax.training.losses import IMAGES
 from train.console.errors import UserError
@@ -63,7 +63,7 @@ def located(rows: list[Row], field: str, source: str) -> list[Row]:
         value = row[field]
         if not isinstance(value, str) or Path(value).exists() or not (folder / value).is_file():
             return row
-        return moved(row, {**row, field: str(folder / value)})
+        return replace_values(row, {**row, field: str(folder / value)})
 
     return [found(row) for row in rows]
 

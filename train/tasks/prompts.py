@@ -10,7 +10,7 @@ from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.batches import pack
 from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row, name_of, question
-from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.errors import Dropped
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, rollout_loss
@@ -169,7 +169,7 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
     """Returns the prompts of a run as its data."""
     data, optim = feed.config.data, feed.config.optim
     shown = [
-        Tokens(np.array(ids, np.int32), np.zeros(len(ids), bool), at)
+        TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool), at)
         for at, ids in enumerate(feed.prompts.tokens, start=1)
     ]
     n = feed.order.rows_a_step

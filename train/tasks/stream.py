@@ -70,7 +70,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     chunks = Chunks(config.optim.seed, blocks.sizes, ROOM)
     read = functools.partial(_sequences, config, blocks, outline.tokenizer, _Once())
     sample = _sample(read, chunks, data.seq_len, packing=data.packing)
-    n_bytes, n_chunks = int(blocks.sizes.sum()), len(chunks.of_epoch(0))
+    n_bytes, n_chunks = int(blocks.sizes.sum()), len(chunks.blocks_of_epoch(0))
 
     def feed(steps: int) -> Stream:
         return Stream(
@@ -107,7 +107,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
 
 def _sample(read: Any, chunks: Chunks, seq_len: int, *, packing: bool) -> Packs:
     """Returns the first rows of the first chunk, with all lengths that rows may have."""
-    blocks = chunks.of_epoch(0)[0]
+    blocks = chunks.blocks_of_epoch(0)[0]
     for n in range(1, len(blocks) + 1):
         if n == len(blocks) or chunks.sizes[blocks[:n]].sum() >= _SAMPLE:
             if len(sequences := read(blocks[:n])):
@@ -166,7 +166,7 @@ def _sequences(
         return tokenising.as_json(cut.select(np.flatnonzero(cut.predicted)), origin=part)
 
     made = hosts.map_over_processes(tokenized, chunk.tolist())
-    return Sequences.concatenated(map(tokenising.from_json, made))
+    return Sequences.concatenate(map(tokenising.from_json, made))
 
 
 TASK = dataclasses.replace(chats.TASK, check=check, rows=read_rows, examples=examples)

@@ -22,13 +22,13 @@ from lora_jax.hf.tiles import ImageReader
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.drafts import Draft, Drafts, TrainOn, drafts_of
 from lora_jax.training.data.rows import Row, check_rows, conversation, name_of
-from lora_jax.training.data.sequences import Sequences, Tokens
+from lora_jax.training.data.sequences import Sequences, TokenSequence
 from lora_jax.training.data.templates import LeftOut
 from lora_jax.training.data.vision.parts import TEXTS_ONLY, has_images
 from lora_jax.training.data.vision.pictures import Pictures, PixelValues, read_pictures
 from lora_jax.training.errors import TrainingError
 
-Mapped = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+MapFunction = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 BLOCK = 1_000  # rows that one process tokenises
 _AT_ONCE = 2**17  # characters; a token's offsets take more than a hundred bytes
@@ -77,7 +77,7 @@ def chats(
     pictures = None if images is None else pictures_of(rows, images, source)
     tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=warn, pictures=pictures)
     packs = pack(check_lengths(tokens, seq_len, truncate=truncate), seq_len, packing=packing)
-    return packs if pictures is None else with_pictures(packs, [pictures], packing=packing)
+    return packs if pictures is None else add_pictures(packs, [pictures], packing=packing)
 
 
 def pictures_of(rows: Sequence[Row], reader: ImageReader, source: str) -> Pictures:
@@ -87,7 +87,7 @@ def pictures_of(rows: Sequence[Row], reader: ImageReader, source: str) -> Pictur
     return read_pictures(found, names, reader)
 
 
-def with_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> Packs:
+def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> Packs:
     """Returns rows whose batches have `pixel_values`, if there are images.
 
     Args:
@@ -115,7 +115,7 @@ def warn(lines: Sequence[str], above: int = 1) -> None:
     warnings.warn("; ".join(lines), stacklevel=3 + above)
 
 
-def one_by_one(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+def map_serially(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """Returns ``[work(item) for item in items]``."""
     return [work(item) for item in items]
 
@@ -126,7 +126,7 @@ def tokenize(
     source: str,
     *,
     numbers: Sequence[int] | None = None,
-    mapped: Mapped = one_by_one,
+    mapped: MapFunction = map_serially,
     train_on: TrainOn = "assistant",
     say: Callable[[Sequence[str]], None] | None = None,
     drafted: Callable[[Row, int, Tokenizer, str], Drafts] | None = None,
@@ -156,7 +156,7 @@ def tokenize(
     drafted = drafted or functools.partial(drafts_of, train_on=train_on)
     numbered = range(1, len(rows) + 1) if numbers is None else numbers
 
-    def of_block(first: int) -> dict[str, Any]:
+    def tokenize_block(first: int) -> dict[str, Any]:
         found: list[Draft] = []
         counts: Counter[str] = Counter()
         block = slice(first, first + BLOCK)
@@ -167,27 +167,27 @@ def tokenize(
             found += made.sequences
             for field, left_out in made.left_out.items():
                 counts.update({f"{kind} {field}": n for kind, n in left_out._asdict().items()})
-        tokens = _encoded(found, tokenizer)
+        tokens = _encode(found, tokenizer)
         if pictures is not None:
             lasts = [one.row != two.row for one, two in itertools.pairwise(tokens)] + [True]
             names = dict(zip(numbered[block], rows[block], strict=True))
             tokens = [
-                pictures.written(one, name_of(names[one.row], source, one.row), whole=last)
+                pictures.expand(one, name_of(names[one.row], source, one.row), whole=last)
                 for one, last in zip(tokens, lasts, strict=True)
             ]
         return {**as_json(tokens), "left_out": counts}
 
-    blocks = mapped(of_block, range(0, len(rows), BLOCK))
+    blocks = mapped(tokenize_block, range(0, len(rows), BLOCK))
     if say is not None:
         total: Counter[str] = Counter()
         for block in blocks:
             total.update(block["left_out"])
-        if lines := _on_left_out(total, source):
+        if lines := _left_out_lines(total, source):
             say(lines)
-    return Sequences.concatenated(map(from_json, blocks))
+    return Sequences.concatenate(map(from_json, blocks))
 
 
-def _on_left_out(counts: Mapping[str, int], source: str) -> list[str]:
+def _left_out_lines(counts: Mapping[str, int], source: str) -> list[str]:
     """Returns a line on each field that the template shows in some turns only."""
     lines = []
     for field in sorted({name.partition(" ")[2] for name in counts}):
@@ -203,11 +203,11 @@ def _on_left_out(counts: Mapping[str, int], source: str) -> list[str]:
     return lines
 
 
-def _encoded(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
+def _encode(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenSequence]:
     """Returns drafts as tokens; the tokenizer sees many texts at once."""
     parts = [part for draft in drafts for part in draft.parts]
     encoded = {
-        special: _each_encoded([p.text for p in parts if p.special == special], special, tokenizer)
+        special: _encode_each([p.text for p in parts if p.special == special], special, tokenizer)
         for special in (False, True)
     }
     found = []
@@ -226,11 +226,11 @@ def _encoded(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
         if draft.end and tokenizer.eos_token_id not in (None, ids[-1]):
             ids.append(tokenizer.eos_token_id)
             counts.append(np.ones(1, bool))
-        found.append(Tokens(np.array(ids, np.int32), np.concatenate(counts), draft.row))
+        found.append(TokenSequence(np.array(ids, np.int32), np.concatenate(counts), draft.row))
     return found
 
 
-def _each_encoded(
+def _encode_each(
     texts: Sequence[str], special: bool, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
     """Returns the tokens of each text, and where each begins; few texts at a time."""
@@ -248,9 +248,9 @@ def _each_encoded(
             yield ids, np.array([begin for begin, _ in offsets], np.int64)
 
 
-def as_json(sequences: Sequence[Tokens], origin: int = 0) -> dict[str, Any]:
+def as_json(sequences: Sequence[TokenSequence], origin: int = 0) -> dict[str, Any]:
     """Returns sequences as JSON, their arrays as text: a number a token would be slow to send."""
-    content = b"".join(Sequences.of(sequences).as_bytes())
+    content = b"".join(Sequences.from_list(sequences).as_bytes())
     return {"origin": origin, "sequences": base64.b64encode(content).decode()}
 
 
@@ -260,7 +260,7 @@ def from_json(block: Mapping[str, Any]) -> Sequences:
 
 
 def check_lengths(
-    sequences: Sequence[Tokens], seq_len: int, *, truncate: bool, a_unit: int = 1
+    sequences: Sequence[TokenSequence], seq_len: int, *, truncate: bool, a_unit: int = 1
 ) -> Sequences:
     """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
 
@@ -269,7 +269,7 @@ def check_lengths(
     Raises:
       TrainingError: one is longer and `truncate` is off, or none is left.
     """
-    table = Sequences.of(sequences)
+    table = Sequences.from_list(sequences)
     longer = int((table.lengths > seq_len).sum())
     if longer and not truncate:
         longest = int(table.lengths.max())

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.types import Tokenizer
-from lora_jax.training.data.chats import Mapped, one_by_one
+from lora_jax.training.data.chats import MapFunction, map_serially
 from lora_jax.training.data.labelled import Labelled, padded_texts
-from lora_jax.training.data.pairs import answered as answered
+from lora_jax.training.data.pairs import read_pair
 from lora_jax.training.data.rows import Message, Row, check_text, name_of
 
 
@@ -21,7 +21,7 @@ def comparisons(
     seq_len: int = 128,
     truncate: bool = False,
     source: str = "the rows",
-    mapped: Mapped = one_by_one,
+    mapped: MapFunction = map_serially,
 ) -> Labelled:
     """Returns pairs of completions as examples, from which a model of one logit learns to score.
 
@@ -55,12 +55,12 @@ def comparisons(
 
 def texts_of(row: Row, name: str) -> tuple[str, str, str]:
     """Returns the prompt, the chosen and the rejected completion of a row that is called `name`."""
-    prompt, (chosen, rejected) = answered(row, name, False)
+    prompt, (chosen, rejected) = read_pair(row, name, False)
     return as_text(prompt.messages), as_text(chosen), as_text(rejected)
 
 
 def as_text(turns: Sequence[Message]) -> str:
-    """Returns what a turn says; of several, lines that begin with who says it."""
+    """Returns turns as a text: the content of one, or a line for each, after its role."""
 
     def said(turn: Message) -> str:
         if isinstance(turn.get("content"), str) and not turn.get("tool_calls"):

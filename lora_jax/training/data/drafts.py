@@ -18,7 +18,7 @@ from lora_jax.training.data.rows import (
     conversation,
     shown,
 )
-from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.errors import TrainingError
 
 TrainOn = Literal["all", "assistant", "last"]
@@ -38,7 +38,7 @@ class Draft(NamedTuple):
     row: int
     parts: Sequence[CountedText]
     end: bool = False  # whether the token of a text's end follows
-    marked: Tokens | None = None
+    marked: TokenSequence | None = None
 
 
 class Drafts(NamedTuple):
@@ -60,13 +60,13 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
         part = CountedText(chat.text, [(0, len(chat.text))], special=True)
         return Drafts([Draft(number, [part], end=True)])
     if tokenizer.chat_template is None:
-        return Drafts([Draft(number, plain(chat, name, train_on), end=True)])
+        return Drafts([Draft(number, plain_parts(chat, name, train_on), end=True)])
     with errors_of(name):
         template = templates.template_of(tokenizer, chat)
         templates.check_variables(chat, template)
         if templates.marks_answers(template):
-            return _marked_by_template(chat, tokenizer, number, train_on)
-        return _found_by_text(chat, tokenizer, number, train_on)
+            return _drafts_by_marks(chat, tokenizer, number, train_on)
+        return _drafts_by_text(chat, tokenizer, number, train_on)
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def errors_of(name: str) -> Iterator[None]:
         raise TrainingError(f"{name}: the model's chat template refuses it: {error}") from error
 
 
-def plain(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
+def plain_parts(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
     """Returns a prompt and its completion in a row, for a model without a chat template."""
     turns = chat.messages
     if [turn["role"] for turn in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
@@ -97,7 +97,7 @@ def plain(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]
     ]
 
 
-class Answer(NamedTuple):
+class AnswerSpan(NamedTuple):
     """An assistant's turn: its number, the text up to its end, and its span in that text."""
 
     turn: int
@@ -105,7 +105,9 @@ class Answer(NamedTuple):
     span: tuple[int, int]
 
 
-def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn) -> Drafts:
+def _drafts_by_text(
+    chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn
+) -> Drafts:
     """Returns a chat whose answers are found by rendering the turns up to each."""
     answers = answers_of(chat, tokenizer)
     learned = [answer for answer in answers if is_learned(chat.messages[answer.turn])]
@@ -116,7 +118,7 @@ def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on:
     rendered.check(end)
     left_out = rendered.left_out(end, {answer.turn: answer.text for answer in answers})
     if train_on == "all":
-        spans = _all_but(answers, chat)
+        spans = _spans_without_muted(answers, chat)
     elif train_on == "last":
         spans = [learned[-1].span]
     elif all(whole.startswith(answer.text) for answer in learned):
@@ -126,10 +128,10 @@ def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on:
         # then learned as it was said, after what the model saw at that point.
         drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
         return Drafts(drafts, left_out)
-    return Drafts([Draft(row, [CountedText(whole, spans)])], lost(left_out))
+    return Drafts([Draft(row, [CountedText(whole, spans)])], count_as_never(left_out))
 
 
-def lost(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
+def count_as_never(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
     """Returns counts of fields for one sequence a row, where no turn is learned as it was said."""
     return {
         field: templates.LeftOut(found.turns, 0, found.later + found.never)
@@ -138,11 +140,11 @@ def lost(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftO
 
 
 def is_learned(turn: Message) -> bool:
-    """Returns whether the loss counts a turn of the assistant."""
+    """Returns True if the loss counts a turn of the assistant."""
     return turn.get("weight") != 0
 
 
-def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list[Answer]:
+def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list[AnswerSpan]:
     """Returns each assistant turn, from turn `first` on, with the text up to its end.
 
     Raises:
@@ -154,7 +156,9 @@ def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list
             continue
         asked = templates.render(chat, index, tokenizer, ask=True)
         answered = templates.render(chat, index + 1, tokenizer).rstrip()
-        if not answered.startswith(asked) and (rest := _rest(chat, index, asked, tokenizer)):
+        if not answered.startswith(asked) and (
+            rest := _answer_after(chat, index, asked, tokenizer)
+        ):
             answered = asked + rest
         if not answered.startswith(asked):
             raise TrainingError(
@@ -163,11 +167,11 @@ def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list
                 f"{shown(answered[-120:])}"
             )
         templates.check_calls(turn, answered[len(asked) :])
-        found.append(Answer(index, answered, (len(asked), len(answered))))
+        found.append(AnswerSpan(index, answered, (len(asked), len(answered))))
     return found
 
 
-def _rest(chat: Conversation, index: int, asked: str, tokenizer: Tokenizer) -> str | None:
+def _answer_after(chat: Conversation, index: int, asked: str, tokenizer: Tokenizer) -> str | None:
     """Returns an answer whose template renders turns before it otherwise once it is there.
 
     So does gpt-oss's, which drops the thoughts before a tool call once an answer follows. What the
@@ -186,7 +190,9 @@ def _rest(chat: Conversation, index: int, asked: str, tokenizer: Tokenizer) -> s
     return None if begins in ("", asked) or at < 0 else both[0][at + len(begins) :]
 
 
-def _all_but(answers: Sequence[Answer], chat: Conversation) -> list[tuple[int, int]]:
+def _spans_without_muted(
+    answers: Sequence[AnswerSpan], chat: Conversation
+) -> list[tuple[int, int]]:
     """Returns the spans of the whole text that lie outside turns of the weight 0."""
     whole, spans, begin = answers[-1].text, [], 0
     for answer in answers:
@@ -203,17 +209,17 @@ def _all_but(answers: Sequence[Answer], chat: Conversation) -> list[tuple[int, i
     return [*spans, (begin, len(whole))]
 
 
-def _marked_by_template(
+def _drafts_by_marks(
     chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn
 ) -> Drafts:
     """Returns a chat as tokens, of which those count that the template marks as generated."""
     turns, left_out = chat.messages, {}
-    if templates.needs_a_look(chat):
+    if templates.needs_check(chat):
         text = templates.render(chat, len(turns), tokenizer)
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
         rendered = templates.Rendered(chat, len(turns), text, tokenizer)
         rendered.check(last + 1)
-        left_out = lost(rendered.left_out(last + 1, {}))
+        left_out = count_as_never(rendered.left_out(last + 1, {}))
     made = templates.render(
         chat,
         len(turns),
@@ -225,7 +231,7 @@ def _marked_by_template(
     ids, counts = np.array(made["input_ids"], np.int32), np.array(made["assistant_masks"], bool)
     if not counts.any():
         raise TrainingError("the model's chat template marks no token as generated")
-    runs = _runs(counts)
+    runs = _run_bounds(counts)
     end = int(runs[-1][1])
     if train_on == "all":
         counts[:] = True
@@ -240,11 +246,11 @@ def _marked_by_template(
         for n in muted:
             counts[slice(*runs[n])] = False
     if train_on == "last":
-        counts[: _runs(counts)[-1][0]] = False
-    return Drafts([Draft(row, [], marked=Tokens(ids[:end], counts[:end], row))], left_out)
+        counts[: _run_bounds(counts)[-1][0]] = False
+    return Drafts([Draft(row, [], marked=TokenSequence(ids[:end], counts[:end], row))], left_out)
 
 
-def _runs(counts: np.ndarray) -> np.ndarray:
-    """Returns where each run of tokens that count begins and ends: [runs, 2]."""
+def _run_bounds(counts: np.ndarray) -> np.ndarray:
+    """Returns the bounds of each run of tokens that count: [runs, 2]."""
     edges = np.diff(counts.astype(np.int8), prepend=0, append=0)
     return np.flatnonzero(edges).reshape(-1, 2)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.core.types import Batch, Forward, Model, Tokenizer, Tree
 from lora_jax.training.batches import HostBatch, Padded, round_up
-from lora_jax.training.data.chats import Mapped, one_by_one
+from lora_jax.training.data.chats import MapFunction, map_serially
 from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
 from lora_jax.training.errors import TrainingError
@@ -94,7 +94,7 @@ def texts(
     seq_len: int = 128,
     truncate: bool = False,
     source: str = "the rows",
-    mapped: Mapped = one_by_one,
+    mapped: MapFunction = map_serially,
 ) -> Labelled:
     """Returns rows with texts and labels as examples for a classifier.
 
@@ -161,7 +161,7 @@ def padded_texts(
     tokenizer: Tokenizer,
     seq_len: int,
     source: str,
-    mapped: Mapped,
+    mapped: MapFunction,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of `n` texts, by their names in `Labelled`; `encoded` makes a slice."""
     blocks = mapped(lambda first: encoded(slice(first, first + _BLOCK)), range(0, n, _BLOCK))

@@ -44,7 +44,7 @@ class Shares:
 
     @property
     def often(self) -> np.ndarray:
-        """Returns how often an epoch has each row, on average: [rows of all]."""
+        """Returns the times that an epoch has each row, on average: [rows of all]."""
         return np.repeat(np.array(self.drawn) / np.array(self.sizes), self.sizes)
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
@@ -65,7 +65,7 @@ class Shares:
 def shares_of(
     names: Sequence[str], weights: Sequence[float], *, rows: Sequence[int], units: Sequence[int]
 ) -> Shares:
-    """Returns how many rows an epoch draws of each data set, by weight; in all as many as exist.
+    """Returns the rows that an epoch draws of each data set, by weight; in all as many as exist.
 
     Args:
       names: names of the data sets, for messages.

@@ -33,11 +33,11 @@ def order_by_group(
     rows = order(seed, epoch, len(groups)) if rows is None else rows
     first = -epoch * len(rows) % rows_a_step  # the rows before it end the last epoch's last step
     draw = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
-    by_group(rows, groups, rows_a_step, first, draw.permutation, largest_first=epoch == 0)
+    sort_by_group(rows, groups, rows_a_step, first, draw.permutation, largest_first=epoch == 0)
     return rows
 
 
-def by_group(
+def sort_by_group(
     rows: np.ndarray,
     groups: np.ndarray,
     rows_a_step: int,
@@ -97,7 +97,7 @@ class Order:
 
     @property
     def rows_a_step(self) -> int:
-        """Returns how many rows one optimiser step sees."""
+        """Returns the rows that one optimiser step sees."""
         return self.batch_size * self.accumulate
 
     def rows(self, step: int) -> np.ndarray:
@@ -126,7 +126,7 @@ class Order:
         return functools.lru_cache(maxsize=2)(drawn)
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Returns where the data stand after `step` steps."""
+        """Returns the position in the data after `step` steps."""
         epoch, row = divmod(step * self.rows_a_step, self.n_rows)
         return {"epoch": epoch, "row": row}
 
@@ -135,7 +135,7 @@ class Order:
         return max(1, -(-int(np.ceil(epochs * self.n_rows)) // self.rows_a_step))
 
 
-def listed(rows: Sequence[Item], name: Callable[[Item], str]) -> str:
+def list_rows(rows: Sequence[Item], name: Callable[[Item], str]) -> str:
     """Returns the names of a batch's rows, the first of many."""
     left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     return ", ".join(map(name, rows[:_SHOWN])) + left_out
@@ -150,7 +150,7 @@ class Batches(Protocol):
 
     @property
     def n_examples(self) -> int | None:
-        """Returns how many examples there are; None where that is not known."""
+        """Returns the number of examples; None where it is not known."""
 
     def batch(self, number: int) -> HostBatch:
         """Returns the batch of the step that has `number` steps before it, in this process."""
@@ -162,7 +162,7 @@ class Batches(Protocol):
         """Returns the names of what is in that batch."""
 
     def tokens(self, batch: HostBatch) -> int:
-        """Returns how much is in a batch, without padding."""
+        """Returns the number of units in a batch, without padding."""
 
     def digest(self) -> str:
         """Returns a fingerprint of the data: a resumed run must go on with the same."""
@@ -171,7 +171,7 @@ class Batches(Protocol):
         """Returns the position in the data after `step` steps, the last ones or those to come."""
 
     def seek(self, cursor: dict[str, int], step: int) -> bool:
-        """Goes to the position after `step` steps; returns whether the cursor is of these data."""
+        """Goes to the position after `step` steps; returns True if the cursor is of these data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Feed:
 
     @property
     def n_examples(self) -> int:
-        """Returns how many examples there are."""
+        """Returns the number of examples."""
         return len(self.examples)
 
     def batch(self, number: int) -> HostBatch:
@@ -211,10 +211,10 @@ class Feed:
     def named(self, number: int) -> str:
         """Returns the names of what is in that batch."""
         rows = self.order.rows(number).ravel().tolist()
-        return listed(rows, self.name) + (f" of {self.source}" if self.source else "")
+        return list_rows(rows, self.name) + (f" of {self.source}" if self.source else "")
 
     def tokens(self, batch: HostBatch) -> int:
-        """Returns how much is in a batch, without padding."""
+        """Returns the number of units in a batch, without padding."""
         return self.examples.tokens(batch)
 
     def digest(self) -> str:
@@ -222,9 +222,9 @@ class Feed:
         return self.examples.digest()
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Returns where the data stand after `step` steps."""
+        """Returns the position in the data after `step` steps."""
         return self.order.cursor(step)
 
     def seek(self, cursor: dict[str, int], step: int) -> bool:
-        """Returns whether a cursor is that of `step` steps; there is nothing to seek."""
+        """Returns True if a cursor is that of `step` steps; there is nothing to seek."""
         return cursor == self.order.cursor(step)

@@ -20,15 +20,15 @@ from lora_jax.training.data.drafts import (
     Draft,
     Drafts,
     answers_of,
+    count_as_never,
     errors_of,
     is_learned,
-    lost,
-    plain,
+    plain_parts,
 )
 from lora_jax.training.data.rows import (
     Conversation,
     Row,
-    Said,
+    TextOrTurns,
     as_turns,
     check_nulls,
     check_rows,
@@ -36,8 +36,8 @@ from lora_jax.training.data.rows import (
     field_names,
     name_of,
     question,
-    said,
     shown,
+    text_or_turns,
 )
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.errors import TrainingError
@@ -61,7 +61,7 @@ def check_pairs(rows: Iterable[Row], source: str, *, labelled: bool = False) -> 
 
     With `labelled`, it may also be a completion with a label.
     """
-    check_rows(rows, source, lambda row, name: answered(row, name, labelled)[0], _needed(labelled))
+    check_rows(rows, source, lambda row, name: read_pair(row, name, labelled)[0], _needed(labelled))
 
 
 def _needed(labelled: bool) -> str:
@@ -72,7 +72,7 @@ def _is_pair(row: Row) -> bool:
     return all(row.get(field) is not None for field in _PAIR)
 
 
-def answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Turns]]:
+def read_pair(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Turns]]:
     """Returns the prompt of a row, whose `text` is set in plain texts, and its completions.
 
     A `system` of the row is the prompt's first turn.
@@ -86,7 +86,7 @@ def answered(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Tu
             raise TrainingError(
                 f"{name}: `label` is {shown(row['label'])}; true or false is needed"
             )
-    answers = [said(row[field], field, name) for field in fields]
+    answers = [text_or_turns(row[field], field, name) for field in fields]
     if answers[1:] == answers[:1]:
         raise TrainingError(f"{name}: `chosen` and `rejected` are the same: leave the row out")
     asked, text = row.get("prompt"), None
@@ -134,7 +134,7 @@ def _system(row: Row, prompt: Conversation, name: str) -> Turns:
     return [{"role": "system", "content": system}]
 
 
-def _check_read(row: Row, begun: Said, name: str) -> None:
+def _check_read(row: Row, begun: TextOrTurns, name: str) -> None:
     """Raises TrainingError if a row without `prompt` has one by another name, unread.
 
     Beside turns with a question of the user, such a field is something else.
@@ -157,8 +157,8 @@ def _one_spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def _common_beginning(row: Row, chosen: Said, rejected: Said, name: str) -> int:
-    """Returns how many turns or characters two completions have in common, as TRL counts them.
+def _common_beginning(row: Row, chosen: TextOrTurns, rejected: TextOrTurns, name: str) -> int:
+    """Returns the turns or characters that two completions have in common, as TRL counts them.
 
     One is left to each completion, and so is the space before a completion.
     """
@@ -179,7 +179,7 @@ def _common_beginning(row: Row, chosen: Said, rejected: Said, name: str) -> int:
 
 def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled: bool) -> Drafts:
     """Returns a prompt and its completions; with `labelled`, a prompt before each completion."""
-    prompt, completions = read = answered(row, name, labelled)
+    prompt, completions = read = read_pair(row, name, labelled)
     check_text(json.dumps(read, ensure_ascii=False, default=repr), name)
     is_plain = prompt.text is not None or tokenizer.chat_template is None
     drafts: list[Draft] = []
@@ -193,7 +193,7 @@ def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled:
                 "the texts, and take it out"
             )
         if is_plain:
-            asked, answer = (part.text for part in plain(chat, name, "last"))
+            asked, answer = (part.text for part in plain_parts(chat, name, "last"))
             counted = CountedText(asked + answer, [(0, len(asked + answer))], special=True)
         else:
             with errors_of(name):
@@ -221,7 +221,7 @@ def _rendered(
         )
     rendered = templates.Rendered(chat, n, text, tokenizer)
     rendered.check(n)
-    left_out |= lost(rendered.left_out(n, {}))
+    left_out |= count_as_never(rendered.left_out(n, {}))
     begins, ends = zip(*(answer.span for answer in answers), strict=True)
     spans = zip(answers, [0, *begins[1:]], [*ends[:-1], len(text)], strict=True)
     learned = [span for answer, *span in spans if is_learned(chat.messages[answer.turn])]
@@ -290,10 +290,10 @@ def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> 
         check_text(json.dumps(chat, ensure_ascii=False, default=repr), name)
         if is_plain:
             chat.messages.append({"role": "assistant", "content": ""})
-            texts.append(plain(chat, name, "last")[0].text)
+            texts.append(plain_parts(chat, name, "last")[0].text)
             continue
         with errors_of(name):
-            texts.append(templates.asked(chat, tokenizer))
+            texts.append(templates.render_prompt(chat, tokenizer))
     found: list[list[int]]
     found = tokenizer(texts, add_special_tokens=is_plain, verbose=False)["input_ids"]
     return found

@@ -12,7 +12,7 @@ from lora_jax.training.batches import HostBatch, Packs, pack
 from lora_jax.training.data.chats import check_lengths, warn
 from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
 from lora_jax.training.data.rows import Row
-from lora_jax.training.data.sequences import Sequences, Tokens
+from lora_jax.training.data.sequences import Sequences, TokenSequence
 from lora_jax.training.errors import TrainingError
 
 
@@ -110,17 +110,19 @@ class Preferences(Packs):
     def _counts(self) -> np.ndarray:
         if self.completion is None:
             return self._predicted
-        return self._by_segment(dataclasses.replace(self.table, counts=self.completion).predicted)
+        return self._split_segments(
+            dataclasses.replace(self.table, counts=self.completion).predicted
+        )
 
     @functools.cached_property
     def _predicted(self) -> np.ndarray:
-        return self._by_segment(self.table.predicted)
+        return self._split_segments(self.table.predicted)
 
     @functools.cached_property
     def _labels(self) -> np.ndarray:
-        return self._by_segment(self.table.labels)
+        return self._split_segments(self.table.labels)
 
-    def _by_segment(self, values: np.ndarray) -> np.ndarray:
+    def _split_segments(self, values: np.ndarray) -> np.ndarray:
         """Returns values of the sequences, in their order, by row: [n, segments_a_row] int32."""
         found = np.zeros((len(self), self.segments_a_row), np.int32)
         found[np.arange(self.segments_a_row) < np.diff(self.firsts)[:, None]] = values
@@ -128,7 +130,7 @@ class Preferences(Packs):
 
 
 def pack_pairs(
-    sequences: Sequence[Tokens],
+    sequences: Sequence[TokenSequence],
     seq_len: int,
     *,
     packing: bool,
@@ -145,7 +147,7 @@ def pack_pairs(
       predict_prompts: predicts chosen completions' prompts, too; see `Preferences.completion`.
     """
     a_unit, completion = 1 if labelled else 2, None
-    table = Sequences.of(sequences)
+    table = Sequences.from_list(sequences)
     if predict_prompts:
         completion = pack(table, seq_len, packing=packing, a_unit=a_unit).table.counts
         is_chosen = np.repeat(np.arange(len(table)) % a_unit == 0, table.lengths)

@@ -21,7 +21,7 @@ from lora_jax.training.errors import TrainingError
 
 Message = Mapping[str, Any]
 Row = Mapping[str, Any]
-Said = str | list[dict[str, Any]]  # a text, or turns
+TextOrTurns = str | list[dict[str, Any]]  # a text, or turns
 
 NEEDED = (
     "a row needs `messages` (a list of turns with `role` and `content`), `prompt` and "
@@ -49,7 +49,7 @@ class PlacedRow(dict[str, Any]):
     place: tuple[str, object]
 
 
-def moved(row: Row, values: Mapping[str, Any]) -> Row:
+def replace_values(row: Row, values: Mapping[str, Any]) -> Row:
     """Returns a row with other values, of the same place."""
     made = PlacedRow(values)
     if not isinstance(row, PlacedRow):
@@ -104,7 +104,7 @@ def conversation(row: Row, name: str) -> Conversation:
     elif form == ("conversations",):
         turns = enumerate(_listed(row["conversations"], "conversations", name))
         messages = _turns(
-            [_of_sharegpt(turn, index, name) for index, turn in turns], "conversations", name
+            [_sharegpt_turn(turn, index, name) for index, turn in turns], "conversations", name
         )
     elif form == ("instruction", "output"):
         asked = _text(row, "instruction", name)
@@ -116,7 +116,7 @@ def conversation(row: Row, name: str) -> Conversation:
     else:  # both are lists of turns
         both = (_listed(row[field], field, name) for field in form)
         messages = _turns([turn for turns in both for turn in turns], "prompt", name)
-    return _of_turns(messages, row, name)
+    return _conversation_of(messages, row, name)
 
 
 def check_nulls(row: Row, fields: Sequence[str], name: str) -> None:
@@ -173,25 +173,25 @@ def question(row: Row, name: str, *, images: bool = False) -> Conversation:
             "of turns with `role` and `content`)"
         )
     value = row[field] if field == "prompt" else _listed(row[field], field, name)
-    turns = as_turns(said(value, field, name, images=images), "user")
+    turns = as_turns(text_or_turns(value, field, name, images=images), "user")
     if turns[-1]["role"] == "assistant":
         raise TrainingError(
             f"{name} ends with an assistant's turn, and nothing is left to answer: leave that turn "
             "out"
         )
-    found = _of_turns(turns, row, name)
+    found = _conversation_of(turns, row, name)
     if found.images and not images:
         raise TrainingError(f"{name} has {TEXTS_ONLY}")
     return found
 
 
-def _of_turns(turns: list[dict[str, Any]], row: Row, name: str) -> Conversation:
+def _conversation_of(turns: list[dict[str, Any]], row: Row, name: str) -> Conversation:
     turns, images = shown_images(turns, row, name)
     tools, options = _objects(row, "tools", name), _options(row, name)
     return Conversation(turns, tools, options, images=images)
 
 
-def said(value: Any, field: str, name: str, *, images: bool = False) -> Said:
+def text_or_turns(value: Any, field: str, name: str, *, images: bool = False) -> TextOrTurns:
     """Returns the value of a field that has a text, as it is, or turns, as templates get them.
 
     Raises:
@@ -207,9 +207,13 @@ def said(value: Any, field: str, name: str, *, images: bool = False) -> Said:
     return value
 
 
-def as_turns(said: Said, role: str) -> list[dict[str, Any]]:
+def as_turns(text_or_turns: TextOrTurns, role: str) -> list[dict[str, Any]]:
     """Returns turns as they are; of a text, the turn in which `role` says it."""
-    return [{"role": role, "content": said}] if isinstance(said, str) else said
+    return (
+        [{"role": role, "content": text_or_turns}]
+        if isinstance(text_or_turns, str)
+        else text_or_turns
+    )
 
 
 def _options(row: Row, name: str) -> Mapping[str, Any]:
@@ -347,7 +351,7 @@ def _objects(row: Row, field: str, name: str, remedy: str = "") -> list[Any] | N
     return list(found)
 
 
-def _of_sharegpt(turn: Any, index: int, name: str) -> Any:
+def _sharegpt_turn(turn: Any, index: int, name: str) -> Any:
     """Returns a ShareGPT turn (`from`, `value`) with `role` and `content`; others unchanged."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn

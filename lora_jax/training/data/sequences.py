@@ -12,7 +12,7 @@ _KINDS = ("<i8", "<i8", "<i4", "?", "?")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenSequence:
     """Holds one sequence: `ids` [n] int32, and `counts` [n] bool, True where the loss counts."""
 
     ids: np.ndarray
@@ -24,7 +24,7 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sequences(Sequence[Tokens]):
+class Sequences(Sequence[TokenSequence]):
     """Holds many sequences end to end, in a few arrays.
 
     Attributes:
@@ -44,12 +44,12 @@ class Sequences(Sequence[Tokens]):
     labels: np.ndarray
 
     @classmethod
-    def of(cls, sequences: Sequence[Tokens]) -> "Sequences":
+    def from_list(cls, sequences: Sequence[TokenSequence]) -> "Sequences":
         """Returns a list of sequences as a table; a table as it is."""
         if isinstance(sequences, cls):
             return sequences
         none = np.empty(0, np.int32)
-        return cls.of_arrays(
+        return cls.from_arrays(
             ids=np.concatenate([none, *(one.ids for one in sequences)]),
             counts=np.concatenate([none, *(one.counts for one in sequences)]),
             lengths=[len(one) for one in sequences],
@@ -57,7 +57,7 @@ class Sequences(Sequence[Tokens]):
         )
 
     @classmethod
-    def of_arrays(
+    def from_arrays(
         cls,
         *,
         ids: Any,
@@ -79,21 +79,21 @@ class Sequences(Sequence[Tokens]):
         )
 
     @classmethod
-    def joined(cls, parts: Sequence["Sequences"]) -> "Sequences":
+    def join(cls, parts: Sequence["Sequences"]) -> "Sequences":
         """Returns the sequences of several data sets, one after the other, with their origins."""
         origins = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        return dataclasses.replace(cls.concatenated(parts), origins=origins)
+        return dataclasses.replace(cls.concatenate(parts), origins=origins)
 
     @classmethod
-    def concatenated(cls, parts: Iterable["Sequences"]) -> "Sequences":
+    def concatenate(cls, parts: Iterable["Sequences"]) -> "Sequences":
         """Returns the sequences of several tables, one after the other, with their origins."""
-        tables = [cls.of([]), *parts]
+        tables = [cls.from_list([]), *parts]
 
         def all_of(name: str) -> np.ndarray:
             return np.concatenate([getattr(table, name) for table in tables])
 
         names = ("ids", "counts", "lengths", "rows", "origins", "labels")
-        return cls.of_arrays(**{name: all_of(name) for name in names})
+        return cls.from_arrays(**{name: all_of(name) for name in names})
 
     @classmethod
     def from_bytes(cls, data: Any, origin: int = 0) -> "Sequences":
@@ -104,7 +104,7 @@ class Sequences(Sequence[Tokens]):
             arrays.append(np.frombuffer(data, kind, size, at))
             at += arrays[-1].nbytes
         names = ("lengths", "rows", "ids", "counts", "labels")
-        return cls.of_arrays(**dict(zip(names, arrays, strict=True)), origins=origin)
+        return cls.from_arrays(**dict(zip(names, arrays, strict=True)), origins=origin)
 
     def as_bytes(self) -> list[memoryview]:
         """Returns the sequences, but for their origins, as bytes in several parts."""
@@ -132,17 +132,17 @@ class Sequences(Sequence[Tokens]):
         return found
 
     @overload
-    def __getitem__(self, index: int) -> Tokens: ...
+    def __getitem__(self, index: int) -> TokenSequence: ...
     @overload
     def __getitem__(self, index: slice) -> "Sequences": ...
-    def __getitem__(self, index: int | slice) -> "Tokens | Sequences":
+    def __getitem__(self, index: int | slice) -> "TokenSequence | Sequences":
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         at = range(len(self))[index]  # raises IndexError; counts from the end, too
         here = slice(self.starts[at], self.starts[at + 1])
-        return Tokens(self.ids[here], self.counts[here], int(self.rows[at]))
+        return TokenSequence(self.ids[here], self.counts[here], int(self.rows[at]))
 
-    def __iter__(self) -> Iterator[Tokens]:
+    def __iter__(self) -> Iterator[TokenSequence]:
         return (self[at] for at in range(len(self)))
 
     def select(self, at: np.ndarray) -> "Sequences":

@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_jax.training.batches import HostBatch, Packs, pack
 from lora_jax.training.data.mixture import order
-from lora_jax.training.data.order import by_group, listed
+from lora_jax.training.data.order import list_rows, sort_by_group
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.errors import TrainingError
 
@@ -53,7 +53,7 @@ class Chunks:
     sizes: np.ndarray
     room: int
 
-    def of_epoch(self, epoch: int) -> list[np.ndarray]:
+    def blocks_of_epoch(self, epoch: int) -> list[np.ndarray]:
         """Returns the blocks of each chunk, in a drawn order."""
         blocks = order(self.seed, epoch, len(self.sizes))
         begins = np.cumsum(self.sizes[blocks]) - self.sizes[blocks]
@@ -115,7 +115,7 @@ class Stream:
         # One thread for all chunks: each new one would get a part of the heap of its own.
         self._reader = ThreadPoolExecutor(1, "reading ahead") if ahead else None
         self._until = steps * batch_size * accumulate
-        self._of_epoch = functools.lru_cache(maxsize=2)(chunks.of_epoch)
+        self._of_epoch = functools.lru_cache(maxsize=2)(chunks.blocks_of_epoch)
         self._taken: deque[tuple[int, list[tuple[int, int]]]] = deque(maxlen=_REMEMBERED)
         self.begin(Position(0, 0, 0))
 
@@ -134,7 +134,7 @@ class Stream:
 
     @property
     def rows_a_step(self) -> int:
-        """Returns how many rows one optimiser step sees."""
+        """Returns the rows that one optimiser step sees."""
         return self._batch_size * self._accumulate
 
     def digest(self) -> str:
@@ -150,7 +150,7 @@ class Stream:
         if self._coming is None and not self._loaded:
             self._read_ahead()
         batch = self._like.blank(self._batch_size * self._accumulate)
-        return {name: self._in_parts(array) for name, array in batch.items()}
+        return {name: self._split_batches(array) for name, array in batch.items()}
 
     def batch(self, number: int) -> HostBatch:
         """Returns the batch of the step that has `number` steps before it, in this process.
@@ -173,16 +173,16 @@ class Stream:
         self._taken.append((number, names))
         taken = [(packs, rows) for packs, rows in parts if len(rows)]
         batch = Packs.batch_of(taken)
-        return {name: self._in_parts(array) for name, array in batch.items()}
+        return {name: self._split_batches(array) for name, array in batch.items()}
 
-    def _in_parts(self, array: np.ndarray) -> np.ndarray:
+    def _split_batches(self, array: np.ndarray) -> np.ndarray:
         return array.reshape(self._accumulate, self._batch_size, -1)
 
     def _take_next(self) -> None:
         """Puts the next chunk behind those in memory, and has the one after it read."""
         at = self._next
         coming, self._coming = self._coming, None
-        loaded = self._arranged(at, self._read(at) if coming is None else coming.result())
+        loaded = self._shuffle(at, self._read(at) if coming is None else coming.result())
         if len(loaded.rows):
             self._loaded.append(loaded)
             self._positions.append(at)
@@ -204,7 +204,7 @@ class Stream:
     def _read(self, at: Position) -> Sequences:
         return self._load(self._of_epoch(at.epoch)[at.chunk])
 
-    def _arranged(self, at: Position, sequences: Sequences) -> _Loaded:
+    def _shuffle(self, at: Position, sequences: Sequences) -> _Loaded:
         """Returns a chunk with its rows in a drawn order; rows of one length share a step."""
         if not len(sequences):
             return _Loaded(at, self._like, np.empty(0, np.int64))
@@ -213,7 +213,7 @@ class Stream:
         draw = np.random.Generator(np.random.PCG64(stream))
         rows = draw.permutation(len(packs))
         rest = -at.first % self.rows_a_step  # the rows that end the step of the chunk before
-        by_group(rows, packs.groups, self.rows_a_step, rest, draw.permutation)
+        sort_by_group(rows, packs.groups, self.rows_a_step, rest, draw.permutation)
         return _Loaded(at, packs, rows)
 
     def named(self, number: int) -> str:
@@ -221,17 +221,17 @@ class Stream:
         names = next((names for step, names in self._taken if step == number), None)
         if names is None:
             return f"that of step {number + 1}, which is gone from memory"
-        return listed(names, lambda row: self._name(*row))
+        return list_rows(names, lambda row: self._name(*row))
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Returns where the data stand after `step` steps: the chunk that goes on there."""
+        """Returns the position in the data after `step` steps: the chunk that goes on there."""
         first = step * self.rows_a_step
         at = next((at for at in reversed(self._positions) if at.first <= first), None)
         assert at is not None, "this step is long gone"
         return at._asdict()
 
     def seek(self, cursor: dict[str, Any], step: int) -> bool:
-        """Goes on after `step` steps, from their cursor; returns whether it can be one."""
+        """Goes on after `step` steps, from their cursor; returns True if it can be one."""
         if cursor.keys() != set(Position._fields):
             return False
         at = Position(**cursor)

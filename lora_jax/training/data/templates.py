@@ -58,7 +58,7 @@ def template_of(tokenizer: Tokenizer, chat: Conversation) -> str:
 
 
 def tells_today(template: str) -> bool:
-    """Returns whether a template tells the day on which it renders a chat."""
+    """Returns True if a template tells the day on which it renders a chat."""
     return bool(_DATES.search(template)) and not template.startswith(_MACRO)
 
 
@@ -90,7 +90,7 @@ def with_date(template: str, day: datetime.date) -> str:
 
 
 def marks_answers(template: str) -> bool:
-    """Returns whether a template marks what the assistant says."""
+    """Returns True if a template marks what the assistant says."""
     return _GENERATION.search(template) is not None
 
 
@@ -108,7 +108,7 @@ def render(
     """
     turns, template = chat.messages[:n], template_of(tokenizer, chat)
     if _PARTS.search(template) and not _TEXTS.search(template):
-        turns = [_in_parts(turn) for turn in turns]
+        turns = [_content_as_parts(turn) for turn in turns]
     return tokenizer.apply_chat_template(
         turns,
         tools=chat.tools,
@@ -117,14 +117,14 @@ def render(
     )
 
 
-def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
+def _content_as_parts(turn: dict[str, Any]) -> dict[str, Any]:
     """Returns a turn whose content, if it is a text, is a list with one part."""
     if not isinstance(turn.get("content"), str):
         return turn
     return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
 
 
-def asked(chat: Conversation, tokenizer: Tokenizer) -> str:
+def render_prompt(chat: Conversation, tokenizer: Tokenizer) -> str:
     """Returns the turns of a chat up to the beginning of the answer to the last.
 
     Raises:
@@ -133,7 +133,7 @@ def asked(chat: Conversation, tokenizer: Tokenizer) -> str:
     n = len(chat.messages)
     check_variables(chat, template_of(tokenizer, chat))
     text: str = render(chat, n, tokenizer, ask=True)
-    if needs_a_look(chat):
+    if needs_check(chat):
         rendered = Rendered(chat, n, text, tokenizer, ask=True)
         rendered.check(n)
         rendered.left_out(n, {})
@@ -194,7 +194,9 @@ def _variables(template: str) -> frozenset[str]:
 
 def check_without_template(chat: Conversation, name: str) -> None:
     """Raises TrainingError for what only a template could show, if the model has none."""
-    fields = [field for turn in chat.messages for fields in _FIELDS for field in _of(turn, fields)]
+    fields = [
+        field for turn in chat.messages for fields in _FIELDS for field in _fields_in(turn, fields)
+    ]
     if names := [*(["tools"] if chat.tools else []), *chat.options, *fields]:
         raise TrainingError(
             f"{name} has `{names[0]}`, and the model has no chat template to show it: leave the "
@@ -315,9 +317,9 @@ class Rendered(NamedTuple):
 
     def _fields_of(self, index: int, fields: Iterable[str]) -> list[str]:
         turn = self.chat.messages[index]
-        if turn["role"] == "tool" and turn.get("name") in _called(self.chat.messages[:index]):
+        if turn["role"] == "tool" and turn.get("name") in _called_names(self.chat.messages[:index]):
             return []  # the name is that of a call, which is shown
-        return _of(turn, fields)
+        return _fields_in(turn, fields)
 
     def _without(self, turns: Mapping[int, list[str]]) -> list[int]:
         """Returns the turns whose fields are not in the text."""
@@ -338,7 +340,7 @@ class Rendered(NamedTuple):
         return [index for index, turn in unseen.items() if not self._differs({index: turn})]
 
     def _has(self, said: Any, least: int = 0) -> bool:
-        """Returns whether a text stands in the rendered one, as it is or as JSON has it."""
+        """Returns True if a text stands in the rendered one, as it is or as JSON has it."""
         if not isinstance(said, str) or len(said.strip()) < least:
             return False
         if said.strip() in self.text:
@@ -347,7 +349,7 @@ class Rendered(NamedTuple):
         return any(form in self.text for form in escaped)
 
     def _differs(self, turns: Mapping[int, Message]) -> bool:
-        """Returns whether the text is another one with other turns in some places."""
+        """Returns True if the text is another one with other turns in some places."""
         messages = [dict(turns.get(i, turn)) for i, turn in enumerate(self.chat.messages)]
         chat = self.chat._replace(messages=messages)
         try:
@@ -357,12 +359,12 @@ class Rendered(NamedTuple):
         return text.rstrip() != self.text.rstrip()
 
 
-def needs_a_look(chat: Conversation) -> bool:
-    """Returns whether a chat has more than turns of a user and an assistant, who say texts."""
+def needs_check(chat: Conversation) -> bool:
+    """Returns True if a chat has more than turns of a user and an assistant, who say texts."""
     return bool(chat.tools) or any(
         turn["role"] not in ("user", "assistant")
         or "tool_calls" in turn
-        or any(_of(turn, fields) for fields in _FIELDS)
+        or any(_fields_in(turn, fields) for fields in _FIELDS)
         for turn in chat.messages
     )
 
@@ -378,8 +380,8 @@ def check_calls(turn: Message, text: str) -> None:
             )
 
 
-def _of(turn: Message, fields: Iterable[str]) -> list[str]:
-    """Returns those of some fields that a turn has."""
+def _fields_in(turn: Message, fields: Iterable[str]) -> list[str]:
+    """Returns the names, among `fields`, that a turn has."""
     return [field for field in fields if turn.get(field)]
 
 
@@ -388,6 +390,6 @@ def _name(call: Mapping[str, Any]) -> Any:
     return (call.get("function") or call).get("name")
 
 
-def _called(turns: Iterable[Message]) -> set[str]:
+def _called_names(turns: Iterable[Message]) -> set[str]:
     calls = (call for turn in turns for call in turn.get("tool_calls", ()))
     return {(call.get("function") or call)["name"] for call in calls}

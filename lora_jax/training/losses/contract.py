@@ -92,7 +92,7 @@ class Loss:
 
 
 def number_of_units(weights: jax.Array) -> jax.Array:
-    """Returns how many weights are not zero, fp32 [].
+    """Returns the number of weights that are not zero, fp32 [].
 
     >>> from lora_jax import training
     >>> float(training.number_of_units(jnp.array([1.0, 0.0, -0.5])))

@@ -52,7 +52,7 @@ def _sequences(
     chunk: int,
     parts: int,
 ) -> tuple[Completions, Completions]:
-    """Returns what `sequence_logps` does, and the same of all that is predicted, prompts, too."""
+    """Returns the result of `sequence_logps`, and the same of all predictions, with prompts."""
     logps = token_values(
         lambda logits, targets: -cross_entropy(logits, targets),
         forward,
@@ -167,7 +167,7 @@ def rollout_loss(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
         logps = token_values(
-            functools.partial(_at, temperature),
+            functools.partial(_scaled_logps, temperature),
             forward,
             params,
             batch,
@@ -185,5 +185,5 @@ def rollout_loss(
     return Loss(sums, unit=unit)
 
 
-def _at(temperature: float, logits: jax.Array, targets: jax.Array) -> jax.Array:
+def _scaled_logps(temperature: float, logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -cross_entropy(logits / temperature, targets)

@@ -102,7 +102,7 @@ def token_values(
     Returns:
       The tree, [batch, m] each.
     """
-    values = _at_heads(each, forward, params, batch, dropout_key, chunk, parts)
+    values = _head_values(each, forward, params, batch, dropout_key, chunk, parts)
     if parts == 1:
         return values
     return jax.tree.map(lambda x: jnp.take_along_axis(x, batch["predict_at"], axis=1), values)
@@ -131,12 +131,14 @@ def sum_over_tokens(
       The sums, without logs: an accuracy would take another pass over the vocabulary.
     """
     weights = batch["weights"].astype(jnp.float32)
-    losses = _at_heads(each, forward, params, batch, dropout_key, chunk, parts)
-    placed = weights if parts == 1 else _spread(weights, batch)  # no value moves over devices
+    losses = _head_values(each, forward, params, batch, dropout_key, chunk, parts)
+    placed = (
+        weights if parts == 1 else _place_at_predictors(weights, batch)
+    )  # no value moves over devices
     return Sums(jnp.sum(losses * placed), number_of_units(weights), {})
 
 
-def _at_heads(
+def _head_values(
     each: Callable[[jax.Array, jax.Array], Tree],
     forward: Logits,
     params: Tree,
@@ -151,24 +153,24 @@ def _at_heads(
     if parts == 1:
         where["logits_at"] = batch["predict_at"]
     else:  # padding has weight 0; it is all at place 0
-        targets = _spread(jnp.where(batch["weights"] == 0, 0, targets), batch)
+        targets = _place_at_predictors(jnp.where(batch["weights"] == 0, 0, targets), batch)
     n_chunks = number_of_chunks(targets.shape[:2], chunk, parts)
     if n_chunks == 1:
         logits = forward(variables, batch["ids"], **where)  # [batch, m, vocab]
         return each(logits.astype(jnp.float32), targets)
     hidden = forward(variables, batch["ids"], return_hidden=True, **where)  # [batch, m, d_model]
 
-    def of_chunk(_: None, xs: Any) -> tuple[None, Any]:
+    def chunk_values(_: None, xs: Any) -> tuple[None, Any]:
         index, hidden, targets = xs
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         logits = forward(variables, hidden, method="head", **_dropout(key))  # [batch, c, vocab]
         return None, each(logits.astype(jnp.float32), targets)
 
-    chunks = (_in_chunks(array, n_chunks, parts) for array in (hidden, targets))
+    chunks = (_split_chunks(array, n_chunks, parts) for array in (hidden, targets))
     # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
-    body = jax.checkpoint(of_chunk, prevent_cse=False)
+    body = jax.checkpoint(chunk_values, prevent_cse=False)
     _, values = jax.lax.scan(body, None, (jnp.arange(n_chunks), *chunks))
-    return jax.tree.map(lambda x: _whole(x, parts)[:, : targets.shape[1]], values)
+    return jax.tree.map(lambda x: _join_chunks(x, parts)[:, : targets.shape[1]], values)
 
 
 def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
@@ -176,20 +178,20 @@ def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
 
 
 def number_of_chunks(shape: tuple[int, ...], chunk: int, parts: int = 1) -> int:
-    """Returns how many chunks predictions of `shape`, [batch, m], make; see `token_values`."""
+    """Returns the number of chunks of predictions of `shape`, [batch, m]; see `token_values`."""
     batch, m = shape
     if not chunk:
         return 1
     return -(-m // (parts * max(1, chunk // (batch * parts))))
 
 
-def _spread(x: jax.Array, batch: Batch) -> jax.Array:
-    """Returns what is [batch, m] at the places that predict it: [batch, seq]."""
+def _place_at_predictors(x: jax.Array, batch: Batch) -> jax.Array:
+    """Returns values, [batch, m], at the places that predict them: [batch, seq]."""
     rows = jnp.arange(x.shape[0])[:, None]
     return jnp.zeros(batch["ids"].shape, x.dtype).at[rows, batch["predict_at"]].add(x)
 
 
-def _in_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
+def _split_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
     """Reshapes [batch, m, …] to [n, batch, parts * ceil(m / (n * parts)), …], filled with zeros."""
     batch, m = array.shape[:2]
     size = -(-m // (n * parts))
@@ -199,8 +201,8 @@ def _in_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
     return chunks.reshape(n, batch, parts * size, *array.shape[2:])
 
 
-def _whole(chunks: jax.Array, parts: int) -> jax.Array:
-    """Reshapes [n, batch, parts * size, …] to [batch, parts * n * size, …]: `_in_chunks` undone."""
+def _join_chunks(chunks: jax.Array, parts: int) -> jax.Array:
+    """Inverts `_split_chunks`: [n, batch, parts * size, …] to [batch, parts * n * size, …]."""
     n, batch, places, *rest = chunks.shape
     split = chunks.reshape(n, batch, parts, places // parts, *rest)
     return jnp.moveaxis(split, 0, 2).reshape(batch, n * places, *rest)

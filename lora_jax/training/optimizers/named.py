@@ -14,7 +14,7 @@ Name = Literal["adamw", "lion", "adafactor", "muon", "schedule-free", "sgd"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Named:
+class NamedOptimizer:
     """An optimiser of the table.
 
     Attributes:
@@ -61,17 +61,19 @@ _ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 #   arXiv 2502.16982, section 2.2).
 # - schedule-free: 1 to 10 times AdamW's (Defazio et al., arXiv 2405.15682, and their README).
 # - sgd: its steps scale with the gradient, so that no rate suits two models.
-OPTIMIZERS: dict[str, Named] = {
-    "adamw": Named(direction=_adam, options=_ADAM, rate=1.0),
-    "lion": Named(direction=_lion, options={"beta1": 0.9, "beta2": 0.99}, rate=1 / 3),
-    "adafactor": Named(direction=factored_rms, options={}, rate=1.0),
-    "muon": Named(direction=orthogonalised, options={"momentum": 0.95}, rate=1.0),
-    "schedule-free": Named(direction=_without_momentum, options=_ADAM, rate=1.0, averages=True),
-    "sgd": Named(direction=_sgd, options={"momentum": 0.9}, rate=None),
+OPTIMIZERS: dict[str, NamedOptimizer] = {
+    "adamw": NamedOptimizer(direction=_adam, options=_ADAM, rate=1.0),
+    "lion": NamedOptimizer(direction=_lion, options={"beta1": 0.9, "beta2": 0.99}, rate=1 / 3),
+    "adafactor": NamedOptimizer(direction=factored_rms, options={}, rate=1.0),
+    "muon": NamedOptimizer(direction=orthogonalised, options={"momentum": 0.95}, rate=1.0),
+    "schedule-free": NamedOptimizer(
+        direction=_without_momentum, options=_ADAM, rate=1.0, averages=True
+    ),
+    "sgd": NamedOptimizer(direction=_sgd, options={"momentum": 0.9}, rate=None),
 }
 
 
-def optimizer_named(name: str) -> Named:
+def optimizer_named(name: str) -> NamedOptimizer:
     """Returns an optimiser of the table.
 
     Raises:

@@ -18,7 +18,7 @@ import lora_jax as lj
 from lora_jax.core.weight import leaves_of
 from lora_jax.models import rollouts
 from lora_jax.training.data.preferences import pack_pairs
-from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.losses import Loss, sequence_logps
 from lora_jax.training.setup import Setup
 from tests.support import over
@@ -73,7 +73,7 @@ def shapes_of(batch):
 def test_a_batch_of_pairs_has_the_shapes_of_a_run(model):
     """Rows as long as they may be, of which the loss counts all that it can."""
     job = job_of(model, *DPO, "--grad-accum", 3)
-    tokens = [Tokens(np.arange(24, dtype=np.int32), np.ones(24, bool), 1) for _ in range(24)]
+    tokens = [TokenSequence(np.arange(24, dtype=np.int32), np.ones(24, bool), 1) for _ in range(24)]
     pairs = pack_pairs(tokens, 24, packing=False)
     batch = pairs.take(np.arange(12).reshape(3, 4))
     batch["reference"] = np.zeros((3, 4, pairs.segments_a_row), np.float32)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import THOROUGH
-from train.processes.served import NoAnswer, Served
+from train.processes.pool import NoAnswer, ProgramPool
 from train.tasks.sql import guard
 from train.tasks.sql.answer import find_query
 from train.tasks.sql.examples import training_examples
@@ -360,7 +360,7 @@ def test_the_guard_alone_keeps_a_database_as_it_is(tmp_path: Path) -> None:
     script = tmp_path / "script.sql"
     script.write_text(fill_script(SCHEMAS[SCHEMA], 0))
     command = [sys.executable, "-c", KEPT, str(Path(guard.__file__).parent), str(script)]
-    served = Served(command, {})
+    served = ProgramPool(command, {})
     with guard.open_database(script.read_text()) as connection:
         expected = hashlib.sha256(connection.serialize()).hexdigest()
     connection.close()

@@ -20,7 +20,7 @@ from train.data.dataset import Dataset, dataset_from_rows
 from train.options.file import options_of_processes
 from train.options.scripts.sft import Config, SftOptimConfig, SftRunConfig
 from train.processes import hosts, peers
-from train.processes.hosts import check_alike, map_over_processes, together
+from train.processes.hosts import check_alike, map_over_processes, raise_in_every_process
 from train.run.pretrained import ModelInfo
 from train.sft import parse
 from train.tasks import stream
@@ -44,7 +44,7 @@ def processes(monkeypatch):
         parts, turn = [b""] * n, threading.Barrier(n, timeout=10)
 
         def exchanged(own):
-            parts[here.index] = hosts._encoded(own)
+            parts[here.index] = hosts._encode(own)
             turn.wait()
             received = [json.loads(part) for part in parts]
             turn.wait()
@@ -57,7 +57,7 @@ def processes(monkeypatch):
             except UserError as error:
                 return str(error)
 
-        monkeypatch.setattr(hosts, "_exchanged", exchanged)
+        monkeypatch.setattr(hosts, "_exchange", exchanged)
         with ThreadPoolExecutor(n) as pool:
             return list(pool.map(as_process, range(n)))
 
@@ -95,7 +95,7 @@ def prepared(*, fails=None, before=True, n_rows=4):
             raise UserError("there is no such file")
 
     def prepare():
-        with together():
+        with raise_in_every_process():
             if before:
                 check()
             rows = map_over_processes(str, range(n_rows))
@@ -116,7 +116,7 @@ def test_what_one_process_cannot_do_all_leave(before, processes):
 
 def test_an_error_of_all_is_told_once(processes):
     def prepare():
-        with together():
+        with raise_in_every_process():
             raise UserError("--steps 0")
 
     assert processes(2, prepare) == ["--steps 0"] * 2
@@ -132,7 +132,7 @@ def test_processes_that_were_not_started_alike(processes):
             own = odd if jax.process_index() == 2 else {}
             run = SftRunConfig(process_id=jax.process_index(), output=own.get("output", "runs/sql"))
             config = Config(optim=SftOptimConfig(seed=own.get("seed", 0)), run=run)
-            with together():
+            with raise_in_every_process():
                 check_alike(options_of_processes(config), rows=own.get("rows", rows), model="llama")
 
         return prepare
@@ -164,7 +164,7 @@ def test_what_is_exchanged_comes_back(at_once, monkeypatch):
         return np.stack([array, of_other[start : start + at_once]])
 
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", allgather)
-    first, second = hosts._exchanged(mine)
+    first, second = hosts._exchange(mine)
     assert first == mine and second == other
     assert len(sent) == -(-of_other.size // at_once)
 

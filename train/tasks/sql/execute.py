@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from sqlite3 import Connection
 
-from train.processes.served import NoAnswer, Served
+from train.processes.pool import NoAnswer, ProgramPool
 from train.tasks.sql import guard
 from train.tasks.sql.guard import Row
 from train.tasks.sql.questions.fill import DATABASES, fill_script
@@ -41,7 +41,7 @@ class GuardedDatabase:
         """Starts nothing yet."""
         # Without this process's environment and packages.
         command = [sys.executable, "-I", "-S", guard.__file__]
-        self._served = Served(command, {}, copies=os.cpu_count() or 1, quiet=True)
+        self._served = ProgramPool(command, {}, copies=os.cpu_count() or 1, quiet=True)
 
     def run(self, schema: Schema, sql: str) -> list[list[Row]] | str:
         """Returns the rows of a query on a new copy of each of the schema's databases.

@@ -15,12 +15,12 @@ TEXTS_ONLY = (
 
 
 def is_text(part: Any) -> bool:
-    """Returns whether a part is a text."""
+    """Returns True if a part is a text."""
     return isinstance(part, Mapping) and part.get("type") == "text" and "text" in part
 
 
 def is_image(part: Any) -> bool:
-    """Returns whether a part shows an image."""
+    """Returns True if a part shows an image."""
     return isinstance(part, Mapping) and part.get("type") == "image"
 
 
@@ -30,7 +30,7 @@ def images_in(content: Any) -> list[Any]:
 
 
 def has_images(row: Mapping[str, Any]) -> bool:
-    """Returns whether a row of any form has images, or a turn that shows one."""
+    """Returns True if a row of any form has images, or a turn that shows one."""
     lists = [value for value in row.values() if isinstance(value, list)]
     turns = [turn for value in lists for turn in value if isinstance(turn, Mapping)]
     return bool(row.get(IMAGES)) or any(images_in(turn.get("content")) for turn in turns)

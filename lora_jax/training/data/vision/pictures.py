@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax.hf.images import ImageError
 from lora_jax.hf.tiles import Grid, ImageReader
 from lora_jax.training.batches import HostBatch
-from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.errors import TrainingError
 
 _NAMED = 5  # broken images that a message names
@@ -41,7 +41,7 @@ class Pictures:
         counts = [sum(rows * columns + 1 for rows, columns in row) for row in self.grids]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
-    def written(self, tokens: Tokens, name: str, *, whole: bool = True) -> Tokens:
+    def expand(self, tokens: TokenSequence, name: str, *, whole: bool = True) -> TokenSequence:
         """Returns a row's tokens with those of its images; the loss counts none of these.
 
         Args:
@@ -70,7 +70,7 @@ class Pictures:
             ids[here], counts[here] = part, False
         return dataclasses.replace(tokens, ids=ids, counts=counts)
 
-    def of(self, row: int) -> np.ndarray:
+    def tiles_of(self, row: int) -> np.ndarray:
         """Returns the tiles of a row, counted from 1: [n, channels, height, width] uint8."""
         return self.pixels[self.firsts[row - 1] : self.firsts[row]]
 
@@ -89,7 +89,7 @@ class PixelValues:
     def arrays(self, origin: int, row: int) -> HostBatch:
         """Returns the pixel values of a row, [most, channels, height, width] fp32; 0 at the end."""
         part = self.parts[origin]
-        return {"pixel_values": pixel_values([part.of(row)], part.reader, self.most)[0]}
+        return {"pixel_values": pixel_values([part.tiles_of(row)], part.reader, self.most)[0]}
 
     def digest(self) -> str:
         """Returns a fingerprint of all images and of what makes values of them."""

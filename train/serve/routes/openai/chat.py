@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lora_jax.training.data.rows import check_text, question, shown
-from lora_jax.training.data.templates import asked
+from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.errors import TrainingError
 from train.serve.routes.errors import HttpError
 from train.serve.routes.openai.text import ServedTokenizer, beginning
@@ -49,7 +49,7 @@ def prompt_of(body: Mapping[str, Any], tokens: ServedTokenizer, most: int) -> li
     }
     try:
         check_text(json.dumps(row, ensure_ascii=False), "the request")
-        text = asked(question(row, "the request"), tokens.tokenizer)
+        text = render_prompt(question(row, "the request"), tokens.tokenizer)
         return tokens.ids(text, most, special=False)
     except TemplateError as error:
         said = f"the model's chat template says: {error}"

@@ -18,7 +18,7 @@ class NoAnswer(Exception):
         self.late = late
 
 
-class Served:
+class ProgramPool:
     """Copies of a program that answers a line with a line; each is started when it is needed.
 
     One that does not answer in time, or ends, is replaced. A program should end when its input
