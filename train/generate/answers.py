@@ -15,17 +15,16 @@ import numpy as np
 
 from lora_jax.models import stream
 from lora_jax.models.sampling.choice import row_keys
+from lora_jax.models.sampling.text import StopTexts, TextStream
 from lora_jax.training.data.vision.pictures import pixel_values
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
 from train.run.complete import pad_left
 from train.run.pretrained import ModelInfo, end_tokens
-from train.run.stops import StopTexts
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 _STEPS = 16  # tokens of a batch between two looks at what has ended
 FinishReason = Literal["eos", "stop", "length"]
-_CUT = "\ufffd"  # what stands for a character whose bytes are not all there
 
 
 class GeneratedAnswer:
@@ -53,6 +52,7 @@ class GeneratedAnswer:
         self.tokens: list[int] = []
         self.ended: FinishReason | None = None
         self._stops, self._ends, self.most = StopTexts(tokenizer, stops), ends, most
+        self._stream, self._streamed, self._n_streamed = TextStream(self._stops), "", 0
         self.said = ""
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -84,28 +84,14 @@ class GeneratedAnswer:
         white space (an answer ends without it), or the beginning of a text of --stop. All that is
         returned together is `text` at the end.
         """
-        shown = self.text
         if self.ended is None:
-            # All tokens are decoded each time: this takes less time than to make one of them.
-            held = self._stops.decoded(self.tokens).rstrip(_CUT)
-            shown = self._stops.shown(held[: len(held) - self._n_of_stop(held)]).strip()
-            if not shown.startswith(self.said):
-                return ""  # some tokenizers change what stands before a token
+            for token in self.tokens[self._n_streamed :]:
+                self._streamed += self._stream.add(token)
+            self._n_streamed = len(self.tokens)
+        shown = self._streamed.strip() if self.ended is None else self.text
         new = shown[len(os.path.commonprefix([shown, self.said])) :]
         self.said = shown
         return new
-
-    def _n_of_stop(self, text: str) -> int:
-        """Returns the length of the longest beginning of a stop text that ends `text`."""
-        return max(
-            (
-                n
-                for stop in self._stops.stops
-                for n in range(1, len(stop))
-                if text.endswith(stop[:n])
-            ),
-            default=0,
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import lora_jax as lj
 from lora_jax.core.types import Tree
 from lora_jax.models import sample
 from lora_jax.models.sampling.choice import row_keys
+from lora_jax.models.sampling.text import StopTexts
 from lora_jax.training import make_scorer
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.layout import Layout
@@ -25,7 +26,6 @@ from train.live.prompts import GroupedCompletions, PromptFeed
 from train.live.reference import running
 from train.run.complete import pad_left
 from train.run.pretrained import end_tokens
-from train.run.stops import StopTexts
 from train.tasks.task import ModelContext
 
 _STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout

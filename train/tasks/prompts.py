@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.packaged import SMOLLM2
+from lora_jax.models.sampling.text import StopTexts
 from lora_jax.training.batches import pack
 from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row, name_of, question
@@ -31,7 +32,6 @@ from train.run.complete import complete_prompts
 from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
-from train.run.stops import StopTexts
 from train.tasks import chats
 from train.tasks.task import (
     Data,

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_jax.models.sampling.text import StopTexts
 from tests.train.tiny import SPECIAL, tokenizer
 from train.generate.answers import GeneratedAnswer
-from train.run.stops import StopTexts
 
 TOKENIZER = tokenizer()
 END = TOKENIZER.convert_tokens_to_ids(SPECIAL[2])

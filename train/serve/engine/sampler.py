@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.models.sampling.text import ends_with_stop
 from train.serve.engine.base import ServedBase
 from train.serve.engine.jobs import ActiveCompletion, SampleJob
 from train.serve.engine.pool import AdapterPool
@@ -347,20 +348,13 @@ class Sampler:
             job.seen(DrawnToken(row.index, token, logp, top))
         room = self._sizes.max_length - len(request.prompt)
         most = room if request.max_tokens is None else min(room, request.max_tokens)
-        stopped = token in request.stop_ids or self._says_stop(row)
+        says_stop = ends_with_stop(row.ids, request.stop, self._text_of)
+        stopped = token in request.stop_ids or says_stop
         if stopped or len(row.ids) >= most:
             self._places.free(row)
             row.end(stopped)
             if len(job.completions) == request.n:
                 self.end(job)
-
-    def _says_stop(self, row: ActiveCompletion) -> bool:
-        stops = row.job.request.stop
-        if not stops:
-            return False
-        longest = max(len(stop.encode()) for stop in stops)  # a token may be a byte
-        text = self._text_of(row.ids[-(longest + 8) :])
-        return any(stop in text for stop in stops)
 
     def _for(self, job: SampleJob, function: Callable[..., None], *args: Any) -> None:
         """Does something for a sample, which alone fails if that does, and the rows stay whole."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from lora_jax.models.sampling.text import partial_length
 from lora_jax.training.data.rows import check_text, question, shown
 from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.errors import TrainingError
 from train.serve.routes.errors import HttpError
-from train.serve.routes.openai.text import ServedTokenizer, beginning
+from train.serve.routes.openai.text import ServedTokenizer
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
@@ -117,7 +118,7 @@ class ToolCalls:
                 return said, calls
         if self._after:
             self._held = self._held.lstrip()
-        kept = len(self._held) - beginning(self._held, [_OPEN])
+        kept = len(self._held) - partial_length(self._held, [_OPEN])
         kept = len(self._held) if last else len(self._held[:kept].rstrip())
         said, self._held = said + self._held[:kept], self._held[kept:]
         self._after &= kept == 0

@@ -9,12 +9,10 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
+from lora_jax.models.sampling.text import StopTexts, TextStream
 from lora_jax.training.data.rows import check_text
 from lora_jax.training.errors import TrainingError
-from train.run.stops import StopTexts
 
-CUT = "\ufffd"  # stands for a character whose bytes are not all there
-_HELD = 32  # tokens that may wait for the end of a character
 _LEAST = -9999.0  # what OpenAI's API writes for a log-probability of -inf
 
 
@@ -111,27 +109,24 @@ class TokenEntry:
 
 
 class CompletionText:
-    """The text of tokens as they come; what was given out is never taken back.
-
-    It ends before a text of `stop`. What may become part of one is held back, and so are the bytes
-    of an incomplete character.
-
-    Attributes:
-      length: characters that were given out.
-      stopped: whether a text of `stop` was found.
-    """
+    """The text of a completion with its tokens, as they come; see `TextStream`."""
 
     def __init__(
         self, tokens: ServedTokenizer, stop: Sequence[str] = (), *, special: bool = False
     ) -> None:
         """Begins a text; `special` shows special tokens."""
-        self.length, self.stopped = 0, False
-        self._tokens, self._special = tokens, special
-        self._stop = StopTexts(tokens.tokenizer, stop)
-        self._ids: list[int] = []  # those given out last, as the context of the next, and the rest
-        self._known = 0  # those given out, of these
-        self._held = ""  # decoded, and not given out
+        self._stream = TextStream(StopTexts(tokens.tokenizer, stop), special=special)
         self._entries: list[TokenEntry] = []  # of tokens whose text is not given out
+
+    @property
+    def length(self) -> int:
+        """The number of characters that were given out."""
+        return self._stream.length
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop text was found."""
+        return self._stream.stopped
 
     def add(
         self,
@@ -143,51 +138,22 @@ class CompletionText:
         if self.stopped:
             return "", []
         listed = None if top is None else [(int(i), finite(x)) for i, x in top]
-        start = self.length + len(self._held)
-        self._entries.append(TokenEntry(token, logprob, listed, start))
-        self._ids.append(token)
-        new = self._decoded()
-        if new.endswith(CUT) and len(self._ids) - self._known < _HELD:
-            return "", []
-        return self._given(new)
+        self._entries.append(TokenEntry(token, logprob, listed, self._stream.start))
+        text = self._stream.add(token)
+        return text, [] if self._stream.is_cut else self._given()
 
     def end(self) -> tuple[str, list[TokenEntry]]:
         """Returns what was held back, once no more tokens come."""
         if self.stopped:
             return "", []
-        return self._given(self._decoded(), last=True)
+        return self._stream.end(), self._given(last=True)
 
-    def _decoded(self) -> str:
-        """Returns the text since the tokens that were given out last."""
-        before = self._text(self._ids[: self._known])
-        return self._text(self._ids)[len(before) :]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokens.text(ids, special=True) if self._special else self._stop.decoded(ids)
-
-    def _given(self, new: str, *, last: bool = False) -> tuple[str, list[TokenEntry]]:
-        if new:
-            self._ids = self._ids[self._known :]
-            self._known = len(self._ids)
-        text = self._held + new
-        kept = self._stop.place(text)
-        self.stopped = kept is not None
-        if kept is None:
-            kept = len(text) - (0 if last else beginning(text, self._stop.stops))
-        self._held = text[kept:]
-        given_text = text[:kept] if self._special else self._stop.shown(text[:kept])
-        self.length += len(given_text)
+    def _given(self, *, last: bool = False) -> list[TokenEntry]:
+        """Returns the tokens whose text was given out now."""
         whole = last and not self.stopped
-        given = [one for one in self._entries if whole or one.start < self.length]
+        given = [entry for entry in self._entries if whole or entry.start < self.length]
         self._entries = self._entries[len(given) :]
-        return given_text, given
-
-
-def beginning(text: str, marks: Iterable[str]) -> int:
-    """Returns the length of the longest end of a text that begins one of some marks."""
-    return max(
-        (n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0
-    )
+        return given
 
 
 def finite(logprob: float) -> float:

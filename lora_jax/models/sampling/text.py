@@ -1,0 +1,163 @@
+"""Tokens as text while they come: texts that end an answer, and characters that are held back."""
+
+import bisect
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+from lora_jax.core.types import Tokenizer
+
+CUT = "\ufffd"  # stands for a character whose bytes are not all there
+_HELD = 32  # tokens that may wait for the end of a character
+
+
+class StopTexts:
+    """Finds texts that end an answer. The answer's text leaves out special tokens.
+
+    A stop text may hold special tokens (`<|im_start|>`), which are then looked at, and still not
+    shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        """Takes transformers' fast tokenizer, and the texts, none of which is empty."""
+        self.stops, self._tokenizer = tuple(stops), tokenizer
+        self._looked_at, self._skipped = _special(tokenizer, self.stops)
+
+    def decoded(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Returns the text of tokens, with the special ones that stop texts hold, or with all."""
+        if special or not self._looked_at:
+            plain: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
+            return plain
+        ids = [token for token in ids if token not in self._skipped]
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def place(self, text: str) -> int | None:
+        """Returns the place of the first stop text in a decoded text; None if there is none."""
+        return min((at for at in map(text.find, self.stops) if at >= 0), default=None)
+
+    def shown(self, text: str) -> str:
+        """Returns a decoded text without special tokens, up to the first stop text."""
+        text = text[: self.place(text)]
+        for special in self._looked_at:
+            text = text.replace(special, "")
+        return text
+
+    def length(self, ids: Sequence[int], known: int = 0) -> int | None:
+        """Returns the number of tokens up to the one that completes a stop text, or None.
+
+        Args:
+          ids: the tokens.
+          known: a number of first tokens that complete none.
+        """
+        if not self.stops or self.place(self.decoded(ids)) is None:
+            return None
+        numbers = range(known + 1, len(ids) + 1)
+
+        def is_complete(n: int) -> bool:
+            return self.place(self.decoded(ids[:n])) is not None
+
+        return numbers[bisect.bisect_left(numbers, True, key=is_complete)]
+
+    def cut(self, ids: Sequence[int]) -> tuple[str, int | None]:
+        """Returns the text of an answer, and the number of its tokens if a stop text ends it."""
+        return self.shown(self.decoded(ids)), self.length(ids)
+
+
+class TextStream:
+    """The text of tokens as they come; what was given out is never taken back.
+
+    It ends before a stop text. What may become part of one is held back, and so are the bytes of an
+    incomplete character.
+
+    Attributes:
+      length: number of characters that were given out.
+      stopped: True once a stop text was found.
+      is_cut: True while bytes of a character are missing.
+    """
+
+    def __init__(self, stops: StopTexts, *, special: bool = False) -> None:
+        """Begins a text; `special` shows special tokens."""
+        self.length, self.stopped, self.is_cut = 0, False, False
+        self._stops, self._special = stops, special
+        self._ids: list[int] = []  # those given out last, as the context of the next, and the rest
+        self._known = 0  # those given out, of these
+        self._held = ""  # decoded, and not given out
+
+    @property
+    def start(self) -> int:
+        """The place in the text where the next token begins."""
+        return self.length + len(self._held)
+
+    def add(self, token: int) -> str:
+        """Takes a token; returns what can be given out now."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        new = self._decoded()
+        self.is_cut = new.endswith(CUT) and len(self._ids) - self._known < _HELD
+        self.is_cut &= self._stops.place(self._held + new) is None
+        return "" if self.is_cut else self._give(new)
+
+    def end(self) -> str:
+        """Returns what was held back, once no more tokens come."""
+        return "" if self.stopped else self._give(self._decoded(), last=True)
+
+    def _decoded(self) -> str:
+        """Returns the text since the tokens that were given out last."""
+        before = self._text(self._ids[: self._known])
+        return self._text(self._ids)[len(before) :]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._stops.decoded(ids, special=self._special)
+
+    def _give(self, new: str, *, last: bool = False) -> str:
+        if new:
+            self._ids = self._ids[self._known :]
+            self._known = len(self._ids)
+        text = self._held + new
+        kept = self._stops.place(text)
+        self.stopped = kept is not None
+        if kept is None:
+            kept = len(text) - (0 if last else partial_length(text, self._stops.stops))
+        self._held = text[kept:]
+        given = text[:kept] if self._special else self._stops.shown(text[:kept])
+        self.length += len(given)
+        return given
+
+
+def partial_length(text: str, marks: Iterable[str]) -> int:
+    """Returns the length of the longest end of a text that begins one of some marks."""
+    return max(
+        (n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0
+    )
+
+
+def ends_with_stop(
+    ids: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> bool:
+    """Returns True if a stop text stands at the end of an answer, of which the newest token is new.
+
+    Args:
+      ids: all its tokens.
+      stops: the texts.
+      decode: returns the text of tokens; it sees those alone that a stop text can be of.
+    """
+    if not stops:
+        return False
+    longest = max(len(stop.encode()) for stop in stops)  # a token may be a byte
+    text = decode(ids[-(longest + 8) :])
+    return any(stop in text for stop in stops)
+
+
+@functools.lru_cache(maxsize=8)  # a tokenizer may have thousands, and each answer asks
+def _special(
+    tokenizer: Tokenizer, stops: tuple[str, ...]
+) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Returns the special tokens that stop texts hold, and the ids of the others."""
+    if not stops:
+        return (), frozenset()
+    added = tokenizer.added_tokens_decoder.items()
+    special = {i: str(token) for i, token in added if token.special}
+    held = {text for text in special.values() if any(text in stop for stop in stops)}
+    skipped = frozenset(i for i, text in special.items() if text not in held)
+    return tuple(sorted(held, key=len, reverse=True)), skipped
