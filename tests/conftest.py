@@ -3,6 +3,8 @@
 import gc
 import os
 import tempfile
+from collections import Counter
+from pathlib import Path
 
 from tests.surroundings import KeptPrograms, end, hide_torch, isolate
 
@@ -16,6 +18,16 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 PROGRAMS = KeptPrograms(os.environ, WORKER)
 MOST_COMPILED = 400
 COMPILED = []  # an entry for each program since they were last dropped
+# Files that take from half a minute to minutes in CI, the longest first.
+LONGEST = (
+    *("train/test_mesh.py", "train/plan/test_plan_tpu.py", "train/test_rollouts.py"),
+    *("foreign/test_foreign.py", "train/serve/test_recipes.py", "train/compare/test_compare.py"),
+    *("train/test_killed.py", "train/plan/test_plan_measured.py", "train/test_preferences.py"),
+    *("train/serve/test_load.py", "train/test_trl_runs.py", "training/test_digits.py"),
+    *("train/serve/test_kills.py", "train/compare/test_subspaces.py", "train/test_sft.py"),
+    *("train/run/test_cache.py", "train/test_endings.py", "test_docs.py"),
+    *("train/serve/engine/test_engine_torch.py", "train/test_progress.py"),
+)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -103,6 +115,19 @@ def float64():
     """Equalities of algebra are tested in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """Has workers begin with what takes longest, so that none waits for another's last file."""
+    if WORKER != "main":
+        tests = Counter(item.path for item in items)
+        place = {str(Path(__file__).parent / name): i for i, name in enumerate(LONGEST)}
+
+        def key(item):
+            path = str(item.path)
+            return place.get(path, len(LONGEST)), -tests[item.path], path
+
+        items.sort(key=key)
 
 
 def pytest_collection_finish():
