@@ -62,7 +62,7 @@ from train.run.report import (
     tree_bytes,
 )
 from train.run.rules import rules
-from train.tasks.task import Evaluation, EvaluationContext, ModelContext, RolloutFeed, Task
+from train.run.task import Evaluation, EvaluationContext, ModelContext, RolloutFeed, Task
 
 _COMPLETIONS = 2  # that are shown, of those for steps after which a checkpoint is written
 

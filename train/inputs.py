@@ -13,7 +13,7 @@ from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
-from train.data.mixture import mixture_lines
+from train.data.lines import mixture_lines
 from train.options.common import Options, as_json, check_offload
 from train.options.field import traits_of
 from train.options.file import options_of_processes
@@ -23,7 +23,7 @@ from train.run.intrinsic import moves_weights, space_of
 from train.run.output import saved_options
 from train.run.pretrained import ModelInfo
 from train.run.rules import check_names, rules
-from train.tasks.task import Data, Task, TaskRows
+from train.run.task import Data, Task, TaskRows
 
 _HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
 

@@ -14,7 +14,7 @@ from train.options.scripts.sft import SftRunConfig
 from train.reporters.contract import Sample
 from train.run.complete import Chat, answer_prompts, tokenize_chats
 from train.run.pretrained import ModelInfo
-from train.tasks.task import Evaluation
+from train.run.task import Evaluation
 
 _SUFFIXES = (".txt", ".jsonl")
 

@@ -20,7 +20,7 @@ from train.options.file import CONFIG, replace_options
 from train.options.table import TableRow, check_one_base, read_table
 from train.options.tasks import find_task
 from train.processes.session import Session
-from train.tasks.task import Task
+from train.run.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from lora_jax.training.data.order import Order
 from tests.train.test_sft import fails
 from tests.train.tiny import write_jsonl, write_model
 from train.console.errors import UserError
-from train.data.mixture import mixture_lines
+from train.data.lines import mixture_lines
 from train.sft import parse
 from train.tasks import chats
 

@@ -27,7 +27,7 @@ from train.options.field import SharedOption, idle_options, traits_of
 from train.options.file import replace_options
 from train.processes.mesh import make_mesh
 from train.run.rules import rules
-from train.tasks.task import Task
+from train.run.task import Task
 
 RUNS = "runs"
 _EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training

@@ -2,12 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
+from rich.table import Column, Table
 
 from train.console.errors import UserError
 
@@ -71,3 +72,13 @@ def tell(console: Console, *lines: str) -> None:
 def say(text: str) -> None:
     """Prints a line for people, beside what a program may read on standard output."""
     print(text, file=sys.stderr, flush=True)
+
+
+def print_figures(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Prints a table whose first column names its rows."""
+    table = Table(columns[0], *(Column(name, justify="right") for name in columns[1:]), title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

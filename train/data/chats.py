@@ -1,23 +1,18 @@
 """Tokenises chats, or finds their tokens of an earlier run; each process does its part."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from lora_jax.models import SmolVLMConfig
 from lora_jax.training.data import chats
 from lora_jax.training.data.sequences import Sequences
-from lora_jax.training.data.vision.parts import has_images
-from lora_jax.training.data.vision.pictures import Pictures
 from train.console.output import tell
 from train.console.progress import progress_of
 from train.data import cache
 from train.data.dataset import Dataset
 from train.processes import hosts
-from train.run.pretrained import ModelInfo
 
 
 def tokenize(
@@ -69,23 +64,6 @@ def tokenize(
                 f"({error.strerror or error}); name another folder with --token-cache, or off",
             )
     return tokens
-
-
-def read_images(
-    datasets: Sequence[Dataset], outline: ModelInfo
-) -> tuple[list[Dataset], list[Pictures]]:
-    """Returns data sets, and the images of each if a row has some and the model reads them."""
-    if not isinstance(outline.config, SmolVLMConfig):
-        return [*datasets], []
-    rows = [dataset.rows() for dataset in datasets]
-    held = [
-        Dataset(one.name, functools.partial(list, found), one.key)
-        for one, found in zip(datasets, rows, strict=True)
-    ]
-    reader = outline.images if any(has_images(row) for found in rows for row in found) else None
-    if reader is None:
-        return held, []
-    return held, [chats.pictures_of(one.rows(), reader, one.name) for one in held]
 
 
 def _with_progress(console: Console, n: int) -> chats.MapFunction:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.hf.hub import probe
 from lora_jax.hf.images import is_image
-from lora_jax.training.data.rows import Row
+from lora_jax.training.data.rows import Row, replace_values
 from train.console.errors import UserError, as_user_errors
 from train.data.text_files import placed, read_csv, read_json
 
@@ -23,6 +23,7 @@ _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
 NO_PARQUET = "cannot be read as Parquet: "  # before what pyarrow says
 FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))
 IMAGE_KINDS = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())
+IMAGE_FIELD = "image"  # of a folder's rows
 # The splits that files are named after, by the word in their name.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev", "eval")}
@@ -101,7 +102,7 @@ def labelled_images(folder: Path, split: str = "train") -> list[Row]:
                 "its images"
             )
         for path in images:
-            rows.append({"image": str(path), "label": path.relative_to(root).parts[0]})
+            rows.append({IMAGE_FIELD: str(path), "label": path.relative_to(root).parts[0]})
     return rows
 
 
@@ -146,6 +147,26 @@ def _images_in(folder: Path) -> list[Path]:
 def images_of(name: str) -> list[str]:
     """Returns the paths of the images in a folder, at any depth, in their order."""
     return sorted(map(str, _images_in(Path(name).expanduser())))
+
+
+def locate_images(rows: list[Row], field: str, source: str) -> list[Row]:
+    """Returns rows with the paths of their images as they are found from here.
+
+    Args:
+      rows: the rows. A path that is not there is one beside the rows' file.
+      field: the name of the image's field.
+      source: the rows' file or folder.
+    """
+    folder = Path(source).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+
+    def found(row: Row) -> Row:
+        value = row[field]
+        if not isinstance(value, str) or Path(value).exists() or not (folder / value).is_file():
+            return row
+        return replace_values(row, {**row, field: str(folder / value)})
+
+    return [found(row) for row in rows]
 
 
 def files_of(dataset: str, split: str = "train") -> list[Path] | None:

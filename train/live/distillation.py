@@ -19,7 +19,7 @@ from train.live.rollouts import Rollouts
 from train.options.scripts.distill import BASE
 from train.reporters.contract import Sample
 from train.run.pretrained import ModelInfo, check_weights, read_model, read_model_info
-from train.tasks.task import Data, ModelContext
+from train.run.task import Data, ModelContext
 
 
 def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:

@@ -25,7 +25,7 @@ from train.live.reference import (
     with_reference,
 )
 from train.options.scripts.dpo import KTO
-from train.tasks.task import Data, ModelContext
+from train.run.task import Data, ModelContext
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from train.options.scripts.dpo import BASE, KTO, NONE
 from train.processes import hosts
 from train.run.log import doing
 from train.run.report import versions
-from train.tasks.task import ModelContext
+from train.run.task import ModelContext
 
 
 def sequence_scorer(model: Any, layout: Layout, chunk: int) -> OnMesh:

@@ -18,7 +18,7 @@ from train.options.scripts.grpo import RLOO
 from train.reporters.contract import Sample
 from train.rewards.ask import RewardAnswer, ask, columns_of, mean_known
 from train.rewards.reward import RewardBatch
-from train.tasks.task import Data, ModelContext
+from train.run.task import Data, ModelContext
 
 
 def arrays_per_token(config: Any) -> tuple[str, ...]:

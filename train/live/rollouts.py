@@ -26,7 +26,7 @@ from train.live.prompts import GroupedCompletions, PromptFeed
 from train.live.reference import running
 from train.run.complete import pad_left
 from train.run.pretrained import end_tokens
-from train.tasks.task import ModelContext
+from train.run.task import ModelContext
 
 _STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout
 

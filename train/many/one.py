@@ -21,7 +21,7 @@ from train.reporters.files import ERROR
 from train.run.lifecycle import Run
 from train.run.log import read_metrics
 from train.run.output import ADAPTER
-from train.tasks.task import Evaluation, Task
+from train.run.task import Evaluation, Task
 
 
 class RunRequest(NamedTuple):

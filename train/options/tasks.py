@@ -26,7 +26,7 @@ _NAMED = {CHATS: SFT, TEXTS: CLASSIFY, PAIRS: DPO, PROMPTS: GRPO, TAUGHT: DISTIL
 
 
 def find_task(datasets: Sequence[str], kind: str) -> Any:
-    """Returns the `train.tasks.task.Task` of a name, or the one on a user's own rows.
+    """Returns the `train.run.task.Task` of a name, or the one on a user's own rows.
 
     Args:
       datasets: the names of the data sets.

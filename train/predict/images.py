@@ -9,10 +9,9 @@ from lora_jax.training.data.rows import Row
 from lora_jax.training.data.vision.images import Images, check_rows, names_of, read_pixels
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
-from train.data.files import images_of, read_file
+from train.data.files import IMAGE_FIELD, images_of, locate_images, read_file
 from train.predict.texts import Texts, holds_rows, read_standard_input, read_text_file
 from train.run.pretrained import ModelInfo
-from train.tasks.images import FIELD, located
 
 
 def read_images(
@@ -30,7 +29,7 @@ def read_images(
     Raises:
       UserError: there are none, or some cannot be read; names them.
     """
-    rows, field = _rows(paths, given, field), field or FIELD
+    rows, field = _rows(paths, given, field), field or IMAGE_FIELD
     with as_user_errors(TrainingError):
         check_rows(rows, given or "the images", field, None)
         names = names_of(rows, field, given or "the images")
@@ -44,7 +43,7 @@ def _rows(paths: Sequence[str], given: str | None, field: str | None) -> list[Ro
         rows: list[Row] = [*read_file(Path(given).expanduser())]
         if not rows:
             raise UserError(f"--input {given} has no rows")
-        return located(rows, field or FIELD, given)
+        return locate_images(rows, field or IMAGE_FIELD, given)
     found = [*paths]
     if given is not None and Path(given).expanduser().is_dir():
         found = images_of(given)
@@ -54,4 +53,4 @@ def _rows(paths: Sequence[str], given: str | None, field: str | None) -> list[Ro
         found = read_text_file(given, "", None).first
     elif not paths:
         found = read_standard_input().first
-    return [{field or FIELD: path} for path in found]
+    return [{field or IMAGE_FIELD: path} for path in found]

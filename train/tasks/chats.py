@@ -7,24 +7,27 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.packaged import SMOLLM2
+from lora_jax.models import SmolVLMConfig
 from lora_jax.training.batches import Packs, pack, pack_mixture
-from lora_jax.training.data.chats import add_pictures, check_lengths
+from lora_jax.training.data.chats import add_pictures, check_lengths, pictures_of
 from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.data.vision.parts import has_images
 from lora_jax.training.data.vision.pictures import Pictures, PixelValues
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, token_loss
 from train.console.errors import UserError, flag
 from train.console.output import tell
-from train.data.chats import read_images, tokenize
+from train.data.chats import tokenize
 from train.data.dataset import Dataset, find_dataset, pairs_of
 from train.data.files import parse_datasets
+from train.data.lines import padding_line
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
 from train.options.scripts.sft import Config
 from train.processes import hosts
 from train.run.output import saved_options
 from train.run.pretrained import ModelInfo, read_model_info
-from train.tasks.task import Data, Task, TaskRows, padding_line
+from train.run.task import Data, Task, TaskRows
 
 _LARGE = 2**30  # bytes of files that are better streamed
 _HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders
@@ -136,12 +139,29 @@ def _read(
     config: Config, datasets: Sequence[Dataset], outline: ModelInfo
 ) -> tuple[list[Sequences], Sequence[Pictures]]:
     """Returns data sets as sequences, and the images of each, if there are some."""
-    held, pictures = read_images(datasets, outline)
+    held, pictures = _read_images(datasets, outline)
     options = [{"pictures": one} for one in pictures] or [{} for _ in held]
     return [
         tokens_of(config, one, outline.tokenizer, **more)
         for one, more in zip(held, options, strict=True)
     ], pictures
+
+
+def _read_images(
+    datasets: Sequence[Dataset], outline: ModelInfo
+) -> tuple[list[Dataset], list[Pictures]]:
+    """Returns data sets, and the images of each if a row has some and the model reads them."""
+    if not isinstance(outline.config, SmolVLMConfig):
+        return [*datasets], []
+    rows = [dataset.rows() for dataset in datasets]
+    held = [
+        Dataset(one.name, functools.partial(list, found), one.key)
+        for one, found in zip(datasets, rows, strict=True)
+    ]
+    reader = outline.images if any(has_images(row) for found in rows for row in found) else None
+    if reader is None:
+        return held, []
+    return held, [pictures_of(one.rows(), reader, one.name) for one in held]
 
 
 def tokens_of(config: Config, dataset: Dataset, tokenizer: Any, **options: Any) -> Sequences:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from train.tasks.task import print_figures
+from train.console.output import print_figures
 
 _MISTAKES = 8
 

@@ -9,8 +9,8 @@ from train.live import distillation
 from train.live.prompts import PromptFeed
 from train.options.scripts.distill import Config
 from train.run.pretrained import ModelInfo
+from train.run.task import Data, Task, TaskRows
 from train.tasks import prompts
-from train.tasks.task import Data, Task, TaskRows
 
 
 def check(config: Config) -> None:

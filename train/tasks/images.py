@@ -3,20 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_jax.training.data.labelled import label_names
-from lora_jax.training.data.rows import Row, replace_values
+from lora_jax.training.data.rows import Row
 from lora_jax.training.data.vision.images import Images, check_rows, images, names_of
 from lora_jax.training.losses import IMAGES
 from train.console.errors import UserError
+from train.data.files import IMAGE_FIELD, locate_images
 from train.options.scripts.classify import ClassifyDataConfig, Config
 from train.run.pretrained import ModelInfo, read_classifier_info
+from train.run.task import Data, EvaluationContext, TaskRows
 from train.tasks import labelled
-from train.tasks.task import Data, EvaluationContext, TaskRows
 
-FIELD = "image"  # of a folder's rows
 _HELD_OUT = "the held-out rows"
 
 
@@ -31,7 +30,7 @@ def check(config: Config) -> None:
 
 def field_of(data: ClassifyDataConfig) -> str:
     """Returns the name of the field that holds the image."""
-    return data.image or FIELD
+    return data.image or IMAGE_FIELD
 
 
 def read_images(config: Config) -> TaskRows:
@@ -44,28 +43,9 @@ def read_images(config: Config) -> TaskRows:
     train, test = labelled.read_parts(data, check, functools.partial(labelled.split_by_label, data))
     of_test = data.test if data.test and labelled.names_rows(data.test) else data.dataset
     return TaskRows(
-        located(train, field_of(data), data.dataset), located(test, field_of(data), of_test)
+        locate_images(train, field_of(data), data.dataset),
+        locate_images(test, field_of(data), of_test),
     )
-
-
-def located(rows: list[Row], field: str, source: str) -> list[Row]:
-    """Returns rows with the paths of their images as they are found from here.
-
-    Args:
-      rows: the rows. A path that is not there is one beside the rows' file.
-      field: the name of the image's field.
-      source: the rows' file or folder.
-    """
-    folder = Path(source).expanduser()
-    folder = folder if folder.is_dir() else folder.parent
-
-    def found(row: Row) -> Row:
-        value = row[field]
-        if not isinstance(value, str) or Path(value).exists() or not (folder / value).is_file():
-            return row
-        return replace_values(row, {**row, field: str(folder / value)})
-
-    return [found(row) for row in rows]
 
 
 def outline(config: Config, rows: TaskRows) -> ModelInfo:

@@ -17,6 +17,7 @@ from lora_jax.training.losses import CLASSES
 from lora_jax.training.processes import is_first, write_json
 from train.console.errors import as_user_errors
 from train.data.files import is_image_folder, kind_of, read_rows
+from train.data.lines import padding_line
 from train.options.defaults import Defaults
 from train.options.scripts.classify import HEAD, ClassifyDataConfig, Config
 from train.processes.hosts import map_over_processes
@@ -24,16 +25,15 @@ from train.run.log import doing
 from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import ModelInfo, read_classifier_info
 from train.run.rules import peft_fields
-from train.tasks import classes
-from train.tasks.task import (
+from train.run.task import (
     Data,
     Evaluation,
     EvaluationContext,
     Progress,
     Task,
     TaskRows,
-    padding_line,
 )
+from train.tasks import classes
 
 SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).

@@ -17,14 +17,15 @@ from train.console.errors import UserError
 from train.console.output import tell
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, find_dataset
+from train.data.lines import padding_line
 from train.live.preferences import prepare
 from train.live.reference import check_reference
 from train.options.defaults import Defaults
 from train.options.scripts.dpo import BASE, KTO, NONE, Config
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
+from train.run.task import Data, Task, TaskRows
 from train.tasks import chats
-from train.tasks.task import Data, Task, TaskRows, padding_line
 
 
 def check(config: Config) -> None:

@@ -17,7 +17,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, rollout_loss
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError
-from train.console.output import tell
+from train.console.output import print_figures, tell
 from train.data.dataset import find_dataset
 from train.live import reinforcement
 from train.live.prompts import PromptFeed, TokenizedPrompts
@@ -32,16 +32,15 @@ from train.run.complete import complete_prompts
 from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
-from train.tasks import chats
-from train.tasks.task import (
+from train.run.task import (
     Data,
     Evaluation,
     EvaluationContext,
     Progress,
     Task,
     TaskRows,
-    print_figures,
 )
+from train.tasks import chats
 
 _HELD_OUT = 2**32 + 2  # no epoch's number, and no other draw's
 REWARD = "reward"  # the name of the score

@@ -15,20 +15,20 @@ from lora_jax.training.held_out import means
 from lora_jax.training.losses import COMPARISONS
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError
+from train.console.output import print_figures
+from train.data.lines import padding_line
 from train.options.scripts.classify import DEFAULT_TASK, Config
 from train.processes.hosts import map_over_processes
 from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
-from train.tasks import labelled
-from train.tasks.task import (
+from train.run.task import (
     Data,
     Evaluation,
     EvaluationContext,
     Progress,
     TaskRows,
-    padding_line,
-    print_figures,
 )
+from train.tasks import labelled
 
 BEFORE, LONGER = "before training", "always the longer completion"
 _sums = jax.jit(COMPARISONS, static_argnums=0)

@@ -22,8 +22,8 @@ from train.options.scripts.sft import Config
 from train.options.tasks import SFT
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
+from train.run.task import Data, TaskRows
 from train.tasks import chats
-from train.tasks.task import Data, TaskRows
 
 ROOM = 2**23  # bytes of the blocks that are in memory, and shuffled, together
 _SAMPLE = 2**20  # bytes of blocks that lengths are taken from

@@ -5,10 +5,11 @@
 
 import dataclasses
 
+from train.environments import arithmetic
 from train.options.file import replace_options
 from train.options.scripts.grpo import Config
-from train.tasks import arithmetic, prompts
-from train.tasks.task import TaskRows
+from train.run.task import TaskRows
+from train.tasks import prompts
 
 MODEL = "arithmetic"  # stands for the decoder that is made
 _ROWS = 1_300

@@ -17,8 +17,8 @@ from lora_jax.hf.packaged import FetchError, Package
 from lora_jax.training.data.rows import Row
 from train.console.errors import UserError
 from train.options.scripts.classify import Config
+from train.run.task import TaskRows
 from train.tasks import labelled
-from train.tasks.task import TaskRows
 
 LEXICON = Package(
     requirement="vaderSentiment==3.3.2",

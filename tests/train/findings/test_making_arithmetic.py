@@ -7,10 +7,10 @@ import pytest
 from lora_jax import models
 from lora_jax.hf.tokenizer import load_tokenizer
 from tests.support import thorough
+from train.environments import arithmetic
 from train.findings.making import arithmetic as making
 from train.processes.session import Session
 from train.run.complete import pad_left
-from train.tasks import arithmetic
 
 
 def test_the_tokenizer_has_a_token_for_each_character_and_no_template():

@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.support import THOROUGH
+from train.environments.sql import guard
+from train.environments.sql.databases import GUARDED, fill_script
+from train.environments.sql.examples import training_examples
+from train.environments.sql.judge import MATCHED, MISMATCH, NO_SQL, find_query, judge
+from train.environments.sql.schemas import SCHEMAS
 from train.processes.pool import NoAnswer, ProgramPool
-from train.tasks.sql import guard
-from train.tasks.sql.answer import find_query
-from train.tasks.sql.examples import training_examples
-from train.tasks.sql.execute import GUARDED
-from train.tasks.sql.judge import MATCHED, MISMATCH, NO_SQL, judge
-from train.tasks.sql.questions.fill import fill_script
-from train.tasks.sql.questions.schemas import SCHEMAS
 
 EXAMPLES = training_examples(40, seed=11)
 SCHEMA, GOLD = EXAMPLES[0].schema, EXAMPLES[0].sql

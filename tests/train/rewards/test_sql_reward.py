@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from train.console.errors import UserError
+from train.environments.sql.databases import DATABASES, fill_script
+from train.environments.sql.examples import score, training_examples
+from train.environments.sql.guard import ERROR, REFUSED, TIMEOUT
+from train.environments.sql.judge import MATCHED, MISMATCH, NO_SQL, judge
+from train.environments.sql.schemas import SCHEMAS
 from train.rewards.find import find_rewards
-from train.tasks.sql.examples import score, training_examples
-from train.tasks.sql.guard import ERROR, REFUSED, TIMEOUT
-from train.tasks.sql.judge import MATCHED, MISMATCH, NO_SQL, judge
-from train.tasks.sql.questions.fill import DATABASES, fill_script
-from train.tasks.sql.questions.schemas import SCHEMAS
 
 EXAMPLES = training_examples(60, seed=3)
 ONE = EXAMPLES[0]
@@ -102,7 +102,7 @@ def test_hundreds_take_a_second_and_equal_ones_are_run_once(monkeypatch):
         asked.append(asking)
         return judge(*asking)
 
-    monkeypatch.setattr("train.rewards.sql.judge", counting)
+    monkeypatch.setattr("train.rewards.find.judge", counting)
     rewards(texts, examples)
     start = time.monotonic()
     assert rewards(texts, examples).total.all()

@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from lora_jax.hf.tokenizer import fast_tokenizer
 from train.console.output import tell
+from train.environments import arithmetic
 from train.findings.making import base
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import write_lines
-from train.tasks import arithmetic
 
 _FORGETS = 0.75  # the share of carries that the rows lack
 _ROWS = 100_000

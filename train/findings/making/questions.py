@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train.environments.sql.examples import training_examples
 from train.findings.making.made import FindingInputs
 from train.processes.session import Session
 from train.reporters.files import write_lines
-from train.tasks.sql.examples import training_examples
 
 Row = dict[str, Any]
 ROWS, TEST_ROWS = 360, 96

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from train.console.output import print_figures
+from train.environments.sql import examples as sql
 from train.run.complete import Chat, answer_prompts, tokenize_chats
 from train.run.pretrained import ModelInfo
-from train.tasks.sql import examples as sql
-from train.tasks.task import print_figures
 
 ZERO_SHOT, FEW_SHOT, ADAPTED = "base, zero-shot", "base, 4 examples", "fine-tuned"
 UNSEEN_SCHEMAS, UNSEEN_BOTH = "unseen schemas", "unseen schemas, unseen phrasings"

@@ -4,11 +4,11 @@ import dataclasses
 
 from lora_jax.training.data.rows import Row
 from train.data import dataset
+from train.environments.sql.examples import SqlExample, evaluation_examples, training_examples
 from train.options.scripts.dpo import Config
+from train.run.task import TaskRows
 from train.tasks import pairs
 from train.tasks.sql import task as sql
-from train.tasks.sql.examples import SqlExample, evaluation_examples, training_examples
-from train.tasks.task import TaskRows
 
 STEPS = 35
 _HELD_OUT = 64  # pairs on unseen schemas, to measure the loss on

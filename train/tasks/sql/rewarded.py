@@ -6,12 +6,12 @@
 import dataclasses
 
 from lora_jax.training.data.rows import Row
+from train.environments.sql.examples import SqlExample, training_examples
 from train.options.file import replace_options
 from train.options.scripts.grpo import Config
+from train.run.task import TaskRows
 from train.tasks import prompts
 from train.tasks.sql import task as sql
-from train.tasks.sql.examples import SqlExample, training_examples
-from train.tasks.task import TaskRows
 
 _ROWS = 2_000
 

@@ -10,16 +10,16 @@ from lora_jax.training.data.rows import Row
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError, flag
 from train.data import dataset
+from train.environments.sql.examples import training_examples
 from train.options.defaults import Defaults
 from train.options.scripts.sft import Config
 from train.reporters.files import read_json
 from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
+from train.run.task import Data, Evaluation, EvaluationContext, Progress, TaskRows, reads_all
 from train.tasks import chats
 from train.tasks.sql import evaluate
-from train.tasks.sql.examples import training_examples
-from train.tasks.task import Data, Evaluation, EvaluationContext, Progress, TaskRows, reads_all
 
 STEPS = 35
 

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from train.tasks.sql import examples as sql
-from train.tasks.sql import guard
-from train.tasks.sql.answer import find_query
-from train.tasks.sql.execute import GUARDED, open_databases, same_rows
-from train.tasks.sql.guard import ERROR, REFUSED, TIMEOUT, run
-from train.tasks.sql.questions.schemas import SCHEMAS
-from train.tasks.sql.questions.tables import parse_schema
+from train.environments.sql import examples as sql
+from train.environments.sql import guard
+from train.environments.sql.databases import GUARDED, open_databases, same_rows
+from train.environments.sql.guard import ERROR, REFUSED, TIMEOUT, run
+from train.environments.sql.judge import find_query
+from train.environments.sql.schemas import SCHEMAS, parse_schema
 
 LIBRARY = parse_schema(
     "library",

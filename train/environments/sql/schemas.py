@@ -11,13 +11,51 @@ question mentions the suffix, so that no query can be written without reading th
 
 A column is `name=values`. Values are `low..high` (integers, or tenths if written so; `+` marks
 quantities that may be summed), `a|b|c` (texts), `a|b*c|d` (texts of two words) or `@pool`. The
-first column that is no key names the row, uniquely.
-"""
+first column that is no key names the row, uniquely."""
 
+import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Draw:
+    """A random stream, named by its seeds.
+
+    Python guarantees the sequence of `random()` across versions, but not those of `sample` and
+    `shuffle`, so all draws here use `random()` alone.
+    """
+
+    def __init__(self, *seeds: str | int) -> None:
+        self._random = random.Random("/".join(str(seed) for seed in seeds)).random
+
+    def integer(self, low: int, high: int) -> int:
+        """Draws an integer between `low` and `high`, both included."""
+        return low + int(self._random() * (high - low + 1))
+
+    def pick(self, items: Sequence[T]) -> T:
+        """Draws one of `items`."""
+        return items[self.integer(0, len(items) - 1)]
+
+    def sample(self, items: Sequence[T], count: int) -> list[T]:
+        """Draws `count` of `items` without replacement, in random order."""
+        pool = list(items)
+        if count > len(pool):
+            raise ValueError(f"cannot sample {count} of {len(pool)} items")
+        for i in range(count):
+            j = self.integer(i, len(pool) - 1)
+            pool[i], pool[j] = pool[j], pool[i]
+        return pool[:count]
+
+    def shuffled(self, items: Sequence[T]) -> list[T]:
+        """Returns `items` in random order."""
+        return self.sample(items, len(items))
+
 
 _WORDS = {
     "person": "Anna Boris Clara David Elena Felix Grace Hugo Irene Jonas Karin Liam*"
@@ -191,3 +229,27 @@ def parse_schema(name: str, text: str, suffix: str) -> Schema:
     if schema.link.name.removesuffix("_id") + suffix != schema.parent.name:
         raise ValueError(f"schema {name}: {schema.link.path} does not name {schema.parent.name}")
     return schema
+
+
+# Suffixes of table names (see above); those of the test schemas never occur in training.
+_TRAINING_SUFFIXES = """
+    Data List Table Log Set File Line Store View Map Base Entry Slot Main Item Block Sheet Pool
+    Cache Group Index Stack Page Unit
+""".split()
+_TEST_SUFFIXES = "Info Tab Record Book Core Array Card Master Node Report Bank Live".split()
+
+
+def _schemas(texts: dict[str, str], suffixes: Sequence[str]) -> tuple[Schema, ...]:
+    """Parses schemas; uses each suffix about equally often."""
+    waiting: list[str] = []
+    schemas = []
+    draw = Draw("suffixes")
+    for name, text in texts.items():
+        waiting = waiting or draw.shuffled(suffixes)
+        schemas.append(parse_schema(name, text, waiting.pop()))
+    return tuple(schemas)
+
+
+TRAINING_SCHEMAS = _schemas(read_blocks("training_schemas.txt"), _TRAINING_SUFFIXES)
+TEST_SCHEMAS = _schemas(read_blocks("test_schemas.txt"), _TEST_SUFFIXES)
+SCHEMAS: dict[str, Schema] = {s.name: s for s in TRAINING_SCHEMAS + TEST_SCHEMAS}

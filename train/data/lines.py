@@ -1,4 +1,6 @@
-"""Counts the rows that a run sees of each of several data sets."""
+"""Lines that a run prints about its examples: lengths of batches, and rows of each data set."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,4 +24,22 @@ def mixture_lines(examples: Examples, order: Order, steps: int) -> tuple[str, ..
         f"{name}: {taken:,} rows in {steps:,} steps, {100 * taken / seen.sum():.1f}% of all; "
         f"each of its {rows:,} comes {taken / rows:.2f} times on average"
         for name, taken, rows in zip(examples.sources, seen.tolist(), have.tolist(), strict=True)
+    )
+
+
+def padding_line(n: int, rows: str, lengths: Sequence[int], filled: float) -> str:
+    """Returns the lengths of batches, and how full they are, in words.
+
+    Args:
+      n: the number of rows.
+      rows: what they are called: "texts".
+      lengths: the lengths that batches are padded to, ascending.
+      filled: the share that is no padding.
+    """
+    share = f"{100 * filled:.1f}% filled"
+    if len(lengths) == 1:
+        return f"{n:,} {rows} are padded to {lengths[0]} tokens, {share}"
+    return (
+        f"{n:,} {rows} are batched by length: {len(lengths)} lengths, "
+        f"{', '.join(map(str, lengths))}, {share}; the step is compiled for each when it comes"
     )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from train.tasks.sql.questions.tables import Schema
+from train.environments.sql.schemas import Schema
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from train.tasks.sql import examples as sql
-from train.tasks.sql.questions.draw import Draw
-from train.tasks.sql.questions.fill import DATABASES, fill_script, filled_tables
-from train.tasks.sql.questions.forms import FORMS
-from train.tasks.sql.questions.phrasings import N_TRAINED, PHRASINGS
-from train.tasks.sql.questions.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
-from train.tasks.sql.questions.tables import Schema
+from train.environments.sql import examples as sql
+from train.environments.sql.databases import DATABASES, fill_script, filled_tables
+from train.environments.sql.forms import FORMS, N_TRAINED, PHRASINGS
+from train.environments.sql.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS, Draw, Schema
 
 ROOT = Path(__file__).parents[3]
 
@@ -97,7 +94,7 @@ def test_draws_do_not_depend_on_the_python_version() -> None:
 
 def test_examples_are_the_same_in_every_process() -> None:
     program = (
-        "import hashlib; from train.tasks.sql import examples as sql\n"
+        "import hashlib; from train.environments.sql import examples as sql\n"
         "both = sql.training_examples(60, seed=3), sql.evaluation_examples(60, seed=3)\n"
         "print(hashlib.sha256(repr(both).encode()).hexdigest())"
     )

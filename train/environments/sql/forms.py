@@ -1,16 +1,36 @@
 """The query forms: each draws a query on a schema, and the words of its question.
 
 A form draws its table, columns and values from a `Scene`. It need not check that the query has a
-result on every database: `train.tasks.sql.examples` runs it, and adds the table's words to its own.
+result on every database: `train.environments.sql.examples` runs it, and adds the table's words.
+
+The phrasings of each form are the lines of `phrasings.txt`. `{things}` and `{thing}` are the rows
+of a table, `{owner}` and `{owners}` the rows of its parent table, and `{name}` is the column that
+names a row; the other words in braces come from the form. Words such as `{above}` fit the column:
+"above" a price, "after" a year.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from train.tasks.sql.questions.draw import Draw
-from train.tasks.sql.questions.fill import FilledRow, Value
-from train.tasks.sql.questions.query import Condition, Query, Term, literal
-from train.tasks.sql.questions.tables import Column, Schema, Table, plural
+from train.environments.sql.databases import FilledRow, Value
+from train.environments.sql.query import Condition, Query, Term, literal
+from train.environments.sql.schemas import Column, Draw, Schema, Table, plural, read_blocks
+
+N_TRAINED = 8  # the first phrasings of each form; the others are held out of training
+
+PHRASINGS = {
+    form: [line.strip() for line in text.splitlines()]
+    for form, text in read_blocks("phrasings.txt").items()
+}
+
+
+def ask(form: str, phrasing: int, words: dict[str, str]) -> str:
+    """Returns the question of a phrasing, with the words filled in."""
+    question = PHRASINGS[form][phrasing].format_map(words)
+    question = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", question)
+    return question[0].upper() + question[1:]
+
 
 Words = dict[str, str]
 

@@ -5,12 +5,11 @@ task that differs from another in some of its functions is made by ``dataclasses
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches
@@ -171,34 +170,6 @@ class Evaluation(Protocol):
 def reads_all(config: Any) -> tuple[str, ...]:
     """Returns that rows and examples depend on --seed, --batch-size and --grad-accum."""
     return ("seed", "batch_size", "grad_accum")
-
-
-def padding_line(n: int, rows: str, lengths: Sequence[int], filled: float) -> str:
-    """Returns the lengths of batches, and how full they are, in words.
-
-    Args:
-      n: the number of rows.
-      rows: what they are called: "texts".
-      lengths: the lengths that batches are padded to, ascending.
-      filled: the share that is no padding.
-    """
-    share = f"{100 * filled:.1f}% filled"
-    if len(lengths) == 1:
-        return f"{n:,} {rows} are padded to {lengths[0]} tokens, {share}"
-    return (
-        f"{n:,} {rows} are batched by length: {len(lengths)} lengths, "
-        f"{', '.join(map(str, lengths))}, {share}; the step is compiled for each when it comes"
-    )
-
-
-def print_figures(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
-) -> None:
-    """Prints a table whose first column names its rows."""
-    table = Table(columns[0], *(Column(name, justify="right") for name in columns[1:]), title=title)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Started as a program, it answers requests on its input, a line each: ``{"scripts": …, "sql": …}``
 is a query on new databases that the scripts fill, and the answer a list of its rows on each, which
-ends with the reason where it has none. `execute.py` starts it. It imports the standard library
+ends with the reason where it has none. `databases.py` starts it. It imports the standard library
 alone, so that it starts in a moment.
 
 The SQL comes from a language model, so it is not trusted. An authorizer permits only reading and an
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 
-if sys.platform != "win32":  # it has no such limits; `execute.py` still ends what takes too long
+if sys.platform != "win32":  # it has no such limits; `databases.py` still ends what takes too long
     import resource
 
 Row = tuple[object, ...]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from train.environments.arithmetic import HELD_OUT, rows
 from train.rewards.find import find_rewards
-from train.tasks.arithmetic import HELD_OUT, rows
 
 
 def test_all_sums_are_trained_on_or_held_out_and_answers_are_right():

@@ -20,16 +20,20 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from train.tasks.sql.execute import open_databases, same_rows
-from train.tasks.sql.guard import run
-from train.tasks.sql.judge import MATCHED, judge
-from train.tasks.sql.questions.draw import Draw
-from train.tasks.sql.questions.fill import filled_tables
-from train.tasks.sql.questions.forms import FORMS, DoesNotFit, Scene, table_words
-from train.tasks.sql.questions.phrasings import N_TRAINED, PHRASINGS, ask
-from train.tasks.sql.questions.query import Query, mutations, order_keys, write
-from train.tasks.sql.questions.schemas import TEST_SCHEMAS, TRAINING_SCHEMAS
-from train.tasks.sql.questions.tables import Schema
+from train.environments.sql.databases import filled_tables, open_databases, same_rows
+from train.environments.sql.forms import (
+    FORMS,
+    N_TRAINED,
+    PHRASINGS,
+    DoesNotFit,
+    Scene,
+    ask,
+    table_words,
+)
+from train.environments.sql.guard import run
+from train.environments.sql.judge import MATCHED, judge
+from train.environments.sql.query import Query, mutations, order_keys, write
+from train.environments.sql.schemas import TEST_SCHEMAS, TRAINING_SCHEMAS, Draw, Schema
 
 SYSTEM_PROMPT = "Answer in SQL."
 

@@ -1,1 +1,0 @@
-"""Questions of the SQL task: schemas, what their databases hold, queries and their phrasings."""
