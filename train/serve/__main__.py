@@ -35,11 +35,13 @@ from train.serve.engine.sizes import Sizes
 from train.serve.options import ServeOptions, check, length_of, parse
 from train.serve.protocol.requests import RequestError
 from train.serve.routes.access import Access, StartProgress, owner_of
+from train.serve.routes.openai.models import AdapterLookup
 from train.serve.routes.origins import Origins, read_origin
-from train.serve.routes.tinker.api import Tinker
+from train.serve.routes.status import TenantLookup
+from train.serve.routes.tinker.api import Tinker, TinkerLimits
 from train.serve.server import HttpServer
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _LEDGER = "ledger.sqlite"
 _SWEPT, _LOOKED, _SILENT = 60.0, 5.0, 120.0  # seconds
 
@@ -80,10 +82,10 @@ def run(options: ServeOptions) -> None:
         held.enter_context(site)
         say(f"starts at {site.address}, where a page shows how far it is")
         engine = _engine(options, outline, layout, length, access.starting.see)
-        room, own_room = options.tenants, options.tenants_per_key
-        tinker = Tinker(
-            *(engine, folder, owner_of), room=room, tenants=own_room, idle=options.session_idle
+        limits = TinkerLimits(
+            room=options.tenants, own_room=options.tenants_per_key, idle=options.session_idle
         )
+        tinker = Tinker(engine, folder, owner_of, limits=limits)
         engine.start()
         held.callback(_every(_SWEPT, lambda: tinker.sweep(_SILENT), "the sweep"))
         held.callback(_every(_LOOKED, tinker.sweep_samples, "the search for clients that are gone"))
@@ -94,12 +96,13 @@ def run(options: ServeOptions) -> None:
             tinker.routes(),
             access=access,
             sampling=sampling,
-            adapters=Path(options.adapters).expanduser() if options.adapters else None,
-            resolve=lambda path, owner: _checkpoint(tinker, path, owner),
-            owns=lambda owner, name: _owns(tinker, owner, name),
-            display_name=tinker.owned.display_name,
-            tenants=tinker.turns.parking.status,
-            template_of=_template_of,
+            lookup=AdapterLookup(
+                folder=Path(options.adapters).expanduser() if options.adapters else None,
+                resolve=tinker.find_checkpoint,
+                owns=tinker.owns,
+                template_of=_template_of,
+            ),
+            tenants=TenantLookup(tinker.log.parking.status, tinker.rows.display_name),
         )
 
         def stop() -> None:
@@ -190,22 +193,6 @@ def _engine(
     return engine
 
 
-def _checkpoint(tinker: Tinker, path: str, owner: str) -> tuple[str, Path] | None:
-    """Returns the engine's name and the folder of a checkpoint; None if the owner has none."""
-    try:
-        row = tinker.owned.weights(path, owner)
-    except RequestError:
-        return None
-    folder = Path(row["folder"])
-    return tinker.turns.name(folder), folder
-
-
-def _owns(tinker: Tinker, owner: str, name: str) -> bool:
-    """Returns whether a tenant, or an adapter that was not made by Tinker's API, is an owner's."""
-    row = tinker.ledger.model(name)
-    return row is not None and row["owner"] == owner
-
-
 def _template_of(folder: Path) -> str | None:
     """Returns the chat template that an adapter was trained with; None for its base's own.
 
@@ -235,7 +222,7 @@ def _every(seconds: float, function: Callable[[], Any], what: str) -> Callable[[
             try:
                 function()
             except Exception:  # such as a full disk; the next time may be better
-                _log.exception("%s failed", what)
+                _logger.exception("%s failed", what)
 
     threading.Thread(target=work, name="sweep", daemon=True).start()
     return ended.set

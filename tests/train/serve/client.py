@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from tests.train.serve import protobuf
 from tests.train.serve.protobuf import F32, I64, datum, dense, fields
-from train.serve.routes.tinker.api import Tinker
+from train.serve.routes.tinker.api import Tinker, TinkerLimits
 
 KEYS = {"tml-a": "alice", "tml-b": "bob"}
 
@@ -29,7 +29,8 @@ class Client:
 
     def __init__(self, engine, folder, key="tml-a", server=None, **rest):
         self.engine = engine
-        self.server = server or Tinker(engine, folder, key_owner, ["other/name"], hold=0.05, **rest)
+        limits = TinkerLimits(**{"hold": 0.05, **rest})
+        self.server = server or Tinker(engine, folder, key_owner, ["other/name"], limits)
         if server is None:
             self.server.start()
         app = Starlette(routes=self.server.routes())
@@ -42,7 +43,7 @@ class Client:
     def later(self, seconds):
         """Has the server see a later time."""
         clock = self.server.ledger._clock
-        self.server.ledger._clock = self.server.turns._clock = lambda: clock() + seconds
+        self.server.ledger._clock = self.server.log._clock = lambda: clock() + seconds
 
     def ask(self, method, path, status=200, **what):
         answer = self.http.request(method, f"/api/v1/{path}", **what)

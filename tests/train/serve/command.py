@@ -12,7 +12,7 @@ from tests.train.serve.fakes import FakeEngine
 from tests.train.serve.waiting import until
 from tests.train.tiny import write_model
 from train.serve import __main__
-from train.serve.routes.tinker.api import Tinker
+from train.serve.routes.tinker.api import TinkerLimits
 
 
 class Engine(FakeEngine):
@@ -74,7 +74,7 @@ def command(monkeypatch, folder, line, work, engine=None, *, ready=True):
     engine, port, found = engine or Engine(), free_port(), []
     made = engine if callable(engine) else lambda seen: engine
     monkeypatch.setattr(__main__, "_engine", lambda *given: made(given[-1]))
-    monkeypatch.setattr(__main__, "Tinker", functools.partial(Tinker, hold=0.2))
+    monkeypatch.setattr(__main__, "TinkerLimits", functools.partial(TinkerLimits, hold=0.2))
 
     def worked():
         try:

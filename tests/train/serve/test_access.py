@@ -15,7 +15,9 @@ from tests.train.serve.scripted import TOKENIZER, ScriptedEngine, ids, serving, 
 from tests.train.serve.waiting import until
 from train.console.errors import UserError
 from train.serve.app import make_app
-from train.serve.routes.access import Access, owner_of, read_keys
+from train.serve.routes.access import Access, GateLimits, owner_of, read_keys
+from train.serve.routes.openai.models import AdapterLookup
+from train.serve.routes.status import TenantLookup
 
 KEYS = {"tml-one": "anna", "tml-two": "ben", "tml-three": "anna"}
 CHAT = {"model": "tiny/base", "messages": [{"role": "user", "content": "hi"}]}
@@ -130,7 +132,7 @@ def chunks(size, n):
 
 
 def test_a_body_is_counted_while_it_is_read():
-    with client_of(body=1000) as client:
+    with client_of(limits=GateLimits(body=1000)) as client:
         padded = {**CHAT, "user": "x" * (998 - len(json.dumps({**CHAT, "user": ""})))}
         whole = json.dumps(padded).encode()
         assert len(whole) == 998
@@ -147,7 +149,7 @@ def test_a_body_is_counted_while_it_is_read():
 def test_an_owner_who_waits_too_much_waits_alone():
     more = threading.Semaphore(0)
     engine = engine_of(more.acquire)
-    with client_of(engine, keys=KEYS, waiting=2) as client:
+    with client_of(engine, keys=KEYS, limits=GateLimits(waiting=2)) as client:
 
         def ask(key, found):
             headers = {"X-API-Key": key}
@@ -274,7 +276,8 @@ def owns(owner, name):
 def test_the_status_shows_what_is_ones_own():
     engine = engine_of()
     engine.tenants = {"anna-1": tenant(), 'ben-"2"\n': tenant(steps=4)}
-    with client_of(engine, keys=KEYS, owns=owns, display_name={"anna-1": "mine"}.get) as client:
+    shown = TenantLookup(display_name={"anna-1": "mine"}.get)
+    with client_of(engine, keys=KEYS, lookup=AdapterLookup(owns=owns), tenants=shown) as client:
         assert client.get("/status.json").status_code == 401
         assert client.get("/metrics").status_code == 401
         assert client.get("/healthz").json() == {"status": "ok"}
@@ -324,8 +327,8 @@ def test_owners_share_no_adapters(tmp_path):
         (tmp_path / "all" / name / "adapter_config.json").write_text("{}")
     engine = engine_of()
     engine.adapters = {"anna-snapshot": tmp_path}
-    options = {"keys": KEYS, "owns": owns, "adapters": tmp_path / "all"}
-    with client_of(engine, **options) as client:
+    lookup = AdapterLookup(tmp_path / "all", owns=owns)
+    with client_of(engine, keys=KEYS, lookup=lookup) as client:
 
         def post(key, route, **body):
             answer = client.post(f"/v1/{route}", json=body, headers={"X-API-Key": key})

@@ -133,7 +133,7 @@ def test_nobody_waits_while_files_are_copied(monkeypatch, tmp_path):
     assert client.result(client.step(loaded, 1))["metrics"] == {"step:max": 1.0}
     for model_, again in ((loaded, 2), (model, 3)):
         client.post("load_weights", 400, path=f"{path}-", model_id=model_, seq_id=again)
-    folder = client.server.turns.place("states", loaded)
+    folder = client.server.log.place("states", loaded)
     assert [one.name for one in folder.iterdir()] == ["load-0"]
 
 
@@ -159,7 +159,7 @@ def test_a_full_disk_is_said_and_what_was_done_is_noted_once_there_is_room(tmp_p
     sent += [client.save(model, 3, "n" * 100)]
     again = filled(client.server.ledger)
     # An answer larger than a page needs a new one.
-    client.server.turns._notes._write = lambda row, result: b"{" + b" " * 9000 + b"}"
+    client.server.log._results._write = lambda row, result: b"{" + b" " * 9000 + b"}"
     engine.step(3)
     for one in sent:
         answer = client.result(one)
@@ -167,7 +167,7 @@ def test_a_full_disk_is_said_and_what_was_done_is_noted_once_there_is_room(tmp_p
     refused = client.step(model, 4, status=507, padding="x" * 9000)
     assert "disk of the server is full" in refused["detail"]
     again()
-    client.server.turns.sweep()
+    client.server.log.sweep()
     for one in sent:
         until(lambda one=one: client.poll(one["request_id"]).content.startswith(b"{ "), "noted")
     assert client.step(model, 4, padding="x" * 9000)["request_id"] == f"{model}:4"
@@ -184,9 +184,9 @@ def test_a_ledger_that_cannot_be_written_is_said_and_what_was_done_is_noted_late
     db.execute("pragma query_only = 1")
     client.engine.step(1)
     assert "readonly database" in client.result(sent)["error"]
-    until(lambda: client.server.turns._turns[model].running == 0, "it is counted")
+    until(lambda: client.server.log._tenants[model].running == 0, "it is counted")
     db.execute("pragma query_only = 0")
-    client.server.turns.sweep()
+    client.server.log.sweep()
     until(lambda: b"metrics" in client.poll(sent["request_id"]).content, "it is noted")
     client.engine.release()
     assert client.result(client.step(model, 2))["metrics"] == {"step:max": 2.0}
@@ -204,15 +204,15 @@ def test_a_result_that_is_kept_during_a_sweep_is_not_lost(tmp_path):
             assert free.wait(60)
             super().append(item)
 
-    client.server.turns._notes._backlog = Slow()
+    client.server.log._results._backlog = Slow()
     again = filled(client.server.ledger)
-    client.server.turns._notes._write = lambda row, result: b"{" + b" " * 9000 + b"}"
+    client.server.log._results._write = lambda row, result: b"{" + b" " * 9000 + b"}"
     sent = client.step(model, 1)
     assert reached.wait(60)
     again()
-    client.server.turns.sweep()
+    client.server.log.sweep()
     free.set()
-    client.server.turns.sweep()
+    client.server.log.sweep()
     until(lambda: client.poll(sent["request_id"]).content.startswith(b"{ "), "it is noted")
 
 

@@ -23,9 +23,9 @@ import uvicorn
 from starlette.applications import Starlette
 from tests.train.serve.client import key_owner
 from tests.train.serve.fakes import FakeEngine
-from train.serve.routes.tinker.api import Tinker
+from train.serve.routes.tinker.api import Tinker, TinkerLimits
 
-tinker = Tinker(FakeEngine(), Path("served"), key_owner, every=5)
+tinker = Tinker(FakeEngine(), Path("served"), key_owner, limits=TinkerLimits(every=5))
 tinker.start()
 uvicorn.run(Starlette(routes=tinker.routes()), port=int(sys.argv[1]), log_level="error")
 """

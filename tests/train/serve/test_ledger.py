@@ -11,6 +11,7 @@ from tests.train.serve.fakes import FakeEngine, Tenant
 from train.serve.protocol.requests import AdapterSpec, Create, Gradient, Load, Save, Update
 from train.serve.storage.folders import link
 from train.serve.storage.ledger import Ledger
+from train.serve.tenants.command_log import LogLimits
 
 
 def kinds(engine):
@@ -152,7 +153,7 @@ def crashed(folder, program, executed, lost, sent, every):
     model = client.create()
     ids = [send(client, model, seq, one)["request_id"] for seq, one in program[:sent]]
     client.engine.step(executed)
-    client.server.turns.close()  # what is executed from now on is not noted
+    client.server.log.close()  # what is executed from now on is not noted
     client.engine.step(lost)
     return model, ids
 
@@ -182,7 +183,7 @@ def test_a_restart_at_every_point(tmp_path, every):
             *("weights/n4", "weights/n7"),
             "sampler_weights/n12",
         }
-        saved = again.server.owned.weights(f"tinker://{model}/weights/n7", "alice")
+        saved = again.server.rows.weights(f"tinker://{model}/weights/n7", "alice")
         kept = Tenant.read(Path(saved["folder"]), True)
         assert (kept.number, kept.steps) == pytest.approx(
             (simulated(PROGRAM[:6])[0], simulated(PROGRAM[:6])[3])
@@ -219,7 +220,7 @@ def logged(client, model):
 def wait(client):
     """Waits until the engine has done all, and all is noted."""
     client.engine.wait()
-    client.server.turns._notes._thread.submit(lambda: None).result()
+    client.server.log._results._thread.submit(lambda: None).result()
 
 
 def test_no_state_is_kept_while_a_gradient_is_pending(tmp_path):
@@ -241,7 +242,7 @@ def test_an_explicit_save_is_a_state(tmp_path):
     client.step(model, 2)
     client.result(client.save(model, 3, "whole"))
     assert logged(client, model) == []
-    saved = client.server.owned.weights(f"tinker://{model}/weights/whole", "alice")
+    saved = client.server.rows.weights(f"tinker://{model}/weights/whole", "alice")
     client.ask("DELETE", f"training_runs/{model}/checkpoints/weights/whole")
     assert not Path(saved["folder"]).exists()
     again = Client(FakeEngine(), tmp_path)  # it starts from the state, which is not deleted
@@ -298,7 +299,7 @@ def test_what_is_over_is_swept(tmp_path):
     now = [1000.0]
     client = Client(FakeEngine(), tmp_path, idle=4000.0)
     ledger = client.server.ledger
-    ledger._clock = client.server.turns._clock = lambda: now[0]
+    ledger._clock = client.server.log._clock = lambda: now[0]
     model = client.create()
     other = client.create()
     client.result(client.save(model, 1, "short", ttl_seconds=4000))
@@ -318,7 +319,7 @@ def test_what_is_over_is_swept(tmp_path):
 
 def test_a_full_queue_is_busy_but_gaps_are_filled(tmp_path):
     client = Client(FakeEngine(held=True), tmp_path)
-    client.server.turns._queue = 3
+    client.server.log._limits = LogLimits(queue=3)
     model = client.create()
     client.gradient(model, 2)
     client.gradient(model, 3)
@@ -326,7 +327,7 @@ def test_a_full_queue_is_busy_but_gaps_are_filled(tmp_path):
     client.gradient(model, 1)
     client.gradient(model, 4, status=429)
     client.engine.step(99)
-    client.server.turns._notes._thread.submit(lambda: None).result()
+    client.server.log._results._thread.submit(lambda: None).result()
     client.gradient(model, 4)
 
 

@@ -18,6 +18,7 @@ from tests.train.serve.scripted import (
 from tests.train.serve.waiting import until
 from tests.train.tiny import CHATML, tokenizer
 from train.serve.protocol.requests import RequestError
+from train.serve.routes.openai.models import AdapterLookup
 
 openai = pytest.importorskip("openai", reason="the extra 'serve-test' has the client")
 pytestmark = pytest.mark.serving
@@ -335,12 +336,10 @@ def test_models(tmp_path):
         (tmp_path / place).mkdir(exist_ok=True)
         (tmp_path / place / "adapter_config.json").write_text("{}")
     engine = ScriptedEngine(spoken)
-    options = {
-        "adapters": tmp_path / "all",
-        "resolve": lambda path, owner: {TINKER: ("of/tinker", tmp_path / "beyond")}.get(path),
-    }
+    places = {TINKER: ("of/tinker", tmp_path / "beyond")}
+    lookup = AdapterLookup(tmp_path / "all", lambda path, owner: places.get(path))
     engine.adapters["snapshot"] = tmp_path
-    with serving(engine, **options) as address, client_of(address) as client:
+    with serving(engine, lookup=lookup) as address, client_of(address) as client:
         listed = {one.id: one.parent for one in client.models.list()}
         assert listed == {"tiny/base": None, "run": "tiny/base"} | dict.fromkeys(
             ("other", "snapshot"), "tiny/base"

@@ -19,7 +19,7 @@ from tests.train.serve.test_ledger import PROGRAM, close_to, send, state
 from tests.train.serve.waiting import until
 from train.serve import __main__
 from train.serve.protocol.requests import Save
-from train.serve.routes.tinker.api import Tinker
+from train.serve.routes.tinker.api import Tinker, TinkerLimits
 from train.serve.tenants import seats
 
 
@@ -39,7 +39,7 @@ def settle(client):
     """Waits until what the engine did is noted."""
     for _ in range(3):
         client.engine.wait()
-        client.server.turns._notes._thread.submit(lambda: None).result()
+        client.server.log._results._thread.submit(lambda: None).result()
 
 
 def run(client, model, program, first=1):
@@ -65,21 +65,21 @@ def test_the_status_shows_who_is_parked(tmp_path):
     client = Client(FakeEngine(), tmp_path)
     model = client.create(rank=5)
     run(client, model, [("gradient", 1.0), ("step", 0.5)] * 2)
-    before = client.server.turns.parking.status()[model]
+    before = client.server.log.parking.status()[model]
     assert (before.parked, before.steps, len(before.losses)) == (False, 2, 2)
     park(client)
-    there = client.server.turns.parking.status()[model]
+    there = client.server.log.parking.status()[model]
     assert (there.parked, there.steps, there.size) == (True, 2, 0)
     assert there.losses == before.losses and there.client == before.client
     run(client, model, [("gradient", 1.0), ("step", 0.5)], 5)
-    after = client.server.turns.parking.status()[model]
+    after = client.server.log.parking.status()[model]
     assert (after.parked, after.steps) == (False, 3) and len(after.losses) == 3
     park(client)
-    twice = client.server.turns.parking.status()[model]
+    twice = client.server.log.parking.status()[model]
     assert (twice.losses, twice.seconds) == (after.losses, before.seconds + 0.5)
     again = Tinker(FakeEngine(), tmp_path, key_owner)
     again.start(-1000.0)
-    found = again.turns.parking.status()[model]
+    found = again.log.parking.status()[model]
     assert (found.parked, found.steps, found.spec.rank) == (True, None, 5), "not known is no 0"
 
 
@@ -134,7 +134,7 @@ def execute(client, count=99):
 
 def flush(client):
     for _ in range(2):
-        client.server.turns._notes._thread.submit(lambda: None).result()
+        client.server.log._results._thread.submit(lambda: None).result()
 
 
 @pytest.mark.parametrize("is_quiet", [True, False])
@@ -184,7 +184,7 @@ def test_a_tenant_that_could_not_be_saved_goes_on(tmp_path, monkeypatch):
 
 def test_a_client_that_waits_has_one_tenant_parked(tmp_path):
     """Though another owner's waits, too: for that one, room of this owner's is of no use."""
-    alice = Client(FakeEngine(held=True), tmp_path, tenants=2)
+    alice = Client(FakeEngine(held=True), tmp_path, own_room=2)
     bob = alice.other("tml-b")
     mine, his = ([client.create() for _ in range(2)] for client in (alice, bob))
     execute(alice)
@@ -192,7 +192,7 @@ def test_a_client_that_waits_has_one_tenant_parked(tmp_path):
         bob.gradient(model, 1)
     bob.create()
     mine.append(alice.create())
-    holds = alice.server.turns.parking.seats.holds
+    holds = alice.server.log._seats.holds
     assert [*map(holds, mine + his)] == [False, True, False, True, True]
     while alice.engine.step():
         flush(alice)
@@ -217,7 +217,7 @@ def test_an_unloaded_tenant_keeps_its_room_until_it_has_left(tmp_path, phase):
         execute(client, 2)  # the other is saved, and has left
     client.post(f"sessions/{session}/finish", reason={"type": "success"})
     flush(client)
-    holds, n = client.server.turns.parking.seats.holds, 1
+    holds, n = client.server.log._seats.holds, 1
     while n:
         assert not (holds(other) and first in client.engine.tenants)
         n = client.engine.step()
@@ -307,7 +307,7 @@ def test_a_full_disk_keeps_tenants_in_memory_and_says_so(tmp_path, monkeypatch, 
         run(client, model, PROGRAM[4:5], 4)
         assert client.engine.tenants[model].steps == 1
     monkeypatch.setattr(seats, "_AGAIN", -1.0)
-    client.server.turns.parking.seats._stuck.clear()
+    client.server.log._seats._stuck.clear()
     third = client.create(client.session())
     assert client.result(f"{third}:0")["model_id"] == third
     assert [*client.engine.tenants] == [third]
@@ -369,7 +369,7 @@ def test_a_sweep_goes_on_after_a_failure(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(client.server.ledger, "end_session", fail)
     swept = []
-    monkeypatch.setattr(client.server.turns, "sweep", lambda: swept.append(True))
+    monkeypatch.setattr(client.server.log, "sweep", lambda: swept.append(True))
     client.later(100.0)
     client.server.sweep(1e9)
     assert client.server.ledger.session(sessions[1])["ended"] and swept
@@ -390,7 +390,7 @@ def fall(client):
             jobs.get_nowait()
     client.engine._idle()
     client.engine.stop()
-    client.server.turns._notes._thread.shutdown(cancel_futures=True)
+    client.server.log._results._thread.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -424,7 +424,7 @@ def test_any_order_of_clients_restarts_and_silence(tmp_path, seed):
 @pytest.mark.parametrize("pending", [False, True])
 def test_weights_and_moments_come_back_bitwise(tmp_path, pending):
     with running(made_engine(made_base())) as engine:
-        server = Tinker(engine, tmp_path, key_owner, ["tiny/base"], hold=0.5)
+        server = Tinker(engine, tmp_path, key_owner, ["tiny/base"], TinkerLimits(hold=0.5))
         server.start()
         client, saved = Client(engine, None, server=server), []
         for is_parked in (False, True):
@@ -440,7 +440,7 @@ def test_weights_and_moments_come_back_bitwise(tmp_path, pending):
                 if is_parked and step == 2 and not pending:
                     park_all(client)
             path = client.result(client.save(model, next(seqs), "end"))["path"]
-            folder = Path(server.owned.weights(path, "alice")["folder"])
+            folder = Path(server.rows.weights(path, "alice")["folder"])
             saved.append({file.name: load_file(file) for file in folder.glob("*.safetensors")})
         one, other = saved
         assert len(one) == 2 and one.keys() == other.keys()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from tests.train.serve.client import sampler
+from train.serve.routes.errors import json_response
 from train.serve.routes.tinker import bodies
 
 
@@ -78,8 +79,8 @@ def test_a_body_that_is_cut_off_is_no_failure():
         return {"type": "http.disconnect"}
 
     async def endpoint(request, owner):
-        return bodies.say(len(await bodies.read_bytes(request)))
+        return json_response(len(await bodies.read_bytes(request)))
 
     scope = {"type": "http", "method": "POST", "headers": [], "path": "/", "query_string": b""}
-    answer = bodies.guarded(endpoint, lambda _: "me")(Request(scope, cut))
+    answer = bodies.guard(endpoint, lambda _: "me")(Request(scope, cut))
     assert asyncio.run(answer).status_code == 400

@@ -50,7 +50,7 @@ def test_ten_clients_in_a_row_start_on_a_server_with_room_for_two(tmp_path, monk
                 mine.send("end")
             process.join()
             assert len(served.engine.tenants) <= 2
-        status = served.tinker.turns.parking.status()
+        status = served.tinker.log.parking.status()
         assert [status[model].steps for model in models] == [1] * 10
         assert [model in served.engine.tenants for model in models].count(True) == 2
     finally:

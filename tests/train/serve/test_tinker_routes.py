@@ -164,9 +164,9 @@ def test_names_are_taken_once(client):
     said = client.save(model, 2, "a", status=400)["detail"]
     assert "exists already" in said
     client.result(client.save(model, 3, "a", "save_weights_for_sampler"))  # another kind
-    before = client.server.owned.weights(one, "alice")["folder"]
+    before = client.server.rows.weights(one, "alice")["folder"]
     assert client.result(client.save(model, 4, "a", overwrite=True))["path"] == one
-    after = client.server.owned.weights(one, "alice")["folder"]
+    after = client.server.rows.weights(one, "alice")["folder"]
     assert before != after and not Path(before).exists() and Path(after).exists()
     client.ask("DELETE", f"training_runs/{model}/checkpoints/weights/a")
     client.result(client.save(model, 5, "a"))
@@ -220,7 +220,7 @@ def test_exports_are_downloaded(client):
     root = f"training_runs/{model}/checkpoints"
     urls = client.ask("GET", f"{root}/external_weights/a/external_weights_urls")["urls"]
     assert set(urls) == {"adapter_config.json", "adapter_model.safetensors"}
-    folder = Path(client.server.owned.weights(path, "alice")["folder"])
+    folder = Path(client.server.rows.weights(path, "alice")["folder"])
     for name, url in urls.items():
         parts = urlsplit(url)
         answer = client.http.get(f"{parts.path}?{parts.query}", headers={"X-API-Key": ""})
@@ -247,7 +247,7 @@ def test_exports_are_encrypted_for_whom_they_are(client):
     for seq, other in enumerate(("save_weights", "save_weights_for_sampler"), 5):
         client.save(model, seq, "a", other, status=400, age_encryption_recipients=own)
     plain, sealed = (
-        Path(client.server.owned.weights(client.result(saved)["path"], "alice")["folder"])
+        Path(client.server.rows.weights(client.result(saved)["path"], "alice")["folder"])
         for saved in (
             client.save(model, 7, "a", kind),
             client.save(model, 8, "b", kind, age_encryption_recipients=own),
@@ -316,7 +316,7 @@ def test_models_are_unloaded(client):
 
 def test_a_key_has_room_for_so_many_models(tmp_path):
     """In memory: others are parked."""
-    client = Client(FakeEngine(), tmp_path, tenants=2)
+    client = Client(FakeEngine(), tmp_path, own_room=2)
     session, bob = client.session(), client.other("tml-b")
     of_bob = bob.create(bob.session())
     models = [client.create(session, number) for number in range(2)]

@@ -50,7 +50,7 @@ def test_snapshots_stay_as_they_are(client):
     assert client.ask("GET", f"samplers/{named}")["model_path"] == path
     listed = client.ask("GET", f"sessions/{session}")
     assert listed["training_run_ids"] == [model] and len(listed["sampler_ids"]) == 3
-    again = Client(FakeEngine(), client.server.turns.folder)  # and after a restart
+    again = Client(FakeEngine(), client.server.log.folder)  # and after a restart
     third = [drawn(again, one, 2)[0][0] for one in (f"{session}:sample:5", named)]
     for one, three in zip(first, third, strict=True):
         assert one[0] == three[0] and np.array_equal(one[1], three[1])
@@ -230,7 +230,7 @@ def test_failed_samples_say_why(tmp_path):
     session = client.session()
     model = client.create(session)
     path = client.result(client.save(model, 1, "p", "save_weights_for_sampler"))["path"]
-    folder = Path(client.server.owned.weights(path, "alice")["folder"])
+    folder = Path(client.server.rows.weights(path, "alice")["folder"])
     (folder / "adapter_model.safetensors").unlink()
     name = sampler(client, session, model_path=path)
     asked = {"sampling_session_id": name, "prompt": prompt(1), "sampling_params": {}}

@@ -45,7 +45,8 @@ class Served:
     def start(self):
         self.engine = FakeEngine()
         self.tinker = routes.Tinker(
-            self.engine, self.folder, key_owner, ["other/name"], **self.rest
+            *(self.engine, self.folder, key_owner, ["other/name"]),
+            routes.TinkerLimits(**self.rest),
         )
         self.tinker.start()
         app = Starlette(routes=self.tinker.routes())
@@ -64,7 +65,7 @@ class Served:
         self.server.should_exit = self.server.force_exit = True
         self.thread.join()
         self.engine.stop()
-        self.tinker.turns.close()
+        self.tinker.log.close()
 
 
 @pytest.fixture

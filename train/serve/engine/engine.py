@@ -30,6 +30,7 @@ from train.serve.protocol.requests import (
     Done,
     DrawnToken,
     RequestError,
+    SampleDone,
     SampleRequest,
 )
 
@@ -132,7 +133,10 @@ class Engine:
         self._call(queued)
 
     def sample(
-        self, request: SampleRequest, done: Done, seen: Callable[[DrawnToken], None] | None = None
+        self,
+        request: SampleRequest,
+        done: SampleDone,
+        seen: Callable[[DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
         """Queues a sample; returns what ends it early."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
@@ -165,11 +169,11 @@ class Engine:
         self._call(lambda: self._named.drop(name))
 
     def knows(self, name: str) -> bool:
-        """Returns whether samples may choose an adapter of this name."""
+        """Returns True if samples may choose an adapter of this name."""
         return name in self._named
 
     def status(self) -> Status:
-        """Returns what the engine does now."""
+        """Returns the state of the engine."""
         tenants = {
             name: TenantStatus(
                 spec=state.adapter.spec,

@@ -8,7 +8,7 @@ import numpy as np
 
 from train.serve.engine.base import Adapter
 from train.serve.engine.turns import TurnPath
-from train.serve.protocol.requests import Completion, Done, DrawnToken, SampleRequest, Top
+from train.serve.protocol.requests import Completion, DrawnToken, SampleDone, SampleRequest, Top
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,7 +25,7 @@ class SampleJob:
     request: SampleRequest
     adapter: Adapter | None
     seed: int
-    done: Done
+    done: SampleDone
     seen: Callable[[DrawnToken], None] | None
     slot: int | None = None
     is_over: bool = False

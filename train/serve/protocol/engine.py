@@ -17,6 +17,7 @@ from train.serve.protocol.requests import (
     Done,
     DrawnToken,
     RequestError,
+    SampleDone,
     SampleRequest,
     Update,
 )
@@ -117,13 +118,16 @@ class EngineProtocol(Protocol):
         """
 
     def sample(
-        self, request: SampleRequest, done: Done, seen: Callable[[DrawnToken], None] | None = None
+        self,
+        request: SampleRequest,
+        done: SampleDone,
+        seen: Callable[[DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
         """Queues a sample.
 
         Args:
           request: what to draw.
-          done: gets `SampleResult`.
+          done: gets the result.
           seen: gets each token as it is drawn, in the engine's thread.
 
         Returns:
@@ -131,16 +135,16 @@ class EngineProtocol(Protocol):
         """
 
     def adopt(self, name: str, folder: Path, done: Done) -> None:
-        """Makes the adapter in a PEFT folder, or in that of a run, one that samples may choose."""
+        """Reads the adapter in a folder of PEFT, or of a run, so that samples may choose it."""
 
     def drop(self, name: str) -> None:
         """Forgets an adapter that samples could choose; those under way go on."""
 
     def knows(self, name: str) -> bool:
-        """Returns whether samples may choose an adapter of this name."""
+        """Returns True if samples may choose an adapter of this name."""
 
     def status(self) -> Status:
-        """Returns what the engine does now."""
+        """Returns the state of the engine."""
 
 
 def check_sample(request: SampleRequest, facts: EngineFacts) -> None:

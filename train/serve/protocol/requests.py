@@ -6,7 +6,6 @@ Arrays are NumPy's: routes know no JAX, and the engine knows no HTTP.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -157,7 +156,7 @@ Command = Create | Load | Gradient | Update | Save | Leave
 
 @dataclasses.dataclass(frozen=True)
 class GradientResult:
-    """Holds what a `Gradient` found.
+    """The result of a `Gradient`.
 
     Attributes:
       logprobs: log-probabilities of each datum's targets, fp32 [n] or [n, k].
@@ -180,6 +179,10 @@ class SaveResult:
     """Says how many bytes a `Save` wrote."""
 
     size: int
+
+
+# The result of a command, or the error in its place.
+CommandResult = AdapterSpec | GradientResult | UpdateResult | SaveResult | Exception | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,4 +295,5 @@ class DrawnToken:
 
 # Called once, in a thread of the engine's, with the result, or with what went wrong: `RequestError`
 # for a fault of the client's. It must return at once.
-Done = Callable[[Any], None]
+Done = Callable[[CommandResult], None]
+SampleDone = Callable[[SampleResult | Exception], None]

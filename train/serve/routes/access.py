@@ -17,8 +17,6 @@ from train.serve.routes.errors import HttpError, json_response
 from train.serve.routes.origins import Origins
 
 LOCAL = "local"  # the owner of all requests, without keys
-BODY = 64 << 20  # bytes of a body at most
-WAITING = 4096  # requests of an owner under way at most
 _AGAIN = "2"  # seconds, while a server starts
 _READING = 300.0  # seconds that a body may take
 _PAGE = "/"
@@ -131,14 +129,26 @@ def owner_of(request: HTTPConnection) -> str:
     return owner
 
 
+@dataclasses.dataclass(frozen=True)
+class GateLimits:
+    """Limits of requests.
+
+    Attributes:
+      body: bytes of a body at most.
+      waiting: requests of an owner under way at most.
+    """
+
+    body: int = 64 << 20
+    waiting: int = 4096
+
+
 class Gate:
     """ASGI middleware that lets requests in: with a key, of bounded size, so many at once."""
 
-    def __init__(
-        self, app: ASGIApp, access: Access, *, body: int = BODY, waiting: int = WAITING
-    ) -> None:
+    def __init__(self, app: ASGIApp, access: Access, limits: GateLimits) -> None:
         """Wraps an application."""
-        self._app, self._access, self._body, self._waiting = app, access, body, waiting
+        self._app, self._access = app, access
+        self._body, self._waiting = limits.body, limits.waiting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request, or refuses it."""

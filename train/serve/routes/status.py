@@ -1,5 +1,6 @@
 """The state of a server: a page, its numbers as JSON, and Prometheus' metrics."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
@@ -12,11 +13,8 @@ from starlette.routing import Route
 from train.serve.protocol.engine import EngineProtocol, TenantStatus
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import json_response
-from train.serve.routes.openai.models import Owns
+from train.serve.routes.openai.models import AdapterLookup
 
-# Returns the name that people gave to a tenant, by its id; None for none.
-DisplayName = Callable[[str], str | None]
-Tenants = Callable[[], Mapping[str, TenantStatus]]
 _PAGE = files("train.serve.routes").joinpath("status.html").read_text(encoding="utf-8")
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -41,6 +39,19 @@ _OF_TENANTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class TenantLookup:
+    """Finds the tenants that the page shows.
+
+    Attributes:
+      list: returns the tenants, with those on disk; None for those of the engine.
+      display_name: returns the name that people gave to a tenant; None for its id alone.
+    """
+
+    list: Callable[[], Mapping[str, TenantStatus]] | None = None
+    display_name: Callable[[str], str | None] = lambda tenant: None
+
+
 def page_route() -> Route:
     """Returns the route of the page."""
     return Route("/", _page)
@@ -57,20 +68,13 @@ class StatusRoutes:
         self,
         engine: EngineProtocol,
         access: Access,
-        owns: Owns,
-        display_name: DisplayName = lambda tenant: None,
-        tenants: Tenants | None = None,
+        lookup: AdapterLookup,
+        tenants: TenantLookup,
     ) -> None:
-        """Keeps what it asks.
-
-        Args:
-          engine, access, owns: see `make_app`.
-          display_name: returns the name that the page shows for a tenant.
-          tenants: returns the tenants, with those on disk; by default those of the engine.
-        """
-        self._engine, self._access, self._owns = engine, access, owns
-        self._display_name = display_name
-        self._tenants = tenants or (lambda: engine.status().tenants)
+        """Keeps the arguments of `make_app`."""
+        self._engine, self._access, self._owns = engine, access, lookup.owns
+        self._display_name = tenants.display_name
+        self._list = tenants.list or (lambda: engine.status().tenants)
 
     def routes(self) -> list[Route]:
         """Returns the routes."""
@@ -89,7 +93,7 @@ class StatusRoutes:
         status, facts = self._engine.status(), self._engine.facts
         numbers = {name: getattr(status, name) for name in (*_COUNTERS, *_GAUGES)}
         numbers |= {"model": facts.model, "sequences": facts.sequences, "slots": facts.slots}
-        tenants = {n: one for n, one in self._tenants().items() if self._owns(owner, n)}
+        tenants = {n: one for n, one in self._list().items() if self._owns(owner, n)}
         return numbers, tenants
 
     async def _json(self, request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""Folders of files that never change."""
+"""Links, lists and measures folders of files that never change."""
 
 import os
 import shutil
@@ -31,11 +31,16 @@ def link_beside(source: Path, target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def children(folder: Path) -> list[Path]:
-    """Returns what a folder holds, if it is there."""
+def list_folder(folder: Path) -> list[Path]:
+    """Returns the paths in a folder; none if it is not there."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def size(folder: Path) -> int:
     """Returns the bytes of all files in a folder."""
-    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def adapter_name(folder: Path | str, root: Path) -> str:
+    """Returns the name by which the engine knows the adapter in a folder beneath a root."""
+    return str(Path(folder).relative_to(root))

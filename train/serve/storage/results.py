@@ -1,4 +1,4 @@
-"""Results of commands on their way into the ledger, which others may hold, or have filled."""
+"""Writes results of commands into the ledger, which others may hold, or have filled."""
 
 import dataclasses
 import json
@@ -7,10 +7,9 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from train.console.errors import no_room
-from train.serve.protocol.requests import AdapterSpec, RequestError, SaveResult
+from train.serve.protocol.requests import AdapterSpec, CommandResult, RequestError, SaveResult
 from train.serve.storage.database import LockedError
 from train.serve.storage.ledger import LOGGED, Ledger, Row
 
@@ -22,21 +21,25 @@ NO_ROOM = (
 
 
 def error_answer(error: Exception) -> bytes:
-    """Returns what a client gets in place of a result."""
+    """Returns the answer to a client whose command failed, JSON."""
     category = "user" if isinstance(error, RequestError) else "server"
-    said = str(error) if category == "user" else f"{type(error).__name__}: {error}"
+    message = str(error) if category == "user" else f"{type(error).__name__}: {error}"
     if category == "server" and no_room(error):
-        said = NO_ROOM
-    return json.dumps({"error": said, "category": category}).encode()
+        message = NO_ROOM
+    return json.dumps({"error": message, "category": category}).encode()
 
 
 class ResultWriter:
-    """Notes results in a thread of its own, in the order in which they come."""
+    """Writes results into a ledger in a thread of its own, in the order in which they come.
+
+    Attributes:
+      ledger: the ledger.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
-        write: Callable[[Row, Any], bytes],
+        write: Callable[[Row, CommandResult], bytes],
         wake: Callable[[str, bytes | None], None],
         remove: Callable[[str], None],
     ):
@@ -49,24 +52,26 @@ class ResultWriter:
             not take it.
           remove: removes a folder that another has replaced.
         """
-        self._ledger, self._write, self._wake, self._remove = ledger, write, wake, remove
+        self.ledger, self._write, self._wake, self._remove = ledger, write, wake, remove
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._closing = threading.Event()
-        self._backlog: list[tuple[Row, Any]] = []  # what the ledger did not take; for the thread
+        self._backlog: list[
+            tuple[Row, CommandResult]
+        ] = []  # what the ledger did not take; for the thread
 
     def close(self) -> None:
-        """Notes what there is, and stops; after a restart, the rest is executed again."""
+        """Writes the results that are there, and stops; others come again after a restart."""
         self._closing.set()
         self._thread.shutdown()
 
-    def later(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Has the thread call a function; again and again, while others hold the ledger."""
+    def submit(self, function: Callable[..., object], *arguments: object) -> None:
+        """Calls a function in the thread, again and again while others hold the ledger."""
         try:
             self._thread.submit(self._call, function, *arguments)
         except RuntimeError:  # it is closed: what is not noted now is executed again
             pass
 
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
         while True:
             try:
                 function(*arguments)
@@ -78,7 +83,7 @@ class ResultWriter:
                 _log.exception("a result was not noted")
             return
 
-    def note(self, row: Row, result: Any) -> bool:
+    def write(self, row: Row, result: CommandResult) -> bool:
         """Notes the result of a command, and tells those who wait; returns whether it is noted.
 
         What the ledger does not take, such as for lack of room, is answered by an error, and noted
@@ -89,7 +94,7 @@ class ResultWriter:
         """
         request, noted, answer = f"{row['model']}:{row['seq']}", True, None
         try:
-            self._note(row, result)
+            self._commit(row, result)
         except LockedError:
             raise
         except Exception as error:
@@ -106,7 +111,7 @@ class ResultWriter:
     def _fail(self, row: Row, answer: bytes) -> bool:
         """Notes an error for an answer; returns whether the ledger took it."""
         try:
-            self._ledger.finish(row["model"], row["seq"], answer, True)
+            self.ledger.finish(row["model"], row["seq"], answer, True)
         except LockedError:
             raise
         except Exception:
@@ -114,40 +119,41 @@ class ResultWriter:
             return False
         return True
 
-    def again(self) -> None:
+    def retry(self) -> None:
         """Notes what the ledger did not take."""
-        self.later(self._again)
+        self.submit(self._retry)
 
-    def _again(self) -> None:
+    def _retry(self) -> None:
         backlog, self._backlog = self._backlog, []
         for row, result in backlog:
-            self.later(self.note, row, result)
+            self.submit(self.write, row, result)
 
-    def _note(self, row: Row, result: Any) -> None:
-        model = self._ledger.model(row["model"])
+    def _commit(self, row: Row, result: CommandResult) -> None:
+        model = self.ledger.model(row["model"])
         if model is None or row["state"] != LOGGED:
             return  # it has its answer, and was executed again
-        failed = isinstance(result, Exception)
-        if failed and not isinstance(result, RequestError):
-            _log.error("%s %s failed", row["model"], row["seq"], exc_info=result)
-        answer = error_answer(result) if failed else self._write(row, result)
-        made = isinstance(result, AdapterSpec)
-        spec = json.dumps(dataclasses.asdict(result)) if made else None
+        if failed := isinstance(result, Exception):
+            if not isinstance(result, RequestError):
+                _log.error("%s %s failed", row["model"], row["seq"], exc_info=result)
+            answer = error_answer(result)
+        else:
+            answer = self._write(row, result)
+        spec = json.dumps(dataclasses.asdict(result)) if isinstance(result, AdapterSpec) else None
         stale: list[Row | None] = []
         target = row["target"]
-        with self._ledger.transaction():
-            first = self._ledger.finish(row["model"], row["seq"], answer, failed, spec)
+        with self.ledger.transaction():
+            first = self.ledger.finish(row["model"], row["seq"], answer, failed, spec)
             if not first or failed or not isinstance(result, SaveResult):
                 return
             if target.startswith("tinker://"):
-                stale.append(self._ledger.checkpoint(target))
+                stale.append(self.ledger.checkpoint(target))
                 facts = json.loads(row["payload"])
-                self._ledger.add_checkpoint(row, model["owner"], result.size, facts)
+                self.ledger.add_checkpoint(row, model["owner"], result.size, facts)
             else:
                 facts = {name: model[name] for name in ("session", "owner", "base")}
-                self._ledger.add_sampler(target, folder=row["folder"], **facts)
-                session = self._ledger.session(model["session"])
+                self.ledger.add_sampler(target, folder=row["folder"], **facts)
+                session = self.ledger.session(model["session"])
                 if session is None or session["ended"]:
-                    stale.extend(self._ledger.end_session(model["session"]))
-        for one in filter(None, stale):
-            self._remove(one["folder"])
+                    stale.extend(self.ledger.end_session(model["session"]))
+        for replaced in filter(None, stale):
+            self._remove(replaced["folder"])

@@ -1,21 +1,22 @@
-"""The order of commands: each reaches the engine in its turn, once, and again after a restart."""
+"""The log of commands: each reaches the engine in order, once, and again after a restart."""
 
+import dataclasses
 import json
 import logging
 import math
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from train.serve.protocol.engine import EngineProtocol
 from train.serve.protocol.requests import (
     Client,
     Command,
+    CommandResult,
     Create,
     Gradient,
     Load,
@@ -24,21 +25,46 @@ from train.serve.protocol.requests import (
     Update,
 )
 from train.serve.storage.database import LockedError
+from train.serve.storage.folders import adapter_name
 from train.serve.storage.ledger import REFUSED, Ledger, Row
 from train.serve.storage.results import ResultWriter, error_answer
 from train.serve.tenants.loading import TenantLoader
 from train.serve.tenants.parking import TenantParking
-from train.serve.tenants.progress import TenantProgress, first_gap, load_of
+from train.serve.tenants.progress import TenantProgress, TenantTable, load_of, next_number
 from train.serve.tenants.seats import Seats
 from train.serve.tenants.states import StateFolders
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds
 _AHEAD = 10_000  # a command's number is at most so far beyond the next one's
 
 
 class BusyError(Exception):
     """Says that a tenant has too much in the queue; the client is to come again."""
+
+
+class CommandCodec(Protocol):
+    """Reads commands from the log, and writes the answers to them."""
+
+    def read(self, row: Row) -> Command:
+        """Returns the command of a row; raises a RequestError if it makes no sense."""
+
+    def write(self, row: Row, result: CommandResult) -> bytes:
+        """Returns the answer to a row's command."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLimits:
+    """Limits of a log of commands.
+
+    Attributes:
+      every, most_bytes: a state is saved after so many commands, or bytes of them.
+      queue: the most `load` of a tenant.
+    """
+
+    every: int = 32
+    most_bytes: int = 64 * 2**20
+    queue: int = 1024
 
 
 class CommandLog:
@@ -56,54 +82,42 @@ class CommandLog:
         engine: EngineProtocol,
         ledger: Ledger,
         folder: Path,
-        read: Callable[[Row], Command],
-        write: Callable[[Row, Any], bytes],
+        codec: CommandCodec,
         wake: Callable[[str, bytes | None], None],
         *,
-        every: int = 32,
-        most_bytes: int = 64 * 2**20,
-        queue: int = 1024,
-        room: int | None = None,
-        own_room: int | None = None,
+        seats: Seats | None = None,
+        limits: LogLimits = LogLimits(),
         clock: Callable[[], float] = time.time,
     ):
-        """Starts the thread that notes results.
+        """Starts the thread that writes results.
 
         Args:
           engine: executes.
           ledger: remembers.
           folder: where states, snapshots and checkpoints go.
-          read: makes the command of a row of the log.
-          write, wake: see `ResultWriter`.
-          every, most_bytes: a state is saved after so many commands, or bytes of them.
-          queue: the most `load` of a tenant.
-          room: tenants in the engine at once; None for any number.
-          own_room: the same, of an owner.
+          codec: reads commands, and writes answers.
+          wake: see `ResultWriter`.
+          seats: the room for tenants in the engine; by default for any number.
+          limits: limits of the log.
           clock: gives the time.
         """
         self._engine, self._ledger, self.folder = engine, ledger, folder
-        self._read, self._notes = read, ResultWriter(ledger, write, wake, self._remove)
-        self._every, self._most_bytes, self._queue = every, most_bytes, queue
-        self._turns: dict[str, TenantProgress] = {}
-        self._clock, self._lock = clock, threading.RLock()
+        self._codec, self._limits, self._clock = codec, limits, clock
+        self._results = ResultWriter(ledger, codec.write, wake, self._remove)
+        self._seats = seats or Seats()
+        self._table = TenantTable(engine, self._results, self._seats)
+        self._tenants, self._lock = self._table.tenants, self._table.lock
         self.states = StateFolders(ledger, folder / "states")
-        shared = engine, ledger, self._notes, self._lock, self._turns, Seats(room, own_room)
-        loading = TenantLoader(
-            *shared,
-            read,
-            advance=self._advance,
-            finish=self._finish,
-            count_down=self._count_down,
-        )
-        self.parking = TenantParking(*shared, self.states, loading, advance=self._advance)
+        loader = TenantLoader(self._table, self, codec.read)
+        self.parking = TenantParking(self._table, self, loader, self.states)
 
     def close(self) -> None:
         """Notes the results that there are, and stops."""
-        self._notes.close()
+        self._results.close()
 
     def name(self, folder: Path | str) -> str:
         """Returns the name by which the engine knows the adapter in a folder."""
-        return str(Path(folder).relative_to(self.folder))
+        return adapter_name(folder, self.folder)
 
     def place(self, room: str, model: str) -> Path:
         """Returns a model's folder in a room: snapshots or checkpoints."""
@@ -118,7 +132,7 @@ class CommandLog:
         prepare: Callable[[], tuple[Path | None, str | None]] = lambda: (None, None),
         command: Command | None = None,
     ) -> str:
-        """Commits a command, and hands over those whose turn has come.
+        """Commits a command, and submits those whose number has come.
 
         Args:
           model: the tenant; the ledger knows it, or `prepare` adds it for number 0.
@@ -144,31 +158,31 @@ class CommandLog:
                 if row["state"] == REFUSED:
                     raise RequestError(json.loads(row["answer"])["error"])
                 return f"{model}:{seq}"
-            turn = self._turns.get(model, TenantProgress(0))
-            if seq != 0 and model not in self._turns:
+            tenant = self._tenants.get(model, TenantProgress(0))
+            if seq != 0 and model not in self._tenants:
                 raise RequestError(f"{model} is unloaded: load its last checkpoint")
-            if not turn.next <= seq <= turn.next + _AHEAD:
-                raise RequestError(f"seq_id {seq} is out of order: the next one is {turn.next}")
-            fills = seq == turn.next and turn.waiting  # refused, it would block those that wait
-            if turn.load >= self._queue and not fills:
+            if not tenant.next <= seq <= tenant.next + _AHEAD:
+                raise RequestError(f"seq_id {seq} is out of order: the next one is {tenant.next}")
+            fills = seq == tenant.next and tenant.waiting  # refused, it would block those that wait
+            if tenant.load >= self._limits.queue and not fills:
                 raise BusyError(f"{model} has too many commands without an answer: wait for some")
             refusal = None
             try:
                 with self._ledger.transaction():
                     row = self._ledger.log(model, seq, kind, payload, *prepare())
-                    command = command or self._read(row)
-                if model not in self._turns:
-                    turn.client = _client(self._ledger.model(model))
-                self._turns[model] = turn
+                    command = command or self._codec.read(row)
+                if model not in self._tenants:
+                    tenant.client = _client(self._ledger.model(model))
+                self._tenants[model] = tenant
             except RequestError as error:
                 if seq == 0:
                     raise  # there is no model, whose commands could wait
                 refusal, command = error, None
                 row = self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
-            turn.load += load_of(row)
-            turn.used = self._clock()
-            turn.waiting[seq] = row, command
-            self._advance(model, turn)
+            tenant.load += load_of(row)
+            tenant.used = self._clock()
+            tenant.waiting[seq] = row, command
+            self.advance(model, tenant)
         if refusal is not None:
             raise refusal
         return f"{model}:{seq}"
@@ -198,117 +212,128 @@ class CommandLog:
 
     def _replay(self, model: Row, since: float) -> None:
         name, state = model["id"], model["state"]
-        turn = self._turns[name] = TenantProgress(state + 1, _client(model), used=model["used"])
+        tenant = self._tenants[name] = TenantProgress(state + 1, _client(model), used=model["used"])
         rows = self._ledger.commands(name, state)
         self.states.tidy(model, rows)
-        turn.load = sum(map(load_of, rows))
-        turn.exists = model["spec"] is not None or turn.load > 0
-        is_recent = model["used"] >= since and self.parking.seats.fits(turn.client)
-        if turn.exists and (turn.load or is_recent):
-            self.parking.seats.wait(name, turn.client)
-        turn.next = first_gap(state, rows)
+        tenant.load = sum(map(load_of, rows))
+        tenant.exists = model["spec"] is not None or tenant.load > 0
+        is_recent = model["used"] >= since and self._seats.fits(tenant.client)
+        if tenant.exists and (tenant.load or is_recent):
+            self._seats.wait(name, tenant.client)
+        tenant.next = next_number(state, rows)
         self.parking.settle()
 
-    def _advance(self, model: str, turn: TenantProgress) -> None:
-        """Hands over the commands whose turn has come, once the engine has the tenant.
+    def advance(self, model: str, tenant: TenantProgress) -> None:
+        """Submits the commands whose number has come, once the engine has the tenant.
 
         A tenant that the engine does not have waits for a seat, once all its results are noted.
         """
-        if turn.next not in turn.waiting:
+        if tenant.next not in tenant.waiting:
             return
-        if turn.exists and not self.parking.seats.holds(model):
-            if turn.running == 0:
-                self.parking.seats.wait(model, turn.client)
+        if tenant.exists and not self._seats.holds(model):
+            if tenant.running == 0:
+                self._seats.wait(model, tenant.client)
                 self.parking.settle()
             return
-        while turn.next in turn.waiting:
-            row, command = turn.waiting.pop(turn.next)
-            turn.next += 1
+        while tenant.next in tenant.waiting:
+            row, command = tenant.waiting.pop(tenant.next)
+            tenant.next += 1
             if command is None:
                 continue
-            done = partial(self._notes.later, self._finish, row, command, turn)
-            self._engine.submit(model, command, done, turn.client)
-            turn.running += 1
-            turn.handed += 1
-            turn.size += len(row["payload"] or b"")
-            due = turn.handed >= self._every or turn.size >= self._most_bytes
+            done = partial(self._results.submit, self.finish, row, command, tenant)
+            self._engine.submit(model, command, done, tenant.client)
+            tenant.running += 1
+            tenant.handed += 1
+            tenant.size += len(row["payload"] or b"")
+            due = tenant.handed >= self._limits.every or tenant.size >= self._limits.most_bytes
             if due and isinstance(command, Update):
-                turn.handed = turn.size = 0
-                turn.running += 1
+                tenant.handed = tenant.size = 0
+                tenant.running += 1
                 save = Save(self.states.path(model, row["seq"]), optimizer=True)
-                done = partial(self._notes.later, self._finish_save, model, row["seq"], turn)
-                self._engine.submit(model, save, done, turn.client)
+                done = partial(self._results.submit, self._finish_save, model, row["seq"], tenant)
+                self._engine.submit(model, save, done, tenant.client)
 
-    def _finish(
-        self, row: Row, command: Command | None, turn: TenantProgress | None, result: Any
+    def finish(
+        self,
+        row: Row,
+        command: Command | None,
+        tenant: TenantProgress | None,
+        result: CommandResult,
     ) -> None:
         """Notes a result, in the writer's thread; results come in the order of the commands."""
-        noted, failed = False, isinstance(result, Exception)
+        is_written, failed = False, isinstance(result, Exception)
         try:
-            noted = self._notes.note(row, result)
-            if not failed and turn is not None:
-                self._follow(row, command, turn, noted, result)
+            is_written = self._results.write(row, result)
+            if not failed and tenant is not None:
+                self._follow(row, command, tenant, is_written, result)
         except LockedError:
             raise
         except Exception:  # such as a full disk: the log goes on from the state before
-            _log.exception("the state of %s was not kept", row["model"])
-        if turn is None:
+            _logger.exception("the state of %s was not kept", row["model"])
+        if tenant is None:
             return
         with self._lock:
-            turn.load -= load_of(row)
+            tenant.load -= load_of(row)
             if failed and row["seq"] == 0:
-                turn.exists = False
-                self.parking.seats.leave(row["model"])
-            self._count_down(row["model"], turn)
+                tenant.exists = False
+                self._seats.leave(row["model"])
+            self.count_down(row["model"], tenant)
 
-    def _count_down(self, name: str, turn: TenantProgress) -> None:
+    def count_down(self, name: str, tenant: TenantProgress) -> None:
         """Notes that the engine has a command less."""
-        turn.running -= 1
-        if turn.running == 0:
-            self._advance(name, turn)
+        tenant.running -= 1
+        if tenant.running == 0:
+            self.advance(name, tenant)
         self.parking.settle()
 
     def _follow(
-        self, row: Row, command: Command | None, turn: TenantProgress, noted: bool, result: Any
+        self,
+        row: Row,
+        command: Command | None,
+        tenant: TenantProgress,
+        is_written: bool,
+        result: CommandResult,
     ) -> None:
         """Notes what a command changed."""
         model, seq = row["model"], row["seq"]
         if isinstance(command, Gradient):
-            turn.gradient |= not command.forward_only
+            tenant.gradient |= not command.forward_only
         elif isinstance(command, Create | Load | Update):
-            turn.gradient = False
-        elif isinstance(command, Save) and command.optimizer and not turn.gradient and noted:
+            tenant.gradient = False
+        elif isinstance(command, Save) and command.optimizer and not tenant.gradient and is_written:
             self.states.link(model, seq, command.path)
             try:
-                self.states.keep(model, seq, turn, result)
+                self.states.keep(model, seq, tenant, result)
             except LockedError:
-                self._notes.later(self.states.keep, model, seq, turn, result)
+                self._results.submit(self.states.keep, model, seq, tenant, result)
 
-    def _finish_save(self, name: str, seq: int, turn: TenantProgress, result: Any) -> None:
+    def _finish_save(
+        self, name: str, seq: int, tenant: TenantProgress, result: CommandResult
+    ) -> None:
         """Takes a state that was saved by the way."""
         try:
-            self.states.keep(name, seq, turn, result)
+            self.states.keep(name, seq, tenant, result)
         except LockedError:
             raise
         except Exception:  # the log goes on from the state before
-            _log.exception("the state of %s was not noted", name)
+            _logger.exception("the state of %s was not noted", name)
         with self._lock:
-            self._count_down(name, turn)
+            self.count_down(name, tenant)
 
     def leave(self, model: str) -> None:
         """Unloads a model: the commands that the engine has are executed, others never."""
         with self._lock:
-            turn = self._turns.get(model)
-            if turn is None:
+            tenant = self._tenants.get(model)
+            if tenant is None:
                 return
             self._ledger.end_model(model)
-            del self._turns[model]
+            del self._tenants[model]
             gone = RequestError(f"{model} was unloaded")
-            for row, command in turn.waiting.values():
+            for row, command in tenant.waiting.values():
                 if command is not None:
-                    self._notes.later(self._finish, row, command, None, gone)
-            turn.waiting.clear()
-            self.parking.unload(model, turn)
+                    self._results.submit(self.finish, row, command, None, gone)
+            tenant.waiting.clear()
+            self.parking.unload(model, tenant)
 
     def end_session(self, session: str) -> None:
         """Unloads a session's models, and forgets its snapshots."""
@@ -329,7 +354,8 @@ class CommandLog:
     def busy_sessions(self) -> set[str]:
         """Returns the sessions whose tenants have something to do, or wait for that."""
         with self._lock:
-            return {turn.client.session for turn in self._turns.values() if not turn.is_quiet}
+            busy = [tenant for tenant in self._tenants.values() if not tenant.is_quiet]
+        return {tenant.client.session for tenant in busy}
 
     def park_silent(self, seconds: float) -> None:
         """Parks the tenants of sessions that were silent for so long."""
@@ -341,7 +367,7 @@ class CommandLog:
         Args:
           keep: seconds for which an answer may be fetched.
         """
-        self._notes.again()
+        self._results.retry()
         for checkpoint in self._ledger.expired_checkpoints():
             self.delete(checkpoint)
         self._ledger.forget(keep)

@@ -3,164 +3,145 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
-from train.serve.protocol.engine import LATEST_LOSSES, EngineProtocol, TenantStatus
-from train.serve.protocol.requests import AdapterSpec, Leave, RequestError, Save
+from train.serve.protocol.engine import LATEST_LOSSES, TenantStatus
+from train.serve.protocol.requests import AdapterSpec, CommandResult, Leave, RequestError, Save
 from train.serve.storage.database import LockedError
-from train.serve.storage.ledger import Ledger
-from train.serve.storage.results import ResultWriter
-from train.serve.tenants.loading import TenantLoader
-from train.serve.tenants.progress import TenantProgress
-from train.serve.tenants.seats import Phase, Seats
+from train.serve.tenants.loading import TenantLoader, TenantLog
+from train.serve.tenants.progress import TenantProgress, TenantTable
+from train.serve.tenants.seats import Phase
 from train.serve.tenants.states import StateFolders
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class TenantParking:
-    """Has tenants leave the engine, and come back.
-
-    Attributes:
-      seats: the room in the engine.
-    """
+    """Has tenants leave the engine, and come back."""
 
     def __init__(
-        self,
-        engine: EngineProtocol,
-        ledger: Ledger,
-        notes: ResultWriter,
-        lock: AbstractContextManager[Any],
-        turns: Mapping[str, TenantProgress],
-        seats: Seats,
-        states: StateFolders,
-        loading: TenantLoader,
-        *,
-        advance: Callable[[str, TenantProgress], None],
-    ):
+        self, table: TenantTable, log: TenantLog, loader: TenantLoader, states: StateFolders
+    ) -> None:
         """Begins with an empty engine.
 
         Args:
-          engine, ledger, notes: see `CommandLog`.
-          lock: guards `turns` and `seats`.
-          turns: the tenants, by name.
-          seats: the room in the engine.
+          table: the tenants.
+          log: submits commands.
+          loader: loads tenants that have got a seat.
           states: states of the tenants on disk.
-          loading: loads tenants that have got a seat.
-          advance: hands over the commands whose turn has come.
         """
-        self._engine, self._ledger, self._notes = engine, ledger, notes
-        self._lock, self._turns, self.seats, self._states = lock, turns, seats, states
-        self._loading, self._advance = loading, advance
+        self._engine, self._results, self._seats = table.engine, table.results, table.seats
+        self._table, self._ledger, self._log = table, table.results.ledger, log
+        self._loader, self._states = loader, states
 
     def settle(self) -> None:
         """Has the engine take in those who wait for room, and makes room for them."""
-        while (name := self.seats.next()) is not None:
-            self._loading.resume(name)
-        while (name := self.seats.victim(self._quiet())) is not None:
-            self.seats.enter(name, Phase.HELD)
-        for name in self.seats.in_phase(Phase.HELD):
-            if self._turns[name].running == 0:
+        while (name := self._seats.next()) is not None:
+            self._loader.resume(name)
+        while (name := self._seats.victim(self._quiet())) is not None:
+            self._seats.enter(name, Phase.HELD)
+        for name in self._seats.list_phase(Phase.HELD):
+            if self._table.tenants[name].running == 0:
                 self._park(name)
-        for name, why in self.seats.hopeless().items():
-            self.seats.give_up(name)
-            self._loading.refuse(name, RequestError(why))
+        for name, why in self._seats.hopeless().items():
+            self._seats.give_up(name)
+            self._loader.refuse(name, RequestError(why))
 
     def _quiet(self) -> list[str]:
         """Returns the tenants without work in the engine, those used last at the end."""
-        quiet = [name for name, turn in self._turns.items() if turn.is_quiet]
-        return sorted(quiet, key=lambda name: self._turns[name].used)
+        quiet = [name for name, tenant in self._table.tenants.items() if tenant.is_quiet]
+        return sorted(quiet, key=lambda name: self._table.tenants[name].used)
 
     def _park(self, name: str) -> None:
         """Has a tenant leave the engine once its state is on disk; its commands wait."""
-        turn, model = self._turns[name], self._ledger.model(name)
+        tenant, model = self._table.tenants[name], self._ledger.model(name)
         assert model is not None
-        seq = turn.next - 1
-        if turn.gradient or model["state"] == seq:  # the log has the rest
-            self._leave_engine(name, turn)
+        seq = tenant.next - 1
+        if tenant.gradient or model["state"] == seq:  # the log has the rest
+            self._leave_engine(name, tenant)
             return
-        self.seats.enter(name, Phase.SAVING)
+        self._seats.enter(name, Phase.SAVING)
         self._states.clear(name, seq)
         save = Save(self._states.path(name, seq), optimizer=True)
-        done = partial(self._notes.later, self._finish_save, name, seq, turn)
-        self._engine.submit(name, save, done, turn.client)
+        done = partial(self._results.submit, self._finish_save, name, seq, tenant)
+        self._engine.submit(name, save, done, tenant.client)
 
-    def _finish_save(self, name: str, seq: int, turn: TenantProgress, result: Any) -> None:
+    def _finish_save(
+        self, name: str, seq: int, tenant: TenantProgress, result: CommandResult
+    ) -> None:
         """Takes a tenant out of the engine whose state was saved."""
         error = result if isinstance(result, Exception) else None
         try:
-            self._states.keep(name, seq, turn, result)
+            self._states.keep(name, seq, tenant, result)
         except LockedError:
             raise
         except Exception as caught:
             error = error or caught
-        with self._lock:
-            if error is None or self._turns.get(name) is not turn:  # it may be unloaded by now
-                self._leave_engine(name, turn)
+        with self._table.lock:
+            is_unloaded = self._table.tenants.get(name) is not tenant
+            if error is None or is_unloaded:
+                self._leave_engine(name, tenant)
             else:
-                _log.error("%s cannot be parked, and stays in memory: %s", name, error)
-                self.seats.stay(name, error)
-                self._advance(name, turn)
+                _logger.error("%s cannot be parked, and stays in memory: %s", name, error)
+                self._seats.stay(name, error)
+                self._log.advance(name, tenant)
             self.settle()
 
-    def _leave_engine(self, name: str, turn: TenantProgress) -> None:
+    def _leave_engine(self, name: str, tenant: TenantProgress) -> None:
         if (status := self._engine.status().tenants.get(name)) is not None:
-            status = _merge(turn.status, status)
-            turn.status = dataclasses.replace(status, parked=True, size=0)
-        self.seats.enter(name, Phase.LEAVING)
-        done = partial(self._notes.later, self._finish_leave, name)
-        self._engine.submit(name, Leave(), done, turn.client)
+            status = _merge(tenant.status, status)
+            tenant.status = dataclasses.replace(status, parked=True, size=0)
+        self._seats.enter(name, Phase.LEAVING)
+        done = partial(self._results.submit, self._finish_leave, name)
+        self._engine.submit(name, Leave(), done, tenant.client)
 
-    def _finish_leave(self, name: str, _: Any = None) -> None:
+    def _finish_leave(self, name: str, _: CommandResult = None) -> None:
         """Frees the seat of a tenant that has left the engine, and the disk if it is unloaded."""
-        with self._lock:
-            if name not in self._turns:
+        with self._table.lock:
+            if name not in self._table.tenants:
                 self._states.remove(name)
-            self.seats.leave(name)
+            self._seats.leave(name)
             self.settle()
 
-    def unload(self, name: str, turn: TenantProgress) -> None:
-        """Has the engine forget a tenant that is no longer among the turns; removes its states."""
-        self.seats.give_up(name)
-        match self.seats.phase(name):
+    def unload(self, name: str, tenant: TenantProgress) -> None:
+        """Has the engine forget a tenant that is no longer in the table; removes its states."""
+        self._seats.give_up(name)
+        match self._seats.phase(name):
             case None:
-                self._notes.later(self._finish_leave, name)
+                self._results.submit(self._finish_leave, name)
             case Phase.SAVING | Phase.LEAVING:
                 pass  # it leaves, and its states are removed then
             case _:
-                self._leave_engine(name, turn)
+                self._leave_engine(name, tenant)
 
     def park_silent(self, seconds: float, now: float) -> None:
         """Parks the tenants of sessions that were silent for some seconds until now."""
-        with self._lock:
+        with self._table.lock:
             silent = set(self._ledger.idle_sessions(seconds))
             before = now - seconds
             for name in self._quiet():
-                turn = self._turns[name]
-                is_left = turn.client.session in silent and turn.used < before
-                if is_left and self.seats.may_park(name):
-                    self.seats.enter(name, Phase.HELD)
+                tenant = self._table.tenants[name]
+                is_left = tenant.client.session in silent and tenant.used < before
+                if is_left and self._seats.may_park(name):
+                    self._seats.enter(name, Phase.HELD)
             self.settle()
 
     def status(self) -> dict[str, TenantStatus]:
         """Returns the state of all tenants, whether the engine has them or not."""
-        found = dict(self._engine.status().tenants)
-        with self._lock:
-            turns = dict(self._turns)
-            leaving = set(self.seats.in_phase(Phase.LEAVING))
-        for name, turn in turns.items():
-            if name in found and name not in leaving:
-                found[name] = _merge(turn.status, found[name])
-            elif (status := turn.status or self._on_disk(name, turn)) is not None:
-                found[name] = status
-            if name in found:  # not when the engine had a command, such as one of parking
-                found[name] = dataclasses.replace(found[name], used=turn.used)
-        return found
+        statuses = dict(self._engine.status().tenants)
+        with self._table.lock:
+            tenants = dict(self._table.tenants)
+            leaving = set(self._seats.list_phase(Phase.LEAVING))
+        for name, tenant in tenants.items():
+            if name in statuses and name not in leaving:
+                statuses[name] = _merge(tenant.status, statuses[name])
+            elif (status := tenant.status or self._read_status(name, tenant)) is not None:
+                statuses[name] = status
+            if name in statuses:  # not when the engine had a command, such as one of parking
+                statuses[name] = dataclasses.replace(statuses[name], used=tenant.used)
+        return statuses
 
-    def _on_disk(self, name: str, turn: TenantProgress) -> TenantStatus | None:
+    def _read_status(self, name: str, tenant: TenantProgress) -> TenantStatus | None:
         """Returns the state of a tenant that was parked before the server was started."""
         model = self._ledger.model(name)
         if model is None or model["spec"] is None:
@@ -171,9 +152,9 @@ class TenantParking:
             steps=None,
             losses=(),
             size=0,
-            queued=len(turn.waiting),
+            queued=len(tenant.waiting),
             seconds=0.0,
-            client=turn.client,
+            client=tenant.client,
             parked=True,
         )
 

@@ -1,11 +1,14 @@
-"""The progress of a tenant."""
+"""The progress of tenants, and the table of them that the log, loading and parking share."""
 
 import dataclasses
 import itertools
+import threading
 
-from train.serve.protocol.engine import TenantStatus
+from train.serve.protocol.engine import EngineProtocol, TenantStatus
 from train.serve.protocol.requests import ANYONE, Client, Command
 from train.serve.storage.ledger import LOGGED, Row
+from train.serve.storage.results import ResultWriter
+from train.serve.tenants.seats import Seats
 
 
 @dataclasses.dataclass
@@ -43,12 +46,31 @@ class TenantProgress:
         return self.running == 0 and self.next not in self.waiting
 
 
+@dataclasses.dataclass
+class TenantTable:
+    """The tenants of a server, and what executes and keeps their commands.
+
+    Attributes:
+      engine: executes commands.
+      results: writes results into its ledger.
+      seats: the room in the engine.
+      tenants: the progress of each tenant, by name.
+      lock: guards `seats` and `tenants`.
+    """
+
+    engine: EngineProtocol
+    results: ResultWriter
+    seats: Seats
+    tenants: dict[str, TenantProgress] = dataclasses.field(default_factory=dict)
+    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+
+
 def load_of(row: Row) -> int:
-    """Returns what a command without an answer counts in the queue."""
+    """Returns the share of the queue that a command without an answer takes."""
     return 1 + len(row["payload"] or b"") // 2**19 if row["state"] == LOGGED else 0
 
 
-def first_gap(state: int, rows: list[Row]) -> int:
+def next_number(state: int, rows: list[Row]) -> int:
     """Returns the number of the first command that did not come, after that of a state."""
     numbers = {row["seq"] for row in rows}
     return next(n for n in itertools.count(state + 1) if n not in numbers)

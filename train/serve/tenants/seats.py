@@ -31,14 +31,14 @@ class _Seat:
 
 
 class Seats:
-    """Keeps count of the room for tenants."""
+    """Counts the room for tenants in the engine."""
 
-    def __init__(self, room: int | None, own: int | None) -> None:
+    def __init__(self, room: int | None = None, own: int | None = None) -> None:
         """Begins with all room free.
 
         Args:
           room: tenants at once; None for any number.
-          own: tenants of an owner at once.
+          own: tenants of an owner at once; None for any number.
         """
         self._room, self._own = room, own
         self._taken: dict[str, _Seat] = {}
@@ -52,10 +52,10 @@ class Seats:
         return None if seat is None else seat.phase
 
     def holds(self, name: str) -> bool:
-        """Returns whether the engine takes a tenant's commands."""
+        """Returns True if the engine takes a tenant's commands."""
         return self.phase(name) is Phase.READY
 
-    def in_phase(self, phase: Phase) -> list[str]:
+    def list_phase(self, phase: Phase) -> list[str]:
         """Returns the tenants in a phase."""
         return [name for name, seat in self._taken.items() if seat.phase is phase]
 
@@ -68,7 +68,7 @@ class Seats:
         self._waiting.pop(name, None)
 
     def fits(self, client: Client) -> bool:
-        """Returns whether there is room for another tenant of a client."""
+        """Returns True if there is room for another tenant of a client."""
         return self._has_room() and self._has_own_room(client)
 
     def next(self) -> str | None:
@@ -95,8 +95,8 @@ class Seats:
         leaving = [name for name in self._taken if not self._stays(name)]
         before = time.monotonic() - _TURN
         since = {name: seat.since for name, seat in self._taken.items() if seat.since < before}
-        free = [name for name in (*quiet, *sorted(since, key=since.__getitem__))]
-        free = [name for name in free if self.may_park(name)]
+        candidates = (*quiet, *sorted(since, key=since.__getitem__))
+        free = [name for name in candidates if self.may_park(name)]
         # Those whom only the room of their owner helps choose first.
         for _, client in sorted(self._wanted(), key=lambda each: self._has_own_room(each[1])):
             if self.fits(client):
@@ -117,26 +117,26 @@ class Seats:
         return [name for name in names if self._taken[name].client.owner == client.owner]
 
     def may_park(self, name: str) -> bool:
-        """Returns whether a tenant that has a seat may lose it."""
+        """Returns True if a tenant that has a seat may lose it."""
         return self.holds(name) and not self._is_stuck(name)
 
     def _is_stuck(self, name: str) -> bool:
         return self._stuck.get(name, 0.0) > time.monotonic()
 
     def hopeless(self) -> dict[str, str]:
-        """Returns those who wait in vain, since nobody can be parked, and why."""
-        found = {}
+        """Returns reasons by tenant, of those that wait in vain since none can be parked."""
+        reasons = {}
         for name, client in self._wanted():
             rivals = self._helpers(client, self._taken)
             if rivals and all(map(self._is_stuck, rivals)):
-                found[name] = (
+                reasons[name] = (
                     f"{len(rivals)} adapters train here, and there is room for no more: none can "
                     f"be parked on disk ({self._problem}): ask again once that is mended"
                 )
-        return found
+        return reasons
 
     def enter(self, name: str, phase: Phase) -> None:
-        """Has a tenant that has a seat enter a phase."""
+        """Moves a tenant that has a seat into a phase."""
         seat = self._taken[name]
         seat.phase = phase
         if phase is Phase.READY:

@@ -3,10 +3,9 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from train.serve.protocol.requests import SaveResult
-from train.serve.storage.folders import children, link
+from train.serve.protocol.requests import CommandResult, SaveResult
+from train.serve.storage.folders import link, list_folder
 from train.serve.storage.ledger import Ledger, Row
 from train.serve.tenants.progress import TenantProgress
 
@@ -31,24 +30,24 @@ class StateFolders:
         """Returns the folder of the state after a command."""
         return self.place(name) / str(seq)
 
-    def keep(self, name: str, seq: int, turn: TenantProgress, result: Any) -> None:
+    def keep(self, name: str, seq: int, tenant: TenantProgress, result: CommandResult) -> None:
         """Makes a saved state the last one, unless a gradient is pending, which it lacks.
 
         Args:
           name: the tenant.
           seq: the number of the command after which it was saved.
-          turn: its progress.
+          tenant: its progress.
           result: result of the `Save`; nothing is kept of one that failed.
         """
         model, folder = self._ledger.model(name), self.path(name, seq)
-        if not isinstance(result, SaveResult) or turn.gradient or model is None or model["ended"]:
+        if not isinstance(result, SaveResult) or tenant.gradient or model is None or model["ended"]:
             shutil.rmtree(folder, ignore_errors=True)
             return
         self._ledger.set_state(name, seq, folder)
-        for one in children(folder.parent):
-            number = re.fullmatch(r"(?:load-)?(\d+)", one.name)
-            if number and int(number[1]) <= seq and one != folder:
-                shutil.rmtree(one, ignore_errors=True)
+        for child in list_folder(folder.parent):
+            number = re.fullmatch(r"(?:load-)?(\d+)", child.name)
+            if number and int(number[1]) <= seq and child != folder:
+                shutil.rmtree(child, ignore_errors=True)
 
     def link(self, name: str, seq: int, source: Path) -> None:
         """Makes a checkpoint with the optimiser's state the state after a command."""
@@ -62,9 +61,9 @@ class StateFolders:
     def tidy(self, model: Row, rows: list[Row]) -> None:
         """Removes what neither a model's last state nor the commands since need."""
         needed = {model["folder"], *(row["folder"] for row in rows)}
-        for one in children(self.place(model["id"])):
-            if str(one) not in needed:
-                shutil.rmtree(one, ignore_errors=True)
+        for child in list_folder(self.place(model["id"])):
+            if str(child) not in needed:
+                shutil.rmtree(child, ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Removes the states of a tenant."""

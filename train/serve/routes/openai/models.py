@@ -1,6 +1,7 @@
 """The names that `model` may have: the base, adapters by name or folder, and checkpoints."""
 
 import asyncio
+import dataclasses
 import re
 import time
 from collections.abc import Callable
@@ -23,39 +24,32 @@ _NAME = re.compile(r"\w[\w.-]{0,127}")  # no name leaves its folder
 _TINKER = "tinker://"
 _OF_ADAPTERS = ("adapter", "adapter_config.json", "lora", "best")  # one is in such a folder
 
-# A tinker:// path and an owner: the engine's name of the adapter, and its folder.
-Resolve = Callable[[str, str], tuple[str, Path] | None]
-TemplateOf = Callable[[Path], str | None]
-Owns = Callable[[str, str], bool]  # an owner and the name of a tenant, or of its adapter
+
+@dataclasses.dataclass(frozen=True)
+class AdapterLookup:
+    """Finds adapters for owners. Its functions are called in threads.
+
+    Attributes:
+      folder: that of --adapters.
+      resolve: returns the engine's name of the adapter at a tinker:// path, and its folder; None
+        where the owner has no such one.
+      owns: returns True if an owner may see a tenant, or an adapter that the engine knows.
+      template_of: returns the chat template of the adapter in a folder, None for the base's.
+    """
+
+    folder: Path | None = None
+    resolve: Callable[[str, str], tuple[str, Path] | None] = lambda path, owner: None
+    owns: Callable[[str, str], bool] = lambda owner, name: True
+    template_of: Callable[[Path], str | None] = lambda folder: None
 
 
 class Models:
     """Finds the adapters that an owner may use, and loads them."""
 
-    def __init__(
-        self,
-        engine: EngineProtocol,
-        access: Access,
-        *,
-        folder: Path | None = None,
-        resolve: Resolve = lambda path, owner: None,
-        owns: Owns = lambda owner, name: True,
-        template_of: TemplateOf = lambda folder: None,
-    ) -> None:
-        """Keeps what it asks.
-
-        Args:
-          engine: the engine.
-          access: whether there are keys.
-          folder: that of --adapters.
-          resolve: returns the engine's name of a checkpoint, and its folder; None where the owner
-            has no such one. It is called in a thread.
-          owns: tells whether an owner may see an adapter that the engine knows.
-          template_of: returns the chat template of the adapter in a folder, None for the base's. It
-            is called in a thread.
-        """
-        self._engine, self._keyed, self._folder = engine, access.keyed, folder
-        self._resolve, self._owns, self._template_of = resolve, owns, template_of
+    def __init__(self, engine: EngineProtocol, access: Access, lookup: AdapterLookup) -> None:
+        """Keeps the engine, whether there are keys, and where adapters are found."""
+        self._engine, self._keyed = engine, access.keyed
+        self._lookup, self._folder = lookup, lookup.folder
         self._templates: dict[str, str | None] = {}  # chat templates, by the engine's name
         self._loaded: dict[str, dict[str, Path]] = {}  # folders, by owner and the client's name
         self._lock = asyncio.Lock()  # one adapter is read at a time
@@ -86,12 +80,12 @@ class Models:
         found: tuple[str, Path | None] | None = None
         path = model.removeprefix(f"{self._engine.facts.model};")
         if path.startswith(_TINKER):
-            found = await run_in_threadpool(self._resolve, path, owner)
+            found = await run_in_threadpool(self._lookup.resolve, path, owner)
         elif model in self._loaded.get(owner, {}):
             found = self._named(owner, model), self._loaded[owner][model]
         elif (folder := self._folders().get(model)) is not None:
             found = model, folder
-        elif self._engine.knows(model) and await run_in_threadpool(self._owns, owner, model):
+        elif self._engine.knows(model) and await run_in_threadpool(self._lookup.owns, owner, model):
             found = model, None
         if found is None:
             raise HttpError(
@@ -112,7 +106,7 @@ class Models:
         return None if name is None else self._templates.get(name)
 
     async def _adopt(self, name: str, folder: Path) -> None:
-        self._templates[name] = await run_in_threadpool(self._template_of, folder)
+        self._templates[name] = await run_in_threadpool(self._lookup.template_of, folder)
         await result_of(lambda done: self._engine.adopt(name, folder, done))
 
     def _named(self, owner: str, name: str) -> str:
@@ -133,7 +127,7 @@ class Models:
         """Returns the names that there are for an owner."""
         loaded = {self._named(one, name) for one, names in self._loaded.items() for name in names}
         others = [name for name in self._engine.status().adapters if name not in loaded]
-        own = [name for name in others if self._owns(owner, name)]
+        own = [name for name in others if self._lookup.owns(owner, name)]
         shared = [self._engine.facts.model, *self._folders()]
         return [*dict.fromkeys([*shared, *self._loaded.get(owner, {}), *own])]
 

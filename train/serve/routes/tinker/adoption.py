@@ -1,13 +1,18 @@
-"""Adapters in folders, made ready for samples when the first one asks."""
+"""Has the engine read adapters in folders once the first sample asks for them."""
 
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from train.serve.protocol.engine import EngineProtocol
-from train.serve.protocol.requests import Done, DrawnToken, SampleRequest, SampleResult
+from train.serve.protocol.requests import (
+    CommandResult,
+    DrawnToken,
+    SampleDone,
+    SampleRequest,
+    SampleResult,
+)
 
 
 class Adoption:
@@ -16,10 +21,10 @@ class Adoption:
     def __init__(self, engine: EngineProtocol):
         self._engine = engine
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[Callable[[Any], None]]] = {}
+        self._waiting: dict[str, list[Callable[[Exception | None], None]]] = {}
 
-    def ready(
-        self, name: str | None, folder: Path | str | None, then: Callable[[Any], None]
+    def wait_for(
+        self, name: str | None, folder: Path | str | None, then: Callable[[Exception | None], None]
     ) -> None:
         """Calls a function once an adapter may be chosen: with None, or with what went wrong.
 
@@ -36,13 +41,13 @@ class Adoption:
             waiting.append(then)
             if len(waiting) > 1:
                 return
-        self._engine.adopt(name, Path(folder), partial(self._adopted, name))
+        self._engine.adopt(name, Path(folder), partial(self._finish, name))
 
     def sample(
         self,
         request: SampleRequest,
         folder: Path | str | None,
-        done: Done,
+        done: SampleDone,
         seen: Callable[[DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
         """Queues a sample as soon as its adapter is ready.
@@ -58,8 +63,8 @@ class Adoption:
         """
         lock, ended, ends = threading.Lock(), threading.Event(), list[Callable[[], None]]()
 
-        def draw(error: Any) -> None:
-            if isinstance(error, Exception):
+        def draw(error: Exception | None) -> None:
+            if error is not None:
                 done(error)
                 return
             with lock:
@@ -71,14 +76,14 @@ class Adoption:
         def end() -> None:
             with lock:
                 ended.set()
-            for each in ends:
-                each()
+            for end_sample in ends:
+                end_sample()
 
-        self.ready(request.adapter, folder, draw)
+        self.wait_for(request.adapter, folder, draw)
         return end
 
-    def _adopted(self, name: str, result: Any) -> None:
+    def _finish(self, name: str, result: CommandResult) -> None:
         with self._lock:
             waiting = self._waiting.pop(name)
         for then in waiting:
-            then(result)
+            then(result if isinstance(result, Exception) else None)

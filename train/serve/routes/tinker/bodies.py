@@ -1,11 +1,11 @@
-"""Bodies of requests and answers in JSON; refusals, which say what is wrong in JSON, too."""
+"""Reads bodies of requests, and turns errors into answers in JSON."""
 
 import asyncio
 import inspect
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from train.console.errors import no_room
 from train.serve.protocol.requests import RequestError
+from train.serve.routes.errors import HttpError, json_response
 from train.serve.routes.tinker.wire import MOST_BYTES
 from train.serve.storage.database import LockedError
 from train.serve.storage.results import NO_ROOM
@@ -31,20 +32,7 @@ Endpoint = Callable[[Request, str, bytes], Response | Awaitable[Response]]
 Owner = Callable[[Request], str | None]
 
 
-class Refused(Exception):
-    """Says why a request is refused, with the status of HTTP."""
-
-    def __init__(self, status: int, detail: str):
-        super().__init__(detail)
-        self.status = status
-
-
-def say(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Returns an answer in JSON, in ASCII: what clients sent may be no valid Unicode."""
-    return Response(json.dumps(content), status, headers, media_type="application/json")
-
-
-def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Response]]:
+def guard(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[Response]]:
     """Returns an endpoint for those with a key; what it raises becomes an answer.
 
     Args:
@@ -56,39 +44,39 @@ def guarded(endpoint: Endpoint, owner: Owner) -> Callable[[Request], Awaitable[R
         try:
             who = owner(request)
             if who is None:
-                return say({"detail": "the X-API-Key is not known here"}, 401)
+                return json_response({"detail": "the X-API-Key is not known here"}, 401)
             body = await read_bytes(request)
             if inspect.iscoroutinefunction(endpoint):
                 return await endpoint(request, who, body)
             loop, call = asyncio.get_running_loop(), partial(endpoint, request, who, body)
             return await loop.run_in_executor(_THREADS, cast(Callable[[], Response], call))
         except RequestError as error:
-            return say({"detail": str(error)}, 400)
-        except Refused as error:
-            return say({"detail": str(error)}, error.status)
+            return json_response({"detail": str(error)}, 400)
+        except HttpError as error:
+            return json_response({"detail": str(error)}, error.status)
         except BusyError as error:
-            return say({"detail": str(error)}, 429, {"Retry-After": "1"})
+            return json_response({"detail": str(error)}, 429, {"Retry-After": "1"})
         except LockedError as error:
-            return say({"detail": f"{error}: ask again"}, 503, {"Retry-After": "1"})
+            return json_response({"detail": f"{error}: ask again"}, 503, {"Retry-After": "1"})
         except ClientDisconnect:
-            return say({"detail": "the body was cut off"}, 400)
+            return json_response({"detail": "the body was cut off"}, 400)
         except Exception as error:
             _log.exception("%s failed", request.url.path)
             if no_room(error):
-                return say({"detail": NO_ROOM}, 507)
-            return say({"detail": f"the server failed: {type(error).__name__}"}, 500)
+                return json_response({"detail": NO_ROOM}, 507)
+            return json_response({"detail": f"the server failed: {type(error).__name__}"}, 500)
 
     return answer
 
 
 async def read_bytes(request: Request) -> bytes:
-    """Returns a body; raises `Refused` (413) if it has more than `MOST_BYTES`."""
-    found = bytearray()
+    """Returns a body; raises HttpError (413) if it has more than `MOST_BYTES`."""
+    content = bytearray()
     async for part in request.stream():
-        found += part
-        if len(found) > MOST_BYTES:
-            raise Refused(413, f"the body has more than {MOST_BYTES} bytes: send less at once")
-    return bytes(found)
+        content += part
+        if len(content) > MOST_BYTES:
+            raise HttpError(413, f"the body has more than {MOST_BYTES} bytes: send less at once")
+    return bytes(content)
 
 
 class JsonFields:
@@ -100,7 +88,7 @@ class JsonFields:
         self.values, self._where = values, where
 
     @classmethod
-    def parsed(cls, body: bytes) -> "JsonFields":
+    def parse(cls, body: bytes) -> "JsonFields":
         """Returns the fields of a body; raises a RequestError if it is no object in JSON."""
         try:
             return cls(json.loads(body))
@@ -140,5 +128,5 @@ class JsonFields:
         return JsonFields(self.get(name, dict, default), name)
 
     def metadata(self) -> dict | None:
-        """Returns what the client attaches."""
+        """Returns the metadata that the client attaches."""
         return self.get("user_metadata", dict, None)

@@ -15,17 +15,22 @@ from train.serve.protocol.requests import (
     TOP,
     AdapterSpec,
     Command,
+    CommandResult,
     Create,
+    GradientResult,
     Load,
     RequestError,
     SampleRequest,
     SampleResult,
     Save,
+    SaveResult,
     Update,
+    UpdateResult,
 )
 from train.serve.routes.tinker import wire
 from train.serve.routes.tinker.bodies import JsonFields
 from train.serve.routes.tinker.messages import Tensor
+from train.serve.storage.folders import adapter_name
 from train.serve.storage.ledger import Row
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,127}")
@@ -38,46 +43,46 @@ _SEGMENT = {
 _MOST_COMPLETIONS = 1024
 
 
-def command_of(row: Row, facts: EngineFacts, names: Callable[[Path], str]) -> Command:
-    """Returns the command of a row of the ledger.
+class TinkerCodec:
+    """Reads commands from rows of the ledger, and writes the answers to them."""
 
-    Args:
-      row: its kind, payload, folder and target are read.
-      facts: what the engine serves.
-      names: returns the name of the adapter in a folder.
-    """
-    kind, folder = row["kind"], Path(row["folder"] or "")
-    if kind == "forward_backward":
-        return wire.gradient_of(wire.parse(row["payload"])[1], facts)
-    fields = JsonFields.parsed(row["payload"])
-    if kind == "create_model":
-        return Create(spec_of(fields, facts))
-    if kind == "optim_step":
-        return update_of(fields)
-    if kind == "load_weights":
-        return Load(folder, fields.get("optimizer", bool, False))
-    is_snapshot = not row["target"].startswith("tinker://")
-    name = names(folder) if is_snapshot else None
-    return Save(folder, kind == "save_weights", name, recipients_of(fields, kind))
+    def __init__(self, facts: EngineFacts, root: Path) -> None:
+        """Keeps the engine's limits, and the folder beneath which adapters are named."""
+        self._facts, self._root = facts, root
 
+    def read(self, row: Row) -> Command:
+        """Returns the command of a row, by its kind, payload, folder and target."""
+        kind, folder = row["kind"], Path(row["folder"] or "")
+        if kind == "forward_backward":
+            return wire.gradient_of(wire.parse(row["payload"])[1], self._facts)
+        fields = JsonFields.parse(row["payload"])
+        if kind == "create_model":
+            return Create(spec_of(fields, self._facts))
+        if kind == "optim_step":
+            return update_of(fields)
+        if kind == "load_weights":
+            return Load(folder, fields.get("optimizer", bool, False))
+        is_snapshot = not row["target"].startswith("tinker://")
+        name = adapter_name(folder, self._root) if is_snapshot else None
+        return Save(folder, kind == "save_weights", name, recipients_of(fields, kind))
 
-def answer_of(row: Row, result: Any) -> bytes:
-    """Returns the body that a client gets for a command's result."""
-    kind, target = row["kind"], row["target"]
-    if kind == "forward_backward":
-        return wire.encode_gradient(result)
-    answer: dict[str, Any] = {"type": kind}
-    if kind == "create_model":
-        answer["model_id"] = row["model"]
-    elif kind == "optim_step":
-        answer["metrics"] = dict(result.metrics)
-    elif kind == "load_weights":
-        answer |= {"model_id": row["model"], "path": json.loads(row["payload"])["path"]}
-    elif target.startswith("tinker://"):
-        answer |= {"path": target, "size_bytes": result.size}
-    else:
-        answer["sampling_session_id"] = target
-    return json.dumps(answer).encode()
+    def write(self, row: Row, result: CommandResult) -> bytes:
+        """Returns the body that a client gets for a command's result."""
+        kind, target = row["kind"], row["target"]
+        if isinstance(result, GradientResult):
+            return wire.encode_gradient(result)
+        answer: dict[str, object] = {"type": kind}
+        if kind == "create_model":
+            answer["model_id"] = row["model"]
+        elif isinstance(result, UpdateResult):
+            answer["metrics"] = dict(result.metrics)
+        elif kind == "load_weights":
+            answer |= {"model_id": row["model"], "path": json.loads(row["payload"])["path"]}
+        elif isinstance(result, SaveResult) and target.startswith("tinker://"):
+            answer |= {"path": target, "size_bytes": result.size}
+        else:
+            answer["sampling_session_id"] = target
+        return json.dumps(answer).encode()
 
 
 def spec_of(fields: JsonFields, facts: EngineFacts) -> AdapterSpec:

@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from train.serve.routes.tinker.bodies import Refused, say
+from train.serve.routes.errors import HttpError, json_response
 from train.serve.storage.ledger import DONE, LOGGED, Ledger
 from train.serve.storage.results import error_answer
 from train.serve.tenants.command_log import BusyError
@@ -226,7 +226,7 @@ class Futures:
           closed: returns once the client closed the connection.
 
         Raises:
-          Refused: There is no such request, or its answer is no longer kept.
+          HttpError: There is no such request, or its answer is no longer kept.
         """
         with self._waiting(request) as event, self._count_poll(request, owner) as promise:
             found = await asyncio.to_thread(self._find, request, owner)
@@ -237,7 +237,7 @@ class Futures:
                 found = await asyncio.to_thread(self._find, request, owner)
         if found is None:
             again = {"type": "try_again", "request_id": request, "queue_state": "active"}
-            return say(again, 408)
+            return json_response(again, 408)
         body, is_protobuf = found
         return Response(body, media_type=_PROTOBUF if is_protobuf else _JSON)
 
@@ -274,7 +274,7 @@ class Futures:
 
     def _find(self, request: str, owner: str) -> tuple[bytes, bool] | None:
         """Returns a body, and whether it is protobuf; None if it is not there yet."""
-        gone = Refused(410, f"there is no request {request[:200]}, or its result was dropped")
+        gone = HttpError(410, f"there is no request {request[:200]}, or its result was dropped")
         if (promise := self._promises.get(request)) is not None:
             if promise.owner != owner:
                 raise gone

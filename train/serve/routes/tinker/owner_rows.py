@@ -1,33 +1,63 @@
-"""Finds what an owner may see and use: sessions, models, samplers, checkpoints."""
+"""Sessions, models, samplers and checkpoints of an owner, and the parts that routes share."""
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from train.serve.protocol.engine import EngineProtocol
 from train.serve.protocol.requests import RequestError
-from train.serve.routes.tinker.bodies import Refused
+from train.serve.routes.errors import HttpError
+from train.serve.routes.tinker.futures import Futures
 from train.serve.storage.ledger import Ledger, Row
+from train.serve.tenants.command_log import CommandLog
 
 _NAMES = ("display_name", "name", "run_name", "recipe_name")  # in what clients attach
 
 
 class OwnerRows:
-    """Finds rows of the ledger; those of others are not there."""
+    """Finds rows of the ledger; those of others are not there.
 
-    def __init__(self, ledger: Ledger):
-        self._ledger = ledger
+    Attributes:
+      names: names of the base.
+    """
+
+    def __init__(self, ledger: Ledger, names: Sequence[str]):
+        """Keeps the ledger, and the names by which clients may ask for the base."""
+        self._ledger, self.names = ledger, tuple(dict.fromkeys(names))
+
+    def base_name(self, name: str) -> str:
+        """Returns a name of the base; raises a RequestError if it is another's."""
+        if name not in self.names:
+            raise RequestError(
+                f"the base model {name[:200]!r} is not served; there is {', '.join(self.names)}"
+            )
+        return name
+
+    def base_of(self, checkpoint: Row, name: str | None) -> str:
+        """Returns the base that a client names, or the one of the model that was saved."""
+        model = self._ledger.model(checkpoint["model"])
+        return self.base_name(name if name is not None else model["base"] if model else "")
 
     def session(self, session: str, owner: str) -> Row:
-        """Returns a session; raises `Refused` (404) if there is none."""
-        return _of(owner, self._ledger.session(session), f"session {session[:200]}")
+        """Returns a session; raises HttpError (404) if there is none."""
+        return _check_owner(owner, self._ledger.session(session), f"session {session[:200]}")
+
+    def open_session(self, session: str, owner: str) -> str:
+        """Returns the id of a session that has not ended; raises HttpError if there is none."""
+        row = self.session(session, owner)
+        if row["ended"]:
+            raise HttpError(410, f"the session {row['id']} has ended: open another")
+        return row["id"]
 
     def model(self, model: str, owner: str) -> Row:
-        """Returns a model; raises `Refused` (404) if there is none."""
-        return _of(owner, self._ledger.model(model), f"model {model[:200]}")
+        """Returns a model; raises HttpError (404) if there is none."""
+        return _check_owner(owner, self._ledger.model(model), f"model {model[:200]}")
 
     def sampler(self, sampler: str, owner: str) -> Row:
-        """Returns a sampler; raises `Refused` (404) if there is none."""
+        """Returns a sampler; raises HttpError (404) if there is none."""
         what = f"sampler {sampler[:200]}, or its session has ended"
-        return _of(owner, self._ledger.sampler(sampler), what)
+        return _check_owner(owner, self._ledger.sampler(sampler), what)
 
     def weights(self, path: str, owner: str) -> Row:
         """Returns the checkpoint at a tinker:// path, of the owner or public.
@@ -44,12 +74,31 @@ class OwnerRows:
         """Returns the name that its client gave to a model, or to its session; None for none."""
         row = self._ledger.model(model)
         session = None if row is None else self._ledger.session(row["session"])
-        for one in filter(None, (row, session)):
-            given = json.loads(one["metadata"] or "null") or {}
+        for holder in filter(None, (row, session)):
+            given = json.loads(holder["metadata"] or "null") or {}
             for name in _NAMES:
                 if isinstance(given.get(name), str) and given[name].strip():
                     return given[name][:200]
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class TinkerParts:
+    """The parts of a server that Tinker's routes share.
+
+    Attributes:
+      engine: trains and draws.
+      ledger: sessions, models, checkpoints and samplers.
+      rows: rows of the ledger, by their owners.
+      log: the log of commands.
+      futures: results that clients come back for.
+    """
+
+    engine: EngineProtocol
+    ledger: Ledger
+    rows: OwnerRows
+    log: CommandLog
+    futures: Futures
 
 
 def spec_of(model: Row | None) -> dict[str, Any]:
@@ -57,7 +106,7 @@ def spec_of(model: Row | None) -> dict[str, Any]:
     return json.loads(model["spec"]) if model is not None and model["spec"] else {}
 
 
-def _of(owner: str, row: Row | None, what: str) -> Row:
+def _check_owner(owner: str, row: Row | None, what: str) -> Row:
     if row is None or row["owner"] != owner:
-        raise Refused(404, f"there is no {what}")
+        raise HttpError(404, f"there is no {what}")
     return row

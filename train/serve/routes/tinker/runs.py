@@ -14,27 +14,26 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from train.serve.protocol.requests import RequestError
-from train.serve.routes.tinker.bodies import Endpoint, JsonFields, Refused, say
-from train.serve.routes.tinker.owner_rows import OwnerRows, spec_of
-from train.serve.storage.ledger import Ledger, Row
-from train.serve.tenants.command_log import CommandLog
+from train.serve.routes.errors import HttpError, json_response
+from train.serve.routes.tinker.bodies import Endpoint, JsonFields
+from train.serve.routes.tinker.owner_rows import TinkerParts, spec_of
+from train.serve.storage.ledger import Row
 
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _SECONDS = 3600  # a link to a file is valid for so long
 
 
-class Runs:
-    """Answers what runs, checkpoints and sessions there are, and lets owners change those."""
+class RunRoutes:
+    """Lists an owner's runs, checkpoints and sessions, and changes checkpoints."""
 
-    def __init__(self, ledger: Ledger, turns: CommandLog, owned: OwnerRows, api: str):
+    def __init__(self, parts: TinkerParts, api: str) -> None:
         """Takes a new secret for the links to files.
 
         Args:
-          ledger, turns: what knows the runs, and what deletes checkpoints.
-          owned: finds what an owner may see.
+          parts: the parts of the server.
           api: the path of all routes.
         """
-        self._ledger, self._turns, self._owned, self._api = ledger, turns, owned, api
+        self._ledger, self._log, self._rows, self._api = parts.ledger, parts.log, parts.rows, api
         self._secret = secrets.token_bytes(32)
 
     def endpoints(self) -> list[tuple[str, str, Endpoint]]:
@@ -60,10 +59,10 @@ class Runs:
         limit, offset = _page(request)
         rows, count = self._ledger.models(owner, limit, offset)
         listed = [self._run(row) for row in rows]
-        return say({"training_runs": listed, "cursor": _cursor(limit, offset, count)})
+        return json_response({"training_runs": listed, "cursor": _cursor(limit, offset, count)})
 
     def _get_run(self, request: Request, owner: str, body: bytes) -> Response:
-        return say(self._run(self._owned.model(request.path_params["model"], owner)))
+        return json_response(self._run(self._rows.model(request.path_params["model"], owner)))
 
     def _run(self, row: Row) -> dict[str, Any]:
         saved, _ = self._ledger.checkpoints(row["owner"], row["id"])
@@ -82,61 +81,61 @@ class Runs:
         }
 
     def _list_of_run(self, request: Request, owner: str, body: bytes) -> Response:
-        model = self._owned.model(request.path_params["model"], owner)["id"]
+        model = self._rows.model(request.path_params["model"], owner)["id"]
         rows, _ = self._ledger.checkpoints(owner, model)
-        return say({"checkpoints": [_checkpoint(row) for row in rows]})
+        return json_response({"checkpoints": [_checkpoint(row) for row in rows]})
 
     def _list_checkpoints(self, request: Request, owner: str, body: bytes) -> Response:
         limit, offset = _page(request)
         rows, count = self._ledger.checkpoints(owner, None, limit, offset)
         listed = [_checkpoint(row) for row in rows]
-        return say({"checkpoints": listed, "cursor": _cursor(limit, offset, count)})
+        return json_response({"checkpoints": listed, "cursor": _cursor(limit, offset, count)})
 
     def _own_checkpoint(self, request: Request, owner: str) -> Row:
         values = request.path_params
         path = f"tinker://{values['model']}/{values['checkpoint']}"
         row = self._ledger.checkpoint(path)
         if row is None or row["owner"] != owner:
-            raise Refused(404, f"there is no checkpoint {path[:300]}")
+            raise HttpError(404, f"there is no checkpoint {path[:300]}")
         return row
 
     def _delete(self, request: Request, owner: str, body: bytes) -> Response:
-        self._turns.delete(self._own_checkpoint(request, owner))
-        return say({})
+        self._log.delete(self._own_checkpoint(request, owner))
+        return json_response({})
 
     def _set_ttl(self, request: Request, owner: str, body: bytes) -> Response:
         row = self._own_checkpoint(request, owner)
-        fields = JsonFields.parsed(body)
+        fields = JsonFields.parse(body)
         seconds = fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
         self._ledger.set_expiry(row["path"], seconds)
-        return say({})
+        return json_response({})
 
     def _publish(self, request: Request, owner: str, body: bytes) -> Response:
         path = self._own_checkpoint(request, owner)["path"]
         self._ledger.set_public(path, request.method == "POST")
-        return say({})
+        return json_response({})
 
     def _list_sessions(self, request: Request, owner: str, body: bytes) -> Response:
         rows = self._ledger.sessions(owner, *_page(request))
-        return say({"sessions": [row["id"] for row in rows]})
+        return json_response({"sessions": [row["id"] for row in rows]})
 
     def _get_session(self, request: Request, owner: str, body: bytes) -> Response:
-        row = self._owned.session(request.path_params["session"], owner)
+        row = self._rows.session(request.path_params["session"], owner)
         told = {
             "training_run_ids": [one["id"] for one in self._ledger.models_of(row["id"])],
             "sampler_ids": [one["id"] for one in self._ledger.samplers_of(row["id"])],
             "user_metadata": _metadata(row),
         }
-        return say(told)
+        return json_response(told)
 
     def _get_sampler(self, request: Request, owner: str, body: bytes) -> Response:
-        row = self._owned.sampler(request.path_params["sampler"], owner)
+        row = self._rows.sampler(request.path_params["sampler"], owner)
         told = {"sampler_id": row["id"], "base_model": row["base"], "model_path": row["path"]}
-        return say(told)
+        return json_response(told)
 
     def _weights_info(self, request: Request, owner: str, body: bytes) -> Response:
-        path = JsonFields.parsed(body).get("tinker_path", str)
-        model = self._ledger.model(self._owned.weights(path, owner)["model"])
+        path = JsonFields.parse(body).get("tinker_path", str)
+        model = self._ledger.model(self._rows.weights(path, owner)["model"])
         spec = spec_of(model)
         told = {
             "base_model": model["base"] if model else "",
@@ -146,7 +145,7 @@ class Runs:
             "train_mlp": spec.get("mlp"),
             "train_attn": spec.get("attention"),
         }
-        return say(told)
+        return json_response(told)
 
     # Downloads
 
@@ -162,7 +161,7 @@ class Runs:
             link = f"{self._api}/files/{expires}/{self._sign(expires, row['path'], name)}"
             query = f"checkpoint={quote(row['path'], safe='')}&file={quote(name, safe='')}"
             urls[name] = f"{request.url.scheme}://{request.url.netloc}{link}?{query}"
-        return say({"urls": urls, "expires": _time(expires)})
+        return json_response({"urls": urls, "expires": _time(expires)})
 
     def download(self, request: Request, owner: str, body: bytes) -> Response:
         """Sends a file to whom has its link: the endpoint of files/{expires}/{signature}."""
@@ -171,10 +170,10 @@ class Runs:
         expires = request.path_params["expires"]
         signed = self._sign(expires, path, name)
         if not hmac.compare_digest(signed.encode(), request.path_params["signature"].encode()):
-            raise Refused(403, "the link is not valid: ask for another")
+            raise HttpError(403, "the link is not valid: ask for another")
         row = self._ledger.checkpoint(path)
         if expires < time.time() or row is None:
-            raise Refused(410, "the link has expired, or the checkpoint is deleted")
+            raise HttpError(410, "the link has expired, or the checkpoint is deleted")
         return FileResponse(Path(row["folder"]) / name)
 
     def _sign(self, expires: int, path: str, name: str) -> str:

@@ -1,0 +1,80 @@
+"""The sampling routes of Tinker's API: samples of the base, of snapshots and of checkpoints."""
+
+import dataclasses
+import uuid
+from functools import partial
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from train.serve.protocol.requests import Client, RequestError
+from train.serve.routes.errors import json_response
+from train.serve.routes.tinker import commands
+from train.serve.routes.tinker.adoption import Adoption
+from train.serve.routes.tinker.bodies import Endpoint, JsonFields
+from train.serve.routes.tinker.owner_rows import TinkerParts
+
+
+class SamplingRoutes:
+    """Starts samples, and answers those who come back for results."""
+
+    def __init__(self, parts: TinkerParts) -> None:
+        """Keeps the parts of the server."""
+        self._engine, self._ledger, self._rows = parts.engine, parts.ledger, parts.rows
+        self._log, self._futures = parts.log, parts.futures
+        self._adoption = Adoption(parts.engine)
+
+    def endpoints(self) -> list[tuple[str, str, Endpoint]]:
+        """Returns the path, the method and the endpoint of each route."""
+        return [
+            ("create_sampling_session", "POST", self._create_sampling_session),
+            ("asample", "POST", self._sample),
+            ("retrieve_future", "POST", self._retrieve),
+        ]
+
+    def _create_sampling_session(self, request: Request, owner: str, body: bytes) -> Response:
+        fields = JsonFields.parse(body)
+        session = self._rows.open_session(fields.get("session_id", str), owner)
+        number = fields.get("sampling_session_seq_id", int, least=0)
+        sampler = f"{session}:sample:{number}"
+        base, path, folder = self._source(fields, owner)
+        facts = {"session": session, "owner": owner, "base": base, "path": path, "folder": folder}
+        self._ledger.add_sampler(sampler, **facts)
+        return json_response({"type": "create_sampling_session", "sampling_session_id": sampler})
+
+    def _source(self, fields: JsonFields, owner: str) -> tuple[str, str | None, str | None]:
+        """Returns the base, the path and the folder that a client wants to sample from."""
+        if (path := fields.get("model_path", str, None)) is None:
+            return self._rows.base_name(fields.get("base_model", str)), None, None
+        row = self._rows.weights(path, owner)
+        return self._rows.base_of(row, fields.get("base_model", str, None)), path, row["folder"]
+
+    def _sample(self, request: Request, owner: str, body: bytes) -> Response:
+        fields = JsonFields.parse(body)
+        if (sampler := fields.get("sampling_session_id", str, None)) is not None:
+            row = self._rows.sampler(sampler, owner)
+            request_id = f"{sampler}:{fields.get('seq_id', int, least=0)}"
+            path, folder, client = row["path"], row["folder"], Client(owner, row["session"])
+            if path is not None and not Path(folder).exists():
+                raise RequestError(f"{path} was deleted or overwritten: sample from another")
+        else:
+            _, path, folder = self._source(fields, owner)
+            request_id, client = f"{uuid.uuid4()}:sample", Client(owner)
+        self._ledger.hear(client.session)
+        name = None if folder is None else self._log.name(folder)
+        wanted, encoded = commands.sample_of(fields, self._engine.facts, name)
+        wanted = dataclasses.replace(wanted, client=client)
+        work = partial(self._adoption.sample, wanted, folder)
+        self._futures.start(request_id, owner, work, encoded, client.session)
+        sequences = [f"{request_id}:{index}" for index in range(wanted.n)]
+        return json_response({"request_id": request_id, "sample_sequence_ids": sequences})
+
+    async def _retrieve(self, request: Request, owner: str, body: bytes) -> Response:
+        fields = JsonFields.parse(body)
+
+        async def closed() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        return await self._futures.poll(fields.get("request_id", str), owner, closed)
