@@ -1,35 +1,84 @@
-"""LoRA for JAX and Flax, as a pure transform of a parameter tree."""
+"""LoRA for JAX and Flax, as a pure transform of a parameter tree.
 
-from lora_jax import init as init
-from lora_jax import optim as optim
-from lora_jax import quantized as quantized
-from lora_jax import sharding as sharding
-from lora_jax import subspace as subspace
-from lora_jax.adapt import MergeError as MergeError
-from lora_jax.adapt import MergeWarning as MergeWarning
-from lora_jax.adapt import RoleError as RoleError
-from lora_jax.adapt import RoleWarning as RoleWarning
-from lora_jax.adapt import adapt as adapt
-from lora_jax.adapt import explain as explain
-from lora_jax.core import base as base
-from lora_jax.core.weight import LoraWeight as LoraWeight
-from lora_jax.core.weight import Part as Part
-from lora_jax.core.weight import Trained as Trained
-from lora_jax.core.weight import TrainedRows as TrainedRows
-from lora_jax.core.weight import is_node as is_node
-from lora_jax.lorafy import count_params as count_params
-from lora_jax.lorafy import join as join
-from lora_jax.lorafy import lorafy as lorafy
-from lora_jax.lorafy import merge as merge
-from lora_jax.lorafy import split as split
-from lora_jax.lorafy import strip as strip
-from lora_jax.lorafy import summary as summary
-from lora_jax.lorafy import swap as swap
-from lora_jax.lorafy import trainable_mask as trainable_mask
-from lora_jax.rules import LoraRule as LoraRule
-from lora_jax.rules import TrainRule as TrainRule
-from lora_jax.saving import exported as exported
-from lora_jax.saving.checkpoint import adapter_info as adapter_info
-from lora_jax.saving.checkpoint import load_adapter as load_adapter
-from lora_jax.saving.checkpoint import save_adapter as save_adapter
-from lora_jax.saving.errors import AdapterError as AdapterError
+The packages for models, training and files are imported at their first use: ``lora_jax.models``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from lora_jax import init, optim, quantized, sharding, subspace
+from lora_jax.adapt import MergeError, MergeWarning, RoleError, RoleWarning, adapt, explain
+from lora_jax.core import base
+from lora_jax.core.weight import LoraWeight, Part, Trained, TrainedRows, is_node
+from lora_jax.lorafy import (
+    count_params,
+    join,
+    lorafy,
+    merge,
+    split,
+    strip,
+    summary,
+    swap,
+    trainable_mask,
+)
+from lora_jax.rules import LoraRule, TrainRule
+from lora_jax.saving import exported
+from lora_jax.saving.checkpoint import adapter_info, load_adapter, save_adapter
+from lora_jax.saving.errors import AdapterError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "LoraRule",
+    "LoraWeight",
+    "MergeError",
+    "MergeWarning",
+    "Part",
+    "RoleError",
+    "RoleWarning",
+    "TrainRule",
+    "Trained",
+    "TrainedRows",
+    "__version__",
+    "adapt",
+    "adapter_info",
+    "bank",
+    "base",
+    "count_params",
+    "explain",
+    "exported",
+    "hf",
+    "init",
+    "is_node",
+    "join",
+    "load_adapter",
+    "lorafy",
+    "merge",
+    "models",
+    "optim",
+    "peft",
+    "quantized",
+    "save_adapter",
+    "sharding",
+    "split",
+    "strip",
+    "subspace",
+    "summary",
+    "swap",
+    "trainable_mask",
+    "training",
+    "variants",
+]
+
+if TYPE_CHECKING:
+    from lora_jax import bank, hf, models, peft, training, variants
+else:
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

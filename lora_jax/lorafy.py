@@ -152,7 +152,7 @@ def split(params: Tree) -> tuple[Adapter, Tree]:
     return adapter, map_nodes(lambda _, node: node.with_parts({}), params)
 
 
-def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
+def join(adapter: Tree, base: Tree) -> Tree:
     """Returns the inverse of `split`. ``join({}, base)`` is the base alone.
 
     Args:

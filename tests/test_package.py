@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import lora_jax as lj
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
 
@@ -19,6 +23,7 @@ import jax, jax.numpy as jnp, lora_jax as lj
 params = {'up': {'kernel': jnp.ones((5, 3))}}
 params = lj.lorafy(params, [lj.LoraRule(targets=['up'], rank=2)])
 forward = lj.adapt(lambda params, x: x @ params['up']['kernel'])
+assert {'models', 'training', 'peft', 'bank'} < {*dir(lj)}
 x = jnp.ones((2, 5)); forward(params, x); jax.jit(forward)(params, x); lj.merge(params)
 """
 
@@ -75,3 +80,12 @@ def faults(path, source):
 def test_the_judge_sees_faults():
     source = "def f():\n    from lora_jax import adapt\n    import jax._src\n" + "\n" * 420
     assert len(faults("file.py", source)) == 3
+
+
+def test_public_names_are_there_and_packages_come_at_their_first_use():
+    assert [name for name in lj.__all__ if not hasattr(lj, name)] == []
+    assert {*lj.__all__} <= {*dir(lj)} and lj.__all__ == sorted(lj.__all__)
+    assert lj.models.generate and lj.peft.load and lj.training.finetune
+    assert not hasattr(lj, "lorify")
+    with pytest.warns(DeprecationWarning, match="quantized.Report is now .*QuantReport"):
+        assert lj.quantized.Report is lj.quantized.QuantReport

@@ -9,15 +9,25 @@ both = lora_jax.bank.combine([one, other], [1.0, -0.5])  # W + ΔW₁ − ΔW₂
 tree, lost = lora_jax.bank.extract(before, after, rank=16)  # a LoRA of full fine-tuning
 """
 
-from lora_jax.bank.bank import Bank as Bank
-from lora_jax.bank.mixing import Choice as Choice
-from lora_jax.bank.mixing import MixedWarning as MixedWarning
-from lora_jax.bank.mixing import choose as choose
-from lora_jax.bank.mixing import mixed as mixed
-from lora_jax.bank.stored import BankError as BankError
-from lora_jax.bank.sums.combine import combine as combine
-from lora_jax.bank.sums.extract import Extraction as Extraction
-from lora_jax.bank.sums.extract import ExtractWarning as ExtractWarning
-from lora_jax.bank.sums.extract import extract as extract
-from lora_jax.bank.together.tenants import Tenant as Tenant
-from lora_jax.bank.together.together import Together as Together
+from lora_jax.bank.bank import Bank
+from lora_jax.bank.mixing import Choice, MixedWarning, choose, mixed
+from lora_jax.bank.stored import BankError
+from lora_jax.bank.sums.combine import combine
+from lora_jax.bank.sums.extract import Extraction, ExtractWarning, extract
+from lora_jax.bank.together.tenants import Tenant
+from lora_jax.bank.together.together import Together
+
+__all__ = [
+    "Bank",
+    "BankError",
+    "Choice",
+    "ExtractWarning",
+    "Extraction",
+    "MixedWarning",
+    "Tenant",
+    "Together",
+    "choose",
+    "combine",
+    "extract",
+    "mixed",
+]

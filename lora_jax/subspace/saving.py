@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lora_jax.core.types import Fields, Tree
@@ -24,7 +23,7 @@ _GIVEN = ("dimension", "kind", "seed", "targets", "exclude")  # arguments of `ma
 _BESIDE, _BASE, _KEYS = "subspace", "base", "keys"
 
 
-def tree_of(space: Subspace, base: Tree, theta: Mapping[str, jax.Array] | None = None) -> Tree:
+def tree_of(space: Subspace, base: Tree, theta: Tree = None) -> Tree:
     """Returns an adapted tree: the base, and beside it θ_d (and λ), which train.
 
     The keys of the projections are frozen leaves of it: a function of the tree is compiled once for
@@ -109,7 +108,7 @@ def facts_of(space: Subspace) -> dict[str, Any]:
 def save(
     folder: str | os.PathLike[str],
     space: Subspace,
-    theta: Mapping[str, jax.Array],
+    theta: Tree,
     base: Tree,
     *,
     about: Fields | None = None,

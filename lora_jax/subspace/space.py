@@ -78,7 +78,7 @@ class Subspace:
 
     def params_of(
         self,
-        theta: Mapping[str, jax.Array],
+        theta: Tree,
         base: Tree,
         shardings: Tree = None,
         keys: jax.Array | None = None,

@@ -1,16 +1,17 @@
 """Batches of the adapters of one stack, which its compiled step takes in the same shapes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from lora_jax.bank.stored import BankError
-from lora_jax.training.batches import HostBatch
+from lora_jax.core.types import ArrayBatch
 
 
-def calls_of(batches: Mapping[str, HostBatch], *, draws: bool) -> Sequence[Mapping[str, HostBatch]]:
+def calls_of(
+    batches: Mapping[str, ArrayBatch], *, draws: bool
+) -> Sequence[Mapping[str, ArrayBatch]]:
     """Returns the calls that take a step with each batch: one for all, or one for each.
 
     Batches of other shapes are filled up and share a call; see `alike`. Where the loss draws random
@@ -30,7 +31,7 @@ def calls_of(batches: Mapping[str, HostBatch], *, draws: bool) -> Sequence[Mappi
     return [alike(batches)]
 
 
-def alike(batches: Mapping[str, HostBatch]) -> Mapping[str, HostBatch]:
+def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
     """Returns batches in the same shapes: filled up to the largest with zeros.
 
     Args:
@@ -57,7 +58,7 @@ def alike(batches: Mapping[str, HostBatch]) -> Mapping[str, HostBatch]:
         for name in batches[first]
     }
 
-    def filled(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def filled(array: jax.Array | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return np.pad(array, [(0, more) for more in np.subtract(shape, np.shape(array))])
 
     return {
@@ -66,5 +67,5 @@ def alike(batches: Mapping[str, HostBatch]) -> Mapping[str, HostBatch]:
     }
 
 
-def _shapes(batch: Any) -> Any:
-    return jax.tree.map(lambda array: tuple(array.shape), batch)
+def _shapes(batch: ArrayBatch) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in batch.items()}

@@ -24,9 +24,8 @@ from lora_jax.bank.together.stacked import (
     tree_of,
 )
 from lora_jax.bank.together.tenants import StackKind, Tenant
-from lora_jax.core.types import BaseLike, Leaf, Shaped, Tree
+from lora_jax.core.types import ArrayBatch, BaseLike, Leaf, Shaped, Tree
 from lora_jax.core.weight import LoraWeight, Trained, map_leaves
-from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
 
@@ -144,7 +143,7 @@ class Stack:
         return tree_of(self.kind, base, state.adapter, fixed)
 
     def step(
-        self, base: Tree, calls: Sequence[Mapping[str, HostBatch]]
+        self, base: Tree, calls: Sequence[Mapping[str, ArrayBatch]]
     ) -> dict[str, dict[str, float]]:
         """Takes a step with each adapter that has a batch; the others stay as they are.
 
@@ -175,7 +174,7 @@ class Stack:
             for name, metrics in jax.device_get(found).items()
         }
 
-    def compiled_bytes(self, base: Tree, batch: HostBatch) -> int:
+    def compiled_bytes(self, base: Tree, batch: ArrayBatch) -> int:
         """Returns the bytes that a step needs beside the base: its state and what it computes with.
 
         Args:
@@ -189,7 +188,7 @@ class Stack:
         temporaries: int = memory.temp_size_in_bytes
         return state + temporaries
 
-    def _arguments(self, base: Tree, batches: Mapping[str, HostBatch]) -> tuple[Any, ...]:
+    def _arguments(self, base: Tree, batches: Mapping[str, ArrayBatch]) -> tuple[Any, ...]:
         """Returns the arguments of the step of all slots after the state."""
         active = np.array([name in batches for name in self.names])
         blank = jax.tree.map(np.zeros_like, next(iter(batches.values())))

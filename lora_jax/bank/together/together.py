@@ -13,9 +13,8 @@ from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import StackKind, Tenant
 from lora_jax.core.aliases import aliased
 from lora_jax.core.opaque import sealed, unsealed
-from lora_jax.core.types import Tree
+from lora_jax.core.types import ArrayBatch, Tree
 from lora_jax.lorafy import nodes_of
-from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
 
@@ -123,7 +122,7 @@ class Together:
                 self._steps[name], self._done[name] = tenants[name].steps, tenants[name].done
 
     @locked
-    def step(self, batches: Mapping[str, HostBatch]) -> dict[str, dict[str, float]]:
+    def step(self, batches: Mapping[str, ArrayBatch]) -> dict[str, dict[str, float]]:
         """Takes one step with each adapter that has a batch; the others stay as they are.
 
         Args:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.types import Forward, Model, Tree
-from lora_jax.models.causal import CausalLM
 from lora_jax.models.layers.cache import Shared, init_cache
 from lora_jax.models.sampling.loop import (
     Decoding,
@@ -24,7 +23,7 @@ from lora_jax.models.sampling.loop import (
 
 
 def generate(
-    model: CausalLM,
+    model: Model,
     params: Tree,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
@@ -99,7 +98,7 @@ def generate(
 
 
 def share(
-    model: CausalLM,
+    model: Model,
     params: Tree,
     ids: jax.typing.ArrayLike,
     *,
@@ -161,7 +160,7 @@ def _generate(
     prompts: Prompts,
     decoding: Decoding,
     *,
-    model: CausalLM,
+    model: Model,
     apply: Forward | None,
     max_new_tokens: int,
 ) -> jax.Array:

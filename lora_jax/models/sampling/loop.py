@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.types import Forward, Tree
-from lora_jax.models.causal import CausalLM
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 from lora_jax.models.sampling.choice import (
     Sampling,
@@ -85,7 +84,7 @@ def as_prompts(
 
 
 def as_decoding(
-    model: CausalLM,
+    model: Model,
     rows: int,
     *,
     max_new_tokens: int,
@@ -129,7 +128,7 @@ def prefill(
     prompts: Prompts,
     decoding: Decoding,
     *,
-    model: CausalLM,
+    model: Model,
     apply: Forward | None,
     cache_len: int,
     n: int,
@@ -173,7 +172,7 @@ def decode(
     decoding: Decoding,
     until: jax.typing.ArrayLike,
     *,
-    model: CausalLM,
+    model: Model,
     apply: Forward | None,
 ) -> DecodingState:
     """Decodes up to `until` tokens of each answer, or until all have ended."""

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.types import Forward, Tree
-from lora_jax.models.causal import CausalLM
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.sampling.choice import has_row_keys, row_keys
 from lora_jax.models.sampling.loop import (
     Decoding,
@@ -40,7 +39,7 @@ class Samples(NamedTuple):
 
 
 def sample(
-    model: CausalLM,
+    model: Model,
     params: Tree,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
@@ -106,7 +105,7 @@ def _sample(
     prompts: Prompts,
     decoding: Decoding,
     *,
-    model: CausalLM,
+    model: Model,
     apply: Forward | None,
     n: int,
     max_new_tokens: int,

@@ -9,8 +9,7 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
-from lora_jax.core.types import Forward, Tree
-from lora_jax.models.causal import CausalLM
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Cache, Shared
 from lora_jax.models.sampling.choice import SamplingKeywords
 from lora_jax.models.sampling.loop import (
@@ -25,7 +24,7 @@ from lora_jax.models.sampling.loop import (
 
 
 def stream(
-    model: CausalLM,
+    model: Model,
     params: Tree,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
