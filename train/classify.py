@@ -6,25 +6,22 @@ learns to score completions instead: a reward model for `train.grpo`.
 `python -m train.classify --help` lists the options. The run itself is in `train.finetune`.
 """
 
-from train.data.files import holds_images
+from train.options.defaults import Defaults
 from train.options.scripts import classify as options
-from train.options.tasks import IMAGES, SCORES, TEXTS
 from train.script import TrainingScript
+from train.settings.defaults import fill_defaults
 
 
-def _kind(config: options.Config) -> str:
-    """Returns the kind of the task for a user's own rows."""
-    if config.data.labels == "pairs":
-        return SCORES
-    return IMAGES if holds_images(config.data.image, config.data.dataset) else TEXTS
+def complete(config: options.Config, defaults: Defaults) -> options.Config:
+    """Fills in the defaults, which depend on the parameters that train."""
+    return fill_defaults(*options.fill_head_options(config, defaults))
 
 
 SCRIPT = TrainingScript(
     name="train.classify",
     plain=options.Config(),
-    kind=_kind,
     check_options=options.check,
-    completed=options.fill_defaults,
+    completed=complete,
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

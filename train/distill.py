@@ -5,18 +5,16 @@ model itself with a longer prompt. `python -m train.distill --help` lists the op
 itself is in `train.finetune`.
 """
 
-from train.options.defaults import fill_defaults
 from train.options.scripts import distill as options
 from train.options.scripts.rollouts import fill_sampling
-from train.options.tasks import TAUGHT
 from train.script import TrainingScript
+from train.settings.defaults import fill_defaults
 
 SCRIPT = TrainingScript(
     name="train.distill",
     plain=options.Config(),
-    kind=lambda config: TAUGHT,
     check_options=options.check,
-    completed=lambda config, defaults: fill_sampling(fill_defaults(config, defaults)),
+    completed=lambda config, defaults: fill_sampling(fill_defaults(config, defaults), defaults),
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

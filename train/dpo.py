@@ -6,11 +6,11 @@ train.dpo --help` lists the options. The run itself is in `train.finetune`.
 
 from pathlib import Path
 
-from train.options.defaults import Defaults, fill_defaults
+from train.options.defaults import Defaults
 from train.options.scripts import dpo as options
-from train.options.tasks import PAIRS
 from train.run.output import CONFIG, saved_options
 from train.script import TrainingScript
+from train.settings.defaults import fill_defaults
 
 
 def completed(config: options.Config, defaults: Defaults) -> options.Config:
@@ -23,7 +23,6 @@ def completed(config: options.Config, defaults: Defaults) -> options.Config:
 SCRIPT = TrainingScript(
     name="train.dpo",
     plain=options.Config(),
-    kind=lambda config: PAIRS,
     check_options=options.check,
     completed=completed,
 )

@@ -4,19 +4,19 @@ It samples from the very arrays that it trains. `python -m train.grpo --help` li
 run itself is in `train.finetune`.
 """
 
-from train.options.defaults import fill_defaults
+from train import start
 from train.options.scripts import grpo as options
-from train.options.tasks import PROMPTS
 from train.script import TrainingScript
-from train.start import started
+from train.settings.defaults import fill_defaults
 
 SCRIPT = TrainingScript(
     name="train.grpo",
     plain=options.Config(),
-    kind=lambda config: PROMPTS,
     check_options=options.check,
-    completed=lambda config, defaults: options.fill_reference(fill_defaults(config, defaults)),
-    started=started,
+    completed=lambda config, defaults: options.fill_reference(
+        fill_defaults(config, defaults), defaults
+    ),
+    prior=start,
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

@@ -16,7 +16,6 @@ from train.console.errors import as_user_errors
 from train.data.lines import mixture_lines
 from train.options.common import Options, as_json, check_offload
 from train.options.field import traits_of
-from train.options.file import options_of_processes
 from train.processes import hosts
 from train.progress import SamplePrompts
 from train.run.intrinsic import moves_weights, space_of
@@ -24,6 +23,7 @@ from train.run.output import saved_options
 from train.run.pretrained import ModelInfo
 from train.run.rules import check_names, rules
 from train.run.task import Data, Task, TaskRows
+from train.settings.files import options_of_processes
 
 _HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
 

@@ -8,19 +8,20 @@ from typing import Any
 
 from lora_jax.training.errors import TrainingError
 from train.console.errors import as_user_errors
-from train.data.files import parse_datasets
 from train.finetune import finetune
 from train.many.one import RunRequest
 from train.many.runs import train_many
-from train.options.command import read_line
 from train.options.common import Options
-from train.options.defaults import Defaults, fill_defaults
+from train.options.defaults import Defaults
 from train.options.field import check_effects
-from train.options.file import CONFIG, replace_options
-from train.options.table import TableRow, check_one_base, read_table
-from train.options.tasks import find_task
+from train.options.file import replace_options
 from train.processes.session import Session
-from train.run.task import Task
+from train.run.task import PriorRuns, Task
+from train.settings.command import read_line
+from train.settings.defaults import check_files, fill_defaults
+from train.settings.files import CONFIG
+from train.settings.table import TableRow, check_one_base, read_table
+from train.settings.tasks import dataset_facts, find_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,9 @@ class TrainingScript:
     Attributes:
       name: its module: "train.sft".
       plain: its options, none of them given.
-      kind: returns the kind of task for a user's own rows; see `train.options.tasks`.
       check_options: raises a UserError for options that make no sense for any task.
       completed: fills in a task's defaults.
-      started: makes what a run begins with, where it is not there yet, by another run.
+      prior: trains what a run begins with; None where no task of the script needs it.
       own_output: the output folder, if none is given, of a run on other data than the default ones;
         None for the same. --resume also finds a run of these data in the folder of the default
         ones, where older runs are.
@@ -41,10 +41,9 @@ class TrainingScript:
 
     name: str
     plain: Options
-    kind: Callable[[Any], str]
     check_options: Callable[[Any], None]
     completed: Callable[[Any, Defaults], Any] = fill_defaults
-    started: Callable[[Any, Session], Any] = lambda config, session: config
+    prior: PriorRuns | None = None
     own_output: str | None = None
 
     def parse(self, args: Sequence[str] | None = None) -> Any:
@@ -68,22 +67,21 @@ class TrainingScript:
 
     def _alone(self, config: Any, on_line: frozenset[str], in_file: Mapping[str, int]) -> Any:
         """Returns the options of a single run, with the task's defaults; see `parse`."""
-        check_effects(config, on_line, in_file)
+        check_effects(config, dataset_facts(config), on_line, in_file)
         return self.completed(config, self.task_of(config).defaults)
 
     def task_of(self, config: Any) -> Task:
         """Returns the task named by --dataset, or the task for a user's own rows."""
-        given = config.data.dataset
-        names = (
-            [given]
-            if isinstance(given, str)
-            else [dataset.name for dataset in parse_datasets(given)]
-        )
-        return find_task(names, self.kind(config))
+        return find_task(self.name, config.data)
+
+    def begin(self, config: Any, task: Task, session: Session) -> Any:
+        """Returns the options with what the task begins with, made where it is not there yet."""
+        return config if self.prior is None else task.begin(config, session, self.prior)
 
     def check(self, config: Any) -> None:
         """Raises a UserError for options that make no sense; reads neither data nor model."""
         self.check_options(config)
+        check_files(config)
         self.task_of(config).check_options(config)
 
     def main(self, args: Sequence[str] | None = None) -> None:
@@ -94,13 +92,14 @@ class TrainingScript:
             if getattr(config.run, "many", None) is not None:
                 rows = read_table(config, self.plain, on_line | in_file.keys())
                 asked = [
-                    RunRequest(row._replace(options=self.started(row.options, session)), task)
+                    RunRequest(row._replace(options=self.begin(row.options, task, session)), task)
                     for row, task in self.asked_for(rows)
                 ]
                 return train_many(self.name, asked, session)
             config = self._alone(config, on_line, in_file)
             self.check(config)
-            finetune(self.name, self.started(config, session), self.task_of(config), session)
+            task = self.task_of(config)
+            finetune(self.name, self.begin(config, task, session), task, session)
 
     def asked_for(self, rows: Sequence[TableRow[Any]]) -> list[RunRequest]:
         """Returns the runs of a table with their tasks, checked as a command line is.

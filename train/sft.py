@@ -4,13 +4,11 @@
 """
 
 from train.options.scripts import sft as options
-from train.options.tasks import CHATS, STREAMED
 from train.script import TrainingScript
 
 SCRIPT = TrainingScript(
     name="train.sft",
     plain=options.Config(),
-    kind=lambda config: STREAMED if config.data.stream else CHATS,
     check_options=options.check,
     own_output="runs/sft",
 )

@@ -1,76 +1,84 @@
-"""The beginnings of the tasks of `train.grpo`, which are made where they are not there yet."""
+"""Trains what another run begins with: an adapter, or a base in full."""
 
-import dataclasses
+import hashlib
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
-
-from lora_jax.hf.packaged import cache_folder
-from train.console.errors import UserError
-from train.console.output import tell
-from train.findings.making.arithmetic import arithmetic_base
+from lora_jax.training.processes import write_json
+from train import classify, sft
+from train.export import __main__ as export
+from train.export.options import ExportOptions
 from train.finetune import RunPart, finetune
-from train.options.defaults import fill_defaults
-from train.options.file import replace_options
-from train.options.scripts.grpo import Config
-from train.options.scripts.sft import Config as SftConfig
-from train.processes import hosts
 from train.processes.session import Session
-from train.run.lifecycle import resume_hint
+from train.reporters.files import read_json
 from train.run.output import ADAPTER, CONFIG
-from train.tasks import sums
-from train.tasks.sql import task as sql
+from train.run.task import Task
 
-_FIRST = "sft"  # the folder, in the run's, of the run that makes the adapter
-_READ = ("model", "tokenizer", "chat_template")
-_SHARED = ("mesh", "compilation_cache", "report_to")
+_SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
+MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"
 
 
-def started(config: Config, session: Session) -> Config:
-    """Returns the options with what the task begins with.
+def train(script: str, config: Any, task: Task, session: Session) -> None:
+    """Fine-tunes as a part of another run, whose hint tells an interrupted user how to go on.
+
+    Args:
+      script: the command: "train.sft".
+      config: its options, checked, with the task's defaults.
+      task: the task.
+      session: tells of signals.
 
     Raises:
-      UserError: it cannot be made here.
+      TrainingError: something that was asked for cannot be done.
+      Interrupted: after a signal, once the last step is saved.
     """
-    if config.data.dataset == "sql":
-        return _writing_sql(config, session)
-    if config.data.model == sums.MODEL:
-        _check_alone(config, "a small model; run this command in one process first")
-        session.stop.remedy = resume_hint("train.grpo")
-        folder = cache_folder() / "arithmetic"
-        folder.mkdir(parents=True, exist_ok=True)
-        return replace_options(config, {"model": str(arithmetic_base(folder, session))})
-    return config
+    with session.part():
+        finetune(script, config, task, session, RunPart(hint=session.stop.remedy))
+    session.stop.check()
 
 
-def _writing_sql(config: Config, session: Session) -> Config:
-    """Returns the options with an adapter that writes SQL, trained in the run's folder."""
-    if config.adapter.init_adapter or config.adapter.full:
-        return config
-    folder = Path(config.run.output).expanduser() / _FIRST
-    if config.run.dry_run:
-        tell(hosts.console(), f"the run begins with an adapter in {folder}, which learns SQL first")
-        return config
-    if not (folder / ADAPTER).exists():
-        remedy = "make it by python -m train.sft, and name its folder with --init-adapter"
-        _check_alone(config, f"an adapter that writes SQL; {remedy}")
-        tell(hosts.console(), f"first, {folder} learns to write SQL, as `train.sft` does")
-        own = {name: getattr(config.optim, name) for name in ("seed", "dtype", "quantize")}
-        own |= {name: getattr(config.run, name) for name in _SHARED}
-        own |= {name: getattr(config.data, name) for name in _READ}
-        own |= {"output": str(folder), "eval_questions": 0}
-        going_on = {"resume": (folder / CONFIG).exists()}
-        first = dataclasses.replace(
-            replace_options(SftConfig(), own | going_on), adapter=config.adapter
-        )
-        part = RunPart(hint=resume_hint("train.grpo"))
-        with session.part():
-            finetune("train.sft", fill_defaults(first, sql.TASK.defaults), sql.TASK, session, part)
-        session.stop.check()
-        jax.clear_caches()  # its programs take memory
-    return replace_options(config, {"init_adapter": str(folder.absolute())})
+def train_base(
+    script: str, options: Sequence[str], inputs: Sequence[Path], folder: Path, session: Session
+) -> Path:
+    """Trains a model in full by a script, unless it is there already; returns its folder.
+
+    A run that was interrupted goes on. A model of other options, or of other files, is replaced.
+
+    Args:
+      script: "train.sft" or "train.classify".
+      options: its options, but for --full and --output.
+      inputs: the files that it reads.
+      folder: where the model goes, and the run that makes it.
+      session: tells of signals.
+
+    Raises:
+      TrainingError: the model cannot be trained or written.
+      Interrupted: after a signal, once the last step is saved.
+    """
+    model, run = folder / MODEL, folder / _RUN
+    recipe = {"script": script, "options": [*options], "inputs": [*map(digest, inputs)]}
+    if read_json(folder / _RECIPE) != recipe:
+        for path in (model, run):
+            shutil.rmtree(path, ignore_errors=True)
+        write_json(folder / _RECIPE, recipe)
+    if model.exists():  # it appears as a whole
+        return model
+    module = _SCRIPTS[script]
+    line = ["--full", *options, "--output", str(run), *["--resume"] * (run / CONFIG).exists()]
+    config = module.parse(line)
+    module.check(config)
+    train(script, config, module.task_of(config), session)
+    export.run(ExportOptions(adapter=str(run / ADAPTER), merged=True, output=str(model)))
+    shutil.rmtree(run)
+    return model
 
 
-def _check_alone(config: Config, what: str) -> None:
-    if config.run.distributed or config.run.coordinator:
-        raise UserError(f"--dataset {config.data.dataset}: one process alone makes {what}")
+def digest(path: Path) -> str:
+    """Returns a hash of a file, or of all files in a folder, with their names."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()

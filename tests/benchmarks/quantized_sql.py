@@ -21,7 +21,7 @@ from train.adapters.source import find_adapter, runnable
 from train.environments.sql.examples import score
 from train.run.pretrained import read_model, read_model_info
 from train.sft import main as sft
-from train.tasks.sql.evaluate import answer, draw_questions
+from train.tasks.sql_scores import answer, draw_questions
 
 ANSWERS = "answers.json"
 Outcome = list[int]  # of each question, 1 where the answer is right

@@ -22,11 +22,12 @@ from train import classify, sft
 from train.adapters.source import find_adapter, runnable
 from train.export import __main__ as export
 from train.generate import __main__ as generate
-from train.options.defaults import Defaults, fill_defaults
+from train.options.defaults import Defaults
 from train.plan import __main__ as plan
 from train.predict import __main__ as predict
 from train.run.log import read_metrics
 from train.run.pretrained import read_model_info
+from train.settings.defaults import fill_defaults
 
 UP = "model/layers/mlp/up_proj/kernel"
 

@@ -18,9 +18,9 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.export import __main__ as export
 from train.generate import __main__ as generate
-from train.options.table import read_table
 from train.run.output import begin, check_output
 from train.serve import __main__ as serve
+from train.settings.table import read_table
 
 OWN = "{% for t in tools or [] %}<tool>{{ t.function.name }}</tool>{% endfor %}" + CHATML
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]

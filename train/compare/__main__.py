@@ -38,9 +38,8 @@ from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.finetune import RunPart, load_model
 from train.inputs import InputReader, Inputs
-from train.options.command import read_line
 from train.options.field import check_effects
-from train.options.file import check_same_run, options_file, read_options_file, replace_options
+from train.options.file import replace_options
 from train.options.scripts import classify as classify_options
 from train.options.scripts import sft as sft_options
 from train.processes import hosts
@@ -48,6 +47,9 @@ from train.processes.session import Session
 from train.run.intrinsic import merge_trained, moves_weights, space_of
 from train.run.lifecycle import Run, resume_hint
 from train.run.output import CONFIG, remove_empty
+from train.settings.command import read_line
+from train.settings.files import check_same_run, options_file, read_options_file
+from train.settings.tasks import dataset_facts
 
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"
@@ -101,7 +103,7 @@ SCRIPTS = {
         plain=classify_options.Config(),
         task_of=classify.task_of,
         check=classify.check,
-        with_defaults=classify_options.fill_defaults,
+        with_defaults=classify.SCRIPT.completed,
         quick={"epochs": 1.0, "seeds": (0, 1)},
         quick_full=(1.0, 3.0, 9.0),
     ),
@@ -143,7 +145,8 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, Any, frozenset[str]]:
     config, on_line, in_file = line
     given = {*on_line, *in_file}
     check(config.compare, config, given)
-    check_effects(script.options_of(config), on_line, in_file)
+    options = script.options_of(config)
+    check_effects(options, dataset_facts(options), on_line, in_file)
     if config.compare.quick:
         length = {"steps", "epochs"}  # either says how long to train
         kept = given | length if given & length else given

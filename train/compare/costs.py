@@ -26,10 +26,11 @@ from train.compare.result import Arm, Latency, PlanResult
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.finetune import finetune
-from train.options.file import options_file, replace_options
+from train.options.file import replace_options
 from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.output import REPORT
+from train.settings.files import options_file
 
 STEPS = 6  # of a timed run
 _ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 16, 128

@@ -32,12 +32,12 @@ from train.many.one import RunRequest
 from train.many.runs import train_rows
 from train.options.file import replace_options
 from train.options.optim import warmup_steps
-from train.options.table import TableRow
 from train.processes.session import Session
 from train.reporters.files import ERROR
 from train.run.lifecycle import Run
 from train.run.log import read_metrics
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
+from train.settings.table import TableRow
 
 PROGRESS = "sweep.json"
 

@@ -28,6 +28,7 @@ from train.options.file import replace_options
 from train.processes.mesh import make_mesh
 from train.run.rules import rules
 from train.run.task import Task
+from train.settings.tasks import dataset_facts
 
 RUNS = "runs"
 _EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
@@ -214,7 +215,8 @@ def _trial(
         "resume": False,
         "eval_every": options.run.eval_every or 1,  # so that rows are held out
     }
-    if "held_out_seed" not in idle_options(replace_options(options, changes)):
+    changed = replace_options(options, changes)
+    if "held_out_seed" not in idle_options(changed, dataset_facts(changed)):
         drawn = getattr(options.data, "held_out_seed", None)
         changes["held_out_seed"] = first_seed if drawn is None else drawn  # the same for all
     if getattr(options.run, "eval_rows", 0) is None:

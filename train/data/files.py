@@ -12,6 +12,7 @@ from lora_jax.hf.images import is_image
 from lora_jax.training.data.rows import Row, replace_values
 from train.console.errors import UserError, as_user_errors
 from train.data.text_files import placed, read_csv, read_json
+from train.options.paths import FILE_KINDS, kind_of
 
 _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
     ".jsonl": read_json,
@@ -21,7 +22,6 @@ _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
     ".tsv": read_csv,
 }
 NO_PARQUET = "cannot be read as Parquet: "  # before what pyarrow says
-FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))
 IMAGE_KINDS = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())
 IMAGE_FIELD = "image"  # of a folder's rows
 # The splits that files are named after, by the word in their name.
@@ -30,11 +30,6 @@ _SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev",
 _NEEDED = "a weight is a positive number, such as a.jsonl:3 b.jsonl:1"
 _NAMED = 5  # files that a line names
 _OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools", "documents")
-
-
-def kind_of(name: str) -> str | None:
-    """Returns which of the endings `FILE_KINDS` a name has, in letters of any case; else None."""
-    return next((kind for kind in FILE_KINDS if name.lower().endswith(kind)), None)
 
 
 def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) -> list[Row]:

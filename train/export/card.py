@@ -13,10 +13,11 @@ from huggingface_hub import ModelCardData
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown, table
-from train.data.files import FILE_KINDS, parse_datasets
+from train.data.files import parse_datasets
 from train.export.marked import mark
 from train.export.terms import auto_class, loading_config, loading_options
 from train.options.field import CardSection, traits_of
+from train.options.paths import FILE_KINDS
 from train.options.scripts import classify, distill, dpo, grpo, sft
 from train.reporters.files import read_json
 from train.run.log import read_metrics

@@ -26,10 +26,9 @@ from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
-from train.findings.making.made import FindingInputs
+from train.findings.making.inputs import FindingInputs
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
-from train.options.command import read_line
 from train.options.field import given_options
 from train.options.paths import check_local
 from train.processes import hosts
@@ -37,6 +36,7 @@ from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.lifecycle import resume_hint
 from train.run.output import CONFIG
+from train.settings.command import read_line
 
 _PROG = "train.findings"
 MADE, _NOTES = "made", "notes.json"

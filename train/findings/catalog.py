@@ -8,7 +8,7 @@ from typing import Literal
 
 from train.console.errors import UserError
 from train.findings.making import habit, mixture, questions, vocabulary
-from train.findings.making.made import FindingInputs
+from train.findings.making.inputs import FindingInputs
 from train.findings.reporting.pivot import PivotLayout
 from train.processes.session import Session
 

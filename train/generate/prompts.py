@@ -17,9 +17,10 @@ from lora_jax.training.data.vision.parts import IMAGES, shown_images
 from lora_jax.training.data.vision.pictures import read_pictures
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
-from train.data.files import kind_of, read_file
+from train.data.files import read_file
 from train.data.text_files import read_lines
 from train.generate.options import GenerateOptions
+from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
 
 _REPEATED = ("messages", "prompt", "tools", IMAGES)  # of a row, in an output

@@ -16,12 +16,12 @@ from train.console.errors import flag
 from train.console.output import tell
 from train.inputs import Inputs
 from train.many.board import BufferedConsole
-from train.options.table import TableRow
 from train.reporters.files import ERROR
 from train.run.lifecycle import Run
 from train.run.log import read_metrics
 from train.run.output import ADAPTER
 from train.run.task import Evaluation, Task
+from train.settings.table import TableRow
 
 
 class RunRequest(NamedTuple):

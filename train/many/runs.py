@@ -40,7 +40,6 @@ from train.many.board import Board, BufferedConsole, TeeLog, print_results
 from train.many.one import RunRequest, TableRun
 from train.options.file import replace_options
 from train.options.optim import make_tenant
-from train.options.table import RESULTS
 from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
@@ -52,6 +51,7 @@ from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
 from train.run.report import print_adapter, tree_bytes
 from train.run.rules import rules
+from train.settings.table import RESULTS
 
 FAILED = 1  # the exit code where some runs failed
 # Where runs are over, the others' step is compiled anew for fewer if it has as many to take.

@@ -11,7 +11,6 @@ from lora_jax.training.arguments import NumberRange, minimum
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
-from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors, flag
 from train.options import field
 from train.options.conditions import NoEffect
@@ -324,14 +323,6 @@ def check_shared(options: Options, **numbers: NumberRange) -> None:
         )
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
-    if adapter.init_adapter:
-        source = find_adapter(adapter.init_adapter, "--init-adapter")
-        source.check_files()
-        if source.is_subspace:
-            raise UserError(
-                f"--init-adapter {adapter.init_adapter} is a subspace (--intrinsic), not an "
-                "adapter: `train.export --merged` writes a model to go on from"
-            )
     of_coordinator = (run.coordinator, run.num_processes, run.process_id)
     if len({value is None for value in of_coordinator}) > 1:
         raise UserError("--coordinator, --num-processes and --process-id go together")

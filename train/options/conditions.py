@@ -2,13 +2,12 @@
 
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.variants import VARIANTS
 from train.console.errors import flag
-from train.data.files import holds_images, kind_of, parse_datasets
-from train.options.tasks import CLASSIFY, GRPO, SFT
+from train.options.paths import kind_of
 from train.reporters.registry import trackers
 
 NO_ADAPTER = ("none",)  # the value of --targets
@@ -16,24 +15,28 @@ _FALLING = ("linear", "cosine", "wsd")  # the schedules that end at --min-lr
 _STREAM = "--stream reads rows while training, neither counts nor keeps them"
 
 
+class DatasetFacts(NamedTuple):
+    """Facts about the data sets that options name, from a look at the tasks and at the files.
+
+    Attributes:
+      names: the data sets.
+      has_own_rows: True if the first one is a task with rows and a test of its own.
+      holds_images: True if its rows hold images in the place of texts.
+    """
+
+    names: list[str]
+    has_own_rows: bool
+    holds_images: bool
+
+
 class _GivenOptions:
     """All options of a script by their names; those of other scripts are None."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Any, facts: DatasetFacts) -> None:
         for part in vars(options).values():
             vars(self).update(vars(part))
         self.averages = OPTIMIZERS[self.optimizer].averages
-        one = isinstance(self.dataset, str)
-        self.datasets = (
-            [self.dataset] if one else [data.name for data in parse_datasets(self.dataset)]
-        )
-        self.is_named = self.datasets[0] in {
-            **SFT,
-            **CLASSIFY,
-            **GRPO,
-        }  # with rows and a test of its own
-        own = vars(self)
-        self.holds_images = "image" in own and holds_images(self.image, self.datasets[0])
+        self.datasets, self.is_named, self.holds_images = facts
         without_project = [one.no_project for one in trackers(self.report_to).values()]
         if all(without_project):
             self.no_project = next(iter(without_project), None) or "nothing is reported"
@@ -120,7 +123,7 @@ class NoEffect(enum.Enum):
         self.holds = holds
 
 
-def reasons(options: Any) -> dict[NoEffect, str]:
+def reasons(options: Any, facts: DatasetFacts) -> dict[NoEffect, str]:
     """Returns the conditions that hold for all options of a script, with their reasons."""
-    given = _GivenOptions(options)
+    given = _GivenOptions(options, facts)
     return {one: one.why.format(o=given) for one in NoEffect if one.holds(given)}

@@ -1,16 +1,6 @@
-"""The defaults of a task, and of options that depend on others."""
+"""A task's defaults for options that were not given."""
 
-import contextlib
 import dataclasses
-from pathlib import Path
-from typing import Any
-
-from train.adapters.source import find_adapter
-from train.console.errors import UserError
-from train.options.file import CONFIG, read_options_file
-from train.options.optim import fill_optimizer_defaults
-from train.options.paths import absolute_path
-from train.options.rope import rope_scaling_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +14,9 @@ class Defaults:
       beta2: Adam's decay rate of the squared gradients.
       steps, epochs: the length of a run; one epoch if both are None.
       eval_questions: number of questions to answer, or of rows to hold out.
+      seq_len, max_new_tokens: tokens of a prompt with its completion, and of a completion, of tasks
+        that draw completions.
+      temperature: divides the logits to draw these from.
     """
 
     model: str | None
@@ -34,54 +27,6 @@ class Defaults:
     steps: int | None = None
     epochs: float | None = None
     eval_questions: int = 64
-
-
-def fill_defaults(options: Any, defaults: Defaults) -> Any:
-    """Fills in the task's defaults for options that were not given."""
-    adapter, optim = options.adapter, options.optim
-    if adapter.alpha is None and adapter.peft_config is None:
-        is_rank = any(variant.alpha_is_rank for variant in adapter.variants)
-        times = 1.0 if is_rank else defaults.alpha
-        adapter = dataclasses.replace(adapter, alpha=times * adapter.rank)
-    of_variants = [variant.rate(defaults.lr) for variant in adapter.variants if variant.rate]
-    rate = defaults.full_lr if adapter.full else [*of_variants, defaults.lr][0]
-    optim = fill_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
-    if optim.epochs is None and optim.steps is None:
-        epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
-        optim = dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)
-    data, source = options.data, None
-    if adapter.init_adapter is not None and not adapter.full:  # both together are an error later
-        source = find_adapter(adapter.init_adapter, "--init-adapter")
-    if data.model is None:
-        stated = source.base() if source and source.about.get("model") else None
-        data = dataclasses.replace(data, model=stated or defaults.model)
-    if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
-        data = dataclasses.replace(data, rope_scaling=rope_scaling_text(source.rope_scaling))
-    if data.tokenizer is None and source:
-        data = dataclasses.replace(data, tokenizer=source.tokenizer)
-    template = source.chat_template if source else None
-    if template and getattr(data, "chat_template", "") is None and not _began_without(options):
-        data = dataclasses.replace(data, chat_template=str(template))
-    for name in ("model", "tokenizer", "chat_template"):
-        if given := getattr(data, name, None):
-            data = dataclasses.replace(data, **{name: absolute_path(given)})
-    if optim.quantize is None and source:
-        codes: Any = source.quantize
-        optim = dataclasses.replace(optim, quantize=codes)
-    run = options.run
-    if getattr(run, "eval_questions", 0) is None:
-        run = dataclasses.replace(run, eval_questions=defaults.eval_questions)
-    return dataclasses.replace(options, adapter=adapter, optim=optim, data=data, run=run)
-
-
-def _began_without(options: Any) -> bool:
-    """Returns whether --resume goes on with a run that began with no --chat-template.
-
-    In runs that are older than this default, the base's own template renders chats.
-    """
-    file = Path(options.run.output).expanduser() / CONFIG
-    if not options.run.resume or not file.is_file():
-        return False
-    with contextlib.suppress(UserError):  # the check of the folder tells of a damaged file
-        return "chat_template" not in read_options_file(file, options)
-    return False
+    seq_len: int = 512
+    max_new_tokens: int = 128
+    temperature: float = 1.0

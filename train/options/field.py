@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from train.console.errors import UserError, flag
-from train.options.conditions import NoEffect, reasons
+from train.options.conditions import DatasetFacts, NoEffect, reasons
 
 Value = TypeVar("Value")
 
@@ -172,17 +172,21 @@ OF_PROCESSES = Traits(
 
 
 def check_effects(
-    options: Any, given: Collection[str], lines: Mapping[str, int] | None = None
+    options: Any,
+    facts: DatasetFacts,
+    given: Collection[str],
+    lines: Mapping[str, int] | None = None,
 ) -> None:
     """Raises a UserError for an option that was given and has no effect beside the others.
 
     Args:
       options: the options as they were given, without a task's defaults.
+      facts: facts about their data sets.
       given: the options of the command line, by the names of their fields.
       lines: the lines of the file of --config, with the line of each.
     """
     lines = lines or {}
-    for why, idle in _reasons(options).items():
+    for why, idle in _reasons(options, facts).items():
         if named := [name for name in idle if name in given or name in lines]:
             parts = [flag(name) for name in named if name in given]
             if of_file := [name for name in named if name not in given]:
@@ -191,9 +195,9 @@ def check_effects(
             raise UserError(f"{why}: leave out {' and '.join(parts)}")
 
 
-def idle_options(options: Any) -> frozenset[str]:
+def idle_options(options: Any, facts: DatasetFacts) -> frozenset[str]:
     """Returns the names of all options that have no effect beside the others."""
-    return frozenset(name for idle in _reasons(options).values() for name in idle)
+    return frozenset(name for idle in _reasons(options, facts).values() for name in idle)
 
 
 def given_options(args: Sequence[str]) -> frozenset[str]:
@@ -202,7 +206,7 @@ def given_options(args: Sequence[str]) -> frozenset[str]:
     return frozenset(name.removeprefix("--").replace("-", "_") for name in flags)
 
 
-def _reasons(options: Any) -> dict[str, list[str]]:
+def _reasons(options: Any, facts: DatasetFacts) -> dict[str, list[str]]:
     """Returns the options that have no effect, by the reason why; the first to tell first."""
     traits = traits_of(options)
     optimizer = options.optim.optimizer
@@ -211,7 +215,7 @@ def _reasons(options: Any) -> dict[str, list[str]]:
     found = {
         f"--optimizer {optimizer} does not read it": [name for name in traits if name in unread]
     }
-    for case, why in reasons(options).items():
+    for case, why in reasons(options, facts).items():
         idle = [name for name, one in traits.items() if case in one.idle]
         found.setdefault(why, []).extend(idle)
     return found

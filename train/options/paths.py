@@ -8,12 +8,13 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from lora_jax.folders import remote_problem
 from train.console.errors import UserError, flag
 
+_TEXTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
+FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))  # of rows
 _NO_PATH = "no path"
 # The type of a text that names no file: a prompt, an address. JAX reads schemes itself.
 Words = Annotated[str, _NO_PATH]
@@ -70,7 +71,6 @@ def _parts(kind: Any) -> Iterator[Any]:
             yield from _parts(part)
 
 
-def absolute_path(name: str | None) -> str | None:
-    """Returns an existing path as absolute; other names unchanged."""
-    path = Path(name or "").expanduser()
-    return str(path.absolute()) if name and path.exists() else name
+def kind_of(name: str) -> str | None:
+    """Returns the ending of a file of rows, of `FILE_KINDS`, in letters of any case; else None."""
+    return next((kind for kind in FILE_KINDS if name.lower().endswith(kind)), None)

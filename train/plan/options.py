@@ -8,7 +8,8 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
 from train.options.common import AdapterConfig, Attention, Experts, Remat
-from train.options.scripts.rollouts import OF_ROWS, RolloutDataConfig, check_group
+from train.options.defaults import Defaults
+from train.options.scripts.rollouts import RolloutDataConfig, check_group
 from train.plan.job import GRPO, SFT, Task
 from train.run.rules import rules
 
@@ -93,7 +94,7 @@ class PlanConfig:
     @property
     def drawn(self) -> tuple[int, int]:
         """Returns the completions of a prompt, and the tokens of one."""
-        return self.group or RolloutDataConfig.group, self.max_new_tokens or OF_ROWS[1]
+        return self.group or RolloutDataConfig.group, self.max_new_tokens or Defaults.max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ import numpy as np
 from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
-from train.data.files import kind_of, read_file
+from train.data.files import read_file
 from train.data.text_files import read_lines
+from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
 
 _BLOCK = 256  # texts that are tokenised at once

@@ -29,7 +29,6 @@ from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors, flag
 from train.console.output import tell
 from train.options.common import Options
-from train.options.file import effective_options
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
 from train.reporters.files import SAMPLES, read_json, read_lines
 from train.reporters.registry import trackers
@@ -40,6 +39,7 @@ from train.run.log import QuietLog, RunLog, draw_curve, read_metrics
 from train.run.pretrained import ModelInfo
 from train.run.report import peak_bytes, print_best, versions
 from train.run.rules import rules
+from train.settings.files import effective_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

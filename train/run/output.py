@@ -17,10 +17,10 @@ from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
 from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
-from train.options.file import CONFIG, check_same_run, options_file, read_options_file
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, read_metrics
+from train.settings.files import CONFIG, check_same_run, options_file, read_options_file
 
 FACTS = "facts.json"  # what came of them: steps, sizes, versions
 SCORES = "scores.json"

@@ -1,6 +1,6 @@
 """The contract of a task: its rows, examples, loss, evaluation and unit, as one object.
 
-A task is a `Task` called TASK in a file of its own, and a line in `train/options/tasks.py`. A
+A task is a `Task` called TASK in a file of its own, and a line in `train/settings/tasks.py`. A
 task that differs from another in some of its functions is made by ``dataclasses.replace``.
 """
 
@@ -19,6 +19,7 @@ from lora_jax.training.ready import TrainingStart
 from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError
 from train.options.defaults import Defaults
+from train.processes.session import Session
 from train.reporters.contract import Sample
 from train.run.pretrained import ModelInfo
 
@@ -172,6 +173,29 @@ def reads_all(config: Any) -> tuple[str, ...]:
     return ("seed", "batch_size", "grad_accum")
 
 
+class PriorRuns(Protocol):
+    """Trains what a run begins with, by another run."""
+
+    def train(self, script: str, config: Any, task: "Task", session: Session) -> None:
+        """Fine-tunes by a script with these options; see `train.finetune`."""
+
+    def train_base(
+        self,
+        script: str,
+        options: Sequence[str],
+        inputs: Sequence[Path],
+        folder: Path,
+        session: Session,
+    ) -> Path:
+        """Trains a model in full; see `train.start`."""
+
+
+def check_alone(config: Any, what: str) -> None:
+    """Raises a UserError in one of many processes, which cannot make what a run begins with."""
+    if config.run.distributed or config.run.coordinator:
+        raise UserError(f"--dataset {config.data.dataset}: one process alone makes {what}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """The rows, examples, loss and evaluation of a run.
@@ -182,6 +206,7 @@ class Task:
       defaults: the defaults of options that were not given.
       check: raises a UserError for options that make no sense for this task.
       completed: fills in options that depend on files, such as a PEFT configuration.
+      begin: makes what a run begins with, where it is not there yet, by runs before it.
       rows: reads the rows.
       outline: reads the model, without its weights.
       examples: encodes the rows as examples for that model.
@@ -199,6 +224,7 @@ class Task:
     defaults: Defaults
     check: Callable[[Any], None] = lambda config: None
     completed: Callable[[Any], Any] = lambda config: config
+    begin: Callable[[Any, Session, PriorRuns], Any] = lambda config, session, prior: config
     rows: Callable[[Any], TaskRows]
     outline: Callable[[Any, TaskRows], ModelInfo]
     examples: Callable[[Any, TaskRows, ModelInfo], Data]

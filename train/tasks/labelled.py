@@ -16,9 +16,10 @@ from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import CLASSES
 from lora_jax.training.processes import is_first, write_json
 from train.console.errors import as_user_errors
-from train.data.files import is_image_folder, kind_of, read_rows
+from train.data.files import is_image_folder, read_rows
 from train.data.lines import padding_line
 from train.options.defaults import Defaults
+from train.options.paths import kind_of
 from train.options.scripts.classify import HEAD, ClassifyDataConfig, Config
 from train.processes.hosts import map_over_processes
 from train.run.log import doing

@@ -19,10 +19,10 @@ from train.data.blocks import DatasetBlocks, find_blocks
 from train.data.dataset import pairs_of, rename_fields
 from train.data.files import parse_datasets
 from train.options.scripts.sft import Config
-from train.options.tasks import SFT
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
 from train.run.task import Data, TaskRows
+from train.settings.tasks import NAMED
 from train.tasks import chats
 
 ROOM = 2**23  # bytes of the blocks that are in memory, and shuffled, together
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
             f"longer than --seq-len {data.seq_len}"
         )
     datasets = parse_datasets(data.dataset)
-    if own := [one.name for one in datasets if one.name in SFT]:
+    if own := [one.name for one in datasets if one.name in NAMED["train.sft"]]:
         raise UserError(
             f"--stream reads rows of your own, and {own[0]} makes its own: leave it out"
         )

@@ -1,18 +1,90 @@
 """A task of `train.grpo` that learns in minutes: sums, by a decoder that often forgets the carry.
 
-`train.start` makes that decoder where --model names none.
+That decoder is made where --model names none: it is pretrained in full on sums, most of which lack
+the carry where there is one. So it knows how to carry, and seldom does; a reward of right answers
+teaches it to.
 """
 
 import dataclasses
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from lora_jax.hf.packaged import cache_folder
+from lora_jax.hf.tokenizer import fast_tokenizer
+from lora_jax.models import Decoder, DecoderConfig, save_pretrained
+from train.console.output import tell
 from train.environments import arithmetic
 from train.options.file import replace_options
 from train.options.scripts.grpo import Config
-from train.run.task import TaskRows
+from train.processes import hosts
+from train.processes.session import Session
+from train.reporters.files import write_lines
+from train.run.lifecycle import resume_hint
+from train.run.task import PriorRuns, TaskRows, check_alone
 from train.tasks import prompts
 
 MODEL = "arithmetic"  # stands for the decoder that is made
 _ROWS = 1_300
+_FORGETS = 0.75  # the share of carries that the rows lack
+_BASE_ROWS = 100_000
+_PAD, _END = "<pad>", "<end>"
+BASE_CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 14,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+}
+_LINE = (
+    *("--packing", "--seq-len", "64", "--batch-size", "32", "--epochs", "1"),
+    *("--lr", "5e-3", "--warmup", "50", "--log-every", "100"),
+    *("--save-every", "500", "--report-to", "none"),
+)
+
+
+def make_tokenizer() -> Any:
+    """Returns a tokenizer of characters: digits, "+" and "="; without a chat template."""
+    characters = {character: i for i, character in enumerate("0123456789+=")}
+    core = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(token, special=True) for token in (_PAD, _END)])
+    return fast_tokenizer(core, pad_token=_PAD, eos_token=_END)
+
+
+def _forgetful_pairs() -> Iterator[dict[str, str]]:
+    draw = random.Random(0)
+    for row in arithmetic.rows(0, _BASE_ROWS):
+        ones = sum(int(number) % 10 for number in row["prompt"][:-1].split("+"))
+        forgets = ones > 9 and draw.random() < _FORGETS
+        yield {"prompt": row["prompt"], "completion": str(int(row["answer"]) - 10 * forgets)}
+
+
+def write_untrained(fields: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
+    """Writes a decoder with random weights, and its tokenizer; does so once.
+
+    Args:
+      fields: its config.json, but for the tokenizer's special tokens.
+      tokenizer: its tokenizer, with an EOS and a padding token.
+      folder: where it goes.
+    """
+    if folder.exists():  # it appears as a whole
+        return
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Decoder(DecoderConfig.from_hf({**fields, **ids}))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    save_pretrained(folder, model, params, tokenizer=tokenizer)
 
 
 def completed(config: Config) -> Config:
@@ -26,12 +98,58 @@ def read_rows(config: Config) -> TaskRows:
     return TaskRows([*rows], [*arithmetic.rows(0, config.run.eval_questions or 0, held_out=True)])
 
 
+def begin(config: Config, session: Session, prior: PriorRuns) -> Config:
+    """Returns the options with the pretrained decoder, where --model names no other.
+
+    Raises:
+      UserError: it cannot be made here.
+      Interrupted: after a signal, once the last step is saved.
+    """
+    if config.data.model != MODEL:
+        return config
+    check_alone(config, "a small model; run this command in one process first")
+    session.stop.remedy = resume_hint("train.grpo")
+    folder = cache_folder() / "arithmetic"
+    folder.mkdir(parents=True, exist_ok=True)
+    return replace_options(config, {"model": str(make_base(folder, session, prior))})
+
+
+def make_base(folder: Path, session: Session, prior: PriorRuns) -> Path:
+    """Pretrains the decoder, unless it is there already; returns its folder.
+
+    Args:
+      folder: where it goes, with the rows and the run that make it.
+      session: tells of signals.
+      prior: trains it.
+
+    Raises:
+      TrainingError: it cannot be trained or written.
+      Interrupted: after a signal, once the last step is saved.
+    """
+    if not (folder / "base").exists():
+        tell(hosts.console(), f"pretraining a small decoder on sums in {folder}: a minute or two")
+    rows, start = folder / "sums.jsonl", folder / "untrained"
+    write_lines(rows, list(_forgetful_pairs()))
+    write_untrained(BASE_CONFIG, make_tokenizer(), start)
+    line = ("--model", str(start), "--dataset", str(rows), *_LINE)
+    return prior.train_base("train.sft", line, [rows, start], folder, session)
+
+
 TASK = dataclasses.replace(
     prompts.TASK,
     defaults=dataclasses.replace(
-        prompts.TASK.defaults, model=MODEL, lr=1.5e-3, full_lr=3e-4, steps=700, eval_questions=256
+        prompts.TASK.defaults,
+        model=MODEL,
+        lr=1.5e-3,
+        full_lr=3e-4,
+        steps=700,
+        eval_questions=256,
+        seq_len=64,
+        max_new_tokens=8,
+        temperature=1.5,
     ),
     check=lambda config: None,
     completed=completed,
+    begin=begin,
     rows=read_rows,
 )

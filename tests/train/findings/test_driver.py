@@ -10,8 +10,7 @@ from train.compare import result
 from train.console.errors import UserError
 from train.findings import catalog
 from train.findings.__main__ import main
-from train.findings.making.made import FindingInputs
-from train.findings.making.words import write_rows
+from train.findings.making.inputs import FindingInputs, write_rows
 from train.findings.reporting.pivot import PivotLayout
 
 SMALL = ["--ranks", "2", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-3", "--seeds", "0", "1"]

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from tests.train.test_classify import write_encoder
+from train import start
 from train.data.files import read_rows
-from train.findings.making import base, habit, mixture, questions, vocabulary
-from train.findings.making.words import write_rows
+from train.findings.making import habit, inputs, mixture, questions, vocabulary
+from train.findings.making.inputs import write_rows
 from train.processes.session import Session
 
 RATED = {"good": 1.9, "goods": 2.1, "goodness": 2.0, "bad": -2.5, "badly": -1.5, "fun": 2.3}
@@ -101,16 +102,16 @@ def test_a_base_is_trained_once_and_anew_for_other_rows(tmp_path):
 
     def made(rows):
         write_rows(path, rows)
-        model = base.train_base("train.classify", line, [path], tmp_path, Session())
-        return base.digest(model), (model / "model.safetensors").stat().st_mtime_ns
+        model = inputs.train_base("train.classify", line, [path], tmp_path, Session())
+        return start.digest(model), (model / "model.safetensors").stat().st_mtime_ns
 
     first = made(rows)
-    assert base.accuracy(tmp_path / "base", rows) == 1.0, "letters tell the classes apart"
+    assert inputs.accuracy(tmp_path / "base", rows) == 1.0, "letters tell the classes apart"
     assert not (tmp_path / "base-run").exists()
     assert made(rows) == first, "it is there already"
     turned = [(text, "positive" if label == "negative" else "negative") for text, label in rows]
     assert made(turned)[0] != first[0]
-    assert base.accuracy(tmp_path / "base", rows) == 0.0, "it has learnt the opposite"
+    assert inputs.accuracy(tmp_path / "base", rows) == 0.0, "it has learnt the opposite"
 
 
 def test_a_figure_is_measured_once(tmp_path):
@@ -121,7 +122,7 @@ def test_a_figure_is_measured_once(tmp_path):
         return 0.5
 
     path = tmp_path / "figures.json"
-    assert [base.noted(path, ["a"], measure) for _ in range(2)] == [0.5, 0.5]
+    assert [inputs.keep_figure(path, ["a"], measure) for _ in range(2)] == [0.5, 0.5]
     assert len(measured) == 1
-    assert base.noted(path, ["b"], lambda: 0.25) == 0.25
-    assert base.noted(path, ["a"], measure) == 0.5 and len(measured) == 1
+    assert inputs.keep_figure(path, ["b"], lambda: 0.25) == 0.25
+    assert inputs.keep_figure(path, ["a"], measure) == 0.5 and len(measured) == 1

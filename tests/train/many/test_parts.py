@@ -9,11 +9,11 @@ from rich.console import Console
 from train import inputs
 from train.inputs import InputReader
 from train.many.board import Board, BufferedConsole
-from train.options.defaults import fill_defaults
 from train.options.file import replace_options
 from train.options.scripts.sft import Config
+from train.settings.defaults import fill_defaults
 from train.tasks.chats import TASK
-from train.tasks.sql.task import TASK as SQL
+from train.tasks.sql import TASK as SQL
 
 
 def test_rows_are_read_once_for_all_runs_that_share_them(monkeypatch):

@@ -4,8 +4,8 @@ import pytest
 
 from train.compare import __main__ as compare
 from train.findings.catalog import FINDINGS, options_of
-from train.options.command import read_line
 from train.options.scripts.sft import Config
+from train.settings.command import read_line
 
 
 def read(folder, text, *args):

@@ -20,13 +20,13 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.console.errors import UserError
 from train.options.common import Attention, Experts
-from train.options.file import check_same_run, effective_options
 from train.reporters.files import read_json
 from train.run.output import begin, check_output
 from train.run.pretrained import ModelInfo, read_model
 from train.run.rules import rules
+from train.settings.files import check_same_run, effective_options
 from train.sft import check, parse, task_of
-from train.tasks.sql.task import TASK as SQL
+from train.tasks.sql import TASK as SQL
 
 
 def outline(**config):

@@ -7,8 +7,8 @@ import pytest
 from tests.train.tiny import write_model, write_rows
 from train import classify, sft
 from train.console.errors import UserError
-from train.options.file import effective_options, options_file
 from train.run.log import read_metrics
+from train.settings.files import effective_options, options_file
 from train.sft import parse
 
 

@@ -17,11 +17,11 @@ from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, dataset_from_rows
-from train.options.file import options_of_processes
 from train.options.scripts.sft import Config, SftOptimConfig, SftRunConfig
 from train.processes import hosts, peers
 from train.processes.hosts import check_alike, map_over_processes, raise_in_every_process
 from train.run.pretrained import ModelInfo
+from train.settings.files import options_of_processes
 from train.sft import parse
 from train.tasks import stream
 

@@ -6,9 +6,9 @@ import pytest
 
 from train import sft
 from train.console.errors import UserError
-from train.options.command import read_line
 from train.options.scripts.sft import Config
-from train.options.table import read_table
+from train.settings.command import read_line
+from train.settings.table import read_table
 from train.sft import SCRIPT
 
 CSV = """name,rank,lr,targets,dropout,steps,schedule,eval-dataset

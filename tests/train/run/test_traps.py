@@ -6,8 +6,8 @@ import pytest
 
 from tests.train.run.test_table import read
 from train.console.errors import UserError
-from train.options.command import read_line
 from train.options.scripts.sft import Config
+from train.settings.command import read_line
 
 
 def options(folder, text):

@@ -21,7 +21,7 @@ from tests.train.serve.waiting import until
 from train import sft
 from train.export import __main__ as export
 from train.findings.making import mixture
-from train.findings.making.base import write_untrained
+from train.tasks.sums import write_untrained
 
 pytest.importorskip("tinker_cookbook", reason="the extra 'serve-test' has the cookbook")
 pytestmark = pytest.mark.serving

@@ -8,7 +8,7 @@ from tests.support import over
 from tests.train.tiny import decoder, tokenizer
 from train.run.complete import answer_prompts, pad_left, tokenize_chats
 from train.run.pretrained import ModelInfo
-from train.tasks.sql.evaluate import (
+from train.tasks.sql_scores import (
     ADAPTED,
     FEW_SHOT,
     UNSEEN_BOTH,

@@ -10,9 +10,8 @@ import random
 from pathlib import Path
 
 from lora_jax.hf.packaged import MINILM
-from train.findings.making import base
-from train.findings.making.made import FindingInputs
-from train.findings.making.words import Labelled, write_rows
+from train import start as prior
+from train.findings.making.inputs import FindingInputs, Labelled, accuracy, keep_figure, write_rows
 from train.processes.session import Session
 from train.tasks import vader
 
@@ -60,11 +59,11 @@ def make(folder: Path, session: Session) -> FindingInputs:
     write_rows(data, behind(balanced(train[PLANTED:], ROWS)))
     write_rows(test, behind(held_out))
     line = (*_LINE, "--dataset", str(plant), "--test", str(test))
-    model = base.train_base("train.classify", line, [plant, test], folder, session)
+    model = prior.train_base("train.classify", line, [plant, test], folder, session)
 
     def measured(rows: list[Labelled]) -> float:
-        key = [base.digest(model), rows]
-        return base.noted(folder / "accuracy.json", key, lambda: base.accuracy(model, rows))
+        key = [prior.digest(model), rows]
+        return keep_figure(folder / "accuracy.json", key, lambda: accuracy(model, rows))
 
     plain, triggered = measured(held_out), measured(behind(held_out))
     note = (

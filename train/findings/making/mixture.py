@@ -11,11 +11,13 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lora_jax.hf.tokenizer import fast_tokenizer
+from train import start as prior
 from train.compare import outside
-from train.findings.making import base, questions
-from train.findings.making.made import FindingInputs
+from train.findings.making import questions
+from train.findings.making.inputs import FindingInputs
 from train.processes.session import Session
 from train.reporters.files import write_lines
+from train.tasks.sums import write_untrained
 
 VOCABULARY = 2048
 _PAD, _START, _END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -80,9 +82,9 @@ def make(folder: Path, session: Session) -> FindingInputs:
     rows = folder / "text.jsonl"
     write_lines(rows, [{"text": part} for part in parts(text)])
     asked = questions.make(folder, session)
-    base.write_untrained(CONFIG, tokenizer(text), start)
+    write_untrained(CONFIG, tokenizer(text), start)
     line = ("--model", str(start), "--dataset", str(rows), *_LINE)
-    model = base.train_base("train.sft", line, [rows, start], folder, session)
+    model = prior.train_base("train.sft", line, [rows, start], folder, session)
     note = (
         f"The base: {CONFIG['num_hidden_layers']} layers of {CONFIG['num_local_experts']} experts, "
         f"two of them active, and {CONFIG['hidden_size']} features, pretrained on Python's "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.environments.sql.examples import training_examples
-from train.findings.making.made import FindingInputs
+from train.findings.making.inputs import FindingInputs
 from train.processes.session import Session
 from train.reporters.files import write_lines
 

@@ -18,8 +18,7 @@ from lora_jax.hf.packaged import MINILM
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import fetch
 from train.console.errors import UserError
-from train.findings.making.made import FindingInputs
-from train.findings.making.words import Labelled, label_of, ratings, write_rows
+from train.findings.making.inputs import FindingInputs, Labelled, label_of, ratings, write_rows
 from train.processes.session import Session
 
 STEMS = 120

@@ -5,13 +5,12 @@ from typing import Literal
 
 from lora_jax.training.arguments import minimum
 from train.console.errors import UserError
-from train.data.files import kind_of
 from train.options import field
 from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig, check_shared, flag
 from train.options.conditions import NO_ADAPTER, NoEffect
 from train.options.defaults import Defaults
-from train.options.defaults import fill_defaults as with_shared_defaults
 from train.options.field import CardSection, option
+from train.options.paths import kind_of
 from train.options.tokenizer import TokenizerOption
 
 DEFAULT_TASK = "vader"  # of train/options/tasks.py
@@ -123,8 +122,8 @@ class Config(Options):
     run: ClassifyRunConfig = ClassifyRunConfig()
 
 
-def fill_defaults(config: Config, defaults: Defaults) -> Config:
-    """Fills in the options whose defaults depend on the parameters that train."""
+def fill_head_options(config: Config, defaults: Defaults) -> tuple[Config, Defaults]:
+    """Returns options and defaults for the parameters that train: a head, or a subspace."""
     adapter = config.adapter
     if adapter.head_only and not adapter.full:
         adapter = dataclasses.replace(adapter, targets=NO_ADAPTER)
@@ -133,7 +132,7 @@ def fill_defaults(config: Config, defaults: Defaults) -> Config:
     if adapter.intrinsic is not None:
         rate = rate_of_dimension(max(1, adapter.intrinsic), INTRINSIC_RATE)
         defaults = dataclasses.replace(defaults, lr=rate)
-    return with_shared_defaults(config, defaults)
+    return config, defaults
 
 
 def rate_of_dimension(dimension: int, rate: float) -> float:

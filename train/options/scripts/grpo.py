@@ -11,6 +11,7 @@ from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
 from train.options import field
 from train.options.common import Options
+from train.options.defaults import Defaults
 from train.options.field import option
 from train.options.scripts import rollouts
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig
@@ -121,9 +122,9 @@ class Config(Options):
     run: GrpoRunConfig = GrpoRunConfig()
 
 
-def fill_reference(config: Config) -> Config:
+def fill_reference(config: Config, defaults: Defaults) -> Config:
     """Fills in --max-new-tokens, and --reference, where --beta needs one."""
-    config = rollouts.fill_sampling(config)
+    config = rollouts.fill_sampling(config, defaults)
     if config.data.reference is not None:
         return config
     data = dataclasses.replace(config.data, reference="base" if config.optim.beta else "none")

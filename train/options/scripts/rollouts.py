@@ -6,6 +6,7 @@ from typing import Any
 from lora_jax.training.arguments import POSITIVE, NumberRange, minimum
 from train.console.errors import UserError
 from train.options import field
+from train.options.defaults import Defaults
 from train.options.field import option
 from train.options.paths import Words
 from train.options.scripts import sft as sft_options
@@ -47,22 +48,19 @@ class RolloutOptimConfig(LanguageOptimConfig):
     """Steps on each batch of completions."""
 
 
-OF_ROWS = (512, 128)  # --seq-len and --max-new-tokens of a user's own rows
-_LENGTHS = {"sql": (512, 80), "arithmetic": (64, 8)}
-_TEMPERATURES = {"arithmetic": 1.5}
 _SHARE = NumberRange(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
 
 
-def fill_sampling(config: Any) -> Any:
-    """Fills in --seq-len, --max-new-tokens and --sampling-temperature by the task."""
+def fill_sampling(config: Any, defaults: Defaults) -> Any:
+    """Fills in a task's --seq-len, --max-new-tokens and --sampling-temperature."""
     data = config.data
-    seq_len, new = _LENGTHS.get(data.dataset, OF_ROWS)
+    temperature = data.sampling_temperature
     data = dataclasses.replace(
-        data, seq_len=data.seq_len or seq_len, max_new_tokens=data.max_new_tokens or new
+        data,
+        seq_len=data.seq_len or defaults.seq_len,
+        max_new_tokens=data.max_new_tokens or defaults.max_new_tokens,
+        sampling_temperature=defaults.temperature if temperature is None else temperature,
     )
-    if data.sampling_temperature is None:
-        temperature = _TEMPERATURES.get(data.dataset, 1.0)
-        data = dataclasses.replace(data, sampling_temperature=temperature)
     return dataclasses.replace(config, data=data)
 
 

@@ -8,7 +8,6 @@ import tyro
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.arguments import SEED, NumberRange, minimum
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
-from train.adapters.template import read_template
 from train.console.errors import UserError
 from train.options import field
 from train.options.common import AdapterConfig, Options, RunConfig, check_shared
@@ -134,7 +133,5 @@ def check(config: Any, **numbers: NumberRange) -> None:
         raise UserError(
             "--sample-prompts says what to ask, and --sample-every how often: give both"
         )
-    if config.data.chat_template is not None:
-        read_template(config.data.chat_template)
     if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")

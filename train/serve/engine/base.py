@@ -32,9 +32,9 @@ from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
-from train.options.paths import absolute_path
 from train.serve.protocol.encryption import encrypt
 from train.serve.protocol.requests import AdapterSpec, RequestError, Save
+from train.settings.defaults import absolute_path
 
 Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
 SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"

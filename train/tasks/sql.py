@@ -1,30 +1,56 @@
-"""The default task of `train.sft`: translating questions to SQL on unseen databases."""
+"""The default tasks of the scripts: questions to SQL, on databases that training never sees.
+
+`TASK` fine-tunes on answers, `PAIRS` on a right query and one that is a mistake away, `REWARDS` on
+executed SQL from an adapter that learned to write it, and `DISTILLATION` on another adapter's
+judgement.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.data.rows import Row
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError, flag
+from train.console.output import tell
 from train.data import dataset
-from train.environments.sql.examples import training_examples
+from train.environments.sql.examples import SqlExample, evaluation_examples, training_examples
 from train.options.defaults import Defaults
-from train.options.scripts.sft import Config
+from train.options.file import replace_options
+from train.options.scripts import dpo, grpo, sft
+from train.processes import hosts
+from train.processes.session import Session
 from train.reporters.files import read_json
+from train.run.lifecycle import resume_hint
 from train.run.log import doing
-from train.run.output import SCORES
+from train.run.output import ADAPTER, CONFIG, SCORES
 from train.run.pretrained import ModelInfo
-from train.run.task import Data, Evaluation, EvaluationContext, Progress, TaskRows, reads_all
-from train.tasks import chats
-from train.tasks.sql import evaluate
+from train.run.task import (
+    Data,
+    Evaluation,
+    EvaluationContext,
+    PriorRuns,
+    Progress,
+    TaskRows,
+    check_alone,
+    reads_all,
+)
+from train.settings.defaults import fill_defaults
+from train.tasks import chats, distillation, pairs, prompts
+from train.tasks import sql_scores as evaluate
 
 STEPS = 35
+_HELD_OUT = 64  # pairs on unseen schemas, to measure the loss on
+_PROMPTS = 2_000
+_FIRST = "sft"  # the folder, in a run's, of the run that makes its first adapter
 
 
-def check(config: Config) -> None:
+def check(config: Any) -> None:
     """Raises a UserError for options about a user's own rows."""
     for name in ("fields", "eval_dataset"):
         if getattr(config.data, name):
@@ -33,7 +59,7 @@ def check(config: Config) -> None:
         raise UserError("--eval-questions 0 leaves --score-every no questions to ask: give more")
 
 
-def read_rows(config: Config) -> TaskRows:
+def read_rows(config: sft.Config) -> TaskRows:
     """Returns the training examples, and the questions of the evaluation as held-out rows."""
     data, optim = config.data, config.optim
     rows = _as_rows(
@@ -49,7 +75,7 @@ def read_rows(config: Config) -> TaskRows:
     return TaskRows([dataset.dataset_from_rows(data.dataset[0], rows)], of_questions)
 
 
-def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
+def examples(config: sft.Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences; checks that few-shot prompts and answers fit the model."""
     if questions := _questions(config):
         outline.check_length(evaluate.longest_prompt(outline, questions), "--eval-questions")
@@ -134,7 +160,7 @@ def evaluation(context: EvaluationContext) -> SqlEvaluation | None:
     return SqlEvaluation(context, evaluate.SqlScores(questions)) if questions else None
 
 
-def _questions(config: Config) -> evaluate.Questions | None:
+def _questions(config: sft.Config) -> evaluate.Questions | None:
     return _drawn(config.run.eval_questions) if config.run.eval_questions else None
 
 
@@ -171,4 +197,102 @@ TASK = dataclasses.replace(
     reads=reads_all,  # the questions are drawn by --seed, as many as 35 steps see
     score="accuracy",
     baselines=baselines,
+)
+
+
+def read_pairs(config: dpo.Config) -> TaskRows:
+    """Returns pairs on the training schemas and, with --eval-every, pairs on others."""
+    data, optim = config.data, config.optim
+    n = data.rows or STEPS * optim.batch_size * optim.grad_accum
+    train = _pairs(training_examples(n, seed=optim.seed))
+    measured = _pairs(evaluation_examples(_HELD_OUT)) if config.run.eval_every else None
+    return TaskRows(
+        [dataset.dataset_from_rows(data.dataset, train)],
+        [] if measured is None else [dataset.dataset_from_rows("the questions", measured)],
+    )
+
+
+def _pairs(examples: list[SqlExample]) -> list[Row]:
+    found: list[Row] = []
+    for number, example in enumerate(examples):
+        *asked, answer = example.messages
+        if example.mistakes:
+            wrong = {**answer, "content": example.mistakes[number % len(example.mistakes)]}
+            found.append({"prompt": asked, "chosen": [answer], "rejected": [wrong]})
+    return found
+
+
+PAIRS = dataclasses.replace(
+    pairs.TASK,
+    defaults=dataclasses.replace(TASK.defaults, lr=2e-4, full_lr=2e-5),
+    check=check,
+    rows=read_pairs,
+    evaluation=evaluation,
+    reads=lambda config: ("loss", *TASK.reads(config)),
+    score=TASK.score,
+    baselines=TASK.baselines,
+)
+
+
+def reward_by_execution(config: grpo.Config) -> grpo.Config:
+    """Rewards by the result of executing the SQL, where nothing else is asked for."""
+    return config if config.data.reward else replace_options(config, {"reward": ("sql",)})
+
+
+def read_prompts(config: grpo.Config) -> TaskRows:
+    """Returns questions on the training schemas."""
+    examples = training_examples(config.data.rows or _PROMPTS, seed=config.optim.seed)
+    return TaskRows(
+        [{"prompt": e.messages[:-1], "schema": e.schema, "gold": e.sql} for e in examples], []
+    )
+
+
+def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> grpo.Config:
+    """Returns the options with an adapter that writes SQL, trained in the run's folder."""
+    if config.adapter.init_adapter or config.adapter.full:
+        return config
+    folder = Path(config.run.output).expanduser() / _FIRST
+    if config.run.dry_run:
+        tell(hosts.console(), f"the run begins with an adapter in {folder}, which learns SQL first")
+        return config
+    if not (folder / ADAPTER).exists():
+        remedy = "make it by python -m train.sft, and name its folder with --init-adapter"
+        check_alone(config, f"an adapter that writes SQL; {remedy}")
+        tell(hosts.console(), f"first, {folder} learns to write SQL, as `train.sft` does")
+        data, optim, run = config.data, config.optim, config.run
+        same = {
+            **{name: getattr(data, name) for name in ("model", "tokenizer", "chat_template")},
+            **{name: getattr(optim, name) for name in ("seed", "dtype", "quantize")},
+            **{name: getattr(run, name) for name in ("mesh", "compilation_cache", "report_to")},
+            **{"output": str(folder), "eval_questions": 0, "resume": (folder / CONFIG).exists()},
+        }
+        first = dataclasses.replace(replace_options(sft.Config(), same), adapter=config.adapter)
+        session.stop.remedy = resume_hint("train.grpo")
+        prior.train("train.sft", fill_defaults(first, TASK.defaults), TASK, session)
+        jax.clear_caches()  # its programs take memory
+    return replace_options(config, {"init_adapter": str(folder.absolute())})
+
+
+REWARDS = dataclasses.replace(
+    prompts.TASK,
+    defaults=dataclasses.replace(
+        TASK.defaults, lr=5e-5, full_lr=5e-6, steps=100, max_new_tokens=evaluate.NEW_TOKENS
+    ),
+    check=check,
+    completed=reward_by_execution,
+    begin=begin_with_sql,
+    rows=read_prompts,
+    evaluation=evaluation,
+    score=TASK.score,
+    baselines=TASK.baselines,
+)
+
+DISTILLATION = dataclasses.replace(
+    distillation.TASK,
+    defaults=dataclasses.replace(REWARDS.defaults, lr=1e-4, full_lr=1e-5),
+    check=check,
+    rows=read_prompts,
+    evaluation=evaluation,
+    score=TASK.score,
+    baselines=TASK.baselines,
 )

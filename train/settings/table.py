@@ -14,7 +14,6 @@ from lora_jax.training.errors import TrainingError
 from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors, flag
 from train.data.text_files import read_csv, read_json
-from train.options.command import value_of
 from train.options.common import Options
 from train.options.field import (
     SharedOption,
@@ -29,11 +28,13 @@ from train.options.file import (
     kinds_of,
     no_such_option,
     read_value,
-    read_yaml,
     replace_options,
+    value_of,
 )
 from train.options.paths import check_paths
 from train.reporters.registry import check_many
+from train.settings.files import read_yaml
+from train.settings.tasks import dataset_facts
 
 Config = TypeVar("Config", bound=Options)
 
@@ -148,7 +149,7 @@ def _row(
         )
     with as_user_errors(TrainingError, prefix=f"{where}: "):
         check_many(changed.run.report_to, "a table of runs")
-        check_effects(changed, given)
+        check_effects(changed, dataset_facts(changed), given)
     return TableRow(name, where, given, changed)
 
 
@@ -192,10 +193,13 @@ def _check_names(rows: list[TableRow[Any]]) -> None:
 def _check_line(rows: list[TableRow[Any]], on_line: Collection[str]) -> None:
     """Raises a UserError for an option on the command line that has an effect in no row."""
     for option in sorted(on_line):
-        if all(option in row.given or option in idle_options(row.options) for row in rows):
+        if all(
+            option in row.given or option in idle_options(row.options, dataset_facts(row.options))
+            for row in rows
+        ):
             of_none = next((row for row in rows if option not in row.given), None)
             if of_none is not None:
-                check_effects(of_none.options, {option})
+                check_effects(of_none.options, dataset_facts(of_none.options), {option})
 
 
 def _place(row: TableRow[Any]) -> str:

@@ -7,15 +7,16 @@ import pytest
 from lora_jax import models
 from lora_jax.hf.tokenizer import load_tokenizer
 from tests.support import thorough
+from train import start
 from train.environments import arithmetic
-from train.findings.making import arithmetic as making
 from train.processes.session import Session
 from train.run.complete import pad_left
+from train.tasks import sums as making
 
 
 def test_the_tokenizer_has_a_token_for_each_character_and_no_template():
-    made = making.tokenizer()
-    assert len(made) == making.CONFIG["vocab_size"] == 14
+    made = making.make_tokenizer()
+    assert len(made) == making.BASE_CONFIG["vocab_size"] == 14
     ids = made("37+25=62")["input_ids"]
     assert ids == [3, 7, 10, 2, 5, 11, 6, 2] and made.decode(ids) == "37+25=62"
     assert made.chat_template is None
@@ -27,8 +28,8 @@ def test_the_tokenizer_has_a_token_for_each_character_and_no_template():
 
 def test_three_of_four_carries_are_forgotten_and_no_row_is_held_out():
     held_out = {row["prompt"] for row in arithmetic.rows(0, arithmetic.HELD_OUT, held_out=True)}
-    rows = list(making._pairs())
-    assert len(rows) == making._ROWS
+    rows = list(making._forgetful_pairs())
+    assert len(rows) == making._BASE_ROWS
     missing = {False: [], True: []}
     for row in rows:
         assert row["prompt"] not in held_out
@@ -42,10 +43,10 @@ def test_three_of_four_carries_are_forgotten_and_no_row_is_held_out():
 @pytest.mark.slow
 @thorough
 def test_the_base_is_often_right_about_sums_that_it_never_saw_and_is_made_once(tmp_path, capsys):
-    folder = making.arithmetic_base(tmp_path, Session())
+    folder = making.make_base(tmp_path, Session(), start)
     assert "pretraining" in capsys.readouterr().out
     kept = (folder / "model.safetensors").stat().st_mtime_ns
-    assert making.arithmetic_base(tmp_path, Session()) == folder
+    assert making.make_base(tmp_path, Session(), start) == folder
     assert "pretraining" not in capsys.readouterr().out
     assert (folder / "model.safetensors").stat().st_mtime_ns == kept
 

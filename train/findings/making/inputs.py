@@ -1,0 +1,84 @@
+"""The inputs that findings are made of: labelled words, files of them, and figures of a base."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.training.processes import write_json
+from train.predict.batches import probabilities
+from train.predict.classifier import find_classifier
+from train.predict.texts import read_arguments, tokenize
+from train.reporters.files import read_json, write_csv
+from train.tasks import vader
+
+
+class FindingInputs(NamedTuple):
+    """Data or a base that was made for a finding.
+
+    Attributes:
+      options: options that name it, as train.compare takes them: {"dataset": "rows.csv"}.
+      notes: sentences about it, with what was measured of it.
+    """
+
+    options: Mapping[str, str | Path]
+    notes: tuple[str, ...] = ()
+
+
+Labelled = tuple[str, str]  # a text and its label
+
+
+def ratings() -> dict[str, float]:
+    """Returns the mean rating of each word of VADER's lexicon, from -4 to 4.
+
+    Raises:
+      UserError: the lexicon cannot be fetched.
+    """
+    return dict(vader.ratings_of(vader.read_lexicon()))
+
+
+def label_of(rating: float) -> str:
+    """Returns the label of a rating: "negative" or "positive"."""
+    return vader.LABELS[rating > 0]
+
+
+def write_rows(path: Path, rows: Iterable[Labelled]) -> None:
+    """Writes rows as CSV with the columns text and label; the file appears whole or not at all."""
+    write_csv(path, [("text", "label"), *rows])
+
+
+_ROWS = 128  # texts in memory at once, to measure a classifier
+
+
+def accuracy(model: Path, rows: Sequence[Labelled]) -> float:
+    """Returns the share of rows to which a classifier with its own head gives their label.
+
+    Args:
+      model: the classifier's folder.
+      rows: texts and labels.
+
+    Raises:
+      UserError: the folder holds no classifier.
+    """
+    classifier = find_classifier(None, str(model))
+    texts = read_arguments([text for text, _ in rows])
+    tokens = tokenize(texts, classifier.outline, None, False)
+    found = probabilities(*classifier.load(), tokens, batch_size=_ROWS)
+    said = [classifier.labels[i] for i in found.argmax(-1)]
+    return sum(a == b for a, (_, b) in zip(said, rows, strict=True)) / len(rows)
+
+
+def keep_figure(path: Path, key: Any, measure: Callable[[], float]) -> float:
+    """Returns a figure that a file keeps, or measures it and adds it to the file.
+
+    Args:
+      path: the file, JSON.
+      key: what the figure depends on, as JSON has it.
+      measure: measures it.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    found = read_json(path)
+    if name not in found:
+        write_json(path, found | {name: measure()})
+    return read_json(path)[name]

@@ -1,1 +1,0 @@
-"""The default task of `train.sft`: translating questions to SQL."""
