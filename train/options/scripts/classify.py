@@ -13,7 +13,7 @@ from train.options.field import CardSection, option
 from train.options.paths import kind_of
 from train.options.tokenizer import TokenizerOption
 
-DEFAULT_TASK = "vader"  # of train/options/tasks.py
+DEFAULT_TASK = "vader"  # of train/settings/tasks.py
 HEAD = "classifier"
 HEAD_RATE = 3e-2  # the default learning rate with --head-only
 INTRINSIC_RATE = 3e-2  # with --intrinsic 10000; see `rate_of_dimension`

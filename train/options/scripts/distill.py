@@ -12,7 +12,7 @@ from train.options.scripts import rollouts
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
-DEFAULT_TASK = "sql"  # of train/options/tasks.py
+DEFAULT_TASK = "sql"  # of train/settings/tasks.py
 BASE = "base"  # a value of --teacher
 
 

@@ -16,7 +16,7 @@ from train.options.scripts.language import LanguageOptimConfig, TokensConfig
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
 KTO, SFT = "kto", "sft"
-DEFAULT_TASK = "sql"  # of train/options/tasks.py
+DEFAULT_TASK = "sql"  # of train/settings/tasks.py
 BASE, NONE = "base", "none"  # values of --reference
 LossName = Literal[*PREFERENCES, KTO, SFT]  # type: ignore[valid-type]
 _WITH_NLL = tuple(name for name, one in PREFERENCES.items() if one.nll is not None)

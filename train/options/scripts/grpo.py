@@ -17,7 +17,7 @@ from train.options.scripts import rollouts
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
-DEFAULT_TASK = "sql"  # of train/options/tasks.py
+DEFAULT_TASK = "sql"  # of train/settings/tasks.py
 RLOO, DR_GRPO = "rloo", "dr_grpo"
 LossName = Literal[*ONLINE, DR_GRPO, RLOO]  # type: ignore[valid-type]
 _LOSS = (

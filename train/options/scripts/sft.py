@@ -23,7 +23,7 @@ _LOSS = (
     + "".join(f"{name}: {loss.about}. " for name, loss in TOKEN_LOSSES.items())
     + "Held-out data are measured by cross-entropy, whatever the loss."
 )
-DEFAULT_TASK = "sql"  # of train/options/tasks.py
+DEFAULT_TASK = "sql"  # of train/settings/tasks.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
