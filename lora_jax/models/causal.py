@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import dot_wide, soft_cap
 from lora_jax.models.layers.blocks import EmbeddingNoise, ModelPart, dense
-from lora_jax.models.layers.cache import Cache, LayerCache, write_slots
-from lora_jax.models.layers.masks import Mask
+from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.trunk import causal_mask, extend_cache, place_tokens
 
 
@@ -102,39 +100,6 @@ class CausalLM(ModelPart):
         if (divisor := getattr(self.config, "logits_scaling", 1.0)) != 1:
             logits = logits / divisor
         return soft_cap(logits, getattr(self.config, "final_logit_softcapping", None))
-
-
-def attended(
-    part: ModelPart,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask,
-    cache: LayerCache | None,
-    filled: jax.Array,
-    scale: float | jax.Array,
-    cap: float | None = None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """Returns what each query sees in a cache and the call's own tokens: [batch, seq, heads * d].
-
-    Args:
-      part: the layer's attention.
-      q, k, v: queries, keys and values of the call, [batch, seq, heads, d] each.
-      mask: the keys that each query may see.
-      cache: the layer's keys and values so far; None without a cache.
-      filled: [] int32, the number of the cache's slots in use.
-      scale, cap, sinks: see ``attend``.
-    """
-    if cache is not None:
-        k, v = write_slots(cache.key, k, filled), write_slots(cache.value, v, filled)
-    out = attend(
-        *(q, k, v, mask, scale, cap, sinks),
-        attention=part.attention,
-        placement=part.placement,
-        shared=cache and cache.shared,
-    )
-    return part.placement.constrain(out.reshape(*q.shape[:2], -1), "features")
 
 
 def output_head(module: CausalLM) -> nn.Dense | None:

@@ -9,6 +9,7 @@ i and 2n - 1 - i, which together see 2n + 1 chunks, whatever i is.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.layers.masks import Mask, Split
+from lora_jax.models.layers.attention import AttentionInputs
+from lora_jax.models.layers.masks import Split
 from lora_jax.models.layers.placement import Attention
 from lora_jax.models.specs import BATCH
 from lora_jax.sharding import sharding_for
@@ -50,15 +52,8 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
     not split.
     """
 
-    def called(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: Mask,
-        scale: float | jax.Array | None = None,
-        cap: float | None = None,
-        sinks: jax.Array | None = None,
-    ) -> jax.Array:
+    def attend_mesh(*arguments: Any) -> jax.Array:
+        q, k, v, mask, scale, cap, sinks = AttentionInputs(*arguments)
         split = None
         if mask.aligned and q.shape[1] == k.shape[1]:
             split = split_of(q.shape[1], mesh.shape[AXIS], causal=mask.causal)
@@ -69,36 +64,35 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
         # A number stays a number, for kernels that need one.
         given = scale if isinstance(scale, jax.Array) else None
 
-        def apart(
-            q: jax.Array,
-            k: jax.Array,
-            v: jax.Array,
-            mask: Mask,
-            given: jax.Array | None,
-            sinks: jax.Array | None,
-        ) -> jax.Array:
-            rest = (scale if given is None else given, cap, *([] if sinks is None else [sinks]))
+        def attend_part(inputs: AttentionInputs) -> jax.Array:
+            inputs = inputs._replace(scale=scale if given is None else inputs.scale, cap=cap)
             if split is None:
-                return local(q, k, v, mask, *rest)
-            part = dataclasses.replace(
-                mask, queries=split.take(mask.queries), aligned=False, split=split
-            )
-            k, v = (lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (k, v))
+                return local(*inputs.arguments)
+            queries = split.take(inputs.mask.queries)
+            mask = dataclasses.replace(inputs.mask, queries=queries, aligned=False, split=split)
+            k, v = (lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (inputs.k, inputs.v))
+            inputs = inputs._replace(k=k, v=v, mask=mask)
             if not split.paired:
-                return local(q, k, v, part, *rest)
-            return _to_chunks(local(_to_pairs(q, split), k, v, part, *rest), split)
+                return local(*inputs.arguments)
+            paired = inputs._replace(q=_to_pairs(inputs.q, split))
+            return _to_chunks(local(*paired.arguments), split)
 
         # A mask has a few integers per token: a device has those of all queries, and takes its own.
         of_mask = jax.tree.map(
             lambda x: sharding_for((BATCH, None), x.shape, mesh).spec if x.ndim == 2 else P(), mask
         )
         of_sinks = None if sinks is None else P(of_arrays[2])
-        specs = (of_arrays, of_arrays, of_arrays, of_mask, None if given is None else P(), of_sinks)
+        arrays = AttentionInputs(q, k, v, mask, given, None, sinks)
+        of_scale = None if given is None else P()
+        of_inputs = [of_arrays, of_arrays, of_arrays, of_mask, of_scale, None, of_sinks]
+        specs = AttentionInputs._make(of_inputs)
         # Kernels do not say over which axes of a mesh their results differ.
-        run = jax.shard_map(apart, mesh=mesh, in_specs=specs, out_specs=of_arrays, check_vma=False)
-        return run(q, k, v, mask, given, sinks)
+        run = jax.shard_map(
+            attend_part, mesh=mesh, in_specs=(specs,), out_specs=of_arrays, check_vma=False
+        )
+        return run(arrays)
 
-    return called
+    return attend_mesh
 
 
 def _repeated(x: jax.Array, heads: int, devices: int) -> jax.Array:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.masks import Mask, MaskTokens
 
@@ -37,7 +38,7 @@ def ours(arrays: Arrays, causal: bool, how: Any) -> Runs:
 
     def run(*arrays: jax.Array, tokens: MaskTokens) -> jax.Array:
         mask = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
-        return attend(*arrays, mask, attention=how)
+        return attend(AttentionInputs(*arrays, mask), attention=how)
 
     return both(run, arrays, tokens=tokens)
 

@@ -19,7 +19,7 @@ from lora_jax.models.layers.attend import (
     choose_implementation,
     implementation,
 )
-from lora_jax.models.layers.attention import AttentionCall, dense
+from lora_jax.models.layers.attention import DENSE, AttentionCall, AttentionInputs
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.kernels.splash import Splash
@@ -167,7 +167,7 @@ def test_blocks_compute_what_dense_attention_does(name: str) -> None:
 
     def gradient(how: Any, arrays: Any) -> Any:
         def run(arrays: Any, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            out = attend(*arrays, mask, case.scale, case.cap, sinks, attention=how)
+            out = attend(AttentionInputs(*arrays, mask, case.scale, case.cap, sinks), attention=how)
             return jnp.sum(out * cotangent), out
 
         return jax.value_and_grad(run, (0, 1), has_aux=True)(arrays, case.heads_sinks())
@@ -187,7 +187,7 @@ def test_dense_attention_is_softmax_written_out(with_sinks: bool, float64: None)
     q, k, v = (np.asarray(x, np.float64) for x in case.arrays())
     sees = np.asarray(visible(mask)[0])
     sinks = case.heads_sinks()
-    got = np.asarray(jax.jit(lambda *x: dense(*x, mask, 0.6, 1.5, sinks))(q, k, v))
+    got = np.asarray(jax.jit(lambda *x: DENSE(*x, mask, 0.6, 1.5, sinks))(q, k, v))
     for b, i, h in np.ndindex(case.batch, case.seq, q.shape[2]):
         seen = sees[b, i]
         if seen.any():
@@ -203,7 +203,7 @@ def test_blocks_in_double_precision(float64: None) -> None:
     mask = case.mask()
     arrays = tuple(np.asarray(x, np.float64) for x in case.arrays())
     looks = np.asarray(visible(mask)[0]).any(-1)[..., None, None]
-    both = jax.jit(lambda *x: [run(*x, mask) for run in (case.blocks, dense)])(*arrays)
+    both = jax.jit(lambda *x: [run(*x, mask) for run in (case.blocks, DENSE)])(*arrays)
     got, want = (np.where(looks, out, 0) for out in both)
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
@@ -217,7 +217,7 @@ def test_forward_mode(name: str) -> None:
     def derivative(run: Any, arrays: Any, along: Any) -> jax.Array:
         return jax.jvp(lambda *x: run(*x, mask, None, 2.0), arrays, along)[1]
 
-    both = jax.jit(lambda *args: [derivative(run, *args) for run in (case.blocks, dense)])
+    both = jax.jit(lambda *args: [derivative(run, *args) for run in (case.blocks, DENSE)])
     got, want = both(arrays, along)
     assert np.abs(want).max() > 0.1
     assert_close(got, want, 1e-5)
@@ -230,8 +230,8 @@ def test_half_precision() -> None:
 
     @jax.jit
     def run(*half: jax.Array) -> Any:
-        exact = dense(*(x.astype(jnp.float32) for x in half), mask)
-        return exact, case.blocks(*half, mask), dense(*half, mask)
+        exact = DENSE(*(x.astype(jnp.float32) for x in half), mask)
+        return exact, case.blocks(*half, mask), DENSE(*half, mask)
 
     exact, *both = run(*half)
     assert all(out.dtype == jnp.bfloat16 for out in both)
@@ -247,7 +247,7 @@ def test_a_window_of_some_layers() -> None:
     @jax.jit
     def run(windowed: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         got = case.blocks(*arrays, case.mask().within(4, windowed))
-        return got, [dense(*arrays, case.mask().within(window)) for window in (None, 4)]
+        return got, [DENSE(*arrays, case.mask().within(window)) for window in (None, 4)]
 
     for windowed in (True, False):
         got, want = run(jnp.bool_(windowed))
@@ -266,7 +266,7 @@ def compiled(how: str, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
         slots = jnp.arange(seq, dtype=jnp.int32)
         tokens = MaskTokens(slots, slots[None], segments)
         mask = Mask(queries=tokens, keys=tokens, window=900, causal=causal, aligned=True)
-        return jnp.sum(attend(q, k, v, mask, attention=how) ** 2)
+        return jnp.sum(attend(AttentionInputs(q, k, v, mask), attention=how) ** 2)
 
     shapes = [(1, seq, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

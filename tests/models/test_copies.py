@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax.models.layers import trunk
 from lora_jax.models.layers.attend import attend
-from lora_jax.models.layers.attention import score_scale
+from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.cache import write_slots
 from lora_jax.models.layers.masks import Mask, MaskTokens
 from tests.models import tiny
@@ -24,7 +24,8 @@ ACTIVATIONS = importlib.import_module("lora_jax.models.layers.blocks")
 def by_softmax(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any, _: Any) -> Any:
     """Attention as it is written in textbooks: weights, then their product with the values."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    scores = jnp.einsum("bsngd,btnd->bngst", grouped, k) * score_scale(q, scale)
+    factor = AttentionInputs(q, k, v, mask, scale).factor
+    scores = jnp.einsum("bsngd,btnd->bngst", grouped, k) * factor
     scores = jnp.where(mask.visible()[:, None, None], scores, jnp.finfo(q.dtype).min)
     return jnp.einsum("bngst,btnd->bsngd", jax.nn.softmax(scores), v).reshape(q.shape)
 
@@ -79,7 +80,7 @@ def test_a_decoding_step_reads_slots_where_they_lie(heads_lead: bool) -> None:
         def layer(q: jax.Array, cached: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             write = write_slots if heads_lead else slots_lead
             k, v = (write(part, new, first) for part in cached)
-            return attend(q, k, v, mask), None
+            return attend(AttentionInputs(q, k, v, mask)), None
 
         return lax.scan(layer, q, stacks)[0]
 

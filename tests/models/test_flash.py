@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models.layers.attention import dense
+from lora_jax.models.layers.attention import DENSE
 from lora_jax.models.layers.kernels import flash
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.masks import Split
@@ -46,14 +46,14 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
 
     def told(*args: Any) -> jax.Array:
         calls.append(args)
-        return dense(*args)
+        return DENSE(*args)
 
     how = dataclasses.replace(FLASH, otherwise=told)
     case = Case(40, slots=50 if name == "a cache" else None, head_dim=300 if "heads" in name else 7)
     mask, arrays = case.mask(), case.arrays()
     if name.startswith("parts"):
         mask = dataclasses.replace(mask, aligned=False, split=Split("sequence", 2, paired=True))
-    got, want = (jax.jit(lambda *x, run=run: run(*x, mask))(*arrays) for run in (how, dense))
+    got, want = (jax.jit(lambda *x, run=run: run(*x, mask))(*arrays) for run in (how, DENSE))
     np.testing.assert_array_equal(got, want)
     assert len(calls) == 1
 
@@ -65,7 +65,7 @@ def test_blocks_are_left_out_only_where_nothing_is_seen(packed: bool) -> None:
     mask = case.mask()
     segments = [jnp.broadcast_to(x, (2, 96)) for x in mask.segments()]
     tokens = flash._Tokens(mask.queries.slots, *segments, jnp.asarray([20]))
-    how = flash.How(causal=True, scale=1.0, cap=None, queries=8, keys=4, interpret=True)
+    how = flash.FlashOptions(causal=True, scale=1.0, cap=None, queries=8, keys=4, interpret=True)
     seen = np.asarray(mask.visible()).reshape(2, 12, 8, 24, 4).any((2, 4))
     for axis in (1, 0):
         along = seen if axis else seen.swapaxes(1, 2)

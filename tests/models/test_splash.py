@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models.layers.attend import attend
-from lora_jax.models.layers.attention import dense
+from lora_jax.models.layers.attention import DENSE, AttentionInputs
 from lora_jax.models.layers.kernels.cudnn import Cudnn
 from lora_jax.models.layers.kernels.splash import Splash, _Band
 from lora_jax.models.layers.masks import Mask, Split
@@ -34,7 +34,9 @@ def differentiated(case: Case, how: Any, some: bool | None = None, **options: An
 
     def run(arrays: Any, mask: Mask, scale: jax.Array) -> Any:
         *given, sinks = arrays
-        out = attend(*given, mask, scale, case.cap, sinks, attention=how, **options)
+        out = attend(
+            AttentionInputs(*given, mask, scale, case.cap, sinks), attention=how, **options
+        )
         return jnp.sum(out * cotangent), jnp.where(real, out, 0.0)
 
     scale = jnp.float32(case.scale or 0.3)
@@ -73,7 +75,7 @@ def test_sinks_in_fp32_beside_bf16() -> None:
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.arrays())
 
     def run(sinks: jax.Array, how: Any) -> jax.Array:
-        out = attend(*half, case.mask(), None, None, sinks, attention=how)
+        out = attend(AttentionInputs(*half, case.mask(), None, None, sinks), attention=how)
         return jnp.sum(out.astype(jnp.float32) * draw(4, out.shape))
 
     got, want = (
@@ -115,7 +117,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
 
     def told(*args: Any) -> jax.Array:
         calls.append(args)
-        return dense(*args)
+        return DENSE(*args)
 
     how = dataclasses.replace(SPLASH, otherwise=told)
     case = Case(130, slots=140 if name == "a cache" else None)
@@ -124,7 +126,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
         arrays = tuple(x.astype(jnp.float16) for x in arrays)
     if name.startswith("parts"):
         mask = dataclasses.replace(mask, aligned=False, split=Split("sequence", 2, paired=True))
-    got, want = (jax.jit(lambda *x, run=run: run(*x, mask))(*arrays) for run in (how, dense))
+    got, want = (jax.jit(lambda *x, run=run: run(*x, mask))(*arrays) for run in (how, DENSE))
     np.testing.assert_array_equal(got, want)
     assert len(calls) == 1
 
@@ -134,8 +136,8 @@ def test_half_precision() -> None:
     """Nearly as near to fp32 as dense attention is: the scaled queries round once more."""
     case = Case(128, kv_heads=1, head_dim=24)
     mask, half = case.mask(), tuple(x.astype(jnp.bfloat16) for x in case.arrays())
-    exact = dense(*(x.astype(jnp.float32) for x in half), mask)
-    outs = jax.jit(lambda *x: (SPLASH(*x, mask), dense(*x, mask)))(*half)
+    exact = DENSE(*(x.astype(jnp.float32) for x in half), mask)
+    outs = jax.jit(lambda *x: (SPLASH(*x, mask), DENSE(*x, mask)))(*half)
     assert all(out.dtype == jnp.bfloat16 for out in outs)
     errors = [np.abs(x.astype(jnp.float32) - exact).mean() for x in outs]
     assert 0 < errors[0] <= 1.2 * errors[1]
@@ -200,7 +202,7 @@ def test_the_call_of_cudnn(name: str) -> None:
     with jax.numpy_dtype_promotion("standard"):
         got, want = (
             np.where(real, jax.jit(run)(*half, mask, 0.6).astype(jnp.float32), 0)
-            for run in (Cudnn(backend="xla"), dense)
+            for run in (Cudnn(backend="xla"), DENSE)
         )
     assert np.abs(want).max() > 0.5
     assert_close(got, want, 3e-2)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.masks import Mask, MaskTokens, Split
 from lora_jax.training.errors import TrainingError
@@ -40,7 +41,9 @@ def differentiated(case: Case, layout: Layout, how: Any, **options: Any) -> Any:
 
     def run(arrays: Any, mask: Mask) -> Any:
         *given, sinks = arrays
-        out = attend(*given, mask, case.scale, case.cap, sinks, attention=how, **options)
+        out = attend(
+            AttentionInputs(*given, mask, case.scale, case.cap, sinks), attention=how, **options
+        )
         return jnp.sum(out * cotangent), jnp.where(looks, out, 0.0)
 
     gradient = jax.value_and_grad(run, has_aux=True)
@@ -111,7 +114,7 @@ def test_derivatives_of_other_kinds() -> None:
     def layers(how: Any, q: Any, **options: Any) -> Any:
         @jax.checkpoint
         def layer(x: Any, _: None) -> tuple[Any, None]:
-            return x + attend(x, k, v, mask, attention=how, **options), None
+            return x + attend(AttentionInputs(x, k, v, mask), attention=how, **options), None
 
         return jax.lax.scan(layer, q, None, length=2)[0]
 
@@ -136,7 +139,7 @@ def compiled(how: Any, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
         slots = jnp.arange(seq, dtype=jnp.int32)
         tokens = MaskTokens(slots, slots[None], segments)
         mask = Mask(queries=tokens, keys=tokens, window=seq // 2, causal=causal, aligned=True)
-        return jnp.sum(attend(q, k, v, mask, attention=how, placement=layout) ** 2)
+        return jnp.sum(attend(AttentionInputs(q, k, v, mask), attention=how, placement=layout) ** 2)
 
     where = jax.NamedSharding(layout.mesh, jax.P(None, "sequence"))
     arrays = [

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.causal import attended
 from lora_jax.models.decoder.blocks import MLP, multiply, rms_norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.linear import GatedDeltaNet
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import RopeAngles, rotate
-from lora_jax.models.layers.blocks import ModelPart, dense
+from lora_jax.models.layers.attention import AttentionInputs
+from lora_jax.models.layers.blocks import ModelPart, attend_heads, dense
 from lora_jax.models.layers.cache import LayerCache, Recurrent
 from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
@@ -87,8 +87,9 @@ class Attention(ModelPart):
             sinks = self.param("sinks", init, (cfg.num_attention_heads,), self.param_dtype)
         # All layers are one program; the name tells a plan how many of them have the window.
         with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
-            how = (cfg.score_scale, cfg.attn_logit_softcapping, sinks)
-            out = attended(self, q, k, v, mask, layer.cache, step.filled, *how)
+            options = (cfg.score_scale, cfg.attn_logit_softcapping, sinks)
+            inputs = AttentionInputs(q, k, v, mask, *options)
+            out = attend_heads(self, inputs, layer.cache, step.filled)
         if gate:
             out = out * nn.sigmoid(gate[0].reshape(out.shape))
         return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)

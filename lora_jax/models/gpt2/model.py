@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.causal import CausalLM, attended, output_head
+from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.gpt2.config import GPT2Config
+from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blocks import (
     EmbeddingNoise,
     ModelPart,
     activate,
     add_noise,
+    attend_heads,
     dense,
     embed,
     layer_norm,
@@ -69,7 +71,8 @@ class _Attention(ModelPart):
         heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
         parts = jnp.split(fused, 3, axis=-1)
         q, k, v = (self.placement.constrain(part.reshape(heads), "heads") for part in parts)
-        out = attended(self, q, k, v, step.mask, layer.cache, step.filled, layer.scale)
+        inputs = AttentionInputs(q, k, v, step.mask, layer.scale)
+        out = attend_heads(self, inputs, layer.cache, step.filled)
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 

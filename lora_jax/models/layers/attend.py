@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.models.layers.attention import AttentionCall, dense
+from lora_jax.models.layers.attention import DENSE, AttentionCall, AttentionInputs, Implementation
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.kernels.cudnn import Cudnn
@@ -44,8 +44,8 @@ class Attend(Protocol):
 
 Kernel = Splash | Flash | Cudnn  # each has `refusal`, and `otherwise` for the calls that it refuses
 
-IMPLEMENTATIONS: dict[str, Attend] = {
-    "dense": dense,
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "dense": DENSE,
     "blockwise": Blockwise(),
     "splash": Splash(),
     "flash": Flash(),
@@ -57,13 +57,7 @@ _BEST_ON = {"tpu": "splash", "gpu": "flash"}
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask,
-    scale: float | jax.Array | None = None,
-    cap: float | None = None,
-    sinks: jax.Array | None = None,
+    inputs: AttentionInputs,
     *,
     attention: str | Attend = "auto",
     placement: Placement = UNPLACED,
@@ -72,16 +66,17 @@ def attend(
     """Computes softmax(soft_cap(scale * q k^T)) v, scores and softmax in fp32 (or wider).
 
     Args:
-      q: [batch, seq, heads, head_dim].
-      k: [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that keys and
-        values are never repeated in memory.
-      v: as k.
-      mask: the keys that each query may see. A query that sees none, or that is padding, gets some
-        average of values, which depends on the implementation and is finite.
-      scale: a number or []; 1 / sqrt(head_dim) by default.
-      cap: see ``soft_cap``.
-      sinks: [heads]; exp(sink) is added to the sum of a query's weights, so that they add up to
-        less than 1 (gpt-oss). None for none.
+      inputs: the arrays and the options of the call:
+
+        - q, [batch, seq, heads, head_dim];
+        - k and v, [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that
+          keys and values are never repeated in memory.
+        - mask: the keys that each query may see. A query that sees none, or that is padding, gets
+          some average of values, which depends on the implementation and is finite.
+        - scale: a number or []; 1 / sqrt(head_dim) by default.
+        - cap: see ``soft_cap``.
+        - sinks, [heads]: exp(sink) is added to the sum of a query's weights, so that they add up to
+          less than 1 (gpt-oss). None for none.
       attention: the implementation; see ``implementation``.
       placement: partitions the work over a mesh; see ``Placement.attention``.
       shared: keys and values, [kv_heads, n, head_dim], that come before those of every row, in the
@@ -91,15 +86,17 @@ def attend(
     Returns:
       [batch, seq, heads, head_dim].
     """
+    q, k, v, *_ = inputs
     local = implementation(attention, q.shape[1], placement.platform, kernels=placement.kernels)
     if shared is not None:
-        if local is dense and placement == UNPLACED:
-            return dense(q, k, v, mask, scale, cap, sinks, shared=shared)
+        if local is DENSE and placement == UNPLACED:
+            return DENSE.compute(inputs, shared)
         before = shared.repeat(q.shape[0])
-        k = jnp.concatenate([before.key.astype(k.dtype), k], axis=1)
-        v = jnp.concatenate([before.value.astype(v.dtype), v], axis=1)
-    more = [] if sinks is None else [sinks]  # a function of one's own may do without
-    return placement.attention(local)(q, k, v, mask, scale, cap, *more)
+        inputs = inputs._replace(
+            k=jnp.concatenate([before.key.astype(k.dtype), k], axis=1),
+            v=jnp.concatenate([before.value.astype(v.dtype), v], axis=1),
+        )
+    return placement.attention(local)(*inputs.arguments)
 
 
 def implementation(
@@ -189,8 +186,8 @@ def choose_implementation(
 
 def _name(attend: Attend) -> str:
     """Returns the name of an implementation, whatever its options are."""
-    for name, one in IMPLEMENTATIONS.items():
-        if attend == one or (isinstance(attend, type(one)) and isinstance(one, Blockwise | Kernel)):
+    for name, known in IMPLEMENTATIONS.items():
+        if type(attend) is type(known):
             return name
     return str(attend)
 

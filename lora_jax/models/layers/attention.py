@@ -36,93 +36,6 @@ class KeysAndValues(NamedTuple):
     values: jax.Array
 
 
-def dense(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask,
-    scale: float | jax.Array | None = None,
-    cap: float | None = None,
-    sinks: jax.Array | None = None,
-    *,
-    shared: Shared | None = None,
-) -> jax.Array:
-    """Computes attention with all scores at once, [batch, heads, seq, keys]; see ``attend``.
-
-    Heads lead in all operands, and the result is divided rather than the weights: otherwise XLA
-    copies scores into another layout on CPU, and keeps both them and the weights for the backward
-    pass. The scores of shared keys are one product for all rows; see ``attend``.
-    """
-    batch, seq, _, head_dim = q.shape
-    dtype = wide_dtype(q.dtype)
-    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
-    own = KeysAndValues("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-    parts = [own]
-    if shared is not None:
-        parts = [
-            KeysAndValues("ntd", shared.key.astype(k.dtype), shared.value.astype(v.dtype)),
-            own,
-        ]
-    factor, lowest = score_scale(q, scale), jnp.finfo(dtype).min
-
-    def scores_of(part: KeysAndValues, seen: jax.Array) -> jax.Array:
-        scores = jnp.einsum(
-            f"bngsd,{part.axes}->bngst", grouped, part.keys, preferred_element_type=dtype
-        )
-        return jnp.where(seen, soft_cap(scores * factor, cap), lowest)
-
-    ends = np.cumsum([part.keys.shape[-2] for part in parts])
-    seen = jnp.split(mask.visible()[:, None, None], ends[:-1], axis=-1)
-    scores = list(map(scores_of, parts, seen))
-    # The maximum changes no result, and so needs no derivative.
-    largest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
-    largest, sink = add_sinks(lax.stop_gradient(largest), sinks, (k.shape[2], -1, 1, 1))
-    weights = [jnp.exp(s - largest) for s in scores]
-    total = functools.reduce(jnp.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights)) + sink
-
-    def sum_of(part: KeysAndValues, weights: jax.Array) -> jax.Array:
-        weights = weights.astype(v.dtype)
-        return jnp.einsum(
-            f"bngst,{part.axes}->bngsd", weights, part.values, preferred_element_type=dtype
-        )
-
-    out = functools.reduce(jnp.add, map(sum_of, parts, weights))
-    return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-def add_sinks(
-    largest: jax.Array, sinks: jax.Array | None, shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array | float]:
-    """Returns the largest of scores and sinks, and what sinks add to the sums of weights.
-
-    Args:
-      largest: the largest scores, without a derivative.
-      sinks: [heads], or None.
-      shape: that of the sinks beside ``largest``.
-    """
-    if sinks is None:
-        return largest, 0.0
-    sinks = sinks.astype(largest.dtype).reshape(shape)
-    largest = jnp.maximum(largest, lax.stop_gradient(sinks))
-    return largest, jnp.exp(sinks - largest)
-
-
-def score_scale(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
-    """Returns the factor of the scores, [] in their dtype: 1 / sqrt(head_dim) by default."""
-    return jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, wide_dtype(q.dtype))
-
-
-def scale_queries(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
-    """Returns queries with the factor of their scores, for kernels that take no traced factor."""
-    factor = score_scale(q, scale)
-    return (q.astype(factor.dtype) * factor).astype(q.dtype)
-
-
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Returns cap tanh(x / cap): x where it is small, never beyond ±cap (Gemma 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCall:
     """The static facts of one call.
@@ -145,17 +58,154 @@ class AttentionCall:
     cached: bool = False
     split: Split | None = None
 
-    @classmethod
-    def from_arguments(
-        cls, q: jax.Array, mask: Mask, cap: float | None, sinks: jax.Array | None = None
-    ) -> AttentionCall:
-        """Returns the facts of an implementation's arguments."""
-        return cls(
-            queries=q.shape[1],
-            head_dim=q.shape[-1],
-            dtype=jnp.dtype(q.dtype),
-            capped=cap is not None,
-            sinks=sinks is not None,
-            cached=not mask.aligned and mask.split is None,
-            split=mask.split,
+
+class AttentionInputs(NamedTuple):
+    """The arrays and the options of one call of attention; see ``attend``."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    mask: Mask
+    scale: float | jax.Array | None = None
+    cap: float | None = None
+    sinks: jax.Array | None = None
+
+    @property
+    def call(self) -> AttentionCall:
+        """The static facts of the call."""
+        return AttentionCall(
+            queries=self.q.shape[1],
+            head_dim=self.q.shape[-1],
+            dtype=jnp.dtype(self.q.dtype),
+            capped=self.cap is not None,
+            sinks=self.sinks is not None,
+            cached=not self.mask.aligned and self.mask.split is None,
+            split=self.mask.split,
         )
+
+    @property
+    def factor(self) -> jax.Array:
+        """The factor of the scores, [] in their dtype: 1 / sqrt(head_dim) by default."""
+        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return jnp.asarray(scale, wide_dtype(self.q.dtype))
+
+    @property
+    def scaled_queries(self) -> jax.Array:
+        """The queries times the factor, for kernels that take no traced factor."""
+        factor = self.factor
+        return (self.q.astype(factor.dtype) * factor).astype(self.q.dtype)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of an ``Attend``: a function of one's own may do without sinks."""
+        return tuple(self[:-1] if self.sinks is None else self)
+
+
+class Softmax(NamedTuple):
+    """The options that make weights of scores.
+
+    Attributes:
+      factor: [], the factor of the scores, in their dtype.
+      cap, sinks: see ``attend``.
+    """
+
+    factor: jax.Array
+    cap: float | None
+    sinks: jax.Array | None
+
+
+class Implementation:
+    """An implementation of attention over ``AttentionInputs``, called as an ``Attend`` is."""
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: float | jax.Array | None = None,
+        cap: float | None = None,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
+        return self.compute(AttentionInputs(q, k, v, mask, scale, cap, sinks))
+
+    def compute(self, inputs: AttentionInputs) -> jax.Array:
+        """Computes attention, [batch, seq, heads, head_dim]."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Implementation):
+    """Computes attention with all scores at once, [batch, heads, seq, keys].
+
+    Heads lead in all operands, and the result is divided rather than the weights: otherwise XLA
+    copies scores into another layout on CPU, and keeps both them and the weights for the backward
+    pass. The scores of shared keys are one product for all rows; see ``attend``.
+    """
+
+    def compute(self, inputs: AttentionInputs, shared: Shared | None = None) -> jax.Array:
+        q, k, v, mask, _, cap, sinks = inputs
+        batch, seq, _, head_dim = q.shape
+        dtype = wide_dtype(q.dtype)
+        grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
+        own = KeysAndValues("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+        parts = [own]
+        if shared is not None:
+            parts = [
+                KeysAndValues("ntd", shared.key.astype(k.dtype), shared.value.astype(v.dtype)),
+                own,
+            ]
+        factor, lowest = inputs.factor, jnp.finfo(dtype).min
+
+        def scores_of(part: KeysAndValues, seen: jax.Array) -> jax.Array:
+            scores = jnp.einsum(
+                f"bngsd,{part.axes}->bngst", grouped, part.keys, preferred_element_type=dtype
+            )
+            return jnp.where(seen, soft_cap(scores * factor, cap), lowest)
+
+        ends = np.cumsum([part.keys.shape[-2] for part in parts])
+        seen = jnp.split(mask.visible()[:, None, None], ends[:-1], axis=-1)
+        scores = list(map(scores_of, parts, seen))
+        # The maximum changes no result, and so needs no derivative.
+        largest = functools.reduce(
+            jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores)
+        )
+        largest, sink = add_sinks(lax.stop_gradient(largest), sinks, (k.shape[2], -1, 1, 1))
+        weights = [jnp.exp(s - largest) for s in scores]
+        total = (
+            functools.reduce(jnp.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights)) + sink
+        )
+
+        def sum_of(part: KeysAndValues, weights: jax.Array) -> jax.Array:
+            weights = weights.astype(v.dtype)
+            return jnp.einsum(
+                f"bngst,{part.axes}->bngsd", weights, part.values, preferred_element_type=dtype
+            )
+
+        out = functools.reduce(jnp.add, map(sum_of, parts, weights))
+        return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+DENSE = Dense()
+
+
+def add_sinks(
+    largest: jax.Array, sinks: jax.Array | None, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array | float]:
+    """Returns the largest of scores and sinks, and what sinks add to the sums of weights.
+
+    Args:
+      largest: the largest scores, without a derivative.
+      sinks: [heads], or None.
+      shape: that of the sinks beside ``largest``.
+    """
+    if sinks is None:
+        return largest, 0.0
+    sinks = sinks.astype(largest.dtype).reshape(shape)
+    largest = jnp.maximum(largest, lax.stop_gradient(sinks))
+    return largest, jnp.exp(sinks - largest)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Returns cap tanh(x / cap): x where it is small, never beyond ±cap (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -17,8 +17,9 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
-from lora_jax.models.layers.attend import Attend
-from lora_jax.models.layers.attention import wide_dtype
+from lora_jax.models.layers.attend import Attend, attend
+from lora_jax.models.layers.attention import AttentionInputs, wide_dtype
+from lora_jax.models.layers.cache import LayerCache, write_slots
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
 _EXACT_GELU = functools.partial(nn.gelu, approximate=False)
@@ -81,6 +82,28 @@ class ModelPart(nn.Module):
         """The attributes above, for a part of this one."""
         dtypes = (self.dtype, self.param_dtype)
         return (self.config, *dtypes, self.remat, self.placement, self.attention)
+
+
+def attend_heads(
+    part: ModelPart,
+    inputs: AttentionInputs,
+    cache: LayerCache | None = None,
+    filled: jax.Array | None = None,
+) -> jax.Array:
+    """Computes attention over a cache and the call's own tokens: [batch, seq, heads * head_dim].
+
+    Args:
+      part: the layer's attention.
+      inputs: queries, keys and values of the call, the mask, and the options.
+      cache: the layer's keys and values so far; None without a cache.
+      filled: [] int32, the number of the cache's slots in use.
+    """
+    if cache is not None and filled is not None:
+        k = write_slots(cache.key, inputs.k, filled)
+        inputs = inputs._replace(k=k, v=write_slots(cache.value, inputs.v, filled))
+    shared = cache and cache.shared
+    out = attend(inputs, attention=part.attention, placement=part.placement, shared=shared)
+    return part.placement.constrain(out.reshape(*out.shape[:2], -1), "features")
 
 
 def dense(module: Any, features: int, *, dtype: DTypeLike | None = None, **kwargs: Any) -> nn.Dense:

@@ -9,7 +9,6 @@ out.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +17,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.types import Tree
-from lora_jax.models.layers.attention import add_sinks, score_scale, soft_cap
+from lora_jax.models.layers.attention import (
+    AttentionInputs,
+    Implementation,
+    Softmax,
+    add_sinks,
+    soft_cap,
+)
 from lora_jax.models.layers.masks import Mask, MaskTokens, Split
-from lora_jax.models.layers.paired import KEEPS_SUMS, name_sums, pair_of_blocks, visible_tiles
+from lora_jax.models.layers.paired import KEEPS_SUMS, attend_pair, name_sums, visible_tiles
 
 
 @dataclasses.dataclass(frozen=True)
-class Blockwise:
+class Blockwise(Implementation):
     """Computes attention a block of queries at a time; see ``attend`` for the arguments.
 
     A causal sequence is cut into spans, and a block meets the keys up to the end of its span: with
@@ -51,25 +56,15 @@ class Blockwise:
         if self.block < 1 or self.spans < 1:
             raise ValueError(f"{self}: block and spans must be at least 1")
 
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: Mask,
-        scale: float | jax.Array | None = None,
-        cap: float | None = None,
-        sinks: jax.Array | None = None,
-    ) -> jax.Array:
+    def compute(self, inputs: AttentionInputs) -> jax.Array:
+        q, k, v, mask, *_ = inputs
         batch, seq, _, head_dim = q.shape
         grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
         keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
-        run = functools.partial(
-            _span, scale=score_scale(q, scale), cap=cap, sinks=sinks, block=self.block
-        )
+        softmax = Softmax(inputs.factor, inputs.cap, inputs.sinks)
         if mask.causal and mask.split is not None and mask.split.paired:
             size = self._tile(seq // 2, mask.split)
-            out = _pairs(grouped, keys, values, mask, mask.split, size, **run.keywords)
+            out = _attend_pairs(grouped, keys, values, mask, softmax, (size, self.block))
             return out.reshape(q.shape)
         skips = mask.causal and mask.aligned
         outs = []
@@ -80,7 +75,8 @@ class Blockwise:
                 queries=mask.queries.take(start, stop - start),
                 keys=mask.keys.take(0, seen),
             )
-            outs.append(run(grouped[:, start:stop], keys[:, :, :seen], values[:, :, :seen], part))
+            spans = (grouped[:, start:stop], keys[:, :, :seen], values[:, :, :seen])
+            outs.append(_attend_span(*spans, part, softmax, self.block))
         return jnp.concatenate(outs, axis=1).reshape(q.shape)
 
     def pairs(self, seq: int, split: Split | None = None) -> int:
@@ -118,15 +114,12 @@ class Blockwise:
 ON_GPU = Blockwise(spans=2)
 
 
-def _span(
+def _attend_span(
     q: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     mask: Mask,
-    *,
-    scale: jax.Array,
-    cap: float | None,
-    sinks: jax.Array | None,
+    softmax: Softmax,
     block: int,
 ) -> jax.Array:
     """Computes attention of queries, block by block, to all of the given keys.
@@ -135,8 +128,7 @@ def _span(
       q: [batch, seq, kv_heads, group, head_dim].
       keys, values: [batch, kv_heads, keys, head_dim].
       mask: mask of these queries and keys.
-      scale: [], the factor of the scores.
-      cap, sinks: see ``attend``.
+      softmax: makes weights of scores.
       block: queries per block.
 
     Returns:
@@ -144,23 +136,18 @@ def _span(
     """
 
     def one(q: jax.Array, queries: MaskTokens) -> jax.Array:
-        return _block(q, keys, values, mask.visible(queries), scale, cap, sinks)
+        return _attend_block(q, keys, values, mask.visible(queries), softmax)
 
-    return _over_blocks(one, q, mask.queries, block)
+    return _map_blocks(one, q, mask.queries, block)
 
 
-def _pairs(
+def _attend_pairs(
     q: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     mask: Mask,
-    split: Split,
-    tile: int,
-    *,
-    scale: jax.Array,
-    cap: float | None,
-    sinks: jax.Array | None,
-    block: int,
+    softmax: Softmax,
+    sizes: tuple[int, int],
 ) -> jax.Array:
     """Computes attention of a device's two chunks of queries, a tile of each at a time.
 
@@ -169,14 +156,15 @@ def _pairs(
     Args:
       q: [batch, 2 chunk, kv_heads, group, head_dim].
       keys, values: [batch, kv_heads, keys, head_dim], of the whole row.
-      mask: mask of these queries and keys.
-      split: the mask's.
-      tile: queries per tile, and keys.
-      scale, cap, sinks, block: see ``_span``.
+      mask: mask of these queries and keys, with a split.
+      softmax: makes weights of scores.
+      sizes: queries per tile, as many keys, and queries per block.
 
     Returns:
       As q.
     """
+    tile, block = sizes
+    axis = mask.split.axis if mask.split else ""
 
     def tiles(tree: Tree, axis: int) -> Tree:
         return jax.tree.map(lambda x: x.reshape(_cut(x.shape, axis, tile)), tree)
@@ -186,23 +174,23 @@ def _pairs(
     count = mine.shape[1]
     outs = []
     for i in range(count // 2):
-        first = lax.axis_index(split.axis) * (count // 2) + i
+        first = lax.axis_index(axis) * (count // 2) + i
         seen = visible_tiles(first, all_keys, all_values, tokens)
         pair = (i, count - 1 - i)
 
         def one(q: jax.Array, queries: MaskTokens, seen: Any = seen) -> jax.Array:
-            return pair_of_blocks(q, queries, seen, mask, scale, cap, sinks)
+            return attend_pair(q, queries, seen, mask, softmax)
 
         both = jnp.stack([mine[:, at] for at in pair], axis=2)
         queries = jax.tree.map(
             lambda x, pair=pair: jnp.stack([x[..., at, :] for at in pair], axis=-2), looking
         )
-        outs.append(_over_blocks(one, both, queries, block))
+        outs.append(_map_blocks(one, both, queries, block))
     out = jnp.stack([x[:, :, 0] for x in outs] + [x[:, :, 1] for x in reversed(outs)], axis=1)
     return out.reshape(q.shape)
 
 
-def _over_blocks(
+def _map_blocks(
     one: Callable[[jax.Array, MaskTokens], jax.Array], q: jax.Array, queries: MaskTokens, block: int
 ) -> jax.Array:
     """Computes ``one``, again in the backward pass, for each block of q [batch, seq, …]."""
@@ -218,17 +206,12 @@ def _over_blocks(
     return jnp.concatenate(outs, axis=1)
 
 
-def _block(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    visible: jax.Array,
-    scale: jax.Array,
-    cap: float | None,
-    sinks: jax.Array | None,
+def _attend_block(
+    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, softmax: Softmax
 ) -> jax.Array:
-    """Computes attention of one block; its mask is [batch, block, keys]. See ``_span``."""
+    """Computes attention of a block; its mask is [batch, block, keys]. See ``_attend_span``."""
     batch, size, kv_heads, group, head_dim = q.shape
+    scale, cap, sinks = softmax
     dtype = scale.dtype
     rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * size, head_dim)
     scores = jnp.einsum("bnqd,bnkd->bnqk", rows, keys, preferred_element_type=dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models.layers.attention import add_sinks, soft_cap
+from lora_jax.models.layers.attention import Softmax, add_sinks, soft_cap
 from lora_jax.models.layers.masks import Mask, MaskTokens
 
 _SUMS = "sums of values"
@@ -65,14 +65,8 @@ def visible_tiles(
     )
 
 
-def pair_of_blocks(
-    q: jax.Array,
-    queries: MaskTokens,
-    seen: VisibleTiles,
-    mask: Mask,
-    scale: jax.Array,
-    cap: float | None,
-    sinks: jax.Array | None,
+def attend_pair(
+    q: jax.Array, queries: MaskTokens, seen: VisibleTiles, mask: Mask, softmax: Softmax
 ) -> jax.Array:
     """Computes attention of a block of the earlier tile and one of the later.
 
@@ -81,13 +75,13 @@ def pair_of_blocks(
       queries: axes [2, block] last.
       seen: the tiles that these see, T + 1.
       mask: gives everything but the tokens.
-      scale: [], the factor of the scores.
-      cap, sinks: see ``attend``.
+      softmax: makes weights of scores.
 
     Returns:
       As q.
     """
     batch, size, _, kv_heads, group, head_dim = q.shape
+    scale, cap, sinks = softmax
     dtype, early = scale.dtype, seen.early[:, None, None, None]
 
     def mine(pair: jax.Array) -> jax.Array:

@@ -3,8 +3,8 @@
 import jax
 from flax import linen as nn
 
-from lora_jax.models.layers.attend import attend
-from lora_jax.models.layers.blocks import ModelPart, dense
+from lora_jax.models.layers.attention import AttentionInputs
+from lora_jax.models.layers.blocks import ModelPart, attend_heads, dense
 from lora_jax.models.layers.masks import Mask
 
 
@@ -29,8 +29,7 @@ class SelfAttention(ModelPart):
             )
             for name in ("query", "key", "value")
         )
-        out = attend(q, k, v, mask, attention=self.attention, placement=self.placement)
-        return self.placement.constrain(out.reshape(x.shape), "features")
+        return attend_heads(self, AttentionInputs(q, k, v, mask))
 
 
 class Dense(ModelPart):

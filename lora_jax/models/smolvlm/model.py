@@ -8,12 +8,13 @@ from flax import linen as nn
 
 from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.model import Trunk
-from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blocks import (
     EmbeddingNoise,
     ModelPart,
     PatchProjection,
     activate,
+    attend_heads,
     dense,
     embed,
     layer_norm,
@@ -174,9 +175,9 @@ class _Attention(_VisionPart):
             )
             for name in ("q", "k", "v")
         )
-        out = attend(q, k, v, mask, attention=self.attention, placement=self.placement)
-        out = self.placement.constrain(out.reshape(x.shape), "features")
-        return dense(self, width, name="out_proj")(out)
+        return dense(self, width, name="out_proj")(
+            attend_heads(self, AttentionInputs(q, k, v, mask))
+        )
 
 
 class _MLP(_VisionPart):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.masks import Mask, MaskTokens
 from lora_jax.models.layers.placement import Placement
 from tests.train.plan.tiny_plans import FIELDS
@@ -43,7 +44,9 @@ def compiled(
         mask = Mask(queries=tokens, keys=tokens, causal=True, aligned=True)
         mask = mask.within(200, windowed) if some else mask
         *arrays, sinks = arrays
-        out = attend(*arrays, mask, None, cap, sinks, attention=how, placement=OneTPU())
+        out = attend(
+            AttentionInputs(*arrays, mask, None, cap, sinks), attention=how, placement=OneTPU()
+        )
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     def shape(*sizes, dtype=jnp.bfloat16):

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.layers.attention import AttentionCall, scale_queries
+from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Implementation
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
-from lora_jax.models.layers.masks import Mask
 
 # Tokens of a row up to which cuDNN is given its mask as an array: 32 MiB a row, for all heads.
 _LONGEST = 4096
@@ -18,7 +17,7 @@ _HALF = (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cudnn:
+class Cudnn(Implementation):
     """Computes attention by cuDNN, on Hopper and later; see ``attend`` for the arguments.
 
     The mask is an array of [batch, 1, queries, keys], in the dtype of the queries: the square of
@@ -54,23 +53,15 @@ class Cudnn:
             return f"the mask of more than {_LONGEST:,} tokens takes too much memory"
         return None
 
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: Mask,
-        scale: float | jax.Array | None = None,
-        cap: float | None = None,
-        sinks: jax.Array | None = None,
-    ) -> jax.Array:
-        if self.refusal(AttentionCall.from_arguments(q, mask, cap, sinks)):
-            return self.otherwise(q, k, v, mask, scale, cap, sinks)
+    def compute(self, inputs: AttentionInputs) -> jax.Array:
+        if self.refusal(inputs.call):
+            return self.otherwise(*inputs)
+        _, k, v, mask, *_ = inputs
         # Padding sees itself, so that no row of the mask is empty.
         visible = mask.visible() | (mask.queries.slots[:, None] == mask.keys.slots)
         implementation: Any = self.backend
         return jax.nn.dot_product_attention(
-            *(scale_queries(q, scale), k, v),
+            *(inputs.scaled_queries, k, v),
             mask=visible[:, None],
             is_causal=mask.causal,
             scale=1.0,

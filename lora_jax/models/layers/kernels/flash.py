@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lora_jax.models.layers.attention import AttentionCall, scale_queries
+from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Implementation
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.kernels import flash_programs as programs
 from lora_jax.models.layers.kernels.flash_programs import FlashOptions
@@ -30,7 +30,7 @@ _EVER = 1 << 30  # a window that hides nothing
 
 
 @dataclasses.dataclass(frozen=True)
-class Flash:
+class Flash(Implementation):
     """Computes attention by the kernel; see ``attend`` for the arguments.
 
     A row whose length is no multiple of a block is padded. Calls that the kernel does not support
@@ -91,21 +91,13 @@ class Flash:
         visits = _visits(slots, np.arange(seq), causal, window, sizes)
         return int(np.sum(visits)) * math.prod(sizes)
 
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: Mask,
-        scale: float | jax.Array | None = None,
-        cap: float | None = None,
-        sinks: jax.Array | None = None,
-    ) -> jax.Array:
-        if self.refusal(AttentionCall.from_arguments(q, mask, cap, sinks)):
-            return self.otherwise(q, k, v, mask, scale, cap, sinks)
+    def compute(self, inputs: AttentionInputs) -> jax.Array:
+        if self.refusal(inputs.call):
+            return self.otherwise(*inputs)
+        q, k, v, mask, scale, cap, sinks = inputs
         batch, seq, _, head_dim = q.shape
         if isinstance(scale, jax.Array):
-            q, scale = scale_queries(q, scale), 1.0
+            q, scale = inputs.scaled_queries, 1.0
         segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
         query_slots = mask.queries.slots
         if mask.split is None:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from lora_jax.models.layers.attention import AttentionCall, scale_queries
+from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Implementation
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.masks import Mask, Split, extremes, pad_rows
 
@@ -27,7 +27,7 @@ _WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
 
 
 @dataclasses.dataclass(frozen=True)
-class Splash:
+class Splash(Implementation):
     """Computes attention by the kernel; see ``attend`` for the arguments.
 
     A row whose length is no multiple of 128 is padded. Calls that the kernel does not support (see
@@ -85,20 +85,12 @@ class Splash:
         visited, blocks = band.visits(*self._blocks(band))
         return seq**2 * visited // blocks
 
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: Mask,
-        scale: float | jax.Array | None = None,
-        cap: float | None = None,
-        sinks: jax.Array | None = None,
-    ) -> jax.Array:
-        if self.refusal(AttentionCall.from_arguments(q, mask, cap, sinks)):
-            return self.otherwise(q, k, v, mask, scale, cap, sinks)
+    def compute(self, inputs: AttentionInputs) -> jax.Array:
+        if self.refusal(inputs.call):
+            return self.otherwise(*inputs)
+        q, k, v, mask, _, cap, sinks = inputs
         batch, seq, heads, _ = q.shape
-        q = scale_queries(q, scale)
+        q = inputs.scaled_queries
         segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
         if mask.split is None:
             q, k, v = (pad_rows(x, LANES) for x in (q, k, v))
