@@ -7,6 +7,7 @@ from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -102,9 +103,37 @@ def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 def log_probability(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
     """Returns log p of tokens, [rows], in the whole vocabulary; at temperature 1 where it is 0."""
-    scores = scale(logits, temperature)
-    chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(scores, axis=-1)
+    return log_probabilities(scale(logits, temperature), tokens[:, None])[:, 0]
+
+
+def log_probabilities(scores: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns log p of tokens, [..., k], under softmax(scores), [..., vocab]."""
+    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    return jnp.take_along_axis(scores, tokens, axis=-1) - total
+
+
+def likeliest(
+    scores: jax.Array, k: int, wanted: jax.Array | np.bool_
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ids and log-probabilities of the k likeliest tokens, [..., k]; zeros if not wanted.
+
+    Args:
+      scores: fp32 [..., vocab].
+      k: number of tokens; that of the vocabulary where it has fewer.
+      wanted: [] bool.
+    """
+    k = min(k, scores.shape[-1])
+
+    def rank(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logps, ids = lax.top_k(jax.nn.log_softmax(scores), k)
+        return ids, logps
+
+    def skip(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shape = (*scores.shape[:-1], k)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    ids, logps = lax.cond(wanted, rank, skip, scores)
+    return ids, logps
 
 
 def _limit(scores: jax.Array, sampling: Sampling) -> jax.Array:

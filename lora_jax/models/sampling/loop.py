@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.core.types import Forward, Model, Tree
@@ -192,7 +193,7 @@ def decode(
 def next_logits(
     run: Forward,
     params: Tree,
-    ids: jax.Array,
+    ids: jax.Array | np.ndarray,
     cache: Cache,
     mask: jax.Array | None = None,
     *,

@@ -71,9 +71,9 @@ class Engine:
         """
         self._base, self._sizes, self._most_tenants = base, sizes, tenants
         self._trainer = Trainer(base, sizes, layout, chunk)
-        self._drawing = SamplingPrograms(base.model, layout, sizes.chunk)
+        self._programs = SamplingPrograms(base.model, layout, sizes.chunk)
         self._pool = AdapterPool(base, slots)
-        self._sampler = Sampler(base, self._trainer, self._drawing, self._pool, sizes, text_of)
+        self._sampler = Sampler(base, self._trainer, self._programs, self._pool, sizes, text_of)
         self.facts = EngineFacts(
             model=base.name,
             max_length=sizes.max_length,
@@ -195,7 +195,7 @@ class Engine:
             prompt_tokens=self._sampler.prompt_tokens,
             drawn_tokens=self._sampler.drawn_tokens,
             trained_tokens=self._commands.trained_tokens,
-            compiled=self._trainer.compiled + self._drawing.compiled,
+            compiled=self._trainer.compiled + self._programs.compiled,
             base_size=self._base.size,
         )
 

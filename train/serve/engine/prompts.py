@@ -50,9 +50,9 @@ class PrefixCache:
     have had alone.
     """
 
-    def __init__(self, drawing: SamplingPrograms, sizes: Sizes) -> None:
+    def __init__(self, programs: SamplingPrograms, sizes: Sizes) -> None:
         """Begins without any."""
-        self._drawing, self._sizes, self._chunk = drawing, sizes, sizes.chunk
+        self._programs, self._sizes, self._chunk = programs, sizes, sizes.chunk
         self._kept: list[tuple[Adapter | None, np.ndarray, Cache]] = []
 
     def begin(self, job: Any) -> RunningPrompt:
@@ -80,14 +80,14 @@ class PrefixCache:
             n, cache = self._common(prompt, self._there(others))
             prompt.n = prompt.cached = n
             if cache is None:
-                prompt.cache = self._drawing.prompt(self._sizes.cache(len(prompt.ids)))
+                prompt.cache = self._programs.prompt(self._sizes.cache(len(prompt.ids)))
             else:
-                prompt.cache = self._drawing.cut(cache, np.int32(n))
+                prompt.cache = self._programs.cut(cache, np.int32(n))
         ids = np.zeros((1, self._chunk), np.int32)
         part = prompt.ids[prompt.n : prompt.n + self._chunk]
         ids[0, : len(part)] = part
         slot = np.int32(prompt.job.slot)
-        prompt.logits, prompt.cache = self._drawing.extend(
+        prompt.logits, prompt.cache = self._programs.extend(
             tree, slot, ids, np.int32(len(part)), prompt.cache
         )
         prompt.n += len(part)
@@ -103,7 +103,7 @@ class PrefixCache:
     def _common(self, prompt: RunningPrompt, others: Iterable[Any]) -> tuple[int, Cache | None]:
         """Returns the tokens of whole chunks that a prompt shares with another, and its cache."""
         best: tuple[int, Cache | None] = 0, None
-        length = self._drawing.whole(self._sizes.cache(len(prompt.ids)))
+        length = self._programs.whole(self._sizes.cache(len(prompt.ids)))
         for adapter, ids, cache in others:
             if adapter is not prompt.job.adapter or cache.positions.shape[1] != length:
                 continue

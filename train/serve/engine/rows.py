@@ -3,15 +3,17 @@
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.types import Tree
+from lora_jax.models.layers.cache import Cache
 from lora_jax.models.sampling.choice import Sampling
+from lora_jax.models.sampling.slots import DrawnTokens, RowState
 from train.serve.engine.jobs import ActiveCompletion
-from train.serve.engine.programs import DrawnTokens, SamplingPrograms
+from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.sizes import Sizes
 from train.serve.protocol.requests import SampleRequest
 
@@ -29,15 +31,15 @@ class RunningRows:
         take much longer.
     """
 
-    def __init__(self, drawing: SamplingPrograms, sizes: Sizes, vocab: int) -> None:
+    def __init__(self, programs: SamplingPrograms, sizes: Sizes, vocab: int) -> None:
         """Makes few and short rows.
 
         Args:
-          drawing: the compiled functions.
+          programs: the compiled functions.
           sizes: shapes.
           vocab: size of the vocabulary.
         """
-        self._drawing, self._sizes, self._vocab = drawing, sizes, vocab
+        self._programs, self._sizes, self._vocab = programs, sizes, vocab
         self.rows: dict[int, ActiveCompletion] = {}
         self.shared = sizes.sequences
         self._width, self._length = sizes.widths[0], sizes.caches[0]
@@ -46,7 +48,7 @@ class RunningRows:
 
     def reset(self) -> None:
         """Makes new arrays, for rows that nobody uses."""
-        self._arrays = self._drawing.empty(self._width, self._length)
+        self._arrays = self._programs.empty(self._width, self._length)
 
     @property
     def are_lost(self) -> bool:
@@ -57,7 +59,9 @@ class RunningRows:
         """Has the next token drawn in as few rows as will do."""
         self._idle = _HELD
 
-    def begin(self, row: ActiveCompletion, logits: jax.Array, cache: Any) -> DrawnTokens:
+    def begin(
+        self, row: ActiveCompletion, logits: jax.Array, cache: Cache
+    ) -> DrawnTokens[np.ndarray]:
         """Draws the first token of a completion, and gives it a row.
 
         Args:
@@ -68,14 +72,14 @@ class RunningRows:
         request = row.job.request
         sampling = self._sampling(row)
         alone = jax.tree.map(lambda x: x[None], sampling)
-        tokens = self._drawing.first(logits, alone, np.bool_(request.top > 0))
-        tokens = DrawnTokens(*jax.tree.map(np.asarray, tuple(tokens)))
-        self._insert(row, cache, len(request.prompt), int(tokens.ids[0]), 1, sampling)
+        tokens = self._programs.first(logits, alone, np.bool_(request.top > 0))
+        tokens = jax.tree.map(np.asarray, tokens)
+        self._insert(row, cache, sampling, n=len(request.prompt), token=tokens.ids[0], drawn=1)
         return tokens
 
     def pause(self, row: ActiveCompletion) -> None:
         """Takes a completion out of its row; its keys and values go to the host's memory."""
-        row.cache = self._drawing.take(self._arrays, np.int32(self._place(row)), row.n_cached)
+        row.cache = self._programs.take(self._arrays, np.int32(self._place(row)), row.n_cached)
         self.free(row)
 
     def free(self, row: ActiveCompletion) -> None:
@@ -86,16 +90,17 @@ class RunningRows:
         """Gives a paused completion a row again, in which it goes on with the same bits."""
         assert row.cache is not None
         length = self._sizes.cache(row.n_cached)
-        cache, sampling = self._drawing.give(*row.cache, length), self._sampling(row)
-        self._insert(row, cache, row.n_cached, row.ids[-1], len(row.ids), sampling)
+        cache, sampling = self._programs.give(*row.cache, length), self._sampling(row)
+        n, token, drawn = row.n_cached, row.ids[-1], len(row.ids)
+        self._insert(row, cache, sampling, n=n, token=token, drawn=drawn)
         row.cache = None
 
-    def draw(self, tree: Any) -> DrawnTokens:
+    def draw(self, tree: Tree) -> DrawnTokens[np.ndarray]:
         """Draws the next token of each completion."""
         self._fit(len(self.rows), max(row.n_cached + 1 for row in self.rows.values()))
         with_top = np.bool_(any(row.job.request.top for row in self.rows.values()))
-        self._arrays, tokens = self._drawing.decode(tree, self._arrays, with_top)
-        return DrawnTokens(*jax.tree.map(np.asarray, tuple(tokens)))
+        self._arrays, tokens = self._programs.decode(tree, self._arrays, with_top)
+        return jax.tree.map(np.asarray, tokens)
 
     def _sampling(self, row: ActiveCompletion) -> Sampling:
         return self._sampling_of(row.job.request, row.job.seed, row.index)
@@ -112,17 +117,24 @@ class RunningRows:
         return next(place for place, other in self.rows.items() if other is row)
 
     def _insert(
-        self, row: ActiveCompletion, cache: Any, n: int, token: int, drawn: int, sampling: Sampling
+        self,
+        row: ActiveCompletion,
+        cache: Cache,
+        sampling: Sampling,
+        *,
+        n: int,
+        token: int,
+        drawn: int,
     ) -> None:
         self._fit(len(self.rows) + 1, n + 1)
         free = next(i for i in itertools.count() if i not in self.rows)
         self.rows[free] = row
         assert row.job.slot is not None
-        mine = (np.int32(row.job.slot), sampling)
-        self._arrays = self._drawing.insert(
-            *(self._arrays, np.int32(free), cache, np.int32(n)),
-            *(np.int32(token), np.int32(drawn), mine),
+        state = RowState(
+            *(cache, np.int32(n), np.int32(token), np.int32(drawn), np.int32(row.job.slot)),
+            sampling,
         )
+        self._arrays = self._programs.insert(self._arrays, np.int32(free), state)
 
     def _fit(self, n: int, length: int) -> None:
         """Makes room for n rows of a length; gives up room that is long unneeded."""
@@ -142,7 +154,7 @@ class RunningRows:
         self._width, self._length, self._idle = width, least, 0
 
     def _resize(self, order: Sequence[int], length: int) -> None:
-        self._arrays = self._drawing.fit(self._arrays, np.array(order, np.int32), length)
+        self._arrays = self._programs.fit(self._arrays, np.array(order, np.int32), length)
 
     @property
     def steps(self) -> int:
@@ -150,54 +162,54 @@ class RunningRows:
         n = len(self._sizes.caches)
         return 2 * n + 1 + 4 * n * len(self._sizes.widths)
 
-    def warm_up(self, tree: Any) -> Iterator[None]:
+    def warm_up(self, tree: Tree) -> Iterator[None]:
         """Compiles all functions of sampling, for all shapes, step by step; nobody samples yet.
 
         Args:
           tree: the base with adapters in slots.
         """
-        drawing, sizes, off = self._drawing, self._sizes, np.bool_(False)
+        programs, sizes, off = self._programs, self._sizes, np.bool_(False)
         ids = np.zeros((1, sizes.chunk), np.int32)
         slot, one = np.int32(0), np.int32(1)
         caches, sampling = [], self._sampling_of(SampleRequest(adapter=None, prompt=[0]), 0, 0)
         for length in sizes.caches:
-            cache = drawing.prompt(length)
-            logits, cache = drawing.extend(tree, slot, ids, one, cache)
+            cache = programs.prompt(length)
+            logits, cache = programs.extend(tree, slot, ids, one, cache)
             caches.append(cache)
             yield
-            drawing.cut(cache, one)
+            programs.cut(cache, one)
             yield
-        drawing.first(logits, jax.tree.map(lambda x: x[None], sampling), off)
+        programs.first(logits, jax.tree.map(lambda x: x[None], sampling), off)
         yield
         for width in sizes.widths:
             for length in sizes.caches:
-                rows = drawing.empty(width, length)
+                rows = programs.empty(width, length)
                 for cache in caches:
-                    if cache.positions.shape[1] <= drawing.whole(length):
-                        mine = (np.int32(0), sampling)
-                        rows = drawing.insert(rows, np.int32(0), cache, one, one, one, mine)
+                    if cache.positions.shape[1] <= programs.whole(length):
+                        state = RowState(cache, one, one, one, slot, sampling)
+                        rows = programs.insert(rows, slot, state)
                 yield
-                rows, _ = drawing.decode(tree, rows, off)
+                rows, _ = programs.decode(tree, rows, off)
                 yield
-                paused = drawing.give(*drawing.take(rows, np.int32(0), 1), length)
-                rows = drawing.insert(rows, np.int32(0), paused, one, one, one, mine)
+                paused = programs.give(*programs.take(rows, slot, 1), length)
+                rows = programs.insert(rows, slot, state._replace(cache=paused))
                 yield
                 for wide in set(sizes.widths) - {width}:
-                    drawing.fit(rows, np.zeros(wide, np.int32), length)
+                    programs.fit(rows, np.zeros(wide, np.int32), length)
                 for end in (sizes.caches[0], sizes.caches[-1]):  # a step towards each
                     for other in sizes.caches_to(length, end)[:1]:
-                        drawing.fit(rows, np.zeros(width, np.int32), other)
+                        programs.fit(rows, np.zeros(width, np.int32), other)
                 yield
         few, many = sizes.widths[0], sizes.widths[-1]
         if self._seconds(tree, many) > _SLOWER * self._seconds(tree, few):
             self.shared = few
 
-    def _seconds(self, tree: Any, width: int) -> float:
+    def _seconds(self, tree: Tree, width: int) -> float:
         """Returns the seconds that a token takes in so many rows."""
-        times, rows = [], self._drawing.empty(width, self._sizes.caches[0])
+        times, rows = [], self._programs.empty(width, self._sizes.caches[0])
         for _ in range(3):
             began = time.perf_counter()
-            rows, tokens = self._drawing.decode(tree, rows, np.bool_(False))
+            rows, tokens = self._programs.decode(tree, rows, np.bool_(False))
             np.asarray(tokens.ids)
             times.append(time.perf_counter() - began)
         return min(times)

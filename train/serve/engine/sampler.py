@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.models.sampling.slots import DrawnTokens
 from lora_jax.models.sampling.text import ends_with_stop
 from train.serve.engine.base import ServedBase
 from train.serve.engine.jobs import ActiveCompletion, SampleJob
 from train.serve.engine.pool import AdapterPool
-from train.serve.engine.programs import DrawnTokens, SamplingPrograms
+from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.prompts import PrefixCache, RunningPrompt
 from train.serve.engine.rows import RunningRows
 from train.serve.engine.sizes import Sizes
@@ -37,7 +38,7 @@ class Sampler:
         self,
         base: ServedBase,
         trainer: Trainer,
-        drawing: SamplingPrograms,
+        programs: SamplingPrograms,
         pool: AdapterPool,
         sizes: Sizes,
         text_of: Callable[[Sequence[int]], str],
@@ -45,13 +46,13 @@ class Sampler:
         """Begins without samples.
 
         Args:
-          base, trainer, drawing, pool, sizes: see their classes.
+          base, trainer, programs, pool, sizes: see their classes.
           text_of: decodes tokens, to find texts that end a completion.
         """
         self._base, self._trainer, self._sizes, self._text_of = base, trainer, sizes, text_of
         self._pool = pool
-        self._places = RunningRows(drawing, sizes, base.model.config.vocab_size)
-        self._prefixes = PrefixCache(drawing, sizes)
+        self._places = RunningRows(programs, sizes, base.model.config.vocab_size)
+        self._prefixes = PrefixCache(programs, sizes)
         self._waiting: dict[TurnPath, deque[SampleJob]] = {}  # by owner, session and adapter
         self._prompts: list[RunningPrompt] = []
         self._ready: list[RunningPrompt] = []  # ran, with completions that are to begin
@@ -317,6 +318,7 @@ class Sampler:
 
     def _begin(self, prompt: RunningPrompt, index: int) -> None:
         row = ActiveCompletion(prompt.job, index)
+        assert prompt.cache is not None  # it ran
         tokens = self._places.begin(row, prompt.logits, prompt.cache)
         self._turns.note([row.job.path])
         self._take(row, tokens, 0)
@@ -332,7 +334,7 @@ class Sampler:
             if not row.job.is_over:
                 self._for(row.job, self._take, row, tokens, place)
 
-    def _take(self, row: ActiveCompletion, tokens: DrawnTokens, at: int) -> None:
+    def _take(self, row: ActiveCompletion, tokens: DrawnTokens[np.ndarray], at: int) -> None:
         """Notes the token that a row drew, and ends the row if it is the last one."""
         job = row.job
         request = job.request

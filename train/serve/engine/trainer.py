@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 import lora_jax as lj
+from lora_jax.models.sampling.choice import likeliest, log_probabilities
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses.tokens import token_values
 from train.serve.engine.base import Adapter, Factors, ServedBase, TrainingState
@@ -283,7 +283,7 @@ class Trainer:
         self.compiled += 1
 
         def loss(factors: Factors) -> tuple[jax.Array, jax.Array]:
-            p = self._values(_of_targets, factors, scales, shell, batch)
+            p = self._values(log_probabilities, factors, scales, shell, batch)
             return sum_loss(which, p, batch | {"beta": beta}), p
 
         (total, p), grads = jax.value_and_grad(loss, has_aux=True)(factors)
@@ -302,7 +302,7 @@ class Trainer:
         self.compiled += 1
 
         def each(logits: jax.Array, targets: jax.Array) -> Any:
-            return _of_targets(logits, targets), likeliest(logits, with_top)
+            return log_probabilities(logits, targets), likeliest(logits, TOP, with_top)
 
         p, top = self._values(each, factors, scales, shell, batch)
         return sum_loss(which, p, batch | {"beta": beta}), p, top
@@ -325,35 +325,8 @@ class Trainer:
         return new, first, second, norm, _are_finite((new, first, second, norm))
 
 
-def likeliest(logits: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns ids and log-probabilities of the likeliest tokens, [..., TOP]; zeros if not wanted.
-
-    Args:
-      logits: fp32 [..., vocab].
-      wanted: [] bool.
-    """
-    k = min(TOP, logits.shape[-1])
-
-    def found(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logps, ids = lax.top_k(jax.nn.log_softmax(logits), k)
-        return ids, logps
-
-    def none(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        shape = (*logits.shape[:-1], k)
-        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-
-    ids, logps = lax.cond(wanted, found, none, logits)
-    return ids, logps
-
-
 def _are_finite(arrays: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(arrays)]))
-
-
-def _of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns the log-probabilities of targets, [..., k]."""
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return jnp.take_along_axis(logits, targets, axis=-1) - total
 
 
 def _wide(array: np.ndarray) -> np.ndarray:

@@ -144,7 +144,7 @@ def test_it_outlives_what_goes_wrong(engine, monkeypatch, caplog):
     with pytest.raises(Exception, match="."):
         sampled(engine, prompt=None)
     with monkeypatch.context() as patched:
-        patched.setattr(engine._drawing, "decode", wrong)
+        patched.setattr(engine._programs, "decode", wrong)
         with pytest.raises(ValueError, match="a callback"):
             sampled(engine, prompt=[1], n=12, max_tokens=3)
         patched.setattr(engine._sampler, "fail", wrong)
@@ -152,14 +152,14 @@ def test_it_outlives_what_goes_wrong(engine, monkeypatch, caplog):
         with held(engine):  # it goes on
             patched.undo()
     assert len(hopeless.result(SECONDS).completions[0].tokens) == 3
-    insert = engine._drawing.insert
+    insert = engine._programs.insert
 
     def spoilt(rows, *rest):
         insert(rows, *rest)  # it took the rows
         raise ValueError("a callback")
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine._drawing, "insert", spoilt)
+        patched.setattr(engine._programs, "insert", spoilt)
         with pytest.raises(ValueError, match="a callback"):
             sampled(engine, prompt=[1], max_tokens=3)
     assert len(sampled(engine, prompt=[1], n=12, max_tokens=3).completions) == 12

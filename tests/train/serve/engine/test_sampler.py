@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lora_jax.models.sampling.slots import DrawnTokens
 from train.serve.engine.jobs import SampleJob
 from train.serve.engine.pool import AdapterPool
-from train.serve.engine.programs import DrawnTokens
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
 from train.serve.protocol.requests import Client, SampleRequest
