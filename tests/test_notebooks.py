@@ -1,5 +1,6 @@
 """The notebooks are kept with their outputs, install what they need, and run in a fresh kernel."""
 
+import ast
 import importlib.machinery
 import importlib.util
 import re
@@ -20,6 +21,14 @@ NAMES = sorted(NOTEBOOKS)
 FIRST = NOTEBOOKS[NAMES[0]].cells[1].source
 
 ANSWER = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
+# The modules of `train` that notebooks may import, beside the library's packages.
+PUBLIC = {
+    *("train.sft", "train.dpo", "train.grpo", "train.export.__main__", "train.serve.local"),
+    *("train.environments.arithmetic", "train.environments.sql.examples"),
+    *("train.findings.making.arithmetic", "train.findings.making.inputs"),
+    *(f"train.compare.{name}" for name in ("result", "reporting.tables", "reporting.words")),
+    *("train.compare.reporting.dimension", "train.compare.reporting.recommend"),
+}
 PATH = re.compile(r"(?<![\w.])/(tmp|home|root|work|Users|content|usr|opt|var)/")
 
 
@@ -58,6 +67,68 @@ def test_a_notebook_is_kept_as_it_ran(name):
     assert (FOLDER / f"{name}.ipynb").stat().st_size < 300_000
     markdown = "".join(c.source for c in NOTEBOOKS[name].cells if c.cell_type == "markdown")
     assert len(ANSWER.findall(markdown)) == markdown.count("<details>") >= 2
+
+
+def names_of(path):
+    """Returns the names that a module's file binds at its top."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (one.id for one in targets if isinstance(one, ast.Name))
+
+
+def problem_of(module, name):
+    """Returns what is wrong with the import of a name of the project's; None if it is public."""
+    path = FOLDER.parent.joinpath(*module.split("."))
+    is_package = (path / "__init__.py").exists()
+    inside = [path / f"{name}.py", path / name / "__init__.py"] if is_package else []
+    whole = f"{module}.{name}" if any(file.exists() for file in inside) else module
+    if name.startswith("_") and whole not in PUBLIC:
+        return f"{name} of {module} is private"
+    if not (whole in PUBLIC or (module.split(".")[0] == "lora_jax" and is_package)):
+        return f"{whole} is no public module"
+    file = path / "__init__.py" if is_package else path.with_suffix(".py")
+    if whole == module and name not in names_of(file):
+        return f"{module} has no {name}"
+    return None
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "problem"),
+    [
+        ("lora_jax", "LoraRule", None),
+        ("lora_jax", "models", None),
+        ("train.serve.local", "make_engine", None),
+        ("train.serve.engine.engine", "Engine", "no public module"),
+        ("lora_jax.bank.mixing", "mixed", "no public module"),
+        ("lora_jax.bank", "_mixed", "private"),
+        ("lora_jax.bank", "Mixed", "has no Mixed"),
+        ("train.tasks", "prompts", "no public module"),
+    ],
+)
+def test_only_public_names_are_public(module, name, problem):
+    found = problem_of(module, name)
+    assert found is None if problem is None else problem in found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_imports_public_names(name):
+    cells = NOTEBOOKS[name].cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    code += ANSWER.findall("".join(cell.source for cell in cells if cell.cell_type == "markdown"))
+    for node in ast.walk(ast.parse("\n".join(code))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("lora_jax", "train"):
+            assert [problem_of(node.module, one.name) for one in node.names] == [None] * len(
+                node.names
+            )
+        elif isinstance(node, ast.Import):
+            assert not [
+                one.name for one in node.names if one.name.startswith(("lora_jax.", "train"))
+            ]
 
 
 def test_the_first_cells_are_alike():

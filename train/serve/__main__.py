@@ -29,9 +29,8 @@ from train.run.log import doing
 from train.run.pretrained import ModelInfo, check_weights, end_tokens, read_model, read_model_info
 from train.run.sampling import apply_generation_config
 from train.serve.app import make_app, make_starting_app
-from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
-from train.serve.engine.sizes import Sizes
+from train.serve.local import EngineLimits, make_engine
 from train.serve.options import ServeOptions, check, length_of, parse
 from train.serve.protocol.requests import RequestError
 from train.serve.routes.access import Access, StartProgress, owner_of
@@ -167,29 +166,33 @@ def _engine(
             **outline.head,
         )
     check_weights(outline, params)
-    base = ServedBase(
-        model, params, outline.name, options.max_rank, layout, tokenizer=options.tokenizer
-    )
-    on_cpu = layout.platform == "cpu"
-    sizes = Sizes(
-        max_length=length,
-        tokens=options.tokens or length,
-        sequences=options.sequences,
-        chunk=min(length, 64 if on_cpu else 256),
-        parts=layout.batch_parts,
-    )
     tokenizer = outline.tokenizer
 
     def text_of(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False))
 
-    eos = end_tokens(outline)
-    room = {"slots": options.slots, "tenants": options.tenants}
-    engine = Engine(base, sizes, layout, eos=eos, text_of=text_of, **room)
+    limits = EngineLimits(
+        max_length=length,
+        max_rank=options.max_rank,
+        sequences=options.sequences,
+        slots=options.slots,
+        tenants=options.tenants,
+        tokens=options.tokens,
+    )
+    engine = make_engine(
+        *(model, params, outline.name),
+        eos=end_tokens(outline),
+        text_of=text_of,
+        limits=limits,
+        layout=layout,
+        tokenizer=options.tokenizer,
+    )
     with doing(console, "compiling what requests will need"):
         engine.warm_up(seen)
     free = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
-    say(f"{outline.name}: {free:.2f} GB; rows of {', '.join(map(str, sizes.lengths))} tokens")
+    say(
+        f"{outline.name}: {free:.2f} GB; rows of {', '.join(map(str, engine.sizes.lengths))} tokens"
+    )
     return engine
 
 

@@ -67,6 +67,24 @@ def dr_grpo(length: int) -> Online:
     return Online(over="length", length=length)
 
 
+Limit = jax.Array | float | None
+
+
+def clipped_loss(
+    ratio: jax.Array, advantages: jax.Array, low: Limit, high: Limit, bound: Limit = None
+) -> jax.Array:
+    """Returns PPO's -min(ρ A, clip(ρ, low, high) A), the first ρ no more than `bound`, [...]."""
+    free = ratio if bound is None else jnp.minimum(ratio, bound)
+    return -jnp.minimum(free * advantages, jnp.clip(ratio, low, high) * advantages)
+
+
+def weighted_loss(
+    ratio: jax.Array, logps: jax.Array, advantages: jax.Array, low: Limit, high: Limit
+) -> jax.Array:
+    """Returns CISPO's -clip(ρ, low, high) A log π, the clipped ρ a constant, [...]."""
+    return -jax.lax.stop_gradient(jnp.clip(ratio, low, high)) * advantages * logps
+
+
 def online_loss(
     options: Online,
     logps: jax.Array,
@@ -109,13 +127,10 @@ def online_loss(
     gain = gain if gain.ndim == 2 else gain[:, None]
     high = options.low if options.high is None else options.high
     if options.weighted:
-        bounded = jax.lax.stop_gradient(jnp.minimum(ratio, high))
-        losses = -bounded * gain * logps
+        losses = weighted_loss(ratio, logps, gain, None, high)
         clipped_low, clipped_high = jnp.zeros_like(ratio), (ratio > high) & (gain > 0)
     else:
-        free = ratio if options.bound is None else jnp.minimum(ratio, options.bound)
-        clipped = jnp.clip(ratio, 1 - options.low, 1 + high)
-        losses = -jnp.minimum(free * gain, clipped * gain)
+        losses = clipped_loss(ratio, gain, 1 - options.low, 1 + high, options.bound)
         clipped_low = (ratio < 1 - options.low) & (gain < 0)
         clipped_high = (ratio > 1 + high) & (gain > 0)
     divergence = None
@@ -162,9 +177,7 @@ def rloo_loss(
       The sums; sequences are counted.
     """
     change = jnp.sum(jnp.where(mask, logps.astype(jnp.float32) - old, 0.0), axis=1)
-    ratio = jnp.exp(change)
-    clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
-    losses = -jnp.minimum(ratio * advantages, clipped * advantages)
+    losses = clipped_loss(jnp.exp(change), advantages, 1 - clip, 1 + clip)
     return Sums(jnp.sum(losses), _sequences(logps, there), {})
 
 

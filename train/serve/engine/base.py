@@ -25,7 +25,7 @@ from lora_jax.bank.slots import slots_of
 from lora_jax.bank.stored import BankError, adapter_values, values_of
 from lora_jax.bank.writing import add_slots
 from lora_jax.core.paths import fold_in_path
-from lora_jax.core.types import Tree
+from lora_jax.core.types import Model, Tree
 from lora_jax.core.weight import LoraWeight
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
@@ -86,7 +86,7 @@ class ServedBase:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         params: Tree,
         name: str,
         max_rank: int,

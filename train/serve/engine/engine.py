@@ -43,6 +43,10 @@ class Engine:
     One thread does all that computes. Training and sampling have equal shares of its time; owners
     take turns, and an owner's sessions, whose tenants have equal shares. Between two tokens of
     somebody, all others train one batch each at most.
+
+    Attributes:
+      facts: the model, and the limits of requests.
+      sizes: the shapes in which it computes.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class Engine:
           tenants: adapters that train at once.
           chunk: predictions whose logits are there at a time in training.
         """
-        self._base, self._sizes, self._most_tenants = base, sizes, tenants
+        self._base, self.sizes, self._most_tenants = base, sizes, tenants
         self._trainer = Trainer(base, sizes, layout, chunk)
         self._programs = SamplingPrograms(base.model, layout, sizes.chunk)
         self._pool = AdapterPool(base, slots)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.training.losses.online import clipped_loss, weighted_loss
+
 Given = Mapping[str, jax.Array]
 LOW, HIGH = 0.8, 1.2  # PPO's bounds of a ratio of probabilities
 
@@ -26,14 +28,13 @@ def importance_sampling(p: jax.Array, given: Given) -> jax.Array:
 
 def ppo(p: jax.Array, given: Given) -> jax.Array:
     """Returns -min(r A, clip(r) A), r = exp(p - q)."""
-    return _clipped(jnp.exp(p - given["logprobs"]), given)
+    return clipped_loss(jnp.exp(p - given["logprobs"]), given["advantages"], *_limits(given))
 
 
 def cispo(p: jax.Array, given: Given) -> jax.Array:
     """Returns -sg(clip(r)) p A, r = exp(p - q), sg without a gradient."""
     ratio = jnp.exp(p - given["logprobs"])
-    bounded = jnp.clip(ratio, given["clip_low_threshold"], given["clip_high_threshold"])
-    return -lax.stop_gradient(bounded) * p * given["advantages"]
+    return weighted_loss(ratio, p, given["advantages"], *_limits(given))
 
 
 def dro(p: jax.Array, given: Given) -> jax.Array:
@@ -50,12 +51,12 @@ def gspo(p: jax.Array, given: Given) -> jax.Array:
     mask = given["there"] * (given["sequence_ratio_mask"] != 0).astype(jnp.float32)
     apart = jnp.sum(mask * (lax.stop_gradient(p) - given["logprobs"]), axis=(1, 2), keepdims=True)
     mean = apart / jnp.maximum(jnp.sum(mask, axis=(1, 2), keepdims=True), 1.0)
-    return _clipped(jnp.exp(mean + p - lax.stop_gradient(p)), given)
+    ratio = jnp.exp(mean + p - lax.stop_gradient(p))
+    return clipped_loss(ratio, given["advantages"], *_limits(given))
 
 
-def _clipped(ratio: jax.Array, given: Given) -> jax.Array:
-    bounded = jnp.clip(ratio, given["clip_low_threshold"], given["clip_high_threshold"])
-    return -jnp.minimum(ratio * given["advantages"], bounded * given["advantages"])
+def _limits(given: Given) -> tuple[jax.Array, jax.Array]:
+    return given["clip_low_threshold"], given["clip_high_threshold"]
 
 
 FUNCTIONS: dict[str, Callable[[jax.Array, Given], jax.Array]] = {
