@@ -25,7 +25,7 @@ ANSWER = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
 PUBLIC = {
     *("train.sft", "train.dpo", "train.grpo", "train.export.__main__", "train.serve.local"),
     *("train.environments.arithmetic", "train.environments.sql.examples"),
-    *("train.findings.making.arithmetic", "train.findings.making.inputs"),
+    "train.tasks.sums",
     *(f"train.compare.{name}" for name in ("result", "reporting.tables", "reporting.words")),
     *("train.compare.reporting.dimension", "train.compare.reporting.recommend"),
 }
