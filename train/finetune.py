@@ -1,25 +1,31 @@
-"""One run of fine-tuning, from a task and options to a report: `train.sft` and `train.classify`.
+"""Trains runs over one base, from their options to their reports; a single run is a table of one.
 
-It reads from top to bottom: check, load, adapt, train, save, measure.
+It reads from top to bottom: check, load, adapt, train, save, measure. A run of a table has what it
+has alone: folder, lock, options, log, checkpoints, best adapter, report; so it can go on alone,
+too. One that fails leaves the others alone.
 """
 
-import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.held_out import FormedTree, held_out_loss
+from lora_jax.bank.together.side_by_side import DrivenRun, RunEnding, side_by_side
+from lora_jax.bank.together.tenants import Tenant
+from lora_jax.bank.together.together import Together
+from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.training.batches import HostBatch
+from lora_jax.training.held_out import FormedTree, compiled_evaluation, held_out_loss
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import PeriodicMeasure, train
-from lora_jax.training.losses import SCORE
-from lora_jax.training.optimizer import takes_from_base
-from lora_jax.training.processes import is_first, write_json
+from lora_jax.training.loop import training_steps
+from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.optimizer import has_dropout
+from lora_jax.training.processes import write_json
 from lora_jax.training.ready import (
     TrainingStart,
     adapted_tree,
@@ -29,30 +35,24 @@ from lora_jax.training.ready import (
     open_log,
 )
 from lora_jax.training.run.log import duration
-from lora_jax.training.run.stop import Stop
-from lora_jax.training.step import State
+from lora_jax.training.setup import CompiledStep
+from lora_jax.training.step import Metrics, State
+from train.begin import begin, check_images, load_model, open_run
 from train.console.output import tell
 from train.dry_run import rehearse
-from train.inputs import InputReader, Inputs, RunData, make_inputs
+from train.inputs import make_inputs
+from train.options.common import Options
 from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
-from train.progress import sample, score
-from train.reporters.registry import check_packages
-from train.run.intrinsic import about_space, merge_trained, model_in, moves_weights, space_of
-from train.run.lifecycle import (
-    Run,
-    adapt_base,
-    begin_run,
-    keep_adapter,
-    make_report,
-    open_run_log,
-    resume_hint,
-)
-from train.run.log import SAMPLED, QuietLog, RunLog, doing
-from train.run.output import ADAPTER, REPORT, locked_output
-from train.run.pretrained import ModelInfo, check_weights, read_model
+from train.progress import make_measures
+from train.run.board import Board, TeeLog
+from train.run.intrinsic import merge_trained, model_in
+from train.run.lifecycle import keep_adapter, make_report, open_run_log
+from train.run.log import doing
+from train.run.output import ADAPTER, REPORT
+from train.run.pretrained import ModelInfo
 from train.run.report import (
     ask_words,
     compiled_bytes,
@@ -62,41 +62,16 @@ from train.run.report import (
     tree_bytes,
 )
 from train.run.rules import rules
-from train.run.task import Evaluation, EvaluationContext, ModelContext, RolloutFeed, Task
+from train.run.task import Task
+from train.settings.table import TableRow
+from train.table import RunPart, RunRequest, TableRun
 
-_COMPLETIONS = 2  # that are shown, of those for steps after which a checkpoint is written
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunPart:
-    """Says how far runs train now, and what they share with others over the same base.
-
-    Attributes:
-      until: returns the step to pause after, from the number of all steps and the run's options. A
-        run that pauses is saved, not evaluated; --resume goes on with it. None trains to the end.
-      on_trained: gets each run that came to its end, the adapted tree, and the function that runs
-        it.
-      hint: tells an interrupted user how to go on; None for this command line with --resume.
-      measured: the evaluations of the base so far. What one of them measured is not measured again;
-        new ones are added.
-      reader: reads rows once for all runs of the same data.
-    """
-
-    until: Callable[[int, Any], int] | None = None
-    on_trained: Callable[[Run, Any, Callable[..., Any]], object] | None = None
-    hint: str | None = None
-    measured: list[Evaluation] = dataclasses.field(default_factory=list)
-    reader: InputReader = dataclasses.field(default_factory=InputReader)
-
-    def evaluate_base(self, evaluation: Evaluation, model: Any, plain: Any, forward: Any) -> None:
-        """Measures the base, unless an earlier evaluation has; notes the one that measures."""
-        if not any(map(evaluation.reuse_base_scores, self.measured)):
-            evaluation.before(model, plain, forward)
-            self.measured.append(evaluation)
+# Where runs are over, the others' step is compiled anew for fewer if it has as many to take.
+_WORTH_COMPILING = 50
 
 
 def finetune(
-    script: str, config: Any, task: Task, session: Session, part: RunPart | None = None
+    script: str, config: Options, task: Task, session: Session, part: RunPart | None = None
 ) -> dict[str, float]:
     """Fine-tunes a model.
 
@@ -121,252 +96,291 @@ def finetune(
     hosts.join_hosts(config.run)
     console = hosts.console()
     session.join(console, config.run.coordinator)
-
-    # Cheap checks come first: options and output folder, then rows, then examples and targets
-    # against the model's configuration. Only then are weights read.
-    with hosts.raise_in_every_process():
-        dry = config.run.dry_run
-        if is_first() and not dry:
-            check_packages(config.run.report_to)
-        cached = None if dry else keep_compiled(config.run.compilation_cache)
-        mesh = make_mesh(config.run.mesh, config.optim.batch_size)
-        config = task.completed(config)
-        optim = config.optim
-        rules(config.adapter)
-        folder = None if dry else locked_output(config, session.release, console)
-        read = part.reader(config, task)
-        session.release.callback(read.data.close)
-        inputs = make_inputs(config, mesh, read)
-    outline, data, layout = inputs.read.outline, inputs.read.data, inputs.layout
-    for line in [*([cached] if cached else []), *inputs.lines]:
-        tell(console, line)
-    if folder is None:
-        loss = task.loss(config, layout)
-        rehearse(config, inputs, loss, console)
-        return {}
-    run = make_run(script, config, task, session.stop, folder, console, inputs, part)
-    space = space_of(config, outline.params)
-
-    # The model and its adapter.
-    with hosts.raise_in_every_process(), doing(console, f"reading the weights of {outline.name}"):
-        model, plain = load_model(config, outline, layout)
-    base_bytes = tree_bytes(plain)
-    key = jax.random.key(optim.seed)
-    params = adapt_base(config, outline, plain, folder, jax.random.fold_in(key, 0))
-    ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
-    inputs, ready = prepare(run, inputs, task, model, plain, params, ready)
-    del params
-
-    # The base, for comparison.
-    is_quantized = outline.in_codes
-    running = model_in(space, model)
-    answering = lj.adapt(running.apply)  # as the model itself answers, not laid out for a step
-    evaluated = answering if is_quantized else model.apply
-    evaluation = make_evaluation(run, inputs, task)
-    if evaluation and not run.pauses:
-        part.evaluate_base(evaluation, model, plain, evaluated)
-    del plain
-
-    # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
-    forward, loss = ready.setup.forward(running), task.loss(config, layout)
-    measured, formed = answering, None
-    if space is not None:  # its weights are formed once for each measurement, not in each batch
-        measured = model.apply
-        formed = FormedTree(
-            functools.partial(merge_trained, space), layout.constrained(model).apply
-        )
-
-    def tree_of_state(state: State) -> Any:
-        tree = adapted_tree(ready, state)
-        return tree if formed is None else formed.form(tree)
-
-    held_out = functools.partial(held_out_loss, ready, forward, loss, formed=formed)
-    with open_run_log(run, ready, int(ready.state.step)) as log:
-        with doing(console, "compiling the step"):
-            compiling = time.perf_counter()
-            step = compile_step(ready, forward, loss)
-            compile_seconds = time.perf_counter() - compiling
-        to_measure = make_measures(
-            run, inputs, evaluation, model, tree_of_state, measured, held_out, log
-        )
-        run.stop.remedy = run.hint
-        hooks = make_hooks(ready, loss, [*to_measure], run.hint)
-        with open_log(log, ready):
-            state, step_seconds = train(
-                step, ready.state, ready.base, run.last, config.run, hooks, log, run.stop
-            )
-        trained = final_tree(ready, state)
-        if not run.pauses:
-            keep_adapter(run, ready, trained)
-    if run.pauses:
+    if config.run.dry_run:
+        return _show(config, task, session, part, console)
+    request = RunRequest(TableRow(config.run.output, "", frozenset(), config), task)
+    (row,) = train_rows(script, [request], session, console, part, alone=True)
+    run, report = row.run, row.report
+    if run.pauses or report is None:
         tell(console, f"paused after step {run.last} of {run.steps}")
         return {}
-    report = make_report(run, ready, trained, loss, step_seconds)
-    report |= {"compile_seconds": compile_seconds, "compiled_bytes": compiled_bytes(step)}
-    run.stop.remedy = f"The adapter is in {folder / ADAPTER}"
-    run.stop.check()
-    report["base_bytes"] = base_bytes
-    write_json(folder / REPORT, report)
-    print_adapter(console, folder / ADAPTER, report)
-
-    # The trained model.
-    scores: dict[str, float] = {}
-    if part.on_trained:
-        part.on_trained(run, trained, answering)
-    if evaluation:
-        # Codes stay codes: merged, they would be the float model.
-        tree = trained if is_quantized else merge_trained(space, trained)
-        del trained, ready, state, hooks, held_out, to_measure, tree_of_state
-        scores = evaluation.after(model, tree, evaluated)
     print_costs(console, report)
     tell(console, report["summary"])
     took = duration(time.monotonic() - began)
-    console.print(f"the whole run took {took}; its files are in {folder}")
-    merged_only = config.adapter.full or space is not None
-    print_commands(console, folder / ADAPTER, ask_words(outline), merged=merged_only)
-    return scores
+    console.print(f"the whole run took {took}; its files are in {run.folder}")
+    merged_only = run.config.adapter.full or row.space is not None
+    words = ask_words(row.inputs.read.outline)
+    print_commands(console, run.folder / ADAPTER, words, merged=merged_only)
+    return row.scores
 
 
-def make_run(
+def _show(
+    config: Options, task: Task, session: Session, part: RunPart, console: Console
+) -> dict[str, float]:
+    """Shows a run without running it, for --dry-run."""
+    with hosts.raise_in_every_process():
+        mesh = make_mesh(config.run.mesh, config.optim.batch_size)
+        config = task.completed(config)
+        rules(config.adapter)
+        read = part.reader(config, task)
+        session.release.callback(read.data.close)
+        inputs = make_inputs(config, mesh, read)
+    for line in inputs.lines:
+        tell(console, line)
+    rehearse(config, inputs, task.loss(config, inputs.layout), console)
+    return {}
+
+
+def train_rows(
     script: str,
-    config: Any,
-    task: Task,
-    stop: Stop,
-    folder: Path,
+    requests: Sequence[RunRequest],
+    session: Session,
     console: Console,
-    inputs: Inputs,
-    part: RunPart,
-) -> Run:
-    """Returns the options, folder and data of a run."""
-    _, outline, data = inputs.read
-    kept = {k: v for k, v in data.facts.items() if k in ("labels", "seq_len")}
-    steps = inputs.steps
-    last = steps if part.until is None else part.until(steps, config)
-    return Run(
-        script=script,
-        config=config,
-        folder=folder,
-        console=console,
-        stop=stop,
-        feed=inputs.feed,
-        steps=steps,
-        last=last,
-        rate=inputs.rate,
-        layout=inputs.layout,
-        about=outline.about | about_space(space_of(config, outline.params)) | kept,
-        hint=part.hint or resume_hint(script),
-        score=task.score,
-    )
-
-
-def prepare(
-    run: Run, inputs: Inputs, task: Task, model: Any, plain: Any, params: Any, ready: TrainingStart
-) -> tuple[Inputs, TrainingStart]:
-    """Returns inputs and state of a run as its task prepares them; see `Task.prepare`."""
-    rows, outline, data = inputs.read
-    of = ModelContext(
-        config=run.config,
-        folder=run.folder,
-        console=run.console,
-        outline=outline,
-        data=data,
-        stop=run.stop,
-        layout=run.layout,
-        model=model,
-        plain=plain,
-        ready=ready,
-        takes_from_base=takes_from_base(params),
-    )
-    ready, data = task.prepare(of)
-    return dataclasses.replace(inputs, read=RunData(rows, outline, data)), ready
-
-
-def make_evaluation(run: Run, inputs: Inputs, task: Task) -> Evaluation | None:
-    """Returns the task's evaluation of a run; None for none."""
-    rows, outline, data = inputs.read
-    context = EvaluationContext(
-        config=run.config,
-        folder=run.folder,
-        console=run.console,
-        rows=rows,
-        data=data,
-        outline=outline,
-        stop=run.stop,
-    )
-    return task.evaluation(context)
-
-
-def load_model(config: Any, outline: ModelInfo, layout: Layout) -> tuple[Any, Any]:
-    """Reads the model and its weights, as the options say.
-
-    Full fine-tuning, and that of a subspace, keeps its weights in fp32, whatever computes.
-    """
-    optim = config.optim
-    model, plain = read_model(
-        outline.name,
-        dtype=optim.dtype,
-        param_dtype="float32" if moves_weights(config.adapter) else optim.dtype,
-        remat=optim.remat_policy,
-        attention=optim.attention,
-        experts=optim.experts,
-        sharding=layout.of_parameter,
-        **outline.head,
-    )
-    check_weights(outline, plain)
-    return model, plain
-
-
-def make_measures(
-    run: Run,
-    inputs: Inputs,
-    evaluation: Evaluation | None,
-    model: Any,
-    adapted_tree: Callable[[State], Any],
-    forward: Callable[..., Any],
-    held_out: Callable[..., PeriodicMeasure],
-    log: RunLog | QuietLog,
-) -> Iterator[PeriodicMeasure]:
-    """Yields the measures of a run: the held-out loss, the task's score, sampled answers.
+    part: RunPart | None = None,
+    *,
+    alone: bool = False,
+) -> list[TableRun]:
+    """Trains runs side by side, or a single one alone, to their ends or as far as `part` says.
 
     Args:
-      run: options, data and folder.
-      inputs: rows, examples and prompts.
-      evaluation: the task's; None for none.
-      model: the model that answers.
-      tree_of: returns the adapted tree of a state.
-      forward: the model's ``apply``, for an adapted tree.
-      held_out: `held_out_loss`, with its arguments up to the examples.
-      log: the log that sampled answers go to.
+      script: the command, for the hint how to go on: "train.sft".
+      requests: the runs, checked, with their tasks' defaults.
+      session: tells of signals.
+      console: console to print to.
+      part: how far they train, and what they share with other runs.
+      alone: whether the only run has the console and the step to itself, and raises its errors.
+
+    Returns:
+      The runs, in order, each with what came of it: one that failed beside others holds its error,
+      one that a signal stopped is saved.
+
+    Raises:
+      TrainingError: a row asks for something that cannot be done; nothing was trained.
     """
-    config: Any = run.config
-    asked = config.run
-    if asked.eval_every and inputs.read.data.on_the_way is not None:
-        examples = inputs.read.data.on_the_way
-        yield held_out(examples, every=asked.eval_every, stop=run.stop)
+    part = part or RunPart()
 
-    if asked.score_every and evaluation:
+    # Cheap checks come first, of all rows: options and output folder, then rows, then examples and
+    # targets against the model's configuration. Only then are weights read, once.
+    with hosts.raise_in_every_process():
+        first = requests[0].row.options
+        cached = keep_compiled(first.run.compilation_cache)
+        sizes = (request.row.options.optim.batch_size for request in requests)
+        mesh = make_mesh(first.run.mesh, math.gcd(*sizes))
+        own = console if alone else None
+        rows = [open_run(script, request, mesh, session, part, own) for request in requests]
+        check_images(rows)
+    if cached:
+        tell(console, cached)
+    for row in rows:
+        tell(row.run.console, *row.inputs.lines)
+    config, inputs, space = rows[0].run.config, rows[0].inputs, rows[0].space
+    outline, layout = inputs.read.outline, inputs.layout
+    with hosts.raise_in_every_process(), doing(console, f"reading the weights of {outline.name}"):
+        model, plain = load_model(config.optim, config.adapter, outline, layout)
+    if not alone:
+        tell(console, f"{len(rows)} runs train side by side over {outline.name}")
 
-        def scored(state: State) -> dict[str, float] | None:
-            return score(evaluation, model, adapted_tree(state), forward, run.stop)
+    # The adapters, and the base for comparison.
+    base = _Base(model, outline, layout, tree_bytes(plain), lj.adapt(model_in(space, model).apply))
+    tenants: dict[str, Tenant] = {}
+    for row in rows:
+        with row.isolate_errors():
+            if tenant := begin(row, model, plain, session.release):
+                tenants[row.name] = tenant
+    for row in rows:
+        if row.error is None and row.evaluation and not row.run.pauses:
+            part.evaluate_base(row.evaluation, model, plain, base.evaluated)
 
-        yield PeriodicMeasure(every=asked.score_every, prefix=SCORE, take=scored)
-    if isinstance(inputs.feed, RolloutFeed):
-        rolling, updates = inputs.feed, config.optim.updates
+    # Training. It leaves each adapter on its own, the loss curve, and a report of its costs.
+    if alone:
+        del plain
+        _train_alone(rows[0], base)
+    else:
+        _train_beside(rows, tenants, plain, base, console, session)
+        del plain
 
-        def completed(state: State) -> dict[str, float]:
-            step = int(state.step)
-            until = step + updates - 1  # the last step that new completions are for
-            some = step == 1 or until >= run.last or until % asked.save_every < updates
-            log.sampled(step, rolling.fresh(), shown=_COMPLETIONS if some else 0)
-            return {}
+    # The trained models.
+    stopped = any(row.state == "stopped" for row in rows)
+    for row in rows:
+        if row.report is not None and not row.run.pauses:
+            row.report |= {} if alone else {"side_by_side": len(rows)}
+            with row.isolate_errors():
+                _finish(row, base, part, evaluates=not stopped)  # a resumed run evaluates all
+    return rows
 
-        yield PeriodicMeasure(every=1, prefix=SAMPLED, take=completed)
-    if prompts := inputs.prompts:
-        tokens, outline = asked.sample_tokens, inputs.read.outline
 
-        def sampled(state: State) -> dict[str, float]:
-            answers = sample(prompts, tokens, outline, model, adapted_tree(state), forward)
-            log.sampled(int(state.step), answers)
-            return {}
+class _Base(NamedTuple):
+    """The model that runs share, and the function that answers by an adapted tree of it."""
 
-        yield PeriodicMeasure(every=asked.sample_every, prefix=SAMPLED, take=sampled)
+    model: Model
+    outline: ModelInfo
+    layout: Layout
+    n_bytes: int
+    answering: Forward  # as the model itself answers, not laid out for a step
+
+    @property
+    def evaluated(self) -> Forward:
+        """The function of the trees that are evaluated: plain ones, or codes, which stay codes."""
+        return self.answering if self.outline.in_codes else self.model.apply
+
+
+class _StepsAlone:
+    """Takes the steps of a single run, as `Together` takes those of many."""
+
+    def __init__(self, step: CompiledStep, start: TrainingStart) -> None:
+        """Begins with the state of `start`, which the first step donates."""
+        self._step, self._layout = step, start.setup.layout
+        self._state, self._base = start.state, start.base
+
+    def state(self) -> State:
+        """Returns the state after the steps so far."""
+        return self._state
+
+    def take(self, batches: Mapping[str, HostBatch]) -> dict[str, Metrics]:
+        """Takes a step with the run's batch; returns its metrics."""
+        ((name, batch),) = batches.items()
+        placed = self._layout.batch(batch, parts=True)
+        self._state, metrics = self._step(self._state, self._base, placed)
+        return {name: metrics}
+
+
+def _train_alone(row: TableRun, base: _Base) -> None:
+    """Trains a single run as far as it goes; raises what ends it."""
+    run, start = row.run, row.start
+    assert start is not None
+    forward = start.setup.forward(model_in(row.space, base.model))
+    with doing(run.console, "compiling the step"):
+        began = time.perf_counter()
+        step = compile_step(start, forward, row.loss)
+        seconds = time.perf_counter() - began
+    steps = _StepsAlone(step, row.drop_state())
+    del start
+    run.stop.remedy = run.hint
+    running = _running(row, base, forward, steps.state, {})
+    with run.stop.deferred():
+        (ending,) = side_by_side(steps.take, {row.name: running}).values()
+    if ending.error is not None:
+        raise ending.error
+    row.trained, row.report = ending.result
+    row.report |= {"compile_seconds": seconds, "compiled_bytes": compiled_bytes(step)}
+
+
+def _train_beside(
+    rows: Sequence[TableRun],
+    tenants: dict[str, Tenant],
+    plain: Tree,
+    base: _Base,
+    console: Console,
+    session: Session,
+) -> None:
+    """Trains all runs that have begun as far as each goes."""
+    by_name = {row.name: row for row in rows if row.name in tenants}
+    board = Board(console, {name: row.run.last for name, row in by_name.items()})
+    dropped = any(has_dropout(tenant.params) for tenant in tenants.values())
+    forward = lj.adapt(base.layout.constrained(base.model, dropout=dropped).apply)
+    together = Together(forward, plain, compiler_options=base.layout.compiler_options)
+    evaluations: dict[Loss, Callable[..., Sums]] = {}
+
+    def ended(name: str, ending: RunEnding) -> None:
+        together.remove(name)
+        row = by_name[name]
+        if ending.error is not None:
+            row.fail(ending.error)
+        else:
+            row.trained, row.report = ending.result
+        board.ended(name, row.state)
+
+    def turned() -> None:
+        together.shrink(_WORTH_COMPILING)
+        board.show()
+
+    with jax.set_mesh(base.layout.mesh):
+        with doing(console, "placing the adapters"):
+            together.add(tenants)
+            tenants.clear()
+        runs = {}
+        for name, row in by_name.items():
+            now = functools.partial(together.state, name)
+            runs[name] = _running(row, base, forward, now, evaluations, board)
+            board.note(name, {"step": together.done(name)})
+        session.stop.remedy = rows[0].run.hint
+        with board, session.stop.deferred():
+            side_by_side(together.step, runs, ended=ended, turned=turned)
+            board.show()
+
+
+def _running(
+    row: TableRun,
+    base: _Base,
+    forward: Forward,
+    now: Callable[[], State],
+    evaluations: dict[Loss, Callable[..., Sums]],
+    board: Board | None = None,
+) -> DrivenRun:
+    """Returns a run that leaves its steps to a driver; it ends with its tree and its report.
+
+    Args:
+      row: the run.
+      base: the model.
+      forward: the adapted function that the loss calls.
+      now: returns the run's state after the steps so far.
+      evaluations: the compiled evaluations of held-out examples so far, by their losses.
+      board: gets the metrics as well; None for none.
+    """
+    run, start, loss = row.run, row.start, row.loss
+    assert start is not None
+    formed, measured = None, base.answering
+    if row.space is not None:  # its weights are formed once for each measurement, not in each batch
+        measured = base.model.apply
+        formed = FormedTree(
+            functools.partial(merge_trained, row.space), run.layout.constrained(base.model).apply
+        )
+    if loss.held_out not in evaluations:
+        evaluated = forward if formed is None else formed.forward
+        evaluations[loss.held_out] = compiled_evaluation(run.layout, evaluated, loss)
+    held_out = functools.partial(
+        held_out_loss, start, forward, loss, evaluation=evaluations[loss.held_out], formed=formed
+    )
+
+    def tree_of_state(state: State) -> Tree:
+        tree = adapted_tree(start, state)
+        return tree if formed is None else formed.form(tree)
+
+    def turns() -> Generator[int, tuple[Mapping[str, Any], int], tuple[Tree, dict[str, Any]]]:
+        with open_run_log(run, start, int(now().step)) as own:
+            measures = make_measures(row, base.model, tree_of_state, measured, held_out, own)
+            row.hooks = make_hooks(start, loss, [*measures], run.hint)
+            log = own if board is None else TeeLog(own, board, row.name)
+            with open_log(log, start):
+                step_seconds = yield from training_steps(
+                    now, run.last, run.config.run, row.hooks, log, run.stop
+                )
+            trained = final_tree(start, now())
+            if run.pauses:
+                return trained, {}
+            keep_adapter(run, start, trained)
+        return trained, make_report(run, start, trained, loss, step_seconds)
+
+    def batch(number: int) -> HostBatch:
+        assert row.hooks is not None
+        return row.hooks.batch(number, start.state if start.live is None else now())
+
+    return DrivenRun(turns=turns(), batch=batch, tokens=start.feed.tokens)
+
+
+def _finish(row: TableRun, base: _Base, part: RunPart, *, evaluates: bool) -> None:
+    """Writes the report of a run that came to its end, and evaluates what it trained."""
+    run, adapter = row.run, row.run.folder / ADAPTER
+    assert row.report is not None
+    if row.is_alone:
+        run.stop.remedy = f"The adapter is in {adapter}"
+        run.stop.check()
+    row.report["base_bytes"] = base.n_bytes
+    write_json(run.folder / REPORT, row.report)
+    print_adapter(run.console, adapter, row.report)
+    if part.on_trained:
+        part.on_trained(run, row.trained, base.answering)
+    if row.evaluation and evaluates:
+        tree, codes = row.take_trained(), base.outline.in_codes
+        tree = tree if codes else merge_trained(row.space, tree)  # codes merged: the float model
+        row.scores = row.evaluation.after(base.model, tree, base.evaluated)

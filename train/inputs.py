@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -10,14 +12,18 @@ import lora_jax as lj
 from lora_jax.hf.coded import NONE
 from lora_jax.models.layers.attend import choose_attention
 from lora_jax.training.data.order import Batches, Feed, Order
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
-from train.console.errors import as_user_errors
+from train.console.errors import UserError, as_user_errors
 from train.data.lines import mixture_lines
+from train.data.text_files import parsed
 from train.options.common import Options, as_json, check_offload
 from train.options.field import traits_of
+from train.options.paths import check_local
+from train.options.scripts.sft import SftRunConfig
 from train.processes import hosts
-from train.progress import SamplePrompts
+from train.run.complete import Chat, tokenize_chats
 from train.run.intrinsic import moves_weights, space_of
 from train.run.output import saved_options
 from train.run.pretrained import ModelInfo
@@ -25,6 +31,7 @@ from train.run.rules import check_names, rules
 from train.run.task import Data, Task, TaskRows
 from train.settings.files import options_of_processes
 
+_SUFFIXES = (".txt", ".jsonl")
 _HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
 
 
@@ -34,6 +41,39 @@ class RunData(NamedTuple):
     rows: TaskRows
     outline: ModelInfo
     data: Data
+
+
+class SamplePrompts:
+    """Holds the prompts of --sample-prompts, and their tokens.
+
+    Attributes:
+      texts: the prompts as a person reads them.
+      tokens: as the model gets them, up to the start of its answer.
+    """
+
+    def __init__(self, run: SftRunConfig, outline: ModelInfo) -> None:
+        """Reads and tokenises the prompts.
+
+        Raises:
+          UserError: the file cannot be read, a prompt is empty, or the model does not take one.
+        """
+        chats = _read(run.sample_prompts)
+        self.texts = [str(chat[-1]["content"]) for chat in chats]
+        if outline.tokenizer.chat_template is not None:
+            with as_user_errors(TrainingError, prefix="--sample-prompts: "):
+                self.tokens = tokenize_chats(outline, chats)
+        elif any(len(chat) > 1 for chat in chats):
+            raise UserError(
+                f"--sample-prompts: {outline.name} has no chat template, and a prompt has several "
+                "messages: give texts"
+            )
+        else:
+            self.tokens = outline.tokenizer(self.texts)["input_ids"]
+        if not all(self.tokens):
+            raise UserError("--sample-prompts: a prompt has no tokens")
+        outline.check_length(
+            max(map(len, self.tokens)) + run.sample_tokens, "--sample-prompts and --sample-tokens"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,3 +210,50 @@ def _attention_line(config: Options, outline: ModelInfo, layout: Layout, seq: in
             split=layout.split(seq),
         )
     return f"attention: {chosen}"
+
+
+def _read(given: Sequence[str]) -> list[Chat]:
+    """Returns the chats that --sample-prompts gives as texts, or as the rows of one file."""
+    files = [text for text in given if text.lower().endswith(_SUFFIXES)]
+    if files and len(given) > 1:
+        raise UserError(
+            f"--sample-prompts: {files[0]} is a file, and stands alone: leave the other prompts out"
+        )
+    if not files:
+        return [_chat(text, f"prompt {number}") for number, text in enumerate(given, start=1)]
+    check_local("sample_prompts", files)
+    path = Path(files[0]).expanduser()
+    unreadable = f"--sample-prompts: {path} cannot be read: "
+    with as_user_errors(OSError, UnicodeDecodeError, prefix=unreadable):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise UserError(f"--sample-prompts: {path} is empty")
+    is_json = path.suffix.lower() == ".jsonl"
+    return [
+        _chat_of_row(path, number, line) if is_json else _chat(line, str(path))
+        for number, line in rows
+    ]
+
+
+def _chat(text: str, where: str) -> Chat:
+    if not text.strip():
+        raise UserError(f"--sample-prompts: {where} is empty")
+    return [{"role": "user", "content": text}]
+
+
+def _chat_of_row(path: Path, number: int, line: str) -> Chat:
+    where = f"{path}, line {number}"
+    row = parsed(line, path, f"line {number}")
+    if isinstance(row.get("prompt"), str):
+        return _chat(row["prompt"], where)
+    chat = row.get("messages")
+    is_chat = isinstance(chat, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn
+        for turn in chat
+    )
+    if not is_chat or not chat or chat[-1]["role"] != "user":
+        raise UserError(
+            f"--sample-prompts: {where}: a `prompt` is needed, or `messages` that end with a user's"
+        )
+    return chat

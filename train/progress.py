@@ -1,22 +1,24 @@
-"""Measures of a run on its way: the score of its task, and answers to a few fixed prompts."""
+"""Measures of a run on its way: held-out loss, the score of its task, and sampled answers."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from lora_jax.training.errors import Dropped, TrainingError
+from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.training.errors import Dropped
+from lora_jax.training.loop import PeriodicMeasure
+from lora_jax.training.losses import SCORE
 from lora_jax.training.processes import Agreement
 from lora_jax.training.run.stop import Stop
-from train.console.errors import UserError, as_user_errors
-from train.data.text_files import parsed
-from train.options.paths import check_local
-from train.options.scripts.sft import SftRunConfig
+from lora_jax.training.step import State
+from train.inputs import SamplePrompts
 from train.reporters.contract import Sample
-from train.run.complete import Chat, answer_prompts, tokenize_chats
+from train.run.complete import answer_prompts
+from train.run.log import SAMPLED, QuietLog, RunLog
 from train.run.pretrained import ModelInfo
-from train.run.task import Evaluation
+from train.run.task import Evaluation, RolloutFeed
+from train.table import TableRun
 
-_SUFFIXES = (".txt", ".jsonl")
+_COMPLETIONS = 2  # that are shown, of those for steps after which a checkpoint is written
 
 
 class _Cut(Exception):
@@ -24,7 +26,7 @@ class _Cut(Exception):
 
 
 def score(
-    evaluation: Evaluation, model: Any, tree: Any, forward: Callable[..., Any], stop: Stop
+    evaluation: Evaluation, model: Model, tree: Tree, forward: Forward, stop: Stop
 ) -> dict[str, float] | None:
     """Returns a task's score; None after a signal, which cuts the measurement short.
 
@@ -47,41 +49,13 @@ def score(
         return None
 
 
-class SamplePrompts:
-    """Holds the prompts of --sample-prompts, and their tokens.
-
-    Attributes:
-      texts: the prompts as a person reads them.
-      tokens: as the model gets them, up to the start of its answer.
-    """
-
-    def __init__(self, run: SftRunConfig, outline: ModelInfo) -> None:
-        """Reads and tokenises the prompts.
-
-        Raises:
-          UserError: the file cannot be read, a prompt is empty, or the model does not take one.
-        """
-        chats = _read(run.sample_prompts)
-        self.texts = [str(chat[-1]["content"]) for chat in chats]
-        if outline.tokenizer.chat_template is not None:
-            with as_user_errors(TrainingError, prefix="--sample-prompts: "):
-                self.tokens = tokenize_chats(outline, chats)
-        elif any(len(chat) > 1 for chat in chats):
-            raise UserError(
-                f"--sample-prompts: {outline.name} has no chat template, and a prompt has several "
-                "messages: give texts"
-            )
-        else:
-            self.tokens = outline.tokenizer(self.texts)["input_ids"]
-        if not all(self.tokens):
-            raise UserError("--sample-prompts: a prompt has no tokens")
-        outline.check_length(
-            max(map(len, self.tokens)) + run.sample_tokens, "--sample-prompts and --sample-tokens"
-        )
-
-
 def sample(
-    prompts: SamplePrompts, new_tokens: int, outline: ModelInfo, model: Any, tree: Any, forward: Any
+    prompts: SamplePrompts,
+    new_tokens: int,
+    outline: ModelInfo,
+    model: Model,
+    tree: Tree,
+    forward: Forward,
 ) -> list[Sample]:
     """Returns the model's greedy answers to prompts.
 
@@ -99,48 +73,53 @@ def sample(
     return [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
 
 
-def _read(given: Sequence[str]) -> list[Chat]:
-    """Returns the chats that --sample-prompts gives as texts, or as the rows of one file."""
-    files = [text for text in given if text.lower().endswith(_SUFFIXES)]
-    if files and len(given) > 1:
-        raise UserError(
-            f"--sample-prompts: {files[0]} is a file, and stands alone: leave the other prompts out"
-        )
-    if not files:
-        return [_chat(text, f"prompt {number}") for number, text in enumerate(given, start=1)]
-    check_local("sample_prompts", files)
-    path = Path(files[0]).expanduser()
-    unreadable = f"--sample-prompts: {path} cannot be read: "
-    with as_user_errors(OSError, UnicodeDecodeError, prefix=unreadable):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise UserError(f"--sample-prompts: {path} is empty")
-    is_json = path.suffix.lower() == ".jsonl"
-    return [
-        _chat_of_row(path, number, line) if is_json else _chat(line, str(path))
-        for number, line in rows
-    ]
+def make_measures(
+    row: TableRun,
+    model: Model,
+    tree_of: Callable[[State], Tree],
+    forward: Forward,
+    held_out: Callable[..., PeriodicMeasure],
+    log: RunLog | QuietLog,
+) -> Iterator[PeriodicMeasure]:
+    """Yields the measures of a run: the held-out loss, the task's score, sampled answers.
 
+    Args:
+      row: the run.
+      model: the model that answers.
+      tree_of: returns the adapted tree of a state.
+      forward: the model's ``apply``, for an adapted tree.
+      held_out: `held_out_loss`, with its arguments up to the examples.
+      log: the log that sampled answers go to.
+    """
+    run, inputs, evaluation = row.run, row.inputs, row.evaluation
+    asked: Any = run.config.run
+    if asked.eval_every and inputs.read.data.on_the_way is not None:
+        examples = inputs.read.data.on_the_way
+        yield held_out(examples, every=asked.eval_every, stop=run.stop)
 
-def _chat(text: str, where: str) -> Chat:
-    if not text.strip():
-        raise UserError(f"--sample-prompts: {where} is empty")
-    return [{"role": "user", "content": text}]
+    if asked.score_every and evaluation:
 
+        def scored(state: State) -> dict[str, float] | None:
+            return score(evaluation, model, tree_of(state), forward, run.stop)
 
-def _chat_of_row(path: Path, number: int, line: str) -> Chat:
-    where = f"{path}, line {number}"
-    row = parsed(line, path, f"line {number}")
-    if isinstance(row.get("prompt"), str):
-        return _chat(row["prompt"], where)
-    chat = row.get("messages")
-    is_chat = isinstance(chat, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn
-        for turn in chat
-    )
-    if not is_chat or not chat or chat[-1]["role"] != "user":
-        raise UserError(
-            f"--sample-prompts: {where}: a `prompt` is needed, or `messages` that end with a user's"
-        )
-    return chat
+        yield PeriodicMeasure(every=asked.score_every, prefix=SCORE, take=scored)
+    if isinstance(inputs.feed, RolloutFeed):
+        rolling, updates = inputs.feed, getattr(run.config.optim, "updates", 1)
+
+        def completed(state: State) -> dict[str, float]:
+            step = int(state.step)
+            until = step + updates - 1  # the last step that new completions are for
+            some = step == 1 or until >= run.last or until % asked.save_every < updates
+            log.sampled(step, rolling.fresh(), shown=_COMPLETIONS if some else 0)
+            return {}
+
+        yield PeriodicMeasure(every=1, prefix=SAMPLED, take=completed)
+    if prompts := inputs.prompts:
+        tokens, outline = asked.sample_tokens, inputs.read.outline
+
+        def sampled(state: State) -> dict[str, float]:
+            answers = sample(prompts, tokens, outline, model, tree_of(state), forward)
+            log.sampled(int(state.step), answers)
+            return {}
+
+        yield PeriodicMeasure(every=asked.sample_every, prefix=SAMPLED, take=sampled)

@@ -2,26 +2,33 @@
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.training.errors import TrainingError
+from lora_jax.training.errors import Interrupted, TrainingError
+from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
-from train.finetune import finetune
-from train.many.one import RunRequest
-from train.many.runs import train_many
+from train.console.output import tell
+from train.finetune import finetune, train_rows
 from train.options.common import Options
 from train.options.defaults import Defaults
 from train.options.field import check_effects
 from train.options.file import replace_options
+from train.processes import hosts
 from train.processes.session import Session
+from train.reporters.files import ERROR, write_csv
+from train.run.board import print_results
 from train.run.task import PriorRuns, Task
 from train.settings.command import read_line
 from train.settings.defaults import check_files, fill_defaults
 from train.settings.files import CONFIG
-from train.settings.table import TableRow, check_one_base, read_table
+from train.settings.table import RESULTS, TableRow, check_one_base, read_table
 from train.settings.tasks import dataset_facts, find_task
+from train.table import RunRequest
+
+FAILED = 1  # the exit code where some runs failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +120,8 @@ class TrainingScript:
                 task = self.task_of(row.options)
                 config = self.completed(row.options, task.defaults)
                 self.check(config)
+            begun = _holds_run(Path(config.run.output).expanduser())  # else its row is a new one
+            config = replace_options(config, {"resume": config.run.resume and begun})
             asked.append(RunRequest(row._replace(options=config), task))
         check_one_base([one.row for one in asked])
         return asked
@@ -120,3 +129,38 @@ class TrainingScript:
 
 def _holds_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
+
+
+def train_many(script: str, requests: Sequence[RunRequest], session: Session) -> None:
+    """Trains a table of runs, and writes their results beside their folders.
+
+    Args:
+      script: the command, for the hint how to go on: "train.sft".
+      requests: the runs, checked, with their tasks' defaults.
+      session: tells of signals.
+
+    Raises:
+      TrainingError: a row asks for something that cannot be done; nothing was trained.
+      Interrupted: after a signal, once the last step of each run is saved.
+      SystemExit: with code 1, once all others are done, if a run failed.
+    """
+    began = time.monotonic()
+    console = hosts.console()
+    rows = train_rows(script, requests, session, console)
+    results = [row.result() for row in rows]
+    parent = rows[0].run.folder.parent
+    write_csv(parent / RESULTS, [results[0], *(result.values() for result in results)])
+    print_results(console, [{k: v for k, v in r.items() if k != "error"} for r in results])
+    failed = [row for row in rows if row.state == "failed"]
+    for row in failed:
+        where = row.run.folder / ERROR
+        print(f"error: {row.name} failed: {row.why} ({where})", file=sys.stderr, flush=True)
+    took = duration(time.monotonic() - began)
+    tell(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
+    hint = session.stop.remedy
+    if n := sum(row.state == "stopped" for row in rows):
+        raise Interrupted(f"stopped {n} of {len(rows)} runs, each saved. {hint}", session.stop.code)
+    session.stop.check()
+    if failed:
+        print(f"\n{len(failed)} of {len(rows)} runs failed; the others are done", file=sys.stderr)
+        sys.exit(FAILED)

@@ -10,11 +10,12 @@ from lora_jax.training.processes import write_json
 from train import classify, sft
 from train.export import __main__ as export
 from train.export.options import ExportOptions
-from train.finetune import RunPart, finetune
+from train.finetune import finetune
 from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.output import ADAPTER, CONFIG
 from train.run.task import Task
+from train.table import RunPart
 
 _SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
 MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"

@@ -28,7 +28,7 @@ def begun(script, *args):
         raise Begun(params)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Begun) as caught:
-        patch.setattr("train.finetune.begin_run", stop)
+        patch.setattr("train.begin.begin_run", stop)
         script([str(arg) for arg in args])
     return caught.value.args[0]
 

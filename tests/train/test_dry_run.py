@@ -33,7 +33,7 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
     args = [str(arg) for arg in args]
     before = files_in(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("train.finetune.read_model", None)
+        patch.setattr("train.begin.read_model", None)
         main([*args, "--dry-run"])
     said = capsys.readouterr().out
     assert files_in(tmp_path) == before

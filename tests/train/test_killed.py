@@ -40,7 +40,7 @@ MOMENTS = {
     "a checkpoint has its record": (f"{CHECKPOINTS}._record_files", 1, "after"),
     "completions are drawn after a checkpoint": ("train.live.rollouts:sample", 1, "after"),
     "completions are written down": ("train.reporters.contract:Sample._asdict", 17, "before"),
-    "a step is in the log": ("train.run.log:Log.add", 2, "after"),
+    "a step is in the log": ("train.run.log:RunLog.add", 2, "after"),
     "older checkpoints are to go": (f"{CHECKPOINTS}._remove_all_but", 2, "before"),
     "the last checkpoint is written": (f"{CHECKPOINTS}.save", 1, "in"),
     "the adapter is to be saved": ("train.finetune:keep_adapter", 1, "before"),

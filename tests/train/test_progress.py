@@ -16,7 +16,7 @@ from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import classify, sft
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
-from train.progress import SamplePrompts
+from train.inputs import SamplePrompts
 from train.run.log import RunLog, read_metrics
 from train.run.pretrained import read_model_info
 

@@ -233,7 +233,7 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
         read.append(read_model(*args, **options))
         return read[-1]
 
-    monkeypatch.setattr("train.finetune.read_model", reading)
+    monkeypatch.setattr("train.begin.read_model", reading)
     run(
         *(inputs[:6], tmp_path, "--full", "--steps", 2, "--lr", 1e-3, "--grad-accum", 2),
         *("--eval-every", 1, "--dtype", "bfloat16", "--remat", "--attention", "blockwise"),

@@ -28,6 +28,7 @@ from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
 from train import classify, sft
+from train.begin import load_model
 from train.compare import measure, outside, result
 from train.compare.intruders import mean_intruders
 from train.compare.options import OF_CLASSIFIER, CompareConfig, check
@@ -36,7 +37,6 @@ from train.compare.sweep import PROGRESS, Sweep, read_progress
 from train.compare.trials import RUNS, ComparedScript, trials_of
 from train.console.errors import UserError, flag
 from train.console.output import tell
-from train.finetune import RunPart, load_model
 from train.inputs import InputReader, Inputs
 from train.options.field import check_effects
 from train.options.file import replace_options
@@ -50,6 +50,7 @@ from train.run.output import CONFIG, remove_empty
 from train.settings.command import read_line
 from train.settings.files import check_same_run, options_file, read_options_file
 from train.settings.tasks import dataset_facts
+from train.table import RunPart
 
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"
@@ -243,7 +244,7 @@ def _intruders(inputs: Inputs, known: dict[Any, Any], run: Run, tree: Any) -> fl
     outline, layout = inputs.read.outline, inputs.layout
     adapter = run.config.adapter
     if moves_weights(adapter):  # the tree holds no base, or one that a subspace moves
-        before = load_model(run.config, outline, layout)[1]
+        before = load_model(run.config.optim, adapter, outline, layout)[1]
     else:
         before = lj.strip(tree)
     after = merge_trained(space_of(run.config, outline.params), tree)

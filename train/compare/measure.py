@@ -10,6 +10,7 @@ import jax
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
+from train.begin import load_model
 from train.compare import costs
 from train.compare.options import has_adapter
 from train.compare.reporting import tables
@@ -28,7 +29,6 @@ from train.compare.sweep import Sweep
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.console.output import tell
-from train.finetune import load_model
 from train.inputs import Inputs
 from train.reporters.files import read_json
 from train.run.log import doing, read_metrics
@@ -52,7 +52,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
     # The options of an adapter's run, if there is one: over the base as it is.
     config = min(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method)).config
     with doing(console, f"reading the weights of {outline.name}"):
-        model, plain = load_model(config, outline, inputs.layout)
+        model, plain = load_model(config.optim, config.adapter, outline, inputs.layout)
     forward = lj.adapt(model.apply) if outline.in_codes else model.apply
     before = None
     if sweep.outside is not None:

@@ -27,9 +27,7 @@ from train.compare.rungs import Stage
 from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
 from train.console.output import tell
-from train.finetune import RunPart, finetune
-from train.many.one import RunRequest
-from train.many.runs import train_rows
+from train.finetune import finetune, train_rows
 from train.options.file import replace_options
 from train.options.optim import warmup_steps
 from train.processes.session import Session
@@ -38,6 +36,7 @@ from train.run.lifecycle import Run
 from train.run.log import read_metrics
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
 from train.settings.table import TableRow
+from train.table import RunPart, RunRequest
 
 PROGRESS = "sweep.json"
 
@@ -217,7 +216,7 @@ class Sweep:
             row = TableRow(trial.name, f"run {trial.name}", frozenset(), _resumed_options(trial))
             asked.append(RunRequest(row, trial.task))
         for one in train_rows(self.script, asked, self.session, self.console, part):
-            done = self.record.progress(one.row.name)
+            done = self.record.progress(one.name)
             if one.state == "failed":
                 done.error = one.why
             if one.score is not None:

@@ -32,10 +32,14 @@ class _ErrorOfAll(UserError):
 class Processes(Protocol):
     """Options that say which processes a run has."""
 
-    coordinator: str | None
-    distributed: bool
-    num_processes: int | None
-    process_id: int | None
+    @property
+    def coordinator(self) -> str | None: ...
+    @property
+    def distributed(self) -> bool: ...
+    @property
+    def num_processes(self) -> int | None: ...
+    @property
+    def process_id(self) -> int | None: ...
 
 
 def join_hosts(run: Processes) -> None:

@@ -10,6 +10,7 @@ from lora_jax import training
 from tests.train.tiny import CHATML, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.generate import prompts
+from train.inputs import SamplePrompts
 from train.predict.texts import (
     holds_rows,
     read_arguments,
@@ -17,7 +18,6 @@ from train.predict.texts import (
     read_text_file,
     tokenize,
 )
-from train.progress import SamplePrompts
 
 USER = {"role": "user", "content": "a"}
 HALF = "one half of a surrogate pair"

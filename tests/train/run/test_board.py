@@ -8,9 +8,9 @@ from rich.console import Console
 
 from train import inputs
 from train.inputs import InputReader
-from train.many.board import Board, BufferedConsole
 from train.options.file import replace_options
 from train.options.scripts.sft import Config
+from train.run.board import Board, BufferedConsole
 from train.settings.defaults import fill_defaults
 from train.tasks.chats import TASK
 from train.tasks.sql import TASK as SQL

@@ -1,1 +1,0 @@
-"""Many runs over one base, side by side: `python -m train.sft --many FILE`."""
