@@ -64,7 +64,7 @@ class TrainingScript:
 
     def _read(self, args: Sequence[str] | None) -> tuple[Any, frozenset[str], dict[str, int]]:
         given = sys.argv[1:] if args is None else args
-        config, on_line, in_file = read_line(self.plain, given, f"python -m {self.name}")
+        config, on_line, in_file = read_line(self.plain, given, self.name)
         is_own = config.data.dataset != self.plain.data.dataset
         if is_own and self.own_output and "output" not in (on_line | in_file.keys()):
             own, older = Path(self.own_output), Path(config.run.output)

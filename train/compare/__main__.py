@@ -12,7 +12,6 @@ script that it does not set itself.
 
 import dataclasses
 import functools
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from train.compare.sweep import PROGRESS, Sweep, read_progress
 from train.compare.trials import RUNS, ComparedScript, trials_of
 from train.console.errors import UserError, flag
 from train.console.output import tell
+from train.console.program import about, program
 from train.inputs import InputReader, Inputs
 from train.options.field import check_effects
 from train.options.file import replace_options
@@ -52,7 +52,7 @@ from train.settings.files import check_same_run, options_file, read_options_file
 from train.settings.tasks import dataset_facts
 from train.table import RunPart
 
-_PROG = "python -m train.compare"
+_PROG = "train.compare"
 _OUTPUT = "runs/compare"
 _OURS = (
     *(CONFIG, PROGRESS, result.JSON, RUNS, measure.COSTS, peft_json.FOLDER),
@@ -122,7 +122,7 @@ def main(args: Sequence[str] | None = None) -> None:
     session = Session()
     with session.running():
         script, config, names = parse(given)
-        command = shlex.join(["python", "-m", "train.compare", *given])
+        command = program(_PROG, *given)
         compare(script, config, names, session, command)
 
 
@@ -137,7 +137,8 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, Any, frozenset[str]]:
     """
     if not args or args[0] not in SCRIPTS:
         if {"-h", "--help"} & {*args}:
-            print(f"{__doc__}\nusage: {_PROG} {{{','.join(SCRIPTS)}}} [options]")
+            usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
+            print(f"{about(__doc__, _PROG)}\n{usage}")
             sys.exit(0)
         found = f"not {args[0]!r}" if args else "and nothing was given"
         raise UserError(f"the script to compare runs of is needed first: sft or classify, {found}")

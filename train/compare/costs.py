@@ -36,6 +36,7 @@ STEPS = 6  # of a timed run
 _ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 16, 128
 _ROUNDS = 2
 _ROOT = Path(__file__).parents[2]  # of the scripts
+_PYTHON = (sys.executable, "-P", "-m")  # what the working folder holds comes first without -P
 
 
 def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> dict
     if jax.default_backend() == "cpu":
         options = folder / f"{trial.name}.yaml"
         options.write_text(options_file(config, script), encoding="utf-8")
-        command = [sys.executable, "-m", script, "--config", str(options), "--output", str(output)]
+        command = [*_PYTHON, script, "--config", str(options), "--output", str(output)]
         _output_of([*command, "--overwrite"])
     else:
         with session.part():
@@ -97,7 +98,7 @@ def plan_result(
     optim, adapter, data = trial.config.optim, trial.config.adapter, trial.config.data
     rows = optim.batch_size * optim.grad_accum * trial.steps
     command = [
-        *(sys.executable, "-m", "train.plan", "--model", data.model, "--topology", topology),
+        *(*_PYTHON, "train.plan", "--model", data.model, "--topology", topology),
         *("--batch-size", optim.batch_size, "--grad-accum", optim.grad_accum),
         *("--seq-len", tokens_a_row, "--tokens", rows * tokens_a_row, "--dtype", optim.dtype),
         *("--remat", optim.remat, "--optimizer", optim.optimizer, "--alone", "--json"),

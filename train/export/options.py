@@ -68,7 +68,7 @@ class ExportOptions(TokenizerOption):
 
 def parse(args: Sequence[str] | None) -> ExportOptions:
     """Returns the options of a command line; raises a UserError for a path with a scheme."""
-    return parse_options(ExportOptions, args, "python -m train.export")
+    return parse_options(ExportOptions, args, "train.export")
 
 
 def check(options: ExportOptions) -> int:

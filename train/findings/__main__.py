@@ -12,7 +12,6 @@ train.compare, and holds the finding's finding.md and finding.png beside its rep
 
 import argparse
 import contextlib
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from train.compare import result
 from train.compare.result import Comparison
 from train.console.errors import UserError, flag
 from train.console.output import tell
+from train.console.program import about, program
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.inputs import FindingInputs
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if asked.source is not None:
             show(asked, result.read(asked.source), _notes(asked.source))
             return
-        run(asked, session, shlex.join(["python", "-m", _PROG, *given]))
+        run(asked, session, program(_PROG, *given))
 
 
 def listed() -> str:
@@ -91,12 +91,10 @@ def parse(args: Sequence[str]) -> FindingRequest:
       UserError: there is no such finding; an option has no effect; a path has a scheme.
     """
     if args[0] in ("-h", "--help"):
-        print(f"{__doc__}\n{listed()}")
+        print(f"{about(__doc__, _PROG)}\n{listed()}")
         sys.exit(0)
     name, finding = args[0], catalog.find(args[0])
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {_PROG} {name}", add_help=False, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog=program(_PROG, name), add_help=False, allow_abbrev=False)
     parser.add_argument("--output")
     parser.add_argument("--from", dest="source")
     parser.add_argument("--measure", choices=MEASURES)
@@ -137,7 +135,7 @@ def run(asked: FindingRequest, session: Session, command: str) -> None:
         compare.parse([finding.script, "--help"])  # exits
     options = ["--config", str(catalog.options_of(name)), *rest]
     plain = compare.SCRIPTS[finding.script].compared
-    read_line(plain, options, f"python -m {_PROG} {name}")  # before anything is made
+    read_line(plain, options, f"{_PROG} {name}")  # before anything is made
     made = _made(asked, session)
     if not (asked.output / CONFIG).exists():  # interrupted before the comparison began
         rest = tuple(word for word in rest if word != "--resume")

@@ -86,7 +86,7 @@ class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
 
 def parse(args: Sequence[str]) -> GenerateOptions:
     """Returns the options of a command line; raises a UserError for a path with a scheme."""
-    return parse_options(GenerateOptions, args, "python -m train.generate")
+    return parse_options(GenerateOptions, args, "train.generate")
 
 
 def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:

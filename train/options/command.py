@@ -8,19 +8,20 @@ from typing import Any, TypeVar
 
 import tyro
 
+from train.console.program import program
 from train.options.elsewhere import check_names
 from train.options.paths import check_paths
 
 Kind = TypeVar("Kind")
 
 
-def parse_options(kind: type[Kind], args: Sequence[str] | None, prog: str) -> Kind:
+def parse_options(kind: type[Kind], args: Sequence[str] | None, script: str) -> Kind:
     """Parses the command line of a script without --config.
 
     Args:
       kind: a dataclass of its options, or of parts with them.
       args: the command line; None for this process's.
-      prog: how the script is called.
+      script: its module: "train.export".
 
     Raises:
       UserError: a path has a scheme, or an option the name that another tool has for it.
@@ -28,7 +29,7 @@ def parse_options(kind: type[Kind], args: Sequence[str] | None, prog: str) -> Ki
     args = sys.argv[1:] if args is None else args
     check_names(args, set(_names(kind)))
     flat: Any = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type,misc]
-    options: Kind = tyro.cli(flat, args=args, prog=prog)
+    options: Kind = tyro.cli(flat, args=args, prog=program(script))
     check_paths(options)
     return options
 

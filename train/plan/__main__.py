@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def parse(args: Sequence[str] | None = None) -> PlanOptions:
     """Parses a command line, by default this process's."""
-    return parse_options(PlanOptions, args, "python -m train.plan")
+    return parse_options(PlanOptions, args, "train.plan")
 
 
 def run(options: PlanOptions) -> None:

@@ -84,7 +84,7 @@ class PredictOptions(TokenizerOption):
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with reported(), closed_pipe():
-        options = parse_options(PredictOptions, args, "python -m train.predict")
+        options = parse_options(PredictOptions, args, "train.predict")
         check(options, given_options(sys.argv[1:] if args is None else args))
         run(options)
 

@@ -39,8 +39,10 @@ class Workers:
         Raises:
           UserError: a file or a function cannot be imported.
         """
+        # A file may import others from here, too, where nothing else has their names.
+        path = os.pathsep.join(dict.fromkeys([*sys.path, os.getcwd()]))
         # Of an accelerator this process has taken all memory; a file may set the variable anew.
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         command = [sys.executable, "-P", worker.__file__, *specs]
         self._seconds = seconds
         self._served = ProgramPool(command, env, copies=workers, greeting_seconds=_IMPORT_SECONDS)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from lora_jax.training.run.stop import Stop
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors, flag
 from train.console.output import tell
+from train.console.program import program
 from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
 from train.reporters.files import SAMPLES, read_json, read_lines
@@ -229,4 +229,4 @@ def make_report(
 def resume_hint(script: str) -> str:
     """Returns the command line of this call, with --resume, in a sentence."""
     options = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
-    return f"Go on with: {shlex.join(['python', '-m', script, *options, '--resume'])}"
+    return f"Go on with: {program(script, *options, '--resume')}"

@@ -1,7 +1,6 @@
 """The report at the end of a run: its memory, time, and size on disk."""
 
 import resource
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ from lora_jax.quantized import bytes_of
 from lora_jax.training.run.best import Best
 from train.console.errors import flag
 from train.console.output import tell
+from train.console.program import program
 from train.run.pretrained import ModelInfo
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
@@ -124,7 +124,7 @@ def print_commands(console: Console, adapter: Path, ask: Sequence[str], *, merge
     for what, (module, *more) in {"to use it": ask, "to export it": export}.items():
         tell(
             console,
-            f"{what}: {shlex.join(['python', '-m', module, '--adapter', str(adapter), *more])}",
+            f"{what}: {program(module, '--adapter', str(adapter), *more)}",
         )
 
 

@@ -95,7 +95,7 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
 
 def parse(args: Sequence[str]) -> ServeOptions:
     """Returns the options of a command line; raises a UserError for a path with a scheme."""
-    return parse_options(ServeOptions, args, "python -m train.serve")
+    return parse_options(ServeOptions, args, "train.serve")
 
 
 def check(options: ServeOptions) -> dict[str, str] | None:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import tyro
 
+from train.console.program import program
 from train.options.common import Options
 from train.options.elsewhere import check_names
 from train.options.field import excluded, given_options, traits_of
@@ -17,14 +18,14 @@ Config = TypeVar("Config", bound=Options)
 
 
 def read_line(
-    plain: Config, args: Sequence[str], prog: str
+    plain: Config, args: Sequence[str], script: str
 ) -> tuple[Config, frozenset[str], dict[str, int]]:
     """Reads a command line, whether or not its options have an effect.
 
     Args:
       plain: the options of the script, none of them given.
       args: the command line.
-      prog: how the script is called.
+      script: its module, and perhaps further words: "train.compare sft".
 
     Returns:
       The options, without a task's defaults; the names of those on the command line; and those of
@@ -51,7 +52,7 @@ def read_line(
         in_file = {name: line for name, line in in_file.items() if name not in overridden}
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
     needed = [arg for arg in args if not _is_so_already(arg, config, lines)]
-    config = tyro.cli(flat, args=needed, prog=prog, default=config)
+    config = tyro.cli(flat, args=needed, prog=program(script), default=config)
     check_paths(config, in_file, path or "")
     return config, on_line, in_file
 

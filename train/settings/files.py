@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import yaml
 
 from train.console.errors import UserError, flag
+from train.console.program import program
 from train.options.common import Options, as_json
 from train.options.field import idle_options, traits_of
 from train.options.file import as_yaml, parse_options_file, parse_yaml
@@ -75,7 +76,7 @@ def options_file(options: Options, script: str) -> str:
     """Returns the effective options as a YAML file that repeats the run."""
     heading = (
         "The options of this run, with defaults. Paths are as they were given. To repeat it:\n"
-        f"  python -m {script} --config FILE --output FOLDER"
+        f"  {program(script)} --config FILE --output FOLDER"
     )
     return as_yaml(options, effective_options(options), heading)
 

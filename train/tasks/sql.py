@@ -18,6 +18,7 @@ from lora_jax.training.data.rows import Row
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError, flag
 from train.console.output import tell
+from train.console.program import program
 from train.data import dataset
 from train.environments.sql.examples import SqlExample, evaluation_examples, training_examples
 from train.options.defaults import Defaults
@@ -256,7 +257,7 @@ def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> g
         tell(hosts.console(), f"the run begins with an adapter in {folder}, which learns SQL first")
         return config
     if not (folder / ADAPTER).exists():
-        remedy = "make it by python -m train.sft, and name its folder with --init-adapter"
+        remedy = f"make it by {program('train.sft')}, and name its folder with --init-adapter"
         check_alone(config, f"an adapter that writes SQL; {remedy}")
         tell(hosts.console(), f"first, {folder} learns to write SQL, as `train.sft` does")
         data, optim, run = config.data, config.optim, config.run

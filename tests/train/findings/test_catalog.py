@@ -37,7 +37,7 @@ def test_its_options_and_its_layout_are_known(name):
 def _section(name: str) -> str:
     """Returns what the README says about a finding."""
     sections = re.split("^## ", README.read_text(encoding="utf-8"), flags=re.M)
-    command = f"python -m train.findings {name} --output runs/{name}\n"
+    command = f"lora-jax findings {name} --output runs/{name}\n"
     (found,) = (section for section in sections[1:] if command in section)
     return found
 

@@ -11,7 +11,7 @@ from train.settings.command import read_line
 def read(folder, text, *args):
     path = folder / "options.yaml"
     path.write_text(text)
-    return read_line(Config(), ["--config", str(path), *args], "python -m train.sft")[0]
+    return read_line(Config(), ["--config", str(path), *args], "train.sft")[0]
 
 
 def test_what_is_off_or_on_already_may_be_said_again(tmp_path):

@@ -33,9 +33,7 @@ YAML = """
 
 
 def read(path, *args):
-    config, on_line, in_file = read_line(
-        Config(), ["--many", str(path), *args], "python -m train.sft"
-    )
+    config, on_line, in_file = read_line(Config(), ["--many", str(path), *args], "train.sft")
     return read_table(config, Config(), on_line | in_file.keys())
 
 

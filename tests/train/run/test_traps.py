@@ -13,7 +13,7 @@ from train.settings.command import read_line
 def options(folder, text):
     path = folder / "options.yaml"
     path.write_text(text)
-    return read_line(Config(), ["--config", str(path)], "python -m train.sft")[0]
+    return read_line(Config(), ["--config", str(path)], "train.sft")[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""The command `lora-jax`: what it starts, and where."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.tiny import write_jsonl, write_model
+from train import command
+from train.compare import costs
+from train.console.program import program
+from train.options.command import parse_options
+from train.plan.options import PlanOptions
+
+ROOT = Path(__file__).parents[2]
+# As the installed script does, which has no folder of the user's on its path.
+START = "import sys; sys.argv[0] = '/usr/bin/lora-jax'; from lora_jax.__main__ import main; main()"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder, with files whose names Python and this project have, too."""
+    for name in ("train", "random"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the user\\'s {name}.py ran')\n")
+    return tmp_path
+
+
+def run(folder, *words, path=()):
+    """Runs `lora-jax` with words in a folder, with further folders before the checkout."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
+    line = [sys.executable, "-P", "-c", START, *map(str, words)]
+    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_it_lists_the_commands_beside_a_script_of_the_user(folder):
+    (folder / "random.py").unlink()  # which PYTHONPATH puts before Python's own
+    ended = run(folder, path=[folder])
+    assert ended.returncode == 0, ended.stderr
+    listed = re.findall(r"^  (\w+) +\S.*", ended.stdout, re.M)
+    assert listed == [*command.COMMANDS] and "usage: lora-jax NAME" in ended.stdout
+
+
+def test_every_script_is_a_command_and_stands_in_the_readme():
+    scripts = {path.parent.name for path in (ROOT / "train").glob("*/__main__.py")}
+    scripts |= {p.stem for p in (ROOT / "train").glob("*.py") if _has_main(p) and p.stem[0] != "_"}
+    assert scripts - {"command"} == command.COMMANDS.keys()
+    table = re.findall(
+        r"^\| `lora-jax (\w+)` \| (.*) \|$", (ROOT / "train/README.md").read_text(), re.M
+    )
+    assert dict(table) == command.COMMANDS and len(table) == len(command.COMMANDS)
+
+
+def _has_main(path):
+    nodes = ast.parse(path.read_text()).body
+    return any(isinstance(n, ast.If) and "__main__" in ast.unparse(n.test) for n in nodes)
+
+
+def test_it_starts_the_script_with_the_rest_of_the_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr("train.sft.main", lambda: seen.append(sys.argv))
+    monkeypatch.setattr("train.plan.__main__.main", lambda: seen.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["/bin/lora-jax", "sft", "--rank", "3"])
+    command.main(["sft", "--rank", "3"])
+    command.main(["plan"])
+    assert seen == [["/bin/lora-jax", "--rank", "3"], ["/bin/lora-jax"]]
+
+
+def test_an_unknown_name_gets_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["comapre", "sft"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is no command 'comapre'; the nearest is compare.")
+
+
+@pytest.mark.parametrize(
+    ("started", "expected"),
+    [
+        ("/opt/venv/bin/lora-jax", "lora-jax compare sft --output 'a b'"),
+        ("C:/venv/Scripts/lora-jax.exe", "lora-jax compare sft --output 'a b'"),
+        ("/x/lora_jax/__main__.py", "python -m lora_jax compare sft --output 'a b'"),
+        ("/x/train/compare/__main__.py", "python -m train.compare sft --output 'a b'"),
+    ],
+)
+def test_hints_and_usage_name_the_form_that_was_used(started, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert program("train.compare sft", "--output", "a b") == expected
+    with pytest.raises(SystemExit):
+        parse_options(PlanOptions, ["--help"], "train.plan")
+    assert f"usage: {program('train.plan')} " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_and_the_processes_that_it_starts_beside_the_users_files(folder):
+    """Rewards are a process of their own, and so are the costs of a comparison."""
+    write_model(folder / "model")
+    write_jsonl(folder / "rows.jsonl", [{"prompt": f"{i}?"} for i in range(8)])
+    judge = "import near, far\n"
+    judge += "def judge(completions, **_): return [near.N + far.N] * len(completions)"
+    for name, text in {"judges/near": "N = 1", "far": "N = 2", "judges/judge": judge}.items():
+        (folder / name).with_suffix(".py").parent.mkdir(exist_ok=True)
+        (folder / name).with_suffix(".py").write_text(text)
+    line = "grpo --model model --dataset rows.jsonl --reward judges/judge.py:judge --steps 1"
+    line += " --group 2 --batch-size 2 --max-new-tokens 2 --seq-len 32 --output run"
+    ended = run(folder, *line.split())
+    assert ended.returncode == 0, ended.stderr
+    assert "lora-jax export --adapter run/adapter" in " ".join(ended.stdout.split())
+    assert "lora-jax grpo --config FILE" in (folder / "run/config.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_the_costs_of_a_comparison_start_this_projects_script(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    said = costs._output_of([*costs._PYTHON, "train.plan", "--help"])
+    assert "train.plan" in said

@@ -1,0 +1,32 @@
+"""The words that start a command, as this process was started: `lora-jax sft`, for example."""
+
+import shlex
+import sys
+from pathlib import Path
+
+COMMAND = "lora-jax"
+
+
+def program_words(script: str) -> list[str]:
+    """Returns the words that start a script: ["python", "-m", "train.sft"], or ["lora-jax", "sft"].
+
+    Args:
+      script: its module, and perhaps further words: "train.sft", "train.compare sft".
+    """
+    module, *more = script.split()
+    name, started = module.removeprefix("train."), Path(sys.argv[0])
+    if started.stem == COMMAND:
+        return [COMMAND, name, *more]
+    if started.parts[-2:] == ("lora_jax", "__main__.py"):
+        return ["python", "-m", "lora_jax", name, *more]
+    return ["python", "-m", f"train.{name}", *more]
+
+
+def program(script: str, *arguments: str) -> str:
+    """Returns the command line of a script, quoted for a shell; see `program_words`."""
+    return shlex.join([*program_words(script), *arguments])
+
+
+def about(text: str | None, script: str) -> str:
+    """Returns a script's docstring, whose commands start the script as this process was started."""
+    return (text or "").replace(f"python -m {script}", program(script))
