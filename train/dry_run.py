@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from lora_jax.training.batches import Examples, HostBatch
+from lora_jax.training.data.batches import Examples, HostBatch
 from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.vision.images import Images

@@ -19,7 +19,7 @@ from lora_jax.bank.together.side_by_side import DrivenRun, RunEnding, side_by_si
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.core.types import Forward, Model, Tree
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.held_out import FormedTree, compiled_evaluation, held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import training_steps

@@ -8,7 +8,7 @@ The parts, bottom up: `losses` (the contract of a loss), `step` (one optimiser s
 and `layout` (the step on a mesh), `batches`, `run.checkpoints`, `loop`; `finetune` is all of them.
 """
 
-from lora_jax.training.batches import Arrays, Examples, Packs
+from lora_jax.training.data.batches import Arrays, Examples, Packs
 from lora_jax.training.data.chats import chats
 from lora_jax.training.data.comparisons import comparisons
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts

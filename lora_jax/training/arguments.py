@@ -16,7 +16,7 @@ import numpy as np
 from lora_jax.core.types import Forward, Model
 from lora_jax.folders import remote_problem
 from lora_jax.models import Decoder
-from lora_jax.training.batches import Arrays, Examples, Packs
+from lora_jax.training.data.batches import Arrays, Examples, Packs
 from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.data.vision.images import Images
 from lora_jax.training.errors import TrainingError

@@ -22,7 +22,7 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import is_node
 from lora_jax.training import arguments
-from lora_jax.training.batches import Examples
+from lora_jax.training.data.batches import Examples
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.held_out import held_out_loss

@@ -8,7 +8,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax.core.types import Adapter, Forward, Tree
-from lora_jax.training.batches import Examples
+from lora_jax.training.data.batches import Examples
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import PeriodicMeasure
 from lora_jax.training.losses import HELD_OUT, Loss, Sums

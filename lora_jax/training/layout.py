@@ -24,7 +24,7 @@ from lora_jax.models.layers.placement import (
 from lora_jax.models.specs import AXES, BATCH, SHARDS
 from lora_jax.sharding import Table, place, sharding_for, sharding_of, shardings
 from lora_jax.training import context
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import TrainingError
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {

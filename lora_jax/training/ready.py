@@ -16,7 +16,7 @@ from lora_jax.core.opaque import unsealed
 from lora_jax.core.types import Fields, Forward, Leaf, Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
 from lora_jax.training.layout import Layout

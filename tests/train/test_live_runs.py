@@ -150,7 +150,7 @@ def runs(folder, tmp_path_factory):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rollouts.Rollouts, "drawn", noted)
-            patch.setattr("lora_jax.training.data.packing._ROWS_A_LENGTH", 8)  # two lengths
+            patch.setattr("lora_jax.training.data.sequences._ROWS_A_LENGTH", 8)  # two lengths
             return steps_of(script, *line(folder, output / way, *args)), draws
 
     return run

@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 
 
 def test_a_table_from_a_spreadsheet(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lora_jax.training.data.packing._ROWS_A_LENGTH", 8)
+    monkeypatch.setattr("lora_jax.training.data.sequences._ROWS_A_LENGTH", 8)
     table = tmp_path / "table.csv"
     lines = [f"{n};{n} plus one?;{'yes ' * (1 + 12 * (n % 2))}" for n in range(24)]
     table.write_text("\r\n".join(["id;Question;Answer", *lines]), encoding="utf-8-sig")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.training.batches import pack, round_up
+from lora_jax.training.data.batches import pack, round_up
 from lora_jax.training.data.mixture import order
 from lora_jax.training.data.order import Order
 from lora_jax.training.data.sequences import TokenSequence

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.training import losses
-from lora_jax.training.batches import Examples
+from lora_jax.training.data.batches import Examples
 from lora_jax.training.data.comparisons import encode
 from tests.support import assert_close
 from tests.train.tiny import tokenizer

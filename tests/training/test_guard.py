@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.batches import pack
+from lora_jax.training.data.batches import pack
 from lora_jax.training.data.chats import tokenize
 from lora_jax.training.data.order import Order
 from lora_jax.training.errors import Diverged

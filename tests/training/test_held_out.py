@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import subspace
-from lora_jax.training.batches import Examples
+from lora_jax.training.data.batches import Examples
 from lora_jax.training.held_out import FormedTree, held_out_loss, means
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, Sums

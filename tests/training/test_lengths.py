@@ -8,11 +8,10 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import training
-from lora_jax.training.batches import pack
-from lora_jax.training.data import packing
+from lora_jax.training.data import sequences as packing
+from lora_jax.training.data.batches import pack
 from lora_jax.training.data.order import Order
-from lora_jax.training.data.packing import few_lengths, first_fit
-from lora_jax.training.data.sequences import TokenSequence
+from lora_jax.training.data.sequences import TokenSequence, few_lengths, first_fit
 
 RNG = np.random.default_rng(5)
 
@@ -60,7 +59,7 @@ def test_many_rows_are_packed_in_a_moment():
 def test_few_lengths_hold_all_rows_and_leave_little_padding():
     lengths = -(-drawn(20_000) // 8) * 8
     found = few_lengths(lengths)
-    assert len(found) <= packing.MOST_LENGTHS and found[-1] == lengths.max()
+    assert len(found) <= sequences.MOST_LENGTHS and found[-1] == lengths.max()
     padded = np.asarray(found)[np.searchsorted(found, lengths)]
     assert lengths.sum() / padded.sum() > 0.8 > 0.2 > lengths.mean() / lengths.max()
     best = min(  # no other two lengths leave less

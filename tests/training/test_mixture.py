@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.training.batches import pack, pack_mixture
+from lora_jax.training.data.batches import pack, pack_mixture
 from lora_jax.training.data.mixture import Shares
 from lora_jax.training.data.order import Order
 from lora_jax.training.data.sequences import Sequences, TokenSequence

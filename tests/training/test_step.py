@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.training.batches import pack
+from lora_jax.training.data.batches import pack
 from lora_jax.training.data.chats import tokenize
 from lora_jax.training.losses import summed_loss
 from lora_jax.training.optimizer import adamw, decays

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from lora_jax.training.batches import pack
+from lora_jax.training.data.batches import pack
 from lora_jax.training.data.sequences import Sequences, TokenSequence
 from lora_jax.training.data.stream import Chunks, Stream
 from lora_jax.training.errors import TrainingError
@@ -96,7 +96,7 @@ def test_a_stream_goes_on_from_any_step_as_if_it_had_never_stopped(packing):
 
 
 def test_rows_of_one_length_share_a_step(monkeypatch):
-    monkeypatch.setattr("lora_jax.training.data.packing._ROWS_A_LENGTH", 1)
+    monkeypatch.setattr("lora_jax.training.data.sequences._ROWS_A_LENGTH", 1)
     made = stream(False, room=80)
     lengths = [made.batch(step)["ids"].shape[-1] for step in range(12)]
     assert len({*lengths}) > 1 and set(lengths) <= {8, 16, 24, 32}

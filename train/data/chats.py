@@ -7,7 +7,7 @@ import jax
 from rich.console import Console
 
 from lora_jax.training.data import chats
-from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.data.sequences import MapFunction, Sequences
 from train.console.output import tell
 from train.console.progress import progress_of
 from train.data import cache
@@ -66,7 +66,7 @@ def tokenize(
     return tokens
 
 
-def _with_progress(console: Console, n: int) -> chats.MapFunction:
+def _with_progress(console: Console, n: int) -> MapFunction:
     """Returns `map_over_processes`, with a bar or lines on the progress over `n` rows."""
 
     def mapped(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:

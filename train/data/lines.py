@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax.training.batches import Examples, Packs
+from lora_jax.training.data.batches import Examples, Packs
 from lora_jax.training.data.order import Order
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.training.batches import Examples, Packs
+from lora_jax.training.data.batches import Examples, Packs
 from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.vision.images import Images

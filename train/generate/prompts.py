@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from lora_jax.training.data.image_parts import IMAGES, shown_images
 from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.data.templates import render_prompt
-from lora_jax.training.data.vision.parts import IMAGES, shown_images
 from lora_jax.training.data.vision.pictures import read_pictures
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.types import Tree
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row
 from lora_jax.training.layout import Layout

@@ -9,7 +9,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax.core.types import Tree
-from lora_jax.training.batches import HostBatch, round_up
+from lora_jax.training.data.batches import HostBatch, round_up
 from lora_jax.training.data.order import Feed
 from lora_jax.training.data.preferences import Preferences
 from lora_jax.training.data.sequences import Sequences, TokenSequence

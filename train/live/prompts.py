@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.training.batches import Arrays, HostBatch, round_up
+from lora_jax.training.data.batches import Arrays, HostBatch, round_up
 from lora_jax.training.data.order import Order, list_rows
-from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, name_of
+from lora_jax.training.data.sequences import few_lengths
 from train.reporters.contract import Sample
 from train.rewards.find import Rewards
 from train.run.pretrained import ModelInfo

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.types import Tree
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.losses import advantages_of, leave_one_out
 from lora_jax.training.ready import TrainingStart
 from train.live.prompts import GroupedCompletions, PromptFeed

@@ -19,7 +19,7 @@ from lora_jax.models import sample
 from lora_jax.models.sampling.choice import row_keys
 from lora_jax.models.sampling.text import StopTexts
 from lora_jax.training import make_scorer
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.layout import Layout
 from lora_jax.training.step import State
 from train.live.prompts import GroupedCompletions, PromptFeed

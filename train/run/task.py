@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rich.console import Console
 
-from lora_jax.training.batches import Examples
+from lora_jax.training.data.batches import Examples
 from lora_jax.training.data.order import Batches
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss

@@ -8,10 +8,10 @@ import numpy as np
 
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.models import SmolVLMConfig
-from lora_jax.training.batches import Packs, pack, pack_mixture
+from lora_jax.training.data.batches import Packs, pack, pack_mixture
 from lora_jax.training.data.chats import add_pictures, check_lengths, pictures_of
+from lora_jax.training.data.image_parts import has_images
 from lora_jax.training.data.sequences import Sequences
-from lora_jax.training.data.vision.parts import has_images
 from lora_jax.training.data.vision.pictures import Pictures, PixelValues
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, token_loss

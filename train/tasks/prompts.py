@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.models.sampling.text import StopTexts
-from lora_jax.training.batches import pack
+from lora_jax.training.data.batches import pack
 from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row, name_of, question
 from lora_jax.training.data.sequences import TokenSequence

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data import chats as tokenising
+from lora_jax.training.data.batches import Packs, pack
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.stream import Chunks, Stream
 from train.console.errors import UserError

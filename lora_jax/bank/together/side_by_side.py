@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import Dropped
 from lora_jax.training.loop import Stopped
 

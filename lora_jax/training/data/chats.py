@@ -19,16 +19,14 @@ from numpy.typing import NDArray
 
 from lora_jax.core.types import Tokenizer
 from lora_jax.hf.tiles import ImageReader
-from lora_jax.training.batches import Packs, pack
+from lora_jax.training.data.batches import Packs, pack
 from lora_jax.training.data.drafts import Draft, Drafts, TrainOn, drafts_of
+from lora_jax.training.data.image_parts import TEXTS_ONLY, has_images
 from lora_jax.training.data.rows import Row, check_rows, conversation, name_of
-from lora_jax.training.data.sequences import Sequences, TokenSequence
+from lora_jax.training.data.sequences import MapFunction, Sequences, TokenSequence, map_serially
 from lora_jax.training.data.templates import LeftOut
-from lora_jax.training.data.vision.parts import TEXTS_ONLY, has_images
 from lora_jax.training.data.vision.pictures import Pictures, PixelValues, read_pictures
 from lora_jax.training.errors import TrainingError
-
-MapFunction = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 BLOCK = 1_000  # rows that one process tokenises
 _AT_ONCE = 2**17  # characters; a token's offsets take more than a hundred bytes
@@ -113,11 +111,6 @@ def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> P
 def warn(lines: Sequence[str], above: int = 1) -> None:
     """Warns the caller of the function that calls `tokenize`, or of one `above` it."""
     warnings.warn("; ".join(lines), stacklevel=3 + above)
-
-
-def map_serially(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Returns ``[work(item) for item in items]``."""
-    return [work(item) for item in items]
 
 
 def tokenize(

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from lora_jax.training.batches import Examples, HostBatch
+from lora_jax.training.data.batches import Examples, HostBatch
 from lora_jax.training.data.mixture import Shares, order
 
 Item = TypeVar("Item")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lora_jax.core.types import Tokenizer
-from lora_jax.training.batches import HostBatch, Packs, pack
+from lora_jax.training.data.batches import HostBatch, Packs, pack
 from lora_jax.training.data.chats import check_lengths, warn
 from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
 from lora_jax.training.data.rows import Row
@@ -142,7 +142,7 @@ def pack_pairs(
     Args:
       sequences: sequences that `tokenize_pairs` returned, none longer than `seq_len`.
       seq_len: tokens of a sequence, at most. A row of pairs has twice as many, at most.
-      packing: puts several units into one row; see `lora_jax.training.batches.pack`.
+      packing: puts several units into one row; see `lora_jax.training.data.batches.pack`.
       labelled: whether the sequences have labels, and are no pairs.
       predict_prompts: predicts chosen completions' prompts, too; see `Preferences.completion`.
     """

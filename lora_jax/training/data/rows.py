@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.training.data.vision.parts import (
+from lora_jax.training.data.image_parts import (
     IMAGES,
     TEXTS_ONLY,
     images_in,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.training.batches import HostBatch, Packs, pack
+from lora_jax.training.data.batches import HostBatch, Packs, pack
 from lora_jax.training.data.mixture import order
 from lora_jax.training.data.order import list_rows, sort_by_group
 from lora_jax.training.data.sequences import Sequences

@@ -33,7 +33,7 @@ def sequence_logps(
 
     Args:
       forward, params, dropout_key, chunk, parts: see `sum_over_tokens`.
-      batch: see `lora_jax.training.batches.Packs`; `counts`, int32 [batch, n], are the tokens that
+      batch: see `Packs`; `counts`, int32 [batch, n], are the tokens that
         count of each sequence of a row, and `reference`, fp32 [batch, n], where there is one, are
         the reference's log-probabilities. `completion`, int32 [batch, m], where there is one, is 1
         where a token of a completion is predicted, and 0 where one of a prompt is.

@@ -92,7 +92,7 @@ def token_values(
         positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
         ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
       params: a parameter tree, adapted or plain.
-      batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`. The model
+      batch: arrays [batch, seq] and [batch, m]; see `Packs`. The model
         gets `pixel_values`, too, where a batch has them.
       dropout_key: turns dropout on.
       chunk: predictions a chunk; 0 for all at once.

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lora_jax.hf.images import ImageError, ImageProcessor
-from lora_jax.training.batches import HostBatch, Padded
+from lora_jax.training.data.batches import HostBatch, Padded
 from lora_jax.training.data.labelled import check_label, label_indices, label_names, no_field
 from lora_jax.training.data.rows import Row, name_of
 from lora_jax.training.data.vision.pictures import check_read

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.hf.images import ImageError
 from lora_jax.hf.tiles import Grid, ImageReader
-from lora_jax.training.batches import HostBatch
+from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.errors import TrainingError
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lora_jax.training.data.mixture import Shares, shares_of
-from lora_jax.training.data.packing import few_lengths, first_fit
-from lora_jax.training.data.sequences import Sequences, TokenSequence
+from lora_jax.training.data.sequences import Sequences, TokenSequence, few_lengths, first_fit
 
 HostBatch = dict[str, np.ndarray]
 
