@@ -59,7 +59,7 @@ def test_many_rows_are_packed_in_a_moment():
 def test_few_lengths_hold_all_rows_and_leave_little_padding():
     lengths = -(-drawn(20_000) // 8) * 8
     found = few_lengths(lengths)
-    assert len(found) <= sequences.MOST_LENGTHS and found[-1] == lengths.max()
+    assert len(found) <= packing.MOST_LENGTHS and found[-1] == lengths.max()
     padded = np.asarray(found)[np.searchsorted(found, lengths)]
     assert lengths.sum() / padded.sum() > 0.8 > 0.2 > lengths.mean() / lengths.max()
     best = min(  # no other two lengths leave less
