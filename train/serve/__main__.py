@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -113,7 +112,7 @@ def run(options: ServeOptions) -> None:
 
 
 def _layout(options: ServeOptions, outline: ModelInfo) -> Layout:
-    """Returns where arrays lie: on the first device, or on the mesh that was asked for."""
+    """Returns the layout of arrays: the first device, or the mesh that was asked for."""
     if options.mesh is None:
         return one_device()
     return Layout.of(make_mesh(options.mesh, options.sequences), outline.config)
@@ -210,7 +209,7 @@ def _template_of(folder: Path) -> str | None:
         raise RequestError(f"{folder.name}: {error}") from None
 
 
-def _every(seconds: float, function: Callable[[], Any], what: str) -> Callable[[], None]:
+def _every(seconds: float, function: Callable[[], object], what: str) -> Callable[[], None]:
     """Calls a function again and again, in a thread; returns what ends that.
 
     Args:

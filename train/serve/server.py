@@ -93,7 +93,7 @@ class _Connection(asyncio.Protocol):
         self._all.open.discard(self)
         self._inner.connection_lost(exc)
 
-    def eof_received(self) -> Any:
+    def eof_received(self) -> bool | None:
         return self._inner.eof_received()
 
     def pause_writing(self) -> None:

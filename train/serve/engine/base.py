@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from lora_jax.bank.stored import BankError, adapter_values, values_of
 from lora_jax.bank.writing import add_slots
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Model, Tree
-from lora_jax.core.weight import LoraWeight
+from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.training.layout import Layout, one_device
@@ -36,6 +35,7 @@ from train.serve.protocol.encryption import encrypt
 from train.serve.protocol.requests import AdapterSpec, RequestError, Save
 from train.settings.defaults import absolute_path
 
+Nodes = Mapping[str, Node]  # by path
 Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
 SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"
 
@@ -129,7 +129,7 @@ class ServedBase:
         self.leaves = {path: slots.base for path, slots in self.slots.items()}
         self.size = sum(x.nbytes for x in jax.tree.leaves(params))
         self.none = self._adapter(whole, {})
-        self._begin = jax.jit(self._begun)
+        self._new_factors = jax.jit(self._make_factors)
 
     def rules_of(self, spec: AdapterSpec) -> list[lj.LoraRule]:
         """Returns the rules of an adapter.
@@ -166,7 +166,7 @@ class ServedBase:
         """
         rules = self.rules_of(spec)
         adapted = {path: any(path in rule.targets for rule in rules) for path in self.slots}
-        factors = self._begin(jax.random.key(seed), spec.rank, adapted)
+        factors = self._new_factors(jax.random.key(seed), spec.rank, adapted)
         return dataclasses.replace(self._adapter(spec, {}), factors=self._place(factors))
 
     def tree(self, factors: Factors, scales: Mapping[str, jax.Array], shell: Tree) -> Tree:
@@ -213,8 +213,8 @@ class ServedBase:
         moments = load_file(folder / MOMENTS)
         return dataclasses.replace(
             state,
-            first=self._whole(moments, "first"),
-            second=self._whole(moments, "second"),
+            first=self._fill_rank(moments, "first"),
+            second=self._fill_rank(moments, "second"),
             steps=about["steps"],
         )
 
@@ -231,7 +231,7 @@ class ServedBase:
         scales = state.adapter.scales
 
         def own(path: str, node: LoraWeight) -> LoraWeight:
-            parts = self._own(state.adapter.factors[path], path, spec.rank)
+            parts = self._cut_rank(state.adapter.factors[path], path, spec.rank)
             return node.replace(**parts, scale=np.asarray(scales[path]))
 
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ class ServedBase:
                     f"{moment}|{path}|{name}": np.ascontiguousarray(array)
                     for moment, factors in both.items()
                     for path in nodes_of(tree)
-                    for name, array in self._own(factors[path], path, spec.rank).items()
+                    for name, array in self._cut_rank(factors[path], path, spec.rank).items()
                 }
                 save_file(arrays, partial / MOMENTS)
             if command.recipients:
@@ -260,7 +260,9 @@ class ServedBase:
                     os.fsync(file.fileno())
         return sum(path.stat().st_size for path in folder.iterdir())
 
-    def _begun(self, key: jax.Array, rank: Any, adapted: Mapping[str, Any]) -> Factors:
+    def _make_factors(
+        self, key: jax.Array, rank: jax.Array | int, adapted: Mapping[str, jax.Array | bool]
+    ) -> Factors:
         """Returns the factors of a new adapter; its rank and targets are traced, too."""
         factors = jax.tree.map(jnp.zeros_like, self.none.factors)
         for path, parts in factors.items():
@@ -274,13 +276,15 @@ class ServedBase:
             parts[name] = jnp.where(used, drawn, 0.0)
         return factors
 
-    def _own(self, parts: Mapping[str, Any], path: str, rank: int) -> dict[str, np.ndarray]:
+    def _cut_rank(
+        self, parts: Mapping[str, jax.Array], path: str, rank: int
+    ) -> dict[str, np.ndarray]:
         """Returns A and B of a weight at the adapter's own rank."""
         axis = self.slots[path].slot_axis
         used = (slice(None),) * axis + (slice(rank),)
         return {name: np.asarray(array)[used] for name, array in parts.items()}
 
-    def _whole(self, arrays: Mapping[str, np.ndarray], moment: str) -> Factors:
+    def _fill_rank(self, arrays: Mapping[str, np.ndarray], moment: str) -> Factors:
         """Returns factors in the form of all adapters, from those at their own rank."""
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.none.factors)
         for path, parts in found.items():
@@ -290,7 +294,7 @@ class ServedBase:
                     whole[tuple(map(slice, mine.shape))] = mine
         return self._place(found)
 
-    def _spec_of(self, nodes: Mapping[str, Any]) -> AdapterSpec:
+    def _spec_of(self, nodes: Nodes) -> AdapterSpec:
         """Returns the description of an adapter from elsewhere."""
         weights = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
         rank = max((node.rank for node in weights.values()), default=0)
@@ -298,7 +302,7 @@ class ServedBase:
         parts = {part: any(p in weights for p in paths) for part, paths in self._paths.items()}
         return AdapterSpec(rank=rank, alpha=scale * rank, **parts)
 
-    def _adapter(self, spec: AdapterSpec, nodes: Mapping[str, Any]) -> Adapter:
+    def _adapter(self, spec: AdapterSpec, nodes: Nodes) -> Adapter:
         """Returns an adapter in the form of all.
 
         Args:
@@ -326,9 +330,9 @@ def _is_matrix(path: str) -> bool:
     return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
 
 
-def _tree_of(nodes: Mapping[str, Any]) -> Tree:
+def _tree_of(nodes: Nodes) -> Tree:
     """Returns nodes as a tree of their own."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, Tree] = {}
     for path, node in nodes.items():
         *folders, last = path.split("/")
         functools.reduce(lambda at, name: at.setdefault(name, {}), folders, tree)[last] = node

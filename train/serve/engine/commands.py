@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from train.serve.engine.trainer import Trainer
 from train.serve.protocol.engine import check_update
 from train.serve.protocol.requests import (
     Command,
+    CommandResult,
     Create,
     Done,
     Gradient,
@@ -45,7 +45,7 @@ class AdapterCache:
         self._there: dict[str, Adapter] = {}  # the least recently used first
 
     def __contains__(self, name: str) -> bool:
-        """Returns whether there is one of this name; any thread may ask."""
+        """Returns True if there is one of this name; any thread may ask."""
         return name in self._folders
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +53,7 @@ class AdapterCache:
         return iter(tuple(self._folders))
 
     def __len__(self) -> int:
-        """Returns how many are in memory."""
+        """Returns the number of adapters in memory."""
         return len(self._there)
 
     def add(self, name: str, folder: Path | None, adapter: Adapter) -> None:
@@ -118,7 +118,9 @@ class CommandRunner:
         """Ends once all files are written."""
         self._files.shutdown()
 
-    def execute(self, tenant: EngineTenant, command: Command) -> Generator[None, None, Any]:
+    def execute(
+        self, tenant: EngineTenant, command: Command
+    ) -> Generator[None, None, CommandResult]:
         """Executes a command bit by bit, and returns its result."""
         if isinstance(command, (Create, Load)) and tenant.state is None:
             self._check_room()
@@ -139,13 +141,14 @@ class CommandRunner:
             return (yield from self._add_gradient(tenant, state, command))
         if isinstance(command, Update):
             return self._step(tenant, state, command)
-        return self._save(tenant, state, command)
+        self._save(tenant, state, command)
+        return None
 
     def _add_gradient(
         self, tenant: EngineTenant, state: TrainingState, request: Gradient
     ) -> Generator[None, None, GradientResult]:
         parts = self._trainer.parts(request)
-        logps: list[Any] = [None] * len(request.data)
+        logps = [np.zeros(0, np.float32)] * len(request.data)
         total, grads = 0.0, None
         for part in parts:
             if request.forward_only:
@@ -199,7 +202,7 @@ class CommandRunner:
         return self._base.read(folder, optimizer)
 
 
-def call_back(function: Callable[[], Any], done: Done) -> None:
+def call_back(function: Callable[[], CommandResult], done: Done) -> None:
     """Hands over a function's result, or what went wrong."""
     try:
         result = function()

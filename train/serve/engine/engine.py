@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from lora_jax.training.layout import Layout
 from train.serve.engine.base import ServedBase, TrainingState
@@ -27,6 +27,7 @@ from train.serve.protocol.requests import (
     AdapterSpec,
     Client,
     Command,
+    CommandResult,
     Done,
     DrawnToken,
     RequestError,
@@ -34,7 +35,8 @@ from train.serve.protocol.requests import (
     SampleRequest,
 )
 
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -90,7 +92,7 @@ class Engine:
         self._tenants: dict[str, EngineTenant] = {}
         self._commands = CommandRunner(base, self._trainer, 2 * slots, self._check_room)
         self._named = self._commands.named
-        self._calls: deque[Callable[[], Any]] = deque()
+        self._calls: deque[Callable[[], object]] = deque()
         self._something = threading.Condition()
         self._stopping = False
         # Seconds of training, of owners, sessions and tenants: who has had the least is next.
@@ -112,7 +114,7 @@ class Engine:
             self._thread.join()
         self._commands.close()
 
-    def warm_up(self, seen: Callable[[int, int], Any] = lambda done, steps: None) -> None:
+    def warm_up(self, seen: Callable[[int, int], object] = lambda done, steps: None) -> None:
         """Compiles what requests will need; before `start`.
 
         Args:
@@ -132,7 +134,7 @@ class Engine:
             mine = self._tenants.setdefault(tenant, EngineTenant(tenant, client))
             if not mine.is_waiting:
                 self._line_up(mine.path)
-            mine.queue.append((command, _guarded(done)))
+            mine.queue.append((command, _guard(done)))
 
         self._call(queued)
 
@@ -144,7 +146,7 @@ class Engine:
     ) -> Callable[[], None]:
         """Queues a sample; returns what ends it early."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
-        job = SampleJob(request, None, seed, _guarded(done), seen and _guarded(seen))
+        job = SampleJob(request, None, seed, _guard(done), seen and _guard(seen))
 
         def queued() -> None:
             try:
@@ -166,7 +168,7 @@ class Engine:
             self._named.add(name, None, adapter)
             return adapter.spec
 
-        self._call(lambda: call_back(adopted, _guarded(done)))
+        self._call(lambda: call_back(adopted, _guard(done)))
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
@@ -203,7 +205,7 @@ class Engine:
             base_size=self._base.size,
         )
 
-    def _call(self, function: Callable[[], Any], late: bool = False) -> None:
+    def _call(self, function: Callable[[], object], late: bool = False) -> None:
         """Has the engine's thread call a function; if `late`, even while it ends."""
         with self._something:
             if self._stopping and not late:
@@ -224,7 +226,7 @@ class Engine:
             try:
                 self._turn()
             except Exception:  # nothing may end the thread
-                _log.exception("a turn failed")
+                _logger.exception("a turn failed")
 
     def _is_busy(self) -> bool:
         return self._sampler.busy or any(t.is_waiting for t in self._tenants.values())
@@ -267,7 +269,7 @@ class Engine:
         return tuple(self._trained_for[level] for level in levels(tenant.path))
 
     def _may_train(self, tenant: EngineTenant) -> bool:
-        """Returns whether a tenant may have a turn before the next token of others."""
+        """Returns True if a tenant may have a turn before the next token of others."""
         if self._trained[0] != self._sampler.rounds:
             self._trained = self._sampler.rounds, set()
         return not any(
@@ -294,9 +296,9 @@ class Engine:
         for level in levels(tenant.path):
             self._trained_for[level] += took
         if is_over:
-            self._answered(tenant, result)
+            self._finish(tenant, result)
 
-    def _answered(self, tenant: EngineTenant, result: Any) -> None:
+    def _finish(self, tenant: EngineTenant, result: CommandResult) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
         done, tenant.job, tenant.done = tenant.done, None, None
         if tenant.state is None and not tenant.queue:
@@ -313,13 +315,13 @@ class Engine:
             )
 
 
-def _guarded(function: Callable[[Any], None]) -> Callable[[Any], None]:
+def _guard(function: Callable[[T], None]) -> Callable[[T], None]:
     """Returns a function of the routes' whose errors do not end the engine."""
 
-    def call(result: Any) -> None:
+    def call(result: T) -> None:
         try:
             function(result)
         except Exception:
-            _log.exception("a result was not taken")
+            _logger.exception("a result was not taken")
 
     return call

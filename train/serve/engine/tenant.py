@@ -2,14 +2,13 @@
 
 from collections import deque
 from collections.abc import Generator
-from typing import Any
 
 import jax
 
 from train.serve.engine.base import Factors, TrainingState
 from train.serve.engine.turns import TurnPath
 from train.serve.protocol.engine import LATEST_LOSSES
-from train.serve.protocol.requests import Client, Command, Done
+from train.serve.protocol.requests import Client, Command, CommandResult, Done
 
 
 class EngineTenant:
@@ -24,7 +23,7 @@ class EngineTenant:
         """Begins without an adapter."""
         self.name, self.client, self.seconds = name, client, 0.0
         self.queue: deque[tuple[Command, Done]] = deque()
-        self.job: Generator[None, None, Any] | None = None
+        self.job: Generator[None, None, CommandResult] | None = None
         self.done: Done | None = None
         self.state: TrainingState | None = None
         self.grads: Factors | None = None

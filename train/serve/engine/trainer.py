@@ -1,8 +1,8 @@
 """Gradients and updates of adapters: one compiled function for those of all tenants."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
+from lora_jax.core.types import Tree
 from lora_jax.models.sampling.choice import likeliest, log_probabilities
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses.tokens import token_values
@@ -20,6 +21,7 @@ from train.serve.protocol.requests import LOSSES, TOP, Datum, Gradient, RequestE
 
 _EMPTY = -99999.0  # the log-probability of a token that there is none of
 _HUGE = 1e30
+EachToken = Callable[[jax.Array, jax.Array], Tree]  # of logits and targets
 
 
 class TrainBatch(NamedTuple):
@@ -27,11 +29,27 @@ class TrainBatch(NamedTuple):
 
     Attributes:
       at: the places of the rows among the request's data.
-      batch: what `lora_jax.training.losses.tokens.token_values` takes, and what losses take.
+      batch: arrays for `lora_jax.training.losses.tokens.token_values`, and those of losses.
     """
 
     at: list[int]
     batch: dict[str, np.ndarray]
+
+
+class LossInputs(NamedTuple):
+    """The inputs of a loss besides the factors.
+
+    Attributes:
+      scales: s of each weight.
+      shell: the base, without its adapter's arrays.
+      batch: see `TrainBatch`, and β of a loss, "beta".
+      which: place of the loss in `ORDER`.
+    """
+
+    scales: dict[str, jax.Array]
+    shell: Tree
+    batch: Mapping[str, jax.Array]
+    which: jax.Array
 
 
 class Trainer:
@@ -111,11 +129,8 @@ class Trainer:
         self, adapter: Adapter, total: Factors | None, request: Gradient, part: TrainBatch
     ) -> tuple[Factors, float, np.ndarray]:
         """Returns the gradient so far, the part's loss and its log-probabilities."""
-        which = np.int32(ORDER.index(request.loss))
-        batch = self._layout.batch(part.batch, parts=False)
-        loss, p, found = self._gradient(
-            adapter.factors, adapter.scales, self._base.shell, batch, which, self._beta(request)
-        )
+        inputs = self._inputs(adapter, request, part)
+        loss, p, found = self._gradient(adapter.factors, inputs)
         grads = found if total is None else self._add(total, found)
         return grads, float(loss), np.asarray(p)
 
@@ -123,12 +138,8 @@ class Trainer:
         self, adapter: Adapter, request: Gradient, part: TrainBatch
     ) -> tuple[float, np.ndarray]:
         """Returns a part's loss and its log-probabilities, without a gradient."""
-        which = np.int32(ORDER.index(request.loss))
-        batch = self._layout.batch(part.batch, parts=False)
-        loss, p, _ = self._scores(
-            *(adapter.factors, adapter.scales, self._base.shell, batch, which),
-            *(self._beta(request), np.bool_(False)),
-        )
+        inputs = self._inputs(adapter, request, part)
+        loss, p, _ = self._scores(adapter.factors, inputs, np.bool_(False))
         return float(loss), np.asarray(p)
 
     def prompt(
@@ -154,13 +165,11 @@ class Trainer:
         for first in range(0, wanted.shape[1], TARGETS[-1]):
             columns = wanted[:, first : first + TARGETS[-1]].astype(np.int32)
             datum = Datum(tokens, {"target_tokens": columns})
-            (part,) = self.parts(Gradient([datum], "cross_entropy", forward_only=True))
-            batch = self._layout.batch(part.batch, parts=False)
+            request = Gradient([datum], "cross_entropy", forward_only=True)
+            (part,) = self.parts(request)
             with_top = np.bool_(top > 0 and not scores)
-            _, p, likely = self._scores(
-                *(adapter.factors, adapter.scales, self._base.shell, batch, np.int32(0)),
-                *(np.float32(0), with_top),
-            )
+            inputs = self._inputs(adapter, request, part)
+            _, p, likely = self._scores(adapter.factors, inputs, with_top)
             if with_top:
                 ids, logps = likely
             scores.append(np.asarray(p)[0, :n, : columns.shape[1]])
@@ -181,7 +190,7 @@ class Trainer:
         return other if one is None else self._add(one, other)
 
     def is_finite(self, factors: Factors) -> bool:
-        """Returns whether all numbers are finite, and so is the norm, by which updates clip."""
+        """Returns True if all numbers are finite, and so is the norm, by which updates clip."""
         return bool(self._finite(factors))
 
     def update(
@@ -210,9 +219,6 @@ class Trainer:
             )
         adapter = dataclasses.replace(state.adapter, factors=moved)
         return TrainingState(adapter, first, second, steps), float(norm)
-
-    def _beta(self, request: Gradient) -> np.float32:
-        return np.float32(request.config.get("beta", 0.05))
 
     def _shape(self, datum: Datum) -> tuple[int, int]:
         targets = datum.inputs["target_tokens"]
@@ -273,42 +279,42 @@ class Trainer:
         whole["segment_ids"] = (there[:, :, 0] > 0).astype(np.int32)
         return whole | given | {"there": there}
 
-    def _values(self, each: Any, factors: Factors, scales: Any, shell: Any, batch: Any) -> Any:
-        tree = self._base.tree(factors, scales, shell)
+    def _inputs(self, adapter: Adapter, request: Gradient, part: TrainBatch) -> LossInputs:
+        batch = {**self._layout.batch(part.batch, parts=False)}
+        batch["beta"] = cast(jax.Array, np.float32(request.config.get("beta", 0.05)))
+        which = cast(jax.Array, np.int32(ORDER.index(request.loss)))
+        return LossInputs(adapter.scales, self._base.shell, batch, which)
+
+    def _values(self, each: EachToken, factors: Factors, inputs: LossInputs) -> Tree:
+        tree = self._base.tree(factors, inputs.scales, inputs.shell)
+        batch = {name: array for name, array in inputs.batch.items() if name != "beta"}
         return token_values(each, self._forward, tree, batch, chunk=self._chunk)
 
     def _gradients(
-        self, factors: Factors, scales: Any, shell: Any, batch: Any, which: Any, beta: Any
+        self, factors: Factors, inputs: LossInputs
     ) -> tuple[jax.Array, jax.Array, Factors]:
         self.compiled += 1
 
         def loss(factors: Factors) -> tuple[jax.Array, jax.Array]:
-            p = self._values(log_probabilities, factors, scales, shell, batch)
-            return sum_loss(which, p, batch | {"beta": beta}), p
+            p = self._values(log_probabilities, factors, inputs)
+            return sum_loss(inputs.which, p, inputs.batch), p
 
         (total, p), grads = jax.value_and_grad(loss, has_aux=True)(factors)
         return total, p, grads
 
     def _scored(
-        self,
-        factors: Factors,
-        scales: Any,
-        shell: Any,
-        batch: Any,
-        which: Any,
-        beta: Any,
-        with_top: Any,
+        self, factors: Factors, inputs: LossInputs, with_top: jax.Array
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
         self.compiled += 1
 
-        def each(logits: jax.Array, targets: jax.Array) -> Any:
+        def each(logits: jax.Array, targets: jax.Array) -> Tree:
             return log_probabilities(logits, targets), likeliest(logits, TOP, with_top)
 
-        p, top = self._values(each, factors, scales, shell, batch)
-        return sum_loss(which, p, batch | {"beta": beta}), p, top
+        p, top = self._values(each, factors, inputs)
+        return sum_loss(inputs.which, p, inputs.batch), p, top
 
     def _updated(
-        self, factors: Factors, first: Factors, second: Factors, grads: Factors, how: Any
+        self, factors: Factors, first: Factors, second: Factors, grads: Factors, how: jax.Array
     ) -> tuple[Factors, Factors, Factors, jax.Array, jax.Array]:
         self.compiled += 1
         rate, eps, kept, clip, beta1, new1, fix1, beta2, new2, fix2 = how
@@ -325,7 +331,7 @@ class Trainer:
         return new, first, second, norm, _are_finite((new, first, second, norm))
 
 
-def _are_finite(arrays: Any) -> jax.Array:
+def _are_finite(arrays: Tree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(arrays)]))
 
 

@@ -1,10 +1,11 @@
-"""Turns: of owners, of their sessions, of the sessions' adapters, and of requests."""
+"""The order of turns of owners, their sessions, the sessions' adapters, and requests."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 # An owner, a session of it, an adapter there, a request; or the first of these alone.
+Place = TypeVar("Place")
 TurnPath = tuple[Hashable, ...]
 PARTY = 2  # levels that stand for people: owners, and sessions
 _PATIENCE = (1, 16)  # turns without one after which an owner, or a session, has another's place
@@ -53,7 +54,7 @@ class TurnOrder:
         return self._last[path]
 
     def n_below(self, path: TurnPath) -> int:
-        """Returns how many are there right beneath a path: () for owners."""
+        """Returns the number of those right beneath a path: () for owners."""
         return self._children[path]
 
     def order(self, path: TurnPath) -> tuple[int, ...]:
@@ -61,13 +62,13 @@ class TurnOrder:
         return tuple(self._last[each] for each in levels(path))
 
     def has_others(self, path: TurnPath) -> bool:
-        """Returns whether anybody else is there at the last level of a path."""
+        """Returns True if anybody else is there at the last level of a path."""
         return self._children[path[:-1]] > (path in self._users)
 
     def loser(
-        self, path: TurnPath, held: Mapping[Any, set[TurnPath]]
-    ) -> tuple[TurnPath, list[Any]] | None:
-        """Returns who has to give up a place for somebody, where no place is free.
+        self, path: TurnPath, held: Mapping[Place, set[TurnPath]]
+    ) -> tuple[TurnPath, list[Place]] | None:
+        """Returns the owner or session that gives up a place, where no place is free.
 
         One with two places more than another has, loses one; and so has one of a single place, to
         one without any who waits for longer. So places are shared evenly among owners, and an
@@ -81,7 +82,7 @@ class TurnOrder:
           The owner or the session, and its places; None where nobody has to.
         """
         for depth in range(1, PARTY + 1):
-            mine, rivals, own = path[:depth], dict[TurnPath, list[Any]](), 0
+            mine, rivals, own = path[:depth], dict[TurnPath, list[Place]](), 0
             for place, holders in held.items():
                 there = {holder[:depth] for holder in holders}
                 own += mine in there

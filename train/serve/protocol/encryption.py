@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyrage
 
@@ -12,7 +11,7 @@ SUFFIX = ".age"
 _MOST = 10  # recipients
 
 
-def check_recipients(recipients: Sequence[Any]) -> tuple[str, ...]:
+def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
     """Returns public keys of age or SSH, as they are given.
 
     Raises:
@@ -20,15 +19,17 @@ def check_recipients(recipients: Sequence[Any]) -> tuple[str, ...]:
     """
     if len(recipients) > _MOST:
         raise RequestError(f"age_encryption_recipients are {_MOST} public keys at most")
+    keys: list[str] = []
     for number, recipient in enumerate(recipients, 1):
         try:
-            _key(recipient)
+            keys.append(_check_text(recipient))
+            _key(keys[-1])
         except (TypeError, pyrage.RecipientError) as error:
             raise RequestError(
                 f"age_encryption_recipients, number {number}: neither a public key of age "
                 f"(age1…) nor of SSH: {error}"
             ) from None
-    return tuple(recipients)
+    return tuple(keys)
 
 
 def encrypt(folder: Path, recipients: Sequence[str]) -> None:
@@ -39,8 +40,12 @@ def encrypt(folder: Path, recipients: Sequence[str]) -> None:
         path.unlink()
 
 
-def _key(recipient: Any) -> Any:
+def _check_text(recipient: object) -> str:
     if not isinstance(recipient, str):
         raise TypeError("it is no text")
+    return recipient
+
+
+def _key(recipient: str) -> pyrage.x25519.Recipient | pyrage.ssh.Recipient:
     kind = pyrage.x25519 if recipient.startswith("age1") else pyrage.ssh
     return kind.Recipient.from_str(recipient)

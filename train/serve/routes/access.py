@@ -77,7 +77,7 @@ class Access:
         self._owners = [(_digest(key), name) for key, name in (keys or {}).items()]
 
     def owner(self, request: HTTPConnection) -> str | None:
-        """Returns who asks, by the key in `Authorization` or `X-API-Key`; None for a wrong one."""
+        """Returns the owner by the key in `Authorization` or `X-API-Key`; None for a wrong one."""
         if not self.keyed:
             return LOCAL
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")

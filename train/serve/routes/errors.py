@@ -1,8 +1,7 @@
 """Errors that a client gets: JSON of OpenAI's form, and never a traceback."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -10,6 +9,7 @@ from starlette.responses import Response
 
 from train.serve.protocol.requests import RequestError
 
+JsonObject = dict[str, object]
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -32,7 +32,7 @@ class HttpError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
-        more: Mapping[str, Any] | None = None,
+        more: Mapping[str, object] | None = None,
     ) -> None:
         """Takes what to tell the client."""
         super().__init__(message)
@@ -40,7 +40,7 @@ class HttpError(Exception):
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     @property
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """The JSON of the answer."""
         server = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _TYPES.get(self.status, server)
@@ -49,14 +49,14 @@ class HttpError(Exception):
 
 
 def json_response(
-    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Returns JSON in ASCII: texts may hold halves of characters, which UTF-8 cannot write."""
     return Response(json.dumps(content), status, headers, "application/json")
 
 
 def as_http_error(error: BaseException) -> HttpError:
-    """Returns what to tell a client of an error; nothing of the server's own failures."""
+    """Returns the error that a client is told; nothing of the server's own failures."""
     if isinstance(error, HttpError):
         return error
     if isinstance(error, RequestError):
@@ -77,4 +77,6 @@ async def handle(request: Request, error: Exception) -> Response:
 
 
 _KINDS = (HttpError, RequestError, HTTPException, RecursionError, ClientDisconnect, Exception)
-HANDLERS: dict[Any, Any] = dict.fromkeys(_KINDS, handle)
+HANDLERS: Mapping[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = (
+    dict.fromkeys(_KINDS, handle)
+)

@@ -33,7 +33,7 @@ class Origins:
         self._hosts = {urlsplit(origin).netloc for origin in self.allowed}
 
     def refusal(self, headers: Headers) -> str | None:
-        """Returns why a request without a key is refused; None if it is not."""
+        """Returns the reason to refuse a request without a key; None for none."""
         if ANY in self.allowed:
             return None
         hosts = [host.lower() for host in headers.getlist("host")]
@@ -55,7 +55,7 @@ class Origins:
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether a name stands for this very machine."""
+    """Returns True if a name stands for this very machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

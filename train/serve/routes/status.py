@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -12,7 +11,7 @@ from starlette.routing import Route
 
 from train.serve.protocol.engine import EngineProtocol, TenantStatus
 from train.serve.routes.access import Access, owner_of
-from train.serve.routes.errors import json_response
+from train.serve.routes.errors import JsonObject, json_response
 from train.serve.routes.openai.models import AdapterLookup
 
 _PAGE = files("train.serve.routes").joinpath("status.html").read_text(encoding="utf-8")
@@ -88,7 +87,7 @@ class StatusRoutes:
     async def _healthz(self, request: Request) -> Response:
         return json_response({"status": "draining" if self._access.draining else "ok"})
 
-    def _seen(self, owner: str) -> tuple[dict[str, Any], dict[str, TenantStatus]]:
+    def _seen(self, owner: str) -> tuple[JsonObject, dict[str, TenantStatus]]:
         """Returns the server's numbers, and an owner's tenants."""
         status, facts = self._engine.status(), self._engine.facts
         numbers = {name: getattr(status, name) for name in (*_COUNTERS, *_GAUGES)}

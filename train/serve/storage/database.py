@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 Row = sqlite3.Row
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -98,7 +97,7 @@ class Database:
     def _depth(self) -> int:
         return getattr(self._mine, "depth", 0)
 
-    def all(self, sql: str, *values: Any) -> list[Row]:
+    def all(self, sql: str, *values: object) -> list[Row]:
         """Returns the rows that a statement yields."""
         if self._depth:
             return self._executed(self._writer, sql, values)
@@ -112,11 +111,11 @@ class Database:
         with _translated(self._path):
             return db.execute(sql, values).fetchall()
 
-    def one(self, sql: str, *values: Any) -> Row | None:
+    def one(self, sql: str, *values: object) -> Row | None:
         """Returns the first row, or None."""
         return next(iter(self.all(sql, *values)), None)
 
-    def insert(self, table: str, values: Mapping[str, Any], how: str = "insert") -> None:
+    def insert(self, table: str, values: Mapping[str, object], how: str = "insert") -> None:
         """Adds a row of values by the names of columns."""
         places = ", ".join("?" * len(values))
         sql = f"{how} into {table} ({', '.join(values)}) values ({places})"

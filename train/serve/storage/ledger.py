@@ -58,7 +58,7 @@ class Ledger:
 
     # Sessions
 
-    def open_session(self, session: str, owner: str, metadata: Any = None) -> None:
+    def open_session(self, session: str, owner: str, metadata: object = None) -> None:
         """Notes a client's session."""
         now, text = self._clock(), json.dumps(metadata)
         values = {"id": session, "owner": owner, "created": now, "seen": now, "metadata": text}
@@ -105,7 +105,7 @@ class Ledger:
 
     # Models, the tenants
 
-    def add_model(self, model: str, session: str, owner: str, base: str, metadata: Any) -> None:
+    def add_model(self, model: str, session: str, owner: str, base: str, metadata: object) -> None:
         """Notes a model that a command of number 0 makes."""
         values = {"id": model, "session": session, "owner": owner, "base": base}
         rest = {"metadata": json.dumps(metadata), "used": self._clock()}
@@ -193,8 +193,8 @@ class Ledger:
         sql = "select * from commands where model = ? and seq > ? order by seq"
         return self._all(sql, model, after)
 
-    def promised(self, target: str) -> bool:
-        """Returns whether a command that is not finished makes this checkpoint or sampler."""
+    def is_promised(self, target: str) -> bool:
+        """Returns True if a command that is not finished makes this checkpoint or sampler."""
         sql = "select 1 from commands where target = ? and state = 'logged'"
         return self._one(sql, target) is not None
 
@@ -295,7 +295,7 @@ class Ledger:
           **facts: session, owner and base; for a checkpoint its path; for all but the base a
             folder.
         """
-        self._insert("samplers", {"id": sampler} | facts, "insert or ignore")
+        self._insert("samplers", {"id": sampler, **facts}, "insert or ignore")
 
     def sampler(self, sampler: str) -> Row | None:
         """Returns a sampler, or None."""

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from train.serve.protocol.requests import Completion, DrawnToken, SampleRequest, SampleResult
+from train.serve.routes.errors import JsonObject
 from train.serve.routes.openai.chat import ToolCalls
 from train.serve.routes.openai.text import CompletionText, ServedTokenizer, TokenEntry, finite
 
@@ -23,7 +23,7 @@ class AnswerPart:
     """
 
     text: str = ""
-    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    calls: list[JsonObject] = dataclasses.field(default_factory=list)
     entries: list[TokenEntry] = dataclasses.field(default_factory=list)
     finish: str | None = None
 
@@ -97,7 +97,7 @@ def join(first: AnswerPart, then: AnswerPart) -> AnswerPart:
     return AnswerPart(first.text + then.text, then.calls, first.entries + moved, then.finish)
 
 
-def usage_of(samples: Sequence[SampleRequest], drawn: Iterable[SampleResult]) -> dict[str, Any]:
+def usage_of(samples: Sequence[SampleRequest], drawn: Iterable[SampleResult]) -> JsonObject:
     """Returns the numbers of tokens of a request."""
     found = [*drawn]
     asked = sum(len(sample.prompt) for sample in samples)
@@ -123,35 +123,35 @@ class ChatForm:
     logprobs: bool
     prefix, whole_kind, part_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, index: int, said: AnswerPart) -> dict[str, Any]:
+    def whole(self, index: int, said: AnswerPart) -> JsonObject:
         """Returns a choice."""
-        message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+        message: JsonObject = {"role": "assistant", "content": said.text, "refusal": None}
         if said.calls:
             calls = [{k: v for k, v in call.items() if k != "index"} for call in said.calls]
             message |= {"content": said.text or None, "tool_calls": calls}
         return self._choice(index, {"message": message}, said)
 
-    def begin(self, index: int) -> dict[str, Any]:
+    def begin(self, index: int) -> JsonObject:
         """Returns the choice of the first event."""
         return self._choice(index, {"delta": {"role": "assistant", "content": ""}}, AnswerPart())
 
-    def part(self, index: int, said: AnswerPart) -> dict[str, Any]:
+    def part(self, index: int, said: AnswerPart) -> JsonObject:
         """Returns the choice of an event."""
-        delta: dict[str, Any] = {"content": said.text} if said.text else {}
+        delta: JsonObject = {"content": said.text} if said.text else {}
         if said.calls:
             delta["tool_calls"] = said.calls
         return self._choice(index, {"delta": delta}, said)
 
-    def _choice(self, index: int, content: dict[str, Any], said: AnswerPart) -> dict[str, Any]:
+    def _choice(self, index: int, content: JsonObject, said: AnswerPart) -> JsonObject:
         told = {"content": [self._entry(one) for one in said.entries], "refusal": None}
         logprobs = told if self.logprobs and (said.entries or said.finish) else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": said.finish}
 
-    def _entry(self, entry: TokenEntry) -> dict[str, Any]:
+    def _entry(self, entry: TokenEntry) -> JsonObject:
         likely = [self._token(*one) for one in entry.top or ()]
         return {**self._token(entry.token, entry.logprob), "top_logprobs": likely}
 
-    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+    def _token(self, token: int, logprob: float | None) -> JsonObject:
         known = self.tokens.of(token)
         text = known.decode(errors="replace")
         return {"token": text, "logprob": logprob, "bytes": [*known]}
@@ -170,7 +170,7 @@ class TextForm:
     top: int | None
     prefix, whole_kind, part_kind = "cmpl-", "text_completion", "text_completion"
 
-    def whole(self, index: int, said: AnswerPart) -> dict[str, Any]:
+    def whole(self, index: int, said: AnswerPart) -> JsonObject:
         """Returns a choice."""
         told = None if self.top is None else self._logprobs(said.entries)
         choice = {"index": index, "text": said.text, "logprobs": told}
@@ -181,7 +181,7 @@ class TextForm:
 
     part = whole
 
-    def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> JsonObject:
         return {
             "tokens": [self._text(one.token) for one in entries],
             "token_logprobs": [one.logprob for one in entries],

@@ -5,7 +5,6 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -16,7 +15,7 @@ from lora_jax.training.errors import TrainingError
 from train.serve.protocol.engine import EngineProtocol
 from train.serve.protocol.requests import TOP, Client, DrawnToken, SampleRequest, SampleResult
 from train.serve.routes.access import owner_of
-from train.serve.routes.errors import HttpError, as_http_error, json_response
+from train.serve.routes.errors import HttpError, JsonObject, as_http_error, json_response
 from train.serve.routes.openai.answers import (
     AnswerPart,
     ChatForm,
@@ -71,7 +70,7 @@ class CompletionRequest:
     usage: bool = False
 
     @property
-    def head(self) -> dict[str, Any]:
+    def head(self) -> JsonObject:
         """The fields that all parts of an answer begin with."""
         kind = self.form.part_kind if self.stream else self.form.whole_kind
         name = f"{self.form.prefix}{uuid.uuid4().hex}"
@@ -109,7 +108,7 @@ class OpenAI:
         return await self._answer(
             request,
             CompletionRequest(
-                body["model"],
+                str(body["model"]),
                 [add_prompt(sample, prompt, self._engine.facts)],
                 ChatForm(self._tokens, top is not None),
                 tools=tools_of(body) is not None,
@@ -134,7 +133,7 @@ class OpenAI:
         return await self._answer(
             request,
             CompletionRequest(
-                body["model"],
+                str(body["model"]),
                 [add_prompt(sample, one, facts) for one in ids],
                 TextForm(self._tokens, top),
                 echo=echo,
@@ -142,13 +141,13 @@ class OpenAI:
             ),
         )
 
-    async def _read(self, request: Request, path: str) -> dict[str, Any]:
+    async def _read(self, request: Request, path: str) -> JsonObject:
         body = await read_body(request)
         check_fields(body, FIELDS[path], path)
         return body
 
     async def _sample(
-        self, request: Request, body: Any, max_tokens: int | None, least: int = 1
+        self, request: Request, body: JsonObject, max_tokens: int | None, least: int = 1
     ) -> SampleRequest:
         given = {name: x for name, x in body.items() if x is not None}
         sample = read_sample(
@@ -177,8 +176,8 @@ class OpenAI:
             raise
         return Events(self._events(asked, draws, first), draws.close)
 
-    def _whole(self, asked: CompletionRequest, drawn: Sequence[SampleResult]) -> dict[str, Any]:
-        choices: list[dict[str, Any]] = []
+    def _whole(self, asked: CompletionRequest, drawn: Sequence[SampleResult]) -> JsonObject:
+        choices: list[JsonObject] = []
         for sample, one in zip(asked.samples, drawn, strict=True):
             prompt = echo_prompt(self._tokens, sample, one) if asked.echo else AnswerPart()
             for completion in one.completions:
@@ -195,7 +194,7 @@ class OpenAI:
         """Yields the events of a stream; `item` is the first that came of its samples."""
         head = asked.head | ({"usage": None} if asked.usage else {})
 
-        def event(choice: dict[str, Any]) -> str:
+        def event(choice: JsonObject) -> str:
             return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
 
         n, choices, drawn = asked.samples[0].n, [], []
@@ -234,8 +233,8 @@ class OpenAI:
         yield "data: [DONE]\n\n"
 
 
-def _streaming(body: dict[str, Any]) -> dict[str, bool]:
-    """Returns whether an answer comes in parts, and whether it ends with the usage."""
+def _streaming(body: JsonObject) -> dict[str, bool]:
+    """Returns two flags: the answer comes in parts, and it ends with the usage."""
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise field_error("stream_options", options, "an object is needed")

@@ -3,7 +3,6 @@
 import json
 import uuid
 from collections.abc import Mapping
-from typing import Any
 
 from jinja2 import TemplateError
 
@@ -11,18 +10,18 @@ from lora_jax.models.sampling.text import partial_length
 from lora_jax.training.data.rows import check_text, question, shown
 from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.errors import TrainingError
-from train.serve.routes.errors import HttpError
+from train.serve.routes.errors import HttpError, JsonObject
 from train.serve.routes.openai.text import ServedTokenizer
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
-def tools_of(body: Mapping[str, Any]) -> Any:
+def tools_of(body: Mapping[str, object]) -> object:
     """Returns the tools that a chat may call; None for none."""
     return None if body.get("tool_choice") == "none" else body.get("tools") or None
 
 
-def prompt_of(body: Mapping[str, Any], tokens: ServedTokenizer, most: int) -> list[int]:
+def prompt_of(body: Mapping[str, object], tokens: ServedTokenizer, most: int) -> list[int]:
     """Returns the tokens of a chat, up to the beginning of the answer.
 
     Args:
@@ -44,7 +43,7 @@ def prompt_of(body: Mapping[str, Any], tokens: ServedTokenizer, most: int) -> li
     if not isinstance(messages, list):
         raise HttpError(400, f"`messages` is {shown(messages)}: a list of turns is needed")
     row = {
-        "messages": [_turn(turn, i) for i, turn in enumerate(messages)],
+        "messages": [_read_message(message, i) for i, message in enumerate(messages)],
         "tools": tools_of(body),
         "chat_template_kwargs": body.get("chat_template_kwargs"),
     }
@@ -66,11 +65,11 @@ def prompt_of(body: Mapping[str, Any], tokens: ServedTokenizer, most: int) -> li
         raise HttpError(400, said, param="messages") from None
 
 
-def _turn(turn: Any, index: int) -> Any:
-    """Returns a turn as chat templates know it; refuses what is no text."""
-    if not isinstance(turn, dict):
-        return turn
-    content = turn.get("content")
+def _read_message(message: object, index: int) -> object:
+    """Returns a message as chat templates know it; refuses what is no text."""
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
     for part in content if isinstance(content, list) else ():
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else part
@@ -80,7 +79,7 @@ def _turn(turn: Any, index: int) -> Any:
                 "supported",
                 param=f"messages[{index}].content",
             )
-    return {**turn, "role": "system"} if turn.get("role") == "developer" else turn
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
 class ToolCalls:
@@ -99,7 +98,7 @@ class ToolCalls:
         self._held = ""
         self._after = False  # nothing was said since the last call
 
-    def add(self, text: str, *, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
+    def add(self, text: str, *, last: bool = False) -> tuple[str, list[JsonObject]]:
         """Takes more of the text; returns what of it is said now, and the calls that are whole."""
         said, calls, self._held = "", [], self._held + text
         while _OPEN in self._held:
@@ -125,7 +124,7 @@ class ToolCalls:
         return said, calls
 
 
-def _read(text: str, last: bool) -> tuple[dict[str, Any] | None, str]:
+def _read(text: str, last: bool) -> tuple[JsonObject | None, str]:
     """Returns the call that a text begins with, if it is whole, and what follows it."""
     begun = text.lstrip()
     try:
@@ -142,5 +141,5 @@ def _read(text: str, last: bool) -> tuple[dict[str, Any] | None, str]:
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     function = {"name": call["name"], "arguments": arguments}
-    made = {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+    made: JsonObject = {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
     return made, rest.removeprefix(_CLOSE)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from starlette.requests import Request
 
@@ -11,7 +10,7 @@ from lora_jax.training.data.rows import check_text, shown
 from lora_jax.training.errors import TrainingError
 from train.serve.protocol.engine import EngineFacts
 from train.serve.protocol.requests import TOP, SampleRequest
-from train.serve.routes.errors import HttpError
+from train.serve.routes.errors import HttpError, JsonObject
 from train.serve.routes.openai.table import Field, nearest
 
 _MOST = 128  # completions of a prompt
@@ -19,7 +18,7 @@ _STOPS = 16
 _SEEDS = 2**63
 
 
-async def read_body(request: Request) -> dict[str, Any]:
+async def read_body(request: Request) -> JsonObject:
     """Returns the JSON object of a body; raises HttpError where there is none."""
     try:
         body = json.loads(await request.body())
@@ -30,12 +29,12 @@ async def read_body(request: Request) -> dict[str, Any]:
     return body
 
 
-def field_error(name: str, value: Any, needed: str, code: str | None = None) -> HttpError:
+def field_error(name: str, value: object, needed: str, code: str | None = None) -> HttpError:
     """Returns the refusal of a field."""
     return HttpError(400, f"`{name}` is {shown(value)}: {needed}", param=name, code=code)
 
 
-def read_text(body: Mapping[str, Any], name: str) -> str:
+def read_text(body: Mapping[str, object], name: str) -> str:
     """Returns a field that has to be a text."""
     value = body.get(name)
     if not isinstance(value, str) or not value:
@@ -43,7 +42,7 @@ def read_text(body: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def read_flag(body: Mapping[str, Any], name: str) -> bool:
+def read_flag(body: Mapping[str, object], name: str) -> bool:
     """Returns a field that is true or false; false without it."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
@@ -51,7 +50,7 @@ def read_flag(body: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def read_integer(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+def read_integer(body: Mapping[str, object], name: str, least: int, most: int) -> int | None:
     """Returns a field that is a whole number of a range, or None."""
     value = body.get(name)
     if value is None:
@@ -61,7 +60,7 @@ def read_integer(body: Mapping[str, Any], name: str, least: int, most: int) -> i
     return value
 
 
-def read_number(body: Mapping[str, Any], name: str, default: float, most: float) -> float:
+def read_number(body: Mapping[str, object], name: str, default: float, most: float) -> float:
     """Returns a field that is a number from 0 on."""
     value = body.get(name)
     if value is None:
@@ -71,7 +70,7 @@ def read_number(body: Mapping[str, Any], name: str, default: float, most: float)
     return float(value)
 
 
-def check_fields(body: Mapping[str, Any], fields: Mapping[str, Field], of: str) -> None:
+def check_fields(body: Mapping[str, object], fields: Mapping[str, Field], of: str) -> None:
     """Raises HttpError for a field that is unknown, or that would change the answer and cannot.
 
     Args:
@@ -96,9 +95,9 @@ def _unknown(name: str, fields: Mapping[str, Field], of: str) -> HttpError:
 
 
 def read_sample(
-    body: Mapping[str, Any], facts: EngineFacts, *, max_tokens: int | None, least: int = 1
+    body: Mapping[str, object], facts: EngineFacts, *, max_tokens: int | None, least: int = 1
 ) -> SampleRequest:
-    """Returns what a request asks for, of the base and with an empty prompt.
+    """Returns the sample that a request asks for, of the base and with an empty prompt.
 
     Args:
       body: the fields that chats and plain completions share; see `check_fields`.
@@ -157,7 +156,7 @@ def add_prompt(sample: SampleRequest, prompt: list[int], facts: EngineFacts) -> 
     return dataclasses.replace(sample, prompt=prompt)
 
 
-def read_prompts(body: Mapping[str, Any], facts: EngineFacts) -> list[str | list[int]]:
+def read_prompts(body: Mapping[str, object], facts: EngineFacts) -> list[str | list[int]]:
     """Returns the prompts of `prompt`: a text or token ids, or a list of such."""
     given = body.get("prompt")
     if isinstance(given, str):
@@ -173,7 +172,7 @@ def read_prompts(body: Mapping[str, Any], facts: EngineFacts) -> list[str | list
     return [one if isinstance(one, str) else _ids(one, "prompt", facts) for one in given]
 
 
-def read_top(body: Mapping[str, Any]) -> int | None:
+def read_top(body: Mapping[str, object]) -> int | None:
     """Returns the alternatives that a chat wants for each token; None for no log-probabilities."""
     top = read_integer(body, "top_logprobs", 0, TOP)
     if read_flag(body, "logprobs"):
@@ -183,7 +182,7 @@ def read_top(body: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _ids(given: Any, name: str, facts: EngineFacts) -> list[int]:
+def _ids(given: object, name: str, facts: EngineFacts) -> list[int]:
     if not isinstance(given, list):
         raise field_error(name, given, "a list of token ids is needed")
     for one in given:
@@ -192,7 +191,7 @@ def _ids(given: Any, name: str, facts: EngineFacts) -> list[int]:
     return given
 
 
-def _stops(given: Any) -> tuple[str, ...]:
+def _stops(given: object) -> tuple[str, ...]:
     stops = [given] if isinstance(given, str) else given or []
     if not isinstance(stops, list) or len(stops) > _STOPS:
         raise field_error("stop", given, f"a text, or a list of {_STOPS} at most, is needed")

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -16,7 +15,7 @@ from starlette.routing import Route
 from lora_jax.folders import remote_problem
 from train.serve.protocol.engine import EngineProtocol
 from train.serve.routes.access import Access, owner_of
-from train.serve.routes.errors import HttpError, json_response
+from train.serve.routes.errors import HttpError, JsonObject, json_response
 from train.serve.routes.openai.fields import field_error, read_body, read_text
 from train.serve.routes.openai.pending import result_of
 
@@ -131,7 +130,7 @@ class Models:
         shared = [self._engine.facts.model, *self._folders()]
         return [*dict.fromkeys([*shared, *self._loaded.get(owner, {}), *own])]
 
-    def _about(self, name: str) -> dict[str, Any]:
+    def _about(self, name: str) -> JsonObject:
         base = self._engine.facts.model
         known = {"id": name, "object": "model", "created": self._created, "owned_by": "lora_jax"}
         return known | {

@@ -67,7 +67,7 @@ class PendingSamples:
         return k, item
 
     async def all(self) -> list[SampleResult]:
-        """Returns what all samples drew, once it is there."""
+        """Returns the results of all samples, once they are there."""
         found: dict[int, SampleResult] = {}
         while self.left:
             k, item = await self.next()

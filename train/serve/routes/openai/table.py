@@ -6,7 +6,7 @@ A field stands here once, whoever knows it: OpenAI, vLLM, SGLang or llama.cpp. A
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 Kind = Literal["works", "refused", "no effect"]
@@ -23,11 +23,11 @@ class Field:
     """
 
     kind: Kind
-    values: tuple[Any, ...] | None = None
+    values: tuple[object, ...] | None = None
     instead: str = "leave it out"
 
 
-def _refused(names: str, *neutral: Any, instead: str = "leave it out") -> dict[str, Field]:
+def _refused(names: str, *neutral: object, instead: str = "leave it out") -> dict[str, Field]:
     """Returns fields that are refused, but for values that change nothing."""
     return dict.fromkeys(names.split(), Field("refused", neutral, instead))
 
@@ -101,7 +101,7 @@ _COMPLETION_FIELDS = _all("works", "prompt echo")
 def _elsewhere(fields: Mapping[str, Field], path: str, **instead: str) -> dict[str, Field]:
     """Returns the fields of another path's requests, which are refused here."""
     usual = f"leave it out: it belongs to {path}"
-    nothing: tuple[Any, ...] = ([], {}, False)
+    nothing: tuple[object, ...] = ([], {}, False)
     return {
         name: Field("refused", (*nothing, *(field.values or ())), instead.get(name, usual))
         for name, field in fields.items()

@@ -6,7 +6,6 @@ import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -182,7 +181,7 @@ class Tinker:
 
     # Sessions
 
-    def _answer_with(self, content: Mapping[str, Any]) -> Endpoint:
+    def _answer_with(self, content: Mapping[str, object]) -> Endpoint:
         async def answer(request: Request, owner: str, body: bytes) -> Response:
             return json_response(content)
 
@@ -214,7 +213,7 @@ class Tinker:
         return json_response({})
 
 
-def _try(what: str, function: Callable[..., Any], *arguments: Any) -> None:
+def _try(what: str, function: Callable[..., object], *arguments: object) -> None:
     """Calls a function; an error is logged, such as of a full disk, and hinders nothing else."""
     try:
         function(*arguments)

@@ -82,7 +82,7 @@ async def read_bytes(request: Request) -> bytes:
 class JsonFields:
     """Reads the fields of an object in JSON: each has a kind, unknown ones are ignored."""
 
-    def __init__(self, values: Any, where: str = "the body"):
+    def __init__(self, values: object, where: str = "the body"):
         if not isinstance(values, dict):
             raise RequestError(f"{where} is no object in JSON")
         self.values, self._where = values, where

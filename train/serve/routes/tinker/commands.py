@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from train.serve.protocol.requests import (
 )
 from train.serve.routes.tinker import wire
 from train.serve.routes.tinker.bodies import JsonFields
-from train.serve.routes.tinker.messages import Tensor
+from train.serve.routes.tinker.messages import Message, Tensor
 from train.serve.storage.folders import adapter_name
 from train.serve.storage.ledger import Row
 
@@ -162,7 +161,7 @@ def recipients_of(fields: JsonFields, kind: str) -> tuple[str, ...]:
     return check_recipients(given)
 
 
-def _targets(fields: JsonFields) -> Any:
+def _targets(fields: JsonFields) -> Message | None:
     """Returns the tensor of tokens to score at each place of a prompt, as a message, or None.
 
     Raises:
@@ -194,7 +193,7 @@ def _targets(fields: JsonFields) -> Any:
 def sample_of(
     fields: JsonFields, facts: EngineFacts, adapter: str | None
 ) -> tuple[SampleRequest, Callable[[SampleResult], bytes]]:
-    """Returns what an asample asks the engine for, and what makes the answer's body of the result.
+    """Returns the sample that an asample asks for, and a function that encodes its result.
 
     Raises:
       RequestError: It has a chunk that is no text, or asks for what is not offered.

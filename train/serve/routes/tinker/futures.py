@@ -10,11 +10,11 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from starlette.responses import Response
 
-from train.serve.routes.errors import HttpError, json_response
+from train.serve.protocol.requests import SampleDone, SampleResult
+from train.serve.routes.errors import HttpError, JsonObject, json_response
 from train.serve.storage.ledger import DONE, LOGGED, Ledger
 from train.serve.storage.results import error_answer
 from train.serve.tenants.command_log import BusyError
@@ -22,7 +22,9 @@ from train.serve.tenants.command_log import BusyError
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
 
-async def _first(event: Awaitable[Any], closed: Awaitable[Any] | None, seconds: float) -> bool:
+async def _first(
+    event: Awaitable[object], closed: Awaitable[object] | None, seconds: float
+) -> bool:
     """Waits for an event, or for the end of a connection; returns whether that came first."""
     tasks = [asyncio.ensure_future(each) for each in (event, closed) if each is not None]
     try:
@@ -49,10 +51,10 @@ class _Promise:
     """
 
     owner: str
-    write: Callable[[Any], bytes] | None
+    write: Callable[[SampleResult], bytes] | None
     session: str | None
     until: float
-    result: Any = None
+    result: SampleResult | Exception | JsonObject | None = None
     end: Callable[[], None] | None = None
     polls: int = 0
     closed: bool = False
@@ -100,8 +102,8 @@ class Futures:
         self,
         request: str,
         owner: str,
-        work: Callable[[Callable[[Any], None]], Callable[[], None]],
-        write: Callable[[Any], bytes],
+        work: Callable[[SampleDone], Callable[[], None]],
+        write: Callable[[SampleResult], bytes],
         session: str | None = None,
     ) -> None:
         """Promises the result of a sample, and starts it, unless it was promised before.
@@ -183,11 +185,13 @@ class Futures:
                 promise.end()
             self.wake(request)
 
-    def resolve(self, request: str, result: Any) -> None:
+    def resolve(self, request: str, result: JsonObject) -> None:
         """Keeps a result that was promised by `open`."""
         self._resolve(request, self._promises[request], result)
 
-    def _resolve(self, request: str, promise: _Promise, result: Any) -> None:
+    def _resolve(
+        self, request: str, promise: _Promise, result: SampleResult | Exception | JsonObject
+    ) -> None:
         """Keeps the result of a sample, or what went wrong; may be called by any thread."""
         with self._lock:
             if self._promises.get(request) is not promise:
@@ -216,7 +220,7 @@ class Futures:
                 pass
 
     async def poll(
-        self, request: str, owner: str, closed: Callable[[], Awaitable[Any]] | None = None
+        self, request: str, owner: str, closed: Callable[[], Awaitable[object]] | None = None
     ) -> Response:
         """Returns the answer to a request, or, after `hold` seconds, that there is none yet.
 
@@ -282,9 +286,9 @@ class Futures:
                 return None
             if isinstance(promise.result, Exception):
                 return error_answer(promise.result), False
-            if promise.write is None:
-                return json.dumps(promise.result).encode(), False
-            return promise.write(promise.result), True
+            if promise.write is not None and isinstance(promise.result, SampleResult):
+                return promise.write(promise.result), True
+            return json.dumps(promise.result).encode(), False
         model, _, number = request.rpartition(":")
         if not (number.isascii() and number.isdigit() and len(number) < 10):
             raise gone

@@ -28,18 +28,21 @@ _FIELDS = {
     "topk_prompt_logprobs 3 TopkLogprobs, prompt_cache_hit_tokens 4 int32, "
     "target_prompt_logprobs 5 Tensor",
 }
+Message = Any  # of a class made here: its fields are unknown to type checkers
 _PACKAGE = "lora_jax.tinker"
 _Field = descriptor_pb2.FieldDescriptorProto
 
 
-def _set_type(field: Any, kind: str) -> None:
+def _set_type(field: descriptor_pb2.FieldDescriptorProto, kind: str) -> None:
     if kind in _FIELDS:
         field.type, field.type_name = _Field.TYPE_MESSAGE, f".{_PACKAGE}.{kind}"
     else:
         field.type = getattr(_Field, f"TYPE_{kind.upper()}")
 
 
-def _add_map(message: Any, field: Any, kind: str) -> None:
+def _add_map(
+    message: descriptor_pb2.DescriptorProto, field: descriptor_pb2.FieldDescriptorProto, kind: str
+) -> None:
     """Declares a field as a map: repeated entries of a nested message, as protoc writes it."""
     entry = message.nested_type.add(name=f"{field.name.title().replace('_', '')}Entry")
     entry.options.map_entry = True
@@ -49,7 +52,7 @@ def _add_map(message: Any, field: Any, kind: str) -> None:
     field.type_name = f".{_PACKAGE}.{message.name}.{entry.name}"
 
 
-def _messages() -> dict[str, Any]:
+def _messages() -> dict[str, Message]:
     """Returns the classes of the messages, by name."""
     file = descriptor_pb2.FileDescriptorProto(
         name="lora_jax/tinker.proto", package=_PACKAGE, syntax="proto3"

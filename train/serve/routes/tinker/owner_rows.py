@@ -3,11 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from train.serve.protocol.engine import EngineProtocol
 from train.serve.protocol.requests import RequestError
-from train.serve.routes.errors import HttpError
+from train.serve.routes.errors import HttpError, JsonObject
 from train.serve.routes.tinker.futures import Futures
 from train.serve.storage.ledger import Ledger, Row
 from train.serve.tenants.command_log import CommandLog
@@ -101,7 +100,7 @@ class TinkerParts:
     futures: Futures
 
 
-def spec_of(model: Row | None) -> dict[str, Any]:
+def spec_of(model: Row | None) -> JsonObject:
     """Returns the fields of a model's `AdapterSpec`; none before it is made."""
     return json.loads(model["spec"]) if model is not None and model["spec"] else {}
 

@@ -7,14 +7,13 @@ import json
 import secrets
 import time
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from train.serve.protocol.requests import RequestError
-from train.serve.routes.errors import HttpError, json_response
+from train.serve.routes.errors import HttpError, JsonObject, json_response
 from train.serve.routes.tinker.bodies import Endpoint, JsonFields
 from train.serve.routes.tinker.owner_rows import TinkerParts, spec_of
 from train.serve.storage.ledger import Row
@@ -64,7 +63,7 @@ class RunRoutes:
     def _get_run(self, request: Request, owner: str, body: bytes) -> Response:
         return json_response(self._run(self._rows.model(request.path_params["model"], owner)))
 
-    def _run(self, row: Row) -> dict[str, Any]:
+    def _run(self, row: Row) -> JsonObject:
         saved, _ = self._ledger.checkpoints(row["owner"], row["id"])
         last = {one["kind"]: _checkpoint(one) for one in reversed(saved)}
         return {
@@ -181,7 +180,7 @@ class RunRoutes:
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
 
 
-def _checkpoint(row: Row) -> dict[str, Any]:
+def _checkpoint(row: Row) -> JsonObject:
     return {
         "checkpoint_id": f"{row['kind']}/{row['name']}",
         "checkpoint_type": _TYPES[row["kind"]],
@@ -195,7 +194,7 @@ def _checkpoint(row: Row) -> dict[str, Any]:
 
 
 def _metadata(row: Row) -> dict[str, str] | None:
-    """Returns what a client attached; the SDK reads texts alone."""
+    """Returns the metadata that a client attached; the SDK reads texts alone."""
     found = json.loads(row["metadata"] or "null") or {}
     return {
         name: value if isinstance(value, str) else json.dumps(value)

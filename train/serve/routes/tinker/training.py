@@ -146,7 +146,7 @@ class TrainingRoutes:
                 folder = self._log.place("checkpoints", model) / segment / f"{name}@{seq}"
                 may = kind == "save_weights" and fields.get("overwrite", bool, False)
                 exists = self._ledger.checkpoint(target) is not None and not may
-            if exists or self._ledger.promised(target):
+            if exists or self._ledger.is_promised(target):
                 raise RequestError(f"{target} exists already: choose another name, or delete it")
             return folder, target
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import zstandard
@@ -22,6 +21,7 @@ from train.serve.protocol.requests import (
 from train.serve.routes.tinker.messages import (
     ForwardBackwardOutput,
     ForwardBackwardRequest,
+    Message,
     SampleResponse,
 )
 
@@ -54,7 +54,7 @@ def _decompressed(body: bytes, encoding: str) -> bytes:
     return found
 
 
-def parse(body: bytes, encoding: str = "") -> tuple[bytes, Any]:
+def parse(body: bytes, encoding: str = "") -> tuple[bytes, Message]:
     """Returns the body of a forward_backward without its Content-Encoding, and its message.
 
     Raises:
@@ -67,7 +67,7 @@ def parse(body: bytes, encoding: str = "") -> tuple[bytes, Any]:
         raise RequestError("the body is no ForwardBackwardRequest in protobuf") from error
 
 
-def gradient_of(message: Any, facts: EngineFacts) -> Gradient:
+def gradient_of(message: Message, facts: EngineFacts) -> Gradient:
     """Returns the engine's command.
 
     Raises:
@@ -115,7 +115,7 @@ def encode_gradient(outputs: GradientResult) -> bytes:
     return message.SerializeToString()
 
 
-def target_ids(message: Any) -> np.ndarray:
+def target_ids(message: Message) -> np.ndarray:
     """Returns the tokens of a tensor, int32 [prompt - 1, k], -1 where it lists none.
 
     Raises:
@@ -124,7 +124,7 @@ def target_ids(message: Any) -> np.ndarray:
     return _tensor(message, "target_prompt_logprobs", _Room(), fill=-1).astype(np.int32)
 
 
-def encode_samples(drawn: SampleResult, last: int | None = None, targets: Any = None) -> bytes:
+def encode_samples(drawn: SampleResult, last: int | None = None, targets: Message = None) -> bytes:
     """Returns the body that holds completions.
 
     Args:
@@ -163,13 +163,13 @@ def encode_samples(drawn: SampleResult, last: int | None = None, targets: Any = 
     return message.SerializeToString()
 
 
-def _write_top(message: Any, top: Top) -> None:
+def _write_top(message: Message, top: Top) -> None:
     message.length, message.k = top.ids.shape
     message.token_ids = top.ids.astype("<i4").tobytes()
     message.logprobs = top.logprobs.astype("<f4").tobytes()
 
 
-def _config(message: Any, loss: str) -> Mapping[str, float]:
+def _config(message: Message, loss: str) -> Mapping[str, float]:
     known = _CONFIG.get(loss, ())
     found = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
@@ -198,7 +198,7 @@ class _Room:
             raise RequestError(f"{where} makes the arrays larger than {MOST_BYTES} bytes together")
 
 
-def _datum(message: Any, where: str, loss: str, facts: EngineFacts, room: _Room) -> Datum:
+def _datum(message: Message, where: str, loss: str, facts: EngineFacts, room: _Room) -> Datum:
     if not all(chunk.HasField("encoded_text") for chunk in message.model_input):
         raise RequestError(f"{where} has a chunk that is no text; there is encoded_text alone")
     texts = [chunk.encoded_text.tokens for chunk in message.model_input]
@@ -257,7 +257,7 @@ def _array(data: bytes, dtype: np.dtype, where: str) -> np.ndarray:
     return np.frombuffer(data, dtype)
 
 
-def _tensor(message: Any, where: str, room: _Room, fill: int = 0) -> np.ndarray:
+def _tensor(message: Message, where: str, room: _Room, fill: int = 0) -> np.ndarray:
     """Returns a tensor as an array, with `fill` where a sparse one has nothing."""
     if message.dtype not in _TYPES:
         raise RequestError(f"{where} has the unknown type {message.dtype}; there are 1 to 4")
@@ -278,7 +278,7 @@ def _tensor(message: Any, where: str, room: _Room, fill: int = 0) -> np.ndarray:
 
 
 def _densified(
-    csr: Any, dtype: np.dtype, shape: list[int], where: str, room: _Room, fill: int
+    csr: Message, dtype: np.dtype, shape: list[int], where: str, room: _Room, fill: int
 ) -> np.ndarray:
     values = _array(csr.values, dtype, where)
     rows = _array(csr.crow_indices, _TYPES[2], where)
