@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[1]
 # folder, or a file that stands beside the folders.
 LIBRARY = """
     folders init core variants rules adapt select sharding lorafy quantized optim saving subspace
-    hf models peft __init__ training bank
+    hf models peft __init__ training bank __main__
 """.split()
 SCRIPTS = """
     __init__ console processes reporters adapters environments options data settings run predict
     rewards live tasks plan generate export inputs table begin progress dry_run finetune script
-    sft classify dpo distill start grpo compare findings serve
+    sft classify dpo distill start grpo compare findings serve command
 """.split()
 ORDER = [*(f"lora_jax.{room}" for room in LIBRARY), *(f"train.{room}" for room in SCRIPTS)]
 TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")
