@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -149,6 +149,15 @@ class Rewards:
         ]
 
 
+# The rewards of ours by name, from the most tokens of a completion.
+OURS: dict[str, Callable[[int], Reward]] = {
+    "arithmetic": lambda most: function_reward(arithmetic.reward, "answer"),
+    "sql": lambda most: sql_reward(),
+    "sql-dense": lambda most: sql_reward(runs=0.1),
+    "length": lambda most: function_reward(lambda text, ids: len(ids) / most),
+}
+
+
 def find_rewards(
     specs: Sequence[str],
     weights: Sequence[float] | None = None,
@@ -179,12 +188,7 @@ def find_rewards(
         )
     if twice := [spec for spec, number in Counter(specs).items() if number > 1]:
         raise UserError(f"--reward {twice[0]} is named twice: give it a weight instead")
-    known = {
-        "arithmetic": function_reward(arithmetic.reward, "answer"),
-        "sql": sql_reward(),
-        "sql-dense": sql_reward(runs=0.1),
-        "length": function_reward(lambda text, ids: len(ids) / max_tokens),
-    }
+    known = {name: make(max_tokens) for name, make in OURS.items()}
     models = [spec for spec in specs if spec not in known and Path(spec).expanduser().is_dir()]
     files = [spec for spec in specs if spec not in (*known, *models)]
     for spec in files:

@@ -102,9 +102,9 @@ def read_method(fields: Fields) -> Method | None:
     if not isinstance(config, Mapping):
         raise ConfigError(f"quantization_config is a {type(config).__name__}, not fields")
     name = config.get("quant_method")
-    check_known("quantization_config: quant_method", name, _METHODS)
+    check_known("quantization_config: quant_method", name, METHODS)
     try:
-        return _METHODS[name](config)
+        return METHODS[name](config)
     except ConfigError as error:
         raise ConfigError(f"quantization_config, {name}: {error}") from None
 
@@ -188,7 +188,7 @@ def _modelopt(config: Fields) -> Method:
     return Method("modelopt", (packed_floats, fp8))
 
 
-_METHODS: dict[Any, Callable[[Fields], Method]] = {
+METHODS: dict[Any, Callable[[Fields], Method]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed,
     "mxfp4": _mxfp4,

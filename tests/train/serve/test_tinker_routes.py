@@ -21,6 +21,7 @@ def test_what_is_served(client):
     assert client.ask("GET", "healthz", headers={"X-API-Key": "none"}) == {"status": "ok"}
     assert client.post("telemetry", events=[]) == {"status": "accepted"}
     assert client.post("client/config", sdk_version="9")["create_model_via_load_weights"] is True
+    assert client.post("client/dynamic_config")["sample_cancel_enabled"] is False
 
 
 def test_a_models_adapter(client):
