@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class Initialiser(Protocol):
     def __call__(self, key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors: ...
 
 
-def from_base(init: Callable[..., Factors]) -> Any:
+def from_base(init: Callable[..., Factors]) -> Callable[..., Factors]:
     """Marks an initialiser that computes the factors from W: the weight is then W + s·(AB − A₀B₀).
 
     Args:
@@ -162,7 +162,7 @@ def pissa(
     return _singular(u, s, vt, shape.rank, scale)
 
 
-def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
+def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Callable[..., Factors]:
     """Returns `pissa` by subspace iteration (Halko et al., arXiv 0909.4061).
 
     PEFT's ``"pissa_niter_4"``.
@@ -224,7 +224,7 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
     is_whole = width == min(kernel.shape[-2:])
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-    def again(_: Any, q: jax.Array, w: jax.Array) -> jax.Array:
+    def again(_: object, q: jax.Array, w: jax.Array) -> jax.Array:
         back, _ = jnp.linalg.qr(dot(w.mT, q))
         return jnp.linalg.qr(dot(w, back))[0]
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 
@@ -25,7 +24,7 @@ def lorafy(
     rules: Iterable[Rule],
     *,
     key: jax.Array | None = None,
-    trace: Sequence[Any] | None = None,
+    trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> Tree:
     """Returns `params` with each selected kernel as a `LoraWeight`, each trained leaf as `Trained`.
@@ -98,18 +97,18 @@ def _nodes_for(what: str, params: Tree) -> dict[str, Node]:
     raise ValueError(f"{what} needs an adapted tree, and this one is plain: call lorafy first")
 
 
-def map_nodes(visit: Callable[[str, Any], Leaf], tree: Tree) -> Tree:
+def map_nodes(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
     """Returns a tree with ``visit(path, node)`` in place of each node."""
     return map_leaves(lambda path, leaf: visit(path, leaf) if is_node(leaf) else leaf, tree)
 
 
-def map_parts(visit: Callable[[str, str, Any], Any], tree: Tree) -> Tree:
+def map_parts(visit: Callable[[str, str, Leaf], Leaf], tree: Tree) -> Tree:
     """Returns the tree with ``visit(path, name, array)`` in place of each part of a node.
 
     `tree` is an adapter, or a whole adapted tree, of which only the nodes' parts are visited.
     """
 
-    def visited(path: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+    def visited(path: str, parts: Mapping[str, Leaf]) -> dict[str, Leaf]:
         return {name: visit(path, name, array) for name, array in parts.items()}
 
     if isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values()):
@@ -119,7 +118,7 @@ def map_parts(visit: Callable[[str, str, Any], Any], tree: Tree) -> Tree:
     )
 
 
-def _is_parts(parts: Any) -> bool:
+def _is_parts(parts: object) -> bool:
     """Returns whether a value is the parts of one weight: a dictionary of arrays."""
     if not isinstance(parts, Mapping) or not parts:
         return False
@@ -303,7 +302,7 @@ def _kind(node: Node) -> str:
     return "trained in full" if isinstance(node, Trained) else "trained in some rows"
 
 
-def _check_same_paths(what: str, adapter: Mapping[str, Any], nodes: Mapping[str, Node]) -> None:
+def _check_same_paths(what: str, adapter: Mapping[str, object], nodes: Mapping[str, Node]) -> None:
     if unknown := [path for path in adapter if path not in nodes]:
         near = nearest(unknown[0], nodes, n=3)
         raise ValueError(

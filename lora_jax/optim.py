@@ -7,7 +7,7 @@ an adapter (the first half of `lora_jax.split`) or of a whole tree, and chain wi
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,9 @@ def scale_factors(
     return optax.stateless(lambda updates, _: map_parts(scaled, updates))
 
 
-def lora_plus(ratio: float = 16.0, *, embedding: float | None = None) -> Any:
+def lora_plus(
+    ratio: float = 16.0, *, embedding: float | None = None
+) -> optax.GradientTransformation:
     """Makes B learn `ratio` times as fast as A: LoRA+ (Hayou et al., arXiv 2402.12354).
 
     Args:
@@ -132,7 +134,9 @@ def project_b(params: Tree, *, damping: float = 1e-8) -> optax.GradientTransform
     if not inverse:
         raise ValueError("project_b needs weights whose A is frozen: LoraRule(freeze_a=True, …)")
 
-    def update(updates: Any, state: ProjectionState, params: Tree = None) -> tuple[Any, Any]:
+    def update(
+        updates: Tree, state: ProjectionState, params: Tree = None
+    ) -> tuple[Tree, ProjectionState]:
         del params
 
         def projected(path: str, name: str, gradient: jax.Array) -> jax.Array:

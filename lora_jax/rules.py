@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -23,7 +23,7 @@ PRESETS: dict[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _LAYER
 PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform", "connector"})
 
 
-def _non_defaults(rule: Any) -> str:
+def _non_defaults(rule: "Rule") -> str:
     """Returns a rule as it was written: only the fields that are not the default."""
     fields = sorted(dataclasses.fields(rule), key=lambda field: "variant" in field.metadata)
     given = [f.name for f in fields if getattr(rule, f.name) != f.default]
@@ -31,7 +31,7 @@ def _non_defaults(rule: Any) -> str:
     return f"{type(rule).__name__}({inside})"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return repr(list(value))
     return getattr(value, "__name__", None) or repr(value)
@@ -46,7 +46,7 @@ class _Fields:
 
     _elsewhere: dict[str, str]  # what stands for names that PEFT has
 
-    def __new__(cls, *values: Any, **given: Any) -> Self:
+    def __new__(cls, *values: object, **given: object) -> Self:
         """Raises a TypeError for what is no field of the rule."""
         if values:
             raise TypeError(

@@ -21,7 +21,6 @@ would move data between devices.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -32,7 +31,8 @@ from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_node, map_leaves
 
 Table = Sequence[tuple[str, PartitionSpec]]
-_Axes = tuple[Any, ...]  # an entry for each axis of an array: None, a name, or several
+_Entry = str | Sequence[str] | None  # the axes of the mesh that one axis of an array lies along
+_Axes = tuple[_Entry, ...]  # an entry for each axis of an array: None, a name, or several
 
 
 def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
@@ -82,9 +82,9 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
     >>> tuple(placed["dense"]["kernel"].a.sharding.spec)
     (None, None)
     """
-    where, placed = shardings(params, table, mesh), dict[Any, Any]()
+    where, placed = shardings(params, table, mesh), dict[tuple[int, NamedSharding], Leaf]()
 
-    def put(array: Any, sharding: Any) -> Any:
+    def put(array: Leaf, sharding: NamedSharding | None) -> Leaf:
         if not isinstance(sharding, NamedSharding):
             return array
         key = (id(array), sharding)  # an array that several weights share is placed once
@@ -134,7 +134,7 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     (None, 'tensor')
     """
 
-    def fitting(size: int, entry: Any) -> Any:
+    def fitting(size: int, entry: _Entry) -> _Entry:
         kept: list[str] = []
         for name in (entry,) if isinstance(entry, str) else entry or ():
             if name not in mesh.shape:
@@ -161,14 +161,14 @@ def _node_shardings(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
     return node.replace(base=base, value=None if node.value is None else whole)
 
 
-def _fitting(axes: _Axes, mesh: Mesh) -> Callable[[Any, Sequence[int]], NamedSharding]:
+def _fitting(axes: _Axes, mesh: Mesh) -> Callable[[Leaf, Sequence[int]], NamedSharding]:
     """Returns a function of an array and, for each of its axes, the weight's axis, if it holds one.
 
     It returns the array's sharding: the entry in `axes` of each of the weight's axes, none for
     others.
     """
 
-    def fitting(array: Any, places: Sequence[int]) -> NamedSharding:
+    def fitting(array: Leaf, places: Sequence[int]) -> NamedSharding:
         picked = tuple(None if place < 0 else axes[place] for place in places)
         return sharding_for(picked, array.shape, mesh)
 

@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Use
 from lora_jax.adapt.user_code import place_of
 from lora_jax.core.factored import Factored
+from lora_jax.core.types import Leaf
+
+_Member = TypeVar("_Member")
 
 
 class LeafAxis(NamedTuple):
@@ -64,7 +67,7 @@ class Contraction:
         return f"{self.primitive} {verb} {sorted(self.contracted)} at {self.place}"
 
 
-def labelled(array: Any, labels: Sequence[Held]) -> Factored:
+def labelled(array: Leaf, labels: Sequence[Held]) -> Factored:
     """Returns an array with what its axes hold."""
     held: Any = tuple(labels)
     return Factored(array, {}, held, path="\n".join(sorted(paths_of(held, "", "scaled"))))
@@ -80,7 +83,7 @@ def axes_of(path: str, held: Held) -> frozenset[int]:
     return frozenset(axis.axis for axis in held if axis.path == path)
 
 
-def union(held: Iterable[frozenset[Any]]) -> frozenset[Any]:
+def union(held: Iterable[frozenset[_Member]]) -> frozenset[_Member]:
     """Returns all that is held."""
     return frozenset().union(*held)
 

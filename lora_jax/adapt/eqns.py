@@ -2,30 +2,31 @@
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
-from jax.sharding import Sharding
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.adapt.user_code import user_context
-from lora_jax.core.types import Forward, Leaf, Value
+from lora_jax.core.types import EqnParams, Forward, Leaf, Value
 
 AnyJaxpr = ClosedJaxpr | Jaxpr
+Atom = Var | Literal  # an operand of an equation
 
 
-def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Value]]:
     """Returns a jaxpr and its constants (from 0.12 on, every jaxpr is closed)."""
-    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
+    inner: Value = getattr(jaxpr, "jaxpr", jaxpr)
     return inner, getattr(jaxpr, "consts", ())
 
 
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: Atom) -> TypeGuard[Literal]:
     """Returns whether an operand is a constant written into the jaxpr."""
     return isinstance(atom, Literal)
 
 
-def type_of(atom: Any) -> Any:
+def type_of(atom: Atom) -> Leaf:
     """Returns the type of an equation's operand or output: shape, dtype, sharding."""
     return atom.aval
 
@@ -38,7 +39,7 @@ def trace_with(
     It calls ``fn(*args)`` with all leaves as `treedef` has them, and returns the traced outputs.
     """
 
-    def traced(*values: Any) -> list[Value]:
+    def traced(*values: Value) -> list[Value]:
         given = dict(zip(places, values, strict=True))
         args = treedef.unflatten(given.get(place, leaf) for place, leaf in enumerate(leaves))
         return [out for out in jax.tree.leaves(fn(*args)) if isinstance(out, jax.core.Tracer)]
@@ -76,7 +77,7 @@ class Scan(NamedTuple):
     n_carry: int
     length: int
     reverse: bool
-    unroll: Any
+    unroll: int
 
 
 def scan_of(eqn: JaxprEqn) -> Scan:
@@ -87,7 +88,7 @@ def scan_of(eqn: JaxprEqn) -> Scan:
     body = eqn.params["jaxpr"]
     inner, _ = opened(body)
 
-    def are_sliced(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
+    def are_sliced(outside: Sequence[Atom], inside: Sequence[Atom]) -> list[bool]:
         pairs = zip(outside, inside, strict=True)
         return [type_of(one).ndim != type_of(other).ndim for one, other in pairs]
 
@@ -117,7 +118,7 @@ class Jit(NamedTuple):
     jaxpr: AnyJaxpr
     name: str
     inline: bool
-    options: dict[str, Any]  # of `jax.jit`
+    options: EqnParams  # of `jax.jit`
     in_shardings: list[Sharding | None]
     out_shardings: list[Sharding | None]
 
@@ -138,10 +139,10 @@ class ShardMap(NamedTuple):
     """A `shard_map` equation."""
 
     body: AnyJaxpr
-    mesh: Any
-    in_specs: tuple[Any, ...]
-    out_specs: tuple[Any, ...]
-    manual_axes: frozenset[Any]
+    mesh: Mesh
+    in_specs: tuple[PartitionSpec, ...]
+    out_specs: tuple[PartitionSpec, ...]
+    manual_axes: frozenset[str]
     check_vma: bool
 
 
@@ -200,7 +201,7 @@ def scope_of(eqn: JaxprEqn) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def varies_over(array: Any) -> frozenset[str]:
+def varies_over(array: Value) -> frozenset[str]:
     """Returns the axes of the mesh over which an array differs, as its type says in shard_map."""
     kind = jax.typeof(array)
     manual = getattr(kind, "manual_axis_type", None)

@@ -1,7 +1,6 @@
 """`explain`: where a function uses each adapted weight, factored or merged, and why."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -10,11 +9,11 @@ from lora_jax.adapt.interpreter import Interpreter, WeightUse
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.core.aliases import flatten
-from lora_jax.core.types import Forward
+from lora_jax.core.types import Forward, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of
 
 
-def uses(fn: Forward, *args: Any, **kwargs: Any) -> list[WeightUse]:
+def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
     """Returns every use of an adapted weight by ``fn(*args, **kwargs)``, in program order.
 
     `fn` is traced, not run; arrays may be `jax.ShapeDtypeStruct`\\ s. A weight that the function
@@ -39,7 +38,7 @@ def uses(fn: Forward, *args: Any, **kwargs: Any) -> list[WeightUse]:
     return list(dict.fromkeys(found))
 
 
-def explain(fn: Forward, *args: Any, **kwargs: Any) -> None:
+def explain(fn: Forward, *args: Tree, **kwargs: Tree) -> None:
     """Prints a table of where ``adapt(fn)(*args, **kwargs)`` uses each adapted weight.
 
     One line for each place: the primitive, the line of your code, whether the product is factored

@@ -9,8 +9,7 @@ values that it closes over do not.
 import enum
 import functools
 import types
-from collections.abc import Hashable, Iterator
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -40,14 +39,14 @@ class UnknownStateError(Exception):
 class FunctionState:
     """The state of some values: equal to a later one if nothing that they read has changed."""
 
-    def __init__(self, *values: Any) -> None:
+    def __init__(self, *values: object) -> None:
         """Looks at the values, and at all that they refer to.
 
         Raises:
           UnknownStateError: one of them may change unseen (a generator, a random source), or they
             refer to too much.
         """
-        self._seen: dict[int, Any] = {}  # by identity; held, so that no identity is given twice
+        self._seen: dict[int, object] = {}  # by identity; held, so that no identity is given twice
         self._key = tuple(part for value in values for part in self._walk(value))
         self._hash = hash(self._key)
 
@@ -61,7 +60,7 @@ class FunctionState:
         """Returns the arrays that the values refer to."""
         return [v for v in self._seen.values() if isinstance(v, (jax.Array, np.ndarray))]
 
-    def _walk(self, value: Any) -> Iterator[Hashable]:
+    def _walk(self, value: object) -> Iterator[Hashable]:
         yield id(type(value))
         if isinstance(value, _SIMPLE):
             yield value
@@ -76,7 +75,7 @@ class FunctionState:
             self._seen[id(value)] = value
             yield from self._inside(value)
 
-    def _inside(self, value: Any) -> Iterator[Hashable]:
+    def _inside(self, value: object) -> Iterator[Hashable]:
         """Returns the state of an object that is met for the first time."""
         match value:
             case np.ndarray():
@@ -108,14 +107,14 @@ class FunctionState:
             case _:
                 yield from self._object(value)
 
-    def _all(self, values: Any) -> Iterator[Hashable]:
+    def _all(self, values: Iterable[object]) -> Iterator[Hashable]:
         for value in values:
             yield from self._walk(value)
 
-    def _object(self, value: Any) -> Iterator[Hashable]:
+    def _object(self, value: object) -> Iterator[Hashable]:
         kind = type(value)
         yield from self._class(kind)
-        by_identity: Any = object.__hash__
+        by_identity: object = object.__hash__
         if kind.__hash__ not in (None, by_identity) and is_hashable(value):
             yield _ByEquality(value)
             return
@@ -140,7 +139,7 @@ class FunctionState:
         if module is None or not is_packaged(module):
             yield from self._globals(fn.__globals__, _names_in(code))
 
-    def _globals(self, known: dict[str, Any], names: frozenset[str]) -> Iterator[Hashable]:
+    def _globals(self, known: dict[str, object], names: frozenset[str]) -> Iterator[Hashable]:
         """Returns the state of the globals of these names, and of attributes of modules."""
         for name in sorted(names & known.keys()):
             value = known[name]
@@ -157,7 +156,7 @@ class FunctionState:
 class _ByEquality:
     """A value that is compared as its author says."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self._value = value
 
     def __hash__(self) -> int:
@@ -170,13 +169,13 @@ class _ByEquality:
             return False
 
 
-def _is_of_python(name: str, value: Any) -> bool:
+def _is_of_python(name: str, value: object) -> bool:
     """Returns whether Python itself keeps an attribute of a class, beside what its author wrote."""
     is_written = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
     return name == "_abc_impl" or (name[:2] == name[-2:] == "__" and not is_written)
 
 
-def _contents(cell: types.CellType) -> Any:
+def _contents(cell: types.CellType) -> object:
     """Returns what a variable holds that a function closes over."""
     try:
         return cell.cell_contents

@@ -8,13 +8,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.core.factored import Factored
-from lora_jax.core.types import Outcome, Value
+from lora_jax.core.types import EqnParams, Outcome, Value
 
 
 @jax.tree_util.register_dataclass
@@ -26,14 +25,14 @@ class FoldedVector:
       pieces: weights, each in the shape that it had, and vectors.
     """
 
-    pieces: tuple[Any, ...]
+    pieces: tuple[Value, ...]
 
     def formed(self, merged: Callable[[Factored], jax.Array]) -> jax.Array:
         """Returns the vector, its weights formed by `merged`."""
         arrays = [merged(p).reshape(-1) if isinstance(p, Factored) else p for p in self.pieces]
         return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
-    def cut(self, start: int, stop: int) -> Any:
+    def cut(self, start: int, stop: int) -> Value:
         """Returns a stretch of the vector; None where it holds a part of a piece."""
         ends = [0, *itertools.accumulate(map(_size, self.pieces))]
         if start not in ends or stop not in ends:
@@ -43,11 +42,11 @@ class FoldedVector:
         return pieces[0] if is_vector else FoldedVector(pieces)
 
 
-def _size(piece: Any) -> int:
+def _size(piece: Value) -> int:
     return math.prod(piece.base.shape if isinstance(piece, Factored) else piece.shape)
 
 
-def moved(name: str, params: dict[str, Any], values: Sequence[Value]) -> Outcome:
+def moved(name: str, params: EqnParams, values: Sequence[Value]) -> Outcome:
     """Returns the outputs of an equation that lays vectors together or takes them apart.
 
     Args:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_c
 from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.product import is_on_mesh
-from lora_jax.core.types import Forward, Outcome, Value
+from lora_jax.core.types import EqnParams, Forward, Outcome, Value
 
 Live = tuple[bool, ...]
 
@@ -33,14 +33,14 @@ class Use:
     eqn: JaxprEqn
     values: list[Value]  # arrays, at least one `Factored` or `Folded` among them
     live: Live
-    factor_inputs: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
+    factor_inputs: dict[int, tuple[Value, Value]]  # by id: an array, and that array for factors
     jaxpr: Jaxpr  # that the equation is part of
     at: ExampleAxis | None = (
         None  # where examples with adapters of their own lie in the other operand
     )
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> EqnParams:
         """The equation's parameters."""
         return self.eqn.params
 
@@ -113,7 +113,7 @@ class RoleError(ValueError):
 
 # Functions made of inner jaxprs, so that one that is called forty times, or in call after call,
 # is traced and compiled once. An entry goes with the jaxpr that it is made of.
-_FUNCTIONS: weakref.WeakKeyDictionary[Any, dict[Hashable, Callable[..., Any]]] = (
+_FUNCTIONS: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, Forward]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -125,7 +125,7 @@ class Interpreter:
     rules: Mapping[str, Rule] = dataclasses.field(hash=False, compare=False)
     strict: bool = False
     # The caller's own rules, by the name of a primitive or of a function; see `adapt`.
-    own: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    own: tuple[tuple[str, Forward], ...] = ()
     # Called with each use of a weight. Inner functions are then evaluated in each call, not cached.
     record: Callable[[WeightUse], None] | None = None
     # The rule for primitives that have none; without it, weights are merged there.
@@ -151,19 +151,19 @@ class Interpreter:
         """
         inner, consts = eqns.opened(jaxpr)
         live = (True,) * len(inner.outvars) if live is None else live
-        environment: dict[Any, Any] = dict(zip(inner.constvars, consts, strict=True))
+        environment: dict[eqns.Atom, Value] = dict(zip(inner.constvars, consts, strict=True))
         environment |= dict(zip(inner.invars, args, strict=True))
 
-        def read(atom: Any) -> Value:
+        def read(atom: eqns.Atom) -> Value:
             return atom.val if eqns.is_literal(atom) else environment[atom]
 
-        def result(atom: Any) -> Value:
+        def result(atom: eqns.Atom) -> Value:
             value = read(atom)
             if isinstance(value, folds.FoldedVector):
                 return self._unfolded(value, "output", place_of_call())
             return value
 
-        factor_inputs: dict[int, tuple[Any, Any]] = {}
+        factor_inputs: dict[int, tuple[Value, Value]] = {}
         site = 0  # counts uses of adapted weights alone, so that other equations change no dropout
         for eqn, wanted, last_uses in _needed_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
@@ -190,7 +190,7 @@ class Interpreter:
             within = dataclasses.replace(self, examples=self.examples.inner.get(id(jaxpr)))
 
         def make() -> Callable[..., list[Value]]:
-            def call(*args: Any) -> list[Value]:
+            def call(*args: Value) -> list[Value]:
                 alive = reference()
                 assert alive is not None, "an equation holds its jaxpr while it is evaluated"
                 return within.evaluate(alive, args, live)
@@ -352,8 +352,8 @@ def fold_dropout_key(value: Value, index: int | jax.Array) -> Value:
     return value.replace(key=fold(value.key, index))
 
 
-Needed = list[tuple[JaxprEqn, Live, list[Any]]]
-_NEEDED: weakref.WeakKeyDictionary[Any, dict[Live, Needed]] = weakref.WeakKeyDictionary()
+Needed = list[tuple[JaxprEqn, Live, list[eqns.Atom]]]
+_NEEDED: weakref.WeakKeyDictionary[Jaxpr, dict[Live, Needed]] = weakref.WeakKeyDictionary()
 
 
 def _needed_equations(jaxpr: Jaxpr, live: Live) -> Needed:

@@ -7,7 +7,6 @@ changes must change in the objects that were passed.
 
 import dataclasses
 import sys
-from typing import Any
 
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
@@ -18,14 +17,15 @@ from lora_jax.core.weight import Trained, is_node
 _VALUE = "value of the Variable"  # in the place of an attribute's name
 _DELETED = object()  # in the place of a value
 # The path of each object, and its attributes' new values: a pytree.
-Writes = list[tuple[KeyPath, dict[str, Any]]]
+Attributes = dict[str, Leaf]
+Writes = list[tuple[KeyPath, Attributes]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """The NNX objects in a tree of arguments, each with its path and its attributes."""
 
-    objects: list[tuple[KeyPath, Any, dict[str, Any]]]
+    objects: list[tuple[KeyPath, object, Attributes]]
 
     @classmethod
     def take(cls, tree: Tree) -> "Snapshot":
@@ -77,7 +77,7 @@ def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
       The writes, and the values written, by the place of the leaf that each takes.
     """
     kept: Writes = []
-    assigned: dict[int, Any] = {}
+    assigned: dict[int, Leaf] = {}
     for path, attributes in writes:
         before, changed = _attributes(_find(tree, path)), {}
         for name, value in attributes.items():
@@ -109,13 +109,13 @@ def write(tree: Tree, writes: Writes) -> None:
                 each.set_raw_value(value)
 
 
-def _attributes(each: Any) -> dict[str, Any]:
+def _attributes(each: Leaf) -> Attributes:
     if isinstance(each, sys.modules["flax.nnx"].Variable):
         return {_VALUE: each.get_raw_value()}
     return {name: value for name, value in vars(each).items() if not name.startswith("_pytree__")}
 
 
-def _find(tree: Tree, path: KeyPath) -> Any:
+def _find(tree: Tree, path: KeyPath) -> Tree:
     for key in path:
         match key:
             case GetAttrKey(name):

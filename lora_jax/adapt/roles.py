@@ -39,11 +39,11 @@ from lora_jax.core.aliases import flatten, resolved
 from lora_jax.core.axes import AxisRoles, ObservedRoles
 from lora_jax.core.base import is_abstract, is_base, stand_in
 from lora_jax.core.factored import Factored
-from lora_jax.core.types import Forward, Value
+from lora_jax.core.types import Forward, Leaf, Tree, Value
 
 
 def traced_roles(
-    trace: Sequence[Any] | None, leaves: Iterable[tuple[str, Any]]
+    trace: Sequence[object] | None, leaves: Iterable[tuple[str, Leaf]]
 ) -> dict[str, ObservedRoles | str] | None:
     """Returns the roles of a tree's leaves, by path, as a function uses them; see `infer_roles`.
 
@@ -62,7 +62,7 @@ def traced_roles(
 
 
 def infer_roles(
-    fn: Forward, args: Sequence[Any], paths: Mapping[int, str]
+    fn: Forward, args: Sequence[Tree], paths: Mapping[int, str]
 ) -> dict[str, ObservedRoles | str]:
     """Returns the roles of the leaves of `args` whose identities are the keys of `paths`.
 

@@ -4,14 +4,13 @@ Each is a program of its own, as in JAX's own eager mode, so that results are th
 product with a weight and its factors is one program.
 """
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Hashable
 
 import jax
 from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
-from lora_jax.core.types import Value
+from lora_jax.core.types import Forward, Value
 
 _MOVED = ("device_put",)  # where an array lies is no part of a program
 
@@ -20,8 +19,8 @@ class EagerSteps:
     """Compiled equations of one jaxpr. Equations that do the same share a program."""
 
     def __init__(self) -> None:
-        self._of_equation: dict[tuple[int, Any], Callable[..., Any]] = {}
-        self._shared: dict[Hashable, Callable[..., Any]] = {}
+        self._of_equation: dict[tuple[int, Hashable], Forward] = {}
+        self._shared: dict[Hashable, Forward] = {}
 
     def bind(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Applies an equation to plain arrays."""
@@ -33,9 +32,7 @@ class EagerSteps:
         )
         return outputs
 
-    def compiled(
-        self, eqn: JaxprEqn, how: Hashable, call: Callable[[list[Value]], Any]
-    ) -> Callable[[list[Value]], Any]:
+    def compiled(self, eqn: JaxprEqn, how: Hashable, call: Forward) -> Forward:
         """Returns `call`, compiled, which applies the equation; `how` tells its variants apart."""
         known = self._of_equation.get((id(eqn), how))
         if known is None:

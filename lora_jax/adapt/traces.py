@@ -23,7 +23,7 @@ from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import EagerSteps
 from lora_jax.core.aliases import aliased, aliases, resolved
 from lora_jax.core.opaque import unsealed
-from lora_jax.core.types import Forward, Leaf, Value
+from lora_jax.core.types import Forward, Leaf, Tree, Value
 
 _TRACED = object()  # in the place of a traced array
 _MOST_TRACES = 256  # of one function
@@ -46,8 +46,8 @@ class FlatCall:
     fn: Forward
     leaves: Sequence[Leaf]
     treedef: jax.tree_util.PyTreeDef
-    weights: Mapping[int, Any]
-    others: Mapping[int, Any] = field(default_factory=dict)
+    weights: Mapping[int, Leaf]
+    others: Mapping[int, Leaf] = field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ class TraceOutputs:
       assigned: what the function puts in the place of leaves of its arguments; see `changes`.
     """
 
-    leaves: list[Any]
+    leaves: list[Leaf]
     treedef: jax.tree_util.PyTreeDef
     assigned: dict[int, Value]
 
@@ -68,7 +68,7 @@ class TraceOutputs:
         """Returns the outputs of the jaxpr that are needed, each with the argument that it is."""
         return {leaf.number: leaf.origin for leaf in self.leaves if isinstance(leaf, Output)}
 
-    def filled(self, arrays: Sequence[Value]) -> tuple[Any, Writes]:
+    def filled(self, arrays: Sequence[Value]) -> tuple[Tree, Writes]:
         """Returns the function's result and its writes, for the outputs of the jaxpr."""
         result, writes = self.treedef.unflatten(
             arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves
@@ -118,9 +118,9 @@ def _traced(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
       call: the call.
       inputs: by place among its leaves, the arrays that are inputs of the jaxpr.
     """
-    made: list[tuple[list[Any], Any]] = []
+    made: list[tuple[list[Leaf], jax.tree_util.PyTreeDef]] = []
 
-    def called(args: Any, kwargs: Any) -> list[Any]:
+    def called(args: Tree, kwargs: Tree) -> list[Leaf]:
         args, kwargs = resolved(unsealed((args, kwargs)))
         before = Snapshot.take((args, kwargs))
         result = aliased(call.fn(*args, **kwargs))
@@ -138,13 +138,15 @@ def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: FlatCall) -> lis
     inner, consts = eqns.opened(jaxpr)
     of_leaf = {id(leaf): place for place, leaf in enumerate(call.leaves)}
     constants = zip(inner.constvars, consts, strict=True)
-    places = {var: of_leaf[id(const)] for var, const in constants if id(const) in of_leaf}
+    places: dict[eqns.Atom, int] = {
+        var: of_leaf[id(const)] for var, const in constants if id(const) in of_leaf
+    }
     places |= zip(inner.invars, inputs, strict=True)
     return list(sources_among(jaxpr, places))
 
 
 def _outputs(
-    leaves: list[Any], treedef: jax.tree_util.PyTreeDef, origins: list[int | None], call: FlatCall
+    leaves: list[Leaf], treedef: jax.tree_util.PyTreeDef, origins: list[int | None], call: FlatCall
 ) -> TraceOutputs:
     """Returns what leaves a function, without writes that change nothing.
 
@@ -157,7 +159,7 @@ def _outputs(
     outputs = (Output(number, origin) for number, origin in enumerate(origins))
     leaves = [next(outputs) if leaf is _TRACED else leaf for leaf in leaves]
     result, writes = treedef.unflatten(leaves)
-    assigned: dict[int, Any] = {}
+    assigned: dict[int, Leaf] = {}
     if writes:
         arguments = call.treedef.unflatten(map(Argument, range(len(call.leaves))))
         writes, assigned = changes(arguments, writes)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,12 @@ from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import EagerTraces, FlatCall, Trace, trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.aliases import flatten, resolved
+from lora_jax.core.axes import Label
 from lora_jax.core.base import is_base, stand_in
 from lora_jax.core.factored import Factored
 from lora_jax.core.opaque import unsealed
 from lora_jax.core.paths import checked_key, fold_in_path, path_string
-from lora_jax.core.types import Forward, Leaf
+from lora_jax.core.types import Forward, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
 
 
@@ -81,7 +81,7 @@ def adapt(
     interpreter, eager = Interpreter(RULES, strict, own), EagerTraces()
 
     @functools.wraps(fn)
-    def forward(*args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
+    def forward(*args: Tree, dropout_key: jax.Array | None = None, **kwargs: Tree) -> Tree:
         return run(fn, interpreter, args, kwargs, dropout_key, eager)
 
     return forward
@@ -90,12 +90,12 @@ def adapt(
 def run(
     fn: Forward,
     interpreter: Interpreter,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[Tree, ...],
+    kwargs: dict[str, Tree],
     dropout_key: jax.Array | None,
     eager: EagerTraces | None = None,
     axes: ExampleAxes | None = None,
-) -> Any:
+) -> Tree:
     """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored.
 
     Args:
@@ -147,7 +147,7 @@ def run(
 
 
 def _say_assigned(
-    interpreter: Interpreter, traced: Trace, weights: Mapping[int, Factored], arguments: Any
+    interpreter: Interpreter, traced: Trace, weights: Mapping[int, Factored], arguments: Tree
 ) -> None:
     """Warns of adapted weights of NNX modules that a function assigns to; they are merged.
 
@@ -163,8 +163,8 @@ def _say_assigned(
             continue
         weight = weights.get(place)
         if weight is None:
-            labels: Any = ("batch",) * len(node.shape)
-            weight = Factored(node.base, {}, labels, path=path_string(key_path[2:]))
+            labels: list[Label] = ["batch"] * len(node.shape)
+            weight = Factored(node.base, {}, tuple(labels), path=path_string(key_path[2:]))
         interpreter.say_merged(weight, "assignment", place_of_call())
 
 
@@ -174,10 +174,10 @@ def _is_traced() -> bool:
 
 
 def _flattened(
-    fn: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], dropout_key: jax.Array | None
+    fn: Forward, args: tuple[Tree, ...], kwargs: dict[str, Tree], dropout_key: jax.Array | None
 ) -> tuple[FlatCall, dict[int, Factored], dict[int, Leaf]]:
     """Returns a call as its function is traced, and its weights and nodes by place."""
-    treedef: Any
+    treedef: jax.tree_util.PyTreeDef
     keyed, treedef = flatten((args, kwargs), is_leaf)
     if not any(is_leaf(leaf) for _, leaf in keyed):
         raise TypeError(
@@ -186,7 +186,7 @@ def _flattened(
             "returned as an argument; one that the function closes over is not seen"
         )
     leaves = [leaf for _, leaf in keyed]
-    nodes: dict[int, Any] = {}
+    nodes: dict[int, Leaf] = {}
     weights: dict[int, Factored] = {}
     for place, (key_path, leaf) in enumerate(keyed):
         if not is_leaf(leaf):
@@ -198,8 +198,8 @@ def _flattened(
             weights[place] = leaf.factored(path, _weight_key(leaf, path, dropout_key))
         elif is_base(leaves[place]):
             nodes[place] = leaf
-            labels: Any = ("batch",) * len(leaf.shape)
-            weights[place] = Factored(leaves[place], {}, labels, path=path)
+            labels: list[Label] = ["batch"] * len(leaf.shape)
+            weights[place] = Factored(leaves[place], {}, tuple(labels), path=path)
     stand_ins = {place: stand_in(weight.base) for place, weight in weights.items()}
     return FlatCall(fn, leaves, treedef, stand_ins), weights, nodes
 

@@ -38,7 +38,7 @@ class Alias:
     path: str
 
     @classmethod
-    def from_paths(cls, value: Any, at: KeyPath, first: KeyPath) -> "Alias":
+    def from_paths(cls, value: Leaf, at: KeyPath, first: KeyPath) -> "Alias":
         """Returns the alias of an object, from the key paths in the whole tree.
 
         Raises:
@@ -75,7 +75,7 @@ class Alias:
             "module as lorafy returned it; or give lorafy the state of flax.nnx.split(module)"
         )
 
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+    def __call__(self, *_: object, **__: object) -> NoReturn:
         """Raises a TypeError that says what to do."""
         raise TypeError(self._how_to_use)
 
@@ -97,7 +97,7 @@ def flatten(
     """
     if "flax.nnx" not in sys.modules:
         return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    met: dict[int, Any] = {}  # held, so that no identity is given twice
+    met: dict[int, object] = {}  # held, so that no identity is given twice
 
     def stops(value: Leaf) -> bool:
         if is_leaf is not None and is_leaf(value):
@@ -108,7 +108,7 @@ def flatten(
         met[id(value)] = value
         return is_met
 
-    treedef: Any
+    treedef: jax.tree_util.PyTreeDef
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)
     if not any(id(leaf) in met for _, leaf in keyed):
         return keyed, treedef
@@ -132,17 +132,17 @@ def resolved(tree: Tree) -> Tree:
     if not places:
         return tree
     objects_at = dict(objects(tree))
-    originals: dict[KeyPath, Any] = {}
+    originals: dict[KeyPath, Leaf] = {}
     for path, alias in places.items():
         original = objects_at.get(alias.place(path))
         if type(original) is not alias.kind:
             alias.refuse_apart(path)
         originals[path] = original
     shared = {id(original) for original in originals.values()}
-    made: dict[int, Any] = {}
+    made: dict[int, Leaf] = {}
 
-    def rebuilt(value: Any, at: KeyPath) -> Any:
-        def stops(child: Any) -> bool:
+    def rebuilt(value: Tree, at: KeyPath) -> Tree:
+        def stops(child: object) -> bool:
             return isinstance(child, Alias) or (id(child) in shared and child is not value)
 
         def put(path: KeyPath, leaf: Leaf) -> Leaf:
@@ -155,7 +155,7 @@ def resolved(tree: Tree) -> Tree:
                 return made[id(leaf)]
             return leaf
 
-        treedef: Any
+        treedef: jax.tree_util.PyTreeDef
         keyed, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=stops)
         return treedef.unflatten([put((*at, *path), leaf) for path, leaf in keyed])
 
@@ -189,17 +189,17 @@ def _aliases(tree: Tree) -> list[tuple[KeyPath, Alias]]:
 def is_object(value: Leaf) -> bool:
     """Returns whether a value is an object of NNX: a module, a stream, a Variable."""
     # Without NNX there are none, and it is slow to import.
-    kind: Any = type(value)
+    kind: Leaf = type(value)
     return "flax.nnx" in sys.modules and _is_class(kind)
 
 
 @functools.cache
-def _is_class(kind: Any) -> bool:
+def _is_class(kind: Leaf) -> bool:
     nnx = sys.modules["flax.nnx"]
     return issubclass(kind, (nnx.Pytree, nnx.Variable))
 
 
-def objects(tree: Tree, seen: dict[int, Any] | None = None) -> Iterator[tuple[KeyPath, Any]]:
+def objects(tree: Tree, seen: dict[int, object] | None = None) -> Iterator[tuple[KeyPath, Leaf]]:
     """Returns each object of NNX in a tree, with its first key path.
 
     Args:
@@ -220,7 +220,7 @@ def objects(tree: Tree, seen: dict[int, Any] | None = None) -> Iterator[tuple[Ke
                     yield (*path, *key, *below), each
 
 
-def _children(value: Any) -> Keyed:
+def _children(value: Leaf) -> Keyed:
     """Returns the children of an object, with a key each."""
     calls = iter([False])  # for the object itself
     keyed, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda _: next(calls, True))

@@ -9,18 +9,19 @@ backward pass.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 
 from lora_jax.core.parts import STATIC, Axes
-from lora_jax.core.types import BaseLike, Leaf, Shaped
+from lora_jax.core.types import BaseLike, EqnParams, Leaf, Shaped
 
 # move(array, axes) returns the moved array; the array's axis i holds the weight's axis axes[i].
-Move = Callable[[Any, Axes], Any]
+Move = Callable[[Leaf, Axes], Leaf]
 
 
 class Base(Protocol):
@@ -71,8 +72,8 @@ class _View:
       rearranged: the shape of the result; None where all moves are element-wise.
     """
 
-    source: Any
-    moves: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = field(metadata=STATIC)
+    source: BaseLike
+    moves: tuple[tuple[Primitive, tuple[tuple[str, object], ...]], ...] = field(metadata=STATIC)
     dtype: DTypeLike = field(metadata=STATIC)
     rearranged: tuple[int, ...] | None = field(metadata=STATIC)
 
@@ -120,7 +121,7 @@ def is_abstract(base: BaseLike) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
 
 
-def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: Any) -> jax.Array:
+def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: jax.Array) -> jax.Array:
     """Returns ``fn(W, *operands)``: a product with W, in either orientation.
 
     Where the base is no array, the backward pass forms W again rather than keep it.
@@ -132,7 +133,7 @@ def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: Any) -> jax
     return result
 
 
-def rearranged(base: BaseLike, primitive: Any, params: dict[str, Any], out: Any) -> BaseLike:
+def rearranged(base: BaseLike, primitive: Primitive, params: EqnParams, out: Leaf) -> BaseLike:
     """Returns the base after an equation whose only operand it is.
 
     Args:
@@ -192,7 +193,7 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
         return base
     is_even: list[bool] = []
 
-    def look(array: Any, axes: Axes) -> Any:
+    def look(array: Leaf, axes: Axes) -> Leaf:
         cuts = zip(array.shape, axes, parts, strict=True)
         is_even.append(all(1 in (n, cut) or (axis >= 0 and n % cut == 0) for n, axis, cut in cuts))
         return array
@@ -201,7 +202,7 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
     return as_array(base) if moved is None or not all(is_even) else base
 
 
-def _bound(primitive: Any, params: dict[str, Any], array: jax.Array) -> jax.Array:
+def _bound(primitive: Primitive, params: EqnParams, array: jax.Array) -> jax.Array:
     out = primitive.bind(array, **primitive.get_bind_params(params))
     array = out[0] if primitive.multiple_results else out
     return array

@@ -106,7 +106,12 @@ class Factored:
             return self
         return self.replace(a=self.a, b=self.b, **dict.fromkeys(_COMPACT))
 
-    def replace(self, base: BaseLike = None, labels: Any = None, **parts: Any) -> "Factored":
+    def replace(
+        self,
+        base: BaseLike = None,
+        labels: Any = None,
+        **parts: jax.Array | None,
+    ) -> "Factored":
         """Returns the weight with another base, other labels or parts; None takes a part away."""
         both = {name: array for name, array in {**self.parts, **parts}.items() if array is not None}
         return dataclasses.replace(
@@ -171,7 +176,9 @@ class Factored:
         parts = {name: move(array, self.layout(name)) for name, array in self.parts.items()}
         return dataclasses.replace(self, base=base, parts=parts)
 
-    def relabelled(self, base: BaseLike, labels: Sequence[Label], narrow: Any = None) -> "Factored":
+    def relabelled(
+        self, base: BaseLike, labels: Sequence[Label], narrow: Sequence[int] | None = None
+    ) -> "Factored":
         """Returns the weight on a base of another shape whose axes keep the order in each role.
 
         Args:

@@ -2,7 +2,6 @@
 
 import sys
 import traceback
-from typing import Any
 
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows
 
@@ -22,7 +21,7 @@ def refuse_bytes() -> None:
             flax.register_serialization_state(kind, _keep, lambda node, state: state)
 
 
-def _keep(node: Node) -> Any:
+def _keep(node: Node) -> Node:
     """Returns a node for a state dictionary.
 
     Raises:

@@ -5,7 +5,6 @@ traces. `sealed` makes them a part of the tree's structure, and `unsealed` leave
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 
@@ -19,7 +18,7 @@ from lora_jax.core.weight import is_leaf
 class Opaque:
     """Holds a leaf that is no array. Two are equal where their values are, or are one object."""
 
-    value: Any
+    value: object
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Opaque) or type(self.value) is not type(other.value):
@@ -35,7 +34,7 @@ class Opaque:
         return hash(self.value) if is_hashable(self.value) else id(self.value)
 
 
-def is_hashable(value: Any) -> bool:
+def is_hashable(value: object) -> bool:
     """Returns whether a value has a hash, and so has what it holds."""
     try:
         hash(value)
@@ -50,7 +49,7 @@ def _is_opaque(value: Leaf) -> bool:
 
 def sealed(tree: Tree) -> Tree:
     """Returns a tree with each leaf that is no array in an `Opaque`, which is no leaf."""
-    treedef: Any
+    treedef: jax.tree_util.PyTreeDef
     keyed, treedef = flatten(tree, is_leaf)
     if all(hasattr(leaf, "shape") for _, leaf in keyed):
         return tree

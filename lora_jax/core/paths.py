@@ -5,7 +5,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from lora_jax.core.types import Leaf, Tree
 _BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
 
 
-def path_string(key_path: tuple[Any, ...]) -> str:
+def path_string(key_path: tuple[object, ...]) -> str:
     """Returns a key path of `jax.tree_util` joined by ``/``, without a box's attribute."""
     if key_path and isinstance(key_path[-1], GetAttrKey) and key_path[-1].name in _BOX_ATTRIBUTES:
         key_path = key_path[:-1]
@@ -57,7 +56,7 @@ def fold_in_path(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "little"))
 
 
-def checked_key(what: str, key: Any) -> jax.Array:
+def checked_key(what: str, key: Leaf) -> jax.Array:
     """Returns a PRNG key, typed or raw.
 
     Raises:

@@ -39,6 +39,7 @@ from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import rescaled, wide
 from lora_jax.core.parts import spread
+from lora_jax.core.types import EqnParams, Value
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 
@@ -50,7 +51,7 @@ class _ProductCall(NamedTuple):
     batch: Dims
     weight_first: bool
     rows: "ExampleColumns | None"
-    params: dict[str, Any]
+    params: EqnParams
 
 
 class ExampleColumns(NamedTuple):
@@ -158,13 +159,13 @@ def _transposed_products(x: jax.Array, weight: Factored, how: _ProductCall) -> j
 
 
 def combined(
-    x: Any,
+    x: Value,
     weight: Factored,
-    base_product: Callable[[Any], jax.Array],
-    factor_product: Callable[[Any, Factored, jax.Array], jax.Array],
+    base_product: Callable[[Value], jax.Array],
+    factor_product: Callable[[Value, Factored, jax.Array], jax.Array],
     placed: Callable[[jax.Array], jax.Array],
     *,
-    for_factors: Any = None,
+    for_factors: Value = None,
 ) -> jax.Array:
     """Returns the product of x with a whole weight; every kind of product ends here.
 
@@ -178,10 +179,10 @@ def combined(
     """
     again = x if for_factors is None else for_factors
 
-    def taken(again: Any, weight: Factored, seen: jax.Array) -> jax.Array:
+    def taken(again: Value, weight: Factored, seen: jax.Array) -> jax.Array:
         return seen + factor_product(dropped(again, weight), weight, seen)
 
-    def columns_rescaled(x: jax.Array, again: Any, weight: Factored) -> jax.Array:
+    def columns_rescaled(x: jax.Array, again: Value, weight: Factored) -> jax.Array:
         return rescaled(taken(again, weight, base_product(x)), placed(weight.gain))
 
     if weight.gain is None:
@@ -275,7 +276,7 @@ def _delta(x: jax.Array, weight: Factored, how: _ProductCall, dtype: DTypeLike) 
         z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_free, z.ndim - 1))
         far_batch = tuple(stack.index(axis) for axis in (*w_batch, *free_stack))
         last = (z.ndim - 1,)
-        kwargs: dict[str, Any] = {"precision": precision, "preferred_element_type": dtype}
+        kwargs: EqnParams = {"precision": precision, "preferred_element_type": dtype}
         if sharded and not free_stack:
             kwargs["out_sharding"] = params.get("out_sharding")
         far = (weight.a if is_mirrored else weight.b).astype(x.dtype)
@@ -285,7 +286,7 @@ def _delta(x: jax.Array, weight: Factored, how: _ProductCall, dtype: DTypeLike) 
         if not free_stack:
             return delta
         # [w_batch…, free_stack…, x_free…, far…] -> the order of the weight's free axes in its base
-        free_x: list[Any] = [("x", axis) for axis in range(n_free)]
+        free_x = [("x", axis) for axis in range(n_free)]
         have = [*w_batch, *free_stack, *free_x, *far_axes]
         free_w = sorted((*free_stack, *far_axes))
         want = [*w_batch, *free_w, *free_x] if weight_first else [*w_batch, *free_x, *free_w]

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, Literal, NoReturn, Self
+from typing import Literal, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,11 @@ class NoArray:
 
     how_to_use: str
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Leaf) -> Self:
         """Returns a copy with other values in some of the attributes."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} {self.how_to_use}.")
 
     __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
@@ -68,7 +68,7 @@ class _Node(NoArray):
         """Returns the shape of an array that trains; None where this half does not tell."""
         return getattr(getattr(self, name), "shape", None)
 
-    def with_parts(self, parts: Mapping[str, Any]) -> Self:
+    def with_parts(self, parts: Mapping[str, Leaf]) -> Self:
         """Returns the inverse of `parts`; with an empty mapping, the node of the base half."""
         return self.replace(**{name: parts.get(name) for name in self.part_names()})
 
@@ -123,8 +123,8 @@ class Part:
 
     name: str
     axes: tuple[Role, ...]
-    init: Callable[..., Any]
-    apply: Callable[[Factored, "LoraWeight", Any], Factored] | None = None
+    init: Callable[..., jax.Array]
+    apply: Callable[[Factored, "LoraWeight", jax.Array], Factored] | None = None
     is_drawn: bool = False
     vector: Literal["gain", "shift"] | None = None
 
@@ -173,18 +173,18 @@ class LoraWeight(_Node):
     uses: str = field(default="all", metadata=STATIC)
     a_of: str | None = field(default=None, metadata=STATIC)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Leaf:
         """Returns an array by its name."""
         if name in AXES or any(name == extra.name for extra in self.extras):
             return self.arrays.get(name)
         raise AttributeError(f"a LoraWeight has no attribute {name!r}")
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Leaf) -> Self:
         """Returns a copy with other attributes or arrays; None takes an array away."""
         fields = {one.name for one in dataclasses.fields(self)} & changes.keys()
         others = {name: value for name, value in changes.items() if name not in fields}
         arrays = changes.get("arrays", self.arrays) | others
-        own: dict[str, Any] = {name: changes[name] for name in fields}
+        own: dict[str, Leaf] = {name: changes[name] for name in fields}
         own["arrays"] = {name: array for name, array in arrays.items() if array is not None}
         return dataclasses.replace(self, **own)
 
@@ -208,7 +208,7 @@ class LoraWeight(_Node):
         elsewhere = (*self.frozen, *["a"] * (self.a_of is not None))
         return tuple(name for name in ("a", "b", *self.has) if name not in elsewhere)
 
-    def with_parts(self, parts: Mapping[str, Any]) -> Self:
+    def with_parts(self, parts: Mapping[str, Leaf]) -> Self:
         node = super().with_parts(parts)
         return node if self.a_of is None else node.replace(a=parts.get("a"))
 

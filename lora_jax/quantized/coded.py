@@ -14,9 +14,8 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.base import Move, is_of_4_bits
 from lora_jax.core.parts import STATIC
-from lora_jax.core.types import Shaped
+from lora_jax.core.types import Forward, Leaf, Shaped
 from lora_jax.quantized.formats import FORMATS, Format
 
 
@@ -50,7 +49,7 @@ class Coded:
       dtype: dtype of W.
     """
 
-    arrays: dict[str, Any]
+    arrays: dict[str, Leaf]
     format: Format = field(metadata=STATIC)
     dtype: DTypeLike = field(metadata=STATIC)
 
@@ -80,7 +79,7 @@ class Coded:
         whole: jax.Array = _decoded(self.arrays, self.format, self.dtype)
         return whole
 
-    def map(self, fn: Callable[..., Any], *others: "Coded") -> "Coded":
+    def map(self, fn: Forward, *others: "Coded") -> "Coded":
         """Returns the codes with ``fn(array, …)`` in the place of each array."""
         mapped: Coded = jax.tree.map(fn, self, *others)
         return mapped
@@ -92,7 +91,7 @@ class Coded:
         if any(1 != n != size for n, size in touched_sizes):
             return None  # an element stands for a block along a touched axis
 
-        def moved(array: Any) -> Any:
+        def moved(array: Leaf) -> Leaf:
             sizes = array.shape
             if any(sizes[axis] != whole[axis] for axis in touched):
                 sizes = [whole[a] if a in touched else n for a, n in enumerate(sizes)]
@@ -146,7 +145,7 @@ def host_array(coded: Coded) -> np.ndarray:
         return np.asarray(_formed(values, coded.arrays, coded.format, _repeated))
 
 
-def _formed(values: Any, arrays: Any, format: Format, stretch: Callable[..., Any]) -> Any:
+def _formed(values: Leaf, arrays: Mapping[str, Leaf], format: Format, stretch: Forward) -> Leaf:
     """Returns W in fp32 from the values of its codes, by the functions of JAX or NumPy."""
     if "zeros" in arrays:
         values = values - stretch(arrays["zeros"].astype(np.float32), values.shape)
@@ -157,9 +156,7 @@ def _formed(values: Any, arrays: Any, format: Format, stretch: Callable[..., Any
     return values
 
 
-def scales_of(
-    arrays: Mapping[str, Any], format: Format, stretch: Callable[..., Any] | None = None
-) -> Any:
+def scales_of(arrays: Mapping[str, Leaf], format: Format, stretch: Forward | None = None) -> Leaf:
     """Returns the scales of a `Coded`'s blocks, fp32, from its arrays; by default, JAX's."""
     scales, table = arrays["scales"], format.scale_table
     of = np if isinstance(scales, np.ndarray) else jnp
@@ -218,7 +215,7 @@ def _spread(array: jax.Array, axis: int, times: int) -> jax.Array:
     return lax.broadcast_in_dim(array, apart, kept).reshape(joined)
 
 
-def _written(values: Sequence[Any]) -> bytes:
+def _written(values: Sequence[Leaf]) -> bytes:
     format, dtype = values
     known = FORMATS.get(format.name)
     own = {"block": format.block, "scale_table": format.scale_table}
@@ -230,7 +227,7 @@ def _written(values: Sequence[Any]) -> bytes:
     return json.dumps([format.name, own, np.dtype(dtype).name]).encode()
 
 
-def _read(text: bytes | bytearray) -> tuple[Format, Any]:
+def _read(text: bytes | bytearray) -> tuple[Format, jnp.dtype]:
     name, own, dtype = json.loads(bytes(text))
     table = own["scale_table"] and tuple(own["scale_table"])
     return dataclasses.replace(FORMATS[name], **own | {"scale_table": table}), jnp.dtype(dtype)

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import along
-from lora_jax.core.types import Shaped
+from lora_jax.core.types import Forward, Leaf, Shaped, Tree
 from lora_jax.quantized.coded import Coded, scales_of, stretched
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.sharding import sharding_for
@@ -123,7 +123,7 @@ def encode(
     return coded
 
 
-def encode_part(array: Any, coding: Coding, dtype: Any, name: str) -> tuple[Coded, int]:
+def encode_part(array: Leaf, coding: Coding, dtype: Any, name: str) -> tuple[Coded, int]:
     """Returns an array, perhaps some layers of a stack, in codes; and how many blocks are lost.
 
     Raises:
@@ -200,7 +200,9 @@ def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
 
 
 @functools.lru_cache(maxsize=256)
-def _encoder(coding: Coding, dtype: Any, treedef: jax.tree_util.PyTreeDef, places: Any) -> Any:
+def _encoder(
+    coding: Coding, dtype: DTypeLike, treedef: jax.tree_util.PyTreeDef, places: Tree
+) -> Forward:
     where = None if places is None else (treedef.unflatten(places), None)
     return jax.jit(lambda array: _encoded(array, coding, dtype), out_shardings=where)
 

@@ -13,7 +13,6 @@ write a `Format` and give it to `quantize` or `encode`; one with powers of two a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,9 @@ def to_nf4(scaled: jax.Array) -> jax.Array:
 def from_nf4(codes: jax.Array) -> jax.Array:
     """Returns the values of codes, by a tree of selects: it fuses, where a look-up may not."""
     bits = codes.astype(jnp.int8)
-    values: list[Any] = [jnp.float32(v) for v in NF4_VALUES[8:] + NF4_VALUES[:8]]  # 0…7, -8…-1
+    values: list[jax.Array] = [
+        jnp.float32(v) for v in NF4_VALUES[8:] + NF4_VALUES[:8]
+    ]  # 0…7, -8…-1
     for place in range(4):
         is_set = (bits >> jnp.int8(place)) & jnp.int8(1) == jnp.int8(1)
         pairs = zip(values[::2], values[1::2], strict=True)

@@ -4,7 +4,6 @@ A tensor of a file is [out, in] (rows first, or of more axes), with blocks along
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.quantized.coded import Coded
-from lora_jax.quantized.formats import Q4_0, Q4_1, Q4_K, Q6_K, Q8_0
+from lora_jax.quantized.formats import Q4_0, Q4_1, Q4_K, Q6_K, Q8_0, Format
 
 Arrays = dict[str, np.ndarray]
 
@@ -72,7 +71,7 @@ def _q6_k(blocks: np.ndarray) -> Arrays:
 
 
 # By the name of a GGUF type: its format, the weights and the bytes of a block, and how it is read.
-_Reader = tuple[Any, int, int, Callable[[np.ndarray], Arrays]]
+_Reader = tuple[Format, int, int, Callable[[np.ndarray], Arrays]]
 _TYPES: dict[str, _Reader] = {
     "Q4_0": (Q4_0, 32, 18, _q4_0),
     "Q4_1": (Q4_1, 32, 20, _q4_1),

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -59,7 +58,7 @@ class QuantReport:
         return "\n".join(f"{row.path:{width}}  {row}" for row in rows)
 
 
-def report(params: Tree, of: Any = None) -> QuantReport:
+def report(params: Tree, of: Tree = None) -> QuantReport:
     """Returns the bytes of a tree before and after `quantize`, and the error of each leaf.
 
     Args:

@@ -4,11 +4,10 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
 from lora_jax.adapt.roles import traced_roles
@@ -16,7 +15,7 @@ from lora_jax.core.aliases import flatten, restore_form
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base
 from lora_jax.core.paths import leaf_name
-from lora_jax.core.types import BaseLike, Leaf, Tree
+from lora_jax.core.types import BaseLike, Forward, Leaf, Tree
 from lora_jax.core.weight import is_node, leaves_of, map_leaves
 from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
@@ -67,7 +66,7 @@ def plan(
     *,
     keep: Targets = (),
     rules: Sequence[QuantRule] | None = None,
-    trace: Sequence[Any] | None = None,
+    trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> dict[str, Coding | None]:
     """Returns how each leaf that `quantize` selects is stored, by path; None where no blocks fit.
@@ -120,7 +119,7 @@ def quantize(
     *,
     keep: Targets = (),
     rules: Sequence[QuantRule] | None = None,
-    trace: Sequence[Any] | None = None,
+    trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
     dtype: DTypeLike | None = None,
     donate: bool = False,
@@ -213,7 +212,7 @@ def _decoded(base: BaseLike) -> Leaf:
 
 
 @functools.lru_cache(maxsize=256)
-def _decoder(sharding: Any) -> Any:
+def _decoder(sharding: Sharding | None) -> Forward:
     return jax.jit(as_array, out_shardings=sharding)
 
 
@@ -263,7 +262,7 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
     return map_leaves(coded, params), errors
 
 
-def error_of(coded: Any, array: jax.Array) -> float:
+def error_of(coded: BaseLike, array: jax.Array) -> float:
     """Returns ‖Ŵ − W‖/‖W‖, W an array and Ŵ what its codes stand for.
 
     >>> kernel = jax.random.normal(jax.random.key(1), (4096, 16))
@@ -274,7 +273,7 @@ def error_of(coded: Any, array: jax.Array) -> float:
 
 
 @jax.jit
-def _relative_error(coded: Any, array: jax.Array) -> jax.Array:
+def _relative_error(coded: BaseLike, array: jax.Array) -> jax.Array:
     exact = array.astype(jnp.float32)
     square = jnp.sum(jnp.square(as_array(coded).astype(jnp.float32) - exact))
     return jnp.sqrt(square / jnp.maximum(jnp.sum(jnp.square(exact)), jnp.finfo(jnp.float32).tiny))

@@ -22,7 +22,7 @@ from lora_jax.core.axes import AxisRoles
 from lora_jax.core.flax_bytes import refuse_bytes
 from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.core.paths import nearest
-from lora_jax.core.types import BaseLike, Fields, Leaf, Tree
+from lora_jax.core.types import BaseLike, Fields, JsonObject, Leaf, Parts, Tree
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 from lora_jax.folders import TEMPLATE_FILE, local_path, partial_of, put_in_place
 from lora_jax.lorafy import nodes_of, strip, swap
@@ -114,7 +114,7 @@ def save_adapter(
         put_in_place(partial, folder)
 
 
-def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def adapter_info(folder: str | os.PathLike[str]) -> JsonObject:
     """Returns the facts that `save_adapter` was told `about` the adapter in a folder.
 
     Args:
@@ -126,7 +126,7 @@ def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
     See the example of `save_adapter`.
     """
     folder = local_path(folder).absolute()
-    about: dict[str, Any] = _read_metadata(folder)["about"]
+    about: JsonObject = _read_metadata(folder)["about"]
     if (file := folder / TEMPLATE_FILE).is_file():
         about[TEMPLATE] = file.read_text(encoding="utf-8")
     return about
@@ -209,7 +209,7 @@ def _check_meant(nodes: Mapping[str, Node], fingerprint: Mapping[str, str], base
         )
 
 
-def _settings(weight: LoraWeight) -> dict[str, Any]:
+def _settings(weight: LoraWeight) -> JsonObject:
     names = ("shape", "ranks", "dropout", "frozen", "uses")
     settings = {name: getattr(weight, name) for name in names}
     if weight.a_of is not None:
@@ -218,7 +218,7 @@ def _settings(weight: LoraWeight) -> dict[str, Any]:
     return {**settings, **dataclasses.asdict(weight.roles), "scale": scale}
 
 
-def _arrays(path: str, node: Node) -> dict[str, Any]:
+def _arrays(path: str, node: Node) -> Parts:
     """Returns the arrays of a node as the file holds them."""
     if not node.is_on:
         raise AdapterError(
@@ -239,7 +239,7 @@ def _arrays(path: str, node: Node) -> dict[str, Any]:
 
 
 def _weight(
-    base: BaseLike, filed: Mapping[str, Any], settings: Fields, known: Mapping[str, Part]
+    base: BaseLike, filed: Mapping[str, Leaf], settings: Fields, known: Mapping[str, Part]
 ) -> LoraWeight:
     """Returns the inverse of `_settings` and `_arrays`."""
     weight = LoraWeight(
@@ -264,7 +264,7 @@ def _weight(
     return weight.replace(**arrays)
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> JsonObject:
     file = folder / "lora" / "metadata"
     if not folder.is_dir():
         raise AdapterError(f"there is no adapter folder {folder}")
@@ -327,7 +327,7 @@ def _check_base(folder: Path, metadata: Fields, params: Tree) -> None:
         )
 
 
-def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, Any]]:
+def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, np.ndarray]]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda described: jax.ShapeDtypeStruct(*_type(described), sharding=device),
@@ -348,5 +348,5 @@ def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, Any]]:
             raise AdapterError(f"the adapter {folder} is damaged: {name} is not what was saved")
     # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that
     # are not committed would compile again.
-    arrays: dict[str, dict[str, Any]] = jax.tree.map(np.asarray, restored)
+    arrays: dict[str, dict[str, np.ndarray]] = jax.tree.map(np.asarray, restored)
     return arrays

@@ -15,7 +15,6 @@ and the loader compares. Factors that differ are an error, whatever base is acce
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jax import lax
 
 from lora_jax.core.base import is_abstract
 from lora_jax.core.parts import rank_axis
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import checksum, mixed
@@ -33,10 +32,10 @@ from lora_jax.variants.variant import Derived, Remake
 
 _TOLERANCE = 5e-3  # of a factor's norm; another sign of one singular vector changes much more
 
-Filed = dict[str, dict[str, Any]]  # by path and name
+Filed = dict[str, dict[str, Leaf]]  # by path and name
 
 
-def take_out_derived(nodes: Mapping[str, Node], arrays: Filed) -> dict[str, dict[str, Any]]:
+def take_out_derived(nodes: Mapping[str, Node], arrays: Filed) -> dict[str, JsonObject]:
     """Takes out of `arrays` what is made again on loading; returns the settings to make it with.
 
     Args:
@@ -47,7 +46,7 @@ def take_out_derived(nodes: Mapping[str, Node], arrays: Filed) -> dict[str, dict
     for path, node in nodes.items():
         if isinstance(node, LoraWeight) and (derived := derived_of(node)):
             weights[derived][path] = node
-    settings: dict[str, dict[str, Any]] = {}
+    settings: dict[str, JsonObject] = {}
     for derived, of_kind in weights.items():
         others, again, holders = list(of_kind.values()), derived.again(of_kind), dict[str, str]()
         for path, node in of_kind.items():
@@ -74,7 +73,7 @@ class Remaker:
         self,
         folder: Path,
         settings: Fields,
-        arrays: Mapping[str, Mapping[str, Any]],
+        arrays: Mapping[str, Mapping[str, np.ndarray]],
         nodes: Mapping[str, Node],
     ) -> None:
         """Args:
@@ -119,13 +118,13 @@ def _matrix(node: LoraWeight, name: str) -> jax.Array:
     return array.reshape(*array.shape[: axis + 1], -1).astype(jnp.float32)
 
 
-def _probes(node: LoraWeight, names: Sequence[str]) -> dict[str, Any]:
+def _probes(node: LoraWeight, names: Sequence[str]) -> JsonObject:
     """Returns for each factor the sums of its elements times random numbers, as nested lists."""
     rounded = np.vectorize(lambda value: float(f"{value:.7g}"), otypes=[float])
     return {name: rounded(np.asarray(_sums(_matrix(node, name)))).tolist() for name in names}
 
 
-def _differing(node: LoraWeight, probes: Mapping[str, Any]) -> list[str]:
+def _differing(node: LoraWeight, probes: Fields) -> list[str]:
     """Returns the names of the factors that have other probes, rounding aside."""
 
     def differs(name: str) -> bool:

@@ -12,12 +12,11 @@ import dataclasses
 import json
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 from jax import export
 
 from lora_jax.core.axes import AxisRoles
-from lora_jax.core.types import Leaf
+from lora_jax.core.types import JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
 from lora_jax.variants import PARTS
 
@@ -35,10 +34,10 @@ def _register(kind: type[Node], static: Sequence[str], arrays: Sequence[str]) ->
         named = dict(zip(static, values, strict=True))
         return json.dumps({name: _plain(name, value) for name, value in named.items()}).encode()
 
-    def read(text: bytes | bytearray) -> dict[str, Any]:
+    def read(text: bytes | bytearray) -> JsonObject:
         return {name: _restored(name, value) for name, value in json.loads(bytes(text)).items()}
 
-    def made(aux_data: dict[str, Any], children: Sequence[Any]) -> Any:
+    def made(aux_data: JsonObject, children: Sequence[Leaf]) -> Leaf:
         return kind(**dict(zip(arrays, children, strict=True)), **aux_data)
 
     export.register_pytree_node_serialization(
@@ -50,7 +49,7 @@ def _register(kind: type[Node], static: Sequence[str], arrays: Sequence[str]) ->
     )
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(name: str, value: Leaf) -> Leaf:
     """Returns a static field as JSON has it."""
     if isinstance(value, AxisRoles):
         return dataclasses.asdict(value)
@@ -70,7 +69,7 @@ def _name_of(part: Part) -> str:
     return part.name
 
 
-def _restored(name: str, value: Any) -> Any:
+def _restored(name: str, value: Leaf) -> Leaf:
     """Returns the inverse of `_plain`."""
     if name == "roles":
         return AxisRoles(tuple(value["in_axes"]), tuple(value["out_axes"]))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +67,7 @@ def node_of(leaf: Leaf, path: str, choice: Decision, key: jax.Array, starts: Sta
     return make(leaf, path, choice, key, starts)
 
 
-def _trained(leaf: Leaf, path: str, choice: FullTraining, *_: Any) -> Node:
+def _trained(leaf: Leaf, path: str, choice: FullTraining, *_: object) -> Node:
     """Returns the node with a copy of what trains, so that donating it spares the leaf."""
     array = as_array(leaf)
     if choice.rows is None:
@@ -83,7 +82,7 @@ def _adapted(leaf: Leaf, path: str, choice: Adaptation, key: jax.Array, starts: 
     n_batch = len(scale_shape)
     scales = scales.reshape(-1, *[1] * (n_batch - 1)) if n_batch else scales[0]
     scale = jnp.asarray(np.broadcast_to(scales, scale_shape))
-    arrays: dict[str, Any] = {"scale": scale}
+    arrays: dict[str, Leaf] = {"scale": scale}
     if variant := _starting(choice):
         arrays |= starts[variant](leaf, _kernel(leaf, path, choice))
     else:
@@ -99,7 +98,7 @@ def _adapted(leaf: Leaf, path: str, choice: Adaptation, key: jax.Array, starts: 
     )
     key = fold_in_path(key, path)
 
-    def first(extra: Part) -> Any:
+    def first(extra: Part) -> jax.Array:
         given = (fold_in_path(key, extra.name),) if extra.is_drawn else ()
         return extra.init(node, *given).astype(rule.dtype)
 

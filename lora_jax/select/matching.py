@@ -3,13 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
 from lora_jax.core.axes import EMBEDDING_NAMES, ObservedRoles, default_roles
 from lora_jax.core.paths import has_run, leaf_name, nearest
-from lora_jax.core.types import Leaf
+from lora_jax.core.types import JsonObject, Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, AnyOf, LoraRule, Rule, Targets, TrainRule
 
 # Without kinds, "all-linear" leaves these modules alone: embeddings (also by the name of the leaf)
@@ -122,7 +121,7 @@ def check_names(rules: Sequence[Rule], tree: Mapping[str, Leaf], known: LeafFact
     for rule in rules:
         if isinstance(rule.targets, (str, AnyOf)):
             continue
-        everywhere: dict[str, Any] = {"exclude": (), "layers": None}
+        everywhere: JsonObject = {"exclude": (), "layers": None}
         for name in rule.targets:
             alone = dataclasses.replace(rule, targets=(name,), **everywhere)
             if not any(selects(alone, path, tree, known) for path in tree):

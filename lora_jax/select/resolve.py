@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -10,13 +9,13 @@ from lora_jax.adapt.sides import RoleWarning
 from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.core.axes import AxisRoles, ObservedRoles, default_roles
 from lora_jax.core.paths import leaf_name, numbered_layer
-from lora_jax.core.types import Leaf
+from lora_jax.core.types import JsonObject, Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, TrainRule
 from lora_jax.select.matching import BIASES, NO_ARGUMENT, LeafFacts, no_match_reason, selects
 
 _REMEDY = "Leave it out with exclude=…, or give its in_axes=… and out_axes=… in a rule for it"
 
-Leaves = Sequence[tuple[str, Any]]  # path and array, or anything with a shape and a dtype
+Leaves = Sequence[tuple[str, Leaf]]  # path and array, or anything with a shape and a dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ def resolve(
     return resolved
 
 
-def _peft_hint(rules: Any) -> str:
+def _peft_hint(rules: object) -> str:
     """Returns what to do with a configuration of PEFT that is given for rules."""
     return ": lora_jax.peft.rules(config) makes rules of it" if hasattr(rules, "peft_type") else ""
 
@@ -222,7 +221,7 @@ def _adapt(
 
 
 # Fields that may differ between the layers of one stack, with values that replace theirs.
-_MAY_DIFFER: dict[str, Any] = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
+_MAY_DIFFER: JsonObject = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
 
 
 def _roles(rule: LoraRule, path: str, ndim: int, known: LeafFacts) -> AxisRoles:

@@ -1,7 +1,6 @@
 """Weights that share one A: whose it is, and how a tree keeps it in one."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of, map_leaves
@@ -65,7 +64,7 @@ def _shape_of_a(leaf: Leaf, choice: Decision) -> tuple[object, ...]:
     return (*sizes, choice.ranks)
 
 
-def owner_of(path: str, nodes: Mapping[str, Any]) -> str | None:
+def owner_of(path: str, nodes: Mapping[str, Leaf]) -> str | None:
     """Returns the path of the weight whose A another weight shares; None for an A of its own.
 
     Args:
@@ -87,7 +86,7 @@ def owner_of(path: str, nodes: Mapping[str, Any]) -> str | None:
     return owner
 
 
-def check_owners(nodes: Mapping[str, Any]) -> None:
+def check_owners(nodes: Mapping[str, Leaf]) -> None:
     """Raises a ValueError where a weight shares the A of one that is not among the nodes."""
     for path in nodes:
         owner_of(path, nodes)

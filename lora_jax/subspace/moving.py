@@ -14,7 +14,6 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
-from lora_jax.core.types import Leaf
+from lora_jax.core.types import Forward, Leaf, Tree
 from lora_jax.subspace.fastfood import project
 from lora_jax.subspace.layers import Tensor
 
@@ -94,7 +93,7 @@ def placed(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> ja
     if sharding is None:
         return array
     traced = isinstance(array, jax.core.Tracer)
-    put: Any = jax.lax.with_sharding_constraint if traced else jax.device_put
+    put: Forward = jax.lax.with_sharding_constraint if traced else jax.device_put
     moved: jax.Array = put(array, sharding)
     return moved
 
@@ -123,7 +122,7 @@ def _scales(
     return scale[jnp.asarray(layers)] * shares.astype(scale.dtype)
 
 
-def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Any) -> jax.Array:
+def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Returns a tensor's change, λP(θ_d). Its scale comes first: in d numbers."""
     dtype = wide(theta.dtype)
     x = theta.astype(dtype) * scale.astype(dtype)
@@ -162,7 +161,7 @@ def _layer_by_layer(leaf: Leaf, theta: jax.Array, keys: jax.Array, scales: jax.A
 
 
 @functools.partial(_layer_by_layer.defjvp, symbolic_zeros=True)
-def _layer_by_layer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _layer_by_layer_jvp(primals: Tree, tangents: Tree) -> tuple[jax.Array, jax.Array]:
     """Returns the sum and its tangent, dθ₀ + P(λ·dθ_d + dλ·θ_d)."""
     leaf, theta, keys, scales = primals
     fixed = isinstance(tangents[0], SymbolicZero)  # no array of zeros for a base that is constant
@@ -171,7 +170,7 @@ def _layer_by_layer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Arr
         for x in (scales if fixed else tangents[0], tangents[1], tangents[3])
     )
 
-    def layer(one: Any) -> jax.Array:
+    def layer(one: Tree) -> jax.Array:
         d_one, key, scale, d_scale = one
         x = d_theta * scale + d_scale * theta
         change = _drawn_again(x, key, jnp.ones_like(scale), leaf.shape[1:])

@@ -5,12 +5,10 @@ takes it: `split` and `join`, `adapt`, the training loop and its checkpoints, `s
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.core.types import Fields, Tree
+from lora_jax.core.types import Fields, JsonObject, Tree
 from lora_jax.core.weight import Trained
 from lora_jax.saving.checkpoint import adapter_info, load_adapter, save_adapter
 from lora_jax.saving.errors import AdapterError
@@ -87,7 +85,7 @@ def merge(space: Subspace, tree: Tree, shardings: Tree = None) -> Tree:
     return space.params_of(theta_of(tree), base_of(tree), shardings, keys)
 
 
-def facts_of(space: Subspace) -> dict[str, Any]:
+def facts_of(space: Subspace) -> JsonObject:
     """Returns what makes the subspace anew from the base, of JSON's types.
 
     "draws" tells of JAX's random generator, so that other draws of the same seed are noticed.
@@ -178,7 +176,7 @@ def load(
     return found, theta_of(tree)
 
 
-def _check_same(folder: Any, saved: Fields, found: Mapping[str, Any]) -> None:
+def _check_same(folder: str | os.PathLike[str], saved: Fields, found: Fields) -> None:
     if saved["draws"] != found["draws"] and saved["seed"] == found["seed"]:
         raise AdapterError(
             f"the subspace {folder} was trained where JAX drew other random numbers from the seed "

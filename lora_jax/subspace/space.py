@@ -12,7 +12,7 @@ weighted by its share of the entries, so that ‖P(θ_d)‖ ≈ ‖θ_d‖ over 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +189,7 @@ def make(
     return space
 
 
-def _chosen(params: Tree, rule: TrainRule) -> dict[str, Any]:
+def _chosen(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
     """Returns the leaves that move, by path."""
     leaves, _ = leaves_of(params)
     if adapted := [path for path, leaf in leaves if is_node(leaf)]:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles
+from lora_jax.core.types import BaseLike, Fields, JsonObject, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 
 
@@ -34,8 +35,8 @@ class KernelFacts(NamedTuple):
         return self.roles.sizes(self.shape, "in"), self.roles.sizes(self.shape, "out")
 
 
-MakeFactors = Callable[[Any, KernelFacts], dict[str, Any]]  # (W, its facts) -> arrays by name
-Remake = Callable[[str, LoraWeight, Mapping[str, Any]], dict[str, Any]]
+MakeFactors = Callable[[BaseLike, KernelFacts], Parts]  # (W, its facts) -> arrays by name
+Remake = Callable[[str, LoraWeight, Fields], Parts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,8 @@ class Derived:
 
     names: tuple[str, ...]
     entry: str
-    recipe: Callable[[LoraWeight, Sequence[LoraWeight]], dict[str, Any] | None]
-    again: Callable[[Mapping[str, Any]], Remake]
+    recipe: Callable[[LoraWeight, Sequence[LoraWeight]], JsonObject | None]
+    again: Callable[[Mapping[str, Leaf]], Remake]
     differs: str
 
 
@@ -77,7 +78,7 @@ class InPeft(NamedTuple):
     fill: float | None = None
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> JsonObject:
         """The fields of a LoraConfig that say it."""
         return {self.field: True} if self.field else {}
 

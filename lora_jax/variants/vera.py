@@ -9,16 +9,15 @@ uniform distribution for a matrix of its own shape: U(±√(6/in)) for A, U(±�
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from lora_jax.core.parts import AXES, cleared
 from lora_jax.core.paths import fold_in_path
-from lora_jax.core.types import Leaf, Parts
+from lora_jax.core.types import Fields, JsonObject, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import Derived, KernelFacts, Remake, Variant
 
@@ -28,13 +27,13 @@ Widths = tuple[int, int]  # the most in and out features of the weights that sha
 class Projections:
     """The shared matrices of a tree, drawn where a weight first asks for them."""
 
-    def __init__(self, seed: Any, widths: Mapping[int, Widths]) -> None:
+    def __init__(self, seed: ArrayLike, widths: Mapping[int, Widths]) -> None:
         """Args:
         seed: a number from 0 to 2³² − 1, [] uint32.
         widths: the widths of the matrices by rank.
         """
         self.seed, self.widths = seed, widths
-        self._drawn: dict[Any, jax.Array] = {}
+        self._drawn: dict[Hashable, jax.Array] = {}
 
     def __call__(self, leaf: Leaf, kernel: KernelFacts) -> Parts:
         """Returns the arrays of a weight: shared_a [r, in…], shared_b [r, out…] and the seed."""
@@ -99,7 +98,7 @@ def _kernel(node: LoraWeight, dtype: DTypeLike, path: str = "") -> KernelFacts:
     return KernelFacts(path, node.shape, node.roles, node.ranks, np.dtype(dtype))
 
 
-def _recipe(node: LoraWeight, others: Sequence[LoraWeight]) -> dict[str, Any] | None:
+def _recipe(node: LoraWeight, others: Sequence[LoraWeight]) -> JsonObject | None:
     """Returns what draws a pair again; None where it did not come from a seed."""
     if "seed" not in node.arrays:
         return None
@@ -109,12 +108,12 @@ def _recipe(node: LoraWeight, others: Sequence[LoraWeight]) -> dict[str, Any] | 
     return {"seed": seed, "widths": widths, "dtype": np.dtype(dtype).name}
 
 
-def _again(there: Mapping[str, Any]) -> Remake:
+def _again(there: Mapping[str, Leaf]) -> Remake:
     """Returns a function that draws each pair once, so that weights of one size share an array."""
     del there
-    drawn: dict[Any, Projections] = {}
+    drawn: dict[Hashable, Projections] = {}
 
-    def pair(path: str, weight: LoraWeight, recipe: Mapping[str, Any]) -> Parts:
+    def pair(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
         ins, outs = recipe["widths"]
         key = (recipe["seed"], ins, outs, weight.rank)
         if key not in drawn:

@@ -7,7 +7,7 @@ that differ are an error, whatever base is accepted.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import is_abstract
 from lora_jax.core.factored import factor_shapes, matrices_of
 from lora_jax.core.parts import AXES, cleared
-from lora_jax.core.types import BaseLike, Leaf, Parts
+from lora_jax.core.types import BaseLike, Fields, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.init import truncated
 from lora_jax.variants.variant import Derived, KernelFacts, MakeFactors, Remake, Variant
@@ -60,10 +60,10 @@ def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactors:
     return lambda leaf, kernel: singular_factors(leaf, kernel.roles, kernel.ranks, kernel.dtype)
 
 
-def _again(there: Mapping[str, Any]) -> Remake:
+def _again(there: Mapping[str, Leaf]) -> Remake:
     """Returns a function that decomposes W, or takes the factors of the node that is there."""
 
-    def factors(path: str, weight: LoraWeight, _: Mapping[str, Any]) -> Parts:
+    def factors(path: str, weight: LoraWeight, _: Fields) -> Parts:
         def decompose(base: BaseLike) -> Parts:
             return singular_factors(base, weight.roles, weight.ranks, weight.latent.dtype)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from lora_jax.adapt.per_example.walk import followed
 from lora_jax.adapt.traces import FlatCall, Trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.factored import ExamplesError, Factored
-from lora_jax.core.types import Tree, Value
+from lora_jax.core.types import Leaf, Tree, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +33,8 @@ class ExampleAxes:
         the result. A result that is the same for all examples has any axis of their number.
     """
 
-    of_args: Any
-    of_result: Any
+    of_args: Tree
+    of_result: Tree
 
 
 def mapped(call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes) -> dict[int, int]:
@@ -72,7 +71,7 @@ def _holds(tree: Tree, nodes: Mapping[int, Value]) -> bool:
     return any(place in nodes for place in jax.tree.leaves(tree))
 
 
-def _pairs(prefix: Any, tree: Tree) -> Iterator[tuple[Any, Any]]:
+def _pairs(prefix: Tree, tree: Tree) -> Iterator[tuple[Leaf, Leaf]]:
     """Returns each leaf of a tree with that of its prefix, where None is a leaf, too."""
     boxed = jax.tree.map(_Leaf, prefix, is_leaf=lambda axis: axis is None)
     axes = (leaf.axis for leaf in jax.tree.leaves(jax.tree.broadcast(boxed, tree)))
@@ -91,7 +90,7 @@ def follow_trace(
     weights: Mapping[int, Factored],
     call: FlatCall,
     axes: Mapping[int, int],
-    of_result: Any,
+    of_result: Tree,
 ) -> ExampleLabels:
     """Returns where the examples lie in a function's values, after a check of its result.
 
@@ -132,7 +131,7 @@ def follow_trace(
     return found
 
 
-def _check_result(traced: Trace, found: ExampleLabels, n: int, expected: Any) -> None:
+def _check_result(traced: Trace, found: ExampleLabels, n: int, expected: Tree) -> None:
     inner, _ = eqns.opened(traced.jaxpr)
     types = [eqns.type_of(atom) for atom in inner.outvars]
     known = list(zip(found.outputs, types, strict=True))

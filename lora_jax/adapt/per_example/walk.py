@@ -6,8 +6,7 @@ results `MixedExamples`, which matters only where an output depends on them.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from jax.extend.core import JaxprEqn
 
@@ -27,7 +26,9 @@ from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
 from lora_jax.adapt.rules.flow import sources
 from lora_jax.adapt.user_code import place_of, user_context
 
-_FOLLOWED: weakref.WeakKeyDictionary[Any, dict[Any, ExampleLabels]] = weakref.WeakKeyDictionary()
+_FOLLOWED: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, ExampleLabels]] = (
+    weakref.WeakKeyDictionary()
+)
 _NO_RULE = {
     "ragged_dot_general": "multiplies rows that are sorted by group",
     "shard_map": "runs on parts of the batch",
@@ -60,9 +61,9 @@ class _Walk:
     def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel]) -> ExampleLabels:
         """Returns what is known of the whole jaxpr."""
         inner, _ = eqns.opened(jaxpr)
-        found: dict[Any, ExampleLabel] = dict(zip(inner.invars, given, strict=True))
+        found: dict[eqns.Atom, ExampleLabel] = dict(zip(inner.invars, given, strict=True))
 
-        def known(atoms: Iterable[Any]) -> list[ExampleLabel]:
+        def known(atoms: Iterable[eqns.Atom]) -> list[ExampleLabel]:
             return [None if eqns.is_literal(atom) else found.get(atom) for atom in atoms]
 
         for eqn in inner.eqns:

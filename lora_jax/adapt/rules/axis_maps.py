@@ -1,11 +1,11 @@
 """Maps of axes: the operations that only re-arrange an array, and where each axis goes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
+from lora_jax.core.types import EqnParams
 
 Shape = Sequence[int]
 # For each axis of the result, the axes of the operand that it holds: several where they are merged,
@@ -21,26 +21,26 @@ def axis_map(eqn: JaxprEqn) -> AxisMap | None:
     return _MAPS[eqn.primitive.name](eqn.params, shape, out)
 
 
-def _transpose(params: dict[str, Any], *_: Shape) -> AxisMap:
+def _transpose(params: EqnParams, *_: Shape) -> AxisMap:
     return tuple((axis,) for axis in params["permutation"])
 
 
-def _squeeze(params: dict[str, Any], shape: Shape, _: Shape) -> AxisMap:
+def _squeeze(params: EqnParams, shape: Shape, _: Shape) -> AxisMap:
     gone = {axis % len(shape) for axis in params["dimensions"]}
     return tuple((axis,) for axis in range(len(shape)) if axis not in gone)
 
 
-def _broadcast_in_dim(params: dict[str, Any], _: Shape, out: Shape) -> AxisMap:
+def _broadcast_in_dim(params: EqnParams, _: Shape, out: Shape) -> AxisMap:
     source = {target: (axis,) for axis, target in enumerate(params["broadcast_dimensions"])}
     return tuple(source.get(axis, ()) for axis in range(len(out)))
 
 
-def _stack(params: dict[str, Any], shape: Shape, _: Shape) -> AxisMap:
+def _stack(params: EqnParams, shape: Shape, _: Shape) -> AxisMap:
     at, kept = params["axis"], [(axis,) for axis in range(len(shape))]
     return (*kept[:at], (), *kept[at:])
 
 
-def _reshape(params: dict[str, Any], shape: Shape, out: Shape) -> AxisMap | None:
+def _reshape(params: EqnParams, shape: Shape, out: Shape) -> AxisMap | None:
     return None if params.get("dimensions") is not None else regrouped(shape, out)
 
 
@@ -66,7 +66,7 @@ def regrouped(shape: Shape, out: Shape) -> AxisMap | None:
     return tuple(result)
 
 
-_MAPS: dict[str, Callable[[dict[str, Any], Shape, Shape], AxisMap | None]] = {
+_MAPS: dict[str, Callable[[EqnParams, Shape, Shape], AxisMap | None]] = {
     "transpose": _transpose,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast_in_dim,

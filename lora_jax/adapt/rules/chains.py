@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import string
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,8 @@ from lora_jax.core.product import is_dropped, is_sharded
 from lora_jax.core.types import Outcome
 
 _SIDES: tuple[Label, Label] = ("out", "in")  # what a product contracts of the left, of the right
+
+Lettered = tuple[jax.Array, list[str]]  # an array, with a letter for each of its axes
 
 
 def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
@@ -66,7 +67,7 @@ def _has_form(use: Use, left: Factored, right: Factored) -> bool:
     )
 
 
-def _facing(weight: Factored, dims: Any, role: Label) -> Factored | None:
+def _facing(weight: Factored, dims: Sequence[Sequence[int]], role: Label) -> Factored | None:
     """Returns the weight read so that a product contracts its axes of a role, and all of them.
 
     Args:
@@ -113,7 +114,7 @@ def _chained(use: Use, left: Factored, right: Factored) -> Factored:
         for role in ("in", "out")
     )
 
-    def times(one: Any, two: Any, out: Sequence[str], dtype: DTypeLike) -> tuple[Any, list[str]]:
+    def times(one: Lettered, two: Lettered, out: Sequence[str], dtype: DTypeLike) -> Lettered:
         """Returns the product of two arrays, each with the letters of its axes, cast to a dtype."""
         spec = f"{''.join(one[1])},{''.join(two[1])}->{''.join(out)}"
         precision = use.params["precision"]
@@ -121,7 +122,7 @@ def _chained(use: Use, left: Factored, right: Factored) -> Factored:
         how = {"precision": precision, "preferred_element_type": wide(dtype)}
         return jnp.einsum(spec, *arrays, **how), [*out]
 
-    def part(weight: Factored, name: str, held: Sequence[str], rank: str) -> tuple[Any, list[str]]:
+    def part(weight: Factored, name: str, held: Sequence[str], rank: str) -> Lettered:
         places = weight.layout(name)
         return weight.parts[name], [rank if axis == RANK else held[axis] for axis in places]
 

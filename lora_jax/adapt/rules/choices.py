@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class CommonForm(NamedTuple):
     """Form that weights share: the roles of their axes, and their parts' dtypes and rank."""
 
     labels: tuple[Label, ...]
-    dtypes: Mapping[str, Any]
+    dtypes: Mapping[str, DTypeLike]
     rank: int
 
 
@@ -48,7 +48,7 @@ def common_form(weights: Sequence[Factored]) -> CommonForm | None:
 
     if not all(map(fits, weights)):
         return None
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[DTypeLike]] = {}
     for weight in weights:
         for name, array in weight.parts.items():
             found.setdefault(name, []).append(array.dtype)

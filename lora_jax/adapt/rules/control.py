@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use, fold_dropout_key
@@ -17,9 +16,10 @@ from lora_jax.adapt.rules.layout import moved
 from lora_jax.core.base import is_base, splittable
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import Axes
-from lora_jax.core.types import Outcome, Value
+from lora_jax.core.types import Forward, Outcome, Tree, Value
 
-_State = tuple[Any, dict[int, Value]]  # of a loop: the iteration, if keys need it, and the carry
+Entry = str | tuple[str, ...] | None  # the axes of the mesh along which an axis is split
+_State = tuple[Value, dict[int, Value]]  # of a loop: the iteration, if keys need it, and the carry
 
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
@@ -28,8 +28,8 @@ def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
     values = [_constrained(v, s) for v, s in zip(use.values, jit.in_shardings, strict=True)]
     if not jit.inline and interpreter.record is None:
 
-        def make() -> Any:
-            def call(*args: Any) -> list[Value]:
+        def make() -> Forward:
+            def call(*args: Value) -> list[Value]:
                 return body(*args)
 
             call.__name__ = call.__qualname__ = jit.name
@@ -40,7 +40,7 @@ def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
     return [_constrained(v, s) for v, s in zip(outputs, jit.out_shardings, strict=True)]
 
 
-def _constrained(value: Value, sharding: Any) -> Value:
+def _constrained(value: Value, sharding: Sharding | None) -> Value:
     if sharding is None or value is None:
         return value
     if not isinstance(value, Factored):
@@ -93,7 +93,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     body = interpreter.function(scan.body, None if all(live) else live)
     steps = jnp.arange(scan.length) if _has_keys(use.values) else None
 
-    def step(carry: dict[int, Value], xs: Any) -> tuple[dict[int, Value], list[Value]]:
+    def step(carry: dict[int, Value], xs: Tree) -> tuple[dict[int, Value], list[Value]]:
         parts, index = xs
         slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]
         outputs = body(*_arguments(consts, constant, carry, index), *slices)
@@ -103,14 +103,14 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
         ]
         return {place: outputs[place] for place in carry}, outputs[scan.n_carry :]
 
-    how = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
-    carry, ys = lax.scan(step, carries, (sliced, steps), **how)
+    inputs, length, unroll = (sliced, steps), scan.length, scan.unroll
+    carry, ys = lax.scan(step, carries, inputs, length, reverse=scan.reverse, unroll=unroll)
     final = constant | carry | dict(enumerate(ys, scan.n_carry)) | same
     return [final[place] for place in range(len(live))]
 
 
 def _arguments(
-    consts: Sequence[Value], constant: dict[int, Value], carry: dict[int, Value], index: Any
+    consts: Sequence[Value], constant: dict[int, Value], carry: dict[int, Value], index: Value
 ) -> list[Value]:
     """Returns what a loop's body takes first in an iteration: consts, then all that it carries."""
     known = {place: fold_dropout_key(value, index) for place, value in constant.items()} | carry
@@ -130,16 +130,16 @@ def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
     return {place: value for place, value in found.items() if isinstance(value, Factored)}
 
 
-def _sliced(value: Value) -> tuple[Callable[[Any], Any], Any]:
+def _sliced(value: Value) -> tuple[Callable[[Tree], Value], Tree]:
     """Returns how a slice of an operand is made, and the parts that a scan slices for it.
 
     Of a weight: its base, and each part that has the axis; the others stay whole.
     """
     if not isinstance(value, Factored):
         return (lambda part: part), value
-    stacked: list[Any] = []
+    stacked: list[Value] = []
 
-    def collect(array: Any, axes: Axes) -> Any:
+    def collect(array: Value, axes: Axes) -> Value:
         if 0 in axes:
             stacked.append(jnp.moveaxis(array, axes.index(0), 0))
         return array
@@ -251,7 +251,7 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
     pairs = zip(use.values, there.in_specs, strict=True)
     operands = [_splittable(value, spec, there.mesh) for value, spec in pairs]
 
-    def run(*values: Any) -> list[Value]:
+    def run(*values: Value) -> list[Value]:
         return [interpreter.plain(output, use, "as an output") for output in body(*values)]
 
     return jax.shard_map(
@@ -264,7 +264,7 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
     )(*operands)
 
 
-def _splittable(value: Value, spec: PartitionSpec, mesh: Any) -> Value:
+def _splittable(value: Value, spec: PartitionSpec, mesh: Mesh) -> Value:
     """Returns a weight with a base that each device can have a piece of."""
     if not isinstance(value, Factored):
         return value
@@ -273,16 +273,16 @@ def _splittable(value: Value, spec: PartitionSpec, mesh: Any) -> Value:
     return value.replace(base=splittable(value.base, parts))
 
 
-def _axis_names(value: Factored, spec: PartitionSpec) -> list[Any]:
+def _axis_names(value: Factored, spec: PartitionSpec) -> list[Entry]:
     return [*spec, *[None] * (len(value.labels) - len(spec))]
 
 
-def _specs(value: Value, spec: PartitionSpec) -> Any:
+def _specs(value: Value, spec: PartitionSpec) -> Value:
     if not isinstance(value, Factored):
         return spec
     names = _axis_names(value, spec)
 
-    def partition(_: Any, axes: Axes) -> PartitionSpec:
+    def partition(_: object, axes: Axes) -> PartitionSpec:
         return PartitionSpec(*(None if axis < 0 else names[axis] for axis in axes))
 
     return moved(value, partition)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 from jax.extend.core import JaxprEqn
 
@@ -12,6 +12,7 @@ Sources = tuple[int | None, ...]
 # The place of an operand, and the order in which its axes come out.
 _Moved = tuple[int, tuple[int, ...]]
 _CALLS = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint"})
+_Agreed = TypeVar("_Agreed")
 
 
 def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
@@ -22,7 +23,7 @@ def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
     return tuple(map(_unmoved, _input_sources(jaxpr)))
 
 
-def sources_among(jaxpr: eqns.AnyJaxpr, places: Mapping[Any, int]) -> Sources:
+def sources_among(jaxpr: eqns.AnyJaxpr, places: Mapping[eqns.Atom, int]) -> Sources:
     """Like `sources`, for outputs that are one of some variables, by these variables' places."""
     return tuple(map(_unmoved, _origins(jaxpr, places)))
 
@@ -39,17 +40,17 @@ def _unmoved(moved: _Moved | None) -> int | None:
     return moved[0]
 
 
-def _agreed(each: Sequence[Any]) -> Any:
+def _agreed(each: Sequence[_Agreed]) -> _Agreed | None:
     return each[0] if len(set(each)) == 1 else None
 
 
-def _origins(jaxpr: eqns.AnyJaxpr, known: Mapping[Any, int]) -> list[_Moved | None]:
+def _origins(jaxpr: eqns.AnyJaxpr, known: Mapping[eqns.Atom, int]) -> list[_Moved | None]:
     """Returns, for each output, which of the known variables it is."""
     inner, _ = eqns.opened(jaxpr)
     made_by = {out: (eqn, n) for eqn in inner.eqns for n, out in enumerate(eqn.outvars)}
     entered: dict[int, Sequence[_Moved | None]] = {}  # by the identity of an equation
 
-    def found(atom: Any) -> _Moved | None:
+    def found(atom: eqns.Atom) -> _Moved | None:
         order = tuple(range(getattr(eqns.type_of(atom), "ndim", 0)))
         while not eqns.is_literal(atom) and atom not in known:
             if atom not in made_by:
@@ -126,7 +127,7 @@ def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, .
     inner, _ = eqns.opened(jaxpr)
     held = set(itertools.compress(inner.invars, given))
 
-    def is_held(atom: Any) -> bool:
+    def is_held(atom: eqns.Atom) -> bool:
         return not eqns.is_literal(atom) and atom in held
 
     for eqn in inner.eqns:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +85,7 @@ def _looked_up(
     places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
     order = places + offsets
 
-    def rows_of_factors(_: Any, weight: Factored, rows: jax.Array) -> jax.Array:
+    def rows_of_factors(_: object, weight: Factored, rows: jax.Array) -> jax.Array:
         z = look_up(weight.a, 1, fill_value=0)  # [r, …]
         scales = lax.expand_dims(weight.scales.astype(z.dtype), range(1, z.ndim))
         z = z * scales
@@ -153,7 +152,7 @@ def _take(
     indices: jax.Array,
     mode: lax.GatherScatterMode,
     offsets: Sequence[int] | None = None,
-    fill_value: Any = None,
+    fill_value: float | None = None,
 ) -> jax.Array:
     """Returns the look-up along an axis; the other axes stand at `offsets`.
 
@@ -180,7 +179,7 @@ def _look_up_layers(
 ) -> Factored:
     """Returns the weights of some indices of a stack; the places are batch axes."""
     others = [a for a in range(len(weight.labels)) if a != axis]
-    source: dict[int, Any] = dict(zip(offsets, others, strict=True))  # for each that is whole
+    source: dict[int, Value] = dict(zip(offsets, others, strict=True))  # for each that is whole
     n_places = indices.ndim - 1
     free = [a for a in range(len(offsets) + n_places) if a not in source]
     source |= {a: ("place", i) for i, a in enumerate(free)}

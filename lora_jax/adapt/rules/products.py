@@ -1,7 +1,7 @@
 """Rules for primitives that multiply by a weight: xW + s·(xA)B in place of xW."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,17 +17,17 @@ from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import ExampleColumns, combined, dot, is_sharded
-from lora_jax.core.types import Outcome
+from lora_jax.core.types import Outcome, Value
 
 
-def base_product(use: Use, place: int) -> Any:
+def base_product(use: Use, place: int) -> Callable[[Value], jax.Array]:
     """Returns a function of x: the equation with W at a place, and x at the first other one."""
 
     def apply(x: jax.Array) -> jax.Array:
         others = [v for i, v in enumerate(use.values) if i != place]
         others[0] = x
 
-        def bind(w: jax.Array, *others: Any) -> jax.Array:
+        def bind(w: jax.Array, *others: Value) -> jax.Array:
             out: jax.Array
             (out,) = use.bind([*others[:place], w, *others[place:]])
             return out

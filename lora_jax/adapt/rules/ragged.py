@@ -1,7 +1,5 @@
 """The rule for ragged products: rows sorted by group, each group with a weight of its own."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +10,7 @@ from lora_jax.adapt.rules.products import base_product, check_bias, check_roles,
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import combined
-from lora_jax.core.types import Outcome
+from lora_jax.core.types import EqnParams, Outcome
 
 _UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
 
@@ -23,7 +21,7 @@ def _through_factors(
     far: jax.Array,
     scales: jax.Array,
     sizes: jax.Array,
-    precision: Any,
+    precision: lax.PrecisionLike,
     dtype: DTypeLike,
 ) -> jax.Array:
     """Returns s·(xA)B of each row, with its group's A, B and s.
@@ -53,7 +51,7 @@ def _through_factors(
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0], dtype=ends.dtype)[:, None]
     own = (ends - sizes <= row) & (row < ends)  # [rows, groups]
-    how: dict[str, Any] = {"precision": precision, "preferred_element_type": wide(x.dtype)}
+    how: EqnParams = {"precision": precision, "preferred_element_type": wide(x.dtype)}
     z = jnp.einsum("mi,gri->mgr", x, near, **how)
     z = jnp.where(own[:, :, None], z * scales.astype(z.dtype), jnp.zeros_like(z)).astype(x.dtype)
     z, far = z.reshape(x.shape[0], -1), far.reshape(-1, far.shape[2])

@@ -5,7 +5,6 @@ derivative is taken of the operator alone, by JAX, as before.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jax import lax
 
@@ -39,7 +38,7 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
     def solver(part: eqns.SolverFunction) -> Forward:
         run = called(part)
 
-        def solved(_: Any, vector: Sequence[Value]) -> Any:
+        def solved(_: object, vector: Sequence[Value]) -> Value:
             outputs = run(vector)
             return (outputs[:n], outputs[n:]) if has_aux else outputs
 
