@@ -4,7 +4,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ class Bank:
         *,
         slots: int,
         model: Model | None = None,
-        trace: Sequence[Any] | None = None,
+        trace: Sequence[object] | None = None,
         kinds: Mapping[str, str] | None = None,
     ) -> None:
         """Makes an empty bank.
@@ -126,7 +125,7 @@ class Bank:
     def __repr__(self) -> str:
         return f"Bank({len(self)} adapters, {self.n_slots} slots, {len(self._slots)} weights)"
 
-    def add(self, name: str, adapter: Any, *, allow_base_mismatch: bool = False) -> None:
+    def add(self, name: str, adapter: Tree, *, allow_base_mismatch: bool = False) -> None:
         """Adds an adapter.
 
         Args:
@@ -143,7 +142,7 @@ class Bank:
         """
         self._take_in(name, adapter, allow_base_mismatch, self._check_free)
 
-    def replace(self, name: str, adapter: Any, *, allow_base_mismatch: bool = False) -> None:
+    def replace(self, name: str, adapter: Tree, *, allow_base_mismatch: bool = False) -> None:
         """Replaces an adapter, in its slot; the arguments are those of `add`.
 
         Raises:
@@ -234,7 +233,7 @@ class Bank:
         return choose(tree, ids)
 
     def _take_in(
-        self, name: str, adapter: Any, allow_base_mismatch: bool, check: Callable[[str], None]
+        self, name: str, adapter: Tree, allow_base_mismatch: bool, check: Callable[[str], None]
     ) -> None:
         """Keeps an adapter from a tree or a folder, once it fits; checks its name before and after.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +73,9 @@ def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:
 def mixed(
     fn: Forward,
     *,
-    in_axes: Any = 0,
-    out_axes: Any = 0,
-    kwarg_axes: Mapping[str, Any] | None = None,
+    in_axes: Tree = 0,
+    out_axes: Tree = 0,
+    kwarg_axes: Mapping[str, Tree] | None = None,
     one_by_one: bool = False,
     strict: bool = False,
     primitives: Mapping[str, Forward] | None = None,
@@ -123,7 +122,7 @@ def mixed(
     interpreter = Interpreter(RULES, strict, tuple((primitives or {}).items()))
 
     @functools.wraps(fn)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Tree, **kwargs: Tree) -> Tree:
         call = _Call.make(args, kwargs, in_axes, dict(kwarg_axes or {}), out_axes)
         if one_by_one or len(call.choice.ids) == 1 or not call.choice.is_side_by_side:
             return _run_one_by_one(adapted, call)
@@ -158,20 +157,20 @@ class _Call:
       choice: the first one among the leaves.
     """
 
-    leaves: list[Any]
+    leaves: list[Leaf]
     axes: list[int | None]
     treedef: jax.tree_util.PyTreeDef
-    out_axes: Any
+    out_axes: Tree
     choice: Choice
 
     @classmethod
     def make(
         cls,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        in_axes: Any,
-        kwarg_axes: dict[str, Any],
-        out_axes: Any,
+        args: tuple[Tree, ...],
+        kwargs: dict[str, Tree],
+        in_axes: Tree,
+        kwarg_axes: dict[str, Tree],
+        out_axes: Tree,
     ) -> "_Call":
         """Returns a call, once its arguments fit."""
         if unknown := sorted(kwarg_axes.keys() - kwargs.keys()):
@@ -196,22 +195,22 @@ class _Call:
         axes = [_axis(leaf, axis, len(choice.ids)) for leaf, axis in given]
         return cls(leaves, axes, treedef, out_axes, choice)
 
-    def axes_of(self, result: Any) -> list[int | None]:
+    def axes_of(self, result: Tree) -> list[int | None]:
         """Returns the axis that the examples are to have in each leaf of a result."""
         return _axes_of_leaves(self.out_axes, result)
 
 
-def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Any:
+def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Tree:
     """Runs a function on the whole batch.
 
     Raises:
       ExamplesError: its examples cannot be followed, or end where they were not asked for.
     """
 
-    def whole(args: Any, kwargs: Any) -> Any:
+    def whole(args: Tree, kwargs: Tree) -> Tree:
         return fn(*args, **kwargs)
 
-    def axes_of(result: Any) -> Any:
+    def axes_of(result: Tree) -> Tree:
         return jax.tree.unflatten(jax.tree.structure(result), call.axes_of(result))
 
     leaves = [leaf.batch_tree() if _is_choice(leaf) else leaf for leaf in call.leaves]
@@ -219,14 +218,14 @@ def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Any:
     return run(whole, interpreter, call.treedef.unflatten(leaves), {}, None, axes=axes)
 
 
-def _run_one_by_one(adapted: Forward, call: _Call) -> Any:
+def _run_one_by_one(adapted: Forward, call: _Call) -> Tree:
     """Runs an adapted function on batches of one example each: several under `jax.vmap`."""
-    treedef: Any
+    treedef: jax.tree_util.PyTreeDef
     each, axes_of_each = zip(*map(_own, call.leaves, call.axes), strict=True)
     arrays, treedef = jax.tree.flatten(each)
     axes = jax.tree.leaves(axes_of_each)
 
-    def one(index: jax.Array, *mine: Any) -> Any:
+    def one(index: jax.Array, *mine: Leaf) -> Tree:
         own = zip(call.leaves, treedef.unflatten(mine), strict=True)
         args, kwargs = call.treedef.unflatten(_take_example(*pair, index) for pair in own)
         return adapted(*args, **kwargs)
@@ -234,7 +233,7 @@ def _run_one_by_one(adapted: Forward, call: _Call) -> Any:
     ids = call.choice.ids
     slot = jax.ShapeDtypeStruct((), ids.dtype)
     traced, shape = jax.make_jaxpr(one, return_shape=True)(slot, *map(slot_shape, arrays, axes))
-    out_tree: Any
+    out_tree: jax.tree_util.PyTreeDef
     shapes, out_tree = jax.tree.flatten(shape)
     to = [
         0 if axis is not None and not s.shape else axis
@@ -261,11 +260,11 @@ def _run_one_by_one(adapted: Forward, call: _Call) -> Any:
     return out_tree.unflatten(results)
 
 
-def _is_choice(value: Any) -> bool:
+def _is_choice(value: object) -> bool:
     return isinstance(value, Choice)
 
 
-def _axes_of_leaves(prefix: Any, tree: Tree) -> list[int | None]:
+def _axes_of_leaves(prefix: Tree, tree: Tree) -> list[int | None]:
     """Returns the examples' axis in each leaf of a tree, a `Choice` being one leaf.
 
     Args:
@@ -274,10 +273,10 @@ def _axes_of_leaves(prefix: Any, tree: Tree) -> list[int | None]:
     """
     axes: list[int | None] = []
 
-    def own(axis: Any, part: Any) -> None:
+    def own(axis: int | None, part: Tree) -> None:
         axes.extend([axis] * len(jax.tree.leaves(part)))
 
-    def visit(axis: Any, part: Any) -> None:
+    def visit(axis: int | None, part: Tree) -> None:
         for value in jax.tree.leaves(part, is_leaf=_says_its_axes):
             if _is_choice(value):
                 axes.append(None)
@@ -290,11 +289,11 @@ def _axes_of_leaves(prefix: Any, tree: Tree) -> list[int | None]:
     return axes
 
 
-def _says_its_axes(value: Any) -> bool:
+def _says_its_axes(value: object) -> bool:
     return _is_choice(value) or hasattr(value, "example_axes")
 
 
-def _is_none(value: Any) -> bool:
+def _is_none(value: object) -> bool:
     return value is None
 
 
@@ -310,7 +309,7 @@ def _axis(leaf: Leaf, axis: int | None, n: int) -> int | None:
     return axis
 
 
-def _own(leaf: Leaf, axis: int | None) -> tuple[Any, Any]:
+def _own(leaf: Leaf, axis: int | None) -> tuple[Tree, Tree]:
     """Returns the arrays of an argument that differ from example to example, and the axis of each.
 
     Args:
@@ -326,7 +325,7 @@ def _own(leaf: Leaf, axis: int | None) -> tuple[Any, Any]:
     return (None, None) if axis is None else (jnp.expand_dims(leaf, axis + 1), axis)
 
 
-def _take_example(leaf: Leaf, own: Any, index: jax.Array) -> Leaf:
+def _take_example(leaf: Leaf, own: Tree, index: jax.Array) -> Leaf:
     """Returns an argument for one example, from its own arrays in it and its slot."""
     if _is_choice(leaf):
         return map_slots(lambda path, s: s.take_example(own.get(path, s.arrays), index), leaf.tree)

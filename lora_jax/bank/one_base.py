@@ -1,12 +1,10 @@
 """The base that adapters share, and a check that a tree is over it."""
 
-from typing import Any
-
 import jax
 
 from lora_jax.bank.stored import BankError
 from lora_jax.core.base import is_abstract
-from lora_jax.core.types import Tree
+from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import Trained, is_node, leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
 
@@ -59,18 +57,18 @@ class OneBase:
             )
 
 
-def _arrays_of(tree: Tree) -> dict[str, Any]:
+def _arrays_of(tree: Tree) -> dict[str, Leaf]:
     """Returns the arrays and nodes of a tree, by path."""
     return {path: leaf for path, leaf in leaves_of(tree)[0] if is_node(leaf) or _is_array(leaf)}
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return hasattr(leaf, "shape")
 
 
-def _is(here: Any, mine: Any) -> bool:
+def _is(here: Leaf, mine: Leaf) -> bool:
     """Returns whether two leaves are the same object, or hold the same arrays (codes, say)."""
-    forms: list[Any] = [jax.tree.structure(leaf) for leaf in (here, mine)]
+    forms: list[jax.tree_util.PyTreeDef] = [jax.tree.structure(leaf) for leaf in (here, mine)]
     if here is mine or forms[0] != forms[1]:
         return here is mine
     pairs = zip(jax.tree.leaves(here), jax.tree.leaves(mine), strict=True)

@@ -1,7 +1,6 @@
 """Adapters on the host: what a bank keeps of each, and what goes into a slot."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots
 from lora_jax.core.parts import NEUTRAL, rank_axis
 from lora_jax.core.paths import nearest
-from lora_jax.core.types import BaseLike, Tree
+from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import nodes_of
 from lora_jax.variants import variant_of
@@ -91,7 +90,7 @@ def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) ->
 
 def values_of(
     adapter: Adapter, slots: Mapping[str, Slots], base: Mapping[str, BaseLike]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, Leaf]]:
     """Returns the arrays of a slot that holds an adapter, by path and name.
 
     They have the shapes of the slots' arrays, less the slot axis.
@@ -104,7 +103,7 @@ def values_of(
     return {path: _values(adapter.get(path), slots[path], base[path]) for path in slots}
 
 
-def _values(node: Any, slots: Slots, base: BaseLike) -> dict[str, Any]:
+def _values(node: Leaf, slots: Slots, base: BaseLike) -> dict[str, Leaf]:
     if isinstance(slots, ValueSlots):
         return {"value": base if node is None else node.value}
     n = slots.slot_axis
@@ -130,14 +129,14 @@ def _values(node: Any, slots: Slots, base: BaseLike) -> dict[str, Any]:
     return values
 
 
-def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Any]:
+def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Leaf]:
     """Returns a, b and scale of an adapter with further parts, and its gain and shift.
 
     Factors are first filled up to the bank's rank, so that adapters of all ranks run the same
     compiled function.
     """
     most = slots.rank // (2 if node.start is not None else 1)
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Leaf] = {}
     for name, array in node.arrays.items():
         axis = rank_axis(node.axes_of(name), node.roles.labels(len(slots.shape)))
         arrays[name] = array
@@ -164,7 +163,9 @@ def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
     _factored_parts(_alike(node, slots, arrays, node.rank))
 
 
-def _alike(node: LoraWeight, slots: WeightSlots, arrays: Any, rank: int) -> LoraWeight:
+def _alike(
+    node: LoraWeight, slots: WeightSlots, arrays: Mapping[str, Leaf], rank: int
+) -> LoraWeight:
     """Returns a node over the slots' base that differs from others of its kind in arrays alone."""
     return node.replace(
         base=slots.base, arrays=arrays, ranks=(rank,), dropout=0.0, frozen=(), a_of=None

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ def add_slots(
     rules: Sequence[Rule],
     n_slots: int,
     *,
-    trace: Sequence[Any] | None = None,
+    trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> Tree:
     """Returns the base with empty slots in place of each leaf that the rules select.
@@ -50,15 +49,15 @@ def add_slots(
     return map_leaves(slots, params)
 
 
-def _abstract(params: Tree, trace: Sequence[Any] | None) -> tuple[Tree, Sequence[Any] | None]:
+def _abstract(params: Tree, trace: Sequence[object] | None) -> tuple[Tree, Sequence[object] | None]:
     """Returns a tree's shapes, and a trace whose arguments hold the very same shapes."""
-    twins: dict[int, Any] = {}
+    twins: dict[int, Leaf] = {}
     for _, leaf in flatten(params, is_base)[0]:
         if hasattr(leaf, "shape"):
             twins[id(leaf)] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
 
     def abstract(tree: Tree) -> Tree:
-        treedef: Any
+        treedef: jax.tree_util.PyTreeDef
         keyed, treedef = flatten(tree, is_base)
         return treedef.unflatten(twins.get(id(leaf), leaf) for _, leaf in keyed)
 
@@ -89,7 +88,7 @@ def write(
     return map_slots(lambda path, slots: slots.replace(arrays=new[path]), tree)
 
 
-def _beside(array: jax.Array, axis: int, value: Any) -> Any:
+def _beside(array: jax.Array, axis: int, value: Leaf) -> Leaf:
     """Returns a slot's value on the mesh as the slots are, if they are on one."""
     where = array.sharding
     if not isinstance(where, NamedSharding):

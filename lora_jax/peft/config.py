@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, JsonObject
 from lora_jax.folders import local_path
 from lora_jax.hf.fields import read_file
 from lora_jax.peft.errors import PeftError
@@ -16,7 +16,7 @@ KIND, OWN = "peft_type", "own"  # further entries of what `read_config` returns
 SWITCHES = {v.in_peft.field: v.option for v in VARIANTS if v.in_peft and v.in_peft.field}
 
 # The fields that change what an adapter computes, with PEFT's defaults.
-_HONOURED: dict[str, Any] = {
+_HONOURED: JsonObject = {
     "r": 8,
     "lora_alpha": 8,
     "target_modules": None,
@@ -49,14 +49,14 @@ REFUSED = (
     "alora_invocation_tokens arrow_config kasa_config layer_replication megatron_config "
     "monteclora_config use_bdlora use_qalora velora_config"
 ).split()
-UNUSED: tuple[Any, ...] = (None, False)
+UNUSED: tuple[object, ...] = (None, False)
 # On loading, an initialiser matters only if PEFT computes factors from the base again.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 DECOMPOSING_INITS = ("pissa", "olora")
 _REDRAWN_INITS = ("pissa_niter", "corda")
 
 
-def read_config(source: Any) -> dict[str, Any]:
+def read_config(source: Any) -> JsonObject:
     """Reads the fields of a PEFT configuration, fills in defaults, and checks values.
 
     Args:
@@ -75,7 +75,7 @@ def read_config(source: Any) -> dict[str, Any]:
     if kind not in ("LORA", *FORMS):
         kinds = " and ".join(("LORA", *FORMS))
         raise PeftError(f"{where}: peft_type is {kind!r}; only {kinds} are supported")
-    own: dict[str, Any] = {}
+    own: JsonObject = {}
     if kind in FORMS:
         fields, own = FORMS[kind].as_lora_fields(fields, where)
     problems = []
@@ -87,7 +87,7 @@ def read_config(source: Any) -> dict[str, Any]:
             problems.append(f"{name}={value!r} is not known")
     if problems:
         raise PeftError(f"{where}: {'; '.join(problems)}")
-    config = {name: fields.get(name, default) for name, default in _HONOURED.items()}
+    config: JsonObject = {name: fields.get(name, default) for name, default in _HONOURED.items()}
     config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config[name], set | frozenset | tuple):
@@ -96,7 +96,7 @@ def read_config(source: Any) -> dict[str, Any]:
     return config | {KIND: kind, OWN: own}
 
 
-def fields_of(source: Any) -> tuple[dict[str, Any], str]:
+def fields_of(source: Any) -> tuple[JsonObject, str]:
     """Reads the fields as they are, without defaults or checks.
 
     Args:
@@ -120,19 +120,20 @@ def fields_of(source: Any) -> tuple[dict[str, Any], str]:
 def _check_values(config: Fields, where: str) -> None:
     """Raises a PeftError that names each field with a value of the wrong kind."""
 
-    def number(value: Any, least: float) -> bool:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        return fits and least <= value < 1e6
+    def number(value: object, least: float) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        return least <= value < 1e6
 
-    def names(value: Any) -> bool:
+    def names(value: object) -> bool:
         return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
-    def pattern(value: Any, least: float) -> bool:
+    def pattern(value: object, least: float) -> bool:
         return isinstance(value, Mapping) and all(
             isinstance(key, str) and number(n, least) for key, n in value.items()
         )
 
-    def indices(value: Any) -> bool:
+    def indices(value: object) -> bool:
         return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
     layers = config["layers_to_transform"]

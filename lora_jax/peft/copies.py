@@ -1,10 +1,10 @@
 """Adds and removes tensors that PEFT writes twice: a tied head's, a saved module's biases."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from lora_jax.core.types import Leaf
 from lora_jax.core.weight import LoraWeight, TrainedRows
 from lora_jax.hf.keys import Row
 from lora_jax.peft.errors import PeftError
@@ -21,7 +21,7 @@ _PAIRS = (
 )
 
 
-def tied_heads(nodes: Mapping[str, Any], tied: Sequence[Row]) -> dict[str, list[str]]:
+def tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str, list[str]]:
     """Returns the heads that share a table's adapter or its trained value, by the table's name.
 
     Args:

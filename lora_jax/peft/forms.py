@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lora_jax.core.types import Fields, Leaf
+from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft import vera
 from lora_jax.peft.errors import PeftError
@@ -18,7 +18,7 @@ from lora_jax.variants.variant import Variant
 class FileAdapter(Protocol):
     """The adapter of a file: what its modules share, made once."""
 
-    def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Any]:
+    def arrays(self, node: LoraWeight, members: Sequence[Module]) -> JsonObject:
         """Returns the arrays of a weight beside its scale; None for one to take away.
 
         Args:
@@ -34,9 +34,7 @@ class PeftForm(Protocol):
     def VARIANT(self) -> Variant:  # noqa: N802
         """The variant of LoRA that it is."""
 
-    def read_file(
-        self, reader: Any, own: Mapping[str, Any], nodes: Sequence[LoraWeight]
-    ) -> FileAdapter:
+    def read_file(self, reader: Any, own: Fields, nodes: Sequence[LoraWeight]) -> FileAdapter:
         """Returns what a file holds.
 
         Args:
@@ -45,10 +43,10 @@ class PeftForm(Protocol):
           nodes: the adapted weights.
         """
 
-    def as_lora_fields(self, fields: Fields, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def as_lora_fields(self, fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
         """Returns the fields of a LoraConfig for the same modules, and those of the kind alone."""
 
-    def fields(self, config: Fields) -> dict[str, Any]:
+    def fields(self, config: Fields) -> JsonObject:
         """Returns the configuration for the modules that fields of a LoraConfig adapt."""
 
     def tensors_of(self, module: Module, node: LoraWeight) -> dict[str, np.ndarray]:

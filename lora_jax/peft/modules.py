@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 from lora_jax.core.types import Fields, Model
 from lora_jax.hf.keys import Kind, Row
@@ -20,6 +20,8 @@ _KINDS: dict[Kind, re.Pattern[str]] = {
 
 # PEFT ties adapters, and saves the weights beside them, of layers with these names alone.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+_Value = TypeVar("_Value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,7 @@ def rank_and_alpha(config: Fields, name: str) -> tuple[int, float]:
     return rank, pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
 
 
-def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, _Value] | None, name: str, default: _Value) -> _Value:
     """Looks a name up in rank_pattern or alpha_pattern; takes the first key that matches."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):

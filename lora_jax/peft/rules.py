@@ -11,7 +11,7 @@ import jax
 from jax.typing import DTypeLike
 
 from lora_jax import init
-from lora_jax.core.types import Fields, Model
+from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.keys import Row
 from lora_jax.peft.config import DECOMPOSING_INITS, KIND, SWITCHES, read_config
 from lora_jax.peft.errors import PeftError
@@ -40,7 +40,7 @@ def _drawn_both(key: jax.Array, shape: init.FactorShape, dtype: DTypeLike) -> in
 
 
 # The initialiser of each value of init_lora_weights.
-_INITIALISERS: dict[Any, init.Initialiser] = {
+_INITIALISERS: dict[object, init.Initialiser] = {
     True: init.kaiming,
     None: init.kaiming,
     False: _drawn_both,
@@ -57,7 +57,7 @@ _BEYOND_RULES = {
 }
 
 
-def rules(config: Any, model: Any = None) -> list[Rule]:
+def rules(config: Tree, model: Any = None) -> list[Rule]:
     """Translates a PEFT configuration into rules.
 
     Args:

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax.core.base import as_array
-from lora_jax.core.types import Leaf, Model, Tree
+from lora_jax.core.types import JsonObject, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.folders import TEMPLATE_FILE, check_free, local_path, new_folder
 from lora_jax.hf.keys import Row
@@ -114,7 +115,7 @@ def _takes_for_experts(model: Model) -> bool:
 
 def contents(
     model: Model, params: Tree, embedding_layers: bool = True
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[JsonObject, dict[str, np.ndarray]]:
     """Returns the fields of adapter_config.json and the tensors of an adapted tree.
 
     Args:
@@ -146,7 +147,7 @@ class _Contents:
         self,
         table: Sequence[Row],
         leaves: Mapping[str, Leaf],
-        nodes: Mapping[str, Any],
+        nodes: Mapping[str, Leaf],
         experts: Sequence[Expert],
         embedding_layers: bool,
     ) -> None:
@@ -179,7 +180,7 @@ class _Contents:
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
         return node.ranks[layer] if node.uses == module.uses else 0
 
-    def collect(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def collect(self) -> tuple[JsonObject, dict[str, np.ndarray]]:
         config = self._settings()
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
@@ -197,7 +198,7 @@ class _Contents:
             return self._form.fields(config), self._tensors | self._form.shared(self._lora)
         return config, add_heads(self._tensors, self._heads)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> JsonObject:
         """Returns the fields that PEFT has once for all adapted modules."""
         nodes = list(self._lora.values())
         found: dict[str, set[Any]] = {
@@ -255,13 +256,17 @@ class _Contents:
 
     @staticmethod
     def _factors(
-        a: Any, b: Any, node: LoraWeight, at: tuple[int, ...], rank: int
+        a: jax.Array | np.ndarray,
+        b: jax.Array | np.ndarray,
+        node: LoraWeight,
+        at: tuple[int, ...],
+        rank: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns A [r, in] and B [r, out] of one member of a stack, without padding."""
         a, b = (np.asarray(v[at] if at else v) for v in (a, b))
         return a.reshape(node.rank, -1)[:rank], b.reshape(node.rank, -1)[:rank]
 
-    def _write_experts(self, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    def _write_experts(self, ranks: dict[str, int], alphas: dict[str, float]) -> JsonObject:
         """Writes the tensors of experts, as PEFT packs them; adds their ranks and alphas."""
         if not self._experts:
             return {"target_parameters": None}
@@ -307,7 +312,7 @@ class _Contents:
     def _put(self, key: str, array: np.ndarray) -> None:
         self._tensors[key] = np.ascontiguousarray(array)
 
-    def _patterns(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    def _patterns(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> JsonObject:
         """Returns the fields on targets, ranks and alphas."""
         if not ranks:
             # PEFT has no adapter without a target; one that matches nothing is an error there.
@@ -330,7 +335,7 @@ class _Contents:
         clash = [n for n in others if n in ends or ends_with(n, ends)]
         return sorted(names) if clash else ends
 
-    def _write_trained(self) -> dict[str, Any]:
+    def _write_trained(self) -> JsonObject:
         """Writes trained biases, tokens and whole modules; returns their fields."""
         biases: list[str] = []
         whole: list[str] = []

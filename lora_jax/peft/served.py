@@ -10,12 +10,12 @@ experts it needs every projection of each, so that zeros stand for those that ar
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lora_jax.core.magnitude import wide
-from lora_jax.core.types import Fields, Model
+from lora_jax.core.types import Fields, JsonObject, Model
 from lora_jax.models.decoder.keys import has_fused_experts
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import (
@@ -52,7 +52,7 @@ _ByName = dict[str, _Factors]  # by the name of a module, which the keys begin w
 
 def as_served(
     fields: Fields, tensors: Mapping[str, np.ndarray], model: Model
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[JsonObject, dict[str, np.ndarray]]:
     """Returns an adapter's fields and tensors in the layout that serving engines read.
 
     Args:
@@ -76,7 +76,7 @@ def as_served(
                 a, b = out.pop(key), out.pop(stem + end_b)
                 scale = _scale(fields, stem.removeprefix(PREFIX))
                 found[key, stem + end_b] = _scaled(a[None], b.T[None], scale)
-    changes: dict[str, Any] = {}
+    changes: JsonObject = {}
     if chosen:
         of_names, changes = _experts(fields, tensors, chosen, model)
         found |= {
@@ -91,8 +91,8 @@ def as_served(
 
 
 def _experts(
-    fields: Fields, tensors: Mapping[str, np.ndarray], chosen: Sequence[Expert], model: Any
-) -> tuple[_ByName, dict[str, Any]]:
+    fields: Fields, tensors: Mapping[str, np.ndarray], chosen: Sequence[Expert], model: Model
+) -> tuple[_ByName, JsonObject]:
     """Returns the factors of experts and routers by their modules, and the fields on targets."""
     config = model.config
     joined, n, depth = has_fused_experts(config), config.num_experts, config.num_hidden_layers

@@ -6,14 +6,15 @@ written into ``vera_lambda_b``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.magnitude import wide
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module
@@ -27,7 +28,7 @@ _OWN = {"projection_prng_key": 0, "save_projection": True}  # with PEFT's defaul
 _WITHOUT_EFFECT = ("d_initial", "init_weights")  # on an adapter that is loaded
 
 
-def as_lora_fields(fields: Fields, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
     """Returns the fields of a LoraConfig that adapts the same modules, and those of VeRA alone.
 
     Args:
@@ -53,7 +54,7 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[dict[str, Any], dict[str
     return found, own
 
 
-def fields(config: Fields) -> dict[str, Any]:
+def fields(config: Fields) -> JsonObject:
     """Returns a VeraConfig for the modules that fields of a LoraConfig adapt.
 
     Raises:
@@ -139,7 +140,7 @@ def _keys(module: Module) -> tuple[str, str]:
 class SharedPair:
     """The pair that the weights of a file share, each of its arrays made once."""
 
-    def __init__(self, reader: Any, own: Mapping[str, Any], nodes: Sequence[LoraWeight]) -> None:
+    def __init__(self, reader: Any, own: Fields, nodes: Sequence[LoraWeight]) -> None:
         """Args:
         reader: reader of the file's tensors.
         own: the fields of VeRA alone; see `as_lora_fields`.
@@ -157,9 +158,9 @@ class SharedPair:
             if reader.has(KEY_A):  # as PEFT does, with a warning
                 reader.take(KEY_A, a.shape), reader.take(KEY_B, b.shape)
         self._reader, self._matrices = reader, {"shared_a": a, "shared_b": b.T}
-        self._made: dict[Any, Any] = {}
+        self._made: dict[Hashable, jax.Array] = {}
 
-    def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Any]:
+    def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Leaf]:
         """Returns the pair of a weight, and lambda_d and lambda_b: 0 where a layer isn't adapted.
 
         Args:
@@ -177,7 +178,7 @@ class SharedPair:
         pair = {name: self._part(node, name) for name in self._matrices}
         return {"seed": None, **pair, **vectors}
 
-    def _part(self, node: LoraWeight, name: str) -> Any:
+    def _part(self, node: LoraWeight, name: str) -> jax.Array:
         shape, dtype = node.shape_of(name), np.dtype(wide(node.dtype))
         key = (name, shape, dtype)
         if key not in self._made:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,11 @@ from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed
 from lora_jax.core.base import as_array
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
-from lora_jax.core.types import BaseLike, Tree
+from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, map_leaves
 from lora_jax.lorafy import nodes_of
 
-_Terms = Mapping[int, Any]  # nodes of one path, by the index of their tree
+_Terms = Mapping[int, Leaf]  # nodes of one path, by the index of their tree
 
 
 def combine(
@@ -173,7 +172,7 @@ def _check_terms(
     path: str,
     terms: _Terms,
     how: CombineMethod,
-    earlier: Mapping[str, Any],
+    earlier: Mapping[str, Leaf],
     weights: Sequence[float],
 ) -> None:
     """Raises a ValueError where the nodes of one path have no sum."""
@@ -266,9 +265,9 @@ def _is_kept(values: Sequence[jax.Array], weights: Sequence[float]) -> bool:
     return same and math.isclose(sum(weights), 1.0, abs_tol=1e-9)
 
 
-def _sum_values(nodes: Sequence[Any], weights: np.ndarray, before: BaseLike) -> Node:
+def _sum_values(nodes: Sequence[Leaf], weights: np.ndarray, before: BaseLike) -> Node:
     """Returns the sum of leaves that train in full or in some rows: v₀ + Σ wᵢ(vᵢ − v₀)."""
-    first: Any = nodes[0]
+    first: Leaf = nodes[0]
     if before is None:
         copied: Node = first.replace(value=jnp.array(first.value, copy=True))
         return copied

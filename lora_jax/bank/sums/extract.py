@@ -5,7 +5,6 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     keep_rest: bool = False,
-    trace: Sequence[Any] | None = None,
+    trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> tuple[Tree, Extraction]:
     """Returns `before` with an adapter for what full fine-tuning has changed, and what is lost.
@@ -229,7 +228,7 @@ def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
 
 @functools.partial(jax.jit, static_argnames="labels")
 def _decomposed(
-    before: BaseLike, after: BaseLike, layer: Any, labels: tuple[Label, ...]
+    before: BaseLike, after: BaseLike, layer: jax.Array | int, labels: tuple[Label, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns A [batch…, k, in], B [batch…, k, out] and singular values S [batch…, k] of a change.
 

@@ -1,7 +1,6 @@
 """Factors of low rank: the best approximation of a matrix, and stacks of several ranks."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.core.parts import filled
+from lora_jax.core.types import Tree
 from lora_jax.core.weight import LoraWeight
 
 Factors = tuple[jax.Array, jax.Array]  # A [batch…, r, in] and B [batch…, r, out]
@@ -40,7 +40,7 @@ def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
     return map_batch(nearest, (a, b), a.ndim - 2)
 
 
-def map_batch(fn: Callable[[Any], Factors], arrays: Any, n_batch: int) -> Factors:
+def map_batch(fn: Callable[[Tree], Factors], arrays: Tree, n_batch: int) -> Factors:
     """Returns what a function returns for each index of the batch axes, one after the other.
 
     Args:

@@ -1,7 +1,6 @@
 """The base that several adapted trees share, checked before any work."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from lora_jax.core.base import is_abstract
 from lora_jax.core.types import Leaf, Tree
@@ -24,7 +23,7 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
     """
     found = {name: dict(leaves_of(tree)[0]) for name, tree in trees.items()}
     first = next(iter(found))
-    base: dict[str, Any] = {}
+    base: dict[str, Leaf] = {}
     owner: dict[str, str] = {}
     for name, leaves in found.items():
         if list(leaves) != list(found[first]):
@@ -33,7 +32,7 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
                 f"{what}: {first} and {name} have different leaves, {only[:3]} among them: the "
                 "trees are to be adapted trees of one base"
             )
-        unlike: dict[str, Any] = {}
+        unlike: dict[str, Leaf] = {}
         for path, leaf in leaves.items():
             mine, here = (x.base if is_node(x) else x for x in (found[first][path], leaf))
             shapes = [getattr(x, "shape", None) for x in (mine, here)]

@@ -8,11 +8,12 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
+from lora_jax.core.types import Forward
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import Dropped
 from lora_jax.training.loop import Stopped
 
-Metrics = Mapping[str, Any]
+Metrics = Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def side_by_side(
     endings: dict[str, RunEnding] = {}
     numbers: dict[str, int] = {}
 
-    def advance(name: str, work: Callable[..., Any], *args: Any) -> Any:
+    def advance(name: str, work: Forward, *args: object) -> Any:
         """Returns what a run's part of a turn gives; None where the run has ended."""
         try:
             return work(*args)
@@ -77,7 +78,7 @@ def side_by_side(
         ended(name, endings[name])
         return None
 
-    def take_turn(name: str, sent: Any) -> None:
+    def take_turn(name: str, sent: tuple[Metrics, int] | None) -> None:
         """Sends a run what its last turn gave, None at first, and notes the number of its next."""
         number = advance(name, runs[name].turns.send, sent)
         if number is not None:

@@ -5,7 +5,6 @@ Slots stand where those of a bank stand, so that a mixed batch reads the arrays 
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from lora_jax.bank.together.stacked import (
 )
 from lora_jax.bank.together.tenants import StackKind, Tenant
 from lora_jax.core.types import ArrayBatch, BaseLike, Leaf, Shaped, Tree
-from lora_jax.core.weight import LoraWeight, Trained, map_leaves
+from lora_jax.core.weight import LoraWeight, Node, Trained, map_leaves
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
 
@@ -62,7 +61,7 @@ class Stack:
         shapes, self._axes, self._where = form_of(kind, like)
         self.state, self.fixed = self._empty(slots, shapes)
         self._forget_choices()
-        sizes: Any = ((slots, 0), (slots,), (slots,))
+        sizes: Sequence[tuple[int, ...]] = ((slots, 0), (slots,), (slots,))
         self._numbers = TenantNumbers(*(np.zeros(size, np.float32) for size in sizes))
         self._steps = compiled_steps(kind, forward, self._axes, self._where, compiler_options)
         self.names += [None] * slots
@@ -154,7 +153,7 @@ class Stack:
         Returns:
           The metrics of each adapter, by name; see `lora_jax.training.make_step`.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, Tree] = {}
         if len(calls) == 1:
             (batches,) = calls
             self.state, metrics = self._steps.step_all(
@@ -183,12 +182,14 @@ class Stack:
         """
         names = [name for name in self.names if name is not None]
         arguments = self._arguments(base, dict.fromkeys(names, batch))
-        memory: Any = self._steps.step_all.lower(self.state, *arguments).compile().memory_analysis()
+        memory: Tree = (
+            self._steps.step_all.lower(self.state, *arguments).compile().memory_analysis()
+        )
         state: int = sum(x.nbytes for x in jax.tree.leaves(self.state))
         temporaries: int = memory.temp_size_in_bytes
         return state + temporaries
 
-    def _arguments(self, base: Tree, batches: Mapping[str, ArrayBatch]) -> tuple[Any, ...]:
+    def _arguments(self, base: Tree, batches: Mapping[str, ArrayBatch]) -> tuple[Tree, ...]:
         """Returns the arguments of the step of all slots after the state."""
         active = np.array([name in batches for name in self.names])
         blank = jax.tree.map(np.zeros_like, next(iter(batches.values())))
@@ -237,7 +238,7 @@ def _empty(n: int, one: Shaped, axis: int) -> jax.Array:
     return jnp.zeros(shape, one.dtype)
 
 
-def _slots(shell: Any, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Tree:
+def _slots(shell: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Tree:
     """Returns the slots of one weight, less the base's."""
     if isinstance(shell, Trained):
         return ValueSlots({"value": arrays["value"]}, base=base)

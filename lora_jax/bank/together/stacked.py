@@ -7,8 +7,8 @@ one slot, where batches of other shapes are not to be filled up.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.together.tenants import Arrays, StackKind, Tenant, arrays_of, replace_arrays
-from lora_jax.core.types import Adapter, Batch, Leaf, Tree
+from lora_jax.core.aliases import KeyPath
+from lora_jax.core.types import Adapter, Batch, Leaf, Shaped, Tree
 from lora_jax.core.weight import map_leaves
 from lora_jax.lorafy import nodes_of, split, strip
 from lora_jax.training.losses import Logits, Sums
@@ -35,9 +36,9 @@ class TenantNumbers(NamedTuple):
       weight_decay, grad_clip: [] fp32.
     """
 
-    rates: Any
-    weight_decay: Any
-    grad_clip: Any
+    rates: Leaf
+    weight_decay: Leaf
+    grad_clip: Leaf
 
 
 def traced_step(
@@ -63,13 +64,13 @@ def traced_step(
     shapes, axes, where = form_of(kind, like)
     places = jax.tree.map(lambda _: None, shapes) if where is None else where
 
-    def stacked(one: Any, axis: int, place: Any) -> jax.ShapeDtypeStruct:
+    def stacked(one: Shaped, axis: int, place: NamedSharding | None) -> jax.ShapeDtypeStruct:
         shape = (*one.shape[:axis], slots, *one.shape[axis:])
         return jax.ShapeDtypeStruct(shape, one.dtype, sharding=place)
 
     is_none = lambda x: x is None  # noqa: E731
     state, fixed = jax.tree.map(stacked, shapes, axes, places, is_leaf=is_none)
-    sizes: Any = ((slots, UPDATES), (slots,), (slots,))
+    sizes: Sequence[tuple[int, ...]] = ((slots, UPDATES), (slots,), (slots,))
     numbers = TenantNumbers(*(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
     active = jax.ShapeDtypeStruct((slots,), np.bool_)
     steps = compiled_steps(kind, forward, axes, where, compiler_options)
@@ -107,8 +108,10 @@ def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
     }
     if tenant.state is None:
         return init_state(adapter, optimizer, tenant.key), fixed
-    begun: Any = jax.eval_shape(lambda a: init_state(a, optimizer, tenant.key), adapter)
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (tenant.state, begun)]
+    begun: State = jax.eval_shape(lambda a: init_state(a, optimizer, tenant.key), adapter)
+    structures: list[jax.tree_util.PyTreeDef] = [
+        jax.tree.structure(tree) for tree in (tenant.state, begun)
+    ]
     if structures[0] != structures[1]:
         raise ValueError(
             "Tenant: the state to go on from is of another adapter or optimiser: give the params "
@@ -123,7 +126,7 @@ def form_of(kind: StackKind, like: Tenant) -> tuple[Tree, Tree, Tree]:
     def content(params: Tree, key: jax.Array) -> tuple[State, Arrays]:
         return content_of(kind, dataclasses.replace(like, params=params, key=key))
 
-    shapes: Any = jax.eval_shape(content, like.params, like.key)
+    shapes: tuple[State, Arrays] = jax.eval_shape(content, like.params, like.key)
     state, fixed = shapes
     of_fixed = {p: {name: kind.slot_axis(p, name) for name in own} for p, own in fixed.items()}
     axes = _axes(kind, state), of_fixed
@@ -136,7 +139,7 @@ def _axes(kind: StackKind, state: State) -> Tree:
     An optimiser's arrays have it where the adapter's have it, if they have their shapes.
     """
 
-    def slot_axis(keys: Any, array: Any) -> int:
+    def slot_axis(keys: KeyPath, array: Shaped) -> int:
         path, parameter = _array_at(state.adapter, keys)
         if parameter is None or parameter.shape != array.shape:
             return 0
@@ -145,7 +148,7 @@ def _axes(kind: StackKind, state: State) -> Tree:
     return jax.tree_util.tree_map_with_path(slot_axis, state)
 
 
-def _array_at(arrays: Mapping[str, Mapping[str, Any]], keys: Any) -> tuple[str, Any]:
+def _array_at(arrays: Mapping[str, Mapping[str, Leaf]], keys: KeyPath) -> tuple[str, Leaf]:
     """Returns the path that a key path ends with, and the array there: a weight's, or None."""
     path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
     return path, arrays.get(path, {}).get(name)
@@ -167,9 +170,9 @@ def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
     if not meshes:
         return None
 
-    def sharding(keys: Any, shape: Any, axis: int) -> NamedSharding:
+    def sharding(keys: KeyPath, shape: Shaped, axis: int) -> NamedSharding:
         _, array = _array_at(arrays, keys)
-        spec: list[Any] = []
+        spec: list[str | tuple[str, ...] | None] = []
         if array is not None and array.shape == shape.shape:
             spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
             spec.insert(axis, None)
@@ -188,8 +191,8 @@ class StackSteps(NamedTuple):
       of_one: ``(state, fixed, numbers, base, slot, batch) -> (state, metrics)``, with one batch.
     """
 
-    step_all: Any
-    step_one: Any
+    step_all: jax.stages.Wrapped
+    step_one: jax.stages.Wrapped
 
 
 def compiled_steps(
@@ -232,7 +235,7 @@ def compiled_steps(
         one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
         mine: TenantNumbers = jax.tree.map(lambda x: x[slot], numbers)
 
-        def schedule(count: jax.Array) -> Any:
+        def schedule(count: jax.Array) -> Leaf:
             return mine.rates[jnp.minimum(count, mine.rates.shape[0] - 1)]
 
         whole = tree_of(kind, base, one.adapter, own)

@@ -1,21 +1,21 @@
 """Adapters that train beside others: what each brings along, and what a stack has in common."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from lora_jax.core.types import BaseLike, Tree
+from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.losses import CROSS_ENTROPY, Loss
 from lora_jax.training.optimizer import has_dropout, make_optimizer
 from lora_jax.training.step import State
 
-Arrays = dict[str, dict[str, Any]]  # by path and name
+Arrays = dict[str, dict[str, Leaf]]  # by path and name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class StackKind:
         )
 
     def make_optimizer(
-        self, schedule: optax.Schedule, params: Tree, weight_decay: Any, grad_clip: Any
+        self, schedule: optax.Schedule, params: Tree, weight_decay: Leaf, grad_clip: Leaf
     ) -> optax.GradientTransformation:
         """Returns the optimiser of one adapter; its numbers may be tracers."""
         return make_optimizer(
@@ -137,7 +137,7 @@ class StackKind:
         return ndim - len(shell.roles.in_axes) - len(shell.roles.out_axes)
 
 
-def arrays_of(node: Node) -> dict[str, Any]:
+def arrays_of(node: Node) -> dict[str, Leaf]:
     """Returns the arrays of a node beside W."""
     return node.arrays if isinstance(node, LoraWeight) else node.parts()
 
@@ -150,9 +150,9 @@ def replace_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) 
     return Trained(value) if isinstance(node, Trained) else node.replace(base=base, value=value)
 
 
-def _form(node: Node) -> tuple[Any, ...]:
+def _form(node: Node) -> tuple[Hashable, ...]:
     """Returns the kind of a node, its structure, its number of axes and its arrays' shapes."""
-    static: tuple[Any, ...] = ()
+    static: tuple[Hashable, ...] = ()
     if isinstance(node, LoraWeight):
         static = (node.roles, node.ranks, node.dropout, node.extras, node.frozen, node.uses)
     elif isinstance(node, TrainedRows):
