@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from lora_jax.core.types import Forward
+from lora_jax.core.types import Forward, Leaf
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import Dropped
 from lora_jax.training.loop import Stopped
 
-Metrics = Mapping[str, float]
+Metrics = Mapping[str, Leaf]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
