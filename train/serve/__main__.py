@@ -57,8 +57,8 @@ def run(options: ServeOptions) -> None:
       UserError: something that was asked for cannot be done: before weights are read.
     """
     keys = check(options)
-    if said := keep_compiled(options.compilation_cache):
-        say(said)
+    if notice := keep_compiled(options.compilation_cache):
+        say(notice)
     outline = read_model_info(options.model, options.tokenizer).quantized(options.quantize)
     outline = outline.with_template(options.chat_template)
     if isinstance(outline.config, models.EncoderConfig):
@@ -125,9 +125,9 @@ def _output(options: ServeOptions, held: ExitStack) -> Path:
       UserError: another one does, or the folder is none of a server's.
     """
     folder = Path(options.output).expanduser()
-    there = folder.iterdir() if folder.exists() else ()
-    found = [path for path in there if path.name != LOCK]  # a killed server leaves its own
-    if found and not (folder / _LEDGER).exists():
+    paths = folder.iterdir() if folder.exists() else ()
+    contents = [path for path in paths if path.name != LOCK]  # a killed server leaves its own
+    if contents and not (folder / _LEDGER).exists():
         raise UserError(
             f"--output {options.output} holds something else than a server's {_LEDGER}: name "
             "another folder"
@@ -138,9 +138,9 @@ def _output(options: ServeOptions, held: ExitStack) -> Path:
     except TrainingError as error:
         raise UserError(f"--output {options.output}: {error}") from None
     if options.fresh:
-        for path in found:
+        for path in contents:
             (shutil.rmtree if path.is_dir() else Path.unlink)(path)
-    elif found:
+    elif contents:
         say(f"goes on with what {folder} holds (--fresh deletes it)")
     return folder
 

@@ -286,13 +286,13 @@ class ServedBase:
 
     def _fill_rank(self, arrays: Mapping[str, np.ndarray], moment: str) -> Factors:
         """Returns factors in the form of all adapters, from those at their own rank."""
-        found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.none.factors)
-        for path, parts in found.items():
+        factors = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.none.factors)
+        for path, parts in factors.items():
             for name, whole in parts.items():
                 mine = arrays.get(f"{moment}|{path}|{name}")
                 if mine is not None:
                     whole[tuple(map(slice, mine.shape))] = mine
-        return self._place(found)
+        return self._place(factors)
 
     def _spec_of(self, nodes: Nodes) -> AdapterSpec:
         """Returns the description of an adapter from elsewhere."""

@@ -80,8 +80,8 @@ class AdapterCache:
     def find(self, name: str) -> Adapter:
         """Returns an adapter; raises a RequestError if there is none of this name."""
         if name not in self._folders:
-            there = ", ".join(self) or "none"
-            raise RequestError(f"there is no adapter {name!r}; there are {there}")
+            names = ", ".join(self) or "none"
+            raise RequestError(f"there is no adapter {name!r}; there are {names}")
         folder, adapter = self._folders[name], self._there.get(name)
         if adapter is None:
             assert folder is not None
@@ -159,8 +159,8 @@ class CommandRunner:
             for row, place in enumerate(part.at):
                 targets = request.data[place].inputs["target_tokens"]
                 n, k = len(targets), 1 if targets.ndim == 1 else targets.shape[1]
-                found = p[row, :n, :k]
-                logps[place] = found[:, 0] if targets.ndim == 1 else found
+                row_logps = p[row, :n, :k]
+                logps[place] = row_logps[:, 0] if targets.ndim == 1 else row_logps
             self.trained_tokens += sum(len(request.data[i].tokens) for i in part.at)
             yield
         finite = np.isfinite(total) and (grads is None or self._trainer.is_finite(grads))

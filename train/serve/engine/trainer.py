@@ -130,8 +130,8 @@ class Trainer:
     ) -> tuple[Factors, float, np.ndarray]:
         """Returns the gradient so far, the part's loss and its log-probabilities."""
         inputs = self._inputs(adapter, request, part)
-        loss, p, found = self._gradient(adapter.factors, inputs)
-        grads = found if total is None else self._add(total, found)
+        loss, p, grads_of_part = self._gradient(adapter.factors, inputs)
+        grads = grads_of_part if total is None else self._add(total, grads_of_part)
         return grads, float(loss), np.asarray(p)
 
     def loss(
@@ -171,23 +171,23 @@ class Trainer:
             inputs = self._inputs(adapter, request, part)
             _, p, likely = self._scores(adapter.factors, inputs, with_top)
             if with_top:
-                ids, logps = likely
+                ids, top_logps = likely
             scores.append(np.asarray(p)[0, :n, : columns.shape[1]])
-        found = np.concatenate(scores, axis=1)
-        own = np.append(np.float32(np.nan), found[:, 0])
-        asked = None if targets is None else np.where(targets < 0, np.float32(0), found[:, 1:])
+        logps = np.concatenate(scores, axis=1)
+        own = np.append(np.float32(np.nan), logps[:, 0])
+        asked = None if targets is None else np.where(targets < 0, np.float32(0), logps[:, 1:])
         if not top:
             return own, None, asked
         none = (np.zeros((1, top), np.int32), np.full((1, top), _EMPTY, np.float32))
         both = [
             np.concatenate([empty, np.asarray(x)[0, :n, :top]])
-            for empty, x in zip(none, (ids, logps), strict=True)
+            for empty, x in zip(none, (ids, top_logps), strict=True)
         ]
         return own, Top(*both), asked
 
-    def add(self, one: Factors | None, other: Factors) -> Factors:
+    def add(self, total: Factors | None, grads: Factors) -> Factors:
         """Returns the sum of two gradients."""
-        return other if one is None else self._add(one, other)
+        return grads if total is None else self._add(total, grads)
 
     def is_finite(self, factors: Factors) -> bool:
         """Returns True if all numbers are finite, and so is the norm, by which updates clip."""

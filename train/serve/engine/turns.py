@@ -26,22 +26,22 @@ class TurnOrder:
 
     def enter(self, path: TurnPath) -> None:
         """Lets somebody in."""
-        for each in levels(path):
-            if not self._users[each]:
+        for level in levels(path):
+            if not self._users[level]:
                 self._now += 1
-                self._last[each] = self._now
-                self._children[each[:-1]] += 1
-            self._users[each] += 1
+                self._last[level] = self._now
+                self._children[level[:-1]] += 1
+            self._users[level] += 1
 
     def leave(self, path: TurnPath) -> None:
         """Lets somebody out who entered."""
-        for each in levels(path):
-            self._users[each] -= 1
-            if not self._users[each]:
-                del self._users[each], self._last[each]
-                self._children[each[:-1]] -= 1
-                if not self._children[each[:-1]]:
-                    del self._children[each[:-1]]
+        for level in levels(path):
+            self._users[level] -= 1
+            if not self._users[level]:
+                del self._users[level], self._last[level]
+                self._children[level[:-1]] -= 1
+                if not self._children[level[:-1]]:
+                    del self._children[level[:-1]]
 
     def note(self, paths: Iterable[TurnPath]) -> None:
         """Notes a turn that some had at once."""
@@ -59,7 +59,7 @@ class TurnOrder:
 
     def order(self, path: TurnPath) -> tuple[int, ...]:
         """Returns a key to sort by: the least is next."""
-        return tuple(self._last[each] for each in levels(path))
+        return tuple(self._last[level] for level in levels(path))
 
     def has_others(self, path: TurnPath) -> bool:
         """Returns True if anybody else is there at the last level of a path."""
@@ -84,9 +84,9 @@ class TurnOrder:
         for depth in range(1, PARTY + 1):
             mine, rivals, own = path[:depth], dict[TurnPath, list[Place]](), 0
             for place, holders in held.items():
-                there = {holder[:depth] for holder in holders}
-                own += mine in there
-                if len(there) == 1 and (other := next(iter(there))) != mine:
+                parties_there = {holder[:depth] for holder in holders}
+                own += mine in parties_there
+                if len(parties_there) == 1 and (other := next(iter(parties_there))) != mine:
                     if other[:-1] == mine[:-1]:
                         rivals.setdefault(other, []).append(place)
             if not rivals:

@@ -45,11 +45,11 @@ class StartProgress:
 
     def refusal(self) -> HttpError:
         """Returns the answer to requests that come too early."""
-        far = f"{self.compiled} of {self.parts} parts are compiled"
-        said = far if self.parts else "the weights are being loaded"
+        count = f"{self.compiled} of {self.parts} parts are compiled"
+        progress = count if self.parts else "the weights are being loaded"
         return HttpError(
             503,
-            f"the server starts: {said}; ask again",
+            f"the server starts: {progress}; ask again",
             headers={"Retry-After": _AGAIN},
             more={"starting": dataclasses.asdict(self)},
         )
@@ -82,11 +82,11 @@ class Access:
             return LOCAL
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         given = bearer.strip() if scheme.lower() == "bearer" else ""
-        digest, found = _digest(request.headers.get("x-api-key", given)), None
+        digest, owner = _digest(request.headers.get("x-api-key", given)), None
         for known, name in self._owners:  # all of them: the time tells nothing
             if hmac.compare_digest(known, digest):
-                found = name
-        return found
+                owner = name
+        return owner
 
 
 def _digest(key: str) -> bytes:

@@ -44,8 +44,8 @@ class HttpError(Exception):
         """The JSON of the answer."""
         server = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _TYPES.get(self.status, server)
-        said = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": said, **self.more}
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error, **self.more}
 
 
 def json_response(
@@ -72,8 +72,8 @@ async def handle(request: Request, error: Exception) -> Response:
     """Answers an error; an exception handler of Starlette's."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
-    found = as_http_error(error)
-    return json_response(found.content, found.status, found.headers)
+    answer = as_http_error(error)
+    return json_response(answer.content, answer.status, answer.headers)
 
 
 _KINDS = (HttpError, RequestError, HTTPException, RecursionError, ClientDisconnect, Exception)

@@ -92,7 +92,7 @@ class StatusRoutes:
         status, facts = self._engine.status(), self._engine.facts
         numbers = {name: getattr(status, name) for name in (*_COUNTERS, *_GAUGES)}
         numbers |= {"model": facts.model, "sequences": facts.sequences, "slots": facts.slots}
-        tenants = {n: one for n, one in self._list().items() if self._owns(owner, n)}
+        tenants = {name: tenant for name, tenant in self._list().items() if self._owns(owner, name)}
         return numbers, tenants
 
     async def _json(self, request: Request) -> Response:
@@ -100,20 +100,20 @@ class StatusRoutes:
         names = await run_in_threadpool(
             lambda: {name: self._display_name(name) for name in tenants}
         )
-        told = {
+        shown = {
             name: {
                 "name": names[name],
-                "rank": one.spec.rank,
-                "losses": [[step, _number(loss)] for step, loss in one.losses],
-                "owner": one.client.owner,
-                "session": one.client.session,
-                "used": one.used,
-                "parked": one.parked,
-                **{field: getattr(one, field) for field in _OF_TENANTS},
+                "rank": tenant.spec.rank,
+                "losses": [[step, _number(loss)] for step, loss in tenant.losses],
+                "owner": tenant.client.owner,
+                "session": tenant.client.session,
+                "used": tenant.used,
+                "parked": tenant.parked,
+                **{field: getattr(tenant, field) for field in _OF_TENANTS},
             }
-            for name, one in tenants.items()
+            for name, tenant in tenants.items()
         }
-        return json_response({**numbers, "tenants": told})
+        return json_response({**numbers, "tenants": shown})
 
     async def _metrics(self, request: Request) -> Response:
         numbers, tenants = await run_in_threadpool(self._seen, owner_of(request))

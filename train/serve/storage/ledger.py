@@ -99,9 +99,9 @@ class Ledger:
             sql = "update sessions set ended = ? where id = ? and ended is null"
             self._all(sql, self._clock(), session)
             which = "from samplers where session = ? and path is null and folder is not null"
-            found = self._all(f"select * {which}", session)
+            samplers = self._all(f"select * {which}", session)
             self._all(f"delete {which}", session)
-        return found
+        return samplers
 
     # Models, the tenants
 
@@ -180,9 +180,9 @@ class Ledger:
         with self.transaction():
             self._insert("commands", values)
             self._all("update models set used = ? where id = ?", now, model)
-            found = self.command(model, seq)
-        assert found is not None
-        return found
+            row = self.command(model, seq)
+        assert row is not None
+        return row
 
     def command(self, model: str, seq: int) -> Row | None:
         """Returns a command, or None."""

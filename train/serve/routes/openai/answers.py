@@ -83,30 +83,34 @@ def echo_prompt(
     for i, token in enumerate(sample.prompt):
         known = logprobs is not None and i > 0 and not np.isnan(logprobs[i])
         likely = zip(top.ids[i], top.logprobs[i], strict=True) if known and top else None
-        said = text.add(
+        shown = text.add(
             token, finite(logprobs[i]) if known and logprobs is not None else None, likely
         )
-        parts.text, parts.entries = parts.text + said[0], parts.entries + said[1]
-    said = text.end()
-    return AnswerPart(parts.text + said[0], [], parts.entries + said[1])
+        parts.text, parts.entries = parts.text + shown[0], parts.entries + shown[1]
+    shown = text.end()
+    return AnswerPart(parts.text + shown[0], [], parts.entries + shown[1])
 
 
 def join(first: AnswerPart, then: AnswerPart) -> AnswerPart:
     """Returns a completion with its prompt before it."""
-    moved = [dataclasses.replace(one, start=one.start + len(first.text)) for one in then.entries]
+    moved = [
+        dataclasses.replace(entry, start=entry.start + len(first.text)) for entry in then.entries
+    ]
     return AnswerPart(first.text + then.text, then.calls, first.entries + moved, then.finish)
 
 
 def usage_of(samples: Sequence[SampleRequest], drawn: Iterable[SampleResult]) -> JsonObject:
     """Returns the numbers of tokens of a request."""
-    found = [*drawn]
-    asked = sum(len(sample.prompt) for sample in samples)
-    said = sum(len(completion.tokens) for one in found for completion in one.completions)
+    results = [*drawn]
+    prompted = sum(len(sample.prompt) for sample in samples)
+    completed = sum(
+        len(completion.tokens) for result in results for completion in result.completions
+    )
     return {
-        "prompt_tokens": asked,
-        "completion_tokens": said,
-        "total_tokens": asked + said,
-        "prompt_tokens_details": {"cached_tokens": sum(one.cached for one in found)},
+        "prompt_tokens": prompted,
+        "completion_tokens": completed,
+        "total_tokens": prompted + completed,
+        "prompt_tokens_details": {"cached_tokens": sum(result.cached for result in results)},
     }
 
 
@@ -123,32 +127,35 @@ class ChatForm:
     logprobs: bool
     prefix, whole_kind, part_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, index: int, said: AnswerPart) -> JsonObject:
+    def whole(self, index: int, part: AnswerPart) -> JsonObject:
         """Returns a choice."""
-        message: JsonObject = {"role": "assistant", "content": said.text, "refusal": None}
-        if said.calls:
-            calls = [{k: v for k, v in call.items() if k != "index"} for call in said.calls]
-            message |= {"content": said.text or None, "tool_calls": calls}
-        return self._choice(index, {"message": message}, said)
+        message: JsonObject = {"role": "assistant", "content": part.text, "refusal": None}
+        if part.calls:
+            calls = [{k: v for k, v in call.items() if k != "index"} for call in part.calls]
+            message |= {"content": part.text or None, "tool_calls": calls}
+        return self._choice(index, {"message": message}, part)
 
     def begin(self, index: int) -> JsonObject:
         """Returns the choice of the first event."""
         return self._choice(index, {"delta": {"role": "assistant", "content": ""}}, AnswerPart())
 
-    def part(self, index: int, said: AnswerPart) -> JsonObject:
+    def part(self, index: int, part: AnswerPart) -> JsonObject:
         """Returns the choice of an event."""
-        delta: JsonObject = {"content": said.text} if said.text else {}
-        if said.calls:
-            delta["tool_calls"] = said.calls
-        return self._choice(index, {"delta": delta}, said)
+        delta: JsonObject = {"content": part.text} if part.text else {}
+        if part.calls:
+            delta["tool_calls"] = part.calls
+        return self._choice(index, {"delta": delta}, part)
 
-    def _choice(self, index: int, content: JsonObject, said: AnswerPart) -> JsonObject:
-        told = {"content": [self._entry(one) for one in said.entries], "refusal": None}
-        logprobs = told if self.logprobs and (said.entries or said.finish) else None
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": said.finish}
+    def _choice(self, index: int, content: JsonObject, part: AnswerPart) -> JsonObject:
+        content_logprobs = {
+            "content": [self._entry(item) for item in part.entries],
+            "refusal": None,
+        }
+        logprobs = content_logprobs if self.logprobs and (part.entries or part.finish) else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": part.finish}
 
     def _entry(self, entry: TokenEntry) -> JsonObject:
-        likely = [self._token(*one) for one in entry.top or ()]
+        likely = [self._token(*item) for item in entry.top or ()]
         return {**self._token(entry.token, entry.logprob), "top_logprobs": likely}
 
     def _token(self, token: int, logprob: float | None) -> JsonObject:
@@ -170,11 +177,11 @@ class TextForm:
     top: int | None
     prefix, whole_kind, part_kind = "cmpl-", "text_completion", "text_completion"
 
-    def whole(self, index: int, said: AnswerPart) -> JsonObject:
+    def whole(self, index: int, part: AnswerPart) -> JsonObject:
         """Returns a choice."""
-        told = None if self.top is None else self._logprobs(said.entries)
-        choice = {"index": index, "text": said.text, "logprobs": told}
-        return {**choice, "finish_reason": said.finish}
+        logprobs = None if self.top is None else self._logprobs(part.entries)
+        choice = {"index": index, "text": part.text, "logprobs": logprobs}
+        return {**choice, "finish_reason": part.finish}
 
     def begin(self, index: int) -> None:
         """Returns None: the first event is that of the first text."""
@@ -183,17 +190,17 @@ class TextForm:
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> JsonObject:
         return {
-            "tokens": [self._text(one.token) for one in entries],
-            "token_logprobs": [one.logprob for one in entries],
-            "top_logprobs": [self._likely(one) for one in entries] if self.top else None,
-            "text_offset": [one.start for one in entries],
+            "tokens": [self._text(entry.token) for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [self._likely(entry) for entry in entries] if self.top else None,
+            "text_offset": [entry.start for entry in entries],
         }
 
     def _likely(self, entry: TokenEntry) -> dict[str, float] | None:
         if entry.logprob is None:
             return None
-        found = [*(entry.top or ()), (entry.token, entry.logprob)]
-        return {self._text(token): logprob for token, logprob in reversed(found)}
+        likely = [*(entry.top or ()), (entry.token, entry.logprob)]
+        return {self._text(token): logprob for token, logprob in reversed(likely)}
 
     def _text(self, token: int) -> str:
         return self.tokens.of(token).decode(errors="replace")

@@ -134,7 +134,7 @@ class OpenAI:
             request,
             CompletionRequest(
                 str(body["model"]),
-                [add_prompt(sample, one, facts) for one in ids],
+                [add_prompt(sample, prompt_ids, facts) for prompt_ids in ids],
                 TextForm(self._tokens, top),
                 echo=echo,
                 **_streaming(body),
@@ -160,75 +160,79 @@ class OpenAI:
     def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         try:
             most = self._engine.facts.max_length
-            return [self._tokens.ids(one, most) if isinstance(one, str) else one for one in prompts]
+            return [
+                self._tokens.ids(prompt, most) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
         except TrainingError as error:
             raise HttpError(400, str(error), param="prompt") from None
 
-    async def _answer(self, request: Request, asked: CompletionRequest) -> Response:
-        draws = PendingSamples(self._engine, asked.samples, pieces=asked.stream)
+    async def _answer(self, request: Request, wanted: CompletionRequest) -> Response:
+        pending = PendingSamples(self._engine, wanted.samples, pieces=wanted.stream)
         try:
-            if not asked.stream:
-                drawn = await unless_gone(request, draws.all())
-                return json_response(await run_in_threadpool(self._whole, asked, drawn))
-            first = await unless_gone(request, draws.next())  # an error of the request's comes here
+            if not wanted.stream:
+                drawn = await unless_gone(request, pending.all())
+                return json_response(await run_in_threadpool(self._whole, wanted, drawn))
+            # An error of the request's comes here.
+            first = await unless_gone(request, pending.next())
         except BaseException:
-            draws.close()
+            pending.close()
             raise
-        return Events(self._events(asked, draws, first), draws.close)
+        return Events(self._events(wanted, pending, first), pending.close)
 
-    def _whole(self, asked: CompletionRequest, drawn: Sequence[SampleResult]) -> JsonObject:
+    def _whole(self, wanted: CompletionRequest, drawn: Sequence[SampleResult]) -> JsonObject:
         choices: list[JsonObject] = []
-        for sample, one in zip(asked.samples, drawn, strict=True):
-            prompt = echo_prompt(self._tokens, sample, one) if asked.echo else AnswerPart()
-            for completion in one.completions:
-                said = ChoiceBuilder(self._tokens, sample, tools=asked.tools).end(completion)
-                choices.append(asked.form.whole(len(choices), join(prompt, said)))
-        return {**asked.head, "choices": choices, "usage": usage_of(asked.samples, drawn)}
+        for sample, result in zip(wanted.samples, drawn, strict=True):
+            prompt = echo_prompt(self._tokens, sample, result) if wanted.echo else AnswerPart()
+            for completion in result.completions:
+                part = ChoiceBuilder(self._tokens, sample, tools=wanted.tools).end(completion)
+                choices.append(wanted.form.whole(len(choices), join(prompt, part)))
+        return {**wanted.head, "choices": choices, "usage": usage_of(wanted.samples, drawn)}
 
     async def _events(
         self,
-        asked: CompletionRequest,
-        draws: PendingSamples,
+        wanted: CompletionRequest,
+        pending: PendingSamples,
         item: tuple[int, DrawnToken | SampleResult],
     ) -> AsyncIterator[str]:
         """Yields the events of a stream; `item` is the first that came of its samples."""
-        head = asked.head | ({"usage": None} if asked.usage else {})
+        head = wanted.head | ({"usage": None} if wanted.usage else {})
 
         def event(choice: JsonObject) -> str:
             return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
 
-        n, choices, drawn = asked.samples[0].n, [], []
-        for k, sample in enumerate(asked.samples):
-            prompt = echo_prompt(self._tokens, sample, None) if asked.echo else AnswerPart()
+        n, choices, drawn = wanted.samples[0].n, [], []
+        for k, sample in enumerate(wanted.samples):
+            prompt = echo_prompt(self._tokens, sample, None) if wanted.echo else AnswerPart()
             for i in range(n):
-                choices.append(ChoiceBuilder(self._tokens, sample, tools=asked.tools))
-                if begun := asked.form.begin(k * n + i):
+                choices.append(ChoiceBuilder(self._tokens, sample, tools=wanted.tools))
+                if begun := wanted.form.begin(k * n + i):
                     yield event(begun)
                 if prompt.text:
-                    yield event(asked.form.part(k * n + i, prompt))
+                    yield event(wanted.form.part(k * n + i, prompt))
         try:
             while True:
-                k, came = item
-                if isinstance(came, DrawnToken):
-                    said = choices[k * n + came.index].add(came)
-                    if said.text or said.calls or said.entries:
-                        yield event(asked.form.part(k * n + came.index, said))
+                k, drawing = item
+                if isinstance(drawing, DrawnToken):
+                    part = choices[k * n + drawing.index].add(drawing)
+                    if part.text or part.calls or part.entries:
+                        yield event(wanted.form.part(k * n + drawing.index, part))
                 else:
-                    drawn.append(came)
-                    for i, completion in enumerate(came.completions):
-                        said = choices[k * n + i].end(completion)
-                        yield event(asked.form.part(k * n + i, said))
-                if not draws.left:
+                    drawn.append(drawing)
+                    for i, completion in enumerate(drawing.completions):
+                        part = choices[k * n + i].end(completion)
+                        yield event(wanted.form.part(k * n + i, part))
+                if not pending.left:
                     break
-                item = await draws.next()
+                item = await pending.next()
         except Exception as error:
-            told = as_http_error(error)
-            yield f"data: {json.dumps(told.content)}\n\n"
-            if told.status >= 500:
+            answer = as_http_error(error)
+            yield f"data: {json.dumps(answer.content)}\n\n"
+            if answer.status >= 500:
                 raise  # for the log
             return
-        if asked.usage:
-            usage = usage_of(asked.samples, drawn)
+        if wanted.usage:
+            usage = usage_of(wanted.samples, drawn)
             yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
         yield "data: [DONE]\n\n"
 

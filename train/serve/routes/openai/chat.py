@@ -52,8 +52,8 @@ def prompt_of(body: Mapping[str, object], tokens: ServedTokenizer, most: int) ->
         text = render_prompt(question(row, "the request"), tokens.tokenizer)
         return tokens.ids(text, most, special=False)
     except TemplateError as error:
-        said = f"the model's chat template says: {error}"
-        raise HttpError(400, said, param="messages") from None
+        problem = f"the model's chat template says: {error}"
+        raise HttpError(400, problem, param="messages") from None
     except TrainingError as error:
         raise HttpError(400, str(error), param="messages") from None
     except (
@@ -61,8 +61,8 @@ def prompt_of(body: Mapping[str, object], tokens: ServedTokenizer, most: int) ->
         KeyError,
         AttributeError,
     ) as error:  # the template met what it did not expect
-        said = f"the model's chat template cannot render this chat: {shown(error)}"
-        raise HttpError(400, said, param="messages") from None
+        problem = f"the model's chat template cannot render this chat: {shown(error)}"
+        raise HttpError(400, problem, param="messages") from None
 
 
 def _read_message(message: object, index: int) -> object:
@@ -100,28 +100,28 @@ class ToolCalls:
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[JsonObject]]:
         """Takes more of the text; returns what of it is said now, and the calls that are whole."""
-        said, calls, self._held = "", [], self._held + text
+        visible, calls, self._held = "", [], self._held + text
         while _OPEN in self._held:
             before, _, rest = self._held.partition(_OPEN)
             call, after = _read(rest, last)
             if call is not None:
-                said += before.rstrip()
+                visible += before.rstrip()
                 self._held, self._after = after, True
                 calls.append({"index": self.n, **call})
                 self.n += 1
             elif last:
-                said, self._held = said + before + _OPEN, rest
+                visible, self._held = visible + before + _OPEN, rest
             else:
-                said += before.rstrip()
+                visible += before.rstrip()
                 self._held = self._held[len(before.rstrip()) :]
-                return said, calls
+                return visible, calls
         if self._after:
             self._held = self._held.lstrip()
         kept = len(self._held) - partial_length(self._held, [_OPEN])
         kept = len(self._held) if last else len(self._held[:kept].rstrip())
-        said, self._held = said + self._held[:kept], self._held[kept:]
+        visible, self._held = visible + self._held[:kept], self._held[kept:]
         self._after &= kept == 0
-        return said, calls
+        return visible, calls
 
 
 def _read(text: str, last: bool) -> tuple[JsonObject | None, str]:

@@ -90,8 +90,8 @@ def _unknown(name: str, fields: Mapping[str, Field], of: str) -> HttpError:
     like = nearest(name, fields)
     works = ", ".join(known for known, field in fields.items() if field.kind == "works")
     instead = f"did you mean `{like}`?" if like else f"leave it out; there are {works}"
-    said = f"{shown(name)} is no field of {of}: {instead}"
-    return HttpError(400, said, param=name[:100], code="unknown_parameter")
+    problem = f"{shown(name)} is no field of {of}: {instead}"
+    return HttpError(400, problem, param=name[:100], code="unknown_parameter")
 
 
 def read_sample(
@@ -145,10 +145,10 @@ def add_prompt(sample: SampleRequest, prompt: list[int], facts: EngineFacts) -> 
     if (n := len(prompt)) + (
         sample.max_tokens or int(sample.max_tokens is None)
     ) > facts.max_length:
-        asked = "" if sample.max_tokens is None else f" and {sample.max_tokens:,} are to be drawn"
+        more = "" if sample.max_tokens is None else f" and {sample.max_tokens:,} are to be drawn"
         raise HttpError(
             400,
-            f"the prompt has {n:,} tokens{asked}; the model is served with {facts.max_length:,} at "
+            f"the prompt has {n:,} tokens{more}; the model is served with {facts.max_length:,} at "
             "most for both: give a shorter prompt, or a smaller `max_tokens`",
             param="max_tokens" if n < facts.max_length else "prompt",
             code="context_length_exceeded",
@@ -164,12 +164,14 @@ def read_prompts(body: Mapping[str, object], facts: EngineFacts) -> list[str | l
     needed = "a text, a list of token ids, or a list of such is needed"
     if not isinstance(given, list) or not given:
         raise field_error("prompt", given, needed)
-    if all(isinstance(one, int) for one in given):
+    if all(isinstance(prompt, int) for prompt in given):
         return [_ids(given, "prompt", facts)]
-    for one in given:
-        if not isinstance(one, str | list):
+    for prompt in given:
+        if not isinstance(prompt, str | list):
             raise field_error("prompt", given, needed)
-    return [one if isinstance(one, str) else _ids(one, "prompt", facts) for one in given]
+    return [
+        prompt if isinstance(prompt, str) else _ids(prompt, "prompt", facts) for prompt in given
+    ]
 
 
 def read_top(body: Mapping[str, object]) -> int | None:
@@ -185,9 +187,13 @@ def read_top(body: Mapping[str, object]) -> int | None:
 def _ids(given: object, name: str, facts: EngineFacts) -> list[int]:
     if not isinstance(given, list):
         raise field_error(name, given, "a list of token ids is needed")
-    for one in given:
-        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < facts.vocab_size:
-            raise field_error(name, one, f"ids from 0 to {facts.vocab_size - 1} are needed")
+    for token in given:
+        if (
+            isinstance(token, bool)
+            or not isinstance(token, int)
+            or not 0 <= token < facts.vocab_size
+        ):
+            raise field_error(name, token, f"ids from 0 to {facts.vocab_size - 1} are needed")
     return given
 
 

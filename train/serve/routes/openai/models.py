@@ -76,24 +76,24 @@ class Models:
         """
         if model == self._engine.facts.model:
             return None
-        found: tuple[str, Path | None] | None = None
+        adapter: tuple[str, Path | None] | None = None
         path = model.removeprefix(f"{self._engine.facts.model};")
         if path.startswith(_TINKER):
-            found = await run_in_threadpool(self._lookup.resolve, path, owner)
+            adapter = await run_in_threadpool(self._lookup.resolve, path, owner)
         elif model in self._loaded.get(owner, {}):
-            found = self._named(owner, model), self._loaded[owner][model]
+            adapter = self._named(owner, model), self._loaded[owner][model]
         elif (folder := self._folders().get(model)) is not None:
-            found = model, folder
+            adapter = model, folder
         elif self._engine.knows(model) and await run_in_threadpool(self._lookup.owns, owner, model):
-            found = model, None
-        if found is None:
+            adapter = model, None
+        if adapter is None:
             raise HttpError(
                 404,
                 f"there is no model {model!r}: /v1/models lists those that there are",
                 param="model",
                 code="model_not_found",
             )
-        name, place = found
+        name, place = adapter
         if place is not None and not self._engine.knows(name):
             async with self._lock:
                 if not self._engine.knows(name):
@@ -114,8 +114,8 @@ class Models:
 
     def _folders(self) -> dict[str, Path]:
         """Returns the adapters' and runs' folders beneath --adapters, by name."""
-        found = sorted(self._folder.iterdir()) if self._folder is not None else []
-        named = {path.name: path for path in found if _NAME.fullmatch(path.name)}
+        paths = sorted(self._folder.iterdir()) if self._folder is not None else []
+        named = {path.name: path for path in paths if _NAME.fullmatch(path.name)}
         return {
             name: path
             for name, path in named.items()
@@ -124,7 +124,9 @@ class Models:
 
     def _names(self, owner: str) -> list[str]:
         """Returns the names that there are for an owner."""
-        loaded = {self._named(one, name) for one, names in self._loaded.items() for name in names}
+        loaded = {
+            self._named(other, name) for other, names in self._loaded.items() for name in names
+        }
         others = [name for name in self._engine.status().adapters if name not in loaded]
         own = [name for name in others if self._lookup.owns(owner, name)]
         shared = [self._engine.facts.model, *self._folders()]

@@ -68,12 +68,12 @@ class PendingSamples:
 
     async def all(self) -> list[SampleResult]:
         """Returns the results of all samples, once they are there."""
-        found: dict[int, SampleResult] = {}
+        results: dict[int, SampleResult] = {}
         while self.left:
             k, item = await self.next()
             if isinstance(item, SampleResult):
-                found[k] = item
-        return [found[k] for k in sorted(found)]
+                results[k] = item
+        return [results[k] for k in sorted(results)]
 
     def close(self) -> None:
         """Ends those that still run."""

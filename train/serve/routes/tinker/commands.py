@@ -174,7 +174,7 @@ def _targets(fields: JsonFields) -> Message | None:
 
     def integers(part: str) -> np.ndarray:
         values = given.get(part, list)
-        if not all(type(one) is int and -1 <= one < 2**31 for one in values):
+        if not all(type(value) is int and -1 <= value < 2**31 for value in values):
             raise RequestError(f"{part} of {name} holds what is neither an id nor an index")
         return np.array(values, "<i8")
 
@@ -210,10 +210,10 @@ def sample_of(
         )
     chunks = []
     for chunk in fields.object("prompt").get("chunks", list):
-        one = JsonFields(chunk, "a chunk of the prompt")
-        if (kind := one.get("type", str, "encoded_text")) != "encoded_text":
+        piece = JsonFields(chunk, "a chunk of the prompt")
+        if (kind := piece.get("type", str, "encoded_text")) != "encoded_text":
             raise RequestError(f"a chunk of the prompt is {kind[:40]!r}; there is encoded_text")
-        chunks.append(one.get("tokens", list))
+        chunks.append(piece.get("tokens", list))
     prompt = wire.tokens_of(chunks, facts, "the prompt")
     params = fields.object("sampling_params", {})
     check_numbers(params, "temperature", "top_p")
@@ -252,8 +252,8 @@ def _stops(params: JsonFields, facts: EngineFacts) -> tuple[frozenset[int], tupl
     given = [given] if isinstance(given, str) else given
     if not isinstance(given, list) or len(given) > 64:
         raise RequestError("stop is to be a text, or a list of 64 texts or tokens at most")
-    if all(isinstance(one, str) and _TEXT.fullmatch(one) for one in given):
+    if all(isinstance(entry, str) and _TEXT.fullmatch(entry) for entry in given):
         return frozenset(facts.eos if given else ()), tuple(given)
-    if all(type(one) is int and 0 <= one < facts.vocab_size for one in given):
+    if all(type(entry) is int and 0 <= entry < facts.vocab_size for entry in given):
         return frozenset([*facts.eos, *given]), ()
     raise RequestError("stop has an entry that is neither a text nor a token")

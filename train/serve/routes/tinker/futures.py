@@ -26,7 +26,9 @@ async def _first(
     event: Awaitable[object], closed: Awaitable[object] | None, seconds: float
 ) -> bool:
     """Waits for an event, or for the end of a connection; returns whether that came first."""
-    tasks = [asyncio.ensure_future(each) for each in (event, closed) if each is not None]
+    tasks = [
+        asyncio.ensure_future(awaitable) for awaitable in (event, closed) if awaitable is not None
+    ]
     try:
         done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         return bool(done) and tasks[0] not in done
@@ -151,8 +153,8 @@ class Futures:
     def busy_sessions(self) -> set[str]:
         """Returns the sessions that wait for a sample."""
         with self._lock:
-            pending = [one for one in self._promises.values() if one.result is None]
-        return {one.session for one in pending if one.session}
+            pending = [promise for promise in self._promises.values() if promise.result is None]
+        return {promise.session for promise in pending if promise.session}
 
     def sweep(self, silent: Container[str] = ()) -> None:
         """Ends the samples that nobody will fetch; call it every few seconds.
@@ -233,16 +235,16 @@ class Futures:
           HttpError: There is no such request, or its answer is no longer kept.
         """
         with self._waiting(request) as event, self._count_poll(request, owner) as promise:
-            found = await asyncio.to_thread(self._find, request, owner)
-            if found is None:
+            answer = await asyncio.to_thread(self._find, request, owner)
+            if answer is None:
                 is_closed = await _first(event.wait(), closed and closed(), self._hold)
                 if promise is not None and is_closed:
                     promise.closed, promise.until = True, time.monotonic() + self._gone
-                found = await asyncio.to_thread(self._find, request, owner)
-        if found is None:
+                answer = await asyncio.to_thread(self._find, request, owner)
+        if answer is None:
             again = {"type": "try_again", "request_id": request, "queue_state": "active"}
             return json_response(again, 408)
-        body, is_protobuf = found
+        body, is_protobuf = answer
         return Response(body, media_type=_PROTOBUF if is_protobuf else _JSON)
 
     @contextmanager

@@ -46,8 +46,10 @@ def _add_map(
     """Declares a field as a map: repeated entries of a nested message, as protoc writes it."""
     entry = message.nested_type.add(name=f"{field.name.title().replace('_', '')}Entry")
     entry.options.map_entry = True
-    for number, (name, of) in enumerate((("key", "string"), ("value", kind)), 1):
-        _set_type(entry.field.add(name=name, number=number, label=_Field.LABEL_OPTIONAL), of)
+    for number, (name, entry_kind) in enumerate((("key", "string"), ("value", kind)), 1):
+        _set_type(
+            entry.field.add(name=name, number=number, label=_Field.LABEL_OPTIONAL), entry_kind
+        )
     field.type = _Field.TYPE_MESSAGE
     field.type_name = f".{_PACKAGE}.{message.name}.{entry.name}"
 
@@ -59,8 +61,8 @@ def _messages() -> dict[str, Message]:
     )
     for name, fields in _FIELDS.items():
         message = file.message_type.add(name=name)
-        for one in fields.split(", "):
-            label, number, kind = one.split()
+        for declaration in fields.split(", "):
+            label, number, kind = declaration.split()
             field = message.field.add(name=label, number=int(number))
             field.label = _Field.LABEL_REPEATED if kind[0] in "*%" else _Field.LABEL_OPTIONAL
             if kind[0] == "%":

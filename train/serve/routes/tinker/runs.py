@@ -37,16 +37,16 @@ class RunRoutes:
 
     def endpoints(self) -> list[tuple[str, str, Endpoint]]:
         """Returns the path, the method and the endpoint of each route."""
-        one = "training_runs/{model}/checkpoints/{checkpoint:path}"
+        checkpoint = "training_runs/{model}/checkpoints/{checkpoint:path}"
         return [
             ("training_runs", "GET", self._list_runs),
             ("training_runs/{model}", "GET", self._get_run),
             ("training_runs/{model}/checkpoints", "GET", self._list_of_run),
-            (f"{one}/ttl", "PUT", self._set_ttl),
-            (f"{one}/publish", "POST", self._publish),
-            (f"{one}/publish", "DELETE", self._publish),
-            (f"{one}/external_weights_urls", "GET", self._urls),
-            (one, "DELETE", self._delete),
+            (f"{checkpoint}/ttl", "PUT", self._set_ttl),
+            (f"{checkpoint}/publish", "POST", self._publish),
+            (f"{checkpoint}/publish", "DELETE", self._publish),
+            (f"{checkpoint}/external_weights_urls", "GET", self._urls),
+            (checkpoint, "DELETE", self._delete),
             ("checkpoints", "GET", self._list_checkpoints),
             ("sessions", "GET", self._list_sessions),
             ("sessions/{session}", "GET", self._get_session),
@@ -65,7 +65,7 @@ class RunRoutes:
 
     def _run(self, row: Row) -> JsonObject:
         saved, _ = self._ledger.checkpoints(row["owner"], row["id"])
-        last = {one["kind"]: _checkpoint(one) for one in reversed(saved)}
+        last = {checkpoint["kind"]: _checkpoint(checkpoint) for checkpoint in reversed(saved)}
         return {
             "training_run_id": row["id"],
             "base_model": row["base"],
@@ -120,17 +120,17 @@ class RunRoutes:
 
     def _get_session(self, request: Request, owner: str, body: bytes) -> Response:
         row = self._rows.session(request.path_params["session"], owner)
-        told = {
-            "training_run_ids": [one["id"] for one in self._ledger.models_of(row["id"])],
-            "sampler_ids": [one["id"] for one in self._ledger.samplers_of(row["id"])],
+        session = {
+            "training_run_ids": [child["id"] for child in self._ledger.models_of(row["id"])],
+            "sampler_ids": [child["id"] for child in self._ledger.samplers_of(row["id"])],
             "user_metadata": _metadata(row),
         }
-        return json_response(told)
+        return json_response(session)
 
     def _get_sampler(self, request: Request, owner: str, body: bytes) -> Response:
         row = self._rows.sampler(request.path_params["sampler"], owner)
-        told = {"sampler_id": row["id"], "base_model": row["base"], "model_path": row["path"]}
-        return json_response(told)
+        sampler = {"sampler_id": row["id"], "base_model": row["base"], "model_path": row["path"]}
+        return json_response(sampler)
 
     def _weights_info(self, request: Request, owner: str, body: bytes) -> Response:
         path = JsonFields.parse(body).get("tinker_path", str)
@@ -195,10 +195,10 @@ def _checkpoint(row: Row) -> JsonObject:
 
 def _metadata(row: Row) -> dict[str, str] | None:
     """Returns the metadata that a client attached; the SDK reads texts alone."""
-    found = json.loads(row["metadata"] or "null") or {}
+    metadata = json.loads(row["metadata"] or "null") or {}
     return {
         name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in found.items()
+        for name, value in metadata.items()
     } or None
 
 
@@ -208,13 +208,13 @@ def _time(seconds: float) -> str:
 
 def _page(request: Request) -> tuple[int, int]:
     """Returns limit and offset of a request for a list."""
-    found = []
+    numbers = []
     for name, usual, most in (("limit", 20, 1000), ("offset", 0, 10**9)):
         text = request.query_params.get(name, str(usual))
         if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
             raise RequestError(f"{name} is to be an integer, {most} at most")
-        found.append(int(text))
-    return found[0], found[1]
+        numbers.append(int(text))
+    return numbers[0], numbers[1]
 
 
 def _cursor(limit: int, offset: int, count: int) -> dict[str, int]:

@@ -63,11 +63,11 @@ class SamplingRoutes:
             request_id, client = f"{uuid.uuid4()}:sample", Client(owner)
         self._ledger.hear(client.session)
         name = None if folder is None else self._log.name(folder)
-        wanted, encoded = commands.sample_of(fields, self._engine.facts, name)
-        wanted = dataclasses.replace(wanted, client=client)
-        work = partial(self._adoption.sample, wanted, folder)
-        self._futures.start(request_id, owner, work, encoded, client.session)
-        sequences = [f"{request_id}:{index}" for index in range(wanted.n)]
+        sample, encode = commands.sample_of(fields, self._engine.facts, name)
+        sample = dataclasses.replace(sample, client=client)
+        work = partial(self._adoption.sample, sample, folder)
+        self._futures.start(request_id, owner, work, encode, client.session)
+        sequences = [f"{request_id}:{index}" for index in range(sample.n)]
         return json_response({"request_id": request_id, "sample_sequence_ids": sequences})
 
     async def _retrieve(self, request: Request, owner: str, body: bytes) -> Response:

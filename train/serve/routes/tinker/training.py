@@ -68,8 +68,8 @@ class TrainingRoutes:
         row = self._rows.model(fields.get("model_id", str), owner)
         data = {"model_name": row["base"], "arch": "lora_jax"}
         rank = spec_of(row).get("rank")
-        told = {"type": "get_info", "model_id": row["id"], "model_name": row["base"]}
-        return json_response({**told, "model_data": data, "is_lora": True, "lora_rank": rank})
+        info = {"type": "get_info", "model_id": row["id"], "model_name": row["base"]}
+        return json_response({**info, "model_data": data, "is_lora": True, "lora_rank": rank})
 
     def _forward_backward(self, request: Request, owner: str, body: bytes) -> Response:
         body, message = wire.parse(body, request.headers.get("content-encoding", ""))
@@ -78,10 +78,10 @@ class TrainingRoutes:
             raise RequestError(f"seq_id is {seq}; a model's commands count from 1")
 
         try:
-            found = wire.gradient_of(message, self._engine.facts)
+            command = wire.gradient_of(message, self._engine.facts)
         except RequestError as error:
             return self._submit((model, seq), "forward_backward", b"", _raiser(error))
-        return self._submit((model, seq), "forward_backward", body, command=found)
+        return self._submit((model, seq), "forward_backward", body, command=command)
 
     def _optim_step(self, request: Request, owner: str, body: bytes) -> Response:
         fields = JsonFields.parse(body)
@@ -103,10 +103,10 @@ class TrainingRoutes:
             place = self._place(fields, owner)
 
         def source() -> Row:
-            found = self._rows.weights(path, owner)
-            if fields.get("optimizer", bool, False) and found["kind"] != "weights":
+            row = self._rows.weights(path, owner)
+            if fields.get("optimizer", bool, False) and row["kind"] != "weights":
                 raise RequestError(f"{path} has no optimiser's state: load weights/…, or without")
-            return found
+            return row
 
         def prepare(files: Path) -> tuple[Path, None]:
             if session is not None:

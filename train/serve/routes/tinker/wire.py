@@ -46,12 +46,12 @@ def _decompressed(body: bytes, encoding: str) -> bytes:
         raise RequestError(f"Content-Encoding {encoding[:40]!r} is unknown; there is zstd")
     try:
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body) as reader:
-            found = reader.read(MOST_BYTES + 1)
+            content = reader.read(MOST_BYTES + 1)
     except (zstandard.ZstdError, MemoryError) as error:
         raise RequestError(f"the body is not zstd: {error}") from error
-    if len(found) > MOST_BYTES:
+    if len(content) > MOST_BYTES:
         raise RequestError(f"the body has more than {MOST_BYTES} bytes: send fewer data at once")
-    return found
+    return content
 
 
 def parse(body: bytes, encoding: str = "") -> tuple[bytes, Message]:
@@ -79,7 +79,10 @@ def gradient_of(message: Message, facts: EngineFacts) -> Gradient:
     if not message.data:
         raise RequestError("data is empty: send a datum at least")
     room = _Room()
-    data = [_datum(one, f"datum {n}", loss, facts, room) for n, one in enumerate(message.data)]
+    data = [
+        _datum(datum, f"datum {number}", loss, facts, room)
+        for number, datum in enumerate(message.data)
+    ]
     return Gradient(data, loss, _config(message, loss), message.forward_only)
 
 
@@ -91,7 +94,7 @@ def tokens_of(
     Raises:
       RequestError: None, too many, or ids that the vocabulary has not.
     """
-    tokens = np.concatenate([_ids(one, where) for one in chunks] or [np.zeros(0, np.int64)])
+    tokens = np.concatenate([_ids(chunk, where) for chunk in chunks] or [np.zeros(0, np.int64)])
     if not 1 <= len(tokens) <= facts.max_length:
         raise RequestError(
             f"{where} has {len(tokens)} tokens; a sequence here has 1 to {facts.max_length}"
@@ -102,12 +105,12 @@ def tokens_of(
 def encode_gradient(outputs: GradientResult) -> bytes:
     """Returns the body that holds what a `Gradient` found."""
     message = ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
-    for trailing, group in groupby(outputs.logprobs, key=lambda one: one.shape[1:]):
-        arrays = [np.ascontiguousarray(one, "<f4") for one in group]
+    for trailing, group in groupby(outputs.logprobs, key=lambda array: array.shape[1:]):
+        arrays = [np.ascontiguousarray(array, "<f4") for array in group]
         record = message.loss_fn_outputs.add(num_datums=len(arrays))
         field = record.fields["logprobs"]
-        field.data = b"".join(one.tobytes() for one in arrays)
-        field.offsets = np.cumsum([0, *(one.nbytes for one in arrays)]).astype("<i8").tobytes()
+        field.data = b"".join(array.tobytes() for array in arrays)
+        field.offsets = np.cumsum([0, *(array.nbytes for array in arrays)]).astype("<i8").tobytes()
         field.dtype = _F32
         field.trailing_shape.extend(trailing)
     for name, value in outputs.metrics.items():
@@ -133,14 +136,14 @@ def encode_samples(drawn: SampleResult, last: int | None = None, targets: Messag
       targets: the tensor of tokens that were to be scored, too, whose layout their scores get.
     """
     message = SampleResponse(prompt_cache_hit_tokens=drawn.cached)
-    for one in drawn.completions:
+    for completion in drawn.completions:
         sequence = message.sequences.add(
-            stop_reason=_STOP if one.stopped else _LENGTH,
-            tokens=one.tokens.astype("<i4").tobytes(),
-            logprobs=one.logprobs.astype("<f4").tobytes(),
+            stop_reason=_STOP if completion.stopped else _LENGTH,
+            tokens=completion.tokens.astype("<i4").tobytes(),
+            logprobs=completion.logprobs.astype("<f4").tobytes(),
         )
-        if one.top is not None:
-            _write_top(sequence.topk_sampled_logprobs, one.top)
+        if completion.top is not None:
+            _write_top(sequence.topk_sampled_logprobs, completion.top)
     skipped = slice(0 if last is None else -last)
     if drawn.prompt_logprobs is not None:
         values = drawn.prompt_logprobs.astype("<f4")
@@ -151,15 +154,15 @@ def encode_samples(drawn: SampleResult, last: int | None = None, targets: Messag
         top.ids[skipped], top.logprobs[skipped] = 0, -99999.0
         _write_top(message.topk_prompt_logprobs, top)
     if drawn.targets is not None:
-        scores, found = message.target_prompt_logprobs, drawn.targets.astype("<f4")
+        scores, logps = message.target_prompt_logprobs, drawn.targets.astype("<f4")
         scores.CopyFrom(targets)
         scores.dtype = _F32
         if targets.HasField("sparse_csr"):
             csr = targets.sparse_csr
             listed = (np.frombuffer(x, "<i8") for x in (csr.crow_indices, csr.col_indices))
-            scores.sparse_csr.values = found[_places(*listed)].tobytes()
+            scores.sparse_csr.values = logps[_places(*listed)].tobytes()
         else:
-            scores.dense = found.tobytes()
+            scores.dense = logps.tobytes()
     return message.SerializeToString()
 
 
@@ -171,18 +174,18 @@ def _write_top(message: Message, top: Top) -> None:
 
 def _config(message: Message, loss: str) -> Mapping[str, float]:
     known = _CONFIG.get(loss, ())
-    found = dict(message.loss_fn_config)
+    config = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         if not value.HasField("number"):
             raise RequestError(f"loss_fn_config {name[:40]!r} is no number")
-        found[name] = value.number
-    for name, number in found.items():
+        config[name] = value.number
+    for name, number in config.items():
         if name not in known:
-            there = f"there are {', '.join(known)}" if known else "it has none"
-            raise RequestError(f"loss_fn_config {name[:40]!r} is unknown to {loss}; {there}")
+            offered = f"there are {', '.join(known)}" if known else "it has none"
+            raise RequestError(f"loss_fn_config {name[:40]!r} is unknown to {loss}; {offered}")
         if not math.isfinite(number):
             raise RequestError(f"loss_fn_config {name!r} is {number}: give a finite number")
-    return found
+    return config
 
 
 class _Room:
@@ -239,7 +242,7 @@ def _datum(message: Message, where: str, loss: str, facts: EngineFacts, room: _R
 def _ids(chunk: bytes | Sequence[int], where: str) -> np.ndarray:
     if isinstance(chunk, bytes):
         return _array(chunk, _TYPES[3], where).astype(np.int64)
-    if not all(type(one) is int and 0 <= one < 2**31 for one in chunk):
+    if not all(type(token) is int and 0 <= token < 2**31 for token in chunk):
         raise RequestError(f"{where} has a token that is no id")
     return np.array(chunk, np.int64)
 
@@ -262,7 +265,7 @@ def _tensor(message: Message, where: str, room: _Room, fill: int = 0) -> np.ndar
     if message.dtype not in _TYPES:
         raise RequestError(f"{where} has the unknown type {message.dtype}; there are 1 to 4")
     dtype, shape = _TYPES[message.dtype], list(message.shape)
-    if len(shape) > 2 or any(not 0 <= one <= MOST_BYTES for one in shape):
+    if len(shape) > 2 or any(not 0 <= size <= MOST_BYTES for size in shape):
         raise RequestError(f"{where} has the shape {shape[:8]}; there are [n] and [n, k]")
     if message.HasField("sparse_csr"):
         array = _densified(message.sparse_csr, dtype, shape, where, room, fill)
