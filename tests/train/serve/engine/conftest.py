@@ -1,9 +1,26 @@
 import pytest
 
-from tests.train.serve.engine.engines import made_base
+from tests.train.serve.engine.engines import World, made_base, made_engine, running
 
 
 @pytest.fixture(scope="module")
 def base():
     """A tiny model, and what makes adapters over it."""
     return made_base()
+
+
+@pytest.fixture(scope="module")
+def world(base, tmp_path_factory):
+    """An engine that runs, with snapshots of adapters that have learned something."""
+    with running(made_engine(base)) as engine:
+        yield World(engine, base, tmp_path_factory.mktemp("snapshots"))
+
+
+@pytest.fixture
+def engine(world):
+    """The engine of a `world`, which has nothing to do once a test ends."""
+    yield world.engine
+    status = world.engine.status()
+    assert (status.waiting, status.drawing) == (0, 0)
+    assert not +world.engine._pool._users, "all slots were given back"
+    assert not world.engine._sampler._turns._users

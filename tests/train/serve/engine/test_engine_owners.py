@@ -11,14 +11,10 @@ from tests.train.serve.engine.engines import (
     CHUNK,
     SECONDS,
     VOCAB,
-    World,
     asked,
     begun,
     bits,
     held,
-    made_base,
-    made_engine,
-    running,
     sampled,
     tell,
     unused,
@@ -30,24 +26,12 @@ ROWS = 8  # of the engine
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    base = made_base()
-    with running(made_engine(base)) as engine:
-        world = World(engine, base, tmp_path_factory.mktemp("snapshots"))
-        for i in range(6):
-            world.learn("maker", 10 + i)
-            tell(engine, "maker", Save(unused(), name=f"more {i}"))
-        tell(engine, "maker", Leave())
-        yield world
-
-
-@pytest.fixture
-def engine(world):
-    yield world.engine
-    status = world.engine.status()
-    assert (status.waiting, status.drawing) == (0, 0)
-    assert not +world.engine._pool._users, "all slots were given back"
-    assert not world.engine._sampler._turns._users
+def world(world):
+    for i in range(6):
+        world.learn("maker", 10 + i)
+        tell(world.engine, "maker", Save(unused(), name=f"more {i}"))
+    tell(world.engine, "maker", Leave())
+    return world
 
 
 class Log:

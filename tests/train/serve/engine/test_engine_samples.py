@@ -13,11 +13,9 @@ from tests.train.serve.engine.engines import (
     NAMES,
     SECONDS,
     VOCAB,
-    World,
     begun,
     bits,
     ids,
-    made_base,
     made_engine,
     random_data,
     running,
@@ -36,21 +34,6 @@ from train.serve.protocol.requests import (
     Save,
     Update,
 )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    base = made_base()
-    with running(made_engine(base)) as engine:
-        yield World(engine, base, tmp_path_factory.mktemp("snapshots"))
-
-
-@pytest.fixture
-def engine(world):
-    yield world.engine
-    status = world.engine.status()
-    assert (status.waiting, status.drawing) == (0, 0)
-    assert not +world.engine._pool._users, "all slots were given back"
 
 
 def requests(seed, n):

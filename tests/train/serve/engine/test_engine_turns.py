@@ -10,14 +10,10 @@ from tests.train.serve.engine.engines import (
     LENGTH,
     SECONDS,
     VOCAB,
-    World,
     begun,
     bits,
     held,
     ids,
-    made_base,
-    made_engine,
-    running,
     sampled,
     tell,
     unused,
@@ -29,21 +25,6 @@ from train.serve.protocol.requests import (
     RequestError,
     Save,
 )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    base = made_base()
-    with running(made_engine(base)) as engine:
-        yield World(engine, base, tmp_path_factory.mktemp("snapshots"))
-
-
-@pytest.fixture
-def engine(world):
-    yield world.engine
-    status = world.engine.status()
-    assert (status.waiting, status.drawing) == (0, 0)
-    assert not +world.engine._pool._users, "all slots were given back"
 
 
 def forget(engine):
