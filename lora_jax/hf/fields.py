@@ -67,6 +67,13 @@ def check_known(name: str, value: Any, known: Collection[Any]) -> None:
         raise ConfigError(f"{name} {value!r} is not supported; supported are {listed}")
 
 
+def check_multiple(**sizes: int) -> None:
+    """Raises a ConfigError unless the first of two sizes is a multiple of the second."""
+    (name, size), (other, part) = sizes.items()
+    if size % part:
+        raise ConfigError(f"{name} ({size}) is not a multiple of {other} ({part})")
+
+
 def read_eos(config: Fields) -> tuple[int, ...]:
     """Returns the tokens that end a text: config.json has one, several or none."""
     eos = config.get("eos_token_id")

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known
+from lora_jax.hf.fields import ConfigError, check_known, check_multiple
 from lora_jax.hf.generation import Generation
 from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES
@@ -128,11 +128,10 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_known("model_type", self.model_type, FAMILIES)
         check_known("hidden_act", self.hidden_act, ACTIVATIONS)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
+        check_multiple(
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+        )
         self._check_rope()
         if bool(self.windowed_layers) != (self.sliding_window is not None):
             raise ConfigError(
@@ -183,11 +182,10 @@ class DecoderConfig:
         for name in (f"linear_{size}" for size in sizes):
             if getattr(self, name) < 1:
                 raise ConfigError(f"linear_layers need a {name} of 1 at least")
-        if self.linear_num_value_heads % self.linear_num_key_heads:
-            raise ConfigError(
-                f"linear_num_value_heads ({self.linear_num_value_heads}) is not a multiple of "
-                f"linear_num_key_heads ({self.linear_num_key_heads})"
-            )
+        check_multiple(
+            linear_num_value_heads=self.linear_num_value_heads,
+            linear_num_key_heads=self.linear_num_key_heads,
+        )
 
     @property
     def pattern(self) -> dict[str, bool]:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
 from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
 from lora_jax.models.layers.blocks import ACTIVATION
 
@@ -113,11 +113,7 @@ class EncoderConfig:
         check_known("head", self.head, HEADS)
         check_known("pooling", self.pooling, POOLINGS)
         check_known("hidden_act", self.hidden_act, ACTIVATION)
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads})"
-            )
+        check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
         if self.family.after_padding and self.pad_token_id is None:
             raise ConfigError(f"{self.model_type} counts positions from pad_token_id: it needs one")
         if self.type_vocab_size < 1:

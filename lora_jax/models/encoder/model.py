@@ -18,9 +18,9 @@ from lora_jax.models.layers.blocks import (
     embed,
     layer_norm,
 )
+from lora_jax.models.layers.encoder import Dense, LayerStack, SelfAttention
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.self_attention import Dense, SelfAttention
-from lora_jax.models.layers.trunk import layer_input, scan_layers
+from lora_jax.models.layers.trunk import layer_input
 
 
 class Embeddings(ModelPart):
@@ -193,7 +193,7 @@ class _Trunk(_Part):
 
     def setup(self) -> None:
         self.embeddings = Embeddings(*self.options)
-        self.encoder = _Layers(*self.options)
+        self.encoder = LayerStack(*self.options, layer=_Layer)
         if self.config.has_pooler:
             self.pooler = Dense(*self.options)
 
@@ -214,21 +214,13 @@ class _Trunk(_Part):
         if attention_mask is not None:
             present = attention_mask.astype(bool)
         x = self.embeddings(input_ids, token_type_ids, positions, embedding_noise)
+        x = self.placement.constrain(x, "residual")
         hidden: jax.Array = self.encoder(x, bidirectional_mask(present))
         return hidden
 
     def pool(self, hidden: jax.Array) -> jax.Array:
         """Returns [batch, d_model]: the first token's state, through a layer and tanh."""
         return jnp.tanh(self.pooler(hidden[:, 0]))
-
-
-class _Layers(_Part):
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        x = self.placement.constrain(x, "residual")
-        scanned = scan_layers(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
-        x, _ = scanned(*self.options, name="layer")(x, mask)
-        return x
 
 
 class _Layer(_Part):

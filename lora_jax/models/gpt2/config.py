@@ -4,7 +4,14 @@ import dataclasses
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, write_eos
+from lora_jax.hf.fields import (
+    ConfigError,
+    check_known,
+    check_multiple,
+    read_eos,
+    refuse_unknown,
+    write_eos,
+)
 from lora_jax.hf.generation import Generation
 from lora_jax.models.layers.blocks import ACTIVATION
 
@@ -66,11 +73,7 @@ class GPT2Config:
         if self.model_type != "gpt2":
             raise ConfigError(f"model_type {self.model_type!r} is not gpt2")
         check_known("activation_function", self.hidden_act, ACTIVATION)
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"n_embd ({self.hidden_size}) is not a multiple of n_head "
-                f"({self.num_attention_heads})"
-            )
+        check_multiple(n_embd=self.hidden_size, n_head=self.num_attention_heads)
 
     @property
     def head_dim(self) -> int:

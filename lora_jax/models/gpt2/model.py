@@ -12,7 +12,6 @@ from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blocks import (
     EmbeddingNoise,
     ModelPart,
-    activate,
     add_noise,
     attend_heads,
     dense,
@@ -20,6 +19,7 @@ from lora_jax.models.layers.blocks import (
     layer_norm,
 )
 from lora_jax.models.layers.cache import Cache, LayerCache
+from lora_jax.models.layers.encoder import TwoLayerMLP
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import TokenPlaces, layer_input, scan_layers
 
@@ -76,16 +76,6 @@ class _Attention(ModelPart):
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 
-class _MLP(ModelPart):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = dense(self, self.config.intermediate_size, name="c_fc")(x)
-        hidden = self.placement.constrain(activate(self.config.hidden_act, x), "features")
-        return dense(self, self.config.hidden_size, name="c_proj")(hidden)
-
-
 class _Block(ModelPart):
     """Attention and MLP, each after a norm and added to the residual stream: a scan's body."""
 
@@ -102,7 +92,7 @@ class _Block(ModelPart):
         attention = _Attention(*self.options, name="attn")
         hidden, cached = attention(inputs("ln_1", x), step, layer)
         x = x + hidden
-        x = x + _MLP(*self.options, name="mlp")(inputs("ln_2", x))
+        x = x + TwoLayerMLP(*self.options, names=("c_fc", "c_proj"), name="mlp")(inputs("ln_2", x))
         x = self.placement.constrain(x, "residual")
         return x, None if layer.cache is None else cached
 

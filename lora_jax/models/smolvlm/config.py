@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
 from lora_jax.hf.generation import Generation
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.blocks import ACTIVATION
@@ -47,11 +47,7 @@ class SiglipConfig:
 
     def __post_init__(self) -> None:
         check_known("hidden_act", self.hidden_act, ACTIVATION)
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads})"
-            )
+        check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
 
     @property
     def side(self) -> int:

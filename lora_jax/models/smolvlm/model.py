@@ -8,21 +8,21 @@ from flax import linen as nn
 
 from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.model import Trunk
-from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blocks import (
     EmbeddingNoise,
     ModelPart,
     PatchProjection,
-    activate,
-    attend_heads,
     dense,
     embed,
     layer_norm,
 )
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.encoder import LayerStack, SelfAttention, TwoLayerMLP
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.trunk import TokenPlaces, layer_input, scan_layers
+from lora_jax.models.layers.trunk import TokenPlaces, layer_input
 from lora_jax.models.smolvlm.config import SiglipConfig, SmolVLMConfig
+
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class SmolVLM(CausalLM):
@@ -129,7 +129,7 @@ class _Vision(_VisionPart):
         x = _Embeddings(*self.options, name="embeddings")(pixels)
         x = self.placement.constrain(x, "residual")
         mask = bidirectional_mask(jnp.ones(x.shape[:2], bool))
-        x = _Layers(*self.options, name="encoder")(x, mask)
+        x = LayerStack(*self.options, layer=_Layer, stack="layers", name="encoder")(x, mask)
         return layer_norm(self, name="post_layernorm")(x)
 
 
@@ -144,14 +144,6 @@ class _Embeddings(_VisionPart):
         return out
 
 
-class _Layers(_VisionPart):
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        scanned = scan_layers(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
-        x, _ = scanned(*self.options, name="layers")(x, mask)
-        return x
-
-
 class _Layer(_VisionPart):
     """Attention and MLP of the normalised input, each added to it: a scan's body."""
 
@@ -159,30 +151,8 @@ class _Layer(_VisionPart):
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
         args, x = self.options, layer_input(x, self.remat)
         normed = self.placement.constrain(layer_norm(self, name="layer_norm1")(x), "inputs")
-        x = x + _Attention(*args, name="self_attn")(normed, mask)
+        attention = SelfAttention(*args, _QKV, "out_proj", name="self_attn")
+        x = x + attention(normed, mask)
         normed = self.placement.constrain(layer_norm(self, name="layer_norm2")(x), "inputs")
-        x = x + _MLP(*args, name="mlp")(normed)
+        x = x + TwoLayerMLP(*args, name="mlp")(normed)
         return self.placement.constrain(x, "residual"), None
-
-
-class _Attention(_VisionPart):
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        heads, width = (*x.shape[:2], self.config.num_attention_heads, -1), x.shape[-1]
-        q, k, v = (
-            self.placement.constrain(
-                dense(self, width, name=f"{name}_proj")(x).reshape(heads), "heads"
-            )
-            for name in ("q", "k", "v")
-        )
-        return dense(self, width, name="out_proj")(
-            attend_heads(self, AttentionInputs(q, k, v, mask))
-        )
-
-
-class _MLP(_VisionPart):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        cfg = self.config
-        inner = activate(cfg.hidden_act, dense(self, cfg.intermediate_size, name="fc1")(x))
-        return dense(self, cfg.hidden_size, name="fc2")(self.placement.constrain(inner, "features"))

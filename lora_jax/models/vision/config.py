@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
 from lora_jax.models.heads import check_classes, read_classes, read_head, write_classes
 from lora_jax.models.layers.blocks import ACTIVATION
 
@@ -130,11 +130,7 @@ class VisionConfig:
         check_known("model_type", self.model_type, FAMILIES)
         check_known("head", self.head, _ARCHITECTURES)
         check_known("hidden_act", self.hidden_act, ACTIVATION)
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads})"
-            )
+        check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
         if min(self.grid) < 1:
             raise ConfigError(
                 f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}"

@@ -7,9 +7,9 @@ from flax import linen as nn
 
 from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, PatchProjection, activate, dense, layer_norm
+from lora_jax.models.layers.encoder import Dense, LayerStack, SelfAttention, TwoLayerMLP
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
-from lora_jax.models.layers.self_attention import Dense, SelfAttention
-from lora_jax.models.layers.trunk import layer_input, scan_layers
+from lora_jax.models.layers.trunk import layer_input
 from lora_jax.models.vision.config import VisionConfig
 
 
@@ -79,7 +79,7 @@ class _Trunk(_Part):
         x = _Embeddings(*self.options, name="embeddings")(pixels)
         x = self.placement.constrain(x, "residual")
         mask = bidirectional_mask(jnp.ones(x.shape[:2], bool))
-        x = _Layers(*self.options, name="encoder")(x, mask)
+        x = LayerStack(*self.options, layer=_Layer, name="encoder")(x, mask)
         return layer_norm(self, name="layernorm")(x)
 
 
@@ -108,14 +108,6 @@ class _Patches(_Part):
         return out
 
 
-class _Layers(_Part):
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        scanned = scan_layers(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
-        x, _ = scanned(*self.options, name="layer")(x, mask)
-        return x
-
-
 class _Layer(_Part):
     """Attention and MLP of the normalised input, each added to it: a scan's body."""
 
@@ -129,7 +121,7 @@ class _Layer(_Part):
         normed = layer_norm(self, name=facts.mlp_norm)(x)
         normed = self.placement.constrain(normed, "inputs")
         if "mlp" in facts.mlp[0]:
-            added = _MLP(*args, name="mlp")(normed)
+            added = TwoLayerMLP(*args, name="mlp")(normed)
         else:
             inner = Dense(*args, features=cfg.intermediate_size, name="intermediate")(normed)
             inner = self.placement.constrain(activate(cfg.hidden_act, inner), "features")
@@ -151,14 +143,6 @@ class _Attention(_Part):
         seen = attention(self.placement.constrain(x, "inputs"), mask)
         out: jax.Array = Dense(*args, name="output")(seen)
         return out
-
-
-class _MLP(_Part):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        cfg = self.config
-        inner = activate(cfg.hidden_act, dense(self, cfg.intermediate_size, name="fc1")(x))
-        return dense(self, cfg.hidden_size, name="fc2")(self.placement.constrain(inner, "features"))
 
 
 class _LayerScale(_Part):
