@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ def count_forms(source: Source, kernels: Iterable[Row]) -> str:
 
 def _kinds(source: HasCodes, row: Row) -> list[str]:
     """Returns the first tensor of a stack in each form that they lie in."""
-    kinds: dict[Any, str] = {}  # of codes -> the first tensor in them
+    kinds: dict[object, str] = {}  # of codes -> the first tensor in them
     for name in row.hf_names:
         shapes = source.code_shapes(name, np.float32)
         leaves = jax.tree.leaves(shapes)
@@ -142,7 +142,7 @@ def read_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | No
     if not row.stack:
         return _put(_read(source, row, row.hf_names, dtype), where)
     names = np.array(row.hf_names).reshape(row.stack[0], -1).tolist()
-    layers = (_put(_read(source, row, some, dtype), _of_a_layer(where)) for some in names)
+    layers = (_put(_read(source, row, some, dtype), _layer_shardings(where)) for some in names)
     return _stacked(layers, shapes, where)
 
 
@@ -158,7 +158,7 @@ def _read(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> C
     return first.map(joined, *others)
 
 
-def _put(coded: Coded, where: Any) -> Coded:
+def _put(coded: Coded, where: Coded | Sharding | None) -> Coded:
     """Returns codes on their devices: `where` has the sharding of each array, or one for all."""
     if not isinstance(where, Coded):
         return coded.map(lambda array: jax.device_put(array, where))
@@ -169,14 +169,14 @@ def _put(coded: Coded, where: Any) -> Coded:
     return coded.map(placed, where)
 
 
-def _of_a_layer(where: Any) -> Any:
+def _layer_shardings(where: Coded | Sharding | None) -> Coded | Sharding | None:
     """Returns the shardings of one layer of a stack, which has an axis for itself."""
     if not isinstance(where, Coded):
         return where
-    return where.map(lambda one: NamedSharding(one.mesh, PartitionSpec(None, *one.spec[1:])))
+    return where.map(lambda old: NamedSharding(old.mesh, PartitionSpec(None, *old.spec[1:])))
 
 
-def _stacked(layers: Iterable[Coded], shapes: Coded, where: Any) -> Coded:
+def _stacked(layers: Iterable[Coded], shapes: Coded, where: Coded | Sharding | None) -> Coded:
     """Returns a stack in its place, written a layer at a time: there is no second copy of it.
 
     Args:
@@ -185,12 +185,12 @@ def _stacked(layers: Iterable[Coded], shapes: Coded, where: Any) -> Coded:
       where: the sharding of each array, or one for all.
     """
     empty = jax.jit(lambda: shapes.map(lambda x: jnp.zeros(x.shape, x.dtype)), out_shardings=where)
-    write = jax.jit(_with_layer, donate_argnums=0, out_shardings=where)
+    write = jax.jit(_write_layer, donate_argnums=0, out_shardings=where)
     whole: Coded = empty()
     for i, layer in enumerate(layers):
         whole = jax.block_until_ready(write(whole, layer, i))
     return whole
 
 
-def _with_layer(whole: Coded, layer: Coded, i: jax.Array) -> Coded:
-    return whole.map(lambda all, one: lax.dynamic_update_slice_in_dim(all, one, i, 0), layer)
+def _write_layer(whole: Coded, layer: Coded, i: jax.Array) -> Coded:
+    return whole.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, i, 0), layer)

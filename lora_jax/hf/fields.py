@@ -3,9 +3,11 @@
 import json
 from collections.abc import Collection, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from lora_jax.core.types import Fields
+
+KnownT = TypeVar("KnownT")
 
 # Known fields without an effect on the logits.
 HARMLESS = frozenset(
@@ -60,11 +62,12 @@ def read_file(path: Path, kind: str, error: type[ValueError]) -> dict[str, Any]:
     return fields
 
 
-def check_known(name: str, value: Any, known: Collection[Any]) -> None:
-    """Raises a ConfigError that lists the known values, if the value is none of them."""
+def check_known(name: str, value: object, known: Collection[KnownT]) -> KnownT:
+    """Returns a value that is known; raises a ConfigError that lists the known ones for others."""
     if value not in known:
         listed = ", ".join(map(str, known))
         raise ConfigError(f"{name} {value!r} is not supported; supported are {listed}")
+    return cast(KnownT, value)
 
 
 def check_multiple(**sizes: int) -> None:
@@ -86,7 +89,7 @@ def write_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
 
 
 def refuse_unknown(
-    config: Fields, family: str, known: Set[str], unsupported: Mapping[str, Any] | None = None
+    config: Fields, family: str, known: Set[str], unsupported: Mapping[str, object] | None = None
 ) -> None:
     """Refuses fields that are not read, and values that are not supported.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known
 from lora_jax.hf.keys import Row, SubTensor
 
+AnyConfig: TypeAlias = Any  # the configuration of a family, with its own fields
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -21,7 +22,7 @@ class ModelConfig(Protocol):
     def model_type(self) -> str:
         """Hugging Face's name of the family."""
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """Returns the config.json that reads back as this configuration."""
 
 
@@ -41,8 +42,8 @@ class GGUFLayout:
 
     architecture: str
     name: Callable[[str], str]
-    read: Callable[[Mapping[str, Any], Shapes, Mapping[str, np.ndarray]], Any]
-    reorder: Callable[[np.ndarray, str, Any], np.ndarray]
+    read: Callable[[Fields, Shapes, Mapping[str, np.ndarray]], AnyConfig]
+    reorder: Callable[[np.ndarray, str, AnyConfig], np.ndarray]
     facts: tuple[str, ...] = ()
 
 
@@ -61,11 +62,11 @@ class ModelFormat:
       gguf: the layout in GGUF files; None if these are not read.
     """
 
-    read: Callable[..., Any]
-    table: Callable[[Any], list[Row]]
-    parts: Callable[[Any, Shapes], dict[str, SubTensor]] = lambda *_: {}
+    read: Callable[..., AnyConfig]
+    table: Callable[[AnyConfig], list[Row]]
+    parts: Callable[[AnyConfig, Shapes], dict[str, SubTensor]] = lambda *_: {}
     options: frozenset[str] = frozenset()
-    name: Callable[[str, Any], str] = lambda name, config: name
+    name: Callable[[str, AnyConfig], str] = lambda name, config: name
     ignored: re.Pattern[str] | None = None
     gguf: GGUFLayout | None = None
 
@@ -76,26 +77,24 @@ class ModelFormats:
 
     by_type: Mapping[str, ModelFormat]
 
-    def format_of(self, model_type: Any) -> ModelFormat:
+    def format_of(self, model_type: object) -> ModelFormat:
         """Returns the format of a model_type.
 
         Raises:
           ConfigError: for an unknown model_type; lists the known ones.
         """
-        check_known("model_type", model_type, self.by_type)
-        return self.by_type[model_type]
+        return self.by_type[check_known("model_type", model_type, self.by_type)]
 
-    def gguf_format_of(self, architecture: Any) -> tuple[ModelFormat, GGUFLayout]:
+    def gguf_format_of(self, architecture: object) -> tuple[ModelFormat, GGUFLayout]:
         """Returns the format of a GGUF file's architecture, and its layout in such files.
 
         Raises:
           ConfigError: for an unknown architecture; lists the known ones.
         """
         known = {f.gguf.architecture: (f, f.gguf) for f in self.by_type.values() if f.gguf}
-        check_known("GGUFLayout architecture", architecture, known)
-        return known[architecture]
+        return known[check_known("GGUF architecture", architecture, known)]
 
-    def read_config(self, fields: Fields, **options: Any) -> Any:
+    def read_config(self, fields: Fields, **options: object) -> AnyConfig:
         """Reads a configuration from a parsed config.json.
 
         Args:
@@ -109,7 +108,7 @@ class ModelFormats:
           ConfigError: names what is missing, unsupported or unknown, in the file or the options.
         """
         model_type = fields.get("model_type")
-        found = self.format_of(model_type)
-        if unknown := sorted(set(options) - found.options):
+        family = self.format_of(model_type)
+        if unknown := sorted(set(options) - family.options):
             raise ConfigError(f"a {model_type} model has no option {', '.join(unknown)}")
-        return found.read(fields, **options)
+        return family.read(fields, **options)

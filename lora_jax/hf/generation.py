@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_eos, read_file
+from lora_jax.hf.format import AnyConfig
 
 FILE = "generation_config.json"
 _SAMPLING: dict[str, Callable[[float], bool]] = {
@@ -17,7 +19,7 @@ _SAMPLING: dict[str, Callable[[float], bool]] = {
     "top_k": lambda x: x >= 1 and x == int(x),
 }
 # Further fields that change what is drawn, with the values that change nothing, besides null.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p"), (1,)),
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "diversity_penalty"), (0,)),
     **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
@@ -47,14 +49,14 @@ class Generation:
     text: str
 
     def __post_init__(self) -> None:
-        if any(isinstance(one, bool) or not isinstance(one, int) for one in self.eos_token_ids):
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in self.eos_token_ids):
             raise ConfigError(f"eos_token_id={self.fields['eos_token_id']!r}: token ids are needed")
 
     @cached_property
-    def fields(self) -> Mapping[str, Any]:
+    def fields(self) -> Fields:
         """The fields as they are written."""
-        found: dict[str, Any] = json.loads(self.text)
-        return found
+        fields: Fields = json.loads(self.text)
+        return fields
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -85,7 +87,7 @@ class Generation:
                 raise ConfigError(f"{name}={value!r} is nothing to sample with: correct the file")
 
     @property
-    def others(self) -> dict[str, Any]:
+    def others(self) -> dict[str, object]:
         """The further fields that would change what is drawn, and are not applied here."""
         given = {name: self.fields.get(name) for name in _NEUTRAL}
         return {n: x for n, x in given.items() if x is not None and x not in _NEUTRAL[n]}
@@ -108,7 +110,7 @@ def read_generation(path: Path) -> Generation:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def with_generation(config: Any, folder: Path) -> Any:
+def with_generation(config: AnyConfig, folder: Path) -> AnyConfig:
     """Returns the configuration of a folder's model with what its generation_config.json says.
 
     Models that continue no texts have no such field, and stay as they are, as do folders without

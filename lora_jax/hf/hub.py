@@ -4,7 +4,8 @@ import json
 import re
 import threading
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 from lora_jax.folders import remote_problem
 from lora_jax.hf.packaged import BUNDLES
@@ -237,7 +238,7 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _huggingface_hub() -> Any:
+def _huggingface_hub() -> ModuleType:
     try:
         import huggingface_hub
         import huggingface_hub.constants

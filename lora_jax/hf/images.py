@@ -7,7 +7,8 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from lora_jax.core.types import Fields
 from lora_jax.folders import local_path
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.hub import resolve
+
+ImageLike: TypeAlias = Any  # a path, bytes, a `PIL.Image.Image`, or a dict with one of them
 
 FILE = "preprocessor_config.json"
 
@@ -118,13 +121,13 @@ class ImageProcessor:
                 read[name] = (float(name == "std"),) * 3
         return cls(**read)
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """Returns the fields that ``from_hf`` reads back as this processor."""
 
         def named(pair: tuple[int, int]) -> dict[str, int]:
             return dict(zip(("height", "width"), pair, strict=True))
 
-        out: dict[str, Any] = {
+        out: dict[str, object] = {
             "image_processor_type": "ViTImageProcessor"
             if self.crop is None
             else "BitImageProcessor",
@@ -156,7 +159,7 @@ class ImageProcessor:
         assert size is not None
         return len(self.mean), *size
 
-    def pixels(self, image: Any) -> np.ndarray:
+    def pixels(self, image: ImageLike) -> np.ndarray:
         """Returns an image resized and cut, [channels, height, width] uint8.
 
         Args:
@@ -179,7 +182,7 @@ class ImageProcessor:
         values: np.ndarray = self._table[channel, pixels]
         return values
 
-    def __call__(self, images: Sequence[Any]) -> np.ndarray:
+    def __call__(self, images: Sequence[ImageLike]) -> np.ndarray:
         """Returns ``pixel_values`` of images, [n, channels, height, width] fp32; see `pixels`."""
         return self.values(np.stack([self.pixels(image) for image in images]))
 
@@ -221,7 +224,7 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
         raise ConfigError(f"{path}: {error}" if str(path) not in str(error) else error) from None
 
 
-def open_image(image: Any, mode: str = "RGB") -> Any:
+def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
     """Returns an image, decoded and upright, as a ``PIL.Image.Image``.
 
     Of a transparent file, the colours beneath show, as transformers' ``load_image`` has it. What is
@@ -247,7 +250,7 @@ def open_image(image: Any, mode: str = "RGB") -> Any:
             source = pil.Image.open(source)
         if not isinstance(source, pil.Image.Image):
             raise TypeError(f"a {type(image).__name__} is no image, nor a path or bytes of one")
-        found = _in_8_bits(pil, pil.ImageOps.exif_transpose(source))
+        found = _convert_to_8_bits(pil, pil.ImageOps.exif_transpose(source))
         is_transparent = "A" in found.getbands() or "transparency" in found.info
         if mode == "RGB" and is_transparent and not is_file:
             found = found.convert("RGBA")
@@ -261,7 +264,7 @@ def open_image(image: Any, mode: str = "RGB") -> Any:
 
 
 def is_image(path: Path) -> bool:
-    """Returns whether a file begins as an image does, whatever its name ends in."""
+    """Returns True if a file begins as an image does, whatever its name ends in."""
     pil = _pillow()
     pil.Image.init()
     try:
@@ -271,7 +274,7 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def _in_8_bits(pil: Any, image: Any) -> Any:
+def _convert_to_8_bits(pil: ModuleType, image: ImageLike) -> ImageLike:
     """Returns an image of 16 or 32 bits a channel in 8 bits.
 
     Pillow, and so transformers, takes such values as they are: all above 255 become white, and
@@ -294,7 +297,7 @@ def _in_8_bits(pil: Any, image: Any) -> Any:
     return pil.Image.fromarray(levels)
 
 
-def _height_and_width(name: str, size: Any) -> tuple[int, int]:
+def _height_and_width(name: str, size: object) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
     if isinstance(size, dict) and {*size} == {"height", "width"}:
@@ -315,14 +318,14 @@ def _cropped(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _overlap(size: int, wanted: int) -> tuple[slice, slice]:
-    """Returns where the middle lies in an axis, and where it goes in one of the wanted size."""
+    """Returns the slice of the middle of an axis, and its place in one of the wanted size."""
     if size >= wanted:
         first = (size - wanted) // 2
         return slice(first, first + wanted), slice(None)
     return slice(None), slice((wanted - size + 1) // 2, (wanted - size + 1) // 2 + size)
 
 
-def _pillow() -> Any:
+def _pillow() -> ModuleType:
     try:
         import PIL
         import PIL.Image

@@ -41,6 +41,9 @@ Kind = Literal[
 ]
 
 
+Params = dict[str, Any]  # the parameters of a model, a plain nested dict
+
+
 class WeightsError(ValueError):
     """Weights that cannot be read, or do not fit the model."""
 
@@ -119,7 +122,7 @@ class SubTensor(NamedTuple):
 
 
 def _within(cut: int | slice, asked: Iterator[slice]) -> int | slice:
-    """Returns what the next slice asks for of an axis that is cut; an index is kept as it is."""
+    """Returns the part of a cut axis that the next slice asks for; an index stays as it is."""
     if not isinstance(cut, slice):
         return cut
     wanted, start = next(asked), cut.start or 0
@@ -132,7 +135,7 @@ def _within(cut: int | slice, asked: Iterator[slice]) -> int | slice:
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)")
 
 
-def absent_parts(shapes: Mapping[str, Any], table: Sequence[Row]) -> list[str]:
+def absent_parts(shapes: Mapping[str, object], table: Sequence[Row]) -> list[str]:
     """Returns the optional parts of the table that a file lacks entirely, in the table's order."""
     held = {row.part for row in table if any(name in shapes for name in row.hf_names)}
     return list(dict.fromkeys(row.part for row in table if row.part and row.part not in held))
@@ -200,9 +203,9 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
         )
 
 
-def nested(leaves: Iterable[tuple[str, Leaf]]) -> dict[str, Any]:
+def nested(leaves: Iterable[tuple[str, Leaf]]) -> Params:
     """Returns a nested dict, from "/"-joined paths and their values."""
-    tree: dict[str, Any] = unflatten_dict(dict(leaves), sep="/")
+    tree: Params = unflatten_dict(dict(leaves), sep="/")
     return tree
 
 

@@ -5,14 +5,15 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from lora_jax.core.types import Leaf
 from lora_jax.hf.coded import (
     NONE,
     STORED,
@@ -22,12 +23,12 @@ from lora_jax.hf.coded import (
     read_stored,
     stored_shapes,
 )
-from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
+from lora_jax.hf.keys import Params, Row, WeightsError, absent_parts, check, nested
 from lora_jax.hf.sources import FLOATS, HasCodes, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
 from lora_jax.quantized import Format as Codes
 
-ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+ShardingOf = Callable[[str, tuple[int, ...]], Sharding | None]
 
 
 def load_params(
@@ -36,7 +37,7 @@ def load_params(
     sharding: ShardingOf | None = None,
     key: jax.Array | None = None,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
-) -> dict[str, Any]:
+) -> Params:
     """Reads the parameter tree of a source, one parameter at a time.
 
     Args:
@@ -70,7 +71,7 @@ def load_params(
     if quantize == STORED:
         check_stored(source, [row for row in held if row.path in codings])
 
-    def read(row: Row) -> Any:
+    def read(row: Row) -> Leaf:
         place = None if sharding is None else sharding(row.path, row.stacked_shape)
         if row.path in codings and row.part not in absent:
             if (coded := read_codes(row, codings[row.path], place)) is not None:
@@ -81,7 +82,7 @@ def load_params(
             return jax.device_put(fresh.astype(param_dtype), place)
         return _placed(source, row, np.dtype(param_dtype), place)
 
-    def read_codes(row: Row, coding: Coding | None, place: Any) -> Coded | None:
+    def read_codes(row: Row, coding: Coding | None, place: Sharding | None) -> Coded | None:
         if quantize == STORED:
             return read_stored(source, row, param_dtype, place)
         if coding is None:
@@ -110,7 +111,7 @@ def shapes_of(
     dtype: DTypeLike,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
     source: HasCodes | None = None,
-) -> dict[str, Any]:
+) -> Params:
     """Returns the shapes of what `load_params` returns; reads no weights.
 
     Args:
@@ -122,7 +123,7 @@ def shapes_of(
     quantize = STORED if quantize is None and source is not None and source.shipped else quantize
     codings = codings_of(table, dtype, quantize, source)
 
-    def shape(row: Row) -> Any:
+    def shape(row: Row) -> Leaf:
         array, coding = jax.ShapeDtypeStruct(row.stacked_shape, dtype), codings.get(row.path)
         if quantize == STORED and source is not None and row.path in codings:
             return stored_shapes(source, row, dtype) or array
@@ -137,7 +138,7 @@ def codings_of(
     quantize: str | Codes | Sequence[QuantRule] | None,
     source: HasCodes | None = None,
 ) -> dict[str, Coding | None]:
-    """Returns how each kernel that ``quantize`` selects is stored, by path; see `quantized.plan`.
+    """Returns the coding of each kernel that ``quantize`` selects, by path; see `quantized.plan`.
 
     Args:
       table: the parameters.
@@ -231,7 +232,7 @@ def _part(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> 
     for member, name in zip(row.members, row.hf_names, strict=True):
         if all(i in axis for i, axis in zip(member, box, strict=False)):
             local = (i - axis.start for i, axis in zip(member, box, strict=False))
-            at: tuple[Any, ...] = (*local, ...)
+            at: tuple[int | EllipsisType, ...] = (*local, ...)
             view = out[at]
             source.read_into(view.T if row.transpose else view, name, within)
     return out

@@ -101,7 +101,7 @@ class SafetensorsFolder:
 
     kept_forms_note = ""
 
-    def __init__(self, folder: Path, formats: ModelFormats, **options: Any):
+    def __init__(self, folder: Path, formats: ModelFormats, **options: object):
         self.where = str(folder)
         config, fields = _read_config(folder / "config.json", formats, options)
         self.config = with_generation(config, folder)
@@ -229,7 +229,7 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
 
-def read_config_file(path: Path, formats: ModelFormats, **options: Any) -> Any:
+def read_config_file(path: Path, formats: ModelFormats, **options: object) -> Any:
     """Reads the configuration in a config.json; see ``ModelFormats.read_config``.
 
     Raises:

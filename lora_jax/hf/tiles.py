@@ -8,14 +8,14 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, Tokenizer
 from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.hub import resolve
-from lora_jax.hf.images import FILE, ImageProcessor, open_image
+from lora_jax.hf.images import FILE, ImageLike, ImageProcessor, open_image
 
 Grid = tuple[int, int]  # rows and columns of tiles; (0, 0) for an image that is not cut
 
@@ -66,7 +66,7 @@ class TileProcessor:
             split=bool(fields.get("do_image_splitting", True)),
         )
 
-    def tiles(self, image: Any) -> tuple[np.ndarray, Grid]:
+    def tiles(self, image: ImageLike) -> tuple[np.ndarray, Grid]:
         """Returns an image's tiles, [n, channels, side, side] uint8, and their grid.
 
         Args:
@@ -96,7 +96,7 @@ class TileProcessor:
         cut = cut.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)
         return np.concatenate([cut, whole]), (rows, columns)
 
-    def _resized(self, image: Any, width: int, height: int) -> Any:
+    def _resized(self, image: ImageLike, width: int, height: int) -> ImageLike:
         return image.resize((width, height), resample=self.tile.resample)
 
 
@@ -112,14 +112,14 @@ class ImageReader:
     """
 
     processor: TileProcessor
-    tokenizer: Any
+    tokenizer: Tokenizer
     token: int
     per_tile: int
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  (readers live as long as the process)
     def written(self, grid: Grid) -> np.ndarray:
         """Returns the tokens of an image with this grid of tiles: [n] int32."""
-        image, around, whole = (getattr(self.tokenizer, *one) for one in _WRITTEN.items())
+        image, around, whole = (getattr(self.tokenizer, *item) for item in _WRITTEN.items())
         (rows, columns), tile = grid, image * self.per_tile
         text = "".join(
             "".join(f"{around}<row_{y + 1}_col_{x + 1}>{tile}" for x in range(columns)) + "\n"
@@ -129,7 +129,29 @@ class ImageReader:
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def load_image_reader(name_or_path: str | Path, tokenizer: Any, config: Any) -> ImageReader:
+class _Vision(Protocol):
+    """The images that a model takes."""
+
+    @property
+    def num_channels(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+
+
+class ImageModelConfig(Protocol):
+    """A configuration of a language model that reads images, such as ``SmolVLMConfig``."""
+
+    @property
+    def image_token_id(self) -> int: ...
+    @property
+    def tokens_per_image(self) -> int: ...
+    @property
+    def vision(self) -> _Vision: ...
+
+
+def load_image_reader(
+    name_or_path: str | Path, tokenizer: Tokenizer, config: ImageModelConfig
+) -> ImageReader:
     """Loads the reader of images that goes with ``from_pretrained(name_or_path)``.
 
     Args:
@@ -151,7 +173,7 @@ def load_image_reader(name_or_path: str | Path, tokenizer: Any, config: Any) -> 
     >>> training.chats([row], tokenizer, seq_len=2048, images=reader)  # doctest: +SKIP
     """
     folder = resolve(name_or_path).path
-    path = next((folder / one for one in (FILE, _PROCESSOR) if (folder / one).is_file()), None)
+    path = next((folder / name for name in (FILE, _PROCESSOR) if (folder / name).is_file()), None)
     fields = read_file(path or folder / FILE, "a model of images", ConfigError)
     try:
         processor = TileProcessor.from_hf(fields.get("image_processor", fields))

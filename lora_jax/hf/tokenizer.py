@@ -2,13 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, Tokenizer
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.folder import pointer_problem
 from lora_jax.hf.gguf import open_gguf
-from lora_jax.hf.gguf.tokenizer import build
+from lora_jax.hf.gguf.tokenizer import CoreTokenizer, build
 from lora_jax.hf.hub import hub_name, resolve, snapshot
 from lora_jax.hf.packaged import BUNDLES
 
@@ -24,7 +24,7 @@ FILES = (
 )
 
 
-def load_tokenizer(name_or_path: str | Path) -> Any:
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """Loads the tokenizer that goes with ``from_pretrained(name_or_path)``.
 
     Args:
@@ -43,7 +43,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     """
     path = _folder(name_or_path) or resolve(name_or_path).path
     if path.is_dir():
-        return _of_folder(path)
+        return _read_folder(path)
     try:
         return tokenizer_from_gguf(open_gguf(path).metadata)
     except ConfigError as error:
@@ -71,7 +71,7 @@ def _folder(name_or_path: str | Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
-def _of_folder(path: Path) -> Any:
+def _read_folder(path: Path) -> Tokenizer:
     auto = _transformers().AutoTokenizer
     try:
         return auto.from_pretrained(path, trust_remote_code=False)
@@ -93,7 +93,7 @@ def _of_folder(path: Path) -> Any:
         ) from error
 
 
-def tokenizer_from_gguf(metadata: Fields) -> Any:
+def tokenizer_from_gguf(metadata: Fields) -> Tokenizer:
     """Builds a tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
     _transformers()  # says what is missing
     core, special = build(metadata)
@@ -105,7 +105,7 @@ def tokenizer_from_gguf(metadata: Fields) -> Any:
     return tokenizer
 
 
-def fast_tokenizer(core: Any, **special: str) -> Any:
+def fast_tokenizer(core: CoreTokenizer, **special: str) -> Tokenizer:
     """Returns transformers' tokenizer around one of the package `tokenizers`.
 
     Args:
@@ -115,7 +115,7 @@ def fast_tokenizer(core: Any, **special: str) -> Any:
     return _transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
-def _transformers() -> Any:
+def _transformers() -> ModuleType:
     # On import, it advises installing torch, which tokenizers do not need.
     logger = logging.getLogger("transformers")
     logger.addFilter(_is_no_advice_on_torch)

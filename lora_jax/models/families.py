@@ -99,18 +99,17 @@ FAMILIES: dict[str, Family] = {
 FORMATS = ModelFormats({name: family.format for name, family in FAMILIES.items()})
 
 
-def family_of(model_type: Any) -> Family:
+def family_of(model_type: object) -> Family:
     """Returns the family of a model_type.
 
     Raises:
       ConfigError: for an unknown model_type; lists the known ones.
     """
-    check_known("model_type", model_type, FAMILIES)
-    return FAMILIES[model_type]
+    return FAMILIES[check_known("model_type", model_type, FAMILIES)]
 
 
 def module_of(
-    config: Any,
+    config: ModelConfig,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     *,
@@ -140,7 +139,7 @@ def module_of(
     return module(config, dtype, param_dtype, remat=remat, attention=attention, **more)
 
 
-def read_config(fields: Fields, **options: Any) -> Any:
+def read_config(fields: Fields, **options: object) -> Any:
     """Reads a configuration from a parsed config.json.
 
     Args:
@@ -198,7 +197,7 @@ def kinds(config: ModelConfig) -> dict[str, Kind]:
 
 
 def partition_specs(config: ModelConfig) -> tuple[tuple[str, PartitionSpec], ...]:
-    """Returns how parameters are sharded over a mesh: a table for ``lora_jax.sharding``.
+    """Returns the shardings of parameters over a mesh: a table for ``lora_jax.sharding``.
 
     Each line has a parameter's path, and the spec of its last axes; parameters without a line are
     replicated.

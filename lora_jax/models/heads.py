@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
@@ -52,7 +51,7 @@ def read_classes(config: Fields, asked: int | None = None) -> tuple[int, tuple[s
     return number, names
 
 
-def write_classes(number: int, names: Sequence[str]) -> dict[str, Any]:
+def write_classes(number: int, names: Sequence[str]) -> dict[str, object]:
     """Returns the fields of a config.json that `read_classes` reads back."""
     names = names or _numbered(number)
     return {

@@ -1,8 +1,9 @@
 """Loads a pretrained module and its parameters by name, folder or file, and saves them."""
 
+import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.core.types import Model, Tokenizer, Tree
+from lora_jax.core.types import Fields, Model, Tokenizer, Tree
 from lora_jax.folders import check_free, local_path, new_folder
 from lora_jax.hf import sources
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve
-from lora_jax.hf.keys import WeightsError
+from lora_jax.hf.keys import Params, WeightsError
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.hf.save import file_dtypes, write_model, write_template, write_tokenizer
 from lora_jax.hf.sources import SafetensorsFolder, Source
@@ -41,10 +42,10 @@ def from_pretrained(
     num_labels: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
-    rope_scaling: Mapping[str, Any] | None = None,
+    rope_scaling: Fields | None = None,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
     key: jax.Array | None = None,
-) -> tuple[Model, dict[str, Any]]:
+) -> tuple[Model, Params]:
     """Loads a pretrained model, and its parameters as a plain nested dict.
 
     Reads a folder (config.json with model.safetensors, or shards and their index; or one GGUF
@@ -110,13 +111,15 @@ def from_pretrained(
     options = {name: value for name, value in asked.items() if value is not None}
     source = open_source(found.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
-    how: dict[str, Any] = {"remat": remat, "attention": attention, "experts": experts}
     config = source.config
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
-    module_of(config, dtype, param_dtype, **how)  # finds wrong options before weights are read
+    make = functools.partial(
+        module_of, config, dtype, param_dtype, remat=remat, attention=attention, experts=experts
+    )
+    make()  # finds wrong options before weights are read
     params = load_params(source, param_dtype, sharding, key, quantize)
-    return module_of(config, dtype, param_dtype, **how, params=params), params
+    return make(params=params), params
 
 
 def save_pretrained(
@@ -187,7 +190,7 @@ def save_pretrained(
             (partial / "README.md").write_text(readme, encoding="utf-8")
 
 
-def open_source(path: Path, **options: Any) -> Source:
+def open_source(path: Path, **options: object) -> Source:
     """Opens a folder or a GGUF file. Reads its configuration and headers only.
 
     Args:
@@ -208,7 +211,7 @@ def open_source(path: Path, **options: Any) -> Source:
     return GGUFFile(path, FORMATS)
 
 
-def read_config_file(path: Path, **options: Any) -> Any:
+def read_config_file(path: Path, **options: object) -> Any:
     """Reads the configuration in a config.json; see ``read_config``.
 
     Raises:

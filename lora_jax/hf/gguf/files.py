@@ -5,6 +5,7 @@ import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ class OpenGGUF(NamedTuple):
       tensors: gguf's tensors, of all parts.
     """
 
-    gguf: Any
+    gguf: ModuleType
     metadata: Fields
     tensors: Sequence[Any]
 
@@ -114,7 +115,7 @@ def _reader(path: Path) -> Any:
     import gguf
 
     class _PlainArrayReader(gguf.GGUFReader):
-        def __setattr__(self, name: str, value: Any) -> None:
+        def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
     try:

@@ -6,10 +6,12 @@ them: known here are those of the models that are read.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
+
+CoreTokenizer: TypeAlias = Any  # a `tokenizers.Tokenizer`
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's llama_token_type
 _BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"  # values of tokenizer.ggml.model
@@ -56,7 +58,7 @@ SPLITS = {
 }
 
 
-def build(metadata: Fields) -> tuple[Any, dict[str, str]]:
+def build(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
     """Returns a ``tokenizers.Tokenizer``, and its special tokens by role ("eos_token").
 
     Args:
@@ -81,7 +83,7 @@ def build(metadata: Fields) -> tuple[Any, dict[str, str]]:
         raise ConfigError(f"the tokenizer cannot be built: {error}") from None
 
 
-def _built(metadata: Fields, splits: Splits | None) -> tuple[Any, dict[str, str]]:
+def _built(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict[str, str]]:
     from tokenizers import AddedToken
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -112,14 +114,14 @@ def _built(metadata: Fields, splits: Splits | None) -> tuple[Any, dict[str, str]
     return core, {f"{role}_token": token for role, token in special.items()}
 
 
-def _byte_level(metadata: Fields, vocab: dict[str, int], splits: Splits) -> Any:
+def _byte_level(metadata: Fields, vocab: dict[str, int], splits: Splits) -> CoreTokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splits.whole))
     if splits.nfc:
         core.normalizer = normalizers.NFC()
-    steps: list[Any] = [
+    steps: list[object] = [
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits.patterns
     ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -128,7 +130,7 @@ def _byte_level(metadata: Fields, vocab: dict[str, int], splits: Splits) -> Any:
     return core
 
 
-def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown: str) -> Any:
+def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown: str) -> CoreTokenizer:
     """Returns SentencePiece's BPE as transformers' `LlamaTokenizer` has it.
 
     A text that begins with a space gets no second one, as it would from SentencePiece.
@@ -148,7 +150,7 @@ def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown: str) -> Any
     begins = metadata.get("tokenizer.ggml.add_space_prefix", True)
     scheme = "first" if begins else "never"
     core.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
-    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[object] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     core.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if begins else [])])
     return core
 
@@ -166,7 +168,7 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
     return [(left, right) for *_, left, right in sorted(pairs())]
 
 
-def _framed(vocab: dict[str, int], bos: str | None, eos: str | None) -> Any:
+def _framed(vocab: dict[str, int], bos: str | None, eos: str | None) -> object:
     """Returns the processor that adds the first and the last token to a text or a pair."""
     from tokenizers import processors
 

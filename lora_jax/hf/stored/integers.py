@@ -79,10 +79,10 @@ def gptq(name: str, files: Files) -> CodedTensor | None:
     def codes(_: slice | None) -> np.ndarray:
         return unpack(files.fetch(name, None).T, less_8=True)
 
-    def in_order(numbers: np.ndarray) -> np.ndarray:
+    def reorder(numbers: np.ndarray) -> np.ndarray:
         return numbers
 
-    return _with_zeros(name, files, (n_out, n_in), codes, in_order, [order])
+    return _store_with_zeros(name, files, (n_out, n_in), codes, reorder, [order])
 
 
 def awq(name: str, files: Files) -> CodedTensor | None:
@@ -91,24 +91,24 @@ def awq(name: str, files: Files) -> CodedTensor | None:
         return None
     n_in, n_words = _matrix(files, name)
 
-    def in_order(numbers: np.ndarray) -> np.ndarray:
+    def reorder(numbers: np.ndarray) -> np.ndarray:
         return numbers.reshape(len(numbers), -1, 8)[..., _AWQ].reshape(len(numbers), -1)
 
     def codes(_: slice | None) -> np.ndarray:
-        return in_order(_words(files, name)).T
+        return reorder(_words(files, name)).T
 
-    return _with_zeros(name, files, (8 * n_words, n_in), codes, in_order, [])
+    return _store_with_zeros(name, files, (8 * n_words, n_in), codes, reorder, [])
 
 
 _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the places of a word's numbers
 
 
-def _with_zeros(
+def _store_with_zeros(
     name: str,
     files: Files,
     shape: tuple[int, int],
     codes: Callable[[slice | None], np.ndarray],
-    in_order: Callable[[np.ndarray], np.ndarray],
+    reorder: Callable[[np.ndarray], np.ndarray],
     others: Sequence[str],
 ) -> CodedTensor:
     """Returns a tensor whose scales and packed zeros lie [groups, out]."""
@@ -121,7 +121,7 @@ def _with_zeros(
     files.piece(zero, (n_groups, n_out // 8))
 
     def zeros(_: slice | None) -> np.ndarray:
-        numbers = in_order(_words(files, zero)).astype(np.int8)
+        numbers = reorder(_words(files, zero)).astype(np.int8)
         return (numbers + np.int8(files.facts.zero_is_less)).T
 
     pieces = {
@@ -173,7 +173,7 @@ def bnb_nf4(name: str, files: Files) -> CodedTensor | None:
 
 
 def _facts(files: Files, state: str, *names: str) -> list[Any]:
-    """Returns what bitsandbytes says of a tensor, by these names.
+    """Returns the facts of a tensor of bitsandbytes, by these names.
 
     Raises:
       WeightsError: it does not say so.

@@ -90,7 +90,7 @@ def _renamed(name: str, rename: Callable[[str], str]) -> str:
 
 
 def _has_alternatives(pattern: str) -> bool:
-    """Returns whether a pattern has a | outside of its groups."""
+    """Returns True if a pattern has a | outside of its groups."""
     pattern, n = _ATOMS.sub("", pattern), 1
     while n:
         pattern, n = re.subn(r"\([^()]*\)", "", pattern)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -56,7 +56,7 @@ class Targets:
         self._rest = next((facts[name] for name in _CLASSES if name in facts), None)
 
     def facts_of(self, tensor: str) -> CodeFacts | None:
-        """Returns what the first target that names a weight's module says; None if none does."""
+        """Returns the facts of the first target that names a weight's module; None without one."""
         module = _PARAMETER.sub("", tensor)
         if module in self._facts:
             return self._facts[module]
@@ -65,7 +65,7 @@ class Targets:
 
 
 def common_facts(facts: Collection[CodeFacts]) -> CodeFacts:
-    """Returns what kinds have in common, for a module that no target names."""
+    """Returns the facts that kinds have in common, for a module that no target names."""
     blocks, sizes = ({one[i] for one in facts} - {None} for i in range(2))
     block, size = (next(iter(each)) if len(each) == 1 else None for each in (blocks, sizes))
     return CodeFacts(block, size, symmetric=all(one.symmetric for one in facts))
@@ -101,15 +101,15 @@ def read_method(fields: Fields) -> Method | None:
         return None
     if not isinstance(config, Mapping):
         raise ConfigError(f"quantization_config is a {type(config).__name__}, not fields")
-    name = config.get("quant_method")
-    check_known("quantization_config: quant_method", name, METHODS)
+    given = config.get("quant_method")
+    name = check_known("quantization_config: quant_method", given, METHODS)
     try:
         return METHODS[name](config)
     except ConfigError as error:
         raise ConfigError(f"quantization_config, {name}: {error}") from None
 
 
-def _square(size: Any) -> int | None:
+def _square(size: object) -> int | None:
     if size is None:
         return None
     if not isinstance(size, list) or len(size) != 2 or size[0] != size[1] or size[0] < 2:
@@ -117,7 +117,7 @@ def _square(size: Any) -> int | None:
     return int(size[0])
 
 
-def _require(config: Fields, what: str, **wanted: Any) -> None:
+def _require(config: Fields, what: str, **wanted: Collection[object]) -> None:
     """Raises a ConfigError if a field that is given has another value than one of those wanted."""
     for name, values in wanted.items():
         if config.get(name) is not None:
@@ -140,7 +140,7 @@ def _bitsandbytes(config: Fields) -> Method:
     return Method("bitsandbytes", (bnb_nf4,))
 
 
-def _of_words(layout: Layout) -> Callable[[Fields], Method]:
+def _read_words(layout: Layout) -> Callable[[Fields], Method]:
     def method(config: Fields) -> Method:
         _require(config, "", bits=(4,), version=("gemm", "GEMM"))
         form = config.get("checkpoint_format") or config.get("format") or "gptq"
@@ -188,13 +188,13 @@ def _modelopt(config: Fields) -> Method:
     return Method("modelopt", (packed_floats, fp8))
 
 
-METHODS: dict[Any, Callable[[Fields], Method]] = {
+METHODS: dict[str, Callable[[Fields], Method]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed,
     "mxfp4": _mxfp4,
     "bitsandbytes": _bitsandbytes,
-    "gptq": _of_words(gptq),
-    "awq": _of_words(awq),
+    "gptq": _read_words(gptq),
+    "awq": _read_words(awq),
     "modelopt": _modelopt,
 }
 
@@ -296,7 +296,7 @@ class ConfigCodes:
 
 
 def _names(pattern: str, name: str) -> bool:
-    """Returns whether a module's name, perhaps with stars, is that of a tensor or of its parent."""
+    """Returns True if a module's name, perhaps with stars, is that of a tensor or of its parent."""
     each = re.escape(pattern).replace(r"\*", "[^.]*")
     return re.match(rf"(.*\.)?{each}(\.|$)", name) is not None
 

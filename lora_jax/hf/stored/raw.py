@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -115,20 +115,20 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
       OSError: if the file cannot be written.
     """
     sizes = {name: DTYPES[one.header.dtype].itemsize for name, one in tensors.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, at = {}, 0
     for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
         dtype, shape = tensors[name].header
         ends = [at, at + tensors[name].header.nbytes]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": ends}
-        at = ends[1]
+        starts[name], at = ends
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     try:
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, one in tensors.items():
-                file.seek(8 + len(text) + header[name]["data_offsets"][0])
+                file.seek(8 + len(text) + starts[name])
                 array = np.ascontiguousarray(one.read())
                 file.write(array.reshape(-1).view(np.uint8).data)
     except OSError as error:

@@ -1,7 +1,5 @@
 """The parts of a decoder layer: norms and gated MLPs."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -67,7 +65,7 @@ def multiply(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else (x.astype(wide_dtype(x.dtype)) * factor).astype(x.dtype)
 
 
-def rms_norm(module: Any, name: str | None = None) -> RMSNorm:
+def rms_norm(module: ModelPart, name: str | None = None) -> RMSNorm:
     """Makes a norm with the dtypes and the options of the module that holds it."""
     cfg: DecoderConfig = module.config
     how = (cfg.norm_adds_one, cfg.norm_multiplies_wide)

@@ -1,7 +1,6 @@
 """A decoder's configuration: the options of its forward pass."""
 
 import dataclasses
-from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, check_multiple
@@ -277,7 +276,7 @@ class DecoderConfig:
         """
         return cls(**read_fields(config))
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration.
 
         Returns:

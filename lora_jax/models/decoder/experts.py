@@ -12,13 +12,15 @@ A token costs k products, however many experts there are. Two implementations ac
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
 
 from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.format import ModelConfig
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
 _SUBLANES = 8  # the TPU kernel takes multiples of this many rows; XLA masks for others
@@ -152,7 +154,7 @@ def apply_ragged(
     return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
 
 
-def _keeps_products(primitive: Any, *_: Any, **__: Any) -> bool:
+def _keeps_products(primitive: Primitive, *_: object, **__: object) -> bool:
     """Keeps what ``dots_saveable`` keeps, and ragged products."""
     return primitive.name in ("dot_general", "ragged_dot_general")
 
@@ -185,7 +187,7 @@ def implementation(experts: str | Experts, placement: Placement = UNPLACED) -> E
     return IMPLEMENTATIONS[experts]
 
 
-def check_experts(config: Any, experts: str | Experts) -> None:
+def check_experts(config: ModelConfig, experts: str | Experts) -> None:
     """Raises a ConfigError if ``experts`` is given for a model without experts."""
     if experts != "auto" and not getattr(config, "num_experts", 0):
         raise ConfigError(

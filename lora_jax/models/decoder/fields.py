@@ -15,7 +15,7 @@ _REQUIRED = (
 
 # Fields that ``DecoderConfig`` has under the same name, and Llama's defaults: of all families, and
 # of those that read them.
-_SAME: dict[str, Any] = {
+_SAME: dict[str, object] = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
@@ -23,7 +23,7 @@ _SAME: dict[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
-_SAME_WHERE_READ: dict[str, Any] = {
+_SAME_WHERE_READ: dict[str, object] = {
     "mlp_bias": False,
     "shared_expert_intermediate_size": 0,
     "query_pre_attn_scalar": None,
@@ -57,7 +57,7 @@ _COMMON = frozenset(
 ).union(_REQUIRED, _SAME)
 
 # Known options that would change the forward pass, and the only value that is supported.
-_UNSUPPORTED: dict[str, Any] = {
+_UNSUPPORTED: dict[str, object] = {
     "attention_dropout": 0.0,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
@@ -67,7 +67,7 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def read_fields(config: Fields) -> dict[str, Any]:
+def read_fields(config: Fields) -> Fields:
     """Reads the fields of ``DecoderConfig`` from a parsed config.json.
 
     Args:
@@ -79,7 +79,7 @@ def read_fields(config: Fields) -> dict[str, Any]:
     Raises:
       ConfigError: names the fields that are missing, unsupported or unknown.
     """
-    config = _of_text(config)
+    config = _text_fields(config)
     check_known("model_type", config.get("model_type"), FAMILIES)
     family = FAMILIES[config["model_type"]]
     given = {**family.defaults, **config}
@@ -89,7 +89,7 @@ def read_fields(config: Fields) -> dict[str, Any]:
     unsupported = {**_UNSUPPORTED, **family.refuses}
     refuse_unknown(config, family.model_type, _COMMON | family.reads, unsupported)
 
-    def get(name: str, default: Any = None) -> Any:
+    def get(name: str, default: object = None) -> Any:
         return config.get(name, family.defaults.get(name, default))
 
     heads = config["num_attention_heads"]
@@ -115,7 +115,7 @@ def read_fields(config: Fields) -> dict[str, Any]:
     }
 
 
-def write_fields(fields: Fields) -> dict[str, Any]:
+def write_fields(fields: Fields) -> dict[str, object]:
     """Writes the fields of ``DecoderConfig`` as a config.json for transformers 4 and 5.
 
     Args:
@@ -155,7 +155,7 @@ def write_fields(fields: Fields) -> dict[str, Any]:
     return {**out, **write_rope(family, fields)}
 
 
-def _of_text(config: Fields) -> Fields:
+def _text_fields(config: Fields) -> Fields:
     """Returns the fields of a decoder, which a model with images has in its text_config."""
     kind = config.get("model_type")
     of_text = {f.with_images: f.model_type for f in FAMILIES.values() if f.with_images}
@@ -187,7 +187,7 @@ def _read_activation(family: DecoderFamily, get: Get) -> str:
     return chosen
 
 
-def _read_experts(family: DecoderFamily, get: Get) -> dict[str, Any]:
+def _read_experts(family: DecoderFamily, get: Get) -> Fields:
     if family.experts is None:
         return {}
     count, size = family.experts(get)
@@ -199,7 +199,7 @@ def _read_experts(family: DecoderFamily, get: Get) -> dict[str, Any]:
     }
 
 
-def _read_layers(family: DecoderFamily, n_layers: int, get: Get) -> dict[str, Any]:
+def _read_layers(family: DecoderFamily, n_layers: int, get: Get) -> Fields:
     """Reads the sliding window, the layers that use it, and the linear layers."""
     window = get("sliding_window") if "sliding_window" in family.reads else None
     if "use_sliding_window" in family.reads and not get("use_sliding_window", False):

@@ -83,7 +83,7 @@ def _read(
     """
     arch = family.gguf
 
-    def get(name: str, default: Any = None) -> Any:
+    def get(name: str, default: object = None) -> Any:
         value = metadata.get(f"{arch}.{name}", default)
         if value is None:
             raise ConfigError(f"the metadata lacks {arch}.{name}")

@@ -132,7 +132,7 @@ def decoder_name(name: str, config: DecoderConfig) -> str:
 
 
 def has_fused_experts(config: DecoderConfig) -> bool:
-    """Returns whether files hold all experts of a layer in one tensor, as we do: gpt-oss's."""
+    """Returns True if files hold all experts of a layer in one tensor, as we do: gpt-oss's."""
     return len(config.family.expert_names) == 2
 
 

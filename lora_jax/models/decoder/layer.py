@@ -1,6 +1,6 @@
 """One decoder layer: norms, grouped-query attention or a linear mixer, and an MLP or experts."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import RopeAngles, rotate
 from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blocks import ModelPart, attend_heads, dense
-from lora_jax.models.layers.cache import LayerCache, Recurrent
+from lora_jax.models.layers.cache import LayerCache, NewEntries, Recurrent
 from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import layer_input
@@ -136,7 +136,7 @@ class DecoderLayer(ModelPart):
     linear: bool = False  # a ``GatedDeltaNet`` in the place of attention
 
     @nn.compact
-    def __call__(self, x: jax.Array, step: Step, layer: PerLayer) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, step: Step, layer: PerLayer) -> tuple[jax.Array, NewEntries]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
         cfg, x = self.config, layer_input(x, self.remat)
         if cfg.num_experts:
@@ -160,7 +160,7 @@ class DecoderLayer(ModelPart):
             part = rms_norm(self, after[i])(part) if cfg.post_norms else part
             return x + multiply(part, cfg.residual_multiplier)
 
-        new: Any
+        new: NewEntries
         if self.linear:
             mixer = GatedDeltaNet(*self.options, name="linear_attn")
             hidden, new = mixer(inputs(0, x), step.tokens, layer.recurrent)

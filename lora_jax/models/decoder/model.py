@@ -21,7 +21,7 @@ from lora_jax.models.layers.blocks import (
     embed,
     insert_vectors,
 )
-from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.cache import Cache, NewEntries
 from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import TokenPlaces, rematerialise, scan_layers
@@ -88,7 +88,7 @@ class Trunk(ModelPart):
         embedding_noise: EmbeddingNoise | None,
         at: jax.Array | None = None,
         vectors: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, NewEntries]:
         positions = placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.max_len
         rope = rotations(positions, self.config, length)
@@ -122,7 +122,7 @@ class Period(ModelPart):
     experts: str | Experts = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array, step: Step, layers: PerLayer) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, step: Step, layers: PerLayer) -> tuple[jax.Array, NewEntries]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``DecoderLayer``.
 
         Args:
@@ -152,7 +152,9 @@ class Period(ModelPart):
         return x, (*stacked[0], stacked[1])
 
 
-def run_layers(layers: Any, config: DecoderConfig, x: jax.Array, step: Step, each: PerLayer) -> Any:
+def run_layers(
+    layers: nn.Module, config: DecoderConfig, x: jax.Array, step: Step, each: PerLayer
+) -> Any:
     """Runs scanned layers, by periods if they are of two kinds.
 
     Args:
@@ -172,7 +174,7 @@ def run_layers(layers: Any, config: DecoderConfig, x: jax.Array, step: Step, eac
     return x, jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:2]), *x.shape[2:]), new)
 
 
-def stack_layers(module: Any) -> Any:
+def stack_layers(module: Trunk) -> nn.Module:
     """Makes the scanned layers of a decoder's trunk."""
     cfg: DecoderConfig = module.config
     if not cfg.pattern:

@@ -12,7 +12,6 @@ experts have one kernel for gate and up, whose outputs take turns, as in its fil
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +94,7 @@ def _mixed(
     x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
-    kernels: Sequence[Any],
+    kernels: Sequence[jax.Array],
     biases: Sequence[jax.Array],
 ) -> jax.Array:
     """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the shapes."""

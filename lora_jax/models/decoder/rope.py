@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.format import ModelConfig
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.rope_fields import RopeScaling
 from lora_jax.models.layers.attention import wide_dtype
@@ -129,7 +130,7 @@ _DEFAULTS: dict[str, dict[str, float]] = {
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def with_rope_scaling(config: Any, scaling: Mapping[str, Any]) -> Any:
+def with_rope_scaling(config: ModelConfig, scaling: Fields) -> DecoderConfig:
     """Returns a configuration whose RoPE is scaled, with ``factor`` times as many positions.
 
     Saved in config.json like any other configuration, it is read by transformers.

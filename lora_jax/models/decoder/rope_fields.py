@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
@@ -52,7 +51,7 @@ class RopeScaling:
     long_factor: tuple[float, ...] = ()
 
 
-def read_rope(family: DecoderFamily, config: Fields, get: Get) -> dict[str, Any]:
+def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     """Reads the configuration's fields on RoPE, from transformers 4's or transformers 5's.
 
     Args:
@@ -152,9 +151,9 @@ def _attention_factor(kind: str, fields: Fields, context: int) -> float:
     return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
 
 
-def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, Any]:
+def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, object]:
     """Writes config.json's fields on RoPE for transformers 4 and 5; see ``read_rope``."""
-    out: dict[str, Any] = {"rope_theta": fields["rope_theta"]}
+    out: dict[str, object] = {"rope_theta": fields["rope_theta"]}
     if family.windows_rotate_apart and "rope_local_base_freq" not in family.reads:
         # transformers 5 alone has a base for each; it adds rope_scaling to full_attention's fields.
         bases = {"full_attention": "rope_theta", "sliding_attention": "rope_local_theta"}

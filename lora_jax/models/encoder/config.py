@@ -67,7 +67,7 @@ _NO_EFFECT = frozenset(
 )
 
 # Known options that would change the forward pass, and the only value that is supported.
-_UNSUPPORTED: dict[str, Any] = {
+_UNSUPPORTED: dict[str, object] = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "tie_word_embeddings": True,
@@ -157,8 +157,7 @@ class EncoderConfig:
           ConfigError: names the fields that are missing, unsupported or unknown, and options that
             do not go with the head.
         """
-        family: Any = config.get("model_type")
-        check_known("model_type", family, FAMILIES)
+        family = check_known("model_type", config.get("model_type"), FAMILIES)
         own = {"num_labels", "_num_labels", "sentence_pooling", "sentence_normalize"}
         refuse_unknown(config, family, own.union(cls._names(), _NO_EFFECT), _UNSUPPORTED)
         if config.get("vocab_size") is None:
@@ -187,7 +186,7 @@ class EncoderConfig:
         """Returns the fields that config.json has under the same names."""
         return [field.name for field in dataclasses.fields(cls) if field.name not in _OF_HEAD]
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration.
 
         transformers has no name for the head "embedding": it reads such a file as a bare encoder.

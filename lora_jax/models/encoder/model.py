@@ -1,6 +1,6 @@
 """Encoders in Flax Linen: BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019), XLM-RoBERTa."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ class Encoder(ModelPart):
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
         embedding_noise: EmbeddingNoise | None = None,
-    ) -> Any:
+    ) -> EncoderOutput | jax.Array:
         """Encodes each row.
 
         Args:
@@ -157,7 +157,9 @@ class Encoder(ModelPart):
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         return hidden if return_hidden else self.head(hidden, attention_mask)
 
-    def head(self, hidden: jax.Array, attention_mask: jax.Array | None = None) -> Any:
+    def head(
+        self, hidden: jax.Array, attention_mask: jax.Array | None = None
+    ) -> EncoderOutput | jax.Array:
         """Computes the head's output for final hidden states.
 
         Args:
@@ -295,12 +297,12 @@ class _RobertaClassifier(_Part):
         return _classes(self, name="out_proj")(x)
 
 
-def _classes(module: Any, **kwargs: Any) -> nn.Dense:
+def _classes(module: ModelPart, name: str | None = None) -> nn.Dense:
     """Makes the layer of the classes' logits, at least fp32."""
-    return dense(module, module.config.num_labels, dtype=wide_dtype(module.dtype), **kwargs)
+    return dense(module, module.config.num_labels, dtype=wide_dtype(module.dtype), name=name)
 
 
-def _tied_logits(module: Any, x: jax.Array, table: jax.Array) -> jax.Array:
+def _tied_logits(module: ModelPart, x: jax.Array, table: jax.Array) -> jax.Array:
     """Returns x Eᵀ + bias, at least fp32; E is the table of words, [vocab, d_model]."""
     shape = (module.config.vocab_size,)
     bias: jax.Array = module.param("bias", nn.initializers.zeros, shape, module.param_dtype)

@@ -1,7 +1,6 @@
 """GPT-2's configuration: the options of its forward pass, and its config.json."""
 
 import dataclasses
-from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import (
@@ -107,7 +106,7 @@ class GPT2Config:
             values["eos_token_ids"] = read_eos(config)
         return cls(**values)
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
         out = {name: getattr(self, ours) for ours, name in self._names().items()}
         eos = write_eos(self.eos_token_ids)

@@ -1,6 +1,6 @@
 """GPT-2 in Flax Linen (Radford et al. 2019)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from lora_jax.models.layers.blocks import (
     embed,
     layer_norm,
 )
-from lora_jax.models.layers.cache import Cache, LayerCache
+from lora_jax.models.layers.cache import Cache, LayerCache, NewEntries
 from lora_jax.models.layers.encoder import TwoLayerMLP
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.trunk import TokenPlaces, layer_input, scan_layers
@@ -124,7 +124,7 @@ class _Trunk(ModelPart):
         mask: Mask,
         cache: Cache | None,
         embedding_noise: EmbeddingNoise | None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, NewEntries]:
         x = add_noise(self.wte(input_ids), embedding_noise) + self.wpe(placed.positions)
         x = self.placement.constrain(x, "residual")
         per_layer = _PerLayer(_score_scales(self.config), cache and cache.layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -192,8 +192,17 @@ def _name(attend: Attend) -> str:
     return str(attend)
 
 
+class AttentionConfig(Protocol):
+    """A configuration that tells the sizes of its model's heads."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+
+
 def choose_attention(
-    config: Any,
+    config: AttentionConfig,
     seq: int,
     *,
     dtype: DTypeLike,

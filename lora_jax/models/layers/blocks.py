@@ -78,7 +78,7 @@ class ModelPart(nn.Module):
     attention: str | Attend = "auto"
 
     @property
-    def options(self) -> tuple[Any, Any, Any, bool | str, Placement, str | Attend]:
+    def options(self) -> tuple[Any, DTypeLike, DTypeLike, bool | str, Placement, str | Attend]:
         """The attributes above, for a part of this one."""
         dtypes = (self.dtype, self.param_dtype)
         return (self.config, *dtypes, self.remat, self.placement, self.attention)
@@ -106,14 +106,24 @@ def attend_heads(
     return part.placement.constrain(out.reshape(*out.shape[:2], -1), "features")
 
 
-def dense(module: Any, features: int, *, dtype: DTypeLike | None = None, **kwargs: Any) -> nn.Dense:
+def dense(
+    module: ModelPart,
+    features: int,
+    *,
+    name: str | None = None,
+    use_bias: bool = True,
+    dtype: DTypeLike | None = None,
+    dot_general: Callable[..., jax.Array] | None = None,
+) -> nn.Dense:
     """Makes xW + b, W drawn with the configuration's initializer_range."""
     return nn.Dense(
         features,
+        use_bias=use_bias,
+        dot_general=dot_general,
         dtype=module.dtype if dtype is None else dtype,
         param_dtype=module.param_dtype,
         kernel_init=nn.initializers.normal(module.config.initializer_range),
-        **kwargs,
+        name=name,
     )
 
 
@@ -136,12 +146,12 @@ class LayerNorm(nn.Module):
         return (x * scale.astype(dtype) + bias.astype(dtype)).astype(self.dtype)
 
 
-def layer_norm(module: Any, **kwargs: Any) -> LayerNorm:
+def layer_norm(module: ModelPart, name: str | None = None) -> LayerNorm:
     """Makes a LayerNorm with the configuration's epsilon."""
-    return LayerNorm(module.config.layer_norm_eps, module.dtype, module.param_dtype, **kwargs)
+    return LayerNorm(module.config.layer_norm_eps, module.dtype, module.param_dtype, name=name)
 
 
-def embed(module: Any, rows: int, **kwargs: Any) -> nn.Embed:
+def embed(module: ModelPart, rows: int, name: str | None = None) -> nn.Embed:
     """Makes a table of ``rows`` vectors as wide as the model."""
     return nn.Embed(
         rows,
@@ -149,7 +159,7 @@ def embed(module: Any, rows: int, **kwargs: Any) -> nn.Embed:
         dtype=module.dtype,
         param_dtype=module.param_dtype,
         embedding_init=nn.initializers.normal(module.config.initializer_range),
-        **kwargs,
+        name=name,
     )
 
 

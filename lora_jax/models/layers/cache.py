@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+
+# The keys, values and memories that one call adds to a cache, stacked by layers.
+NewEntries: TypeAlias = Any
 
 
 class Cached(Protocol):

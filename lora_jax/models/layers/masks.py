@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+Slots: TypeAlias = Any  # numbers, or arrays of numbers: of NumPy, of JAX, or in a kernel
 _PADDING = jnp.iinfo(jnp.int32).min  # the segment of padding, where it needs one
 
 
@@ -153,9 +154,9 @@ class Mask:
 
 
 def extremes(
-    low: Any, high: Any, first: Any, last: Any, *, causal: bool, window: Any = None
-) -> tuple[Any, Any]:
-    """Returns whether no query of slots low to high sees a key first to last; whether all do.
+    low: Slots, high: Slots, first: Slots, last: Slots, *, causal: bool, window: Slots = None
+) -> tuple[Slots, Slots]:
+    """Returns True if no query of slots low to high sees a key first to last; True if all do.
 
     Distances in a block are a range, and so are those that are seen. Arrays broadcast.
 

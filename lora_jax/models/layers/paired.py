@@ -48,7 +48,7 @@ class VisibleTiles(NamedTuple):
 def visible_tiles(
     first: jax.Array, keys: jax.Array, values: jax.Array, tokens: MaskTokens
 ) -> VisibleTiles:
-    """Returns what tiles ``first`` and T - 1 - ``first`` see, tile by tile.
+    """Returns the keys that tiles ``first`` and T - 1 - ``first`` see, tile by tile.
 
     Args:
       first: [] int32.

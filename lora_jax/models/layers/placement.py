@@ -42,7 +42,7 @@ class Placement:
 
     @property
     def kernels(self) -> bool:
-        """Returns whether "auto" may choose a kernel, which XLA cannot partition over devices.
+        """Returns True if "auto" may choose a kernel, which XLA cannot partition over devices.
 
         Without a placement, nothing says on which devices the arrays will be.
         """
@@ -50,7 +50,7 @@ class Placement:
 
     @property
     def takes_chunks(self) -> bool:
-        """Returns whether a long row may go through an MLP by chunks; see ``apply_chunked``.
+        """Returns True if a long row may go through an MLP by chunks; see ``apply_chunked``.
 
         Where a kernel lies on several devices, each chunk would gather it again.
         """
@@ -58,7 +58,7 @@ class Placement:
 
     @property
     def ragged_kernels(self) -> bool:
-        """Returns whether ragged products are kernels, and each device sorts its own tokens.
+        """Returns True if ragged products are kernels, and each device sorts its own tokens.
 
         A placement that returns True is for steps that are compiled with
         ``lora_jax.models.compiler_options("tpu")``.

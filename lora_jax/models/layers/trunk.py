@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 
-from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.cache import Cache, NewEntries
 from lora_jax.models.layers.masks import Mask, MaskTokens
 
 # The policies in jax.checkpoint_policies: its other functions make policies.
@@ -110,7 +111,7 @@ def causal_mask(placed: TokenPlaces, segment_ids: jax.Array | None, cache: Cache
     )
 
 
-def extend_cache(cache: Cache, placed: TokenPlaces, new: tuple[Any, ...]) -> Cache:
+def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
     """Returns the cache with this call's keys and values added.
 
     Args:
@@ -168,7 +169,7 @@ def _put(cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, axis: 
 
 def scan_layers(
     layer: type[nn.Module], remat: bool | str, n: int, in_axes: Any = (nn.broadcast, 0)
-) -> Any:
+) -> Callable[..., nn.Module]:
     """Returns a stack of n layers, their parameters on axis 0, as a scan over them.
 
     Args:
@@ -190,7 +191,7 @@ def scan_layers(
     )
 
 
-def rematerialise(layer: type[nn.Module], remat: bool | str) -> Any:
+def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn.Module]:
     """Returns a layer in a scan's body that is recomputed in the backward pass.
 
     Args:
@@ -214,7 +215,7 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Any:
         if remat not in REMAT_POLICIES:
             known = ", ".join((OFFLOAD, *REMAT_POLICIES))
             raise ValueError(f"remat policy {remat!r} is not one of {known}")
-        policy = _of_name(remat)
+        policy = _policy(remat)
     # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
     return nn.remat(layer, policy=policy, prevent_cse=False)
 
@@ -263,13 +264,13 @@ def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Arra
 
 
 @functools.cache
-def _of_name(name: str) -> Any:
+def _policy(name: str) -> Callable[..., object]:
     """Returns a policy of JAX; one that keeps dots here keeps ragged products as well."""
-    policy = getattr(jax.checkpoint_policies, name)
+    policy: Callable[..., object] = getattr(jax.checkpoint_policies, name)
     if "dots" not in name:
         return policy
 
-    def keeps(primitive: Any, *args: Any, **params: Any) -> Any:
+    def keeps(primitive: Primitive, *args: object, **params: object) -> object:
         return primitive.name == "ragged_dot_general" or policy(primitive, *args, **params)
 
     return keeps

@@ -11,7 +11,7 @@ from lora_jax.models.layers.blocks import ACTIVATION
 
 # model_type -> the beginning of the name of transformers' class.
 CLASSES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}
-_VISION_DEFAULTS: dict[str, Any] = {
+_VISION_DEFAULTS: dict[str, int] = {
     "hidden_size": 1152,
     "intermediate_size": 3072,
     "image_size": 224,
@@ -107,8 +107,7 @@ class SmolVLMConfig:
         Raises:
           ConfigError: names the fields that are missing, unsupported or unknown.
         """
-        kind: Any = config.get("model_type")
-        check_known("model_type", kind, CLASSES)
+        kind = check_known("model_type", config.get("model_type"), CLASSES)
         refuse_unknown(config, kind, _OWN | _NO_EFFECT)
         parts = {}
         for name in ("text_config", "vision_config"):
@@ -129,7 +128,7 @@ class SmolVLMConfig:
             **{name: config[name] for name in same if name in config},
         )
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
         return {
             "model_type": self.model_type,

@@ -22,10 +22,10 @@ def smolvlm_name(name: str, config: SmolVLMConfig) -> str:
 
 def smolvlm_table(config: SmolVLMConfig) -> list[Row]:
     """Returns every parameter of the model, once, in the order of the forward pass."""
-    return [*_vision_table(config), *map(_of_text, decoder_table(config.text))]
+    return [*_vision_table(config), *map(_text_row, decoder_table(config.text))]
 
 
-def _of_text(row: Row) -> Row:
+def _text_row(row: Row) -> Row:
     """Returns a row of the decoder where it stands here: "model." is "model.text_model."."""
     if not row.path.startswith("model/"):
         return row

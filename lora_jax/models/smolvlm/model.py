@@ -1,7 +1,5 @@
 """SmolVLM in Flax Linen (Marafioti et al. 2025): SigLIP, pixel shuffle, a linear layer, a Llama."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +14,7 @@ from lora_jax.models.layers.blocks import (
     embed,
     layer_norm,
 )
-from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.cache import Cache, NewEntries
 from lora_jax.models.layers.encoder import LayerStack, SelfAttention, TwoLayerMLP
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
 from lora_jax.models.layers.trunk import TokenPlaces, layer_input
@@ -56,7 +54,7 @@ class _Trunk(ModelPart):
     n_positions = None
 
     def setup(self) -> None:
-        config, *others = self.options
+        config, others = self.config, self.options[1:]
         self.vision_model = _Vision(config.vision, *others)
         self.connector = _Connector(*self.options)
         self.text_model = Trunk(config.text, *others)
@@ -74,7 +72,7 @@ class _Trunk(ModelPart):
         cache: Cache | None,
         embedding_noise: EmbeddingNoise | None,
         pixel_values: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, NewEntries]:
         vectors = None
         if pixel_values is not None or self.is_initializing():
             vectors = self._vectors(input_ids.shape[0], pixel_values)

@@ -30,14 +30,14 @@ class VisionFamily:
 
     class_name: str
     prefix: str
-    defaults: Mapping[str, Any]
+    defaults: Fields
     attention_norm: str
     mlp_norm: str
     mlp: tuple[str, str]
     layer_scale: bool
     mean_patch: bool
     in_module: Mapping[str, str]
-    written: Mapping[str, Any]
+    written: Mapping[str, object]
 
 
 _ATTENTION = {
@@ -93,7 +93,7 @@ _NO_EFFECT = frozenset(
     """.split()
 )
 # Known options that would change the forward pass, and the only value that is supported.
-_UNSUPPORTED: dict[str, Any] = {"use_swiglu_ffn": False}
+_UNSUPPORTED: dict[str, object] = {"use_swiglu_ffn": False}
 
 _OF_HEAD = frozenset({"head", "num_labels", "label_names"})
 _PAIRS = ("image_size", "patch_size")
@@ -171,12 +171,11 @@ class VisionConfig:
           ConfigError: names the fields that are missing, unsupported or unknown, and options that
             do not go with the head.
         """
-        family: Any = config.get("model_type")
-        check_known("model_type", family, FAMILIES)
+        family = check_known("model_type", config.get("model_type"), FAMILIES)
         facts = FAMILIES[family]
         own = {*cls._names(), *facts.defaults} - ({"intermediate_size"} - {*facts.defaults})
         refuse_unknown(config, family, own | _NO_EFFECT | {"num_labels"}, _UNSUPPORTED)
-        classes = [one.class_name for one in FAMILIES.values()]
+        classes = [known.class_name for known in FAMILIES.values()]
         head = options.get("head") or read_head(config, classes, _ARCHITECTURES)
         if "num_labels" in options and head != "classification":
             raise ConfigError(f"num_labels goes with head='classification', and it is {head!r}")
@@ -195,14 +194,15 @@ class VisionConfig:
         """Returns the fields that config.json has under the same names."""
         return [field.name for field in dataclasses.fields(cls) if field.name not in _OF_HEAD]
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """Returns the config.json that ``from_hf`` reads back as this configuration."""
         out = {name: getattr(self, name) for name in self._names()} | dict(self.family.written)
         for name in _PAIRS:
-            height, width = out[name]
+            height, width = getattr(self, name)
             out[name] = height if height == width else [height, width]
         if "mlp_ratio" in self.family.defaults:
-            ratio = out.pop("intermediate_size") / self.hidden_size
+            del out["intermediate_size"]
+            ratio = self.intermediate_size / self.hidden_size
             out["mlp_ratio"] = int(ratio) if ratio.is_integer() else ratio
         out["architectures"] = [self.family.class_name + _ARCHITECTURES[self.head][0]]
         return out | write_classes(self.num_labels, self.label_names)

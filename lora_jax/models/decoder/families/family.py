@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lora_jax.core.types import Fields
+
 # (a field of config.json, a default) -> its value in the file, else the family's default.
 Get = Callable[..., Any]
 
@@ -51,9 +53,9 @@ class DecoderFamily:
     model_type: str
     architecture: str
     reads: frozenset[str]
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    refuses: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Fields = dataclasses.field(default_factory=dict)
+    refuses: Fields = dataclasses.field(default_factory=dict)
+    traits: Fields = dataclasses.field(default_factory=dict)
     windowed: Callable[[Get, int], range | tuple[int, ...]] = lambda get, n_layers: range(n_layers)
     rope_free: Callable[[Get, int], tuple[int, ...]] = lambda get, n_layers: ()
     linear: Callable[[Get, int], tuple[int, ...]] | None = None

@@ -1,10 +1,9 @@
 """Gemma 2 and the text models of Gemma 3."""
 
-from typing import Any
-
+from lora_jax.core.types import Fields
 from lora_jax.models.decoder.families.family import DecoderFamily
 
-_DEFAULTS: dict[str, Any] = {
+_DEFAULTS: Fields = {
     "num_key_value_heads": 4,
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",

@@ -1,10 +1,9 @@
 """OLMo 2 and OLMo 3."""
 
-from typing import Any
-
+from lora_jax.core.types import Fields
 from lora_jax.models.decoder.families.family import DecoderFamily
 
-_TRAITS: dict[str, Any] = {
+_TRAITS: Fields = {
     "pre_norms": False,
     "post_norms": True,
     "norm_multiplies_wide": True,

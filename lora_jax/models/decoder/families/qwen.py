@@ -1,8 +1,8 @@
 """Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next and the text models of Qwen3.5."""
 
 import re
-from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
@@ -89,7 +89,7 @@ _MIXTURE = frozenset(
     """.split()
 )
 _OF_MTP = frozenset({"mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"})
-_LINEAR_DEFAULTS: dict[str, Any] = {
+_LINEAR_DEFAULTS: Fields = {
     "head_dim": 256,
     "max_position_embeddings": 32768,
     "partial_rotary_factor": 0.25,
@@ -99,7 +99,7 @@ _LINEAR_DEFAULTS: dict[str, Any] = {
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
-_MIXTURE_DEFAULTS: dict[str, Any] = {
+_MIXTURE_DEFAULTS: Fields = {
     **_LINEAR_DEFAULTS,
     "num_key_value_heads": 2,
     "moe_intermediate_size": 512,

@@ -34,7 +34,7 @@ class Cudnn(Implementation):
     otherwise: Blockwise = ON_GPU
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Returns why cuDNN cannot serve a call; None if it can."""
+        """Returns the reason why cuDNN cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
         if call.split:

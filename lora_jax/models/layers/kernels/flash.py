@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Imp
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.kernels import flash_programs as programs
 from lora_jax.models.layers.kernels.flash_programs import FlashOptions
-from lora_jax.models.layers.masks import Mask, Split, extremes, pad_rows
+from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows
 
 _EVER = 1 << 30  # a window that hides nothing
 
@@ -58,7 +59,7 @@ class Flash(Implementation):
             raise ValueError(f"{self}: blocks must be powers of 2, 16 at least")
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Returns why the kernel cannot serve a call; None if it can."""
+        """Returns the reason why the kernel cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
         if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -154,8 +155,13 @@ class _Tokens(NamedTuple):
 
 
 def _visits(
-    slots: Any, keys: Any, causal: bool, window: Any, sizes: tuple[int, int], numbers: Any = np
-) -> Any:
+    slots: Slots,
+    keys: Slots,
+    causal: bool,
+    window: Slots,
+    sizes: tuple[int, int],
+    numbers: ModuleType = np,
+) -> Slots:
     """Returns [blocks of queries, blocks of keys] bool: False where no slot sees another."""
     of_queries, of_keys = slots.reshape(-1, sizes[0]), keys.reshape(-1, sizes[1])
     empty, _ = extremes(
@@ -166,7 +172,7 @@ def _visits(
         causal=causal,
         window=window,
     )
-    visits: Any = ~numbers.broadcast_to(empty, (of_queries.shape[0], of_keys.shape[0]))
+    visits: Slots = ~numbers.broadcast_to(empty, (of_queries.shape[0], of_keys.shape[0]))
     return visits
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from lora_jax.models.layers.masks import Slots
+
+Ref: TypeAlias = Any  # a reference to an array in memory, or to a block of it
 
 _LOG2_E = 1.4426950408889634
 _HIDDEN = -1e30  # the score of a key that is not seen
@@ -42,14 +46,28 @@ class FlashOptions:
         product: jax.Array = triton.dot(x, y, **transposed)
         return product.astype(jnp.float32)
 
-    def seen(self, slots: Any, other: Any, segments: Any, others: Any, window: Any) -> jax.Array:
+    def seen(
+        self,
+        slots: jax.Array,
+        other: jax.Array,
+        segments: jax.Array,
+        others: jax.Array,
+        window: jax.Array,
+    ) -> jax.Array:
         """Returns [queries, keys] bool: True where a query of these slots may look."""
         distance = slots[:, None] - other[None, :]
         seen: jax.Array = (segments[:, None] == others[None, :]) & (distance < window)
         return seen & (distance >= 0) if self.causal else seen
 
     def weights_and_slopes(
-        self, q: Any, k: Any, v: Any, seen: Any, out: Any, lse: Any, mean: Any
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        seen: jax.Array,
+        out: jax.Array,
+        lse: jax.Array,
+        mean: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns a block's weights, and the gradient of its scores without their scale.
 
@@ -72,13 +90,13 @@ def _tanh(x: jax.Array) -> jax.Array:
     return 1.0 - 2.0 / (jnp.exp2(2 * _LOG2_E * x) + 1.0)
 
 
-def forward(how: FlashOptions, head_dim: int, *refs: Any) -> None:
+def forward(how: FlashOptions, head_dim: int, *refs: Ref) -> None:
     """Computes a block of queries: a running maximum, a running sum, and the sum of values."""
     start, stop, slots, segments, others, window, q, k, v, out, lse = refs
     rows = pl.ds(pl.program_id(0) * how.queries, how.queries)
     mine, of_mine, near, queries = slots[rows], segments[rows], window[0], _load(q, head_dim)
 
-    def visit(j: jax.Array, carry: Any) -> Any:
+    def visit(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         total, largest, summed = carry
         at = pl.ds(j * how.keys, how.keys)
         keys = j * how.keys + jnp.arange(how.keys, dtype=jnp.int32)
@@ -103,7 +121,7 @@ def forward(how: FlashOptions, head_dim: int, *refs: Any) -> None:
     lse[...] = largest + jnp.log2(summed)
 
 
-def query_gradient(how: FlashOptions, head_dim: int, *refs: Any) -> None:
+def query_gradient(how: FlashOptions, head_dim: int, *refs: Ref) -> None:
     """Computes the gradient of a block of queries."""
     start, stop, slots, segments, others, window, q, k, v, cotangent, lse, mean, dq = refs
     rows = pl.ds(pl.program_id(0) * how.queries, how.queries)
@@ -125,14 +143,16 @@ def query_gradient(how: FlashOptions, head_dim: int, *refs: Any) -> None:
     _store(dq, head_dim, total * how.scale)
 
 
-def key_value_gradients(how: FlashOptions, head_dim: int, *refs: Any) -> None:
+def key_value_gradients(how: FlashOptions, head_dim: int, *refs: Ref) -> None:
     """Computes the gradients of a block of keys and of values, over the heads that look at them."""
     start, stop, slots, segments, others, window, q, k, v, cotangent, lse, mean, dk, dv = refs
     rows = pl.ds(pl.program_id(0) * how.keys, how.keys)
     mine = pl.program_id(0) * how.keys + jnp.arange(how.keys, dtype=jnp.int32)
     of_mine, near, keys, values = others[rows], window[0], _load(k, head_dim), _load(v, head_dim)
 
-    def visit(head: jax.Array, j: jax.Array, totals: Any) -> Any:
+    def visit(
+        head: jax.Array, j: jax.Array, totals: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
         at = pl.ds(j * how.keys, how.keys)
         seen = how.seen(slots[at], mine, segments[at], of_mine, near)
         queries, out = _load(q, head_dim, at, head), _load(cotangent, head_dim, at, head)
@@ -144,16 +164,18 @@ def key_value_gradients(how: FlashOptions, head_dim: int, *refs: Any) -> None:
             totals[1] + how.dot(weights.astype(out.dtype), out, trans_a=True),
         )
 
-    def of_head(head: jax.Array, totals: Any) -> Any:
-        return lax.fori_loop(start[...], stop[...], functools.partial(visit, head), totals)
+    def visit_heads(head: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        visit_head = functools.partial(visit, head)
+        summed: tuple[jax.Array, ...] = lax.fori_loop(start[...], stop[...], visit_head, totals)
+        return summed
 
     nothing = jnp.zeros((how.keys, keys.shape[1]), jnp.float32)
-    of_keys, of_values = lax.fori_loop(0, lse.shape[0], of_head, (nothing, nothing))
+    of_keys, of_values = lax.fori_loop(0, lse.shape[0], visit_heads, (nothing, nothing))
     _store(dk, head_dim, of_keys * how.scale)
     _store(dv, head_dim, of_values)
 
 
-def _load(ref: Any, head_dim: int, rows: Any = slice(None), *head: Any) -> jax.Array:
+def _load(ref: Ref, head_dim: int, rows: Slots = slice(None), *head: jax.Array) -> jax.Array:
     """Returns a block's rows, [rows, width], zero behind the head's own numbers."""
     width = ref.shape[-1]
     block: jax.Array = triton.load(
@@ -164,7 +186,7 @@ def _load(ref: Any, head_dim: int, rows: Any = slice(None), *head: Any) -> jax.A
     return block
 
 
-def _store(ref: Any, head_dim: int, block: jax.Array) -> None:
+def _store(ref: Ref, head_dim: int, block: jax.Array) -> None:
     width = ref.shape[-1]
     mask = None if width == head_dim else (jnp.arange(width) < head_dim)[None]
     triton.store(ref.at[:, :], block.astype(ref.dtype), mask=mask)

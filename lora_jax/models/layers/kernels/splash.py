@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
 from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Implementation
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.masks import Mask, Split, extremes, pad_rows
+from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows
 
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
 _WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
@@ -56,7 +56,7 @@ class Splash(Implementation):
             raise ValueError(f"{self}: block must be a multiple of {LANES}")
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Returns why the kernel cannot serve a call; None if it can."""
+        """Returns the reason why the kernel cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
         if call.dtype not in (jnp.bfloat16, jnp.float32):
@@ -160,7 +160,7 @@ class Splash(Implementation):
 
 
 def _chunk(queries: int, split: Split) -> int:
-    """Returns how many of a device's queries lie side by side in their row."""
+    """Returns the number of a device's queries that lie side by side in their row."""
     return queries // 2 if split.paired else queries
 
 
@@ -220,7 +220,7 @@ class _Band(kernels.Mask):
     def mask_function(self) -> _Sees:
         return _Sees(self.causal, self.window, self.some is not None)
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         """Returns a block of the mask; one that is all True or all False costs nothing."""
         rows, columns = index
         slots, (first, last, _) = self.slots[rows], columns.indices(self.keys)
@@ -232,7 +232,7 @@ class _Band(kernels.Mask):
         return block
 
     def visits(self, size: int, key_size: int) -> tuple[int, int]:
-        """Returns how many blocks the kernel visits, and how many there are."""
+        """Returns the number of blocks that the kernel visits, and the number that there are."""
         slots = self.slots.reshape(-1, size)
         first = np.arange(0, self.keys, key_size)
         empty, _ = self._extremes(
@@ -241,7 +241,7 @@ class _Band(kernels.Mask):
         shape = (slots.shape[0], first.size)
         return int(np.sum(~np.broadcast_to(empty, shape))), shape[0] * shape[1]
 
-    def _extremes(self, low: Any, high: Any, first: Any, last: Any) -> tuple[Any, Any]:
+    def _extremes(self, low: Slots, high: Slots, first: Slots, last: Slots) -> tuple[Slots, Slots]:
         window = None if self.some is False else self.window
         return extremes(low, high, first, last, causal=self.causal, window=window)
 
@@ -259,7 +259,7 @@ class _Sees:
     window: int | None
     marked: bool
 
-    def __call__(self, slots: Any, keys: Any) -> Any:
+    def __call__(self, slots: Slots, keys: Slots) -> Slots:
         queries = slots & (_WINDOWED - 1) if self.marked else slots
         seen = queries >= keys if self.causal else queries == queries
         if self.window is not None:
