@@ -93,18 +93,18 @@ def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> Data
     for name in names:
         paths = files_of(name, split)
         if paths is None:
-            parts.append(_of_arrow(name, load(name, split=split, subset=subset)))
+            parts.append(_arrow_part(name, load(name, split=split, subset=subset)))
         else:
-            parts += [_of_file(path) for path in paths]
+            parts += [_file_part(path) for path in paths]
     parts = [part for part in parts if len(part.sizes)]
     if not parts:
         raise UserError(f"--dataset {' '.join(names)} has no rows")
     return DatasetBlocks(parts)
 
 
-def _of_file(path: Path) -> FilePart:
+def _file_part(path: Path) -> FilePart:
     if path.suffix.lower() == ".parquet":
-        return _of_parquet(path)
+        return _parquet_part(path)
     if path.suffix.lower() not in _LINES or path.suffix.lower() == ".json" and _is_array(path):
         raise UserError(
             f"--stream: {path} cannot be read from its middle; lines of JSON (.jsonl), Parquet "
@@ -159,7 +159,7 @@ def _lines(path: Path, first: int, last: int) -> Iterator[tuple[int, bytes]]:
             at = file.tell()
 
 
-def _of_parquet(path: Path) -> FilePart:
+def _parquet_part(path: Path) -> FilePart:
     import pyarrow
     import pyarrow.parquet
 
@@ -183,7 +183,7 @@ def _of_parquet(path: Path) -> FilePart:
     return FilePart(str(path), "row", sizes, read, _fingerprint(path))
 
 
-def _of_arrow(name: str, dataset: Any) -> FilePart:
+def _arrow_part(name: str, dataset: Any) -> FilePart:
     """Returns a data set that `datasets` maps into memory, which loads only the rows in use."""
     n = len(dataset)
     a_row = max(1, (dataset.data.nbytes or n) // max(n, 1))

@@ -52,7 +52,7 @@ def place(asked: str | None, key: str, tokenizer: Any, **options: Any) -> Path |
 
 
 def knows(asked: str | None, key: str) -> bool:
-    """Returns whether an earlier run read these rows, could use them all, and kept their tokens."""
+    """Returns True if an earlier run read these rows, could use them all, and kept their tokens."""
     return asked != OFF and any(_folder(asked).glob(f"{_short(key)}-*.tokens"))
 
 
@@ -76,7 +76,7 @@ def read_tokens(path: Path) -> Sequences | None:
 
 
 def read(path: Path) -> memoryview | None:
-    """Returns what `write` kept in a file; None if there is none, or it is damaged."""
+    """Returns the bytes that `write` kept in a file; None if there is none, or it is damaged."""
     try:
         data = path.read_bytes()
         os.utime(path)  # so that it is not the one unused for longest

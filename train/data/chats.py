@@ -49,7 +49,7 @@ def tokenize(
         rows,
         tokenizer,
         source,
-        mapped=_with_progress(console, len(rows)),
+        mapped=_map_with_progress(console, len(rows)),
         say=lambda lines: tell(console, *lines),
         **options,
     )
@@ -66,7 +66,7 @@ def tokenize(
     return tokens
 
 
-def _with_progress(console: Console, n: int) -> MapFunction:
+def _map_with_progress(console: Console, n: int) -> MapFunction:
     """Returns `map_over_processes`, with a bar or lines on the progress over `n` rows."""
 
     def mapped(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:

@@ -58,7 +58,7 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
 
 
 def is_image_folder(name: str) -> bool:
-    """Returns whether a name is of a folder with images, and with no rows that would name them."""
+    """Returns True for the name of a folder of images that no file of rows in it names."""
     folder = Path(name).expanduser()
     if any(kind_of(path.name) for at in ("*", "*/*") for path in folder.glob(at)):
         return False
@@ -66,7 +66,7 @@ def is_image_folder(name: str) -> bool:
 
 
 def holds_images(field: str | None, dataset: str) -> bool:
-    """Returns whether rows hold images: --image names their field, or --dataset their folder."""
+    """Returns True if rows hold images: --image names their field, or --dataset their folder."""
     return field is not None or is_image_folder(dataset)
 
 
@@ -185,7 +185,7 @@ def files_of(dataset: str, split: str = "train") -> list[Path] | None:
 
 
 def load(dataset: str, *, split: str, subset: str | None) -> Any:
-    """Returns what `datasets` loads: a folder that it saved, or a dataset on the hub."""
+    """Loads by `datasets` a folder that it saved, or a dataset on the hub."""
     path = Path(dataset).expanduser()
     return _load_saved(path, split) if path.is_dir() else _load_hub(dataset, split, subset)
 

@@ -45,12 +45,12 @@ def preview_rows(
     """
     if isinstance(examples, Packs):
         known = range(min(n * _a_unit(examples), len(examples.table)))
-        return [_of_pack(examples, tokenizer, at, named) for at in known]
+        return [_pack_rows(examples, tokenizer, at, named) for at in known]
     if isinstance(examples, Labelled):
         known = range(min(n, len(lengths(examples))))
-        return [_of_label(examples, tokenizer, at, labels) for at in known]
+        return [_label_row(examples, tokenizer, at, labels) for at in known]
     if isinstance(examples, Images):
-        return [_of_image(examples, at, labels) for at in range(min(n, len(examples)))]
+        return [_image_row(examples, at, labels) for at in range(min(n, len(examples)))]
     return []
 
 
@@ -70,7 +70,7 @@ def _a_unit(packs: Packs) -> int:
     return packs.a_unit if isinstance(packs, Preferences) else 1
 
 
-def _of_pack(
+def _pack_rows(
     packs: Packs, tokenizer: Any, at: int, named: Callable[[int, int], str] | None
 ) -> PreviewRow:
     tokens, origin = packs.table[at], int(packs.table.origins[at])
@@ -94,7 +94,7 @@ def _of_pack(
     return PreviewRow(title, _spans(ids, counted, tokenizer))
 
 
-def _of_label(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> PreviewRow:
+def _label_row(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> PreviewRow:
     ids, mask = (x.reshape(-1, x.shape[-1])[at] for x in (texts.ids, texts.attention_mask))
     ids = ids[mask > 0]
     if texts.ids.ndim == 3:
@@ -105,7 +105,7 @@ def _of_label(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> PreviewR
     return PreviewRow(title, _spans(ids, np.zeros(len(ids), bool), tokenizer))
 
 
-def _of_image(images: Images, at: int, labels: Any) -> PreviewRow:
+def _image_row(images: Images, at: int, labels: Any) -> PreviewRow:
     size = " x ".join(map(str, images.pixels.shape[1:]))
     title = f"image {at + 1}: the label to learn is {labels[int(images.labels[at])]!r}"
     return PreviewRow(title, [Span(f"{images.length} tokens, of {size} pixels", False)])

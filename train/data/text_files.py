@@ -101,7 +101,7 @@ def _object(value: Any, text: str, path: Path, where: object) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """Returns how deeply lists and objects are nested."""
+    """Returns the depth to which lists and objects are nested."""
     level, depth = [value], 0
     while level := [one for one in level if isinstance(one, dict | list)]:
         depth += 1

@@ -23,7 +23,7 @@ from train.run.task import Data, ModelContext
 
 
 def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
-    """Returns what training begins with, and its data: batches are rollouts of a teacher's."""
+    """Returns the start of training, with a teacher that judges its rollouts, and its data."""
     assert isinstance(of.ready.feed, PromptFeed)
     return dataclasses.replace(of.ready, live=DistillationRollouts(of, of.ready.feed)), of.data
 
@@ -57,7 +57,7 @@ def teacher_prompts(config: Any, prompts: TokenizedPrompts, outline: ModelInfo) 
     """
     if (text := config.data.teacher_prompt) is None:
         return prompts
-    rows = [_with(text, row, outline) for row in prompts.rows]
+    rows = [_add_text(text, row, outline) for row in prompts.rows]
     found = TokenizedPrompts(
         rows, tokenize_prompts(rows, outline.tokenizer, "the teacher's prompts")
     )
@@ -65,7 +65,7 @@ def teacher_prompts(config: Any, prompts: TokenizedPrompts, outline: ModelInfo) 
     return found
 
 
-def _with(text: str, row: Row, outline: ModelInfo) -> Row:
+def _add_text(text: str, row: Row, outline: ModelInfo) -> Row:
     """Returns a row with a text before its prompt: a turn of the system, or plain text."""
     name = "messages" if row.get("messages") else "prompt"
     asked = row[name]
@@ -89,7 +89,7 @@ class DistillationRollouts(Rollouts):
         data, optim = of.config.data, of.config.optim
         outline = teacher_outline(of.config, of.outline)
         self._prompts = teacher_prompts(of.config, feed.prompts, outline)
-        self._widths = Widths.of(
+        self._widths = Widths.choose(
             self._prompts, feed.order, data.max_new_tokens, feed.sequence_parts
         )
         self._layout, model, params = of.layout, of.model, of.plain

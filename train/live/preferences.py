@@ -18,11 +18,11 @@ from lora_jax.training.losses import Completions, mismatched_kl
 from lora_jax.training.ready import BatchNumbers, TrainingStart
 from lora_jax.training.step import State
 from train.live.reference import (
+    add_reference,
     is_live,
     reference_params,
     scores,
     sequence_scorer,
-    with_reference,
 )
 from train.options.scripts.dpo import KTO
 from train.run.task import Data, ModelContext
@@ -126,7 +126,7 @@ def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
 
 
 def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
-    """Returns what training begins with, and its data, compared with the reference.
+    """Returns the start of training and its data, compared with the reference.
 
     Raises:
       UserError: the reference does not fit the base.
@@ -142,13 +142,13 @@ def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
     data, ready = of.data, of.ready
     if (held_out := data.held_out) is not None:
         assert isinstance(held_out, Preferences)
-        data = dataclasses.replace(data, held_out=with_reference(of, score, params, held_out))
+        data = dataclasses.replace(data, held_out=add_reference(of, score, params, held_out))
         if diverges:
             ready = dataclasses.replace(
                 ready, measured=_divergence_of_rows(of, score, params, held_out)
             )
     if cached:
-        examples = with_reference(of, score, params, examples)
+        examples = add_reference(of, score, params, examples)
         assert isinstance(ready.feed, Feed)
         ready = dataclasses.replace(ready, feed=dataclasses.replace(ready.feed, examples=examples))
     if is_live(of.config):
@@ -163,7 +163,7 @@ def _divergence_of_rows(
 ) -> BatchNumbers:
     """Returns the function of KTO's divergence over all held-out rows together."""
     rooms = mixable(held_out, of.config.data.seq_len)
-    mixed = with_reference(of, score, params, mismatched(rooms, np.arange(len(rooms))))
+    mixed = add_reference(of, score, params, mismatched(rooms, np.arange(len(rooms))))
     reference, layout, batch_size = mixed.reference, of.layout, of.config.optim.batch_size
     assert reference is not None
 

@@ -73,8 +73,8 @@ class Widths(NamedTuple):
     rows: tuple[int, ...]
 
     @classmethod
-    def of(cls, prompts: TokenizedPrompts, order: Order, new: int, parts: int = 1) -> "Widths":
-        """Returns those with little padding, given which prompts share a batch.
+    def choose(cls, prompts: TokenizedPrompts, order: Order, new: int, parts: int = 1) -> "Widths":
+        """Returns widths with little padding for batches of the prompts that share a step.
 
         One long prompt thus costs the batches that it is in, and no others.
 
@@ -166,7 +166,7 @@ class PromptFeed:
         n, parts = len(self.prompts.tokens), optim.grad_accum
         self.order = Order(optim.seed, n, optim.batch_size // group, parts)
         new = self.config.data.max_new_tokens
-        self.widths = Widths.of(self.prompts, self.order, new, self.sequence_parts)
+        self.widths = Widths.choose(self.prompts, self.order, new, self.sequence_parts)
 
     @property
     def length(self) -> int:
@@ -203,7 +203,7 @@ class PromptFeed:
         return batch | {name: np.zeros(of, np.float32) for name in self.per_completion}
 
     def progress(self, step: int) -> dict[str, Any]:
-        """Returns where training stands after `step` steps, by the names of TRL's trainer state."""
+        """Returns the progress after `step` steps, by the names of TRL's trainer state."""
         taken, of_all = step // self.config.optim.updates, self.steps // self.config.optim.updates
         epochs = [n * self.order.rows_a_step / self.order.n_rows for n in (taken, of_all)]
         return {
@@ -266,7 +266,7 @@ class PromptFeed:
         return list_rows(rows, lambda row: name_of(self.prompts.rows[row], source, row + 1))
 
     def tokens(self, batch: HostBatch) -> int:
-        """Returns how many tokens are in a batch, without padding."""
+        """Returns the number of tokens in a batch, without padding."""
         return int((batch["segment_ids"] > 0).sum())
 
     def digest(self) -> str:
@@ -276,7 +276,7 @@ class PromptFeed:
         return Arrays({"ids": ids, "lengths": lengths}).digest()
 
     def cursor(self, step: int) -> dict[str, Any]:
-        """Returns where the data stand after `step` steps, with a batch that has steps to come."""
+        """Returns the position in the data after `step` steps, with a batch that goes on."""
         updates = self.config.optim.updates
         where: dict[str, Any] = dict(self.order.cursor(-(-step // updates)))
         if step % updates:

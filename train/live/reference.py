@@ -64,7 +64,7 @@ def running(model: Any) -> Callable[..., Any]:
 
 
 def is_live(config: Any) -> bool:
-    """Returns whether the reference is needed while training, too."""
+    """Returns True if the reference is needed while training, too."""
     cached = getattr(config.data, "reference_logps", "live") == "cached"
     return not cached or KTO in config.optim.loss
 
@@ -108,7 +108,7 @@ def check_reference(config: Any, outline: Any) -> None:
         source.check(outline, allow_base_mismatch=config.adapter.allow_base_mismatch)
 
 
-def with_reference(
+def add_reference(
     of: ModelContext, score: OnMesh, params: Tree, examples: Preferences
 ) -> Preferences:
     """Returns examples with the reference's log-probabilities, computed or of an earlier run.

@@ -28,7 +28,7 @@ def arrays_per_token(config: Any) -> tuple[str, ...]:
 
 
 def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
-    """Returns what training begins with, and its data: batches are rollouts that rewards judge."""
+    """Returns the start of training, with rewards that judge its rollouts, and its data."""
     assert isinstance(of.ready.feed, PromptFeed)
     return dataclasses.replace(of.ready, live=RewardedRollouts(of, of.ready.feed)), of.data
 
@@ -56,16 +56,16 @@ class RewardedRollouts(Rollouts):
         optim, group = self.config.optim, self.config.data.group
         first = self._ask(rows, drawn, number)  # the metrics are of the first draw
         rewards, lost, metrics = first.total.reshape(-1, group), first.lost, first.metrics
-        extra = _by_completion(first, group)
+        extra = _facts_per_completion(first, group)
         for attempt in range(self.config.data.redraw):
-            (flat,) = np.nonzero(_without_spread(rewards))
+            (flat,) = np.nonzero(_have_no_spread(rewards))
             if not len(flat):
                 break
             again = self.draw(params, rows[flat], number, attempt + 1)
             answer = self._ask(rows[flat], again, number)
             rewards[flat], extra[flat] = (
                 answer.total.reshape(-1, group),
-                _by_completion(answer, group),
+                _facts_per_completion(answer, group),
             )
             lost = lost and answer.lost
             for before, new in zip(drawn, again, strict=True):
@@ -102,7 +102,7 @@ class RewardedRollouts(Rollouts):
         self.feed.lost = lost and f"no completion has a reward ({lost})"
         metrics |= {
             "reward": mean_known(rewards),
-            "zero_spread": float(_without_spread(rewards).mean()),
+            "zero_spread": float(_have_no_spread(rewards).mean()),
             "entropy": float(entropy[counted].mean()) if counted.any() else None,
         }
         return drawn, batch, metrics
@@ -124,7 +124,7 @@ class RewardedRollouts(Rollouts):
         return ask(self.feed.rewards, batch, self.of.console, self.of.stop)
 
 
-def _by_completion(answer: RewardAnswer, group: int) -> np.ndarray:
+def _facts_per_completion(answer: RewardAnswer, group: int) -> np.ndarray:
     """Returns further facts about each completion, [prompts, group]; None for none."""
     facts = np.full(len(answer.total), None, object)
     for at in range(len(facts)) if answer.extra else ():
@@ -132,7 +132,7 @@ def _by_completion(answer: RewardAnswer, group: int) -> np.ndarray:
     return facts.reshape(-1, group)
 
 
-def _without_spread(rewards: np.ndarray) -> np.ndarray:
-    """Returns which groups, [n, group], have rewards that are all equal, or none: [n] bool."""
+def _have_no_spread(rewards: np.ndarray) -> np.ndarray:
+    """Returns True for groups, [n, group], whose rewards are all equal or unknown: [n] bool."""
     most = np.nanmax(rewards, 1, initial=-np.inf)
     return ~(most > np.nanmin(rewards, 1, initial=np.inf))

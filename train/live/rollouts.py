@@ -79,7 +79,7 @@ class Rollouts(abc.ABC):
         return self.feed.metrics
 
     def lost(self, number: int) -> str | None:
-        """Returns why nothing can be learned from the newest completions, or None."""
+        """Returns the reason that nothing can be learned from the newest completions, or None."""
         return self.feed.lost
 
     def batch(self, number: int, state: State) -> HostBatch:

@@ -108,7 +108,7 @@ def optimizer_line(optim: Any, params: Any) -> str:
 
 
 def _settings(optim: Any) -> dict[str, Any]:
-    """Returns what an optimiser is made with beside its name, schedule and parameters."""
+    """Returns the settings of an optimiser beside its name, schedule and parameters."""
     shared = {name: getattr(optim, name) for name in ("weight_decay", "grad_clip", "lora_plus")}
     return {**shared, "options": _options(optim)}
 

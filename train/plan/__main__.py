@@ -99,7 +99,7 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
     progress = Console(stderr=True, highlight=False)
 
     @functools.cache
-    def of(size: int) -> Plan:
+    def plan_of_size(size: int) -> Plan:
         with progress.status(f"compiling {variant.name}, {size:,} {what}"):
             made = plan(make_job(_resized(asked, size))[0], variant, optim)
         total, took = made.per_chip_bytes["total"], duration(made.compile_seconds)
@@ -107,7 +107,10 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
         progress.print(f"{size:,} {what}: {needs} ({took})")
         return made
 
-    found = {f"{share:g}": largest_fit(of, first, unit, limit, share) for share in machine.shares}
+    found = {
+        f"{share:g}": largest_fit(plan_of_size, first, unit, limit, share)
+        for share in machine.shares
+    }
     for share, size in found.items():
         within = f" within {share} of the memory" if len(found) > 1 else ""
         most = f"{size:,} {what}" if size else "nothing"
@@ -119,7 +122,7 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
             f"not even {unit} {what} fit into {machine.name}: give --quantize, --remat, a smaller "
             f"{'--batch-size' if asked.longest else '--seq-len'}, or more devices"
         )
-    return found, of(size)
+    return found, plan_of_size(size)
 
 
 def _resized(asked: PlanConfig, size: int) -> PlanConfig:

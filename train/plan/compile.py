@@ -194,7 +194,7 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
 
     known: dict[str, Any] = {
         "name": variant.name,
-        "flops_closed_form": _in_all(job, variant, programs),
+        "flops_closed_form": _flops_by_hand(job, variant, programs),
         "adapter_bytes": tree_bytes(step.state.adapter),
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
@@ -221,7 +221,7 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
     texts = {name: hlo_of(made[name], one.lowered, machine) for name, one in programs.items()}
     seconds = time.perf_counter() - began
     found = work(texts)
-    memory = _of_compiled(made, programs, held) | {"capacity": machine.capacity}
+    memory = _device_bytes(made, programs, held) | {"capacity": machine.capacity}
     fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
     return Plan(
         fits=next(iter(fits.values())),
@@ -262,7 +262,9 @@ def hlo_of(
     return text
 
 
-def _in_all(job: PlanJob, variant: PlanVariant, programs: Mapping[str, Program]) -> int | None:
+def _flops_by_hand(
+    job: PlanJob, variant: PlanVariant, programs: Mapping[str, Program]
+) -> int | None:
     """Returns the FLOPs of a step, and of what is scored for it, in closed form."""
     if isinstance(job.outline.config, SmolVLMConfig):
         return None
@@ -293,7 +295,7 @@ def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | 
     return round(flops)
 
 
-def _of_compiled(
+def _device_bytes(
     made: Mapping[str, jax.stages.Compiled], programs: Mapping[str, Program], held: dict[str, int]
 ) -> dict[str, int]:
     """Returns the memory of a device: what stays, what each program needs, and the most of all."""

@@ -109,11 +109,11 @@ def find_machine(
             f"--topology is {topology}"
         )
     if found[1] == "cpu":
-        machine = _of_cpu(topology, found[2])
+        machine = _cpu_machine(topology, found[2])
     elif found[1] in CARDS:
-        machine = _of_gpus(topology, found[1], found[2], mem_fraction)
+        machine = _gpu_machine(topology, found[1], found[2], mem_fraction)
     else:
-        machine = _of_tpu(topology, KINDS[found[1]])
+        machine = _tpu_machine(topology, KINDS[found[1]])
     if capacity_gib is not None:
         machine = dataclasses.replace(machine, capacity=int(capacity_gib * _GIB))
     if peak_tflops is not None:
@@ -121,7 +121,7 @@ def find_machine(
     return machine
 
 
-def _of_cpu(topology: str, size: str) -> Machine:
+def _cpu_machine(topology: str, size: str) -> Machine:
     if not size.isdigit() or not 1 <= int(size) <= 4096:
         raise UserError(f"--topology {topology}: a number of devices is needed, such as cpu:8")
     n = int(size)
@@ -139,7 +139,7 @@ def _of_cpu(topology: str, size: str) -> Machine:
     return Machine(topology, devices[:n], memory // n, None)
 
 
-def _of_gpus(topology: str, kind: str, size: str, mem_fraction: float | None) -> Machine:
+def _gpu_machine(topology: str, kind: str, size: str, mem_fraction: float | None) -> Machine:
     card = CARDS[kind]
     return Machine(
         topology,
@@ -153,7 +153,7 @@ def _of_gpus(topology: str, kind: str, size: str, mem_fraction: float | None) ->
     )
 
 
-def _of_tpu(topology: str, kind: MachineKind) -> Machine:
+def _tpu_machine(topology: str, kind: MachineKind) -> Machine:
     from jax.experimental import topologies
 
     # There is no TPU here: libtpu must neither query its metadata nor lock it.

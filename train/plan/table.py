@@ -70,9 +70,9 @@ def print_plans(
         sent = None if made.collective_bytes is None else sum(made.collective_bytes.values())
         work.add_row(
             made.name,
-            _mark(made) + _in(made.flops_per_step, 1e12),
-            _in(made.flops_closed_form, 1e12),
-            _in(sent, 1e9),
+            _mark(made) + _scaled(made.flops_per_step, 1e12),
+            _scaled(made.flops_closed_form, 1e12),
+            _scaled(sent, 1e9),
             _number(guess["step_seconds"], " s"),
             _number(guess["chip_hours"]),
             *([_number(guess["cost"])] if with_cost else []),
@@ -88,7 +88,7 @@ def print_plans(
             console.print(f"{made.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
         for note in made.notes:
             console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
-    for note in (*facts["remarks"], _notes(facts, to_host), *_of_tasks(facts, plans[0])):
+    for note in (*facts["remarks"], _notes(facts, to_host), *_task_notes(facts, plans[0])):
         console.print(note, highlight=False, soft_wrap=True)
 
 
@@ -125,7 +125,7 @@ def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
     return notes
 
 
-def _of_tasks(facts: Mapping[str, Any], made: Plan) -> Iterator[str]:
+def _task_notes(facts: Mapping[str, Any], made: Plan) -> Iterator[str]:
     """Yields what is to be said of the programs between steps."""
     between = BETWEEN[facts["task"]]
     if between:
@@ -146,7 +146,7 @@ def _gib(size: int | None) -> str:
     return _UNKNOWN if size is None else f"{size / 2**30:,.2f}"
 
 
-def _in(value: int | None, unit: float) -> str:
+def _scaled(value: int | None, unit: float) -> str:
     return _UNKNOWN if value is None else f"{value / unit:,.2f}"
 
 

@@ -59,7 +59,7 @@ class Workers:
         self._threads = ThreadPoolExecutor(workers, "rewards")
 
     def judge(self, function: int, batch: RewardBatch) -> RewardValues:
-        """Returns what a function says of a batch; calls it once for each prompt."""
+        """Calls a function once for each prompt of a batch; returns its values."""
         starts = range(0, len(batch.completions), batch.group)
         parts = [slice(start, start + batch.group) for start in starts]
         try:

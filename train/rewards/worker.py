@@ -229,7 +229,7 @@ def _call(function: Function, keywords: Mapping[str, Any], n: int) -> dict[str, 
 
 
 def _no_list(found: Any) -> str | None:
-    """Returns what a function has returned in the place of a list of numbers; None for a list."""
+    """Names the result of a function that is no list of numbers; None for a list."""
     if isinstance(found, Mapping):
         keys = ", ".join(map(repr, list(found)[:8]))
         what = f"a {type(found).__name__} with the keys {keys}" if found else "an empty dict"

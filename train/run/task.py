@@ -169,7 +169,7 @@ class Evaluation(Protocol):
 
 
 def reads_all(config: Any) -> tuple[str, ...]:
-    """Returns that rows and examples depend on --seed, --batch-size and --grad-accum."""
+    """Returns the options --seed, --batch-size and --grad-accum, on which rows may depend."""
     return ("seed", "batch_size", "grad_accum")
 
 

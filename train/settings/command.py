@@ -58,7 +58,7 @@ def read_line(
 
 
 def _is_so_already(arg: str, config: Options, in_file: Collection[str]) -> bool:
-    """Returns whether a word turns on or off what the file of --config has turned so."""
+    """Returns True if a word turns an option as the file of --config has turned it."""
     name = arg.removeprefix("--").replace("-", "_") if arg.startswith("--") else ""
     turned = not name.startswith("no_")
     name = name.removeprefix("no_")

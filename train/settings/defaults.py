@@ -53,7 +53,7 @@ def fill_defaults(options: Any, defaults: Defaults) -> Any:
 
 
 def _began_without(options: Any) -> bool:
-    """Returns whether --resume goes on with a run that began with no --chat-template.
+    """Returns True if --resume goes on with a run that began with no --chat-template.
 
     In runs that are older than this default, the base's own template renders chats.
     """

@@ -101,7 +101,7 @@ def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
     of_base = [name for name, one in traits.items() if one.shared is SharedOption.BASE]
     for row in rows[1:]:
         for name in of_base:
-            here, there = (_of_base(each.options, name) for each in (row, rows[0]))
+            here, there = (_base_option(each.options, name) for each in (row, rows[0]))
             if here != there and name == "chat_template":
                 raise UserError(
                     f"{row.where}: {flag('init_adapter')}: this adapter goes with another chat "
@@ -118,7 +118,7 @@ def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
                 )
 
 
-def _of_base(options: Options, name: str) -> object:
+def _base_option(options: Options, name: str) -> object:
     """Returns the value of an option; of --chat-template the text of the file."""
     value = value_of(options, name)
     return read_template(str(value)) if name == "chat_template" and value else value
@@ -216,12 +216,14 @@ def _cells(path: str, kinds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
     if not file.is_file():
         raise UserError(f"{asked}: there is no such file")
     if kind.endswith(_YAML):
-        yield from _of_yaml(file, asked)
+        yield from _yaml_cells(file, asked)
         return
     if kind.endswith(_TABLES):
         for row in read_csv(file):
             texts = {column.strip(): text.strip() for column, text in row.items()}
-            given = {c: _of_text(text, kinds.get(_option(c))) for c, text in texts.items() if text}
+            given = {
+                c: _text_node(text, kinds.get(_option(c))) for c, text in texts.items() if text
+            }
             yield f"{asked}, {row.place[1]}", given
         return
     for row in read_json(file):
@@ -229,10 +231,10 @@ def _cells(path: str, kinds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         where = str(row.place[1])
         if " row " in where and isinstance(values.get(NAME), str):  # of several in one line
             where += f" ({values[NAME]})"
-        yield f"{asked}, {where}", {c: _of_json(value) for c, value in values.items()}
+        yield f"{asked}, {where}", {c: _json_node(value) for c, value in values.items()}
 
 
-def _of_yaml(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
+def _yaml_cells(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
     root = read_yaml(file, asked)
     if not isinstance(root, yaml.SequenceNode):
         raise UserError(f"{asked}: a list of runs is needed, each with its options by their names")
@@ -249,7 +251,7 @@ def _of_yaml(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]
         yield where, cells
 
 
-def _of_text(text: str, kind: Any) -> yaml.Node:
+def _text_node(text: str, kind: Any) -> yaml.Node:
     """Returns a cell as YAML has it; that of an option that takes several words is their list."""
     if typing.get_origin(kind) is not tuple:
         return _scalar(text)
@@ -266,12 +268,12 @@ def _scalar(text: str) -> yaml.ScalarNode:
     return yaml.ScalarNode(tag, text)
 
 
-def _of_json(value: Any) -> yaml.Node:
+def _json_node(value: Any) -> yaml.Node:
     if isinstance(value, dict):
-        pairs = [(_of_json(key), _of_json(one)) for key, one in value.items()]
+        pairs = [(_json_node(key), _json_node(one)) for key, one in value.items()]
         return yaml.MappingNode(f"{_TAG}map", pairs)
     if isinstance(value, list):
-        return yaml.SequenceNode(f"{_TAG}seq", [_of_json(one) for one in value])
+        return yaml.SequenceNode(f"{_TAG}seq", [_json_node(one) for one in value])
     if isinstance(value, str):
         return yaml.ScalarNode(f"{_TAG}str", value, style='"')
     return _scalar(json.dumps(value))

@@ -70,10 +70,10 @@ def read_rows(config: Config) -> TaskRows:
             f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{unused[0]}` in its "
             "first row"
         )
-    return TaskRows(train, to_measure(config, used))
+    return TaskRows(train, read_eval_dataset(config, used))
 
 
-def to_measure(config: Config, used: set[str] | None = None) -> list[Dataset]:
+def read_eval_dataset(config: Config, used: set[str] | None = None) -> list[Dataset]:
     """Returns the data set of --eval-dataset, checked, if there is one; see `find_dataset`."""
     data = config.data
     if data.eval_dataset is None:
@@ -131,7 +131,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         name=packs.name,
         source="" if packs.sources else next(iter(parts)),
         facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
-        lines=(described(packs, packing=data.packing), *lines),
+        lines=(filling_line(packs, packing=data.packing), *lines),
     )
 
 
@@ -229,8 +229,8 @@ def hold_out(
     return drawn
 
 
-def described(packs: Packs, *, packing: bool) -> str:
-    """Returns how full the padded or packed sequences are, in words."""
+def filling_line(packs: Packs, *, packing: bool) -> str:
+    """Returns a line on the padded or packed sequences: their number, lengths and filled share."""
     if packing:
         return (
             f"{len(packs.table):,} rows are packed into {len(packs):,} sequences of "
@@ -289,8 +289,8 @@ def loss(config: Config, layout: Layout) -> Loss:
     return token_loss(optim.loss, chunk=optim.loss_chunk * layout.token_parts, parts=parts)
 
 
-def reads(config: Config) -> tuple[str, ...]:
-    """Returns that held-out rows are drawn by --seed, where nothing else is given."""
+def seed_read(config: Config) -> tuple[str, ...]:
+    """Returns ("seed",) where held-out rows are drawn by --seed, else ()."""
     return ("seed",) if config.run.eval_every and config.data.held_out_seed is None else ()
 
 
@@ -301,5 +301,5 @@ TASK = Task(
     outline=outline,
     examples=examples,
     loss=loss,
-    reads=reads,
+    reads=seed_read,
 )

@@ -106,7 +106,7 @@ def read_parts(
 
 
 def names_rows(test: str) -> bool:
-    """Returns whether --test names a file or a folder of images, rather than a split."""
+    """Returns True if --test names a file or a folder of images, rather than a split."""
     return bool(kind_of(test)) or is_image_folder(test)
 
 

@@ -105,7 +105,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
 
 
 def _reference_line(config: Config) -> str:
-    """Returns what the run compares with, in words."""
+    """Returns a line that names the reference of the run."""
     given, start = config.data.reference, config.adapter.init_adapter
     if start is None or given == NONE:
         return f"reference: {given}"
@@ -162,5 +162,5 @@ TASK = Task(
     examples=examples,
     loss=loss,
     prepare=prepare,
-    reads=lambda config: ("loss", "nll_weight", *chats.reads(config)),
+    reads=lambda config: ("loss", "nll_weight", *chats.seed_read(config)),
 )

@@ -63,7 +63,7 @@ def check(config: Any) -> None:
 def read_rows(config: sft.Config) -> TaskRows:
     """Returns the training examples, and the questions of the evaluation as held-out rows."""
     data, optim = config.data, config.optim
-    rows = _as_rows(
+    rows = _chat_rows(
         training_examples(
             data.rows or STEPS * optim.batch_size * optim.grad_accum,
             seed=optim.seed,
@@ -71,7 +71,7 @@ def read_rows(config: sft.Config) -> TaskRows:
         )
     )
     questions = _questions(config)
-    measured = [_as_rows(next(iter(questions.values())))] if questions else []
+    measured = [_chat_rows(next(iter(questions.values())))] if questions else []
     of_questions = [dataset.dataset_from_rows("the questions", rows) for rows in measured]
     return TaskRows([dataset.dataset_from_rows(data.dataset[0], rows)], of_questions)
 
@@ -168,7 +168,7 @@ def _questions(config: sft.Config) -> evaluate.Questions | None:
 _drawn = functools.cache(evaluate.draw_questions)
 
 
-def _as_rows(made: Any) -> list[Row]:
+def _chat_rows(made: Any) -> list[Row]:
     return [{"messages": example.messages} for example in made]
 
 

@@ -61,7 +61,7 @@ def read_rows(config: Config) -> TaskRows:
     data = config.data
     names = [dataset.name for dataset in parse_datasets(data.dataset)]
     blocks = find_blocks(names, split=data.split, subset=data.subset)
-    return TaskRows([blocks], chats.to_measure(config))
+    return TaskRows([blocks], chats.read_eval_dataset(config))
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
@@ -100,7 +100,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
             f"{n_bytes / 1e6:,.1f} MB are read while training, {ROOM / 1e6:,.1f} MB at a time: "
             f"{len(blocks.sizes):,} blocks in a drawn order, {n_chunks:,} chunks an epoch, whose "
             "rows are shuffled",
-            f"of a sample, {chats.described(sample, packing=data.packing)}",
+            f"of a sample, {chats.filling_line(sample, packing=data.packing)}",
         ),
     )
 

@@ -153,7 +153,7 @@ def _same_value(a: object, b: object) -> bool:
 
 
 def same_rows(gold: Sequence[Row], other: Sequence[Row], *, ordered: bool) -> bool:
-    """Returns whether two results are equal: as lists if `ordered`, else as multisets of rows.
+    """Returns True if two results are equal: as lists if `ordered`, else as multisets of rows.
 
     Numbers are equal within 1e-6, because sums may be taken in another order; texts are equal
     exactly. Columns are compared in order, regardless of their names.

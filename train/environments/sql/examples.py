@@ -111,7 +111,7 @@ def few_shot_messages(example: SqlExample, shots: Sequence[SqlExample]) -> list[
 
 
 def score(example: SqlExample, text: str) -> bool:
-    """Returns whether the SQL in a generated text is right; see `judge`."""
+    """Returns True if the SQL in a generated text is right; see `judge`."""
     return judge(example.schema, example.sql, text) == MATCHED
 
 
@@ -189,7 +189,7 @@ def _draw_example(
 
 
 def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Connection]) -> bool:
-    """Returns whether a query has results without ties, and its mutations have others.
+    """Returns True if a query has results without ties, and its mutations have others.
 
     It must have a non-trivial result on every database, no two rows may tie in its order or for its
     extreme, and each query one mistake away must differ in its result on at least one database.
@@ -221,6 +221,6 @@ def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Con
 def differs(
     gold: Sequence[tuple[object, ...]], database: sqlite3.Connection, sql: str, *, ordered: bool
 ) -> bool:
-    """Returns whether the result of `sql` differs from the gold rows; SQL that fails differs."""
+    """Returns True if the result of `sql` differs from the gold rows; SQL that fails differs."""
     rows = run(database, sql)
     return isinstance(rows, str) or not same_rows(gold, rows, ordered=ordered)

@@ -177,7 +177,7 @@ def _compared(operator: str) -> Form:
     return form
 
 
-def _between(scene: Scene) -> tuple[Query, Words]:
+def _range(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
     number = scene.number(table)
     low, high = sorted(scene.values(number, 2), key=float)
@@ -287,7 +287,7 @@ def _above_average(scene: Scene) -> tuple[Query, Words]:
     return _titles(table, condition), number_words(number)
 
 
-def _at_extreme(scene: Scene) -> tuple[Query, Words]:
+def _extreme(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
     number = scene.number(table)
     function = scene.draw.pick(("MIN", "MAX"))
@@ -302,7 +302,7 @@ FORMS: dict[str, Form] = {
     "equals": _equals,
     "above": _compared(">"),
     "below": _compared("<"),
-    "between": _between,
+    "between": _range,
     "contains": _contains,
     "one_of": _one_of,
     "both_filters": _both_filters,
@@ -317,5 +317,5 @@ FORMS: dict[str, Form] = {
     "join_columns": _join_columns,
     "join_filter": _join_filter,
     "above_average": _above_average,
-    "at_extreme": _at_extreme,
+    "at_extreme": _extreme,
 }

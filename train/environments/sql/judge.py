@@ -60,7 +60,7 @@ def find_query(text: str) -> str | None:
 
 
 def has_other_statement(text: str) -> bool:
-    """Returns whether a model's answer has a statement of another kind, such as DROP TABLE."""
+    """Returns True if a model's answer has a statement of another kind, such as DROP TABLE."""
     return _OTHER.search(_answer(text)) is not None
 
 
@@ -72,7 +72,7 @@ MATCHED, MISMATCH, NO_SQL = "matched", "mismatch", "no SQL"
 
 
 def judge(schema: str, gold: str, text: str) -> str:
-    """Returns what becomes of the SQL in a generated text, run on the schema's databases.
+    """Returns the verdict on the SQL in a generated text, run on the schema's databases.
 
     It matches if it returns the rows of the gold query on all of them: as a list if that orders
     them, else as a multiset. It never raises or changes anything. Several threads may call it.

@@ -130,10 +130,10 @@ def axis_of(name: str) -> TableAxis:
     if len(axes) == 1:
         return axes[0]
 
-    def of(row: ArmRow) -> str:
+    def combined_key(row: ArmRow) -> str:
         return ", ".join(dict.fromkeys(headed(axis, axis.of(row)) for axis in axes))
 
-    return TableAxis(", ".join(names), of, "")
+    return TableAxis(", ".join(names), combined_key, "")
 
 
 def measures_of(comparison: Comparison) -> dict[str, Criterion]:

@@ -100,7 +100,7 @@ class DpoOptimConfig(LanguageOptimConfig):
 
     @property
     def predicts_prompts(self) -> bool:
-        """Returns whether the loss counts the tokens of prompts, too."""
+        """Returns True if the loss counts the tokens of prompts, too."""
         predict_prompts = any(
             name in PREFERENCES and PREFERENCES[name].predict_prompts for name in self.loss
         )

@@ -67,9 +67,9 @@ def step_work(
             raise NotUnderstood("XLA cannot write it")
         work = work_of(text)
     except NotUnderstood as error:
-        return _from_jaxpr(counted, n_devices, str(error))
+        return _traced_work(counted, n_devices, str(error))
     if not products_in_hlo:
-        traced = _from_jaxpr(counted, n_devices, None)
+        traced = _traced_work(counted, n_devices, None)
         return dataclasses.replace(traced, sent=work.sent, kernels=kernel_lines(work.kernels))
     return StepWork(
         source=HLO,
@@ -114,7 +114,7 @@ def count_traced(jaxpr: Any) -> Count | None:
         return None
 
 
-def _from_jaxpr(counted: Count | None, n_devices: int, why: str | None) -> StepWork:
+def _traced_work(counted: Count | None, n_devices: int, why: str | None) -> StepWork:
     """Returns the work as traced, and why it is not the HLO's: None if it never is on a machine."""
     note = ""
     if why is not None:

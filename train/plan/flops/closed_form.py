@@ -89,7 +89,7 @@ def step_flops(
     pair = 4 * batch * heads * layers  # of a query and a key, forward
     passes = 1 if forward else 3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE))
     if linear:
-        total += linear * batch * _of_delta_rule(config, seq, passes)
+        total += linear * batch * _delta_rule_flops(config, seq, passes)
     if isinstance(attention, Blockwise):
         return total + pair * attention.pairs(seq, split) * (1 if forward else _OF_BLOCKS[remat])
     if isinstance(attention, Splash | Flash):
@@ -101,7 +101,7 @@ def step_flops(
     return total + pair * seq**2 * passes
 
 
-def _of_delta_rule(config: Any, seq: int, passes: int) -> float:
+def _delta_rule_flops(config: Any, seq: int, passes: int) -> float:
     """Returns the FLOPs of a row in a linear layer's products, but for its projections."""
     heads, key, value = config.recurrent_shapes[1]
     size = chunk_size(seq)

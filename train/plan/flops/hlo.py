@@ -110,7 +110,7 @@ class _Counting:
     def work(self) -> HloWork:
         if not self.entry:
             raise NotUnderstood("the HLO has no entry")
-        flops, sent = self.of(self.entry)
+        flops, sent = self.count(self.entry)
         calls = (
             _kernel_call(one, instructions)
             for instructions in self.computations.values()
@@ -122,7 +122,7 @@ class _Counting:
             tuple(call for call in calls if call),
         )
 
-    def of(self, name: str, *, caller: str = "") -> tuple[int, Counter[str]]:
+    def count(self, name: str, *, caller: str = "") -> tuple[int, Counter[str]]:
         flops, sent = 0, Counter[str]()
         instructions = self.computations[name]
         for one in instructions.values():
@@ -138,7 +138,7 @@ class _Counting:
                     kind = "reduce-scatter"
                 sent[kind] += self._bytes(one, instructions)
                 continue
-            inner = [self.of(called, caller=one.name) for called in _called(one)]
+            inner = [self.count(called, caller=one.name) for called in _called(one)]
             if one.opcode == "conditional":
                 inner = [max(inner, key=lambda side: (side[0], side[1].total()))]
             times = self._turns(one) if one.opcode == "while" and inner else 1

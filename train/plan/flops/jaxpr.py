@@ -47,10 +47,10 @@ def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
       The count over the whole mesh.
     """
     inner, _ = opened(jaxpr)
-    return _sum(_of_equation(eqn, scope) for eqn in inner.eqns)
+    return _sum(_equation_count(eqn, scope) for eqn in inner.eqns)
 
 
-def _of_equation(eqn: JaxprEqn, scope: str) -> Count:
+def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
     name = eqn.primitive.name
     scope = f"{scope}/{scope_of(eqn)}"
     if name in _PRODUCTS:
@@ -74,10 +74,10 @@ def _of_equation(eqn: JaxprEqn, scope: str) -> Count:
 def _call(name: str, scope: str, eqn: JaxprEqn) -> KernelCall:
     """Returns a kernel's call as its table takes it."""
     arrays: list[Any] = [atom.aval for atom in eqn.invars]
-    return KernelCall(name, scope, tuple((_in_hlo(x.dtype.name), x.shape) for x in arrays))
+    return KernelCall(name, scope, tuple((_hlo_dtype(x.dtype.name), x.shape) for x in arrays))
 
 
-def _in_hlo(dtype: str) -> str:
+def _hlo_dtype(dtype: str) -> str:
     """Returns a dtype's name as HLO has it: "bf16", "f32", "s8"."""
     for long, short in (("bool", "pred"), ("float", "f"), ("uint", "u"), ("int", "s")):
         dtype = dtype.replace(long, short)
