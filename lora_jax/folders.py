@@ -46,12 +46,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def remote_problem(path: str | os.PathLike[str]) -> str | None:
-    """Returns why a path with a scheme is refused, and what to do instead; None for others."""
+    """Returns the refusal of a path with a scheme, and its remedy; None for others."""
     text = os.fspath(path)
-    found = _SCHEME.match(text)
-    if found is None or found[2] == "/" and found[1].lower() not in _KNOWN:
+    match = _SCHEME.match(text)
+    if match is None or match[2] == "/" and match[1].lower() not in _KNOWN:
         return None
-    scheme, rest = found[1].lower(), text[found.end() :]
+    scheme, rest = match[1].lower(), text[match.end() :]
     problem = "is no path of this machine: "
     if scheme == "file":
         return f"{problem}leave out the scheme, and give /{rest.lstrip('/')}"

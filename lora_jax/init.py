@@ -85,7 +85,7 @@ def from_base(init: Callable[..., Factors]) -> Callable[..., Factors]:
 
 
 def takes_from_base(init: Initialiser) -> bool:
-    """Returns whether the initialiser is marked with `from_base`.
+    """Returns True if the initialiser is marked with `from_base`.
 
     >>> lj.init.takes_from_base(lj.init.pissa), lj.init.takes_from_base(lj.init.kaiming)
     (True, False)

@@ -119,7 +119,7 @@ def map_parts(visit: Callable[[str, str, Leaf], Leaf], tree: Tree) -> Tree:
 
 
 def _is_parts(parts: object) -> bool:
-    """Returns whether a value is the parts of one weight: a dictionary of arrays."""
+    """Returns True if a value is the parts of one weight: a dictionary of arrays."""
     if not isinstance(parts, Mapping) or not parts:
         return False
     return not any(isinstance(part, Mapping) or is_node(part) for part in parts.values())
@@ -241,17 +241,17 @@ def merge(params: Tree) -> Tree:
     merged = {p: factored[p].merged() if p in on else _merged(leaf) for p, leaf in leaves}
     shifts = {path: w.shift for path, w in factored.items() if w.shift is not None}
     for path, shift in shifts.items():
-        there = bias_path(path, merged)
-        shape = None if there is None else merged[there].shape
-        if there is None or shape != shift.shape:
-            found = f"{there!r} has the shape {shape}" if there else "no bias stands beside it"
+        bias = bias_path(path, merged)
+        shape = None if bias is None else merged[bias].shape
+        if bias is None or shape != shift.shape:
+            found = f"{bias!r} has the shape {shape}" if bias else "no bias stands beside it"
             raise ValueError(
                 f"merge: {path!r} has a bias on B of shape {shift.shape}, and {found}: "
                 "it cannot be merged. Run the adapted tree through lora_jax.adapt"
             )
-        dtype = merged[there].dtype
-        total = merged[there].astype(wide(dtype)) + shift.astype(wide(dtype))
-        merged[there] = total.astype(dtype)
+        dtype = merged[bias].dtype
+        total = merged[bias].astype(wide(dtype)) + shift.astype(wide(dtype))
+        merged[bias] = total.astype(dtype)
     return resolved(treedef.unflatten(merged[path] for path, _ in leaves))
 
 

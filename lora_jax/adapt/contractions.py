@@ -111,7 +111,7 @@ def contracts(use: Use, side: int, labels: Sequence[Held]) -> tuple[Sequence[int
 def contractions(
     use: Use, side: int, axes: tuple[Sequence[int], set[int]], with_leaf: bool
 ) -> dict[str, Contraction]:
-    """Returns what a product does with each leaf in one of its operands, by path.
+    """Returns the contraction by a product of each leaf in one of its operands, by path.
 
     Args:
       use: the product.
@@ -133,7 +133,7 @@ def contractions(
         a, b = (axes_of(path, held) for held in (contracted, free))
         a, b = (a, b | inner - a) if a else (inner - b, b)
         held = all(axes_of(path, weight.labels[axis]) for axis in long)
-        one = Contraction(
+        contraction = Contraction(
             a,
             b,
             name,
@@ -144,22 +144,24 @@ def contractions(
             with_leaf=with_leaf,
             with_vector=one_vector,
         )
-        if one.is_lookup:
+        if contraction.is_lookup:
             reason = "it is looked up"
-        elif one.added:
+        elif contraction.added:
             reason = "it is added to an activation or a constant, and the sum is multiplied"
-        elif one.stretched:
+        elif contraction.stretched:
             reason = "it is stretched along an axis of the product, as a gain is"
         elif with_leaf and (side == 0 or "scaled" in mixed):
             reason = "it stands in the place of an activation"
         else:
             reason = ""
-        uses[path] = dataclasses.replace(one, not_kernel_reason=reason and f"{reason}: {one}")
+        uses[path] = dataclasses.replace(
+            contraction, not_kernel_reason=reason and f"{reason}: {contraction}"
+        )
     return uses
 
 
 def composed(use: Use) -> list[Held]:
-    """Returns what the axes of a product of leaves hold: of each leaf those that come out."""
+    """Returns the contents of a product's axes: of each leaf the axes that come out."""
     contract, batch = use.params["dimension_numbers"]
     batched: list[list[Held]] = []
     free: list[Held] = []

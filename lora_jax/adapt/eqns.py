@@ -22,7 +22,7 @@ def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Value]]:
 
 
 def is_literal(atom: Atom) -> TypeGuard[Literal]:
-    """Returns whether an operand is a constant written into the jaxpr."""
+    """Returns True if an operand is a constant written into the jaxpr."""
     return isinstance(atom, Literal)
 
 
@@ -56,7 +56,7 @@ def bind(eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
 
 
 def identity(eqn: JaxprEqn) -> tuple[Hashable, ...]:
-    """Returns what two equations have in common if they do the same to operands of the same types.
+    """Returns a key that is equal for equations that do the same to operands of the same types.
 
     The equation itself, where its parameters can't be compared.
     """

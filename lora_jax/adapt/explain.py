@@ -19,8 +19,8 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
     `fn` is traced, not run; arrays may be `jax.ShapeDtypeStruct`\\ s. A weight that the function
     never uses has one entry, which says so.
     """
-    found: list[WeightUse] = []
-    interpreter = Interpreter(RULES, strict=False, record=found.append)
+    records: list[WeightUse] = []
+    interpreter = Interpreter(RULES, strict=False, record=records.append)
     keyed, treedef = flatten((args, kwargs))
     leaves = [leaf for _, leaf in keyed]
     places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
@@ -29,13 +29,13 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
     jax.eval_shape(traced, *(leaves[place] for place in places))
     for argument in (*args, *kwargs.values()):
         adapted = [path for path, leaf in leaves_of(argument)[0] if isinstance(leaf, LoraWeight)]
-        met = {record.path for record in found}
-        found += [
+        met = {record.path for record in records}
+        records += [
             WeightUse(path, "", "", "unused", "no output depends on it; its adapter will not train")
             for path in adapted
             if path not in met
         ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(records))
 
 
 def explain(fn: Forward, *args: Tree, **kwargs: Tree) -> None:

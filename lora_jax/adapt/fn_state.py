@@ -170,13 +170,13 @@ class _ByEquality:
 
 
 def _is_of_python(name: str, value: object) -> bool:
-    """Returns whether Python itself keeps an attribute of a class, beside what its author wrote."""
+    """Returns True if Python itself keeps an attribute of a class, beside what its author wrote."""
     is_written = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
     return name == "_abc_impl" or (name[:2] == name[-2:] == "__" and not is_written)
 
 
 def _contents(cell: types.CellType) -> object:
-    """Returns what a variable holds that a function closes over."""
+    """Returns the value of a variable that a function closes over."""
     try:
         return cell.cell_contents
     except ValueError:  # nothing yet

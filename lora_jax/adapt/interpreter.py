@@ -200,7 +200,7 @@ class Interpreter:
         return within.memoised(jaxpr, ("function", live), make)
 
     def memoised(self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Forward]) -> Forward:
-        """Returns what `make` returned the first time for this jaxpr and key."""
+        """Returns the function that `make` returned the first time for this jaxpr and key."""
         functions = _FUNCTIONS.setdefault(jaxpr, {})
         known = functions.get((self, key))
         return known or functions.setdefault((self, key), make())  # one, whichever thread made it
@@ -271,7 +271,7 @@ class Interpreter:
         return use.bind([self.plain(value, use) for value in values])
 
     def _apply_rule(self, rule: Rule, use: Use, steps: EagerSteps | None) -> Outcome:
-        """Returns what a rule makes of an equation, compiled where the call is eager."""
+        """Returns the outputs of an equation by a rule, compiled where the call is eager."""
         eqn = use.eqn
         if steps is None or use.name in ("jit", "pjit"):  # compiled by itself
             with user_context(eqn):
@@ -289,7 +289,7 @@ class Interpreter:
         return outputs
 
     def _examples_in(self, eqn: JaxprEqn, values: Sequence[Value]) -> ExampleAxis | None:
-        """Returns where the examples lie in an equation's plain operand, if each has its adapter.
+        """Returns the examples' axis in an equation's plain operand, if each has its adapter.
 
         Raises:
           ExamplesError: that is not known; see `lora_jax.adapt.per_example`.
@@ -322,7 +322,7 @@ def _refuse_rows(eqn: JaxprEqn, values: Sequence[Value]) -> None:
 
 
 def _cuts_shifted(values: Sequence[Value], outputs: Sequence[Value]) -> bool:
-    """Returns whether a weight with a bias on B lost part of its in axes: it would add it twice."""
+    """Returns True if a weight with a bias on B lost part of its in axes: it would add it twice."""
 
     def sizes(among: Sequence[Value]) -> set[int]:
         shifted = (v for v in among if isinstance(v, Factored) and v.shift is not None)
@@ -374,13 +374,13 @@ def _find_needed(jaxpr: Jaxpr, live: Live) -> Needed:
         for atom, wanted in zip(jaxpr.outvars, live, strict=True)
         if wanted and not eqns.is_literal(atom)
     }
-    found = []
+    equations = []
     for eqn in reversed(jaxpr.eqns):
         wanted = tuple(out in needed for out in eqn.outvars)
         if not any(wanted) and not eqn.effects:
             continue
         reads = {atom for atom in eqn.invars if not eqns.is_literal(atom)}
         unread = {out for out, used in zip(eqn.outvars, wanted, strict=True) if not used}
-        found.append((eqn, wanted, [*((reads - needed) | unread)]))
+        equations.append((eqn, wanted, [*((reads - needed) | unread)]))
         needed |= reads
-    return found[::-1]
+    return equations[::-1]

@@ -38,7 +38,7 @@ def merge_reason(primitive: str) -> str:
 
 
 def advice(primitive: str, function: str | None) -> str:
-    """Returns what to do about a merge.
+    """Returns the remedy for a merge.
 
     Args:
       primitive: the one that the weight meets.
@@ -59,7 +59,7 @@ def advice(primitive: str, function: str | None) -> str:
 
 
 def example_error(weight: Factored, primitive: str, place: SourceLine) -> str:
-    """Returns that a weight of which each example has its own meets what it may not meet."""
+    """Returns the message for a primitive that weights with an adapter each example cannot meet."""
     return (
         f"the weight {weight.path!r} has an adapter for each example of a batch, and it is not "
         f"known which examples {primitive!r} at {place} multiplies it by"

@@ -33,15 +33,15 @@ class Snapshot:
         return cls([(path, each, _attributes(each)) for path, each in objects(tree)])
 
     def writes(self) -> Writes:
-        """Returns what has been changed since."""
-        found: Writes = []
+        """Returns the changes since the snapshot."""
+        changed_objects: Writes = []
         for path, each, before in self.objects:
             after = _attributes(each)
             changed = {n: v for n, v in after.items() if n not in before or before[n] is not v}
             changed |= dict.fromkeys(before.keys() - after.keys(), _DELETED)
             if changed:
-                found.append((path, changed))
-        return found
+                changed_objects.append((path, changed))
+        return changed_objects
 
 
 @dataclasses.dataclass(frozen=True)

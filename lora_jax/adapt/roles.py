@@ -251,7 +251,7 @@ _ADDS = ("add", "sub", "add_any", "concatenate", "stack")
 
 
 def _mixing(use: Use) -> str:
-    """Returns how an equation mixes leaves with arrays that are computed from other things."""
+    """Returns the way an equation mixes leaves with arrays that are computed from other things."""
 
     def is_pure(value: Value) -> bool:
         if not isinstance(value, Factored):
@@ -264,7 +264,7 @@ def _mixing(use: Use) -> str:
 
 
 def _joined(labels: Sequence[Sequence[Held]], mixed: str) -> list[Held]:
-    """Returns what each axis holds of several arrays, marked as mixed; "added" stays."""
+    """Returns the contents of each axis of several arrays, marked as mixed; "added" stays."""
     joined = [union(each) for each in zip(*labels, strict=True)]
     if not mixed:
         return joined

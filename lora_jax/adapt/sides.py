@@ -71,13 +71,13 @@ def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Value]) 
     weights = {place: w for place, w in enumerate(inputs) if isinstance(w, Factored)}
     shapes = [_shape(v.base if isinstance(v, Factored) else v) for v in inputs]
     paths = {id(shapes[place]): str(weight.path) for place, weight in weights.items()}
-    found = infer_roles(jaxpr_as_fun(jaxpr), shapes, paths)
+    inferred = infer_roles(jaxpr_as_fun(jaxpr), shapes, paths)
     for weight in weights.values():
         path, ndim = str(weight.path), len(weight.labels)
         if path not in swapped:
             continue
         ins, outs = (tuple(a - ndim for a in weight.axes(side)) for side in ("in", "out"))
-        there = found[path]
+        there = inferred[path]
         if isinstance(there, ObservedRoles) and there.roles == AxisRoles(outs, ins):
             place = seen[path]["out"]
             assert place is not None

@@ -148,7 +148,7 @@ def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: FlatCall) -> lis
 def _outputs(
     leaves: list[Leaf], treedef: jax.tree_util.PyTreeDef, origins: list[int | None], call: FlatCall
 ) -> TraceOutputs:
-    """Returns what leaves a function, without writes that change nothing.
+    """Returns the outputs of a function, without writes that change nothing.
 
     Args:
       leaves, treedef: leaves and structure of (result, writes); `_TRACED` for each output of the

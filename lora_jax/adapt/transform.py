@@ -169,7 +169,7 @@ def _say_assigned(
 
 
 def _is_traced() -> bool:
-    """Returns whether the caller is being traced itself, under `jax.jit` or in a `shard_map`."""
+    """Returns True if the caller is being traced itself, under `jax.jit` or in a `shard_map`."""
     return isinstance(lax.full((), 0), jax.core.Tracer)
 
 

@@ -19,7 +19,7 @@ from jax.extend.core import JaxprEqn
 
 
 def _inside(folder: str | Path) -> str:
-    """Returns what the paths of files in a folder begin with."""
+    """Returns the prefix of the paths of files in a folder."""
     return f"{folder}{os.sep}"
 
 
@@ -39,7 +39,7 @@ _INSIDE: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar("
 
 @functools.cache
 def is_packaged(module: str) -> bool:
-    """Returns whether a module is built in, or lies where packages are installed."""
+    """Returns True if a module is built in, or lies where packages are installed."""
     if module in sys.builtin_module_names:
         return True
     path = getattr(sys.modules.get(module), "__file__", None)

@@ -225,14 +225,16 @@ def _run_one_by_one(adapted: Forward, call: _Call) -> Tree:
     arrays, treedef = jax.tree.flatten(each)
     axes = jax.tree.leaves(axes_of_each)
 
-    def one(index: jax.Array, *mine: Leaf) -> Tree:
+    def run_example(index: jax.Array, *mine: Leaf) -> Tree:
         own = zip(call.leaves, treedef.unflatten(mine), strict=True)
         args, kwargs = call.treedef.unflatten(_take_example(*pair, index) for pair in own)
         return adapted(*args, **kwargs)
 
     ids = call.choice.ids
     slot = jax.ShapeDtypeStruct((), ids.dtype)
-    traced, shape = jax.make_jaxpr(one, return_shape=True)(slot, *map(slot_shape, arrays, axes))
+    traced, shape = jax.make_jaxpr(run_example, return_shape=True)(
+        slot, *map(slot_shape, arrays, axes)
+    )
     out_tree: jax.tree_util.PyTreeDef
     shapes, out_tree = jax.tree.flatten(shape)
     to = [

@@ -46,11 +46,11 @@ class OneBase:
             mine = self.leaves[path]
             if not (isinstance(leaf, Trained) or is_abstract((here, mine)) or _is(here, mine)):
                 others[path] = here
-        found = base_fingerprint(others)
+        fingerprint = base_fingerprint(others)
         for path in others.keys() - self._sums.keys():
             self._sums[path] = base_fingerprint({path: self.leaves[path]})
         expected = {k: v for path in others for k, v in self._sums[path].items()}
-        if wrong := differing(expected, found):
+        if wrong := differing(expected, fingerprint):
             raise BankError(
                 f"{what} is over another base: {len(wrong)} frozen leaves have other values, "
                 f"{', '.join(wrong[:3])} among them. {_REMEDY}"
@@ -67,7 +67,7 @@ def _is_array(leaf: object) -> bool:
 
 
 def _is(here: Leaf, mine: Leaf) -> bool:
-    """Returns whether two leaves are the same object, or hold the same arrays (codes, say)."""
+    """Returns True if two leaves are the same object, or hold the same arrays (codes, say)."""
     forms: list[jax.tree_util.PyTreeDef] = [jax.tree.structure(leaf) for leaf in (here, mine)]
     if here is mine or forms[0] != forms[1]:
         return here is mine

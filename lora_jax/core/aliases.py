@@ -187,7 +187,7 @@ def _aliases(tree: Tree) -> list[tuple[KeyPath, Alias]]:
 
 
 def is_object(value: Leaf) -> bool:
-    """Returns whether a value is an object of NNX: a module, a stream, a Variable."""
+    """Returns True if a value is an object of NNX: a module, a stream, a Variable."""
     # Without NNX there are none, and it is slow to import.
     kind: Leaf = type(value)
     return "flax.nnx" in sys.modules and _is_class(kind)

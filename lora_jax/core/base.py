@@ -95,13 +95,13 @@ class _View:
 
 
 def is_base(value: Leaf) -> bool:
-    """Returns whether a value is a `Base` rather than an array."""
+    """Returns True if a value is a `Base` rather than an array."""
     kind = type(value)
     return hasattr(kind, "as_array") and hasattr(kind, "along")
 
 
 def is_of_4_bits(array: Shaped) -> bool:
-    """Returns whether two numbers of an array share a byte, on accelerators."""
+    """Returns True if two numbers of an array share a byte, on accelerators."""
     return array.dtype.name in ("int4", "uint4", "float4_e2m1fn")
 
 
@@ -117,7 +117,7 @@ def stand_in(base: BaseLike) -> BaseLike:
 
 
 def is_abstract(base: BaseLike) -> bool:
-    """Returns whether a base has shapes only (`jax.ShapeDtypeStruct`)."""
+    """Returns True if a base has shapes only (`jax.ShapeDtypeStruct`)."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
 
 
@@ -176,8 +176,8 @@ def member(base: BaseLike, axis: int, index: jax.Array | int) -> BaseLike:
     def picked(array: jax.Array, axes: Axes) -> jax.Array:
         if axis not in axes:
             return array
-        one: jax.Array = lax.dynamic_index_in_dim(array, index, axes.index(axis), keepdims=False)
-        return one
+        slice_: jax.Array = lax.dynamic_index_in_dim(array, index, axes.index(axis), keepdims=False)
+        return slice_
 
     return along(base, picked, [axis])
 

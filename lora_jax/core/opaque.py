@@ -35,7 +35,7 @@ class Opaque:
 
 
 def is_hashable(value: object) -> bool:
-    """Returns whether a value has a hash, and so has what it holds."""
+    """Returns True if a value has a hash, and so has what it holds."""
     try:
         hash(value)
     except TypeError:

@@ -70,7 +70,7 @@ def checked_key(what: str, key: Leaf) -> jax.Array:
 
 
 def has_run(path: str, name: str) -> bool:
-    """Returns whether `name` ("q_proj", "mlp/up_proj") is a run of whole segments of `path`."""
+    """Returns True if `name` ("q_proj", "mlp/up_proj") is a run of whole segments of `path`."""
     return f"/{name}/" in f"/{path}/"
 
 

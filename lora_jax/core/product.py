@@ -200,7 +200,7 @@ def combined(
 
 
 def _is_narrow(weight: Factored) -> bool:
-    """Returns whether, for the gain, a product is cheaper to recompute than its result to keep.
+    """Returns True if, for the gain, a product is cheaper to recompute than its result to keep.
 
     That holds for the keys and values of grouped-query attention, which are narrow.
     """
@@ -307,17 +307,17 @@ def dropped(x: jax.Array, weight: Factored) -> jax.Array:
 
 
 def is_dropped(weight: Factored) -> bool:
-    """Returns whether dropout is on."""
+    """Returns True if dropout is on."""
     return weight.key is not None and weight.dropout > 0
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Returns whether x's type says how it is sharded (a mesh with explicit axes)."""
+    """Returns True if x's type says how it is sharded (a mesh with explicit axes)."""
     return any(part is not None for part in jax.typeof(x).sharding.spec)
 
 
 def is_on_mesh() -> bool:
-    """Returns whether `jax.set_mesh` has set a mesh of several devices, which x may lie on."""
+    """Returns True if `jax.set_mesh` has set a mesh of several devices, which x may lie on."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 

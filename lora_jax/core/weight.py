@@ -61,8 +61,8 @@ class _Node(NoArray):
 
     def parts(self) -> Parts:
         """Returns the arrays that train, by name; none in the base half of a tree."""
-        found = {name: getattr(self, name) for name in self.part_names()}
-        return {name: array for name, array in found.items() if array is not None}
+        arrays = {name: getattr(self, name) for name in self.part_names()}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def part_shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of an array that trains; None where this half does not tell."""
@@ -181,7 +181,7 @@ class LoraWeight(_Node):
 
     def replace(self, **changes: Leaf) -> Self:
         """Returns a copy with other attributes or arrays; None takes an array away."""
-        fields = {one.name for one in dataclasses.fields(self)} & changes.keys()
+        fields = {spec.name for spec in dataclasses.fields(self)} & changes.keys()
         others = {name: value for name, value in changes.items() if name not in fields}
         arrays = changes.get("arrays", self.arrays) | others
         own: dict[str, Leaf] = {name: changes[name] for name in fields}
@@ -383,7 +383,7 @@ Node = LoraWeight | Trained | TrainedRows
 
 
 def is_node(leaf: Leaf) -> bool:
-    """Returns whether `leaf` is a node of an adapted tree.
+    """Returns True if `leaf` is a node of an adapted tree.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -394,7 +394,7 @@ def is_node(leaf: Leaf) -> bool:
 
 
 def is_leaf(value: Leaf) -> bool:
-    """Returns whether `value` is one leaf to a walk over an adapted tree: a node, or a base."""
+    """Returns True if `value` is one leaf to a walk over an adapted tree: a node, or a base."""
     return isinstance(value, Node) or is_base(value)
 
 

@@ -76,14 +76,14 @@ def add_heads(
       tensors: by key.
       heads: see `tied_heads`.
     """
-    found = dict(tensors)
+    copies = dict(tensors)
     for table, others in heads.items():
         for head in others:
             for of_head, of_table, is_transposed in _PAIRS:
                 if (tensor := tensors.get(f"{PREFIX}{table}.{of_table}")) is not None:
                     copy = tensor.T if is_transposed else tensor
-                    found[f"{PREFIX}{head}.{of_head}"] = np.ascontiguousarray(copy)
-    return found
+                    copies[f"{PREFIX}{head}.{of_head}"] = np.ascontiguousarray(copy)
+    return copies
 
 
 def drop_copies(
@@ -102,22 +102,22 @@ def drop_copies(
     Raises:
       PeftError: if the head of a tied table has a magnitude of its own.
     """
-    found = {key: t for key, t in tensors.items() if not _is_wrapped(key, tensors)}
+    kept = {key: t for key, t in tensors.items() if not _is_wrapped(key, tensors)}
     for row in tied:
         for head in map(_stem, row.aliases):
-            if (magnitude := f"{head}.lora_magnitude_vector") in found:
+            if (magnitude := f"{head}.lora_magnitude_vector") in kept:
                 raise PeftError(
                     f"{where}: {magnitude}: PEFT has a magnitude for each use of a tied table, "
                     "which is not supported; train it in PEFT without use_dora"
                 )
             for of_head, of_table, is_transposed in _PAIRS:
-                copy = found.get(key := f"{head}.{of_head}")
-                of = found.get(f"{_stem(row.hf)}.{of_table}")
+                copy = kept.get(key := f"{head}.{of_head}")
+                of = kept.get(f"{_stem(row.hf)}.{of_table}")
                 if copy is None or of is None:
                     continue
                 if np.array_equal(copy, of.T if is_transposed else of):
-                    del found[key]
-    return found
+                    del kept[key]
+    return kept
 
 
 def _stem(hf: str) -> str:

@@ -35,7 +35,7 @@ class PeftForm(Protocol):
         """The variant of LoRA that it is."""
 
     def read_file(self, reader: Any, own: Fields, nodes: Sequence[LoraWeight]) -> FileAdapter:
-        """Returns what a file holds.
+        """Returns the adapter of a file.
 
         Args:
           reader: takes the file's tensors by key.

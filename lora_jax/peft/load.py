@@ -193,19 +193,19 @@ def _read_bases(
     the vocabulary resized.
     """
     changed = dict(leaves_of(params)[0])
-    found = [
+    bases = [
         (keys_of(module).base_weight, module.path, module.index, not module.is_table)
         for module in chosen
         if not isinstance(module, Expert)
     ]
-    found += [
+    bases += [
         (f"{PREFIX}{name}", row.path, (), row.transpose)
         for row in table
         if kind_of(row) in ("embedding", "head") and not row.stack
         for name in (row.hf, *row.aliases)
         if name.endswith(".weight") and not saved_modules(config, [name])
     ]
-    for key, path, index, transpose in found:
+    for key, path, index, transpose in bases:
         if not reader.has(key):
             continue
         leaf = as_array(changed[path])

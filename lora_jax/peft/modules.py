@@ -112,7 +112,7 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
         transformers 4.
       tied: True if the two uses of a tied table share their adapter (PEFT's ensure_weight_tying).
     """
-    found = []
+    members = []
     for row in table:
         kind = kind_of(row)
         if not _has_module(row) or (kind in ("experts", "router") and not experts):
@@ -121,11 +121,11 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
         is_split = kind == "embedding" and not tied
         uses = "lookup" if heads and is_split else "all"
         for index, name in zip(row.members, row.hf_names, strict=True):
-            found.append(Module(name.removesuffix(".weight"), row.path, index, kind, uses))
+            members.append(Module(name.removesuffix(".weight"), row.path, index, kind, uses))
         if is_split:
             names = (head.removesuffix(".weight") for head in heads)
-            found += [Module(name, row.path, (), "head", "product") for name in names]
-    return found
+            members += [Module(name, row.path, (), "head", "product") for name in names]
+    return members
 
 
 def is_tied(config: Fields) -> bool:

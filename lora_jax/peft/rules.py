@@ -133,11 +133,11 @@ def _translated(config: Fields) -> list[Rule]:
     layers = config["layers_to_transform"]
     layers = [layers] if isinstance(layers, int) else layers or None
     saved, exclude = paths("modules_to_save"), paths("exclude_modules")
-    found: list[Rule] = [TrainRule(targets=saved)] if saved else []
+    rules_made: list[Rule] = [TrainRule(targets=saved)] if saved else []
     if config["bias"] == "all":
-        found.append(TrainRule(targets=["bias"]))
+        rules_made.append(TrainRule(targets=["bias"]))
     rank, alpha = config["r"], config["lora_alpha"]
-    return [*found, _lora_rule(config, targets, rank, alpha, layers, exclude=exclude)]
+    return [*rules_made, _lora_rule(config, targets, rank, alpha, layers, exclude=exclude)]
 
 
 def selected(
@@ -169,11 +169,11 @@ def rules_for(
     _check_two_uses(config, chosen)
     if is_tied(config):
         _check_tied_alphas(config, table, chosen)
-    found: list[Rule] = [*_saved(config, table), *_tokens(config, available)]
+    chosen_rules: list[Rule] = [*_saved(config, table), *_tokens(config, available)]
     if config["bias"] == "all":
         paths = sorted({row.path for row in table if row.hf.endswith(".bias")})
         if paths:
-            found.append(TrainRule(targets=_either(paths)))
+            chosen_rules.append(TrainRule(targets=_either(paths)))
     settings: dict[tuple[int, float, str, tuple[int, ...] | None, bool], list[str]] = {}
     for path, members in _group_by_path(chosen).items():
         layers: dict[tuple[int, float], list[int]] = {}
@@ -188,8 +188,8 @@ def rules_for(
             settings.setdefault(key, []).append(path)
     for (rank, alpha, uses, layer, halves), paths in settings.items():
         rule = _lora_rule(config, _either(paths), rank, alpha, layer, uses=uses)
-        found.append(dataclasses.replace(rule, share_a=halves and _may_share_a(rule)))
-    return found
+        chosen_rules.append(dataclasses.replace(rule, share_a=halves and _may_share_a(rule)))
+    return chosen_rules
 
 
 def _lora_rule(

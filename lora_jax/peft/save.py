@@ -109,7 +109,7 @@ def save(
 
 
 def _takes_for_experts(model: Model) -> bool:
-    """Returns whether PEFT renames every gate_proj, up_proj and down_proj, as of Qwen2-MoE."""
+    """Returns True if PEFT renames every gate_proj, up_proj and down_proj, as of Qwen2-MoE."""
     return getattr(getattr(model, "config", None), "model_type", None) == "qwen3_next"
 
 
@@ -277,11 +277,11 @@ class _Contents:
             for what in (*node.has, *["dropout"] * bool(node.dropout)):
                 raise PeftError(f"PEFT has no {what} for experts and routers: {expert.path!r}")
         for name, halves in by_name.items():
-            found = {half: self._expert_factors(expert) for half, expert in halves.items()}
-            if None in found:
-                a, b, scale = found[None]
+            factors = {half: self._expert_factors(expert) for half, expert in halves.items()}
+            if None in factors:
+                a, b, scale = factors[None]
             else:
-                a, b, scale = side_by_side(found.get(0), found.get(1))
+                a, b, scale = side_by_side(factors.get(0), factors.get(1))
             ranks[name], alphas[name] = a.shape[1], scale * a.shape[1]
             key_a, key_b = keys_of_expert(next(iter(halves.values())), self._experts)
             packed_a, packed_b = pack(a, b)

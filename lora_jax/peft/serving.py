@@ -56,11 +56,11 @@ def serving_problems(
 
     See the example of `lora_jax.peft.save`.
     """
-    found = adapter_folder(folder, adapter)
-    fields, _ = fields_of(found / CONFIG_FILE)
+    path = adapter_folder(folder, adapter)
+    fields, _ = fields_of(path / CONFIG_FILE)
     if fields.get("peft_type", "LORA") != "LORA":
         return [f"peft_type {fields['peft_type']}: only LORA is served; {_BY_PEFT}"]
-    tensors = read_tensors(found / FILE)
+    tensors = read_tensors(path / FILE)
     return problems_of(fields, tensors, max_rank=max_rank, model_type=model_type)
 
 
@@ -118,25 +118,25 @@ def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> l
         if (match := re.fullmatch(r"(.*\.experts)\.(\d+)\.\w+", name)) is not None:
             apart.setdefault(match[1], []).append(match[2])
     alone += [layer for layer, of in apart.items() if len(of) < 3 * len(set(of))]
-    found = []
+    problems = []
     if alone:
-        found.append(
+        problems.append(
             f"experts: one projection of theirs is not adapted, in {len(alone)} layers, and an "
             f"engine needs all of them; {_AGAIN}"
         )
     family = FAMILIES.get(model_type or "")
     if family is not None and (joined if len(family.expert_names) > 2 else apart):
-        found.append(f"experts: not in the layout that is read for {model_type}; {_AGAIN}")
-    return found
+        problems.append(f"experts: not in the layout that is read for {model_type}; {_AGAIN}")
+    return problems
 
 
 def _kind_problems(fields: Fields) -> list[str]:
     """Lists fields with which the adapter is something other than W + s·BA."""
-    found = []
+    problems = []
     for variant in VARIANTS:
         field = variant.in_peft.field if variant.in_peft else None
         if field and fields.get(field):
-            found.append(f"{field}: {variant.name} is refused; {_MERGE}")
+            problems.append(f"{field}: {variant.name} is refused; {_MERGE}")
     for name in REFUSED:
         if fields.get(name) in (*UNUSED, [], {}):
             continue
@@ -146,8 +146,8 @@ def _kind_problems(fields: Fields) -> list[str]:
             remedy = f"{_BY_PEFT}, layers repeated and all"
         else:
             remedy = _BY_PEFT
-        found.append(f"{name}: not supported; {remedy}")
-    return found
+        problems.append(f"{name}: not supported; {remedy}")
+    return problems
 
 
 def _start_problems(fields: Fields) -> list[str]:
@@ -163,15 +163,15 @@ def _start_problems(fields: Fields) -> list[str]:
 
 
 def _trained_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
-    found = []
+    problems = []
     if (bias := fields.get("bias") or "none") != "none":
-        found.append(f"bias={bias}: trained biases are refused; {_MERGE}")
+        problems.append(f"bias={bias}: trained biases are refused; {_MERGE}")
     saved = fields.get("modules_to_save") or []
     if other := sorted(name for name in saved if name not in _CLASSIFIERS):
-        found.append(f"modules_to_save {', '.join(other)}: only a classifier may be; {_MERGE}")
+        problems.append(f"modules_to_save {', '.join(other)}: only a classifier may be; {_MERGE}")
     if fields.get("trainable_token_indices") or any(".token_adapter." in key for key in tensors):
-        found.append(f"trainable_token_indices: trained tokens are refused; {_MERGE}")
-    return found
+        problems.append(f"trainable_token_indices: trained tokens are refused; {_MERGE}")
+    return problems
 
 
 def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
@@ -181,25 +181,25 @@ def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
     """
     ends = ".lora_embedding_A"
     tables = [key.removesuffix(ends).removeprefix(PREFIX) for key in tensors if key.endswith(ends)]
-    found = [
+    problems = [
         f"{name}: of embeddings only embed_tokens may be adapted; {_MERGE}"
         for name in tables
         if name.rsplit(".", 1)[-1] != "embed_tokens"
     ]
     if tables and fields.get("ensure_weight_tying"):
-        found.append(
+        problems.append(
             f"ensure_weight_tying: the adapter of {tables[0]} would not reach the head; {_MERGE}"
         )
-    return found
+    return problems
 
 
 def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> list[str]:
-    found = []
+    problems = []
     r, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
     if (highest := max([r, *ranks.values()])) > max_rank:
         allowed = next((limit for limit in _MAX_RANKS if limit >= highest), None)
         remedy = f"start the engine with --max-lora-rank {allowed}" if allowed else _MERGE
-        found.append(f"rank {highest}: above the maximum of {max_rank}; {remedy}")
+        problems.append(f"rank {highest}: above the maximum of {max_rank}; {remedy}")
 
     def scale(alpha: float, r: int) -> float:
         return alpha / (r**0.5 if fields.get("use_rslora") else r)
@@ -210,8 +210,8 @@ def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> l
         if abs(scale(own, rank) - scale(alpha, r)) > 1e-5 * scale(alpha, r):
             other.append(name)
     if other:
-        found.append(
+        problems.append(
             f"rank_pattern, alpha_pattern: ignored, so {len(other)} modules, {other[0]} among "
             f"them, would run with lora_alpha's scale instead of their own; {_SCALED}"
         )
-    return found
+    return problems

@@ -46,12 +46,12 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
             "2³² − 1 and a boolean are needed"
         )
     others = (*_OWN, *_WITHOUT_EFFECT, "vera_dropout", "peft_type")
-    found = {name: value for name, value in fields.items() if name not in others}
-    r = found.setdefault("r", 256)
-    found |= {"lora_alpha": r, "lora_dropout": fields.get("vera_dropout", 0.0)}
-    if found.get("bias") == "vera_only":
-        found["bias"] = "lora_only"
-    return found, own
+    lora_fields = {name: value for name, value in fields.items() if name not in others}
+    r = lora_fields.setdefault("r", 256)
+    lora_fields |= {"lora_alpha": r, "lora_dropout": fields.get("vera_dropout", 0.0)}
+    if lora_fields.get("bias") == "vera_only":
+        lora_fields["bias"] = "lora_only"
+    return lora_fields, own
 
 
 def fields(config: Fields) -> JsonObject:
@@ -67,8 +67,10 @@ def fields(config: Fields) -> JsonObject:
         if config[name]:
             raise PeftError(f"PEFT's VeRA has no {name}, and here it would be {config[name]}")
     kept = ("peft_version", "inference_mode", "auto_mapping", "revision", "fan_in_fan_out")
-    found = {name: config[name] for name in (*kept, "r", "target_modules", "modules_to_save")}
-    return found | {
+    config_fields = {
+        name: config[name] for name in (*kept, "r", "target_modules", "modules_to_save")
+    }
+    return config_fields | {
         "peft_type": "VERA",
         "vera_dropout": config["lora_dropout"],
         "bias": "vera_only" if config["bias"] == "lora_only" else config["bias"],

@@ -175,7 +175,7 @@ def scales_of(arrays: Mapping[str, Leaf], format: Format, stretch: Forward | Non
 
 
 def _repeated(array: np.ndarray, shape: Sequence[int], block: int | None = None) -> np.ndarray:
-    """Returns what `stretched` does, by NumPy."""
+    """Returns the result of `stretched`, by NumPy."""
     for axis, (n, m) in enumerate(zip(shape, array.shape, strict=True)):
         if 1 < m < n:
             array = np.repeat(array, block or n // m, axis)

@@ -47,7 +47,7 @@ class Coding:
 def coding_of(
     shape: Sequence[int], format: str | Format = "nf4", roles: AxisRoles | None = None
 ) -> Coding | None:
-    """Returns how an array of this shape is stored; None where no blocks fit, so it stays float.
+    """Returns the coding of an array of this shape; None where no blocks fit, so it stays float.
 
     Blocks lie along the last in axis that they fit. They are as long as the format says where that
     divides the axis, or else as long as the divisor of its size that comes closest: from a quarter

@@ -69,7 +69,7 @@ def plan(
     trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> dict[str, Coding | None]:
-    """Returns how each leaf that `quantize` selects is stored, by path; None where no blocks fit.
+    """Returns the coding of each leaf that `quantize` selects, by path; None where no blocks fit.
 
     For those who encode tensor by tensor: ``encode(array, plan[path])``. Arguments and errors are
     those of `quantize`.
@@ -97,7 +97,7 @@ def plan(
     ]
     selecting = {_selection(rule): rule for rule in reversed(chosen)}
     try:
-        found = resolve(arrays, [_selection(rule) for rule in chosen], LeafFacts(roles, kinds))
+        decisions = resolve(arrays, [_selection(rule) for rule in chosen], LeafFacts(roles, kinds))
     except ValueError as error:
         n_coded = sum(is_coded(leaf) for _, leaf in leaves)
         already = f" ({n_coded} leaves of the tree are in codes already)" if n_coded else ""
@@ -110,7 +110,9 @@ def plan(
             roles = AxisRoles(roles.out_axes, roles.in_axes)
         return coding_of(shapes[path], format, roles)
 
-    return {p: coding(p, choice) for p, choice in found.items() if isinstance(choice, Adaptation)}
+    return {
+        p: coding(p, choice) for p, choice in decisions.items() if isinstance(choice, Adaptation)
+    }
 
 
 def quantize(
@@ -182,7 +184,7 @@ def quantize(
 
 
 def is_coded(value: Leaf) -> bool:
-    """Returns whether a leaf is in codes.
+    """Returns True if a leaf is in codes.
 
     >>> lj.quantized.is_coded(lj.quantized.encode(jnp.ones((64, 3))))
     True

@@ -342,8 +342,8 @@ def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, np.ndarr
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise AdapterError(f"the adapter {folder} is damaged: {reason[:300]}") from None
     for path, parts in metadata["arrays"].items():
-        found = {name: checksum(array) for name, array in restored[path].items()}
-        if wrong := differing(parts, found):
+        checksums = {name: checksum(array) for name, array in restored[path].items()}
+        if wrong := differing(parts, checksums):
             name = f"{path}/{wrong[0]}"
             raise AdapterError(f"the adapter {folder} is damaged: {name} is not what was saved")
     # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that

@@ -54,10 +54,10 @@ def take_out_derived(nodes: Mapping[str, Node], arrays: Filed) -> dict[str, Json
             filed.pop("seed", None)
             recipe, probes = derived.recipe(node, others), _probes(node, derived.names)
             if recipe is None or _differing(node.replace(**again(path, node, recipe)), probes):
-                found = {name: checksum(node.arrays[name]) for name in derived.names}
-                same = {name: holders[sum_] for name, sum_ in found.items() if sum_ in holders}
+                checksums = {name: checksum(node.arrays[name]) for name in derived.names}
+                same = {name: holders[sum_] for name, sum_ in checksums.items() if sum_ in holders}
                 settings[path] = {"same": same}
-                holders |= {found[name]: path for name in derived.names if name not in same}
+                holders |= {checksums[name]: path for name in derived.names if name not in same}
                 gone = tuple(same)
             else:
                 settings[path] = {derived.entry: recipe | {"probes": probes} if recipe else probes}

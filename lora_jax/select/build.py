@@ -22,7 +22,7 @@ Starts = Mapping[Variant, MakeFactors]
 
 
 def starts_of(leaves: Mapping[str, Leaf], chosen: Mapping[str, Decision], key: jax.Array) -> Starts:
-    """Returns what makes the A and B of a tree's weights, for variants that do not draw them.
+    """Returns the functions that make A and B of a tree's weights, for variants that draw none.
 
     Args:
       leaves: the arrays of the tree, by path.

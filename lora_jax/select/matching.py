@@ -44,7 +44,7 @@ class LeafFacts:
 
 
 def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], known: LeafFacts) -> bool:
-    """Returns whether a rule names a leaf that it can adapt (a LoraRule) or train."""
+    """Returns True if a rule names a leaf that it can adapt (a LoraRule) or train."""
     leaf = tree[path]
     if matches(rule.exclude, path) or not _is_named(rule, path, leaf, known):
         return False
@@ -68,12 +68,12 @@ def _is_named(rule: Rule, path: str, leaf: Leaf, known: LeafFacts) -> bool:
 
 
 def is_table_or_head(path: str) -> bool:
-    """Returns whether a leaf is an embedding or an output head, by its name."""
+    """Returns True if a leaf is an embedding or an output head, by its name."""
     return leaf_name(path) in EMBEDDING_NAMES or _NOT_LINEAR.fullmatch(path) is not None
 
 
 def _is_linear(path: str, leaf: Leaf, known: LeafFacts) -> bool:
-    """Returns whether a leaf is known as a kernel: by what was seen of it, or else by its name."""
+    """Returns True if a leaf is known as a kernel: by what was seen of it, or else by its name."""
     if known.roles is None:
         return default_roles(leaf_name(path), len(leaf.shape)) is not None
     seen = known.roles.get(path)
@@ -81,7 +81,7 @@ def _is_linear(path: str, leaf: Leaf, known: LeafFacts) -> bool:
 
 
 def matches(targets: Targets, path: str) -> bool:
-    """Returns whether targets that are no preset select a path."""
+    """Returns True if targets that are no preset select a path."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     return any(has_run(path, name) for name in targets)
@@ -92,7 +92,7 @@ def _is_matrix(leaf: Leaf) -> bool:
 
 
 def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], known: LeafFacts) -> bool:
-    """Returns whether the name of a leaf says that it is a bias or a part of a norm.
+    """Returns True if the name of a leaf says that it is a bias or a part of a norm.
 
     The name does not count where the leaf was seen to be a kernel. Nor does it where the rule gives
     axis roles and either names the leaf, or nothing about it looks like a bias: no axis is a batch
@@ -187,7 +187,7 @@ def _names_in(pattern: str, tree: Mapping[str, Leaf]) -> list[str]:
 
 
 def _shared_reason(rule: Rule, tree: Mapping[str, Leaf], known: LeafFacts) -> str:
-    """Returns why a rule that names a later place of a shared object selects nothing; "" else."""
+    """Returns the reason why a rule for a later place of a shared object selects nothing, or ""."""
     for place, first in known.shared.items():
         for path in tree:
             rest = path.removeprefix(first)
@@ -198,7 +198,7 @@ def _shared_reason(rule: Rule, tree: Mapping[str, Leaf], known: LeafFacts) -> st
 
 
 def _side_leaf_reason(path: str, known: LeafFacts) -> str:
-    """Returns why a rule leaves a leaf alone that has the name of a bias, and what to do."""
+    """Returns the reason why a rule leaves a leaf alone that is named as a bias, and a remedy."""
     look = "or let lorafy look at what your function does: lorafy(params, rules, trace=(fn, …))"
     if known.roles is not None:
         look = f"since trace shows none: {_not_kernel_reason(path, known.roles)}"
@@ -210,13 +210,13 @@ def _side_leaf_reason(path: str, known: LeafFacts) -> str:
 
 
 def _not_kernel_reason(path: str, roles: Mapping[str, ObservedRoles | str]) -> str:
-    """Returns why a function was not seen to use a leaf as a kernel; "" where it was."""
+    """Returns the reason why a leaf was not seen to be used as a kernel; "" where it was."""
     seen = roles.get(path, NO_ARGUMENT)
     return seen if isinstance(seen, str) else seen.not_kernel_reason
 
 
 def _not_linear_reason(matrices: Mapping[str, Leaf], known: LeafFacts) -> str:
-    """Returns why "all-linear" takes none of the leaves with two axes or more, and what to do."""
+    """Returns the reason why "all-linear" takes no leaf with two axes or more, and a remedy."""
     if not matrices:
         return "no leaf is an array of floats with two axes or more"
     some = list(matrices)[:5]

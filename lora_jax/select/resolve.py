@@ -134,7 +134,7 @@ def resolve(
 
 
 def _peft_hint(rules: object) -> str:
-    """Returns what to do with a configuration of PEFT that is given for rules."""
+    """Returns the remedy for a configuration of PEFT that is given for rules."""
     return ": lora_jax.peft.rules(config) makes rules of it" if hasattr(rules, "peft_type") else ""
 
 
@@ -164,14 +164,14 @@ def _check_indices(rule: Rule, what: str, indices: Sequence[int], path: str, n: 
 
 def _biases(paths: Container[str], resolved: Mapping[str, Decision]) -> dict[str, Decision]:
     """Returns the decision for each bias that stands beside a kernel whose rule trains it."""
-    found: dict[str, Decision] = {}
+    decisions: dict[str, Decision] = {}
     for path, choice in resolved.items():
         if isinstance(choice, Adaptation) and choice.rule.train_bias:
             bias = bias_path(path, paths)
             if bias is not None and bias not in resolved:
                 on = tuple(layer for layer, rank in enumerate(choice.ranks) if rank)
-                found[bias] = FullTraining(None if len(on) == len(choice.ranks) else on)
-    return found
+                decisions[bias] = FullTraining(None if len(on) == len(choice.ranks) else on)
+    return decisions
 
 
 def bias_path(path: str, paths: Container[str]) -> str | None:

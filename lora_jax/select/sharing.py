@@ -42,7 +42,7 @@ def owners(chosen: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dict[s
 
 
 def _place(path: str) -> object:
-    """Returns what the paths of kernels have in common whose modules stand side by side."""
+    """Returns the common part of the paths of kernels whose modules stand side by side."""
     segments = path.split("/")
     return (len(segments) > 1, *segments[:-2])  # a leaf without a module stands beside its like
 

@@ -86,7 +86,7 @@ def merge(space: Subspace, tree: Tree, shardings: Tree = None) -> Tree:
 
 
 def facts_of(space: Subspace) -> JsonObject:
-    """Returns what makes the subspace anew from the base, of JSON's types.
+    """Returns the facts that make the subspace anew from the base, of JSON's types.
 
     "draws" tells of JAX's random generator, so that other draws of the same seed are noticed.
 

@@ -113,10 +113,10 @@ class Subspace:
 
     def _check(self, theta: Mapping[str, jax.Array], leaves: Mapping[str, Leaf]) -> None:
         wanted = {name: array.shape for name, array in jax.eval_shape(self.zeros).items()}
-        found = {name: tuple(array.shape) for name, array in theta.items()}
-        if found != wanted:
+        shapes = {name: tuple(array.shape) for name, array in theta.items()}
+        if shapes != wanted:
             raise ValueError(
-                f"params_of: theta has {found}, and the subspace {wanted}: begin with "
+                f"params_of: theta has {shapes}, and the subspace {wanted}: begin with "
                 "space.zeros(), and keep to its structure"
             )
         for tensor in self.tensors:

@@ -71,5 +71,5 @@ def variants_of(weight: LoraWeight) -> list[Variant]:
 
 
 def derived_of(weight: LoraWeight) -> Derived | None:
-    """Returns how arrays of a weight follow from W or a seed; None where none do."""
+    """Returns the declaration of arrays that follow from W or a seed; None where none do."""
     return next((v.derived for v in variants_of(weight) if v.derived), None)

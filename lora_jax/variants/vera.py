@@ -99,7 +99,7 @@ def _kernel(node: LoraWeight, dtype: DTypeLike, path: str = "") -> KernelFacts:
 
 
 def _recipe(node: LoraWeight, others: Sequence[LoraWeight]) -> JsonObject | None:
-    """Returns what draws a pair again; None where it did not come from a seed."""
+    """Returns the recipe that draws a pair again; None where it did not come from a seed."""
     if "seed" not in node.arrays:
         return None
     dtype = node.arrays["shared_a"].dtype

@@ -79,7 +79,7 @@ def _again(there: Mapping[str, Leaf]) -> Remake:
 
 
 def _decomposes_alike(node: Leaf, weight: LoraWeight) -> TypeGuard[LoraWeight]:
-    """Returns whether a node has the factors that decomposing a weight's base would give."""
+    """Returns True if a node has the factors that decomposing a weight's base would give."""
     return (
         isinstance(node, LoraWeight)
         and node.base is weight.base

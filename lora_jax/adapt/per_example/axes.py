@@ -49,22 +49,22 @@ def mapped(call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes) -> dic
       ValueError: `axes` do not fit the arguments, or a node has an axis of examples.
     """
     args, kwargs = call.treedef.unflatten(range(len(call.leaves)))
-    found = dict(_pairs(axes.of_args, args))
-    found |= dict(_pairs(0, {k: v for k, v in kwargs.items() if not _holds(v, nodes)}))
-    found = {place: axis for place, axis in found.items() if axis is not None}
+    holding = dict(_pairs(axes.of_args, args))
+    holding |= dict(_pairs(0, {k: v for k, v in kwargs.items() if not _holds(v, nodes)}))
+    holding = {place: axis for place, axis in holding.items() if axis is not None}
     sizes = set()
-    for place, axis in found.items():
+    for place, axis in holding.items():
         shape = getattr(call.leaves[place], "shape", ())
         if place in nodes or not -len(shape) <= axis < len(shape):
             raise ValueError(
                 f"axis {axis} cannot hold the examples of an argument of shape {tuple(shape)}"
                 + ", a node of an adapted tree: give None" * (place in nodes)
             )
-        found[place] = axis % len(shape)
+        holding[place] = axis % len(shape)
         sizes.add(shape[axis])
     if len(sizes) > 1:
         raise ValueError(f"the arguments hold {sorted(sizes)} examples: give one number of them")
-    return found
+    return holding
 
 
 def _holds(tree: Tree, nodes: Mapping[int, Value]) -> bool:
@@ -92,7 +92,7 @@ def follow_trace(
     axes: Mapping[int, int],
     of_result: Tree,
 ) -> ExampleLabels:
-    """Returns where the examples lie in a function's values, after a check of its result.
+    """Returns the examples' axes in a function's values, after a check of its result.
 
     Args:
       traced: trace of the call.
@@ -126,9 +126,9 @@ def follow_trace(
         weight = weights.get(place)
         return None if weight is None or weight.rows is None else ExampleKernels(weight.labels)
 
-    found = followed(traced.jaxpr, [known(place) for place in traced.places], n)
-    _check_result(traced, found, n, of_result)
-    return found
+    labels = followed(traced.jaxpr, [known(place) for place in traced.places], n)
+    _check_result(traced, labels, n, of_result)
+    return labels
 
 
 def _check_result(traced: Trace, found: ExampleLabels, n: int, expected: Tree) -> None:

@@ -49,7 +49,7 @@ def _scatter(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[Examp
     places = [axis for axis in range(len(shape_of(eqn, 2))) if axis not in in_window]
 
     def target() -> ExampleAxis:
-        """Returns where the examples lie in the operand."""
+        """Returns the examples' axis in the operand."""
         if isinstance(operand, ExampleAxis):
             return operand
         found = updates if isinstance(updates, ExampleAxis) else None

@@ -71,7 +71,7 @@ class ExampleLabels:
 
 
 def joined(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
-    """Returns what is known of a value that is one of two."""
+    """Returns the label of a value that is one of two."""
     for one, other in ((a, b), (b, a)):
         if isinstance(other, UnvisitedCarry):
             return one
@@ -87,19 +87,19 @@ def joined(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
 
 
 def agreed(given: Iterable[ExampleLabel]) -> ExampleAxis:
-    """Returns where the examples lie in all operands that have them.
+    """Returns the common axis of the examples in all operands that have them.
 
     Raises:
       MixingError: the operands differ.
     """
-    found = {one for one in given if isinstance(one, ExampleAxis)}
-    if len(found) != 1:
+    axes = {one for one in given if isinstance(one, ExampleAxis)}
+    if len(axes) != 1:
         raise MixingError("joins values whose examples lie along different axes")
-    return found.pop()
+    return axes.pop()
 
 
 def reshaped(at: ExampleAxis, n: int, shape: Sequence[int], out: Sequence[int]) -> ExampleAxis:
-    """Returns where the examples lie after a reshape, which keeps the order of elements.
+    """Returns the examples' axis after a reshape, which keeps the order of elements.
 
     Args:
       at: before it.

@@ -32,7 +32,7 @@ def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
 
 
 def each(_: JaxprEqn, given: Sequence[ExampleLabel], __: int) -> list[ExampleLabel]:
-    """Returns what is known of the operands: each is an output."""
+    """Returns the labels of the operands: each is an output."""
     return list(given)
 
 
@@ -101,7 +101,7 @@ def _has_windows(eqn: JaxprEqn, axis: int) -> bool:
 
 
 def _is_of_keys(eqn: JaxprEqn, axis: int) -> bool:
-    """Returns whether an axis is not one of keys, or of their words: of what is made of them."""
+    """Returns True if an axis is not one of keys, or of their words: of what is made of them."""
     return axis >= min(len(shape_of(eqn)), len(out_shape(eqn)))
 
 

@@ -38,7 +38,7 @@ _PLAIN_RULES = {**RULES, **PRODUCT_RULES}
 
 
 def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel], n: int) -> ExampleLabels:
-    """Returns what is known of a jaxpr's values: the same object for the same arguments.
+    """Returns the labels of a jaxpr's values: the same object for the same arguments.
 
     Args:
       jaxpr: the jaxpr.
@@ -46,8 +46,8 @@ def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel], n: int) -> Exa
       n: the number of examples.
     """
     known, key = _FOLLOWED.setdefault(jaxpr, {}), (tuple(given), n)
-    found = known.get(key)
-    return found or known.setdefault(key, _Walk(n).through(jaxpr, key[0]))
+    labels = known.get(key)
+    return labels or known.setdefault(key, _Walk(n).through(jaxpr, key[0]))
 
 
 class _Walk:
@@ -59,7 +59,7 @@ class _Walk:
         self.inner: dict[int, ExampleLabels] = {}
 
     def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel]) -> ExampleLabels:
-        """Returns what is known of the whole jaxpr."""
+        """Returns the labels of the whole jaxpr."""
         inner, _ = eqns.opened(jaxpr)
         found: dict[eqns.Atom, ExampleLabel] = dict(zip(inner.invars, given, strict=True))
 
@@ -73,7 +73,7 @@ class _Walk:
         return ExampleLabels(tuple(known(inner.outvars)), self.uses, self.inner)
 
     def _after(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
-        """Returns what is known of the outputs of an equation."""
+        """Returns the labels of an equation's outputs."""
         name = eqn.primitive.name
         has_kernel = any(isinstance(one, ExampleKernels) for one in given)
         enter = _CONTROL.get(name)
@@ -102,7 +102,7 @@ class _Walk:
     def _entered(
         self, body: eqns.AnyJaxpr, given: Sequence[ExampleLabel]
     ) -> tuple[ExampleLabel, ...]:
-        """Returns what is known of the outputs of an inner jaxpr, and keeps how weights are met."""
+        """Returns the labels of an inner jaxpr's outputs, and records its uses of weights."""
         child = followed(body, given, self.n)
         if child.uses and self.inner.setdefault(id(body), child) is not child:
             raise MixingError("is met twice, with the examples along different axes")
@@ -142,7 +142,7 @@ class _Walk:
         carry: Sequence[ExampleLabel],
         xs: Sequence[ExampleLabel],
     ) -> list[ExampleLabel]:
-        """Returns what is known of a loop's carry in every step; weights must stay as they are.
+        """Returns the labels of a loop's carry in every step; weights must stay as they are.
 
         A state that starts the same for all examples, as zeros, may have examples after a step. It
         is first taken for whatever the step makes of it, and then held against that.
@@ -179,7 +179,7 @@ def _mixed(eqn: JaxprEqn, why: object) -> MixedExamples:
 
 
 def _slice_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
-    """Returns what is known of one step's part of an operand that a scan goes over."""
+    """Returns the label of one step's part of an operand that a scan goes over."""
     if isinstance(known, ExampleAxis):
         if known.axis == 0:
             return _mixed(eqn, "goes over the examples")
@@ -193,7 +193,7 @@ def _slice_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
 
 
 def _stack_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
-    """Returns what is known of an output that a scan stacks."""
+    """Returns the label of an output that a scan stacks."""
     return (
         ExampleAxis(known.axis + 1, known.inner)
         if isinstance(known, ExampleAxis)
@@ -202,7 +202,7 @@ def _stack_of(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
 
 
 def _formed(known: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
-    """Returns what is known of a value that is an array from here on."""
+    """Returns the label of a value that is an array from here on."""
     return _mixed(eqn, "forms an adapted weight") if isinstance(known, ExampleKernels) else known
 
 

@@ -124,7 +124,7 @@ def _aligned(values: Sequence[Value]) -> Outcome:
 
 
 def has_more(weight: Factored) -> bool:
-    """Returns whether the weight has a gain or a shift beside its factors."""
+    """Returns True if the weight has a gain or a shift beside its factors."""
     return weight.gain is not None or weight.shift is not None
 
 

@@ -14,7 +14,7 @@ AxisMap = tuple[tuple[int, ...], ...]
 
 
 def axis_map(eqn: JaxprEqn) -> AxisMap | None:
-    """Returns where the axes of an equation's first operand go; None where that is not known."""
+    """Returns the map of the axes of an equation's first operand; None where it is not known."""
     if eqn.primitive.name not in _MAPS:
         return None
     shape, out = (eqns.type_of(atom).shape for atom in (eqn.invars[0], eqn.outvars[0]))

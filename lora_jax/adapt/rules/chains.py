@@ -52,12 +52,12 @@ def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
 
 
 def _may_merge(weight: Factored) -> bool:
-    """Returns whether a weight may be merged; one that may not is the one to keep."""
+    """Returns True if a weight may be merged; one that may not is the one to keep."""
     return weight.uses == "all" and weight.shift is None and not is_dropped(weight)
 
 
 def _has_form(use: Use, left: Factored, right: Factored) -> bool:
-    """Returns whether the product of two weights has factors."""
+    """Returns True if the product of two weights has factors."""
     both, dtype = (left, right), eqns.type_of(use.eqn.outvars[0]).dtype
     bases = [as_array(weight.base) for weight in both]
     return (
@@ -79,14 +79,14 @@ def _facing(weight: Factored, dims: Sequence[Sequence[int]], role: Label) -> Fac
       The weight; None where the product mixes its roles, or batches more than its stack.
     """
     contract, batch = map(tuple, dims)
-    found = contracted_role(weight, contract) if weight.parts else None
-    if found is None:
+    side = contracted_role(weight, contract) if weight.parts else None
+    if side is None:
         return None
-    weight = match_unit_roles(weight, found, contract, batch)
-    is_whole = set(contract) == set(weight.axes(found)) and set(batch) <= set(weight.axes("batch"))
+    weight = match_unit_roles(weight, side, contract, batch)
+    is_whole = set(contract) == set(weight.axes(side)) and set(batch) <= set(weight.axes("batch"))
     if not is_whole:
         return None
-    return weight if found == role else mirrored(weight)
+    return weight if side == role else mirrored(weight)
 
 
 def _chained(use: Use, left: Factored, right: Factored) -> Factored:

@@ -48,11 +48,11 @@ def common_form(weights: Sequence[Factored]) -> CommonForm | None:
 
     if not all(map(fits, weights)):
         return None
-    found: dict[str, list[DTypeLike]] = {}
+    dtypes_of: dict[str, list[DTypeLike]] = {}
     for weight in weights:
         for name, array in weight.parts.items():
-            found.setdefault(name, []).append(array.dtype)
-    dtypes = {name: functools.reduce(_wider, each) for name, each in found.items()}
+            dtypes_of.setdefault(name, []).append(array.dtype)
+    dtypes = {name: functools.reduce(_wider, each) for name, each in dtypes_of.items()}
     return CommonForm(first.labels, dtypes, max(weight.rank for weight in weights))
 
 
@@ -109,7 +109,7 @@ def _select_n(_: Interpreter, use: Use) -> Outcome:
 
 
 def _is_same(a: Factored, b: Factored) -> bool:
-    """Returns whether two weights are the same but for dropout keys, of which each use has one."""
+    """Returns True if two weights are the same but for dropout keys, of which each use has one."""
     names = a.parts.keys() | b.parts.keys()
     same = all(a.parts.get(name) is b.parts.get(name) for name in names - {"key"})
     return same and a.base is b.base and a.labels == b.labels

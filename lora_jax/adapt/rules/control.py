@@ -112,7 +112,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
 def _arguments(
     consts: Sequence[Value], constant: dict[int, Value], carry: dict[int, Value], index: Value
 ) -> list[Value]:
-    """Returns what a loop's body takes first in an iteration: consts, then all that it carries."""
+    """Returns the first arguments of a loop's body in an iteration: consts, then the carry."""
     known = {place: fold_dropout_key(value, index) for place, value in constant.items()} | carry
     return [
         *(fold_dropout_key(value, index) for value in consts),
@@ -126,12 +126,12 @@ def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
     if not any(isinstance(value, Factored) for value in use.values[n_fixed:]):
         return {}
     stacked = enumerate(sources(scan.body)[scan.n_carry :], scan.n_carry)
-    found = {p: use.values[s] for p, s in stacked if s is not None and s >= n_fixed}
-    return {place: value for place, value in found.items() if isinstance(value, Factored)}
+    restacked = {p: use.values[s] for p, s in stacked if s is not None and s >= n_fixed}
+    return {place: value for place, value in restacked.items() if isinstance(value, Factored)}
 
 
 def _sliced(value: Value) -> tuple[Callable[[Tree], Value], Tree]:
-    """Returns how a slice of an operand is made, and the parts that a scan slices for it.
+    """Returns a function that makes a slice of an operand, and the parts that a scan slices for it.
 
     Of a weight: its base, and each part that has the axis; the others stay whole.
     """
@@ -246,21 +246,21 @@ def _has_keys(values: Sequence[Value]) -> bool:
 
 def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
     """Shards A's in axes and B's out axes as the weight's are; the rank is replicated."""
-    there = eqns.shard_map_of(use.eqn)
-    body = interpreter.function(there.body)
-    pairs = zip(use.values, there.in_specs, strict=True)
-    operands = [_splittable(value, spec, there.mesh) for value, spec in pairs]
+    mapped = eqns.shard_map_of(use.eqn)
+    body = interpreter.function(mapped.body)
+    pairs = zip(use.values, mapped.in_specs, strict=True)
+    operands = [_splittable(value, spec, mapped.mesh) for value, spec in pairs]
 
     def run(*values: Value) -> list[Value]:
         return [interpreter.plain(output, use, "as an output") for output in body(*values)]
 
     return jax.shard_map(
         run,
-        mesh=there.mesh,
-        in_specs=tuple(_specs(v, s) for v, s in zip(operands, there.in_specs, strict=True)),
-        out_specs=list(there.out_specs),
-        axis_names=there.manual_axes,
-        check_vma=there.check_vma,
+        mesh=mapped.mesh,
+        in_specs=tuple(_specs(v, s) for v, s in zip(operands, mapped.in_specs, strict=True)),
+        out_specs=list(mapped.out_specs),
+        axis_names=mapped.manual_axes,
+        check_vma=mapped.check_vma,
     )(*operands)
 
 

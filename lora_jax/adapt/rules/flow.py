@@ -50,7 +50,7 @@ def _origins(jaxpr: eqns.AnyJaxpr, known: Mapping[eqns.Atom, int]) -> list[_Move
     made_by = {out: (eqn, n) for eqn in inner.eqns for n, out in enumerate(eqn.outvars)}
     entered: dict[int, Sequence[_Moved | None]] = {}  # by the identity of an equation
 
-    def found(atom: eqns.Atom) -> _Moved | None:
+    def origin(atom: eqns.Atom) -> _Moved | None:
         order = tuple(range(getattr(eqns.type_of(atom), "ndim", 0)))
         while not eqns.is_literal(atom) and atom not in known:
             if atom not in made_by:
@@ -64,7 +64,7 @@ def _origins(jaxpr: eqns.AnyJaxpr, known: Mapping[eqns.Atom, int]) -> list[_Move
             atom, order = eqn.invars[moved[0]], tuple(moved[1][axis] for axis in order)
         return None if eqns.is_literal(atom) else (known[atom], order)
 
-    return list(map(found, inner.outvars))
+    return list(map(origin, inner.outvars))
 
 
 def _input_sources(jaxpr: eqns.AnyJaxpr) -> list[_Moved | None]:
@@ -100,7 +100,7 @@ def _shift(moved: _Moved | None, before: int) -> _Moved | None:
 
 
 def _stacked(moved: _Moved) -> _Moved:
-    """Returns what a stack of slices is, where each is a slice of an operand, its axes moved."""
+    """Returns the source of a stack of slices of an operand, whose axes may be moved."""
     place, order = moved
     return place, (0, *(axis + 1 for axis in order))
 
@@ -118,7 +118,7 @@ def _carried(carries: Sequence[_Moved | None], first: int, before: int) -> list[
 
 
 def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, ...]:
-    """Returns which outputs may be adapted weights: those that come from one without a product.
+    """Returns True for each output that may be an adapted weight: without a product after one.
 
     Args:
       jaxpr: jaxpr of a function or a branch.
@@ -138,7 +138,7 @@ def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, .
 
 
 def _passed_on(eqn: JaxprEqn, operands: list[bool]) -> Sequence[bool]:
-    """Returns which outputs of an equation may be weights."""
+    """Returns True for each output of an equation that may be a weight."""
     name, n_outputs = eqn.primitive.name, len(eqn.outvars)
     if name in _CALLS:
         return may_be_weights(_called(eqn), operands)

@@ -71,7 +71,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
 
 
 def rows_of(weight: Factored, use: Use) -> ExampleColumns | None:
-    """Returns which columns of rank each row of the activation sees, where examples differ."""
+    """Returns the columns of rank that each row of the activation sees, where examples differ."""
     if weight.rows is None:
         return None
     assert use.at is not None, "an equation is refused where it is not known"

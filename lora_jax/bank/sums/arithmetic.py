@@ -87,7 +87,7 @@ def combined(
         root = jnp.sqrt(jnp.abs(factor))
         signed = jnp.where(factor < 0, -root, root)
         key_a, key_b = jax.random.split(key)
-        a, b = (jnp.stack(one) for one in zip(*factors, strict=True))
+        a, b = (jnp.stack(side) for side in zip(*factors, strict=True))
         of_a, of_b = (root, signed) if is_mirrored else (signed, root)
         return _summed(a, of_a, key_a, how), _summed(b, of_b, key_b, how)
 

@@ -260,7 +260,7 @@ def _weight(
 
 
 def _is_kept(values: Sequence[jax.Array], weights: Sequence[float]) -> bool:
-    """Returns whether a sum is the common value of all, whatever it was before training."""
+    """Returns True if a sum is the common value of all, whatever it was before training."""
     same = all(v is values[0] or bool(jnp.array_equal(v, values[0])) for v in values[1:])
     return same and math.isclose(sum(weights), 1.0, abs_tol=1e-9)
 

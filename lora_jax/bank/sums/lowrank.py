@@ -41,7 +41,7 @@ def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
 
 
 def map_batch(fn: Callable[[Tree], Factors], arrays: Tree, n_batch: int) -> Factors:
-    """Returns what a function returns for each index of the batch axes, one after the other.
+    """Returns a function's results for each index of the batch axes, computed one after the other.
 
     Args:
       fn: called with arrays that lack the batch axes.
@@ -86,15 +86,15 @@ def stack_layers(
         of 1 has one group, whose factors have no axis of layers, or all of them.
       depth: the number of layers.
     """
-    found = [(layers, factors) for layers, factors in groups if factors is not None]
-    largest = max(a.shape[-2] for _, (a, _) in found)
+    present = [(layers, factors) for layers, factors in groups if factors is not None]
+    largest = max(a.shape[-2] for _, (a, _) in present)
     ranks = [0] * depth
-    for layers, (a, _) in found:
+    for layers, (a, _) in present:
         for layer in layers:
             ranks[layer] = a.shape[-2]
     if depth == 1:
-        return found[0][1], (largest,)
-    order = [layer for layers, _ in found for layer in layers]
+        return present[0][1], (largest,)
+    order = [layer for layers, _ in present for layer in layers]
     absent = [layer for layer in range(depth) if layer not in order]
     places = np.argsort([*order, *absent])
 
@@ -106,5 +106,5 @@ def stack_layers(
             parts.append(jnp.zeros(shape, parts[0].dtype))
         return jnp.concatenate(parts)[places]
 
-    a, b = (whole([factors[which] for _, factors in found]) for which in (0, 1))
+    a, b = (whole([factors[which] for _, factors in present]) for which in (0, 1))
     return (a, b), tuple(ranks) if len(set(ranks)) > 1 else (largest,)

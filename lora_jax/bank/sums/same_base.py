@@ -21,20 +21,20 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
     Raises:
       ValueError: the trees have different paths, shapes or frozen values.
     """
-    found = {name: dict(leaves_of(tree)[0]) for name, tree in trees.items()}
-    first = next(iter(found))
+    leaves_of_tree = {name: dict(leaves_of(tree)[0]) for name, tree in trees.items()}
+    first = next(iter(leaves_of_tree))
     base: dict[str, Leaf] = {}
     owner: dict[str, str] = {}
-    for name, leaves in found.items():
-        if list(leaves) != list(found[first]):
-            only = sorted(leaves.keys() ^ found[first].keys())
+    for name, leaves in leaves_of_tree.items():
+        if list(leaves) != list(leaves_of_tree[first]):
+            only = sorted(leaves.keys() ^ leaves_of_tree[first].keys())
             raise ValueError(
                 f"{what}: {first} and {name} have different leaves, {only[:3]} among them: the "
                 "trees are to be adapted trees of one base"
             )
         unlike: dict[str, Leaf] = {}
         for path, leaf in leaves.items():
-            mine, here = (x.base if is_node(x) else x for x in (found[first][path], leaf))
+            mine, here = (x.base if is_node(x) else x for x in (leaves_of_tree[first][path], leaf))
             shapes = [getattr(x, "shape", None) for x in (mine, here)]
             if shapes[0] != shapes[1]:
                 raise ValueError(

@@ -66,7 +66,7 @@ def side_by_side(
     numbers: dict[str, int] = {}
 
     def advance(name: str, work: Forward, *args: object) -> Any:
-        """Returns what a run's part of a turn gives; None where the run has ended."""
+        """Returns the result of a run's part of a turn; None where the run has ended."""
         try:
             return work(*args)
         except StopIteration as end:
@@ -93,9 +93,9 @@ def side_by_side(
                 batch = advance(name, _made, runs[name], number)
                 if batch is not None:
                     batches[name] = batch
-            found = step(batches) if batches else {}
+            metrics = step(batches) if batches else {}
             for name, batch in batches.items():
-                take_turn(name, (found[name], runs[name].tokens(batch)))
+                take_turn(name, (metrics[name], runs[name].tokens(batch)))
             turned()
     finally:
         for run in runs.values():

@@ -153,7 +153,7 @@ class Stack:
         Returns:
           The metrics of each adapter, by name; see `lora_jax.training.make_step`.
         """
-        found: dict[str, Tree] = {}
+        metrics_of: dict[str, Tree] = {}
         if len(calls) == 1:
             (batches,) = calls
             self.state, metrics = self._steps.step_all(
@@ -161,16 +161,16 @@ class Stack:
             )
             slots = {name: self.names.index(name) for name in batches}
             whole = jax.device_get(metrics)
-            found = {n: {key: x[i] for key, x in whole.items()} for n, i in slots.items()}
+            metrics_of = {n: {key: x[i] for key, x in whole.items()} for n, i in slots.items()}
         else:
             for name, batch in ((name, batch) for call in calls for name, batch in call.items()):
                 slot = np.int32(self.names.index(name))
-                self.state, found[name] = self._steps.step_one(
+                self.state, metrics_of[name] = self._steps.step_one(
                     self._writable_state(), self.fixed, self._numbers, base, slot, batch
                 )
         return {
             name: {key: float(value) for key, value in metrics.items()}
-            for name, metrics in jax.device_get(found).items()
+            for name, metrics in jax.device_get(metrics_of).items()
         }
 
     def compiled_bytes(self, base: Tree, batch: ArrayBatch) -> int:

@@ -96,7 +96,7 @@ def tree_of(kind: StackKind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree
 
 
 def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
-    """Returns what a slot holds of an adapter before its first step, or where it goes on."""
+    """Returns a slot's content for an adapter before its first step, or where it goes on."""
     nodes = nodes_of(tenant.params)
     adapter, _ = split(tenant.params)
     optimizer = kind.make_optimizer(
@@ -288,7 +288,7 @@ def compiled_steps(
 
 
 def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
-    """Returns what one slot holds."""
+    """Returns the content of one slot."""
     take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
     return jax.tree.map(lambda x, axis: take(x, slot, axis), stacked, axes)
 
