@@ -23,7 +23,8 @@ FIRST = NOTEBOOKS[NAMES[0]].cells[1].source
 ANSWER = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
 # The modules of `train` that notebooks may import, beside the library's packages.
 PUBLIC = {
-    *("train.sft", "train.dpo", "train.grpo", "train.export.__main__", "train.serve.local"),
+    *("train.sft", "train.dpo", "train.grpo", "train.export.__main__"),
+    *("train.serve.local", "train.serve.protocol.requests"),
     *("train.environments.arithmetic", "train.environments.sql.examples"),
     "train.tasks.sums",
     *(f"train.compare.{name}" for name in ("result", "reporting.tables", "reporting.words")),

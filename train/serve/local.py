@@ -1,4 +1,4 @@
-"""A server inside a process: makes an engine over a model; its requests, and its application."""
+"""A server inside a process: an engine over a model, and the application over that engine."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,35 +9,8 @@ from train.serve.app import make_app
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
-from train.serve.protocol.requests import (
-    AdapterSpec,
-    Create,
-    Datum,
-    Gradient,
-    Leave,
-    Load,
-    RequestError,
-    SampleRequest,
-    Save,
-    Update,
-)
 
-__all__ = [
-    "AdapterSpec",
-    "Create",
-    "Datum",
-    "Engine",
-    "EngineLimits",
-    "Gradient",
-    "Leave",
-    "Load",
-    "RequestError",
-    "SampleRequest",
-    "Save",
-    "Update",
-    "make_app",
-    "make_engine",
-]
+__all__ = ["EngineLimits", "make_app", "make_engine"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

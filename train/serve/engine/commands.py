@@ -1,30 +1,18 @@
-"""Executes commands of tenants bit by bit, and caches the adapters that samples may choose."""
+"""Tenants and their commands, executed bit by bit, and the adapters that samples may choose."""
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from train.serve.engine.base import Adapter, ServedBase, TrainingState
-from train.serve.engine.tenant import EngineTenant
+from train.serve.engine.base import Adapter, Factors, ServedBase, TrainingState
 from train.serve.engine.trainer import Trainer
-from train.serve.protocol.engine import check_update
-from train.serve.protocol.requests import (
-    Command,
-    CommandResult,
-    Create,
-    Done,
-    Gradient,
-    GradientResult,
-    Leave,
-    Load,
-    RequestError,
-    Save,
-    SaveResult,
-    Update,
-    UpdateResult,
-)
+from train.serve.engine.turns import TurnPath
+from train.serve.protocol import requests
+from train.serve.protocol.engine import LATEST_LOSSES, check_update
 
 
 class AdapterCache:
@@ -81,13 +69,61 @@ class AdapterCache:
         """Returns an adapter; raises a RequestError if there is none of this name."""
         if name not in self._folders:
             names = ", ".join(self) or "none"
-            raise RequestError(f"there is no adapter {name!r}; there are {names}")
+            raise requests.RequestError(f"there is no adapter {name!r}; there are {names}")
         folder, adapter = self._folders[name], self._there.get(name)
         if adapter is None:
             assert folder is not None
             adapter = self._read(folder)
         self.add(name, folder, adapter)
         return adapter
+
+
+class EngineTenant:
+    """An adapter that trains, and what it waits for.
+
+    Attributes:
+      client: the client that it is of.
+      seconds: seconds of the engine's time that it had.
+    """
+
+    def __init__(self, name: str, client: requests.Client) -> None:
+        """Begins without an adapter."""
+        self.name, self.client, self.seconds = name, client, 0.0
+        self.queue: deque[tuple[requests.Command, requests.Done]] = deque()
+        self.job: Generator[None, None, requests.CommandResult] | None = None
+        self.done: requests.Done | None = None
+        self.state: TrainingState | None = None
+        self.grads: Factors | None = None
+        self.summed = (0.0, 0)  # the loss and its targets since the last update
+        self.losses: deque[tuple[int, float]] = deque(maxlen=LATEST_LOSSES)
+
+    def become(self, state: TrainingState | None) -> None:
+        """Goes on from a state, without a gradient; None where it leaves."""
+        self.state, self.grads, self.summed = state, None, (0.0, 0)
+
+    @property
+    def path(self) -> TurnPath:
+        """Its place among the turns."""
+        return self.client.owner, self.client.session, self.name
+
+    @property
+    def loss(self) -> float:
+        """The loss a target, since the last update."""
+        return self.summed[0] / max(self.summed[1], 1)
+
+    @property
+    def is_waiting(self) -> bool:
+        """True where there is something to do."""
+        return self.job is not None or bool(self.queue)
+
+    @property
+    def size(self) -> int:
+        """The bytes of its arrays."""
+        state = self.state
+        if state is None:
+            return 0
+        arrays = jax.tree.leaves((state.first, state.second, self.grads or {}))
+        return state.adapter.size + sum(x.nbytes for x in arrays)
 
 
 class CommandRunner:
@@ -119,34 +155,36 @@ class CommandRunner:
         self._files.shutdown()
 
     def execute(
-        self, tenant: EngineTenant, command: Command
-    ) -> Generator[None, None, CommandResult]:
+        self, tenant: EngineTenant, command: requests.Command
+    ) -> Generator[None, None, requests.CommandResult]:
         """Executes a command bit by bit, and returns its result."""
-        if isinstance(command, (Create, Load)) and tenant.state is None:
+        if isinstance(command, (requests.Create, requests.Load)) and tenant.state is None:
             self._check_room()
-        if isinstance(command, Create):
+        if isinstance(command, requests.Create):
             spec = command.spec
             tenant.become(TrainingState.begin(self._base.begin(spec, spec.seed or 0)))
             return spec
-        if isinstance(command, Load):
+        if isinstance(command, requests.Load):
             loaded = self.read(command.path, command.optimizer)
             tenant.become(loaded)
             return loaded.adapter.spec
-        if isinstance(command, Leave):
+        if isinstance(command, requests.Leave):
             tenant.become(None)
             return None
         if (state := tenant.state) is None:
-            raise RequestError(f"there is no adapter {tenant.name}: create or load it first")
-        if isinstance(command, Gradient):
+            raise requests.RequestError(
+                f"there is no adapter {tenant.name}: create or load it first"
+            )
+        if isinstance(command, requests.Gradient):
             return (yield from self._add_gradient(tenant, state, command))
-        if isinstance(command, Update):
+        if isinstance(command, requests.Update):
             return self._step(tenant, state, command)
         self._save(tenant, state, command)
         return None
 
     def _add_gradient(
-        self, tenant: EngineTenant, state: TrainingState, request: Gradient
-    ) -> Generator[None, None, GradientResult]:
+        self, tenant: EngineTenant, state: TrainingState, request: requests.Gradient
+    ) -> Generator[None, None, requests.GradientResult]:
         parts = self._trainer.parts(request)
         logps = [np.zeros(0, np.float32)] * len(request.data)
         total, grads = 0.0, None
@@ -165,32 +203,34 @@ class CommandRunner:
             yield
         finite = np.isfinite(total) and (grads is None or self._trainer.is_finite(grads))
         if not request.forward_only and not finite:
-            raise RequestError(
+            raise requests.RequestError(
                 f"the loss is {total:g}, or its gradient is not finite: nothing was added"
             )
         if grads is not None:
             tenant.grads = self._trainer.add(tenant.grads, grads)
             tokens = sum(len(datum.tokens) for datum in request.data)
             tenant.summed = (tenant.summed[0] + total, tenant.summed[1] + tokens)
-        return GradientResult(logps, {"loss:sum": total})
+        return requests.GradientResult(logps, {"loss:sum": total})
 
-    def _step(self, tenant: EngineTenant, state: TrainingState, how: Update) -> UpdateResult:
+    def _step(
+        self, tenant: EngineTenant, state: TrainingState, how: requests.Update
+    ) -> requests.UpdateResult:
         check_update(how)
         moved, norm = self._trainer.update(state, tenant.grads, how)
         if tenant.grads is not None:
             tenant.losses.append((moved.steps, tenant.loss))
         tenant.become(moved)
-        return UpdateResult({"grad_norm:max": norm, "step:max": float(moved.steps)})
+        return requests.UpdateResult({"grad_norm:max": norm, "step:max": float(moved.steps)})
 
-    def _save(self, tenant: EngineTenant, state: TrainingState, command: Save) -> None:
+    def _save(self, tenant: EngineTenant, state: TrainingState, command: requests.Save) -> None:
         """Names an adapter at once; its files are written while others compute."""
         if command.name is not None:
             self.named.add(command.name, command.path, state.adapter)
         done, tenant.done = tenant.done, None
         assert done is not None
 
-        def written() -> SaveResult:
-            return SaveResult(self._base.write(state, command))
+        def written() -> requests.SaveResult:
+            return requests.SaveResult(self._base.write(state, command))
 
         self._writing = {path: job for path, job in self._writing.items() if not job.done()}
         self._writing[command.path.absolute()] = self._files.submit(call_back, written, done)
@@ -202,7 +242,7 @@ class CommandRunner:
         return self._base.read(folder, optimizer)
 
 
-def call_back(function: Callable[[], CommandResult], done: Done) -> None:
+def call_back(function: Callable[[], requests.CommandResult], done: requests.Done) -> None:
     """Hands over a function's result, or what went wrong."""
     try:
         result = function()

@@ -12,28 +12,16 @@ from typing import TypeVar
 
 from lora_jax.training.layout import Layout
 from train.serve.engine.base import ServedBase, TrainingState
-from train.serve.engine.commands import CommandRunner, call_back
+from train.serve.engine.commands import CommandRunner, EngineTenant, call_back
 from train.serve.engine.jobs import SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.sampler import Sampler
 from train.serve.engine.sizes import Sizes
-from train.serve.engine.tenant import EngineTenant
 from train.serve.engine.trainer import Trainer
 from train.serve.engine.turns import TurnPath, levels, parties
+from train.serve.protocol import requests
 from train.serve.protocol.engine import EngineFacts, Status, TenantStatus, check_sample
-from train.serve.protocol.requests import (
-    ANYONE,
-    AdapterSpec,
-    Client,
-    Command,
-    CommandResult,
-    Done,
-    DrawnToken,
-    RequestError,
-    SampleDone,
-    SampleRequest,
-)
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -120,14 +108,20 @@ class Engine:
         Args:
           seen: is told how many steps are done, and how many there are.
         """
-        state = TrainingState.begin(self._base.begin(AdapterSpec(rank=1), 0))
+        state = TrainingState.begin(self._base.begin(requests.AdapterSpec(rank=1), 0))
         steps = self._trainer.steps + self._sampler.steps
         seen(0, steps)
         work = chain(self._trainer.warm_up(state), self._sampler.warm_up())
         for done, _ in enumerate(work, start=1):
             seen(done, steps)
 
-    def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
+    def submit(
+        self,
+        tenant: str,
+        command: requests.Command,
+        done: requests.Done,
+        client: requests.Client = requests.ANYONE,
+    ) -> None:
         """Queues a command of a tenant."""
 
         def queued() -> None:
@@ -140,9 +134,9 @@ class Engine:
 
     def sample(
         self,
-        request: SampleRequest,
-        done: SampleDone,
-        seen: Callable[[DrawnToken], None] | None = None,
+        request: requests.SampleRequest,
+        done: requests.SampleDone,
+        seen: Callable[[requests.DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
         """Queues a sample; returns what ends it early."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
@@ -160,10 +154,10 @@ class Engine:
         self._call(queued)
         return lambda: self._call(lambda: self._sampler.end(job), late=True)
 
-    def adopt(self, name: str, folder: Path, done: Done) -> None:
+    def adopt(self, name: str, folder: Path, done: requests.Done) -> None:
         """Reads an adapter that samples may choose."""
 
-        def adopted() -> AdapterSpec:
+        def adopted() -> requests.AdapterSpec:
             adapter = self._base.read(folder).adapter
             self._named.add(name, None, adapter)
             return adapter.spec
@@ -298,7 +292,7 @@ class Engine:
         if is_over:
             self._finish(tenant, result)
 
-    def _finish(self, tenant: EngineTenant, result: CommandResult) -> None:
+    def _finish(self, tenant: EngineTenant, result: requests.CommandResult) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
         done, tenant.job, tenant.done = tenant.done, None, None
         if tenant.state is None and not tenant.queue:
@@ -309,7 +303,7 @@ class Engine:
     def _check_room(self) -> None:
         """Raises a RequestError if as many adapters train as the server has room for."""
         if sum(t.state is not None for t in self._tenants.values()) >= self._most_tenants:
-            raise RequestError(
+            raise requests.RequestError(
                 f"{self._most_tenants} adapters train here, and there is room for no more: unload "
                 "one, or wait until a session ends"
             )

@@ -68,6 +68,12 @@ def as_http_error(error: BaseException) -> HttpError:
     return HttpError(500, "the server failed at this request; its log says why")
 
 
+async def wait_disconnect(request: Request) -> None:
+    """Returns once the client has closed the connection; its body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def handle(request: Request, error: Exception) -> Response:
     """Answers an error; an exception handler of Starlette's."""
     if isinstance(error, ClientDisconnect):

@@ -16,6 +16,7 @@ from train.serve.protocol.engine import EngineProtocol
 from train.serve.protocol.requests import TOP, Client, DrawnToken, SampleRequest, SampleResult
 from train.serve.routes.access import owner_of
 from train.serve.routes.errors import HttpError, JsonObject, as_http_error, json_response
+from train.serve.routes.openai import fields
 from train.serve.routes.openai.answers import (
     AnswerPart,
     ChatForm,
@@ -26,18 +27,6 @@ from train.serve.routes.openai.answers import (
     usage_of,
 )
 from train.serve.routes.openai.chat import prompt_of, tools_of
-from train.serve.routes.openai.fields import (
-    add_prompt,
-    check_fields,
-    field_error,
-    read_body,
-    read_flag,
-    read_integer,
-    read_prompts,
-    read_sample,
-    read_text,
-    read_top,
-)
 from train.serve.routes.openai.models import Models
 from train.serve.routes.openai.pending import Events, PendingSamples, unless_gone
 from train.serve.routes.openai.table import CHAT, COMPLETIONS, FIELDS, STREAM_OPTIONS
@@ -101,7 +90,7 @@ class OpenAI:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._read(request, CHAT)
-        sample, top = await self._sample(request, body, None), read_top(body)
+        sample, top = await self._sample(request, body, None), fields.read_top(body)
         tokens = self._tokens.templated(self._models.template(sample.adapter))
         prompt = await run_in_threadpool(prompt_of, body, tokens, self._engine.facts.max_length)
         sample = dataclasses.replace(sample, top=top or 0)
@@ -109,7 +98,7 @@ class OpenAI:
             request,
             CompletionRequest(
                 str(body["model"]),
-                [add_prompt(sample, prompt, self._engine.facts)],
+                [fields.add_prompt(sample, prompt, self._engine.facts)],
                 ChatForm(self._tokens, top is not None),
                 tools=tools_of(body) is not None,
                 **_streaming(body),
@@ -118,13 +107,15 @@ class OpenAI:
 
     async def _complete(self, request: Request) -> Response:
         body, facts = await self._read(request, COMPLETIONS), self._engine.facts
-        prompts, echo = read_prompts(body, facts), read_flag(body, "echo")
+        prompts, echo = fields.read_prompts(body, facts), fields.read_flag(body, "echo")
         sample = await self._sample(request, body, _LENGTH, least=int(not echo))
-        top = read_integer(body, "logprobs", 0, TOP)
+        top = fields.read_integer(body, "logprobs", 0, TOP)
         if len(prompts) * sample.n > _AT_ONCE:
             raise HttpError(400, f"{_AT_ONCE} completions at once are the most: send fewer prompts")
         if echo and top is not None and body.get("stream"):
-            raise field_error("stream", True, "`echo` with `logprobs` comes whole: leave it out")
+            raise fields.field_error(
+                "stream", True, "`echo` with `logprobs` comes whole: leave it out"
+            )
         scored = echo and top is not None
         sample = dataclasses.replace(
             sample, prompt_logprobs=scored, top_prompt=scored * (top or 0), top=top or 0
@@ -134,7 +125,7 @@ class OpenAI:
             request,
             CompletionRequest(
                 str(body["model"]),
-                [add_prompt(sample, prompt_ids, facts) for prompt_ids in ids],
+                [fields.add_prompt(sample, prompt_ids, facts) for prompt_ids in ids],
                 TextForm(self._tokens, top),
                 echo=echo,
                 **_streaming(body),
@@ -142,19 +133,19 @@ class OpenAI:
         )
 
     async def _read(self, request: Request, path: str) -> JsonObject:
-        body = await read_body(request)
-        check_fields(body, FIELDS[path], path)
+        body = await fields.read_body(request)
+        fields.check_fields(body, FIELDS[path], path)
         return body
 
     async def _sample(
         self, request: Request, body: JsonObject, max_tokens: int | None, least: int = 1
     ) -> SampleRequest:
         given = {name: x for name, x in body.items() if x is not None}
-        sample = read_sample(
+        sample = fields.read_sample(
             {**self._sampling, **given}, self._engine.facts, max_tokens=max_tokens, least=least
         )
         owner = owner_of(request)
-        adapter = await self._models.find(read_text(body, "model"), owner)
+        adapter = await self._models.find(fields.read_text(body, "model"), owner)
         return dataclasses.replace(sample, adapter=adapter, client=Client(owner))
 
     def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -241,6 +232,9 @@ def _streaming(body: JsonObject) -> dict[str, bool]:
     """Returns two flags: the answer comes in parts, and it ends with the usage."""
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
-        raise field_error("stream_options", options, "an object is needed")
-    check_fields(options, STREAM_OPTIONS, "`stream_options`")
-    return {"stream": read_flag(body, "stream"), "usage": read_flag(options, "include_usage")}
+        raise fields.field_error("stream_options", options, "an object is needed")
+    fields.check_fields(options, STREAM_OPTIONS, "`stream_options`")
+    return {
+        "stream": fields.read_flag(body, "stream"),
+        "usage": fields.read_flag(options, "include_usage"),
+    }

@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 
 from train.serve.protocol.engine import EngineProtocol
 from train.serve.protocol.requests import DrawnToken, SampleRequest, SampleResult
-from train.serve.routes.errors import HttpError
+from train.serve.routes.errors import HttpError, wait_disconnect
 
 Value = TypeVar("Value")
 
@@ -87,12 +87,7 @@ def _numbered(post: Callable[[Any], None], k: int, item: Any) -> None:
 
 async def unless_gone(request: Request, result: Awaitable[Value]) -> Value:
     """Returns a result, or raises HttpError as soon as the client has gone."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(result), asyncio.create_task(gone())]
+    tasks = [asyncio.ensure_future(result), asyncio.create_task(wait_disconnect(request))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():

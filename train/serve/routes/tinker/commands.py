@@ -8,24 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from train.serve.protocol import requests
 from train.serve.protocol.encryption import check_recipients
 from train.serve.protocol.engine import EngineFacts
-from train.serve.protocol.requests import (
-    TOP,
-    AdapterSpec,
-    Command,
-    CommandResult,
-    Create,
-    GradientResult,
-    Load,
-    RequestError,
-    SampleRequest,
-    SampleResult,
-    Save,
-    SaveResult,
-    Update,
-    UpdateResult,
-)
 from train.serve.routes.tinker import wire
 from train.serve.routes.tinker.bodies import JsonFields
 from train.serve.routes.tinker.messages import Message, Tensor
@@ -49,46 +34,46 @@ class TinkerCodec:
         """Keeps the engine's limits, and the folder beneath which adapters are named."""
         self._facts, self._root = facts, root
 
-    def read(self, row: Row) -> Command:
+    def read(self, row: Row) -> requests.Command:
         """Returns the command of a row, by its kind, payload, folder and target."""
         kind, folder = row["kind"], Path(row["folder"] or "")
         if kind == "forward_backward":
             return wire.gradient_of(wire.parse(row["payload"])[1], self._facts)
         fields = JsonFields.parse(row["payload"])
         if kind == "create_model":
-            return Create(spec_of(fields, self._facts))
+            return requests.Create(spec_of(fields, self._facts))
         if kind == "optim_step":
             return update_of(fields)
         if kind == "load_weights":
-            return Load(folder, fields.get("optimizer", bool, False))
+            return requests.Load(folder, fields.get("optimizer", bool, False))
         is_snapshot = not row["target"].startswith("tinker://")
         name = adapter_name(folder, self._root) if is_snapshot else None
-        return Save(folder, kind == "save_weights", name, recipients_of(fields, kind))
+        return requests.Save(folder, kind == "save_weights", name, recipients_of(fields, kind))
 
-    def write(self, row: Row, result: CommandResult) -> bytes:
+    def write(self, row: Row, result: requests.CommandResult) -> bytes:
         """Returns the body that a client gets for a command's result."""
         kind, target = row["kind"], row["target"]
-        if isinstance(result, GradientResult):
+        if isinstance(result, requests.GradientResult):
             return wire.encode_gradient(result)
         answer: dict[str, object] = {"type": kind}
         if kind == "create_model":
             answer["model_id"] = row["model"]
-        elif isinstance(result, UpdateResult):
+        elif isinstance(result, requests.UpdateResult):
             answer["metrics"] = dict(result.metrics)
         elif kind == "load_weights":
             answer |= {"model_id": row["model"], "path": json.loads(row["payload"])["path"]}
-        elif isinstance(result, SaveResult) and target.startswith("tinker://"):
+        elif isinstance(result, requests.SaveResult) and target.startswith("tinker://"):
             answer |= {"path": target, "size_bytes": result.size}
         else:
             answer["sampling_session_id"] = target
         return json.dumps(answer).encode()
 
 
-def spec_of(fields: JsonFields, facts: EngineFacts) -> AdapterSpec:
+def spec_of(fields: JsonFields, facts: EngineFacts) -> requests.AdapterSpec:
     """Returns the adapter that a create_model asks for."""
     _check_optimizer(fields, "optimizer_config")
     lora = fields.object("lora_config")
-    spec = AdapterSpec(
+    spec = requests.AdapterSpec(
         rank=lora.get("rank", int, least=1, most=facts.max_rank),
         seed=lora.get("seed", int, None),
         attention=lora.get("train_attn", bool, True),
@@ -96,17 +81,19 @@ def spec_of(fields: JsonFields, facts: EngineFacts) -> AdapterSpec:
         unembed=lora.get("train_unembed", bool, True),
     )
     if not (spec.attention or spec.mlp or spec.unembed):
-        raise RequestError("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
+        raise requests.RequestError(
+            "lora_config trains nothing: set train_attn, train_mlp or train_unembed"
+        )
     return spec
 
 
-def update_of(fields: JsonFields) -> Update:
+def update_of(fields: JsonFields) -> requests.Update:
     """Returns the step that an optim_step asks for."""
     for name in ("optimizer_params", "optim_params"):
         _check_optimizer(fields, name)
-    adam, usual = fields.object("adam_params"), Update()
+    adam, usual = fields.object("adam_params"), requests.Update()
     below_one = float(np.nextafter(1.0, 0.0))
-    return Update(
+    return requests.Update(
         learning_rate=adam.get("learning_rate", float, usual.learning_rate, 0),
         beta1=adam.get("beta1", float, usual.beta1, 0, below_one),
         beta2=adam.get("beta2", float, usual.beta2, 0, below_one),
@@ -124,7 +111,7 @@ def check_numbers(fields: JsonFields, *names: str) -> None:
     """
     for name in names:
         if name in fields.values and fields.values[name] is None:
-            raise RequestError(
+            raise requests.RequestError(
                 f"{name} is null, which JSON writes for NaN and infinities: give a finite number, "
                 "or leave it out"
             )
@@ -133,14 +120,14 @@ def check_numbers(fields: JsonFields, *names: str) -> None:
 def _check_optimizer(fields: JsonFields, name: str) -> None:
     kind = fields.object(name, {}).get("type", str, "adamw")
     if kind != "adamw":
-        raise RequestError(f"the optimizer {kind[:40]!r} is not offered; there is adamw")
+        raise requests.RequestError(f"the optimizer {kind[:40]!r} is not offered; there is adamw")
 
 
 def path_of(fields: JsonFields, kind: str, model: str, seq: int) -> str:
     """Returns the tinker:// path that a save makes; its name cannot leave its folder."""
     name = fields.get("path", str, f"{seq:06d}")
     if not _NAME.fullmatch(name):
-        raise RequestError(
+        raise requests.RequestError(
             f"{name[:140]!r} is no name of a checkpoint: take 128 letters, digits and _ . = + - at "
             "most, the first a letter, a digit or _"
         )
@@ -157,7 +144,7 @@ def recipients_of(fields: JsonFields, kind: str) -> tuple[str, ...]:
     """
     given = fields.get("age_encryption_recipients", list, None) or []
     if given and kind != "save_weights_external":
-        raise RequestError("age_encryption_recipients are for save_weights_external alone")
+        raise requests.RequestError("age_encryption_recipients are for save_weights_external alone")
     return check_recipients(given)
 
 
@@ -175,11 +162,13 @@ def _targets(fields: JsonFields) -> Message | None:
     def integers(part: str) -> np.ndarray:
         values = given.get(part, list)
         if not all(type(value) is int and -1 <= value < 2**31 for value in values):
-            raise RequestError(f"{part} of {name} holds what is neither an id nor an index")
+            raise requests.RequestError(
+                f"{part} of {name} holds what is neither an id nor an index"
+            )
         return np.array(values, "<i8")
 
     if (kind := given.get("dtype", str)) != "int64":
-        raise RequestError(f"{name} are {kind[:40]!r}; they are to be int64")
+        raise requests.RequestError(f"{name} are {kind[:40]!r}; they are to be int64")
     tensor = Tensor(dtype=wire.I64, shape=integers("shape").tolist())
     if given.get("sparse_crow_indices", list, None) is None:
         tensor.dense = integers("data").tobytes()
@@ -192,19 +181,19 @@ def _targets(fields: JsonFields) -> Message | None:
 
 def sample_of(
     fields: JsonFields, facts: EngineFacts, adapter: str | None
-) -> tuple[SampleRequest, Callable[[SampleResult], bytes]]:
+) -> tuple[requests.SampleRequest, Callable[[requests.SampleResult], bytes]]:
     """Returns the sample that an asample asks for, and a function that encodes its result.
 
     Raises:
       RequestError: It has a chunk that is no text, or asks for what is not offered.
     """
     if fields.get("prompt_alt_tokens_k", int, 0):
-        raise RequestError(
+        raise requests.RequestError(
             "prompt_alt_tokens_k is not offered; there are prompt_logprobs, topk_prompt_logprobs "
             "and target_prompt_logprobs"
         )
     if fields.get("record_stability_info", bool, False):
-        raise RequestError(
+        raise requests.RequestError(
             "record_stability_info is not offered, nor is the loss stable_reinforce: choose "
             "another, such as importance_sampling"
         )
@@ -212,7 +201,9 @@ def sample_of(
     for chunk in fields.object("prompt").get("chunks", list):
         piece = JsonFields(chunk, "a chunk of the prompt")
         if (kind := piece.get("type", str, "encoded_text")) != "encoded_text":
-            raise RequestError(f"a chunk of the prompt is {kind[:40]!r}; there is encoded_text")
+            raise requests.RequestError(
+                f"a chunk of the prompt is {kind[:40]!r}; there is encoded_text"
+            )
         chunks.append(piece.get("tokens", list))
     prompt = wire.tokens_of(chunks, facts, "the prompt")
     params = fields.object("sampling_params", {})
@@ -222,7 +213,7 @@ def sample_of(
     top_k = params.get("top_k", int, -1, least=-1)
     last = fields.get("prompt_logprobs_last_n", int, None, least=1, most=max(1, len(prompt) - 1))
     targets = _targets(fields)
-    sample = SampleRequest(
+    sample = requests.SampleRequest(
         adapter=adapter,
         prompt=prompt.tolist(),
         n=fields.get("num_samples", int, 1, least=1, most=_MOST_COMPLETIONS),
@@ -234,8 +225,8 @@ def sample_of(
         stop_ids=stop_ids,
         stop=stop,
         prompt_logprobs=fields.get("prompt_logprobs", bool, False) or last is not None,
-        top_prompt=fields.get("topk_prompt_logprobs", int, 0, least=0, most=TOP),
-        top=fields.get("topk_sample_logprobs", int, 0, least=0, most=TOP),
+        top_prompt=fields.get("topk_prompt_logprobs", int, 0, least=0, most=requests.TOP),
+        top=fields.get("topk_sample_logprobs", int, 0, least=0, most=requests.TOP),
         targets=None if targets is None else wire.target_ids(targets),
     )
     return sample, partial(wire.encode_samples, last=last, targets=targets)
@@ -251,9 +242,9 @@ def _stops(params: JsonFields, facts: EngineFacts) -> tuple[frozenset[int], tupl
         return frozenset(facts.eos), ()
     given = [given] if isinstance(given, str) else given
     if not isinstance(given, list) or len(given) > 64:
-        raise RequestError("stop is to be a text, or a list of 64 texts or tokens at most")
+        raise requests.RequestError("stop is to be a text, or a list of 64 texts or tokens at most")
     if all(isinstance(entry, str) and _TEXT.fullmatch(entry) for entry in given):
         return frozenset(facts.eos if given else ()), tuple(given)
     if all(type(entry) is int and 0 <= entry < facts.vocab_size for entry in given):
         return frozenset([*facts.eos, *given]), ()
-    raise RequestError("stop has an entry that is neither a text nor a token")
+    raise requests.RequestError("stop has an entry that is neither a text nor a token")

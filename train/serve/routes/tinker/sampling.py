@@ -1,19 +1,103 @@
 """The sampling routes of Tinker's API: samples of the base, of snapshots and of checkpoints."""
 
 import dataclasses
+import threading
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from train.serve.protocol.requests import Client, RequestError
-from train.serve.routes.errors import json_response
+from train.serve.protocol.engine import EngineProtocol
+from train.serve.protocol.requests import (
+    Client,
+    CommandResult,
+    DrawnToken,
+    RequestError,
+    SampleDone,
+    SampleRequest,
+    SampleResult,
+)
+from train.serve.routes.errors import json_response, wait_disconnect
 from train.serve.routes.tinker import commands
-from train.serve.routes.tinker.adoption import Adoption
 from train.serve.routes.tinker.bodies import Endpoint, JsonFields
 from train.serve.routes.tinker.owner_rows import TinkerParts
+
+
+class Adoption:
+    """Lets the engine adopt each adapter once, however many samples ask for it together."""
+
+    def __init__(self, engine: EngineProtocol):
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._waiting: dict[str, list[Callable[[Exception | None], None]]] = {}
+
+    def wait_for(
+        self, name: str | None, folder: Path | str | None, then: Callable[[Exception | None], None]
+    ) -> None:
+        """Calls a function once an adapter may be chosen: with None, or with what went wrong.
+
+        Args:
+          name: the adapter; None for the base.
+          folder: where it lies; None if the engine has it from elsewhere.
+          then: the function; it may be called at once, or by the engine's thread.
+        """
+        if name is None or folder is None or self._engine.knows(name):
+            then(None)
+            return
+        with self._lock:
+            waiting = self._waiting.setdefault(name, [])
+            waiting.append(then)
+            if len(waiting) > 1:
+                return
+        self._engine.adopt(name, Path(folder), partial(self._finish, name))
+
+    def sample(
+        self,
+        request: SampleRequest,
+        folder: Path | str | None,
+        done: SampleDone,
+        seen: Callable[[DrawnToken], None] | None = None,
+    ) -> Callable[[], None]:
+        """Queues a sample as soon as its adapter is ready.
+
+        Args:
+          request: what to draw.
+          folder: where its adapter lies.
+          done: gets the result, or what went wrong.
+          seen: gets each token.
+
+        Returns:
+          A function that ends it early; see `EngineProtocol.sample`.
+        """
+        lock, ended, ends = threading.Lock(), threading.Event(), list[Callable[[], None]]()
+
+        def draw(error: Exception | None) -> None:
+            if error is not None:
+                done(error)
+                return
+            with lock:
+                if not ended.is_set():
+                    ends.append(self._engine.sample(request, done, seen))
+                    return
+            done(SampleResult([]))
+
+        def end() -> None:
+            with lock:
+                ended.set()
+            for end_sample in ends:
+                end_sample()
+
+        self.wait_for(request.adapter, folder, draw)
+        return end
+
+    def _finish(self, name: str, result: CommandResult) -> None:
+        with self._lock:
+            waiting = self._waiting.pop(name)
+        for then in waiting:
+            then(result if isinstance(result, Exception) else None)
 
 
 class SamplingRoutes:
@@ -71,10 +155,5 @@ class SamplingRoutes:
         return json_response({"request_id": request_id, "sample_sequence_ids": sequences})
 
     async def _retrieve(self, request: Request, owner: str, body: bytes) -> Response:
-        fields = JsonFields.parse(body)
-
-        async def closed() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        return await self._futures.poll(fields.get("request_id", str), owner, closed)
+        request_id = JsonFields.parse(body).get("request_id", str)
+        return await self._futures.poll(request_id, owner, partial(wait_disconnect, request))
