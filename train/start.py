@@ -11,6 +11,7 @@ from train import classify, sft
 from train.export import __main__ as export
 from train.export.options import ExportOptions
 from train.finetune import finetune
+from train.options.common import Options
 from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.output import ADAPTER, CONFIG
@@ -21,7 +22,7 @@ _SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
 MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"
 
 
-def train(script: str, config: Any, task: Task, session: Session) -> None:
+def train(script: str, config: Options, task: Task, session: Session) -> None:
     """Fine-tunes as a part of another run, whose hint tells an interrupted user how to go on.
 
     Args:

@@ -76,7 +76,7 @@ def test_a_teacher_reads_with_it_and_tells_the_day_of_the_student(folder, tmp_pa
     line = [str(arg) for arg in [*line, folder.model, "--tokenizer", folder.tokens]]
     day = ["--chat-template", str(tmp_path / "day.jinja"), "--template-date", "2025-08-05"]
     config = distill.parse([*line, *day])
-    teacher = teacher_outline(config, distill.task_of(config).outline(config, None))
+    teacher = teacher_outline(config.data, distill.task_of(config).outline(config, None))
     chat = [{"role": "user", "content": "?"}]
     assert "05 Aug 2025" in teacher.tokenizer.apply_chat_template(chat, tokenize=False)
     gone = [*line, "--teacher-model", str(tmp_path / "gone"), "--output", tmp_path / "run"]

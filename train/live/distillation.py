@@ -1,7 +1,6 @@
 """Rollouts that a teacher judges, token by token: the batches of `train.distill`."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from train.console.errors import UserError
 from train.console.output import tell
 from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts, Widths
 from train.live.rollouts import Rollouts
-from train.options.scripts.distill import BASE
+from train.options.scripts.distill import BASE, DistillDataConfig
 from train.reporters.contract import Sample
 from train.run.pretrained import ModelInfo, check_weights, read_model, read_model_info
 from train.run.task import Data, ModelContext
@@ -28,13 +27,12 @@ def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
     return dataclasses.replace(of.ready, live=DistillationRollouts(of, of.ready.feed)), of.data
 
 
-def teacher_outline(config: Any, outline: ModelInfo) -> ModelInfo:
+def teacher_outline(data: DistillDataConfig, outline: ModelInfo) -> ModelInfo:
     """Returns the outline of the teacher's base, checked against the student's; reads no weights.
 
     Raises:
       UserError: it has another tokenizer, or --teacher does not fit it.
     """
-    data = config.data
     found = outline
     if data.teacher_model is not None:
         found = read_model_info(data.teacher_model, data.tokenizer, "--teacher-model")
@@ -49,19 +47,21 @@ def teacher_outline(config: Any, outline: ModelInfo) -> ModelInfo:
     return found
 
 
-def teacher_prompts(config: Any, prompts: TokenizedPrompts, outline: ModelInfo) -> TokenizedPrompts:
+def teacher_prompts(
+    data: DistillDataConfig, prompts: TokenizedPrompts, outline: ModelInfo
+) -> TokenizedPrompts:
     """Returns prompts as the teacher sees them.
 
     Raises:
       UserError: one is too long for the teacher.
     """
-    if (text := config.data.teacher_prompt) is None:
+    if (text := data.teacher_prompt) is None:
         return prompts
     rows = [_add_text(text, row, outline) for row in prompts.rows]
     found = TokenizedPrompts(
         rows, tokenize_prompts(rows, outline.tokenizer, "the teacher's prompts")
     )
-    outline.check_length(found.longest + config.data.max_new_tokens, "--teacher-prompt")
+    outline.check_length(found.longest + data.max_new_tokens, "--teacher-prompt")
     return found
 
 
@@ -87,8 +87,8 @@ class DistillationRollouts(Rollouts):
         """
         super().__init__(of, feed)
         data, optim = of.config.data, of.config.optim
-        outline = teacher_outline(of.config, of.outline)
-        self._prompts = teacher_prompts(of.config, feed.prompts, outline)
+        outline = teacher_outline(data, of.outline)
+        self._prompts = teacher_prompts(data, feed.prompts, outline)
         self._widths = Widths.choose(
             self._prompts, feed.order, data.max_new_tokens, feed.sequence_parts
         )

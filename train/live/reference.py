@@ -24,9 +24,11 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
 from train.data import cache
+from train.options.common import Options
 from train.options.scripts.dpo import BASE, KTO, NONE
 from train.processes import hosts
 from train.run.log import doing
+from train.run.pretrained import ModelInfo
 from train.run.report import versions
 from train.run.task import ModelContext
 
@@ -63,13 +65,20 @@ def running(model: Any) -> Callable[..., Any]:
     return forward
 
 
-def is_live(config: Any) -> bool:
+def is_live(config: Options) -> bool:
     """Returns True if the reference is needed while training, too."""
     cached = getattr(config.data, "reference_logps", "live") == "cached"
-    return not cached or KTO in config.optim.loss
+    return not cached or _diverges(config)
 
 
-def reference_params(config: Any, outline: Any, plain: Tree, takes_from_base: bool) -> Tree | None:
+def _diverges(config: Options) -> bool:
+    """Returns True for KTO, which compares with the reference at every step."""
+    return KTO in getattr(config.optim, "loss", ())
+
+
+def reference_params(
+    config: Options, outline: ModelInfo, plain: Tree, takes_from_base: bool
+) -> Tree | None:
     """Returns the parameters that --reference names, over the arrays of the base; None for none.
 
     Args:
@@ -88,7 +97,7 @@ def reference_params(config: Any, outline: Any, plain: Tree, takes_from_base: bo
         what, other = "--init takes factors out of", "another --init"
         if config.adapter.full:
             what, other = "--full trains", "an adapter"
-        if getattr(config.data, "reference_logps", None) == "live" and KTO not in config.optim.loss:
+        if getattr(config.data, "reference_logps", None) == "live" and not _diverges(config):
             other = f"--reference-logps cached, or {other}"
         raise UserError(
             f"--reference {given}: {what} the base itself, and a second one would be needed beside "
@@ -101,7 +110,7 @@ def reference_params(config: Any, outline: Any, plain: Tree, takes_from_base: bo
     return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
 
 
-def check_reference(config: Any, outline: Any) -> None:
+def check_reference(config: Options, outline: ModelInfo) -> None:
     """Raises a UserError if --reference names no adapter over this base; reads no weights."""
     if config.data.reference not in (BASE, NONE, None):
         source = find_adapter(config.data.reference, "--reference")

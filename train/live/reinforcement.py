@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +13,16 @@ from lora_jax.training.ready import TrainingStart
 from train.live.prompts import GroupedCompletions, PromptFeed
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
-from train.options.scripts.grpo import RLOO
+from train.options.scripts.grpo import RLOO, GrpoOptimConfig
 from train.reporters.contract import Sample
 from train.rewards.ask import RewardAnswer, ask, columns_of, mean_known
 from train.rewards.reward import RewardBatch
 from train.run.task import Data, ModelContext
 
 
-def arrays_per_token(config: Any) -> tuple[str, ...]:
+def arrays_per_token(optim: GrpoOptimConfig) -> tuple[str, ...]:
     """Returns the arrays of a number for each token that the loss takes; see `PromptFeed`."""
-    compares = config.optim.beta and config.optim.loss != RLOO
+    compares = optim.beta and optim.loss != RLOO
     return ("old", *(["reference"] if compares else []))
 
 

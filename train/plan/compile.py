@@ -280,8 +280,9 @@ def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | 
     """Returns the FLOPs of a batch in closed form; of a forward pass over so many tokens a row."""
     row = tokens or job.row
     shape, parts = (job.batch_size, job.predicted), job.layout.sequence_parts
+    config: Any = job.outline.config  # an encoder has no plan
     flops = step_flops(
-        job.outline.config,
+        config,
         params,
         batch=job.batch_size,
         seq=row,

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_jax.models import EncoderConfig, VisionConfig
 from train.adapters.source import AdapterSource, find_adapter, runnable
 from train.console.errors import UserError
 from train.run.pretrained import ModelInfo, read_classifier_info, read_fields, read_model
@@ -128,7 +129,9 @@ def _check_problem(name: str) -> None:
         )
 
 
-def _labels(named: Sequence[str], config: Any, asked: Sequence[str]) -> tuple[str, ...]:
+def _labels(
+    named: Sequence[str], config: EncoderConfig | VisionConfig, asked: Sequence[str]
+) -> tuple[str, ...]:
     """Returns the names of the classes: the adapter's, the model's, those asked for, or LABEL_0."""
     known = tuple(named) or config.label_names
     if known and asked:

@@ -23,7 +23,7 @@ from train.data.files import parse_datasets
 from train.data.lines import padding_line
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
-from train.options.scripts.sft import Config
+from train.options.scripts.sft import Config, LanguageOptions
 from train.processes import hosts
 from train.run.output import saved_options
 from train.run.pretrained import ModelInfo, read_model_info
@@ -91,7 +91,7 @@ def _finder(config: Config, used: set[str] | None) -> Callable[..., Dataset]:
     )
 
 
-def outline(config: Any, rows: TaskRows) -> ModelInfo:
+def outline(config: LanguageOptions, rows: TaskRows) -> ModelInfo:
     """Reads the model's outline; checks that the model allows sequences of --seq-len."""
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
@@ -182,7 +182,7 @@ def _images_line(pictures: Sequence[Pictures]) -> str:
 
 
 def hold_out(
-    config: Any, counts: Mapping[str, int], weights: Sequence[float | None] = (None,)
+    config: LanguageOptions, counts: Mapping[str, int], weights: Sequence[float | None] = (None,)
 ) -> list[np.ndarray] | None:
     """Draws the rows to hold out, if --eval-every is given: at most a tenth.
 
@@ -248,7 +248,7 @@ def _drawn(config: Config, of: tuple[str, int], held_out: np.ndarray) -> str:
     )
 
 
-def _option_and_seed(config: Any) -> tuple[str, int]:
+def _option_and_seed(config: LanguageOptions) -> tuple[str, int]:
     """Returns the option whose seed draws the rows to hold out, and the seed."""
     if config.data.held_out_seed is not None:
         return "held_out_seed", config.data.held_out_seed

@@ -24,15 +24,17 @@ def check(config: Config) -> None:
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that a teacher's judgement of completions makes."""
-    train, _ = prompts.read_prompts(config, rows, outline)
-    distillation.teacher_prompts(config, train, distillation.teacher_outline(config, outline))
+    train, _ = prompts.read_prompts(config.data, rows, outline)
+    distillation.teacher_prompts(
+        config.data, train, distillation.teacher_outline(config.data, outline)
+    )
     feed = PromptFeed(
         config,
         train,
         outline,
         per_token=("old", "advantages"),
         per_completion=(),
-        sequence_parts=prompts.sequence_parts(config),
+        sequence_parts=prompts.sequence_parts(config.run.mesh),
     )
     data = config.data
     longer = "" if data.teacher_prompt is None else ", with a longer prompt"

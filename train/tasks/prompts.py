@@ -23,6 +23,7 @@ from train.live import reinforcement
 from train.live.prompts import PromptFeed, TokenizedPrompts
 from train.options.defaults import Defaults
 from train.options.scripts.grpo import Config
+from train.options.scripts.rollouts import RolloutDataConfig
 from train.processes.mesh import all_devices, parse_mesh
 from train.reporters.files import read_json
 from train.rewards.ask import ask, columns_of, mean_known
@@ -89,7 +90,7 @@ def held_out(config: Config, rows: Sequence[Row]) -> TaskRows:
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that rewards of their completions make."""
-    data, (train, held_out) = config.data, read_prompts(config, rows, outline)
+    data, (train, held_out) = config.data, read_prompts(config.data, rows, outline)
     rewards = find_rewards(
         data.reward,
         data.reward_weights or None,
@@ -103,9 +104,9 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         config,
         train,
         outline,
-        per_token=reinforcement.arrays_per_token(config),
+        per_token=reinforcement.arrays_per_token(config.optim),
         rewards=rewards,
-        sequence_parts=sequence_parts(config),
+        sequence_parts=sequence_parts(config.run.mesh),
     )
     lines = [f"completions are rewarded by {', '.join(rewards.names)}"]
     if held_out is not None:
@@ -113,9 +114,9 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     return data_of(feed, lines)
 
 
-def sequence_parts(config: Any) -> int:
+def sequence_parts(mesh: str | None) -> int:
     """Returns a number of parts that the mesh of --mesh can split a row into."""
-    parts = parse_mesh(config.run.mesh).get("sequence", 1)
+    parts = parse_mesh(mesh).get("sequence", 1)
     return parts if parts > 0 else len(all_devices())
 
 
@@ -135,14 +136,13 @@ def check_columns(config: Config, rewards: Rewards, held_out: TokenizedPrompts |
 
 
 def read_prompts(
-    config: Any, rows: TaskRows, outline: ModelInfo
+    data: RolloutDataConfig, rows: TaskRows, outline: ModelInfo
 ) -> tuple[TokenizedPrompts, TokenizedPrompts | None]:
     """Returns the prompts to train on, and those that are held out; None for none.
 
     Raises:
       UserError: there is none, or one leaves no room for a completion.
     """
-    data = config.data
     parts = [
         TokenizedPrompts(part, tokenize_prompts(part, outline.tokenizer, name)) if part else None
         for part, name in ((rows.train, data.dataset), (rows.held_out, "the held-out rows"))

@@ -51,7 +51,7 @@ _PROMPTS = 2_000
 _FIRST = "sft"  # the folder, in a run's, of the run that makes its first adapter
 
 
-def check(config: Any) -> None:
+def check(config: sft.LanguageOptions) -> None:
     """Raises a UserError for options about a user's own rows."""
     for name in ("fields", "eval_dataset"):
         if getattr(config.data, name):

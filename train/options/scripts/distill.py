@@ -5,11 +5,10 @@ import dataclasses
 from lora_jax.training.arguments import POSITIVE
 from train.console.errors import UserError
 from train.options import field
-from train.options.common import Options
 from train.options.field import option
 from train.options.paths import Words
 from train.options.scripts import rollouts
-from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig
+from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig, RolloutOptions
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
 DEFAULT_TASK = "sql"  # of train/settings/tasks.py
@@ -58,7 +57,7 @@ class DistillRunConfig(SftRunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(RolloutOptions):
     """Train a language model to continue its own completions as a teacher would."""
 
     data: DistillDataConfig = DistillDataConfig()

@@ -9,11 +9,10 @@ from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE
 from lora_jax.training.losses import NLL, PREFERENCES, PreferenceOptions
 from train.console.errors import UserError, flag
 from train.options import field
-from train.options.common import Options
 from train.options.field import option
 from train.options.scripts import sft as sft_options
 from train.options.scripts.language import LanguageOptimConfig, TokensConfig
-from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
+from train.options.scripts.sft import LanguageOptions, SftAdapterConfig, SftRunConfig
 
 KTO, SFT = "kto", "sft"
 DEFAULT_TASK = "sql"  # of train/settings/tasks.py
@@ -128,7 +127,7 @@ class DpoRunConfig(SftRunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(LanguageOptions):
     """Train a language model on preferences, with LoRA or in full."""
 
     data: DpoDataConfig = DpoDataConfig()

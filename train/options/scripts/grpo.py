@@ -10,11 +10,10 @@ from lora_jax.training.losses import ONLINE, Online, dr_grpo
 from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
 from train.options import field
-from train.options.common import Options
 from train.options.defaults import Defaults
 from train.options.field import option
 from train.options.scripts import rollouts
-from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig
+from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig, RolloutOptions
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
 DEFAULT_TASK = "sql"  # of train/settings/tasks.py
@@ -113,7 +112,7 @@ class GrpoRunConfig(SftRunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(RolloutOptions):
     """Train a language model on rewards of its own completions, with LoRA or in full."""
 
     data: GrpoDataConfig = GrpoDataConfig()

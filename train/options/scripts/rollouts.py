@@ -1,7 +1,7 @@
 """The options of scripts that draw completions while they train."""
 
 import dataclasses
-from typing import Any
+from typing import TypeVar
 
 from lora_jax.training.arguments import POSITIVE, NumberRange, minimum
 from train.console.errors import UserError
@@ -11,6 +11,7 @@ from train.options.field import option
 from train.options.paths import Words
 from train.options.scripts import sft as sft_options
 from train.options.scripts.language import LanguageDataConfig, LanguageOptimConfig
+from train.options.scripts.sft import LanguageOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,21 @@ class RolloutOptimConfig(LanguageOptimConfig):
     """Steps on each batch of completions."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutOptions(LanguageOptions):
+    """All options of a script that draws completions."""
+
+    data: RolloutDataConfig
+    optim: RolloutOptimConfig
+
+
+Config = TypeVar("Config", bound=RolloutOptions)
 _SHARE = NumberRange(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
 
 
-def fill_sampling(config: Any, defaults: Defaults) -> Any:
+def fill_sampling(config: Config, defaults: Defaults) -> Config:
     """Fills in a task's --seq-len, --max-new-tokens and --sampling-temperature."""
-    data = config.data
+    data: RolloutDataConfig = config.data
     temperature = data.sampling_temperature
     data = dataclasses.replace(
         data,
@@ -64,7 +74,7 @@ def fill_sampling(config: Any, defaults: Defaults) -> Any:
     return dataclasses.replace(config, data=data)
 
 
-def check(config: Any, **numbers: NumberRange) -> None:
+def check(config: RolloutOptions, **numbers: NumberRange) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task.
 
     Args:

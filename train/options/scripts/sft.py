@@ -1,7 +1,7 @@
 """The options of `python -m train.sft`: frozen dataclasses, checked before anything is read."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,7 +14,7 @@ from train.options.common import AdapterConfig, Options, RunConfig, check_shared
 from train.options.conditions import NoEffect
 from train.options.field import CardSection, Uncompared, option
 from train.options.paths import Words
-from train.options.scripts.language import LanguageOptimConfig, TokensConfig
+from train.options.scripts.language import LanguageDataConfig, LanguageOptimConfig, TokensConfig
 
 DEFAULT_MODEL = SMOLLM2.name
 LossName = Literal[*TOKEN_LOSSES]  # type: ignore[valid-type]
@@ -110,7 +110,16 @@ class SftRunConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class LanguageOptions(Options):
+    """All options of a script that trains language models."""
+
+    data: LanguageDataConfig
+    optim: LanguageOptimConfig
+    run: SftRunConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(LanguageOptions):
     """Fine-tune a language model, with LoRA or in full."""
 
     data: SftDataConfig = SftDataConfig()
@@ -119,7 +128,7 @@ class Config(Options):
     run: SftRunConfig = SftRunConfig()
 
 
-def check(config: Any, **numbers: NumberRange) -> None:
+def check(config: LanguageOptions, **numbers: NumberRange) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task.
 
     Args:

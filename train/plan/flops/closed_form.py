@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from lora_jax.core.weight import LoraWeight, Trained, leaves_of
-from lora_jax.models import kinds
+from lora_jax.models import DecoderConfig, kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.delta import chunk_size
@@ -29,7 +29,7 @@ _OF_KERNELS = {
 
 
 def step_flops(
-    config: Any,
+    config: DecoderConfig,
     params: Any,
     *,
     batch: int,
@@ -101,7 +101,7 @@ def step_flops(
     return total + pair * seq**2 * passes
 
 
-def _delta_rule_flops(config: Any, seq: int, passes: int) -> float:
+def _delta_rule_flops(config: DecoderConfig, seq: int, passes: int) -> float:
     """Returns the FLOPs of a row in a linear layer's products, but for its projections."""
     heads, key, value = config.recurrent_shapes[1]
     size = chunk_size(seq)
