@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import jax
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import subspace
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf.coded import NONE
 from lora_jax.hf.hub import name_for_others
@@ -180,7 +181,9 @@ class AdapterSource:
         tree = self.load(outline, outline.params, outline.name, allow_base_mismatch=True)
         self._check_head(outline, set(nodes_of(tree)))
 
-    def load(self, model: Any, params: Any, name: str, *, allow_base_mismatch: bool = False) -> Any:
+    def load(
+        self, model: Any, params: Tree, name: str, *, allow_base_mismatch: bool = False
+    ) -> Tree:
         """Returns the tree of a model with the adapter, or as a subspace moved it, plain.
 
         Args:
@@ -298,7 +301,7 @@ def _best_in(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name))[-1:]
 
 
-def runnable(model: Any, tree: Any) -> tuple[Callable[..., Any], Any]:
+def runnable(model: Model, tree: Tree) -> tuple[Forward, Tree]:
     """Returns a function with the arguments of ``model.apply``, and parameters for it.
 
     The parameters are merged. Over a base in codes, which stays so, and where an adapter cannot be
@@ -311,7 +314,7 @@ def runnable(model: Any, tree: Any) -> tuple[Callable[..., Any], Any]:
         return lj.adapt(model.apply), tree
 
 
-def merged(tree: Any) -> Any:
+def merged(tree: Tree) -> Tree:
     """Returns the plain tree with an adapter's update added to its kernels.
 
     Raises:

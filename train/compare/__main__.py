@@ -19,9 +19,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax.core.types import Tree
 from lora_jax.training.arguments import clear
 from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
@@ -29,7 +31,7 @@ from lora_jax.training.run.log import duration
 from train import classify, sft
 from train.begin import load_model
 from train.compare import measure, outside, result
-from train.compare.intruders import mean_intruders
+from train.compare.intruders import Place, mean_intruders
 from train.compare.options import OF_CLASSIFIER, CompareConfig, check
 from train.compare.reporting import dimension, peft_json, report
 from train.compare.sweep import PROGRESS, Sweep, read_progress
@@ -84,6 +86,7 @@ class ClassifyCompare(classify_options.Config):
     run: classify_options.ClassifyRunConfig = classify_options.ClassifyRunConfig(output=_OUTPUT)
 
 
+CompareOptions = SftCompare | ClassifyCompare
 SCRIPTS = {
     "sft": ComparedScript(
         name="train.sft",
@@ -126,7 +129,7 @@ def main(args: Sequence[str] | None = None) -> None:
         compare(script, config, names, session, command)
 
 
-def parse(args: Sequence[str]) -> tuple[ComparedScript, Any, frozenset[str]]:
+def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions, frozenset[str]]:
     """Parses a command line.
 
     Returns:
@@ -166,7 +169,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, Any, frozenset[str]]:
 
 def compare(
     script: ComparedScript,
-    config: Any,
+    config: CompareOptions,
     given: frozenset[str],
     session: Session,
     command: str,
@@ -195,7 +198,9 @@ def compare(
     asked = config.compare
     text = outside.read_text(asked.outside) if script.kind == "sft" else None
     reader = InputReader()
-    trials, inputs = trials_of(script, config, given, folder, reader)
+    trials, inputs = trials_of(
+        script, script.options_of(config), config.compare, given, folder, reader
+    )
     on_text = None
     if text is not None:
         rows = outside.rows_of(text[0], inputs.read.outline.tokenizer, text[1])
@@ -240,7 +245,7 @@ def compare(
     return found
 
 
-def _intruders(inputs: Inputs, known: dict[Any, Any], run: Run, tree: Any) -> float:
+def _intruders(inputs: Inputs, known: dict[Place, np.ndarray], run: Run, tree: Tree) -> float:
     """Returns the intruder dimensions of a run's tree; keeps what it finds out of the base."""
     outline, layout = inputs.read.outline, inputs.layout
     adapter = run.config.adapter
@@ -252,7 +257,7 @@ def _intruders(inputs: Inputs, known: dict[Any, Any], run: Run, tree: Any) -> fl
     return mean_intruders(before, after, outline.kinds, known)
 
 
-def _open_folder(config: Any, session: Session, console: Console) -> Path:
+def _open_folder(config: CompareOptions, session: Session, console: Console) -> Path:
     """Returns the output folder, checked, and with its lock.
 
     Raises:

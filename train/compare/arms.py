@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from train.compare.options import COMPARED, METHODS, OF_SUBSPACE, CompareConfig, has_adapter
 from train.compare.result import Arm
@@ -72,7 +72,7 @@ def arms_of(compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
     return arms
 
 
-def settings(arm: Arm, seed: int) -> dict[str, Any]:
+def settings(arm: Arm, seed: int) -> dict[str, object]:
     """Returns the options of a run, by the names of their fields."""
     given = {**METHODS[arm.method].sets, "lr": arm.learning_rate, "batch_size": arm.batch_size}
     if has_adapter(arm.method):

@@ -22,6 +22,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.core.types import Forward, Tree
 from train.compare.result import Arm, Latency, PlanResult
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
@@ -121,7 +122,7 @@ def plan_result(
     return plan, words if price is None else f"{words}, {price:g} a chip-hour"
 
 
-def answer_latency(arm: Arm, model: Any, plain: Any, adapted: Any, decodes: bool) -> Latency:
+def answer_latency(arm: Arm, model: Any, plain: Tree, adapted: Tree, decodes: bool) -> Latency:
     """Times an answer of the base, of the merged adapter, and of the adapter beside the base.
 
     Args:
@@ -134,7 +135,7 @@ def answer_latency(arm: Arm, model: Any, plain: Any, adapted: Any, decodes: bool
     rng = np.random.default_rng(0)
     length = _PROMPT if decodes else _LENGTH
     ids = rng.integers(1, min(model.config.vocab_size, 1000), (_ROWS, length), dtype=np.int32)
-    ways: list[tuple[Any, Any]] = [
+    ways: list[tuple[Forward, Tree]] = [
         (model.apply, plain),
         (model.apply, lj.merge(adapted)),
         (lj.adapt(model.apply), adapted),
@@ -149,9 +150,11 @@ def answer_latency(arm: Arm, model: Any, plain: Any, adapted: Any, decodes: bool
     return Latency(arm, base, merged, live, what)
 
 
-def _decoding(model: Any, params: Any, ids: np.ndarray, apply: Any) -> Callable[[], list[float]]:
+def _decoding(
+    model: models.Decoder, params: Tree, ids: np.ndarray, apply: Forward
+) -> Callable[[], list[float]]:
     def run() -> list[float]:
-        tokens: Iterator[Any] = models.stream(
+        tokens: Iterator[np.ndarray] = models.stream(
             model, params, ids, max_new_tokens=_TOKENS, eos_token_id=None, apply=apply
         )
         times = [time.perf_counter() for _ in tokens]
@@ -160,7 +163,7 @@ def _decoding(model: Any, params: Any, ids: np.ndarray, apply: Any) -> Callable[
     return run
 
 
-def _reading(params: Any, ids: np.ndarray, apply: Any) -> Callable[[], list[float]]:
+def _reading(params: Tree, ids: np.ndarray, apply: Forward) -> Callable[[], list[float]]:
     forward = jax.jit(lambda params, ids: apply({"params": params}, ids))
 
     def run() -> list[float]:

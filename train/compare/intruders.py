@@ -7,13 +7,13 @@ Few or none in full fine-tuning, several in LoRA of a low rank; they go along wi
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 import scipy.linalg
 
 from lora_jax.core.factored import matrices_of
+from lora_jax.core.types import Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import ALL_LINEAR, LoraRule
@@ -27,8 +27,8 @@ Place = tuple[str, tuple[int, ...]]  # the path of a leaf, and the index of a ma
 
 
 def mean_intruders(
-    base: Any,
-    trained: Any,
+    base: Tree,
+    trained: Tree,
     kinds: Mapping[str, str] | None = None,
     known: dict[Place, np.ndarray] | None = None,
 ) -> float:
@@ -44,7 +44,7 @@ def mean_intruders(
     known = {} if known is None else known
     outline = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trained)
     rule = LoraRule(targets=ALL_LINEAR, rank=1)
-    adapted: dict[str, Any] = nodes_of(lorafy(outline, [rule], kinds=kinds))
+    adapted: dict[str, Tree] = nodes_of(lorafy(outline, [rule], kinds=kinds))
     before, after = (dict(leaves_of(tree)[0]) for tree in (base, trained))
     places = [
         (path, index)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from tyro.conf import arg
 
@@ -29,8 +29,8 @@ class TrainingMethod(NamedTuple):
     """
 
     name: str
-    sets: dict[str, Any]
-    in_peft: dict[str, Any] | None = None
+    sets: Mapping[str, object]
+    in_peft: Mapping[str, object] | None = None
 
 
 METHODS = {

@@ -1,13 +1,12 @@
 """Forgetting: a language model's loss on text outside the task, before and after training."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.types import Forward, Tokenizer, Tree
 from lora_jax.training.losses import summed_loss
 from train.console.errors import UserError, as_user_errors
 
@@ -35,7 +34,7 @@ def read_text(asked: str | None) -> tuple[str, str] | None:
         return Path(asked).expanduser().read_text(encoding="utf-8"), asked
 
 
-def rows_of(text: str, tokenizer: Any, asked: str) -> np.ndarray:
+def rows_of(text: str, tokenizer: Tokenizer, asked: str) -> np.ndarray:
     """Returns rows of tokens from all over a text, int32 [rows, length].
 
     Args:
@@ -57,7 +56,7 @@ def rows_of(text: str, tokenizer: Any, asked: str) -> np.ndarray:
     return ids[: n * _LENGTH].reshape(n, _LENGTH)[chosen]
 
 
-def loss_on(rows: np.ndarray, params: Any, forward: Callable[..., Any]) -> float:
+def loss_on(rows: np.ndarray, params: Tree, forward: Forward) -> float:
     """Returns the mean loss of a model on rows of text, in nats a token.
 
     Args:
@@ -73,7 +72,7 @@ def loss_on(rows: np.ndarray, params: Any, forward: Callable[..., Any]) -> float
 
 
 @jax.jit(static_argnums=0)
-def _summed(forward: Any, params: Any, ids: jax.Array) -> Any:
+def _summed(forward: Forward, params: Tree, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     batch = {
         "ids": ids,

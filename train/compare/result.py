@@ -232,7 +232,7 @@ def read(folder: Path) -> Comparison:
     return read_record(Comparison, folder / JSON)
 
 
-def write_record(record: Any, path: Path) -> None:
+def write_record(record: object, path: Path) -> None:
     """Writes a dataclass, or a tuple with field names, as JSON, whole or not at all.
 
     Every tuple with field names is an object there. Numbers that JSON lacks are the strings
@@ -274,7 +274,7 @@ class _Mismatch(Exception):
     """A value of a file is not what its field takes; the message names the field."""
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     """Returns a value as JSON has it; the inverse of `_parsed`."""
     if fields := _fields(value.__class__):
         return {name: _plain(getattr(value, name)) for name in fields}
@@ -335,7 +335,7 @@ def _fields(kind: Any) -> dict[str, bool]:
     return {name: one.default is one.empty for name, one in parameters.items()}
 
 
-def _need(fits: bool, field: str, wanted: str, value: Any) -> None:
+def _need(fits: bool, field: str, wanted: str, value: object) -> None:
     """Raises a `_Mismatch` where a value is not what its field takes."""
     if not fits:
         found = json.dumps(value)

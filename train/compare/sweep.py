@@ -13,10 +13,10 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from lora_jax.core.types import Forward, Tree
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
 from lora_jax.training.processes import write_text
@@ -28,6 +28,7 @@ from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
 from train.console.output import tell
 from train.finetune import finetune, train_rows
+from train.options.common import Options
 from train.options.file import replace_options
 from train.options.optim import warmup_steps
 from train.processes.session import Session
@@ -121,8 +122,8 @@ class Sweep:
     record: SweepRecord
     part: RunPart
     asked: CompareConfig
-    outside: Callable[[Any, Callable[..., Any]], float] | None
-    intruders: Callable[[Run, Any], float] | None
+    outside: Callable[[Tree, Forward], float] | None
+    intruders: Callable[[Run, Tree], float] | None
     session: Session
     console: Console
 
@@ -179,7 +180,7 @@ class Sweep:
         began = time.monotonic()
         until = None if stage is rungs.LAST else functools.partial(_end_of_stage, stage)
 
-        def trained(run: Run, tree: Any, forward: Callable[..., Any]) -> None:
+        def trained(run: Run, tree: Tree, forward: Forward) -> None:
             done = self.record.progress(run.folder.name)
             done.saved_bytes = folder_bytes(run.folder / ADAPTER)
             if self.outside is not None:
@@ -271,7 +272,7 @@ class Sweep:
             shutil.rmtree(trial.folder / ADAPTER, ignore_errors=True)
 
 
-def _end_of_stage(stage: Stage, steps: int, config: Any) -> int:
+def _end_of_stage(stage: Stage, steps: int, config: Options) -> int:
     """Returns the step that ends a stage of a run, by its number of steps and its options."""
     warmup = warmup_steps(config.optim, steps)
     return rungs.step_of(stage, steps, config.run.eval_every, warmup)
@@ -286,6 +287,6 @@ def _share(stage: Stage, trials: Sequence[Trial]) -> float:
     return max(_end(stage, trial) / trial.steps for trial in trials)
 
 
-def _resumed_options(trial: Trial) -> Any:
+def _resumed_options(trial: Trial) -> Options:
     """Returns a run's options, with --resume where it has begun."""
     return replace_options(trial.config, {"resume": (trial.folder / CONFIG).exists()})

@@ -1,7 +1,7 @@
 """The runs of a comparison, checked against model and data before anything is trained."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +53,8 @@ class ComparedScript(NamedTuple):
     plain: Options
     task_of: Callable[[Any], Task]
     check: Callable[[Any], None]
-    with_defaults: Callable[[Any, Defaults], Any]
-    quick: dict[str, Any]
+    with_defaults: Callable[[Any, Defaults], Options]
+    quick: Mapping[str, object]
     quick_full: tuple[float, ...]
 
     @property
@@ -62,11 +62,11 @@ class ComparedScript(NamedTuple):
         """Returns the word on the command line: "sft"."""
         return self.name.removeprefix("train.")
 
-    def options_of(self, config: Any) -> Any:
+    def options_of(self, config: Options) -> Options:
         """Returns a comparison's options without what is compared: those of the script."""
         return type(self.plain)(**{name: getattr(config, name) for name in vars(self.plain)})
 
-    def completed(self, options: Any, **changes: Any) -> Any:
+    def completed(self, options: Options, **changes: object) -> Options:
         """Returns options of a run, changed, with the task's defaults."""
         changed = replace_options(options, changes)
         return self.with_defaults(changed, self.task_of(changed).defaults)
@@ -88,7 +88,7 @@ class Trial:
     name: str
     arm: Arm
     seed: int
-    config: Any
+    config: Options
     task: Task
     steps: int
     trained_parameters: int
@@ -99,7 +99,7 @@ class Trial:
         return Path(self.config.run.output)
 
 
-def basis_of(script: ComparedScript, options: Any) -> arms.ScriptDefaults:
+def basis_of(script: ComparedScript, options: Options) -> arms.ScriptDefaults:
     """Returns the settings that the script would choose by itself.
 
     Raises:
@@ -125,13 +125,19 @@ def basis_of(script: ComparedScript, options: Any) -> arms.ScriptDefaults:
 
 
 def trials_of(
-    script: ComparedScript, config: Any, given: Collection[str], folder: Path, reader: InputReader
+    script: ComparedScript,
+    options: Options,
+    compare: CompareConfig,
+    given: Collection[str],
+    folder: Path,
+    reader: InputReader,
 ) -> tuple[list[Trial], Inputs]:
     """Returns all runs, checked, and the inputs of one of them.
 
     Args:
       script: the training script.
-      config: its options, none of those that the comparison sets, and what to compare.
+      options: its options, none of those that the comparison sets.
+      compare: what to compare.
       given: the names of the options that were given.
       folder: the comparison's.
       reader: reads rows once.
@@ -141,8 +147,7 @@ def trials_of(
     """
     trials: list[Trial] = []
     inputs: Inputs | None = None
-    options = script.options_of(config)
-    asked = _asked(script, options, config.compare, given)
+    asked = _asked(script, options, compare, given)
     for one in asked:
         name = arms.name_of(one.arm, one.seed)
         try:
@@ -166,7 +171,7 @@ def groups_of(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
     return groups + [[trial] for trial in trials if not has_adapter(trial.arm.method)]
 
 
-def _likeness(trial: Trial) -> tuple[Any, ...]:
+def _likeness(trial: Trial) -> tuple[object, ...]:
     """Returns the key that sorts runs by what they can share.
 
     In one step, adapters of one method, rank and selection share a stack, in which smaller batches
@@ -177,7 +182,7 @@ def _likeness(trial: Trial) -> tuple[Any, ...]:
 
 
 def _asked(
-    script: ComparedScript, options: Any, compare: CompareConfig, given: Collection[str]
+    script: ComparedScript, options: Options, compare: CompareConfig, given: Collection[str]
 ) -> list[Experiment]:
     """Returns all runs that are asked for."""
     if not compare.peft_experiments:
@@ -202,7 +207,7 @@ def _asked(
 
 def _trial(
     script: ComparedScript,
-    options: Any,
+    options: Options,
     one: Experiment,
     first_seed: int,
     folder: Path,
@@ -215,8 +220,8 @@ def _trial(
         "resume": False,
         "eval_every": options.run.eval_every or 1,  # so that rows are held out
     }
-    changed = replace_options(options, changes)
-    if "held_out_seed" not in idle_options(changed, dataset_facts(changed)):
+    armed = replace_options(options, changes)
+    if "held_out_seed" not in idle_options(armed, dataset_facts(armed)):
         drawn = getattr(options.data, "held_out_seed", None)
         changes["held_out_seed"] = first_seed if drawn is None else drawn  # the same for all
     if getattr(options.run, "eval_rows", 0) is None:

@@ -7,7 +7,7 @@ adapters of this library and adapters that PEFT wrote.
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 import lora_jax as lj
 import lora_jax.peft as lp
+from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import name_for_others
 from lora_jax.models import save_pretrained
@@ -145,7 +146,7 @@ def upload(work: ExportJob, repository: Repository, temporary: Path) -> None:
     work.say(f"uploaded to {push(repository, output, remedy)}")
 
 
-def readme_of(work: ExportJob, model: Any, fields: Mapping[str, Any] | None = None) -> str:
+def readme_of(work: ExportJob, model: Model, fields: Fields | None = None) -> str:
     """Returns the model card: the one that somebody wrote in the output folder, or a new one."""
     there = work.output / README
     if there.is_file() and not is_generated(text := there.read_text(encoding="utf-8")):
@@ -156,7 +157,7 @@ def readme_of(work: ExportJob, model: Any, fields: Mapping[str, Any] | None = No
     return card(Export(name, base, model, fields, work.adapter))
 
 
-def write_merged(work: ExportJob, model: Any, params: Any, shard: int) -> None:
+def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> None:
     """Writes the whole model, with the adapter merged into it."""
     dtype = work.options.dtype or dtype_of_files(work.base)
     given = work.options.tokenizer or work.adapter.tokenizer
@@ -189,7 +190,7 @@ def write_merged(work: ExportJob, model: Any, params: Any, shard: int) -> None:
     work.say(f'load it with: {auto_class(model)[0]}.from_pretrained("{work.output}")')
 
 
-def write_adapter(work: ExportJob, model: Any, params: Any) -> None:
+def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
     """Writes PEFT's files; with --check-serving, exits first if there are problems."""
     options, base = work.options, work.base
     no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
@@ -240,7 +241,7 @@ def check_apart(output: str | None, adapter: Path, base: str) -> None:
             )
 
 
-def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Any, Any]:
+def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Model, Tree]:
     """Returns the model, and its parameters with the adapter, all in float32."""
     names = adapter.about.get("labels", ())
     num_labels = options.num_labels or adapter.num_labels

@@ -3,10 +3,11 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
+from lora_jax.core.types import Model, Tree
 from lora_jax.core.weight import map_leaves
 from lora_jax.hf.coded import STORED
+from lora_jax.hf.format import ModelConfig
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.save import tokenizer_files
 from lora_jax.hf.sources import SafetensorsFolder
@@ -27,7 +28,7 @@ def dtype_of_files(name: str) -> str:
     return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
 
 
-def tokenizer_of(name: str, given: str | None, config: Any) -> str | Path | None:
+def tokenizer_of(name: str, given: str | None, config: ModelConfig) -> str | Path | None:
     """Returns the source of the tokenizer's files; None if the base's folder has none.
 
     Args:
@@ -49,8 +50,8 @@ def tokenizer_of(name: str, given: str | None, config: Any) -> str | Path | None
 
 
 def keep_codes(
-    params: Any, model: Any, base: str, quantize: str | None
-) -> tuple[Any, str | None, str]:
+    params: Tree, model: Model, base: str, quantize: str | None
+) -> tuple[Tree, str | None, str]:
     """Returns a merged tree whose codes a folder can hold, and arrays in the place of others.
 
     Args:

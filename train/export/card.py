@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import ModelCardData
 
+from lora_jax.core.types import Fields, Model
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown, table
@@ -55,8 +56,8 @@ class Export(NamedTuple):
 
     name: str
     base: str | None
-    model: Any
-    fields: Mapping[str, Any] | None
+    model: Model
+    fields: Fields | None
     source: AdapterSource
 
 
@@ -84,7 +85,7 @@ def card(export: Export) -> str:
     return mark(f"---\n{_front_matter(export, options)}\n---\n\n" + "\n\n".join(parts))
 
 
-def _front_matter(export: Export, options: Mapping[str, Any]) -> str:
+def _front_matter(export: Export, options: Fields) -> str:
     is_adapter = export.fields is not None
     data = ModelCardData(
         base_model=export.base,
@@ -98,7 +99,7 @@ def _front_matter(export: Export, options: Mapping[str, Any]) -> str:
     return data.to_yaml()
 
 
-def _datasets(options: Mapping[str, Any]) -> list[str]:
+def _datasets(options: Fields) -> list[str]:
     """Returns the names of the data sets that a run was given, one or several."""
     given = options.get("dataset")
     if not given:  # there was no run
@@ -168,7 +169,7 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+def _training(export: Export, run: Fields, options: Fields) -> Iterator[str]:
     resolved = run.get("resolved", {})
     if datasets := _datasets(options):
         shown = ", ".join(map(_shown, datasets))
@@ -176,7 +177,7 @@ def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]
         yield f"Data: {_cell(shown)}{number}."
     if run.get("summary"):
         yield f"`{run['summary']}`"
-    facts: dict[str, Any] = {}
+    facts: dict[str, object] = {}
     is_new = not any(options.get(name) for name in ("init_adapter", "peft_config", "full"))
     if export.fields is not None:
         facts |= {name: export.fields.get(name) for name in _OF_PEFT}
@@ -237,11 +238,11 @@ def _run_of(source: AdapterSource) -> dict[str, Any]:
     return run | {"scores": read_json(folder / SCORES)}
 
 
-def _table(header: str, rows: Sequence[tuple[str, Any]]) -> str:
+def _table(header: str, rows: Sequence[tuple[str, object]]) -> str:
     return table((header, "value"), ([_cell(name), _cell(value)] for name, value in rows))
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """Returns a value as the text of a table's cell."""
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value))

@@ -5,12 +5,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from lora_jax.core.types import Fields
 from train.console.errors import UserError
 from train.export.marked import is_generated
 
@@ -120,7 +121,7 @@ def push(repository: Repository, folder: Path, remedy: str) -> str:
     return f"{api.endpoint}/{repository.name}"
 
 
-def _check_owner(given: str, owner: str, me: dict[str, Any]) -> None:
+def _check_owner(given: str, owner: str, me: Fields) -> None:
     """Raises a UserError if the token's user cannot write to the owner's repositories."""
     token = (me.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":

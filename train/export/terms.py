@@ -1,9 +1,9 @@
 """An export in the terms of transformers, PEFT and servers."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.core.types import Fields, Model
 from lora_jax.hf.coded import STORED
 from lora_jax.models import EncoderConfig, SmolVLMConfig, VisionConfig
 from train.adapters.source import AdapterSource
@@ -20,7 +20,7 @@ _OF_IMAGES: dict[type, tuple[str, str]] = {
 }
 
 
-def task_type(model: Any, fields: Mapping[str, Any]) -> str | None:
+def task_type(model: Model, fields: Fields) -> str | None:
     """Returns PEFT's task type of the model; None if it has none.
 
     A classifier that does not train has none: with SEQ_CLS, PEFT would look for a trained head in
@@ -36,7 +36,7 @@ def task_type(model: Any, fields: Mapping[str, Any]) -> str | None:
     return None if config.head == "masked_lm" else "FEATURE_EXTRACTION"
 
 
-def auto_class(model: Any) -> tuple[str, str]:
+def auto_class(model: Model) -> tuple[str, str]:
     """Returns the names of the transformers class that loads the model, and of its pipeline."""
     if type(model.config) in _OF_IMAGES:
         return _OF_IMAGES[type(model.config)]
@@ -71,7 +71,7 @@ def codes_notice(codes: str, base: str) -> str:
     )
 
 
-def scaled_fields(adapter: AdapterSource, model: Any) -> dict[str, Any]:
+def scaled_fields(adapter: AdapterSource, model: Model) -> dict[str, Any]:
     """Returns the fields of config.json that differ from the base's if the run scaled RoPE.
 
     PEFT's files have no field for it.
@@ -86,7 +86,7 @@ def scaled_fields(adapter: AdapterSource, model: Any) -> dict[str, Any]:
     }
 
 
-def loading_options(adapter: AdapterSource, model: Any) -> dict[str, Any]:
+def loading_options(adapter: AdapterSource, model: Model) -> dict[str, Any]:
     """Returns the keywords with which transformers loads the base of a PEFT adapter.
 
     They are the number of classes, which the base's config.json need not have, and the fields of a
@@ -97,7 +97,7 @@ def loading_options(adapter: AdapterSource, model: Any) -> dict[str, Any]:
     return ({"num_labels": config.num_labels} if classes else {}) | scaled_fields(adapter, model)
 
 
-def rope_problems(adapter: AdapterSource, model: Any) -> list[str]:
+def rope_problems(adapter: AdapterSource, model: Model) -> list[str]:
     """Returns the line of --check-serving about a scaled RoPE, if there is one."""
     scaled = scaled_fields(adapter, model)
     if not scaled:

@@ -3,11 +3,11 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
+from lora_jax.core.types import Batch, Forward, Tree
 from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import logits_of
 from train.predict.texts import TokenizedTexts
@@ -47,8 +47,8 @@ def batches(
 
 
 def probabilities(
-    apply: Callable[..., Any],
-    params: Any,
+    apply: Forward,
+    params: Tree,
     inputs: TokenizedTexts | Images,
     *,
     batch_size: int,
@@ -66,12 +66,15 @@ def probabilities(
       of: the function of the logits to return, in the place of probabilities.
     """
     done, out = 0, None
-    made = _image_batches if isinstance(inputs, Images) else _text_batches
-    for chosen, batch in made(inputs, batch_size):
-        found = np.asarray(_run(apply, of, params, batch))
+    if isinstance(inputs, Images):
+        made = _image_batches(inputs, batch_size)
+    else:
+        made = _text_batches(inputs, batch_size)
+    for chosen, batch in made:
+        values = np.asarray(_run(apply, of, params, batch))
         if out is None:
-            out = np.empty((len(inputs), found.shape[-1]), np.float32)
-        out[chosen] = found[: len(chosen)]
+            out = np.empty((len(inputs), values.shape[-1]), np.float32)
+        out[chosen] = values[: len(chosen)]
         done += len(chosen)
         progress(done)
     assert out is not None, "nothing to classify"
@@ -79,14 +82,14 @@ def probabilities(
 
 
 def _text_batches(
-    tokens: Any, batch_size: int
+    tokens: TokenizedTexts, batch_size: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
         yield texts, _batch(tokens, texts, rows, length)
 
 
 def _image_batches(
-    images: Any, batch_size: int
+    images: Images, batch_size: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     size = min(batch_size, len(images))
     for first in range(0, len(images), size):
@@ -95,7 +98,9 @@ def _image_batches(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(apply: Callable[..., Any], of: Callable[..., Any], params: Any, batch: Any) -> jax.Array:
+def _run(
+    apply: Forward, of: Callable[[jax.Array], jax.Array], params: Tree, batch: Batch
+) -> jax.Array:
     return of(logits_of(apply, params, batch))
 
 

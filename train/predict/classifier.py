@@ -1,9 +1,10 @@
 """The classifier that options name: a base with an adapter, or a model with its own head."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from lora_jax.core.types import Forward, Tree
 from lora_jax.models import EncoderConfig, VisionConfig
 from train.adapters.source import AdapterSource, find_adapter, runnable
 from train.console.errors import UserError
@@ -28,7 +29,7 @@ class Classifier:
     adapter: AdapterSource | None
     labels: tuple[str, ...]
 
-    def load(self, *, allow_base_mismatch: bool = False) -> tuple[Callable[..., Any], Any]:
+    def load(self, *, allow_base_mismatch: bool = False) -> tuple[Forward, Tree]:
         """Reads the weights.
 
         Args:

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def write(
     for i, of_text in enumerate(probabilities):
         best = int(of_text.argmax())
         shown = [round(float(p), _DIGITS) for p in of_text]
-        fields: dict[str, Any] = {what: texts.first[i]}
+        fields: dict[str, object] = {what: texts.first[i]}
         if texts.second is not None:
             fields["text_pair"] = texts.second[i]
         fields |= {"label": labels[best], "probability": shown[best]}

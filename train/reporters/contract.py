@@ -7,7 +7,7 @@ and a line in `train/reporters/registry.py`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 PROJECT = "lora_jax"  # where neither an option nor the package's own variable names one
 
@@ -24,7 +24,7 @@ class Sample(NamedTuple):
     prompt: str
     answer: str
     reward: float | None = None
-    extra: Mapping[str, Any] | None = None
+    extra: Mapping[str, object] | None = None
 
 
 class Start(NamedTuple):
@@ -41,7 +41,7 @@ class Start(NamedTuple):
     name: str
     folder: Path
     project: str | None
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     run_id: str | None
 
 

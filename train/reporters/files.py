@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Writes a file of JSON lines, which is there whole or not at all."""
     write_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
 
 
-def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
     """Writes rows, the header among them, as CSV, which is there whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)

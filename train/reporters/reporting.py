@@ -35,7 +35,7 @@ class Reporting:
         folder: Path,
         reporters: Mapping[str, Callable[[Start], Reporter]],
         *,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         project: str | None,
         lines: Sequence[Line],
         samples: Sequence[Line],

@@ -127,7 +127,7 @@ def _result(comparison: Comparison, run: RunResult, total: int | None) -> dict[s
     }
 
 
-def _metrics(run: RunResult, step: int) -> dict[str, Any]:
+def _metrics(run: RunResult, step: int) -> dict[str, object]:
     """Returns the fields of both kinds of metrics: the training loss up to a step, and its rows."""
     until = [point.value for point in run.losses if point.step <= step]
     return {
