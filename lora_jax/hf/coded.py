@@ -52,7 +52,7 @@ def encode_row(
 
     shapes = encode(jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32), coding, dtype=dtype)
     where = shardings_of(shapes, place) if isinstance(place, NamedSharding) else place
-    whole = _stacked(map(layer, range(row.stack[0])), shapes, where)
+    whole = _stack_layers(map(layer, range(row.stack[0])), shapes, where)
     warn_of_lost(sum(lost), whole, row.path)
     return whole
 
@@ -82,13 +82,13 @@ def check_stored(source: Source, kernels: Sequence[Row]) -> None:
         check_alike(source, row)
     if any([stored_shapes(source, row, np.float32) for row in kernels]):
         return
-    found = "in codes"
+    codes = "in codes"
     if source.kept_forms_note:
-        found = f"in codes that stay so: they lie in {count_forms(source, kernels)}. "
-        found += source.kept_forms_note
+        codes = f"in codes that stay so: they lie in {count_forms(source, kernels)}. "
+        codes += source.kept_forms_note
     raise ConfigError(
         f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here is "
-        f"{found}: choose a format, such as quantize='nf4'"
+        f"{codes}: choose a format, such as quantize='nf4'"
     )
 
 
@@ -143,7 +143,7 @@ def read_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | No
         return _put(_read(source, row, row.hf_names, dtype), where)
     names = np.array(row.hf_names).reshape(row.stack[0], -1).tolist()
     layers = (_put(_read(source, row, some, dtype), _layer_shardings(where)) for some in names)
-    return _stacked(layers, shapes, where)
+    return _stack_layers(layers, shapes, where)
 
 
 def _read(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> Coded:
@@ -176,7 +176,7 @@ def _layer_shardings(where: Coded | Sharding | None) -> Coded | Sharding | None:
     return where.map(lambda old: NamedSharding(old.mesh, PartitionSpec(None, *old.spec[1:])))
 
 
-def _stacked(layers: Iterable[Coded], shapes: Coded, where: Coded | Sharding | None) -> Coded:
+def _stack_layers(layers: Iterable[Coded], shapes: Coded, where: Coded | Sharding | None) -> Coded:
     """Returns a stack in its place, written a layer at a time: there is no second copy of it.
 
     Args:

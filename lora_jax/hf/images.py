@@ -174,7 +174,7 @@ class ImageProcessor:
             image = image.resize(wanted, resample=self.resample)
         array = np.asarray(image, np.uint8)
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        return array if self.crop is None else _cropped(array, *self.crop)
+        return array if self.crop is None else _crop(array, *self.crop)
 
     def values(self, pixels: np.ndarray) -> np.ndarray:
         """Returns pixel values for a model, fp32, of `pixels`: [..., channels, height, width]."""
@@ -250,14 +250,14 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
             source = pil.Image.open(source)
         if not isinstance(source, pil.Image.Image):
             raise TypeError(f"a {type(image).__name__} is no image, nor a path or bytes of one")
-        found = _convert_to_8_bits(pil, pil.ImageOps.exif_transpose(source))
-        is_transparent = "A" in found.getbands() or "transparency" in found.info
+        loaded = _convert_to_8_bits(pil, pil.ImageOps.exif_transpose(source))
+        is_transparent = "A" in loaded.getbands() or "transparency" in loaded.info
         if mode == "RGB" and is_transparent and not is_file:
-            found = found.convert("RGBA")
-            ground = pil.Image.new("RGBA", found.size, (255, 255, 255, 255))
-            found = pil.Image.alpha_composite(ground, found)
-        found.info.pop("transparency", None)  # of which Pillow would warn
-        return found.convert(mode)
+            loaded = loaded.convert("RGBA")
+            ground = pil.Image.new("RGBA", loaded.size, (255, 255, 255, 255))
+            loaded = pil.Image.alpha_composite(ground, loaded)
+        loaded.info.pop("transparency", None)  # of which Pillow would warn
+        return loaded.convert(mode)
     except Exception as error:  # of a damaged file, anything
         message = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the image cannot be read: {message}") from None
@@ -305,7 +305,7 @@ def _height_and_width(name: str, size: object) -> tuple[int, int]:
     raise ConfigError(f"{name} is {size!r}; height and width, or one number, are needed")
 
 
-def _cropped(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Returns the middle of [channels, ., .]; what lies beyond the image is 0."""
     out = np.zeros((image.shape[0], height, width), image.dtype)
     cuts = [

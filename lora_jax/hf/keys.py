@@ -203,15 +203,13 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
         )
 
 
-def nested(leaves: Iterable[tuple[str, Leaf]]) -> Params:
+def nest_leaves(leaves: Iterable[tuple[str, Leaf]]) -> Params:
     """Returns a nested dict, from "/"-joined paths and their values."""
     tree: Params = unflatten_dict(dict(leaves), sep="/")
     return tree
 
 
-def checked_leaves(
-    params: Tree, table: Sequence[Row], *, in_codes: bool = False
-) -> dict[str, Leaf]:
+def check_leaves(params: Tree, table: Sequence[Row], *, in_codes: bool = False) -> dict[str, Leaf]:
     """Returns the arrays of a parameter tree, by path.
 
     Args:
@@ -273,7 +271,7 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
       (name, array): contiguous, in Hugging Face's layout and the parameter's dtype.
 
     Raises:
-      WeightsError: see ``checked_leaves``.
+      WeightsError: see ``check_leaves``.
 
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
@@ -284,7 +282,7 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
     >>> dict(models.hf_tensors(params, models.key_table(config)))["transformer.wpe.weight"].shape
     (16, 8)
     """
-    leaves = checked_leaves(params, table)
+    leaves = check_leaves(params, table)
     for row in table:
         leaf = leaves[row.path]
         for index, name in zip(row.members, row.hf_names, strict=True):

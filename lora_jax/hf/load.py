@@ -23,7 +23,7 @@ from lora_jax.hf.coded import (
     read_stored,
     stored_shapes,
 )
-from lora_jax.hf.keys import Params, Row, WeightsError, absent_parts, check, nested
+from lora_jax.hf.keys import Params, Row, WeightsError, absent_parts, check, nest_leaves
 from lora_jax.hf.sources import FLOATS, HasCodes, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
 from lora_jax.quantized import Format as Codes
@@ -53,7 +53,7 @@ def load_params(
     Raises:
       WeightsError: for tensors that cannot be read or do not fit; one error lists all of them.
     """
-    table, absent = _checked(source)
+    table, absent = _check_source(source)
     held = [row for row in table if row.part not in absent]
     _check_dtypes(source, held)
     _check_aliases(source, held)
@@ -62,11 +62,7 @@ def load_params(
     key = jax.random.key(0) if key is None else key
     if quantize is None and source.shipped:
         quantize = STORED
-        print(
-            f"{source.where}: {len(source.shipped)} kernels stay in the codes that they were "
-            "shipped in; quantize='none' (--quantize none) reads arrays",
-            file=sys.stderr,
-        )
+        print(f"{source.where}: {_shipped_note(len(source.shipped))}", file=sys.stderr)
     codings = codings_of(table, param_dtype, quantize, source)
     if quantize == STORED:
         check_stored(source, [row for row in held if row.path in codings])
@@ -78,32 +74,44 @@ def load_params(
                 return coded
             unfit.append(row)
         if row.part in absent:
-            fresh = _fresh(row, source.config.initializer_range, key)
+            fresh = _draw_parameter(row, source.config.initializer_range, key)
             return jax.device_put(fresh.astype(param_dtype), place)
-        return _placed(source, row, np.dtype(param_dtype), place)
+        return _place_parameter(source, row, np.dtype(param_dtype), place)
 
     def read_codes(row: Row, coding: Coding | None, place: Sharding | None) -> Coded | None:
         if quantize == STORED:
             return read_stored(source, row, param_dtype, place)
         if coding is None:
             return None
-        exact = functools.partial(_placed, source, row, np.dtype(np.float32), place)
+        exact = functools.partial(_place_parameter, source, row, np.dtype(np.float32), place)
         return encode_row(row, coding, param_dtype, place, exact)
 
     unfit: list[Row] = []
-    params = nested((row.path, read(row)) for row in table)
+    params = nest_leaves((row.path, read(row)) for row in table)
     if unfit:
-        message = (
-            f"{unfit[0].path} fits no blocks, nor do {len(unfit) - 1} other kernels of "
-            f"{len(codings)}: they stay as they are"
-        )
-        if quantize == STORED:
-            message = (
-                f"{len(unfit)} of {len(codings)} kernels are read as floats: {unfit[0].path} lies "
-                f"in {count_forms(source, unfit[:1])}. {source.kept_forms_note}"
-            )
+        message = _unfit_message(source, unfit, len(codings), stored=quantize == STORED)
         warnings.warn(f"{source.where}: {message}", QuantizeWarning, stacklevel=3)
     return params
+
+
+def _shipped_note(n_kernels: int) -> str:
+    return (
+        f"{n_kernels} kernels stay in the codes that they were shipped in; quantize='none' "
+        "(--quantize none) reads arrays"
+    )
+
+
+def _unfit_message(source: Source, unfit: list[Row], n_kernels: int, *, stored: bool) -> str:
+    """Returns the warning for kernels that were to be in codes, and are read as arrays."""
+    if stored:
+        return (
+            f"{len(unfit)} of {n_kernels} kernels are read as floats: {unfit[0].path} lies "
+            f"in {count_forms(source, unfit[:1])}. {source.kept_forms_note}"
+        )
+    return (
+        f"{unfit[0].path} fits no blocks, nor do {len(unfit) - 1} other kernels of "
+        f"{n_kernels}: they stay as they are"
+    )
 
 
 def shapes_of(
@@ -129,7 +137,7 @@ def shapes_of(
             return stored_shapes(source, row, dtype) or array
         return array if coding is None else encode(array, coding)
 
-    return nested((row.path, shape(row)) for row in table)
+    return nest_leaves((row.path, shape(row)) for row in table)
 
 
 def codings_of(
@@ -150,7 +158,9 @@ def codings_of(
         return {}
     if quantize == STORED and source is not None and source.shipped:
         return {r.path: None for r in table if not source.shipped.isdisjoint(r.hf_names)}
-    shapes = nested((row.path, jax.ShapeDtypeStruct(row.stacked_shape, dtype)) for row in table)
+    shapes = nest_leaves(
+        (row.path, jax.ShapeDtypeStruct(row.stacked_shape, dtype)) for row in table
+    )
     kinds = {row.path: row.kind for row in table if row.kind is not None}
     if not isinstance(quantize, str | Codes):
         return plan(shapes, rules=quantize, kinds=kinds)
@@ -163,11 +173,11 @@ def absent_rows(source: Source) -> list[Row]:
     Raises:
       WeightsError: other tensors are missing, left over or misshaped; one error lists all of them.
     """
-    table, absent = _checked(source)
+    table, absent = _check_source(source)
     return [row for row in table if row.part in absent]
 
 
-def _checked(source: Source) -> tuple[list[Row], list[str]]:
+def _check_source(source: Source) -> tuple[list[Row], list[str]]:
     """Returns the key table that a source fits, and the optional parts that it lacks entirely."""
     table = source.format.table(source.config)
     absent = absent_parts(source.shapes, table)
@@ -176,7 +186,7 @@ def _checked(source: Source) -> tuple[list[Row], list[str]]:
     return table, absent
 
 
-def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
+def _draw_parameter(row: Row, std: float, key: jax.Array) -> jax.Array:
     """Draws a parameter as transformers does: kernels from N(0, std²), biases 0, scales 1."""
     leaf = row.path.rsplit("/", 1)[-1]
     if leaf == "kernel":
@@ -185,7 +195,7 @@ def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
     return jnp.full(row.stacked_shape, 1.0 if leaf == "scale" else 0.0, jnp.float32)
 
 
-def _placed(
+def _place_parameter(
     source: Source,
     row: Row,
     dtype: np.dtype,

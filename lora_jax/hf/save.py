@@ -19,7 +19,7 @@ from lora_jax.hf import generation as generation_config
 from lora_jax.hf.format import ModelConfig
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.images import FILE as IMAGES
-from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_member
+from lora_jax.hf.keys import Row, WeightsError, check_leaves, convert, hf_member
 from lora_jax.hf.stored.kept import CodesCheck, CodesFolder
 from lora_jax.hf.stored.raw import NAMES, Header, TensorEntry, write_tensors
 from lora_jax.hf.tokenizer import FILES as TOKENIZER_FILES
@@ -46,7 +46,7 @@ def file_dtypes(
     Raises:
       WeightsError: if the tree does not fit the table (one error lists all), or is not merged.
     """
-    leaves = checked_leaves(params, table, in_codes=in_codes).items()
+    leaves = check_leaves(params, table, in_codes=in_codes).items()
     floats = {path: leaf for path, leaf in leaves if not is_coded(leaf)}
     asked = {p: jnp.dtype(leaf.dtype if dtype is None else dtype) for p, leaf in floats.items()}
     if wrong := [f"{path}: {got.name}" for path, got in asked.items() if got.name not in _DTYPES]:
@@ -81,7 +81,7 @@ def write_model(
     """
     fields = config.to_hf()
     if source is None:
-        leaves = checked_leaves(params, table)
+        leaves = check_leaves(params, table)
     else:
         kept = CodesCheck(params, table, source)
         leaves, fields["quantization_config"] = kept.leaves, kept.quantization()
@@ -94,21 +94,10 @@ def write_model(
                 tensors |= source.entries(name)
             else:
                 header = Header(NAMES[dtypes[row.path]], row.hf_shape)
-                read = partial(_converted, row, leaf, index, dtypes[row.path], name)
+                read = partial(_convert_member, row, leaf, index, dtypes[row.path], name)
                 tensors[name] = TensorEntry(header, read)
-    sizes = {name: one.header.nbytes for name, one in tensors.items()}
-    shards = _shards(sizes, max_shard_size)
-    weight_map = {}
-    for i, names in enumerate(shards, 1):
-        many = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        path = folder / ("model.safetensors" if len(shards) == 1 else many)
-        write_tensors(path, {name: tensors[name] for name in names})
-        weight_map.update(dict.fromkeys(names, path.name))
-    if len(shards) > 1:
-        total = sum(math.prod(row.stacked_shape) for row in table)
-        metadata = {"total_parameters": total, "total_size": sum(sizes.values())}
-        listing = {"metadata": metadata, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", listing)
+    n_parameters = sum(math.prod(row.stacked_shape) for row in table)
+    _write_shards(folder, tensors, max_shard_size, n_parameters)
     counts: Counter[str] = Counter()
     for row in table:
         if row.path in dtypes:
@@ -117,6 +106,24 @@ def write_model(
     _write_json(folder / "config.json", {**fields, "dtype": main_dtype})
     if (generation := getattr(config, "generation", None)) is not None:
         (folder / generation_config.FILE).write_text(generation.text, encoding="utf-8")
+
+
+def _write_shards(
+    folder: Path, tensors: Mapping[str, TensorEntry], max_shard_size: int, n_parameters: int
+) -> None:
+    """Writes the weights, and the index of their files if there are several."""
+    sizes = {name: entry.header.nbytes for name, entry in tensors.items()}
+    shards = _shards(sizes, max_shard_size)
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        many = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        path = folder / ("model.safetensors" if len(shards) == 1 else many)
+        write_tensors(path, {name: tensors[name] for name in names})
+        weight_map.update(dict.fromkeys(names, path.name))
+    if len(shards) > 1:
+        metadata = {"total_parameters": n_parameters, "total_size": sum(sizes.values())}
+        listing = {"metadata": metadata, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", listing)
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -132,7 +139,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _converted(
+def _convert_member(
     row: Row, leaf: Leaf, index: tuple[int, ...], dtype: np.dtype, name: str
 ) -> np.ndarray:
     """Returns a tensor of a parameter in its dtype in the file."""

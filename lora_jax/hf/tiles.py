@@ -78,7 +78,7 @@ class TileProcessor:
         image, (_, side, _) = open_image(image), self.tile.shape
         if self.longest_edge is not None:
             width, height = image.size
-            image = self._resized(image, *_longest(width, height, self.longest_edge))
+            image = self._resized(image, *_fit_longest_edge(width, height, self.longest_edge))
         rows = columns = 1
         if self.split:
             width, height = image.size
@@ -200,7 +200,7 @@ def _edge(fields: Fields, name: str, default: int) -> int:
     return edge
 
 
-def _longest(width: int, height: int, edge: int) -> tuple[int, int]:
+def _fit_longest_edge(width: int, height: int, edge: int) -> tuple[int, int]:
     """Returns width and height whose longer one is `edge`; the other is even, as transformers'."""
     if width >= height:
         other = int(edge / (width / height))

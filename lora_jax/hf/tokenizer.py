@@ -79,8 +79,8 @@ def _read_folder(path: Path) -> Tokenizer:
         file = path / "tokenizer.json"
         if file.is_file() and (pointer := pointer_problem(file)):
             raise ConfigError(pointer) from None
-        said = " ".join(str(error).split())
-        if "trust_remote_code" in said:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
             raise ConfigError(
                 f"{path}: `auto_map` names code of the model's own that makes its tokenizer, and "
                 "no code of a model is run here: if tokenizer.json is all that it needs, write "
@@ -89,7 +89,7 @@ def _read_folder(path: Path) -> Tokenizer:
             ) from None
         raise ConfigError(
             f"{path}: the tokenizer cannot be read from tokenizer.json and tokenizer_config.json: "
-            f"{said}. Fetch these files again"
+            f"{reason}. Fetch these files again"
         ) from error
 
 

@@ -20,9 +20,9 @@ def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequ
     """
     names = config.get("architectures") or []
     for name in names:
-        found = re.fullmatch(rf"({'|'.join(classes)})(\w+)", name)
+        match = re.fullmatch(rf"({'|'.join(classes)})(\w+)", name)
         for head, known in endings.items():
-            if found and found[2] in known:
+            if match and match[2] in known:
                 return head
     if names:
         raise ConfigError(
@@ -46,14 +46,14 @@ def read_classes(config: Fields, asked: int | None = None) -> tuple[int, tuple[s
     indices = [str(i) for i in range(len(named))]
     names = tuple(named[i] for i in indices) if set(named) == set(indices) else ()
     number = asked or config.get("num_labels") or len(names) or 2
-    if names == _numbered(len(names)) or len(names) != number:
+    if names == _number_labels(len(names)) or len(names) != number:
         names = ()
     return number, names
 
 
 def write_classes(number: int, names: Sequence[str]) -> dict[str, object]:
     """Returns the fields of a config.json that `read_classes` reads back."""
-    names = names or _numbered(number)
+    names = names or _number_labels(number)
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
@@ -68,6 +68,6 @@ def check_classes(number: int, names: Sequence[str]) -> None:
         raise ConfigError(f"label_names has {len(names)} names for {number} labels")
 
 
-def _numbered(n: int) -> tuple[str, ...]:
+def _number_labels(n: int) -> tuple[str, ...]:
     """Returns transformers' names of n classes without names."""
     return tuple(f"LABEL_{i}" for i in range(n))

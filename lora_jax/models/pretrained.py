@@ -104,12 +104,12 @@ def from_pretrained(
     >>> loaded["transformer"]["wte"]["embedding"].shape
     (16, 8)
     """
-    found = resolve(name_or_path)
-    if found.note:
-        print(found.note, file=sys.stderr)
+    local = resolve(name_or_path)
+    if local.note:
+        print(local.note, file=sys.stderr)
     asked = {"head": head, "num_labels": num_labels, "pooling": pooling, "normalize": normalize}
     options = {name: value for name, value in asked.items() if value is not None}
-    source = open_source(found.path, **options)
+    source = open_source(local.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
     config = source.config
     if rope_scaling is not None:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from lora_jax.hf.keys import nested
+from lora_jax.hf.keys import nest_leaves
 from tests.models import tiny, tiny_encoders, tiny_vision
 
 pytestmark = [
@@ -60,7 +60,7 @@ def made(case: str) -> tuple[Any, Any]:
         return jnp.asarray(tiny_encoders.draw(rng, row.path, row.stacked_shape))
 
     rows = models.key_table(config)
-    return models.SmolVLM(config), nested((row.path, drawn(row)) for row in rows)
+    return models.SmolVLM(config), nest_leaves((row.path, drawn(row)) for row in rows)
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

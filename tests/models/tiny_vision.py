@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.hf.keys import nested
+from lora_jax.hf.keys import nest_leaves
 from lora_jax.models import VisionEncoder, key_table, read_config
 from tests.models import tiny_encoders
 
@@ -59,7 +59,7 @@ def model(case: str, head: str = "classification", **kwargs: Any) -> tuple[Any, 
     read = config(case, head)
     rng = np.random.default_rng(5)
     leaves = ((row.path, _drawn(rng, row.path, row.stacked_shape)) for row in key_table(read))
-    return VisionEncoder(read, **kwargs), nested(leaves)
+    return VisionEncoder(read, **kwargs), nest_leaves(leaves)
 
 
 def _drawn(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> jax.Array:

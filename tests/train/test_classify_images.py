@@ -14,7 +14,7 @@ from PIL import Image
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.hf.keys import nested
+from lora_jax.hf.keys import nest_leaves
 from tests.models.tiny_encoders import draw
 from tests.train.test_classify import assert_same
 from tests.train.tiny import write_jsonl
@@ -49,7 +49,7 @@ def write_vit(folder: Path, **changes: Any) -> Path:
     config = models.read_config({**FIELDS, **changes})
     rng = np.random.default_rng(5)
     drawn = ((r.path, draw(rng, r.path, r.stacked_shape)) for r in models.key_table(config))
-    params = nested((path, array * 0.5 if array.ndim == 4 else array) for path, array in drawn)
+    params = nest_leaves((path, array * 0.5 if array.ndim == 4 else array) for path, array in drawn)
     processor = models.ImageProcessor(size=(8, 12))
     models.save_pretrained(folder, models.VisionEncoder(config), params, tokenizer=processor)
     return folder

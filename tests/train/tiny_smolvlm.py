@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax import models
-from lora_jax.hf.keys import nested
+from lora_jax.hf.keys import nest_leaves
 from tests.models.tiny_encoders import draw
 from tests.train import tiny
 
@@ -83,7 +83,7 @@ def write_smolvlm(folder: Path, **of_processor: Any) -> Path:
     config = models.read_config(fields())
     rng = np.random.default_rng(5)
     drawn = ((r.path, draw(rng, r.path, r.stacked_shape)) for r in models.key_table(config))
-    params = nested((path, array * 0.5 if array.ndim == 4 else array) for path, array in drawn)
+    params = nest_leaves((path, array * 0.5 if array.ndim == 4 else array) for path, array in drawn)
     models.save_pretrained(folder, models.SmolVLM(config), params)
     tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor(**of_processor)))

@@ -73,7 +73,7 @@ def _open_parts(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> OpenGG
         metadata = {name: field.contents() for name, field in readers[0].fields.items()}
     except Exception as error:
         raise WeightsError(f"{parts[0]} is damaged or cut short: {error}") from None
-    return OpenGGUF(gguf, metadata, [tensor for one in readers for tensor in one.tensors])
+    return OpenGGUF(gguf, metadata, [tensor for reader in readers for tensor in reader.tensors])
 
 
 def _parts(path: Path, reader: Any) -> list[Path]:

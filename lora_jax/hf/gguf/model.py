@@ -79,9 +79,9 @@ class GGUFFile:
         if self.form(name) not in TYPES:
             return None
         row = np.zeros(tensor.data.nbytes // math.prod(shape[:-1]), np.uint8)
-        one = from_gguf(row, self.form(name), (1, shape[-1]), dtype)
+        coded_row = from_gguf(row, self.form(name), (1, shape[-1]), dtype)
         lead = shape[:-1]
-        return one.map(lambda row: jax.ShapeDtypeStruct((*lead, row.shape[-1]), row.dtype))
+        return coded_row.map(lambda row: jax.ShapeDtypeStruct((*lead, row.shape[-1]), row.dtype))
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         convert(self.read(name)[index], out, f"{self.where}: {name}")

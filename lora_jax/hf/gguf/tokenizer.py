@@ -76,14 +76,14 @@ def build(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
             "folder with tokenizer.json (--tokenizer of a script)"
         )
     try:
-        return _built(metadata, splits)
+        return _build(metadata, splits)
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ConfigError(f"the tokenizer's lists are incomplete: {error!r}") from None
     except Exception as error:  # what the package `tokenizers` raises has no type of its own
         raise ConfigError(f"the tokenizer cannot be built: {error}") from None
 
 
-def _built(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict[str, str]]:
+def _build(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict[str, str]]:
     from tokenizers import AddedToken
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -105,7 +105,7 @@ def _built(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict
         if metadata.get(f"tokenizer.ggml.add_{role}_token", default) and role in special
     }
     if ends:
-        core.post_processor = _framed(vocab, ends.get("bos"), ends.get("eos"))
+        core.post_processor = _frame_texts(vocab, ends.get("bos"), ends.get("eos"))
     for token, token_type in zip(tokens, types, strict=True):
         if token_type == _CONTROL or token in special.values() and splits is None:
             core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
@@ -168,12 +168,12 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
     return [(left, right) for *_, left, right in sorted(pairs())]
 
 
-def _framed(vocab: dict[str, int], bos: str | None, eos: str | None) -> object:
+def _frame_texts(vocab: dict[str, int], bos: str | None, eos: str | None) -> object:
     """Returns the processor that adds the first and the last token to a text or a pair."""
     from tokenizers import processors
 
     def around(text: str, segment: int) -> Sequence[str]:
-        return [f"{one}:{segment}" for one in (bos, text, eos) if one is not None]
+        return [f"{piece}:{segment}" for piece in (bos, text, eos) if piece is not None]
 
     named = [(token, vocab[token]) for token in (bos, eos) if token is not None]
     pair = [*around("$A", 0), *around("$B", 1)]

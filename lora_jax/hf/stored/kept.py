@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields, Tree
-from lora_jax.hf.keys import Row, WeightsError, checked_leaves, hf_member
+from lora_jax.hf.keys import Row, WeightsError, check_leaves, hf_member
 from lora_jax.hf.stored.raw import TensorEntry
 from lora_jax.quantized import Coded, is_coded
 
@@ -118,7 +118,7 @@ class CodesCheck:
     """
 
     def __init__(self, params: Tree, table: Sequence[Row], source: CodesFolder):
-        self.leaves = checked_leaves(params, table, in_codes=True)
+        self.leaves = check_leaves(params, table, in_codes=True)
         self._source = source
         self._field = _LISTS.get(source.quantization.get("quant_method", ""))
         self._heads = [row.hf for row in table if row.kind in ("head", "classifier")]

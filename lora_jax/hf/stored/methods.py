@@ -66,9 +66,9 @@ class Targets:
 
 def common_facts(facts: Collection[CodeFacts]) -> CodeFacts:
     """Returns the facts that kinds have in common, for a module that no target names."""
-    blocks, sizes = ({one[i] for one in facts} - {None} for i in range(2))
+    blocks, sizes = ({kind[i] for kind in facts} - {None} for i in range(2))
     block, size = (next(iter(each)) if len(each) == 1 else None for each in (blocks, sizes))
-    return CodeFacts(block, size, symmetric=all(one.symmetric for one in facts))
+    return CodeFacts(block, size, symmetric=all(kind.symmetric for kind in facts))
 
 
 Layout = Callable[[str, Files], CodedTensor | None]
@@ -218,7 +218,7 @@ def stored_tensors(
     Raises:
       WeightsError: codes without scales, or of another shape than config.json says; lists them all.
     """
-    found: dict[str, CodedTensor] = {}
+    stored: dict[str, CodedTensor] = {}
     claimed: set[str] = set()
     problems: list[str] = []
     if method is not None:
@@ -231,19 +231,19 @@ def stored_tensors(
                 if name in claimed:
                     continue
                 try:
-                    one = layout(name, files[name])
+                    tensor = layout(name, files[name])
                 except WeightsError as error:
                     problems.append(str(error))
                     claimed.add(name)
                     continue
-                if one is not None:
-                    found[one.name] = one
-                    claimed.update(one.tensors)
-        if not found and not problems:
+                if tensor is not None:
+                    stored[tensor.name] = tensor
+                    claimed.update(tensor.tensors)
+        if not stored and not problems:
             problems.append(f"no tensor is in the codes of {method.name}, which config.json names")
-    said = "names no quantization_config" if method is None else f"says {method.name}"
+    names = "names no quantization_config" if method is None else f"says {method.name}"
     problems += [
-        f"{name} is {dtype}, and config.json {said}"
+        f"{name} is {dtype}, and config.json {names}"
         for name, (dtype, shape) in tensors.items()
         if dtype.startswith(("F8", "F4"))
         and len(shape) > 1
@@ -252,7 +252,7 @@ def stored_tensors(
     ]
     if problems:
         raise WeightsError(f"{where}: its codes cannot be read\n  " + "\n  ".join(problems))
-    return found
+    return stored
 
 
 _NEVER = ("embedding", "positions", "router", "norm", "head", "classifier")  # kinds of parameters

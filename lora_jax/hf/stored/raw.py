@@ -114,7 +114,7 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     Raises:
       OSError: if the file cannot be written.
     """
-    sizes = {name: DTYPES[one.header.dtype].itemsize for name, one in tensors.items()}
+    sizes = {name: DTYPES[entry.header.dtype].itemsize for name, entry in tensors.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, at = {}, 0
     for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
@@ -127,9 +127,9 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     try:
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for name, one in tensors.items():
+            for name, entry in tensors.items():
                 file.seek(8 + len(text) + starts[name])
-                array = np.ascontiguousarray(one.read())
+                array = np.ascontiguousarray(entry.read())
                 file.write(array.reshape(-1).view(np.uint8).data)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from None

@@ -12,7 +12,7 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import GGUFLayout
 from lora_jax.hf.keys import WeightsError
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.families.family import DecoderFamily
+from lora_jax.models.decoder.families.family import DecoderFamily, Get
 from lora_jax.models.decoder.rope import frequencies
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
@@ -92,15 +92,8 @@ def _read(
 
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // heads)
-    same_as_head = dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim)
-    for name, value in {**same_as_head, "expert_count": 0}.items():
-        if get(name, value) != value:
-            raise ConfigError(f"{arch}.{name}={get(name)} is not supported, only {value} is")
-    if (kind := get("rope.scaling.type", "none")) not in ("none", "linear"):
-        raise ConfigError(f"RoPE scaling {kind!r} is not supported")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling(kind=kind, factor=get("rope.scaling.factor"))
+    _check_sizes(arch, get, head_dim)
+    scaling = _read_scaling(get)
     if scaling is not None and _ROPE_FACTORS in facts:
         raise ConfigError(f"RoPE is scaled twice, by {arch}.rope.scaling and by {_ROPE_FACTORS}")
     if "model.embed_tokens.weight" not in shapes:
@@ -131,6 +124,21 @@ def _read(
     if _ROPE_FACTORS not in facts:
         return config
     return dataclasses.replace(config, rope_scaling=_scaling_of(facts[_ROPE_FACTORS], config))
+
+
+def _check_sizes(arch: str | None, get: Get, head_dim: int) -> None:
+    """Raises a ConfigError for heads of several sizes, and for experts."""
+    same_as_head = dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim)
+    for name, value in {**same_as_head, "expert_count": 0}.items():
+        if get(name, value) != value:
+            raise ConfigError(f"{arch}.{name}={get(name)} is not supported, only {value} is")
+
+
+def _read_scaling(get: Get) -> RopeScaling | None:
+    """Returns the scaling of RoPE that the metadata name; None for none."""
+    if (kind := get("rope.scaling.type", "none")) not in ("none", "linear"):
+        raise ConfigError(f"RoPE scaling {kind!r} is not supported")
+    return None if kind == "none" else RopeScaling(kind=kind, factor=get("rope.scaling.factor"))
 
 
 def _scaling_of(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | None:

@@ -76,7 +76,7 @@ class Attention(ModelPart):
         """
         cfg = self.config
         q, k, v, *gate = self._project(x)
-        rope = _chosen(layer.apart, step.other_rope, step.rope)
+        rope = _choose_angles(layer.apart, step.other_rope, step.rope)
         q, k = rotate(q, rope), rotate(k, rope)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
@@ -173,7 +173,7 @@ class DecoderLayer(ModelPart):
         return x, new
 
 
-def _chosen(apart: jax.Array, other: RopeAngles | None, usual: RopeAngles) -> RopeAngles:
+def _choose_angles(apart: jax.Array, other: RopeAngles | None, usual: RopeAngles) -> RopeAngles:
     """Chooses a layer's rotation; no other: no difference."""
     if other is None:
         return usual

@@ -42,13 +42,6 @@ class GatedDeltaNet(ModelPart):
         tail, state = cfg.recurrent_shapes
         act, init = ACTIVATION[cfg.hidden_act], nn.initializers.normal(cfg.initializer_range)
         width, group = cfg.linear_key_head_dim, values // keys
-        sizes, n = cfg.linear_sizes, keys if cfg.linear_projections_joined else 1
-
-        def projected(name: str) -> list[jax.Array]:
-            each = [sizes[part] for part in name]
-            out = dense(self, sum(each), use_bias=False, name=f"in_proj_{name}")(x)
-            parts = jnp.split(out.reshape(*x.shape[:2], n, -1), np.cumsum(each[:-1]) // n, axis=-1)
-            return [part.reshape(*x.shape[:2], -1) for part in parts]
 
         def heads(x: jax.Array, n: int) -> jax.Array:
             return self.placement.constrain(x.reshape(*x.shape[:2], n, -1), "heads")
@@ -58,7 +51,9 @@ class GatedDeltaNet(ModelPart):
         rate = self.param("A_log", nn.initializers.zeros, (values,), self.param_dtype)
         shift = self.param("dt_bias", nn.initializers.ones, (values,), self.param_dtype)
 
-        q, k, v, z, b, a = [part for name in cfg.linear_projections for part in projected(name)]
+        q, k, v, z, b, a = [
+            part for name in cfg.linear_projections for part in self._project(x, name)
+        ]
         mixed, new_tail = short_convolution(
             *(jnp.concatenate([q, k, v], axis=-1).astype(dtype), taps.astype(dtype), tokens),
             before and before.tail.astype(dtype),
@@ -86,3 +81,12 @@ class GatedDeltaNet(ModelPart):
         if before is None or new_tail is None:
             return out, None
         return out, Recurrent(new_tail.astype(before.tail.dtype), end.astype(before.state.dtype))
+
+    def _project(self, x: jax.Array, name: str) -> list[jax.Array]:
+        """Returns what a projection makes, such as "qkv": [batch, seq, features] each."""
+        cfg = self.config
+        n = cfg.linear_num_key_heads if cfg.linear_projections_joined else 1
+        sizes = [cfg.linear_sizes[part] for part in name]
+        out = dense(self, sum(sizes), use_bias=False, name=f"in_proj_{name}")(x)
+        parts = jnp.split(out.reshape(*x.shape[:2], n, -1), np.cumsum(sizes[:-1]) // n, axis=-1)
+        return [part.reshape(*x.shape[:2], -1) for part in parts]

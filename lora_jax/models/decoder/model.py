@@ -142,10 +142,10 @@ class Period(ModelPart):
                 for part, is_mine in ((layers.cache, not linear), (layers.recurrent, linear))
             )
             mine = PerLayer(layers.windowed[i], layers.apart[i], cache, recurrent)
-            x, found = layer(*self.options, experts=self.experts, linear=linear, name=name)(
+            x, entries = layer(*self.options, experts=self.experts, linear=linear, name=name)(
                 x, step, mine
             )
-            new[linear].append(found)
+            new[linear].append(entries)
         if layers.cache is None:
             return x, None
         stacked = [jax.tree.map(lambda *of: jnp.stack(of), *each) for each in new.values()]

@@ -117,11 +117,11 @@ class _Experts(ModelPart):
     @nn.compact
     def __call__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         cfg = self.config
-        found = [
+        experts = [
             _Kernel(*self.options, shape=(cfg.num_experts, *shape), name=name)()
             for name, shape in cfg.expert_shapes.items()
         ]
-        kernels, biases = zip(*found, strict=True)
+        kernels, biases = zip(*experts, strict=True)
         return kernels, biases if cfg.expert_biases else ()
 
 

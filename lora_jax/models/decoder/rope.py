@@ -40,7 +40,7 @@ def rotations(
       cos and sin, [batch, seq, 1, rotated / 2] each, fp32.
     """
     if local:
-        freqs = jnp.asarray(_plain(config, config.rope_local_theta))
+        freqs = jnp.asarray(_plain_frequencies(config, config.rope_local_theta))
         factor = 1.0
     else:
         freqs = frequencies(config, length)
@@ -78,7 +78,7 @@ def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
     Frequencies that change with every token ("dynamic") are refused: they would not fit the keys in
     a cache, nor what was computed from them.
     """
-    plain = _plain(config, config.rope_theta)
+    plain = _plain_frequencies(config, config.rope_theta)
     scaling = config.rope_scaling
     if scaling is None:
         return jnp.asarray(plain)
@@ -88,18 +88,18 @@ def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
             for factors in (scaling.short_factor, scaling.long_factor)
         )
         return jnp.where(length > scaling.original_max_position_embeddings, long, short)
-    keep = _kept(config, scaling, plain)
+    keep = _kept_share(config, scaling, plain)
     blended = (1.0 - keep) * plain / scaling.factor + keep * plain
     return jnp.asarray(blended.astype(np.float32))
 
 
-def _plain(config: DecoderConfig, theta: float | None) -> np.ndarray:
+def _plain_frequencies(config: DecoderConfig, theta: float | None) -> np.ndarray:
     dim = config.rotary_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return np.float32(1.0) / np.float32(theta) ** exponents
 
 
-def _kept(config: DecoderConfig, scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
+def _kept_share(config: DecoderConfig, scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
     """Returns the part of each frequency that is kept, 0 to 1; the factor divides the rest."""
     if scaling.kind == "linear":
         return np.zeros_like(plain)

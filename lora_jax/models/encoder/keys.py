@@ -36,8 +36,8 @@ def encoder_name(name: str, config: EncoderConfig) -> str:
     stem, _, leaf = name.rpartition(".")
     if stem.endswith("LayerNorm"):
         name = f"{stem}.{_TENSORFLOW.get(leaf, leaf)}"
-    found = _ENCODER.fullmatch(name)
-    return _prefix(config) + found[1] if found else name
+    match = _ENCODER.fullmatch(name)
+    return _prefix(config) + match[1] if match else name
 
 
 def _prefix(config: EncoderConfig) -> str:

@@ -18,7 +18,7 @@ from lora_jax.models.layers.blocks import (
     embed,
     layer_norm,
 )
-from lora_jax.models.layers.encoder import Dense, LayerStack, SelfAttention
+from lora_jax.models.layers.encoder import LayerStack, SelfAttention, WrappedDense
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
 from lora_jax.models.layers.trunk import layer_input
 
@@ -197,7 +197,7 @@ class _Trunk(_Part):
         self.embeddings = Embeddings(*self.options)
         self.encoder = LayerStack(*self.options, layer=_Layer)
         if self.config.has_pooler:
-            self.pooler = Dense(*self.options)
+            self.pooler = WrappedDense(*self.options)
 
     def __call__(
         self,
@@ -232,7 +232,7 @@ class _Layer(_Part):
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
         cfg, args, x = self.config, self.options, layer_input(x, self.remat)
         x = _Attention(*args, name="attention")(x, mask)
-        intermediate = Dense(*args, features=cfg.intermediate_size, name="intermediate")
+        intermediate = WrappedDense(*args, features=cfg.intermediate_size, name="intermediate")
         inner = activate(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))
         x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
         return self.placement.constrain(x, "residual"), None

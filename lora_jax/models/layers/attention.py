@@ -135,7 +135,7 @@ class Implementation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(Implementation):
+class DenseAttention(Implementation):
     """Computes attention with all scores at once, [batch, heads, seq, keys].
 
     Heads lead in all operands, and the result is divided rather than the weights: otherwise XLA
@@ -186,7 +186,7 @@ class Dense(Implementation):
         return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-DENSE = Dense()
+DENSE = DenseAttention()
 
 
 def add_sinks(

@@ -220,5 +220,5 @@ def insert_vectors(x: jax.Array, at: jax.Array | None, vectors: jax.Array | None
     if at is None or vectors is None:
         return x
     order = jnp.maximum(jnp.cumsum(at, axis=1) - 1, 0)[..., None]
-    found = jnp.take_along_axis(vectors.astype(x.dtype), order, axis=1, mode="fill")
-    return jnp.where(at[..., None], found, x)
+    placed = jnp.take_along_axis(vectors.astype(x.dtype), order, axis=1, mode="fill")
+    return jnp.where(at[..., None], placed, x)

@@ -135,10 +135,10 @@ def _attend_span(
       As q.
     """
 
-    def one(q: jax.Array, queries: MaskTokens) -> jax.Array:
+    def attend_queries(q: jax.Array, queries: MaskTokens) -> jax.Array:
         return _attend_block(q, keys, values, mask.visible(queries), softmax)
 
-    return _map_blocks(one, q, mask.queries, block)
+    return _map_blocks(attend_queries, q, mask.queries, block)
 
 
 def _attend_pairs(
@@ -178,23 +178,26 @@ def _attend_pairs(
         seen = visible_tiles(first, all_keys, all_values, tokens)
         pair = (i, count - 1 - i)
 
-        def one(q: jax.Array, queries: MaskTokens, seen: Any = seen) -> jax.Array:
+        def attend_queries(q: jax.Array, queries: MaskTokens, seen: Any = seen) -> jax.Array:
             return attend_pair(q, queries, seen, mask, softmax)
 
         both = jnp.stack([mine[:, at] for at in pair], axis=2)
         queries = jax.tree.map(
             lambda x, pair=pair: jnp.stack([x[..., at, :] for at in pair], axis=-2), looking
         )
-        outs.append(_map_blocks(one, both, queries, block))
+        outs.append(_map_blocks(attend_queries, both, queries, block))
     out = jnp.stack([x[:, :, 0] for x in outs] + [x[:, :, 1] for x in reversed(outs)], axis=1)
     return out.reshape(q.shape)
 
 
 def _map_blocks(
-    one: Callable[[jax.Array, MaskTokens], jax.Array], q: jax.Array, queries: MaskTokens, block: int
+    body: Callable[[jax.Array, MaskTokens], jax.Array],
+    q: jax.Array,
+    queries: MaskTokens,
+    block: int,
 ) -> jax.Array:
-    """Computes ``one``, again in the backward pass, for each block of q [batch, seq, …]."""
-    run = jax.checkpoint(one, policy=KEEPS_SUMS)
+    """Computes ``body``, again in the backward pass, for each block of q [batch, seq, …]."""
+    run = jax.checkpoint(body, policy=KEEPS_SUMS)
     seq, outs = q.shape[1], []
     looped = seq - seq % block
     if looped:

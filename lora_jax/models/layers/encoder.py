@@ -35,7 +35,7 @@ class SelfAttention(ModelPart):
         return out if self.output is None else dense(self, width, name=self.output)(out)
 
 
-class Dense(ModelPart):
+class WrappedDense(ModelPart):
     """A layer that Hugging Face wraps in a module of its own; d_model wide by default."""
 
     features: int | None = None

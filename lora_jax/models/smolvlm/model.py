@@ -90,8 +90,8 @@ class _Trunk(ModelPart):
                 f"pixel_values of shape {pixels.shape}: [{batch}, images, "
                 f"{', '.join(map(str, shape))}] is needed"
             )
-        found = self.connector(self.vision_model(pixels.reshape(-1, *shape)))
-        return found.reshape(batch, -1, found.shape[-1])
+        vectors = self.connector(self.vision_model(pixels.reshape(-1, *shape)))
+        return vectors.reshape(batch, -1, vectors.shape[-1])
 
 
 class _Connector(ModelPart):

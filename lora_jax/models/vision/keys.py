@@ -20,8 +20,8 @@ OTHER_PARTS = re.compile(
 
 def vision_name(name: str, config: VisionConfig) -> str:
     """Returns the table's name of a file's tensor: a bare encoder's has no prefix ("vit.")."""
-    found = _TRUNK.fullmatch(name)
-    return _prefix(config) + found[1] if found else name
+    match = _TRUNK.fullmatch(name)
+    return _prefix(config) + match[1] if match else name
 
 
 def _prefix(config: VisionConfig) -> str:

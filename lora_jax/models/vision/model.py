@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, PatchProjection, activate, dense, layer_norm
-from lora_jax.models.layers.encoder import Dense, LayerStack, SelfAttention, TwoLayerMLP
+from lora_jax.models.layers.encoder import LayerStack, SelfAttention, TwoLayerMLP, WrappedDense
 from lora_jax.models.layers.masks import Mask, bidirectional_mask
 from lora_jax.models.layers.trunk import layer_input
 from lora_jax.models.vision.config import VisionConfig
@@ -123,9 +123,9 @@ class _Layer(_Part):
         if "mlp" in facts.mlp[0]:
             added = TwoLayerMLP(*args, name="mlp")(normed)
         else:
-            inner = Dense(*args, features=cfg.intermediate_size, name="intermediate")(normed)
+            inner = WrappedDense(*args, features=cfg.intermediate_size, name="intermediate")(normed)
             inner = self.placement.constrain(activate(cfg.hidden_act, inner), "features")
-            added = Dense(*args, name="output")(inner)
+            added = WrappedDense(*args, name="output")(inner)
         x = x + self._scaled(2, added)
         return self.placement.constrain(x, "residual"), None
 
@@ -141,7 +141,7 @@ class _Attention(_Part):
         args, bias = self.options, self.config.qkv_bias
         attention = SelfAttention(*args, use_bias=bias, name="attention")
         seen = attention(self.placement.constrain(x, "inputs"), mask)
-        out: jax.Array = Dense(*args, name="output")(seen)
+        out: jax.Array = WrappedDense(*args, name="output")(seen)
         return out
 
 

@@ -135,14 +135,14 @@ class Flash(Implementation):
         """Returns the number of blocks that rows of one text visit, for plans; see ``Splash``."""
         parts = mask.split.parts if mask.split else 1
 
-        def of(window: int | None) -> int:
+        def count(window: int | None) -> int:
             pairs = self.pairs(keys, mask.split, causal=mask.causal, window=window)
             return pairs // (self.queries * self.keys)
 
         blocks = parts * queries * keys // (self.queries * self.keys)
         if mask.windowed is None or mask.window is None:
-            return f"blocks_{of(mask.window)}_of_{blocks}"
-        return f"blocks_{of(None)}_or_{of(mask.window)}_of_{blocks}"
+            return f"blocks_{count(mask.window)}_of_{blocks}"
+        return f"blocks_{count(None)}_or_{count(mask.window)}_of_{blocks}"
 
 
 class _Tokens(NamedTuple):
@@ -306,7 +306,7 @@ class _Call:
         self, kernel: Any, name: str, grid: Any, bounds: Any, tokens: _Tokens, ins: Any, outs: Any
     ) -> Any:
         """Runs a kernel: on its bounds and tokens, then on the arrays with their blocks."""
-        one = pl.BlockSpec((None, None), lambda i, h, b: (b, i))
+        bound = pl.BlockSpec((None, None), lambda i, h, b: (b, i))
         whole = [
             pl.BlockSpec((self.queries,), lambda i, h, b: (0,)),
             pl.BlockSpec((None, self.queries), lambda i, h, b: (b, 0)),
@@ -316,7 +316,7 @@ class _Call:
         return pl.pallas_call(
             functools.partial(kernel, self.how, self.head_dim),
             grid=grid,
-            in_specs=[one, one, *whole, *(spec for _, spec in ins)],
+            in_specs=[bound, bound, *whole, *(spec for _, spec in ins)],
             out_specs=[spec for _, spec in outs],
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs],
             compiler_params=triton.CompilerParams(

@@ -99,14 +99,14 @@ class Splash(Implementation):
         if sinks is not None:
             sinks = sinks.astype(q.dtype)  # the kernel's gradient of them has this dtype
 
-        def one(row: tuple[jax.Array, ...]) -> jax.Array:
+        def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v = (x.transpose(1, 0, 2) for x in row[:3])
             with jax.named_scope(visits):
                 out: jax.Array = kernel(q, k, v, kernels.SegmentIds(*row[3:]), sinks)
             return out.transpose(1, 0, 2)
 
         # Row by row: the kernel writes 128 fp32 copies of each query's logsumexp.
-        rows: jax.Array = lax.map(one, (q, k, v, *segments))
+        rows: jax.Array = lax.map(attend_row, (q, k, v, *segments))
         return rows[:, :seq]
 
     def _kernel(
@@ -125,7 +125,7 @@ class Splash(Implementation):
         band = _Band(parts * queries, keys, mask.causal, window, split)
         size, key_size = self._blocks(band)
 
-        def made(band: _Band) -> Any:
+        def make(band: _Band) -> Any:
             sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size)
             sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), key_size)
             hides = band.causal or band.window is not None
@@ -143,10 +143,10 @@ class Splash(Implementation):
 
         visited, blocks = band.visits(size, key_size)
         if choice is None or window is None:
-            return made(band), f"blocks_{visited}_of_{blocks}"
+            return make(band), f"blocks_{visited}_of_{blocks}"
         without, within = (dataclasses.replace(band, some=marked) for marked in (False, True))
         kernel = jax.tree.map(
-            lambda one, other: _either(choice, one, other), made(within), made(without)
+            lambda first, second: _either(choice, first, second), make(within), make(without)
         )
         every, _ = without.visits(size, key_size)
         return kernel, f"blocks_{every}_or_{visited}_of_{blocks}"
@@ -173,14 +173,14 @@ def _part(table: jax.Array, split: Split | None) -> jax.Array:
     return lax.dynamic_slice_in_dim(table, lax.axis_index(split.axis) * size, size, axis)
 
 
-def _either(choice: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+def _either(choice: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     """Chooses a table; the smaller is filled up with zeros, which are no visits."""
-    shape = np.maximum(one.shape, other.shape)
-    dtype = np.promote_types(one.dtype, other.dtype)
-    one, other = (
-        jnp.pad(x, [(0, more) for more in shape - x.shape]).astype(dtype) for x in (one, other)
+    shape = np.maximum(first.shape, second.shape)
+    dtype = np.promote_types(first.dtype, second.dtype)
+    first, second = (
+        jnp.pad(x, [(0, more) for more in shape - x.shape]).astype(dtype) for x in (first, second)
     )
-    return jnp.where(choice, one, other)
+    return jnp.where(choice, first, second)
 
 
 @dataclasses.dataclass(frozen=True)
