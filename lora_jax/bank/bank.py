@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import peft
-from lora_jax.bank.held import HeldNodes
-from lora_jax.bank.locked import locked
+from lora_jax.bank.held import HeldNodes, locked
 from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import map_slots, slots_of

@@ -1,11 +1,15 @@
-"""Arrays that are handed out without a copy, and stay as they are while someone holds them."""
+"""Arrays that are handed out without a copy, and objects that threads share."""
 
+import functools
 import weakref
+from typing import Any, TypeVar, cast
 
 import jax
 
 from lora_jax.bank.slots import Slots, slots_of
-from lora_jax.core.types import Adapter, Tree
+from lora_jax.core.types import Adapter, Forward, Tree
+
+_Method = TypeVar("_Method", bound=Forward)
 
 
 class HeldNodes:
@@ -32,3 +36,14 @@ class HeldNodes:
         # The copy lies as the arrays do, and nothing is compiled for it.
         copy: Adapter = jax.device_put(arrays, may_alias=False)
         return copy
+
+
+def locked(method: _Method) -> _Method:
+    """Returns a method that holds the object's ``_lock``: no other thread runs one meanwhile."""
+
+    @functools.wraps(method)
+    def alone(self: Any, /, *args: object, **kwargs: object) -> object:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, alone)

@@ -16,10 +16,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.axes import AxisRoles
+from lora_jax.core.base import NoArray
 from lora_jax.core.parts import NEUTRAL, RANK, STATIC
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Shaped, Tree
-from lora_jax.core.weight import LoraWeight, NoArray, Trained, is_leaf
+from lora_jax.core.weight import LoraWeight, Trained, is_leaf
 
 # A product with all slots' factors at once reads each of them and multiplies by slots·r columns;
 # above this number, each example gets a copy of its own adapter's factors instead.

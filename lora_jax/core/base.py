@@ -9,7 +9,7 @@ backward pass.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Protocol
+from typing import NoReturn, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,23 @@ class _View:
             return None
         source = self.source.along(move, touched)
         return None if source is None else dataclasses.replace(self, source=source)
+
+
+class NoArray:
+    """A dataclass whose objects say what to do where they are taken for arrays."""
+
+    how_to_use: str
+
+    def replace(self, **changes: Leaf) -> Self:
+        """Returns a copy with other values in some of the attributes."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} {self.how_to_use}.")
+
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
 
 
 def is_base(value: Leaf) -> bool:

@@ -9,14 +9,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Literal, NoReturn, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.core.aliases import restore_form
 from lora_jax.core.axes import AxisRoles, Label
-from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.base import NoArray, along, as_array, is_base
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
@@ -24,23 +24,6 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
 _NOT_IN_PRODUCTS = ("start_a", "start_b", "seed")  # of `lora_jax.core.parts.AXES`
-
-
-class NoArray:
-    """A dataclass whose objects say what to do where they are taken for arrays."""
-
-    how_to_use: str
-
-    def replace(self, **changes: Leaf) -> Self:
-        """Returns a copy with other values in some of the attributes."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-    def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} {self.how_to_use}.")
-
-    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
 
 
 class _Node(NoArray):

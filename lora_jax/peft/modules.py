@@ -243,3 +243,8 @@ def pattern_value(patterns: Mapping[str, _Value] | None, name: str, default: _Va
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
+
+
+def module_of(name: str) -> str:
+    """Returns the name of the module that has a tensor."""
+    return name.rpartition(".")[0]

@@ -4,9 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
 from lora_jax.core.base import as_array
@@ -26,6 +24,7 @@ from lora_jax.peft.modules import (
     Module,
     ends_with,
     kind_of,
+    module_of,
     modules,
     places,
     tables_of,
@@ -90,9 +89,10 @@ def save(
     folder = local_path(folder).absolute()
     check_free(folder, overwrite, configuration.FILE, "adapter's")
     config, tensors = contents(model, params, embedding_layers)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if for_serving:
         config, tensors = as_served(config, tensors, model)
-    elif any(".mlp.shared_expert." in key for key in tensors) and _takes_for_experts(model):
+    elif any(".mlp.shared_expert." in key for key in tensors) and model_type == "qwen3_next":
         raise PeftError(
             "PEFT takes gate_proj, up_proj and down_proj of a qwen3_next model for its experts', "
             "and cannot hold an adapter of shared_expert: leave it out "
@@ -106,11 +106,6 @@ def save(
         for file, content in (("README.md", readme), (TEMPLATE_FILE, chat_template)):
             if content is not None:
                 (partial / file).write_text(content, encoding="utf-8")
-
-
-def _takes_for_experts(model: Model) -> bool:
-    """Returns True if PEFT renames every gate_proj, up_proj and down_proj, as of Qwen2-MoE."""
-    return getattr(getattr(model, "config", None), "model_type", None) == "qwen3_next"
 
 
 def contents(
@@ -151,9 +146,8 @@ class _Contents:
         experts: Sequence[Expert],
         embedding_layers: bool,
     ) -> None:
-        self._embedding_layers = embedding_layers
         self._rows, self._places = {row.path: row for row in table}, places(table)
-        self._leaves = leaves
+        self._leaves, self._embedding_layers = leaves, embedding_layers
         self._lora = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
         self._trained = {p: n for p, n in nodes.items() if not isinstance(n, LoraWeight)}
         tied = [row for row in table if row.aliases]
@@ -201,12 +195,12 @@ class _Contents:
     def _settings(self) -> JsonObject:
         """Returns the fields that PEFT has once for all adapted modules."""
         nodes = list(self._lora.values())
-        found: dict[str, set[Any]] = {
+        settings: dict[str, set[bool | float]] = {
             str(form.field): {name in node.has for node in nodes} for name, form in VECTORS.items()
         }
-        found["lora_dropout"] = {float(node.dropout) for node in nodes}
+        settings["lora_dropout"] = {float(node.dropout) for node in nodes}
         may_differ = [form.field for form in VECTORS.values() if form.fill is not None]
-        for name, values in found.items():
+        for name, values in settings.items():
             if len(values) > 1 and name not in may_differ:
                 raise PeftError(f"PEFT has one {name} for all modules; here they differ")
         return {
@@ -219,7 +213,7 @@ class _Contents:
             "fan_in_fan_out": False,
             "use_rslora": False,
             "ensure_weight_tying": self._tied,
-            **{name: max(values, default=False) for name, values in found.items()},
+            **{name: max(values, default=False) for name, values in settings.items()},
         }
 
     def _write(self, module: Module) -> tuple[int, float]:
@@ -256,11 +250,7 @@ class _Contents:
 
     @staticmethod
     def _factors(
-        a: jax.Array | np.ndarray,
-        b: jax.Array | np.ndarray,
-        node: LoraWeight,
-        at: tuple[int, ...],
-        rank: int,
+        a: Leaf, b: Leaf, node: LoraWeight, at: tuple[int, ...], rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns A [r, in] and B [r, out] of one member of a stack, without padding."""
         a, b = (np.asarray(v[at] if at else v) for v in (a, b))
@@ -344,7 +334,7 @@ class _Contents:
             row = self._rows[path]
             names = row.hf_names
             if isinstance(node, TrainedRows) and node.is_table:
-                name = _module_of(row.hf)
+                name = module_of(row.hf)
                 tokens[name] = list(node.rows)
                 self._put(token_key(name), np.asarray(node.value))
                 continue
@@ -356,14 +346,14 @@ class _Contents:
                 )
             (biases if row.hf.endswith(".bias") else whole).extend(names)
         adapted = {module.name for module in self._adapted}
-        saved = {_module_of(name) for name in whole}
+        saved = {module_of(name) for name in whole}
         if wrong := sorted(saved & adapted):
             raise PeftError(f"{wrong[0]} is adapted and trains in full; PEFT has one or the other")
-        loose = [name for name in biases if _module_of(name) not in saved]
+        loose = [name for name in biases if module_of(name) not in saved]
         kind = self._bias_kind(loose, adapted, saved)
         if kind is None:  # biases of modules of their own (norms): save these whole
-            saved |= {_module_of(name) for name in loose} - adapted
-            loose = [name for name in loose if _module_of(name) in adapted]
+            saved |= {module_of(name) for name in loose} - adapted
+            loose = [name for name in loose if module_of(name) in adapted]
             kind = self._bias_kind(loose, adapted, saved)
         if kind is None:
             raise PeftError(
@@ -373,7 +363,7 @@ class _Contents:
         for name in loose:
             self._put(bias_key(name, adapted), self._tensor(name))
         for name in self._places:
-            if _module_of(name) in saved:
+            if module_of(name) in saved:
                 self._put(f"{PREFIX}{name}", self._tensor(name))
         return {
             "bias": kind,
@@ -384,8 +374,8 @@ class _Contents:
     def _bias_kind(self, names: Sequence[str], adapted: set[str], saved: set[str]) -> str | None:
         """Returns PEFT's `bias` for trained biases other than saved modules'; None if none fits."""
         every = {name for name in self._places if name.endswith(".bias")}
-        every = {name for name in every if _module_of(name) not in saved}
-        of_adapted = {name for name in every if _module_of(name) in adapted}
+        every = {name for name in every if module_of(name) not in saved}
+        of_adapted = {name for name in every if module_of(name) in adapted}
         if not names:
             return "none"
         if set(names) == of_adapted:
@@ -395,7 +385,7 @@ class _Contents:
     def _name_whole_head(self, saved: set[str]) -> list[str]:
         """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
         places = self._places.items()
-        head = {_module_of(name) for name, (row, _) in places if kind_of(row) == "classifier"}
+        head = {module_of(name) for name, (row, _) in places if kind_of(row) == "classifier"}
         whole = {name.partition(".")[0] for name in head}
         return sorted((saved | whole) - head if whole != head <= saved else saved)
 
@@ -406,8 +396,3 @@ class _Contents:
         whole = leaf.merged() if isinstance(leaf, Trained | TrainedRows) else leaf
         array: np.ndarray = np.asarray(whole)[index]
         return array.T if row.transpose else array
-
-
-def _module_of(name: str) -> str:
-    """Returns the name of the module that has a tensor."""
-    return name.rpartition(".")[0]

@@ -89,6 +89,12 @@ def _facing(weight: Factored, dims: Sequence[Sequence[int]], role: Label) -> Fac
     return weight if side == role else mirrored(weight)
 
 
+def _part(weight: Factored, name: str, held: Sequence[str], rank: str) -> Lettered:
+    """Returns a factor with the letters of its axes, given those of the weight's and its rank's."""
+    places = weight.layout(name)
+    return weight.parts[name], [rank if axis == RANK else held[axis] for axis in places]
+
+
 def _chained(use: Use, left: Factored, right: Factored) -> Factored:
     """Returns the product; its axes are the shared stack's, then the left's, then the right's."""
     contract, batch = use.params["dimension_numbers"]
@@ -122,10 +128,6 @@ def _chained(use: Use, left: Factored, right: Factored) -> Factored:
         how = {"precision": precision, "preferred_element_type": wide(dtype)}
         return jnp.einsum(spec, *arrays, **how), [*out]
 
-    def part(weight: Factored, name: str, held: Sequence[str], rank: str) -> Lettered:
-        places = weight.layout(name)
-        return weight.parts[name], [rank if axis == RANK else held[axis] for axis in places]
-
     def all_over(array: jax.Array, held: Sequence[str], out: Sequence[str]) -> jax.Array:
         """Returns an array as [stack…, rank, …], repeated along the stack's axes that it lacks."""
         order = [name for name in out if name in held]
@@ -136,8 +138,8 @@ def _chained(use: Use, left: Factored, right: Factored) -> Factored:
 
     left, right = scale_in_a(left), scale_in_a(right)
     kind = functools.reduce(jnp.promote_types, [w.a.dtype for w in (left, right)], wide(base.dtype))
-    a1, b1 = part(left, "a", of_left, y), part(left, "b", of_left, y)
-    a2, b2 = part(right, "a", of_right, z), part(right, "b", of_right, z)
+    a1, b1 = _part(left, "a", of_left, y), _part(left, "b", of_left, y)
+    a2, b2 = _part(right, "a", of_right, z), _part(right, "b", of_right, z)
     w1, w2 = (as_array(left.base), of_left), (as_array(right.base), of_right)
     inner = times(b1, a2, [*stack, y, z], kind)
     b1w2 = times(b1, w2, [*stack, y, *columns], w2[0].dtype)[0].astype(kind)

@@ -27,6 +27,19 @@ def _gather(_: Interpreter, use: Use) -> Outcome:
     return None if rows is None else [rows]
 
 
+def _indexed_axis(
+    numbers: lax.GatherDimensionNumbers, sizes: tuple[int, ...], shape: tuple[int, ...]
+) -> int | None:
+    """Returns the one axis that a gather indexes, where it takes all others whole; else None."""
+    cut = [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
+    cut = cut or list(numbers.start_index_map)
+    if len(cut) != 1:
+        return None
+    (axis,) = cut
+    whole = tuple(1 if a == axis else n for a, n in enumerate(shape))
+    return axis if sizes == whole and numbers.collapsed_slice_dims in ((), (axis,)) else None
+
+
 def _looked_up(
     weight: Factored,
     indices: jax.Array,
@@ -41,15 +54,10 @@ def _looked_up(
     if numbers.operand_batching_dims:
         return _looked_up_by_member(weight, indices, numbers, sizes, use)
     shape = weight.base.shape
-    cut = [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
-    cut = cut or list(numbers.start_index_map)
-    if len(cut) != 1:
+    axis = _indexed_axis(numbers, sizes, shape)
+    if axis is None:
         return None
-    (axis,) = cut
     offsets = list(numbers.offset_dims)
-    whole = tuple(1 if a == axis else n for a, n in enumerate(shape))
-    if sizes != whole or numbers.collapsed_slice_dims not in ((), (axis,)):
-        return None
     if len(numbers.start_index_map) > 1:
         if use.params["mode"] is lax.GatherScatterMode.FILL_OR_DROP:
             return None  # there, an index along an axis that is taken whole can drop a row

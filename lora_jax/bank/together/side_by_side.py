@@ -88,11 +88,8 @@ def side_by_side(
         for name in runs:
             take_turn(name, None)
         while numbers:
-            batches: dict[str, HostBatch] = {}
-            for name, number in [*numbers.items()]:
-                batch = advance(name, _made, runs[name], number)
-                if batch is not None:
-                    batches[name] = batch
+            made = {name: advance(name, _made, runs[name], n) for name, n in [*numbers.items()]}
+            batches = {name: batch for name, batch in made.items() if batch is not None}
             metrics = step(batches) if batches else {}
             for name, batch in batches.items():
                 take_turn(name, (metrics[name], runs[name].tokens(batch)))

@@ -195,31 +195,10 @@ class StackSteps(NamedTuple):
     step_one: jax.stages.Wrapped
 
 
-def compiled_steps(
-    kind: StackKind,
-    forward: Logits,
-    both_axes: tuple[Tree, Tree],
-    where: tuple[Tree, Tree] | None,
-    compiler_options: Mapping[str, str] | None,
-) -> StackSteps:
-    """Returns a stack's steps.
-
-    Gradients are taken side by side, updates one after the other: an update is as it is alone, and
-    what it computes with is held for one adapter at a time.
-    """
-    axes, axes_of_fixed = both_axes
-    noisy = neftune(forward, kind.noise) if kind.noise else forward
-    gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
-
-    def gradient_of_one(
-        state: State, fixed: Arrays, base: Tree, batch: Batch
-    ) -> tuple[Sums, Adapter]:
-        whole = tree_of(kind, base, state.adapter, fixed)
-        return gradient(state, split(whole)[1], batch)
-
-    gradients = jax.vmap(
-        gradient_of_one, in_axes=(axes, axes_of_fixed, None, 0), out_axes=(0, axes.adapter)
-    )
+def _make_slot_update(
+    kind: StackKind, axes: Tree, axes_of_fixed: Tree
+) -> Callable[..., tuple[State, Metrics]]:
+    """Returns the function that updates the adapter in one slot of a stack."""
 
     def updated(
         state: State,
@@ -250,6 +229,37 @@ def compiled_steps(
         new, metrics = update(one, sums, grads)
         new = new._replace(step=jnp.where(active, new.step, one.step))
         return replaced(state, new, slot, axes), metrics
+
+    return updated
+
+
+def compiled_steps(
+    kind: StackKind,
+    forward: Logits,
+    both_axes: tuple[Tree, Tree],
+    where: tuple[Tree, Tree] | None,
+    compiler_options: Mapping[str, str] | None,
+) -> StackSteps:
+    """Returns a stack's steps.
+
+    Gradients are taken side by side, updates one after the other: an update is as it is alone, and
+    what it computes with is held for one adapter at a time.
+    """
+    axes, axes_of_fixed = both_axes
+    noisy = neftune(forward, kind.noise) if kind.noise else forward
+    gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
+
+    def gradient_of_one(
+        state: State, fixed: Arrays, base: Tree, batch: Batch
+    ) -> tuple[Sums, Adapter]:
+        whole = tree_of(kind, base, state.adapter, fixed)
+        return gradient(state, split(whole)[1], batch)
+
+    gradients = jax.vmap(
+        gradient_of_one, in_axes=(axes, axes_of_fixed, None, 0), out_axes=(0, axes.adapter)
+    )
+
+    updated = _make_slot_update(kind, axes, axes_of_fixed)
 
     def step_all(
         state: State,

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lora_jax.bank.locked import locked
+from lora_jax.bank.held import locked
 from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.stored import BankError
