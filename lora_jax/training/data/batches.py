@@ -42,7 +42,7 @@ class Examples:
 
     @property
     def mixture(self) -> Shares | None:
-        """Returns how many rows an epoch draws of each data set; None for each row once."""
+        """Returns the rows that an epoch draws of each data set; None for each row once."""
         return None
 
     def take(self, rows: np.ndarray) -> HostBatch:
@@ -55,7 +55,7 @@ class Examples:
             yield self.take(np.arange(first, min(first + batch_size, len(self))))
 
     def tokens(self, batch: HostBatch) -> int:
-        """Returns how much is in a batch, without padding; see `unit`."""
+        """Returns the number of units in a batch, without padding; see `unit`."""
         raise NotImplementedError
 
     def name(self, row: int) -> str:
@@ -94,7 +94,7 @@ class Padded(Examples):
     """Holds rows that batches pad to the smallest of a few lengths that holds them."""
 
     def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
-        """Returns those lengths, ascending, and the number of places that each row needs: [n]."""
+        """Returns the lengths, ascending, and the number of places that each row needs: [n]."""
         raise NotImplementedError
 
     @functools.cached_property
@@ -122,7 +122,7 @@ class Further(Protocol):
     """Further arrays of each row of the data, such as its images."""
 
     def arrays(self, origin: int, row: int) -> HostBatch:
-        """Returns those of a row of a data set, always of the same shapes."""
+        """Returns the arrays of a row of a data set, always of the same shapes."""
 
     def digest(self) -> str:
         """Returns a fingerprint of all."""
@@ -210,7 +210,7 @@ class Packs(Padded):
         return self.table.ids[here], counts
 
     def _begins(self, row: int) -> np.ndarray:
-        """Returns where each sequence of a row begins in the table, and the last one ends."""
+        """Returns the begin of each sequence of a row in the table, and the end of the last one."""
         return self.table.starts[self.firsts[row] : self.firsts[row + 1] + 1]
 
     def _fill(self, arrays: HostBatch, row: int) -> None:
