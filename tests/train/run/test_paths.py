@@ -17,7 +17,7 @@ from lora_jax.training.arguments import check_folder
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.run.checkpoints import Checkpoints
 from tests.train.scripts import fails
-from train import classify, distill, dpo, grpo, progress, sft
+from train import classify, distill, dpo, grpo, inputs, sft
 from train.compare import __main__ as compare
 from train.compare.options import CompareConfig
 from train.console.errors import UserError
@@ -94,7 +94,7 @@ def test_files_of_options_and_tables_are_refused_by_their_lines(tmp_path, capsys
     said = fails(capsys, findings.main, "rates", "--test", BUCKET)
     assert said.startswith(f"--test {BUCKET} is no path") and not Path("runs").exists()
     with pytest.raises(UserError, match=f"--sample-prompts {BUCKET}.txt is no path"):
-        progress._read([f"{BUCKET}.txt"])
+        inputs._read([f"{BUCKET}.txt"])
     assert not (tmp_path / "many").exists()
 
 
