@@ -216,6 +216,8 @@ def test_options_look_at_no_file_and_name_no_task():
     plan = {name: text for name, text in SOURCES.items() if name.startswith("train.plan.")}
     scripts = {name: text for name, text in SOURCES.items() if name in nameless}
     assert names_in(options | plan | scripts, names) == []
+    del plan["train.plan.tasks"]  # has a row for each script that can be planned
+    assert names_in(plan, {"sft", "dpo", "grpo"}) == []
 
 
 @pytest.mark.parametrize("script", TRAINERS)

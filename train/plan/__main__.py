@@ -27,17 +27,17 @@ from train.options.common import AdapterConfig, OptimConfig, check_offload
 from train.options.optim import fill_optimizer_defaults
 from train.options.rope import parse_rope_scaling
 from train.plan.compile import Plan, plan
-from train.plan.job import DPO, GRPO, PlanJob, PlanVariant
+from train.plan.job import PlanJob, PlanVariant
 from train.plan.largest import largest_fit
 from train.plan.machines import Machine, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
+from train.plan.tasks import TASKS
 from train.processes.mesh import make_mesh
 from train.run.pretrained import ModelInfo, read_shapes
 
 _ROW_UNIT = 256  # --longest counts rows in multiples of it
 _MOST_ROWS = 2**16  # of a batch that --largest-batch tries
-_ROWS = {DPO: "pairs", GRPO: "completions"}  # what rows are called, where not rows
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -87,9 +87,9 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
       UserError: not even the smallest fits.
     """
     asked = options.plan
-    first, what = asked.seq_len, f"tokens a {'sequence' if asked.task == DPO else 'row'}"
+    first, what = asked.seq_len, f"tokens a {TASKS[asked.task].row}"
     if asked.largest_batch:
-        first, what = asked.batch_size, f"{_ROWS.get(asked.task, 'rows')} a batch"
+        first, what = asked.batch_size, f"{TASKS[asked.task].rows} a batch"
     # The rows to begin with may be longer than the model allows.
     job, optim = make_job(_resized(asked, _ROW_UNIT) if asked.longest else asked)
     machine, (variant,) = job.machine, variants(options)
@@ -166,7 +166,7 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
                 f"sequences, and the mesh splits a batch into {layout.batch_parts} parts: give a "
                 f"larger --batch-size, or a --mesh with less of data and fsdp"
             )
-    group, max_new_tokens = asked.drawn if asked.task == GRPO else (1, 0)
+    group, max_new_tokens = asked.drawn if TASKS[asked.task].draws else (1, 0)
     job = PlanJob(
         outline=outline,
         layout=layout,
@@ -254,9 +254,10 @@ def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:
 def _rows(job: PlanJob) -> str:
     """Returns the batch of a step in words."""
     n, what = job.batch_size * job.grad_accum, f"{job.seq_len} tokens"
-    if job.task == DPO:
-        return f"{n} {'pair' if n == 1 else 'pairs'} of 2 × {what}"
-    if job.task == GRPO:
+    if (each := job.kind.sequences) > 1:
+        rows = job.kind.rows
+        return f"{n} {rows.removesuffix('s') if n == 1 else rows} of {each} × {what}"
+    if job.kind.draws:
         parts = f"{job.seq_len - job.max_new_tokens} + {job.max_new_tokens}"
         return f"{n} completions, {job.group} of a prompt, of {parts} tokens"
     if job.images:
@@ -276,7 +277,7 @@ def estimate(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, float
         seconds = made.flops_per_chip / (machine.flops * asked.utilisation)
         if asked.tokens is not None:
             tokens_a_step = asked.batch_size * asked.grad_accum * asked.seq_len
-            tokens_a_step *= 1 + (asked.task == DPO)
+            tokens_a_step *= TASKS[asked.task].sequences
             hours = asked.tokens / tokens_a_step * seconds * machine.n_chips / 3600
             cost = None if asked.price is None else hours * asked.price
     return {"step_seconds": seconds, "chip_hours": hours, "cost": cost}

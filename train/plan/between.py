@@ -17,15 +17,9 @@ from lora_jax.models.layers.cache import init_cache
 from lora_jax.training import make_scorer
 from lora_jax.training.layout import Layout
 from train.live.reference import running, sequence_scorer
-from train.plan.job import DPO, GRPO, SFT, Task, bytes_per_device
+from train.plan.job import bytes_per_device
+from train.plan.tasks import REFERENCE, SAMPLER, SCORER
 from train.run.report import tree_bytes
-
-REFERENCE, SCORER, SAMPLER = "reference", "scorer", "sampler"
-BETWEEN: dict[Task, tuple[str, ...]] = {
-    SFT: (),
-    DPO: (REFERENCE,),
-    GRPO: (SCORER, SAMPLER),
-}  # by task
 
 
 class Program(NamedTuple):

@@ -1,7 +1,7 @@
 """The subject of a plan: model, machine and batch, a variant, and the shapes of these."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,19 @@ import lora_jax as lj
 from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import ONLINE, Loss, pair_loss, rollout_loss, token_loss
+from lora_jax.training.losses import Loss
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
 from train.options.common import AdapterConfig
 from train.options.conditions import NO_ADAPTER
 from train.plan.machines import Machine
+from train.plan.tasks import PLAIN, TASKS, PlannedTask, Task
 from train.run.pretrained import ModelInfo
 from train.run.report import tree_bytes
 from train.run.rules import rules
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"offload": "remat to the host", "dots_with_no_batch_dims_saveable": "remat but dense"}
-Task = Literal["sft", "dpo", "grpo"]
-SFT: Task = "sft"
-DPO: Task = "dpo"
-GRPO: Task = "grpo"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,7 @@ class PlanJob:
       dtype: the dtype of the base and its activations; trained parameters are fp32.
       attention, experts: the implementations of attention and of experts, by name.
       task: the script that trains.
-      group, max_new_tokens: completions of a prompt and tokens of one, of GRPO.
+      group, max_new_tokens: completions of a prompt and tokens of one, where they are drawn.
       images: images of a row, or the tiles that they are cut into.
     """
 
@@ -58,28 +55,30 @@ class PlanJob:
     dtype: str
     attention: str = "auto"
     experts: str = "auto"
-    task: Task = SFT
+    task: Task = PLAIN
     group: int = 1
     max_new_tokens: int = 0
     images: int = 0
 
     @property
+    def kind(self) -> PlannedTask:
+        """Returns the facts about the rows of the task."""
+        return TASKS[self.task]
+
+    @property
     def row(self) -> int:
         """Returns the tokens of a row: those of a pair are of two sequences."""
-        return 2 * self.seq_len if self.task == DPO else self.seq_len
+        return self.kind.sequences * self.seq_len
 
     @property
     def predicted(self) -> int:
         """Returns the tokens of a row that the loss counts."""
-        return self.max_new_tokens if self.task == GRPO else self.row
+        return self.max_new_tokens if self.kind.draws else self.row
 
     @property
     def loss(self) -> Loss:
         """Returns the function to minimise."""
-        split: dict[str, Any] = {"chunk": self.loss_chunk, "parts": self.layout.sequence_parts}
-        if self.task == DPO:
-            return pair_loss("sigmoid", **split)
-        return rollout_loss(ONLINE["dapo"], **split) if self.task == GRPO else token_loss(**split)
+        return self.kind.loss(chunk=self.loss_chunk, parts=self.layout.sequence_parts)
 
     @property
     def chosen(self) -> AttentionChoice:
@@ -179,11 +178,11 @@ def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
     by_place, by_target = ("ids", "segment_ids", "positions"), ("predict_at", "targets", "weights")
     ints: dict[str, Any] = dict.fromkeys(by_place, [job.row])
     ints |= dict.fromkeys(by_target, [job.predicted])
-    numbers: dict[str, Any] = {}
-    if job.task == DPO:
-        ints["counts"], numbers = [2], {"reference": [2], "mean_tokens": []}
-    elif job.task == GRPO:
-        numbers = {"old": [job.predicted], "advantages": []}
+    ints |= job.kind.counts
+    numbers: dict[str, Any] = {
+        name: [job.predicted] if sizes is None else sizes
+        for name, sizes in job.kind.numbers.items()
+    }
     if job.images:
         config: Any = job.outline.config
         vision = config.vision

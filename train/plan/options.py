@@ -10,7 +10,7 @@ from train.console.errors import UserError, as_user_errors, flag
 from train.options.common import AdapterConfig, Attention, Experts, Remat
 from train.options.defaults import Defaults
 from train.options.scripts.rollouts import RolloutDataConfig, check_group
-from train.plan.job import GRPO, SFT, Task
+from train.plan.tasks import DRAWING, PLAIN, TASKS, Task
 from train.run.rules import rules
 
 # No weights are read, so the codes of a file are not known.
@@ -31,7 +31,7 @@ class PlanConfig:
     mesh: str | None = None
     """The mesh, as in train.sft: fsdp=4,tensor=4. By default fsdp gets as many devices as can share
     the batch, and tensor gets the rest."""
-    task: Task = SFT
+    task: Task = PLAIN
     """The script whose run to plan. dpo: pairs, and the pass of the reference over them. grpo:
     completions, their scorer, and their sampler with its cache of keys and values."""
     batch_size: int = 8
@@ -109,29 +109,31 @@ class PlanOptions:
 def check(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
     asked, adapter = options.plan, options.adapter
+    kind = TASKS[asked.task]
     numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "max_new_tokens"), minimum(1))
     numbers |= dict.fromkeys(("loss_chunk", "images"), minimum(0))
     numbers |= dict.fromkeys(("tokens", "price", "capacity_gib", "peak_tflops"), POSITIVE)
     with as_user_errors(TrainingError):
         check_numbers(vars(asked), numbers | {"group": minimum(2)})
     for name in ("group", "max_new_tokens"):
-        if asked.task != GRPO and getattr(asked, name) is not None:
+        if not kind.draws and getattr(asked, name) is not None:
             raise UserError(
-                f"{flag(name)} is about completions, which train.grpo draws: leave it out, or give "
-                "--task grpo"
+                f"{flag(name)} is about completions, which train.{DRAWING} draws: leave it out, or "
+                f"give --task {DRAWING}"
             )
-    if asked.task == GRPO:
+    if kind.draws:
         check_group(asked.batch_size, *asked.drawn, asked.seq_len)
         if asked.longest:
             raise UserError(
-                "--longest: with --task grpo, --seq-len holds a prompt and a completion, and which "
-                "of them to lengthen is not said: try several --seq-len, or --largest-batch"
+                f"--longest: with --task {DRAWING}, --seq-len holds a prompt and a completion, and "
+                "which of them to lengthen is not said: try several --seq-len, or --largest-batch"
             )
-    if asked.task != SFT and asked.images:
+    if kind.texts_alone and asked.images:
         raise UserError(f"--images: train.{asked.task} reads texts alone: leave it out")
-    if asked.task != SFT and asked.adapters:
+    if kind.texts_alone and asked.adapters:
         raise UserError(
-            f"--adapters plans adapters of train.sft side by side: leave out --task {asked.task}"
+            f"--adapters plans adapters of train.{PLAIN} side by side: leave out --task "
+            f"{asked.task}"
         )
     if asked.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {asked.dtype}: float32 or bfloat16")

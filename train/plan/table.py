@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from train.plan.between import BETWEEN, SAMPLER
 from train.plan.compile import STEP, Plan
 from train.plan.flops.checked import JAXPR
+from train.plan.tasks import SAMPLER, TASKS
 from train.run.report import megabytes
 
 _HELD, _REST = ("base", "adapter", "optimizer", STEP), ("other", "total")
@@ -48,7 +48,7 @@ def print_plans(
     for share in facts["memory_shares"]:
         memory.add_column(f"fits {share:g}" if facts["compiler"] == "gpu" else "fits")
     to_host = any(made.per_chip_bytes["host"] for made in plans)
-    between = BETWEEN[facts["task"]]
+    between = TASKS[facts["task"]].between
     parts = (*_HELD, *between, *_REST, *(["host"] * to_host))
     for part in parts:
         memory.add_column("step" if part == STEP and between else part, justify="right")
@@ -127,7 +127,7 @@ def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
 
 def _task_notes(facts: Mapping[str, Any], made: Plan) -> Iterator[str]:
     """Yields what is to be said of the programs between steps."""
-    between = BETWEEN[facts["task"]]
+    between = TASKS[facts["task"]].between
     if between:
         yield (
             f"{', '.join(('step', *between))}: temporaries of each program, one of which runs at a "

@@ -16,7 +16,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.weight import leaves_of
-from lora_jax.models import rollouts
+from lora_jax.models.sampling import rollouts
 from lora_jax.training.data.preferences import pack_pairs
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.losses import Loss, sequence_logps
@@ -37,8 +37,9 @@ from train.options.optim import make_optimizer, make_schedule
 from train.options.scripts.grpo import Config
 from train.plan import __main__ as plan
 from train.plan import compile as planned
-from train.plan.between import REFERENCE, SAMPLER, SCORER, Program, programs_between
+from train.plan.between import Program, programs_between
 from train.plan.job import batch_shapes, placed_shapes
+from train.plan.tasks import REFERENCE, SAMPLER, SCORER
 from train.run.report import compiled_bytes, tree_bytes
 
 DPO = ("--task", "dpo")
