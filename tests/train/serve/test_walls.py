@@ -1,4 +1,4 @@
-"""The engine knows no HTTP, and the routes know no JAX."""
+"""The engine knows no HTTP, the routes know no JAX, and rooms import those below them alone."""
 
 import ast
 from pathlib import Path
@@ -33,3 +33,25 @@ def test_a_room_does_not_know_the_other(room, outside, inside):
     names = {name for path in files for name in imported(path)}
     assert len(files) > 5 and "train.serve.protocol.requests" in names
     assert not [name for name in names if name.split(".")[0] in outside or name.startswith(inside)]
+
+
+# The rooms, from the ground up, and the others that each imports.
+ROOMS = {
+    "protocol": set(),
+    "storage": {"protocol"},
+    "tenants": {"protocol", "storage"},
+    "engine": {"protocol"},
+    "routes": {"protocol", "storage", "tenants"},
+}
+
+
+def test_each_folder_is_a_room():
+    folders = {path.parent.name for path in FOLDER.glob("*/__init__.py")}
+    assert folders == ROOMS.keys()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_the_rooms_below(room):
+    names = {name for path in (FOLDER / room).rglob("*.py") for name in imported(path)}
+    own = {name.split(".")[2] for name in names if name.startswith("train.serve.")}
+    assert own - {room} <= ROOMS[room]

@@ -153,10 +153,7 @@ class CommandLog:
         """
         with self._hold_lock():
             if (row := self._ledger.command(model, seq)) is not None:
-                if row["kind"] != kind:
-                    raise RequestError(f"seq_id {seq} is the number of a {row['kind']}")
-                if row["state"] == REFUSED:
-                    raise RequestError(json.loads(row["answer"])["error"])
+                _check_repeat(row, kind)
                 return f"{model}:{seq}"
             tenant = self._tenants.get(model, TenantProgress(0))
             if seq != 0 and model not in self._tenants:
@@ -371,6 +368,14 @@ class CommandLog:
         for checkpoint in self._ledger.expired_checkpoints():
             self.delete(checkpoint)
         self._ledger.forget(keep)
+
+
+def _check_repeat(row: Row, kind: str) -> None:
+    """Raises a RequestError if a command that comes again is another one, or was refused."""
+    if row["kind"] != kind:
+        raise RequestError(f"seq_id {row['seq']} is the number of a {row['kind']}")
+    if row["state"] == REFUSED:
+        raise RequestError(json.loads(row["answer"])["error"])
 
 
 def _client(model: Row | None) -> Client:
