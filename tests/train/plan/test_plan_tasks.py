@@ -158,7 +158,7 @@ def test_the_total_is_that_of_the_largest_program():
             SCORER: compiled(scorer, 1100 + 30),
             REFERENCE: compiled(reference, 1000 + 7 + 30),
         }
-        return planned._compiled_bytes(made, programs, held)
+        return planned._device_bytes(made, programs, held)
 
     assert memory(500, 400)["total"] == 1300 + 40 + 20 - 5 + 500 + 3
     of_scorer = memory(500, 800)
