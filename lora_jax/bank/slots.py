@@ -28,7 +28,7 @@ WIDEST = 256
 
 
 class _Slots(NoArray):
-    """Holds what the two kinds of slots share."""
+    """The part that the two kinds of slots share."""
 
     how_to_use = (
         "is a node of a bank, not an array: call the function that uses it through "

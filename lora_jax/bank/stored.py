@@ -18,7 +18,7 @@ Adapter = dict[str, LoraWeight | Trained]  # by path, without the base, its arra
 
 
 class BankError(ValueError):
-    """Says why an adapter does not fit into a bank, or is not there."""
+    """An adapter does not fit into a bank, or is not there."""
 
 
 def adapter_values(name: str, tree: Tree, slots: Mapping[str, Slots]) -> Adapter:
@@ -153,7 +153,7 @@ def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Leaf]:
 
 
 def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
-    """Compiles what makes the arrays of a slot of an adapter with further parts.
+    """Compiles the function from an adapter with further parts to the arrays of a slot.
 
     Args:
       node: as adapters have it, of the bank's rank; its arrays may be shapes.

@@ -1,4 +1,4 @@
-"""Keeps what NNX objects share, as a part of the tree's structure.
+"""Keeps the sharing of NNX objects as a part of the tree's structure.
 
 A module, a stream of keys or a Variable of NNX may stand at several places of a tree. JAX's pytrees
 know no identity: flattened and rebuilt, each place holds a copy. In an adapted tree the first of

@@ -1,4 +1,4 @@
-"""Lists what a serving engine would refuse in an adapter, or silently run differently.
+"""Lists the features of an adapter that a serving engine refuses, or silently runs differently.
 
 The engine is vLLM, whose loader reads adapter_config.json (``PEFTHelper``) and the names of the
 tensors. It knows few of PEFT's fields and ignores all others, so a field that it does not know is a

@@ -1,4 +1,4 @@
-"""Tells which leaves a rule selects; and, where it selects none, why."""
+"""Finds the leaves that a rule selects, or the reason why it selects none."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Gathers what a comparison measured: from the folders of its runs, and of the best arms anew."""
+"""Gathers the measures of a comparison: from the folders of its runs, and of the best arms anew."""
 
 import dataclasses
 import os

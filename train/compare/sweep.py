@@ -236,7 +236,7 @@ class Sweep:
         done.score = scores.get(trial.task.score or "", done.score)
 
     def _decide(self, stage: Stage) -> None:
-        """Decides which arms go on, and records it."""
+        """Chooses the arms that go on, and records them."""
         before = self.stopped_arms()
         losses: dict[Arm, list[float]] = {}
         for trial in self.trials:
@@ -265,7 +265,7 @@ class Sweep:
         return next((line[name] for line in reversed(lines) if name in line), math.nan)
 
     def _tidy(self, trial: Trial) -> None:
-        """Deletes what a run that is over needs no more: checkpoints, and a full model."""
+        """Deletes the checkpoints and the full model of a run that is over."""
         for name in (CHECKPOINTS, START):
             shutil.rmtree(trial.folder / name, ignore_errors=True)
         if trial.arm.method == "full" and not self.asked.keep_weights:

@@ -72,7 +72,7 @@ def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
 
 @dataclasses.dataclass(eq=False)
 class Dataset:
-    """Holds where rows come from, and a hash of them that needs no parsing.
+    """The source of rows, and a hash of them that needs no parsing.
 
     Attributes:
       name: the name of the rows in messages.

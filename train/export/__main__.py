@@ -50,7 +50,7 @@ PROBLEMS = 1  # the exit code when --check-serving finds some
 
 @dataclasses.dataclass(frozen=True)
 class ExportJob:
-    """Says what to export: the options, the adapter, its base, and where it is uploaded to."""
+    """The subject of an export: options, adapter, base, and the hub's repository."""
 
     options: ExportOptions
     console: Console

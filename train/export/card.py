@@ -44,7 +44,7 @@ _LEFT_OUT = ("confusion", "classes", "answers")  # of scores.json
 
 
 class Export(NamedTuple):
-    """Says what a card is about.
+    """The subject of a card.
 
     Attributes:
       name: the name on the hub, or a stand-in for the folder.

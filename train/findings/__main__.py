@@ -112,7 +112,7 @@ def parse(args: Sequence[str]) -> FindingRequest:
 
 
 def run(asked: FindingRequest, session: Session, command: str) -> None:
-    """Makes what the finding needs, runs the comparison, and shows what came of it.
+    """Makes the finding's base and data, runs the comparison, and shows its result.
 
     Args:
       asked: the command line.
@@ -173,7 +173,7 @@ def show(asked: FindingRequest, found: Comparison, notes: Sequence[str]) -> None
 
 
 def _made(asked: FindingRequest, session: Session) -> FindingInputs:
-    """Makes what a finding needs, in a folder in its output folder."""
+    """Makes the base and data of a finding, in a folder in its output folder."""
     if asked.finding.make is None:
         return FindingInputs({})
     folder = asked.output / MADE

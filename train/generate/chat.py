@@ -69,7 +69,7 @@ def talk(served: LoadedAdapters) -> None:
 
 
 def command(chat: Chat, line: str) -> str:
-    """Does what a line that begins with / asks for; returns what to say."""
+    """Executes a line that begins with /; returns the reply."""
     word, _, rest = line.partition(" ")
     rest = rest.strip()
     if word == "/help":

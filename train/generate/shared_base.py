@@ -197,7 +197,7 @@ class LoadedAdapters:
             self._trees[BASE] = params
 
     def speaker(self, name: str) -> AnswerGenerator:
-        """Returns what answers with an adapter."""
+        """Returns the speaker that answers with an adapter."""
         return AnswerGenerator(self.model, *self.use(name), self.outline, self.options)
 
     def use(self, name: str) -> tuple[Any, Callable[..., Any] | None]:

@@ -55,7 +55,7 @@ class Uncompared(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-    """Says what is known of an option.
+    """The facts of an option.
 
     Attributes:
       card: its place on the model card.

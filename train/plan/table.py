@@ -126,7 +126,7 @@ def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
 
 
 def _task_notes(facts: Mapping[str, Any], made: Plan) -> Iterator[str]:
-    """Yields what is to be said of the programs between steps."""
+    """Yields lines on the programs between steps."""
     between = TASKS[facts["task"]].between
     if between:
         yield (

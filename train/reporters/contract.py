@@ -28,7 +28,7 @@ class Sample(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Says what a reporter reports on.
+    """The run that a reporter reports on.
 
     Attributes:
       name: the run's name, for people.
@@ -58,10 +58,10 @@ class Reporter(Protocol):
     run_id: str | None
 
     def report(self, step: int, values: Mapping[str, float], at: float) -> None:
-        """Reports what was measured after a step, `at` seconds since 1970."""
+        """Reports the metrics of a step, taken `at` seconds since 1970."""
 
     def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
-        """Reports what the model answered after a step."""
+        """Reports the model's answers after a step."""
 
     def close(self, how: Ending) -> None:
         """Ends the report."""

@@ -21,7 +21,7 @@ def trackers(names: Sequence[str]) -> dict[str, Tracker]:
 
 
 def check_packages(names: Sequence[str]) -> None:
-    """Imports what trackers need, before a run does long work.
+    """Imports the packages of trackers, before a run does long work.
 
     Raises:
       UserError: a package is missing, or fails as it is imported.

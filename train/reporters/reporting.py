@@ -88,7 +88,7 @@ class Reporting:
             channel.put(line)
 
     def samples(self, step: int, samples: Sequence[Sample], at: float) -> None:
-        """Reports what the model answered after a step."""
+        """Reports the model's answers after a step."""
         for channel in self._channels:
             channel.put({"step": step, "time": at, _SAMPLES: list(samples)})
 

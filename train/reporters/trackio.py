@@ -24,7 +24,7 @@ class Trackio(LogsTables):
         super().__init__(trackio, run)
 
     def close(self, how: Ending) -> None:
-        """Sends what is left, and ends the run there."""
+        """Sends the rest, and ends the run there."""
         self._run.finish()
 
 

@@ -153,7 +153,7 @@ def said(error: BaseException) -> str:
 
 
 class RewardLog:
-    """Takes what a function logs beside its values, as TRL's ``log_metric`` and ``log_extra`` do.
+    """Collects the values that a function logs by TRL's ``log_metric`` and ``log_extra``.
 
     Attributes:
       metrics: numbers by name, one of each call.

@@ -1,4 +1,4 @@
-"""Reads which axes of a function's arguments and results hold the examples of a batch."""
+"""Finds the axes of a function's arguments and results that hold the examples of a batch."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

@@ -79,7 +79,7 @@ def rows_of(weight: Factored, use: Use) -> ExampleColumns | None:
 
 
 def note_side(weight: Factored, role: Label, use: Use) -> None:
-    """Notes which side of a weight a product contracts; see `lora_jax.adapt.sides`."""
+    """Notes the side of a weight that a product contracts; see `lora_jax.adapt.sides`."""
     if role != "batch":
         sides.note(weight, role, lambda: place_of(use.eqn))
 

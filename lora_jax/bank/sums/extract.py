@@ -34,7 +34,7 @@ class ExtractWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """Says how much of a change an adapter has, and what is lost. `print` shows it as a table.
+    """The share of a change that an adapter has, weight by weight. `print` shows it as a table.
 
     Attributes:
       ranks: ranks of each kernel's layers, or one for all, by path.

@@ -34,7 +34,7 @@ class DrivenRun:
 
 @dataclasses.dataclass(frozen=True)
 class RunEnding:
-    """Holds what a run returned, or what ended it."""
+    """The result of a run, or the error that ended it."""
 
     result: Any = None
     error: BaseException | None = None

@@ -40,7 +40,7 @@ def check_target(target: object) -> str:
 
 
 class Targets:
-    """Finds what config.json says of a module in codes.
+    """Finds the part of config.json that describes a module in codes.
 
     A name comes before patterns, these in their alphabetical order, and patterns before classes, as
     in compressed-tensors (``match_targets``). Patterns match from the beginning of a name.

@@ -155,7 +155,7 @@ def apply_ragged(
 
 
 def _keeps_products(primitive: Primitive, *_: object, **__: object) -> bool:
-    """Keeps what ``dots_saveable`` keeps, and ragged products."""
+    """Saves ragged products beside the results that ``dots_saveable`` saves."""
     return primitive.name in ("dot_general", "ragged_dot_general")
 
 

@@ -83,7 +83,7 @@ class GatedDeltaNet(ModelPart):
         return out, Recurrent(new_tail.astype(before.tail.dtype), end.astype(before.state.dtype))
 
     def _project(self, x: jax.Array, name: str) -> list[jax.Array]:
-        """Returns what a projection makes, such as "qkv": [batch, seq, features] each."""
+        """Returns the parts of a projection, such as "qkv": [batch, seq, features] each."""
         cfg = self.config
         n = cfg.linear_num_key_heads if cfg.linear_projections_joined else 1
         sizes = [cfg.linear_sizes[part] for part in name]

@@ -99,7 +99,7 @@ class TextStream:
         return "" if self.is_cut else self._give(new)
 
     def end(self) -> str:
-        """Returns what was held back, once no more tokens come."""
+        """Returns the text that was held back, once no more tokens come."""
         return "" if self.stopped else self._give(self._decoded(), last=True)
 
     def _decoded(self) -> str:

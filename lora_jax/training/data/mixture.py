@@ -17,7 +17,7 @@ def order(seed: int, epoch: int, n: int, *stream: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """Says how many rows of each data set an epoch draws.
+    """The number of rows of each data set that an epoch draws.
 
     Rows of a data set are drawn in passes over it, each in an order of its own, and an epoch goes
     on where the last one ended: after any number of epochs, one row of a data set came at most once

@@ -69,7 +69,7 @@ def sort_by_group(
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Says which of `n_rows` a step takes. Epochs follow one another without a gap or a rest.
+    """The rows of `n_rows` that each step takes. Epochs follow one another without a gap or a rest.
 
     Attributes:
       seed: seed of the draw.
@@ -176,7 +176,7 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Says which examples each step takes; see `Batches`.
+    """The examples that each step takes; see `Batches`.
 
     Attributes:
       examples: the examples to train on.

@@ -41,7 +41,7 @@ class Position(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Says which blocks each chunk has.
+    """The blocks of each chunk.
 
     Attributes:
       seed: seed of the draw.

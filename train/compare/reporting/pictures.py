@@ -283,7 +283,7 @@ def _storage(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 
 def _forgetting(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws how much the loss outside the task rose."""
+    """Draws the rise of the loss outside the task."""
     every = [(row, row.spread_of("forgotten")) for row in drawing.series]
     measured = [(row, found) for row, found in every if found]
     if not measured:

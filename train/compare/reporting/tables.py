@@ -154,7 +154,7 @@ class Rates(NamedTuple):
 
     @property
     def edge(self) -> Literal["smallest", "largest", "only"] | None:
-        """Says which of the rates the best one is; None if it has neighbours on both sides."""
+        """Names the end at which the best rate lies; None if it has neighbours on both sides."""
         if len(self.tried) == 1:
             return "only"
         return {0: "smallest", len(self.tried) - 1: "largest"}.get(self.best)  # type: ignore[return-value]

@@ -83,7 +83,7 @@ def run(connection: sqlite3.Connection, sql: str) -> Rows:
     asked = looks = 0
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-        """Permits what a SELECT over the tables needs."""
+        """Permits the actions that a SELECT over the tables needs."""
         nonlocal asked
         asked += 1
         if action == sqlite3.SQLITE_FUNCTION:

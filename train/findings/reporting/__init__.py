@@ -1,1 +1,1 @@
-"""Writes what came of a finding: a table and a picture."""
+"""Writes the result of a finding: a table and a picture."""

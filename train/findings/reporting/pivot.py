@@ -29,7 +29,7 @@ class TableAxis(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PivotLayout:
-    """Says what stands where in a table.
+    """The rows, columns and values of a table.
 
     Attributes:
       rows, columns: names of `AXES`; several with " × ", such as "targets × rank".

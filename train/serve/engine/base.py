@@ -175,7 +175,7 @@ class ServedBase:
         return map_nodes(lambda path, node: node.replace(scale=scales[path]), joined)
 
     def read(self, folder: Path, optimizer: bool = False) -> TrainingState:
-        """Reads what `write` wrote, or an adapter that PEFT or a run of this library wrote.
+        """Reads an adapter that `write`, PEFT or a run of this library wrote.
 
         Args:
           folder: the folder.

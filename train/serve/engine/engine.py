@@ -103,7 +103,7 @@ class Engine:
         self._commands.close()
 
     def warm_up(self, seen: Callable[[int, int], object] = lambda done, steps: None) -> None:
-        """Compiles what requests will need; before `start`.
+        """Compiles the programs that requests will need; call it before `start`.
 
         Args:
           seen: is told how many steps are done, and how many there are.

@@ -60,7 +60,7 @@ class PrefixCache:
         return RunningPrompt(job, np.asarray(job.request.prompt, np.int32))
 
     def waits(self, prompt: RunningPrompt, others: Iterable[RunningPrompt]) -> bool:
-        """Returns whether another prompt is about to run what this one begins with."""
+        """Returns True if another prompt is about to run the tokens that this one begins with."""
         if prompt.n:
             return False
         who = prompt.job.path[:-1]  # those of others have other turns
@@ -96,7 +96,7 @@ class PrefixCache:
         return len(part)
 
     def _there(self, others: Iterable[RunningPrompt]) -> list[Any]:
-        """Returns what ran: adapters, tokens, and keys and values."""
+        """Returns the prompts that ran: adapters, tokens, and keys and values."""
         under_way = [(each.job.adapter, each.ids[: each.n], each.cache) for each in others]
         return self._kept + [each for each in under_way if len(each[1])]
 

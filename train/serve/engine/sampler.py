@@ -79,7 +79,7 @@ class Sampler:
         return bool(self._waiting or self._under_way())
 
     def serves_others(self, path: TurnPath) -> bool:
-        """Returns whether anybody else samples at the last level of a path."""
+        """Returns True if anybody else samples at the last level of a path."""
         return self._turns.has_others(path)
 
     def add(self, job: SampleJob) -> None:
@@ -249,7 +249,7 @@ class Sampler:
     # Completions
 
     def _limit(self) -> int:
-        """Returns how many rows may be in use, fewer for a while after several owners drew."""
+        """Returns the limit of rows in use, lower for a while after several owners drew."""
         n_owners = self._turns.n_below(())
         if 1 < n_owners <= self._places.shared:
             self._alone = 0

@@ -50,7 +50,7 @@ class TurnOrder:
             self._last.update(dict.fromkeys(levels(path), self._now))
 
     def last(self, path: TurnPath) -> int:
-        """Returns when somebody had a turn."""
+        """Returns the time of somebody's last turn."""
         return self._last[path]
 
     def n_below(self, path: TurnPath) -> int:

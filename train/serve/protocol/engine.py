@@ -25,7 +25,7 @@ from train.serve.protocol.requests import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """Describes what an engine serves.
+    """The base and the limits of an engine.
 
     Attributes:
       model: the base's name.
@@ -51,7 +51,7 @@ LATEST_LOSSES = 200  # the number of them in a status
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TenantStatus:
-    """Describes what a tenant has done.
+    """The progress of a tenant.
 
     Attributes:
       steps: updates taken; None where that is not known, of one that was parked by another process.
@@ -78,7 +78,7 @@ class TenantStatus:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """Describes what an engine does now.
+    """The state of an engine.
 
     Attributes:
       tenants: by name.

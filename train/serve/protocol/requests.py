@@ -11,12 +11,12 @@ import numpy as np
 
 
 class RequestError(Exception):
-    """Says what is wrong with a request, and what to do; the fault is the client's."""
+    """A request is wrong by the client's fault; the message names the fault and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """Says who asks: owners take turns, and an owner's sessions take the owner's turns in turn.
+    """The client that asks: owners take turns, and an owner's sessions share the owner's turns.
 
     Attributes:
       owner: the name of a key.
@@ -176,7 +176,7 @@ class UpdateResult:
 
 @dataclasses.dataclass(frozen=True)
 class SaveResult:
-    """Says how many bytes a `Save` wrote."""
+    """The number of bytes that a `Save` wrote."""
 
     size: int
 

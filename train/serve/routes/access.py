@@ -40,7 +40,7 @@ class StartProgress:
     parts: int = 0
 
     def see(self, compiled: int, parts: int) -> None:
-        """Notes how far the start is."""
+        """Notes the progress of the start."""
         self.compiled, self.parts = compiled, parts
 
     def refusal(self) -> HttpError:

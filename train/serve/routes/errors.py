@@ -34,7 +34,7 @@ class HttpError(Exception):
         headers: Mapping[str, str] | None = None,
         more: Mapping[str, object] | None = None,
     ) -> None:
-        """Takes what to tell the client."""
+        """Makes an error of an HTTP status and a message for the client."""
         super().__init__(message)
         self.more = more or {}
         self.status, self.param, self.code, self.headers = status, param, code, headers

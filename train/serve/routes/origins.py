@@ -17,7 +17,7 @@ _ORIGIN = re.compile(
 
 
 class Origins:
-    """Decides which web pages may use a server.
+    """The web pages that may use a server.
 
     A browser sends requests of any page to any address, and names the page's origin in `Origin`. A
     page whose host name was rebound to this machine has itself for an origin, and for `Host`. So

@@ -67,7 +67,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commits what happens inside at once, or nothing of it; may be nested.
+        """Commits the statements inside as one transaction; may be nested.
 
         Raises:
           LockedError, FullError: nothing was written.

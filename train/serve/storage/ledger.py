@@ -37,7 +37,7 @@ create index if not exists answered on commands (finished) where answer is not n
 
 
 class Ledger:
-    """Keeps what must outlast the process. All methods may be called by any thread.
+    """Keeps all that must outlast the process. All methods may be called by any thread.
 
     A row that a method returns is a mapping by the names of columns. Times are seconds since 1970.
     """
@@ -143,7 +143,7 @@ class Ledger:
         self._all(sql, answer, self._clock())
 
     def set_state(self, model: str, seq: int, folder: Path) -> None:
-        """Notes where the state after a command lies, and forgets that command and earlier ones."""
+        """Records the folder of the state after a command, and drops the commands up to it."""
         with self.transaction():
             sql = "update models set state = ?, folder = ? where id = ?"
             self._all(sql, seq, str(folder), model)
@@ -288,7 +288,7 @@ class Ledger:
     # Samplers
 
     def add_sampler(self, sampler: str, **facts: str | None) -> None:
-        """Notes what a session samples from, unless the sampler is known.
+        """Records a session's sampler, unless it is known.
 
         Args:
           sampler: its id.

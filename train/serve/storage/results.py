@@ -120,7 +120,7 @@ class ResultWriter:
         return True
 
     def retry(self) -> None:
-        """Notes what the ledger did not take."""
+        """Records results that the ledger did not take."""
         self.submit(self._retry)
 
     def _retry(self) -> None:

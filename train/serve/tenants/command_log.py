@@ -291,7 +291,7 @@ class CommandLog:
         is_written: bool,
         result: CommandResult,
     ) -> None:
-        """Notes what a command changed."""
+        """Records the changes that a command made."""
         model, seq = row["model"], row["seq"]
         if isinstance(command, Gradient):
             tenant.gradient |= not command.forward_only
@@ -359,7 +359,7 @@ class CommandLog:
         self.parking.park_silent(seconds, self._clock())
 
     def sweep(self, keep: float = 3600.0) -> None:
-        """Removes what is over; call it every minute or so.
+        """Removes commands that are over; call it every minute or so.
 
         Args:
           keep: seconds for which an answer may be fetched.

@@ -59,7 +59,7 @@ class StateFolders:
         shutil.rmtree(self.path(name, seq), ignore_errors=True)
 
     def tidy(self, model: Row, rows: list[Row]) -> None:
-        """Removes what neither a model's last state nor the commands since need."""
+        """Removes files that neither a model's last state nor the commands since need."""
         needed = {model["folder"], *(row["folder"] for row in rows)}
         for child in list_folder(self.place(model["id"])):
             if str(child) not in needed:

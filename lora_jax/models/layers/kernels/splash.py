@@ -248,7 +248,7 @@ class _Band(kernels.Mask):
 
 @dataclasses.dataclass(frozen=True)
 class _Sees:
-    """Tells which queries see which keys: of NumPy's arrays, and in the kernel.
+    """The mask of queries and keys, for NumPy's arrays and in the kernel.
 
     Attributes:
       causal, window: see ``Mask``.

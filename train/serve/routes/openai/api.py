@@ -76,7 +76,7 @@ class OpenAI:
         models: Models,
         sampling: Mapping[str, float] | None = None,
     ) -> None:
-        """Keeps what answers, and the temperature, top_p and top_k of requests that give none."""
+        """Serves an engine; `sampling` has the values of requests that give none."""
         self._engine, self._tokens, self._models = engine, tokens, models
         self._sampling = sampling or {}
 

@@ -76,7 +76,7 @@ class PendingSamples:
         return [results[k] for k in sorted(results)]
 
     def close(self) -> None:
-        """Ends those that still run."""
+        """Ends the samples that still run."""
         for cancel in self._cancels if self.left else ():
             cancel()
 

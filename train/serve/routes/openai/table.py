@@ -14,7 +14,7 @@ Kind = Literal["works", "refused", "no effect"]
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """Says what a server makes of a field.
+    """The treatment of a field by a server.
 
     Attributes:
       kind: "works"; "refused", as it would change the answer; or "no effect" on the answer.

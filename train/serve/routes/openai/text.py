@@ -143,7 +143,7 @@ class CompletionText:
         return text, [] if self._stream.is_cut else self._given()
 
     def end(self) -> tuple[str, list[TokenEntry]]:
-        """Returns what was held back, once no more tokens come."""
+        """Returns the text that was held back, once no more tokens come."""
         if self.stopped:
             return "", []
         return self._stream.end(), self._given(last=True)

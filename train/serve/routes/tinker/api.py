@@ -107,7 +107,7 @@ class Tinker:
         self.log.replay(silent)
 
     def close(self) -> None:
-        """Notes what is done, and closes the ledger."""
+        """Records finished commands, and closes the ledger."""
         self.log.close()
         self.ledger.close()
 
@@ -117,7 +117,7 @@ class Tinker:
         self.futures.end_session(session)
 
     def sweep(self, silent: float) -> None:
-        """Removes what is over, and parks tenants; call it every minute or so.
+        """Removes expired results and sessions, and parks tenants; call it every minute or so.
 
         Args:
           silent: seconds of silence of a session after which its tenants lie on disk.

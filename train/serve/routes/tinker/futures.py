@@ -204,7 +204,7 @@ class Futures:
         self.wake(request)
 
     def wake(self, request: str, answer: bytes | None = None) -> None:
-        """Tells those who wait that there is an answer; may be called by any thread.
+        """Wakes the requests that wait for an answer; may be called by any thread.
 
         Args:
           request: the id.
