@@ -248,6 +248,7 @@ def compiled_steps(
     axes, axes_of_fixed = both_axes
     noisy = neftune(forward, kind.noise) if kind.noise else forward
     gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
+    updated = _make_slot_update(kind, axes, axes_of_fixed)
 
     def gradient_of_one(
         state: State, fixed: Arrays, base: Tree, batch: Batch
@@ -258,8 +259,6 @@ def compiled_steps(
     gradients = jax.vmap(
         gradient_of_one, in_axes=(axes, axes_of_fixed, None, 0), out_axes=(0, axes.adapter)
     )
-
-    updated = _make_slot_update(kind, axes, axes_of_fixed)
 
     def step_all(
         state: State,
