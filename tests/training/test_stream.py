@@ -7,7 +7,7 @@ import pytest
 
 from lora_jax.training.data.batches import pack
 from lora_jax.training.data.sequences import Sequences, TokenSequence
-from lora_jax.training.data.stream import Chunks, Stream
+from lora_jax.training.data.stream import BlockSource, Chunks, StepSize, Stream
 from lora_jax.training.errors import TrainingError
 
 SEQ = 32
@@ -34,17 +34,9 @@ def stream(packing, *, seen=None, counts=COUNTS, room=20, batch_size=3, accumula
 
     longest = TokenSequence(np.ones(SEQ, np.int32), np.ones(SEQ, bool))
     like = pack([*rows_of(0), longest], SEQ, packing=packing)
-    return Stream(
-        load,
-        Chunks(seed=2, sizes=np.array(counts), room=room),
-        like,
-        packing=packing,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        digest="the data",
-        named=lambda origin, number: f"{origin}:{number}",
-        steps=steps,
-    )
+    chunks = Chunks(seed=2, sizes=np.array(counts), room=room)
+    source = BlockSource(load, chunks, "the data", lambda origin, number: f"{origin}:{number}")
+    return Stream(source, like, StepSize(batch_size, accumulate, steps), packing=packing)
 
 
 def numbers(batch):
@@ -127,8 +119,8 @@ def test_a_batch_with_more_answers_than_the_sample_had_is_padded_to_its_length()
         [TokenSequence(np.arange(16, dtype=np.int32), np.arange(16) > 12)], 16, packing=False
     )
     chunks = Chunks(0, np.array([1, 1]), 1)
-    how = {"batch_size": 2, "accumulate": 1, "digest": "", "named": lambda *_: "", "steps": 1}
-    made = Stream(load, chunks, like, packing=False, **how)
+    source = BlockSource(load, chunks, "", lambda *_: "")
+    made = Stream(source, like, StepSize(2, 1, 1), packing=False)
     assert made.first()["targets"].shape == (1, 2, 8)
     batch = made.batch(0)
     assert batch["targets"].shape == (1, 2, 16) and batch["weights"].sum() == 30

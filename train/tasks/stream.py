@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax.training.data import chats as tokenising
 from lora_jax.training.data.batches import Packs, pack
 from lora_jax.training.data.sequences import Sequences
-from lora_jax.training.data.stream import Chunks, Stream
+from lora_jax.training.data.stream import BlockSource, Chunks, StepSize, Stream
 from train.console.errors import UserError
 from train.console.output import tell
 from train.data.blocks import DatasetBlocks, find_blocks
@@ -73,16 +73,12 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     n_bytes, n_chunks = int(blocks.sizes.sum()), len(chunks.blocks_of_epoch(0))
 
     def feed(steps: int) -> Stream:
+        optim = config.optim
         return Stream(
-            read,
-            chunks,
+            BlockSource(read, chunks, blocks.digest(), blocks.named),
             sample,
+            StepSize(optim.batch_size, optim.grad_accum, steps),
             packing=data.packing,
-            batch_size=config.optim.batch_size,
-            accumulate=config.optim.grad_accum,
-            digest=blocks.digest(),
-            named=blocks.named,
-            steps=steps,
             ahead=jax.process_count() == 1,  # many processes exchange tokens between steps
         )
 

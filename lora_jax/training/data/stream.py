@@ -73,6 +73,36 @@ class _Loaded:
         return self.at.first + len(self.rows)
 
 
+class BlockSource(NamedTuple):
+    """Data that are read in blocks.
+
+    Attributes:
+      load: reads blocks, [n], as sequences.
+      chunks: says which blocks are read together.
+      digest: a fingerprint of the data.
+      named: returns the name of a row, from its origin and its number.
+    """
+
+    load: Callable[[np.ndarray], Sequences]
+    chunks: Chunks
+    digest: str
+    named: Callable[[int, int], str]
+
+
+class StepSize(NamedTuple):
+    """The rows of a step.
+
+    Attributes:
+      batch_size: rows in memory at once.
+      accumulate: batches of a step.
+      steps: the number of the last step: chunks after it are not read.
+    """
+
+    batch_size: int
+    accumulate: int
+    steps: int
+
+
 class Stream:
     """Batches of data that are read while training; see `Batches`.
 
@@ -82,40 +112,25 @@ class Stream:
     n_examples = None
 
     def __init__(
-        self,
-        load: Callable[[np.ndarray], Sequences],
-        chunks: Chunks,
-        like: Packs,
-        *,
-        packing: bool,
-        batch_size: int,
-        accumulate: int,
-        digest: str,
-        named: Callable[[int, int], str],
-        steps: int,
-        ahead: bool = True,
+        self, source: BlockSource, like: Packs, size: StepSize, *, packing: bool, ahead: bool = True
     ) -> None:
         """Begins at the first row of the first epoch.
 
         Args:
-          load: reads blocks, [n], as sequences that are no longer than the longest of `like`.
-          chunks: says which blocks are read together.
-          like: examples whose lengths batches have.
+          source: the data.
+          like: examples whose lengths batches have: no sequence is longer than their longest.
+          size: the rows of a step, and the last step.
           packing: puts several sequences into one row.
-          batch_size: rows in memory at once.
-          accumulate: batches of a step.
-          digest: a fingerprint of the data.
-          named: returns the name of a row, from its origin and its number.
-          steps: the number of the last step: chunks after it are not read.
           ahead: reads the next chunk in a thread of its own.
         """
-        self._load, self._chunks, self._like = load, chunks, like
-        self._packing, self._batch_size, self._accumulate = packing, batch_size, accumulate
-        self._digest, self._name = digest, named
+        self._load, self._chunks, self._like = source.load, source.chunks, like
+        self._digest, self._name = source.digest, source.named
+        self._packing, self._batch_size = packing, size.batch_size
+        self._accumulate = size.accumulate
         # One thread for all chunks: each new one would get a part of the heap of its own.
         self._reader = ThreadPoolExecutor(1, "reading ahead") if ahead else None
-        self._until = steps * batch_size * accumulate
-        self._of_epoch = functools.lru_cache(maxsize=2)(chunks.blocks_of_epoch)
+        self._until = size.steps * self.rows_a_step
+        self._of_epoch = functools.lru_cache(maxsize=2)(source.chunks.blocks_of_epoch)
         self._taken: deque[tuple[int, list[tuple[int, int]]]] = deque(maxlen=_REMEMBERED)
         self.begin(Position(0, 0, 0))
 
