@@ -60,9 +60,9 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     else:
         counted = "" if labels else f"; the loss counts what is {marked}"
         say(f"the first rows, as the model sees them{counted}:")
-    for one in preview_rows(data.train, outline.tokenizer, _ROWS, labels, data.row):
-        say(f"--- {one.title}")
-        console.print(as_text(one, coloured=coloured), soft_wrap=True)
+    for row in preview_rows(data.train, outline.tokenizer, _ROWS, labels, data.row):
+        say(f"--- {row.title}")
+        console.print(as_text(row, coloured=coloured), soft_wrap=True)
     say("---")
     if isinstance(feed, PromptFeed) and feed.rewards is not None:
         _print_reward(say, feed)
@@ -106,15 +106,15 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
         say(f"warning: {line}")
 
 
-def as_text(one: PreviewRow, *, coloured: bool) -> Text:
+def as_text(row: PreviewRow, *, coloured: bool) -> Text:
     """Returns a sequence with what the loss counts in green, or in brackets."""
     if coloured:
-        return Text.assemble(*((one.text, "green" if one.counted else "") for one in one.spans))
-    return Text("".join(f"{OPEN}{s.text}{CLOSE}" if s.counted else s.text for s in one.spans))
+        return Text.assemble(*((s.text, "green" if s.counted else "") for s in row.spans))
+    return Text("".join(f"{OPEN}{s.text}{CLOSE}" if s.counted else s.text for s in row.spans))
 
 
 def _a_sequence(inputs: Inputs) -> str:
-    """Returns what a sequence of the examples is called."""
+    """Returns the name of a sequence of the examples."""
     if isinstance(inputs.feed, PromptFeed):
         return "a prompt"
     if isinstance(inputs.read.data.train, Preferences):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -18,7 +18,7 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors
 from train.data.lines import mixture_lines
 from train.data.text_files import parsed
-from train.options.common import Options, as_json, check_offload
+from train.options.common import OptimConfig, Options, as_json, check_offload
 from train.options.field import traits_of
 from train.options.paths import check_local
 from train.options.scripts.sft import SftRunConfig
@@ -99,7 +99,7 @@ class Inputs:
     lines: tuple[str, ...]
 
 
-def read_inputs(config: Any, task: Task) -> RunData:
+def read_inputs(config: Options, task: Task) -> RunData:
     """Reads rows and the model's outline, and encodes the rows; all processes have to call this.
 
     Raises:
@@ -121,8 +121,8 @@ class InputReader:
     def __init__(self) -> None:
         self._found: dict[tuple[int, str], RunData] = {}
 
-    def __call__(self, config: Any, task: Task) -> RunData:
-        """Returns what `read_inputs` does. What is read while training is each run's own."""
+    def __call__(self, config: Options, task: Task) -> RunData:
+        """Returns the data of a run; one that reads them while it trains has its own."""
         if getattr(config.data, "stream", False):
             return read_inputs(config, task)
         read_by = {name for name, one in traits_of(config).items() if one.of_inputs}
@@ -138,7 +138,7 @@ class InputReader:
         return self._found[key]
 
 
-def make_inputs(config: Any, mesh: Mesh, found: RunData) -> Inputs:
+def make_inputs(config: Options, mesh: Mesh, found: RunData) -> Inputs:
     """Returns the inputs of a run, checked against the model.
 
     Raises:
@@ -146,18 +146,21 @@ def make_inputs(config: Any, mesh: Mesh, found: RunData) -> Inputs:
     """
     _, outline, data = found
     optim = config.optim
-    asked = getattr(config.run, "sample_prompts", ())
-    prompts = SamplePrompts(config.run, outline) if asked else None
+    prompts = None
+    if isinstance(config.run, SftRunConfig) and config.run.sample_prompts:
+        prompts = SamplePrompts(config.run, outline)
     order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-    steps = (data.steps or order.steps)(optim.epochs) if optim.steps is None else optim.steps
+    if (steps := optim.steps) is None:
+        assert optim.epochs is not None, "the options have no defaults yet"
+        steps = (data.steps or order.steps)(optim.epochs)
     feed: Batches = Feed(data.train, order, data.name, data.source)
     if data.feed is not None:
         feed = data.feed(steps)
-    rate = _learning_rate(config, outline, steps)
+    rate = _learning_rate(optim, outline, steps, full=config.adapter.full)
     _check_rules(config, outline)
     layout = Layout.of(mesh, outline.config)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
-    attention = _attention_line(config, outline, layout, data.facts["sequence_length"])
+    attention = _attention_line(optim, outline, layout, data.facts["sequence_length"])
     return Inputs(
         read=found,
         prompts=prompts,
@@ -169,14 +172,13 @@ def make_inputs(config: Any, mesh: Mesh, found: RunData) -> Inputs:
     )
 
 
-def _learning_rate(config: Options, outline: ModelInfo, steps: int) -> float:
+def _learning_rate(optim: OptimConfig, outline: ModelInfo, steps: int, *, full: bool) -> float:
     """Returns the highest learning rate: --lr, or the one that --lr-rule gives for this run."""
-    optim = config.optim
     if optim.lr_rule is None:
         assert optim.lr is not None, "the options have no defaults yet"
         return optim.lr
     return lj.optim.learning_rate(
-        outline.config.hidden_size, family=optim.lr_rule, steps=steps, full=config.adapter.full
+        outline.config.hidden_size, family=optim.lr_rule, steps=steps, full=full
     )
 
 
@@ -193,19 +195,19 @@ def _check_rules(config: Options, outline: ModelInfo) -> None:
         lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
 
 
-def _attention_line(config: Options, outline: ModelInfo, layout: Layout, seq: int) -> str:
+def _attention_line(optim: OptimConfig, outline: ModelInfo, layout: Layout, seq: int) -> str:
     """Returns a line that tells how attention is computed: "attention: blockwise".
 
     Raises:
       UserError: what was asked for does not run on these devices, or does nothing there.
     """
-    check_offload(config.optim.remat, layout.platform)
+    check_offload(optim.remat, layout.platform)
     with as_user_errors(ValueError):
         chosen = choose_attention(
             outline.config,
             seq,
-            dtype=config.optim.dtype,
-            attention=config.optim.attention,
+            dtype=optim.dtype,
+            attention=optim.attention,
             platform=layout.platform,
             split=layout.split(seq),
         )

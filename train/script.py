@@ -72,20 +72,20 @@ class TrainingScript:
                 config = replace_options(config, {"output": self.own_output})
         return config, on_line, in_file
 
-    def _alone(self, config: Any, on_line: frozenset[str], in_file: Mapping[str, int]) -> Any:
+    def _alone(self, config: Options, on_line: frozenset[str], in_file: Mapping[str, int]) -> Any:
         """Returns the options of a single run, with the task's defaults; see `parse`."""
         check_effects(config, dataset_facts(config), on_line, in_file)
         return self.completed(config, self.task_of(config).defaults)
 
-    def task_of(self, config: Any) -> Task:
+    def task_of(self, config: Options) -> Task:
         """Returns the task named by --dataset, or the task for a user's own rows."""
         return find_task(self.name, config.data)
 
-    def begin(self, config: Any, task: Task, session: Session) -> Any:
+    def begin(self, config: Options, task: Task, session: Session) -> Any:
         """Returns the options with what the task begins with, made where it is not there yet."""
         return config if self.prior is None else task.begin(config, session, self.prior)
 
-    def check(self, config: Any) -> None:
+    def check(self, config: Options) -> None:
         """Raises a UserError for options that make no sense; reads neither data nor model."""
         self.check_options(config)
         check_files(config)

@@ -27,7 +27,7 @@ AXIS = "sequence"
 
 
 def split_of(seq: int, parts: int, *, causal: bool) -> Split | None:
-    """Returns how queries are split over devices.
+    """Returns the split of queries over devices.
 
     Args:
       seq: the number of queries. Where it is no multiple of 2 ``parts``, none are exchanged; where
@@ -74,8 +74,8 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
             inputs = inputs._replace(k=k, v=v, mask=mask)
             if not split.paired:
                 return local(*inputs.arguments)
-            paired = inputs._replace(q=_to_pairs(inputs.q, split))
-            return _to_chunks(local(*paired.arguments), split)
+            paired = inputs._replace(q=_pair_chunks(inputs.q, split))
+            return _unpair_chunks(local(*paired.arguments), split)
 
         # A mask has a few integers per token: a device has those of all queries, and takes its own.
         of_mask = jax.tree.map(
@@ -107,7 +107,7 @@ def _repeated(x: jax.Array, heads: int, devices: int) -> jax.Array:
     return x if heads % needed else jnp.repeat(x, needed // x.shape[2], axis=2)
 
 
-def _to_pairs(x: jax.Array, split: Split) -> jax.Array:
+def _pair_chunks(x: jax.Array, split: Split) -> jax.Array:
     """Exchanges chunks: device i has chunks 2i and 2i + 1 of 2n, and gets i and 2n - 1 - i.
 
     All even chunks go to different devices, and so do all odd ones.
@@ -122,8 +122,8 @@ def _to_pairs(x: jax.Array, split: Split) -> jax.Array:
     return _ordered(even, odd, split)
 
 
-def _to_chunks(x: jax.Array, split: Split) -> jax.Array:
-    """Exchanges chunks back; see ``_to_pairs``."""
+def _unpair_chunks(x: jax.Array, split: Split) -> jax.Array:
+    """Exchanges chunks back; see ``_pair_chunks``."""
     first, last = jnp.split(x, 2, axis=1)
     halves = jnp.split(_ordered(first, last, split), 2, axis=1)  # the even chunk, the odd one
     back = [

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.core.types import Model, Tree
+from lora_jax.hf.format import ModelConfig
 from lora_jax.lorafy import split
 from lora_jax.models import compiler_options, partition_specs
 from lora_jax.models.layers.masks import Split
@@ -110,7 +111,7 @@ class Layout(Placement):
             )
 
     @classmethod
-    def of(cls, mesh: Mesh, config: Any) -> "Layout":
+    def of(cls, mesh: Mesh, config: ModelConfig) -> "Layout":
         """Returns the layout of a model with this configuration."""
         return cls(mesh, partition_specs(config))
 
@@ -131,12 +132,12 @@ class Layout(Placement):
 
     @property
     def takes_chunks(self) -> bool:
-        """Returns whether each device has its rows and kernels whole, but for the tensor axis."""
+        """Returns True if each device has its rows and kernels whole, but for the tensor axis."""
         return all(self.mesh.shape[name] == 1 for name in SHARDS)
 
     @property
     def ragged_kernels(self) -> bool:
-        """Returns whether experts can count on kernels; see `compiler_options` and `mixture`."""
+        """Returns True if experts can count on kernels; see `compiler_options` and `mixture`."""
         return self.platform == "tpu" and self.sorts_apart
 
     @property
@@ -173,7 +174,7 @@ class Layout(Placement):
         )
 
     def split(self, seq: int) -> Split | None:
-        """Returns how causal queries are split over devices; None where each has them all."""
+        """Returns the split of causal queries over devices; None where each has them all."""
         return context.split_of(seq, self.sequence_parts, causal=True)
 
     def jitted(self, function: Callable[..., Any]) -> OnMesh:
@@ -182,7 +183,7 @@ class Layout(Placement):
         return OnMesh(jax.jit(function, out_shardings=where, compiler_options=options), self.mesh)
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Returns where to load a parameter to; see `lora_jax.models.from_pretrained`."""
+        """Returns the sharding to load a parameter with; see `lora_jax.models.from_pretrained`."""
         return sharding_of(path, shape, self.table, self.mesh)
 
     def placed(self, params: Tree) -> Tree:

@@ -60,7 +60,7 @@ class PeriodicMeasure:
     take: Callable[[State], dict[str, float] | None]
 
     def is_due(self, done: int, steps: int) -> bool:
-        """Returns whether to measure after `done` of `steps` steps."""
+        """Returns True if a measurement is due after `done` of `steps` steps."""
         return bool(self.every) and (done % self.every == 0 or done == steps)
 
 
@@ -76,8 +76,8 @@ class Hooks:
       tokens: counts the tokens of a batch, without padding.
       metrics: returns metrics of the batch with that number, to be logged beside those of the step;
         None for one that is not known.
-      lost: returns why nothing can be learned from the batch with that number, whose loss is NaN
-        so that its step is skipped; None for a batch like others.
+      lost: returns the reason why nothing can be learned from the batch with that number, whose
+        loss is NaN so that its step is skipped; None for a batch like others.
       save: writes a checkpoint; gets the prefixes of the measures that its step still lacks.
       rows: names the rows of the batch with that number, as a user knows them.
       resume_hint: tells an interrupted user how to go on.
@@ -85,7 +85,7 @@ class Hooks:
       measures: are taken in this order.
       owed: the prefixes of the measures that the step to begin with lacks.
       judge: gets what was measured after a step, by prefixed name, before the step is saved; {}
-        before the first. Returns whether training ends here.
+        before the first. Returns True if training ends here.
     """
 
     batch: Callable[[int, State], dict[str, Any]]

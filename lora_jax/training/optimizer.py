@@ -130,7 +130,7 @@ def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
 
 
 def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
-    """Returns which arrays of an adapter decay: matrices such as A and B, kernels, embeddings."""
+    """Returns the mask of the arrays that decay: matrices such as A and B, kernels, embeddings."""
     matrices = {"a", "b", *(n for n, part in PARTS.items() if part.axes.count("rank") == 2)}
 
     def is_matrix(path: str, name: str) -> bool:
@@ -142,12 +142,12 @@ def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
 
 
 def takes_from_base(params: Tree) -> bool:
-    """Returns whether an adapter started from factors of the base (PiSSA, OLoRA)."""
+    """Returns True if an adapter started from factors of the base (PiSSA, OLoRA)."""
     return any(weight.start is not None for weight in _adapted(params))
 
 
 def has_dropout(params: Tree) -> bool:
-    """Returns whether an adapter's input is dropped in training."""
+    """Returns True if an adapter's input is dropped in training."""
     return any(weight.dropout > 0 for weight in _adapted(params))
 
 

@@ -15,7 +15,7 @@ _ASK_SECONDS, _MOST_TURNS = 1.0, 10
 
 
 def is_first() -> bool:
-    """Returns whether this process is the one that writes files and talks."""
+    """Returns True if this process is the one that writes files and talks."""
     return jax.process_index() == 0
 
 

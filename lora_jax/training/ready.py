@@ -1,4 +1,4 @@
-"""The state that a run begins with, new or resumed, and what its loop needs: hooks and a step."""
+"""The state that a run begins with, new or resumed, its hooks and its compiled step."""
 
 import contextlib
 import dataclasses
@@ -48,12 +48,12 @@ class StateBatches(Protocol):
         """Returns metrics of that batch, the newest, to be logged; None for one not known."""
 
     def lost(self, number: int) -> str | None:
-        """Returns why nothing can be learned from that batch, whose loss is NaN; None otherwise."""
+        """Returns the reason why that batch, whose loss is NaN, teaches nothing; else None."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingStart:
-    """Holds what training begins with.
+    """The beginning of a run: its batches, the parts of its step, and its state.
 
     Attributes:
       feed: the batches.
@@ -194,7 +194,7 @@ def compile_step(ready: TrainingStart, forward: Forward, loss: Loss) -> Compiled
 
     step = CompiledStep(functools.partial(ready.setup.compile, forward, loss))
     first = ready.setup.layout.batch(ready.feed.first(), parts=True)
-    step.of(ready.state, ready.base, first)
+    step.program(ready.state, ready.base, first)
     return step
 
 
@@ -204,7 +204,7 @@ def make_hooks(
     measures: Sequence[PeriodicMeasure] = (),
     resume_hint: str = "",
 ) -> Hooks:
-    """Returns what connects the loop with a run.
+    """Returns the hooks that connect the loop with a run.
 
     Args:
       ready: the state to train from, which the step donates.

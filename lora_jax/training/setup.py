@@ -24,7 +24,7 @@ from lora_jax.training.step import Metrics, State, init_state, make_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Holds the parts of a step, but for the model.
+    """The parts of a step, but for the model.
 
     Attributes:
       where: the sharding of each array of the state; an optimiser's arrays are sharded like the
@@ -168,10 +168,10 @@ class CompiledStep:
 
     def __call__(self, state: State, base: Tree, batch: Batch) -> tuple[State, Metrics]:
         """Takes the step, which donates the state."""
-        taken: tuple[State, Metrics] = self.of(state, base, batch)(state, base, batch)
+        taken: tuple[State, Metrics] = self.program(state, base, batch)(state, base, batch)
         return taken
 
-    def of(self, state: State, base: Tree, batch: Batch) -> Any:
+    def program(self, state: State, base: Tree, batch: Batch) -> Any:
         """Returns the compiled step for such a batch; compiles it if it is the first."""
         shape = tuple(array.shape for array in batch.values())
         if shape not in self._by_shape:
@@ -190,7 +190,7 @@ def state_shardings(
     of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
     opt_state = _shapes(adapter, optimizer).opt_state
     whole: Any = layout.whole
-    return State(of_adapter, _of_opt_state(opt_state, adapter, whole), whole, whole)
+    return State(of_adapter, _opt_state_shardings(opt_state, adapter, whole), whole, whole)
 
 
 def _shapes(adapter: Adapter, optimizer: optax.GradientTransformation) -> State:
@@ -198,7 +198,7 @@ def _shapes(adapter: Adapter, optimizer: optax.GradientTransformation) -> State:
     return shapes
 
 
-def _of_opt_state(opt_state: optax.OptState, adapter: Adapter, whole: NamedSharding) -> Tree:
+def _opt_state_shardings(opt_state: optax.OptState, adapter: Adapter, whole: NamedSharding) -> Tree:
     """Returns the sharding of each array of an optimiser's state.
 
     An optimiser keeps its arrays in trees like the adapter's, so the last two keys of an array's
@@ -212,12 +212,12 @@ def _of_opt_state(opt_state: optax.OptState, adapter: Adapter, whole: NamedShard
       whole: the sharding of a replicated array.
     """
 
-    def of(keys: Any, array: Shaped) -> Sharding:
+    def sharding(keys: Any, array: Shaped) -> Sharding:
         path, name = (getattr(key, "key", "") for key in ("", "", *keys)[-2:])
         parameter = adapter.get(path, {}).get(name) if isinstance(path, str) else None
         return whole if parameter is None else _like(parameter, array.shape, whole)
 
-    return jax.tree_util.tree_map_with_path(of, opt_state)
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
 def _like(parameter: jax.Array, shape: tuple[int, ...], whole: NamedSharding) -> Sharding:

@@ -117,25 +117,25 @@ def make_gradient(
     Both are sums over the parts of the batch, not divided; see `make_step`.
     """
 
-    def of_adapter(
+    def total_and_sums(
         adapter: Adapter, base: Tree, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, Sums]:
         sums = loss(forward, unsealed(lj.join(adapter, base)), batch, key)
         return sums.total, sums
 
     # Of the adapter: no gradient of the base exists.
-    value_and_grad = jax.value_and_grad(of_adapter, has_aux=True)
+    value_and_grad = jax.value_and_grad(total_and_sums, has_aux=True)
 
     def gradient(state: State, base: Tree, batch: Batch) -> tuple[Sums, Adapter]:
         key = jax.random.fold_in(state.key, state.step)
         working = gathered(state.adapter)
 
-        def of_part(part: Batch, index: jax.typing.ArrayLike) -> tuple[Sums, Adapter]:
+        def part_gradient(part: Batch, index: jax.typing.ArrayLike) -> tuple[Sums, Adapter]:
             part_key = jax.random.fold_in(key, index) if dropout else None
             (_, sums), grads = value_and_grad(working, base, part, part_key)
             return sums, grads
 
-        return _accumulated(of_part, batch)
+        return _accumulated(part_gradient, batch)
 
     return gradient
 
@@ -185,17 +185,17 @@ def make_update(
     return updated
 
 
-def _accumulated(of_part: Callable[..., _Sum], batch: Batch) -> _Sum:
-    """Returns the sum of ``of_part(part, index)``, a tree of arrays, over the parts of a batch."""
+def _accumulated(part_gradient: Callable[..., _Sum], batch: Batch) -> _Sum:
+    """Returns the sum of ``part_gradient(part, index)``, a tree, over the parts of a batch."""
     first = jax.tree.map(lambda array: array[0], batch)
     n_parts = jax.tree.leaves(batch)[0].shape[0]
     if n_parts == 1:
-        return of_part(first, 0)
+        return part_gradient(first, 0)
 
     def add(total: _Sum, xs: tuple[Batch, jax.Array]) -> tuple[_Sum, None]:
-        return jax.tree.map(jnp.add, total, of_part(*xs)), None
+        return jax.tree.map(jnp.add, total, part_gradient(*xs)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, first, 0))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradient, first, 0))
     total: _Sum = jax.lax.scan(add, zeros, (batch, jnp.arange(n_parts)))[0]
     return total
 

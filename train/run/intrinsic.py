@@ -31,17 +31,17 @@ def space_of(config: Options, params: Any) -> Subspace | None:
 
 
 def is_intrinsic(adapter: AdapterConfig) -> bool:
-    """Returns whether --intrinsic is given, an option of classifiers alone."""
+    """Returns True if --intrinsic is given, an option of classifiers alone."""
     return getattr(adapter, "intrinsic", None) is not None
 
 
 def moves_weights(adapter: AdapterConfig) -> bool:
-    """Returns whether the weights themselves change in small steps, and so have to be fp32."""
+    """Returns True if the weights themselves change in small steps, and so have to be fp32."""
     return adapter.full or is_intrinsic(adapter)
 
 
 def about_space(space: Subspace | None) -> dict[str, Any]:
-    """Returns what an adapter's folder says of its subspace; see `lora_jax.subspace.load`."""
+    """Returns the facts of a subspace for its adapter's folder; see `lora_jax.subspace.load`."""
     return {} if space is None else {subspace.FACTS: subspace.facts_of(space)}
 
 
@@ -70,7 +70,7 @@ class _InSubspace:
         return dataclasses.replace(self, model=self.model.clone(**changes))
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
-        """Returns what the model does for the moved parameters, which lie on the mesh as before."""
+        """Runs the model on the moved parameters, which lie on the mesh as before."""
         tree, layout, where = variables["params"], self.model.placement, None
         if isinstance(layout, Layout) and layout.mesh.size > 1:
             where = lj.sharding.shardings(subspace.base_of(tree), layout.table, layout.mesh)

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def pauses(self) -> bool:
-        """Returns whether it is saved before its last step, to go on later."""
+        """True if it is saved before its last step, to go on later."""
         return self.last < self.steps
 
 
@@ -152,7 +152,7 @@ def _moved(run: Run, schedule: optax.Schedule, done: int) -> tuple[str, ...]:
 
 
 def _best(run: Run) -> Best | None:
-    """Returns what keeps the best adapter, if --keep-best asks for it."""
+    """Returns the keeper of the best adapter; None without --keep-best."""
     asked = run.config.run
     if asked.keep_best is None:
         return None

@@ -138,7 +138,7 @@ class RunLog:
             reward = "" if sample.reward is None else f"  [reward {sample.reward:.4g}]"
             tell(
                 self._console,
-                f"  > {_in_one_line(sample.prompt)}\n    {_in_one_line(sample.answer)}{reward}",
+                f"  > {_shorten(sample.prompt)}\n    {_shorten(sample.answer)}{reward}",
             )
 
     def _record(self, line: Line) -> Line:
@@ -183,7 +183,7 @@ def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line
             reporting.samples(step, samples, of_step[-1]["time"])
 
 
-def _in_one_line(text: str) -> str:
+def _shorten(text: str) -> str:
     """Returns a text for the log: in one line, and not too long."""
     joined = " ".join(text.split())
     return joined if len(joined) <= _LONGEST else f"{joined[: _LONGEST - 1]}…"

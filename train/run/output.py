@@ -91,7 +91,7 @@ def check_output(config: Options) -> Path:
 
 
 def state_of(folder: Path) -> str:
-    """Returns what an output folder holds, in words; changes nothing."""
+    """Returns the state of an output folder, in words; changes nothing."""
     if not folder.exists():
         return "this output folder is not there yet"
     if not any((folder / name).exists() for name in _OURS) or _is_untrained(folder):
@@ -100,7 +100,7 @@ def state_of(folder: Path) -> str:
 
 
 def _is_untrained(folder: Path) -> bool:
-    """Returns whether a run was stopped here before its first step: nothing of it need be kept."""
+    """Returns True if a run was stopped here before its first step: nothing of it need be kept."""
     trained = any((folder / name).exists() for name in _TRAINED) or read_metrics(folder)
     return not trained and (folder / CONFIG).exists()
 

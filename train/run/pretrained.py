@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lora_jax import models
 from lora_jax.hf.coded import NONE, STORED, check_stored
 from lora_jax.hf.fields import read_file
+from lora_jax.hf.format import ModelConfig
 from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, codings_of, shapes_of
@@ -226,7 +227,7 @@ def read_model_info(name: str, tokenizer: str | None = None, option: str = "--mo
     return _read_info(name, tokenizer, option, continues=True)
 
 
-def _check_continues(name: str, config: Any, option: str = "--model") -> None:
+def _check_continues(name: str, config: ModelConfig, option: str = "--model") -> None:
     if isinstance(config, models.EncoderConfig | models.VisionConfig):
         raise UserError(f"{option} {name}: a {config.model_type} model does not continue texts")
 
@@ -356,7 +357,8 @@ def _read_info(
     name: str, given: str | None, option: str, *, continues: bool = False, **head: Any
 ) -> ModelInfo:
     outline = read_untokenized(name, continues=continues, option=option, **head)
-    tokenizer = read_tokenizer(name, given, outline.config, option)
+    config: Any = outline.config
+    tokenizer = read_tokenizer(name, given, config, option)
     return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
 
 

@@ -45,7 +45,7 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
     if adapter.peft_config is not None:
         others: list[Rule] = [lj.TrainRule(targets=adapter.train)] if adapter.train else []
         fields = peft_fields(adapter.peft_config)
-        with _of_peft(adapter.peft_config):
+        with _peft_errors(adapter.peft_config):
             return [] if outline is None else [*others, *lp.rules(fields, outline)]
     with as_user_errors(ValueError, prefix="options on the adapter: "):
         chosen: list[Rule] = []
@@ -73,10 +73,10 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
         )
     if outline is None or not getattr(outline.config, "pattern", {}):
         return chosen
-    return [one for rule in chosen for one in _by_places(rule, outline)]
+    return [one for rule in chosen for one in _rules_of_places(rule, outline)]
 
 
-def _by_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
+def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
     """Returns a rule on some of the model's layers as one for each stack of every n-th layer.
 
     Args:
@@ -132,11 +132,11 @@ def peft_fields(path: str) -> dict[str, Any]:
     Raises:
       UserError: the file is missing, or is no configuration that can be used.
     """
-    with _of_peft(path):
+    with _peft_errors(path):
         return read_config(path)
 
 
-def _of_peft(path: str) -> AbstractContextManager[None]:
+def _peft_errors(path: str) -> AbstractContextManager[None]:
     return as_user_errors(ValueError, OSError, prefix=f"--peft-config {path}: ")
 
 
@@ -160,5 +160,5 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
 
 
 def _is_name(target: str) -> bool:
-    """Returns whether a target is a module name or path, rather than a regular expression."""
+    """Returns True if a target is a module name or path, rather than a regular expression."""
     return target.replace("/", "").replace("_", "").isalnum()

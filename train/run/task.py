@@ -18,6 +18,7 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.ready import TrainingStart
 from lora_jax.training.run.stop import Stop
 from train.console.errors import UserError
+from train.options.common import Options
 from train.options.defaults import Defaults
 from train.processes.session import Session
 from train.reporters.contract import Sample
@@ -168,7 +169,7 @@ class Evaluation(Protocol):
         """
 
 
-def reads_all(config: Any) -> tuple[str, ...]:
+def reads_all(config: Options) -> tuple[str, ...]:
     """Returns the options --seed, --batch-size and --grad-accum, on which rows may depend."""
     return ("seed", "batch_size", "grad_accum")
 
@@ -176,7 +177,7 @@ def reads_all(config: Any) -> tuple[str, ...]:
 class PriorRuns(Protocol):
     """Trains what a run begins with, by another run."""
 
-    def train(self, script: str, config: Any, task: "Task", session: Session) -> None:
+    def train(self, script: str, config: Options, task: "Task", session: Session) -> None:
         """Fine-tunes by a script with these options; see `train.finetune`."""
 
     def train_base(
@@ -190,7 +191,7 @@ class PriorRuns(Protocol):
         """Trains a model in full; see `train.start`."""
 
 
-def check_alone(config: Any, what: str) -> None:
+def check_alone(config: Options, what: str) -> None:
     """Raises a UserError in one of many processes, which cannot make what a run begins with."""
     if config.run.distributed or config.run.coordinator:
         raise UserError(f"--dataset {config.data.dataset}: one process alone makes {what}")
@@ -235,7 +236,7 @@ class Task:
     score: str | None = None
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = lambda scores: {}
 
-    def check_options(self, config: Any) -> None:
+    def check_options(self, config: Options) -> None:
         """Raises a UserError for options that make no sense for this task."""
         if config.run.score_every and self.score is None:
             given = config.data.dataset

@@ -7,10 +7,13 @@ from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
 from train.console.errors import UserError, as_user_errors
 
+TextConfig = models.DecoderConfig | models.GPT2Config | models.EncoderConfig | models.SmolVLMConfig
 MODEL_ERRORS = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 
 
-def read_tokenizer(name: str, given: str | None, config: Any, model_option: str = "--model") -> Any:
+def read_tokenizer(
+    name: str, given: str | None, config: TextConfig, model_option: str = "--model"
+) -> Any:
     """Reads the tokenizer of a model, or another one that is to take its place.
 
     Args:

@@ -87,7 +87,7 @@ class Best:
 
     @property
     def is_over(self) -> bool:
-        """Returns whether training ends, as `patience` measurements brought nothing better."""
+        """Returns True if training ends, as `patience` measurements brought nothing better."""
         return self._patience is not None and self.standing.waited >= self._patience
 
     @property

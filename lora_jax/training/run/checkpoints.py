@@ -87,7 +87,8 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_arrays(state)), run=ocp.args.JsonSave(dict(run))
+                state=ocp.args.StandardSave(_arrays_of_state(state)),
+                run=ocp.args.JsonSave(dict(run)),
             ),
             force=True,
         )
@@ -145,7 +146,7 @@ class Checkpoints:
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         self._check_files(step)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_arrays(like))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays_of_state(like))
         try:
             restored = self._manager.restore(
                 step,
@@ -206,7 +207,7 @@ def _check_room(folder: Path, state: State) -> None:
 
     A limit on the size of files applies to a file of Orbax's, which holds 2 GiB at most.
     """
-    arrays = jax.tree.leaves(_as_arrays(state))
+    arrays = jax.tree.leaves(_arrays_of_state(state))
     shards = [shard for array in arrays for shard in getattr(array, "addressable_shards", ())]
     needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
     if shutil.disk_usage(folder).free < needed:
@@ -232,5 +233,5 @@ def _digests(folder: Path) -> Digests:
     return digests
 
 
-def _as_arrays(state: State) -> dict[str, Any]:
+def _arrays_of_state(state: State) -> dict[str, Any]:
     return {**state._asdict(), "key": jax.random.key_data(state.key)}

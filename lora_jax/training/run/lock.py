@@ -75,7 +75,7 @@ class FolderLock:
         return True
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
-        """Returns whether the holder is gone; may wait to see whether it touches the lock."""
+        """Returns True if the holder is gone; may wait to see whether it touches the lock."""
         if os.name == "posix" and "pid" in holder and {**holder, **_here()} == holder:
             return {**holder, **_process(holder["pid"])} != holder or not _process(holder["pid"])
         age = self._age()
@@ -163,7 +163,7 @@ def _process(pid: int) -> dict[str, Any]:
 
 
 def _here() -> dict[str, Any]:
-    """Returns what tells process numbers of other places apart: host, boot and container."""
+    """Returns the host, boot and container, without which a process number says nothing."""
     boot = container = None
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

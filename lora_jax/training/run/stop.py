@@ -75,7 +75,7 @@ class Stop:
             self.raising = False
 
     def agreed(self, agreement: Agreement, turn: Any = ()) -> bool:
-        """Returns whether a signal came to one of the processes; all have to call this, each turn.
+        """Returns True if a signal came to one of the processes; all have to call this, each turn.
 
         Args:
           agreement: counts the turns.
