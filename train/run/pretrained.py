@@ -357,8 +357,7 @@ def _read_info(
     name: str, given: str | None, option: str, *, continues: bool = False, **head: Any
 ) -> ModelInfo:
     outline = read_untokenized(name, continues=continues, option=option, **head)
-    config: Any = outline.config
-    tokenizer = read_tokenizer(name, given, config, option)
+    tokenizer = read_tokenizer(name, given, outline.config, option)
     return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
 
 

@@ -3,16 +3,16 @@
 from typing import Any
 
 from lora_jax import models
+from lora_jax.hf.format import ModelConfig
 from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
 from train.console.errors import UserError, as_user_errors
 
-TextConfig = models.DecoderConfig | models.GPT2Config | models.EncoderConfig | models.SmolVLMConfig
 MODEL_ERRORS = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 
 
 def read_tokenizer(
-    name: str, given: str | None, config: TextConfig, model_option: str = "--model"
+    name: str, given: str | None, config: ModelConfig, model_option: str = "--model"
 ) -> Any:
     """Reads the tokenizer of a model, or another one that is to take its place.
 
@@ -40,9 +40,9 @@ def read_tokenizer(
     if not tokenizer.is_fast:
         raise UserError(f"{option}: its tokenizer has no fast version (tokenizer.json)")
     last = max(tokenizer.get_vocab().values())
-    if given is not None and last >= config.vocab_size:
+    if given is not None and last >= (size := getattr(config, "vocab_size", 0)):
         raise UserError(
             f"{option} has tokens up to {last:,}, and the vocabulary of {model_option} {name} "
-            f"ends at {config.vocab_size - 1:,}: name the tokenizer that the model was trained with"
+            f"ends at {size - 1:,}: name the tokenizer that the model was trained with"
         )
     return tokenizer
