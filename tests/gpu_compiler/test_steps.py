@@ -16,7 +16,8 @@ from lora_jax.models.layers.attention import AttentionCall
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from lora_jax.models.sampling.choice import Sampling
-from lora_jax.models.sampling.loop import Decoding, Prompts, decode, prefill
+from lora_jax.models.sampling.loop import Decoding, decode, prefill
+from lora_jax.models.sampling.prompts import Prompts
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from train.options.common import AdapterConfig
 from train.plan.compile import _closed_form

@@ -14,7 +14,8 @@ from lora_jax.models import Decoder, generate, share
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.sampling import choice
 from lora_jax.models.sampling.choice import Sampling
-from lora_jax.models.sampling.loop import Decoding, Prompts
+from lora_jax.models.sampling.loop import Decoding
+from lora_jax.models.sampling.prompts import Prompts
 from tests.models import tiny, tiny_encoders
 from tests.support import over
 

@@ -11,7 +11,7 @@ from train.console.errors import UserError, reported
 from train.console.output import check_free, closed_pipe
 from train.generate.batch import answer_all, stream_answers
 from train.generate.chat import talk
-from train.generate.options import GenerateOptions, check, parse, with_sampling
+from train.generate.options import GenerateOptions, apply_sampling, check, parse
 from train.generate.prompts import (
     check_lengths,
     check_template,
@@ -70,7 +70,7 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     check_template(options, outline, prompts or [])
     asked = {name: value for name, value in vars(options).items() if name in given}
     outline, sampling = apply_generation_config(outline, options.generation_config, asked)
-    options = with_sampling(options, sampling, given)
+    options = apply_sampling(options, sampling, given)
 
     # Someone who types a line waits for its answer; the lines of a pipe are answered together.
     one_by_one = not (prompts or options.interactive or options.output) and sys.stdin.isatty()

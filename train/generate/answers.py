@@ -7,19 +7,21 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.types import Forward, Tokenizer, Tree
 from lora_jax.models import stream
+from lora_jax.models.causal import CausalLM
 from lora_jax.models.sampling.choice import row_keys
+from lora_jax.models.sampling.prompts import pad_left
 from lora_jax.models.sampling.text import StopTexts, TextStream
 from lora_jax.training.data.vision.pictures import pixel_values
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
-from train.run.complete import pad_left
 from train.run.pretrained import ModelInfo, end_tokens
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -39,7 +41,7 @@ class GeneratedAnswer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, ends: Collection[int], stops: Sequence[str], most: int
+        self, tokenizer: Tokenizer, *, ends: Collection[int], stops: Sequence[str], most: int
     ) -> None:
         """Begins an answer.
 
@@ -105,9 +107,9 @@ class AnswerGenerator:
       options: the options.
     """
 
-    model: Any
-    params: Any
-    apply: Callable[..., Any] | None
+    model: CausalLM
+    params: Tree
+    apply: Forward | None
     outline: ModelInfo
     options: GenerateOptions
 
@@ -210,7 +212,7 @@ def stream_answer(
     *,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Says the answer to one prompt as it is generated.
+    """Gives out the answer to one prompt as it is generated.
 
     Args:
       speaker: the model.

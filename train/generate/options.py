@@ -114,7 +114,7 @@ def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None
             raise UserError(f"{flag(named[0])} {why}")
 
 
-def with_sampling(
+def apply_sampling(
     options: GenerateOptions, sampling: Mapping[str, Any], given: frozenset[str]
 ) -> GenerateOptions:
     """Returns the options; those on the command line take precedence over the file's.

@@ -75,7 +75,7 @@ def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
       UserError: a file cannot be read, or has no prompt; names the line.
     """
     if options.prompts is not None:
-        return _of_file(options.prompts)
+        return _read_file(options.prompts)
     given = enumerate(options.prompt, start=1)
     return [prompt_of(text, f"prompt {n}", options.image) for n, text in given] or None
 
@@ -101,13 +101,13 @@ def typed_prompts() -> Iterator[Prompt]:
         yield prompt_of(line.strip(), f"prompt {n}")
 
 
-def _of_file(given: str) -> list[Prompt]:
+def _read_file(given: str) -> list[Prompt]:
     path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(f"--prompts {given}: there is no such file")
     if kind_of(given):
         rows = enumerate(read_file(path), start=1)
-        found = [_of_row(row, name_of(row, given, n)) for n, row in rows]
+        found = [_read_row(row, name_of(row, given, n)) for n, row in rows]
     else:
         lines = enumerate(read_lines(path), start=1)
         found = [prompt_of(s.strip(), f"{given}, line {n}") for n, s in lines if s.strip()]
@@ -116,7 +116,7 @@ def _of_file(given: str) -> list[Prompt]:
     return found
 
 
-def _of_row(row: Row, name: str) -> Prompt:
+def _read_row(row: Row, name: str) -> Prompt:
     chat = question(row, name, images=True)
     repeated = {one: row[one] for one in _REPEATED if row.get(one)}
     if "messages" in repeated:
@@ -177,10 +177,10 @@ def tokenize(
     made = outline.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if not shown:
         return [PromptTokens(ids) for ids in made]
-    return _with_images(prompts, made, outline)
+    return _add_images(prompts, made, outline)
 
 
-def _with_images(
+def _add_images(
     prompts: Sequence[Prompt], made: Sequence[list[int]], outline: ModelInfo
 ) -> list[PromptTokens]:
     """Returns tokens with those of images, and the images."""

@@ -4,13 +4,15 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 import lora_jax as lj
+from lora_jax.core.types import Forward, Tree
+from lora_jax.models.causal import CausalLM
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
 from train.console.errors import UserError, as_user_errors
 from train.console.output import say
@@ -160,8 +162,8 @@ class LoadedAdapters:
 
     def __init__(
         self,
-        model: Any,
-        params: Any,
+        model: CausalLM,
+        params: Tree,
         adapters: Sequence[NamedAdapter],
         outline: ModelInfo,
         options: GenerateOptions,
@@ -175,9 +177,9 @@ class LoadedAdapters:
         self.names = [one.name for one in adapters]
         self._merge = options.merge
         self._forward = lj.adapt(model.apply)  # one for all: each new function compiles
-        self._merged: tuple[str, Any] = (BASE, None)  # the adapter whose merged tree is kept
+        self._merged: tuple[str, Tree] = (BASE, None)  # the adapter whose merged tree is kept
         mismatch = options.allow_base_mismatch
-        self._trees: dict[str, Any] = {}
+        self._trees: dict[str, Tree] = {}
         for name, source in adapters:
             if source is not None:
                 tree = source.load(model, params, outline.name, allow_base_mismatch=mismatch)
@@ -197,10 +199,10 @@ class LoadedAdapters:
             self._trees[BASE] = params
 
     def speaker(self, name: str) -> AnswerGenerator:
-        """Returns the speaker that answers with an adapter."""
+        """Returns the generator of an adapter's answers."""
         return AnswerGenerator(self.model, *self.use(name), self.outline, self.options)
 
-    def use(self, name: str) -> tuple[Any, Callable[..., Any] | None]:
+    def use(self, name: str) -> tuple[Tree, Forward | None]:
         """Returns the parameters of an adapter, and the function in the place of `model.apply`."""
         if name == BASE:
             return self._trees[BASE], self._forward if self.outline.in_codes else None
@@ -221,7 +223,7 @@ class LoadedAdapters:
         del self._trees[name]
         return "merged into"
 
-    def _alike(self, tree: Any) -> Any:
+    def _alike(self, tree: Tree) -> Tree:
         """Returns a tree of the structure of an earlier one, where it has the same weights.
 
         The two then share what is compiled: their dropout, which does nothing here, may differ.

@@ -17,6 +17,7 @@ import lora_jax as lj
 from lora_jax.core.types import Tree
 from lora_jax.models import sample
 from lora_jax.models.sampling.choice import row_keys
+from lora_jax.models.sampling.prompts import pad_left
 from lora_jax.models.sampling.text import StopTexts
 from lora_jax.training import make_scorer
 from lora_jax.training.data.batches import HostBatch
@@ -24,7 +25,6 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.step import State
 from train.live.prompts import GroupedCompletions, PromptFeed
 from train.live.reference import running
-from train.run.complete import pad_left
 from train.run.pretrained import end_tokens
 from train.run.task import ModelContext
 

@@ -1,12 +1,13 @@
 """Greedy answers to many chats, in batches of one shape; a common prefix is prefilled once."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models import generate, init_cache, share
+from lora_jax.models.sampling.prompts import common_prefix, pad_left
 from lora_jax.training.data.rows import Conversation
 from lora_jax.training.data.templates import render_prompt
 from train.run.pretrained import ModelInfo, end_tokens
@@ -30,13 +31,13 @@ def tokenize_chats(outline: ModelInfo, chats: Sequence[Chat]) -> list[list[int]]
 
 
 def answer_prompts(
-    model: Any,
-    params: Any,
+    model: Model,
+    params: Tree,
     outline: ModelInfo,
     prompts: Sequence[list[int]],
     *,
     new_tokens: int,
-    forward: Callable[..., Any] | None = None,
+    forward: Forward | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Returns the continuation of each prompt, decoded greedily; see `complete_prompts`."""
@@ -48,13 +49,13 @@ def answer_prompts(
 
 
 def complete_prompts(
-    model: Any,
-    params: Any,
+    model: Model,
+    params: Tree,
     outline: ModelInfo,
     prompts: Sequence[list[int]],
     *,
     new_tokens: int,
-    forward: Callable[..., Any] | None = None,
+    forward: Forward | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[int]]:
     """Returns the tokens of each prompt's greedy continuation, with the one that ends it.
@@ -100,19 +101,7 @@ def complete_prompts(
     return found
 
 
-def pad_left(
-    prompts: Sequence[Sequence[int]], length: int, pad: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompts as (ids, mask), each [prompts, length] int32, padded at the left."""
-    ids = np.full((len(prompts), length), pad, np.int32)
-    mask = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = 1
-    return ids, mask
-
-
-def _n_rows(model: Any, slots: int) -> int:
+def _n_rows(model: Model, slots: int) -> int:
     """Returns the number of rows whose caches fit into the memory of a batch's."""
     cache = jax.eval_shape(lambda: init_cache(model.config, 1, slots, model.dtype))
     kept = jax.tree.leaves((cache.key, cache.value, cache.recurrent))
@@ -135,6 +124,5 @@ def _batches(prompts: Sequence[list[int]], most: int) -> Iterator[tuple[Sequence
 
 def _n_shared(prompts: Sequence[list[int]]) -> int:
     """Returns the length of the prompts' common prefix; leaves at least two tokens of each."""
-    first, last = min(prompts), max(prompts)  # a prefix of both is a prefix of all
-    indices = range(min(map(len, prompts)) - 2)
-    return next((i for i in indices if first[i] != last[i]), max(0, len(indices)))
+    most = max(0, min(map(len, prompts)) - 2)
+    return min(most, common_prefix(min(prompts), max(prompts)))  # of both is of all

@@ -11,15 +11,8 @@ import jax.numpy as jnp
 
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Shared, init_cache
-from lora_jax.models.sampling.loop import (
-    Decoding,
-    Inputs,
-    Prompts,
-    as_decoding,
-    as_prompts,
-    decode,
-    prefill,
-)
+from lora_jax.models.sampling.loop import Decoding, decode, make_decoding, prefill
+from lora_jax.models.sampling.prompts import Inputs, Prompts, make_prompts
 
 
 def generate(
@@ -81,8 +74,8 @@ def generate(
     >>> new.shape
     (1, 4)
     """
-    prompts = as_prompts(input_ids, attention_mask, shared, inputs)
-    decoding = as_decoding(
+    prompts = make_prompts(input_ids, attention_mask, shared, inputs)
+    decoding = make_decoding(
         *(model, len(prompts.ids)),
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.core.types import Forward, Model, Tree
-from lora_jax.models.layers.cache import Cache, Shared, init_cache
+from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.models.sampling.choice import (
     Sampling,
     choose,
@@ -19,23 +19,7 @@ from lora_jax.models.sampling.choice import (
     log_probability,
     token_keys,
 )
-
-Inputs = Mapping[str, jax.typing.ArrayLike]
-
-
-class Prompts(NamedTuple):
-    """A batch of prompts.
-
-    Attributes:
-      ids: [batch, seq] int32.
-      mask: [batch, seq] bool, False at padding.
-      shared, inputs: see ``generate``.
-    """
-
-    ids: jax.Array
-    mask: jax.Array
-    shared: Shared | None = None
-    inputs: Inputs | None = None
+from lora_jax.models.sampling.prompts import Inputs, Prompts
 
 
 class Decoding(NamedTuple):
@@ -72,19 +56,7 @@ class DecodingState(NamedTuple):
     logps: jax.Array | None = None
 
 
-def as_prompts(
-    input_ids: jax.typing.ArrayLike,
-    attention_mask: jax.typing.ArrayLike | None,
-    shared: Shared | None = None,
-    inputs: Inputs | None = None,
-) -> Prompts:
-    """Returns prompts as arrays; see ``generate``."""
-    ids = jnp.asarray(input_ids, jnp.int32)
-    mask = jnp.ones_like(ids, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
-    return Prompts(ids, mask, shared, inputs)
-
-
-def as_decoding(
+def make_decoding(
     model: Model,
     rows: int,
     *,
@@ -140,7 +112,7 @@ def prefill(
 
     Args:
       params, model, apply: see ``generate``.
-      prompts, decoding: see ``as_prompts`` and ``as_decoding``.
+      prompts, decoding: see ``make_prompts`` and ``make_decoding``.
       cache_len: the slots of the cache.
       n: the number of tokens that the state holds.
       rows_each: the answers to each prompt, side by side: batch * rows_each rows in the state.

@@ -11,18 +11,12 @@ import jax.numpy as jnp
 
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.sampling.choice import has_row_keys, row_keys
-from lora_jax.models.sampling.loop import (
-    Decoding,
-    Prompts,
-    as_decoding,
-    as_prompts,
-    decode,
-    prefill,
-)
+from lora_jax.models.sampling.loop import Decoding, decode, make_decoding, prefill
+from lora_jax.models.sampling.prompts import Prompts, make_prompts
 
 
 class Samples(NamedTuple):
-    """Holds answers; those to one prompt are rows side by side.
+    """Answers; those to one prompt are rows side by side.
 
     Attributes:
       tokens: [prompts * n, max_new_tokens] int32: the new tokens, EOS included, then padding.
@@ -83,8 +77,8 @@ def sample(
     """
     if n < 1:
         raise ValueError(f"n is {n}: the number of answers to each prompt, 1 at least")
-    prompts = as_prompts(input_ids, attention_mask)
-    decoding = as_decoding(
+    prompts = make_prompts(input_ids, attention_mask)
+    decoding = make_decoding(
         *(model, len(prompts.ids) * n),
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,

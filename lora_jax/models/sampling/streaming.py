@@ -12,15 +12,8 @@ import numpy as np
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Cache, Shared
 from lora_jax.models.sampling.choice import SamplingKeywords
-from lora_jax.models.sampling.loop import (
-    Decoding,
-    DecodingState,
-    Inputs,
-    as_decoding,
-    as_prompts,
-    decode,
-    prefill,
-)
+from lora_jax.models.sampling.loop import Decoding, DecodingState, decode, make_decoding, prefill
+from lora_jax.models.sampling.prompts import Inputs, make_prompts
 
 
 def stream(
@@ -69,8 +62,8 @@ def stream(
     >>> tokens == models.generate(model, params, ids, max_new_tokens=4)[0].tolist()
     True
     """
-    prompts = as_prompts(input_ids, attention_mask, shared, inputs)
-    decoding = as_decoding(model, len(prompts.ids), max_new_tokens=max_new_tokens, **choosing)
+    prompts = make_prompts(input_ids, attention_mask, shared, inputs)
+    decoding = make_decoding(model, len(prompts.ids), max_new_tokens=max_new_tokens, **choosing)
     needed = prompts.ids.shape[1] + max_new_tokens - 1  # the last token is never fed
     cache_len = needed if cache_len is None else cache_len
     if cache_len < needed:

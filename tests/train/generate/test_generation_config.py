@@ -14,7 +14,7 @@ from tests.train.scripts import fails
 from tests.train.tiny import CONFIG, tokenizer, write_model
 from train.export import __main__ as export
 from train.generate import __main__ as generate
-from train.generate.options import parse, with_sampling
+from train.generate.options import apply_sampling, parse
 from train.run.pretrained import end_tokens, read_model_info
 from train.run.sampling import apply_generation_config
 from train.serve import __main__ as serve
@@ -136,7 +136,7 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     assert "says but for --temperature: temperature 0.2, top_p 0.9, top_k 40" in (
         capsys.readouterr().err
     )
-    used = with_sampling(options, sampling, given)
+    used = apply_sampling(options, sampling, given)
     assert (used.temperature, used.top_p, used.top_k) == (0.2, 0.9, 40)
     capsys.readouterr()
     (greedy,) = answers(made, tmp_path / "greedy.jsonl")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from lora_jax import models
+from lora_jax.models.sampling.prompts import pad_left
 from tests.support import over
 from tests.train.tiny import decoder, tokenizer
-from train.run.complete import answer_prompts, pad_left, tokenize_chats
+from train.run.complete import answer_prompts, tokenize_chats
 from train.run.pretrained import ModelInfo
 from train.tasks.sql_scores import (
     ADAPTED,

@@ -6,11 +6,11 @@ import pytest
 
 from lora_jax import models
 from lora_jax.hf.tokenizer import load_tokenizer
+from lora_jax.models.sampling.prompts import pad_left
 from tests.support import thorough
 from train import start
 from train.environments import arithmetic
 from train.processes.session import Session
-from train.run.complete import pad_left
 from train.tasks import sums as making
 
 

@@ -1,10 +1,10 @@
 """Adapters of a batch of samples, side by side on the device."""
 
 from collections import Counter
-from typing import Any
 
 from lora_jax.bank.slots import map_slots, slots_of
 from lora_jax.bank.writing import add_slots, write
+from lora_jax.core.types import Tree
 from train.serve.engine.base import Adapter, ServedBase
 
 
@@ -21,7 +21,7 @@ class AdapterPool:
         self._write(1, base.none)  # so the arrays lie where all later writes leave them
 
     @property
-    def tree(self) -> Any:
+    def tree(self) -> Tree:
         """The base with slots in place of adapted weights."""
         return self._tree
 
@@ -45,7 +45,7 @@ class AdapterPool:
         return slot
 
     def give(self, slot: int) -> None:
-        """Says that one user of a slot is done."""
+        """Counts one user of a slot less."""
         self._users[slot] -= 1
 
     def _write(self, slot: int, adapter: Adapter) -> None:

@@ -107,7 +107,7 @@ class SamplingPrograms:
         return key, value
 
     def give(self, key: np.ndarray, value: np.ndarray, length: int) -> Cache:
-        """Takes back a cache that `take` returned for a prompt of at most this length."""
+        """Returns the arrays of `take` as the cache of a prompt of at most this length."""
         cache = self.prompt(length)
         room = [(0, 0)] * key.ndim
         room[3] = (0, cache.positions.shape[1] - key.shape[3])

@@ -76,7 +76,7 @@ class Sampler:
     @property
     def busy(self) -> bool:
         """True where there is anything to do."""
-        return bool(self._waiting or self._under_way())
+        return bool(self._waiting or self._active_jobs())
 
     def serves_others(self, path: TurnPath) -> bool:
         """Returns True if anybody else samples at the last level of a path."""
@@ -92,7 +92,7 @@ class Sampler:
         self._admit()
         self._fill_rows()
         if (prompt := self._due_prompt()) is not None:
-            self._for(prompt.job, self._run_chunk, prompt)
+            self._isolate(prompt.job, self._run_chunk, prompt)
         elif self._places.rows:
             self._draw()
         self._fill_rows()
@@ -124,11 +124,11 @@ class Sampler:
 
     def fail(self, error: Exception) -> None:
         """Ends all samples, by an error in what they share."""
-        for job in [*itertools.chain(*self._waiting.values()), *self._under_way()]:
+        for job in [*itertools.chain(*self._waiting.values()), *self._active_jobs()]:
             self.end(job, error)
         self._places.reset()
 
-    def _under_way(self) -> list[SampleJob]:
+    def _active_jobs(self) -> list[SampleJob]:
         rows = [*self._places.rows.values(), *self._paused]
         return [each.job for each in self._prompts + self._ready] + [row.job for row in rows]
 
@@ -147,7 +147,7 @@ class Sampler:
     def _others_slot(self, job: SampleJob) -> set[SampleJob]:
         """Returns the users of a slot that they have to give to a sample."""
         users: dict[Hashable, set[SampleJob]] = {}
-        for other in self._under_way():
+        for other in self._active_jobs():
             if other.slot:  # all have 0, the base's
                 users.setdefault(other.slot, set()).add(other)
         held = {slot: {other.path for other in there} for slot, there in users.items()}
@@ -249,7 +249,7 @@ class Sampler:
     # Completions
 
     def _limit(self) -> int:
-        """Returns the limit of rows in use, lower for a while after several owners drew."""
+        """Returns the number of rows to use: fewer for a while after several owners drew."""
         n_owners = self._turns.n_below(())
         if 1 < n_owners <= self._places.shared:
             self._alone = 0
@@ -261,10 +261,10 @@ class Sampler:
         while len(self._places.rows) > self._limit():
             self._pause_one([*self._places.rows])
             self._places.narrow()
-        while any(self._has_row(each) for each in self._to_draw()):
+        while any(self._has_row(each) for each in self._next_completions()):
             pass
 
-    def _to_draw(self) -> list[RunningPrompt | ActiveCompletion]:
+    def _next_completions(self) -> list[RunningPrompt | ActiveCompletion]:
         """Returns completions that wait for a row, those of parties with the fewest rows first.
 
         Of each party, the first one that has a slot is among them, and the first that has none: of
@@ -298,15 +298,15 @@ class Sampler:
             return False
         if isinstance(each, ActiveCompletion):
             self._paused.remove(each)
-            self._for(job, self._places.resume, each)
+            self._isolate(job, self._places.resume, each)
         else:
             each.begun += 1
             if each.begun == job.request.n:
                 self._ready.remove(each)
-            self._for(job, self._begin, each, each.begun - 1)
+            self._isolate(job, self._begin, each, each.begun - 1)
         return True
 
-    def _pause_one(self, places: Sequence[Any]) -> None:
+    def _pause_one(self, places: Sequence[int]) -> None:
         """Pauses the latest completion of who has the most of some rows."""
         rows = [self._places.rows[place] for place in reversed(places)]
         counts = Counter(each for row in rows for each in parties(row.job.path))
@@ -318,7 +318,7 @@ class Sampler:
 
     def _begin(self, prompt: RunningPrompt, index: int) -> None:
         row = ActiveCompletion(prompt.job, index)
-        assert prompt.cache is not None  # it ran
+        assert prompt.cache is not None and prompt.logits is not None  # it ran
         tokens = self._places.begin(row, prompt.logits, prompt.cache)
         self._turns.note([row.job.path])
         self._take(row, tokens, 0)
@@ -332,7 +332,7 @@ class Sampler:
         self._turns.note(row.job.path for _, row in rows)
         for place, row in rows:
             if not row.job.is_over:
-                self._for(row.job, self._take, row, tokens, place)
+                self._isolate(row.job, self._take, row, tokens, place)
 
     def _take(self, row: ActiveCompletion, tokens: DrawnTokens[np.ndarray], at: int) -> None:
         """Notes the token that a row drew, and ends the row if it is the last one."""
@@ -358,7 +358,7 @@ class Sampler:
             if len(job.completions) == request.n:
                 self.end(job)
 
-    def _for(self, job: SampleJob, function: Callable[..., None], *args: Any) -> None:
+    def _isolate(self, job: SampleJob, function: Callable[..., None], *args: Any) -> None:
         """Does something for a sample, which alone fails if that does, and the rows stay whole."""
         try:
             function(*args)

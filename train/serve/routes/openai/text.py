@@ -5,10 +5,10 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
 
 from tokenizers import pre_tokenizers
 
+from lora_jax.core.types import Tokenizer
 from lora_jax.models.sampling.text import StopTexts, TextStream
 from lora_jax.training.data.rows import check_text
 from lora_jax.training.errors import TrainingError
@@ -19,7 +19,7 @@ _LEAST = -9999.0  # what OpenAI's API writes for a log-probability of -inf
 class ServedTokenizer:
     """A tokenizer, as the routes use it; by several threads at once."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         """Takes transformers' fast tokenizer."""
         self.tokenizer = tokenizer
         self._core = tokenizer.backend_tokenizer
@@ -143,7 +143,7 @@ class CompletionText:
         return text, [] if self._stream.is_cut else self._given()
 
     def end(self) -> tuple[str, list[TokenEntry]]:
-        """Returns the text that was held back, once no more tokens come."""
+        """Returns the text that was held back, once no more tokens come, and its tokens."""
         if self.stopped:
             return "", []
         return self._stream.end(), self._given(last=True)
