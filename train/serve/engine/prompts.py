@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
-import jax
 import numpy as np
 
 from lora_jax.core.types import Tree
@@ -37,7 +37,7 @@ class RunningPrompt:
     cache: Cache | None = None
     n: int = 0
     cached: int = 0
-    logits: jax.Array | None = None
+    logits: Any = None
     begun: int = 0
 
     @property
