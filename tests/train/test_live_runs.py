@@ -142,14 +142,14 @@ def runs(folder, tmp_path_factory):
     def run(way):
         script, line, args = RUNS[way]
         args = [folder / "used" if arg == "used" else arg for arg in args]
-        draws, real = [], rollouts.Rollouts.drawn
+        draws, real = [], rollouts.Rollouts.draw
 
         def noted(self, params, rows, number, attempt=0):
             draws.append((attempt, len(rows)))
             return real(self, params, rows, number, attempt)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rollouts.Rollouts, "drawn", noted)
+            patch.setattr(rollouts.Rollouts, "draw", noted)
             patch.setattr("lora_jax.training.data.sequences._ROWS_A_LENGTH", 8)  # two lengths
             return steps_of(script, *line(folder, output / way, *args)), draws
 
