@@ -13,8 +13,6 @@ import signal
 import sys
 import threading
 
-from tests.surroundings import hide_torch
-
 SOON = 0.02  # seconds
 
 
@@ -46,6 +44,5 @@ def end_at(where: str, nth: int, when: str) -> None:
 
 if __name__ == "__main__":
     where, nth, when, script, *sys.argv[1:] = sys.argv[1:]
-    hide_torch()
     end_at(where, int(nth), when)
     runpy.run_module(script, run_name="__main__", alter_sys=True)

@@ -11,9 +11,6 @@ import sys
 devices, place, port, script, *rest = sys.argv[1:]
 process, processes = map(int, place.split("/"))
 
-from tests.surroundings import hide_torch  # noqa: E402
-
-hide_torch()
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", int(devices))

@@ -1,20 +1,6 @@
-"""Starts scripts: up to their training, or as processes of their own."""
-
-import sys
+"""Starts scripts up to their training, or to the error that ends them."""
 
 import pytest
-
-_WITHOUT_TORCH = """
-import runpy, sys
-from tests.surroundings import hide_torch
-hide_torch()
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-"""
-
-
-def command(script, *args):
-    """Returns the words that start `python -m script` with options, without torch."""
-    return [sys.executable, "-c", _WITHOUT_TORCH, script, *map(str, args)]
 
 
 class Begun(BaseException):

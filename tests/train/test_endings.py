@@ -1,21 +1,17 @@
 """Runs that end early: signals, killed processes, and two runs in one folder."""
 
-import os
 import re
 import signal
 import socket
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.support import thorough
-from tests.train.scripts import command
+from tests.train.forks import Forked
 from tests.train.tiny import write_model, write_rows
 from train.run.log import read_metrics
 
-ROOT = Path(__file__).parents[2]
 LATEST = 15.0  # seconds after a signal, beside one step and one save
 SAVE = 30.0  # more than enough, on a busy machine
 
@@ -39,15 +35,8 @@ def start(inputs, folder, *args, n=1):
     for i in range(n):
         many = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", n, "--process-id", i]
         words = [*inputs, "--output", folder, *args, *(many if n > 1 else [])]
-        with (folder.parent / f"{folder.name}.log{i}").open("a") as log:
-            process = subprocess.Popen(
-                command("train.sft", *words),
-                cwd=ROOT,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
-                stdout=log,
-                stderr=log,
-            )
-        started.append(process)
+        log = folder.parent / f"{folder.name}.log{i}"
+        started.append(Forked(["-m", "train.sft", *words], folder.parent, log=log))
     return started
 
 

@@ -1,10 +1,7 @@
 """`train.grpo` is killed at a dozen moments, and goes on: to the bits of a run without a break."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from tests.support import assert_identical
-from tests.train.scripts import command
+from tests.train.forks import Forked
 from tests.train.tiny import CONFIG, write_jsonl, write_model
 from train.adapters.source import find_adapter
 from train.reporters.files import read_lines
@@ -58,25 +55,23 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(tmp_path):
     line += ["--updates", 2, "--beta", 0.1, "--lr", 3e-2, "--schedule", "constant", "--warmup", 1]
     line += ["--steps", STEPS, "--save-every", SAVE, "--eval-questions", 0, "--report-to", "none"]
     line += ["--compilation-cache", tmp_path / "programs", "--targets", "q_proj", "v_proj"]
-    environment = os.environ | {
+    environment = {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONUNBUFFERED": "1",  # what is said is there, however it ends
     }
 
     def ended(words, name, *args):
         words = [*words, *line, "--output", tmp_path / name, *args]
-        process = subprocess.run(
-            [*map(str, words)], env=environment, capture_output=True, text=True
-        )
-        return process.returncode, process.stdout + process.stderr
+        process = Forked(words, tmp_path, environment)
+        said = "".join(process.communicate())
+        return process.returncode, said
 
-    grpo = command("train.grpo")
+    grpo = ["-m", "train.grpo"]
     code, said = ended(grpo, "whole")
     assert code == 0, said
     begun = []
     for where, nth, when in MOMENTS.values():
-        killing = [sys.executable, PROGRAM, where, nth, when, "train.grpo"]
+        killing = [PROGRAM, where, nth, when, "train.grpo"]
         code, said = ended(killing, "killed", *(["--resume"] if begun else []))
         assert code == -signal.SIGKILL, said
         found = re.search(r"going on after step (\d+)", said)

@@ -3,10 +3,7 @@
 import functools
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.setup import Setup
 from tests.support import THOROUGH, assert_close, thorough, with_random_factors
+from tests.train.forks import Forked
 from tests.train.test_classify import words, write_encoder
 from tests.train.tiny import CHATML, write_jsonl, write_model
 from train import classify, sft
@@ -30,7 +28,7 @@ from train.console.errors import UserError
 from train.processes.mesh import make_mesh, parse_mesh
 from train.run.log import read_metrics
 
-ROOT = Path(__file__).parents[2]
+RUNS = Path(__file__).with_name("mesh_runs.py")
 DENSE = {
     "vocab_size": 264,
     "hidden_size": 32,
@@ -136,16 +134,11 @@ def start(shared, each, *, devices, processes=1, script="sft", last=()):
     words = [str(word) for word in shared]
     for options in each:
         words += ["--", *map(str, options)]
-    command = [sys.executable, str(ROOT / "tests/train/mesh_runs.py"), str(devices)]
     return [
-        subprocess.Popen(
-            [*command, f"{process}/{processes}", str(port), script, *words]
-            + [str(word) for word in last if process == processes - 1],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Forked(
+            [RUNS, devices, f"{process}/{processes}", port, script, *words]
+            + [*last] * (process == processes - 1),
+            Path.cwd(),
         )
         for process in range(processes)
     ]

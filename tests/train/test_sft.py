@@ -1,7 +1,6 @@
 """The whole script on a tiny model: what it leaves, resuming, stopping, and bad input."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -19,7 +18,8 @@ from lora_jax import models
 from lora_jax.training.losses import Loss, token_loss
 from lora_jax.training.run.checkpoints import Checkpoints
 from tests.support import THOROUGH
-from tests.train.scripts import begun, command
+from tests.train.forks import Forked
+from tests.train.scripts import begun
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train.generate import __main__ as generate
 from train.run.log import read_metrics
@@ -28,7 +28,6 @@ from train.sft import main
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -342,21 +341,17 @@ def test_an_adapter_is_refused_on_another_base(inputs, whole, tmp_path, capsys):
 def start(inputs, folder, *args):
     """The script as a process of its own, which takes programs from earlier ones, as users' do."""
     cache = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": f"{folder}-cache"}
-    return subprocess.Popen(
-        command("train.sft", *inputs, "--output", folder, *args),
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **cache},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = ["-m", "train.sft", *inputs, "--output", folder, *args]
+    return Forked(words, folder.parent, cache)
 
 
 def wait_for_step(process, step):
-    for line in process.stdout:
-        if (found := re.match(r"step (\d+)/", line)) and int(found[1]) >= step:
+    while process.poll() is None:
+        steps = re.findall(r"^step (\d+)/", process.out.read_text(), re.MULTILINE)
+        if steps and int(steps[-1]) >= step:
             return
-    pytest.fail(f"the process ended with {process.wait()} before step {step}")
+        time.sleep(0.01)
+    pytest.fail(f"the process ended with {process.returncode} before step {step}")
 
 
 @pytest.mark.slow
@@ -385,7 +380,7 @@ def test_a_signal_saves_and_ends_cleanly(inputs, tmp_path):
     process = start(inputs, tmp_path, "--steps", 400, "--save-every", 7, "--dropout", 0.1)
     wait_for_step(process, 9)
     process.send_signal(signal.SIGINT)
-    output = process.communicate()[0]
+    output = "".join(process.communicate())
     assert process.returncode == 130
     assert "Traceback" not in output
     assert "stopped after step" in output and "--resume" in output
