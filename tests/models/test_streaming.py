@@ -90,7 +90,7 @@ def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
         *(jnp.zeros(2, kind) for kind in (jnp.int32, bool)),
         cache=None,
     )
-    decoding = streaming.as_decoding(model, 2, max_new_tokens=4)
+    decoding = streaming.make_decoding(model, 2, max_new_tokens=4)
     args = (params, cache, state, decoding, jnp.int32(2), None)
 
     def aliased(function: Any) -> int:
