@@ -120,7 +120,7 @@ def test_dropout_and_noise_beside_longer_rows(how):
     assert max(jax.tree.leaves(differ)) > 0.01
     (stack,) = together._stacks.values()
     # One program a shape, and one for all where they agree.
-    assert (stack._steps.of_one._cache_size(), stack._steps.of_all._cache_size()) == (2, 1)
+    assert (stack._steps.step_one._cache_size(), stack._steps.step_all._cache_size()) == (2, 1)
 
 
 def test_without_draws_batches_share_a_call():
@@ -130,7 +130,7 @@ def test_without_draws_batches_share_a_call():
     together.add(tenants)
     together.step({"a": batch("a", 0, 4, 6), "b": batch("b", 0, 3, 9)})
     (stack,) = together._stacks.values()
-    assert (stack._steps.of_one._cache_size(), stack._steps.of_all._cache_size()) == (0, 1)
+    assert (stack._steps.step_one._cache_size(), stack._steps.step_all._cache_size()) == (0, 1)
 
 
 def test_shapes_that_are_refused_leave_all_adapters_as_they_were():
