@@ -1,7 +1,8 @@
-"""Docstrings, messages and help texts begin with a subject or a verb, in one dialect."""
+"""Names say what they name, and texts begin with a subject or a verb, in one dialect."""
 
 import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +15,29 @@ RIDDLE = re.compile(
 INLINE_SECTION = re.compile(r"^\s*(Raises|Returns) +[A-Z]\w+", re.MULTILINE)
 # An argument described by a genitive or a pointer alone: "optimizer: of the adapter."
 BARE = re.compile(r"^\s+\*{0,2}\w+(?:, \*{0,2}\w+)*: (of|those|see there|whose)\b", re.MULTILINE)
+# A verb whose object is a relative clause: "Returns what was read", where a noun is meant.
+CLAUSE = re.compile(
+    r"(?:Returns|Yields) (?:what|how|which|whether|that|those|where|why|who|whose|when)\b"
+    r"|[A-Z]\w+s (?:what|how|which|those|where|why|who|whose|when)\b"
+)
+# Names that begin with a preposition name neither a thing nor an action. Conversions are idiom:
+# from_hf, to_hf, as_array, with_name.
+PREPOSITION = re.compile(r"_?(?:of|in|at|for|on|by|under|over|between|into|per)(?:_|$)")
+# Classes whose names may stand in several files.
+SHARED_CLASS_NAMES = {
+    "Config": "the options of a script, which each script has: `sft.Config`, `dpo.Config`",
+}
+# Methods of public classes, whose names users have: `Layout.of`, `Order.of`, `Examples.by_name`.
+PUBLIC_METHODS = {
+    "lora_jax/bank/mixing.py": {"at_once"},
+    "lora_jax/models/layers/cache.py": {"for_rows"},
+    "lora_jax/training/layout.py": {"of", "of_parameter", "of_batch"},
+    "lora_jax/training/data/order.py": {"of"},
+    "lora_jax/training/data/batches.py": {"by_name", "by_length"},
+    "lora_jax/training/data/labelled.py": {"by_name"},
+    "lora_jax/training/data/vision/images.py": {"by_name"},
+}
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -52,6 +76,45 @@ def test_no_text_begins_as_a_riddle():
     assert found == []
 
 
+def test_verbs_have_nouns_for_objects():
+    found = [
+        f"{path}:{line}: {text.splitlines()[0]}"
+        for path in SOURCES
+        for line, text in docstrings(ast.parse(path.read_text()))
+        if CLAUSE.match(text)
+    ]
+    assert found == []
+
+
+def test_functions_are_named_by_verbs_or_nouns():
+    found = [
+        f"{path}:{node.lineno}: {node.name}: name its result, or what it does"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, FUNCTION)
+        and PREPOSITION.match(node.name)
+        and node.name not in PUBLIC_METHODS.get(path.relative_to(ROOT).as_posix(), ())
+    ]
+    assert found == []
+
+
+def class_owners(sources):
+    """Returns the files that define each public class, by its name."""
+    owners = defaultdict(set)
+    for path, text in sources:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                owners[node.name].add(str(path))
+    return owners
+
+
+def test_a_class_name_stands_in_one_file():
+    owners = class_owners((path, path.read_text()) for path in SOURCES)
+    shared = {name: files for name, files in owners.items() if len(files) > 1}
+    assert {k: sorted(v) for k, v in shared.items() if k not in SHARED_CLASS_NAMES} == {}
+    assert shared.keys() >= SHARED_CLASS_NAMES.keys(), "an exception that nobody needs"
+
+
 def test_sections_stand_on_lines_of_their_own():
     found = [
         f"{path}:{line}: write a section, 'Raises:'"
@@ -75,6 +138,12 @@ def test_arguments_are_described_by_nouns():
 def test_the_judge_sees_riddles():
     tree = ast.parse('def f():\n    """What one process cannot do."""\n    raise E(f"Of {f}")')
     assert [bool(RIDDLE.match(t)) for _, t in [*docstrings(tree), *messages(tree)]] == [True] * 2
+    assert CLAUSE.match("Returns whether it is.") and CLAUSE.match("Keeps what was read.")
+    assert not CLAUSE.match("Returns True if it is.") and not CLAUSE.match("Checks that it is.")
+    names = ["of", "_of_layer", "by_name", "offset", "inner", "from_hf", "with_slots"]
+    assert [bool(PREPOSITION.match(name)) for name in names] == [True] * 3 + [False] * 4
+    owners = class_owners([("a.py", "class X: ..."), ("b.py", "class X: ...\nclass _Y: ...")])
+    assert owners == {"X": {"a.py", "b.py"}}
     assert INLINE_SECTION.search("Does it.\n\n    Raises ValueError where it cannot.")
     bare = ["optimizer: of the adapter.", "inner: see there.", "tensors, n: those that move."]
     assert all(BARE.search(f"Does it.\n\nArgs:\n  {text}") for text in bare)

@@ -221,7 +221,7 @@ class _Base(NamedTuple):
     @property
     def evaluated(self) -> Forward:
         """The function of the trees that are evaluated: plain ones, or codes, which stay codes."""
-        return self.answering if self.outline.in_codes else self.model.apply
+        return self.answering if self.outline.has_codes else self.model.apply
 
 
 class _StepsAlone:
@@ -381,6 +381,6 @@ def _finish(row: TableRun, base: _Base, part: RunPart, *, evaluates: bool) -> No
     if part.on_trained:
         part.on_trained(run, row.trained, base.answering)
     if row.evaluation and evaluates:
-        tree, codes = row.take_trained(), base.outline.in_codes
+        tree, codes = row.take_trained(), base.outline.has_codes
         tree = tree if codes else merge_trained(row.space, tree)  # codes merged: the float model
         row.scores = row.evaluation.after(base.model, tree, base.evaluated)

@@ -78,7 +78,7 @@ class SamplePrompts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Holds what a run reads before its weights.
+    """All that a run reads before its weights.
 
     Attributes:
       read: its rows, outline and examples.

@@ -93,8 +93,8 @@ def make_measures(
     """
     run, inputs, evaluation = row.run, row.inputs, row.evaluation
     asked: Any = run.config.run
-    if asked.eval_every and inputs.read.data.on_the_way is not None:
-        examples = inputs.read.data.on_the_way
+    if asked.eval_every and inputs.read.data.measured_on is not None:
+        examples = inputs.read.data.measured_on
         yield held_out(examples, every=asked.eval_every, stop=run.stop)
 
     if asked.score_every and evaluation:

@@ -1,4 +1,4 @@
-"""Trains what another run begins with: an adapter, or a base in full."""
+"""Trains the adapter, or the base in full, that another run begins with."""
 
 import hashlib
 import shutil

@@ -38,7 +38,7 @@ class RunRequest(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPart:
-    """Says how far runs train now, and what they share with others over the same base.
+    """The steps that runs train now, and the parts that they share with others over the same base.
 
     Attributes:
       until: returns the step to pause after, from the number of all steps and the run's options. A

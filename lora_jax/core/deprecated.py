@@ -21,3 +21,8 @@ def renamed(module: str, name: str, names: Mapping[str, object]) -> object:
     now = getattr(value, "__name__", "")
     warnings.warn(f"{module}.{name} is now {module}.{now}", DeprecationWarning, stacklevel=3)
     return value
+
+
+def warn_of_name(earlier: str, name: str) -> None:
+    """Warns the caller of a method's earlier name."""
+    warnings.warn(f"{earlier} is now {name}", DeprecationWarning, stacklevel=3)

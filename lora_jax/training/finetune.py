@@ -52,7 +52,7 @@ _OUR_MODELS = models.Decoder, models.GPT2, models.Encoder, models.VisionEncoder,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Says what a run did.
+    """The result of a run.
 
     Attributes:
       summary: the trainable parameters, in words; see `lora_jax.summary`.

@@ -28,7 +28,7 @@ class Stopped(Interrupted):
 
 
 class Pace(Protocol):
-    """Says how often the loop logs and saves.
+    """The intervals at which the loop logs and saves.
 
     Attributes:
       log_every: steps between lines of metrics.

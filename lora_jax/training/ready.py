@@ -106,7 +106,7 @@ def make_start(
       noise: the size of the noise on embeddings; see `lora_jax.training.neftune`.
     """
     adapter, base = lj.split(params)
-    setup = Setup.of(layout, params, optimizer, schedule, noise=noise)
+    setup = Setup.make(layout, params, optimizer, schedule, noise=noise)
     return TrainingStart(
         feed=feed,
         setup=setup,

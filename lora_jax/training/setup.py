@@ -43,7 +43,7 @@ class Setup:
     noise: float = 0.0
 
     @classmethod
-    def of(
+    def make(
         cls,
         layout: Layout,
         params: Tree,

@@ -221,7 +221,7 @@ def test_a_checkpoint_loads_bitwise_under_another_mesh(tmp_path):
         layout = Layout(make_mesh(mesh, 4), table)
         placed = layout.placed(params)
         adapter, _ = lj.split(placed)
-        setup = Setup.of(layout, placed, optax.adam(1e-3), optax.constant_schedule(1e-3))
+        setup = Setup.make(layout, placed, optax.adam(1e-3), optax.constant_schedule(1e-3))
         state = setup.state(adapter, jax.random.key(seed))
         return state
 

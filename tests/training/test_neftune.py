@@ -109,7 +109,7 @@ def test_packed_long_rows_on_a_mesh_get_the_noise_of_one_device():
         mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 5, devices=devices)
         layout = Layout.of(mesh, model.config)
         placed = layout.placed(params)
-        setup = Setup.of(layout, placed, optax.identity(), lambda _: 0.0, noise=noise)
+        setup = Setup.make(layout, placed, optax.identity(), lambda _: 0.0, noise=noise)
         loss = functools.partial(
             summed_loss, setup.forward(model), chunk=8, parts=layout.sequence_parts
         )

@@ -213,7 +213,7 @@ def test_a_mesh_takes_the_same_steps_and_shares_the_state_out(name):
         layout = Layout(mesh_of(**sizes), TABLE)
         placed = layout.placed(params)
         optimizer = make_optimizer(name, RATE, placed, weight_decay=0.1)
-        setup = Setup.of(layout, placed, optimizer, RATE)
+        setup = Setup.make(layout, placed, optimizer, RATE)
         state = setup.state(lj.split(placed)[0], jax.random.key(0))
 
         @jax.jit
@@ -237,7 +237,7 @@ def test_rows_and_columns_lie_as_the_axes_that_they_are_of():
     params = tree([lj.TrainRule(targets="layers.*")], n_in=128, n_out=132)
     layout = Layout(mesh_of(fsdp=2, tensor=2), TABLE)
     placed = layout.placed(params)
-    setup = Setup.of(layout, placed, make_optimizer("adafactor", RATE, placed), RATE)
+    setup = Setup.make(layout, placed, make_optimizer("adafactor", RATE, placed), RATE)
     shapes = {
         (leaf.shape, tuple(where.spec))
         for leaf, where in zip(

@@ -138,7 +138,7 @@ def test_a_mesh_has_the_sums_of_one_device():
     params = layout.placed(lj.join(*adapted()))
     adapter, base = lj.split(params)
     before = jax.tree.map(np.asarray, adapter)
-    setup = Setup.of(layout, params, optax.sgd(1.0), optax.constant_schedule(1.0))
+    setup = Setup.make(layout, params, optax.sgd(1.0), optax.constant_schedule(1.0))
     for reduction in ("mean", "sum"):
         loss = Loss(squares, reduction=reduction, unit="row")
         state = setup.state(adapter, jax.random.key(0))

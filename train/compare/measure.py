@@ -53,7 +53,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
     config = min(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method)).config
     with doing(console, f"reading the weights of {outline.name}"):
         model, plain = load_model(config.optim, config.adapter, outline, inputs.layout)
-    forward = lj.adapt(model.apply) if outline.in_codes else model.apply
+    forward = lj.adapt(model.apply) if outline.has_codes else model.apply
     before = None
     if sweep.outside is not None:
         with doing(console, "measuring the base on text outside the task"):

@@ -248,7 +248,7 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     head: dict[str, Any] = {"head": "classification", "num_labels": num_labels}
     mismatch = options.allow_base_mismatch
     outline = read_untokenized(name, **(head if num_labels else {})).scaled(adapter.rope_scaling)
-    if options.quantize and not outline.in_codes:
+    if options.quantize and not outline.has_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
     outline = outline.quantized(adapter.quantize)
     adapter.check(outline, allow_base_mismatch=mismatch)

@@ -205,7 +205,7 @@ class LoadedAdapters:
     def use(self, name: str) -> tuple[Tree, Forward | None]:
         """Returns the parameters of an adapter, and the function in the place of `model.apply`."""
         if name == BASE:
-            return self._trees[BASE], self._forward if self.outline.in_codes else None
+            return self._trees[BASE], self._forward if self.outline.has_codes else None
         if not self._merge:
             return self._trees[name], self._forward
         if self._merged[0] != name:

@@ -112,7 +112,7 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
     params = abstract_params(job, variant)
     adapter, base = lj.split(params)
     schedule = make_schedule(optim, _RATE, _STEPS)
-    setup = Setup.of(job.layout, params, make_optimizer(optim, schedule, params), schedule)
+    setup = Setup.make(job.layout, params, make_optimizer(optim, schedule, params), schedule)
     batch = batch_shapes(job, variant.adapters)
     config = job.outline.config
     model = module_of(

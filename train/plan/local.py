@@ -96,7 +96,7 @@ def local_needs(
     adapter, base = lj.split(params)
     schedule = make_schedule(optim, 1e-4, 1000)  # the memory depends on neither
     optimizer = make_optimizer(optim, schedule, params)
-    setup = Setup.of(layout, params, optimizer, schedule, noise=optim.neftune)
+    setup = Setup.make(layout, params, optimizer, schedule, noise=optim.neftune)
     state = setup.abstract_state(adapter)
     model = module_of(
         outline.config,

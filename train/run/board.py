@@ -52,7 +52,7 @@ class Board:
         self._is_new = True
 
     def ended(self, name: str, how: str) -> None:
-        """Says how a run ended."""
+        """The end of a run."""
         self._said[name] = how
         self._is_new = True
         if self._live is None:
@@ -124,7 +124,7 @@ class BufferedConsole:
         self.console = Console(file=self._kept, width=_WIDTH, force_terminal=False, no_color=True)
 
     def keep_in(self, folder: Path, held: ExitStack) -> None:
-        """Writes what was printed, and what comes, to the folder's log.
+        """Writes the lines printed so far, and those to come, to the folder's log.
 
         Args:
           folder: the run's.

@@ -116,7 +116,7 @@ class RunLog:
             tell(self._console, f"step {line['step']}: score {'  '.join(scores)}")
 
     def sampled(self, step: int, samples: Sequence[Sample], shown: int | None = None) -> None:
-        """Records what the model answered after a step; prints and reports the first ones.
+        """Records the model's answers after a step; prints and reports the first ones.
 
         Args:
           step: the step.
@@ -191,7 +191,7 @@ def _shorten(text: str) -> str:
 
 @contextmanager
 def doing(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Says what a slow operation is before it begins, and how long it took in the end.
+    """Names a slow operation before it begins, and its seconds after it ends.
 
     Yields:
       A function (done, of how many) that shows the progress: in a terminal at once, in a log file

@@ -73,7 +73,7 @@ class ModelInfo:
         return {"model": self.name, "revision": revision_of(resolve(self.name).path), **facts}
 
     @property
-    def in_codes(self) -> bool:
+    def has_codes(self) -> bool:
         """True where kernels are in codes, so that the model runs through `lora_jax.adapt`."""
         return any(map(is_coded, jax.tree.leaves(self.params, is_leaf=is_coded)))
 
@@ -136,7 +136,7 @@ class ModelInfo:
         Raises:
           UserError: the model's files hold no codes that stay, and "stored" was asked for.
         """
-        if quantize is None or (quantize == NONE and not self.in_codes):
+        if quantize is None or (quantize == NONE and not self.has_codes):
             return self
         head = {**self.head, "quantize": quantize}
         given = f"--quantize {quantize}: "

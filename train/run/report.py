@@ -86,7 +86,7 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def print_best(console: Console, best: Best, patience: int | None) -> None:
-    """Says which step was the best, and why the run ended."""
+    """Names the best step, and the reason why the run ended."""
     standing = best.standing
     if standing.value is None:
         said = f"{best.metric} was never measured: the adapter is the last one"

@@ -68,7 +68,7 @@ class Data:
     close: Callable[[], None] = lambda: None
 
     @property
-    def on_the_way(self) -> Examples | None:
+    def measured_on(self) -> Examples | None:
         """Returns the examples whose loss is measured while training; None for none."""
         return self.held_out if self.measured is None else self.measured
 
@@ -136,7 +136,7 @@ class Evaluation(Protocol):
         """
 
     def reuse_base_scores(self, other: "Evaluation") -> bool:
-        """Takes what another run measured of the same base, in the place of `before`.
+        """Takes another run's measures of the same base, in the place of `before`.
 
         Returns:
           Whether there was anything to take; if not, nothing has changed.
@@ -175,7 +175,7 @@ def reads_all(config: Options) -> tuple[str, ...]:
 
 
 class PriorRuns(Protocol):
-    """Trains what a run begins with, by another run."""
+    """Trains the beginning of a run by another run."""
 
     def train(self, script: str, config: Options, task: "Task", session: Session) -> None:
         """Fine-tunes by a script with these options; see `train.finetune`."""

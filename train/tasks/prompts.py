@@ -231,7 +231,7 @@ class RewardEvaluation:
             self._measure(BASE, model, params, forward)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
-        """Takes what another run measured of the base on the same prompts."""
+        """Takes another run's measures of the base on the same prompts."""
         if not isinstance(other, RewardEvaluation) or other.prompts != self.prompts:
             return False
         if BASE not in other.found.get(REWARD, {}):  # what failed is tried again

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from lora_jax.core.deprecated import warn_of_name
+
 # The keys, values and memories that one call adds to a cache, stacked by layers.
 NewEntries: TypeAlias = Any
 
@@ -53,6 +55,11 @@ class Shared(NamedTuple):
         return Shared(
             *(jnp.broadcast_to(x.swapaxes(0, 1), (batch, *x.swapaxes(0, 1).shape)) for x in self)
         )
+
+    def for_rows(self, batch: int) -> Shared:
+        """Returns `repeat`, by its earlier name."""
+        warn_of_name("Shared.for_rows", "repeat")
+        return self.repeat(batch)
 
 
 class Recurrent(NamedTuple):

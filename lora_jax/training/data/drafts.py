@@ -71,7 +71,7 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
 
 @contextlib.contextmanager
 def errors_of(name: str) -> Iterator[None]:
-    """Raises what a template has against a row as a TrainingError that names it."""
+    """Raises a template's error as a TrainingError that names the row."""
     try:
         yield
     except TrainingError as error:

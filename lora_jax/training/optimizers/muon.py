@@ -39,7 +39,7 @@ def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransforma
     def label(path: str, name: str, _: Any) -> str:
         return "adamw" if numbers[path, name] is None else "muon"
 
-    def of_matrix(path: str, name: str, array: Any) -> Any:
+    def matrix_alone(path: str, name: str, array: Any) -> Any:
         return array if isinstance(array, optax.MaskedNode) else numbers[path, name]
 
     def sized(path: str, name: str, array: jax.Array) -> Any:
@@ -52,7 +52,7 @@ def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransforma
     muon = contrib.scale_by_muon(
         beta=momentum,
         nesterov=True,
-        weight_dimension_numbers=lambda updates: map_parts(of_matrix, updates),
+        weight_dimension_numbers=lambda updates: map_parts(matrix_alone, updates),
     )
     scale = optax.stateless(lambda updates, _: map_parts(sized, updates))
     return optax.partition(
@@ -96,7 +96,7 @@ def _numbers(path: str, node: Node, name: str, array: Shaped) -> MuonDimensionNu
 
 
 def described(params: Tree) -> str:
-    """Returns how many arrays are treated as matrices, and which go to AdamW, in words."""
+    """Returns a line on the number of matrices, and on the arrays that go to AdamW."""
     numbers = dimension_numbers(params)
     others = sorted({path for (path, _), found in numbers.items() if found is None})
     n = sum(found is not None for found in numbers.values())

@@ -139,7 +139,7 @@ def _near_misses(example: sql.SqlExample) -> Iterator[tuple[str, str]]:
         prefix, dot, name = first[1].rpartition(".")
         columns = next(
             t for t in SCHEMAS[example.schema].tables if t.name == (prefix or table[1])
-        ).of_kind("name", "text", "number", "year")
+        ).columns_of_kind("name", "text", "number", "year")
         numbers = re.match(r"SELECT (AVG|SUM|MIN)", query) is not None
         for column in columns:
             if column.name != name and (column.is_number or not numbers):

@@ -216,7 +216,7 @@ def test_a_copy_of_the_base_is_noticed(model):
 
     schedule = make_schedule(optim, 1e-4, 1000)
     optimizer = make_optimizer(optim, schedule, step.params)
-    setup = Setup.of(job.layout, step.params, optimizer, schedule)
+    setup = Setup.make(job.layout, step.params, optimizer, schedule)
     batch = step.batch | {"copy": copy}
     loss = Loss(sums, unit="pair")
     traced = setup.trace(setup.forward(step.model), loss, step.state, step.base, batch)

@@ -50,14 +50,14 @@ class Scene:
     def table(self, *kinds: str) -> Table:
         """Draws a table with columns of these kinds; mostly the child, which has more rows."""
         tables = [self.schema.child, self.schema.child, self.schema.parent]
-        fit = [table for table in tables if all(table.of_kind(kind) for kind in kinds)]
+        fit = [table for table in tables if all(table.columns_of_kind(kind) for kind in kinds)]
         if not fit:
             raise DoesNotFit(f"{self.schema.name}: {kinds}")
         return self.draw.pick(fit)
 
     def column(self, table: Table, *kinds: str, summable: bool = False) -> Column:
         """Draws a column of one of these kinds; if `summable`, one whose sum makes sense."""
-        fit = [c for c in table.of_kind(*kinds) if c.summable or not summable]
+        fit = [c for c in table.columns_of_kind(*kinds) if c.summable or not summable]
         if not fit:
             raise DoesNotFit(f"{table.name}: {kinds}")
         return self.draw.pick(fit)

@@ -94,7 +94,7 @@ def _other_columns(schema: Schema, path: str, *, alike: bool) -> list[str]:
     column = schema.column(path)
     if column.kind in ("key", "link"):
         return []
-    others = schema.table(column.table).of_kind("name", "text", "number", "year")
+    others = schema.table(column.table).columns_of_kind("name", "text", "number", "year")
     return [
         other.path
         for other in others

@@ -126,14 +126,14 @@ class Table:
     plural: str
     columns: tuple[Column, ...]
 
-    def of_kind(self, *kinds: str) -> list[Column]:
+    def columns_of_kind(self, *kinds: str) -> list[Column]:
         """Returns the columns of these kinds, in order."""
         return [column for column in self.columns if column.kind in kinds]
 
     @property
     def title(self) -> Column:
         """The column that names a row."""
-        return self.of_kind("name")[0]
+        return self.columns_of_kind("name")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,17 +146,17 @@ class Schema:
     @property
     def child(self) -> Table:
         """The table with the foreign key."""
-        return next(table for table in self.tables if table.of_kind("link"))
+        return next(table for table in self.tables if table.columns_of_kind("link"))
 
     @property
     def parent(self) -> Table:
         """The table that the foreign key points to."""
-        return next(table for table in self.tables if not table.of_kind("link"))
+        return next(table for table in self.tables if not table.columns_of_kind("link"))
 
     @property
     def link(self) -> Column:
         """The foreign key."""
-        return self.child.of_kind("link")[0]
+        return self.child.columns_of_kind("link")[0]
 
     @property
     def join(self) -> str:

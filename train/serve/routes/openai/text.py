@@ -27,7 +27,7 @@ class ServedTokenizer:
         decoder = self._core.decoder
         by_bytes = decoder is not None and b"ByteLevel" in decoder.__getstate__()
         self._bytes_of = _byte_level() if by_bytes else {}
-        self.of = lru_cache(1 << 16)(self._of)
+        self.of = lru_cache(1 << 16)(self._spell)
         self._longest = max(map(len, tokenizer.get_vocab()))
         self.ids("", 0)  # the first call may change the tokenizer: here, no other thread has it
 
@@ -67,7 +67,7 @@ class ServedTokenizer:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=not special)
         return text
 
-    def _of(self, token: int) -> bytes:
+    def _spell(self, token: int) -> bytes:
         """Returns the bytes that a token stands for."""
         piece = self._added.get(token)
         if piece is None:
