@@ -1,34 +1,136 @@
-"""Checks the arguments of `finetune` before any work: examples, numbers, the loss, the folder.
+"""The arguments of `finetune` as records, and their checks before any work.
 
 The scripts give their options the names of the arguments, and have numbers and contradictions
 checked here, too.
 """
 
+import dataclasses
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import optax
 
-from lora_jax.core.types import Forward, Model
+import lora_jax as lj
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.folders import remote_problem
 from lora_jax.models import Decoder
 from lora_jax.training.data.batches import Arrays, Examples, Packs
 from lora_jax.training.data.labelled import Labelled
+from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.data.vision.images import Images
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import CLASSES, COMPARISONS, IMAGES, Loss, token_loss
+from lora_jax.training.losses import CLASSES, COMPARISONS, IMAGES, Loss, Sums, token_loss
+from lora_jax.training.optimizer import make_optimizer
 from lora_jax.training.optimizers.named import OPTIMIZERS
+from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
 
 ADAPTER, START, CHECKPOINTS = "adapter", "start", "checkpoints"
 _OURS = (ADAPTER, START, CHECKPOINTS, RECORD, BEST)
 _CHUNK = 256  # predictions whose logits exist at once, for each part of a batch on a mesh
+
+
+class Subject(NamedTuple):
+    """A model, its examples and what is done with them."""
+
+    model: Model | Forward
+    examples: Examples | Mapping[str, Any]
+    rules: Sequence[lj.LoraRule | lj.TrainRule] | None
+    loss: Loss | Callable[..., Sums] | None
+    layout: Layout
+
+
+class LengthOptions(NamedTuple):
+    """The length of a run, and the size of its steps."""
+
+    steps: int | None
+    epochs: float | None
+    batch_size: int
+    grad_accum: int
+
+
+class RateOptions(NamedTuple):
+    """The learning rate over a run, and the optimiser that has it."""
+
+    lr: float | optax.Schedule
+    schedule: ScheduleKind
+    warmup: int
+    weight_decay: float
+    optimizer: str | optax.GradientTransformation
+
+    def rates(self, steps: int) -> optax.Schedule:
+        """Returns the learning rate of each step."""
+        if callable(self.lr):
+            return self.lr
+        return warmed_up(self.lr, steps, kind=self.schedule, warmup=self.warmup)
+
+    def transformation(self, rates: optax.Schedule, params: Tree) -> optax.GradientTransformation:
+        """Returns the optimiser of an adapted tree."""
+        if not isinstance(self.optimizer, str):
+            return self.optimizer
+        return make_optimizer(self.optimizer, rates, params, weight_decay=self.weight_decay)
+
+
+class FolderOptions(NamedTuple):
+    """The folder of a run: its name, its earlier content, and the checkpoints that it keeps."""
+
+    name: str | Path | None
+    resume: bool
+    overwrite: bool
+    keep: int
+
+
+class IntervalOptions(NamedTuple):
+    """Steps between lines, measurements and checkpoints, and the steps that may be skipped."""
+
+    log_every: int | None
+    eval_every: int | None
+    save_every: int | None
+    max_skipped: int
+
+
+class HeldOutOptions(NamedTuple):
+    """Held-out examples, and the choice of the best adapter by them."""
+
+    examples: Examples | Mapping[str, Any] | None
+    keep: bool
+    patience: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneJob:
+    """A run whose arguments are checked."""
+
+    subject: Subject
+    feed: Feed
+    loss: Loss
+    measured: Examples | None
+    steps: int
+    rate: RateOptions
+    folder: FolderOptions
+    intervals: IntervalOptions
+    best: HeldOutOptions
+    seed: int
+    path: Path | None
+
+    def settings(self) -> dict[str, str]:
+        """Returns the settings that a resumed run may not change."""
+        optimizer = self.rate.optimizer
+        return settings_of(
+            **self.rate._replace(
+                optimizer=optimizer if isinstance(optimizer, str) else "a function"
+            )._asdict(),
+            rules=self.subject.rules,
+            seed=self.seed,
+            keep_best=self.best.keep,
+        )
 
 
 def as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
@@ -237,3 +339,44 @@ def settings_of(**settings: Any) -> dict[str, str]:
         name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
         for name, value in settings.items()
     }
+
+
+def check_job(
+    given: dict[str, Any],
+    subject: Subject,
+    length: LengthOptions,
+    rate: RateOptions,
+    folder: FolderOptions,
+    intervals: IntervalOptions,
+    best: HeldOutOptions,
+    seed: int,
+) -> FinetuneJob:
+    """Returns a run whose arguments make sense; finds all that can be wrong before any work.
+
+    Raises:
+      TrainingError: an argument makes no sense, or the folder holds another run.
+    """
+    model, examples, _, loss, layout = subject
+    examples = as_examples(examples, "examples")
+    measured = matching_examples(best.examples, examples)
+    check_numbers(given | {"lr": None if callable(rate.lr) else rate.lr})
+    check_together(given)
+    check_best(best.keep, held_out=measured is not None, folder=folder.name is not None)
+    check_optimizer(rate.optimizer, rate.weight_decay)
+    for rows in filter(None, (examples, measured)):
+        check_positions(model, rows)
+    loss = choose_loss(loss, examples, layout)
+    order = Order.of(examples, seed, length.batch_size, length.grad_accum)
+    return FinetuneJob(
+        subject=subject,
+        feed=Feed(examples, order, examples.name),
+        loss=loss,
+        measured=measured,
+        steps=length.steps or order.steps(length.epochs or 1),
+        rate=rate,
+        folder=folder,
+        intervals=intervals,
+        best=best,
+        seed=seed,
+        path=check_folder(folder.name, folder.resume, folder.overwrite),
+    )

@@ -23,14 +23,13 @@ from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import is_node
 from lora_jax.training import arguments
 from lora_jax.training.data.batches import Examples
-from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.loop import train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
-from lora_jax.training.optimizer import make_optimizer, takes_from_base
-from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
+from lora_jax.training.optimizer import takes_from_base
+from lora_jax.training.optimizers.schedules import ScheduleKind
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.ready import (
     TrainingStart,
@@ -177,116 +176,111 @@ def finetune(
     'trainable params: 14 || all params: 26 || trainable%: 53.8462'
     """
     given = {**locals()}  # the arguments, by name
-
-    # What can be wrong is found first.
-    examples = arguments.as_examples(examples, "examples")
-    measured = arguments.matching_examples(held_out, examples)
-    arguments.check_numbers(given | {"lr": None if callable(lr) else lr})
-    arguments.check_together(given)
-    arguments.check_best(keep_best, held_out=held_out is not None, folder=folder is not None)
-    arguments.check_optimizer(optimizer, weight_decay)
     if isinstance(rules, Iterator):  # its rules are settings of the run as well
         rules = list(rules)
-    layout = layout or one_device()
-    for rows in filter(None, (examples, measured)):
-        arguments.check_positions(model, rows)
-    loss = arguments.choose_loss(loss, examples, layout)
-    order = Order.of(examples, seed, batch_size, grad_accum)
-    steps = steps or order.steps(epochs or 1)
-    path = arguments.check_folder(folder, resume, overwrite)
-
+    job = arguments.check_job(
+        given,
+        arguments.Subject(model, examples, rules, loss, layout or one_device()),
+        arguments.LengthOptions(steps, epochs, batch_size, grad_accum),
+        arguments.RateOptions(lr, schedule, warmup, weight_decay, optimizer),
+        arguments.FolderOptions(folder, resume, overwrite, keep),
+        arguments.IntervalOptions(log_every, eval_every, save_every, max_skipped),
+        arguments.HeldOutOptions(held_out, keep_best, patience),
+        seed,
+    )
     with contextlib.ExitStack() as held:
-        if path is not None and is_first():
-            held.enter_context(FolderLock(path))
-            arguments.check_folder(path, resume, overwrite)  # another run may just have ended
-
-        # The adapted tree and the state before the first step, or after the last checkpoint.
-        rate = lr if callable(lr) else warmed_up(lr, steps, kind=schedule, warmup=warmup)
-        key = jax.random.key(seed)
-        start = None if path is None else path / arguments.START
-        first = start if start is not None and resume and start.exists() else None
-        kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
-        params = sealed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
-        params = layout.placed(params)
-        ready = make_start(
-            params,
-            Feed(examples, order, examples.name),
-            layout=layout,
-            optimizer=make_optimizer(optimizer, rate, params, weight_decay=weight_decay)
-            if isinstance(optimizer, str)
-            else optimizer,
-            schedule=rate,
-            key=jax.random.fold_in(key, 1),
-            checkpoints=None if path is None else Checkpoints(path / arguments.CHECKPOINTS, keep),
-            best=None
-            if path is None or not keep_best
-            else Best(path / BEST, f"{HELD_OUT}loss", patience=patience),
-        )
-        settings = arguments.settings_of(
-            lr=lr,
-            schedule=schedule,
-            warmup=warmup,
-            weight_decay=weight_decay,
-            optimizer=optimizer if isinstance(optimizer, str) else "a function",
-            rules=rules,
-            seed=seed,
-            keep_best=keep_best,
-        )
-        ready = dataclasses.replace(ready, facts={**ready.facts, "settings": settings})
-        if resume:
-            ready = resume_start(ready, steps)
-        elif overwrite and path is not None:
-            if is_first():
-                arguments.clear(path)
-            wait_for_all("the folder is cleared")
-        keeps_start = rules is not None and takes_from_base(params)
-        summary = lj.summary(params, in_training=True)
+        if job.path is not None and is_first():
+            held.enter_context(FolderLock(job.path))
+            arguments.check_folder(job.path, resume, overwrite)  # another run may just have ended
+        begun = _begin(job, params)
         del params
+        return _train(job, begun, Recorder(log))
 
-        # Training, and the adapter on its own.
-        began = time.perf_counter()
-        forward = _forward(model, ready)
-        step = compile_step(ready, forward, loss)
-        compile_seconds = time.perf_counter() - began
-        if start is not None and keeps_start and first is None:
-            # So that a resumed run decomposes nothing again.
-            lj.save_adapter(start, lj.join(ready.state.adapter, ready.base))
-        a_tenth = max(1, steps // 10)
-        pace = _Pace(
-            log_every=log_every or a_tenth,
-            save_every=steps if path is None else save_every or a_tenth,
-            max_skipped=max_skipped,
-        )
-        recorder, stop = Recorder(log), Stop()
-        measures = []
-        if measured is not None:
-            every = eval_every or a_tenth
-            measures = [held_out_loss(ready, forward, loss, measured, every=every, stop=stop)]
-        hint = f"Go on with {as_argument('resume', True)}"
-        stop.remedy = hint
-        in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
-        with stop.listening() if path is not None and in_main else contextlib.nullcontext():
-            hooks = make_hooks(ready, loss, measures, hint)
-            with open_log(recorder, ready):
-                state, step_seconds = train(
-                    step, ready.state, ready.base, steps, pace, hooks, recorder, stop
-                )
-        trained = final_tree(ready, state)
-        if path is not None:
-            lj.save_adapter(path / arguments.ADAPTER, trained, overwrite=True)
-            stop.remedy = f"The adapter is in {path / arguments.ADAPTER}"
-            stop.check()  # a signal in the last step
-        found: Line = next((m for m in reversed(recorder.lines) if f"{HELD_OUT}loss" in m), {})
-        return trained, Report(
-            summary=summary,
-            steps=steps,
-            metrics=tuple(recorder.lines),
-            held_out={k.removeprefix(HELD_OUT): v for k, v in found.items() if k != "step"},
-            compile_seconds=compile_seconds,
-            step_seconds=step_seconds,
-            adapter=None if path is None else path / arguments.ADAPTER,
-            best=None if ready.best is None else ready.best.about,
-        )
+
+class _Begun(NamedTuple):
+    start: TrainingStart
+    summary: str
+    keep_in: Path | None  # the folder for an adapter that took factors out of the base
+
+
+def _begin(job: arguments.FinetuneJob, params: Tree) -> _Begun:
+    """Returns the state before the first step, or after the last checkpoint."""
+    path, best, folder, rates = job.path, job.best, job.folder, job.rate.rates(job.steps)
+    model, _, rules, _, layout = job.subject
+    key = jax.random.key(job.seed)
+    kept = None if path is None else path / arguments.START
+    first = kept if kept is not None and folder.resume and kept.exists() else None
+    kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
+    params = sealed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
+    params = layout.placed(params)
+    start = make_start(
+        params,
+        job.feed,
+        layout=layout,
+        optimizer=job.rate.transformation(rates, params),
+        schedule=rates,
+        key=jax.random.fold_in(key, 1),
+        checkpoints=None
+        if path is None
+        else Checkpoints(path / arguments.CHECKPOINTS, folder.keep),
+        best=None
+        if path is None or not best.keep
+        else Best(path / BEST, f"{HELD_OUT}loss", patience=best.patience),
+    )
+    start = dataclasses.replace(start, facts={**start.facts, "settings": job.settings()})
+    if folder.resume:
+        start = resume_start(start, job.steps)
+    elif folder.overwrite and path is not None:
+        if is_first():
+            arguments.clear(path)
+        wait_for_all("the folder is cleared")
+    keeps = first is None and rules is not None and takes_from_base(params)
+    return _Begun(start, lj.summary(params, in_training=True), kept if keeps else None)
+
+
+def _train(job: arguments.FinetuneJob, begun: _Begun, recorder: Recorder) -> tuple[Tree, Report]:
+    """Trains a run to its end and saves its adapter; returns the trained tree and the report."""
+    start, summary, keep_in = begun
+    path, loss, tenth = job.path, job.loss, max(1, job.steps // 10)
+    began = time.perf_counter()
+    forward = _forward(job.subject.model, start)
+    step = compile_step(start, forward, loss)
+    compile_seconds = time.perf_counter() - began
+    if keep_in is not None:  # so that a resumed run decomposes nothing again
+        lj.save_adapter(keep_in, lj.join(start.state.adapter, start.base))
+    pace = _Pace(
+        log_every=job.intervals.log_every or tenth,
+        save_every=job.steps if path is None else job.intervals.save_every or tenth,
+        max_skipped=job.intervals.max_skipped,
+    )
+    stop, measures = Stop(), []
+    if job.measured is not None:
+        every = job.intervals.eval_every or tenth
+        measures = [held_out_loss(start, forward, loss, job.measured, every=every, stop=stop)]
+    stop.remedy = hint = f"Go on with {as_argument('resume', True)}"
+    in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
+    with stop.listening() if path is not None and in_main else contextlib.nullcontext():
+        hooks = make_hooks(start, loss, measures, hint)
+        with open_log(recorder, start):
+            state, step_seconds = train(
+                step, start.state, start.base, job.steps, pace, hooks, recorder, stop
+            )
+    trained = final_tree(start, state)
+    if path is not None:
+        lj.save_adapter(path / arguments.ADAPTER, trained, overwrite=True)
+        stop.remedy = f"The adapter is in {path / arguments.ADAPTER}"
+        stop.check()  # a signal in the last step
+    last: Line = next((m for m in reversed(recorder.lines) if f"{HELD_OUT}loss" in m), {})
+    return trained, Report(
+        summary=summary,
+        steps=job.steps,
+        metrics=tuple(recorder.lines),
+        held_out={k.removeprefix(HELD_OUT): v for k, v in last.items() if k != "step"},
+        compile_seconds=compile_seconds,
+        step_seconds=step_seconds,
+        adapter=None if path is None else path / arguments.ADAPTER,
+        best=None if start.best is None else start.best.about,
+    )
 
 
 def _adapted(params: Tree, rules: Any, kinds: Any, key: jax.Array, start: Path | None) -> Tree:
