@@ -164,8 +164,8 @@ def test_a_signal_drops_completions_that_are_rewarded(
 def test_widths_are_chosen_by_the_longest_prompt_of_each_step():
     """One long prompt of 16 is in every step of all, whatever part of the step it is in."""
     prompts = TokenizedPrompts([{}] * 16, [[1] * (700 if i == 5 else 8) for i in range(16)])
-    assert len(Widths.of(prompts, Order(0, 16, 4, 4), 8).rows) == 1
-    assert len(Widths.of(prompts, Order(0, 16, 4, 1), 8).rows) == 2
+    assert len(Widths.choose(prompts, Order(0, 16, 4, 4), 8).rows) == 1
+    assert len(Widths.choose(prompts, Order(0, 16, 4, 1), 8).rows) == 2
 
 
 @pytest.mark.slow

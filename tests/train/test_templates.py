@@ -20,6 +20,7 @@ from train.export import __main__ as export
 from train.generate import __main__ as generate
 from train.run.output import begin, check_output
 from train.serve import __main__ as serve
+from train.serve.routes.openai.models import AdapterLookup
 from train.settings.table import read_table
 
 OWN = "{% for t in tools or [] %}<tool>{{ t.function.name }}</tool>{% endfor %}" + CHATML
@@ -211,7 +212,8 @@ def test_a_server_renders_the_chats_of_an_adapter_with_its_own(folder):
         with urllib.request.urlopen(request, timeout=20):
             return tokenizer().decode(engine.drawn[-1].prompt)
 
-    with serving(engine, adapters=folder.path, template_of=serve._template_of) as url:
+    lookup = AdapterLookup(folder.path, template_of=serve._template_of)
+    with serving(engine, lookup=lookup) as url:
         assert prompt("run").startswith("<tool>look_up</tool><|im_start|>user\nWhere?")
         with pytest.raises(urllib.error.HTTPError, match="400"):
             prompt("tiny/base")
