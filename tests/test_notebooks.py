@@ -15,6 +15,8 @@ import pytest
 
 from lora_jax import models
 
+ROOT = Path(models.__file__).parents[2]  # of the packages: a checkout, or an installed wheel
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in FOLDER.glob("*.ipynb")}
 NAMES = sorted(NOTEBOOKS)
@@ -84,7 +86,7 @@ def names_of(path):
 
 def problem_of(module, name):
     """Returns what is wrong with the import of a name of the project's; None if it is public."""
-    path = FOLDER.parent.joinpath(*module.split("."))
+    path = ROOT.joinpath(*module.split("."))
     is_package = (path / "__init__.py").exists()
     inside = [path / f"{name}.py", path / name / "__init__.py"] if is_package else []
     whole = f"{module}.{name}" if any(file.exists() for file in inside) else module

@@ -27,13 +27,19 @@ TOGETHER = {"lora_jax.adapt": "rules recurse into jaxprs, and the walk over thes
 LATE = {
     *("PIL", "datasets", "gguf", "huggingface_hub", "matplotlib", "mlflow", "orbax", "pyarrow"),
     *("pydoc_data", "rich", "sklearn", "tensorboardX", "tokenizers", "trackio", "transformers"),
-    *("wandb", "jax"),
+    *("wandb", "jax.experimental"),
 }
 # Looks at the file system, as names of modules, functions and methods.
 LOOKS = {
     *("os", "pathlib", "glob", "shutil", "tempfile", "open", "exists", "is_file", "is_dir"),
     *("read_text", "read_bytes", "iterdir", "rglob", "stat", "expanduser", "resolve"),
 }
+
+
+def is_late(module):
+    """Returns True if functions may import a module: it, or a package that it is in, is named."""
+    parts = module.split(".")
+    return any(".".join(parts[:n]) in LATE for n in range(1, len(parts) + 1))
 
 
 def read(*folders):
@@ -134,7 +140,7 @@ def late_imports(sources):
                     asked = {"." * node.level + (node.module or "")}
                 else:
                     continue
-                found |= {f"{name}: {one}" for one in asked if one.split(".")[0] not in LATE}
+                found |= {f"{name}: {one}" for one in asked if not is_late(one)}
     return sorted(found)
 
 

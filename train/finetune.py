@@ -9,6 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -205,7 +206,8 @@ def train_rows(
         if row.report is not None and not row.run.pauses:
             row.report |= {} if alone else {"side_by_side": len(rows)}
             with row.isolate_errors():
-                _finish(row, base, part, evaluates=not stopped)  # a resumed run evaluates all
+                # A resumed run evaluates all.
+                _finish(row, base, part, console, evaluates=not stopped)
     return rows
 
 
@@ -257,8 +259,7 @@ def _train_alone(row: TableRun, base: _Base) -> None:
     del start
     run.stop.remedy = run.hint
     running = _running(row, base, forward, steps.state, {})
-    with run.stop.deferred():
-        (ending,) = side_by_side(steps.take, {row.name: running}).values()
+    (ending,) = side_by_side(steps.take, {row.name: running}).values()
     if ending.error is not None:
         raise ending.error
     row.trained, row.report = ending.result
@@ -351,7 +352,9 @@ def _running(
             measures = make_measures(row, base.model, tree_of_state, measured, held_out, own)
             row.hooks = make_hooks(start, loss, [*measures], run.hint)
             log = own if board is None else TeeLog(own, board, row.name)
-            with open_log(log, start):
+            # A table's driver defers signals itself, of all its runs.
+            deferral = run.stop.deferred() if board is None else nullcontext()
+            with open_log(log, start), deferral:
                 step_seconds = yield from training_steps(
                     now, run.last, run.config.run, row.hooks, log, run.stop
                 )
@@ -368,7 +371,9 @@ def _running(
     return DrivenRun(turns=turns(), batch=batch, tokens=start.feed.tokens)
 
 
-def _finish(row: TableRun, base: _Base, part: RunPart, *, evaluates: bool) -> None:
+def _finish(
+    row: TableRun, base: _Base, part: RunPart, console: Console, *, evaluates: bool
+) -> None:
     """Writes the report of a run that came to its end, and evaluates what it trained."""
     run, adapter = row.run, row.run.folder / ADAPTER
     assert row.report is not None
@@ -381,6 +386,8 @@ def _finish(row: TableRun, base: _Base, part: RunPart, *, evaluates: bool) -> No
     if part.on_trained:
         part.on_trained(run, row.trained, base.answering)
     if row.evaluation and evaluates:
-        tree, codes = row.take_trained(), base.outline.has_codes
-        tree = tree if codes else merge_trained(row.space, tree)  # codes merged: the float model
-        row.scores = row.evaluation.after(base.model, tree, base.evaluated)
+        with nullcontext() if row.is_alone else doing(console, f"evaluating {row.name}"):
+            tree, codes = row.take_trained(), base.outline.has_codes
+            # Codes that are merged are the float model.
+            tree = tree if codes else merge_trained(row.space, tree)
+            row.scores = row.evaluation.after(base.model, tree, base.evaluated)

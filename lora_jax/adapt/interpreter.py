@@ -31,13 +31,12 @@ class Use:
     """An equation that meets an adapted weight: its operands, and which outputs are wanted."""
 
     eqn: JaxprEqn
-    values: list[Value]  # arrays, at least one `Factored` or `Folded` among them
+    values: list[Value]  # arrays, at least one `Factored` or `FoldedVector` among them
     live: Live
     factor_inputs: dict[int, tuple[Value, Value]]  # by id: an array, and that array for factors
     jaxpr: Jaxpr  # that the equation is part of
-    at: ExampleAxis | None = (
-        None  # where examples with adapters of their own lie in the other operand
-    )
+    # The place of examples with adapters of their own in the other operand.
+    at: ExampleAxis | None = None
 
     @property
     def params(self) -> EqnParams:

@@ -189,12 +189,11 @@ def _aliases(tree: Tree) -> list[tuple[KeyPath, Alias]]:
 def is_object(value: Leaf) -> bool:
     """Returns True if a value is an object of NNX: a module, a stream, a Variable."""
     # Without NNX there are none, and it is slow to import.
-    kind: Leaf = type(value)
-    return "flax.nnx" in sys.modules and _is_class(kind)
+    return "flax.nnx" in sys.modules and _is_class(type(value))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _is_class(kind: Leaf) -> bool:
+def _is_class(kind: type) -> bool:
     nnx = sys.modules["flax.nnx"]
     return issubclass(kind, (nnx.Pytree, nnx.Variable))
 

@@ -18,10 +18,10 @@ Parts = dict[str, jax.Array]  # the arrays of one weight, by name
 Adapter = dict[str, Parts]  # what trains, by path: the first half of `lora_jax.split`
 Batch = Mapping[str, jax.Array]  # the arrays that a step or a loss sees, by name
 ArrayBatch = Mapping[str, jax.Array | np.ndarray]  # the same, on the host or on devices
-JsonObject = dict[str, Any]  # the same, where it is put together
 EqnParams = dict[str, Any]  # the parameters of an equation of JAX
 Forward = Callable[..., Any]  # a function of a tree, such as a Flax module's `apply`
 Fields = Mapping[str, Any]  # of a parsed JSON object: a config.json, a file's metadata
+JsonObject = dict[str, Any]  # a JSON object while it is put together
 
 
 class Model(Protocol):

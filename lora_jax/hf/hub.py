@@ -30,7 +30,7 @@ def resolve(name_or_path: str | Path) -> LocalModel:
 
     A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
     is asked, unless HF_HUB_OFFLINE is set; a hub that does not answer within ten seconds counts as
-    absent. For the models in ``bundled.BUNDLES``, a package's copy in the cache comes before the
+    absent. For the models in ``packaged.BUNDLES``, a package's copy in the cache comes before the
     hub, so that runs agree. No package is downloaded here: ``fetch.fetch`` does that.
 
     Args:

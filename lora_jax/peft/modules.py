@@ -245,6 +245,6 @@ def pattern_value(patterns: Mapping[str, _Value] | None, name: str, default: _Va
     return default
 
 
-def module_of(name: str) -> str:
+def module_name(name: str) -> str:
     """Returns the name of the module that has a tensor."""
     return name.rpartition(".")[0]

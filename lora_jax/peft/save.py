@@ -24,7 +24,7 @@ from lora_jax.peft.modules import (
     Module,
     ends_with,
     kind_of,
-    module_of,
+    module_name,
     modules,
     places,
     tables_of,
@@ -334,7 +334,7 @@ class _Contents:
             row = self._rows[path]
             names = row.hf_names
             if isinstance(node, TrainedRows) and node.is_table:
-                name = module_of(row.hf)
+                name = module_name(row.hf)
                 tokens[name] = list(node.rows)
                 self._put(token_key(name), np.asarray(node.value))
                 continue
@@ -346,14 +346,14 @@ class _Contents:
                 )
             (biases if row.hf.endswith(".bias") else whole).extend(names)
         adapted = {module.name for module in self._adapted}
-        saved = {module_of(name) for name in whole}
+        saved = {module_name(name) for name in whole}
         if wrong := sorted(saved & adapted):
             raise PeftError(f"{wrong[0]} is adapted and trains in full; PEFT has one or the other")
-        loose = [name for name in biases if module_of(name) not in saved]
+        loose = [name for name in biases if module_name(name) not in saved]
         kind = self._bias_kind(loose, adapted, saved)
         if kind is None:  # biases of modules of their own (norms): save these whole
-            saved |= {module_of(name) for name in loose} - adapted
-            loose = [name for name in loose if module_of(name) in adapted]
+            saved |= {module_name(name) for name in loose} - adapted
+            loose = [name for name in loose if module_name(name) in adapted]
             kind = self._bias_kind(loose, adapted, saved)
         if kind is None:
             raise PeftError(
@@ -363,7 +363,7 @@ class _Contents:
         for name in loose:
             self._put(bias_key(name, adapted), self._tensor(name))
         for name in self._places:
-            if module_of(name) in saved:
+            if module_name(name) in saved:
                 self._put(f"{PREFIX}{name}", self._tensor(name))
         return {
             "bias": kind,
@@ -374,8 +374,8 @@ class _Contents:
     def _bias_kind(self, names: Sequence[str], adapted: set[str], saved: set[str]) -> str | None:
         """Returns PEFT's `bias` for trained biases other than saved modules'; None if none fits."""
         every = {name for name in self._places if name.endswith(".bias")}
-        every = {name for name in every if module_of(name) not in saved}
-        of_adapted = {name for name in every if module_of(name) in adapted}
+        every = {name for name in every if module_name(name) not in saved}
+        of_adapted = {name for name in every if module_name(name) in adapted}
         if not names:
             return "none"
         if set(names) == of_adapted:
@@ -385,7 +385,7 @@ class _Contents:
     def _name_whole_head(self, saved: set[str]) -> list[str]:
         """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
         places = self._places.items()
-        head = {module_of(name) for name, (row, _) in places if kind_of(row) == "classifier"}
+        head = {module_name(name) for name, (row, _) in places if kind_of(row) == "classifier"}
         whole = {name.partition(".")[0] for name in head}
         return sorted((saved | whole) - head if whole != head <= saved else saved)
 

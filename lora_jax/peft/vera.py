@@ -1,4 +1,4 @@
-"""VeRA's form in PEFT's files, both ways; a `lora_jax.peft.forms.Form`.
+"""VeRA's form in PEFT's files, both ways; a `lora_jax.peft.forms.PeftForm`.
 
 PEFT has one A [r, in] and one B [out, r], ``vera_A`` and ``vera_B``, as wide as the widest adapted
 layer, and for each layer ``vera_lambda_d`` [r] and ``vera_lambda_b`` [out]. There is no alpha: s is

@@ -44,9 +44,8 @@ def to_nf4(scaled: jax.Array) -> jax.Array:
 def from_nf4(codes: jax.Array) -> jax.Array:
     """Returns the values of codes, by a tree of selects: it fuses, where a look-up may not."""
     bits = codes.astype(jnp.int8)
-    values: list[jax.Array] = [
-        jnp.float32(v) for v in NF4_VALUES[8:] + NF4_VALUES[:8]
-    ]  # 0…7, -8…-1
+    in_order = NF4_VALUES[8:] + NF4_VALUES[:8]  # 0…7, -8…-1
+    values: list[jax.Array] = [jnp.float32(value) for value in in_order]
     for place in range(4):
         is_set = (bits >> jnp.int8(place)) & jnp.int8(1) == jnp.int8(1)
         pairs = zip(values[::2], values[1::2], strict=True)

@@ -5,7 +5,8 @@
     params, report = training.finetune(model, params, examples, rules, lr=1e-3, folder="runs/mine")
 
 The parts, bottom up: `losses` (the contract of a loss), `step` (one optimiser step, pure), `setup`
-and `layout` (the step on a mesh), `batches`, `run.checkpoints`, `loop`; `finetune` is all of them.
+and `layout` (the step on a mesh), `data.batches`, `run.checkpoints`, `loop`; `finetune` is all of
+them.
 """
 
 from lora_jax.training.data.batches import Arrays, Examples, Packs

@@ -61,7 +61,7 @@ def measure(rows: Path, cache: Path, packing: bool) -> None:
         model=MODEL, dataset=(str(rows),), seq_len=512, packing=packing, token_cache=str(cache)
     )
     config = Config(data=data)
-    read = chats.read(config)
+    read = chats.read_rows(config)
     lap("rows")
     outline = chats.outline(config, read)
     lap("tokenizer")

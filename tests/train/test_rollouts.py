@@ -95,14 +95,14 @@ def told(capsys):
 
 def recorded(monkeypatch):
     """The arguments and the result of each draw, in a list that fills."""
-    found, draw = [], Rollouts.drawn
+    found, draw = [], Rollouts.draw
 
     def drawn(self, params, rows, number, attempt=0):
         made = draw(self, params, rows, number, attempt)
         found.append((np.array(rows), number, attempt, jax.tree.map(np.copy, made)))
         return made
 
-    monkeypatch.setattr(Rollouts, "drawn", drawn)
+    monkeypatch.setattr(Rollouts, "draw", drawn)
     return found
 
 

@@ -108,7 +108,7 @@ from tests.train.tiny import tokenizer
 from train.data import blocks
 from train.run.pretrained import ModelInfo
 from train.sft import parse, task_of
-from train.tasks import streamed
+from train.tasks import stream
 
 def peak():  # ru_maxrss would begin with the memory of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**10

@@ -273,14 +273,14 @@ def test_rollouts(folder, tmp_path, monkeypatch, way):
     args, options, names = ROLLOUTS[way]
     prompts = [{"prompt": turns("user", said(9)), "bonus": i / 5} for i in range(7)]
     (tmp_path / "reward.py").write_text(REWARD)
-    found, draw = [], Rollouts.drawn
+    found, draw = [], Rollouts.draw
 
     def recorded(*args):
         drawn = draw(*args)
         found.append((args[2], drawn.tokens.copy(), drawn.lengths.copy()))
         return drawn
 
-    monkeypatch.setattr(Rollouts, "drawn", recorded)
+    monkeypatch.setattr(Rollouts, "draw", recorded)
     args = [*args, "--steps", STEPS // 2, "--batch-size", 2 * GROUP, "--group", GROUP]
     args += ["--max-new-tokens", NEW, "--seq-len", 64, "--eval-questions", 0]
     args += ["--reward", f"{tmp_path / 'reward.py'}:early"]

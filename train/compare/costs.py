@@ -188,5 +188,7 @@ def _output_of(command: Sequence[str]) -> str:
     )
     if done.returncode:
         said = " ".join(done.stderr.split())[-500:]
-        raise UserError(f"{' '.join(command[1:])} ended with code {done.returncode}: {said}")
+        raise UserError(
+            f"{' '.join(command[command.index('-m') :])} ended with code {done.returncode}: {said}"
+        )
     return done.stdout

@@ -30,7 +30,7 @@ from train.run.task import Data, ModelContext
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReferenceBatches:
-    """Compares each batch with the reference before its step; see `lora_jax.training.ready.Live`.
+    """Compares each batch with the reference before its step; see `StateBatches`.
 
     Attributes:
       ready: what training begins with.

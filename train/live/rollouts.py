@@ -32,7 +32,7 @@ _STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout
 
 
 class Rollouts(abc.ABC):
-    """Draws the completions of each step, and judges them; see `lora_jax.training.ready.Live`."""
+    """Draws the completions of each step, and judges them; see `StateBatches`."""
 
     def __init__(self, of: ModelContext, feed: PromptFeed) -> None:
         """Takes the model that draws and trains.

@@ -1,1 +1,1 @@
-"""The options of all scripts: those in common, their files and tables."""
+"""The options of all scripts: declared, checked, as YAML; `train.settings` reads their files."""

@@ -1,6 +1,6 @@
 """The contract of a task: its rows, examples, loss, evaluation and unit, as one object.
 
-A task is a `Task` called TASK in a file of its own, and a line in `train/settings/tasks.py`. A
+A task is a `Task` in a module of `train/tasks`, and "module:NAME" in `train/settings/tasks.py`. A
 task that differs from another in some of its functions is made by ``dataclasses.replace``.
 """
 

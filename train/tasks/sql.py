@@ -42,8 +42,7 @@ from train.run.task import (
     reads_all,
 )
 from train.settings.defaults import fill_defaults
-from train.tasks import chats, distillation, pairs, prompts
-from train.tasks import sql_scores as evaluate
+from train.tasks import chats, distillation, pairs, prompts, sql_scores
 
 STEPS = 35
 _HELD_OUT = 64  # pairs on unseen schemas, to measure the loss on
@@ -79,7 +78,7 @@ def read_rows(config: sft.Config) -> TaskRows:
 def examples(config: sft.Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the rows as sequences; checks that few-shot prompts and answers fit the model."""
     if questions := _questions(config):
-        outline.check_length(evaluate.longest_prompt(outline, questions), "--eval-questions")
+        outline.check_length(sql_scores.longest_prompt(outline, questions), "--eval-questions")
     return chats.examples(config, rows, outline)
 
 
@@ -88,14 +87,14 @@ class SqlEvaluation:
     """Evaluation by questions before and after training."""
 
     context: EvaluationContext
-    scores: evaluate.SqlScores
+    scores: sql_scores.SqlScores
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Asks the base, without and with solved examples, unless an interrupted run did."""
         path, scores = self.context.folder / SCORES, self.scores
         if scores.reuse_base_scores(read_json(path)):
             return
-        for way, few_shot in ((evaluate.ZERO_SHOT, False), (evaluate.FEW_SHOT, True)):
+        for way, few_shot in ((sql_scores.ZERO_SHOT, False), (sql_scores.FEW_SHOT, True)):
             self._ask(way, model, params, forward, few_shot)
         write_json(path, scores.as_json())
 
@@ -112,19 +111,19 @@ class SqlEvaluation:
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
         """Asks the adapted model; returns the execution accuracies."""
-        scores, outline = evaluate.SqlScores(self.scores.questions), self.context.outline
-        answers = evaluate.answer(
+        scores, outline = sql_scores.SqlScores(self.scores.questions), self.context.outline
+        answers = sql_scores.answer(
             model, params, outline, scores.questions, forward=forward, progress=progress
         )
-        scores.answers[evaluate.ADAPTED] = answers
+        scores.answers[sql_scores.ADAPTED] = answers
         return _accuracies(scores)
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
         """Asks the trained model; writes its answers; prints examples, and returns accuracies."""
-        self._ask(evaluate.ADAPTED, model, params, forward, few_shot=False)
+        self._ask(sql_scores.ADAPTED, model, params, forward, few_shot=False)
         write_json(self.context.folder / SCORES, self.scores.as_json())
-        evaluate.print_examples(self.context.console, self.scores.examples())
-        evaluate.print_scores(self.context.console, self.scores.accuracies())
+        sql_scores.print_examples(self.context.console, self.scores.examples())
+        sql_scores.print_scores(self.context.console, self.scores.accuracies())
         return _accuracies(self.scores)
 
     def _ask(
@@ -134,7 +133,7 @@ class SqlEvaluation:
         with doing(
             self.context.console, f"{way}: answering {2 * self.scores.n} questions"
         ) as progress:
-            self.scores.answers[way] = evaluate.answer(
+            self.scores.answers[way] = sql_scores.answer(
                 model,
                 params,
                 outline,
@@ -145,27 +144,27 @@ class SqlEvaluation:
             )
 
 
-def _accuracies(scores: evaluate.SqlScores) -> dict[str, float]:
+def _accuracies(scores: sql_scores.SqlScores) -> dict[str, float]:
     """Returns the execution accuracies of the trained model."""
-    of_kind = {kind: ways[evaluate.ADAPTED] for kind, ways in scores.accuracies().items()}
+    of_kind = {kind: ways[sql_scores.ADAPTED] for kind, ways in scores.accuracies().items()}
     return {
         "accuracy": sum(of_kind.values()) / len(of_kind),
-        "unseen_schemas": of_kind[evaluate.UNSEEN_SCHEMAS],
-        "unseen_phrasings": of_kind[evaluate.UNSEEN_BOTH],
+        "unseen_schemas": of_kind[sql_scores.UNSEEN_SCHEMAS],
+        "unseen_phrasings": of_kind[sql_scores.UNSEEN_BOTH],
     }
 
 
 def evaluation(context: EvaluationContext) -> SqlEvaluation | None:
     """Returns the evaluation by questions; None if --eval-questions is 0."""
     questions = _questions(context.config)
-    return SqlEvaluation(context, evaluate.SqlScores(questions)) if questions else None
+    return SqlEvaluation(context, sql_scores.SqlScores(questions)) if questions else None
 
 
-def _questions(config: sft.Config) -> evaluate.Questions | None:
+def _questions(config: sft.Config) -> sql_scores.Questions | None:
     return _drawn(config.run.eval_questions) if config.run.eval_questions else None
 
 
-_drawn = functools.cache(evaluate.draw_questions)
+_drawn = functools.cache(sql_scores.draw_questions)
 
 
 def _chat_rows(made: Any) -> list[Row]:
@@ -175,7 +174,7 @@ def _chat_rows(made: Any) -> list[Row]:
 def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
     """Returns the base's accuracies, means of both kinds of questions, from a run's scores.json."""
     of_kind = scores.get("accuracy", {}).values()
-    base = (evaluate.ZERO_SHOT, evaluate.FEW_SHOT)
+    base = (sql_scores.ZERO_SHOT, sql_scores.FEW_SHOT)
     found = {way: [ways[way] for ways in of_kind if way in ways] for way in base}
     return {way: sum(values) / len(values) for way, values in found.items() if values}
 
@@ -277,7 +276,7 @@ def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> g
 REWARDS = dataclasses.replace(
     prompts.TASK,
     defaults=dataclasses.replace(
-        TASK.defaults, lr=5e-5, full_lr=5e-6, steps=100, max_new_tokens=evaluate.NEW_TOKENS
+        TASK.defaults, lr=5e-5, full_lr=5e-6, steps=100, max_new_tokens=sql_scores.NEW_TOKENS
     ),
     check=check,
     completed=reward_by_execution,

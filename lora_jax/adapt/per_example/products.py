@@ -103,7 +103,7 @@ def _only(given: Sequence[ExampleLabel]) -> ExampleKernels:
     return first
 
 
-# For equations with a `ExampleKernels` among their operands. Others would form the weight.
+# For equations with `ExampleKernels` among their operands. Others would form the weight.
 KERNEL_RULES: dict[str, Rule] = {
     "dot_general": _product,
     "conv_general_dilated": _product,

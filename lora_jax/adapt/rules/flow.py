@@ -118,7 +118,7 @@ def _carried(carries: Sequence[_Moved | None], first: int, before: int) -> list[
 
 
 def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, ...]:
-    """Returns True for each output that may be an adapted weight: without a product after one.
+    """Returns a flag for each output: True if it may be a weight, without a product after one.
 
     Args:
       jaxpr: jaxpr of a function or a branch.
@@ -138,7 +138,7 @@ def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, .
 
 
 def _passed_on(eqn: JaxprEqn, operands: list[bool]) -> Sequence[bool]:
-    """Returns True for each output of an equation that may be a weight."""
+    """Returns a flag for each output of an equation: True if it may be a weight."""
     name, n_outputs = eqn.primitive.name, len(eqn.outvars)
     if name in _CALLS:
         return may_be_weights(_called(eqn), operands)

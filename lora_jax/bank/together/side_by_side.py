@@ -4,11 +4,12 @@ Each run is the loop of `lora_jax.training.loop.training_steps`, as a run alone 
 takes the steps of all at once.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from lora_jax.core.types import Forward, Leaf
+from lora_jax.core.types import Leaf
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import Dropped
 from lora_jax.training.loop import Stopped
@@ -65,7 +66,7 @@ def side_by_side(
     endings: dict[str, RunEnding] = {}
     numbers: dict[str, int] = {}
 
-    def advance(name: str, work: Forward, *args: object) -> Any:
+    def advance(name: str, work: Callable[..., Any], *args: object) -> Any:
         """Returns the result of a run's part of a turn; None where the run has ended."""
         try:
             return work(*args)
@@ -94,6 +95,11 @@ def side_by_side(
             for name, batch in batches.items():
                 take_turn(name, (metrics[name], runs[name].tokens(batch)))
             turned()
+    except BaseException as error:  # the logs of the runs hear what ended them
+        for run in runs.values():
+            with contextlib.suppress(BaseException):
+                run.turns.throw(error)
+        raise
     finally:
         for run in runs.values():
             run.turns.close()

@@ -185,10 +185,10 @@ class StackSteps(NamedTuple):
     """Holds the compiled steps of a stack, which take its state's memory.
 
     Attributes:
-      of_all: ``(state, fixed, numbers, base, active, batch) -> (state, metrics)``. `active` says
+      step_all: ``(state, fixed, numbers, base, active, batch) -> (state, metrics)``. `active` says
         which slots take a step; the others stay as they are, bit by bit. Arrays of the batch and
         metrics are stacked.
-      of_one: ``(state, fixed, numbers, base, slot, batch) -> (state, metrics)``, with one batch.
+      step_one: ``(state, fixed, numbers, base, slot, batch) -> (state, metrics)``, with one batch.
     """
 
     step_all: jax.stages.Wrapped

@@ -1,4 +1,4 @@
-"""The parts of models: activations, dense layers, LayerNorms, embeddings, patches and noise.
+"""The parts of models: activations, dense layers, norms, embeddings, patches, noise, and caches.
 
 ``dense``, ``layer_norm`` and ``embed`` make a layer for ``module``, with its dtypes and its
 configuration's options.
@@ -98,7 +98,8 @@ def attend_heads(
       cache: the layer's keys and values so far; None without a cache.
       filled: [] int32, the number of the cache's slots in use.
     """
-    if cache is not None and filled is not None:
+    if cache is not None:
+        assert filled is not None, "a cache comes with the number of its slots in use"
         k = write_slots(cache.key, inputs.k, filled)
         inputs = inputs._replace(k=k, v=write_slots(cache.value, inputs.v, filled))
     shared = cache and cache.shared

@@ -164,7 +164,8 @@ def _attend_pairs(
       As q.
     """
     tile, block = sizes
-    axis = mask.split.axis if mask.split else ""
+    assert mask.split is not None, "pairs of tiles are those of a split"
+    axis = mask.split.axis
 
     def tiles(tree: Tree, axis: int) -> Tree:
         return jax.tree.map(lambda x: x.reshape(_cut(x.shape, axis, tile)), tree)

@@ -156,7 +156,7 @@ class Mask:
 def extremes(
     low: Slots, high: Slots, first: Slots, last: Slots, *, causal: bool, window: Slots = None
 ) -> tuple[Slots, Slots]:
-    """Returns True if no query of slots low to high sees a key first to last; True if all do.
+    """Returns (empty, full): no query of slots low to high sees a key first to last; all do.
 
     Distances in a block are a range, and so are those that are seen. Arrays broadcast.
 

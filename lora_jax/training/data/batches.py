@@ -42,7 +42,7 @@ class Examples:
 
     @property
     def mixture(self) -> Shares | None:
-        """Returns the rows that an epoch draws of each data set; None for each row once."""
+        """Returns the number of rows of each data set in an epoch; None for each row once."""
         return None
 
     def take(self, rows: np.ndarray) -> HostBatch:

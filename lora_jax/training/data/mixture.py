@@ -65,7 +65,7 @@ class Shares:
 def shares_of(
     names: Sequence[str], weights: Sequence[float], *, rows: Sequence[int], units: Sequence[int]
 ) -> Shares:
-    """Returns the rows that an epoch draws of each data set, by weight; in all as many as exist.
+    """Returns the number of rows that an epoch draws of each data set; in all as many as exist.
 
     Args:
       names: names of the data sets, for messages.

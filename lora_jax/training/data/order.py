@@ -97,7 +97,7 @@ class Order:
 
     @property
     def rows_a_step(self) -> int:
-        """Returns the rows that one optimiser step sees."""
+        """Returns the number of rows that one optimiser step sees."""
         return self.batch_size * self.accumulate
 
     def rows(self, step: int) -> np.ndarray:

@@ -158,7 +158,7 @@ def _one_spaced(text: str) -> str:
 
 
 def _common_beginning(row: Row, chosen: TextOrTurns, rejected: TextOrTurns, name: str) -> int:
-    """Returns the turns or characters that two completions have in common, as TRL counts them.
+    """Returns the number of turns or characters that two completions share, as TRL counts them.
 
     One is left to each completion, and so is the space before a completion.
     """

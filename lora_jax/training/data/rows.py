@@ -207,13 +207,9 @@ def text_or_turns(value: Any, field: str, name: str, *, images: bool = False) ->
     return value
 
 
-def as_turns(text_or_turns: TextOrTurns, role: str) -> list[dict[str, Any]]:
+def as_turns(content: TextOrTurns, role: str) -> list[dict[str, Any]]:
     """Returns turns as they are; of a text, the turn in which `role` says it."""
-    return (
-        [{"role": role, "content": text_or_turns}]
-        if isinstance(text_or_turns, str)
-        else text_or_turns
-    )
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def _options(row: Row, name: str) -> Mapping[str, Any]:

@@ -149,7 +149,7 @@ class Stream:
 
     @property
     def rows_a_step(self) -> int:
-        """Returns the rows that one optimiser step sees."""
+        """Returns the number of rows that one optimiser step sees."""
         return self._batch_size * self._accumulate
 
     def digest(self) -> str:

@@ -102,7 +102,7 @@ def test_a_base_is_trained_once_and_anew_for_other_rows(tmp_path):
 
     def made(rows):
         write_rows(path, rows)
-        model = inputs.train_base("train.classify", line, [path], tmp_path, Session())
+        model = start.train_base("train.classify", line, [path], tmp_path, Session())
         return start.digest(model), (model / "model.safetensors").stat().st_mtime_ns
 
     first = made(rows)

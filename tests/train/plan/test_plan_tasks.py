@@ -243,18 +243,13 @@ def test_the_sampler_is_the_very_program_that_runs(model):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), step.params)
     found = sizes(step.between[SAMPLER].lowered)
-    ids, mask, choice = rollouts.arguments(
-        step.model,
-        np.ones((2, 17), int),
-        np.ones((2, 17), int),
-        max_new_tokens=7,
-        temperature=1.0,
-        key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4)),
-        rows_each=2,
-    )
+    ones = np.ones((2, 17), int)
+    prompts = rollouts.make_prompts(ones, ones)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4))
+    decoding = rollouts.make_decoding(step.model, 4, max_new_tokens=7, temperature=1.0, key=keys)
     static = dict(model=step.model, apply=lj.adapt(step.model.apply), n=2, max_new_tokens=7)
     real = compiled_bytes(
-        rollouts._sample.lower(params, ids, mask, choice, **static).compile()  # type: ignore[attr-defined]
+        rollouts._sample.lower(params, prompts, decoding, **static).compile()  # type: ignore[attr-defined]
     )
     assert found["outputs"] == real["outputs"] > 0
     assert found["temporaries"] == pytest.approx(real["temporaries"], rel=0.02)

@@ -223,7 +223,7 @@ def test_a_second_run_of_a_script_compiles_nothing_again_and_loses_nothing(tmp_p
 
     if not THOROUGH:
         return
-    ask = "from train.generate import main; main(sys.argv[1:])"
+    ask = "from train.generate.__main__ import main; main(sys.argv[1:])"
     args = ["--adapter", tmp_path / "first" / "adapter", "--max-new-tokens", 5, "--prompt", "1"]
     answers = [process(ask, *args, XDG_CACHE_HOME=tmp_path / "caches") for _ in range(2)]
     assert answers[1][0] > answers[0][0]

@@ -62,11 +62,6 @@ class ServedTokenizer:
         other.tokenizer.chat_template = template
         return other
 
-    def text(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Returns the text of tokens, with or without special ones."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=not special)
-        return text
-
     def _spell(self, token: int) -> bytes:
         """Returns the bytes that a token stands for."""
         piece = self._added.get(token)
