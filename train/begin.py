@@ -114,7 +114,7 @@ def load_model(
     return model, plain
 
 
-def begin(row: TableRun, model: Model, plain: Tree, held: ExitStack) -> Tenant | None:
+def begin_row(row: TableRun, model: Model, plain: Tree, held: ExitStack) -> Tenant | None:
     """Adapts the base for a run, new or resumed, whose evaluation and state it then has.
 
     Args:

@@ -38,7 +38,7 @@ from lora_jax.training.ready import (
 from lora_jax.training.run.log import duration
 from lora_jax.training.setup import CompiledStep
 from lora_jax.training.step import Metrics, State
-from train.begin import begin, check_images, load_model, open_run
+from train.begin import begin_row, check_images, load_model, open_run
 from train.console.output import tell
 from train.dry_run import rehearse
 from train.inputs import make_inputs
@@ -186,7 +186,7 @@ def train_rows(
     tenants: dict[str, Tenant] = {}
     for row in rows:
         with row.isolate_errors():
-            if tenant := begin(row, model, plain, session.release):
+            if tenant := begin_row(row, model, plain, session.release):
                 tenants[row.name] = tenant
     for row in rows:
         if row.error is None and row.evaluation and not row.run.pauses:

@@ -76,9 +76,9 @@ def run(options: ServeOptions) -> None:
         folder = _output(options, held)
         access = Access(keys, Origins(map(read_origin, options.allow_origin)))
         access.starting = StartProgress(outline.name)
-        site = HttpServer(make_starting_app(access), options.host, options.port)
-        held.enter_context(site)
-        say(f"starts at {site.address}, where a page shows how far it is")
+        server = HttpServer(make_starting_app(access), options.host, options.port)
+        held.enter_context(server)
+        say(f"starts at {server.address}, where a page shows how far it is")
         engine = _engine(options, outline, layout, length, access.starting.see)
         limits = TinkerLimits(
             room=options.tenants, own_room=options.tenants_per_key, idle=options.session_idle
@@ -88,7 +88,7 @@ def run(options: ServeOptions) -> None:
         held.callback(_every(_SWEPT, lambda: tinker.sweep(_SILENT), "the sweep"))
         held.callback(_every(_LOOKED, tinker.sweep_samples, "the search for clients that are gone"))
         tinker.start(_SILENT)
-        site.app = make_app(
+        server.app = make_app(
             engine,
             outline.tokenizer,
             tinker.routes(),
@@ -108,7 +108,7 @@ def run(options: ServeOptions) -> None:
             tinker.close()
 
         access.starting = None
-        site.serve(access, stop)
+        server.serve(access, stop)
 
 
 def _layout(options: ServeOptions, outline: ModelInfo) -> Layout:

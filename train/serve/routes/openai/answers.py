@@ -45,12 +45,12 @@ class ChoiceBuilder:
         if piece.token in self._ends:  # no text
             return AnswerPart()
         top = None if piece.top is None else zip(*piece.top, strict=True)
-        return self._said(*self._text.add(piece.token, piece.logprob, top))
+        return self._make_part(*self._text.add(piece.token, piece.logprob, top))
 
     def end(self, completion: Completion) -> AnswerPart:
         """Takes the tokens that did not come yet, and what was held back."""
         parts = [self.add(piece) for piece in _pieces(completion, self._n)]
-        parts.append(self._said(*self._text.end(), last=True))
+        parts.append(self._make_part(*self._text.end(), last=True))
         stopped = completion.stopped or self._text.stopped
         called = self._calls is not None and self._calls.n
         return AnswerPart(
@@ -60,7 +60,7 @@ class ChoiceBuilder:
             "tool_calls" if called else "stop" if stopped else "length",
         )
 
-    def _said(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> AnswerPart:
+    def _make_part(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> AnswerPart:
         if self._calls is None:
             return AnswerPart(text, [], entries)
         return AnswerPart(*self._calls.add(text, last=last), entries)
