@@ -54,6 +54,8 @@ class Forked:
         """
         place = folder / f"fork-{time.monotonic_ns()}"
         self.out, self.err = log or Path(f"{place}.out"), log or Path(f"{place}.err")
+        for file in (self.out, self.err):
+            file.touch()  # it may be read at once
         asked = {"words": [*map(str, words)], "cwd": str(folder), "env": env or {}}
         asked |= {"out": str(self.out), "err": str(self.err)}
         self.pid = _ask(asked)

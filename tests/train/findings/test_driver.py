@@ -32,7 +32,7 @@ def made_up(tmp_path, monkeypatch):
         return FindingInputs(options, ("It has 80 rows.",))
 
     finding = catalog.Finding(
-        title="FindingInputs up",
+        title="Made up",
         said="Nobody says so.",
         layout=PivotLayout("learning rate", "rank"),
         make=make,
