@@ -85,7 +85,7 @@ def names_of(path):
 
 
 def problem_of(module, name):
-    """Returns what is wrong with the import of a name of the project's; None if it is public."""
+    """Returns the fault of an import of a name of the project's; None if it is public."""
     path = ROOT.joinpath(*module.split("."))
     is_package = (path / "__init__.py").exists()
     inside = [path / f"{name}.py", path / name / "__init__.py"] if is_package else []

@@ -48,7 +48,7 @@ class SamplePrompts:
 
     Attributes:
       texts: the prompts as a person reads them.
-      tokens: as the model gets them, up to the start of its answer.
+      tokens: tokens of each prompt for the model, up to the start of its answer.
     """
 
     def __init__(self, run: SftRunConfig, outline: ModelInfo) -> None:

@@ -129,8 +129,8 @@ class ImageReader:
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-class _Vision(Protocol):
-    """The images that a model takes."""
+class _ImageConfig(Protocol):
+    """The sizes of the images that a model takes."""
 
     @property
     def num_channels(self) -> int: ...
@@ -146,7 +146,7 @@ class ImageModelConfig(Protocol):
     @property
     def tokens_per_image(self) -> int: ...
     @property
-    def vision(self) -> _Vision: ...
+    def vision(self) -> _ImageConfig: ...
 
 
 def load_image_reader(

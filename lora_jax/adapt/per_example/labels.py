@@ -60,9 +60,9 @@ class ExampleLabels:
 
     Attributes:
       outputs: what is known of each output.
-      uses: by the identity of each equation that may meet `ExampleKernels`: where the examples lie
-        in the other operand; None where there is none.
-      inner: by identity, the jaxprs of these equations.
+      uses: axis of the examples in the other operand, or None, by the identity of each equation
+        that may meet `ExampleKernels`.
+      inner: jaxprs of these equations, by their identity.
     """
 
     outputs: tuple[ExampleLabel, ...]
