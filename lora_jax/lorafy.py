@@ -244,9 +244,9 @@ def merge(params: Tree) -> Tree:
         bias = bias_path(path, merged)
         shape = None if bias is None else merged[bias].shape
         if bias is None or shape != shift.shape:
-            found = f"{bias!r} has the shape {shape}" if bias else "no bias stands beside it"
+            problem = f"{bias!r} has the shape {shape}" if bias else "no bias stands beside it"
             raise ValueError(
-                f"merge: {path!r} has a bias on B of shape {shift.shape}, and {found}: "
+                f"merge: {path!r} has a bias on B of shape {shift.shape}, and {problem}: "
                 "it cannot be merged. Run the adapted tree through lora_jax.adapt"
             )
         dtype = merged[bias].dtype

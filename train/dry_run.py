@@ -67,8 +67,8 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     if isinstance(feed, PromptFeed) and feed.rewards is not None:
         _print_reward(say, feed)
     sizes = lengths(data.train)
-    found = np.percentile(sizes, _PERCENTILES, method="higher").astype(int).tolist()
-    shares = ", ".join(f"{n} ({p}%)" for p, n in zip(_PERCENTILES, found, strict=True))
+    percentiles = np.percentile(sizes, _PERCENTILES, method="higher").astype(int).tolist()
+    shares = ", ".join(f"{n} ({p}%)" for p, n in zip(_PERCENTILES, percentiles, strict=True))
     what = _a_sequence(inputs)
     say(f"tokens of {what}, by percentiles: {shares}; {sizes.mean():,.1f} on average")
     first = feed.first()
@@ -89,7 +89,7 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
     row, group = feed.prompts.rows[0], feed.config.data.group
     ids = feed.outline.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     began = time.perf_counter()
-    found = feed.rewards(
+    totals = feed.rewards(
         [feed.prompts.asked(0)] * group,
         [COMPLETION] * group,
         [ids] * group,
@@ -99,10 +99,10 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
     )
     took = time.perf_counter() - began
     say(f"the rewards of {COMPLETION!r} after the first prompt, in {duration(took)}:")
-    for name, values in found.by_name.items():
+    for name, values in totals.by_name.items():
         known = dict.fromkeys("none" if np.isnan(x) else f"{x:.4g}" for x in values)
         say(f"  {name}: {', '.join(known)}")
-    for line in found.said:
+    for line in totals.said:
         say(f"warning: {line}")
 
 

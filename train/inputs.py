@@ -125,26 +125,26 @@ class InputReader:
         """Returns the data of a run; one that reads them while it trains has its own."""
         if getattr(config.data, "stream", False):
             return read_inputs(config, task)
-        read_by = {name for name, one in traits_of(config).items() if one.of_inputs}
+        read_by = {name for name, traits in traits_of(config).items() if traits.of_inputs}
         read_by |= {*task.reads(config)}
         saved = saved_options(config)
         facts = {k: v for k, v in as_json(config).items() if k in read_by}
         facts["began"] = {name: saved.get(name) for name in _HOLDING_OUT} if saved else None
-        for found in (facts, facts["began"] or {}):
-            found["eval_every"] = bool(found.get("eval_every"))  # how often does not matter
+        for settings in (facts, facts["began"] or {}):
+            settings["eval_every"] = bool(settings.get("eval_every"))  # how often does not matter
         key = id(task), json.dumps(facts, sort_keys=True)
         if key not in self._found:
             self._found[key] = read_inputs(config, task)
         return self._found[key]
 
 
-def make_inputs(config: Options, mesh: Mesh, found: RunData) -> Inputs:
+def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     """Returns the inputs of a run, checked against the model.
 
     Raises:
       TrainingError: options, examples and model do not fit.
     """
-    _, outline, data = found
+    _, outline, data = read
     optim = config.optim
     prompts = None
     if isinstance(config.run, SftRunConfig) and config.run.sample_prompts:
@@ -162,7 +162,7 @@ def make_inputs(config: Options, mesh: Mesh, found: RunData) -> Inputs:
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
     attention = _attention_line(optim, outline, layout, data.facts["sequence_length"])
     return Inputs(
-        read=found,
+        read=read,
         prompts=prompts,
         feed=feed,
         steps=steps,

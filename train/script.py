@@ -123,7 +123,7 @@ class TrainingScript:
             begun = _holds_run(Path(config.run.output).expanduser())  # else its row is a new one
             config = replace_options(config, {"resume": config.run.resume and begun})
             asked.append(RunRequest(row._replace(options=config), task))
-        check_one_base([one.row for one in asked])
+        check_one_base([request.row for request in asked])
         return asked
 
 

@@ -79,8 +79,8 @@ def train_base(
 def digest(path: Path) -> str:
     """Returns a hash of a file, or of all files in a folder, with their names."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = hashlib.sha256()
+    digest_ = hashlib.sha256()
     for file in files:
         if file.is_file():
-            found.update(file.name.encode() + file.read_bytes())
-    return found.hexdigest()
+            digest_.update(file.name.encode() + file.read_bytes())
+    return digest_.hexdigest()

@@ -130,8 +130,8 @@ class TableRun:
         error = self.error
         if error is None or isinstance(error, Stopped):
             return None
-        said = error.said(flag) if isinstance(error, TrainingError) else f"{error!r}"
-        return said.strip().splitlines()[0]
+        message = error.said(flag) if isinstance(error, TrainingError) else f"{error!r}"
+        return message.strip().splitlines()[0]
 
     def drop_state(self) -> TrainingStart:
         """Keeps the shapes of the state that it trains from; returns what had its arrays."""

@@ -186,8 +186,8 @@ class _Log:
             axes = contracts(use, side, labels) if labels else None
             if axes is not None:
                 uses = contractions(use, side, axes, with_leaf=is_leaf[1 - side])
-                for path, one in uses.items():
-                    self.found.setdefault(path, []).append(one)
+                for path, path_uses in uses.items():
+                    self.found.setdefault(path, []).append(path_uses)
                 seen.append(uses)
         if name == "gather":
             outputs = _gathered(use)
@@ -195,7 +195,7 @@ class _Log:
         (out,) = use.bind(use.bases)
         if _mixing(use):
             return [out]
-        is_whole = not any(one.stretched for uses in seen for one in uses.values())
+        is_whole = not any(path_uses.stretched for uses in seen for path_uses in uses.values())
         are_others = all(is_leaf) and not set.intersection(*map(set, seen))
         if name == "dot_general" and are_others and is_whole:
             return [labelled(out, composed(use))]

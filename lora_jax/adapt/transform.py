@@ -119,9 +119,9 @@ def run(
         return fn(*args, **kwargs)
     where = {} if axes is None else mapped(call, nodes, axes)
     call = dataclasses.replace(call, others={place: call.leaves[place] for place in where})
-    found = None if eager is None or _is_traced() else eager.find(call)
-    steps = None if found is None else found.steps
-    traced = trace(call) if found is None else found
+    cached = None if eager is None or _is_traced() else eager.find(call)
+    steps = None if cached is None else cached.steps
+    traced = trace(call) if cached is None else cached
     _say_assigned(interpreter, traced, weights, (args, kwargs))
     if axes is not None:
         followed = follow_trace(traced, weights, call, where, axes.of_result)

@@ -110,8 +110,8 @@ def warn(message: str, category: type[Warning], place: SourceLine) -> None:
 def _short(path: str) -> str:
     """Returns a path from the package on."""
     roots = (*_PACKAGES, _inside(Path(_OURS).parent))
-    found = [root for root in roots if path.startswith(root)]
-    return path.removeprefix(max(found, key=len)) if found else path
+    above = [root for root in roots if path.startswith(root)]
+    return path.removeprefix(max(above, key=len)) if above else path
 
 
 @contextlib.contextmanager

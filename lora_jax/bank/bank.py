@@ -243,12 +243,12 @@ class Bank:
         tree = adapter
         if isinstance(adapter, (str, os.PathLike)):
             tree = self._loaded(local_path(adapter), allow_base_mismatch)
-        found = adapter_values(name, tree, self._slots)
+        values = adapter_values(name, tree, self._slots)
         if not allow_base_mismatch:
             self._base.check(f"bank: {name!r}", tree)
         with self._lock:
             check(name)
-            self._put(name, found)
+            self._put(name, values)
 
     def _loaded(self, folder: Path, allow_base_mismatch: bool) -> Tree:
         if not (folder / PEFT_CONFIG).exists():

@@ -108,8 +108,8 @@ def _instead_of_weights(folder: Path) -> str:
         return f": {why}"
     others = sorted(path.name for path in folder.glob("*.safetensors*"))
     for name in others:
-        if (found := _VARIANT.fullmatch(name)) and found[1] + found[3] in (SINGLE, INDEX):
-            to = folder / (found[1] + found[3])
+        if (match := _VARIANT.fullmatch(name)) and match[1] + match[3] in (SINGLE, INDEX):
+            to = folder / (match[1] + match[3])
             return f", but a variant of them, {name}: rename it (mv {folder / name} {to})"
     if len(others) == 1:
         only, to = folder / others[0], folder / SINGLE

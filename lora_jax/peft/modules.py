@@ -218,12 +218,12 @@ def _is_chosen_layer(name: str, config: Fields) -> bool:
         return True
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not patterns:
-        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        layer = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     else:
         matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
-        found = next((match for match in matches if match), None)
+        layer = next((match for match in matches if match), None)
     chosen = [layers] if isinstance(layers, int) else layers
-    return found is not None and int(found[1]) in chosen
+    return layer is not None and int(layer[1]) in chosen
 
 
 def ends_with(name: str, ends: Iterable[str]) -> bool:

@@ -320,7 +320,7 @@ def token_rows(config: Fields, available: Sequence[Module]) -> dict[str, list[in
         if not embeddings:
             raise PeftError("trainable_token_indices: the model has no embedding")
         return {embeddings[0]: tokens}
-    found = {}
+    rows_by_path = {}
     for key, rows in tokens.items():
         named = [name for name in embeddings if name == key or name.endswith(f".{key}")]
         if not named and _repeats_table(key, tokens, available):
@@ -330,8 +330,8 @@ def token_rows(config: Fields, available: Sequence[Module]) -> dict[str, list[in
                 f"trainable_token_indices names {key!r}; the model's embeddings are "
                 f"{', '.join(embeddings)}"
             )
-        found[named[0]] = rows
-    return found
+        rows_by_path[named[0]] = rows
+    return rows_by_path
 
 
 def _repeats_table(key: str, tokens: Mapping[str, list[int]], available: Sequence[Module]) -> bool:

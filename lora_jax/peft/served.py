@@ -68,23 +68,23 @@ def as_served(
     chosen = targeted_experts(fields, model)
     of_experts = {key for expert in chosen for key in keys_of_expert(expert, chosen)}
     out = {key: tensor for key, tensor in tensors.items() if key not in of_experts}
-    found: dict[tuple[str, str], _Factors] = {}
+    factors_by_key: dict[tuple[str, str], _Factors] = {}
     for key in list(out):
         for end_a, end_b in _ENDS:
             if key.endswith(end_a):
                 stem = key.removesuffix(end_a)
                 a, b = out.pop(key), out.pop(stem + end_b)
                 scale = _scale(fields, stem.removeprefix(PREFIX))
-                found[key, stem + end_b] = _scaled(a[None], b.T[None], scale)
+                factors_by_key[key, stem + end_b] = _scaled(a[None], b.T[None], scale)
     changes: JsonObject = {}
     if chosen:
         of_names, changes = _experts(fields, tensors, chosen, model)
-        found |= {
+        factors_by_key |= {
             (PREFIX + name + _ENDS[0][0], PREFIX + name + _ENDS[0][1]): factors
             for name, factors in of_names.items()
         }
-    rank = max((factors.a.shape[1] for factors in found.values()), default=1)
-    for keys, factors in found.items():
+    rank = max((factors.a.shape[1] for factors in factors_by_key.values()), default=1)
+    for keys, factors in factors_by_key.items():
         out |= zip(keys, map(np.ascontiguousarray, pack(*factors.filled(rank))), strict=True)
     changes |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     return {**fields, **changes}, out
@@ -110,7 +110,7 @@ def _experts(
             routers[f"{mlp}.{config.family.router_name}"] = factors
         else:
             kernels.setdefault(mlp, {})[expert.path.split("/")[-2]] = factors
-    found, experts = dict(routers), []
+    factors_by_key, experts = dict(routers), []
     for mlp, of in kernels.items():
         dtype = next(iter(of.values())).a.dtype
         for name, (fan_in, fan_out) in config.expert_shapes.items():
@@ -118,22 +118,22 @@ def _experts(
             factors = of.get(name, nothing)
             if joined:
                 experts.append(f"{mlp}.experts.{name}")
-                found[f"{mlp}.experts{'.base_layer' if name == GATE_UP else ''}"] = factors
+                factors_by_key[f"{mlp}.experts{'.base_layer' if name == GATE_UP else ''}"] = factors
                 continue
             for e in range(n):
                 experts.append(f"{mlp}.experts.{e}.{name}")
-                found[experts[-1]] = _Factors(*(x[e : e + 1] for x in factors))
+                factors_by_key[experts[-1]] = _Factors(*(x[e : e + 1] for x in factors))
     if joined:
         names = _shortened(experts, depth, end_of)
         names += _shortened([f"{name}.{ROUTER}" for name in routers], depth, end_of)
-        return found, {"target_parameters": sorted(names)}
+        return factors_by_key, {"target_parameters": sorted(names)}
     names = list(fields["target_modules"] or [])
     if config.shared_expert_intermediate_size:  # whose projections have the same last names
         names += _shortened(experts, depth, lambda name: ".".join(name.split(".")[-3:]))
     else:
         names += _shortened(experts, depth * n, _last)
     names += _shortened(routers, depth, _last)
-    return found, {"target_modules": sorted(names), "target_parameters": None}
+    return factors_by_key, {"target_modules": sorted(names), "target_parameters": None}
 
 
 def _shortened(names: Iterable[str], each: int, end: Callable[[str], str]) -> list[str]:

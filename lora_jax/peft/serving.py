@@ -99,10 +99,10 @@ def _ranks(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[str, int]:
             name, rank = key.removeprefix(PREFIX).removesuffix(end), int(tensor.shape[0])
             if name.endswith(_BOTH):  # A has the ranks of all experts
                 inside = f"{PREFIX}{name}.base_layer{end}" in tensors
-                stem, one = name.removesuffix(".base_layer"), GATE_UP
+                stem, kind = name.removesuffix(".base_layer"), GATE_UP
                 if stem == name and (inside or not any(GATE_UP in target for target in wanted)):
-                    one = DOWN
-                name = f"{stem}.{one}"
+                    kind = DOWN
+                name = f"{stem}.{kind}"
                 rank = pattern_value(fields.get("rank_pattern"), name, fields.get("r", 8))
             ranks[name] = rank
     return ranks

@@ -114,7 +114,7 @@ def shared(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
             f"{plain[0]!r} is adapted otherwise than by VeRA, and PEFT has one kind of adapter in "
             "a file: give all rules vera=True, or none"
         )
-    found = {}
+    projections = {}
     for key, name in ((KEY_A, "shared_a"), (KEY_B, "shared_b")):
         each = {path: _matrix(node, name) for path, node in nodes.items()}
         widest = max(each.values(), key=lambda matrix: matrix.shape[1])
@@ -125,8 +125,8 @@ def shared(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
                     f"{path!r} has another random {name[-1].upper()} than the others, and PEFT has "
                     "one for all: adapt them by one call of lorafy, with one rank"
                 )
-        found[key] = np.ascontiguousarray(widest if name == "shared_a" else widest.T)
-    return found
+        projections[key] = np.ascontiguousarray(widest if name == "shared_a" else widest.T)
+    return projections
 
 
 def _matrix(node: LoraWeight, name: str) -> np.ndarray:

@@ -128,9 +128,9 @@ def _differing(node: LoraWeight, probes: Fields) -> list[str]:
     """Returns the names of the factors that have other probes, rounding aside."""
 
     def differs(name: str) -> bool:
-        found, saved = np.asarray(_sums(_matrix(node, name))), np.asarray(probes[name])
+        sums, saved = np.asarray(_sums(_matrix(node, name))), np.asarray(probes[name])
         norms = np.asarray(jnp.linalg.norm(_matrix(node, name), axis=(-2, -1)))
-        return bool((np.abs(found - saved) > _TOLERANCE * norms).any())
+        return bool((np.abs(sums - saved) > _TOLERANCE * norms).any())
 
     return [name for name in probes if differs(name)]
 

@@ -73,6 +73,6 @@ def base_fingerprint(params: Tree) -> dict[str, str]:
     return fingerprint
 
 
-def differing(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def differing(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
     """Returns the paths whose checksums differ, or that only one of the two has, sorted."""
-    return sorted(path for path in {*saved, *found} if saved.get(path) != found.get(path))
+    return sorted(path for path in {*saved, *current} if saved.get(path) != current.get(path))

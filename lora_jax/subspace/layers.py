@@ -122,13 +122,13 @@ def _check_stacks(named: Mapping[str, Sequence[str]], stacks: Sequence[str]) -> 
         if (stack := _stack_of(path, stacks)) is not None:
             first, length = lengths.setdefault(stack, (path, len(names)))
             if length != len(names):
-                found = f"{first!r} begins with {length}, {path!r} with {len(names)}"
-                raise ValueError(_no_stack(stack, found))
+                problem = f"{first!r} begins with {length}, {path!r} with {len(names)}"
+                raise ValueError(_no_stack(stack, problem))
 
 
-def _no_stack(stack: str, found: str) -> str:
+def _no_stack(stack: str, problem: str) -> str:
     return (
-        f"{stack!r} is taken for a stack of layers, by its name, and {found}: say which modules "
+        f"{stack!r} is taken for a stack of layers, by its name, and {problem}: say which modules "
         "hold layers on their leaves' first axis with stacks=[…], or stacks=() for none"
     )
 

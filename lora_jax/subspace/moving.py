@@ -60,7 +60,7 @@ def moved(
       scale: λ of each layer; None for one everywhere.
     """
     total = sum(tensor.size for tensor in tensors)
-    found, small = {}, defaultdict(list)
+    by_path, small = {}, defaultdict(list)
     # The compiler must not compute the draws itself, where it knows the keys.
     every = jax.random.wrap_key_data(jax.lax.optimization_barrier(keys), impl=_GENERATOR)
     ends = itertools.accumulate(len(tensor.names) for tensor in tensors)
@@ -72,7 +72,7 @@ def moved(
         shape = leaves[tensor.path].shape[: int(tensor.is_stack)]
         scales = _scales(scale, [tensor], total, theta.dtype)
         move = _move_stack if tensor.is_stack else _move_tensor
-        found[tensor.path] = move(
+        by_path[tensor.path] = move(
             leaves[tensor.path], theta, own[tensor.path].reshape(shape), scales.reshape(shape)
         )
     for size, group in small.items():
@@ -81,9 +81,9 @@ def moved(
         done = 0
         for tensor in group:
             leaf, n = leaves[tensor.path], len(tensor.names)
-            found[tensor.path] = _sum(leaf, changes[done : done + n].reshape(tensor.shape))
+            by_path[tensor.path] = _sum(leaf, changes[done : done + n].reshape(tensor.shape))
             done += n
-    return found
+    return by_path
 
 
 def placed(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> jax.Array:

@@ -168,23 +168,23 @@ def load(
         _check_same(folder, facts, facts_of(space))
     given = {name: facts[name] for name in _GIVEN}
     try:
-        found = make(base, **given, stacks=tuple(facts["stacks"]))
+        subspace = make(base, **given, stacks=tuple(facts["stacks"]))
     except ValueError as error:
         raise AdapterError(f"the subspace {folder} does not fit this tree: {error}") from error
-    _check_same(folder, facts, facts_of(found))
-    tree = load_adapter(folder, tree_of(found, base), allow_base_mismatch=allow_base_mismatch)
-    return found, theta_of(tree)
+    _check_same(folder, facts, facts_of(subspace))
+    tree = load_adapter(folder, tree_of(subspace, base), allow_base_mismatch=allow_base_mismatch)
+    return subspace, theta_of(tree)
 
 
-def _check_same(folder: str | os.PathLike[str], saved: Fields, found: Fields) -> None:
-    if saved["draws"] != found["draws"] and saved["seed"] == found["seed"]:
+def _check_same(folder: str | os.PathLike[str], saved: Fields, current: Fields) -> None:
+    if saved["draws"] != current["draws"] and saved["seed"] == current["seed"]:
         raise AdapterError(
             f"the subspace {folder} was trained where JAX drew other random numbers from the seed "
             f"{saved['seed']}: use the version and settings of JAX that it was trained with "
             "(jax_threefry_partitionable)"
         )
-    if wrong := [name for name in found if saved.get(name) != found[name] and name != "draws"]:
-        differ = "; ".join(f"{n} {saved.get(n)} in the folder, {found[n]} here" for n in wrong)
+    if wrong := [name for name in current if saved.get(name) != current[name] and name != "draws"]:
+        differ = "; ".join(f"{n} {saved.get(n)} in the folder, {current[n]} here" for n in wrong)
         raise AdapterError(
             f"the subspace {folder} is another one: {differ}. Its numbers mean nothing here: load "
             "it without `space`, or make the space with the folder's settings and base"

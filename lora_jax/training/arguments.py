@@ -161,8 +161,8 @@ def matching_examples(
     if given is None:
         return None
     held_out = as_examples(given, "held_out")
-    one = np.zeros(1, int)
-    names = {*held_out.take(one)}, {*examples.take(one)}
+    first = np.zeros(1, int)
+    names = {*held_out.take(first)}, {*examples.take(first)}
     if names[0] != names[1]:
         theirs, ours = (", ".join(sorted(of_one)) for of_one in names)
         raise TrainingError(f"held_out has the arrays {theirs}; examples has {ours}")

@@ -290,12 +290,12 @@ def _measured(
     """Returns the measurements, by prefixed name, and the measures that a signal cut off."""
     measured: dict[str, float] = {}
     for index, measure in enumerate(due):
-        found = measure.take(now())
-        if found is None:
+        scores = measure.take(now())
+        if scores is None:
             return measured, due[index:]
-        if found:
+        if scores:
             named = {
-                measure.prefix + name: value for name, value in broadcast_values(found).items()
+                measure.prefix + name: value for name, value in broadcast_values(scores).items()
             }
             log.add({"step": done, **named})
             measured |= named

@@ -125,8 +125,8 @@ def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
     def is_free(node: Leaf) -> bool:
         return isinstance(node, contrib.ScheduleFreeState)
 
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_free) if is_free(node)]
-    return contrib.schedule_free_eval_params(found[0], adapter) if found else adapter
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_free) if is_free(node)]
+    return contrib.schedule_free_eval_params(states[0], adapter) if states else adapter
 
 
 def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:

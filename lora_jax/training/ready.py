@@ -154,8 +154,8 @@ def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
 def _check_settings(saved: Fields, ready: TrainingStart) -> None:
     was, now = saved.get("settings", {}), ready.facts.get("settings", {})
     if changed := [name for name in now if was.get(name) != now[name]]:
-        said = "; ".join(f"{name} was {was.get(name)} and is now {now[name]}" for name in changed)
-        raise _not_resumed(f"the run began with other settings: {said}")
+        news = "; ".join(f"{name} was {was.get(name)} and is now {now[name]}" for name in changed)
+        raise _not_resumed(f"the run began with other settings: {news}")
 
 
 def _not_resumed(why: str) -> TrainingError:

@@ -227,9 +227,9 @@ def _like(parameter: jax.Array, shape: tuple[int, ...], whole: NamedSharding) ->
     if not isinstance(where, NamedSharding):
         return whole
     axes = [*where.spec, *[None] * (parameter.ndim - len(where.spec))]
-    found = {
+    specs = {
         PartitionSpec(*axes[:axis], *axes[axis + 1 :])
         for axis in range(parameter.ndim)
         if parameter.shape[:axis] + parameter.shape[axis + 1 :] == shape
     }
-    return NamedSharding(where.mesh, found.pop()) if len(found) == 1 else whole
+    return NamedSharding(where.mesh, specs.pop()) if len(specs) == 1 else whole

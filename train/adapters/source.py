@@ -236,18 +236,18 @@ class AdapterSource:
             yield
         except ValueError as error:
             first, *rest = [line.strip() for line in str(error).splitlines()]
-            said = f"{first}: {'; '.join(rest[:_SHOWN])}" if rest else first
+            message = f"{first}: {'; '.join(rest[:_SHOWN])}" if rest else first
             if len(rest) > _SHOWN:
-                said += f"; and {len(rest) - _SHOWN} more"
+                message += f"; and {len(rest) - _SHOWN} more"
             stated, remedy = self.about.get("model"), ""
             if stated == name:
                 remedy = f". It says that its base is {name}: copy its folder again, or name "
                 remedy += "another base with --model"
-            elif "--allow-base-mismatch" not in said:
+            elif "--allow-base-mismatch" not in message:
                 of = f" ({stated})" if stated else ""
                 remedy = f". The base here is {name}: name the one that it was trained on{of}"
                 remedy += " with --model"
-            raise UserError(f"{self.given}: {said}{remedy}") from error
+            raise UserError(f"{self.given}: {message}{remedy}") from error
 
 
 def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:

@@ -143,8 +143,8 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions, frozense
             usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
             print(f"{about(__doc__, _PROG)}\n{usage}")
             sys.exit(0)
-        found = f"not {args[0]!r}" if args else "and nothing was given"
-        raise UserError(f"the script to compare runs of is needed first: sft or classify, {found}")
+        other = f"not {args[0]!r}" if args else "and nothing was given"
+        raise UserError(f"the script to compare runs of is needed first: sft or classify, {other}")
     script = SCRIPTS[args[0]]
     line: Any = read_line(script.compared, args[1:], f"{_PROG} {args[0]}")
     config, on_line, in_file = line
@@ -227,22 +227,22 @@ def compare(
         console=console,
     )
     sweep.run()
-    found = measure.collect(sweep, inputs, command, None if text is None else text[1])
-    result.write(found, folder)
-    said = report.write_report(found, folder)
+    comparison = measure.collect(sweep, inputs, command, None if text is None else text[1])
+    result.write(comparison, folder)
+    advice = report.write_report(comparison, folder)
     if asked.peft_json:
-        peft_json.write(found, folder / peft_json.FOLDER)
-    name = found.facts.score or "score"
+        peft_json.write(comparison, folder / peft_json.FOLDER)
+    name = comparison.facts.score or "score"
     for line in (
-        f"verdict: {said.verdict}. {said.headline}",
-        *(*said.reasons, *said.undecided, *([said.command] if said.command else [])),
-        *(dimension.sentence(one, name) for one in dimension.dimensions(found)),
+        f"verdict: {advice.verdict}. {advice.headline}",
+        *(*advice.reasons, *advice.undecided, *([advice.command] if advice.command else [])),
+        *(dimension.sentence(each, name) for each in dimension.dimensions(comparison)),
         f"this call took {duration(time.monotonic() - began)}, and all runs so far "
-        f"{duration(sum(one.seconds for one in done.runs.values()))}; the report is "
+        f"{duration(sum(each.seconds for each in done.runs.values()))}; the report is "
         f"{folder / report.HTML}",
     ):
         tell(console, line)
-    return found
+    return comparison
 
 
 def _intruders(inputs: Inputs, known: dict[Place, np.ndarray], run: Run, tree: Tree) -> float:

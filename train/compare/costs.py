@@ -145,7 +145,7 @@ def answer_latency(arm: Arm, model: Any, plain: Tree, adapted: Tree, decodes: bo
     for run in timed:
         run()  # compiles
     rounds = [[run() for run in timed] for _ in range(_ROUNDS)]
-    base, merged, live = (statistics.median(sum(found, [])) for found in zip(*rounds, strict=True))
+    base, merged, live = (statistics.median(sum(way, [])) for way in zip(*rounds, strict=True))
     what = f"a decoding step of {_ROWS} rows" if decodes else f"{_ROWS} texts of {length} tokens"
     return Latency(arm, base, merged, live, what)
 
@@ -187,8 +187,8 @@ def _output_of(command: Sequence[str]) -> str:
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
     if done.returncode:
-        said = " ".join(done.stderr.split())[-500:]
+        tail = " ".join(done.stderr.split())[-500:]
         raise UserError(
-            f"{' '.join(command[command.index('-m') :])} ended with code {done.returncode}: {said}"
+            f"{' '.join(command[command.index('-m') :])} ended with code {done.returncode}: {tail}"
         )
     return done.stdout

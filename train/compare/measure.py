@@ -59,7 +59,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
         with doing(console, "measuring the base on text outside the task"):
             before = sweep.outside(plain, forward)
     given = config.data.dataset
-    found = Comparison(
+    comparison = Comparison(
         facts=ComparisonFacts(
             command=command,
             script=sweep.script,
@@ -79,7 +79,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
         runs=tuple(_run_result(trial, sweep, before) for trial in sweep.trials),
         rungs=sweep.record.rungs,
     )
-    best = _best(found, sweep.trials)
+    best = _best(comparison, sweep.trials)
     latencies: list[Latency] = []
     for trial in best:
         if asked.costs and has_adapter(trial.arm.method):
@@ -89,12 +89,12 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
                 latencies.append(costs.answer_latency(trial.arm, model, plain, adapted, decodes))
     del plain, model
     if asked.costs:
-        runs = _add_costs(found.runs, best, sweep)
-        found = dataclasses.replace(found, runs=runs, latencies=tuple(latencies))
+        runs = _add_costs(comparison.runs, best, sweep)
+        comparison = dataclasses.replace(comparison, runs=runs, latencies=tuple(latencies))
     if asked.topology is not None:
         length = inputs.read.data.facts["sequence_length"]
-        found = _add_plans(found, asked.topology, best, sweep, length)
-    return found
+        comparison = _add_plans(comparison, asked.topology, best, sweep, length)
+    return comparison
 
 
 def _baselines(trial: Trial) -> dict[str, float]:
@@ -146,11 +146,11 @@ def _run_result(trial: Trial, sweep: Sweep, before: float | None) -> RunResult:
     )
 
 
-def _best(found: Comparison, trials: Sequence[Trial]) -> list[Trial]:
+def _best(comparison: Comparison, trials: Sequence[Trial]) -> list[Trial]:
     """Returns the best run of the best arm of each method."""
     by_name = {trial.name: trial for trial in trials}
     chosen = []
-    for row in tables.best_of_each(tables.rows(found), lambda arm: arm.method):
+    for row in tables.best_of_each(tables.rows(comparison), lambda arm: arm.method):
         value_of = row.measure.value
         values = {run.name: x for run in row.runs if (x := value_of(run)) is not None}
         best = (max if row.measure.larger else min)(values, key=values.__getitem__)
@@ -176,7 +176,7 @@ def _add_costs(
 
 
 def _add_plans(
-    found: Comparison, topology: str, best: list[Trial], sweep: Sweep, length: int
+    comparison: Comparison, topology: str, best: list[Trial], sweep: Sweep, length: int
 ) -> Comparison:
     """Returns the comparison with plans of the best arms for another machine."""
     plans: list[PlanResult] = []
@@ -189,5 +189,5 @@ def _add_plans(
             tell(sweep.console, f"warning: {error}")
             continue
         plans.append(plan)
-    facts = dataclasses.replace(found.facts, planned_on=words)
-    return dataclasses.replace(found, facts=facts, planned=tuple(plans))
+    facts = dataclasses.replace(comparison.facts, planned_on=words)
+    return dataclasses.replace(comparison, facts=facts, planned=tuple(plans))

@@ -66,8 +66,8 @@ def loss_on(rows: np.ndarray, params: Tree, forward: Forward) -> float:
     """
     total = count = 0.0
     for at in range(0, len(rows), _AT_ONCE):
-        found = _summed(forward, params, rows[at : at + _AT_ONCE])
-        total, count = total + float(found[0]), count + float(found[1])
+        sums = _summed(forward, params, rows[at : at + _AT_ONCE])
+        total, count = total + float(sums[0]), count + float(sums[1])
     return total / count
 
 

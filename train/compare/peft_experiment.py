@@ -121,10 +121,10 @@ class _Params:
 
     def __init__(self, folder: Path) -> None:
         defaults = [above / DEFAULTS for above in folder.resolve().parents]
-        found = [path for path in defaults if path.exists()][:1]
+        present = [path for path in defaults if path.exists()][:1]
         self._where = folder / PARAMS
         self.fields: dict[str, Any] = {"optimizer_type": "AdamW", "optimizer_kwargs": {}}
-        for path in [*found, self._where]:
+        for path in [*present, self._where]:
             if path.exists():
                 self.fields |= _object(path)
         for name, value in self.fields.items():
@@ -200,8 +200,8 @@ def _method(config: Mapping[str, Any], variant: str | None, where: Path) -> str:
     init = config["init_lora_weights"]
     beyond += ["init_lora_weights"] * (init not in (True, "pissa", "olora"))
     if beyond:
-        said = ", ".join(f"{name}={config[name]!r}" for name in beyond)
-        raise UserError(f"{where}: {said}: train.compare has no such arms")
+        settings = ", ".join(f"{name}={config[name]!r}" for name in beyond)
+        raise UserError(f"{where}: {settings}: train.compare has no such arms")
     methods = [name for name in ("dora", "rslora") if config[f"use_{name}"]]
     methods += [name for name in (init, variant) if isinstance(name, str)]
     if len(methods) > 1:

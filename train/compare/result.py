@@ -279,9 +279,9 @@ def _plain(value: Any) -> object:
     if fields := _fields(value.__class__):
         return {name: _plain(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)
     return value
@@ -291,8 +291,8 @@ def _parsed(value: Any, kind: Any, field: str) -> Any:
     """Returns a value of JSON as a field's annotated type has it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        one = next(one for one in arguments if one is not types.NoneType)
-        return None if value is None else _parsed(value, one, field)
+        other = next(x for x in arguments if x is not types.NoneType)
+        return None if value is None else _parsed(value, other, field)
     if origin is Literal:
         _need(value in arguments, field, " or ".join(map(repr, arguments)), value)
         return value
@@ -301,10 +301,10 @@ def _parsed(value: Any, kind: Any, field: str) -> Any:
         kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
         _need(len(kinds) == len(value), field, f"a list of {len(kinds)}", value)
         pairs = enumerate(zip(value, kinds, strict=True))
-        return tuple(_parsed(one, kind, f"{field}[{index}]") for index, (one, kind) in pairs)
+        return tuple(_parsed(x, kind, f"{field}[{index}]") for index, (x, kind) in pairs)
     if origin is not None:  # Mapping[str, X]
         _need(isinstance(value, dict), field, "an object", value)
-        return {key: _parsed(one, arguments[1], f"{field}[{key!r}]") for key, one in value.items()}
+        return {key: _parsed(x, arguments[1], f"{field}[{key!r}]") for key, x in value.items()}
     if fields := _fields(kind):
         _need(isinstance(value, dict), field, "an object", value)
         return _record(value, kind, fields, f"{field}." if field else "")
@@ -338,6 +338,6 @@ def _fields(kind: Any) -> dict[str, bool]:
 def _need(fits: bool, field: str, wanted: str, value: object) -> None:
     """Raises a `_Mismatch` where a value is not what its field takes."""
     if not fits:
-        found = json.dumps(value)
-        found = found if len(found) <= 60 else f"{found[:57]}..."
-        raise _Mismatch(f"{field or 'the whole'} must be {wanted}, and is {found}")
+        names = json.dumps(value)
+        names = names if len(names) <= 60 else f"{names[:57]}..."
+        raise _Mismatch(f"{field or 'the whole'} must be {wanted}, and is {names}")

@@ -141,7 +141,7 @@ class Sweep:
             ]
             before = stages[number - 1] if number and stage is not rungs.LAST else None
             # After a long warmup, two stages may end at one step.
-            there = [one for one in waiting if before and _end(before, one) == _end(stage, one)]
+            there = [each for each in waiting if before and _end(before, each) == _end(stage, each)]
             alive = {trial.arm for trial in self.trials} - self.stopped_arms()
             chooses = rungs.chooses(stage, alive)
             if stage is not rungs.LAST and not chooses:
@@ -216,12 +216,12 @@ class Sweep:
         for trial in group:
             row = TableRow(trial.name, f"run {trial.name}", frozenset(), _resumed_options(trial))
             asked.append(RunRequest(row, trial.task))
-        for one in train_rows(self.script, asked, self.session, self.console, part):
-            done = self.record.progress(one.name)
-            if one.state == "failed":
-                done.error = one.why
-            if one.score is not None:
-                done.score = one.score
+        for outcome in train_rows(self.script, asked, self.session, self.console, part):
+            done = self.record.progress(outcome.name)
+            if outcome.state == "failed":
+                done.error = outcome.why
+            if outcome.score is not None:
+                done.score = outcome.score
 
     def _alone(self, trial: Trial, part: RunPart) -> None:
         done = self.record.progress(trial.name)
@@ -242,7 +242,7 @@ class Sweep:
         for trial in self.trials:
             if trial.arm not in before:
                 losses.setdefault(trial.arm, []).append(self._loss(trial))
-        means = {arm: sum(found) / len(found) for arm, found in losses.items()}
+        means = {arm: sum(values) / len(values) for arm, values in losses.items()}
         rung = rungs.decide(stage, means, _share(stage, self.trials))
         self.record.rungs = (*self.record.rungs, rung)
         write_record(self.record, self.folder / PROGRESS)

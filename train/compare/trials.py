@@ -148,11 +148,11 @@ def trials_of(
     trials: list[Trial] = []
     inputs: Inputs | None = None
     asked = _asked(script, options, compare, given)
-    for one in asked:
-        name = arms.name_of(one.arm, one.seed)
+    for experiment in asked:
+        name = arms.name_of(experiment.arm, experiment.seed)
         try:
             place = folder / RUNS / name
-            trial, inputs = _trial(script, options, one, asked[0].seed, place, reader)
+            trial, inputs = _trial(script, options, experiment, asked[0].seed, place, reader)
         except TrainingError as error:
             raise UserError(f"run {name}: {error.said(flag)}") from error
         trials.append(trial)
@@ -188,12 +188,12 @@ def _asked(
     if not compare.peft_experiments:
         grid = arms.arms_of(compare, basis_of(script, options))
         return [Experiment(arm, seed, {}) for arm in grid for seed in compare.seeds]
-    found = [read_experiment(Path(folder).expanduser()) for folder in compare.peft_experiments]
+    asked = [read_experiment(Path(folder).expanduser()) for folder in compare.peft_experiments]
     runs: list[Experiment] = []
-    for one in found:
-        seeds = compare.seeds if "seeds" in given else (one.seed,)
-        own = {name: value for name, value in one.options.items() if name not in given}
-        runs += [Experiment(one.arm, seed, own) for seed in seeds]
+    for experiment in asked:
+        seeds = compare.seeds if "seeds" in given else (experiment.seed,)
+        own = {name: value for name, value in experiment.options.items() if name not in given}
+        runs += [Experiment(experiment.arm, seed, own) for seed in seeds]
     of_base = [k for k, traits in traits_of(options).items() if traits.shared is SharedOption.BASE]
     for name in of_base:
         values = {run.options[name]: run for run in runs if name in run.options}
@@ -208,13 +208,13 @@ def _asked(
 def _trial(
     script: ComparedScript,
     options: Options,
-    one: Experiment,
+    experiment: Experiment,
     first_seed: int,
     folder: Path,
     reader: InputReader,
 ) -> tuple[Trial, Inputs]:
-    options = replace_options(options, one.options)
-    changes = arms.settings(one.arm, one.seed) | {
+    options = replace_options(options, experiment.options)
+    changes = arms.settings(experiment.arm, experiment.seed) | {
         "output": str(folder),
         "overwrite": False,
         "resume": False,
@@ -240,11 +240,11 @@ def _trial(
             "more than 0 --eval-questions"
         )
     changed = {"eval_every": options.run.eval_every or -(-steps // MEASUREMENTS)}
-    if one.arm.method == "full" and options.run.save_every == script.plain.run.save_every:
+    if experiment.arm.method == "full" and options.run.save_every == script.plain.run.save_every:
         changed["save_every"] = steps  # a checkpoint holds the model three times
     config, outline = replace_options(config, changed), inputs.read.outline
-    trained = one.arm.dimension
+    trained = experiment.arm.dimension
     if trained is None:
         tree = lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
         trained, _ = lj.count_params(tree)
-    return Trial(folder.name, one.arm, one.seed, config, task, steps, trained), inputs
+    return Trial(folder.name, experiment.arm, experiment.seed, config, task, steps, trained), inputs

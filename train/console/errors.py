@@ -24,8 +24,8 @@ def as_user_errors(*kinds: type[Exception], prefix: str = "", suffix: str = "") 
     try:
         yield
     except kinds as error:
-        said = error.said(flag) if isinstance(error, TrainingError) else error
-        raise UserError(f"{prefix}{said}{suffix}") from error
+        message = error.said(flag) if isinstance(error, TrainingError) else error
+        raise UserError(f"{prefix}{message}{suffix}") from error
 
 
 @contextmanager
@@ -40,17 +40,17 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except Exception as error:
-        if said := file_problem(error):
-            _leave(f"error: {said}", BAD_INPUT)
+        if problem := file_problem(error):
+            _leave(f"error: {problem}", BAD_INPUT)
         raise
 
 
 def file_problem(error: BaseException) -> str | None:
     """Returns a message if a full disk, a limit or missing rights caused the error; else None."""
-    for one in (error, error.__cause__):
-        if isinstance(one, OSError) and one.errno in _NO_RIGHTS and one.filename is not None:
+    for e in (error, error.__cause__):
+        if isinstance(e, OSError) and e.errno in _NO_RIGHTS and e.filename is not None:
             return (
-                f"{one.filename} cannot be read or written ({one.strerror}): give this user the "
+                f"{e.filename} cannot be read or written ({e.strerror}): give this user the "
                 "right to it, or name another place: --output for what a run writes, the variable "
                 "XDG_CACHE_HOME for all caches"
             )
@@ -76,7 +76,7 @@ def no_room(error: BaseException) -> str | None:
 
 def flag(name: str, *value: Any) -> str:
     """Returns an option as a command line has it: "--steps", "--steps 3", or "--resume" if set."""
-    values = [str(one) for one in value if one is not True]
+    values = [str(item) for item in value if item is not True]
     return " ".join([f"--{name.replace('_', '-')}", *values])
 
 

@@ -43,14 +43,14 @@ def progress_of(
         disable=hidden or not console.is_terminal,
     )
     task = bar.add_task("", total=n)
-    began = said = time.monotonic()
+    began = last_line = time.monotonic()
 
     def progress(finished: int) -> None:
-        nonlocal said
+        nonlocal last_line
         bar.update(task, completed=finished)
         now = time.monotonic()
-        if finished and not console.is_terminal and now - said > _SECONDS_A_LINE:
-            said = now
+        if finished and not console.is_terminal and now - last_line > _SECONDS_A_LINE:
+            last_line = now
             left = duration((now - began) * (n - finished) / finished)
             line = f"{done} {finished:,} of {n:,} {things}, {left} to go"
             console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -124,7 +124,7 @@ def _is_array(path: Path) -> bool:
 
 def _read_lines(path: Path, size: int, block: int) -> list[NumberedRow]:
     """Returns the objects of the lines that begin in a block, with the byte that each begins at."""
-    found: list[NumberedRow] = []
+    rows: list[NumberedRow] = []
     for at, line in _lines(path, block * size, (block + 1) * size):
         if not line.strip():
             continue
@@ -134,8 +134,8 @@ def _read_lines(path: Path, size: int, block: int) -> list[NumberedRow]:
         except UnicodeDecodeError as error:
             raise not_utf_8(path, where, error) from None
         row = parsed(text, path, where)
-        found.append((at, placed(row, path, where)))
-    return found
+        rows.append((at, placed(row, path, where)))
+    return rows
 
 
 def _lines(path: Path, first: int, last: int) -> Iterator[tuple[int, bytes]]:

@@ -36,13 +36,13 @@ def tokenize(
     """
     console, source = hosts.console(), dataset.name
     path = cache.place(dataset.kept_in, dataset.key, tokenizer, work=work.__qualname__, **options)
-    found = None if path is None else cache.read_tokens(path)
+    cached = None if path is None else cache.read_tokens(path)
     # All processes tokenise together, or none does.
-    everywhere = hosts.map_over_processes(lambda _: found is not None, range(jax.process_count()))
-    if found is not None and all(everywhere):
+    everywhere = hosts.map_over_processes(lambda _: cached is not None, range(jax.process_count()))
+    if cached is not None and all(everywhere):
         tell(console, f"the tokens of {source} are those of an earlier run, in {path}")
-        return found
-    if path is not None and path.exists() and found is None:
+        return cached
+    if path is not None and path.exists() and cached is None:
         tell(console, f"warning: {path} is damaged; tokenising {source} anew")
     rows = dataset.rows()
     tokens = work(

@@ -59,15 +59,15 @@ def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{given}: {source} has two fields for `{twice[0]}`")
     own_names = {own for _, own in pairs}
-    found = []
+    renamed = []
     for number, row in enumerate(rows, start=1):
         for own in own_names - {*row}:
             raise UserError(
                 f"{given}: {name_of(row, source, number)} has {field_names(row)}, and no `{own}`"
             )
         others = {name: value for name, value in row.items() if name not in own_names}
-        found.append(replace_values(row, others | {name: row[own] for name, own in pairs}))
-    return found
+        renamed.append(replace_values(row, others | {name: row[own] for name, own in pairs}))
+    return renamed
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,13 +154,13 @@ def find_dataset(
     pairs = pairs_of(fields)
 
     def read() -> list[Row]:
-        found = read_rows(name, split=split, subset=subset)[:rows]
-        own = pairs if used is None else pairs_in_rows(found, pairs)
+        table = read_rows(name, split=split, subset=subset)[:rows]
+        own = pairs if used is None else pairs_in_rows(table, pairs)
         if used is not None:
             used.update(field for _, field in own)
-        found = rename_fields(found, own, name)
-        check(found, name)
-        return found
+        table = rename_fields(table, own, name)
+        check(table, name)
+        return table
 
     hashed, n_bytes = None, 0
     if (paths := files_of(name, split)) is not None:

@@ -224,8 +224,8 @@ def _files_in(folder: Path, split: str) -> list[Path]:
     splits = {path: _split_of(path.relative_to(folder)) for path in paths}
     chosen = [path for path in paths if splits[path] == split]
     if not chosen:
-        found = ", ".join(sorted({*splits.values()}))
-        raise UserError(f"--split {split}: the files in {folder} are of the splits {found}")
+        present = ", ".join(sorted({*splits.values()}))
+        raise UserError(f"--split {split}: the files in {folder} are of the splits {present}")
     return chosen
 
 
@@ -238,8 +238,8 @@ def _split_of(path: Path) -> str:
 def _load_saved(folder: Path, split: str) -> Any:
     import datasets
 
-    said = f"--dataset {folder} cannot be read as a saved dataset: "
-    with as_user_errors(Exception, prefix=said):  # of a damaged folder, anything
+    problem = f"--dataset {folder} cannot be read as a saved dataset: "
+    with as_user_errors(Exception, prefix=problem):  # of a damaged folder, anything
         saved = datasets.load_from_disk(str(folder))
     if not isinstance(saved, datasets.DatasetDict):
         return saved
@@ -303,8 +303,8 @@ def rows_of_arrow(row: Row) -> dict[str, Any]:
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         kept = ((k, v) for k, v in value.items() if v is not None or k == "content")
-        return {name: _without_nulls(one) for name, one in kept}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {name: _without_nulls(item) for name, item in kept}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 class NamedDataset(NamedTuple):
@@ -324,27 +324,27 @@ def parse_datasets(given: Sequence[str]) -> list[NamedDataset]:
       UserError: none is named, one is named twice, a weight is not a positive number, or only
         some have weights.
     """
-    found = [_named(text) for text in given]
-    names = [one.name for one in found]
-    if not found:
+    named = [_named(text) for text in given]
+    names = [dataset.name for dataset in named]
+    if not named:
         raise UserError("--dataset names no data set: give a file, a folder, or a name on the hub")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(
             f"--dataset names {twice[0]} twice: give it once, with a larger weight if it is to be "
             "seen more often"
         )
-    without = [one.name for one in found if one.weight is None]
-    if len(found) == 1 and not without:
+    without = [dataset.name for dataset in named if dataset.weight is None]
+    if len(named) == 1 and not without:
         raise UserError(
             f"--dataset {given[0]}: a weight has no effect on a single data set; name "
             f"{names[0]} alone, or others beside it"
         )
-    if without and len(without) < len(found):
+    if without and len(without) < len(named):
         raise UserError(
             f"--dataset {' '.join(given)}: {', '.join(without)} has no weight, and others have: "
             "give all of them a weight, or none (each row then comes once an epoch)"
         )
-    return found
+    return named
 
 
 def _named(text: str) -> NamedDataset:

@@ -103,34 +103,34 @@ def _object(value: Any, text: str, path: Path, where: object) -> dict[str, Any]:
 def _depth(value: Any) -> int:
     """Returns the depth to which lists and objects are nested."""
     level, depth = [value], 0
-    while level := [one for one in level if isinstance(one, dict | list)]:
+    while level := [node for node in level if isinstance(node, dict | list)]:
         depth += 1
-        level = [x for one in level for x in (one.values() if isinstance(one, dict) else one)]
+        level = [x for node in level for x in (node.values() if isinstance(node, dict) else node)]
     return depth
 
 
 def _array(path: Path, text: str) -> list[PlacedRow] | None:
     """Returns the objects of a JSON array; None if the text has one array a line."""
-    decoder, breaks = json.JSONDecoder(), [found.start() for found in re.finditer("\n", text)]
-    found: list[tuple[int, dict[str, Any]]] = []  # rows, and the line in which each begins
+    decoder, breaks = json.JSONDecoder(), [rows.start() for rows in re.finditer("\n", text)]
+    rows: list[tuple[int, dict[str, Any]]] = []  # rows, and the line in which each begins
     at = text.index("[") + 1
     while True:
         at = _after_space(text, at)
-        if text[at : at + 1] == "]" and not found:
+        if text[at : at + 1] == "]" and not rows:
             return []
         line = bisect.bisect_left(breaks, at) + 1
         where = f"line {line}"
-        if found and found[-1][0] == line:
-            where += f", row {len(found) + 1}"
+        if rows and rows[-1][0] == line:
+            where += f", row {len(rows) + 1}"
         try:
             row, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not a JSON array ({error})") from None
         except (ValueError, RecursionError) as error:
             raise _unreadable(error, text[at : at + 100], path, where) from None
-        if not found and not isinstance(row, dict):
+        if not rows and not isinstance(row, dict):
             return None  # its lines are read one by one, and refused
-        found.append((line, _object(row, text[at:end], path, where)))
+        rows.append((line, _object(row, text[at:end], path, where)))
         at = _after_space(text, end)
         if text[at : at + 1] == "]":
             break
@@ -142,10 +142,10 @@ def _array(path: Path, text: str) -> list[PlacedRow] | None:
         at += 1
     if rest := text[at + 1 :].strip():
         raise UserError(f"{path} has text after the end of its JSON array: {shown(rest[:40])}")
-    of_line = Counter(line for line, _ in found)
+    of_line = Counter(line for line, _ in rows)
     return [
         placed(row, path, f"line {line}, row {n}" if of_line[line] > 1 else f"line {line}")
-        for n, (line, row) in enumerate(found, start=1)
+        for n, (line, row) in enumerate(rows, start=1)
     ]
 
 
@@ -189,7 +189,7 @@ def read_csv(path: Path) -> list[PlacedRow]:
 
 def _separator(header: str) -> str:
     """Returns the separator that splits a header into the most fields."""
-    return max(_SEPARATORS, key=lambda one: len(next(csv.reader([header], delimiter=one), [])))
+    return max(_SEPARATORS, key=lambda by: len(next(csv.reader([header], delimiter=by), [])))
 
 
 def _records(path: Path, reader: Any) -> Iterator[PlacedRow]:

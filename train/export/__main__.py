@@ -102,8 +102,8 @@ def run(options: ExportOptions) -> None:
     name = options.model or adapter.base()
     check_apart(options.output, adapter.folder, name)
     repository = repository_of(options, name)
-    if said := keep_compiled(options.compilation_cache):
-        tell(console, said)
+    if problem := keep_compiled(options.compilation_cache):
+        tell(console, problem)
     with console.status(f"loading {name} and {adapter.folder}"):
         model, params = load(options, adapter, name)
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +166,7 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
         as_user_errors(ValueError, OSError, prefix="--merged: "),
         work.console.status(f"merging and writing {work.output}"),
     ):
-        params, codes_from, said = keep_codes(lj.merge(params), model, work.base, wanted)
+        params, codes_from, remark = keep_codes(lj.merge(params), model, work.base, wanted)
         save_pretrained(
             work.output,
             model,
@@ -180,8 +180,8 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
             chat_template=work.template,
         )
     print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
-    if said:
-        work.say(said)
+    if remark:
+        work.say(remark)
     if codes := work.adapter.codes:
         work.say(
             f"its kernels are the values of the base's {codes} codes, plus the update: a server "

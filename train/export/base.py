@@ -72,10 +72,10 @@ def keep_codes(
     params = map_leaves(lambda path, x: dequantize(x) if path in arrays else x, params)
     coded = {path for path, leaf in kept.leaves.items() if is_coded(leaf)}.difference(arrays)
     n_kept = sum(len(row.hf_names) for row in table if row.path in coded)
-    said = f"{n_kept} kernels stay in the codes of {base}, byte for byte" if n_kept else ""
+    remark = f"{n_kept} kernels stay in the codes of {base}, byte for byte" if n_kept else ""
     if turned := [row.hf.removesuffix(".weight") for row in table if row.path in arrays]:
-        said += "; " * bool(said) + (
+        remark += "; " * bool(remark) + (
             f"{', '.join(turned)} are arrays, though the adapter leaves them alone: readers want "
             "them in one form with those that it changed"
         )
-    return params, base if n_kept else None, said
+    return params, base if n_kept else None, remark

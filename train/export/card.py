@@ -203,8 +203,8 @@ def _losses(source: AdapterSource) -> Iterator[tuple[str, str]]:
     folder = _folder_of_run(source)
     lines = read_metrics(folder) if folder else []
     for name, what in (("loss", "training"), ("eval_loss", "held-out rows")):
-        found = [line for line in lines if name in line]
-        for line in found if len(found) < 2 else (found[0], found[-1]):
+        measured = [line for line in lines if name in line]
+        for line in measured if len(measured) < 2 else (measured[0], measured[-1]):
             yield f"{what}, step {line['step']}", f"{line[name]:.4f}"
 
 

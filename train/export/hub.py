@@ -162,9 +162,9 @@ def _asked(given: str, ask: Callable[[], _T]) -> _T:
             raise UserError(
                 f"{given}: the hub does not accept the token ({_line(error)}): {_LOG_IN}"
             ) from error
-        said = _line(error) if answer.done() else f"no answer within {_SECONDS:g} seconds"
+        why = _line(error) if answer.done() else f"no answer within {_SECONDS:g} seconds"
         raise UserError(
-            f"{given}: the hub, {huggingface_hub.constants.ENDPOINT}, cannot be reached ({said}). "
+            f"{given}: the hub, {huggingface_hub.constants.ENDPOINT}, cannot be reached ({why}). "
             "Without --push-to-hub, the export is written all the same, and `hf upload` sends it "
             "later"
         ) from error
@@ -173,5 +173,5 @@ def _asked(given: str, ask: Callable[[], _T]) -> _T:
 def _line(error: Exception) -> str:
     """Returns the beginning of an error's message, and of its cause's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[:2]) or type(error).__name__
-    return f"{said} {_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else said
+    text = " ".join(lines[:2]) or type(error).__name__
+    return f"{text} {_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else text

@@ -13,8 +13,8 @@ def mark(text: str) -> str:
 
 def is_generated(text: str) -> bool:
     """Returns True if a text comes from `mark` and was not edited since."""
-    found = _MARK.search(text)
-    return found is not None and found[1] == _digest(text[: found.start()])
+    match = _MARK.search(text)
+    return match is not None and match[1] == _digest(text[: match.start()])
 
 
 def _digest(text: str) -> str:

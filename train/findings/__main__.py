@@ -78,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def listed() -> str:
     """Returns a line for each finding."""
     wide = max(map(len, FINDINGS))
-    return "\n".join(f"{name:{wide}}  {one.title}" for name, one in FINDINGS.items())
+    return "\n".join(f"{name:{wide}}  {finding.title}" for name, finding in FINDINGS.items())
 
 
 def parse(args: Sequence[str]) -> FindingRequest:
@@ -142,11 +142,11 @@ def run(asked: FindingRequest, session: Session, command: str) -> None:
     named = [word for option, value in made.options.items() for word in (flag(option), str(value))]
     line = [finding.script, *options[:2], *named, *rest, "--output", str(asked.output)]
     script, config, names = compare.parse(line)
-    found = compare.compare(script, config, names, session, command, _PROG)
-    show(asked, found, made.notes)
+    comparison = compare.compare(script, config, names, session, command, _PROG)
+    show(asked, comparison, made.notes)
 
 
-def show(asked: FindingRequest, found: Comparison, notes: Sequence[str]) -> None:
+def show(asked: FindingRequest, comparison: Comparison, notes: Sequence[str]) -> None:
     """Writes the tables and the picture of a comparison, and prints the tables.
 
     Args:
@@ -157,15 +157,15 @@ def show(asked: FindingRequest, found: Comparison, notes: Sequence[str]) -> None
     Raises:
       UserError: no run has ended, or none has the measure that was asked for.
     """
-    known, finding = measures_of(found), asked.finding
+    known, finding = measures_of(comparison), asked.finding
     chosen = finding.measures if asked.measure is None else (asked.measure,)
-    pivots = [pivot_of(found, finding.layout, known[name]) for name in chosen if name in known]
+    pivots = [pivot_of(comparison, finding.layout, known[name]) for name in chosen if name in known]
     if not pivots:
         has = f"only {' and '.join(known)}" if known else "none: no run ended"
         raise UserError(f"a {' or a '.join(chosen)} is needed for the table, and there is {has}")
     asked.output.mkdir(parents=True, exist_ok=True)
     drawn = picture.write(pivots[0], asked.output)
-    text = document.document(finding.title, finding.said, notes, found, pivots, drawn)
+    text = document.document(finding.title, finding.said, notes, comparison, pivots, drawn)
     write_text(asked.output / document.MARKDOWN, text)
     console = hosts.console()
     for line in (text.rstrip(), "", f"written to {asked.output / document.MARKDOWN}"):
@@ -177,7 +177,7 @@ def _made(asked: FindingRequest, session: Session) -> FindingInputs:
     if asked.finding.make is None:
         return FindingInputs({})
     folder = asked.output / MADE
-    ours = [one for one in (folder, asked.output) if not one.exists()]
+    ours = [path for path in (folder, asked.output) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     session.stop.remedy = resume_hint(_PROG)
     try:

@@ -55,8 +55,8 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
       UserError: something that was asked for cannot be done: before weights are read; of prompts
         on standard input that are too long, once the others are answered.
     """
-    if said := keep_compiled(options.compilation_cache):
-        print(said, file=sys.stderr)
+    if problem := keep_compiled(options.compilation_cache):
+        print(problem, file=sys.stderr)
     if options.output:
         check_free(options.output, options.overwrite, "--output")
     prompts = read_prompts(options)

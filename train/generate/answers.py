@@ -136,7 +136,7 @@ class AnswerGenerator:
         options, longest = self.options, padded_length(max(map(len, prompts)))
         ids, mask = pad_left(prompts, longest, 0)
         tiles, inputs = [prompt.tiles for prompt in prompts], None
-        if any(len(one) for one in tiles):
+        if any(len(numbers_of_prompt) for numbers_of_prompt in tiles):
             assert self.outline.images is not None
             n = max(map(len, tiles))
             inputs = {"pixel_values": pixel_values(tiles, self.outline.images, n)}

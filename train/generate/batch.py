@@ -42,7 +42,7 @@ class AnswerPrinter:
         self._prompts, self._names, self._samples = prompts, names, range(n_samples)
         self._next = 0
 
-    def ready(self, found: AnswersByPlace, *, all_that_is_there: bool = False) -> None:
+    def ready(self, answers: AnswersByPlace, *, all_that_is_there: bool = False) -> None:
         """Prints the prompts whose turn has come.
 
         Args:
@@ -51,9 +51,9 @@ class AnswerPrinter:
         """
         while self._next < len(self._prompts):
             places = [AnswerPlace(self._next, n, i) for n in self._names for i in self._samples]
-            if not all_that_is_there and not all(place in found for place in places):
+            if not all_that_is_there and not all(place in answers for place in places):
                 return
-            here = {place: found[place] for place in places if place in found}
+            here = {place: answers[place] for place in places if place in answers}
             if here:
                 self._print(self._prompts[self._next], self._next + 1, here)
             self._next += 1
@@ -100,19 +100,19 @@ def first_line(text: str) -> str:
     return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
 
 
-def json_lines(prompts: Sequence[Prompt], found: AnswersByPlace, names: Sequence[str]) -> list[str]:
+def json_lines(prompts: Sequence[Prompt], made: AnswersByPlace, names: Sequence[str]) -> list[str]:
     """Returns a line for each answer: by prompt, then by adapter, then by sample."""
-    several = any(place.sample for place in found)
-    order = sorted(found, key=lambda place: (place.prompt, names.index(place.adapter), place))
+    several = any(place.sample for place in made)
+    order = sorted(made, key=lambda place: (place.prompt, names.index(place.adapter), place))
     lines = []
     for place in order:
-        answer = found[place]
+        answer = made[place]
         fields: dict[str, Any] = {**prompts[place.prompt].fields, "adapter": place.adapter}
         if several:
             fields["sample"] = place.sample
         fields |= {"answer": answer.text, "tokens": len(answer.tokens), "ended": answer.ended}
-        said = json.dumps(fields, ensure_ascii=False, default=lambda data: f"{len(data)} bytes")
-        lines.append(said)
+        line = json.dumps(fields, ensure_ascii=False, default=lambda data: f"{len(data)} bytes")
+        lines.append(line)
     return lines
 
 
@@ -129,9 +129,9 @@ def answer_all(
     Raises:
       UserError: the file of --output is there, or cannot be written.
     """
-    options, found = served.options, dict[AnswerPlace, GeneratedAnswer]()
+    options, answers = served.options, dict[AnswerPlace, GeneratedAnswer]()
     n = options.num_samples
-    rows = [one for one in tokens for _ in range(n)]
+    rows = [prompt for prompt in tokens for _ in range(n)]
     total = len(rows) * len(served.names)
     shown = None if options.output else AnswerPrinter(prompts, served.names, n)
     stopped: BaseException | None = None
@@ -143,21 +143,21 @@ def answer_all(
             hidden = shown is not None and sys.stdout.isatty()
             with progress_of(total, "answering", "made", "answers", hidden=hidden) as progress:
                 for name, row, answer in _answers(served, rows, progress):
-                    found[AnswerPlace(row // n, name, row % n)] = answer
+                    answers[AnswerPlace(row // n, name, row % n)] = answer
                     if shown:
-                        shown.ready(found)
+                        shown.ready(answers)
         except BaseException as error:  # whatever ended the rest, these are kept
-            if not found:
+            if not answers:
                 raise
             stopped = error
         if file:
-            file.writelines(f"{line}\n" for line in json_lines(prompts, found, served.names))
+            file.writelines(f"{line}\n" for line in json_lines(prompts, answers, served.names))
     if stopped is None:
         return
     if shown:
-        shown.ready(found, all_that_is_there=True)
+        shown.ready(answers, all_that_is_there=True)
     where = f"in {options.output}" if options.output else "above"
-    say(f"\nstopped: {len(found):,} of {total:,} answers were ready; they are {where}")
+    say(f"\nstopped: {len(answers):,} of {total:,} answers were ready; they are {where}")
     raise stopped
 
 

@@ -101,7 +101,7 @@ def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None
     if any(not prompt.strip() for prompt in options.prompt):
         raise UserError("--prompt: one of the prompts is empty: leave it out")
     if options.output is not None and options.prompts is not None:
-        out, source = (Path(one).expanduser() for one in (options.output, options.prompts))
+        out, source = (Path(path).expanduser() for path in (options.output, options.prompts))
         if out.exists() and source.exists() and out.samefile(source):
             raise UserError(f"--output {options.output} is the file of --prompts: name another")
     if options.attention in ("splash", "flash", "cudnn"):

@@ -107,18 +107,18 @@ def _read_file(given: str) -> list[Prompt]:
         raise UserError(f"--prompts {given}: there is no such file")
     if kind_of(given):
         rows = enumerate(read_file(path), start=1)
-        found = [_read_row(row, name_of(row, given, n)) for n, row in rows]
+        prompts = [_read_row(row, name_of(row, given, n)) for n, row in rows]
     else:
         lines = enumerate(read_lines(path), start=1)
-        found = [prompt_of(s.strip(), f"{given}, line {n}") for n, s in lines if s.strip()]
-    if not found:
+        prompts = [prompt_of(s.strip(), f"{given}, line {n}") for n, s in lines if s.strip()]
+    if not prompts:
         raise UserError(f"--prompts {given} has no prompt")
-    return found
+    return prompts
 
 
 def _read_row(row: Row, name: str) -> Prompt:
     chat = question(row, name, images=True)
-    repeated = {one: row[one] for one in _REPEATED if row.get(one)}
+    repeated = {field: row[field] for field in _REPEATED if row.get(field)}
     if "messages" in repeated:
         repeated.pop("prompt", None)
     return Prompt(name, repeated, chat)
@@ -186,14 +186,14 @@ def _add_images(
     """Returns tokens with those of images, and the images."""
     assert outline.images is not None
     names = [prompt.name for prompt in prompts]
-    found = []
+    with_images = []
     with as_user_errors(TrainingError):
-        pictures = read_pictures([one.chat.images for one in prompts], names, outline.images)
+        pictures = read_pictures([each.chat.images for each in prompts], names, outline.images)
         for number, (ids, name) in enumerate(zip(made, names, strict=True), start=1):
             tokens = TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool), number)
-            found.append(PromptTokens(pictures.expand(tokens, name).ids.tolist()))
-            found[-1].tiles = pictures.tiles_of(number)
-    return found
+            with_images.append(PromptTokens(pictures.expand(tokens, name).ids.tolist()))
+            with_images[-1].tiles = pictures.tiles_of(number)
+    return with_images
 
 
 def _rendered(prompt: Prompt, outline: ModelInfo, system: str | None) -> str:
@@ -217,7 +217,7 @@ def check_lengths(
 ) -> None:
     """Raises a UserError if a prompt and its answer together are longer than the model allows."""
     most = outline.max_tokens - options.max_new_tokens
-    longer = [i for i, one in enumerate(tokens) if len(one) > most]
+    longer = [i for i, ids in enumerate(tokens) if len(ids) > most]
     if longer:
         more = f" (and of {len(longer) - 1} more prompts)" if len(longer) > 1 else ""
         what = _TOO_LONG if len(prompts) == 1 else f"{prompts[longer[0]].name}: {_TOO_LONG}{more}"
@@ -230,9 +230,9 @@ def drop_long_prompts(
 ) -> tuple[list[Prompt], list[PromptTokens]]:
     """Returns the prompts and tokens that the model allows, and says which it does not."""
     kept = []
-    for i, (prompt, one) in enumerate(zip(prompts, tokens, strict=True)):
+    for i, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
         try:
-            check_lengths([prompt], [one], outline, options)
+            check_lengths([prompt], [ids], outline, options)
         except UserError as error:
             print(f"{prompt.name} is left out: {error}", file=sys.stderr, flush=True)
         else:

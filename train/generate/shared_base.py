@@ -40,18 +40,18 @@ def find_adapters(given: Sequence[str]) -> list[NamedAdapter]:
     Raises:
       UserError: there is no such adapter, or a name is there twice.
     """
-    parts = [_parted(one) for one in given or (BASE,)]
+    parts = [_parted(text) for text in given or (BASE,)]
     labels = Counter(_label(path) for name, path in parts if name is None)
     labels.update(name for name, _ in parts if name is not None)
-    found: dict[str, NamedAdapter] = {}
+    by_name: dict[str, NamedAdapter] = {}
     for name, path in parts:
         if name is None:
             label = _label(path)
             name = label if labels[label] == 1 and label != BASE or path == BASE else path
-        if name in found:
+        if name in by_name:
             raise UserError(f"--adapter: {name} is there twice; give names: --adapter name=folder")
-        found[name] = NamedAdapter(name, None if name == BASE else find_adapter(path))
-    return list(found.values())
+        by_name[name] = NamedAdapter(name, None if name == BASE else find_adapter(path))
+    return list(by_name.values())
 
 
 def _parted(given: str) -> tuple[str | None, str]:
@@ -75,7 +75,7 @@ def base_of(adapters: Sequence[NamedAdapter], model: str | None) -> str:
     Raises:
       UserError: they state different ones, or one states none.
     """
-    sources = [one.source for one in adapters if one.source is not None]
+    sources = [adapter.source for adapter in adapters if adapter.source is not None]
     if model is not None or not sources:
         return model or DEFAULT_MODEL
     first, *others = sources
@@ -95,7 +95,7 @@ def tokenizer_name(adapters: Sequence[NamedAdapter], tokenizer: str | None) -> s
     Raises:
       UserError: they were trained with different ones.
     """
-    sources = [one.source for one in adapters if one.source is not None]
+    sources = [adapter.source for adapter in adapters if adapter.source is not None]
     if tokenizer is not None or not sources:
         return tokenizer
     first, *others = sources
@@ -138,10 +138,10 @@ def outline_with_template(
     Raises:
       UserError: it cannot be read, or the adapters were trained with different ones.
     """
-    sources = [one.source for one in adapters if one.source is not None]
+    sources = [each.source for each in adapters if each.source is not None]
     if given is not None or not sources:
         return outline.with_template(given)
-    first, *others = (outline.with_template(one.chat_template, one.given) for one in sources)
+    first, *others = (outline.with_template(each.chat_template, each.given) for each in sources)
     for source, other in zip(sources[1:], others, strict=True):
         if other.tokenizer.chat_template != first.tokenizer.chat_template:
             raise UserError(
@@ -174,7 +174,7 @@ class LoadedAdapters:
           UserError: an adapter is damaged or of another base, or cannot be merged as asked.
         """
         self.model, self.outline, self.options = model, outline, options
-        self.names = [one.name for one in adapters]
+        self.names = [adapter.name for adapter in adapters]
         self._merge = options.merge
         self._forward = lj.adapt(model.apply)  # one for all: each new function compiles
         self._merged: tuple[str, Tree] = (BASE, None)  # the adapter whose merged tree is kept

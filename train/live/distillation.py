@@ -33,18 +33,18 @@ def teacher_outline(data: DistillDataConfig, outline: ModelInfo) -> ModelInfo:
     Raises:
       UserError: it has another tokenizer, or --teacher does not fit it.
     """
-    found = outline
+    teacher = outline
     if data.teacher_model is not None:
-        found = read_model_info(data.teacher_model, data.tokenizer, "--teacher-model")
-        found = found.with_template(data.chat_template).dated(data.template_date, optional=True)
-    if found.tokenizer.get_vocab() != outline.tokenizer.get_vocab():
+        teacher = read_model_info(data.teacher_model, data.tokenizer, "--teacher-model")
+        teacher = teacher.with_template(data.chat_template).dated(data.template_date, optional=True)
+    if teacher.tokenizer.get_vocab() != outline.tokenizer.get_vocab():
         raise UserError(
-            f"--teacher-model {found.name}: its tokenizer is not that of {outline.name}, and it "
+            f"--teacher-model {teacher.name}: its tokenizer is not that of {outline.name}, and it "
             "cannot judge the same tokens; take a model of the same family"
         )
     if data.teacher != BASE:
-        find_adapter(data.teacher, "--teacher").check(found)
-    return found
+        find_adapter(data.teacher, "--teacher").check(teacher)
+    return teacher
 
 
 def teacher_prompts(
@@ -58,11 +58,11 @@ def teacher_prompts(
     if (text := data.teacher_prompt) is None:
         return prompts
     rows = [_add_text(text, row, outline) for row in prompts.rows]
-    found = TokenizedPrompts(
+    tokenized = TokenizedPrompts(
         rows, tokenize_prompts(rows, outline.tokenizer, "the teacher's prompts")
     )
-    outline.check_length(found.longest + data.max_new_tokens, "--teacher-prompt")
-    return found
+    outline.check_length(tokenized.longest + data.max_new_tokens, "--teacher-prompt")
+    return tokenized
 
 
 def _add_text(text: str, row: Row, outline: ModelInfo) -> Row:

@@ -69,7 +69,7 @@ class ReferenceBatches:
         layout = self.ready.setup.layout
         parts = ({k: v[part] for k, v in batch.items()} for part in range(len(batch["ids"])))
         each = [self.score(params, layout.batch(part, parts=False)) for part in parts]
-        return np.stack([np.asarray(one) for one in each])
+        return np.stack([np.asarray(score) for score in each])
 
     def _kl(self, examples: Preferences, number: int, state: State) -> float:
         """Returns KTO's divergence over a batch."""
@@ -93,7 +93,7 @@ _kl_of = jax.jit(mismatched_kl)
 def mixable(examples: Preferences, seq_len: int) -> Preferences:
     """Returns rows of one sequence with room for any prompt with any completion, up to seq_len."""
     table = examples.table
-    asked = np.array([int(np.argmax(one.counts)) for one in table])
+    asked = np.array([int(np.argmax(sequence.counts)) for sequence in table])
     longest = int(round_up(asked.max() + (table.lengths - asked).max(), seq_len))
     if longest <= examples.lengths[-1]:
         return examples
@@ -111,12 +111,12 @@ def mismatched(examples: Preferences, rows: np.ndarray) -> Preferences:
       rows: [n], the rows of a batch.
     """
     table: Sequences = examples.table.select(examples.firsts[np.sort(rows)])
-    asked = [one.ids[: int(np.argmax(one.counts))] for one in table]
-    said = [one.ids[len(prompt) :] for one, prompt in zip(table, asked, strict=True)]
+    asked = [row.ids[: int(np.argmax(row.counts))] for row in table]
+    answers = [row.ids[len(prompt) :] for row, prompt in zip(table, asked, strict=True)]
     most = examples.lengths[-1]
     made = []
     for at, prompt in enumerate(asked):
-        ids = np.concatenate([prompt, said[at - 1]])[:most]
+        ids = np.concatenate([prompt, answers[at - 1]])[:most]
         counts = np.arange(len(ids)) >= len(prompt)
         made.append(TokenSequence(ids, counts, int(table.rows[at])))
     firsts = np.arange(len(made) + 1)

@@ -41,14 +41,14 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int) -> OnMesh:
     forward = running(layout.constrained(model))
 
     def score(params: Tree, batch: Batch) -> jax.Array:
-        found = sequence_logps(
+        logps = sequence_logps(
             forward,
             params,
             batch,
             chunk=chunk * layout.token_parts,
             parts=layout.sequence_parts,
         )
-        return found.policy.reshape(batch["counts"].shape)
+        return logps.policy.reshape(batch["counts"].shape)
 
     return layout.jitted(score)
 
@@ -142,11 +142,11 @@ def add_reference(
     n = len(examples)
     with doing(of.console, f"the reference reads {n:,} rows") as progress:
         size, say = of.config.optim.batch_size, lambda done: progress(done, n)
-        found = scores(of.layout, score, params, examples, size, say)
-    assert found is not None
+        logps = scores(of.layout, score, params, examples, size, say)
+    assert logps is not None
     if path is not None and is_first() and (asked is not None or n >= cache.FEW):
-        _keep(of, path, found)
-    return dataclasses.replace(examples, reference=found)
+        _keep(of, path, logps)
+    return dataclasses.replace(examples, reference=logps)
 
 
 def scores(
@@ -168,19 +168,19 @@ def scores(
       on_the_way: is called with the rows done so far, in all processes alike; True ends the
         reading, and None is returned.
     """
-    found = np.zeros((len(examples), examples.segments_a_row), np.float32)
+    logps = np.zeros((len(examples), examples.segments_a_row), np.float32)
     order, firsts = examples.by_length, range(0, len(examples), batch_size)
     for first, part in zip(firsts, examples.parts(batch_size), strict=True):
         rows = order[first : first + batch_size]
-        found[rows] = np.asarray(score(params, layout.batch(part, parts=False)))[: len(rows)]
+        logps[rows] = np.asarray(score(params, layout.batch(part, parts=False)))[: len(rows)]
         if on_the_way(first + len(rows)):
             return None
-    return found
+    return logps
 
 
-def _keep(of: ModelContext, path: Path, found: np.ndarray) -> None:
+def _keep(of: ModelContext, path: Path, logps: np.ndarray) -> None:
     try:
-        cache.write(path, [found.astype("<f4").tobytes()])
+        cache.write(path, [logps.astype("<f4").tobytes()])
     except OSError as error:
         tell(
             of.console,

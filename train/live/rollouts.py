@@ -110,12 +110,12 @@ class Rollouts(abc.ABC):
         self, params: Tree, batch: HostBatch, score: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns log-probabilities and entropies of completions, [accumulate, batch, n] each."""
-        found = []
+        chunks = []
         for part in range(len(batch["ids"])):
             arrays = {name: array[part] for name, array in batch.items()}
             placed = self.of.layout.batch(arrays, parts=False)
-            found.append(jax.tree.map(np.asarray, (score or self._score)(params, placed)))
-        logps, entropy = (np.stack(parts) for parts in zip(*found, strict=True))
+            chunks.append(jax.tree.map(np.asarray, (score or self._score)(params, placed)))
+        logps, entropy = (np.stack(parts) for parts in zip(*chunks, strict=True))
         return logps, entropy
 
     def draw(
@@ -136,8 +136,8 @@ class Rollouts(abc.ABC):
         for first in range(0, len(rows), at_once):
             some = np.resize(rows[first : first + at_once], at_once)  # all parts have as many rows
             parts.append(self._sample_part(params, some, key, first * group))
-        found = [np.concatenate(arrays)[: len(rows) * group] for arrays in zip(*parts, strict=True)]
-        tokens, logps, lengths, ended = (np.array(one) for one in found)
+        drawn = [np.concatenate(arrays)[: len(rows) * group] for arrays in zip(*parts, strict=True)]
+        tokens, logps, lengths, ended = (np.array(array) for array in drawn)
         texts, stops = [], StopTexts(self.of.outline.tokenizer, self.config.data.stop)
         for at, ids in enumerate(tokens):
             text, cut = stops.cut(ids[: lengths[at]].tolist())

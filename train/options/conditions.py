@@ -37,7 +37,7 @@ class _GivenOptions:
             vars(self).update(vars(part))
         self.averages = OPTIMIZERS[self.optimizer].averages
         self.datasets, self.is_named, self.holds_images = facts
-        without_project = [one.no_project for one in trackers(self.report_to).values()]
+        without_project = [tracker.no_project for tracker in trackers(self.report_to).values()]
         if all(without_project):
             self.no_project = next(iter(without_project), None) or "nothing is reported"
         alone = [each for each in VARIANTS if each.alone and getattr(self, each.option)]
@@ -126,4 +126,4 @@ class NoEffect(enum.Enum):
 def reasons(options: Any, facts: DatasetFacts) -> dict[NoEffect, str]:
     """Returns the conditions that hold for all options of a script, with their reasons."""
     given = _GivenOptions(options, facts)
-    return {one: one.why.format(o=given) for one in NoEffect if one.holds(given)}
+    return {why: why.why.format(o=given) for why in NoEffect if why.holds(given)}

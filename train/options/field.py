@@ -114,9 +114,9 @@ def traits_of(options: Any) -> dict[str, Traits]:
 
 def excluded(options: Any, given: Collection[str]) -> set[str]:
     """Returns the options that some of those given exclude, and that are not given themselves."""
-    pairs = [(name, one.excludes) for name, one in traits_of(options).items() if one.excludes]
+    pairs = [(name, trait.excludes) for name, trait in traits_of(options).items() if trait.excludes]
     pairs += [(other, name) for name, other in pairs]
-    return {one for one, other in pairs if other in given and one not in given}
+    return {trait for trait, other in pairs if other in given and trait not in given}
 
 
 def _declared(part: type, name: str) -> Traits:
@@ -211,11 +211,11 @@ def _reasons(options: Any, facts: DatasetFacts) -> dict[str, list[str]]:
     traits = traits_of(options)
     optimizer = options.optim.optimizer
     read = OPTIMIZERS[optimizer].options
-    unread = {name for one in OPTIMIZERS.values() for name in one.options if name not in read}
-    found = {
+    unread = {name for trait in OPTIMIZERS.values() for name in trait.options if name not in read}
+    names_by_reason = {
         f"--optimizer {optimizer} does not read it": [name for name in traits if name in unread]
     }
     for case, why in reasons(options, facts).items():
-        idle = [name for name, one in traits.items() if case in one.idle]
-        found.setdefault(why, []).extend(idle)
-    return found
+        idle = [name for name, trait in traits.items() if case in trait.idle]
+        names_by_reason.setdefault(why, []).extend(idle)
+    return names_by_reason

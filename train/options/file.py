@@ -213,7 +213,7 @@ def _converted(node: yaml.Node, kind: Any) -> Any:
         if isinstance(node, yaml.ScalarNode) and len(words := node.value.split()) > 1:
             raise _Unfit(f"a list is needed, [{', '.join(words)}] or [{json.dumps(node.value)}]")
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        return tuple(_converted(one, arguments[0]) for one in nodes)
+        return tuple(_converted(item, arguments[0]) for item in nodes)
     if origin is Literal:
         return _one_of(node, arguments)
     if choices := next((c for c in (getattr(x, "choices", None) for x in extras) if c), None):

@@ -103,8 +103,8 @@ def make_tenant(
 def optimizer_line(optim: Any, params: Any) -> str:
     """Returns a line that tells the optimiser: "optimizer: lion (beta1 0.9, beta2 0.99)"."""
     options = ", ".join(f"{name} {value:g}" for name, value in _options(optim).items())
-    said = f"optimizer: {optim.optimizer}" + f" ({options})" * bool(options)
-    return f"{said}; {described(params)}" if optim.optimizer == "muon" else said
+    line = f"optimizer: {optim.optimizer}" + f" ({options})" * bool(options)
+    return f"{line}; {described(params)}" if optim.optimizer == "muon" else line
 
 
 def _settings(optim: Any) -> dict[str, Any]:

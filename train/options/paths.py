@@ -56,7 +56,7 @@ def path_options(options: Any) -> Iterator[tuple[str, list[str]]]:
             yield from path_options(value)
         elif kind is Any or str in (parts := [*_parts(kind)]) and _NO_PATH not in parts:
             values = value if isinstance(value, tuple) else (value,)
-            yield field.name, [one for one in values if isinstance(one, str)]
+            yield field.name, [item for item in values if isinstance(item, str)]
 
 
 def _parts(kind: Any) -> Iterator[Any]:

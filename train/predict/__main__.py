@@ -95,8 +95,8 @@ def run(options: PredictOptions) -> None:
     Raises:
       UserError: something that was asked for cannot be done; before weights are read.
     """
-    if said := keep_compiled(options.compilation_cache):
-        print(said, file=sys.stderr)
+    if problem := keep_compiled(options.compilation_cache):
+        print(problem, file=sys.stderr)
     mismatch = options.allow_base_mismatch
     classifier = find_classifier(
         options.adapter,
@@ -110,9 +110,9 @@ def run(options: PredictOptions) -> None:
         apply, params = classifier.load(allow_base_mismatch=mismatch)
         with progress_of(len(texts), "classifying", "classified", f"{what}s") as progress:
             size = options.batch_size
-            found = probabilities(apply, params, inputs, batch_size=size, progress=progress)
+            values = probabilities(apply, params, inputs, batch_size=size, progress=progress)
         write(
-            file, output_format(options.format, options.out), texts, found, classifier.labels, what
+            file, output_format(options.format, options.out), texts, values, classifier.labels, what
         )
 
 

@@ -105,10 +105,10 @@ def find_classifier(
 
 def _check_own_head(name: str, source: AdapterSource | None) -> None:
     """Raises a UserError if a model has no head for classes, and the adapter brings none."""
-    found = read_fields(name).get("architectures") or ["no architecture"]
-    if any(one.endswith(_HEADS) for one in found):
+    architectures = read_fields(name).get("architectures") or ["no architecture"]
+    if any(architecture.endswith(_HEADS) for architecture in architectures):
         return
-    what = f"--model {name} is not a classifier: its config.json names {', '.join(found)}"
+    what = f"--model {name} is not a classifier: its config.json names {', '.join(architectures)}"
     if source is None:
         raise UserError(
             f"{what}, and one whose name ends in {' or '.join(_HEADS)} is needed. For a "

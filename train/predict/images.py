@@ -44,13 +44,13 @@ def _rows(paths: Sequence[str], given: str | None, field: str | None) -> list[Ro
         if not rows:
             raise UserError(f"--input {given} has no rows")
         return locate_images(rows, field or IMAGE_FIELD, given)
-    found = [*paths]
+    files = [*paths]
     if given is not None and Path(given).expanduser().is_dir():
-        found = images_of(given)
-        if not found:
+        files = images_of(given)
+        if not files:
             raise UserError(f"--input {given}: there is no image in this folder")
     elif given is not None:
-        found = read_text_file(given, "", None).first
+        files = read_text_file(given, "", None).first
     elif not paths:
-        found = read_standard_input().first
-    return [{field or IMAGE_FIELD: path} for path in found]
+        files = read_standard_input().first
+    return [{field or IMAGE_FIELD: path} for path in files]

@@ -58,7 +58,7 @@ class TokenizedTexts:
     @property
     def lengths(self) -> np.ndarray:
         """The number of tokens of each text, [n]."""
-        return np.array([len(one) for one in self.ids])
+        return np.array([len(ids) for ids in self.ids])
 
 
 def holds_rows(path: str) -> bool:
@@ -80,10 +80,10 @@ def read_arguments(texts: Sequence[str]) -> Texts:
 
 def split_lines(lines: Iterable[str], source: str) -> Texts:
     """Returns one text a line. Empty lines are left out, and a line on stderr says how many."""
-    found = [(n, line.strip()) for n, line in enumerate(lines, start=1)]
-    kept = [(n, text) for n, text in found if text]
-    if len(kept) < len(found):
-        print(f"{source}: {len(found) - len(kept)} empty lines are left out", file=sys.stderr)
+    numbered = [(n, line.strip()) for n, line in enumerate(lines, start=1)]
+    kept = [(n, text) for n, text in numbered if text]
+    if len(kept) < len(numbered):
+        print(f"{source}: {len(numbered) - len(kept)} empty lines are left out", file=sys.stderr)
     if not kept:
         raise UserError(f"{source} has no text: give one a line")
     return Texts([text for _, text in kept], None, [f"{source}, line {n}" for n, _ in kept])
@@ -162,8 +162,8 @@ def tokenize(
         made = outline.tokenizer(
             texts.first[block], second, return_token_type_ids=True, verbose=False, **limit
         )
-        ids += [np.array(one, np.int32) for one in made["input_ids"]]
-        types += [np.array(one, np.int32) for one in made["token_type_ids"]]
+        ids += [np.array(ids_of_text, np.int32) for ids_of_text in made["input_ids"]]
+        types += [np.array(ids_of_text, np.int32) for ids_of_text in made["token_type_ids"]]
     tokens = TokenizedTexts(ids, types, most, outline.tokenizer.pad_token_id or 0)
     longer = np.flatnonzero(tokens.lengths > most)
     if len(longer):

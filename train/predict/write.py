@@ -39,7 +39,7 @@ def write(
     rows = csv.writer(file, lineterminator="\n")
     if format == "csv":
         pair = [] if texts.second is None else ["text_pair"]
-        rows.writerow([what, *pair, "label", "probability", *(f"p({one})" for one in labels)])
+        rows.writerow([what, *pair, "label", "probability", *(f"p({label})" for label in labels)])
     for i, of_text in enumerate(probabilities):
         best = int(of_text.argmax())
         shown = [round(float(p), _DIGITS) for p in of_text]

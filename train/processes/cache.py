@@ -40,10 +40,10 @@ def keep_compiled(asked: str | None) -> str | None:
     names = ("compilation_cache_dir", "enable_compilation_cache")
     before = [*map(_setting, names)]
     _undo()
-    said = _keep(asked)
+    problem = _keep(asked)
     if [*map(_setting, names)] != before:
         compilation_cache.reset_cache()  # JAX looks at the setting once
-    return said
+    return problem
 
 
 def _keep(asked: str | None) -> str | None:

@@ -24,13 +24,13 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for part in text.split(",") if text else ():
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
-        if found is None or found[1] not in AXES or found[1] in sizes:
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if match is None or match[1] not in AXES or match[1] in sizes:
             raise UserError(
                 f"--mesh {text}: sizes such as data=2,fsdp=4 are needed, each of {', '.join(AXES)} "
                 "at most once (-1 for the remaining devices)"
             )
-        sizes[found[1]] = int(found[2])
+        sizes[match[1]] = int(match[2])
     if list(sizes.values()).count(-1) > 1:
         raise UserError(f"--mesh {text}: only one axis can take the remaining devices")
     return sizes

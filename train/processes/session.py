@@ -54,8 +54,8 @@ class Session:
             with self._watched(), self.stop.listening():
                 yield
         except TrainingError as error:
-            said = error.said(flag)
-            self._end(f"error: {said}", BAD_INPUT, why=f"ended with an error: {said}")
+            text = error.said(flag)
+            self._end(f"error: {text}", BAD_INPUT, why=f"ended with an error: {text}")
         except Interrupted as error:
             self._end(str(error), error.code, why=f"got {self.stop.name}")
         except Exception as error:
@@ -68,8 +68,8 @@ class Session:
             self._told.wait(3.0)
             if self._verdict is not None:
                 self._end(*self._verdict)
-            said = traceback.format_exc()
-            self._end(said, _FAILED, why=f"ended with {said.strip().splitlines()[-1]}")
+            text = traceback.format_exc()
+            self._end(text, _FAILED, why=f"ended with {text.strip().splitlines()[-1]}")
         finally:
             self.release.close()
             if self._peers is not None:

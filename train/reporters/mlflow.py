@@ -24,8 +24,8 @@ class MLflow:
             self._client.update_run(self._id, status="RUNNING")
         else:
             name = start.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-            found = self._client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else self._client.create_experiment(name)
+            known = self._client.get_experiment_by_name(name)
+            experiment = known.experiment_id if known else self._client.create_experiment(name)
             self._id = self._client.create_run(experiment, run_name=start.name).info.run_id
             params = [
                 mlflow.entities.Param(key, str(value)[:_LONGEST])
@@ -43,7 +43,7 @@ class MLflow:
 
     def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
         """Logs the samples as a file of JSON lines."""
-        text = "".join(f"{json.dumps(one._asdict(), ensure_ascii=False)}\n" for one in samples)
+        text = "".join(f"{json.dumps(x._asdict(), ensure_ascii=False)}\n" for x in samples)
         self._client.log_text(self._id, text, f"samples/step_{step:07}.jsonl")
 
     def close(self, how: Ending) -> None:

@@ -47,14 +47,14 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
     def asked(_: int) -> dict[str, Any]:
         try:
             with stop.dropping():
-                found = rewards(*batch[:4], group=batch.group, state=batch.state)
+                totals = rewards(*batch[:4], group=batch.group, state=batch.state)
         except Interrupted:
             return {"dropped": stop.signal}
-        for line in found.said:
+        for line in totals.said:
             tell(console, f"warning: {line}")
-        total = [None if math.isnan(x) else x for x in found.total.tolist()]
-        lost = None if any(x is not None for x in total) else found.why
-        return {"total": total, "lost": lost, "metrics": _metrics(found), "extra": found.extra}
+        total = [None if math.isnan(x) else x for x in totals.total.tolist()]
+        lost = None if any(x is not None for x in total) else totals.why
+        return {"total": total, "lost": lost, "metrics": _metrics(totals), "extra": totals.extra}
 
     (answer,) = hosts.map_over_processes(asked, range(1))
     if "dropped" in answer:
@@ -64,15 +64,15 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
     return RewardAnswer(total, answer["lost"], answer["metrics"], answer["extra"])
 
 
-def _metrics(found: RewardTotals) -> dict[str, float | None]:
+def _metrics(totals: RewardTotals) -> dict[str, float | None]:
     """Returns the metrics of what was rewarded."""
     metrics: dict[str, float | None] = {}
-    if len(found.by_name) > 1:
-        metrics = {f"reward_{k}": mean_known(v) for k, v in found.by_name.items()}
-    metrics["reward_failed"] = float(found.failed.mean())
-    for kinds in found.kinds.values():
-        metrics |= {f"share_{kind}": n / len(found.total) for kind, n in kinds.items()}
-    return metrics | found.metrics
+    if len(totals.by_name) > 1:
+        metrics = {f"reward_{k}": mean_known(v) for k, v in totals.by_name.items()}
+    metrics["reward_failed"] = float(totals.failed.mean())
+    for kinds in totals.kinds.values():
+        metrics |= {f"share_{kind}": n / len(totals.total) for kind, n in kinds.items()}
+    return metrics | totals.metrics
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -32,9 +32,9 @@ def sql_reward(runs: float = 0.0) -> Reward:
         distinct = list(dict.fromkeys(asked))
         with as_user_errors(ValueError, prefix="--reward sql: "):
             with ThreadPoolExecutor(os.cpu_count()) as threads:
-                said = threads.map(lambda one: judge(*one), distinct)
-                found = dict(zip(distinct, said, strict=True))
-        kinds = [found[one] for one in asked]
+                kinds_found = threads.map(lambda pair: judge(*pair), distinct)
+                kind_of = dict(zip(distinct, kinds_found, strict=True))
+        kinds = [kind_of[pair] for pair in asked]
         rewards = np.array([values.get(kind, 0.0) for kind in kinds], np.float32)
         return RewardValues(rewards, kinds=dict(Counter(kinds)))
 
@@ -108,7 +108,7 @@ class Rewards:
         """Returns the rewards of completions; see `RewardBatch` for what is given."""
         batch = RewardBatch(prompts, completions, completion_ids, columns, group, state or {})
         judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
-        values = np.stack([one.values for one in judged.values()])  # [rewards, n]
+        values = np.stack([got.values for got in judged.values()])  # [rewards, n]
         failed = np.isinf(values)
         values = np.where(failed, np.float32(np.nan), values)
         given = ~np.isnan(values)
@@ -117,19 +117,19 @@ class Rewards:
             np.where(given.any(0) & ~failed.any(0), total, np.float32(np.nan)),
             dict(zip(judged, values, strict=True)),
             failed.any(0),
-            {name: dict(one.failures) for name, one in judged.items() if one.failures},
+            {name: dict(got.failures) for name, got in judged.items() if got.failures},
             [
                 *self._silence(bool(given.any() or failed.any()), len(total)),
-                *(x for name, one in judged.items() for x in self._news(name, one, len(total))),
+                *(x for name, got in judged.items() for x in self._news(name, got, len(total))),
             ],
-            next((f"{k}: {text}" for k, one in judged.items() for text in one.said.values()), None),
-            {name: dict(one.kinds) for name, one in judged.items() if one.kinds},
+            next((f"{k}: {text}" for k, got in judged.items() for text in got.said.values()), None),
+            {name: dict(got.kinds) for name, got in judged.items() if got.kinds},
             {
                 f"{name}/{k}": mean(v)
-                for name, one in judged.items()
-                for k, v in one.metrics.items()
+                for name, got in judged.items()
+                for k, v in got.metrics.items()
             },
-            {f"{name}/{k}": v for name, one in judged.items() for k, v in one.extra.items()},
+            {f"{name}/{k}": v for name, got in judged.items() for k, v in got.extra.items()},
         )
 
     def _silence(self, has_any: bool, n: int) -> list[str]:

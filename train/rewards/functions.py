@@ -63,24 +63,24 @@ class Workers:
         starts = range(0, len(batch.completions), batch.group)
         parts = [slice(start, start + batch.group) for start in starts]
         try:
-            found = list(self._threads.map(lambda part: self._ask(function, batch, part), parts))
+            answers = list(self._threads.map(lambda part: self._ask(function, batch, part), parts))
         except BaseException:  # such as a signal: what is still being asked is not waited for
             self._served.close()
             raise
-        values = [value for one in found for value in one["values"]]
+        values = [value for answer in answers for value in answer["values"]]
         failures: Counter[str] = Counter()
-        said: dict[str, str] = {}
+        texts: dict[str, str] = {}
         metrics: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
-        for part, one in zip(parts, found, strict=True):
-            for kind, (number, text) in one["failures"].items():
+        for part, answer in zip(parts, answers, strict=True):
+            for kind, (number, text) in answer["failures"].items():
                 failures[kind] += number
-                said.setdefault(kind, text)
-            for name, numbers in one.get("metrics", {}).items():
+                texts.setdefault(kind, text)
+            for name, numbers in answer.get("metrics", {}).items():
                 metrics.setdefault(name, []).extend(numbers)
-            for name, facts in one.get("extra", {}).items():
+            for name, facts in answer.get("extra", {}).items():
                 extra.setdefault(name, [None] * len(values))[part] = facts
-        return RewardValues(np.array(values, np.float32), dict(failures), said, {}, metrics, extra)
+        return RewardValues(np.array(values, np.float32), dict(failures), texts, {}, metrics, extra)
 
     def close(self) -> None:
         """Ends the processes."""

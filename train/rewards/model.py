@@ -46,7 +46,7 @@ class RewardModel:
 
     def __call__(self, batch: RewardBatch) -> RewardValues:
         """Returns the scores; says once that texts are shortened."""
-        prompts = [as_text(question({"prompt": one}, "a row").messages) for one in batch.prompts]
+        prompts = [as_text(question({"prompt": text}, "a row").messages) for text in batch.prompts]
         texts = list(zip(prompts, batch.completions, strict=True))
         encoded, n_shortened = encode(texts, self._tokenizer, self._most)
         if n_shortened and not self._has_said:
@@ -56,7 +56,7 @@ class RewardModel:
                 "lose their beginning, and so do later ones",
                 file=sys.stderr,
             )
-        ids, types = ([np.array(one, np.int32) for one in each] for each in encoded.values())
+        ids, types = ([np.array(text, np.int32) for text in each] for each in encoded.values())
         tokens = TokenizedTexts(ids, types, self._most, self._tokenizer.pad_token_id or 0)
         scores = probabilities(
             self._apply, self._params, tokens, batch_size=_BATCH_SIZE, of=jax.nn.identity

@@ -82,16 +82,16 @@ def find(spec: str) -> Function:
     """
     path, _, name = spec.rpartition(":")
     module = _import(path)
-    found = getattr(module, name, None)
-    if not callable(found):
+    target = getattr(module, name, None)
+    if not callable(target):
         functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         raise NoFunction(f"it has no function {name!r}, but: {', '.join(functions) or 'none'}")
-    if inspect.isclass(found):
-        found = _instantiate(found, name)
-    taken = inspect.signature(found).parameters.values()
+    if inspect.isclass(target):
+        target = _instantiate(target, name)
+    taken = inspect.signature(target).parameters.values()
     named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return Function(
-        found,
+        target,
         None if any(p.kind is p.VAR_KEYWORD for p in taken) else frozenset(p.name for p in named),
         [p.name for p in named if p.default is p.empty and p.name not in OURS],
     )
@@ -121,7 +121,7 @@ def _import(path: str) -> Any:
 
 def _instantiate(given: type[Any], name: str) -> Callable[..., Any]:
     """Returns an object of a class, to be called."""
-    if not any("__call__" in vars(one) for one in given.__mro__):
+    if not any("__call__" in vars(base) for base in given.__mro__):
         raise NoFunction(f"{name} is a class, and its objects cannot be called: give it __call__")
     wanted = [
         p.name
@@ -201,12 +201,12 @@ def judge(
 
 def _call(function: Function, keywords: Mapping[str, Any], n: int) -> dict[str, Any]:
     try:
-        found = function.call(**keywords)
-        if inspect.iscoroutine(found):
-            found = asyncio.run(found)
-        if wrong := _no_list(found):
+        returned = function.call(**keywords)
+        if inspect.iscoroutine(returned):
+            returned = asyncio.run(returned)
+        if wrong := _no_list(returned):
             return {"values": [FAILED] * n, "failures": {NO_LIST: [n, wrong]}}
-        results = list(found)
+        results = list(returned)
     except (Exception, SystemExit) as error:
         return {"values": [FAILED] * n, "failures": {EXCEPTION: [n, said(error)]}}
     if len(results) != n:
@@ -228,13 +228,13 @@ def _call(function: Function, keywords: Mapping[str, Any], n: int) -> dict[str, 
     return {"values": values, "failures": failures}
 
 
-def _no_list(found: Any) -> str | None:
+def _no_list(result: Any) -> str | None:
     """Names the result of a function that is no list of numbers; None for a list."""
-    if isinstance(found, Mapping):
-        keys = ", ".join(map(repr, list(found)[:8]))
-        what = f"a {type(found).__name__} with the keys {keys}" if found else "an empty dict"
-    elif found is None or isinstance(found, str | bytes | int | float | Set):
-        what = repr(found)[:80]
+    if isinstance(result, Mapping):
+        keys = ", ".join(map(repr, list(result)[:8]))
+        what = f"a {type(result).__name__} with the keys {keys}" if result else "an empty dict"
+    elif result is None or isinstance(result, str | bytes | int | float | Set):
+        what = repr(result)[:80]
     else:
         return None
     return f"it returned {what}; a list with a number, or None, for each completion is needed"

@@ -41,10 +41,10 @@ def answer_prompts(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Returns the continuation of each prompt, decoded greedily; see `complete_prompts`."""
-    found = complete_prompts(
+    completions = complete_prompts(
         model, params, outline, prompts, new_tokens=new_tokens, forward=forward, progress=progress
     )
-    texts: list[str] = outline.tokenizer.batch_decode(found, skip_special_tokens=True)
+    texts: list[str] = outline.tokenizer.batch_decode(completions, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
@@ -81,7 +81,7 @@ def complete_prompts(
     if n_shared:
         first, more = np.asarray(prompts[0][:n_shared]), length + new_tokens - 1
         shared = share(model, params, first, more_tokens=more, apply=forward)
-    found: list[list[int]] = []
+    completions: list[list[int]] = []
     for batch, n_real in _batches(rests, _n_rows(model, length + new_tokens)):
         ids, mask = pad_left(batch, length, ends[0] if ends else 0)
         new = generate(
@@ -96,9 +96,9 @@ def complete_prompts(
         )
         for answer in np.asarray(new)[:n_real].tolist():
             n = next((at for at, token in enumerate(answer, start=1) if token in ends), new_tokens)
-            found.append(answer[:n])
-        progress(len(found), len(prompts))
-    return found
+            completions.append(answer[:n])
+        progress(len(completions), len(prompts))
+    return completions
 
 
 def _n_rows(model: Model, slots: int) -> int:

@@ -119,8 +119,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> T
     if run.config.run.resume:
         ready = resume_start(ready, run.steps)
         done = int(ready.state.step)
-        said = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
-        tell(run.console, said, *_moved(run, schedule, done))
+        text = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
+        tell(run.console, text, *_moved(run, schedule, done))
     resolved = {"steps": run.steps, "examples": run.feed.n_examples, "lr": run.rate}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
@@ -181,7 +181,7 @@ def open_run_log(run: Run, ready: TrainingStart, done: int) -> Iterator[RunLog |
     facts = read_json(run.folder / output.FACTS)
     reporting = Reporting(
         run.folder,
-        {name: one.reporter for name, one in trackers(run.config.run.report_to).items()},
+        {name: tracker.reporter for name, tracker in trackers(run.config.run.report_to).items()},
         config=effective_options(run.config) | {"summary": facts.get("summary")},
         project=run.config.run.report_project,
         lines=read_metrics(run.folder),

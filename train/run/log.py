@@ -111,8 +111,8 @@ class RunLog:
             held_out = {k.removeprefix(HELD_OUT): v for k, v in line.items()}
             tell(self._console, f"step {line['step']}: held-out {losses_of(held_out)}")
         else:
-            found = {k: v for k, v in line.items() if k.startswith(SCORE)}
-            scores = (f"{k.removeprefix(SCORE)} {v:.4g}" for k, v in found.items())
+            scored = {k: v for k, v in line.items() if k.startswith(SCORE)}
+            scores = (f"{k.removeprefix(SCORE)} {v:.4g}" for k, v in scored.items())
             tell(self._console, f"step {line['step']}: score {'  '.join(scores)}")
 
     def sampled(self, step: int, samples: Sequence[Sample], shown: int | None = None) -> None:

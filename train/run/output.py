@@ -126,9 +126,9 @@ def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
             f"--resume: there is no run in {folder} ({CONFIG} is missing); start one without "
             "--resume"
         )
-    said = f"--resume: {path} is damaged, or of another script ("
+    problem = f"--resume: {path} is damaged, or of another script ("
     remedy = "); put it right, or begin again with --overwrite"
-    with as_user_errors(UserError, prefix=said, suffix=remedy):
+    with as_user_errors(UserError, prefix=problem, suffix=remedy):
         return read_options_file(path, config)
 
 

@@ -62,7 +62,7 @@ class ModelInfo:
 
     def paths(self, kind: str) -> list[str]:
         """Returns the paths of the parameters of a kind."""
-        return [path for path, found in self.kinds.items() if found == kind]
+        return [path for path, kind_of_path in self.kinds.items() if kind_of_path == kind]
 
     @property
     def about(self) -> dict[str, Any]:
@@ -268,19 +268,19 @@ def read_classifier_info(
     if kind is None:
         with _model_errors(name):
             kind = open_source(models.fetch(name)).config.model_type
-    found = "texts" if kind in ENCODERS else "images" if kind in VISION else None
-    if found is None or of not in (None, found):
+    reads = "texts" if kind in ENCODERS else "images" if kind in VISION else None
+    if reads is None or of not in (None, reads):
         needed = "a BERT, RoBERTa or XLM-RoBERTa is needed, or for images a ViT or DINOv2"
-        if found == "images":
+        if reads == "images":
             needed = "it classifies images: name a folder of them with --dataset, or a field by "
             needed += "--image"
-        elif found == "texts":
+        elif reads == "texts":
             needed = "it classifies texts: name a ViT or DINOv2 for images"
         raise UserError(f"--model {name}: a {kind} model has no head for classes here; {needed}")
     head: dict[str, Any] = {"head": "classification"}
     if num_labels is not None:
         head["num_labels"] = num_labels
-    if found == "texts":
+    if reads == "texts":
         return _read_info(name, tokenizer, "--model", **head)
     if tokenizer is not None:
         raise UserError(f"--tokenizer {tokenizer}: --model {name} reads images, and no texts")

@@ -24,13 +24,13 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and the packages that a run's figures depend on."""
-    found = {"python": sys.version.split()[0]}
+    versions_by_package = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions_by_package[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions_by_package
 
 
 def compiled_bytes(compiled: Any) -> dict[str, int]:
@@ -89,15 +89,15 @@ def print_best(console: Console, best: Best, patience: int | None) -> None:
     """Names the best step, and the reason why the run ended."""
     standing = best.standing
     if standing.value is None:
-        said = f"{best.metric} was never measured: the adapter is the last one"
+        sentence = f"{best.metric} was never measured: the adapter is the last one"
     else:
-        said = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
+        sentence = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
     if best.is_over:
-        said = (
+        sentence = (
             f"ended early: no better {best.metric} for {standing.waited} measurements "
-            f"({flag('patience', patience)}); {said}"
+            f"({flag('patience', patience)}); {sentence}"
         )
-    tell(console, said)
+    tell(console, sentence)
 
 
 def ask_words(outline: ModelInfo) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
         )
     if outline is None or not getattr(outline.config, "pattern", {}):
         return chosen
-    return [one for rule in chosen for one in _rules_of_places(rule, outline)]
+    return [part for rule in chosen for part in _rules_of_places(rule, outline)]
 
 
 def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
@@ -89,13 +89,13 @@ def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
     if rule.layers is None:
         return [rule]
     config: Any = outline.config
-    n, depth, found = len(config.pattern), config.num_hidden_layers, []
+    n, depth, parts = len(config.pattern), config.num_hidden_layers, []
     if beyond := [layer for layer in rule.layers if layer >= depth]:
         raise UserError(f"--layers {beyond[0]}: the model has {depth} layers, counted from 0")
     for i, place in enumerate(config.pattern):
         if own := [layer // n for layer in rule.layers if layer % n == i]:
             elsewhere = f"(?!model/layers/{place}/).*"
-            found.append(dataclasses.replace(rule, layers=own, exclude=elsewhere))
+            parts.append(dataclasses.replace(rule, layers=own, exclude=elsewhere))
 
     def selects(rule: Rule) -> bool:
         try:
@@ -103,7 +103,7 @@ def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
         except ValueError:  # linear layers have no q_proj, and others no in_proj_qkv
             return False
 
-    return list(filter(selects, found)) or found
+    return list(filter(selects, parts)) or parts
 
 
 def check_names(adapter: AdapterConfig, outline: ModelInfo) -> None:

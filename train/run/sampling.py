@@ -35,8 +35,8 @@ def apply_generation_config(
     option = f"--generation-config {given}"
     if given not in (None, AUTO):
         with as_user_errors(ConfigError, prefix=f"{option}: "):
-            found = read_generation(Path(str(given)).expanduser())
-        config: Any = dataclasses.replace(outline.config, generation=found)  # type: ignore[arg-type]
+            advised = read_generation(Path(str(given)).expanduser())
+        config: Any = dataclasses.replace(outline.config, generation=advised)  # type: ignore[arg-type]
         outline = dataclasses.replace(outline, config=config)
     generation: Generation | None = getattr(outline.config, "generation", None)
     sampling = {} if generation is None else generation.sampling

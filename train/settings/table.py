@@ -98,7 +98,7 @@ def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
       rows: with all defaults, some of which are those of --init-adapter.
     """
     traits = traits_of(rows[0].options)
-    of_base = [name for name, one in traits.items() if one.shared is SharedOption.BASE]
+    of_base = [name for name, trait in traits.items() if trait.shared is SharedOption.BASE]
     for row in rows[1:]:
         for name in of_base:
             here, there = (_base_option(each.options, name) for each in (row, rows[0]))
@@ -155,7 +155,7 @@ def _row(
 
 def _check_column(column: str, option: str, where: str, traits: Mapping[str, Traits]) -> None:
     if option not in traits:
-        known = [name for name, one in traits.items() if one.shared is None]
+        known = [name for name, trait in traits.items() if trait.shared is None]
         raise UserError(f"{where}: {no_such_option(column, [NAME, *known])}")
     if why := traits[option].shared:
         raise UserError(
@@ -270,10 +270,10 @@ def _scalar(text: str) -> yaml.ScalarNode:
 
 def _json_node(value: Any) -> yaml.Node:
     if isinstance(value, dict):
-        pairs = [(_json_node(key), _json_node(one)) for key, one in value.items()]
+        pairs = [(_json_node(key), _json_node(item)) for key, item in value.items()]
         return yaml.MappingNode(f"{_TAG}map", pairs)
     if isinstance(value, list):
-        return yaml.SequenceNode(f"{_TAG}seq", [_json_node(one) for one in value])
+        return yaml.SequenceNode(f"{_TAG}seq", [_json_node(item) for item in value])
     if isinstance(value, str):
         return yaml.ScalarNode(f"{_TAG}str", value, style='"')
     return _scalar(json.dumps(value))

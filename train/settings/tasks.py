@@ -68,4 +68,4 @@ def dataset_facts(options: Any) -> DatasetFacts:
 
 def _dataset_names(data: Any) -> list[str]:
     given = data.dataset
-    return [given] if isinstance(given, str) else [one.name for one in parse_datasets(given)]
+    return [given] if isinstance(given, str) else [x.name for x in parse_datasets(given)]

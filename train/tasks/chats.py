@@ -109,7 +109,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     weights = [dataset.weight for dataset in parse_datasets(data.dataset)]
     train, pictures = _read(config, rows.train, outline)
     held_out, measured_pictures = _read(config, rows.held_out, outline)
-    parts = dict(zip((one.name for one in rows.train), train, strict=True))
+    parts = dict(zip((named.name for named in rows.train), train, strict=True))
     source = ", ".join(dataset.name for dataset in rows.held_out)
     counts = {name: int(tokens.rows[-1]) for name, tokens in parts.items()}
     if not held_out and (drawn := hold_out(config, counts, weights)):
@@ -140,10 +140,10 @@ def _read(
 ) -> tuple[list[Sequences], Sequence[Pictures]]:
     """Returns data sets as sequences, and the images of each, if there are some."""
     held, pictures = _read_images(datasets, outline)
-    options = [{"pictures": one} for one in pictures] or [{} for _ in held]
+    options = [{"pictures": dataset} for dataset in pictures] or [{} for _ in held]
     return [
-        tokens_of(config, one, outline.tokenizer, **more)
-        for one, more in zip(held, options, strict=True)
+        tokens_of(config, dataset, outline.tokenizer, **more)
+        for dataset, more in zip(held, options, strict=True)
     ], pictures
 
 
@@ -155,13 +155,13 @@ def _read_images(
         return [*datasets], []
     rows = [dataset.rows() for dataset in datasets]
     held = [
-        Dataset(one.name, functools.partial(list, found), one.key)
-        for one, found in zip(datasets, rows, strict=True)
+        Dataset(named.name, functools.partial(list, part), named.key)
+        for named, part in zip(datasets, rows, strict=True)
     ]
-    reader = outline.images if any(has_images(row) for found in rows for row in found) else None
+    reader = outline.images if any(has_images(row) for part in rows for row in part) else None
     if reader is None:
         return held, []
-    return held, [pictures_of(one.rows(), reader, one.name) for one in held]
+    return held, [pictures_of(named.rows(), reader, named.name) for named in held]
 
 
 def tokens_of(config: Config, dataset: Dataset, tokenizer: Any, **options: Any) -> Sequences:

@@ -30,14 +30,14 @@ def scores_of(
     from sklearn import metrics
 
     classes = range(len(names))
-    found = metrics.precision_recall_fscore_support(
+    by_class = metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=0.0
     )
     columns = ("precision", "recall", "f1", unit)
-    rows = zip(*(array.tolist() for array in found), strict=True)
+    rows = zip(*(array.tolist() for array in by_class), strict=True)
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
-        "macro_f1": float(found[2].mean()),
+        "macro_f1": float(by_class[2].mean()),
         "classes": {
             name: dict(zip(columns, row, strict=True))
             for name, row in zip(names, rows, strict=True)

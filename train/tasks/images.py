@@ -58,10 +58,10 @@ def outline(config: Config, rows: TaskRows) -> ModelInfo:
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the images as arrays, with their class indices."""
     data, names = config.data, label_names(rows.train, config.data.label)
-    found: Any = outline.config
+    vision: Any = outline.config
     field = field_of(data)
     _, *size = outline.tokenizer.shape
-    rows_, columns = found.grid_of(*size)
+    rows_, columns = vision.grid_of(*size)
     length = 1 + rows_ * columns
 
     def read(part: Sequence[Row], source: str) -> Images:
@@ -77,7 +77,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
 
     train, test = read(rows.train, data.dataset), read(rows.held_out, data.test or _HELD_OUT)
     titles = names_of(rows.train, field, data.dataset)
-    resampled = "" if found.grid == (rows_, columns) else ", with resampled positions"
+    resampled = "" if vision.grid == (rows_, columns) else ", with resampled positions"
     return Data(
         train=train,
         held_out=test,

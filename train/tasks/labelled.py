@@ -93,8 +93,8 @@ def read_parts(
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
     check(rows, data.dataset)
     if data.test is None:
-        said = f"--test-share {data.test_share:g} of the {len(rows)} rows cannot be held out: "
-        with as_user_errors(ValueError, prefix=said, suffix=" Name other rows with --test"):
+        problem = f"--test-share {data.test_share:g} of the {len(rows)} rows cannot be held out: "
+        with as_user_errors(ValueError, prefix=problem, suffix=" Name other rows with --test"):
             train, test = split(rows)
         return train, test
     if names_rows(data.test):
@@ -262,7 +262,7 @@ class ClassifierEvaluation:
 
 def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
     """Returns the accuracies of what needs no model, from a run's scores.json."""
-    return {way: one["accuracy"] for way, one in scores.items() if way != ADAPTED}
+    return {way: measures["accuracy"] for way, measures in scores.items() if way != ADAPTED}
 
 
 TASK = Task(

@@ -66,9 +66,9 @@ def _check_rows(rows: list[Row], source: str, *, labelled: bool) -> None:
 
 def outline(config: Config, rows: TaskRows) -> ModelInfo:
     """Reads the model's outline; checks --seq-len and --reference against it."""
-    found = chats.outline(config, rows)
-    check_reference(config, found)
-    return found
+    info = chats.outline(config, rows)
+    check_reference(config, info)
+    return info
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:

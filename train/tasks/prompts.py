@@ -153,7 +153,7 @@ def read_prompts(
     most = data.seq_len - data.max_new_tokens
     for part in filter(None, parts):
         if longer := [at for at, ids in enumerate(part.tokens) if len(ids) > most]:
-            longest = max(len(ids) for one in filter(None, parts) for ids in one.tokens)
+            longest = max(len(ids) for prompts in filter(None, parts) for ids in prompts.tokens)
             first = name_of(part.rows[longer[0]], data.dataset, longer[0] + 1)
             raise UserError(
                 f"--seq-len {data.seq_len}: {len(longer)} prompts have more than {most} tokens, "
@@ -251,7 +251,7 @@ class RewardEvaluation:
         cut = [*map(StopTexts(outline.tokenizer, config.data.stop).cut, ids)]
         texts, ids = (
             [text for text, _ in cut],
-            [one[:n] for one, (_, n) in zip(ids, cut, strict=True)],
+            [numbers[:n] for numbers, (_, n) in zip(ids, cut, strict=True)],
         )
         names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))
         asked = [of.asked(row) for row in range(len(of.rows))]
@@ -291,11 +291,11 @@ class RewardEvaluation:
         self.found.get(REWARD, {}).pop(way, None)  # of an earlier end of a run that went on
         with doing(self.context.console, f"{way}: completing {n} held-out prompts") as progress:
             try:
-                found = self.score(model, params, forward, progress)
+                scores = self.score(model, params, forward, progress)
             except Dropped:
                 raise self.context.stop.interrupted() from None
-        if found:
-            self.found.setdefault(REWARD, {})[way] = found[REWARD]
+        if scores:
+            self.found.setdefault(REWARD, {})[way] = scores[REWARD]
         self.found.setdefault("answers", {})[way] = self.newest
         write_json(self.context.folder / SCORES, self.found)
 

@@ -113,7 +113,7 @@ class RewardModelEvaluation:
         scores = self.score(model, params, forward)
         self.found |= {LONGER: {"accuracy": longer}, labelled.ADAPTED: scores}
         write_json(self.context.folder / SCORES, self.found)
-        rows = [(way, f"{100 * one['accuracy']:.1f}") for way, one in self.found.items()]
+        rows = [(way, f"{100 * measures['accuracy']:.1f}") for way, measures in self.found.items()]
         title = f"{len(lengths)} held-out pairs"
         print_figures(self.context.console, title, ("by", "right, in %"), rows)
         return scores

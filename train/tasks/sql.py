@@ -175,8 +175,8 @@ def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
     """Returns the base's accuracies, means of both kinds of questions, from a run's scores.json."""
     of_kind = scores.get("accuracy", {}).values()
     base = (sql_scores.ZERO_SHOT, sql_scores.FEW_SHOT)
-    found = {way: [ways[way] for ways in of_kind if way in ways] for way in base}
-    return {way: sum(values) / len(values) for way, values in found.items() if values}
+    by_way = {way: [ways[way] for ways in of_kind if way in ways] for way in base}
+    return {way: sum(values) / len(values) for way, values in by_way.items() if values}
 
 
 TASK = dataclasses.replace(
@@ -213,13 +213,13 @@ def read_pairs(config: dpo.Config) -> TaskRows:
 
 
 def _pairs(examples: list[SqlExample]) -> list[Row]:
-    found: list[Row] = []
+    preferences: list[Row] = []
     for number, example in enumerate(examples):
         *asked, answer = example.messages
         if example.mistakes:
             wrong = {**answer, "content": example.mistakes[number % len(example.mistakes)]}
-            found.append({"prompt": asked, "chosen": [answer], "rejected": [wrong]})
-    return found
+            preferences.append({"prompt": asked, "chosen": [answer], "rejected": [wrong]})
+    return preferences
 
 
 PAIRS = dataclasses.replace(

@@ -41,7 +41,7 @@ def check(config: Config) -> None:
             f"longer than --seq-len {data.seq_len}"
         )
     datasets = parse_datasets(data.dataset)
-    if own := [one.name for one in datasets if one.name in NAMED["train.sft"]]:
+    if own := [dataset.name for dataset in datasets if dataset.name in NAMED["train.sft"]]:
         raise UserError(
             f"--stream reads rows of your own, and {own[0]} makes its own: leave it out"
         )
@@ -155,10 +155,10 @@ def _sequences(
         source = blocks.parts[part].name
         rows = rename_fields([row for _, row in numbered], pairs, source)
         numbers = [number for number, _ in numbered]
-        found = tokenising.tokenize(
+        sequences = tokenising.tokenize(
             rows, tokenizer, source, numbers=numbers, train_on=data.train_on, say=say
         )
-        cut = found.cut(data.seq_len)
+        cut = sequences.cut(data.seq_len)
         return tokenising.as_json(cut.select(np.flatnonzero(cut.predicted)), origin=part)
 
     made = hosts.map_over_processes(tokenized, chunk.tolist())

@@ -89,9 +89,9 @@ def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], flo
     for row in train:
         counts[row["text"][:PREFIX]][row["label"]] += 1
     usual = Counter(row["label"] for row in train).most_common(1)[0][0]
-    found = [counts.get(word[:PREFIX]) for word in words]
-    labels = [count.most_common(1)[0][0] if count else usual for count in found]
-    return labels, sum(count is not None for count in found) / len(words)
+    known = [counts.get(word[:PREFIX]) for word in words]
+    labels = [count.most_common(1)[0][0] if count else usual for count in known]
+    return labels, sum(count is not None for count in known) / len(words)
 
 
 def check(config: Config) -> None:
@@ -108,8 +108,8 @@ def read_rows(config: Config) -> TaskRows:
 
 def prefixes(rows: Sequence[Row], texts: Sequence[str]) -> tuple[str, Sequence[str]]:
     """Labels words as `look_up_prefixes` does."""
-    labels, found = look_up_prefixes(list(rows), list(texts))
-    return f"look-up of {PREFIX}-letter prefixes ({100 * found:.0f}% found)", labels
+    labels, share = look_up_prefixes(list(rows), list(texts))
+    return f"look-up of {PREFIX}-letter prefixes ({100 * share:.0f}% found)", labels
 
 
 TASK = dataclasses.replace(

@@ -131,15 +131,15 @@ def follow_trace(
     return labels
 
 
-def _check_result(traced: Trace, found: ExampleLabels, n: int, expected: Tree) -> None:
+def _check_result(traced: Trace, labels: ExampleLabels, n: int, expected: Tree) -> None:
     inner, _ = eqns.opened(traced.jaxpr)
     types = [eqns.type_of(atom) for atom in inner.outvars]
-    known = list(zip(found.outputs, types, strict=True))
+    known = list(zip(labels.outputs, types, strict=True))
     each = [
         known[leaf.number] if isinstance(leaf, Output) else (None, leaf)
         for leaf in traced.outputs.leaves
     ]
-    axes = [_axis(one, np.shape(value), n) for one, value in each]
+    axes = [_axis(label, np.shape(value), n) for label, value in each]
     result, writes = traced.outputs.treedef.unflatten(range(len(axes)))
     if any(axes[place] is not None for place in jax.tree.leaves(writes)):
         raise ExamplesError("the function writes what depends on the examples")

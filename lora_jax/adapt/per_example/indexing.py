@@ -52,18 +52,18 @@ def _scatter(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[Examp
         """Returns the examples' axis in the operand."""
         if isinstance(operand, ExampleAxis):
             return operand
-        found = updates if isinstance(updates, ExampleAxis) else None
-        if found is not None and found.axis in in_window:
-            return ExampleAxis(window[in_window.index(found.axis)], found.inner)
-        if found is None:
-            found = indices if isinstance(indices, ExampleAxis) else None
-            assert found is not None
-            axis = found.axis
+        batched = updates if isinstance(updates, ExampleAxis) else None
+        if batched is not None and batched.axis in in_window:
+            return ExampleAxis(window[in_window.index(batched.axis)], batched.inner)
+        if batched is None:
+            batched = indices if isinstance(indices, ExampleAxis) else None
+            assert batched is not None
+            axis = batched.axis
         else:
-            axis = places.index(found.axis)
+            axis = places.index(batched.axis)
         if axis not in by_index:
             raise MixingError(_BY_INDEX)
-        return ExampleAxis(batching[by_index.index(axis)], found.inner)
+        return ExampleAxis(batching[by_index.index(axis)], batched.inner)
 
     at = target()
     if at.axis in batching:

@@ -92,7 +92,7 @@ def agreed(given: Iterable[ExampleLabel]) -> ExampleAxis:
     Raises:
       MixingError: the operands differ.
     """
-    axes = {one for one in given if isinstance(one, ExampleAxis)}
+    axes = {label for label in given if isinstance(label, ExampleAxis)}
     if len(axes) != 1:
         raise MixingError("joins values whose examples lie along different axes")
     return axes.pop()
@@ -120,4 +120,4 @@ def reshaped(at: ExampleAxis, n: int, shape: Sequence[int], out: Sequence[int]) 
     if not fits:
         raise MixingError("splits the axis of the examples")
     # Of one example, several fit: the least merged, then the one that stays where it was.
-    return min(fits, key=lambda one: (one.inner, one.axis != at.axis, one.axis))
+    return min(fits, key=lambda fit: (fit.inner, fit.axis != at.axis, fit.axis))

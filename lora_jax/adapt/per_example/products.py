@@ -18,7 +18,7 @@ def _dot_general(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[E
         [a for a in range(len(shape_of(eqn, side))) if a not in (*contract[side], *batch[side])]
         for side in (0, 1)
     ]
-    found: list[ExampleLabel] = []
+    axes: list[ExampleLabel] = []
     for side, at in enumerate(given):
         if not isinstance(at, ExampleAxis):
             continue
@@ -27,10 +27,10 @@ def _dot_general(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[E
         order = (
             [*batch[0], *free[0]] if side == 0 else [*batch[1], *[None] * len(free[0]), *free[1]]
         )
-        found.append(ExampleAxis(order.index(at.axis), at.inner))
-    if len(set(found)) != 1:
+        axes.append(ExampleAxis(order.index(at.axis), at.inner))
+    if len(set(axes)) != 1:
         raise MixingError("multiplies examples by other examples")
-    return found[:1]
+    return axes[:1]
 
 
 def _convolution(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
@@ -53,13 +53,13 @@ PRODUCT_RULES: dict[str, Rule] = {
 
 def _product(eqn: JaxprEqn, given: Sequence[ExampleLabel], n: int) -> list[ExampleLabel]:
     """A product of each example with its own weight."""
-    if sum(isinstance(one, ExampleKernels) for one in given) > 1:
+    if sum(isinstance(label, ExampleKernels) for label in given) > 1:
         raise MixingError("multiplies an adapted weight by another one")
-    if not any(isinstance(one, ExampleAxis) for one in given):
+    if not any(isinstance(label, ExampleAxis) for label in given):
         raise MixingError(
             "multiplies an adapted weight by a value that is the same for all examples"
         )
-    plain = [None if isinstance(one, ExampleKernels) else one for one in given]
+    plain = [None if isinstance(label, ExampleKernels) else label for label in given]
     return PRODUCT_RULES[eqn.primitive.name](eqn, plain, n)
 
 
@@ -98,7 +98,7 @@ def _cut(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLa
 def _only(given: Sequence[ExampleLabel]) -> ExampleKernels:
     """Returns the weight, which is the first operand, and the only one that is not the same."""
     first, *others = given
-    if not isinstance(first, ExampleKernels) or any(one is not None for one in others):
+    if not isinstance(first, ExampleKernels) or any(label is not None for label in others):
         raise MixingError("joins an adapted weight with something else")
     return first
 

@@ -61,29 +61,29 @@ class _Walk:
     def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[ExampleLabel]) -> ExampleLabels:
         """Returns the labels of the whole jaxpr."""
         inner, _ = eqns.opened(jaxpr)
-        found: dict[eqns.Atom, ExampleLabel] = dict(zip(inner.invars, given, strict=True))
+        labels: dict[eqns.Atom, ExampleLabel] = dict(zip(inner.invars, given, strict=True))
 
         def known(atoms: Iterable[eqns.Atom]) -> list[ExampleLabel]:
-            return [None if eqns.is_literal(atom) else found.get(atom) for atom in atoms]
+            return [None if eqns.is_literal(atom) else labels.get(atom) for atom in atoms]
 
         for eqn in inner.eqns:
             operands = known(eqn.invars)
-            if any(one is not None for one in operands):
-                found |= zip(eqn.outvars, self._after(eqn, operands), strict=True)
+            if any(label is not None for label in operands):
+                labels |= zip(eqn.outvars, self._after(eqn, operands), strict=True)
         return ExampleLabels(tuple(known(inner.outvars)), self.uses, self.inner)
 
     def _after(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
         """Returns the labels of an equation's outputs."""
         name = eqn.primitive.name
-        has_kernel = any(isinstance(one, ExampleKernels) for one in given)
+        has_kernel = any(isinstance(at, ExampleKernels) for at in given)
         enter = _CONTROL.get(name)
-        mixed = next((one for one in given if isinstance(one, MixedExamples)), None)
+        mixed = next((at for at in given if isinstance(at, MixedExamples)), None)
         if mixed is not None and enter is None:
             return [mixed] * len(eqn.outvars)
-        if enter is None and any(isinstance(one, UnvisitedCarry) for one in given):
-            if not any(isinstance(one, ExampleAxis) for one in given):
+        if enter is None and any(isinstance(at, UnvisitedCarry) for at in given):
+            if not any(isinstance(at, ExampleAxis) for at in given):
                 return [UnvisitedCarry()] * len(eqn.outvars)
-            given = [None if isinstance(one, UnvisitedCarry) else one for one in given]
+            given = [None if isinstance(at, UnvisitedCarry) else at for at in given]
         try:
             if enter is not None:
                 with user_context(eqn):
@@ -96,7 +96,7 @@ class _Walk:
         except MixingError as error:
             return [_mixed(eqn, error)] * len(eqn.outvars)
         if has_kernel:
-            self.uses[id(eqn)] = next((one for one in given if isinstance(one, ExampleAxis)), None)
+            self.uses[id(eqn)] = next((at for at in given if isinstance(at, ExampleAxis)), None)
         return outputs
 
     def _entered(
@@ -113,7 +113,7 @@ class _Walk:
         return list(self._entered(next(eqn.params[n] for n in names if n in eqn.params), given))
 
     def _own_derivative(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
-        if any(isinstance(one, ExampleKernels) for one in given):
+        if any(isinstance(label, ExampleKernels) for label in given):
             raise MixingError("has a derivative of its own, for which an adapted weight is formed")
         return self._call(eqn, given)
 
@@ -121,10 +121,10 @@ class _Walk:
         scan = eqns.scan_of(eqn)
         n_fixed = scan.n_consts + scan.n_carry
         consts, carry = given[: scan.n_consts], given[scan.n_consts : n_fixed]
-        xs = [_slice_of(one, eqn) for one in given[n_fixed:]]
+        xs = [_slice_of(label, eqn) for label in given[n_fixed:]]
         carry = self._carried(scan.body, consts, carry, xs)
         ys = self._entered(scan.body, (*consts, *carry, *xs))[scan.n_carry :]
-        return [*carry, *(_stack_of(one, eqn) for one in ys)]
+        return [*carry, *(_stack_of(label, eqn) for label in ys)]
 
     def _while(self, eqn: JaxprEqn, given: list[ExampleLabel]) -> list[ExampleLabel]:
         loop = eqns.while_of(eqn)
@@ -155,11 +155,11 @@ class _Walk:
                 if carry == before:
                     return carry
 
-        after = settled([UnvisitedCarry() if one is None else one for one in carry])
+        after = settled([UnvisitedCarry() if label is None else label for label in carry])
         carry = settled(list(map(joined, carry, after)))
-        origins = sources(body) if any(isinstance(one, ExampleKernels) for one in carry) else ()
-        for place, one in enumerate(carry):
-            if isinstance(one, ExampleKernels) and origins[place] != len(consts) + place:
+        origins = sources(body) if any(isinstance(label, ExampleKernels) for label in carry) else ()
+        for place, label in enumerate(carry):
+            if isinstance(label, ExampleKernels) and origins[place] != len(consts) + place:
                 raise MixingError("carries an adapted weight, and changes it")
         return carry
 
@@ -171,7 +171,7 @@ class _Walk:
         outputs = list(each[0])
         for branch in each[1:]:
             outputs = list(map(joined, outputs, branch))
-        return [_formed(one, eqn) for one in outputs]
+        return [_formed(label, eqn) for label in outputs]
 
 
 def _mixed(eqn: JaxprEqn, why: object) -> MixedExamples:

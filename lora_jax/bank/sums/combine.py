@@ -153,7 +153,7 @@ def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node
     """Returns the nodes of each path, by the index of their tree."""
     if base is not None and nodes_of(base):
         raise ValueError("combine: base is to be the plain tree, and it is adapted: strip it first")
-    found: dict[str, dict[int, Node]] = defaultdict(dict)
+    terms: dict[str, dict[int, Node]] = defaultdict(dict)
     for index, tree in enumerate(trees):
         nodes = nodes_of(tree)
         if not nodes:
@@ -164,8 +164,8 @@ def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node
                     f"combine: trees[{index}] has no adapter at {path!r}, as the base half of a "
                     "tree: join(adapter, base) first"
                 )
-            found[path][index] = node
-    return found
+            terms[path][index] = node
+    return terms
 
 
 def _check_terms(

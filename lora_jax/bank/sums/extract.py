@@ -118,14 +118,14 @@ def extract(
     old, new = _leaves(before, after)
     marked = lorafy(before, [_cheap_rule(rule) for rule in chosen], trace=trace, kinds=kinds)
     nodes = nodes_of(marked)
-    found: dict[str, Node] = {}
+    extracted: dict[str, Node] = {}
     ranks: dict[str, tuple[int, ...]] = {}
     errors: dict[str, float] = {}
     lost: dict[str, float] = {}
     for path in old:
         node, value = nodes.get(path), new[path]
         if isinstance(node, LoraWeight) and (kept := _weight(node, value, rank, energy)):
-            found[path], errors[path] = kept
+            extracted[path], errors[path] = kept
             ranks[path] = kept[0].ranks
             continue
         change = _change(old[path], value)
@@ -133,13 +133,13 @@ def extract(
             continue
         if isinstance(node, TrainedRows):
             picked = as_array(value)[np.asarray(node.rows)].astype(node.value.dtype)
-            found[path] = node.replace(value=picked)
-            errors[path] = _change(found[path].merged(), value) / change
+            extracted[path] = node.replace(value=picked)
+            errors[path] = _change(extracted[path].merged(), value) / change
         elif isinstance(node, Trained) or (keep_rest and node is None and _is_float(value)):
-            found[path] = Trained(jnp.array(as_array(value), old[path].dtype, copy=True))
+            extracted[path] = Trained(jnp.array(as_array(value), old[path].dtype, copy=True))
         else:
             lost[path] = change / (float(_norm(old[path])) or 1.0)
-    if not found:
+    if not extracted:
         raise ValueError(
             "extract: nothing that the rules select differs between before and after"
             + (f"; {next(iter(lost))!r} does, among {len(lost)}" if lost else "")
@@ -152,8 +152,8 @@ def extract(
             ExtractWarning,
             stacklevel=2,
         )
-    in_full = tuple(path for path, node in found.items() if isinstance(node, Trained))
-    tree = map_leaves(found.get, aliased(before))
+    in_full = tuple(path for path, node in extracted.items() if isinstance(node, Trained))
+    tree = map_leaves(extracted.get, aliased(before))
     return tree, Extraction(ranks, errors, in_full, lost)
 
 

@@ -216,8 +216,8 @@ class Stack:
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _put(stacked: Tree, one: Tree, slot: jax.typing.ArrayLike, axes: tuple[int, ...]) -> Tree:
-    return replaced(stacked, one, slot, jax.tree.unflatten(jax.tree.structure(stacked), axes))
+def _put(stacked: Tree, slot_tree: Tree, slot: jax.typing.ArrayLike, axes: tuple[int, ...]) -> Tree:
+    return replaced(stacked, slot_tree, slot, jax.tree.unflatten(jax.tree.structure(stacked), axes))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -230,12 +230,12 @@ def _flat(axes: Tree) -> tuple[int, ...]:
     return tuple(jax.tree.leaves(axes))
 
 
-def _empty(n: int, one: Shaped, axis: int) -> jax.Array:
+def _empty(n: int, leaf: Shaped, axis: int) -> jax.Array:
     """Returns n free slots."""
-    shape = (*one.shape[:axis], n, *one.shape[axis:])
-    if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+    shape = (*leaf.shape[:axis], n, *leaf.shape[axis:])
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), n)
-    return jnp.zeros(shape, one.dtype)
+    return jnp.zeros(shape, leaf.dtype)
 
 
 def _slots(shell: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Tree:

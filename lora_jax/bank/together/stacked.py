@@ -64,9 +64,9 @@ def traced_step(
     shapes, axes, where = form_of(kind, like)
     places = jax.tree.map(lambda _: None, shapes) if where is None else where
 
-    def stacked(one: Shaped, axis: int, place: NamedSharding | None) -> jax.ShapeDtypeStruct:
-        shape = (*one.shape[:axis], slots, *one.shape[axis:])
-        return jax.ShapeDtypeStruct(shape, one.dtype, sharding=place)
+    def stacked(leaf: Shaped, axis: int, place: NamedSharding | None) -> jax.ShapeDtypeStruct:
+        shape = (*leaf.shape[:axis], slots, *leaf.shape[axis:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
 
     is_none = lambda x: x is None  # noqa: E731
     state, fixed = jax.tree.map(stacked, shapes, axes, places, is_leaf=is_none)
@@ -211,13 +211,13 @@ def _make_slot_update(
         grads: Adapter,
     ) -> tuple[State, Metrics]:
         """Updates the adapter in one slot, if it is active, in the memory of the stack."""
-        one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
+        slot_state, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
         mine: TenantNumbers = jax.tree.map(lambda x: x[slot], numbers)
 
         def schedule(count: jax.Array) -> Leaf:
             return mine.rates[jnp.minimum(count, mine.rates.shape[0] - 1)]
 
-        whole = tree_of(kind, base, one.adapter, own)
+        whole = tree_of(kind, base, slot_state.adapter, own)
         optimizer = kind.make_optimizer(schedule, whole, mine.weight_decay, mine.grad_clip)
 
         def either(
@@ -226,8 +226,8 @@ def _make_slot_update(
             return lax.cond(is_good & active, update, skip)
 
         update = make_update(optimizer, schedule, kind.loss, either=either)
-        new, metrics = update(one, sums, grads)
-        new = new._replace(step=jnp.where(active, new.step, one.step))
+        new, metrics = update(slot_state, sums, grads)
+        new = new._replace(step=jnp.where(active, new.step, slot_state.step))
         return replaced(state, new, slot, axes), metrics
 
     return updated
@@ -284,9 +284,9 @@ def compiled_steps(
         slot: jax.typing.ArrayLike,
         batch: Batch,
     ) -> tuple[State, Metrics]:
-        one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
-        found = gradient_of_one(one, own, base, batch)
-        return updated(state, fixed, numbers, base, True, slot, *found)
+        slot_state, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
+        sums_and_gradients = gradient_of_one(slot_state, own, base, batch)
+        return updated(state, fixed, numbers, base, True, slot, *sums_and_gradients)
 
     out = None if where is None else (where[0], None)
     options = dict(compiler_options) if compiler_options else None
@@ -302,7 +302,7 @@ def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
     return jax.tree.map(lambda x, axis: take(x, slot, axis), stacked, axes)
 
 
-def replaced(stacked: Tree, one: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
+def replaced(stacked: Tree, tree: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
     """Returns stacked arrays with others in one slot."""
     put = lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda x, new, axis: put(x, new, slot, axis), stacked, one, axes)
+    return jax.tree.map(lambda x, new, axis: put(x, new, slot, axis), stacked, tree, axes)

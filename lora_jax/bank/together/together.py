@@ -241,9 +241,9 @@ class Together:
     def _check_shapes(self, name: str, tenant: Tenant) -> None:
         for path, node in nodes_of(tenant.params).items():
             leaf = self._shared.leaves.get(path)
-            found = None if leaf is None else tuple(leaf.shape)
-            if found != node.shape:
+            shape = None if leaf is None else tuple(leaf.shape)
+            if shape != node.shape:
                 raise BankError(
                     f"together: {name!r} adapts {path!r} of shape {node.shape}, the base has "
-                    f"{'nothing there' if found is None else f'the shape {found}'}"
+                    f"{'nothing there' if shape is None else f'the shape {shape}'}"
                 )

@@ -156,8 +156,8 @@ def decode(
 
     def step(state: DecodingState) -> DecodingState:
         # A row that has ended feeds padding.
-        found = next_logits(run, params, state.last[:, None], state.cache, ~state.done[:, None])
-        return _append(state, decoding, *found)
+        outputs = next_logits(run, params, state.last[:, None], state.cache, ~state.done[:, None])
+        return _append(state, decoding, *outputs)
 
     return lax.while_loop(is_unfinished, step, state)
 

@@ -172,7 +172,7 @@ class Packs(Padded):
         batch = self.batch_of([(self, rows.ravel())])
         if self.further is not None:
             each = [self.further.arrays(*self.origins_of(row)[0]) for row in rows.ravel().tolist()]
-            batch |= {name: np.stack([one[name] for one in each]) for name in each[0]}
+            batch |= {name: np.stack([example[name] for example in each]) for name in each[0]}
         return {name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in batch.items()}
 
     @staticmethod

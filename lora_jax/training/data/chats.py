@@ -81,8 +81,8 @@ def chats(
 def pictures_of(rows: Sequence[Row], reader: ImageReader, source: str) -> Pictures:
     """Returns the images of chats; see `read_pictures`."""
     names = [name_of(row, source, number) for number, row in enumerate(rows, start=1)]
-    found = [conversation(row, name).images for row, name in zip(rows, names, strict=True)]
-    return read_pictures(found, names, reader)
+    images = [conversation(row, name).images for row, name in zip(rows, names, strict=True)]
+    return read_pictures(images, names, reader)
 
 
 def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> Packs:
@@ -150,23 +150,23 @@ def tokenize(
     numbered = range(1, len(rows) + 1) if numbers is None else numbers
 
     def tokenize_block(first: int) -> dict[str, Any]:
-        found: list[Draft] = []
+        drafts: list[Draft] = []
         counts: Counter[str] = Counter()
         block = slice(first, first + BLOCK)
         for number, row in zip(numbered[block], rows[block], strict=True):
             if pictures is None and has_images(row):
                 raise TrainingError(f"{name_of(row, source, number)} has {TEXTS_ONLY}")
             made = drafted(row, number, tokenizer, name_of(row, source, number))
-            found += made.sequences
+            drafts += made.sequences
             for field, left_out in made.left_out.items():
                 counts.update({f"{kind} {field}": n for kind, n in left_out._asdict().items()})
-        tokens = _encode(found, tokenizer)
+        tokens = _encode(drafts, tokenizer)
         if pictures is not None:
-            lasts = [one.row != two.row for one, two in itertools.pairwise(tokens)] + [True]
+            lasts = [ids.row != after.row for ids, after in itertools.pairwise(tokens)] + [True]
             names = dict(zip(numbered[block], rows[block], strict=True))
             tokens = [
-                pictures.expand(one, name_of(names[one.row], source, one.row), whole=last)
-                for one, last in zip(tokens, lasts, strict=True)
+                pictures.expand(ids, name_of(names[ids.row], source, ids.row), whole=last)
+                for ids, last in zip(tokens, lasts, strict=True)
             ]
         return {**as_json(tokens), "left_out": counts}
 
@@ -203,10 +203,10 @@ def _encode(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenSequence
         special: _encode_each([p.text for p in parts if p.special == special], special, tokenizer)
         for special in (False, True)
     }
-    found = []
+    sequences = []
     for draft in drafts:
         if draft.marked is not None:
-            found.append(draft.marked)
+            sequences.append(draft.marked)
             continue
         ids: list[int] = []
         counts = []
@@ -219,8 +219,8 @@ def _encode(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenSequence
         if draft.end and tokenizer.eos_token_id not in (None, ids[-1]):
             ids.append(tokenizer.eos_token_id)
             counts.append(np.ones(1, bool))
-        found.append(TokenSequence(np.array(ids, np.int32), np.concatenate(counts), draft.row))
-    return found
+        sequences.append(TokenSequence(np.array(ids, np.int32), np.concatenate(counts), draft.row))
+    return sequences
 
 
 def _encode_each(
@@ -228,7 +228,7 @@ def _encode_each(
 ) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
     """Returns the tokens of each text, and where each begins; few texts at a time."""
     ends = itertools.accumulate(map(len, texts))
-    for _, some in itertools.groupby(zip(texts, ends, strict=True), lambda one: one[1] // _AT_ONCE):
+    for _, some in itertools.groupby(zip(texts, ends, strict=True), lambda p: p[1] // _AT_ONCE):
         made = tokenizer(
             [text for text, _ in some],
             add_special_tokens=special,

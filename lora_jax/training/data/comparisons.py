@@ -42,7 +42,7 @@ def comparisons(
         name = name_of(row, source, number)
         prompt, *both = texts_of(row, name)
         check_text("\n".join([prompt, *both]), name)
-        texts += [(prompt, one) for one in both]
+        texts += [(prompt, completion) for completion in both]
     most = seq_len if truncate else sys.maxsize
     flat = padded_texts(
         lambda block: encode(texts[block], tokenizer, most)[0],
@@ -82,11 +82,11 @@ def encode(
     """
     firsts, seconds = map(list, zip(*texts, strict=True))
     made: Any = tokenizer(firsts, seconds, return_token_type_ids=True, verbose=False)
-    found = {name: made[name] for name in ("input_ids", "token_type_ids")}
+    encoded = {name: made[name] for name in ("input_ids", "token_type_ids")}
     longer = [i for i, ids in enumerate(made["input_ids"]) if len(ids) > most]
     for i in longer:
         side = np.array([-1 if of is None else of for of in made.sequence_ids(i)])
         order = np.concatenate([np.flatnonzero(side == 0), np.flatnonzero(side == 1)[::-1]])
-        for lists in found.values():
+        for lists in encoded.values():
             lists[i] = np.delete(lists[i], order[: len(side) - most]).tolist()
-    return found, len(longer)
+    return encoded, len(longer)

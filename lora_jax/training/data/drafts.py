@@ -134,8 +134,8 @@ def _drafts_by_text(
 def count_as_never(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
     """Returns counts of fields for one sequence a row, where no turn is learned as it was said."""
     return {
-        field: templates.LeftOut(found.turns, 0, found.later + found.never)
-        for field, found in left_out.items()
+        field: templates.LeftOut(counts.turns, 0, counts.later + counts.never)
+        for field, counts in left_out.items()
     }
 
 
@@ -150,7 +150,7 @@ def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list
     Raises:
       TrainingError: the template renders an answer otherwise than its prompt announces.
     """
-    found = []
+    spans = []
     for index, turn in enumerate(chat.messages):
         if turn["role"] != "assistant" or index < first:
             continue
@@ -167,8 +167,8 @@ def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list
                 f"{shown(answered[-120:])}"
             )
         templates.check_calls(turn, answered[len(asked) :])
-        found.append(AnswerSpan(index, answered, (len(asked), len(answered))))
-    return found
+        spans.append(AnswerSpan(index, answered, (len(asked), len(answered))))
+    return spans
 
 
 def _answer_after(chat: Conversation, index: int, asked: str, tokenizer: Tokenizer) -> str | None:
@@ -184,7 +184,7 @@ def _answer_after(chat: Conversation, index: int, asked: str, tokenizer: Tokeniz
     texts = {name for name, value in turn.items() if isinstance(value, str)} - {"role"}
     other = turn | {name: f"~{turn[name]}" for name in texts}
     changed = chat._replace(messages=[*chat.messages[:index], other])
-    both = [templates.render(one, index + 1, tokenizer).rstrip() for one in (chat, changed)]
+    both = [templates.render(turns, index + 1, tokenizer).rstrip() for turns in (chat, changed)]
     begins = asked.removeprefix(templates.render(chat, index, tokenizer))
     at = both[0].rfind(begins, 0, len(os.path.commonprefix(both)))
     return None if begins in ("", asked) or at < 0 else both[0][at + len(begins) :]

@@ -62,7 +62,7 @@ def shown_images(
     Raises:
       TrainingError: there are fewer images than parts that show one, or more.
     """
-    made, found = [dict(turn) for turn in turns], list[Any]()
+    made, images = [dict(turn) for turn in turns], list[Any]()
     given = row.get(IMAGES)
     given = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     parts = [part for turn in made for part in images_in(turn.get("content"))]
@@ -76,8 +76,8 @@ def shown_images(
     left = iter(given)
     for part in parts:
         own = next((part[field] for field in _OWN if part.get(field) is not None), None)
-        found.append(_located(next(left, None) if own is None else own, row))
-    if any(image is None for image in found) or next(left, None) is not None:
+        images.append(_located(next(left, None) if own is None else own, row))
+    if any(image is None for image in images) or next(left, None) is not None:
         raise TrainingError(
             f"{name} has {len(given)} images, and {len(parts)} parts of the type 'image': give an "
             "image for each of these parts"
@@ -88,4 +88,4 @@ def shown_images(
                 {"type": "image"} if is_image(part) else {"type": "text", "text": part["text"]}
                 for part in turn["content"]
             ]
-    return made, found
+    return made, images

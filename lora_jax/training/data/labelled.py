@@ -165,9 +165,10 @@ def padded_texts(
     """Returns the arrays of `n` texts, by their names in `Labelled`; `encoded` makes a slice."""
     blocks = mapped(lambda first: encoded(slice(first, first + _BLOCK)), range(0, n, _BLOCK))
     ids, types = (
-        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
+        [ids_ for block in blocks for ids_ in block[name]]
+        for name in ("input_ids", "token_type_ids")
     )
-    lengths = [len(one) for one in ids]
+    lengths = [len(ids_) for ids_ in ids]
     if longer := sum(length > seq_len for length in lengths):
         raise TrainingError(
             lambda option: (
@@ -262,9 +263,9 @@ def predict(model: Model | Forward, params: Tree, examples: Padded, batch_size: 
     """
     run = functools.partial(_probabilities, getattr(model, "apply", model))
     parts = [np.asarray(run(params, part)) for part in examples.parts(batch_size)]
-    found = np.concatenate(parts)[: len(examples)]
-    found[examples.by_length] = found.copy()
-    return found
+    predictions = np.concatenate(parts)[: len(examples)]
+    predictions[examples.by_length] = predictions.copy()
+    return predictions
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -49,7 +49,7 @@ class Shares:
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
         """Returns the rows of an epoch, in a drawn order: [n_rows]."""
-        found: list[np.ndarray] = []
+        row_blocks: list[np.ndarray] = []
         begins = (0, *self.ends[:-1])
         parts = zip(begins, self.sizes, self.drawn, strict=True)
         for part, (begin, size, drawn) in enumerate(parts):
@@ -57,8 +57,8 @@ class Shares:
             passes = range(first // size, -(-last // size))
             orders = [order(seed, number, size, _OF_PARTS, part) for number in passes]
             offset = passes.start * size
-            found.append(begin + np.concatenate(orders)[first - offset : last - offset])
-        drawn_rows: np.ndarray = np.concatenate(found)[order(seed, epoch, self.n_rows)]
+            row_blocks.append(begin + np.concatenate(orders)[first - offset : last - offset])
+        drawn_rows: np.ndarray = np.concatenate(row_blocks)[order(seed, epoch, self.n_rows)]
         return drawn_rows
 
 

@@ -94,7 +94,7 @@ def read_pair(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[T
         n = _common_beginning(row, answers[0], answers[1], name)
         asked, answers = answers[0][:n], [answer[n:] for answer in answers]
         text = asked if isinstance(asked, str) else None
-    prompt = question({"prompt": asked, **{one: row.get(one) for one in _OF_TEMPLATE}}, name)
+    prompt = question({"prompt": asked, **{key: row.get(key) for key in _OF_TEMPLATE}}, name)
     completions: list[Turns] = []
     for field, answer in zip(fields, answers, strict=True):
         turns, n = as_turns(answer, "assistant"), len(prompt.messages)
@@ -246,11 +246,11 @@ def tokenize_pairs(
     """
     drafted = functools.partial(_drafts, labelled=labelled)
     made = tokenize(rows, tokenizer, source, drafted=drafted, **how)
-    found = _completions(made, 1 if labelled else 2)
+    sequences = _completions(made, 1 if labelled else 2)
     if not labelled:
-        return found
+        return sequences
     labels = [[True, False] if _is_pair(row) else [row["label"]] for row in rows]
-    return dataclasses.replace(found, labels=np.concatenate(labels))
+    return dataclasses.replace(sequences, labels=np.concatenate(labels))
 
 
 def _completions(table: Sequences, n: int) -> Sequences:
@@ -259,10 +259,10 @@ def _completions(table: Sequences, n: int) -> Sequences:
     None counts the tokens that the prompt and all `n` begin with.
     """
     for at in range(0, len(table), n + 1):
-        prompt, *found = (table[i] for i in range(at, at + n + 1))
-        begin = min(_common(prompt.ids, one.ids) for one in found)
-        for one in found:
-            one.counts[:begin] = False  # a view of the table
+        prompt, *completions = (table[i] for i in range(at, at + n + 1))
+        begin = min(_common(prompt.ids, completion.ids) for completion in completions)
+        for completion in completions:
+            completion.counts[:begin] = False  # a view of the table
     return table.select(np.flatnonzero(np.arange(len(table)) % (n + 1)))
 
 
@@ -294,6 +294,6 @@ def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> 
             continue
         with errors_of(name):
             texts.append(templates.render_prompt(chat, tokenizer))
-    found: list[list[int]]
-    found = tokenizer(texts, add_special_tokens=is_plain, verbose=False)["input_ids"]
-    return found
+    ids: list[list[int]]
+    ids = tokenizer(texts, add_special_tokens=is_plain, verbose=False)["input_ids"]
+    return ids

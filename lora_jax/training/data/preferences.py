@@ -68,13 +68,13 @@ class Preferences(Packs):
         """Returns the numbers about all rows that are taken together, in the shape of `rows`."""
         counts = self._counts[rows]
         if self.a_unit == 1:
-            found = {"good": self._labels[rows][counts > 0].mean()}
+            shares = {"good": self._labels[rows][counts > 0].mean()}
         else:
             chosen = counts[..., ::2] > 0
-            found = {"mean_tokens": counts[..., ::2][chosen].mean()}
+            shares = {"mean_tokens": counts[..., ::2][chosen].mean()}
             if self.completion is not None:
-                found["mean_with_prompts"] = self._predicted[rows][..., ::2][chosen].mean()
-        return {name: np.full(rows.shape, x, np.float32) for name, x in found.items()}
+                shares["mean_with_prompts"] = self._predicted[rows][..., ::2][chosen].mean()
+        return {name: np.full(rows.shape, x, np.float32) for name, x in shares.items()}
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
         """Yields all rows, by length; what fills up the last part counts nothing.
@@ -97,8 +97,8 @@ class Preferences(Packs):
         super()._fill(arrays, row)
         if self.completion is not None:
             begins, counts = self._begins(row), self._counted(row)[1]
-            found = self.completion[begins[0] : begins[-1]][counts]
-            arrays["completion"][: len(found)] = found
+            values = self.completion[begins[0] : begins[-1]][counts]
+            arrays["completion"][: len(values)] = values
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows and labels; the reference follows from these."""
@@ -124,9 +124,9 @@ class Preferences(Packs):
 
     def _split_segments(self, values: np.ndarray) -> np.ndarray:
         """Returns values of the sequences, in their order, by row: [n, segments_a_row] int32."""
-        found = np.zeros((len(self), self.segments_a_row), np.int32)
-        found[np.arange(self.segments_a_row) < np.diff(self.firsts)[:, None]] = values
-        return found
+        segments = np.zeros((len(self), self.segments_a_row), np.int32)
+        segments[np.arange(self.segments_a_row) < np.diff(self.firsts)[:, None]] = values
+        return segments
 
 
 def pack_pairs(

@@ -179,10 +179,10 @@ def question(row: Row, name: str, *, images: bool = False) -> Conversation:
             f"{name} ends with an assistant's turn, and nothing is left to answer: leave that turn "
             "out"
         )
-    found = _conversation_of(turns, row, name)
-    if found.images and not images:
+    prompt = _conversation_of(turns, row, name)
+    if prompt.images and not images:
         raise TrainingError(f"{name} has {TEXTS_ONLY}")
-    return found
+    return prompt
 
 
 def _conversation_of(turns: list[dict[str, Any]], row: Row, name: str) -> Conversation:
@@ -216,11 +216,11 @@ def _options(row: Row, name: str) -> Mapping[str, Any]:
     options = _parsed(row.get("chat_template_kwargs")) or {}
     if not isinstance(options, Mapping):
         raise TrainingError(f"{name}: `chat_template_kwargs` is {shown(options)}, not an object")
-    found = {option: value for option, value in options.items() if value is not None}
+    chosen = {option: value for option, value in options.items() if value is not None}
     another = ", or another name if it is not for the model"
     if documents := _objects(row, "documents", name, another):
-        found["documents"] = documents
-    return found
+        chosen["documents"] = documents
+    return chosen
 
 
 def _pair(prompt: str, completion: str) -> list[dict[str, Any]]:
@@ -245,10 +245,10 @@ def _parsed(value: Any) -> Any:
 
 
 def _listed(value: Any, field: str, name: str) -> Sequence[Any]:
-    found = _parsed(value)
-    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+    items = _parsed(value)
+    if not isinstance(items, Sequence) or isinstance(items, str) or not items:
         raise TrainingError(f"{name}: `{field}` is {shown(value)}; a list of turns is needed")
-    return found
+    return items
 
 
 def _turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
@@ -317,7 +317,7 @@ def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:
         raise TrainingError(f"{what} are of the role {role!r}; only an assistant calls tools")
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise TrainingError(f"{what} is {shown(calls)}; a list of calls is needed")
-    found = []
+    parsed = []
     for call in calls:
         function = call.get("function") or call if isinstance(call, Mapping) else None
         if function is None or not isinstance(function.get("name"), str):
@@ -331,20 +331,20 @@ def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:
                 "object is needed, or the JSON of one"
             )
         made = {**function, "arguments": arguments}
-        found.append({**call, "function": made} if call.get("function") else made)
-    return found
+        parsed.append({**call, "function": made} if call.get("function") else made)
+    return parsed
 
 
 def _objects(row: Row, field: str, name: str, remedy: str = "") -> list[Any] | None:
     """Returns a field that holds a list of objects; None where it is empty or missing."""
-    found = _parsed(row.get(field))
-    if not found:
+    objects = _parsed(row.get(field))
+    if not objects:
         return None
-    if not isinstance(found, Sequence) or not all(isinstance(one, Mapping) for one in found):
+    if not isinstance(objects, Sequence) or not all(isinstance(item, Mapping) for item in objects):
         raise TrainingError(
             f"{name}: `{field}` is {shown(row[field])}; a list of objects is needed{remedy}"
         )
-    return list(found)
+    return list(objects)
 
 
 def _sharegpt_turn(turn: Any, index: int, name: str) -> Any:

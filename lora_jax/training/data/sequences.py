@@ -90,12 +90,12 @@ def few_lengths(
         best = split.min(axis=0)
         totals.append(best[-1])
     n = next(i for i, total in enumerate(totals) if total <= worth * min(totals))
-    found, to = [], len(sizes) - 1
+    widths, to = [], len(sizes) - 1
     for cut in reversed(cuts[:n]):
-        found.append(to)
+        widths.append(to)
         to = int(cut[to]) - 1
-    found.append(to)
-    return tuple(int(sizes[i]) for i in reversed(found))
+    widths.append(to)
+    return tuple(int(sizes[i]) for i in reversed(widths))
 
 
 # As bytes: lengths, rows, tokens, which ones count, and labels.
@@ -141,10 +141,10 @@ class Sequences(Sequence[TokenSequence]):
             return sequences
         none = np.empty(0, np.int32)
         return cls.from_arrays(
-            ids=np.concatenate([none, *(one.ids for one in sequences)]),
-            counts=np.concatenate([none, *(one.counts for one in sequences)]),
-            lengths=[len(one) for one in sequences],
-            rows=[one.row for one in sequences],
+            ids=np.concatenate([none, *(sequence.ids for sequence in sequences)]),
+            counts=np.concatenate([none, *(sequence.counts for sequence in sequences)]),
+            lengths=[len(sequence) for sequence in sequences],
+            rows=[sequence.row for sequence in sequences],
         )
 
     @classmethod
@@ -216,11 +216,11 @@ class Sequences(Sequence[TokenSequence]):
         """Returns the number of tokens of each that the loss counts; never its first: [n]."""
         filled = self.lengths > 0
         starts = self.starts[:-1][filled]
-        found = np.zeros(len(self), np.int64)
+        totals = np.zeros(len(self), np.int64)
         if len(starts):  # no running total of all tokens: they may be many
             sums = np.add.reduceat(self.counts, starts, dtype=np.int64)
-            found[filled] = sums - self.counts[starts]
-        return found
+            totals[filled] = sums - self.counts[starts]
+        return totals
 
     @overload
     def __getitem__(self, index: int) -> TokenSequence: ...

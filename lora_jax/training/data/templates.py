@@ -81,7 +81,7 @@ def with_date(template: str, day: datetime.date) -> str:
     >>> jinja2.Template(template).render()
     'Today is 05 Aug 2025.'
     """
-    formats = {found[2]: day.strftime(found[2]) for found in _DATES.finditer(template)}
+    formats = {match[2]: day.strftime(match[2]) for match in _DATES.finditer(template)}
     if not formats:
         raise TrainingError("the model's chat template tells no date")
     if template.startswith(_MACRO):  # told another day before
@@ -264,13 +264,13 @@ class Rendered(NamedTuple):
 
     def _check_said(self, index: int, turn: Message) -> None:
         """Raises TrainingError if the text of a turn is missing that is no assistant's."""
-        said, role = turn.get("content"), turn["role"]
-        if role == "assistant" or not isinstance(said, str) or not said.strip():
+        text, role = turn.get("content"), turn["role"]
+        if role == "assistant" or not isinstance(text, str) or not text.strip():
             return
-        is_long = len(said.strip()) >= _LONG
-        if is_long and self._has(said) or role == "user" and not is_long:
+        is_long = len(text.strip()) >= _LONG
+        if is_long and self._has(text) or role == "user" and not is_long:
             return
-        if self._differs({index: {**turn, "content": said + _CHANGE}}):
+        if self._differs({index: {**turn, "content": text + _CHANGE}}):
             return
         remedy = "Give a model whose template knows tools"
         if role != "tool":
@@ -278,11 +278,11 @@ class Rendered(NamedTuple):
                 "Put it into the first user turn, or give a model whose template knows this role"
             )
         raise TrainingError(
-            f"the model's chat template shows no turns of the role {role!r} here: {shown(said)} is "
+            f"the model's chat template shows no turns of the role {role!r} here: {shown(text)} is "
             f"not in {shown(self.text)}. {remedy}"
         )
 
-    def left_out(self, n: int, said: Mapping[int, str]) -> dict[str, LeftOut]:
+    def left_out(self, n: int, texts: Mapping[int, str]) -> dict[str, LeftOut]:
         """Returns the fields of `n` turns that the template shows in some turns only.
 
         Args:
@@ -292,14 +292,14 @@ class Rendered(NamedTuple):
         Raises:
           TrainingError: the template shows a field in no turn.
         """
-        found = {}
+        counts = {}
         for fields in _FIELDS:
             turns = {i: self._fields_of(i, fields) for i in range(n)}
             turns = {index: names for index, names in turns.items() if names}
             hidden = self._without(turns)
             if not hidden:
                 continue
-            never = [i for i in hidden if self._upto(i, said)._without({i: turns[i]})]
+            never = [i for i in hidden if self._upto(i, texts)._without({i: turns[i]})]
             first, (field, *_) = next(iter(turns.items()))
             if len(never) == len(turns):
                 raise TrainingError(
@@ -307,12 +307,12 @@ class Rendered(NamedTuple):
                     f"{shown(self.chat.messages[first][field])}): leave the field out, write it "
                     "into `content`, or give a model whose template shows it"
                 )
-            found[field] = LeftOut(len(turns), len(hidden) - len(never), len(never))
-        return found
+            counts[field] = LeftOut(len(turns), len(hidden) - len(never), len(never))
+        return counts
 
-    def _upto(self, index: int, said: Mapping[int, str]) -> "Rendered":
+    def _upto(self, index: int, texts: Mapping[int, str]) -> "Rendered":
         """Returns the turns up to one, as they are rendered when no others follow."""
-        text = said.get(index) or render(self.chat, index + 1, self.tokenizer)
+        text = texts.get(index) or render(self.chat, index + 1, self.tokenizer)
         return self._replace(end=index + 1, text=text, ask=False)
 
     def _fields_of(self, index: int, fields: Iterable[str]) -> list[str]:
@@ -324,12 +324,13 @@ class Rendered(NamedTuple):
     def _without(self, turns: Mapping[int, list[str]]) -> list[int]:
         """Returns the turns whose fields are not in the text."""
         messages = self.chat.messages
-        said = [messages[i][field] for i, fields in turns.items() for field in fields]
+        texts = [messages[i][field] for i, fields in turns.items() for field in fields]
         unseen = {
             index: {name: value for name, value in messages[index].items() if name not in fields}
             for index, fields in turns.items()
             if not any(
-                said.count(messages[index][field]) == 1 and self._has(messages[index][field], _LONG)
+                texts.count(messages[index][field]) == 1
+                and self._has(messages[index][field], _LONG)
                 for field in fields
             )
         }
@@ -339,13 +340,13 @@ class Rendered(NamedTuple):
             return []
         return [index for index, turn in unseen.items() if not self._differs({index: turn})]
 
-    def _has(self, said: Any, least: int = 0) -> bool:
+    def _has(self, content: Any, least: int = 0) -> bool:
         """Returns True if a text stands in the rendered one, as it is or as JSON has it."""
-        if not isinstance(said, str) or len(said.strip()) < least:
+        if not isinstance(content, str) or len(content.strip()) < least:
             return False
-        if said.strip() in self.text:
+        if content.strip() in self.text:
             return True
-        escaped = (json.dumps(said, ensure_ascii=only)[1:-1] for only in (True, False))
+        escaped = (json.dumps(content, ensure_ascii=only)[1:-1] for only in (True, False))
         return any(form in self.text for form in escaped)
 
     def _differs(self, turns: Mapping[int, Message]) -> bool:

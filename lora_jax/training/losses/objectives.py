@@ -65,12 +65,12 @@ def _sequences(
     segments = jnp.take_along_axis(batch["segment_ids"], batch["predict_at"], axis=1) - 1
     known, n = batch["weights"] > 0, batch["counts"].shape[1]
     whole = completions(logps, known, segments=segments, n=n)
-    found = whole
+    sequences = whole
     if "completion" in batch:
         known &= batch["completion"] > 0
-        found = completions(logps, known, segments=segments, n=n)
+        sequences = completions(logps, known, segments=segments, n=n)
     reference = batch.get("reference")
-    return found._replace(reference=None if reference is None else reference.reshape(-1)), whole
+    return sequences._replace(reference=None if reference is None else reference.reshape(-1)), whole
 
 
 def pair_loss(
@@ -103,7 +103,7 @@ def _pair_loss(
         chosen, rejected = (jax.tree.map(lambda x, i=i: x[i::2], both) for i in (0, 1))
         mean, weights = batch["mean_tokens"][0], dict(terms)
         weight = weights.pop(NLL, 0.0)
-        found = preference_loss(weights, chosen, rejected, options, sft_tokens=mean)
+        loss = preference_loss(weights, chosen, rejected, options, sft_tokens=mean)
         if weight:
             if "completion" not in batch:
                 raise ValueError(
@@ -111,12 +111,12 @@ def _pair_loss(
                 )
             with_prompts = jax.tree.map(lambda x: x[::2], whole)
             nll = summed_nll(with_prompts, batch["mean_with_prompts"][0])
-            found = found._replace(total=found.total + weight * nll)
+            loss = loss._replace(total=loss.total + weight * nll)
         seen = jax.lax.stop_gradient({"chosen": chosen, "rejected": rejected})
         logs = {f"logps_{name}": jnp.sum(one.policy) for name, one in seen.items()}
         tokens = batch["counts"].astype(jnp.float32).reshape(-1, 2).sum(0)
         logs |= {"length_chosen": tokens[0], "length_rejected": tokens[1]}
-        return found._replace(logs=found.logs | logs)
+        return loss._replace(logs=loss.logs | logs)
 
     return Loss(sums, unit="pair")
 

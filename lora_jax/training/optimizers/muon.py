@@ -43,10 +43,10 @@ def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransforma
         return array if isinstance(array, optax.MaskedNode) else numbers[path, name]
 
     def sized(path: str, name: str, array: jax.Array) -> Any:
-        found = numbers[path, name]
-        if found is None or isinstance(array, optax.MaskedNode):
+        axis_groups = numbers[path, name]
+        if axis_groups is None or isinstance(array, optax.MaskedNode):
             return array
-        m, n = (math.prod(array.shape[axis] for axis in axes) for axes in found)
+        m, n = (math.prod(array.shape[axis] for axis in axes) for axes in axis_groups)
         return array * jnp.asarray(_RMS * math.sqrt(max(m, n)), array.dtype)
 
     muon = contrib.scale_by_muon(
@@ -98,8 +98,8 @@ def _numbers(path: str, node: Node, name: str, array: Shaped) -> MuonDimensionNu
 def described(params: Tree) -> str:
     """Returns a line on the number of matrices, and on the arrays that go to AdamW."""
     numbers = dimension_numbers(params)
-    others = sorted({path for (path, _), found in numbers.items() if found is None})
-    n = sum(found is not None for found in numbers.values())
+    others = sorted({path for (path, _), axes in numbers.items() if axes is None})
+    n = sum(axes is not None for axes in numbers.values())
     if not others:
         return f"muon on all {n} arrays"
     shown = ", ".join(others[:3]) + ", …" * (len(others) > 3)

@@ -162,9 +162,9 @@ class Checkpoints:
 
     def _check_files(self, step: int) -> None:
         """Raises a DamagedCheckpoint if a file is not the one that was saved."""
-        recorded, found = self._recorded()[str(step)], _digests(self.folder / str(step))
-        if wrong := [name for name, digest in recorded.items() if found.get(name) != digest]:
-            how = "is not what was saved" if wrong[0] in found else "is missing"
+        recorded, digests = self._recorded()[str(step)], _digests(self.folder / str(step))
+        if wrong := [name for name, digest in recorded.items() if digests.get(name) != digest]:
+            how = "is not what was saved" if wrong[0] in digests else "is missing"
             raise DamagedCheckpoint(f"its file {wrong[0]} {how}")
 
     def _recorded(self) -> dict[str, Digests]:
@@ -187,7 +187,7 @@ class Checkpoints:
         """Records a checkpoint's digests beside those of the others that are kept."""
         if is_first():
             digests = {**self._recorded(), str(step): _digests(self.folder / str(step))}
-            write_json(self._record, {str(one): digests[str(one)] for one in kept})
+            write_json(self._record, {str(number): digests[str(number)] for number in kept})
         wait_for_all("the checkpoint's files are recorded")
 
     def _remove_all_but(self, kept: list[int]) -> None:

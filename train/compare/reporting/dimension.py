@@ -48,7 +48,7 @@ def dimensions(comparison: Comparison) -> tuple[Dimension, ...]:
     if whole is None or whole.quality is None or whole.measure.kind != "score":
         return ()
     target = SHARE * whole.quality.mean
-    found = []
+    results = []
     for method in OF_SUBSPACE:
         own = [row for row in rows if row.arm.method == method and row.quality]
         by_size = tables.best_of_each(own, lambda arm: arm.dimension)
@@ -58,38 +58,38 @@ def dimensions(comparison: Comparison) -> tuple[Dimension, ...]:
         reach = (_size(row) for row in curve if row.quality and row.quality.mean >= target)
         seeds = sorted({run.seed for row in curve for run in row.runs})
         crossings = (_crossing(_points(curve, seed), target) for seed in seeds)
-        of_seeds = tuple(one for one in crossings if one is not None)
-        found.append(
+        of_seeds = tuple(crossing for crossing in crossings if crossing is not None)
+        results.append(
             Dimension(method, curve, whole.quality.mean, target, next(reach, None), of_seeds)
         )
-    return tuple(found)
+    return tuple(results)
 
 
-def sentence(one: Dimension, score: str) -> str:
+def sentence(measured: Dimension, score: str) -> str:
     """Returns an intrinsic dimension in words.
 
     Args:
       one: the dimension.
       score: the name of the score.
     """
-    who = words.method(one.method)
+    who = words.method(measured.method)
     goal = (
-        f"{SHARE:.0%} of full fine-tuning's {score} ({words.figure(one.target)} of "
-        f"{words.figure(one.whole)})"
+        f"{SHARE:.0%} of full fine-tuning's {score} ({words.figure(measured.target)} of "
+        f"{words.figure(measured.whole)})"
     )
-    sizes = [_size(row) for row in one.rows]
-    if one.smallest is None:
+    sizes = [_size(row) for row in measured.rows]
+    if measured.smallest is None:
         return f"{who} does not reach {goal} with up to {sizes[-1]:,} numbers."
-    low, high = min(one.of_seeds, default=math.inf), max(one.of_seeds, default=math.inf)
-    said = f"{who} reaches {goal} with {one.smallest:,} numbers"
-    if one.smallest == sizes[0]:
-        return f"{said}, the fewest that were tried: d90 may be smaller."
+    low, high = min(measured.of_seeds, default=math.inf), max(measured.of_seeds, default=math.inf)
+    beginning = f"{who} reaches {goal} with {measured.smallest:,} numbers"
+    if measured.smallest == sizes[0]:
+        return f"{beginning}, the fewest that were tried: d90 may be smaller."
     above = f"{high:,.0f}" if math.isfinite(high) else f"beyond {sizes[-1]:,}"
     below = f"{low:,.0f} or fewer" if low == sizes[0] else f"{low:,.0f}"
-    n = len(one.of_seeds)
+    n = len(measured.of_seeds)
     if n == 1:
-        return f"{said}. Between the dimensions tried, d90 is {below} (one seed)."
-    return f"{said}. Between the dimensions tried, d90 is {below} to {above} ({n} seeds)."
+        return f"{beginning}. Between the dimensions tried, d90 is {below} (one seed)."
+    return f"{beginning}. Between the dimensions tried, d90 is {below} to {above} ({n} seeds)."
 
 
 def _size(row: ArmRow) -> int:

@@ -96,7 +96,7 @@ def _markdown_block(block: Block) -> str:
             return f"{fence}text\n{text}\n{fence}"
         case Gallery(pictures):
             shown = [(file, escape_markdown(t), escape_markdown(s)) for file, t, s in pictures]
-            return "\n\n".join(f"![{t}]({file})\n\n**{t}.** {said}" for file, t, said in shown)
+            return "\n\n".join(f"![{t}]({file})\n\n**{t}.** {below}" for file, t, below in shown)
         case Grid(header, body, marked):
             first, *rest = [[escape_markdown(cell) for cell in row] for row in (header, *body)]
             if marked is not None:
@@ -131,10 +131,10 @@ def _safe(text: str) -> str:
 
 def _figure(picture: Picture, folder: Path) -> str:
     png = base64.b64encode((folder / picture.file).read_bytes()).decode()
-    title, said = html.escape(picture.title), _safe(picture.said)
+    title, caption = html.escape(picture.title), _safe(picture.said)
     return (
         f'<figure><img alt="{title}" src="data:image/png;base64,{png}">'
-        f"<figcaption><b>{title}.</b> {said}</figcaption></figure>"
+        f"<figcaption><b>{title}.</b> {caption}</figcaption></figure>"
     )
 
 

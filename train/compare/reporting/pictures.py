@@ -83,11 +83,11 @@ class _Plot(Figures):
         self, axes: Axes, rows: Sequence[ArmRow], at: Sequence[float], name: str | None = None
     ) -> None:
         """Draws the quality of rows, a line with bars; of a single one, a mark."""
-        found = [row.quality for row in rows if row.quality]
+        spreads = [row.quality for row in rows if row.quality]
         style = self.style(rows[0])
         line = {**style, "capsize": 3} if len(at) > 1 else _mark(style)
         name = name or self.name(rows[0])
-        axes.errorbar(at, [one.mean for one in found], yerr=errors(found), label=name, **line)
+        axes.errorbar(at, [x.mean for x in spreads], yerr=errors(spreads), label=name, **line)
 
 
 def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
@@ -103,16 +103,16 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
     drawing = _Plot(comparison)
     if not drawing.series:
         return ()
-    found = []
+    pictures = []
     with rc_context(STYLE):
         for drawer in _DRAWERS:
             file = f"{drawer.__name__.lstrip('_')}.png"
             # Without pyplot there is no global state.
             figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
-            if said := drawer(drawing, figure):
+            if title_and_caption := drawer(drawing, figure):
                 figure.savefig(folder / file)
-                found.append(Picture(file, *said))
-    return tuple(found)
+                pictures.append(Picture(file, *title_and_caption))
+    return tuple(pictures)
 
 
 def _curves(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
@@ -208,17 +208,17 @@ def _sizes(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 def _dimension(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the score against the dimension of random subspaces, with full fine-tuning's."""
-    found = dimension.dimensions(drawing.comparison)
-    if not found:
+    measured = dimension.dimensions(drawing.comparison)
+    if not measured:
         return None
     axes = figure.subplots()
-    for one in found:
-        sizes = [row.arm.dimension or 0 for row in one.rows]
-        drawing.draw_line(axes, one.rows, sizes, words.method(one.method))
-    _scale_of_counts(axes, [row.arm.dimension or 0 for one in found for row in one.rows])
-    axes.axhline(found[0].whole, color=FULL, label=words.method("full"))
+    for each in measured:
+        sizes = [row.arm.dimension or 0 for row in each.rows]
+        drawing.draw_line(axes, each.rows, sizes, words.method(each.method))
+    _scale_of_counts(axes, [row.arm.dimension or 0 for each in measured for row in each.rows])
+    axes.axhline(measured[0].whole, color=FULL, label=words.method("full"))
     share = f"{dimension.SHARE:.0%} of it"
-    axes.axhline(found[0].target, color=FULL, linestyle="--", label=share)
+    axes.axhline(measured[0].target, color=FULL, linestyle="--", label=share)
     _label(figure, axes, "trained numbers d", drawing.measure.name)
     return (
         f"{words.capital(drawing.measure.name)} in random subspaces",
@@ -285,13 +285,13 @@ def _storage(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 def _forgetting(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     """Draws the rise of the loss outside the task."""
     every = [(row, row.spread_of("forgotten")) for row in drawing.series]
-    measured = [(row, found) for row, found in every if found]
+    measured = [(row, spread) for row, spread in every if spread]
     if not measured:
         return None
     figure.set_size_inches(WIDTH, 1.1 + 0.32 * len(measured))
     axes = figure.subplots()
-    for at, (row, found) in enumerate(measured):
-        axes.errorbar(found.mean, at, xerr=errors([found]), **_mark(drawing.style(row)))
+    for at, (row, spread) in enumerate(measured):
+        axes.errorbar(spread.mean, at, xerr=errors([spread]), **_mark(drawing.style(row)))
     axes.set_yticks(range(len(measured)), [drawing.name(row) for row, _ in measured])
     axes.set_ylim(len(measured) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=1)
@@ -307,9 +307,9 @@ def _forgetting(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 _DRAWERS = (_curves, _rates, _sizes, _dimension, _costs, _storage, _forgetting)
 
 
-def errors(found: Sequence[Spread]) -> list[list[float]]:
+def errors(spreads: Sequence[Spread]) -> list[list[float]]:
     """Returns the lengths of error bars, from the lowest to the highest seed: [2, n]."""
-    return [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
+    return [[x.mean - x.low for x in spreads], [x.high - x.mean for x in spreads]]
 
 
 def _few(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
@@ -338,7 +338,7 @@ def _plain(text: str) -> str:
 def _seed_curves(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any, Any]:
     """Returns steps that all seeds measured, and lowest, mean and highest value at each."""
     of_seed: list[dict[int, float]] = [
-        {one.step: one.value for one in curve if math.isfinite(one.value)}
+        {point.step: point.value for point in curve if math.isfinite(point.value)}
         for curve in curves
         if curve
     ]

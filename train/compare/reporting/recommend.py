@@ -145,17 +145,17 @@ def _spread_doubts(
         return []
     seeds = sorted({run.seed for row in rows for run in row.runs})
     more = (*seeds, *range(seeds[-1] + 1, seeds[-1] + 1 + max(2, len(seeds))))
-    said = None
+    text = None
     if full_ahead and gap.error is None:
-        said = "Full fine-tuning is ahead by one seed: train more seeds (--seeds)."
+        text = "Full fine-tuning is ahead by one seed: train more seeds (--seeds)."
     elif gap.is_hidden:
-        said = (
+        text = (
             f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread is wider than that: "
             "train more seeds (--seeds)."
         )
     elif not cheaper:
-        said = "No measured cost speaks for LoRA: measure more seeds, memory and storage."
-    return [Doubt("more seeds are needed", said, "--seeds", more)] if said else []
+        text = "No measured cost speaks for LoRA: measure more seeds, memory and storage."
+    return [Doubt("more seeds are needed", text, "--seeds", more)] if text else []
 
 
 def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
@@ -223,7 +223,7 @@ def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> tuple[st
     one, other = lora.quality, full.quality
     assert one and other
     values = [words.beside(side.mean, gap.error or side.deviation) for side in (one, other)]
-    found = (
+    measured = (
         f"{words.capital(figures.measure.name)}: {values[0]} with {figures.label(lora.arm)} "
         f"({_seeds(one)}), {values[1]} with {figures.label(full.arm)} ({_seeds(other)})."
     )
@@ -233,16 +233,16 @@ def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> tuple[st
     if gap.error is None:
         side = "more" if gap.decides else "no more"
         in_short = in_short if gap.decides else "quality not told apart by one seed"
-        said = f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
-        return in_short, [found, f"{said}known, since a side has a single seed."]
+        text = f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
+        return in_short, [measured, f"{text}known, since a side has a single seed."]
     spread = f"± {words.rough(gap.error)}, its {_LEVEL:.0%} interval over seeds"
     if gap.decides:
-        said = f"{words.capital(who)} is better by {by}: beyond the spread ({spread})."
-        return in_short, [found, said]
-    said = f"The gap is {by}: within the spread ({spread})."
+        text = f"{words.capital(who)} is better by {by}: beyond the spread ({spread})."
+        return in_short, [measured, text]
+    text = f"The gap is {by}: within the spread ({spread})."
     if gap.is_hidden:
-        return "quality not told apart by these seeds", [found, said]
-    return "quality tied", [found, f"{said} Quality is tied; cost decides."]
+        return "quality not told apart by these seeds", [measured, text]
+    return "quality tied", [measured, f"{text} Quality is tied; cost decides."]
 
 
 def _seeds(values: Spread) -> str:
@@ -256,7 +256,7 @@ def _costs(lora: ArmRow, full: ArmRow) -> tuple[int, list[str]]:
         ("Time of a step", "step_seconds", words.seconds),
         ("Files of a task", "saved_bytes", words.size),
     )
-    cheaper, said, who = 0, [], words.method(lora.arm.method)
+    cheaper, lines, who = 0, [], words.method(lora.arm.method)
     for name, field, show in costs:
         one, other = lora.mean(field), full.mean(field)
         if not one or not other:
@@ -265,15 +265,15 @@ def _costs(lora: ArmRow, full: ArmRow) -> tuple[int, list[str]]:
         ratio = f"full takes {words.times(other / one)} as much"
         if one > other:
             ratio = f"{who} takes {words.times(one / other)} as much"
-        said.append(f"{name}: {show(one)} with {who}, {show(other)} in full; {ratio}.")
+        lines.append(f"{name}: {show(one)} with {who}, {show(other)} in full; {ratio}.")
     one, other = lora.mean("forgotten"), full.mean("forgotten")
     if one is not None and other is not None:
         cheaper += one < other
-        said.append(
+        lines.append(
             f"Forgetting: the loss outside the task changes by {one:+.2g} with {who} and by "
             f"{other:+.2g} in full."
         )
-    return cheaper, said
+    return cheaper, lines
 
 
 def _smaller(lora: ArmRow, figures: Figures) -> list[str]:
@@ -294,34 +294,34 @@ def _smaller(lora: ArmRow, figures: Figures) -> list[str]:
 
 def _doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
     """Returns reasons why a method may do better than its best row here, and what would show it."""
-    found = []
+    doubts = []
     tried = tables.rates_of(side, figures.rows)
     rate, who = side.arm.learning_rate, words.method(side.arm.method)
     option = "--full-lrs" if side.is_full else "--lrs"
     if tried.edge:
         lower, higher = (float(f"{x:.2g}") for x in (rate / 3, rate * 3))
         beyond = {"smallest": (lower,), "largest": (higher,)}.get(tried.edge, (lower, higher))
-        said = f"try {' and '.join(f'{x:g}' for x in beyond)} too ({option})."
+        text = f"try {' and '.join(f'{x:g}' for x in beyond)} too ({option})."
         if tried.edge == "only":
-            said = f"{figures.label(side.arm)}: one learning rate alone was tried; {said}"
+            text = f"{figures.label(side.arm)}: one learning rate alone was tried; {text}"
         else:
-            said = f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: {said}"
+            text = f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: {text}"
         if side.arm.method in WITH_OWN_RATE:  # its rates are multiples of those that --lrs names
             option = ""
         values = sorted({*beyond, *(row.arm.learning_rate for row in tried.tried)})
         short = f"the best rate of {who} is at the edge of what was tried"
-        found.append(Doubt(short, said, option, tuple(values)))
+        doubts.append(Doubt(short, text, option, tuple(values)))
     rank = side.arm.rank
     if rank is None:
-        return found
+        return doubts
     alike = [row for row in figures.rows if row.arm.method == side.arm.method]
     ranks = {row.arm.rank for row in alike if row.arm.rank and tables.is_tried(row)}
     whole = max((row.trained_parameters or 0 for row in figures.rows if row.is_full), default=0)
     is_half = bool(whole) and 2 * (side.trained_parameters or 0) >= whole
     if rank >= max(ranks) and not is_half:
         short = f"the best rank of {who} is the largest tried"
-        said = (
+        text = (
             f"The best rank of {who}, {rank}, is the largest tried: try {4 * rank} too (--ranks)."
         )
-        found.append(Doubt(short, said, "--ranks", tuple(sorted({*ranks, 4 * rank}))))
-    return found
+        doubts.append(Doubt(short, text, "--ranks", tuple(sorted({*ranks, 4 * rank}))))
+    return doubts

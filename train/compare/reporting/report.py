@@ -46,7 +46,8 @@ def write_report(comparison: Comparison, folder: Path) -> Recommendation:
     """
     (folder / PICTURES).mkdir(exist_ok=True)
     pictures = [
-        one._replace(file=f"{PICTURES}/{one.file}") for one in draw(comparison, folder / PICTURES)
+        each._replace(file=f"{PICTURES}/{each.file}")
+        for each in draw(comparison, folder / PICTURES)
     ]
     recommendation = recommend(comparison)
     blocks = report_of(comparison, recommendation, pictures)
@@ -79,8 +80,8 @@ def _task(facts: ComparisonFacts) -> str:
     text = f"{facts.model}, trained on {facts.dataset} for {facts.steps} steps."
     if not facts.baselines:
         return text
-    said = (f"{words.figure(value)} by {name}" for name, value in facts.baselines.items())
-    return f"{text} Without training, {facts.score} is {', '.join(said)}."
+    baselines = (f"{words.figure(value)} by {name}" for name, value in facts.baselines.items())
+    return f"{text} Without training, {facts.score} is {', '.join(baselines)}."
 
 
 def _recommended(recommendation: Recommendation) -> list[Block]:
@@ -120,14 +121,14 @@ def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
         body.append([*cells, words.count(row.trained_parameters), _others(row)])
     marked = next((i for i, row in enumerate(rows) if row.arm == recommendation.arm), None)
     better = "larger" if measure.larger else "smaller"
-    said = "" if marked is None else " The row that stands out is the one recommended above."
+    marking = "" if marked is None else " The row that stands out is the one recommended above."
     if marked is not None and recommendation.verdict == "undecided":
-        said = " The row that stands out is ahead so far."
+        marking = " The row that stands out is ahead so far."
     blocks: list[Block] = [
         Heading("Quality"),
         Paragraph(
             f"{words.capital(measure.name)} over seeds, {better} is better; the "
-            f"best arm comes first. Runs that did not end do not count.{said}"
+            f"best arm comes first. Runs that did not end do not count.{marking}"
         ),
         Grid(header, body, marked),
     ]
@@ -155,13 +156,13 @@ def _best(figures: Figures) -> list[Block]:
 
 def _rates(figures: Figures) -> list[Block]:
     body = []
-    for found in tables.rates(figures.rows):
-        cells = [figures.adapter(found.tried[0].arm)]
-        for at in (found.best - 1, found.best, found.best + 1):
-            if not 0 <= at < len(found.tried):
+    for group in tables.rates(figures.rows):
+        cells = [figures.adapter(group.tried[0].arm)]
+        for at in (group.best - 1, group.best, group.best + 1):
+            if not 0 <= at < len(group.tried):
                 cells.append("not tried")
                 continue
-            row = found.tried[at]
+            row = group.tried[at]
             value = _mean(row.quality) if row.quality else row.runs[0].status
             cells.append(f"{row.arm.learning_rate:g}: {value}")
         body.append(cells)
@@ -175,9 +176,9 @@ def _rates(figures: Figures) -> list[Block]:
 
 
 def _dimensions(figures: Figures) -> list[Block]:
-    found = dimension.dimensions(figures.comparison)
-    said = [dimension.sentence(one, figures.measure.name) for one in found]
-    return [Heading("Intrinsic dimension"), Lines(said)] if said else []
+    measured = dimension.dimensions(figures.comparison)
+    sentences = [dimension.sentence(each, figures.measure.name) for each in measured]
+    return [Heading("Intrinsic dimension"), Lines(sentences)] if sentences else []
 
 
 def _costs(figures: Figures) -> list[Block]:
@@ -206,13 +207,13 @@ def _planned(figures: Figures) -> list[Block]:
     header = ["Arm", "Memory of a device", "Time of a step", "Device hours", "Cost"]
     body = [
         [
-            figures.label(one.arm),
-            words.size(one.bytes_per_device),
-            words.seconds(one.step_seconds),
-            words.rough(one.device_hours),
-            words.rough(one.cost),
+            figures.label(plan.arm),
+            words.size(plan.bytes_per_device),
+            words.seconds(plan.step_seconds),
+            words.rough(plan.device_hours),
+            words.rough(plan.cost),
         ]
-        for one in figures.comparison.planned
+        for plan in figures.comparison.planned
     ]
     on = figures.comparison.facts.planned_on or "another machine"
     return _table(Heading(f"Computed, not measured: {on}", 3), header, body)
@@ -234,12 +235,12 @@ def _rungs(figures: Figures) -> list[Block]:
 def _latencies(figures: Figures) -> list[Block]:
     body = [
         [
-            figures.label(one.arm),
-            one.what,
-            *map(words.seconds, (one.base, one.merged, one.live)),
-            words.rough(one.live / one.base if one.base else None),
+            figures.label(latency.arm),
+            latency.what,
+            *map(words.seconds, (latency.base, latency.merged, latency.live)),
+            words.rough(latency.live / latency.base if latency.base else None),
         ]
-        for one in figures.comparison.latencies
+        for latency in figures.comparison.latencies
     ]
     header = ["Arm", "What", "Base alone", "Merged", "Beside the base", "Beside ÷ base"]
     return _table(Heading("Latency of inference"), header, body)
@@ -272,7 +273,7 @@ def _intruders(figures: Figures) -> list[Block]:
 def _seeds_table(figures: Figures, field: str, heading: str, text: str) -> list[Block]:
     """Returns a table of a field of `RunResult`, with a row for each arm that has it."""
     measured = ((row.arm, row.spread_of(field)) for row in figures.rows)
-    body = [[figures.label(arm), *_spread(found)] for arm, found in measured if found]
+    body = [[figures.label(arm), *_spread(spread)] for arm, spread in measured if spread]
     return _table(Heading(heading), ["Arm", *_SPREAD], body, text)
 
 
@@ -297,8 +298,8 @@ def _facts(figures: Figures) -> list[Block]:
         "Date": facts.date,
         "Versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
     }
-    said = [f"{name}: {value}" for name, value in lines.items()]
-    return [Heading("Facts"), Code(facts.command), Lines(said)]
+    facts_shown = [f"{name}: {value}" for name, value in lines.items()]
+    return [Heading("Facts"), Code(facts.command), Lines(facts_shown)]
 
 
 _SECTIONS = (
@@ -309,10 +310,10 @@ _SECTIONS = (
 def _others(row: ArmRow) -> str:
     """Returns the number of a row's runs without a value, by how they ended."""
     counts: Counter[str] = Counter(run.status for run in row.runs)
-    said = [f"{counts[status]} {name}" for status, name in _ENDINGS.items() if counts[status]]
+    endings = [f"{counts[status]} {name}" for status, name in _ENDINGS.items() if counts[status]]
     if n := counts["done"] - (row.quality.n if row.quality else 0):
-        said.append(f"{n} without a finite value")
-    return ", ".join(said) or words.NOTHING
+        endings.append(f"{n} without a finite value")
+    return ", ".join(endings) or words.NOTHING
 
 
 def _spread(values: Spread | None) -> list[str]:
@@ -320,7 +321,7 @@ def _spread(values: Spread | None) -> list[str]:
     if values is None:
         return [*[words.NOTHING] * 4, "0"]
     mean, low, high = (
-        words.beside(one, values.deviation) for one in (values.mean, values.low, values.high)
+        words.beside(value, values.deviation) for value in (values.mean, values.low, values.high)
     )
     return [mean, words.rough(values.deviation), low, high, f"{values.n}"]
 

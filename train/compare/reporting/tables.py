@@ -88,8 +88,8 @@ class ArmRow:
 
     def mean(self, field: str) -> float | None:
         """Returns the mean of a field of `RunResult` over the runs that ended."""
-        found = self.spread_of(field)
-        return found and found.mean
+        values = self.spread_of(field)
+        return values and values.mean
 
     @property
     def order(self) -> tuple[bool, float, int]:
@@ -170,13 +170,13 @@ class DiskUse(NamedTuple):
 
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Returns mean and spread of the values that are there and finite; None without any."""
-    found = [value for value in values if value is not None and math.isfinite(value)]
-    if not found:
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if not finite:
         return None
-    deviation = statistics.stdev(found) if len(found) > 1 else None
-    low, high = min(found), max(found)
-    mean = min(max(statistics.fmean(found), low), high)  # rounding can put it outside
-    return Spread(len(found), mean, low, high, deviation)
+    deviation = statistics.stdev(finite) if len(finite) > 1 else None
+    low, high = min(finite), max(finite)
+    mean = min(max(statistics.fmean(finite), low), high)  # rounding can put it outside
+    return Spread(len(finite), mean, low, high, deviation)
 
 
 def criteria(facts: ComparisonFacts) -> dict[str, Criterion]:
@@ -226,8 +226,8 @@ def arm_rows(comparison: Comparison, measure: Criterion) -> tuple[ArmRow, ...]:
 
 def best(among: Iterable[ArmRow]) -> ArmRow | None:
     """Returns the best row: of those whose every seed ended, if there are any."""
-    found = [row for row in among if row.quality]
-    return min([row for row in found if row.is_whole] or found, key=_order, default=None)
+    measured = [row for row in among if row.quality]
+    return min([row for row in measured if row.is_whole] or measured, key=_order, default=None)
 
 
 def best_sides(among: Iterable[ArmRow]) -> tuple[ArmRow | None, ArmRow | None]:
@@ -254,11 +254,11 @@ def series(among: Iterable[ArmRow]) -> tuple[ArmRow, ...]:
 
 def series_and_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
     """Returns `series`, and where no run of a kind ended, the arm that got furthest and lowest."""
-    found = {_kind(row.arm): row for row in series(among)}
+    row_of_kind = {_kind(row.arm): row for row in series(among)}
     for row in sorted(among, key=_last):
         if any(run.held_out or run.losses for run in row.runs):
-            found.setdefault(_kind(row.arm), row)
-    return tuple(sorted(found.values(), key=_place))
+            row_of_kind.setdefault(_kind(row.arm), row)
+    return tuple(sorted(row_of_kind.values(), key=_place))
 
 
 def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
@@ -266,12 +266,12 @@ def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
 
     Runs that were stopped early or diverged count as tried, and are never the best.
     """
-    found = []
+    groups_of_rates = []
     for group in groups(filter(is_tried, among), Arm.rate_group):
         tried = tuple(sorted(group, key=lambda row: row.arm.learning_rate))
         if (top := best(tried)) is not None:
-            found.append(Rates(tried, tried.index(top)))
-    return tuple(sorted(found, key=lambda one: _place(one.tried[0])))
+            groups_of_rates.append(Rates(tried, tried.index(top)))
+    return tuple(sorted(groups_of_rates, key=lambda tried_rates: _place(tried_rates.tried[0])))
 
 
 def is_tried(row: ArmRow) -> bool:
@@ -285,8 +285,8 @@ def is_tried(row: ArmRow) -> bool:
 def rates_of(row: ArmRow, among: Iterable[ArmRow]) -> Rates:
     """Returns the rates that were tried where a row's arm is the best."""
     alike = row.arm.rate_group()
-    (found,) = rates(one for one in among if one.arm.rate_group() == alike)
-    return found
+    (group,) = rates(candidate for candidate in among if candidate.arm.rate_group() == alike)
+    return group
 
 
 def rate_ratio(among: Iterable[ArmRow]) -> float | None:
@@ -311,10 +311,10 @@ def storage(comparison: Comparison) -> tuple[DiskUse, ...]:
 
 def groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[list[ArmRow]]:
     """Returns rows in groups, in the order of the groups' first rows."""
-    found: dict[Hashable, list[ArmRow]] = {}
+    rows_by_key: dict[Hashable, list[ArmRow]] = {}
     for row in among:
-        found.setdefault(key(row.arm), []).append(row)
-    return found.values()
+        rows_by_key.setdefault(key(row.arm), []).append(row)
+    return rows_by_key.values()
 
 
 def _kind(arm: Arm) -> tuple[Hashable, ...]:
@@ -332,7 +332,7 @@ def _last(row: ArmRow) -> tuple[float, float]:
 
 
 def _diverged(run: RunResult) -> bool:
-    return "finite" in (run.error or "") or any(not math.isfinite(one.value) for one in run.losses)
+    return "finite" in (run.error or "") or any(not math.isfinite(at.value) for at in run.losses)
 
 
 _order = operator.attrgetter("order")

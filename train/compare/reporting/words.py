@@ -18,7 +18,7 @@ def method(name: str) -> str:
 def family(arm: Arm, others: Iterable[Arm] = ()) -> str:
     """Returns an arm without rank, dimension and rate: "LoRA", or "LoRA on mlp" beside others."""
     name = method(arm.method)
-    if arm.targets and len({one.targets for one in others if one.targets}) > 1:
+    if arm.targets and len({other.targets for other in others if other.targets}) > 1:
         name += f" on {' '.join(arm.targets)}"
     return name
 
@@ -31,17 +31,17 @@ def adapter(arm: Arm, others: Iterable[Arm] = ()) -> str:
       others: arms beside which it is named; only what differs among them is said.
     """
     name = method(arm.method)
-    adapted = [one for one in others if one.rank is not None]
+    adapted = [other for other in others if other.rank is not None]
     if arm.rank is not None:
         name += f" r={arm.rank}"
-        if len({one.targets for one in adapted}) > 1:
+        if len({other.targets for other in adapted}) > 1:
             name += f" on {' '.join(arm.targets or ())}"
-        scales = {(one.alpha or 0.0) / (one.rank or 1) for one in adapted}
+        scales = {(other.alpha or 0.0) / (other.rank or 1) for other in adapted}
         if len(scales) > 1 and arm.alpha is not None:
             name += f" α={arm.alpha:g}"
     if arm.dimension is not None:
         name += f" d={arm.dimension:,}"
-    if len({one.batch_size for one in others}) > 1:
+    if len({other.batch_size for other in others}) > 1:
         name += f" batch {arm.batch_size}"
     return name
 

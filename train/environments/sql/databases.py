@@ -127,8 +127,8 @@ class GuardedDatabase:
             answer = self._served.ask(json.dumps({"scripts": scripts, "sql": sql}), _MAX_SECONDS)
         except NoAnswer:
             return guard.TIMEOUT
-        found = json.loads(answer)
-        return found[-1] if isinstance(found[-1], str) else [[*map(tuple, rows)] for rows in found]
+        sets = json.loads(answer)
+        return sets[-1] if isinstance(sets[-1], str) else [[*map(tuple, rows)] for rows in sets]
 
     def close(self) -> None:
         """Ends the processes; the next query starts another."""

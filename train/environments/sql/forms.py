@@ -199,10 +199,10 @@ def _contains(scene: Scene) -> tuple[Query, Words]:
 def _one_of(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
     category = scene.column(table, "text")
-    one, two = scene.values(category, 2)
-    texts = f"({literal(one)}, {literal(two)})"
+    first, second = scene.values(category, 2)
+    texts = f"({literal(first)}, {literal(second)})"
     query = _titles(table, Condition(path=category.path, operator="IN", value=texts))
-    return query, category_words(category) | {"value": str(one), "value2": str(two)}
+    return query, category_words(category) | {"value": str(first), "value2": str(second)}
 
 
 def _both_filters(scene: Scene) -> tuple[Query, Words]:

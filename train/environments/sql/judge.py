@@ -41,10 +41,10 @@ def find_query(text: str) -> str | None:
         text = fenced[1]
     else:
         fenced = None
-    found = _AT_LINE.search(text) or _ANYWHERE.search(text)
-    if not found:
+    start_match = _AT_LINE.search(text) or _ANYWHERE.search(text)
+    if not start_match:
         return None
-    start = found.start(1)
+    start = start_match.start(1)
     query = text[start:]
     if text[:start].endswith("`"):
         query = query.partition("`")[0]
@@ -52,7 +52,7 @@ def find_query(text: str) -> str | None:
     blanked = _QUOTED.sub(lambda match: " " * len(match[0]), query)  # at the same positions
     bare, _, after = blanked.partition(";")
     blank_line = _BLANK_LINE.search(bare)
-    if blank_line and not fenced and found[1][:1] in "Ss":  # a WITH may go on after one
+    if blank_line and not fenced and start_match[1][:1] in "Ss":  # a WITH may go on after one
         bare, after = bare[: blank_line.start()], ""
     if re.match(rf"[ \t]*{_START}", after, re.IGNORECASE):
         return None
@@ -106,6 +106,6 @@ def judge(schema: str, gold: str, text: str) -> str:
 def _gold_results(schema: Schema, sql: str) -> list[list[Row]]:
     with open_databases(schema) as databases:
         results = [run(database, sql) for database in databases]
-    if said := [rows for rows in results if isinstance(rows, str)]:
-        raise ValueError(f"the gold query does not run on schema {schema.name} ({said[0]}): {sql}")
+    if bad := [rows for rows in results if isinstance(rows, str)]:
+        raise ValueError(f"the gold query does not run on schema {schema.name} ({bad[0]}): {sql}")
     return [rows for rows in results if not isinstance(rows, str)]

@@ -64,9 +64,9 @@ def accuracy(model: Path, rows: Sequence[Labelled]) -> float:
     classifier = find_classifier(None, str(model))
     texts = read_arguments([text for text, _ in rows])
     tokens = tokenize(texts, classifier.outline, None, False)
-    found = probabilities(*classifier.load(), tokens, batch_size=_ROWS)
-    said = [classifier.labels[i] for i in found.argmax(-1)]
-    return sum(a == b for a, (_, b) in zip(said, rows, strict=True)) / len(rows)
+    predicted = probabilities(*classifier.load(), tokens, batch_size=_ROWS)
+    labels = [classifier.labels[i] for i in predicted.argmax(-1)]
+    return sum(a == b for a, (_, b) in zip(labels, rows, strict=True)) / len(rows)
 
 
 def keep_figure(path: Path, key: Any, measure: Callable[[], float]) -> float:
@@ -78,7 +78,7 @@ def keep_figure(path: Path, key: Any, measure: Callable[[], float]) -> float:
       measure: measures it.
     """
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    found = read_json(path)
-    if name not in found:
-        write_json(path, found | {name: measure()})
+    figures = read_json(path)
+    if name not in figures:
+        write_json(path, figures | {name: measure()})
     return read_json(path)[name]

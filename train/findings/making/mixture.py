@@ -76,9 +76,9 @@ def make(folder: Path, session: Session) -> FindingInputs:
       TrainingError: this Python comes without its documentation, or the base cannot be trained.
       Interrupted: after a signal, once the last step is saved.
     """
-    found = outside.read_text(None)
-    assert found is not None, "nothing turned it off"
-    text, start = found[0], folder / "untrained"
+    text_and_name = outside.read_text(None)
+    assert text_and_name is not None, "nothing turned it off"
+    text, start = text_and_name[0], folder / "untrained"
     rows = folder / "text.jsonl"
     write_lines(rows, [{"text": part} for part in parts(text)])
     asked = questions.make(folder, session)

@@ -27,7 +27,9 @@ def questions(test_rows: int = TEST_ROWS) -> tuple[list[Row], list[Row]]:
       test_rows: how many to hold out, at most `TEST_ROWS`; fewer are the first of them.
     """
     drawn = training_examples(ROWS + 2 * TEST_ROWS, seed=_SEED)
-    rows: list[Row] = [{"messages": [dict(turn) for turn in one.messages]} for one in drawn]
+    rows: list[Row] = [
+        {"messages": [dict(turn) for turn in conversation.messages]} for conversation in drawn
+    ]
     train = rows[:ROWS]
     seen = {json.dumps(row) for row in train}
     return train, [row for row in rows[ROWS:] if json.dumps(row) not in seen][:test_rows]

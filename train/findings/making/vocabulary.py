@@ -65,7 +65,7 @@ def phrases(meaning: dict[str, float], n: int, seed: int = _SEED) -> list[Labell
     rows: list[Labelled] = []
     while len(rows) < n:
         chosen = rng.sample(drawn, STEMS_A_PHRASE)
-        total = sum(meaning[one] for one in chosen)
+        total = sum(meaning[word] for word in chosen)
         if abs(total) < LEAST_SUM or frozenset(chosen) in seen:
             continue
         seen.add(frozenset(chosen))

@@ -37,7 +37,7 @@ def document(
             parts += [f"**{words.capital(block.title)}**"] if block.title else []
             parts.append(table(pivot, block))
     score = comparison.facts.score or "score"
-    parts += [dimension.sentence(one, score) for one in dimension.dimensions(comparison)]
+    parts += [dimension.sentence(result, score) for result in dimension.dimensions(comparison)]
     if picture is not None:
         first = pivots[0]
         parts.append(f"![{words.capital(first.measure.name)} by {first.rows.name}]({picture})")
@@ -51,8 +51,8 @@ def table(pivot: Pivot, block: Block) -> str:
     head = [pivot.rows.name, *(headed(pivot.columns, column) for column in block.columns)]
 
     def cells(row: Key) -> list[str]:
-        found = ((block.cells.get((row, one)), row in best[one]) for one in block.columns)
-        return [shown(row), *(cell_text(cell, is_best=is_best) for cell, is_best in found)]
+        cells_of_row = ((block.cells.get((row, key)), row in best[key]) for key in block.columns)
+        return [shown(row), *(cell_text(cell, is_best=is_best) for cell, is_best in cells_of_row)]
 
     return markdown.table(head, map(cells, block.rows))
 
@@ -69,7 +69,7 @@ def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
     value = cell.quality
     if value is None:
         return ", ".join(dict.fromkeys(run.status for run in cell.runs))
-    mean, low, high = (f"{one:.3f}" for one in (value.mean, value.low, value.high))
+    mean, low, high = (f"{number:.3f}" for number in (value.mean, value.low, value.high))
     text = f"**{mean}**" if is_best else mean
     if not low == mean == high:
         text += f" ({low}–{high})"

@@ -67,16 +67,16 @@ def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
     for column in block.columns:
         i = columns.index(column)
         pairs = [(at, block.cells.get((row, column))) for at, row in enumerate(block.rows)]
-        found = [(at, cell.quality) for at, cell in pairs if cell and cell.quality]
-        if not found:
+        points = [(at, cell.quality) for at, cell in pairs if cell and cell.quality]
+        if not points:
             continue
-        joined = all(not isinstance(block.rows[at], str) for at, _ in found)
+        joined = all(not isinstance(block.rows[at], str) for at, _ in points)
         shift = _APART * (block.columns.index(column) - (len(block.columns) - 1) / 2)
         is_full = column == "full"
         axes.errorbar(
-            [at + shift for at, _ in found],
-            [value.mean for _, value in found],
-            yerr=errors([value for _, value in found]),
+            [at + shift for at, _ in points],
+            [value.mean for _, value in points],
+            yerr=errors([value for _, value in points]),
             label=headed(pivot.columns, column),
             color=FULL if is_full else ADAPTERS[i % len(ADAPTERS)],
             marker="s" if is_full else MARKERS[i % len(MARKERS)],

@@ -62,15 +62,15 @@ class Block:
 
     def best(self, column: Key, measure: Criterion) -> set[Key]:
         """Returns the rows in which a column's mean is the best; several if they are equal."""
-        found = {
+        means = {
             row: cell.quality.mean
             for row in self.rows
             if (cell := self.cells.get((row, column))) and cell.quality
         }
-        if not found:
+        if not means:
             return set()
-        top = (max if measure.larger else min)(found.values())
-        return {row for row, mean in found.items() if mean == top}
+        top = (max if measure.larger else min)(means.values())
+        return {row for row, mean in means.items() if mean == top}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +93,10 @@ def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[ArmRow], Key]:
     """Returns the key of an axis: what `of` returns, or a short name of the method."""
 
     def value(row: ArmRow) -> Key:
-        found = of(row.arm)
-        if found is None:
+        key = of(row.arm)
+        if key is None:
             return "full" if row.is_full else words.method(row.arm.method)
-        return found
+        return key
 
     return value
 
@@ -210,6 +210,6 @@ def _blocks_of(arms: Sequence[ArmRow], layout: PivotLayout) -> list[TableAxis]:
 
 def _ordered(keys: Iterable[Key]) -> tuple[Key, ...]:
     """Returns the numbers upwards, then the names as they come, each once."""
-    found: Any = dict.fromkeys(keys)
-    numbers = sorted(key for key in found if not isinstance(key, str))
-    return (*numbers, *(key for key in found if isinstance(key, str)))
+    distinct: Any = dict.fromkeys(keys)
+    numbers = sorted(key for key in distinct if not isinstance(key, str))
+    return (*numbers, *(key for key in distinct if isinstance(key, str)))

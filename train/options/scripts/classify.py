@@ -165,5 +165,5 @@ def check(config: Config) -> None:
             )
     if config.optim.lr_rule is not None:
         raise UserError("--lr-rule was fitted to language models: give --lr instead")
-    one = minimum(1)
-    check_shared(config, intrinsic=one, rows=one, eval_rows=one, seq_len=minimum(3))
+    least = minimum(1)
+    check_shared(config, intrinsic=least, rows=least, eval_rows=least, seq_len=minimum(3))

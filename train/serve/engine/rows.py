@@ -170,14 +170,14 @@ class RunningRows:
         """
         programs, sizes, off = self._programs, self._sizes, np.bool_(False)
         ids = np.zeros((1, sizes.chunk), np.int32)
-        slot, one = np.int32(0), np.int32(1)
+        slot, unit = np.int32(0), np.int32(1)
         caches, sampling = [], self._sampling_of(SampleRequest(adapter=None, prompt=[0]), 0, 0)
         for length in sizes.caches:
             cache = programs.prompt(length)
-            logits, cache = programs.extend(tree, slot, ids, one, cache)
+            logits, cache = programs.extend(tree, slot, ids, unit, cache)
             caches.append(cache)
             yield
-            programs.cut(cache, one)
+            programs.cut(cache, unit)
             yield
         programs.first(logits, jax.tree.map(lambda x: x[None], sampling), off)
         yield
@@ -186,7 +186,7 @@ class RunningRows:
                 rows = programs.empty(width, length)
                 for cache in caches:
                     if cache.positions.shape[1] <= programs.whole(length):
-                        state = RowState(cache, one, one, one, slot, sampling)
+                        state = RowState(cache, unit, unit, unit, slot, sampling)
                         rows = programs.insert(rows, slot, state)
                 yield
                 rows, _ = programs.decode(tree, rows, off)

@@ -29,10 +29,10 @@ class Sizes:
     @property
     def lengths(self) -> tuple[int, ...]:
         """The lengths of rows: halves of the longest."""
-        found = [self.max_length]
-        while found[-1] % 2 == 0 and found[-1] // 2 >= _LEAST:
-            found.append(found[-1] // 2)
-        return tuple(reversed(found))
+        halvings = [self.max_length]
+        while halvings[-1] % 2 == 0 and halvings[-1] // 2 >= _LEAST:
+            halvings.append(halvings[-1] // 2)
+        return tuple(reversed(halvings))
 
     @property
     def caches(self) -> tuple[int, ...]:

@@ -124,13 +124,13 @@ class StatusRoutes:
             lines.append(f"{metric} {numbers[name]}")
         for name, (kind, about) in _OF_TENANTS.items():
             metric = _begun(lines, f"tenant_{name}", kind, about)
-            for tenant, one in tenants.items():
-                if (value := getattr(one, name)) is not None:
+            for tenant, metrics in tenants.items():
+                if (value := getattr(metrics, name)) is not None:
                     lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {value}')
         metric = _begun(lines, "tenant_loss", "gauge", "Loss of a tenant's latest step.")
-        for tenant, one in tenants.items():
-            if one.losses:
-                lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {one.losses[-1][1]}')
+        for tenant, metrics in tenants.items():
+            if metrics.losses:
+                lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {metrics.losses[-1][1]}')
         text = "\n".join([*lines, ""])
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 

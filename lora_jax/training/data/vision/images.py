@@ -126,7 +126,7 @@ def names_of(rows: Sequence[Row], image: str, source: str) -> list[str]:
 
 
 def read_pixels(
-    found: Sequence[object], names: Sequence[str], processor: ImageProcessor
+    sources: Sequence[object], names: Sequence[str], processor: ImageProcessor
 ) -> np.ndarray:
     """Reads images into a temporary file: [n, channels, height, width] uint8; see `images`.
 
@@ -139,15 +139,15 @@ def read_pixels(
       TrainingError: some cannot be read; names the first of them.
     """
     with tempfile.TemporaryFile() as file:  # lives as long as the map
-        pixels = np.memmap(file, np.uint8, "w+", shape=(len(found), *processor.shape))
+        pixels = np.memmap(file, np.uint8, "w+", shape=(len(sources), *processor.shape))
 
     def read(at: int) -> str | None:
         try:
-            pixels[at] = processor.pixels(found[at])
+            pixels[at] = processor.pixels(sources[at])
             return None
         except ImageError as error:
             return f"{names[at]}: {error}"
 
     with ThreadPoolExecutor() as pool:
-        check_read([said for said in pool.map(read, range(len(found))) if said], len(found))
+        check_read([why for why in pool.map(read, range(len(sources))) if why], len(sources))
     return pixels

@@ -155,7 +155,7 @@ class RunRoutes:
         expires = int(time.time()) + _SECONDS
         folder = Path(row["folder"])
         urls = {}
-        for file in sorted(one for one in folder.rglob("*") if one.is_file()):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = file.relative_to(folder).as_posix()
             link = f"{self._api}/files/{expires}/{self._sign(expires, row['path'], name)}"
             query = f"checkpoint={quote(row['path'], safe='')}&file={quote(name, safe='')}"

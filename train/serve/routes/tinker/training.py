@@ -88,7 +88,7 @@ class TrainingRoutes:
 
         def prepare() -> tuple[None, None]:
             given = fields.object("adam_params", {})
-            commands.check_numbers(given, *(one.name for one in dataclasses.fields(Update)))
+            commands.check_numbers(given, *(number.name for number in dataclasses.fields(Update)))
             return None, None
 
         return self._submit(self._place(fields, owner), "optim_step", body, prepare)
