@@ -184,14 +184,14 @@ def linear_solve_of(eqn: JaxprEqn) -> LinearSolve:
 
 
 class PallasKernel(NamedTuple):
-    """A `pallas_call` equation: a kernel written for an accelerator."""
+    """A `pallas_call` or a `flash_kernel` equation: a kernel written for an accelerator."""
 
     name: str
 
 
 def kernel_of(eqn: JaxprEqn) -> PallasKernel | None:
-    """Reads a `pallas_call`; returns None for any other equation."""
-    if eqn.primitive.name != "pallas_call":
+    """Reads a kernel's equation; returns None for any other one."""
+    if eqn.primitive.name not in ("pallas_call", "flash_kernel"):
         return None
     return PallasKernel(eqn.params.get("name") or "")
 

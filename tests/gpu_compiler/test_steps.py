@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax as lj
@@ -163,10 +164,14 @@ def test_adapters_side_by_side() -> None:
     assert kernels(step) == FLASH and not squares(step, 1536)
 
 
-def placed(tree: Any) -> Any:
-    (device,) = find_machine("h100:1").devices
-    where = jax.sharding.SingleDeviceSharding(device)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+def lowered(run: Any, *trees: Any) -> Any:
+    """Lowers a function for one GPU, whose kind JAX reads from the mesh."""
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.Mesh(np.array(find_machine("h100:1").devices), ("x",), axis_types=auto)
+    where = jax.NamedSharding(mesh, jax.P())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), trees)
+    with jax.set_mesh(mesh):
+        return run.lower(*placed)
 
 
 def test_decoding_writes_its_cache_in_place() -> None:
@@ -192,7 +197,7 @@ def test_decoding_writes_its_cache_in_place() -> None:
         choice,
     )
     run = jax.jit(lambda *args: decode(*args, 200, **how), donate_argnums=1)
-    made = run.lower(*placed((adapted, state, choice))).compile()
+    made = lowered(run, adapted, state, choice).compile()
     text = made.as_text()
     cache = (3, 2, 2, 300, 64)
     sizes = [",".join(map(str, shape)) for shape in (cache, (256, 896), (3, 256, 896))]
@@ -219,8 +224,7 @@ def test_an_encoder_sees_both_sides() -> None:
         out = run({"params": lj.join(adapter, base)}, ids, attention_mask=mask)
         return jnp.mean(out.hidden.astype(jnp.float32) ** 2)
 
-    lowered = jax.jit(jax.grad(loss)).lower(*placed((adapter, base, ids, ids)))
-    text = lowered.compile().as_text()
+    text = lowered(jax.jit(jax.grad(loss)), adapter, base, ids, ids).compile().as_text()
     assert kernel_lines(work_of(text).kernels) == FLASH
     assert not re.search(r"2048,2048\]", text)
 

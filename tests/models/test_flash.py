@@ -1,16 +1,25 @@
 """Flash attention, interpreted, against dense attention; and the blocks that it visits."""
 
 import dataclasses
+import functools
+import logging
+import runpy
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
-from lora_jax.models.layers.attention import DENSE
-from lora_jax.models.layers.kernels import flash
+from lora_jax.models.layers.attend import choose_implementation
+from lora_jax.models.layers.attention import DENSE, AttentionCall
+from lora_jax.models.layers.blockwise import ON_GPU
+from lora_jax.models.layers.kernels import flash, flash_call, flash_programs
 from lora_jax.models.layers.kernels.flash import Flash
+from lora_jax.models.layers.kernels.flash_call import FlashTokens
+from lora_jax.models.layers.kernels.flash_programs import FlashOptions
 from lora_jax.models.layers.masks import Split
 from tests.models.test_attention import Case
 from tests.models.test_splash import MASKS, check_split, differentiated
@@ -64,8 +73,8 @@ def test_blocks_are_left_out_only_where_nothing_is_seen(packed: bool) -> None:
     case = Case(96, packed=packed, window=20)
     mask = case.mask()
     segments = [jnp.broadcast_to(x, (2, 96)) for x in mask.segments()]
-    tokens = flash._Tokens(mask.queries.slots, *segments, jnp.asarray([20]))
-    how = flash.FlashOptions(causal=True, scale=1.0, cap=None, queries=8, keys=4, interpret=True)
+    tokens = FlashTokens(mask.queries.slots, *segments, jnp.asarray([20]))
+    how = FlashOptions(causal=True, scale=1.0, cap=None, queries=8, keys=4, interpret=True)
     seen = np.asarray(mask.visible()).reshape(2, 12, 8, 24, 4).any((2, 4))
     for axis in (1, 0):
         along = seen if axis else seen.swapaxes(1, 2)
@@ -89,3 +98,94 @@ def test_plans_count_what_the_kernel_visits() -> None:
     assert pairs == (5 + 4 + 3) * 128**2  # a window of 200 reaches into the second block before
     count = count_flops(traced.jaxpr)
     assert count.exact and count.flops == 9 * 2 * (2 * 4) * 7 * pairs
+
+
+@pytest.fixture
+def deprecating(monkeypatch):
+    """Calls as JAX 0.11 and newer compile them, whatever JAX this is; tried anew."""
+    monkeypatch.setattr(flash_call, "_BEFORE_IT", False)
+    flash_call.missing_backend.cache_clear()
+    yield
+    flash_call.missing_backend.cache_clear()
+
+
+def lowered_for_a_gpu(run: Any, *shapes: Any) -> str:
+    """Lowers a function for a GPU that is not here; warnings are errors."""
+    device = jax.sharding.AbstractDevice("NVIDIA A100", num_cores=108, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text: str = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    return text
+
+
+def _gone(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("Pallas has no lowering for GPUs")
+
+
+CALL = AttentionCall(queries=2048, head_dim=64, dtype=jnp.bfloat16)
+
+
+def test_lowering_leaves_out_the_backends_own_warning(deprecating) -> None:
+    case = Case(128)
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return jnp.sum(Flash()(*arrays, case.mask()))
+
+    text = lowered_for_a_gpu(jax.grad(loss, (0, 1, 2)), *case.arrays())
+    assert text.count("@__gpu$xla.gpu.triton(") == 3
+    assert str(choose_implementation("auto", CALL, 2048, "gpu")) == "flash"
+    if jax.__version_info__ >= (0, 11):  # the control: the call without its primitive
+        how = FlashOptions(causal=True, scale=1, cap=None, queries=16, keys=16, interpret=False)
+        row, array = jnp.zeros((1, 16), jnp.int32), jnp.zeros((1, 16, 1, 16))
+        tokens = (row[:, :1], row[:, :1], row[0], row, row, row[0, :1])
+        call = functools.partial(flash_call._run_pallas, name="flash_fwd", how=how)
+        with pytest.warns(DeprecationWarning, match=flash_call._DEPRECATION):
+            lowered_for_a_gpu(call, *tokens, array, array, array)
+
+
+@pytest.mark.parametrize("gone", ["on import", "on lowering"])
+def test_blocks_replace_a_kernel_that_is_gone(gone, deprecating, monkeypatch, caplog) -> None:
+    if gone == "on import":
+        monkeypatch.delattr("jax.experimental.pallas.triton")
+        monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+        imported = runpy.run_path(flash_programs.__file__)
+        assert imported["triton"] is None
+        monkeypatch.setattr(flash_programs, "triton", None)
+    else:
+        monkeypatch.setattr(pl, "pallas_call", _gone)
+    case = Case(40)
+    arrays, mask = case.arrays(), case.mask()
+    with caplog.at_level(logging.WARNING, "lora_jax"):
+        got, want = (
+            jax.jit(lambda *x, run=run: run(*x, mask))(*arrays) for run in (Flash(), ON_GPU)
+        )
+        chosen = str(choose_implementation("auto", CALL, 2048, "gpu"))
+    np.testing.assert_array_equal(got, want)
+    assert chosen.startswith(f"blockwise (flash: JAX {jax.__version__} does not compile the kernel")
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "attention 'flash' is replaced by 'blockwise', in plain JAX"
+    ]
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_mapped_call_is_one_call(windows: bool) -> None:
+    """Its rows are rows of one batch, unless slots or windows are mapped."""
+    case = Case(32, batch=2, kv_heads=1, group=2)
+    how = FlashOptions(causal=True, scale=0.3, cap=None, queries=16, keys=16, interpret=True)
+    segments = [jnp.broadcast_to(x, (2, 32)) for x in case.mask().segments()]
+    q, k, v = (jnp.stack([x, 2 * x, 3 * x]) for x in case.arrays())
+
+    def attend(window: jax.Array, *arrays: jax.Array) -> Any:
+        tokens = FlashTokens(case.mask().queries.slots, *segments, window)
+        bounds = flash._bounds(how, tokens, (16, 16), 1)
+        return flash_call._KERNEL.bind(*bounds, *tokens, *arrays, name="flash_fwd", how=how)
+
+    window = jnp.array([[40], [9], [3]] if windows else [9], jnp.int32)
+    mapped = jax.vmap(attend, (0 if windows else None, 0, 0, 0))
+    got = jax.jit(mapped)(window, q, k, v)
+    one = jax.jit(attend)
+    want = [one(window[i] if windows else window, q[i], k[i], v[i]) for i in range(3)]
+    for mine, other in zip(got, map(jnp.stack, zip(*want, strict=True)), strict=True):
+        assert_close(mine, other, 1e-6)
+    calls = str(jax.make_jaxpr(mapped)(window, q, k, v)).count("flash_kernel")
+    assert calls == 1

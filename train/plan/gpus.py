@@ -56,6 +56,8 @@ class Gpu:
       flops: published peak FLOP/s in bf16 with sums in fp32, without sparsity; in fp32 where the
         card computes no bf16.
       from_data_sheet: whether XLA has no description of the card, so that this one is ours.
+      sibling: a card of the same compute capability that JAX knows, where it does not know this
+        one: JAX compiles a kernel by the name of the card.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Gpu:
     l2: int
     flops: float
     from_data_sheet: bool = False
+    sibling: str | None = None
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -80,10 +83,11 @@ class Gpu:
         """The card in the text form of XLA's GpuTargetConfigProto."""
         major, minor = self.compute
         of = _ARCHITECTURES[self.compute]
+        name = f"{self.name} (as {self.sibling})" if self.sibling else self.name
         feature = "ACCELERATED_FEATURES" if of.accelerated else "NONE"
         return f"""
             gpu_device_info {{
-              name: "{self.name}" device_vendor: "NVIDIA Corporation"
+              name: "{name}" device_vendor: "NVIDIA Corporation"
               cuda_compute_capability {{
                 major: {major} minor: {minor} feature_extension: {feature}
               }}
@@ -105,7 +109,7 @@ class Gpu:
             }}
             platform_name: "CUDA"
             dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-            device_description_str: "{self.name}"
+            device_description_str: "{name}"
         """
 
 
@@ -134,10 +138,14 @@ CARDS = {
         "NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, _gib(23.64), 1008e9, 72 * _MIB, 165.2e12, True
     ),
     "rtx3090": Gpu(
-        "NVIDIA GeForce RTX 3090", (8, 6), 82, 1.695, _gib(23.69), 936e9, 6 * _MIB, 71e12, True
+        *("NVIDIA GeForce RTX 3090", (8, 6), 82, 1.695, _gib(23.69), 936e9, 6 * _MIB, 71e12, True),
+        sibling="NVIDIA A10",
     ),
     "l4": Gpu("NVIDIA L4", (8, 9), 58, 2.04, _gib(22.03), 300e9, 48 * _MIB, 121e12, True),
-    "l40s": Gpu("NVIDIA L40S", (8, 9), 142, 2.52, _gib(44.4), 864e9, 96 * _MIB, 362e12, True),
+    "l40s": Gpu(
+        *("NVIDIA L40S", (8, 9), 142, 2.52, _gib(44.4), 864e9, 96 * _MIB, 362e12, True),
+        sibling="NVIDIA L40",
+    ),
     "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, _gib(14.56), 320e9, 4 * _MIB, 8.1e12, True),
 }
 

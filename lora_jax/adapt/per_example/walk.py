@@ -33,6 +33,7 @@ _NO_RULE = {
     "ragged_dot_general": "multiplies rows that are sorted by group",
     "shard_map": "runs on parts of the batch",
     "pallas_call": "is a kernel, which is not looked into",
+    "flash_kernel": "is a kernel, which is not looked into",
 }
 _PLAIN_RULES = {**RULES, **PRODUCT_RULES}
 

@@ -13,17 +13,16 @@ import dataclasses
 import functools
 import math
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Implementation
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
-from lora_jax.models.layers.kernels import flash_programs as programs
+from lora_jax.models.layers.kernels.flash_call import FlashTokens, missing_backend, run
 from lora_jax.models.layers.kernels.flash_programs import FlashOptions
 from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows
 
@@ -62,6 +61,8 @@ class Flash(Implementation):
         """Returns the reason why the kernel cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
+        if not self.interpret and (missing := missing_backend()):
+            return missing
         if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             return f"the kernel has no {jnp.dtype(call.dtype)}"
         if call.head_dim > 256:
@@ -107,7 +108,7 @@ class Flash(Implementation):
             segments = [pad_rows(x, block) for x in segments]
             query_slots = jnp.arange(q.shape[1], dtype=jnp.int32)
         window = _EVER if mask.window is None else mask.window
-        tokens = _Tokens(
+        tokens = FlashTokens(
             query_slots,
             segments[0],
             segments[1],
@@ -145,15 +146,6 @@ class Flash(Implementation):
         return f"blocks_{count(None)}_or_{count(mask.window)}_of_{blocks}"
 
 
-class _Tokens(NamedTuple):
-    """The mask's arrays: slots [queries], segments [batch, n], and the window, [1] int32."""
-
-    slots: jax.Array
-    queries: jax.Array
-    keys: jax.Array
-    window: jax.Array
-
-
 def _visits(
     slots: Slots,
     keys: Slots,
@@ -177,7 +169,7 @@ def _visits(
 
 
 def _bounds(
-    how: FlashOptions, tokens: _Tokens, sizes: tuple[int, int], axis: int
+    how: FlashOptions, tokens: FlashTokens, sizes: tuple[int, int], axis: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the first block to visit and the one behind the last, [batch, blocks] int32.
 
@@ -207,25 +199,17 @@ def _bounds(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    how: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
+    how: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: FlashTokens
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention, and the logarithm to base 2 of the sum of weights of each query."""
     return _forward(how, q, k, v, tokens)[0]
 
 
 def _forward(
-    how: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
+    how: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: FlashTokens
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    call = _Call(how, q, k)
-    out, lse = call.run(
-        programs.forward,
-        "flash_fwd",
-        call.of_queries,
-        _bounds(how, tokens, (how.queries, how.keys), 1),
-        tokens,
-        [(q, call.block), (k, call.row), (v, call.row)],
-        [(q, call.block), (call.statistics, call.block_statistics)],
-    )
+    bounds = _bounds(how, tokens, (how.queries, how.keys), 1)
+    out, lse = run("flash_fwd", how, bounds, tokens, (q, k, v))
     return (out, lse), (q, k, v, tokens, out, lse)
 
 
@@ -236,92 +220,12 @@ def _backward(
     cotangent, of_lse = cotangents
     mean = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
     mean = mean.transpose(0, 2, 1) - of_lse / math.log(2)
-    call = _Call(how, q, k)
-    (dq,) = call.run(
-        programs.query_gradient,
-        "flash_dq",
-        call.of_queries,
-        _bounds(how, tokens, (how.queries, how.keys), 1),
-        tokens,
-        [
-            (q, call.block),
-            (k, call.row),
-            (v, call.row),
-            (cotangent, call.block),
-            (lse, call.block_statistics),
-            (mean, call.block_statistics),
-        ],
-        [(q, call.block)],
-    )
-    dk, dv = call.run(
-        programs.key_value_gradients,
-        "flash_dkv",
-        call.of_keys,
-        _bounds(how, tokens, (how.keys, how.keys), 0),
-        tokens,
-        [
-            (q, call.group),
-            (k, call.key_block),
-            (v, call.key_block),
-            (cotangent, call.group),
-            (lse, call.group_statistics),
-            (mean, call.group_statistics),
-        ],
-        [(k, call.key_block), (v, call.key_block)],
-    )
+    arrays = (q, k, v, cotangent, lse, mean)
+    of_queries = _bounds(how, tokens, (how.queries, how.keys), 1)
+    of_keys = _bounds(how, tokens, (how.keys, how.keys), 0)
+    (dq,) = run("flash_dq", how, of_queries, tokens, arrays)
+    dk, dv = run("flash_dkv", how, of_keys, tokens, arrays)
     return dq, dk, dv, None
 
 
 _attention.defvjp(_forward, _backward)
-
-
-class _Call:
-    """The grids and the blocks of a call: programs are (block, head, row of the batch).
-
-    Attributes:
-      of_queries, of_keys: the grids over blocks of queries of a head, and over blocks of keys.
-      block: a block of queries of a head; block_statistics: their numbers in fp32.
-      row: all keys of the head that a head of queries looks at.
-      key_block: a block of keys of a head.
-      group: all queries of the heads that look at a head of keys; group_statistics: their numbers.
-    """
-
-    def __init__(self, how: FlashOptions, q: jax.Array, k: jax.Array) -> None:
-        batch, queries, heads, head_dim = q.shape
-        keys, kv_heads = k.shape[1:3]
-        group, width = heads // kv_heads, max(16, pl.next_power_of_2(head_dim))
-        self.how, self.queries, self.keys = how, queries, keys
-        self.head_dim, self.width = head_dim, width
-        self.of_queries = (queries // how.queries, heads, batch)
-        self.of_keys = (keys // how.keys, kv_heads, batch)
-        self.statistics = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
-        self.block = pl.BlockSpec((None, how.queries, None, width), lambda i, h, b: (b, i, h, 0))
-        self.row = pl.BlockSpec((None, keys, None, width), lambda i, h, b: (b, 0, h // group, 0))
-        self.key_block = pl.BlockSpec((None, how.keys, None, width), lambda i, h, b: (b, i, h, 0))
-        self.group = pl.BlockSpec((None, queries, group, width), lambda i, h, b: (b, 0, h, 0))
-        self.block_statistics = pl.BlockSpec((None, None, how.queries), lambda i, h, b: (b, h, i))
-        self.group_statistics = pl.BlockSpec((None, group, queries), lambda i, h, b: (b, h, 0))
-
-    def run(
-        self, kernel: Any, name: str, grid: Any, bounds: Any, tokens: _Tokens, ins: Any, outs: Any
-    ) -> Any:
-        """Runs a kernel: on its bounds and tokens, then on the arrays with their blocks."""
-        bound = pl.BlockSpec((None, None), lambda i, h, b: (b, i))
-        whole = [
-            pl.BlockSpec((self.queries,), lambda i, h, b: (0,)),
-            pl.BlockSpec((None, self.queries), lambda i, h, b: (b, 0)),
-            pl.BlockSpec((None, self.keys), lambda i, h, b: (b, 0)),
-            pl.BlockSpec((1,), lambda i, h, b: (0,)),
-        ]
-        return pl.pallas_call(
-            functools.partial(kernel, self.how, self.head_dim),
-            grid=grid,
-            in_specs=[bound, bound, *whole, *(spec for _, spec in ins)],
-            out_specs=[spec for _, spec in outs],
-            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs],
-            compiler_params=triton.CompilerParams(
-                num_warps=4 if self.width <= 64 else 8, num_stages=2
-            ),
-            interpret=self.how.interpret,
-            name=name,
-        )(*bounds, *tokens, *(x for x, _ in ins))

@@ -15,9 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from lora_jax.models.layers.masks import Slots
+
+triton: Any
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # deprecated since JAX 0.11: see `flash_call.missing_backend`
+    triton = None
 
 Ref: TypeAlias = Any  # a reference to an array in memory, or to a block of it
 
