@@ -197,12 +197,10 @@ _KERNEL = Primitive("flash_kernel")
 _KERNEL.multiple_results = True
 
 
-@_KERNEL.def_impl
 def _run_now(*operands: jax.Array, **how: Any) -> Any:
     return jax.jit(functools.partial(_KERNEL.bind, **how))(*operands)
 
 
-@_KERNEL.def_abstract_eval
 def _abstract(*operands: Any, name: str, how: FlashOptions) -> list[Any]:
     q, k, *_ = operands[_TOKENS:]
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in _results(name, q, k)]
@@ -230,5 +228,7 @@ def _batch(operands: Sequence[Any], axes: Sequence[int | None], **how: Any) -> t
     return outs, [0] * len(outs)
 
 
+_KERNEL.def_impl(_run_now)
+_KERNEL.def_abstract_eval(_abstract)
 mlir.register_lowering(_KERNEL, _lower)
 batching.primitive_batchers[_KERNEL] = _batch
