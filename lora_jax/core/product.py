@@ -42,6 +42,7 @@ from lora_jax.core.parts import spread
 from lora_jax.core.types import EqnParams, Value
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
+FACTORS = "lora"  # scope of all that an adapter adds to a product, for profiles
 
 
 class _ProductCall(NamedTuple):
@@ -180,7 +181,9 @@ def combined(
     again = x if for_factors is None else for_factors
 
     def taken(again: Value, weight: Factored, seen: jax.Array) -> jax.Array:
-        return seen + factor_product(dropped(again, weight), weight, seen)
+        with jax.named_scope(FACTORS):
+            delta = factor_product(dropped(again, weight), weight, seen)
+        return seen + delta
 
     def columns_rescaled(x: jax.Array, again: Value, weight: Factored) -> jax.Array:
         return rescaled(taken(again, weight, base_product(x)), placed(weight.gain))

@@ -23,8 +23,8 @@ from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from train.options.common import AdapterConfig
 from train.plan.compile import _closed_form
 from train.plan.flops.checked import count_traced
-from train.plan.flops.hlo import work_of
-from train.plan.flops.kernels import kernel_lines
+from train.plan.hlo.kernels import kernel_lines
+from train.plan.hlo.work import work_of
 from train.plan.job import PlanVariant
 from train.plan.machines import find_machine
 

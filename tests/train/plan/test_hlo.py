@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from train.plan.flops.hlo import NotUnderstood, work_of
+from train.plan.hlo.work import NotUnderstood, work_of
 
 
 def compiled(fn, *shapes, **kwargs):

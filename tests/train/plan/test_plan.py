@@ -30,8 +30,8 @@ from train.plan import compile as planned
 from train.plan.__main__ import PlanConfig
 from train.plan.flops.checked import step_work
 from train.plan.flops.closed_form import step_flops
-from train.plan.flops.hlo import HloWork
 from train.plan.flops.jaxpr import Count
+from train.plan.hlo.work import HloWork
 from train.plan.machines import find_machine
 from train.plan.refusals import refused_bytes
 from train.run.output import folder_bytes

@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from tests.support import thorough
 from train.plan.compile import hlo_of
 from train.plan.flops.checked import text_of
-from train.plan.flops.hlo import work_of
+from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
 
 ROOT = Path(__file__).parents[3]

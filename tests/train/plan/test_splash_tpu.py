@@ -17,8 +17,8 @@ from lora_jax.models.layers.placement import Placement
 from tests.train.plan.tiny_plans import FIELDS
 from train.plan import __main__ as plan
 from train.plan import compile as planned
-from train.plan.flops.hlo import work_of
-from train.plan.flops.kernels import kernel_lines
+from train.plan.hlo.kernels import kernel_lines
+from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from lora_jax.adapt.eqns import AnyJaxpr, kernel_of, opened, scan_of, scope_of, shard_map_of
-from train.plan.flops.hlo import pairs_along
-from train.plan.flops.kernels import KernelCall, kernel_flops
-from train.plan.flops.kernels import kernel_of as listed
+from train.plan.hlo.kernels import KernelCall, kernel_flops
+from train.plan.hlo.kernels import kernel_of as listed
+from train.plan.hlo.products import pairs_along
 
 _RUN_ONCE = {"jit", "closed_call", "core_call", "remat2", "checkpoint"}
 _RUN_ONCE |= {"custom_jvp_call", "custom_vjp_call"}
@@ -25,7 +25,7 @@ class Count(NamedTuple):
     Attributes:
       flops: FLOPs of matrix products and convolutions, on all devices together.
       exact: False if the jaxpr does not say how often a part runs (a `while`, a kernel that
-        `train.plan.flops.kernels` does not list); such a part counts once.
+        `train.plan.hlo.kernels` does not list); such a part counts once.
     """
 
     flops: int

@@ -1,0 +1,185 @@
+"""The compiler's estimate, read from HLO whose cycles, bytes and schedule are known by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from train.plan.clock.groups import (
+    ADAPTER,
+    ATTENTION,
+    BACKWARD,
+    BASE,
+    COLLECTIVES,
+    COPIES,
+    ELEMENTWISE,
+    FORWARD,
+    HEAD,
+    RECOMPUTED,
+    UPDATE,
+)
+from train.plan.clock.read import read_clock
+from train.plan.hlo.work import NotUnderstood, work_of
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%product (p: bf16[8,16], w: bf16[16,32]) -> bf16[8,32] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %w = bf16[16,32]{1,0} parameter(1)
+  ROOT %dot = bf16[8,32]{1,0} dot(%p, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
+metadata={op_name="jit(step)/jvp(Decoder)/model/while/body/layers/mlp/gate_proj/dot_general"}
+}
+%part (p.1: bf16[4,8,16], i.1: s32[]) -> bf16[8,16] {
+  %p.1 = bf16[4,8,16]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,8,16]{2,1,0} dynamic-slice(%p.1, %i.1, %zero, %zero), \
+dynamic_slice_sizes={1,8,16}
+  ROOT %flat = bf16[8,16]{1,0} bitcast(%slice)
+}
+%body (b: (s32[], bf16[4,8,16], bf16[16,32])) -> (s32[], bf16[4,8,16], bf16[16,32]) {
+  %b = (s32[], bf16[4,8,16]{2,1,0}, bf16[16,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %xs = bf16[4,8,16]{2,1,0} get-tuple-element(%b), index=1
+  %w.1 = bf16[16,32]{1,0} get-tuple-element(%b), index=2
+  %x = bf16[8,16]{1,0} fusion(%xs, %i), kind=kLoop, calls=%part, \
+backend_config={"estimated_cycles":"50"}
+  COLLECTIVE
+  %fusion.1 = bf16[8,32]{1,0} fusion(%x, %w.1), kind=kOutput, calls=%product, \
+metadata={op_name="SCOPE"}, backend_config={"estimated_cycles":"1000"}
+  DONE
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], bf16[4,8,16]{2,1,0}, bf16[16,32]{1,0}) tuple(%next, %xs, %w.1)
+}
+%condition (c: (s32[], bf16[4,8,16], bf16[16,32])) -> pred[] {
+  %c = (s32[], bf16[4,8,16]{2,1,0}, bf16[16,32]{1,0}) parameter(0)
+  ROOT %lt = pred[] constant(true)
+}
+ENTRY %main (xs.1: bf16[4,8,16], w.2: bf16[16,32]) -> bf16[16,32] {
+  %xs.1 = bf16[4,8,16]{2,1,0} parameter(0)
+  %w.2 = bf16[16,32]{1,0} parameter(1)
+  %start = s32[] constant(0)
+  %init = (s32[], bf16[4,8,16]{2,1,0}, bf16[16,32]{1,0}) tuple(%start, %xs.1, %w.2)
+  %loop = (s32[], bf16[4,8,16]{2,1,0}, bf16[16,32]{1,0}) while(%init), condition=%condition, \
+body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %w.3 = bf16[16,32]{1,0} get-tuple-element(%loop), index=2
+  ROOT %norm = bf16[16,32]{1,0} tanh(%w.3), metadata={op_name="jit(step)/mul"}, \
+backend_config={"estimated_cycles":"7"}
+}
+"""
+FLOPS, SENT = 2 * 8 * 16 * 32, 32 * 32 * 2
+FORWARD_SCOPE = "jit(step)/jvp(Decoder)/model/while/body/layers/mlp/gate_proj/dot_general"
+GATHERED = "bf16[32,32]{1,0}"
+SYNC = f"%gathered = {GATHERED} all-gather(%w.1), dimensions={{0}}"
+START = f"%all-gather-start = (bf16[16,32]{{1,0}}, {GATHERED}) all-gather-start(%w.1)"
+END = f"%all-gather-done = {GATHERED} all-gather-done(%all-gather-start)"
+
+
+def clock(collective="", done="", scope=FORWARD_SCOPE, link=1e9, text=HLO):
+    text = text.replace("COLLECTIVE", collective).replace("DONE", done).replace("SCOPE", scope)
+    return read_clock(text, 1e9, peak=1e12, link=link)
+
+
+def test_a_loop_counts_by_its_trips():
+    made = clock()
+    assert made.cost(BASE, FORWARD).seconds == pytest.approx(4 * 1000e-9, rel=1e-12)
+    assert made.cost(BASE, FORWARD).flops == 4 * FLOPS == made.flops
+    assert made.cost(BASE, FORWARD).bytes == 4 * 2 * (8 * 16 + 16 * 32 + 8 * 32)
+    assert made.cost(COPIES).seconds == pytest.approx(4 * 50e-9, rel=1e-12)
+    counters = 4 + 3 * 4  # the index of the slice, and the sum that counts the turns
+    assert made.cost(COPIES).bytes == 4 * (2 * 2 * 8 * 16 + counters), "a slice, not the stack"
+    assert made.cost(UPDATE).seconds == pytest.approx(7e-9, rel=1e-12)
+    assert made.seconds == made.fusions == pytest.approx(4 * 1050e-9 + 7e-9, rel=1e-12)
+    assert (made.uncovered, made.kernels, made.unknown) == (0, 0, {})
+    of_two = clock(text=HLO.replace('"n":"4"', '"n":"2"'))
+    assert of_two.cost(BASE).seconds == made.cost(BASE).seconds / 2, "the control"
+
+
+@pytest.mark.parametrize(
+    ("scope", "name", "phase"),
+    [
+        ("jit(step)/transpose(jvp(Decoder))/layers/mlp/up_proj/dot_general", BASE, BACKWARD),
+        (
+            "jit(step)/transpose(jvp(M))/checkpoint/rematted_computation/mlp/up_proj/dot_general",
+            BASE,
+            RECOMPUTED,
+        ),
+        ("jit(step)/jvp(Decoder)/layers/mlp/up_proj/lora/dot_general", ADAPTER, FORWARD),
+        ("jit(step)/transpose(jvp(D))/mlp/up_proj/lora/dot_general", ADAPTER, BACKWARD),
+        ("jit(step)/jvp()/while/body/Decoder.head/lm_head/dot_general", HEAD, FORWARD),
+        ("jit(step)/jvp(D)/layers/self_attn/attention/dot_general", ATTENTION, FORWARD),
+    ],
+)
+def test_products_belong_to_their_scope(scope, name, phase):
+    """The scope of the product itself tells, not that of the fusion around it."""
+    made = clock(text=HLO.replace(FORWARD_SCOPE, scope))
+    assert made.cost(name, phase).flops == 4 * FLOPS
+    assert made.cost(name, phase).seconds == pytest.approx(4e-6, rel=1e-12)
+
+
+def test_work_without_products_belongs_to_its_own_scope():
+    text = HLO.replace("jit(step)/mul", "jit(step)/jvp(Decoder)/model/norm/mul")
+    assert clock(text=text).cost(ELEMENTWISE, FORWARD).seconds == pytest.approx(7e-9, rel=1e-12)
+    text = HLO.replace("jit(step)/mul", "jit(step)/transpose(jvp())/exp")
+    assert clock(text=text).cost(HEAD, BACKWARD).seconds == pytest.approx(7e-9, rel=1e-12)
+
+
+def test_links_cost_what_no_work_covers():
+    """A gather of 2,048 bytes takes 2,048 ns, and 1,000 of them pass beside the product."""
+    alone = clock(SYNC)
+    assert alone.uncovered == pytest.approx(4 * SENT * 1e-9, rel=1e-12)
+    assert alone.cost(COLLECTIVES).bytes == 4 * SENT
+    beside = clock(START, END)
+    assert beside.uncovered == pytest.approx(4 * (SENT - 1000) * 1e-9, rel=1e-9)
+    assert beside.links == alone.links == pytest.approx(4 * SENT * 1e-9, rel=1e-12)
+    assert beside.seconds == pytest.approx(beside.fusions + beside.uncovered, rel=1e-12)
+    assert clock(START, END, link=3e9).uncovered == 0
+
+
+def test_a_collective_may_be_spread_over_fusions():
+    """It counts where it begins, and runs beside the fusions that carry its buffers."""
+    inside = """
+%NAME (q: bf16[16,32]) -> bf16[32,32] {
+  %q = bf16[16,32]{1,0} parameter(0)
+  ROOT %gathered.1 = bf16[32,32]{1,0} all-gather(%q), dimensions={0}
+}
+ENTRY"""
+    text = HLO
+    for name in ("first", "async_collective_fusion.1", "last"):
+        text = text.replace("ENTRY", inside.replace("NAME", name), 1)
+    made = clock(
+        "%async-collective-start = (bf16[16,32]{1,0}, bf16[32,32]{1,0}) fusion(%w.1), calls=%first",
+        "%state = bf16[16,32]{1,0} get-tuple-element(%async-collective-start), index=0\n"
+        "  %fusion.2 = (bf16[16,32]{1,0}, bf16[32,32]{1,0}) fusion(%state), "
+        'calls=%async_collective_fusion.1, backend_config={"estimated_cycles":"500"}\n'
+        "  %state.2 = bf16[16,32]{1,0} get-tuple-element(%fusion.2), index=0\n"
+        "  %async-collective-done = bf16[32,32]{1,0} fusion(%state.2), calls=%last",
+        text=text,
+    )
+    assert made.cost(COLLECTIVES).bytes == 4 * SENT
+    assert made.uncovered == pytest.approx(4 * (SENT - 1500) * 1e-9, rel=1e-9)
+
+
+def test_kernels_take_an_assumed_share_of_the_peak():
+    call = (
+        "%splash_mha_fwd.1 = bf16[2,8,16]{2,1,0} custom-call(%q.1, %q.1, %q.1), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/jvp(D)/attention/call"}'
+    )
+    q = "%q.1 = bf16[2,8,16]{2,1,0} parameter(2)\n  "
+    made = clock(q + call)
+    flops = 4 * 2 * 2 * (2 * 8 * 16) * 8
+    assert made.cost(ATTENTION, FORWARD).flops == flops
+    assert made.kernels == pytest.approx(flops / (0.5 * 1e12), rel=1e-12)
+    other = clock(q + call.replace("splash_mha_fwd", "mine"))
+    assert (other.kernels, other.unknown) == (0, {"mine": 4})
+
+
+def test_without_a_clock_there_are_flops_and_bytes():
+    """Of a program of this CPU, whose compiler estimates nothing."""
+    shape = jax.ShapeDtypeStruct((24, 24), jnp.float32)
+    text = jax.jit(lambda a, b: jnp.tanh(a @ b) @ b).lower(shape, shape).compile().as_text()
+    made = read_clock(text, None)
+    assert made.flops == work_of(text).flops == 2 * 2 * 24**3
+    assert made.seconds == 0 and made.cost(BASE).bytes > 0
+    with pytest.raises(NotUnderstood):
+        read_clock("HloModule nothing")

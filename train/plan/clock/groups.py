@@ -1,0 +1,104 @@
+"""The groups of a step's work: what an instruction is part of, by the scopes in its `op_name`."""
+
+import re
+from typing import NamedTuple
+
+from lora_jax.core.product import FACTORS
+from train.plan.hlo.kernels import kernel_of
+from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
+from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
+
+BASE, ADAPTER, ATTENTION, HEAD = "base products", "A and B", "attention", "head and loss"
+ELEMENTWISE, COPIES, COLLECTIVES = "norms and elementwise", "copies", "collectives"
+UPDATE = "optimizer"  # what belongs to neither the loss nor its gradient
+GROUPS = (BASE, ADAPTER, ATTENTION, HEAD, ELEMENTWISE, COPIES, UPDATE, COLLECTIVES)
+FORWARD, RECOMPUTED, BACKWARD, AFTER = "forward", "recomputed", "backward", ""
+PHASES = (FORWARD, RECOMPUTED, BACKWARD, AFTER)
+
+_ADAPTER = re.compile(rf"(^|[/(]){FACTORS}([/)]|$)")
+_HEAD = re.compile(r"(^|[/.])(lm_head|head|score|logits|embed_out)(/|$)|jvp\(\)")
+_ATTENTION = re.compile(r"(^|/)(attention|windowed_\d+_of_\d+|blocks_\d+\w*|\w*splash\w*)(/|$)")
+_GRADIENT = re.compile(r"\b(jvp|transpose)\(")
+# Move or cast numbers, and compute nothing; indices and other scalars do not count.
+_MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy", "transpose"}
+_MOVES |= {"reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad"}
+_MOVES |= {"broadcast", "convert", "fusion", "custom-call"}
+
+
+class Group(NamedTuple):
+    """A group of instructions.
+
+    Attributes:
+      name: one of `GROUPS`.
+      phase: one of `PHASES`: "" for the optimiser, and what else stands outside of the gradient.
+    """
+
+    name: str
+    phase: str
+
+
+def group_of(module: HloModule, op: Instruction, computation: Computation) -> Group:
+    """Returns the group of an instruction: that of its largest product, or else of its scopes."""
+    if call := kernel_call(op, computation):
+        kernel = kernel_of(call)
+        scope = call.scope
+        is_attention = kernel is None or "attention" in kernel.label
+        return Group(ATTENTION if is_attention else _product_group(scope), phase_of(scope))
+    if products := _products(module, op, computation):
+        scope = max(products)[1] or scope_of(module, op)
+        return Group(_product_group(scope), phase_of(scope))
+    scope = scope_of(module, op)
+    phase = phase_of(scope)
+    if _only_moves(module, op, computation):
+        return Group(COPIES, phase)
+    if phase == AFTER:
+        return Group(UPDATE, phase)
+    for name, pattern in ((ADAPTER, _ADAPTER), (ATTENTION, _ATTENTION), (HEAD, _HEAD)):
+        if pattern.search(scope):
+            return Group(name, phase)
+    return Group(ELEMENTWISE, phase)
+
+
+def phase_of(scope: str) -> str:
+    """Returns the phase of a scope, one of `PHASES`."""
+    if "rematted_computation" in scope:
+        return RECOMPUTED
+    if "transpose(" in scope:
+        return BACKWARD
+    return FORWARD if _GRADIENT.search(scope) else AFTER
+
+
+def scope_of(module: HloModule, op: Instruction) -> str:
+    """Returns the `op_name` of an instruction, or of the last inside that it has with scopes."""
+    if "/" in op.op_name:
+        return op.op_name
+    return next(
+        (inner.op_name for inner, _ in reversed(list(module.inside(op))) if "/" in inner.op_name),
+        "",
+    )
+
+
+def _product_group(scope: str) -> str:
+    for name, pattern in ((ADAPTER, _ADAPTER), (ATTENTION, _ATTENTION), (HEAD, _HEAD)):
+        if pattern.search(scope):
+            return name
+    return BASE
+
+
+def _products(
+    module: HloModule, op: Instruction, computation: Computation
+) -> list[tuple[int, str]]:
+    """Returns the FLOPs and the scope of each product of an instruction."""
+    return [
+        (product_flops(inner, around), inner.op_name)
+        for inner, around in ((op, computation), *module.inside(op))
+        if inner.opcode in PRODUCTS
+    ]
+
+
+def _only_moves(module: HloModule, op: Instruction, computation: Computation) -> bool:
+    return all(
+        inner.opcode in _MOVES
+        for inner, _ in ((op, computation), *module.inside(op))
+        if not is_scalar(inner)
+    )

@@ -1,0 +1,109 @@
+"""Reads the compiler's estimate of a step from its optimised HLO."""
+
+import dataclasses
+
+from train.plan.clock.groups import COLLECTIVES, GROUPS, PHASES, Group
+from train.plan.clock.walk import Cost, DeviceRates, Walk
+from train.plan.hlo.module import SURPRISES, HloModule, NotUnderstood
+
+KERNEL_SHARE = 0.5  # of the peak, that kernels are assumed to reach
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The estimate of one call of a program on one device.
+
+    Attributes:
+      seconds: the time of all; 0 without rates, as everything below in seconds.
+      fusions: seconds of what the compiler estimates.
+      kernels: seconds of kernels, by an assumed share of the peak.
+      uncovered: seconds that the device waits for links, by their assumed rate.
+      links: seconds that the links are busy, waited for or not.
+      groups: the cost of each group, in the order of `GROUPS` and `PHASES`.
+      unknown: kind of instruction -> how often it ran without an estimate; these count nothing.
+    """
+
+    seconds: float
+    fusions: float
+    kernels: float
+    uncovered: float
+    links: float
+    groups: dict[Group, Cost]
+    unknown: dict[str, int]
+
+    def cost(self, name: str, phase: str | None = None) -> Cost:
+        """Returns the cost of a group, in one phase or in all of them."""
+        total = Cost()
+        for group, cost in self.groups.items():
+            if group.name == name and phase in (None, group.phase):
+                total = total.plus(cost)
+        return total
+
+    @property
+    def flops(self) -> int:
+        """The FLOPs of products and kernels."""
+        return sum(cost.flops for cost in self.groups.values())
+
+    def lines(self) -> list[str]:
+        """Returns the groups as lines of text: milliseconds, TFLOP and GB."""
+        rows = [
+            ("fusions, as the compiler estimates", self.fusions, None),
+            ("kernels, assumed", self.kernels, None),
+            ("links uncovered, assumed", self.uncovered, None),
+            *((" ".join(g).strip(), c.seconds, c) for g, c in self.groups.items()),
+        ]
+        return [
+            f"{name:36}{1e3 * seconds:10.2f} ms"
+            + ("" if c is None else f"{c.flops / 1e12:12.4f} TFLOP{c.bytes / 1e9:10.3f} GB")
+            for name, seconds, c in rows
+        ]
+
+
+def read_clock(
+    text: str,
+    clock: float | None = 1.5e9,
+    *,
+    peak: float = 197e12,
+    kernel_share: float = KERNEL_SHARE,
+    link: float = 90e9,
+) -> Estimate:
+    """Returns the compiler's estimate of a program; the defaults are those of a TPU v5e.
+
+    Seconds of fusions are estimates of the compiler, never measured. Asynchronous copies between
+    memories count nothing. Collectives share the links, one after the other.
+
+    Args:
+      text: the optimised HLO, as returned by ``compiled.as_text()``.
+      clock: cycles a second; None where the compiler estimates none, as GPUs' does.
+      peak: FLOP/s of a device.
+      kernel_share: the share of the peak that kernels reach, whose cycles the compiler does not
+        state.
+      link: bytes a second of a device's links, both ways, along an axis of the mesh.
+
+    Raises:
+      NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
+    """
+    rates = None if clock is None else DeviceRates(clock, kernel_share * peak, link)
+    try:
+        module = HloModule(text)
+        tally = Walk(module, rates).tally(module.entry)
+    except NotUnderstood:
+        raise
+    except SURPRISES as error:
+        raise NotUnderstood(f"the HLO is not written as expected: {error!r}") from error
+    ordered = {
+        group: tally.costs[group]
+        for name in GROUPS
+        for phase in PHASES
+        if (group := Group(name, phase)) in tally.costs
+    }
+    waited = sum(cost.seconds for group, cost in ordered.items() if group.name == COLLECTIVES)
+    return Estimate(
+        seconds=tally.seconds,
+        fusions=tally.seconds - tally.kernels - waited,
+        kernels=tally.kernels,
+        uncovered=waited,
+        links=tally.links,
+        groups=ordered,
+        unknown=tally.unknown,
+    )

@@ -1,0 +1,254 @@
+"""Walks a scheduled module: seconds, FLOPs and bytes of each group, and where links are waited for.
+
+The compiler writes the cycles that it expects of an instruction into the HLO; `while` bodies count
+by their trips. An asynchronous collective runs beside what stands between its start and its done.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from train.plan.clock.groups import AFTER, COLLECTIVES, Group, group_of
+from train.plan.clock.traffic import traffic_of
+from train.plan.hlo.kernels import kernel_flops, kernel_of
+from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
+from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
+from train.plan.hlo.work import LATER_PARTS, collective_kind, sent_bytes
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "domain"}
+_FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "reshape"}
+_PLACES = ("AllocateBuffer", "ConcatBitcast")  # custom calls that give arrays a place
+_LINKS = Group(COLLECTIVES, AFTER)
+_TWICE = {"all-reduce": 2}  # a ring scatters its sums and gathers them
+
+
+class DeviceRates(NamedTuple):
+    """Speed of a device, by which work becomes seconds.
+
+    Attributes:
+      clock: cycles that the compiler counts.
+      kernel: FLOPs of kernels, whose cycles it does not know; an assumption.
+      link: bytes that collectives move; an assumption.
+    """
+
+    clock: float
+    kernel: float
+    link: float
+
+
+class Cost(NamedTuple):
+    """The cost of a group.
+
+    Attributes:
+      seconds: by the rates.
+      flops: FLOPs of products and kernels.
+      bytes: bytes of operands and results, or those that collectives send or receive.
+    """
+
+    seconds: float = 0.0
+    flops: int = 0
+    bytes: int = 0
+
+    def plus(self, other: "Cost", times: int = 1) -> "Cost":
+        """Returns the sum with another cost, so many times."""
+        return Cost(
+            self.seconds + times * other.seconds,
+            self.flops + times * other.flops,
+            self.bytes + times * other.bytes,
+        )
+
+
+class Tally(NamedTuple):
+    """The cost of a computation that runs once.
+
+    Attributes:
+      costs: the cost of each group.
+      seconds: time from beginning to end, with waits for links.
+      kernels: seconds of kernels, within the costs.
+      links: seconds that the links are busy, waited for or not.
+      unknown: how often a kind of instruction ran whose cycles the HLO does not state.
+    """
+
+    costs: dict[Group, Cost]
+    seconds: float
+    kernels: float
+    links: float
+    unknown: dict[str, int]
+
+
+class Walk:
+    """A walk over the computations of a module, each of which is counted once."""
+
+    def __init__(self, module: HloModule, rates: DeviceRates | None) -> None:
+        """Takes the module, and the rates of a device; without rates, nothing has seconds."""
+        self.module = module
+        self.rates = rates
+        self.tally = functools.cache(self._tally)
+
+    def _tally(self, name: str) -> Tally:
+        """Returns the tally of a computation, in the order of its schedule."""
+        computation = self.module.computations[name]
+        run = _Run()
+        for op in computation.values():
+            if op.opcode in _FREE:
+                continue
+            if op.opcode in ("while", "call", "async-start"):
+                times = self.module.turns(op) if op.opcode == "while" else 1
+                for called in op.called:
+                    run.add(self.tally(called), times)
+                continue
+            if op.opcode == "conditional":
+                run.add(max(map(self.tally, op.called), key=lambda side: side.seconds))
+                continue
+            self._step(op, name, computation, run)
+        run.wait(run.free)
+        return Tally(run.costs, run.now, run.kernels, run.links, run.unknown)
+
+    def _step(self, op: Instruction, name: str, computation: Computation, run: "_Run") -> None:
+        """Adds an instruction that calls no schedule of its own."""
+        sent, busy = self._sent(op, name, computation)
+        started = run.started_by(op, computation, self.module)
+        if sent:
+            ends = run.transfer(busy, sent)
+            if _is_start(op):
+                run.flights[op.name] = ends
+                return
+            run.wait(ends)
+        if started is not None and _is_done(op):
+            run.wait(run.flights[started])
+            return
+        if started is not None:
+            run.passed[op.name] = started
+        if _is_start(op) or _is_done(op) or (sent and op.opcode != "fusion"):
+            return
+        seconds = self._seconds(op, computation, run)
+        flops = self._flops(op, computation)
+        group = group_of(self.module, op, computation)
+        run.spend(group, Cost(seconds, flops, traffic_of(self.module, op, computation)))
+
+    def _sent(self, op: Instruction, name: str, computation: Computation) -> tuple[int, float]:
+        """Returns the bytes that an instruction sends, and the seconds that they take."""
+        sent, busy = 0, 0.0
+        inside = ((op, name, "", computation), *self._inside(op))
+        for inner, at, caller, around in inside:
+            if kind := collective_kind(inner, at, caller):
+                size = sent_bytes(inner, around)
+                sent += size
+                busy += _TWICE.get(kind, 1) * size / self.rates.link if self.rates else 0.0
+        return sent, busy
+
+    def _inside(self, op: Instruction) -> list[tuple[Instruction, str, str, Computation]]:
+        if op.opcode not in ("fusion", "async-start"):
+            return []
+        match = []
+        for called in op.called:
+            around = self.module.computations[called]
+            for inner in around.values():
+                match += [(inner, called, op.name, around), *self._inside(inner)]
+        return match
+
+    def _seconds(self, op: Instruction, computation: Computation, run: "_Run") -> float:
+        if self.rates is None:
+            return 0.0
+        if call := kernel_call(op, computation):
+            if kernel_of(call) is None:
+                run.without_estimate(op)
+            seconds = kernel_flops(call) / self.rates.kernel
+            run.kernels += seconds
+            return seconds
+        cycles = _cycles(self.module, op)
+        if cycles is None and op.target not in _PLACES and not is_scalar(op):
+            run.without_estimate(op)
+        return (cycles or 0) / self.rates.clock
+
+    def _flops(self, op: Instruction, computation: Computation) -> int:
+        total = 0
+        for inner, around in ((op, computation), *self.module.inside(op)):
+            if inner.opcode in PRODUCTS:
+                total += product_flops(inner, around)
+            if call := kernel_call(inner, around):
+                total += kernel_flops(call)
+        return total
+
+
+class _Run:
+    """The state of a walk along a schedule."""
+
+    def __init__(self) -> None:
+        self.costs: dict[Group, Cost] = {}
+        self.now = self.free = self.kernels = self.links = 0.0
+        self.flights: dict[str, float] = {}  # a collective's start -> when it ends
+        self.passed: dict[str, str] = {}  # a fusion that a collective runs beside -> its start
+        self.unknown: dict[str, int] = {}
+
+    def spend(self, group: Group, cost: Cost, times: int = 1) -> None:
+        """Adds a cost to a group, whose seconds pass."""
+        self.costs[group] = self.costs.get(group, Cost()).plus(cost, times)
+        self.now += times * cost.seconds
+
+    def add(self, tally: Tally, times: int = 1) -> None:
+        """Adds a computation that runs so many times."""
+        before = self.now
+        for group, cost in tally.costs.items():
+            self.spend(group, cost, times)
+        self.now = before + times * tally.seconds
+        self.kernels += times * tally.kernels
+        self.links += times * tally.links
+        for kind, n in tally.unknown.items():
+            self.unknown[kind] = self.unknown.get(kind, 0) + times * n
+
+    def without_estimate(self, op: Instruction) -> None:
+        """Counts an instruction that has no estimate, by what it does."""
+        of = op.name if op.opcode in ("fusion", "custom-call") else op.opcode
+        kind = re.sub(r"[.\d]+$", "", of)
+        self.unknown[kind] = self.unknown.get(kind, 0) + 1
+
+    def transfer(self, busy: float, sent: int) -> float:
+        """Sends bytes once the links are free; returns when they have arrived."""
+        self.links += busy
+        self.free = max(self.free, self.now) + busy
+        self.spend(_LINKS, Cost(bytes=sent))
+        return self.free
+
+    def wait(self, until: float) -> None:
+        """Waits for what the links still carry."""
+        if until > self.now:
+            self.spend(_LINKS, Cost(seconds=until - self.now))
+
+    def started_by(
+        self, op: Instruction, computation: Computation, module: HloModule
+    ) -> str | None:
+        """Returns the start of the collective that an instruction runs beside, or ends."""
+        if not (_is_done(op) or any(called.startswith(LATER_PARTS) for called in op.called)):
+            return None
+        return next(
+            (start for name in op.operands if (start := self._origin(name, computation))), None
+        )
+
+    def _origin(self, name: str, computation: Mapping[str, Instruction]) -> str | None:
+        while computation[name].opcode == "get-tuple-element":
+            name = computation[name].operands[0]
+        return name if name in self.flights else self.passed.get(name)
+
+
+def _is_start(op: Instruction) -> bool:
+    return op.opcode.endswith("-start") or op.name.startswith("async-collective-start")
+
+
+def _is_done(op: Instruction) -> bool:
+    return op.opcode.endswith("-done") or op.name.startswith("async-collective-done")
+
+
+def _cycles(module: HloModule, op: Instruction) -> int | None:
+    """Returns the cycles of an instruction, or of those that it calls; None if nothing tells."""
+    if match := _CYCLES.search(op.text):
+        return int(match[1])
+    inside = [
+        cycles
+        for name in op.called
+        for inner in module.computations[name].values()
+        if (cycles := _cycles(module, inner)) is not None
+    ]
+    return sum(inside) if inside else None

@@ -1,0 +1,1 @@
+"""Optimised HLO as text: its computations, its products, and how often each part runs."""

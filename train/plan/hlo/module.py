@@ -1,0 +1,216 @@
+"""Parses the text of optimised HLO: computations, instructions, and how often loops run."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2}
+_BYTES |= {"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r"|f8\w+)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:body|to_apply|calls|branch_computations|called_computations|true_computation|"
+    r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_INT = re.compile(r"\((\d+)\)").match
+# Errors of parsing text in an unexpected form: a missing name, a number that is none, …
+SURPRISES = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+Shape = tuple[int, ...]
+Array = tuple[str, Shape]  # (dtype, shape), the dtype as HLO writes it: "bf16"
+
+
+class NotUnderstood(ValueError):
+    """The HLO does not state its work in a form known to these modules."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `shapes` are the shapes of its result, `operands` are names."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Array, ...]
+    operands: tuple[str, ...]
+    text: str  # everything after the opcode
+    root: bool
+
+    def attribute(self, name: str) -> list[int]:
+        """Returns the numbers of an attribute such as ``lhs_contracting_dims={1}``, or []."""
+        match = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.text)
+        return [int(n) for n in match[1].split(",") if n] if match else []
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """The names of the computations that it calls, but for a loop's condition."""
+        names: list[str] = []
+        for many, single in _CALLED.findall(self.text):
+            names += [name.strip().lstrip("%") for name in (many or single).split(",")]
+        return tuple(name for name in names if name)
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """The scopes and the primitive that it comes from; "" if it does not say."""
+        match = _OP_NAME.search(self.text)
+        return match[1] if match else ""
+
+    @functools.cached_property
+    def target(self) -> str:
+        """The target of a custom call; "" of any other instruction."""
+        match = _TARGET.search(self.text) if self.opcode == "custom-call" else None
+        return match[1] if match else ""
+
+
+Computation = Mapping[str, Instruction]  # by name, in the order of the schedule
+
+
+class HloModule:
+    """The computations of a module.
+
+    Attributes:
+      computations: name -> its instructions by name.
+      entry: the name of the computation that runs.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Parses a module; raises NotUnderstood if it has no entry."""
+        self.computations: dict[str, Computation] = {}
+        self.entry = ""
+        for is_entry, name, instructions in _computations(text):
+            self.computations[name] = instructions
+            self.entry = name if is_entry else self.entry
+        if not self.entry:
+            raise NotUnderstood("the HLO has no entry")
+
+    def turns(self, loop: Instruction) -> int:
+        """Returns the number of iterations of a loop.
+
+        Taken from XLA's trip count or, for a loop that counts i from 0 in steps of k while i < n,
+        computed as n / k.
+
+        Raises:
+          NotUnderstood: the HLO does not say how often it runs.
+        """
+        if known := _TRIPS.search(loop.text):
+            return int(known[1])
+        condition, body = (
+            self.computations[_found(rf"\b{name}=%?([\w.\-]+)", loop.text)]
+            for name in ("condition", "body")
+        )
+        test = root_of(condition)
+        if test.opcode == "fusion":
+            condition = self.computations[test.called[0]]
+            test = root_of(condition)
+        limit = _constant(test, condition)
+        counters = [op for op in condition.values() if op.opcode == "get-tuple-element"]
+        if test.opcode == "compare" and "direction=LT" in test.text and len(counters) == 1:
+            index = int(_found(r"index=(\d+)", counters[0].text))
+            counted = _behind(body[root_of(body).operands[index]], body)
+            if counted.opcode == "fusion":
+                body = self.computations[counted.called[0]]
+                counted = _behind(root_of(body), body)
+            step = _constant(counted, body) if counted.opcode == "add" else None
+            if limit and step:
+                return -(-limit // step)
+        raise NotUnderstood(f"the HLO does not say how often the loop {loop.name} runs")
+
+    def inside(self, op: Instruction) -> Iterator[tuple[Instruction, Computation]]:
+        """Yields the instructions of the computations that one calls, and their own, with these."""
+        for name in op.called:
+            computation = self.computations[name]
+            for inner in computation.values():
+                yield inner, computation
+                yield from self.inside(inner)
+
+
+def root_of(computation: Computation) -> Instruction:
+    """Returns the instruction whose result is the computation's."""
+    roots = [op for op in computation.values() if op.root]
+    if len(roots) != 1:
+        raise NotUnderstood(f"a computation has {len(roots)} roots: {', '.join(computation)[:200]}")
+    return roots[0]
+
+
+def is_scalar(op: Instruction) -> bool:
+    """Returns True if no array of a result has more than one element."""
+    return all(math.prod(shape) <= 1 for _, shape in op.shapes)
+
+
+def size_of(arrays: Sequence[Array]) -> int:
+    """Returns the bytes of arrays."""
+    return int(sum(_BYTES.get(kind, 1) * math.prod(shape) for kind, shape in arrays))
+
+
+def operand_arrays(op: Instruction, computation: Computation) -> tuple[Array, ...]:
+    """Returns the arrays that an instruction is given, in order."""
+    return tuple(array for name in op.operands for array in computation[name].shapes)
+
+
+def _constant(op: Instruction, computation: Computation) -> int | None:
+    """Returns the only constant among the operands; None if there is none, or several."""
+    given = [_behind(computation[name], computation) for name in op.operands]
+    numbers = [match[1] for o in given if o.opcode == "constant" and (match := _INT(o.text))]
+    return int(numbers[0]) if len(numbers) == 1 else None
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise NotUnderstood(f"no {pattern} in {text[:200]}")
+    return match[1]
+
+
+def _behind(op: Instruction, computation: Computation) -> Instruction:
+    """Returns the instruction that this one is a copy of, or itself."""
+    while op.opcode in ("copy", "bitcast", "convert"):
+        op = computation[op.operands[0]]
+    return op
+
+
+def _computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]]]:
+    name, is_entry, instructions = "", False, dict[str, Instruction]()
+    last: Instruction | None = None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name, is_entry, instructions = header[2], header[1] is not None, {}
+        elif line.rstrip() == "}":
+            yield is_entry, name, instructions
+        elif match := _INSTRUCTION.match(line):
+            op = _instruction(match[2], match[3], match[1] is not None)
+            instructions[op.name] = last = op
+        elif last and last.name in instructions:  # a kernel's attributes have lines of their own
+            last = dataclasses.replace(last, text=last.text + line)
+            instructions[last.name] = last
+
+
+def _instruction(name: str, text: str, root: bool) -> Instruction:
+    if text.startswith("("):
+        end = _closing(text, 0) + 1
+    else:
+        end = text.index(" ")
+    opcode, _, rest = text[end:].strip().partition("(")
+    last = _closing(f"({rest}", 0)
+    operands = tuple(_NAME.findall(rest[:last]))
+    return Instruction(name, opcode, _arrays(text[:end]), operands, f"({rest}", root)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth == 0:
+            return at
+    raise NotUnderstood(f"a bracket is not closed: {text[:100]}")
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    return tuple(
+        (kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(text)
+    )

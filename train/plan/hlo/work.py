@@ -1,0 +1,127 @@
+"""The work of a compiled step, read from its optimised HLO: FLOPs of products, bytes sent.
+
+XLA's own analysis counts the body of a loop once; here it counts once per iteration. All figures
+are for one device.
+"""
+
+import dataclasses
+from collections import Counter
+
+from train.plan.hlo.kernels import KernelCall, kernel_flops
+from train.plan.hlo.module import (
+    SURPRISES,
+    Computation,
+    HloModule,
+    Instruction,
+    NotUnderstood,
+    operand_arrays,
+    size_of,
+)
+from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# The TPU compiler spreads a collective over fusions that overlap it with other work, beginning with
+# an async-collective-start, which is counted. (Channels do not identify it: several may share one.)
+LATER_PARTS = ("async_collective_fusion", "async-collective-done")
+
+
+@dataclasses.dataclass(frozen=True)
+class HloWork:
+    """The work of one device in one call of a compiled function."""
+
+    flops: int  # of matrix products and convolutions
+    sent: dict[str, int]  # kind of collective -> bytes, in the order of `COLLECTIVES`
+    kernels: tuple[KernelCall, ...] = ()  # the calls of kernels, each once
+
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes of all kinds together."""
+        return sum(self.sent.values())
+
+
+def work_of(text: str) -> HloWork:
+    """Counts the work of a module.
+
+    A collective counts with its result or its operand, whichever is larger; a conditional with its
+    costliest branch.
+
+    Args:
+      text: the optimised HLO, as returned by ``compiled.as_text()``.
+
+    Returns:
+      The work of one device.
+
+    Raises:
+      NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
+    """
+    try:
+        return _work(HloModule(text))
+    except NotUnderstood:
+        raise
+    except SURPRISES as error:
+        raise NotUnderstood(f"the HLO is not written as expected: {error!r}") from error
+
+
+def collective_kind(op: Instruction, computation: str, caller: str = "") -> str | None:
+    """Returns the kind of a collective, None for other instructions.
+
+    Args:
+      op: the instruction.
+      computation: the name of its computation.
+      caller: the name of the instruction that calls this.
+
+    Returns:
+      An entry of `COLLECTIVES`; "" for a later part of one that has begun before.
+    """
+    kind = op.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    if computation.startswith(LATER_PARTS) or caller.startswith(LATER_PARTS):
+        return ""
+    # the TPU compiler's name for the two fused
+    return "reduce-scatter" if "all-reduce-scatter" in computation else kind
+
+
+def sent_bytes(op: Instruction, computation: Computation) -> int:
+    """Returns the bytes that a collective sends or receives."""
+    given = size_of(operand_arrays(op, computation))
+    result = size_of(op.shapes)
+    if op.opcode.endswith("-start") and len(op.shapes) > len(op.operands):
+        result -= given  # the result holds the operands as well
+    return max(given, result)
+
+
+def _work(module: HloModule) -> HloWork:
+    flops, sent = _count(module, module.entry)
+    calls = (
+        kernel_call(op, computation)
+        for computation in module.computations.values()
+        for op in computation.values()
+    )
+    return HloWork(
+        flops,
+        {kind: sent[kind] for kind in COLLECTIVES if sent[kind]},
+        tuple(call for call in calls if call),
+    )
+
+
+def _count(module: HloModule, name: str, caller: str = "") -> tuple[int, Counter[str]]:
+    flops, sent = 0, Counter[str]()
+    computation = module.computations[name]
+    for op in computation.values():
+        if op.opcode in PRODUCTS:
+            flops += product_flops(op, computation)
+        if call := kernel_call(op, computation):
+            flops += kernel_flops(call)
+        if (kind := collective_kind(op, name, caller)) is not None:
+            if kind:
+                sent[kind] += sent_bytes(op, computation)
+            continue
+        inner = [_count(module, called, op.name) for called in op.called]
+        if op.opcode == "conditional":
+            inner = [max(inner, key=lambda side: (side[0], side[1].total()))]
+        times = module.turns(op) if op.opcode == "while" and inner else 1
+        for more_flops, more_sent in inner:
+            flops += times * more_flops
+            sent.update({kind: times * size for kind, size in more_sent.items()})
+    return flops, sent
