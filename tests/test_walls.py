@@ -29,6 +29,9 @@ LATE = {
     *("pydoc_data", "rich", "sklearn", "tensorboardX", "tokenizers", "trackio", "transformers"),
     *("wandb", "jax.experimental"),
 }
+# JAX's insides, which move between releases, and the one file that imports some of them.
+INSIDES = ("jax._src", "jax.extend", "jax.interpreters", "jax.lib", "jaxlib")
+IMPORTER = "lora_jax.core.extend"
 # Looks at the file system, as names of modules, functions and methods.
 LOOKS = {
     *("os", "pathlib", "glob", "shutil", "tempfile", "open", "exists", "is_file", "is_dir"),
@@ -162,6 +165,25 @@ def looks_at_files(sources):
     return sorted(found)
 
 
+def insides_of_jax(sources):
+    """Returns the names of JAX's insides that modules import or reach through `jax`."""
+    found = set()
+    for name, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                asked = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                asked = [f"{node.module}.{alias.name}" for alias in node.names if not node.level]
+            else:
+                asked = [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+            found |= {
+                f"{name}: {inside}"
+                for inside in INSIDES
+                if any(f"{one}.".startswith(f"{inside}.") for one in asked)
+            }
+    return sorted(found)
+
+
 def names_in(sources, names):
     """Returns where code has one of these texts, but as the default of --dataset."""
     found = []
@@ -212,6 +234,13 @@ def test_only_dear_and_optional_packages_are_imported_late():
     assert late_imports(SOURCES) == []
 
 
+def test_one_file_imports_the_insides_of_jax():
+    asked = insides_of_jax(SOURCES | read("tests"))
+    own = "tests.surroundings: jaxlib"  # its version, before JAX is imported
+    others = [one for one in asked if one != own and not one.startswith(f"{IMPORTER}: ")]
+    assert f"{IMPORTER}: jax.extend" in asked and others == [], f"import them from {IMPORTER}"
+
+
 def test_options_look_at_no_file_and_name_no_task():
     from train.settings.tasks import NAMED
 
@@ -259,6 +288,17 @@ def test_the_judge_sees_broken_walls():
         "train.d: exists",
         "train.d: open",
         "train.d: pathlib",
+    ]
+    inside = {
+        "train.e": "import jax\ndef f():\n    from jax import extend\n    jax.interpreters.mlir",
+        "train.f": "from jax._src.core import eval_jaxpr\nfrom .jax import lib\nimport jaxlib.mlir",
+        "train.g": "import jax.extension\nfrom jax.experimental import pallas",
+    }
+    assert insides_of_jax(inside) == [
+        "train.e: jax.extend",
+        "train.e: jax.interpreters",
+        "train.f: jax._src",
+        "train.f: jaxlib",
     ]
     assert names_in(broken, {"sql"}) == ["train.c:3: sql"]
     assert reachable(graph, "train.c") == {"train.c", "train.b.two", "train.a.one"}

@@ -5,10 +5,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.adapt.user_code import user_context
+from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from lora_jax.core.types import EqnParams, Forward, Leaf, Value
 
 AnyJaxpr = ClosedJaxpr | Jaxpr

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn
 
 from lora_jax.adapt import eqns, folds, merging
 from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleLabels
 from lora_jax.adapt.steps import EagerSteps
 from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_context
 from lora_jax.core.base import as_array, rearranged
+from lora_jax.core.extend import Jaxpr, JaxprEqn
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.product import is_on_mesh
 from lora_jax.core.types import EqnParams, Forward, Outcome, Value

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
-from jax.extend.core import jaxpr_as_fun
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.roles import infer_roles
 from lora_jax.adapt.user_code import SourceLine, warn
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles, ObservedRoles
+from lora_jax.core.extend import jaxpr_as_fun
 from lora_jax.core.factored import Factored
 from lora_jax.core.paths import leaf_name
 from lora_jax.core.types import Shaped, Value

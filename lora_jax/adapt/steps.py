@@ -7,9 +7,9 @@ product with a weight and its factors is one program.
 from collections.abc import Hashable
 
 import jax
-from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
+from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.types import Forward, Value
 
 _MOVED = ("device_put",)  # where an array lies is no part of a program

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import source_info_util
-from jax.extend.core import JaxprEqn
+
+from lora_jax.core.extend import JaxprEqn, source_info_util
 
 
 def _inside(folder: str | Path) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
 from lora_jax.adapt import adapt
 from lora_jax.adapt.interpreter import Interpreter
@@ -17,6 +16,7 @@ from lora_jax.adapt.transform import run
 from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.bank.slots import WeightSlots, map_slots, slot_shape, slots_of
 from lora_jax.core.deprecated import warn_of_name
+from lora_jax.core.extend import jaxpr_as_fun
 from lora_jax.core.factored import ExamplesError
 from lora_jax.core.types import Forward, Leaf, Tree
 

@@ -14,9 +14,9 @@ from typing import NoReturn, Protocol, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 
+from lora_jax.core.extend import Primitive
 from lora_jax.core.parts import STATIC, Axes
 from lora_jax.core.types import BaseLike, EqnParams, Leaf, Shaped
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from jax.extend.core import JaxprEqn
-
 from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleLabel, MixingError
 from lora_jax.adapt.per_example.primitives import Rule, out_shape, shape_of
+from lora_jax.core.extend import JaxprEqn
 
 _BY_INDEX = "finds examples by an index that is the same for none or all of them"
 

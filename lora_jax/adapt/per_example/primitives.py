@@ -5,8 +5,6 @@ A primitive that is not named here ends the walk where it meets examples.
 
 from collections.abc import Callable, Sequence
 
-from jax.extend.core import JaxprEqn
-
 from lora_jax.adapt import eqns
 from lora_jax.adapt.per_example.labels import (
     ExampleAxis,
@@ -15,6 +13,7 @@ from lora_jax.adapt.per_example.labels import (
     agreed,
     reshaped,
 )
+from lora_jax.core.extend import JaxprEqn
 
 # (equation, what is known of its operands, the number of examples) -> what is known of its outputs.
 # At least one operand has examples, none is a weight.

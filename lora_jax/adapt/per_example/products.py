@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-from jax.extend.core import JaxprEqn
-
 from lora_jax.adapt.eqns import type_of
 from lora_jax.adapt.per_example.indexing import INDEXING_RULES
 from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleKernels, ExampleLabel, MixingError
 from lora_jax.adapt.per_example.primitives import Rule, each, shape_of
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.layout import labels_after
+from lora_jax.core.extend import JaxprEqn
 
 
 def _dot_general(eqn: JaxprEqn, given: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:

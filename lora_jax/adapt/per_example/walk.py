@@ -8,8 +8,6 @@ results `MixedExamples`, which matters only where an output depends on them.
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from jax.extend.core import JaxprEqn
-
 from lora_jax.adapt import eqns
 from lora_jax.adapt.per_example.labels import (
     ExampleAxis,
@@ -25,6 +23,7 @@ from lora_jax.adapt.per_example.primitives import RULES
 from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
 from lora_jax.adapt.rules.flow import sources
 from lora_jax.adapt.user_code import place_of, user_context
+from lora_jax.core.extend import JaxprEqn
 
 _FOLLOWED: weakref.WeakKeyDictionary[eqns.AnyJaxpr, dict[Hashable, ExampleLabels]] = (
     weakref.WeakKeyDictionary()

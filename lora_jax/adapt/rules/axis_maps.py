@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from jax.extend.core import JaxprEqn
-
 from lora_jax.adapt import eqns
+from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.types import EqnParams
 
 Shape = Sequence[int]

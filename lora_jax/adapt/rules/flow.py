@@ -4,9 +4,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from jax.extend.core import JaxprEqn
-
 from lora_jax.adapt import eqns
+from lora_jax.core.extend import JaxprEqn
 
 Sources = tuple[int | None, ...]
 # The place of an operand, and the order in which its axes come out.

@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
 
+from lora_jax.core.extend import Primitive
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import ModelConfig
 from lora_jax.models.layers.placement import UNPLACED, Placement

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
 
+from lora_jax.core.extend import Primitive
 from lora_jax.models.layers.cache import Cache, NewEntries
 from lora_jax.models.layers.masks import Mask, MaskTokens
 

@@ -8,9 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-
 from lora_jax.adapt.eqns import AnyJaxpr, kernel_of, opened, scan_of, scope_of, shard_map_of
+from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.kernels import kernel_of as listed
 from train.plan.hlo.products import pairs_along

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
+from lora_jax.core.extend import Primitive, batching, mlir
 from lora_jax.models.layers.kernels import flash_programs as programs
 from lora_jax.models.layers.kernels.flash_programs import FlashOptions
 
