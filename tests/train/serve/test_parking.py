@@ -275,6 +275,7 @@ def test_a_model_that_cannot_be_made_takes_no_room(tmp_path):
     client = Client(FakeEngine(), tmp_path, room=1)
     first = client.create()
     path = client.result(client.save(first, 1, "a"))["path"]
+    settle(client)  # the checkpoint is the state of `first`, too, a moment after its answer
     (tmp_path / "checkpoints").rename(tmp_path / "away")
     place = {"session_id": client.session(), "model_seq_id": 0}
     client.post("load_weights", 500, path=path, **place)
