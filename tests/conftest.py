@@ -2,11 +2,15 @@
 
 import gc
 import os
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-from tests.surroundings import KeptPrograms, end, hide_torch, isolate
+gc.disable()  # until all is imported: little of it is garbage, and XLA looks at its own each time
+sys.dont_write_bytecode = False
+
+from tests.surroundings import KeptPrograms, end, hide_torch, isolate  # noqa: E402
 
 HOME = isolate(os.environ)  # before JAX reads its environment
 
@@ -130,11 +134,30 @@ def pytest_collection_modifyitems(items):
         items.sort(key=key)
 
 
-def pytest_collection_finish():
+class Backwards(pytest.Dir):
+    """A folder whose files are imported from the last to the first."""
+
+    def collect(self):
+        return reversed([*super().collect()])
+
+
+def pytest_collect_directory(path, parent):
+    """Has every other worker begin at the other end: a file's asserts are rewritten once."""
+    if WORKER[-1] in "13579":
+        return Backwards.from_parent(parent, path=path)
+    return None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
     """Spares the garbage collector what was imported, which stays."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)  # tracing makes many objects, few of them garbage in circles
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)  # tracing makes many objects, few garbage in circles
 
 
 def pytest_sessionfinish():

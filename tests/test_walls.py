@@ -51,9 +51,6 @@ def read(*folders):
     return {".".join(p.relative_to(ROOT).with_suffix("").parts): p.read_text() for p in paths}
 
 
-SOURCES = read("lora_jax", "train")
-
-
 def imports(name, source, modules):
     """Returns the modules that one imports, but for those for type checkers alone."""
     tree = ast.parse(source)
@@ -212,52 +209,59 @@ def reachable(graph, name):
     return seen
 
 
-GRAPH = graph_of(SOURCES)
+@pytest.fixture(scope="module")
+def sources():
+    return read("lora_jax", "train")
 
 
-def test_rooms_import_those_below_them():
-    assert broken_walls(GRAPH, ORDER) == []
-    assert sorted({".".join(name.split(".")[:2]) for name in GRAPH}) == sorted(ORDER), (
+@pytest.fixture(scope="module")
+def graph(sources):
+    return graph_of(sources)
+
+
+def test_rooms_import_those_below_them(graph):
+    assert broken_walls(graph, ORDER) == []
+    assert sorted({".".join(name.split(".")[:2]) for name in graph}) == sorted(ORDER), (
         "all are there"
     )
 
 
-def test_no_files_import_each_other_in_a_circle():
-    assert circles(GRAPH) == []
+def test_no_files_import_each_other_in_a_circle(graph):
+    assert circles(graph) == []
 
 
-def test_no_folders_import_each_other_in_a_circle():
-    assert folder_circles(GRAPH).keys() == TOGETHER.keys(), folder_circles(GRAPH)
+def test_no_folders_import_each_other_in_a_circle(graph):
+    assert folder_circles(graph).keys() == TOGETHER.keys(), folder_circles(graph)
 
 
-def test_only_dear_and_optional_packages_are_imported_late():
-    assert late_imports(SOURCES) == []
+def test_only_dear_and_optional_packages_are_imported_late(sources):
+    assert late_imports(sources) == []
 
 
-def test_one_file_imports_the_insides_of_jax():
-    asked = insides_of_jax(SOURCES | read("tests"))
+def test_one_file_imports_the_insides_of_jax(sources):
+    asked = insides_of_jax(sources | read("tests"))
     own = "tests.surroundings: jaxlib"  # its version, before JAX is imported
     others = [one for one in asked if one != own and not one.startswith(f"{IMPORTER}: ")]
     assert f"{IMPORTER}: jax.extend" in asked and others == [], f"import them from {IMPORTER}"
 
 
-def test_options_look_at_no_file_and_name_no_task():
+def test_options_look_at_no_file_and_name_no_task(sources):
     from train.settings.tasks import NAMED
 
     names = {name for tasks in NAMED.values() for name in tasks}
-    options = {name: text for name, text in SOURCES.items() if name.startswith("train.options.")}
+    options = {name: text for name, text in sources.items() if name.startswith("train.options.")}
     assert looks_at_files(options) == []
     nameless = {f"train.{script}" for script in (*TRAINERS, "script", "finetune", "inputs")}
-    plan = {name: text for name, text in SOURCES.items() if name.startswith("train.plan.")}
-    scripts = {name: text for name, text in SOURCES.items() if name in nameless}
+    plan = {name: text for name, text in sources.items() if name.startswith("train.plan.")}
+    scripts = {name: text for name, text in sources.items() if name in nameless}
     assert names_in(options | plan | scripts, names) == []
     del plan["train.plan.tasks"]  # has a row for each script that can be planned
     assert names_in(plan, {"sft", "dpo", "grpo"}) == []
 
 
 @pytest.mark.parametrize("script", TRAINERS)
-def test_trainers_need_neither_comparisons_nor_findings(script):
-    rooms = {".".join(name.split(".")[:2]) for name in reachable(GRAPH, f"train.{script}")}
+def test_trainers_need_neither_comparisons_nor_findings(script, graph):
+    rooms = {".".join(name.split(".")[:2]) for name in reachable(graph, f"train.{script}")}
     assert "train.run" in rooms
     assert rooms.isdisjoint({"train.compare", "train.findings", "train.serve"})
 

@@ -41,7 +41,7 @@ def test_random_programs_keep_the_laws(program, way):
 
 
 @pytest.mark.slow
-@settings(max_examples=100 if THOROUGH else 20, **COMMON)
+@settings(max_examples=100 if THOROUGH else 12, **COMMON)
 @given(programs(), ways)
 def test_many_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):

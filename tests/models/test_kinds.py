@@ -7,7 +7,10 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.core.weight import leaves_of
 from lora_jax.hf.keys import Kind
+from lora_jax.select.matching import LeafFacts
+from lora_jax.select.resolve import resolve
 from tests.models import tiny, tiny_encoders
 
 ALL: dict[str, Any] = {
@@ -39,8 +42,12 @@ def tree_of(config: Any) -> dict[str, Any]:
 
 
 def adapted(config: Any, targets: Any, **how: Any) -> set[str]:
-    """The paths that a rule with these targets selects in the model's tree."""
-    return set(lj.split(lj.lorafy(tree_of(config), [lj.LoraRule(targets=targets)], **how))[0])
+    """The paths that a rule with these targets selects in the model's tree.
+
+    As `lorafy` does, which would go on to trace how each one starts.
+    """
+    leaves, _ = leaves_of(tree_of(config))
+    return set(resolve(leaves, [lj.LoraRule(targets=targets)], LeafFacts(**how)))
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -226,7 +226,7 @@ def check_cached_decoding(case: str, side: str, attention: Any) -> None:
     tiny.assert_close(got[mask == 1], want[packed == 1])
 
 
-@of_each_case
+@of_each_kind
 def test_cached_decoding(case: str) -> None:
     check_cached_decoding(case, "right", "dense")
 

@@ -368,7 +368,7 @@ def with_adapter(model: Any, options: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**{"r": 3, "lora_alpha": 7, "lora_dropout": 0.05} | options)
-    torch.manual_seed(7)  # PEFT draws A
+    torch.manual_seed(3)  # PEFT draws A
     return shaken(get_peft_model(model, config).eval(), 0.2)
 
 

@@ -40,11 +40,13 @@ DENSE = {
 MIXTURE = {**DENSE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 MODELS = {"dense": DENSE, "mixture": MIXTURE}
 MESHES = {
-    "dense": ["data=2,fsdp=2,tensor=2", "fsdp=2,sequence=2,tensor=2"],
-    "mixture": ["expert=2,tensor=2,data=2", "expert=2,sequence=2,fsdp=2"],
+    "dense": ["fsdp=2,sequence=2,tensor=2"],  # data=4 stands in other tests
+    "mixture": ["expert=2,sequence=2,tensor=2"],
 }
 if THOROUGH:
-    MESHES["dense"] += ["fsdp=8", "data=8", "tensor=2,fsdp=4", "sequence=4,data=2"]
+    MESHES["dense"] += ["data=2,fsdp=2,tensor=2", "fsdp=8", "data=8", "tensor=2,fsdp=4"]
+    MESHES["dense"] += ["sequence=4,data=2"]
+    MESHES["mixture"] += ["expert=2,tensor=2,data=2", "expert=2,sequence=2,fsdp=2"]
     MESHES["mixture"] += ["expert=4,fsdp=2", "data=8", "fsdp=8", "fsdp=4,tensor=2"]
 STEPS = 8
 COLUMNS_AND_ROWS = ["--targets", "q_proj", "down_proj"]  # one kernel that is split each way

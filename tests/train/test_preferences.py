@@ -213,12 +213,12 @@ LOSSES = {
 }
 
 
-# KTO compares the rows of a batch in their order.
+# Each way with two losses. KTO compares the rows of a batch in their order.
 CASES = [
-    (loss, way)
-    for loss in LOSSES
-    for way in SPLITS
-    if loss != "kto" or way not in ("packed", "in another order")
+    *(("sigmoid", "4 x 2"), ("sigmoid", "packed")),
+    *(("sigmoid and sft", "in another order"), ("sigmoid and sft", "in chunks")),
+    *(("orpo", "8 x 1"), ("orpo", "packed"), ("orpo", "in another order")),
+    *(("kto", "4 x 2"), ("kto", "8 x 1"), ("kto", "in chunks")),
 ]
 
 

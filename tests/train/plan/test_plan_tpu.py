@@ -134,7 +134,12 @@ def test_llama_2_7b_in_full(plan):
 
 
 @pytest.mark.parametrize(
-    ("topology", "chips"), [("v5e:2x4", 8), pytest.param("v5e:4x4", 16, marks=thorough)]
+    ("topology", "chips"),
+    [
+        ("v5e:2x2", 4),
+        pytest.param("v5e:2x4", 8, marks=thorough),
+        pytest.param("v5e:4x4", 16, marks=thorough),
+    ],
 )
 def test_a_long_row_over_all_chips(topology, chips, plan):
     """Neither the scores nor the base are in the way: a chip has its share of both."""

@@ -213,16 +213,18 @@ def test_a_second_run_of_a_script_compiles_nothing_again_and_loses_nothing(tmp_p
         report = json.loads((out / "report.json").read_text())
         return hits, said, losses, report["compiled_bytes"]
 
-    off = trained("off", "--compilation-cache", "off")
-    assert off[0] == 0 and not folder.exists() and "compiled programs" not in off[1]
     first, second = trained("first"), trained("second")
     assert first[1].count(f"compiled programs are kept in {folder}") == 1
     step = [name for name in files(folder) if name.startswith("jit_step")]
     assert len(step) == 1, files(folder)
-    assert second[0] > first[0] and second[2:] == first[2:] == off[2:]
+    assert second[0] > first[0] and second[2:] == first[2:]
 
     if not THOROUGH:
         return
+    kept = files(folder)
+    off = trained("off", "--compilation-cache", "off")
+    assert off[0] == 0 and files(folder) == kept and "compiled programs" not in off[1]
+    assert off[2:] == first[2:]
     ask = "from train.generate.__main__ import main; main(sys.argv[1:])"
     args = ["--adapter", tmp_path / "first" / "adapter", "--max-new-tokens", 5, "--prompt", "1"]
     answers = [process(ask, *args, XDG_CACHE_HOME=tmp_path / "caches") for _ in range(2)]

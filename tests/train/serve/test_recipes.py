@@ -100,7 +100,7 @@ def work(tmp_path_factory):
             {"chosen": q + a, "rejected": q + b} for q, (a, b) in zip(asked, said, strict=True)
         ]
         write_jsonl(folder / f"Anthropic/hh-rlhf/{split}.jsonl", pairs)
-        sums = [(draw.randint(1, 2), draw.randint(1, 2)) for _ in range(n)]
+        sums = [draw.choice([(1, 2), (2, 1)]) for _ in range(n)]  # one answer is right for all
         asked = [{"question": f"{a}+{b}", "answer": f"So #### {a + b}"} for a, b in sums]
         write_jsonl(folder / f"openai/gsm8k/main/{split}.jsonl", asked)
     files = "".join(f"  - split: {s}\n    path: main/{s}.jsonl\n" for s in ("train", "test"))
@@ -240,11 +240,12 @@ COMMON = {"group_size": 8, "max_tokens": 12, "lora_rank": 8, "learning_rate": 2e
 
 
 def test_rl_loop_learns(server):
-    how = COMMON | {"learning_rate": 5e-3}
-    run = started(server, "rl_loop", "rl", **how, batch_size=8, max_steps=16)
+    """Draws have no seed: Adam would take noise for whole steps at a higher rate."""
+    run = started(server, "rl_loop", "rl", **COMMON, batch_size=8, max_steps=14)
     rewards = [line["reward/total"] for line in ended(server, run, "rl") if "reward/total" in line]
     assert 0.1 < rewards[0] < 0.7
-    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.2
+    # Five standard deviations of what does not learn.
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.75, rewards
     saved = (server.folder / "rl/checkpoints.jsonl").read_text().splitlines()[-1]
     session = server.post("create_session", {"tags": []})["session_id"]
     load = {"session_id": session, "model_seq_id": 0, "optimizer": True}
@@ -261,4 +262,4 @@ def test_math_rl_learns(server):
     lines = [line for line in ended(server, run, "math") if "env/all/format" in line]
     formats = [line["env/all/format"] for line in lines]
     assert 0.1 < formats[0] < 0.9
-    assert sum(formats[-3:]) > sum(formats[:3]) + 0.3
+    assert sum(formats[-3:]) > sum(formats[:3]) + 0.3, formats
