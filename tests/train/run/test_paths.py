@@ -48,10 +48,16 @@ OTHERS = {
 
 
 def _scripts():
-    """Yields name, main, the classes of the options, and the words that a command line needs."""
+    """Yields name, main, the classes of the options, and the words that a command line needs.
+
+    Of classes that training scripts share, the first one has them, and the others one alone.
+    """
+    known = set()
     for name, module in TRAINING.items():
-        parts = vars(module.SCRIPT.plain).values()
-        yield name, module.main, [type(part) for part in parts], ()
+        kinds = {type(part) for part in vars(module.SCRIPT.plain).values()}
+        shared = [kind for kind in kinds & known if "output" in _texts([kind])]
+        yield name, module.main, [*shared, *(kinds - known)], ()
+        known |= kinds
     for name, (main, kind, needed) in OTHERS.items():
         yield name, main, [kind], needed
 

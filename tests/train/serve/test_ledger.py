@@ -162,7 +162,7 @@ def crashed(folder, program, executed, lost, sent, every):
 def test_a_restart_at_every_point(tmp_path, every):
     rng = random.Random(every)
     numbered = list(enumerate(PROGRAM, 1))
-    for executed in range(0, len(PROGRAM) + 6, 1 if every == 4 else 3):
+    for executed in range(0, len(PROGRAM) + 6, 1 if every == 4 else 5):
         folder = tmp_path / str(executed)
         swapped = list(numbered)
         for place in rng.sample(range(len(swapped) - 1), 5):  # chunks arrive in any order
