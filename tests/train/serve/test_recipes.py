@@ -82,7 +82,7 @@ def work(tmp_path_factory):
     write_jsonl(folder / "rows.jsonl", rows)
     tokenizer = word_tokenizer(row["prompt"] + row["completion"] for row in rows[:500])
     write_untrained(CONFIG | {"vocab_size": len(tokenizer)}, tokenizer, folder / "untrained")
-    line = "--full --packing --seq-len 192 --batch-size 12 --steps 300 --lr 5e-3 --warmup 20"
+    line = "--full --packing --seq-len 192 --batch-size 12 --steps 200 --lr 5e-3 --warmup 20"
     files = f"--model {folder}/untrained --dataset {folder}/rows.jsonl --output {folder}/taught"
     sft.main([*line.split(), *files.split(), "--report-to", "none"])
     export.main(["--adapter", f"{folder}/taught", "--merged", "--output", f"{folder}/{NAME}"])
@@ -262,4 +262,4 @@ def test_math_rl_learns(server):
     lines = [line for line in ended(server, run, "math") if "env/all/format" in line]
     formats = [line["env/all/format"] for line in lines]
     assert 0.1 < formats[0] < 0.9
-    assert sum(formats[-3:]) > sum(formats[:3]) + 0.3, formats
+    assert sum(formats[-3:]) > sum(formats[:3]) + 0.6, formats  # four standard deviations
