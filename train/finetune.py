@@ -96,7 +96,7 @@ def finetune(
     part = part or RunPart()
     hosts.join_hosts(config.run)
     console = hosts.console()
-    session.join(console, config.run.coordinator)
+    session.join(console, config.run)
     if config.run.dry_run:
         return _show(config, task, session, part, console)
     request = RunRequest(TableRow(config.run.output, "", frozenset(), config), task)

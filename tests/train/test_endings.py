@@ -14,6 +14,7 @@ from train.run.log import read_metrics
 
 LATEST = 15.0  # seconds after a signal, beside one step and one save
 SAVE = 30.0  # more than enough, on a busy machine
+SILENT = 20  # seconds without a sign of life: more than Python needs for a turn of a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +114,22 @@ def test_where_one_of_two_is_killed_the_other_says_so(inputs, tmp_path):
     (ours,) = [line for line in said if "process 1 of 2 ended without a word" in line]
     assert "--resume" in ours and ours == said[-1]
     assert not re.search("Traceback|Fatal|Error", log_of(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [1, pytest.param(0, marks=thorough)])
+def test_where_one_of_two_is_frozen_the_other_says_since_when(inputs, tmp_path, which):
+    """And that one ends, too, once it goes on."""
+    folder, other = tmp_path / "run", 1 - which
+    processes = start(inputs, folder, "--heartbeat-timeout", SILENT, n=2)
+    wait_for(folder, "step 9/", processes)
+    processes[which].send_signal(signal.SIGSTOP)
+    try:
+        assert codes([processes[other]], LATEST + SILENT) == [1], log_of(folder, other)
+    finally:
+        processes[which].send_signal(signal.SIGCONT)
+    said = last_lines(folder, other)[-1]
+    assert said.startswith(f"process {which} of 2 has not answered since "), said
+    assert f"If process {processes[which].pid} of " in said and "--resume" in said
+    assert not re.search("Traceback|Fatal|Error|Check failure", log_of(folder, other))
+    assert codes(processes)[which], log_of(folder, which)

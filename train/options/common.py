@@ -27,6 +27,7 @@ _REMAT |= {name: name for name in ("offload", "dots_saveable", "dots_with_no_bat
 _NUMBERS = arguments.NUMBERS | {
     **dict.fromkeys(("eval_every", "score_every"), minimum(0)),
     "num_processes": minimum(1),
+    "heartbeat_timeout": minimum(10),
     "warmup_ratio": NumberRange(lambda x: 0 <= x < 1, "a share of the steps, from 0 to below 1"),
     "min_lr": NumberRange(lambda x: 0 <= x <= 1, "a share of the peak learning rate, from 0 to 1"),
     "decay": NumberRange(lambda x: 0 < x <= 1, "a share of the steps, above 0 and at most 1"),
@@ -243,6 +244,9 @@ class RunConfig:
     """Number of processes, with --coordinator."""
     process_id: int | None = option(None, field.OF_PROCESSES, of="process")
     """Number of this process, from 0, with --coordinator."""
+    heartbeat_timeout: int = option(100, field.OF_PROCESSES, NoEffect.ONE_PROCESS)
+    """Seconds without a sign of life after which a process of many, or its host, counts as frozen:
+    the others then end, and say how to go on."""
     dry_run: bool = option(False, field.OF_CALL, single=True, uncompared=Uncompared.MANY_RUNS)
     """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
     all, and the steps, memory and time of the run."""

@@ -116,6 +116,10 @@ class NoEffect(enum.Enum):
     NONE_MEASURED = "nothing is measured without --eval-every", lambda o: not o.eval_every
     STREAM = _STREAM, lambda o: o.stream
     ONLY_STREAM = _STREAM, lambda o: o.stream and o.eval_dataset is None
+    ONE_PROCESS = (
+        "one process has no other to hear of",
+        lambda o: not o.distributed and (o.num_processes or 1) == 1,
+    )
     DRY_RUN = "--dry-run trains nothing, in one process", lambda o: o.dry_run
 
     def __init__(self, why: str, holds: Callable[[Any], bool]) -> None:

@@ -40,6 +40,8 @@ class Processes(Protocol):
     def num_processes(self) -> int | None: ...
     @property
     def process_id(self) -> int | None: ...
+    @property
+    def heartbeat_timeout(self) -> int: ...
 
 
 def join_hosts(run: Processes) -> None:
@@ -59,13 +61,27 @@ def join_hosts(run: Processes) -> None:
         # JAX would handle SIGTERM in the place of the run, and only take note of it.
         jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
+        jax.distributed.initialize(
+            run.coordinator,
+            run.num_processes,
+            run.process_id,
+            heartbeat_timeout_seconds=jax_timeout(run),
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes of this run do not find each other ({_first_line(error)}). Start "
             "the same command on every host: with --distributed where SLURM, a TPU pod, GKE or "
             "Open MPI numbers the processes, else with --coordinator, --num-processes, --process-id"
         ) from error
+
+
+def jax_timeout(run: Processes) -> int:
+    """Returns the seconds after which JAX ends processes that have lost one.
+
+    JAX counts from a process's last heartbeat, which comes twice in that time, and ends the others
+    in an error of its own. It is the last resort, after what the processes tell each other.
+    """
+    return 2 * run.heartbeat_timeout + 20
 
 
 def console() -> Console:

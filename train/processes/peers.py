@@ -1,60 +1,99 @@
 """Connections between the processes of a run, over which each says that it ends, and why.
 
-JAX reports a dead process only when its heartbeat is missed, after 100 seconds, and signals not at
-all: until then, the others wait in the next collective. Here every process holds a connection to
-process 0, which passes messages on. A connection that breaks without a message means that its
-process was killed, or that its host is gone.
+JAX reports a dead process only when it has missed heartbeats, in an error of its own, and signals
+not at all: until then, the others wait in the next collective. Here every process holds a
+connection to process 0, which passes messages on. A connection that breaks without a message means
+that its process was killed, or that its host is gone; one that is silent, that it is frozen.
 """
 
 import contextlib
 import ipaddress
 import json
+import os
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from train.processes.heartbeats import Heartbeats
 from train.processes.hosts import gather
 
 LOST = "ended without a word: it was killed, ran out of memory, or its host is gone"
 _SECONDS = 5.0  # to reach process 0, and to greet it
 _LONGEST = 2**16  # bytes of a message
 _MALFORMED = (ValueError, TypeError, KeyError, RecursionError)
-_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone
+# A host that is gone, whether or not something was sent to it: after 35 seconds.
+_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 35_000}
+_BEAT = b"\n"  # a line without a message
 
-# Called with a process, the reason why it ends, and its exit code.
-EndListener = Callable[[int, str, int], None]
+
+class Ending(NamedTuple):
+    """The end of a process before its time.
+
+    Attributes:
+      process: its number.
+      why: the reason.
+      code: the exit code of all processes.
+      unannounced: whether others noticed it: it did not, or could not, say so itself.
+    """
+
+    process: int
+    why: str
+    code: int
+    unannounced: bool = False
+
+
+EndListener = Callable[[Ending], None]
 
 
 class Peers:
     """The connections of this process: process 0 has one to each other, the others one to it."""
 
-    def __init__(self, connections: dict[int, socket.socket], told: EndListener) -> None:
+    def __init__(
+        self,
+        connections: dict[int, socket.socket],
+        places: list[str],
+        told: EndListener,
+        timeout: float,
+    ) -> None:
+        """Begins to listen, and to send heartbeats.
+
+        Args:
+          connections: the connections, by the process at their other end.
+          places: the number within its host, and the host, of each process of the run.
+          told: is called, in a thread, when another process ends before its time.
+          timeout: seconds without a sign of life after which a process counts as frozen.
+        """
         self.index, self.count = jax.process_index(), jax.process_count()
-        self._connections = connections
+        self._connections, self._places = connections, places
         self._told = told
+        self._heartbeats = Heartbeats(connections, timeout)
         self._sending = threading.Lock()
         self._closed = False  # this process has said its last
         self._ended: set[int] = set()  # the processes that have
+        self._frozen: set[int] = set()
         self._hearing = threading.Lock()  # `told` is called of one process at a time
-        self._threads = [
-            threading.Thread(target=self._listen, args=each, name="peers", daemon=True)
-            for each in connections.items()
-        ]
-        for thread in self._threads:
+        self._threads = {
+            process: threading.Thread(
+                target=self._listen, args=(process, connection), name="peers", daemon=True
+            )
+            for process, connection in connections.items()
+        }
+        self._watching = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
+        for thread in (*self._threads.values(), self._watching):
             thread.start()
 
     def tell(self, reason: str, code: int) -> None:
         """Tells the others that this process ends, and why."""
-        self._send({"process": self.index, "reason": reason, "code": code})
+        self._say(Ending(self.index, reason, code))
 
     def close(self) -> None:
         """Tells the others that this process ends because all is done."""
-        self._send({"process": self.index, "reason": None, "code": 0})
+        self._say(None)
         with self._sending:
             self._closed = True
             for process, connection in list(self._connections.items()):
@@ -66,12 +105,17 @@ class Peers:
     def wait_for_the_others(self, seconds: float) -> None:
         """Has process 0 wait until the others have ended: JAX kills processes that lose it."""
         until = time.monotonic() + seconds
-        for thread in self._threads if self.index == 0 else ():
-            if thread is not threading.current_thread():  # which was told of an end
+        for process, thread in self._threads.items() if self.index == 0 else ():
+            # The current thread may be the one that was told of an end.
+            if thread is not threading.current_thread() and process not in self._frozen:
                 thread.join(max(0.0, until - time.monotonic()))
 
-    def _send(self, message: dict[str, Any], besides: int | None = None) -> None:
-        line = f"{json.dumps(message)}\n".encode()
+    def _say(self, ending: Ending | None, besides: int | None = None) -> None:
+        """Tells the others of an end; None for that of this process, because all is done."""
+        said = ending or Ending(self.index, "", 0)
+        self._send(f"{json.dumps(said._asdict())}\n".encode(), besides)
+
+    def _send(self, line: bytes, besides: int | None = None) -> None:
         with self._sending:
             for process, connection in list(self._connections.items()):
                 if process != besides:
@@ -84,40 +128,62 @@ class Peers:
         # Of a malformed message, the connection is at fault, not this process.
         with contextlib.suppress(OSError, *_MALFORMED), connection.makefile("rb") as lines:
             while line := lines.readline(_LONGEST):
-                message = dict(json.loads(line))
-                ending = ending or message["process"] == process
-                self._hear(message, process)
+                self._heartbeats.heard(process)
+                if line != _BEAT:
+                    message = Ending(**json.loads(line))
+                    ending = ending or message.process == process
+                    self._hear(message, process)
+        self._heartbeats.forget(process)
         with self._sending:  # who has ended is still told that this process has, too
             self._ended.add(process)
             if self._closed:
                 self._connections.pop(process).close()
         if not ending:
-            self._hear({"process": process, "reason": LOST, "code": 1}, process)
+            self._hear(Ending(process, LOST, 1, unannounced=True), process)
 
-    def _hear(self, message: dict[str, Any], sender: int) -> None:
-        if message["reason"] is None:
+    def _watch(self) -> None:
+        """Sends heartbeats, and reports each process that sends none, until all have ended."""
+        before = time.monotonic()
+        while any(thread.is_alive() for thread in self._threads.values()):
+            time.sleep(self._heartbeats.every)
+            if not self._closed:
+                self._send(_BEAT)
+            before, passed = time.monotonic(), time.monotonic() - before
+            for process, (seconds, since) in self._heartbeats.count(passed).items():
+                self._frozen.add(process)
+                clock = time.strftime("%H:%M:%S", time.localtime(since))
+                why = (
+                    f"has not answered since {clock} ({seconds:.0f} s): it is frozen, or its host "
+                    f"or the network is gone. If {self._places[process]} still exists, end it first"
+                )
+                self._hear(Ending(process, why, 1, unannounced=True), self.index)
+
+    def _hear(self, ending: Ending, sender: int) -> None:
+        if not ending.why:
             return
-        if self.index == 0:
-            self._send(message, besides=sender)
+        if self.index in (0, sender):
+            self._say(ending, besides=sender)
         with self._hearing:
-            self._told(message["process"], message["reason"], message["code"])
+            self._told(ending)
 
 
-def connect(coordinator: str | None, told: EndListener) -> Peers | str:
+def connect(coordinator: str | None, told: EndListener, timeout: float) -> Peers | str:
     """Connects the processes of this run; all of them have to call this.
 
     Args:
       coordinator: the address of process 0, host:port, as the user gave it.
-      told: is called, in a thread, when another process says that it ends before its time.
+      told: is called, in a thread, when another process ends before its time.
+      timeout: seconds without a sign of life after which a process counts as frozen.
 
     Returns:
       The connections; or, in every process, the reason why there are none.
     """
+    place = f"process {os.getpid()} of {socket.gethostname()}"
     if jax.process_index():
         offer, *_ = gather(None)
         connection = _reached(offer)
         connections = {} if connection is None else {0: connection}
-        reached = gather(connection is not None)
+        joined = gather([connection is not None, place])
     else:
         token, connections = secrets.token_hex(16), {}
         server, host = _server(coordinator)
@@ -128,17 +194,15 @@ def connect(coordinator: str | None, told: EndListener) -> Peers | str:
             )
             accepting.start()
             gather({**offer, "token": token})
-            reached = gather(True)
-            if all(reached):
+            joined = gather([True, place])
+            if all(reached for reached, _ in joined):
                 accepting.join()
-    if all(reached):
-        return Peers(connections, told)
+    lost = [process for process, (reached, _) in enumerate(joined) if not reached]
+    if not lost:
+        return Peers(connections, [place for _, place in joined], told, timeout)
     for connection in [*connections.values()]:
         connection.close()
-    return (
-        f"process {reached.index(False)} does not reach process 0 at "
-        f"{offer['host']}:{offer['port']}"
-    )
+    return f"process {lost[0]} does not reach process 0 at {offer['host']}:{offer['port']}"
 
 
 def _server(coordinator: str | None) -> tuple[socket.socket, str]:

@@ -24,7 +24,8 @@ from lora_jax.training.errors import Interrupted, TrainingError
 from lora_jax.training.run.stop import Stop
 from train.console.errors import BAD_INPUT, file_problem, flag
 from train.console.output import tell
-from train.processes.peers import LOST, Peers, connect
+from train.processes.hosts import Processes, jax_timeout
+from train.processes.peers import Ending, Peers, connect
 
 _PATIENCE = 5.0  # seconds for the main thread to end by itself
 _OTHERS = 8.0  # seconds that process 0 waits for the others to end
@@ -85,32 +86,34 @@ class Session:
         finally:
             self.release = outer
 
-    def join(self, console: Console, coordinator: str | None) -> None:
+    def join(self, console: Console, run: Processes) -> None:
         """Connects the processes of a run, so that all of them end if one does."""
         if jax.process_count() == 1:
             return
-        peers = connect(coordinator, self._hear)
+        peers = connect(run.coordinator, self._hear, run.heartbeat_timeout)
         if isinstance(peers, Peers):
             self._peers = peers
         else:
             tell(
                 console,
                 f"warning: {peers}: if a process ends early, the others end only once JAX misses "
-                "its heartbeat, after 100 seconds. To end at once, allow connections between the "
-                "hosts on all ports",
+                f"its heartbeats, after {jax_timeout(run)} seconds. To end at once, allow "
+                "connections between the hosts on all ports",
             )
 
-    def _hear(self, process: int, why: str, code: int) -> None:
-        """Ends this process with another one."""
+    def _hear(self, ending: Ending) -> None:
+        """Ends this process with another one, or because the others have ended without it."""
+        process, why, code, unannounced = ending
         self._verdict = (
             f"process {process} of {jax.process_count()} {why}. {self.stop.remedy}",
             code,
         )
         self._told.set()
-        if why != LOST:
+        if not unannounced:
             time.sleep(_PATIENCE)  # the main thread may end by itself
-        # JAX, too, ends a process that has lost process 0, with less to say.
-        self._end_at_once(*self._verdict, in_haste=why == LOST and process == 0)
+        # JAX, too, ends a process that has lost process 0 or its own place, with less to say.
+        in_haste = unannounced and process in (0, jax.process_index())
+        self._end_at_once(*self._verdict, in_haste=in_haste)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

@@ -77,6 +77,7 @@ def decoder_outline():
         ("--init-adapter x --rank 4 --train norm", "leave out --rank and --train$"),
         ("--targets none --train norm --dora", "--targets none makes no adapter: leave out --dora"),
         ("--allow-base-mismatch", "without --init-adapter: leave out --allow-base-mismatch"),
+        ("--heartbeat-timeout 90", "no other to hear of: leave out --heartbeat-timeout"),
         ("--dataset a.jsonl --split test", "from a file, not from the hub: leave out --split"),
         (
             "--dataset a.jsonl --eval-questions 8",

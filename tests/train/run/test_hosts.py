@@ -1,6 +1,8 @@
 """Work that processes share, and its errors: every process has all results, or the same error."""
 
 import json
+import os
+import re
 import socket
 import threading
 import time
@@ -243,13 +245,13 @@ def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeyp
     assert file.is_file()
 
 
-def connected(processes, n):
-    """Three processes' lines, and what each was told: (process, why, code)."""
+def connected(processes, n, timeout=60.0):
+    """Three processes' lines, and what each was told: (process, why, code, unannounced)."""
     told = [[] for _ in range(n)]
 
     def connect():
         here = jax.process_index()
-        return peers.connect(f"localhost:{here}", lambda *what: told[here].append(what))
+        return peers.connect(f"localhost:{here}", told[here].append, timeout)
 
     return processes(n, connect), told
 
@@ -266,11 +268,11 @@ def test_the_others_are_told_why_a_process_ends(who, processes):
     lines, told = connected(processes, 3)
     lines[who].tell("got SIGTERM", 143)
     others = [told[i] for i in range(3) if i != who]
-    eventually(lambda: others == [[(who, "got SIGTERM", 143)]] * 2)
+    eventually(lambda: others == [[(who, "got SIGTERM", 143, False)]] * 2)
     assert told[who] == []
     for line in lines:
         line.close()
-    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads))
+    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads.values()))
 
 
 @pytest.mark.parametrize("who", [0, 2])
@@ -280,10 +282,27 @@ def test_the_others_are_told_of_a_process_that_was_killed(who, processes):
     for connection in lines[who]._connections.values():
         connection.shutdown(socket.SHUT_RDWR)
     left = 0 if who else 1
-    eventually(lambda: told[left] == [(who, peers.LOST, 1)])
+    eventually(lambda: told[left] == [(who, peers.LOST, 1, True)])
     for line in lines:
         line.close()
-    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads))
+    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads.values()))
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_the_others_and_itself_are_told_of_a_process_that_is_frozen(who, processes, monkeypatch):
+    """It sends nothing, and ends nothing; of the others, whose hearts beat, none is told of."""
+    lines, told = connected(processes, 3, timeout=1.5)
+    send = lines[who]._send
+    monkeypatch.setattr(lines[who], "_send", lambda *line: None)
+    eventually(lambda: all(told))
+    place = f"process {os.getpid()} of {socket.gethostname()}"
+    for ending, *_ in told:
+        assert (ending.process, ending.code, ending.unannounced) == (who, 1, True)
+        assert re.match(r"has not answered since \d\d:\d\d:\d\d \(\d s\): it is", ending.why)
+        assert ending.why.endswith(f"If {place} still exists, end it first")
+    monkeypatch.setattr(lines[who], "_send", send)
+    for line in lines:
+        line.close()
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -293,7 +312,7 @@ def test_who_has_done_all_first_hears_that_the_others_have_too(first, processes)
     lines[first].close()
     eventually(lambda: lines[1 - first]._ended == {first})
     lines[1 - first].close()
-    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads))
+    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads.values()))
     assert told == [[], []] and not any(line._connections for line in lines)
 
 
@@ -302,12 +321,12 @@ def test_process_0_waits_for_the_others_also_while_it_is_told_that_one_was_kille
 
     def connect():
         first = jax.process_index() == 0
-        return peers.connect("localhost:0", wait if first else lambda *what: None)
+        return peers.connect("localhost:0", wait if first else lambda ending: None, 60.0)
 
-    def wait(*what):
+    def wait(ending):
         began = time.monotonic()
         lines[0].wait_for_the_others(0.3)
-        waited.append((what[0], time.monotonic() - began))
+        waited.append((ending.process, time.monotonic() - began))
 
     lines = processes(3, connect)
     lines[2]._connections[0].shutdown(socket.SHUT_RDWR)
@@ -339,9 +358,9 @@ def test_strangers_do_not_keep_the_processes_apart(processes, monkeypatch):
 def test_a_connection_that_sends_no_messages_ends_and_no_other(processes):
     lines, told = connected(processes, 3)
     lines[2]._connections[0].sendall(b"[" * 100_000 + b"\n")
-    eventually(lambda: told[0] == [(2, peers.LOST, 1)])
+    eventually(lambda: told[0] == [(2, peers.LOST, 1, True)])
     lines[1].tell("got SIGTERM", 143)
-    eventually(lambda: told[0][1:] == [(1, "got SIGTERM", 143)])
+    eventually(lambda: told[0][1:] == [(1, "got SIGTERM", 143, False)])
     for line in lines:
         line.close()
 
