@@ -63,7 +63,7 @@ TASK_TESTS = {
     "train.tasks.sql:REWARDS": "train/test_reward_runs.py",
     "train.tasks.sql:DISTILLATION": "train/test_rollouts.py",
     "train.tasks.vader:TASK": "train/tasks/test_sentiment.py",
-    "train.tasks.sums:TASK": "train/tasks/test_sums.py",
+    "train.tasks.arithmetic:TASK": "train/tasks/test_sums.py",
     "train.tasks.stream:TASK": "train/test_stream.py",
     "train.tasks.chats:TASK": "train/test_sft_data.py",
     "train.tasks.labelled:TASK": "train/test_classify.py",

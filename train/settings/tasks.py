@@ -13,7 +13,7 @@ NAMED: dict[str, dict[str, str]] = {
     "train.sft": {"sql": "train.tasks.sql:TASK"},
     "train.classify": {"vader": "train.tasks.vader:TASK"},
     "train.dpo": {"sql": "train.tasks.sql:PAIRS"},
-    "train.grpo": {"sql": "train.tasks.sql:REWARDS", "arithmetic": "train.tasks.sums:TASK"},
+    "train.grpo": {"sql": "train.tasks.sql:REWARDS", "arithmetic": "train.tasks.arithmetic:TASK"},
     "train.distill": {"sql": "train.tasks.sql:DISTILLATION"},
 }
 

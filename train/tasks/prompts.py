@@ -41,7 +41,7 @@ from train.run.task import (
     Task,
     TaskRows,
 )
-from train.tasks import chats
+from train.tasks import chats, sums
 
 _HELD_OUT = 2**32 + 2  # no epoch's number, and no other draw's
 REWARD = "reward"  # the name of the score
@@ -311,6 +311,7 @@ def evaluation(context: EvaluationContext) -> RewardEvaluation | None:
 TASK = Task(
     defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=5e-5, full_lr=5e-6),
     check=check,
+    begin=sums.begin,
     rows=read_rows,
     outline=chats.outline,
     examples=examples,

@@ -1,11 +1,10 @@
-"""A task of `train.grpo` that learns in minutes: sums, by a decoder that often forgets the carry.
+"""A decoder of sums that often forgets the carry, which `train.grpo` can begin with.
 
-That decoder is made where --model names none: it is pretrained in full on sums, most of which lack
-the carry where there is one. So it knows how to carry, and seldom does; a reward of right answers
-teaches it to.
+It is made where --model is "arithmetic": pretrained in full on sums, most of which lack the carry
+where there is one. So it knows how to carry, and seldom does; a reward of right answers teaches it
+to.
 """
 
-import dataclasses
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,11 +25,9 @@ from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import write_lines
 from train.run.lifecycle import resume_hint
-from train.run.task import PriorRuns, TaskRows, check_alone
-from train.tasks import prompts
+from train.run.task import PriorRuns, check_alone
 
 MODEL = "arithmetic"  # stands for the decoder that is made
-_ROWS = 1_300
 _FORGETS = 0.75  # the share of carries that the rows lack
 _BASE_ROWS = 100_000
 _PAD, _END = "<pad>", "<end>"
@@ -87,19 +84,8 @@ def write_untrained(fields: Mapping[str, Any], tokenizer: Any, folder: Path) -> 
     save_pretrained(folder, model, params, tokenizer=tokenizer)
 
 
-def completed(config: Config) -> Config:
-    """Rewards right answers, where nothing else is asked for."""
-    return config if config.data.reward else replace_options(config, {"reward": ("arithmetic",)})
-
-
-def read_rows(config: Config) -> TaskRows:
-    """Returns sums in the order of --seed, and others to measure on."""
-    rows = arithmetic.rows(config.optim.seed, config.data.rows or _ROWS)
-    return TaskRows([*rows], [*arithmetic.rows(0, config.run.eval_questions or 0, held_out=True)])
-
-
 def begin(config: Config, session: Session, prior: PriorRuns) -> Config:
-    """Returns the options with the pretrained decoder, where --model names no other.
+    """Returns the options with the pretrained decoder, where --model stands for it.
 
     Raises:
       UserError: it cannot be made here.
@@ -133,23 +119,3 @@ def make_base(folder: Path, session: Session, prior: PriorRuns) -> Path:
     write_untrained(BASE_CONFIG, make_tokenizer(), start)
     line = ("--model", str(start), "--dataset", str(rows), *_LINE)
     return prior.train_base("train.sft", line, [rows, start], folder, session)
-
-
-TASK = dataclasses.replace(
-    prompts.TASK,
-    defaults=dataclasses.replace(
-        prompts.TASK.defaults,
-        model=MODEL,
-        lr=1.5e-3,
-        full_lr=3e-4,
-        steps=700,
-        eval_questions=256,
-        seq_len=64,
-        max_new_tokens=8,
-        temperature=1.5,
-    ),
-    check=lambda config: None,
-    completed=completed,
-    begin=begin,
-    rows=read_rows,
-)

@@ -1,5 +1,7 @@
 """The small decoder that adds: its characters, its rows, and how often it is right."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from lora_jax import models
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models.sampling.prompts import pad_left
 from tests.support import thorough
-from train import start
+from tests.train.tiny import write_jsonl
+from train import grpo, start
 from train.environments import arithmetic
 from train.processes.session import Session
 from train.tasks import sums as making
@@ -38,6 +41,21 @@ def test_three_of_four_carries_are_forgotten_and_no_row_is_held_out():
     assert set(missing[False]) == {0} and set(missing[True]) == {0, 10}
     share, n = np.mean(missing[True]) / 10, len(missing[True])
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / n) ** 0.5 and n > 0.4 * len(rows)
+
+
+@pytest.mark.parametrize("dataset", ["arithmetic", "rows.jsonl"])
+@pytest.mark.parametrize("model", [making.MODEL, "another"])
+def test_the_base_is_made_for_the_task_and_for_rows_of_ones_own(
+    dataset, model, tmp_path, monkeypatch
+):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "10+20="}])
+    monkeypatch.setattr(making, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(making, "_BASE_ROWS", 5)
+    args = ["--model", model, "--reward", "arithmetic", "--dataset"]
+    config = grpo.parse([*args, str(rows) if "." in dataset else dataset])
+    prior = SimpleNamespace(train_base=lambda script, line, *others: tmp_path / script)
+    begun = grpo.task_of(config).begin(config, Session(), prior)
+    assert begun.data.model == (model if model == "another" else str(tmp_path / "train.sft"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,42 @@
+"""A task of `train.grpo` that learns in minutes: sums, by default with the decoder of `sums`."""
+
+import dataclasses
+
+from train.environments import arithmetic
+from train.options.file import replace_options
+from train.options.scripts.grpo import Config
+from train.run.task import TaskRows
+from train.tasks import prompts
+from train.tasks.sums import MODEL
+
+_ROWS = 1_300
+
+
+def completed(config: Config) -> Config:
+    """Rewards right answers, where nothing else is asked for."""
+    return config if config.data.reward else replace_options(config, {"reward": ("arithmetic",)})
+
+
+def read_rows(config: Config) -> TaskRows:
+    """Returns sums in the order of --seed, and others to measure on."""
+    rows = arithmetic.rows(config.optim.seed, config.data.rows or _ROWS)
+    return TaskRows([*rows], [*arithmetic.rows(0, config.run.eval_questions or 0, held_out=True)])
+
+
+TASK = dataclasses.replace(
+    prompts.TASK,
+    defaults=dataclasses.replace(
+        prompts.TASK.defaults,
+        model=MODEL,
+        lr=1.5e-3,
+        full_lr=3e-4,
+        steps=700,
+        eval_questions=256,
+        seq_len=64,
+        max_new_tokens=8,
+        temperature=1.5,
+    ),
+    check=lambda config: None,
+    completed=completed,
+    rows=read_rows,
+)
