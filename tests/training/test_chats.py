@@ -3,7 +3,7 @@
 import pytest
 
 from lora_jax.training.data.chats import check_lengths, tokenize
-from lora_jax.training.data.rows import conversation
+from lora_jax.training.data.rows import conversation, question
 from lora_jax.training.errors import TrainingError
 from tests.train.tiny import FORGETFUL, tokenizer
 from train.console.errors import flag
@@ -47,6 +47,33 @@ def counted(row, template=None):
 )
 def test_the_loss_counts_what_the_assistant_says(row, text, completion):
     assert counted(row) == [(text, completion)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "completion": "yo"},
+        {"instruction": "hi", "output": "yo"},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+        {"messages": [USER, ASSISTANT]},
+        {"messages": [{"role": "system", "content": "Be."}, USER, ASSISTANT]},
+    ],
+)
+def test_the_system_of_a_row_is_its_first_turn(row):
+    said = [{"role": "system", "content": "Be."}, USER, ASSISTANT]
+    assert counted({**row, "system": "Be."}) == counted({"messages": said})
+    for nothing in ("", None):
+        assert counted({**row, "system": nothing}) == counted(row)
+    with refused("data, row 1: `system` is 3; a text is needed"):
+        counted({**row, "system": 3})
+    if "messages" in row and len(row["messages"]) == 3:
+        with refused("begins with another turn of the system: leave one out"):
+            counted({**row, "system": "Be kind."})
+
+
+def test_the_system_of_a_prompt_is_its_first_turn():
+    said = question({"prompt": "hi", "system": "Be."}, "a row").messages
+    assert said == [{"role": "system", "content": "Be."}, USER]
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_sequence_for_each_answer():

@@ -15,7 +15,7 @@ from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.templates import tells_today
 
 OFF = "off"
-_FORMAT = b"lora_jax tokens 5\n"
+_FORMAT = b"lora_jax tokens 6\n"
 _DIGITS = 24  # of a hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 FEW = 1_000  # fewer rows are tokenised as fast as they are found: kept only in a named folder

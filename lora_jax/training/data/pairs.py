@@ -37,6 +37,7 @@ from lora_jax.training.data.rows import (
     name_of,
     question,
     shown,
+    system_turns,
     text_or_turns,
 )
 from lora_jax.training.data.sequences import Sequences
@@ -109,29 +110,8 @@ def read_pair(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[T
         if not any(turn.get("content") or turn.get("tool_calls") for turn in learned):
             raise TrainingError(f"{name}: the assistant says nothing in `{field}`")
         completions.append(turns)
-    messages = _system(row, prompt, name) + prompt.messages
+    messages = system_turns(row, prompt.messages, name) + prompt.messages
     return prompt._replace(messages=messages, text=text), completions
-
-
-def _system(row: Row, prompt: Conversation, name: str) -> Turns:
-    """Returns the turn of a row's `system`; none where it is empty, or the prompt's first turn."""
-    system = row.get("system")
-    if system is None or system == "":
-        return []
-    if not isinstance(system, str):
-        raise TrainingError(
-            f"{name}: `system` is {shown(system)}; a text is needed, the prompt's first turn: "
-            "rename what is something else"
-        )
-    first = prompt.messages[0]
-    if first["role"] == "system":
-        if first.get("content") == system:
-            return []
-        raise TrainingError(
-            f"{name} has a `system`, and its prompt begins with another turn of the system: leave "
-            "one out"
-        )
-    return [{"role": "system", "content": system}]
 
 
 def _check_read(row: Row, begun: TextOrTurns, name: str) -> None:

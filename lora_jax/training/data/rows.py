@@ -2,7 +2,7 @@
 
 A row is a chat (``messages``, with ``tools`` where there are some), a pair (``prompt``,
 ``completion``), ShareGPT's ``conversations``, Alpaca's ``instruction``, ``input`` and ``output``,
-or a plain ``text``.
+or a plain ``text``. A ``system`` beside turns is the first of them.
 """
 
 import json
@@ -186,9 +186,30 @@ def question(row: Row, name: str, *, images: bool = False) -> Conversation:
 
 
 def _conversation_of(turns: list[dict[str, Any]], row: Row, name: str) -> Conversation:
-    turns, images = shown_images(turns, row, name)
+    turns, images = shown_images(system_turns(row, turns, name) + turns, row, name)
     tools, options = _objects(row, "tools", name), _options(row, name)
     return Conversation(turns, tools, options, images=images)
+
+
+def system_turns(row: Row, turns: Sequence[Message], name: str) -> list[dict[str, Any]]:
+    """Returns the turn of a row's `system`; none where it is empty, or the first of its turns."""
+    system = row.get("system")
+    if system is None or system == "":
+        return []
+    if not isinstance(system, str):
+        raise TrainingError(
+            f"{name}: `system` is {shown(system)}; a text is needed, the prompt's first turn: "
+            "rename what is something else"
+        )
+    first = turns[0]
+    if first["role"] == "system":
+        if first.get("content") == system:
+            return []
+        raise TrainingError(
+            f"{name} has a `system`, and its prompt begins with another turn of the system: leave "
+            "one out"
+        )
+    return [{"role": "system", "content": system}]
 
 
 def text_or_turns(value: Any, field: str, name: str, *, images: bool = False) -> TextOrTurns:

@@ -34,10 +34,11 @@ class SftDataConfig(TokensConfig):
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
     `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
-    (Alpaca), or `text`. With a model that reads images, parts of `messages` may show those of a
-    field `images`. Several data sets may be named; an epoch has as many rows as all of them.
-    Without weights each row comes once an epoch. With weights, as in a.jsonl:3 b.jsonl:1, three of
-    four rows come from the first; a data set too small for its share starts over, reshuffled."""
+    (Alpaca), or `text`; a `system`, a text, is the first turn. With a model that reads images,
+    parts of `messages` may show those of a field `images`. Several data sets may be named; an epoch
+    has as many rows as all of them. Without weights each row comes once an epoch. With weights, as
+    in a.jsonl:3 b.jsonl:1, three of four rows come from the first; a data set too small for its
+    share starts over, reshuffled."""
     rows: int | None = None
     """Use only this many rows of each data set, from the beginning. The SQL task generates as many
     as requested, by default as many as 35 steps see, balanced over its query forms."""
