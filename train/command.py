@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from train.console.pipe import closed_pipe
 from train.console.program import program
 
 COMMANDS = {
@@ -35,7 +36,9 @@ def main(args: Sequence[str]) -> None:
       args: the name and its options; options of the command become this process's.
     """
     if not args or args[0] in ("-h", "--help"):
-        return print(list_commands())
+        with closed_pipe():
+            print(list_commands())
+        return
     name, *options = args
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, 1, 0.0)[0]

@@ -1,6 +1,7 @@
 """The command `lora-jax`: what it starts, and where."""
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
@@ -12,9 +13,11 @@ import pytest
 from tests.train.tiny import write_jsonl, write_model
 from train import command
 from train.compare import costs
+from train.console.errors import reported
 from train.console.program import program
 from train.options.command import parse_options
 from train.plan.options import PlanOptions
+from train.processes.session import Session
 
 ROOT = Path(__file__).parents[2]
 # As the installed script does, which has no folder of the user's on its path.
@@ -42,6 +45,60 @@ def test_it_lists_the_commands_beside_a_script_of_the_user(folder):
     assert ended.returncode == 0, ended.stderr
     listed = re.findall(r"^  (\w+) +\S.*", ended.stdout, re.M)
     assert listed == [*command.COMMANDS] and "usage: lora-jax NAME" in ended.stdout
+
+
+@contextlib.contextmanager
+def without_reader():
+    """Makes standard output a pipe that nobody reads any more, as behind `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    output = os.fdopen(writer, "w")
+    try:
+        with contextlib.redirect_stdout(output):
+            yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            output.close()
+
+
+def _write():
+    print("a line\n" * 10_000)
+
+
+def _help():
+    print("a line")  # which stays in a buffer
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("way", [reported, lambda: Session().running()], ids=["tool", "trainer"])
+@pytest.mark.parametrize("work", [_write, _help])
+def test_a_script_whose_output_nobody_reads_ends_quietly(way, work):
+    with without_reader(), pytest.raises(SystemExit) as ended, way():
+        work()
+    assert ended.value.code == 1
+
+
+def test_other_errors_than_a_closed_output_are_told():
+    with without_reader(), pytest.raises(ZeroDivisionError), reported():
+        print("a line")
+        1 / 0
+
+
+def test_a_connection_that_broke_is_no_closed_output():
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as output, contextlib.redirect_stdout(output):
+        with pytest.raises(BrokenPipeError), reported():
+            raise BrokenPipeError("a tracker's")
+    os.close(reader)
+
+
+def test_the_list_of_commands_ends_quietly_where_nobody_reads_it(folder):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    line, reader = [sys.executable, "-P", "-c", START, "--help"], os.pipe()
+    os.close(reader[0])
+    ended = subprocess.run(line, cwd=folder, env=env, stdout=reader[1], stderr=subprocess.PIPE)
+    os.close(reader[1])
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_every_script_is_a_command_and_stands_in_the_readme():

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from lora_jax.training.errors import Interrupted, TrainingError
+from train.console.pipe import closed_pipe
 
 BAD_INPUT = 2  # the exit code of argument parsers, too
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,9 +31,13 @@ def as_user_errors(*kinds: type[Exception], prefix: str = "", suffix: str = "") 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a `TrainingError` or an interruption into a message and the script's exit code."""
+    """Turns a `TrainingError` or an interruption into a message and the script's exit code.
+
+    It also ends the script quietly where the reader of standard output has closed it.
+    """
     try:
-        yield
+        with closed_pipe():
+            yield
     except TrainingError as error:
         _leave(f"error: {error.said(flag)}", BAD_INPUT)
     except Interrupted as error:

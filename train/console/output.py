@@ -1,4 +1,4 @@
-"""Results in a file that appears whole, or on a standard output that its reader may close."""
+"""Results in a file that appears whole, or on standard output; lines and tables for people."""
 
 import os
 import sys
@@ -51,16 +51,6 @@ def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
         raise UserError(f"{option} {out} is a folder: name a file")
     if path.exists() and not overwrite:
         raise UserError(f"{option} {out} exists: name another file, or replace it with --overwrite")
-
-
-@contextmanager
-def closed_pipe() -> Iterator[None]:
-    """Ends quietly once the reader of standard output, such as `head`, has closed it."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
-        sys.exit(1)
 
 
 def tell(console: Console, *lines: str) -> None:

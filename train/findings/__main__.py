@@ -64,10 +64,10 @@ class FindingRequest(NamedTuple):
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
     given = list(sys.argv[1:] if args is None else args)
-    if not given:
-        return print(listed())
     session = Session()
     with session.running():
+        if not given:
+            return print(listed())
         asked = parse(given)
         if asked.source is not None:
             show(asked, result.read(asked.source), _notes(asked.source))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from train.console.errors import UserError, reported
-from train.console.output import check_free, closed_pipe
+from train.console.output import check_free
 from train.generate.batch import answer_all, stream_answers
 from train.generate.chat import talk
 from train.generate.options import GenerateOptions, apply_sampling, check, parse
@@ -38,7 +38,7 @@ from train.run.sampling import apply_generation_config
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     given = sys.argv[1:] if args is None else args
-    with reported(), closed_pipe():
+    with reported():
         options = parse(given)
         check(options, given_options(given))
         run(options, given_options(given))

@@ -15,7 +15,7 @@ import tyro
 from lora_jax.models import VisionConfig
 from lora_jax.training.data.vision.images import Images
 from train.console.errors import UserError, flag, reported
-from train.console.output import closed_pipe, opened
+from train.console.output import opened
 from train.console.progress import progress_of
 from train.options.command import parse_options
 from train.options.field import given_options
@@ -83,7 +83,7 @@ class PredictOptions(TokenizerOption):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    with reported(), closed_pipe():
+    with reported():
         options = parse_options(PredictOptions, args, "train.predict")
         check(options, given_options(sys.argv[1:] if args is None else args))
         run(options)

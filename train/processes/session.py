@@ -24,6 +24,7 @@ from lora_jax.training.errors import Interrupted, TrainingError
 from lora_jax.training.run.stop import Stop
 from train.console.errors import BAD_INPUT, file_problem, flag
 from train.console.output import tell
+from train.console.pipe import closed_pipe
 from train.processes.hosts import Processes, jax_timeout
 from train.processes.peers import Ending, Peers, connect
 
@@ -52,7 +53,7 @@ class Session:
     def running(self) -> Iterator[None]:
         """Within this context, user errors and signals end this process and all others."""
         try:
-            with self._watched(), self.stop.listening():
+            with self._watched(), self.stop.listening(), closed_pipe():
                 yield
         except TrainingError as error:
             text = error.said(flag)
