@@ -4,20 +4,16 @@ The reference is the adapter that it begins with, the base, or another adapter o
 train.dpo --help` lists the options. The run itself is in `train.finetune`.
 """
 
-from pathlib import Path
-
 from train.options.defaults import Defaults
 from train.options.scripts import dpo as options
-from train.run.output import CONFIG, saved_options
+from train.run.output import resumed_reference
 from train.script import TrainingScript
 from train.settings.defaults import fill_defaults
 
 
 def completed(config: options.Config, defaults: Defaults) -> options.Config:
     """Fills in defaults; a resumed run keeps its reference."""
-    config = fill_defaults(config, defaults)
-    begun = (Path(config.run.output).expanduser() / CONFIG).exists()
-    return options.fill_reference(config, saved_options(config).get("reference") if begun else None)
+    return options.fill_reference(fill_defaults(config, defaults), resumed_reference(config))
 
 
 SCRIPT = TrainingScript(

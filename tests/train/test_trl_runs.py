@@ -284,7 +284,6 @@ def test_rollouts(folder, tmp_path, monkeypatch, way):
     args = [*args, "--steps", STEPS // 2, "--batch-size", 2 * GROUP, "--group", GROUP]
     args += ["--max-new-tokens", NEW, "--seq-len", 64, "--eval-questions", 0]
     args += ["--reward", f"{tmp_path / 'reward.py'}:early"]
-    args += ["--reference", folder / "used"] if "--beta" in args else []
     run = ours(grpo, folder, tmp_path / "run", "used", prompts, *args)
     rows, tokens, lengths = (np.concatenate(one) for one in zip(*found, strict=True))
     tokens = tokens.reshape(-1, NEW)

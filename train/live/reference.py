@@ -117,6 +117,18 @@ def check_reference(config: Options, outline: ModelInfo) -> None:
         source.check(outline, allow_base_mismatch=config.adapter.allow_base_mismatch)
 
 
+def reference_line(config: Options) -> str:
+    """Returns a line that names the reference of the run."""
+    given, start = config.data.reference, config.adapter.init_adapter
+    if start is None or given == NONE:
+        return f"reference: {given}"
+    if given == BASE:
+        return f"reference: base, without the adapter that the run begins with ({start})"
+    if given == start:
+        return f"reference: {given}, the adapter that the run begins with (else: --reference base)"
+    return f"reference: {given}; the run begins with {start}"
+
+
 def add_reference(
     of: ModelContext, score: OnMesh, params: Tree, examples: Preferences
 ) -> Preferences:

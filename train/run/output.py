@@ -119,6 +119,12 @@ def saved_options(config: Options) -> dict[str, Any]:
     return _saved_options(config, Path(config.run.output).expanduser())
 
 
+def resumed_reference(config: Options) -> str | None:
+    """Returns --reference of the run that is resumed; None for a run that begins."""
+    begun = (Path(config.run.output).expanduser() / CONFIG).exists()
+    return saved_options(config).get("reference") if begun else None
+
+
 def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():

@@ -19,9 +19,9 @@ from train.data.chats import tokenize
 from train.data.dataset import Dataset, find_dataset
 from train.data.lines import padding_line
 from train.live.preferences import prepare
-from train.live.reference import check_reference
+from train.live.reference import check_reference, reference_line
 from train.options.defaults import Defaults
-from train.options.scripts.dpo import BASE, KTO, NONE, Config
+from train.options.scripts.dpo import KTO, NONE, Config
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
 from train.run.task import Data, Task, TaskRows
@@ -100,20 +100,8 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         name=packs.name,
         source=train.name,
         facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
-        lines=(*lines, _reference_line(config)),
+        lines=(*lines, reference_line(config)),
     )
-
-
-def _reference_line(config: Config) -> str:
-    """Returns a line that names the reference of the run."""
-    given, start = config.data.reference, config.adapter.init_adapter
-    if start is None or given == NONE:
-        return f"reference: {given}"
-    if given == BASE:
-        return f"reference: base, without the adapter that the run begins with ({start})"
-    if given == start:
-        return f"reference: {given}, the adapter that the run begins with (else: --reference base)"
-    return f"reference: {given}; the run begins with {start}"
 
 
 def _tokens(config: Config, dataset: Dataset, outline: ModelInfo) -> Sequences:

@@ -21,6 +21,7 @@ from train.console.output import print_figures, tell
 from train.data.dataset import find_dataset
 from train.live import reinforcement
 from train.live.prompts import PromptFeed, TokenizedPrompts
+from train.live.reference import reference_line
 from train.options.defaults import Defaults
 from train.options.scripts.grpo import Config
 from train.options.scripts.rollouts import RolloutDataConfig
@@ -109,6 +110,8 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         sequence_parts=sequence_parts(config.run.mesh),
     )
     lines = [f"completions are rewarded by {', '.join(rewards.names)}"]
+    if config.optim.beta:
+        lines.append(reference_line(config))
     if held_out is not None:
         lines.append(f"{len(held_out.rows)} prompts are held out")
     return data_of(feed, lines)

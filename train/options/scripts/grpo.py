@@ -10,7 +10,6 @@ from lora_jax.training.losses import ONLINE, Online, dr_grpo
 from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
 from train.options import field
-from train.options.defaults import Defaults
 from train.options.field import option
 from train.options.scripts import rollouts
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig, RolloutOptions
@@ -53,7 +52,7 @@ class GrpoDataConfig(RolloutDataConfig):
     learned (DAPO's dynamic sampling)."""
     reference: str | None = option(None, field.HIDDEN)
     """With --beta, what the adapter is kept close to: base, or the folder of an adapter over the
-    same base. By default base."""
+    same base. By default the adapter of --init-adapter, or else base."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,13 +120,19 @@ class Config(RolloutOptions):
     run: GrpoRunConfig = GrpoRunConfig()
 
 
-def fill_reference(config: Config, defaults: Defaults) -> Config:
-    """Fills in --max-new-tokens, and --reference, where --beta needs one."""
-    config = rollouts.fill_sampling(config, defaults)
+def fill_reference(config: Config, reference: str | None = None) -> Config:
+    """Fills in --reference, where --beta needs one: as in TRL, the adapter as the run begins.
+
+    Args:
+      config: the options.
+      reference: the reference of the run that is resumed; None for a run that begins.
+    """
     if config.data.reference is not None:
         return config
-    data = dataclasses.replace(config.data, reference="base" if config.optim.beta else "none")
-    return dataclasses.replace(config, data=data)
+    if reference is None:
+        start = config.adapter.init_adapter or "base"
+        reference = start if config.optim.beta else "none"
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, reference=reference))
 
 
 def check(config: Config) -> None:
