@@ -105,10 +105,10 @@ class Peers:
     def wait_for_the_others(self, seconds: float) -> None:
         """Has process 0 wait until the others have ended: JAX kills processes that lose it."""
         until = time.monotonic() + seconds
-        for process, thread in self._threads.items() if self.index == 0 else ():
-            # The current thread may be the one that was told of an end.
-            if thread is not threading.current_thread() and process not in self._frozen:
-                thread.join(max(0.0, until - time.monotonic()))
+        current = threading.current_thread()  # may be the one that was told of an end
+        others = {process for process, thread in self._threads.items() if thread is not current}
+        while self.index == 0 and others - self._ended - self._frozen and time.monotonic() < until:
+            time.sleep(0.02)
 
     def _say(self, ending: Ending | None, besides: int | None = None) -> None:
         """Tells the others of an end; None for that of this process, because all is done."""

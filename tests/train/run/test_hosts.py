@@ -316,7 +316,9 @@ def test_who_has_done_all_first_hears_that_the_others_have_too(first, processes)
     assert told == [[], []] and not any(line._connections for line in lines)
 
 
-def test_process_0_waits_for_the_others_also_while_it_is_told_that_one_was_killed(processes):
+@pytest.mark.parametrize("ends", [False, True])
+def test_process_0_waits_for_the_others_also_while_it_is_told_that_one_was_killed(ends, processes):
+    """And no longer than until they have ended, which is not told at the same time."""
     waited = []
 
     def connect():
@@ -324,14 +326,17 @@ def test_process_0_waits_for_the_others_also_while_it_is_told_that_one_was_kille
         return peers.connect("localhost:0", wait if first else lambda ending: None, 60.0)
 
     def wait(ending):
-        began = time.monotonic()
-        lines[0].wait_for_the_others(0.3)
-        waited.append((ending.process, time.monotonic() - began))
+        if not waited:
+            began = time.monotonic()
+            if ends:
+                lines[1]._connections[0].shutdown(socket.SHUT_RDWR)
+            lines[0].wait_for_the_others(60.0 if ends else 0.3)
+            waited.append((ending.process, time.monotonic() - began))
 
     lines = processes(3, connect)
     lines[2]._connections[0].shutdown(socket.SHUT_RDWR)
     eventually(lambda: waited)
-    assert waited[0][0] == 2 and 0.2 < waited[0][1] < 5, "process 1 still runs"
+    assert waited[0][0] == 2 and (ends or 0.2 < waited[0][1] < 5), "process 1 still runs"
     for line in lines:
         line.close()
 
