@@ -73,7 +73,7 @@ def adapter_of(folder, output):
 def whole(folder, tmp_path_factory):
     """A run from a new adapter, whose reference is the base, and its metrics."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    args = ["--rank", 3, "--steps", 60, "--lr", 2e-2, "--beta", 0.3]
+    args = ["--rank", 3, "--steps", 30, "--lr", 4e-2, "--beta", 0.3]
     return output, run(folder, output, *args, start=None)
 
 

@@ -50,7 +50,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     rows = write_jsonl(folder / "pairs.jsonl", preferences(70))
     options = ["--labels", "pairs", "--model", write_encoder(folder / "model"), "--dataset", rows]
-    options += ["--seq-len", SEQ, "--batch-size", 8, "--rank", 2, "--lr", 1e-2, "--warmup", 1]
+    options += ["--seq-len", SEQ, "--batch-size", 8, "--rank", 2, "--lr", 3e-2, "--warmup", 1]
     return [str(option) for option in [*options, "--targets", "query", "value"]]
 
 
@@ -62,7 +62,7 @@ def run(inputs, folder, *args):
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory):
     """A run without a break."""
-    return run(inputs, tmp_path_factory.mktemp("whole"), "--steps", 60, "--eval-every", 60)
+    return run(inputs, tmp_path_factory.mktemp("whole"), "--steps", 30, "--eval-every", 30)
 
 
 @pytest.fixture(scope="module")
