@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
 
 
-HEAVY = {"transformers", "datasets", "torch", "tokenizers", "gguf"}
+HEAVY = {"transformers", "datasets", "torch", "tokenizers", "huggingface_hub", "gguf", "PIL"}
 # Half as long to import as JAX, or more: those who need them pay for them.
 DEAR = HEAVY | {"orbax", "flax"}
 # Of the scripts, which are started often: for pictures, tables and scores.
