@@ -34,7 +34,6 @@ from lora_jax.training.run.checkpoints import RECORD
 
 ADAPTER, START, CHECKPOINTS = "adapter", "start", "checkpoints"
 _OURS = (ADAPTER, START, CHECKPOINTS, RECORD, BEST)
-_CHUNK = 256  # predictions whose logits exist at once, for each part of a batch on a mesh
 
 
 class Subject(NamedTuple):
@@ -264,8 +263,7 @@ def choose_loss(given: Any, examples: Examples, layout: Layout) -> Loss:
         return Loss(given, unit=examples.unit)
     if isinstance(examples, Packs):
         layout.check_lengths(examples.lengths)
-        chunk = _CHUNK * layout.token_parts
-        return token_loss(chunk=chunk, parts=layout.sequence_parts)
+        return token_loss(**layout.chunks(None))
     if isinstance(examples, Labelled):
         return CLASSES if examples.ids.ndim == 2 else COMPARISONS
     if isinstance(examples, Images):

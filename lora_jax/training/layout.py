@@ -27,6 +27,7 @@ from lora_jax.sharding import Table, place, sharding_for, sharding_of, shardings
 from lora_jax.training import context
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import TrainingError
+from lora_jax.training.losses.chunks import predictions_at_once
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "residual": (BATCH, ("sequence", "tensor"), None),
@@ -155,6 +156,22 @@ class Layout(Placement):
         """Returns the number of parts that a batch's tokens are split into."""
         return self.batch_parts * self.sequence_parts
 
+    @property
+    def word_parts(self) -> int:
+        """Returns the number of parts that the head's words are split into."""
+        return int(self.mesh.shape["tensor"])
+
+    def chunks(self, asked: int | None) -> dict[str, Any]:
+        """Returns `chunk`, `parts` and `placement` as losses take them; see `token_values`.
+
+        Args:
+          asked: predictions of a chunk on each device; 0 for all at once, None for the default.
+        """
+        if asked is None and self.platform == "cpu":
+            asked = predictions_at_once(self, 0)
+        chunk = None if asked is None else asked * self.token_parts
+        return {"chunk": chunk, "parts": self.sequence_parts, "placement": self}
+
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Raises a TrainingError for rows that cannot be split evenly over the sequence axis.
 
@@ -199,19 +216,33 @@ class Layout(Placement):
         the axis of experts: a device has the factors of its own features and experts.
         """
 
+        lies = split(shardings(params, self.table, self.mesh))[0]
+        works = split(shardings(params, self._gathered_table, self.mesh))[0]
+        return {
+            path: {name: (lies if name == "value" else works)[path][name] for name in parts}
+            for path, parts in lies.items()
+        }
+
+    def head_shardings(self, params: Tree) -> Tree | None:
+        """Returns the shardings of parameters that are gathered over SHARDS; None for one device.
+
+        Within a loop, a head would be gathered once a chunk of predictions.
+        """
+        if all(self.mesh.shape[name] == 1 for name in SHARDS):
+            return None
+        return shardings(params, self._gathered_table, self.mesh)
+
+    @property
+    def _gathered_table(self) -> Table:
+        """Returns the sharding table of parameters that are gathered over SHARDS."""
+
         def gathered(entry: Any) -> Any:
             if entry == "expert":  # an axis of experts; of a dense kernel, SHARDS has it
                 return entry
             names = (entry,) if isinstance(entry, str) else entry or ()
             return tuple(name for name in names if name not in SHARDS)
 
-        table = [(path, P(*map(gathered, spec))) for path, spec in self.table]
-        lies = split(shardings(params, self.table, self.mesh))[0]
-        works = split(shardings(params, table, self.mesh))[0]
-        return {
-            path: {name: (lies if name == "value" else works)[path][name] for name in parts}
-            for path, parts in lies.items()
-        }
+        return [(path, P(*map(gathered, spec))) for path, spec in self.table]
 
     @property
     def whole(self) -> NamedSharding:

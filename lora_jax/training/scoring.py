@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.types import Batch, Tree
+from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Logits, token_values
 from lora_jax.training.losses.tokens import cross_entropy
@@ -29,8 +30,9 @@ def make_scorer(
     *,
     layout: Layout | None = None,
     temperature: float = 1.0,
-    chunk: int = 0,
+    chunk: int | None = 0,
     parts: int = 1,
+    placement: Placement = UNPLACED,
 ) -> Callable[[Tree, Batch], Scores]:
     """Returns ``(params, batch) -> scores``, compiled for each shape; without dropout or gradient.
 
@@ -39,7 +41,7 @@ def make_scorer(
       layout: where parameters and batches lie; by default on one device. Each device gets all the
         scores.
       temperature: divides the logits, as it did where the tokens were drawn; above 0.
-      chunk, parts: see `lora_jax.training.losses.token_values`.
+      chunk, parts, placement: see `lora_jax.training.losses.token_values`.
 
     Returns:
       The function. It takes parameters, adapted or plain, and a batch whose ``weights`` matter only
@@ -68,6 +70,7 @@ def make_scorer(
         return Scores(-cross_entropy(logits, targets), entropy)
 
     def score(params: Tree, batch: Batch) -> Any:
-        return token_values(each, forward, params, batch, chunk=chunk, parts=parts)
+        how: dict[str, Any] = {"chunk": chunk, "parts": parts, "placement": placement}
+        return token_values(each, forward, params, batch, **how)
 
     return jax.jit(score) if layout is None else layout.jitted(score)

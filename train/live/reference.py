@@ -33,7 +33,7 @@ from train.run.report import versions
 from train.run.task import ModelContext
 
 
-def sequence_scorer(model: Any, layout: Layout, chunk: int) -> OnMesh:
+def sequence_scorer(model: Any, layout: Layout, chunk: int | None) -> OnMesh:
     """Returns ``(params, batch) -> log-probabilities`` of sequences, as the loss computes them.
 
     These are [batch, n]; the batch lies on the mesh.
@@ -41,13 +41,7 @@ def sequence_scorer(model: Any, layout: Layout, chunk: int) -> OnMesh:
     forward = running(layout.constrained(model))
 
     def score(params: Tree, batch: Batch) -> jax.Array:
-        logps = sequence_logps(
-            forward,
-            params,
-            batch,
-            chunk=chunk * layout.token_parts,
-            parts=layout.sequence_parts,
-        )
+        logps = sequence_logps(forward, params, batch, **layout.chunks(chunk))
         return logps.policy.reshape(batch["counts"].shape)
 
     return layout.jitted(score)

@@ -53,8 +53,7 @@ class Rollouts(abc.ABC):
             running(layout.constrained(model)),
             layout=layout,
             temperature=self.config.data.sampling_temperature,
-            chunk=self.config.optim.loss_chunk * layout.token_parts,
-            parts=layout.sequence_parts,
+            **layout.chunks(self.config.optim.loss_chunk),
         )
 
     @abc.abstractmethod

@@ -46,7 +46,7 @@ def programs_between(
     params: Tree,
     batch: Mapping[str, Shaped],
     *,
-    chunk: int = 0,
+    chunk: int | None = 0,
     group: int = 1,
     reference: Tree | None = None,
 ) -> dict[str, Program]:
@@ -58,7 +58,7 @@ def programs_between(
       params: the adapted tree, as shapes with shardings.
       batch: the arrays of a step, [accumulate, batch, …], or their shapes; their names tell what
         it needs.
-      chunk: predictions whose logits are in memory at once, for each part of a batch on the mesh.
+      chunk: see `lora_jax.training.layout.Layout.chunks`.
       group: completions of a prompt.
       reference: the reference's parameters; by default the base's.
     """
@@ -74,7 +74,7 @@ def programs_between(
     adapter, base = map(bytes_per_device, lj.split(params))
     with jax.set_mesh(layout.mesh):
         if "old" in batch:
-            split = {"chunk": chunk * layout.token_parts, "parts": layout.sequence_parts}
+            split = layout.chunks(chunk)
             score: Any = make_scorer(running(layout.constrained(model)), layout=layout, **split)
             scorer = score.trace(params, part)
             new = part["targets"].shape[1]

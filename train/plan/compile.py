@@ -135,7 +135,6 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
             options = job.layout.compiler_options
             traced, state = traced_step(forward, one, variant.adapters, batch, options)
         lowered = traced.lower()
-    chunk = job.loss_chunk // job.layout.token_parts
     return PreparedStep(
         traced=traced,
         lowered=lowered,
@@ -143,7 +142,9 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
         state=state,
         base=base,
         batch=batch,
-        between=programs_between(model, job.layout, params, batch, chunk=chunk, group=job.group),
+        between=programs_between(
+            model, job.layout, params, batch, chunk=job.loss_chunk, group=job.group
+        ),
         model=model,
     )
 
@@ -289,7 +290,7 @@ def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | 
         remat=variant.remat,
         attention=job.chosen.attend if row > 1 else None,
         split=job.layout.split(row) if row > 1 else None,
-        chunked=number_of_chunks(shape, job.loss_chunk, parts) > 1,
+        chunked=number_of_chunks(shape, job.head_chunk, parts) > 1,
         predicted=min(row, job.predicted) if parts == 1 else row,  # split rows have heads at all
         forward=tokens is not None,
     )

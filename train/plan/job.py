@@ -11,7 +11,7 @@ import lora_jax as lj
 from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import Loss
+from lora_jax.training.losses import Loss, predictions_at_once
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
 from train.options.common import AdapterConfig
@@ -37,7 +37,7 @@ class PlanJob:
       batch_size: rows in memory at once, on all devices: sequences, or pairs of them.
       grad_accum: batches per step.
       seq_len: tokens per sequence; the loss counts them all, or those of completions.
-      loss_chunk: predictions whose logits are in memory at once; 0 for all.
+      loss_chunk: predictions of a chunk on each device; see `Layout.chunks`.
       dtype: the dtype of the base and its activations; trained parameters are fp32.
       attention, experts: the implementations of attention and of experts, by name.
       task: the script that trains.
@@ -51,7 +51,7 @@ class PlanJob:
     batch_size: int
     grad_accum: int
     seq_len: int
-    loss_chunk: int
+    loss_chunk: int | None
     dtype: str
     attention: str = "auto"
     experts: str = "auto"
@@ -78,7 +78,17 @@ class PlanJob:
     @property
     def loss(self) -> Loss:
         """Returns the function to minimise."""
-        return self.kind.loss(chunk=self.loss_chunk, parts=self.layout.sequence_parts)
+        return self.kind.loss(**self.layout.chunks(self.loss_chunk))
+
+    @property
+    def head_chunk(self) -> int:
+        """Returns the predictions whose logits are in memory at once, on all devices; 0 for all."""
+        chunk: int | None = self.layout.chunks(self.loss_chunk)["chunk"]
+        if chunk is None:
+            config: Any = self.outline.config  # of a language model
+            words = config.vocab_size
+            chunk = predictions_at_once(self.layout, words) * self.layout.token_parts
+        return chunk
 
     @property
     def chosen(self) -> AttentionChoice:

@@ -48,9 +48,9 @@ class PlanConfig:
     images: int = 0
     """Images of each sequence, counted as the model sees them (in tiles), for models that read
     images in chats; by default the plan is of texts alone."""
-    loss_chunk: int = 256
-    """Predictions whose logits are in memory at once, for each part of the batch on the mesh; 0 for
-    all at once."""
+    loss_chunk: int | None = None
+    """Predictions whose logits are in memory at once, for each part of the batch on the mesh; see
+    train.sft."""
     dtype: str = "bfloat16"
     """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
     and so are the weights in full fine-tuning."""

@@ -37,7 +37,7 @@ def print_plans(
     console.print(
         f"{facts['model']} on {facts['topology']} ({devices}), "
         f"{facts['rows']} per step, {facts['dtype']}{codes}, attention: {facts['attention']}, "
-        f"optimizer: {facts['optimizer']}; "
+        f"the head: {_rows_of_head(facts['loss_chunk'])}, optimizer: {facts['optimizer']}; "
         f"compiled by the {facts['compiler'].upper()} compiler",
         highlight=False,
         soft_wrap=True,
@@ -90,6 +90,10 @@ def print_plans(
             console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
     for note in (*facts["remarks"], _notes(facts, to_host), *_task_notes(facts, plans[0])):
         console.print(note, highlight=False, soft_wrap=True)
+
+
+def _rows_of_head(chunk: int) -> str:
+    return f"{chunk:,} predictions at a time" if chunk else "all predictions at once"
 
 
 def _mark(made: Plan) -> str:

@@ -15,7 +15,7 @@ class PlannedTask:
     """Facts about the rows of a script.
 
     Attributes:
-      loss: returns the function to minimise, from `chunk` and `parts`; see `token_loss`.
+      loss: returns the function to minimise, from what `Layout.chunks` returns; see `token_loss`.
       rows: name of several rows.
       row: name of what --longest counts the tokens of.
       sequences: the sequences of a row.

@@ -285,8 +285,7 @@ def packed(
 
 def loss(config: Config, layout: Layout) -> Loss:
     """Returns the loss of the assistant's tokens that --loss names."""
-    optim, parts = config.optim, layout.sequence_parts
-    return token_loss(optim.loss, chunk=optim.loss_chunk * layout.token_parts, parts=parts)
+    return token_loss(config.optim.loss, **layout.chunks(config.optim.loss_chunk))
 
 
 def seed_read(config: Config) -> tuple[str, ...]:

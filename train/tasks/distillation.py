@@ -47,8 +47,7 @@ def loss(config: Config, layout: Layout) -> Loss:
     return rollout_loss(
         ONLINE["dapo"],
         temperature=config.data.sampling_temperature,
-        chunk=config.optim.loss_chunk * layout.token_parts,
-        parts=layout.sequence_parts,
+        **layout.chunks(config.optim.loss_chunk),
     )
 
 

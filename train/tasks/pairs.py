@@ -136,7 +136,7 @@ def _packed(config: Config, source: str, tokens: Sequences) -> Preferences:
 def loss(config: Config, layout: Layout) -> Loss:
     """Returns the loss that --loss names."""
     optim = config.optim
-    split = {"chunk": optim.loss_chunk * layout.token_parts, "parts": layout.sequence_parts}
+    split = layout.chunks(optim.loss_chunk)
     if KTO in optim.loss:
         return unpaired_loss(optim.beta, optim.kto_weights or (1.0, 1.0), **split)
     return pair_loss(optim.terms, optim.preference, **split)

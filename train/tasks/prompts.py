@@ -209,8 +209,7 @@ def loss(config: Config, layout: Layout) -> Loss:
     return rollout_loss(
         optim.online(data.max_new_tokens),
         temperature=data.sampling_temperature,
-        chunk=optim.loss_chunk * layout.token_parts,
-        parts=layout.sequence_parts,
+        **layout.chunks(optim.loss_chunk),
     )
 
 

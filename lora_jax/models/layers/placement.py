@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import jax
 
+from lora_jax.core.types import Tree
+
 Activation = Literal["residual", "inputs", "heads", "features"]
 # (x [batch, seq, d_model], weights [batch, seq, k], experts [batch, seq, k], the kernels of the
 # gates, of the up and of the down projections [experts, …], their biases) -> [batch, seq, d_model]
@@ -64,6 +66,23 @@ class Placement:
         ``lora_jax.models.compiler_options("tpu")``.
         """
         return False
+
+    @property
+    def token_parts(self) -> int:
+        """Returns the number of parts that a batch's tokens are split into."""
+        return 1
+
+    @property
+    def word_parts(self) -> int:
+        """Returns the number of parts that the head's words are split into."""
+        return 1
+
+    def head_shardings(self, params: Tree) -> Tree | None:
+        """Returns the shardings that the parameters have where a loop runs the head.
+
+        None to leave them as they are.
+        """
+        return None
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.

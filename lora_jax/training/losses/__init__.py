@@ -4,6 +4,7 @@ Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabi
 your own; `pair_loss`, `unpaired_loss` and `rollout_loss` take batches, for a step.
 """
 
+from lora_jax.training.losses.chunks import number_of_chunks, predictions_at_once
 from lora_jax.training.losses.classes import (
     CLASSES,
     COMPARISONS,
@@ -50,7 +51,6 @@ from lora_jax.training.losses.tokens import (
     CROSS_ENTROPY,
     DEFAULT,
     TOKEN_LOSSES,
-    number_of_chunks,
     summed_loss,
     token_loss,
     token_values,
@@ -86,6 +86,7 @@ __all__ = [
     "logits_of",
     "mismatched_kl",
     "number_of_chunks",
+    "predictions_at_once",
     "number_of_units",
     "online_loss",
     "pair_loss",

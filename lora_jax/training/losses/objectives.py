@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.types import Batch, Tree
+from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.training.losses.completions import Completions, completions, summed_nll
 from lora_jax.training.losses.contract import Logits, Loss, Sums
 from lora_jax.training.losses.online import Online, online_loss, rloo_loss
@@ -17,6 +18,7 @@ from lora_jax.training.losses.preference import (
 )
 from lora_jax.training.losses.tokens import cross_entropy, token_values
 
+_Chunks = tuple[int | None, int, Placement]  # chunk, parts and placement of `token_values`
 NLL = "nll"  # the term of a prompt's and a chosen completion's cross-entropy
 
 
@@ -26,13 +28,14 @@ def sequence_logps(
     batch: Batch,
     dropout_key: jax.Array | None = None,
     *,
-    chunk: int = 0,
+    chunk: int | None = 0,
     parts: int = 1,
+    placement: Placement = UNPLACED,
 ) -> Completions:
     """Returns the log-probabilities of a batch's sequences, with its reference's.
 
     Args:
-      forward, params, dropout_key, chunk, parts: see `sum_over_tokens`.
+      forward, params, dropout_key, chunk, parts, placement: see `token_values`.
       batch: see `Packs`; `counts`, int32 [batch, n], are the tokens that
         count of each sequence of a row, and `reference`, fp32 [batch, n], where there is one, are
         the reference's log-probabilities. `completion`, int32 [batch, m], where there is one, is 1
@@ -41,7 +44,7 @@ def sequence_logps(
     Returns:
       [batch * n] completions; those without tokens, which fill up a row, do not count.
     """
-    return _sequences(forward, params, batch, dropout_key, chunk, parts)[0]
+    return _sequences(forward, params, batch, dropout_key, (chunk, parts, placement))[0]
 
 
 def _sequences(
@@ -49,10 +52,10 @@ def _sequences(
     params: Tree,
     batch: Batch,
     dropout_key: jax.Array | None,
-    chunk: int,
-    parts: int,
+    chunks: _Chunks,
 ) -> tuple[Completions, Completions]:
     """Returns the result of `sequence_logps`, and the same of all predictions, with prompts."""
+    chunk, parts, placement = chunks
     logps = token_values(
         lambda logits, targets: -cross_entropy(logits, targets),
         forward,
@@ -61,6 +64,7 @@ def _sequences(
         dropout_key,
         chunk=chunk,
         parts=parts,
+        placement=placement,
     )
     segments = jnp.take_along_axis(batch["segment_ids"], batch["predict_at"], axis=1) - 1
     known, n = batch["weights"] > 0, batch["counts"].shape[1]
@@ -77,8 +81,9 @@ def pair_loss(
     terms: str | Mapping[str, float],
     options: PreferenceOptions = PreferenceOptions(),  # noqa: B008
     *,
-    chunk: int = 0,
+    chunk: int | None = 0,
     parts: int = 1,
+    placement: Placement = UNPLACED,
 ) -> Loss:
     """Returns a loss of pairs, for batches of `training.pairs`; equal arguments give the same one.
 
@@ -86,20 +91,20 @@ def pair_loss(
       terms: see `preference_loss`; "nll" is the cross-entropy of prompts and chosen completions
         together, for batches that predict both (`Preferences.completion`).
       options: β and the like.
-      chunk, parts: see `sum_over_tokens`.
+      chunk, parts, placement: see `token_values`.
     """
     named = ((terms, 1.0),) if isinstance(terms, str) else tuple(terms.items())
-    return _pair_loss(named, options, chunk, parts)
+    return _pair_loss(named, options, (chunk, parts, placement))
 
 
 @functools.cache
 def _pair_loss(
-    terms: tuple[tuple[str, float], ...], options: PreferenceOptions, chunk: int, parts: int
+    terms: tuple[tuple[str, float], ...], options: PreferenceOptions, chunks: _Chunks
 ) -> Loss:
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
-        both, whole = _sequences(forward, params, batch, dropout_key, chunk, parts)
+        both, whole = _sequences(forward, params, batch, dropout_key, chunks)
         chosen, rejected = (jax.tree.map(lambda x, i=i: x[i::2], both) for i in (0, 1))
         mean, weights = batch["mean_tokens"][0], dict(terms)
         weight = weights.pop(NLL, 0.0)
@@ -123,7 +128,12 @@ def _pair_loss(
 
 @functools.cache
 def unpaired_loss(
-    beta: float = 0.1, weights: tuple[float, float] = (1.0, 1.0), *, chunk: int = 0, parts: int = 1
+    beta: float = 0.1,
+    weights: tuple[float, float] = (1.0, 1.0),
+    *,
+    chunk: int | None = 0,
+    parts: int = 1,
+    placement: Placement = UNPLACED,
 ) -> Loss:
     """Returns KTO's loss of rows that are desirable or not; equal arguments give the same one.
 
@@ -133,13 +143,13 @@ def unpaired_loss(
 
     Args:
       beta, weights: see `kto_loss`.
-      chunk, parts: see `sum_over_tokens`.
+      chunk, parts, placement: see `token_values`.
     """
 
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
-        rows = sequence_logps(forward, params, batch, dropout_key, chunk=chunk, parts=parts)
+        rows, _ = _sequences(forward, params, batch, dropout_key, (chunk, parts, placement))
         desirable = batch["labels"].reshape(-1) > 0
         kl, share = batch["kl"][0], batch["good"][0]
         return kto_loss(rows, desirable, kl, beta=beta, weights=weights, share=share)
@@ -149,7 +159,12 @@ def unpaired_loss(
 
 @functools.cache
 def rollout_loss(
-    options: Online | None, *, temperature: float = 1.0, chunk: int = 0, parts: int = 1
+    options: Online | None,
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = 0,
+    parts: int = 1,
+    placement: Placement = UNPLACED,
 ) -> Loss:
     """Returns a loss of rollouts; equal arguments give the same one.
 
@@ -160,7 +175,7 @@ def rollout_loss(
     Args:
       options: the loss, such as ``ONLINE["dapo"]``; None for RLOO.
       temperature: divides the logits, as it did when the completions were drawn.
-      chunk, parts: see `sum_over_tokens`.
+      chunk, parts, placement: see `token_values`.
     """
 
     def sums(
@@ -174,6 +189,7 @@ def rollout_loss(
             dropout_key,
             chunk=chunk,
             parts=parts,
+            placement=placement,
         )
         known = (logps, batch["weights"] > 0, batch["advantages"], batch["old"])
         there = jnp.any(batch["segment_ids"] > 0, axis=1)

@@ -6,15 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lora_jax.core.types import Batch, Tree
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.training.losses.chunks import map_chunks, number_of_chunks, predictions_at_once
 from lora_jax.training.losses.contract import Logits, Loss, Sums, number_of_units
 
 # Maps logits, fp32 [..., vocab], and targets, int32 [...], to the loss of each: fp32 [...].
 Each = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+@jax.custom_jvp
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns -log p of each target p, fp32 [...].
 
@@ -22,8 +24,26 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
       logits: fp32 [..., vocab].
       targets: int32 [...].
     """
-    nll: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return nll
+    return _normalised(logits, targets)[0]
+
+
+def _normalised(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the cross entropy of each target, and the log of the sum that divides, [...] each."""
+    total: jax.Array = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return total - picked, total
+
+
+@cross_entropy.defjvp
+def _cross_entropy_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient is softmax - onehot; that of a look-up would be one more array of logits."""
+    logits, targets = primals
+    losses, total = _normalised(logits, targets)
+    onehot = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    slope = jnp.exp(logits - total[..., None]) - onehot.astype(logits.dtype)
+    return losses, jnp.sum(slope * tangents[0], axis=-1)
 
 
 def dft(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -73,14 +93,17 @@ def token_values(
     batch: Batch,
     dropout_key: jax.Array | None = None,
     *,
-    chunk: int = 0,
+    chunk: int | None = 0,
     parts: int = 1,
+    placement: Placement = UNPLACED,
 ) -> Any:
     """Returns values of each token that a batch predicts.
 
     With `chunk`, logits and their gradient exist for so many predictions at a time, never as
-    [batch, m, vocab]: the head runs once more for each chunk in the backward pass. A chunk takes
-    the same places of all rows (at least one), so that a batch stays spread over devices.
+    [batch, m, vocab]. The gradient of a token's hidden state is computed along with its value,
+    where it has one; where the head trains, it runs once more for each chunk in the backward pass.
+    A chunk takes the same places of all rows (at least one), so that a batch stays spread over
+    devices.
 
     Where a row is split over several devices, hidden states stay where they are: the head gets all
     of them, not those alone that predict something, and a chunk takes the same places of each part.
@@ -95,14 +118,15 @@ def token_values(
       batch: arrays [batch, seq] and [batch, m]; see `Packs`. The model
         gets `pixel_values`, too, where a batch has them.
       dropout_key: turns dropout on.
-      chunk: predictions a chunk; 0 for all at once.
+      chunk: predictions a chunk; 0 for all at once, None for `predictions_at_once` on each device.
       parts: the parts that a row is split into, each on a device. With several, a place may
         predict one token only, not counting those of weight 0, whose values are another token's.
+      placement: the placement on a mesh; the head is gathered once, not once a chunk.
 
     Returns:
       The tree, [batch, m] each.
     """
-    values = _head_values(each, forward, params, batch, dropout_key, chunk, parts)
+    values = _head_values(each, forward, params, batch, dropout_key, chunk, parts, placement)
     if parts == 1:
         return values
     return jax.tree.map(lambda x: jnp.take_along_axis(x, batch["predict_at"], axis=1), values)
@@ -115,8 +139,9 @@ def sum_over_tokens(
     batch: Batch,
     dropout_key: jax.Array | None = None,
     *,
-    chunk: int = 0,
+    chunk: int | None = 0,
     parts: int = 1,
+    placement: Placement = UNPLACED,
 ) -> Sums:
     """Sums a loss of a batch over the tokens that count.
 
@@ -125,13 +150,13 @@ def sum_over_tokens(
 
     Args:
       each: the loss of each token.
-      forward, params, batch, dropout_key, chunk, parts: see `token_values`.
+      forward, params, batch, dropout_key, chunk, parts, placement: see `token_values`.
 
     Returns:
       The sums, without logs: an accuracy would take another pass over the vocabulary.
     """
     weights = batch["weights"].astype(jnp.float32)
-    losses = _head_values(each, forward, params, batch, dropout_key, chunk, parts)
+    losses = _head_values(each, forward, params, batch, dropout_key, chunk, parts, placement)
     placed = (
         weights if parts == 1 else _place_at_predictors(weights, batch)
     )  # no value moves over devices
@@ -144,8 +169,9 @@ def _head_values(
     params: Tree,
     batch: Batch,
     dropout_key: jax.Array | None,
-    chunk: int,
+    chunk: int | None,
     parts: int,
+    placement: Placement,
 ) -> Any:
     """Returns the values of `token_values`; those of split rows where they lie: [batch, seq]."""
     variables, targets = {"params": params}, batch["targets"]
@@ -154,35 +180,29 @@ def _head_values(
         where["logits_at"] = batch["predict_at"]
     else:  # padding has weight 0; it is all at place 0
         targets = _place_at_predictors(jnp.where(batch["weights"] == 0, 0, targets), batch)
-    n_chunks = number_of_chunks(targets.shape[:2], chunk, parts)
-    if n_chunks == 1:
+    lies = jax.tree.leaves(placement.head_shardings(params))
+    if chunk == 0 or chunk and not lies and number_of_chunks(targets.shape[:2], chunk, parts) == 1:
         logits = forward(variables, batch["ids"], **where)  # [batch, m, vocab]
         return each(logits.astype(jnp.float32), targets)
     hidden = forward(variables, batch["ids"], return_hidden=True, **where)  # [batch, m, d_model]
+    if chunk is None:
+        head = functools.partial(forward, method="head")
+        words = jax.eval_shape(head, variables, hidden[:, :1]).shape[-1]
+        chunk = predictions_at_once(placement, words) * placement.token_parts
+    n_chunks = number_of_chunks(targets.shape[:2], chunk, parts)
 
-    def chunk_values(_: None, xs: Any) -> tuple[None, Any]:
-        index, hidden, targets = xs
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        logits = forward(variables, hidden, method="head", **_dropout(key))  # [batch, c, vocab]
-        return None, each(logits.astype(jnp.float32), targets)
+    def chunk_values(inputs: Any, index: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
+        params, key = inputs
+        key = None if key is None else jax.random.fold_in(key, index)
+        logits = forward({"params": params}, hidden, method="head", **_dropout(key))
+        return each(logits.astype(jnp.float32), targets)  # of [batch, c, vocab]
 
-    chunks = (_split_chunks(array, n_chunks, parts) for array in (hidden, targets))
-    # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
-    body = jax.checkpoint(chunk_values, prevent_cse=False)
-    _, values = jax.lax.scan(body, None, (jnp.arange(n_chunks), *chunks))
-    return jax.tree.map(lambda x: _join_chunks(x, parts)[:, : targets.shape[1]], values)
+    inputs = (params, dropout_key)
+    return map_chunks(chunk_values, inputs, hidden, targets, n_chunks, parts=parts, where=lies)
 
 
 def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
     return {} if key is None else {"dropout_key": key}
-
-
-def number_of_chunks(shape: tuple[int, ...], chunk: int, parts: int = 1) -> int:
-    """Returns the number of chunks of predictions of `shape`, [batch, m]; see `token_values`."""
-    batch, m = shape
-    if not chunk:
-        return 1
-    return -(-m // (parts * max(1, chunk // (batch * parts))))
 
 
 def _place_at_predictors(x: jax.Array, batch: Batch) -> jax.Array:
@@ -191,42 +211,32 @@ def _place_at_predictors(x: jax.Array, batch: Batch) -> jax.Array:
     return jnp.zeros(batch["ids"].shape, x.dtype).at[rows, batch["predict_at"]].add(x)
 
 
-def _split_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
-    """Reshapes [batch, m, …] to [n, batch, parts * ceil(m / (n * parts)), …], filled with zeros."""
-    batch, m = array.shape[:2]
-    size = -(-m // (n * parts))
-    missing = n * parts * size - m
-    filled = jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])
-    chunks = jnp.moveaxis(filled.reshape(batch, parts, n, size, *array.shape[2:]), 2, 0)
-    return chunks.reshape(n, batch, parts * size, *array.shape[2:])
-
-
-def _join_chunks(chunks: jax.Array, parts: int) -> jax.Array:
-    """Inverts `_split_chunks`: [n, batch, parts * size, …] to [batch, parts * n * size, …]."""
-    n, batch, places, *rest = chunks.shape
-    split = chunks.reshape(n, batch, parts, places // parts, *rest)
-    return jnp.moveaxis(split, 0, 2).reshape(batch, n * places, *rest)
-
-
 summed_loss = functools.partial(sum_over_tokens, cross_entropy)
 
 
-def token_loss(name: str = DEFAULT, *, chunk: int = 0, parts: int = 1) -> Loss:
+def token_loss(
+    name: str = DEFAULT,
+    *,
+    chunk: int | None = 0,
+    parts: int = 1,
+    placement: Placement = UNPLACED,
+) -> Loss:
     """Returns a loss of tokens; equal arguments give the same object.
 
     Held-out examples are measured by the cross entropy, whatever the loss, so that runs compare.
 
     Args:
       name: name of `TOKEN_LOSSES`.
-      chunk, parts: see `sum_over_tokens`.
+      chunk, parts, placement: see `token_values`.
     """
-    return _token_loss(name, chunk, parts)
+    return _token_loss(name, chunk, parts, placement)
 
 
 @functools.cache
-def _token_loss(name: str, chunk: int, parts: int) -> Loss:
-    sums = functools.partial(sum_over_tokens, TOKEN_LOSSES[name].each, chunk=chunk, parts=parts)
-    return Loss(sums, measured=None if name == DEFAULT else _token_loss(DEFAULT, chunk, parts))
+def _token_loss(name: str, chunk: int | None, parts: int, placement: Placement) -> Loss:
+    how: dict[str, Any] = {"chunk": chunk, "parts": parts, "placement": placement}
+    sums = functools.partial(sum_over_tokens, TOKEN_LOSSES[name].each, **how)
+    return Loss(sums, measured=None if name == DEFAULT else token_loss(DEFAULT, **how))
 
 
 CROSS_ENTROPY = token_loss()

@@ -65,6 +65,7 @@ class TokensConfig(LanguageDataConfig):
 class LanguageOptimConfig(OptimConfig):
     """Optimisation."""
 
-    loss_chunk: int = option(256, field.HIDDEN, of_inputs=False)
+    loss_chunk: int | None = option(None, field.HIDDEN, of_inputs=False, changeable=True)
     """Predictions whose logits are in memory at once, for each part of the batch on the mesh. Fewer
-    take less memory; the head is recomputed in the backward pass. 0 for all at once."""
+    take less memory; 0 for all at once. By default 256 on a CPU, and on an accelerator as many as
+    have 512 MiB of logits, so that the head's products are not bound by reading it."""

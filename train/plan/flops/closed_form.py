@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from lora_jax.core.weight import LoraWeight, Trained, leaves_of
+from lora_jax.core.weight import LoraWeight, Trained, is_node, leaves_of
 from lora_jax.models import DecoderConfig, kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
@@ -55,7 +55,7 @@ def step_flops(
       remat: the activations recomputed in each layer: "full" for all, or the name of a policy.
       attention: the implementation of attention; None for all scores at once.
       split: how sequences are split over devices.
-      chunked: whether the head runs over chunks of predictions, and so is recomputed.
+      chunked: whether the head runs over chunks of predictions, and is recomputed if it trains.
       predicted: tokens of a row that are predicted; by default all.
       forward: leaves out the gradient, and what is recomputed for it.
     """
@@ -73,7 +73,7 @@ def step_flops(
         if kind == "experts":
             size *= config.num_experts_per_tok / config.num_experts
         last = re.search(r"(down_proj|mlp/c_proj|w2)/kernel$", path) is not None
-        again = chunked if is_head else layers_again and not last
+        again = chunked and is_node(leaf) if is_head else layers_again and not last
         passes = 1 if forward else 2 + again + isinstance(leaf, Trained)
         total += 2 * tokens * size * passes
         if isinstance(leaf, LoraWeight):
