@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 PROGRAMS = KeptPrograms(os.environ, WORKER)
 MOST_COMPILED = 400
+OURS = r"error::DeprecationWarning:(lora_jax|train)\b"
 COMPILED = []  # an entry for each program since they were last dropped
 # Files that take from half a minute to minutes in CI, the longest first.
 LONGEST = (
@@ -104,11 +105,12 @@ def few_programs():
 
 
 @pytest.fixture
-def tpu_compiler(monkeypatch):
+def tpu_compiler(monkeypatch, request):
     """Has the TPU's compiler, or skips the test: it ends the process at a flag that is not its own.
 
     By then this process's CPU compiler has read its flags.
     """
+    assert request.node.get_closest_marker("tpu_compiler"), "mark it, so that CI runs it"
     pytest.importorskip("libtpu")
     jax.devices("cpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
@@ -121,8 +123,13 @@ def float64():
         yield
 
 
-def pytest_collection_modifyitems(items):
-    """Has workers begin with what takes longest, so that none waits for another's last file."""
+def pytest_collection_modifyitems(session, items):
+    """Has workers begin with what takes longest, so that none waits for another's last file.
+
+    And has whatever of ours is deprecated fail, also where a test ignores others' warnings: of all
+    marks, pytest applies the session's last.
+    """
+    session.add_marker(pytest.mark.filterwarnings(OURS))
     if WORKER != "main":
         tests = Counter(item.path for item in items)
         place = {str(Path(__file__).parent / name): i for i, name in enumerate(LONGEST)}

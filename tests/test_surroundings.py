@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -28,6 +29,17 @@ def test_surroundings_are_clean():
     assert Path.home().name.startswith("lora_jax-tests-")
     assert os.listdir(Path.home() / ".cache") == ["lora_jax"]
     Path("runs").mkdir()  # the next test does not find it
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_deprecated_fails_in_our_code_alone():
+    def warn(module):
+        warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module)
+
+    warn("others.lora_jax")
+    for module in ("lora_jax", "lora_jax.core.weight", "train.sft"):
+        with pytest.raises(DeprecationWarning, match="old"):
+            warn(module)
 
 
 def test_an_empty_folder_each():

@@ -63,6 +63,24 @@ def test_ranks_dropout_and_trained_leaves_travel_along(saved):
     assert isinstance(loaded["head"]["kernel"], lj.Trained)
 
 
+def test_the_next_api_of_orbax_reads_an_adapter(saved):
+    """Arrays and facts: none is lost where that API takes over."""
+    from orbax.checkpoint import v1
+
+    folder, _ = saved
+    facts = json.loads((folder / "lora" / "metadata").read_text())
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def described(text):
+        dtype, sizes = text.split(":")[0].removesuffix("]").split("[")
+        return jax.ShapeDtypeStruct(tuple(map(int, sizes.split("x"))), dtype, sharding=device)
+
+    like = jax.tree.map(described, facts["arrays"])
+    read = v1.load_checkpointables(folder, {"adapter": like, "lora": None})
+    assert read["lora"] == facts
+    assert jax.tree.map(checksum, read["adapter"]) == facts["arrays"]
+
+
 def test_padding_is_not_saved(saved):
     folder, _ = saved
     arrays = json.loads((folder / "lora" / "metadata").read_text())["arrays"]

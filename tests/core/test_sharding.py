@@ -151,11 +151,15 @@ BATCH, SEQ, RANK = 8, 8, 2
 
 
 # Each axis with each compiler, and with another axis on one of them.
-CASES = [("cpu", mesh) for mesh in ("tensor=4", "fsdp=2,tensor=2", "data=2,sequence=2")]
-CASES += [("v5e:2x2", mesh) for mesh in ("fsdp=4", "data=2,tensor=2", "sequence=2,tensor=2")]
+CASES = [
+    pytest.param("cpu", mesh, marks=pytest.mark.slow)
+    for mesh in ("tensor=4", "fsdp=2,tensor=2", "data=2,sequence=2")
+] + [
+    pytest.param("v5e:2x2", mesh, marks=pytest.mark.tpu_compiler)
+    for mesh in ("fsdp=4", "data=2,tensor=2", "sequence=2,tensor=2")
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("machine", "text"), CASES)
 def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text, request):
     """The bound: the plain model forward and back to its input, and the adapter's bytes twice.

@@ -20,7 +20,7 @@ from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.tpu_compiler
 GIB = 2**30
 
 LLAMA = {

@@ -21,7 +21,7 @@ from train.plan.hlo.kernels import kernel_lines
 from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
+pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("tpu_compiler")]
 ALL_THREE = ("splash attention (fwd, dq, dkv)",)
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 
