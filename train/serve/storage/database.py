@@ -55,7 +55,9 @@ class Database:
         self._path = path
 
     def _opened(self, path: Path | str) -> sqlite3.Connection:
-        db = sqlite3.connect(path, self._patience, check_same_thread=False, isolation_level=None)
+        db = sqlite3.connect(
+            path, timeout=self._patience, check_same_thread=False, isolation_level=None
+        )
         db.row_factory = Row
         return db
 
