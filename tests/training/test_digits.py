@@ -21,6 +21,8 @@ from tests.support import THOROUGH
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2) if THOROUGH else (0,)
+BASE = {"lr": 2e-3, "epochs": 35} if THOROUGH else {"lr": 4e-3, "epochs": 20}
+EPOCHS = 20 if THOROUGH else 12  # of each way
 PROCESSOR = models.ImageProcessor(size=(8, 8), mean=(0.5,), std=(0.5,))
 FIELDS: dict[str, Any] = {
     "model_type": "vit",
@@ -71,9 +73,7 @@ def accuracies(seed: int) -> dict[str, float]:
     empty = np.zeros((1, 1, 8, 8), np.float32)
     fresh = model.init(jax.random.key(seed), empty)["params"]
     everything = [lj.TrainRule(targets=".*")]
-    base, first = learned(
-        model, fresh, everything, rows_of(range(5), seed), seed, lr=2e-3, epochs=35
-    )
+    base, first = learned(model, fresh, everything, rows_of(range(5), seed), seed, **BASE)
     params = lj.merge(base) | {"classifier": fresh["classifier"]}
     rows = rows_of(range(5, 10), seed)
     found = {"the base, on 0 to 4": first}
@@ -82,7 +82,7 @@ def accuracies(seed: int) -> dict[str, float]:
     regression = LogisticRegression(max_iter=2000).fit(pixels[0], labels[0])
     found["logistic regression on pixels"] = 100 * regression.score(pixels[1], labels[1])
     for way, (rules, lr) in WAYS.items():
-        _, found[way] = learned(model, params, rules, rows, seed, lr=lr, epochs=20)
+        _, found[way] = learned(model, params, rules, rows, seed, lr=lr, epochs=EPOCHS)
     return found
 
 
