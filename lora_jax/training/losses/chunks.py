@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
 
+from lora_jax.core.extend import Jaxpr, Literal, jaxpr_as_fun
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.models.layers.placement import Placement
 
