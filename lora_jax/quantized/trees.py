@@ -14,7 +14,7 @@ from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.aliases import flatten, restore_form
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base
-from lora_jax.core.paths import leaf_name
+from lora_jax.core.paths import leaf_name, nearest
 from lora_jax.core.types import BaseLike, Forward, Leaf, Tree
 from lora_jax.core.weight import is_node, leaves_of, map_leaves
 from lora_jax.quantized.coded import Coded
@@ -88,6 +88,7 @@ def plan(
     if wrong := [rule for rule in chosen if not isinstance(rule, QuantRule)]:
         raise TypeError(f"quantize: a rule is a QuantRule, not {wrong[0]!r}")
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
+    _check_kept(keep, [path for path, _ in arrays])
     roles = traced_roles(trace, arrays)
     is_router = {path for path, kind in (kinds or {}).items() if rules is None and kind == "router"}
     arrays = [
@@ -113,6 +114,15 @@ def plan(
     return {
         p: coding(p, choice) for p, choice in decisions.items() if isinstance(choice, Adaptation)
     }
+
+
+def _check_kept(keep: Targets, paths: Sequence[str]) -> None:
+    """Raises a ValueError for a pattern that matches no path, or a name that stands in none."""
+    for each in (keep,) if isinstance(keep, str) else ((name,) for name in keep):
+        if not any(matches(each, path) for path in paths):
+            name = each if isinstance(each, str) else each[0]
+            near = "\n  ".join(["the nearest paths are:", *nearest(name, paths)])
+            raise ValueError(f"quantize: keep={name!r} names no leaf: {near}")
 
 
 def quantize(
@@ -147,8 +157,8 @@ def quantize(
         lie in memory together.
 
     Raises:
-      ValueError: a rule selects nothing, there is no such format, the tree is adapted already, or a
-        kernel holds a NaN or an infinity.
+      ValueError: a rule selects nothing, `keep` names what is not there, there is no such format,
+        the tree is adapted already, or a kernel holds a NaN or an infinity.
 
     Warns:
       QuantizeWarning: no blocks fit some of the kernels, which stay as they are; or the format

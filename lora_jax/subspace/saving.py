@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.types import Fields, JsonObject, Tree
 from lora_jax.core.weight import Trained
+from lora_jax.rules import AnyOf
 from lora_jax.saving.checkpoint import adapter_info, load_adapter, save_adapter
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import checksum
@@ -167,6 +168,8 @@ def load(
     if space is not None:
         _check_same(folder, facts, facts_of(space))
     given = {name: facts[name] for name in _GIVEN}
+    if not isinstance(given["targets"], str):
+        given["targets"] = AnyOf(given["targets"])  # earlier versions saved names without a match
     try:
         subspace = make(base, **given, stacks=tuple(facts["stacks"]))
     except ValueError as error:

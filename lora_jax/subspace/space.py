@@ -22,6 +22,7 @@ from lora_jax.core.base import is_base
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.rules import Targets, TrainRule
+from lora_jax.select.matching import LeafFacts, check_names
 from lora_jax.select.resolve import resolve
 from lora_jax.subspace.fastfood import MOST
 from lora_jax.subspace.layers import STACKS, Tensor, tensors_of
@@ -157,8 +158,9 @@ def make(
         whole path segments.
 
     Raises:
-      ValueError: nothing is selected; d is more than there are parameters or, with "said", no more
-        than there are layers; the tree is adapted; or a stack is none.
+      ValueError: nothing is selected, or nothing by one of the names in `targets`; d is more than
+        there are parameters or, with "said", no more than there are layers; the tree is adapted; or
+        a stack is none.
 
     >>> params = {"up": {"kernel": jnp.ones((4, 3))}, "down": {"kernel": jnp.ones((3, 2))}}
     >>> space = lj.subspace.make(params, dimension=5, kind="said")
@@ -201,6 +203,7 @@ def _chosen(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in arrays):
         raise ValueError("the tree has no leaf of floating-point numbers: nothing can train")
     selected = resolve(arrays, [rule])
+    check_names([rule], dict(arrays), LeafFacts())
     chosen = {path: leaf for path, leaf in arrays if path in selected and 0 not in leaf.shape}
     for path, leaf in chosen.items():
         if is_base(leaf):

@@ -288,6 +288,9 @@ def test_selection():
     with pytest.raises(ValueError, match="selects nothing.*in codes already"):
         quantized.quantize(mixed, "int8", keep=keep)
 
+    for missing in ("q_prj", [*keep, "q_prj"]):  # a pattern, and a name beside another
+        with pytest.raises(ValueError, match=r"keep='q_prj' names no leaf.*\n  layers/q_proj/"):
+            quantized.quantize(params, keep=missing)
     with pytest.raises(ValueError, match=r"QuantRule\(.*'nowhere'.*selects nothing"):
         quantized.quantize(params, rules=[QuantRule(targets=["nowhere"])])
     with pytest.raises(ValueError, match="format='nf3': choose one of 'int8'"):

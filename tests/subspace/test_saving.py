@@ -8,6 +8,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import subspace
+from lora_jax.rules import AnyOf
 from tests.subspace.test_subspace import moving, small
 from tests.support import assert_identical
 
@@ -31,6 +32,15 @@ def test_a_folder_gives_back_the_space_and_its_numbers(saved):
     np.testing.assert_array_equal(again.keys(), space.keys())
     assert lj.adapter_info(folder)["model"] == "owner/name"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 32_000
+
+
+def test_one_with_a_name_without_a_match_is_read(saved, tmp_path):
+    """Which earlier versions made."""
+    _, _, _, params = saved
+    space = subspace.make(params, dimension=23, targets=AnyOf(["head", "nowhere"]))
+    subspace.save(tmp_path / "older", space, space.zeros(), params)
+    again, _ = subspace.load(tmp_path / "older", params, space=space)
+    assert again == space
 
 
 def test_another_one_is_refused(saved, tmp_path):

@@ -221,6 +221,11 @@ def test_layers_count_from_2_to_10():
     assert subspace.make(blocks, dimension=3).layers == tuple(f"h/{i}" for i in range(11))
 
 
+def test_a_name_without_a_match_is_refused():
+    with pytest.raises(ValueError, match="the target 'layer' selects nothing: .*\n  layers/"):
+        subspace.make(small(), dimension=23, targets=["head", "layer"])
+
+
 def test_the_start_is_the_base_and_seeds_differ():
     params = small()
     space = subspace.make(params, dimension=23, targets=["layers"], exclude=["bias"])
