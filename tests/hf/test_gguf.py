@@ -146,6 +146,24 @@ def test_a_file_is_read_bitwise(case: str, tmp_path: Path) -> None:
     assert theirs.eos_token_ids == (7,)
 
 
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"eos": 3, "eot": 5, "eom": 4}, (3, 5, 4)),
+        ({"eos": 3, "eot": 3}, (3,)),
+        ({"eot": 5}, (5,)),
+        ({"bos": 1}, ()),
+    ],
+)
+def test_the_end_of_a_turn_is_an_end_as_that_of_a_text(
+    ends: dict[str, int], expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    _, params = decoder("llama2")
+    metadata = {f"tokenizer.ggml.{name}_token_id": token for name, token in ends.items()}
+    write(tmp_path / "model.gguf", "llama2", params, tokenizer=metadata)
+    assert from_pretrained(tmp_path / "model.gguf")[0].config.eos_token_ids == expected
+
+
 def test_a_file_is_parsed_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 
+_ENDS = ("eos", "eot", "eom")  # the tokens that end a text, a turn or a message; llama.cpp's stops
 _ROPE_FACTORS = "rope_freqs.weight"  # what each of RoPE's frequencies is divided by
 
 _TOP = {
@@ -98,7 +99,7 @@ def _read(
         raise ConfigError(f"RoPE is scaled twice, by {arch}.rope.scaling and by {_ROPE_FACTORS}")
     if "model.embed_tokens.weight" not in shapes:
         raise WeightsError("there is no token_embd.weight")
-    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
     modules = {"qkv_bias": "self_attn.q_proj", "o_bias": "self_attn.o_proj"}
     modules["mlp_bias"] = "mlp.gate_proj"
     biases = {name: f"model.layers.0.{path}.bias" in shapes for name, path in modules.items()}
@@ -118,7 +119,7 @@ def _read(
         max_position_embeddings=get("context_length"),
         tie_word_embeddings="lm_head.weight" not in shapes,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=() if eos is None else (eos,),
+        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
     )
     if _ROPE_FACTORS not in facts:
