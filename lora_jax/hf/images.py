@@ -236,7 +236,8 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
       mode: Pillow's name of the channels.
 
     Raises:
-      ImageError: the image cannot be read, or has levels that 8 bits do not hold; says why.
+      ImageError: the image cannot be read, lies elsewhere (a path with a scheme, such as gs://), or
+        has levels that 8 bits do not hold; says why.
     """
     pil = _pillow()
     source = image
@@ -246,6 +247,8 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
         source = io.BytesIO(source)
     is_file = isinstance(source, str | os.PathLike | io.BytesIO)
     try:
+        if isinstance(source, str):
+            source = local_path(source)
         if is_file:
             source = pil.Image.open(source)
         if not isinstance(source, pil.Image.Image):

@@ -183,6 +183,18 @@ def test_what_is_no_image(tmp_path: Path) -> None:
             processor.pixels(image)
 
 
+@pytest.mark.parametrize(
+    ("image", "remedy"),
+    [
+        ("https://example.org/cat.png", "copy it here or mount it"),
+        ({"bytes": None, "path": "gs://bucket/cat.png"}, "gcsfuse BUCKET FOLDER"),
+    ],
+)
+def test_an_image_that_lies_elsewhere(image: Any, remedy: str) -> None:
+    with pytest.raises(ImageError, match=f"//.*cat.png is no path of this machine: .*{remedy}"):
+        ImageProcessor.from_hf(VIT).pixels(image)
+
+
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match="pip install pillow"):
