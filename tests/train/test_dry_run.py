@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from lora_jax import training
+from lora_jax.training.losses import Loss
 from tests.train import scripts
 from tests.train.test_sft import fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model
-from train import classify, dpo, grpo
+from train import classify, distill, dpo, grpo
 from train.data.preview import preview_rows
 from train.dry_run import as_text
 from train.run.output import state_of
@@ -50,6 +51,28 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
     compiled = report["compiled_bytes"]
     assert f"temporaries {compiled['temporaries'] / 1e6:,.1f} MB" in said
     assert state_of(tmp_path / "run").startswith("this output folder holds another run: --resume")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "task", "args"),
+    [
+        (dpo, "sql", []),
+        (grpo, "sql", ["--eval-questions", 0]),
+        (grpo, "arithmetic", ["--eval-questions", 3]),
+        (distill, "sql", ["--teacher-prompt", "Answer in SQL. "]),
+    ],
+)
+def test_a_named_task_is_read_by_its_script(script, task, args, tmp_path, monkeypatch):
+    """Its rows, examples and loss, of a dry run that compiles nothing."""
+    seen = []
+    monkeypatch.setattr("train.finetune.rehearse", lambda *run: seen.append(run))
+    line = ["--dataset", task, "--model", write_model(tmp_path / "model"), "--rows", 20, *args]
+    line += ["--seq-len", 900, "--output", tmp_path / "run", "--targets", "q_proj", "--dry-run"]
+    script.main([str(arg) for arg in line])
+    ((config, inputs, loss, _),) = seen
+    assert config.data.dataset == task and isinstance(loss, Loss)
+    assert re.match("20 (pairs|prompts)", inputs.lines[0]) and inputs.steps > 1
 
 
 def test_what_the_loss_counts_is_green_on_a_terminal(tmp_path):
