@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 Row = sqlite3.Row
@@ -43,15 +43,16 @@ class Database:
         self._lock, self._reading = threading.RLock(), threading.RLock()
         self._mine = threading.local()  # depth: of the transactions that a thread is in
         self._is_held = False  # True while a thread waits for other processes, or did in vain
-        with _translated(path):
-            self._writer = self._reader = self._opened(path)
+        with ExitStack() as opened, _translated(path):
+            self._writer = self._reader = opened.enter_context(closing(self._opened(path)))
             self._writer.execute("pragma journal_mode = wal")
             self._writer.execute("pragma synchronous = normal")
             self._writer.executescript(tables)
             if path == ":memory:":
                 self._reading = self._lock
             else:
-                self._reader = self._opened(path)
+                self._reader = opened.enter_context(closing(self._opened(path)))
+            opened.pop_all()
         self._path = path
 
     def _opened(self, path: Path | str) -> sqlite3.Connection:
