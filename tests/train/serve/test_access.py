@@ -208,10 +208,10 @@ def test_a_text_that_no_tokenizer_need_see_is_refused():
             ("chat/completions", {"messages": [{"role": "user", "content": "x" * 30_000_000}]}),
             ("completions", {"prompt": "x" * 30_000_000}),
         ):
-            begin = time.monotonic()
+            begin = time.process_time()
             answer = client.post(f"/v1/{path}", json={"model": "tiny/base", **field})
             assert answer.status_code == 400 and "characters" in answer.text
-            assert time.monotonic() - begin < 5
+            assert time.process_time() - begin < 5
 
 
 def test_lists_in_lists_are_refused():
