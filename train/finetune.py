@@ -120,7 +120,8 @@ def _show(
 ) -> dict[str, float]:
     """Shows a run without running it, for --dry-run."""
     with hosts.raise_in_every_process():
-        mesh = make_mesh(config.run.mesh, config.optim.batch_size)
+        run = config.run
+        mesh = make_mesh(run.mesh, config.optim.batch_size, slice_axis=run.slice_axis)
         config = task.completed(config)
         rules(config.adapter)
         read = part.reader(config, task)
@@ -166,7 +167,8 @@ def train_rows(
         first = requests[0].row.options
         cached = keep_compiled(first.run.compilation_cache)
         sizes = (request.row.options.optim.batch_size for request in requests)
-        mesh = make_mesh(first.run.mesh, math.gcd(*sizes))
+        axis = first.run.slice_axis
+        mesh = make_mesh(first.run.mesh, math.gcd(*sizes), slice_axis=axis)
         own = console if alone else None
         rows = [open_run(script, request, mesh, session, part, own) for request in requests]
         check_images(rows)

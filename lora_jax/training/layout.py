@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.core.types import Model, Tree
@@ -28,6 +28,7 @@ from lora_jax.training import context
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses.chunks import predictions_at_once
+from lora_jax.training.mesh import make_mesh
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "residual": (BATCH, ("sequence", "tensor"), None),
@@ -35,34 +36,6 @@ _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "heads": (BATCH, "sequence", "tensor", None),
     "features": (BATCH, "sequence", "tensor"),
 }
-
-
-def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
-    """Returns a mesh with the axes of a `Layout`, over the devices.
-
-    Args:
-      devices: by default those of all processes.
-      **sizes: sizes of `data`, `fsdp`, `expert`, `sequence` and `tensor`; 1 for an axis that is not
-        named. `lora_jax.models.specs` says what each is for.
-
-    Raises:
-      TrainingError: an unknown axis, or sizes that do not multiply to the number of devices.
-
-    >>> from lora_jax import training
-    >>> training.make_mesh(jax.devices()[:1], fsdp=1).shape["tensor"]
-    1
-    """
-    devices = tuple(jax.devices() if devices is None else devices)
-    if unknown := [name for name in sizes if name not in AXES]:
-        raise TrainingError(f"a mesh has no axis {unknown[0]!r}, only {', '.join(AXES)}")
-    shape = tuple(sizes.get(name, 1) for name in AXES)
-    if math.prod(shape) != len(devices):
-        raise TrainingError(
-            f"the sizes {sizes} multiply to {math.prod(shape)}, and there are {len(devices)} "
-            "devices: give sizes that multiply to that, or devices=jax.devices()[:n]"
-        )
-    axis_types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
 
 
 def one_device() -> "Layout":

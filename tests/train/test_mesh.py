@@ -5,6 +5,7 @@ import json
 import math
 import socket
 import time
+import typing
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.models.specs import AXES
 from lora_jax.training.layout import Layout
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.setup import Setup
@@ -25,6 +27,7 @@ from tests.train.test_classify import words, write_encoder
 from tests.train.tiny import CHATML, write_jsonl, write_model
 from train import classify, sft
 from train.console.errors import UserError
+from train.options.common import MeshAxis
 from train.processes.mesh import make_mesh, parse_mesh
 from train.run.log import read_metrics
 
@@ -48,6 +51,8 @@ if THOROUGH:
     MESHES["dense"] += ["sequence=4,data=2"]
     MESHES["mixture"] += ["expert=2,tensor=2,data=2", "expert=2,sequence=2,fsdp=2"]
     MESHES["mixture"] += ["expert=4,fsdp=2", "data=8", "fsdp=8", "fsdp=4,tensor=2"]
+# Meshes whose devices stand for those of two slices, and the axis that goes between them.
+SLICED = {"dense": [("data=4,fsdp=2", "data"), ("fsdp=4,tensor=2", "fsdp")], "mixture": []}
 STEPS = 8
 COLUMNS_AND_ROWS = ["--targets", "q_proj", "down_proj"]  # one kernel that is split each way
 
@@ -102,6 +107,37 @@ def test_all_devices_are_used():
     assert more_than_one(None, 6) == {"fsdp": 2, "tensor": 2}
     assert more_than_one(None, 1) == {"tensor": 4}
     assert more_than_one("tensor=2,data=-1", 8) == {"tensor": 2, "data": 2}
+
+
+@pytest.fixture
+def two_slices(monkeypatch):
+    """Every second of four devices stands for one of another slice."""
+    monkeypatch.setattr("lora_jax.training.mesh.slice_of", lambda device: device.id % 2)
+
+
+@pytest.mark.usefixtures("two_slices")
+def test_several_slices_share_the_batch_by_default():
+    def devices(text, batch_size, axis=None):
+        mesh = make_mesh(text, batch_size, slice_axis=axis)
+        sizes = {axis: n for axis, n in mesh.shape.items() if n > 1}
+        return sizes, [device.id for device in mesh.devices.flat]
+
+    assert devices(None, 8) == ({"data": 2, "fsdp": 2}, [0, 2, 1, 3])
+    assert devices(None, 6) == ({"data": 2, "tensor": 2}, [0, 2, 1, 3])
+    assert devices(None, 8, "fsdp") == ({"fsdp": 4}, [0, 2, 1, 3])
+    assert devices(None, 1, "tensor") == ({"tensor": 4}, [0, 2, 1, 3])
+    assert devices("data=2,fsdp=-1", 8) == ({"data": 2, "fsdp": 2}, [0, 2, 1, 3])
+    assert devices("fsdp=2,tensor=-1", 8, "tensor") == ({"fsdp": 2, "tensor": 2}, [0, 1, 2, 3])
+    with pytest.raises(UserError, match="data=2,fsdp=2, or --slice-axis fsdp, which sends more"):
+        make_mesh("fsdp=4", 8)
+    with pytest.raises(UserError, match=r"--batch-size 3 .* 2 parts .*\(data 2 ×"):
+        make_mesh(None, 3)
+
+
+def test_one_slice_has_no_axis_between():
+    with pytest.raises(UserError, match="--slice-axis fsdp: the devices are of one slice"):
+        make_mesh("fsdp=4", 8, slice_axis="fsdp")
+    assert typing.get_args(MeshAxis) == AXES
 
 
 def test_a_mesh_takes_devices_in_the_order_given():
@@ -211,7 +247,15 @@ def test_a_run_goes_on_under_another_mesh(tmp_path):
     assert_close(ours, theirs, 1e-5)
 
 
-def test_a_checkpoint_loads_bitwise_under_another_mesh(tmp_path):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("fsdp=2,tensor=2", "data=2,fsdp=2"),
+        ("fsdp=2,tensor=2", "data=2,fsdp=2 on two slices"),
+        ("data=2,fsdp=2 on two slices", "fsdp=4"),
+    ],
+)
+def test_a_checkpoint_loads_bitwise_under_another_mesh(before, after, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=(2, 8, 12)), jnp.float32)
     params = with_random_factors(
@@ -220,18 +264,23 @@ def test_a_checkpoint_loads_bitwise_under_another_mesh(tmp_path):
     table = [("up/kernel", P("fsdp", "tensor"))]
 
     def state_on(mesh, seed):
-        layout = Layout(make_mesh(mesh, 4), table)
+        mesh, _, slices = mesh.partition(" on ")
+        with monkeypatch.context() as patched:
+            if slices:
+                patched.setattr("lora_jax.training.mesh.slice_of", lambda device: device.id % 2)
+            layout = Layout(make_mesh(mesh, 4), table)
+        assert layout.mesh.devices.flat[1].id == (2 if slices else 1)
         placed = layout.placed(params)
         adapter, _ = lj.split(placed)
         setup = Setup.make(layout, placed, optax.adam(1e-3), optax.constant_schedule(1e-3))
         state = setup.state(adapter, jax.random.key(seed))
         return state
 
-    first = state_on("fsdp=2,tensor=2", 3)
+    first = state_on(before, 3)
     _, moments = optax.adam(1e-3).update(first.adapter, first.opt_state)
     first = first._replace(opt_state=moments, step=jnp.int32(5))
     Checkpoints(tmp_path / "checkpoints", keep=1).save(first, {"data": "these"})
-    like = state_on("data=2,fsdp=2", 4)
+    like = state_on(after, 4)
     second, facts = Checkpoints(tmp_path / "checkpoints", keep=1).restore(like)
     assert facts == {"data": "these"} and int(second.step) == 5
     for one, other, where in zip(*map(jax.tree.leaves, (first, second, like)), strict=True):
@@ -255,6 +304,11 @@ def one_and_meshes(tmp_path_factory):
         runs += [
             ["order=0,1,2,3,4,5,6,7", "--mesh", m, "--output", folder / m] for m in MESHES[kind]
         ]
+        runs += [
+            ["order=0,1,2,3,4,5,6,7", "slices=2", "--mesh", mesh, "--slice-axis", axis]
+            + ["--output", folder / f"{mesh} on slices"]
+            for mesh, axis in SLICED[kind]
+        ]
         run(shared, runs, devices=8)
         return shared, folder
 
@@ -267,7 +321,7 @@ def test_every_mesh_trains_as_one_device_does(kind, one_and_meshes):
     shared, folder = one_and_meshes(kind)
     losses, adapter = trained(shared, folder / "one")
     assert all(np.abs(parts["b"]).max() > 1e-2 for parts in adapter.values())
-    for mesh in MESHES[kind]:
+    for mesh in [*MESHES[kind], *(f"{mesh} on slices" for mesh, _ in SLICED[kind])]:
         ours = trained(shared, folder / mesh)
         np.testing.assert_allclose(ours[0], losses, rtol=1e-5, err_msg=mesh)
         assert_close(ours[1], adapter, 1e-5)
@@ -301,13 +355,15 @@ def test_the_devices_may_stand_in_any_order(tmp_path, monkeypatch):
 def test_two_processes_train_as_one_device_does(kind, one_and_meshes, tmp_path):
     shared, folder = one_and_meshes(kind)
     mesh = {"dense": "fsdp=4,tensor=2", "mixture": "expert=4,fsdp=2"}[kind]
-    options = ["--mesh", mesh, "--output", tmp_path / "two"]
-    said = run(shared, [options], devices=4, processes=2)
+    runs = [["--mesh", mesh, "--output", tmp_path / "two"]]
+    runs += [["slices=hosts", "--output", tmp_path / "slices"]] * (kind == "dense")
+    said = run(shared, runs, devices=4, processes=2)
     assert f"step {STEPS}/{STEPS}" in said[0][0] and "step" not in said[1][0]
-    for ours, theirs in zip(
-        trained(shared, tmp_path / "two"), trained(shared, folder / "one"), strict=True
-    ):
-        assert_close(ours, theirs, 1e-5)
+    for _, made in zip(runs, ("two", "slices"), strict=False):
+        for ours, theirs in zip(
+            trained(shared, tmp_path / made), trained(shared, folder / "one"), strict=True
+        ):
+            assert_close(ours, theirs, 1e-5)
 
 
 @pytest.mark.slow

@@ -50,6 +50,8 @@ def check_offload(remat: str, platform: str) -> None:
         )
 
 
+MeshAxis = Literal["data", "fsdp", "expert", "sequence", "tensor"]
+
 # One of the names; --remat without a name means "full".
 Remat = Annotated[
     str,
@@ -235,7 +237,14 @@ class RunConfig:
     """The device mesh, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes the
     remaining devices). The batch is sharded over data, fsdp and expert, each row's tokens over
     sequence, and the base over all axes but data. By default fsdp gets as many devices as can share
-    the batch, and tensor gets the rest."""
+    the batch, and tensor gets the rest; over several slices, they get those of one, and data has a
+    part for each."""
+    slice_axis: MeshAxis | None = option(
+        None, field.CHANGEABLE, shared=SharedOption.PROCESS, uncompared=Uncompared.PROCESS
+    )
+    """The axis of the mesh that goes from slice to slice, where the devices are of several TPU
+    slices, or of several hosts of GPUs; all others stay within one. By default data, so that only
+    the gradients of what trains go over the slow network between them."""
     distributed: bool = option(False, field.OF_PROCESSES, single=True)
     """Run as one process of many; SLURM, a TPU pod, GKE or Open MPI tells which one."""
     coordinator: Words | None = option(None, field.OF_PROCESSES, single=True, of="process")

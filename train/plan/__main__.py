@@ -156,7 +156,7 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     machine = find_machine(
         asked.topology, asked.capacity_gib, asked.peak_tflops, asked.mem_fraction
     )
-    mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
+    mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices, asked.slice_axis)
     layout = Layout.of(mesh, outline.config)
     check_offload(asked.remat, layout.platform)
     for n in asked.adapters:
@@ -227,6 +227,7 @@ def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:
         "devices": len(machine.devices),
         "chips": machine.n_chips,
         "compiler": machine.platform,
+        "slices": machine.n_slices,
         "mesh": {axis: size for axis, size in mesh.items() if size > 1},
         "batch_size": asked.batch_size,
         "grad_accum": asked.grad_accum,

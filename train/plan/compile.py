@@ -22,6 +22,7 @@ from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
 from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
 from train.plan.flops.closed_form import step_flops
+from train.plan.hlo.slices import slices_in_hlo
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 from train.plan.machines import Machine
 from train.plan.refusals import reason_of, refused_bytes
@@ -53,6 +54,7 @@ class Plan:
       flops_closed_form: FLOPs of a step in closed form; see `train.plan.flops.closed_form`. None
         for a model that reads images.
       collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
+      between_slices_bytes: those that go from slice to slice, by a slower network: {} on one slice.
       kernels: the kernels in the compiled step, in words; see `train.plan.hlo.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.
       sampled_token_flops, cache_bytes: FLOPs of a token of each completion, without attention, and
@@ -72,6 +74,7 @@ class Plan:
     flops_traced: int | None
     flops_closed_form: int | None
     collective_bytes: dict[str, int] | None = None
+    between_slices_bytes: dict[str, int] | None = None
     kernels: tuple[str, ...] | None = None
     adapter_bytes: int
     checkpoint_bytes: int
@@ -181,13 +184,14 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
     programs = {STEP: whole, **step.between}
     machine = job.machine
     in_hlo = machine.platform != "gpu"  # there, products are calls of cuBLAS and of Triton
+    n_devices, slices = len(machine.devices), slices_in_hlo(job.layout.mesh)
     counts = {name: count_traced(one.traced.jaxpr) for name, one in programs.items()}
 
     def work(texts: Mapping[str, str | None]) -> StepWork:
         """Returns the work of a step, of compiled programs or as traced."""
         return together(
             [
-                (one.times, step_work(texts.get(name), counts[name], len(machine.devices), in_hlo))
+                (one.times, step_work(texts.get(name), counts[name], n_devices, in_hlo, slices))
                 for name, one in programs.items()
                 if one.times
             ]
@@ -233,6 +237,7 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
         flops_source=found.source,
         flops_traced=found.traced,
         collective_bytes=found.sent,
+        between_slices_bytes=found.between,
         kernels=found.kernels,
         compile_seconds=seconds,
         notes=found.notes,

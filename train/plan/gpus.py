@@ -181,7 +181,7 @@ def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
         found = topologies.get_topology_desc(
             platform="cuda",
             target_config=CARDS[kind].description,
-            topology=f"1x{hosts or 1}x{per_host}",
+            topology=f"{hosts or 1}x1x{per_host}",  # NVLink joins those of a host, not hosts
         )
     except Exception as error:  # any error here is about the plugin
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

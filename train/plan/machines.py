@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.training.mesh import group_by_slice
 from train.console.errors import UserError
 from train.plan.gpus import CARDS, DEFAULT_SHARE, LARGEST_SHARE, PRODUCTS, find_gpus
 
@@ -37,7 +38,8 @@ KINDS = {
     "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, devices_a_chip=2),
 }
 _NAMED = (
-    f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4), a number of GPUs or "
+    f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4, or 2xv5e:4x4 for two "
+    "slices), a number of GPUs or "
     f"hosts and GPUs a host (h100:8, h100:2x8) of {', '.join(CARDS)}, or cpu:8"
 )
 
@@ -75,6 +77,11 @@ class Machine:
         return len(self.devices) // self.devices_a_chip
 
     @property
+    def n_slices(self) -> int:
+        """The number of TPU slices, or of hosts of GPUs."""
+        return len(group_by_slice(self.devices))
+
+    @property
     def platform(self) -> str:
         """The kind of device, whose compiler makes the plan: "cpu", "gpu" or "tpu"."""
         platform: str = self.devices[0].platform
@@ -90,8 +97,8 @@ def find_machine(
     """Returns the machine that a topology names.
 
     Args:
-      topology: a TPU slice such as "v5e:4x4", GPUs such as "h100:8", or "cpu:8" for eight virtual
-        devices.
+      topology: a TPU slice such as "v5e:4x4", several such as "2xv5e:4x4", GPUs such as "h100:8",
+        or "cpu:8" for eight virtual devices.
       capacity_gib: memory of a device in GiB, to override the known one.
       peak_tflops: peak TFLOP/s of a device, to override the known one.
       mem_fraction: share of a GPU's memory that JAX reserves, to override its default.
@@ -100,20 +107,26 @@ def find_machine(
       UserError: the topology does not exist, its compiler is not installed, or a share is given for
         what is no GPU.
     """
-    found = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", topology.strip())
-    if found is None or found[1] not in (*KINDS, *CARDS, "cpu"):
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z][\w-]*):(\d+(?:x\d+)*)", topology.strip())
+    if found is None or found[2] not in (*KINDS, *CARDS, "cpu"):
         raise UserError(f"--topology {topology}: there is no such machine; give {_NAMED}")
-    if mem_fraction is not None and found[1] not in CARDS:
+    slices, kind, size = found.groups()
+    if mem_fraction is not None and kind not in CARDS:
         raise UserError(
             f"--mem-fraction {mem_fraction}: JAX reserves a share of memory on GPUs alone, and "
             f"--topology is {topology}"
         )
-    if found[1] == "cpu":
-        machine = _cpu_machine(topology, found[2])
-    elif found[1] in CARDS:
-        machine = _gpu_machine(topology, found[1], found[2], mem_fraction)
+    if slices and kind not in KINDS:
+        raise UserError(
+            f"--topology {topology}: only TPUs have slices"
+            + (f"; for {slices} hosts of GPUs, give {kind}:{slices}x{size}" * (kind in CARDS))
+        )
+    if kind == "cpu":
+        machine = _cpu_machine(topology, size)
+    elif kind in CARDS:
+        machine = _gpu_machine(topology, kind, size, mem_fraction)
     else:
-        machine = _tpu_machine(topology, KINDS[found[1]])
+        machine = _tpu_machine(topology, f"{kind}:{size}", int(slices or 1), KINDS[kind])
     if capacity_gib is not None:
         machine = dataclasses.replace(machine, capacity=int(capacity_gib * _GIB))
     if peak_tflops is not None:
@@ -153,7 +166,7 @@ def _gpu_machine(topology: str, kind: str, size: str, mem_fraction: float | None
     )
 
 
-def _tpu_machine(topology: str, kind: MachineKind) -> Machine:
+def _tpu_machine(topology: str, name: str, slices: int, kind: MachineKind) -> Machine:
     from jax.experimental import topologies
 
     # There is no TPU here: libtpu must neither query its metadata nor lock it.
@@ -162,11 +175,12 @@ def _tpu_machine(topology: str, kind: MachineKind) -> Machine:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "4")
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
     except Exception as error:  # any error here is about libtpu or about the topology
         raise UserError(f"--topology {topology}: {_why(error)}") from None
-    return Machine(topology, devices, kind.capacity, kind.flops, kind.devices_a_chip)
+    return Machine(topology, found.devices, kind.capacity, kind.flops, kind.devices_a_chip)
 
 
 def _why(error: Exception) -> str:

@@ -7,7 +7,7 @@ from lora_jax.training.arguments import POSITIVE, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
-from train.options.common import AdapterConfig, Attention, Experts, Remat
+from train.options.common import AdapterConfig, Attention, Experts, MeshAxis, Remat
 from train.options.defaults import Defaults
 from train.options.scripts.rollouts import RolloutDataConfig, check_group
 from train.plan.tasks import DRAWING, PLAIN, TASKS, Task
@@ -26,11 +26,15 @@ class PlanConfig:
     rope_scaling: str | None = None
     """Scale the model's RoPE; see train.sft."""
     topology: str = "cpu:1"
-    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1; GPUs, such as rtx4090:1,
-    h100:8, or h100:2x8 for two hosts; or cpu:8 for eight virtual devices of this CPU."""
+    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, or several, such as
+    2xv5e:4x4; GPUs, such as rtx4090:1, h100:8, or h100:2x8 for two hosts; or cpu:8 for eight
+    virtual devices of this CPU."""
     mesh: str | None = None
     """The mesh, as in train.sft: fsdp=4,tensor=4. By default fsdp gets as many devices as can share
-    the batch, and tensor gets the rest."""
+    the batch, and tensor gets the rest; over several slices, as in train.sft."""
+    slice_axis: MeshAxis | None = None
+    """The axis of the mesh that goes from slice to slice, or from host to host of GPUs, by default
+    data; see train.sft."""
     task: Task = PLAIN
     """The script whose run to plan. dpo: pairs, and the pass of the reference over them. grpo:
     completions, their scorer, and their sampler with its cache of keys and values."""

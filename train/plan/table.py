@@ -60,19 +60,21 @@ def print_plans(
 
     work = Table(title="Work and time")
     work.add_column("")
-    for name in ("TFLOP", "by hand", "GB sent", "step", "chip-hours"):
+    over_slices = ("GB between",) * (facts["slices"] > 1)
+    for name in ("TFLOP", "by hand", "GB sent", *over_slices, "step", "chip-hours"):
         work.add_column(name, justify="right")
     with_cost = facts["price"] is not None
     names = ("cost",) if with_cost else ()
     for name in (*names, "adapter", "checkpoint"):
         work.add_column(name, justify="right")
     for made, guess in zip(plans, estimates, strict=True):
-        sent = None if made.collective_bytes is None else sum(made.collective_bytes.values())
+        sent, leaving = map(_sum, (made.collective_bytes, made.between_slices_bytes))
         work.add_row(
             made.name,
             _mark(made) + _scaled(made.flops_per_step, 1e12),
             _scaled(made.flops_closed_form, 1e12),
             _scaled(sent, 1e9),
+            *([_scaled(leaving, 1e9, digits=4)] if over_slices else []),
             _number(guess["step_seconds"], " s"),
             _number(guess["chip_hours"]),
             *([_number(guess["cost"])] if with_cost else []),
@@ -108,6 +110,9 @@ def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
         f"program. TFLOP: per step on all devices, {of}; by hand: in closed form. "
         "GB sent: per device and step."
     )
+    if facts["slices"] > 1:
+        what = "hosts" if facts["compiler"] == "gpu" else "slices"
+        notes += f" GB between: the part of it that goes between the {facts['slices']} {what}."
     if to_host:
         notes += " host: memory of a device's host that the layers' inputs take, not in the total."
     if facts["compiler"] == "gpu":
@@ -150,8 +155,12 @@ def _gib(size: int | None) -> str:
     return _UNKNOWN if size is None else f"{size / 2**30:,.2f}"
 
 
-def _scaled(value: int | None, unit: float) -> str:
-    return _UNKNOWN if value is None else f"{value / unit:,.2f}"
+def _sum(sizes: Mapping[str, int] | None) -> int | None:
+    return None if sizes is None else sum(sizes.values())
+
+
+def _scaled(value: int | None, unit: float, digits: int = 2) -> str:
+    return _UNKNOWN if value is None else f"{value / unit:,.{digits}f}"
 
 
 def _number(value: float | None, unit: str = "") -> str:

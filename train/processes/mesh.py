@@ -10,7 +10,9 @@ from jax.sharding import Mesh
 
 from lora_jax import training
 from lora_jax.models.specs import AXES, BATCH
-from train.console.errors import UserError
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.mesh import SLICE_AXIS, group_by_slice
+from train.console.errors import UserError, as_user_errors
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
@@ -41,25 +43,37 @@ def all_devices() -> list[jax.Device]:
     return jax.devices()
 
 
-def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    text: str | None,
+    batch_size: int,
+    devices: Sequence[Any] | None = None,
+    slice_axis: str | None = None,
+) -> Mesh:
     """Returns a mesh of all axes over the devices.
 
     Args:
-      text: the option --mesh. By default fsdp gets as many devices as can share the batch, and
-        tensor gets the rest.
+      text: the option --mesh. By default fsdp gets as many devices of a slice as can share the
+        batch, tensor gets the rest, and slice_axis goes over the slices.
       batch_size: sequences on all devices together.
       devices: by default those of all processes.
+      slice_axis: the option --slice-axis; see `lora_jax.training.make_mesh`.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or the batch cannot be sharded
-        evenly.
+      UserError: the sizes do not multiply to the number of devices, the batch cannot be sharded
+        evenly, or slices do not divide the axis, or there is one slice alone.
     """
     here = ""
     if devices is None:
         devices = all_devices()
         here = f" ({jax.process_count()} processes with {jax.local_device_count()} each)"
-    rows = math.gcd(batch_size, len(devices))
-    sizes = parse_mesh(text) or {"fsdp": rows, "tensor": len(devices) // rows}
+    slices = len(group_by_slice(devices))
+    if slices == 1 and slice_axis is not None:
+        raise UserError(
+            f"--slice-axis {slice_axis}: the devices are of one slice, which no axis leaves: leave "
+            "it out"
+        )
+    axis = slice_axis or SLICE_AXIS
+    sizes = parse_mesh(text) or _default_sizes(batch_size, len(devices), slices, axis)
     given = math.prod(size for size in sizes.values() if size > 0)
     rest = [name for name, size in sizes.items() if size == -1]
     if rest and len(devices) % given == 0:
@@ -73,4 +87,13 @@ def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None =
             f"--batch-size {batch_size} cannot be sharded evenly over {parts} parts of the "
             f"mesh ({shown}): give a multiple of {parts}, or another --mesh"
         )
-    return training.make_mesh(devices, **sizes)
+    with as_user_errors(TrainingError):
+        return training.make_mesh(devices, slice_axis=axis, **sizes)
+
+
+def _default_sizes(batch_size: int, n_devices: int, slices: int, slice_axis: str) -> dict[str, int]:
+    """Returns the sizes of a mesh that is not given: those within a slice, and one over slices."""
+    shared = batch_size // slices if slice_axis in BATCH else batch_size
+    rows = math.gcd(max(shared, 1), n_devices // slices)
+    sizes = {"fsdp": rows, "tensor": n_devices // slices // rows}
+    return sizes | {slice_axis: slices * sizes.get(slice_axis, 1)}

@@ -65,6 +65,9 @@ BAD = {
     "h100": "there is no such machine",
     "h100:0": "a number of GPUs is needed, such as h100:8, or hosts",
     "h100:2x2x2": "a number of GPUs is needed",
+    "2xh100:8": "only TPUs have slices; for 2 hosts of GPUs, give h100:2x8",
+    "2xcpu:4": "only TPUs have slices$",
+    "0xv5e:4x4": "there is no such machine",
     "rtx4090:9999": "a number of GPUs is needed",
 }
 

@@ -240,7 +240,7 @@ def test_memory_is_told_where_neither_is_understood(model, sound, monkeypatch):
 )
 def test_counts_that_are_far_apart_are_noted(flops, counted, note, monkeypatch):
     monkeypatch.setattr(
-        "train.plan.flops.checked.work_of", lambda text: HloWork(flops, {"all-gather": 8})
+        "train.plan.flops.checked.work_of", lambda *_: HloWork(flops, {"all-gather": 8})
     )
     work = step_work("HLO", counted, 2)
     assert (work.source, work.per_step, work.per_chip) == ("hlo", 2 * flops, flops)
@@ -338,6 +338,16 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
     assert re.search("│ LoRA r=3, remat │ +≈ 3.00 │ +0.00 │ +– │ +7.50 s │", table)
     assert re.search("│ LoRA r=3, remat │ +0.00 │ +0.00 │ +0.00 │", table)
     assert "≈ LoRA r=3, remat: the HLO was not understood (the HLO has no entry)" in table
+    assert "GB between" not in table, "one slice sends nothing to others"
+    sent = {"all-gather": 5 * 10**9, "all-reduce": 9 * 10**6}
+    between = {"all-reduce": 4 * 10**6}
+    apart = dataclasses.replace(sound(), collective_bytes=sent, between_slices_bytes=between)
+    plan.show(options[0], job, facts | {"slices": 2}, [apart])
+    table = capsys.readouterr().out
+    assert re.search("│ GB sent │ GB between │", table) and "between the 2 slices." in table
+    assert re.search("│ +5.01 │ +0.0040 │", table)
+    plan.show(options[1], job, facts, [apart])
+    assert json.loads(capsys.readouterr().out)["between_slices_bytes"] == between
     plan.show(options[1], job, facts, [made])
     out = json.loads(capsys.readouterr().out)
     assert out["flops_source"] == "jaxpr" and "not understood" in out["notes"][0]

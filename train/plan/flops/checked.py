@@ -30,6 +30,7 @@ class StepWork:
       per_step, per_chip: FLOPs on all devices, and on one.
       traced: FLOPs of the jaxpr.
       sent: kind of collective -> bytes that a device sends or receives.
+      between: likewise of the collectives that leave a slice.
       kernels: the kernels in the compiled step, in words.
       notes: remarks on the figures, in sentences.
     """
@@ -39,6 +40,7 @@ class StepWork:
     per_chip: int | None
     traced: int | None
     sent: dict[str, int] | None
+    between: dict[str, int] | None
     kernels: tuple[str, ...] | None
     notes: tuple[str, ...]
 
@@ -52,7 +54,11 @@ def text_of(compiled: jax.stages.Compiled) -> str | None:
 
 
 def step_work(
-    text: str | None, counted: Count | None, n_devices: int, products_in_hlo: bool = True
+    text: str | None,
+    counted: Count | None,
+    n_devices: int,
+    products_in_hlo: bool = True,
+    slices: Sequence[int] = (),
 ) -> StepWork:
     """Returns the work of a step, from its HLO if it is understood.
 
@@ -61,22 +67,25 @@ def step_work(
       counted: the count of the step's jaxpr; None if it was not understood.
       n_devices: the number of devices that share the step.
       products_in_hlo: whether the HLO shows products; if not, their FLOPs are the jaxpr's.
+      slices: the slice of each device; see `train.plan.hlo.slices.slices_in_hlo`.
     """
     try:
         if text is None:
             raise NotUnderstood("XLA cannot write it")
-        work = work_of(text)
+        work = work_of(text, slices)
     except NotUnderstood as error:
         return _traced_work(counted, n_devices, str(error))
     if not products_in_hlo:
         traced = _traced_work(counted, n_devices, None)
-        return dataclasses.replace(traced, sent=work.sent, kernels=kernel_lines(work.kernels))
+        kernels = kernel_lines(work.kernels)
+        return dataclasses.replace(traced, sent=work.sent, between=work.between, kernels=kernels)
     return StepWork(
         source=HLO,
         per_step=work.flops * n_devices,
         per_chip=work.flops,
         traced=counted and counted.flops,
         sent=work.sent,
+        between=work.between,
         kernels=kernel_lines(work.kernels),
         notes=_compared(work, counted, n_devices),
     )
@@ -90,9 +99,12 @@ def together(works: Sequence[tuple[int, StepWork]]) -> StepWork:
         known = [(times, getattr(work, name)) for times, work in works]
         return None if any(n is None for _, n in known) else sum(times * n for times, n in known)
 
-    sent: Counter[str] = Counter()
-    for times, work in works:
-        sent.update({kind: times * n for kind, n in (work.sent or {}).items()})
+    def sizes(name: str) -> dict[str, int]:
+        sent: Counter[str] = Counter()
+        for times, work in works:
+            sent.update({kind: times * n for kind, n in (getattr(work, name) or {}).items()})
+        return dict(sent)
+
     sources, of_all = {work.source for work in each}, all(work.sent is not None for work in each)
     kernels = dict.fromkeys(name for work in each for name in work.kernels or ())
     return StepWork(
@@ -100,7 +112,8 @@ def together(works: Sequence[tuple[int, StepWork]]) -> StepWork:
         per_step=total("per_step"),
         per_chip=total("per_chip"),
         traced=total("traced"),
-        sent=dict(sent) if of_all else None,
+        sent=sizes("sent") if of_all else None,
+        between=sizes("between") if of_all else None,
         kernels=tuple(kernels) if of_all else None,
         notes=tuple(dict.fromkeys(note for work in each for note in work.notes)),
     )
@@ -132,6 +145,7 @@ def _traced_work(counted: Count | None, n_devices: int, why: str | None) -> Step
         per_chip=counted and round(counted.flops / n_devices),
         traced=counted and counted.flops,
         sent=None,
+        between=None,
         kernels=None,
         notes=(note,) * remarkable,
     )

@@ -6,6 +6,7 @@ are for one device.
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.module import (
@@ -18,8 +19,10 @@ from train.plan.hlo.module import (
     size_of,
 )
 from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
+from train.plan.hlo.slices import crosses, slice_transfer, transferred_bytes
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+Sent = Counter[tuple[str, bool]]  # (kind of collective, whether it leaves a slice) -> bytes
 # The TPU compiler spreads a collective over fusions that overlap it with other work, beginning with
 # an async-collective-start, which is counted. (Channels do not identify it: several may share one.)
 LATER_PARTS = ("async_collective_fusion", "async-collective-done")
@@ -32,6 +35,7 @@ class HloWork:
     flops: int  # of matrix products and convolutions
     sent: dict[str, int]  # kind of collective -> bytes, in the order of `COLLECTIVES`
     kernels: tuple[KernelCall, ...] = ()  # the calls of kernels, each once
+    between: dict[str, int] = dataclasses.field(default_factory=dict)  # those that leave a slice
 
     @property
     def sent_bytes(self) -> int:
@@ -39,7 +43,7 @@ class HloWork:
         return sum(self.sent.values())
 
 
-def work_of(text: str) -> HloWork:
+def work_of(text: str, slices: Sequence[int] = ()) -> HloWork:
     """Counts the work of a module.
 
     A collective counts with its result or its operand, whichever is larger; a conditional with its
@@ -47,6 +51,7 @@ def work_of(text: str) -> HloWork:
 
     Args:
       text: the optimised HLO, as returned by ``compiled.as_text()``.
+      slices: the slice of each device; see `train.plan.hlo.slices.slices_in_hlo`.
 
     Returns:
       The work of one device.
@@ -55,7 +60,7 @@ def work_of(text: str) -> HloWork:
       NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
     """
     try:
-        return _work(HloModule(text))
+        return _work(HloModule(text), slices)
     except NotUnderstood:
         raise
     except SURPRISES as error:
@@ -91,22 +96,26 @@ def sent_bytes(op: Instruction, computation: Computation) -> int:
     return max(given, result)
 
 
-def _work(module: HloModule) -> HloWork:
-    flops, sent = _count(module, module.entry)
+def _work(module: HloModule, slices: Sequence[int]) -> HloWork:
+    flops, sent = _count(module, module.entry, slices)
     calls = (
         kernel_call(op, computation)
         for computation in module.computations.values()
         for op in computation.values()
     )
+    of_kinds = {kind: (sent[kind, False], sent[kind, True]) for kind in COLLECTIVES}
     return HloWork(
         flops,
-        {kind: sent[kind] for kind in COLLECTIVES if sent[kind]},
+        {kind: sum(sizes) for kind, sizes in of_kinds.items() if any(sizes)},
         tuple(call for call in calls if call),
+        {kind: between for kind, (_, between) in of_kinds.items() if between},
     )
 
 
-def _count(module: HloModule, name: str, caller: str = "") -> tuple[int, Counter[str]]:
-    flops, sent = 0, Counter[str]()
+def _count(
+    module: HloModule, name: str, slices: Sequence[int], caller: str = ""
+) -> tuple[int, Sent]:
+    flops, sent = 0, Sent()
     computation = module.computations[name]
     for op in computation.values():
         if op.opcode in PRODUCTS:
@@ -115,9 +124,13 @@ def _count(module: HloModule, name: str, caller: str = "") -> tuple[int, Counter
             flops += kernel_flops(call)
         if (kind := collective_kind(op, name, caller)) is not None:
             if kind:
-                sent[kind] += sent_bytes(op, computation)
+                sent[kind, crosses(op.text, slices)] += sent_bytes(op, computation)
             continue
-        inner = [_count(module, called, op.name) for called in op.called]
+        if op.opcode == "send" and (transfer := slice_transfer(op.text)):
+            if transfer.kind not in COLLECTIVES:
+                raise NotUnderstood(f"slices exchange data by {transfer.kind}")
+            sent[transfer.kind, True] += transferred_bytes(op, transfer, computation)
+        inner = [_count(module, called, slices, op.name) for called in op.called]
         if op.opcode == "conditional":
             inner = [max(inner, key=lambda side: (side[0], side[1].total()))]
         times = module.turns(op) if op.opcode == "while" and inner else 1
