@@ -5,6 +5,7 @@ import math
 import pytest
 
 from lora_jax.training.mesh import slice_of
+from tests.support import thorough
 from tests.train.plan.tiny_plans import asked, write
 from train.plan import __main__ as plan
 from train.plan.compile import hlo_of, prepare
@@ -48,6 +49,7 @@ def test_gradients_of_the_adapter_alone_go_between_slices(tmp_path):
     assert work.sent["all-gather"] > 2 * kernels, "forward and backward, within a slice"
 
 
+@thorough
 def test_kernels_go_between_slices_where_their_axis_does(tmp_path):
     """The control."""
     _, work = traffic(tmp_path, "--mesh", "fsdp=32", "--slice-axis", "fsdp")
