@@ -54,7 +54,7 @@ class Plan:
       flops_closed_form: FLOPs of a step in closed form; see `train.plan.flops.closed_form`. None
         for a model that reads images.
       collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
-      between_slices_bytes: those that go from slice to slice, by a slower network: {} on one slice.
+      between_slices_bytes: part of these bytes that goes from slice to slice; {} on one slice.
       kernels: the kernels in the compiled step, in words; see `train.plan.hlo.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.
       sampled_token_flops, cache_bytes: FLOPs of a token of each completion, without attention, and

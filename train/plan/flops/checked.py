@@ -30,7 +30,7 @@ class StepWork:
       per_step, per_chip: FLOPs on all devices, and on one.
       traced: FLOPs of the jaxpr.
       sent: kind of collective -> bytes that a device sends or receives.
-      between: likewise of the collectives that leave a slice.
+      between: part of these bytes that leaves a slice, likewise.
       kernels: the kernels in the compiled step, in words.
       notes: remarks on the figures, in sentences.
     """

@@ -101,7 +101,7 @@ def _along_axes(mesh: str, order: str | None, axes: str) -> Sequence[Sequence[in
     Args:
       mesh: its axes, such as `'data'=2,'fsdp'=4`.
       order: its devices, such as `[2,4]T(1,0)`; None for 0, 1, 2, …
-      axes: those along which devices are together, such as `'data','fsdp':(1)2`.
+      axes: axes along which devices are together, such as `'data','fsdp':(1)2`.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     places = np.unravel_index(np.arange(math.prod(sizes.values())), [*sizes.values()])
