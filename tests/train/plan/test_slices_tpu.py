@@ -13,7 +13,7 @@ from train.plan.hlo.slices import slices_in_hlo
 from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
+pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("tpu_compiler")]
 LAYERS, RANK, CHIPS = 2, 16, 16
 # Llama-3.1-8B, of which two layers and few words are enough: each layer sends alike.
 OF_8B = {"model_type": "llama", "vocab_size": 2048, "hidden_size": 4096}
