@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -99,6 +99,15 @@ def assert_identical(actual: Any, expected: Any) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yields all equations of a jaxpr and of those inside it."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns")):
+            if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
+                yield from equations(value)
+
+
 def dots_of_size(hlo: str, shape: Sequence[int]) -> list[str]:
     """The products in optimised HLO whose result has as many elements as `shape`.
 
@@ -163,6 +172,12 @@ def _fused(params: Params, x: jax.Array) -> jax.Array:
     kernel = params["qkv"]["kernel"].reshape(5, 3, 7)
     q, k, v = (kernel[:, i] for i in range(3))
     return (x @ q) * (x @ k) + x @ v
+
+
+def _projections(params: Params, x: jax.Array) -> jax.Array:
+    q = (x @ params["q"]["kernel"]).sum(-1, keepdims=True)
+    k = jnp.einsum("od,bsd->bso", params["k"]["kernel"].T, x)
+    return jnp.concatenate([q * k, x @ params["v"]["kernel"]], axis=-1)
 
 
 @jax.jit
@@ -257,6 +272,18 @@ PROGRAMS = [
         lambda t: {"qkv": {"kernel": draw(1, (5, 21), t)}},
         (lj.LoraRule(targets=["qkv"], rank=2, alpha=3.0),),
         _fused,
+        (2, 13, 5),
+    ),
+    Program(
+        "several kernels over one x",
+        lambda t: {
+            name: {"kernel": draw(n, (5, n), t)} for name, n in (("q", 7), ("k", 11), ("v", 17))
+        },
+        (
+            lj.LoraRule(targets=["q", "k"], rank=2, alpha=3.0),
+            lj.LoraRule(targets=["v"], rank=3, alpha=5.0),
+        ),
+        _projections,
         (2, 13, 5),
     ),
     Program(

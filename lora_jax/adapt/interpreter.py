@@ -5,25 +5,24 @@ its primitive; where there is none, or the rule declines, the weight is merged a
 """
 
 import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.adapt import eqns, folds, merging
+from lora_jax.adapt.inputs import FactorInputs
+from lora_jax.adapt.needed import Live, needed_equations
 from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleLabels
 from lora_jax.adapt.steps import EagerSteps
 from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_context
 from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.extend import Jaxpr, JaxprEqn
 from lora_jax.core.factored import ExamplesError, Factored
-from lora_jax.core.product import is_on_mesh
 from lora_jax.core.types import EqnParams, Forward, Outcome, Value
-
-Live = tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Use:
     eqn: JaxprEqn
     values: list[Value]  # arrays, at least one `Factored` or `FoldedVector` among them
     live: Live
-    factor_inputs: dict[int, tuple[Value, Value]]  # by id: an array, and that array for factors
+    inputs: FactorInputs
     jaxpr: Jaxpr  # that the equation is part of
     # The place of examples with adapters of their own in the other operand.
     at: ExampleAxis | None = None
@@ -77,19 +76,6 @@ class Use:
         before = eqns.type_of(source.invars[0]).shape
         held = zip(source.params["broadcast_dimensions"], before, strict=True)
         return [axis for axis, n in held if n != 1]
-
-    def factor_input(self, x: jax.Array) -> Value:
-        """Returns the x that factors multiply: on a mesh, in traced functions, a copy.
-
-        Where W's out axes are sharded, x's cotangent from each product with W is an all-reduce. XLA
-        makes one all-reduce of several whose results are added directly. The copy lets it: the
-        cotangents from W are added to each other, and those from A at the end.
-        """
-        if not is_on_mesh() or not isinstance(x, jax.core.Tracer):
-            return x
-        if id(x) not in self.factor_inputs:
-            self.factor_inputs[id(x)] = (x, jnp.copy(x))
-        return self.factor_inputs[id(x)][1]
 
 
 class WeightUse(NamedTuple):
@@ -162,12 +148,20 @@ class Interpreter:
                 return self._unfolded(value, "output", place_of_call())
             return value
 
-        factor_inputs: dict[int, tuple[Value, Value]] = {}
+        needed = needed_equations(inner, live)
+        inputs = FactorInputs()
+        done: set[int] = set()  # identities of equations that came before their turn
+        if steps is None and self.record is None and self.examples is None:
+            known = (needed.moves, inner, environment, done)
+            inputs = FactorInputs(needed.same_operand, functools.partial(self._ahead, *known))
         site = 0  # counts uses of adapted weights alone, so that other equations change no dropout
-        for eqn, wanted, last_uses in _needed_equations(inner, live):
+        for eqn, wanted, last_uses in needed.equations:
             values = [read(atom) for atom in eqn.invars]
-            if any(isinstance(value, (Factored, folds.FoldedVector)) for value in values):
-                outputs = self._apply(site, Use(eqn, values, wanted, factor_inputs, inner), steps)
+            if id(eqn) in done:
+                outputs = [environment[atom] for atom in eqn.outvars]
+                site += 1
+            elif any(isinstance(value, (Factored, folds.FoldedVector)) for value in values):
+                outputs = self._apply(site, Use(eqn, values, wanted, inputs, inner), steps)
                 site += any(isinstance(value, Factored) for value in values)
             elif steps is None:
                 outputs = eqns.bind(eqn, values)
@@ -178,6 +172,36 @@ class Interpreter:
                 del environment[atom]
         wanted_atoms = zip(inner.outvars, live, strict=True)
         return [result(atom) if wanted else None for atom, wanted in wanted_atoms]
+
+    def _ahead(
+        self,
+        moves: Mapping[eqns.Atom, JaxprEqn],
+        jaxpr: Jaxpr,
+        environment: dict[eqns.Atom, Value],
+        done: set[int],
+        atom: eqns.Atom,
+    ) -> Value:
+        """Returns a weight before its turn, moved and cast; None where that is not known yet.
+
+        Args:
+          moves: equations of the jaxpr that move or cast, by their results.
+          jaxpr: the jaxpr that is evaluated.
+          environment: the values so far; added to.
+          done: identities of the equations that are done before their turn; added to.
+          atom: the operand.
+        """
+        chain: list[JaxprEqn] = []
+        while not eqns.is_literal(atom) and atom not in environment and atom in moves:
+            chain.append(moves[atom])
+            atom = chain[-1].invars[0]
+        value = None if eqns.is_literal(atom) else environment.get(atom)
+        for eqn in reversed(chain):
+            if not isinstance(value, Factored) or value.key is not None:
+                return None
+            (value,) = self._apply(0, Use(eqn, [value], (True,), FactorInputs(), jaxpr), None)
+            environment[eqn.outvars[0]] = value
+            done.add(id(eqn))
+        return value
 
     def function(
         self, jaxpr: eqns.AnyJaxpr, live: Live | None = None
@@ -277,11 +301,11 @@ class Interpreter:
                 return rule(self, use)
 
         # A step outlives the call's arrays.
-        bare = dataclasses.replace(use, values=[], factor_inputs={})
+        bare = dataclasses.replace(use, values=[], inputs=FactorInputs())
 
         def call(values: list[Value]) -> Outcome:
             with user_context(eqn):
-                return rule(self, dataclasses.replace(bare, values=values, factor_inputs={}))
+                return rule(self, dataclasses.replace(bare, values=values, inputs=FactorInputs()))
 
         how = (use.live, id(eqn) if use.name in _READ_AROUND else 0, self.examples, use.at)
         outputs: Outcome = steps.compiled(eqn, how, call)(use.values)
@@ -349,37 +373,3 @@ def fold_dropout_key(value: Value, index: int | jax.Array) -> Value:
     for _ in range(value.key.ndim):
         fold = jax.vmap(fold, (0, None))
     return value.replace(key=fold(value.key, index))
-
-
-Needed = list[tuple[JaxprEqn, Live, list[eqns.Atom]]]
-_NEEDED: weakref.WeakKeyDictionary[Jaxpr, dict[Live, Needed]] = weakref.WeakKeyDictionary()
-
-
-def _needed_equations(jaxpr: Jaxpr, live: Live) -> Needed:
-    """Returns the equations that the wanted outputs or an effect need, in order.
-
-    Each with which of its outputs are wanted, and the variables that nothing after it reads:
-    dropping them frees memory where the function runs eagerly.
-    """
-    known = _NEEDED.setdefault(jaxpr, {})
-    if live not in known:
-        known[live] = _find_needed(jaxpr, live)
-    return known[live]
-
-
-def _find_needed(jaxpr: Jaxpr, live: Live) -> Needed:
-    needed = {
-        atom
-        for atom, wanted in zip(jaxpr.outvars, live, strict=True)
-        if wanted and not eqns.is_literal(atom)
-    }
-    equations = []
-    for eqn in reversed(jaxpr.eqns):
-        wanted = tuple(out in needed for out in eqn.outvars)
-        if not any(wanted) and not eqn.effects:
-            continue
-        reads = {atom for atom in eqn.invars if not eqns.is_literal(atom)}
-        unread = {out for out, used in zip(eqn.outvars, wanted, strict=True) if not used}
-        equations.append((eqn, wanted, [*((reads - needed) | unread)]))
-        needed |= reads
-    return equations[::-1]

@@ -33,26 +33,45 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import rescaled, wide
-from lora_jax.core.parts import spread
+from lora_jax.core.parts import Axes, spread
 from lora_jax.core.types import EqnParams, Value
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 FACTORS = "lora"  # scope of all that an adapter adds to a product, for profiles
 
+# The name of s·xA for policies of rematerialisation, where the rank is at most 1/32 of what x has
+# along the contracted axes: kept, it takes little memory, and x need not be read for it again.
+NARROW_PRODUCT = "lora_xA"
+_NARROW = 32
 
-class _ProductCall(NamedTuple):
+
+class ProductCall(NamedTuple):
     """The way to multiply x by a weight; see `dot`."""
 
     contract: Dims
-    batch: Dims
-    weight_first: bool
-    rows: "ExampleColumns | None"
-    params: EqnParams
+    batch: Dims = ((), ())
+    weight_first: bool = False
+    rows: "ExampleColumns | None" = None
+    params: EqnParams = {}
+
+    def x_free(self, x: jax.Array) -> list[int]:
+        """Returns the axes of x that are neither contracted nor batched."""
+        return [axis for axis in range(x.ndim) if axis not in (*self.contract[0], *self.batch[0])]
+
+    def free_stack(self, weight: Factored) -> tuple[int, ...]:
+        """Returns the batch axes of the weight that are not batched in the product."""
+        return tuple(axis for axis in weight.axes("batch") if axis not in self.batch[1])
+
+    def sides(self, weight: Factored) -> tuple[Axes, Axes]:
+        """Returns the axes that are contracted, in or out, and those on the other side."""
+        near, far = weight.axes("in"), weight.axes("out")
+        return (near, far) if set(self.contract[1]) == set(near) else (far, near)
 
 
 class ExampleColumns(NamedTuple):
@@ -95,6 +114,7 @@ def dot(
     batch: Dims,
     weight_first: bool = False,
     rows: ExampleColumns | None = None,
+    z: jax.Array | None = None,
     **params: Any,
 ) -> jax.Array:
     """Returns `lax.dot_general` of x with an adapted weight, in either order, in factored form.
@@ -107,11 +127,12 @@ def dot(
       contract, batch: axes of x and of the weight, as in `lax.dot_general`.
       weight_first: whether the weight is the left operand, so that its axes lead the result.
       rows: which columns of rank each row of x sees, where the weight has `rows`.
+      z: s·xA, as `scaled_product` returns it; computed by default.
       params: `precision`, `preferred_element_type` and `out_sharding` of `lax.dot_general`.
 
     xA accumulates in fp32 and is scaled there; A and B are cast to x's dtype.
     """
-    how = _ProductCall(contract, batch, weight_first, rows, params)
+    how = ProductCall(contract, batch, weight_first, rows, params)
 
     def base_product(x: jax.Array) -> jax.Array:
         """Returns xW, or Wᵀx where the weight comes first."""
@@ -124,7 +145,7 @@ def dot(
         return product(product_with, weight.base, x)
 
     def factor_product(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
-        return lax.reshape(_delta(x, weight, how, seen.dtype), seen.shape)
+        return lax.reshape(_delta(x, weight, how, seen.dtype, z), seen.shape)
 
     if not weight.parts:
         return base_product(x)
@@ -138,7 +159,7 @@ def dot(
     return combined(x, weight, base_product, factor_product, placed, for_factors=for_factors)
 
 
-def _transposed_products(x: jax.Array, weight: Factored, how: _ProductCall) -> jax.Array:
+def _transposed_products(x: jax.Array, weight: Factored, how: ProductCall) -> jax.Array:
     """Returns the mirror image where batch axes are free, so that each weight has its own gain.
 
     Copies x for each weight, times its gain, batches the stack, and puts the axes back in order.
@@ -216,9 +237,7 @@ def _contracted_gain(weight: Factored, x: jax.Array, contract: Dims, batch: Dims
     return spread(weight.gain, weight.layout("gain"), where, x.ndim).astype(x.dtype)
 
 
-def _result_vector(
-    weight: Factored, how: _ProductCall, x_ndim: int, vector: jax.Array
-) -> jax.Array:
+def _result_vector(weight: Factored, how: ProductCall, x_ndim: int, vector: jax.Array) -> jax.Array:
     """Returns a gain or a shift in the layout of the product xW."""
     (x_contract, w_contract), (_, w_batch) = how.contract, how.batch
     n_free_x = x_ndim - len(w_batch) - len(x_contract)
@@ -229,74 +248,113 @@ def _result_vector(
     return spread(vector, weight.layout("gain"), where, len(where) + n_free_x)
 
 
-def _delta(x: jax.Array, weight: Factored, how: _ProductCall, dtype: DTypeLike) -> jax.Array:
+def _delta(
+    x: jax.Array, weight: Factored, how: ProductCall, dtype: DTypeLike, z: jax.Array | None
+) -> jax.Array:
     """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""
-    contract, batch, weight_first, rows, params = how
-    (x_contract, w_contract), (x_batch, w_batch) = contract, batch
-    near_axes, far_axes = weight.axes("in"), weight.axes("out")
-    is_mirrored = set(w_contract) != set(near_axes)
-    if is_mirrored:
-        near_axes, far_axes = far_axes, near_axes
-    near = weight.b if is_mirrored else weight.a
-    stack = weight.axes("batch")
-    free_stack = tuple(axis for axis in stack if axis not in w_batch)
-    x_free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
-    rank_axis = len(stack)
-    precision, sharded = params.get("precision"), is_sharded(x)
+    if weight.is_compact:
+        # B is formed again in the backward pass: kept, it would be a copy a layer.
+        def through(z: jax.Array, weight: Factored) -> jax.Array:
+            return _product_with_b(_scaled(x, z, weight, how), x, weight, how, dtype)
 
-    # z = xA   [w_batch…, x_free…, free_stack…, r]
-    z = lax.dot_general(
+        delta: jax.Array = jax.checkpoint(through)(_product_with_a(x, weight, how), weight)
+        return delta
+    z = scaled_product(x, weight, how) if z is None else z
+    return _product_with_b(z, x, weight, how, dtype)
+
+
+def scaled_product(x: jax.Array, weight: Factored, how: ProductCall, of: int = 1) -> jax.Array:
+    """Returns s·xA in x's dtype, [w_batch…, x_free…, free_stack…, r], x_free mostly flattened.
+
+    Args:
+      x, weight, how: see `dot`.
+      of: the number of weights whose columns the weight's A has.
+    """
+    z = _scaled(x, _product_with_a(x, weight, how), weight, how)
+    contracted = math.prod(x.shape[axis] for axis in how.contract[0])
+    return named_if_narrow(z, weight.rank, contracted * of)
+
+
+def named_if_narrow(z: jax.Array, rank: int, contracted: int) -> jax.Array:
+    """Returns s·xA under the name that policies keep, if it is much smaller than x.
+
+    Args:
+      z: s·xA.
+      rank: number of its columns for each row of x.
+      contracted: number of elements of a row of x.
+    """
+    return checkpoint_name(z, NARROW_PRODUCT) if is_worth_keeping(rank, contracted) else z
+
+
+def is_worth_keeping(rank: int, contracted: int) -> bool:
+    """Returns True if s·xA is so small beside x that policies keep it: see `NARROW_PRODUCT`."""
+    return rank * _NARROW <= contracted
+
+
+def _product_with_a(x: jax.Array, weight: Factored, how: ProductCall) -> jax.Array:
+    """Returns xA, [w_batch…, x_free…, free_stack…, r], in fp32 (or wider)."""
+    (x_contract, w_contract), (x_batch, w_batch) = how.contract, how.batch
+    stack, near_axes = weight.axes("batch"), how.sides(weight)[0]
+    near = weight.a if near_axes == weight.axes("in") else weight.b
+    n_stack, first = len(how.free_stack(weight)), len(stack) + 1
+    return lax.dot_general(
         x,
         near.astype(x.dtype),
         (
-            (x_contract, tuple(rank_axis + 1 + near_axes.index(axis) for axis in w_contract)),
+            (x_contract, tuple(first + near_axes.index(axis) for axis in w_contract)),
             (x_batch, tuple(stack.index(axis) for axis in w_batch)),
         ),
-        precision=precision,
+        precision=how.params.get("precision"),
         preferred_element_type=wide(x.dtype),
-        out_sharding=_rank_sharding(x, x_batch, x_free, len(free_stack)) if sharded else None,
+        out_sharding=_rank_sharding(x, x_batch, how.x_free(x), n_stack) if is_sharded(x) else None,
     )
 
-    def scaled(z: jax.Array, weight: Factored) -> jax.Array:
-        order = [stack.index(axis) for axis in (*w_batch, *free_stack)]
-        scales = lax.transpose(weight.scales.astype(z.dtype), [*order, rank_axis])
-        scales = lax.expand_dims(scales, range(len(w_batch), len(w_batch) + len(x_free)))
-        z = z * scales
-        if rows is not None:
-            z = z * rows.along(z, [*x_batch, *x_free].index(rows.axis))
-        z = z.astype(x.dtype)
-        if len(x_free) <= 1 or sharded or is_on_mesh():
-            return z
-        flat = math.prod(x.shape[axis] for axis in x_free)
-        lead = len(w_batch)
-        return lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))
 
-    def through(z: jax.Array, weight: Factored) -> jax.Array:
-        """Returns s·zB: the rank is contracted."""
-        z = scaled(z, weight)
-        n_free = z.ndim - 1 - len(w_batch) - len(free_stack)
-        # batch axes of the weight, wherever they stand in x, are batched
-        z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_free, z.ndim - 1))
-        far_batch = tuple(stack.index(axis) for axis in (*w_batch, *free_stack))
-        last = (z.ndim - 1,)
-        kwargs: EqnParams = {"precision": precision, "preferred_element_type": dtype}
-        if sharded and not free_stack:
-            kwargs["out_sharding"] = params.get("out_sharding")
-        far = (weight.a if is_mirrored else weight.b).astype(x.dtype)
-        if weight_first and not free_stack:
-            return lax.dot_general(far, z, (((rank_axis,), last), (far_batch, z_batch)), **kwargs)
-        delta = lax.dot_general(z, far, ((last, (rank_axis,)), (z_batch, far_batch)), **kwargs)
-        if not free_stack:
-            return delta
-        # [w_batch…, free_stack…, x_free…, far…] -> the order of the weight's free axes in its base
-        free_x = [("x", axis) for axis in range(n_free)]
-        have = [*w_batch, *free_stack, *free_x, *far_axes]
-        free_w = sorted((*free_stack, *far_axes))
-        want = [*w_batch, *free_w, *free_x] if weight_first else [*w_batch, *free_x, *free_w]
-        return lax.transpose(delta, [have.index(axis) for axis in want])
+def _scaled(x: jax.Array, z: jax.Array, weight: Factored, how: ProductCall) -> jax.Array:
+    """Returns s·z in x's dtype, z being xA; its axes that are x's free ones mostly flattened."""
+    x_batch, w_batch, x_free = how.batch[0], how.batch[1], how.x_free(x)
+    stack = weight.axes("batch")
+    order = [stack.index(axis) for axis in (*w_batch, *how.free_stack(weight))]
+    scales = lax.transpose(weight.scales.astype(z.dtype), [*order, len(stack)])
+    scales = lax.expand_dims(scales, range(len(w_batch), len(w_batch) + len(x_free)))
+    z = z * scales
+    if how.rows is not None:
+        z = z * how.rows.along(z, [*x_batch, *x_free].index(how.rows.axis))
+    z = z.astype(x.dtype)
+    if len(x_free) <= 1 or is_sharded(x) or is_on_mesh():
+        return z
+    flat = math.prod(x.shape[axis] for axis in x_free)
+    lead = len(w_batch)
+    return lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))
 
-    # A compact weight's B is formed again in the backward pass: kept, it would be a copy a layer.
-    return (jax.checkpoint(through) if weight.is_compact else through)(z, weight)
+
+def _product_with_b(
+    z: jax.Array, x: jax.Array, weight: Factored, how: ProductCall, dtype: DTypeLike
+) -> jax.Array:
+    """Returns zB, z being s·xA: the rank is contracted."""
+    w_batch, free_stack, params = how.batch[1], how.free_stack(weight), how.params
+    near_axes, far_axes = how.sides(weight)
+    stack = weight.axes("batch")
+    n_free = z.ndim - 1 - len(w_batch) - len(free_stack)
+    # batch axes of the weight, wherever they stand in x, are batched
+    z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_free, z.ndim - 1))
+    far_batch = tuple(stack.index(axis) for axis in (*w_batch, *free_stack))
+    last, rank = (z.ndim - 1,), (len(stack),)
+    kwargs: EqnParams = {"precision": params.get("precision"), "preferred_element_type": dtype}
+    if is_sharded(x) and not free_stack:
+        kwargs["out_sharding"] = params.get("out_sharding")
+    far = (weight.b if near_axes == weight.axes("in") else weight.a).astype(x.dtype)
+    if how.weight_first and not free_stack:
+        return lax.dot_general(far, z, ((rank, last), (far_batch, z_batch)), **kwargs)
+    delta = lax.dot_general(z, far, ((last, rank), (z_batch, far_batch)), **kwargs)
+    if not free_stack:
+        return delta
+    # [w_batch…, free_stack…, x_free…, far…] -> the order of the weight's free axes in its base
+    free_x = [("x", axis) for axis in range(n_free)]
+    have = [*w_batch, *free_stack, *free_x, *far_axes]
+    free_w = sorted((*free_stack, *far_axes))
+    want = [*w_batch, *free_w, *free_x] if how.weight_first else [*w_batch, *free_x, *free_w]
+    return lax.transpose(delta, [have.index(axis) for axis in want])
 
 
 def dropped(x: jax.Array, weight: Factored) -> jax.Array:

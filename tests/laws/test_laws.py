@@ -32,6 +32,7 @@ programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
 SCANNED, HEADS = "scanned and rematerialised", "einsum with heads"
 LOOPS, FUSED = "branches and loops", "fused kernel taken apart"
 BY_HAND, NESTED = "stack walked by hand", "nested jit"
+SHARED = "several kernels over one x"
 EXPERTS = "experts, all of them on every token"
 
 
@@ -51,7 +52,7 @@ def both(program, law):
     return jax.jit(lambda *args: [law(run, *args) for run in runs])
 
 
-@over("program", PROGRAMS, often=[SCANNED, HEADS, LOOPS, FUSED])
+@over("program", PROGRAMS, often=[SCANNED, HEADS, LOOPS, FUSED, SHARED])
 def test_identity_where_b_is_zero(program):
     params, _, x = program.inputs()
     fresh = lj.lorafy(params, program.rules)
@@ -132,7 +133,7 @@ def test_locality(program):
             assert_identical(parts, every[other])
 
 
-@over("program", PROGRAMS, often=[SCANNED, FUSED, BY_HAND])
+@over("program", PROGRAMS, often=[SCANNED, FUSED, BY_HAND, SHARED])
 def test_commutes_with_jit_and_vmap(program, float64):
     _, tree, x = program.inputs(jnp.float64)
     x = np.asarray(x)

@@ -11,6 +11,7 @@ from jax import lax
 from lora_jax.adapt import eqns, sides
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.merging import MergeError
+from lora_jax.adapt.rules.shared import shared_product
 from lora_jax.adapt.user_code import place_of
 from lora_jax.core.axes import Label
 from lora_jax.core.base import product
@@ -65,8 +66,10 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
             return None
     how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
     are_real = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (x, weight.base))
-    again = use.factor_input(x) if are_real else x.astype(dtype)  # A and B are cast to its dtype
+    again = use.inputs.copied(x) if are_real else x.astype(dtype)  # A and B are cast to its dtype
     how |= {"for_factors": again, "weight_first": weight_first, "rows": rows_of(weight, use)}
+    if are_real:
+        how["z"] = shared_product(use, int(weight_first), again, weight, contract)
     return [dot(x, weight, contract=contract, batch=batch, **how)]
 
 

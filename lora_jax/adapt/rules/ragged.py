@@ -9,7 +9,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.products import base_product, check_bias, check_roles, note_side
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
-from lora_jax.core.product import combined
+from lora_jax.core.product import combined, named_if_narrow
 from lora_jax.core.types import EqnParams, Outcome
 
 _UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
@@ -44,10 +44,12 @@ def _through_factors(
       [rows, out].
     """
     near, far = near.astype(x.dtype), far.astype(x.dtype)
-    if near.shape[0] * near.shape[1] > _UNIT:
+    groups, rank, contracted = near.shape
+    if groups * rank > _UNIT:
         z = lax.ragged_dot(x, jnp.swapaxes(near, 1, 2), sizes, precision, wide(x.dtype))
         z = z * group_vectors(scales, sizes, x.shape[0]).astype(z.dtype)
-        return lax.ragged_dot(z.astype(x.dtype), far, sizes, precision, dtype)
+        z = named_if_narrow(z.astype(x.dtype), rank, contracted)
+        return lax.ragged_dot(z, far, sizes, precision, dtype)
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0], dtype=ends.dtype)[:, None]
     own = (ends - sizes <= row) & (row < ends)  # [rows, groups]
@@ -55,6 +57,7 @@ def _through_factors(
     z = jnp.einsum("mi,gri->mgr", x, near, **how)
     z = jnp.where(own[:, :, None], z * scales.astype(z.dtype), jnp.zeros_like(z)).astype(x.dtype)
     z, far = z.reshape(x.shape[0], -1), far.reshape(-1, far.shape[2])
+    z = named_if_narrow(z, groups * rank, contracted)
     return lax.dot(z, far, precision=precision, preferred_element_type=dtype)
 
 

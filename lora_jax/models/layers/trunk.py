@@ -13,6 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.extend import Primitive
+from lora_jax.core.product import NARROW_PRODUCT
 from lora_jax.models.layers.cache import Cache, NewEntries
 from lora_jax.models.layers.masks import Mask, MaskTokens
 
@@ -29,6 +30,7 @@ REMAT_POLICIES = (
 
 OFFLOAD = "offload"
 _INPUT = "layer_input"  # what "offload" moves
+_KEEPS_NARROW = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
 # From twice as many tokens of a row on, an MLP that is recomputed takes so many at most at a time.
 CHUNK = 4096
 
@@ -203,10 +205,10 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
     """
     if remat is False:
         return layer
-    policy = None
+    policy = _KEEPS_NARROW
     if remat == OFFLOAD:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=(),
+            names_which_can_be_saved=(NARROW_PRODUCT,),
             names_which_can_be_offloaded=(_INPUT,),
             offload_src="device",
             offload_dst="pinned_host",
@@ -250,7 +252,7 @@ def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Arra
         return None, body(module, x)
 
     scanned = nn.scan(
-        nn.remat(through, prevent_cse=False),
+        nn.remat(through, prevent_cse=False, policy=_KEEPS_NARROW),
         variable_broadcast="params",
         split_rngs={"params": False},
         in_axes=1,

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+from lora_jax.core.product import is_worth_keeping
 from lora_jax.core.weight import LoraWeight, Trained, is_node, leaves_of
 from lora_jax.models import DecoderConfig, kinds
 from lora_jax.models.layers.attend import Attend
@@ -78,10 +79,13 @@ def step_flops(
         total += 2 * tokens * size * passes
         if isinstance(leaf, LoraWeight):
             share = size / math.prod(shape)
+            narrow = is_worth_keeping(leaf.rank, math.prod(leaf.roles.sizes(shape, "in")))
             for name in ("a", "b"):
                 # What a compact weight trains is folded into B, whose gradient it goes through.
                 trains = name == "b" or name not in leaf.frozen
-                passes = 1 if forward else 2 + trains + (chunked if is_head else layers_again)
+                kept = name == "a" and narrow and not leaf.is_compact
+                again = chunked if is_head else layers_again and not kept
+                passes = 1 if forward else 2 + trains + again
                 total += 2 * tokens * share * math.prod(leaf.shape_of(name)) * passes
     heads = config.num_attention_heads * config.head_dim
     linear = len(getattr(config, "linear_layers", ()))
