@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -78,3 +79,30 @@ def test_nothing_comes_again_once_the_run_has_ended():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not said
+
+
+def test_a_signal_of_another_process_ends_what_is_dropped_and_nothing_else():
+    stop, late = Stop(), threading.Event()
+    hearing = threading.Timer(0.1, lambda: (stop.hear(signal.SIGTERM), late.set()))
+    with stop.listening(), stop.deferred():
+        hearing.start()
+        late.wait(10)  # a step is over first
+        assert stop.signal is None
+        with pytest.raises(Interrupted, match="interrupted by SIGTERM"), stop.dropping():
+            raise AssertionError("what begins later is not begun")
+    assert stop.code == 143
+
+
+def test_a_signal_of_another_process_ends_a_wait_and_ones_own_is_still_the_first():
+    """As where a scheduler signals all processes at once."""
+    stop = Stop()
+    hearing = threading.Timer(0.2, stop.hear, (signal.SIGTERM,))
+    with stop.listening(), stop.deferred():
+        with pytest.raises(Interrupted) as raised, stop.dropping():
+            hearing.start()
+            threading.Event().wait(10)
+        assert raised.value.code == 143
+        term()
+        stop.hear(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            term()  # the second one

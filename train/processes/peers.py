@@ -39,12 +39,14 @@ class Ending(NamedTuple):
       why: the reason.
       code: the exit code of all processes.
       unannounced: whether others noticed it: it did not, or could not, say so itself.
+      deferred: whether it goes on until the step is over, and all end together.
     """
 
     process: int
     why: str
     code: int
     unannounced: bool = False
+    deferred: bool = False
 
 
 EndListener = Callable[[Ending], None]
@@ -87,9 +89,9 @@ class Peers:
         for thread in (*self._threads.values(), self._watching):
             thread.start()
 
-    def tell(self, reason: str, code: int) -> None:
+    def tell(self, reason: str, code: int, *, deferred: bool = False) -> None:
         """Tells the others that this process ends, and why."""
-        self._say(Ending(self.index, reason, code))
+        self._say(Ending(self.index, reason, code, deferred=deferred))
 
     def close(self) -> None:
         """Tells the others that this process ends because all is done."""
@@ -131,7 +133,7 @@ class Peers:
                 self._heartbeats.heard(process)
                 if line != _BEAT:
                     message = Ending(**json.loads(line))
-                    ending = ending or message.process == process
+                    ending = ending or message.process == process and not message.deferred
                     self._hear(message, process)
         self._heartbeats.forget(process)
         with self._sending:  # who has ended is still told that this process has, too

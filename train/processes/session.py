@@ -104,7 +104,9 @@ class Session:
 
     def _hear(self, ending: Ending) -> None:
         """Ends this process with another one, or because the others have ended without it."""
-        process, why, code, unannounced = ending
+        process, why, code, unannounced, deferred = ending
+        if deferred:
+            return self.stop.hear(code - 128)
         self._verdict = (
             f"process {process} of {jax.process_count()} {why}. {self.stop.remedy}",
             code,
@@ -138,11 +140,11 @@ class Session:
                 if number not in (signal.SIGINT, signal.SIGTERM):
                     continue
                 again, came = came, True
-                if self.stop.deferring and not again:
-                    continue
-                name = signal.Signals(number).name
+                name, deferred = signal.Signals(number).name, self.stop.deferring and not again
                 if self._peers is not None:
-                    self._peers.tell(f"got {name}", 128 + number)
+                    self._peers.tell(f"got {name}", 128 + number, deferred=deferred)
+                if deferred:
+                    continue
                 time.sleep(_PATIENCE)
                 self._end_at_once(f"interrupted by {name}. {self.stop.remedy}", 128 + number)
 

@@ -13,6 +13,8 @@ from lora_jax.training.errors import Interrupted
 from lora_jax.training.processes import Agreement
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Has the main thread look for what another process said; by default it does nothing.
+_LOOK = getattr(signal, "SIGURG", None)
 _AGAIN = 0.05  # seconds until a signal whose exception Python dropped comes again
 
 
@@ -30,6 +32,8 @@ class Stop:
         self.remedy = "Training had not begun, and nothing was lost: run the same command again"
         self.signal: int | None = None
         self.deferring = self.raising = False
+        self._came = False  # whether a signal came to this process
+        self._elsewhere: int | None = None  # the signal of another process
         self._timer: threading.Timer | None = None
 
     @contextmanager
@@ -40,6 +44,8 @@ class Stop:
         has a callback there); such a signal comes again a moment later.
         """
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        if _LOOK is not None:
+            before[_LOOK] = signal.signal(_LOOK, lambda *_: self._look())
         hook = sys.unraisablehook
         sys.unraisablehook = partial(self._send_again, hook)
         try:
@@ -65,14 +71,23 @@ class Stop:
     def dropping(self) -> Iterator[None]:
         """Raises `Interrupted` for a signal that came or comes within, also where it is deferred.
 
-        For work that the run does again when it goes on.
+        For work that the run does again when it goes on. A signal of another process counts, too;
+        see `hear`.
         """
         self.raising = True
         try:
+            self._look()
             self.check()
             yield
         finally:
             self.raising = False
+
+    def hear(self, number: int) -> None:
+        """Takes note that a signal came to another process, in any thread; see `dropping`."""
+        self._elsewhere = number
+        main = threading.main_thread().ident
+        if self.raising and _LOOK is not None and main is not None:
+            signal.pthread_kill(main, _LOOK)
 
     def agreed(self, agreement: Agreement, turn: Any = ()) -> bool:
         """Returns True if a signal came to one of the processes; all have to call this, each turn.
@@ -105,8 +120,13 @@ class Stop:
         return signal.Signals(self.signal or signal.SIGINT).name
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        again, self.signal = self.signal is not None, number
+        again, self._came, self.signal = self._came, True, number
         if again or not self.deferring or self.raising:
+            raise self.interrupted()
+
+    def _look(self) -> None:
+        if self.raising and self._elsewhere is not None:
+            self.signal = self.signal or self._elsewhere
             raise self.interrupted()
 
     def _send_again(
@@ -120,7 +140,7 @@ class Stop:
         main, number = threading.main_thread().ident, self.signal
         assert main is not None
         if not self.deferring or self.raising:
-            self.signal = None  # it still is the first one
+            self.signal, self._came = None, False  # it still is the first one
         self._forget_timer()
         self._timer = threading.Timer(_AGAIN, signal.pthread_kill, (main, number))
         self._timer.daemon = True

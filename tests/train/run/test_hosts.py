@@ -246,7 +246,7 @@ def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeyp
 
 
 def connected(processes, n, timeout=60.0):
-    """Three processes' lines, and what each was told: (process, why, code, unannounced)."""
+    """Three processes' lines, and what each was told: what is in an `Ending`."""
     told = [[] for _ in range(n)]
 
     def connect():
@@ -268,11 +268,21 @@ def test_the_others_are_told_why_a_process_ends(who, processes):
     lines, told = connected(processes, 3)
     lines[who].tell("got SIGTERM", 143)
     others = [told[i] for i in range(3) if i != who]
-    eventually(lambda: others == [[(who, "got SIGTERM", 143, False)]] * 2)
+    eventually(lambda: others == [[(who, "got SIGTERM", 143, False, False)]] * 2)
     assert told[who] == []
     for line in lines:
         line.close()
     eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads.values()))
+
+
+def test_a_process_that_ends_after_its_step_may_still_be_lost(processes):
+    lines, told = connected(processes, 2)
+    lines[1].tell("got SIGTERM", 143, deferred=True)
+    eventually(lambda: told[0] == [(1, "got SIGTERM", 143, False, True)])
+    lines[1]._connections[0].shutdown(socket.SHUT_RDWR)
+    eventually(lambda: told[0][1:] == [(1, peers.LOST, 1, True, False)])
+    for line in lines:
+        line.close()
 
 
 @pytest.mark.parametrize("who", [0, 2])
@@ -282,7 +292,7 @@ def test_the_others_are_told_of_a_process_that_was_killed(who, processes):
     for connection in lines[who]._connections.values():
         connection.shutdown(socket.SHUT_RDWR)
     left = 0 if who else 1
-    eventually(lambda: told[left] == [(who, peers.LOST, 1, True)])
+    eventually(lambda: told[left] == [(who, peers.LOST, 1, True, False)])
     for line in lines:
         line.close()
     eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads.values()))
@@ -363,9 +373,9 @@ def test_strangers_do_not_keep_the_processes_apart(processes, monkeypatch):
 def test_a_connection_that_sends_no_messages_ends_and_no_other(processes):
     lines, told = connected(processes, 3)
     lines[2]._connections[0].sendall(b"[" * 100_000 + b"\n")
-    eventually(lambda: told[0] == [(2, peers.LOST, 1, True)])
+    eventually(lambda: told[0] == [(2, peers.LOST, 1, True, False)])
     lines[1].tell("got SIGTERM", 143)
-    eventually(lambda: told[0][1:] == [(1, "got SIGTERM", 143, False)])
+    eventually(lambda: told[0][1:] == [(1, "got SIGTERM", 143, False, False)])
     for line in lines:
         line.close()
 
