@@ -27,7 +27,7 @@ def inputs(tmp_path_factory):
     return ["--model", str(model), "--dataset", str(rows), *options]
 
 
-def start(inputs, folder, *args, n=1):
+def start(inputs, folder, *args, n=1, script="train.sft"):
     """The script as `n` processes, as a user starts them; each writes to a log of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -37,7 +37,7 @@ def start(inputs, folder, *args, n=1):
         many = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", n, "--process-id", i]
         words = [*inputs, "--output", folder, *args, *(many if n > 1 else [])]
         log = folder.parent / f"{folder.name}.log{i}"
-        started.append(Forked(["-m", "train.sft", *words], folder.parent, log=log))
+        started.append(Forked(["-m", script, *words], folder.parent, log=log))
     return started
 
 
@@ -82,6 +82,32 @@ def test_a_signal_to_one_of_two_saves_and_ends_both(inputs, tmp_path, which, num
     assert (folder / "checkpoints" / str(done)).is_dir() and not (folder / "run.lock").exists()
     for i in range(2):
         assert last_lines(folder, i)[-1].startswith(f"stopped after step {done}. Go on with: ")
+        assert not re.search("Traceback|Fatal|Error", log_of(folder, i))
+
+
+REWARD = """
+import pathlib, time
+
+def slow(completions, **others):
+    pathlib.Path(__file__).with_name("asked").touch()
+    time.sleep(300)
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_second_of_two_ends_the_first_ones_wait_for_rewards(inputs, tmp_path):
+    folder, asked = tmp_path / "run", tmp_path / "asked"
+    (tmp_path / "reward.py").write_text(REWARD)
+    args = ["--reward", tmp_path / "reward.py:slow", "--reward-timeout", 600, "--group", 2]
+    args += ["--max-new-tokens", 4, "--eval-questions", 0, "--report-to", "none"]
+    processes = start(inputs, folder, *args, n=2, script="train.grpo")
+    while not asked.exists():
+        assert all(process.poll() is None for process in processes), log_of(folder)
+        time.sleep(0.02)
+    processes[1].terminate()
+    assert codes(processes, LATEST + SAVE) == [143] * 2, log_of(folder) + log_of(folder, 1)
+    for i in range(2):
         assert not re.search("Traceback|Fatal|Error", log_of(folder, i))
 
 
