@@ -10,8 +10,11 @@ import lora_jax as lj
 from lora_jax.core import product
 from lora_jax.models import Decoder
 from lora_jax.models.layers import trunk
+from lora_jax.models.layers.kernels.flash import Flash
+from lora_jax.models.layers.kernels.splash import Splash
 from tests.models import tiny
 from tests.support import assert_close, draw, equations, over
+from train.plan.flops.jaxpr import count_flops
 
 CASE = "llama with biases"
 IDS = jnp.arange(2 * 24).reshape(2, 24) * 7 % 61
@@ -89,3 +92,35 @@ def test_products_with_a_are_not_computed_again(
     ]
     # A of q_proj and of gate_proj; and, once in the backward pass, B of down_proj.
     assert len(products) == 2 * times + 1
+
+
+KERNELS = {"splash": Splash(block=128, interpret=True), "flash": Flash(interpret=True)}
+
+
+def step_of(adapted: Any, remat: bool | str, kernel: Any) -> Any:
+    """The loss and the gradient of A and B, on a row of 128 tokens."""
+    model = Decoder(tiny.config(CASE), remat=remat, attention=kernel)
+    forward = lj.adapt(lambda params, ids: model.apply({"params": params}, ids))
+    trained, base = adapted
+    ids = jnp.arange(128)[None] * 7 % 61
+    loss = lambda trained: jnp.mean(forward(lj.join(trained, base), ids) ** 2)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_a_kernel_returns_is_kept(adapted: Any, name: str) -> None:
+    """Its forward pass runs once a layer, not twice: the difference is its work, exactly."""
+    flops = {
+        remat: count_flops(step_of(adapted, remat, KERNELS[name]).trace(adapted[0]).jaxpr).flops
+        for remat in (False, "attention", True)
+    }
+    layers, heads, size = 3, tiny.SIZES["num_attention_heads"], tiny.SIZES["head_dim"]
+    assert flops[False] < flops["attention"] < flops[True]
+    assert flops[True] - flops["attention"] == layers * 4 * heads * size * 128**2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_keeping_it_changes_no_value(adapted: Any, name: str) -> None:
+    steps = [step_of(adapted, remat, KERNELS[name])(adapted[0]) for remat in ("attention", False)]
+    assert_close(*steps, 1e-6)

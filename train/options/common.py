@@ -21,7 +21,8 @@ from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
-_REMAT |= {name: name for name in ("offload", "dots_saveable", "dots_with_no_batch_dims_saveable")}
+_REMAT |= {name: name for name in ("attention", "offload", "dots_saveable")}
+_REMAT |= {"dots_with_no_batch_dims_saveable": "dots_with_no_batch_dims_saveable"}
 
 # The numbers that the options of all scripts take.
 _NUMBERS = arguments.NUMBERS | {
@@ -189,9 +190,10 @@ class OptimConfig:
     remat: Remat = option("none", field.OF_BASE)
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
     each layer, for much less memory and some more time. offload: so, and the layers' inputs go to
-    the host's memory until they are needed (GPUs and TPUs), for very long rows. Two policies of JAX
-    keep more: dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of
-    those with weights."""
+    the host's memory until they are needed (GPUs and TPUs), for very long rows. attention: all but
+    what a kernel of attention returns (splash, flash), which takes about as much memory as the
+    layers' inputs, and much time in long rows. Two policies of JAX keep more: dots_saveable the
+    results of all matrix products, dots_with_no_batch_dims_saveable of those with weights."""
     attention: Attention = option("auto", field.OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a

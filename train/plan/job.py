@@ -23,7 +23,8 @@ from train.run.report import tree_bytes
 from train.run.rules import rules
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
-_REMAT |= {"offload": "remat to the host", "dots_with_no_batch_dims_saveable": "remat but dense"}
+_REMAT |= {"attention": "remat but attention", "offload": "remat to the host"}
+_REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

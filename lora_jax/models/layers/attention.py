@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.masks import Mask, Split
 
+KERNEL_OUTPUT = "attention_kernel"  # names what a kernel returns, for policies that keep it
+
 
 def wide_dtype(dtype: DTypeLike) -> DTypeLike:
     """Returns fp32, or the dtype itself if it is wider."""

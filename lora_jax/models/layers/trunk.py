@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.extend import Primitive
 from lora_jax.core.product import NARROW_PRODUCT
+from lora_jax.models.layers.attention import KERNEL_OUTPUT
 from lora_jax.models.layers.cache import Cache, NewEntries
 from lora_jax.models.layers.masks import Mask, MaskTokens
 
@@ -29,6 +30,7 @@ REMAT_POLICIES = (
 
 
 OFFLOAD = "offload"
+ATTENTION = "attention"
 _INPUT = "layer_input"  # what "offload" moves
 _KEEPS_NARROW = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
 # From twice as many tokens of a row on, an MLP that is recomputed takes so many at most at a time.
@@ -201,7 +203,7 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
       remat: what is recomputed; see ``Decoder``.
 
     Raises:
-      ValueError: for a policy that is neither "offload" nor one of ``REMAT_POLICIES``.
+      ValueError: for a policy that is not "offload", "attention" or one of ``REMAT_POLICIES``.
     """
     if remat is False:
         return layer
@@ -213,9 +215,11 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
             offload_src="device",
             offload_dst="pinned_host",
         )
+    elif remat == ATTENTION:
+        policy = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT, KERNEL_OUTPUT)
     elif isinstance(remat, str):
         if remat not in REMAT_POLICIES:
-            known = ", ".join((OFFLOAD, *REMAT_POLICIES))
+            known = ", ".join((OFFLOAD, ATTENTION, *REMAT_POLICIES))
             raise ValueError(f"remat policy {remat!r} is not one of {known}")
         policy = _policy(remat)
     # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
@@ -240,7 +244,7 @@ def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Arra
       x: [batch, seq, d_model].
     """
     batch, seq, _ = x.shape
-    whole = module.remat not in (True, OFFLOAD) or not module.placement.takes_chunks
+    whole = module.remat not in (True, OFFLOAD, ATTENTION) or not module.placement.takes_chunks
     if whole or seq < 2 * CHUNK or module.is_initializing():
         return body(module, x)
     least = -(-seq // CHUNK)

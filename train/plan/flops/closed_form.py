@@ -18,10 +18,13 @@ _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are n
 # How often both products of a block, or their like in its gradients, are computed. A block's scores
 # are computed again, and all of it once more where its layer is; a policy that keeps products keeps
 # a block's.
-_OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5, "full": 4.5, "offload": 4.5}
+_OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5}
+_LAYERS_AGAIN = ("full", "attention", "offload")  # compute each layer twice
+_OF_BLOCKS |= dict.fromkeys(_LAYERS_AGAIN, 4.5)
 # Of a kernel's products: two forward, once more with rematerialisation, and seven backward.
 _OF_KERNELS = {
     "none": 4.5,
+    "attention": 4.5,
     "dots_saveable": 5.5,
     _KEEPS_ONLY_DENSE: 5.5,
     "full": 5.5,
@@ -62,7 +65,7 @@ def step_flops(
     """
     kind_of, total = kinds(config), 0.0
     heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
-    layers_again = remat in ("full", "offload")
+    layers_again = remat in _LAYERS_AGAIN
     for path, leaf in leaves_of(params)[0]:
         kind = kind_of[path]
         is_head = kind in heads_of
@@ -91,7 +94,7 @@ def step_flops(
     linear = len(getattr(config, "linear_layers", ()))
     layers = config.num_hidden_layers - linear
     pair = 4 * batch * heads * layers  # of a query and a key, forward
-    passes = 1 if forward else 3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE))
+    passes = 1 if forward else 3 + (remat in (*_LAYERS_AGAIN, _KEEPS_ONLY_DENSE))
     if linear:
         total += linear * batch * _delta_rule_flops(config, seq, passes)
     if isinstance(attention, Blockwise):

@@ -8,7 +8,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.adapt.eqns import AnyJaxpr, kernel_of, opened, scan_of, scope_of, shard_map_of
+from lora_jax.adapt.eqns import (
+    AnyJaxpr,
+    is_literal,
+    kernel_of,
+    opened,
+    scan_of,
+    scope_of,
+    shard_map_of,
+)
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.kernels import kernel_of as listed
@@ -46,7 +54,21 @@ def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
       The count over the whole mesh.
     """
     inner, _ = opened(jaxpr)
-    return _sum(_equation_count(eqn, scope) for eqn in inner.eqns)
+    return _sum(_equation_count(eqn, scope) for eqn in _read_equations(inner))
+
+
+def _read_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """Returns the equations that an output depends on; compilers leave out the others."""
+    read, needed = list[JaxprEqn](), set(filter(_is_variable, jaxpr.outvars))
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            read.append(eqn)
+            needed |= set(filter(_is_variable, eqn.invars))
+    return read
+
+
+def _is_variable(atom: Any) -> bool:
+    return not is_literal(atom)
 
 
 def _equation_count(eqn: JaxprEqn, scope: str) -> Count:

@@ -18,9 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Implementation
+from lora_jax.models.layers.attention import (
+    KERNEL_OUTPUT,
+    AttentionCall,
+    AttentionInputs,
+    Implementation,
+)
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.kernels.flash_call import FlashTokens, missing_backend, run
 from lora_jax.models.layers.kernels.flash_programs import FlashOptions
@@ -210,6 +216,7 @@ def _forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     bounds = _bounds(how, tokens, (how.queries, how.keys), 1)
     out, lse = run("flash_fwd", how, bounds, tokens, (q, k, v))
+    out, lse = (checkpoint_name(x, KERNEL_OUTPUT) for x in (out, lse))
     return (out, lse), (q, k, v, tokens, out, lse)
 
 

@@ -18,7 +18,12 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from lora_jax.models.layers.attention import AttentionCall, AttentionInputs, Implementation
+from lora_jax.models.layers.attention import (
+    KERNEL_OUTPUT,
+    AttentionCall,
+    AttentionInputs,
+    Implementation,
+)
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows
 
@@ -136,6 +141,7 @@ class Splash(Implementation):
                 block_sizes=kernels.BlockSizes(**sizes),
                 attn_logits_soft_cap=cap,
                 head_shards=1,
+                residual_checkpoint_name=KERNEL_OUTPUT,
                 q_seq_shards=parts,
                 interpret=self.interpret,
             )
