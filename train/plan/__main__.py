@@ -26,10 +26,11 @@ from train.options.command import parse_options
 from train.options.common import AdapterConfig, OptimConfig, check_offload
 from train.options.optim import fill_optimizer_defaults
 from train.options.rope import parse_rope_scaling
+from train.plan.clock.table import print_clocks
 from train.plan.compile import Plan, plan
 from train.plan.job import PlanJob, PlanVariant
 from train.plan.largest import largest_fit
-from train.plan.machines import Machine, find_machine
+from train.plan.machines import Machine, assuming, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
 from train.plan.tasks import TASKS
@@ -139,7 +140,9 @@ def show(asked: PlanConfig, job: PlanJob, facts: dict[str, Any], plans: list[Pla
     else:
         estimates = [estimate(made, asked, job.machine) for made in plans]
         wide = None if sys.stdout.isatty() else 120
-        print_plans(Console(width=wide), facts, plans, estimates)
+        console = Console(width=wide)
+        print_plans(console, facts, plans, estimates)
+        print_clocks(console, job.machine, [(made.name, made.clocks.get("step")) for made in plans])
 
 
 def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
@@ -156,6 +159,7 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     machine = find_machine(
         asked.topology, asked.capacity_gib, asked.peak_tflops, asked.mem_fraction
     )
+    machine = assuming(machine, asked.kernel_share, asked.link_gbytes)
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices, asked.slice_axis)
     layout = Layout.of(mesh, outline.config)
     check_offload(asked.remat, layout.platform)
@@ -246,6 +250,8 @@ def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:
         "peak_flops_per_device": machine.flops,
         "memory_bytes_per_second": machine.bandwidth,
         "memory_shares": machine.shares,
+        "kernel_share": machine.kernel_share if machine.clock else None,
+        "link_bytes_per_second": machine.link,
         "remarks": machine.remarks,
         "utilisation": asked.utilisation,
         "tokens": asked.tokens,

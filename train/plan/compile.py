@@ -20,8 +20,9 @@ from train.console.errors import UserError
 from train.options.common import OptimConfig
 from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.between import SAMPLER, Program, cache_bytes, programs_between
+from train.plan.clock.report import Clock, clock_of
 from train.plan.flops.checked import StepWork, count_traced, step_work, text_of, together
-from train.plan.flops.closed_form import step_flops
+from train.plan.flops.closed_form import model_flops, step_flops
 from train.plan.hlo.slices import slices_in_hlo
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 from train.plan.machines import Machine
@@ -61,6 +62,7 @@ class Plan:
         the keys and values of all, on all devices; 0 where nothing is sampled.
       compile_seconds: time of the compilation.
       notes: remarks on the FLOPs, in sentences.
+      clocks: the estimate of a step, and of each program between steps, whose HLO is understood.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Plan:
     cache_bytes: int = 0
     compile_seconds: float
     notes: tuple[str, ...] = ()
+    clocks: dict[str, Clock] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,8 +244,30 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
         kernels=found.kernels,
         compile_seconds=seconds,
         notes=found.notes,
+        clocks=_clocks(texts, machine, _model_flops(job, step.params)),
         **known,
     )
+
+
+def _clocks(
+    texts: Mapping[str, str | None], machine: Machine, needed: int | None
+) -> dict[str, Clock]:
+    """Returns the estimates of programs, by name; the FLOPs needed are those of a step."""
+    clocks = {
+        "step" if name == STEP else name: clock_of(text, machine, needed if name == STEP else None)
+        for name, text in texts.items()
+    }
+    return {name: clock for name, clock in clocks.items() if clock}
+
+
+def _model_flops(job: PlanJob, params: Any) -> int | None:
+    """Returns the FLOPs that a step needs, on all devices; None for a model that reads images."""
+    config: Any = job.outline.config
+    if isinstance(config, SmolVLMConfig):
+        return None
+    each = job.kind.sequences
+    rows, predicted = job.grad_accum * job.batch_size * each, job.predicted // each
+    return round(model_flops(config, params, batch=rows, seq=job.seq_len, predicted=predicted))
 
 
 def _largest(

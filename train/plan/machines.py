@@ -12,6 +12,7 @@ from lora_jax.training.mesh import group_by_slice
 from train.console.errors import UserError
 from train.plan.gpus import CARDS, DEFAULT_SHARE, LARGEST_SHARE, PRODUCTS, find_gpus
 
+KERNEL_SHARE = 0.5  # of the peak, that kernels are assumed to reach
 _GIB = 2**30
 
 
@@ -22,20 +23,28 @@ class MachineKind:
     Attributes:
       capacity: bytes of device memory that the compiler allows a program.
       flops: published peak FLOP/s of a device in bf16.
+      clock: cycles a second, as the compiler counts them.
+      link: bytes/s of a link between chips, one way.
       devices_a_chip: JAX devices per chip; 2 if each core is a device.
     """
 
     capacity: int
     flops: float
+    clock: float
+    link: float
     devices_a_chip: int = 1
 
 
 # Peaks: Google's page on each version. Capacities: from the compiler's messages when it refuses.
+# Clocks: the peak over the FLOPs a cycle of a device's matrix units (v5e: 4 of 128 x 128). Links:
+# what "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus) states that a link reaches, a
+# tenth less than Google's pages have: 400 GB/s a chip of v5e, both ways, over four ports; v6e has
+# 800 over four, v5p and tpu7x 1,200 over six.
 KINDS = {
-    "v5e": MachineKind(int(15.75 * _GIB), 197e12),
-    "v5p": MachineKind(int(95.73 * _GIB), 459e12),
-    "v6e": MachineKind(int(31.24 * _GIB), 918e12),
-    "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, devices_a_chip=2),
+    "v5e": MachineKind(int(15.75 * _GIB), 197e12, 1.5e9, 45e9),
+    "v5p": MachineKind(int(95.73 * _GIB), 459e12, 1.75e9, 90e9),
+    "v6e": MachineKind(int(31.24 * _GIB), 918e12, 1.75e9, 90e9),
+    "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, 2.2e9, 90e9, devices_a_chip=2),
 }
 _NAMED = (
     f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4, or 2xv5e:4x4 for two "
@@ -59,6 +68,9 @@ class Machine:
       bandwidth: bytes/s of a device's memory; None if it is not known.
       compilations: options of the compiler; a plan compiles with each, and takes the most memory.
       remarks: what a plan has to say of the machine, in sentences.
+      clock: cycles a second of a compiler that estimates cycles; None where it does not.
+      link: bytes/s that collectives move along an axis of the mesh; None if it is not known.
+      kernel_share: the share of the peak that kernels are assumed to reach.
     """
 
     name: str
@@ -70,6 +82,9 @@ class Machine:
     bandwidth: float | None = None
     compilations: tuple[dict[str, Any], ...] = ({},)
     remarks: tuple[str, ...] = ()
+    clock: float | None = None
+    link: float | None = None
+    kernel_share: float = KERNEL_SHARE
 
     @property
     def n_chips(self) -> int:
@@ -134,6 +149,26 @@ def find_machine(
     return machine
 
 
+def assuming(machine: Machine, kernel_share: float | None, link_gbytes: float | None) -> Machine:
+    """Returns a machine with other assumptions than its own; see `Machine`.
+
+    Raises:
+      UserError: its compiler estimates no time, so that neither has an effect.
+    """
+    asked = {"--kernel-share": kernel_share, "--link-gbytes": link_gbytes}
+    given = [f"{name} {value:g}" for name, value in asked.items() if value is not None]
+    if given and machine.clock is None:
+        raise UserError(
+            f"{' and '.join(given)}: only the TPU's compiler estimates the time of a step, which "
+            f"these assumptions complete, and --topology is {machine.name}: leave them out"
+        )
+    return dataclasses.replace(
+        machine,
+        kernel_share=machine.kernel_share if kernel_share is None else kernel_share,
+        link=machine.link if link_gbytes is None else link_gbytes * 1e9,
+    )
+
+
 def _cpu_machine(topology: str, size: str) -> Machine:
     if not size.isdigit() or not 1 <= int(size) <= 4096:
         raise UserError(f"--topology {topology}: a number of devices is needed, such as cpu:8")
@@ -180,7 +215,15 @@ def _tpu_machine(topology: str, name: str, slices: int, kind: MachineKind) -> Ma
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
     except Exception as error:  # any error here is about libtpu or about the topology
         raise UserError(f"--topology {topology}: {_why(error)}") from None
-    return Machine(topology, found.devices, kind.capacity, kind.flops, kind.devices_a_chip)
+    return Machine(
+        topology,
+        found.devices,
+        kind.capacity,
+        kind.flops,
+        kind.devices_a_chip,
+        clock=kind.clock,
+        link=2 * kind.link,  # to both neighbours at once
+    )
 
 
 def _why(error: Exception) -> str:

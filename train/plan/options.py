@@ -80,6 +80,12 @@ class PlanConfig:
     """Tokens to train on in total, to compute the chip-hours."""
     utilisation: float = 0.4
     """The share of the peak FLOP/s that a step is assumed to reach, to compute its time."""
+    kernel_share: float | None = None
+    """The share of the peak FLOP/s that kernels are assumed to reach on a TPU, by default 0.5: its
+    compiler estimates the time of all else."""
+    link_gbytes: float | None = None
+    """GB/s that the links of a TPU are assumed to move along an axis of the mesh, both ways
+    together; by default those published, 90 on v5e and 180 on v5p, v6e and tpu7x."""
     price: float | None = None
     """The price of one chip-hour, in any currency, to compute the cost."""
     capacity_gib: float | None = None
@@ -116,7 +122,9 @@ def check(options: PlanOptions) -> None:
     kind = TASKS[asked.task]
     numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "max_new_tokens"), minimum(1))
     numbers |= dict.fromkeys(("loss_chunk", "images"), minimum(0))
-    numbers |= dict.fromkeys(("tokens", "price", "capacity_gib", "peak_tflops"), POSITIVE)
+    numbers |= dict.fromkeys(
+        ("tokens", "price", "capacity_gib", "peak_tflops", "link_gbytes"), POSITIVE
+    )
     with as_user_errors(TrainingError):
         check_numbers(vars(asked), numbers | {"group": minimum(2)})
     for name in ("group", "max_new_tokens"):
@@ -144,6 +152,10 @@ def check(options: PlanOptions) -> None:
     if not 0 < asked.utilisation <= 1:
         raise UserError(
             f"--utilisation {asked.utilisation}: a share of the peak, above 0 and at most 1"
+        )
+    if asked.kernel_share is not None and not 0 < asked.kernel_share <= 1:
+        raise UserError(
+            f"--kernel-share {asked.kernel_share}: a share of the peak, above 0 and at most 1"
         )
     if asked.mem_fraction is not None and not 0 < asked.mem_fraction <= 1:
         raise UserError(

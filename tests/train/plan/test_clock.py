@@ -1,9 +1,17 @@
 """The compiler's estimate, read from HLO whose cycles, bytes and schedule are known by hand."""
 
+import dataclasses
+import functools
+import io
+
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
+import lora_jax as lj
+from lora_jax.models import Decoder, DecoderConfig
+from train.console.errors import UserError
 from train.plan.clock.groups import (
     ADAPTER,
     ATTENTION,
@@ -18,7 +26,12 @@ from train.plan.clock.groups import (
     UPDATE,
 )
 from train.plan.clock.read import read_clock
+from train.plan.clock.report import clock_of
+from train.plan.clock.table import print_clocks
+from train.plan.clock.walk import Cost
+from train.plan.flops.closed_form import model_flops
 from train.plan.hlo.work import NotUnderstood, work_of
+from train.plan.machines import Machine, assuming
 
 HLO = """HloModule jit_step, is_scheduled=true
 
@@ -183,3 +196,107 @@ def test_without_a_clock_there_are_flops_and_bytes():
     assert made.seconds == 0 and made.cost(BASE).bytes > 0
     with pytest.raises(NotUnderstood):
         read_clock("HloModule nothing")
+
+
+# A step of two scanned layers, whose products are counted by hand.
+
+LAYERS, TOKENS, WIDTH, INNER, RANK = 2, 24, 40, 56, 3
+PARAMS = {
+    "up_proj": {"kernel": jax.ShapeDtypeStruct((LAYERS, WIDTH, INNER), jnp.float32)},
+    "down_proj": {"kernel": jax.ShapeDtypeStruct((LAYERS, INNER, WIDTH), jnp.float32)},
+}
+
+
+def layers(params, x, remat):
+    def layer(x, kernels):
+        with jax.named_scope("up_proj"):
+            inner = x @ kernels["up_proj"]["kernel"]
+        with jax.named_scope("down_proj"):
+            return x + jnp.tanh(inner) @ kernels["down_proj"]["kernel"], None
+
+    return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params)[0]
+
+
+@functools.cache
+def step_clock(remat):
+    rules = [lj.LoraRule(targets=["up_proj", "down_proj"], rank=RANK)]
+    adapter, base = lj.split(lj.lorafy(PARAMS, rules))
+    forward = lj.adapt(functools.partial(layers, remat=remat))
+
+    def loss(adapter, base, x):
+        return jnp.sum(forward(lj.join(adapter, base), x) ** 2)
+
+    x = jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.float32)
+    return read_clock(jax.jit(jax.grad(loss)).lower(adapter, base, x).compile().as_text(), None)
+
+
+def test_groups_have_the_flops_counted_by_hand():
+    """Forward, and for the gradients of inputs, of A and of B."""
+    made = step_clock(remat=True)
+    base = LAYERS * 2 * 2 * TOKENS * WIDTH * INNER
+    factors = LAYERS * 2 * 2 * TOKENS * RANK * (WIDTH + INNER)
+    assert made.cost(BASE, FORWARD).flops == base
+    assert made.cost(BASE, BACKWARD).flops == base
+    assert made.cost(ADAPTER, FORWARD).flops == factors
+    assert made.cost(ADAPTER, BACKWARD).flops == 2 * factors
+    assert 0 < made.cost(BASE, RECOMPUTED).flops <= base
+    assert 0 < made.cost(ADAPTER, RECOMPUTED).flops <= factors
+    assert sum(made.cost(name).flops for name in (BASE, ADAPTER)) == made.flops
+    kept = step_clock(remat=False)
+    assert kept.cost(BASE, RECOMPUTED) == kept.cost(ADAPTER, RECOMPUTED) == Cost(), "the control"
+    assert kept.cost(BASE, FORWARD).flops == kept.cost(BASE, BACKWARD).flops == base
+
+
+LLAMA = DecoderConfig(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+KERNELS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112)
+
+
+@pytest.mark.parametrize(("full", "times"), [(False, 4), (True, 6)])
+def test_the_flops_that_a_step_needs(full, times):
+    """4ND for adapters and 6ND in full, with the head's predictions; pairs of attention thrice."""
+    plain = jax.eval_shape(lambda: Decoder(LLAMA).init(jax.random.key(0), jnp.ones((1, 2), int)))
+    rules = lj.TrainRule(targets=".*") if full else lj.LoraRule(targets="all-linear", rank=2)
+    params = lj.lorafy(plain["params"], [rules])
+    needed = model_flops(LLAMA, params, batch=2, seq=10, predicted=6)
+    attention = 3 * 4 * 2 * 3 * 64 * 55  # thrice 4 x rows x layers x width x pairs
+    assert needed == times * (2 * 10 * KERNELS + 2 * 6 * 64 * 1000) + attention
+    near = dataclasses.replace(LLAMA, sliding_window=4, windowed_layers=(0, 1, 2))
+    pairs = 4 * 5 // 2 + 6 * 4
+    with_windows = model_flops(near, params, batch=2, seq=10, predicted=6)
+    assert needed - with_windows == 3 * 4 * 2 * 3 * 64 * (55 - pairs)
+
+
+TPU = dataclasses.replace(
+    Machine("v5e:2x1", (object(), object()), 2**34, 1e12), clock=1e9, link=1e9, kernel_share=0.5
+)
+
+
+def test_a_plan_tells_the_share_of_the_peak():
+    text = HLO.replace("COLLECTIVE", START).replace("DONE", END).replace("SCOPE", FORWARD_SCOPE)
+    made = clock_of(text, TPU, model_flops=1000)
+    assert made.mfu == pytest.approx(1000 / (2 * 1e12 * made.seconds), rel=1e-12)
+    assert made.seconds == pytest.approx(made.fusions + made.kernels + made.uncovered, rel=1e-12)
+    assert sum(part.seconds for part in made.groups) == pytest.approx(made.seconds, rel=1e-12)
+    faster = clock_of(text, assuming(TPU, None, 100.0))
+    assert faster.seconds < made.seconds and faster.mfu is None
+    assert clock_of("HloModule other", TPU) is None
+    on_gpu = clock_of(text, dataclasses.replace(TPU, clock=None), model_flops=1000)
+    assert on_gpu.seconds is on_gpu.mfu is None and on_gpu.groups[0].flops == 4 * FLOPS
+    shown = io.StringIO()
+    print_clocks(Console(file=shown, width=120), TPU, [("LoRA", made), ("other", None)])
+    assert f"{1e3 * made.uncovered:,.1f}" in shown.getvalue()
+    assert "never measured on a chip" in shown.getvalue() and "--link-gbytes" in shown.getvalue()
+
+
+def test_assumptions_without_an_effect_are_errors():
+    with pytest.raises(UserError, match=r"--kernel-share 0.4 and --link-gbytes 3: only the TPU"):
+        assuming(dataclasses.replace(TPU, clock=None), 0.4, 3.0)
+    assert assuming(TPU, 0.4, None) == dataclasses.replace(TPU, kernel_share=0.4)

@@ -318,11 +318,17 @@ def test_json_and_a_table(model, capsys, monkeypatch):
     np.testing.assert_allclose(out["step_seconds"], seconds)
     np.testing.assert_allclose(out["chip_hours"], 100 * seconds * 2 / 3600)
     np.testing.assert_allclose(out["cost"], 3 * out["chip_hours"])
+    step = out["clocks"]["step"]
+    assert sum(part["flops"] for part in step["groups"]) == out["flops_per_chip"]
+    assert {"forward", "recomputed", "backward"} <= {part["phase"] for part in step["groups"]}
+    assert step["seconds"] is step["mfu"] is None, "a CPU's compiler estimates none"
 
     plan.main([*args, "--full", "--alone", "--capacity-gib", "0.0001"])
     table = capsys.readouterr().out
     assert "full fine-tuning" in table and "LoRA r" not in table and " no " in table
     assert "40 % of the published peak" in table and "≈" not in table
+    assert "Work of a device by groups: full fine-tuning, remat" in table
+    assert "does not estimate the time" in table and "MFU" not in table
 
 
 def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
@@ -357,6 +363,9 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
 BAD = [
     (["--topology", "v9:4x4"], "there is no such machine; give one of v5e:"),
     (["--topology", "cpu:2x2"], "a number of devices is needed"),
+    (["--kernel-share", "0.4"], "--kernel-share 0.4: only the TPU's compiler estimates"),
+    (["--link-gbytes", "45"], "--link-gbytes 45: only the TPU's compiler estimates"),
+    (["--kernel-share", "1.5"], "--kernel-share 1.5: a share of the peak, above 0 and at most 1"),
     (["--topology", "cpu:4", "--mesh", "fsdp=3"], "needs 3 devices, and there are 4"),
     (["--topology", "cpu:4", "--batch-size", "6", "--mesh", "fsdp=4"], "give a multiple of 4"),
     (["--seq-len", "5000"], "allows 4096 tokens at most"),

@@ -17,6 +17,8 @@ from lora_jax.models.layers.placement import Placement
 from tests.train.plan.tiny_plans import FIELDS
 from train.plan import __main__ as plan
 from train.plan import compile as planned
+from train.plan.clock.groups import ATTENTION
+from train.plan.clock.read import read_clock
 from train.plan.hlo.kernels import kernel_lines
 from train.plan.hlo.work import work_of
 from train.plan.machines import find_machine
@@ -60,10 +62,14 @@ def compiled(
 
 def test_the_kernels_are_in_the_module():
     """All scores of the causal blocks, two products forward and seven backward."""
-    assert kernel_lines(work_of(compiled("dense", 2048).as_text()).kernels) == (), "the control"
-    work = work_of(compiled("auto", 2048).as_text())
+    dense, text = (compiled(how, 2048).as_text() for how in ("dense", "auto"))
+    assert kernel_lines(work_of(dense).kernels) == () and not read_clock(dense).kernels, "control"
+    work = work_of(text)
     assert kernel_lines(work.kernels) == ALL_THREE
     assert work.flops == 9 * 2 * HEADS * HEAD_DIM * (10 * 512**2)
+    at_half_the_peak = work.flops / (0.5 * 197e12)
+    np.testing.assert_allclose(read_clock(text).kernels, at_half_the_peak, rtol=1e-12)
+    assert read_clock(text).cost(ATTENTION).flops == work.flops
 
 
 def test_temporaries_grow_with_the_length_and_not_its_square():

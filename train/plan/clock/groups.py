@@ -16,8 +16,10 @@ FORWARD, RECOMPUTED, BACKWARD, AFTER = "forward", "recomputed", "backward", ""
 PHASES = (FORWARD, RECOMPUTED, BACKWARD, AFTER)
 
 _ADAPTER = re.compile(rf"(^|[/(]){FACTORS}([/)]|$)")
-_HEAD = re.compile(r"(^|[/.])(lm_head|head|score|logits|embed_out)(/|$)|jvp\(\)")
+_HEAD = re.compile(r"(^|[/.])(lm_head|head|score|logits|embed_out)(/|$)")
 _ATTENTION = re.compile(r"(^|/)(attention|windowed_\d+_of_\d+|blocks_\d+\w*|\w*splash\w*)(/|$)")
+_SCOPES = ((ADAPTER, _ADAPTER), (ATTENTION, _ATTENTION), (HEAD, _HEAD))
+_LOSS = re.compile(r"jvp\(\)")  # outside of any module
 _GRADIENT = re.compile(r"\b(jvp|transpose)\(")
 # Move or cast numbers, and compute nothing; indices and other scalars do not count.
 _MOVES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy", "transpose"}
@@ -41,22 +43,18 @@ def group_of(module: HloModule, op: Instruction, computation: Computation) -> Gr
     """Returns the group of an instruction: that of its largest product, or else of its scopes."""
     if call := kernel_call(op, computation):
         kernel = kernel_of(call)
-        scope = call.scope
-        is_attention = kernel is None or "attention" in kernel.label
-        return Group(ATTENTION if is_attention else _product_group(scope), phase_of(scope))
+        attends = kernel is not None and ATTENTION in kernel.label
+        return Group(ATTENTION if attends else _named(call.scope) or BASE, phase_of(call.scope))
     if products := _products(module, op, computation):
         scope = max(products)[1] or scope_of(module, op)
-        return Group(_product_group(scope), phase_of(scope))
+        return Group(_named(scope) or BASE, phase_of(scope))
     scope = scope_of(module, op)
     phase = phase_of(scope)
     if _only_moves(module, op, computation):
         return Group(COPIES, phase)
     if phase == AFTER:
         return Group(UPDATE, phase)
-    for name, pattern in ((ADAPTER, _ADAPTER), (ATTENTION, _ATTENTION), (HEAD, _HEAD)):
-        if pattern.search(scope):
-            return Group(name, phase)
-    return Group(ELEMENTWISE, phase)
+    return Group(_named(scope) or (HEAD if _LOSS.search(scope) else ELEMENTWISE), phase)
 
 
 def phase_of(scope: str) -> str:
@@ -78,11 +76,8 @@ def scope_of(module: HloModule, op: Instruction) -> str:
     )
 
 
-def _product_group(scope: str) -> str:
-    for name, pattern in ((ADAPTER, _ADAPTER), (ATTENTION, _ATTENTION), (HEAD, _HEAD)):
-        if pattern.search(scope):
-            return name
-    return BASE
+def _named(scope: str) -> str | None:
+    return next((name for name, pattern in _SCOPES if pattern.search(scope)), None)
 
 
 def _products(

@@ -5,8 +5,9 @@ import dataclasses
 from train.plan.clock.groups import COLLECTIVES, GROUPS, PHASES, Group
 from train.plan.clock.walk import Cost, DeviceRates, Walk
 from train.plan.hlo.module import SURPRISES, HloModule, NotUnderstood
+from train.plan.machines import KERNEL_SHARE, KINDS
 
-KERNEL_SHARE = 0.5  # of the peak, that kernels are assumed to reach
+_V5E = KINDS["v5e"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +62,11 @@ class Estimate:
 
 def read_clock(
     text: str,
-    clock: float | None = 1.5e9,
+    clock: float | None = _V5E.clock,
     *,
-    peak: float = 197e12,
+    peak: float = _V5E.flops,
     kernel_share: float = KERNEL_SHARE,
-    link: float = 90e9,
+    link: float = 2 * _V5E.link,
 ) -> Estimate:
     """Returns the compiler's estimate of a program; the defaults are those of a TPU v5e.
 

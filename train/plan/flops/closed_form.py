@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from lora_jax.core.product import is_worth_keeping
@@ -63,26 +64,17 @@ def step_flops(
       predicted: tokens of a row that are predicted; by default all.
       forward: leaves out the gradient, and what is recomputed for it.
     """
-    kind_of, total = kinds(config), 0.0
-    heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
+    total = 0.0
     layers_again = remat in _LAYERS_AGAIN
-    for path, leaf in leaves_of(params)[0]:
-        kind = kind_of[path]
-        is_head = kind in heads_of
-        if not is_head and not path.endswith("kernel"):  # a norm, a bias; a table is looked up
-            continue
+    for path, leaf, size, is_head in _multiplied(config, params):
         tokens = batch * (predicted if is_head and predicted is not None else seq)
-        shape = leaf.shape
-        size = math.prod(shape)
-        if kind == "experts":
-            size *= config.num_experts_per_tok / config.num_experts
         last = re.search(r"(down_proj|mlp/c_proj|w2)/kernel$", path) is not None
         again = chunked and is_node(leaf) if is_head else layers_again and not last
         passes = 1 if forward else 2 + again + isinstance(leaf, Trained)
         total += 2 * tokens * size * passes
         if isinstance(leaf, LoraWeight):
-            share = size / math.prod(shape)
-            narrow = is_worth_keeping(leaf.rank, math.prod(leaf.roles.sizes(shape, "in")))
+            share = size / math.prod(leaf.shape)
+            narrow = is_worth_keeping(leaf.rank, math.prod(leaf.roles.sizes(leaf.shape, "in")))
             for name in ("a", "b"):
                 # What a compact weight trains is folded into B, whose gradient it goes through.
                 trains = name == "b" or name not in leaf.frozen
@@ -106,6 +98,54 @@ def step_flops(
             pairs += (near - pairs) * windowed / layers
         return total + pair * pairs * (1 if forward else _OF_KERNELS[remat])
     return total + pair * seq**2 * passes
+
+
+def model_flops(
+    config: DecoderConfig, params: Any, *, batch: int, seq: int, predicted: int | None = None
+) -> float:
+    """Returns the FLOPs that a step needs, by which its use of a machine (MFU) is measured.
+
+    A weight that multiplies tokens costs 4 FLOPs a token, forward and for the gradient of its
+    input, and 6 if it trains: 4ND for adapters, 6ND in full fine-tuning (Kaplan et al. 2020,
+    section 2.1). Attention counts the pairs that its masks leave, forward and twice that backward.
+    Nothing is recomputed, and an adapter's own products do not count.
+
+    Args:
+      config: the configuration of a decoder or of GPT-2.
+      params: the adapted tree; the leaves may be abstract.
+      batch, seq: the number of sequences, and the tokens of each.
+      predicted: tokens of a sequence that are predicted; by default all.
+    """
+    total = 0.0
+    for _, leaf, size, is_head in _multiplied(config, params):
+        tokens = batch * (predicted if is_head and predicted is not None else seq)
+        total += 2 * tokens * size * (2 + isinstance(leaf, Trained))
+    linear = len(getattr(config, "linear_layers", ()))
+    windowed = len(getattr(config, "windowed_layers", ()))
+    whole = config.num_hidden_layers - linear - windowed
+    pairs = whole * seq * (seq + 1) / 2
+    if windowed:
+        reach = min(config.sliding_window or seq, seq)
+        pairs += windowed * (reach * (reach + 1) / 2 + (seq - reach) * reach)
+    total += 3 * 4 * batch * config.num_attention_heads * config.head_dim * pairs
+    return total + (linear and linear * batch * _delta_rule_flops(config, seq, 3))
+
+
+def _multiplied(config: DecoderConfig, params: Any) -> Iterator[tuple[str, Any, float, bool]]:
+    """Yields each weight that multiplies tokens: its path, leaf, size for a token, and if a head.
+
+    A token passes through some of the experts.
+    """
+    kind_of = kinds(config)
+    heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
+    for path, leaf in leaves_of(params)[0]:
+        is_head = kind_of[path] in heads_of
+        if not is_head and not path.endswith("kernel"):  # a norm, a bias; a table is looked up
+            continue
+        size: float = math.prod(leaf.shape)
+        if kind_of[path] == "experts":
+            size *= config.num_experts_per_tok / config.num_experts
+        yield path, leaf, size, is_head
 
 
 def _delta_rule_flops(config: DecoderConfig, seq: int, passes: int) -> float:

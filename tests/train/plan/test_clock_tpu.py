@@ -1,0 +1,83 @@
+"""The compiler's estimate of two layers of Llama-3.1-8B's MLP on v5e (extra `tpu`)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from tests.train.plan.test_clock import layers
+from train.plan.clock.groups import ADAPTER, BACKWARD, BASE, COLLECTIVES, FORWARD, RECOMPUTED
+from train.plan.clock.read import read_clock
+from train.plan.clock.walk import Cost
+from train.plan.hlo.work import work_of
+from train.plan.machines import KINDS, find_machine
+
+pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("tpu_compiler")]
+
+LAYERS, TOKENS, WIDTH, INNER, RANK = 2, 2048, 4096, 14336, 16
+PEAK = KINDS["v5e"].flops
+WHOLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1000000}
+
+
+@functools.cache
+def lowered(chips, remat):
+    """The gradient of two scanned layers: a row a chip, and the kernels sharded over chips."""
+    mesh = Mesh(np.array(find_machine("v5e:2x2").devices[:chips]), ("fsdp",))
+
+    def array(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    params = {
+        name: {"kernel": array((LAYERS, *sizes), jnp.bfloat16, None, "fsdp")}
+        for name, sizes in (("up_proj", (WIDTH, INNER)), ("down_proj", (INNER, WIDTH)))
+    }
+    rules = [lj.LoraRule(targets=list(params), rank=RANK)]
+    adapter, base = lj.split(lj.lorafy(params, rules))
+    adapter, base = (
+        jax.tree.map(lambda x: x if x.sharding else array(x.shape, x.dtype), half)
+        for half in (adapter, base)
+    )
+    forward = lj.adapt(functools.partial(layers, remat=remat))
+
+    def loss(adapter, base, x):
+        return jnp.sum(forward(lj.join(adapter, base), x).astype(jnp.float32) ** 2)
+
+    x = array((chips * TOKENS, WIDTH), jnp.bfloat16, "fsdp")
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss)).lower(adapter, base, x)
+
+
+def test_cycles_of_products_are_near_their_flops_at_peak():
+    """And equal in two compilations; without rematerialisation, nothing is recomputed."""
+    made, again = (read_clock(lowered(1, True).compile().as_text()) for _ in range(2))
+    base = LAYERS * 2 * 2 * TOKENS * WIDTH * INNER
+    factors = LAYERS * 2 * 2 * TOKENS * RANK * (WIDTH + INNER)
+    for phase in (FORWARD, BACKWARD):
+        assert made.cost(BASE, phase).flops == base
+        assert base / PEAK <= made.cost(BASE, phase).seconds <= 1.25 * base / PEAK
+    assert made.cost(ADAPTER, FORWARD).flops == factors
+    assert made.cost(ADAPTER, BACKWARD).flops == 2 * factors
+    assert made.cost(BASE, RECOMPUTED).seconds > 0
+    assert (made.uncovered, made.kernels, made.cost(COLLECTIVES)) == (0, 0, Cost())
+    assert again == made
+    kept = read_clock(lowered(1, False).compile().as_text())
+    assert kept.cost(BASE, RECOMPUTED) == Cost(), "the control"
+    assert kept.fusions < made.fusions
+
+
+def test_whole_products_cost_less_than_those_in_windows():
+    """The same FLOPs; windows send by permutes, whole products wait for gathers."""
+    texts = [lowered(4, True).compile(compiler_options=o).as_text() for o in ({}, WHOLE)]
+    windowed, whole = map(read_clock, texts)
+    assert work_of(texts[0]).sent.get("collective-permute", 0) > 0
+    assert work_of(texts[1]).sent.get("collective-permute", 0) == 0
+    assert windowed.cost(BASE, FORWARD).flops == whole.cost(BASE, FORWARD).flops
+    assert windowed.cost(BASE, FORWARD).seconds > 1.05 * whole.cost(BASE, FORWARD).seconds
+    for made, text in zip((windowed, whole), texts, strict=True):
+        assert made.cost(COLLECTIVES).bytes == work_of(text).sent_bytes
+        assert 0 <= made.uncovered <= made.links

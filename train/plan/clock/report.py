@@ -1,0 +1,96 @@
+"""The work of a program by groups, for tables and JSON: seconds on TPUs, FLOPs and bytes on all."""
+
+import dataclasses
+
+from train.plan.clock.read import read_clock
+from train.plan.hlo.module import NotUnderstood
+from train.plan.machines import Machine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupWork:
+    """The work of a group on one device; seconds are None where the compiler estimates none."""
+
+    group: str
+    phase: str
+    seconds: float | None
+    flops: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clock:
+    """The estimate of a program on one device; seconds are None where nothing estimates them.
+
+    Attributes:
+      seconds: fusions, kernels and uncovered together.
+      fusions: seconds by the compiler's estimate.
+      kernels: seconds of kernels, at the assumed share of the peak.
+      uncovered: seconds that the device waits for links, at their assumed rate.
+      links: seconds that the links are busy, waited for or not.
+      mfu: the share of the peak that the model's own FLOPs take of the seconds; see
+        `train.plan.flops.closed_form.model_flops`.
+      model_flops: these FLOPs, on all devices; None for a model that reads images.
+      groups: the work of each group.
+      unknown: kind of instruction -> how often it ran without an estimate; these count nothing.
+    """
+
+    seconds: float | None
+    fusions: float | None
+    kernels: float | None
+    uncovered: float | None
+    links: float | None
+    mfu: float | None
+    model_flops: int | None
+    groups: tuple[GroupWork, ...]
+    unknown: dict[str, int]
+
+
+def clock_of(text: str | None, machine: Machine, model_flops: int | None = None) -> Clock | None:
+    """Returns the estimate of a program for a machine; None where the HLO is not understood.
+
+    Args:
+      text: the optimised HLO; None if there is none.
+      machine: the devices, and what is assumed of them.
+      model_flops: FLOPs that the program needs, on all devices.
+    """
+    timed = machine.clock is not None and machine.flops is not None and machine.link is not None
+    try:
+        if text is None:
+            return None
+        estimate = read_clock(
+            text,
+            machine.clock if timed else None,
+            peak=machine.flops or 1.0,
+            kernel_share=machine.kernel_share,
+            link=machine.link or 1.0,
+        )
+    except NotUnderstood:
+        return None
+
+    def known(seconds: float) -> float | None:
+        return seconds if timed else None
+
+    mfu = None
+    if timed and model_flops is not None and machine.flops and estimate.seconds:
+        mfu = model_flops / (len(machine.devices) * machine.flops * estimate.seconds)
+    return Clock(
+        seconds=known(estimate.seconds),
+        fusions=known(estimate.fusions),
+        kernels=known(estimate.kernels),
+        uncovered=known(estimate.uncovered),
+        links=known(estimate.links),
+        mfu=mfu,
+        model_flops=model_flops,
+        groups=tuple(
+            GroupWork(
+                group=group.name,
+                phase=group.phase,
+                seconds=known(cost.seconds),
+                flops=cost.flops,
+                bytes=cost.bytes,
+            )
+            for group, cost in estimate.groups.items()
+        ),
+        unknown=estimate.unknown,
+    )
