@@ -77,7 +77,7 @@ def test_the_head_is_gathered_before_the_loop(case):
     assert outer_constraints(control.jaxpr.jaxpr, shape) == (0, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.tpu_compiler
 @pytest.mark.usefixtures("tpu_compiler")
 def test_a_tpu_gathers_the_head_once():
     """The compiler of TPUs leaves in a loop what stands there: a gather for each chunk."""
