@@ -86,7 +86,8 @@ def map_chunks(
 
     first = (jnp.int32(0), *(array[0] for array in chunks))
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(leaves, *first)
-    read = [place for place in _places_read(traced) if place < len(leaves)]
+    traced, places = _without_dead_code(traced)
+    read = [place for place in places if place < len(leaves)]
     run = jaxpr_as_fun(traced)
 
     def called(given: Sequence[Leaf], *chunk: jax.Array) -> _Outputs:
@@ -190,14 +191,18 @@ class _Loop:
         return [value], [moved]
 
 
-def _places_read(traced: Any) -> set[int]:
-    """Returns the places of a jaxpr's inputs that its outputs depend on."""
+def _without_dead_code(traced: Any) -> tuple[Any, set[int]]:
+    """Returns a jaxpr without equations for nothing, and the places of the inputs that it reads."""
     jaxpr: Jaxpr = getattr(traced, "jaxpr", traced)
     needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    live = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            live.append(eqn)
             needed |= {atom for atom in eqn.invars if not isinstance(atom, Literal)}
-    return {place for place, var in enumerate(jaxpr.invars) if var in needed}
+    left = jaxpr.replace(eqns=live[::-1])
+    places = {place for place, var in enumerate(jaxpr.invars) if var in needed}
+    return left if traced is jaxpr else traced.replace(jaxpr=left), places
 
 
 def _split_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
