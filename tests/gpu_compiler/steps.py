@@ -68,11 +68,15 @@ class Step:
         return {tuple(map(int, sizes.split(","))) for sizes in found}
 
 
+def need_compiler() -> None:
+    if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        pytest.skip("the GPU's compiler is not installed")
+
+
 @functools.cache
 def compiled(model: str, topology: str, *options: Any) -> Step:
     """Compiles the step that `train.plan` plans, and prints how long that takes."""
-    if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        pytest.skip("the GPU's compiler is not installed")
+    need_compiler()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         path.write_text(json.dumps(MODELS[model]))

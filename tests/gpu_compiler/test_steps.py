@@ -43,7 +43,13 @@ def squares(step: Step, seq: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("card", "model"),
-    [("h100", "dense"), ("a100-80gb", "dense"), ("rtx4090", "dense"), ("h100", "windows")],
+    [
+        ("h100", "dense"),
+        ("a100-80gb", "dense"),
+        ("rtx4090", "dense"),
+        ("b200", "dense"),
+        ("h100", "windows"),
+    ],
 )
 def test_long_rows_run_in_the_kernel(card: str, model: str) -> None:
     step = compiled(model, f"{card}:1", "--batch-size", 1, "--seq-len", 2048)

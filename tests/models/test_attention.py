@@ -45,6 +45,7 @@ class Case:
     cap: float | None = None
     scale: float | None = None
     sinks: bool = False
+    branched: bool = False
     slots: int | None = None  # of a cache, three of them in use
     blocks: Blockwise = Blockwise(block=5, spans=2)
 
@@ -55,8 +56,15 @@ class Case:
         gap = {"left": at < size, "right": at >= self.seq - size}.get(str(self.padding), at < 0)
         return np.stack([at >= 0, ~gap])
 
+    @property
+    def branches(self) -> np.ndarray:
+        """[batch, seq]: a prompt and three completions; in the second row, of other lengths."""
+        at, parts = np.arange(self.seq), np.array([[3, 5, 8], [2, 6, 7]]) * self.seq // 10
+        return np.stack([np.searchsorted(row, at, "right") for row in parts]).astype(np.int32)
+
     def mask(self) -> Mask:
-        return _mask(self)
+        mask: Mask = _mask(self)
+        return mask.branching(jnp.asarray(self.branches)) if self.branched else mask
 
     def arrays(self) -> tuple[jax.Array, ...]:
         heads = self.kv_heads * self.group
@@ -113,6 +121,8 @@ CASES = {
         23, slots=31, window=4, padding="left", cap=2.0, sinks=True
     ),
     "sinks": Case(23, sinks=True),
+    "a prompt and completions": Case(23, branched=True, padding="right", causal=False),
+    "prompts and completions, packed": Case(23, branched=True, packed=True, window=9),
 }
 
 
@@ -141,6 +151,8 @@ def test_a_mask_is_its_definition(name: str) -> None:
             sees &= j <= first + i
         if case.packed:
             sees &= segments[b, i] == segments[b, j]
+        if case.branched:
+            sees &= case.branches[b, j] in (0, case.branches[b, i])
         if case.window:
             sees &= int(positions[b, i]) - int(looked_at[b, j]) < case.window
         assert got[b, i, j] == sees, (b, i, j)
@@ -154,6 +166,7 @@ OFTEN = [
     "capped",
     "one head of keys",
     "into a cache, a window and padding",
+    "prompts and completions, packed",
 ]
 
 

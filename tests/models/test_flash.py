@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from lora_jax.models.layers.attend import choose_implementation
-from lora_jax.models.layers.attention import DENSE, AttentionCall
+from lora_jax.models.layers.attention import DENSE, AttentionCall, AttentionInputs
 from lora_jax.models.layers.blockwise import ON_GPU
 from lora_jax.models.layers.kernels import flash, flash_call, flash_programs
 from lora_jax.models.layers.kernels.flash import Flash
@@ -23,10 +23,11 @@ from lora_jax.models.layers.kernels.flash_programs import FlashOptions
 from lora_jax.models.layers.masks import Split
 from tests.models.test_attention import Case
 from tests.models.test_splash import MASKS, check_split, differentiated
-from tests.support import assert_close, over
+from tests.support import assert_close, draw, over
 from train.plan.flops.jaxpr import count_flops
 
 FLASH = Flash(queries=32, keys=16, interpret=True)
+BRANCHED = Case(100, branched=True, packed=True, padding="right", kv_heads=1, group=3, sinks=True)
 
 
 @over("name", MASKS, often=["padded, packed, a window, capped"])
@@ -37,9 +38,42 @@ def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     assert all(np.abs(x).max() > 1e-2 for x in want)
 
 
+def test_a_prompt_and_its_completions() -> None:
+    want = differentiated(BRANCHED, "dense")
+    assert_close(differentiated(BRANCHED, FLASH), want, 1e-6)
+    apart = differentiated(dataclasses.replace(BRANCHED, branched=False), FLASH)
+    assert np.abs(apart[0] - want[0]).max() > 0.1, "the control: completions see each other"
+
+
+def test_sums_of_weights_and_their_gradient() -> None:
+    case = dataclasses.replace(BRANCHED, padding=None)
+    mask, arrays, cotangent = case.mask(), case.arrays(), draw(4, (2, 100, 3))
+
+    def written_out(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bshd,btd->bsht", q, k[:, :, 0]) * 7**-0.5
+        seen = mask.visible()[:, :, None]
+        return jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1)
+
+    def kernel(*arrays: jax.Array) -> jax.Array:
+        return FLASH.compute_with_sums(AttentionInputs(*arrays, mask))[1]
+
+    def gradient(run: Any) -> Any:
+        def total(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum((sums := run(*arrays)) * cotangent), sums
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)
+
+    ((_, got), of_got), ((_, want), of_want) = jax.jit(
+        lambda *arrays: [gradient(run)(*arrays) for run in (kernel, written_out)]
+    )(*arrays)
+    assert_close((got, of_got), (want, of_want), 1e-6)
+    assert np.ptp(want) > 1 and np.abs(of_want[1]).max() > 1e-2
+
+
 SPLITS = [
     ("sequence=2,tensor=2", Case(128, kv_heads=2, group=1, packed=True), None),
     ("sequence=2", Case(128, kv_heads=1, group=2, window=50, cap=2.0), True),
+    ("sequence=2,data=2", Case(64, kv_heads=1, group=2, branched=True), None),
     ("data=2,sequence=2", Case(64, kv_heads=1, group=1, causal=False, padding="left"), None),
 ]
 
@@ -49,7 +83,9 @@ def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None)
     check_split(FLASH, text, case, some)
 
 
-@pytest.mark.parametrize("name", ["a cache", "heads of 300", "parts of 40 tokens"])
+@pytest.mark.parametrize(
+    "name", ["a cache", "heads of 300", "parts of 40 tokens", "windows of completions"]
+)
 def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
     calls = []
 
@@ -59,6 +95,8 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
 
     how = dataclasses.replace(FLASH, otherwise=told)
     case = Case(40, slots=50 if name == "a cache" else None, head_dim=300 if "heads" in name else 7)
+    if name.startswith("windows"):
+        case = dataclasses.replace(case, branched=True, window=9)
     mask, arrays = case.mask(), case.arrays()
     if name.startswith("parts"):
         mask = dataclasses.replace(mask, aligned=False, split=Split("sequence", 2, paired=True))
@@ -102,11 +140,12 @@ def test_plans_count_what_the_kernel_visits() -> None:
 
 @pytest.fixture
 def deprecating(monkeypatch):
-    """Calls as JAX 0.11 and newer compile them, whatever JAX this is; tried anew."""
+    """Calls as JAX 0.11 and newer compile them without `jax_triton`, whatever JAX this is."""
     monkeypatch.setattr(flash_call, "_BEFORE_IT", False)
-    flash_call.missing_backend.cache_clear()
+    monkeypatch.setattr(flash_call, "_run_triton", _gone)
+    flash_call._backend.cache_clear()
     yield
-    flash_call.missing_backend.cache_clear()
+    flash_call._backend.cache_clear()
 
 
 def lowered_for_a_gpu(run: Any, *shapes: Any) -> str:
@@ -178,8 +217,10 @@ def test_a_mapped_call_is_one_call(windows: bool) -> None:
     def attend(window: jax.Array, *arrays: jax.Array) -> Any:
         tokens = FlashTokens(case.mask().queries.slots, *segments, window)
         bounds = flash._bounds(how, tokens, (16, 16), 1)
-        return flash_call._KERNEL.bind(*bounds, *tokens, *arrays, name="flash_fwd", how=how)
+        return bind(*bounds, *tokens, *arrays)
 
+    facts = {"name": "flash_fwd", "how": how, "way": flash_call._run_pallas}
+    bind = functools.partial(flash_call._KERNEL.bind, **facts)
     window = jnp.array([[40], [9], [3]] if windows else [9], jnp.int32)
     mapped = jax.vmap(attend, (0 if windows else None, 0, 0, 0))
     got = jax.jit(mapped)(window, q, k, v)

@@ -49,6 +49,8 @@ class AttentionCall:
       capped: whether scores are capped.
       sinks: whether heads have sinks.
       cached: whether keys come from a cache, and are more than the queries.
+      branched: whether rows have prompts with several completions; see ``Mask.branching``.
+      windowed: whether the mask has a window.
       split: how the queries of a row are split over devices; None where they are not.
     """
 
@@ -58,6 +60,8 @@ class AttentionCall:
     capped: bool = False
     sinks: bool = False
     cached: bool = False
+    branched: bool = False
+    windowed: bool = False
     split: Split | None = None
 
 
@@ -82,6 +86,8 @@ class AttentionInputs(NamedTuple):
             capped=self.cap is not None,
             sinks=self.sinks is not None,
             cached=not self.mask.aligned and self.mask.split is None,
+            branched=self.mask.keys.branches is not None,
+            windowed=self.mask.window is not None,
             split=self.mask.split,
         )
 

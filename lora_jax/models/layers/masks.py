@@ -13,6 +13,7 @@ from jax import lax
 
 Slots: TypeAlias = Any  # numbers, or arrays of numbers: of NumPy, of JAX, or in a kernel
 _PADDING = jnp.iinfo(jnp.int32).min  # the segment of padding, where it needs one
+BRANCHES = 1 << 10  # branches of a segment, its prompt included, that kernels tell apart
 
 
 class MaskTokens(NamedTuple):
@@ -23,11 +24,15 @@ class MaskTokens(NamedTuple):
       positions: [batch, n] int32, the place that a window counts by; of a key -1 where there is
         nothing to see. None for queries of a mask without a window.
       segments: [batch, n] int32, the segment; None where each row is one sequence.
+      branches: [batch, n] int32 from 0 to `BRANCHES` - 1, the branch of a segment: 0 is a prompt,
+        which all see; each other number is a completion of it, which sees itself and the prompt.
+        None where there are no branches.
     """
 
     slots: jax.Array
     positions: jax.Array | None
     segments: jax.Array | None = None
+    branches: jax.Array | None = None
 
     def take(self, start: jax.Array | int, size: int) -> MaskTokens:
         """Returns ``size`` tokens from ``start`` on."""
@@ -114,6 +119,17 @@ class Mask:
         """Returns the mask with a sliding window, where ``windowed``; without one for None."""
         return dataclasses.replace(self, window=window, windowed=windowed)
 
+    def branching(self, branches: jax.Array) -> Mask:
+        """Returns the mask of rows of prompts, each before several completions of it.
+
+        The positions of completions, by which windows count, each go on from their prompt's.
+
+        Args:
+          branches: [batch, seq] int32, of queries and keys; see ``MaskTokens``.
+        """
+        queries, keys = (x._replace(branches=branches) for x in (self.queries, self.keys))
+        return dataclasses.replace(self, queries=queries, keys=keys)
+
     def visible(
         self, queries: MaskTokens | None = None, keys: MaskTokens | None = None
     ) -> jax.Array:
@@ -131,6 +147,9 @@ class Mask:
             seen = seen & (keys.slots[None, :] <= queries.slots[:, None])[None]
         if queries.segments is not None and keys.segments is not None:
             seen = seen & (queries.segments[:, :, None] == keys.segments[:, None, :])
+        if queries.branches is not None and keys.branches is not None:
+            mine = queries.branches[:, :, None] == keys.branches[:, None, :]
+            seen = seen & (mine | (keys.branches == 0)[:, None, :])
         if self.window is not None:
             if queries.positions is None:
                 raise ValueError("the queries of a mask with a window need positions")
@@ -144,13 +163,21 @@ class Mask:
         """Returns segments of queries and of keys, [batch, n] int32: padding is one of its own.
 
         For kernels that tell tokens apart by segments alone: a real token sees the real ones of its
-        segment. There has to be no cache.
+        segment. Where there are branches, the last bits are the branch, and a token sees those of
+        its ``root``, too. There has to be no cache.
         """
         if self.keys.positions is None:
             raise ValueError("the keys of a mask need positions: -1 where there is nothing to see")
         segments = jnp.int32(0) if self.keys.segments is None else self.keys.segments
+        if self.keys.branches is not None:
+            segments = segments * BRANCHES + self.keys.branches
         keys = jnp.where(self.keys.positions >= 0, segments, _PADDING)
         return keys if self.aligned else jnp.take(keys, self.queries.slots, axis=1), keys
+
+
+def root(segments: Slots) -> Slots:
+    """Returns the segments of the prompts of branches; see ``Mask.segments``."""
+    return segments & -BRANCHES
 
 
 def extremes(

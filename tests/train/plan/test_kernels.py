@@ -59,6 +59,14 @@ def test_a_window_of_some_layers_counts_as_their_mean() -> None:
     assert abs(work_of(text).flops - 3 * of_all * (3 + 4 * 1) / 8) <= 5  # five turns of a loop
 
 
+def test_a_kernel_of_jax_triton_is_named_by_its_scope() -> None:
+    text = TEXT.replace("tpu_custom_call", "triton_kernel_call_ffi")
+    text = text.replace("splash_mha_dq_segmented_no_residuals", "triton_kernel_call")
+    text = text.replace("splash_mha_dq/pallas_call", "flash_dq/triton_kernel_call")
+    work = work_of(text.replace("%NAME.3", "%triton_kernel_call.3"))
+    assert kernel_lines(work.kernels) == ("flash attention (dq)", "triton_kernel_call")
+
+
 RAGGED = """HloModule jit_experts, is_scheduled=true
 
 ENTRY %main (sizes: s32[8], x: bf16[40,5], w: bf16[3,5,7], g: bf16[40,7]) -> f32[3,5,7] {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 Array = tuple[str, tuple[int, ...]]  # (dtype, shape), the dtype as HLO writes it: "bf16"
 
 # Targets of custom calls that are kernels; XLA's own helpers have others.
-TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
+TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
 
 
 class KernelCall(NamedTuple):

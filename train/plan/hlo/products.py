@@ -11,6 +11,7 @@ from train.plan.hlo.module import Computation, Instruction, NotUnderstood, Shape
 PRODUCTS = ("dot", "convolution")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _KERNEL = re.compile(r'\bname = "([^"]*)"')  # of Triton's; the TPU's name their instructions
+_IN_SCOPE = re.compile(r"([\w.\-]+)/triton_kernel_call\b")  # `jax_triton`'s stand in a scope
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 
 
@@ -18,7 +19,7 @@ def kernel_call(op: Instruction, computation: Computation) -> KernelCall | None:
     """Returns the kernel that an instruction calls; None if it calls none."""
     if op.target not in TARGETS:
         return None
-    name = _KERNEL.search(op.text)
+    name = _KERNEL.search(op.text) or _IN_SCOPE.search(op.op_name)
     arrays = operand_arrays(op, computation)
     return KernelCall(name[1] if name else op.name, op.op_name, arrays)
 

@@ -30,7 +30,7 @@ from lora_jax.models.layers.attention import (
 from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.kernels.flash_call import FlashTokens, missing_backend, run
 from lora_jax.models.layers.kernels.flash_programs import FlashOptions
-from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows
+from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows, root
 
 _EVER = 1 << 30  # a window that hides nothing
 
@@ -67,6 +67,8 @@ class Flash(Implementation):
         """Returns the reason why the kernel cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
+        if call.branched and call.windowed:
+            return "the kernel's windows count slots, not the positions of several completions"
         if not self.interpret and (missing := missing_backend()):
             return missing
         if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -102,6 +104,20 @@ class Flash(Implementation):
     def compute(self, inputs: AttentionInputs) -> jax.Array:
         if self.refusal(inputs.call):
             return self.otherwise(*inputs)
+        return self.compute_with_sums(inputs)[0]
+
+    def compute_with_sums(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+        """Computes attention, and the logarithms of the sums of weights: both have derivatives.
+
+        Results over parts of the keys are joined by them.
+
+        Args:
+          inputs: a call that the kernel supports.
+
+        Returns:
+          The attention, [batch, seq, heads, head_dim]; and log(sum(exp(scores))) over the keys
+          that each query sees, [batch, seq, heads] in fp32. Sinks are no part of it.
+        """
         q, k, v, mask, scale, cap, sinks = inputs
         batch, seq, _, head_dim = q.shape
         if isinstance(scale, jax.Array):
@@ -125,6 +141,7 @@ class Flash(Implementation):
         smaller = 1 if width * q.dtype.itemsize <= 256 else 2 if width <= 128 else 4
         how = FlashOptions(
             causal=mask.causal,
+            branched=inputs.call.branched,
             scale=head_dim**-0.5 if scale is None else float(scale),
             cap=cap,
             queries=max(16, self.queries // smaller),
@@ -133,10 +150,13 @@ class Flash(Implementation):
         )
         with jax.named_scope(self._visited(q.shape[1], k.shape[1], mask)):
             out, lse = _attention(how, q, k, v, tokens)
-        if sinks is not None:  # the sum of weights is exp(lse), and exp(lse) + exp(sink) with them
-            kept = jax.nn.sigmoid(lse * math.log(2) - sinks.astype(lse.dtype)[:, None])
-            out = (out * kept.swapaxes(1, 2)[..., None]).astype(q.dtype)
-        return out[:, :seq]
+        sums = lse.swapaxes(1, 2) * math.log(2)  # [batch, queries, heads]
+        if (
+            sinks is not None
+        ):  # the sum of weights is exp(sums), and exp(sums) + exp(sink) with them
+            kept = jax.nn.sigmoid(sums - sinks.astype(sums.dtype))
+            out = (out * kept[..., None]).astype(q.dtype)
+        return out[:, :seq], sums[:, :seq]
 
     def _visited(self, queries: int, keys: int, mask: Mask) -> str:
         """Returns the number of blocks that rows of one text visit, for plans; see ``Splash``."""
@@ -192,6 +212,8 @@ def _bounds(
         for x, size in zip((tokens.queries, tokens.keys), sizes, strict=True)
     ]
     (low, high), (first, last) = ((x.min(2), x.max(2)) for x in blocks)
+    if how.branched:
+        low = root(blocks[0]).min(2)
     near = (low[:, :, None] <= last[:, None]) & (first[:, None] <= high[:, :, None])
     visits = visits & near
     if axis == 0:

@@ -1,15 +1,16 @@
 """Calls of the programs of flash attention: their grids and blocks, and how JAX compiles them.
 
-Since JAX 0.11 the backend that compiles them, Pallas' for Triton, is deprecated: each lowering
-warns. There a call is a primitive of its own, whose lowering leaves out this one warning, and a
-program is lowered once on trial, so that attention runs in plain JAX where the backend is gone.
+Up to JAX 0.10, Pallas compiles them by its backend for Triton, which is deprecated since. From 0.11
+on a call is a primitive of its own, and a program is lowered once on trial: in Triton's language by
+`jax_triton`, where that is installed; or else by Pallas, whose warning is left out; and where that
+is gone, attention runs in plain JAX.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -61,37 +62,54 @@ def run(
     operands = (*bounds, *tokens, *arrays)
     if how.interpret or _BEFORE_IT:
         return tuple(_run_pallas(*operands, name=name, how=how))
-    return tuple(_KERNEL.bind(*operands, name=name, how=how))
+    return tuple(_KERNEL.bind(*operands, name=name, how=how, way=_backend().run))
 
 
-@functools.cache
 def missing_backend() -> str | None:
     """Returns the reason why JAX compiles no program for a GPU; None if it does.
 
     The reason is logged, once in a process.
     """
-    if _BEFORE_IT:
-        return None
+    return None if _BEFORE_IT else _backend().missing
+
+
+class _Backend(NamedTuple):
+    """A function that runs a program in a way that JAX compiles for GPUs, or why there is none."""
+
+    run: Callable[..., Any]
+    missing: str | None = None
+
+
+@functools.cache
+def _backend() -> _Backend:
+    """Returns the first backend whose trial succeeds."""
     reasons: list[str] = []
-    # In a thread of its own, no mesh and no trace of the caller's is in effect.
-    trial = threading.Thread(target=lambda: reasons.extend(_try_lowering()))
-    trial.start()
-    trial.join()
-    if not reasons:
-        return None
+    ways: dict[str, Callable[..., Any]] = {"jax_triton": _run_triton, "Pallas": _run_pallas}
+    for name, way in ways.items():
+        problem = _try_apart(way)
+        if problem is None:
+            return _Backend(way)
+        reasons.append(f"{name}: {problem}")
+    reason = f"JAX {jax.__version__} does not compile the kernel ({'; '.join(reasons)})"
     logging.getLogger("lora_jax").warning(
-        "attention 'flash' is replaced by 'blockwise', in plain JAX: %s", reasons[0]
+        "attention 'flash' is replaced by 'blockwise', in plain JAX: %s", reason
     )
-    return reasons[0]
+    return _Backend(_run_pallas, reason)
 
 
-def _try_lowering() -> list[str]:
-    """Lowers the smallest call for a GPU, which need not be there; returns the error, if any."""
+def _try_apart(way: Callable[..., Any]) -> str | None:
+    """Tries a backend in a thread of its own, where no mesh and no trace of the caller's holds."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(_try_lowering, way).result()
+
+
+def _try_lowering(way: Callable[..., Any]) -> str | None:
+    """Lowers the smallest call for a GPU, which need not be there; returns the error, or None."""
     q = jax.ShapeDtypeStruct((1, 16, 1, 16), jnp.bfloat16)
     row, one = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (16, 1))
     slots, window = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (16, 1))
     how = FlashOptions(causal=True, scale=1.0, cap=None, queries=16, keys=16, interpret=False)
-    call = jax.jit(functools.partial(_KERNEL.bind, name="flash_fwd", how=how))
+    call = jax.jit(functools.partial(_KERNEL.bind, name="flash_fwd", how=how, way=way))
     try:
         device = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=132, platform="gpu")
         mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
@@ -100,9 +118,16 @@ def _try_lowering() -> list[str]:
             traced.lower(lowering_platforms=("cuda",))
     except Exception as error:  # a backend that is gone fails in ways that nobody knows yet
         lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0]}"
-        return [f"JAX {jax.__version__} does not compile the kernel by Triton ({reason})"]
-    return []
+        return f"{type(error).__name__}: {lines[0]}"
+    return None
+
+
+def _run_triton(*operands: jax.Array, name: str, how: FlashOptions) -> Any:
+    """Runs a program in Triton's language."""
+    from lora_jax.models.layers.kernels import flash_triton
+
+    results = _results(name, *operands[_TOKENS : _TOKENS + 2])
+    return flash_triton.run_triton(*operands, name=name, how=how, results=results)
 
 
 def _run_pallas(*operands: jax.Array, name: str, how: FlashOptions) -> Any:
@@ -200,15 +225,15 @@ def _run_now(*operands: jax.Array, **how: Any) -> Any:
     return jax.jit(functools.partial(_KERNEL.bind, **how))(*operands)
 
 
-def _abstract(*operands: Any, name: str, how: FlashOptions) -> list[Any]:
+def _abstract(*operands: Any, name: str, how: FlashOptions, way: Any) -> list[Any]:
     q, k, *_ = operands[_TOKENS:]
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in _results(name, q, k)]
 
 
-def _lower(ctx: Any, *operands: Any, **how: Any) -> Any:
+def _lower(ctx: Any, *operands: Any, way: Callable[..., Any], **how: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", _DEPRECATION, DeprecationWarning)
-        return mlir.lower_fun(_run_pallas, multiple_results=True)(ctx, *operands, **how)
+        return mlir.lower_fun(way, multiple_results=True)(ctx, *operands, **how)
 
 
 def _batch(operands: Sequence[Any], axes: Sequence[int | None], **how: Any) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from lora_jax.models.layers.masks import Slots
+from lora_jax.models.layers.masks import Slots, root
 
 triton: Any
 try:
@@ -35,6 +35,7 @@ class FlashOptions:
     """The static facts of a call: the mask's, the scores', and the sizes of blocks."""
 
     causal: bool
+    branched: bool = False
     scale: float
     cap: float | None
     queries: int
@@ -61,7 +62,10 @@ class FlashOptions:
     ) -> jax.Array:
         """Returns [queries, keys] bool: True where a query of these slots may look."""
         distance = slots[:, None] - other[None, :]
-        seen: jax.Array = (segments[:, None] == others[None, :]) & (distance < window)
+        same = segments[:, None] == others[None, :]
+        if self.branched:
+            same = same | (root(segments)[:, None] == others[None, :])
+        seen: jax.Array = same & (distance < window)
         return seen & (distance >= 0) if self.causal else seen
 
     def weights_and_slopes(

@@ -64,6 +64,8 @@ class Splash(Implementation):
         """Returns the reason why the kernel cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
+        if call.branched:
+            return "the kernel's masks know no prompt with several completions"
         if call.dtype not in (jnp.bfloat16, jnp.float32):
             return f"the kernel has no {jnp.dtype(call.dtype)}"
         if call.split and (chunk := _chunk(call.queries, call.split)) % LANES:
