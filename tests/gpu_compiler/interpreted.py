@@ -5,8 +5,8 @@ A process of its own (`TRITON_INTERPRET=1`): Triton decides at its import whethe
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import sys
 from typing import Any
 
 import jax
@@ -14,10 +14,21 @@ import numpy as np
 
 from lora_jax.models.layers.kernels import flash_call, flash_triton
 from lora_jax.models.layers.kernels.flash import Flash
+from tests.models.test_attention import Case
 from tests.models.test_flash import BRANCHED
-from tests.models.test_splash import MASKS, differentiated
+from tests.models.test_splash import differentiated
 
-CASES = MASKS | {"a prompt and completions": (BRANCHED, None)}
+NARROW = Case(50, window=20, padding="left", kv_heads=1, group=2)
+CASES = {
+    "packed": (
+        Case(60, packed=True, padding="right", window=30, cap=1.5, kv_heads=1, group=3, sinks=True),
+        None,
+    ),
+    "bidirectional": (Case(40, causal=False, padding="left", kv_heads=2, group=2), None),
+    "a layer with a window": (NARROW, True),
+    "a layer without": (NARROW, False),
+    "a prompt and completions": (dataclasses.replace(BRANCHED, seq=60), None),
+}
 
 
 class Memory:
@@ -55,13 +66,12 @@ def run_interpreted(*operands: jax.Array, name: str, how: Any) -> Any:
     return jax.pure_callback(run, results, *operands)
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Prints the largest difference of each mask's values and gradients."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
     flash_call._backend = lambda: flash_call._Backend(run_interpreted)  # type: ignore[assignment]
     flash_call._BEFORE_IT = False
-    for name in names:
-        case, some = CASES[name]
+    for name, (case, some) in CASES.items():
         want = differentiated(case, "dense", some)
         got = differentiated(case, Flash(queries=32, keys=16), some)
         apart = [
@@ -71,4 +81,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -155,7 +155,7 @@ class Flash(Implementation):
             sinks is not None
         ):  # the sum of weights is exp(sums), and exp(sums) + exp(sink) with them
             kept = jax.nn.sigmoid(sums - sinks.astype(sums.dtype))
-            out = (out * kept[..., None]).astype(q.dtype)
+            out = (out.astype(kept.dtype) * kept[..., None]).astype(q.dtype)
         return out[:, :seq], sums[:, :seq]
 
     def _visited(self, queries: int, keys: int, mask: Mask) -> str:
