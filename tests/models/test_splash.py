@@ -110,7 +110,9 @@ def check_split(how: Any, text: str, case: Case, some: bool | None) -> None:
     assert_close(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["a cache", "half precision", "parts of 64 tokens"])
+@pytest.mark.parametrize(
+    "name", ["a cache", "half precision", "parts of 64 tokens", "a prompt and completions"]
+)
 def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
     """With the right mask: here to a function that tells that it was called."""
     calls = []
@@ -120,7 +122,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
         return DENSE(*args)
 
     how = dataclasses.replace(SPLASH, otherwise=told)
-    case = Case(130, slots=140 if name == "a cache" else None)
+    case = Case(130, slots=140 if name == "a cache" else None, branched="completions" in name)
     mask, arrays = case.mask(), case.arrays()
     if name == "half precision":
         arrays = tuple(x.astype(jnp.float16) for x in arrays)

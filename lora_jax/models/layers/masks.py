@@ -102,7 +102,7 @@ class Mask:
       windowed: [] bool: whether the window holds, where only some layers have it; None if it does.
       causal: a query sees no key in a later slot than its own.
       aligned: query i has slot i and key j slot j, as without a cache, so that keys behind a block
-        of causal queries need not be looked at. Positions are slots, too.
+        of causal queries need not be looked at. Without branches, positions are slots, too.
       split: the part of the queries that is on this device; None where all are. Then query i has
         the slot that ``split`` says, and key j slot j; ``aligned`` is False.
     """

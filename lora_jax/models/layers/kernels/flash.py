@@ -1,9 +1,9 @@
 """Attention by a kernel for NVIDIA's GPUs: no scores in memory, forward or backward.
 
-FlashAttention-2 (Dao 2023) in Pallas, compiled by Triton, under the masks of this package: a kernel
-visits blocks of queries and keys, and leaves out those in front of the first and behind the last
-that sees anything. Which these are follows from the slots and the segments of the blocks, so that
-packed rows cost what their texts cost. Within a block, the mask is computed from slots and
+FlashAttention-2 (Dao 2023), compiled by Triton (see `flash_call`), under the masks of this package:
+a kernel visits blocks of queries and keys, and leaves out those in front of the first and behind
+the last that sees anything. Which these are follows from the slots and the segments of the blocks,
+so that packed rows cost what their texts cost. Within a block, the mask is computed from slots and
 segments. Padding is a segment of its own.
 """
 
