@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -124,8 +125,8 @@ def _try_lowering(way: Callable[..., Any]) -> str | None:
 
 def _run_triton(*operands: jax.Array, name: str, how: FlashOptions) -> Any:
     """Runs a program in Triton's language."""
-    from lora_jax.models.layers.kernels import flash_triton
-
+    # It imports `triton`, which is optional, and takes a second.
+    flash_triton = importlib.import_module(f"{__package__}.flash_triton")
     results = _results(name, *operands[_TOKENS : _TOKENS + 2])
     return flash_triton.run_triton(*operands, name=name, how=how, results=results)
 
