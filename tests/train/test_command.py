@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from tests.train.tiny import write_jsonl, write_model
 from train import command
@@ -76,6 +78,21 @@ def test_a_script_whose_output_nobody_reads_ends_quietly(way, work):
     with without_reader(), pytest.raises(SystemExit) as ended, way():
         work()
     assert ended.value.code == 1
+
+
+def test_the_other_processes_of_a_run_whose_output_nobody_reads_are_told(monkeypatch, capsys):
+    """They would wait for it in the next collective, also where rich has noticed it."""
+    session, told = Session(), []
+    session._peers = SimpleNamespace(
+        tell=lambda why, code: told.append((why, code)),
+        wait_for_the_others=lambda seconds: None,
+        close=lambda: None,
+    )
+    monkeypatch.setattr("train.processes.session.os._exit", sys.exit)  # pytest goes on
+    with without_reader(), pytest.raises(SystemExit) as ended, session.running():
+        Console(file=sys.stdout).print("a line\n" * 10_000)
+    assert ended.value.code == 1 and capsys.readouterr().err == ""
+    assert told == [("ended, as it does where the reader of its output is gone", 1)]
 
 
 def test_other_errors_than_a_closed_output_are_told():

@@ -60,6 +60,11 @@ class Session:
             self._end(f"error: {text}", BAD_INPUT, why=f"ended with an error: {text}")
         except Interrupted as error:
             self._end(str(error), error.code, why=f"got {self.stop.name}")
+        except SystemExit as error:
+            if self._peers is None or not error.code:
+                raise
+            # The others would wait for it in the next collective.
+            self._end("", _FAILED, why="ended, as it does where the reader of its output is gone")
         except Exception as error:
             if problem := file_problem(error):
                 why = "cannot read or write a file"
@@ -183,7 +188,8 @@ class Session:
 
     def _say(self, message: str) -> None:
         with contextlib.suppress(OSError, ValueError):
-            print(f"\n{message.rstrip()}", file=sys.stderr, flush=True)
+            if message:
+                print(f"\n{message.rstrip()}", file=sys.stderr, flush=True)
             sys.stdout.flush()
 
     def _leave(self, code: int) -> NoReturn:
