@@ -165,6 +165,28 @@ def test_other_derivatives_are_those_of_all_logits(plain_head):
     assert_close(derivatives(9), derivatives(0), 1e-5)
 
 
+def test_values_without_a_derivative_and_parameters_that_dead_code_reads(plain_head):
+    """Whether a token is the likeliest, alone and beside a loss; a product that no logits need."""
+    hidden, kernel, *_, data = plain_head
+    tree = {"head": kernel, "table": kernel.T}
+
+    def right(logits, targets):
+        return jnp.argmax(logits, axis=-1) == targets
+
+    def loss(hidden, chunk):
+        def forward(variables, x, *, method=None, return_hidden=False, logits_at=None, **_):
+            x, params = hidden if method is None else x, variables["params"]
+            x @ params["table"].astype(x.dtype).T
+            return x if return_hidden else x @ params["head"]
+
+        of = functools.partial(token_values, chunk=chunk)
+        both = of(lambda *args: (cross_entropy(*args), right(*args)), forward, tree, data)
+        return jnp.sum(both[0]), (of(right, forward, tree, data), both[1])
+
+    slope = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    assert_close(slope(hidden, 9), slope(hidden, 0), 1e-5)
+
+
 def test_bf16_is_no_further_from_fp32(plain_head):
     """By the root mean square, than with all logits at once, where tokens count or do not.
 
