@@ -198,6 +198,20 @@ def test_without_a_clock_there_are_flops_and_bytes():
         read_clock("HloModule nothing")
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_a_conditional_the_costliest_branch_counts(turned):
+    """Also where nothing has seconds: of a step, that updates or skips, the update."""
+    shape = jax.ShapeDtypeStruct((24, 24), jnp.float32)
+    sides = [lambda x: jnp.tanh(x @ x) @ x, lambda x: x]
+
+    def step(is_good, x):
+        return jax.lax.cond(is_good, *(reversed(sides) if turned else sides), x)
+
+    text = jax.jit(step).lower(jax.ShapeDtypeStruct((), bool), shape).compile().as_text()
+    assert "conditional(" in text
+    assert read_clock(text, None).flops == work_of(text).flops == 2 * 2 * 24**3
+
+
 # A step of two scanned layers, whose products are counted by hand.
 
 LAYERS, TOKENS, WIDTH, INNER, RANK = 2, 24, 40, 56, 3

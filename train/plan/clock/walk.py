@@ -100,7 +100,7 @@ class Walk:
                     run.add(self.tally(called), times)
                 continue
             if op.opcode == "conditional":
-                run.add(max(map(self.tally, op.called), key=lambda side: side.seconds))
+                run.add(max(map(self.tally, op.called), key=_size))
                 continue
             self._step(op, name, computation, run)
         run.wait(run.free)
@@ -231,6 +231,12 @@ class _Run:
         while computation[name].opcode == "get-tuple-element":
             name = computation[name].operands[0]
         return name if name in self.flights else self.passed.get(name)
+
+
+def _size(tally: Tally) -> tuple[float, int, int]:
+    """Returns the seconds of a branch; where nothing has any, its work tells which is costliest."""
+    costs = tally.costs.values()
+    return tally.seconds, sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
 
 
 def _is_start(op: Instruction) -> bool:
