@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -107,6 +108,12 @@ def test_a_connection_that_broke_is_no_closed_output():
         with pytest.raises(BrokenPipeError), reported():
             raise BrokenPipeError("a tracker's")
     os.close(reader)
+
+
+@pytest.mark.parametrize("output", [None, io.StringIO()], ids=["none", "no file"])
+def test_nor_is_one_that_broke_where_the_output_is_no_file(output):
+    with contextlib.redirect_stdout(output), pytest.raises(BrokenPipeError), reported():
+        raise BrokenPipeError("a tracker's")
 
 
 def test_the_list_of_commands_ends_quietly_where_nobody_reads_it(folder):

@@ -30,8 +30,12 @@ def _flush() -> None:
 
 
 def _reader_is_gone() -> bool:
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # there is none, or it is no file: a notebook's
+        return False
     if not hasattr(select, "poll"):
         return True
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
+    poll.register(output, 0)
     return bool(poll.poll(0))
