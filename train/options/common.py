@@ -256,8 +256,9 @@ class RunConfig:
     process_id: int | None = option(None, field.OF_PROCESSES, of="process")
     """Number of this process, from 0, with --coordinator."""
     heartbeat_timeout: int = option(100, field.OF_PROCESSES, NoEffect.ONE_PROCESS)
-    """Seconds without a sign of life after which a process of many, or its host, counts as frozen:
-    the others then end, and say how to go on."""
+    """Seconds without a sign of life after which a process of many counts as frozen: the others
+    then end, and say how to go on. If its host cannot be reached, they end some 35 seconds later at
+    most."""
     dry_run: bool = option(False, field.OF_CALL, single=True, uncompared=Uncompared.MANY_RUNS)
     """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
     all, and the steps, memory and time of the run."""
