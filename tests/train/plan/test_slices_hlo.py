@@ -8,6 +8,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests.train.plan.test_hlo import compiled, module
+from train.plan.clock.groups import COLLECTIVES
+from train.plan.clock.read import read_clock
 from train.plan.hlo.slices import crosses
 from train.plan.hlo.work import NotUnderstood, work_of
 
@@ -116,6 +118,17 @@ def test_transfers_between_tpu_slices(kind, received, between):
     assert work.sent["all-reduce"] == 8192 + between.get("all-reduce", 0), "and within a slice"
     with pytest.raises(NotUnderstood, match="slices exchange data by gossip"):
         work_of(module(transfer("GOSSIP", 512, 512)), slices)
+
+
+def test_an_estimate_counts_what_goes_between_slices_and_says_that_it_takes_no_time():
+    made, near = (
+        read_clock(module(transfer("ALL_REDUCE", 512, 512).replace(*words)))
+        for words in (("", ""), ("_xla_megascale_transfer_type", "_another"))
+    )
+    sent = work_of(module(transfer("ALL_REDUCE", 512, 512))).sent_bytes
+    assert made.cost(COLLECTIVES).bytes == sent == 8192 + 2048
+    assert near.cost(COLLECTIVES).bytes == 8192, "the control"
+    assert made.seconds == near.seconds and made.unknown == {"slice": 1, "send": 1}
 
 
 def test_what_goes_to_the_host_of_a_device_stays_in_its_slice():

@@ -67,7 +67,8 @@ def _notes(machine: Machine, clock: Clock) -> list[str]:
     ]
     if clock.unknown:
         kinds = ", ".join(f"{kind} ({n})" for kind, n in clock.unknown.items())
-        notes.append(f"Without an estimate, and left out: {kinds}.")
+        between = " (send: what goes between slices)" * ("send" in clock.unknown)
+        notes.append(f"Without an estimate, and left out: {kinds}{between}.")
     return notes
 
 

@@ -14,6 +14,7 @@ from train.plan.clock.traffic import traffic_of
 from train.plan.hlo.kernels import kernel_flops, kernel_of
 from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
 from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
+from train.plan.hlo.slices import slice_transfer, transferred_bytes
 from train.plan.hlo.work import LATER_PARTS, collective_kind, sent_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -108,6 +109,12 @@ class Walk:
 
     def _step(self, op: Instruction, name: str, computation: Computation, run: "_Run") -> None:
         """Adds an instruction that calls no schedule of its own."""
+        if op.opcode in ("send", "recv") and (transfer := slice_transfer(op.text)):
+            if op.opcode == "send":
+                size = transferred_bytes(op, transfer, computation)
+                run.spend(_LINKS, Cost(bytes=size))
+                run.without_estimate(op)
+            return
         sent, busy = self._sent(op, name, computation)
         started = run.started_by(op, computation, self.module)
         if sent:
