@@ -188,6 +188,6 @@ def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
         raise UserError(
             f"--topology {topology}: the GPU's compiler is not installed, or not with JAX "
             f"{jax.__version__} ({reason}). It needs no GPU: pip install -e '.[gpu-plan]', or pip "
-            "install jax-cuda12-plugin jax-cuda12-pjrt of JAX's own version"
+            "install jax-cuda13-plugin jax-cuda13-pjrt (cuda12 with JAX 0.10) of JAX's own version"
         ) from None
     return found.devices
