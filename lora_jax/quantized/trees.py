@@ -20,7 +20,7 @@ from lora_jax.core.weight import is_node, leaves_of, map_leaves
 from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import Format, format_of
-from lora_jax.rules import ALL_LINEAR, LoraRule, Targets
+from lora_jax.rules import ALL_LINEAR, AnyOf, LoraRule, Targets
 from lora_jax.select.matching import LeafFacts, matches
 from lora_jax.select.resolve import Adaptation, resolve
 
@@ -118,6 +118,8 @@ def plan(
 
 def _check_kept(keep: Targets, paths: Sequence[str]) -> None:
     """Raises a ValueError for a pattern that matches no path, or a name that stands in none."""
+    if isinstance(keep, AnyOf):
+        return
     for each in (keep,) if isinstance(keep, str) else ((name,) for name in keep):
         if not any(matches(each, path) for path in paths):
             name = each if isinstance(each, str) else each[0]

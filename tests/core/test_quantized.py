@@ -291,6 +291,7 @@ def test_selection():
     for missing in ("q_prj", [*keep, "q_prj"]):  # a pattern, and a name beside another
         with pytest.raises(ValueError, match=r"keep='q_prj' names no leaf.*\n  layers/q_proj/"):
             quantized.quantize(params, keep=missing)
+    quantized.quantize(params, keep=lj.rules.AnyOf([*keep, "q_prj"]))
     with pytest.raises(ValueError, match=r"QuantRule\(.*'nowhere'.*selects nothing"):
         quantized.quantize(params, rules=[QuantRule(targets=["nowhere"])])
     with pytest.raises(ValueError, match="format='nf3': choose one of 'int8'"):
