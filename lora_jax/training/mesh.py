@@ -71,8 +71,10 @@ def slice_of(device: Any) -> int:
     """
     number = int(getattr(device, "slice_index", 0))
     if number == 0 and device.platform == "gpu":
-        # XLA describes GPUs that are not here with a slice of 0, and the true one first of these.
-        number = int(next(iter(getattr(device, "coords", ())), 0))
+        # XLA describes GPUs that are not here with a slice of 0, and the true one first of three
+        # coordinates. Earlier versions have one coordinate, the place on the host.
+        coordinates = tuple(getattr(device, "coords", ()))
+        number = int(coordinates[0]) if len(coordinates) == 3 else 0
     return number
 
 

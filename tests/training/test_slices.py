@@ -84,11 +84,13 @@ def test_slices_of_different_sizes():
 
 
 def test_the_slices_of_gpus():
-    """A host that is there has a slice_index; of one that is not, coordinates alone tell."""
+    """A host that is there has a slice_index; of one that is not, three coordinates tell."""
     there = FakeDevice(9, 3, "gpu", coords=(3, 0, 1))
     described = FakeDevice(9, 0, "gpu", coords=(3, 0, 1))
+    on_host = FakeDevice(9, 0, "gpu", coords=(3,))  # a place on its host
     of_tpu = FakeDevice(9, 0, "tpu", coords=(3, 0, 1))  # a place in its slice
-    assert [slice_of(device) for device in (there, described, of_tpu)] == [3, 3, 0]
+    devices = (there, described, on_host, of_tpu)
+    assert [slice_of(device) for device in devices] == [3, 3, 0, 0]
 
 
 def test_each_slice_has_rows_of_its_own():

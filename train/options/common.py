@@ -189,11 +189,12 @@ class OptimConfig:
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
     remat: Remat = option("none", field.OF_BASE)
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
-    each layer, for much less memory and some more time. offload: so, and the layers' inputs go to
-    the host's memory until they are needed (GPUs and TPUs), for very long rows. attention: all but
-    what a kernel of attention returns (splash, flash), which takes about as much memory as the
-    layers' inputs, and much time in long rows. Two policies of JAX keep more: dots_saveable the
-    results of all matrix products, dots_with_no_batch_dims_saveable of those with weights."""
+    each layer but xA of small ranks, for much less memory and some more time. offload: so, and the
+    layers' inputs go to the host's memory until they are needed (GPUs and TPUs), for very long
+    rows. attention: as full, but what a kernel of attention returns (splash, flash) is kept too: it
+    takes about as much memory as the layers' inputs, and saves much time in long rows. Two policies
+    of JAX keep more: dots_saveable the results of all matrix products,
+    dots_with_no_batch_dims_saveable of those with weights."""
     attention: Attention = option("auto", field.OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a
