@@ -40,8 +40,8 @@ class Decoder(CausalLM):
       param_dtype: dtype of the parameters that ``init`` makes.
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input,
         and xA of narrow adapters; "attention" keeps what a kernel of attention returns as well;
-        "offload" keeps the input in the host's memory; a policy of ``jax.checkpoint_policies`` by
-        name, such as "dots_saveable", keeps what it says.
+        "offload" keeps the input alone, in the host's memory; a policy of
+        ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it says.
       placement: the activations' place on a mesh; see ``Placement``.
       attention: the implementation of attention: "auto", another name, or a function; see
         ``lora_jax.models.layers.attend.implementation``.

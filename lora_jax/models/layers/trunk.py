@@ -210,7 +210,7 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
     policy = _KEEPS_NARROW
     if remat == OFFLOAD:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=(NARROW_PRODUCT,),
+            names_which_can_be_saved=(),
             names_which_can_be_offloaded=(_INPUT,),
             offload_src="device",
             offload_dst="pinned_host",

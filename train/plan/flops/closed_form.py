@@ -78,7 +78,7 @@ def step_flops(
             for name in ("a", "b"):
                 # What a compact weight trains is folded into B, whose gradient it goes through.
                 trains = name == "b" or name not in leaf.frozen
-                kept = name == "a" and narrow and not leaf.is_compact
+                kept = remat != "offload" and name == "a" and narrow and not leaf.is_compact
                 again = chunked if is_head else layers_again and not kept
                 passes = 1 if forward else 2 + trains + again
                 total += 2 * tokens * share * math.prod(leaf.shape_of(name)) * passes
