@@ -39,16 +39,12 @@ from jax.typing import DTypeLike
 from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import rescaled, wide
+from lora_jax.core.names import FACTORS, NARROW_PRODUCT
 from lora_jax.core.parts import Axes, spread
 from lora_jax.core.types import EqnParams, Value
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
-FACTORS = "lora"  # scope of all that an adapter adds to a product, for profiles
-
-# The name of s·xA for policies of rematerialisation, where the rank is at most 1/32 of what x has
-# along the contracted axes: kept, it takes little memory, and x need not be read for it again.
-NARROW_PRODUCT = "lora_xA"
-_NARROW = 32
+_NARROW = 32  # see `NARROW_PRODUCT`
 
 
 class ProductCall(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
-from lora_jax.core.product import NARROW_PRODUCT
+from lora_jax.core.names import NARROW_PRODUCT
 from tests.support import draw, equations, with_random_factors
 
 SIZES = {"q": 7, "k": 11, "v": 17}  # of 67 in features

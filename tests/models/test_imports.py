@@ -12,7 +12,13 @@ _MODELS = ("layers", "causal", "heads", "key_rows", "specs")
 SHARED = ("core.types", "hf", *(f"models.{name}" for name in _MODELS))
 BELOW = {
     "hf": ("core.paths", "core.types", "folders", "hf", "quantized"),
-    "models/layers": ("core.deprecated", "core.extend", "core.types", "models.layers"),
+    "models/layers": (
+        "core.deprecated",
+        "core.extend",
+        "core.names",
+        "core.types",
+        "models.layers",
+    ),
     "models/decoder": (*SHARED, "core.extend", "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),
     "models/vision": (*SHARED, "models.vision"),

@@ -10,8 +10,8 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Use
 from lora_jax.core.factored import Factored
+from lora_jax.core.names import FACTORS
 from lora_jax.core.product import (
-    FACTORS,
     Dims,
     ProductCall,
     is_dropped,

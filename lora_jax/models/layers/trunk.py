@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.extend import Primitive
-from lora_jax.core.product import NARROW_PRODUCT
+from lora_jax.core.names import NARROW_PRODUCT
 from lora_jax.models.layers.attention import KERNEL_OUTPUT
 from lora_jax.models.layers.cache import Cache, NewEntries
 from lora_jax.models.layers.masks import Mask, MaskTokens

@@ -32,7 +32,8 @@ def predictions_at_once(placement: Placement, words: int) -> int:
       words: the size of the vocabulary.
 
     >>> from lora_jax.models.layers.placement import UNPLACED
-    >>> predictions_at_once(UNPLACED, 128_256)  # on a CPU
+    >>> from lora_jax.training import losses
+    >>> losses.predictions_at_once(UNPLACED, 128_256)  # on a CPU
     256
     """
     if placement.platform == "cpu":

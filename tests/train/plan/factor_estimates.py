@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 import lora_jax as lj
 from lora_jax.adapt.rules import products
-from lora_jax.core.product import NARROW_PRODUCT
+from lora_jax.core.names import NARROW_PRODUCT
 from train.plan.clock.groups import ADAPTER, BASE, RECOMPUTED
 from train.plan.clock.read import Estimate, read_clock
 from train.plan.machines import find_machine

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from lora_jax.core.product import FACTORS
+from lora_jax.core.names import FACTORS
 from train.plan.hlo.kernels import kernel_of
 from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
 from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
