@@ -72,7 +72,8 @@ def test_chunks_and_the_host_change_no_value(
     [
         (True, 4096, 8, 1),
         (True, 8, 8, 1),
-        pytest.param("offload", 4096, 8, 2, id="what the device has room for is least"),
+        pytest.param("offload", 4096, 8, 2, id="offload-4096: the device keeps least"),
+        pytest.param("offload", 8, 8, 2, id="offload-8"),
         pytest.param("nothing_saveable", 4096, 8, 2, id="a policy that keeps nothing"),
         pytest.param(True, 4096, 9, 2, id="A is not narrow"),
     ],

@@ -255,8 +255,10 @@ def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Arra
     def through(module: nn.Module, _: None, x: jax.Array) -> tuple[None, jax.Array]:
         return None, body(module, x)
 
+    # What a layer does not keep of a chunk, the chunk does not either: it would be computed anew.
+    policy = None if module.remat == OFFLOAD else _KEEPS_NARROW
     scanned = nn.scan(
-        nn.remat(through, prevent_cse=False, policy=_KEEPS_NARROW),
+        nn.remat(through, prevent_cse=False, policy=policy),
         variable_broadcast="params",
         split_rngs={"params": False},
         in_axes=1,

@@ -187,6 +187,23 @@ def test_kernels_take_an_assumed_share_of_the_peak():
     assert (other.kernels, other.unknown) == (0, {"mine": 4})
 
 
+def test_calls_of_cublas_are_products():
+    """As XLA wrote one, for an H100: the batch axis of the operands comes first."""
+    call = (
+        "%left = bf16[4,6,16]{2,1,0} constant({...})\n  "
+        "%right = bf16[4,16,32]{2,1,0} constant({...})\n"
+        "  %matmul = (bf16[4,6,32]{2,1,0}, s8[64]{0}) custom-call(%left, %right), "
+        'custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/jvp(D)/up_proj"}, '
+        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{'
+        '"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],'
+        '"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}'
+    )
+    with_product = clock(call).cost(BASE, FORWARD).flops
+    assert with_product - clock().cost(BASE, FORWARD).flops == 4 * 2 * 4 * 6 * 16 * 32
+    other = call.replace("__cublas$lt$matmul", "another")
+    assert clock(other).cost(BASE, FORWARD).flops == clock().cost(BASE, FORWARD).flops
+
+
 def test_without_a_clock_there_are_flops_and_bytes():
     """Of a program of this CPU, whose compiler estimates nothing."""
     shape = jax.ShapeDtypeStruct((24, 24), jnp.float32)

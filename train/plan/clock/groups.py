@@ -6,7 +6,7 @@ from typing import NamedTuple
 from lora_jax.core.names import FACTORS
 from train.plan.hlo.kernels import kernel_of
 from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
-from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
+from train.plan.hlo.products import is_product, kernel_call, product_flops
 
 BASE, ADAPTER, ATTENTION, HEAD = "base products", "A and B", "attention", "head and loss"
 ELEMENTWISE, COPIES, COLLECTIVES = "norms and elementwise", "copies", "collectives"
@@ -87,7 +87,7 @@ def _products(
     return [
         (product_flops(inner, around), inner.op_name)
         for inner, around in ((op, computation), *module.inside(op))
-        if inner.opcode in PRODUCTS
+        if is_product(inner)
     ]
 
 

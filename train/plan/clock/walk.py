@@ -13,7 +13,7 @@ from train.plan.clock.groups import AFTER, COLLECTIVES, Group, group_of
 from train.plan.clock.traffic import traffic_of
 from train.plan.hlo.kernels import kernel_flops, kernel_of
 from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
-from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
+from train.plan.hlo.products import is_product, kernel_call, product_flops
 from train.plan.hlo.slices import slice_transfer, transferred_bytes
 from train.plan.hlo.work import LATER_PARTS, collective_kind, sent_bytes
 
@@ -173,7 +173,7 @@ class Walk:
     def _flops(self, op: Instruction, computation: Computation) -> int:
         total = 0
         for inner, around in ((op, computation), *self.module.inside(op)):
-            if inner.opcode in PRODUCTS:
+            if is_product(inner):
                 total += product_flops(inner, around)
             if call := kernel_call(inner, around):
                 total += kernel_flops(call)

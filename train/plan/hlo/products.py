@@ -8,7 +8,9 @@ import numpy as np
 from train.plan.hlo.kernels import TARGETS, KernelCall
 from train.plan.hlo.module import Computation, Instruction, NotUnderstood, Shape, operand_arrays
 
-PRODUCTS = ("dot", "convolution")
+_PRODUCTS = ("dot", "convolution")
+_CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")  # of targets
+_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _KERNEL = re.compile(r'\bname = "([^"]*)"')  # of Triton's; the TPU's name their instructions
 _IN_SCOPE = re.compile(r"([\w.\-]+)/triton_kernel_call\b")  # `jax_triton`'s stand in a scope
@@ -24,13 +26,23 @@ def kernel_call(op: Instruction, computation: Computation) -> KernelCall | None:
     return KernelCall(name[1] if name else op.name, op.op_name, arrays)
 
 
+def is_product(op: Instruction) -> bool:
+    """Returns True for products and convolutions, and for the calls of cuBLAS that compute them."""
+    return op.opcode in _PRODUCTS or op.target in _CUBLAS
+
+
 def product_flops(op: Instruction, computation: Computation) -> int:
     """Counts two FLOPs for each multiplication of a product or a convolution."""
     (_, left), (_, right) = (computation[name].shapes[0] for name in op.operands[:2])
-    if op.opcode == "dot":
-        contracted = math.prod(left[axis] for axis in op.attribute("lhs_contracting_dims"))
-        return 2 * math.prod(op.shapes[0][1]) * contracted
-    return _convolution_flops(op, left, right)
+    if op.opcode == "convolution":
+        return _convolution_flops(op, left, right)
+    axes = op.attribute("lhs_contracting_dims")
+    if op.opcode == "custom-call":
+        match = _CONTRACTED.search(op.text)
+        if match is None:
+            raise NotUnderstood(f"a call of cuBLAS without contracted axes: {op.text[:200]}")
+        axes = [int(n) for n in re.findall(r"\d+", match[1])]
+    return 2 * math.prod(op.shapes[0][1]) * math.prod(left[axis] for axis in axes)
 
 
 def _convolution_flops(op: Instruction, left: Shape, right: Shape) -> int:

@@ -18,7 +18,7 @@ from train.plan.hlo.module import (
     operand_arrays,
     size_of,
 )
-from train.plan.hlo.products import PRODUCTS, kernel_call, product_flops
+from train.plan.hlo.products import is_product, kernel_call, product_flops
 from train.plan.hlo.slices import crosses, slice_transfer, transferred_bytes
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -118,7 +118,7 @@ def _count(
     flops, sent = 0, Sent()
     computation = module.computations[name]
     for op in computation.values():
-        if op.opcode in PRODUCTS:
+        if is_product(op):
             flops += product_flops(op, computation)
         if call := kernel_call(op, computation):
             flops += kernel_flops(call)
