@@ -1,0 +1,7 @@
+"""Names within traced programs, which adapters give and others look for."""
+
+FACTORS = "lora"  # scope of all that an adapter adds to a product, for profiles
+
+# The name of s·xA for policies of rematerialisation, where the rank is at most 1/32 of what x has
+# along the contracted axes: kept, it takes little memory, and x need not be read for it again.
+NARROW_PRODUCT = "lora_xA"
