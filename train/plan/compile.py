@@ -283,8 +283,8 @@ def hlo_of(
 ) -> str | None:
     """Returns the optimised HLO of a program; None where there is none.
 
-    XLA fails to write what runs on SparseCores: an embedding's look-up, on v5p and v6e. Then it is
-    the HLO of the same program without them, which differs in that alone.
+    The XLA of JAX 0.10 fails to write what runs on SparseCores: an embedding's look-up, on v5p and
+    v6e. Then it is the HLO of the same program without them, which differs in that alone.
     """
     text = text_of(compiled)
     if text is None and machine.platform == "tpu":

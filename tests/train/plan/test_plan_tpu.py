@@ -227,14 +227,16 @@ def test_a_token_costs_its_experts_and_no_more(plan):
 
 
 @pytest.mark.usefixtures("tpu_compiler")
-def test_the_hlo_of_a_look_up_on_sparse_cores():
-    """XLA cannot write it; then it is that of the same program on the other cores."""
+def test_the_hlo_of_a_look_up_on_sparse_cores(monkeypatch):
+    """JAX 0.10's XLA cannot write it; then it is that of the same program on the other cores."""
     machine = find_machine("v5p:2x2x1")
     here = SingleDeviceSharding(machine.devices[0])
     shapes = [((32000, 512), jnp.bfloat16), ((8192,), jnp.int32), ((512, 128), jnp.bfloat16)]
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes]
     lowered = jax.jit(lambda table, rows, kernel: table[rows] @ kernel).lower(*arrays)
     compiled = lowered.compile()
-    assert text_of(compiled) is None, "the control"
+    assert (text_of(compiled) is None) == (jax.__version_info__ < (0, 11))
+    unwritten = lambda program: None if program is compiled else text_of(program)  # noqa: E731
+    monkeypatch.setattr("train.plan.compile.text_of", unwritten)
     work = work_of(hlo_of(compiled, lowered, machine))
     assert work.flops == 2 * 8192 * 512 * 128
