@@ -277,7 +277,7 @@ PROGRAMS = [
     Program(
         "several kernels over one x",
         lambda t: {
-            name: {"kernel": draw(n, (5, n), t)} for name, n in (("q", 7), ("k", 11), ("v", 17))
+            name: {"kernel": draw(n, (5, n), t)} for name, n in (("q", 9), ("k", 11), ("v", 17))
         },
         (
             lj.LoraRule(targets=["q", "k"], rank=2, alpha=3.0),
