@@ -14,8 +14,7 @@ from typing import NamedTuple
 import jax
 
 from lora_jax.adapt import eqns, folds, merging
-from lora_jax.adapt.inputs import FactorInputs
-from lora_jax.adapt.needed import Live, needed_equations
+from lora_jax.adapt.needed import FactorInputs, Live, needed_equations
 from lora_jax.adapt.per_example.labels import ExampleAxis, ExampleLabels
 from lora_jax.adapt.steps import EagerSteps
 from lora_jax.adapt.user_code import SourceLine, place_of, place_of_call, user_context

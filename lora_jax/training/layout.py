@@ -27,7 +27,7 @@ from lora_jax.sharding import Table, place, sharding_for, sharding_of, shardings
 from lora_jax.training import context
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.losses.chunks import predictions_at_once
+from lora_jax.training.losses.chunks import ON_CPU
 from lora_jax.training.mesh import make_mesh
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
@@ -141,7 +141,7 @@ class Layout(Placement):
           asked: predictions of a chunk on each device; 0 for all at once, None for the default.
         """
         if asked is None and self.platform == "cpu":
-            asked = predictions_at_once(self, 0)
+            asked = ON_CPU
         chunk = None if asked is None else asked * self.token_parts
         return {"chunk": chunk, "parts": self.sequence_parts, "placement": self}
 

@@ -166,7 +166,7 @@ def test_other_derivatives_are_those_of_all_logits(plain_head):
 
 
 def test_values_without_a_derivative_and_parameters_that_dead_code_reads(plain_head):
-    """Whether a token is the likeliest, alone and beside a loss; a product that no logits need."""
+    """One value says if a token is the likeliest; one product in the head serves no logits."""
     hidden, kernel, *_, data = plain_head
     tree = {"head": kernel, "table": kernel.T}
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lora_jax.core.extend import Jaxpr, Literal, jaxpr_as_fun
+from lora_jax.adapt.needed import needed_equations
+from lora_jax.core.extend import Jaxpr, jaxpr_as_fun
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.models.layers.placement import Placement
 
-_ON_CPU = 256
+ON_CPU = 256  # predictions at once
 _UNIT = 256  # chunks of accelerators are a multiple of it
 _LOGITS = 2**29  # bytes of a chunk's logits, fp32, on an accelerator
 
@@ -37,7 +38,7 @@ def predictions_at_once(placement: Placement, words: int) -> int:
     256
     """
     if placement.platform == "cpu":
-        return _ON_CPU
+        return ON_CPU
     fitting = _LOGITS // (4 * -(-words // placement.word_parts))
     return max(_UNIT, fitting // _UNIT * _UNIT)
 
@@ -196,14 +197,10 @@ class _Loop:
 def _without_dead_code(traced: Any) -> tuple[Any, set[int]]:
     """Returns a jaxpr without equations for nothing, and the places of the inputs that it reads."""
     jaxpr: Jaxpr = getattr(traced, "jaxpr", traced)
-    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
-    live = []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or not needed.isdisjoint(eqn.outvars):
-            live.append(eqn)
-            needed |= {atom for atom in eqn.invars if not isinstance(atom, Literal)}
-    left = jaxpr.replace(eqns=live[::-1])
-    places = {place for place, var in enumerate(jaxpr.invars) if var in needed}
+    live = [eqn for eqn, *_ in needed_equations(jaxpr, (True,) * len(jaxpr.outvars)).equations]
+    left = jaxpr.replace(eqns=live)
+    read = {id(atom) for atom in (*left.outvars, *(atom for eqn in live for atom in eqn.invars))}
+    places = {place for place, var in enumerate(jaxpr.invars) if id(var) in read}
     return left if traced is jaxpr else traced.replace(jaxpr=left), places
 
 

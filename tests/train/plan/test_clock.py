@@ -205,7 +205,7 @@ def test_calls_of_cublas_are_products():
 
 
 def test_without_a_clock_there_are_flops_and_bytes():
-    """Of a program of this CPU, whose compiler estimates nothing."""
+    """The compiler of this CPU estimates nothing."""
     shape = jax.ShapeDtypeStruct((24, 24), jnp.float32)
     text = jax.jit(lambda a, b: jnp.tanh(a @ b) @ b).lower(shape, shape).compile().as_text()
     made = read_clock(text, None)

@@ -63,7 +63,7 @@ def test_groups_of_an_unknown_form_are_not_guessed(groups):
     ids=["slices outermost", "slices innermost", "one slice"],
 )
 def test_a_compiled_program(slices, between):
-    """Of a loop, each turn counts; what goes between slices depends on where their axis is."""
+    """Each turn of a loop counts; the axis across slices decides what goes between them."""
     mesh = jax.make_mesh((2, 2), ("outer", "inner"), axis_types=(AxisType.Auto,) * 2)
 
     def step(x):

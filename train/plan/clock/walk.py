@@ -43,7 +43,7 @@ class Cost(NamedTuple):
     """The cost of a group.
 
     Attributes:
-      seconds: by the rates.
+      seconds: time that the group takes, by the rates.
       flops: FLOPs of products and kernels.
       bytes: bytes of operands and results, or those that collectives send or receive.
     """
