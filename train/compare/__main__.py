@@ -37,6 +37,7 @@ from train.compare.reporting import dimension, peft_json, report
 from train.compare.sweep import PROGRESS, Sweep, read_progress
 from train.compare.trials import RUNS, ComparedScript, trials_of
 from train.console.errors import UserError, flag
+from train.console.help import HelpPage, asks_for_help
 from train.console.output import tell
 from train.console.program import about, program
 from train.inputs import InputReader, Inputs
@@ -74,6 +75,11 @@ class SftCompareRun(sft_options.SftRunConfig):
 class SftCompare(sft_options.Config):
     """Compare LoRA and full fine-tuning of a language model."""
 
+    HELP = HelpPage(
+        "model dataset output methods ranks lrs seeds quick topology resume",
+        "--model Qwen/Qwen3-0.6B --dataset chats.jsonl --ranks 1 8 64 --quick",
+    )
+
     compare: CompareConfig = CompareConfig()
     run: SftCompareRun = SftCompareRun()
 
@@ -81,6 +87,11 @@ class SftCompare(sft_options.Config):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifyCompare(classify_options.Config):
     """Compare LoRA and full fine-tuning of a classifier."""
+
+    HELP = HelpPage(
+        "model dataset output methods ranks lrs seeds quick topology resume",
+        "--methods lora dora full head-only --quick",
+    )
 
     compare: CompareConfig = CompareConfig()
     run: classify_options.ClassifyRunConfig = classify_options.ClassifyRunConfig(output=_OUTPUT)
@@ -139,7 +150,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions, frozense
       UserError: options make no sense.
     """
     if not args or args[0] not in SCRIPTS:
-        if {"-h", "--help"} & {*args}:
+        if asks_for_help(args):
             usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
             print(f"{about(__doc__, _PROG)}\n{usage}")
             sys.exit(0)

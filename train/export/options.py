@@ -9,6 +9,7 @@ from typing import Literal
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.serving import MAX_RANK
 from train.console.errors import UserError
+from train.console.help import HelpPage
 from train.options.command import parse_options
 from train.options.paths import Words
 from train.options.tokenizer import TokenizerOption
@@ -21,6 +22,11 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions(TokenizerOption):
     """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
+
+    HELP = HelpPage(
+        "adapter output model merged dtype for_serving check_serving push_to_hub private overwrite",
+        "--adapter runs/mine --output served --for-serving",
+    )
 
     adapter: str
     """The adapter: the folder of a run, of this library or of PEFT, or the hub name of a PEFT

@@ -22,6 +22,7 @@ from train.compare import __main__ as compare
 from train.compare import result
 from train.compare.result import Comparison
 from train.console.errors import UserError, flag
+from train.console.help import asks_for_help
 from train.console.output import tell
 from train.console.program import about, program
 from train.findings import catalog
@@ -90,7 +91,7 @@ def parse(args: Sequence[str]) -> FindingRequest:
     Raises:
       UserError: there is no such finding; an option has no effect; a path has a scheme.
     """
-    if args[0] in ("-h", "--help"):
+    if asks_for_help(args[:1]):
         print(f"{about(__doc__, _PROG)}\n{listed()}")
         sys.exit(0)
     name, finding = args[0], catalog.find(args[0])
@@ -131,8 +132,8 @@ def run(asked: FindingRequest, session: Session, command: str) -> None:
         )
     if given := [option for option in finding.makes if option in given_options(rest)]:
         raise UserError(f"{flag(given[0])}: the finding {name} makes it itself: leave it out")
-    if "--help" in rest or "-h" in rest:
-        compare.parse([finding.script, "--help"])  # exits
+    if asks_for_help(rest):
+        compare.parse([finding.script, *rest])  # exits
     options = ["--config", str(catalog.options_of(name)), *rest]
     plain = compare.SCRIPTS[finding.script].compared
     read_line(plain, options, f"{_PROG} {name}")  # before anything is made

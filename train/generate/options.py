@@ -8,6 +8,7 @@ from typing import Any
 from lora_jax.training.arguments import NOT_NEGATIVE, SEED, NumberRange, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
+from train.console.help import HelpPage
 from train.options.command import parse_options
 from train.options.common import Attention
 from train.options.generation import GenerationOption
@@ -26,6 +27,11 @@ _NUMBERS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
     """Generate text with a base model and adapters, or chat with them."""
+
+    HELP = HelpPage(
+        "adapter model prompt prompts interactive system max_new_tokens temperature output",
+        "--adapter runs/mine --prompt 'How do I start?'",
+    )
 
     adapter: tuple[str, ...] = ()
     """Adapters: folders of runs, of this library or of PEFT, or hub names of PEFT adapters; also

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from train.console.help import show_help
 from train.console.program import program
 from train.options.elsewhere import check_names
 from train.options.paths import check_paths
@@ -27,6 +28,7 @@ def parse_options(kind: type[Kind], args: Sequence[str] | None, script: str) -> 
       UserError: a path has a scheme, or an option the name that another tool has for it.
     """
     args = sys.argv[1:] if args is None else args
+    show_help(kind, args, script)
     check_names(args, set(_names(kind)))
     flat: Any = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type,misc]
     options: Kind = tyro.cli(flat, args=args, prog=program(script))

@@ -7,6 +7,7 @@ from lora_jax.training.arguments import POSITIVE, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
+from train.console.help import HelpPage
 from train.options.common import AdapterConfig, Attention, Experts, MeshAxis, Remat
 from train.options.defaults import Defaults
 from train.options.scripts.rollouts import RolloutDataConfig, check_group
@@ -111,6 +112,11 @@ class PlanConfig:
 class PlanOptions:
     """Plan a run of train.sft, train.dpo or train.grpo: memory, FLOPs, time and cost, for LoRA and
     full fine-tuning."""
+
+    HELP = HelpPage(
+        "model topology mesh task batch_size seq_len rank quantize remat largest_batch",
+        "--model Qwen/Qwen3-8B --topology v5e:4x4 --batch-size 16 --seq-len 4096",
+    )
 
     plan: PlanConfig
     adapter: AdapterConfig

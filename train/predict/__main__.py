@@ -15,6 +15,7 @@ import tyro
 from lora_jax.models import VisionConfig
 from lora_jax.training.data.vision.images import Images
 from train.console.errors import UserError, flag, reported
+from train.console.help import HelpPage
 from train.console.output import opened
 from train.console.progress import progress_of
 from train.options.command import parse_options
@@ -41,6 +42,11 @@ from train.run.pretrained import ModelInfo
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions(TokenizerOption):
     """Classify texts or images with a trained classifier."""
+
+    HELP = HelpPage(
+        "texts adapter model input field out format labels batch_size seq_len",
+        "'I would buy it again' --adapter runs/classify",
+    )
 
     texts: tyro.conf.Positional[tuple[Words, ...]] = ()
     """Texts, or paths of images, to classify. Without any, they come from --input, or from standard

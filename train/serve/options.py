@@ -8,6 +8,7 @@ from typing import Literal
 from lora_jax.training.arguments import NumberRange, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
+from train.console.help import HelpPage
 from train.options.command import parse_options
 from train.options.common import Quantize
 from train.options.generation import GenerationOption
@@ -35,6 +36,11 @@ _NUMBERS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     """Serve a base model and many adapters over HTTP: Tinker's API to train, and OpenAI's."""
+
+    HELP = HelpPage(
+        "model adapters output host port keys tenants max_rank quantize mesh",
+        "--model Qwen/Qwen3-0.6B --adapters runs --port 8000",
+    )
 
     model: str = DEFAULT_MODEL
     """The base: a hub name, a folder or a GGUF file. Clients name it as it is given here."""

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import tyro
 
+from train.console.help import asks_for_help, show_help
 from train.console.program import program
 from train.options.common import Options
 from train.options.elsewhere import check_names
@@ -35,7 +36,8 @@ def read_line(
       UserError: the file of --config cannot be read, or has a key or a value that no option takes;
         a path has a scheme; or an option has the name that another tool has for it.
     """
-    check_names(args, traits_of(plain))
+    if not asks_for_help(args):
+        check_names(args, traits_of(plain))
     path = _named_file(args)
     on_line = given_options(args)
     config = plain
@@ -50,6 +52,7 @@ def read_line(
         # Where the file turns something on, --no-… turns it off.
         overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}
         in_file = {name: line for name, line in in_file.items() if name not in overridden}
+    show_help(type(plain), args, script, config)
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
     needed = [arg for arg in args if not _is_so_already(arg, config, lines)]
     config = tyro.cli(flat, args=needed, prog=program(script), default=config)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from lora_jax.training.arguments import minimum
 from train.console.errors import UserError
+from train.console.help import HelpPage
 from train.options import field
 from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig, check_shared, flag
 from train.options.conditions import NO_ADAPTER, NoEffect
@@ -115,6 +116,11 @@ class ClassifyRunConfig(RunConfig):
 class Config(Options):
     """Fine-tune an encoder to classify texts or images, or to score completions, with LoRA or in
     full."""
+
+    HELP = HelpPage(
+        "model dataset text label test output epochs rank lr resume",
+        "--model FacebookAI/roberta-base --dataset reviews.csv --text review --label stars",
+    )
 
     data: ClassifyDataConfig = ClassifyDataConfig()
     adapter: ClassifyAdapterConfig = ClassifyAdapterConfig()

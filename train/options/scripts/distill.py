@@ -4,6 +4,7 @@ import dataclasses
 
 from lora_jax.training.arguments import POSITIVE
 from train.console.errors import UserError
+from train.console.help import HelpPage
 from train.options import field
 from train.options.field import option
 from train.options.paths import Words
@@ -59,6 +60,11 @@ class DistillRunConfig(SftRunConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RolloutOptions):
     """Train a language model to continue its own completions as a teacher would."""
+
+    HELP = HelpPage(
+        "model dataset teacher teacher_model output steps max_new_tokens rank lr resume",
+        "--model Qwen/Qwen3-0.6B --teacher-model Qwen/Qwen3-4B --dataset prompts.jsonl --steps 100",
+    )
 
     data: DistillDataConfig = DistillDataConfig()
     adapter: SftAdapterConfig = SftAdapterConfig()

@@ -8,6 +8,7 @@ import tyro
 from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE
 from lora_jax.training.losses import NLL, PREFERENCES, PreferenceOptions
 from train.console.errors import UserError, flag
+from train.console.help import HelpPage
 from train.options import field
 from train.options.field import option
 from train.options.scripts import sft as sft_options
@@ -129,6 +130,11 @@ class DpoRunConfig(SftRunConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(LanguageOptions):
     """Train a language model on preferences, with LoRA or in full."""
+
+    HELP = HelpPage(
+        "model dataset output init_adapter loss beta epochs batch_size rank resume",
+        "--model Qwen/Qwen3-0.6B --dataset pairs.jsonl --output runs/dpo --beta 0.1",
+    )
 
     data: DpoDataConfig = DpoDataConfig()
     adapter: SftAdapterConfig = SftAdapterConfig()

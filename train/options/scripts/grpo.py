@@ -9,6 +9,7 @@ from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE, minimum
 from lora_jax.training.losses import ONLINE, Online, dr_grpo
 from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
+from train.console.help import HelpPage
 from train.options import field
 from train.options.field import option
 from train.options.scripts import rollouts
@@ -113,6 +114,11 @@ class GrpoRunConfig(SftRunConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RolloutOptions):
     """Train a language model on rewards of its own completions, with LoRA or in full."""
+
+    HELP = HelpPage(
+        "model dataset reward output steps group max_new_tokens rank lr resume",
+        "--model Qwen/Qwen3-0.6B --dataset prompts.jsonl --reward judge.py:judge --steps 200",
+    )
 
     data: GrpoDataConfig = GrpoDataConfig()
     adapter: SftAdapterConfig = SftAdapterConfig()

@@ -9,6 +9,7 @@ from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.arguments import SEED, NumberRange, minimum
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.console.errors import UserError
+from train.console.help import HelpPage
 from train.options import field
 from train.options.common import AdapterConfig, Options, RunConfig, check_shared
 from train.options.conditions import NoEffect
@@ -122,6 +123,11 @@ class LanguageOptions(Options):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(LanguageOptions):
     """Fine-tune a language model, with LoRA or in full."""
+
+    HELP = HelpPage(
+        "model dataset output epochs batch_size seq_len rank lr quantize resume",
+        "--model Qwen/Qwen3-0.6B --dataset chats.jsonl --output runs/mine --rank 16",
+    )
 
     data: SftDataConfig = SftDataConfig()
     adapter: AdapterConfig = SftAdapterConfig()
