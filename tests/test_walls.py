@@ -17,7 +17,7 @@ LIBRARY = """
 SCRIPTS = """
     __init__ console processes reporters adapters environments options data settings run predict
     rewards live tasks plan generate export inputs table begin progress dry_run finetune script
-    sft classify dpo distill start grpo compare findings serve command
+    sft classify dpo distill start grpo compare findings serve doctor command
 """.split()
 ORDER = [*(f"lora_jax.{room}" for room in LIBRARY), *(f"train.{room}" for room in SCRIPTS)]
 TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")
@@ -25,8 +25,17 @@ TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")
 TOGETHER = {"lora_jax.adapt": "rules recurse into jaxprs, and the walk over these takes the rules"}
 # Imported inside functions: dear to import, or not there without an extra.
 LATE = {
-    *("PIL", "datasets", "gguf", "huggingface_hub", "matplotlib", "mlflow", "orbax", "pyarrow"),
-    *("pydoc_data", "rich", "sklearn", "tensorboardX", "tokenizers", "trackio", "transformers"),
+    *("PIL", "datasets", "gguf", "huggingface_hub", "matplotlib", "mlflow", "orbax", "packaging"),
+    *(
+        "pyarrow",
+        "pydoc_data",
+        "rich",
+        "sklearn",
+        "tensorboardX",
+        "tokenizers",
+        "trackio",
+        "transformers",
+    ),
     *("wandb", "jax.experimental"),
 }
 # JAX's insides, which move between releases, and the one file that imports some of them.

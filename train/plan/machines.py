@@ -46,6 +46,13 @@ KINDS = {
     "v6e": MachineKind(int(31.24 * _GIB), 918e12, 1.75e9, 90e9),
     "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, 2.2e9, 90e9, devices_a_chip=2),
 }
+# JAX's names of the kinds.
+_TPU_KINDS = {
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), "v5e"),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), "v5p"),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), "v6e"),
+    **dict.fromkeys(("TPU7x", "TPU v7x"), "tpu7x"),
+}
 _NAMED = (
     f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4, or 2xv5e:4x4 for two "
     "slices), a number of GPUs or "
@@ -147,6 +154,24 @@ def find_machine(
     if peak_tflops is not None:
         machine = dataclasses.replace(machine, flops=peak_tflops * 1e12)
     return machine
+
+
+def topology_here(devices: Sequence[Any]) -> str | None:
+    """Returns the name of a machine's devices, as `find_machine` takes it; None for unknown ones.
+
+    Args:
+      devices: the devices of one process, of one kind.
+    """
+    first = devices[0]
+    if first.platform == "cpu":
+        return f"cpu:{len(devices)}"
+    if first.platform == "tpu":
+        kind = _TPU_KINDS.get(first.device_kind)
+        sizes = [1 + max(at) - min(at) for at in zip(*(d.coords for d in devices), strict=True)]
+        sizes = sizes[: 2 if kind in ("v5e", "v6e") else 3]
+        return kind and f"{kind}:{'x'.join(map(str, sizes))}"
+    card = next((key for key, card in CARDS.items() if card.name == first.device_kind), None)
+    return card and f"{card}:{len(devices)}"
 
 
 def assuming(machine: Machine, kernel_share: float | None, link_gbytes: float | None) -> Machine:

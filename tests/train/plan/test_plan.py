@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from train.plan.flops.checked import step_work
 from train.plan.flops.closed_form import step_flops
 from train.plan.flops.jaxpr import Count
 from train.plan.hlo.work import HloWork
-from train.plan.machines import find_machine
+from train.plan.machines import find_machine, topology_here
 from train.plan.refusals import refused_bytes
 from train.run.output import folder_bytes
 
@@ -479,3 +480,10 @@ def test_every_option_of_the_plan_is_told(capsys):
     told = capsys.readouterr().out
     for field in dataclasses.fields(PlanConfig):
         assert f"--{field.name.replace('_', '-')}" in told
+
+
+def test_gpus_are_known_by_the_name_of_their_card():
+    card = SimpleNamespace(platform="gpu", device_kind="NVIDIA L4")
+    assert topology_here([card, card]) == "l4:2"
+    other = SimpleNamespace(platform="gpu", device_kind="NVIDIA GTX 1080")
+    assert topology_here([other]) is None and topology_here(jax.devices("cpu")[:1]) == "cpu:1"

@@ -17,7 +17,7 @@ from tests.support import thorough
 from train.plan.compile import hlo_of
 from train.plan.flops.checked import text_of
 from train.plan.hlo.work import work_of
-from train.plan.machines import find_machine
+from train.plan.machines import find_machine, topology_here
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.tpu_compiler
@@ -80,6 +80,12 @@ MODELS = {
         "num_key_value_heads": 2,
     },
 }
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_devices_are_known_by_the_name_of_their_topology(name):
+    pytest.importorskip("libtpu")
+    assert topology_here(find_machine(name).devices) == name
 
 
 @pytest.fixture(scope="module")

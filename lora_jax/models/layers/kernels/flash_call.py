@@ -74,10 +74,16 @@ def missing_backend() -> str | None:
     return None if _BEFORE_IT else _backend().missing
 
 
+def backend_name() -> str | None:
+    """Returns the name of what compiles programs for GPUs, "jax_triton" or "Pallas"; else None."""
+    return "Pallas" if _BEFORE_IT else _backend().name
+
+
 class _Backend(NamedTuple):
     """A function that runs a program in a way that JAX compiles for GPUs, or why there is none."""
 
     run: Callable[..., Any]
+    name: str | None = None
     missing: str | None = None
 
 
@@ -89,13 +95,13 @@ def _backend() -> _Backend:
     for name, way in ways.items():
         problem = _try_apart(way)
         if problem is None:
-            return _Backend(way)
+            return _Backend(way, name)
         reasons.append(f"{name}: {problem}")
     reason = f"JAX {jax.__version__} does not compile the kernel ({'; '.join(reasons)})"
     logging.getLogger("lora_jax").warning(
         "attention 'flash' is replaced by 'blockwise', in plain JAX: %s", reason
     )
-    return _Backend(_run_pallas, reason)
+    return _Backend(_run_pallas, None, reason)
 
 
 def _try_apart(way: Callable[..., Any]) -> str | None:

@@ -1,0 +1,84 @@
+"""A report on this machine, and remedies for what is wrong with it: `python -m train.doctor`.
+
+It imports neither JAX nor packages that need it: processes of its own do, so that it also works
+where they fail, hang, or are not installed.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.console.help import HelpPage, show_help
+from train.console.pipe import closed_pipe
+from train.console.program import program
+from train.doctor import devices, fits, hub, packages, storage
+from train.doctor.hardware import find_hardware
+from train.doctor.report import DoctorReport
+
+_SCRIPT = "train.doctor"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Look at versions, devices, memory, disks, caches and the hub, and say what is wrong and what
+    to do. Exit with code 1 if something that you ask for cannot work."""
+
+    HELP = HelpPage("model output json", "--model Qwen/Qwen3-8B")
+
+    model: str | None = None
+    """A config.json, a folder with one, a GGUF file, or a name on the hub: which ways to train it
+    fit here. Each is compiled, which takes from seconds to minutes."""
+    output: str = "runs"
+    """The folder that runs are to be written to: is there room?"""
+    json: bool = False
+    """Print JSON, for a report. No token is in it, and no name of a user or a host."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line. Exits with code 1 if something that was asked for cannot work."""
+    with closed_pipe():
+        options = parse(sys.argv[1:] if args is None else args)
+        report = examine(options)
+        print(report.json() if options.json else report.text())
+    sys.exit(report.exit_code)
+
+
+def parse(args: Sequence[str]) -> DoctorOptions:
+    """Parses a command line, by Python's own means."""
+    show_help(DoctorOptions, args, _SCRIPT)
+    parser = argparse.ArgumentParser(prog=program(_SCRIPT), add_help=False, allow_abbrev=False)
+    for field in dataclasses.fields(DoctorOptions):
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(f"--{field.name}", default=field.default)
+    return DoctorOptions(**vars(parser.parse_args(args)))
+
+
+def examine(options: DoctorOptions) -> DoctorReport:
+    """Looks at everything, what is quick first."""
+    report = DoctorReport()
+    versions, troubles = packages.examine_packages()
+    report.add("versions", versions, troubles)
+    now = devices.Circumstances(find_hardware(), versions, os.environ, devices.ask_jax())
+    report.add("devices", devices.describe(now), devices.diagnose(now))
+    report.add("attention", devices.describe_kernels(now), [])
+    report.add("memory", storage.describe_memory((now.found or {}).get("memory")), [])
+    caches = storage.cache_folders(os.environ)
+    output = Path(options.output).expanduser().absolute()
+    report.add(
+        "disks",
+        *storage.examine_disks({"output": output, "caches": caches["tokens"].parent}),
+    )
+    report.add("caches", storage.describe_caches(caches), [])
+    report.add("hub", *hub.examine_hub(os.environ))
+    if options.model is not None:
+        report.add("fits", *fits.examine_fits(options.model, now.found))
+    return report
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,225 @@
+"""The devices that JAX computes on, and why it has no others."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from train.doctor.child import ChildEnding, run_module
+from train.doctor.hardware import Hardware
+from train.doctor.report import Trouble, set_variables
+
+_PATIENCE = 180  # seconds for JAX to find its devices
+# That probe takes no memory from those who compute.
+_MODEST = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "1"}
+# The oldest driver of NVIDIA's that each plugin runs on, the newest plugin first.
+_DRIVERS = {"cuda13": 580, "cuda12": 525}
+VARIABLES = (
+    *("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64"),
+    *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "TPU_VISIBLE_CHIPS"),
+    *("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"),
+)
+
+
+class Circumstances(NamedTuple):
+    """The facts that a diagnosis goes by.
+
+    Attributes:
+      hardware: the accelerators that the system has.
+      versions: versions of packages by name.
+      variables: the environment.
+      ending: how the process ended that asked JAX for its devices.
+    """
+
+    hardware: Hardware
+    versions: Mapping[str, str]
+    variables: Mapping[str, str]
+    ending: ChildEnding
+
+    @property
+    def found(self) -> dict[str, Any] | None:
+        """Returns the facts that the process found; None if it failed."""
+        lines = self.ending.output.strip().splitlines()
+        return json.loads(lines[-1]) if self.ending.code == 0 and lines else None
+
+    @property
+    def asked(self) -> str:
+        """Returns the platforms that the user allows JAX: "" for any."""
+        return self.variables.get("JAX_PLATFORMS", "")
+
+    @property
+    def plugin(self) -> str | None:
+        """Returns JAX's plugin for NVIDIA's GPUs that is installed: "cuda12" or "cuda13"."""
+        return next((name for name in _DRIVERS if f"jax-{name}-plugin" in self.versions), None)
+
+
+def ask_jax() -> ChildEnding:
+    """Asks JAX for its devices in a process of its own; see `train.doctor.probe`."""
+    return run_module("train.doctor.probe", (), _PATIENCE, _MODEST)
+
+
+def describe(now: Circumstances) -> dict[str, Any]:
+    """Returns the facts of a report about devices."""
+    found, hardware = now.found or {}, now.hardware
+    several = found.get("of_all_processes", 1) != found.get("count", 1)
+    return {
+        "JAX computes on": f"{found['count']} × {found['kind']}" if found else "nothing",
+        "of all processes": found.get("of_all_processes") if several else None,
+        "GPUs of the system": list(hardware.cards) or ("yes" if hardware.nvidia else None),
+        "NVIDIA's driver": hardware.driver,
+        "TPU chips of the system": hardware.tpus or None,
+        "set": set_variables(VARIABLES, now.variables),
+    }
+
+
+def describe_kernels(now: Circumstances) -> dict[str, Any]:
+    """Returns the facts of a report about what runs on the devices."""
+    found = now.found or {}
+    return {
+        "of 2,048 tokens": found.get("attention"),
+        "flash compiled by": found.get("flash_compiled_by"),
+        "below 512 tokens": "dense" if found else None,
+        "mixtures of experts": found.get("experts"),
+    }
+
+
+def diagnose(now: Circumstances) -> list[Trouble]:
+    """Returns the troubles of the devices, with remedies."""
+    found, platforms = now.found, now.asked
+    has_gpu = now.hardware.nvidia or bool(now.hardware.cards)
+    troubles = _broken_plugins(now.ending.errors)
+    if found is None:
+        troubles.append(_failure(now))
+    elif found["platform"] == "cpu" and (has_gpu or now.hardware.tpus):
+        if platforms in ("cpu", "cpu,"):
+            what = f"JAX_PLATFORMS={platforms} keeps JAX from the {'GPU' if has_gpu else 'TPU'}"
+            troubles.append(Trouble(what, "unset it to compute there", fatal=False))
+        else:
+            troubles.append(_missed_gpu(now) if has_gpu else _missed_tpu(now))
+    elif now.plugin and not has_gpu and found["platform"] == "cpu":
+        troubles.append(
+            Trouble(
+                f"JAX's plugin for {now.plugin} is installed, and the system shows no NVIDIA GPU",
+                "if there is one, install NVIDIA's driver; a container is started with --gpus all "
+                "(docker) or asks for nvidia.com/gpu (Kubernetes)",
+                fatal=False,
+            )
+        )
+    if found and found.get("flash_missing"):
+        remedy = 'pip install "lora_jax[gpu-kernels]"'
+        troubles.append(Trouble(found["flash_missing"], remedy, fatal=False))
+    return troubles
+
+
+def _broken_plugins(errors: str) -> list[Trouble]:
+    """Returns JAX's plugins that raised an error, after which JAX goes on without them."""
+    _, *parts = re.split(r"Exception when calling (jax_plugins\.[\w.]+)\.initialize", errors)
+    troubles = []
+    for name, log in zip(parts[::2], parts[1::2], strict=True):
+        match = re.search(r"^\w[\w.]*(?:Error|Exception)\b.*", log, re.M)
+        why = match[0] if match else "it does not say why"
+        what = f"JAX's plugin {name} does not start ({why})"
+        troubles.append(Trouble(what, "install it again, or uninstall it", fatal=False))
+    return troubles
+
+
+def _failure(now: Circumstances) -> Trouble:
+    """Returns the reason why JAX has no devices at all."""
+    ending, errors = now.ending, now.ending.errors
+    if ending.code is None:
+        return Trouble(
+            f"JAX did not find its devices within {_PATIENCE} seconds",
+            "on several TPU hosts, start this on all of them at once; else end what holds the "
+            "accelerator, or compute on the CPU meanwhile (JAX_PLATFORMS=cpu)",
+        )
+    if _is_locked(errors):
+        return _locked(now)
+    if missing := re.search(r"No module named '([\w.]+)'", ending.last_error):
+        package = missing[1].split(".")[0]
+        return Trouble(f"{package} is not installed", 'pip install "lora_jax[train]"')
+    if re.search(r"jaxlib (version )?[\d.]+ is .*incompatible|requires? jaxlib", errors):
+        return Trouble(ending.last_error, "pip install -U jax jaxlib")
+    if now.asked:
+        return Trouble(
+            f"JAX_PLATFORMS={now.asked} allows JAX no other devices, and it finds none of these "
+            f"({ending.last_error})",
+            f"{_install_hint(now)}or unset JAX_PLATFORMS",
+        )
+    return Trouble(
+        f"JAX finds no devices ({ending.last_error})",
+        f"{_install_hint(now)}or compute on the CPU meanwhile (JAX_PLATFORMS=cpu)",
+    )
+
+
+def _missed_gpu(now: Circumstances) -> Trouble:
+    """Returns the reason why JAX does not see a GPU that the system has."""
+    driver = now.hardware.driver
+    shown = f"NVIDIA's driver {driver}" if driver else "NVIDIA's driver"
+    if driver and int(driver.split(".")[0]) < min(_DRIVERS.values()):
+        remedy = f"update the driver to {min(_DRIVERS.values())} or newer"
+        return Trouble(f"{shown} is older than each of JAX's plugins", remedy)
+    if now.plugin is None:
+        return Trouble(
+            "there is an NVIDIA GPU, and JAX's plugin for it is not installed", _install(driver)
+        )
+    if driver and int(driver.split(".")[0]) < _DRIVERS[now.plugin]:
+        return Trouble(
+            f"{shown} is older than JAX's plugin for {now.plugin} needs, {_DRIVERS[now.plugin]}",
+            f"pip uninstall jax-{now.plugin}-plugin jax-{now.plugin}-pjrt, and {_install(driver)}; "
+            "or update the driver",
+        )
+    if now.variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return Trouble("CUDA_VISIBLE_DEVICES hides all GPUs", "unset it")
+    remedy = _install(driver, "-U ")
+    if "LD_LIBRARY_PATH" in now.variables:
+        remedy = f"unset LD_LIBRARY_PATH, which may name another CUDA; else {remedy}"
+    return Trouble(f"JAX's plugin finds no GPU ({_reason(now.ending.errors)})", remedy)
+
+
+def _missed_tpu(now: Circumstances) -> Trouble:
+    """Returns the reason why JAX does not see a TPU that the system has."""
+    if "libtpu" not in now.versions:
+        what = "there is a TPU, and libtpu, its driver in Python, is not installed"
+        return Trouble(what, 'pip install "lora_jax[tpu]"')
+    if _is_locked(now.ending.errors) or now.hardware.tpu_holders:
+        return _locked(now)
+    remedy = 'pip install -U "jax[tpu]", of which libtpu is a part'
+    return Trouble(f"libtpu finds no TPU ({_reason(now.ending.errors)})", remedy)
+
+
+def _is_locked(errors: str) -> bool:
+    return bool(re.search(r"libtpu_lockfile|TPU is already in use|libtpu.*in use", errors))
+
+
+def _locked(now: Circumstances) -> Trouble:
+    if holders := now.hardware.tpu_holders:
+        numbers = " and ".join(map(str, holders))
+        return Trouble(f"process {numbers} holds the TPU", f"wait for it, or kill {numbers}")
+    return Trouble(
+        "another process holds the TPU",
+        "wait for it, or end it (sudo lsof -w /dev/accel* /dev/vfio/* tells its number); if there "
+        "is none, sudo rm /tmp/libtpu_lockfile",
+    )
+
+
+def _install_hint(now: Circumstances) -> str:
+    if now.hardware.tpus:
+        return 'pip install "lora_jax[tpu]", '
+    if now.hardware.nvidia or now.hardware.cards:
+        return f"{_install(now.hardware.driver)}, "
+    return ""
+
+
+def _install(driver: str | None, update: str = "") -> str:
+    """Returns the command that installs JAX for a driver of NVIDIA's."""
+    version = int(driver.split(".")[0]) if driver else max(_DRIVERS.values())
+    extra = next((name for name, oldest in _DRIVERS.items() if version >= oldest), "cuda12")
+    return f'pip install {update}"lora_jax[{extra}]"'
+
+
+def _reason(errors: str) -> str:
+    """Returns the line in which JAX says why, of all that it and its plugins log."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    pattern = re.compile(r"unable to init|error|fail|incompatible|not (found|supported)", re.I)
+    telling = [line for line in lines if pattern.search(line)]
+    return (telling or lines or ["it does not say why"])[-1][-300:]

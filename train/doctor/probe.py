@@ -1,0 +1,45 @@
+"""The devices that JAX finds: a process of its own, since JAX may fail, hang, or end it."""
+
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models.layers.attend import choose_implementation
+from lora_jax.models.layers.attention import AttentionCall
+from lora_jax.models.layers.kernels.flash_call import backend_name, missing_backend
+from lora_jax.models.layers.placement import platform_of
+from train.plan.local import capacity_of
+from train.plan.machines import topology_here
+from train.processes.cache import keep_compiled
+
+LENGTH, HEAD = 2048, 128  # of the rows and heads that the choice of attention is told for
+
+
+def main() -> None:
+    """Prints the facts as a line of JSON, the last of standard output."""
+    facts = find_devices()
+    sys.stdout.write("\n" + json.dumps(facts) + "\n")
+
+
+def find_devices() -> dict[str, Any]:
+    """Returns the devices of JAX's default backend, and what runs on them."""
+    devices = jax.local_devices()
+    first = devices[0]
+    platform = platform_of(first)
+    call = AttentionCall(queries=LENGTH, head_dim=HEAD, dtype=jnp.dtype(jnp.bfloat16))
+    return {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "count": len(devices),
+        "of_all_processes": jax.device_count(),
+        "memory": capacity_of(first),
+        "topology": topology_here(devices),
+        "attention": str(choose_implementation("auto", call, LENGTH, platform)),
+        "flash_compiled_by": backend_name() if platform == "gpu" else None,
+        "flash_missing": missing_backend() if platform == "gpu" else None,
+        "experts": "ragged" if platform == "tpu" else "blocks",
+        "kept": keep_compiled(None),
+    }

@@ -1,0 +1,118 @@
+"""A report: sections of facts, and troubles with their remedies; nothing in it is secret."""
+
+import dataclasses
+import getpass
+import json
+import re
+import shutil
+import socket
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_TOKEN = re.compile(r"\bhf_\w{6,}")
+_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
+_MOST_COLUMNS = 100
+
+
+class Trouble(NamedTuple):
+    """A thing that is wrong.
+
+    Attributes:
+      what: the thing.
+      remedy: what to do about it.
+      fatal: whether something that the user asked for cannot work; else it is a remark.
+    """
+
+    what: str
+    remedy: str
+    fatal: bool = True
+
+
+@dataclasses.dataclass(kw_only=True)
+class DoctorReport:
+    """The sections of a report in their order, each with its facts by name; and the troubles."""
+
+    sections: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    troubles: list[Trouble] = dataclasses.field(default_factory=list)
+
+    def add(self, title: str, facts: dict[str, Any], troubles: list[Trouble]) -> None:
+        """Adds a section; facts that are None are left out."""
+        self.sections[title] = {name: fact for name, fact in facts.items() if fact is not None}
+        self.troubles += troubles
+
+    @property
+    def exit_code(self) -> int:
+        """Returns 1 if something that the user asked for cannot work, else 0."""
+        return int(any(trouble.fatal for trouble in self.troubles))
+
+    def json(self) -> str:
+        """Returns the report as JSON."""
+        troubles = [trouble._asdict() for trouble in self.troubles]
+        return json.dumps(_shared(self.sections | {"troubles": troubles}), indent=2)
+
+    def text(self) -> str:
+        """Returns the report as text, wrapped to the terminal."""
+        columns = min(_MOST_COLUMNS, shutil.get_terminal_size((80, 24)).columns)
+        lines = []
+        for title, facts in _shared(self.sections).items():
+            said = "; ".join(f"{name} {_words(fact)}" for name, fact in facts.items())
+            lines += _wrapped(f"{title:11}", said, columns)
+        for trouble in sorted(self.troubles, key=lambda trouble: not trouble.fatal):
+            head = "error: " if trouble.fatal else "remark: "
+            lines += _wrapped(head, _shared(f"{trouble.what}: {trouble.remedy}"), columns)
+        if not self.troubles:
+            lines.append("nothing is wrong")
+        return "\n".join(lines)
+
+
+def _wrapped(head: str, text: str, columns: int) -> list[str]:
+    indent = " " * (11 if head.endswith(" ") and len(head) >= 11 else 2)
+    return textwrap.wrap(
+        head + text,
+        columns,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _words(fact: Any) -> str:
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    if isinstance(fact, dict):
+        return ", ".join(f"{name} {_words(inner)}" for name, inner in fact.items())
+    if isinstance(fact, list | tuple):
+        return ", ".join(map(_words, fact)) or "none"
+    return str(fact)
+
+
+def _shared(value: Any) -> Any:
+    """Returns a value for others to read: without tokens, passwords, and names of user and host."""
+    if isinstance(value, dict):
+        return {name: _shared(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shared(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    value = _CREDENTIALS.sub("", _TOKEN.sub("hf_...", value))
+    value = value.replace(str(Path.home()), "~")
+    if user := user_name():  # in the name of a folder: as a word it may be any
+        value = re.sub(rf"(?<=/){re.escape(user)}(?![\w.-])", "$USER", value)
+    if re.search(r"[^a-z]", host := socket.gethostname()):  # else it may be a word, too
+        value = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w.-])", "$HOSTNAME", value)
+    return value
+
+
+def user_name() -> str:
+    """Returns the name of the user, or "" where the system knows none."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return ""
+
+
+def set_variables(names: Sequence[str], variables: Mapping[str, str]) -> list[str] | None:
+    """Returns the environment variables that are set, of those named; None for none."""
+    return [f"{name}={variables[name]}" for name in names if name in variables] or None

@@ -1,0 +1,95 @@
+"""Memory of the host, disks, and the caches of compiled programs and of the hub."""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train.doctor.report import Trouble
+
+_GIB = 2**30
+_LITTLE = 5 * _GIB  # of room on a disk: less than a small model's files
+_SECONDS = 2.0  # to add up the sizes of a folder's files
+
+
+def describe_memory(device: int | None) -> dict[str, Any]:
+    """Returns the memory of a device, if it tells, and of the host."""
+    host = {name: gib_text(size) for name, size in host_memory().items()}
+    return {"a device": device and gib_text(device), "host": host or None}
+
+
+def host_memory(file: Path = Path("/proc/meminfo")) -> dict[str, int]:
+    """Returns the bytes of the host's memory, and those that are free for programs."""
+    try:
+        lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
+        names = {"in all": "MemTotal", "free": "MemAvailable"}
+        return {word: 1024 * int(lines[name].split()[0]) for word, name in names.items()}
+    except (OSError, KeyError, ValueError):
+        return {}
+
+
+def examine_disks(folders: Mapping[str, Path]) -> tuple[dict[str, Any], list[Trouble]]:
+    """Returns the room in folders, and what is wrong with it.
+
+    Args:
+      folders: the folders by what is written there; those that do not exist would be made.
+    """
+    facts, troubles = {}, []
+    for name, folder in folders.items():
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        facts[name] = f"{folder} ({gib_text(free)} free)"
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            remedy = "give this user the right to it, or name another folder"
+            remedy += "" if name == "output" else " (XDG_CACHE_HOME, HF_HOME)"
+            troubles.append(Trouble(f"{there} cannot be written", remedy, name == "output"))
+        elif free < _LITTLE:
+            what = f"{there} has room for {gib_text(free)} more"
+            troubles.append(Trouble(what, "make room, or name another folder", fatal=False))
+    return facts, troubles
+
+
+def describe_caches(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Returns the folders of caches with their sizes."""
+    return {name: f"{folder} ({size_of(folder)})" for name, folder in folders.items()}
+
+
+def size_of(folder: Path, seconds: float = _SECONDS) -> str:
+    """Returns the size of a folder's files in words, as far as they are added up in some time."""
+    if not folder.is_dir():
+        return "empty"
+    until, total = time.monotonic() + seconds, 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                status = os.lstat(os.path.join(parent, name))
+            except OSError:  # deleted meanwhile
+                continue
+            total += status.st_size
+        if time.monotonic() > until:
+            return f"at least {gib_text(total)}"
+    return gib_text(total)
+
+
+def cache_folders(variables: Mapping[str, str]) -> dict[str, Path]:
+    """Returns the folders of the caches, by what they hold.
+
+    Args:
+      variables: the environment.
+    """
+    caches = Path(variables.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    hub = Path(variables.get("HF_HOME") or caches / "huggingface").expanduser()
+    ours = caches / "lora_jax"
+    return {
+        "compiled programs": Path(variables.get("JAX_COMPILATION_CACHE_DIR") or ours / "jax"),
+        "tokens": ours / "tokens",
+        "models": Path(variables.get("HF_HUB_CACHE") or hub / "hub").expanduser(),
+        "data sets": Path(variables.get("HF_DATASETS_CACHE") or hub / "datasets").expanduser(),
+    }
+
+
+def gib_text(size: int) -> str:
+    """Returns a number of bytes in words."""
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.0f} MiB"
