@@ -23,6 +23,7 @@ from lora_jax.models.families import key_table as key_table
 from lora_jax.models.families import kinds as kinds
 from lora_jax.models.families import partition_specs as partition_specs
 from lora_jax.models.families import read_config as read_config
+from lora_jax.models.gguf import save_gguf as save_gguf
 from lora_jax.models.gpt2.config import GPT2Config as GPT2Config
 from lora_jax.models.gpt2.model import GPT2 as GPT2
 from lora_jax.models.layers.cache import Cache as Cache

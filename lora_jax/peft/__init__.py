@@ -2,14 +2,16 @@
 
 params = lora_jax.peft.load("path/or/hub-name", model, params)   # PEFT's logits
 lora_jax.peft.save("folder", model, params)                      # for PEFT, or a serving engine
+lora_jax.peft.save_gguf("file.gguf", model, params)              # for llama.cpp
 rules = lora_jax.peft.rules("adapter_config.json", model)        # train by PEFT's configuration
 lora_jax.peft.serving_problems("folder")                         # lists an engine's refusals
 """
 
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.gguf import save_gguf
 from lora_jax.peft.load import load
 from lora_jax.peft.rules import rules
 from lora_jax.peft.save import save
 from lora_jax.peft.serving import serving_problems
 
-__all__ = ["PeftError", "load", "rules", "save", "serving_problems"]
+__all__ = ["PeftError", "load", "rules", "save", "save_gguf", "serving_problems"]

@@ -32,7 +32,7 @@ from lora_jax.peft.experts import (
 from lora_jax.peft.modules import rank_and_alpha
 from lora_jax.peft.names import PREFIX
 
-_ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 
 
 class _Factors(NamedTuple):
@@ -70,17 +70,17 @@ def as_served(
     out = {key: tensor for key, tensor in tensors.items() if key not in of_experts}
     factors_by_key: dict[tuple[str, str], _Factors] = {}
     for key in list(out):
-        for end_a, end_b in _ENDS:
+        for end_a, end_b in ENDS:
             if key.endswith(end_a):
                 stem = key.removesuffix(end_a)
                 a, b = out.pop(key), out.pop(stem + end_b)
-                scale = _scale(fields, stem.removeprefix(PREFIX))
+                scale = scale_of(fields, stem.removeprefix(PREFIX))
                 factors_by_key[key, stem + end_b] = _scaled(a[None], b.T[None], scale)
     changes: JsonObject = {}
     if chosen:
         of_names, changes = _experts(fields, tensors, chosen, model)
         factors_by_key |= {
-            (PREFIX + name + _ENDS[0][0], PREFIX + name + _ENDS[0][1]): factors
+            (PREFIX + name + ENDS[0][0], PREFIX + name + ENDS[0][1]): factors
             for name, factors in of_names.items()
         }
     rank = max((factors.a.shape[1] for factors in factors_by_key.values()), default=1)
@@ -99,12 +99,7 @@ def _experts(
     routers: _ByName = {}
     kernels: dict[str, _ByName] = {}  # of each layer's experts, by the name of the kernel
     for expert in chosen:
-        key_a, key_b = keys_of_expert(expert, chosen)
-        a, b = unpack_a(tensors[key_a], expert.n), unpack_b(tensors[key_b], expert.n, expert.half)
-        if expert.half is not None:  # without the ranks that the other half alone uses
-            used = b.any(axis=(0, 2))
-            a, b = a[:, used], b[:, used]
-        factors = _scaled(a, b, _scale(fields, expert.name))
+        factors = _scaled(*expert_factors(expert, chosen, tensors), scale_of(fields, expert.name))
         mlp = f"model.layers.{expert.layer}.{config.family.mlp_name}"
         if expert.parameter == ROUTER:
             routers[f"{mlp}.{config.family.router_name}"] = factors
@@ -136,6 +131,24 @@ def _experts(
     return factors_by_key, {"target_modules": sorted(names), "target_parameters": None}
 
 
+def expert_factors(
+    expert: Expert, chosen: Sequence[Expert], tensors: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A [experts, r, in] and B [experts, r, out] of a kernel of a layer's experts.
+
+    Args:
+      expert: the kernel.
+      chosen: all that the adapter adapts.
+      tensors: PEFT's, by key.
+    """
+    key_a, key_b = keys_of_expert(expert, chosen)
+    a, b = unpack_a(tensors[key_a], expert.n), unpack_b(tensors[key_b], expert.n, expert.half)
+    if expert.half is None:
+        return a, b
+    used = b.any(axis=(0, 2))  # without the ranks that the other half alone uses
+    return a[:, used], b[:, used]
+
+
 def _shortened(names: Iterable[str], each: int, end: Callable[[str], str]) -> list[str]:
     """Returns the ends of names, if these name `each` modules; else the names."""
     names = list(names)
@@ -147,7 +160,8 @@ def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _scale(fields: Fields, name: str) -> float:
+def scale_of(fields: Fields, name: str) -> float:
+    """Returns the factor of a module's update, by the fields of adapter_config.json."""
     rank, alpha = rank_and_alpha(fields, name)
     return alpha / (rank**0.5 if fields["use_rslora"] else rank)
 

@@ -1,7 +1,7 @@
 """Ship a trained adapter: `python -m train.export --adapter runs/sql/adapter --output out`.
 
-Writes a PEFT adapter for transformers and serving engines or, with --merged, a whole model. Takes
-adapters of this library and adapters that PEFT wrote.
+Writes a PEFT adapter for transformers and serving engines or, with --merged, a whole model; with
+--gguf, either for llama.cpp, Ollama and LM Studio. Takes adapters of this library and of PEFT.
 """
 
 import dataclasses
@@ -25,12 +25,13 @@ from lora_jax.peft.save import contents
 from lora_jax.peft.served import as_served
 from lora_jax.peft.serving import problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
-from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors, reported
 from train.console.output import tell
 from train.export.base import dtype_of_files, keep_codes, tokenizer_of
 from train.export.card import Export, card
+from train.export.gguf import check_gguf, write_gguf_adapter, write_gguf_model
 from train.export.hub import README, Repository, find_repository, push
+from train.export.job import ExportJob
 from train.export.marked import is_generated
 from train.export.options import ExportOptions, check, parse
 from train.export.terms import (
@@ -46,33 +47,6 @@ from train.run.pretrained import read_model, read_untokenized
 from train.run.report import megabytes
 
 PROBLEMS = 1  # the exit code when --check-serving finds some
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportJob:
-    """The subject of an export: options, adapter, base, and the hub's repository."""
-
-    options: ExportOptions
-    console: Console
-    adapter: AdapterSource
-    base: str
-    hub: Repository | None
-
-    @property
-    def output(self) -> Path:
-        """The folder to write."""
-        assert self.options.output is not None
-        return Path(self.options.output).expanduser()
-
-    @property
-    def template(self) -> str | None:
-        """The chat template that the adapter was trained with; None for the base's own."""
-        file = self.adapter.chat_template
-        return None if file is None else read_template(str(file), self.adapter.given)
-
-    def say(self, text: str) -> None:
-        """Prints a line as it is."""
-        tell(self.console, text)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -93,14 +67,14 @@ def run(options: ExportOptions) -> None:
         )
 
     # PEFT's folder is checked as it is, unless it is also to be written.
-    is_written = options.output is not None or options.push_to_hub is not None
+    is_written = any((options.output, options.push_to_hub, options.gguf))
     if adapter.from_peft and not is_written:
         with as_user_errors(ValueError):
             report_problems(serving_problems(adapter.folder, max_rank=options.max_rank))
         return
 
     name = options.model or adapter.base()
-    check_apart(options.output, adapter.folder, name)
+    check_apart(options, adapter.folder, name)
     repository = repository_of(options, name)
     if problem := keep_compiled(options.compilation_cache):
         tell(console, problem)
@@ -110,7 +84,9 @@ def run(options: ExportOptions) -> None:
         if repository and options.output is None:
             options = dataclasses.replace(options, output=str(Path(folder) / "export"))
         work = ExportJob(options, console, adapter, name, repository)
-        if options.merged:
+        if options.gguf is not None:
+            (write_gguf_model if options.merged else write_gguf_adapter)(work, model, params)
+        elif options.merged:
             write_merged(work, model, params, shard)
         else:
             write_adapter(work, model, params)
@@ -230,15 +206,14 @@ def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
     tell(work.console, f'load it with: PeftModel.from_pretrained({loaded}, "{work.output}")')
 
 
-def check_apart(output: str | None, adapter: Path, base: str) -> None:
-    """Raises a UserError if replacing the output folder would delete an input."""
-    for path in (adapter, Path(base).expanduser()):
-        if output is None or not path.exists():
-            continue
-        if path.resolve().is_relative_to(Path(output).expanduser().resolve()):
-            raise UserError(
-                f"--output {output} holds {path}, which is an input: name another folder"
-            )
+def check_apart(options: ExportOptions, adapter: Path, base: str) -> None:
+    """Raises a UserError if replacing the output would delete an input."""
+    for option, output in (("--output", options.output), ("--gguf", options.gguf)):
+        for path in (adapter, Path(base).expanduser()):
+            if output is None or not path.exists():
+                continue
+            if path.resolve().is_relative_to(Path(output).expanduser().resolve()):
+                raise UserError(f"{option} {output} is or holds {path}, an input: name another one")
 
 
 def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Model, Tree]:
@@ -250,6 +225,8 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     outline = read_untokenized(name, **(head if num_labels else {})).scaled(adapter.rope_scaling)
     if options.quantize and not outline.has_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
+    if options.gguf is not None:
+        check_gguf(outline.config)
     outline = outline.quantized(adapter.quantize)
     adapter.check(outline, allow_base_mismatch=mismatch)
     model, params = read_model(name, dtype="float32", **outline.head)

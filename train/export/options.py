@@ -16,15 +16,25 @@ from train.options.tokenizer import TokenizerOption
 from train.reporters.files import read_json
 
 MODEL_CONFIG = "config.json"
+# Options that say nothing of a GGUF file, and what to do instead.
+_NOT_WITH_GGUF = {
+    "output": "it is the file to write, and there is no folder: run the command twice for both",
+    "push_to_hub": "upload the file with `hf upload NAME FILE`",
+    "dtype": "--gguf-type is the type of its matrices",
+    "max_shard_size": "it is one file, which llama.cpp's llama-gguf-split cuts into parts",
+    "base_name": "a GGUF adapter names no base",
+    "for_serving": "that is vLLM's layout",
+    "check_serving": "what llama.cpp cannot run is refused anyway",
+}
 _UNITS = {"MB": 10**6, "GB": 10**9}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions(TokenizerOption):
-    """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
+    """Write an adapter in PEFT's format, as GGUF or merged; check whether it can be served."""
 
     HELP = HelpPage(
-        "adapter output model merged dtype for_serving check_serving push_to_hub private overwrite",
+        "adapter output model merged dtype gguf for_serving check_serving push_to_hub overwrite",
         "--adapter runs/mine --output served --for-serving",
     )
 
@@ -46,6 +56,14 @@ class ExportOptions(TokenizerOption):
     quantize: Literal["none"] | None = None
     """With --merged, none writes arrays in the place of all codes of the base's files. By default
     the kernels that the adapter leaves alone stay in them, where readers allow it."""
+    gguf: str | None = None
+    """The GGUF file to write in the place of a folder, for llama.cpp, Ollama and LM Studio: the
+    adapter or, with --merged, the whole model with its tokenizer. A Modelfile for Ollama is written
+    beside it."""
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
+    """The type of the matrices in the GGUF file. By default f32 for an adapter, which has no codes,
+    and for a model the dtype of the base's files, or f16. For K-quants such as Q4_K_M, run
+    llama.cpp's llama-quantize on an f16 file."""
     max_shard_size: str = "5GB"
     """The maximum size of one file of a merged model, in MB or GB."""
     for_serving: bool = False
@@ -86,10 +104,12 @@ def check(options: ExportOptions) -> int:
     Raises:
       UserError: an option makes no sense, or the output folder is taken.
     """
-    if options.merged and options.output is None and options.push_to_hub is None:
-        raise UserError("--merged writes a model: name its folder with --output")
-    if options.output is None and not options.check_serving and options.push_to_hub is None:
-        raise UserError("nothing to do: give --output, --push-to-hub or --check-serving")
+    check_gguf_options(options)
+    is_written = any((options.output, options.push_to_hub, options.gguf))
+    if options.merged and not is_written:
+        raise UserError("--merged writes a model: name its folder with --output, or a --gguf file")
+    if not is_written and not options.check_serving:
+        raise UserError("nothing to do: give --output, --gguf, --push-to-hub or --check-serving")
     if options.private and options.push_to_hub is None:
         raise UserError("--private is about a repository on the hub: name it with --push-to-hub")
     for name in ("check_serving", "for_serving"):
@@ -123,6 +143,43 @@ def check(options: ExportOptions) -> int:
     if options.output is not None:
         check_output(options, Path(options.output).expanduser())
     return shard
+
+
+def check_gguf_options(options: ExportOptions) -> None:
+    """Raises a UserError for options that do not go with a GGUF file, or a file that is taken."""
+    if options.gguf is None:
+        if options.gguf_type is not None:
+            raise UserError("--gguf-type is about a GGUF file: name it with --gguf")
+        return
+    defaults = ExportOptions(adapter="")
+    for name, remedy in _NOT_WITH_GGUF.items():
+        if getattr(options, name) != getattr(defaults, name):
+            raise UserError(f"--{name.replace('_', '-')} does not go with --gguf: {remedy}")
+    if options.gguf_type in ("q8_0", "q4_0") and not options.merged:
+        raise UserError(
+            f"--gguf-type {options.gguf_type} needs --merged: an adapter's matrices have the "
+            "rank's few columns, which fill no block of 32; f32, f16 and bf16 are for adapters"
+        )
+    file = Path(options.gguf).expanduser()
+    if file.suffix != ".gguf":
+        raise UserError(
+            f"--gguf {options.gguf}: end the file's name in .gguf, by which it is known"
+        )
+    for path, begin in ((file, b"GGUF"), (modelfile_of(file), b"FROM ")):
+        if not path.exists():
+            continue
+        if not options.overwrite:
+            raise UserError(f"{path} exists: name another --gguf file, or replace it (--overwrite)")
+        if not path.is_file() or begin not in path.open("rb").read(4096):
+            raise UserError(
+                f"{path} is something other than an earlier export, and --overwrite would delete "
+                "it: name another --gguf file"
+            )
+
+
+def modelfile_of(file: Path) -> Path:
+    """Returns the path of Ollama's Modelfile that goes with a GGUF file."""
+    return file.with_suffix(".Modelfile")
 
 
 def check_output(options: ExportOptions, output: Path) -> None:

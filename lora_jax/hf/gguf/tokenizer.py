@@ -13,18 +13,24 @@ from lora_jax.hf.fields import ConfigError
 
 CoreTokenizer: TypeAlias = Any  # a `tokenizers.Tokenizer`
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # llama.cpp's llama_token_type
-_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"  # values of tokenizer.ggml.model
-_SPACE = "\u2581"  # SentencePiece's sign for a space
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # llama.cpp's llama_token_type
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # values of tokenizer.ggml.model
+SPACE = "\u2581"  # SentencePiece's sign for a space
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_SHORT}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_SHORT}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -49,12 +55,14 @@ _LLAMA3 = Splits(patterns=(rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole=True, be
 _QWEN2 = Splits(patterns=(rf"{_WORDS}|\p{{N}}|{_REST}",), nfc=True)
 # By tokenizer.ggml.pre.
 SPLITS = {
-    "smollm": Splits(patterns=(r"\p{N}", _GPT2)),
-    "gpt-2": Splits(patterns=(_GPT2,)),
+    "smollm": Splits(patterns=(r"\p{N}", GPT2)),
+    "gpt-2": Splits(patterns=(GPT2,)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": dataclasses.replace(_QWEN2, nfc=False),
     "tekken": Splits(patterns=(_TEKKEN,), whole=True, begins=True),
+    "gpt-4o": Splits(patterns=(_O200K,)),
+    "dbrx": dataclasses.replace(_LLAMA3, whole=False, begins=False),
 }
 
 
@@ -68,11 +76,11 @@ def build(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
       ConfigError: it is of an unknown kind, or its lists do not fit each other.
     """
     kind, pre = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    splits = SPLITS.get(str(pre)) if kind == _BYTE_LEVEL else None
-    if splits is None and kind != _SENTENCEPIECE:
+    splits = SPLITS.get(str(pre)) if kind == BYTE_LEVEL else None
+    if splits is None and kind != SENTENCEPIECE:
         raise ConfigError(
-            f"the tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported: {_BYTE_LEVEL!r} "
-            f"with {', '.join(SPLITS)} are, and {_SENTENCEPIECE!r} is. Load the tokenizer from a "
+            f"the tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported: {BYTE_LEVEL!r} "
+            f"with {', '.join(SPLITS)} are, and {SENTENCEPIECE!r} is. Load the tokenizer from a "
             "folder with tokenizer.json (--tokenizer of a script)"
         )
     try:
@@ -90,9 +98,9 @@ def _build(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     # The rows that only make a table of a round size stand for no text.
     vocab = {
-        token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t != _UNUSED
+        token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t != UNUSED
     }
-    ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in _ROLES.items()}
+    ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in ROLES.items()}
     special = {role: tokens[i] for role, i in ids.items() if i is not None}
     if splits is None:
         core = _sentencepiece(metadata, vocab, special.setdefault("unk", "<unk>"))
@@ -107,9 +115,9 @@ def _build(metadata: Fields, splits: Splits | None) -> tuple[CoreTokenizer, dict
     if ends:
         core.post_processor = _frame_texts(vocab, ends.get("bos"), ends.get("eos"))
     for token, token_type in zip(tokens, types, strict=True):
-        if token_type == _CONTROL or token in special.values() and splits is None:
+        if token_type == CONTROL or token in special.values() and splits is None:
             core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif token_type == _USER_DEFINED:
+        elif token_type == USER_DEFINED:
             core.add_tokens([AddedToken(token, normalized=False)])
     return core, {f"{role}_token": token for role, token in special.items()}
 
@@ -149,8 +157,8 @@ def _sentencepiece(metadata: Fields, vocab: dict[str, int], unknown: str) -> Cor
     core = Tokenizer(model)
     begins = metadata.get("tokenizer.ggml.add_space_prefix", True)
     scheme = "first" if begins else "never"
-    core.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
-    steps: list[object] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    steps: list[object] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     core.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if begins else [])])
     return core
 

@@ -31,7 +31,7 @@ _BLOCK = {
 }
 
 _ENDS = ("eos", "eot", "eom")  # the tokens that end a text, a turn or a message; llama.cpp's stops
-_ROPE_FACTORS = "rope_freqs.weight"  # what each of RoPE's frequencies is divided by
+ROPE_FACTORS = "rope_freqs.weight"  # what each of RoPE's frequencies is divided by
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -42,10 +42,10 @@ _TOP = {
 
 def gguf_layout(family: DecoderFamily) -> GGUFLayout | None:
     """Returns the layout of a family's GGUF files; None if these are not read."""
-    if family.gguf is None:
+    if family.gguf is None or not family.reads_gguf:
         return None
     read = functools.partial(_read, family)
-    return GGUFLayout(family.gguf, _hf_name, read, _reorder, facts=(_ROPE_FACTORS,))
+    return GGUFLayout(family.gguf, _hf_name, read, _reorder, facts=(ROPE_FACTORS,))
 
 
 def _hf_name(name: str) -> str:
@@ -56,11 +56,29 @@ def _hf_name(name: str) -> str:
 
 
 def _reorder(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
+    return _turn(rows, name, config, (-1, 2))
+
+
+def pair_rows(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
+    """Returns the rows of one of Hugging Face's tensors, or of its B, in the order of GGUF files.
+
+    Args:
+      rows: [out, ...].
+      name: Hugging Face's name of the tensor.
+      config: the model's.
+    """
+    return _turn(rows, name, config, (2, -1))
+
+
+def _turn(
+    rows: np.ndarray, name: str, config: DecoderConfig, halves: tuple[int, int]
+) -> np.ndarray:
+    """Swaps the two axes into which the rows of each head of q and k are split."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     module = name.split(".")[-2]
     if not config.family.gguf_pairs_rows or module not in heads:
         return rows
-    pairs = rows.reshape(heads[module], -1, 2, *rows.shape[1:])
+    pairs = rows.reshape(heads[module], *halves, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -95,8 +113,8 @@ def _read(
     head_dim = get("attention.key_length", width // heads)
     _check_sizes(arch, get, head_dim)
     scaling = _read_scaling(get)
-    if scaling is not None and _ROPE_FACTORS in facts:
-        raise ConfigError(f"RoPE is scaled twice, by {arch}.rope.scaling and by {_ROPE_FACTORS}")
+    if scaling is not None and ROPE_FACTORS in facts:
+        raise ConfigError(f"RoPE is scaled twice, by {arch}.rope.scaling and by {ROPE_FACTORS}")
     if "model.embed_tokens.weight" not in shapes:
         raise WeightsError("there is no token_embd.weight")
     ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
@@ -122,9 +140,9 @@ def _read(
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
     )
-    if _ROPE_FACTORS not in facts:
+    if ROPE_FACTORS not in facts:
         return config
-    return dataclasses.replace(config, rope_scaling=_scaling_of(facts[_ROPE_FACTORS], config))
+    return dataclasses.replace(config, rope_scaling=_scaling_of(facts[ROPE_FACTORS], config))
 
 
 def _check_sizes(arch: str | None, get: Get, head_dim: int) -> None:
@@ -158,7 +176,7 @@ def _scaling_of(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | Non
     plain = np.asarray(frequencies(config, 0))
     if factors.shape != plain.shape:
         raise ConfigError(
-            f"{_ROPE_FACTORS} has {factors.size} factors, and RoPE has {plain.size} frequencies"
+            f"{ROPE_FACTORS} has {factors.size} factors, and RoPE has {plain.size} frequencies"
         )
     if np.all(factors == 1):
         return None

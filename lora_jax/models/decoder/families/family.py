@@ -44,7 +44,8 @@ class DecoderFamily:
       with_images: the model_type of models with images whose text_config is of this family; their
         files are read without what is for images.
       left_out: matches tensors in its files that are no part of the decoder.
-      gguf: its architecture in GGUF files; None if such files are not read.
+      gguf: its architecture in GGUF files; None if such files are neither read nor written.
+      reads_gguf: True if such files are read, too.
       gguf_pairs_rows: True if GGUF's q and k rotate neighbouring rows, (0, 1), where Hugging Face's
         rotate row i with i + head_dim/2.
       default_targets: PEFT's default target_modules; None if it has none.
@@ -70,5 +71,6 @@ class DecoderFamily:
     with_images: str | None = None
     left_out: re.Pattern[str] | None = None
     gguf: str | None = None
+    reads_gguf: bool = False
     gguf_pairs_rows: bool = False
     default_targets: tuple[str, ...] | None = ("q_proj", "v_proj")

@@ -51,4 +51,5 @@ GEMMA3 = DecoderFamily(
     traits={**_TRAITS, "qk_norm": True},
     windows_rotate_apart=True,
     windowed=lambda get, n: _all_but_each_last(get("sliding_window_pattern", 6), n),
+    gguf="gemma3",
 )

@@ -53,5 +53,6 @@ GPT_OSS = DecoderFamily(
     writes={"num_local_experts": "num_experts"},
     router_name="router",
     expert_names=("gate_up_proj", "down_proj"),
+    gguf="gpt-oss",
     default_targets=None,
 )

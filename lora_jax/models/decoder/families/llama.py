@@ -7,5 +7,6 @@ LLAMA = DecoderFamily(
     architecture="LlamaForCausalLM",
     reads=frozenset({"attention_bias", "mlp_bias"}),
     gguf="llama",
+    reads_gguf=True,
     gguf_pairs_rows=True,
 )

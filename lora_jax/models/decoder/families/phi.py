@@ -17,5 +17,6 @@ PHI3 = DecoderFamily(
     traits={"fused_projections": True},
     rope_kinds=("longrope",),
     rope_aliases={"su": "longrope", "yarn": "longrope"},
+    gguf="phi3",
     default_targets=None,
 )

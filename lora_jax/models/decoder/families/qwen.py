@@ -22,6 +22,7 @@ QWEN2 = DecoderFamily(
     traits={"qkv_bias": True},
     windowed=_upper_layers,
     gguf="qwen2",
+    reads_gguf=True,
 )
 
 QWEN3 = DecoderFamily(
@@ -32,6 +33,7 @@ QWEN3 = DecoderFamily(
     traits={"qk_norm": True},
     windowed=_upper_layers,
     gguf="qwen3",
+    reads_gguf=True,
 )
 
 _ALL_SPARSE = "layers are scanned, so that all of them have experts or none"
@@ -67,6 +69,7 @@ QWEN3_MOE = DecoderFamily(
     refuses={"use_qk_norm": True, "shared_expert_intermediate_size": 0},
     traits={"qk_norm": True},
     experts=_experts,
+    gguf="qwen3moe",
     default_targets=None,
 )
 

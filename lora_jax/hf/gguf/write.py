@@ -1,0 +1,159 @@
+"""Writes GGUF files, a tensor at a time; a file appears whole or not at all."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.folders import partial_of
+from lora_jax.hf.keys import WeightsError, convert
+
+# The types that are written, and the numbers by which `general.file_type` has them.
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
+FLOATS = ("f32", "f16", "bf16")
+_ADVICE = "llama.cpp's llama-quantize makes the others, such as Q4_K_M, of an f32 or f16 file"
+
+
+class Entry(NamedTuple):
+    """A tensor to write.
+
+    Attributes:
+      name: in the file.
+      shape: rows first, as NumPy has it.
+      kind: the name of its GGUF type, such as "F16".
+      read: makes its values, fp32, or the bytes of its codes.
+      is_raw: True if `read` makes the bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[], np.ndarray]
+    is_raw: bool = False
+
+
+def write_gguf(
+    path: Path,
+    fields: Mapping[str, Any],
+    entries: Sequence[Entry],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a file; beside what the entries read from, the host holds one tensor, and its codes.
+
+    Args:
+      path: the file; the folder is made.
+      fields: the metadata; `general.architecture` is among them.
+      entries: the tensors, in the order of the file.
+      progress: called with the bytes that are written, and with those of all tensors.
+
+    Raises:
+      ImportError: if the gguf package is not installed.
+      WeightsError: for values that a type cannot hold; names the tensor.
+    """
+    gguf = import_gguf()
+    partial = partial_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(gguf, partial, fields, entries, progress)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def import_gguf() -> ModuleType:
+    """Returns the module gguf; an ImportError says how to install it."""
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("writing a GGUF file needs the package gguf: pip install gguf") from None
+    return gguf
+
+
+def check_type(asked: str, allowed: Sequence[str] = tuple(FILE_TYPES)) -> None:
+    """Raises a ValueError for a type that is not written; lists those that are."""
+    if asked not in allowed:
+        raise ValueError(
+            f"the GGUF type {asked!r} is not written, {', '.join(allowed)} are: {_ADVICE}"
+        )
+
+
+def fitting_type(kind: str, shape: Sequence[int]) -> str:
+    """Returns the type, or F16 where a row is no whole number of the type's blocks."""
+    gguf = import_gguf()
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return "F16" if shape[-1] % block else kind
+
+
+def _write(
+    gguf: ModuleType,
+    path: Path,
+    fields: Mapping[str, Any],
+    entries: Sequence[Entry],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    writer = gguf.GGUFWriter(None, fields["general.architecture"])
+    try:
+        for name, value in fields.items():
+            if name != "general.architecture":
+                _add(gguf, writer, name, value)
+        sizes = [_n_bytes(gguf, entry) for entry in entries]
+        for entry, size in zip(entries, sizes, strict=True):
+            kind = gguf.GGMLQuantizationType[entry.kind]
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, kind)
+        writer.write_header_to_file(path=path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        written = 0
+        for entry, size in zip(entries, sizes, strict=True):
+            writer.write_tensor_data(_encoded(gguf, entry))
+            written += size
+            if progress is not None:
+                progress(written, sum(sizes))
+    finally:
+        if writer.fout is not None:
+            writer.close()
+
+
+def _add(gguf: ModuleType, writer: Any, name: str, value: Any) -> None:
+    """Adds a pair of the metadata: ints are uint32, floats fp32; lists are arrays of their kind."""
+    kinds = gguf.GGUFValueType
+    if isinstance(value, list):
+        inner = _kind_of(kinds, value[0]) if value else kinds.STRING
+        # llama.cpp's converters write the types of tokens so.
+        inner = kinds.INT32 if inner == kinds.UINT32 else inner
+        writer.add_key_value(name, value, kinds.ARRAY, sub_type=inner)
+    else:
+        writer.add_key_value(name, value, _kind_of(kinds, value))
+
+
+def _kind_of(kinds: Any, value: Any) -> Any:
+    if isinstance(value, bool):
+        return kinds.BOOL
+    if isinstance(value, int):
+        return kinds.UINT32
+    return kinds.FLOAT32 if isinstance(value, float) else kinds.STRING
+
+
+def _n_bytes(gguf: ModuleType, entry: Entry) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.kind]]
+    return int(math.prod(entry.shape) // block * size)
+
+
+def _encoded(gguf: ModuleType, entry: Entry) -> np.ndarray:
+    """Returns the bytes of a tensor as the file has them."""
+    array = entry.read()
+    if entry.is_raw:
+        return np.ascontiguousarray(array)
+    if array.shape != entry.shape:
+        raise WeightsError(f"{entry.name} is {list(array.shape)}, expected {list(entry.shape)}")
+    if entry.kind == "F16":
+        half = np.empty(array.shape, np.float16)
+        convert(array, half, entry.name)
+        return half
+    array = np.ascontiguousarray(array, np.float32)
+    codes: np.ndarray = gguf.quants.quantize(array, gguf.GGMLQuantizationType[entry.kind])
+    return codes

@@ -1,0 +1,295 @@
+"""A decoder as llama.cpp runs it: what it has no form for, the metadata, and the tensors."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.core.types import Leaf
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.gguf.write import import_gguf
+from lora_jax.hf.keys import Row, hf_member
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.families.registry import FAMILIES
+from lora_jax.models.decoder.gguf import ROPE_FACTORS, pair_rows
+from lora_jax.models.decoder.keys import decoder_table, has_fused_experts
+from lora_jax.models.decoder.rope import frequencies
+
+Shape = tuple[int, ...]
+_SILU, _TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
+# What llama.cpp computes, by architecture, where a configuration may ask for something else.
+_PATTERNS = {"gemma3": 6, "gpt-oss": 2}  # each last layer of so many has no window
+_WITH_O_BIAS = ("llama", "gpt-oss")
+_WITH_HEADS_OF_ANY_SIZE = ("llama", "qwen3", "qwen3moe", "gemma3", "gpt-oss")
+_ROPE_KINDS = {"llama": ("linear", "llama3", "yarn", "longrope"), "phi3": ("longrope",)}
+
+
+class Piece(NamedTuple):
+    """A tensor of a GGUF file, as a part of a parameter.
+
+    Attributes:
+      name: in the file.
+      shape: rows first.
+      row: the parameter's row in the key table.
+      read: the parameter's leaf -> the tensor, fp32.
+    """
+
+    name: str
+    shape: Shape
+    row: Row
+    read: Callable[[Leaf], np.ndarray]
+
+
+def check_form(config: Any) -> list[str]:
+    """Checks that llama.cpp runs such a model.
+
+    Args:
+      config: a configuration of any family.
+
+    Returns:
+      Where it runs the model in another way; mostly nothing.
+
+    Raises:
+      ConfigError: it does not; says why, and what to do.
+    """
+    if not isinstance(config, DecoderConfig) or config.family.gguf is None:
+        names = ", ".join(family.model_type for family in FAMILIES.values() if family.gguf)
+        raise ConfigError(
+            f"GGUF files are written of {names}, and this model is a {config.model_type}: write "
+            "safetensors (--output), and see whether llama.cpp's convert_hf_to_gguf.py knows it"
+        )
+    if problems := list(_problems(config)):
+        raise ConfigError(
+            f"llama.cpp runs no {config.model_type} with {'; '.join(problems)}: serve it by vLLM "
+            "or transformers instead (--output)"
+        )
+    return list(_differences(config))
+
+
+def _problems(config: DecoderConfig) -> Iterator[str]:
+    arch = config.family.gguf
+    fits = config.num_attention_heads * config.head_dim == config.hidden_size
+    if config.hidden_act not in (_TANH if arch == "gemma3" else _SILU):
+        yield f"the activation {config.hidden_act}"
+    if config.o_bias and arch not in _WITH_O_BIAS:
+        yield "a bias on o_proj"
+    if arch == "gpt-oss" and not (config.qkv_bias and config.o_bias):
+        yield "no biases in attention"
+    if config.mlp_bias and arch != "llama":
+        yield "biases in the MLP"
+    if not fits and arch not in _WITH_HEADS_OF_ANY_SIZE:
+        yield f"head_dim {config.head_dim}, which is not hidden_size / num_attention_heads"
+    if arch == "qwen3moe" and not config.norm_topk_prob:
+        yield "norm_topk_prob false: it always makes the weights of a token's experts add up to 1"
+    if config.windowed_layers and arch in ("qwen2", "qwen3", "qwen3moe"):
+        yield f"a sliding window (of {config.sliding_window} tokens)"
+    if arch == "gpt-oss" and (config.swiglu_limit, config.swiglu_alpha) != (7.0, 1.702):
+        yield f"swiglu_limit {config.swiglu_limit} and swiglu_alpha {config.swiglu_alpha}"
+    if arch == "gpt-oss" and not config.windowed_layers:
+        yield "no sliding window"
+    if arch == "gpt-oss" and config.tie_word_embeddings:
+        yield "a head tied to the embedding"
+    if arch == "gemma3" and not math.isclose(config.score_scale, _gemma_scale(config)):
+        yield f"query_pre_attn_scalar {config.query_pre_attn_scalar}"
+    if config.partial_rotary_factor != 1 and arch != "phi3":
+        yield f"partial_rotary_factor {config.partial_rotary_factor}"
+    scaling = config.rope_scaling
+    if scaling is None:
+        return
+    kinds = _ROPE_KINDS.get(str(arch), ("linear", "yarn"))
+    if scaling.kind not in kinds:
+        yield f"RoPE scaling {scaling.kind!r} ({', '.join(kinds)} it has)"
+    if scaling.kind == "yarn":
+        usual = 0.1 * math.log(scaling.factor) + 1
+        if not math.isclose(scaling.attention_factor, usual, rel_tol=1e-6):
+            yield f"YaRN's attention_factor {scaling.attention_factor}, where {usual:g} is usual"
+
+
+def _gemma_scale(config: DecoderConfig) -> float:
+    """Returns llama.cpp's factor of scores; it knows the model of 27B by its 62 layers."""
+    size = config.hidden_size // config.num_attention_heads
+    return float((size if config.num_hidden_layers == 62 else config.head_dim) ** -0.5)
+
+
+def _differences(config: DecoderConfig) -> Iterator[str]:
+    if config.windowed_layers and config.family.gguf == "phi3":
+        yield (
+            f"llama.cpp ignores this model's window: beyond {config.sliding_window} tokens its "
+            "answers differ"
+        )
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "yarn" and not scaling.truncate:
+        yield (
+            "llama.cpp rounds the bounds of YaRN's blend to whole dimensions, which this model "
+            "does not: the log-probabilities of long texts differ slightly"
+        )
+
+
+def metadata_of(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the metadata of a model's configuration.
+
+    Args:
+      config: one that passes `check_form`.
+    """
+    arch, scaling = config.family.gguf, config.rope_scaling
+    fields: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size or config.moe_intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": config.rotary_dim,
+        "rope.freq_base": float(config.rope_theta),
+    }
+    if config.num_experts:
+        fields |= {
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+        }
+    if arch == "phi3" or config.windowed_layers:
+        fields["attention.sliding_window"] = config.sliding_window or 0
+    if (every := _PATTERNS.get(str(arch))) and config.windowed_layers:
+        windows = [i in config.windowed_layers for i in range(config.num_hidden_layers)]
+        if windows != [(i + 1) % every != 0 for i in range(config.num_hidden_layers)]:
+            fields["attention.sliding_window_pattern"] = windows
+    if config.rope_local_theta is not None:
+        fields["rope.freq_base_swa"] = float(config.rope_local_theta)
+    if config.final_logit_softcapping is not None:
+        fields["final_logit_softcapping"] = float(config.final_logit_softcapping)
+    if arch == "phi3":
+        fields["rope.scaling.original_context_length"] = config.max_position_embeddings
+    if scaling is not None and not _is_by_factors(config):
+        fields |= _scaling_fields(config)
+    return {f"{arch}.{name}": value for name, value in fields.items()}
+
+
+def _is_by_factors(config: DecoderConfig) -> bool:
+    """Returns True if RoPE's frequencies are divided by factors, whatever a text's length."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("llama3", "longrope"):
+        return False
+    one = scaling.short_factor == scaling.long_factor and scaling.attention_factor == 1
+    return scaling.kind == "llama3" or (one and config.family.gguf == "llama")
+
+
+def _scaling_fields(config: DecoderConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    assert scaling is not None
+    fields: dict[str, Any] = {"rope.scaling.type": scaling.kind}
+    if scaling.kind == "linear":
+        return fields | {"rope.scaling.factor": float(scaling.factor)}
+    fields["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings
+    if scaling.kind == "longrope":
+        return fields | {"rope.scaling.attn_factor": float(scaling.attention_factor)}
+    return fields | {
+        "rope.scaling.factor": float(scaling.factor),
+        "rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
+        "rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
+    }
+
+
+def facts_of(config: DecoderConfig) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file that are no parameters: the factors of RoPE, fp32."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("llama3", "longrope"):
+        return {}
+    if scaling.kind == "longrope" and _is_by_factors(config):
+        return {ROPE_FACTORS: np.asarray(scaling.short_factor, np.float32)}
+    if scaling.kind == "longrope":
+        factors = {"long": scaling.long_factor, "short": scaling.short_factor}
+        return {f"rope_factors_{k}.weight": np.asarray(v, np.float32) for k, v in factors.items()}
+    plain = dataclasses.replace(config, rope_scaling=None)
+    ratio = np.asarray(frequencies(plain, 0)) / np.asarray(frequencies(config, 0))
+    for exact in (1.0, scaling.factor):  # what the formula leaves, and what it divides
+        ratio = np.where(np.isclose(ratio, exact, rtol=1e-6, atol=0), exact, ratio)
+    return {ROPE_FACTORS: ratio.astype(np.float32)}
+
+
+def name_of(config: DecoderConfig) -> Callable[[str], str]:
+    """Returns a function of Hugging Face's name of a tensor that gives GGUF's."""
+    gguf = import_gguf()
+    (arch,) = (k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == config.family.gguf)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+
+    def named(hf: str) -> str:
+        name = names.get_name(hf, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ConfigError(
+                f"gguf {config.family.gguf} has no tensor for {hf}: pip install -U gguf"
+            )
+        return str(name)
+
+    return named
+
+
+def pieces(config: DecoderConfig) -> Iterator[Piece]:
+    """Yields the tensors of a model's file that are its parameters."""
+    named = name_of(config)
+    for row in decoder_table(config):
+        for layer in range(row.stack[0]) if row.stack else [None]:
+            yield from _pieces_of(config, row, layer, named)
+
+
+def _pieces_of(
+    config: DecoderConfig, row: Row, layer: int | None, named: Callable[[str], str]
+) -> Iterator[Piece]:
+    if layer is None:
+        yield Piece(named(row.hf), row.hf_shape, row, lambda leaf: _plain(config, row, leaf, ()))
+    elif len(row.stack) == 2:  # experts, which a GGUF file has in one tensor
+        hf = row.hf.format(layer, "").replace("..", ".")
+        yield Piece(
+            named(hf), (row.stack[1], *row.hf_shape), row, lambda leaf: _stacked(row, leaf, layer)
+        )
+    elif row.kind == "experts" and has_fused_experts(config):
+        yield from _fused(row, layer, named)
+    else:
+        hf = row.hf.format(layer)
+        hf = f"{hf}.weight" if hf.endswith(".sinks") else hf
+        yield Piece(named(hf), row.hf_shape, row, lambda leaf: _plain(config, row, leaf, (layer,)))
+
+
+def _plain(config: DecoderConfig, row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(hf_member(row, leaf, index), np.float32)
+    if row.kind == "norm" and config.norm_adds_one:
+        return array + np.float32(1)
+    return pair_rows(array, row.hf, config)
+
+
+def _stacked(row: Row, leaf: Leaf, layer: int) -> np.ndarray:
+    out = np.empty((row.stack[1], *row.hf_shape), np.float32)
+    for expert in range(len(out)):
+        out[expert] = hf_member(row, leaf, (layer, expert))
+    return out
+
+
+def _fused(row: Row, layer: int, named: Callable[[str], str]) -> Iterator[Piece]:
+    """Yields gate and up, or down, of gpt-oss's experts: [experts, out, in], or their biases."""
+    hf = row.hf.format(layer)
+    is_bias = hf.endswith("_bias")
+    stem, end = hf.removesuffix("_bias"), ".bias" if is_bias else ".weight"
+    experts, *sizes = row.shape
+    for name, cut in fused_parts(stem):
+        n_out = sizes[-1] // (1 if name == stem else 2)
+        shape = (experts, n_out) if is_bias else (experts, n_out, sizes[0])
+
+        def read(leaf: Leaf, cut: slice = cut) -> np.ndarray:
+            part = np.asarray(hf_member(row, leaf, (layer,))[..., cut], np.float32)
+            return part if is_bias else np.ascontiguousarray(part.swapaxes(-1, -2))
+
+        yield Piece(named(name + end), shape, row, read)
+
+
+def fused_parts(stem: str) -> Sequence[tuple[str, slice]]:
+    """Returns the projections that one of gpt-oss's holds, and which of its outputs are theirs."""
+    if not stem.endswith(".gate_up_proj"):
+        return [(stem, slice(None))]
+    base = stem.removesuffix("gate_up_proj")
+    return [(f"{base}gate_proj", slice(0, None, 2)), (f"{base}up_proj", slice(1, None, 2))]

@@ -1,0 +1,133 @@
+"""`train.export --gguf`: the files of the command, and what it refuses before the work."""
+
+import gguf
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from tests.models.tiny_gguf import make, words
+from tests.support import with_random_factors
+from train.export.__main__ import main
+from train.export.modelfile import FORMATS, format_of
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    models.save_pretrained(folder, *make("qwen2"), tokenizer=words())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """The folder of an adapter."""
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    _, params = models.from_pretrained(base)
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2, alpha=3)])
+    lj.save_adapter(folder, with_random_factors(tree), about={"model": str(base)})
+    return folder
+
+
+def export(*args):
+    main([str(arg) for arg in args])
+
+
+def fails(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        export(*args)
+    said = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and said.startswith("error: ") and said.count("\n") == 0
+    return said
+
+
+def test_an_adapter(base, adapter, tmp_path, capsys):
+    file = tmp_path / "new" / "mine.gguf"
+    export("--adapter", adapter, "--gguf", file)
+    said = capsys.readouterr().out
+    assert (
+        f"--lora {file}" in said and f"ollama create mine -f {tmp_path}/new/mine.Modelfile" in said
+    )
+    names = [tensor.name for tensor in gguf.GGUFReader(file).tensors]
+    assert names[:2] == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
+    modelfile = (tmp_path / "new" / "mine.Modelfile").read_text()
+    assert modelfile.splitlines()[:2] == [f"FROM {base}", "ADAPTER ./mine.gguf"]
+    assert modelfile.endswith(
+        'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n'
+        '{{ end }}<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\n'
+    )
+    assert {path.name for path in file.parent.iterdir()} == {"mine.gguf", "mine.Modelfile"}
+    assert "replace it (--overwrite)" in fails(capsys, "--adapter", adapter, "--gguf", file)
+    export("--adapter", adapter, "--gguf", file, "--overwrite", "--gguf-type", "f16")
+
+
+def test_a_whole_model_over_a_gguf_base(base, adapter, tmp_path, capsys):
+    file, again = tmp_path / "one.gguf", tmp_path / "two.gguf"
+    export("--adapter", adapter, "--gguf", file, "--merged", "--gguf-type", "q8_0")
+    export(
+        "--adapter", adapter, "--model", file, "--allow-base-mismatch", "--merged", "--gguf", again
+    )
+    assert "byte for byte" in capsys.readouterr().out
+    one, two = ({t.name: t for t in gguf.GGUFReader(f).tensors} for f in (file, again))
+    for name, tensor in one.items():
+        assert (two[name].data.tobytes() == tensor.data.tobytes()) == ("attn_q.weight" not in name)
+    assert two["blk.0.attn_q.weight"].tensor_type.name == "F16"
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:5000])
+    args = [
+        "--adapter",
+        adapter,
+        "--allow-base-mismatch",
+        "--merged",
+        "--gguf",
+        tmp_path / "x.gguf",
+    ]
+    assert "cut.gguf is damaged or cut short" in fails(capsys, *args, "--model", cut)
+    assert "is or holds" in fails(
+        capsys, "--adapter", adapter, "--model", file, "--gguf", file, "--overwrite"
+    )
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--gguf", "a.gguf", "--output", "b"], "--output does not go with --gguf"),
+        (["--gguf", "a.gguf", "--merged", "--dtype", "float16"], "--gguf-type is the type"),
+        (["--gguf", "a.gguf", "--gguf-type", "q8_0"], "needs --merged"),
+        (["--gguf", "a.bin"], "end the file's name in .gguf"),
+        (["--output", "b", "--gguf-type", "f16"], "name it with --gguf"),
+    ],
+)
+def test_options_that_make_no_sense(args, said, adapter, capsys):
+    assert said in fails(capsys, "--adapter", adapter, *args)
+
+
+def test_what_is_no_export_is_not_replaced(adapter, tmp_path, capsys):
+    (tmp_path / "a.gguf").write_text("mine")
+    args = ["--adapter", adapter, "--gguf", tmp_path / "a.gguf", "--overwrite"]
+    assert "something other than an earlier export" in fails(capsys, *args)
+
+
+LLAMA3 = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content }}<|eot_id|>{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content }}<end_of_turn>\n{% endfor %}{{ '<start_of_turn>model\n' }}"
+)
+OTHER = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, chat",
+    [(None, FORMATS[0]), (LLAMA3, FORMATS[1]), (GEMMA, FORMATS[2]), (OTHER, None)],
+)
+def test_formats_of_chats(template, chat):
+    assert format_of(words(), template) == chat

@@ -1,0 +1,98 @@
+"""Exports run by llama.cpp itself: base and adapter, merged models, types, tokens."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+from tests.hf.vocabularies import TEXTS
+from tests.models.tiny_gguf import FAMILIES, make, words
+from tests.support import with_random_factors
+from tests.train.export.llamacpp import LlamaCpp, distance
+
+pytestmark = pytest.mark.serving
+N_PROMPTS, LENGTH = 10, 32
+RULES = [lj.LoraRule(targets="all-linear", rank=3, alpha=7)]
+
+
+def prompts(n=N_PROMPTS):
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, 370, rng.integers(2, 20)).tolist() for _ in range(n)]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def log_probabilities(model, tree, ids):
+    return jax.nn.log_softmax(lj.adapt(model.apply)({"params": tree}, ids)[0])
+
+
+def answers(server, model, tree, n=N_PROMPTS):
+    """Returns the distances of log-probabilities, in proportion to ours, and the texts as ours."""
+    gaps, equal, n_tokens = [], 0, 0
+    for prompt in prompts(n):
+        ids, tops = server.continue_ids(prompt, LENGTH)
+        padded = np.zeros((1, 64), np.int32)  # one shape for all: causal, so that the rest is moot
+        padded[0, : len(prompt) + len(ids)] = [*prompt, *ids]
+        ours = np.asarray(log_probabilities(model, tree, padded))
+        gap, same = distance(ours, prompt, ids, tops)
+        gaps.append(gap / max(1, np.abs(ours).max()))
+        equal += same
+        n_tokens += len(ids)
+    assert n_tokens > n * LENGTH / 4
+    return np.concatenate(gaps), equal
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_answers_as_the_model_does(family, tmp_path):
+    model, params = make(family)
+    tree = with_random_factors(lj.lorafy(params, RULES))
+    merged = lj.merge(tree)
+    lp.save_gguf(tmp_path / "a.gguf", model, tree)
+    for name, kind, each in (
+        ("base", "f32", params),
+        ("f32", "f32", merged),
+        ("f16", "f16", merged),
+    ):
+        models.save_gguf(tmp_path / f"{name}.gguf", model, each, gguf_type=kind, tokenizer=words())
+    gaps, equal = answers(LlamaCpp(tmp_path / "base.gguf", tmp_path / "a.gguf"), model, tree)
+    assert gaps.max() < 1e-3 and equal == N_PROMPTS
+    n = N_PROMPTS if family == "llama" else 3
+    gaps, equal = answers(LlamaCpp(tmp_path / "f32.gguf"), model, tree, n)
+    assert gaps.max() < 1e-3 and equal == n
+    gaps, _ = answers(LlamaCpp(tmp_path / "f16.gguf"), model, tree, 3)
+    assert gaps.max() < 2e-2
+    gaps, _ = answers(LlamaCpp(tmp_path / "base.gguf"), model, tree, 3)
+    assert gaps.max() > 0.05, "the adapter changes the answers"
+
+
+def test_adapters_of_an_embedding_and_a_head(tmp_path):
+    model, params = make("llama")
+    rules = [lj.LoraRule(targets=["embed_tokens", "lm_head"], rank=3, alpha=7)]
+    tree = with_random_factors(lj.lorafy(params, rules))
+    lp.save_gguf(tmp_path / "a.gguf", model, tree)
+    models.save_gguf(tmp_path / "b.gguf", model, params, gguf_type="f32", tokenizer=words())
+    gaps, equal = answers(LlamaCpp(tmp_path / "b.gguf", tmp_path / "a.gguf"), model, tree, 2)
+    assert gaps.max() < 1e-3 and equal == 2
+
+
+def test_q8_0_by_its_log_probabilities(tmp_path):
+    model, params = make("llama")
+    models.save_gguf(tmp_path / "q.gguf", model, params, gguf_type="q8_0", tokenizer=words())
+    _, decoded = models.from_pretrained(tmp_path / "q.gguf")
+    tree = lj.lorafy(decoded, RULES)
+    gaps, _ = answers(LlamaCpp(tmp_path / "q.gguf"), model, tree, 4)
+    assert gaps.mean() < 0.05 and gaps.max() < 0.5  # in proportion: tiny models are steep
+
+
+def test_texts_tokenise_alike(tmp_path):
+    model, params = make("qwen2")
+    models.save_gguf(tmp_path / "m.gguf", model, params, gguf_type="f32", tokenizer=words())
+    server = LlamaCpp(tmp_path / "m.gguf")
+    rng = np.random.default_rng(7)
+    drawn = ["".join(rng.choice(list("".join(TEXTS)), rng.integers(1, 40))) for _ in range(186)]
+    texts = [text for text in [*TEXTS, *drawn] if "\x00" not in text]
+    wrong = [text for text in texts if server.tokenize(text) != words()(text)["input_ids"]]
+    assert len(texts) > 150 and wrong == []

@@ -1,0 +1,130 @@
+"""Exports for llama.cpp, Ollama and LM Studio: a GGUF file, and a Modelfile."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax.core.types import Model, Tokenizer, Tree
+from lora_jax.hf.hub import resolve
+from lora_jax.models import load_tokenizer, save_gguf
+from lora_jax.models.decoder.gguf_form import check_form
+from lora_jax.quantized import dequantize
+from train.console.errors import as_user_errors
+from train.export.base import dtype_of_files
+from train.export.job import ExportJob
+from train.export.modelfile import format_of, write_modelfile
+from train.export.options import modelfile_of
+from train.export.terms import codes_notice
+from train.run.report import megabytes
+from train.run.tokenizer import read_tokenizer
+
+_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def check_gguf(config: Any) -> None:
+    """Raises a UserError for a model that llama.cpp does not run, before its weights are read."""
+    with as_user_errors(ValueError, ImportError, prefix="--gguf: "):
+        check_form(config)
+
+
+def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:
+    """Writes the adapter alone, as llama.cpp's --lora takes it."""
+    file, options = _file(work), work.options
+    base = resolve(work.base).path
+    with as_user_errors(ValueError, OSError, ImportError, prefix="--gguf: "):
+        kind = options.gguf_type or "f32"
+        notes = lp.save_gguf(file, model, params, gguf_type=kind, overwrite=options.overwrite)
+        chat = format_of(_tokenizer_of(base), work.template)
+        write_modelfile(modelfile_of(file), {"FROM": base, "ADAPTER": Path(file.name)}, chat)
+    _report(work, file, f"{options.adapter} as a GGUF adapter of {work.base}", notes)
+    is_gguf = base.suffix == ".gguf"
+    work.say(f"run it with: llama-server -m {base if is_gguf else 'BASE.gguf'} --lora {file}")
+    if not is_gguf:
+        work.say(
+            f"BASE.gguf is {work.base} as a GGUF file: a published one, or by llama.cpp's "
+            "convert_hf_to_gguf.py"
+        )
+    for remark in _apart(work, model):
+        work.say(remark)
+
+
+def write_gguf_model(work: ExportJob, model: Model, params: Tree) -> None:
+    """Writes the whole model, with the adapter merged into it."""
+    file, options = _file(work), work.options
+    path = resolve(work.base).path
+    given = options.tokenizer or work.adapter.tokenizer
+    own = path if path.suffix == ".gguf" else None
+    with as_user_errors(ValueError, OSError, ImportError, prefix="--merged --gguf: "):
+        if given is not None:
+            tokenizer = read_tokenizer(work.base, given, model.config)
+        else:
+            tokenizer = None if own and not options.quantize else load_tokenizer(work.base)
+        kind = options.gguf_type or ("f16" if own else _TYPES[dtype_of_files(work.base)])
+        with _progress(work, f"writing {file}") as progress:
+            notes = save_gguf(
+                file,
+                model,
+                dequantize(lj.merge(params)),
+                gguf_type=kind,
+                tokenizer=tokenizer,
+                chat_template=work.template,
+                codes_from=None if options.quantize else own,
+                overwrite=options.overwrite,
+                progress=progress,
+            )
+        chat = format_of(tokenizer or _tokenizer_of(path), work.template)
+        write_modelfile(modelfile_of(file), {"FROM": Path(file.name)}, chat)
+    _report(work, file, f"{options.adapter} merged into {work.base}, in {kind}", notes)
+    work.say(f"run it with: llama-server -m {file}")
+
+
+def _apart(work: ExportJob, model: Model) -> Iterator[str]:
+    """Yields remarks on settings of the adapter's run that its file alone lacks."""
+    adapter, merge = work.adapter, "write the whole model with --merged"
+    if work.template is not None:
+        yield (
+            "it was trained with a chat template of its own, which an adapter's file lacks: add "
+            f"--chat-template-file {adapter.chat_template}"
+        )
+    if adapter.tokenizer is not None:
+        yield f"it was trained with the tokenizer {adapter.tokenizer}, not its base's: {merge}"
+    if adapter.rope_scaling is not None:
+        kind = model.config.rope_scaling.kind
+        yield f"it was trained with RoPE scaled by {kind}, which an adapter's file lacks: {merge}"
+    if adapter.codes:
+        yield codes_notice(adapter.codes, work.base)
+
+
+def _file(work: ExportJob) -> Path:
+    assert work.options.gguf is not None
+    return Path(work.options.gguf).expanduser()
+
+
+@contextmanager
+def _progress(work: ExportJob, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar on a terminal; nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    hidden = not work.console.is_terminal
+    with Progress(*columns, console=work.console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _tokenizer_of(path: Path) -> Tokenizer | None:
+    """Returns the tokenizer in a base's folder or file; None if it has none that can be read."""
+    try:
+        return load_tokenizer(path)
+    except (ValueError, OSError):
+        return None
+
+
+def _report(work: ExportJob, file: Path, what: str, notes: Sequence[str]) -> None:
+    work.say(f"{what}: {file} ({megabytes(file.stat().st_size)})")
+    for note in notes:
+        work.say(note)
+    work.say(f"with Ollama: ollama create {file.stem} -f {modelfile_of(file)}")
