@@ -1,10 +1,13 @@
 """Adapted trees for tests: drawn by few programs, with factors that are seen."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
@@ -20,15 +23,30 @@ def _lorafy(rules: tuple[Any, ...]) -> Callable[[Params], Params]:
     return jax.jit(lambda params: lj.lorafy(params, rules))
 
 
+def _kaiming(key: Any, shape: lj.init.FactorShape, dtype: Any) -> lj.init.Factors:
+    """Draws as `lj.init.kaiming` does, but by NumPy: JAX's generator takes long to compile."""
+    bound = 1 / math.sqrt(shape.fan_in)
+    drawn = np.random.default_rng(shape.a).uniform(-bound, bound, shape.a)
+    return jnp.asarray(drawn.astype(dtype)), jnp.asarray(np.zeros(shape.b, dtype))
+
+
+def _by_numpy(rule: Any) -> Any:
+    """Returns a rule with `_kaiming` for the default: unless a variant draws A, or it draws two."""
+    if getattr(rule, "init", None) is not lj.init.kaiming or rule.uses == "each":
+        return rule
+    is_drawn = not any(variant.alone for variant in rule.variants)
+    return dataclasses.replace(rule, init=_kaiming) if is_drawn else rule
+
+
 def lorafied(params: Params, rules: Iterable[Any]) -> Params:
-    """Returns `lj.lorafy(params, rules)`; one program draws all arrays, rather than dozens."""
+    """Returns `lj.lorafy(params, rules)` with a default A of NumPy's, drawn by one program."""
 
     def with_its_base(node: Any, leaf: Any) -> Any:
         if not is_node(node):
             return leaf
         return node if isinstance(node, lj.Trained) else node.replace(base=leaf)
 
-    made = _lorafy(tuple(rules))(params)
+    made = _lorafy(tuple(map(_by_numpy, rules)))(params)
     return jax.tree.map(with_its_base, made, params, is_leaf=is_node)
 
 

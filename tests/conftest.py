@@ -10,7 +10,7 @@ from pathlib import Path
 gc.disable()  # until all is imported: little of it is garbage, and XLA looks at its own each time
 sys.dont_write_bytecode = False
 
-from tests.surroundings import KeptPrograms, end, hide_torch, isolate  # noqa: E402
+from tests.surroundings import KeptPrograms, end, hide_torch, isolate, share_contexts  # noqa: E402
 
 HOME = isolate(os.environ)  # before JAX reads its environment
 
@@ -33,6 +33,7 @@ LONGEST = (
     *("train/run/test_cache.py", "train/test_endings.py", "test_docs.py"),
     *("train/serve/engine/test_engine_torch.py", "train/test_progress.py"),
 )
+share_contexts()
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

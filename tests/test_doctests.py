@@ -34,9 +34,10 @@ NO_EXAMPLE = {  # types and errors, which functions above return, take or raise
 LONG = {
     f"lora_jax.{name}"
     for name in (
-        "bank.bank", "bank.sums.combine", "hf.keys", "init", "models.sampling.generate",
-        "models.sampling.rollouts", "models.sampling.streaming", "optim", "peft.save",
-        "quantized.trees", "saving.checkpoint", "subspace.saving", "subspace.space",
+        "bank.bank", "bank.mixing", "bank.sums.combine", "bank.together.together", "hf.keys",
+        "init", "models.pretrained", "models.sampling.generate", "models.sampling.rollouts",
+        "models.sampling.streaming", "optim", "peft.rules", "peft.save", "quantized.trees",
+        "saving.checkpoint", "subspace.saving", "subspace.space", "training.finetune",
         "training.neftune", "training.scoring", "training.step",
     )
 }  # fmt: skip

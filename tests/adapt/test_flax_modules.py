@@ -98,10 +98,7 @@ LINEN = {  # (module, input, rules, what they adapt)
     LINEN,
     often=[
         "DenseGeneral",
-        "attention with norms",
         "Conv, grouped",
-        "Conv, causal",
-        "ConvTranspose",
         "Embed, attend",
         "RNN of GRUCell",
     ],
@@ -190,7 +187,7 @@ NNX = {  # (make, run, input, rules, what they adapt)
 }
 
 
-@over("name", NNX, often=["LinearGeneral", "Conv, grouped", "Embed, attend", "MultiHeadAttention"])
+@over("name", NNX, often=["Conv, grouped", "MultiHeadAttention"])
 def test_nnx(name):
     make, run, x, rules, expected = NNX[name]
     graphdef, params, rest = nnx.split(make(), nnx.Param, ...)

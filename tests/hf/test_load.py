@@ -23,11 +23,16 @@ from lora_jax.models import (
 )
 from tests.hf.trees import decoder
 from tests.models import tiny
+from tests.support import over
 
+OFTEN = [  # one of each way that a folder can lie
+    *("llama with biases", "smollm2", "qwen3", "gemma3 with every option", "olmo2", "mixtral"),
+    *("gpt-oss", "qwen3.5 moe", "phi3", "short longrope"),
+]
 CASE = "qwen3"  # tied, with norms of its own
 
 
-@pytest.mark.parametrize("case", list(tiny.CASES))
+@over("case", tiny.CASES, often=OFTEN)
 def test_a_folder_is_read_bitwise(case: str, tmp_path: Path) -> None:
     model, params = decoder(case)
     tiny.write_folder(tmp_path, case, params)

@@ -38,6 +38,7 @@ def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     assert all(np.abs(x).max() > 1e-2 for x in want)
 
 
+@pytest.mark.slow
 def test_a_prompt_and_its_completions() -> None:
     want = differentiated(BRANCHED, "dense")
     assert_close(differentiated(BRANCHED, FLASH), want, 1e-6)
@@ -206,7 +207,7 @@ def test_blocks_replace_a_kernel_that_is_gone(gone, deprecating, monkeypatch, ca
     ]
 
 
-@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("windows", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_mapped_call_is_one_call(windows: bool) -> None:
     """Its rows are rows of one batch, unless slots or windows are mapped."""
     case = Case(32, batch=2, kv_heads=1, group=2)

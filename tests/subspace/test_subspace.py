@@ -86,6 +86,7 @@ def test_the_transform_is_hadamards():
         hadamard_transform(jnp.ones(6))
 
 
+@pytest.mark.slow
 def test_permutations_permute():
     for d, size in ((3, 1), (3, 2), (70, 30), (5, 3000)):
         drawn = jax.jit(lambda key, d=d, size=size: draws_for(key, d, size).permutation)
@@ -150,6 +151,7 @@ def test_a_tree_moves_as_by_dense_projections(kind, largest, float64, monkeypatc
             assert_close(change[i], scale * dense(own, n, size) @ theta["theta"], 1e-6)
 
 
+@pytest.mark.slow
 def test_a_tree_moves_as_far_as_theta():
     params = {"wide": np.zeros((40, 50)), "gain": np.zeros(60), "layers": np.zeros((3, 10, 11))}
     params = jax.tree.map(np.float32, params)
@@ -246,6 +248,7 @@ def numbers_in(hlo):
     return {math.prod(int(n) for n in s.split(",")) for s in re.findall(r"\w\[([\d,]+)\]", hlo)}
 
 
+@pytest.mark.slow
 def test_no_array_has_as_many_elements_as_the_dense_projection():
     params, d = {"kernel": draw(1, (53, 19))}, 211
     space = subspace.make(params, dimension=d)

@@ -14,7 +14,7 @@ from lora_jax.training.layout import Layout, make_mesh
 from lora_jax.training.losses import predictions_at_once, token_values
 from lora_jax.training.losses.tokens import cross_entropy
 from tests.models import tiny
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, over, with_random_factors
 from tests.training.test_losses import bag, batch, lora, total
 from train.plan.hlo.work import work_of
 from train.plan.job import placed_shapes
@@ -58,7 +58,7 @@ def outer_constraints(jaxpr, shape):
     return outer, inner
 
 
-@pytest.mark.parametrize("case", HEADS)
+@over("case", HEADS, often=["tied"])
 def test_the_head_is_gathered_before_the_loop(case):
     rules, tied = HEADS[case]
     model, plain = tiny.decoder("smollm2" if tied else "llama2")

@@ -71,6 +71,7 @@ def ask(*args):
     generate.main(["--max-new-tokens", "6", *map(str, args)])
 
 
+@pytest.mark.slow
 def test_a_special_token_ends_an_answer(made, tmp_path):
     """Answers are the beginnings of those without --stop."""
     args = ["--model", made[0] / "base-model", "--prompt", "3?", "--num-samples", 24]

@@ -224,6 +224,7 @@ def test_a_copy_of_the_base_is_noticed(model):
     assert found["arguments"] > 1.02 * sft["arguments"] + 0.9 * tree_bytes(step.base)
 
 
+@pytest.mark.slow
 def test_a_reference_by_an_adapter_adds_its_bytes_alone(model):
     job, (_, step) = job_of(model, *DPO), of_step(model, *DPO)
     rule = lj.LoraRule(targets=["q_proj", "down_proj"], rank=5, alpha=7.0)

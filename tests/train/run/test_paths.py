@@ -16,6 +16,7 @@ from lora_jax.folders import RemotePathError, remote_problem
 from lora_jax.training.arguments import check_folder
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.run.checkpoints import Checkpoints
+from tests.support import over
 from tests.train.scripts import fails
 from train import classify, distill, dpo, grpo, inputs, sft
 from train.compare import __main__ as compare
@@ -74,15 +75,20 @@ def _texts(parts):
     return sorted(name for name, kind in kinds.items() if _takes_text(kind))
 
 
-@pytest.mark.parametrize(("main", "parts", "needed"), [s[1:] for s in _scripts()], ids=lambda x: "")
-def test_each_option_that_takes_a_path_refuses_a_scheme(main, parts, needed, capsys):
+@over(
+    ("script", "main", "parts", "needed"),
+    _scripts(),
+    often=["sft", "generate", "serve", "predict", "export", "plan", "compare"],
+    called=lambda script: script[0],
+)
+def test_each_option_that_takes_a_path_refuses_a_scheme(script, main, parts, needed, capsys):
     options = [name for name in _texts(parts) if name not in {*WORDS, "remat"}]  # a policy's name
     assert {"output", "out", "model"} & {*options} or parts == [CompareConfig]
     for name in options:
         flag = f"--{name.replace('_', '-')}"
         others = [] if flag in needed else needed
         said = fails(capsys, main, *others, flag, BUCKET)
-        assert said.startswith(f"{flag} {BUCKET} is no path of this machine"), (name, said)
+        assert said.startswith(f"{flag} {BUCKET} is no path of this machine"), (script, name, said)
         assert "gcsfuse" in said
     assert not any(Path.cwd().iterdir())
 

@@ -123,6 +123,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(server):
     process, address, work, found = server
     process.send_signal(signal.SIGINT)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from tests.support import over
 from tests.train.serve.client import Client, key_owner, prompt, sampler
 from tests.train.serve.command import Engine, ask, command
 from tests.train.serve.engine.engines import made_base, made_engine, running
@@ -47,8 +48,12 @@ def run(client, model, program, first=1):
     return [client.result(one) for one in sent]
 
 
-@pytest.mark.parametrize("n", range(1, len(PROGRAM), 2))
-@pytest.mark.parametrize("killed", [False, True])
+@over(
+    ("n", "killed"),
+    itertools.product(range(1, len(PROGRAM), 2), [False, True]),
+    often=[*(f"{n}, True" for n in range(1, len(PROGRAM), 2)), "1, False", "7, False"],
+    called=lambda case: ", ".join(map(str, case)),
+)
 def test_a_parked_tenant_goes_on_where_it_was(tmp_path, n, killed):
     client = Client(FakeEngine(), tmp_path, every=4)
     model = client.create()

@@ -3,15 +3,18 @@ import pytest
 from tests.train.serve.engine.engines import World, made_base, made_engine, running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base():
     """A tiny model, and what makes adapters over it."""
     return made_base()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(base, tmp_path_factory):
-    """An engine that runs, with snapshots of adapters that have learned something."""
+    """An engine that runs, with snapshots of adapters that have learned something.
+
+    For all files that a worker is given: its programs take seconds to compile.
+    """
     with running(made_engine(base)) as engine:
         yield World(engine, base, tmp_path_factory.mktemp("snapshots"))
 

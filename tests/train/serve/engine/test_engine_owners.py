@@ -27,6 +27,7 @@ ROWS = 8  # of the engine
 
 @pytest.fixture(scope="module")
 def world(world):
+    tell(world.engine, "maker", Create(AdapterSpec(rank=3)))
     for i in range(6):
         world.learn("maker", 10 + i)
         tell(world.engine, "maker", Save(unused(), name=f"more {i}"))
