@@ -17,7 +17,7 @@ LIBRARY = """
 SCRIPTS = """
     __init__ console processes reporters adapters environments options data settings run predict
     rewards live tasks plan generate export inputs table begin progress dry_run finetune script
-    sft classify dpo distill start grpo compare findings serve doctor command
+    sft classify dpo distill start grpo compare findings serve launch doctor command
 """.split()
 ORDER = [*(f"lora_jax.{room}" for room in LIBRARY), *(f"train.{room}" for room in SCRIPTS)]
 TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")

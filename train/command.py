@@ -26,6 +26,8 @@ COMMANDS = {
     "predict": "classifies texts or images with a classifier that `train.classify` or PEFT trained",
     "export": "writes files that PEFT, transformers and serving engines load",
     "plan": "says how much memory and time a run needs on a machine that you need not have",
+    "launch": "prints a file for a scheduler (Slurm, JobSet, SkyPilot) that starts a run, and "
+    "goes on with it",
     "doctor": "says what this machine has, what is wrong with it, and what to do",
 }
 

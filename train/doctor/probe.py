@@ -13,7 +13,6 @@ from lora_jax.models.layers.kernels.flash_call import backend_name, missing_back
 from lora_jax.models.layers.placement import platform_of
 from train.plan.local import capacity_of
 from train.plan.machines import topology_here
-from train.processes.cache import keep_compiled
 
 LENGTH, HEAD = 2048, 128  # of the rows and heads that the choice of attention is told for
 
@@ -41,5 +40,4 @@ def find_devices() -> dict[str, Any]:
         "flash_compiled_by": backend_name() if platform == "gpu" else None,
         "flash_missing": missing_backend() if platform == "gpu" else None,
         "experts": "ragged" if platform == "tpu" else "blocks",
-        "kept": keep_compiled(None),
     }

@@ -5,6 +5,8 @@ Processes exchange JSON text: a value as ``{"value": …}``, a failure as ``{"er
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -73,6 +75,18 @@ def join_hosts(run: Processes) -> None:
             "the same command on every host: with --distributed where SLURM, a TPU pod, GKE or "
             "Open MPI numbers the processes, else with --coordinator, --num-processes, --process-id"
         ) from error
+    if _is_alone_on_its_host(os.environ):
+        # JAX gives it the first GPU alone, as if there were a process for each.
+        for kind in ("cuda", "rocm"):
+            jax.config.update(f"jax_{kind}_visible_devices", "all")
+
+
+def _is_alone_on_its_host(variables: Mapping[str, str]) -> bool:
+    """Returns True if SLURM or Open MPI says so, and the user has named no devices for it."""
+    tasks = variables.get("SLURM_STEP_TASKS_PER_NODE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
+    alone = alone or variables.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return alone and "JAX_LOCAL_DEVICE_IDS" not in variables
 
 
 def jax_timeout(run: Processes) -> int:

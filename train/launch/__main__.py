@@ -1,0 +1,92 @@
+"""Prints a file for a scheduler, with a command line filled in: `python -m train.launch`.
+
+    python -m train.launch slurm sft --model MODEL --dataset FILE --output FOLDER > job.sbatch
+
+The file starts the run on each node, lets it save before its time is over, and goes on with it
+where it is started again. Nodes, GPUs and volumes stand at its beginning, to be changed there.
+"""
+
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.console.errors import UserError, flag, reported
+from train.console.help import asks_for_help
+from train.console.program import COMMAND, about, program
+from train.options.field import given_options
+
+_SCRIPT = "train.launch"
+FILES = {"slurm": "slurm.sbatch", "jobset": "jobset.yaml", "skypilot": "skypilot.yaml"}
+_TRAINERS = ("sft", "dpo", "grpo", "distill", "classify")
+# The file gives these itself, or they contradict it.
+_OF_FILE = (
+    *("resume", "overwrite", "distributed", "coordinator", "num_processes", "process_id"),
+    *("dry_run", "many"),
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line. Bad input exits with code 2."""
+    with reported():
+        words = list(sys.argv[1:] if args is None else args)
+        if not words or asks_for_help(words[:2]):
+            usage = f"usage: {program(_SCRIPT)} {{{','.join(FILES)}}} {{{','.join(_TRAINERS)}}}"
+            print(f"{about(__doc__, _SCRIPT)}\n{usage} [options of the script]")
+            return
+        print(launch_file(words), end="")
+
+
+def launch_file(words: Sequence[str]) -> str:
+    """Returns the file of a scheduler, with a command line filled in.
+
+    Args:
+      words: the scheduler, the script, and the script's options.
+
+    Raises:
+      UserError: there is no such scheduler or script, or an option that the script refuses or that
+        the file gives.
+    """
+    kind, script, *options = [*words, ""] if len(words) < 2 else words
+    for word, known in ((kind, tuple(FILES)), (script, _TRAINERS)):
+        if word not in known:
+            raise UserError(
+                f"{' '.join(words)}: a scheduler ({', '.join(FILES)}) and a script "
+                f"({', '.join(_TRAINERS)}) are needed, such as: "
+                f"{program(_SCRIPT, 'slurm', 'sft')} --model MODEL --output FOLDER"
+            )
+    for name in _OF_FILE:
+        if name in given_options(options):
+            raise UserError(f"{flag(name)}: the file decides that itself; leave it out")
+    asked = importlib.import_module(f"train.{script}").parse(options)
+    text = (Path(__file__).parent / FILES[kind]).read_text()
+    if "output" in given_options(options):
+        text = _with_value(text, "OUTPUT", shlex.quote(asked.run.output))
+    line = shlex.join([COMMAND, script, *_without_output(options)])
+    return _with_value(text, "COMMAND", f"({line})")
+
+
+def _with_value(text: str, name: str, value: str) -> str:
+    """Returns the text of a file with another value of a variable of its shell."""
+    return re.sub(
+        rf"^( *{name}=)(?:\(.*\)|\S+)", lambda match: match[1] + value, text, count=1, flags=re.M
+    )
+
+
+def _without_output(options: Sequence[str]) -> list[str]:
+    """Returns options without --output and its value."""
+    kept, dropped = [], False
+    for word in options:
+        if dropped:
+            dropped = False
+        elif word == "--output":
+            dropped = True
+        elif not word.startswith("--output="):
+            kept.append(word)
+    return kept
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
