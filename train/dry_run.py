@@ -126,7 +126,7 @@ def _print_steps(say: Say, config: Options, inputs: Inputs, first: HostBatch) ->
     optim, run, feed, steps = config.optim, config.run, inputs.feed, inputs.steps
     examples, rolling = inputs.read.data.train, isinstance(feed, PromptFeed)
     unit = "completions" if rolling else "sequences"
-    if isinstance(examples, Preferences) and len(examples) * examples.a_unit == len(examples.table):
+    if isinstance(examples, Preferences) and len(examples) == examples.n_units:
         unit = "pairs" if examples.a_unit == 2 else "rows"
     n = optim.batch_size * optim.grad_accum
     of_step = f"{n} {unit} a step" + (

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -28,6 +28,7 @@ from train.run.intrinsic import moves_weights, space_of
 from train.run.output import saved_options
 from train.run.pretrained import ModelInfo
 from train.run.rules import check_names, rules
+from train.run.shared_prompts import SHARED
 from train.run.task import Data, Task, TaskRows
 from train.settings.files import options_of_processes
 
@@ -160,7 +161,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     _check_rules(config, outline)
     layout = Layout.of(mesh, outline.config)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
-    attention = _attention_line(optim, outline, layout, data.facts["sequence_length"])
+    attention = _attention_line(optim, outline, layout, data.facts)
     return Inputs(
         read=read,
         prompts=prompts,
@@ -195,13 +196,21 @@ def _check_rules(config: Options, outline: ModelInfo) -> None:
         lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
 
 
-def _attention_line(optim: OptimConfig, outline: ModelInfo, layout: Layout, seq: int) -> str:
+def _attention_line(
+    optim: OptimConfig, outline: ModelInfo, layout: Layout, facts: Mapping[str, Any]
+) -> str:
     """Returns a line that tells how attention is computed: "attention: blockwise".
+
+    Args:
+      optim: the options of optimisation.
+      outline, layout: the model, and its placement.
+      facts: facts about its examples; see `Data`.
 
     Raises:
       UserError: what was asked for does not run on these devices, or does nothing there.
     """
     check_offload(optim.remat, layout.platform)
+    seq = facts["sequence_length"]
     with as_user_errors(ValueError):
         chosen = choose_attention(
             outline.config,
@@ -210,6 +219,7 @@ def _attention_line(optim: OptimConfig, outline: ModelInfo, layout: Layout, seq:
             attention=optim.attention,
             platform=layout.platform,
             split=layout.split(seq),
+            branched=facts.get(SHARED, False),
         )
     return f"attention: {chosen}"
 

@@ -37,6 +37,7 @@ class CausalLM(ModelPart):
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
         embedding_noise: EmbeddingNoise | None = None,
+        branches: jax.Array | None = None,
         **inputs: jax.Array,
     ) -> Any:
         """Predicts each next token.
@@ -55,6 +56,10 @@ class CausalLM(ModelPart):
           return_hidden: return the final hidden states, [batch, seq, d_model], instead of logits;
             ``head`` turns them into logits.
           embedding_noise: noise to add to the table's vectors, for training.
+          branches: [batch, seq], int, for prompts that several completions share: in a segment, 0
+            at the prompt, which comes first, and another number at each completion, which sees the
+            prompt and itself. ``positions`` are needed, too: each completion's go on from the end
+            of its prompt.
           **inputs: other inputs of a family's trunk: ``pixel_values`` of ``SmolVLM``.
 
         Returns:
@@ -63,7 +68,8 @@ class CausalLM(ModelPart):
 
         Raises:
           ValueError: for segment_ids together with a cache, more tokens than a cache can hold, or
-            a sequence or cache longer than a table of positions.
+            a sequence or cache longer than a table of positions; for branches together with a
+            cache, without positions, or in a model with linear layers.
         """
         length = input_ids.shape[1] if cache is None else cache.max_len
         # Packed segments count from 0 again, and positions of one's own may do so too.
@@ -71,13 +77,29 @@ class CausalLM(ModelPart):
         if counted and length > (limit := self.trunk.n_positions or length):
             what = "tokens are" if cache is None else "slots of a cache are"
             raise ValueError(f"{length} {what} more than the model's {limit} positions")
+        if branches is not None:
+            self._check_branches(positions, cache)
         placed = place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
-        mask = causal_mask(placed, segment_ids, cache)
+        mask = causal_mask(placed, segment_ids, cache, branches)
         hidden, new = self.trunk(input_ids, placed, mask, cache, embedding_noise, **inputs)
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         out = hidden if return_hidden else self.head(hidden)
         return out if cache is None else (out, extend_cache(cache, placed, new))
+
+    def _check_branches(self, positions: jax.Array | None, cache: Cache | None) -> None:
+        """Raises a ValueError for branches in a call that cannot have any."""
+        if cache is not None:
+            raise ValueError("a cache holds one sequence per row: branches cannot go with it")
+        if positions is None:
+            raise ValueError(
+                "branches need positions: those of each completion go on from its prompt's end"
+            )
+        if getattr(self.config, "linear_layers", ()):
+            raise ValueError(
+                "linear layers read a row from its beginning to its end, and know no branches: "
+                "give each completion a row, or a segment, with a prompt of its own"
+            )
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits of final hidden states.

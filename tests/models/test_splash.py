@@ -56,12 +56,23 @@ MASKS = {
         None,
     ),
     "bidirectional": (Case(150, causal=False, padding="left", kv_heads=2, group=2), None),
+    "prompts and completions": (
+        Case(200, branched=True, packed=True, padding="right", cap=1.5, kv_heads=1, group=3),
+        None,
+    ),
+    "a prompt and completions": (
+        Case(128, branched=True, padding="left", kv_heads=2, group=2),
+        None,
+    ),
     "a layer with a window": (Case(256, window=100, padding="left", kv_heads=1, group=2), True),
     "a layer without": (Case(256, window=100, padding="left", kv_heads=1, group=2), False),
 }
 
 
-@over("name", MASKS, often=["padded, packed, a window, capped"])
+OFTEN = ["padded, packed, a window, capped", "prompts and completions"]
+
+
+@over("name", MASKS, often=OFTEN)
 def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     case, some = MASKS[name]
     want = differentiated(case, "dense", some)
@@ -111,7 +122,7 @@ def check_split(how: Any, text: str, case: Case, some: bool | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a cache", "half precision", "parts of 64 tokens", "a prompt and completions"]
+    "name", ["a cache", "half precision", "parts of 64 tokens", "completions and a window"]
 )
 def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
     """With the right mask: here to a function that tells that it was called."""
@@ -122,7 +133,9 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
         return DENSE(*args)
 
     how = dataclasses.replace(SPLASH, otherwise=told)
-    case = Case(130, slots=140 if name == "a cache" else None, branched="completions" in name)
+    case = Case(130, slots=140 if name == "a cache" else None)
+    if "completions" in name:
+        case = dataclasses.replace(case, branched=True, window=40)
     mask, arrays = case.mask(), case.arrays()
     if name == "half precision":
         arrays = tuple(x.astype(jnp.float16) for x in arrays)

@@ -128,7 +128,7 @@ def test_pairs_are_shown_by_row_and_side(tmp_path, capsys, monkeypatch):
     assert (chosen, rejected) == ("[[yes<|im_end|>", "[[no 0<|im_end|>")
     assert [int(n) for _, _, n in titles[:2]] == [5, 6], "letters, the end, and a new line"
     assert "tokens of a prompt with its completion" in said
-    assert "steps: 2, 0.89 epochs; 4 pairs a step; the largest batch is 4 × 56 tokens" in said
+    assert "steps: 2, 0.89 epochs; 4 pairs a step; the largest batch is 4 × 32 tokens" in said
     dpo.main([*line, "--compilation-cache", "off", "--report-to", "none"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     temporaries = f"{report['compiled_bytes']['temporaries'] / 1e6:,.1f} MB"

@@ -1,5 +1,6 @@
 """Examples as the model sees them: decoded tokens, with a mark on what the loss counts."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 from lora_jax.training.data.batches import Examples, Packs
 from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.data.preferences import Preferences
+from lora_jax.training.data.shared_prompts import JoinedPairs, split_pairs
 from lora_jax.training.data.vision.images import Images
 
 _ENDS = 160  # tokens shown of the beginning of a long sequence, and of its end
@@ -44,6 +46,7 @@ def preview_rows(
       named: returns the name of a row, from its data set and its number there.
     """
     if isinstance(examples, Packs):
+        examples = _apart(examples)
         known = range(min(n * _a_unit(examples), len(examples.table)))
         return [_pack_rows(examples, tokenizer, at, named) for at in known]
     if isinstance(examples, Labelled):
@@ -57,12 +60,20 @@ def preview_rows(
 def lengths(examples: Examples) -> np.ndarray:
     """Returns the number of tokens of each sequence: [n]."""
     if isinstance(examples, Packs):
-        return examples.table.lengths
+        return _apart(examples).table.lengths
     if isinstance(examples, Labelled):
         return examples.attention_mask.sum(axis=-1).ravel()
     if isinstance(examples, Images):
         return np.full(len(examples), examples.length)
     return np.empty(0, np.int64)
+
+
+def _apart(packs: Packs) -> Packs:
+    """Returns rows to look at, each completion after its prompt."""
+    if not isinstance(packs, Preferences) or packs.branches is None:
+        return packs
+    table = split_pairs(JoinedPairs(packs.table, packs.branches))
+    return dataclasses.replace(packs, table=table, firsts=2 * packs.firsts, branches=None)
 
 
 def _a_unit(packs: Packs) -> int:

@@ -13,7 +13,7 @@ from lora_jax.training.ready import TrainingStart
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
-from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts, Widths
+from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts
 from train.live.rollouts import Rollouts
 from train.options.scripts.distill import BASE, DistillDataConfig
 from train.reporters.contract import Sample
@@ -89,9 +89,7 @@ class DistillationRollouts(Rollouts):
         data, optim = of.config.data, of.config.optim
         outline = teacher_outline(data, of.outline)
         self._prompts = teacher_prompts(data, feed.prompts, outline)
-        self._widths = Widths.choose(
-            self._prompts, feed.order, data.max_new_tokens, feed.sequence_parts
-        )
+        self._widths = feed.widths_of(self._prompts)
         self._layout, model, params = of.layout, of.model, of.plain
         if data.teacher_model is None and (of.config.adapter.full or of.takes_from_base):
             raise UserError(

@@ -47,6 +47,11 @@ class TokenizedPrompts:
         """Returns the number of tokens that all prompts fit into."""
         return _rounded(max(map(len, self.tokens)))
 
+    def share(self, new: int) -> float:
+        """Returns the share of the tokens that are prompts, with completions of `new` each."""
+        asked = sum(map(len, self.tokens))
+        return asked / (asked + new * len(self.tokens))
+
     def longest_of(self, rows: np.ndarray) -> int:
         """Returns the number of tokens of the longest prompt of these rows."""
         return max(len(self.tokens[row]) for row in rows.ravel().tolist())
@@ -102,6 +107,10 @@ class Widths(NamedTuple):
         """Returns the width for rows of up to n tokens."""
         return self.rows[int(np.searchsorted(self.rows, n))]
 
+    def sharing(self, new: int) -> "Widths":
+        """Returns as many widths, of rows of a prompt with `new` tokens of all its completions."""
+        return Widths(self.prompts, tuple(_rounded(width + new) for width in self.prompts))
+
 
 def _rounded(n: int) -> int:
     return int(round_up(np.array(n), 2**31))
@@ -145,6 +154,8 @@ class PromptFeed:
       steps: the number of steps of the run.
       done: the steps so far.
       sequence_parts: the parts that the mesh splits a row into.
+      share_prompt: whether a row is a prompt and all its completions, which see the prompt and
+        themselves.
     """
 
     config: Any
@@ -160,13 +171,19 @@ class PromptFeed:
     steps: int = 0
     done: int = 0
     sequence_parts: int = 1
+    share_prompt: bool = False
 
     def __post_init__(self) -> None:
         optim, group = self.config.optim, self.config.data.group
         n, parts = len(self.prompts.tokens), optim.grad_accum
         self.order = Order(optim.seed, n, optim.batch_size // group, parts)
-        new = self.config.data.max_new_tokens
-        self.widths = Widths.choose(self.prompts, self.order, new, self.sequence_parts)
+        self.widths = self.widths_of(self.prompts)
+
+    def widths_of(self, prompts: TokenizedPrompts) -> Widths:
+        """Returns the widths of batches of prompts, one for each of what is asked."""
+        new, group = self.config.data.max_new_tokens, self.config.data.group
+        widths = Widths.choose(prompts, self.order, new, self.sequence_parts)
+        return widths.sharing(group * new) if self.share_prompt else widths
 
     @property
     def length(self) -> int:
@@ -194,13 +211,20 @@ class PromptFeed:
           number: the number of its step, which does not matter.
           length: the tokens of a row; by default those of the widest batch.
         """
-        of = (self.config.optim.grad_accum, self.batch_size)
-        new = self.config.data.max_new_tokens
-        sizes = dict.fromkeys(("ids", "segment_ids", "positions"), length or self.length)
-        sizes |= dict.fromkeys(("predict_at", "targets", "weights"), new)
-        batch: HostBatch = {name: np.zeros((*of, n), np.int32) for name, n in sizes.items()}
-        batch |= {name: np.zeros((*of, new), np.float32) for name in self.per_token}
-        return batch | {name: np.zeros(of, np.float32) for name in self.per_completion}
+        group, new = self.config.data.group, self.config.data.max_new_tokens
+        rows, of = (self.config.optim.grad_accum, self.batch_size), tuple[int, ...]()
+        ints: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ("ids", "segment_ids", "positions"), (length or self.length,)
+        )
+        if self.share_prompt:
+            rows, of = (rows[0], self.batch_size // group), (group,)
+            ints |= {"branches": ints["ids"], "completions": ()}
+        ints |= dict.fromkeys(("predict_at", "targets", "weights"), (*of, new))
+        numbers = dict.fromkeys(self.per_token, (*of, new)) | dict.fromkeys(self.per_completion, of)
+        batch = {name: np.zeros((*rows, *shape), np.int32) for name, shape in ints.items()}
+        return batch | {
+            name: np.zeros((*rows, *shape), np.float32) for name, shape in numbers.items()
+        }
 
     def progress(self, step: int) -> dict[str, Any]:
         """Returns the progress after `step` steps, by the names of TRL's trainer state."""
@@ -224,7 +248,7 @@ class PromptFeed:
         prompts: TokenizedPrompts | None = None,
         widths: Widths | None = None,
     ) -> HostBatch:
-        """Returns prompts and completions as rows of one sequence each.
+        """Returns prompts and completions, a completion a row, or all those of a prompt.
 
         Args:
           rows: [n], the prompts.
@@ -233,21 +257,21 @@ class PromptFeed:
           widths: the widths of batches of these; by default those of what was asked.
         """
         data, prompts = self.config.data, prompts or self.prompts
-        asked_tokens = np.array([len(prompts.tokens[row]) for row in rows.tolist()])
-        longest = int((asked_tokens[:, None] + drawn.lengths).max())
+        n = data.group if self.share_prompt else 1  # completions of a row
+        tokens, lengths, ended = (
+            x.reshape(-1, n, *x.shape[2:]) for x in (drawn.tokens, drawn.lengths, drawn.ended)
+        )
+        asked = [prompts.tokens[row] for row in np.repeat(rows, data.group // n).tolist()]
+        longest = max(len(ids) + int(of.sum()) for ids, of in zip(asked, lengths, strict=True))
         batch = self.batch(0, (widths or self.widths).row(longest))
         flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
-        tokens = drawn.tokens.reshape(-1, data.max_new_tokens)
-        lengths, ended = drawn.lengths.ravel().tolist(), drawn.ended.ravel()
-        for at, row in enumerate(np.repeat(rows, data.group).tolist()):
-            asked, n = prompts.tokens[row], lengths[at]
-            end = len(asked) + n
-            flat["ids"][at, :end] = [*asked, *tokens[at, :n].tolist()]
-            flat["segment_ids"][at, :end] = 1
-            flat["positions"][at, :end] = np.arange(end)
-            flat["predict_at"][at, :n] = np.arange(len(asked) - 1, end - 1)
-            flat["targets"][at, :n] = tokens[at, :n]
-            flat["weights"][at, :n] = ended[at] or not data.mask_truncated
+        counts = ended | (not data.mask_truncated)
+        for at, prompt in enumerate(asked):
+            row = {name: array[at] for name, array in flat.items()}
+            completions = [ids[:size] for ids, size in zip(tokens[at], lengths[at], strict=True)]
+            _fill(row, prompt, completions, counts[at])
+        if self.share_prompt:
+            batch["completions"][:] = n
         return batch
 
     def fresh(self) -> list[Sample]:
@@ -294,3 +318,32 @@ class PromptFeed:
             with np.load(io.BytesIO(base64.b64decode(completions))) as arrays:
                 self.held = (step - step % updates, dict(arrays))
         return kept == self.order.cursor(-(-step // updates))
+
+
+def _fill(
+    row: HostBatch, prompt: Sequence[int], completions: Sequence[np.ndarray], counts: np.ndarray
+) -> None:
+    """Fills in the arrays of a row: a prompt, then completions, each of which goes on from it.
+
+    Args:
+      row: the arrays of zeros; `branches` where there are several completions.
+      prompt: its tokens.
+      completions: the tokens of each.
+      counts: [completions] bool, whether to learn from it.
+    """
+    targets = {
+        name: row[name].reshape(len(completions), -1)
+        for name in ("predict_at", "targets", "weights")
+    }
+    before, end = len(prompt), len(prompt)
+    row["ids"][:before], row["positions"][:before] = prompt, np.arange(before)
+    for at, ids in enumerate(completions):
+        n = len(ids)
+        here, end = slice(end, end + n), end + n
+        row["ids"][here], row["positions"][here] = ids, np.arange(before, before + n)
+        if "branches" in row:
+            row["branches"][here] = at + 1
+        targets["predict_at"][at, :n] = np.arange(here.start - 1, end - 1)
+        targets["predict_at"][at, : min(n, 1)] = before - 1  # the prompt's last token predicts
+        targets["targets"][at, :n], targets["weights"][at, :n] = ids, counts[at]
+    row["segment_ids"][:end] = 1

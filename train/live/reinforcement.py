@@ -95,7 +95,7 @@ class RewardedRollouts(Rollouts):
             advantages = leave_one_out(jnp.asarray(flat_rewards), group)
         else:
             advantages = advantages_of(jnp.asarray(flat_rewards), group, optim.scale)
-        batch["advantages"] = np.asarray(advantages).reshape(counted.shape[:2])
+        batch["advantages"] = np.asarray(advantages).reshape(counted.shape[:-1])
         if lost:
             batch["advantages"] = np.full_like(batch["advantages"], np.nan)
         self.feed.lost = lost and f"no completion has a reward ({lost})"

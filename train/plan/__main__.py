@@ -36,6 +36,7 @@ from train.plan.table import print_plans
 from train.plan.tasks import TASKS
 from train.processes.mesh import make_mesh
 from train.run.pretrained import ModelInfo, read_shapes
+from train.run.shared_prompts import PromptRows, obstacle
 
 _ROW_UNIT = 256  # --longest counts rows in multiples of it
 _MOST_ROWS = 2**16  # of a batch that --largest-batch tries
@@ -170,7 +171,8 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
                 f"sequences, and the mesh splits a batch into {layout.batch_parts} parts: give a "
                 f"larger --batch-size, or a --mesh with less of data and fsdp"
             )
-    group, max_new_tokens = asked.drawn if TASKS[asked.task].draws else (1, 0)
+    draws = TASKS[asked.task].draws
+    group, max_new_tokens = asked.drawn if draws else (1, 0)
     job = PlanJob(
         outline=outline,
         layout=layout,
@@ -185,11 +187,36 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
         task=asked.task,
         group=group,
         max_new_tokens=max_new_tokens,
+        prompt=asked.seq_len - max_new_tokens if draws else asked.prompt_len or 0,
         images=asked.images,
     )
+    job = _sharing(job, asked)
     layout.check_lengths([job.row])
     optim = OptimConfig(optimizer=asked.optimizer, batch_size=asked.batch_size)
     return job, fill_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
+
+
+def _sharing(job: PlanJob, asked: PlanConfig) -> PlanJob:
+    """Returns the job with prompts that completions share, if a run's would.
+
+    Raises:
+      UserError: --no-share-prompt has no effect.
+    """
+    shared = dataclasses.replace(job, share_prompt=True)
+    rows = PromptRows(
+        completions=job.completions,
+        share=job.prompt / job.seq_len,
+        rows=shared.rows,
+        shared=(shared.rows, shared.row),
+        alone=(job.rows, job.row),
+    )
+    why = "there is no prompt that completions share"
+    if job.completions > 1 and job.prompt:
+        how = {"attention": asked.attention, "dtype": asked.dtype}
+        why = obstacle([job.outline], job.layout, rows, **how) or ""
+    if why and not asked.share_prompt:
+        raise UserError(f"--no-share-prompt has no effect: {why}; leave it out")
+    return shared if asked.share_prompt and not why else job
 
 
 def _check_images(asked: PlanConfig, outline: ModelInfo) -> None:
@@ -262,12 +289,14 @@ def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:
 def _rows(job: PlanJob) -> str:
     """Returns the batch of a step in words."""
     n, what = job.batch_size * job.grad_accum, f"{job.seq_len} tokens"
+    once = ", a prompt once" * job.share_prompt
     if (each := job.kind.sequences) > 1:
         rows = job.kind.rows
-        return f"{n} {rows.removesuffix('s') if n == 1 else rows} of {each} × {what}"
+        pairs = f"{n} {rows.removesuffix('s') if n == 1 else rows} of {each} × {what}"
+        return f"{pairs}, {job.prompt} of them a prompt's{once}" if job.prompt else pairs
     if job.kind.draws:
         parts = f"{job.seq_len - job.max_new_tokens} + {job.max_new_tokens}"
-        return f"{n} completions, {job.group} of a prompt, of {parts} tokens"
+        return f"{n} completions, {job.group} of a prompt, of {parts} tokens{once}"
     if job.images:
         what += f" with {job.images} {'image' if job.images == 1 else 'images'}"
     return f"{n} × {what}"

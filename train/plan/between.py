@@ -4,6 +4,7 @@ The pass of a reference over pairs; the scorer of completions, and the sampler t
 are those of `train.live`, traced for shapes.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -77,8 +78,9 @@ def programs_between(
             split = layout.chunks(chunk)
             score: Any = make_scorer(running(layout.constrained(model)), layout=layout, **split)
             scorer = score.trace(params, part)
-            new = part["targets"].shape[1]
-            ids = placed((rows // group, length - new), jnp.int32)
+            *each, new = part["targets"].shape[1:]  # each: the completions of a row
+            prompts = rows if each else rows // group
+            ids = placed((prompts, length - math.prod(each) * new), jnp.int32)
             drawn = _sampler(layout.constrained(model), params, ids, new, group, layout.whole)
             return {
                 SCORER: Program(scorer, scorer.lower(), params, base + adapter, times),

@@ -207,7 +207,7 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
     if SAMPLER in programs:
-        known["cache_bytes"] = cache_bytes(step.model, job.batch_size, job.row)
+        known["cache_bytes"] = cache_bytes(step.model, job.batch_size, job.seq_len)
         known["sampled_token_flops"] = _closed_form(job, variant, step.params, tokens=1)
     began = time.perf_counter()
     made: dict[str, jax.stages.Compiled] = {}
@@ -265,9 +265,13 @@ def _model_flops(job: PlanJob, params: Any) -> int | None:
     config: Any = job.outline.config
     if isinstance(config, SmolVLMConfig):
         return None
-    each = job.kind.sequences
-    rows, predicted = job.grad_accum * job.batch_size * each, job.predicted // each
-    return round(model_flops(config, params, batch=rows, seq=job.seq_len, predicted=predicted))
+    rows = job.grad_accum * job.batch_size * job.kind.sequences
+    predicted = job.seq_len - job.prompt
+    needed = model_flops(config, params, batch=rows, seq=job.seq_len, predicted=predicted)
+    if job.share_prompt:  # all completions of a prompt but one go without it
+        rows -= job.grad_accum * job.rows
+        needed -= model_flops(config, params, batch=rows, seq=job.prompt, predicted=0)
+    return round(needed)
 
 
 def _largest(
@@ -310,12 +314,12 @@ def _flops_by_hand(
 def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | None = None) -> int:
     """Returns the FLOPs of a batch in closed form; of a forward pass over so many tokens a row."""
     row = tokens or job.row
-    shape, parts = (job.batch_size, job.predicted), job.layout.sequence_parts
+    shape, parts = (job.rows, job.predicted), job.layout.sequence_parts
     config: Any = job.outline.config  # an encoder has no plan
     flops = step_flops(
         config,
         params,
-        batch=job.batch_size,
+        batch=job.rows if row > 1 else job.batch_size,
         seq=row,
         remat=variant.remat,
         attention=job.chosen.attend if row > 1 else None,
@@ -323,6 +327,7 @@ def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | 
         chunked=number_of_chunks(shape, job.head_chunk, parts) > 1,
         predicted=min(row, job.predicted) if parts == 1 else row,  # split rows have heads at all
         forward=tokens is not None,
+        branched=job.share_prompt,
     )
     return round(flops)
 

@@ -43,6 +43,9 @@ class PlanJob:
       attention, experts: the implementations of attention and of experts, by name.
       task: the script that trains.
       group, max_new_tokens: completions of a prompt and tokens of one, where they are drawn.
+      prompt: tokens of the prompt of completions, which the loss does not count; 0 where it counts
+        all.
+      share_prompt: whether a row has a prompt once, and all its completions.
       images: images of a row, or the tiles that they are cut into.
     """
 
@@ -59,6 +62,8 @@ class PlanJob:
     task: Task = PLAIN
     group: int = 1
     max_new_tokens: int = 0
+    prompt: int = 0
+    share_prompt: bool = False
     images: int = 0
 
     @property
@@ -69,12 +74,26 @@ class PlanJob:
     @property
     def row(self) -> int:
         """Returns the tokens of a row: those of a pair are of two sequences."""
+        if self.share_prompt:
+            return self.prompt + self.completions * (self.seq_len - self.prompt)
         return self.kind.sequences * self.seq_len
+
+    @property
+    def rows(self) -> int:
+        """Returns the rows in memory at once, on all devices."""
+        grouped = self.share_prompt and self.kind.draws
+        return self.batch_size // self.group if grouped else self.batch_size
+
+    @property
+    def completions(self) -> int:
+        """Returns the completions of a prompt."""
+        return self.group if self.kind.draws else self.kind.sequences
 
     @property
     def predicted(self) -> int:
         """Returns the tokens of a row that the loss counts."""
-        return self.max_new_tokens if self.kind.draws else self.row
+        each = self.completions if self.share_prompt else self.kind.sequences
+        return each * (self.seq_len - self.prompt)
 
     @property
     def loss(self) -> Loss:
@@ -106,6 +125,7 @@ class PlanJob:
                 attention=self.attention,
                 platform=self.layout.platform,
                 split=self.layout.split(self.row),
+                branched=self.share_prompt,
             )
 
 
@@ -185,13 +205,19 @@ def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
 
     The arrays are those of `Packs`, `Preferences` and `train.live.prompts.PromptFeed`.
     """
-    of = (job.grad_accum, job.batch_size // (adapters or 1))
-    by_place, by_target = ("ids", "segment_ids", "positions"), ("predict_at", "targets", "weights")
-    ints: dict[str, Any] = dict.fromkeys(by_place, [job.row])
-    ints |= dict.fromkeys(by_target, [job.predicted])
+    of = (job.grad_accum, job.rows // (adapters or 1))
+    by_place, by_target = ["ids", "segment_ids", "positions"], ["predict_at", "targets", "weights"]
+    grouped = job.share_prompt and job.kind.draws
+    each = [job.group] if grouped else []
+    ints: dict[str, Any] = {"completions": []} if grouped else {}
+    if job.share_prompt:
+        by_place.append("branches")
+        by_target += [] if grouped else ["sequences"]
+    predicted = [*each, job.max_new_tokens] if grouped else [job.predicted]
+    ints |= dict.fromkeys(by_place, [job.row]) | dict.fromkeys(by_target, predicted)
     ints |= job.kind.counts
     numbers: dict[str, Any] = {
-        name: [job.predicted] if sizes is None else sizes
+        name: predicted if sizes is None else [*each, *sizes]
         for name, sizes in job.kind.numbers.items()
     }
     if job.images:

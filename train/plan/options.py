@@ -50,6 +50,12 @@ class PlanConfig:
     """Completions of each prompt, for grpo; by default 8."""
     max_new_tokens: int | None = None
     """Tokens of a completion, for grpo; by default 128."""
+    prompt_len: int | None = None
+    """Tokens of the prompt that the completions of a pair share, for dpo: the loss then counts the
+    others. By default none, and it counts all."""
+    share_prompt: bool = True
+    """Plan a prompt for each completion. By default a prompt that a step computes once is planned,
+    where a run would compute it so, of dpo with --prompt-len; see train.dpo."""
     images: int = 0
     """Images of each sequence, counted as the model sees them (in tiles), for models that read
     images in chats; by default the plan is of texts alone."""
@@ -126,7 +132,8 @@ def check(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
     asked, adapter = options.plan, options.adapter
     kind = TASKS[asked.task]
-    numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len", "max_new_tokens"), minimum(1))
+    sizes = ("batch_size", "grad_accum", "seq_len", "max_new_tokens", "prompt_len")
+    numbers = dict.fromkeys(sizes, minimum(1))
     numbers |= dict.fromkeys(("loss_chunk", "images"), minimum(0))
     numbers |= dict.fromkeys(
         ("tokens", "price", "capacity_gib", "peak_tflops", "link_gbytes"), POSITIVE
@@ -138,6 +145,17 @@ def check(options: PlanOptions) -> None:
             raise UserError(
                 f"{flag(name)} is about completions, which train.{DRAWING} draws: leave it out, or "
                 f"give --task {DRAWING}"
+            )
+    if asked.prompt_len is not None:
+        if kind.sequences == 1:
+            raise UserError(
+                "--prompt-len is about pairs, whose completions share a prompt: leave it out, or "
+                "give --task dpo"
+            )
+        if asked.prompt_len >= asked.seq_len:
+            raise UserError(
+                f"--prompt-len {asked.prompt_len} leaves no room for completions in --seq-len "
+                f"{asked.seq_len}: raise this, or lower that"
             )
     if kind.draws:
         check_group(asked.batch_size, *asked.drawn, asked.seq_len)

@@ -38,8 +38,11 @@ def fill_defaults(options: Any, defaults: Defaults) -> Any:
     if data.tokenizer is None and source:
         data = dataclasses.replace(data, tokenizer=source.tokenizer)
     template = source.chat_template if source else None
-    if template and getattr(data, "chat_template", "") is None and not _began_without(options):
+    is_new = not _began_without(options, "chat_template")
+    if template and getattr(data, "chat_template", "") is None and is_new:
         data = dataclasses.replace(data, chat_template=str(template))
+    if getattr(data, "share_prompt", False) and _began_without(options, "share_prompt"):
+        data = dataclasses.replace(data, share_prompt=False)
     for name in ("model", "tokenizer", "chat_template"):
         if given := getattr(data, name, None):
             data = dataclasses.replace(data, **{name: absolute_path(given)})
@@ -52,16 +55,17 @@ def fill_defaults(options: Any, defaults: Defaults) -> Any:
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data, run=run)
 
 
-def _began_without(options: Any) -> bool:
-    """Returns True if --resume goes on with a run that began with no --chat-template.
+def _began_without(options: Any, name: str) -> bool:
+    """Returns True if --resume goes on with a run that began without an option.
 
-    In runs that are older than this default, the base's own template renders chats.
+    In runs that are older than these defaults, the base's own template renders chats, and each
+    completion has a prompt of its own.
     """
     file = Path(options.run.output).expanduser() / CONFIG
     if not options.run.resume or not file.is_file():
         return False
     with contextlib.suppress(UserError):  # the check of the folder tells of a damaged file
-        return "chat_template" not in read_options_file(file, options)
+        return name not in read_options_file(file, options)
     return False
 
 

@@ -25,9 +25,8 @@ def check(config: Config) -> None:
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that a teacher's judgement of completions makes."""
     train, _ = prompts.read_prompts(config.data, rows, outline)
-    distillation.teacher_prompts(
-        config.data, train, distillation.teacher_outline(config.data, outline)
-    )
+    teacher = distillation.teacher_outline(config.data, outline)
+    distillation.teacher_prompts(config.data, train, teacher)
     feed = PromptFeed(
         config,
         train,
@@ -36,10 +35,11 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         per_completion=(),
         sequence_parts=prompts.sequence_parts(config.run.mesh),
     )
+    feed, sharing = prompts.shared(feed, [outline, teacher])
     data = config.data
     longer = "" if data.teacher_prompt is None else ", with a longer prompt"
     who = data.teacher_model or data.model
-    return prompts.data_of(feed, [f"the teacher is {data.teacher} of {who}{longer}"])
+    return prompts.data_of(feed, [f"the teacher is {data.teacher} of {who}{longer}", *sharing])
 
 
 def loss(config: Config, layout: Layout) -> Loss:

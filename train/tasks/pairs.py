@@ -11,6 +11,7 @@ from lora_jax.training.data.pairs import READ, check_pairs, tokenize_pairs
 from lora_jax.training.data.preferences import Preferences, pack_pairs
 from lora_jax.training.data.rows import Row
 from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.data.shared_prompts import share_of_prompts
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, pair_loss, unpaired_loss
 from train.console.errors import UserError
@@ -24,6 +25,7 @@ from train.options.defaults import Defaults
 from train.options.scripts.dpo import KTO, NONE, Config
 from train.processes import hosts
 from train.run.pretrained import ModelInfo
+from train.run.shared_prompts import OF_SHARING, SHARED, PromptRows, SharedPrompts, choose_sharing
 from train.run.task import Data, Task, TaskRows
 from train.tasks import chats
 
@@ -86,21 +88,27 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
             "--loss kto compares held-out rows with one another, and there is one: give more, or "
             "leave out --eval-every"
         )
-    packs = _packed(config, train.name, tokens)
+    kept = _kept(config, train.name, tokens)
+    sharing = _sharing(config, outline, kept)
+    packs = _packed(config, kept, share_prompt=sharing.shared)
     unit = "rows" if packs.a_unit == 1 else "pairs"
     if config.data.packing:
-        n = len(packs.table) // packs.a_unit
         full = f"{packs.lengths[-1]} tokens, {100 * packs.filled:.1f}% filled"
-        lines.insert(0, f"{n:,} {unit} are packed into {len(packs):,} rows of {full}")
+        lines.insert(0, f"{packs.n_units:,} {unit} are packed into {len(packs):,} rows of {full}")
     else:
         lines.insert(0, padding_line(len(packs), unit, packs.lengths, packs.filled))
+    measured_on = None
+    if held_out is not None:
+        kept = _kept(config, "the held-out rows", held_out)
+        measured_on = _packed(config, kept, share_prompt=sharing.shared)
+    facts = {"sequence_length": packs.lengths[-1], "lengths": packs.lengths}
     return Data(
         train=packs,
-        held_out=None if held_out is None else _packed(config, "the held-out rows", held_out),
+        held_out=measured_on,
         name=packs.name,
         source=train.name,
-        facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
-        lines=(*lines, reference_line(config)),
+        facts=facts | {SHARED: sharing.shared},
+        lines=(*lines, *sharing.lines, reference_line(config)),
     )
 
 
@@ -110,22 +118,47 @@ def _tokens(config: Config, dataset: Dataset, outline: ModelInfo) -> Sequences:
     return tokenize(dataset, outline.tokenizer, work=tokenize_pairs, labelled=labelled, write=write)
 
 
-def _packed(config: Config, source: str, tokens: Sequences) -> Preferences:
-    """Returns examples; zeros stand for the reference's log-probabilities, until it is read."""
-    data, labelled = config.data, KTO in config.optim.loss
-    a_unit = 1 if labelled else 2
+def _kept(config: Config, source: str, tokens: Sequences) -> Sequences:
+    """Returns sequences of --seq-len at most, without pairs that have no token left to learn."""
+    data, a_unit = config.data, 1 if KTO in config.optim.loss else 2
     kept = check_lengths(tokens, data.seq_len, truncate=data.truncate, a_unit=a_unit)
     if left_out := (len(tokens) - len(kept)) // a_unit:
         tell(
             hosts.console(),
             f"{source}: left out {left_out} rows, truncated before a completion began",
         )
+    return kept
+
+
+def _sharing(config: Config, outline: ModelInfo, kept: Sequences) -> SharedPrompts:
+    """Chooses between a prompt for both completions of a pair, and one for each."""
+    if KTO in config.optim.loss:
+        return choose_sharing(config, [outline], PromptRows(1, 0.0, 0, (0, 0), (0, 0)))
+    data = config.data
+    shared, alone = (
+        pack_pairs(kept, data.seq_len, packing=data.packing, share_prompt=share_prompt)
+        for share_prompt in (True, False)
+    )
+    rows = PromptRows(
+        completions=2,
+        share=share_of_prompts(kept),
+        rows=config.optim.batch_size,
+        shared=(len(shared), shared.lengths[-1]),
+        alone=(len(alone), alone.lengths[-1]),
+    )
+    return choose_sharing(config, [outline], rows)
+
+
+def _packed(config: Config, kept: Sequences, *, share_prompt: bool) -> Preferences:
+    """Returns examples; zeros stand for the reference's log-probabilities, until it is read."""
+    data = config.data
     packs = pack_pairs(
         kept,
         data.seq_len,
         packing=data.packing,
-        labelled=labelled,
+        labelled=KTO in config.optim.loss,
         predict_prompts=config.optim.predicts_prompts,
+        share_prompt=share_prompt,
     )
     if data.reference == NONE:
         return packs
@@ -150,5 +183,5 @@ TASK = Task(
     examples=examples,
     loss=loss,
     prepare=prepare,
-    reads=lambda config: ("loss", "nll_weight", *chats.seed_read(config)),
+    reads=lambda config: ("loss", "nll_weight", *OF_SHARING, *chats.seed_read(config)),
 )

@@ -34,6 +34,7 @@ from train.run.complete import complete_prompts
 from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
+from train.run.shared_prompts import SHARED, PromptRows, choose_sharing
 from train.run.task import (
     Data,
     Evaluation,
@@ -109,7 +110,8 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         rewards=rewards,
         sequence_parts=sequence_parts(config.run.mesh),
     )
-    lines = [f"completions are rewarded by {', '.join(rewards.names)}"]
+    feed, sharing = shared(feed, [outline])
+    lines = [f"completions are rewarded by {', '.join(rewards.names)}", *sharing]
     if config.optim.beta:
         lines.append(reference_line(config))
     if held_out is not None:
@@ -167,6 +169,25 @@ def read_prompts(
     return train, measured
 
 
+def shared(feed: PromptFeed, outlines: Sequence[ModelInfo]) -> tuple[PromptFeed, tuple[str, ...]]:
+    """Returns a feed whose completions share their prompt, if they can, and lines that tell it."""
+    config = feed.config
+    group, new = config.data.group, config.data.max_new_tokens
+    rows = PromptRows(
+        completions=group,
+        share=feed.prompts.share(new),
+        rows=config.optim.batch_size // group,
+        shared=(1, feed.widths.sharing(group * new).rows[-1]),
+        alone=(group, feed.length),
+    )
+    try:
+        choice = choose_sharing(config, outlines, rows)
+    except UserError:
+        feed.close()
+        raise
+    return dataclasses.replace(feed, share_prompt=choice.shared), choice.lines
+
+
 def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
     """Returns the prompts of a run as its data."""
     data, optim = feed.config.data, feed.config.optim
@@ -191,7 +212,11 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         name=lambda row: f"row {row + 1}",
         row=lambda _, number: f"prompt {number}",
         source=data.dataset,
-        facts={"sequence_length": feed.length, "lengths": feed.widths.rows},
+        facts={
+            "sequence_length": feed.length,
+            "lengths": feed.widths.rows,
+            SHARED: feed.share_prompt,
+        },
         lines=(
             f"{len(shown):,} prompts; a step has {data.group} completions of {n} each",
             *([widths] if len(feed.widths.rows) > 1 else []),

@@ -31,6 +31,7 @@ from train.run.lifecycle import resume_hint
 from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, SCORES
 from train.run.pretrained import ModelInfo
+from train.run.shared_prompts import OF_SHARING
 from train.run.task import (
     Data,
     Evaluation,
@@ -228,7 +229,7 @@ PAIRS = dataclasses.replace(
     check=check,
     rows=read_pairs,
     evaluation=evaluation,
-    reads=lambda config: ("loss", *TASK.reads(config)),
+    reads=lambda config: ("loss", *OF_SHARING, *TASK.reads(config)),
     score=TASK.score,
     baselines=TASK.baselines,
 )

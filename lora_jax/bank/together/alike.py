@@ -1,6 +1,7 @@
 """Batches of the adapters of one stack, which its compiled step takes in the same shapes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +15,10 @@ def calls_of(
 ) -> Sequence[Mapping[str, ArrayBatch]]:
     """Returns the calls that take a step with each batch: one for all, or one for each.
 
-    Batches of other shapes are filled up and share a call; see `alike`. Where the loss draws random
-    numbers, each has a call of its own instead: what is drawn for an array depends on its shape,
-    and an adapter draws what it draws alone.
+    Batches of other shapes are filled up and share a call; see `alike`. Those of other arrays, such
+    as prompts that completions share and prompts of their own, have another. Where the loss draws
+    random numbers, each has a call of its own instead: what is drawn for an array depends on its
+    shape, and an adapter draws what it draws alone.
 
     Args:
       batches: a dictionary of arrays for each adapter, by the adapter's name.
@@ -28,7 +30,11 @@ def calls_of(
     first, *others = (_shapes(batch) for batch in batches.values())
     if draws and any(shapes != first for shapes in others):
         return [{name: batch} for name, batch in batches.items()]
-    return [alike(batches)]
+    kinds: dict[Any, dict[str, ArrayBatch]] = {}
+    for name, batch in batches.items():
+        arrays = frozenset((key, np.ndim(array)) for key, array in batch.items())
+        kinds.setdefault(arrays, {})[name] = batch
+    return [alike(kind) for kind in kinds.values()]
 
 
 def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:

@@ -14,6 +14,7 @@ from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.kernels.cudnn import Cudnn
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.splash import Splash
+from lora_jax.models.layers.kernels.splash_branches import CALLS as SPLASH_CALLS
 from lora_jax.models.layers.masks import Mask, Split
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
@@ -192,6 +193,18 @@ def _name(attend: Attend) -> str:
     return str(attend)
 
 
+def scores_of(attend: Attend, seq: int, *, branched: bool = False) -> int:
+    """Returns the number of scores that a head computes for a causal row, on one device.
+
+    Args:
+      attend: an implementation; a function of one's own is taken to compute all.
+      seq: tokens of the row.
+      branched: whether it has prompts with several completions.
+    """
+    pairs = attend.pairs(seq) if isinstance(attend, Blockwise | Splash | Flash) else seq**2
+    return pairs * (SPLASH_CALLS if branched and isinstance(attend, Splash) else 1)
+
+
 class AttentionConfig(Protocol):
     """A configuration that tells the sizes of its model's heads."""
 
@@ -209,6 +222,7 @@ def choose_attention(
     attention: str | Attend = "auto",
     platform: str = "cpu",
     split: Split | None = None,
+    branched: bool = False,
 ) -> AttentionChoice:
     """Returns the implementation that rows of a length will run on, without a cache, and why.
 
@@ -226,6 +240,7 @@ def choose_attention(
       attention: the name that was asked for; see ``Decoder``.
       platform: the kind of device; see ``lora_jax.models.layers.placement.platform_of``.
       split: how the queries of a row are split over devices; None where they are not.
+      branched: whether rows have prompts with several completions; see ``Mask.branching``.
 
     Raises:
       ValueError: for an unknown name, or one that does not run on the platform.
@@ -237,6 +252,8 @@ def choose_attention(
         dtype=jnp.dtype(dtype),
         capped=getattr(config, "attn_logit_softcapping", None) is not None,
         sinks=getattr(config, "sinks", False),
+        branched=branched,
+        windowed=bool(getattr(config, "windowed_layers", ())),
         split=split,
     )
     return choose_implementation(attention, call, seq, platform)

@@ -180,6 +180,20 @@ def root(segments: Slots) -> Slots:
     return segments & -BRANCHES
 
 
+def prompts_apart(queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns segments by which the tokens of branches see their prompts, and others see nothing.
+
+    Args:
+      queries, keys: what ``Mask.segments`` returns for a mask with branches.
+    """
+    nothing, unseen = jnp.int32(_PADDING), jnp.int32(_PADDING + 1)
+    is_prompt = (keys == root(keys)) & (keys != _PADDING)
+    return (
+        jnp.where(queries == root(queries), nothing, root(queries)),
+        jnp.where(is_prompt, keys, unseen),
+    )
+
+
 def extremes(
     low: Slots, high: Slots, first: Slots, last: Slots, *, causal: bool, window: Slots = None
 ) -> tuple[Slots, Slots]:

@@ -86,12 +86,17 @@ def place_tokens(
     return TokenPlaces(positions, slots, first, present)
 
 
-def causal_mask(placed: TokenPlaces, segment_ids: jax.Array | None, cache: Cache | None) -> Mask:
+def causal_mask(
+    placed: TokenPlaces,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
+    branches: jax.Array | None = None,
+) -> Mask:
     """Returns the mask of real tokens of the same segment, up to the query.
 
     A window counts slots, as in transformers, whatever positions the caller gives. In a cache it
-    counts positions, since padding may lie between the tokens of a row. Shared tokens come before
-    a cache's slots.
+    counts positions, since padding may lie between the tokens of a row; with branches, since other
+    completions do. Shared tokens come before a cache's slots.
     """
     first = placed.first
     if first.ndim:  # a token a row, which may see all that its row has
@@ -104,15 +109,16 @@ def causal_mask(placed: TokenPlaces, segment_ids: jax.Array | None, cache: Cache
         keys = jnp.concatenate([before - cache.shared.n_tokens, keys])
         seen = jnp.broadcast_to(before, (slots.shape[0], before.shape[0]))
         slots = jnp.concatenate([seen, slots], axis=1)
-    if cache is None:
+    if cache is None and branches is None:
         positions = jnp.broadcast_to(queries, positions.shape)
         slots = jnp.where(slots >= 0, keys, -1)
-    return Mask(
+    mask = Mask(
         queries=MaskTokens(queries, positions, segment_ids),
         keys=MaskTokens(keys, slots, segment_ids),
         causal=True,
         aligned=cache is None,
     )
+    return mask if branches is None else mask.branching(branches.astype(jnp.int32))
 
 
 def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:

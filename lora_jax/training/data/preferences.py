@@ -13,6 +13,7 @@ from lora_jax.training.data.chats import check_lengths, warn
 from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
 from lora_jax.training.data.rows import Row
 from lora_jax.training.data.sequences import Sequences, TokenSequence
+from lora_jax.training.data.shared_prompts import CHOSEN, PROMPT, REJECTED, join_pairs
 from lora_jax.training.errors import TrainingError
 
 
@@ -38,21 +39,38 @@ class Preferences(Packs):
     [batch, m], 1 for targets in completions, and `mean_with_prompts`, fp32 [batch], the mean number
     of tokens of prompt and chosen completion that are predicted.
 
+    Where the prompt of a pair stands once, before both completions, the pair is one segment, and
+    there are `branches`, int32 [batch, seq], 0 at a prompt, 1 and 2 at the completions, whose
+    positions both go on from its end; and `sequences`, int32 [batch, m], the completion of the row
+    that each target is of, from 0. The first token of either is predicted at the prompt's last.
+
     Attributes:
       a_unit: the sequences of a unit: 2 of pairs, 1 of labelled completions.
+      branches: int32 [tokens of `table`], in a table of pairs as `join_pairs` returns them; None in
+        one of a sequence for each completion.
       reference: fp32 [n, segments_a_row], log-probabilities of the completions under a reference.
       completion: bool [tokens of `table`], where completions are, in a table that counts the
         prompts of chosen ones, too; None where it counts completions alone.
     """
 
     a_unit: int = 2
+    branches: np.ndarray | None = None
     reference: np.ndarray | None = None
     completion: np.ndarray | None = None
 
     @property
     def segments_a_row(self) -> int:
-        """Returns the number of segments in the row that has most."""
-        return int(np.diff(self.firsts).max())
+        """Returns the number of completions in the row that has most."""
+        return int(self._completions_a_row.max())
+
+    @property
+    def n_units(self) -> int:
+        """Returns the number of pairs, or of labelled completions, in all rows."""
+        return int(self._completions_a_row.sum()) // self.a_unit
+
+    @property
+    def _completions_a_row(self) -> np.ndarray:
+        return np.diff(self.firsts) * (1 if self.branches is None else self.a_unit)
 
     def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
@@ -91,41 +109,69 @@ class Preferences(Packs):
         batch = super().blank(n, group, counted)
         if self.completion is not None:
             batch["completion"] = np.zeros_like(batch["weights"])
+        if self.branches is not None:
+            batch["branches"] = np.zeros_like(batch["ids"])
+            batch["sequences"] = np.zeros_like(batch["weights"])
         return batch
 
     def _fill(self, arrays: HostBatch, row: int) -> None:
         super()._fill(arrays, row)
+        begins = self._begins(row)
+        here = slice(begins[0], begins[-1])
         if self.completion is not None:
-            begins, counts = self._begins(row), self._counted(row)[1]
-            values = self.completion[begins[0] : begins[-1]][counts]
+            values = self.completion[here][self._counted(row)[1]]
             arrays["completion"][: len(values)] = values
+        if self.branches is not None:
+            self._fill_branches(arrays, self.branches[here], self._counted(row)[1])
+
+    def _fill_branches(self, arrays: HostBatch, branches: np.ndarray, counts: np.ndarray) -> None:
+        """Puts the rejected completions of a row behind the prompts that they share."""
+        n, m = len(branches), int(counts.sum())
+        pair = arrays["segment_ids"][:n] - 1
+        between = np.bincount(pair[branches == CHOSEN], minlength=pair[-1] + 1)[pair]
+        behind = branches == REJECTED
+        begins = behind & (np.roll(branches, 1) != REJECTED)
+        arrays["branches"][:n] = branches
+        arrays["positions"][:n] -= between * behind
+        arrays["predict_at"][:m] -= (between * begins)[counts]
+        arrays["sequences"][:m] = (self.a_unit * pair + behind)[counts]
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows and labels; the reference follows from these."""
-        completion = b"" if self.completion is None else self.completion.tobytes()
-        known = super().digest().encode() + self.table.labels.tobytes() + completion
+        known = super().digest().encode() + self.table.labels.tobytes()
+        for part in (self.completion, self.branches):
+            known += b"" if part is None else part.tobytes()
         return hashlib.sha256(known).hexdigest()
 
     @functools.cached_property
     def _counts(self) -> np.ndarray:
         if self.completion is None:
             return self._predicted
-        return self._split_segments(
-            dataclasses.replace(self.table, counts=self.completion).predicted
-        )
+        return self._count_by_segment(self.completion)
 
     @functools.cached_property
     def _predicted(self) -> np.ndarray:
-        return self._split_segments(self.table.predicted)
+        return self._count_by_segment(self.table.counts)
+
+    def _count_by_segment(self, counts: np.ndarray) -> np.ndarray:
+        """Returns the number of tokens of each completion that count: [n, segments_a_row] int32."""
+        table = dataclasses.replace(self.table, counts=counts)
+        if self.branches is None:
+            return self._split_segments(table.predicted)
+        counts = counts.copy()
+        counts[table.starts[:-1]] = False
+        pair = np.repeat(np.arange(len(table)), table.lengths)
+        of = self.a_unit * pair + (self.branches == REJECTED)
+        return self._split_segments(np.bincount(of[counts], minlength=self.a_unit * len(table)))
 
     @functools.cached_property
     def _labels(self) -> np.ndarray:
         return self._split_segments(self.table.labels)
 
     def _split_segments(self, values: np.ndarray) -> np.ndarray:
-        """Returns values of the sequences, in their order, by row: [n, segments_a_row] int32."""
+        """Returns values of the completions, in their order, by row: [n, segments_a_row] int32."""
         segments = np.zeros((len(self), self.segments_a_row), np.int32)
-        segments[np.arange(self.segments_a_row) < np.diff(self.firsts)[:, None]] = values
+        segments[np.arange(self.segments_a_row) < self._completions_a_row[:, None]] = values
         return segments
 
 
@@ -136,6 +182,7 @@ def pack_pairs(
     packing: bool,
     labelled: bool = False,
     predict_prompts: bool = False,
+    share_prompt: bool = False,
 ) -> Preferences:
     """Returns one unit a row or, with `packing`, as many as fit.
 
@@ -145,16 +192,28 @@ def pack_pairs(
       packing: puts several units into one row; see `lora_jax.training.data.batches.pack`.
       labelled: whether the sequences have labels, and are no pairs.
       predict_prompts: predicts chosen completions' prompts, too; see `Preferences.completion`.
+      share_prompt: puts the prompt of a pair into a row once; see `Preferences.branches`.
+
+    Raises:
+      ValueError: labelled completions share no prompt.
     """
-    a_unit, completion = 1 if labelled else 2, None
+    if labelled and share_prompt:
+        raise ValueError("labelled completions have a prompt each: share_prompt is for pairs")
+    a_unit, completion, branches = 1 if labelled else 2, None, None
     table = Sequences.from_list(sequences)
+    packed = functools.partial(pack, seq_len=seq_len, packing=packing, a_unit=a_unit)
+    is_chosen = np.repeat(np.arange(len(table)) % a_unit == 0, table.lengths)
+    if share_prompt:
+        table, of_tokens = join_pairs(table)
+        packed = functools.partial(pack, seq_len=a_unit * seq_len, packing=packing)
+        branches = packed(dataclasses.replace(table, ids=of_tokens)).table.ids
+        is_chosen = np.isin(of_tokens, (PROMPT, CHOSEN))
     if predict_prompts:
-        completion = pack(table, seq_len, packing=packing, a_unit=a_unit).table.counts
-        is_chosen = np.repeat(np.arange(len(table)) % a_unit == 0, table.lengths)
+        completion = packed(table).table.counts
         table = dataclasses.replace(table, counts=table.counts | is_chosen)
-    packs = pack(table, seq_len, packing=packing, a_unit=a_unit)
+    packs = packed(table)
     fields = {field.name: getattr(packs, field.name) for field in dataclasses.fields(packs)}
-    return Preferences(**fields, a_unit=a_unit, completion=completion)
+    return Preferences(**fields, a_unit=a_unit, completion=completion, branches=branches)
 
 
 def pairs(
@@ -166,6 +225,7 @@ def pairs(
     truncate: bool = False,
     labelled: bool = False,
     predict_prompts: bool = False,
+    share_prompt: bool = False,
     source: str = "the rows",
 ) -> Preferences:
     """Returns pairs of completions as examples, from which a model learns to prefer the chosen.
@@ -187,10 +247,13 @@ def pairs(
         a bad one; a pair is one of each.
       predict_prompts: predicts the prompts of chosen completions, too, for the term "nll" of
         `lora_jax.training.losses.pair_loss`.
+      share_prompt: computes the prompt of a pair once, for both completions, by a model of
+        `lora_jax.models` without linear layers; see `Preferences`.
       source: the name of the rows in errors.
 
     Raises:
       TrainingError: a row cannot be used; names it.
+      ValueError: labelled completions share no prompt.
 
     >>> from lora_jax import models, training
     >>> rows = [{"prompt": "One plus one?", "chosen": "Two.", "rejected": "Three."}]
@@ -204,5 +267,10 @@ def pairs(
     tokens = tokenize_pairs(rows, tokenizer, source, labelled=labelled, say=say)
     kept = check_lengths(tokens, seq_len, truncate=truncate, a_unit=1 if labelled else 2)
     return pack_pairs(
-        kept, seq_len, packing=packing, labelled=labelled, predict_prompts=predict_prompts
+        kept,
+        seq_len,
+        packing=packing,
+        labelled=labelled,
+        predict_prompts=predict_prompts,
+        share_prompt=share_prompt,
     )

@@ -39,7 +39,9 @@ def sequence_logps(
       batch: see `Packs`; `counts`, int32 [batch, n], are the tokens that
         count of each sequence of a row, and `reference`, fp32 [batch, n], where there is one, are
         the reference's log-probabilities. `completion`, int32 [batch, m], where there is one, is 1
-        where a token of a completion is predicted, and 0 where one of a prompt is.
+        where a token of a completion is predicted, and 0 where one of a prompt is. `sequences`,
+        int32 [batch, m], is the sequence of each target, from 0, where it is not that of
+        `segment_ids`: see `Preferences`.
 
     Returns:
       [batch * n] completions; those without tokens, which fill up a row, do not count.
@@ -66,7 +68,9 @@ def _sequences(
         parts=parts,
         placement=placement,
     )
-    segments = jnp.take_along_axis(batch["segment_ids"], batch["predict_at"], axis=1) - 1
+    segments = batch.get("sequences")
+    if segments is None:
+        segments = jnp.take_along_axis(batch["segment_ids"], batch["predict_at"], axis=1) - 1
     known, n = batch["weights"] > 0, batch["counts"].shape[1]
     whole = completions(logps, known, segments=segments, n=n)
     sequences = whole
@@ -170,7 +174,9 @@ def rollout_loss(
 
     A batch has `advantages`, fp32 [batch] or [batch, m], and `old`, fp32 [batch, m], the
     log-probabilities at `predict_at` before the first update; `reference`, of the same shape, where
-    beta is not 0.
+    beta is not 0. Where completions of a prompt share it, a row has all of them: `advantages` is
+    [batch, n] or [batch, n, m], `predict_at`, `old` and the like are [batch, n, m], and
+    `completions`, int32 [batch], is the number of those that a row has.
 
     Args:
       options: the loss, such as ``ONLINE["dapo"]``; None for RLOO.
@@ -191,11 +197,16 @@ def rollout_loss(
             parts=parts,
             placement=placement,
         )
-        known = (logps, batch["weights"] > 0, batch["advantages"], batch["old"])
-        there = jnp.any(batch["segment_ids"] > 0, axis=1)
+        arrays = (logps, batch["weights"] > 0, batch["advantages"], batch["old"])
+        reference, there = batch.get("reference"), jnp.any(batch["segment_ids"] > 0, axis=1)
+        if logps.ndim == 3:  # by completion
+            there = (jnp.arange(logps.shape[1]) < batch["completions"][:, None]).reshape(-1)
+            arrays, reference = jax.tree.map(
+                lambda x: x.reshape(-1, *x.shape[2:]), (arrays, reference)
+            )
         if options is None:
-            return rloo_loss(*known, there=there)
-        return online_loss(options, *known, batch.get("reference"), there)
+            return rloo_loss(*arrays, there=there)
+        return online_loss(options, *arrays, reference, there)
 
     unit = "sequence" if options is None or options.over != "tokens" else "token"
     return Loss(sums, unit=unit)

@@ -83,7 +83,12 @@ TOKEN_LOSSES = {  # by the names of `train.sft --loss`
 }
 
 
-_WHERE = ("positions", "segment_ids", "pixel_values")  # what a model gets beside the tokens
+_WHERE = (
+    "positions",
+    "segment_ids",
+    "branches",
+    "pixel_values",
+)  # what a model gets beside the tokens
 
 
 def token_values(
@@ -116,7 +121,8 @@ def token_values(
         ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
       params: a parameter tree, adapted or plain.
       batch: arrays [batch, seq] and [batch, m]; see `Packs`. The model
-        gets `pixel_values`, too, where a batch has them.
+        gets `pixel_values` and `branches`, too, where a batch has them. Where completions share a
+        prompt, the others may be [batch, completions, n].
       dropout_key: turns dropout on.
       chunk: predictions a chunk; 0 for all at once, None for `predictions_at_once` on each device.
       parts: the parts that a row is split into, each on a device. With several, a place may
@@ -124,12 +130,26 @@ def token_values(
       placement: the placement on a mesh; the head is gathered once, not once a chunk.
 
     Returns:
-      The tree, [batch, m] each.
+      The tree, [batch, m] each, or as `predict_at` is.
     """
+    shape = batch["predict_at"].shape
+    batch = _flatten_predictions(batch)
     values = _head_values(each, forward, params, batch, dropout_key, chunk, parts, placement)
-    if parts == 1:
-        return values
-    return jax.tree.map(lambda x: jnp.take_along_axis(x, batch["predict_at"], axis=1), values)
+    if parts > 1:
+        values = jax.tree.map(lambda x: jnp.take_along_axis(x, batch["predict_at"], axis=1), values)
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), values)
+
+
+def _flatten_predictions(batch: Batch) -> Batch:
+    """Returns a batch whose predictions of all completions of a row are one axis: [batch, m]."""
+    if batch["predict_at"].ndim == 2:
+        return batch
+    flat = {
+        name: batch[name].reshape(batch[name].shape[0], -1, *batch[name].shape[3:])
+        for name in ("predict_at", "targets", "weights")
+        if name in batch
+    }
+    return {**batch, **flat}
 
 
 def sum_over_tokens(
@@ -155,6 +175,7 @@ def sum_over_tokens(
     Returns:
       The sums, without logs: an accuracy would take another pass over the vocabulary.
     """
+    batch = _flatten_predictions(batch)
     weights = batch["weights"].astype(jnp.float32)
     losses = _head_values(each, forward, params, batch, dropout_key, chunk, parts, placement)
     placed = (

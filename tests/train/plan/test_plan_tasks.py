@@ -71,25 +71,35 @@ def shapes_of(batch):
     return {name: (array.shape, array.dtype) for name, array in batch.items()}
 
 
-def test_a_batch_of_pairs_has_the_shapes_of_a_run(model):
+@pytest.mark.parametrize("prompt", [0, 16])
+def test_a_batch_of_pairs_has_the_shapes_of_a_run(model, prompt):
     """Rows as long as they may be, of which the loss counts all that it can."""
-    job = job_of(model, *DPO, "--grad-accum", 3)
-    tokens = [TokenSequence(np.arange(24, dtype=np.int32), np.ones(24, bool), 1) for _ in range(24)]
-    pairs = pack_pairs(tokens, 24, packing=False)
+    asks = ("--prompt-len", prompt) if prompt else ()
+    job = job_of(model, *DPO, *asks, "--grad-accum", 3)
+    ids = np.arange(24, dtype=np.int32)
+    tokens = [TokenSequence(ids, ids >= prompt, 1) for _ in range(24)]
+    pairs = pack_pairs(tokens, 24, packing=False, share_prompt=bool(prompt))
     batch = pairs.take(np.arange(12).reshape(3, 4))
     batch["reference"] = np.zeros((3, 4, pairs.segments_a_row), np.float32)
     assert shapes_of(batch) == shapes_of(batch_shapes(job))
-    assert batch["ids"].shape == (3, 4, 48)
+    assert batch["ids"].shape == (3, 4, 32 if prompt else 48)
+    if prompt:
+        alone = job_of(model, *DPO, *asks, "--no-share-prompt")
+        assert (alone.row, alone.predicted) == (48, 16) and "branches" not in batch_shapes(alone)
 
 
-def test_a_batch_of_completions_has_the_shapes_of_a_run(model):
-    job = job_of(model, *GRPO, "--grad-accum", 3)
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_a_batch_of_completions_has_the_shapes_of_a_run(model, share_prompt):
+    asks = () if share_prompt else ("--no-share-prompt",)
+    job = job_of(model, *GRPO, *asks, "--grad-accum", 3)
     optim = SimpleNamespace(seed=0, grad_accum=3, batch_size=4)
     data = SimpleNamespace(group=2, max_new_tokens=7)
     prompts = TokenizedPrompts([{"prompt": "x"}] * 9, [[5] * 17] * 9)
-    feed = PromptFeed(SimpleNamespace(optim=optim, data=data), prompts, None)
-    assert feed.length == 32, "rounded up"
-    assert shapes_of(feed.batch(0, length=24)) == shapes_of(batch_shapes(job))
+    config = SimpleNamespace(optim=optim, data=data)
+    feed = PromptFeed(config, prompts, None, share_prompt=share_prompt)
+    assert feed.length == (40 if share_prompt else 32), "rounded up"
+    length = 31 if share_prompt else 24
+    assert shapes_of(feed.batch(0, length=length)) == shapes_of(batch_shapes(job))
 
 
 @over(
@@ -97,7 +107,9 @@ def test_a_batch_of_completions_has_the_shapes_of_a_run(model):
     {
         "pairs": DPO,
         "pairs, in chunks": (*DPO, "--remat", "none", "--loss-chunk", 40),
-        "completions": (*GRPO, "--remat", "none"),
+        "pairs, prompts shared": (*DPO, "--prompt-len", 16),
+        "completions": (*GRPO, "--remat", "none", "--no-share-prompt"),
+        "completions, prompts shared": (*GRPO, "--remat", "none"),
     }.items(),
     often=["pairs"],
     called=lambda case: case[0],
@@ -340,6 +352,11 @@ BAD = [
     (("--task", "grpo", "--group", 3), "--batch-size 4 is no multiple of --group 3"),
     (("--task", "grpo", "--group", 2), "--max-new-tokens 128 leaves no room for prompts"),
     ((*GRPO, "--longest"), "--seq-len holds a prompt and a completion"),
+    (("--prompt-len", 4), "--prompt-len is about pairs"),
+    ((*DPO, "--prompt-len", 24), "--prompt-len 24 leaves no room for completions"),
+    (("--no-share-prompt",), "--no-share-prompt has no effect: there is no prompt"),
+    ((*DPO, "--no-share-prompt"), "--no-share-prompt has no effect: there is no prompt"),
+    ((*DPO, "--prompt-len", 5, "--no-share-prompt"), "prompts are 21% of the tokens"),
     ((*DPO, "--adapters", 2), "--adapters plans adapters of train.sft side by side"),
 ]
 

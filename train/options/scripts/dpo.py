@@ -12,7 +12,11 @@ from train.console.help import HelpPage
 from train.options import field
 from train.options.field import option
 from train.options.scripts import sft as sft_options
-from train.options.scripts.language import LanguageOptimConfig, TokensConfig
+from train.options.scripts.language import (
+    LanguageOptimConfig,
+    SharedPromptOption,
+    TokensConfig,
+)
 from train.options.scripts.sft import LanguageOptions, SftAdapterConfig, SftRunConfig
 
 KTO, SFT = "kto", "sft"
@@ -39,7 +43,7 @@ _LOSS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DpoDataConfig(TokensConfig):
+class DpoDataConfig(SharedPromptOption, TokensConfig):
     """Model and data."""
 
     dataset: str = DEFAULT_TASK

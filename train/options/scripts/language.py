@@ -62,6 +62,17 @@ class TokensConfig(LanguageDataConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedPromptOption:
+    """Several completions of one prompt."""
+
+    share_prompt: bool = option(True, field.HIDDEN, older=False)
+    """Give each completion a prompt of its own. By default a step computes a prompt once for all
+    its completions, where prompts are a quarter of the tokens or more: exactly, but that dropout is
+    drawn once as well. A run tells whether it does: linear layers, rows that are split over
+    devices, and --neftune rule it out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageOptimConfig(OptimConfig):
     """Optimisation."""
 

@@ -10,12 +10,16 @@ from train.options.defaults import Defaults
 from train.options.field import option
 from train.options.paths import Words
 from train.options.scripts import sft as sft_options
-from train.options.scripts.language import LanguageDataConfig, LanguageOptimConfig
+from train.options.scripts.language import (
+    LanguageDataConfig,
+    LanguageOptimConfig,
+    SharedPromptOption,
+)
 from train.options.scripts.sft import LanguageOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutDataConfig(LanguageDataConfig):
+class RolloutDataConfig(SharedPromptOption, LanguageDataConfig):
     """Model, prompts and completions."""
 
     seq_len: int = 0

@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax.core.product import is_worth_keeping
 from lora_jax.core.weight import LoraWeight, Trained, is_node, leaves_of
 from lora_jax.models import DecoderConfig, kinds
-from lora_jax.models.layers.attend import Attend
+from lora_jax.models.layers.attend import Attend, scores_of
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.delta import chunk_size
 from lora_jax.models.layers.kernels.flash import Flash
@@ -45,6 +45,7 @@ def step_flops(
     chunked: bool,
     predicted: int | None = None,
     forward: bool = False,
+    branched: bool = False,
 ) -> float:
     """Returns the FLOPs of the matrix products of one step of a decoder, or of its forward pass.
 
@@ -63,6 +64,7 @@ def step_flops(
       chunked: whether the head runs over chunks of predictions, and is recomputed if it trains.
       predicted: tokens of a row that are predicted; by default all.
       forward: leaves out the gradient, and what is recomputed for it.
+      branched: whether rows have prompts with several completions.
     """
     total = 0.0
     layers_again = remat in _LAYERS_AGAIN
@@ -93,6 +95,8 @@ def step_flops(
         return total + pair * attention.pairs(seq, split) * (1 if forward else _OF_BLOCKS[remat])
     if isinstance(attention, Splash | Flash):
         pairs = float(attention.pairs(seq, split))
+        if branched:  # over rows that are not split
+            pairs = float(scores_of(attention, seq, branched=True))
         if windowed := len(getattr(config, "windowed_layers", ())):
             near = attention.pairs(seq, split, window=config.sliding_window)
             pairs += (near - pairs) * windowed / layers

@@ -25,7 +25,8 @@ from lora_jax.models.layers.attention import (
     Implementation,
 )
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows
+from lora_jax.models.layers.kernels.splash_branches import attend_branches, missing_derivative
+from lora_jax.models.layers.masks import Mask, Slots, Split, extremes, pad_rows, prompts_apart
 
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
 _WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
@@ -38,6 +39,8 @@ class Splash(Implementation):
     A row whose length is no multiple of 128 is padded. Calls that the kernel does not support (see
     ``refusal``) go block by block in plain JAX. Scores and softmax are fp32; queries in half
     precision are rounded once more when they are scaled. There is no forward mode.
+
+    Of prompts with several completions, it is called twice; see ``attend_branches``.
 
     Where only some layers have a window, one program serves all: tables are chosen at run time, and
     a bit in the slots of the queries tells the kernel.
@@ -64,8 +67,8 @@ class Splash(Implementation):
         """Returns the reason why the kernel cannot serve a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
-        if call.branched:
-            return "the kernel's masks know no prompt with several completions"
+        if call.branched and (why := _branches_refusal(call)):
+            return why
         if call.dtype not in (jnp.bfloat16, jnp.float32):
             return f"the kernel has no {jnp.dtype(call.dtype)}"
         if call.split and (chunk := _chunk(call.queries, call.split)) % LANES:
@@ -105,11 +108,16 @@ class Splash(Implementation):
         kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap)
         if sinks is not None:
             sinks = sinks.astype(q.dtype)  # the kernel's gradient of them has this dtype
+        branched = mask.keys.branches is not None
 
         def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v = (x.transpose(1, 0, 2) for x in row[:3])
+            own = kernels.SegmentIds(*row[3:])
             with jax.named_scope(visits):
-                out: jax.Array = kernel(q, k, v, kernels.SegmentIds(*row[3:]), sinks)
+                if branched:
+                    of_prompt = kernels.SegmentIds(*prompts_apart(*own))
+                    return attend_branches(kernel, q, k, v, [own, of_prompt]).transpose(1, 0, 2)
+                out: jax.Array = kernel(q, k, v, own, sinks)
             return out.transpose(1, 0, 2)
 
         # Row by row: the kernel writes 128 fp32 copies of each query's logsumexp.
@@ -165,6 +173,17 @@ class Splash(Implementation):
         sizes = range(LANES, self.block + 1, LANES)
         size, key_size = (max(n for n in sizes if of % n == 0) for of in (chunk, band.keys))
         return size, key_size
+
+
+def _branches_refusal(call: AttentionCall) -> str | None:
+    """Returns the reason why the kernel cannot serve a call with branches; None if it can."""
+    if call.windowed:
+        return "the kernel's windows count slots, not the positions of several completions"
+    if call.sinks:
+        return "the sums of two calls, for prompts and completions, would each have the sinks"
+    if call.split:
+        return "the completions of a prompt lie on several devices"
+    return missing_derivative()
 
 
 def _chunk(queries: int, split: Split) -> int:
