@@ -23,6 +23,7 @@ from train.options.field import traits_of
 from train.options.paths import check_local
 from train.options.scripts.sft import SftRunConfig
 from train.processes import hosts
+from train.processes.mesh import with_form
 from train.run.complete import Chat, tokenize_chats
 from train.run.intrinsic import moves_weights, space_of
 from train.run.output import saved_options
@@ -162,6 +163,8 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     layout = Layout.of(mesh, outline.config)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
     attention = _attention_line(optim, outline, layout, data.facts)
+    layout, form = with_form(layout, config.run.collective_matmul)
+    chosen = (attention, f"collective matmul: {form}") if form else (attention,)
     return Inputs(
         read=read,
         prompts=prompts,
@@ -169,7 +172,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
         steps=steps,
         rate=rate,
         layout=layout,
-        lines=(*data.lines, *mixture_lines(data.train, order, steps), attention),
+        lines=(*data.lines, *mixture_lines(data.train, order, steps), *chosen),
     )
 
 

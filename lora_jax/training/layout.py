@@ -29,6 +29,7 @@ from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses.chunks import ON_CPU
 from lora_jax.training.mesh import make_mesh
+from lora_jax.training.sharded_products import COMPILER_OPTIONS, Form
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "residual": (BATCH, ("sequence", "tensor"), None),
@@ -69,11 +70,14 @@ class Layout(Placement):
       mesh: with the axes `lora_jax.models.specs.AXES`; see `make_mesh`.
       table: sharding table of the parameters; see `lora_jax.sharding`.
       sorts_apart: whether each device sorts its own tokens by expert.
+      collective_matmul: form of products with sharded kernels on TPUs; see
+        `lora_jax.training.sharded_products`.
     """
 
     mesh: Mesh
     table: Table
     sorts_apart: bool = True
+    collective_matmul: Form = "windowed"
 
     def __post_init__(self) -> None:
         """Raises a TrainingError for a mesh that lacks an axis."""
@@ -117,7 +121,10 @@ class Layout(Placement):
     @property
     def compiler_options(self) -> dict[str, str]:
         """Returns the options to compile with; see `lora_jax.models.compiler_options`."""
-        return compiler_options(self.platform)
+        options = compiler_options(self.platform)
+        if self.platform == "tpu":
+            options |= COMPILER_OPTIONS[self.collective_matmul]
+        return options
 
     @property
     def sequence_parts(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 from lora_jax.models import Decoder, RopeScaling, init_cache, key_table
 from lora_jax.models.layers.placement import Placement
 from tests.models import tiny
-from tests.support import over
+from tests.support import equations, over
 
 WINDOWED = "qwen2 with some windows"
 
@@ -37,6 +37,36 @@ def test_layers_are_scanned() -> None:
         return len(str(jax.make_jaxpr(model.apply)(params, ids)).splitlines())
 
     assert size(2) == size(9)
+
+
+class OnTPU(Placement):
+    """Says that the devices are TPUs."""
+
+    @property
+    def platform(self) -> str:
+        return "tpu"
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OnTPU)
+
+
+def test_no_product_has_the_activation_in_it_on_a_tpu() -> None:
+    """There, what the gate and up products return is written before it; values are the same."""
+    model, params = tiny.decoder("llama3")
+    there = model.clone(placement=OnTPU(), attention="dense")
+    ids = tiny.tokens(0, 2, 9)
+
+    def barriers(model: Decoder) -> int:
+        traced = jax.make_jaxpr(model.apply)({"params": params}, ids)
+        return sum(eqn.primitive.name == "optimization_barrier" for eqn in equations(traced))
+
+    assert (barriers(model), barriers(there)) == (0, 1)
+    np.testing.assert_array_equal(
+        plain(there, params), plain(model.clone(attention="dense"), params)
+    )
 
 
 def plain(model: Decoder, params: Any) -> np.ndarray:

@@ -154,6 +154,8 @@ def test_what_a_cpu_does_not_have_is_refused_before_weights_are_read(tmp_path, c
     args = ["--model", model, "--dataset", rows, "--output", tmp_path / "run"]
     said = fails(capsys, main, *args, "--remat", "offload")
     assert said.startswith("--remat offload moves the layers' inputs") and "full" in said
+    said = fails(capsys, main, *args, "--collective-matmul", "whole")
+    assert said.startswith("--collective-matmul whole is about") and "are cpus: leave" in said
     said = fails(capsys, main, *args, "--attention", "flash")
     assert (
         said

@@ -97,7 +97,9 @@ class DistillationRollouts(Rollouts):
                 f"--teacher-model {outline.name} as well, to have it in memory twice"
             )
         if data.teacher_model is not None:
-            self._layout = Layout.of(of.layout.mesh, outline.config)
+            layout = Layout.of(of.layout.mesh, outline.config)
+            form = of.layout.collective_matmul
+            self._layout = dataclasses.replace(layout, collective_matmul=form)
             tell(of.console, f"reading the weights of the teacher, {outline.name}")
             model, params = read_model(
                 outline.name,

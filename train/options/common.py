@@ -66,6 +66,7 @@ Remat = Annotated[
     ),
 ]
 
+CollectiveMatmul = Literal["auto", "windowed", "whole"]
 Attention = Literal["auto", "dense", "blockwise", "splash", "flash", "cudnn"]
 Experts = Literal["auto", "blocks", "ragged"]
 Quantize = Literal["none", "int8", "int4", "nf4", "nf4-double", "stored"]
@@ -248,6 +249,12 @@ class RunConfig:
     """The axis of the mesh that goes from slice to slice, where the devices are of several TPU
     slices, or of several hosts of GPUs; all others stay within one. By default data, so that only
     the gradients of what trains go over the slow network between them."""
+    collective_matmul: CollectiveMatmul = option(
+        "auto", field.CHANGEABLE, shared=SharedOption.PROCESS, uncompared=Uncompared.MANY_RUNS
+    )
+    """Products with kernels that several TPUs share. windowed: in parts, each as it arrives from a
+    neighbour. whole: of each kernel, which is gathered beside other work. auto: the faster one, as
+    the TPU's compiler estimates it."""
     distributed: bool = option(False, field.OF_PROCESSES, single=True)
     """Run as one process of many; SLURM, a TPU pod, GKE or Open MPI tells which one."""
     coordinator: Words | None = option(None, field.OF_PROCESSES, single=True, of="process")

@@ -21,6 +21,7 @@ from rich.console import Console
 from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.training.layout import Layout
 from lora_jax.training.run.log import duration
+from lora_jax.training.sharded_products import Form
 from train.console.errors import UserError, reported
 from train.options.command import parse_options
 from train.options.common import AdapterConfig, OptimConfig, check_offload
@@ -34,7 +35,7 @@ from train.plan.machines import Machine, assuming, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
 from train.plan.tasks import TASKS
-from train.processes.mesh import make_mesh
+from train.processes.mesh import make_mesh, with_form
 from train.run.pretrained import ModelInfo, read_shapes
 from train.run.shared_prompts import PromptRows, obstacle
 
@@ -68,7 +69,7 @@ def run(options: PlanOptions) -> None:
     facts = {**described(asked, job), "largest": found}
     progress = Console(stderr=True)
     try:
-        for variant in variants(options)[len(plans) :]:
+        for variant in variants(options, job)[len(plans) :]:
             with progress.status(f"compiling {variant.name}"):
                 plans.append(plan(job, variant, optim))
             took = duration(plans[-1].compile_seconds)
@@ -163,6 +164,7 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     machine = assuming(machine, asked.kernel_share, asked.link_gbytes)
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices, asked.slice_axis)
     layout = Layout.of(mesh, outline.config)
+    layout, form = with_form(layout, asked.collective_matmul)
     check_offload(asked.remat, layout.platform)
     for n in asked.adapters:
         if (asked.batch_size // n) % layout.batch_parts:
@@ -184,6 +186,7 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
         dtype=asked.dtype,
         attention=asked.attention,
         experts=asked.experts,
+        products=form,
         task=asked.task,
         group=group,
         max_new_tokens=max_new_tokens,
@@ -232,8 +235,13 @@ def _check_images(asked: PlanConfig, outline: ModelInfo) -> None:
         )
 
 
-def variants(options: PlanOptions) -> list[PlanVariant]:
-    """Returns the requested variant and, without --alone, others to compare it with."""
+def variants(options: PlanOptions, job: PlanJob | None = None) -> list[PlanVariant]:
+    """Returns the requested variant and, without --alone, others to compare it with.
+
+    Args:
+      options: the options.
+      job: if given, the variant with the other form of products with sharded kernels is one, too.
+    """
     lora = dataclasses.replace(options.adapter, full=False)
     asked_alone = options.plan.alone or options.plan.longest or options.plan.largest_batch
     if options.plan.adapters:
@@ -246,7 +254,12 @@ def variants(options: PlanOptions) -> list[PlanVariant]:
         PlanVariant(lora, "none"),
         PlanVariant(full, "full"),
     ]
-    return [asked] if asked_alone else [asked, *(one for one in others if one != asked)]
+    if asked_alone:
+        return [asked]
+    if job is not None and job.products is not None:
+        other: Form = "windowed" if job.products.form == "whole" else "whole"
+        others.insert(0, dataclasses.replace(asked, products=other))
+    return [asked, *(one for one in others if one != asked)]
 
 
 def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:
@@ -272,6 +285,7 @@ def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:
         "quantize": job.outline.head.get("quantize", "none"),
         "attention": str(job.chosen),
         "experts": asked.experts,
+        "collective_matmul": None if job.products is None else str(job.products),
         "loss_chunk": job.head_chunk // job.layout.token_parts,
         "optimizer": asked.optimizer,
         "peak_flops_per_device": machine.flops,

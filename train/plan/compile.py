@@ -115,6 +115,7 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
     Raises:
       UserError: the rules do not fit the model.
     """
+    job = job.with_products(variant.products)
     params = abstract_params(job, variant)
     adapter, base = lj.split(params)
     schedule = make_schedule(optim, _RATE, _STEPS)

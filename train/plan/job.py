@@ -12,6 +12,7 @@ from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, predictions_at_once
+from lora_jax.training.sharded_products import ChosenForm, Form
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
 from train.options.common import AdapterConfig
@@ -41,6 +42,7 @@ class PlanJob:
       loss_chunk: predictions of a chunk on each device; see `Layout.chunks`.
       dtype: the dtype of the base and its activations; trained parameters are fp32.
       attention, experts: the implementations of attention and of experts, by name.
+      products: the form of products with sharded kernels; None where there is nothing to choose.
       task: the script that trains.
       group, max_new_tokens: completions of a prompt and tokens of one, where they are drawn.
       prompt: tokens of the prompt of completions, which the loss does not count; 0 where it counts
@@ -59,12 +61,20 @@ class PlanJob:
     dtype: str
     attention: str = "auto"
     experts: str = "auto"
+    products: ChosenForm | None = None
     task: Task = PLAIN
     group: int = 1
     max_new_tokens: int = 0
     prompt: int = 0
     share_prompt: bool = False
     images: int = 0
+
+    def with_products(self, form: Form | None) -> "PlanJob":
+        """Returns the job with another form of products with sharded kernels; None for its own."""
+        if form is None:
+            return self
+        layout = dataclasses.replace(self.layout, collective_matmul=form)
+        return dataclasses.replace(self, layout=layout)
 
     @property
     def kind(self) -> PlannedTask:
@@ -137,11 +147,13 @@ class PlanVariant:
       adapter: the parameters that train.
       remat: the activations to recompute.
       adapters: the number of adapters that train side by side; None for one run.
+      products: another form of products with sharded kernels than the job's.
     """
 
     adapter: AdapterConfig
     remat: str
     adapters: int | None = None
+    products: Form | None = None
 
     @property
     def name(self) -> str:
@@ -158,7 +170,8 @@ class PlanVariant:
             what = f"{kind} r={self.adapter.rank}"
         if self.adapters is not None:
             what = f"{self.adapters} × {what}"
-        return f"{what}, {_REMAT.get(self.remat, self.remat)}"
+        products = f", products {self.products}" if self.products else ""
+        return f"{what}, {_REMAT.get(self.remat, self.remat)}{products}"
 
 
 def abstract_params(job: PlanJob, variant: PlanVariant) -> Any:

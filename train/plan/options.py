@@ -8,7 +8,14 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
 from train.console.help import HelpPage
-from train.options.common import AdapterConfig, Attention, Experts, MeshAxis, Remat
+from train.options.common import (
+    AdapterConfig,
+    Attention,
+    CollectiveMatmul,
+    Experts,
+    MeshAxis,
+    Remat,
+)
 from train.options.defaults import Defaults
 from train.options.scripts.rollouts import RolloutDataConfig, check_group
 from train.plan.tasks import DRAWING, PLAIN, TASKS, Task
@@ -36,6 +43,9 @@ class PlanConfig:
     slice_axis: MeshAxis | None = None
     """The axis of the mesh that goes from slice to slice, or from host to host of GPUs, by default
     data; see train.sft."""
+    collective_matmul: CollectiveMatmul = "auto"
+    """Products with kernels that several TPUs share; see train.sft. Without --alone, the plan shows
+    both forms."""
     task: Task = PLAIN
     """The script whose run to plan. dpo: pairs, and the pass of the reference over them. grpo:
     completions, their scorer, and their sampler with its cache of keys and values."""

@@ -33,12 +33,14 @@ def print_plans(
     """
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
     codes = "" if facts["quantize"] == "none" else f" with {facts['quantize']} kernels"
+    products = facts["collective_matmul"]
+    products = f"collective matmul: {products}, " if products else ""
     devices = "one device" if facts["devices"] == 1 else f"{facts['devices']} devices: {mesh}"
     console.print(
         f"{facts['model']} on {facts['topology']} ({devices}), "
         f"{facts['rows']} per step, {facts['dtype']}{codes}, attention: {facts['attention']}, "
-        f"the head: {_rows_of_head(facts['loss_chunk'])}, optimizer: {facts['optimizer']}; "
-        f"compiled by the {facts['compiler'].upper()} compiler",
+        f"{products}the head: {_rows_of_head(facts['loss_chunk'])}, "
+        f"optimizer: {facts['optimizer']}; compiled by the {facts['compiler'].upper()} compiler",
         highlight=False,
         soft_wrap=True,
     )

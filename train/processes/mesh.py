@@ -1,5 +1,6 @@
 """The device mesh of a run, from the option --mesh."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from jax.sharding import Mesh
 from lora_jax import training
 from lora_jax.models.specs import AXES, BATCH
 from lora_jax.training.errors import TrainingError
+from lora_jax.training.layout import Layout
 from lora_jax.training.mesh import SLICE_AXIS, group_by_slice
+from lora_jax.training.sharded_products import ChosenForm, Form, choose_form
 from train.console.errors import UserError, as_user_errors
 
 
@@ -97,3 +100,24 @@ def _default_sizes(batch_size: int, n_devices: int, slices: int, slice_axis: str
     rows = math.gcd(max(shared, 1), n_devices // slices)
     sizes = {"fsdp": rows, "tensor": n_devices // slices // rows}
     return sizes | {slice_axis: slices * sizes.get(slice_axis, 1)}
+
+
+def with_form(layout: Layout, asked: str) -> tuple[Layout, ChosenForm | None]:
+    """Returns a layout with the form of products that --collective-matmul chooses.
+
+    Args:
+      layout: the placement on the mesh.
+      asked: the option: auto, windowed or whole.
+
+    Returns:
+      The layout, and the choice; None where there was nothing to choose.
+
+    Raises:
+      UserError: a form was asked for where it has no effect.
+    """
+    with as_user_errors(TrainingError):
+        form: dict[str, Form] = {"windowed": "windowed", "whole": "whole"}
+        chosen = choose_form(layout.mesh.shape, layout.platform, form.get(asked))
+    if chosen is None:
+        return layout, None
+    return dataclasses.replace(layout, collective_matmul=chosen.form), chosen
