@@ -52,7 +52,7 @@ def format_of(tokenizer: Tokenizer | None, template: str | None = None) -> ChatF
             )
         except Exception:  # of a template, anything
             continue
-        if text.removeprefix(begins) == _rendered(each, messages):
+        if _rendered(each, messages) in (text, text.removeprefix(begins)):
             return each
     return None
 

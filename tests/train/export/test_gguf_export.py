@@ -2,9 +2,11 @@
 
 import gguf
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import lora_jax as lj
 from lora_jax import models
+from tests.hf.vocabularies import byte_level
 from tests.models.tiny_gguf import make, words
 from tests.support import with_random_factors
 from train.export.__main__ import main
@@ -131,3 +133,10 @@ OTHER = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 )
 def test_formats_of_chats(template, chat):
     assert format_of(words(), template) == chat
+
+
+def test_a_format_whose_turns_begin_with_bos():
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level("llama-bpe"), bos_token="<|im_start|>"
+    )
+    assert format_of(tokenizer, words().chat_template) == FORMATS[0]
