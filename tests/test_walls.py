@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # folder, or a file that stands beside the folders.
 LIBRARY = """
     folders init core variants rules adapt select sharding lorafy quantized optim saving subspace
-    hf models peft __init__ training bank __main__
+    hf models peft torch __init__ training bank __main__
 """.split()
 SCRIPTS = """
     __init__ console processes reporters adapters environments options data settings run predict

@@ -165,6 +165,8 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     attention = _attention_line(optim, outline, layout, data.facts)
     layout, form = with_form(layout, config.run.collective_matmul)
     chosen = (attention, f"collective matmul: {form}") if form else (attention,)
+    of_torch: Any = outline.config if outline.is_torch else None
+    layers = of_torch.layer_lines() if of_torch else []
     return Inputs(
         read=read,
         prompts=prompts,
@@ -172,7 +174,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
         steps=steps,
         rate=rate,
         layout=layout,
-        lines=(*data.lines, *mixture_lines(data.train, order, steps), *chosen),
+        lines=(*data.lines, *mixture_lines(data.train, order, steps), *chosen, *layers),
     )
 
 

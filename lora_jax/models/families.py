@@ -173,6 +173,8 @@ def key_table(config: ModelConfig) -> list[Row]:
     >>> models.key_table(config)[0].hf
     'transformer.wte.weight'
     """
+    if (own := getattr(config, "key_rows", None)) is not None:  # of no family of ours
+        return list(own())
     return family_of(config.model_type).format.table(config)
 
 

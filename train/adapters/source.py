@@ -88,6 +88,11 @@ class AdapterSource:
         return None if self.from_peft else self.about.get("quantize")
 
     @property
+    def model_code(self) -> str | None:
+        """The code that the base ran by in training; None if its model_type said it."""
+        return None if self.from_peft else self.about.get("model_code")
+
+    @property
     def codes(self) -> str | None:
         """The codes of the base that the adapter was trained on; None for arrays."""
         return None if self.quantize == NONE else self.quantize

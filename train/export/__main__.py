@@ -222,7 +222,8 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     num_labels = options.num_labels or adapter.num_labels
     head: dict[str, Any] = {"head": "classification", "num_labels": num_labels}
     mismatch = options.allow_base_mismatch
-    outline = read_untokenized(name, **(head if num_labels else {})).scaled(adapter.rope_scaling)
+    of_base = head if num_labels else {"model_code": adapter.model_code}
+    outline = read_untokenized(name, **of_base).scaled(adapter.rope_scaling)
     if options.quantize and not outline.has_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
     if options.gguf is not None:

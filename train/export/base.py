@@ -14,8 +14,8 @@ from lora_jax.hf.sources import SafetensorsFolder
 from lora_jax.hf.stored.kept import CodesCheck
 from lora_jax.hf.tokenizer import tokenizer_path
 from lora_jax.models import key_table
-from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import dequantize, is_coded
+from train.run.model_code import open_model
 from train.run.tokenizer import read_tokenizer
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -23,7 +23,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 def dtype_of_files(name: str) -> str:
     """Returns the commonest dtype of the base's tensors, less those in codes; float32 for GGUF."""
-    source = open_source(resolve(name).path)
+    source = open_model(resolve(name).path)
     kinds = Counter(kind for tensor, kind in source.dtypes.items() if tensor not in source.shipped)
     return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
 
@@ -63,7 +63,7 @@ def keep_codes(
     Returns:
       The tree; the base if codes are left, or None; and what to say of them, "" for nothing.
     """
-    source = open_source(resolve(base).path)
+    source = open_model(resolve(base).path)
     if quantize != STORED or not isinstance(source, SafetensorsFolder):
         return dequantize(params), None, ""
     table = key_table(model.config)

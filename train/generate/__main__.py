@@ -24,6 +24,7 @@ from train.generate.prompts import (
 from train.generate.shared_base import (
     LoadedAdapters,
     base_of,
+    code_for,
     find_adapters,
     outline_with_template,
     outlined,
@@ -62,7 +63,8 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     prompts = read_prompts(options)
     adapters = find_adapters(options.adapter)
     tokenizer = tokenizer_name(adapters, options.tokenizer)
-    outline = outlined(read_model_info(base_of(adapters, options.model), tokenizer), adapters)
+    base, code = base_of(adapters, options.model), code_for(adapters, options.model_code)
+    outline = outlined(read_model_info(base, tokenizer, model_code=code), adapters)
     outline = outline_with_template(outline, adapters, options.chat_template)
     for adapter in adapters:
         if adapter.source:

@@ -13,7 +13,7 @@ from train.options.command import parse_options
 from train.options.common import Attention
 from train.options.generation import GenerationOption
 from train.options.paths import Words
-from train.options.tokenizer import TemplateOption, TokenizerOption
+from train.options.tokenizer import ModelCode, TemplateOption, TokenizerOption
 
 BASE = "base"  # the name of the base alone among the adapters
 _NUMBERS = {
@@ -40,6 +40,8 @@ class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
     model: str | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapters name, or
     else SmolLM2-135M-Instruct."""
+    model_code: ModelCode = "auto"
+    """The code that the model runs by; see train.sft. By default that of the adapters."""
     prompt: tuple[Words, ...] = ()
     """Prompts to answer. Without any, they come from --prompts, or from standard input, one per
     line."""

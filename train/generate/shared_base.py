@@ -109,6 +109,12 @@ def tokenizer_name(adapters: Sequence[NamedAdapter], tokenizer: str | None) -> s
     return first.tokenizer
 
 
+def code_for(adapters: Sequence[NamedAdapter], asked: str) -> str:
+    """Returns the code that the base runs by: as asked for, or as the first adapter has it."""
+    stated = (one.source.model_code for one in adapters if one.source is not None)
+    return next(filter(None, stated), asked) if asked == "auto" else asked
+
+
 def outlined(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> ModelInfo:
     """Returns the outline of the base as the adapters were trained on it: its RoPE, its codes.
 

@@ -1,10 +1,13 @@
 """The options of how texts and chats become a model's tokens: --tokenizer, --chat-template."""
 
 import dataclasses
+from typing import Literal
 
 from train.options import field
 from train.options.conditions import NoEffect
 from train.options.field import option
+
+ModelCode = Literal["auto", "ours", "torch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,8 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     Raises:
       UserError: model, machine and mesh do not fit together.
     """
-    outline = read_shapes(asked.model).scaled(parse_rope_scaling(asked.rope_scaling))
+    outline = read_shapes(asked.model, asked.model_code)
+    outline = outline.scaled(parse_rope_scaling(asked.rope_scaling))
     outline = outline.quantized(asked.quantize)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     outline.check_experts(asked.experts)

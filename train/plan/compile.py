@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 import lora_jax as lj
 from lora_jax.bank.together.stacked import traced_step
-from lora_jax.models.families import module_of
 from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.training.losses import number_of_chunks
 from lora_jax.training.setup import Setup
@@ -27,6 +26,7 @@ from train.plan.hlo.slices import slices_in_hlo
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
 from train.plan.machines import Machine
 from train.plan.refusals import reason_of, refused_bytes
+from train.run.model_code import make_model
 from train.run.report import compiled_bytes, tree_bytes
 
 STEP = "temporaries"  # those of a step, by their name in a plan
@@ -122,7 +122,7 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
     setup = Setup.make(job.layout, params, make_optimizer(optim, schedule, params), schedule)
     batch = batch_shapes(job, variant.adapters)
     config = job.outline.config
-    model = module_of(
+    model = make_model(
         config,
         jnp.dtype(job.dtype),
         jnp.dtype(job.dtype),

@@ -12,7 +12,6 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import subspace
-from lora_jax.models.families import module_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import takes_from_base
@@ -25,6 +24,7 @@ from train.plan.compile import STEP
 from train.plan.flops.checked import count_traced, step_work, text_of, together
 from train.plan.job import adapted_shapes, bytes_per_device, placed_shapes
 from train.run.intrinsic import model_in, moves_weights, space_of
+from train.run.model_code import make_model
 from train.run.pretrained import ModelInfo
 from train.run.report import compiled_bytes, tree_bytes
 
@@ -98,7 +98,7 @@ def local_needs(
     optimizer = make_optimizer(optim, schedule, params)
     setup = Setup.make(layout, params, optimizer, schedule, noise=optim.neftune)
     state = setup.abstract_state(adapter)
-    model = module_of(
+    model = make_model(
         outline.config,
         jnp.dtype(optim.dtype),
         dtype,

@@ -18,6 +18,7 @@ from train.options.common import (
 )
 from train.options.defaults import Defaults
 from train.options.scripts.rollouts import RolloutDataConfig, check_group
+from train.options.tokenizer import ModelCode
 from train.plan.tasks import DRAWING, PLAIN, TASKS, Task
 from train.run.rules import rules
 
@@ -31,6 +32,8 @@ class PlanConfig:
 
     model: str
     """A config.json, a folder with one, a GGUF file, or a name on the hub. No weights are read."""
+    model_code: ModelCode = "auto"
+    """The code that the model runs by; see train.sft."""
     rope_scaling: str | None = None
     """Scale the model's RoPE; see train.sft."""
     topology: str = "cpu:1"

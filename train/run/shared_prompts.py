@@ -86,6 +86,8 @@ def obstacle(
       attention, dtype: see ``choose_attention``.
     """
     for outline in outlines:
+        if outline.is_torch:
+            return f"{outline.name} runs as a torch module, whose attention knows no branches"
         if getattr(outline.config, "linear_layers", ()):
             return f"{outline.name} has linear layers, which read a row from beginning to end"
     if layout.sequence_parts > 1:

@@ -63,6 +63,12 @@ def run(options: ServeOptions) -> None:
     outline = outline.with_template(options.chat_template)
     if isinstance(outline.config, models.EncoderConfig):
         raise UserError(f"--model {options.model} is an encoder, which writes no text")
+    if outline.is_torch:
+        raise UserError(
+            f"--model {options.model} ({outline.config.model_type}) is of no family of this "
+            "library: a server keeps keys and values of prompts, and a torch module's are its own; "
+            "answer by train.generate, or serve a saved model elsewhere"
+        )
     if getattr(outline.config, "linear_layers", ()):
         raise UserError(
             f"--model {options.model} ({outline.config.model_type}) has linear layers: a server "

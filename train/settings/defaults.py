@@ -35,6 +35,8 @@ def fill_defaults(options: Any, defaults: Defaults) -> Any:
         data = dataclasses.replace(data, model=stated or defaults.model)
     if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
         data = dataclasses.replace(data, rope_scaling=rope_scaling_text(source.rope_scaling))
+    if source and source.model_code and getattr(data, "model_code", "") == "auto":
+        data = dataclasses.replace(data, model_code=source.model_code)
     if data.tokenizer is None and source:
         data = dataclasses.replace(data, tokenizer=source.tokenizer)
     template = source.chat_template if source else None

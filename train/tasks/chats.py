@@ -23,6 +23,7 @@ from train.data.files import parse_datasets
 from train.data.lines import padding_line
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
+from train.options.scripts.rollouts import RolloutDataConfig
 from train.options.scripts.sft import Config, LanguageOptions
 from train.processes import hosts
 from train.run.output import saved_options
@@ -95,7 +96,19 @@ def outline(config: LanguageOptions, rows: TaskRows) -> ModelInfo:
     """Reads the model's outline; checks that the model allows sequences of --seq-len."""
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
-    outline = read_model_info(data.model, data.tokenizer)
+    outline = read_model_info(data.model, data.tokenizer, model_code=data.model_code)
+    if outline.is_torch and isinstance(data, RolloutDataConfig):
+        raise UserError(
+            f"--model {data.model} runs as a torch module, which keeps no keys and values: drawing "
+            "completions by it would compute each prompt anew for every token; name a model that a "
+            "family of this library knows"
+        )
+    of_torch: Any = outline.config if outline.is_torch else None
+    if of_torch and getattr(data, "packing", False) and not of_torch.packs:
+        raise UserError(
+            f"--packing: in {outline.name}, a {outline.config.model_type}, more than attention "
+            "mixes tokens, and sequences of one row would see each other: leave it out"
+        )
     outline = outline.scaled(parse_rope_scaling(data.rope_scaling))
     outline = outline.with_template(data.chat_template).dated(data.template_date)
     remedy = "" if data.rope_scaling else "; --rope-scaling makes it more, yarn:2 twice as many"

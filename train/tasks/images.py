@@ -12,7 +12,8 @@ from lora_jax.training.losses import IMAGES
 from train.console.errors import UserError
 from train.data.files import IMAGE_FIELD, locate_images
 from train.options.scripts.classify import ClassifyDataConfig, Config
-from train.run.pretrained import ModelInfo, read_classifier_info
+from train.run.classifiers import read_classifier_info
+from train.run.pretrained import ModelInfo
 from train.run.task import Data, EvaluationContext, TaskRows
 from train.tasks import labelled
 

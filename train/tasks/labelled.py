@@ -22,9 +22,10 @@ from train.options.defaults import Defaults
 from train.options.paths import kind_of
 from train.options.scripts.classify import HEAD, ClassifyDataConfig, Config
 from train.processes.hosts import map_over_processes
+from train.run.classifiers import read_classifier_info
 from train.run.log import doing
 from train.run.output import CONFUSION, SCORES
-from train.run.pretrained import ModelInfo, read_classifier_info
+from train.run.pretrained import ModelInfo
 from train.run.rules import peft_fields
 from train.run.task import (
     Data,

@@ -175,6 +175,10 @@ def init_cache(
     >>> models.init_cache(config, batch=2, max_len=16).key.shape
     (1, 2, 2, 16, 4)
     """
+    if (own := getattr(config, "empty_cache", None)) is not None:  # a model with another cache
+        if shared is not None:
+            raise ValueError("a cache of tokens shares none of them between rows")
+        return own(batch, max_len)  # type: ignore[no-any-return]
     linear = len(getattr(config, "linear_layers", ()))
     layers = config.num_hidden_layers - linear
     shape = (layers, batch, config.num_key_value_heads, max_len, config.head_dim)

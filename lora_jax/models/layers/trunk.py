@@ -209,11 +209,21 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
       remat: what is recomputed; see ``Decoder``.
 
     Raises:
-      ValueError: for a policy that is not "offload", "attention" or one of ``REMAT_POLICIES``.
+      ValueError: see ``remat_policy``.
     """
     if remat is False:
         return layer
-    policy = _KEEPS_NARROW
+    # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
+    return nn.remat(layer, policy=remat_policy(remat), prevent_cse=False)
+
+
+def remat_policy(remat: bool | str) -> Any:
+    """Returns the policy of `jax.checkpoint` by its name here; see ``Decoder``.
+
+    Raises:
+      ValueError: for a policy that is not "offload", "attention" or one of ``REMAT_POLICIES``.
+    """
+    policy: Any = _KEEPS_NARROW
     if remat == OFFLOAD:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=(),
@@ -228,8 +238,7 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
             known = ", ".join((OFFLOAD, ATTENTION, *REMAT_POLICIES))
             raise ValueError(f"remat policy {remat!r} is not one of {known}")
         policy = _policy(remat)
-    # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
-    return nn.remat(layer, policy=policy, prevent_cse=False)
+    return policy
 
 
 def layer_input(x: jax.Array, remat: bool | str) -> jax.Array:

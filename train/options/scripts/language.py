@@ -7,7 +7,7 @@ from train.options import field
 from train.options.common import OptimConfig
 from train.options.conditions import NoEffect
 from train.options.field import CardSection, option
-from train.options.tokenizer import TemplateOption, TokenizerOption
+from train.options.tokenizer import ModelCode, TemplateOption, TokenizerOption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,10 @@ class LanguageDataConfig(TokenizerOption, TemplateOption):
     model: str | None = option(None, field.OF_BASE)
     """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
     --init-adapter, or else SmolLM2-135M-Instruct."""
+    model_code: ModelCode = option("auto", field.OF_BASE)
+    """The code that the model runs by. ours: a family of this library. torch: the torch module that
+    transformers has for it, through torchax (pip install 'lora_jax[torch]'). auto: ours where there
+    is such a family, else torch. By default that of --init-adapter."""
     rope_scaling: str | None = option(None, field.OF_BASE, card=CardSection.ROPE)
     """Scale the model's RoPE, for rows longer than the model allows. A kind and the factor by which
     they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's

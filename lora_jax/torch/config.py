@@ -1,0 +1,189 @@
+"""The configuration of a torch module: what the rest of the library asks of any model's."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError, read_eos
+from lora_jax.hf.generation import Generation
+from lora_jax.hf.keys import Row
+from lora_jax.torch.module import built
+from lora_jax.torch.tokens import Tokens
+
+CAUSAL = "AutoModelForCausalLM"
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchConfig:
+    """A torch module that is built from a config.json, or one that is given.
+
+    Attributes:
+      text: the config.json, with sorted names; "" for a module without one.
+      auto: transformers' class that builds it: `AutoModelForCausalLM` and its like.
+      scan: whether layers that are alike are stacked, and run as one scan.
+      module: the module, if it was given.
+      generation: see `lora_jax.hf.generation`.
+    """
+
+    text: str
+    auto: str = CAUSAL
+    scan: bool = True
+    module: Any = None
+    generation: Generation | None = None
+
+    @classmethod
+    def from_hf(cls, fields: Fields, **options: Any) -> "TorchConfig":
+        """Reads a parsed config.json.
+
+        Raises:
+          ConfigError: transformers has no such model, or only by code of the model's own.
+        """
+        if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
+            raise ConfigError(
+                f"a {fields.get('model_type')} model runs by code of its own (auto_map), and no "
+                "code of models is run here"
+            )
+        if fields.get("model_type") not in CONFIG_MAPPING:
+            raise ConfigError(
+                f"transformers {transformers.__version__} has no model_type "
+                f"{fields.get('model_type')!r}: a newer one may have it"
+            )
+        return cls(json.dumps(fields, sort_keys=True), **options)
+
+    @functools.cached_property
+    def fields(self) -> Fields:
+        """The fields of the config.json."""
+        fields: Fields = json.loads(self.text) if self.text else {}
+        return fields
+
+    @functools.cached_property
+    def hf(self) -> Any:
+        """Transformers' own configuration; None for a module without one."""
+        if self.module is not None:
+            return getattr(self.module, "config", None)
+        return CONFIG_MAPPING[self.fields["model_type"]].from_dict(_floats(self.fields))
+
+    @property
+    def without_generation(self) -> "TorchConfig":
+        """The configuration by which the module is built, and found again."""
+        return dataclasses.replace(self, generation=None)
+
+    def to_hf(self) -> dict[str, object]:
+        """Returns the config.json."""
+        return dict(self.fields)
+
+    def key_rows(self) -> Sequence[Row]:
+        """Returns the key table; see `lora_jax.models.key_table`."""
+        return [parameter.row for parameter in built(self).parameters]
+
+    @functools.cached_property
+    def continues(self) -> bool:
+        """True for a causal language model."""
+        if self.module is None:
+            return self.auto == CAUSAL
+        return type(self.module).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's name of the family."""
+        return str(getattr(self.hf, "model_type", "") or type(self.module).__name__)
+
+    def _text(self, *names: str) -> Any:
+        """Returns the first of the fields, of the part that reads texts, that is there."""
+        own = self.hf.get_text_config() if self.hf is not None else None
+        values = (getattr(own, name, None) for name in names)
+        return next((value for value in values if value is not None), None)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+        return int(self._text("vocab_size") or 0)
+
+    @property
+    def hidden_size(self) -> int:
+        """The size of hidden states."""
+        return int(self._text("hidden_size", "n_embd", "d_model") or 0)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of layers."""
+        return int(self._text("num_hidden_layers", "n_layer", "num_layers") or 0)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """The number of heads; 1 for a model without."""
+        return int(self._text("num_attention_heads", "n_head", "n_heads", "num_heads") or 1)
+
+    @property
+    def head_dim(self) -> int:
+        """The size of a head."""
+        return int(self._text("head_dim") or self.hidden_size // self.num_attention_heads)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The most tokens of a row."""
+        return int(self._text("max_position_embeddings", "n_positions", "max_seq_len") or 1 << 20)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return read_eos({"eos_token_id": self._text("eos_token_id")})
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token of padding."""
+        value = self._text("pad_token_id")
+        return None if value is None else int(value)
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """True if the head is the table of tokens."""
+        return any(row.kind in ("embedding", "head") and row.aliases for row in self.key_rows())
+
+    @property
+    def pattern(self) -> dict[str, bool]:
+        """The names of the places of stacked layers of several kinds; see ``DecoderConfig``."""
+        stacks = [stack for stack in built(self).stacks if stack.period > 1 and not stack.start]
+        return {stack.place(k): False for stack in stacks[:1] for k in range(stack.period)}
+
+    @property
+    def packs(self) -> bool:
+        """True if a row may hold several sequences, none of which sees another."""
+        return built(self).packs
+
+    def layer_lines(self) -> list[str]:
+        """Returns a line on each list of layers: how it runs, and what that means for compiling."""
+        module = built(self)
+        lines = [
+            f"layers: {stack.name} as one scan of {stack.repeats} turns"
+            + (f" of {stack.period} kinds" if stack.period > 1 else "")
+            + (f", after {stack.start} of their own" if stack.start else "")
+            for stack in module.stacks
+        ]
+        for name in module.lists:
+            n = len(module.layers(name))
+            lines.append(
+                f"layers: the {n} of {name} one by one, since they differ: compiling takes about "
+                f"{n} times as long as for layers that are alike"
+            )
+        return lines
+
+    def empty_cache(self, batch: int, max_len: int) -> Any:
+        """Returns a cache for `TorchModel`: the tokens so far."""
+        return Tokens.empty(batch, max_len)
+
+
+def _floats(value: Any) -> Any:
+    """Returns fields with the infinities that transformers writes as ``{"__float__": …}``."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _floats(each) for name, each in value.items()}
+    return [_floats(each) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,129 @@
+"""The weights of a torch module in safetensors files, which may hold them in another form."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+from lora_jax.hf.format import ModelFormat, ModelFormats
+from lora_jax.hf.keys import Row, WeightsError
+from lora_jax.hf.sources import SafetensorsFolder
+from lora_jax.torch.config import TorchConfig
+from lora_jax.torch.module import built
+
+
+def _table(config: TorchConfig) -> list[Row]:
+    return list(config.key_rows())
+
+
+def _name(name: str, config: TorchConfig) -> str:
+    """Returns the module's name of a tensor of a file; as it is, where it is but a part of one."""
+    return _renamed(name, config)[0]
+
+
+def _renamed(name: str, config: TorchConfig) -> tuple[str, str | None, str]:
+    """Returns a tensor's name, the pattern of a conversion that it is a part of, and its result."""
+    renamings, converters, stored = built(config).conversions
+    if name in stored:
+        return name, None, name
+    prefix = getattr(built(config).module, "base_model_prefix", "") or None
+    target, pattern = rename_source_key(name, renamings, converters, prefix, stored)
+    return (name if pattern else target), pattern, target
+
+
+FORMAT = ModelFormat(
+    TorchConfig.from_hf,
+    _table,
+    options=frozenset({"auto", "scan"}),
+    name=_name,
+    ignored=re.compile(r".*rotary_emb\..*|.*\.inv_freq|mtp\..*|model\.mtp.*"),
+)
+
+
+class _Formats(ModelFormats):
+    """The one format of every model_type."""
+
+    def format_of(self, model_type: object) -> ModelFormat:
+        return FORMAT
+
+
+FORMATS = _Formats({})
+
+
+class TorchFolder(SafetensorsFolder):
+    """A folder whose files may hold the parts of a module's tensors, such as each expert's kernels.
+
+    Transformers' own conversions put such parts together, a tensor at a time.
+
+    Args:
+      folder: the folder.
+      **options: fields of `TorchConfig`.
+
+    Raises:
+      WeightsError: see `SafetensorsFolder`.
+    """
+
+    def __init__(self, folder: Path, **options: object):
+        super().__init__(folder, FORMATS, **options)
+        self._joined: dict[str, dict[str, list[str]]] = {}
+        rows = {name: row.hf_shape for row in _table(self.config) for name in row.hf_names}
+        self._parts_of: dict[str, tuple[int, ...]] = {}
+        for name in sorted(self.shapes, key=dot_natural_key):
+            _, pattern, target = _renamed(name, self.config)
+            if pattern is not None:
+                parts = self._joined.setdefault(target, {})
+                parts.setdefault(pattern, []).append(name)
+        for target, parts in self._joined.items():
+            first = next(iter(parts.values()))[0]
+            if target in rows:
+                self.shapes[target] = rows[target]
+                self.dtypes[target] = self.dtypes[first]
+                self._locations[target] = self._locations[first]
+        for name in [n for parts in self._joined.values() for own in parts.values() for n in own]:
+            self._parts_of[name] = self.shapes.pop(name)
+
+    def codes(self, name: str, dtype: Any) -> Any:
+        return None if name in self._joined else super().codes(name, dtype)
+
+    def code_shapes(self, name: str, dtype: Any) -> Any:
+        return None if name in self._joined else super().code_shapes(name, dtype)
+
+    def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if name not in self._joined:
+            return super()._slice(name, index)
+        own = self._joined[name]
+        parts = {pattern: [self._tensor(part) for part in names] for pattern, names in own.items()}
+        return self._join(name, parts)[index]
+
+    def _tensor(self, name: str) -> np.ndarray:
+        return super()._slice(name, tuple(slice(None) for _ in self._parts_of[name]))
+
+    def _join(self, name: str, parts: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+        """Returns a tensor of the module, put together from the parts in the files."""
+        converters = built(self.config).conversions[1]
+        converter = next(c for c in converters if set(parts) & set(c.source_patterns))
+        some = next(iter(parts.values()))[0].dtype
+        is_bf16 = some == ml_dtypes.bfloat16
+        tensors: Any = {
+            pattern: [torch.from_numpy(a.view(np.int16) if is_bf16 else a) for a in arrays]
+            for pattern, arrays in parts.items()
+        }
+        hf = self.config.hf
+        for operation in converter.operations:
+            tensors = operation.convert(
+                tensors,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=name,
+                config=hf,
+            )
+        result = next((v for k, v in tensors.items() if k in name), None)
+        if result is None:
+            raise WeightsError(f"{self.where}: no conversion makes {name}")
+        array: np.ndarray = (result[0] if isinstance(result, list) else result).numpy()
+        return array.view(ml_dtypes.bfloat16) if is_bf16 else array

@@ -1,0 +1,254 @@
+"""The layers of a torch module: those that are alike run as one scan, and all can be recomputed."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.utils import _pytree as torch_tree
+
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.torch.backend import Tensor
+from lora_jax.torch.structure import LayerPeriods
+
+Arrays = Mapping[str, jax.Array]  # of one layer, by the names within it
+
+
+class Recomputed(NamedTuple):
+    """The part of each layer that the backward pass computes anew, and the place of activations.
+
+    Attributes:
+      on: whether layers are recomputed.
+      policy: what is kept all the same; see `jax.checkpoint`.
+      placement: places the activations between layers.
+    """
+
+    on: bool = False
+    policy: Any = None
+    placement: Placement = UNPLACED
+
+    def __call__(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.checkpoint(body, policy=self.policy, prevent_cse=False) if self.on else body
+
+
+def layer_lists(module: torch.nn.Module) -> list[str]:
+    """Returns the names of the lists of two or more modules that lie in no other such list."""
+    names: list[str] = []
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if isinstance(part, torch.nn.ModuleList) and len(part) > 1 and not inside:
+            names.append(name)
+    return names
+
+
+def to_jax(tree: Any) -> Any:
+    """Returns outputs of torch code with JAX's arrays: named ones as a dictionary, less caches."""
+    if isinstance(tree, Mapping):
+        kinds = (Mapping, list, tuple, torch.Tensor)
+        return {name: to_jax(value) for name, value in tree.items() if isinstance(value, kinds)}
+    if isinstance(tree, list | tuple):
+        return tuple(map(to_jax, tree))
+    return tree.jax() if isinstance(tree, torch.Tensor) and hasattr(tree, "jax") else tree
+
+
+def to_torch(env: Any, tree: Any) -> Any:
+    """Returns a tree with torchax's tensors in the place of JAX's arrays."""
+    kinds = (jax.Array, np.ndarray)
+    return torch_tree.tree_map(
+        lambda x: Tensor(jnp.asarray(x), env) if isinstance(x, kinds) else x, tree
+    )
+
+
+@contextlib.contextmanager
+def patched(layers: Sequence[torch.nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Runs ``forward(i, layer, *args, **kwargs)`` in the place of each layer."""
+    try:
+        for i, layer in enumerate(layers):
+            layer.forward = lambda *a, _i=i, _l=layer, **k: forward(_i, _l, *a, **k)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def _unpatched(layer: torch.nn.Module) -> Iterator[None]:
+    own = layer.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if own is not None:
+            layer.forward = own
+
+
+class _Call:
+    """One call of a layer, as a function of its parameters and its first argument."""
+
+    def __init__(self, env: Any, layer: torch.nn.Module, args: Any, kwargs: Any):
+        self._env, self._layer = env, layer
+        self._in_kwargs = not args
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), None)
+        self._name = name
+        first = kwargs[name] if not args else args[0]
+        self.hidden: jax.Array = first.jax()
+        self.rest = args[1:]
+        self.kwargs = {k: v for k, v in kwargs.items() if args or k != name}
+        self.out: Any = None  # the structure of what it returns
+
+    def __call__(self, arrays: Arrays, hidden: jax.Array) -> list[jax.Array]:
+        args, kwargs = self.rest, self.kwargs
+        first = Tensor(hidden, self._env)
+        if self._in_kwargs:
+            kwargs = {**kwargs, self._name: first}
+        else:
+            args = (first, *args)
+        tensors = {name: Tensor(array, self._env) for name, array in arrays.items()}
+        with _unpatched(self._layer):
+            out = torch.func.functional_call(self._layer, tensors, args, kwargs, tie_weights=False)
+        leaves: list[Any]
+        leaves, self.out = torch_tree.tree_flatten(out)
+        self._is_array = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        self._others = [None if isinstance(x, torch.Tensor) else x for x in leaves]
+        pairs = zip(leaves, self._is_array, strict=True)
+        return [leaf.jax() for leaf, is_array in pairs if is_array]
+
+    def restore(self, arrays: Sequence[jax.Array]) -> Any:
+        """Returns the layer's output, with these arrays in it."""
+        left = iter(arrays)
+        pairs = zip(self._is_array, self._others, strict=True)
+        leaves = [Tensor(next(left), self._env) if tensor else own for tensor, own in pairs]
+        return torch_tree.tree_unflatten(leaves, self.out)
+
+    @property
+    def maps_hidden(self) -> bool:
+        """True if the layer returns hidden states alone, of the shape and dtype that it takes."""
+        return sum(self._is_array) == 1
+
+
+def find_stack(
+    env: Any,
+    name: str,
+    layers: Sequence[torch.nn.Module],
+    arrays: Callable[[int], Arrays],
+    run: Callable[[], Any],
+) -> LayerPeriods | None:
+    """Returns the stack of the layers of a list whose programs are alike; None if they differ.
+
+    Two layers are alike if they are of one class with the same settings, compute the same program,
+    and get the very same arguments but for the hidden states.
+
+    Args:
+      env: torchax's.
+      name: the list's name.
+      layers: its modules.
+      arrays: returns abstract parameters and the buffers of a layer.
+      run: runs the whole module.
+    """
+    signs: dict[int, Any] = {}
+    order: list[int] = []
+
+    def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = _Call(env, layer, args, kwargs)
+        own = {k: jnp.zeros(x.shape, x.dtype) for k, x in arrays(i).items()}
+        traced, shapes = jax.make_jaxpr(call, return_shape=True)(own, call.hidden)
+        same = call.maps_hidden and shapes[0].shape == call.hidden.shape
+        same = same and shapes[0].dtype == call.hidden.dtype
+        leaves = torch_tree.tree_leaves((call.rest, call.kwargs))
+        told = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in leaves]
+        signs[i] = (str(traced), told, _settings(layer)) if same else (i,)
+        order.append(i)
+        return call.restore([jnp.zeros(s.shape, s.dtype) for s in shapes])
+
+    with patched(layers, record):
+        run()
+    n = len(layers)
+    if order != list(range(n)):
+        return None
+    for start in range(min(n - 1, 4)):
+        for period in range(1, (n - start) // 2 + 1):
+            alike = all(signs[i] == signs[start + (i - start) % period] for i in range(start, n))
+            if (n - start) % period == 0 and alike:
+                return LayerPeriods(name, start, period, (n - start) // period)
+    return None
+
+
+_NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx", "idx")
+_PLAIN = (int, float, str, bool, type(None), tuple)
+
+
+def _settings(layer: torch.nn.Module) -> list[Any]:
+    """Returns the classes and the plain settings of a layer's modules, but for its number."""
+    return [
+        (
+            name,
+            type(part),
+            sorted(
+                (k, repr(v))
+                for k, v in vars(part).items()
+                if k not in _NUMBERS and isinstance(v, _PLAIN)
+            ),
+        )
+        for name, part in layer.named_modules()
+    ]
+
+
+@contextlib.contextmanager
+def scanned(
+    env: Any,
+    stack: LayerPeriods,
+    layers: Sequence[torch.nn.Module],
+    arrays: Sequence[Arrays],
+    recomputed: Recomputed,
+) -> Iterator[None]:
+    """Runs the layers of a stack as one scan, when the last one of its first turn is called.
+
+    Args:
+      env: torchax's.
+      stack: says which layers.
+      layers: a layer of each kind.
+      arrays: parameters and buffers of each kind, stacked on axis 0.
+      recomputed: what the backward pass recomputes.
+    """
+    calls: list[_Call] = []
+
+    def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if i == 0:
+            calls.clear()
+        calls.append(_Call(env, layer, args, kwargs))
+        own = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
+        if i < stack.period - 1:
+            jax.eval_shape(calls[i], own, calls[i].hidden)  # for the structure of its output
+            return calls[i].restore([calls[i].hidden])
+
+        def turn(hidden: jax.Array, slices: Sequence[Arrays]) -> tuple[jax.Array, None]:
+            for call, own in zip(calls, slices, strict=True):
+                (hidden,) = call(own, hidden)
+                hidden = recomputed.placement.constrain(hidden, "residual")
+            return hidden, None
+
+        hidden, _ = jax.lax.scan(recomputed(turn), calls[0].hidden, list(arrays))
+        return calls[i].restore([hidden])
+
+    with patched(layers, called):
+        yield
+
+
+@contextlib.contextmanager
+def unrolled(
+    env: Any,
+    layers: Sequence[torch.nn.Module],
+    arrays: Sequence[Arrays],
+    recomputed: Recomputed,
+) -> Iterator[None]:
+    """Runs each layer by itself, recomputed in the backward pass."""
+
+    def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = _Call(env, layer, args, kwargs)
+        hidden = recomputed.placement.constrain(call.hidden, "residual")
+        return call.restore(recomputed(call)(arrays[i], hidden))
+
+    with patched(layers, called):
+        yield

@@ -1,0 +1,101 @@
+"""Loads any model of transformers, or a torch module, as a JAX function and its parameters."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from lora_jax.hf.hub import resolve
+from lora_jax.hf.keys import Params, nest_leaves
+from lora_jax.hf.load import ShardingOf, load_params
+from lora_jax.models.layers.attend import Attend
+from lora_jax.torch.backend import TorchModelError
+from lora_jax.torch.config import CAUSAL, TorchConfig
+from lora_jax.torch.files import TorchFolder
+from lora_jax.torch.model import TorchModel
+from lora_jax.torch.structure import plan_lines
+
+
+def from_torch(
+    source: Any,
+    *,
+    auto: str = CAUSAL,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    remat: bool | str = False,
+    attention: str | Attend = "auto",
+    scan: bool = True,
+    sharding: ShardingOf | None = None,
+    print_plan: Callable[[str], None] | None = None,
+) -> tuple[TorchModel, Params]:
+    """Returns a torch module as a function of a parameter tree, and the tree.
+
+    A folder's weights are read tensor by tensor, each straight to its devices; the module itself is
+    built without memory for weights. Paths are the module's own names: a linear layer's weight is a
+    ``kernel`` [in, out], a table an ``embedding``, a norm's weight a ``scale``, and everything else
+    has the name that torch gives it. A tensor that several modules share is there once.
+
+    Layers of a causal language model that compute the same program are stacked on axis 0 and run as
+    one scan; kinds that take turns have a stack each. Those that differ run one after another.
+
+    Args:
+      source: a folder or hub name with config.json and safetensors files, or a torch module.
+      auto: the class of transformers that builds a folder's model: "AutoModel",
+        "AutoModelForSeq2SeqLM", ...
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters; `dtype` by default.
+      remat: what is recomputed in the backward pass, layer by layer; see ``models.Decoder``.
+      attention: see ``models.Decoder``; for modules that take their attention from transformers'
+        `AttentionInterface`. Others compute it in their own way.
+      scan: whether layers that are alike are stacked.
+      sharding: (path, shape) -> the sharding of that parameter; None for the default device.
+      print_plan: gets a line for each sharding of the table that ``models.partition_specs`` gives.
+
+    Returns:
+      (fn, params): ``fn(params, input_ids)`` gives a causal language model's logits; of another
+      module ``fn(params, *args, **kwargs)`` gives what its forward gives. ``fn.apply`` has the
+      arguments of ``models.Decoder``'s.
+
+    Raises:
+      ConfigError: transformers has no such model.
+      TorchModelError: the module cannot run as a JAX function; names the operator and the module.
+      WeightsError: weights that cannot be read or do not fit; one error lists all of them.
+    """
+    param_dtype = dtype if param_dtype is None else param_dtype
+    how: dict[str, Any] = {"remat": remat, "attention": attention}
+    if isinstance(source, str | os.PathLike):
+        folder = TorchFolder(resolve(Path(source)).path, auto=auto, scan=scan)
+        model = TorchModel(folder.config, dtype, param_dtype, **how)
+        _tell(model, print_plan)
+        return model, load_params(folder, param_dtype, sharding)
+    text = source.config.to_json_string(use_diff=False) if hasattr(source, "config") else ""
+    model = TorchModel(TorchConfig(text, auto, scan, source), dtype, param_dtype, **how)
+    _tell(model, print_plan)
+    tensors = dict(source.named_parameters(remove_duplicate=False))
+    tensors |= dict(source.named_buffers(remove_duplicate=False))
+
+    def read(row: Any) -> jax.Array:
+        arrays = [tensors[name].detach().float().cpu().numpy() for name in row.hf_names]
+        arrays = [array.T if row.transpose else array for array in arrays]
+        whole = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
+        place = None if sharding is None else sharding(row.path, row.stacked_shape)
+        array: jax.Array = jax.device_put(whole.astype(param_dtype), place)
+        return array
+
+    return model, nest_leaves((row.path, read(row)) for row in model.config.key_rows())
+
+
+def _tell(model: TorchModel, print_plan: Callable[[str], None] | None) -> None:
+    if model.attention != "auto" and not model.built.attends:
+        raise TorchModelError(
+            f"attention={model.attention!r}: a {model.config.model_type} computes attention in its "
+            "own way"
+        )
+    if print_plan is not None:
+        for line in plan_lines(model.config.key_rows()):
+            print_plan(line)

@@ -1,0 +1,159 @@
+"""A causal language model of transformers, with the calls of `lora_jax.models.Decoder`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lora_jax.core.types import Tree
+from lora_jax.models.layers.attend import Attend
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.trunk import remat_policy
+from lora_jax.torch.attention import attending
+from lora_jax.torch.backend import TorchModelError
+from lora_jax.torch.config import TorchConfig
+from lora_jax.torch.layers import Recomputed
+from lora_jax.torch.module import Built, built
+from lora_jax.torch.tokens import Tokens
+
+_PLACES = ("attention_mask", "positions", "segment_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchModel:
+    """A torch module as a model: `apply` is a function of a parameter tree.
+
+    Attributes:
+      config: what the module is built from.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
+      remat, attention, placement: see ``lora_jax.models.Decoder``.
+    """
+
+    config: TorchConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    remat: bool | str = False
+    attention: str | Attend = "auto"
+    placement: Placement = UNPLACED
+
+    def clone(self, **changes: Any) -> "TorchModel":
+        """Returns the model with other attributes."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def built(self) -> Built:
+        """The module, without weights."""
+        return built(self.config)
+
+    def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module as torch does, with JAX's arrays.
+
+        Args:
+          params: the parameters.
+          *args, **kwargs: arguments of the module's ``forward``.
+
+        Returns:
+          The logits of a causal language model, [batch, seq, vocab]; of other modules their output:
+          a dictionary where transformers names its parts.
+
+        Raises:
+          TorchModelError: names the operator and the module that cannot run as a JAX function.
+        """
+        if not self.config.continues:
+            return self._run(params, args, kwargs)
+        out = self._run(params, args, {"use_cache": False} | kwargs)
+        return out["logits"] if isinstance(out, dict) else out[0]
+
+    def _run(self, params: Tree, args: Any, kwargs: Mapping[str, Any], **how: Any) -> Any:
+        recomputed = Recomputed(self.remat is not False, remat_policy(self.remat), self.placement)
+
+        def cast(x: Any) -> Any:
+            is_float = jnp.issubdtype(x.dtype, jnp.floating)
+            return x.astype(self.dtype) if is_float and x.dtype != self.dtype else x
+
+        with attending(self.attention, self.placement, **how):
+            return self.built.call(jax.tree.map(cast, params), args, kwargs, recomputed)
+
+    def apply(
+        self,
+        variables: Mapping[str, Tree],
+        input_ids: jax.Array,
+        *,
+        cache: Tokens | None = None,
+        logits_at: jax.Array | None = None,
+        return_hidden: bool = False,
+        method: str | None = None,
+        **places: jax.Array | None,
+    ) -> Any:
+        """Predicts each next token; see ``lora_jax.models.causal.CausalLM`` for the arguments.
+
+        A cache holds tokens, and all of them are computed anew at each call. `places` are
+        ``attention_mask``, ``positions`` and ``segment_ids``.
+
+        Raises:
+          TorchModelError: see `__call__`; for another argument.
+        """
+        if unknown := [name for name in places if name not in _PLACES]:
+            raise TorchModelError(f"{self.built.name}: a torch module takes no {unknown[0]}")
+        params = variables["params"]
+        if method == "head":
+            return self._head(params, input_ids)
+        if cache is not None:
+            cache, slots = cache.extended(input_ids, places.get("attention_mask"))
+            at = slots if logits_at is None else jnp.take_along_axis(slots, logits_at, axis=1)
+            return self._logits(params, cache.ids, {}, at, return_hidden, None), cache
+        segments = places.get("segment_ids")
+        kwargs = self._places(input_ids, places)
+        return self._logits(params, input_ids, kwargs, logits_at, return_hidden, segments)
+
+    def _places(
+        self, ids: jax.Array, places: Mapping[str, jax.Array | None]
+    ) -> dict[str, jax.Array]:
+        """Returns the arguments that say where tokens are, those of which the module knows."""
+        mask, positions = places.get("attention_mask"), places.get("positions")
+        if mask is None and positions is None and places.get("segment_ids") is None:
+            return {}
+        given = {"attention_mask": jnp.ones(ids.shape, jnp.int32) if mask is None else mask}
+        if positions is None and mask is not None:
+            positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+        known = "position_ids" in self.built.arguments
+        return given | ({"position_ids": positions} if known and positions is not None else {})
+
+    def _logits(
+        self,
+        params: Tree,
+        ids: jax.Array,
+        kwargs: Mapping[str, Any],
+        at: jax.Array | None,
+        return_hidden: bool,
+        segments: jax.Array | None,
+    ) -> jax.Array:
+        """Returns logits in fp32, or hidden states, at some places."""
+        taken: list[jax.Array] = []
+
+        def pick(hidden: jax.Array) -> jax.Array:
+            picked = hidden
+            if at is not None:
+                picked = jnp.take_along_axis(hidden, at[..., None], axis=1)
+            taken.append(picked)
+            return picked
+
+        with self.built.trunk_output(pick):
+            arguments = {"input_ids": ids, "use_cache": False, **kwargs}
+            out = self._run(params, (), arguments, segments=segments)
+        if return_hidden:
+            return taken[0]
+        logits: jax.Array = out["logits"] if isinstance(out, dict) else out[0]
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    def _head(self, params: Tree, hidden: jax.Array) -> jax.Array:
+        """Returns the logits of final hidden states, [batch, n, d_model]."""
+        ids = jnp.zeros(hidden.shape[:2], jnp.int32)
+        with self.built.trunk_replaced(hidden):
+            out = self._run(params, (), {"input_ids": ids, "use_cache": False})
+        logits: jax.Array = out["logits"] if isinstance(out, dict) else out[0]
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

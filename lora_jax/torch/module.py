@@ -1,0 +1,304 @@
+"""A torch module on the meta device, and its calls with JAX's arrays for its parameters."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.types import Tree
+from lora_jax.torch.attention import NAME
+from lora_jax.torch.backend import Tensor, TorchModelError, running, torchax
+from lora_jax.torch.layers import (
+    Recomputed,
+    layer_lists,
+    patched,
+    scanned,
+    to_jax,
+    to_torch,
+    unrolled,
+)
+from lora_jax.torch.probe import buffers_of, find_stacks, loose, stack_buffers, within
+from lora_jax.torch.structure import LayerPeriods, Parameter, parameters_of
+
+# Classes of modules that mix tokens otherwise than by attention.
+_MIXES = re.compile(
+    r"Conv(?!1D$)|Mamba|SSM|Rwkv|Recurrent|DeltaNet|LinearAtt|Lightning|KDA|LSTM|Retention"
+)
+
+
+class ModuleSource(Protocol):
+    """The source of a module: a `TorchConfig`."""
+
+    @property
+    def auto(self) -> str: ...
+    @property
+    def scan(self) -> bool: ...
+    @property
+    def module(self) -> Any: ...
+    @property
+    def hf(self) -> Any: ...
+    @property
+    def continues(self) -> bool: ...
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def without_generation(self) -> "ModuleSource": ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Built:
+    """A module without weights.
+
+    Attributes:
+      name: for messages.
+      module: on torch's meta device; of each stack it has the layers before, and one of each kind.
+      parameters: its parameters, and the buffers that files hold.
+      stacks: its stacks.
+      lists: the names of its lists of layers, without those of the stacks.
+      buffers: its further buffers, by name; those of a stack's kinds are stacked.
+      unlike: why lists are no stacks.
+    """
+
+    name: str
+    module: torch.nn.Module
+    parameters: Sequence[Parameter]
+    stacks: Sequence[LayerPeriods]
+    lists: Sequence[str]
+    buffers: Mapping[str, np.ndarray]
+    unlike: Sequence[str] = ()
+
+    def call(
+        self,
+        tree: Tree,
+        args: Any,
+        kwargs: Any,
+        recomputed: Recomputed = Recomputed(),  # noqa: B008
+    ) -> Any:
+        """Calls the module.
+
+        Args:
+          tree: the parameters.
+          args, kwargs: arguments, with JAX's arrays.
+          recomputed: what the backward pass recomputes.
+
+        Raises:
+          TorchModelError: see `running`.
+        """
+        leaves = dict(flatten_with_paths(tree)[0])
+        if lacking := [p.row.path for p in self.parameters if p.row.path not in leaves]:
+            raise TorchModelError(f"{self.name}: the tree has no {lacking[0]}")
+        whole: dict[str, jax.Array] = {}
+        kinds: dict[tuple[LayerPeriods, int], dict[str, jax.Array]] = {}
+        for own in self.parameters:
+            array = leaves[own.row.path]
+            array = array.swapaxes(-1, -2) if own.row.transpose else array
+            if own.stack is None:
+                whole |= dict.fromkeys((own.name, *own.aliases), array)
+            else:
+                kinds.setdefault(own.stack, {})[own.layer or ""] = array
+        for name, buffer in self.buffers.items():
+            placed = _stacked(name, self.stacks)
+            if placed is None:
+                whole[name] = jnp.asarray(buffer)
+            else:
+                kinds.setdefault(placed[0], {})[placed[1]] = jnp.asarray(buffer)
+        with running(self.name) as env, contextlib.ExitStack() as open_:
+            for stack in self.stacks:
+                layers = self.layers(stack.name)[stack.start :]
+                arrays = [kinds.get((stack, kind), {}) for kind in range(stack.period)]
+                open_.enter_context(scanned(env, stack, layers, arrays, recomputed))
+            for name in self.lists if recomputed.on or recomputed.placement.token_parts > 1 else ():
+                layers = self.layers(name)
+                of = [within(whole, f"{name}.{i}.") for i in range(len(layers))]
+                open_.enter_context(unrolled(env, layers, of, recomputed))
+            open_.enter_context(loose(env, self.module))
+            tensors = {name: Tensor(array, env) for name, array in whole.items()}
+            out = torch.func.functional_call(
+                self.module,
+                tensors,
+                to_torch(env, tuple(args)),
+                to_torch(env, dict(kwargs)),
+                tie_weights=False,
+            )
+            return to_jax(out)
+
+    def layers(self, name: str) -> list[torch.nn.Module]:
+        """Returns the modules of a list."""
+        modules: Any = self.module.get_submodule(name)
+        return list(modules)
+
+    @functools.cached_property
+    def conversions(self) -> tuple[list[Any], list[Any], dict[str, torch.Tensor]]:
+        """Transformers' renamings and conversions of files' tensors, and the module's tensors."""
+        module: Any = self.module
+        found = get_model_conversion_mapping(module)
+        converters = [each for each in found if isinstance(each, WeightConverter)]
+        renamings = [each for each in found if not isinstance(each, WeightConverter)]
+        names = [n for p in self.parameters for n in (*p.row.hf_names, *p.aliases)]
+        return renamings, converters, dict.fromkeys(names, torch.empty(0))
+
+    @functools.cached_property
+    def arguments(self) -> frozenset[str]:
+        """The names of the arguments that the module takes."""
+        return frozenset(inspect.signature(self.module.forward).parameters)
+
+    @property
+    def attends(self) -> bool:
+        """True if the module's attention is `lora_jax.torch.attention`'s."""
+        config = getattr(self.module, "config", None)
+        return getattr(config, "_attn_implementation", None) == NAME
+
+    @property
+    def packs(self) -> bool:
+        """True if rows may hold several sequences: attention alone mixes tokens, and is ours."""
+        mixing = any(_MIXES.search(type(part).__name__) for part in self.module.modules())
+        return self.attends and "position_ids" in self.arguments and not mixing
+
+    @functools.cached_property
+    def trunk(self) -> torch.nn.Module:
+        """The part of a language model before its head.
+
+        Raises:
+          TorchModelError: the module has no such part.
+        """
+        trunk: torch.nn.Module | None = getattr(self.module, "base_model", None)
+        if trunk is None or trunk is self.module:
+            raise TorchModelError(f"{self.name}: its head is no part of its own")
+        return trunk
+
+    @contextlib.contextmanager
+    def trunk_output(self, change: Callable[[jax.Array], jax.Array]) -> Iterator[None]:
+        """Gives the head ``change(hidden)`` in the place of final hidden states, within a block."""
+
+        def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
+            out = type(trunk).forward(trunk, *args, **kwargs)
+            first = out[0]
+            hidden = Tensor(change(first.jax()), first._env)
+            if isinstance(out, tuple):
+                return (hidden, *out[1:])
+            out["last_hidden_state"] = hidden
+            return out
+
+        with patched([self.trunk], forward):
+            yield
+
+    @contextlib.contextmanager
+    def trunk_replaced(self, hidden: jax.Array) -> Iterator[None]:
+        """Gives the head these final hidden states, within a block; nothing before it runs."""
+
+        def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
+            return _Hidden(Tensor(hidden, torchax.default_env()))
+
+        with patched([self.trunk], forward):
+            yield
+
+
+class _Hidden:
+    """Outputs of a trunk, of which only the hidden states are there."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _stacked(
+    name: str, stacks: Sequence[LayerPeriods]
+) -> tuple[tuple[LayerPeriods, int], str] | None:
+    """Returns the kind of a stack's layers that a buffer belongs to, and its name within them."""
+    for stack in stacks:
+        for kind in range(stack.period):
+            prefix = f"{stack.name}.{stack.start + kind}."
+            if name.startswith(prefix):
+                return (stack, kind), name.removeprefix(prefix)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _built(config: Any) -> Built:
+    module: torch.nn.Module = _empty(config).eval()
+    name = config.model_type
+    buffers = buffers_of(module)
+    stacks: list[LayerPeriods] = []
+    unlike: list[str] = []
+    lists = layer_lists(module)
+    if config.scan and config.continues:
+        stacks, unlike = find_stacks(name, module, lists, buffers)
+    parameters = parameters_of(module, stacks)
+    for stack in stacks:
+        buffers = stack_buffers(stack, buffers)
+        layers: Any = module.get_submodule(stack.name)
+        owner, _, leaf = stack.name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, torch.nn.ModuleList(layers[: stack.n_layers]))
+    stored = {n for p in parameters for n in (p.name, *p.aliases)}
+    stored |= {p.name for p in parameters_of(module)}
+    others = [name for name in lists if name not in {stack.name for stack in stacks}]
+    return Built(
+        name=name,
+        module=module,
+        parameters=parameters,
+        stacks=stacks,
+        lists=others,
+        buffers={n: b for n, b in buffers.items() if n not in stored},
+        unlike=unlike,
+    )
+
+
+def built(config: ModuleSource) -> Built:
+    """Returns the module of a configuration, without weights; it is built once.
+
+    Raises:
+      TorchModelError: transformers cannot build it.
+    """
+    recipe: Any = config.without_generation
+    return _built(recipe)
+
+
+def _empty(config: ModuleSource) -> Any:
+    """Returns the module with its parameters on the meta device, and its buffers as they are."""
+    if config.module is not None:
+        memo = {id(p): torch.nn.Parameter(p.to("meta"), False) for p in config.module.parameters()}
+        module: Any = copy.deepcopy(config.module, memo)
+        if hasattr(module, "set_attn_implementation") and _takes_attention(type(module)):
+            module.set_attn_implementation(NAME)
+        return module
+    auto, hf = getattr(transformers, config.auto), copy.deepcopy(config.hf)
+    try:
+        kind = auto._model_mapping[type(hf)]
+    except KeyError:
+        raise TorchModelError(
+            f"transformers has no {config.auto.removeprefix('AutoModel')} of {config.model_type}"
+        ) from None
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    attention = NAME if _takes_attention(kind) else "eager"
+    options = {"attn_implementation": attention, "experts_implementation": "batched_mm"}
+    with init_empty_weights(include_buffers=False):
+        try:
+            module = auto.from_config(hf, **options)
+        except (ValueError, TypeError):
+            del options["experts_implementation"]
+            module = auto.from_config(hf, **options)
+    module.tie_weights()
+    return module
+
+
+def _takes_attention(kind: type) -> bool:
+    return bool(getattr(kind, "_supports_attention_backend", False))

@@ -1,0 +1,119 @@
+"""Compares the layers of a torch module by a trace of a short row, and stacks what is alike."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from lora_jax.torch.attention import attending
+from lora_jax.torch.backend import Tensor, TorchModelError, running
+from lora_jax.torch.layers import find_stack
+from lora_jax.torch.structure import LayerPeriods
+
+_PROBE = 8  # tokens of the row by which layers are compared
+
+
+def within(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def loose(env: Any, module: torch.nn.Module) -> Iterator[None]:
+    """Has JAX's arrays in the place of tensors that are attributes of modules, and no buffers."""
+    held = [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    ]
+    try:
+        for part, name, value in held:
+            part.__dict__[name] = Tensor(jnp.asarray(value.detach().numpy()), env)
+        yield
+    finally:
+        for part, name, value in held:
+            part.__dict__[name] = value
+
+
+def buffers_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {
+        name: buffer.detach().float().numpy()
+        if buffer.dtype == torch.bfloat16
+        else buffer.detach().numpy()
+        for name, buffer in module.named_buffers(remove_duplicate=False)
+        if buffer.device.type == "cpu"
+    }
+
+
+def find_stacks(
+    name: str, module: torch.nn.Module, lists: Sequence[str], buffers: Mapping[str, np.ndarray]
+) -> tuple[list[LayerPeriods], list[str]]:
+    """Compares the layers of each list by a short row; returns the stacks, and why some are not."""
+    stacks, unlike = [], []
+    for each in lists:
+        layers: Any = module.get_submodule(each)
+
+        def arrays(i: int, each: str = each, layers: Any = layers) -> dict[str, Any]:
+            own = {k: _shape(p) for k, p in layers[i].named_parameters(remove_duplicate=False)}
+            return own | within(buffers, f"{each}.{i}.")
+
+        try:
+            shapes = {n: _shape(p) for n, p in module.named_parameters(remove_duplicate=False)}
+            stack = _probe(name, module, each, layers, arrays, shapes | dict(buffers))
+        except (TorchModelError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            unlike.append(f"{each}: {error}")
+            continue
+        if stack is None:
+            unlike.append(f"{each}: its layers differ")
+        else:
+            stacks.append(stack)
+    return stacks, unlike
+
+
+def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
+    dtype = {torch.int64: np.int32, torch.bool: np.bool_}.get(tensor.dtype, np.float32)
+    return jax.ShapeDtypeStruct(tuple(tensor.shape), dtype)
+
+
+def _probe(
+    name: str,
+    module: torch.nn.Module,
+    each: str,
+    layers: Any,
+    arrays: Any,
+    shapes: Mapping[str, Any],
+) -> LayerPeriods | None:
+    """Returns the stack of a list of layers, by a trace of the whole module."""
+    result: list[LayerPeriods | None] = []
+
+    def traced(values: Mapping[str, Any], ids: jax.Array) -> jax.Array:
+        with running(name) as env, attending(keeps_masks=True), loose(env, module):
+            tensors = {n: Tensor(jnp.asarray(x), env) for n, x in values.items()}
+
+            def run() -> None:
+                kwargs = {"input_ids": Tensor(ids, env), "use_cache": False}
+                torch.func.functional_call(module, tensors, (), kwargs, tie_weights=False)
+
+            result.append(find_stack(env, each, list(layers), arrays, run))
+        return ids
+
+    jax.eval_shape(traced, dict(shapes), jax.ShapeDtypeStruct((1, _PROBE), np.int32))
+    return result[0]
+
+
+def stack_buffers(stack: LayerPeriods, buffers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns buffers, with those of a stack's layers stacked under the first one's name."""
+    kept = {}
+    for name, buffer in buffers.items():
+        number, _, rest = name.removeprefix(f"{stack.name}.").partition(".")
+        if not name.startswith(f"{stack.name}.") or int(number) < stack.start:
+            kept[name] = buffer
+        elif int(number) < stack.n_layers:
+            kind = int(number) - stack.start
+            names = [f"{stack.name}.{layer}.{rest}" for layer in stack.numbers(kind)]
+            kept[name] = np.stack([buffers[n] for n in names])
+    return kept

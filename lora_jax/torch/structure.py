@@ -1,0 +1,215 @@
+"""The parameters of a torch module as the rows of a key table, and the stacks of its layers."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jax.sharding import PartitionSpec
+
+from lora_jax.hf.keys import Kind, Row
+from lora_jax.models.specs import COLUMNS, EXPERT_COLUMNS, REPLICATED, ROWS
+
+_MIXES = re.compile(r"attn|attention|mixer|mamba|ssm|conv|rwkv|recurrent|temporal_block")
+_EXPANDS = re.compile(
+    r"(q|k|v|qkv|in|gate|up|gate_up|query|key|value|w1|w3|fc1|fc_in|c_fc|c_attn)(_proj)?"
+)
+_CONTRACTS = re.compile(r"(o|out|down|dense|c|w2|wo|fc2|fc_out|dense_4h_to_h)(_proj)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPeriods:
+    """Layers of a ModuleList that one scan runs: those from `start` on, `period` of them a step.
+
+    Attributes:
+      name: the list's dotted name.
+      start: the number of layers before them, each of its own kind.
+      period: the number of kinds, which take turns.
+      repeats: the number of turns.
+    """
+
+    name: str
+    start: int
+    period: int
+    repeats: int
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers that are left of the list: those before, and one of each kind."""
+        return self.start + self.period
+
+    def place(self, layer: int) -> str:
+        """Returns the name of a layer's kind in paths; "" where there is a single kind."""
+        kind = (layer - self.start) % self.period
+        if self.start:
+            return f"{kind}of{self.period}from{self.start}"
+        return f"{kind}of{self.period}" if self.period > 1 else ""
+
+    def numbers(self, kind: int) -> tuple[int, ...]:
+        """Returns the numbers of the layers of a kind."""
+        return tuple(self.start + kind + i * self.period for i in range(self.repeats))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of a module, or a buffer that files hold.
+
+    Attributes:
+      name: dotted, as in files.
+      aliases: its other names, in other modules.
+      row: its row of the key table.
+      layer: the name within its layer, where the row is a stack; else None.
+      stack: that stack, and the kind of its layers.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    row: Row
+    layer: str | None = None
+    stack: tuple[LayerPeriods, int] | None = None
+
+
+def parameters_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) -> list[Parameter]:
+    """Lists the parameters of a module with all of its layers, tied ones once.
+
+    Args:
+      module: it may be on torch's meta device.
+      stacks: the layers that are stacked.
+    """
+    heads = _heads(module)
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in _stored(module):
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    found: list[Parameter] = []
+    for key, (name, *aliases) in names.items():
+        placed = _place(name, stacks)
+        if placed is not None and placed[2] > 0:
+            continue  # the row of the first layer of its kind holds it
+        found.append(_parameter(module, name, tuple(aliases), tensors[key], placed, heads))
+    return found
+
+
+def _stored(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields parameters, and buffers of floats that files hold, under each of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        kept = leaf not in module.get_submodule(owner)._non_persistent_buffers_set
+        if kept and buffer.is_floating_point():
+            yield name, buffer
+
+
+def _heads(module: torch.nn.Module) -> dict[str, Kind]:
+    """Returns the kinds of the modules that turn tokens into vectors and back, by name."""
+    kinds: dict[str, Kind] = {}
+    for kind, get in (("embedding", "get_input_embeddings"), ("head", "get_output_embeddings")):
+        try:
+            own = getattr(module, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        kinds |= {name: kind for name, part in module.named_modules() if part is own}
+    return kinds
+
+
+def _place(name: str, stacks: Sequence[LayerPeriods]) -> tuple[LayerPeriods, int, int, str] | None:
+    """Returns the stack of a parameter, its kind, its turn, and its name within its layer."""
+    for stack in stacks:
+        if match := re.fullmatch(rf"{re.escape(stack.name)}\.(\d+)\.(.+)", name):
+            layer = int(match[1]) - stack.start
+            if layer >= 0:
+                return stack, layer % stack.period, layer // stack.period, match[2]
+    return None
+
+
+def _parameter(
+    module: torch.nn.Module,
+    name: str,
+    aliases: tuple[str, ...],
+    tensor: torch.Tensor,
+    placed: tuple[LayerPeriods, int, int, str] | None,
+    heads: dict[str, Kind],
+) -> Parameter:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    shape, ours, transpose = tuple(tensor.shape), leaf, False
+    is_kernel = leaf == "weight" and len(shape) == 2
+    if is_kernel and isinstance(owner, torch.nn.Linear):
+        shape, ours, transpose = shape[::-1], "kernel", True
+    elif is_kernel and isinstance(owner, torch.nn.Embedding):
+        ours = "embedding"
+    elif is_kernel and type(owner).__name__ == "Conv1D":  # transformers', as GPT-2 has it
+        ours = "kernel"
+    elif leaf == "weight" and "norm" in type(owner).__name__.lower():
+        ours = "scale"
+    kind = _kind(owner_name, ours, len(shape), heads)
+    row = Row(
+        path="/".join([*owner_name.split("."), ours]).lstrip("/"),
+        hf=name,
+        shape=shape,
+        transpose=transpose,
+        aliases=aliases,
+        kind=kind,
+        spec=_spec(owner_name, ours, shape, kind),
+    )
+    if placed is None:
+        return Parameter(name, aliases, row)
+    stack, place, _, within = placed
+    layer = stack.start + place
+    of_layer, inner = f"{stack.name}.{layer}.", [p for p in within.split(".")[:-1] if p]
+    path = [*stack.name.split("."), *[p for p in [stack.place(layer)] if p], *inner, ours]
+    row = dataclasses.replace(
+        row,
+        path="/".join(path),
+        hf=f"{stack.name}.{{}}.{name.removeprefix(of_layer)}",
+        stack=(stack.repeats,),
+        numbers=stack.numbers(place),
+    )
+    return Parameter(name, aliases, row, within, (stack, place))
+
+
+def _kind(owner: str, leaf: str, ndim: int, heads: dict[str, Kind]) -> Kind | None:
+    if owner in heads:
+        return heads[owner]
+    last = owner.rsplit(".", 1)[-1]
+    if leaf == "embedding":
+        return "positions"
+    if leaf == "scale" or "norm" in last:
+        return "norm"
+    if re.search(r"(^|\.)experts(\.|$)", owner) and (ndim == 3 or leaf == "kernel"):
+        return "experts"
+    if last in ("gate", "router"):
+        return "router"
+    if leaf not in ("kernel", "bias"):
+        return None
+    return "attention" if _MIXES.search(owner.rsplit(".layers.", 1)[-1]) else "mlp"
+
+
+def _spec(owner: str, leaf: str, shape: tuple[int, ...], kind: Kind | None) -> PartitionSpec:
+    """Returns the sharding of a parameter: by its name, and by its shape where that says nothing.
+
+    A kernel that narrows, or whose name is that of a block's last product, is sharded over its in
+    axis, and others over their out axis.
+    """
+    if leaf == "embedding":
+        return ROWS
+    if len(shape) == 3 and kind == "experts":
+        return EXPERT_COLUMNS
+    if leaf != "kernel" or len(shape) != 2:
+        return REPLICATED
+    name = owner.rsplit(".", 1)[-1]
+    if kind == "head" or _EXPANDS.fullmatch(name):
+        return COLUMNS
+    return ROWS if shape[0] > shape[1] or _CONTRACTS.fullmatch(name) else COLUMNS
+
+
+def plan_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Yields a line for each sharding: the axes of the mesh, and the modules that have it."""
+    by_spec: dict[Any, list[str]] = {}
+    for row in rows:
+        by_spec.setdefault(row.spec, []).append("/".join(row.path.split("/")[-2:]))
+    for spec, names in by_spec.items():
+        axes = ", ".join("+".join(a) if isinstance(a, tuple) else str(a) for a in spec)
+        yield f"{axes or 'replicated'}: {', '.join(dict.fromkeys(names))}"

@@ -1,0 +1,253 @@
+"""Compares a tiny random model of any model_type with transformers and PEFT on torch."""
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+
+VOCAB = 61
+
+# The sizes of a tiny model, under each name that configurations have for them.
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "dim", "model_dim", "word_embed_proj_dim"), 32
+    ),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "d_ff"), 48),
+    **dict.fromkeys(("encoder_ffn_dim", "ffn_hidden_size", "block_ff_dim", "inner_dim"), 48),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 4
+    ),
+    **dict.fromkeys(("encoder_layers",), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"), 2
+    ),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "kv_channels", "lru_width_per_head"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim_expert"), 16),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_selected_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+    "sliding_window": 6,
+    "attention_window_size": 6,
+    "attention_chunk_size": 6,
+    "state_size": 8,
+    "d_state": 8,
+    "time_step_rank": 4,
+    "mamba_d_state": 8,
+    "mamba_d_head": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_ssm": 64,
+    "mamba_expand": 2,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "mamba_n_groups": 1,
+    "mamba_ngroups": 1,
+    "mamba_dt_rank": 4,
+    "n_groups": 1,
+    "ssm_state_size": 8,
+    "chunk_size": 4,
+    "mamba_chunk_size": 4,
+    "lru_width": 32,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "conv_L_cache": 3,
+    "rotary_dim": 4,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    **dict.fromkeys(
+        ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"), None
+    ),
+    **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop"), 0.0),
+    "use_cache": True,
+}
+_NULLABLE = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
+# What fits no other model.
+_OWN: dict[str, dict[str, Any]] = {
+    "bart": {"is_decoder": True},
+    "gpt2": {"n_inner": None},
+    "mamba2": {"num_heads": 8},
+}
+
+
+def tiny_config(model_type: str) -> Any:
+    """Returns transformers' configuration of a tiny model."""
+    import transformers
+
+    kind = transformers.CONFIG_MAPPING[model_type]
+    defaults = kind().to_dict()
+    known = {name: _SIZES[name] for name in _SIZES if name in defaults}
+    text = defaults.get("text_config")
+    if isinstance(text, dict):
+        known["text_config"] = {name: _SIZES[name] for name in _SIZES if name in text}
+    for own in (known, known.get("text_config", {})):
+        if "qk_rope_head_dim" in own:  # the size of a head follows from its parts
+            own.pop("head_dim", None)
+            own.pop("qk_head_dim", None)
+            own["num_key_value_heads"] = own.get("num_attention_heads", 4)
+    known |= _OWN.get(model_type, {})
+    for drop in ((), ("head_dim",), _NULLABLE):
+        try:
+            config = kind(**{k: v for k, v in known.items() if k not in drop})
+            break
+        except Exception as error:
+            last = error
+    else:
+        raise last
+    return config
+
+
+def random_model(model_type: str, seed: int = 0) -> Any:
+    """Returns transformers' torch model with random weights, biases and gains among them."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = tiny_config(model_type)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model.float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict() and buffer.is_floating_point() and buffer.ndim:
+                buffer.add_(0.05 * torch.randn_like(buffer))
+    return model
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    """Returns the largest difference, relative to the largest number of `theirs`, or to 1."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
+
+
+def adapted_by_peft(model: Any, seed: int = 1) -> Any:
+    """Returns PEFT's model with an adapter of random A and B on all linear layers."""
+    import peft
+    import torch
+    import transformers
+
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+    if any(name.startswith("mamba") for name in (model.config.model_type, *vars(model.config))):
+        linear = [n for n in linear if not n.endswith("out_proj")]  # PEFT refuses it
+    if any(p.ndim == 3 for p in model.parameters()):  # PEFT would take these for the experts'
+        linear = [n for n in linear if n.rpartition(".")[2] not in _OF_EXPERTS]
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=linear, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    return adapted
+
+
+def _loss_of(logits: Any, ids: Any) -> Any:
+    logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    return -jnp.mean(jnp.take_along_axis(logp, ids[:, 1:, None], axis=2))
+
+
+def compare(model_type: str, folder: Path, *, generates: bool = True) -> dict[str, Any]:
+    """Compares one model_type at a tiny size with torch; see tests/benchmarks/torch_models.py.
+
+    Returns:
+      The largest differences, each relative to the largest number compared, or to 1: of logits, of
+      an adapter's logits, of the gradients of A and B, and of PEFT's logits by the adapter that was
+      written after a step; "greedy" says whether generated tokens are equal.
+    """
+    import torch
+    from safetensors.numpy import load_file
+
+    from lora_jax.torch import from_torch
+
+    reference = random_model(model_type)
+    reference.save_pretrained(folder / "base")
+    ids = np.random.default_rng(0).integers(3, VOCAB, (2, 11)).astype(np.int32)
+    there = torch.tensor(ids, dtype=torch.long)
+    facts: dict[str, Any] = {"model_type": model_type}
+    began = time.perf_counter()
+    fn, params = from_torch(folder / "base")
+    facts["stacks"] = [f"{s.name}: {s.start}+{s.period}x{s.repeats}" for s in fn.built.stacks]
+    with torch.no_grad():
+        wanted = reference(there, use_cache=False).logits.numpy()
+        if generates:
+            options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
+            greedy = reference.generate(there, **options, eos_token_id=None)[:, 11:].numpy()
+
+    adapted = adapted_by_peft(reference)
+    adapted.save_pretrained(folder / "adapter")
+    theirs = adapted(there, use_cache=False).logits
+    torch.nn.functional.cross_entropy(
+        theirs[:, :-1].reshape(-1, theirs.shape[-1]), there[:, 1:].reshape(-1)
+    ).backward()
+    tree = lp.load(folder / "adapter", fn, params)
+    adapter, base = lj.split(tree)
+    forward = lj.adapt(fn)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def step(adapter: Any) -> Any:
+        logits = forward(lj.join(adapter, base), ids)
+        return _loss_of(logits, ids), logits
+
+    off = {path: {**parts, "b": jnp.zeros_like(parts["b"])} for path, parts in adapter.items()}
+    (_, logits), _ = step(off)
+    facts["logits"] = distance(logits, wanted)
+    (_, logits), gradients = step(adapter)
+    facts["adapted"] = distance(logits, theirs.detach().numpy())
+    lp.save(folder / "gradients", fn, lj.join(gradients, base), task_type="CAUSAL_LM")
+    ours = load_file(folder / "gradients" / "adapter_model.safetensors")
+    names = {n.replace(".default", ""): p for n, p in adapted.named_parameters() if "lora_" in n}
+    assert ours.keys() == names.keys(), sorted(ours.keys() ^ names.keys())[:4]
+    theirs_of = {
+        n: np.zeros_like(ours[n]) if p.grad is None else p.grad.numpy() for n, p in names.items()
+    }
+    size = max(float(np.abs(g).max()) for g in theirs_of.values())
+    facts["gradients"] = max(
+        float(np.abs(ours[n] - g).max()) / max(1.0, size) for n, g in theirs_of.items()
+    )
+    facts["gradient_size"] = size
+    stepped = jax.tree.map(lambda x, g: x - 0.3 * g, adapter, gradients)
+    (_, logits), _ = step(stepped)
+    lp.save(folder / "stepped", fn, lj.join(stepped, base), task_type="CAUSAL_LM")
+    adapted.load_adapter(folder / "stepped", "stepped")
+    adapted.set_adapter("stepped")
+    with torch.no_grad():
+        facts["step"] = distance(logits, adapted(there, use_cache=False).logits.numpy())
+    if generates:
+        drawn = models.generate(fn, params, ids, max_new_tokens=3, eos_token_id=[])
+        facts["greedy"] = bool(np.array_equal(np.asarray(drawn), greedy))
+    facts["seconds"] = time.perf_counter() - began
+    return facts
+
+
+def is_exact(facts: dict[str, Any]) -> bool:
+    """Returns True if logits agree to 1e-4 and gradients to 1e-5, before and after a step."""
+    logits = max(facts["logits"], facts["adapted"], facts["step"])
+    return logits <= 1e-4 and facts["gradients"] <= 1e-5 and facts["gradient_size"] > 0

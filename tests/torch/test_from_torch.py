@@ -1,0 +1,251 @@
+"""Torch modules as JAX functions: their laws, their loading, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+from lora_jax.hf.fields import read_file
+from lora_jax.lorafy import map_parts
+from lora_jax.training import make_mesh
+from lora_jax.training.layout import Layout
+from tests.torch.checks import VOCAB, compare, distance, is_exact, random_model
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+torch = pytest.importorskip("torch")
+pytest.importorskip("lora_jax.torch", exc_type=ImportError)
+
+from lora_jax.torch import TorchConfig, TorchModelError, from_torch  # noqa: E402
+
+IDS = np.random.default_rng(0).integers(0, VOCAB, (4, 12)).astype(np.int32)
+
+# One of each kind: plain, norms after blocks, parallel blocks with layer norms, soft caps and
+# windows that alternate, biases, latent attention, experts with a shared one, experts by groups,
+# attention and convolutions, state spaces, states and attention side by side, and positions by
+# biases of scores.
+KINDS = (
+    *("llama", "glm4", "cohere2", "gemma2", "starcoder2", "deepseek_v3", "qwen2_moe", "glm4_moe"),
+    *("lfm2", "mamba2", "falcon_h1", "bloom"),
+)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_model_trains_as_by_peft(model_type, tmp_path):
+    facts = compare(model_type, tmp_path, generates=model_type in ("llama", "lfm2"))
+    assert is_exact(facts), facts
+    assert facts.get("greedy", True), facts
+    wrong = facts | {"gradients": 2e-5}
+    assert not is_exact(wrong)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The folder of a tiny Llama of four layers, and the torch module."""
+    folder = tmp_path_factory.mktemp("llama")
+    module = random_model("llama")
+    module.save_pretrained(folder)
+    return folder, module
+
+
+def adapted(params, **options):
+    rule = lj.LoraRule(targets="all-linear", rank=3, alpha=7, **options)
+    tree = lj.lorafy(params, [rule], key=jax.random.key(1))
+    leaves = iter(jax.random.split(jax.random.key(2), 99))
+
+    def noise(path, name, x):
+        return 0.2 * jax.random.normal(next(leaves), x.shape) if name == "b" else x
+
+    return map_parts(noise, tree)
+
+
+def loss_of(fn, tree):
+    adapter, base = lj.split(tree)
+    forward = lj.adapt(fn, strict=True)
+
+    def loss(adapter):
+        logp = jax.nn.log_softmax(forward(lj.join(adapter, base), IDS)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(logp, IDS[:, 1:, None], axis=2))
+
+    return jax.jit(jax.value_and_grad(loss)), adapter
+
+
+def test_a_scan_and_recomputed_layers_change_no_gradient(llama):
+    folder, _ = llama
+    results = []
+    for options in ({}, {"remat": True}, {"scan": False}, {"scan": False, "remat": True}):
+        fn, params = from_torch(folder, **options)
+        tree = adapted(from_torch(folder)[1])
+        if not options.get("scan", True):
+            lp.save(folder / "adapter", from_torch(folder)[0], tree, overwrite=True)
+            tree = lp.load(folder / "adapter", fn, params)
+        step, adapter = loss_of(fn, tree)
+        text = str(jax.make_jaxpr(step)(adapter))
+        assert ("scan" in text) == options.get("scan", True)
+        assert ("remat" in text or "checkpoint" in text) == options.get("remat", False)
+        loss, gradients = step(adapter)
+        squares = sum(float(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(gradients))
+        results.append((float(loss), squares))
+    np.testing.assert_allclose(results, [results[0]] * 4, rtol=1e-5)
+    assert results[0][1] > 1e-3
+
+
+def test_our_own_llama_has_the_same_tree_and_the_same_gradients(llama):
+    folder, _ = llama
+    fn, params = from_torch(folder)
+    model, own = models.from_pretrained(folder)
+    jax.tree.map(np.testing.assert_array_equal, params, own)
+    tree = adapted(own)
+    logits = jax.jit(lj.adapt(lambda p: model.apply({"params": p}, IDS)))(tree)
+    assert distance(jax.jit(lj.adapt(fn))(tree, IDS), logits) <= 1e-5
+    assert distance(jax.jit(fn)(lj.strip(tree), IDS), logits) > 1e-2
+
+
+def test_roles_are_read_from_the_program(llama):
+    fn, params = from_torch(llama[0])
+    rule = lj.LoraRule(targets="all-linear", rank=2)
+    named, traced = (lj.lorafy(params, [rule], **how) for how in ({}, {"trace": (fn, params, IDS)}))
+    assert jax.tree.structure(named) == jax.tree.structure(traced)
+
+
+def test_rows_that_are_packed_are_those_alone(llama):
+    fn, params = from_torch(llama[0])
+    alone = jax.jit(fn)(params, IDS)
+    packed = {
+        "positions": jnp.tile(jnp.arange(12, dtype=jnp.int32), (1, 4)),
+        "segment_ids": jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32), 12)[None],
+    }
+    run = jax.jit(lambda **where: fn.apply({"params": params}, IDS.reshape(1, -1), **where))
+    assert distance(run(**packed)[0].reshape(alone.shape), alone) <= 1e-5
+    together = run(positions=packed["positions"])
+    assert distance(together[0].reshape(alone.shape), alone) > 1e-3
+
+
+def test_the_head_by_itself_and_left_padding(llama):
+    fn, params = from_torch(llama[0])
+    whole = fn.apply({"params": params}, IDS)
+    at = jnp.array([[3, 5]] * 4)
+    some = fn.apply({"params": params}, IDS, logits_at=at)
+    hidden = fn.apply({"params": params}, IDS, logits_at=at, return_hidden=True)
+    by_head = fn.apply({"params": params}, hidden, method="head")
+    for logits in (some, by_head):
+        assert distance(logits, whole[:, [3, 5]]) <= 1e-6
+    ids = jnp.pad(IDS, ((0, 0), (3, 0)))
+    mask = jnp.pad(jnp.ones(IDS.shape, jnp.int32), ((0, 0), (3, 0)))
+    padded = fn.apply({"params": params}, ids, attention_mask=mask)
+    assert distance(padded[:, 3:], whole) <= 1e-5
+
+
+def test_devices_train_as_one_does(llama):
+    results = []
+    for mesh in (make_mesh(jax.devices()[:1]), make_mesh(jax.devices()[:4], fsdp=2, tensor=2)):
+        fields = read_file(llama[0] / "config.json", "a model", ValueError)
+        layout = Layout.of(mesh, TorchConfig.from_hf(fields))
+        fn, params = from_torch(llama[0], sharding=layout.of_parameter)
+        step, adapter = loss_of(layout.constrained(fn), layout.placed(adapted(params)))
+        with jax.set_mesh(mesh):
+            for _ in range(3):
+                loss, gradients = step(adapter)
+                adapter = jax.tree.map(lambda x, g: x - 0.5 * g, adapter, gradients)
+        results.append((loss, jax.device_get(adapter)))
+    (one, alone), (four, together) = results
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), alone, together)
+    assert abs(float(one) - float(four)) <= 1e-5
+    kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (4, 16, 24)
+
+
+LOADING = """
+import json, sys
+import jax
+from lora_jax.torch import TorchFolder, from_torch
+
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+folder = TorchFolder(__import__("pathlib").Path(sys.argv[1]))
+len(folder.config.key_rows())  # builds the module
+jax.numpy.ones(3).block_until_ready()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+_, params = from_torch(sys.argv[1])
+sizes = [x.nbytes for x in jax.tree.leaves(params)]
+print(json.dumps([status("VmHWM") - before, sum(sizes), max(sizes)]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_loading_holds_two_tensors_beyond_what_stays(tmp_path):
+    fields = {
+        **{"model_type": "llama", "vocab_size": 99, "hidden_size": 512, "intermediate_size": 2048},
+        **{"num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    rows = TorchConfig.from_hf(fields).key_rows()
+    tensors = {n: np.zeros(row.hf_shape, np.float32) for row in rows for n in row.hf_names}
+    save_file(tensors, tmp_path / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    grown, total, largest = json.loads(done.stdout.splitlines()[-1])
+    assert grown <= total + 2 * largest + 16e6, (grown, total, largest)
+    assert total > 2 * largest + 16e6  # a second copy of all would be seen
+
+
+def test_a_module_is_taken_as_it_is(llama):
+    folder, module = llama
+    fn, params = from_torch(module)
+    want = from_torch(folder)[1]
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    assert next(module.parameters()).device.type == "cpu"
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = torch.nn.Linear(5, 7), torch.nn.LayerNorm(7)
+            self.last = torch.nn.Linear(7, 3)
+
+        def forward(self, x):
+            return self.last(torch.nn.functional.gelu(self.norm(self.first(x))))
+
+    network = Network()
+    fn, params = from_torch(network)
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    with torch.no_grad():
+        assert distance(fn(params, x), network(torch.tensor(x)).numpy()) <= 1e-5
+    tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
+    assert lj.adapt(fn, strict=True)(tree, x).shape == (2, 3)
+
+
+def test_what_cannot_be_lowered_is_named():
+    class Counts(torch.nn.Module):
+        def forward(self, x):
+            return x[x > 0].sum() if x.sum() > 0 else x
+
+    class Unknown(torch.nn.Module):
+        def forward(self, x):
+            return torch.geqrf(x)[0]
+
+    x = np.eye(3, dtype=np.float32)
+    with pytest.raises(TorchModelError, match=r"Counts.*test_from_torch.py.*decide"):
+        fn, params = from_torch(Counts())
+        jax.jit(fn)(params, x)
+    with pytest.raises(TorchModelError, match="Unknown.*geqrf.*lower"):
+        fn, params = from_torch(Unknown())
+        jax.jit(fn)(params, x)
+
+
+def test_a_plan_of_shardings_is_printed(llama):
+    lines = []
+    from_torch(llama[0], print_plan=lines.append)
+    (narrowing,) = [line for line in lines if line.startswith("tensor, ")]
+    assert "o_proj/kernel" in narrowing and "q_proj" not in narrowing

@@ -1,0 +1,82 @@
+"""The outline of a classifier: an encoder of texts or of images, with a head for classes."""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from lora_jax import models
+from lora_jax.models.encoder.config import FAMILIES as ENCODERS
+from lora_jax.models.vision.config import FAMILIES as VISION
+from train.console.errors import UserError
+from train.run.model_code import open_model
+from train.run.pretrained import ModelInfo, model_errors, read_tokenized, read_untokenized
+
+
+def read_fields(name: str) -> dict[str, Any]:
+    """Returns the fields of a model's config.json as they are written; {} for a GGUF file.
+
+    Raises:
+      UserError: the model cannot be found.
+    """
+    with model_errors(name):
+        path = models.fetch(name)
+    try:
+        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # the reader of the configuration reports what is wrong
+    return fields if isinstance(fields, dict) else {}
+
+
+def read_classifier_info(
+    name: str,
+    num_labels: int | None,
+    of: Literal["texts", "images"] | None = "texts",
+    tokenizer: str | None = None,
+) -> ModelInfo:
+    """Like `read_model_info`, for an encoder with a head for classes.
+
+    Args:
+      name: the model.
+      num_labels: the number of classes; None for that of the model's own head.
+      of: what it is to classify; None for either.
+      tokenizer: the tokenizer in the place of the model's own; see --tokenizer.
+
+    Raises:
+      UserError: the model cannot be read, or is not such an encoder.
+    """
+    kind = read_fields(name).get("model_type")
+    if kind is None:
+        with model_errors(name):
+            kind = open_model(models.fetch(name)).config.model_type
+    reads = "texts" if kind in ENCODERS else "images" if kind in VISION else None
+    if reads is None or of not in (None, reads):
+        needed = "a BERT, RoBERTa or XLM-RoBERTa is needed, or for images a ViT or DINOv2"
+        if reads == "images":
+            needed = "it classifies images: name a folder of them with --dataset, or a field by "
+            needed += "--image"
+        elif reads == "texts":
+            needed = "it classifies texts: name a ViT or DINOv2 for images"
+        raise UserError(f"--model {name}: a {kind} model has no head for classes here; {needed}")
+    head: dict[str, Any] = {"head": "classification"}
+    if num_labels is not None:
+        head["num_labels"] = num_labels
+    if reads == "texts":
+        return read_tokenized(name, tokenizer, "--model", **head)
+    if tokenizer is not None:
+        raise UserError(f"--tokenizer {tokenizer}: --model {name} reads images, and no texts")
+    return _read_image_info(name, **head)
+
+
+def _read_image_info(name: str, **head: Any) -> ModelInfo:
+    outline: Any = read_untokenized(name, **head)
+    with model_errors(name):
+        processor = models.load_image_processor(name)
+    (channels, height, width), config = processor.shape, outline.config
+    if channels != config.num_channels or min(config.grid_of(height, width)) < 1:
+        raise UserError(
+            f"--model {name}: its preprocessor_config.json makes images of {channels} channels and "
+            f"{height} x {width} pixels; config.json asks for {config.num_channels} channels and "
+            f"patches of {config.patch_size} pixels"
+        )
+    replaced: ModelInfo = dataclasses.replace(outline, tokenizer=processor)
+    return replaced

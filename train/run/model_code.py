@@ -1,0 +1,115 @@
+"""The code that a model runs by: a family of this library, or a torch module of transformers."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from lora_jax.hf.fields import read_file
+from lora_jax.hf.sources import Source
+from lora_jax.models import ConfigError
+from lora_jax.models.families import FAMILIES, module_of
+from lora_jax.models.pretrained import open_source
+from train.console.errors import UserError
+
+OURS, TORCH, AUTO = "ours", "torch", "auto"
+KEY = "model_code"  # in an outline's `head`, and in what an adapter says of its base
+_PACKAGES = ("torch", "torchax", "transformers")
+_NO_OPTIONS = ("rope_scaling", "quantize", "head", "num_labels")
+_TOLD: set[str] = set()
+
+
+def code_of(path: Path, asked: str | None) -> str:
+    """Returns the code that a model runs by: "ours" or "torch".
+
+    Args:
+      path: the folder or the file with the model, or its config.json.
+      asked: --model-code; None for "auto".
+
+    Raises:
+      UserError: torch is asked for, and cannot be had.
+    """
+    if asked == TORCH:
+        _check_packages()
+        return TORCH
+    config = path / "config.json" if path.is_dir() else path
+    if asked == OURS or config.suffix != ".json" or not config.is_file():
+        return OURS
+    kind = read_file(config, "a model", ConfigError).get("model_type")
+    if kind in FAMILIES or not isinstance(kind, str):
+        return OURS
+    if any(importlib.util.find_spec(package) is None for package in _PACKAGES):
+        return OURS  # its error says what is known
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        return OURS
+    if kind not in _TOLD:
+        _TOLD.add(kind)
+        print(
+            f"no family of this library is a {kind}: transformers' torch module runs, by torchax "
+            "(--model-code)",
+            file=sys.stderr,
+        )
+    return TORCH
+
+
+def _check_packages() -> None:
+    lacking = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(
+            f"--model-code torch needs {', '.join(lacking)}: pip install 'lora_jax[torch]'"
+        )
+
+
+def _torch() -> Any:
+    """Imports `lora_jax.torch`, which brings torch: not before a model needs it."""
+    return importlib.import_module("lora_jax.torch")
+
+
+def open_model(path: Path, code: str | None = None, **options: Any) -> Source:
+    """Opens the files of a model; reads its configuration and headers only.
+
+    Args:
+      path: a folder or a GGUF file.
+      code: --model-code; None for "auto".
+      **options: keywords of `lora_jax.models.read_config`.
+    """
+    if code_of(path, code) == OURS:
+        return open_source(path, **options)
+    return _torch().TorchFolder(path)
+
+
+def torch_config(path: Path) -> Any:
+    """Returns the configuration of a torch module by its config.json."""
+    return _torch().TorchConfig.from_hf(read_file(path, "a model", ConfigError))
+
+
+def make_model(config: Any, dtype: Any, param_dtype: Any, **options: Any) -> Any:
+    """Makes the module of a configuration; see `lora_jax.models.families.module_of`."""
+    if not hasattr(config, "key_rows"):
+        return module_of(config, dtype, param_dtype, **options)
+    own = {name: options[name] for name in ("remat", "attention") if name in options}
+    return _torch().TorchModel(config, dtype, param_dtype, **own)
+
+
+def load_torch(name: str, *, experts: str = "auto", **options: Any) -> tuple[Any, Any]:
+    """Loads a model that runs as a torch module; see `lora_jax.torch.from_torch`.
+
+    Raises:
+      UserError: an option that a torch module does not have.
+    """
+    if experts != "auto":
+        raise UserError(
+            f"--experts {experts}: {name} runs as a torch module, whose own code has it"
+        )
+    if refused := [key for key in _NO_OPTIONS if options.get(key) not in (None, "none")]:
+        raise UserError(
+            f"{refused[0].replace('_', '-')} is for families of this library, and {name} runs as "
+            "a torch module"
+        )
+    loaded: tuple[Any, Any] = _torch().from_torch(
+        name, **{key: value for key, value in options.items() if key not in _NO_OPTIONS}
+    )
+    return loaded
