@@ -301,7 +301,9 @@ def test_json_and_a_table(model, capsys, monkeypatch):
     monkeypatch.setattr(planned, "prepare", prepare_once)
     adapters = plan.AdapterConfig(targets=("q_proj",)), plan.AdapterConfig(full=True)
     both = [planned.PlanVariant(adapter, "full") for adapter in adapters]
-    monkeypatch.setattr(plan, "variants", lambda options: both[1:] if options.plan.alone else both)
+    monkeypatch.setattr(
+        plan, "variants", lambda options, _: both[1:] if options.plan.alone else both
+    )
     args = ["--model", model, "--topology", "cpu:2", "--batch-size", "2", "--seq-len", "8"]
     args += ["--dtype", "float32"]
     args += ["--tokens", "1600", "--peak-tflops", "1e-6", "--price", "3"]
