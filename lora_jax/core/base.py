@@ -150,6 +150,14 @@ def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: jax.Array) 
     return result
 
 
+def finer(base: BaseLike) -> BaseLike:
+    """Returns the same base in its form for products of few rows on a TPU, if it has one."""
+    if isinstance(base, _View):
+        return dataclasses.replace(base, source=finer(base.source))
+    own: Callable[[], BaseLike] | None = getattr(base, "finer", None)
+    return base if own is None else own()
+
+
 def rearranged(base: BaseLike, primitive: Primitive, params: EqnParams, out: Leaf) -> BaseLike:
     """Returns the base after an equation whose only operand it is.
 

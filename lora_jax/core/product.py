@@ -36,14 +36,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
+from lora_jax.core.few_rows import BaseDot, Dims, base_dot
 from lora_jax.core.magnitude import rescaled, wide
 from lora_jax.core.names import FACTORS, NARROW_PRODUCT
 from lora_jax.core.parts import Axes, spread
 from lora_jax.core.types import EqnParams, Value
 
-Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 _NARROW = 32  # see `NARROW_PRODUCT`
 
 
@@ -131,14 +130,7 @@ def dot(
     how = ProductCall(contract, batch, weight_first, rows, params)
 
     def base_product(x: jax.Array) -> jax.Array:
-        """Returns xW, or Wᵀx where the weight comes first."""
-
-        def product_with(w: jax.Array, x: jax.Array) -> jax.Array:
-            if weight_first:
-                return lax.dot_general(w, x, (contract[::-1], batch[::-1]), **params)
-            return lax.dot_general(x, w, (contract, batch), **params)
-
-        return product(product_with, weight.base, x)
+        return base_dot(x, weight.base, BaseDot(contract, batch, weight_first, params))
 
     def factor_product(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
         return lax.reshape(_delta(x, weight, how, seen.dtype, z), seen.shape)

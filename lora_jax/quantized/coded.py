@@ -28,6 +28,8 @@ from lora_jax.core.parts import STATIC
 from lora_jax.core.types import Forward, Leaf, Shaped
 from lora_jax.quantized.formats import FORMATS, Format
 
+_TILE = 8  # rows that a TPU holds side by side
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -103,6 +105,32 @@ class Coded:
             return move(array, tuple(a if is_held else -1 for a, is_held in enumerate(held)))
 
         return self.map(moved)
+
+    def finer(self) -> "Coded":
+        """Returns the same weight with scales for blocks of eight; see `lora_jax.core.base.finer`.
+
+        A TPU's compiler forms W within a product of few rows if the part that it takes at a time
+        has whole tiles of eight scales. Along an axis of 2ⁿ weights it has as it is.
+        """
+        size = {axis: n for axis, n in enumerate(self.shape) if 1 < self.blocks[axis] < n}
+        if len(size) != 1 or self.format.partial or "scale_divisor" in self.arrays:
+            return self
+        ((axis, n),) = size.items()
+        names = ("scales", "mins", "zeros")
+        parts: dict[str, Leaf] = {k: self.arrays[k] for k in names if k in self.arrays}
+        are_whole = all(n % (_TILE * part.shape[axis]) == 0 for part in parts.values())
+        if n & (n - 1) == 0 or not are_whole:
+            return self
+
+        def stretch(part: jax.Array) -> jax.Array:
+            shape = (*part.shape[:axis], n // _TILE, *part.shape[axis + 1 :])
+            finer: jax.Array = lax.optimization_barrier(stretched(part, shape))
+            return finer
+
+        parts["scales"] = scales_of(self.arrays, self.format)
+        arrays = {"codes": self.arrays["codes"]} | {k: stretch(part) for k, part in parts.items()}
+        plain = dataclasses.replace(self.format, scale_table=None, double=False)
+        return Coded(arrays, plain, self.dtype)
 
     def __repr__(self) -> str:
         shape = getattr(self.arrays.get("codes"), "shape", None)

@@ -46,8 +46,8 @@ def from_nf4(codes: jax.Array) -> jax.Array:
     bits = codes.astype(jnp.int8)
     in_order = NF4_VALUES[8:] + NF4_VALUES[:8]  # 0…7, -8…-1
     values: list[jax.Array] = [jnp.float32(value) for value in in_order]
-    for place in range(4):
-        is_set = (bits >> jnp.int8(place)) & jnp.int8(1) == jnp.int8(1)
+    for place in range(4):  # few operations: a TPU that decodes few rows waits for them
+        is_set = bits & jnp.int8(1 << place) != jnp.int8(0) if place < 3 else bits < jnp.int8(0)
         pairs = zip(values[::2], values[1::2], strict=True)
         values = [jnp.where(is_set, high, low) for low, high in pairs]
     whole: jax.Array = values[0]

@@ -35,6 +35,7 @@ from train.plan.machines import Machine, assuming, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
 from train.plan.tasks import TASKS
+from train.plan.token import Token, plan_token, print_token
 from train.processes.mesh import make_mesh, with_form
 from train.run.pretrained import ModelInfo, read_shapes
 from train.run.shared_prompts import PromptRows, obstacle
@@ -67,16 +68,19 @@ def run(options: PlanOptions) -> None:
         plans = [largest]
     job, optim = make_job(asked)
     facts = {**described(asked, job), "largest": found}
-    progress = Console(stderr=True)
+    progress, token = Console(stderr=True), None
     try:
         for variant in variants(options, job)[len(plans) :]:
             with progress.status(f"compiling {variant.name}"):
                 plans.append(plan(job, variant, optim))
             took = duration(plans[-1].compile_seconds)
             progress.print(f"compiled {variant.name}: {took}", highlight=False)
+        if asked.decode_rows:
+            with progress.status("compiling a token"):
+                token = plan_token(job, variants(options)[0], asked.decode_rows)
     finally:  # after Ctrl-C, the plans so far
         if plans:
-            show(asked, job, facts, plans)
+            show(asked, job, facts, plans, token)
 
 
 def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
@@ -134,10 +138,17 @@ def _resized(asked: PlanConfig, size: int) -> PlanConfig:
     return dataclasses.replace(asked, batch_size=size)
 
 
-def show(asked: PlanConfig, job: PlanJob, facts: dict[str, Any], plans: list[Plan]) -> None:
+def show(
+    asked: PlanConfig,
+    job: PlanJob,
+    facts: dict[str, Any],
+    plans: list[Plan],
+    token: Token | None = None,
+) -> None:
     """Prints the plans, as JSON or as a table; the first plan is the requested one."""
     if asked.json:
         first, *others = (as_json(made, asked, job.machine) for made in plans)
+        first |= {"token": dataclasses.asdict(token)} if token else {}
         print(json.dumps({**facts, **first, "others": others}, indent=2))
     else:
         estimates = [estimate(made, asked, job.machine) for made in plans]
@@ -145,6 +156,8 @@ def show(asked: PlanConfig, job: PlanJob, facts: dict[str, Any], plans: list[Pla
         console = Console(width=wide)
         print_plans(console, facts, plans, estimates)
         print_clocks(console, job.machine, [(made.name, made.clocks.get("step")) for made in plans])
+        if token:
+            print_token(console, token)
 
 
 def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:

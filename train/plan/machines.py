@@ -25,6 +25,7 @@ class MachineKind:
       flops: published peak FLOP/s of a device in bf16.
       clock: cycles a second, as the compiler counts them.
       link: bytes/s of a link between chips, one way.
+      bandwidth: published bytes/s of a device's memory.
       devices_a_chip: JAX devices per chip; 2 if each core is a device.
     """
 
@@ -32,19 +33,20 @@ class MachineKind:
     flops: float
     clock: float
     link: float
+    bandwidth: float
     devices_a_chip: int = 1
 
 
-# Peaks: Google's page on each version. Capacities: from the compiler's messages when it refuses.
-# Clocks: the peak over the FLOPs a cycle of a device's matrix units (v5e: 4 of 128 x 128). Links:
-# what "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus) states that a link reaches, a
-# tenth less than Google's pages have: 400 GB/s a chip of v5e, both ways, over four ports; v6e has
-# 800 over four, v5p and tpu7x 1,200 over six.
+# Peaks and bandwidths: Google's page on each version. Capacities: from the compiler's messages when
+# it refuses. Clocks: the peak over the FLOPs a cycle of a device's matrix units (v5e: 4 of 128 x
+# 128). Links: what "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus) states that one
+# reaches, a tenth less than Google's pages have: 400 GB/s a chip of v5e, both ways, over four
+# ports; v6e has 800 over four, v5p and tpu7x 1,200 over six.
 KINDS = {
-    "v5e": MachineKind(int(15.75 * _GIB), 197e12, 1.5e9, 45e9),
-    "v5p": MachineKind(int(95.73 * _GIB), 459e12, 1.75e9, 90e9),
-    "v6e": MachineKind(int(31.24 * _GIB), 918e12, 1.75e9, 90e9),
-    "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, 2.2e9, 90e9, devices_a_chip=2),
+    "v5e": MachineKind(int(15.75 * _GIB), 197e12, 1.5e9, 45e9, 819e9),
+    "v5p": MachineKind(int(95.73 * _GIB), 459e12, 1.75e9, 90e9, 2765e9),
+    "v6e": MachineKind(int(31.24 * _GIB), 918e12, 1.75e9, 90e9, 1638e9),
+    "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, 2.2e9, 90e9, 7380e9 / 2, 2),
 }
 # JAX's names of the kinds.
 _TPU_KINDS = {
@@ -247,6 +249,7 @@ def _tpu_machine(topology: str, name: str, slices: int, kind: MachineKind) -> Ma
         kind.flops,
         kind.devices_a_chip,
         clock=kind.clock,
+        bandwidth=kind.bandwidth,
         link=2 * kind.link,  # to both neighbours at once
     )
 

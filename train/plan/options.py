@@ -94,6 +94,10 @@ class PlanConfig:
     """Find the longest row that fits, up to the model's own limit, beginning with --seq-len."""
     largest_batch: bool = False
     """Find the largest --batch-size that fits, beginning with that one."""
+    decode_rows: int | None = None
+    """Plan a token of decoding, too, of so many rows at once, whose caches hold --seq-len tokens:
+    the time that reading codes, adapter and cache takes at the memory's rate, and the compiler's
+    estimate."""
     optimizer: Name = "adamw"
     """The optimiser, whose state takes memory; see train.sft."""
     tokens: float | None = None
@@ -145,9 +149,8 @@ def check(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
     asked, adapter = options.plan, options.adapter
     kind = TASKS[asked.task]
-    sizes = ("batch_size", "grad_accum", "seq_len", "max_new_tokens", "prompt_len")
-    numbers = dict.fromkeys(sizes, minimum(1))
-    numbers |= dict.fromkeys(("loss_chunk", "images"), minimum(0))
+    sizes = ("batch_size", "grad_accum", "seq_len", "max_new_tokens", "prompt_len", "decode_rows")
+    numbers = dict.fromkeys(sizes, minimum(1)) | dict.fromkeys(("loss_chunk", "images"), minimum(0))
     numbers |= dict.fromkeys(
         ("tokens", "price", "capacity_gib", "peak_tflops", "link_gbytes"), POSITIVE
     )

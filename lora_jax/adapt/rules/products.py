@@ -16,6 +16,7 @@ from lora_jax.adapt.user_code import place_of
 from lora_jax.core.axes import Label
 from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
+from lora_jax.core.few_rows import BaseDot, base_dot
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import ExampleColumns, combined, dot, is_sharded
 from lora_jax.core.types import Outcome, Value
@@ -47,8 +48,9 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     dims = use.params["dimension_numbers"]
     pairs: Any = (tuple(map(tuple, pair[::-1] if weight_first else pair)) for pair in dims)
     contract, batch = pairs
+    how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
     if not weight.parts:
-        return [base_product(use, 1 - weight_first)(x)]
+        return [base_dot(x, weight.base, BaseDot(contract, batch, weight_first, how))]
     dtype = eqns.type_of(use.eqn.outvars[0]).dtype
     has_fractions = jnp.issubdtype(x.dtype, jnp.inexact)
     if not jnp.issubdtype(dtype, jnp.inexact) or (weight.gain is not None and not has_fractions):
@@ -64,7 +66,6 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
         check_bias(interpreter, weight, use)
         if weight.shift is not None or (several_gains and is_sharded(x)):
             return None
-    how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
     are_real = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (x, weight.base))
     again = use.inputs.copied(x) if are_real else x.astype(dtype)  # A and B are cast to its dtype
     how |= {"for_factors": again, "weight_first": weight_first, "rows": rows_of(weight, use)}

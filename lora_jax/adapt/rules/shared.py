@@ -10,14 +10,9 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Use
 from lora_jax.core.factored import Factored
+from lora_jax.core.few_rows import Dims
 from lora_jax.core.names import FACTORS
-from lora_jax.core.product import (
-    Dims,
-    ProductCall,
-    is_dropped,
-    is_sharded,
-    scaled_product,
-)
+from lora_jax.core.product import ProductCall, is_dropped, is_sharded, scaled_product
 
 
 def shared_product(

@@ -1,0 +1,89 @@
+"""Products of few rows with codes, as decoding has them: a form of their own on TPUs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lora_jax.core.base import as_array, finer
+from lora_jax.core.few_rows import FEW, BaseDot, base_dot, flat_dot
+from lora_jax.quantized import FORMATS, Coded, encode
+from lora_jax.quantized.gguf import from_gguf
+from tests.support import assert_close, assert_identical, draw
+
+N_IN, N_OUT = 96, 10
+ENCODED = ("int8", "int4", "nf4", "nf4-double", "q8_0", "q4_0")
+ONE = BaseDot(((2,), (0,)))
+
+
+def kernel(name):
+    """A kernel in codes; with minima, of a GGUF file's bytes."""
+    if name in ENCODED:
+        format = dataclasses.replace(FORMATS[name], block=32)
+        return encode(draw(1, (N_IN, N_OUT), jnp.float32), format)
+    if name == "mxfp4":
+        values = np.random.default_rng(0).integers(-8, 8, (N_IN, N_OUT), dtype=np.int8)
+        exponents = np.arange(3 * N_OUT, dtype=np.uint8).reshape(3, N_OUT) // 4 + 120
+        arrays = {"codes": jnp.asarray(values).astype(jnp.int4), "scales": jnp.asarray(exponents)}
+        return Coded(arrays, FORMATS[name], jnp.float32)
+    raw = np.random.default_rng(0).integers(0, 256, (N_OUT * N_IN // 32, 20), dtype=np.uint8)
+    raw[:, :4] = np.array([0.01, -0.07], np.float16).view(np.uint8)  # a scale and a minimum
+    return jax.tree.map(lambda x: jnp.asarray(x.T), from_gguf(raw, name, (N_OUT, N_IN)))
+
+
+FORMATS_READ = [*ENCODED, "mxfp4", "Q4_1"]
+
+
+@pytest.mark.parametrize("name", FORMATS_READ)
+def test_finer_scales_are_of_the_same_weight(name):
+    """Bit by bit; along an axis of 2ⁿ weights they stay as they are."""
+    coded = kernel(name)
+    made = finer(coded)
+    assert coded.blocks == (32, 1) and made.blocks == (8, 1)
+    assert_identical(as_array(made), as_array(coded))
+    cut = coded.map(lambda x: x if x.shape[0] == 1 else x[: x.shape[0] * 2 // 3])  # 64 weights
+    assert finer(cut) is cut
+
+
+@pytest.mark.parametrize("name", FORMATS_READ)
+def test_the_form_for_tpus_is_the_product(name):
+    """Of one row and of nine, beside the product in NumPy; its derivative, too."""
+    coded = kernel(name)
+    assert isinstance(coded, Coded)
+    whole = np.asarray(as_array(coded), np.float64)
+    for rows in (1, 9):
+        x = draw(2, (rows, 1, N_IN), jnp.float32)
+        out, pull = jax.vjp(functools.partial(flat_dot, ONE, coded), x)
+        assert_close(out, (np.asarray(x, np.float64) @ whole).astype(np.float32), 1e-6)
+        up = draw(3, out.shape, jnp.float32)
+        assert_close(pull(up)[0], (np.asarray(up) @ whole.T).astype(np.float32), 1e-6)
+
+
+def test_several_axes_are_contracted():
+    coded = encode(draw(1, (3, 32, 5, 7), jnp.float32), "int8", None)
+    x = draw(2, (2, 1, 3, 32), jnp.float32)
+    how = BaseDot(((2, 3), (0, 1)))
+    dims = (how.contract, how.batch)
+    assert_close(flat_dot(how, coded, x), lax.dot_general(x, as_array(coded), dims), 1e-6)
+
+
+def texts(rows, how=ONE, base=None):
+    """What is lowered for a CPU and for a TPU."""
+    coded = kernel("int8") if base is None else base
+    x = jax.ShapeDtypeStruct((rows, 1, N_IN), jnp.float32)
+    traced = jax.jit(functools.partial(base_dot, how=how)).trace(x, coded)
+    return [traced.lower(lowering_platforms=(on,)).as_text() for on in ("cpu", "tpu")]
+
+
+def test_few_rows_have_it_on_tpus_alone():
+    """Many rows, an array, and a product with W in front are as before."""
+    cpu, tpu = texts(FEW)
+    assert "optimization_barrier" in tpu and "optimization_barrier" not in cpu
+    cases = {"rows": texts(FEW + 1), "array": texts(FEW, base=as_array(kernel("int8")))}
+    first = BaseDot(((2,), (0,)), weight_first=True)
+    for case, (_, tpu) in (cases | {"weight first": texts(FEW, first)}).items():
+        assert "optimization_barrier" not in tpu, case

@@ -1,0 +1,70 @@
+"""A token of decoding in plans: the bytes to read, by hand; its table, JSON and bad input."""
+
+import dataclasses
+import io
+import json
+import types
+
+import pytest
+from rich.console import Console
+
+from tests.train.plan.tiny_plans import FIELDS, MIXTURE, asked, write
+from train.console.errors import UserError
+from train.plan import __main__ as plan
+from train.plan.token import Token, plan_token, print_token
+
+ROWS, LENGTH, LAYERS, RANK = 5, 24, 3, 3
+LAYER = 32 * 64 + 2 * 32 * 32 + 64 * 32 + 2 * 32  # q, k, v, o and the norms
+MLP = 3 * 32 * 56
+ADAPTER, CACHE = LAYERS * RANK * (32 + 64), 2 * LAYERS * ROWS * 2 * LENGTH * 16
+REST = 32 + ADAPTER + CACHE  # the last norm
+
+
+def token_of(folder, fields, rows=ROWS, bandwidth=None):
+    options = asked(write(folder, fields), "--targets", "q_proj", "--decode-rows", rows)
+    plan.check(options)
+    job, _ = plan.make_job(options.plan)
+    machine = dataclasses.replace(job.machine, bandwidth=bandwidth)
+    job = dataclasses.replace(job, machine=machine)
+    return plan_token(job, plan.variants(options)[0], rows)
+
+
+def test_bytes_by_hand(tmp_path):
+    """A table that is the head is read whole; a CPU's compiler estimates no time."""
+    made = token_of(tmp_path, FIELDS, bandwidth=1e6)
+    assert made.bytes == 4 * (LAYERS * (LAYER + MLP) + 259 * 32 + REST)
+    assert made.floor_seconds == made.bytes / 1e6 and made.seconds is None
+    assert sum(group.flops for group in made.clock.groups) > 2 * ROWS * LAYERS * (LAYER + MLP)
+    shown = io.StringIO()
+    print_token(Console(file=shown, width=100), made)
+    assert "A token of 5 rows, caches of 24 tokens" in shown.getvalue()
+    known = dataclasses.replace(made, seconds=3 * made.floor_seconds)
+    print_token(Console(file=shown, width=100), known)
+    assert "3.00" in shown.getvalue()
+
+
+def test_few_rows_choose_few_experts(tmp_path, monkeypatch):
+    """One row reads two of four; a table beside a head is looked up."""
+    monkeypatch.setattr("train.plan.token.clock_of", lambda *_: None)
+    one, five = (token_of(tmp_path, FIELDS | MIXTURE, rows).bytes for rows in (1, 5))
+    router, experts = 32 * 4, 4 * MLP
+    parts = LAYERS * (LAYER + router) + 259 * 32 + 32 + ADAPTER
+    assert five == 4 * (parts + LAYERS * experts + CACHE)
+    assert one == 4 * (parts + LAYERS * experts // 2 + CACHE // ROWS)
+
+
+def test_json_and_bad_input(tmp_path, capsys, monkeypatch):
+    model = write(tmp_path, FIELDS)
+    made = Token(rows=2, cached=8, bytes=7, floor_seconds=None)
+    asked_for = []
+    monkeypatch.setattr(plan, "plan_token", lambda *of: asked_for.append(of[2]) or made)
+    step = types.SimpleNamespace(compile_seconds=0.0)
+    monkeypatch.setattr(plan, "plan", lambda *_: step)
+    monkeypatch.setattr(plan, "as_json", lambda *_: {})
+    plan.run(asked(model, "--decode-rows", 2, "--json", "--alone"))
+    out = json.loads(capsys.readouterr().out)
+    assert asked_for == [2] and out["token"] == dataclasses.asdict(made)
+    plan.run(asked(model, "--json", "--alone"))
+    assert "token" not in json.loads(capsys.readouterr().out)
+    with pytest.raises(UserError, match=r"--decode-rows 0"):
+        plan.check(asked(model, "--decode-rows", 0))

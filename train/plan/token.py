@@ -1,0 +1,134 @@
+"""A token of decoding, of some rows at once: what a device reads for it, and the time it takes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+import lora_jax as lj
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.types import Tree
+from lora_jax.models.families import module_of
+from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.sampling.loop import next_logits
+from lora_jax.quantized import is_coded
+from train.plan.clock.report import Clock, clock_of
+from train.plan.compile import hlo_of
+from train.plan.job import PlanJob, PlanVariant, abstract_params, bytes_per_device
+from train.plan.refusals import reason_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token of each of some rows; None for what is not known.
+
+    Attributes:
+      rows: the number of rows.
+      cached: the tokens that the cache of a row has room for, all of which are read.
+      bytes: what a device has to read: base, adapter, and the cache; of a table of embeddings that
+        is no head, nothing, and of experts no more than the rows choose.
+      floor_seconds: the time that this takes at the published rate of the memory.
+      seconds: the time by the estimate; see `train.plan.clock`.
+      clock: the estimate.
+      refused: the compiler's message if it refused the program.
+    """
+
+    rows: int
+    cached: int
+    bytes: int
+    floor_seconds: float | None
+    seconds: float | None = None
+    clock: Clock | None = None
+    refused: str | None = None
+
+
+def plan_token(job: PlanJob, variant: PlanVariant, rows: int) -> Token:
+    """Compiles the decoding of a token, for the machine of a plan.
+
+    Args:
+      job: the model and the machine; `seq_len` is the length of the cache.
+      variant: the adapter.
+      rows: the number of rows.
+    """
+    params = abstract_params(job, variant)
+    lowered, cache = lower_token(job, params, rows)
+    size = _read_bytes(job, params, rows) + bytes_per_device((cache.key, cache.value))
+    machine = job.machine
+    known: dict[str, Any] = {"rows": rows, "cached": job.seq_len, "bytes": size}
+    known["floor_seconds"] = None if machine.bandwidth is None else size / machine.bandwidth
+    try:
+        compiled = lowered.compile(compiler_options=machine.compilations[0] or None)
+    except jax.errors.JaxRuntimeError as error:
+        return Token(refused=reason_of(error), **known)
+    clock = clock_of(hlo_of(compiled, lowered, machine), machine)
+    return Token(seconds=clock.seconds if clock else None, clock=clock, **known)
+
+
+def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lowered, Cache]:
+    """Lowers the decoding of a token without sampling, as `train.serve` and `generate` have it.
+
+    Args:
+      job: see `plan_token`.
+      params: shapes of an adapted tree, with shardings.
+      rows: the number of rows.
+
+    Returns:
+      The program, and the shapes of its cache, which it takes.
+    """
+    dtype, whole = jnp.dtype(job.dtype), job.layout.whole
+    model = module_of(
+        job.outline.config,
+        dtype,
+        dtype,
+        attention=job.attention,
+        experts=job.experts,
+        params=lj.strip(params),
+    )
+    apply = lj.adapt(job.layout.constrained(model).apply)
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+    def token(params: Tree, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        logits, cache = next_logits(apply, params, ids, cache)
+        return jnp.argmax(logits, axis=-1), cache
+
+    empty = jax.eval_shape(lambda: init_cache(model.config, rows, job.seq_len, dtype))
+    cache: Cache = jax.tree.map(shape, empty)
+    ids = shape(jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    with jax.set_mesh(job.layout.mesh):
+        return jax.jit(token, donate_argnums=2).lower(params, ids, cache), cache
+
+
+def print_token(console: Console, token: Token) -> None:
+    """Prints a token's time beside the least that it can be."""
+    rows = "one row" if token.rows == 1 else f"{token.rows} rows"
+    table = Table(title=f"A token of {rows}, caches of {token.cached:,} tokens")
+    for column in ("GB read", "floor, ms", "estimate, ms", "times the floor"):
+        table.add_column(column, justify="right")
+    times = None
+    if token.seconds is not None and token.floor_seconds:
+        times = token.seconds / token.floor_seconds
+    numbers = (token.floor_seconds, 1e3), (token.seconds, 1e3), (times, 1)
+    cells = ["–" if value is None else f"{unit * value:,.2f}" for value, unit in numbers]
+    table.add_row(f"{token.bytes / 1e9:,.2f}", *cells)
+    console.print(table)
+    if token.refused:
+        console.print(f"the token: {token.refused}", highlight=False, soft_wrap=True)
+    note = "GB read: base, adapter and caches, by a device; floor: at its memory's published rate."
+    console.print(note, highlight=False, soft_wrap=True)
+
+
+def _read_bytes(job: PlanJob, params: Tree, rows: int) -> int:
+    """Returns the bytes of an adapted tree that a device reads for a token."""
+    kinds, config = job.outline.kinds, job.outline.config
+    leaves, _ = flatten_with_paths(lj.strip(params), is_coded)
+    chosen, of = job.outline.active_experts, getattr(config, "num_experts", 0)
+    share = {"embedding": 0.0 if "head" in kinds.values() else 1.0}
+    if chosen and of:
+        share["experts"] = min(1.0, rows * chosen / of)
+    base = sum(share.get(kinds[path], 1.0) * bytes_per_device(leaf) for path, leaf in leaves)
+    return round(base) + bytes_per_device(lj.split(params)[0])
