@@ -73,10 +73,10 @@ def ours(folder: Path) -> dict[str, Run]:
             lambda params, batch: losses.sequence_logps(model.apply, params, batch, chunk=None)
         )
         batch["reference"] = reference(params, batch).policy.reshape(PAIRS, 2)
-        state = init_state(adapter, optimizer, jax.random.key(0))
+        copy = jax.tree.map(jax.numpy.copy, adapter)  # each way donates its own
+        carry = [init_state(copy, optimizer, jax.random.key(0))]
         parts = {key: x[None] for key, x in batch.items()}
-        compiled = jax.jit(step, donate_argnums=0).lower(state, base, parts).compile()
-        carry = [jax.tree.map(jax.numpy.copy, state)]
+        compiled = jax.jit(step, donate_argnums=0).lower(carry[0], base, parts).compile()
 
         def run(carry: Any = carry, compiled: Any = compiled, parts: Any = parts) -> float:
             carry[0], metrics = compiled(carry[0], base, parts)
