@@ -215,7 +215,7 @@ def test_for_serving(base, saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["nothing to do: give --output, --push-to-hub or --check-serving"]),
+        ([], ["nothing to do: give --output, --gguf, --push-to-hub or"]),
         (["--merged"], ["--merged writes a model: name its folder with --output"]),
         (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
         (["--merged", "--for-serving", "--output", "out"], ["--for-serving is about adapters"]),
@@ -307,9 +307,9 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     # A run's folder is no model's.
     args = ["--adapter", trained / "adapter", "--overwrite", "--merged", "--output"]
     assert "holds something other than a model" in fails(capsys, *args, trained)
-    assert "which is an input" in fails(capsys, *args, base)
+    assert "an input: name another one" in fails(capsys, *args, base)
     again = ["--adapter", output, "--output", output, "--overwrite", "--model", base]
-    assert "which is an input" in fails(capsys, *again)
+    assert "an input: name another one" in fails(capsys, *again)
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     assert "holds something other than a model" in fails(capsys, *args, copy)

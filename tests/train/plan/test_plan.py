@@ -481,7 +481,8 @@ def test_every_option_of_the_plan_is_told(capsys):
         plan.main(["--help"])
     told = capsys.readouterr().out
     for field in dataclasses.fields(PlanConfig):
-        assert f"--{field.name.replace('_', '-')}" in told
+        switch = "no-" if field.default is True else ""
+        assert f"--{switch}{field.name.replace('_', '-')}" in told
 
 
 def test_gpus_are_known_by_the_name_of_their_card():
