@@ -19,7 +19,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.coded import STORED
-from lora_jax.hf.hub import name_for_others
+from lora_jax.hf.hub import name_for_others, resolve
 from lora_jax.models import save_pretrained
 from lora_jax.peft.save import contents
 from lora_jax.peft.served import as_served
@@ -224,7 +224,8 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     mismatch = options.allow_base_mismatch
     of_base = head if num_labels else {"model_code": adapter.model_code}
     outline = read_untokenized(name, **of_base).scaled(adapter.rope_scaling)
-    if options.quantize and not outline.has_codes:
+    in_codes = outline.has_codes or (options.gguf and resolve(name).path.suffix == ".gguf")
+    if options.quantize and not in_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
     if options.gguf is not None:
         check_gguf(outline.config)

@@ -77,6 +77,10 @@ def test_a_whole_model_over_a_gguf_base(base, adapter, tmp_path, capsys):
     for name, tensor in one.items():
         assert (two[name].data.tobytes() == tensor.data.tobytes()) == ("attn_q.weight" not in name)
     assert two["blk.0.attn_q.weight"].tensor_type.name == "F16"
+    args = ["--adapter", adapter, "--model", file, "--allow-base-mismatch", "--merged"]
+    export(*args, "--gguf", again, "--overwrite", "--quantize", "none", "--gguf-type", "f32")
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(again).tensors}
+    assert kinds == {"F32"}
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:5000])
     args = [
