@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.core.types import Model, Tree
+from lora_jax.models.layers.placement import platform_of
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.optimizer import takes_from_base
@@ -18,6 +19,7 @@ from train.console.errors import UserError, as_user_errors
 from train.inputs import RunData, make_inputs
 from train.options.common import AdapterConfig, OptimConfig
 from train.options.optim import make_tenant
+from train.plan.remat import settle_remat
 from train.processes.session import Session
 from train.reporters.files import ERROR
 from train.reporters.registry import check_packages
@@ -56,6 +58,7 @@ def open_run(
     place = as_user_errors(TrainingError, prefix=f"{where}: ") if where else nullcontext()
     with place:
         config, buffer = task.completed(options), BufferedConsole()
+        config = settle_remat(config, platform_of(mesh.devices.flat[0]))
         own = console or buffer.console
         if is_first():
             check_packages(config.run.report_to)

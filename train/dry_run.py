@@ -1,5 +1,6 @@
 """Shows a run without running it: `--dry-run` of the scripts that train."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -22,8 +23,10 @@ from train.data.preview import PreviewRow, lengths, preview_rows
 from train.inputs import Inputs
 from train.live.prompts import PromptFeed
 from train.live.reference import is_live
-from train.options.common import Options
-from train.plan.local import LocalNeeds, local_needs, measured_rate
+from train.options.common import AUTO, Options
+from train.options.file import replace_options
+from train.plan.local import LocalNeeds, local_needs, local_step, measured_rate
+from train.plan.remat import choose_for
 from train.rewards.ask import columns_of
 from train.run.log import doing
 from train.run.output import state_of
@@ -73,8 +76,14 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     say(f"tokens of {what}, by percentiles: {shares}; {sizes.mean():,.1f} on average")
     first = feed.first()
     _print_steps(say, config, inputs, first)
+    step = local_step(config, outline, layout, loss, first)
+    if config.optim.remat == AUTO:
+        choice = choose_for([step], inputs.attention)
+        say(choice.describe())
+        config = replace_options(config, {"remat": choice.remat})
+        step = dataclasses.replace(step, config=config)
     with doing(console, "compiling"), as_user_errors(_REFUSAL, prefix=_REFUSED):
-        needed = local_needs(config, outline, layout, loss, first)
+        needed = local_needs(step)
     _print_memory(say, needed)
     if teacher := getattr(config.data, "teacher_model", None):
         say(f"the teacher, {teacher}, needs memory besides")

@@ -20,17 +20,18 @@ from lora_jax.bank.together.side_by_side import DrivenRun, RunEnding, side_by_si
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.models.layers.placement import platform_of
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.held_out import FormedTree, compiled_evaluation, held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import training_steps
 from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.memory.ladder import RematChoice
 from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json
 from lora_jax.training.ready import (
     TrainingStart,
     adapted_tree,
-    compile_step,
     final_tree,
     make_hooks,
     open_log,
@@ -43,11 +44,13 @@ from train.console.output import tell
 from train.dry_run import rehearse
 from train.inputs import make_inputs
 from train.options.common import Options
+from train.plan.remat import settle_remat
 from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.progress import make_measures
+from train.remat import choose_remat_of, compile_row
 from train.run.board import Board, TeeLog
 from train.run.intrinsic import merge_trained, model_in
 from train.run.lifecycle import keep_adapter, make_report, open_run_log
@@ -122,7 +125,7 @@ def _show(
     with hosts.raise_in_every_process():
         run = config.run
         mesh = make_mesh(run.mesh, config.optim.batch_size, slice_axis=run.slice_axis)
-        config = task.completed(config)
+        config = settle_remat(task.completed(config), platform_of(mesh.devices.flat[0]))
         rules(config.adapter)
         read = part.reader(config, task)
         session.release.callback(read.data.close)
@@ -172,6 +175,7 @@ def train_rows(
         own = console if alone else None
         rows = [open_run(script, request, mesh, session, part, own) for request in requests]
         check_images(rows)
+        chosen = choose_remat_of(rows)
     if cached:
         tell(console, cached)
     for row in rows:
@@ -197,7 +201,7 @@ def train_rows(
     # Training. It leaves each adapter on its own, the loss curve, and a report of its costs.
     if alone:
         del plain
-        _train_alone(rows[0], base)
+        _train_alone(rows[0], base, chosen)
     else:
         _train_beside(rows, tenants, plain, base, console, session)
         del plain
@@ -248,17 +252,11 @@ class _StepsAlone:
         return {name: metrics}
 
 
-def _train_alone(row: TableRun, base: _Base) -> None:
+def _train_alone(row: TableRun, base: _Base, chosen: RematChoice | None) -> None:
     """Trains a single run as far as it goes; raises what ends it."""
-    run, start = row.run, row.start
-    assert start is not None
-    forward = start.setup.forward(model_in(row.space, base.model))
-    with doing(run.console, "compiling the step"):
-        began = time.perf_counter()
-        step = compile_step(start, forward, row.loss)
-        seconds = time.perf_counter() - began
+    model, forward, step, seconds = compile_row(row, base.model, chosen)
+    base, run = base._replace(model=model), row.run
     steps = _StepsAlone(step, row.drop_state())
-    del start
     run.stop.remedy = run.hint
     running = _running(row, base, forward, steps.state, {})
     (ending,) = side_by_side(steps.take, {row.name: running}).values()

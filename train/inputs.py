@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 import lora_jax as lj
 from lora_jax.hf.coded import NONE
-from lora_jax.models.layers.attend import choose_attention
+from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
@@ -90,6 +90,7 @@ class Inputs:
       rate: the highest learning rate.
       layout: layout of the model on the mesh.
       lines: to print before training.
+      attention: the name of the implementation of attention.
     """
 
     read: RunData
@@ -99,6 +100,7 @@ class Inputs:
     rate: float
     layout: Layout
     lines: tuple[str, ...]
+    attention: str
 
 
 def read_inputs(config: Options, task: Task) -> RunData:
@@ -162,9 +164,9 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     _check_rules(config, outline)
     layout = Layout.of(mesh, outline.config)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
-    attention = _attention_line(optim, outline, layout, data.facts)
+    attention = _chosen_attention(optim, outline, layout, data.facts)
     layout, form = with_form(layout, config.run.collective_matmul)
-    chosen = (attention, f"collective matmul: {form}") if form else (attention,)
+    chosen = [f"attention: {attention}", *([f"collective matmul: {form}"] if form else [])]
     of_torch: Any = outline.config if outline.is_torch else None
     layers = of_torch.layer_lines() if of_torch else []
     return Inputs(
@@ -175,6 +177,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
         rate=rate,
         layout=layout,
         lines=(*data.lines, *mixture_lines(data.train, order, steps), *chosen, *layers),
+        attention=attention.name,
     )
 
 
@@ -201,10 +204,10 @@ def _check_rules(config: Options, outline: ModelInfo) -> None:
         lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
 
 
-def _attention_line(
+def _chosen_attention(
     optim: OptimConfig, outline: ModelInfo, layout: Layout, facts: Mapping[str, Any]
-) -> str:
-    """Returns a line that tells how attention is computed: "attention: blockwise".
+) -> AttentionChoice:
+    """Returns the implementation of attention.
 
     Args:
       optim: the options of optimisation.
@@ -217,7 +220,7 @@ def _attention_line(
     check_offload(optim.remat, layout.platform)
     seq = facts["sequence_length"]
     with as_user_errors(ValueError):
-        chosen = choose_attention(
+        return choose_attention(
             outline.config,
             seq,
             dtype=optim.dtype,
@@ -226,7 +229,6 @@ def _attention_line(
             split=layout.split(seq),
             branched=facts.get(SHARED, False),
         )
-    return f"attention: {chosen}"
 
 
 def _read(given: Sequence[str]) -> list[Chat]:

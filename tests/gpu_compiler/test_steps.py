@@ -19,6 +19,7 @@ from lora_jax.models.layers.placement import OLD_GPU, platform_of
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.loop import Decoding, decode, prefill
 from lora_jax.models.sampling.prompts import Prompts
+from lora_jax.training.memory.step import predicted_bytes
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
 from train.options.common import AdapterConfig
 from train.plan.compile import _closed_form
@@ -27,6 +28,7 @@ from train.plan.hlo.kernels import kernel_lines
 from train.plan.hlo.work import work_of
 from train.plan.job import PlanVariant
 from train.plan.machines import find_machine
+from train.remat import step_bytes
 
 pytestmark = pytest.mark.gpu_compiler
 FLASH = ("flash attention (fwd, dq, dkv)",)
@@ -70,6 +72,18 @@ def test_memory_is_linear_in_the_length() -> None:
     )
     assert long.memory.temp_size_in_bytes <= 4.4 * short.memory.temp_size_in_bytes
     assert not squares(long, 8192)
+
+
+@pytest.mark.parametrize("seq", [2048, 8192])
+def test_memory_is_predicted(seq: int) -> None:
+    """Before compiling, by the step's program."""
+    step = compiled("dense", "h100:1", "--batch-size", 1, "--seq-len", seq)
+    made = step.prepared
+    layout, batch = step.job.layout, made.batch
+    predicted = predicted_bytes(made.traced, layout, made.state, made.base, batch)
+    total = step_bytes(step.compiled)
+    print(f"{seq}: predicted {predicted:,} of {total:,}: {predicted / total:.3f}")
+    assert predicted == pytest.approx(total, rel=0.1)
 
 
 def test_a_card_before_ampere_has_no_kernel() -> None:

@@ -27,6 +27,7 @@ from train.compare.result import Arm, Latency, PlanResult
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.finetune import finetune
+from train.options.common import AUTO
 from train.options.file import replace_options
 from train.processes.session import Session
 from train.reporters.files import read_json
@@ -102,7 +103,7 @@ def plan_result(
         *(*_PYTHON, "train.plan", "--model", data.model, "--topology", topology),
         *("--batch-size", optim.batch_size, "--grad-accum", optim.grad_accum),
         *("--seq-len", tokens_a_row, "--tokens", rows * tokens_a_row, "--dtype", optim.dtype),
-        *("--remat", optim.remat, "--optimizer", optim.optimizer, "--alone", "--json"),
+        *("--remat", optim.remat or AUTO, "--optimizer", optim.optimizer, "--alone", "--json"),
     ]
     if adapter.full:
         command.append("--full")

@@ -23,6 +23,7 @@ from train.reporters.registry import TRACKERS
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("attention", "offload", "dots_saveable")}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "dots_with_no_batch_dims_saveable"}
+AUTO = "auto"  # a policy that is chosen before the step is compiled
 
 # The numbers that the options of all scripts take.
 _NUMBERS = arguments.NUMBERS | {
@@ -42,7 +43,7 @@ def _remat(given: list[str]) -> str:
     return given[0] if given else "full"
 
 
-def check_offload(remat: str, platform: str) -> None:
+def check_offload(remat: str | None, platform: str) -> None:
     """Raises a UserError for --remat offload on a CPU, where it would have no effect."""
     if remat == "offload" and platform == "cpu":
         raise UserError(
@@ -55,14 +56,14 @@ MeshAxis = Literal["data", "fsdp", "expert", "sequence", "tensor"]
 
 # One of the names; --remat without a name means "full".
 Remat = Annotated[
-    str,
+    str | None,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=(0, 1),
-        metavar=f"[{{{','.join(_REMAT)}}}]",
+        metavar=f"[{{{','.join((AUTO, *_REMAT))}}}]",
         instance_from_str=_remat,
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value],
-        choices=tuple(_REMAT),
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [str(value)],
+        choices=(AUTO, *_REMAT),
     ),
 ]
 
@@ -188,14 +189,16 @@ class OptimConfig:
     training tokens (the paper uses 5 to 15); 0 for none."""
     seed: int = option(0, field.OPTIMISATION, compared_by="seeds")
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
-    remat: Remat = option("none", field.OF_BASE)
-    """Activations to recompute in the backward pass. full, or --remat without a name: all those of
-    each layer but xA of small ranks, for much less memory and some more time. offload: so, and the
-    layers' inputs go to the host's memory until they are needed (GPUs and TPUs), for very long
-    rows. attention: as full, but what a kernel of attention returns (splash, flash) is kept too: it
-    takes about as much memory as the layers' inputs, and saves much time in long rows. Two policies
-    of JAX keep more: dots_saveable the results of all matrix products,
-    dots_with_no_batch_dims_saveable of those with weights."""
+    remat: Remat = option(None, field.OF_BASE, older="none")
+    """Activations to recompute in the backward pass. auto: the first of none, attention, full and
+    offload that fits, by the predicted memory of a step; the run says which, and keeps it when it
+    is resumed. full, or --remat without a name: all those of each layer but xA of small ranks, for
+    much less memory and some more time. offload: so, and the layers' inputs go to the host's memory
+    until they are needed (GPUs and TPUs), for very long rows. attention: as full, but what a kernel
+    of attention returns (splash, flash) is kept too: it takes about as much memory as the layers'
+    inputs, and saves much time in long rows. Two policies of JAX keep more: dots_saveable the
+    results of all matrix products, dots_with_no_batch_dims_saveable of those with weights. By
+    default auto on GPUs and TPUs, and none on CPUs."""
     attention: Attention = option("auto", field.OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a
@@ -224,8 +227,8 @@ class OptimConfig:
 
     @property
     def remat_policy(self) -> bool | str:
-        """The value of --remat, as models take it."""
-        return _REMAT[self.remat]
+        """The value of --remat, as models take it, once it is settled."""
+        return _REMAT[self.remat or "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

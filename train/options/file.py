@@ -207,7 +207,7 @@ def _converted(node: yaml.Node, kind: Any) -> Any:
         if node.tag == f"{_TAG}null":
             return None
         (kind,) = (argument for argument in arguments if argument is not type(None))
-        return _converted(node, kind)
+        return _converted(node, typing.Annotated[kind, *extras] if extras else kind)
     if origin is tuple:
         # One value is a list of one, as on the command line.
         if isinstance(node, yaml.ScalarNode) and len(words := node.value.split()) > 1:

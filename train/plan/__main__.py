@@ -24,12 +24,13 @@ from lora_jax.training.run.log import duration
 from lora_jax.training.sharded_products import Form
 from train.console.errors import UserError, reported
 from train.options.command import parse_options
-from train.options.common import AdapterConfig, OptimConfig, check_offload
+from train.options.common import AUTO, AdapterConfig, OptimConfig, check_offload
 from train.options.optim import fill_optimizer_defaults
 from train.options.rope import parse_rope_scaling
 from train.plan.clock.table import print_clocks
 from train.plan.compile import Plan, plan
 from train.plan.job import PlanJob, PlanVariant
+from train.plan.ladder import Ladder, find_ladder, print_ladder, rungs_of
 from train.plan.largest import largest_fit
 from train.plan.machines import Machine, assuming, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
@@ -67,20 +68,23 @@ def run(options: PlanOptions) -> None:
         asked = _resized(asked, next(size for size in found.values() if size))
         plans = [largest]
     job, optim = make_job(asked)
+    rungs = None
+    if asked.remat == AUTO:
+        rungs = find_ladder(job, lora_of(options), optim)
     facts = {**described(asked, job), "largest": found}
     progress, token = Console(stderr=True), None
     try:
-        for variant in variants(options, job)[len(plans) :]:
+        for variant in variants(options, job, rungs)[len(plans) :]:
             with progress.status(f"compiling {variant.name}"):
                 plans.append(plan(job, variant, optim))
             took = duration(plans[-1].compile_seconds)
             progress.print(f"compiled {variant.name}: {took}", highlight=False)
         if asked.decode_rows:
             with progress.status("compiling a token"):
-                token = plan_token(job, variants(options)[0], asked.decode_rows)
+                token = plan_token(job, variants(options, ladder=rungs)[0], asked.decode_rows)
     finally:  # after Ctrl-C, the plans so far
         if plans:
-            show(asked, job, facts, plans, token)
+            show(asked, job, facts, plans, rungs, token)
 
 
 def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
@@ -99,7 +103,7 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
         first, what = asked.batch_size, f"{TASKS[asked.task].rows} a batch"
     # The rows to begin with may be longer than the model allows.
     job, optim = make_job(_resized(asked, _ROW_UNIT) if asked.longest else asked)
-    machine, (variant,) = job.machine, variants(options)
+    machine = job.machine
     parts = job.layout.sequence_parts if asked.longest else job.layout.batch_parts
     unit = math.lcm(_ROW_UNIT, 2 * parts) if asked.longest else math.lcm(parts, job.group)
     limit = job.outline.max_tokens if asked.longest else _MOST_ROWS
@@ -107,8 +111,12 @@ def search(options: PlanOptions) -> tuple[dict[str, int | None], Plan]:
 
     @functools.cache
     def plan_of_size(size: int) -> Plan:
+        resized = make_job(_resized(asked, size))[0]
+        auto = asked.remat == AUTO
+        rungs = find_ladder(resized, lora_of(options), optim) if auto else None
+        (variant,) = variants(options, ladder=rungs)
         with progress.status(f"compiling {variant.name}, {size:,} {what}"):
-            made = plan(make_job(_resized(asked, size))[0], variant, optim)
+            made = plan(resized, variant, optim)
         total, took = made.per_chip_bytes["total"], duration(made.compile_seconds)
         needs = "refused" if total is None else f"{total / 2**30:.2f} GiB"
         progress.print(f"{size:,} {what}: {needs} ({took})")
@@ -143,18 +151,23 @@ def show(
     job: PlanJob,
     facts: dict[str, Any],
     plans: list[Plan],
+    ladder: Ladder | None = None,
     token: Token | None = None,
 ) -> None:
     """Prints the plans, as JSON or as a table; the first plan is the requested one."""
+    rungs = rungs_of(ladder, plans) if ladder else []
     if asked.json:
         first, *others = (as_json(made, asked, job.machine) for made in plans)
         first |= {"token": dataclasses.asdict(token)} if token else {}
-        print(json.dumps({**facts, **first, "others": others}, indent=2))
+        made = [dataclasses.asdict(rung) for rung in rungs]
+        print(json.dumps({**facts, **first, "others": others, "ladder": made}, indent=2))
     else:
         estimates = [estimate(made, asked, job.machine) for made in plans]
         wide = None if sys.stdout.isatty() else 120
         console = Console(width=wide)
         print_plans(console, facts, plans, estimates)
+        if ladder:
+            print_ladder(console, ladder, rungs)
         print_clocks(console, job.machine, [(made.name, made.clocks.get("step")) for made in plans])
         if token:
             print_token(console, token)
@@ -249,25 +262,38 @@ def _check_images(asked: PlanConfig, outline: ModelInfo) -> None:
         )
 
 
-def variants(options: PlanOptions, job: PlanJob | None = None) -> list[PlanVariant]:
+def lora_of(options: PlanOptions) -> AdapterConfig:
+    """Returns the parameters that the requested variant trains."""
+    if options.adapter.full:
+        return AdapterConfig(full=True)
+    return dataclasses.replace(options.adapter, full=False)
+
+
+def variants(
+    options: PlanOptions, job: PlanJob | None = None, ladder: Ladder | None = None
+) -> list[PlanVariant]:
     """Returns the requested variant and, without --alone, others to compare it with.
 
     Args:
       options: the options.
       job: if given, the variant with the other form of products with sharded kernels is one, too.
+      ladder: policies of --remat auto: the requested variant is the one that a run takes, and the
+        others are its other policies.
     """
-    lora = dataclasses.replace(options.adapter, full=False)
     asked_alone = options.plan.alone or options.plan.longest or options.plan.largest_batch
+    trained = lora_of(options)
+    lora = dataclasses.replace(options.adapter, full=False)
+    remat = ladder.choice.remat if ladder else options.plan.remat or "none"
     if options.plan.adapters:
-        return [PlanVariant(lora, options.plan.remat, n) for n in options.plan.adapters]
+        return [PlanVariant(lora, remat, n) for n in options.plan.adapters]
     full = AdapterConfig(full=True)
-    asked = PlanVariant(full if options.adapter.full else lora, options.plan.remat)
-    others = [
-        PlanVariant(lora, "full"),
-        PlanVariant(lora, "dots_with_no_batch_dims_saveable"),
-        PlanVariant(lora, "none"),
-        PlanVariant(full, "full"),
-    ]
+    asked = PlanVariant(trained, remat)
+    if ladder:
+        others = [PlanVariant(trained, name) for name in ladder.predicted]
+    else:
+        policies = ("full", "dots_with_no_batch_dims_saveable", "none")
+        others = [PlanVariant(lora, name) for name in policies]
+    others.append(PlanVariant(full, "full"))
     if asked_alone:
         return [asked]
     if job is not None and job.products is not None:

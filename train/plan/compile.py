@@ -88,29 +88,32 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedStep:
-    """A lowered step, the shapes of its arguments, and the programs between steps."""
+class TracedStep:
+    """A traced step, its model, and the shapes of its arguments."""
 
     traced: jax.stages.Traced
-    lowered: jax.stages.Lowered
     params: Any
     state: State
     base: Any
     batch: dict[str, Any]
-    between: dict[str, Program]
     model: Any
 
 
-def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedStep:
-    """Lowers the step of a task for abstract weights, and the programs between its steps.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedStep(TracedStep):
+    """A lowered step as well, and the programs between steps."""
+
+    lowered: jax.stages.Lowered
+    between: dict[str, Program]
+
+
+def trace_step(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> TracedStep:
+    """Traces the step of a task for abstract weights.
 
     Args:
       job: the model, the machine, and the batch.
       variant: the parameters that train, and the activations to recompute.
       optim: the optimiser's options; its remat is replaced by the variant's.
-
-    Returns:
-      The lowered step, and the shapes of its arguments.
 
     Raises:
       UserError: the rules do not fit the model.
@@ -141,19 +144,24 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
             one = make_tenant(optim, params, schedule, _STEPS, loss=loss, key=key)
             options = job.layout.compiler_options
             traced, state = traced_step(forward, one, variant.adapters, batch, options)
-        lowered = traced.lower()
-    return PreparedStep(
-        traced=traced,
-        lowered=lowered,
-        params=params,
-        state=state,
-        base=base,
-        batch=batch,
-        between=programs_between(
-            model, job.layout, params, batch, chunk=job.loss_chunk, group=job.group
-        ),
-        model=model,
+    return TracedStep(
+        traced=traced, params=params, state=state, base=base, batch=batch, model=model
     )
+
+
+def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedStep:
+    """Lowers the step of a task for abstract weights, and the programs between its steps.
+
+    The arguments and errors are those of `trace_step`.
+    """
+    job = job.with_products(variant.products)
+    step = trace_step(job, variant, optim)
+    with jax.set_mesh(job.layout.mesh):
+        lowered = step.traced.lower()
+    between = programs_between(
+        step.model, job.layout, step.params, step.batch, chunk=job.loss_chunk, group=job.group
+    )
+    return PreparedStep(**vars(step), lowered=lowered, between=between)
 
 
 def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:

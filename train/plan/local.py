@@ -1,4 +1,4 @@
-"""Asks the compiler what a run's own step needs on the devices that are here; reads no weights."""
+"""Plans the step of a run for the devices that are here, before its weights are read."""
 
 import dataclasses
 import math
@@ -12,10 +12,14 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import subspace
+from lora_jax.core.types import Model, Tree
+from lora_jax.subspace import Subspace
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
+from lora_jax.training.memory.step import predicted_bytes
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.setup import Setup
+from lora_jax.training.step import State
 from train.live.reference import reference_params
 from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule
@@ -69,62 +73,130 @@ class LocalNeeds:
         return held + most
 
 
-def local_needs(
-    config: Options, outline: ModelInfo, layout: Layout, loss: Loss, batch: dict[str, np.ndarray]
-) -> LocalNeeds:
-    """Compiles the step of a run, and what runs between steps, for abstract weights.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalStep:
+    """The step of a run for abstract weights.
 
-    Args:
+    Attributes:
       config: the options of the run.
       outline: the model, without its weights.
       layout: the placement on the mesh of these devices.
       loss: the function to minimise.
-      batch: a batch of the largest shape.
-
-    Raises:
-      UserError: a reference would need a second base.
-      jax.errors.JaxRuntimeError: the compiler refuses a program, as a rule for want of memory.
+      space: the subspace that trains; None for an adapter or the weights.
+      params: the adapted tree, as shapes with shardings.
+      setup: the parts of the step, but for the model.
+      batch: the shapes of a batch, with shardings.
     """
-    optim = config.optim
-    dtype = jnp.dtype("float32" if moves_weights(config.adapter) else optim.dtype)
+
+    config: Options
+    outline: ModelInfo
+    layout: Layout
+    loss: Loss
+    space: Subspace | None
+    params: Tree
+    setup: Setup
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def state(self) -> State:
+        """The shapes of the state."""
+        return self.setup.abstract_state(lj.split(self.params)[0])
+
+    @property
+    def base(self) -> Tree:
+        """The shapes of the frozen half of the parameters."""
+        return lj.split(self.params)[1]
+
+    @property
+    def base_bytes(self) -> int:
+        """The bytes of a device that the base takes."""
+        return bytes_per_device(self.base)
+
+    def model(self, remat: str | None) -> Model:
+        """Returns the model, with a policy of rematerialisation by its name among the options."""
+        optim = dataclasses.replace(self.config.optim, remat=remat)
+        return make_model(
+            self.outline.config,
+            jnp.dtype(optim.dtype),
+            _param_dtype(self.config),
+            remat=optim.remat_policy,
+            attention=optim.attention,
+            experts=optim.experts,
+            params=self.outline.params,
+        )
+
+    def trace(self, remat: str | None) -> jax.stages.Traced:
+        """Traces the step with a policy of rematerialisation."""
+        forward = self.setup.forward(model_in(self.space, self.model(remat)))
+        return self.setup.trace(forward, self.loss, self.state, self.base, self.batch)
+
+    def predict(self, remat: str) -> int:
+        """Returns the bytes of a device that the step is predicted to take; compiles nothing."""
+        return predicted_bytes(self.trace(remat), self.layout, self.state, self.base, self.batch)
+
+
+def local_step(
+    config: Options, outline: ModelInfo, layout: Layout, loss: Loss, batch: dict[str, np.ndarray]
+) -> LocalStep:
+    """Returns the step of a run for abstract weights; see `LocalStep`.
+
+    Args:
+      config, outline, layout, loss: parts of the run; see `LocalStep`.
+      batch: a batch of the largest shape.
+    """
+    optim, dtype = config.optim, _param_dtype(config)
     space = space_of(config, outline.params)
     if space is None:
         params = adapted_shapes(outline, config.adapter, dtype, layout)
     else:
         plain = outline.shapes(dtype, arrays=True)
         params = placed_shapes(subspace.tree_of(space, plain), layout)
-    adapter, base = lj.split(params)
     schedule = make_schedule(optim, 1e-4, 1000)  # the memory depends on neither
     optimizer = make_optimizer(optim, schedule, params)
-    setup = Setup.make(layout, params, optimizer, schedule, noise=optim.neftune)
-    state = setup.abstract_state(adapter)
-    model = make_model(
-        outline.config,
-        jnp.dtype(optim.dtype),
-        dtype,
-        remat=optim.remat_policy,
-        attention=optim.attention,
-        experts=optim.experts,
-        params=outline.params,
-    )
     shapes = {
         name: jax.ShapeDtypeStruct(
             array.shape, array.dtype, sharding=layout.of_batch(array.shape, parts=True)
         )
         for name, array in batch.items()
     }
-    reference = reference_params(config, outline, lj.strip(params), takes_from_base(params))
+    return LocalStep(
+        config=config,
+        outline=outline,
+        layout=layout,
+        loss=loss,
+        space=space,
+        params=params,
+        setup=Setup.make(layout, params, optimizer, schedule, noise=optim.neftune),
+        batch=shapes,
+    )
+
+
+def _param_dtype(config: Options) -> jnp.dtype[Any]:
+    return jnp.dtype("float32" if moves_weights(config.adapter) else config.optim.dtype)
+
+
+def local_needs(step: LocalStep) -> LocalNeeds:
+    """Compiles the step of a run, and what runs between steps, for abstract weights.
+
+    Raises:
+      UserError: a reference would need a second base.
+      jax.errors.JaxRuntimeError: the compiler refuses a program, as a rule for want of memory.
+    """
+    config, outline, layout, params = step.config, step.outline, step.layout, step.params
+    optim, state = config.optim, step.state
+    adapted = takes_from_base(params)
+    reference = reference_params(config, outline, lj.strip(params), adapted)
     began = time.perf_counter()
+    traced = step.trace(optim.remat)
     with jax.set_mesh(layout.mesh):
-        traced = setup.trace(setup.forward(model_in(space, model)), loss, state, base, shapes)
         lowered = traced.lower()
         programs = {
             STEP: Program(traced, lowered, params, bytes_per_device(params))
         } | programs_between(
-            model,
+            step.model(optim.remat),
             layout,
             params,
-            shapes,
+            step.batch,
             chunk=getattr(optim, "loss_chunk", 0),
             group=getattr(config.data, "group", 1),
             reference=reference and placed_shapes(reference, layout),
@@ -143,12 +215,12 @@ def local_needs(
         name: found and found + bytes_per_device(programs[name].params) - programs[name].shared
         for name, found in temporaries.items()
     }
-    step = between.pop(STEP)
+    of_step = between.pop(STEP)
     return LocalNeeds(
-        base=bytes_per_device(base),
+        base=step.base_bytes,
         adapter=bytes_per_device(state.adapter),
         optimizer=bytes_per_device(state.opt_state),
-        temporaries=step,
+        temporaries=of_step,
         between=between,
         capacity=capacity_of(layout.mesh.devices.flat[0]),
         checkpoint=tree_bytes(state.adapter) + tree_bytes(state.opt_state),

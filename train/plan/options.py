@@ -9,6 +9,7 @@ from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
 from train.console.help import HelpPage
 from train.options.common import (
+    AUTO,
     AdapterConfig,
     Attention,
     CollectiveMatmul,
@@ -82,7 +83,8 @@ class PlanConfig:
     """The codes to keep the base's kernels in; see train.sft. By default what config.json tells of
     the files' own."""
     remat: Remat = "full"
-    """Activations to recompute in the backward pass; see train.sft."""
+    """Activations to recompute in the backward pass; see train.sft. auto: plan the policy that a
+    run takes, and, without --alone, the others of the ladder that it chooses from."""
     attention: Attention = "auto"
     """Computation of attention; see train.sft."""
     experts: Experts = "auto"
@@ -180,6 +182,11 @@ def check(options: PlanOptions) -> None:
                 f"--longest: with --task {DRAWING}, --seq-len holds a prompt and a completion, and "
                 "which of them to lengthen is not said: try several --seq-len, or --largest-batch"
             )
+    if asked.adapters and asked.remat == AUTO:
+        raise UserError(
+            "--remat auto predicts the step of one adapter, and --adapters plans several side by "
+            "side: give the policy, such as --remat full"
+        )
     if kind.texts_alone and asked.images:
         raise UserError(f"--images: train.{asked.task} reads texts alone: leave it out")
     if kind.texts_alone and asked.adapters:

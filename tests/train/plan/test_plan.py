@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.training.step import State
@@ -33,6 +35,7 @@ from train.plan.flops.checked import step_work
 from train.plan.flops.closed_form import step_flops
 from train.plan.flops.jaxpr import Count
 from train.plan.hlo.work import HloWork
+from train.plan.ladder import print_ladder, rungs_of
 from train.plan.machines import find_machine, topology_here
 from train.plan.refusals import refused_bytes
 from train.run.output import folder_bytes
@@ -490,3 +493,37 @@ def test_gpus_are_known_by_the_name_of_their_card():
     assert topology_here([card, card]) == "l4:2"
     other = SimpleNamespace(platform="gpu", device_kind="NVIDIA GTX 1080")
     assert topology_here([other]) is None and topology_here(jax.devices("cpu")[:1]) == "cpu:1"
+
+
+def test_auto_plans_the_policy_of_a_run_and_shows_the_ladder(model, capsys):
+    """It is the first that is predicted to fit; the others are planned beside it."""
+    few = ("--remat", "auto", "--capacity-gib", 1e-6)
+    options = asked(model, *few)
+    job, optim = plan.make_job(options.plan)
+    ladder = plan.find_ladder(job, options.adapter, optim)
+    assert [*ladder.predicted] == ["none", "full"] and ladder.choice.remat == "full"
+    assert ladder.predicted["none"] > ladder.predicted["full"] > 0
+    names = [variant.name for variant in plan.variants(options, ladder=ladder)]
+    assert names == ["LoRA r=3, remat", "LoRA r=3, no remat", "full fine-tuning, remat"]
+    much = asked(model, "--remat", "auto", "--alone", "--json")
+    ladder = plan.find_ladder(plan.make_job(much.plan)[0], much.adapter, optim)
+    assert [variant.remat for variant in plan.variants(much, ladder=ladder)] == ["none"]
+
+    plan.run(much)
+    out = json.loads(capsys.readouterr().out)
+    assert out["name"] == "LoRA r=3, no remat" and out["others"] == []
+    kept, again = out["ladder"]
+    assert kept["chosen"] and kept["fits"] and kept["compiled_bytes"] > 0
+    assert not again["chosen"] and again["compiled_bytes"] is again["seconds"] is None
+    assert kept["predicted_bytes"] == ladder.predicted["none"]
+
+
+def test_the_ladder_as_a_table(model):
+    options = asked(model, "--remat", "auto", "--alone")
+    job, optim = plan.make_job(options.plan)
+    ladder = plan.find_ladder(job, options.adapter, optim)
+    console = Console(file=io.StringIO(), width=120)
+    print_ladder(console, ladder, rungs_of(ladder, []))
+    table = console.file.getvalue()
+    assert re.search(r"none \(chosen\) │ +0\.00 │ +– │ +– │", table) and "full" in table
+    assert "remat: none (nothing is computed again): predicted 0.00 of" in table
