@@ -4,6 +4,8 @@ import dataclasses
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _NVIDIA = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")  # a machine's, a container's, WSL's
@@ -77,14 +79,19 @@ def _is_tpu(vendor: Path) -> bool:
 def _holders(root: Path) -> list[int]:
     """Returns the processes that have a TPU's device or the file of libtpu's lock open."""
     holders = set()
-    for link in root.glob("proc/[0-9]*/fd/*"):
-        try:
-            target = str(link.readlink())
-        except OSError:  # it has ended, or is another user's
-            continue
-        if re.search(r"/dev/(accel|vfio/)\d+$|/libtpu_lockfile$", target):
-            holders.add(int(link.parts[-3]))
+    for process in root.glob("proc/[0-9]*"):
+        for file in _open_files(process):
+            if re.search(r"/dev/(accel|vfio/)\d+$|/libtpu_lockfile$", file):
+                holders.add(int(process.name))
     return sorted(holders)
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    """Yields the files that a process has open; none if it has ended or is another user's."""
+    with suppress(OSError):
+        for link in (process / "fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                yield str(link.readlink())
 
 
 def _read(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The versions of the packages that are installed, and those that are missing or too old."""
 
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -40,8 +41,11 @@ def examine_packages() -> tuple[dict[str, Any], list[Trouble]]:
 def requirement_troubles(package: str) -> list[Trouble]:
     """Returns the packages that the scripts of a package need, and that are missing or too old."""
     wrong = []
-    for requirement in sorted(set(_requirements(package, _EXTRAS))):
-        wrong += [f"{requirement} ({_found(requirement)})"] * (not _is_met(requirement))
+    if importlib.util.find_spec("packaging") is None:  # reads requirements; comes with the scripts'
+        wrong.append("packaging (not installed)")
+    else:
+        for requirement in sorted(set(_requirements(package, _EXTRAS))):
+            wrong += [f"{requirement} ({_found(requirement)})"] * (not _is_met(requirement))
     if not wrong:
         return []
     remedy = f'pip install "{package}[train]"'

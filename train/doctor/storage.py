@@ -38,7 +38,8 @@ def examine_disks(folders: Mapping[str, Path]) -> tuple[dict[str, Any], list[Tro
     """
     facts, troubles = {}, []
     for name, folder in folders.items():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
+        # Path.exists raises an error below a folder that this user may not read.
+        there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         free = shutil.disk_usage(there).free
         facts[name] = f"{folder} ({gib_text(free)} free)"
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -58,7 +59,7 @@ def describe_caches(folders: Mapping[str, Path]) -> dict[str, Any]:
 
 def size_of(folder: Path, seconds: float = _SECONDS) -> str:
     """Returns the size of a folder's files in words, as far as they are added up in some time."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return "empty"
     until, total = time.monotonic() + seconds, 0
     for parent, _, names in os.walk(folder):
