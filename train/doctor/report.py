@@ -57,8 +57,8 @@ class DoctorReport:
         columns = min(_MOST_COLUMNS, shutil.get_terminal_size((80, 24)).columns)
         lines = []
         for title, facts in _shared(self.sections).items():
-            said = "; ".join(f"{name} {_words(fact)}" for name, fact in facts.items())
-            lines += _wrapped(f"{title:11}", said, columns)
+            text = "; ".join(f"{name} {_words(fact)}" for name, fact in facts.items())
+            lines += _wrapped(f"{title:11}", text, columns) if facts else []
         for trouble in sorted(self.troubles, key=lambda trouble: not trouble.fatal):
             head = "error: " if trouble.fatal else "remark: "
             lines += _wrapped(head, _shared(f"{trouble.what}: {trouble.remedy}"), columns)

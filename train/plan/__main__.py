@@ -299,7 +299,7 @@ def variants(
     if job is not None and job.products is not None:
         other: Form = "windowed" if job.products.form == "whole" else "whole"
         others.insert(0, dataclasses.replace(asked, products=other))
-    return [asked, *(one for one in others if one != asked)]
+    return [*dict.fromkeys((asked, *others))]  # each once
 
 
 def described(asked: PlanConfig, job: PlanJob) -> dict[str, Any]:

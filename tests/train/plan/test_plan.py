@@ -505,6 +505,10 @@ def test_auto_plans_the_policy_of_a_run_and_shows_the_ladder(model, capsys):
     assert ladder.predicted["none"] > ladder.predicted["full"] > 0
     names = [variant.name for variant in plan.variants(options, ladder=ladder)]
     assert names == ["LoRA r=3, remat", "LoRA r=3, no remat", "full fine-tuning, remat"]
+    wide = asked(model, "--remat", "auto", "--full")
+    ladder = ladder._replace(choice=dataclasses.replace(ladder.choice, remat="none"))
+    names = [variant.name for variant in plan.variants(wide, ladder=ladder)]
+    assert names == ["full fine-tuning, no remat", "full fine-tuning, remat"]
     much = asked(model, "--remat", "auto", "--alone", "--json")
     ladder = plan.find_ladder(plan.make_job(much.plan)[0], much.adapter, optim)
     assert [variant.remat for variant in plan.variants(much, ladder=ladder)] == ["none"]
