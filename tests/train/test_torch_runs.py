@@ -116,6 +116,9 @@ def test_a_run_is_planned_and_a_server_refuses(run, capsys, tmp_path):
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"].endswith("config.json") and facts["batch_size"] == 2
     with pytest.raises(SystemExit):
+        plan(["--model", str(base / "config.json"), "--decode-rows", "2"])
+    assert "--decode-rows 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         serve(["--model", str(base), "--output", str(tmp_path / "served")])
     assert "no family" in capsys.readouterr().err
 

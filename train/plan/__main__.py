@@ -185,6 +185,11 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     outline.check_experts(asked.experts)
     _check_images(asked, outline)
+    if asked.decode_rows and outline.is_torch:
+        raise UserError(
+            f"--decode-rows {asked.decode_rows}: {asked.model} runs as a torch module, which keeps "
+            "no keys and values: leave it out"
+        )
     machine = find_machine(
         asked.topology, asked.capacity_gib, asked.peak_tflops, asked.mem_fraction
     )

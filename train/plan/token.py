@@ -55,7 +55,8 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int) -> Token:
     """
     params = abstract_params(job, variant)
     lowered, cache = lower_token(job, params, rows)
-    size = _read_bytes(job, params, rows) + bytes_per_device((cache.key, cache.value))
+    caches = cache.key, cache.value, cache.recurrent
+    size = _read_bytes(job, params, rows) + bytes_per_device(caches)
     machine = job.machine
     known: dict[str, Any] = {"rows": rows, "cached": job.seq_len, "bytes": size}
     known["floor_seconds"] = None if machine.bandwidth is None else size / machine.bandwidth
@@ -131,4 +132,6 @@ def _read_bytes(job: PlanJob, params: Tree, rows: int) -> int:
     if chosen and of:
         share["experts"] = min(1.0, rows * chosen / of)
     base = sum(share.get(kinds[path], 1.0) * bytes_per_device(leaf) for path, leaf in leaves)
-    return round(base) + bytes_per_device(lj.split(params)[0])
+    # What trains in full stands among the leaves already.
+    factors = [parts for parts in lj.split(params)[0].values() if "value" not in parts]
+    return round(base) + bytes_per_device(factors)

@@ -11,7 +11,9 @@ from rich.console import Console
 from tests.train.plan.tiny_plans import FIELDS, MIXTURE, asked, write
 from train.console.errors import UserError
 from train.plan import __main__ as plan
+from train.plan.job import abstract_params
 from train.plan.token import Token, plan_token, print_token
+from train.plan.token import _read_bytes as read_bytes
 
 ROWS, LENGTH, LAYERS, RANK = 5, 24, 3, 3
 LAYER = 32 * 64 + 2 * 32 * 32 + 64 * 32 + 2 * 32  # q, k, v, o and the norms
@@ -41,6 +43,13 @@ def test_bytes_by_hand(tmp_path):
     known = dataclasses.replace(made, seconds=3 * made.floor_seconds)
     print_token(Console(file=shown, width=100), known)
     assert "3.00" in shown.getvalue()
+
+
+def test_weights_that_train_are_read_once(tmp_path):
+    options = asked(write(tmp_path, FIELDS), "--full")
+    job, _ = plan.make_job(options.plan)
+    params = abstract_params(job, plan.variants(options)[0])
+    assert read_bytes(job, params, ROWS) == 4 * (LAYERS * (LAYER + MLP) + 259 * 32 + 32)
 
 
 def test_few_rows_choose_few_experts(tmp_path, monkeypatch):
