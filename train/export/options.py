@@ -170,11 +170,16 @@ def check_gguf_options(options: ExportOptions) -> None:
             continue
         if not options.overwrite:
             raise UserError(f"{path} exists: name another --gguf file, or replace it (--overwrite)")
-        if not path.is_file() or begin not in path.open("rb").read(4096):
+        if not path.is_file() or begin not in _beginning(path):
             raise UserError(
                 f"{path} is something other than an earlier export, and --overwrite would delete "
                 "it: name another --gguf file"
             )
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096)
 
 
 def modelfile_of(file: Path) -> Path:

@@ -21,11 +21,15 @@ from train.options.field import given_options
 _SCRIPT = "train.launch"
 FILES = {"slurm": "slurm.sbatch", "jobset": "jobset.yaml", "skypilot": "skypilot.yaml"}
 _TRAINERS = ("sft", "dpo", "grpo", "distill", "classify")
-# The file gives these itself, or they contradict it.
-_OF_FILE = (
-    *("resume", "overwrite", "distributed", "coordinator", "num_processes", "process_id"),
-    *("dry_run", "many"),
-)
+# Options that contradict the file, and the reasons.
+_OF_FILE = dict.fromkeys(
+    ("resume", "distributed", "coordinator", "num_processes", "process_id"),
+    "the file decides that itself",
+) | {
+    "overwrite": "the file goes on with the run in the output folder",
+    "dry_run": "it starts no run, so give it to the script itself",
+    "many": "the file starts one run, with which it goes on",
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -57,9 +61,9 @@ def launch_file(words: Sequence[str]) -> str:
                 f"({', '.join(_TRAINERS)}) are needed, such as: "
                 f"{program(_SCRIPT, 'slurm', 'sft')} --model MODEL --output FOLDER"
             )
-    for name in _OF_FILE:
+    for name, why in _OF_FILE.items():
         if name in given_options(options):
-            raise UserError(f"{flag(name)}: the file decides that itself; leave it out")
+            raise UserError(f"{flag(name)}: {why}; leave it out")
     asked = importlib.import_module(f"train.{script}").parse(options)
     text = (Path(__file__).parent / FILES[kind]).read_text()
     if "output" in given_options(options):

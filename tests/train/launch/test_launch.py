@@ -42,6 +42,7 @@ def test_the_command_line_is_filled_in(kind):
         (["slurm", "serve"], r"a script \(sft, dpo"),
         (["slurm", *LINE, "--resume"], "--resume: the file decides"),
         (["jobset", *LINE, "--coordinator", "a:1"], "--coordinator: the file decides"),
+        (["slurm", *LINE, "--many", "runs.csv"], "--many: the file starts one run"),
         (["jobset", *LINE, "--num-train-epochs", "1"], "--epochs"),
     ],
 )
