@@ -33,7 +33,7 @@ def save_gguf(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Writes a model as a GGUF file, which appears whole or not at all::
+    """Writes a model as a GGUF file, which appears whole or not at all. For example::
 
         save_gguf("out.gguf", model, lora_jax.merge(params), tokenizer=tokenizer, gguf_type="q8_0")
 

@@ -139,7 +139,7 @@ def test_shapes_that_are_refused_leave_all_adapters_as_they_were():
     quiet = {"dropout": 0.0, "noise": 0.0}
     together.add({"first": tenant(1), "a": tenant(2, **quiet), "b": tenant(3, **quiet)})
     given = {name: batch(name, 0, 2, n) for n, name in enumerate(("first", "a", "b"), start=4)}
-    del given["a"]["weights"]
+    del given["a"]["weights"], given["b"]["weights"]
     before = together.state("first")
     with pytest.raises(BankError, match="train in one stack, and their batches have the"):
         together.step(given)

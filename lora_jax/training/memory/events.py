@@ -41,6 +41,7 @@ def peak(events: Sequence[Event], begin: Iterable[Buffer], end: Collection[Buffe
       events: in order.
       begin, end: buffers that are there from the beginning, and until the end.
 
+    >>> from lora_jax.training.memory.events import Buffer, Event, peak
     >>> a, b, c = Buffer(5), Buffer(3), Buffer(2)
     >>> product = Event(frozenset({a}), (b,), in_place=False)
     >>> peak([product, Event(frozenset({b}), (c,), alone=4)], [a], [c])

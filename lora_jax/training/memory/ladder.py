@@ -90,6 +90,7 @@ def choose_remat(
       capacity: bytes of the smallest device; None where it is not known: then the choice is "full",
         or the last.
 
+    >>> from lora_jax.training.memory.ladder import choose_remat
     >>> sizes = {"none": 30, "attention": 12, "full": 10}
     >>> choose_remat(tuple(sizes), sizes.__getitem__, 16).remat
     'attention'

@@ -306,7 +306,7 @@ def peak_bytes(
       mesh: sizes of the mesh's axes.
       platform: "cpu", "gpu" or "tpu".
 
-    >>> import jax
+    >>> from lora_jax.training.memory.live import peak_bytes
     >>> def f(w, x):
     ...     return (x @ w) @ w.T
     >>> traced = jax.jit(f).trace(jax.numpy.ones((4, 8)), jax.numpy.ones((2, 4)))
