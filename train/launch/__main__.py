@@ -16,7 +16,8 @@ from pathlib import Path
 from train.console.errors import UserError, flag, reported
 from train.console.help import asks_for_help
 from train.console.program import COMMAND, about, program
-from train.options.field import given_options
+from train.options.file import value_of
+from train.settings.command import read_line
 
 _SCRIPT = "train.launch"
 FILES = {"slurm": "slurm.sbatch", "jobset": "jobset.yaml", "skypilot": "skypilot.yaml"}
@@ -61,12 +62,15 @@ def launch_file(words: Sequence[str]) -> str:
                 f"({', '.join(_TRAINERS)}) are needed, such as: "
                 f"{program(_SCRIPT, 'slurm', 'sft')} --model MODEL --output FOLDER"
             )
+    trainer = importlib.import_module(f"train.{script}").SCRIPT
+    asked, on_line, in_file = read_line(trainer.plain, options, trainer.name)
     for name, why in _OF_FILE.items():
-        if name in given_options(options):
+        turned = name in in_file and value_of(asked, name) != value_of(trainer.plain, name)
+        if name in on_line or turned:
             raise UserError(f"{flag(name)}: {why}; leave it out")
-    asked = importlib.import_module(f"train.{script}").parse(options)
+    trainer.parse(options)
     text = (Path(__file__).parent / FILES[kind]).read_text()
-    if "output" in given_options(options):
+    if "output" in (on_line | in_file.keys()):
         text = _with_value(text, "OUTPUT", shlex.quote(asked.run.output))
     line = shlex.join([COMMAND, script, *_without_output(options)])
     return _with_value(text, "COMMAND", f"({line})")

@@ -34,6 +34,16 @@ def test_the_command_line_is_filled_in(kind):
     assert "OUTPUT=b\n" in launch_file([kind, *LINE[:5], "--output=b"]).replace("  #", "\n")
 
 
+def test_a_file_of_options_names_the_output_as_well(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: m\ndataset: x.jsonl\noutput: /shared/of-file\nresume: false\n")
+    text = launch_file(["slurm", "sft", "--config", str(config)])
+    assert "OUTPUT=/shared/of-file  #" in text and f"(lora-jax sft --config {config})" in text
+    config.write_text("resume: true\n")
+    with pytest.raises(UserError, match="--resume: the file decides"):
+        launch_file(["slurm", "sft", "--config", str(config)])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
