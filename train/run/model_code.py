@@ -16,6 +16,7 @@ from train.console.errors import UserError
 OURS, TORCH, AUTO = "ours", "torch", "auto"
 KEY = "model_code"  # in an outline's `head`, and in what an adapter says of its base
 _PACKAGES = ("torch", "torchax", "transformers")
+_REMEDY = "pip install 'lora_jax[torch]'"
 _NO_OPTIONS = ("rope_scaling", "quantize", "head", "num_labels")
 _TOLD: set[str] = set()
 
@@ -28,10 +29,11 @@ def code_of(path: Path, asked: str | None) -> str:
       asked: --model-code; None for "auto".
 
     Raises:
-      UserError: torch is asked for, and cannot be had.
+      UserError: torch is asked for, or alone knows the model, and cannot be had.
     """
     if asked == TORCH:
-        _check_packages()
+        if lacking := _lacking():
+            raise UserError(f"--model-code torch needs {lacking}: {_REMEDY}")
         return TORCH
     config = path / "config.json" if path.is_dir() else path
     if asked == OURS or config.suffix != ".json" or not config.is_file():
@@ -39,12 +41,17 @@ def code_of(path: Path, asked: str | None) -> str:
     kind = read_file(config, "a model", ConfigError).get("model_type")
     if kind in FAMILIES or not isinstance(kind, str):
         return OURS
-    if any(importlib.util.find_spec(package) is None for package in _PACKAGES):
+    if importlib.util.find_spec("transformers") is None:
         return OURS  # its error says what is known
     from transformers import CONFIG_MAPPING
 
     if kind not in CONFIG_MAPPING:
         return OURS
+    if lacking := _lacking():
+        raise UserError(
+            f"{config}: no family of this library is a {kind}, and to run transformers' torch "
+            f"module {lacking} has to be installed: {_REMEDY}"
+        )
     if kind not in _TOLD:
         _TOLD.add(kind)
         print(
@@ -55,12 +62,9 @@ def code_of(path: Path, asked: str | None) -> str:
     return TORCH
 
 
-def _check_packages() -> None:
-    lacking = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise UserError(
-            f"--model-code torch needs {', '.join(lacking)}: pip install 'lora_jax[torch]'"
-        )
+def _lacking() -> str:
+    """Returns the packages that a torch module needs and that are not installed; "" for none."""
+    return " and ".join(name for name in _PACKAGES if importlib.util.find_spec(name) is None)
 
 
 def _torch() -> Any:
