@@ -228,7 +228,7 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     if options.quantize and not in_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
     if options.gguf is not None:
-        check_gguf(outline.config)
+        check_gguf(options, adapter, name, outline.config)
     outline = outline.quantized(adapter.quantize)
     adapter.check(outline, allow_base_mismatch=mismatch)
     model, params = read_model(name, dtype="float32", **outline.head)

@@ -10,15 +10,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.core.types import Model, Tokenizer, Tree
+from lora_jax.hf.gguf.vocabulary import vocabulary
 from lora_jax.hf.hub import resolve
 from lora_jax.models import load_tokenizer, save_gguf
 from lora_jax.models.decoder.gguf_form import check_form
 from lora_jax.quantized import dequantize
+from train.adapters.source import AdapterSource
 from train.console.errors import as_user_errors
 from train.export.base import dtype_of_files
 from train.export.job import ExportJob
 from train.export.modelfile import format_of, write_modelfile
-from train.export.options import modelfile_of
+from train.export.options import ExportOptions, modelfile_of
 from train.export.terms import codes_notice
 from train.run.report import megabytes
 from train.run.tokenizer import read_tokenizer
@@ -26,10 +28,18 @@ from train.run.tokenizer import read_tokenizer
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-def check_gguf(config: Any) -> None:
-    """Raises a UserError for a model that llama.cpp does not run, before its weights are read."""
-    with as_user_errors(ValueError, ImportError, prefix="--gguf: "):
+def check_gguf(options: ExportOptions, adapter: AdapterSource, base: str, config: Any) -> None:
+    """Checks that llama.cpp has a form for a model and its tokenizer; reads no weights.
+
+    Raises:
+      UserError: it has none.
+    """
+    with as_user_errors(ValueError, OSError, prefix="--gguf: "):
         check_form(config)
+        if options.merged:
+            tokenizer = _tokenizer_to_write(options, adapter, base, config)
+            if tokenizer is not None:
+                vocabulary(tokenizer, config.vocab_size, config.eos_token_ids)
 
 
 def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:
@@ -57,13 +67,9 @@ def write_gguf_model(work: ExportJob, model: Model, params: Tree) -> None:
     """Writes the whole model, with the adapter merged into it."""
     file, options = _file(work), work.options
     path = resolve(work.base).path
-    given = options.tokenizer or work.adapter.tokenizer
     own = path if path.suffix == ".gguf" else None
     with as_user_errors(ValueError, OSError, ImportError, prefix="--merged --gguf: "):
-        if given is not None:
-            tokenizer = read_tokenizer(work.base, given, model.config)
-        else:
-            tokenizer = None if own and not options.quantize else load_tokenizer(work.base)
+        tokenizer = _tokenizer_to_write(options, work.adapter, work.base, model.config)
         kind = options.gguf_type or ("f16" if own else _TYPES[dtype_of_files(work.base)])
         with _progress(work, f"writing {file}") as progress:
             notes = save_gguf(
@@ -113,6 +119,16 @@ def _progress(work: ExportJob, what: str) -> Iterator[Callable[[int, int], None]
     with Progress(*columns, console=work.console, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _tokenizer_to_write(
+    options: ExportOptions, adapter: AdapterSource, base: str, config: Any
+) -> Tokenizer | None:
+    """Returns the tokenizer of a whole model's file; None for the one in the base's GGUF file."""
+    if given := options.tokenizer or adapter.tokenizer:
+        return read_tokenizer(base, given, config)
+    is_gguf = resolve(base).path.suffix == ".gguf"
+    return None if is_gguf and not options.quantize else load_tokenizer(base)
 
 
 def _tokenizer_of(path: Path) -> Tokenizer | None:

@@ -9,8 +9,10 @@ from lora_jax import models
 from tests.hf.vocabularies import byte_level
 from tests.models.tiny_gguf import make, words
 from tests.support import with_random_factors
+from tests.train.tiny import tokenizer
 from train.export.__main__ import main
 from train.export.modelfile import FORMATS, format_of
+from train.run import pretrained
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -115,6 +117,15 @@ def test_what_is_no_export_is_not_replaced(adapter, tmp_path, capsys):
     (tmp_path / "a.gguf").write_text("mine")
     args = ["--adapter", adapter, "--gguf", tmp_path / "a.gguf", "--overwrite"]
     assert "something other than an earlier export" in fails(capsys, *args)
+
+
+def test_a_tokenizer_without_a_form_is_refused_before_weights_are_read(
+    adapter, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(pretrained, "from_pretrained", None)
+    tokenizer().save_pretrained(tmp_path / "bytes")
+    args = ["--adapter", adapter, "--merged", "--gguf", tmp_path / "a.gguf"]
+    assert "has no merges" in fails(capsys, *args, "--tokenizer", tmp_path / "bytes")
 
 
 LLAMA3 = (
