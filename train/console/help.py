@@ -24,7 +24,7 @@ HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 _MOST_COLUMNS = 100
 _TEXT_AT = 24  # the column of an option's text
 _NAMES = {int: "INT", float: "FLOAT", str: "TEXT"}
-_MOST_SHOWN = 160  # characters of a text beside which --help-all has more
+_MOST_SHOWN = 160  # characters of a text in --help; --help-all has the sentences after them, too
 _DEFAULT = "By default "  # a text with it tells the default itself
 
 

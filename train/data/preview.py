@@ -46,7 +46,7 @@ def preview_rows(
       named: returns the name of a row, from its data set and its number there.
     """
     if isinstance(examples, Packs):
-        examples = _apart(examples)
+        examples = _with_own_prompts(examples)
         known = range(min(n * _a_unit(examples), len(examples.table)))
         return [_pack_rows(examples, tokenizer, at, named) for at in known]
     if isinstance(examples, Labelled):
@@ -60,7 +60,7 @@ def preview_rows(
 def lengths(examples: Examples) -> np.ndarray:
     """Returns the number of tokens of each sequence: [n]."""
     if isinstance(examples, Packs):
-        return _apart(examples).table.lengths
+        return _with_own_prompts(examples).table.lengths
     if isinstance(examples, Labelled):
         return examples.attention_mask.sum(axis=-1).ravel()
     if isinstance(examples, Images):
@@ -68,7 +68,7 @@ def lengths(examples: Examples) -> np.ndarray:
     return np.empty(0, np.int64)
 
 
-def _apart(packs: Packs) -> Packs:
+def _with_own_prompts(packs: Packs) -> Packs:
     """Returns rows to look at, each completion after its prompt."""
     if not isinstance(packs, Preferences) or packs.branches is None:
         return packs

@@ -10,7 +10,7 @@ from train.doctor.hardware import Hardware
 from train.doctor.report import Trouble, set_variables
 
 _PATIENCE = 180  # seconds for JAX to find its devices
-# That probe takes no memory from those who compute.
+# So that the probe takes no memory from programs that compute.
 _MODEST = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "1"}
 # The oldest driver of NVIDIA's that each plugin runs on, the newest plugin first.
 _DRIVERS = {"cuda13": 580, "cuda12": 525}

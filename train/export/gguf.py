@@ -59,7 +59,7 @@ def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:
             f"BASE.gguf is {work.base} as a GGUF file: a published one, or by llama.cpp's "
             "convert_hf_to_gguf.py"
         )
-    for remark in _apart(work, model):
+    for remark in _remarks(work, model):
         work.say(remark)
 
 
@@ -89,7 +89,7 @@ def write_gguf_model(work: ExportJob, model: Model, params: Tree) -> None:
     work.say(f"run it with: llama-server -m {file}")
 
 
-def _apart(work: ExportJob, model: Model) -> Iterator[str]:
+def _remarks(work: ExportJob, model: Model) -> Iterator[str]:
     """Yields remarks on settings of the adapter's run that its file alone lacks."""
     adapter, merge = work.adapter, "write the whole model with --merged"
     if work.template is not None:

@@ -225,13 +225,13 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
         prompt=asked.seq_len - max_new_tokens if draws else asked.prompt_len or 0,
         images=asked.images,
     )
-    job = _sharing(job, asked)
+    job = _share_prompts(job, asked)
     layout.check_lengths([job.row])
     optim = OptimConfig(optimizer=asked.optimizer, batch_size=asked.batch_size)
     return job, fill_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
 
 
-def _sharing(job: PlanJob, asked: PlanConfig) -> PlanJob:
+def _share_prompts(job: PlanJob, asked: PlanConfig) -> PlanJob:
     """Returns the job with prompts that completions share, if a run's would.
 
     Raises:

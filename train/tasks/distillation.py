@@ -35,7 +35,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         per_completion=(),
         sequence_parts=prompts.sequence_parts(config.run.mesh),
     )
-    feed, sharing = prompts.shared(feed, [outline, teacher])
+    feed, sharing = prompts.share_prompts(feed, [outline, teacher])
     data = config.data
     longer = "" if data.teacher_prompt is None else ", with a longer prompt"
     who = data.teacher_model or data.model

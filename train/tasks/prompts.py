@@ -110,7 +110,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         rewards=rewards,
         sequence_parts=sequence_parts(config.run.mesh),
     )
-    feed, sharing = shared(feed, [outline])
+    feed, sharing = share_prompts(feed, [outline])
     lines = [f"completions are rewarded by {', '.join(rewards.names)}", *sharing]
     if config.optim.beta:
         lines.append(reference_line(config))
@@ -169,7 +169,9 @@ def read_prompts(
     return train, measured
 
 
-def shared(feed: PromptFeed, outlines: Sequence[ModelInfo]) -> tuple[PromptFeed, tuple[str, ...]]:
+def share_prompts(
+    feed: PromptFeed, outlines: Sequence[ModelInfo]
+) -> tuple[PromptFeed, tuple[str, ...]]:
     """Returns a feed whose completions share their prompt, if they can, and lines that tell it."""
     config = feed.config
     group, new = config.data.group, config.data.max_new_tokens

@@ -205,9 +205,9 @@ def endpoint():
     thread.join()
 
 
-def examine(address, **variables):
+def examine(address, seconds=60, **variables):
     settings = {"HF_ENDPOINT": address, "HF_HOME": "/nowhere", "no_proxy": "*"}
-    return hub.examine_hub(settings | variables, seconds=0.5)
+    return hub.examine_hub(settings | variables, seconds)
 
 
 def test_the_hub_is_asked_with_the_users_token(endpoint, tmp_path):
@@ -226,7 +226,7 @@ def test_the_hub_is_asked_with_the_users_token(endpoint, tmp_path):
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "SLOW/slow", "nonsense"])
 def test_a_hub_that_does_not_answer_is_a_remark(endpoint, address):
-    facts, (trouble,) = examine(address.replace("SLOW", endpoint[0]))
+    facts, (trouble,) = examine(address.replace("SLOW", endpoint[0]), 0.5)
     assert facts["answers"] is False and not trouble.fatal
     assert "HF_HUB_OFFLINE=1" in trouble.remedy and "HF_ENDPOINT" in trouble.remedy
 
@@ -325,10 +325,8 @@ def test_it_works_where_a_plugin_is_broken(tmp_path):
 
 
 def test_a_process_that_hangs_is_ended():
-    began = time.monotonic()
-    assert run_module("time", ["x"], 0.5).code == 1  # it has no main
-    slow = run_module("train.doctor.child", (), 0.0)
-    assert slow.code is None and time.monotonic() - began < 60
+    assert run_module("time", ["x"], 60).code == 1  # it has no main
+    assert run_module("train.doctor.child", (), 0.0).code is None
 
 
 def planned(total, fits):
