@@ -1,27 +1,18 @@
 """The code that a model runs by, where torch is not installed."""
 
-import importlib.util
 import json
 
 import pytest
 
 from train.console.errors import UserError
+from train.run import model_code
 from train.run.model_code import OURS, TORCH, code_of
 
 
-@pytest.fixture
-def without_torch(monkeypatch):
-    find = importlib.util.find_spec
-    lacking = ("torch", "torchax")
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name in lacking else find(name)
-    )
-
-
-@pytest.mark.usefixtures("without_torch")
-def test_a_model_for_torch_names_the_packages_to_install(tmp_path):
+def test_a_model_for_torch_names_the_packages_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_code, "_PACKAGES", ("no_torch", "no_torchax", "transformers"))
     file = tmp_path / "config.json"
-    remedy = "torch and torchax.*pip install 'lora_jax\\[torch\\]'"
+    remedy = "no_torch and no_torchax.*pip install 'lora_jax\\[torch\\]'"
     file.write_text(json.dumps({"model_type": "starcoder2"}))
     with pytest.raises(UserError, match=f"is a starcoder2.*{remedy}"):
         code_of(tmp_path, None)
