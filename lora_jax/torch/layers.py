@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as torch_tree
 
 from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.trunk import layer_input, remat_policy
 from lora_jax.torch.backend import Tensor
 from lora_jax.torch.structure import LayerPeriods
 
@@ -21,17 +22,33 @@ class Recomputed(NamedTuple):
     """The part of each layer that the backward pass computes anew, and the place of activations.
 
     Attributes:
-      on: whether layers are recomputed.
-      policy: what is kept all the same; see `jax.checkpoint`.
+      remat: what is recomputed; see ``models.Decoder``.
       placement: places the activations between layers.
     """
 
-    on: bool = False
-    policy: Any = None
+    remat: bool | str = False
     placement: Placement = UNPLACED
 
-    def __call__(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.checkpoint(body, policy=self.policy, prevent_cse=False) if self.on else body
+    @property
+    def on(self) -> bool:
+        """True if layers are recomputed."""
+        return self.remat is not False
+
+    def __call__(self, body: Callable[..., Any], *, scans: bool) -> Callable[..., Any]:
+        """Returns ``body(hidden, arrays)``, recomputed in the backward pass.
+
+        Args:
+          body: computes a layer.
+          scans: whether it is the body of a scan. Elsewhere only a barrier keeps XLA from merging
+            what is computed again with the forward pass.
+        """
+        if not self.on:
+            return body
+
+        def begun(hidden: jax.Array, arrays: Any) -> Any:
+            return body(layer_input(hidden, self.remat), arrays)
+
+        return jax.checkpoint(begun, policy=remat_policy(self.remat), prevent_cse=not scans)
 
 
 def layer_lists(module: torch.nn.Module) -> list[str]:
@@ -137,8 +154,8 @@ def find_stack(
 ) -> LayerPeriods | None:
     """Returns the stack of the layers of a list whose programs are alike; None if they differ.
 
-    Two layers are alike if they are of one class with the same settings, compute the same program,
-    and get the very same arguments but for the hidden states.
+    Two layers are alike if they are of one class with the same settings, compute the same program
+    of the same constants, and get the very same arguments but for the hidden states.
 
     Args:
       env: torchax's.
@@ -149,6 +166,7 @@ def find_stack(
     """
     signs: dict[int, Any] = {}
     order: list[int] = []
+    alive: list[Any] = []  # what is compared by its id
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _Call(env, layer, args, kwargs)
@@ -158,8 +176,10 @@ def find_stack(
         same = same and shapes[0].dtype == call.hidden.dtype
         leaves = torch_tree.tree_leaves((call.rest, call.kwargs))
         told = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in leaves]
-        signs[i] = (str(traced), told, _settings(layer)) if same else (i,)
+        constants = [_mark(constant) for constant in traced.consts]
+        signs[i] = (str(traced), constants, told, _settings(layer)) if same else (i,)
         order.append(i)
+        alive.append((leaves, traced.consts))
         return call.restore([jnp.zeros(s.shape, s.dtype) for s in shapes])
 
     with patched(layers, record):
@@ -173,6 +193,14 @@ def find_stack(
             if (n - start) % period == 0 and alike:
                 return LayerPeriods(name, start, period, (n - start) // period)
     return None
+
+
+def _mark(constant: Any) -> Any:
+    """Returns what tells a constant of a program from others: its contents, where they are known."""
+    if isinstance(constant, jax.core.Tracer):
+        return id(constant)
+    array = np.asarray(constant)
+    return array.dtype, array.shape, array.tobytes()
 
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx", "idx")
@@ -229,7 +257,8 @@ def scanned(
                 hidden = recomputed.placement.constrain(hidden, "residual")
             return hidden, None
 
-        hidden, _ = jax.lax.scan(recomputed(turn), calls[0].hidden, list(arrays))
+        body = recomputed(turn, scans=True)
+        hidden, _ = jax.lax.scan(body, calls[0].hidden, list(arrays))
         return calls[i].restore([hidden])
 
     with patched(layers, called):
@@ -248,7 +277,8 @@ def unrolled(
     def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _Call(env, layer, args, kwargs)
         hidden = recomputed.placement.constrain(call.hidden, "residual")
-        return call.restore(recomputed(call)(arrays[i], hidden))
+        body = recomputed(lambda hidden, own: call(own, hidden), scans=False)
+        return call.restore(body(hidden, arrays[i]))
 
     with patched(layers, called):
         yield

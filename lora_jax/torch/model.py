@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from lora_jax.core.types import Tree
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.trunk import remat_policy
 from lora_jax.torch.attention import attending
 from lora_jax.torch.backend import TorchModelError
 from lora_jax.torch.config import TorchConfig
@@ -69,7 +68,7 @@ class TorchModel:
         return out["logits"] if isinstance(out, dict) else out[0]
 
     def _run(self, params: Tree, args: Any, kwargs: Mapping[str, Any], **how: Any) -> Any:
-        recomputed = Recomputed(self.remat is not False, remat_policy(self.remat), self.placement)
+        recomputed = Recomputed(self.remat, self.placement)
 
         def cast(x: Any) -> Any:
             is_float = jnp.issubdtype(x.dtype, jnp.floating)

@@ -38,6 +38,7 @@ from lora_jax.torch.structure import LayerPeriods, Parameter, parameters_of
 _MIXES = re.compile(
     r"Conv(?!1D$)|Mamba|SSM|Rwkv|Recurrent|DeltaNet|LinearAtt|Lightning|KDA|LSTM|Retention"
 )
+_EXPERTS = "batched_mm"  # transformers' implementation of experts that torchax can lower
 
 
 class ModuleSource(Protocol):
@@ -121,8 +122,10 @@ class Built:
                 layers = self.layers(stack.name)[stack.start :]
                 arrays = [kinds.get((stack, kind), {}) for kind in range(stack.period)]
                 open_.enter_context(scanned(env, stack, layers, arrays, recomputed))
-            for name in self.lists if recomputed.on or recomputed.placement.token_parts > 1 else ():
-                layers = self.layers(name)
+            apart = recomputed.on or recomputed.placement.token_parts > 1
+            single = {**dict.fromkeys(self.lists), **{s.name: s.start for s in self.stacks}}
+            for name, n in single.items() if apart else ():
+                layers = self.layers(name)[:n]
                 of = [within(whole, f"{name}.{i}.") for i in range(len(layers))]
                 open_.enter_context(unrolled(env, layers, of, recomputed))
             open_.enter_context(loose(env, self.module))
@@ -279,6 +282,8 @@ def _empty(config: ModuleSource) -> Any:
         module: Any = copy.deepcopy(config.module, memo)
         if hasattr(module, "set_attn_implementation") and _takes_attention(type(module)):
             module.set_attn_implementation(NAME)
+        if hasattr(module, "set_experts_implementation"):
+            module.set_experts_implementation(_EXPERTS)
         return module
     auto, hf = getattr(transformers, config.auto), copy.deepcopy(config.hf)
     try:
@@ -289,7 +294,7 @@ def _empty(config: ModuleSource) -> Any:
         ) from None
     kind = kind[0] if isinstance(kind, tuple) else kind
     attention = NAME if _takes_attention(kind) else "eager"
-    options = {"attn_implementation": attention, "experts_implementation": "batched_mm"}
+    options = {"attn_implementation": attention, "experts_implementation": _EXPERTS}
     with init_empty_weights(include_buffers=False):
         try:
             module = auto.from_config(hf, **options)

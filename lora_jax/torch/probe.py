@@ -18,32 +18,47 @@ _PROBE = 8  # tokens of the row by which layers are compared
 
 
 def within(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns the arrays whose names begin with a prefix, under what is left of the names."""
     return {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}
 
 
 @contextlib.contextmanager
 def loose(env: Any, module: torch.nn.Module) -> Iterator[None]:
-    """Has JAX's arrays in the place of tensors that are attributes of modules, and no buffers."""
+    """Puts JAX's arrays in the place of the plain tensors among the modules' attributes.
+
+    Buffers stay as they are. Equal tensors become one, by which layers are seen to be alike.
+    """
     held = [
         (part, name, value)
         for part in module.modules()
         for name, value in vars(part).items()
         if isinstance(value, torch.Tensor) and value.device.type == "cpu"
     ]
+    shared: dict[Any, Tensor] = {}
     try:
         for part, name, value in held:
-            part.__dict__[name] = Tensor(jnp.asarray(value.detach().numpy()), env)
+            array = _host_array(value)
+            key = array.dtype, array.shape, array.tobytes()
+            if key not in shared:
+                shared[key] = Tensor(jnp.asarray(array), env)
+            part.__dict__[name] = shared[key]
         yield
     finally:
         for part, name, value in held:
             part.__dict__[name] = value
 
 
+def _host_array(tensor: torch.Tensor) -> np.ndarray:
+    """Returns a tensor's values; NumPy has no bf16, of which they are fp32."""
+    tensor = tensor.detach()
+    array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
 def buffers_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Returns a module's buffers by name, those that are not on the meta device."""
     return {
-        name: buffer.detach().float().numpy()
-        if buffer.dtype == torch.bfloat16
-        else buffer.detach().numpy()
+        name: _host_array(buffer)
         for name, buffer in module.named_buffers(remove_duplicate=False)
         if buffer.device.type == "cpu"
     }

@@ -91,6 +91,8 @@ def test_a_scan_and_recomputed_layers_change_no_gradient(llama):
         text = str(jax.make_jaxpr(step)(adapter))
         assert ("scan" in text) == options.get("scan", True)
         assert ("remat" in text or "checkpoint" in text) == options.get("remat", False)
+        # Outside of a scan, XLA would merge what is computed again with the forward pass.
+        assert ("prevent_cse=True" in text) == (options == {"scan": False, "remat": True})
         loss, gradients = step(adapter)
         squares = sum(float(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(gradients))
         results.append((float(loss), squares))
@@ -224,6 +226,49 @@ def test_a_module_is_taken_as_it_is(llama):
         assert distance(fn(params, x), network(torch.tensor(x)).numpy()) <= 1e-5
     tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
     assert lj.adapt(fn, strict=True)(tree, x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_layers_with_constants_of_their_own_are_no_stack(differ):
+    """A plain tensor of a layer is no parameter: one scan has it once."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            self.dense, self.gain = torch.nn.Linear(6, 6), torch.full((6,), 1 + i * differ)
+
+        def forward(self, hidden):
+            return hidden + self.dense(hidden) * self.gain
+
+    class LlamaForCausalLM(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(VOCAB, 6), torch.nn.Linear(6, VOCAB)
+            self.layers = torch.nn.ModuleList(Layer(i) for i in range(3))
+
+        def forward(self, input_ids, use_cache=False):
+            hidden = self.table(input_ids)
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return (self.head(hidden),)
+
+    module = LlamaForCausalLM()
+    fn, params = from_torch(module)
+    assert len(fn.built.stacks) == 1 - differ
+    with torch.no_grad():
+        assert distance(fn(params, IDS), module(torch.tensor(IDS))[0].numpy()) <= 1e-5
+
+
+def test_experts_of_a_module_and_the_layer_before_its_stack():
+    module = random_model("deepseek_v3")
+    fn, params = from_torch(module, remat=True)
+    (stack,) = fn.built.stacks
+    assert (stack.start, stack.repeats) == (1, 3)
+    with torch.no_grad():
+        want = module(torch.tensor(IDS, dtype=torch.long), use_cache=False).logits.numpy()
+    assert distance(jax.jit(fn)(params, IDS), want) <= 1e-4
+    gradient = jax.make_jaxpr(jax.grad(lambda p: fn(p, IDS).sum()))(params)
+    assert str(gradient).count("prevent_cse=True") == 1  # that layer, computed again
 
 
 def test_what_cannot_be_lowered_is_named():
