@@ -57,7 +57,7 @@ with warnings.catch_warnings():
     except ImportError as error:
         raise ImportError("torch modules run by torchax: pip install 'lora_jax[torch]'") from error
 
-_LOCK = threading.RLock()  # a module's arrays are exchanged while it is traced
+LOCK = threading.RLock()  # a module's arrays and parts are exchanged while it is traced
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def running(what: str) -> Iterator[Any]:
     """
     env = torchax.default_env()
     try:
-        with _LOCK, warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
+        with LOCK, warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
             warnings.simplefilter("ignore")  # of torch's and torchax's own making
             with torch.no_grad(), env:
                 yield env

@@ -169,9 +169,10 @@ class TorchConfig:
         ]
         for name in module.lists:
             n = len(module.layers(name))
+            other = "only a causal language model's are stacked" if self.scan else "as asked"
             lines.append(
-                f"layers: the {n} of {name} one by one, since they differ: compiling takes about "
-                f"{n} times as long as for layers that are alike"
+                f"layers: the {n} of {name} one by one ({module.unlike.get(name, other)}): "
+                f"compiling takes about {n} times as long as for layers that are alike"
             )
         return lines
 

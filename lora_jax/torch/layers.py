@@ -30,7 +30,7 @@ class Recomputed(NamedTuple):
     placement: Placement = UNPLACED
 
     @property
-    def on(self) -> bool:
+    def recomputes(self) -> bool:
         """True if layers are recomputed."""
         return self.remat is not False
 
@@ -42,7 +42,7 @@ class Recomputed(NamedTuple):
           scans: whether it is the body of a scan. Elsewhere only a barrier keeps XLA from merging
             what is computed again with the forward pass.
         """
-        if not self.on:
+        if not self.recomputes:
             return body
 
         def begun(hidden: jax.Array, arrays: Any) -> Any:
@@ -196,7 +196,7 @@ def find_stack(
 
 
 def _mark(constant: Any) -> Any:
-    """Returns what tells a constant of a program from others: its contents, where they are known."""
+    """Returns the contents of a constant of a program; of one that is traced, its identity."""
     if isinstance(constant, jax.core.Tracer):
         return id(constant)
     array = np.asarray(constant)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from lora_jax.core.types import Tree
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.trunk import place_tokens
 from lora_jax.torch.attention import attending
 from lora_jax.torch.backend import TorchModelError
 from lora_jax.torch.config import TorchConfig
@@ -113,14 +114,14 @@ class TorchModel:
         self, ids: jax.Array, places: Mapping[str, jax.Array | None]
     ) -> dict[str, jax.Array]:
         """Returns the arguments that say where tokens are, those of which the module knows."""
-        mask, positions = places.get("attention_mask"), places.get("positions")
-        if mask is None and positions is None and places.get("segment_ids") is None:
+        mask, positions, segments = (places.get(name) for name in _PLACES)
+        if mask is None and positions is None and segments is None:
             return {}
         given = {"attention_mask": jnp.ones(ids.shape, jnp.int32) if mask is None else mask}
-        if positions is None and mask is not None:
-            positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
-        known = "position_ids" in self.built.arguments
-        return given | ({"position_ids": positions} if known and positions is not None else {})
+        if "position_ids" in self.built.arguments:
+            placed = place_tokens(ids, mask, positions, None, segments)
+            given["position_ids"] = placed.positions
+        return given
 
     def _logits(
         self,
@@ -144,15 +145,17 @@ class TorchModel:
         with self.built.trunk_output(pick):
             arguments = {"input_ids": ids, "use_cache": False, **kwargs}
             out = self._run(params, (), arguments, segments=segments)
-        if return_hidden:
-            return taken[0]
-        logits: jax.Array = out["logits"] if isinstance(out, dict) else out[0]
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return taken[0] if return_hidden else _wide_logits(out)
 
     def _head(self, params: Tree, hidden: jax.Array) -> jax.Array:
         """Returns the logits of final hidden states, [batch, n, d_model]."""
         ids = jnp.zeros(hidden.shape[:2], jnp.int32)
         with self.built.trunk_replaced(hidden):
             out = self._run(params, (), {"input_ids": ids, "use_cache": False})
-        logits: jax.Array = out["logits"] if isinstance(out, dict) else out[0]
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return _wide_logits(out)
+
+
+def _wide_logits(out: Any) -> jax.Array:
+    """Returns the logits among a module's outputs, in fp32 at least."""
+    logits: jax.Array = out["logits"] if isinstance(out, dict) else out[0]
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

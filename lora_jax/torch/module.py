@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Tree
 from lora_jax.torch.attention import NAME
-from lora_jax.torch.backend import Tensor, TorchModelError, running, torchax
+from lora_jax.torch.backend import LOCK, Tensor, TorchModelError, running, torchax
 from lora_jax.torch.layers import (
     Recomputed,
     layer_lists,
@@ -71,7 +71,7 @@ class Built:
       stacks: its stacks.
       lists: the names of its lists of layers, without those of the stacks.
       buffers: its further buffers, by name; those of a stack's kinds are stacked.
-      unlike: why lists are no stacks.
+      unlike: by list, why it is no stack; without those that were not compared.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Built:
     stacks: Sequence[LayerPeriods]
     lists: Sequence[str]
     buffers: Mapping[str, np.ndarray]
-    unlike: Sequence[str] = ()
+    unlike: Mapping[str, str]
 
     def call(
         self,
@@ -122,7 +122,7 @@ class Built:
                 layers = self.layers(stack.name)[stack.start :]
                 arrays = [kinds.get((stack, kind), {}) for kind in range(stack.period)]
                 open_.enter_context(scanned(env, stack, layers, arrays, recomputed))
-            apart = recomputed.on or recomputed.placement.token_parts > 1
+            apart = recomputed.recomputes or recomputed.placement.token_parts > 1
             single = {**dict.fromkeys(self.lists), **{s.name: s.start for s in self.stacks}}
             for name, n in single.items() if apart else ():
                 layers = self.layers(name)[:n]
@@ -148,9 +148,9 @@ class Built:
     def conversions(self) -> tuple[list[Any], list[Any], dict[str, torch.Tensor]]:
         """Transformers' renamings and conversions of files' tensors, and the module's tensors."""
         module: Any = self.module
-        found = get_model_conversion_mapping(module)
-        converters = [each for each in found if isinstance(each, WeightConverter)]
-        renamings = [each for each in found if not isinstance(each, WeightConverter)]
+        mapping = get_model_conversion_mapping(module)
+        converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
         names = [n for p in self.parameters for n in (*p.row.hf_names, *p.aliases)]
         return renamings, converters, dict.fromkeys(names, torch.empty(0))
 
@@ -196,7 +196,7 @@ class Built:
             out["last_hidden_state"] = hidden
             return out
 
-        with patched([self.trunk], forward):
+        with LOCK, patched([self.trunk], forward):
             yield
 
     @contextlib.contextmanager
@@ -206,7 +206,7 @@ class Built:
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
             return _Hidden(Tensor(hidden, torchax.default_env()))
 
-        with patched([self.trunk], forward):
+        with LOCK, patched([self.trunk], forward):
             yield
 
 
@@ -241,7 +241,7 @@ def _built(config: Any) -> Built:
     name = config.model_type
     buffers = buffers_of(module)
     stacks: list[LayerPeriods] = []
-    unlike: list[str] = []
+    unlike: dict[str, str] = {}
     lists = layer_lists(module)
     if config.scan and config.continues:
         stacks, unlike = find_stacks(name, module, lists, buffers)

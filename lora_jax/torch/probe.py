@@ -66,9 +66,14 @@ def buffers_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
 
 def find_stacks(
     name: str, module: torch.nn.Module, lists: Sequence[str], buffers: Mapping[str, np.ndarray]
-) -> tuple[list[LayerPeriods], list[str]]:
-    """Compares the layers of each list by a short row; returns the stacks, and why some are not."""
-    stacks, unlike = [], []
+) -> tuple[list[LayerPeriods], dict[str, str]]:
+    """Compares the layers of each list by a short row.
+
+    Returns:
+      The stacks; and, by the names of the lists that are none, why not.
+    """
+    stacks: list[LayerPeriods] = []
+    unlike: dict[str, str] = {}
     for each in lists:
         layers: Any = module.get_submodule(each)
 
@@ -80,10 +85,11 @@ def find_stacks(
             shapes = {n: _shape(p) for n, p in module.named_parameters(remove_duplicate=False)}
             stack = _probe(name, module, each, layers, arrays, shapes | dict(buffers))
         except (TorchModelError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            unlike.append(f"{each}: {error}")
+            first, _, _ = str(error).partition("\n")
+            unlike[each] = f"they cannot be compared: {first}"
             continue
         if stack is None:
-            unlike.append(f"{each}: its layers differ")
+            unlike[each] = "they differ"
         else:
             stacks.append(stack)
     return stacks, unlike

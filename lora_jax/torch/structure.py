@@ -83,13 +83,13 @@ def parameters_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) 
     for name, tensor in _stored(module):
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
-    found: list[Parameter] = []
+    parameters: list[Parameter] = []
     for key, (name, *aliases) in names.items():
         placed = _place(name, stacks)
         if placed is not None and placed[2] > 0:
             continue  # the row of the first layer of its kind holds it
-        found.append(_parameter(module, name, tuple(aliases), tensors[key], placed, heads))
-    return found
+        parameters.append(_parameter(module, name, tuple(aliases), tensors[key], placed, heads))
+    return parameters
 
 
 def _stored(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

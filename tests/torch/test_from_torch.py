@@ -100,6 +100,15 @@ def test_a_scan_and_recomputed_layers_change_no_gradient(llama):
     assert results[0][1] > 1e-3
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_offload_moves_each_layers_input_to_the_host(llama, scan):
+    def moves(remat):
+        fn, params = from_torch(llama[0], scan=scan, remat=remat)
+        return str(jax.make_jaxpr(jax.grad(lambda p: fn(p, IDS).sum()))(params)).count("Host")
+
+    assert (moves("offload"), moves(True)) == (1 if scan else 4, 0)
+
+
 def test_our_own_llama_has_the_same_tree_and_the_same_gradients(llama):
     folder, _ = llama
     fn, params = from_torch(folder)
@@ -127,6 +136,7 @@ def test_rows_that_are_packed_are_those_alone(llama):
     }
     run = jax.jit(lambda **where: fn.apply({"params": params}, IDS.reshape(1, -1), **where))
     assert distance(run(**packed)[0].reshape(alone.shape), alone) <= 1e-5
+    assert distance(run(segment_ids=packed["segment_ids"]), run(**packed)) == 0
     together = run(positions=packed["positions"])
     assert distance(together[0].reshape(alone.shape), alone) > 1e-3
 
