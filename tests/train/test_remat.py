@@ -140,6 +140,7 @@ def test_other_errors_and_policies_of_the_user_are_as_ever(
     assert compiled == [False]
 
 
+@pytest.mark.slow
 def test_a_table_and_a_dry_run_choose_as_well(inputs, tmp_path, monkeypatch, capsys):
     devices_have(monkeypatch, 1000)
     main([*inputs, "--output", str(tmp_path / "dry"), "--remat", "auto", "--dry-run"])

@@ -76,7 +76,7 @@ RUNS = {
 }
 
 
-@over("name", RUNS, often=["dpo", "grpo"])
+@over("name", RUNS, often=["grpo"])
 def test_a_run_is_that_without_sharing(folder, tmp_path, capsys, name):
     script, args = RUNS[name]
     args = [folder / arg if arg in ("pairs.jsonl", "teacher") else arg for arg in args]
@@ -175,6 +175,7 @@ def test_a_run_tells_that_it_shares(monkeypatch):
     assert "30% of the tokens" in line and "dropout is drawn once for a prompt" in line
 
 
+@pytest.mark.slow
 def test_a_run_of_before_goes_on_without_sharing(folder, tmp_path, capsys):
     output = tmp_path / "run"
     args = ["--batch-size", 4, "--save-every", 1]
