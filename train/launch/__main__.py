@@ -3,7 +3,7 @@
     python -m train.launch slurm sft --model MODEL --dataset FILE --output FOLDER > job.sbatch
 
 The file starts the run on each node, lets it save before its time is over, and goes on with it
-where it is started again. Nodes, GPUs and volumes stand at its beginning, to be changed there.
+where it is started again. Nodes, GPUs and volumes stand in it, to be changed there.
 """
 
 import importlib

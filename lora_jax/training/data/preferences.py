@@ -51,12 +51,15 @@ class Preferences(Packs):
       reference: fp32 [n, segments_a_row], log-probabilities of the completions under a reference.
       completion: bool [tokens of `table`], where completions are, in a table that counts the
         prompts of chosen ones, too; None where it counts completions alone.
+      unshared: fingerprint of the same rows with a prompt for each completion; None where that is
+        what they have, or where rows are packed, and would hold other pairs.
     """
 
     a_unit: int = 2
     branches: np.ndarray | None = None
     reference: np.ndarray | None = None
     completion: np.ndarray | None = None
+    unshared: str | None = None
 
     @property
     def segments_a_row(self) -> int:
@@ -137,7 +140,12 @@ class Preferences(Packs):
         arrays["sequences"][:m] = (self.a_unit * pair + behind)[counts]
 
     def digest(self) -> str:
-        """Returns a fingerprint of all rows and labels; the reference follows from these."""
+        """Returns a fingerprint of all rows and labels; the reference follows from these.
+
+        Rows with shared prompts have that of rows without: a run may go on in the other form.
+        """
+        if self.unshared is not None:
+            return self.unshared
         known = super().digest().encode() + self.table.labels.tobytes()
         for part in (self.completion, self.branches):
             known += b"" if part is None else part.tobytes()
@@ -199,10 +207,13 @@ def pack_pairs(
     """
     if labelled and share_prompt:
         raise ValueError("labelled completions have a prompt each: share_prompt is for pairs")
-    a_unit, completion, branches = 1 if labelled else 2, None, None
+    a_unit, completion, branches, unshared = 1 if labelled else 2, None, None, None
     table = Sequences.from_list(sequences)
     packed = functools.partial(pack, seq_len=seq_len, packing=packing, a_unit=a_unit)
     is_chosen = np.repeat(np.arange(len(table)) % a_unit == 0, table.lengths)
+    if share_prompt and not packing:
+        alone = pack_pairs(table, seq_len, packing=False, predict_prompts=predict_prompts)
+        unshared = alone.digest()
     if share_prompt:
         table, of_tokens = join_pairs(table)
         packed = functools.partial(pack, seq_len=a_unit * seq_len, packing=packing)
@@ -213,7 +224,9 @@ def pack_pairs(
         table = dataclasses.replace(table, counts=table.counts | is_chosen)
     packs = packed(table)
     fields = {field.name: getattr(packs, field.name) for field in dataclasses.fields(packs)}
-    return Preferences(**fields, a_unit=a_unit, completion=completion, branches=branches)
+    return Preferences(
+        **fields, a_unit=a_unit, completion=completion, branches=branches, unshared=unshared
+    )
 
 
 def pairs(
