@@ -106,7 +106,9 @@ class TorchModel:
             cache, slots = cache.extended(input_ids, places.get("attention_mask"))
             at = slots if logits_at is None else jnp.take_along_axis(slots, logits_at, axis=1)
             return self._logits(params, cache.ids, {}, at, return_hidden, None), cache
-        segments = places.get("segment_ids")
+        segments, mask = places.get("segment_ids"), places.get("attention_mask")
+        if segments is not None and mask is not None:
+            segments = jnp.where(mask.astype(bool), segments, -1)
         kwargs = self._places(input_ids, places)
         return self._logits(params, input_ids, kwargs, logits_at, return_hidden, segments)
 

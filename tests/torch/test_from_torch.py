@@ -152,8 +152,10 @@ def test_the_head_by_itself_and_left_padding(llama):
         assert distance(logits, whole[:, [3, 5]]) <= 1e-6
     ids = jnp.pad(IDS, ((0, 0), (3, 0)))
     mask = jnp.pad(jnp.ones(IDS.shape, jnp.int32), ((0, 0), (3, 0)))
-    padded = fn.apply({"params": params}, ids, attention_mask=mask)
-    assert distance(padded[:, 3:], whole) <= 1e-5
+    for segments in (None, jnp.ones_like(mask)):
+        where = {"attention_mask": mask, "segment_ids": segments}
+        padded = fn.apply({"params": params}, ids, **where)
+        assert distance(padded[:, 3:], whole) <= 1e-5
 
 
 def test_devices_train_as_one_does(llama):
