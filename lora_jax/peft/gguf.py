@@ -77,7 +77,8 @@ def save_gguf(
         raise FileExistsError(f"{path} exists; name another file, or give overwrite=True")
     check_type(gguf_type, FLOATS)
     notes = check_form(getattr(model, "config", None))
-    factors = [f for f in _factors(model, params) if f.a.shape[-2]]
+    # llama.cpp takes an alpha of 0 for a scale of 1.
+    factors = [f for f in _factors(model, params) if f.a.shape[-2] and f.scale]
     if not factors:
         raise PeftError("the adapter changes nothing: there is nothing to write")
     alpha = Counter(f.scale * f.a.shape[-2] for f in factors).most_common(1)[0][0]

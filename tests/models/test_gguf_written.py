@@ -117,7 +117,7 @@ def test_scales_that_one_alpha_cannot_say(tmp_path):
     (note,) = lp.save_gguf(tmp_path / "a.gguf", model, tree)
     assert "one alpha" in note and "3 of 6 tensors" in note
     fields, factors = read(tmp_path / "a.gguf")
-    for name, scale in (("q", 7 / 3), ("v", 2 / 5**0.5)):
+    for name in "qv":
         node = tree["model"]["layers"]["self_attn"][f"{name}_proj"]["kernel"]
         a, b = (values(factors[f"blk.1.attn_{name}.weight.lora_{x}"]) for x in "ab")
         update = fields["adapter.lora.alpha"] / b.shape[-1] * (b @ a)
@@ -125,7 +125,21 @@ def test_scales_that_one_alpha_cannot_say(tmp_path):
         np.testing.assert_allclose(
             update, np.asarray(dense).T, atol=1e-5 * max(1, np.abs(dense).max())
         )
-        del scale
+
+
+def test_a_scale_of_0_is_no_alpha(tmp_path):
+    """llama.cpp takes an alpha of 0 for a scale of 1."""
+    model, params = make("qwen2")
+    tree = with_random_factors(lj.lorafy(params, [RULE]))
+    attention = tree["model"]["layers"]["self_attn"]
+    for name in ("k_proj", "v_proj", "o_proj"):
+        node = attention[name]["kernel"]
+        attention[name]["kernel"] = node.replace(scale=0 * node.scale)
+    tree["model"]["layers"]["mlp"] = params["model"]["layers"]["mlp"]
+    lp.save_gguf(tmp_path / "a.gguf", model, tree)
+    fields, factors = read(tmp_path / "a.gguf")
+    assert fields["adapter.lora.alpha"] == 7
+    assert {name.split(".")[2] for name in factors} == {"attn_q"}
 
 
 def test_codes_that_the_adapter_left_alone_stay(tmp_path):

@@ -119,7 +119,7 @@ def _write(
 
 
 def _add(gguf: ModuleType, writer: Any, name: str, value: Any) -> None:
-    """Adds a pair of the metadata: ints are uint32, floats fp32; lists are arrays of their kind."""
+    """Adds a pair of the metadata: ints are uint32, or int32 below 0; floats are fp32."""
     kinds = gguf.GGUFValueType
     if isinstance(value, list):
         inner = _kind_of(kinds, value[0]) if value else kinds.STRING
@@ -134,7 +134,7 @@ def _kind_of(kinds: Any, value: Any) -> Any:
     if isinstance(value, bool):
         return kinds.BOOL
     if isinstance(value, int):
-        return kinds.UINT32
+        return kinds.UINT32 if value >= 0 else kinds.INT32
     return kinds.FLOAT32 if isinstance(value, float) else kinds.STRING
 
 
