@@ -17,6 +17,7 @@ from train.options.common import AUTO
 from train.options.file import replace_options
 from train.plan.local import local_step
 from train.plan.remat import choose_for
+from train.processes import hosts
 from train.run.intrinsic import model_in
 from train.run.log import doing
 from train.run.report import compiled_bytes
@@ -77,8 +78,10 @@ def compile_row(
                 if choice is None or not choice.lower or "RESOURCE_EXHAUSTED" not in str(error):
                     raise
         if step is not None:
-            needed = step_bytes(step)
-            if choice is None or not choice.lower or not _exceeds(needed, choice.capacity):
+            if choice is None or not choice.lower:
+                return model, forward, step, time.perf_counter() - began
+            needed = _largest(step_bytes(step))
+            if not _exceeds(needed, choice.capacity):
                 return model, forward, step, time.perf_counter() - began
         assert choice is not None
         lower = one_lower(choice, needed)
@@ -89,6 +92,13 @@ def compile_row(
         _set_remat(row, choice.remat)
         write_text(row.run.folder / CONFIG, options_file(row.run.config, row.run.script))
         model = model.clone(remat=row.run.config.optim.remat_policy)
+
+
+def _largest(needed: int | None) -> int | None:
+    """Returns the bytes of the process that needs most: all go by them; None if one is unknown."""
+    every: list[int | None] = hosts.gather(needed)
+    known = [size for size in every if size is not None]
+    return max(known) if len(known) == len(every) else None
 
 
 def _exceeds(needed: int | None, capacity: int | None) -> bool:

@@ -182,6 +182,7 @@ def test_one_policy_down():
     choice, sizes = choose_remat(LADDER, SIZES.__getitem__, 13), []
     while choice is not None:
         sizes.append((choice.remat, choice.predicted.get("full")))
+        assert choice.fits == (choice.remat == "full")  # the next one was not predicted
         choice = one_lower(choice, 14 if choice.remat == "full" else None)
     assert sizes == [("full", 10), ("offload", 14)]
 

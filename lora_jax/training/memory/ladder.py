@@ -39,8 +39,8 @@ class RematChoice:
 
     @property
     def fits(self) -> bool:
-        """Returns True if the prediction leaves the margin."""
-        return fits(self.predicted[self.remat], self.capacity)
+        """Returns True if there is a prediction, and it leaves the margin."""
+        return self.remat in self.predicted and fits(self.predicted[self.remat], self.capacity)
 
     def describe(self) -> str:
         """Returns the choice and its reason in a line."""
