@@ -11,7 +11,7 @@ import torch
 from transformers.core_model_loading import dot_natural_key, rename_source_key
 
 from lora_jax.hf.format import ModelFormat, ModelFormats
-from lora_jax.hf.keys import Row, WeightsError
+from lora_jax.hf.keys import Row, WeightsError, convert
 from lora_jax.hf.sources import SafetensorsFolder
 from lora_jax.torch.config import TorchConfig
 from lora_jax.torch.module import built
@@ -75,17 +75,19 @@ class TorchFolder(SafetensorsFolder):
         self._parts_of: dict[str, tuple[int, ...]] = {}
         for name in sorted(self.shapes, key=dot_natural_key):
             _, pattern, target = _renamed(name, self.config)
-            if pattern is not None:
+            if pattern is not None and target in rows:
                 parts = self._joined.setdefault(target, {})
                 parts.setdefault(pattern, []).append(name)
         for target, parts in self._joined.items():
             first = next(iter(parts.values()))[0]
-            if target in rows:
-                self.shapes[target] = rows[target]
-                self.dtypes[target] = self.dtypes[first]
-                self._locations[target] = self._locations[first]
+            self.shapes[target] = rows[target]
+            self.dtypes[target] = self.dtypes[first]
+            self._locations[target] = self._locations[first]
         for name in [n for parts in self._joined.values() for own in parts.values() for n in own]:
             self._parts_of[name] = self.shapes.pop(name)
+        for name in self.shapes.keys() - built(self.config).conversions[2].keys():
+            if built(self.config).ignores(name):
+                del self.shapes[name]
 
     def codes(self, name: str, dtype: Any) -> Any:
         return None if name in self._joined else super().codes(name, dtype)
@@ -93,12 +95,24 @@ class TorchFolder(SafetensorsFolder):
     def code_shapes(self, name: str, dtype: Any) -> Any:
         return None if name in self._joined else super().code_shapes(name, dtype)
 
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        if name not in self._joined:
+            return super().read_into(out, name, index)
+        # Not block by block, each of which would join all parts anew.
+        return convert(self._slice(name, index), out, f"{self.locate(name)}: {name}")
+
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if name not in self._joined:
             return super()._slice(name, index)
         own = self._joined[name]
         parts = {pattern: [self._tensor(part) for part in names] for pattern, names in own.items()}
-        return self._join(name, parts)[index]
+        whole, shape = self._join(name, parts), self.shapes[name]
+        if whole.shape != shape:
+            raise WeightsError(
+                f"{self.where}: {name} is {list(whole.shape)} of the parts in the files, such as "
+                f"{next(iter(own.values()))[-1]}, expected {list(shape)}"
+            )
+        return whole[index]
 
     def _tensor(self, name: str) -> np.ndarray:
         return super()._slice(name, tuple(slice(None) for _ in self._parts_of[name]))

@@ -154,6 +154,11 @@ class Built:
         names = [n for p in self.parameters for n in (*p.row.hf_names, *p.aliases)]
         return renamings, converters, dict.fromkeys(names, torch.empty(0))
 
+    def ignores(self, name: str) -> bool:
+        """Returns True for a tensor that transformers leaves in the files: another head's, say."""
+        patterns = getattr(self.module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return any(re.search(pattern, name) for pattern in patterns)
+
     @functools.cached_property
     def arguments(self) -> frozenset[str]:
         """The names of the arguments that the module takes."""

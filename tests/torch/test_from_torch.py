@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
+from lora_jax.hf import sources
 from lora_jax.hf.fields import read_file
+from lora_jax.hf.keys import WeightsError
 from lora_jax.lorafy import map_parts
 from lora_jax.training import make_mesh
 from lora_jax.training.layout import Layout
@@ -24,7 +26,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch")
 pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 
-from lora_jax.torch import TorchConfig, TorchModelError, from_torch  # noqa: E402
+from lora_jax.torch import TorchConfig, TorchFolder, TorchModelError, from_torch  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(0, VOCAB, (4, 12)).astype(np.int32)
 
@@ -213,6 +215,30 @@ def test_loading_holds_two_tensors_beyond_what_stays(tmp_path):
     grown, total, largest = json.loads(done.stdout.splitlines()[-1])
     assert grown <= total + 2 * largest + 16e6, (grown, total, largest)
     assert total > 2 * largest + 16e6  # a second copy of all would be seen
+
+
+def test_parts_of_tensors_in_files(tmp_path, monkeypatch):
+    """Each tensor is joined once; what transformers leaves in the files is left there."""
+    random_model("deepseek_v3").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors, joined = load_file(file), []
+    join = TorchFolder._join
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(TorchFolder, "_join", lambda *a: joined.append(a[1]) or join(*a))
+    experts = "model.layers.{}.mlp.experts.{}.up_proj.weight"
+    up = tensors[experts.format(1, 3)]
+    save_file({**tensors, experts.format(61, 0): up}, file)
+    _, params = from_torch(tmp_path)
+    assert sorted(joined) == sorted(set(joined)) and len(joined) == 3 * 2
+    whole = params["model"]["layers"]["0of1from1"]["mlp"]["experts"]["gate_up_proj"]
+    np.testing.assert_array_equal(whole[0, 3, 16:], up)
+    save_file({**tensors, experts.format(7, 0): up}, file)
+    with pytest.raises(WeightsError, match=r"layers\.7\.mlp"):
+        from_torch(tmp_path)
+    del tensors[experts.format(1, 3)], tensors[experts.format(1, 3).replace("up", "gate")]
+    save_file(tensors, file)
+    with pytest.raises(WeightsError, match=r"\[3, 32, 32\].*expected \[4, 32, 32\]"):
+        from_torch(tmp_path)
 
 
 def test_a_module_is_taken_as_it_is(llama):
