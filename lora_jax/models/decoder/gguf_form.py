@@ -176,8 +176,8 @@ def _is_by_factors(config: DecoderConfig) -> bool:
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("llama3", "longrope"):
         return False
-    one = scaling.short_factor == scaling.long_factor and scaling.attention_factor == 1
-    return scaling.kind == "llama3" or (one and config.family.gguf == "llama")
+    is_plain = scaling.short_factor == scaling.long_factor and scaling.attention_factor == 1
+    return scaling.kind == "llama3" or (is_plain and config.family.gguf == "llama")
 
 
 def _scaling_fields(config: DecoderConfig) -> dict[str, Any]:

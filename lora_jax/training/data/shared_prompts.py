@@ -74,7 +74,7 @@ def split_pairs(joined: JoinedPairs) -> Sequences:
     return Sequences.from_arrays(
         ids=table.ids[np.concatenate([none, *taken])],
         counts=np.concatenate([none.astype(bool), *counts]),
-        lengths=[len(one) for one in taken],
+        lengths=[len(places) for places in taken],
         rows=np.repeat(table.rows, 2),
         origins=np.repeat(table.origins, 2),
     )

@@ -83,12 +83,8 @@ TOKEN_LOSSES = {  # by the names of `train.sft --loss`
 }
 
 
-_WHERE = (
-    "positions",
-    "segment_ids",
-    "branches",
-    "pixel_values",
-)  # what a model gets beside the tokens
+# A model's inputs beside the tokens.
+_WHERE = ("positions", "segment_ids", "branches", "pixel_values")
 
 
 def token_values(

@@ -13,6 +13,7 @@ from typing import Any
 from jax.sharding import NamedSharding
 
 from lora_jax.adapt.eqns import type_of
+from lora_jax.core.base import is_of_4_bits
 from lora_jax.core.extend import JaxprEqn
 
 # The mesh axes of each dimension of a value.
@@ -45,9 +46,8 @@ def bytes_of_part(aval: Any, axes: Axes, mesh: Mapping[str, int]) -> int:
     ]
     if "Host" in str(getattr(aval, "memory_space", "")):
         return 0
-    bits = {"int4": 4, "uint4": 4}.get(aval.dtype.name)
-    total: int = math.prod(sizes) * (bits or 8 * aval.dtype.itemsize)
-    return -(-total // 8)
+    n: int = math.prod(sizes)
+    return -(-n // 2) if is_of_4_bits(aval) else n * int(aval.dtype.itemsize)
 
 
 def merged(shape: Sequence[int], operands: Sequence[Axes]) -> Axes:

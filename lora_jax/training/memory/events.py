@@ -47,7 +47,7 @@ def peak(events: Sequence[Event], begin: Iterable[Buffer], end: Collection[Buffe
     >>> peak([product, Event(frozenset({b}), (c,), alone=4)], [a], [c])
     8
     """
-    last = {one: at for at, event in enumerate(events) for one in (*event.reads, *event.writes)}
+    last = {buf: at for at, event in enumerate(events) for buf in (*event.reads, *event.writes)}
     last |= dict.fromkeys(end, len(events))
     ending: dict[int, set[Buffer]] = {}
     for buffer, at in last.items():

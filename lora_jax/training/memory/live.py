@@ -249,7 +249,7 @@ class _Program:
             inside = [_outside(v.axes, is_frozen=is_) for v, is_ in zip(given, frozen, strict=True)]
             outs = inner.run(body, inside)
             end = inner.write_all(outs)
-            alone = max(alone, peak(inner.events, (), end) - sum(one.size for one in end))
+            alone = max(alone, peak(inner.events, (), end) - sum(buffer.size for buffer in end))
         axes = [out.axes for out in outs]
         if shard:
             axes = _axes_in(shard.mesh, shard.out_specs, eqn.outvars)
@@ -284,9 +284,9 @@ def _is_var(atom: Any) -> bool:
 
 def _jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:
     for value in eqn.params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, ClosedJaxpr | Jaxpr):
-                yield one
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(inner, ClosedJaxpr | Jaxpr):
+                yield inner
 
 
 def peak_bytes(
@@ -306,6 +306,7 @@ def peak_bytes(
       mesh: sizes of the mesh's axes.
       platform: "cpu", "gpu" or "tpu".
 
+    >>> import jax
     >>> from lora_jax.training.memory.live import peak_bytes
     >>> def f(w, x):
     ...     return (x @ w) @ w.T

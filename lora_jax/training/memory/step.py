@@ -27,12 +27,12 @@ def predicted_bytes(
     mesh = dict(layout.mesh.shape)
     most = peak_bytes(
         traced.jaxpr,
-        [one.sharding for one in (*donated, *kept)],
+        [leaf.sharding for leaf in (*donated, *kept)],
         [True] * len(donated) + [False] * len(kept),
         mesh,
         platform=layout.platform,
     )
     held = sum(
-        bytes_of_part(one, axes_of(one.sharding, one.ndim), mesh) for one in (*donated, *kept)
+        bytes_of_part(leaf, axes_of(leaf.sharding, leaf.ndim), mesh) for leaf in (*donated, *kept)
     )
     return held + round(_GAPS * (most - held))
