@@ -62,17 +62,21 @@ def _mask(
     mask_function: Any = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> torch.Tensor | None:
-    """Returns a mask, [batch, 1, queries, keys] bool; None for one that is causal and no more."""
+    """Returns a mask, [batch, 1, queries, keys] bool; None for one that is causal and no more.
+
+    A model that looks into its masks, or lays others over them, allows no None.
+    """
     chosen = _CHOSEN.get()
     if chosen.segments is not None:  # padding is a segment of its own
         attention_mask = None
     plain = mask_function is causal_mask_function or (local_size or 0) >= kv_length
-    plain = plain and attention_mask is None and q_length == kv_length
+    plain = plain and allow_is_causal_skip and attention_mask is None and q_length == kv_length
     if plain and not chosen.keeps_masks:
         return None
-    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    options |= {"allow_is_bidirectional_skip": False, "use_vmap": False}  # torchax cannot map
     seen: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -80,6 +84,7 @@ def _mask(
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
+        allow_is_causal_skip=False,
         **options,
     )
     if chosen.segments is None or seen is None:
@@ -121,18 +126,27 @@ def _attend(
     sinks: jax.Array | None,
     causal: bool,
 ) -> jax.Array:
-    """Computes [batch, seq, heads, head_dim]; without a mask by `attend`."""
-    plain = mask is None and q.shape[2] == k.shape[2] and q.shape[-1] == v.shape[-1]
-    if not plain:
+    """Computes [batch, seq, heads, head_dim]; without a mask by `attend`.
+
+    Heads of latent attention have narrower values than keys: zeros fill them up.
+    """
+    if mask is not None or q.shape[2] != k.shape[2]:
         return _masked(q, k, v, mask, scale, cap, sinks, causal)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    n_out, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
     chosen, seq = _CHOSEN.get(), q.shape[2]
     slots = jnp.arange(seq, dtype=jnp.int32)
     positions = jnp.broadcast_to(slots, (q.shape[0], seq))
     tokens = MaskTokens(slots, positions, chosen.segments)
     seen = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    q, k, v = (_widened(x.swapaxes(1, 2), width) for x in (q, k, v))
     inputs = AttentionInputs(q, k, v, seen, scale, cap, sinks)
-    return attend(inputs, attention=chosen.attention, placement=chosen.placement)
+    return attend(inputs, attention=chosen.attention, placement=chosen.placement)[..., :n_out]
+
+
+def _widened(x: jax.Array, width: int) -> jax.Array:
+    more = width - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
 
 
 def _masked(

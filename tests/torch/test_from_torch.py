@@ -129,8 +129,9 @@ def test_roles_are_read_from_the_program(llama):
     assert jax.tree.structure(named) == jax.tree.structure(traced)
 
 
-def test_rows_that_are_packed_are_those_alone(llama):
-    fn, params = from_torch(llama[0])
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])  # values as wide as keys, or less
+def test_rows_that_are_packed_are_those_alone(model_type, llama):
+    fn, params = from_torch(llama[0] if model_type == "llama" else random_model(model_type))
     alone = jax.jit(fn)(params, IDS)
     packed = {
         "positions": jnp.tile(jnp.arange(12, dtype=jnp.int32), (1, 4)),
