@@ -27,12 +27,14 @@ class _Chosen(NamedTuple):
       attention, placement: see `attend`.
       keeps_masks: whether each mask is an array, also where it says no more than "causal".
       segments: [batch, seq] int32: a token sees those of its own segment only; None for all.
+      unpadded: whether the module's attention mask is of ones.
     """
 
     attention: str | Attend = "auto"
     placement: Placement = UNPLACED
     keeps_masks: bool = False
     segments: jax.Array | None = None
+    unpadded: bool = False
 
 
 _CHOSEN: ContextVar[_Chosen] = ContextVar("attention", default=_Chosen())  # noqa: B039  it is immutable
@@ -45,9 +47,10 @@ def attending(
     *,
     keeps_masks: bool = False,
     segments: jax.Array | None = None,
+    unpadded: bool = False,
 ) -> Iterator[None]:
     """Sets the implementation of attention within a block; see `attend` and `Mask`."""
-    token = _CHOSEN.set(_Chosen(attention, placement, keeps_masks, segments))
+    token = _CHOSEN.set(_Chosen(attention, placement, keeps_masks, segments, unpadded))
     try:
         yield
     finally:
@@ -70,7 +73,7 @@ def _mask(
     A model that looks into its masks, or lays others over them, allows no None.
     """
     chosen = _CHOSEN.get()
-    if chosen.segments is not None:  # padding is a segment of its own
+    if chosen.unpadded or chosen.segments is not None:  # padding is a segment of its own
         attention_mask = None
     plain = mask_function is causal_mask_function or (local_size or 0) >= kv_length
     plain = plain and allow_is_causal_skip and attention_mask is None and q_length == kv_length

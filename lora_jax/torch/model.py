@@ -65,7 +65,12 @@ class TorchModel:
         """
         if not self.config.continues:
             return self._run(params, args, kwargs)
-        out = self._run(params, args, {"use_cache": False} | kwargs)
+        kwargs = {"use_cache": False} | kwargs
+        ids: Any = kwargs.get("input_ids", args[0] if len(args) == 1 else None)
+        unpadded = ids is not None and not {"attention_mask", "position_ids"} & kwargs.keys()
+        if unpadded:
+            kwargs |= self._ones(ids)
+        out = self._run(params, args, kwargs, unpadded=unpadded)
         return out["logits"] if isinstance(out, dict) else out[0]
 
     def _run(self, params: Tree, args: Any, kwargs: Mapping[str, Any], **how: Any) -> Any:
@@ -105,25 +110,35 @@ class TorchModel:
         if cache is not None:
             cache, slots = cache.extended(input_ids, places.get("attention_mask"))
             at = slots if logits_at is None else jnp.take_along_axis(slots, logits_at, axis=1)
-            return self._logits(params, cache.ids, {}, at, return_hidden, None), cache
+            kwargs = self._ones(cache.ids)
+            return self._logits(params, cache.ids, kwargs, at, return_hidden, unpadded=True), cache
         segments, mask = places.get("segment_ids"), places.get("attention_mask")
         if segments is not None and mask is not None:
             segments = jnp.where(mask.astype(bool), segments, -1)
+        how = {"segments": segments, "unpadded": mask is None}
         kwargs = self._places(input_ids, places)
-        return self._logits(params, input_ids, kwargs, logits_at, return_hidden, segments)
+        return self._logits(params, input_ids, kwargs, logits_at, return_hidden, **how)
 
     def _places(
         self, ids: jax.Array, places: Mapping[str, jax.Array | None]
     ) -> dict[str, jax.Array]:
         """Returns the arguments that say where tokens are, those of which the module knows."""
         mask, positions, segments = (places.get(name) for name in _PLACES)
+        given = self._ones(ids) if mask is None else {"attention_mask": mask}
         if mask is None and positions is None and segments is None:
-            return {}
-        given = {"attention_mask": jnp.ones(ids.shape, jnp.int32) if mask is None else mask}
+            return given
         if "position_ids" in self.built.arguments:
             placed = place_tokens(ids, mask, positions, None, segments)
             given["position_ids"] = placed.positions
         return given
+
+    def _ones(self, ids: jax.Array) -> dict[str, jax.Array]:
+        """Returns a mask of ones, if the module's attention is ours, which leaves it out.
+
+        Without a mask, transformers looks for several sequences in the positions; its mask for
+        these would be an array of [seq, seq].
+        """
+        return {"attention_mask": jnp.ones(ids.shape, jnp.int32)} if self.built.attends else {}
 
     def _logits(
         self,
@@ -132,7 +147,7 @@ class TorchModel:
         kwargs: Mapping[str, Any],
         at: jax.Array | None,
         return_hidden: bool,
-        segments: jax.Array | None,
+        **how: Any,
     ) -> jax.Array:
         """Returns logits in fp32, or hidden states, at some places."""
         taken: list[jax.Array] = []
@@ -146,7 +161,7 @@ class TorchModel:
 
         with self.built.trunk_output(pick):
             arguments = {"input_ids": ids, "use_cache": False, **kwargs}
-            out = self._run(params, (), arguments, segments=segments)
+            out = self._run(params, (), arguments, **how)
         return taken[0] if return_hidden else _wide_logits(out)
 
     def _head(self, params: Tree, hidden: jax.Array) -> jax.Array:

@@ -26,7 +26,13 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch")
 pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 
-from lora_jax.torch import TorchConfig, TorchFolder, TorchModelError, from_torch  # noqa: E402
+from lora_jax.torch import (  # noqa: E402
+    TorchConfig,
+    TorchFolder,
+    TorchModelError,
+    attention,
+    from_torch,
+)
 
 IDS = np.random.default_rng(0).integers(0, VOCAB, (4, 12)).astype(np.int32)
 
@@ -142,6 +148,18 @@ def test_rows_that_are_packed_are_those_alone(model_type, llama):
     assert distance(run(segment_ids=packed["segment_ids"]), run(**packed)) == 0
     together = run(positions=packed["positions"])
     assert distance(together[0].reshape(alone.shape), alone) > 1e-3
+
+
+def test_attention_without_padding_has_no_array_for_a_mask(llama, monkeypatch):
+    calls, attend = [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    fn, params = from_torch(llama[0])
+    ways = {"call": lambda p: fn(p, IDS), "apply": lambda p: fn.apply({"params": p}, IDS)}
+    ways["mask"] = lambda p: fn.apply({"params": p}, IDS, attention_mask=jnp.ones_like(IDS))
+    for way, run in ways.items():
+        calls.clear()
+        jax.eval_shape(run, params)
+        assert bool(calls) == (way != "mask"), way
 
 
 def test_the_head_by_itself_and_left_padding(llama):
