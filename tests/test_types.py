@@ -24,7 +24,9 @@ WRONG = "import lora_jax as lj\n\nlj.lorify({})\nlj.models.generate(max_new_toke
 def programs(tmp_path_factory):
     """A folder with a file for each program of a page, and one with faults."""
     folder = tmp_path_factory.mktemp("programs")
-    for page in sorted([ROOT / "README.md", *(ROOT / "lora_jax").rglob("*.md")]):
+    pages = {ROOT / "README.md", *(ROOT / "lora_jax").rglob("*.md")}
+    # transformers' configurations are not typed for the arguments that it documents.
+    for page in sorted(pages - {ROOT / "lora_jax/torch/README.md"}):
         found: list[str] = []
         for says, code in BLOCKS.findall(page.read_text()):
             if "continued" in says:

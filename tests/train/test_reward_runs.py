@@ -175,6 +175,7 @@ def test_a_batch_is_as_wide_as_its_own_prompts_need(folder, tmp_path, monkeypatc
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     args = ["--steps", 4, "--dataset", tmp_path / "rows.jsonl", "--seq-len", 256, "--grad-accum", 2]
     args += ["--group", 4, "--batch-size", 8, "--eps", 1e-4]  # an epsilon hides the last bits
+    args += ["--no-share-prompt"]
     drawn, compiled = [], []
 
     def sampled(model, params, ids, *rest, **options):

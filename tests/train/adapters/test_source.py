@@ -188,7 +188,7 @@ def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp
         patch.setattr("train.adapters.source.name_for_others", str)  # as if both were on the hub
         patch.setattr(
             "train.generate.__main__.read_model_info",
-            lambda name, tokenizer=None: pretrained.ModelInfo(name, *[None] * 3),
+            lambda name, tokenizer=None, **_: pretrained.ModelInfo(name, *[None] * 3),
         )
         said = fails(capsys, generate, "--adapter", copied, "--model", "other/name")
         assert "was trained on owner/name, and --model is other/name" in said
