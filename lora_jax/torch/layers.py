@@ -101,7 +101,7 @@ def _unpatched(layer: torch.nn.Module) -> Iterator[None]:
             layer.forward = own
 
 
-class _Call:
+class _LayerCall:
     """One call of a layer, as a function of its parameters and its first argument."""
 
     def __init__(self, env: Any, layer: torch.nn.Module, args: Any, kwargs: Any):
@@ -169,7 +169,7 @@ def find_stack(
     alive: list[Any] = []  # what is compared by its id
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(env, layer, args, kwargs)
+        call = _LayerCall(env, layer, args, kwargs)
         own = {k: jnp.zeros(x.shape, x.dtype) for k, x in arrays(i).items()}
         traced, shapes = jax.make_jaxpr(call, return_shape=True)(own, call.hidden)
         same = call.maps_hidden and shapes[0].shape == call.hidden.shape
@@ -240,12 +240,12 @@ def scanned(
       arrays: parameters and buffers of each kind, stacked on axis 0.
       recomputed: what the backward pass recomputes.
     """
-    calls: list[_Call] = []
+    calls: list[_LayerCall] = []
 
     def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if i == 0:
             calls.clear()
-        calls.append(_Call(env, layer, args, kwargs))
+        calls.append(_LayerCall(env, layer, args, kwargs))
         own = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
         if i < stack.period - 1:
             jax.eval_shape(calls[i], own, calls[i].hidden)  # for the structure of its output
@@ -275,7 +275,7 @@ def unrolled(
     """Runs each layer by itself, recomputed in the backward pass."""
 
     def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(env, layer, args, kwargs)
+        call = _LayerCall(env, layer, args, kwargs)
         hidden = recomputed.placement.constrain(call.hidden, "residual")
         body = recomputed(lambda hidden, own: call(own, hidden), scans=False)
         return call.restore(body(hidden, arrays[i]))

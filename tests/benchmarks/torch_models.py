@@ -49,7 +49,7 @@ def _run(model_type: str, out: str) -> None:
 
 
 def check(model_type: str, timeout: float) -> dict[str, Any]:
-    """Returns what came of one model_type, in a process of its own."""
+    """Returns the result of one model_type, which is tried in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:

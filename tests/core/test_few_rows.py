@@ -51,7 +51,7 @@ def test_finer_scales_are_of_the_same_weight(name):
 
 @pytest.mark.parametrize("name", FORMATS_READ)
 def test_the_form_for_tpus_is_the_product(name):
-    """Of one row and of nine, beside the product in NumPy; its derivative, too."""
+    """Compares one row and nine, and the derivative, with the product in NumPy."""
     coded = kernel(name)
     assert isinstance(coded, Coded)
     whole = np.asarray(as_array(coded), np.float64)
@@ -72,7 +72,7 @@ def test_several_axes_are_contracted():
 
 
 def texts(rows, how=ONE, base=None):
-    """What is lowered for a CPU and for a TPU."""
+    """Returns the programs that are lowered for a CPU and for a TPU."""
     coded = kernel("int8") if base is None else base
     x = jax.ShapeDtypeStruct((rows, 1, N_IN), jnp.float32)
     traced = jax.jit(functools.partial(base_dot, how=how)).trace(x, coded)

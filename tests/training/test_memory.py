@@ -116,7 +116,7 @@ PLACED = {
 
 @pytest.mark.parametrize("name", PLACED)
 def test_axes_are_the_partitioners(name):
-    """What a device has of each result is what XLA gives it."""
+    """Each device holds the part of each result that XLA gives it."""
     function, *specs = PLACED[name]
     mesh = jax.sharding.Mesh(jax.devices("cpu")[:4], "a")
     mesh = jax.sharding.Mesh(mesh.devices.reshape(2, 2), ("a", "b"))

@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     """A tensor to write.
 
     Attributes:
-      name: in the file.
+      name: the name of the tensor in the file, a text.
       shape: rows first, as NumPy has it.
       kind: the name of its GGUF type, such as "F16".
       read: makes its values, fp32, or the bytes of its codes.

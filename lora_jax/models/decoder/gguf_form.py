@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     """A tensor of a GGUF file, as a part of a parameter.
 
     Attributes:
-      name: in the file.
+      name: the name of the tensor in the file, a text.
       shape: rows first.
       row: the parameter's row in the key table.
       read: the parameter's leaf -> the tensor, fp32.

@@ -31,8 +31,8 @@ class LlamaCpp:
         Args:
           ids: the prompt.
           n: the number of tokens; fewer come where the model ends the text.
-          every: of each so many tokens, one is asked for its probabilities, by itself: those of a
-            token that ends within a character are left out by the server.
+          every: number of tokens, of which one is asked for its probabilities, by itself: the
+            server leaves out those of a token that ends within a character.
           reuse: keep what was computed of a prompt (wrong where there are sliding windows).
         """
         ids = list(ids)
@@ -64,7 +64,7 @@ class LlamaCpp:
 
 
 def distance(logprobs, prompt, ids, tops):
-    """Returns how far llama.cpp's log-probabilities are off, and True if its choices are ours.
+    """Returns the distances of llama.cpp's log-probabilities, and True if its choices are ours.
 
     Args:
       logprobs: ours, of the prompt and the continuation: [seq, vocab].
