@@ -70,20 +70,19 @@ def compile_row(
     while True:
         assert row.start is not None
         forward = row.start.setup.forward(model_in(row.space, model))
-        needed, step = None, None
+        step = None
         with doing(row.run.console, "compiling the step"):
             try:
                 step = compile_step(row.start, forward, row.loss)
             except jax.errors.JaxRuntimeError as error:
                 if choice is None or not choice.lower or "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-        if step is not None:
-            if choice is None or not choice.lower:
-                return model, forward, step, time.perf_counter() - began
-            needed = _largest(step_bytes(step))
-            if not _exceeds(needed, choice.capacity):
-                return model, forward, step, time.perf_counter() - began
-        assert choice is not None
+        if choice is None or not choice.lower:
+            assert step is not None
+            return model, forward, step, time.perf_counter() - began
+        refused, needed = _in_all_processes(step)
+        if step is not None and not refused and not _exceeds(needed, choice.capacity):
+            return model, forward, step, time.perf_counter() - began
         lower = one_lower(choice, needed)
         assert lower is not None
         del step
@@ -94,11 +93,16 @@ def compile_row(
         model = model.clone(remat=row.run.config.optim.remat_policy)
 
 
-def _largest(needed: int | None) -> int | None:
-    """Returns the bytes of the process that needs most: all go by them; None if one is unknown."""
-    every: list[int | None] = hosts.gather(needed)
-    known = [size for size in every if size is not None]
-    return max(known) if len(known) == len(every) else None
+def _in_all_processes(step: CompiledStep | None) -> tuple[bool, int | None]:
+    """Compares a step, None where the compiler refused it, over all processes, which go alike.
+
+    Returns:
+      True if the compiler of one of them refused; and the bytes of the one that needs most, None if
+      one is unknown.
+    """
+    every = hosts.gather([step is None, None if step is None else step_bytes(step)])
+    known = [size for _, size in every if size is not None]
+    return any(refused for refused, _ in every), max(known) if len(known) == len(every) else None
 
 
 def _exceeds(needed: int | None, capacity: int | None) -> bool:

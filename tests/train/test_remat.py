@@ -129,6 +129,15 @@ def test_one_policy_down_where_a_compiled_step_takes_too_much(
     assert "none does not fit (the compiled step takes 2.00 of 1.00 GiB)" in told
 
 
+def test_all_processes_go_one_policy_down_where_one_is_refused(monkeypatch):
+    step = object()
+    monkeypatch.setattr(remat, "step_bytes", lambda step: 5)
+    for others, compared in [([[False, 7]], (False, 7)), ([[True, None]], (True, None))]:
+        monkeypatch.setattr(remat.hosts, "gather", lambda own, more=others: [own, *more])
+        assert remat._in_all_processes(step) == compared
+    assert remat._in_all_processes(None) == (True, None)
+
+
 @pytest.mark.parametrize(("text", "policy"), [("INTERNAL: a mistake", "auto"), (EXHAUSTED, "none")])
 def test_other_errors_and_policies_of_the_user_are_as_ever(
     inputs, tmp_path, compiled, monkeypatch, text, policy
