@@ -80,7 +80,7 @@ def compile_row(
         if choice is None or not choice.lower:
             assert step is not None
             return model, forward, step, time.perf_counter() - began
-        refused, needed = _in_all_processes(step)
+        refused, needed = _compare_processes(step)
         if step is not None and not refused and not _exceeds(needed, choice.capacity):
             return model, forward, step, time.perf_counter() - began
         lower = one_lower(choice, needed)
@@ -93,7 +93,7 @@ def compile_row(
         model = model.clone(remat=row.run.config.optim.remat_policy)
 
 
-def _in_all_processes(step: CompiledStep | None) -> tuple[bool, int | None]:
+def _compare_processes(step: CompiledStep | None) -> tuple[bool, int | None]:
     """Compares a step, None where the compiler refused it, over all processes, which go alike.
 
     Returns:

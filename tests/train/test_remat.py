@@ -134,8 +134,8 @@ def test_all_processes_go_one_policy_down_where_one_is_refused(monkeypatch):
     monkeypatch.setattr(remat, "step_bytes", lambda step: 5)
     for others, compared in [([[False, 7]], (False, 7)), ([[True, None]], (True, None))]:
         monkeypatch.setattr(remat.hosts, "gather", lambda own, more=others: [own, *more])
-        assert remat._in_all_processes(step) == compared
-    assert remat._in_all_processes(None) == (True, None)
+        assert remat._compare_processes(step) == compared
+    assert remat._compare_processes(None) == (True, None)
 
 
 @pytest.mark.parametrize(("text", "policy"), [("INTERNAL: a mistake", "auto"), (EXHAUSTED, "none")])
