@@ -1,0 +1,1 @@
+"""Tools and environments: what a completion of several turns calls."""
