@@ -1,4 +1,4 @@
-"""The rows and commands that train/README.md shows, run as they stand on a tiny model."""
+"""The rows and commands that the pages of train/ show, run as they stand on a tiny model."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from train.run.log import read_metrics
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-PAGE = Path(train.__file__).with_name("README.md").read_text()
+PAGES = "\n".join(path.read_text() for path in sorted(Path(train.__file__).parent.rglob("*.md")))
 
 
 @pytest.fixture
@@ -22,15 +22,15 @@ def model(tmp_path):
 
 
 def rows_of(field):
-    """The row of the page that has a field."""
-    blocks = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    """The row of the pages that has a field."""
+    blocks = re.findall(r"```json\n(.*?)```", PAGES, re.DOTALL)
     (found,) = (block for block in blocks if f'"{field}"' in block)
     return found
 
 
 def commands_of(script):
-    """The command lines of the page, joined, without comments."""
-    joined = PAGE.replace("\\\n", " ")
+    """The command lines of the pages, joined, without comments."""
+    joined = PAGES.replace("\\\n", " ")
     lines = re.findall(rf"^lora-jax {script} (.*)$", joined, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 

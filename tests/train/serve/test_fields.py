@@ -130,8 +130,8 @@ def test_a_field_that_is_unknown_or_elsewhere_is_named(post, path, field, said):
     assert is_unknown == said.startswith(("did you mean", "leave it out"))
 
 
-def test_the_readme_lists_the_fields():
-    text = (Path(__file__).parents[3] / "train" / "README.md").read_text()
+def test_the_page_lists_the_fields():
+    text = (Path(__file__).parents[3] / "train/serve/fields.md").read_text()
     rows = dict(re.findall(r"^\| (works|refused|no effect) \| (.*) \|$", text, re.M))
     for kind, row in rows.items():
         listed = [*re.findall(r"`(\w+)`", row.split(" but ")[0])]
