@@ -140,6 +140,7 @@ LAWS = {
             "models/tiny_encoders.py": ("ENCODERS", "GPT2S"),
             "models/tiny_vision.py": ("CASES",),
             "models/test_parity_smolvlm.py": ("FIELDS",),
+            "models/test_published.py": ("PUBLISHED",),
             "peft_adapters/models.py": ("FAMILIES",),
         },
     ),

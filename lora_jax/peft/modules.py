@@ -56,8 +56,9 @@ class Module:
 def tables_of(model: Model) -> list[Sequence[Row]]:
     """Returns a model's key table by the names that PEFT knows: transformers 5's, then 4's.
 
-    A decoder that is the text of a model with images has another, by the names in that model. The
-    last ones are by the names in a bare model (transformers' AutoModel), without "model.".
+    A decoder that is the text of a model with images has two more, by the names in that model, of
+    now and of transformers before 4.52. The last ones are by the names in a bare model
+    (transformers' AutoModel), without "model.".
 
     Raises:
       PeftError: see `table_of`.
@@ -69,7 +70,8 @@ def tables_of(model: Model) -> list[Sequence[Row]]:
     facts = getattr(getattr(model, "config", None), "family", None)
     tables = [table]
     if getattr(facts, "with_images", None) is not None:
-        tables.append(_renamed(table, r"^model\.", "model.language_model."))
+        wholes = ("model.language_model.", "language_model.model.")
+        tables += [_renamed(table, r"^model\.", whole) for whole in wholes]
     return [*tables, *(_renamed(each, r"^(model|transformer)\.", "") for each in tables)]
 
 

@@ -72,6 +72,18 @@ CASES: dict[str, dict[str, Any]] = {
     "smollm2": {"model_type": "llama", "tie_word_embeddings": True, "hidden_act": "gelu"},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral with a window": {"model_type": "mistral", "sliding_window": 4},
+    "ministral3": {
+        "model_type": "ministral3",
+        "sliding_window": 6,
+        "rope_parameters": {
+            **YARN,
+            "original_max_position_embeddings": 4,
+            "max_position_embeddings": 64,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+            "llama_4_scaling_beta": 0.6,
+        },
+    },
     "qwen2": {"model_type": "qwen2", "hidden_act": "gelu_pytorch_tanh"},
     "qwen2 with some windows": {
         "model_type": "qwen2",

@@ -30,6 +30,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     for case in (
         "llama3",
         "mistral with a window",
+        "ministral3",
         "qwen2 with some windows",
         "qwen3",
         "gemma2",

@@ -15,8 +15,8 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Qwen3-Next, Qwen3.5
-    (MoE), Gemma 2 and 3, Phi-3, SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
+    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Ministral 3, Qwen2 and 3 (MoE), Qwen3-Next,
+    Qwen3.5 (MoE), Gemma 2 and 3, Phi-3, SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
 
     Hashable. Sizes are in elements.
 

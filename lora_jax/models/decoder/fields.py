@@ -46,8 +46,12 @@ _SAME_WHERE_READ: dict[str, object] = {
 _OF_IMAGES = frozenset(
     """
     vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
+    image_token_index boi_token_index eoi_token_index mm_tokens_per_image initializer_range
+    multimodal_projector_bias projector_hidden_act spatial_merge_size vision_feature_layer
     """.split()
 )
+# Fields that outweigh those of the text.
+_OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _COMMON = frozenset(
     """
@@ -92,7 +96,7 @@ def read_fields(config: Fields) -> Fields:
     def get(name: str, default: object = None) -> Any:
         return config.get(name, family.defaults.get(name, default))
 
-    heads = config["num_attention_heads"]
+    heads = get("num_attention_heads")
     attention_bias = bool(get("attention_bias", False))
     same = {name: get(name, default) for name, default in (_SAME | _SAME_WHERE_READ).items()}
     return {
@@ -102,13 +106,13 @@ def read_fields(config: Fields) -> Fields:
         "tie_word_embeddings": bool(same["tie_word_embeddings"]),
         "mlp_bias": bool(same["mlp_bias"]),
         "num_key_value_heads": get("num_key_value_heads") or heads,
-        "head_dim": get("head_dim") or config["hidden_size"] // heads,
+        "head_dim": get("head_dim") or get("hidden_size") // heads,
         "hidden_act": _read_activation(family, get),
         **read_rope(family, config, get),
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
-        **_read_layers(family, config["num_hidden_layers"], get),
-        "rope_free_layers": family.rope_free(get, config["num_hidden_layers"]),
+        **_read_layers(family, get("num_hidden_layers"), get),
+        "rope_free_layers": family.rope_free(get, get("num_hidden_layers")),
         **_read_experts(family, get),
         "eos_token_ids": read_eos(config),
         **family.traits,
@@ -141,7 +145,7 @@ def write_fields(fields: Fields) -> dict[str, object]:
     out["hidden_activation" if "hidden_activation" in own else "hidden_act"] = fields["hidden_act"]
     out["eos_token_id"] = write_eos(fields["eos_token_ids"])
     if "attention_bias" in own:
-        out["attention_bias"] = fields["o_bias"]
+        out["attention_bias"] = fields["qkv_bias"]
     if "use_sliding_window" in own:
         out["use_sliding_window"] = fields["sliding_window"] is not None
     layers = range(fields["num_hidden_layers"])
@@ -158,19 +162,21 @@ def write_fields(fields: Fields) -> dict[str, object]:
 def _text_fields(config: Fields) -> Fields:
     """Returns the fields of a decoder, which a model with images has in its text_config."""
     kind = config.get("model_type")
-    of_text = {f.with_images: f.model_type for f in FAMILIES.values() if f.with_images}
-    if kind not in of_text:
+    of_text = [name for name, family in FAMILIES.items() if kind and family.with_images == kind]
+    if not of_text:
         return config
     tied, text = "tie_word_embeddings", config.get("text_config")
-    refuse_unknown(config, kind, _OF_IMAGES | {"model_type", "text_config", tied})
+    refuse_unknown(config, kind, _OF_IMAGES | {"model_type", "text_config", tied, *_OF_BOTH})
     if not isinstance(text, Mapping):
         raise ConfigError(f"the configuration of {kind} lacks text_config")
-    if text.get("model_type", of_text[kind]) != of_text[kind]:
-        raise ConfigError(f"text_config has model_type {text['model_type']!r}: not {of_text[kind]}")
+    if (model_type := text.get("model_type", of_text[0])) not in of_text:
+        raise ConfigError(f"text_config has model_type {model_type!r}: not {' or '.join(of_text)}")
     both = {bool(fields[tied]) for fields in (config, text) if tied in fields}
     if len(both) > 1:
         raise ConfigError(f"{tied} of {kind} and of its text_config contradict each other")
-    return {**text, "model_type": of_text[kind], tied: True in both}
+    outer = {name: config[name] for name in _OF_BOTH if config.get(name) is not None}
+    tie = {tied: True in both} if both else {}
+    return {**text, **outer, **tie, "model_type": model_type}
 
 
 def _read_activation(family: DecoderFamily, get: Get) -> str:

@@ -118,6 +118,7 @@ def _attention(rows: KeyTable, config: DecoderConfig, attention: str) -> None:
 
 
 # Tensors of a bare decoder (transformers' AutoModel) come without the prefix.
+_OF_TEXT = re.compile(r"^(?:model\.)?language_model\.(?:(lm_head\.)|model\.)?")
 _BARE = re.compile(r"(embed_tokens|layers\.\d+|norm)\..+")
 
 
@@ -127,7 +128,7 @@ def decoder_name(name: str, config: DecoderConfig) -> str:
     Files of a model with images put the decoder's tensors below ``language_model.``.
     """
     if config.family.with_images is not None:
-        name = re.sub(r"^(model\.)?language_model\.", "model.", name)
+        name = _OF_TEXT.sub(lambda match: match[1] or "model.", name)
     return f"model.{name}" if _BARE.fullmatch(name) else name
 
 

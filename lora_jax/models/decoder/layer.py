@@ -1,5 +1,6 @@
 """One decoder layer: norms, grouped-query attention or a linear mixer, and an MLP or experts."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -78,6 +79,8 @@ class Attention(ModelPart):
         q, k, v, *gate = self._project(x)
         rope = _choose_angles(layer.apart, step.other_rope, step.rope)
         q, k = rotate(q, rope), rotate(k, rope)
+        if rope.queries is not None:
+            q = q * rope.queries.astype(q.dtype)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
         mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
@@ -177,4 +180,5 @@ def _choose_angles(apart: jax.Array, other: RopeAngles | None, usual: RopeAngles
     """Chooses a layer's rotation; no other: no difference."""
     if other is None:
         return usual
-    return RopeAngles(*(jnp.where(apart, a, b) for a, b in zip(other, usual, strict=True)))
+    chosen: RopeAngles = jax.tree.map(functools.partial(jnp.where, apart), other, usual)
+    return chosen

@@ -17,10 +17,14 @@ from lora_jax.models.layers.attention import wide_dtype
 
 
 class RopeAngles(NamedTuple):
-    """cos and sin of every position's angles: [batch, seq, 1, rotated / 2] each, fp32."""
+    """cos and sin of every position's angles: [batch, seq, 1, rotated / 2] each, fp32.
+
+    ``queries``, [batch, seq, 1, 1] fp32, multiplies a position's queries; None for nothing.
+    """
 
     cos: jax.Array
     sin: jax.Array
+    queries: jax.Array | None = None
 
 
 def rotations(
@@ -45,8 +49,18 @@ def rotations(
     else:
         freqs = frequencies(config, length)
         factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
-    angles = positions[..., None, None].astype(jnp.float32) * freqs
-    return RopeAngles(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+    at = positions[..., None, None].astype(jnp.float32)
+    angles = at * freqs
+    return RopeAngles(
+        jnp.cos(angles) * factor, jnp.sin(angles) * factor, _query_factors(at, config.rope_scaling)
+    )
+
+
+def _query_factors(positions: jax.Array, scaling: RopeScaling | None) -> jax.Array | None:
+    if scaling is None or not scaling.llama_4_scaling_beta:
+        return None
+    contexts = jnp.floor(positions / scaling.original_max_position_embeddings)
+    return 1 + scaling.llama_4_scaling_beta * jnp.log1p(contexts)
 
 
 def rotate(x: jax.Array, rotation: RopeAngles) -> jax.Array:

@@ -9,8 +9,9 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _ORIGINAL = "original_max_position_embeddings"
-# How a rotation is split over an image's three positions. A text's are the same.
-_OF_IMAGES = ("mrope_section", "mrope_interleaved")
+# How a rotation is split over an image's three positions, a text's being the same; and a copy.
+_WITHOUT_EFFECT = ("mrope_section", "mrope_interleaved", "max_position_embeddings")
+_BETA = "llama_4_scaling_beta"
 
 # For each kind: the fields that it needs, and those that it may have.
 _KINDS: dict[str, tuple[list[str], list[str]]] = {
@@ -21,7 +22,8 @@ _KINDS: dict[str, tuple[list[str], list[str]]] = {
         (
             "yarn",
             "factor",
-            f"{_ORIGINAL} attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
+            f"{_ORIGINAL} attention_factor beta_fast beta_slow mscale mscale_all_dim truncate"
+            f" {_BETA}",
         ),
         ("longrope", "short_factor long_factor", f"{_ORIGINAL} attention_factor factor"),
     )
@@ -35,7 +37,8 @@ class RopeScaling:
     ``kind`` is "linear", "llama3", "yarn" or "longrope"; ``rope.frequencies`` gives the formula of
     each. ``original_max_position_embeddings`` is the context trained on;
     ``attention_factor`` multiplies queries and keys; ``short_factor`` and ``long_factor`` have one
-    number for each rotated pair.
+    number for each rotated pair. Queries beyond that context are multiplied by
+    1 + ``llama_4_scaling_beta`` log(1 + floor(position / context)).
     """
 
     kind: str
@@ -47,6 +50,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    llama_4_scaling_beta: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -80,7 +84,7 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(f"RoPE parameters per layer type ({', '.join(nested)}) are not supported")
-    fields = {field: value for field, value in fields.items() if field not in _OF_IMAGES}
+    fields = {field: value for field, value in fields.items() if field not in _WITHOUT_EFFECT}
     legacy = fields.pop("type", "default")
     kind = fields.pop("rope_type", legacy) or "default"
     theta = float(fields.pop("rope_theta", None) or get("rope_theta", 10000.0))
@@ -89,6 +93,8 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     partial = fields.pop("partial_rotary_factor", None) or get("partial_rotary_factor")
     if "partial_rotary_factor" not in family.reads and (partial or 1.0) != 1.0:
         raise ConfigError(f"partial_rotary_factor={partial} is not supported for {name}, only 1")
+    if fields.get(_BETA) and _BETA not in family.reads:
+        raise ConfigError(f"{_BETA}={fields[_BETA]} is not supported for {name}")
     kind = family.rope_aliases.get(kind, kind)
     kinds = family.rope_kinds or tuple(_KINDS)
     if kind == "default":
@@ -172,6 +178,8 @@ def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, object]:
     needed, optional = _KINDS[scaling.kind]
     values = dataclasses.asdict(scaling)
     kept = {name: values[name] for name in (*needed, *optional) if name in values}
+    if not kept.get(_BETA):
+        kept.pop(_BETA, None)
     if scaling.kind == "longrope":  # factor is in attention_factor
         del kept["factor"]
         kept |= {name: list(kept[name]) for name in needed}

@@ -41,8 +41,8 @@ class DecoderFamily:
         layer in one tensor of each.
       rope_kinds: the only types of scaled RoPE that it has; () for any.
       rope_aliases: other names of these types in its files.
-      with_images: the model_type of models with images whose text_config is of this family; their
-        files are read without what is for images.
+      with_images: the model_type of models with images whose text_config is of this family, or of
+        one of several; their files are read without what is for images.
       left_out: matches tensors in its files that are no part of the decoder.
       gguf: its architecture in GGUF files; None if such files are neither read nor written.
       reads_gguf: True if such files are read, too.

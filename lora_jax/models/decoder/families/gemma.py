@@ -1,5 +1,7 @@
 """Gemma 2 and the text models of Gemma 3."""
 
+import re
+
 from lora_jax.core.types import Fields
 from lora_jax.models.decoder.families.family import DecoderFamily
 
@@ -44,6 +46,8 @@ GEMMA3 = DecoderFamily(
     reads=_READS | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
     defaults={
         **_DEFAULTS,
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
         "max_position_embeddings": 131072,
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
@@ -51,5 +55,7 @@ GEMMA3 = DecoderFamily(
     traits={**_TRAITS, "qk_norm": True},
     windows_rotate_apart=True,
     windowed=lambda get, n: _all_but_each_last(get("sliding_window_pattern", 6), n),
+    with_images="gemma3",
+    left_out=re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
     gguf="gemma3",
 )

@@ -19,6 +19,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         llama.LLAMA,
         mistral.MISTRAL,
         mistral.MIXTRAL,
+        mistral.MINISTRAL3,
         qwen.QWEN2,
         qwen.QWEN3,
         qwen.QWEN3_MOE,
