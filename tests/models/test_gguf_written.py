@@ -17,7 +17,7 @@ from lora_jax.hf.gguf.vocabulary import vocabulary
 from lora_jax.models.decoder.gguf_form import check_form
 from tests.hf.vocabularies import TEXTS, byte_level, metadata_of, sentencepiece
 from tests.models.tiny_gguf import FAMILIES, fields_of, make, words
-from tests.support import assert_identical, with_random_factors
+from tests.support import assert_identical, over, with_random_factors
 
 RULE = lj.LoraRule(targets="all-linear", rank=3, alpha=7)
 
@@ -83,7 +83,7 @@ def test_types(kind, tmp_path):
     assert fields["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@over("family", FAMILIES, often=("llama", "qwen3_moe"))
 def test_an_adapter_changes_what_the_file_of_the_merged_model_changes(family, tmp_path):
     model, params = make(family)
     tree = with_random_factors(lj.lorafy(params, [RULE]))

@@ -122,7 +122,7 @@ def test_a_run_as_a_merged_model(base, trained, tmp_path, capsys):
     assert models.load_tokenizer(output)("abc") == tokenizer()("abc")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_merged_model_is_rounded_once(base, trained, tmp_path, dtype):
     output = tmp_path / "merged"
     export("--adapter", trained / "adapter", "--output", output, "--merged", "--dtype", dtype)

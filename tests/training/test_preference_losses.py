@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax.training import losses
 from lora_jax.training.losses import Completions, Online, PreferenceOptions, preference_loss
-from tests.support import assert_close, draw
+from tests.support import assert_close, draw, over
 
 # One pair: sums of 4 and 5 tokens, and the reference's.
 CHOSEN = Completions(jnp.array([-12.0]), jnp.array([4.0]), jnp.array([-13.0]))
@@ -93,7 +93,11 @@ def test_rewards_are_logged_and_differentiated_nowhere():
     assert not reference(CHOSEN.reference).any()
 
 
-@pytest.mark.parametrize("name", sorted(set(losses.PREFERENCES) - {"aot", "aot_unpaired"}))
+@over(
+    "name",
+    sorted(set(losses.PREFERENCES) - {"aot", "aot_unpaired"}),
+    often=("sigmoid", "orpo", "ipo"),
+)
 def test_parts_of_a_batch_add_up(name):
     """Sums and gradients of 8 pairs at once, and of 2 × 4: the count divides once."""
     policy, reference = -jnp.abs(draw(1, (2, 8))) * 9 - 1, -jnp.abs(draw(2, (2, 8))) * 9 - 1

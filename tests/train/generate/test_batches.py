@@ -174,7 +174,11 @@ def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compi
 
 @pytest.mark.parametrize(
     ("args", "says"),
-    [([], "merged into"), (["--no-merge"], "beside"), (["--merge"], "merged into")],
+    [
+        ([], "merged into"),
+        (["--no-merge"], "beside"),
+        pytest.param(["--merge"], "merged into", marks=pytest.mark.slow),
+    ],
 )
 def test_one_adapter_is_merged_unless_asked(made, expected, capsys, args, says):
     folder, *_ = made

@@ -134,6 +134,7 @@ def test_a_sampled_token_costs_two_flops_a_weight(model):
     np.testing.assert_allclose(made.sampled_token_flops, 2 * 4 * weights, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_the_cache_has_keys_and_values_of_all_tokens_but_the_last(model):
     _, _, made = planned_for(model, *GRPO)
     layers, rows, heads, tokens, size = 3, 4, 2, 23, 16
