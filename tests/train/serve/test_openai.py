@@ -248,6 +248,35 @@ def test_calls_of_tools(stream):
         assert TOKENIZER.decode(engine.drawn[-1].prompt) == PROMPT
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_are_read_in_the_format_of_the_template(stream):
+    said = (
+        "<|channel|>analysis<|message|>Where is it?<|end|><|start|>assistant<|channel|>commentary "
+        'to=functions.look_up <|constrain|>json<|message|>{"city": "Köln"}<|call|>'
+    )
+    engine = ScriptedEngine(lambda sample, index: ids(said))
+    template = TOOL_TEMPLATE + "{# <|channel|>commentary #}"
+    with serving(engine, tokenizer=tokenizer(template)) as address, client_of(address) as client:
+        if stream:
+            parts = [part.choices[0] for part in ask(client, tools=TOOLS, stream=True)]
+            deltas = [part.delta.model_dump() for part in parts]
+            assert "".join(delta["content"] or "" for delta in deltas) == ""
+            thought = "".join(delta.get("reasoning_content") or "" for delta in deltas)
+            (call,), finish = (
+                [call for part in parts for call in part.delta.tool_calls or ()],
+                parts[-1].finish_reason,
+            )
+        else:
+            choice = ask(client, tools=TOOLS).choices[0]
+            assert choice.message.content is None
+            thought, finish = choice.message.reasoning_content, choice.finish_reason
+            (call,) = choice.message.tool_calls
+    assert (thought, finish) == ("Where is it?", "tool_calls")
+    assert call.function.name == "look_up" and json.loads(call.function.arguments) == {
+        "city": "Köln"
+    }
+
+
 def test_a_model_without_a_template_has_no_chat(engine):
     with serving(engine, tokenizer=tokenizer(None)) as address, client_of(address) as client:
         with pytest.raises(openai.BadRequestError, match="/v1/completions"):

@@ -120,8 +120,8 @@ def test_calls_are_found_however_the_text_comes(text, content, names, size):
     calls = ToolCalls()
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     parts = [calls.add(piece) for piece in pieces] + [calls.add("", last=True)]
-    assert "".join(part for part, _ in parts) == content
-    found = [call for _, some in parts for call in some]
+    assert "".join(part for part, _, _ in parts) == content
+    found = [call for _, some, _ in parts for call in some]
     assert [call["function"]["name"] for call in found] == names
     assert [call["index"] for call in found] == [*range(len(names))]
     for call in found:

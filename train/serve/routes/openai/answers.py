@@ -1,7 +1,7 @@
 """Answers of OpenAI's forms: choices that grow, and their JSON."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -20,23 +20,28 @@ class AnswerPart:
       calls: the calls of tools.
       entries: the tokens whose text it is.
       finish: why the answer ended; None while it goes on.
+      thinking: what is thought, of models that have a channel for it.
     """
 
     text: str = ""
     calls: list[JsonObject] = dataclasses.field(default_factory=list)
     entries: list[TokenEntry] = dataclasses.field(default_factory=list)
     finish: str | None = None
+    thinking: str = ""
 
 
 class ChoiceBuilder:
     """A completion of a request, while it grows."""
 
     def __init__(
-        self, tokens: ServedTokenizer, sample: SampleRequest, *, tools: bool = False
+        self,
+        tokens: ServedTokenizer,
+        sample: SampleRequest,
+        make_calls: Callable[[], ToolCalls] | None = None,
     ) -> None:
-        """Begins a completion; `tools` looks for calls in it."""
-        self._text = CompletionText(tokens, sample.stop, special=tools)
-        self._calls = ToolCalls() if tools else None
+        """Begins a completion; `make_calls` begins what looks for calls in it."""
+        self._text = CompletionText(tokens, sample.stop, special=make_calls is not None)
+        self._calls = make_calls and make_calls()
         self._ends, self._n = sample.stop_ids, 0
 
     def add(self, piece: DrawnToken) -> AnswerPart:
@@ -58,12 +63,14 @@ class ChoiceBuilder:
             [call for part in parts for call in part.calls],
             [entry for part in parts for entry in part.entries],
             "tool_calls" if called else "stop" if stopped else "length",
+            "".join(part.thinking for part in parts),
         )
 
     def _make_part(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> AnswerPart:
         if self._calls is None:
             return AnswerPart(text, [], entries)
-        return AnswerPart(*self._calls.add(text, last=last), entries)
+        said, calls, thinking = self._calls.add(text, last=last)
+        return AnswerPart(said, calls, entries, thinking=thinking)
 
 
 def _pieces(completion: Completion, first: int) -> Iterable[DrawnToken]:
@@ -96,7 +103,7 @@ def join(first: AnswerPart, then: AnswerPart) -> AnswerPart:
     moved = [
         dataclasses.replace(entry, start=entry.start + len(first.text)) for entry in then.entries
     ]
-    return AnswerPart(first.text + then.text, then.calls, first.entries + moved, then.finish)
+    return dataclasses.replace(then, text=first.text + then.text, entries=first.entries + moved)
 
 
 def usage_of(samples: Sequence[SampleRequest], drawn: Iterable[SampleResult]) -> JsonObject:
@@ -133,6 +140,8 @@ class ChatForm:
         if part.calls:
             calls = [{k: v for k, v in call.items() if k != "index"} for call in part.calls]
             message |= {"content": part.text or None, "tool_calls": calls}
+        if part.thinking:
+            message["reasoning_content"] = part.thinking
         return self._choice(index, {"message": message}, part)
 
     def begin(self, index: int) -> JsonObject:
@@ -144,6 +153,8 @@ class ChatForm:
         delta: JsonObject = {"content": part.text} if part.text else {}
         if part.calls:
             delta["tool_calls"] = part.calls
+        if part.thinking:
+            delta["reasoning_content"] = part.thinking
         return self._choice(index, {"delta": delta}, part)
 
     def _choice(self, index: int, content: JsonObject, part: AnswerPart) -> JsonObject:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -26,7 +26,7 @@ from train.serve.routes.openai.answers import (
     join,
     usage_of,
 )
-from train.serve.routes.openai.chat import prompt_of, tools_of
+from train.serve.routes.openai.chat import ToolCalls, make_calls, prompt_of
 from train.serve.routes.openai.models import Models
 from train.serve.routes.openai.pending import Events, PendingSamples, unless_gone
 from train.serve.routes.openai.table import CHAT, COMPLETIONS, FIELDS, STREAM_OPTIONS
@@ -44,7 +44,7 @@ class CompletionRequest:
       model: the client's name of it.
       samples: what to draw, a prompt each.
       form: form of the answer.
-      tools: whether an answer may call tools.
+      make_calls: begins what looks for calls of tools in an answer; None for none.
       echo: whether prompts begin their completions.
       stream: whether the answer comes in parts.
       usage: whether a stream ends with the numbers of tokens.
@@ -53,7 +53,7 @@ class CompletionRequest:
     model: str
     samples: list[SampleRequest]
     form: ChatForm | TextForm
-    tools: bool = False
+    make_calls: Callable[[], ToolCalls] | None = None
     echo: bool = False
     stream: bool = False
     usage: bool = False
@@ -100,7 +100,7 @@ class OpenAI:
                 str(body["model"]),
                 [fields.add_prompt(sample, prompt, self._engine.facts)],
                 ChatForm(self._tokens, top is not None),
-                tools=tools_of(body) is not None,
+                make_calls=make_calls(body, tokens),
                 **_streaming(body),
             ),
         )
@@ -176,7 +176,7 @@ class OpenAI:
         for sample, result in zip(wanted.samples, drawn, strict=True):
             prompt = echo_prompt(self._tokens, sample, result) if wanted.echo else AnswerPart()
             for completion in result.completions:
-                part = ChoiceBuilder(self._tokens, sample, tools=wanted.tools).end(completion)
+                part = ChoiceBuilder(self._tokens, sample, wanted.make_calls).end(completion)
                 choices.append(wanted.form.whole(len(choices), join(prompt, part)))
         return {**wanted.head, "choices": choices, "usage": usage_of(wanted.samples, drawn)}
 
@@ -196,7 +196,7 @@ class OpenAI:
         for k, sample in enumerate(wanted.samples):
             prompt = echo_prompt(self._tokens, sample, None) if wanted.echo else AnswerPart()
             for i in range(n):
-                choices.append(ChoiceBuilder(self._tokens, sample, tools=wanted.tools))
+                choices.append(ChoiceBuilder(self._tokens, sample, wanted.make_calls))
                 if begun := wanted.form.begin(k * n + i):
                     yield event(begun)
                 if prompt.text:
@@ -206,7 +206,7 @@ class OpenAI:
                 k, drawing = item
                 if isinstance(drawing, DrawnToken):
                     part = choices[k * n + drawing.index].add(drawing)
-                    if part.text or part.calls or part.entries:
+                    if part.text or part.calls or part.entries or part.thinking:
                         yield event(wanted.form.part(k * n + drawing.index, part))
                 else:
                     drawn.append(drawing)

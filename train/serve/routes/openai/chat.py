@@ -2,18 +2,19 @@
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from jinja2 import TemplateError
 
-from lora_jax.models.sampling.text import partial_length
 from lora_jax.training.data.rows import check_text, question, shown
 from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.errors import TrainingError
 from train.serve.routes.errors import HttpError, JsonObject
 from train.serve.routes.openai.text import ServedTokenizer
-
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+from train.tools.calls import CallReader, call_format
+from train.tools.formats import FORMATS, CallFormat
+from train.tools.schemas import Tools
 
 
 def tools_of(body: Mapping[str, object]) -> object:
@@ -83,63 +84,44 @@ def _read_message(message: object, index: int) -> object:
 
 
 class ToolCalls:
-    """Finds the calls of tools in an answer, while it grows.
+    """Finds the calls of tools in an answer, while it grows, as OpenAI's JSON.
 
-    A call is an object of JSON with `name` and `arguments`, between the tags that the templates of
-    Hermes and Qwen have. What is no such call stays in the text. White space around calls does not.
+    What can be read as no call stays in the text.
 
     Attributes:
       n: the number of calls so far.
     """
 
-    def __init__(self) -> None:
-        """Begins an answer."""
+    def __init__(self, form: CallFormat = FORMATS["hermes"], tools: Tools = ()) -> None:
+        """Begins an answer in a format."""
         self.n = 0
-        self._held = ""
-        self._after = False  # nothing was said since the last call
+        self._reader = CallReader(form, tools, shows_malformed=True)
 
-    def add(self, text: str, *, last: bool = False) -> tuple[str, list[JsonObject]]:
-        """Takes more of the text; returns what of it is said now, and the calls that are whole."""
-        visible, calls, self._held = "", [], self._held + text
-        while _OPEN in self._held:
-            before, _, rest = self._held.partition(_OPEN)
-            call, after = _read(rest, last)
-            if call is not None:
-                visible += before.rstrip()
-                self._held, self._after = after, True
-                calls.append({"index": self.n, **call})
-                self.n += 1
-            elif last:
-                visible, self._held = visible + before + _OPEN, rest
-            else:
-                visible += before.rstrip()
-                self._held = self._held[len(before.rstrip()) :]
-                return visible, calls
-        if self._after:
-            self._held = self._held.lstrip()
-        kept = len(self._held) - partial_length(self._held, [_OPEN])
-        kept = len(self._held) if last else len(self._held[:kept].rstrip())
-        visible, self._held = visible + self._held[:kept], self._held[kept:]
-        self._after &= kept == 0
-        return visible, calls
+    def add(self, text: str, *, last: bool = False) -> tuple[str, list[JsonObject], str]:
+        """Takes more of the text; returns text, whole calls and thoughts that are known now."""
+        answer = self._reader.add(text, last=last)
+        calls = [
+            {
+                "index": index,
+                "id": f"call_{uuid.uuid4().hex}",
+                "type": "function",
+                "function": {"name": written.call.name, "arguments": written.text},
+            }
+            for index, written in enumerate(answer.calls, start=self.n)
+        ]
+        self.n += len(calls)
+        return answer.text, calls, answer.thinking
 
 
-def _read(text: str, last: bool) -> tuple[JsonObject | None, str]:
-    """Returns the call that a text begins with, if it is whole, and what follows it."""
-    begun = text.lstrip()
-    try:
-        call, end = json.JSONDecoder().raw_decode(begun)
-    except (ValueError, RecursionError):
-        return None, text
-    rest = begun[end:].lstrip()
-    closed = rest.startswith(_CLOSE)
-    if not closed and not (last and not rest):  # the end of an answer may take the place of the tag
-        return None, text
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None, text
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    function = {"name": call["name"], "arguments": arguments}
-    made: JsonObject = {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-    return made, rest.removeprefix(_CLOSE)
+def make_calls(
+    body: Mapping[str, object], tokens: ServedTokenizer
+) -> Callable[[], ToolCalls] | None:
+    """Returns a maker of readers for the calls of an answer; None where a chat has no tools.
+
+    A template whose format is not known is read as Hermes'.
+    """
+    tools = tools_of(body)
+    if not isinstance(tools, list):
+        return None
+    template = tokens.tokenizer.get_chat_template(None, tools)
+    return partial(ToolCalls, call_format(template) or FORMATS["hermes"], tools)
