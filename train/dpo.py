@@ -6,14 +6,15 @@ train.dpo --help` lists the options. The run itself is in `train.finetune`.
 
 from train.options.defaults import Defaults
 from train.options.scripts import dpo as options
-from train.run.output import resumed_reference
+from train.run.output import resumed_option
 from train.script import TrainingScript
 from train.settings.defaults import fill_defaults
 
 
 def completed(config: options.Config, defaults: Defaults) -> options.Config:
     """Fills in defaults; a resumed run keeps its reference."""
-    return options.fill_reference(fill_defaults(config, defaults), resumed_reference(config))
+    reference = resumed_option(config, "reference")
+    return options.fill_reference(fill_defaults(config, defaults), reference)
 
 
 SCRIPT = TrainingScript(

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class TrainingScript:
       plain: its options, none of them given.
       check_options: raises a UserError for options that make no sense for any task.
       completed: fills in a task's defaults.
+      with_dataset: fills in --dataset where it depends on the options that were given.
       prior: trains what a run begins with; None where no task of the script needs it.
       own_output: the output folder, if none is given, of a run on other data than the default ones;
         None for the same. --resume also finds a run of these data in the folder of the default
@@ -50,6 +51,7 @@ class TrainingScript:
     plain: Options
     check_options: Callable[[Any], None]
     completed: Callable[[Any, Defaults], Any] = fill_defaults
+    with_dataset: Callable[[Any, Collection[str]], Any] = lambda config, given: config
     prior: PriorRuns | None = None
     own_output: str | None = None
 
@@ -65,6 +67,7 @@ class TrainingScript:
     def _read(self, args: Sequence[str] | None) -> tuple[Any, frozenset[str], dict[str, int]]:
         given = sys.argv[1:] if args is None else args
         config, on_line, in_file = read_line(self.plain, given, self.name)
+        config = self.with_dataset(config, on_line | in_file.keys())
         is_own = config.data.dataset != self.plain.data.dataset
         if is_own and self.own_output and "output" not in (on_line | in_file.keys()):
             own, older = Path(self.own_output), Path(config.run.output)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting
 from train.run import output
 from train.run.intrinsic import space_of
-from train.run.log import QuietLog, RunLog, draw_curve, read_metrics
+from train.run.log import QuietLog, RunLog, draw_curve, draw_progress, read_metrics
 from train.run.pretrained import ModelInfo
 from train.run.report import peak_bytes, print_best, versions
 from train.run.rules import rules
@@ -59,6 +59,7 @@ class Run:
     about: dict[str, Any]  # what the saved adapter says of its base
     hint: str  # tells an interrupted user how to go on
     score: str | None = None  # the name of the task's score
+    watched: Mapping[str, str] = dataclasses.field(default_factory=dict)  # see `Task`
 
     @property
     def pauses(self) -> bool:
@@ -196,6 +197,7 @@ def open_run_log(run: Run, ready: TrainingStart, done: int) -> Iterator[RunLog |
             last=run.steps,
             owed=ready.owed,
             reporting=reporting,
+            watched=run.watched,
         )
 
 
@@ -212,6 +214,8 @@ def make_report(
     metrics = read_metrics(run.folder)
     if is_first():
         draw_curve(run.folder, metrics, loss.label)
+        if drawn := draw_progress(run.folder, metrics, run.watched):
+            tell(run.console, drawn)
     report = {
         "summary": lj.summary(trained, in_training=True),
         "steps": run.steps,

@@ -8,11 +8,12 @@ step appears twice.
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,9 +25,13 @@ from train.reporters.files import METRICS, SAMPLES, read_lines, write_lines
 from train.reporters.reporting import Reporting
 
 CURVE = "loss.png"
+PROGRESS = "progress.png"
 SAMPLED = "sample_"  # the measure of sampled answers, beside HELD_OUT and SCORE
 _LONGEST = 200  # characters of a sampled answer in the log
 _LINE_SECONDS = 30.0  # between lines of progress in a log file
+_STEP_SECONDS = 1.0  # between the lines of steps, where a task says what to watch
+_PARTS = 20  # of a curve, over each of which a mean is taken
+_COLUMNS = 120  # characters of such a line
 
 
 class RunLog:
@@ -41,6 +46,7 @@ class RunLog:
         last: int,
         owed: Sequence[str] = (),
         reporting: Reporting | None = None,
+        watched: Mapping[str, str] | None = None,
     ) -> None:
         """Opens the log.
 
@@ -50,11 +56,13 @@ class RunLog:
           first, last: the steps.
           owed: prefixes of the measures that have to be taken again after step `first`.
           reporting: gets all lines, those of an earlier process first; None for none.
+          watched: the metrics that the line of a step shows, each explained; none for all.
         """
         self._console = console
         self._last = last
         self._began, self._first = time.monotonic(), first
         self._reporting = reporting
+        self._watched, self._shown = watched or {}, float("-inf")
 
         def is_kept(line: Line) -> bool:
             again = any(name.startswith(tuple(owed)) for name in line)
@@ -84,6 +92,10 @@ class RunLog:
             self._task = self._progress.add_task("compiling", total=last, completed=first)
 
     def __enter__(self) -> "RunLog":
+        if self._watched:
+            tell(self._console, f"what to watch (all metrics are in {METRICS}):")
+        for name, why in self._watched.items():
+            tell(self._console, f"  {name}: {why}")
         if self._progress:
             self._progress.start()
         return self
@@ -151,12 +163,21 @@ class RunLog:
 
     def _show(self, line: Line) -> None:
         text = f"{losses_of(line)}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
+        if self._watched:
+            shown = (f"{name} {line[name]:.3g}" for name in self._watched if name in line)
+            text = "  ".join(shown)
         if self._progress:
             self._progress.update(self._task, completed=line["step"], description=text)
             return
-        done = line["step"] - self._first
-        left = (time.monotonic() - self._began) / max(done, 1) * (self._last - line["step"])
-        tell(self._console, f"step {line['step']}/{self._last}  {text}  {duration(left)} left")
+        now, done = time.monotonic(), line["step"] - self._first
+        if self._watched and now - self._shown < _STEP_SECONDS and line["step"] < self._last:
+            return
+        self._shown = now
+        left = (now - self._began) / max(done, 1) * (self._last - line["step"])
+        text = f"step {line['step']}/{self._last}  {text}  {duration(left)} left"
+        if self._watched and len(text) > _COLUMNS:
+            text = text.rpartition("  ")[0]
+        tell(self._console, text)
 
 
 class QuietLog(NullLog):
@@ -240,3 +261,40 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.savefig(folder / CURVE, dpi=120)
+
+
+def draw_progress(folder: Path, lines: Sequence[Line], watched: Collection[str]) -> str:
+    """Draws each metric that a task says to watch over the steps, as one PNG.
+
+    Args:
+      folder: the folder to write it to.
+      lines: the run's metrics; see `read_metrics`.
+      watched: the names of the metrics, the most telling one first.
+
+    Returns:
+      A sentence on that metric, at the beginning and the end; "" where nothing is drawn.
+    """
+    from matplotlib.figure import Figure  # only here: it takes half a second
+
+    points = {name: [(x["step"], x[name]) for x in lines if name in x] for name in watched}
+    points = {name: curve for name, curve in points.items() if curve}
+    if not points:
+        return ""
+    figure = Figure(figsize=(7, 1.2 + 1.5 * len(points)), layout="tight")
+    panels = figure.subplots(len(points), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, curve) in zip(panels, points.items(), strict=True):
+        steps, values = np.array(curve).T
+        width = max(1, len(values) // _PARTS)
+        mean = np.convolve(values, np.full(width, 1 / width), "valid")
+        axes.plot(steps, values, alpha=0.3)
+        axes.plot(steps[width - 1 :], mean, color="C0")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("step")
+    figure.savefig(folder / PROGRESS, dpi=120)
+    name, curve = next(iter(points.items()))
+    n = max(1, len(curve) // _PARTS)
+    first, last = (sum(value for _, value in some) / n for some in (curve[:n], curve[-n:]))
+    steps_ = "step" if n == 1 else f"{n} steps"
+    where = folder / PROGRESS
+    return f"{name}: {first:.3g} in the first {steps_}, {last:.3g} in the last; drawn in {where}"

@@ -19,15 +19,15 @@ from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.reporters.registry import TRACKERS
-from train.run.log import CURVE, read_metrics
+from train.run.log import CURVE, PROGRESS, read_metrics
 from train.settings.files import CONFIG, check_same_run, options_file, read_options_file
 
 FACTS = "facts.json"  # what came of them: steps, sizes, versions
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
-_RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, CONFUSION)
-_REPORTS = (LEDGER, LOG, ERROR, *(one.files for one in TRACKERS.values() if one.files))
+_RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, PROGRESS)
+_REPORTS = (CONFUSION, LEDGER, LOG, ERROR, *(one.files for one in TRACKERS.values() if one.files))
 _OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
 _TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
 
@@ -119,10 +119,10 @@ def saved_options(config: Options) -> dict[str, Any]:
     return _saved_options(config, Path(config.run.output).expanduser())
 
 
-def resumed_reference(config: Options) -> str | None:
-    """Returns --reference of the run that is resumed; None for a run that begins."""
+def resumed_option(config: Options, name: str) -> str | None:
+    """Returns an option of the run that is resumed; None for a run that begins."""
     begun = (Path(config.run.output).expanduser() / CONFIG).exists()
-    return saved_options(config).get("reference") if begun else None
+    return saved_options(config).get(name) if begun else None
 
 
 def _saved_options(config: Options, folder: Path) -> dict[str, Any]:

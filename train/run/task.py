@@ -219,6 +219,8 @@ class Task:
         not (see `Traits`), such as --seed; --output, where those of each run are its own.
       score: the name of the score that tells how good the model is, the higher the better; None
         where there is none but the loss.
+      watched: the metrics to look at in training, which a step's line shows, each explained; the
+        most telling one first. {} for all.
       baselines: returns that score of what needs no training, by name, from a run's scores.json.
     """
 
@@ -234,6 +236,7 @@ class Task:
     prepare: Callable[[ModelContext], tuple[TrainingStart, Data]] = lambda of: (of.ready, of.data)
     reads: Callable[[Any], tuple[str, ...]] = reads_all
     score: str | None = None
+    watched: Mapping[str, str] = dataclasses.field(default_factory=dict)
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = lambda scores: {}
 
     def check_options(self, config: Options) -> None:

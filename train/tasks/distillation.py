@@ -60,5 +60,10 @@ TASK: Task = dataclasses.replace(
     evaluation=lambda context: None,
     prepare=distillation.prepare,
     score=None,
+    watched={
+        "reverse_kl": "how much likelier completions are to the student than to the teacher, in "
+        "nats a token; it should fall",
+        **prompts.SAMPLER,
+    },
     baselines=lambda scores: {},
 )

@@ -337,6 +337,18 @@ def evaluation(context: EvaluationContext) -> RewardEvaluation | None:
     return RewardEvaluation(context, feed) if context.rows.held_out else None
 
 
+SAMPLER = {  # what to watch where completions are drawn
+    "entropy": "how varied completions are, in nats a token; near 0 nothing new is tried",
+    "mismatch_max": "the most that a token's log-probability differs between sampler and trainer: "
+    "about 1e-6 in fp32, 0.1 in bf16",
+    "length": "tokens of a completion; at --max-new-tokens, completions are cut off",
+}
+WATCHED = {
+    "reward": "the mean over completions; it should rise",
+    "zero_spread": "the share of prompts whose completions have equal rewards, and teach nothing; "
+    "near 1, they are too hard or learned",
+    **SAMPLER,
+}
 TASK = Task(
     defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=5e-5, full_lr=5e-6),
     check=check,
@@ -349,5 +361,6 @@ TASK = Task(
     prepare=reinforcement.prepare,
     reads=lambda config: ("output",),  # a feed holds what its run has drawn
     score=REWARD,
+    watched=WATCHED,
     baselines=lambda scores: {k: v for k, v in scores.get(REWARD, {}).items() if k == BASE},
 )

@@ -12,7 +12,8 @@ from train.reporters.files import METRICS, SAMPLES, read_lines
 from train.reporters.reporting import Reporting
 from train.reporters.tensorboard import TensorBoard
 from train.run import log as run_log
-from train.run.log import RunLog, draw_curve, duration, read_metrics
+from train.run.log import RunLog, draw_curve, draw_progress, duration, read_metrics
+from train.tasks import prompts
 
 
 def line(step):
@@ -76,6 +77,52 @@ def test_a_terminal_gets_a_progress_bar(tmp_path):
         log.add({"step": 1, "eval_loss": 0.5})
         log.add(line(2))
     assert "2/2" in console.file.getvalue() and "loss 0.5000" in console.file.getvalue()
+
+
+WATCHED = {"reward": "should rise", "zero_spread": "teaches nothing", "length": "tokens"}
+
+
+def rewarded(step, **others):
+    return line(step) | {"reward": -1.23456e-05 * step, "length": 12.0, "kl": 0.5} | others
+
+
+@pytest.mark.parametrize("seconds", [0.0, float("inf")])
+def test_a_step_shows_what_to_watch_and_the_record_has_the_rest(seconds, tmp_path, monkeypatch):
+    """Lines of steps that follow one another closely are left out; the last one never is."""
+    monkeypatch.setattr(run_log, "_STEP_SECONDS", seconds)
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with RunLog(tmp_path, console, first=0, last=3, watched=WATCHED) as log:
+        for step in (1, 2, 3):
+            log.add(rewarded(step))
+    text = console.file.getvalue()
+    assert text.count("  zero_spread: teaches nothing\n") == 1
+    steps = [one for one in text.splitlines() if one.startswith("step")]
+    assert [one.split()[1] for one in steps] == (
+        ["1/3", "2/3", "3/3"] if not seconds else ["1/3", "3/3"]
+    )
+    assert steps[-1] == "step 3/3  reward -3.7e-05  length 12  0 s left"
+    assert all({"kl", "lr", "loss", "tokens_per_s"} <= one.keys() for one in read_metrics(tmp_path))
+    assert len(read_metrics(tmp_path)) == 3
+
+
+def test_the_line_of_a_step_fits_120_columns(tmp_path):
+    names = prompts.WATCHED
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with RunLog(tmp_path, console, first=0, last=100_000, watched=names) as log:
+        log.add(rewarded(99_999, **dict.fromkeys(names, -1.23456e-05)))
+    (step,) = (one for one in console.file.getvalue().splitlines() if one.startswith("step"))
+    assert len(step) <= 120 and all(f"{name} -1.23e-05" in step for name in names), step
+
+
+def test_progress_is_a_picture_and_a_sentence(tmp_path):
+    lines = [rewarded(step, reward=step / 40) for step in range(1, 41)] + [
+        {"step": 41, "skipped": 1.0}
+    ]
+    told = draw_progress(tmp_path, lines, WATCHED)
+    assert told.startswith("reward: 0.0375 in the first 2 steps, 0.988 in the last; drawn in ")
+    assert told.endswith("progress.png") and (tmp_path / "progress.png").stat().st_size > 5_000
+    assert draw_progress(tmp_path / "none", [line(1)], WATCHED) == ""
+    assert draw_progress(tmp_path / "none", lines, {}) == "" and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("constrained", [False, True])  # a user's own setting

@@ -14,6 +14,7 @@ from tests.train.tiny import write_jsonl
 from train import grpo, start
 from train.environments import arithmetic
 from train.processes.session import Session
+from train.settings.files import options_file
 from train.tasks import sums as making
 
 
@@ -56,6 +57,17 @@ def test_the_base_is_made_for_the_task_and_for_rows_of_ones_own(
     prior = SimpleNamespace(train_base=lambda script, line, *others: tmp_path / script)
     begun = grpo.task_of(config).begin(config, Session(), prior)
     assert begun.data.model == (model if model == "another" else str(tmp_path / "train.sft"))
+
+
+def test_rewards_begin_with_sums_and_a_base_of_ones_own_with_sql(tmp_path):
+    config = grpo.parse([])
+    assert (config.data.dataset, config.data.model) == ("arithmetic", making.MODEL)
+    own = ["--model", "owner/model"]
+    assert grpo.parse(own).data.dataset == "sql"
+    assert grpo.parse([*own, "--dataset", "arithmetic"]).data.dataset == "arithmetic"
+    older = grpo.parse(["--dataset", "sql", "--output", str(tmp_path)])
+    (tmp_path / "config.yaml").write_text(options_file(older, "train.grpo"))
+    assert grpo.parse(["--output", str(tmp_path), "--resume"]).data.dataset == "sql"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The options of `python -m train.grpo`."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 import tyro
@@ -12,11 +13,12 @@ from train.console.errors import UserError, flag
 from train.console.help import HelpPage
 from train.options import field
 from train.options.field import option
-from train.options.scripts import rollouts
+from train.options.file import replace_options
+from train.options.scripts import rollouts, sft
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig, RolloutOptions
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
-DEFAULT_TASK = "sql"  # of train/settings/tasks.py
+DEFAULT_TASK = "arithmetic"  # of train/settings/tasks.py
 RLOO, DR_GRPO = "rloo", "dr_grpo"
 LossName = Literal[*ONLINE, DR_GRPO, RLOO]  # type: ignore[valid-type]
 _LOSS = (
@@ -32,10 +34,11 @@ class GrpoDataConfig(RolloutDataConfig):
     """Model, prompts, completions and rewards."""
 
     dataset: str = DEFAULT_TASK
-    """"sql" (the default task: questions whose answers are executed), "arithmetic", a file (JSONL,
-    JSON, CSV, TSV, also gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or
-    a dataset on the hub. Each row has a `prompt` (a text or turns) or `messages`; a reward gets all
-    other fields."""
+    """"arithmetic" (the default task: sums, with a small model that is made for them), "sql"
+    (questions whose answers are executed; the default with --model or --init-adapter), a file
+    (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder of them, a folder that `datasets`
+    saved, or a dataset on the hub. Each row has a `prompt` (a text or turns) or `messages`; a
+    reward gets all other fields."""
     reward: tuple[str, ...] = option((), field.HIDDEN)
     """Rewards of a completion: file.py:function, the folder of a run of `train.classify --labels
     pairs`, sql, arithmetic, or length; or several, which are added up. A function gets lists by
@@ -124,6 +127,21 @@ class Config(RolloutOptions):
     adapter: SftAdapterConfig = SftAdapterConfig()
     optim: GrpoOptimConfig = GrpoOptimConfig()
     run: GrpoRunConfig = GrpoRunConfig()
+
+
+def fill_dataset(config: Config, given: Collection[str], resumed: str | None = None) -> Config:
+    """Fills in --dataset for a base of one's own: the task that `train.sft` fine-tunes it on.
+
+    Args:
+      config: the options.
+      given: the names of those that were given.
+      resumed: the data of the run that is resumed; None for a run that begins.
+    """
+    if "dataset" in given:
+        return config
+    has_base = "model" in given or "init_adapter" in given
+    name = resumed or (sft.DEFAULT_TASK if has_base else DEFAULT_TASK)
+    return replace_options(config, {"dataset": name})
 
 
 def fill_reference(config: Config, reference: str | None = None) -> Config:
