@@ -7,56 +7,32 @@ a user's function starts by "spawn" or "forkserver" imports it, too, to find the
 
 import asyncio
 import base64
-import importlib
-import importlib.machinery
 import importlib.util
 import inspect
 import json
 import math
-import os
 import pickle
-import queue
-import re
-import signal
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from train.processes import user_files
+else:
+    _PATH = Path(__file__).parents[1] / "processes" / "user_files.py"
+    _SPEC = importlib.util.spec_from_file_location("_user_files", _PATH)
+    user_files = importlib.util.module_from_spec(_SPEC)
+    _SPEC.loader.exec_module(user_files)
+user_files.PROGRAMS.add(__file__)
 
 # What each function may take, beside columns; the last three are TRL's.
 OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 EXCEPTION, NUMBER_OF_RESULTS = "exception", "wrong number of results"
 NO_LIST, NO_NUMBER, NOT_FINITE = "not a list", "not a number", "not finite"
-_MODULE = re.compile(r"_rewards_(\d+)")
 _LARGEST = 3.4e38  # of fp32
 FAILED = math.inf  # in the place of a value
-
-
-class NoFunction(Exception):
-    """A file has no such function, or one that cannot be used as it is."""
-
-
-class RewardFinder:
-    """Imports the files of the command line as `_rewards_0`, …, in order: a finder of modules.
-
-    A file is a package, with the files beside it as its modules: relative imports find them.
-    """
-
-    @staticmethod
-    def find_spec(name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
-        """Returns the spec of one of the files; None for other modules."""
-        if (match := _MODULE.fullmatch(name)) is None:
-            return None
-        path = _paths()[int(match[1])]
-        beside = [str(Path(path).absolute().parent)]
-        return importlib.util.spec_from_file_location(name, path, submodule_search_locations=beside)
-
-
-def _paths() -> list[str]:
-    return [*dict.fromkeys(spec.rpartition(":")[0] for spec in sys.argv[1:])]
 
 
 class Function(NamedTuple):
@@ -80,12 +56,7 @@ def find(spec: str) -> Function:
       NoFunction: the file has no such function.
       BaseException: whatever the file raises.
     """
-    path, _, name = spec.rpartition(":")
-    module = _import(path)
-    target = getattr(module, name, None)
-    if not callable(target):
-        functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        raise NoFunction(f"it has no function {name!r}, but: {', '.join(functions) or 'none'}")
+    name, target = spec.rpartition(":")[2], user_files.load(spec)
     if inspect.isclass(target):
         target = _instantiate(target, name)
     taken = inspect.signature(target).parameters.values()
@@ -97,59 +68,24 @@ def find(spec: str) -> Function:
     )
 
 
-def _import(path: str) -> Any:
-    """Returns the module of a file, imported once; its folder is where it finds others."""
-    name, folder = f"_rewards_{_paths().index(path)}", Path(path).absolute().parent
-    if name in sys.modules:
-        return sys.modules[name]
-    sys.path.insert(0, str(folder))
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        own = _own_frames(error)
-        match = own and re.match(r"from (\.\.+)\s*(.*)", own[-1].line or "")
-        if not match or "relative import" not in str(error):
-            raise
-        dots, rest = match.groups()
-        absolute = rest if rest.startswith("import ") else f"from {rest}"
-        above = Path(own[-1].filename).absolute().parents[len(dots) - 1]
-        raise NoFunction(
-            f"{said(error)}: relative imports reach the files beside it alone; write `{absolute}`, "
-            f"and set PYTHONPATH={above}"
-        ) from error
-
-
 def _instantiate(given: type[Any], name: str) -> Callable[..., Any]:
     """Returns an object of a class, to be called."""
     if not any("__call__" in vars(base) for base in given.__mro__):
-        raise NoFunction(f"{name} is a class, and its objects cannot be called: give it __call__")
+        raise user_files.NoFunction(
+            f"{name} is a class, and its objects cannot be called: give it __call__"
+        )
     wanted = [
         p.name
         for p in inspect.signature(given).parameters.values()
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     if wanted:
-        raise NoFunction(
+        raise user_files.NoFunction(
             f"{name} is a class whose objects need {', '.join(wanted)}: make one in the file, such "
             f"as `judge = {name}(…)`, and name that"
         )
     made: Callable[..., Any] = given()
     return made
-
-
-def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """Returns the frames of a traceback that are of files of others, not of this one."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
-
-
-def said(error: BaseException) -> str:
-    """Returns the last line of a traceback, with the file and the line that it is about."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-    own = _own_frames(error)
-    if not own or isinstance(error, SyntaxError):  # which says itself where it is
-        return text
-    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
 
 
 class RewardLog:
@@ -208,7 +144,7 @@ def _call(function: Function, keywords: Mapping[str, Any], n: int) -> dict[str, 
             return {"values": [FAILED] * n, "failures": {NO_LIST: [n, wrong]}}
         results = list(returned)
     except (Exception, SystemExit) as error:
-        return {"values": [FAILED] * n, "failures": {EXCEPTION: [n, said(error)]}}
+        return {"values": [FAILED] * n, "failures": {EXCEPTION: [n, user_files.said(error)]}}
     if len(results) != n:
         text = f"{len(results)} results for {n} completions"
         return {"values": [FAILED] * n, "failures": {NUMBER_OF_RESULTS: [n, text]}}
@@ -240,40 +176,21 @@ def _no_list(result: Any) -> str | None:
     return f"it returned {what}; a list with a number, or None, for each completion is needed"
 
 
-def _requests(source: TextIO) -> "queue.SimpleQueue[str]":
-    """Returns a queue of the lines; when they end, ends this process, whatever it does."""
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in source:
-            lines.put(line)
-        if sys.platform != "win32":
-            os.killpg(0, signal.SIGKILL)  # and what the functions have started
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    return lines
-
-
 def main() -> None:
     """Answers requests until the input ends."""
-    # A function that prints or reads must not meddle with requests and answers.
-    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(2, 1)
+    requests, answers = user_files.take_pipes()
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
-    lines = _requests(requests)
+    lines = user_files.requests(requests)
     functions = []
     for spec in sys.argv[1:]:
         try:
             functions.append(find(spec))
         except BaseException as error:
-            known = isinstance(error, NoFunction)
-            answer({"spec": spec, "error": str(error) if known else said(error)})
+            known = isinstance(error, user_files.NoFunction)
+            answer({"spec": spec, "error": str(error) if known else user_files.said(error)})
             return
     answer({"needs": [function.needs for function in functions]})
     while True:
@@ -282,6 +199,6 @@ def main() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the second is its name in processes that are started
-    sys.meta_path.append(RewardFinder)
+    sys.meta_path.append(user_files.FileFinder)
 if __name__ == "__main__":
     main()

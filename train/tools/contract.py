@@ -61,16 +61,21 @@ class Episode(Protocol):
         TRL; None for none.
       lost: the reason that the row is lost from the start, as `reset` raised, hung or was killed;
         else None.
+      problem: the reason that `reward` failed; else None.
     """
 
     opening: str | None
     lost: str | None
+    problem: str | None
 
     def call(self, calls: Sequence[ToolCall]) -> "Future[EpisodeTurn]":
         """Runs the calls of a turn, one after the other; does not block."""
 
     def reward(self) -> "Future[float | None]":
-        """Returns the environment's own reward; None where it has none. Does not block."""
+        """Returns the environment's own reward; does not block.
+
+        None: it has none, or no opinion. Infinite: it failed, as for `RewardValues`.
+        """
 
     def close(self) -> None:
         """Ends the conversation; its environment's process serves others."""
@@ -81,17 +86,23 @@ class EpisodeHost(Protocol):
 
     Attributes:
       tools: JSON schemas as `transformers.utils.get_json_schema` makes them, for the chat template.
+      name: the name of the environment's class; "" for none.
       rewards: whether environments have a reward of their own.
     """
 
     tools: list[dict[str, Any]]
+    name: str
     rewards: bool
 
-    def open(self, rows: Sequence[Row]) -> "list[Future[Episode]]":
+    def open(
+        self, rows: Sequence[Row], seeds: Sequence[int] | None = None
+    ) -> "list[Future[Episode]]":
         """Opens an episode for each completion, by `reset` with the fields of its row.
 
         Args:
           rows: the row of each completion: [n], with a row that has n completions n times.
+          seeds: seeds of `random` in each episode; None for one by the row's fields. Episodes with
+            the same seed and deterministic tools are the same.
         """
 
     def close(self) -> None:

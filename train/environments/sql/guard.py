@@ -73,11 +73,16 @@ def _filled(script: str) -> bytes:
         return connection.serialize()
 
 
-def run(connection: sqlite3.Connection, sql: str) -> Rows:
+def run(connection: sqlite3.Connection, sql: str, errors: list[str] | None = None) -> Rows:
     """Returns the rows of a query, or why it has none: see `REFUSED` and others.
 
     Its time is not limited here, but its instructions are: so a result does not depend on how busy
     the machine is.
+
+    Args:
+      connection: the database.
+      sql: the query.
+      errors: gets what SQLite says of a query with an error.
     """
     reasons = list[str]()
     asked = looks = 0
@@ -110,7 +115,9 @@ def run(connection: sqlite3.Connection, sql: str) -> Rows:
         rows = connection.execute(sql).fetchmany(_MAX_ROWS + 1)
     except MemoryError:
         return TIMEOUT
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
+        if errors is not None:
+            errors.append(str(error))
         return reasons[0] if reasons else ERROR  # ValueError: such as NUL, which SQLite cannot take
     finally:
         connection.set_progress_handler(None, 0)

@@ -1,0 +1,48 @@
+"""A database that a model may ask before it answers a question, as an environment of tools."""
+
+import json
+from contextlib import ExitStack
+
+from train.environments.sql.databases import open_databases
+from train.environments.sql.guard import REFUSED, TIMEOUT, run
+from train.environments.sql.schemas import SCHEMAS
+
+_SHOWN = 20  # rows
+_WHY = {
+    REFUSED: "only one SELECT is allowed, on the tables of the database",
+    TIMEOUT: "the query takes too long, or has too many rows",
+}
+
+
+class SqlSession:
+    """Runs queries on one of the databases of a question's schema.
+
+    The reward `sql` judges the answer on others, too.
+    """
+
+    def __init__(self) -> None:
+        """Opens nothing yet."""
+        self._open = ExitStack()
+
+    def reset(self, schema: str) -> None:
+        """Opens a new database of a schema."""
+        self._open.close()
+        self._database = self._open.enter_context(open_databases(SCHEMAS[schema]))[0]
+
+    def run_query(self, sql: str) -> str:
+        """Runs a query on the database, to see what it returns before you answer.
+
+        Args:
+            sql: One SELECT statement of SQLite.
+
+        Returns:
+            The rows, or the error.
+        """
+        errors: list[str] = []
+        found = run(self._database, str(sql), errors)
+        if isinstance(found, str):
+            raise ValueError(_WHY.get(found) or errors[-1])
+        lines = [json.dumps(row, ensure_ascii=False, default=repr) for row in found[:_SHOWN]]
+        if len(found) > _SHOWN:
+            lines.append(f"and {len(found) - _SHOWN} more rows")
+        return "\n".join(lines) or "no rows"

@@ -1,1 +1,0 @@
-"""Completions of several turns: rows that call tools, wait, and go on independently."""

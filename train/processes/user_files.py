@@ -1,0 +1,127 @@
+"""A user's files, imported by programs of their own; such a program loads this file by its path.
+
+It imports the standard library alone, and is no module of `train` there: a user's file is the only
+one to import more, and finds a `train` of its own beside it.
+"""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+_MODULE = re.compile(r"_user_(\d+)")
+
+
+# Files that run a user's functions: their frames are not the user's.
+PROGRAMS = {__file__}
+
+
+class NoFunction(Exception):
+    """A file has no such function, or one that cannot be used as it is."""
+
+
+class FileFinder:
+    """Imports the files of the command line as `_user_0`, …, in order: a finder of modules.
+
+    A file is a package, with the files beside it as its modules: relative imports find them.
+    """
+
+    @staticmethod
+    def find_spec(name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        """Returns the spec of one of the files; None for other modules."""
+        if (match := _MODULE.fullmatch(name)) is None:
+            return None
+        path = _paths()[int(match[1])]
+        beside = [str(Path(path).absolute().parent)]
+        return importlib.util.spec_from_file_location(name, path, submodule_search_locations=beside)
+
+
+def _paths() -> list[str]:
+    specs = (argument for argument in sys.argv[1:] if ":" in argument)
+    return [*dict.fromkeys(spec.rpartition(":")[0] for spec in specs)]
+
+
+def load(spec: str) -> Any:
+    """Returns the function or class that ``file.py:name`` names.
+
+    Raises:
+      NoFunction: the file has no such function.
+      BaseException: whatever the file raises.
+    """
+    path, _, name = spec.rpartition(":")
+    module = _import(path)
+    target = getattr(module, name, None)
+    if not callable(target):
+        functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+        raise NoFunction(f"it has no function {name!r}, but: {', '.join(functions) or 'none'}")
+    return target
+
+
+def _import(path: str) -> Any:
+    """Returns the module of a file, imported once; its folder is where it finds others."""
+    name, folder = f"_user_{_paths().index(path)}", Path(path).absolute().parent
+    if name in sys.modules:
+        return sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        own = _own_frames(error)
+        match = own and re.match(r"from (\.\.+)\s*(.*)", own[-1].line or "")
+        if not match or "relative import" not in str(error):
+            raise
+        dots, rest = match.groups()
+        absolute = rest if rest.startswith("import ") else f"from {rest}"
+        above = Path(own[-1].filename).absolute().parents[len(dots) - 1]
+        raise NoFunction(
+            f"{said(error)}: relative imports reach the files beside it alone; write `{absolute}`, "
+            f"and set PYTHONPATH={above}"
+        ) from error
+
+
+def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Returns the frames of a traceback that are of files of others, not of this one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f for f in frames if f.filename not in PROGRAMS and not f.filename.startswith("<")]
+
+
+def said(error: BaseException) -> str:
+    """Returns the last line of a traceback, with the file and the line that it is about."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    own = _own_frames(error)
+    if not own or isinstance(error, SyntaxError):  # which says itself where it is
+        return text
+    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+
+
+def requests(source: TextIO) -> "queue.SimpleQueue[str]":
+    """Returns a queue of the lines; when they end, ends this process, whatever it does."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in source:
+            lines.put(line)
+        if sys.platform != "win32":
+            os.killpg(0, signal.SIGKILL)  # and what it has started
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def take_pipes() -> tuple[TextIO, TextIO]:
+    """Returns stdin and stdout, which a function that reads or prints then cannot meddle with."""
+    source, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    return source, answers

@@ -1,0 +1,279 @@
+"""The program that runs a user's tools and environments; `host.py` starts it.
+
+It imports the files once, and forks a process for each episode, which answers over a socket of its
+own: what a tool does to its process ends that episode alone. Arguments: ``describe`` or ``serve``,
+the number of environments (0 or 1), and ``file.py:name`` of each, the environment last: its tools
+come after the functions, as in TRL.
+"""
+
+import asyncio
+import base64
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import random
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.processes import user_files
+else:
+    _PATH = Path(__file__).parents[1] / "processes" / "user_files.py"
+    _SPEC = importlib.util.spec_from_file_location("_user_files", _PATH)
+    user_files = importlib.util.module_from_spec(_SPEC)
+    _SPEC.loader.exec_module(user_files)
+user_files.PROGRAMS.add(__file__)
+
+RESET, REWARD = "reset", "get_reward"  # TRL's names
+LONGEST = 1_000_000  # characters of what a tool returns; the rest is cut off
+Tool = Callable[..., Any]
+
+
+class SpecError(Exception):
+    """A spec cannot be used: its text, and why."""
+
+
+def methods_of(environment: Any) -> dict[str, Tool]:
+    """Returns an environment's tools by name: its public methods, as in TRL.
+
+    Raises:
+      NoFunction: it has no `reset`.
+    """
+    names = [name for name, _ in inspect.getmembers(type(environment), inspect.isfunction)]
+    if RESET not in names:
+        raise user_files.NoFunction(f"{type(environment).__name__} has no method `{RESET}`")
+    own = (name for name in names if name not in (RESET, REWARD) and not name.startswith("_"))
+    return {name: getattr(environment, name) for name in own}
+
+
+def make_environment(spec: str, make: Tool) -> Any:
+    """Returns an environment.
+
+    Raises:
+      NoFunction: it cannot be made without arguments.
+    """
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        name = spec.rpartition(":")[2]
+        raise user_files.NoFunction(
+            f"{name}() is called without arguments: {error}; give each a default"
+        ) from None
+    return make()
+
+
+def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]:
+    """Returns the JSON schemas of all tools, and whether environments have a reward.
+
+    Raises:
+      SpecError: a tool has no name of its own, no docstring, or arguments without types.
+    """
+    from transformers.utils import get_json_schema
+
+    schemas, has_reward = dict[str, Any](), False
+    for index, (spec, target) in enumerate(targets.items()):
+        try:
+            if index >= len(targets) - n_environments:
+                environment = make_environment(spec, target)
+                tools = methods_of(environment)
+                has_reward = callable(getattr(environment, REWARD, None))
+            else:
+                tools = {_name_of(spec, target): target}
+        except Exception as error:
+            known = isinstance(error, user_files.NoFunction)
+            raise SpecError(spec, str(error) if known else user_files.said(error)) from error
+        for name, tool in tools.items():
+            if name in schemas:
+                raise SpecError(spec, f"two tools are called {name}")
+            try:
+                schemas[name] = get_json_schema(tool)
+            except Exception as error:
+                problem = " ".join(str(error).split())
+                raise SpecError(
+                    spec,
+                    f"{name} needs a docstring that says what it does, with a line for each "
+                    f"argument under `Args:`, and a type for each argument: {problem}",
+                ) from error
+    return {"tools": [*schemas.values()], "rewards": has_reward}
+
+
+def _name_of(spec: str, tool: Tool) -> str:
+    name = getattr(tool, "__name__", None)
+    if inspect.isclass(tool) or not isinstance(name, str):
+        raise user_files.NoFunction(f"{spec.rpartition(':')[2]} is no function")
+    return name
+
+
+class EpisodeProgram:
+    """Serves an episode, in a process of its own."""
+
+    def __init__(self, targets: Mapping[str, Tool], n_environments: int) -> None:
+        """Takes the targets of the specs; makes the environment once it is reset."""
+        listed, n = [*targets.items()], len(targets) - n_environments
+        self._factories = listed[n:]
+        self._tools = {_name_of(spec, tool): tool for spec, tool in listed[:n]}
+        self._environment: Any = None
+        self._loop = asyncio.new_event_loop()
+
+    def answers(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yields the answers to a request: one, or one for each call."""
+        if "calls" in request:
+            yield from self._call(request["calls"])
+        elif "reset" in request:
+            yield self._reset(request["reset"], request["seed"])
+        else:
+            yield self._attempt(lambda: _number(self._finish(self._environment.get_reward())))
+
+    def _reset(self, row: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % 2**32)
+        for spec, make in self._factories:
+            self._environment = make_environment(spec, make)
+            self._tools |= methods_of(self._environment)
+        if self._environment is None:
+            return {"value": None}
+        reset = self._environment.reset
+        return self._attempt(lambda: _text(self._finish(reset(**_taken(reset, row))), "reset"))
+
+    def _call(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """Runs calls one after the other; then the asynchronous ones, all at once."""
+        waiting = []
+        for index, (name, arguments) in enumerate(calls):
+            tool = self._tools[name]
+            if inspect.iscoroutinefunction(tool):
+                waiting.append((index, tool, arguments))
+            else:
+                answer = self._attempt(lambda t=tool, a=arguments: _shown(t(**a)))
+                yield {"index": index, **answer}
+        if waiting:
+            yield from self._loop.run_until_complete(self._gather(waiting))
+
+    async def _gather(self, calls: Sequence[tuple[int, Tool, Any]]) -> list[dict[str, Any]]:
+        async def run(tool: Tool, arguments: Any) -> Any:
+            return await tool(**arguments)
+
+        running = [run(tool, arguments) for _, tool, arguments in calls]
+        results = await asyncio.gather(*running, return_exceptions=True)
+        return [
+            {"index": index, **self._attempt(lambda r=result: _shown(_raised(r)))}
+            for (index, _, _), result in zip(calls, results, strict=True)
+        ]
+
+    def _attempt(self, act: Callable[[], Any]) -> dict[str, Any]:
+        try:
+            return {"value": act()}
+        except (Exception, SystemExit) as error:
+            return {"error": str(error)[:LONGEST], "said": user_files.said(error)}
+
+    def _finish(self, result: Any) -> Any:
+        return self._loop.run_until_complete(result) if inspect.iscoroutine(result) else result
+
+
+def _raised(result: Any) -> Any:
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _taken(function: Tool, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a row that a function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(row)
+    return {p.name: row[p.name] for p in parameters if p.name in row}
+
+
+def _text(value: Any, name: str) -> str | None:
+    """Returns a text, also one in parts; None for none."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(
+        isinstance(x, dict) and x.get("type") == "text" for x in value
+    ):
+        return "".join(str(part["text"]) for part in value)
+    raise TypeError(f"{name} returned {repr(value)[:80]}: a text or None is needed")
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _shown(value: Any) -> str:
+    """Returns a tool's result as a text, as TRL does."""
+    try:
+        text = _text(value, "") if isinstance(value, list) and value else str(value)
+    except TypeError:
+        text = str(value)
+    return (text or "")[:LONGEST]
+
+
+def serve_episode(channel: socket.socket, program: EpisodeProgram) -> None:
+    """Answers an episode's requests until they end, in a process that was forked for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)  # what tools print nobody reads
+    process, answers = os.getpid(), channel.makefile("w")
+
+    def answer(value: dict[str, Any]) -> None:
+        if os.getpid() != process:
+            os._exit(0)  # a process that a tool has forked
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    answer({"process": process})
+    lines = user_files.requests(channel.makefile("r"))
+    while True:
+        for value in program.answers(pickle.loads(base64.b64decode(lines.get()))):
+            answer(value)
+
+
+def main() -> None:
+    """Describes the tools, or forks a process for each socket that comes, until stdin ends."""
+    mode, number, *specs = sys.argv[1:]
+    source, answers = user_files.take_pipes()
+    targets, spec = dict[str, Tool](), ""
+    try:
+        for spec in specs:
+            targets[spec] = user_files.load(spec)
+        answer = describe(targets, int(number)) if mode == "describe" else {}
+    except SpecError as error:
+        answer = dict(zip(("spec", "error"), error.args, strict=True))
+    except BaseException as error:
+        known = isinstance(error, user_files.NoFunction)
+        answer = {"spec": spec, "error": str(error) if known else user_files.said(error)}
+    if mode == "describe" or answer:
+        print(json.dumps(answer), file=answers, flush=True)
+        return
+    # Threads of what was imported stay behind, and newer Pythons warn of that.
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what has ended leaves nothing behind
+    control = socket.socket(fileno=os.dup(source.fileno()))
+    while True:
+        message, sockets, _, _ = socket.recv_fds(control, 1, 1)
+        if not message:
+            os._exit(0)
+        if os.fork() == 0:
+            control.close()
+            source.close()  # or the program's end would not be noticed while an episode goes on
+            try:
+                program = EpisodeProgram(targets, int(number))
+                serve_episode(socket.socket(fileno=sockets[0]), program)
+            finally:
+                os._exit(1)
+        os.close(sockets[0])
+
+
+if __name__ in ("__main__", "__mp_main__"):  # the second is its name in processes that are started
+    sys.meta_path.append(user_files.FileFinder)
+if __name__ == "__main__":
+    main()
