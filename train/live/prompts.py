@@ -14,6 +14,7 @@ from lora_jax.training.data.batches import Arrays, HostBatch, round_up
 from lora_jax.training.data.order import Order, list_rows
 from lora_jax.training.data.rows import Row, name_of
 from lora_jax.training.data.sequences import few_lengths
+from train.live.turns.use import ToolUse
 from train.reporters.contract import Sample
 from train.rewards.find import Rewards
 from train.run.pretrained import ModelInfo
@@ -124,7 +125,9 @@ class GroupedCompletions(NamedTuple):
       logps: fp32, as tokens: log-probabilities of these when they were drawn.
       lengths: [prompts, group], the tokens of each.
       ended: [prompts, group] bool: whether it came to an end within n tokens.
-      texts: the texts, group after group.
+      texts: the texts, group after group; of several turns, what the model said last.
+      turns: [prompts, group], a `TurnCompletion` each, whose tokens are not all the model's own;
+        None for completions of one turn.
     """
 
     tokens: np.ndarray
@@ -132,6 +135,15 @@ class GroupedCompletions(NamedTuple):
     lengths: np.ndarray
     ended: np.ndarray
     texts: np.ndarray
+    turns: np.ndarray | None = None
+
+    @property
+    def is_own(self) -> np.ndarray:
+        """Returns True for tokens that the model drew, False for others and padding."""
+        is_own = np.arange(self.tokens.shape[-1]) < self.lengths[..., None]
+        for at in np.ndindex(self.lengths.shape) if self.turns is not None else ():
+            is_own[at][: self.lengths[at]] = self.turns[at].is_own
+        return is_own
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,6 +160,7 @@ class PromptFeed:
       per_completion: the arrays that have a number for each completion.
       held: the first step of the newest batch, and the batch.
       rewards: what rewards completions; None where nothing does.
+      tools: what completions call; None for completions of one turn.
       metrics: metrics of the newest batch.
       newest: its completions, in words, until `fresh` returns them.
       lost: why nothing can be learned from it; None where something can.
@@ -165,6 +178,7 @@ class PromptFeed:
     per_completion: tuple[str, ...] = ("advantages",)
     held: tuple[int, HostBatch] = (-1, {})
     rewards: Rewards | None = None
+    tools: ToolUse | None = None
     metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
     newest: list[Sample] = dataclasses.field(default_factory=list)
     lost: str | None = None
@@ -183,6 +197,9 @@ class PromptFeed:
         """Returns the widths of batches of prompts, one for each of what is asked."""
         new, group = self.config.data.max_new_tokens, self.config.data.group
         widths = Widths.choose(prompts, self.order, new, self.sequence_parts)
+        if self.tools is not None and self.tools.opens:  # nobody knows how long they will be
+            total = _rounded(self.config.data.seq_len)
+            widths = Widths((total,), (total,))
         return widths.sharing(group * new) if self.share_prompt else widths
 
     @property
@@ -258,14 +275,17 @@ class PromptFeed:
         """
         data, prompts = self.config.data, prompts or self.prompts
         n = data.group if self.share_prompt else 1  # completions of a row
-        tokens, lengths, ended = (
-            x.reshape(-1, n, *x.shape[2:]) for x in (drawn.tokens, drawn.lengths, drawn.ended)
+        tokens, lengths, ended, is_own = (
+            x.reshape(-1, n, *x.shape[2:])
+            for x in (drawn.tokens, drawn.lengths, drawn.ended, drawn.is_own)
         )
         asked = [prompts.tokens[row] for row in np.repeat(rows, data.group // n).tolist()]
+        if drawn.turns is not None:  # an environment may have opened them
+            asked = [turns.prompt for turns in drawn.turns.reshape(-1, n)[:, 0]]
         longest = max(len(ids) + int(of.sum()) for ids, of in zip(asked, lengths, strict=True))
         batch = self.batch(0, (widths or self.widths).row(longest))
         flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
-        counts = ended | (not data.mask_truncated)
+        counts = is_own & (ended | (not data.mask_truncated))[..., None]
         for at, prompt in enumerate(asked):
             row = {name: array[at] for name, array in flat.items()}
             completions = [ids[:size] for ids, size in zip(tokens[at], lengths[at], strict=True)]
@@ -280,9 +300,11 @@ class PromptFeed:
         return fresh
 
     def close(self) -> None:
-        """Ends the processes of rewards."""
+        """Ends the processes of rewards and tools."""
         if self.rewards is not None:
             self.rewards.close()
+        if self.tools is not None:
+            self.tools.host.close()
 
     def named(self, number: int) -> str:
         """Returns the names of the prompts of a step."""
@@ -329,7 +351,7 @@ def _fill(
       row: the arrays of zeros; `branches` where there are several completions.
       prompt: its tokens.
       completions: the tokens of each.
-      counts: [completions] bool, whether to learn from it.
+      counts: [completions, n] bool, whether to learn from each token.
     """
     targets = {
         name: row[name].reshape(len(completions), -1)
@@ -345,5 +367,5 @@ def _fill(
             row["branches"][here] = at + 1
         targets["predict_at"][at, :n] = np.arange(here.start - 1, end - 1)
         targets["predict_at"][at, : min(n, 1)] = before - 1  # the prompt's last token predicts
-        targets["targets"][at, :n], targets["weights"][at, :n] = ids, counts[at]
+        targets["targets"][at, :n], targets["weights"][at, :n] = ids, counts[at, :n]
     row["segment_ids"][:end] = 1

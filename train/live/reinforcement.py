@@ -13,6 +13,9 @@ from lora_jax.training.ready import TrainingStart
 from train.live.prompts import GroupedCompletions, PromptFeed
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
+from train.live.turn_groups import GroupedTurns, ask_of_turns, shown_texts
+from train.live.turns.rows import tool_metrics
+from train.live.turns.use import TurnDrawer
 from train.options.scripts.grpo import RLOO, GrpoOptimConfig
 from train.reporters.contract import Sample
 from train.rewards.ask import RewardAnswer, ask, columns_of, mean_known
@@ -42,7 +45,23 @@ class RewardedRollouts(Rollouts):
           UserError: the reference does not fit the base.
         """
         super().__init__(of, feed)
+        self._turns = None
+        if feed.tools is not None:
+            data = of.config.data
+            self._turns = GroupedTurns(
+                TurnDrawer(of.config, of.outline, feed.tools, of.stop, data.sampling_temperature),
+                (self.model, self.apply, of.layout),
+                feed,
+            )
         self._reference = reference_params(of.config, of.outline, of.plain, of.takes_from_base)
+
+    def draw(
+        self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0
+    ) -> GroupedCompletions:
+        """Draws completions of prompts, of several turns where they may call tools."""
+        if self._turns is None:
+            return super().draw(params, rows, number, attempt)
+        return self._turns.draw(params, rows, self.key(number, attempt))
 
     def score(
         self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
@@ -68,13 +87,14 @@ class RewardedRollouts(Rollouts):
             )
             lost = lost and answer.lost
             for before, new in zip(drawn, again, strict=True):
-                before[flat] = new
+                if before is not None:
+                    before[flat] = new
         flat_rewards, asked = rewards.ravel(), map(self.feed.prompts.shown, np.repeat(rows, group))
         self.feed.newest = [
             Sample(prompt, text, None if math.isnan(reward) else reward, facts)
             for prompt, text, reward, facts in zip(
                 asked,
-                drawn.texts.ravel().tolist(),
+                shown_texts(drawn, self.of.outline.tokenizer),
                 flat_rewards.tolist(),
                 extra.ravel().tolist(),
                 strict=True,
@@ -104,6 +124,8 @@ class RewardedRollouts(Rollouts):
             "zero_spread": float(_have_no_spread(rewards).mean()),
             "entropy": float(entropy[counted].mean()) if counted.any() else None,
         }
+        if drawn.turns is not None:
+            metrics |= tool_metrics(drawn.turns.ravel())
         return drawn, batch, metrics
 
     def _ask(self, rows: np.ndarray, drawn: GroupedCompletions, number: int) -> RewardAnswer:
@@ -120,7 +142,10 @@ class RewardedRollouts(Rollouts):
             group,
             self.feed.progress(number),
         )
-        return ask(self.feed.rewards, batch, self.of.console, self.of.stop)
+        if drawn.turns is None:
+            return ask(self.feed.rewards, batch, self.of.console, self.of.stop)
+        turns = drawn.turns.ravel().tolist()
+        return ask_of_turns(self.feed.rewards, batch, turns, self.of.console, self.of.stop)
 
 
 def _facts_per_completion(answer: RewardAnswer, group: int) -> np.ndarray:

@@ -43,8 +43,8 @@ class Rollouts(abc.ABC):
         """
         layout = of.layout
         self.of, self.feed, self.config = dataclasses.replace(of, plain=None), feed, of.config
-        self._model: Any = layout.constrained(of.model)
-        self._apply, self._score = lj.adapt(self._model.apply), self.scorer(of.model, layout)
+        self.model: Any = layout.constrained(of.model)
+        self.apply, self._score = lj.adapt(self.model.apply), self.scorer(of.model, layout)
         self._everywhere = jax.jit(lambda drawn: drawn, out_shardings=layout.whole)
 
     def scorer(self, model: Any, layout: Layout) -> Any:
@@ -98,7 +98,7 @@ class Rollouts(abc.ABC):
         counted = batch["weights"] > 0
         apart = np.abs(drawn.logps.reshape(batch["old"].shape) - batch["old"])[counted]
         self.feed.metrics = metrics | {
-            "length": float(drawn.lengths.mean()),
+            "length": float(drawn.is_own.sum(-1).mean()),
             "truncated": float(1 - drawn.ended.mean()),
             "mismatch_mean": float(apart.mean()) if apart.size else None,
             "mismatch_max": float(apart.max()) if apart.size else None,
@@ -129,8 +129,7 @@ class Rollouts(abc.ABC):
           attempt: how often they were drawn for it before.
         """
         group, at_once = self.config.data.group, self.feed.order.batch_size
-        key = jax.random.fold_in(jax.random.key(self.config.optim.seed), _STREAM)
-        key = jax.random.fold_in(jax.random.fold_in(key, number), attempt)
+        key = self.key(number, attempt)
         parts = []
         for first in range(0, len(rows), at_once):
             some = np.resize(rows[first : first + at_once], at_once)  # all parts have as many rows
@@ -146,6 +145,11 @@ class Rollouts(abc.ABC):
         arrays = (tokens, logps, lengths, ended, np.array(texts, object))
         return GroupedCompletions(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
 
+    def key(self, number: int, attempt: int) -> jax.Array:
+        """Returns the key of a draw; see `draw`."""
+        key = jax.random.fold_in(jax.random.key(self.config.optim.seed), _STREAM)
+        return jax.random.fold_in(jax.random.fold_in(key, number), attempt)
+
     def _sample_part(self, params: Tree, rows: np.ndarray, key: jax.Array, first: int) -> Any:
         """Returns the tokens, log-probabilities, lengths and ends of a part's completions."""
         data, layout, ends = self.config.data, self.of.layout, end_tokens(self.of.outline)
@@ -156,7 +160,7 @@ class Rollouts(abc.ABC):
         numbers = jnp.arange(first, first + len(rows) * data.group)
         with jax.set_mesh(layout.mesh):
             drawn = sample(
-                self._model,
+                self.model,
                 params,
                 asked["ids"],
                 asked["mask"],
@@ -167,6 +171,6 @@ class Rollouts(abc.ABC):
                 top_k=data.top_k,
                 key=row_keys(key, numbers),
                 eos_token_id=ends or None,
-                apply=self._apply,
+                apply=self.apply,
             )
             return jax.tree.map(np.asarray, tuple(self._everywhere(drawn)))

@@ -47,7 +47,13 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
     def asked(_: int) -> dict[str, Any]:
         try:
             with stop.dropping():
-                totals = rewards(*batch[:4], group=batch.group, state=batch.state)
+                totals = rewards(
+                    *batch[:4],
+                    group=batch.group,
+                    state=batch.state,
+                    chats=batch.chats,
+                    earned=batch.earned,
+                )
         except Interrupted:
             return {"dropped": stop.signal}
         for line in totals.said:

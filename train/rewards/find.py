@@ -17,7 +17,14 @@ from train.environments import arithmetic
 from train.environments.sql.judge import MATCHED, MISMATCH, judge
 from train.rewards.functions import Workers
 from train.rewards.model import RewardModel
-from train.rewards.reward import Reward, RewardBatch, RewardValues, function_reward
+from train.rewards.reward import (
+    EarnedReward,
+    Reward,
+    RewardBatch,
+    RewardValues,
+    earned_reward,
+    function_reward,
+)
 
 _NEEDS = ("schema", "gold")
 
@@ -104,9 +111,14 @@ class Rewards:
         *,
         group: int,
         state: Mapping[str, Any] | None = None,
+        chats: Sequence[Sequence[Mapping[str, Any]]] = (),
+        earned: Sequence[EarnedReward] = (),
     ) -> RewardTotals:
         """Returns the rewards of completions; see `RewardBatch` for what is given."""
-        batch = RewardBatch(prompts, completions, completion_ids, columns, group, state or {})
+        of_turns = {"chats": chats, "earned": earned}
+        batch = RewardBatch(
+            prompts, completions, completion_ids, columns, group, state or {}, **of_turns
+        )
         judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         values = np.stack([got.values for got in judged.values()])  # [rewards, n]
         failed = np.isinf(values)
@@ -166,6 +178,7 @@ def find_rewards(
     max_tokens: int,
     seconds: float = 30.0,
     workers: int | None = None,
+    earned: str | None = None,
 ) -> Rewards:
     """Finds rewards, and starts a process that imports a user's functions.
 
@@ -176,6 +189,8 @@ def find_rewards(
       max_tokens: the most tokens of a completion.
       seconds: how long a user's function may take for the completions of one prompt.
       workers: the number of processes for a user's functions; None for one a core.
+      earned: the name of the environment that has a reward of its own, which weighs 1; None for
+        none.
 
     Raises:
       UserError: a reward cannot be found or imported, needs a column that the rows do not have, or
@@ -206,7 +221,10 @@ def find_rewards(
         pool = Workers(files, seconds, workers or os.cpu_count() or 1)
         for i, (spec, needs) in enumerate(zip(files, pool.needs, strict=True)):
             known[spec] = Reward(partial(pool.judge, i), needs, pool.close)
-    rewards = Rewards({_short(spec, specs): known[spec] for spec in specs}, given)
+    by_name = {_short(spec, specs): known[spec] for spec in specs}
+    if earned is not None:
+        by_name, given = by_name | {earned: earned_reward()}, [*given, 1.0]
+    rewards = Rewards(by_name, given)
     for spec in specs:
         if missing := [name for name in known[spec].needs if name not in columns]:
             rewards.close()

@@ -92,7 +92,9 @@ class Workers:
     def _ask(self, function: int, batch: RewardBatch, part: slice) -> dict[str, Any]:
         columns = {name: list(values[part]) for name, values in batch.columns.items()}
         completions: list[Any] = list(batch.completions[part])
-        if not isinstance(batch.prompts[part][0], str):  # a chat
+        if batch.chats:  # turns, and those of tools between them
+            completions = [list(chat) for chat in batch.chats[part]]
+        elif not isinstance(batch.prompts[part][0], str):  # a chat
             completions = [[{"role": "assistant", "content": text}] for text in completions]
         keywords = columns | {
             "prompts": list(batch.prompts[part]),

@@ -6,6 +6,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+class EarnedReward(NamedTuple):
+    """The reward that an environment gives a completion.
+
+    Attributes:
+      value: None for none; infinite where it failed.
+      problem: the reason that it failed; else None.
+    """
+
+    value: float | None
+    problem: str | None = None
+
+
 class RewardBatch(NamedTuple):
     """The completions of a step; those of one prompt follow each other.
 
@@ -16,6 +28,8 @@ class RewardBatch(NamedTuple):
       columns: the values of the rows' other columns, one for each completion.
       group: the number of completions of a prompt.
       state: where training stands, by TRL's names: global_step, max_steps, epoch.
+      chats: the turns of each completion, those of tools included; () for completions of one turn.
+      earned: the reward that the environment of each completion gives; () without environments.
     """
 
     prompts: Sequence[Any]
@@ -24,6 +38,8 @@ class RewardBatch(NamedTuple):
     columns: Mapping[str, Sequence[Any]]
     group: int
     state: Mapping[str, Any] = {}
+    chats: Sequence[Sequence[Mapping[str, Any]]] = ()
+    earned: Sequence[EarnedReward] = ()
 
 
 class RewardValues(NamedTuple):
@@ -69,3 +85,17 @@ def function_reward(function: Callable[..., float], *needs: str) -> Reward:
         return RewardValues(np.array([function(*row) for row in rows], np.float32))
 
     return Reward(judge, needs)
+
+
+def earned_reward() -> Reward:
+    """Returns the reward that environments give; no opinion where they have none."""
+
+    def judge(batch: RewardBatch) -> RewardValues:
+        earned = batch.earned or [EarnedReward(None)] * len(batch.completions)
+        values = [np.nan if each.value is None else each.value for each in earned]
+        failed = [each.problem or "no reason is known" for each in earned if each.problem]
+        failures = {"environment": len(failed)} if failed else {}
+        said = dict.fromkeys(failures, *failed[:1])
+        return RewardValues(np.array(values, np.float32), failures, said)
+
+    return Reward(judge)

@@ -1,0 +1,1 @@
+"""Completions of several turns: rows that call tools, wait, and go on independently."""

@@ -1,0 +1,164 @@
+"""The compiled functions of completions of several turns, on a mesh."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.sampling import slots, turns
+from lora_jax.models.sampling.choice import Sampling
+from lora_jax.models.sampling.slots import DecodingRows, DrawnTokens
+from lora_jax.models.sampling.turns import DrawingRows, TokenBlock
+from lora_jax.training.layout import Layout
+
+_CHUNK, _CHUNK_ON_CPU = 256, 64  # tokens of a prompt, or of answers, that run at once
+BLOCK = 64  # tokens of each row, at most, between two looks at what has been answered
+
+
+class TurnPrograms:
+    """The functions of `lora_jax.models.sampling.turns` for one model.
+
+    Rows are sharded over the mesh as those of a batch; all else is replicated.
+
+    Attributes:
+      chunk: tokens of a prompt, or of answers, that run at once.
+      mesh: the mesh, under which all of it is called.
+    """
+
+    def __init__(self, model: Model, apply: Forward, layout: Layout) -> None:
+        """Makes the functions; nothing is compiled yet.
+
+        Args:
+          model: a model of `lora_jax.models`, on the mesh.
+          apply: its ``apply``, or what takes its place.
+          layout: the mesh.
+        """
+        self._model, self._apply, self._layout = model, apply, layout
+        self.mesh = layout.mesh
+        self.chunk = _CHUNK_ON_CPU if layout.platform == "cpu" else _CHUNK
+        self._run_chunk = self._compiled(functools.partial(slots.run_chunk, apply), donate=3)
+        self._copy = self._compiled(turns.copy_row)
+        self._of_rows: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
+
+    def _compiled(
+        self, function: Callable[..., Any], donate: int | None = None, out: Any = None
+    ) -> Callable[..., Any]:
+        return jax.jit(
+            function,
+            donate_argnums=donate,
+            out_shardings=self._layout.whole if out is None else out,
+            compiler_options=self._layout.compiler_options,
+        )
+
+    def empty(self, rows: int, length: int) -> "TurnRows":
+        """Returns rows without completions.
+
+        Args:
+          rows: the number of rows.
+          length: the most tokens of a row.
+        """
+        n_slots = length + self.chunk  # the last chunk of a row may begin at any slot
+        if (rows, n_slots) not in self._of_rows:
+            make = functools.partial(slots.empty_rows, self._model, rows, n_slots)
+            where, whole = self._shardings(jax.eval_shape(make)), self._layout.whole
+            decode = functools.partial(turns.decode_turns, self._apply, n=BLOCK)
+            self._of_rows[rows, n_slots] = (
+                self._compiled(make, out=where),
+                self._compiled(turns.begin_turn, donate=0, out=(where, whole)),
+                self._compiled(decode, donate=1, out=(where, whole)),
+            )
+        with jax.set_mesh(self._layout.mesh):
+            made, begin, decode = self._of_rows[rows, n_slots]
+            return TurnRows(self, made(), begin, decode)
+
+    def _shardings(self, rows: DecodingRows) -> DecodingRows:
+        """Returns the shardings of rows: those of a batch, the caches' behind the layers."""
+        where: DecodingRows = jax.tree.map(
+            lambda x: self._layout.of_batch(x.shape, parts=x.ndim > 2), rows
+        )
+        return where
+
+    def prompt_cache(self, length: int) -> Cache:
+        """Returns the empty cache of one row of `length` slots."""
+        cache = init_cache(self._model.config, 1, length, self._model.dtype)
+        return jax.device_put(cache, self._layout.whole)
+
+    def run(self, params: Tree, ids: Sequence[int], cache: Cache) -> tuple[jax.Array, Cache]:
+        """Runs tokens of one row; takes the cache.
+
+        Returns:
+          The logits after the last token, [1, vocab], and the cache with these tokens.
+        """
+        logits = None
+        for first in range(0, len(ids), self.chunk):
+            some = np.zeros((1, self.chunk), np.int32)
+            part = ids[first : first + self.chunk]
+            some[0, : len(part)] = part
+            logits, cache = self._run_chunk(params, some, np.int32(len(part)), cache)
+        assert logits is not None, "there is a token"
+        return logits, cache
+
+    def copy(self, rows: DecodingRows, place: int, n: int) -> Cache:
+        """Returns the first n tokens of a row as a cache of its own."""
+        cache: Cache = self._copy(rows, np.int32(place), np.int32(n))
+        return cache
+
+
+class TurnRows:
+    """Rows on the devices; see `TurnPrograms.empty`.
+
+    Attributes:
+      n: the number of rows.
+    """
+
+    def __init__(
+        self,
+        programs: TurnPrograms,
+        arrays: DecodingRows,
+        begin: Callable[..., Any],
+        decode: Callable[..., Any],
+    ) -> None:
+        self._programs, self._arrays, self._begin, self._decode = programs, arrays, begin, decode
+        self.n = len(arrays.last)
+
+    def prefill(self, params: Tree, prompt: Sequence[int]) -> tuple[jax.Array, Cache]:
+        """Runs a prompt; see `TurnPrograms.run`."""
+        cache = self._programs.prompt_cache(self._arrays.cache.positions.shape[1])
+        return self._programs.run(params, prompt, cache)
+
+    def extend(
+        self, params: Tree, place: int, n: int, ids: Sequence[int]
+    ) -> tuple[jax.Array, Cache]:
+        """Runs tokens behind the first n of a row; see `TurnPrograms.run`."""
+        return self._programs.run(params, ids, self._programs.copy(self._arrays, place, n))
+
+    def begin(
+        self, place: int, logits: jax.Array, cache: Cache, sampling: Sampling
+    ) -> DrawnTokens[jax.Array]:
+        """Draws the first token of a turn; see `begin_turn`."""
+        drawn: DrawnTokens[jax.Array]
+        self._arrays, drawn = self._begin(self._arrays, np.int32(place), cache, logits, sampling)
+        return drawn
+
+    def decode(self, params: Tree, active: DrawingRows) -> TokenBlock:
+        """Draws tokens until a row has to stop; see `decode_turns`."""
+        block: TokenBlock
+        self._arrays, block = self._decode(params, self._arrays, active)
+        return block
+
+
+def make_sampling(
+    vocab: int, temperature: float, top_p: float, top_k: int | None, key: jax.Array
+) -> Sampling:
+    """Returns the sampler's options of one row, [] each."""
+    return Sampling(
+        jnp.float32(temperature),
+        jnp.float32(top_p),
+        jnp.int32(vocab if top_k is None else top_k),
+        key,
+    )

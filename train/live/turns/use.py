@@ -1,0 +1,130 @@
+"""A run's use of tools: what its completions of several turns are drawn with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.core.types import Forward, Model, Tree
+from lora_jax.models.sampling.text import StopTexts
+from lora_jax.training.data.pairs import tokenize_prompts
+from lora_jax.training.data.rows import Row, name_of, replace_values
+from lora_jax.training.layout import Layout
+from lora_jax.training.run.stop import Stop
+from train.console.errors import UserError
+from train.live.turns.episodes import Listener
+from train.live.turns.joints import TurnJoints
+from train.live.turns.programs import TurnPrograms
+from train.live.turns.rows import AskedRow, ReadTurn, TurnCompletion, TurnLimits
+from train.live.turns.sampler import Drawing, TurnSampler
+from train.run.pretrained import ModelInfo, end_tokens
+from train.tools.contract import EpisodeHost
+
+
+class ToolUse(NamedTuple):
+    """Holds the tools of a run's completions.
+
+    Attributes:
+      host: opens episodes.
+      joints: renders answers between turns.
+      read: reads the calls of a turn.
+      opens: whether an environment may open a completion with a text of its own.
+    """
+
+    host: EpisodeHost
+    joints: TurnJoints
+    read: ReadTurn
+    opens: bool
+
+
+def rows_with_tools(rows: Sequence[Row], tools: Sequence[Any], source: str) -> list[Row]:
+    """Returns rows that show tools, as the chat template gets them.
+
+    Raises:
+      UserError: a row has tools of its own.
+    """
+    for number, row in enumerate(rows, start=1):
+        if row.get("tools"):
+            raise UserError(
+                f"{name_of(row, source, number)} has `tools` of its own, and nobody would answer "
+                "their calls: leave the field out, and give functions by --tools"
+            )
+    return [replace_values(row, {**row, "tools": [*tools]}) for row in rows]
+
+
+def tokenize_with_tools(
+    rows: Sequence[Row], tools: Sequence[Any], outline: ModelInfo, source: str
+) -> list[list[int]]:
+    """Returns the tokens of prompts that show tools; see `tokenize_prompts`."""
+    shown = rows_with_tools(rows, tools, source) if tools else rows
+    return tokenize_prompts(shown, outline.tokenizer, source)
+
+
+class TurnDrawer:
+    """Draws completions of several turns for a run, by one model."""
+
+    def __init__(
+        self, config: Any, outline: ModelInfo, use: ToolUse, stop: Stop, temperature: float
+    ) -> None:
+        """Takes all but the model.
+
+        Args:
+          config: the options of the run.
+          outline: the model's, with its tokenizer.
+          use: the tools.
+          stop: tells of a signal.
+          temperature: divides the logits; 0 for the likeliest tokens.
+        """
+        data = config.data
+        self._data, self._outline, self._use, self._stop = data, outline, use, stop
+        limits = (None, None) if temperature == 0 else (data.top_p, data.top_k)
+        top_p = 1.0 if limits[0] is None else limits[0]
+        self._drawing = Drawing(temperature, top_p, limits[1], end_tokens(outline))
+        self._limits = TurnLimits(data.max_new_tokens, data.seq_len, data.max_turns)
+        self._stops = StopTexts(outline.tokenizer, data.stop)
+        self._samplers: dict[Any, TurnSampler] = {}
+
+    def draw(
+        self,
+        model: tuple[Model, Forward, Layout],
+        params: Tree,
+        asked: Sequence[AskedRow],
+        key: jax.Array,
+        places: int,
+    ) -> list[TurnCompletion]:
+        """Draws completions.
+
+        Args:
+          model: the model, its ``apply`` or what takes its place, and the mesh. Keep these, and
+            pass them again: each new function compiles.
+          params: passed to it.
+          asked: what is completed.
+          key: the draw's key.
+          places: the number of rows side by side.
+
+        Raises:
+          Dropped: a signal came meanwhile; raised in all processes.
+        """
+        longest = max(len(each.prompt) for each in asked)
+        if self._use.opens:  # nobody knows by what
+            longest = self._limits.total
+        listener = Listener(self._use.host, self._use.joints, self._prompt, self._stop)
+        return self._sampler(*model).draw(
+            params, asked, key, listener, places=places, longest=longest
+        )
+
+    def _sampler(self, model: Model, apply: Forward, layout: Layout) -> TurnSampler:
+        if apply not in self._samplers:
+            self._samplers[apply] = TurnSampler(
+                TurnPrograms(model, apply, layout),
+                self._drawing,
+                self._limits,
+                self._stops,
+                self._use.read,
+                model.config.vocab_size,
+            )
+        return self._samplers[apply]
+
+    def _prompt(self, asked: AskedRow, row: Mapping[str, Any]) -> list[int]:
+        """Returns the tokens of a row that its environment has opened."""
+        return tokenize_with_tools([row], self._use.host.tools, self._outline, asked.name)[0]
