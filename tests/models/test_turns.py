@@ -14,6 +14,7 @@ from tests.models import tiny
 from tests.support import assert_close, with_random_factors
 from train.live.turns.programs import BLOCK, TurnPrograms, make_sampling
 
+pytestmark = pytest.mark.slow  # tests/train/live/test_turns.py shows most of it, and runs
 NEW, ROWS, LENGTH = 9, 3, 40
 PROMPTS = [tiny.tokens(7 + i, 1, n)[0].tolist() for i, n in enumerate((6, 2, 5))]
 EOS = [5, 29, 35, 44]

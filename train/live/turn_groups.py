@@ -46,7 +46,8 @@ class GroupedTurns:
             for number, row in enumerate(np.repeat(rows, group).tolist())
         ]
         places = config.optim.batch_size
-        made = self._drawer.draw(self._model, params, asked, key, places)
+        longest = self._feed.widths.prompt(prompts.longest_of(rows))
+        made = self._drawer.draw(self._model, params, asked, key, places, longest)
         return grouped(made, group, config.data.max_new_tokens)
 
 

@@ -91,6 +91,10 @@ class NoEffect(enum.Enum):
         lambda o: o.intrinsic is not None,
     )
     NO_INTRINSIC = "there is no subspace without --intrinsic", lambda o: o.intrinsic is None
+    NO_TOOLS = (
+        "no tool is called without --tools or --environment",
+        lambda o: not o.tools and o.environment is None,
+    )
     ALONE = "{o.alone}", lambda o: o.alone is not None
     NO_TARGETS = "--targets none makes no adapter", lambda o: o.targets == NO_ADAPTER
     PREFERENCES = (

@@ -1,61 +1,48 @@
 """The task of training on rewards: a user's prompts, whose completions are rewarded."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_jax.hf.packaged import SMOLLM2
-from lora_jax.models.sampling.text import StopTexts
 from lora_jax.training.data.batches import pack
-from lora_jax.training.data.pairs import tokenize_prompts
 from lora_jax.training.data.rows import Row, name_of, question
 from lora_jax.training.data.sequences import TokenSequence
-from lora_jax.training.errors import Dropped
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, rollout_loss
-from lora_jax.training.processes import write_json
 from train.console.errors import UserError
-from train.console.output import print_figures, tell
 from train.data.dataset import find_dataset
 from train.live import reinforcement
 from train.live.prompts import PromptFeed, TokenizedPrompts
 from train.live.reference import reference_line
+from train.live.turns.use import ToolUse, tokenize_with_tools
 from train.options.defaults import Defaults
 from train.options.scripts.grpo import Config
 from train.options.scripts.rollouts import RolloutDataConfig
 from train.processes.mesh import all_devices, parse_mesh
-from train.reporters.files import read_json
-from train.rewards.ask import ask, columns_of, mean_known
 from train.rewards.find import Rewards, find_rewards
-from train.rewards.reward import RewardBatch
-from train.run.complete import complete_prompts
-from train.run.log import doing
-from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
 from train.run.shared_prompts import SHARED, PromptRows, choose_sharing
 from train.run.task import (
     Data,
-    Evaluation,
-    EvaluationContext,
-    Progress,
     Task,
     TaskRows,
 )
 from train.tasks import chats, sums
+from train.tasks.reward_scores import BASE, REWARD, evaluation
+from train.tasks.tool_use import OPENS_EACH, earned_name, use_tools
 
 _HELD_OUT = 2**32 + 2  # no epoch's number, and no other draw's
-REWARD = "reward"  # the name of the score
-BASE, ADAPTED = "base", "fine-tuned"
 
 
 def check(config: Config) -> None:
     """Raises a UserError for a task that has no reward."""
-    if not config.data.reward:
+    if not config.data.reward and config.data.environment is None:
         raise UserError(
             f"--dataset {config.data.dataset}: say what rewards a completion, by --reward "
-            "file.py:function"
+            "file.py:function, or by an --environment with a reward of its own"
         )
 
 
@@ -92,7 +79,21 @@ def held_out(config: Config, rows: Sequence[Row]) -> TaskRows:
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     """Returns the prompts, and the batches that rewards of their completions make."""
-    data, (train, held_out) = config.data, read_prompts(config.data, rows, outline)
+    tools, told = use_tools(config, outline)
+    try:
+        return _with_tools(config, rows, outline, tools, told)
+    except BaseException:
+        if tools is not None:
+            tools.host.close()
+        raise
+
+
+def _with_tools(
+    config: Config, rows: TaskRows, outline: ModelInfo, tools: ToolUse | None, told: Sequence[str]
+) -> Data:
+    """Returns the prompts as `examples` does, for completions that call these tools."""
+    data, shown = config.data, () if tools is None else tools.host.tools
+    train, held_out = read_prompts(data, rows, outline, shown)
     rewards = find_rewards(
         data.reward,
         data.reward_weights or None,
@@ -100,6 +101,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         max_tokens=data.max_new_tokens,
         seconds=data.reward_timeout,
         workers=data.reward_workers,
+        earned=earned_name(config, tools),
     )
     check_columns(config, rewards, held_out)
     feed = PromptFeed(
@@ -108,10 +110,11 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         outline,
         per_token=reinforcement.arrays_per_token(config.optim),
         rewards=rewards,
+        tools=tools,
         sequence_parts=sequence_parts(config.run.mesh),
     )
     feed, sharing = share_prompts(feed, [outline])
-    lines = [f"completions are rewarded by {', '.join(rewards.names)}", *sharing]
+    lines = [f"completions are rewarded by {', '.join(rewards.names)}", *told, *sharing]
     if config.optim.beta:
         lines.append(reference_line(config))
     if held_out is not None:
@@ -141,15 +144,21 @@ def check_columns(config: Config, rewards: Rewards, held_out: TokenizedPrompts |
 
 
 def read_prompts(
-    data: RolloutDataConfig, rows: TaskRows, outline: ModelInfo
+    data: RolloutDataConfig, rows: TaskRows, outline: ModelInfo, tools: Sequence[Any] = ()
 ) -> tuple[TokenizedPrompts, TokenizedPrompts | None]:
     """Returns the prompts to train on, and those that are held out; None for none.
+
+    Args:
+      data: the options.
+      rows: the rows.
+      outline: the model's, with its tokenizer.
+      tools: schemas of the tools that the prompts show.
 
     Raises:
       UserError: there is none, or one leaves no room for a completion.
     """
     parts = [
-        TokenizedPrompts(part, tokenize_prompts(part, outline.tokenizer, name)) if part else None
+        TokenizedPrompts(part, tokenize_with_tools(part, tools, outline, name)) if part else None
         for part, name in ((rows.train, data.dataset), (rows.held_out, "the held-out rows"))
     ]
     train, measured = parts
@@ -175,6 +184,11 @@ def share_prompts(
     """Returns a feed whose completions share their prompt, if they can, and lines that tell it."""
     config = feed.config
     group, new = config.data.group, config.data.max_new_tokens
+    if feed.tools is not None and feed.tools.opens:
+        if not config.data.share_prompt and not config.run.resume:
+            feed.close()
+            raise UserError(f"--no-share-prompt has no effect: {OPENS_EACH}; leave it out")
+        return feed, (f"each completion has a prompt of its own: {OPENS_EACH}",)
     rows = PromptRows(
         completions=group,
         share=feed.prompts.share(new),
@@ -238,103 +252,6 @@ def loss(config: Config, layout: Layout) -> Loss:
         temperature=data.sampling_temperature,
         **layout.chunks(optim.loss_chunk),
     )
-
-
-@dataclasses.dataclass
-class RewardEvaluation:
-    """Rewards greedy completions of held-out prompts before and after training."""
-
-    context: EvaluationContext
-    feed: PromptFeed
-
-    def __post_init__(self) -> None:
-        rows = self.context.rows.held_out
-        tokens = tokenize_prompts(rows, self.context.outline.tokenizer, "the held-out rows")
-        self.prompts = TokenizedPrompts(rows, tokens)
-        self.found: dict[str, Any] = {}
-
-    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
-        """Rewards the base, unless an interrupted run did."""
-        self.found = read_json(self.context.folder / SCORES)
-        if BASE not in self.found.get(REWARD, {}):
-            self._measure(BASE, model, params, forward)
-
-    def reuse_base_scores(self, other: Evaluation) -> bool:
-        """Takes another run's measures of the base on the same prompts."""
-        if not isinstance(other, RewardEvaluation) or other.prompts != self.prompts:
-            return False
-        if BASE not in other.found.get(REWARD, {}):  # what failed is tried again
-            return False
-        self.found = {REWARD: {BASE: other.found[REWARD][BASE]}}
-        return True
-
-    def score(
-        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
-    ) -> dict[str, float]:
-        """Returns the mean reward of the completions that have one; {} where none has."""
-        of, outline, config = self.prompts, self.context.outline, self.context.config
-        new = config.data.max_new_tokens
-        ids = complete_prompts(
-            model, params, outline, of.tokens, new_tokens=new, forward=forward, progress=progress
-        )
-        cut = [*map(StopTexts(outline.tokenizer, config.data.stop).cut, ids)]
-        texts, ids = (
-            [text for text, _ in cut],
-            [numbers[:n] for numbers, (_, n) in zip(ids, cut, strict=True)],
-        )
-        names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))
-        asked = [of.asked(row) for row in range(len(of.rows))]
-        state = self.feed.progress(self.feed.done)
-        batch = RewardBatch(asked, texts, ids, columns_of(of.rows, names), 1, state)
-        assert self.feed.rewards is not None
-        scored = ask(self.feed.rewards, batch, self.context.console, self.context.stop)
-        self.newest = [
-            {
-                "prompt": prompt,
-                "answer": text,
-                "reward": None if np.isnan(reward) else float(reward),
-            }
-            for prompt, text, reward in zip(asked, texts, scored.total, strict=True)
-        ]
-        if (mean := mean_known(scored.total)) is None:
-            why = f" ({scored.lost})" if scored.lost else ""
-            tell(self.context.console, f"warning: no held-out completion has a reward{why}")
-            return {}
-        return {REWARD: mean}
-
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
-        """Rewards the trained model; writes and prints the rewards."""
-        self._measure(ADAPTED, model, params, forward)
-        rewards = self.found.get(REWARD, {})
-        figures = [rewards.get(way) for way in (BASE, ADAPTED)]
-        rows = [("reward", *("none" if x is None else f"{x:.4f}" for x in figures))]
-        answers = [self.found.get("answers", {}).get(way, ()) for way in (BASE, ADAPTED)]
-        if any(without := [sum(a["reward"] is None for a in each) for each in answers]):
-            rows.append(("prompts without one", *map(str, without)))
-        title = f"mean reward of {len(self.prompts.rows)} held-out prompts"
-        print_figures(self.context.console, title, ("", BASE, ADAPTED), rows)
-        return {REWARD: rewards[ADAPTED]} if ADAPTED in rewards else {}
-
-    def _measure(self, way: str, model: Any, params: Any, forward: Callable[..., Any]) -> None:
-        n = len(self.prompts.rows)
-        self.found.get(REWARD, {}).pop(way, None)  # of an earlier end of a run that went on
-        with doing(self.context.console, f"{way}: completing {n} held-out prompts") as progress:
-            try:
-                scores = self.score(model, params, forward, progress)
-            except Dropped:
-                raise self.context.stop.interrupted() from None
-        if scores:
-            self.found.setdefault(REWARD, {})[way] = scores[REWARD]
-        self.found.setdefault("answers", {})[way] = self.newest
-        write_json(self.context.folder / SCORES, self.found)
-
-
-def evaluation(context: EvaluationContext) -> RewardEvaluation | None:
-    """Returns the evaluation by rewards; None where no prompt is held out."""
-    assert context.data.feed is not None
-    feed = context.data.feed(0)
-    assert isinstance(feed, PromptFeed)
-    return RewardEvaluation(context, feed) if context.rows.held_out else None
 
 
 SAMPLER = {  # what to watch where completions are drawn

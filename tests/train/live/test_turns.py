@@ -194,6 +194,7 @@ def test_a_row_that_waits_holds_no_other_up(programs):
     assert gate.is_set() and over[-2:] == [0, 3]
 
 
+@pytest.mark.slow
 def test_one_turn_is_that_of_sample(programs):
     made, params = programs
     mine = draw(programs, Host(), read=lambda ids, before: ("", []))

@@ -43,7 +43,7 @@ class TurnPrograms:
         self.chunk = _CHUNK_ON_CPU if layout.platform == "cpu" else _CHUNK
         self._run_chunk = self._compiled(functools.partial(slots.run_chunk, apply), donate=3)
         self._copy = self._compiled(turns.copy_row)
-        self._of_rows: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
+        self._of_rows: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     def _compiled(
         self, function: Callable[..., Any], donate: int | None = None, out: Any = None
@@ -64,17 +64,20 @@ class TurnPrograms:
         """
         n_slots = length + self.chunk  # the last chunk of a row may begin at any slot
         if (rows, n_slots) not in self._of_rows:
-            make = functools.partial(slots.empty_rows, self._model, rows, n_slots)
+            model: Any = self._model
+            make = functools.partial(slots.empty_rows, model, rows, n_slots)
             where, whole = self._shardings(jax.eval_shape(make)), self._layout.whole
             decode = functools.partial(turns.decode_turns, self._apply, n=BLOCK)
+            cache = functools.partial(init_cache, model.config, 1, n_slots, model.dtype)
             self._of_rows[rows, n_slots] = (
                 self._compiled(make, out=where),
+                self._compiled(cache),
                 self._compiled(turns.begin_turn, donate=0, out=(where, whole)),
                 self._compiled(decode, donate=1, out=(where, whole)),
             )
         with jax.set_mesh(self._layout.mesh):
-            made, begin, decode = self._of_rows[rows, n_slots]
-            return TurnRows(self, made(), begin, decode)
+            make, *functions = self._of_rows[rows, n_slots]
+            return TurnRows(self, make(), *functions)
 
     def _shardings(self, rows: DecodingRows) -> DecodingRows:
         """Returns the shardings of rows: those of a batch, the caches' behind the layers."""
@@ -82,11 +85,6 @@ class TurnPrograms:
             lambda x: self._layout.of_batch(x.shape, parts=x.ndim > 2), rows
         )
         return where
-
-    def prompt_cache(self, length: int) -> Cache:
-        """Returns the empty cache of one row of `length` slots."""
-        cache = init_cache(self._model.config, 1, length, self._model.dtype)
-        return jax.device_put(cache, self._layout.whole)
 
     def run(self, params: Tree, ids: Sequence[int], cache: Cache) -> tuple[jax.Array, Cache]:
         """Runs tokens of one row; takes the cache.
@@ -120,16 +118,17 @@ class TurnRows:
         self,
         programs: TurnPrograms,
         arrays: DecodingRows,
+        cache: Callable[[], Cache],
         begin: Callable[..., Any],
         decode: Callable[..., Any],
     ) -> None:
-        self._programs, self._arrays, self._begin, self._decode = programs, arrays, begin, decode
+        self._programs, self._arrays, self._cache = programs, arrays, cache
+        self._begin, self._decode = begin, decode
         self.n = len(arrays.last)
 
     def prefill(self, params: Tree, prompt: Sequence[int]) -> tuple[jax.Array, Cache]:
         """Runs a prompt; see `TurnPrograms.run`."""
-        cache = self._programs.prompt_cache(self._arrays.cache.positions.shape[1])
-        return self._programs.run(params, prompt, cache)
+        return self._programs.run(params, prompt, self._cache())
 
     def extend(
         self, params: Tree, place: int, n: int, ids: Sequence[int]

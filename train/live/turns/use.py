@@ -91,6 +91,7 @@ class TurnDrawer:
         asked: Sequence[AskedRow],
         key: jax.Array,
         places: int,
+        longest: int,
     ) -> list[TurnCompletion]:
         """Draws completions.
 
@@ -101,11 +102,11 @@ class TurnDrawer:
           asked: what is completed.
           key: the draw's key.
           places: the number of rows side by side.
+          longest: the most tokens of a prompt. Sampler and rows are compiled for each.
 
         Raises:
           Dropped: a signal came meanwhile; raised in all processes.
         """
-        longest = max(len(each.prompt) for each in asked)
         if self._use.opens:  # nobody knows by what
             longest = self._limits.total
         listener = Listener(self._use.host, self._use.joints, self._prompt, self._stop)

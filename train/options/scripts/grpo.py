@@ -12,6 +12,7 @@ from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
 from train.console.help import HelpPage
 from train.options import field
+from train.options.conditions import NoEffect
 from train.options.field import option
 from train.options.file import replace_options
 from train.options.scripts import rollouts, sft
@@ -51,6 +52,20 @@ class GrpoDataConfig(RolloutDataConfig):
     """Seconds that a function may take for the completions of a prompt."""
     reward_workers: int = option(2, field.CHANGEABLE)
     """Processes in which functions run side by side."""
+    tools: tuple[str, ...] = option((), field.HIDDEN)
+    """Functions that a completion may call: file.py:function, and others of the file by their names
+    alone (file.py:f g). What one returns becomes a turn of the chat, and the model goes on."""
+    environment: str | None = option(None, field.HIDDEN)
+    """A class that completions talk to, as file.py:Class, or guess or sql: by TRL's protocol,
+    `reset` begins a completion, other public methods are its tools, and `get_reward` is a reward of
+    its own."""
+    tool_timeout: float = option(30.0, field.CHANGEABLE, NoEffect.NO_TOOLS)
+    """Seconds that a tool may take for a call; a completion whose tool takes longer is lost."""
+    max_turns: int | None = option(None, field.HIDDEN, NoEffect.NO_TOOLS)
+    """Turns of the model in a completion; calls of the last one are not run. By default as many as
+    --max-new-tokens has room for, which counts the tokens of all turns, those of tools included."""
+    max_tool_output: int | None = option(None, field.HIDDEN, NoEffect.NO_TOOLS)
+    """Tokens of a tool's answer, which says where it was cut. By default 256."""
     redraw: int = option(0, field.OPTIMISATION)
     """Draw a group again, so many times, whose rewards are all equal, and from which nothing can be
     learned (DAPO's dynamic sampling)."""
@@ -164,9 +179,9 @@ def check(config: Config) -> None:
     data, optim = config.data, config.optim
     rollouts.check(
         config,
-        **dict.fromkeys(("reward_timeout", "bound"), POSITIVE),
+        **dict.fromkeys(("reward_timeout", "tool_timeout", "bound"), POSITIVE),
         **dict.fromkeys(("clip", "clip_high", "beta"), NOT_NEGATIVE),
-        reward_workers=minimum(1),
+        **dict.fromkeys(("reward_workers", "max_turns", "max_tool_output"), minimum(1)),
         redraw=minimum(0),
     )
     if data.group < 2:

@@ -1,0 +1,162 @@
+"""The evaluation by rewards of greedy completions, before and after training."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.models.sampling.text import StopTexts
+from lora_jax.training.data.rows import name_of
+from lora_jax.training.errors import Dropped
+from lora_jax.training.layout import Layout
+from lora_jax.training.processes import write_json
+from train.console.output import print_figures, tell
+from train.live.prompts import PromptFeed, TokenizedPrompts
+from train.live.turns.rows import AskedRow
+from train.live.turns.use import TurnDrawer, tokenize_with_tools
+from train.processes.mesh import make_mesh
+from train.reporters.files import read_json
+from train.rewards.ask import ask, columns_of, mean_known
+from train.rewards.reward import RewardBatch
+from train.run.complete import complete_prompts
+from train.run.log import doing
+from train.run.output import SCORES
+from train.run.task import Evaluation, EvaluationContext, Progress
+
+REWARD = "reward"  # the name of the score
+BASE, ADAPTED = "base", "fine-tuned"
+
+
+@dataclasses.dataclass
+class RewardEvaluation:
+    """Rewards greedy completions of held-out prompts before and after training."""
+
+    context: EvaluationContext
+    feed: PromptFeed
+
+    def __post_init__(self) -> None:
+        rows = self.context.rows.held_out
+        tools = self.feed.tools
+        shown = () if tools is None else tools.host.tools
+        tokens = tokenize_with_tools(rows, shown, self.context.outline, "the held-out rows")
+        self.prompts = TokenizedPrompts(rows, tokens)
+        self.found: dict[str, Any] = {}
+        self._drawer: TurnDrawer | None = None
+        if tools is not None:
+            of = self.context
+            self._drawer = TurnDrawer(of.config, of.outline, tools, of.stop, temperature=0.0)
+
+    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+        """Rewards the base, unless an interrupted run did."""
+        self.found = read_json(self.context.folder / SCORES)
+        if BASE not in self.found.get(REWARD, {}):
+            self._measure(BASE, model, params, forward)
+
+    def reuse_base_scores(self, other: Evaluation) -> bool:
+        """Takes another run's measures of the base on the same prompts."""
+        if not isinstance(other, RewardEvaluation) or other.prompts != self.prompts:
+            return False
+        if BASE not in other.found.get(REWARD, {}):  # what failed is tried again
+            return False
+        self.found = {REWARD: {BASE: other.found[REWARD][BASE]}}
+        return True
+
+    def score(
+        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
+    ) -> dict[str, float]:
+        """Returns the mean reward of the completions that have one; {} where none has."""
+        of = self.prompts
+        if self._drawer is None:
+            (texts, ids), more = self._complete(model, params, forward, progress), {}
+        else:
+            texts, ids, more = self._converse(self._drawer, model, params, forward)
+        names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))
+        asked = [of.asked(row) for row in range(len(of.rows))]
+        state = self.feed.progress(self.feed.done)
+        batch = RewardBatch(asked, texts, ids, columns_of(of.rows, names), 1, state, **more)
+        assert self.feed.rewards is not None
+        scored = ask(self.feed.rewards, batch, self.context.console, self.context.stop)
+        self.newest = [
+            {
+                "prompt": prompt,
+                "answer": text,
+                "reward": None if np.isnan(reward) else float(reward),
+            }
+            for prompt, text, reward in zip(asked, texts, scored.total, strict=True)
+        ]
+        if (mean := mean_known(scored.total)) is None:
+            why = f" ({scored.lost})" if scored.lost else ""
+            tell(self.context.console, f"warning: no held-out completion has a reward{why}")
+            return {}
+        return {REWARD: mean}
+
+    def _complete(
+        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
+    ) -> tuple[list[str], list[list[int]]]:
+        """Returns the texts and tokens of greedy completions."""
+        outline, data = self.context.outline, self.context.config.data
+        ids = complete_prompts(
+            model,
+            params,
+            outline,
+            self.prompts.tokens,
+            new_tokens=data.max_new_tokens,
+            forward=forward,
+            progress=progress,
+        )
+        cut = [*map(StopTexts(outline.tokenizer, data.stop).cut, ids)]
+        ids = [numbers[:n] for numbers, (_, n) in zip(ids, cut, strict=True)]
+        return [text for text, _ in cut], ids
+
+    def _converse(
+        self, drawer: TurnDrawer, model: Any, params: Any, forward: Callable[..., Any]
+    ) -> tuple[list[str], list[list[int]], dict[str, Any]]:
+        """Returns the texts and tokens of greedy completions that call tools, and their turns."""
+        config, rows = self.context.config, self.prompts.rows
+        asked = [
+            AskedRow(at, row, name_of(row, "the held-out rows", at + 1), self.prompts.tokens[at])
+            for at, row in enumerate(rows)
+        ]
+        run, places = config.run, config.optim.batch_size
+        mesh = make_mesh(run.mesh, places, slice_axis=run.slice_axis)
+        layout = Layout.of(mesh, self.context.outline.config)
+        key, longest = jax.random.key(0), self.prompts.longest
+        made = drawer.draw((model, forward, layout), params, asked, key, places, longest)
+        more = {"chats": [x.messages for x in made], "earned": [x.earned for x in made]}
+        return [x.text for x in made], [x.ids for x in made], more
+
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+        """Rewards the trained model; writes and prints the rewards."""
+        self._measure(ADAPTED, model, params, forward)
+        rewards = self.found.get(REWARD, {})
+        figures = [rewards.get(way) for way in (BASE, ADAPTED)]
+        rows = [("reward", *("none" if x is None else f"{x:.4f}" for x in figures))]
+        answers = [self.found.get("answers", {}).get(way, ()) for way in (BASE, ADAPTED)]
+        if any(without := [sum(a["reward"] is None for a in each) for each in answers]):
+            rows.append(("prompts without one", *map(str, without)))
+        title = f"mean reward of {len(self.prompts.rows)} held-out prompts"
+        print_figures(self.context.console, title, ("", BASE, ADAPTED), rows)
+        return {REWARD: rewards[ADAPTED]} if ADAPTED in rewards else {}
+
+    def _measure(self, way: str, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+        n = len(self.prompts.rows)
+        self.found.get(REWARD, {}).pop(way, None)  # of an earlier end of a run that went on
+        with doing(self.context.console, f"{way}: completing {n} held-out prompts") as progress:
+            try:
+                scores = self.score(model, params, forward, progress)
+            except Dropped:
+                raise self.context.stop.interrupted() from None
+        if scores:
+            self.found.setdefault(REWARD, {})[way] = scores[REWARD]
+        self.found.setdefault("answers", {})[way] = self.newest
+        write_json(self.context.folder / SCORES, self.found)
+
+
+def evaluation(context: EvaluationContext) -> RewardEvaluation | None:
+    """Returns the evaluation by rewards; None where no prompt is held out."""
+    assert context.data.feed is not None
+    feed = context.data.feed(0)
+    assert isinstance(feed, PromptFeed)
+    return RewardEvaluation(context, feed) if context.rows.held_out else None
