@@ -16,6 +16,7 @@ from tests.test_walls import ROOT
 from train.reporters.registry import TRACKERS
 from train.rewards.find import OURS
 from train.settings.tasks import NAMED, OWN_ROWS
+from train.tools.find import OURS as ENVIRONMENTS
 
 DRY_RUN = "train/test_dry_run.py"
 
@@ -159,6 +160,7 @@ LAWS = {
             "train/environments/test_arithmetic.py": (),
         },
     ),
+    "environments": Law(lambda: ENVIRONMENTS, {"train/environments/test_sessions.py": ()}),
 }
 
 

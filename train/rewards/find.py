@@ -27,6 +27,7 @@ from train.rewards.reward import (
 )
 
 _NEEDS = ("schema", "gold")
+_ENVIRONMENTS = "environments"  # of TRL's reward functions
 
 
 def sql_reward(runs: float = 0.0) -> Reward:
@@ -228,6 +229,11 @@ def find_rewards(
     for spec in specs:
         if missing := [name for name in known[spec].needs if name not in columns]:
             rewards.close()
+            if _ENVIRONMENTS in missing:
+                raise UserError(
+                    f"--reward {spec} takes `{_ENVIRONMENTS}`, which live in other processes: "
+                    "reward by a method `get_reward` of the environment instead"
+                )
             raise UserError(
                 f"--reward {spec} needs the column {missing[0]!r}; the rows have "
                 f"{', '.join(columns) or 'none beside the prompt'}"

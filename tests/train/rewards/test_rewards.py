@@ -310,9 +310,10 @@ def test_the_process_has_no_jax_and_the_folder_of_the_file():
         (["absent.py:f"], None, "there is no file absent.py"),
         (["good"], None, "no reward of this name, but"),
         (["mine.py"], None, "named as file.py:function"),
-        (["mine.py:other"], None, "it has no function 'other', but: good, needy"),
+        (["mine.py:other"], None, "it has no function 'other', but: good, needy, inside"),
         (["mine.py:number"], None, "it has no function 'number'"),
         (["mine.py:needy"], None, "needs the column 'solution'; the rows have answer, level"),
+        (["mine.py:inside"], None, "reward by a method `get_reward` of the environment"),
         (["broken.py:f"], None, "ZeroDivisionError: division by zero (broken.py, line 3)"),
         (["syntax.py:f"], None, "SyntaxError: unmatched ')' (syntax.py, line 2)"),
         (["leaves.py:f"], None, "SystemExit: 3 (leaves.py, line 2)"),
@@ -323,7 +324,10 @@ def test_the_process_has_no_jax_and_the_folder_of_the_file():
     ],
 )
 def test_mistakes_are_told_at_once(specs, weights, says):
-    write("def good(level): return level\ndef needy(solution): return solution\nnumber = 3")
+    write(
+        "def good(level): return level\ndef needy(solution): return solution\nnumber = 3"
+        "\ndef inside(environments): return environments"
+    )
     write("\n\n1 / 0\ndef f(level): return level", "broken.py")
     write("def f(level): return level\n)", "syntax.py")
     write("import sys\nsys.exit(3)", "leaves.py")
