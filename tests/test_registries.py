@@ -117,7 +117,7 @@ TRACKER_TESTS = {
 LAYOUTS_TEST = "hf/test_save_codes.py::test_each_layout_is_written_as_it_was_shipped"
 ROUTE_TESTS = (
     *("bodies.json", "client.py", "test_openai.py", "test_page.py", "test_tinker_bodies.py"),
-    *("test_tinker_routes.py", "test_access.py", "test_load.py", "process.py"),
+    *("test_tinker_routes.py", "test_access.py", "test_load.py", "test_limits.py", "process.py"),
 )
 LAWS = {
     "variants": Law(

@@ -25,7 +25,17 @@ TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")
 TOGETHER = {"lora_jax.adapt": "rules recurse into jaxprs, and the walk over these takes the rules"}
 # Imported inside functions: dear to import, or not there without an extra.
 LATE = {
-    *("PIL", "datasets", "gguf", "huggingface_hub", "matplotlib", "mlflow", "orbax", "packaging"),
+    *(
+        "PIL",
+        "datasets",
+        "gguf",
+        "huggingface_hub",
+        "llguidance",
+        "matplotlib",
+        "mlflow",
+        "orbax",
+        "packaging",
+    ),
     *(
         "pyarrow",
         "pydoc_data",

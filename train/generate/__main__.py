@@ -21,6 +21,7 @@ from train.generate.prompts import (
     tokenize,
     typed_prompts,
 )
+from train.generate.schema import read_schema
 from train.generate.shared_base import (
     LoadedAdapters,
     base_of,
@@ -73,6 +74,7 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     asked = {name: value for name, value in vars(options).items() if name in given}
     outline, sampling = apply_generation_config(outline, options.generation_config, asked)
     options = apply_sampling(options, sampling, given)
+    grammar = None if options.schema is None else read_schema(options.schema, outline)
 
     # Someone who types a line waits for its answer; the lines of a pipe are answered together.
     one_by_one = not (prompts or options.interactive or options.output) and sys.stdin.isatty()
@@ -88,7 +90,7 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
 
     how = {"attention": options.attention, **outline.head}
     model, params = read_model(outline.name, dtype="float32", **how)
-    served = LoadedAdapters(model, params, adapters, outline, options)
+    served = LoadedAdapters(model, params, adapters, outline, options, grammar)
     if options.interactive:
         talk(served)
     elif prompts is None:

@@ -17,11 +17,13 @@ from lora_jax.core.types import Forward, Tokenizer, Tree
 from lora_jax.models import stream
 from lora_jax.models.causal import CausalLM
 from lora_jax.models.sampling.choice import row_keys
+from lora_jax.models.sampling.grammar import CompiledGrammar
 from lora_jax.models.sampling.prompts import pad_left
 from lora_jax.models.sampling.text import StopTexts, TextStream
 from lora_jax.training.data.vision.pictures import pixel_values
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
+from train.generate.schema import AnswerMasks
 from train.run.pretrained import ModelInfo, end_tokens
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -105,6 +107,7 @@ class AnswerGenerator:
       apply: runs in the place of `model.apply`; None for that.
       outline: the model's, with its tokenizer.
       options: the options.
+      grammar: form of the answers; None for any.
     """
 
     model: CausalLM
@@ -112,6 +115,7 @@ class AnswerGenerator:
     apply: Forward | None
     outline: ModelInfo
     options: GenerateOptions
+    grammar: CompiledGrammar | None = None
 
     def answer(self, most: int | None = None) -> GeneratedAnswer:
         """Returns an empty answer, of at most so many tokens."""
@@ -140,7 +144,9 @@ class AnswerGenerator:
             assert self.outline.images is not None
             n = max(map(len, tiles))
             inputs = {"pixel_values": pixel_values(tiles, self.outline.images, n)}
-        key = None
+        allow, key = None, None
+        if self.grammar is not None:
+            allow = AnswerMasks(self.grammar, len(prompts), self.outline)
         if options.temperature > 0:
             key = row_keys(jax.random.key(options.seed), jnp.asarray(numbers, jnp.uint32))
         return stream(
@@ -158,6 +164,7 @@ class AnswerGenerator:
             key=key,
             apply=self.apply,
             inputs=inputs,
+            allow=allow,
         )
 
 

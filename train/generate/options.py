@@ -69,6 +69,9 @@ class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
     """Answers to each prompt."""
     stop: tuple[Words, ...] = ()
     """Texts that end an answer; they are no part of it. (In a shell, $'\\n' is a line break.)"""
+    schema: str | None = None
+    """A file with a JSON schema: each answer is JSON that it describes, unless --max-new-tokens
+    cuts it short."""
     output: str | None = None
     """A file of JSON lines to write, one an answer; it appears once all are there, or at Ctrl-C."""
     overwrite: bool = False

@@ -13,6 +13,7 @@ import jax
 import lora_jax as lj
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
+from lora_jax.models.sampling.grammar import CompiledGrammar
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
 from train.console.errors import UserError, as_user_errors
 from train.console.output import say
@@ -173,13 +174,22 @@ class LoadedAdapters:
         adapters: Sequence[NamedAdapter],
         outline: ModelInfo,
         options: GenerateOptions,
+        grammar: CompiledGrammar | None = None,
     ):
         """Reads the adapters, and says how they run; see `GenerateOptions.merge`.
+
+        Args:
+          model, params: the base.
+          adapters: the adapters that answer.
+          outline: the model's.
+          options: the options.
+          grammar: form of the answers; None for any.
 
         Raises:
           UserError: an adapter is damaged or of another base, or cannot be merged as asked.
         """
         self.model, self.outline, self.options = model, outline, options
+        self._grammar = grammar
         self.names = [adapter.name for adapter in adapters]
         self._merge = options.merge
         self._forward = lj.adapt(model.apply)  # one for all: each new function compiles
@@ -206,7 +216,8 @@ class LoadedAdapters:
 
     def speaker(self, name: str) -> AnswerGenerator:
         """Returns the generator of an adapter's answers."""
-        return AnswerGenerator(self.model, *self.use(name), self.outline, self.options)
+        used = self.use(name)
+        return AnswerGenerator(self.model, *used, self.outline, self.options, self._grammar)
 
     def use(self, name: str) -> tuple[Tree, Forward | None]:
         """Returns the parameters of an adapter, and the function in the place of `model.apply`."""

@@ -107,6 +107,7 @@ def run(options: ServeOptions) -> None:
                 template_of=_template_of,
             ),
             tenants=TenantLookup(tinker.log.parking.status, tinker.rows.display_name),
+            trusts_templates=options.trust_request_chat_template,
         )
 
         def stop() -> None:

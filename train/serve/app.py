@@ -34,6 +34,7 @@ def make_app(
     lookup: AdapterLookup | None = None,
     tenants: TenantLookup | None = None,
     limits: GateLimits | None = None,
+    trusts_templates: bool = False,
 ) -> Starlette:
     """Returns the application.
 
@@ -47,12 +48,17 @@ def make_app(
       lookup: finds adapters for owners; by default those that the engine knows, for all.
       tenants: finds the tenants of the status page; by default those of the engine.
       limits: limits of requests.
+      trusts_templates: whether requests may bring a chat template, which runs as a program.
     """
     access = access or Access()
     lookup = lookup or AdapterLookup()
     models = Models(engine, access, lookup)
+    openai = OpenAI(
+        *(engine, ServedTokenizer(tokenizer), models, sampling),
+        trusts_templates=trusts_templates,
+    )
     routes = [
-        *OpenAI(engine, ServedTokenizer(tokenizer), models, sampling).routes(),
+        *openai.routes(),
         *StatusRoutes(engine, access, lookup, tenants or TenantLookup()).routes(),
         *tinker_routes,
     ]

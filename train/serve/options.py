@@ -94,6 +94,9 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     """Origins of web pages that may use the server, such as http://localhost:3000, or * for all.
     Without --keys, a request is refused if another page than the server's own sent it, or if its
     Host is none of localhost, 127.0.0.1, [::1] and the hosts of these origins."""
+    trust_request_chat_template: bool = False
+    """Let requests bring a `chat_template`, as vLLM's option of this name does. It runs as a
+    program, which may take time and memory without end: for clients that you trust."""
     compilation_cache: Words | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""

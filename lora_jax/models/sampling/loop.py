@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.sampling.adjust import mask_logits
 from lora_jax.models.sampling.choice import (
     Sampling,
     choose,
@@ -34,6 +35,17 @@ class Decoding(NamedTuple):
     sampling: Sampling
     eos: jax.Array
     pad: jax.Array
+
+
+class BeginKeywords(TypedDict, total=False):
+    """The keywords of ``begin``."""
+
+    model: Required[Model]
+    apply: Required[Forward | None]
+    cache_len: Required[int]
+    n: Required[int]
+    rows_each: int
+    with_logps: bool
 
 
 class DecodingState(NamedTuple):
@@ -97,6 +109,16 @@ def make_decoding(
 
 
 def prefill(
+    params: Tree, prompts: Prompts, decoding: Decoding, **static: Unpack[BeginKeywords]
+) -> DecodingState:
+    """Runs the prompts and chooses the first token of each answer.
+
+    Args: see ``begin``.
+    """
+    return append(*begin(params, prompts, decoding, **static), decoding)
+
+
+def begin(
     params: Tree,
     prompts: Prompts,
     decoding: Decoding,
@@ -107,8 +129,8 @@ def prefill(
     n: int,
     rows_each: int = 1,
     with_logps: bool = False,
-) -> DecodingState:
-    """Runs the prompts and chooses the first token of each answer.
+) -> tuple[DecodingState, jax.Array]:
+    """Runs the prompts; returns the state without a token, and the logits of the first ones.
 
     Args:
       params, model, apply: see ``generate``.
@@ -136,7 +158,7 @@ def prefill(
         cache=cache,
         logps=jnp.zeros((rows, n), jnp.float32) if with_logps else None,
     )
-    return _append(start, decoding, logits, cache)
+    return start, logits
 
 
 def decode(
@@ -156,10 +178,16 @@ def decode(
 
     def step(state: DecodingState) -> DecodingState:
         # A row that has ended feeds padding.
-        outputs = next_logits(run, params, state.last[:, None], state.cache, ~state.done[:, None])
-        return _append(state, decoding, *outputs)
+        return append(*run_tokens(run, params, state), decoding)
 
     return lax.while_loop(is_unfinished, step, state)
+
+
+def run_tokens(run: Forward, params: Tree, state: DecodingState) -> tuple[DecodingState, jax.Array]:
+    """Runs the newest token of each row; returns the state with them cached, and the logits."""
+    mask = ~state.done[:, None]
+    logits, cache = next_logits(run, params, state.last[:, None], state.cache, mask)
+    return state._replace(cache=cache), logits
 
 
 def next_logits(
@@ -198,12 +226,23 @@ def next_logits(
     return logits[:, 0], cache
 
 
-def _append(
-    state: DecodingState, decoding: Decoding, logits: jax.Array, cache: Cache
+def append(
+    state: DecodingState,
+    logits: jax.Array,
+    decoding: Decoding,
+    allowed: jax.Array | np.ndarray | None = None,
 ) -> DecodingState:
-    """Chooses the next tokens, and puts them into the state."""
+    """Chooses the next tokens, and puts them into the state.
+
+    Args:
+      state: the answers so far.
+      logits: [rows, vocab].
+      decoding: the options.
+      allowed: [rows, words] uint32, the tokens to choose from; by default all. See ``mask_logits``.
+    """
     sampling = decoding.sampling
-    tokens = choose(logits, sampling, token_keys(sampling.key, state.step))
+    choices = logits if allowed is None else mask_logits(logits, allowed)
+    tokens = choose(choices, sampling, token_keys(sampling.key, state.step))
     tokens = jnp.where(state.done, decoding.pad, tokens)
     column = state.step % state.tokens.shape[1]
     all_tokens = lax.dynamic_update_slice(state.tokens, tokens[:, None], (0, column))
@@ -213,4 +252,4 @@ def _append(
         new = jnp.where(state.done, 0.0, new)
         logps = lax.dynamic_update_slice(logps, new[:, None], (0, column))
     done = state.done | jnp.isin(tokens, decoding.eos)
-    return DecodingState(state.step + 1, all_tokens, tokens, done, cache, logps)
+    return DecodingState(state.step + 1, all_tokens, tokens, done, state.cache, logps)

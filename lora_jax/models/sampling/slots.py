@@ -106,9 +106,14 @@ def run_chunk(
 
 
 def draw_tokens(
-    logits: jax.Array, sampling: Sampling, step: jax.Array, top: int, with_top: Flag
+    logits: jax.Array,
+    sampling: Sampling,
+    step: jax.Array,
+    top: int,
+    with_top: Flag,
+    adjusted: jax.Array | None = None,
 ) -> DrawnTokens[jax.Array]:
-    """Draws a token of each row.
+    """Draws a token of each row; log-probabilities are those of the model's own logits.
 
     Args:
       logits: [rows, vocab].
@@ -116,8 +121,10 @@ def draw_tokens(
       step: [rows] int32, the number of tokens drawn before.
       top: the number of likeliest tokens.
       with_top: [] bool, whether they are wanted.
+      adjusted: the logits to choose from, by `adjust_logits`; by default `logits`.
     """
-    ids = choose(logits, sampling, token_keys(sampling.key, step))
+    choices = logits if adjusted is None else adjusted
+    ids = choose(choices, sampling, token_keys(sampling.key, step))
     logps = log_probability(logits, ids, sampling.temperature)
     return DrawnTokens(ids, logps, likeliest(scale(logits, sampling.temperature), top, with_top))
 
@@ -126,9 +133,15 @@ def decode_rows(
     run: Forward, params: Tree, rows: DecodingRows, top: int, with_top: Flag
 ) -> tuple[DecodingRows, DrawnTokens[jax.Array]]:
     """Draws the next token of each row; see `draw_tokens`."""
-    logits, cache = next_logits(run, params, rows.last[:, None], rows.cache)
+    logits, rows = run_rows(run, params, rows)
     tokens = draw_tokens(logits, rows.sampling, rows.drawn, top, with_top)
-    return rows._replace(cache=cache, last=tokens.ids, drawn=rows.drawn + 1), tokens
+    return rows._replace(last=tokens.ids, drawn=rows.drawn + 1), tokens
+
+
+def run_rows(run: Forward, params: Tree, rows: DecodingRows) -> tuple[jax.Array, DecodingRows]:
+    """Runs the newest token of each row; returns the logits after it, [rows, vocab]."""
+    logits, cache = next_logits(run, params, rows.last[:, None], rows.cache)
+    return logits, rows._replace(cache=cache)
 
 
 def cut_cache(cache: Cache, n: Number) -> Cache:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any, Unpack
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Unpack, cast
 
 import jax
 import numpy as np
@@ -12,8 +12,19 @@ import numpy as np
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Cache, Shared
 from lora_jax.models.sampling.choice import SamplingKeywords
-from lora_jax.models.sampling.loop import Decoding, DecodingState, decode, make_decoding, prefill
+from lora_jax.models.sampling.loop import (
+    Decoding,
+    DecodingState,
+    append,
+    begin,
+    decode,
+    make_decoding,
+    prefill,
+    run_tokens,
+)
 from lora_jax.models.sampling.prompts import Inputs, make_prompts
+
+Allow = Callable[[np.ndarray | None], np.ndarray]
 
 
 def stream(
@@ -28,6 +39,7 @@ def stream(
     apply: Forward | None = None,
     shared: Shared | None = None,
     inputs: Inputs | None = None,
+    allow: Allow | None = None,
     **choosing: Unpack[SamplingKeywords],
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, and yields the tokens as they are chosen.
@@ -43,6 +55,9 @@ def stream(
       tokens_per_call: the tokens that are decoded between two looks at them. More of them cost
         fewer calls.
       cache_len: the slots of the cache; by default those that are needed, seq + max_new_tokens - 1.
+      allow: says which tokens may come next: is called before each token with the newest ones,
+        [batch] int32 (None before the first), while the device computes the next logits; returns
+        masks, [batch, words] uint32, by ``pack_mask``. One token a call is decoded then.
       **choosing: eos_token_id, pad_token_id, temperature, top_p, top_k and key; see ``generate``.
 
     Yields:
@@ -71,6 +86,10 @@ def stream(
     if tokens_per_call < 1:
         raise ValueError(f"tokens_per_call must be at least 1, not {tokens_per_call}")
     static: dict[str, Any] = {"model": model, "apply": apply}
+    if allow is not None:
+        state, logits = _begin_logits(params, prompts, decoding, cache_len=cache_len, n=1, **static)
+        rest = _Rest(decoding, prompts.shared, max_new_tokens)
+        return _allowed_steps(params, state, logits, rest, allow, **static)
 
     def steps() -> Iterator[np.ndarray]:
         read, n = 0, min(tokens_per_call, max_new_tokens)
@@ -87,6 +106,61 @@ def stream(
             state = _more(params, state.cache, rest, decoding, until, shared, **static)
 
     return steps()
+
+
+class _Rest(NamedTuple):
+    """The arguments that stay the same from token to token."""
+
+    decoding: Decoding
+    shared: Shared | None
+    max_new_tokens: int
+
+
+def _allowed_steps(
+    params: Tree,
+    state: DecodingState,
+    logits: jax.Array,
+    rest: _Rest,
+    allow: Allow,
+    **static: Any,
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of ``stream``, each chosen from those that `allow` names."""
+    newest, no_cache = None, cast(Cache, None)
+    for i in range(rest.max_new_tokens):
+        cache = state.cache
+        masks = allow(newest)  # while the device computes
+        state = _append_allowed(state._replace(cache=no_cache), logits, rest.decoding, masks)
+        newest, done = jax.device_get((state.last, state.done))
+        yield newest
+        if done.all() or i + 1 == rest.max_new_tokens:
+            return
+        cache, logits = _run_tokens(params, cache, state, rest.shared, **static)
+        state = state._replace(cache=cache)
+
+
+_append_allowed = jax.jit(append)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "apply", "cache_len", "n"))
+def _begin_logits(*args: Any, **static: Any) -> tuple[DecodingState, jax.Array]:
+    state, logits = begin(*args, **static)
+    return state._replace(cache=state.cache._replace(shared=None)), logits
+
+
+@functools.partial(jax.jit, static_argnames=("model", "apply"), donate_argnames="cache")
+def _run_tokens(
+    params: Tree,
+    cache: Cache,
+    rest: DecodingState,
+    shared: Shared | None,
+    *,
+    model: Model,
+    apply: Forward | None,
+) -> tuple[Cache, jax.Array]:
+    run: Any = model.apply if apply is None else apply
+    state = rest._replace(cache=cache._replace(shared=shared))
+    state, logits = run_tokens(run, params, state)
+    return state.cache._replace(shared=None), logits
 
 
 # `shared` stays out of the state, which is given away: its arrays are the caller's.

@@ -37,10 +37,17 @@ class StopTexts:
 
     def shown(self, text: str) -> str:
         """Returns a decoded text without special tokens, up to the first stop text."""
-        text = text[: self.place(text)]
+        return self.plain(text[: self.place(text)])
+
+    def plain(self, text: str) -> str:
+        """Returns a decoded text without special tokens."""
         for special in self._looked_at:
             text = text.replace(special, "")
         return text
+
+    def end(self, text: str, place: int) -> int:
+        """Returns the end of the stop text that stands at a place of a decoded text."""
+        return place + next(len(stop) for stop in self.stops if text.startswith(stop, place))
 
     def length(self, ids: Sequence[int], known: int = 0) -> int | None:
         """Returns the number of tokens up to the one that completes a stop text, or None.
@@ -66,19 +73,22 @@ class StopTexts:
 class TextStream:
     """The text of tokens as they come; what was given out is never taken back.
 
-    It ends before a stop text. What may become part of one is held back, and so are the bytes of an
-    incomplete character.
+    It ends before a stop text, or with it. What may become part of one is held back, and so are the
+    bytes of an incomplete character.
 
     Attributes:
+      searches: whether stop texts are looked for.
       length: number of characters that were given out.
       stopped: True once a stop text was found.
       is_cut: True while bytes of a character are missing.
     """
 
-    def __init__(self, stops: StopTexts, *, special: bool = False) -> None:
-        """Begins a text; `special` shows special tokens."""
-        self.length, self.stopped, self.is_cut = 0, False, False
-        self._stops, self._special = stops, special
+    def __init__(
+        self, stops: StopTexts, *, special: bool = False, keeps_stop: bool = False
+    ) -> None:
+        """Begins a text; `special` shows special tokens, `keeps_stop` the stop text at its end."""
+        self.length, self.stopped, self.is_cut, self.searches = 0, False, False, True
+        self._stops, self._special, self._keeps_stop = stops, special, keeps_stop
         self._ids: list[int] = []  # those given out last, as the context of the next, and the rest
         self._known = 0  # those given out, of these
         self._held = ""  # decoded, and not given out
@@ -95,12 +105,15 @@ class TextStream:
         self._ids.append(token)
         new = self._decoded()
         self.is_cut = new.endswith(CUT) and len(self._ids) - self._known < _HELD
-        self.is_cut &= self._stops.place(self._held + new) is None
+        self.is_cut &= self._place(self._held + new) is None
         return "" if self.is_cut else self._give(new)
 
     def end(self) -> str:
         """Returns the text that was held back, once no more tokens come."""
         return "" if self.stopped else self._give(self._decoded(), last=True)
+
+    def _place(self, text: str) -> int | None:
+        return self._stops.place(text) if self.searches else None
 
     def _decoded(self) -> str:
         """Returns the text since the tokens that were given out last."""
@@ -115,12 +128,15 @@ class TextStream:
             self._ids = self._ids[self._known :]
             self._known = len(self._ids)
         text = self._held + new
-        kept = self._stops.place(text)
+        kept = self._place(text)
         self.stopped = kept is not None
         if kept is None:
-            kept = len(text) - (0 if last else partial_length(text, self._stops.stops))
+            holds = self.searches and not last
+            kept = len(text) - (partial_length(text, self._stops.stops) if holds else 0)
+        elif self._keeps_stop:
+            kept = self._stops.end(text, kept)
         self._held = text[kept:]
-        given = text[:kept] if self._special else self._stops.shown(text[:kept])
+        given = text[:kept] if self._special else self._stops.plain(text[:kept])
         self.length += len(given)
         return given
 

@@ -78,7 +78,7 @@ class ScriptedEngine:
                 if cancelled.is_set():
                     break
                 tokens.append(token)
-                data += bytes_of(token)
+                data += bytes_of(token) if len(tokens) > request.limits.min_tokens else b""
                 stopped = token in request.stop_ids or any(s.encode() in data for s in request.stop)
                 if seen is not None:
                     ids, values = likely([token], request.top)

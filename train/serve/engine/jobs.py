@@ -8,7 +8,15 @@ import numpy as np
 
 from train.serve.engine.base import Adapter
 from train.serve.engine.turns import TurnPath
-from train.serve.protocol.requests import Completion, DrawnToken, SampleDone, SampleRequest, Top
+from train.serve.protocol.limits import TokenConstraint
+from train.serve.protocol.requests import (
+    Completion,
+    DrawnToken,
+    RequestError,
+    SampleDone,
+    SampleRequest,
+    Top,
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,6 +54,9 @@ class ActiveCompletion:
 
     Attributes:
       cache: keys and values, in the host's memory, while it is paused; see `SamplingPrograms.take`.
+      constraint: what its grammar allows; None without one.
+      allowed: the mask of the tokens that its request allows, once it was made.
+      problem: why no further token may come; None where one may.
     """
 
     job: SampleJob
@@ -54,11 +65,33 @@ class ActiveCompletion:
     logps: list[float] = dataclasses.field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
     cache: tuple[np.ndarray, np.ndarray] | None = None
+    constraint: TokenConstraint | None = None
+    allowed: np.ndarray | None = None
+    problem: str | None = None
 
     @property
     def n_cached(self) -> int:
         """The tokens that its cache holds: all but the newest."""
         return len(self.job.request.prompt) + len(self.ids) - 1
+
+    def check(self) -> None:
+        """Raises a RequestError if no further token may come."""
+        if self.problem is not None:
+            raise RequestError(self.problem)
+
+    def accept(self, token: int) -> bool:
+        """Has the grammar take a token that does not end the completion; returns whether it ends.
+
+        Raises:
+          RequestError: the grammar cannot go on.
+        """
+        if self.constraint is None:
+            return False
+        try:
+            self.constraint.accept(token)
+        except ValueError as error:
+            raise RequestError(f"after {len(self.ids)} tokens: {error}") from None
+        return self.constraint.is_over
 
     def end(self, stopped: bool) -> None:
         """Hands over what was drawn."""

@@ -13,6 +13,7 @@ from lora_jax.bank.slots import Slots, WeightSlots, map_slots
 from lora_jax.core.types import Model, Tree
 from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.models.sampling import slots
+from lora_jax.models.sampling.adjust import Adjustments, adjust_logits
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import DecodingRows, DrawnTokens, Flag, Number
 from lora_jax.training.layout import Layout
@@ -29,6 +30,7 @@ class SamplingPrograms:
       chunk: tokens of a prompt that run at once.
       compiled: the number of functions that were compiled.
       cut, insert, fit: `cut_cache`; `insert_row`, which takes the rows; and `fit_rows`.
+      extend, run, draw: run a chunk of a prompt, and a token of each row; and draw the next ones.
     """
 
     def __init__(self, model: Model, layout: Layout, chunk: int) -> None:
@@ -48,8 +50,9 @@ class SamplingPrograms:
         self.fit = self._program(slots.fit_rows, static_argnums=2)
         self._take = self._program(slots.take_row)
         self.extend = self._program(self._run_chunk, donate_argnums=4)
-        self.first = self._program(self._draw_first)
-        self.decode = self._program(self._decode_rows, donate_argnums=1)
+        self.run = self._program(self._run_rows, donate_argnums=1)
+        self.draw = self._program(self._draw_tokens)
+        self._adjust = self._program(adjust_logits)
 
     def _program(
         self,
@@ -120,17 +123,27 @@ class SamplingPrograms:
         """Runs a chunk of a prompt by the adapter in a slot, [] int32; takes the cache."""
         return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n, cache)
 
-    def _draw_first(
-        self, logits: jax.Array, sampling: Sampling, with_top: Flag
-    ) -> DrawnTokens[jax.Array]:
-        """Draws the first token of a completion, [1] each."""
-        return slots.draw_tokens(logits, sampling, jnp.zeros(1, jnp.int32), TOP, with_top)
+    def _run_rows(self, tree: Tree, rows: DecodingRows) -> tuple[jax.Array, DecodingRows]:
+        """Runs the newest token of each row by its adapter; takes the rows."""
+        return slots.run_rows(self._forward, Choice(tree, rows.adapters), rows)
 
-    def _decode_rows(
-        self, tree: Tree, rows: DecodingRows, with_top: Flag
-    ) -> tuple[DecodingRows, DrawnTokens[jax.Array]]:
-        """Draws the next token of each row by its adapter; takes the rows."""
-        return slots.decode_rows(self._forward, Choice(tree, rows.adapters), rows, TOP, with_top)
+    def adjust(
+        self, logits: jax.Array, adjustments: Adjustments[np.ndarray], temperature: jax.Array
+    ) -> jax.Array:
+        """Returns the logits to choose from; see `adjust_logits`."""
+        return self._adjust(logits, *self._place((adjustments, temperature)))
+
+    def _draw_tokens(
+        self,
+        logits: jax.Array,
+        adjusted: jax.Array,
+        sampling: Sampling,
+        drawn: jax.Array | np.ndarray,
+        with_top: Flag,
+    ) -> tuple[DrawnTokens[jax.Array], jax.Array]:
+        """Draws a token of each row, of logits that may be adjusted; also returns `drawn` + 1."""
+        step = jnp.asarray(drawn)
+        return slots.draw_tokens(logits, sampling, step, TOP, with_top, adjusted), step + 1
 
 
 def _choose_slot(tree: Tree, slot: Number) -> Choice:

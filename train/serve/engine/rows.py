@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from lora_jax.core.types import Tree
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import DrawnTokens, RowState
+from train.serve.engine.adjusting import RowAdjuster
 from train.serve.engine.jobs import ActiveCompletion
 from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.sizes import Sizes
@@ -40,6 +41,7 @@ class RunningRows:
           vocab: size of the vocabulary.
         """
         self._programs, self._sizes, self._vocab = programs, sizes, vocab
+        self._adjuster = RowAdjuster(vocab, sizes.max_length)
         self.rows: dict[int, ActiveCompletion] = {}
         self.shared = sizes.sequences
         self._width, self._length = sizes.widths[0], sizes.caches[0]
@@ -72,7 +74,9 @@ class RunningRows:
         request = row.job.request
         sampling = self._sampling(row)
         alone = jax.tree.map(lambda x: x[None], sampling)
-        tokens = self._programs.first(logits, alone, np.bool_(request.top > 0))
+        adjusted = self._adjust(logits, {0: row}, alone)
+        with_top = np.bool_(request.top > 0)
+        tokens, _ = self._programs.draw(logits, adjusted, alone, np.zeros(1, np.int32), with_top)
         tokens = jax.tree.map(np.asarray, tokens)
         self._insert(row, cache, sampling, n=len(request.prompt), token=tokens.ids[0], drawn=1)
         return tokens
@@ -99,8 +103,21 @@ class RunningRows:
         """Draws the next token of each completion."""
         self._fit(len(self.rows), max(row.n_cached + 1 for row in self.rows.values()))
         with_top = np.bool_(any(row.job.request.top for row in self.rows.values()))
-        self._arrays, tokens = self._programs.decode(tree, self._arrays, with_top)
+        logits, arrays = self._programs.run(tree, self._arrays)
+        self._arrays = arrays
+        adjusted = self._adjust(logits, self.rows, arrays.sampling)
+        tokens, drawn = self._programs.draw(
+            logits, adjusted, arrays.sampling, arrays.drawn, with_top
+        )
+        self._arrays = arrays._replace(last=tokens.ids, drawn=drawn)
         return jax.tree.map(np.asarray, tokens)
+
+    def _adjust(
+        self, logits: jax.Array, rows: Mapping[int, ActiveCompletion], sampling: Sampling
+    ) -> jax.Array:
+        """Returns the logits to choose from: the very same where no row asks for others."""
+        made = self._adjuster.adjustments(rows, len(logits))
+        return logits if made is None else self._programs.adjust(logits, made, sampling.temperature)
 
     def _sampling(self, row: ActiveCompletion) -> Sampling:
         return self._sampling_of(row.job.request, row.job.seed, row.index)
@@ -160,7 +177,7 @@ class RunningRows:
     def steps(self) -> int:
         """The number of steps of `warm_up`."""
         n = len(self._sizes.caches)
-        return 2 * n + 1 + 4 * n * len(self._sizes.widths)
+        return 2 * n + len({1, *self._sizes.widths}) + 4 * n * len(self._sizes.widths)
 
     def warm_up(self, tree: Tree) -> Iterator[None]:
         """Compiles all functions of sampling, for all shapes, step by step; nobody samples yet.
@@ -168,7 +185,7 @@ class RunningRows:
         Args:
           tree: the base with adapters in slots.
         """
-        programs, sizes, off = self._programs, self._sizes, np.bool_(False)
+        programs, sizes = self._programs, self._sizes
         ids = np.zeros((1, sizes.chunk), np.int32)
         slot, unit = np.int32(0), np.int32(1)
         caches, sampling = [], self._sampling_of(SampleRequest(adapter=None, prompt=[0]), 0, 0)
@@ -179,7 +196,8 @@ class RunningRows:
             yield
             programs.cut(cache, unit)
             yield
-        programs.first(logits, jax.tree.map(lambda x: x[None], sampling), off)
+        alone = jax.tree.map(lambda x: x[None], sampling)
+        self._warm_up_draws(logits, alone, np.zeros(1, np.int32))
         yield
         for width in sizes.widths:
             for length in sizes.caches:
@@ -189,7 +207,7 @@ class RunningRows:
                         state = RowState(cache, unit, unit, unit, slot, sampling)
                         rows = programs.insert(rows, slot, state)
                 yield
-                rows, _ = programs.decode(tree, rows, off)
+                logits, rows = programs.run(tree, rows)
                 yield
                 paused = programs.give(*programs.take(rows, slot, 1), length)
                 rows = programs.insert(rows, slot, state._replace(cache=paused))
@@ -200,16 +218,31 @@ class RunningRows:
                     for other in sizes.caches_to(length, end)[:1]:
                         programs.fit(rows, np.zeros(width, np.int32), other)
                 yield
+            self._warm_up_draws(logits, rows.sampling, rows.drawn)
+            if width > 1:
+                yield
         few, many = sizes.widths[0], sizes.widths[-1]
         if self._seconds(tree, many) > _SLOWER * self._seconds(tree, few):
             self.shared = few
+
+    def _warm_up_draws(
+        self, logits: jax.Array, sampling: Sampling, drawn: jax.Array | np.ndarray
+    ) -> None:
+        """Compiles the draws of a token of each row."""
+        neutral = self._adjuster.neutral(len(logits))
+        adjusted = self._programs.adjust(logits, neutral, sampling.temperature)
+        self._programs.draw(logits, adjusted, sampling, drawn, np.bool_(False))
 
     def _seconds(self, tree: Tree, width: int) -> float:
         """Returns the seconds that a token takes in so many rows."""
         times, rows = [], self._programs.empty(width, self._sizes.caches[0])
         for _ in range(3):
             began = time.perf_counter()
-            rows, tokens = self._programs.decode(tree, rows, np.bool_(False))
+            logits, rows = self._programs.run(tree, rows)
+            tokens, drawn = self._programs.draw(
+                logits, logits, rows.sampling, rows.drawn, np.bool_(False)
+            )
+            rows = rows._replace(last=tokens.ids, drawn=drawn)
             np.asarray(tokens.ids)
             times.append(time.perf_counter() - began)
         return min(times)

@@ -317,7 +317,9 @@ class Sampler:
         self._paused.append(row)
 
     def _begin(self, prompt: RunningPrompt, index: int) -> None:
-        row = ActiveCompletion(prompt.job, index)
+        grammar = prompt.job.request.limits.grammar
+        constraint = None if grammar is None else grammar.begin()
+        row = ActiveCompletion(prompt.job, index, constraint=constraint)
         assert prompt.cache is not None  # it ran
         tokens = self._places.begin(row, prompt.logits, prompt.cache)
         self._turns.note([row.job.path])
@@ -338,6 +340,7 @@ class Sampler:
         """Notes the token that a row drew, and ends the row if it is the last one."""
         job = row.job
         request = job.request
+        row.check()
         token, logp = int(tokens.ids[at]), float(tokens.logps[at])
         top = None
         if request.top:
@@ -350,8 +353,9 @@ class Sampler:
             job.seen(DrawnToken(row.index, token, logp, top))
         room = self._sizes.max_length - len(request.prompt)
         most = room if request.max_tokens is None else min(room, request.max_tokens)
-        says_stop = ends_with_stop(row.ids, request.stop, self._text_of)
-        stopped = token in request.stop_ids or says_stop
+        searched = row.ids[request.limits.min_tokens :]
+        says_stop = ends_with_stop(searched, request.stop, self._text_of)
+        stopped = token in request.stop_ids or says_stop or row.accept(token)
         if stopped or len(row.ids) >= most:
             self._places.free(row)
             row.end(stopped)

@@ -1,12 +1,14 @@
 """The engine as routes see it: its limits, its state, its methods, and checks of requests."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from train.serve.protocol.limits import MOST_BAD, MOST_BIASES
 from train.serve.protocol.requests import (
     ANYONE,
     MOST_TARGETS,
@@ -167,6 +169,7 @@ def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
         raise RequestError(f"top_p is {request.top_p}: above 0 and at most 1")
     if not (request.top_k == -1 or request.top_k >= 1):
         raise RequestError(f"top_k is {request.top_k}: at least 1, or -1 for all")
+    _check_limits(request, facts)
     if "" in request.stop:
         raise RequestError("a stop is an empty text: give one character at least")
     for name in ("top", "top_prompt"):
@@ -182,6 +185,25 @@ def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
             raise RequestError(
                 f"targets of the prompt hold an id outside 0 to {facts.vocab_size - 1}; -1 is none"
             )
+
+
+def _check_limits(request: SampleRequest, facts: EngineFacts) -> None:
+    """Raises a RequestError if the limits of what is drawn make no sense."""
+    limits, penalties = request.limits, request.penalties
+    numbers = {"min_p": request.min_p} | vars(penalties)
+    if not np.isfinite([*numbers.values(), *limits.biases.values()]).all():
+        raise RequestError(f"{numbers} and biases have to be finite")
+    if not 0 <= request.min_p <= 1:
+        raise RequestError(f"min_p is {request.min_p}: from 0 to 1")
+    if penalties.repetition <= 0:
+        raise RequestError(f"the repetition penalty is {penalties.repetition}: above 0")
+    if len(limits.biases) > MOST_BIASES or len(limits.bad) > MOST_BAD or () in limits.bad:
+        raise RequestError(f"{MOST_BIASES} biases and {MOST_BAD} bad words, not empty, at most")
+    if limits.allowed == ():
+        raise RequestError("no token is allowed: give one at least")
+    ids = [*(limits.allowed or ()), *limits.biases, *limits.ends, *itertools.chain(*limits.bad)]
+    if ids and not 0 <= min(ids) <= max(ids) < facts.vocab_size:
+        raise RequestError(f"limits of tokens hold an id outside 0 to {facts.vocab_size - 1}")
 
 
 def check_update(how: Update) -> None:

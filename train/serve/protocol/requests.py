@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from train.serve.protocol.limits import ANY_TOKENS, NO_PENALTIES, Penalties, TokenLimits
+
 
 class RequestError(Exception):
     """A request is wrong by the client's fault; the message names the fault and the remedy."""
@@ -205,6 +207,9 @@ class SampleRequest:
         the completions, `TOP` at most.
       targets: tokens whose log-probability is wanted at each place of the prompt but the first,
         [prompt - 1, k] int32, -1 for none; k is `MOST_TARGETS` at most.
+      min_p: the least probability of a token to draw, relative to that of the likeliest.
+      penalties: penalties of tokens that were there.
+      limits: the tokens that may be drawn.
       client: the client that asks.
     """
 
@@ -222,7 +227,17 @@ class SampleRequest:
     top_prompt: int = 0
     top: int = 0
     targets: np.ndarray | None = None
+    min_p: float = 0.0
+    penalties: Penalties = NO_PENALTIES
+    limits: TokenLimits = ANY_TOKENS
     client: Client = ANYONE
+
+    @property
+    def is_adjusted(self) -> bool:
+        """True where tokens are chosen by other logits than the model's own."""
+        limits = self.limits
+        changed = self.penalties != NO_PENALTIES or bool(limits.biases) or self.min_p > 0
+        return changed or limits.masks
 
 
 TOP, MOST_TARGETS = 20, 127

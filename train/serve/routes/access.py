@@ -20,7 +20,7 @@ LOCAL = "local"  # the owner of all requests, without keys
 _AGAIN = "2"  # seconds, while a server starts
 _READING = 300.0  # seconds that a body may take
 _PAGE = "/"
-_OPEN = (_PAGE, "/healthz", "/api/v1/healthz")  # need no key
+_OPEN = (_PAGE, "/health", "/healthz", "/api/v1/healthz")  # need no key
 _SIGNED = "/api/v1/files/"  # addresses that say themselves who may have the file
 _DRAINED = "/api/v1/retrieve_future"  # is answered while the server ends: the work is old
 

@@ -82,6 +82,7 @@ class StatusRoutes:
             Route("/status.json", self._json),
             Route("/metrics", self._metrics),
             Route("/healthz", self._healthz),
+            Route("/health", self._healthz),  # vLLM's name of it
         ]
 
     async def _healthz(self, request: Request) -> Response:

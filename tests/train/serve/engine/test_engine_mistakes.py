@@ -144,7 +144,7 @@ def test_it_outlives_what_goes_wrong(engine, monkeypatch, caplog):
     with pytest.raises(Exception, match="."):
         sampled(engine, prompt=None)
     with monkeypatch.context() as patched:
-        patched.setattr(engine._programs, "decode", wrong)
+        patched.setattr(engine._programs, "run", wrong)
         with pytest.raises(ValueError, match="a callback"):
             sampled(engine, prompt=[1], n=12, max_tokens=3)
         patched.setattr(engine._sampler, "fail", wrong)

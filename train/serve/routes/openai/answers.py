@@ -30,6 +30,23 @@ class AnswerPart:
     thinking: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class AnswerStyle:
+    """The reading of completions.
+
+    Attributes:
+      make_calls: begins what looks for calls of tools in an answer; None for none.
+      special: whether special tokens are shown.
+      keeps_stop: whether the stop that ended an answer is shown.
+      one_call: whether calls after the first are left out.
+    """
+
+    make_calls: Callable[[], ToolCalls] | None = None
+    special: bool = False
+    keeps_stop: bool = False
+    one_call: bool = False
+
+
 class ChoiceBuilder:
     """A completion of a request, while it grows."""
 
@@ -37,17 +54,22 @@ class ChoiceBuilder:
         self,
         tokens: ServedTokenizer,
         sample: SampleRequest,
-        make_calls: Callable[[], ToolCalls] | None = None,
+        style: AnswerStyle = AnswerStyle(),
     ) -> None:
-        """Begins a completion; `make_calls` begins what looks for calls in it."""
-        self._text = CompletionText(tokens, sample.stop, special=make_calls is not None)
-        self._calls = make_calls and make_calls()
+        """Begins a completion."""
+        self._text = CompletionText(
+            *(tokens, sample.stop),
+            special=style.special or style.make_calls is not None,
+            keeps_stop=style.keeps_stop,
+            least=sample.limits.min_tokens,
+        )
+        self._calls, self._style = style.make_calls and style.make_calls(), style
         self._ends, self._n = sample.stop_ids, 0
 
     def add(self, piece: DrawnToken) -> AnswerPart:
         """Takes a token."""
         self._n += 1
-        if piece.token in self._ends:  # no text
+        if piece.token in self._ends and not self._style.keeps_stop:  # no text
             return AnswerPart()
         top = None if piece.top is None else zip(*piece.top, strict=True)
         return self._make_part(*self._text.add(piece.token, piece.logprob, top))
@@ -69,7 +91,10 @@ class ChoiceBuilder:
     def _make_part(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> AnswerPart:
         if self._calls is None:
             return AnswerPart(text, [], entries)
+        before = self._calls.n
         said, calls, thinking = self._calls.add(text, last=last)
+        if self._style.one_call:
+            calls = calls[: int(before == 0)]
         return AnswerPart(said, calls, entries, thinking=thinking)
 
 
@@ -89,13 +114,44 @@ def echo_prompt(
     top = None if drawn is None else drawn.top_prompt
     for i, token in enumerate(sample.prompt):
         known = logprobs is not None and i > 0 and not np.isnan(logprobs[i])
-        likely = zip(top.ids[i], top.logprobs[i], strict=True) if known and top else None
+        likely = None
+        if known and top is not None:
+            likely = zip(top.ids[i][: sample.top], top.logprobs[i][: sample.top], strict=True)
         shown = text.add(
             token, finite(logprobs[i]) if known and logprobs is not None else None, likely
         )
         parts.text, parts.entries = parts.text + shown[0], parts.entries + shown[1]
     shown = text.end()
     return AnswerPart(parts.text + shown[0], [], parts.entries + shown[1])
+
+
+def prompt_entries(
+    tokens: ServedTokenizer, sample: SampleRequest, drawn: SampleResult, top: int
+) -> list[JsonObject | None]:
+    """Returns vLLM's `prompt_logprobs`: each token of a prompt and its alternatives, by id.
+
+    A token that is not among the likeliest has no rank that is known.
+    """
+    assert drawn.prompt_logprobs is not None
+    places: list[JsonObject | None] = [None]  # the first token has no probability
+    for i, token in enumerate(sample.prompt[1:], start=1):
+        likely: list[tuple[int, float]] = []
+        if drawn.top_prompt is not None:
+            ids, logprobs = drawn.top_prompt.ids[i][:top], drawn.top_prompt.logprobs[i][:top]
+            likely = [(int(x), finite(y)) for x, y in zip(ids, logprobs, strict=True)]
+        ranks = {other: rank for rank, (other, _) in enumerate(likely, start=1)}
+        own = (token, finite(drawn.prompt_logprobs[i]))
+        places.append(
+            {
+                str(other): {
+                    "logprob": logprob,
+                    "rank": ranks.get(other),
+                    "decoded_token": tokens.of(other).decode(errors="replace"),
+                }
+                for other, logprob in {own[0]: own[1], **dict(likely)}.items()
+            }
+        )
+    return places
 
 
 def join(first: AnswerPart, then: AnswerPart) -> AnswerPart:

@@ -5,12 +5,15 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lora_jax.models.sampling.grammar import GrammarCompiler
 from lora_jax.training.errors import TrainingError
 from train.serve.protocol.engine import EngineProtocol
 from train.serve.protocol.requests import TOP, Client, DrawnToken, SampleRequest, SampleResult
@@ -19,17 +22,28 @@ from train.serve.routes.errors import HttpError, JsonObject, as_http_error, json
 from train.serve.routes.openai import fields
 from train.serve.routes.openai.answers import (
     AnswerPart,
+    AnswerStyle,
     ChatForm,
     ChoiceBuilder,
     TextForm,
     echo_prompt,
     join,
+    prompt_entries,
     usage_of,
 )
-from train.serve.routes.openai.chat import ToolCalls, make_calls, prompt_of
+from train.serve.routes.openai.chat import ToolCalls, make_calls, prompt_of, tokenize
+from train.serve.routes.openai.limits import add_limits
 from train.serve.routes.openai.models import Models
 from train.serve.routes.openai.pending import Events, PendingSamples, unless_gone
-from train.serve.routes.openai.table import CHAT, COMPLETIONS, FIELDS, STREAM_OPTIONS
+from train.serve.routes.openai.structured import read_grammar
+from train.serve.routes.openai.table import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    FIELDS,
+    STREAM_OPTIONS,
+    TOKENIZE,
+)
 from train.serve.routes.openai.text import ServedTokenizer
 
 _AT_ONCE = 1024  # completions of a request at most
@@ -44,7 +58,8 @@ class CompletionRequest:
       model: the client's name of it.
       samples: what to draw, a prompt each.
       form: form of the answer.
-      make_calls: begins what looks for calls of tools in an answer; None for none.
+      style: reading of the answers.
+      prompt_top: the alternatives told for each token of the prompts, None for no such list.
       echo: whether prompts begin their completions.
       stream: whether the answer comes in parts.
       usage: whether a stream ends with the numbers of tokens.
@@ -53,7 +68,8 @@ class CompletionRequest:
     model: str
     samples: list[SampleRequest]
     form: ChatForm | TextForm
-    make_calls: Callable[[], ToolCalls] | None = None
+    style: AnswerStyle = AnswerStyle()
+    prompt_top: int | None = None
     echo: bool = False
     stream: bool = False
     usage: bool = False
@@ -75,33 +91,68 @@ class OpenAI:
         tokens: ServedTokenizer,
         models: Models,
         sampling: Mapping[str, float] | None = None,
+        *,
+        trusts_templates: bool = False,
     ) -> None:
-        """Serves an engine; `sampling` has the values of requests that give none."""
+        """Serves an engine.
+
+        Args:
+          engine: the engine.
+          tokens: tokenizer of the model.
+          models: finds the adapters.
+          sampling: the values of requests that give none.
+          trusts_templates: whether requests may bring a chat template.
+        """
         self._engine, self._tokens, self._models = engine, tokens, models
-        self._sampling = sampling or {}
+        self._sampling, self._trusts_templates = sampling or {}, trusts_templates
+        facts = engine.facts
+        self.grammars = GrammarCompiler(tokens.tokenizer, facts.vocab_size, facts.eos)
 
     def routes(self) -> list[Route]:
         """Returns the routes."""
         return [
             Route(CHAT, self._chat, methods=["POST"]),
             Route(COMPLETIONS, self._complete, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
             *self._models.routes(),
         ]
+
+    def _templated(self, body: JsonObject, adapter: str | None) -> ServedTokenizer:
+        """Returns the tokenizer with a chat's template: the request's, an adapter's or the base's.
+
+        Raises:
+          HttpError: the request brings a template, and the server does not take it.
+        """
+        template = self._models.template(adapter)
+        if body.get("chat_template") is not None:
+            if not self._trusts_templates:
+                raise HttpError(
+                    400,
+                    "`chat_template` runs as a program, which the server takes from no request: "
+                    "leave it out, or start it with --trust-request-chat-template",
+                    param="chat_template",
+                )
+            template = fields.read_text(body, "chat_template")
+        return self._tokens.templated(template)
 
     async def _chat(self, request: Request) -> Response:
         body = await self._read(request, CHAT)
         sample, top = await self._sample(request, body, None), fields.read_top(body)
-        tokens = self._tokens.templated(self._models.template(sample.adapter))
-        prompt = await run_in_threadpool(prompt_of, body, tokens, self._engine.facts.max_length)
+        tokens, facts = self._templated(body, sample.adapter), self._engine.facts
+        room = fields.read_room(body, sample, facts)
+        prompt = await run_in_threadpool(
+            partial(prompt_of, body, tokens, facts.max_length, cuts=room is not None)
+        )
         sample = dataclasses.replace(sample, top=top or 0)
         return await self._answer(
             request,
             CompletionRequest(
                 str(body["model"]),
-                [fields.add_prompt(sample, prompt, self._engine.facts)],
+                [fields.add_prompt(sample, prompt, facts, room)],
                 ChatForm(self._tokens, top is not None),
-                make_calls=make_calls(body, tokens),
-                **_streaming(body),
+                _read_style(body, make_calls(body, tokens)),
+                **_read_extras(body),
             ),
         )
 
@@ -118,17 +169,22 @@ class OpenAI:
             )
         scored = echo and top is not None
         sample = dataclasses.replace(
-            sample, prompt_logprobs=scored, top_prompt=scored * (top or 0), top=top or 0
+            sample,
+            prompt_logprobs=scored or sample.prompt_logprobs,
+            top_prompt=max(sample.top_prompt, scored * (top or 0)),
+            top=top or 0,
         )
-        ids = await run_in_threadpool(self._ids, prompts)
+        room = fields.read_room(body, sample, facts)
+        ids = await run_in_threadpool(self._ids, prompts, room is not None)
         return await self._answer(
             request,
             CompletionRequest(
                 str(body["model"]),
-                [fields.add_prompt(sample, prompt_ids, facts) for prompt_ids in ids],
+                [fields.add_prompt(sample, prompt_ids, facts, room) for prompt_ids in ids],
                 TextForm(self._tokens, top),
+                _read_style(body),
                 echo=echo,
-                **_streaming(body),
+                **_read_extras(body),
             ),
         )
 
@@ -146,13 +202,40 @@ class OpenAI:
         )
         owner = owner_of(request)
         adapter = await self._models.find(fields.read_text(body, "model"), owner)
-        return dataclasses.replace(sample, adapter=adapter, client=Client(owner))
+        sample = dataclasses.replace(sample, adapter=adapter, client=Client(owner))
+        return await run_in_threadpool(self._add_limits, sample, body)
 
-    def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    def _add_limits(self, sample: SampleRequest, body: JsonObject) -> SampleRequest:
+        """Returns a sample with all that limits its tokens, and whether its prompt is scored."""
+        sample = add_limits(sample, body, self._engine.facts, self._tokens)
+        if (grammar := read_grammar(body, self.grammars)) is not None:
+            limits = dataclasses.replace(sample.limits, grammar=grammar)
+            sample = dataclasses.replace(sample, limits=limits)
+        top = fields.read_integer(body, "prompt_logprobs", 0, TOP)
+        scored = top is not None
+        return dataclasses.replace(sample, prompt_logprobs=scored, top_prompt=top or 0)
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = await fields.read_body(request)
+        fields.check_fields(body, TOKENIZE, "/tokenize")
+        adapter = await self._models.find(fields.read_text(body, "model"), owner_of(request))
+        tokens, most = self._templated(body, adapter), self._engine.facts.max_length
+        return json_response(await run_in_threadpool(tokenize, body, tokens, most))
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = await fields.read_body(request)
+        fields.check_fields(body, DETOKENIZE, "/detokenize")
+        await self._models.find(fields.read_text(body, "model"), owner_of(request))
+        ids = fields.read_ids(body, "tokens", self._engine.facts)
+        if ids is None:
+            raise fields.field_error("tokens", None, "a list of token ids is needed")
+        return json_response({"prompt": await run_in_threadpool(self._tokens.text, ids)})
+
+    def _ids(self, prompts: Sequence[str | list[int]], cuts: bool) -> list[list[int]]:
         try:
             most = self._engine.facts.max_length
             return [
-                self._tokens.ids(prompt, most) if isinstance(prompt, str) else prompt
+                self._tokens.ids(prompt, most, cuts=cuts) if isinstance(prompt, str) else prompt
                 for prompt in prompts
             ]
         except TrainingError as error:
@@ -173,12 +256,18 @@ class OpenAI:
 
     def _whole(self, wanted: CompletionRequest, drawn: Sequence[SampleResult]) -> JsonObject:
         choices: list[JsonObject] = []
+        scores = {}
         for sample, result in zip(wanted.samples, drawn, strict=True):
+            if (top := wanted.prompt_top) is not None:
+                entries = prompt_entries(self._tokens, sample, result, top)
+                scores = {"prompt_logprobs": entries}
             prompt = echo_prompt(self._tokens, sample, result) if wanted.echo else AnswerPart()
             for completion in result.completions:
-                part = ChoiceBuilder(self._tokens, sample, wanted.make_calls).end(completion)
-                choices.append(wanted.form.whole(len(choices), join(prompt, part)))
-        return {**wanted.head, "choices": choices, "usage": usage_of(wanted.samples, drawn)}
+                part = ChoiceBuilder(self._tokens, sample, wanted.style).end(completion)
+                choice = wanted.form.whole(len(choices), join(prompt, part))
+                choices.append(choice if isinstance(wanted.form, ChatForm) else choice | scores)
+        whole = {**wanted.head, "choices": choices, "usage": usage_of(wanted.samples, drawn)}
+        return whole | scores if isinstance(wanted.form, ChatForm) else whole
 
     async def _events(
         self,
@@ -196,7 +285,7 @@ class OpenAI:
         for k, sample in enumerate(wanted.samples):
             prompt = echo_prompt(self._tokens, sample, None) if wanted.echo else AnswerPart()
             for i in range(n):
-                choices.append(ChoiceBuilder(self._tokens, sample, wanted.make_calls))
+                choices.append(ChoiceBuilder(self._tokens, sample, wanted.style))
                 if begun := wanted.form.begin(k * n + i):
                     yield event(begun)
                 if prompt.text:
@@ -228,13 +317,26 @@ class OpenAI:
         yield "data: [DONE]\n\n"
 
 
-def _streaming(body: JsonObject) -> dict[str, bool]:
-    """Returns two flags: the answer comes in parts, and it ends with the usage."""
+def _read_style(body: JsonObject, make_calls: Callable[[], ToolCalls] | None = None) -> AnswerStyle:
+    """Returns the reading of the answers that a request asks for."""
+    shows_special = body.get("skip_special_tokens") is not None
+    return AnswerStyle(
+        make_calls,
+        special=shows_special and not fields.read_flag(body, "skip_special_tokens"),
+        keeps_stop=fields.read_flag(body, "include_stop_str_in_output"),
+        one_call=body.get("parallel_tool_calls") is not None
+        and not fields.read_flag(body, "parallel_tool_calls"),
+    )
+
+
+def _read_extras(body: JsonObject) -> dict[str, Any]:
+    """Returns the fields `stream`, `usage` and `prompt_top` of a `CompletionRequest`."""
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise fields.field_error("stream_options", options, "an object is needed")
     fields.check_fields(options, STREAM_OPTIONS, "`stream_options`")
-    return {
-        "stream": fields.read_flag(body, "stream"),
-        "usage": fields.read_flag(options, "include_usage"),
-    }
+    stream, top = fields.read_flag(body, "stream"), body.get("prompt_logprobs")
+    if stream and top is not None:
+        raise fields.field_error("prompt_logprobs", top, "they come whole: leave out `stream`")
+    usage = fields.read_flag(options, "include_usage")
+    return {"stream": stream, "usage": usage, "prompt_top": top}

@@ -11,10 +11,14 @@ from lora_jax.training.data.rows import check_text, question, shown
 from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.errors import TrainingError
 from train.serve.routes.errors import HttpError, JsonObject
+from train.serve.routes.openai.fields import read_flag, read_text
+from train.serve.routes.openai.structured import is_forced
 from train.serve.routes.openai.text import ServedTokenizer
 from train.tools.calls import CallReader, call_format
 from train.tools.formats import FORMATS, CallFormat
 from train.tools.schemas import Tools
+
+_COUNTED = 1 << 20  # tokens of a text that is not drawn from, at most
 
 
 def tools_of(body: Mapping[str, object]) -> object:
@@ -22,13 +26,16 @@ def tools_of(body: Mapping[str, object]) -> object:
     return None if body.get("tool_choice") == "none" else body.get("tools") or None
 
 
-def prompt_of(body: Mapping[str, object], tokens: ServedTokenizer, most: int) -> list[int]:
+def prompt_of(
+    body: Mapping[str, object], tokens: ServedTokenizer, most: int, *, cuts: bool = False
+) -> list[int]:
     """Returns the tokens of a chat, up to the beginning of the answer.
 
     Args:
       body: `messages`, `tools` and `chat_template_kwargs`.
       tokens: tokenizer of the model.
       most: the most tokens that are of use.
+      cuts: leaves out the beginning of a text that has more; see `ServedTokenizer.ids`.
 
     Raises:
       HttpError: the turns are no chat, or the model's template refuses or drops some of it.
@@ -51,7 +58,7 @@ def prompt_of(body: Mapping[str, object], tokens: ServedTokenizer, most: int) ->
     try:
         check_text(json.dumps(row, ensure_ascii=False), "the request")
         text = render_prompt(question(row, "the request"), tokens.tokenizer)
-        return tokens.ids(text, most, special=False)
+        return tokens.ids(text, most, special=False, cuts=cuts)
     except TemplateError as error:
         problem = f"the model's chat template says: {error}"
         raise HttpError(400, problem, param="messages") from None
@@ -118,10 +125,38 @@ def make_calls(
 ) -> Callable[[], ToolCalls] | None:
     """Returns a maker of readers for the calls of an answer; None where a chat has no tools.
 
-    A template whose format is not known is read as Hermes'.
+    A template whose format is not known is read as Hermes', and so are calls that are forced.
     """
     tools = tools_of(body)
     if not isinstance(tools, list):
         return None
+    if is_forced(body):  # the grammar is of this form
+        return partial(ToolCalls, FORMATS["hermes"], tools)
     template = tokens.tokenizer.get_chat_template(None, tools)
     return partial(ToolCalls, call_format(template) or FORMATS["hermes"], tools)
+
+
+def tokenize(body: Mapping[str, object], tokens: ServedTokenizer, most: int) -> JsonObject:
+    """Returns vLLM's answer at /tokenize: the tokens of `prompt`, or of `messages`.
+
+    Args:
+      body: the fields of the request.
+      tokens: tokenizer of the model, with the template of chats.
+      most: tokens of a sequence at most.
+
+    Raises:
+      HttpError: there is neither or both; see `prompt_of`, too.
+    """
+    if (body.get("prompt") is None) == (body.get("messages") is None):
+        raise HttpError(400, "give `prompt` or `messages`", param="prompt")
+    if body.get("messages") is not None:
+        ids = prompt_of(body, tokens, _COUNTED)
+    else:
+        special = body.get("add_special_tokens") is None or read_flag(body, "add_special_tokens")
+        try:
+            ids = tokens.ids(read_text(body, "prompt"), _COUNTED, special=special)
+        except TrainingError as error:
+            raise HttpError(400, str(error), param="prompt") from None
+    core = tokens.tokenizer.backend_tokenizer
+    texts = [core.id_to_token(i) for i in ids] if read_flag(body, "return_token_strs") else None
+    return {"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": texts}

@@ -60,13 +60,15 @@ def read_integer(body: Mapping[str, object], name: str, least: int, most: int) -
     return value
 
 
-def read_number(body: Mapping[str, object], name: str, default: float, most: float) -> float:
-    """Returns a field that is a number from 0 on."""
+def read_number(
+    body: Mapping[str, object], name: str, default: float, most: float, least: float = 0.0
+) -> float:
+    """Returns a field that is a number of a range, by default from 0 on."""
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise field_error(name, value, f"a number from 0 to {most:g} is needed")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise field_error(name, value, f"a number from {least:g} to {most:g} is needed")
     return float(value)
 
 
@@ -131,15 +133,32 @@ def read_sample(
         top_k=read_integer(body, "top_k", -1, facts.vocab_size) or -1,
         top_p=top_p,
         seed=None if seed is None else seed % 2**32,
-        stop_ids=frozenset(
-            ends | {*_ids(body.get("stop_token_ids") or [], "stop_token_ids", facts)}
-        ),
+        stop_ids=frozenset(ends | {*(read_ids(body, "stop_token_ids", facts) or [])}),
         stop=_stops(body.get("stop")),
     )
 
 
-def add_prompt(sample: SampleRequest, prompt: list[int], facts: EngineFacts) -> SampleRequest:
-    """Returns a sample of a prompt; raises HttpError if the two are too long, or it is empty."""
+def read_room(body: Mapping[str, object], sample: SampleRequest, facts: EngineFacts) -> int | None:
+    """Returns the number of last tokens that are left of a longer prompt; None for all."""
+    room = read_integer(body, "truncate_prompt_tokens", -1, facts.max_length)
+    if room == 0:
+        raise field_error("truncate_prompt_tokens", 0, "1 or more, or -1 for what fits, is needed")
+    fits = facts.max_length - (1 if sample.max_tokens is None else sample.max_tokens)
+    return max(1, fits) if room == -1 else room
+
+
+def add_prompt(
+    sample: SampleRequest, prompt: list[int], facts: EngineFacts, room: int | None = None
+) -> SampleRequest:
+    """Returns a sample of a prompt; raises HttpError if the two are too long, or it is empty.
+
+    Args:
+      sample: the sample.
+      prompt: its tokens.
+      facts: the engine's.
+      room: the number of last tokens that are left of a longer prompt; see `read_room`.
+    """
+    prompt = prompt if room is None else prompt[-room:]
     if not prompt:
         raise HttpError(400, "the prompt has no token: give a text", param="prompt")
     if (n := len(prompt)) + (
@@ -182,6 +201,12 @@ def read_top(body: Mapping[str, object]) -> int | None:
     if top is not None:
         raise field_error("top_logprobs", top, "set `logprobs` to true, too")
     return None
+
+
+def read_ids(body: Mapping[str, object], name: str, facts: EngineFacts) -> list[int] | None:
+    """Returns a field that is a list of tokens, or None."""
+    given = body.get(name)
+    return None if given is None else _ids(given, name, facts)
 
 
 def _ids(given: object, name: str, facts: EngineFacts) -> list[int]:

@@ -37,12 +37,15 @@ def _all(kind: Kind, names: str) -> dict[str, Field]:
 
 
 _VARIABLE = "give what the chat template reads as `chat_template_kwargs`"
-_CONSTRAINED = "say in the prompt what form the answer is to have"
 _COMMON = {
     **_all(
         "works",
         "model max_tokens max_completion_tokens n best_of temperature top_p top_k seed stop "
-        "stop_token_ids ignore_eos logprobs stream stream_options",
+        "stop_token_ids ignore_eos logprobs stream stream_options presence_penalty "
+        "frequency_penalty repetition_penalty min_p min_tokens logit_bias bad_words "
+        "allowed_token_ids skip_special_tokens include_stop_str_in_output truncate_prompt_tokens "
+        "prompt_logprobs response_format structured_outputs guided_json guided_regex guided_choice "
+        "guided_grammar",
     ),
     **_all(
         "no effect",
@@ -51,61 +54,46 @@ _COMMON = {
         "guided_decoding_backend guided_whitespace_pattern mm_processor_kwargs "
         "spaces_between_special_tokens repeat_last_n priority",
     ),
-    **_refused("presence_penalty frequency_penalty min_p min_tokens mirostat", 0),
-    **_refused("xtc_probability dry_multiplier dynatemp_range", 0),
-    **_refused("repetition_penalty repeat_penalty length_penalty typical_p tfs_z", 1),
-    **_refused("bad_words stop_regex", []),
-    **_refused("allowed_token_ids", instead="leave it out: tokens are not restricted here"),
-    **_refused("logit_bias", {}),
+    **_refused("mirostat xtc_probability dry_multiplier dynatemp_range", 0),
+    **_refused("repeat_penalty", 1, instead="give `repetition_penalty`"),
+    **_refused("length_penalty typical_p tfs_z", 1),
+    **_refused("stop_regex", []),
     **_refused(
-        "response_format", {"type": "text"}, instead=f"leave it out, and {_CONSTRAINED}, or `tools`"
-    ),
-    **_refused(
-        "guided_json guided_regex guided_choice guided_grammar guided_decoding structured_outputs "
-        "structural_tag json_schema grammar regex ebnf format",
-        instead=f"leave it out, and {_CONSTRAINED}",
+        "guided_decoding structural_tag json_schema grammar regex ebnf format",
+        instead="give `response_format`, or `structured_outputs` as vLLM has it",
     ),
     **_refused("logits_processors custom_logit_processor session_params", []),
     **_refused("functions", [], instead="give `tools`"),
     **_refused("function_call", "none", "auto", instead="give `tools`"),
     **_refused("documents", [], instead=_VARIABLE),
-    **_refused("chat_template", instead="leave it out: the template of the model is the server's"),
     **_refused("reasoning_effort reasoning thinking enable_thinking", instead=_VARIABLE),
     **_refused("include_reasoning", True, instead="leave it out: reasoning is part of the text"),
     **_refused("verbosity web_search_options audio moderation prompt_embeds"),
     **_refused("kv_transfer_params vllm_xargs thinking_token_budget"),
     **_refused("modalities", ["text"]),
     **_refused("suffix", ""),
-    **_refused("parallel_tool_calls add_generation_prompt skip_special_tokens", True),
+    **_refused("add_generation_prompt", True),
     **_refused("do_sample", True, instead="give `temperature` 0"),
     **_refused("use_beam_search continue_final_message return_token_ids no_stop_trim", False),
     **_refused("return_hidden_states", False),
-    **_refused("return_tokens_as_token_ids include_stop_str_in_output", False),
-    **_refused(
-        "prompt_logprobs", instead="ask /v1/completions with `echo`, `logprobs` and `max_tokens` 0"
-    ),
-    **_refused("truncate_prompt_tokens", instead="send a prompt that is short enough"),
+    **_refused("return_tokens_as_token_ids", False),
     **_refused("n_predict num_predict max_new_tokens", instead="give `max_tokens`"),
     **_refused("lora_path", instead="name the adapter as `model`"),
     **_refused("options extra_body", {}, instead="give its fields themselves"),
 }
-_CHAT_FIELDS = {
-    **_all("works", "messages tools chat_template_kwargs top_logprobs"),
-    "tool_choice": Field(
-        "works", ("none", "auto"), "leave it out: the model itself chooses what it calls"
-    ),
-}
+_CHAT_FIELDS = _all(
+    "works",
+    "messages tools tool_choice parallel_tool_calls chat_template chat_template_kwargs "
+    "top_logprobs",
+)
 _COMPLETION_FIELDS = _all("works", "prompt echo")
 
 
 def _elsewhere(fields: Mapping[str, Field], path: str, **instead: str) -> dict[str, Field]:
     """Returns the fields of another path's requests, which are refused here."""
     usual = f"leave it out: it belongs to {path}"
-    nothing: tuple[object, ...] = ([], {}, False)
-    return {
-        name: Field("refused", (*nothing, *(field.values or ())), instead.get(name, usual))
-        for name, field in fields.items()
-    }
+    nothing: tuple[object, ...] = ([], {}, False, "none", "auto")
+    return {name: Field("refused", nothing, instead.get(name, usual)) for name in fields}
 
 
 FIELDS: dict[str, Mapping[str, Field]] = {
@@ -123,6 +111,19 @@ STREAM_OPTIONS: Mapping[str, Field] = {
     **_all("no effect", "include_obfuscation"),
     **_refused("continuous_usage_stats", False),
 }
+STRUCTURED_OUTPUTS: Mapping[str, Field] = {
+    **_all("works", "json regex choice grammar json_object"),
+    **_refused("disable_fallback disable_any_whitespace disable_additional_properties", False),
+    **_refused("whitespace_pattern structural_tag"),
+}
+# Of /tokenize and /detokenize, which are vLLM's.
+TOKENIZE: Mapping[str, Field] = {
+    **_all("works", "model prompt messages tools chat_template chat_template_kwargs"),
+    **_all("works", "add_special_tokens return_token_strs"),
+    **_refused("add_generation_prompt", True),
+    **_refused("continue_final_message", False),
+}
+DETOKENIZE: Mapping[str, Field] = _all("works", "model tokens")
 
 
 def nearest(name: str, fields: Mapping[str, Field]) -> str | None:

@@ -31,17 +31,20 @@ class ServedTokenizer:
         self._longest = max(map(len, tokenizer.get_vocab()))
         self.ids("", 0)  # the first call may change the tokenizer: here, no other thread has it
 
-    def ids(self, text: str, most: int, *, special: bool = True) -> list[int]:
+    def ids(self, text: str, most: int, *, special: bool = True, cuts: bool = False) -> list[int]:
         """Returns the tokens of a text.
 
         Args:
           text: the text.
           most: the most tokens that are of use: a text that has more in any case costs no time.
           special: adds those with which texts begin or end.
+          cuts: leaves out the beginning of such a text, instead of raising.
 
         Raises:
           TrainingError: the text is too long, or holds half of a character.
         """
+        if cuts:
+            text = text[-most * self._longest :]
         if len(text) > most * self._longest:
             raise TrainingError(
                 f"the prompt has {len(text):,} characters, more than {most:,} tokens can have: "
@@ -52,6 +55,10 @@ class ServedTokenizer:
             "input_ids"
         ]
         return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens, special ones too."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def templated(self, template: str | None) -> "ServedTokenizer":
         """Returns the same tokenizer with another chat template, if there is one."""
@@ -107,10 +114,26 @@ class CompletionText:
     """The text of a completion with its tokens, as they come; see `TextStream`."""
 
     def __init__(
-        self, tokens: ServedTokenizer, stop: Sequence[str] = (), *, special: bool = False
+        self,
+        tokens: ServedTokenizer,
+        stop: Sequence[str] = (),
+        *,
+        special: bool = False,
+        keeps_stop: bool = False,
+        least: int = 0,
     ) -> None:
-        """Begins a text; `special` shows special tokens."""
-        self._stream = TextStream(StopTexts(tokens.tokenizer, stop), special=special)
+        """Begins a text.
+
+        Args:
+          tokens: tokenizer of the model.
+          stop: texts that end it.
+          special: shows special tokens.
+          keeps_stop: ends the text with the stop text, not before it.
+          least: the number of first tokens in which no stop text is looked for.
+        """
+        stops = StopTexts(tokens.tokenizer, stop)
+        self._stream = TextStream(stops, special=special, keeps_stop=keeps_stop)
+        self._least, self._n = least, 0
         self._entries: list[TokenEntry] = []  # of tokens whose text is not given out
 
     @property
@@ -134,6 +157,8 @@ class CompletionText:
             return "", []
         listed = None if top is None else [(int(i), finite(x)) for i, x in top]
         self._entries.append(TokenEntry(token, logprob, listed, self._stream.start))
+        self._n += 1
+        self._stream.searches = self._n > self._least
         text = self._stream.add(token)
         return text, [] if self._stream.is_cut else self._given()
 

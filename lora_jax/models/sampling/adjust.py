@@ -1,0 +1,135 @@
+"""Adjusts logits before a token is chosen: tokens that may be drawn, biases, penalties, min_p."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
+NO_TOKEN = np.iinfo(np.int32).max  # fills up rows of token ids
+_BITS = 32  # of a word
+
+
+class Adjustments(NamedTuple, Generic[ArrayT]):
+    """Adjustments of rows' logits; a row of `neutral_adjustments` keeps its logits bit by bit.
+
+    Attributes:
+      allowed: [rows, `mask_words`] uint32: bit i % 32 of word i // 32 is 1 where token i may come.
+      bias_ids, biases: [rows, k] int32 and fp32; biases are added to the logits of these tokens.
+      repetition: [rows] fp32; divides positive logits of tokens that were there, and multiplies
+        negative ones.
+      frequency, presence: [rows] fp32; subtracted for each time that a token was drawn, and once.
+      min_p: [rows] fp32, the least probability, relative to that of the likeliest token.
+      tokens: [rows, length] int32, the prompt's tokens and those drawn, then `NO_TOKEN`.
+      n_prompt: [rows] int32, how many of `tokens` are the prompt's.
+    """
+
+    allowed: ArrayT
+    bias_ids: ArrayT
+    biases: ArrayT
+    repetition: ArrayT
+    frequency: ArrayT
+    presence: ArrayT
+    min_p: ArrayT
+    tokens: ArrayT
+    n_prompt: ArrayT
+
+
+def mask_words(vocab: int) -> int:
+    """Returns the number of words of a mask of the vocabulary."""
+    return -(-vocab // _BITS)
+
+
+def pack_mask(ids: Sequence[int], vocab: int) -> np.ndarray:
+    """Returns the mask, [words] uint32, of some token ids."""
+    bits = np.zeros(mask_words(vocab) * _BITS, bool)
+    bits[np.asarray(ids, np.int64)] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def remove_tokens(mask: np.ndarray, ids: Sequence[int]) -> None:
+    """Takes token ids out of a mask, [words] uint32, in place."""
+    tokens = np.asarray(ids, np.uint32)
+    np.bitwise_and.at(mask, tokens // _BITS, ~(np.uint32(1) << (tokens % np.uint32(_BITS))))
+
+
+def neutral_adjustments(
+    rows: int, vocab: int, *, length: int, biases: int
+) -> Adjustments[np.ndarray]:
+    """Returns adjustments, in the host's memory, that change nothing.
+
+    Args:
+      rows, vocab: the shape of the logits.
+      length: the most tokens of a row.
+      biases: the most biases of a row.
+    """
+    return Adjustments(
+        allowed=np.full((rows, mask_words(vocab)), 0xFFFFFFFF, np.uint32),
+        bias_ids=np.full((rows, biases), NO_TOKEN, np.int32),
+        biases=np.zeros((rows, biases), np.float32),
+        repetition=np.ones(rows, np.float32),
+        frequency=np.zeros(rows, np.float32),
+        presence=np.zeros(rows, np.float32),
+        min_p=np.zeros(rows, np.float32),
+        tokens=np.full((rows, length), NO_TOKEN, np.int32),
+        n_prompt=np.zeros(rows, np.int32),
+    )
+
+
+def mask_logits(logits: jax.Array, allowed: jax.Array | np.ndarray) -> jax.Array:
+    """Returns logits, [rows, vocab], -inf where a mask, [rows, words] uint32, has no bit."""
+    places = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
+    words = jnp.asarray(allowed)[:, places // _BITS]
+    return jnp.where((words >> (places % _BITS)) & 1 == 1, logits, -jnp.inf)
+
+
+def adjust_logits(
+    logits: jax.Array, adjustments: Adjustments[Any], temperature: jax.Array
+) -> jax.Array:
+    """Returns the logits to choose from, in the order in which vLLM's sampler does it.
+
+    Masks come first, then biases, penalties, and min_p, which counts probabilities at the
+    temperature, before top_k and top_p. Source: vLLM's `v1/sample`.
+
+    Args:
+      logits: fp32 [rows, vocab].
+      adjustments: adjustments of each row.
+      temperature: [rows]; min_p counts at temperature 1 where it is 0.
+    """
+    logits = mask_logits(logits, adjustments.allowed)
+    has_bias = jnp.any(jnp.asarray(adjustments.bias_ids) != NO_TOKEN)
+    logits = lax.cond(has_bias, _add_biases, _keep, logits, adjustments)
+    penalties = (adjustments.repetition, adjustments.frequency, adjustments.presence)
+    is_neutral = [jnp.all(jnp.asarray(x) == y) for x, y in zip(penalties, (1, 0, 0), strict=True)]
+    is_penalized = ~jnp.all(jnp.stack(is_neutral))
+    logits = lax.cond(is_penalized, _penalize, _keep, logits, adjustments)
+    degrees = jnp.where(temperature > 0, temperature, 1.0)
+    least = jnp.max(logits, axis=-1) + degrees * jnp.log(adjustments.min_p)
+    return jnp.where(logits < least[:, None], -jnp.inf, logits)
+
+
+def _keep(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
+    return logits
+
+
+def _add_biases(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
+    rows = jnp.arange(len(logits))[:, None]
+    return logits.at[rows, adjustments.bias_ids].add(adjustments.biases, mode="drop")
+
+
+def _penalize(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
+    tokens, rows = jnp.asarray(adjustments.tokens), jnp.arange(len(logits))[:, None]
+    is_prompt = jnp.arange(tokens.shape[1]) < jnp.asarray(adjustments.n_prompt)[:, None]
+    drawn = jnp.where(is_prompt, NO_TOKEN, tokens)
+    counts = jnp.zeros(logits.shape, jnp.int32).at[rows, drawn].add(1, mode="drop")
+    is_there = jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
+    factor = jnp.asarray(adjustments.repetition)[:, None]
+    repeated = jnp.where(logits > 0, logits / factor, logits * factor)
+    logits = jnp.where(is_there, repeated, logits)
+    logits -= jnp.asarray(adjustments.frequency)[:, None] * counts.astype(jnp.float32)
+    return logits - jnp.where(counts > 0, jnp.asarray(adjustments.presence)[:, None], 0.0)

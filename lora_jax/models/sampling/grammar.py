@@ -1,0 +1,284 @@
+"""Grammars of answers: the tokens that a JSON schema, an expression or a grammar allows next.
+
+By the library llguidance (extra `structured`), whose masks cost a fraction of a millisecond each.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.types import Tokenizer
+from lora_jax.models.sampling.adjust import mask_words
+
+LONGEST = 100_000  # characters of a grammar or schema
+_NESTING = 100  # brackets in brackets, at most
+_TRIED = 200  # parts of a schema that are tried to find the wrong one
+_CONJUNCTIONS, _SECONDS = 8, 5  # patterns that are compiled without a look at the time
+_WHITESPACE = r"[ \t\n\r]{1,20}"  # models that pad without end do so no longer than this
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_NO_SCHEMAS = ("const", "default", "example", "x-guidance")
+_IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+
+
+class GrammarError(ValueError):
+    """A grammar cannot be used.
+
+    Attributes:
+      path: keys of the part of a schema that is wrong; empty for the whole.
+    """
+
+    def __init__(self, problem: str, path: Sequence[str] = ()) -> None:
+        """Takes the problem in words, and where it is."""
+        super().__init__(problem)
+        self.path = tuple(path)
+
+
+class Constraint:
+    """The tokens that a grammar allows in one answer."""
+
+    def __init__(self, matcher: Any, words: int) -> None:
+        """Takes an LLMatcher of its own, and the number of words of its masks."""
+        self.matcher, self.words = matcher, words
+
+    @property
+    def is_over(self) -> bool:
+        """True once nothing more may come but the end."""
+        return bool(self.matcher.is_stopped())
+
+    def accept(self, token: int) -> None:
+        """Takes a token; raises GrammarError for one that is not allowed, or at a limit."""
+        if not self.matcher.consume_token(token):
+            raise GrammarError(f"the grammar cannot go on: {_short(self.matcher.get_error())}")
+
+
+class CompiledGrammar:
+    """A grammar for one tokenizer."""
+
+    def __init__(self, matcher: Any, words: int) -> None:
+        """Takes an LLMatcher that consumed nothing, and the number of words of its masks."""
+        self._matcher, self._words = matcher, words
+
+    def begin(self) -> Constraint:
+        """Returns the constraint of a new answer."""
+        return Constraint(self._matcher.deep_copy(), self._words)
+
+    @staticmethod
+    def fill(rows: Mapping[int, Constraint], masks: np.ndarray) -> None:
+        """Restricts masks, [rows, words] uint32, to what constraints allow next, in threads."""
+        own = np.zeros((len(rows), next(iter(rows.values())).words), np.int32)
+        pairs = [(each.matcher, i) for i, each in enumerate(rows.values())]
+        _executor().unsafe_compute_mask_ptr(pairs, own.ctypes.data, own.shape[1] * 4, len(rows))
+        words = min(own.shape[1], masks.shape[1])
+        masks[[*rows], :words] &= own[:, :words].view(np.uint32)
+        masks[[*rows], words:] = 0
+
+
+class GrammarCompiler:
+    """Compiles grammars for a tokenizer; by several threads at once."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int, ends: Collection[int]) -> None:
+        """Takes transformers' fast tokenizer.
+
+        Args:
+          tokenizer: the model's.
+          vocab: the number of the model's logits.
+          ends: the tokens that end an answer.
+        """
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
+        self._vocab, self._ends = vocab, sorted(ends)
+
+    @functools.cached_property
+    def _tokens(self) -> Any:
+        """The vocabulary as llguidance knows it, which takes a second."""
+        try:
+            import llguidance
+        except ImportError:
+            raise GrammarError(
+                "structured answers need the package llguidance: pip install 'lora_jax[structured]'"
+            ) from None
+        backend = copy.copy(self._tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        size = max(self._vocab, len(self._tokenizer))
+        # Without a token that ends answers, one stands for it that no logit belongs to.
+        ends, size = (self._ends, size) if self._ends else ([size], size + 1)
+        return llguidance.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ends)
+
+    def prepare(self) -> None:
+        """Reads the vocabulary, which the first grammar would do otherwise."""
+        with self._lock:
+            self._tokens  # noqa: B018
+
+    def schema(self, schema: object) -> CompiledGrammar:
+        """Returns the grammar of JSON that a schema describes.
+
+        Raises:
+          GrammarError: the schema has what is not supported, or describes nothing; its path says
+            where.
+        """
+        if isinstance(schema, bool):
+            if not schema:
+                raise GrammarError("the schema `false` allows nothing")
+            schema = {}
+        if not isinstance(schema, Mapping):
+            raise GrammarError("a JSON schema, an object, is needed")
+        try:
+            return self._compile_schema(schema)
+        except GrammarError as error:
+            path, problem = self._wrong_part(schema, str(error))
+            raise GrammarError(problem, path) from None
+
+    def regex(self, pattern: str) -> CompiledGrammar:
+        r"""Returns the grammar of texts that match a regular expression, of which \d is 0 to 9."""
+        self.prepare()
+        from llguidance import regex_to_lark
+
+        _check_size(pattern)
+        return self.lark(f"start: /{regex_to_lark(pattern, 'd')}/")
+
+    def choice(self, texts: Sequence[str]) -> CompiledGrammar:
+        """Returns the grammar of some texts, of which an answer is one."""
+        return self.lark("start: " + " | ".join(map(quoted, texts)))
+
+    def lark(self, grammar: str) -> CompiledGrammar:
+        """Returns the grammar that a text in Lark's notation describes."""
+        return self._compile("grammar_from_lark", grammar)
+
+    def grammar(self, text: str) -> CompiledGrammar:
+        """Returns the grammar of a text in Lark's notation, or in GBNF, llama.cpp's."""
+        self.prepare()
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        _check_size(text)
+        try:
+            lark = any_to_lark(text)
+        except Exception as error:
+            raise GrammarError(_short(str(error))) from None
+        return self.lark(lark)
+
+    def literal(self, text: str) -> str:
+        """Returns a text in Lark's notation, as a special token where the vocabulary has one."""
+        self.prepare()
+        token = self._tokenizer.get_vocab().get(text)
+        is_special = token is not None and self._tokens.is_special_token(token)
+        return f"<[{token}]>" if is_special else quoted(text)
+
+    @staticmethod
+    def with_whitespace(schema: Mapping[str, object]) -> dict[str, object]:
+        """Returns a schema whose texts have some white space between tokens of JSON, not any."""
+        own = schema.get("x-guidance")
+        own = own if isinstance(own, Mapping) else {}
+        return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, **own}}
+
+    def _compile_schema(self, schema: Mapping[str, object]) -> CompiledGrammar:
+        return self._compile("grammar_from_json_schema", json.dumps(self.with_whitespace(schema)))
+
+    def _compile(self, form: str, text: str) -> CompiledGrammar:
+        _check_size(text)
+        self.prepare()
+        from llguidance import LLMatcher, LLParserLimits
+
+        try:
+            grammar = getattr(LLMatcher, form)(text)
+        except ValueError as error:
+            raise GrammarError(_short(str(error))) from None
+        if text.count("pattern") + text.count('"format"') + text.count("&") > _CONJUNCTIONS:
+            _check_time(grammar)
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise GrammarError(_short(matcher.get_error()))
+        return CompiledGrammar(matcher, mask_words(self._tokens.vocab_size))
+
+    def _wrong_part(
+        self, schema: Mapping[str, object], problem: str
+    ) -> tuple[tuple[str, ...], str]:
+        """Returns the path of the innermost part of a schema that is wrong by itself, and why."""
+        shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+        path: tuple[str, ...] = ()
+        part, tried = schema, 0
+        while True:
+            for keys, inner in _parts(part):
+                tried += 1
+                if tried > _TRIED or not isinstance(inner, Mapping):
+                    continue
+                try:
+                    self._compile_schema({**shared, **inner})
+                except GrammarError as error:
+                    path, part, problem = (*path, *keys), inner, str(error)
+                    break
+            else:
+                return path, problem
+
+
+def quoted(text: str) -> str:
+    """Returns a text as a string of Lark's notation."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _parts(schema: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yields the schemas in a schema with their keys."""
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, Mapping):
+            for name, inner in value.items():
+                yield (key, name), inner
+        elif key in _IN_LISTS and isinstance(value, list):
+            for i, inner in enumerate(value):
+                yield (key, str(i)), inner
+        elif isinstance(value, Mapping) and key not in (
+            "const",
+            "default",
+            "example",
+            "x-guidance",
+        ):
+            yield (key,), value
+
+
+def _check_size(text: str) -> None:
+    """Raises GrammarError for a text that is too long, or nested too deeply, to be compiled."""
+    if len(text) > LONGEST:
+        raise GrammarError(f"{len(text):,} characters: {LONGEST:,} are the most")
+    depth = deepest = 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, depth)
+    if deepest > _NESTING:
+        raise GrammarError(f"brackets are nested {deepest} deep: {_NESTING} are the most")
+
+
+def _check_time(grammar: str) -> None:
+    """Raises GrammarError for a grammar that takes too long; compiles it in another process.
+
+    The intersection of many expressions can take for ever, and no thread can be ended.
+    """
+    code = "import sys, llguidance; llguidance.LLMatcher.validate_grammar(sys.stdin.read())"
+    command = [sys.executable, "-c", code]
+    try:
+        subprocess.run(command, input=grammar.encode(), timeout=_SECONDS, capture_output=True)
+    except subprocess.TimeoutExpired:
+        raise GrammarError(
+            f"it takes more than {_SECONDS} seconds: give fewer patterns that apply together"
+        ) from None
+
+
+def _short(problem: str) -> str:
+    """Returns the first lines of a problem."""
+    lines = [line.strip() for line in problem.split("<state>")[0].splitlines() if line.strip()]
+    return " ".join(lines)[:300] or "the grammar allows nothing more"
+
+
+@functools.cache
+def _executor() -> Any:
+    """Returns the threads that compute masks."""
+    import llguidance
+
+    return llguidance.LLExecutor()

@@ -1,0 +1,171 @@
+"""Masks of grammars, walked at random without a model: what ends is what was asked for."""
+
+import importlib.util
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+
+from lora_jax.models.sampling.adjust import mask_words
+from lora_jax.models.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarError
+from tests.train.tiny import tokenizer
+
+if importlib.util.find_spec("llguidance") is None:
+    pytest.skip("the extra 'structured' has llguidance", allow_module_level=True)
+
+TOKENIZER, EOS = tokenizer(), 258
+VOCAB = len(TOKENIZER) + 6  # as many models have more logits than tokens
+COMPILER = GrammarCompiler(TOKENIZER, VOCAB, [EOS])
+CLOSING = {TOKENIZER(char, add_special_tokens=False)["input_ids"][0] for char in '"}]'} | {EOS}
+
+
+def walks(grammars, seed, most=600):
+    """Walks of grammars side by side: the texts that ended, None for those that did not."""
+    rng = random.Random(seed)
+    rows = {i: grammar.begin() for i, grammar in enumerate(grammars)}
+    tokens, texts = {i: [] for i in rows}, [None] * len(rows)
+    for _ in range(most):
+        masks = np.full((len(grammars), mask_words(VOCAB)), 0xFFFFFFFF, np.uint32)
+        CompiledGrammar.fill(rows, masks)
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :VOCAB]
+        for i, row in [*rows.items()]:
+            allowed = np.flatnonzero(bits[i]).tolist()
+            ends = [token for token in allowed if token in CLOSING]
+            token = rng.choice(ends if ends and rng.random() < 0.5 else allowed)
+            if token != EOS:
+                tokens[i].append(token)
+                row.accept(token)
+            if token == EOS or row.is_over:
+                texts[i] = TOKENIZER.decode(tokens[i])
+                del rows[i]
+        if not rows:
+            break
+    return texts
+
+
+def drawn_schema(rng, depth=0):
+    """A schema of the parts that are supported."""
+    kinds = ["integer", "number", "string", "pattern", "enum", "const", "boolean", "null", "format"]
+    kinds += ["array", "object", "object", "anyOf", "tuple", "ref", "map"] * (depth < 3)
+    kind = rng.choice(kinds)
+    low = rng.randrange(-9, 20)
+    inner = lambda: drawn_schema(rng, depth + 1)  # noqa: E731
+    if kind in ("integer", "number"):
+        limits = {"minimum": low, rng.choice(["maximum", "exclusiveMaximum"]): low + 9}
+        return {"type": kind} | (limits if rng.random() < 0.7 else {})
+    if kind == "pattern":
+        return {"type": "string", "pattern": rng.choice([r"^[a-c]{2,4}$", r"^\d+-x?$", "(ab)+c"])}
+    if kind == "format":
+        return {"type": "string", "format": rng.choice(["date", "time", "uuid", "ipv4"])}
+    if kind == "string":
+        return {"type": "string", "minLength": low % 3, "maxLength": low % 3 + 5}
+    if kind == "enum":
+        return {"enum": rng.sample(["a", 'q"uote', 3, None, True, "ü"], 3)}
+    if kind == "const":
+        return {"const": rng.choice(["x y", 7, {"k": [1, "z"]}, False])}
+    if kind == "array":
+        return {"type": "array", "items": inner(), "minItems": low % 2, "maxItems": low % 2 + 2}
+    if kind == "tuple":
+        return {"type": "array", "prefixItems": [inner(), inner()], "items": False, "minItems": 2}
+    if kind == "anyOf":
+        return {"anyOf": [inner(), inner()]}
+    if kind == "map":
+        return {"type": "object", "additionalProperties": inner(), "maxProperties": 3}
+    if kind == "object":
+        names = rng.sample(["a", "b", "c c", "ü", 'd"'], rng.randrange(1, 4))
+        required = [name for name in names if rng.random() < 0.7]
+        fields = {"properties": {name: inner() for name in names}, "required": required}
+        return {"type": "object", "additionalProperties": False, **fields}
+    return {"$ref": "#/$defs/node"} if kind == "ref" else {"type": kind}
+
+
+def schemas(n, seed):
+    rng = random.Random(seed)
+    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}, "v": {"const": 1}}}
+    node |= {"required": ["v"], "additionalProperties": False}
+    for _ in range(n):
+        yield {**drawn_schema(rng), "$defs": {"node": node}}
+
+
+def walked(n, seed):
+    """The number of walks that ended, and that of those that another schema would refuse."""
+    ended = strangers = 0
+    before = {"type": "array", "minItems": 99}
+    asked = list(schemas(n, seed))
+    for first in range(0, n, 50):
+        some = asked[first : first + 50]
+        for schema, text in zip(some, walks([*map(COMPILER.schema, some)], first), strict=True):
+            if text is None:
+                continue
+            value = json.loads(text)
+            Draft202012Validator(schema).validate(value)
+            strangers += not Draft202012Validator(before).is_valid(value)
+            ended, before = ended + 1, schema
+    return ended, strangers
+
+
+def test_what_ends_validates():
+    ended, strangers = walked(200, 0)
+    assert ended > 180 and strangers > 100, (ended, strangers)
+
+
+@pytest.mark.slow
+def test_what_ends_of_thousands_validates():
+    ended, strangers = walked(10_000, 1)
+    assert ended > 9_000 and strangers > 5_000, (ended, strangers)
+
+
+def test_other_grammars():
+    regex, words = r"[a-c]{3}-\d+", ["yes", "no", 'may"be', "yesterday"]
+    gbnf, lark = 'root ::= "x" ("y" | "z")+', 'start: "x" NAME\nNAME: /[a-z]{2}/'
+    made = [COMPILER.regex(regex), COMPILER.choice(words), COMPILER.grammar(gbnf)]
+    made += [COMPILER.grammar(lark)]
+    for seed in range(20):
+        a, b, c, d = walks(made, seed)
+        assert re.fullmatch(regex, a), a
+        assert b in words
+        assert re.fullmatch("x[yz]+", c) and re.fullmatch("x[a-z]{2}", d)
+
+
+@pytest.mark.parametrize(
+    ("schema", "path", "problem"),
+    [
+        ({"properties": {"a": {"items": {"uniqueItems": True}}}}, "properties.a.items", "unique"),
+        ({"anyOf": [{"type": "null"}, {"not": {}}]}, "anyOf.1", "not"),
+        ({"$defs": {"a": {"type": "strin"}}, "$ref": "#/$defs/a"}, "$defs.a", "strin"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "", "minimum"),
+        ({"items": {"type": "string", "pattern": "(?=a)b"}}, "items", "look-ahead"),
+        ({"$ref": "#/$defs/none"}, "", "does not exist"),
+        (False, "", "nothing"),
+        ([1], "", "an object"),
+        ({"enum": ["x" * 100_001]}, "", "100,000 are the most"),
+    ],
+)
+def test_a_schema_that_cannot_be_is_named_by_its_path(schema, path, problem):
+    with pytest.raises(GrammarError, match=problem) as caught:
+        COMPILER.schema(schema)
+    assert ".".join(caught.value.path) == path
+
+
+def test_a_grammar_that_cannot_be():
+    for make, text, problem in (
+        (COMPILER.regex, "(", "unclosed group"),
+        (COMPILER.grammar, "start: nobody", "unknown name"),
+        (COMPILER.grammar, "nonsense {{{", "Expected"),
+        (COMPILER.lark, "start: " + "(" * 200 + '"a"' + ")" * 200, "nested 200 deep"),
+    ):
+        with pytest.raises(GrammarError, match=problem):
+            make(text)
+    constraint = COMPILER.regex("ab").begin()
+    with pytest.raises(GrammarError, match="cannot go on"):
+        constraint.accept(TOKENIZER("b", add_special_tokens=False)["input_ids"][0])
+
+
+def test_a_grammar_that_takes_for_ever_is_ended(monkeypatch):
+    monkeypatch.setattr("lora_jax.models.sampling.grammar._SECONDS", 1)
+    patterns = [{"type": "string", "pattern": f"a.{{{i}}}b.*c"} for i in range(50)]
+    with pytest.raises(GrammarError, match="more than 1 seconds"):
+        COMPILER.schema({"allOf": patterns})
