@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
+from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.quantized import is_coded
@@ -66,6 +68,7 @@ class Row:
       part: the name of the optional part that the parameter belongs to, such as "classifier": one
         that a file lacks as a whole is freshly initialised.
       kind: the part of the model, the same for a kernel and its bias; None if unknown.
+      wide: True if it is fp32 at least, whatever the dtype of the others.
       spec: the sharding over a mesh of the last axes, those of the stack among them; () if
         replicated.
     """
@@ -80,7 +83,12 @@ class Row:
     in_module: str | None = None
     part: str | None = None
     kind: Kind | None = None
+    wide: bool = False
     spec: PartitionSpec = PartitionSpec()
+
+    def dtype_of(self, others: DTypeLike) -> np.dtype:
+        """Returns the parameter's dtype in a tree whose others have this one."""
+        return np.dtype(wide(others) if self.wide else others)
 
     @property
     def members(self) -> list[tuple[int, ...]]:

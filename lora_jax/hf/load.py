@@ -76,7 +76,7 @@ def load_params(
         if row.part in absent:
             fresh = _draw_parameter(row, source.config.initializer_range, key)
             return jax.device_put(fresh.astype(param_dtype), place)
-        return _place_parameter(source, row, np.dtype(param_dtype), place)
+        return _place_parameter(source, row, row.dtype_of(param_dtype), place)
 
     def read_codes(row: Row, coding: Coding | None, place: Sharding | None) -> Coded | None:
         if quantize == STORED:
@@ -132,7 +132,8 @@ def shapes_of(
     codings = codings_of(table, dtype, quantize, source)
 
     def shape(row: Row) -> Leaf:
-        array, coding = jax.ShapeDtypeStruct(row.stacked_shape, dtype), codings.get(row.path)
+        array = jax.ShapeDtypeStruct(row.stacked_shape, row.dtype_of(dtype))
+        coding = codings.get(row.path)
         if quantize == STORED and source is not None and row.path in codings:
             return stored_shapes(source, row, dtype) or array
         return array if coding is None else encode(array, coding)

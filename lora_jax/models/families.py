@@ -81,8 +81,8 @@ def _decoder_format(facts: DecoderFamily) -> ModelFormat:
 FAMILIES: dict[str, Family] = {
     **{
         name: Family(Decoder, _decoder_format(facts), facts.default_targets)
-        for facts in DECODERS.values()
-        for name in (facts.model_type, facts.with_images)
+        for own, facts in DECODERS.items()
+        for name in (own, facts.with_images)
         if name is not None
     },
     **{name: Family(Encoder, _ENCODER, facts.default_targets) for name, facts in ENCODERS.items()},

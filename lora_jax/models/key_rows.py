@@ -71,7 +71,13 @@ class KeyTable(list[Row]):
         )
 
     def named(
-        self, kind: Kind, path: str, hf: str, shape: tuple[int, ...], spec: PartitionSpec
+        self,
+        kind: Kind,
+        path: str,
+        hf: str,
+        shape: tuple[int, ...],
+        spec: PartitionSpec,
+        **more: Any,
     ) -> None:
         """Adds a parameter of each layer that is stored as it is, under a name of its own.
 
@@ -79,10 +85,11 @@ class KeyTable(list[Row]):
           kind, shape, spec: see ``add``.
           path: the parameter's path.
           hf: Hugging Face's name behind that of the stack, with ``{}`` for the layer's number.
+          **more: other fields of the row.
         """
         hf, stack = f"{self._layers.replace('/', '.')}.{hf}", (self._n_layers,)
         row = Row(path=path, hf=hf, shape=shape, stack=stack, kind=kind, spec=spec)
-        self.append(dataclasses.replace(row, numbers=self._numbers))
+        self.append(dataclasses.replace(row, numbers=self._numbers, **more))
 
     def linear(
         self,

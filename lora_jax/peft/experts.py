@@ -71,6 +71,7 @@ def experts_of(model: Model) -> list[Expert]:
             n=packed,
         )
         for layer in range(config.num_hidden_layers)
+        if config.kind_of(layer).sparse
         for stack, index in [config.place_of(layer)]
         for kernel, module, parameter, half, packed in parts
     ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -31,6 +32,10 @@ from lora_jax.peft.modules import (
 )
 from lora_jax.peft.names import FILE, PREFIX, VECTORS, bias_key, exactly, keys_of, number, token_key
 from lora_jax.peft.served import as_served
+
+# In transformers 5, PEFT takes these names of projections for those of the experts alone.
+_TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "deepseek_v3")
+_OF_MLP = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.")
 
 PEFT_VERSION = "0.21.2"  # files have the format of this version
 
@@ -92,11 +97,14 @@ def save(
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if for_serving:
         config, tensors = as_served(config, tensors, model)
-    elif any(".mlp.shared_expert." in key for key in tensors) and model_type == "qwen3_next":
+    elif model_type in _TAKEN_FOR_EXPERTS and (others := set(_OF_MLP.findall("\n".join(tensors)))):
+        names = ", ".join(
+            sorted(name.rstrip(".") or "its layers without experts" for name in others)
+        )
         raise PeftError(
-            "PEFT takes gate_proj, up_proj and down_proj of a qwen3_next model for its experts', "
-            "and cannot hold an adapter of shared_expert: leave it out "
-            "(exclude=['shared_expert']), merge the adapter, or write it for_serving"
+            f"PEFT takes gate_proj, up_proj and down_proj of a {model_type} model for its experts, "
+            f"and cannot hold an adapter of {names}: leave it out (exclude=['shared_expert'], "
+            "['shared_experts', 'dense/mlp']), merge the adapter, or write it for_serving"
         )
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:

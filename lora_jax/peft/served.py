@@ -95,7 +95,8 @@ def _experts(
 ) -> tuple[_ByName, JsonObject]:
     """Returns the factors of experts and routers by their modules, and the fields on targets."""
     config = model.config
-    joined, n, depth = has_fused_experts(config), config.num_experts, config.num_hidden_layers
+    joined, n = has_fused_experts(config), config.num_experts
+    depth = config.num_hidden_layers - config.first_k_dense_replace
     routers: _ByName = {}
     kernels: dict[str, _ByName] = {}  # of each layer's experts, by the name of the kernel
     for expert in chosen:

@@ -21,7 +21,8 @@ _NOT_LINEAR = re.compile(
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
 BIASES = ("bias", "b")
 _OF_NORMS = ("scale", "offset", "mean", "var", "gamma", "beta")
-_SIDE_LEAVES = frozenset({*BIASES, *_OF_NORMS, "sinks", "conv1d", "A_log", "dt_bias"})
+_OF_MIXERS = ("sinks", "conv1d", "A_log", "dt_bias")
+_SIDE_LEAVES = frozenset({*BIASES, *_OF_NORMS, *_OF_MIXERS, "e_score_correction_bias"})
 
 NO_ARGUMENT = "it is no argument (leaves are matched by identity)"
 

@@ -21,6 +21,7 @@ from lora_jax.models import (
     hf_tensors,
     key_table,
 )
+from lora_jax.core.paths import flatten_with_paths
 from tests.hf.trees import decoder
 from tests.models import tiny
 from tests.support import over
@@ -145,6 +146,35 @@ def test_names_of_a_bare_model(case: str, prefix: str, tmp_path: Path) -> None:
     save_file(bare | tensors, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match="holds both"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["glm4 moe", "deepseek v3"])
+def test_layers_that_predict_further_tokens_are_left_out(case: str, tmp_path: Path) -> None:
+    """Multi-token prediction: layers behind the last one. Within the model, they are an error."""
+    model, params = decoder(case)
+    tensors = tiny.write_folder(tmp_path, case, params)
+    n, more = model.config.num_hidden_layers, np.zeros((3, 5), np.float32)
+    names = "eh_proj enorm embed_tokens self_attn.o_proj mlp.experts.0.up_proj shared_head.head"
+    further = {f"model.layers.{n}.{name}.weight": more for name in names.split()}
+    save_file(tensors | further, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
+    save_file(
+        tensors | {f"model.layers.{n - 1}.enorm.weight": more}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(WeightsError, match=rf"(?s)1 unexpected.*layers.{n - 1}.enorm"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama3", "glm4 moe"])
+def test_a_bias_of_routers_stays_wide(case: str, tmp_path: Path) -> None:
+    """In bf16 it would choose other experts."""
+    _, params = decoder(case)
+    tiny.write_folder(tmp_path, case, params)
+    model, loaded = from_pretrained(tmp_path, dtype=jnp.bfloat16)
+    drawn = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    assert jax.tree.map(lambda x: x.dtype, loaded) == jax.tree.map(lambda x: x.dtype, drawn)
+    wide = [path for path, leaf in flatten_with_paths(loaded)[0] if leaf.dtype == jnp.float32]
+    assert wide == ["model/layers/sparse/mlp/e_score_correction_bias"] * (case == "glm4 moe")
 
 
 def test_everything_wrong_is_in_one_error(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_codes_on_a_mesh(shipped_as: Any) -> None:
         ("fp8 blocks, bf16", "llama"),
         ("fp8 blocks, fp32", "qwen3"),
         ("fp8 blocks, fp16", "qwen3 moe"),
+        ("fp8 blocks, fp32", "deepseek v3"),
     ]
     + [(layout, "llama") for layout in LINEAR if "fp8 blocks" not in layout],
     often=["fp8 blocks, bf16, llama", "fp8 blocks, fp32, qwen3", "nf4 nested, llama"],

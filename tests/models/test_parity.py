@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ KINDS = [
     "olmo3",
     "granite",
     "gpt-oss",
+    "glm4 moe",
+    "deepseek v3",
     "qwen3-next",
     "qwen3.5",
     "qwen3.5 moe",
@@ -59,7 +62,9 @@ def made(case: str) -> Any:
     )
     rng = np.random.default_rng(3)
     with torch.no_grad():
-        for name, value in reference.named_parameters():
+        held = reference.state_dict()
+        buffers = (pair for pair in reference.named_buffers() if pair[0] in held)
+        for name, value in itertools.chain(reference.named_parameters(), buffers):
             # torch's kernels are [out, in].
             new = tiny.draw(rng, name, tuple(value.shape)[::-1]).T.copy()
             value.copy_(torch.from_numpy(new))
@@ -203,14 +208,16 @@ def test_the_text_of_a_model_with_images(
     np.testing.assert_array_equal(*(reference_logits(m, ids, mask) for m in (back, reference)))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe", "qwen3-next"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe", "qwen3-next", "deepseek v3"])
 def test_both_layouts_of_experts(case: str, tmp_path: Path) -> None:
     reference, _, params = made(case)
     reference.save_pretrained(tmp_path, save_original_format=False)
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
 
 
-@pytest.mark.parametrize("case", ["gpt-oss", "olmo3", "qwen3.5", "qwen3-next", "qwen3.5 moe"])
+@pytest.mark.parametrize(
+    "case", ["gpt-oss", "olmo3", "qwen3.5", "qwen3-next", "qwen3.5 moe", "glm4 moe"]
+)
 def test_files_are_theirs(case: str, tmp_path: Path) -> None:
     reference, model, params = made(case)
     save_pretrained(tmp_path / "ours", model, params)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lora_jax.models import ConfigError, DecoderConfig
+from lora_jax.models import ConfigError, DecoderConfig, key_table
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": {
@@ -67,6 +67,87 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rope_theta": 500000,
         "sliding_window": 4096,
         "vocab_size": 100278,
+    },
+    "Kimi K2": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 163584,
+        "eos_token_id": 163585,
+        "ep_size": 1,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 7168,
+        "initializer_range": 0.02,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 131072,
+        "model_type": "kimi_k2",
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 384,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 64,
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+        "scoring_func": "sigmoid",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+        "vocab_size": 163840,
+    },
+    "GLM-4.5-Air": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": [151329, 151336, 151338],
+        "first_k_dense_replace": 1,
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "max_position_embeddings": 131072,
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 96,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 8,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "use_qk_norm": False,
+        "vocab_size": 151552,
     },
     "Gemma 3, 4B": {
         "architectures": ["Gemma3ForConditionalGeneration"],
@@ -159,3 +240,43 @@ def test_the_texts_of_models_with_images() -> None:
         DecoderConfig.from_hf({**PUBLISHED["Ministral 3, 8B"], "text_config": text})
     with pytest.raises(ConfigError, match=r"llama_4_scaling_beta=0.1 is not supported for llama"):
         DecoderConfig.from_hf(text)
+
+
+def size(config: DecoderConfig) -> int:
+    """The number of parameters."""
+    return sum(math.prod(row.stacked_shape) for row in key_table(config))
+
+
+def test_mixtures_behind_dense_layers() -> None:
+    kimi, glm = read("Kimi K2"), read("GLM-4.5-Air")
+    assert kimi.model_type == "deepseek_v3"  # which transformers and engines know
+    assert (kimi.head_dim, kimi.rotary_dim, kimi.num_experts) == (192, 64, 384)
+    assert kimi.score_scale == pytest.approx(192**-0.5 * (0.1 * math.log(32) + 1) ** 2)
+    assert kimi.stacks == {"dense": range(1), "sparse": range(1, 61)}
+    assert kimi.place_of(60) == ("model/layers/sparse", 59)
+    assert round(size(kimi) / 1e9) == 1026
+    assert (glm.qkv_bias, glm.o_bias, glm.qk_norm, glm.rotary_dim) == (True, False, False, 64)
+    assert glm.shared_expert_intermediate_size == 1408
+    assert round(size(glm) / 1e9) == 107
+    deepseek = {**PUBLISHED["Kimi K2"], "model_type": "deepseek_v3", "vocab_size": 129280}
+    deepseek |= {"num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256}
+    deepseek |= {"n_group": 8, "topk_group": 4, "first_k_dense_replace": 3}
+    assert round(size(DecoderConfig.from_hf(deepseek)) / 1e9) == 671
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Kimi K2", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
+        ("Kimi K2", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
+        ("Kimi K2", {"num_key_value_heads": 8}, "num_key_value_heads .8. is not num_attention_h"),
+        ("Kimi K2", {"qk_rope_head_dim": 63}, "even qk_rope_head_dim, not 63"),
+        ("Kimi K2", {"n_group": 5}, "num_experts .384. do not lie in n_group .5. groups"),
+        ("Kimi K2", {"topk_group": 2}, "topk_group .2. is not between 1 and n_group .1."),
+        ("GLM-4.5-Air", {"q_lora_rank": 5}, "q_lora_rank=5 is not known for glm4_moe"),
+        ("GLM-4.5-Air", {"n_group": 64}, "num_experts_per_tok .8. is not between 1 and .*2"),
+    ],
+)
+def test_refusals_name_the_field(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DecoderConfig.from_hf({**PUBLISHED[name], **changes})

@@ -34,6 +34,15 @@ MIXTURE = {
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 12,
 }
+ROUTED = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 ENCODER = SIZES | {
     "intermediate_size": 40,
     "max_position_embeddings": 64,
@@ -67,6 +76,15 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         DECODER
         | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20}
         | {"head_dim": 6, "sliding_window": 4, "swiglu_limit": 0.5},
+    ),
+    "glm4_moe": ("Glm4MoeConfig", "Glm4MoeForCausalLM", DECODER | ROUTED | {"use_qk_norm": True}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        DECODER
+        | ROUTED
+        | {"num_key_value_heads": 4, "q_lora_rank": 11, "kv_lora_rank": 9, "qk_rope_head_dim": 4}
+        | {"qk_nope_head_dim": 5, "v_head_dim": 7},
     ),
     "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", LINEAR | MIXTURE),
     "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", LINEAR | {"attention_bias": True}),
@@ -276,6 +294,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "target_modules": ["in_proj_ba"],
             "target_parameters": ["model.layers.2.mlp.experts.gate_up_proj"],
+            "lora_dropout": 0.0,
+        },
+    ),
+    "glm4_moe all linear": ("glm4_moe", {"target_modules": "all-linear", "lora_dropout": 0.0}),
+    "deepseek_v3, experts and router": (
+        "deepseek_v3",
+        {
+            "target_modules": [
+                "q_b_proj",
+                "kv_a_proj_with_mqa",
+                "model.layers.2.self_attn.kv_b_proj",
+            ],
+            "target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj"],
             "lora_dropout": 0.0,
         },
     ),

@@ -75,6 +75,24 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         case: (case, {"target_modules": "all-linear", "lora_alpha": 6})
         for case in ("qwen3.5", "qwen3.5 with every option", "qwen3.5 moe")
     },
+    "glm4 moe": (
+        "glm4 moe",
+        {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "gate.weight"],
+            "lora_alpha": 6,
+        },
+    ),
+    "deepseek v3": (
+        "deepseek v3",
+        {
+            "target_modules": [
+                *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+            ],
+            "target_parameters": ["mlp.experts.down_proj", "gate.weight"],
+            "lora_alpha": 6,
+        },
+    ),
     "mixtral, experts": (
         "mixtral",
         {"target_parameters": ["mlp.experts.gate_up_proj", "gate.weight"]},
@@ -92,7 +110,8 @@ def test_logits_and_gradients(
 
     case, options = ADAPTERS[name]
     reference, model, params = made(case)
-    if model.config.linear_layers:  # transformers computes them in single precision, whatever x is
+    # transformers computes some parts in single precision, whatever x is.
+    if model.config.linear_layers or model.config.sigmoid_router:
         monkeypatch.setattr(torch, "float32", torch.float64)
         monkeypatch.setattr(torch, "float", torch.float64)
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -31,6 +31,14 @@ ADAPTERS: dict[str, list[lj.LoraRule]] = {
         lj.LoraRule(targets=["gate", "experts/up_proj"], rank=4, alpha=6),
         lj.LoraRule(targets=["experts/down_proj", "o_proj"], rank=2, alpha=3, layers=[1]),
     ],
+    "glm4 moe": [
+        lj.LoraRule(targets=["gate", "experts/up_proj"], rank=4, alpha=6),
+        lj.LoraRule(targets=["experts/down_proj", "o_proj"], rank=2, alpha=3, layers=[1]),
+    ],
+    "deepseek v3": [
+        lj.LoraRule(targets=["experts/gate_proj"], rank=4, alpha=6),
+        lj.LoraRule(targets=["experts/down_proj", "o_proj"], rank=2, alpha=3),
+    ],
     "gpt-oss": [
         lj.LoraRule(targets=["gate_up_proj"], rank=2, alpha=5),
         lj.LoraRule(targets=["o_proj", "embed_tokens"], rank=3, alpha=1),
@@ -83,9 +91,11 @@ def changes(config: Any, params: Any, tree: Any) -> Iterator[tuple[str, np.ndarr
     for number in range(config.num_hidden_layers):
         path, i = config.place_of(number)
         change = functools.reduce(operator.getitem, path.split("/"), whole)
-        for name in ("q_proj", "o_proj") if "self_attn" in change else ():
+        for name in {"q_proj", "o_proj"} & set(change.get("self_attn", ())):
             kernel = change["self_attn"][name]["kernel"][i].T
             yield f"model.layers.{number}.self_attn.{name}", kernel
+        if not config.kind_of(number).sparse:
+            continue
         yield f"model.layers.{number}.{mlp}.{router}", change[mlp][router]["kernel"][i].T
         for name in config.expert_shapes:
             for e in range(config.num_experts):
@@ -123,11 +133,21 @@ def test_we_read_it_too(case: str, tmp_path: Any) -> None:
     assert lp.serving_problems(tmp_path / "served", model_type=model.config.model_type) == []
 
 
-def test_peft_cannot_hold_an_expert_that_all_tokens_share(tmp_path: Any) -> None:
-    """PEFT renames its projections in Qwen3-Next. A server reads them, and so do we."""
-    model, params = tiny.decoder("qwen3-next")
-    tree = lj.lorafy(params, [lj.LoraRule(targets=["shared_expert"], rank=2)])
-    with pytest.raises(lp.PeftError, match=r"cannot hold an adapter of shared_expert"):
+@pytest.mark.parametrize(
+    ("case", "targets", "named"),
+    [
+        ("qwen3-next", "shared_expert", "shared_expert:"),
+        ("deepseek v3", "shared_experts", "shared_experts:"),
+        ("glm4 moe", "dense/mlp", "its layers without experts:"),
+    ],
+)
+def test_peft_cannot_hold_an_expert_that_all_tokens_share(
+    case: str, targets: str, named: str, tmp_path: Any
+) -> None:
+    """PEFT takes its projections for the experts'. A server reads them, and so do we."""
+    model, params = tiny.decoder(case)
+    tree = lj.lorafy(params, [lj.LoraRule(targets=[targets], rank=2)])
+    with pytest.raises(lp.PeftError, match=f"cannot hold an adapter of {named}"):
         lp.save(tmp_path / "plain", model, tree)
     lp.save(tmp_path / "served", model, tree, for_serving=True)
     assert not (tmp_path / "plain").exists()

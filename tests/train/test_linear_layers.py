@@ -1,4 +1,4 @@
-"""Scripts on a model with linear layers beside attention: Qwen3.5's."""
+"""Scripts on models whose layers lie in several stacks: Qwen3.5's, DeepSeek-V3's."""
 
 from types import SimpleNamespace
 
@@ -27,6 +27,14 @@ FIELDS = {
     "full_attention_interval": 2,
     **tiny_models.DELTA,
 }
+LATENT = {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    **tiny_models.ROUTED,
+    **tiny_models.LATENT,
+}
+of_both = pytest.mark.parametrize("fields", [FIELDS, LATENT], ids=["qwen3.5", "deepseek v3"])
 
 
 def test_layers_are_counted_in_the_model() -> None:
@@ -57,6 +65,25 @@ def test_layers_are_counted_in_the_model() -> None:
     }
 
 
+def test_layers_of_runs_are_counted_in_the_model() -> None:
+    """Layers 1 and 3 of five: the second of two without experts, the second of three with."""
+    config = tiny_models.config("deepseek v3")
+    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    outline = SimpleNamespace(
+        config=config, active_experts=None, params=params["params"], kinds=models.kinds(config)
+    )
+    adapter = AdapterConfig(targets=("kv_b_proj", "shared_experts"), layers=(1, 3), rank=3)
+    tree = lj.lorafy(outline.params, rules(adapter, outline))
+    ranks = {
+        f"{place}/{name}": layer["self_attn"][name]["kernel"].ranks
+        for place, layer in tree["model"]["layers"].items()
+        for name in ("kv_b_proj",)
+    }
+    assert ranks == {"dense/kv_b_proj": (0, 3), "sparse/kv_b_proj": (0, 3, 0)}
+    shared = tree["model"]["layers"]["sparse"]["mlp"]["shared_experts"]
+    assert {shared[name]["kernel"].ranks for name in shared} == {(0, 3, 0)}
+
+
 def test_a_server_says_what_it_lacks(tmp_path, capsys) -> None:
     folder = write_model(tmp_path, **FIELDS)
     with pytest.raises(SystemExit):
@@ -66,8 +93,9 @@ def test_a_server_says_what_it_lacks(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_and_its_answers(tmp_path, capsys) -> None:
-    folder, data = write_model(tmp_path / "model", **FIELDS), write_rows(tmp_path / "rows.jsonl")
+@of_both
+def test_a_run_and_its_answers(tmp_path, capsys, fields) -> None:
+    folder, data = write_model(tmp_path / "model", **fields), write_rows(tmp_path / "rows.jsonl")
     options = ["--batch-size", "4", "--steps", "3", "--packing", "--remat"]
     sft(
         [
@@ -99,8 +127,9 @@ def test_a_run_and_its_answers(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
+@of_both
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_flops_are_those_counted_by_hand(tmp_path, remat: str) -> None:
-    folder = write(tmp_path, {**CONFIG, **FIELDS})
+def test_flops_are_those_counted_by_hand(tmp_path, remat: str, fields) -> None:
+    folder = write(tmp_path, {**CONFIG, **fields})
     _, _, made = planned_for(folder, "--remat", remat, "--seq-len", 128)
     np.testing.assert_allclose(made.flops_traced, made.flops_closed_form, rtol=0.01)

@@ -71,17 +71,17 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
         raise UserError(
             "--targets none: nothing would train; select parameters with --train or --bias"
         )
-    if outline is None or not getattr(outline.config, "pattern", {}):
+    if outline is None or len(getattr(outline.config, "stacks", ())) < 2:
         return chosen
     return [part for rule in chosen for part in _rules_of_places(rule, outline)]
 
 
 def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
-    """Returns a rule on some of the model's layers as one for each stack of every n-th layer.
+    """Returns a rule on some of the model's layers as one for each stack of layers.
 
     Args:
       rule: the rule; one on all layers stays as it is.
-      outline: a model whose layers are stacked by their places; see ``DecoderConfig.pattern``.
+      outline: a model with several stacks of layers; see ``DecoderConfig.stacks``.
 
     Raises:
       UserError: the model has fewer layers.
@@ -89,11 +89,11 @@ def _rules_of_places(rule: Rule, outline: ModelInfo) -> list[Rule]:
     if rule.layers is None:
         return [rule]
     config: Any = outline.config
-    n, depth, parts = len(config.pattern), config.num_hidden_layers, []
+    depth, parts = config.num_hidden_layers, []
     if beyond := [layer for layer in rule.layers if layer >= depth]:
         raise UserError(f"--layers {beyond[0]}: the model has {depth} layers, counted from 0")
-    for i, place in enumerate(config.pattern):
-        if own := [layer // n for layer in rule.layers if layer % n == i]:
+    for place, numbers in config.stacks.items():
+        if own := [numbers.index(layer) for layer in rule.layers if layer in numbers]:
             elsewhere = f"(?!model/layers/{place}/).*"
             parts.append(dataclasses.replace(rule, layers=own, exclude=elsewhere))
 

@@ -1,6 +1,8 @@
 """A decoder's configuration: the options of its forward pass."""
 
 import dataclasses
+import math
+from typing import NamedTuple
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, check_multiple
@@ -13,10 +15,23 @@ from lora_jax.models.decoder.rope_fields import RopeScaling
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 
 
+class LayerKind(NamedTuple):
+    """The parameters that a layer has: layers of one kind are stacked.
+
+    Attributes:
+      linear: a ``GatedDeltaNet`` in the place of attention.
+      sparse: experts in the place of an MLP.
+    """
+
+    linear: bool = False
+    sparse: bool = False
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder: Llama, SmolLM2, Mistral, Mixtral, Ministral 3, Qwen2 and 3 (MoE), Qwen3-Next,
-    Qwen3.5 (MoE), Gemma 2 and 3, Phi-3, SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss.
+    Qwen3.5 (MoE), Gemma 2 and 3, Phi-3, SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss, GLM-4.5 (MoE),
+    DeepSeek-V3.
 
     Hashable. Sizes are in elements.
 
@@ -44,13 +59,23 @@ class DecoderConfig:
       num_experts: 0 for a dense MLP; else each token is sent to ``num_experts_per_tok`` of them,
         of inner size ``moe_intermediate_size``. ``norm_topk_prob``: their weights add up to 1.
       expert_biases: the router and the experts have biases.
+      first_k_dense_replace: the number of layers, the first ones, that have an MLP in the place of
+        experts (GLM-4.5, DeepSeek).
+      sigmoid_router: the weights of experts are sigmoids, and each expert has a bias by which alone
+        it is chosen (GLM-4.5, DeepSeek). ``n_group``: experts lie in so many groups, and a token's
+        come from ``topk_group`` of them. ``routed_scaling_factor`` multiplies their weights.
       shared_expert_intermediate_size: the inner size of an MLP that each token goes through beside
-        its experts, and whose output a sigmoid of the token weighs; 0 without one.
+        its experts; 0 without one. Where the family says so, a sigmoid of the token weighs it.
       swiglu_limit, swiglu_alpha: experts compute (up + 1) gate sigmoid(alpha gate), of up clipped
         to ±limit and gate to at most limit (gpt-oss); without a limit act(gate) up.
       sinks: each head has a number of its own in the softmax's sum; see ``attend`` (gpt-oss).
       attn_output_gate: q_proj makes a gate beside each query, whose sigmoid multiplies what
         attention returns (Qwen3.5).
+      kv_lora_rank: keys and values come from a vector of this size that all heads share, and a key
+        of ``qk_rope_head_dim`` that alone is rotated (MLA; DeepSeek-V2, section 2.1); 0 for
+        projections of their own. ``head_dim`` is ``qk_nope_head_dim + qk_rope_head_dim``, that of
+        values ``v_head_dim``. ``q_lora_rank``: queries come from a vector of this size; None for
+        a projection. ``rope_interleave``: RoPE pairs neighbouring dimensions.
       linear_layers: the layers with a ``GatedDeltaNet`` in the place of attention (Qwen3.5).
       linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim,
         linear_conv_kernel_dim: their heads, the heads' sizes, and the tokens that the convolution
@@ -105,12 +130,23 @@ class DecoderConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    first_k_dense_replace: int = 0
+    sigmoid_router: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
     shared_expert_intermediate_size: int = 0
     expert_biases: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     sinks: bool = False
     attn_output_gate: bool = False
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    rope_interleave: bool = False
     linear_layers: tuple[int, ...] = ()
     linear_num_key_heads: int = 0
     linear_num_value_heads: int = 0
@@ -144,19 +180,41 @@ class DecoderConfig:
                     f"{name} {getattr(self, name)} names layers beyond the "
                     f"{self.num_hidden_layers} there are"
                 )
-        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+        if self.num_experts:
+            self._check_experts()
+        if self.kv_lora_rank and self.num_key_value_heads != self.num_attention_heads:
+            raise ConfigError(
+                f"num_key_value_heads ({self.num_key_value_heads}) is not num_attention_heads "
+                f"({self.num_attention_heads}): each head has a key of its own (kv_lora_rank)"
+            )
+
+    def _check_experts(self) -> None:
+        per_group, left = divmod(self.num_experts, self.n_group)
+        if left or (self.n_group > 1 and per_group < 2):
+            raise ConfigError(
+                f"num_experts ({self.num_experts}) do not lie in n_group ({self.n_group}) groups "
+                "of the same size, of two at least"
+            )
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ConfigError(
+                f"topk_group ({self.topk_group}) is not between 1 and n_group ({self.n_group})"
+            )
+        if not 1 <= self.num_experts_per_tok <= self.topk_group * per_group:
             raise ConfigError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) is not between 1 and "
-                f"num_experts ({self.num_experts})"
+                f"num_experts ({self.topk_group * per_group})"
             )
-        if self.num_experts and self.moe_intermediate_size < 1:
+        if self.moe_intermediate_size < 1:
             raise ConfigError("num_experts needs a moe_intermediate_size")
+        if self.first_k_dense_replace and self.linear_layers:
+            raise ConfigError("first_k_dense_replace and linear_layers do not go together")
 
     def _check_rope(self) -> None:
         if self.rope_free_layers and self.rope_local_theta is not None:
             raise ConfigError("rope_free_layers and rope_local_theta do not go together")
-        if self.head_dim % 2:
-            raise ConfigError(f"RoPE needs an even head_dim, not {self.head_dim}")
+        name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
+        if getattr(self, name) % 2:
+            raise ConfigError(f"RoPE needs an even {name}, not {getattr(self, name)}")
         pairs = (self.rotary_dim + 1) // 2
         if not 1 <= pairs <= self.head_dim // 2:
             raise ConfigError(
@@ -186,24 +244,44 @@ class DecoderConfig:
             linear_num_key_heads=self.linear_num_key_heads,
         )
 
-    @property
-    def pattern(self) -> dict[str, bool]:
-        """The shortest run of layers that all repeat, such as "0of4": whether each is linear.
+    def kind_of(self, layer: int) -> LayerKind:
+        """Returns the kind of a layer."""
+        sparse = self.num_experts > 0 and layer >= self.first_k_dense_replace
+        return LayerKind(layer in self.linear_layers, sparse)
 
-        {} if none is linear. ``model/layers/0of4`` is the stack of layers 0, 4, 8, ….
+    @property
+    def runs(self) -> dict[str, dict[str, range]]:
+        """The layers, as runs of stacks that take turns: name -> place -> the layers' numbers.
+
+        Most models have one run of one stack, both named "". With dense layers before those with
+        experts there are two runs, "dense" and "sparse". In each, the shortest pattern of kinds
+        that repeats has the places, such as "0of4": layers 0, 4, 8, ….
         """
-        if not self.linear_layers:
-            return {}
-        n = self.num_hidden_layers
-        linear = tuple(i in self.linear_layers for i in range(n))
-        repeats = (p for p in range(1, n + 1) if n % p == 0 and linear[:p] * (n // p) == linear)
-        size = next(repeats)
-        return {f"{i}of{size}": linear[i] for i in range(size)}
+        n, first = self.num_hidden_layers, min(self.first_k_dense_replace, self.num_hidden_layers)
+        halves = {"dense": range(first), "sparse": range(first, n)} if 0 < first < n else {}
+        runs = {}
+        for name, numbers in (halves or {"": range(n)}).items():
+            kinds, size = tuple(map(self.kind_of, numbers)), len(numbers)
+            repeats = (p for p in range(1, size + 1) if kinds == kinds[:p] * (size // p))
+            period = next(repeats)
+            runs[name] = {
+                f"{i}of{period}" if period > 1 else "": numbers[i::period] for i in range(period)
+            }
+        return runs
+
+    @property
+    def stacks(self) -> dict[str, range]:
+        """The layers' numbers in each stack, by its path behind ``model/layers``."""
+        return {
+            "/".join(filter(None, (run, place))): numbers
+            for run, places in self.runs.items()
+            for place, numbers in places.items()
+        }
 
     def place_of(self, layer: int) -> tuple[str, int]:
         """Returns the path of the stack that holds a layer, and the layer's index in it."""
-        places = ["/".join(("model/layers", place)) for place in self.pattern] or ["model/layers"]
-        return places[layer % len(places)], layer // len(places)
+        place, numbers = next(item for item in self.stacks.items() if layer in item[1])
+        return "/".join(filter(None, ("model/layers", place))), numbers.index(layer)
 
     @property
     def linear_sizes(self) -> dict[str, int]:
@@ -232,6 +310,8 @@ class DecoderConfig:
     @property
     def rotary_dim(self) -> int:
         """The number of a head's dimensions that RoPE rotates; of an odd number, one more is."""
+        if self.kv_lora_rank:
+            return self.qk_rope_head_dim
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
@@ -251,7 +331,11 @@ class DecoderConfig:
         """The factor of attention's scores."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
-        return float((self.query_pre_attn_scalar or self.head_dim) ** -0.5)
+        scale = float((self.query_pre_attn_scalar or self.head_dim) ** -0.5)
+        scaling = self.rope_scaling
+        if self.kv_lora_rank and scaling is not None and scaling.factor > 1:
+            scale *= (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1) ** 2
+        return scale
 
     @property
     def family(self) -> DecoderFamily:

@@ -33,6 +33,16 @@ _SAME_WHERE_READ: dict[str, object] = {
     "logits_scaling": 1.0,
     "swiglu_limit": None,
     "swiglu_alpha": 1.702,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "q_lora_rank": None,
+    "kv_lora_rank": 0,
+    "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 0,
+    "v_head_dim": 0,
+    "rope_interleave": False,
     "linear_num_key_heads": 0,
     "linear_num_value_heads": 0,
     "linear_key_head_dim": 0,
@@ -106,9 +116,10 @@ def read_fields(config: Fields) -> Fields:
         "tie_word_embeddings": bool(same["tie_word_embeddings"]),
         "mlp_bias": bool(same["mlp_bias"]),
         "num_key_value_heads": get("num_key_value_heads") or heads,
-        "head_dim": get("head_dim") or get("hidden_size") // heads,
+        "head_dim": _read_head_dim(get),
         "hidden_act": _read_activation(family, get),
         **read_rope(family, config, get),
+        "qk_norm": bool(get("use_qk_norm", False)),
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
         **_read_layers(family, get("num_hidden_layers"), get),
@@ -146,6 +157,11 @@ def write_fields(fields: Fields) -> dict[str, object]:
     out["eos_token_id"] = write_eos(fields["eos_token_ids"])
     if "attention_bias" in own:
         out["attention_bias"] = fields["qkv_bias"]
+    if "n_shared_experts" in own:
+        shared = fields["shared_expert_intermediate_size"]
+        out["n_shared_experts"] = shared // fields["moe_intermediate_size"]
+    if "kv_lora_rank" in own:  # transformers' name of those that are rotated
+        out["head_dim"] = fields["qk_rope_head_dim"]
     if "use_sliding_window" in own:
         out["use_sliding_window"] = fields["sliding_window"] is not None
     layers = range(fields["num_hidden_layers"])
@@ -193,11 +209,20 @@ def _read_activation(family: DecoderFamily, get: Get) -> str:
     return chosen
 
 
+def _read_head_dim(get: Get) -> int:
+    if get("kv_lora_rank"):
+        return int(get("qk_nope_head_dim") + get("qk_rope_head_dim"))
+    return int(get("head_dim") or get("hidden_size") // get("num_attention_heads"))
+
+
 def _read_experts(family: DecoderFamily, get: Get) -> Fields:
     if family.experts is None:
         return {}
     count, size = family.experts(get)
-    return {
+    shared = {}
+    if "n_shared_experts" in family.reads:
+        shared = {"shared_expert_intermediate_size": (get("n_shared_experts") or 0) * size}
+    return shared | {
         "num_experts": count,
         "num_experts_per_tok": get("num_experts_per_tok"),
         "moe_intermediate_size": size,

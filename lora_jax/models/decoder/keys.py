@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.hf.keys import Row, SubTensor
-from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.config import DecoderConfig, LayerKind
+from lora_jax.models.decoder.families.family import CORRECTION
 from lora_jax.models.key_rows import KeyTable
 from lora_jax.models.specs import (
     COLUMNS,
@@ -25,18 +26,18 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     words = (config.vocab_size, width)
     rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
-    if not config.pattern:
-        _layer(rows, config, layers)
-    for i, (place, linear) in enumerate(config.pattern.items()):
-        rows.begin(place, range(i, n, len(config.pattern)))
-        _layer(rows, config, f"{layers}/{place}", linear)
+    for place, numbers in config.stacks.items():
+        if place:
+            rows.begin(place, numbers)
+        path = "/".join(filter(None, (layers, place)))
+        _layer(rows, config, path, config.kind_of(numbers[0]))
     rows.add("norm", "model/norm", "scale", (width,))
     if not config.tie_word_embeddings:
         rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False)
     return rows
 
 
-def _layer(rows: KeyTable, config: DecoderConfig, layer: str, linear: bool = False) -> None:
+def _layer(rows: KeyTable, config: DecoderConfig, layer: str, kind: LayerKind) -> None:
     """Adds the parameters of the stack of layers at a path."""
     mlp = f"{layer}/{config.family.mlp_name}"
     width = config.hidden_size
@@ -46,32 +47,42 @@ def _layer(rows: KeyTable, config: DecoderConfig, layer: str, linear: bool = Fal
 
     if config.pre_norms:
         norm(f"{layer}/input_layernorm", width)
-    if linear:
+    if kind.linear:
         _linear(rows, config, f"{layer}/linear_attn")
+    elif config.kv_lora_rank:
+        _latent(rows, config, f"{layer}/self_attn")
     else:
         _attention(rows, config, f"{layer}/self_attn")
     norm(f"{layer}/post_attention_layernorm", width)
     if config.pre_norms and config.post_norms:
         norm(f"{layer}/pre_feedforward_layernorm", width)
-    if config.num_experts:
-        router, biased, n = config.family.router_name, config.expert_biases, config.num_experts
-        rows.linear("router", f"{mlp}/{router}", (width, n), ROUTER, biased)
-        *_, last = config.expert_shapes
-        for name, shape in config.expert_shapes.items():
-            path, spec = f"{mlp}/experts/{name}", EXPERT_ROWS if name == last else EXPERT_COLUMNS
-            if not has_fused_experts(config):
-                rows.add("experts", path, "kernel", shape, spec, experts=n)
-                continue
-            hf, split = f"{{}}.mlp.experts.{name}", P("expert", None if name == last else "tensor")
-            rows.named("experts", f"{path}/kernel", hf, (n, *shape), spec)
-            rows.named("experts", f"{path}/bias", f"{hf}_bias", (n, shape[1]), split)
-        if config.shared_expert_intermediate_size:
-            _mlp(rows, config, f"{mlp}/shared_expert", config.shared_expert_intermediate_size)
-            rows.linear("mlp", f"{mlp}/shared_expert_gate", (width, 1), ROUTER, bias=False)
+    if kind.sparse:
+        _mixture(rows, config, mlp)
     else:
         _mlp(rows, config, mlp, config.intermediate_size)
     if config.post_norms:
         norm(f"{layer}/post_feedforward_layernorm", width)
+
+
+def _mixture(rows: KeyTable, config: DecoderConfig, mlp: str) -> None:
+    family, n, width = config.family, config.num_experts, config.hidden_size
+    rows.linear("router", f"{mlp}/{family.router_name}", (width, n), ROUTER, config.expert_biases)
+    if config.sigmoid_router:
+        hf = f"{{}}.{family.mlp_name}.{family.router_name}.{CORRECTION}"
+        rows.named("router", f"{mlp}/{CORRECTION}", hf, (n,), REPLICATED, wide=True)
+    *_, last = config.expert_shapes
+    for name, shape in config.expert_shapes.items():
+        path, spec = f"{mlp}/experts/{name}", EXPERT_ROWS if name == last else EXPERT_COLUMNS
+        if not has_fused_experts(config):
+            rows.add("experts", path, "kernel", shape, spec, experts=n)
+            continue
+        hf, split = f"{{}}.mlp.experts.{name}", P("expert", None if name == last else "tensor")
+        rows.named("experts", f"{path}/kernel", hf, (n, *shape), spec)
+        rows.named("experts", f"{path}/bias", f"{hf}_bias", (n, shape[1]), split)
+    if inner := config.shared_expert_intermediate_size:
+        _mlp(rows, config, f"{mlp}/{family.shared_name}", inner)
+        if family.shared_is_gated:
+            rows.linear("mlp", f"{mlp}/{family.shared_name}_gate", (width, 1), ROUTER, bias=False)
 
 
 def _mlp(rows: KeyTable, config: DecoderConfig, path: str, inner: int) -> None:
@@ -98,6 +109,27 @@ def _linear(rows: KeyTable, config: DecoderConfig, path: str) -> None:
     rows.linear("attention", f"{path}/out_proj", out_shape, ROWS, bias=False)
 
 
+def _latent(rows: KeyTable, config: DecoderConfig, path: str) -> None:
+    width, heads = config.hidden_size, config.num_attention_heads
+
+    def linear(name: str, fan_in: int, fan_out: int, *, bias: bool = False) -> None:
+        spec = ROUTER if "_a_" in name else COLUMNS  # all heads have what they share
+        rows.linear("attention", f"{path}/{name}", (fan_in, fan_out), spec, bias)
+
+    if config.q_lora_rank is None:
+        linear("q_proj", width, heads * config.head_dim)
+    else:
+        linear("q_a_proj", width, config.q_lora_rank, bias=config.qkv_bias)
+        rows.add("norm", f"{path}/q_a_layernorm", "scale", (config.q_lora_rank,))
+        linear("q_b_proj", config.q_lora_rank, heads * config.head_dim)
+    rank = config.kv_lora_rank
+    linear("kv_a_proj_with_mqa", width, rank + config.qk_rope_head_dim, bias=config.qkv_bias)
+    rows.add("norm", f"{path}/kv_a_layernorm", "scale", (rank,))
+    linear("kv_b_proj", rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+    out = (heads * config.v_head_dim, width)
+    rows.linear("attention", f"{path}/o_proj", out, ROWS, config.o_bias)
+
+
 def _attention(rows: KeyTable, config: DecoderConfig, attention: str) -> None:
     width, head_dim = config.hidden_size, config.head_dim
     q_out, kv_out = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -118,6 +150,7 @@ def _attention(rows: KeyTable, config: DecoderConfig, attention: str) -> None:
 
 
 # Tensors of a bare decoder (transformers' AutoModel) come without the prefix.
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _OF_TEXT = re.compile(r"^(?:model\.)?language_model\.(?:(lm_head\.)|model\.)?")
 _BARE = re.compile(r"(embed_tokens|layers\.\d+|norm)\..+")
 
@@ -125,8 +158,11 @@ _BARE = re.compile(r"(embed_tokens|layers\.\d+|norm)\..+")
 def decoder_name(name: str, config: DecoderConfig) -> str:
     """Returns the table's name of a file's tensor: with the prefix ``model.``.
 
-    Files of a model with images put the decoder's tensors below ``language_model.``.
+    Files of a model with images put the decoder's tensors below ``language_model.``. Layers behind
+    the last one predict tokens further on (MTP), and are named "mtp" here, which is left out.
     """
+    if (match := _LAYER.match(name)) and int(match[1]) >= config.num_hidden_layers:
+        return f"mtp.{name}"
     if config.family.with_images is not None:
         name = _OF_TEXT.sub(lambda match: match[1] or "model.", name)
     return f"model.{name}" if _BARE.fullmatch(name) else name

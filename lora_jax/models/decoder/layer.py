@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.decoder.blocks import MLP, multiply, rms_norm
-from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.config import DecoderConfig, LayerKind
 from lora_jax.models.decoder.experts import Experts
+from lora_jax.models.decoder.latent import project_latent, take_values
 from lora_jax.models.decoder.linear import GatedDeltaNet
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import RopeAngles, rotate
@@ -30,6 +31,8 @@ class Step(NamedTuple):
       mask: the keys that each token may see in layers without a sliding window.
       filled: [] int32, the number of the cache's slots in use.
       tokens: padding and segments, for linear layers.
+      cache: keys and values so far of all layers, where these are several runs; otherwise None, and
+        each layer has its own.
     """
 
     rope: RopeAngles
@@ -37,6 +40,7 @@ class Step(NamedTuple):
     mask: Mask
     filled: jax.Array
     tokens: RecurrentTokens
+    cache: LayerCache | None = None
 
 
 class PerLayer(NamedTuple):
@@ -47,12 +51,14 @@ class PerLayer(NamedTuple):
       apart: [] bool, True if this layer is rotated apart.
       cache: this layer's keys and values so far; None without a cache.
       recurrent: what this layer remembers, if it is linear and there is a cache.
+      index: [] int32, the layer's index in ``Step.cache``.
     """
 
     windowed: jax.Array
     apart: jax.Array
     cache: LayerCache | None
     recurrent: Recurrent | None
+    index: jax.Array | None = None
 
 
 class Attention(ModelPart):
@@ -76,9 +82,13 @@ class Attention(ModelPart):
           each [batch, seq, kv_heads, head_dim].
         """
         cfg = self.config
-        q, k, v, *gate = self._project(x)
         rope = _choose_angles(layer.apart, step.other_rope, step.rope)
-        q, k = rotate(q, rope), rotate(k, rope)
+        gate: list[jax.Array] = []
+        if cfg.kv_lora_rank:
+            q, k, v = project_latent(self, x, rope)
+        else:
+            q, k, v, *gate = self._project(x)
+            q, k = rotate(q, rope), rotate(k, rope)
         if rope.queries is not None:
             q = q * rope.queries.astype(q.dtype)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
@@ -93,6 +103,8 @@ class Attention(ModelPart):
             options = (cfg.score_scale, cfg.attn_logit_softcapping, sinks)
             inputs = AttentionInputs(q, k, v, mask, *options)
             out = attend_heads(self, inputs, layer.cache, step.filled)
+        if cfg.kv_lora_rank:
+            out = take_values(self, out)
         if gate:
             out = out * nn.sigmoid(gate[0].reshape(out.shape))
         return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)
@@ -136,13 +148,18 @@ class DecoderLayer(ModelPart):
 
     config: DecoderConfig
     experts: str | Experts = "auto"
-    linear: bool = False  # a ``GatedDeltaNet`` in the place of attention
+    kind: LayerKind = LayerKind()
 
     @nn.compact
     def __call__(self, x: jax.Array, step: Step, layer: PerLayer) -> tuple[jax.Array, NewEntries]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
         cfg, x = self.config, layer_input(x, self.remat)
-        if cfg.num_experts:
+        if step.cache is not None:
+            take = functools.partial(
+                jax.lax.dynamic_index_in_dim, index=layer.index, keepdims=False
+            )
+            layer = layer._replace(cache=jax.tree.map(take, step.cache))
+        if self.kind.sparse:
             mlp: nn.Module = SparseMLP(
                 *self.options, products=self.experts, name=cfg.family.mlp_name
             )
@@ -164,7 +181,7 @@ class DecoderLayer(ModelPart):
             return x + multiply(part, cfg.residual_multiplier)
 
         new: NewEntries
-        if self.linear:
+        if self.kind.linear:
             mixer = GatedDeltaNet(*self.options, name="linear_attn")
             hidden, new = mixer(inputs(0, x), step.tokens, layer.recurrent)
         else:

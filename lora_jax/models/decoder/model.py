@@ -112,15 +112,16 @@ class Trunk(ModelPart):
             for some in (self.config.windowed_layers, self.config.layers_rotated_apart)
         )
         each = PerLayer(windowed, apart, cache and cache.layers, cache and cache.recurrent)
-        x, new = run_layers(self.layers, self.config, x, step, each)
+        x, new = run_layers(self.layers, "", x, step, each)
         return self.placement.constrain(self.norm(x), "inputs"), new
 
 
 class Period(ModelPart):
-    """The layers of one repetition of the pattern, ``0of4`` to ``3of4``."""
+    """The layers of one repetition of a run's pattern, ``0of4`` to ``3of4``."""
 
     config: DecoderConfig
     experts: str | Experts = "auto"
+    run: str = ""  # see ``DecoderConfig.runs``
 
     @nn.compact
     def __call__(self, x: jax.Array, step: Step, layers: PerLayer) -> tuple[jax.Array, NewEntries]:
@@ -136,14 +137,15 @@ class Period(ModelPart):
         """
         layer = rematerialise(DecoderLayer, self.remat)
         new: dict[bool, list[Any]] = {False: [], True: []}
-        for i, (name, linear) in enumerate(self.config.pattern.items()):
-            at = len(new[linear])
+        for i, (name, numbers) in enumerate(self.config.runs[self.run].items()):
+            kind = self.config.kind_of(numbers[0])
+            linear, at = kind.linear, len(new[kind.linear])
             cache, recurrent = (
                 jax.tree.map(lambda x, at=at: x[at], part if is_mine else None)
                 for part, is_mine in ((layers.cache, not linear), (layers.recurrent, linear))
             )
             mine = PerLayer(layers.windowed[i], layers.apart[i], cache, recurrent)
-            x, entries = layer(*self.options, experts=self.experts, linear=linear, name=name)(
+            x, entries = layer(*self.options, experts=self.experts, kind=kind, name=name)(
                 x, step, mine
             )
             new[linear].append(entries)
@@ -153,33 +155,63 @@ class Period(ModelPart):
         return x, (*stacked[0], stacked[1])
 
 
-def run_layers(
-    layers: nn.Module, config: DecoderConfig, x: jax.Array, step: Step, each: PerLayer
-) -> Any:
-    """Runs scanned layers, by periods if they are of two kinds.
+class Runs(ModelPart):
+    """Runs of layers of different kinds, one behind the other; see ``DecoderConfig.runs``."""
+
+    config: DecoderConfig
+    experts: str | Experts = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, step: Step, each: PerLayer) -> tuple[jax.Array, NewEntries]:
+        """Runs all layers; see ``run_layers``."""
+        # A slice of the cache for each run would be a copy: all see the whole.
+        step = step._replace(cache=each.cache)
+        each = each._replace(cache=None, index=jnp.arange(self.config.num_hidden_layers))
+        new = []
+        for run, places in self.config.runs.items():
+            numbers = [number for stack in places.values() for number in stack]
+            part = slice(min(numbers), max(numbers) + 1)
+            mine = jax.tree.map(lambda x, part=part: x[part], each)
+            x, entries = run_layers(stack_layers(self, run, name=run), run, x, step, mine)
+            new.append(entries)
+        return x, jax.tree.map(lambda *of: jnp.concatenate(of), *new)
+
+
+def run_layers(layers: nn.Module, run: str, x: jax.Array, step: Step, each: PerLayer) -> Any:
+    """Runs scanned layers, by periods if they are of several kinds.
 
     Args:
       layers: what ``stack_layers`` returned.
-      config: the decoder's.
+      run: the name of the run.
       x, step: see ``Period``.
       each: the layers' own input, stacked on axis 0.
 
     Returns:
       See ``Period``; of all layers.
     """
-    if not config.pattern:
+    config: DecoderConfig = layers.config
+    if run not in config.runs or len(config.runs[run]) == 1:
         return layers(x, step, each)
-    n = config.num_hidden_layers // len(config.pattern)
+    n = len(next(iter(config.runs[run].values())))
     each = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), each)
     x, new = layers(x, step, each)
     return x, jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:2]), *x.shape[2:]), new)
 
 
-def stack_layers(module: Trunk) -> nn.Module:
-    """Makes the scanned layers of a decoder's trunk."""
+def stack_layers(module: ModelPart, run: str = "", **more: Any) -> nn.Module:
+    """Makes the scanned layers of a decoder's trunk, or of one of their runs.
+
+    Args:
+      module: the part of a decoder that has them.
+      run: the name of the run; "" for all layers.
+      **more: the name of the stack.
+    """
     cfg: DecoderConfig = module.config
-    if not cfg.pattern:
-        scanned = scan_layers(DecoderLayer, module.remat, cfg.num_hidden_layers)
-    else:
-        scanned = scan_layers(Period, False, cfg.num_hidden_layers // len(cfg.pattern))
-    return scanned(*module.options, experts=module.experts)
+    more |= {"experts": module.experts}
+    if run not in cfg.runs:
+        return Runs(*module.options, **more)
+    numbers, *others = cfg.runs[run].values()
+    if others:
+        return scan_layers(Period, False, len(numbers))(*module.options, run=run, **more)
+    scanned = scan_layers(DecoderLayer, module.remat, len(numbers))
+    return scanned(*module.options, kind=cfg.kind_of(numbers[0]), **more)

@@ -21,6 +21,7 @@ from jax import lax
 from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, Gated, implementation
+from lora_jax.models.decoder.families.family import CORRECTION
 from lora_jax.models.layers.attention import dot_wide, wide_dtype
 from lora_jax.models.layers.blocks import ACTIVATION, ModelPart, dense
 
@@ -29,7 +30,7 @@ class SparseMLP(ModelPart):
     """The weighted sum of each token's k most likely experts (Jiang et al. 2024, Mixtral).
 
     The router's logits and probabilities, and the sum over experts, are in fp32. An MLP that all
-    tokens share may stand beside the experts, weighed by a gate of its own.
+    tokens share may stand beside the experts, and be weighed by a gate of its own.
     """
 
     config: DecoderConfig
@@ -44,7 +45,12 @@ class SparseMLP(ModelPart):
         router = dense(
             self, cfg.num_experts, use_bias=biased, name=name, dot_general=dot_wide, dtype=dtype
         )
-        weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob)
+        if cfg.sigmoid_router:
+            init = nn.initializers.zeros
+            bias = self.param(CORRECTION, init, (cfg.num_experts,), wide_dtype(self.param_dtype))
+            weights, chosen = route_by_sigmoids(router(x), bias, cfg)
+        else:
+            weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob)
         kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
         mixed = functools.partial(_mixed, gated_of(cfg), products)
@@ -52,7 +58,9 @@ class SparseMLP(ModelPart):
         if not cfg.shared_expert_intermediate_size:
             return out
         inner = cfg.shared_expert_intermediate_size
-        shared = MLP(*self.options, inner=inner, name="shared_expert")(x)
+        shared = MLP(*self.options, inner=inner, name=cfg.family.shared_name)(x)
+        if not cfg.family.shared_is_gated:
+            return out + shared
         gate = dense(self, 1, use_bias=False, name="shared_expert_gate")(x)
         return out + nn.sigmoid(gate) * shared
 
@@ -86,6 +94,35 @@ def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Ar
     if normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return weights, chosen
+
+
+def route_by_sigmoids(
+    logits: jax.Array, bias: jax.Array, config: DecoderConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses experts by sigmoids and biases, some groups first (DeepSeek-V3, section 2.1.2).
+
+    Args:
+      logits: […, experts], fp32.
+      bias: [experts], fp32: it decides on the choice alone.
+      config: the decoder's.
+
+    Returns:
+      See ``route``.
+    """
+    scores = nn.sigmoid(logits)
+    ranked = scores + bias.astype(scores.dtype)
+    if config.topk_group < config.n_group:
+        groups = ranked.reshape(*ranked.shape[:-1], config.n_group, -1)
+        best = jnp.sum(lax.top_k(groups, 2)[0], axis=-1)
+        _, kept = lax.top_k(best, config.topk_group)
+        numbers = jnp.arange(config.n_group, dtype=kept.dtype)
+        is_kept = jnp.any(kept[..., None] == numbers, axis=-2)
+        ranked = jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(ranked.shape)
+    _, chosen = lax.top_k(ranked, config.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if config.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * config.routed_scaling_factor, chosen
 
 
 def _mixed(

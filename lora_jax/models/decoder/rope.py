@@ -63,14 +63,18 @@ def _query_factors(positions: jax.Array, scaling: RopeScaling | None) -> jax.Arr
     return 1 + scaling.llama_4_scaling_beta * jnp.log1p(contexts)
 
 
-def rotate(x: jax.Array, rotation: RopeAngles) -> jax.Array:
+def rotate(x: jax.Array, rotation: RopeAngles, *, neighbours: bool = False) -> jax.Array:
     """Rotates heads, [batch, seq, heads, head_dim], pairing dimension i with i + rotated/2.
 
-    Dimensions beyond the rotated ones stay. Runs in fp32 at least and returns x's dtype.
+    Dimensions beyond the rotated ones stay. Runs in fp32 at least and returns x's dtype. With
+    ``neighbours``, dimensions 2i and 2i + 1 are a pair, and lie as if they had been i and
+    i + rotated/2.
     """
     half = rotation.cos.shape[-1]
     y = x.astype(wide_dtype(x.dtype))
     first, second, rest = jnp.split(y, [half, 2 * half], axis=-1)
+    if neighbours:
+        first, second = (y[..., i : 2 * half : 2] for i in range(2))
     cos, sin = rotation.cos.astype(y.dtype), rotation.sin.astype(y.dtype)
     parts = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(parts, axis=-1).astype(x.dtype)

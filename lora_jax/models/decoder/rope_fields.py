@@ -12,6 +12,7 @@ _ORIGINAL = "original_max_position_embeddings"
 # How a rotation is split over an image's three positions, a text's being the same; and a copy.
 _WITHOUT_EFFECT = ("mrope_section", "mrope_interleaved", "max_position_embeddings")
 _BETA = "llama_4_scaling_beta"
+_ALL_DIM = "mscale_all_dim"
 
 # For each kind: the fields that it needs, and those that it may have.
 _KINDS: dict[str, tuple[list[str], list[str]]] = {
@@ -38,7 +39,8 @@ class RopeScaling:
     each. ``original_max_position_embeddings`` is the context trained on;
     ``attention_factor`` multiplies queries and keys; ``short_factor`` and ``long_factor`` have one
     number for each rotated pair. Queries beyond that context are multiplied by
-    1 + ``llama_4_scaling_beta`` log(1 + floor(position / context)).
+    1 + ``llama_4_scaling_beta`` log(1 + floor(position / context)). ``mscale_all_dim`` scales
+    the scores of MLA; see ``DecoderConfig.score_scale``.
     """
 
     kind: str
@@ -51,6 +53,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     llama_4_scaling_beta: float = 0.0
+    mscale_all_dim: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -133,7 +136,6 @@ def _read_scaling(kind: str, fields: Fields, context: int, original: int | None)
     if kind in ("yarn", "longrope"):
         kept["attention_factor"] = _attention_factor(kind, kept, context)
         kept.pop("mscale", None)
-        kept.pop("mscale_all_dim", None)
     if kind == "longrope":
         kept.pop("factor", None)
         kept["short_factor"] = tuple(float(x) for x in kept["short_factor"])
@@ -178,8 +180,7 @@ def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, object]:
     needed, optional = _KINDS[scaling.kind]
     values = dataclasses.asdict(scaling)
     kept = {name: values[name] for name in (*needed, *optional) if name in values}
-    if not kept.get(_BETA):
-        kept.pop(_BETA, None)
+    kept = {name: x for name, x in kept.items() if x or name not in (_BETA, _ALL_DIM)}
     if scaling.kind == "longrope":  # factor is in attention_factor
         del kept["factor"]
         kept |= {name: list(kept[name]) for name in needed}

@@ -7,6 +7,8 @@ from typing import Any
 
 from lora_jax.core.types import Fields
 
+CORRECTION = "e_score_correction_bias"  # Hugging Face's name of what moves a router's choice
+
 # (a field of config.json, a default) -> its value in the file, else the family's default.
 Get = Callable[..., Any]
 
@@ -17,6 +19,7 @@ class DecoderFamily:
 
     Attributes:
       model_type: Hugging Face's name.
+      other_types: other names under which configurations are published that are read as its own.
       architecture: transformers' class of its language models.
       reads: the fields of config.json that its forward pass reads, beyond those of all families.
         The readers go by their names: a family that reads "layer_types" has layers with and without
@@ -39,6 +42,8 @@ class DecoderFamily:
       expert_names: its names of an expert's gate, up and down projections; of the one projection
         to gate and up, whose outputs take turns, and of down, where its files hold all experts of a
         layer in one tensor of each.
+      shared_name: its name of the MLP that all tokens share beside experts.
+      shared_is_gated: True if a gate weighs that MLP's output.
       rope_kinds: the only types of scaled RoPE that it has; () for any.
       rope_aliases: other names of these types in its files.
       with_images: the model_type of models with images whose text_config is of this family, or of
@@ -52,6 +57,7 @@ class DecoderFamily:
     """
 
     model_type: str
+    other_types: tuple[str, ...] = ()
     architecture: str
     reads: frozenset[str]
     defaults: Fields = dataclasses.field(default_factory=dict)
@@ -66,6 +72,8 @@ class DecoderFamily:
     mlp_name: str = "mlp"
     router_name: str = "gate"
     expert_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    shared_name: str = "shared_expert"
+    shared_is_gated: bool = True
     rope_kinds: tuple[str, ...] = ()
     rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     with_images: str | None = None
