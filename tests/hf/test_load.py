@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from lora_jax.core.paths import flatten_with_paths
 from lora_jax.models import (
     ConfigError,
     ModelNotFound,
@@ -21,7 +22,6 @@ from lora_jax.models import (
     hf_tensors,
     key_table,
 )
-from lora_jax.core.paths import flatten_with_paths
 from tests.hf.trees import decoder
 from tests.models import tiny
 from tests.support import over
