@@ -127,7 +127,7 @@ def test_a_run_and_its_answers(tmp_path, capsys, fields) -> None:
 
 
 @pytest.mark.slow
-@of_both
+@pytest.mark.parametrize("fields", [FIELDS, {**LATENT, "first_k_dense_replace": 4}])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_are_those_counted_by_hand(tmp_path, remat: str, fields) -> None:
     folder = write(tmp_path, {**CONFIG, **fields})

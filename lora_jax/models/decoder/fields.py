@@ -177,7 +177,7 @@ def write_fields(fields: Fields) -> dict[str, object]:
 
 def _text_fields(config: Fields) -> Fields:
     """Returns the fields of a decoder, which a model with images has in its text_config."""
-    kind = config.get("model_type")
+    kind: Any = config.get("model_type")
     of_text = [name for name, family in FAMILIES.items() if kind and family.with_images == kind]
     if not of_text:
         return config

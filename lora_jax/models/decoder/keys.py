@@ -159,10 +159,13 @@ def decoder_name(name: str, config: DecoderConfig) -> str:
     """Returns the table's name of a file's tensor: with the prefix ``model.``.
 
     Files of a model with images put the decoder's tensors below ``language_model.``. Layers behind
-    the last one predict tokens further on (MTP), and are named "mtp" here, which is left out.
+    the last one, which predict tokens further on (MTP), are named "further" where the family leaves
+    them out.
     """
     if (match := _LAYER.match(name)) and int(match[1]) >= config.num_hidden_layers:
-        return f"mtp.{name}"
+        left_out, further = config.family.left_out, f"further.{name}"
+        if left_out and left_out.fullmatch(further):
+            return further
     if config.family.with_images is not None:
         name = _OF_TEXT.sub(lambda match: match[1] or "model.", name)
     return f"model.{name}" if _BARE.fullmatch(name) else name

@@ -31,7 +31,7 @@ def project_latent(
     def product(x: jax.Array, name: str, size: int, *, use_bias: bool = False) -> jax.Array:
         return dense(module, size, use_bias=use_bias, name=name)(x)
 
-    def by_heads(x: jax.Array) -> jax.Array:
+    def split_heads(x: jax.Array) -> jax.Array:
         return module.placement.constrain(x.reshape(*x.shape[:2], heads, -1), "heads")
 
     def norm(x: jax.Array, name: str) -> jax.Array:
@@ -45,12 +45,12 @@ def project_latent(
     else:
         q = product(x, "q_a_proj", cfg.q_lora_rank, use_bias=cfg.qkv_bias)
         q = product(norm(q, "q_a_layernorm"), "q_b_proj", heads * cfg.head_dim)
-    q_plain, q_turned = jnp.split(by_heads(q), [plain], axis=-1)
+    q_plain, q_turned = jnp.split(split_heads(q), [plain], axis=-1)
     size = cfg.kv_lora_rank + cfg.qk_rope_head_dim
     joined = product(x, "kv_a_proj_with_mqa", size, use_bias=cfg.qkv_bias)
     shared, k_turned = jnp.split(joined, [cfg.kv_lora_rank], axis=-1)
     size = heads * (plain + cfg.v_head_dim)
-    expanded = by_heads(product(norm(shared, "kv_a_layernorm"), "kv_b_proj", size))
+    expanded = split_heads(product(norm(shared, "kv_a_layernorm"), "kv_b_proj", size))
     k_plain, v = jnp.split(expanded, [plain], axis=-1)
     k_turned = jnp.broadcast_to(
         turn(k_turned[:, :, None]), (*k_plain.shape[:-1], cfg.qk_rope_head_dim)

@@ -12,7 +12,7 @@ MIXTURE = frozenset(
     first_k_dense_replace num_nextn_predict_layers num_mtp_layers
     """.split()
 )
-LEFT_OUT = re.compile(r"mtp\..*")  # see ``keys.decoder_name``
+LEFT_OUT = re.compile(r"further\..*")  # see ``keys.decoder_name``
 
 
 def experts(get: Get) -> tuple[int, int]:
