@@ -1,4 +1,4 @@
-"""The code of lora_jax/adapt/README.md runs, and prints what its comments say.
+"""The code of the guides in lora_jax/adapt/guides runs, and prints what its comments say.
 
 A block ``python`` begins a program, ``python continued`` goes on with it; one that says ``foreign``
 needs that extra.
@@ -14,20 +14,21 @@ import pytest
 import lora_jax as lj
 from tests.support import assert_close, dots_of_size, with_random_factors
 
-DOCUMENT = Path(lj.__file__).parent / "adapt" / "README.md"
-PARTS = re.compile(r"^## (.*?)\n|^```python(.*?)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+GUIDES = Path(lj.__file__).parent / "adapt" / "guides"
+BLOCKS = re.compile(r"^```python(.*?)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def programs():
-    """The programs by the title of their section: (what the first block says, its blocks)."""
-    found, title = {}, ""
-    for heading, says, code in PARTS.findall(DOCUMENT.read_text()):
-        if heading:
-            title = heading
-        elif "continued" in says:
-            found[title][-1][1].append(code)
-        else:
-            found.setdefault(title, []).append((says.split(), [code]))
+    """The programs by the title of their guide: (what the first block says, its blocks)."""
+    found = {}
+    for path in GUIDES.glob("*.md"):
+        text = path.read_text()
+        title = text.partition("\n")[0].removeprefix("# ")
+        for says, code in BLOCKS.findall(text):
+            if "continued" in says:
+                found[title][-1][1].append(code)
+            else:
+                found.setdefault(title, []).append((says.split(), [code]))
     return found
 
 
@@ -35,13 +36,13 @@ PROGRAMS = programs()
 
 
 def run(title, capsys, monkeypatch, folder):
-    """Runs a section's programs; the names that the last one leaves."""
+    """Runs a guide's programs; the names that the last one leaves."""
     monkeypatch.chdir(folder)
     for _, blocks in PROGRAMS[title]:
         names = {}
         for code in blocks:
             with jax.numpy_dtype_promotion("standard"):
-                exec(compile(code, str(DOCUMENT), "exec"), names)
+                exec(compile(code, title, "exec"), names)
             printed = capsys.readouterr().out.splitlines()
             expected = re.findall(r"print\(.*\)(?:  |\n *)# (.*)", code)
             assert len(expected) == code.count("print("), "each print says what it prints"
@@ -76,8 +77,8 @@ TITLES = (
 )
 
 
-def test_each_section_with_code_is_run():
-    assert tuple(PROGRAMS) == TITLES
+def test_each_guide_with_code_is_run():
+    assert set(PROGRAMS) == set(TITLES)
 
 
 @of("An NNX module")

@@ -27,7 +27,7 @@ from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.inputs import adapter_folder, base_folder
 from tests.benchmarks.processes import ROOT, Failed, write_inputs
 
-README = ROOT / "tests" / "README.md"
+README = ROOT / "tests" / "benchmarks" / "README.md"
 Results = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--json", type=Path, metavar="FILE", help="write all results")
     add("--png", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
-    add("--readme", action="store_true", help="write the table into tests/README.md")
+    add("--readme", action="store_true", help="write the table into tests/benchmarks/README.md")
     add(
         "--from",
         dest="earlier",

@@ -1,4 +1,4 @@
-"""Prints the table of `lora_jax/adapt/README.md`: what `adapt` runs of other people's code.
+"""Prints the table of `lora_jax/adapt/what_was_run.md`: what `adapt` runs of other people's code.
 
 ``python -m tests.foreign.table [--only keras gemma] [--output FILE] [--cache DIR]``, from a
 checkout with the extra 'foreign'. Libraries that do not install beside the extra get virtual

@@ -9,7 +9,7 @@ from tests.foreign.environments import results_of
 from tests.foreign.registry import Environment, all_cases, cases_of
 from tests.foreign.table import HEAD, markdown, parsed, row
 
-DOCUMENT = Path(__file__).parent.parent.parent / "lora_jax" / "adapt" / "README.md"
+DOCUMENT = Path(__file__).parent.parent.parent / "lora_jax" / "adapt" / "what_was_run.md"
 PRINT_IT = "print the table again: python -m tests.foreign.table"
 
 

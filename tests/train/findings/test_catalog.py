@@ -12,7 +12,7 @@ from train.findings.__main__ import main
 from train.findings.catalog import FINDINGS, options_of
 from train.findings.reporting.pivot import axis_of
 
-README = Path(findings.__file__).parent / "README.md"
+PAGES = Path(findings.__file__).parent
 
 
 def test_each_file_of_options_has_a_finding():
@@ -34,31 +34,31 @@ def test_its_options_and_its_layout_are_known(name):
         assert axis_of(axis).name
 
 
-def _section(name: str) -> str:
-    """Returns what the README says about a finding."""
-    sections = re.split("^## ", README.read_text(encoding="utf-8"), flags=re.M)
-    command = f"lora-jax findings {name} --output runs/{name}\n"
-    (found,) = (section for section in sections[1:] if command in section)
-    return found
+def _page(name: str) -> str:
+    """Returns the page of a finding, which shows its command."""
+    text = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert f"lora-jax findings {name} --output runs/{name}\n" in text
+    assert f"]({name}.md)" in (PAGES / "README.md").read_text(encoding="utf-8")
+    return text
 
 
 @pytest.mark.parametrize("name", FINDINGS)
-def test_the_readme_has_its_settings(name):
-    section = _section(name)
+def test_its_page_has_its_settings(name):
+    page = _page(name)
     asked = yaml.safe_load(options_of(name).read_text(encoding="utf-8"))
     for axis in ("lrs", "full_lrs", "ranks", "alphas", "batch_sizes", "dimensions", "steps"):
         wanted = asked.get(axis, [])
         for value in wanted if isinstance(wanted, list) else [wanted]:
             written = f"{value:,}" if isinstance(value, int) else str(value)
-            assert re.search(rf"(?<![\w.,-]){written}(?![\w-]|[.,]\d)", section), (axis, written)
+            assert re.search(rf"(?<![\w.,-]){written}(?![\w-]|[.,]\d)", page), (axis, written)
 
 
 @pytest.mark.parametrize("name", FINDINGS)
-def test_options_that_the_readme_adds_are_taken(name):
+def test_options_that_its_page_adds_are_taken(name):
     line = [FINDINGS[name].script, "--config", str(options_of(name))]
     if FINDINGS[name].make is not None:
         line += ["--dataset", "rows.jsonl"]
-    for options in re.findall("`(--[^`]+)`", _section(name)):
+    for options in re.findall("`(--[^`]+)`", _page(name)):
         if " " in (words := " ".join(options.split())):
             compare.parse([*line, *words.split()])
 

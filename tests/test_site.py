@@ -1,0 +1,113 @@
+"""The site is built strictly, of pages, docstrings and options; all that it links to is there.
+
+It needs the extra 'docs'.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from train import command
+from train.options.scripts.sft import Config
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec("mkdocs"), reason="the extra 'docs' is not installed"),
+]
+
+
+def build(root, folder):
+    """Builds the site of a checkout; returns the process. (With --quiet, --strict sees nothing.)"""
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    return subprocess.run(
+        [*line, "-f", str(root / ".docs/mkdocs.yml"), "-d", str(folder)],
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site, and the texts of its pages by their names there."""
+    folder = tmp_path_factory.mktemp("built") / "site"
+    done = build(ROOT, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, {
+        path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.html")
+    }
+
+
+def dead_links(folder, texts):
+    """Returns the links within a site that lead to no file, or to no place in it."""
+    ids = {name: set(re.findall(r'\bid="([^"]+)"', text)) for name, text in texts.items()}
+    found = []
+    for name, text in texts.items():
+        for link in re.findall(r'(?:href|src)="([^"]*)"', text):
+            address, _, place = unquote(link).partition("#")
+            if re.match(r"\w+:|/", address) or name == "404.html":
+                continue
+            target = os.path.normpath(os.path.join(os.path.dirname(name), address))
+            target = target if address else name
+            is_there = (folder / target).is_file()
+            if not is_there or place and target in ids and place not in {*ids[target], "__search"}:
+                found.append((name, link))
+    return found
+
+
+def test_all_links_of_the_site_lead_somewhere(site):
+    folder, texts = site
+    assert len(texts) > 80 and dead_links(folder, texts) == []
+    name, text = "index.html", texts["index.html"]
+    broken = text + '<a href="train/sft.html#no-such-place"></a><a href="nowhere.html"></a>'
+    found = [link for _, link in dead_links(folder, texts | {name: broken})]
+    assert found == ["train/sft.html#no-such-place", "nowhere.html"], "the judge sees both"
+
+
+def test_a_broken_link_fails(tmp_path):
+    """In a copy whose first page has one."""
+    root = tmp_path / "copy"
+    root.mkdir()
+    for path in ROOT.iterdir():
+        if path.name not in (".git", ".docs", "README.md"):
+            (root / path.name).symlink_to(path)
+    shutil.copytree(ROOT / ".docs", root / ".docs", ignore=shutil.ignore_patterns("site"))
+    links = "[one](train/nowhere.md) [two](train/sft.md#nowhere)"
+    (root / "README.md").write_text((ROOT / "README.md").read_text() + f"\n{links}\n")
+    done = build(root, tmp_path / "site")
+    assert done.returncode != 0
+    for link in ("train/nowhere.md", "train/sft.md#nowhere"):
+        assert f"'{link}'" in done.stdout + done.stderr
+
+
+def test_the_reference_has_the_names_and_the_options(site):
+    _, texts = site
+    names = re.findall(r'id="(lora_jax\.[\w.]+)"', texts["reference/lora_jax.html"])
+    assert {"lora_jax.lorafy.lorafy", "lora_jax.rules.LoraRule"} <= set(names)
+    assert "&gt;&gt;&gt;" in texts["reference/lora_jax.html"]
+    options = re.findall(r"<dt><code>--([\w-]+)", texts["reference/commands/sft.html"])
+    assert {"model", "rank", "targets", "eval-every"} <= set(options) and len(options) > 60
+    assert len(options) == len(set(options)) and Config.HELP.example.split()[1] in str(
+        texts["reference/commands/sft.html"]
+    )
+    for name in command.COMMANDS:
+        assert f"reference/commands/{name}.html" in texts
+
+
+def test_its_search_and_its_list_for_machines_know_all_pages(site):
+    folder, texts = site
+    listed = re.findall(r"\]\(([^)]*)\)", (folder / "llms.txt").read_text())
+    shown = {name for name in texts if not name.startswith(("source/", "tests/hf/", "404"))}
+    assert sorted(listed) == sorted(shown)
+    indexed = json.loads((folder / "search/search_index.json").read_text())["docs"]
+    assert shown <= {document["location"].partition("#")[0] or "index.html" for document in indexed}
