@@ -135,7 +135,7 @@ class GroupedCompletions(NamedTuple):
     lengths: np.ndarray
     ended: np.ndarray
     texts: np.ndarray
-    turns: np.ndarray | None = None
+    turns: Any = None
 
     @property
     def is_own(self) -> np.ndarray:

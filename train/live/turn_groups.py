@@ -34,7 +34,7 @@ class GroupedTurns:
         config, prompts = self._feed.config, self._feed.prompts
         group = config.data.group
         # Environments of one prompt have the same random numbers: their completions are compared.
-        seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS), len(rows)).tolist()
+        seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS), (len(rows),)).tolist()
         asked = [
             AskedRow(
                 number,

@@ -116,9 +116,8 @@ class Rewards:
         earned: Sequence[EarnedReward] = (),
     ) -> RewardTotals:
         """Returns the rewards of completions; see `RewardBatch` for what is given."""
-        of_turns = {"chats": chats, "earned": earned}
         batch = RewardBatch(
-            prompts, completions, completion_ids, columns, group, state or {}, **of_turns
+            prompts, completions, completion_ids, columns, group, state or {}, chats, earned
         )
         judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         values = np.stack([got.values for got in judged.values()])  # [rewards, n]

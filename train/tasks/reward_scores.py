@@ -69,7 +69,8 @@ class RewardEvaluation:
         """Returns the mean reward of the completions that have one; {} where none has."""
         of = self.prompts
         if self._drawer is None:
-            (texts, ids), more = self._complete(model, params, forward, progress), {}
+            texts, ids = self._complete(model, params, forward, progress)
+            more: dict[str, Any] = {}
         else:
             texts, ids, more = self._converse(self._drawer, model, params, forward)
         names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))

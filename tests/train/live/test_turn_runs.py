@@ -142,5 +142,10 @@ def test_bad_input_is_one_paragraph(folder, tmp_path, capsys, way):
 def test_the_best_policy_is_learned(folder, tmp_path, rank, seed):
     args = ["--steps", 250, "--lr", 1e-2, "--rank", rank, "--seed", seed, "--group", 16]
     args += ["--batch-size", 16 * 7, "--loss", "dapo", "--schedule", "constant"]
+    args += ["--max-new-tokens", 24, "--seq-len", 40]  # three guesses, and what answers them
     lines = run(folder, tmp_path / "run", *args)
+    rewards = [
+        np.mean([line["reward"] for line in lines[at : at + 10]]) for at in range(0, 250, 25)
+    ]
+    print(rank, seed, guessing.BEST, rewards)
     assert np.mean([line["reward"] for line in lines[-10:]]) > 0.98 * guessing.BEST

@@ -133,11 +133,10 @@ class TurnJoints:
             "name": answers[0].name if answers else name,
             "arguments": self._arguments if arguments is None else arguments,
         }
-        calling = {"role": "assistant", "content": ""}
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": _ASKED},
-            calling | {"tool_calls": [{"type": "function", "function": function}]},
-        ][:turns]
+        calls = [{"type": "function", "function": function}]
+        asked: dict[str, Any] = {"role": "user", "content": _ASKED}
+        calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": calls}
+        messages = [asked, calling][:turns]
         messages += [{"role": "tool", "name": x.name, "content": x.content} for x in answers]
         chat = Conversation(messages, options=options)
         ask = turns == 1 or bool(answers)
