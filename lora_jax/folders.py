@@ -64,6 +64,12 @@ def remote_problem(path: str | os.PathLike[str]) -> str | None:
     return f"{problem}copy it here or mount it (a bucket by gcsfuse), and give that path"
 
 
+def cache_folder() -> Path:
+    """Returns the folder ``lora_jax`` in XDG_CACHE_HOME, or in ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lora_jax"
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Gives a folder to write to, which takes the place of `folder` at the end.

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # The rooms from the ground up: each imports those above it in this list, never below. A room is a
 # folder, or a file that stands beside the folders.
 LIBRARY = """
-    folders init core variants rules adapt select sharding lorafy quantized optim saving subspace
-    hf models peft torch __init__ training bank __main__
+    folders buckets init core variants rules adapt select sharding lorafy quantized optim saving
+    subspace hf models peft torch __init__ training bank __main__
 """.split()
 SCRIPTS = """
     __init__ console processes reporters adapters environments options data settings run predict
@@ -28,6 +28,7 @@ LATE = {
     *(
         "PIL",
         "datasets",
+        "google",
         "gguf",
         "huggingface_hub",
         "llguidance",
@@ -39,6 +40,7 @@ LATE = {
     *(
         "pyarrow",
         "pydoc_data",
+        "requests",
         "rich",
         "sklearn",
         "tensorboardX",

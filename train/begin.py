@@ -55,15 +55,15 @@ def open_run(
       TrainingError: something that was asked for cannot be done; names the row of a table.
     """
     (name, where, _, options), task = request
-    place = as_user_errors(TrainingError, prefix=f"{where}: ") if where else nullcontext()
-    with place:
+    place_of_row = as_user_errors(TrainingError, prefix=f"{where}: ") if where else nullcontext()
+    with place_of_row:
         config, buffer = task.completed(options), BufferedConsole()
         config = settle_remat(config, platform_of(mesh.devices.flat[0]))
         own = console or buffer.console
         if is_first():
             check_packages(config.run.report_to)
         rules(config.adapter)
-        folder = locked_output(config, session.release, own)
+        place = locked_output(config, session.release, own)
         read = part.reader(config, task)
         session.release.callback(read.data.close)
         inputs = make_inputs(config, mesh, read)
@@ -72,7 +72,7 @@ def open_run(
         run = Run(
             script=script,
             config=config,
-            folder=folder,
+            place=place,
             console=own,
             stop=session.stop,
             feed=inputs.feed,

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -88,7 +87,7 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     if teacher := getattr(config.data, "teacher_model", None):
         say(f"the teacher, {teacher}, needs memory besides")
     _print_time(say, config, inputs, needed)
-    say(f"{config.run.output}: {state_of(Path(config.run.output).expanduser())}")
+    say(f"{config.run.output}: {state_of(config.run.output)}")
     say("nothing was trained, and nothing was written: leave out --dry-run to train")
 
 

@@ -19,6 +19,7 @@ import lora_jax as lj
 from lora_jax.bank.together.side_by_side import DrivenRun, RunEnding, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
+from lora_jax.buckets.copies import shown
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.placement import platform_of
 from lora_jax.training.data.batches import HostBatch
@@ -111,7 +112,7 @@ def finetune(
     print_costs(console, report)
     tell(console, report["summary"])
     took = duration(time.monotonic() - began)
-    console.print(f"the whole run took {took}; its files are in {run.folder}")
+    console.print(f"the whole run took {took}; its files are in {shown(run.folder)}")
     merged_only = run.config.adapter.full or row.space is not None
     words = ask_words(row.inputs.read.outline)
     print_commands(console, run.folder / ADAPTER, words, merged=merged_only)
@@ -214,6 +215,7 @@ def train_rows(
             with row.isolate_errors():
                 # A resumed run evaluates all.
                 _finish(row, base, part, console, evaluates=not stopped)
+        row.run.place.send()
     return rows
 
 

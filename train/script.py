@@ -16,6 +16,7 @@ from train.options.common import Options
 from train.options.defaults import Defaults
 from train.options.field import check_effects
 from train.options.file import replace_options
+from train.options.paths import check_local
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import ERROR, write_csv
@@ -100,6 +101,7 @@ class TrainingScript:
         with session.running():
             config, on_line, in_file = self._read(args)
             if getattr(config.run, "many", None) is not None:
+                check_local("output", [config.run.output])  # a table is a folder of this machine
                 rows = read_table(config, self.plain, on_line | in_file.keys())
                 asked = [
                     RunRequest(row._replace(options=self.begin(row.options, task, session)), task)

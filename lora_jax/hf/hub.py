@@ -3,14 +3,18 @@
 import json
 import re
 import threading
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
+from lora_jax.buckets.copies import readable
+from lora_jax.buckets.store import BucketError, bucket_path
 from lora_jax.folders import remote_problem
 from lora_jax.hf.packaged import BUNDLES
 
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
+_IN_BUCKETS = [*_FILES, "*.gguf"]
 _PROBE_SECONDS = 10.0
 
 
@@ -35,7 +39,8 @@ def resolve(name_or_path: str | Path) -> LocalModel:
 
     Args:
       name_or_path: a folder, a GGUF file, or a hub name such as "owner/model". Of a folder with
-        one GGUF file and no safetensors, that file is the model.
+        one GGUF file and no safetensors, that file is the model. A folder or a file in a bucket
+        (gs://) is copied to the cache first.
 
     Returns:
       The folder or the GGUF file.
@@ -126,7 +131,9 @@ def resolve_config(name_or_path: str | Path) -> Path:
     Raises:
       ModelNotFound: if neither the hub nor its cache has it, nor a package's copy.
     """
-    path = _path(name_or_path)
+    path = _path(name_or_path, ["config.json"])
+    if bucket_path(name_or_path) and path.is_dir() and not (path / "config.json").is_file():
+        path = _path(name_or_path)
     if path.exists():
         return _only_gguf(path) or (path / "config.json" if path.is_dir() else path)
     name = hub_name(name_or_path)
@@ -135,8 +142,16 @@ def resolve_config(name_or_path: str | Path) -> Path:
     return snapshot(name, ["config.json"], needed="config.json") / "config.json"
 
 
-def _path(name_or_path: str | Path) -> Path:
-    """Returns a possible path of this machine; raises ModelNotFound for one with a scheme."""
+def _path(name_or_path: str | Path, patterns: list[str] = _IN_BUCKETS) -> Path:
+    """Returns a possible path of this machine; raises ModelNotFound for one with a scheme.
+
+    Of a folder in a bucket, the files that match the patterns are copied.
+    """
+    if bucket_path(name_or_path):
+        try:
+            return readable(name_or_path, lambda file: any(fnmatch(file, p) for p in patterns))
+        except BucketError as error:
+            raise ModelNotFound(str(error)) from error
     if problem := remote_problem(name_or_path):
         raise ModelNotFound(f"{name_or_path} {problem}")
     return Path(name_or_path).expanduser()

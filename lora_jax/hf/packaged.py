@@ -17,15 +17,11 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from lora_jax.folders import cache_folder
+
 
 class FetchError(OSError):
     """A package that cannot be downloaded, or has other contents than expected."""
-
-
-def cache_folder() -> Path:
-    """Returns the folder ``lora_jax`` in XDG_CACHE_HOME, or in ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "lora_jax"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lora_jax.buckets.copies import readable, writes_to_buckets
 from lora_jax.core.types import Fields, Model, Tokenizer, Tree
 from lora_jax.folders import check_free, local_path, new_folder
 from lora_jax.hf import sources
@@ -122,6 +123,7 @@ def from_pretrained(
     return make(params=params), params
 
 
+@writes_to_buckets
 def save_pretrained(
     folder: str | os.PathLike[str],
     model: Model,
@@ -152,7 +154,7 @@ def save_pretrained(
     one of them, which needs all of the parameters on its own devices.
 
     Args:
-      folder: created; its parents too.
+      folder: created; its parents too. It may lie in a bucket (gs://).
       model: the module that ``from_pretrained`` returned: its configuration is written.
       params: the parameter tree: plain arrays, sharded or not. ``lora_jax.merge`` sums W + s·AB in
         fp32 and rounds once to W's dtype, so leave ``dtype`` at None or at W's dtype after it.
@@ -176,7 +178,7 @@ def save_pretrained(
     folder = local_path(folder).absolute()
     check_free(folder, overwrite, "config.json", "model's")
     table = key_table(model.config)
-    source = None if codes_from is None else open_source(resolve(local_path(codes_from)).path)
+    source = None if codes_from is None else open_source(resolve(readable(codes_from)).path)
     if source is not None and not isinstance(source, SafetensorsFolder):
         raise WeightsError(f"codes_from={codes_from}: codes are kept of safetensors files alone")
     dtypes = file_dtypes(params, table, dtype, in_codes=source is not None)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.buckets.copies import readable
 from lora_jax.core.types import Fields, JsonObject
-from lora_jax.folders import local_path
 from lora_jax.hf.fields import read_file
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.forms import FORMS
@@ -112,7 +112,7 @@ def fields_of(source: Any) -> tuple[JsonObject, str]:
         return dict(source), "the PEFT configuration"
     if hasattr(source, "to_dict"):
         return dict(source.to_dict()), type(source).__name__
-    path = local_path(source)
+    path = readable(source)
     path = path / FILE if path.is_dir() else path
     return read_file(path, "a PEFT adapter", PeftError), str(path)
 

@@ -1,9 +1,10 @@
 """Finds the folder of an adapter: local, one of several in a folder, or on the hub."""
 
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
-from lora_jax.folders import local_path
+from lora_jax.buckets.copies import readable
 from lora_jax.hf.hub import ModelNotFound, snapshot
 from lora_jax.peft.config import FILE
 from lora_jax.peft.errors import PeftError
@@ -17,13 +18,13 @@ def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
     PEFT puts an adapter that is not called "default" into a subfolder of its name.
 
     Args:
-      folder: a local folder, or a hub name.
+      folder: a local folder, one in a bucket (gs://), or a hub name.
       adapter: the adapter's name, if the folder holds several.
 
     Raises:
       PeftError: if there is no adapter, or one of several has to be chosen.
     """
-    path = local_path(folder).expanduser()
+    path = readable(folder, _is_of_adapter).expanduser()
     if not path.exists():
         name = str(folder)
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -44,3 +45,7 @@ def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
             f"{path} holds several adapters, {', '.join(inside)}: choose one with adapter=…"
         )
     raise PeftError(f"{path} is no adapter of PEFT: {FILE} is missing")
+
+
+def _is_of_adapter(file: str) -> bool:
+    return any(fnmatch(file, pattern) for pattern in _PATTERNS)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.buckets.copies import writes_to_buckets
 from lora_jax.core.base import as_array
 from lora_jax.core.types import JsonObject, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
@@ -40,6 +41,7 @@ _OF_MLP = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.")
 PEFT_VERSION = "0.21.2"  # files have the format of this version
 
 
+@writes_to_buckets
 def save(
     folder: str | os.PathLike[str],
     model: Model,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.buckets.copies import is_copy, readable, writes_to_buckets
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.flax_bytes import refuse_bytes
 from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
@@ -38,6 +39,7 @@ TEMPLATE = "chat_template"  # of the facts: a text in a file of its own
 _FIELDS = {"format", "weights", "trained", "rows", "arrays", "base", "about"}
 
 
+@writes_to_buckets
 def save_adapter(
     folder: str | os.PathLike[str],
     params: Tree,
@@ -51,7 +53,7 @@ def save_adapter(
     With several processes, all of them have to call it.
 
     Args:
-      folder: created; its parents too.
+      folder: created; its parents too. It may lie in a bucket (gs://).
       params: an adapted tree; of its base only a fingerprint is written.
       about: facts to keep beside the adapter, of JSON's types, such as {"model": name, "revision":
         commit}; `adapter_info` reads them. A text "chat_template" goes into chat_template.jinja,
@@ -103,12 +105,15 @@ def save_adapter(
         "base": fingerprint,
         "about": {name: fact for name, fact in facts.items() if name != TEMPLATE},
     }
+    is_own = is_copy(folder) and jax.process_count() > 1  # each process has this folder of its own
+    if is_own:
+        arrays = jax.tree.map(_gathered, arrays)
     ocp, partial = _orbax(), partial_of(folder)
     args = ocp.args
     items = args.Composite(adapter=args.StandardSave(arrays), lora=args.JsonSave(metadata))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer(ocp, is_own) as checkpointer:
         checkpointer.save(partial, items, force=True)
-    if jax.process_index() == 0:
+    if is_own or jax.process_index() == 0:
         if (template := facts.get(TEMPLATE)) is not None:
             (partial / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         put_in_place(partial, folder)
@@ -118,14 +123,14 @@ def adapter_info(folder: str | os.PathLike[str]) -> JsonObject:
     """Returns the facts that `save_adapter` was told `about` the adapter in a folder.
 
     Args:
-      folder: an adapter folder.
+      folder: an adapter folder, which may lie in a bucket (gs://).
 
     Raises:
       AdapterError: the folder is missing, damaged, or of another format.
 
     See the example of `save_adapter`.
     """
-    folder = local_path(folder).absolute()
+    folder = readable(folder).absolute()
     about: JsonObject = _read_metadata(folder)["about"]
     if (file := folder / TEMPLATE_FILE).is_file():
         about[TEMPLATE] = file.read_text(encoding="utf-8")
@@ -145,7 +150,7 @@ def load_adapter(
     of its own (`lora_jax.swap`), and a function compiled for it runs on without recompiling.
 
     Args:
-      folder: an adapter folder.
+      folder: an adapter folder, which may lie in a bucket (gs://).
       params: the base the adapter was trained on, plain or adapted.
       allow_base_mismatch: accept another base of the same shapes.
       extras: the parts of your own that the adapter was trained with; see `lora_jax.LoraRule`.
@@ -163,7 +168,7 @@ def load_adapter(
     >>> bool((loaded["dense"]["kernel"].a == tree["dense"]["kernel"].a).all())
     True
     """
-    folder = local_path(folder).absolute()
+    folder = readable(folder).absolute()
     metadata = _read_metadata(folder)
     refuse_bytes()
     leaves, treedef = leaves_of(strip(params))
@@ -193,6 +198,32 @@ def _orbax() -> Any:
     import orbax.checkpoint
 
     return orbax.checkpoint
+
+
+def _checkpointer(ocp: Any, is_own: bool) -> Any:
+    """Returns Orbax's writer: of all processes together, or of this one alone."""
+    if not is_own:
+        return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        adapter=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        lora=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _gathered(array: Leaf) -> np.ndarray:
+    """Returns an array in the host's memory, whole in each process."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if not array.is_fully_replicated:
+            from jax.experimental import multihost_utils
+
+            array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _check_meant(nodes: Mapping[str, Node], fingerprint: Mapping[str, str], base: Tree) -> None:

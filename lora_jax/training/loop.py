@@ -84,6 +84,7 @@ class Hooks:
       reduction: the loss's, which says what the loss of several steps is.
       measures: are taken in this order.
       owed: the prefixes of the measures that the step to begin with lacks.
+      settle: waits until all that was saved is written, where a bucket takes it beside the steps.
       judge: gets what was measured after a step, by prefixed name, before the step is saved; {}
         before the first. Returns True if training ends here.
     """
@@ -99,6 +100,7 @@ class Hooks:
     reduction: Reduction = "mean"
     measures: Sequence[PeriodicMeasure] = ()
     owed: Sequence[str] = ()
+    settle: Callable[[], None] = lambda: None
     judge: Callable[[State, dict[str, float]], bool] = lambda state, measured: False
 
 
@@ -303,6 +305,8 @@ def _measured(
 
 
 def _stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
+    """Returns the end of a run by a signal, once its last step is saved."""
+    hooks.settle()
     return Stopped(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
 
 

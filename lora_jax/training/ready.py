@@ -242,6 +242,7 @@ def make_hooks(
         reduction=loss.reduction,
         measures=measures,
         owed=ready.owed,
+        settle=checkpoints.settle if checkpoints else lambda: None,
         judge=judge,
     )
 

@@ -119,7 +119,7 @@ def save_and_die(folder, step, place, keep):
 
     checkpoints = Checkpoints(folder, keep)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"lora_jax.training.run.checkpoints.{place}", die)
+        patch.setattr(f"lora_jax.training.run.disk_files.{place}", die)
         with pytest.raises(Killed):
             checkpoints.save(state_at(step)._replace(key=jax.random.key(99)), {})
     checkpoints.close()
@@ -130,10 +130,10 @@ def save_and_die(folder, step, place, keep):
     ("before", "place", "keep"),
     [
         (*kill, keep)
-        for kill in ((0, "_digests"), (3, "_digests"), (3, "write_json"))
+        for kill in ((0, "DiskFiles.digests"), (3, "DiskFiles.digests"), (3, "write_text"))
         for keep in (1, 2)
     ],
-    often=["(0, '_digests', 1)", "(3, 'write_json', 2)"],
+    often=["(0, 'DiskFiles.digests', 1)", "(3, 'write_text', 2)"],
     called=str,
 )
 def test_one_whose_files_are_not_recorded_does_not_count(tmp_path, before, keep, place):
@@ -152,7 +152,7 @@ def test_one_whose_files_are_not_recorded_does_not_count(tmp_path, before, keep,
             assert_same(state, state_at(before))
             assert run == {"cursor": before}
         resumed.close()
-        save_and_die(folder, before + 1, "_digests", keep)
+        save_and_die(folder, before + 1, "DiskFiles.digests", keep)
     again = Checkpoints(folder, keep)
     again.save(state_at(before + 1), {"cursor": before + 1})
     assert again.steps() == [1, 2, 3, 4][: before + 1][-keep:]
@@ -162,7 +162,7 @@ def test_one_whose_files_are_not_recorded_does_not_count(tmp_path, before, keep,
 
 def test_an_incomplete_one_of_a_later_step_goes_as_well(saved):
     saved.close()
-    save_and_die(saved.folder, 7, "_digests", 2)
+    save_and_die(saved.folder, 7, "DiskFiles.digests", 2)
     saved.save(state_at(5), {})
     assert saved.steps() == [3, 5] and not (saved.folder / "7").exists()
     assert_same(saved.restore(state_at(0))[0], state_at(5))

@@ -12,6 +12,8 @@ import jax
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import subspace
+from lora_jax.buckets.copies import readable
+from lora_jax.buckets.store import BucketError
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf.coded import NONE
@@ -267,7 +269,9 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     Raises:
       UserError: there is no adapter; the message says where one may be.
     """
-    given, folder = f"{option} {name}", Path(name).expanduser()
+    given = f"{option} {name}"
+    with as_user_errors(BucketError, prefix=f"{option} "):
+        folder = readable(name, _is_no_state).expanduser()
     if not folder.exists():
         if not _HUB_NAME.fullmatch(name):
             raise UserError(f"{given}: there is no such folder")
@@ -297,6 +301,11 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
         f"{given} is neither an adapter's folder (of this library or of PEFT, {PEFT_CONFIG}) nor a "
         f"run's{where}"
     )
+
+
+def _is_no_state(file: str) -> bool:
+    """Returns False for a file of a run's checkpoints, which hold no adapter to load."""
+    return "checkpoints" not in file.split("/")
 
 
 def _best_in(folder: Path) -> list[Path]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from lora_jax.buckets.copies import shown
+from lora_jax.buckets.store import BucketError
 from lora_jax.training.errors import Interrupted, TrainingError
 from train.console.pipe import closed_pipe
 
@@ -51,8 +53,13 @@ def reported() -> Iterator[None]:
 
 
 def file_problem(error: BaseException) -> str | None:
-    """Returns a message if a full disk, a limit or missing rights caused the error; else None."""
+    """Returns a message if the file system or a bucket caused the error; else None.
+
+    The causes are a full disk, a limit, missing rights, and whatever a bucket refuses.
+    """
     for e in (error, error.__cause__):
+        if isinstance(e, BucketError):
+            return str(e)
         if isinstance(e, OSError) and e.errno in _NO_RIGHTS and e.filename is not None:
             return (
                 f"{e.filename} cannot be read or written ({e.strerror}): give this user the "
@@ -86,5 +93,5 @@ def flag(name: str, *value: Any) -> str:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(f"\n{message}", file=sys.stderr, flush=True)
+    print(f"\n{shown(message)}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -10,6 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Column, Table
 
+from lora_jax.buckets.copies import shown
 from train.console.errors import UserError
 
 
@@ -56,12 +57,12 @@ def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
 def tell(console: Console, *lines: str) -> None:
     """Prints lines on a console as they are: without markup or colours, and however long."""
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(shown(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def say(text: str) -> None:
     """Prints a line for people, beside what a program may read on standard output."""
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def print_figures(

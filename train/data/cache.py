@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_jax.hf.packaged import cache_folder
+from lora_jax.folders import cache_folder
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.templates import tells_today
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.buckets.copies import readable
+from lora_jax.buckets.store import BucketError
 from lora_jax.hf.hub import probe
 from lora_jax.hf.images import is_image
 from lora_jax.training.data.rows import Row, replace_values
@@ -38,7 +40,7 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     Args:
       dataset: a file with one of the endings `FILE_KINDS`, a folder of such files or of images
         (see `labelled_images`), a folder that `datasets` saved (`save_to_disk`), or a name on the
-        hub.
+        hub. Files and folders may lie in a bucket (gs://).
       split: the split of a folder or of a dataset on the hub. A file in a folder belongs to the
         split in its name (`test-00.jsonl`), or else to "train".
       subset: its subset (configuration), on the hub.
@@ -47,7 +49,7 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
       UserError: there is no such file or dataset, it cannot be read, or it has no rows.
     """
     if is_image_folder(dataset):
-        rows = labelled_images(Path(dataset).expanduser(), split)
+        rows = labelled_images(data_path(dataset), split)
     elif (paths := files_of(dataset, split)) is not None:
         rows = [row for path in paths for row in read_file(path)]
     else:
@@ -57,9 +59,19 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     return rows
 
 
+def data_path(name: str) -> Path:
+    """Returns the path of a file or a folder of data: of one in a bucket, that of its copy.
+
+    Raises:
+      UserError: there is none in the bucket, or the bucket cannot be read.
+    """
+    with as_user_errors(BucketError, prefix="--dataset "):
+        return readable(name).expanduser()
+
+
 def is_image_folder(name: str) -> bool:
     """Returns True for the name of a folder of images that no file of rows in it names."""
-    folder = Path(name).expanduser()
+    folder = data_path(name)
     if any(kind_of(path.name) for at in ("*", "*/*") for path in folder.glob(at)):
         return False
     return any(any(map(known, _files_under(folder))) for known in (_is_named_image, is_image))
@@ -141,7 +153,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 def images_of(name: str) -> list[str]:
     """Returns the paths of the images in a folder, at any depth, in their order."""
-    return sorted(map(str, _images_in(Path(name).expanduser())))
+    return sorted(map(str, _images_in(data_path(name))))
 
 
 def locate_images(rows: list[Row], field: str, source: str) -> list[Row]:
@@ -152,7 +164,7 @@ def locate_images(rows: list[Row], field: str, source: str) -> list[Row]:
       field: the name of the image's field.
       source: the rows' file or folder.
     """
-    folder = Path(source).expanduser()
+    folder = data_path(source)
     folder = folder if folder.is_dir() else folder.parent
 
     def found(row: Row) -> Row:
@@ -170,7 +182,7 @@ def files_of(dataset: str, split: str = "train") -> list[Path] | None:
     Raises:
       UserError: there is no such file, or none of that split in the folder.
     """
-    path = Path(dataset).expanduser()
+    path = data_path(dataset)
     if path.is_dir():
         is_saved = any((path / f"{name}.json").is_file() for name in ("state", "dataset_dict"))
         return None if is_saved else _files_in(path, split)
@@ -186,7 +198,7 @@ def files_of(dataset: str, split: str = "train") -> list[Path] | None:
 
 def load(dataset: str, *, split: str, subset: str | None) -> Any:
     """Loads by `datasets` a folder that it saved, or a dataset on the hub."""
-    path = Path(dataset).expanduser()
+    path = data_path(dataset)
     return _load_saved(path, split) if path.is_dir() else _load_hub(dataset, split, subset)
 
 

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 import lora_jax as lj
 import lora_jax.peft as lp
+from lora_jax.buckets.copies import shown
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import name_for_others, resolve
@@ -28,6 +29,7 @@ from train.adapters.source import AdapterSource, find_adapter
 from train.console.errors import UserError, as_user_errors, reported
 from train.console.output import tell
 from train.export.base import dtype_of_files, keep_codes, tokenizer_of
+from train.export.bucket import local_output
 from train.export.card import Export, card
 from train.export.gguf import check_gguf, write_gguf_adapter, write_gguf_model
 from train.export.hub import README, Repository, find_repository, push
@@ -51,8 +53,8 @@ PROBLEMS = 1  # the exit code when --check-serving finds some
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    with reported():
-        run(parse(args))
+    with reported(), local_output(parse(args)) as options:
+        run(options)
 
 
 def run(options: ExportOptions) -> None:
@@ -140,7 +142,7 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
     wanted = None if work.options.quantize else work.adapter.quantize or STORED
     with (
         as_user_errors(ValueError, OSError, prefix="--merged: "),
-        work.console.status(f"merging and writing {work.output}"),
+        work.console.status(f"merging and writing {shown(work.output)}"),
     ):
         params, codes_from, remark = keep_codes(lj.merge(params), model, work.base, wanted)
         save_pretrained(

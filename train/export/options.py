@@ -11,7 +11,7 @@ from lora_jax.peft.serving import MAX_RANK
 from train.console.errors import UserError
 from train.console.help import HelpPage
 from train.options.command import parse_options
-from train.options.paths import Words
+from train.options.paths import Place, Words
 from train.options.tokenizer import TokenizerOption
 from train.reporters.files import read_json
 
@@ -38,12 +38,12 @@ class ExportOptions(TokenizerOption):
         "--adapter runs/mine --output served --for-serving",
     )
 
-    adapter: str
+    adapter: Place
     """The adapter: the folder of a run, of this library or of PEFT, or the hub name of a PEFT
     adapter."""
-    output: str | None = None
+    output: Place | None = None
     """The folder to write. Only --check-serving and --push-to-hub work without it."""
-    model: str | None = None
+    model: Place | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
     base_name: str | None = None
     """The base's name on the hub, for adapter_config.json. By default the base's own name, unless

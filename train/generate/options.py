@@ -12,7 +12,7 @@ from train.console.help import HelpPage
 from train.options.command import parse_options
 from train.options.common import Attention
 from train.options.generation import GenerationOption
-from train.options.paths import Words
+from train.options.paths import Place, Words
 from train.options.tokenizer import ModelCode, TemplateOption, TokenizerOption
 
 BASE = "base"  # the name of the base alone among the adapters
@@ -33,11 +33,11 @@ class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
         "--adapter runs/mine --prompt 'How do I start?'",
     )
 
-    adapter: tuple[str, ...] = ()
+    adapter: tuple[Place, ...] = ()
     """Adapters: folders of runs, of this library or of PEFT, or hub names of PEFT adapters; also
     name=folder. `base` is the base alone (./base a folder of that name). Answers of several stand
     side by side. Without any, the base answers alone."""
-    model: str | None = None
+    model: Place | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapters name, or
     else SmolLM2-135M-Instruct."""
     model_code: ModelCode = "auto"

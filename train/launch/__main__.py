@@ -13,14 +13,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_jax.buckets.copies import glimpse
 from train.console.errors import UserError, flag, reported
 from train.console.help import asks_for_help
 from train.console.program import COMMAND, about, program
 from train.options.file import value_of
 from train.settings.command import read_line
+from train.settings.files import CONFIG
 
 _SCRIPT = "train.launch"
 FILES = {"slurm": "slurm.sbatch", "jobset": "jobset.yaml", "skypilot": "skypilot.yaml"}
+_RESUME = "resume"  # asked by the files, in the place of a scheduler
 _TRAINERS = ("sft", "dpo", "grpo", "distill", "classify")
 # Options that contradict the file, and the reasons.
 _OF_FILE = dict.fromkeys(
@@ -41,7 +44,24 @@ def main(args: Sequence[str] | None = None) -> None:
             usage = f"usage: {program(_SCRIPT)} {{{','.join(FILES)}}} {{{','.join(_TRAINERS)}}}"
             print(f"{about(__doc__, _SCRIPT)}\n{usage} [options of the script]")
             return
+        if words[0] == _RESUME:
+            print(resume_option(words[1:]))
+            return
         print(launch_file(words), end="")
+
+
+def resume_option(words: Sequence[str]) -> str:
+    """Returns "--resume" if there is a run in an output folder, else "".
+
+    Args:
+      words: the folder, which may lie in a bucket.
+
+    Raises:
+      UserError: there is not one word.
+    """
+    if len(words) != 1:
+        raise UserError(f"{program(_SCRIPT, _RESUME)} needs the output folder, and nothing else")
+    return "--resume" if (glimpse(words[0], (CONFIG,)) / CONFIG).exists() else ""
 
 
 def launch_file(words: Sequence[str]) -> str:

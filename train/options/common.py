@@ -16,7 +16,7 @@ from train.options import field
 from train.options.conditions import NoEffect
 from train.options.field import CardSection, SharedOption, Uncompared, option
 from train.options.optim import check_optim
-from train.options.paths import Words
+from train.options.paths import Place, Words
 from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
@@ -124,7 +124,7 @@ class AdapterConfig(VariantOptions, _FactorOptions):
     """Take all options above from a PEFT configuration: an adapter_config.json or its folder."""
     full: bool = option(False, field.TRAINED, compared_by="methods")
     """Train every parameter, without an adapter."""
-    init_adapter: str | None = option(None, field.START)
+    init_adapter: Place | None = option(None, field.START)
     """Start from this adapter, with its own targets, rank and alpha: the folder of a run, of this
     library or of PEFT, or the hub name of a PEFT adapter."""
     allow_base_mismatch: bool = option(
@@ -238,7 +238,7 @@ class RunConfig:
     config: str | None = option(None, field.OF_CALL)
     """A YAML file of options, by their names here; the command line overrides it. A run writes its
     own options to its folder as config.yaml, and that file repeats the run."""
-    output: str = option(field.REQUIRED, field.COURSE, shared=SharedOption.TABLE)
+    output: Place = option(field.REQUIRED, field.COURSE, shared=SharedOption.TABLE)
     """The output folder of the run."""
     mesh: str | None = option(None, field.CHANGEABLE, shared=SharedOption.PROCESS)
     """The device mesh, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes the

@@ -1,7 +1,7 @@
-"""Options that take paths: those with a scheme, such as gs://, are refused before any work.
+"""Options that take paths: those with a scheme, such as s3://, are refused before any work.
 
 Every text that an option takes may be a path, or hold one (name=folder, file.py:function), unless
-its type is `Words`.
+its type is `Words`. One whose type is `Place` may lie in a bucket of Google's, gs://.
 """
 
 import dataclasses
@@ -10,14 +10,16 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
+from lora_jax.buckets.store import bucket_path
 from lora_jax.folders import remote_problem
 from train.console.errors import UserError, flag
 
 _TEXTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))  # of rows
-_NO_PATH = "no path"
+_NO_PATH, _IN_BUCKET = "no path", "may lie in a bucket"
 # The type of a text that names no file: a prompt, an address. JAX reads schemes itself.
 Words = Annotated[str, _NO_PATH]
+Place = Annotated[str, _IN_BUCKET]  # the type of a path that may lie in a bucket, gs://
 _NAME = re.compile(r"[\w.-]+=")  # of what --adapter name=folder and --fields give
 
 
@@ -29,34 +31,48 @@ def check_paths(options: Any, lines: Mapping[str, int] | None = None, file: str 
       lines: the options that a file gives, with the line of each.
       file: the name of that file.
     """
-    for name, values in path_options(options):
+    for name, values, in_bucket in _paths(options):
         where = f" (line {lines[name]} of {file})" if lines and name in lines else ""
-        check_local(name, values, where)
+        check_local(name, values, where, in_bucket=in_bucket)
 
 
-def check_local(name: str, values: Iterable[str], where: str = "") -> None:
+def check_local(
+    name: str, values: Iterable[str], where: str = "", *, in_bucket: bool = False
+) -> None:
     """Raises a UserError if one of an option's values is a path with a scheme.
 
     Args:
       name: the option.
       values: its values.
       where: says where they stand, if not on the command line.
+      in_bucket: whether they may lie in a bucket, gs://.
     """
     for value in values:
-        if problem := remote_problem(_NAME.sub("", value, count=1)):
+        path = _NAME.sub("", value, count=1)
+        if in_bucket and bucket_path(path):
+            continue
+        if problem := remote_problem(path):
             raise UserError(f"{flag(name, value)}{where} {problem}")
 
 
 def path_options(options: Any) -> Iterator[tuple[str, list[str]]]:
     """Yields the options that may take paths, with the texts that they have."""
+    return ((name, values) for name, values, _ in _paths(options))
+
+
+def _paths(options: Any) -> Iterator[tuple[str, list[str], bool]]:
+    """Yields options and texts as `path_options` does, and whether they may lie in a bucket."""
     kinds = typing.get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
         value, kind = getattr(options, field.name), kinds[field.name]
         if dataclasses.is_dataclass(value):
-            yield from path_options(value)
-        elif kind is Any or str in (parts := [*_parts(kind)]) and _NO_PATH not in parts:
+            yield from _paths(value)
+            continue
+        parts = [*_parts(kind)]
+        if kind is Any or str in parts and _NO_PATH not in parts:
             values = value if isinstance(value, tuple) else (value,)
-            yield field.name, [item for item in values if isinstance(item, str)]
+            texts = [item for item in values if isinstance(item, str)]
+            yield field.name, texts, _IN_BUCKET in parts
 
 
 def _parts(kind: Any) -> Iterator[Any]:

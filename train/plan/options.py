@@ -18,6 +18,7 @@ from train.options.common import (
     Remat,
 )
 from train.options.defaults import Defaults
+from train.options.paths import Place
 from train.options.scripts.rollouts import RolloutDataConfig, check_group
 from train.options.tokenizer import ModelCode
 from train.plan.tasks import DRAWING, PLAIN, TASKS, Task
@@ -31,7 +32,7 @@ PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]
 class PlanConfig:
     """The model, the machine, and the amount of data."""
 
-    model: str
+    model: Place
     """A config.json, a folder with one, a GGUF file, or a name on the hub. No weights are read."""
     model_code: ModelCode = "auto"
     """The code that the model runs by; see train.sft."""

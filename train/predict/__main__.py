@@ -20,7 +20,7 @@ from train.console.output import opened
 from train.console.progress import progress_of
 from train.options.command import parse_options
 from train.options.field import given_options
-from train.options.paths import Words
+from train.options.paths import Place, Words
 from train.options.tokenizer import TokenizerOption
 from train.predict.batches import probabilities
 from train.predict.classifier import find_classifier
@@ -51,10 +51,10 @@ class PredictOptions(TokenizerOption):
     texts: tyro.conf.Positional[tuple[Words, ...]] = ()
     """Texts, or paths of images, to classify. Without any, they come from --input, or from standard
     input, one per line."""
-    adapter: str | None = None
+    adapter: Place | None = None
     """A classifier's adapter: the folder of a run, of this library or of PEFT, or the hub name of a
     PEFT adapter."""
-    model: str | None = None
+    model: Place | None = None
     """The base: a hub name or a folder. By default the base that the adapter names. Without
     --adapter, a model with its own head, such as `train.export --merged` writes."""
     input: str | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from lora_jax.hf.packaged import cache_folder
+from lora_jax.folders import cache_folder
 from train.console.errors import UserError
 from train.processes.mesh import all_devices
 

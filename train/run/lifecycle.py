@@ -48,7 +48,7 @@ class Run:
 
     script: str  # "train.sft"
     config: Options
-    folder: Path
+    place: output.OutputFolder
     console: Console
     stop: Stop
     feed: Batches
@@ -60,6 +60,11 @@ class Run:
     hint: str  # tells an interrupted user how to go on
     score: str | None = None  # the name of the task's score
     watched: Mapping[str, str] = dataclasses.field(default_factory=dict)  # see `Task`
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its files; of one in a bucket, the working copy."""
+        return self.place.path
 
     @property
     def pauses(self) -> bool:
@@ -111,7 +116,12 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> T
         optimizer=make_optimizer(optim, schedule, params),
         schedule=schedule,
         key=key,
-        checkpoints=Checkpoints(run.folder / output.CHECKPOINTS, run.config.run.keep),
+        checkpoints=Checkpoints(
+            run.folder / output.CHECKPOINTS,
+            run.config.run.keep,
+            before_record=run.place.send,
+            notice=functools.partial(tell, run.console),
+        ),
         best=_best(run),
         noise=optim.neftune,
     )
@@ -126,7 +136,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> T
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
     if is_first():
-        output.begin(run.folder, run.config, run.script, facts)
+        output.begin(run.place, run.config, run.script, facts)
     wait_for_all("the run has begun")
     if takes_from_base(params) and not (run.folder / output.START).exists():
         # So that --resume decomposes nothing again.

@@ -1,22 +1,28 @@
 """The output folder of a run: its files, the check before a run, and its clearing."""
 
 import contextlib
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from lora_jax.buckets.copies import glimpse, shown
+from lora_jax.buckets.mirror import FolderMirror
+from lora_jax.buckets.store import BucketError, BucketPath, bucket_path
 from lora_jax.training.arguments import CHECKPOINTS, START, clear
 from lora_jax.training.processes import is_first, write_json, write_text
 from lora_jax.training.run.best import BEST
+from lora_jax.training.run.bucket_lock import BucketLock
 from lora_jax.training.run.checkpoints import RECORD
-from lora_jax.training.run.lock import FolderLock
+from lora_jax.training.run.lock import LOCK, FolderLock
 from train.adapters.source import ADAPTER
 from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
+from train.processes.hosts import map_over_processes
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, PROGRESS, read_metrics
@@ -30,9 +36,24 @@ _RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURV
 _REPORTS = (CONFUSION, LEDGER, LOG, ERROR, *(one.files for one in TRACKERS.values() if one.files))
 _OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
 _TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
+_GLIMPSED = (CONFIG, METRICS, RECORD, REPORT)  # by which the state of a folder in a bucket is known
 
 
-def locked_output(config: Options, held: ExitStack, console: Console) -> Path:
+class OutputFolder(NamedTuple):
+    """The folder that a run writes to, locked.
+
+    Attributes:
+      path: the folder; of one in a bucket, the working copy of this process.
+      send: sends what has changed to the bucket.
+      clear: deletes what is not in the working copy: the checkpoints.
+    """
+
+    path: Path
+    send: Callable[[], None] = lambda: None
+    clear: Callable[[], None] = lambda: None
+
+
+def locked_output(config: Options, held: ExitStack, console: Console) -> OutputFolder:
     """Returns the output folder, checked, and with its lock; see `check_output`.
 
     Args:
@@ -44,6 +65,9 @@ def locked_output(config: Options, held: ExitStack, console: Console) -> Path:
       UserError: as `check_output` does.
       TrainingError: another run writes to the folder.
     """
+    if (place := bucket_path(config.run.output)) is not None:
+        with as_user_errors(BucketError, prefix="--output "):
+            return _locked_in_bucket(config, place, held, console)
     folder = Path(config.run.output).expanduser()
     if not folder.is_dir():
         made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -54,7 +78,34 @@ def locked_output(config: Options, held: ExitStack, console: Console) -> Path:
             held.enter_context(FolderLock(folder, notice=lambda line: console.print(line)))
         except OSError as error:
             raise _cannot_be_written(folder, error) from error
-    return check_output(config)
+    return OutputFolder(check_output(config))
+
+
+def _locked_in_bucket(
+    config: Options, place: BucketPath, held: ExitStack, console: Console
+) -> OutputFolder:
+    def lock(_: int) -> None:
+        lock = BucketLock(place, notice=lambda line: console.print(line))
+        with as_user_errors(BucketError, prefix="--output "):
+            held.enter_context(lock)
+
+    map_over_processes(lock, [0])  # the first process has it before any reads what is there
+    mirror = FolderMirror(place, _is_apart)
+
+    def close() -> None:
+        try:
+            mirror.close() if is_first() else mirror.drop()
+        except BucketError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
+    held.callback(close)
+    folder = check_output(config, mirror.folder)
+    return OutputFolder(folder, mirror.send if is_first() else lambda: None, mirror.clear_apart)
+
+
+def _is_apart(name: str) -> bool:
+    """Returns True for what goes to a bucket by itself: lock, checkpoints, and their record."""
+    return name in (LOCK, RECORD) or name.startswith(f"{CHECKPOINTS}/")
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
@@ -64,22 +115,26 @@ def remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def check_output(config: Options) -> Path:
+def check_output(config: Options, copy: Path | None = None) -> Path:
     """Returns the output folder, after checking it; creates it, but changes nothing in it.
+
+    Args:
+      config: the options.
+      copy: the working copy of a folder in a bucket.
 
     Raises:
       UserError: the folder cannot be written; it holds another run (without --resume or
         --overwrite); with --resume, it holds no run, or a run with other options.
     """
-    folder = Path(config.run.output).expanduser()
+    folder = copy or Path(config.run.output).expanduser()
     holds_run = any((folder / name).exists() for name in _OURS) and not _is_untrained(folder)
     if config.run.resume:
         saved = _saved_options(config, folder)
-        check_same_run(config, saved, folder)
+        check_same_run(config, saved, shown(folder))
     elif holds_run and not config.run.overwrite:
         raise UserError(
-            f"the output folder {folder} holds another run: continue it with --resume, delete it "
-            "with --overwrite, or name another folder with --output"
+            f"the output folder {shown(folder)} holds another run: continue it with --resume, "
+            "delete it with --overwrite, or name another folder with --output"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +145,10 @@ def check_output(config: Options) -> Path:
     return folder
 
 
-def state_of(folder: Path) -> str:
+def state_of(output: str) -> str:
     """Returns the state of an output folder, in words; changes nothing."""
+    with as_user_errors(BucketError, prefix="--output "):
+        folder = glimpse(output, _GLIMPSED)
     if not folder.exists():
         return "this output folder is not there yet"
     if not any((folder / name).exists() for name in _OURS) or _is_untrained(folder):
@@ -116,34 +173,39 @@ def saved_options(config: Options) -> dict[str, Any]:
     """Returns the options that a resumed run began with; {} for a run that begins."""
     if not config.run.resume:
         return {}
-    return _saved_options(config, Path(config.run.output).expanduser())
+    return _saved_options(config, glimpse(config.run.output, _GLIMPSED))
 
 
 def resumed_option(config: Options, name: str) -> str | None:
     """Returns an option of the run that is resumed; None for a run that begins."""
-    begun = (Path(config.run.output).expanduser() / CONFIG).exists()
+    begun = (glimpse(config.run.output, _GLIMPSED) / CONFIG).exists()
     return saved_options(config).get(name) if begun else None
 
 
 def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
+    where = config.run.output if bucket_path(config.run.output) else folder
     if not path.exists():
         raise UserError(
-            f"--resume: there is no run in {folder} ({CONFIG} is missing); start one without "
+            f"--resume: there is no run in {where} ({CONFIG} is missing); start one without "
             "--resume"
         )
-    problem = f"--resume: {path} is damaged, or of another script ("
+    problem = f"--resume: {shown(path)} is damaged, or of another script ("
     remedy = "); put it right, or begin again with --overwrite"
     with as_user_errors(UserError, prefix=problem, suffix=remedy):
         return read_options_file(path, config)
 
 
-def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> None:
+def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict[str, Any]) -> None:
     """Writes options and facts; without --resume, deletes what an earlier run left first."""
+    output = OutputFolder(folder) if isinstance(folder, Path) else folder
+    folder = output.path
     if not config.run.resume:
+        output.clear()
         clear(folder, _OURS)
     write_json(folder / FACTS, facts)
     write_text(folder / CONFIG, options_file(config, script))
+    output.send()
 
 
 def folder_bytes(folder: Path) -> int:

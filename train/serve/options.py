@@ -12,7 +12,7 @@ from train.console.help import HelpPage
 from train.options.command import parse_options
 from train.options.common import Quantize
 from train.options.generation import GenerationOption
-from train.options.paths import Words
+from train.options.paths import Place, Words
 from train.options.scripts.sft import DEFAULT_MODEL
 from train.options.tokenizer import TemplateOption, TokenizerOption
 from train.processes.mesh import parse_mesh
@@ -42,7 +42,7 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
         "--model Qwen/Qwen3-0.6B --adapters runs --port 8000",
     )
 
-    model: str = DEFAULT_MODEL
+    model: Place = DEFAULT_MODEL
     """The base: a hub name, a folder or a GGUF file. Clients name it as it is given here."""
     adapters: str | None = None
     """A folder of adapters: each folder in it, of a run, of this library or of PEFT, is a model of

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from lora_jax.buckets.copies import glimpse
 from train.adapters.source import find_adapter
 from train.adapters.template import read_template
 from train.console.errors import UserError
@@ -63,8 +64,10 @@ def _began_without(options: Any, name: str) -> bool:
     In runs that are older than these defaults, the base's own template renders chats, and each
     completion has a prompt of its own.
     """
-    file = Path(options.run.output).expanduser() / CONFIG
-    if not options.run.resume or not file.is_file():
+    if not options.run.resume:
+        return False
+    file = glimpse(options.run.output, (CONFIG,)) / CONFIG
+    if not file.is_file():
         return False
     with contextlib.suppress(UserError):  # the check of the folder tells of a damaged file
         return name not in read_options_file(file, options)

@@ -95,7 +95,7 @@ def read_options_file(path: Path, plain: Options) -> dict[str, Any]:
     return {name: value for name, value in as_json(kept).items() if name in given}
 
 
-def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> None:
+def check_same_run(options: Options, saved: dict[str, Any], folder: Path | str) -> None:
     """Raises a UserError if a resumed run's options differ from those it began with.
 
     An option that a run's file lacks had its default: the run may be older than the option.

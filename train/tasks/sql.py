@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.buckets.store import bucket_path
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.training.data.rows import Row
 from lora_jax.training.processes import write_json
@@ -252,6 +253,12 @@ def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> g
     """Returns the options with an adapter that writes SQL, trained in the run's folder."""
     if config.adapter.init_adapter or config.adapter.full:
         return config
+    if bucket_path(config.run.output):
+        raise UserError(
+            f"--output {config.run.output}: an adapter that writes SQL is trained first, in a "
+            f"folder of this machine: make it by {program('train.sft')}, and name its folder with "
+            "--init-adapter"
+        )
     folder = Path(config.run.output).expanduser() / _FIRST
     if config.run.dry_run:
         tell(hosts.console(), f"the run begins with an adapter in {folder}, which learns SQL first")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from lora_jax.hf.packaged import cache_folder
+from lora_jax.folders import cache_folder
 from lora_jax.hf.tokenizer import fast_tokenizer
 from lora_jax.models import Decoder, DecoderConfig, save_pretrained
 from train.console.output import tell

@@ -1,29 +1,32 @@
 """Checkpoints of a run: adapter, optimiser, rng, step and data cursor, never the base.
 
-Orbax writes each to a temporary folder beside it and renames that. Then the SHA-256 of its files is
-recorded in one file beside the checkpoints, so that a damaged one is found and named. A checkpoint
-is complete only with that record: a kill before it leaves one that does not count, and that the
-next save removes. Older ones are removed afterwards, so that there is a complete one at any time.
+Once Orbax has written one, the checksums of its files are recorded in one file beside the
+checkpoints, so that a damaged one is found and named. A checkpoint is complete only with that
+record: a kill before it leaves one that does not count, and that the next save removes. Older ones
+are removed afterwards, so that there is a complete one at any time. On a disk, all of that is done
+once `save` returns; to a bucket, it is done beside the steps that follow.
 """
 
 import errno
-import functools
-import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from lora_jax.buckets.copies import origin, shown
+from lora_jax.buckets.store import BucketError
 from lora_jax.core.types import Fields
 from lora_jax.folders import local_path
 from lora_jax.training.errors import DamagedCheckpoint, Written
-from lora_jax.training.processes import is_first, wait_for_all, write_json
+from lora_jax.training.processes import is_first
+from lora_jax.training.run.bucket_files import BucketFiles
+from lora_jax.training.run.disk_files import CheckpointFiles, Digests, DiskFiles
 from lora_jax.training.step import State
 
 if sys.platform != "win32":
@@ -34,23 +37,36 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _ORBAX_FILE = 2**31  # bytes
 RECORD = "checkpoints.json"  # the checksums of their files, beside their folder
-Digests = dict[str, str]  # a file's path in the checkpoint's folder -> its SHA-256
 
 
 class Checkpoints:
     """The checkpoints in one folder, the newest `keep` of them, each named by its step."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        *,
+        before_record: Callable[[], None] = lambda: None,
+        notice: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        """Keeps checkpoints in a folder.
+
+        Args:
+          folder: the folder; in the copy of a folder in a bucket, they are written to the bucket.
+          keep: the number of checkpoints to keep.
+          before_record: is called before a checkpoint in a bucket counts: sends what goes with it.
+          notice: is called with a line before a wait for a bucket.
+        """
         self.folder = local_path(folder).absolute()
         self._record = self.folder.with_name(RECORD)
-        self._keep = keep
-
-    @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, create=True, enable_async_checkpointing=False
+        self._keep, self._notice = keep, notice
+        place = origin(self.folder)
+        self._files: CheckpointFiles = (
+            DiskFiles(self.folder, self._record)
+            if place is None
+            else BucketFiles(place, RECORD, before_record)
         )
-        return ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order.
@@ -58,10 +74,10 @@ class Checkpoints:
         Raises:
           DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
         """
-        if not self.folder.is_dir():
+        if not (there := self._files.steps()):
             return []
         recorded = self._recorded()
-        return sorted(step for step in self._manager.all_steps() if str(step) in recorded)
+        return sorted(step for step in there if str(step) in recorded)
 
     def save(self, state: State, run: Fields) -> None:
         """Saves the state; all processes have to call this.
@@ -74,27 +90,34 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
-          OSError: there is no room for it.
+          OSError: there is no room for it, or a bucket did not take the one before.
         """
+        self._files.wait()
         step = int(state.step)
         before = self.steps()
         if step in before:
             return
-        if is_first() and not self._record.exists():
-            write_json(self._record, {})  # from here on, one that is missing was lost
+        if is_first() and not self._is_recorded():
+            self._write_record({})  # from here on, one that is missing was lost
         self._remove_all_but(before)
-        _check_room(self.folder.parent, state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_arrays_of_state(state)),
-                run=ocp.args.JsonSave(dict(run)),
-            ),
-            force=True,
-        )
+        if (free := self._files.free_bytes()) is not None:
+            _check_room(self.folder.parent, free, state)
         kept = [*before, step][-self._keep :]
-        self._record_files(step, kept)
-        self._remove_all_but(kept)
+
+        def written() -> None:
+            self._record_files(step, kept)
+            self._remove_all_but(kept)
+
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_arrays_of_state(state)), run=ocp.args.JsonSave(dict(run))
+        )
+        self._files.save(step, args, kept, written)
+
+    def settle(self) -> None:
+        """Waits until what was saved is written, and says so; raises what went wrong."""
+        if self._files.is_writing:
+            self._notice(f"waiting until the checkpoint is in {shown(self.folder)}")
+        self._files.wait()
 
     def run_of_newest(self) -> dict[str, Any] | None:
         """Returns the `run` of the newest checkpoint; None if it is damaged, which `restore` says.
@@ -105,7 +128,7 @@ class Checkpoints:
         try:
             self._check_files(newest)
             args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            run: dict[str, Any] = self._manager.restore(newest, args=args)["run"]
+            run: dict[str, Any] = self._files.restore(newest, args)["run"]
             return run
         except Exception:
             return None
@@ -120,7 +143,7 @@ class Checkpoints:
           DamagedCheckpoint: it is damaged; names its folder and the newest one that is whole.
         """
         *earlier, newest = self.steps()
-        folder = self.folder / str(newest)
+        folder = shown(self.folder / str(newest))
         try:
             return self._read(newest, like)
         except DamagedCheckpoint as error:
@@ -148,9 +171,9 @@ class Checkpoints:
         self._check_files(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays_of_state(like))
         try:
-            restored = self._manager.restore(
+            restored = self._files.restore(
                 step,
-                args=ocp.args.Composite(
+                ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
                 ),
             )
@@ -162,7 +185,7 @@ class Checkpoints:
 
     def _check_files(self, step: int) -> None:
         """Raises a DamagedCheckpoint if a file is not the one that was saved."""
-        recorded, digests = self._recorded()[str(step)], _digests(self.folder / str(step))
+        recorded, digests = self._recorded()[str(step)], self._files.digests(step)
         if wrong := [name for name, digest in recorded.items() if digests.get(name) != digest]:
             how = "is not what was saved" if wrong[0] in digests else "is missing"
             raise DamagedCheckpoint(f"its file {wrong[0]} {how}")
@@ -170,39 +193,50 @@ class Checkpoints:
     def _recorded(self) -> dict[str, Digests]:
         """Returns the digests of each complete checkpoint, by step."""
         try:
-            recorded: dict[str, Digests] = json.loads(self._record.read_text())
+            recorded: dict[str, Digests] = json.loads(self._files.read_record())
             return recorded
+        except BucketError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and not self._manager.all_steps():
+            if isinstance(error, FileNotFoundError) and not self._files.steps():
                 return {}
             raise DamagedCheckpoint(
                 lambda option: (
-                    f"{self._record} is missing or cannot be read, and it alone tells which of "
-                    f"the checkpoints in {self.folder} are whole: put it back, or "
+                    f"{shown(self._record)} is missing or cannot be read, and it alone tells which "
+                    f"of the checkpoints in {shown(self.folder)} are whole: put it back, or "
                     f"{_begin_again(option)}"
                 )
             ) from error
 
+    def _is_recorded(self) -> bool:
+        try:
+            self._files.read_record()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _write_record(self, digests: dict[str, Digests]) -> None:
+        self._files.write_record(json.dumps(digests, indent=2, ensure_ascii=False) + "\n")
+
     def _record_files(self, step: int, kept: list[int]) -> None:
         """Records a checkpoint's digests beside those of the others that are kept."""
         if is_first():
-            digests = {**self._recorded(), str(step): _digests(self.folder / str(step))}
-            write_json(self._record, {str(number): digests[str(number)] for number in kept})
-        wait_for_all("the checkpoint's files are recorded")
+            digests = {**self._recorded(), str(step): self._files.digests(step)}
+            self._write_record({str(number): digests[str(number)] for number in kept})
+        self._files.agree("the checkpoint's files are recorded")
 
     def _remove_all_but(self, kept: list[int]) -> None:
         """Removes checkpoints that are too old, or that a kill left incomplete."""
-        for step in sorted(set(self._manager.all_steps()) - set(kept)):
-            self._manager.delete(step)
+        for step in sorted(self._files.steps() - set(kept)):
+            self._files.delete(step)
 
     def close(self) -> None:
-        """Releases the folder."""
-        if "_manager" in vars(self):
-            self._manager.close()
-            del self._manager
+        """Releases the folder, once what was saved is written."""
+        self.settle()
+        self._files.close()
 
 
-def _check_room(folder: Path, state: State) -> None:
+def _check_room(folder: Path, free: int, state: State) -> None:
     """Raises an OSError, shorter than Orbax's, if this process's part of a state does not fit.
 
     A limit on the size of files applies to a file of Orbax's, which holds 2 GiB at most.
@@ -210,7 +244,7 @@ def _check_room(folder: Path, state: State) -> None:
     arrays = jax.tree.leaves(_arrays_of_state(state))
     shards = [shard for array in arrays for shard in getattr(array, "addressable_shards", ())]
     needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
-    if shutil.disk_usage(folder).free < needed:
+    if free < needed:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {needed} bytes", str(folder))
     limit = -1 if sys.platform == "win32" else resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if 0 <= limit < min(needed, _ORBAX_FILE):
@@ -219,18 +253,6 @@ def _check_room(folder: Path, state: State) -> None:
 
 def _begin_again(option: Written) -> str:
     return f"begin again with {option('overwrite', True)} in place of {option('resume', True)}"
-
-
-def _digests(folder: Path) -> Digests:
-    """Returns the SHA-256 of each file in a folder."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                digests[str(path.relative_to(folder))] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
-    return digests
 
 
 def _arrays_of_state(state: State) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, notice: Callable[[str], object] = lambda line: None) -> None:
         self._path = folder / LOCK
-        self._own = {**_here(), **_process(os.getpid())}
+        self._own = holder_here()
         self._notice = notice
         self._released = threading.Event()
 
@@ -48,7 +48,7 @@ class FolderLock:
                 continue  # it was released in the meantime
             if not self._is_stale(holder):
                 raise TrainingError(
-                    f"another run, {_named(holder)}, is writing to the folder "
+                    f"another run, {name_of_holder(holder)}, is writing to the folder "
                     f"{self._path.parent}: let it end, or choose another folder"
                 )
             self._remove(holder)
@@ -76,14 +76,14 @@ class FolderLock:
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
         """Returns True if the holder is gone; may wait to see whether it touches the lock."""
-        if os.name == "posix" and "pid" in holder and {**holder, **_here()} == holder:
-            return {**holder, **_process(holder["pid"])} != holder or not _process(holder["pid"])
+        if (gone := is_gone(holder)) is not None:
+            return gone
         age = self._age()
         if age is None or age > _STALE:
             return True
         self._notice(
-            f"{_named(holder)} holds {self._path}: waiting up to {_STALE:.0f} s to see whether it "
-            "still runs"
+            f"{name_of_holder(holder)} holds {self._path}: waiting up to {_STALE:.0f} s to see "
+            "whether it still runs"
         )
         first = self._touched()
         until = time.monotonic() + _STALE - age
@@ -171,5 +171,18 @@ def _here() -> dict[str, Any]:
     return {"host": socket.gethostname(), "boot": boot, "container": container}
 
 
-def _named(holder: dict[str, Any]) -> str:
+def holder_here() -> dict[str, Any]:
+    """Returns this process, as a lock names its holder."""
+    return {**_here(), **_process(os.getpid())}
+
+
+def is_gone(holder: dict[str, Any]) -> bool | None:
+    """Returns True for a dead process of this host; None for one of another host."""
+    if os.name == "posix" and "pid" in holder and {**holder, **_here()} == holder:
+        return {**holder, **_process(holder["pid"])} != holder or not _process(holder["pid"])
+    return None
+
+
+def name_of_holder(holder: dict[str, Any]) -> str:
+    """Returns the process and host that a lock names, for messages."""
     return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"

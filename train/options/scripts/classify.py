@@ -11,7 +11,7 @@ from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig,
 from train.options.conditions import NO_ADAPTER, NoEffect
 from train.options.defaults import Defaults
 from train.options.field import CardSection, option
-from train.options.paths import kind_of
+from train.options.paths import Place, kind_of
 from train.options.tokenizer import TokenizerOption
 
 DEFAULT_TASK = "vader"  # of train/settings/tasks.py
@@ -24,10 +24,10 @@ INTRINSIC_RATE = 3e-2  # with --intrinsic 10000; see `rate_of_dimension`
 class ClassifyDataConfig(TokenizerOption):
     """Model and data."""
 
-    model: str | None = option(None, field.OF_BASE)
+    model: Place | None = option(None, field.OF_BASE)
     """A BERT, RoBERTa or XLM-RoBERTa model, or for images a ViT or DINOv2: a name on the hub, or a
     folder. By default the base of --init-adapter, or else, for texts, all-MiniLM-L6-v2."""
-    dataset: str = option(DEFAULT_TASK, field.HIDDEN)
+    dataset: Place = option(DEFAULT_TASK, field.HIDDEN)
     """"vader" (the default task: words rated by people), a file (JSONL, JSON, CSV, TSV, also
     gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the
     hub; or a folder of images, with a folder for each class."""
@@ -100,7 +100,7 @@ class ClassifyOptimConfig(OptimConfig):
 class ClassifyRunConfig(RunConfig):
     """Evaluation and output."""
 
-    output: str = "runs/classify"
+    output: Place = "runs/classify"
     """The output folder of the run."""
     log_every: int = 20
     """Steps between lines of metrics."""

@@ -7,7 +7,7 @@ from train.console.errors import UserError
 from train.console.help import HelpPage
 from train.options import field
 from train.options.field import option
-from train.options.paths import Words
+from train.options.paths import Place, Words
 from train.options.scripts import rollouts
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig, RolloutOptions
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
@@ -20,7 +20,7 @@ BASE = "base"  # a value of --teacher
 class DistillDataConfig(RolloutDataConfig):
     """Model, prompts, completions and teacher."""
 
-    dataset: str = DEFAULT_TASK
+    dataset: Place = DEFAULT_TASK
     """"sql" (the questions of the SQL task), a file (JSONL, JSON, CSV, TSV, also gzipped, or
     Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the hub. Each row
     has a `prompt` (a text or turns) or `messages`."""
@@ -53,7 +53,7 @@ class DistillOptimConfig(RolloutOptimConfig):
 class DistillRunConfig(SftRunConfig):
     """Evaluation and output."""
 
-    output: str = "runs/distill"
+    output: Place = "runs/distill"
     """The output folder of the run; with --many, of the folders of all runs."""
 
 

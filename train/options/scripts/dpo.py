@@ -11,6 +11,7 @@ from train.console.errors import UserError, flag
 from train.console.help import HelpPage
 from train.options import field
 from train.options.field import option
+from train.options.paths import Place
 from train.options.scripts import sft as sft_options
 from train.options.scripts.language import (
     LanguageOptimConfig,
@@ -46,7 +47,7 @@ _LOSS = (
 class DpoDataConfig(SharedPromptOption, TokensConfig):
     """Model and data."""
 
-    dataset: str = DEFAULT_TASK
+    dataset: Place = DEFAULT_TASK
     """"sql" (the default task: a right query, and one that is a mistake away), a file (JSONL, JSON,
     CSV, TSV, also gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a
     dataset on the hub. Each row has `prompt`, `chosen` and `rejected`, as texts or as turns, and
@@ -127,7 +128,7 @@ class DpoOptimConfig(LanguageOptimConfig):
 class DpoRunConfig(SftRunConfig):
     """Evaluation and output."""
 
-    output: str = "runs/dpo"
+    output: Place = "runs/dpo"
     """The output folder of the run; with --many, of the folders of all runs."""
 
 

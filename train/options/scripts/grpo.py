@@ -15,6 +15,7 @@ from train.options import field
 from train.options.conditions import NoEffect
 from train.options.field import option
 from train.options.file import replace_options
+from train.options.paths import Place
 from train.options.scripts import rollouts, sft
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig, RolloutOptions
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
@@ -34,7 +35,7 @@ _LOSS = (
 class GrpoDataConfig(RolloutDataConfig):
     """Model, prompts, completions and rewards."""
 
-    dataset: str = DEFAULT_TASK
+    dataset: Place = DEFAULT_TASK
     """"arithmetic" (the default task: sums, with a small model that is made for them), "sql"
     (questions whose answers are executed; the default with --model or --init-adapter), a file
     (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder of them, a folder that `datasets`
@@ -121,7 +122,7 @@ class GrpoOptimConfig(RolloutOptimConfig):
 class GrpoRunConfig(SftRunConfig):
     """Evaluation and output."""
 
-    output: str = "runs/grpo"
+    output: Place = "runs/grpo"
     """The output folder of the run; with --many, of the folders of all runs."""
     eval_questions: int | None = None
     """Prompts to hold out, whose greedy completions are rewarded before and after training, and

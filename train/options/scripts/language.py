@@ -7,6 +7,7 @@ from train.options import field
 from train.options.common import OptimConfig
 from train.options.conditions import NoEffect
 from train.options.field import CardSection, option
+from train.options.paths import Place
 from train.options.tokenizer import ModelCode, TemplateOption, TokenizerOption
 
 
@@ -14,7 +15,7 @@ from train.options.tokenizer import ModelCode, TemplateOption, TokenizerOption
 class LanguageDataConfig(TokenizerOption, TemplateOption):
     """Model and data."""
 
-    model: str | None = option(None, field.OF_BASE)
+    model: Place | None = option(None, field.OF_BASE)
     """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
     --init-adapter, or else SmolLM2-135M-Instruct."""
     model_code: ModelCode = option("auto", field.OF_BASE)
@@ -37,7 +38,7 @@ class LanguageDataConfig(TokenizerOption, TemplateOption):
     """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = option(None, field.OF_HUB)
     """The subset (configuration) to load, for a dataset on the hub."""
-    eval_dataset: str | None = option(None, field.CHANGEABLE)
+    eval_dataset: Place | None = option(None, field.CHANGEABLE)
     """Data to measure the loss on every --eval-every steps, instead of held-out rows: one file,
     folder or dataset on the hub, as for --dataset."""
     eval_split: str = option("train", field.CHANGEABLE)

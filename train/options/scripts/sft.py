@@ -14,7 +14,7 @@ from train.options import field
 from train.options.common import AdapterConfig, Options, RunConfig, check_shared
 from train.options.conditions import NoEffect
 from train.options.field import CardSection, Uncompared, option
-from train.options.paths import Words
+from train.options.paths import Place, Words
 from train.options.scripts.language import LanguageDataConfig, LanguageOptimConfig, TokensConfig
 
 DEFAULT_MODEL = SMOLLM2.name
@@ -31,7 +31,7 @@ DEFAULT_TASK = "sql"  # of train/settings/tasks.py
 class SftDataConfig(TokensConfig):
     """Model and data."""
 
-    dataset: tuple[str, ...] = (DEFAULT_TASK,)
+    dataset: tuple[Place, ...] = (DEFAULT_TASK,)
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
     `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
@@ -88,7 +88,7 @@ class SftOptimConfig(LanguageOptimConfig):
 class SftRunConfig(RunConfig):
     """Evaluation and output."""
 
-    output: str = f"runs/{DEFAULT_TASK}"
+    output: Place = f"runs/{DEFAULT_TASK}"
     """The output folder of the run; with --many, of the folders of all runs. By default runs/sft
     for other data than the SQL task's."""
     many: str | None = option(None, field.OF_CALL, uncompared=Uncompared.TABLE)

@@ -1,0 +1,195 @@
+"""The files of a run's checkpoints in a bucket, which Orbax writes beside the steps that follow.
+
+`save` copies the state to the host and returns; a thread writes it. A store has no renames: Orbax
+puts a mark into each folder that is whole (commit_success.txt), and the record beside the
+checkpoints, one object, is replaced after that. All processes write their parts of one folder; they
+wait for one another by JAX's coordinator, never by a collective, which would get between those of
+the steps.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lora_jax.buckets.copies import run_parallel
+from lora_jax.buckets.store import (
+    BucketError,
+    BucketPath,
+    delete_object,
+    list_objects,
+    read_object,
+    write_object,
+)
+from lora_jax.training.processes import is_first
+from lora_jax.training.run.disk_files import Digests
+
+_TRIES = 3  # of Orbax, whose own layers do not try again after each error that passes
+
+
+class BucketFiles:
+    """Checkpoints in a folder of a bucket.
+
+    What lies there is listed once: this run alone writes to its folder.
+    """
+
+    def __init__(self, folder: BucketPath, record: str, before_record: Callable[[], None]) -> None:
+        """Keeps checkpoints in a bucket.
+
+        Args:
+          folder: their folder.
+          record: the name of the record beside it.
+          before_record: sends what goes with a checkpoint, before it counts.
+        """
+        self._folder = folder
+        self._place = BucketPath(folder.bucket, folder.name.rpartition("/")[0]) / record
+        self._before_record = before_record
+        self._steps: set[int] | None = None
+        self._record: str | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """True while a checkpoint is still on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def steps(self) -> set[int]:
+        """Returns the steps whose checkpoint is there, complete or not."""
+        if self._steps is None:
+            names = {name.partition("/")[0] for name in list_objects(self._folder)}
+            self._steps = {int(name) for name in names if name.isdecimal()}
+        return set(self._steps)
+
+    def save(self, step: int, args: Any, kept: list[int], written: Callable[[], None]) -> None:
+        """Begins to write a checkpoint; see `CheckpointFiles.save`."""
+        copied = ocp.args.Composite(
+            state=ocp.args.StandardSave(jax.tree.map(_copied, args["state"].item)), run=args["run"]
+        )
+
+        def write() -> None:
+            try:
+                self._write(step, copied)
+                self._steps = {*self.steps(), step}
+                if is_first():
+                    self._before_record()
+                    written()
+                else:
+                    self._steps = set(kept)
+                    self._record = "{" + ", ".join(f'"{number}": {{}}' for number in kept) + "}"
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self, step: int, items: Any) -> None:
+        tries = 1 if jax.process_count() > 1 else _TRIES  # all processes would have to begin anew
+        for left in reversed(range(tries)):
+            try:
+                with _checkpointer() as checkpointer:
+                    return checkpointer.save(self._url(step), items)
+            except Exception:
+                if not left:
+                    raise
+                self.delete(step)
+
+    def restore(self, step: int, args: Any) -> Any:
+        """Returns the items that Orbax reads of a checkpoint.
+
+        Its layers take some errors that pass for a file that is missing, so it reads again.
+        """
+        for left in reversed(range(_TRIES)):
+            try:
+                with _checkpointer() as checkpointer:
+                    return checkpointer.restore(self._url(step), args)
+            except Exception:
+                if not left:
+                    raise
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint, in the first process alone."""
+        if is_first():
+            folder = self._folder / str(step)
+            run_parallel(lambda name: delete_object(folder / name), list_objects(folder))
+        self._steps = self.steps() - {step}
+
+    def digests(self, step: int) -> Digests:
+        """Returns the store's own checksum of each object of a checkpoint."""
+        objects = list_objects(self._folder / str(step))
+        return {name: f"crc32c:{facts.crc32c}" for name, facts in sorted(objects.items())}
+
+    def read_record(self) -> str:
+        """Returns the text of the record; raises FileNotFoundError where there is none."""
+        if self._record is None:
+            if (read := read_object(self._place)) is None:
+                raise FileNotFoundError(str(self._place))
+            self._record = read[0].decode()
+        return self._record
+
+    def write_record(self, text: str) -> None:
+        """Writes the record, in the first process alone."""
+        if is_first():
+            write_object(self._place, text.encode())
+        self._record = text
+
+    def free_bytes(self) -> int | None:
+        """Returns None: a bucket has no limit."""
+        return None
+
+    def wait(self) -> None:
+        """Waits until what was saved is written; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if (error := self._error) is not None:
+            self._error = None
+            if isinstance(error, OSError):
+                raise error
+            reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
+            raise BucketError(
+                f"a checkpoint could not be written to {self._folder} ({reason}): the ones before "
+                "it are there; run the same command again with --resume"
+            ) from error
+
+    def agree(self, what: str) -> None:
+        """Returns at once: the first process alone calls `written`."""
+
+    def close(self) -> None:
+        """Waits until what was saved is written."""
+        self.wait()
+
+    def _url(self, step: int) -> str:
+        return str(self._folder / str(step))
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    n = jax.process_count()
+    processes = ocp.options.MultiprocessingOptions(
+        active_processes=set(range(n)) if n > 1 else None
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
+        state=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+        run=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=processes)
+
+
+def _copied(leaf: Any) -> Any:
+    """Returns a copy of an array that the next step may not donate, in the host's memory.
+
+    Of an array over several processes, each copies its own part.
+    """
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    if leaf.is_fully_addressable:
+        return np.array(leaf)
+    sharding, kinds = leaf.sharding, {m.kind for m in jax.local_devices()[0].addressable_memories()}
+    if "pinned_host" in kinds and jax.default_backend() != "cpu":
+        return jax.device_put(leaf, sharding.with_memory_kind("pinned_host"))
+    parts = [jax.device_put(np.array(s.data), s.device) for s in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)

@@ -1,0 +1,131 @@
+"""The files of a run's checkpoints on a disk: Orbax writes each aside, and renames it."""
+
+import functools
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import orbax.checkpoint as ocp
+
+from lora_jax.training.processes import wait_for_all, write_text
+
+Digests = dict[str, str]  # a file's path in the checkpoint's folder -> a checksum of it
+
+
+class CheckpointFiles(Protocol):
+    """The checkpoints of a run on their storage, with the record that says which are complete."""
+
+    @property
+    def is_writing(self) -> bool:
+        """True while a checkpoint is still being written."""
+
+    def steps(self) -> set[int]:
+        """Returns the steps whose checkpoint is there, complete or not."""
+
+    def save(self, step: int, args: Any, kept: list[int], written: Callable[[], None]) -> None:
+        """Writes a checkpoint; all processes call it.
+
+        Args:
+          step: its step.
+          args: what Orbax is to write.
+          kept: the steps that the record will have.
+          written: is called once it is written: in every process at once, or in a thread of the
+            first one, later.
+        """
+
+    def restore(self, step: int, args: Any) -> Any:
+        """Returns the items that Orbax reads of a checkpoint."""
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint."""
+
+    def digests(self, step: int) -> Digests:
+        """Returns the checksums of the files of a checkpoint."""
+
+    def read_record(self) -> str:
+        """Returns the text of the record; raises FileNotFoundError where there is none."""
+
+    def write_record(self, text: str) -> None:
+        """Writes the record, in the first process alone."""
+
+    def free_bytes(self) -> int | None:
+        """Returns the room for more files; None where there is no limit."""
+
+    def wait(self) -> None:
+        """Waits until what was saved is written; raises what went wrong."""
+
+    def agree(self, what: str) -> None:
+        """Waits for all processes where each calls `written`."""
+
+    def close(self) -> None:
+        """Waits, and releases what is held."""
+
+
+class DiskFiles:
+    """Checkpoints in a folder of this machine, or one that is mounted."""
+
+    is_writing = False
+
+    def __init__(self, folder: Path, record: Path) -> None:
+        self._folder, self._record = folder, record
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, create=True, enable_async_checkpointing=False
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def steps(self) -> set[int]:
+        """Returns the steps whose checkpoint is there, complete or not."""
+        return {*self._manager.all_steps()} if self._folder.is_dir() else set()
+
+    def save(self, step: int, args: Any, kept: list[int], written: Callable[[], None]) -> None:
+        """Writes a checkpoint; see `CheckpointFiles.save`."""
+        self._manager.save(step, args=args, force=True)
+        written()
+
+    def restore(self, step: int, args: Any) -> Any:
+        """Returns the items that Orbax reads of a checkpoint."""
+        return self._manager.restore(step, args=args)
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint."""
+        self._manager.delete(step)
+
+    def digests(self, step: int) -> Digests:
+        """Returns the SHA-256 of each file of a checkpoint."""
+        digests, folder = {}, self._folder / str(step)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[str(path.relative_to(folder))] = digest
+        return digests
+
+    def read_record(self) -> str:
+        """Returns the text of the record; raises FileNotFoundError where there is none."""
+        return self._record.read_text()
+
+    def write_record(self, text: str) -> None:
+        """Writes the record, in the first process alone."""
+        write_text(self._record, text)
+
+    def free_bytes(self) -> int | None:
+        """Returns the room on the disk."""
+        return shutil.disk_usage(self._folder.parent).free
+
+    def wait(self) -> None:
+        """Returns at once: nothing is written later."""
+
+    def agree(self, what: str) -> None:
+        """Waits for all processes."""
+        wait_for_all(what)
+
+    def close(self) -> None:
+        """Releases the folder."""
+        if "_manager" in vars(self):
+            self._manager.close()
+            del self._manager

@@ -1,0 +1,193 @@
+"""Tests of folders in a bucket, beside an emulator of Google's store that fails in each way."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+from lora_jax.buckets import copies, store
+from lora_jax.buckets.store import BucketError, ObjectChanged, bucket_path
+from lora_jax.hf.hub import resolve_config
+from tests.buckets.store_proxy import bucket_store, use
+
+pytestmark = [
+    pytest.mark.buckets,
+    # Of Google's client.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def running():
+    with bucket_store() as both:
+        yield both
+
+
+@pytest.fixture
+def proxy(running, monkeypatch, tmp_path):
+    """An empty bucket, and an empty cache of copies."""
+    proxy, variables = running
+    use(variables, monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield proxy
+    proxy.latency, proxy.failing = 0.0, lambda number, method, path: None
+    proxy.seen = lambda method, path: None
+    for name in proxy.objects():
+        proxy.delete(name)
+
+
+def place(name):
+    return bucket_path(f"gs://bucket/{name}")
+
+
+def test_objects_are_listed_read_and_written(proxy, tmp_path):
+    first = store.write_object(place("a/x"), b"one", store.ABSENT)
+    second = store.write_object(place("a/deep/y"), b"two")
+    listed = store.list_objects(place("a"))
+    assert {name: (f.generation, f.size) for name, f in listed.items()} == {
+        "x": (first, 3),
+        "deep/y": (second, 3),
+    }
+    assert store.read_object(place("a/x")) == (b"one", first)
+    assert store.read_object(place("a/none")) is None and store.find_object(place("a")) is None
+    store.download(place("a/x"), first, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"one"
+    assert not store.delete_object(place("a/x"), first + 1) and store.find_object(place("a/x"))
+    assert store.delete_object(place("a/x"), first) and not store.delete_object(place("a/x"))
+
+
+def test_a_generation_that_is_another_is_noticed(proxy, tmp_path):
+    first = store.write_object(place("x"), b"one")
+    second = store.write_object(place("x"), b"two", first)
+    for generation in (first, store.ABSENT):
+        with pytest.raises(ObjectChanged):
+            store.write_object(place("x"), b"three", generation)
+    with pytest.raises(ObjectChanged):
+        store.download(place("x"), first, tmp_path / "x")
+    assert proxy.objects() == {"x": b"two"} and second != first
+
+
+@pytest.mark.parametrize("how", ["503", "cut", "lost"])
+def test_errors_that_pass_are_tried_again(proxy, tmp_path, how):
+    proxy.failing = lambda number, method, path: how if number % 3 else None
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    content = {"a.json": b"{}", "deep/b.bin": bytes(range(256)) * 1000}
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    copies.publish(folder, place("kept"))
+    copy = copies.readable("gs://bucket/kept")
+    assert {name: (copy / name).read_bytes() for name in copies.files_in(copy)} == content
+    assert {*proxy.objects()} == {"kept/a.json", "kept/deep/b.bin"}
+
+
+def test_a_folder_that_is_being_written_is_not_there(proxy, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / name).write_text("old")
+    copies.publish(folder, place("run/kept"))
+    proxy.put("run/config.yaml", b"x: 1")
+    for name in ("a", "b", "d"):
+        (folder / name).write_text("new")
+    (folder / "c").unlink()
+
+    # At each moment of a replacement, a reader has all of it or nothing.
+    states = []
+
+    def looks(method, path):
+        proxy.seen = lambda method, path: None
+        try:
+            copy = copies.readable("gs://bucket/run/kept")
+            states.append({name: (copy / name).read_text() for name in copies.files_in(copy)})
+        except BucketError as error:
+            states.append(str(error))
+        whole = {*copies.whole_objects(place("run"))}
+        assert ("kept/a" in whole) == isinstance(states[-1], dict) and "config.yaml" in whole
+        proxy.seen = watch
+
+    def watch(method, path):
+        if method in ("POST", "DELETE"):
+            looks(method, path)
+
+    proxy.seen = watch
+    copies.publish(folder, place("run/kept"))
+    proxy.seen = lambda method, path: None
+    copy = copies.readable("gs://bucket/run/kept")
+    last = {name: (copy / name).read_text() for name in copies.files_in(copy)}
+    assert last == {"a": "new", "b": "new", "d": "new"}
+    old = {"a": "old", "b": "old", "c": "old"}
+    assert states[0] == old and all("is being written" in state for state in states[1:])
+    assert len(states) >= 4
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(proxy, tmp_path):
+    for name in ("a", "b"):
+        proxy.put(f"kept/{name}", b"old")
+    replaced = []
+
+    def replace(method, path):
+        if "alt=media" in path and not replaced:
+            replaced.append(path)
+            for name in ("a", "b"):
+                proxy.put(f"kept/{name}", b"new")
+
+    proxy.seen = replace
+    copy = copies.readable("gs://bucket/kept")
+    assert replaced and {(copy / name).read_bytes() for name in ("a", "b")} == {b"new"}
+
+
+def test_copies_are_made_once_for_each_state(proxy):
+    proxy.put("kept/a", b"old")
+    first = copies.readable("gs://bucket/kept")
+    before = len(proxy.requests)
+    assert copies.readable("gs://bucket/kept") == first and len(proxy.requests) == before + 1
+    proxy.put("kept/a", b"new")
+    second = copies.readable("gs://bucket/kept")
+    assert (first / "a").read_bytes() == b"old" and (second / "a").read_bytes() == b"new"
+    assert copies.shown(f"see {second}/a") == "see gs://bucket/kept/a"
+    assert copies.origin(second / "a") == place("kept/a")
+
+
+def test_problems_are_named_with_a_remedy(proxy):
+    with pytest.raises(BucketError, match="gs://bucket/none: there is no such object or folder"):
+        copies.readable("gs://bucket/none")
+    with pytest.raises(BucketError, match="there is no bucket other"):
+        copies.readable("gs://other/x")
+    with pytest.raises(models.ModelNotFound, match="gs://bucket/none: there is no such"):
+        models.from_pretrained("gs://bucket/none")
+
+
+def test_adapters_and_models_of_the_library_lie_in_buckets(proxy, tmp_path):
+    params = {"dense": {"kernel": jnp.ones((4, 3))}}
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    lj.save_adapter("gs://bucket/a", tree, about={"model": "owner/name"})
+    assert lj.adapter_info("gs://bucket/a") == {"model": "owner/name"}
+    loaded = lj.load_adapter("gs://bucket/a", params)
+    assert (loaded["dense"]["kernel"].a == tree["dense"]["kernel"].a).all()
+    with pytest.raises(ValueError, match="exists"):
+        lj.save_adapter("gs://bucket/a", tree)
+    lj.save_adapter("gs://bucket/a", tree, overwrite=True)
+    assert lj.adapter_info("gs://bucket/a") == {}
+
+    fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    model = models.GPT2(models.read_config(fields | {"n_positions": 16}))
+    params = model.init(jax.random.key(0), jnp.array([[1, 2, 3]]))["params"]
+    models.save_pretrained("gs://bucket/model", model, params)
+    _, read = models.from_pretrained("gs://bucket/model")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), read, params))
+    with pytest.raises(FileExistsError, match="exists"):
+        models.save_pretrained("gs://bucket/model", model, params)
+    before = len(proxy.requests)
+    assert json.loads(resolve_config("gs://bucket/model").read_text())["n_embd"] == 8
+    assert sum("alt=media" in path for _, path in proxy.requests[before:]) == 1  # no weights
+
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["c_attn"], rank=2)])
+    lp.save("gs://bucket/peft", model, tree)
+    assert lp.load("gs://bucket/peft", model, params).keys() == tree.keys()
+    assert {*proxy.objects("peft/")} >= {"peft/adapter_config.json"}
