@@ -87,6 +87,10 @@ TASK_TESTS = {
         f"{DRY_RUN}::test_a_named_task_is_read_by_its_script",
         "arithmetic",
     ),
+    "train.tasks.guess:TASK": (
+        f"{DRY_RUN}::test_a_game_is_shown_before_it_trains",
+        "guess",
+    ),
     "train.tasks.vader:TASK": (f"{DRY_RUN}::test_classes_have_a_dry_run_too",),
     "train.tasks.stream:TASK": (
         "train/test_stream.py::test_a_streamed_run_goes_on_bitwise_in_the_middle_of_the_data",

@@ -30,6 +30,7 @@ from train.rewards.ask import columns_of
 from train.run.log import doing
 from train.run.output import state_of
 from train.run.report import megabytes
+from train.tools.show import episode_lines
 
 _ROWS = 3  # that are shown
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -68,6 +69,9 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     say("---")
     if isinstance(feed, PromptFeed) and feed.rewards is not None:
         _print_reward(say, feed)
+    if isinstance(feed, PromptFeed) and feed.tools is not None:
+        for line in episode_lines(feed.tools.host, feed.prompts.rows[0]):
+            say(line)
     sizes = lengths(data.train)
     percentiles = np.percentile(sizes, _PERCENTILES, method="higher").astype(int).tolist()
     shares = ", ".join(f"{n} ({p}%)" for p, n in zip(_PERCENTILES, percentiles, strict=True))

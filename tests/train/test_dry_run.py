@@ -75,6 +75,45 @@ def test_a_named_task_is_read_by_its_script(script, task, args, tmp_path, monkey
     assert re.match("20 (pairs|prompts)", inputs.lines[0]) and inputs.steps > 1
 
 
+GAME = (
+    "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
+    "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+SHOWN = {
+    ("--dataset", "guess"): (
+        "completions may call guess (calls are written as hermes's)",
+        "completions are rewarded by guess",
+        "guess <|im_start|>user Guess my number, which is one of 1 to 7",
+        "the tools that a completion may call: guess(number: integer): Guesses the number. ",
+        "GuessingGame opens an episode of the first prompt without a text",
+    ),
+    ("--dataset", "sql", "--environment", "sql", "--eval-questions", "0", "--rows", "20"): (
+        "completions are rewarded by sql",
+        "the tools that a completion may call: run_query(sql: string): Runs a query",
+        "SqlSession opens an episode of the first prompt without a text",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", SHOWN)
+def test_a_game_is_shown_before_it_trains(args, tmp_path, capsys):
+    line = [*args, "--model", write_model(tmp_path / "model", GAME), "--seq-len", 1000]
+    line += ["--targets", "q_proj", "--output", tmp_path / "run", "--dry-run"]
+    grpo.main([str(arg) for arg in line])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert [text for text in SHOWN[args] if text not in printed] == [], printed
+    if "guess" in args:
+        with pytest.raises(SystemExit):
+            grpo.main(["--dataset", "guess", "--output", str(tmp_path / "run"), "--dry-run"])
+        assert "needs a model that was made for tools" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_the_loss_counts_is_green_on_a_terminal(tmp_path):
     rows = [{"prompt": "a" * 500, "completion": "b"}]
     made = tokenizer()

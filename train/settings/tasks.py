@@ -13,7 +13,11 @@ NAMED: dict[str, dict[str, str]] = {
     "train.sft": {"sql": "train.tasks.sql:TASK"},
     "train.classify": {"vader": "train.tasks.vader:TASK"},
     "train.dpo": {"sql": "train.tasks.sql:PAIRS"},
-    "train.grpo": {"sql": "train.tasks.sql:REWARDS", "arithmetic": "train.tasks.arithmetic:TASK"},
+    "train.grpo": {
+        "sql": "train.tasks.sql:REWARDS",
+        "arithmetic": "train.tasks.arithmetic:TASK",
+        "guess": "train.tasks.guess:TASK",
+    },
     "train.distill": {"sql": "train.tasks.sql:DISTILLATION"},
 }
 

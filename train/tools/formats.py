@@ -177,9 +177,9 @@ def _harmony(text: str, last: bool, tools: Tools) -> CallBlock:
     body, to = text[head.end() :], head["to"] or head["late"]
     if to is None and head["channel"] != "analysis":
         return CallBlock([], body)
-    if (end := _ENDED.search(body)) is None and not last:
+    if (ended := _ENDED.search(body)) is None and not last:
         raise ValueError("the message has no end")
-    content, rest = (body, "") if end is None else (body[: end.start()], body[end.end() :])
+    content, rest = (body, "") if ended is None else (body[: ended.start()], body[ended.end() :])
     if to is None:
         return CallBlock([], rest, content.strip())
     return CallBlock([_make(to.removeprefix("functions."), content.strip())], rest)

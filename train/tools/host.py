@@ -139,7 +139,7 @@ class ProcessHost:
         with theirs:
             process = subprocess.Popen(
                 self._command("serve"),
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=self._env,
                 start_new_session=True,

@@ -41,7 +41,7 @@ def read_calls(text: str, at: int) -> tuple[list[tuple[str, dict[str, Any]]], in
 def read_call(text: str, at: int) -> tuple[tuple[str, dict[str, Any]], int]:
     """Reads a call; returns its name and arguments, and the place of its end."""
     name, at = _match(_NAME, text, at, "the name of a tool")
-    pairs, at = _series(text, _expect(text, at, "("), ")", lambda *of: _pair(*of, sign="="))
+    pairs, at = _series(text, _expect(text, at, "("), ")", lambda text, at: _pair(text, at, "="))
     return (name, dict(pairs)), at
 
 
@@ -51,7 +51,7 @@ def read_value(text: str, at: int) -> tuple[Any, int]:
     if text.startswith("[", at):
         return _series(text, at + 1, "]", read_value)
     if text.startswith("{", at):
-        pairs, at = _series(text, at + 1, "}", lambda *of: _pair(*of, sign=":"))
+        pairs, at = _series(text, at + 1, "}", lambda text, at: _pair(text, at, ":"))
         return dict(pairs), at
     if (quoted := _TEXT.match(text, at)) is not None:
         raw = quoted[3]

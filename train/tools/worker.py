@@ -19,6 +19,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,8 +152,7 @@ class EpisodeProgram:
             if inspect.iscoroutinefunction(tool):
                 waiting.append((index, tool, arguments))
             else:
-                answer = self._attempt(lambda t=tool, a=arguments: _shown(t(**a)))
-                yield {"index": index, **answer}
+                yield {"index": index, **self._attempt(partial(_result, tool, arguments))}
         if waiting:
             yield from self._loop.run_until_complete(self._gather(waiting))
 
@@ -163,7 +163,7 @@ class EpisodeProgram:
         running = [run(tool, arguments) for _, tool, arguments in calls]
         results = await asyncio.gather(*running, return_exceptions=True)
         return [
-            {"index": index, **self._attempt(lambda r=result: _shown(_raised(r)))}
+            {"index": index, **self._attempt(partial(_raised, result))}
             for (index, _, _), result in zip(calls, results, strict=True)
         ]
 
@@ -177,10 +177,14 @@ class EpisodeProgram:
         return self._loop.run_until_complete(result) if inspect.iscoroutine(result) else result
 
 
-def _raised(result: Any) -> Any:
+def _result(tool: Tool, arguments: Mapping[str, Any]) -> str:
+    return _shown(tool(**arguments))
+
+
+def _raised(result: Any) -> str:
     if isinstance(result, BaseException):
         raise result
-    return result
+    return _shown(result)
 
 
 def _taken(function: Tool, row: Mapping[str, Any]) -> dict[str, Any]:

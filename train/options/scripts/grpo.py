@@ -37,10 +37,10 @@ class GrpoDataConfig(RolloutDataConfig):
 
     dataset: Place = DEFAULT_TASK
     """"arithmetic" (the default task: sums, with a small model that is made for them), "sql"
-    (questions whose answers are executed; the default with --model or --init-adapter), a file
-    (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder of them, a folder that `datasets`
-    saved, or a dataset on the hub. Each row has a `prompt` (a text or turns) or `messages`; a
-    reward gets all other fields."""
+    (questions whose answers are executed; the default with --model or --init-adapter), "guess" (a
+    game of several turns), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder of
+    them, a folder that `datasets` saved, or a dataset on the hub. Each row has a `prompt` (a text
+    or turns) or `messages`; a reward gets all other fields."""
     reward: tuple[str, ...] = option((), field.HIDDEN)
     """Rewards of a completion: file.py:function, the folder of a run of `train.classify --labels
     pairs`, sql, arithmetic, or length; or several, which are added up. A function gets lists by
