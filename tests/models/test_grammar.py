@@ -114,8 +114,16 @@ def test_what_ends_validates():
 
 @pytest.mark.slow
 def test_what_ends_of_thousands_validates():
-    ended, strangers = walked(10_000, 1)
-    assert ended > 9_000 and strangers > 5_000, (ended, strangers)
+    ended, strangers = walked(2_000, 1)
+    assert ended > 1_800 and strangers > 1_000, (ended, strangers)
+
+
+def test_formats_that_are_not_known_restrict_nothing():
+    schema = {"type": "object", "properties": {"p": {"type": "string", "format": "path"}}}
+    schema["properties"]["format"] = {"type": "string", "format": "password", "maxLength": 2}
+    schema |= {"required": ["p", "format"], "additionalProperties": False}
+    (text,) = walks([COMPILER.schema(schema)], 4)
+    Draft202012Validator(schema).validate(json.loads(text))
 
 
 def test_other_grammars():

@@ -25,7 +25,8 @@ _TRIED = 200  # parts of a schema that are tried to find the wrong one
 _CONJUNCTIONS, _SECONDS = 8, 5  # patterns that are compiled without a look at the time
 _WHITESPACE = r"[ \t\n\r]{1,20}"  # models that pad without end do so no longer than this
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_NO_SCHEMAS = ("const", "default", "example", "x-guidance")
+_NO_SCHEMAS = ("const", "enum", "default", "example", "x-guidance")
+_UNKNOWN = "Unknown format: "
 _IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 
 
@@ -180,7 +181,17 @@ class GrammarCompiler:
         return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, **own}}
 
     def _compile_schema(self, schema: Mapping[str, object]) -> CompiledGrammar:
-        return self._compile("grammar_from_json_schema", json.dumps(self.with_whitespace(schema)))
+        text = json.dumps(self.with_whitespace(schema))
+        try:
+            return self._compile("grammar_from_json_schema", text)
+        except GrammarError as error:
+            # By JSON Schema, a format that is not known restricts nothing.
+            if not str(error).startswith(_UNKNOWN):
+                raise
+            left = _without_format(schema, str(error).removeprefix(_UNKNOWN))
+            if left == schema:
+                raise
+            return self._compile_schema(left)
 
     def _compile(self, form: str, text: str) -> CompiledGrammar:
         _check_size(text)
@@ -218,6 +229,19 @@ class GrammarCompiler:
                     break
             else:
                 return path, problem
+
+
+def _without_format(part: Any, name: str) -> Any:
+    """Returns a part of a schema without a format of this name."""
+    if isinstance(part, list):
+        return [_without_format(inner, name) for inner in part]
+    if not isinstance(part, Mapping):
+        return part
+    return {
+        key: inner if key in _NO_SCHEMAS else _without_format(inner, name)
+        for key, inner in part.items()
+        if (key, inner) != ("format", name)
+    }
 
 
 def quoted(text: str) -> str:

@@ -57,6 +57,7 @@ def test_a_schema_that_cannot_be_is_named(base, tmp_path, capsys):
         assert problem in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stream_draws_from_the_tokens_that_are_allowed():
     """All of them: the tokens of `generate`; and of some, each row its own."""
     model, params = tiny.decoder("llama3")

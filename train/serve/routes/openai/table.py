@@ -51,7 +51,7 @@ _COMMON = {
         "no effect",
         "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_options "
         "prompt_cache_retention prediction request_id rid cache_salt cache_prompt keep_alive "
-        "guided_decoding_backend guided_whitespace_pattern mm_processor_kwargs "
+        "guided_decoding_backend mm_processor_kwargs "
         "spaces_between_special_tokens repeat_last_n priority",
     ),
     **_refused("mirostat xtc_probability dry_multiplier dynatemp_range", 0),
@@ -59,7 +59,8 @@ _COMMON = {
     **_refused("length_penalty typical_p tfs_z", 1),
     **_refused("stop_regex", []),
     **_refused(
-        "guided_decoding structural_tag json_schema grammar regex ebnf format",
+        "guided_decoding guided_whitespace_pattern structural_tag json_schema grammar regex ebnf "
+        "format",
         instead="give `response_format`, or `structured_outputs` as vLLM has it",
     ),
     **_refused("logits_processors custom_logit_processor session_params", []),
