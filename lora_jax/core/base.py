@@ -9,7 +9,7 @@ backward pass.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import NoReturn, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,43 @@ class Base(Protocol):
         Returns:
           The base; None if an array cannot be moved like this, so that W has to be formed.
         """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackMember:
+    """A base that is one member of a stack, with the whole stack at hand.
+
+    A kernel that reads its member out of the stack needs no copy of it; all else uses `own`.
+
+    Attributes:
+      own: the member.
+      stack: the stack, along its first axis.
+      index: [] int32, the member's place.
+    """
+
+    own: BaseLike
+    stack: BaseLike
+    index: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.own.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        own: jnp.dtype = self.own.dtype
+        return own
+
+    def as_array(self) -> jax.Array:
+        return as_array(self.own)
+
+    def along(self, move: Move, touched: frozenset[int]) -> BaseLike:
+        moved: BaseLike = self.own.along(move, touched)
+        return moved
+
+    def finer(self) -> BaseLike:
+        return finer(self.own)
 
 
 @jax.tree_util.register_dataclass
@@ -156,6 +193,26 @@ def finer(base: BaseLike) -> BaseLike:
         return dataclasses.replace(base, source=finer(base.source))
     own: Callable[[], BaseLike] | None = getattr(base, "finer", None)
     return base if own is None else own()
+
+
+def has_rows_kernel(base: BaseLike) -> bool:
+    """Returns True if stacks of a base may have a kernel for products of few rows."""
+    return hasattr(type(base), "rows_kernel")
+
+
+def stack_member(base: BaseLike) -> tuple[StackMember, tuple[DTypeLike, ...]] | None:
+    """Returns the member of a stack that a base is, and the dtypes that it was cast to, in order.
+
+    None if it is none, or was re-arranged.
+    """
+    if isinstance(base, StackMember):
+        return base, ()
+    if not isinstance(base, _View) or not isinstance(base.source, StackMember):
+        return None
+    if base.rearranged is not None:
+        return None
+    casts: list[Any] = [dict(params)["new_dtype"] for _, params in base.moves]
+    return base.source, tuple(casts)
 
 
 def rearranged(base: BaseLike, primitive: Primitive, params: EqnParams, out: Leaf) -> BaseLike:

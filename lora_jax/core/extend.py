@@ -14,7 +14,7 @@ from jax.extend.core import (
     Var,
     jaxpr_as_fun,
 )
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 __all__ = [
     "ClosedJaxpr",
@@ -23,6 +23,7 @@ __all__ = [
     "Literal",
     "Primitive",
     "Var",
+    "ad",
     "batching",
     "jaxpr_as_fun",
     "mlir",

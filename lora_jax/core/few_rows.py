@@ -5,6 +5,9 @@ rows the TPU's compiler would write W first, in fp32 and in its own dtype: ten t
 codes, at every token. It forms W within the product again where x and the result have two axes and
 stand between barriers, and where scales come by whole tiles (`lora_jax.core.base.finer`). Its
 matrix units take no fewer than eight rows: zeros fill them up.
+
+Where W is a layer of a stack, codes may have a kernel that reads them there (`rows_kernel`): on one
+device, whose program a kernel may stand in, up to the kernel's number of rows.
 """
 
 import functools
@@ -15,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.base import finer, is_base, product
+from lora_jax.core.base import finer, is_base, product, stack_member
+from lora_jax.core.rows_call import RowsCall, call_rows
 from lora_jax.core.types import BaseLike, EqnParams
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 FEW = 256  # rows
+KERNEL_ROWS = 32  # the most that a kernel is given
 _TILE = 8  # rows that a TPU holds side by side
 
 
@@ -40,15 +45,43 @@ def base_dot(x: jax.Array, base: BaseLike, how: BaseDot) -> jax.Array:
       base: W.
       how: the axes, their order, and the parameters of `lax.dot_general`.
     """
-    usual = functools.partial(_plain_dot, how)
     if not _has_few_rows(x, base, how):
-        return usual(base, x)
-    chosen = functools.partial(
-        lax.platform_dependent, tpu=functools.partial(flat_dot, how), default=usual
-    )
+        return _plain_dot(how, base, x)
+    if (call := _rows_call(x, base, how)) is not None:
+        return call_rows(call, base, x)
+    return _dot_by_platform(how, base, x)
+
+
+def _dot_by_platform(how: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
+    usual, flat = (functools.partial(dot, how) for dot in (_plain_dot, flat_dot))
+    chosen = functools.partial(lax.platform_dependent, tpu=flat, default=usual)
     # A choice would keep for the backward pass what its branches read: codes, layer by layer.
     out: jax.Array = jax.checkpoint(chosen)(base, x)
     return out
+
+
+def _rows_call(x: jax.Array, base: BaseLike, how: BaseDot) -> RowsCall | None:
+    """Returns the call of the kernel of W's stack, if W is a layer of one that has a kernel."""
+    member = stack_member(base)
+    if member is None or how.contract != ((x.ndim - 1,), (0,)) or len(base.shape) != 2:
+        return None
+    rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+    kernel = member[0].stack.rows_kernel(rows, member[1], how.params)
+    if kernel is None:
+        return None
+
+    def run_kernel(base: BaseLike, x: jax.Array) -> jax.Array:
+        at, _ = stack_member(base) or member  # the same, of the leaves that the call is given
+        out: jax.Array = kernel(at.stack, at.index, x.reshape(rows.shape))
+        return out.reshape(*x.shape[:-1], -1)
+
+    def map_rows(base: BaseLike, x: jax.Array) -> jax.Array:
+        return base_dot(x, base, how._replace(contract=((x.ndim - 1,), (0,))))
+
+    plain, flat, by_platform = (
+        functools.partial(dot, how) for dot in (_plain_dot, flat_dot, _dot_by_platform)
+    )
+    return RowsCall(run_kernel, plain, flat, by_platform, map_rows)
 
 
 def _plain_dot(how: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:

@@ -25,8 +25,9 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.base import Move, is_of_4_bits
 from lora_jax.core.parts import STATIC
-from lora_jax.core.types import Forward, Leaf, Shaped
+from lora_jax.core.types import EqnParams, Forward, Leaf, Shaped
 from lora_jax.quantized.formats import FORMATS, Format
+from lora_jax.quantized.rows import RowsKernel, find_kernel
 
 _TILE = 8  # rows that a TPU holds side by side
 
@@ -131,6 +132,12 @@ class Coded:
         arrays = {"codes": self.arrays["codes"]} | {k: stretch(part) for k, part in parts.items()}
         plain = dataclasses.replace(self.format, scale_table=None, double=False)
         return Coded(arrays, plain, self.dtype)
+
+    def rows_kernel(
+        self, rows: Shaped, casts: tuple[DTypeLike, ...], params: EqnParams
+    ) -> RowsKernel | None:
+        """Returns the TPU's kernel for rows and a layer of this stack; see `find_kernel`."""
+        return find_kernel(self, rows, casts, params)
 
     def __repr__(self) -> str:
         shape = getattr(self.arrays.get("codes"), "shape", None)

@@ -108,18 +108,26 @@ def print_token(console: Console, token: Token) -> None:
     """Prints a token's time beside the least that it can be."""
     rows = "one row" if token.rows == 1 else f"{token.rows} rows"
     table = Table(title=f"A token of {rows}, caches of {token.cached:,} tokens")
-    for column in ("GB read", "floor, ms", "estimate, ms", "times the floor"):
+    columns = ("GB read", "floor, ms", "estimate, ms", "of it kernels, ms", "times the floor")
+    for column in columns:
         table.add_column(column, justify="right")
     times = None
     if token.seconds is not None and token.floor_seconds:
         times = token.seconds / token.floor_seconds
-    numbers = (token.floor_seconds, 1e3), (token.seconds, 1e3), (times, 1)
+    kernels = token.clock.kernels if token.clock else None
+    seconds = ((value, 1e3) for value in (token.floor_seconds, token.seconds, kernels))
+    numbers = (*seconds, (times, 1))
     cells = ["–" if value is None else f"{unit * value:,.2f}" for value, unit in numbers]
     table.add_row(f"{token.bytes / 1e9:,.2f}", *cells)
     console.print(table)
     if token.refused:
         console.print(f"the token: {token.refused}", highlight=False, soft_wrap=True)
     note = "GB read: base, adapter and caches, by a device; floor: at its memory's published rate."
+    if kernels:
+        note += (
+            " Kernels: assumed, no estimate of the compiler: their bytes at the memory's rate, or "
+            "the cycles of their schedule on a v5e, whichever takes longer; attention by its FLOPs."
+        )
     console.print(note, highlight=False, soft_wrap=True)
 
 

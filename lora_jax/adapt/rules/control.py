@@ -13,8 +13,9 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use, fold_dropout_key
 from lora_jax.adapt.rules.choices import CommonForm, common_form, convert
 from lora_jax.adapt.rules.flow import agreed_sources, may_be_weights, sources
 from lora_jax.adapt.rules.layout import moved
-from lora_jax.core.base import is_base, splittable
+from lora_jax.core.base import StackMember, has_rows_kernel, is_base, splittable
 from lora_jax.core.factored import Factored
+from lora_jax.core.few_rows import KERNEL_ROWS
 from lora_jax.core.parts import Axes
 from lora_jax.core.types import Forward, Outcome, Tree, Value
 
@@ -91,11 +92,15 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     live = tuple(w and p not in same for p, w in enumerate(use.live))
     live = (*(True,) * scan.n_carry, *live[scan.n_carry :])
     body = interpreter.function(scan.body, None if all(live) else live)
-    steps = jnp.arange(scan.length) if _has_keys(use.values) else None
+    kernels = _kernel_places(stacks) if _has_few_rows(carries) else []
+    steps = jnp.arange(scan.length) if kernels or _has_keys(use.values) else None
 
     def step(carry: dict[int, Value], xs: Tree) -> tuple[dict[int, Value], list[Value]]:
         parts, index = xs
         slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]
+        for place in kernels:
+            member = StackMember(slices[place].base, stacks[place].base, index)
+            slices[place] = slices[place].replace(base=member)
         outputs = body(*_arguments(consts, constant, carry, index), *slices)
         outputs = [
             output if place in constant else interpreter.plain(output, use, "as an output")
@@ -107,6 +112,23 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     carry, ys = lax.scan(step, carries, inputs, length, reverse=scan.reverse, unroll=unroll)
     final = constant | carry | dict(enumerate(ys, scan.n_carry)) | same
     return [final[place] for place in range(len(live))]
+
+
+def _kernel_places(stacks: Sequence[Value]) -> list[int]:
+    """Returns the places of weights whose layers a kernel may read out of their stack."""
+    weights = ((place, v) for place, v in enumerate(stacks) if isinstance(v, Factored))
+    return [place for place, weight in weights if has_rows_kernel(weight.base)]
+
+
+def _has_few_rows(carries: dict[int, Value]) -> bool:
+    """Returns True if a loop carries an activation of few rows, as decoding does."""
+    return any(
+        jnp.issubdtype(x.dtype, jnp.floating)
+        and x.ndim > 1
+        and math.prod(x.shape[:-1]) <= KERNEL_ROWS
+        for x in carries.values()
+        if isinstance(x, jax.Array)
+    )
 
 
 def _arguments(

@@ -37,7 +37,7 @@ from lora_jax.training.memory.events import Buffer, Event, peak
 
 _LANES = 128  # of a register of a TPU
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
-_INLINED |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_INLINED |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "few_rows"}
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
 # The same bytes under another shape or name.
 _VIEWS = frozenset({"reshape", "squeeze", "name", "sharding_constraint", "optimization_barrier"})

@@ -6,10 +6,12 @@ import re
 import pytest
 
 from lora_jax.core import few_rows
+from lora_jax.quantized import rows as kernels
 from tests.train.plan.test_slices_tpu import KERNELS, OF_8B
 from tests.train.plan.tiny_plans import asked, write
 from train.plan import __main__ as plan
 from train.plan import token as planned
+from train.plan.clock.groups import BASE
 
 pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("tpu_compiler")]
 ROWS = 8
@@ -42,10 +44,25 @@ def token(tmp_path, monkeypatch):
     return planned_token
 
 
-@pytest.mark.parametrize(("codes", "most"), [("int8", 2.5), ("nf4", 8)])
-def test_a_token_reads_codes_and_writes_no_kernel(token, codes, most):
+def bytes_by_codes(made, bits):
+    """The bytes that products with the base read and write, over those of codes and scales."""
+    codes = 2 * sum(map(math.prod, KERNELS.values())) * (bits / 8 + 4 / 64)
+    return sum(group.bytes for group in made.clock.groups if group.group == BASE) / codes
+
+
+@pytest.mark.parametrize(("codes", "bits", "most"), [("int8", 8, 1.6), ("nf4", 4, 4.5)])
+def test_a_token_reads_codes_and_writes_no_kernel(token, codes, bits, most):
     made, written = token(codes)
     assert made.floor_seconds <= made.seconds <= most * made.floor_seconds and not written
+    assert made.clock.kernels > 0 and 1 <= bytes_by_codes(made, bits) < 1.05
+
+
+def test_more_rows_have_xlas_form(token, monkeypatch):
+    """The control: no kernel, which reads and writes more; but it writes no kernel's floats."""
+    monkeypatch.setattr(kernels, "KERNEL_ROWS", ROWS - 1)
+    made, written = token("int8")
+    assert 1.6 * made.floor_seconds < made.seconds <= 2.5 * made.floor_seconds and not written
+    assert made.clock.kernels == 0 and bytes_by_codes(made, 8) > 1.3
 
 
 def test_many_rows_write_kernels(token, monkeypatch):

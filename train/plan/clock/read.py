@@ -17,7 +17,8 @@ class Estimate:
     Attributes:
       seconds: the time of all; 0 without rates, as everything below in seconds.
       fusions: seconds of what the compiler estimates.
-      kernels: seconds of kernels, by an assumed share of the peak.
+      kernels: seconds of kernels, by an assumed share of the peak; of few rows by codes, by the
+        memory's rate or the cycles of their schedule, whichever takes longer.
       uncovered: seconds that the device waits for links, by their assumed rate.
       links: seconds that the links are busy, waited for or not.
       groups: the cost of each group, in the order of `GROUPS` and `PHASES`.
@@ -67,6 +68,7 @@ def read_clock(
     peak: float = _V5E.flops,
     kernel_share: float = KERNEL_SHARE,
     link: float = 2 * _V5E.link,
+    memory: float = _V5E.bandwidth,
 ) -> Estimate:
     """Returns the compiler's estimate of a program; the defaults are those of a TPU v5e.
 
@@ -80,11 +82,12 @@ def read_clock(
       kernel_share: the share of the peak that kernels reach, whose cycles the compiler does not
         state.
       link: bytes a second of a device's links, both ways, along an axis of the mesh.
+      memory: bytes a second of a device's memory, for kernels that wait for it.
 
     Raises:
       NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
     """
-    rates = None if clock is None else DeviceRates(clock, kernel_share * peak, link)
+    rates = None if clock is None else DeviceRates(clock, kernel_share * peak, link, memory)
     try:
         module = HloModule(text)
         tally = Walk(module, rates).tally(module.entry)

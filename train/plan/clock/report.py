@@ -25,7 +25,7 @@ class Clock:
     Attributes:
       seconds: fusions, kernels and uncovered together.
       fusions: seconds by the compiler's estimate.
-      kernels: seconds of kernels, at the assumed share of the peak.
+      kernels: seconds of kernels, by what is assumed of them; see `read.Estimate`.
       uncovered: seconds that the device waits for links, at their assumed rate.
       links: seconds that the links are busy, waited for or not.
       mfu: the share of the peak that the model's own FLOPs take of the seconds; see
@@ -64,6 +64,7 @@ def clock_of(text: str | None, machine: Machine, model_flops: int | None = None)
             peak=machine.flops or 1.0,
             kernel_share=machine.kernel_share,
             link=machine.link or 1.0,
+            memory=machine.bandwidth or 1.0,
         )
     except NotUnderstood:
         return None

@@ -32,11 +32,13 @@ class DeviceRates(NamedTuple):
       clock: cycles that the compiler counts.
       kernel: FLOPs of kernels, whose cycles it does not know; an assumption.
       link: bytes that collectives move; an assumption.
+      memory: bytes that kernels read and write, where these decide; an assumption.
     """
 
     clock: float
     kernel: float
     link: float
+    memory: float
 
 
 class Cost(NamedTuple):
@@ -130,10 +132,13 @@ class Walk:
             run.passed[op.name] = started
         if _is_start(op) or _is_done(op) or (sent and op.opcode != "fusion"):
             return
-        seconds = self._seconds(op, computation, run)
+        moved = traffic_of(self.module, op, computation)
+        if (call := kernel_call(op, computation)) and (kernel := kernel_of(call)):
+            moved -= kernel.unread(call)
+        seconds = self._seconds(op, computation, run, moved)
         flops = self._flops(op, computation)
         group = group_of(self.module, op, computation)
-        run.spend(group, Cost(seconds, flops, traffic_of(self.module, op, computation)))
+        run.spend(group, Cost(seconds, flops, moved))
 
     def _sent(self, op: Instruction, name: str, computation: Computation) -> tuple[int, float]:
         """Returns the bytes that an instruction sends, and the seconds that they take."""
@@ -156,13 +161,16 @@ class Walk:
                 match += [(inner, called, op.name, around), *self._inside(inner)]
         return match
 
-    def _seconds(self, op: Instruction, computation: Computation, run: "_Run") -> float:
+    def _seconds(self, op: Instruction, computation: Computation, run: "_Run", moved: int) -> float:
         if self.rates is None:
             return 0.0
         if call := kernel_call(op, computation):
-            if kernel_of(call) is None:
+            kernel = kernel_of(call)
+            if kernel is None:
                 run.without_estimate(op)
             seconds = kernel_flops(call) / self.rates.kernel
+            if kernel and kernel.cycles:
+                seconds = max(kernel.cycles(call) / self.rates.clock, moved / self.rates.memory)
             run.kernels += seconds
             return seconds
         cycles = _cycles(self.module, op)

@@ -23,7 +23,7 @@ from train.plan.hlo.kernels import kernel_of as listed
 from train.plan.hlo.products import pairs_along
 
 _RUN_ONCE = {"jit", "closed_call", "core_call", "remat2", "checkpoint"}
-_RUN_ONCE |= {"custom_jvp_call", "custom_vjp_call"}
+_RUN_ONCE |= {"custom_jvp_call", "custom_vjp_call", "few_rows"}
 
 
 class Count(NamedTuple):

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from train.plan.hlo.module import size_of
+
 Array = tuple[str, tuple[int, ...]]  # (dtype, shape), the dtype as HLO writes it: "bf16"
 
 # Targets of custom calls that are kernels; XLA's own helpers have others.
@@ -36,11 +38,15 @@ class KernelWork(NamedTuple):
       label: the computation that it is a part of, for tables.
       part: which part.
       flops: counts the FLOPs of a call.
+      unread: counts the bytes of operands that a call does not read.
+      cycles: counts the cycles of a call, of a kernel whose FLOPs do not say what it takes.
     """
 
     label: str
     part: str
     flops: Callable[[KernelCall], int]
+    unread: Callable[[KernelCall], int] = lambda _: 0
+    cycles: Callable[[KernelCall], float] | None = None
 
 
 def kernel_of(call: KernelCall) -> KernelWork | None:
@@ -131,6 +137,33 @@ def _ragged_dot(call: KernelCall) -> int:
     return 2 * m * (math.prod(other[1:]) if len(other) == 3 else k * other[1])
 
 
+# Products of few rows with a layer of a stack of codes (`lora_jax.quantized.rows`)
+
+
+def _rows_and_codes(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shapes of rows, [rows, in], and of codes, [layers, in, out]."""
+    rows = next(shape for _, shape in call.operands if len(shape) == 2)
+    return rows, next(shape for _, shape in call.operands if len(shape) == 3)
+
+
+def _rows_flops(call: KernelCall) -> int:
+    rows, (_, *layer) = _rows_and_codes(call)
+    return 2 * rows[0] * math.prod(layer)
+
+
+def _other_layers(call: KernelCall) -> int:
+    stacks = [array for array in call.operands if len(array[1]) == 3]
+    return size_of(stacks) - size_of([(kind, shape[1:]) for kind, shape in stacks])
+
+
+def _cycles_by_weights(each: float) -> Callable[[KernelCall], float]:
+    """Returns the count of a kernel that forms W, by cycles for 1,024 weights."""
+    return lambda call: each * math.prod(_rows_and_codes(call)[1][1:]) / 1024
+
+
+# The cycles are those of the compiler's schedule of a tile on v5e (its "final bundles").
+_CAST, _BY_TABLE = 1.2, 3.8
+
 # The beginning of a kernel's name -> its entry.
 KERNELS: dict[str, KernelWork] = {
     # q k^T, p v; q k^T, do v^T, ds k; q k^T, p^T do, do v^T, ds^T q.
@@ -140,6 +173,12 @@ KERNELS: dict[str, KernelWork] = {
     "flash_fwd": KernelWork("flash attention", "fwd", _attention(2, -3)),
     "flash_dq": KernelWork("flash attention", "dq", _attention(3, -3)),
     "flash_dkv": KernelWork("flash attention", "dkv", _attention(4, -3)),
+    "coded_rows": KernelWork(
+        "few rows by codes", "cast", _rows_flops, _other_layers, _cycles_by_weights(_CAST)
+    ),
+    "coded_rows_by_table": KernelWork(
+        "few rows by codes", "by table", _rows_flops, _other_layers, _cycles_by_weights(_BY_TABLE)
+    ),
     "ragged-dot": KernelWork("ragged products", "rows", _ragged_dot),
     "ragged-dot-metadata": KernelWork("ragged products", "groups", lambda _: 0),
 }
