@@ -15,10 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_jax.models import Decoder, DecoderConfig, hf_tensors, key_table
 from tests.models.tiny import draw
-from train.environments.guess import best_value
 
 NUMBERS = range(1, 8)
-BEST = best_value(len(NUMBERS))
 CALLS = [
     f'<tool_call>{{"name": "guess", "arguments": {{"number": {n}}}}}</tool_call>' for n in NUMBERS
 ]

@@ -33,7 +33,7 @@ def inputs(folder):
     line += ["--environment", "guess", "--max-new-tokens", 12]
     line += ["--seq-len", 32, "--group", GROUP, "--batch-size", GROUP * ROWS, "--steps", STEPS]
     line += ["--eval-questions", 0, "--targets", "all-linear", "--report-to", "none"]
-    return [*line, "--lr", 1e-2, "--schedule", "constant", "--eps", 1e-6]
+    return [*line, "--lr", 1e-2, "--schedule", "constant", "--eps", 1e-3]
 
 
 def left(folder, model):

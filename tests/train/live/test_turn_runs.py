@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.support import thorough
 from tests.train.live import guessing
 from tests.train.live.local import LocalHost
 from tests.train.scripts import fails
@@ -137,15 +138,11 @@ def test_bad_input_is_one_paragraph(folder, tmp_path, capsys, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [1, 16])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_best_policy_is_learned(folder, tmp_path, rank, seed):
-    args = ["--steps", 250, "--lr", 1e-2, "--rank", rank, "--seed", seed, "--group", 16]
-    args += ["--batch-size", 16 * 7, "--loss", "dapo", "--schedule", "constant"]
-    args += ["--max-new-tokens", 24, "--seq-len", 40]  # three guesses, and what answers them
-    lines = run(folder, tmp_path / "run", *args)
-    rewards = [
-        np.mean([line["reward"] for line in lines[at : at + 10]]) for at in range(0, 250, 25)
-    ]
-    print(rank, seed, guessing.BEST, rewards)
-    assert np.mean([line["reward"] for line in lines[-10:]]) > 0.98 * guessing.BEST
+@thorough
+def test_a_reward_of_several_turns_rises(folder, tmp_path):
+    """A guess in time earns more, and so do further ones, which are told where to look."""
+    args = ["--steps", 60, "--lr", 2e-2, "--rank", 1, "--group", 16, "--batch-size", 16 * 7]
+    args += ["--loss", "dapo", "--schedule", "constant", "--max-new-tokens", 24, "--seq-len", 40]
+    args += ["--sampling-temperature", 0.25]  # the frozen head alone would keep it near uniform
+    rewards = [line["reward"] for line in run(folder, tmp_path / "run", *args)]
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + 0.15
