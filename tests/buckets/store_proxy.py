@@ -198,16 +198,24 @@ def bucket_store():
     try:
         yield server.proxy, variables
     finally:
+        _forget_client()
         server.shutdown()
         server.server_close()
         emulator.stop()
 
 
-def use(variables, monkeypatch):
-    """Leads this process's clients to the bucket."""
+def _forget_client():
+    """Closes the connections of this process's client."""
     from lora_jax.buckets import store
 
+    if store._client.cache_info().currsize:
+        store._client()._http.close()
+        store._client.cache_clear()
+
+
+def use(variables, monkeypatch):
+    """Leads this process's clients to the bucket."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    store._client.cache_clear()
+    _forget_client()
     assert os.environ["STORAGE_EMULATOR_HOST"] == variables["STORAGE_EMULATOR_HOST"]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from urllib.parse import unquote
 
+import jax
 import pytest
 
 import lora_jax as lj
@@ -19,11 +20,14 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.run import bucket_lock
 from lora_jax.training.run.bucket_lock import BucketLock
 from tests.buckets.store_proxy import bucket_store, use
-from tests.support import assert_identical, over
+from tests.support import assert_identical, over, with_random_factors
 from tests.train.forks import Forked
+from tests.train.scripts import fails
 from tests.train.tiny import write_jsonl, write_model, write_rows
 from train.adapters.source import find_adapter
+from train.export import __main__ as export
 from train.generate import __main__ as generate
+from train.launch.__main__ import resume_option
 from train.run.log import read_metrics
 
 pytestmark = [
@@ -61,6 +65,9 @@ class Runs:
         model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
         copies.publish(model, bucket_path("gs://bucket/model"))
         proxy.put("rows.jsonl", rows.read_bytes())
+        _, params = models.from_pretrained(model)
+        tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
+        self.tree = with_random_factors(tree)
         self.environment = variables | {
             "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -131,10 +138,35 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(runs, proxy, capsys):
     assert "the output folder gs://bucket/run holds another run" in refused
     assert "going on after step 7" in runs.run("gs://bucket/run", "--resume")
     runs.assert_same("gs://bucket/run")
-    generate.main(
-        ["--adapter", "gs://bucket/run", "--prompt", "1 plus 7?", "--max-new-tokens", "2"]
-    )
+    words = ["--prompt", "1 plus 7?", "--max-new-tokens", "2"]
+    generate.main(["--adapter", "gs://bucket/run", *words])
     assert "lora_jax_bucket" not in capsys.readouterr().out
+    options = [resume_option([f"gs://bucket/{name}"]) for name in ("run", "none")]
+    assert options == ["--resume", ""]
+
+
+def test_an_export_is_written_to_a_bucket_and_replaces_its_own_kind_alone(runs, proxy, capsys):
+    lj.save_adapter("gs://bucket/trained", runs.tree, about={"model": "gs://bucket/model"})
+    line = ["--adapter", "gs://bucket/trained", "--output"]
+    export.main([*line, "gs://bucket/served"])
+    assert "gs://bucket/served" in capsys.readouterr().out
+    assert {*proxy.objects("served/")} == {
+        f"served/{name}"
+        for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")
+    }
+    proxy.put("served/README.md", b"written by hand")
+    said = fails(capsys, export.main, *line, "gs://bucket/served")
+    assert "gs://bucket/served exists" in said and "lora_jax_bucket" not in said
+    export.main([*line, "gs://bucket/served", "--overwrite"])
+    assert proxy.objects("served/README.md").popitem()[1] == b"written by hand"
+    said = fails(capsys, export.main, *line, "gs://bucket/model", "--overwrite")
+    assert "holds something other than a PEFT adapter" in said
+    said = fails(capsys, export.main, *line, "gs://bucket/trained", "--overwrite")
+    assert "--output gs://bucket/trained is or holds gs://bucket/trained, an input" in said
+    export.main([*line, "gs://bucket/merged", "--merged"])
+    _, merged = models.from_pretrained("gs://bucket/merged")
+    _, base = models.from_pretrained("gs://bucket/model")
+    assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), merged, base))
 
 
 # Each is a request, by its method, a part of its address, and its number: the process is killed
@@ -154,8 +186,8 @@ MOMENTS = {
 
 
 def fails_often(number, method, path):
-    """Fails a quarter of the requests, in each way."""
-    return {0: "503", 4: "cut", 8: "lost"}.get(number % 13)
+    """Fails every fourteenth request, in each way."""
+    return {0: "503", 14: "cut", 28: "lost"}.get(number % 41)
 
 
 def kills(process, output, moment):
@@ -263,11 +295,12 @@ def test_two_processes_write_one_folder_which_one_of_eight_devices_goes_on_with(
         )
         line = ["--dataset", rows, "--reward", f"{runs.folder / 'reward.py'}:early"]
         line += ["--group", 4, "--max-new-tokens", 4, "--batch-size", 16]
+        line += ["--eval-questions", 0]
     else:
         line = ["--dataset", runs.folder / "rows.jsonl", "--dropout", 0.1, "--batch-size", 8]
     line += ["--model", runs.folder / "model", "--mesh", "fsdp=8", "--seq-len", 64, "--lr", 1e-2]
     line += ["--schedule", "constant", "--warmup", 1, "--save-every", 3, "--report-to", "none"]
-    line += ["--compilation-cache", "off", "--eval-questions", 0, "--targets", "q_proj", "v_proj"]
+    line += ["--compilation-cache", "off", "--targets", "q_proj", "v_proj"]
 
     def start(output, *more, processes=2):
         with socket.socket() as probe:

@@ -74,7 +74,8 @@ class Checkpoints:
         Raises:
           DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
         """
-        if not (there := self._files.steps()):
+        there = self._files.steps()
+        if not there and not self.folder.is_dir():
             return []
         recorded = self._recorded()
         return sorted(step for step in there if str(step) in recorded)

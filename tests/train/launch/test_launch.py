@@ -16,7 +16,7 @@ import yaml
 
 from tests.train.tiny import write_jsonl, write_model
 from train.console.errors import UserError
-from train.launch.__main__ import FILES, launch_file, main
+from train.launch.__main__ import FILES, launch_file, main, resume_option
 from train.processes.hosts import _is_alone_on_its_host
 from train.run.log import read_metrics
 
@@ -59,6 +59,15 @@ def test_a_file_of_options_names_the_output_as_well(tmp_path):
 def test_what_the_file_cannot_start_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         launch_file(words)
+
+
+def test_the_files_ask_whether_there_is_a_run(tmp_path, capsys):
+    for said in ("", "--resume"):
+        main(["resume", str(tmp_path)])
+        assert capsys.readouterr().out.strip() == said
+        (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="needs the output folder"):
+        resume_option([])
 
 
 def test_it_prints_the_file_and_its_help(capsys):
