@@ -177,6 +177,17 @@ def test_the_judge_sees_dead_links(tmp_path):
     assert dead_links(page) == ["#two", "other.md"]
 
 
+def test_each_page_stands_in_the_navigation_of_the_site():
+    """`not_in_nav` names the others. (``tests/test_site.py`` builds the site.)"""
+    text = (ROOT / ".docs/mkdocs.yml").read_text()
+    named = re.findall(r"[\w/]+\.md\b", text)
+    assert sorted(set(named)) == sorted(named)
+    folders = set(re.findall(r"([\w/]+)/\]", text))  # [folder/]: all pages of a folder
+    shown = [p for p in PAGES if not p.startswith("tests/hf/")]
+    omitted = [p for p in shown if p not in named and str(Path(p).parent) not in folders]
+    assert omitted == [], "give each of these a line in .docs/mkdocs.yml"
+
+
 def test_each_page_is_three_steps_from_the_first():
     def linked(page):
         links = re.findall(r"\]\(([^)\s#:]+\.md)", prose(ROOT / page))
