@@ -142,6 +142,7 @@ LAWS = {
         lambda: FAMILIES,
         {
             "models/tiny.py": ("CASES",),
+            "models/tiny_stacks.py": ("CASES",),
             "models/tiny_encoders.py": ("ENCODERS", "GPT2S"),
             "models/tiny_vision.py": ("CASES",),
             "models/test_parity_smolvlm.py": ("FIELDS",),

@@ -108,6 +108,22 @@ def family_of(model_type: object) -> Family:
     return FAMILIES[check_known("model_type", model_type, FAMILIES)]
 
 
+def declined_field(fields: Fields) -> str | None:
+    """Returns the field of a config.json for which its family leaves the model to others, or None.
+
+    Args:
+      fields: the parsed config.json, of a family that `FAMILIES` has.
+    """
+    kind, text = fields.get("model_type"), fields.get("text_config") or fields
+    names = (
+        name
+        for facts in DECODERS.values()
+        if kind in (facts.model_type, facts.with_images)
+        for name in facts.declines
+    )
+    return next((name for name in names if text.get(name)), None)
+
+
 def module_of(
     config: ModelConfig,
     dtype: DTypeLike,

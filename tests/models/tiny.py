@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lora_jax.models import Decoder, DecoderConfig, hf_tensors, key_table
+from tests.models import tiny_stacks
 
 # No two sizes are equal, but for hidden = heads * head_dim where a family allows nothing else.
 SIZES: dict[str, Any] = {
@@ -60,28 +61,9 @@ MIXTURE = {
     "shared_expert_intermediate_size": 11,
 }
 
-# Routers of sigmoids: two groups of three experts, of which a token sees one.
-ROUTED = {
-    "moe_intermediate_size": 13,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.7,
-}
-LATENT = {
-    "num_key_value_heads": None,
-    "head_dim": 4,
-    "q_lora_rank": 15,
-    "kv_lora_rank": 11,
-    "qk_nope_head_dim": 7,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 5,
-}
-
 # Case -> the fields of config.json, as transformers 5 names them.
 CASES: dict[str, dict[str, Any]] = {
+    **tiny_stacks.CASES,
     "llama2": {"model_type": "llama", "num_key_value_heads": 6, "head_dim": 4},
     "llama3": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-2},
     "linear rope": {
@@ -302,47 +284,6 @@ CASES: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu",
         "tie_word_embeddings": True,
     },
-    "glm4 moe": {
-        "model_type": "glm4_moe",
-        "num_hidden_layers": 4,
-        "first_k_dense_replace": 1,
-        **ROUTED,
-        "n_group": 1,
-        "topk_group": 1,
-        "use_qk_norm": True,
-        "attention_bias": True,
-        "partial_rotary_factor": 0.6,
-    },
-    "glm4 moe without norms": {
-        "model_type": "glm4_moe",
-        "first_k_dense_replace": 0,
-        **ROUTED,
-        "norm_topk_prob": False,
-        "tie_word_embeddings": True,
-    },
-    "deepseek v3": {
-        "model_type": "deepseek_v3",
-        "num_hidden_layers": 5,
-        "first_k_dense_replace": 2,
-        **ROUTED,
-        **LATENT,
-        "attention_bias": True,
-        "rope_parameters": {
-            **YARN,
-            "original_max_position_embeddings": 16,
-            "mscale": 0.7,
-            "mscale_all_dim": 0.4,
-        },
-    },
-    "deepseek v3 with other options": {
-        "model_type": "deepseek_v3",
-        "first_k_dense_replace": 0,
-        **ROUTED,
-        **LATENT,
-        "q_lora_rank": None,
-        "rope_interleave": False,
-        "hidden_act": "gelu",
-    },
     "phi3": {
         "model_type": "phi3",
         "partial_rotary_factor": 0.6,
@@ -397,7 +338,7 @@ def shapes(case: str, param_dtype: Any = jnp.float32) -> tuple[list[tuple[str, A
 def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random weights: kernels keep the scale of their input, norms lie about 1."""
     values = rng.standard_normal(shape).astype(np.float32)
-    if "norm" in name or "scale" in name:
+    if "norm" in name or "scal" in name:
         return 1 + 0.4 * values
     if "bias" in name or "A_log" in name:
         return 0.7 * values

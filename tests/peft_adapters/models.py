@@ -77,6 +77,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20}
         | {"head_dim": 6, "sliding_window": 4, "swiglu_limit": 0.5},
     ),
+    "gemma4_text": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        DECODER
+        | {"num_hidden_layers": 4, "head_dim": 6, "global_head_dim": 12, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+        | {"hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 61},
+    ),
     "glm4_moe": ("Glm4MoeConfig", "Glm4MoeForCausalLM", DECODER | ROUTED | {"use_qk_norm": True}),
     "deepseek_v3": (
         "DeepseekV3Config",
@@ -295,6 +303,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "target_modules": ["in_proj_ba"],
             "target_parameters": ["model.layers.2.mlp.experts.gate_up_proj"],
             "lora_dropout": 0.0,
+        },
+    ),
+    "gemma4 all linear": ("gemma4_text", {"target_modules": "all-linear"}),
+    "gemma4, some layers": (
+        "gemma4_text",
+        {
+            "target_modules": ["q_proj", "v_proj", "per_layer_input_gate"],
+            "layers_to_transform": [0, 3],
         },
     ),
     "glm4_moe all linear": ("glm4_moe", {"target_modules": "all-linear", "lora_dropout": 0.0}),

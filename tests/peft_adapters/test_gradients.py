@@ -35,6 +35,8 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         "gemma2",
         "gemma3",
+        "gemma4",
+        "gemma4 with layers that share keys",
         "phi3",
         "smollm3 with every option",
         "olmo2",

@@ -11,6 +11,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models import Decoder
 from tests.models import tiny as tiny_models
+from tests.models import tiny_stacks
 from tests.train.plan.tiny_plans import planned_for, write
 from tests.train.tiny import CONFIG, write_model, write_rows
 from train.adapters.source import find_adapter
@@ -31,8 +32,8 @@ LATENT = {
     "model_type": "deepseek_v3",
     "num_hidden_layers": 4,
     "first_k_dense_replace": 1,
-    **tiny_models.ROUTED,
-    **tiny_models.LATENT,
+    **tiny_stacks.ROUTED,
+    **tiny_stacks.LATENT,
 }
 of_both = pytest.mark.parametrize("fields", [FIELDS, LATENT], ids=["qwen3.5", "deepseek v3"])
 
@@ -127,7 +128,9 @@ def test_a_run_and_its_answers(tmp_path, capsys, fields) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [FIELDS, {**LATENT, "first_k_dense_replace": 4}])
+@pytest.mark.parametrize(
+    "fields", [FIELDS, {**LATENT, "first_k_dense_replace": 4}, tiny_stacks.CASES["gemma4"]]
+)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_are_those_counted_by_hand(tmp_path, remat: str, fields) -> None:
     folder = write(tmp_path, {**CONFIG, **fields})

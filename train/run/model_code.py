@@ -9,7 +9,7 @@ from typing import Any
 from lora_jax.hf.fields import read_file
 from lora_jax.hf.sources import Source
 from lora_jax.models import ConfigError
-from lora_jax.models.families import FAMILIES, module_of
+from lora_jax.models.families import FAMILIES, declined_field, module_of
 from lora_jax.models.pretrained import open_source
 from train.console.errors import UserError
 
@@ -38,9 +38,11 @@ def code_of(path: Path, asked: str | None) -> str:
     config = path / "config.json" if path.is_dir() else path
     if asked == OURS or config.suffix != ".json" or not config.is_file():
         return OURS
-    kind = read_file(config, "a model", ConfigError).get("model_type")
-    if kind in FAMILIES or not isinstance(kind, str):
+    fields = read_file(config, "a model", ConfigError)
+    kind, declined = fields.get("model_type"), declined_field(fields)
+    if (kind in FAMILIES and declined is None) or not isinstance(kind, str):
         return OURS
+    what = kind if declined is None else f"{kind} with {declined}"
     if importlib.util.find_spec("transformers") is None:
         return OURS  # its error says what is known
     from transformers import CONFIG_MAPPING
@@ -49,13 +51,13 @@ def code_of(path: Path, asked: str | None) -> str:
         return OURS
     if lacking := _lacking():
         raise UserError(
-            f"{config}: no family of this library is a {kind}, and to run transformers' torch "
+            f"{config}: no family of this library is a {what}, and to run transformers' torch "
             f"module {lacking} has to be installed: {_REMEDY}"
         )
-    if kind not in _TOLD:
-        _TOLD.add(kind)
+    if what not in _TOLD:
+        _TOLD.add(what)
         print(
-            f"no family of this library is a {kind}: transformers' torch module runs, by torchax "
+            f"no family of this library is a {what}: transformers' torch module runs, by torchax "
             "(--model-code)",
             file=sys.stderr,
         )

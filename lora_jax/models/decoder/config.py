@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, check_multiple
@@ -11,26 +10,15 @@ from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.fields import read_fields, write_fields
 from lora_jax.models.decoder.rope_fields import RopeScaling
+from lora_jax.models.decoder.runs import LayerKind, runs_of
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
-
-
-class LayerKind(NamedTuple):
-    """The parameters that a layer has: layers of one kind are stacked.
-
-    Attributes:
-      linear: a ``GatedDeltaNet`` in the place of attention.
-      sparse: experts in the place of an MLP.
-    """
-
-    linear: bool = False
-    sparse: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder: Llama, SmolLM2, Mistral, Mixtral, Ministral 3, Qwen2 and 3 (MoE), Qwen3-Next,
-    Qwen3.5 (MoE), Gemma 2 and 3, Phi-3, SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss, GLM-4.5 (MoE),
+    Qwen3.5 (MoE), Gemma 2 to 4, Phi-3, SmolLM3, OLMo 2 and 3, Granite 3, gpt-oss, GLM-4.5 (MoE),
     DeepSeek-V3.
 
     Hashable. Sizes are in elements.
@@ -76,6 +64,16 @@ class DecoderConfig:
         projections of their own. ``head_dim`` is ``qk_nope_head_dim + qk_rope_head_dim``, that of
         values ``v_head_dim``. ``q_lora_rank``: queries come from a vector of this size; None for
         a projection. ``rope_interleave``: RoPE pairs neighbouring dimensions.
+      global_head_dim: the size of heads in layers without a window, of which they have
+        ``num_global_key_value_heads`` for keys; 0 for the same as in others (Gemma 4).
+        ``attention_k_eq_v``: there, keys before their norm are the values as well.
+      num_kv_shared_layers: the number of layers, the last ones, that attend to the keys and values
+        of the last layer before them with, or without, a window. ``use_double_wide_mlp``: their
+        MLPs are twice as wide.
+      value_norm: values are normalised, without a scale.
+      hidden_size_per_layer_input: the size of a vector that a table of
+        ``vocab_size_per_layer_input`` has of a token for each layer; 0 without one.
+      layer_scalars: each layer's output is multiplied by a number of its own.
       linear_layers: the layers with a ``GatedDeltaNet`` in the place of attention (Qwen3.5).
       linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim,
         linear_conv_kernel_dim: their heads, the heads' sizes, and the tokens that the convolution
@@ -147,6 +145,15 @@ class DecoderConfig:
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
     rope_interleave: bool = False
+    global_head_dim: int = 0
+    num_global_key_value_heads: int | None = None
+    attention_k_eq_v: bool = False
+    num_kv_shared_layers: int = 0
+    use_double_wide_mlp: bool = False
+    value_norm: bool = False
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 0
+    layer_scalars: bool = False
     linear_layers: tuple[int, ...] = ()
     linear_num_key_heads: int = 0
     linear_num_value_heads: int = 0
@@ -186,6 +193,25 @@ class DecoderConfig:
             raise ConfigError(
                 f"num_key_value_heads ({self.num_key_value_heads}) is not num_attention_heads "
                 f"({self.num_attention_heads}): each head has a key of its own (kv_lora_rank)"
+            )
+
+        if self.global_head_dim:
+            self._check_whole_layers()
+
+    def _check_whole_layers(self) -> None:
+        check_multiple(global_head_dim=self.global_head_dim, head_dim=self.head_dim)
+        wide = self.num_global_key_value_heads or self.num_key_value_heads
+        check_multiple(
+            num_attention_heads=self.num_attention_heads, num_global_key_value_heads=wide
+        )
+        layers = range(self.num_hidden_layers)
+        lacking = {self.kind_of(i).whole for i in layers if self.kind_of(i).reuses} - {
+            self.kind_of(i).whole for i in layers if not self.kind_of(i).reuses
+        }
+        if lacking:
+            raise ConfigError(
+                f"num_kv_shared_layers ({self.num_kv_shared_layers}) leaves no layer "
+                f"{'without' if True in lacking else 'with'} a window whose keys others could take"
             )
 
     def _check_experts(self) -> None:
@@ -246,28 +272,33 @@ class DecoderConfig:
 
     def kind_of(self, layer: int) -> LayerKind:
         """Returns the kind of a layer."""
-        sparse = self.num_experts > 0 and layer >= self.first_k_dense_replace
-        return LayerKind(layer in self.linear_layers, sparse)
+        return LayerKind(
+            linear=layer in self.linear_layers,
+            sparse=self.num_experts > 0 and layer >= self.first_k_dense_replace,
+            whole=self.global_head_dim > 0 and layer not in self.windowed_layers,
+            reuses=layer >= self.num_hidden_layers - self.num_kv_shared_layers,
+        )
 
     @property
     def runs(self) -> dict[str, dict[str, range]]:
-        """The layers, as runs of stacks that take turns: name -> place -> the layers' numbers.
+        """The layers, as runs of stacks; see ``runs_of``."""
+        first, names = self.first_k_dense_replace, ("dense", "sparse")
+        if self.num_kv_shared_layers:
+            first, names = self.num_hidden_layers - self.num_kv_shared_layers, ("own", "reusing")
+        return runs_of([self.kind_of(i) for i in range(self.num_hidden_layers)], first, names)
 
-        Most models have one run of one stack, both named "". With dense layers before those with
-        experts there are two runs, "dense" and "sparse". In each, the shortest pattern of kinds
-        that repeats has the places, such as "0of4": layers 0, 4, 8, ….
-        """
-        n, first = self.num_hidden_layers, min(self.first_k_dense_replace, self.num_hidden_layers)
-        halves = {"dense": range(first), "sparse": range(first, n)} if 0 < first < n else {}
-        runs = {}
-        for name, numbers in (halves or {"": range(n)}).items():
-            kinds, size = tuple(map(self.kind_of, numbers)), len(numbers)
-            repeats = (p for p in range(1, size + 1) if kinds == kinds[:p] * (size // p))
-            period = next(repeats)
-            runs[name] = {
-                f"{i}of{period}" if period > 1 else "": numbers[i::period] for i in range(period)
-            }
-        return runs
+    def heads_of(self, kind: LayerKind) -> tuple[int, int]:
+        """Returns the number of a layer's heads of keys, and the size of its heads."""
+        if not kind.whole:
+            return self.num_key_value_heads, self.head_dim
+        return self.num_global_key_value_heads or self.num_key_value_heads, self.global_head_dim
+
+    @property
+    def cache_heads(self) -> tuple[int, int]:
+        """The number of heads of keys in a cache, and their size; see ``gemma4.pack``."""
+        wide = self.num_global_key_value_heads or self.num_key_value_heads
+        parts = self.global_head_dim // self.head_dim
+        return max(self.num_key_value_heads, wide * parts), self.head_dim
 
     @property
     def stacks(self) -> dict[str, range]:

@@ -43,6 +43,13 @@ _SAME_WHERE_READ: dict[str, object] = {
     "qk_rope_head_dim": 0,
     "v_head_dim": 0,
     "rope_interleave": False,
+    "global_head_dim": 0,
+    "num_global_key_value_heads": None,
+    "attention_k_eq_v": False,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
     "linear_num_key_heads": 0,
     "linear_num_value_heads": 0,
     "linear_key_head_dim": 0,
@@ -57,7 +64,9 @@ _OF_IMAGES = frozenset(
     """
     vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
     image_token_index boi_token_index eoi_token_index mm_tokens_per_image initializer_range
-    multimodal_projector_bias projector_hidden_act spatial_merge_size vision_feature_layer
+    audio_config boi_token_id eoi_token_id boa_token_id eoa_token_id eoa_token_index audio_token_id
+    vision_soft_tokens_per_image multimodal_projector_bias projector_hidden_act spatial_merge_size
+    vision_feature_layer
     """.split()
 )
 # Fields that outweigh those of the text.
@@ -96,6 +105,7 @@ def read_fields(config: Fields) -> Fields:
     config = _text_fields(config)
     check_known("model_type", config.get("model_type"), FAMILIES)
     family = FAMILIES[config["model_type"]]
+    config = _without_overrides(family, config)
     given = {**family.defaults, **config}
     missing = [name for name in _REQUIRED if given.get(name) is None]
     if missing:
@@ -173,6 +183,26 @@ def write_fields(fields: Fields) -> dict[str, object]:
         kinds |= dict.fromkeys(fields["linear_layers"], "linear_attention")
         out["layer_types"] = list(kinds.values())
     return {**out, **write_rope(family, fields)}
+
+
+def _without_overrides(family: DecoderFamily, config: Fields) -> Fields:
+    """Returns the fields with those of layers without a window, which transformers 5 lists."""
+    listed = config.get("per_layer_config")
+    if "per_layer_config" not in family.reads:
+        return config
+    if not listed:  # heads of another number are for layers whose keys are values
+        unused = () if config.get("attention_k_eq_v") else ("num_global_key_value_heads",)
+        return {name: value for name, value in config.items() if name not in unused}
+    types = config.get("layer_types") or ()
+    whole = {str(i) for i, kind in enumerate(types) if kind == "full_attention"}
+    first, *others = listed.values()
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    if set(listed) != whole or any(first != other for other in others) or set(first) - set(names):
+        raise ConfigError(
+            f"per_layer_config {dict(listed)} is not supported, only head_dim and "
+            "num_key_value_heads that all layers of full_attention have in common"
+        )
+    return {**config, **{names[name]: value for name, value in first.items()}}
 
 
 def _text_fields(config: Fields) -> Fields:

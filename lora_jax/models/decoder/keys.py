@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.hf.keys import Row, SubTensor
-from lora_jax.models.decoder.config import DecoderConfig, LayerKind
+from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.families.family import CORRECTION
+from lora_jax.models.decoder.runs import LayerKind
 from lora_jax.models.key_rows import KeyTable
 from lora_jax.models.specs import (
     COLUMNS,
@@ -26,6 +27,12 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     words = (config.vocab_size, width)
     rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
+    if size := config.hidden_size_per_layer_input:
+        both, table = n * size, "model/embed_tokens_per_layer"
+        rows.add("positions", table, "embedding", (config.vocab_size_per_layer_input, both), ROWS)
+        shape = (width, both)
+        rows.linear("mlp", "model/per_layer_model_projection", shape, COLUMNS, bias=False)
+        rows.add("norm", "model/per_layer_projection_norm", "scale", (size,))
     for place, numbers in config.stacks.items():
         if place:
             rows.begin(place, numbers)
@@ -52,16 +59,23 @@ def _layer(rows: KeyTable, config: DecoderConfig, layer: str, kind: LayerKind) -
     elif config.kv_lora_rank:
         _latent(rows, config, f"{layer}/self_attn")
     else:
-        _attention(rows, config, f"{layer}/self_attn")
+        _attention(rows, config, f"{layer}/self_attn", kind)
     norm(f"{layer}/post_attention_layernorm", width)
     if config.pre_norms and config.post_norms:
         norm(f"{layer}/pre_feedforward_layernorm", width)
     if kind.sparse:
         _mixture(rows, config, mlp)
     else:
-        _mlp(rows, config, mlp, config.intermediate_size)
+        wide = kind.reuses and config.use_double_wide_mlp
+        _mlp(rows, config, mlp, config.intermediate_size * (1 + wide))
     if config.post_norms:
         norm(f"{layer}/post_feedforward_layernorm", width)
+    if size := config.hidden_size_per_layer_input:
+        rows.linear("mlp", f"{layer}/per_layer_input_gate", (width, size), COLUMNS, bias=False)
+        rows.linear("mlp", f"{layer}/per_layer_projection", (size, width), ROWS, bias=False)
+        norm(f"{layer}/post_per_layer_input_norm", width)
+    if config.layer_scalars:
+        rows.named("norm", f"{layer}/layer_scalar", "{}.layer_scalar", (1,), REPLICATED)
 
 
 def _mixture(rows: KeyTable, config: DecoderConfig, mlp: str) -> None:
@@ -130,10 +144,14 @@ def _latent(rows: KeyTable, config: DecoderConfig, path: str) -> None:
     rows.linear("attention", f"{path}/o_proj", out, ROWS, config.o_bias)
 
 
-def _attention(rows: KeyTable, config: DecoderConfig, attention: str) -> None:
-    width, head_dim = config.hidden_size, config.head_dim
-    q_out, kv_out = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+def _attention(rows: KeyTable, config: DecoderConfig, attention: str, kind: LayerKind) -> None:
+    width, (kv_heads, head_dim) = config.hidden_size, config.heads_of(kind)
+    q_out, kv_out = config.num_attention_heads * head_dim, kv_heads * head_dim
     sizes = {"q": q_out * (1 + config.attn_output_gate), "k": kv_out, "v": kv_out}
+    if config.attention_k_eq_v and kind.whole:
+        del sizes["v"]
+    if kind.reuses:
+        sizes = {"q": q_out}
     if config.fused_projections:
         sizes = {"qkv": q_out + 2 * kv_out}
     for name, size in sizes.items():
@@ -142,6 +160,8 @@ def _attention(rows: KeyTable, config: DecoderConfig, attention: str) -> None:
     if config.qk_norm:
         joined = config.qk_norm_joins_heads
         for name, size in (("q", q_out), ("k", kv_out)):
+            if name not in sizes and not config.fused_projections:
+                continue
             rows.add("norm", f"{attention}/{name}_norm", "scale", (size if joined else head_dim,))
     rows.linear("attention", f"{attention}/o_proj", (q_out, width), ROWS, config.o_bias)
     if config.sinks:
@@ -151,6 +171,7 @@ def _attention(rows: KeyTable, config: DecoderConfig, attention: str) -> None:
 
 # Tensors of a bare decoder (transformers' AutoModel) come without the prefix.
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+_OF_KEYS = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 _OF_TEXT = re.compile(r"^(?:model\.)?language_model\.(?:(lm_head\.)|model\.)?")
 _BARE = re.compile(r"(embed_tokens|layers\.\d+|norm)\..+")
 
@@ -160,14 +181,17 @@ def decoder_name(name: str, config: DecoderConfig) -> str:
 
     Files of a model with images put the decoder's tensors below ``language_model.``. Layers behind
     the last one, which predict tokens further on (MTP), are named "further" where the family leaves
-    them out.
+    them out, and keys and values of layers that take those of others "unused".
     """
-    if (match := _LAYER.match(name)) and int(match[1]) >= config.num_hidden_layers:
-        left_out, further = config.family.left_out, f"further.{name}"
-        if left_out and left_out.fullmatch(further):
-            return further
     if config.family.with_images is not None:
         name = _OF_TEXT.sub(lambda match: match[1] or "model.", name)
+    if match := _LAYER.match(name):
+        layer = int(match[1])
+        further, left_out = f"further.{name}", config.family.left_out
+        if layer >= config.num_hidden_layers and left_out and left_out.fullmatch(further):
+            return further
+        if config.kind_of(layer).reuses and _OF_KEYS.search(name):
+            return f"unused.{name}"
     return f"model.{name}" if _BARE.fullmatch(name) else name
 
 

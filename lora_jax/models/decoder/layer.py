@@ -8,12 +8,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.decoder.blocks import MLP, multiply, rms_norm
-from lora_jax.models.decoder.config import DecoderConfig, LayerKind
+from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
+from lora_jax.models.decoder.gemma4 import (
+    KeptKeys,
+    add_input,
+    normalise_values,
+    pack,
+    scale_output,
+    unpack,
+    unpack_cache,
+)
 from lora_jax.models.decoder.latent import project_latent, take_values
 from lora_jax.models.decoder.linear import GatedDeltaNet
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import RopeAngles, rotate
+from lora_jax.models.decoder.runs import LayerKind
 from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blocks import ModelPart, attend_heads, dense
 from lora_jax.models.layers.cache import LayerCache, NewEntries, Recurrent
@@ -33,6 +43,8 @@ class Step(NamedTuple):
       tokens: padding and segments, for linear layers.
       cache: keys and values so far of all layers, where these are several runs; otherwise None, and
         each layer has its own.
+      kept: what layers without keys take, of a layer with a window and of one without; None in
+        other runs.
     """
 
     rope: RopeAngles
@@ -41,6 +53,7 @@ class Step(NamedTuple):
     filled: jax.Array
     tokens: RecurrentTokens
     cache: LayerCache | None = None
+    kept: tuple[KeptKeys, ...] | None = None
 
 
 class PerLayer(NamedTuple):
@@ -52,6 +65,7 @@ class PerLayer(NamedTuple):
       cache: this layer's keys and values so far; None without a cache.
       recurrent: what this layer remembers, if it is linear and there is a cache.
       index: [] int32, the layer's index in ``Step.cache``.
+      inputs: [batch, seq, size], the layer's input of its own; None without one.
     """
 
     windowed: jax.Array
@@ -59,17 +73,17 @@ class PerLayer(NamedTuple):
     cache: LayerCache | None
     recurrent: Recurrent | None
     index: jax.Array | None = None
+    inputs: jax.Array | None = None
 
 
 class Attention(ModelPart):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023) and RoPE."""
 
     config: DecoderConfig
+    kind: LayerKind = LayerKind()
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, step: Step, layer: PerLayer
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: jax.Array, step: Step, layer: PerLayer) -> tuple[jax.Array, NewEntries]:
         """Mixes each token with those that it sees.
 
         Args:
@@ -79,44 +93,64 @@ class Attention(ModelPart):
 
         Returns:
           [batch, seq, d_model], and this call's keys and values, for the cache:
-          each [batch, seq, kv_heads, head_dim].
+          each [batch, seq, kv_heads, head_dim]; None for a layer that takes those of another.
         """
-        cfg = self.config
-        rope = _choose_angles(layer.apart, step.other_rope, step.rope)
+        cfg, cache = self.config, layer.cache
+        rope = self._angles(step, layer)
         gate: list[jax.Array] = []
         if cfg.kv_lora_rank:
             q, k, v = project_latent(self, x, rope)
+        elif step.kept is not None:
+            (q,), kept = self._project(x), step.kept[self.kind.whole]
+            k, v = (unpack(part, cfg, self.kind) for part in kept.new)
+            q, cache = rotate(q, rope), kept.cache
         else:
             q, k, v, *gate = self._project(x)
             q, k = rotate(q, rope), rotate(k, rope)
         if rope.queries is not None:
             q = q * rope.queries.astype(q.dtype)
+        new = None if self.kind.reuses else (k, v)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
-        mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
+        if cfg.global_head_dim:  # known for each stack
+            windowed, layers, some = int(not self.kind.whole), 1, False
+            cache = unpack_cache(cache, cfg, self.kind)
+            new = new and tuple(pack(part, cfg) for part in new)
+        window = cfg.sliding_window if windowed else None
+        mask = step.mask.within(window, layer.windowed if some else None)
         sinks = None
         if cfg.sinks:
             init = nn.initializers.normal(cfg.initializer_range)
             sinks = self.param("sinks", init, (cfg.num_attention_heads,), self.param_dtype)
         # All layers are one program; the name tells a plan how many of them have the window.
-        with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
+        named = some or (cfg.global_head_dim and windowed)
+        with jax.named_scope(f"windowed_{windowed}_of_{layers}" if named else "attention"):
             options = (cfg.score_scale, cfg.attn_logit_softcapping, sinks)
             inputs = AttentionInputs(q, k, v, mask, *options)
-            out = attend_heads(self, inputs, layer.cache, step.filled)
+            out = attend_heads(self, inputs, cache, step.filled)
         if cfg.kv_lora_rank:
             out = take_values(self, out)
         if gate:
             out = out * nn.sigmoid(gate[0].reshape(out.shape))
-        return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)
+        return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), new
+
+    def _angles(self, step: Step, layer: PerLayer) -> RopeAngles:
+        if self.config.global_head_dim and step.other_rope is not None:
+            return step.rope if self.kind.whole else step.other_rope
+        return _choose_angles(layer.apart, step.other_rope, step.rope)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         """Returns queries, keys and values, normalised: [batch, seq, heads, head_dim] each.
 
-        Behind them stand the gates of the outputs, as queries, if there are any.
+        Behind them stand the gates of the outputs, as queries, if there are any. A layer that takes
+        keys and values of another has queries alone.
         """
         cfg = self.config
-        heads = {"q": cfg.num_attention_heads} | dict.fromkeys("kv", cfg.num_key_value_heads)
-        sizes = [n * cfg.head_dim for n in heads.values()]
+        kv_heads, head_dim = cfg.heads_of(self.kind)
+        shares = cfg.attention_k_eq_v and self.kind.whole
+        own = "" if self.kind.reuses else "k" if shares else "kv"
+        heads = {"q": cfg.num_attention_heads} | dict.fromkeys(own, kv_heads)
+        sizes = [n * head_dim for n in heads.values()]
         sizes[0] *= 1 + cfg.attn_output_gate
         if cfg.fused_projections:
             fused = dense(self, sum(sizes), use_bias=cfg.qkv_bias, name="qkv_proj")(x)
@@ -136,6 +170,10 @@ class Attention(ModelPart):
         if cfg.attn_output_gate:
             parts[:1] = jnp.split(parts[0], 2, axis=-1)
             parts.append(parts.pop(1))
+        if shares and own:
+            parts.append(parts[1])
+        if cfg.value_norm and own:
+            parts[2] = normalise_values(parts[2], cfg.rms_norm_eps)
         if cfg.qk_norm and not cfg.qk_norm_joins_heads:
             parts[:2] = [
                 rms_norm(self, name)(part) for name, part in zip(names, parts, strict=False)
@@ -164,7 +202,9 @@ class DecoderLayer(ModelPart):
                 *self.options, products=self.experts, name=cfg.family.mlp_name
             )
         else:
-            mlp = MLP(*self.options, name=cfg.family.mlp_name)
+            wide = self.kind.reuses and cfg.use_double_wide_mlp
+            inner = cfg.intermediate_size * (1 + wide)
+            mlp = MLP(*self.options, inner=inner, name=cfg.family.mlp_name)
 
         before, after = ["input_layernorm", "post_attention_layernorm"], ["", ""]
         if cfg.post_norms:
@@ -185,12 +225,16 @@ class DecoderLayer(ModelPart):
             mixer = GatedDeltaNet(*self.options, name="linear_attn")
             hidden, new = mixer(inputs(0, x), step.tokens, layer.recurrent)
         else:
-            attention = Attention(*self.options, name="self_attn")
+            attention = Attention(*self.options, kind=self.kind, name="self_attn")
             hidden, new = attention(inputs(0, x), step, layer)
-            new = None if layer.cache is None else new
+            new = None if layer.cache is None and not cfg.num_kv_shared_layers else new
         x = added(0, x, hidden)
-        x = self.placement.constrain(added(1, x, mlp(inputs(1, x))), "residual")
-        return x, new
+        x = added(1, x, mlp(inputs(1, x)))
+        if layer.inputs is not None:
+            x = add_input(self, x, layer.inputs)
+        if cfg.layer_scalars:
+            x = scale_output(self, x)
+        return self.placement.constrain(x, "residual"), new
 
 
 def _choose_angles(apart: jax.Array, other: RopeAngles | None, usual: RopeAngles) -> RopeAngles:

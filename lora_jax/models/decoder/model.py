@@ -12,12 +12,14 @@ from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.blocks import multiply, rms_norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
+from lora_jax.models.decoder.gemma4 import keep_last, layer_inputs
 from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
 from lora_jax.models.decoder.rope import RopeAngles, rotations
 from lora_jax.models.layers.blocks import (
     EmbeddingNoise,
     ModelPart,
     add_noise,
+    dense,
     embed,
     insert_vectors,
 )
@@ -75,6 +77,11 @@ class Trunk(ModelPart):
         self.embed_tokens = embed(self, cfg.vocab_size)
         self.layers = stack_layers(self)
         self.norm = rms_norm(self)
+        if size := cfg.hidden_size_per_layer_input:
+            width = cfg.num_hidden_layers * size
+            self.embed_tokens_per_layer = embed(self, cfg.vocab_size_per_layer_input, width=width)
+            self.per_layer_model_projection = dense(self, width, use_bias=False)
+            self.per_layer_projection_norm = rms_norm(self)
 
     @property
     def words(self) -> nn.Embed:
@@ -104,6 +111,9 @@ class Trunk(ModelPart):
         x = add_noise(self.embed_tokens(input_ids), embedding_noise)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        own = None
+        if self.config.hidden_size_per_layer_input:
+            own = layer_inputs(self, self.embed_tokens_per_layer(input_ids), x)
         x = self.placement.constrain(
             insert_vectors(multiply(x, self.config.embedding_multiplier), at, vectors), "residual"
         )
@@ -111,7 +121,8 @@ class Trunk(ModelPart):
             jnp.asarray(np.isin(np.arange(self.config.num_hidden_layers), some))
             for some in (self.config.windowed_layers, self.config.layers_rotated_apart)
         )
-        each = PerLayer(windowed, apart, cache and cache.layers, cache and cache.recurrent)
+        layers, recurrent = cache and cache.layers, cache and cache.recurrent
+        each = PerLayer(windowed, apart, layers, recurrent, inputs=own)
         x, new = run_layers(self.layers, "", x, step, each)
         return self.placement.constrain(self.norm(x), "inputs"), new
 
@@ -144,15 +155,16 @@ class Period(ModelPart):
                 jax.tree.map(lambda x, at=at: x[at], part if is_mine else None)
                 for part, is_mine in ((layers.cache, not linear), (layers.recurrent, linear))
             )
-            mine = PerLayer(layers.windowed[i], layers.apart[i], cache, recurrent)
+            others = layers._replace(cache=None, recurrent=None)
+            others = jax.tree.map(lambda x, i=i: x[i], others)
+            mine = others._replace(cache=cache, recurrent=recurrent)
             x, entries = layer(*self.options, experts=self.experts, kind=kind, name=name)(
                 x, step, mine
             )
             new[linear].append(entries)
-        if layers.cache is None:
-            return x, None
-        stacked = [jax.tree.map(lambda *of: jnp.stack(of), *each) for each in new.values()]
-        return x, (*stacked[0], stacked[1])
+        stacked = [jax.tree.map(lambda *of: jnp.stack(of), *each) for each in new.values() if each]
+        entries = (*(stacked[0] or ()), *stacked[1:])
+        return x, None if not jax.tree.leaves(entries) else entries
 
 
 class Runs(ModelPart):
@@ -174,6 +186,11 @@ class Runs(ModelPart):
             mine = jax.tree.map(lambda x, part=part: x[part], each)
             x, entries = run_layers(stack_layers(self, run, name=run), run, x, step, mine)
             new.append(entries)
+            if self.config.num_kv_shared_layers:
+                kept = keep_last(self.config, range(max(numbers) + 1), new[0], step.cache)
+                step = step._replace(cache=None, kept=kept)
+        if self.config.num_kv_shared_layers:
+            return x, new[0]
         return x, jax.tree.map(lambda *of: jnp.concatenate(of), *new)
 
 

@@ -91,6 +91,8 @@ def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
       and blended linearly in L/w between (Llama 3.1).
     - "yarn": f is kept where it turns more than beta_fast times in L, divided by s where it turns
       less than beta_slow times, and blended linearly in i between (Peng et al. 2023).
+    - "proportional": f is of the whole head, theta^(-2i / head_dim), and 0 beyond a share of the
+      pairs; all divided by s (Gemma 4).
     - "longrope": f / short_factor, or f / long_factor once the text exceeds L (Ding et al. 2024).
 
     Frequencies that change with every token ("dynamic") are refused: they would not fit the keys in
@@ -100,6 +102,12 @@ def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
     scaling = config.rope_scaling
     if scaling is None:
         return jnp.asarray(plain)
+    if scaling.kind == "proportional":
+        size = config.global_head_dim or config.head_dim
+        turned = np.arange(size // 2) < int(scaling.rotated_share * size // 2)
+        exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+        whole = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
+        return jnp.asarray(np.where(turned, whole / np.float32(scaling.factor), np.float32(0)))
     if scaling.kind == "longrope":
         short, long = (
             jnp.asarray((plain / np.asarray(factors, np.float32)).astype(np.float32))

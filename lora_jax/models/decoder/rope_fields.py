@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
@@ -13,6 +14,7 @@ _ORIGINAL = "original_max_position_embeddings"
 _WITHOUT_EFFECT = ("mrope_section", "mrope_interleaved", "max_position_embeddings")
 _BETA = "llama_4_scaling_beta"
 _ALL_DIM = "mscale_all_dim"
+_PROPORTIONAL = "proportional"
 
 # For each kind: the fields that it needs, and those that it may have.
 _KINDS: dict[str, tuple[list[str], list[str]]] = {
@@ -27,6 +29,7 @@ _KINDS: dict[str, tuple[list[str], list[str]]] = {
             f" {_BETA}",
         ),
         ("longrope", "short_factor long_factor", f"{_ORIGINAL} attention_factor factor"),
+        (_PROPORTIONAL, "", "factor rotated_share"),
     )
 }
 
@@ -35,8 +38,9 @@ _KINDS: dict[str, tuple[list[str], list[str]]] = {
 class RopeScaling:
     """A scaling of RoPE's frequencies for contexts longer than those trained on.
 
-    ``kind`` is "linear", "llama3", "yarn" or "longrope"; ``rope.frequencies`` gives the formula of
-    each. ``original_max_position_embeddings`` is the context trained on;
+    ``kind`` is "linear", "llama3", "yarn", "longrope" or "proportional"; ``rope.frequencies`` gives
+    the formula of each. ``rotated_share`` is the part of the pairs that "proportional"
+    rotates. ``original_max_position_embeddings`` is the context trained on;
     ``attention_factor`` multiplies queries and keys; ``short_factor`` and ``long_factor`` have one
     number for each rotated pair. Queries beyond that context are multiplied by
     1 + ``llama_4_scaling_beta`` log(1 + floor(position / context)). ``mscale_all_dim`` scales
@@ -54,6 +58,7 @@ class RopeScaling:
     truncate: bool = True
     llama_4_scaling_beta: float = 0.0
     mscale_all_dim: float = 0.0
+    rotated_share: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -73,7 +78,7 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
       ConfigError: names what is missing or not supported.
     """
     name = family.model_type
-    fields = dict(config.get("rope_parameters") or {})
+    fields = dict(config.get("rope_parameters") or family.defaults.get("rope_parameters") or {})
     local_theta = None
     if family.windows_rotate_apart:
         local = dict(fields.pop("sliding_attention", None) or {})
@@ -94,12 +99,16 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     if family.windows_rotate_apart:
         local_theta = float(local_theta or get("rope_local_base_freq", theta))
     partial = fields.pop("partial_rotary_factor", None) or get("partial_rotary_factor")
+    if kind == _PROPORTIONAL:
+        fields["rotated_share"], partial = float(partial or 1.0), None
     if "partial_rotary_factor" not in family.reads and (partial or 1.0) != 1.0:
         raise ConfigError(f"partial_rotary_factor={partial} is not supported for {name}, only 1")
     if fields.get(_BETA) and _BETA not in family.reads:
         raise ConfigError(f"{_BETA}={fields[_BETA]} is not supported for {name}")
     kind = family.rope_aliases.get(kind, kind)
     kinds = family.rope_kinds or tuple(_KINDS)
+    if kind == "default" and family.rope_kinds == (_PROPORTIONAL,):  # the same, of all pairs
+        kind = _PROPORTIONAL
     if kind == "default":
         scaling = None
     elif kind in kinds:
@@ -129,7 +138,7 @@ def _read_scaling(kind: str, fields: Fields, context: int, original: int | None)
     if unknown:
         raise ConfigError(f"RoPE type {kind!r} with {', '.join(unknown)} is not supported")
     kept = {name: value for name, value in fields.items() if name in known}
-    if kind == "linear":
+    if kind in ("linear", _PROPORTIONAL):
         return RopeScaling(kind=kind, **kept)
     original = original or kept.get("original_max_position_embeddings", context)
     kept["original_max_position_embeddings"] = original
@@ -161,7 +170,7 @@ def _attention_factor(kind: str, fields: Fields, context: int) -> float:
 
 def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, object]:
     """Writes config.json's fields on RoPE for transformers 4 and 5; see ``read_rope``."""
-    out: dict[str, object] = {"rope_theta": fields["rope_theta"]}
+    out: dict[str, Any] = {"rope_theta": fields["rope_theta"]}
     if family.windows_rotate_apart and "rope_local_base_freq" not in family.reads:
         # transformers 5 alone has a base for each; it adds rope_scaling to full_attention's fields.
         bases = {"full_attention": "rope_theta", "sliding_attention": "rope_local_theta"}
@@ -177,6 +186,13 @@ def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, object]:
     if scaling is None:
         default = "rope_scaling" in family.defaults  # would be read if there were none
         return out | ({"rope_scaling": {"rope_type": "default"}} if default else {})
+    if scaling.kind == _PROPORTIONAL:
+        out["rope_parameters"]["full_attention"] |= {
+            "rope_type": scaling.kind,
+            "factor": scaling.factor,
+            "partial_rotary_factor": scaling.rotated_share,
+        }
+        return out
     needed, optional = _KINDS[scaling.kind]
     values = dataclasses.asdict(scaling)
     kept = {name: values[name] for name in (*needed, *optional) if name in values}

@@ -152,11 +152,13 @@ def layer_norm(module: ModelPart, name: str | None = None) -> LayerNorm:
     return LayerNorm(module.config.layer_norm_eps, module.dtype, module.param_dtype, name=name)
 
 
-def embed(module: ModelPart, rows: int, name: str | None = None) -> nn.Embed:
-    """Makes a table of ``rows`` vectors as wide as the model."""
+def embed(
+    module: ModelPart, rows: int, name: str | None = None, *, width: int | None = None
+) -> nn.Embed:
+    """Makes a table of ``rows`` vectors as wide as the model, or of another width."""
     return nn.Embed(
         rows,
-        module.config.hidden_size,
+        module.config.hidden_size if width is None else width,
         dtype=module.dtype,
         param_dtype=module.param_dtype,
         embedding_init=nn.initializers.normal(module.config.initializer_range),

@@ -180,8 +180,9 @@ def init_cache(
             raise ValueError("a cache of tokens shares none of them between rows")
         return own(batch, max_len)  # type: ignore[no-any-return]
     linear = len(getattr(config, "linear_layers", ()))
-    layers = config.num_hidden_layers - linear
-    shape = (layers, batch, config.num_key_value_heads, max_len, config.head_dim)
+    layers = config.num_hidden_layers - linear - getattr(config, "num_kv_shared_layers", 0)
+    heads, size = getattr(config, "cache_heads", (config.num_key_value_heads, config.head_dim))
+    shape = (layers, batch, heads, max_len, size)
     recurrent = None
     if linear:
         tail, state = config.recurrent_shapes  # type: ignore[attr-defined]

@@ -84,10 +84,9 @@ def step_flops(
                 again = chunked if is_head else layers_again and not kept
                 passes = 1 if forward else 2 + trains + again
                 total += 2 * tokens * share * math.prod(leaf.shape_of(name)) * passes
-    heads = config.num_attention_heads * config.head_dim
     linear = len(getattr(config, "linear_layers", ()))
-    layers = config.num_hidden_layers - linear
-    pair = 4 * batch * heads * layers  # of a query and a key, forward
+    whole, windowed = _head_sizes(config)
+    pair = 4 * batch * (whole + windowed)  # of a query and a key, forward
     passes = 1 if forward else 3 + (remat in (*_LAYERS_AGAIN, _KEEPS_ONLY_DENSE))
     if linear:
         total += linear * batch * _delta_rule_flops(config, seq, passes)
@@ -97,9 +96,9 @@ def step_flops(
         pairs = float(attention.pairs(seq, split))
         if branched:  # over rows that are not split
             pairs = float(scores_of(attention, seq, branched=True))
-        if windowed := len(getattr(config, "windowed_layers", ())):
+        if windowed:
             near = attention.pairs(seq, split, window=config.sliding_window)
-            pairs += (near - pairs) * windowed / layers
+            pairs += (near - pairs) * windowed / (whole + windowed)
         return total + pair * pairs * (1 if forward else _OF_KERNELS[remat])
     return total + pair * seq**2 * passes
 
@@ -125,13 +124,12 @@ def model_flops(
         tokens = batch * (predicted if is_head and predicted is not None else seq)
         total += 2 * tokens * size * (2 + isinstance(leaf, Trained))
     linear = len(getattr(config, "linear_layers", ()))
-    windowed = len(getattr(config, "windowed_layers", ()))
-    whole = config.num_hidden_layers - linear - windowed
+    whole, windowed = _head_sizes(config)
     pairs = whole * seq * (seq + 1) / 2
     if windowed:
         reach = min(config.sliding_window or seq, seq)
         pairs += windowed * (reach * (reach + 1) / 2 + (seq - reach) * reach)
-    total += 3 * 4 * batch * config.num_attention_heads * config.head_dim * pairs
+    total += 3 * 4 * batch * pairs
     return total + (linear and linear * batch * _delta_rule_flops(config, seq, 3))
 
 
@@ -150,6 +148,15 @@ def _multiplied(config: DecoderConfig, params: Any) -> Iterator[tuple[str, Any, 
         if kind_of[path] == "experts":
             size *= config.num_experts_per_tok / config.num_experts
         yield path, leaf, size, is_head
+
+
+def _head_sizes(config: DecoderConfig) -> tuple[int, int]:
+    """Returns the sizes of all heads, summed over layers without a window, and with one."""
+    windowed = len(getattr(config, "windowed_layers", ()))
+    whole = config.num_hidden_layers - len(getattr(config, "linear_layers", ())) - windowed
+    wide = getattr(config, "global_head_dim", 0) or config.head_dim
+    heads = config.num_attention_heads
+    return heads * wide * whole, heads * config.head_dim * windowed
 
 
 def _delta_rule_flops(config: DecoderConfig, seq: int, passes: int) -> float:

@@ -27,6 +27,8 @@ class DecoderFamily:
       defaults: transformers' defaults for fields of config.json, where they are not Llama's.
       refuses: further fields in its files that would change the forward pass, and the only value of
         each that is supported.
+      declines: fields in its files with which none of our code runs them: scripts take
+        transformers' torch module instead.
       traits: the fields of ``DecoderConfig`` that are the same in all its models.
       windowed: (get, number of layers) -> the layers with a window in a file that has a window and
         no layer_types.
@@ -62,6 +64,7 @@ class DecoderFamily:
     reads: frozenset[str]
     defaults: Fields = dataclasses.field(default_factory=dict)
     refuses: Fields = dataclasses.field(default_factory=dict)
+    declines: tuple[str, ...] = ()
     traits: Fields = dataclasses.field(default_factory=dict)
     windowed: Callable[[Get, int], range | tuple[int, ...]] = lambda get, n_layers: range(n_layers)
     rope_free: Callable[[Get, int], tuple[int, ...]] = lambda get, n_layers: ()

@@ -28,6 +28,7 @@ _ALL = (
     qwen.QWEN3_5_MOE,
     gemma.GEMMA2,
     gemma.GEMMA3,
+    gemma.GEMMA4,
     phi.PHI3,
     smollm.SMOLLM3,
     olmo.OLMO2,
