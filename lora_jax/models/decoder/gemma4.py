@@ -23,8 +23,8 @@ class KeptKeys(NamedTuple):
     """A layer's keys and values, for layers behind it that have none of their own.
 
     Attributes:
-      new: those of this call, as a cache has them: [batch, seq, heads, size] each.
-      cache: those before it; None without a cache.
+      new: keys and values of this call, laid out as in a cache: [batch, seq, heads, size] each.
+      cache: keys and values of earlier calls; None without a cache.
     """
 
     new: NewEntries
@@ -34,13 +34,13 @@ class KeptKeys(NamedTuple):
 def keep_last(
     config: DecoderConfig, numbers: range, new: NewEntries, cache: LayerCache | None
 ) -> tuple[KeptKeys, ...]:
-    """Returns what the last layer with a window keeps, and what the last one without does.
+    """Returns the keys and values of the last layer with a window, and of the last one without.
 
     Args:
       config: the decoder's.
       numbers: the layers of a run from the first on.
-      new: their keys and values of this call, stacked on axis 0.
-      cache: those of all layers before it.
+      new: keys and values of this call, stacked on axis 0 by layers.
+      cache: keys and values of earlier calls, stacked so.
     """
 
     def kept(whole: bool) -> KeptKeys:
@@ -92,8 +92,8 @@ def layer_inputs(trunk: ModelPart, table: jax.Array, words: jax.Array) -> jax.Ar
 
     Args:
       trunk: the module that has the projection and its norm.
-      table: what the table of all layers has of the tokens, [batch, seq, layers * size].
-      words: the embedded tokens, [batch, seq, d_model].
+      table: vectors of the tokens for all layers, [batch, seq, layers * size].
+      words: embedded tokens, [batch, seq, d_model].
     """
     cfg: DecoderConfig = trunk.config
     size = cfg.hidden_size_per_layer_input
@@ -105,7 +105,13 @@ def layer_inputs(trunk: ModelPart, table: jax.Array, words: jax.Array) -> jax.Ar
 
 
 def add_input(layer: ModelPart, x: jax.Array, own: jax.Array) -> jax.Array:
-    """Adds what a layer makes of its input: x is [batch, seq, d_model], `own` of its own size."""
+    """Adds a layer's own input, gated by the stream and projected, to the stream.
+
+    Args:
+      layer: the module that has the projections, in its compact method.
+      x: the stream, [batch, seq, d_model].
+      own: the layer's input, [batch, seq, size].
+    """
     cfg: DecoderConfig = layer.config
     gate = dense(layer, own.shape[-1], use_bias=False, name="per_layer_input_gate")(x)
     part = ACTIVATION[cfg.hidden_act](gate) * own

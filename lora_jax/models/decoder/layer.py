@@ -43,8 +43,8 @@ class Step(NamedTuple):
       tokens: padding and segments, for linear layers.
       cache: keys and values so far of all layers, where these are several runs; otherwise None, and
         each layer has its own.
-      kept: what layers without keys take, of a layer with a window and of one without; None in
-        other runs.
+      kept: keys and values for layers that have none of their own: of a layer with a window, and of
+        one without; None in other runs.
     """
 
     rope: RopeAngles

@@ -81,12 +81,9 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     fields = dict(config.get("rope_parameters") or family.defaults.get("rope_parameters") or {})
     local_theta = None
     if family.windows_rotate_apart:
-        local = dict(fields.pop("sliding_attention", None) or {})
+        local_theta = _take_local_theta(fields)
         fields |= fields.pop("full_attention", None) or {}
         fields |= config.get("rope_scaling") or {}
-        local_theta = local.pop("rope_theta", None)
-        if (kind := local.pop("rope_type", "default")) != "default" or any(local.values()):
-            raise ConfigError(f"RoPE type {kind!r} of sliding_attention ({local}) is not supported")
     else:
         fields = fields or dict(get("rope_scaling") or {})
     nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
@@ -106,7 +103,7 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
     if fields.get(_BETA) and _BETA not in family.reads:
         raise ConfigError(f"{_BETA}={fields[_BETA]} is not supported for {name}")
     kind = family.rope_aliases.get(kind, kind)
-    kinds = family.rope_kinds or tuple(_KINDS)
+    kinds = family.rope_kinds or tuple(name for name in _KINDS if name != _PROPORTIONAL)
     if kind == "default" and family.rope_kinds == (_PROPORTIONAL,):  # the same, of all pairs
         kind = _PROPORTIONAL
     if kind == "default":
@@ -125,6 +122,15 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
         "rope_local_theta": local_theta,
         "partial_rotary_factor": float(partial or 1.0),
     }
+
+
+def _take_local_theta(fields: dict[str, Any]) -> float | None:
+    """Takes the fields of layers with a window out; returns the base of their rotations."""
+    local = dict(fields.pop("sliding_attention", None) or {})
+    theta: float | None = local.pop("rope_theta", None)
+    if (kind := local.pop("rope_type", "default")) != "default" or any(local.values()):
+        raise ConfigError(f"RoPE type {kind!r} of sliding_attention ({local}) is not supported")
+    return theta
 
 
 def _read_scaling(kind: str, fields: Fields, context: int, original: int | None) -> RopeScaling:
