@@ -64,7 +64,7 @@ class PerLayer(NamedTuple):
       apart: [] bool, True if this layer is rotated apart.
       cache: this layer's keys and values so far; None without a cache.
       recurrent: what this layer remembers, if it is linear and there is a cache.
-      index: [] int32, the layer's index in ``Step.cache``.
+      number: [] int32, the layer's index in ``Step.cache``.
       inputs: [batch, seq, size], the layer's input of its own; None without one.
     """
 
@@ -72,7 +72,7 @@ class PerLayer(NamedTuple):
     apart: jax.Array
     cache: LayerCache | None
     recurrent: Recurrent | None
-    index: jax.Array | None = None
+    number: jax.Array | None = None
     inputs: jax.Array | None = None
 
 
@@ -109,7 +109,7 @@ class Attention(ModelPart):
             q, k = rotate(q, rope), rotate(k, rope)
         if rope.queries is not None:
             q = q * rope.queries.astype(q.dtype)
-        new = None if self.kind.reuses else (k, v)
+        new: NewEntries = None if self.kind.reuses else (k, v)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
         if cfg.global_head_dim:  # known for each stack
@@ -194,7 +194,7 @@ class DecoderLayer(ModelPart):
         cfg, x = self.config, layer_input(x, self.remat)
         if step.cache is not None:
             take = functools.partial(
-                jax.lax.dynamic_index_in_dim, index=layer.index, keepdims=False
+                jax.lax.dynamic_index_in_dim, index=layer.number, keepdims=False
             )
             layer = layer._replace(cache=jax.tree.map(take, step.cache))
         if self.kind.sparse:

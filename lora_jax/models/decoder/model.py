@@ -178,7 +178,7 @@ class Runs(ModelPart):
         """Runs all layers; see ``run_layers``."""
         # A slice of the cache for each run would be a copy: all see the whole.
         step = step._replace(cache=each.cache)
-        each = each._replace(cache=None, index=jnp.arange(self.config.num_hidden_layers))
+        each = each._replace(cache=None, number=jnp.arange(self.config.num_hidden_layers))
         new = []
         for run, places in self.config.runs.items():
             numbers = [number for stack in places.values() for number in stack]

@@ -31,7 +31,7 @@ def runs_of(
     Args:
       kinds: the layers'.
       first: the number of layers in the first run.
-      names: those of two runs.
+      names: names of two runs.
     """
     n = len(kinds)
     parts = dict(zip(names, (range(first), range(first, n)), strict=True))
