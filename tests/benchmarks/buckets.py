@@ -42,7 +42,7 @@ def main() -> None:
         rows = write_rows(folder / "rows.jsonl", 200)
         line = ["--model", model, "--dataset", rows, "--batch-size", 8, "--seq-len", 128]
         line += ["--steps", asked.steps, "--save-every", asked.save_every, "--log-every", _LOG]
-        line += ["--report-to", "none", "--eval-questions", 0]
+        line += ["--report-to", "none"]
 
         def took(output: str) -> float:
             words = [sys.executable, "-m", "train.sft", *line, "--output", output]
