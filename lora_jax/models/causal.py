@@ -60,7 +60,8 @@ class CausalLM(ModelPart):
             at the prompt, which comes first, and another number at each completion, which sees the
             prompt and itself. ``positions`` are needed, too: each completion's go on from the end
             of its prompt.
-          **inputs: other inputs of a family's trunk: ``pixel_values`` of ``SmolVLM``.
+          **inputs: other inputs of a family's trunk: ``pixel_values`` of ``SmolVLM``, and
+            ``routing`` of a ``Decoder`` with experts.
 
         Returns:
           Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and

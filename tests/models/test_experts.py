@@ -177,7 +177,9 @@ def test_meshes(text: str, case: str, float64: None) -> None:
     tree = with_random_factors(lj.lorafy(params, rules))
 
     def gradients(module: SparseMLP, tree: Any, x: jax.Array) -> Any:
-        forward = lj.adapt(lambda params, x: module.apply({"params": params[name]}, x), strict=True)
+        forward = lj.adapt(
+            lambda params, x: module.apply({"params": params[name]}, x)[0], strict=True
+        )
 
         def loss(adapter: Any, base: Any, x: jax.Array) -> jax.Array:
             return jnp.sum(jnp.sin(forward(lj.join(adapter, base), x)))

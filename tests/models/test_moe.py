@@ -62,7 +62,7 @@ def _values_and_gradients(
 ) -> Any:
     def loss(params: Any, x: jax.Array) -> Any:
         if other is None:
-            out = module.apply({"params": params}, x)
+            out, _ = module.apply({"params": params}, x)
         else:
             out = other(params, x, module.config)
         return jnp.sum(out * weights), out
@@ -94,7 +94,7 @@ def test_the_kernels_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
     def gradient() -> str:
         def loss(x: jax.Array, params: Any) -> jax.Array:
-            return jnp.sum(module.apply({"params": params}, x) ** 2)
+            return jnp.sum(module.apply({"params": params}, x)[0] ** 2)
 
         return jax.jit(jax.grad(loss)).lower(x, params).compile().as_text()
 

@@ -121,7 +121,7 @@ class DistillationRollouts(Rollouts):
         batch = self.feed.batch_from_completions(rows, drawn)
         old, entropy = self.log_probabilities(params, batch)
         shown = self.feed.batch_from_completions(rows, drawn, self._prompts, self._widths)
-        theirs, _ = self.log_probabilities(self._params, shown, self._teacher)
+        theirs, _ = self.log_probabilities(self._params, shown, self._teacher, replays=False)
         counted = batch["weights"] > 0
         gain = np.where(counted, theirs - old, 0.0).astype(np.float32)
         group = self.config.data.group

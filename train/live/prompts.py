@@ -14,6 +14,7 @@ from lora_jax.training.data.batches import Arrays, HostBatch, round_up
 from lora_jax.training.data.order import Order, list_rows
 from lora_jax.training.data.rows import Row, name_of
 from lora_jax.training.data.sequences import few_lengths
+from train.live.fill import fill, fill_routing
 from train.live.turns.use import ToolUse
 from train.reporters.contract import Sample
 from train.rewards.find import Rewards
@@ -128,6 +129,9 @@ class GroupedCompletions(NamedTuple):
       texts: the texts, group after group; of several turns, what the model said last.
       turns: [prompts, group], a `TurnCompletion` each, whose tokens are not all the model's own;
         None for completions of one turn.
+      routing: [prompts, group, slots, layers, k], the experts of each token: the last n - 1 slots
+        are the completion's, and the prompt ends before them. -1 for tokens whose experts nobody
+        knows; None where nobody asks.
     """
 
     tokens: np.ndarray
@@ -136,6 +140,7 @@ class GroupedCompletions(NamedTuple):
     ended: np.ndarray
     texts: np.ndarray
     turns: Any = None
+    routing: np.ndarray | None = None
 
     @property
     def is_own(self) -> np.ndarray:
@@ -169,6 +174,8 @@ class PromptFeed:
       sequence_parts: the parts that the mesh splits a row into.
       share_prompt: whether a row is a prompt and all its completions, which see the prompt and
         themselves.
+      routing: layers with experts and experts of a token, where a step replays the sampler's choice
+        of these; None where it does not.
     """
 
     config: Any
@@ -186,8 +193,11 @@ class PromptFeed:
     done: int = 0
     sequence_parts: int = 1
     share_prompt: bool = False
+    routing: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.tools is not None:  # rows that wait for tools keep no record of their experts
+            self.routing = None
         optim, group = self.config.optim, self.config.data.group
         n, parts = len(self.prompts.tokens), optim.grad_accum
         self.order = Order(optim.seed, n, optim.batch_size // group, parts)
@@ -237,6 +247,8 @@ class PromptFeed:
             rows, of = (rows[0], self.batch_size // group), (group,)
             ints |= {"branches": ints["ids"], "completions": ()}
         ints |= dict.fromkeys(("predict_at", "targets", "weights"), (*of, new))
+        if self.routing is not None:
+            ints["routing"] = (*ints["ids"], *self.routing)
         numbers = dict.fromkeys(self.per_token, (*of, new)) | dict.fromkeys(self.per_completion, of)
         batch = {name: np.zeros((*rows, *shape), np.int32) for name, shape in ints.items()}
         return batch | {
@@ -282,14 +294,22 @@ class PromptFeed:
         asked = [prompts.tokens[row] for row in np.repeat(rows, data.group // n).tolist()]
         if drawn.turns is not None:  # an environment may have opened them
             asked = [turns.prompt for turns in drawn.turns.reshape(-1, n)[:, 0]]
+        routing = drawn.routing if prompts is self.prompts else None
+        if routing is not None:
+            routing = routing.reshape(-1, n, *routing.shape[2:])
         longest = max(len(ids) + int(of.sum()) for ids, of in zip(asked, lengths, strict=True))
         batch = self.batch(0, (widths or self.widths).row(longest))
+        if self.routing is not None:
+            batch["routing"][:] = -1
         flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
         counts = is_own & (ended | (not data.mask_truncated))[..., None]
         for at, prompt in enumerate(asked):
             row = {name: array[at] for name, array in flat.items()}
             completions = [ids[:size] for ids, size in zip(tokens[at], lengths[at], strict=True)]
-            _fill(row, prompt, completions, counts[at])
+            fill(row, prompt, completions, counts[at])
+            if routing is not None:
+                at_row = (row["routing"], len(prompt), lengths[at], routing[at])
+                fill_routing(*at_row, data.max_new_tokens)
         if self.share_prompt:
             batch["completions"][:] = n
         return batch
@@ -340,32 +360,3 @@ class PromptFeed:
             with np.load(io.BytesIO(base64.b64decode(completions))) as arrays:
                 self.held = (step - step % updates, dict(arrays))
         return kept == self.order.cursor(-(-step // updates))
-
-
-def _fill(
-    row: HostBatch, prompt: Sequence[int], completions: Sequence[np.ndarray], counts: np.ndarray
-) -> None:
-    """Fills in the arrays of a row: a prompt, then completions, each of which goes on from it.
-
-    Args:
-      row: the arrays of zeros; `branches` where there are several completions.
-      prompt: its tokens.
-      completions: the tokens of each.
-      counts: [completions, n] bool, whether to learn from each token.
-    """
-    targets = {
-        name: row[name].reshape(len(completions), -1)
-        for name in ("predict_at", "targets", "weights")
-    }
-    before, end = len(prompt), len(prompt)
-    row["ids"][:before], row["positions"][:before] = prompt, np.arange(before)
-    for at, ids in enumerate(completions):
-        n = len(ids)
-        here, end = slice(end, end + n), end + n
-        row["ids"][here], row["positions"][here] = ids, np.arange(before, before + n)
-        if "branches" in row:
-            row["branches"][here] = at + 1
-        targets["predict_at"][at, :n] = np.arange(here.start - 1, end - 1)
-        targets["predict_at"][at, : min(n, 1)] = before - 1  # the prompt's last token predicts
-        targets["targets"][at, :n], targets["weights"][at, :n] = ids, counts[at, :n]
-    row["segment_ids"][:end] = 1

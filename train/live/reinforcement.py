@@ -105,7 +105,7 @@ class RewardedRollouts(Rollouts):
         batch["old"] = old
         counted = batch["weights"] > 0
         if self._reference is not None:
-            reference, _ = self.log_probabilities(self._reference, batch)
+            reference, _ = self.log_probabilities(self._reference, batch, replays=False)
             if optim.loss == RLOO:
                 apart = np.where(counted, old - reference, 0).sum(-1)
                 flat_rewards = flat_rewards - optim.beta * apart.ravel()

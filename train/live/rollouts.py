@@ -106,9 +106,18 @@ class Rollouts(abc.ABC):
         return batch
 
     def log_probabilities(
-        self, params: Tree, batch: HostBatch, score: Any = None
+        self, params: Tree, batch: HostBatch, score: Any = None, *, replays: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns log-probabilities and entropies of completions, [accumulate, batch, n] each."""
+        """Returns log-probabilities and entropies of completions, [accumulate, batch, n] each.
+
+        Args:
+          params: the adapted tree.
+          batch: the completions.
+          score: another model's scorer; None for that of the model that trains.
+          replays: whether the sampler's choice of experts is that of these parameters.
+        """
+        if not replays:
+            batch = {name: array for name, array in batch.items() if name != "routing"}
         chunks = []
         for part in range(len(batch["ids"])):
             arrays = {name: array[part] for name, array in batch.items()}
@@ -134,7 +143,10 @@ class Rollouts(abc.ABC):
         for first in range(0, len(rows), at_once):
             some = np.resize(rows[first : first + at_once], at_once)  # all parts have as many rows
             parts.append(self._sample_part(params, some, key, first * group))
-        drawn = [np.concatenate(arrays)[: len(rows) * group] for arrays in zip(*parts, strict=True)]
+        *drawn, routing = (
+            None if arrays[0] is None else np.concatenate(arrays)[: len(rows) * group]
+            for arrays in zip(*parts, strict=True)
+        )
         tokens, logps, lengths, ended = (np.array(array) for array in drawn)
         texts, stops = [], StopTexts(self.of.outline.tokenizer, self.config.data.stop)
         for at, ids in enumerate(tokens):
@@ -143,7 +155,10 @@ class Rollouts(abc.ABC):
                 lengths[at], ended[at] = cut, True
             texts.append(text)
         arrays = (tokens, logps, lengths, ended, np.array(texts, object))
-        return GroupedCompletions(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
+        grouped = GroupedCompletions(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
+        if routing is None:
+            return grouped
+        return grouped._replace(routing=routing.reshape(-1, group, *routing.shape[1:]))
 
     def key(self, number: int, attempt: int) -> jax.Array:
         """Returns the key of a draw; see `draw`."""
@@ -151,7 +166,10 @@ class Rollouts(abc.ABC):
         return jax.random.fold_in(jax.random.fold_in(key, number), attempt)
 
     def _sample_part(self, params: Tree, rows: np.ndarray, key: jax.Array, first: int) -> Any:
-        """Returns the tokens, log-probabilities, lengths and ends of a part's completions."""
+        """Returns the `Samples` of a part's completions, on the host.
+
+        Their `routing` is as wide in all parts: prompts end before the same slot.
+        """
         data, layout, ends = self.config.data, self.of.layout, end_tokens(self.of.outline)
         prompts = [self.feed.prompts.tokens[row] for row in rows.tolist()]
         width = self.feed.widths.prompt(self.feed.prompts.longest_of(rows))
@@ -172,5 +190,10 @@ class Rollouts(abc.ABC):
                 key=row_keys(key, numbers),
                 eos_token_id=ends or None,
                 apply=self.apply,
+                with_routing=self.feed.routing is not None,
             )
-            return jax.tree.map(np.asarray, tuple(self._everywhere(drawn)))
+            drawn = jax.tree.map(np.asarray, self._everywhere(drawn))
+        if drawn.routing is None:
+            return tuple(drawn)
+        wider = [(0, 0), (self.feed.widths.prompts[-1] - width, 0), (0, 0), (0, 0)]
+        return tuple(drawn._replace(routing=np.pad(drawn.routing, wider, constant_values=-1)))

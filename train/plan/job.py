@@ -229,6 +229,8 @@ def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
     predicted = [*each, job.max_new_tokens] if grouped else [job.predicted]
     ints |= dict.fromkeys(by_place, [job.row]) | dict.fromkeys(by_target, predicted)
     ints |= job.kind.counts
+    if job.kind.draws and (n := job.outline.active_experts):  # that the sampler has chosen
+        ints["routing"] = [job.row, job.outline.config.num_hidden_layers, n]
     numbers: dict[str, Any] = {
         name: predicted if sizes is None else [*each, *sizes]
         for name, sizes in job.kind.numbers.items()

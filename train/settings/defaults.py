@@ -44,8 +44,9 @@ def fill_defaults(options: Any, defaults: Defaults) -> Any:
     is_new = not _began_without(options, "chat_template")
     if template and getattr(data, "chat_template", "") is None and is_new:
         data = dataclasses.replace(data, chat_template=str(template))
-    if getattr(data, "share_prompt", False) and _began_without(options, "share_prompt"):
-        data = dataclasses.replace(data, share_prompt=False)
+    for name in ("share_prompt", "replay_routing"):
+        if getattr(data, name, False) and _began_without(options, name):
+            data = dataclasses.replace(data, **{name: False})
     for name in ("model", "tokenizer", "chat_template"):
         if given := getattr(data, name, None):
             data = dataclasses.replace(data, **{name: absolute_path(given)})

@@ -34,6 +34,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
         per_token=("old", "advantages"),
         per_completion=(),
         sequence_parts=prompts.sequence_parts(config.run.mesh),
+        routing=prompts.replayed_routing(config, outline),
     )
     feed, sharing = prompts.share_prompts(feed, [outline, teacher])
     data = config.data

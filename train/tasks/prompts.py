@@ -112,6 +112,7 @@ def _with_tools(
         rewards=rewards,
         tools=tools,
         sequence_parts=sequence_parts(config.run.mesh),
+        routing=replayed_routing(config, outline),
     )
     feed, sharing = share_prompts(feed, [outline])
     lines = [f"completions are rewarded by {', '.join(rewards.names)}", *told, *sharing]
@@ -126,6 +127,20 @@ def sequence_parts(mesh: str | None) -> int:
     """Returns a number of parts that the mesh of --mesh can split a row into."""
     parts = parse_mesh(mesh).get("sequence", 1)
     return parts if parts > 0 else len(all_devices())
+
+
+def replayed_routing(config: Any, outline: ModelInfo) -> tuple[int, int] | None:
+    """Returns the layers and experts of a token whose choice is replayed; None where none is.
+
+    Raises:
+      UserError: --no-replay-routing, and the model has no experts.
+    """
+    n = outline.active_experts
+    if not config.data.replay_routing:
+        if n is None and not config.run.resume:
+            raise UserError(f"--no-replay-routing: the model {outline.name} has no experts")
+        return None
+    return None if n is None else (outline.config.num_hidden_layers, n)
 
 
 def check_columns(config: Config, rewards: Rewards, held_out: TokenizedPrompts | None) -> None:

@@ -66,6 +66,8 @@ class PerLayer(NamedTuple):
       recurrent: what this layer remembers, if it is linear and there is a cache.
       number: [] int32, the layer's index in ``Step.cache``.
       inputs: [batch, seq, size], the layer's input of its own; None without one.
+      routing: [batch, seq, k] int, the experts of each token, -1 for the router's choice; None
+        where nobody gives or asks for them.
     """
 
     windowed: jax.Array
@@ -74,6 +76,7 @@ class PerLayer(NamedTuple):
     recurrent: Recurrent | None
     number: jax.Array | None = None
     inputs: jax.Array | None = None
+    routing: jax.Array | None = None
 
 
 class Attention(ModelPart):
@@ -189,8 +192,15 @@ class DecoderLayer(ModelPart):
     kind: LayerKind = LayerKind()
 
     @nn.compact
-    def __call__(self, x: jax.Array, step: Step, layer: PerLayer) -> tuple[jax.Array, NewEntries]:
-        """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
+    def __call__(
+        self, x: jax.Array, step: Step, layer: PerLayer
+    ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
+        """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``.
+
+        Returns:
+          The carry; and the entries for the cache, with the experts of each token where
+          ``layer.routing`` is given.
+        """
         cfg, x = self.config, layer_input(x, self.remat)
         if step.cache is not None:
             take = functools.partial(
@@ -229,12 +239,18 @@ class DecoderLayer(ModelPart):
             hidden, new = attention(inputs(0, x), step, layer)
             new = None if layer.cache is None and not cfg.num_kv_shared_layers else new
         x = added(0, x, hidden)
-        x = added(1, x, mlp(inputs(1, x)))
+        routing = None if layer.routing is None else layer.routing.astype(jnp.int32)
+        if self.kind.sparse:
+            hidden, routing = mlp(inputs(1, x), layer.routing)
+        else:
+            hidden = mlp(inputs(1, x))
+        x = added(1, x, hidden)
         if layer.inputs is not None:
             x = add_input(self, x, layer.inputs)
         if cfg.layer_scalars:
             x = scale_output(self, x)
-        return self.placement.constrain(x, "residual"), new
+        x = self.placement.constrain(x, "residual")
+        return x, (new, None if layer.routing is None else routing)
 
 
 def _choose_angles(apart: jax.Array, other: RopeAngles | None, usual: RopeAngles) -> RopeAngles:

@@ -65,7 +65,9 @@ class Decoder(CausalLM):
 class Trunk(ModelPart):
     """Embedding, scanned layers and the final norm: everything but the head.
 
-    ``vectors`` stand in the places ``at`` of embedded tokens; see ``insert_vectors``.
+    ``vectors`` stand in the places ``at`` of embedded tokens; see ``insert_vectors``. ``routing``,
+    [batch, seq, layers, k] int, are the experts that tokens go through, such as those of a sampler;
+    -1 stands for the router's choice.
     """
 
     config: DecoderConfig
@@ -96,7 +98,9 @@ class Trunk(ModelPart):
         embedding_noise: EmbeddingNoise | None,
         at: jax.Array | None = None,
         vectors: jax.Array | None = None,
+        routing: jax.Array | None = None,
     ) -> tuple[jax.Array, NewEntries]:
+        self._check_routing(routing)
         positions = placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.max_len
         rope = rotations(positions, self.config, length)
@@ -121,10 +125,27 @@ class Trunk(ModelPart):
             jnp.asarray(np.isin(np.arange(self.config.num_hidden_layers), some))
             for some in (self.config.windowed_layers, self.config.layers_rotated_apart)
         )
-        layers, recurrent = cache and cache.layers, cache and cache.recurrent
-        each = PerLayer(windowed, apart, layers, recurrent, inputs=own)
-        x, new = run_layers(self.layers, "", x, step, each)
+        if routing is not None:
+            routing = jnp.moveaxis(routing, 2, 0)
+        elif cache is not None and cache.routing is not None:
+            shape = (self.config.num_hidden_layers, *input_ids.shape, cache.routing.shape[-1])
+            routing = jnp.full(shape, -1, jnp.int32)
+        of_cache = (cache and cache.layers, cache and cache.recurrent)
+        each = PerLayer(windowed, apart, *of_cache, inputs=own, routing=routing)
+        x, (new, chosen) = run_layers(self.layers, "", x, step, each)
+        if cache is not None:
+            new = (*new, *[None] * (3 - len(new)), chosen)
         return self.placement.constrain(self.norm(x), "inputs"), new
+
+    def _check_routing(self, routing: jax.Array | None) -> None:
+        """Raises a ValueError for experts of another number of layers, or of a dense model."""
+        cfg = self.config
+        want = (cfg.num_hidden_layers, cfg.num_experts_per_tok if cfg.num_experts else 0)
+        if routing is not None and routing.shape[2:] != want:
+            raise ValueError(
+                f"routing has the experts of {routing.shape[2:]} layers and choices, and the model "
+                f"has {want}: give [batch, seq, layers, k], to a mixture of experts"
+            )
 
 
 class Period(ModelPart):
@@ -135,7 +156,9 @@ class Period(ModelPart):
     run: str = ""  # see ``DecoderConfig.runs``
 
     @nn.compact
-    def __call__(self, x: jax.Array, step: Step, layers: PerLayer) -> tuple[jax.Array, NewEntries]:
+    def __call__(
+        self, x: jax.Array, step: Step, layers: PerLayer
+    ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``DecoderLayer``.
 
         Args:
@@ -144,10 +167,12 @@ class Period(ModelPart):
           layers: the layers' own input: with as many entries on axis 0 as there are such layers.
 
         Returns:
-          [batch, seq, d_model], and the layers' keys, values and memories, stacked on axis 0.
+          [batch, seq, d_model]; and the layers' keys, values and memories, stacked on axis 0, with
+          the experts of each token where ``layers.routing`` is given.
         """
         layer = rematerialise(DecoderLayer, self.remat)
         new: dict[bool, list[Any]] = {False: [], True: []}
+        chosen: list[Any] = []
         for i, (name, numbers) in enumerate(self.config.runs[self.run].items()):
             kind = self.config.kind_of(numbers[0])
             linear, at = kind.linear, len(new[kind.linear])
@@ -158,13 +183,15 @@ class Period(ModelPart):
             others = layers._replace(cache=None, recurrent=None)
             others = jax.tree.map(lambda x, i=i: x[i], others)
             mine = others._replace(cache=cache, recurrent=recurrent)
-            x, entries = layer(*self.options, experts=self.experts, kind=kind, name=name)(
-                x, step, mine
-            )
+            x, (entries, experts) = layer(
+                *self.options, experts=self.experts, kind=kind, name=name
+            )(x, step, mine)
             new[linear].append(entries)
+            chosen.append(experts)
+        routing = None if layers.routing is None else jnp.stack(chosen)
         stacked = [jax.tree.map(lambda *of: jnp.stack(of), *each) for each in new.values() if each]
         entries = (*(stacked[0] or ()), *stacked[1:])
-        return x, None if not jax.tree.leaves(entries) else entries
+        return x, (None if not jax.tree.leaves(entries) else entries, routing)
 
 
 class Runs(ModelPart):
@@ -174,24 +201,30 @@ class Runs(ModelPart):
     experts: str | Experts = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array, step: Step, each: PerLayer) -> tuple[jax.Array, NewEntries]:
+    def __call__(
+        self, x: jax.Array, step: Step, each: PerLayer
+    ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
         """Runs all layers; see ``run_layers``."""
         # A slice of the cache for each run would be a copy: all see the whole.
         step = step._replace(cache=each.cache)
         each = each._replace(cache=None, number=jnp.arange(self.config.num_hidden_layers))
-        new = []
+        new, chosen = [], []
         for run, places in self.config.runs.items():
             numbers = [number for stack in places.values() for number in stack]
             part = slice(min(numbers), max(numbers) + 1)
             mine = jax.tree.map(lambda x, part=part: x[part], each)
-            x, entries = run_layers(stack_layers(self, run, name=run), run, x, step, mine)
+            x, (entries, experts) = run_layers(
+                stack_layers(self, run, name=run), run, x, step, mine
+            )
             new.append(entries)
+            chosen.append(experts)
             if self.config.num_kv_shared_layers:
                 kept = keep_last(self.config, range(max(numbers) + 1), new[0], step.cache)
                 step = step._replace(cache=None, kept=kept)
+        routing = None if each.routing is None else jnp.concatenate(chosen)
         if self.config.num_kv_shared_layers:
-            return x, new[0]
-        return x, jax.tree.map(lambda *of: jnp.concatenate(of), *new)
+            return x, (new[0], routing)
+        return x, (jax.tree.map(lambda *of: jnp.concatenate(of), *new), routing)
 
 
 def run_layers(layers: nn.Module, run: str, x: jax.Array, step: Step, each: PerLayer) -> Any:

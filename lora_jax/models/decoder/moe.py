@@ -37,32 +37,45 @@ class SparseMLP(ModelPart):
     products: str | Experts = "auto"  # see ``experts.implementation``; "experts" are its parameters
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Sends tokens, [batch, seq, d_model], through their experts; returns the same shape."""
+    def __call__(
+        self, x: jax.Array, routing: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sends tokens through their experts.
+
+        Args:
+          x: [batch, seq, d_model].
+          routing: [batch, seq, k] int, the experts of each token; -1 for the router's choice, and
+            None for that of all tokens.
+
+        Returns:
+          [batch, seq, d_model], and the experts of each token, [batch, seq, k] int32.
+        """
         cfg = self.config
         name, biased = cfg.family.router_name, cfg.expert_biases
         dtype = wide_dtype(self.dtype) if biased else None  # of the sum
+        x = _rounded(x, x.dtype)
         router = dense(
             self, cfg.num_experts, use_bias=biased, name=name, dot_general=dot_wide, dtype=dtype
         )
         if cfg.sigmoid_router:
             init = nn.initializers.zeros
             bias = self.param(CORRECTION, init, (cfg.num_experts,), wide_dtype(self.param_dtype))
-            weights, chosen = route_by_sigmoids(router(x), bias, cfg)
+            weights, chosen = route_by_sigmoids(router(x), bias, cfg, routing)
         else:
-            weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob)
+            how = (cfg.num_experts_per_tok, cfg.norm_topk_prob)
+            weights, chosen = route(router(x), *how, routing)
         kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
         mixed = functools.partial(_mixed, gated_of(cfg), products)
         out = self.placement.mixture(mixed)(x, weights, chosen, kernels, biases)
         if not cfg.shared_expert_intermediate_size:
-            return out
+            return out, chosen
         inner = cfg.shared_expert_intermediate_size
         shared = MLP(*self.options, inner=inner, name=cfg.family.shared_name)(x)
         if not cfg.family.shared_is_gated:
-            return out + shared
+            return out + shared, chosen
         gate = dense(self, 1, use_bias=False, name="shared_expert_gate")(x)
-        return out + nn.sigmoid(gate) * shared
+        return out + nn.sigmoid(gate) * shared, chosen
 
 
 def gated_of(config: DecoderConfig) -> Gated:
@@ -78,26 +91,38 @@ def gated_of(config: DecoderConfig) -> Gated:
     return clamped
 
 
-def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
-    """Chooses each token's k most likely experts, and weighs them.
+def route(
+    logits: jax.Array, k: int, normalise: bool, routing: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses each token's k most likely experts, or those given, and weighs them.
+
+    The weights of given experts are the router's probabilities, too, whose gradient flows through
+    them (routing replay, Ma et al., arXiv 2510.11370).
 
     Args:
       logits: […, experts], fp32.
       k: the number of experts for a token.
       normalise: make each token's weights add up to 1.
+      routing: […, k] int, given experts; -1 where there are none. None for none at all.
 
     Returns:
       The weights, […, k] fp32, and the experts, […, k] int32.
     """
     probs = jax.nn.softmax(logits, axis=-1)
     weights, chosen = lax.top_k(probs, k)
+    if routing is not None:
+        chosen = jnp.where(routing < 0, chosen, routing.astype(chosen.dtype))
+        weights = jnp.take_along_axis(probs, chosen, axis=-1)
     if normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return weights, chosen
 
 
 def route_by_sigmoids(
-    logits: jax.Array, bias: jax.Array, config: DecoderConfig
+    logits: jax.Array,
+    bias: jax.Array,
+    config: DecoderConfig,
+    routing: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses experts by sigmoids and biases, some groups first (DeepSeek-V3, section 2.1.2).
 
@@ -105,6 +130,7 @@ def route_by_sigmoids(
       logits: […, experts], fp32.
       bias: [experts], fp32: it decides on the choice alone.
       config: the decoder's.
+      routing: see ``route``.
 
     Returns:
       See ``route``.
@@ -119,6 +145,8 @@ def route_by_sigmoids(
         is_kept = jnp.any(kept[..., None] == numbers, axis=-2)
         ranked = jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(ranked.shape)
     _, chosen = lax.top_k(ranked, config.num_experts_per_tok)
+    if routing is not None:
+        chosen = jnp.where(routing < 0, chosen, routing.astype(chosen.dtype))
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.norm_topk_prob:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
@@ -143,7 +171,19 @@ def _mixed(
     more = {"biases": biases} if biases else {}  # a function of one's own may do without
     out = experts(gated, rows, chosen.reshape(-1), *kernels, **more)
     out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
-    return out.sum(axis=0).reshape(x.shape).astype(x.dtype)
+    return _rounded(out.sum(axis=0).reshape(x.shape), x.dtype)
+
+
+def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns x in a dtype, rounded to it in every program.
+
+    XLA may leave out a rounding to bf16 between operations in fp32, in one program and not in
+    another; the router of a sampler and that of a step would then see other numbers.
+    """
+    to = jnp.finfo(dtype)
+    if to.bits >= 32:
+        return x.astype(dtype)
+    return lax.reduce_precision(x.astype(jnp.float32), to.nexp, to.nmant).astype(dtype)
 
 
 class _Experts(ModelPart):

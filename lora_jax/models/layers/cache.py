@@ -104,6 +104,8 @@ class Cache(NamedTuple):
         included, padding not.
       shared: the tokens before slot 0 of every row, or None.
       recurrent: what linear layers remember; None without such layers.
+      routing: [layers, batch, max_len, k] int16, the experts that each token went through; None
+        where nobody asks for them.
     """
 
     key: jax.Array
@@ -113,6 +115,7 @@ class Cache(NamedTuple):
     length: jax.Array
     shared: Shared | None = None
     recurrent: Recurrent | None = None
+    routing: jax.Array | None = None
 
     @property
     def max_len(self) -> int:
@@ -124,6 +127,7 @@ class Cache(NamedTuple):
         """The axis of the rows in each array, None where there is none; see `lora_jax.bank`."""
         recurrent = self.recurrent and Recurrent(tail=1, state=1)  # type: ignore[arg-type]
         axes = {"key": 1, "value": 1, "positions": 0, "filled": None, "length": 0}
+        axes |= {"routing": 1} if self.routing is not None else {}
         return Cache(**axes, recurrent=recurrent)  # type: ignore[arg-type]
 
     def repeated(self, n: int) -> Cache:
@@ -134,6 +138,7 @@ class Cache(NamedTuple):
             positions=jnp.repeat(self.positions, n, axis=0),
             length=jnp.repeat(self.length, n, axis=0),
             recurrent=jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), self.recurrent),
+            routing=None if self.routing is None else jnp.repeat(self.routing, n, axis=1),
         )
 
     @property
@@ -154,6 +159,7 @@ def init_cache(
     dtype: DTypeLike = jnp.float32,
     *,
     shared: Shared | None = None,
+    with_routing: bool = False,
 ) -> Cache:
     """Makes an empty cache.
 
@@ -165,6 +171,7 @@ def init_cache(
         chooses its frequencies by this number plus that of the shared tokens.
       dtype: dtype of keys and values; the model's compute dtype.
       shared: what all rows begin with, before these tokens.
+      with_routing: keep the experts of each token, of a mixture.
 
     Returns:
       The cache, for ``model.apply(…, cache=cache)``.
@@ -198,7 +205,15 @@ def init_cache(
         length=jnp.full((batch,), shared.n_tokens if shared else 0, jnp.int32),
         shared=shared,
         recurrent=recurrent,
+        routing=_empty_routing(config, batch, max_len) if with_routing else None,
     )
+
+
+def _empty_routing(config: Any, batch: int, max_len: int) -> jax.Array:
+    if not (getattr(config, "num_experts", 0) or 0):
+        raise ValueError("with_routing keeps the experts of each token, and this model has none")
+    shape = (config.num_hidden_layers, batch, max_len, config.num_experts_per_tok)
+    return jnp.full(shape, -1, jnp.int16)
 
 
 def write_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:

@@ -128,9 +128,14 @@ def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
       cache: the cache before the call.
       placed: the positions of the call's tokens.
       new: keys and values, [layers, batch, seq, kv_heads, head_dim] each; behind them, what linear
-        layers remember now, a ``Recurrent``, if there are such layers.
+        layers remember now, a ``Recurrent``, if there are such layers, or None; and behind that the
+        experts of each token, [layers, batch, seq, k], if the cache keeps them, or None.
     """
-    keys, values, *recurrent = new
+    keys, values, *more = new
+    recurrent, chosen = (*more, None, None)[:2]
+    routing = cache.routing
+    if routing is not None:
+        routing = _put(routing, chosen, placed.first, batch=1, axis=2)
 
     def extended(cached: jax.Array, new: jax.Array) -> jax.Array:
         return _put(cached, new.swapaxes(2, 3), placed.first, batch=1, axis=3)
@@ -142,7 +147,8 @@ def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
         filled=cache.filled if cache.filled is None else cache.filled + placed.positions.shape[1],
         length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),
         shared=cache.shared,
-        recurrent=recurrent[0] if recurrent else None,
+        recurrent=recurrent,
+        routing=routing,
     )
 
 

@@ -46,6 +46,7 @@ class BeginKeywords(TypedDict, total=False):
     n: Required[int]
     rows_each: int
     with_logps: bool
+    with_routing: bool
 
 
 class DecodingState(NamedTuple):
@@ -129,6 +130,7 @@ def begin(
     n: int,
     rows_each: int = 1,
     with_logps: bool = False,
+    with_routing: bool = False,
 ) -> tuple[DecodingState, jax.Array]:
     """Runs the prompts; returns the state without a token, and the logits of the first ones.
 
@@ -139,10 +141,14 @@ def begin(
       n: the number of tokens that the state holds.
       rows_each: the answers to each prompt, side by side: batch * rows_each rows in the state.
       with_logps: whether the state has the tokens' log-probabilities.
+      with_routing: whether its cache has the tokens' experts.
     """
     run: Any = model.apply if apply is None else apply
     batch, seq = prompts.ids.shape
-    cache = init_cache(model.config, batch, cache_len, model.dtype, shared=prompts.shared)
+    options: dict[str, Any] = {"with_routing": True} if with_routing else {}
+    cache = init_cache(
+        model.config, batch, cache_len, model.dtype, shared=prompts.shared, **options
+    )
     last_real = seq - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1).astype(jnp.int32)
     logits, cache = next_logits(
         run, params, prompts.ids, cache, prompts.mask, at=last_real, inputs=prompts.inputs

@@ -24,12 +24,16 @@ class Samples(NamedTuple):
         vocabulary, whatever top_p and top_k are; at temperature 1 where it is 0. 0 after the end.
       lengths: [prompts * n] int32: the number of tokens up to and with the first EOS.
       ended: [prompts * n] bool: whether there is an EOS.
+      routing: [prompts * n, seq + max_new_tokens - 1, layers, k] int16: the experts of each token
+        of the prompt, as it was padded, and of the answer, but its last; -1 at padding. None where
+        nobody asks.
     """
 
     tokens: jax.Array
     logps: jax.Array
     lengths: jax.Array
     ended: jax.Array
+    routing: jax.Array | None = None
 
 
 def sample(
@@ -47,6 +51,7 @@ def sample(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     apply: Forward | None = None,
+    with_routing: bool = False,
 ) -> Samples:
     """Draws n answers to each prompt, which runs through the model once.
 
@@ -59,6 +64,7 @@ def sample(
       temperature, top_p, top_k, eos_token_id, pad_token_id: see ``generate``.
       key: one PRNG key, of which row i has ``jax.random.fold_in(key, i)``; or a key for each of
         the prompts * n rows. What a row draws depends on its own key alone.
+      with_routing: return the experts of each token, of a mixture.
 
     Returns:
       The answers.
@@ -89,11 +95,14 @@ def sample(
         key=key,
     )
     static: dict[str, Any] = {"model": model, "apply": apply, "max_new_tokens": max_new_tokens}
+    static["with_routing"] = with_routing
     samples: Samples = _sample(params, prompts, decoding, n=n, **static)
     return samples
 
 
-@functools.partial(jax.jit, static_argnames=("model", "apply", "n", "max_new_tokens"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "apply", "n", "max_new_tokens", "with_routing")
+)
 def _sample(
     params: Tree,
     prompts: Prompts,
@@ -103,6 +112,7 @@ def _sample(
     apply: Forward | None,
     n: int,
     max_new_tokens: int,
+    with_routing: bool,
 ) -> Samples:
     static: dict[str, Any] = {"model": model, "apply": apply}
     batch, seq = prompts.ids.shape
@@ -115,10 +125,15 @@ def _sample(
         n=max_new_tokens,
         rows_each=n,
         with_logps=True,
+        with_routing=with_routing,
         **static,
     )
     state = decode(params, state, decoding, max_new_tokens, **static)
     first_end = jnp.argmax(jnp.isin(state.tokens, decoding.eos), axis=1).astype(jnp.int32)
     lengths, logps = jnp.where(state.done, first_end + 1, max_new_tokens), state.logps
     assert logps is not None  # they were asked for
-    return Samples(state.tokens, logps, lengths, state.done)
+    if (routing := state.cache.routing) is not None:
+        slots = jnp.arange(routing.shape[2])  # a row that has ended feeds padding
+        fed = (state.cache.positions >= 0) & (slots < (seq + lengths - 1)[:, None])
+        routing = jnp.where(fed[..., None, None], jnp.moveaxis(routing, 0, 2), -1)
+    return Samples(state.tokens, logps, lengths, state.done, routing)

@@ -38,6 +38,10 @@ class RolloutDataConfig(SharedPromptOption, LanguageDataConfig):
     """Draw from this many tokens."""
     stop: tuple[Words, ...] = option((), field.HIDDEN)
     """Texts that end a completion, which has no token after the one in which they are complete."""
+    replay_routing: bool = option(True, field.HIDDEN, older=False)
+    """Let a step choose experts anew, in a mixture of experts. By default each token goes through
+    the experts that it went through when it was drawn, in each layer; rounding would choose others
+    here and there. Completions of several turns choose anew."""
     mask_truncated: bool = option(False, field.OPTIMISATION)
     """Do not learn from completions that --max-new-tokens cut off; their rewards count in their
     group."""
