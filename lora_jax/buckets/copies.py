@@ -242,6 +242,7 @@ def writes_to_buckets(save: Callable[Arguments, Result]) -> Callable[Arguments, 
             return save(*args, **options)
         with staged(folder) as local:
             others: Any = args[1:] if args else ()
-            return save(local, *others, **{k: v for k, v in options.items() if k != "folder"})
+            call: Callable[..., Result] = save
+            return call(local, *others, **{k: v for k, v in options.items() if k != "folder"})
 
     return save_anywhere

@@ -91,7 +91,8 @@ class BucketFiles:
         for left in reversed(range(tries)):
             try:
                 with _checkpointer() as checkpointer:
-                    return checkpointer.save(self._url(step), items)
+                    checkpointer.save(self._url(step), items)
+                    return
             except Exception:
                 if not left:
                     raise
