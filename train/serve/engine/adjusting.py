@@ -11,7 +11,7 @@ from lora_jax.models.sampling.adjust import (
     remove_tokens,
 )
 from train.serve.engine.jobs import ActiveCompletion
-from train.serve.protocol.limits import MOST_BIASES, NO_PENALTIES, TokenConstraint
+from train.serve.protocol.limits import MOST_BIASES, NO_PENALTIES, Grammar, TokenConstraint
 
 
 class RowAdjuster:
@@ -46,12 +46,11 @@ class RowAdjuster:
         for place, row in masked.items():
             self._mask(made.allowed[place], row)
         constraints: dict[int, TokenConstraint] = {}
+        grammar: Grammar | None = None
         for place, row in masked.items():
             if row.constraint is not None:
-                constraints[place] = row.constraint
-        if constraints:
-            grammar = next(iter(masked.values())).job.request.limits.grammar
-            assert grammar is not None
+                constraints[place], grammar = row.constraint, row.job.request.limits.grammar
+        if grammar is not None:
             grammar.fill(constraints, made.allowed)
         for place, row in masked.items():
             if not np.any(made.allowed[place]):

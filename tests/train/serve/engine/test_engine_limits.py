@@ -140,13 +140,15 @@ def test_a_grammar_masks_its_rows_alone(engine):
     asked = [{**FIELDS, "temperature": 1.5, "seed": i, "n": 2} for i in range(6)]
     for fields in asked[::2]:
         fields["limits"] = TokenLimits(grammar=Alternating(), allowed=(5, 8, 9, 20, 31))
+    # Their rows come before some with a grammar.
+    asked = [{**asked[1], "limits": TokenLimits(bad=((3,),))}, *asked]
     alone = [sampled(engine, **fields) for fields in asked]
     together = [begun(engine, **fields) for fields in asked]
     assert [bits(each.result(300)) for each in together] == [bits(each) for each in alone]
-    for drawn in alone[::2]:
+    for drawn in alone[1::2]:
         for completion in drawn.completions:
             assert completion.stopped and (completion.tokens % 2 == [0, 1, 0, 1, 0, 1]).all()
-    assert all(len(c.tokens) == 20 and not c.stopped for d in alone[1::2] for c in d.completions)
+    assert all(len(c.tokens) == 20 and not c.stopped for d in alone[::2] for c in d.completions)
     stuck = {**FIELDS, "limits": TokenLimits(grammar=Alternating(), allowed=(4, 7))}
     with pytest.raises(RequestError, match="after 3 tokens: no 4 here"):
         sampled(engine, **stuck)
