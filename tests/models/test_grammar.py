@@ -126,6 +126,26 @@ def test_formats_that_are_not_known_restrict_nothing():
     Draft202012Validator(schema).validate(json.loads(text))
 
 
+def test_many_formats_are_refused_at_once():
+    fields = {f"p{i}": {"type": "string", "format": f"x{i}"} for i in range(1500)}
+    with pytest.raises(GrammarError, match="1500 formats: 100 are the most"):
+        COMPILER.schema({"properties": fields})
+
+
+def test_a_parser_at_its_limit_ends_no_answer():
+    ambiguous = COMPILER.grammar('start: s\ns: s s | "a" | s s s | ')
+    stuck, other = ambiguous.begin(), COMPILER.regex("ab").begin()
+    (letter,) = TOKENIZER("a", add_special_tokens=False)["input_ids"]
+    with pytest.raises(GrammarError, match="cannot go on.*is 500"):
+        for _ in range(200):
+            stuck.accept(letter)
+    masks = np.full((2, mask_words(VOCAB)), 0xFFFFFFFF, np.uint32)
+    CompiledGrammar.fill({0: stuck, 1: other}, masks)
+    assert masks.any(axis=1).tolist() == [False, True]
+    with pytest.raises(GrammarError, match="cannot go on"):
+        stuck.accept(EOS)
+
+
 def test_other_grammars():
     regex, words = r"[a-c]{3}-\d+", ["yes", "no", 'may"be', "yesterday"]
     gbnf, lark = 'root ::= "x" ("y" | "z")+', 'start: "x" NAME\nNAME: /[a-z]{2}/'

@@ -61,7 +61,8 @@ class AnswerMasks:
             if i in self._rows and token in self._ends:
                 del self._rows[i]
             elif i in self._rows:
-                self._rows[i].accept(token)
+                with as_user_errors(GrammarError, prefix="--schema: "):
+                    self._rows[i].accept(token)
         masks = np.full(self._shape, 0xFFFFFFFF, np.uint32)
         if self._rows:
             self._grammar.fill(self._rows, masks)

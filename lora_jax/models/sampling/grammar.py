@@ -11,7 +11,8 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ _CONJUNCTIONS, _SECONDS = 8, 5  # patterns that are compiled without a look at t
 _WHITESPACE = r"[ \t\n\r]{1,20}"  # models that pad without end do so no longer than this
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _NO_SCHEMAS = ("const", "enum", "default", "example", "x-guidance")
-_UNKNOWN = "Unknown format: "
+_ITEMS = 500  # of the parser at a place: the time of ambiguous grammars grows by their cube
+_FORMATS = 100  # different ones in a schema, at most
 _IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 
 
@@ -57,7 +59,7 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """Takes a token; raises GrammarError for one that is not allowed, or at a limit."""
-        if not self.matcher.consume_token(token):
+        if self.matcher.is_error() or not self.matcher.consume_token(token):
             raise GrammarError(f"the grammar cannot go on: {_short(self.matcher.get_error())}")
 
 
@@ -74,10 +76,14 @@ class CompiledGrammar:
 
     @staticmethod
     def fill(rows: Mapping[int, Constraint], masks: np.ndarray) -> None:
-        """Restricts masks, [rows, words] uint32, to what constraints allow next, in threads."""
+        """Restricts masks, [rows, words] uint32, to what constraints allow next, in threads.
+
+        One that reached a limit of its parser allows nothing: the library would end its text there.
+        """
         own = np.zeros((len(rows), next(iter(rows.values())).words), np.int32)
         pairs = [(each.matcher, i) for i, each in enumerate(rows.values())]
         _executor().unsafe_compute_mask_ptr(pairs, own.ctypes.data, own.shape[1] * 4, len(rows))
+        own[[each.matcher.is_error() for each in rows.values()]] = 0
         words = min(own.shape[1], masks.shape[1])
         masks[[*rows], :words] &= own[:, :words].view(np.uint32)
         masks[[*rows], words:] = 0
@@ -112,7 +118,11 @@ class GrammarCompiler:
         size = max(self._vocab, len(self._tokenizer))
         # Without a token that ends answers, one stands for it that no logit belongs to.
         ends, size = (self._ends, size) if self._ends else ([size], size + 1)
-        return llguidance.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ends)
+        try:
+            return llguidance.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ends)
+        except ValueError as error:
+            problem = "structured answers are not possible with the model's tokenizer"
+            raise GrammarError(f"{problem}: {_short(str(error))}") from None
 
     def prepare(self) -> None:
         """Reads the vocabulary, which the first grammar would do otherwise."""
@@ -173,25 +183,25 @@ class GrammarCompiler:
         is_special = token is not None and self._tokens.is_special_token(token)
         return f"<[{token}]>" if is_special else quoted(text)
 
-    @staticmethod
-    def with_whitespace(schema: Mapping[str, object]) -> dict[str, object]:
-        """Returns a schema whose texts have some white space between tokens of JSON, not any."""
+    def json_text(self, schema: Mapping[str, object]) -> str:
+        """Returns a schema as the library reads it, alone or after %json in Lark's notation.
+
+        Its texts have some white space between tokens of JSON, not any. A format that is not known
+        is left out: by JSON Schema, it restricts nothing.
+        """
+        _check_size(json.dumps(schema))
+        formats = {*_formats(schema)}
+        if len(formats) > _FORMATS:
+            raise GrammarError(f"{len(formats)} formats: {_FORMATS} are the most")
+        unknown = {name for name in formats if not _is_known(name)}
+        schema = _without_formats(schema, unknown) if unknown else schema
         own = schema.get("x-guidance")
         own = own if isinstance(own, Mapping) else {}
-        return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, **own}}
+        return json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, **own}})
 
     def _compile_schema(self, schema: Mapping[str, object]) -> CompiledGrammar:
-        text = json.dumps(self.with_whitespace(schema))
-        try:
-            return self._compile("grammar_from_json_schema", text)
-        except GrammarError as error:
-            # By JSON Schema, a format that is not known restricts nothing.
-            if not str(error).startswith(_UNKNOWN):
-                raise
-            left = _without_format(schema, str(error).removeprefix(_UNKNOWN))
-            if left == schema:
-                raise
-            return self._compile_schema(left)
+        self.prepare()  # says how to install the library
+        return self._compile("grammar_from_json_schema", self.json_text(schema))
 
     def _compile(self, form: str, text: str) -> CompiledGrammar:
         _check_size(text)
@@ -204,7 +214,8 @@ class GrammarCompiler:
             raise GrammarError(_short(str(error))) from None
         if text.count("pattern") + text.count('"format"') + text.count("&") > _CONJUNCTIONS:
             _check_time(grammar)
-        limits = LLParserLimits(verbose_errors=False)
+        most = None if form == "grammar_from_json_schema" else _ITEMS
+        limits = LLParserLimits(verbose_errors=False, max_items_in_row=most)
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(_short(matcher.get_error()))
@@ -216,11 +227,11 @@ class GrammarCompiler:
         """Returns the path of the innermost part of a schema that is wrong by itself, and why."""
         shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
         path: tuple[str, ...] = ()
-        part, tried = schema, 0
+        part, tried, until = schema, 0, time.monotonic() + _SECONDS
         while True:
             for keys, inner in _parts(part):
                 tried += 1
-                if tried > _TRIED or not isinstance(inner, Mapping):
+                if tried > _TRIED or time.monotonic() > until or not isinstance(inner, Mapping):
                     continue
                 try:
                     self._compile_schema({**shared, **inner})
@@ -231,16 +242,34 @@ class GrammarCompiler:
                 return path, problem
 
 
-def _without_format(part: Any, name: str) -> Any:
-    """Returns a part of a schema without a format of this name."""
+def _formats(part: Any) -> Iterator[str]:
+    """Yields the names of formats in a part of a schema."""
+    pairs: Iterable[tuple[object, Any]] = enumerate(part) if isinstance(part, list) else ()
+    for key, inner in part.items() if isinstance(part, Mapping) else pairs:
+        if key == "format" and isinstance(inner, str):
+            yield inner
+        elif key not in _NO_SCHEMAS:
+            yield from _formats(inner)
+
+
+def _is_known(name: str) -> bool:
+    """Returns False for a format of texts that the library does not know."""
+    from llguidance import LLMatcher
+
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "format": name}))
+    return "Unknown format" not in LLMatcher.validate_grammar(grammar)
+
+
+def _without_formats(part: Any, names: Collection[str]) -> Any:
+    """Returns a part of a schema without formats of these names."""
     if isinstance(part, list):
-        return [_without_format(inner, name) for inner in part]
+        return [_without_formats(inner, names) for inner in part]
     if not isinstance(part, Mapping):
         return part
     return {
-        key: inner if key in _NO_SCHEMAS else _without_format(inner, name)
+        key: inner if key in _NO_SCHEMAS else _without_formats(inner, names)
         for key, inner in part.items()
-        if (key, inner) != ("format", name)
+        if not (key == "format" and isinstance(inner, str) and inner in names)
     }
 
 
@@ -287,11 +316,15 @@ def _check_time(grammar: str) -> None:
     code = "import sys, llguidance; llguidance.LLMatcher.validate_grammar(sys.stdin.read())"
     command = [sys.executable, "-c", code]
     try:
-        subprocess.run(command, input=grammar.encode(), timeout=_SECONDS, capture_output=True)
+        tried = subprocess.run(
+            command, input=grammar.encode(), timeout=_SECONDS, capture_output=True
+        )
     except subprocess.TimeoutExpired:
         raise GrammarError(
             f"it takes more than {_SECONDS} seconds: give fewer patterns that apply together"
         ) from None
+    if tried.returncode < 0:
+        raise GrammarError("the process that compiles it ended: give fewer or smaller patterns")
 
 
 def _short(problem: str) -> str:

@@ -38,7 +38,7 @@ def test_limits_reach_the_engine(post, path):
         **fields,
         min_p=0.25,
         min_tokens=4,
-        logit_bias={"7": 400, "9": -1.5},
+        logit_bias={"7": 10**400, "9": -1.5},
         allowed_token_ids=[5, 9, 5],
         bad_words=["b", " cd"],
         stop_token_ids=[11],

@@ -292,6 +292,7 @@ REFUSED = [
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
     ({"logit_bias": {"5000": 3}}, "logit_bias"),
     ({"logit_bias": {"5": "x"}}, "logit_bias"),
+    ({"logit_bias": {"5" * 5000: 1}}, "logit_bias"),
     ({"allowed_token_ids": []}, "allowed_token_ids"),
     ({"allowed_token_ids": [259]}, "allowed_token_ids"),
     ({"bad_words": [" "]}, "bad_words"),

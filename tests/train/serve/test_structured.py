@@ -19,7 +19,11 @@ if importlib.util.find_spec("llguidance") is None:
 TURNS = [{"role": "user", "content": "hi"}]
 WEATHER = {
     "type": "object",
-    "properties": {"place": {"$ref": "#/$defs/place"}, "days": {"type": "integer", "maximum": 9}},
+    "properties": {
+        "place": {"$ref": "#/$defs/place"},
+        "days": {"type": "integer", "maximum": 9},
+        "note": {"type": "string", "format": "password", "maxLength": 2},  # a format not known
+    },
     "required": ["place"],
     "additionalProperties": False,
     "$defs": {"place": {"enum": ["Köln", "Bonn"]}},

@@ -10,6 +10,7 @@ from train.serve.routes.openai.fields import field_error, read_ids, read_integer
 from train.serve.routes.openai.text import ServedTokenizer
 
 _BIAS = 100.0  # biases beyond it are cut, as at vLLM
+_DIGITS = 9  # of a token's id, at most
 
 
 def add_limits(
@@ -64,12 +65,12 @@ def _read_biases(given: object, facts: EngineFacts) -> dict[int, float]:
         raise field_error("logit_bias", given, needed)
     biases: dict[int, float] = {}
     for key, bias in given.items():
-        if not key.isdecimal() or int(key) >= facts.vocab_size:
+        if not key.isdecimal() or len(key) > _DIGITS or int(key) >= facts.vocab_size:
             known = f"ids from 0 to {facts.vocab_size - 1} are needed"
             raise field_error("logit_bias", key, known)
         if isinstance(bias, bool) or not isinstance(bias, int | float) or bias != bias:
             raise field_error("logit_bias", bias, needed)
-        biases[int(key)] = min(_BIAS, max(-_BIAS, float(bias)))
+        biases[int(key)] = float(min(_BIAS, max(-_BIAS, bias)))
     return biases
 
 
@@ -91,6 +92,6 @@ def _read_bad_words(
             tuple(tokens.ids(space + word.lstrip(), 1 << 20, special=False)) for space in ("", " ")
         )
         runs.append(first)
-        if len(within) == len(first) and within[0] != first[0]:
+        if 0 < len(within) == len(first) and within[0] != first[0]:
             runs.append(within)
     return tuple(runs)

@@ -136,7 +136,7 @@ def _text(given: object, name: str) -> str:
 def _read_calls(body: Mapping[str, object], compiler: GrammarCompiler) -> CompiledGrammar | None:
     """Returns the grammar of an answer that has to call tools, in Hermes' form; None for others."""
     choice = body.get("tool_choice")
-    if choice is None or choice in ("none", "auto"):
+    if not choice or choice in ("none", "auto"):
         return None
     needed = "none, auto, required, or an object with the `function` to call, is needed"
     tools, one = _functions(body), body.get("parallel_tool_calls") is False
@@ -155,8 +155,8 @@ def _read_calls(body: Mapping[str, object], compiler: GrammarCompiler) -> Compil
     for i, (name, parameters) in enumerate(tools.items()):
         with _as_http(f"tools[{list(_functions(body)).index(name)}].function.parameters"):
             compiler.schema(parameters)
+            schema = compiler.json_text(parameters)
         head = quoted(f'\n{{"name": {json.dumps(name)}, "arguments": ')
-        schema = json.dumps(compiler.with_whitespace(parameters))
         rules.append(f'call_{i}: {begin} {head} %json {schema} "}}\\n" {end}')
     with _as_http("tools"):
         return compiler.lark("\n".join(rules))
