@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.lax import Precision
 from jax.typing import DTypeLike
 
 from lora_jax.core.few_rows import KERNEL_ROWS
@@ -26,11 +27,14 @@ from lora_jax.quantized.formats import Format, from_unsigned
 if TYPE_CHECKING:
     from lora_jax.quantized.coded import Coded
 
+KERNEL_NAME = "coded_rows"  # in compiled programs, or its beginning
 _LANES, _SUBLANES = 128, 8
 _TILE = 1024  # elements of a tile along an axis
 _PART = 512  # rows of a tile that become W at a time
 _MOST = 2**14  # rows of a tile that cannot be cut into parts
 _FLOATS = {"float32", "bfloat16"}
+_PRECISIONS = {"float32": {None, Precision.DEFAULT, Precision.HIGHEST}}
+_PRECISIONS["bfloat16"] = {None, Precision.DEFAULT}
 
 
 class Tile(NamedTuple):
@@ -85,7 +89,9 @@ def find_kernel(
       params: parameters of `lax.dot_general`.
     """
     floats = {np.dtype(dtype).name for dtype in (x.dtype, (stack.dtype, *casts)[-1])}
-    if x.shape[0] > KERNEL_ROWS or len(floats) > 1 or not floats <= _FLOATS:
+    if not 0 < x.shape[0] <= KERNEL_ROWS or len(floats) > 1 or not floats <= _FLOATS:
+        return None
+    if not _multiplies(floats.pop(), params):
         return None
     if stack.ndim != 3 or not _is_plain(stack):
         return None
@@ -94,6 +100,13 @@ def find_kernel(
         return None
     how = tuple((name, params.get(name)) for name in ("precision", "preferred_element_type"))
     return RowsKernel(format=stack.format, tile=tile, casts=(stack.dtype, *casts), params=how)
+
+
+def _multiplies(dtype: str, params: EqnParams) -> bool:
+    """Returns True if a kernel can multiply this dtype with such parameters of a product."""
+    precision, wanted = params.get("precision"), params.get("preferred_element_type")
+    both = precision if isinstance(precision, tuple) else (precision,)
+    return set(both) <= _PRECISIONS[dtype] and (wanted is None or np.dtype(wanted).name in _FLOATS)
 
 
 def _is_plain(stack: "Coded") -> bool:
@@ -169,7 +182,7 @@ def _call(kernel: RowsKernel, stack: "Coded", index: jax.Array, x: jax.Array) ->
         out_shape=jax.ShapeDtypeStruct((n_rows, n_out), wanted),
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=kernel.interpret,
-        name="coded_rows_by_table" if tables else "coded_rows",
+        name=f"{KERNEL_NAME}_by_table" if tables else KERNEL_NAME,
     )
     result: jax.Array = call(index.astype(jnp.int32)[None], x, *tables, *of_layer)
     return result

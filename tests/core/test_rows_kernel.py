@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.lax import Precision
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
@@ -31,8 +32,10 @@ def stack_of(name, n_in=SIZE, n_out=SIZE, block=32):
 
 
 # One tile; then parts of a tile and several of them, and columns that a tile has too many of.
-SHAPES = [(name, 96, 96, 32) for name in ("int8", "int4", "nf4", "q4_1", "q6_k")]
-SHAPES += [("nf4", 2048, 384, 64), ("q4_1", 1024, 1100, 32)]
+SHAPES = [(name, 96, 96, 32) for name in ("nf4", "q4_1")]
+MORE = [(name, 96, 96, 32) for name in ("int8", "int4", "q6_k")]
+MORE += [("nf4", 2048, 384, 64), ("q4_1", 1024, 1100, 32)]
+SHAPES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
 @pytest.mark.parametrize(("name", "n_in", "n_out", "block"), SHAPES)
@@ -73,6 +76,19 @@ def test_others_have_none():
         assert find_kernel(other, rows, (), {}) is None, case
 
 
+def test_products_that_the_compiler_refuses_in_kernels_have_none():
+    """TPUs' kernels know no products of three passes, and bf16 has no more digits to multiply."""
+    x, stack = draw(2, (ROWS, SIZE)), stack_of("int8")
+    narrow, halves = x.astype(jnp.bfloat16), dataclasses.replace(stack, dtype=jnp.bfloat16)
+    high, highest = ((precision,) * 2 for precision in (Precision.HIGH, Precision.HIGHEST))
+    assert find_kernel(stack, x, (), {"precision": highest}) is not None
+    assert find_kernel(halves, narrow, (), {"preferred_element_type": jnp.float32}) is not None
+    assert find_kernel(stack, x, (), {"precision": high}) is None
+    assert find_kernel(stack, x, (), {"precision": lax.DotAlgorithmPreset.F32_F32_F32}) is None
+    assert find_kernel(halves, narrow, (), {"precision": highest}) is None
+    assert find_kernel(stack, x, (), {"preferred_element_type": jnp.float16}) is None
+
+
 def layers(params, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
 
@@ -106,12 +122,19 @@ def test_a_scan_over_layers_has_it_on_one_tpu(adapted):
     assert not kernels_in(forward, *shapes)
 
 
-def test_its_values_and_derivatives_are_the_product_s(adapted):
-    """Runs the plain form; maps over rows alone, and over bases, and differentiates both ways."""
+def test_its_values_are_the_product_s(adapted):
+    """Runs the plain form."""
     forward, x = lj.adapt(layers), draw(2, (ROWS, 1, SIZE))
     merged = lj.quantized.dequantize(lj.merge(adapted))
     assert_close(forward(adapted, x), layers(merged, x), 1e-5)
     assert_close(jax.jit(forward)(adapted, x), layers(merged, x), 1e-5)
+
+
+@pytest.mark.slow
+def test_its_derivatives_are_the_product_s(adapted):
+    """Differentiates both ways, and maps over rows alone, and over bases."""
+    forward, x = lj.adapt(layers), draw(2, (ROWS, 1, SIZE))
+    merged = lj.quantized.dequantize(lj.merge(adapted))
     adapter, base = lj.split(adapted)
 
     def loss(adapter, x):
