@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lj
+from lora_jax.core.few_rows import KERNEL_ROWS
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Tree
 from lora_jax.models.families import module_of
 from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.models.sampling.loop import next_logits
 from lora_jax.quantized import is_coded
+from lora_jax.quantized.rows import KERNEL_NAME
 from train.plan.clock.report import Clock, clock_of
 from train.plan.compile import hlo_of
 from train.plan.job import PlanJob, PlanVariant, abstract_params, bytes_per_device
@@ -33,6 +35,8 @@ class Token:
       floor_seconds: the time that this takes at the published rate of the memory.
       seconds: the time by the estimate; see `train.plan.clock`.
       clock: the estimate.
+      without_kernel: the reason why XLA's form reads the codes on a TPU rather than a kernel; None
+        where a kernel does, or there are no codes.
       refused: the compiler's message if it refused the program.
     """
 
@@ -42,6 +46,7 @@ class Token:
     floor_seconds: float | None
     seconds: float | None = None
     clock: Clock | None = None
+    without_kernel: str | None = None
     refused: str | None = None
 
 
@@ -64,8 +69,23 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int) -> Token:
         compiled = lowered.compile(compiler_options=machine.compilations[0] or None)
     except jax.errors.JaxRuntimeError as error:
         return Token(refused=reason_of(error), **known)
-    clock = clock_of(hlo_of(compiled, lowered, machine), machine)
+    text = hlo_of(compiled, lowered, machine)
+    clock = clock_of(text, machine)
+    if machine.platform == "tpu" and text and KERNEL_NAME not in text:
+        known["without_kernel"] = _reason_without_kernel(job, params, rows)
     return Token(seconds=clock.seconds if clock else None, clock=clock, **known)
+
+
+def _reason_without_kernel(job: PlanJob, params: Tree, rows: int) -> str | None:
+    leaves = jax.tree.leaves(lj.strip(params), is_leaf=is_coded)
+    formats = sorted({leaf.format.name for leaf in leaves if is_coded(leaf)})
+    if not formats:
+        return None
+    if (n := len(job.machine.devices)) > 1:
+        return f"a kernel is of one device, and these are {n}"
+    if rows > KERNEL_ROWS:
+        return f"a kernel takes {KERNEL_ROWS} rows at most"
+    return f"no kernel takes {', '.join(formats)} in these shapes and dtypes"
 
 
 def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lowered, Cache]:
@@ -128,6 +148,8 @@ def print_token(console: Console, token: Token) -> None:
             " Kernels: assumed, no estimate of the compiler: their bytes at the memory's rate, or "
             "the cycles of their schedule on a v5e, whichever takes longer; attention by its FLOPs."
         )
+    if token.without_kernel:
+        note += f" XLA's form reads the codes: {token.without_kernel}."
     console.print(note, highlight=False, soft_wrap=True)
 
 

@@ -8,10 +8,13 @@ import types
 import pytest
 from rich.console import Console
 
+from lora_jax.quantized.rows import KERNEL_NAME
 from tests.train.plan.tiny_plans import FIELDS, MIXTURE, asked, write
 from train.console.errors import UserError
 from train.plan import __main__ as plan
+from train.plan import token as plan_of_token
 from train.plan.job import abstract_params
+from train.plan.machines import Machine
 from train.plan.token import Token, plan_token, print_token
 from train.plan.token import _read_bytes as read_bytes
 
@@ -22,8 +25,9 @@ ADAPTER, CACHE = LAYERS * RANK * (32 + 64), 2 * LAYERS * ROWS * 2 * LENGTH * 16
 REST = 32 + ADAPTER + CACHE  # the last norm
 
 
-def token_of(folder, fields, rows=ROWS, bandwidth=None):
-    options = asked(write(folder, fields), "--targets", "q_proj", "--decode-rows", rows)
+def token_of(folder, fields, rows=ROWS, bandwidth=None, codes="none"):
+    words = ("--targets", "q_proj", "--decode-rows", rows, "--quantize", codes)
+    options = asked(write(folder, fields), *words)
     plan.check(options)
     job, _ = plan.make_job(options.plan)
     machine = dataclasses.replace(job.machine, bandwidth=bandwidth)
@@ -60,6 +64,26 @@ def test_few_rows_choose_few_experts(tmp_path, monkeypatch):
     parts = LAYERS * (LAYER + router) + 259 * 32 + 32 + ADAPTER
     assert five == 4 * (parts + LAYERS * experts + CACHE)
     assert one == 4 * (parts + LAYERS * experts // 2 + CACHE // ROWS)
+
+
+@pytest.mark.slow
+def test_a_plan_says_why_no_kernel_reads_the_codes(tmp_path, monkeypatch):
+    """Of a program for a TPU that has none; the control has one."""
+    program = ["fusion"]
+    monkeypatch.setattr(plan_of_token, "hlo_of", lambda *_: program[0])
+    monkeypatch.setattr(plan_of_token, "clock_of", lambda *_: None)
+    monkeypatch.setattr(Machine, "platform", "tpu")
+    reasons = [token_of(tmp_path, FIELDS, rows, codes="int8").without_kernel for rows in (ROWS, 33)]
+    assert reasons == [
+        "no kernel takes int8 in these shapes and dtypes",
+        "a kernel takes 32 rows at most",
+    ]
+    shown = io.StringIO()
+    made = Token(rows=33, cached=8, bytes=7, floor_seconds=None, without_kernel=reasons[1])
+    print_token(Console(file=shown, width=200), made)
+    assert "XLA's form reads the codes: a kernel takes 32 rows at most." in shown.getvalue()
+    program[0] = KERNEL_NAME
+    assert token_of(tmp_path, FIELDS, codes="int8").without_kernel is None
 
 
 def test_json_and_bad_input(tmp_path, capsys, monkeypatch):
