@@ -14,8 +14,8 @@ _SHOWN = 60  # lines of a cell's output
 def pages(root):
     """Returns the addresses of all pages of Markdown, which are their paths."""
     folders = [root / name for name in ("lora_jax", "train", "tests", "notebooks")]
-    found = [*root.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
-    return sorted(path.relative_to(root).as_posix() for path in found)
+    paths = [*root.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
+    return sorted(path.relative_to(root).as_posix() for path in paths)
 
 
 def linked_files(root, page):

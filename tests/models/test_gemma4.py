@@ -30,6 +30,7 @@ def test_stacks_and_a_cache_that_all_layers_fit() -> None:
     assert init_cache(reusing, 2, 5).key.shape == (4, 2, 2, 5, 6)
 
 
+@pytest.mark.slow
 def test_keys_that_no_layer_uses_are_left_out(tmp_path: Path) -> None:
     """Published files have them for layers that take those of others."""
     _, params = tiny.decoder(REUSING)
