@@ -4,6 +4,7 @@ It imports the standard library alone, and is no module of `train` there: a user
 one to import more, and finds a `train` of its own beside it.
 """
 
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -108,8 +109,10 @@ def requests(source: TextIO) -> "queue.SimpleQueue[str]":
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
-        for line in source:
-            lines.put(line)
+        # An asker that was killed before it read an answer resets the connection.
+        with contextlib.suppress(OSError):
+            for line in source:
+                lines.put(line)
         if sys.platform != "win32":
             os.killpg(0, signal.SIGKILL)  # and what it has started
         os._exit(0)

@@ -32,7 +32,7 @@ from train.run.task import (
 )
 from train.tasks import chats, sums
 from train.tasks.reward_scores import BASE, REWARD, evaluation
-from train.tasks.tool_use import OPENS_EACH, earned_name, use_tools
+from train.tasks.tool_use import OPENS_EACH, check_fields, earned_name, use_tools
 
 _HELD_OUT = 2**32 + 2  # no epoch's number, and no other draw's
 
@@ -94,6 +94,11 @@ def _with_tools(
     """Returns the prompts as `examples` does, for completions that call these tools."""
     data, shown = config.data, () if tools is None else tools.host.tools
     train, held_out = read_prompts(data, rows, outline, shown)
+    if tools is not None:
+        sources = {f"--dataset {data.dataset}": rows.train}
+        if data.eval_dataset is not None:
+            sources[f"--eval-dataset {data.eval_dataset}"] = rows.held_out
+        check_fields(config, tools, sources)
     rewards = find_rewards(
         data.reward,
         data.reward_weights or None,

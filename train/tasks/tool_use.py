@@ -1,7 +1,8 @@
 """The tools of a run: found, and checked against the model's chat template before long work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from lora_jax.training.data.rows import Row
 from train.console.errors import UserError
 from train.live.turns.joints import TurnJoints
 from train.live.turns.rows import ReadTurn
@@ -52,6 +53,23 @@ def use_tools(config: Config, outline: ModelInfo) -> tuple[ToolUse | None, list[
     return ToolUse(host, joints, read, opens=data.environment is not None), lines
 
 
+def check_fields(config: Config, use: ToolUse, rows: Mapping[str, Sequence[Row]]) -> None:
+    """Raises a UserError if rows lack a field without which no episode can begin.
+
+    Args:
+      config: the options.
+      use: the tools.
+      rows: the rows of each source, by its name in messages.
+    """
+    for source, some in rows.items():
+        names = dict.fromkeys(name for row in some for name in row)
+        if missing := [name for name in use.host.needs if name not in names]:
+            raise UserError(
+                f"--environment {config.data.environment}: its `reset` needs the field "
+                f"{missing[0]!r}; the rows of {source} have {', '.join(names)}"
+            )
+
+
 def _check(config: Config, outline: ModelInfo) -> CallFormat:
     """Returns the format of a model's calls.
 
@@ -60,10 +78,12 @@ def _check(config: Config, outline: ModelInfo) -> CallFormat:
     """
     template = outline.tokenizer.chat_template
     option = f"--tools {' '.join(config.data.tools)}" if config.data.tools else "--environment"
-    if getattr(outline.config, "linear_layers", ()):
+    has_memory = getattr(outline.config, "linear_layers", ())
+    if has_memory or hasattr(outline.config, "empty_cache"):
+        kind = "has linear layers" if has_memory else "is no decoder of ours"
         raise UserError(
-            f"{option}: {outline.name} has linear layers, whose memory of a row that waits is not "
-            "kept yet; take a model whose layers all have attention"
+            f"{option}: {outline.name} {kind}, whose memory of a row that waits is not kept yet; "
+            "take a model of `lora_jax.models` whose layers all have attention"
         )
     if isinstance(template, dict):
         template = template.get("tool_use", template.get("default"))

@@ -88,14 +88,19 @@ class EpisodeHost(Protocol):
       tools: JSON schemas as `transformers.utils.get_json_schema` makes them, for the chat template.
       name: the name of the environment's class; "" for none.
       rewards: whether environments have a reward of their own.
+      needs: the fields of a row that `reset` cannot do without.
     """
 
     tools: list[dict[str, Any]]
     name: str
     rewards: bool
+    needs: Sequence[str]
 
     def open(
-        self, rows: Sequence[Row], seeds: Sequence[int] | None = None
+        self,
+        rows: Sequence[Row],
+        seeds: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
     ) -> "list[Future[Episode]]":
         """Opens an episode for each completion, by `reset` with the fields of its row.
 
@@ -103,6 +108,7 @@ class EpisodeHost(Protocol):
           rows: the row of each completion: [n], with a row that has n completions n times.
           seeds: seeds of `random` in each episode; None for one by the row's fields. Episodes with
             the same seed and deterministic tools are the same.
+          names: the rows' names in messages; None for their places.
         """
 
     def close(self) -> None:

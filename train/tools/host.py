@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from lora_jax.training.data.rows import PlacedRow, Row
+from lora_jax.training.data.rows import Row, name_of
 from train.console.errors import UserError, flag
 from train.processes.pool import NoAnswer, ProgramPool
 from train.tools import worker
@@ -57,6 +57,7 @@ class ProcessHost:
         described = self._describe()
         self.tools: list[dict[str, Any]] = described["tools"]
         self.rewards: bool = described["rewards"]
+        self.needs: list[str] = described["needs"]
         self.names = [tool["function"]["name"] for tool in self.tools]
         self.name = environment.rpartition(":")[2] if environment else ""
         self._threads = ThreadPoolExecutor(_AT_ONCE, "tools")
@@ -64,13 +65,15 @@ class ProcessHost:
         self._program: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     def open(
-        self, rows: Sequence[Row], seeds: Sequence[int] | None = None
+        self,
+        rows: Sequence[Row],
+        seeds: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
     ) -> "list[Future[Episode]]":
         """Opens an episode for each row; see `EpisodeHost`."""
-        episodes = [
-            ProcessEpisode(self, row, _name(row, index), seeds[index] if seeds else _seed(row))
-            for index, row in enumerate(rows)
-        ]
+        names = names or [name_of(row, "the rows", n) for n, row in enumerate(rows, start=1)]
+        seeds = seeds or [_seed(row) for row in rows]
+        episodes = [ProcessEpisode(self, *each) for each in zip(rows, names, seeds, strict=True)]
         with self._lock:
             self._open.update(episodes)
         return [self.run(self._begun, episode) for episode in episodes]
@@ -205,7 +208,7 @@ class ProcessEpisode:
                     left.remove(index)
                     failed = "error" in reply
                     text = str({"error": reply["error"]}) if failed else reply["value"]
-                    answers[index] = ToolAnswer(calls[index].name, text, failed)
+                    answers[index] = _answer(calls[index].name, text, failed=failed)
         except EpisodeLost as error:
             self.lost = str(error)
             return EpisodeTurn((), self.lost)
@@ -218,7 +221,7 @@ class ProcessEpisode:
             problem = f"Tool {call.name} not found."
         if problem is None:
             return None
-        return ToolAnswer(call.name or "unknown", str({"error": problem}), failed=True)
+        return _answer(call.name or "unknown", str({"error": problem}), failed=True)
 
     def _reward(self) -> float | None:
         if not self._host.rewards:
@@ -246,14 +249,15 @@ class ProcessEpisode:
             first = self._line(channel, time.monotonic() + _START_SECONDS)
         except (OSError, EOFError) as error:
             self._end()
-            raise EpisodeLost(f"{self._name}: no process for its tools: {error}") from None
+            problem = str(error) or "it ended, or did not begin"
+            raise EpisodeLost(f"{self._name}: no process for its tools: {problem}") from None
         self._process = json.loads(first)["process"]
         request = {"reset": dict(self._row), "seed": self._seed}
         (reply,) = self._ask(request, 1, lambda: worker.RESET)
         if "error" in reply:
             self._end()
             raise EpisodeLost(f"{self._name}: reset: {reply['said']}")
-        self.opening = reply["value"]
+        self.opening = reply["value"] and _valid(reply["value"])
 
     def _ask(
         self, request: Mapping[str, Any], n: int, name: Callable[[], str]
@@ -276,6 +280,8 @@ class ProcessEpisode:
             problem = f"took longer than {seconds:g} seconds, --tool-timeout"
         except (OSError, EOFError):
             problem = "ended its process"
+        except (RecursionError, ValueError) as error:  # nested too deep, or no JSON
+            problem = f"cannot be asked: {error}"
         self._end()
         raise EpisodeLost(f"{self._name}: {name()} {problem}")
 
@@ -303,10 +309,13 @@ class ProcessEpisode:
                 os.killpg(process, signal.SIGKILL)
 
 
-def _name(row: Row, index: int) -> str:
-    if isinstance(row, PlacedRow):
-        return ", ".join(map(str, row.place))
-    return f"completion {index + 1}"
+def _answer(name: str, text: str, *, failed: bool = False) -> ToolAnswer:
+    return ToolAnswer(_valid(name), _valid(text), failed)
+
+
+def _valid(text: str) -> str:
+    """Returns a text without halves of surrogate pairs, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _seed(row: Row) -> int:

@@ -71,20 +71,23 @@ def make_environment(spec: str, make: Tool) -> Any:
 
 
 def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]:
-    """Returns the JSON schemas of all tools, and whether environments have a reward.
+    """Returns the JSON schemas of all tools, and facts about environments.
+
+    These are whether they have a reward, and the fields that `reset` cannot do without.
 
     Raises:
       SpecError: a tool has no name of its own, no docstring, or arguments without types.
     """
     from transformers.utils import get_json_schema
 
-    schemas, has_reward = dict[str, Any](), False
+    schemas, has_reward, needs = dict[str, Any](), False, list[str]()
     for index, (spec, target) in enumerate(targets.items()):
         try:
             if index >= len(targets) - n_environments:
                 environment = make_environment(spec, target)
                 tools = methods_of(environment)
                 has_reward = callable(getattr(environment, REWARD, None))
+                needs = _needs(environment.reset)
             else:
                 tools = {_name_of(spec, target): target}
         except Exception as error:
@@ -102,7 +105,14 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
                     f"{name} needs a docstring that says what it does, with a line for each "
                     f"argument under `Args:`, and a type for each argument: {problem}",
                 ) from error
-    return {"tools": [*schemas.values()], "rewards": has_reward}
+    return {"tools": [*schemas.values()], "rewards": has_reward, "needs": needs}
+
+
+def _needs(function: Tool) -> list[str]:
+    """Returns the keywords that a function cannot do without."""
+    parameters = inspect.signature(function).parameters.values()
+    named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return [p.name for p in named if p.default is p.empty]
 
 
 def _name_of(spec: str, tool: Tool) -> str:
@@ -136,13 +146,16 @@ class EpisodeProgram:
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed % 2**32)
+        return self._attempt(partial(self._begin, row))
+
+    def _begin(self, row: Mapping[str, Any]) -> str | None:
         for spec, make in self._factories:
             self._environment = make_environment(spec, make)
             self._tools |= methods_of(self._environment)
         if self._environment is None:
-            return {"value": None}
+            return None
         reset = self._environment.reset
-        return self._attempt(lambda: _text(self._finish(reset(**_taken(reset, row))), "reset"))
+        return _text(self._finish(reset(**_taken(reset, row))), RESET)
 
     def _call(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
         """Runs calls one after the other; then the asynchronous ones, all at once."""
@@ -236,9 +249,13 @@ def serve_episode(channel: socket.socket, program: EpisodeProgram) -> None:
 
     answer({"process": process})
     lines = user_files.requests(channel.makefile("r"))
-    while True:
-        for value in program.answers(pickle.loads(base64.b64decode(lines.get()))):
-            answer(value)
+    try:
+        while True:
+            for value in program.answers(pickle.loads(base64.b64decode(lines.get()))):
+                answer(value)
+    finally:
+        if os.getpid() == process:
+            os.killpg(0, signal.SIGKILL)  # and what tools have started
 
 
 def main() -> None:

@@ -53,9 +53,10 @@ class LocalHost:
         own = methods(environment()) if environment else []
         self.tools = [get_json_schema(tool) for tool in [*tools, *own]]
         self.name = environment.__name__ if environment else ""
+        self.needs = [*inspect.signature(environment.reset).parameters][1:] if environment else []
         self.rewards = hasattr(environment, "get_reward")
 
-    def open(self, rows, seeds=None):
+    def open(self, rows, seeds=None, names=None):
         opened = []
         for row in rows:
             environment = self.environment and self.environment()

@@ -118,6 +118,7 @@ def test_runs_resume_with_the_same_bits(folder, tmp_path):
 BAD = {
     "turns": (["--max-turns", "0"], "--max-turns"),
     "no tools": (["--max-turns", "2"], "no tool is called without --tools or --environment"),
+    "no secret": ([], "its `reset` needs the field 'secret'; the rows of --dataset"),
     "no format": ([], "writes calls in none of the known formats"),
 }
 
@@ -129,6 +130,9 @@ def test_bad_input_is_one_paragraph(folder, tmp_path, capsys, way):
     if way == "no tools":
         at = line.index("--environment")
         line[at : at + 2] = ["--reward", "length"]
+    if way == "no secret":
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "play"}\n')
+        line[line.index("--dataset") + 1] = str(tmp_path / "rows.jsonl")
     if way == "no format":
         if not (folder / "plain").exists():
             write_plain_model(folder / "plain")

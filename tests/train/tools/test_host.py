@@ -1,5 +1,7 @@
 """Tools and environments in their processes: what an ugly one does, it does to its row alone."""
 
+import json
+import socket
 import textwrap
 import time
 from pathlib import Path
@@ -73,6 +75,14 @@ def flood() -> str:
         os.write(1, b"z" * 1_000_000)
     return "w" * 100_000_000
 
+def half(text: str) -> str:
+    """Returns half a pair, as names of files may have, behind a text.
+
+    Args:
+        text: a text
+    """
+    return text + chr(0xD800)
+
 def parts() -> list:
     """Returns parts of the type text."""
     return [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
@@ -83,7 +93,7 @@ class Counter:
     def __init__(self):
         self._n = None
 
-    def reset(self, start, **row):
+    def reset(self, start, more=None, **row):
         if start == "bad":
             raise KeyError(start)
         if start == "hang":
@@ -103,7 +113,7 @@ class Counter:
     def get_reward(self) -> float:
         return {7: None, 8: float("nan")}.get(self._n, self._n / 2)
 '''
-TOOLS = "add fail leave wait hang kill kill_all fork leave_child flood parts".split()
+TOOLS = "add fail leave wait hang kill kill_all fork leave_child flood half parts".split()
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +156,7 @@ def ends(process):
 def test_tools_are_described_as_transformers_describes_them(host):
     names = [tool["function"]["name"] for tool in host.tools]
     assert names == [*TOOLS, "count"] and host.rewards and host.name == "Counter"
+    assert host.needs == ["start"]
     assert host.tools[0] == {
         "type": "function",
         "function": {
@@ -194,6 +205,11 @@ def test_calls_are_answered_as_trl_answers_them(host):
         ToolAnswer("leave", str({"error": "3"}), failed=True),
         ToolAnswer("count", "7"),
     )
+    assert answers(episode, ("half", {"text": "a\udc00"}))[0].content == "a??"
+    name = "\ud83d"
+    assert answers(episode, (name, {}))[0].name == "?"
+    deep = ToolCall("add", {"a": json.loads("[" * 300 + "]" * 300)})
+    assert episode.call([deep]).result(60).answers[0].failed
     malformed = episode.call([ToolCall("", None, "no JSON")]).result(60)
     assert malformed.answers == (ToolAnswer("unknown", str({"error": "no JSON"}), failed=True),)
     episode.close()
@@ -216,7 +232,7 @@ def test_an_episode_has_its_own_state_and_randomness(host):
 def test_an_ugly_tool_ends_its_row_alone(host):
     killed, hung, forked, neighbour, program = opened(host, 0, 1, 2, 3, 4)
     turn = killed.call([ToolCall("add", {"a": 1}), ToolCall("kill", {})]).result(60)
-    assert turn.answers == () and turn.lost == "completion 1: kill ended its process"
+    assert turn.answers == () and turn.lost == "the rows, row 1: kill ended its process"
     assert killed.lost == turn.lost and killed.reward().result(60) == FAILED
     assert killed.call([ToolCall("add", {"a": 1})]).result(60).lost
     assert answers(forked, ("fork", {}), ("add", {"a": 1})) == (
@@ -229,7 +245,7 @@ def test_an_ugly_tool_ends_its_row_alone(host):
     host.seconds = 0.5
     waiting = hung.call([ToolCall("hang", {})])
     assert waiting.result(60).lost == (
-        "completion 2: hang took longer than 0.5 seconds, --tool-timeout"
+        "the rows, row 2: hang took longer than 0.5 seconds, --tool-timeout"
     )
     host.seconds = 60.0
     assert answers(neighbour, ("count", {"by": 1}))[0].content == "4"
@@ -238,14 +254,22 @@ def test_an_ugly_tool_ends_its_row_alone(host):
     assert ends(left.content)
 
 
+def test_a_process_ends_with_an_asker_that_read_no_answer(host):
+    channel = host.connect()
+    process = json.loads(channel.recv(1000, socket.MSG_PEEK))["process"]
+    assert is_alive(process)
+    channel.close()
+    assert ends(process)
+
+
 def test_a_reset_that_fails_loses_its_row(host):
     bad, good = opened(host, "bad", 1)
-    assert bad.lost.startswith("completion 1: reset: KeyError: 'bad' (mine.py, line ")
+    assert bad.lost.startswith("the rows, row 1: reset: KeyError: 'bad' (mine.py, line ")
     assert good.lost is None and bad.call([ToolCall("add", {"a": 1})]).result(60).lost
     host.seconds = 0.5
-    (hung,) = opened(host, "hang")
+    (hung,) = opened(host, "hang", names=["rows, row 8"])
     host.seconds = 60.0
-    assert hung.lost == "completion 1: reset took longer than 0.5 seconds, --tool-timeout"
+    assert hung.lost == "rows, row 8: reset took longer than 0.5 seconds, --tool-timeout"
 
 
 @pytest.mark.slow

@@ -81,8 +81,8 @@ class Listener:
         if self._host is None or not asked:
             return
         seeds = [each.seed for each in asked if each.seed is not None]
-        rows = [each.row for each in asked]
-        opened = self._host.open(rows, seeds if len(seeds) == len(rows) else None)
+        rows, names = [each.row for each in asked], [each.name for each in asked]
+        opened = self._host.open(rows, seeds if len(seeds) == len(rows) else None, names)
         for each, future in zip(asked, opened, strict=True):
             self._asked[each.number] = each
             self._futures[each.number] = "opened", future
