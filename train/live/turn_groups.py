@@ -83,6 +83,8 @@ def ask_of_turns(
 ) -> RewardAnswer:
     """Returns the rewards of completions of several turns; those that were lost have none.
 
+    Where all were lost that would have one, nothing can be learned, and the answer says so.
+
     Args:
       rewards: the rewards.
       batch: the completions, without their turns.
@@ -91,7 +93,8 @@ def ask_of_turns(
       stop: tells of a signal.
     """
     batch = batch._replace(
-        chats=[made.messages for made in turns], earned=[made.earned for made in turns]
+        chats=[made.messages for made in turns],
+        earned=[made.earned._replace(is_lost=made.lost is not None) for made in turns],
     )
     answer = ask(rewards, batch, console, stop)
     lost = [made.lost for made in turns if made.lost is not None]
@@ -99,5 +102,6 @@ def ask_of_turns(
         tell(console, f"warning: a completion was lost: {reason}")
     if len(lost) > _TOLD:
         tell(console, f"warning: {len(lost) - _TOLD} more completions were lost")
-    total = np.where([made.lost is None for made in turns], answer.total, np.float32(np.nan))
-    return answer._replace(total=total)
+    if lost and np.isnan(answer.total).all():
+        return answer._replace(lost=answer.lost or lost[0])
+    return answer

@@ -121,6 +121,8 @@ class Rewards:
         )
         judged = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         values = np.stack([got.values for got in judged.values()])  # [rewards, n]
+        if earned:
+            values[:, [each.is_lost for each in earned]] = np.nan
         failed = np.isinf(values)
         values = np.where(failed, np.float32(np.nan), values)
         given = ~np.isnan(values)
@@ -223,7 +225,8 @@ def find_rewards(
             known[spec] = Reward(partial(pool.judge, i), needs, pool.close)
     by_name = {_short(spec, specs): known[spec] for spec in specs}
     if earned is not None:
-        by_name, given = by_name | {earned: earned_reward()}, [*given, 1.0]
+        name = f"environment {earned}" if earned in by_name else earned
+        by_name, given = by_name | {name: earned_reward()}, [*given, 1.0]
     rewards = Rewards(by_name, given)
     for spec in specs:
         if missing := [name for name in known[spec].needs if name not in columns]:

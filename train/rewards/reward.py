@@ -12,10 +12,12 @@ class EarnedReward(NamedTuple):
     Attributes:
       value: None for none; infinite where it failed.
       problem: the reason that it failed; else None.
+      is_lost: whether the completion ended as its environment was lost: no reward judges it.
     """
 
     value: float | None
     problem: str | None = None
+    is_lost: bool = False
 
 
 class RewardBatch(NamedTuple):

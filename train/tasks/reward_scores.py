@@ -14,7 +14,8 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.processes import write_json
 from train.console.output import print_figures, tell
 from train.live.prompts import PromptFeed, TokenizedPrompts
-from train.live.turns.rows import AskedRow
+from train.live.turn_groups import ask_of_turns
+from train.live.turns.rows import AskedRow, TurnCompletion
 from train.live.turns.use import TurnDrawer, tokenize_with_tools
 from train.processes.mesh import make_mesh
 from train.reporters.files import read_json
@@ -27,6 +28,11 @@ from train.run.task import Evaluation, EvaluationContext, Progress
 
 REWARD = "reward"  # the name of the score
 BASE, ADAPTED = "base", "fine-tuned"
+# The options that a reward of a held-out prompt's completion depends on, beside the prompt.
+_OF_REWARDS = (
+    *("reward", "reward_weights", "max_new_tokens", "stop"),
+    *("tools", "environment", "max_turns", "max_tool_output"),
+)
 
 
 @dataclasses.dataclass
@@ -58,6 +64,9 @@ class RewardEvaluation:
         """Takes another run's measures of the base on the same prompts."""
         if not isinstance(other, RewardEvaluation) or other.prompts != self.prompts:
             return False
+        mine, theirs = self.context.config.data, other.context.config.data
+        if any(getattr(mine, name) != getattr(theirs, name) for name in _OF_REWARDS):
+            return False
         if BASE not in other.found.get(REWARD, {}):  # what failed is tried again
             return False
         self.found = {REWARD: {BASE: other.found[REWARD][BASE]}}
@@ -68,17 +77,22 @@ class RewardEvaluation:
     ) -> dict[str, float]:
         """Returns the mean reward of the completions that have one; {} where none has."""
         of = self.prompts
+        turns: list[TurnCompletion] | None = None
         if self._drawer is None:
             texts, ids = self._complete(model, params, forward, progress)
-            more: dict[str, Any] = {}
         else:
-            texts, ids, more = self._converse(self._drawer, model, params, forward)
+            turns = self._converse(self._drawer, model, params, forward)
+            texts, ids = [x.text for x in turns], [x.ids for x in turns]
         names = list(dict.fromkeys([*self.feed.prompts.columns, *of.columns]))
         asked = [of.asked(row) for row in range(len(of.rows))]
         state = self.feed.progress(self.feed.done)
-        batch = RewardBatch(asked, texts, ids, columns_of(of.rows, names), 1, state, **more)
+        batch = RewardBatch(asked, texts, ids, columns_of(of.rows, names), 1, state)
         assert self.feed.rewards is not None
-        scored = ask(self.feed.rewards, batch, self.context.console, self.context.stop)
+        said = self.context.console, self.context.stop
+        if turns is None:
+            scored = ask(self.feed.rewards, batch, *said)
+        else:
+            scored = ask_of_turns(self.feed.rewards, batch, turns, *said)
         self.newest = [
             {
                 "prompt": prompt,
@@ -113,8 +127,8 @@ class RewardEvaluation:
 
     def _converse(
         self, drawer: TurnDrawer, model: Any, params: Any, forward: Callable[..., Any]
-    ) -> tuple[list[str], list[list[int]], dict[str, Any]]:
-        """Returns the texts and tokens of greedy completions that call tools, and their turns."""
+    ) -> list[TurnCompletion]:
+        """Returns greedy completions that call tools."""
         config, rows = self.context.config, self.prompts.rows
         asked = [
             AskedRow(at, row, name_of(row, "the held-out rows", at + 1), self.prompts.tokens[at])
@@ -124,9 +138,7 @@ class RewardEvaluation:
         mesh = make_mesh(run.mesh, places, slice_axis=run.slice_axis)
         layout = Layout.of(mesh, self.context.outline.config)
         key, longest = jax.random.key(0), self.prompts.longest
-        made = drawer.draw((model, forward, layout), params, asked, key, places, longest)
-        more = {"chats": [x.messages for x in made], "earned": [x.earned for x in made]}
-        return [x.text for x in made], [x.ids for x in made], more
+        return drawer.draw((model, forward, layout), params, asked, key, places, longest)
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
         """Rewards the trained model; writes and prints the rewards."""

@@ -252,6 +252,8 @@ class _Draw:
     def _end(self, i: int) -> None:
         """Ends a completion, and gives its place to the next one."""
         made = self._done[i]
+        if not made.messages:  # it was lost before its first turn
+            made.say("")
         self._listener.end(made.asked.number, is_lost=made.lost is not None)
         place = i % self._rows.n
         self._queues[place].popleft()

@@ -1,0 +1,38 @@
+"""The rewards of completions of several turns."""
+
+import numpy as np
+from rich.console import Console
+
+from lora_jax.training.run.stop import Stop
+from train.live.turn_groups import ask_of_turns
+from train.live.turns.rows import AskedRow, TurnCompletion
+from train.rewards.find import Rewards
+from train.rewards.reward import EarnedReward, RewardBatch, earned_reward, function_reward
+
+ASKED = AskedRow(0, {}, "row 1", [1])
+LOST = "row 1: look took longer than 30 seconds, --tool-timeout"
+
+
+def asked_of(*lost):
+    """The answer about completions, each lost or not, of 2, 3, ... tokens."""
+    own = {"length": function_reward(lambda text, ids: len(ids)), "game": earned_reward()}
+    rewards = Rewards(own, [1.0, 1.0])
+    turns = [TurnCompletion(ASKED, lost=LOST if each else None) for each in lost]
+    for each in turns:
+        each.earned = EarnedReward(0.5)
+    n = len(turns)
+    batch = RewardBatch(["?"] * n, ["a"] * n, [[1] * (i + 2) for i in range(n)], {}, n)
+    return ask_of_turns(rewards, batch, turns, Console(quiet=True), Stop())
+
+
+def test_completions_that_were_lost_have_no_reward():
+    answer = asked_of(False, True, False)
+    np.testing.assert_array_equal(answer.total, np.float32([2.5, np.nan, 4.5]))
+    assert answer.metrics["reward_length"] == 3 and answer.metrics["reward_failed"] == 0
+    assert answer.lost is None
+
+
+def test_nothing_is_learned_where_all_were_lost():
+    answer = asked_of(True, True)
+    assert np.isnan(answer.total).all() and answer.lost == LOST
+    assert answer.metrics["reward_length"] is None
