@@ -85,15 +85,16 @@ GAME = (
 
 
 SHOWN = {
-    ("--dataset", "guess"): (
+    ("--dataset", "guess", "--max-turns", "3"): (
         "completions may call guess (calls are written as hermes's)",
         "completions are rewarded by guess",
         "guess <|im_start|>user Guess my number, which is one of 1 to 7",
         "the tools that a completion may call: guess(number: integer): Guesses the number. ",
         "GuessingGame opens an episode of the first prompt without a text",
     ),
-    ("--dataset", "sql", "--environment", "sql", "--eval-questions", "0", "--rows", "20"): (
+    ("--dataset", "sql", "--environment", "sql", "--eval-questions", "1", "--rows", "20"): (
         "completions are rewarded by sql",
+        "the questions of the evaluation are answered in one turn, without tools",
         "the tools that a completion may call: run_query(sql: string): Runs a query",
         "SqlSession opens an episode of the first prompt without a text",
     ),

@@ -249,9 +249,25 @@ def read_prompts(config: grpo.Config) -> TaskRows:
     )
 
 
+def _calls_tools(config: grpo.Config) -> bool:
+    return bool(config.data.tools) or config.data.environment is not None
+
+
+def prompt_examples(config: grpo.Config, rows: TaskRows, outline: ModelInfo) -> Data:
+    """Returns the prompts; tells that the evaluation shows no tools."""
+    data = prompts.examples(config, rows, outline)
+    if not _calls_tools(config) or not config.run.eval_questions:
+        return data
+    line = "the questions of the evaluation are answered in one turn, without tools"
+    return dataclasses.replace(data, lines=(*data.lines, line))
+
+
 def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> grpo.Config:
-    """Returns the options with an adapter that writes SQL, trained in the run's folder."""
-    if config.adapter.init_adapter or config.adapter.full:
+    """Returns the options with an adapter that writes SQL, trained in the run's folder.
+
+    A model that may call tools begins as it is: the adapter would have learned to answer at once.
+    """
+    if config.adapter.init_adapter or config.adapter.full or _calls_tools(config):
         return config
     if bucket_path(config.run.output):
         raise UserError(
@@ -290,6 +306,7 @@ REWARDS = dataclasses.replace(
     completed=reward_by_execution,
     begin=begin_with_sql,
     rows=read_prompts,
+    examples=prompt_examples,
     evaluation=evaluation,
     score=TASK.score,
     baselines=TASK.baselines,
