@@ -97,8 +97,8 @@ def begin_turn(
     """
     alone = jax.tree.map(lambda x: x[None], sampling)
     tokens = draw_tokens(logits, alone, jnp.zeros(1, jnp.int32), 1, _NO_TOP)
-    one = jnp.ones((), jnp.int32)
-    state = RowState(cache, cache.length[0], tokens.ids[0], one, jnp.zeros_like(one), sampling)
+    drawn = jnp.ones((), jnp.int32)
+    state = RowState(cache, cache.length[0], tokens.ids[0], drawn, jnp.zeros_like(drawn), sampling)
     return insert_row(rows, row, state), tokens
 
 

@@ -39,10 +39,10 @@ class SqlSession:
             The rows, or the error.
         """
         errors: list[str] = []
-        found = run(self._database, str(sql), errors)
-        if isinstance(found, str):
-            raise ValueError(_WHY.get(found) or errors[-1])
-        lines = [json.dumps(row, ensure_ascii=False, default=repr) for row in found[:_SHOWN]]
-        if len(found) > _SHOWN:
-            lines.append(f"and {len(found) - _SHOWN} more rows")
+        rows = run(self._database, str(sql), errors)
+        if isinstance(rows, str):
+            raise ValueError(_WHY.get(rows) or errors[-1])
+        lines = [json.dumps(row, ensure_ascii=False, default=repr) for row in rows[:_SHOWN]]
+        if len(rows) > _SHOWN:
+            lines.append(f"and {len(rows) - _SHOWN} more rows")
         return "\n".join(lines) or "no rows"
