@@ -22,11 +22,13 @@ class DatasetFacts(NamedTuple):
       names: the data sets.
       has_own_rows: True if the first one is a task with rows and a test of its own.
       holds_images: True if its rows hold images in the place of texts.
+      calls_tools: True if it is a task whose completions call tools without being asked to.
     """
 
     names: list[str]
     has_own_rows: bool
     holds_images: bool
+    calls_tools: bool
 
 
 class _GivenOptions:
@@ -36,7 +38,7 @@ class _GivenOptions:
         for part in vars(options).values():
             vars(self).update(vars(part))
         self.averages = OPTIMIZERS[self.optimizer].averages
-        self.datasets, self.is_named, self.holds_images = facts
+        self.datasets, self.is_named, self.holds_images, self.calls_tools = facts
         without_project = [tracker.no_project for tracker in trackers(self.report_to).values()]
         if all(without_project):
             self.no_project = next(iter(without_project), None) or "nothing is reported"
@@ -93,7 +95,7 @@ class NoEffect(enum.Enum):
     NO_INTRINSIC = "there is no subspace without --intrinsic", lambda o: o.intrinsic is None
     NO_TOOLS = (
         "no tool is called without --tools or --environment",
-        lambda o: not o.tools and o.environment is None,
+        lambda o: not o.tools and o.environment is None and not o.calls_tools,
     )
     ALONE = "{o.alone}", lambda o: o.alone is not None
     NO_TARGETS = "--targets none makes no adapter", lambda o: o.targets == NO_ADAPTER

@@ -20,6 +20,7 @@ NAMED: dict[str, dict[str, str]] = {
     },
     "train.distill": {"sql": "train.tasks.sql:DISTILLATION"},
 }
+_WITH_TOOLS = ("guess",)  # those whose completions call tools without being asked to
 
 
 def _classifier(data: Any) -> str:
@@ -67,7 +68,8 @@ def dataset_facts(options: Any) -> DatasetFacts:
     data = options.data
     names = _dataset_names(data)
     images = hasattr(data, "image") and holds_images(data.image, names[0])
-    return DatasetFacts(names, any(names[0] in tasks for tasks in NAMED.values()), images)
+    is_named = any(names[0] in tasks for tasks in NAMED.values())
+    return DatasetFacts(names, is_named, images, names[0] in _WITH_TOOLS)
 
 
 def _dataset_names(data: Any) -> list[str]:

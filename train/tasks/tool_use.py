@@ -8,6 +8,7 @@ from train.live.turns.joints import TurnJoints
 from train.live.turns.rows import ReadTurn
 from train.live.turns.use import ToolUse
 from train.options.scripts.grpo import Config
+from train.processes import hosts
 from train.run.pretrained import ModelInfo, end_tokens
 from train.tools.calls import call_format, opens_thinking, read_turn, turn_text
 from train.tools.contract import EpisodeHost, ToolCall
@@ -31,6 +32,7 @@ def use_tools(config: Config, outline: ModelInfo) -> tuple[ToolUse | None, list[
     form = _check(config, outline)
     host = find_tools(data)
     try:
+        hosts.check_alike({}, tools=host.tools)  # prompts show them, in each process
         if not data.reward and not host.rewards:
             raise UserError(
                 f"--environment {data.environment} has no `get_reward`, and there is no --reward: "

@@ -94,7 +94,7 @@ class EpisodeHost(Protocol):
     tools: list[dict[str, Any]]
     name: str
     rewards: bool
-    needs: Sequence[str]
+    needs: list[str]
 
     def open(
         self,

@@ -11,6 +11,7 @@ from tests.train.live.local import LocalHost
 from tests.train.scripts import fails
 from tests.train.tiny import write_model as write_plain_model
 from train import grpo
+from train.console.errors import UserError
 from train.environments.guess import GuessingGame
 from train.live.prompts import PromptFeed
 from train.run.log import read_metrics
@@ -150,3 +151,10 @@ def test_a_reward_of_several_turns_rises(folder, tmp_path):
     args += ["--sampling-temperature", 0.25]  # the frozen head alone would keep it near uniform
     rewards = [line["reward"] for line in run(folder, tmp_path / "run", *args)]
     assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + 0.15
+
+
+def test_a_game_takes_the_options_of_tools():
+    line = ["--dataset", "guess", "--max-turns", "3", "--tool-timeout", "5"]
+    assert grpo.parse(line).data.max_turns == 3
+    with pytest.raises(UserError, match="no tool is called without"):
+        grpo.parse(line[2:])
