@@ -17,7 +17,6 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Leaf, Tree
 from lora_jax.quantized import is_coded
@@ -88,7 +87,7 @@ class Row:
 
     def dtype_of(self, others: DTypeLike) -> np.dtype:
         """Returns the parameter's dtype in a tree whose others have this one."""
-        return np.dtype(wide(others) if self.wide else others)
+        return np.promote_types(others, np.float32) if self.wide else np.dtype(others)
 
     @property
     def members(self) -> list[tuple[int, ...]]:

@@ -284,7 +284,7 @@ def _weight(
         uses=settings["uses"],
         a_of=settings.get("a_of"),
     )
-    arrays, ragged = jax.tree.map(jnp.asarray, dict(filed)), len(set(weight.ranks)) > 1
+    arrays, ragged = jax.device_put(dict(filed)), len(set(weight.ranks)) > 1
     for name, array in arrays.items():
         axis = rank_axis(weight.axes_of(name), weight.labels)
         if name in _LONG_AXIS_FIRST:

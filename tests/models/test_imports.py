@@ -11,7 +11,7 @@ from lora_jax import hf, models
 _MODELS = ("layers", "causal", "heads", "key_rows", "specs")
 SHARED = ("core.types", "hf", *(f"models.{name}" for name in _MODELS))
 BELOW = {
-    "hf": ("core.paths", "core.types", "folders", "hf", "quantized"),
+    "hf": ("buckets", "core.paths", "core.types", "folders", "hf", "quantized"),
     "models/layers": (
         "core.deprecated",
         "core.extend",
@@ -24,7 +24,7 @@ BELOW = {
     "models/vision": (*SHARED, "models.vision"),
     "models/smolvlm": (*SHARED, "models.decoder", "models.smolvlm"),
     "models/gpt2": (*SHARED, "models.gpt2"),
-    "models": ("core.types", "folders", "hf", "models", "quantized"),
+    "models": ("buckets", "core.types", "folders", "hf", "models", "quantized"),
 }
 
 

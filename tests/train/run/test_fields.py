@@ -7,9 +7,10 @@ import pytest
 from train.compare.__main__ import SCRIPTS
 from train.options.conditions import NoEffect
 from train.options.field import CardSection, traits_of
-from train.options.scripts import classify, sft
+from train.options.scripts import classify, grpo, sft
 
-ALL = (sft.Config(), classify.Config(), *(script.plain for script in SCRIPTS.values()))
+OTHERS = (script.plain for script in SCRIPTS.values())
+ALL = (sft.Config(), classify.Config(), grpo.Config(), *OTHERS)
 
 
 def test_each_option_declares_itself_and_each_condition_is_of_some_option():
