@@ -56,6 +56,7 @@ def losses(folder):
     return [line["loss"] for line in read_metrics(folder)]
 
 
+@pytest.mark.slow
 def test_a_cpu_recomputes_nothing_by_default(inputs, tmp_path, compiled, capsys):
     main([*inputs, "--output", str(tmp_path)])
     assert compiled == [False] and saved_policy(tmp_path) == "none"
@@ -117,6 +118,7 @@ def test_one_policy_down_where_the_compiler_refuses(
     assert len(losses(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_one_policy_down_where_a_compiled_step_takes_too_much(
     inputs, tmp_path, compiled, monkeypatch, capsys
 ):

@@ -73,7 +73,7 @@ MESHES = {
 }
 
 
-@over("mesh", MESHES, often=["fsdp and tensor"])
+@over("mesh", MESHES, often=["one"])
 def test_what_a_step_takes_is_predicted(mesh):
     """By its traced program; a CPU's compiler fuses less than those that the model is of."""
     mesh = MESHES[mesh]

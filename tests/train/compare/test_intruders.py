@@ -1,10 +1,10 @@
 """Intruder dimensions: planted in a matrix, and counted in trees against NumPy's own SVD."""
 
 import numpy as np
-import pytest
 from pytest import approx
 
 import lora_jax as lj
+from tests.support import over
 from train.compare.intruders import ALIKE, FIRST, intruders, mean_intruders, right_vectors
 
 
@@ -23,7 +23,7 @@ def by_svd(base, trained):
     return sum(np.abs(u0.T @ u1[:, j]).max() < ALIKE for j in range(FIRST))
 
 
-@pytest.mark.parametrize("shape", [(107, 131), (131, 107), (113, 113)])
+@over("shape", [(107, 131), (131, 107), (113, 113)], often=["(107, 131)"])
 def test_planted_directions_are_counted(shape):
     base = matrix(*shape)
     rng = np.random.default_rng(1)
