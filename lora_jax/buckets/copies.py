@@ -177,15 +177,21 @@ def run_parallel(work: Callable[[str], object], names: Iterable[str]) -> None:
             raise
 
 
-def publish(folder: Path, place: BucketPath) -> None:
+def publish(folder: Path, place: BucketPath, same: Container[str] = ()) -> None:
     """Writes a folder of this machine to a bucket, in the place of what is there.
 
     Until all of it is there, the folder counts as not there; see the module.
+
+    Args:
+      folder: the folder.
+      place: its place in the bucket.
+      same: names of files whose objects stay as they are.
     """
     files = files_in(folder)
     before = list_objects(place)
     write_object(place / MARK, b"")
-    run_parallel(lambda name: write_object(place / name, folder / name), files)
+    changed = [name for name in files if name not in same]
+    run_parallel(lambda name: write_object(place / name, folder / name), changed)
     run_parallel(lambda name: delete_object(place / name), sorted({*before} - {*files, MARK}))
     delete_object(place / MARK)
 
@@ -211,14 +217,26 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
         copy = copy_in(root, place)
         copy.parent.mkdir(parents=True)
         _fetch_outline(place, copy)
+        before = _states(copy)
         yield copy
-        if jax.process_index() == 0:
+        after = _states(copy)
+        if jax.process_index() == 0 and after != before:
             if copy.is_file():
                 write_object(place, copy)
-            else:
-                publish(copy, place)
+            else:  # what was not written is there in part alone
+                publish(copy, place, {n for n, state in after.items() if before.get(n) == state})
+    except Exception as error:
+        error.args = tuple(shown(x) if isinstance(x, str) else x for x in error.args)
+        raise
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _states(copy: Path) -> dict[str, tuple[int, int]]:
+    """Returns the time of the last change and the size of each file; "" stands for the copy."""
+    files = {name: copy / name for name in files_in(copy)} if copy.is_dir() else {"": copy}
+    facts = {name: file.stat() for name, file in files.items() if file.is_file()}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in facts.items()}
 
 
 def _fetch_outline(place: BucketPath, copy: Path) -> None:

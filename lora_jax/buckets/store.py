@@ -73,6 +73,11 @@ def list_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
     with _errors(folder):
         blobs = _client().list_blobs(folder.bucket, prefix=prefix, retry=_retry(), timeout=_TIMEOUT)
         named = {blob.name.removeprefix(prefix): _facts(blob) for blob in blobs}
+    if strange := [name for name in named if name.startswith("/") or ".." in name.split("/")]:
+        raise BucketError(
+            f"{folder} has an object {strange[0]!r}, which as a file would lie outside the folder: "
+            "delete or rename it"
+        )
     return {name: facts for name, facts in named.items() if name and not name.endswith("/")}
 
 

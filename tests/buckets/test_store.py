@@ -1,6 +1,7 @@
 """Tests of folders in a bucket, beside an emulator of Google's store that fails in each way."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,35 @@ def test_copies_are_made_once_for_each_state(proxy):
     assert copies.origin(second / "a") == place("kept/a")
 
 
+def test_what_a_writer_leaves_alone_stays(proxy):
+    for name in ("kept/weights.bin", "kept/card.md", "file.bin"):
+        proxy.put(name, b"content")
+    with copies.staged("gs://bucket/kept") as folder:
+        assert (folder / "weights.bin").is_file() and (folder / "card.md").read_text() == "content"
+    with copies.staged("gs://bucket/file.bin") as file:
+        assert file.is_file()
+    assert {*proxy.objects().values()} == {b"content"}
+    with copies.staged("gs://bucket/kept") as folder:
+        (folder / "new").write_text("more")
+        (folder / "card.md").unlink()
+    kept = {"kept/weights.bin": b"content", "kept/new": b"more"}
+    assert proxy.objects() == kept | {"file.bin": b"content"}
+
+
+@pytest.mark.parametrize("name", ["../out", "a/../../out", "/out"])
+def test_objects_that_no_file_can_be_are_refused(monkeypatch, name):
+    """The emulator takes no such names, which the store does."""
+    objects = [
+        SimpleNamespace(name=f"kept/{n}", generation=1, size=1, crc32c="") for n in ("a", name)
+    ]
+    client = SimpleNamespace(list_blobs=lambda *args, **options: objects)
+    monkeypatch.setattr(store, "_client", lambda: client)
+    with pytest.raises(BucketError, match=f"an object '{name}'.*outside the folder"):
+        copies.readable("gs://bucket/kept")
+    del objects[1]
+    assert store.list_objects(place("kept")).keys() == {"a"}
+
+
 def test_problems_are_named_with_a_remedy(proxy):
     with pytest.raises(BucketError, match="gs://bucket/none: there is no such object or folder"):
         copies.readable("gs://bucket/none")
@@ -170,7 +200,7 @@ def test_adapters_and_models_of_the_library_lie_in_buckets(proxy, tmp_path):
     assert lj.adapter_info("gs://bucket/a") == {"model": "owner/name"}
     loaded = lj.load_adapter("gs://bucket/a", params)
     assert (loaded["dense"]["kernel"].a == tree["dense"]["kernel"].a).all()
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match="^gs://bucket/a exists"):
         lj.save_adapter("gs://bucket/a", tree)
     lj.save_adapter("gs://bucket/a", tree, overwrite=True)
     assert lj.adapter_info("gs://bucket/a") == {}
@@ -181,7 +211,7 @@ def test_adapters_and_models_of_the_library_lie_in_buckets(proxy, tmp_path):
     models.save_pretrained("gs://bucket/model", model, params)
     _, read = models.from_pretrained("gs://bucket/model")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), read, params))
-    with pytest.raises(FileExistsError, match="exists"):
+    with pytest.raises(FileExistsError, match="^gs://bucket/model exists"):
         models.save_pretrained("gs://bucket/model", model, params)
     before = len(proxy.requests)
     assert json.loads(resolve_config("gs://bucket/model").read_text())["n_embd"] == 8
