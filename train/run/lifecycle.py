@@ -137,6 +137,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> T
     wait_for_all("the options of all processes are checked")
     if is_first():
         output.begin(run.place, run.config, run.script, facts)
+    else:
+        output.clear_copy(run.folder, run.config)
     wait_for_all("the run has begun")
     if takes_from_base(params) and not (run.folder / output.START).exists():
         # So that --resume decomposes nothing again.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from lora_jax.buckets.copies import glimpse, shown
+from lora_jax.buckets.copies import glimpse, is_copy, shown
 from lora_jax.buckets.mirror import FolderMirror
 from lora_jax.buckets.store import BucketError, BucketPath, bucket_path
 from lora_jax.training.arguments import CHECKPOINTS, START, clear
@@ -206,6 +206,12 @@ def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict
     write_json(folder / FACTS, facts)
     write_text(folder / CONFIG, options_file(config, script))
     output.send()
+
+
+def clear_copy(folder: Path, config: Options) -> None:
+    """Deletes an earlier run in the working copy of a process that is not the first one."""
+    if is_copy(folder) and not config.run.resume:
+        clear(folder, _OURS)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -3,6 +3,7 @@
 The options are those that the scripts declare, so that a new one is tested, too.
 """
 
+import dataclasses
 import typing
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.folders import RemotePathError, remote_problem
-from lora_jax.training.arguments import check_folder
+from lora_jax.training.arguments import START, check_folder
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.run.checkpoints import Checkpoints
 from tests.support import over
@@ -27,8 +28,10 @@ from train.export.options import ExportOptions
 from train.findings import __main__ as findings
 from train.generate import __main__ as generate
 from train.options.paths import path_options
+from train.options.scripts import sft as sft_options
 from train.plan import __main__ as plan
 from train.predict import __main__ as predict
+from train.run import output
 from train.serve import __main__ as serve
 
 BUCKET, OTHER_BUCKET = "gs://bucket/run", "s3://bucket/run"
@@ -195,3 +198,14 @@ def test_functions_of_the_library_refuse_a_scheme(tmp_path, monkeypatch):
     ):
         check_folder(OTHER_BUCKET, resume=False, overwrite=False)
     assert not any(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_earlier_run_in_a_working_copy_goes_in_each_process(tmp_path, resumes):
+    config = sft_options.Config()
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=resumes))
+    copy, shared = tmp_path / "lora_jax_bucket_x/gs/bucket/run", tmp_path / "run"
+    for folder in (copy, shared):
+        (folder / START).mkdir(parents=True)
+        output.clear_copy(folder, config)
+    assert (copy / START).exists() == resumes and (shared / START).exists()
