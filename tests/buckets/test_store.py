@@ -14,6 +14,9 @@ from lora_jax.buckets import copies, store
 from lora_jax.buckets.store import BucketError, ObjectChanged, bucket_path
 from lora_jax.hf.hub import resolve_config
 from tests.buckets.store_proxy import bucket_store, use
+from tests.train.tiny import CHATML
+from train import sft
+from train.adapters.template import read_template
 
 pytestmark = [
     pytest.mark.buckets,
@@ -168,6 +171,15 @@ def test_what_a_writer_leaves_alone_stays(proxy):
         (folder / "card.md").unlink()
     kept = {"kept/weights.bin": b"content", "kept/new": b"more"}
     assert proxy.objects() == kept | {"file.bin": b"content"}
+
+
+def test_an_adapters_template_is_named_by_its_address(proxy, tmp_path):
+    """So that a run goes on on another machine, whose copies lie elsewhere."""
+    proxy.put("peft/adapter_config.json", b'{"peft_type": "LORA"}')
+    proxy.put("peft/chat_template.jinja", CHATML.encode())
+    line = ["--init-adapter", "gs://bucket/peft", "--model", "owner/name", "--output", tmp_path]
+    template = sft.parse([*map(str, line), "--dataset", "rows.jsonl"]).data.chat_template
+    assert template == "gs://bucket/peft/chat_template.jinja" and read_template(template) == CHATML
 
 
 @pytest.mark.parametrize("name", ["../out", "a/../../out", "/out"])

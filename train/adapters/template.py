@@ -1,7 +1,6 @@
 """The chat template that takes the place of a model's own: a Jinja file, and that of an adapter."""
 
-from pathlib import Path
-
+from lora_jax.buckets.copies import readable
 from lora_jax.training.data.templates import check_template
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
@@ -11,7 +10,7 @@ def read_template(path: str, given: str | None = None) -> str:
     """Reads a chat template.
 
     Args:
-      path: the file.
+      path: the file, which may lie in a bucket (gs://).
       given: the option that names it, for messages; by default --chat-template.
 
     Raises:
@@ -19,7 +18,7 @@ def read_template(path: str, given: str | None = None) -> str:
     """
     given = given or f"--chat-template {path}"
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = readable(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{given}: the template cannot be read: {error.strerror or error}. Name a file of "

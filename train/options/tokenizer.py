@@ -6,6 +6,7 @@ from typing import Literal
 from train.options import field
 from train.options.conditions import NoEffect
 from train.options.field import option
+from train.options.paths import Place
 
 ModelCode = Literal["auto", "ours", "torch"]
 
@@ -24,7 +25,7 @@ class TokenizerOption:
 class TemplateOption:
     """The template that renders chats."""
 
-    chat_template: str | None = option(None, field.OF_BASE)
+    chat_template: Place | None = option(None, field.OF_BASE)
     """A file of Jinja to render chats with, in the place of the model's chat template, such as one
     that knows tools. Adapters store it as chat_template.jinja. By default that of the adapters, if
     they have one, or else the model's own."""

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_jax.buckets.copies import glimpse
+from lora_jax.buckets.copies import glimpse, shown
 from train.adapters.source import find_adapter
 from train.adapters.template import read_template
 from train.console.errors import UserError
@@ -43,7 +43,7 @@ def fill_defaults(options: Any, defaults: Defaults) -> Any:
     template = source.chat_template if source else None
     is_new = not _began_without(options, "chat_template")
     if template and getattr(data, "chat_template", "") is None and is_new:
-        data = dataclasses.replace(data, chat_template=str(template))
+        data = dataclasses.replace(data, chat_template=shown(template))
     for name in ("share_prompt", "replay_routing"):
         if getattr(data, name, False) and _began_without(options, name):
             data = dataclasses.replace(data, **{name: False})

@@ -37,12 +37,12 @@ from train.serve import __main__ as serve
 BUCKET, OTHER_BUCKET = "gs://bucket/run", "s3://bucket/run"
 # Options whose folder or file may lie in a bucket of Google's, by script; those of all trainers.
 PLACES = {
-    "train": {"output", "model", "dataset", "eval_dataset", "init_adapter"},
-    "generate": {"adapter", "model"},
+    "train": {"output", "model", "dataset", "eval_dataset", "init_adapter", "chat_template"},
+    "generate": {"adapter", "model", "chat_template"},
     "predict": {"adapter", "model"},
     "export": {"adapter", "model", "output"},
     "plan": {"model"},
-    "serve": {"model"},
+    "serve": {"model", "chat_template"},
     "compare": set(),
 }
 # What takes a text that names no file, or a place that JAX itself reads.
