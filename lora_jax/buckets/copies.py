@@ -42,7 +42,8 @@ MARK = ".being_written"
 _AT_ONCE = 8  # objects
 _TRIES = 5  # readings of a folder that somebody replaces meanwhile
 PREFIX = "lora_jax_bucket_"  # of the names of folders that hold a copy
-_COPY = re.compile(rf"[^\s'\"=]*{PREFIX}\w+/gs/")
+_COPY = re.compile(rf"[^\s'\"=]*{PREFIX}\w+/gs/")  # in a text
+_WHOLE = re.compile(rf".*{PREFIX}\w+/gs/(.*)", re.DOTALL)  # a path, which may have spaces
 _SMALL = (".json", ".md", ".jinja", ".Modelfile")  # what a writer looks at in an earlier folder
 
 Arguments = ParamSpec("Arguments")
@@ -61,12 +62,13 @@ def shown(text: str | os.PathLike[str]) -> str:
 
 def is_copy(path: str | os.PathLike[str]) -> bool:
     """Returns True for a path in a copy, which each process has of its own."""
-    return _COPY.match(os.fspath(path)) is not None
+    return origin(path) is not None
 
 
-def origin(path: Path) -> BucketPath | None:
+def origin(path: str | os.PathLike[str]) -> BucketPath | None:
     """Returns the place in a bucket of which a path is a copy; None for other paths."""
-    return bucket_path(shown(path)) if is_copy(path) else None
+    match = _WHOLE.fullmatch(os.fspath(path))
+    return None if match is None else bucket_path(f"gs://{match[1]}")
 
 
 def readable(

@@ -204,7 +204,7 @@ def test_functions_of_the_library_refuse_a_scheme(tmp_path, monkeypatch):
 def test_an_earlier_run_in_a_working_copy_goes_in_each_process(tmp_path, resumes):
     config = sft_options.Config()
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=resumes))
-    copy, shared = tmp_path / "lora_jax_bucket_x/gs/bucket/run", tmp_path / "run"
+    copy, shared = tmp_path / "a disk/lora_jax_bucket_x/gs/bucket/run", tmp_path / "run"
     for folder in (copy, shared):
         (folder / START).mkdir(parents=True)
         output.clear_copy(folder, config)

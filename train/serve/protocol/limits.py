@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-MOST_BIASES, MOST_BAD, MOST_ALLOWED = 1024, 1024, 1 << 20
+MOST_BIASES = MOST_BAD = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
