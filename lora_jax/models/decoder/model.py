@@ -218,7 +218,7 @@ class Runs(ModelPart):
             )
             new.append(entries)
             chosen.append(experts)
-            if self.config.num_kv_shared_layers:
+            if self.config.num_kv_shared_layers and step.kept is None:
                 kept = keep_last(self.config, range(max(numbers) + 1), new[0], step.cache)
                 step = step._replace(cache=None, kept=kept)
         routing = None if each.routing is None else jnp.concatenate(chosen)
