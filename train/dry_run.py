@@ -98,7 +98,10 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
 def _print_reward(say: Say, feed: PromptFeed) -> None:
     """Asks the rewards about a fixed completion of the first prompt; prints what they answer."""
     assert feed.rewards is not None
+    if feed.tools is not None and not feed.config.data.reward:
+        return say(f"{feed.tools.host.name} alone rewards completions: none is judged here")
     row, group = feed.prompts.rows[0], feed.config.data.group
+    chat = [{"role": "assistant", "content": COMPLETION}]
     ids = feed.outline.tokenizer(COMPLETION, add_special_tokens=False)["input_ids"]
     began = time.perf_counter()
     totals = feed.rewards(
@@ -108,6 +111,7 @@ def _print_reward(say: Say, feed: PromptFeed) -> None:
         columns_of([row] * group, feed.prompts.columns),
         group=group,
         state=feed.progress(0),
+        chats=() if feed.tools is None else [chat] * group,
     )
     took = time.perf_counter() - began
     say(f"the rewards of {COMPLETION!r} after the first prompt, in {duration(took)}:")

@@ -24,7 +24,7 @@ from train.tools import worker
 from train.tools.contract import Episode, EpisodeTurn, ToolAnswer, ToolCall
 
 _START_SECONDS = 300.0  # imports transformers and the user's files
-_AT_ONCE = 64  # episodes that are waited for at the same time
+_AT_ONCE = 256  # episodes that are waited for at the same time
 _MOST_BYTES = 1 << 26  # of an answer, whose text the worker cuts
 FAILED = math.inf  # in the place of a reward, as rewards have it
 
