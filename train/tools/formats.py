@@ -225,7 +225,11 @@ FORMATS = {
             _harmony,
         ),
         CallFormat(
-            "lfm2", ("<|tool_call_start|>",), ("<|tool_call_start|>",), "<|tool_call_end|>", _lfm
+            "lfm2",
+            ("<|tool_call_start|>", "<|tool_response_start|>"),  # the first ones render no calls
+            ("<|tool_call_start|>",),
+            "<|tool_call_end|>",
+            _lfm,
         ),
         CallFormat("gemma4", ("<|tool_call>call:",), ("<|tool_call>",), "<tool_call|>", _gemma),
         CallFormat("glm4", ("<arg_key>",), ("<tool_call>",), "</tool_call>", _glm),

@@ -149,6 +149,11 @@ def test_the_end_of_a_turn_is_no_text():
     assert turn_text(made, [], [ids[-1]]) == ""
 
 
+def test_a_template_that_renders_answers_alone_has_a_format():
+    assert call_format("{{ '<|tool_response_start|>' + m.content }}").name == "lfm2"
+    assert call_format("{{ m.content }}") is call_format(None) is None
+
+
 # Of TRL's templates: all that write calls, and for which it has a parser.
 WITH_CALLS = """qwen2_5 qwen3 qwen3_instruct_2507 qwen3_vl qwen3_5_think qwen3_6 qwen3_8 llama3_1
     llama3_2 gptoss glm4moe lfm2_v2 lfm2_2_5 nemotron_3_nano nemotron_3_ultra gemma4_v5""".split()
