@@ -58,6 +58,7 @@ class ProcessHost:
         self.tools: list[dict[str, Any]] = described["tools"]
         self.rewards: bool = described["rewards"]
         self.needs: list[str] = described["needs"]
+        self.later = frozenset[str](described["later"])  # tools that run after the others of a turn
         self.names = [tool["function"]["name"] for tool in self.tools]
         self.name = environment.rpartition(":")[2] if environment else ""
         self._threads = ThreadPoolExecutor(_AT_ONCE, "tools")
@@ -195,7 +196,7 @@ class ProcessEpisode:
     def _call(self, calls: Sequence[ToolCall]) -> EpisodeTurn:
         answers: list[ToolAnswer | None] = [self._refusal(call) for call in calls]
         runs = [index for index, answer in enumerate(answers) if answer is None]
-        left = [*runs]
+        left = sorted(runs, key=lambda index: calls[index].name in self._host.later)
         try:
             with self._lock:
                 if self.lost is not None:

@@ -73,14 +73,15 @@ def make_environment(spec: str, make: Tool) -> Any:
 def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]:
     """Returns the JSON schemas of all tools, and facts about environments.
 
-    These are whether they have a reward, and the fields that `reset` cannot do without.
+    These are whether they have a reward, the fields that `reset` cannot do without, and the names
+    of asynchronous tools.
 
     Raises:
       SpecError: a tool has no name of its own, no docstring, or arguments without types.
     """
     from transformers.utils import get_json_schema
 
-    schemas, has_reward, needs = dict[str, Any](), False, list[str]()
+    schemas, has_reward, needs, later = dict[str, Any](), False, list[str](), list[str]()
     for index, (spec, target) in enumerate(targets.items()):
         try:
             if index >= len(targets) - n_environments:
@@ -93,6 +94,7 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
         except Exception as error:
             known = isinstance(error, user_files.NoFunction)
             raise SpecError(spec, str(error) if known else user_files.said(error)) from error
+        later += [name for name, tool in tools.items() if inspect.iscoroutinefunction(tool)]
         for name, tool in tools.items():
             if name in schemas:
                 raise SpecError(spec, f"two tools are called {name}")
@@ -105,7 +107,7 @@ def describe(targets: Mapping[str, Tool], n_environments: int) -> dict[str, Any]
                     f"{name} needs a docstring that says what it does, with a line for each "
                     f"argument under `Args:`, and a type for each argument: {problem}",
                 ) from error
-    return {"tools": [*schemas.values()], "rewards": has_reward, "needs": needs}
+    return {"tools": [*schemas.values()], "rewards": has_reward, "needs": needs, "later": later}
 
 
 def _needs(function: Tool) -> list[str]:

@@ -243,7 +243,7 @@ def test_an_ugly_tool_ends_its_row_alone(host):
     forked.close()
     assert program.call([ToolCall("kill_all", {})]).result(60).lost.endswith("its process")
     host.seconds = 0.5
-    waiting = hung.call([ToolCall("hang", {})])
+    waiting = hung.call([ToolCall("wait", {"seconds": 0.01}), ToolCall("hang", {})])
     assert waiting.result(60).lost == (
         "the rows, row 2: hang took longer than 0.5 seconds, --tool-timeout"
     )
