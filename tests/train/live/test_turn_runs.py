@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.support import thorough
+from tests.support import assert_close, thorough
 from tests.train.live import guessing
 from tests.train.live.local import LocalHost
 from tests.train.scripts import fails
@@ -114,6 +114,17 @@ def test_runs_resume_with_the_same_bits(folder, tmp_path):
     assert [{k: v for k, v in line.items() if k not in timed} for line in whole] == [
         {k: v for k, v in line.items() if k not in timed} for line in parts
     ]
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_draw_as_each_alone(folder, tmp_path):
+    (tmp_path / "runs.csv").write_text("name,rank,lr\na,2,1e-2\nb,4,2e-2\n")
+    grpo.main(line_of(folder, tmp_path / "all", *STEPS, "--many", tmp_path / "runs.csv"))
+    alone = run(folder, tmp_path / "b", *STEPS, "--rank", 4, "--lr", 2e-2)
+    beside, other = (read_metrics(tmp_path / "all" / name) for name in "ba")
+    rewards = [[line["reward"] for line in lines] for lines in (beside, alone, other)]
+    assert rewards[0] == rewards[1] != rewards[2]
+    assert_close(*(np.array([line["loss"] for line in x]) for x in (beside, alone)), 1e-5)
 
 
 BAD = {
