@@ -113,9 +113,9 @@ def test_what_ends_validates():
 
 
 @pytest.mark.slow
-def test_what_ends_of_thousands_validates():
-    ended, strangers = walked(2_000, 1)
-    assert ended > 1_800 and strangers > 1_000, (ended, strangers)
+def test_what_ends_of_hundreds_validates():
+    ended, strangers = walked(300, 1)
+    assert ended > 270 and strangers > 150, (ended, strangers)
 
 
 def test_formats_that_are_not_known_restrict_nothing():
