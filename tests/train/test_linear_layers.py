@@ -129,9 +129,13 @@ def test_a_run_and_its_answers(tmp_path, capsys, fields) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields", [FIELDS, {**LATENT, "first_k_dense_replace": 4}, tiny_stacks.CASES["gemma4"]]
+    ("remat", "fields"),
+    [
+        *((how, FIELDS) for how in ("none", "full")),
+        *((how, {**LATENT, "first_k_dense_replace": 4}) for how in ("none", "full")),
+        ("none", tiny_stacks.CASES["gemma4"]),
+    ],
 )
-@pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_are_those_counted_by_hand(tmp_path, remat: str, fields) -> None:
     folder = write(tmp_path, {**CONFIG, **fields})
     _, _, made = planned_for(folder, "--remat", remat, "--seq-len", 128)

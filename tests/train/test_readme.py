@@ -13,7 +13,8 @@ from train.run.log import read_metrics
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-PAGES = "\n".join(path.read_text() for path in sorted(Path(train.__file__).parent.rglob("*.md")))
+FOLDER = Path(train.__file__).parent
+PAGES = "\n".join(path.read_text() for path in sorted(FOLDER.rglob("*.md")))
 
 
 @pytest.fixture
@@ -28,9 +29,9 @@ def rows_of(field):
     return found
 
 
-def commands_of(script):
+def commands_of(script, pages=PAGES):
     """The command lines of the pages, joined, without comments."""
-    joined = PAGES.replace("\\\n", " ")
+    joined = pages.replace("\\\n", " ")
     lines = re.findall(rf"^lora-jax {script} (.*)$", joined, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -39,7 +40,8 @@ def commands_of(script):
 def test_the_command_of_qlora_trains_on_the_chat_of_the_page(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text(rows_of("messages"))
-    (line,) = (line for line in commands_of("sft") if "--quantize" in line)
+    page = (FOLDER / "sft.md").read_text()
+    (line,) = (line for line in commands_of("sft", page) if "--quantize" in line)
     given = dict(zip(line, line[1:], strict=False))
     assert given["--dataset"] == "chats.jsonl" and given["--quantize"] == "nf4"
     line[line.index(given["--model"])] = model

@@ -261,7 +261,8 @@ def test_the_sampler_is_the_very_program_that_runs(model):
     prompts = rollouts.make_prompts(ones, ones)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4))
     decoding = rollouts.make_decoding(step.model, 4, max_new_tokens=7, temperature=1.0, key=keys)
-    static = dict(model=step.model, apply=lj.adapt(step.model.apply), n=2, max_new_tokens=7)
+    how = {"n": 2, "max_new_tokens": 7, "with_routing": False}
+    static = {"model": step.model, "apply": lj.adapt(step.model.apply), **how}
     real = compiled_bytes(
         rollouts._sample.lower(params, prompts, decoding, **static).compile()  # type: ignore[attr-defined]
     )
