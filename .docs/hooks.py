@@ -4,7 +4,6 @@ MkDocs calls the functions by their names.
 """
 
 import functools
-import os
 import posixpath
 import re
 import sys
@@ -14,8 +13,6 @@ from mkdocs.structure.files import File
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-# Signatures are formatted by a command of this environment, which need not be activated.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 import reference  # noqa: E402
 import sources  # noqa: E402
