@@ -63,6 +63,7 @@ def test_a_cpu_recomputes_nothing_by_default(inputs, tmp_path, compiled, capsys)
     assert "remat:" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_fits_is_kept_and_a_resumed_run_keeps_it(
     inputs, tmp_path, compiled, monkeypatch, capsys
 ):

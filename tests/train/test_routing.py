@@ -73,6 +73,7 @@ def experts_of(model, params, batch):
     return np.moveaxis(np.stack(rows), (0, 1), (2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_each_token_goes_through_the_experts_of_its_drawing(
