@@ -112,7 +112,7 @@ def test_the_mismatch_is_that_of_a_dense_model(folder, tmp_path, monkeypatch):
 
 @over("case", ["mixtral", "qwen3-next", "gpt-oss", "glm4 moe", "deepseek v3"], often=["mixtral"])
 def test_given_experts_are_weighed_by_the_router(case):
-    """Where they are its own choice, values and gradients are as without; its kernel trains."""
+    """Its own choice, given back to it, changes no value or gradient; its kernel trains."""
     model, params = tiny.decoder(case)
     config, ids = model.config, tiny.tokens(0, 2, 9)
     n, k = config.num_experts, config.num_experts_per_tok

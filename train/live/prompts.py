@@ -196,8 +196,6 @@ class PromptFeed:
     routing: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.tools is not None:  # rows that wait for tools keep no record of their experts
-            self.routing = None
         optim, group = self.config.optim, self.config.data.group
         n, parts = len(self.prompts.tokens), optim.grad_accum
         self.order = Order(optim.seed, n, optim.batch_size // group, parts)

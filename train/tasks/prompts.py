@@ -117,7 +117,7 @@ def _with_tools(
         rewards=rewards,
         tools=tools,
         sequence_parts=sequence_parts(config.run.mesh),
-        routing=replayed_routing(config, outline),
+        routing=replayed_routing(config, outline, tools),
     )
     feed, sharing = share_prompts(feed, [outline])
     lines = [f"completions are rewarded by {', '.join(rewards.names)}", *told, *sharing]
@@ -134,18 +134,24 @@ def sequence_parts(mesh: str | None) -> int:
     return parts if parts > 0 else len(all_devices())
 
 
-def replayed_routing(config: Any, outline: ModelInfo) -> tuple[int, int] | None:
+def replayed_routing(
+    config: Any, outline: ModelInfo, tools: ToolUse | None = None
+) -> tuple[int, int] | None:
     """Returns the layers and experts of a token whose choice is replayed; None where none is.
 
     Raises:
-      UserError: --no-replay-routing, and the model has no experts.
+      UserError: --no-replay-routing, and there is nothing to replay.
     """
-    n = outline.active_experts
-    if not config.data.replay_routing:
-        if n is None and not config.run.resume:
-            raise UserError(f"--no-replay-routing: the model {outline.name} has no experts")
+    n, nothing = outline.active_experts, None
+    if n is None:
+        nothing = f"the model {outline.name} has no experts"
+    elif tools is not None:
+        nothing = "completions of several turns keep no record of their experts; leave it out"
+    if nothing and not config.data.replay_routing and not config.run.resume:
+        raise UserError(f"--no-replay-routing: {nothing}")
+    if n is None or tools is not None or not config.data.replay_routing:
         return None
-    return None if n is None else (outline.config.num_hidden_layers, n)
+    return outline.config.num_hidden_layers, n
 
 
 def check_columns(config: Config, rewards: Rewards, held_out: TokenizedPrompts | None) -> None:

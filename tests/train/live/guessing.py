@@ -60,10 +60,11 @@ def tokenizer():
     return made
 
 
-def write_model(folder, scale=0.3):
+def write_model(folder, scale=0.3, **fields):
     """Writes a random decoder, and its tokenizer; its probabilities are nearly uniform."""
+    folder.mkdir(parents=True, exist_ok=True)
     made = tokenizer()
-    fields = CONFIG | {"eos_token_id": made.convert_tokens_to_ids(ENDS)}
+    fields = CONFIG | {"eos_token_id": made.convert_tokens_to_ids(ENDS)} | fields
     model = Decoder(DecoderConfig.from_hf(fields))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"""What stands between a turn that called tools and the next one."""
+"""The tokens between a turn that called tools and the next one are those of the template."""
 
 import pytest
 
