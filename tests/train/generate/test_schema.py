@@ -30,7 +30,7 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llguidance") is None, reason="extra 'structured'")
 def test_answers_are_what_the_schema_describes(base, tmp_path):
-    """Of prompts in batches, whose rows end at different times."""
+    """Prompts run in batches, whose rows end at different times."""
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     output = tmp_path / "answers.jsonl"
     args = ["--model", base, "--schema", tmp_path / "schema.json", "--output", output]

@@ -68,7 +68,7 @@ def test_few_rows_choose_few_experts(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_plan_says_why_no_kernel_reads_the_codes(tmp_path, monkeypatch):
-    """Of a program for a TPU that has none; the control has one."""
+    """A TPU's program without a kernel gives its reason; the control has one."""
     program = ["fusion"]
     monkeypatch.setattr(plan_of_token, "hlo_of", lambda *_: program[0])
     monkeypatch.setattr(plan_of_token, "clock_of", lambda *_: None)

@@ -42,7 +42,7 @@ def post():
 
 
 def is_structured(body):
-    """Whether a body asks for an answer of a form."""
+    """Returns True if a body asks for an answer of a form."""
     is_forced = isinstance(body.get("tool_choice"), dict) or body.get("tool_choice") == "required"
     return is_forced or body.get("response_format") not in (None, {"type": "text"})
 

@@ -1,4 +1,4 @@
-"""What the engine's samples may draw: penalties, limits of tokens, and rows beside others."""
+"""Samples of the engine heed penalties and limits of tokens, and change no row beside them."""
 
 import numpy as np
 import pytest
