@@ -183,17 +183,24 @@ def looks_at_files(sources):
     return sorted(found)
 
 
+def is_chain_of_two(node):
+    """Returns True for `a.b`, with which each longer chain of names begins."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+
+
 def insides_of_jax(sources):
     """Returns the names of JAX's insides that modules import or reach through `jax`."""
     found = set()
-    for name, source in sources.items():
+    last = {inside.rpartition(".")[2] for inside in INSIDES}
+    told = {name: text for name, text in sources.items() if any(word in text for word in last)}
+    for name, source in told.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
                 asked = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 asked = [f"{node.module}.{alias.name}" for alias in node.names if not node.level]
             else:
-                asked = [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+                asked = [ast.unparse(node)] if is_chain_of_two(node) else []
             found |= {
                 f"{name}: {inside}"
                 for inside in INSIDES

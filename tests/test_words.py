@@ -5,6 +5,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
 # A relative clause, or a part of a sentence, that stands for a subject.
@@ -69,30 +71,40 @@ def messages(tree):
                 yield node.lineno, first.value
 
 
-def test_no_text_begins_as_a_riddle():
+@pytest.fixture(scope="module")
+def trees():
+    """The parsed files, by their paths."""
+    return {path: ast.parse(path.read_text()) for path in SOURCES}
+
+
+@pytest.fixture(scope="module")
+def documented(trees):
+    """The path, line and text of each docstring."""
+    return [(path, *one) for path, tree in trees.items() for one in docstrings(tree)]
+
+
+def test_no_text_begins_as_a_riddle(trees):
     found = []
-    for path in SOURCES:
-        tree = ast.parse(path.read_text())
+    for path, tree in trees.items():
         texts = [*docstrings(tree), *help_texts(tree), *messages(tree)]
         found += [f"{path}:{n}: {t.splitlines()[0]}" for n, t in texts if RIDDLE.match(t)]
     assert found == []
 
 
-def test_verbs_have_nouns_for_objects():
+def test_verbs_have_nouns_for_objects(documented):
     found = [
         f"{path}:{line}: {text.splitlines()[0]}"
-        for path in SOURCES
-        for line, text in docstrings(ast.parse(path.read_text()))
+        for path, line, text in documented
         if CLAUSE.match(text)
     ]
     assert found == []
 
 
-def test_functions_are_named_by_verbs_or_nouns():
+def test_functions_are_named_by_verbs_or_nouns(trees):
     found = [
         f"{path}:{node.lineno}: {node.name}: name its result, or what it does"
-        for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
         if isinstance(node, FUNCTION)
         and PREPOSITION.match(node.name)
         and node.name not in PUBLIC_METHODS.get(path.relative_to(ROOT).as_posix(), ())
@@ -100,38 +112,36 @@ def test_functions_are_named_by_verbs_or_nouns():
     assert found == []
 
 
-def class_owners(sources):
+def class_owners(trees):
     """Returns the files that define each public class, by its name."""
     owners = defaultdict(set)
-    for path, text in sources:
-        for node in ast.walk(ast.parse(text)):
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 owners[node.name].add(str(path))
     return owners
 
 
-def test_a_class_name_stands_in_one_file():
-    owners = class_owners((path, path.read_text()) for path in SOURCES)
+def test_a_class_name_stands_in_one_file(trees):
+    owners = class_owners(trees)
     shared = {name: files for name, files in owners.items() if len(files) > 1}
     assert {k: sorted(v) for k, v in shared.items() if k not in SHARED_CLASS_NAMES} == {}
     assert shared.keys() >= SHARED_CLASS_NAMES.keys(), "an exception that nobody needs"
 
 
-def test_sections_stand_on_lines_of_their_own():
+def test_sections_stand_on_lines_of_their_own(documented):
     found = [
         f"{path}:{line}: write a section, 'Raises:'"
-        for path in SOURCES
-        for line, text in docstrings(ast.parse(path.read_text()))
+        for path, line, text in documented
         if INLINE_SECTION.search(text.partition("\n")[2])
     ]
     assert found == []
 
 
-def test_arguments_are_described_by_nouns():
+def test_arguments_are_described_by_nouns(documented):
     found = [
         f"{path}:{line}: {match[0].strip()} …: name the thing, 'dtype: dtype of the result'"
-        for path in SOURCES
-        for line, text in docstrings(ast.parse(path.read_text()))
+        for path, line, text in documented
         for match in BARE.finditer(text)
     ]
     assert found == []
@@ -144,7 +154,8 @@ def test_the_judge_sees_riddles():
     assert not CLAUSE.match("Returns True if it is.") and not CLAUSE.match("Checks that it is.")
     names = ["of", "_of_layer", "by_name", "offset", "inner", "from_hf", "with_slots"]
     assert [bool(PREPOSITION.match(name)) for name in names] == [True] * 3 + [False] * 4
-    owners = class_owners([("a.py", "class X: ..."), ("b.py", "class X: ...\nclass _Y: ...")])
+    texts = {"a.py": "class X: ...", "b.py": "class X: ...\nclass _Y: ..."}
+    owners = class_owners({path: ast.parse(text) for path, text in texts.items()})
     assert owners == {"X": {"a.py", "b.py"}}
     assert INLINE_SECTION.search("Does it.\n\n    Raises ValueError where it cannot.")
     bare = ["optimizer: of the adapter.", "inner: see there.", "tensors, n: those that move."]

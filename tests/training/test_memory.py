@@ -87,6 +87,7 @@ def test_what_a_step_takes_is_predicted(mesh):
     assert kept - again == pytest.approx(fewer, rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_device_takes_its_part_of_the_batch():
     whole, part = (step_of(False, **MESHES[name])[1] for name in ("one", "fsdp"))
     _, double = step_of(False, batch=8, **MESHES["fsdp"])

@@ -240,6 +240,7 @@ def test_scores_are_those_of_unshared_completions():
     assert_close(*both, 3e-6)
 
 
+@pytest.mark.slow
 def test_rows_that_fill_up_a_batch_count_nothing():
     """As where a run of a table has fewer prompts than another, or completions of a prompt."""
     batch = rollouts(feed_of(share_prompt=True, per_token=("old",)))

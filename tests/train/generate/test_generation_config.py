@@ -61,6 +61,7 @@ def answers(folder, output, *args):
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_the_file_says(base, tmp_path):
     folder, tokens = base
     end, n = end_of(tokens)

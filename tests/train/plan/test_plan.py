@@ -495,6 +495,7 @@ def test_gpus_are_known_by_the_name_of_their_card():
     assert topology_here([other]) is None and topology_here(jax.devices("cpu")[:1]) == "cpu:1"
 
 
+@pytest.mark.slow
 def test_auto_plans_the_policy_of_a_run_and_shows_the_ladder(model, capsys):
     """It is the first that is predicted to fit; the others are planned beside it."""
     few = ("--remat", "auto", "--capacity-gib", 1e-6)
