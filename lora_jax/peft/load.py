@@ -300,7 +300,7 @@ class _Files:
             if module.path == path:
                 rank, alpha = rank_and_alpha(self.config, module.name)
                 scale[module.index] = alpha / (rank**0.5 if self.config["use_rslora"] else rank)
-        return jnp.asarray(scale)
+        return jax.device_put(scale)
 
     def _rows(self, path: str, node: TrainedRows) -> TrainedRows:
         shape = (len(node.rows), *node.shape[1:])

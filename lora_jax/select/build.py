@@ -81,7 +81,7 @@ def _adapted(leaf: Leaf, path: str, choice: Adaptation, key: jax.Array, starts: 
     a_shape, b_shape, scale_shape = factor_shapes(leaf.shape, choice.roles, max(choice.ranks))
     n_batch = len(scale_shape)
     scales = scales.reshape(-1, *[1] * (n_batch - 1)) if n_batch else scales[0]
-    scale = jnp.asarray(np.broadcast_to(scales, scale_shape))
+    scale = jax.device_put(np.broadcast_to(scales, scale_shape))  # asarray would compile
     arrays: dict[str, Leaf] = {"scale": scale}
     if variant := _starting(choice):
         arrays |= starts[variant](leaf, _kernel(leaf, path, choice))
