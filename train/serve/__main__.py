@@ -184,6 +184,8 @@ def _engine(
         slots=options.slots,
         tenants=options.tenants,
         tokens=options.tokens,
+        prefixes=int(options.prefix_memory * 1e9),
+        fast_prompts=options.fast_prompts,
     )
     engine = make_engine(
         *(model, params, outline.name),

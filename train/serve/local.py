@@ -24,6 +24,8 @@ class EngineLimits:
       slots: adapters that these may have.
       tenants: adapters that train at once.
       tokens: tokens of a batch that is trained on at once; by default `max_length`.
+      prefixes: bytes of what was computed of prompts, and is kept to be found again.
+      fast_prompts: whether prompts run together; see `Sizes`.
     """
 
     max_length: int = 1024
@@ -32,6 +34,8 @@ class EngineLimits:
     slots: int = 8
     tenants: int = 64
     tokens: int | None = None
+    prefixes: int = 10**9
+    fast_prompts: bool = False
 
 
 def make_engine(
@@ -65,6 +69,8 @@ def make_engine(
         sequences=limits.sequences,
         chunk=min(limits.max_length, 64 if layout.platform == "cpu" else 256),
         parts=layout.batch_parts,
+        prefixes=limits.prefixes,
+        fast_prompts=limits.fast_prompts,
     )
     room = {"slots": limits.slots, "tenants": limits.tenants}
     return Engine(base, sizes, layout, eos=eos, text_of=text_of, **room)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lora_jax.training.arguments import NumberRange, check_numbers, minimum
+from lora_jax.training.arguments import NOT_NEGATIVE, NumberRange, check_numbers, minimum
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.console.help import HelpPage
@@ -26,6 +26,7 @@ _NUMBERS = {
         ("tenants", "tenants_per_key", "slots", "max_rank", "sequences", "tokens"), minimum(1)
     ),
     "max_length": minimum(2),
+    "prefix_memory": NOT_NEGATIVE,
     "session_idle": NumberRange(lambda x: 60 <= x < float("inf"), "a minute or more is needed"),
     "port": NumberRange(
         lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"
@@ -68,6 +69,13 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     """The largest rank of an adapter. Memory and time of each adapter are those of this rank."""
     sequences: int = 32
     """Completions that are drawn side by side; others wait."""
+    prefix_memory: float = 1.0
+    """Gigabytes on the device, at most, for what was computed of prompts: a chat's earlier turns,
+    and what prompts begin with alike, are found again and not run again. 0 for none. An owner of
+    --keys finds nothing of others', so that times of answers tell nothing of their prompts."""
+    fast_prompts: bool = False
+    """Run pieces of several short prompts together, and find what completions drew again as well.
+    Last bits of an answer then depend on what else was asked for."""
     max_length: int | None = None
     """Tokens of a sequence at most, prompt and completion together. By default 1,024, or the
     model's positions where they are fewer."""

@@ -144,18 +144,6 @@ def run_rows(run: Forward, params: Tree, rows: DecodingRows) -> tuple[jax.Array,
     return logits, rows._replace(cache=cache)
 
 
-def cut_cache(cache: Cache, n: Number) -> Cache:
-    """Returns a copy of a prompt's cache with the first n tokens, [] int32, alone."""
-    is_kept = jnp.arange(cache.positions.shape[1]) < n
-    return cache._replace(
-        key=jnp.array(cache.key, copy=True),
-        value=jnp.array(cache.value, copy=True),
-        positions=jnp.where(is_kept, cache.positions, -1),
-        filled=jnp.asarray(n),
-        length=jnp.full_like(cache.length, n),
-    )
-
-
 def take_row(rows: DecodingRows, row: Number) -> tuple[jax.Array, jax.Array]:
     """Returns the keys and values of a row, [] int32."""
     key, value = (

@@ -179,10 +179,12 @@ class FakeEngine:
             waiting=self._jobs.qsize(),
             drawing=0,
             prompt_tokens=sum(len(one.prompt) for one in self.drawn),
+            found_tokens=3 * len(self.drawn),
             drawn_tokens=0,
             trained_tokens=0,
             compiled=3,
             base_size=1000,
+            prefix_size=100,
         )
 
     def _run(self):

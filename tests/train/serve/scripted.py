@@ -111,9 +111,8 @@ class ScriptedEngine:
     def status(self):
         numbers = {"waiting": 5, "drawing": len(self.drawn)}
         counts = {"prompt_tokens": 11, "drawn_tokens": 13, "trained_tokens": 17, "compiled": 19}
-        return Status(
-            tenants=self.tenants, adapters=[*self.adapters], base_size=23, **numbers, **counts
-        )
+        numbers |= {"found_tokens": 37, "base_size": 23, "prefix_size": 41}
+        return Status(tenants=self.tenants, adapters=[*self.adapters], **numbers, **counts)
 
 
 def tenant(steps=2):

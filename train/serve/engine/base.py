@@ -40,9 +40,9 @@ Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of al
 SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter's arrays, which never change.
+    """An adapter's arrays, which never change. It equals no other one.
 
     Attributes:
       factors: A and B.

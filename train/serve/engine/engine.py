@@ -193,10 +193,12 @@ class Engine:
             waiting=self._sampler.waiting,
             drawing=self._sampler.drawing,
             prompt_tokens=self._sampler.prompt_tokens,
+            found_tokens=self._sampler.found_tokens,
             drawn_tokens=self._sampler.drawn_tokens,
             trained_tokens=self._commands.trained_tokens,
             compiled=self._trainer.compiled + self._programs.compiled,
             base_size=self._base.size,
+            prefix_size=self._sampler.prefix_size,
         )
 
     def _call(self, function: Callable[[], object], late: bool = False) -> None:

@@ -12,8 +12,9 @@ from lora_jax.bank.mixing import Choice, mixed
 from lora_jax.bank.slots import Slots, WeightSlots, map_slots
 from lora_jax.core.types import Model, Tree
 from lora_jax.models.layers.cache import Cache, init_cache
-from lora_jax.models.sampling import slots
+from lora_jax.models.sampling import blocks, slots
 from lora_jax.models.sampling.adjust import Adjustments, adjust_logits
+from lora_jax.models.sampling.blocks import CacheBlock
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import DecodingRows, DrawnTokens, Flag, Number
 from lora_jax.training.layout import Layout
@@ -29,8 +30,10 @@ class SamplingPrograms:
     Attributes:
       chunk: tokens of a prompt that run at once.
       compiled: the number of functions that were compiled.
-      cut, insert, fit: `cut_cache`; `insert_row`, which takes the rows; and `fit_rows`.
+      put, insert, fit: `put_block`, which takes the cache; `insert_row`, which takes the rows; and
+        `fit_rows`.
       extend, run, draw: run a chunk of a prompt, and a token of each row; and draw the next ones.
+      extend_all: runs pieces of several prompts.
     """
 
     def __init__(self, model: Model, layout: Layout, chunk: int) -> None:
@@ -45,11 +48,15 @@ class SamplingPrograms:
         self._place = functools.partial(jax.device_put, device=layout.whole)
         self._forward = mixed(model.apply)
         self.compiled = 0
-        self.cut = self._program(slots.cut_cache)
+        self._grow = self._program(blocks.grow_cache, static_argnums=1)
+        self._block = self._program(blocks.take_block, static_argnums=2)
+        self._row_block = self._program(blocks.take_row_block, static_argnums=3)
+        self.put = self._program(blocks.put_block, donate_argnums=0)
         self.insert = self._program(slots.insert_row, donate_argnums=0)
         self.fit = self._program(slots.fit_rows, static_argnums=2)
         self._take = self._program(slots.take_row)
         self.extend = self._program(self._run_chunk, donate_argnums=4)
+        self.extend_all = self._program(self._run_pieces, donate_argnums=4)
         self.run = self._program(self._run_rows, donate_argnums=1)
         self.draw = self._program(self._draw_tokens)
         self._adjust = self._program(adjust_logits)
@@ -85,6 +92,12 @@ class SamplingPrograms:
 
         return run
 
+    @property
+    def depends_on_room(self) -> bool:
+        """True where keys depend on the length of the cache: those that "longrope" rotates."""
+        scaling = getattr(self._model.config, "rope_scaling", None)
+        return scaling is not None and scaling.kind == "longrope"
+
     def empty(self, rows: int, length: int) -> DecodingRows:
         """Returns rows without completions."""
         return self._place(slots.empty_rows(self._model, rows, length))
@@ -97,6 +110,18 @@ class SamplingPrograms:
     def whole(self, length: int) -> int:
         """Returns a number of tokens, rounded up to whole chunks."""
         return -(-length // self.chunk) * self.chunk
+
+    def grow(self, cache: Cache, length: int) -> Cache:
+        """Returns a prompt's cache with room for so many tokens, rounded up to whole chunks."""
+        return self._grow(cache, self.whole(length))
+
+    def block(self, cache: Cache, first: int) -> CacheBlock:
+        """Returns a copy of a prompt's newest chunk, which begins at a token."""
+        return self._block(cache, np.int32(first), self.chunk)
+
+    def row_block(self, rows: DecodingRows, row: int, first: int) -> CacheBlock:
+        """Returns a copy of a chunk of a row."""
+        return self._row_block(rows, np.int32(row), np.int32(first), self.chunk)
 
     def take(self, rows: DecodingRows, row: Number, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns a copy of a row's keys and values, in the host's memory.
@@ -122,6 +147,35 @@ class SamplingPrograms:
     ) -> tuple[jax.Array, Cache]:
         """Runs a chunk of a prompt by the adapter in a slot, [] int32; takes the cache."""
         return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n, cache)
+
+    def _run_pieces(
+        self,
+        tree: Tree,
+        slot: np.ndarray,
+        ids: np.ndarray,
+        n: np.ndarray,
+        caches: tuple[Cache, ...],
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Runs a piece of each of some prompts; takes the caches, which have one length.
+
+        Args:
+          tree: the base with adapters in slots.
+          slot: [prompts] int32.
+          ids: [prompts, 1, piece] int32, filled up on the right.
+          n: [prompts] int32, the tokens of each piece.
+          caches: the caches.
+
+        Returns:
+          The logits after each piece, [prompts, 1, vocab], and the caches.
+        """
+
+        def run(slot: Number, ids: jax.Array, n: Number, cache: Cache) -> tuple[jax.Array, Cache]:
+            return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n, cache)
+
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *caches)
+        logits, after = jax.vmap(run)(*map(jnp.asarray, (slot, ids, n)), stacked)
+        each = [jax.tree.map(lambda x, i=i: x[i], after) for i in range(len(caches))]
+        return logits, tuple(each)
 
     def _run_rows(self, tree: Tree, rows: DecodingRows) -> tuple[jax.Array, DecodingRows]:
         """Runs the newest token of each row by its adapter; takes the rows."""

@@ -1,21 +1,23 @@
 """Prompts run in chunks, and what they begin with alike runs once."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+import itertools
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax.core.types import Tree
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.sampling.blocks import CacheBlock
 from lora_jax.models.sampling.prompts import common_prefix
-from train.serve.engine.base import Adapter
-from train.serve.engine.jobs import SampleJob
+from train.serve.engine.jobs import ActiveCompletion, SampleJob
+from train.serve.engine.prefixes import PrefixScope, PrefixStore
 from train.serve.engine.programs import SamplingPrograms
+from train.serve.engine.rows import RunningRows
 from train.serve.engine.sizes import Sizes
-
-_Computed = tuple[Adapter | None, np.ndarray, Cache | None]
-_KEPT = 4  # prompts whose keys and values are kept
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,18 +48,24 @@ class RunningPrompt:
         return self.n == len(self.ids)
 
 
-class PrefixCache:
-    """Keeps the keys and values of the latest prompts.
+class PromptRunner:
+    """Runs prompts, and has what they begin with found again.
 
-    What a prompt has in common with one of them is taken over up to the end of a whole chunk, and
-    only if their caches are of one length, so that each prompt has the very numbers that it would
-    have had alone.
+    A chunk runs in a cache whose length depends on the chunk's place alone, and what a prompt
+    begins with as another did is taken over up to the end of a whole chunk. So each prompt has the
+    very numbers that it would have alone, whatever was found.
+
+    Where `Sizes.fast_prompts` says that last bits may differ, pieces of several prompts run
+    together, and what completions drew is found again, too.
+
+    Attributes:
+      store: what was computed.
     """
 
     def __init__(self, programs: SamplingPrograms, sizes: Sizes) -> None:
         """Begins without any."""
         self._programs, self._sizes, self._chunk = programs, sizes, sizes.chunk
-        self._kept: list[_Computed] = []
+        self.store = PrefixStore(sizes.chunk, sizes.prefixes)
 
     def begin(self, job: SampleJob) -> RunningPrompt:
         """Returns a sample's prompt, of which nothing ran yet."""
@@ -65,59 +73,160 @@ class PrefixCache:
 
     def waits(self, prompt: RunningPrompt, others: Iterable[RunningPrompt]) -> bool:
         """Returns True if another prompt is about to run the tokens that this one begins with."""
-        if prompt.n:
+        if prompt.cache is not None or not self._sizes.prefixes:
             return False
         who = prompt.job.path[:-1]  # those of others have other turns
-        others = [other for other in others if other.n and other.job.path[:-1] == who]
-        coming = [(other.job.adapter, other.ids, other.cache) for other in others]
-        return self._common(prompt, coming)[0] > self._common(prompt, self._computed(others))[0]
+        coming = [
+            common_prefix(other.ids, prompt.ids[:-1]) // self._chunk
+            for other in others
+            if other.n and other.job.path[:-1] == who
+            if self._scope(other.job) == self._scope(prompt.job)
+        ]
+        return max(coming, default=0) > len(self._find(prompt))
 
-    def run(self, prompt: RunningPrompt, tree: Tree, others: Iterable[RunningPrompt] = ()) -> int:
-        """Runs the next chunk of a prompt; returns its number of tokens.
+    def run(self, prompts: Sequence[RunningPrompt], tree: Tree) -> dict[RunningPrompt, int]:
+        """Runs the next chunk of a prompt, or as many tokens of several ones.
 
         Args:
-          prompt: the prompt.
+          prompts: the prompt, and others that may run with it, if that takes no longer.
           tree: the base with adapters in slots.
-          others: prompts that run, too.
+
+        Returns:
+          The number of tokens that ran, of each prompt that did.
         """
+        first, (most, piece) = prompts[0], self._sizes.pieces
+        caches = {prompt: self._make_room(prompt) for prompt in prompts}
+        length = caches[first].positions.shape[1]
+        same = [each for each in prompts if caches[each].positions.shape[1] == length][:most]
+        together = {each: min(piece, len(each.ids) - each.n) for each in same}
+        apart = min(self._chunk, len(first.ids) - first.n)
+        if first.n % self._chunk == 0 and apart >= sum(together.values()):
+            together = {first: apart}
+            self._run_chunk(first, caches[first], tree)
+        else:
+            self._run_pieces({each: caches[each] for each in together}, tree)
+        for prompt, n in together.items():
+            prompt.n += n
+            self._keep(prompt)
+        return together
+
+    def keep_drawn(self, row: ActiveCompletion, rows: RunningRows) -> None:
+        """Keeps the tokens of a completion to be found again, where last bits may differ.
+
+        Args:
+          row: a completion that ends.
+          rows: the rows, one of which still is its.
+        """
+        if not self._sizes.fast_prompts:
+            return
+        scope, first = self._scope(row.job), len(row.job.request.prompt)
+        ids = np.asarray([*row.job.request.prompt, *row.ids[:-1]], np.int32)
+        for start in range(first - first % self._chunk, len(ids) - self._chunk + 1, self._chunk):
+            block = functools.partial(rows.block, row, start)
+            self.store.add(scope, ids[: start + self._chunk], block)
+
+    def _scope(self, job: SampleJob) -> PrefixScope:
+        length = None
+        if self._programs.depends_on_room:
+            length = self._sizes.cache(len(job.request.prompt))
+        return PrefixScope(job.request.client.owner, job.adapter, length)
+
+    def _find(self, prompt: RunningPrompt) -> list[CacheBlock]:
+        return self.store.find(self._scope(prompt.job), prompt.ids[:-1])
+
+    def _length(self, prompt: RunningPrompt) -> int:
+        """Returns the length of the cache in which the next chunk of a prompt runs."""
+        n = len(prompt.ids) if self._programs.depends_on_room else prompt.n + 1
+        return self._sizes.cache(n)
+
+    def _make_room(self, prompt: RunningPrompt) -> Cache:
+        """Returns a prompt's cache with room for its next chunk, and with all that was found."""
         if prompt.cache is None:
-            n, cache = self._common(prompt, self._computed(others))
-            prompt.n = prompt.cached = n
-            if cache is None:
-                prompt.cache = self._programs.prompt(self._sizes.cache(len(prompt.ids)))
-            else:
-                prompt.cache = self._programs.cut(cache, np.int32(n))
-        ids = np.zeros((1, self._chunk), np.int32)
-        part = prompt.ids[prompt.n : prompt.n + self._chunk]
-        ids[0, : len(part)] = part
-        assert prompt.job.slot is not None
-        slot = np.int32(prompt.job.slot)
-        prompt.logits, prompt.cache = self._programs.extend(
-            tree, slot, ids, np.int32(len(part)), prompt.cache
+            blocks = self._find(prompt)
+            prompt.n = prompt.cached = len(blocks) * self._chunk
+            cache = self._programs.prompt(self._length(prompt))
+            for i, block in enumerate(blocks):
+                cache = self._programs.put(cache, np.int32(i * self._chunk), block)
+            prompt.cache = cache
+        length = self._programs.whole(self._length(prompt))
+        if prompt.cache.positions.shape[1] < length:
+            prompt.cache = self._programs.grow(prompt.cache, length)
+        return prompt.cache
+
+    def _run_chunk(self, prompt: RunningPrompt, cache: Cache, tree: Tree) -> None:
+        ids, n = self._piece(prompt, self._chunk)
+        slot = np.int32(_slot(prompt))
+        prompt.logits, prompt.cache = self._programs.extend(tree, slot, ids, n, cache)
+
+    def _run_pieces(self, caches: dict[RunningPrompt, Cache], tree: Tree) -> None:
+        most, width = self._sizes.pieces
+        pieces = [self._piece(prompt, width) for prompt in caches]
+        slots = [_slot(prompt) for prompt in caches]
+        length = next(iter(caches.values())).positions.shape[1]
+        empty, n_empty = np.zeros((1, width), np.int32), most - len(caches)
+        logits, after = self._programs.extend_all(
+            tree,
+            np.array([*slots, *[0] * n_empty], np.int32),
+            np.stack([*(ids for ids, _ in pieces), *[empty] * n_empty]),
+            np.array([*(n for _, n in pieces), *[0] * n_empty], np.int32),
+            (*caches.values(), *(self._programs.prompt(length) for _ in range(n_empty))),
         )
-        prompt.n += len(part)
-        if prompt.is_done and len(prompt.ids) > self._chunk:
-            self._kept = [*self._kept[1 - _KEPT :], (prompt.job.adapter, prompt.ids, prompt.cache)]
-        return len(part)
+        for i, prompt in enumerate(caches):
+            prompt.logits, prompt.cache = logits[i], after[i]
 
-    def _computed(self, others: Iterable[RunningPrompt]) -> list[_Computed]:
-        """Returns the tokens that ran, with their adapters, and keys and values."""
-        under_way = [(each.job.adapter, each.ids[: each.n], each.cache) for each in others]
-        return self._kept + [each for each in under_way if len(each[1])]
+    def _piece(self, prompt: RunningPrompt, width: int) -> tuple[np.ndarray, np.int32]:
+        """Returns a prompt's next tokens, [1, width] int32, filled up, and how many there are."""
+        ids, part = np.zeros((1, width), np.int32), prompt.ids[prompt.n : prompt.n + width]
+        ids[0, : len(part)] = part
+        return ids, np.int32(len(part))
 
-    def _common(
-        self, prompt: RunningPrompt, others: Iterable[_Computed]
-    ) -> tuple[int, Cache | None]:
-        """Returns the tokens of whole chunks that a prompt shares with another, and its cache."""
-        best: tuple[int, Cache | None] = 0, None
-        length = self._programs.whole(self._sizes.cache(len(prompt.ids)))
-        for adapter, ids, cache in others:
-            if cache is None or cache.positions.shape[1] != length:
-                continue
-            if adapter is not prompt.job.adapter:
-                continue
-            n = common_prefix(ids, prompt.ids[:-1])
-            n -= n % self._chunk
-            if n > best[0]:
-                best = n, cache
-        return best
+    def _keep(self, prompt: RunningPrompt) -> None:
+        """Keeps the newest chunk, once it is whole, to be found again."""
+        if prompt.n % self._chunk == 0:
+            assert prompt.cache is not None
+            first = prompt.n - self._chunk
+            block = functools.partial(self._programs.block, prompt.cache, first)
+            self.store.add(self._scope(prompt.job), prompt.ids[: prompt.n], block)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of `warm_up`."""
+        return len(self._sizes.caches) * (2 if self._sizes.fast_prompts else 1)
+
+    def warm_up(self, tree: Tree) -> Generator[None, None, tuple[jax.Array, list[Cache]]]:
+        """Compiles all functions of prompts, for all shapes, step by step.
+
+        Args:
+          tree: the base with adapters in slots.
+
+        Returns:
+          The logits after a prompt, [1, vocab], and a cache of each length.
+        """
+        programs, caches = self._programs, list[Cache]()
+        ids = np.zeros((1, self._chunk), np.int32)
+        most, width = self._sizes.pieces
+        none = np.zeros((most, 1, width), np.int32), np.zeros(most, np.int32)
+        for length in self._sizes.caches:
+            cache = programs.prompt(length)
+            logits, cache = programs.extend(tree, np.int32(0), ids, np.int32(1), cache)
+            cache = programs.put(cache, np.int32(0), programs.block(cache, 0))
+            caches.append(cache)
+            yield
+            if self._sizes.fast_prompts:
+                empty = tuple(programs.prompt(length) for _ in range(most))
+                programs.extend_all(tree, none[1], *none, empty)
+                yield
+        for start, then in self._growths():
+            programs.grow(programs.prompt(start), then)
+        return logits, caches
+
+    def _growths(self) -> Iterator[tuple[int, int]]:
+        """Yields the lengths of caches from which prompts go on to others, and these."""
+        starts = range(0, self._sizes.max_length, self._chunk)
+        lengths = [self._programs.whole(self._sizes.cache(n + 1)) for n in starts]
+        return ((a, b) for a, b in itertools.pairwise(lengths) if a != b)
+
+
+def _slot(prompt: RunningPrompt) -> int:
+    assert prompt.job.slot is not None
+    return prompt.job.slot

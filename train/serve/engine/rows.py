@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax.core.types import Tree
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.sampling.blocks import CacheBlock
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import DrawnTokens, RowState
 from train.serve.engine.adjusting import RowAdjuster
@@ -99,6 +100,10 @@ class RunningRows:
         self._insert(row, cache, sampling, n=n, token=token, drawn=drawn)
         row.cache = None
 
+    def block(self, row: ActiveCompletion, first: int) -> CacheBlock:
+        """Returns a copy of a chunk of a completion, prompt included, which begins at a token."""
+        return self._programs.row_block(self._arrays, self._place(row), first)
+
     def draw(self, tree: Tree) -> DrawnTokens[np.ndarray]:
         """Draws the next token of each completion."""
         self._fit(len(self.rows), max(row.n_cached + 1 for row in self.rows.values()))
@@ -177,25 +182,19 @@ class RunningRows:
     def steps(self) -> int:
         """The number of steps of `warm_up`."""
         n = len(self._sizes.caches)
-        return 2 * n + len({1, *self._sizes.widths}) + 4 * n * len(self._sizes.widths)
+        return len({1, *self._sizes.widths}) + 4 * n * len(self._sizes.widths)
 
-    def warm_up(self, tree: Tree) -> Iterator[None]:
-        """Compiles all functions of sampling, for all shapes, step by step; nobody samples yet.
+    def warm_up(self, tree: Tree, logits: jax.Array, caches: Sequence[Cache]) -> Iterator[None]:
+        """Compiles all functions of rows, for all shapes, step by step; nobody samples yet.
 
         Args:
           tree: the base with adapters in slots.
+          logits: [1, vocab], after a prompt.
+          caches: a prompt's, one of each length.
         """
         programs, sizes = self._programs, self._sizes
-        ids = np.zeros((1, sizes.chunk), np.int32)
         slot, unit = np.int32(0), np.int32(1)
-        caches, sampling = [], self._sampling_of(SampleRequest(adapter=None, prompt=[0]), 0, 0)
-        for length in sizes.caches:
-            cache = programs.prompt(length)
-            logits, cache = programs.extend(tree, slot, ids, unit, cache)
-            caches.append(cache)
-            yield
-            programs.cut(cache, unit)
-            yield
+        sampling = self._sampling_of(SampleRequest(adapter=None, prompt=[0]), 0, 0)
         alone = jax.tree.map(lambda x: x[None], sampling)
         self._warm_up_draws(logits, alone, np.zeros(1, np.int32))
         yield
@@ -208,6 +207,8 @@ class RunningRows:
                         rows = programs.insert(rows, slot, state)
                 yield
                 logits, rows = programs.run(tree, rows)
+                if sizes.fast_prompts:
+                    programs.row_block(rows, 0, 0)
                 yield
                 paused = programs.give(*programs.take(rows, slot, 1), length)
                 rows = programs.insert(rows, slot, state._replace(cache=paused))

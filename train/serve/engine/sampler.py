@@ -1,7 +1,6 @@
 """Continuous batching: a sample enters between two tokens, and leaves when it ends."""
 
 import itertools
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from train.serve.engine.base import ServedBase
 from train.serve.engine.jobs import ActiveCompletion, SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import SamplingPrograms
-from train.serve.engine.prompts import PrefixCache, RunningPrompt
+from train.serve.engine.prompts import PromptRunner, RunningPrompt
 from train.serve.engine.rows import RunningRows
 from train.serve.engine.sizes import Sizes
 from train.serve.engine.trainer import Trainer
@@ -22,16 +21,16 @@ from train.serve.engine.turns import PARTY, TurnOrder, TurnPath, parties
 from train.serve.protocol.requests import Completion, DrawnToken, SampleResult
 
 _ALONE = 32  # tokens after which an owner who is alone has all rows
-_CHUNKS = 8  # of prompts, between two tokens where all rows are free
 
 
 class Sampler:
     """Draws the completions of many samples side by side, each by its own adapter.
 
     Owners take turns, then an owner's sessions, a session's adapters, and an adapter's requests. A
-    turn is a chunk of a prompt, or a token of each completion. Between two tokens of an owner, each
-    other one has one turn at most. Rows and slots are shared evenly by owners, and by an owner's
-    sessions: a completion that has to give its row to others is paused, and loses nothing.
+    turn is a chunk of a prompt, or a token of each completion. Between two tokens of a completion,
+    one chunk of a prompt runs at most, whosever it is. Rows and slots are shared evenly by owners,
+    and by an owner's sessions: a completion that has to give its row to others is paused, and loses
+    nothing.
     """
 
     def __init__(
@@ -52,15 +51,15 @@ class Sampler:
         self._base, self._trainer, self._sizes, self._text_of = base, trainer, sizes, text_of
         self._pool = pool
         self._places = RunningRows(programs, sizes, base.model.config.vocab_size)
-        self._prefixes = PrefixCache(programs, sizes)
+        self._runner = PromptRunner(programs, sizes)
         self._waiting: dict[TurnPath, deque[SampleJob]] = {}  # by owner, session and adapter
         self._prompts: list[RunningPrompt] = []
         self._ready: list[RunningPrompt] = []  # ran, with completions that are to begin
         self._paused: list[ActiveCompletion] = []
         self._turns = TurnOrder()
-        self._ran: Counter[TurnPath] = Counter()  # chunks of prompts since the last token
+        self._ran = False  # whether a chunk of a prompt did since the last token
         self._alone = _ALONE  # tokens since several owners drew
-        self.rounds = self.prompt_tokens = self.drawn_tokens = 0
+        self.rounds = self.prompt_tokens = self.found_tokens = self.drawn_tokens = 0
 
     @property
     def waiting(self) -> int:
@@ -78,6 +77,11 @@ class Sampler:
         """True where there is anything to do."""
         return bool(self._waiting or self._active_jobs())
 
+    @property
+    def prefix_size(self) -> int:
+        """The bytes of what is kept to be found again."""
+        return self._runner.store.size
+
     def serves_others(self, path: TurnPath) -> bool:
         """Returns True if anybody else samples at the last level of a path."""
         return self._turns.has_others(path)
@@ -91,8 +95,8 @@ class Sampler:
         """Runs a chunk of a prompt, or draws a token of each completion."""
         self._admit()
         self._fill_rows()
-        if (prompt := self._due_prompt()) is not None:
-            self._isolate(prompt.job, self._run_chunk, prompt)
+        if prompts := self._due_prompts():
+            self._isolate(prompts[0].job, self._run_chunk, prompts)
         elif self._places.rows:
             self._draw()
         self._fill_rows()
@@ -192,49 +196,44 @@ class Sampler:
                     blocked.add(party)
                     break
                 job = queue.popleft()
-                last[who] = self._prefixes.begin(job)
+                last[who] = self._runner.begin(job)
                 many[who] += 1
                 self._prompts.append(last[who])
                 room -= job.request.n
             if not queue:
                 del self._waiting[who]
 
-    def _due_prompt(self) -> RunningPrompt | None:
-        """Returns the prompt of which a chunk runs now; None where tokens are drawn.
+    def _due_prompts(self) -> list[RunningPrompt]:
+        """Returns the prompt of which a chunk runs now, and those that may run with it.
 
-        Of several owners, or of several sessions of the only one, each has a chunk or a token in
-        its turn. Otherwise a token costs as much for few rows as for all, so that the more rows are
-        free, the more chunks run before the next one.
+        There are none where tokens are drawn: after a chunk, if there are completions.
         """
-        depth = 1 if self._turns.n_below(()) > 1 else PARTY
-        drawing = {row.job.path[:depth] for row in self._places.rows.values()}
-        oldest = min((self._turns.last(party) for party in drawing), default=math.inf)
-        free = self._sizes.sequences - len(self._places.rows)
+        if self._places.rows and self._ran:
+            return []
+        due: list[RunningPrompt] = []
         for prompt in sorted(self._prompts, key=lambda each: self._turns.order(each.job.path)):
-            party = prompt.job.path[:depth]
-            if self._turns.n_below(party[:-1]) > 1:
-                most = 1 if self._turns.last(party) <= oldest else 0
-            else:
-                most = max(1, _CHUNKS * free // self._sizes.sequences)
-            is_due = not drawing or self._ran[party] < most or (most and party not in drawing)
-            if is_due and not self._prefixes.waits(prompt, self._prompts):
-                if self._take_slot(prompt.job):
-                    return prompt
-        return None
+            if len(due) == self._sizes.pieces[0]:
+                break
+            if not self._runner.waits(prompt, self._prompts):
+                if prompt.job.slot is not None or (not due and self._take_slot(prompt.job)):
+                    due.append(prompt)
+        return due
 
-    def _run_chunk(self, prompt: RunningPrompt) -> None:
-        path = prompt.job.path
-        self._turns.note([path])
-        self._ran.update(parties(path))
+    def _run_chunk(self, prompts: list[RunningPrompt]) -> None:
+        ran = self._runner.run(prompts, self._pool.tree)
+        self._turns.note(prompt.job.path for prompt in ran)
+        self._ran = True
         self.rounds += not self._places.rows
-        self.prompt_tokens += self._prefixes.run(prompt, self._pool.tree, self._prompts)
-        if prompt.is_done:
-            self._prompts.remove(prompt)
-            self._finish_prompt(prompt)
+        self.prompt_tokens += sum(ran.values())
+        for prompt in ran:
+            if prompt.is_done:
+                self._prompts.remove(prompt)
+                self._finish_prompt(prompt)
 
     def _finish_prompt(self, prompt: RunningPrompt) -> None:
         job = prompt.job
         request, job.cached = job.request, prompt.cached
+        self.found_tokens += prompt.cached
         if request.prompt_logprobs or request.top_prompt or request.targets is not None:
             adapter = job.adapter or self._base.none
             tokens = np.asarray(request.prompt, np.int32)
@@ -327,7 +326,7 @@ class Sampler:
 
     def _draw(self) -> None:
         tokens = self._places.draw(self._pool.tree)
-        self._ran.clear()
+        self._ran = False
         self.rounds += 1
         self._alone += 1
         rows = [*self._places.rows.items()]
@@ -357,6 +356,7 @@ class Sampler:
         says_stop = ends_with_stop(searched, request.stop, self._text_of)
         stopped = token in request.stop_ids or says_stop or row.accept(token)
         if stopped or len(row.ids) >= most:
+            self._runner.keep_drawn(row, self._places)
             self._places.free(row)
             row.end(stopped)
             if len(job.completions) == request.n:
@@ -374,9 +374,10 @@ class Sampler:
     @property
     def steps(self) -> int:
         """The number of steps of `warm_up`."""
-        return self._places.steps
+        return self._runner.steps + self._places.steps
 
     def warm_up(self) -> Iterator[None]:
         """Compiles all functions, for all shapes, step by step; nobody samples yet."""
-        yield from self._places.warm_up(self._pool.tree)
+        logits, caches = yield from self._runner.warm_up(self._pool.tree)
+        yield from self._places.warm_up(self._pool.tree, logits, caches)
         self._pool.give(self._pool.take(self._base.none) or 0)

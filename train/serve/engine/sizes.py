@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 _LEAST, _LEAST_CACHE = 64, 128  # the shortest rows, and caches
 TARGETS = (1, 32)  # targets of a place
+_TOGETHER = 4  # prompts, at most, of which pieces run together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,9 @@ class Sizes:
       sequences: completions side by side at most.
       chunk: tokens of a prompt that run at once.
       parts: number of parts of a batch, on a mesh.
+      prefixes: bytes of the prompts' keys and values that are kept, at most.
+      fast_prompts: whether pieces of several prompts run together, and drawn tokens are found
+        again: last bits of an answer then depend on what else was asked for.
     """
 
     max_length: int
@@ -25,6 +29,8 @@ class Sizes:
     sequences: int
     chunk: int
     parts: int = 1
+    prefixes: int = 10**9
+    fast_prompts: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -44,6 +50,14 @@ class Sizes:
         """The numbers of completions side by side."""
         few = max(1, self.sequences // 8)
         return (few, self.sequences) if few < self.sequences else (self.sequences,)
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """The number of prompts that run together, and tokens of each: a chunk in all."""
+        n = min(_TOGETHER, self.chunk) if self.fast_prompts else 1
+        while self.chunk % n:
+            n -= 1
+        return n, self.chunk // n
 
     def rows(self, length: int) -> int:
         """Returns the number of rows of a batch of this length."""

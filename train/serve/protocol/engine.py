@@ -87,8 +87,11 @@ class Status:
       adapters: names that samples may choose.
       waiting: samples that wait for a place.
       drawing: completions that are being drawn.
-      prompt_tokens, drawn_tokens, trained_tokens, compiled: numbers since the start.
+      prompt_tokens: tokens of prompts that were run, since the start.
+      found_tokens: tokens of prompts that had been run before, since the start.
+      drawn_tokens, trained_tokens, compiled: numbers since the start.
       base_size: bytes of the base.
+      prefix_size: bytes of what was computed of prompts, and is kept.
     """
 
     tenants: Mapping[str, TenantStatus]
@@ -96,10 +99,12 @@ class Status:
     waiting: int
     drawing: int
     prompt_tokens: int
+    found_tokens: int
     drawn_tokens: int
     trained_tokens: int
     compiled: int
     base_size: int
+    prefix_size: int
 
 
 class EngineProtocol(Protocol):

@@ -20,7 +20,8 @@ _POLICY = (
     "connect-src 'self'; frame-ancestors 'none'"
 )
 _COUNTERS = {
-    "prompt_tokens": "Tokens of prompts that were read.",
+    "prompt_tokens": "Tokens of prompts that were run.",
+    "found_tokens": "Tokens of prompts that had been run before.",
     "drawn_tokens": "Tokens that were drawn.",
     "trained_tokens": "Tokens that were trained on.",
     "compiled": "Programs that were compiled.",
@@ -29,6 +30,7 @@ _GAUGES = {
     "waiting": "Samples that wait for a place.",
     "drawing": "Completions that are being drawn.",
     "base_size": "Bytes of the base on the device.",
+    "prefix_size": "Bytes of prompts that were run, on the device.",
 }
 _OF_TENANTS = {
     "steps": ("counter", "Updates that a tenant took."),

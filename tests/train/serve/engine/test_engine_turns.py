@@ -20,6 +20,7 @@ from tests.train.serve.engine.engines import (
 )
 from train.serve.protocol.requests import (
     AdapterSpec,
+    Client,
     Create,
     Leave,
     RequestError,
@@ -29,7 +30,7 @@ from train.serve.protocol.requests import (
 
 def forget(engine):
     """Has the engine keep no prompt of earlier tests."""
-    engine._sampler._prefixes._kept.clear()
+    engine._sampler._runner.store.clear()
 
 
 def test_shared_prefixes_run_once(engine):
@@ -78,6 +79,24 @@ def test_long_prompts_hold_up_no_short_ones(engine):
     assert seen["short"] <= 3 * CHUNK and seen["same"] <= 4 * CHUNK
     assert seen["part"] <= 6 * CHUNK, "it waits for what is shared alone"
     assert seen["long 1"] > 8 * CHUNK
+
+
+def test_a_chunk_of_prompts_runs_between_two_tokens_of_a_neighbour(engine):
+    """Whoever asks for them, and however many rows are free."""
+    forget(engine)
+    rng, seen = np.random.default_rng(2), []
+    with held(engine):
+        first = {"client": Client("anna"), "seed": 1, "max_tokens": 40}
+        crowd = [
+            begun(engine, lambda _: seen.append(engine.status().prompt_tokens), **first, prompt=[3])
+        ]
+        for i in range(9):
+            who = Client(("anna", "ben", "cleo")[i % 3], ("", "other")[i % 2])
+            crowd.append(begun(engine, prompt=ids(rng, 50).tolist(), max_tokens=2, client=who))
+    for future in crowd:
+        future.result(SECONDS)
+    ran = np.diff(seen)
+    assert len(ran) == 39 and ran.max() == CHUNK and ran.sum() > 30 * CHUNK
 
 
 def test_earlier_work_is_not_held_against_an_adapter(engine):

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from lora_jax.models.layers.cache import init_cache
+from train.serve.engine.prefixes import PrefixScope, PrefixStore
 from train.serve.engine.programs import SamplingPrograms
-from train.serve.engine.prompts import PrefixCache
+from train.serve.engine.prompts import PromptRunner
 from train.serve.engine.sizes import Sizes
 
 SIZES = Sizes(max_length=256, tokens=256, sequences=2, chunk=16)  # caches of 128 and of 256
 MODEL = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=2)
+BLOCK = SimpleNamespace(size=10)
 
 
 class Unread:
@@ -20,27 +22,128 @@ class Unread:
     chunk = SIZES.chunk
     whole = SamplingPrograms.whole
 
+    def __init__(self, depends_on_room=False):
+        self.depends_on_room, self.lengths = depends_on_room, []
+
     def prompt(self, length):
         return init_cache(MODEL, 1, self.whole(length))
 
-    def cut(self, cache, n):
-        return cache
+    grow = lambda self, cache, length: self.prompt(length)  # noqa: E731
+    block = lambda self, cache, first: BLOCK  # noqa: E731
+    put = lambda self, cache, first, block: cache  # noqa: E731
 
     def extend(self, tree, slot, ids, n, cache):
+        self.lengths.append(cache.positions.shape[1])
         return None, cache
 
 
-@pytest.mark.parametrize(("n", "cached"), [(140, 128), (90, 0)])
-def test_a_prefix_is_taken_over_from_a_cache_of_the_same_length(n, cached):
-    def job(ids):
-        request = SimpleNamespace(prompt=ids, adapter="a")
-        return SimpleNamespace(request=request, adapter=None, slot=0, path=("", "", "a", None))
+def job(ids, owner="", adapter=None):
+    request = SimpleNamespace(prompt=ids, client=SimpleNamespace(owner=owner))
+    return SimpleNamespace(request=request, adapter=adapter, slot=0, path=(owner, "", "a", None))
 
-    prefixes, ids = PrefixCache(Unread(), SIZES), np.arange(150)
-    first, other = prefixes.begin(job(ids)), prefixes.begin(job(ids[:n]))
-    prefixes.run(first, None)
-    assert prefixes.waits(other, [first]) == bool(cached)
+
+def ran(runner, job):
+    """Runs a prompt to its end; returns it."""
+    prompt = runner.begin(job)
+    while not prompt.is_done:
+        runner.run([prompt], None)
+    return prompt
+
+
+@pytest.mark.parametrize(("n", "cached"), [(250, 144), (140, 128), (90, 80), (16, 0)])
+def test_a_prefix_is_taken_over_into_a_cache_of_any_length(n, cached):
+    runner, ids = PromptRunner(Unread(), SIZES), np.arange(250)
+    first, other = runner.begin(job(ids[:150])), runner.begin(job(ids[:n]))
+    runner.run([first], None)
+    assert runner.waits(other, [first]) == (cached > 16)
     while not first.is_done:
-        prefixes.run(first, None)
-    prefixes.run(other, None)
-    assert other.cached == cached
+        runner.run([first], None)
+    assert ran(runner, job(ids[:n])).cached == cached
+
+
+def test_a_chunk_runs_in_a_cache_whose_length_depends_on_its_place_alone():
+    """Where keys depend on that length, it is that of the prompt, and is found alone."""
+    for depends_on_room, found in ((False, 112), (True, 0)):
+        programs = Unread(depends_on_room)
+        runner, ids = PromptRunner(programs, SIZES), np.arange(250)
+        ran(runner, job(ids[:113]))
+        assert programs.lengths == [128] * 8
+        assert ran(runner, job(ids)).cached == found
+        n = (250 - found + 15) // 16
+        short = 0 if depends_on_room else 1
+        assert programs.lengths[8:] == [128] * short + [256] * (n - short)
+
+
+def test_a_kept_prefix_is_found_by_its_owner_for_its_weights():
+    class Weights:
+        pass
+
+    weights, runner, ids = Weights(), PromptRunner(Unread(), SIZES), np.arange(50)
+    ran(runner, job(ids, "anna", weights))
+    assert ran(runner, job(ids, "anna", weights)).cached == 48
+    for other in (("ben", weights), ("anna", Weights()), ("anna", None)):
+        assert ran(runner, job(ids, *other)).cached == 0
+    assert ran(PromptRunner(Unread(), SIZES), job(ids, "anna", weights)).cached == 0
+
+
+def test_no_room_is_for_nothing():
+    sizes = Sizes(max_length=256, tokens=256, sequences=2, chunk=16, prefixes=0)
+    runner, ids = PromptRunner(Unread(), sizes), np.arange(50)
+    first = runner.begin(job(ids))
+    runner.run([first], None)
+    assert not runner.waits(runner.begin(job(ids)), [first]), "it would wait for nothing"
+    ran(runner, job(ids))
+    assert ran(runner, job(ids)).cached == runner.store.size == 0
+
+
+class Texts:
+    """A store of blocks of one token and ten bytes each."""
+
+    def __init__(self, blocks):
+        self.store = PrefixStore(1, 10 * blocks)
+
+    def keep(self, text, owner=""):
+        for end in range(1, len(text) + 1):
+            self.store.add(PrefixScope(owner, None), self._ids(text[:end]), lambda: BLOCK)
+            assert self.store.size <= self.store._most
+
+    def find(self, text, owner=""):
+        return len(self.store.find(PrefixScope(owner, None), self._ids(text)))
+
+    def _ids(self, text):
+        return np.array([*map(ord, text)], np.int32)
+
+
+def test_what_was_not_used_for_long_gives_way_from_its_end():
+    texts = Texts(8)
+    texts.keep("abcd")
+    texts.keep("abxy")  # what both begin with is kept once
+    assert texts.store.size == 60 and (texts.find("abcde"), texts.find("abxyz")) == (4, 4)
+    texts.find("abcd")
+    texts.keep("zzz")
+    assert texts.find("abxy") == 3, "its end goes first"
+    assert (texts.find("abcd"), texts.find("zzzz")) == (4, 3)
+    texts.keep("qqqqqqqq")
+    assert texts.find("ab") == texts.find("zzz") == 0
+    texts.keep("r" * 20)
+    assert texts.find("r" * 20) <= 8, "what has no room is not there"
+
+
+def test_many_texts_of_an_owner_drive_out_none_of_others_with_fewer():
+    texts = Texts(8)
+    texts.keep("abc", "anna")
+    for letter in "uvwxyz":
+        texts.keep(letter * 3, "ben")
+    assert texts.find("abc", "anna") == 3 and texts.find("abc", "ben") == 0
+    assert texts.find("zzz", "ben") == 3 and texts.find("uuu", "ben") == 0
+    texts.keep("defghi", "anna")
+    assert texts.find("zzz", "ben") == 3 and texts.find("defghi", "anna") < 6
+
+
+def test_a_block_that_is_kept_is_not_computed_again():
+    texts, made = Texts(4), []
+    for _ in range(2):
+        texts.store.add(
+            PrefixScope("", None), np.array([1], np.int32), lambda: made.append(1) or BLOCK
+        )
+    assert made == [1]

@@ -63,9 +63,11 @@ def made_sampler(slots, sequences, shared):
     cache = SimpleNamespace(positions=np.zeros((1, 64)))
     drawing = SimpleNamespace(
         chunk=CHUNK,
+        depends_on_room=False,
         empty=lambda width, length: None,
         prompt=lambda length: cache,
-        cut=lambda cache, n: cache,
+        block=lambda cache, first: SimpleNamespace(size=1),
+        put=lambda cache, first, block: cache,
         extend=lambda tree, slot, ids, n, cache: (None, cache),
         whole=lambda length: length,
     )
@@ -83,6 +85,10 @@ def step(sampler):
     assert (sampler.drawn_tokens, sampler.prompt_tokens) != before
 
 
+class Weights:
+    """Stands for an adapter's arrays."""
+
+
 class Requests:
     """Asks a sampler, and counts the answers."""
 
@@ -90,7 +96,7 @@ class Requests:
         self.sampler, self.jobs, self.answers, self._adapters = sampler, [], [], {}
 
     def ask(self, owner, session, name, n, most, prompt):
-        adapter = None if name is None else self._adapters.setdefault(name, object())
+        adapter = None if name is None else self._adapters.setdefault(name, Weights())
         request = SampleRequest(
             **{"adapter": name, "prompt": prompt, "n": n, "max_tokens": most},
             client=Client(owner, session),
