@@ -154,17 +154,19 @@ def test_memory_of_the_host_takes_none_of_the_device():
     assert bytes_of(jax.memory.Space.Device) - bytes_of(jax.memory.Space.Host) == 4000
 
 
-SIZES = {"none": 30, "attention": 12, "full": 10, "offload": 4}
+SIZES = {"none": 30, "products": 20, "projections": 15, "attention": 12, "full": 10, "offload": 4}
 
 
 @pytest.mark.parametrize(
     ("capacity", "remat", "looked_at"),
     [
         (33, "none", 1),
-        (32, "attention", 2),
-        (13, "full", 3),
-        (10, "offload", 4),
-        (1, "offload", 4),
+        (32, "products", 2),
+        (17, "projections", 3),
+        (16, "attention", 4),
+        (13, "full", 5),
+        (10, "offload", 6),
+        (1, "offload", 6),
         (None, "full", 0),
     ],
 )
@@ -190,5 +192,5 @@ def test_one_policy_down():
 
 def test_policies_that_differ_on_a_platform():
     assert rungs_for("tpu", "splash") == rungs_for("gpu", "flash") == LADDER
-    assert rungs_for("gpu", "cudnn") == ("none", "full", "offload")
+    assert rungs_for("gpu", "cudnn") == ("none", "products", "projections", "full", "offload")
     assert rungs_for("cpu", "blockwise") == ("none", "full")

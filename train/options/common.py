@@ -21,8 +21,8 @@ from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
-_REMAT |= {name: name for name in ("attention", "offload", "dots_saveable")}
-_REMAT |= {"dots_with_no_batch_dims_saveable": "dots_with_no_batch_dims_saveable"}
+_REMAT |= {name: name for name in ("products", "projections", "attention", "offload")}
+_REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
 AUTO = "auto"  # a policy that is chosen before the step is compiled
 
 # The numbers that the options of all scripts take.
@@ -190,15 +190,17 @@ class OptimConfig:
     seed: int = option(0, field.OPTIMISATION, compared_by="seeds")
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
     remat: Remat = option(None, field.OF_BASE, older="none")
-    """Activations to recompute in the backward pass. auto: the first of none, attention, full and
-    offload that fits, by the predicted memory of a step; the run says which, and keeps it when it
-    is resumed. full, or --remat without a name: all those of each layer but xA of small ranks, for
-    much less memory and some more time. offload: so, and the layers' inputs go to the host's memory
-    until they are needed (GPUs and TPUs), for very long rows. attention: as full, but what a kernel
-    of attention returns (splash, flash) is kept too: it takes about as much memory as the layers'
-    inputs, and saves much time in long rows. Two policies of JAX keep more: dots_saveable the
-    results of all matrix products, dots_with_no_batch_dims_saveable of those with weights. By
-    default auto on GPUs and TPUs, and none on CPUs."""
+    """Activations to recompute in the backward pass. auto: the first of none, products,
+    projections, attention, full and offload that fits, by the predicted memory of a step; the run
+    says which, and keeps it when it is resumed. full, or --remat without a name: all those of each
+    layer but xA of small ranks, for much less memory and some more time. offload: so, and the
+    layers' inputs go to the host's memory until they are needed (GPUs and TPUs), for very long
+    rows. attention: as full, but what a kernel of attention returns (splash, flash) is kept too: it
+    takes about as much memory as the layers' inputs, and saves much time in long rows. projections:
+    so, and what attention's projections return is kept, in decoders and GPT-2. products: so, and
+    what an MLP's products return is. Two policies of JAX keep the factors' products and scores as
+    well: dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of
+    those with weights. By default auto on GPUs and TPUs, and none on CPUs."""
     attention: Attention = option("auto", field.OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a

@@ -25,6 +25,7 @@ from train.run.rules import rules
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"attention": "remat but attention", "offload": "remat to the host"}
+_REMAT |= {"projections": "remat but projections", "products": "remat but products of layers"}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
 
 

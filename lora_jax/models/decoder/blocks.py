@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.attention import wide_dtype
 from lora_jax.models.layers.blocks import ModelPart, activate, dense
-from lora_jax.models.layers.trunk import apply_chunked
+from lora_jax.models.layers.trunk import apply_chunked, multiplied
 
 
 class RMSNorm(nn.Module):
@@ -52,10 +52,13 @@ def _gated(module: MLP, x: jax.Array) -> jax.Array:
     size, bias = module.inner or cfg.intermediate_size, cfg.mlp_bias
     if cfg.fused_projections:
         fused = dense(module, 2 * size, use_bias=bias, name="gate_up_proj")(x)
+        fused = multiplied(fused, module.remat)
         gate, up = jnp.split(fused, 2, axis=-1)
     else:
-        gate = dense(module, size, use_bias=bias, name="gate_proj")(x)
-        up = dense(module, size, use_bias=bias, name="up_proj")(x)
+        gate, up = (
+            multiplied(dense(module, size, use_bias=bias, name=name)(x), module.remat)
+            for name in ("gate_proj", "up_proj")
+        )
     if module.placement.platform == "tpu":
         # Within a product, XLA for TPUs takes longer for the activation than between products.
         gate, up = lax.optimization_barrier((gate, up))

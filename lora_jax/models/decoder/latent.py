@@ -11,6 +11,7 @@ from lora_jax.models.decoder.blocks import RMSNorm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.rope import RopeAngles, rotate
 from lora_jax.models.layers.blocks import ModelPart, dense
+from lora_jax.models.layers.trunk import projected
 
 _EPS = 1e-6  # of the vectors' norms, whatever the configuration says of the others
 
@@ -29,7 +30,7 @@ def project_latent(
     plain, heads = cfg.qk_nope_head_dim, cfg.num_attention_heads
 
     def product(x: jax.Array, name: str, size: int, *, use_bias: bool = False) -> jax.Array:
-        return dense(module, size, use_bias=use_bias, name=name)(x)
+        return projected(dense(module, size, use_bias=use_bias, name=name)(x), module.remat)
 
     def split_heads(x: jax.Array) -> jax.Array:
         return module.placement.constrain(x.reshape(*x.shape[:2], heads, -1), "heads")

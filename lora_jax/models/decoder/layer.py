@@ -29,7 +29,7 @@ from lora_jax.models.layers.blocks import ModelPart, attend_heads, dense
 from lora_jax.models.layers.cache import LayerCache, NewEntries, Recurrent
 from lora_jax.models.layers.delta import RecurrentTokens
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.trunk import layer_input
+from lora_jax.models.layers.trunk import layer_input, projected
 
 
 class Step(NamedTuple):
@@ -110,6 +110,8 @@ class Attention(ModelPart):
         else:
             q, k, v, *gate = self._project(x)
             q, k = rotate(q, rope), rotate(k, rope)
+            if not self._has_work_between:
+                q, k, v = (projected(part, self.remat) for part in (q, k, v))
         if rope.queries is not None:
             q = q * rope.queries.astype(q.dtype)
         new: NewEntries = None if self.kind.reuses else (k, v)
@@ -137,6 +139,15 @@ class Attention(ModelPart):
             out = out * nn.sigmoid(gate[0].reshape(out.shape))
         return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), new
 
+    @property
+    def _has_work_between(self) -> bool:
+        """Returns True if derivatives of what stands between projections and RoPE need its input.
+
+        RoPE's own do not: its result is then kept in the place of the projection's.
+        """
+        cfg = self.config
+        return bool(cfg.qk_norm or cfg.value_norm or cfg.attn_output_gate or self.kind.reuses)
+
     def _angles(self, step: Step, layer: PerLayer) -> RopeAngles:
         if self.config.global_head_dim and step.other_rope is not None:
             return step.rope if self.kind.whole else step.other_rope
@@ -163,6 +174,8 @@ class Attention(ModelPart):
                 dense(self, size, use_bias=cfg.qkv_bias, name=f"{name}_proj")(x)
                 for name, size in zip(heads, sizes, strict=True)
             ]
+        if self._has_work_between:
+            flat = [projected(part, self.remat) for part in flat]
         names = ("q_norm", "k_norm")
         if cfg.qk_norm and cfg.qk_norm_joins_heads:
             flat[:2] = [rms_norm(self, name)(part) for name, part in zip(names, flat, strict=False)]
@@ -238,7 +251,7 @@ class DecoderLayer(ModelPart):
             attention = Attention(*self.options, kind=self.kind, name="self_attn")
             hidden, new = attention(inputs(0, x), step, layer)
             new = None if layer.cache is None and not cfg.num_kv_shared_layers else new
-        x = added(0, x, hidden)
+        x = added(0, x, projected(hidden, self.remat))
         routing = None if layer.routing is None else layer.routing.astype(jnp.int32)
         if self.kind.sparse:
             hidden, routing = mlp(inputs(1, x), layer.routing)

@@ -41,7 +41,8 @@ class Decoder(CausalLM):
         fp32 (or float64, where dtype is).
       param_dtype: dtype of the parameters that ``init`` makes.
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input,
-        and xA of narrow adapters; "attention" keeps what a kernel of attention returns as well;
+        and xA of narrow adapters; "attention" keeps what a kernel of attention returns as well,
+        "projections" what attention's projections return too, "products" what an MLP's products do;
         "offload" keeps the input alone, in the host's memory; a policy of
         ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it says.
       placement: the activations' place on a mesh; see ``Placement``.

@@ -21,7 +21,7 @@ from lora_jax.models.layers.blocks import (
 from lora_jax.models.layers.cache import Cache, LayerCache, NewEntries
 from lora_jax.models.layers.encoder import TwoLayerMLP
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.trunk import TokenPlaces, layer_input, scan_layers
+from lora_jax.models.layers.trunk import TokenPlaces, layer_input, projected, scan_layers
 
 
 class GPT2(CausalLM):
@@ -67,7 +67,7 @@ class _Attention(ModelPart):
         self, x: jax.Array, step: _Step, layer: _PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         cfg = self.config
-        fused = dense(self, 3 * cfg.hidden_size, name="c_attn")(x)
+        fused = projected(dense(self, 3 * cfg.hidden_size, name="c_attn")(x), self.remat)
         heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
         parts = jnp.split(fused, 3, axis=-1)
         q, k, v = (self.placement.constrain(part.reshape(heads), "heads") for part in parts)
@@ -91,7 +91,7 @@ class _Block(ModelPart):
         x = layer_input(x, self.remat)
         attention = _Attention(*self.options, name="attn")
         hidden, cached = attention(inputs("ln_1", x), step, layer)
-        x = x + hidden
+        x = x + projected(hidden, self.remat)
         x = x + TwoLayerMLP(*self.options, names=("c_fc", "c_proj"), name="mlp")(inputs("ln_2", x))
         x = self.placement.constrain(x, "residual")
         return x, None if layer.cache is None else cached

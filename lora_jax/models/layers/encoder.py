@@ -6,7 +6,7 @@ from flax import linen as nn
 from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blocks import ModelPart, activate, attend_heads, dense
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.trunk import scan_layers
+from lora_jax.models.layers.trunk import multiplied, scan_layers
 
 
 class SelfAttention(ModelPart):
@@ -57,7 +57,8 @@ class TwoLayerMLP(ModelPart):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, (first, second) = self.config, self.names
-        inner = activate(cfg.hidden_act, dense(self, cfg.intermediate_size, name=first)(x))
+        inner = multiplied(dense(self, cfg.intermediate_size, name=first)(x), self.remat)
+        inner = activate(cfg.hidden_act, inner)
         inner = self.placement.constrain(inner, "features")
         return dense(self, cfg.hidden_size, name=second)(inner)
 

@@ -31,8 +31,16 @@ REMAT_POLICIES = (
 
 OFFLOAD = "offload"
 ATTENTION = "attention"
+PROJECTIONS = "projections"
+PRODUCTS = "products"
 _INPUT = "layer_input"  # what "offload" moves
-_KEEPS_NARROW = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
+_PROJECTED, _MULTIPLIED = "projected", "multiplied"  # by attention's kernels, and by MLPs'
+# The names that a layer keeps, from the least memory to the most.
+_KEPT: dict[bool | str, tuple[str, ...]] = {True: (NARROW_PRODUCT,)}
+_KEPT[ATTENTION] = (*_KEPT[True], KERNEL_OUTPUT)
+_KEPT[PROJECTIONS] = (*_KEPT[ATTENTION], _PROJECTED)
+_KEPT[PRODUCTS] = (*_KEPT[PROJECTIONS], _MULTIPLIED)
+_KEEPS_NARROW = jax.checkpoint_policies.save_only_these_names(*_KEPT[True])
 # From twice as many tokens of a row on, an MLP that is recomputed takes so many at most at a time.
 CHUNK = 4096
 
@@ -227,21 +235,21 @@ def remat_policy(remat: bool | str) -> Any:
     """Returns the policy of `jax.checkpoint` by its name here; see ``Decoder``.
 
     Raises:
-      ValueError: for a policy that is not "offload", "attention" or one of ``REMAT_POLICIES``.
+      ValueError: for a policy that is neither one of ours nor of ``REMAT_POLICIES``.
     """
     policy: Any = _KEEPS_NARROW
-    if remat == OFFLOAD:
+    if remat in _KEPT:
+        policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    elif remat == OFFLOAD:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=(),
             names_which_can_be_offloaded=(_INPUT,),
             offload_src="device",
             offload_dst="pinned_host",
         )
-    elif remat == ATTENTION:
-        policy = jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT, KERNEL_OUTPUT)
     elif isinstance(remat, str):
         if remat not in REMAT_POLICIES:
-            known = ", ".join((OFFLOAD, ATTENTION, *REMAT_POLICIES))
+            known = ", ".join((OFFLOAD, ATTENTION, PROJECTIONS, PRODUCTS, *REMAT_POLICIES))
             raise ValueError(f"remat policy {remat!r} is not one of {known}")
         policy = _policy(remat)
     return policy
@@ -250,6 +258,16 @@ def remat_policy(remat: bool | str) -> Any:
 def layer_input(x: jax.Array, remat: bool | str) -> jax.Array:
     """Returns a layer's input, under the name by which "offload" moves it to the host."""
     return checkpoint_name(x, _INPUT) if remat == OFFLOAD else x
+
+
+def projected(x: jax.Array, remat: bool | str) -> jax.Array:
+    """Returns a product of attention, under the name by which "projections" keeps it."""
+    return checkpoint_name(x, _PROJECTED) if remat in (PROJECTIONS, PRODUCTS) else x
+
+
+def multiplied(x: jax.Array, remat: bool | str) -> jax.Array:
+    """Returns a product inside an MLP, under the name by which "products" keeps it."""
+    return checkpoint_name(x, _MULTIPLIED) if remat == PRODUCTS else x
 
 
 def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -265,7 +283,8 @@ def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Arra
       x: [batch, seq, d_model].
     """
     batch, seq, _ = x.shape
-    whole = module.remat not in (True, OFFLOAD, ATTENTION) or not module.placement.takes_chunks
+    again = module.remat in (True, OFFLOAD, ATTENTION, PROJECTIONS)
+    whole = not again or not module.placement.takes_chunks
     if whole or seq < 2 * CHUNK or module.is_initializing():
         return body(module, x)
     least = -(-seq // CHUNK)

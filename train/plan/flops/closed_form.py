@@ -20,12 +20,14 @@ _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are n
 # are computed again, and all of it once more where its layer is; a policy that keeps products keeps
 # a block's.
 _OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5}
-_LAYERS_AGAIN = ("full", "attention", "offload")  # compute each layer twice
-_OF_BLOCKS |= dict.fromkeys(_LAYERS_AGAIN, 4.5)
+# Policies that compute each layer twice, and the kernels whose products they keep all the same.
+_PROJECTED = r"attn/((q|k|v|qkv|q_a|q_b|kv_b|o|out)_proj|kv_a_proj_with_mqa|c_attn|c_proj)/"
+_KEPT = {"full": None, "offload": None, "attention": None, "projections": re.compile(_PROJECTED)}
+_KEPT["products"] = re.compile(rf"{_PROJECTED}|(?<!experts/)(gate|up|gate_up)_proj/|mlp/c_fc/")
+_OF_BLOCKS |= dict.fromkeys(_KEPT, 4.5)
 # Of a kernel's products: two forward, once more with rematerialisation, and seven backward.
 _OF_KERNELS = {
-    "none": 4.5,
-    "attention": 4.5,
+    **dict.fromkeys(("none", "products", "projections", "attention"), 4.5),
     "dots_saveable": 5.5,
     _KEEPS_ONLY_DENSE: 5.5,
     "full": 5.5,
@@ -67,11 +69,12 @@ def step_flops(
       branched: whether rows have prompts with several completions.
     """
     total = 0.0
-    layers_again = remat in _LAYERS_AGAIN
+    layers_again, products_kept = remat in _KEPT, _KEPT.get(remat)
     for path, leaf, size, is_head in _multiplied(config, params):
         tokens = batch * (predicted if is_head and predicted is not None else seq)
         last = re.search(r"(down_proj|mlp/c_proj|w2)/kernel$", path) is not None
-        again = chunked and is_node(leaf) if is_head else layers_again and not last
+        multiplied_again = layers_again and not (products_kept and products_kept.search(path))
+        again = chunked and is_node(leaf) if is_head else multiplied_again and not last
         passes = 1 if forward else 2 + again + isinstance(leaf, Trained)
         total += 2 * tokens * size * passes
         if isinstance(leaf, LoraWeight):
@@ -81,13 +84,14 @@ def step_flops(
                 # What a compact weight trains is folded into B, whose gradient it goes through.
                 trains = name == "b" or name not in leaf.frozen
                 kept = remat != "offload" and name == "a" and narrow and not leaf.is_compact
-                again = chunked if is_head else layers_again and not kept
+                twice = layers_again if name == "a" else multiplied_again
+                again = chunked if is_head else twice and not kept
                 passes = 1 if forward else 2 + trains + again
                 total += 2 * tokens * share * math.prod(leaf.shape_of(name)) * passes
     linear = len(getattr(config, "linear_layers", ()))
     whole, windowed = _head_sizes(config)
     pair = 4 * batch * (whole + windowed)  # of a query and a key, forward
-    passes = 1 if forward else 3 + (remat in (*_LAYERS_AGAIN, _KEEPS_ONLY_DENSE))
+    passes = 1 if forward else 3 + (remat in (*_KEPT, _KEEPS_ONLY_DENSE))
     if linear:
         total += linear * batch * _delta_rule_flops(config, seq, passes)
     if isinstance(attention, Blockwise):
