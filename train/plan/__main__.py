@@ -81,7 +81,8 @@ def run(options: PlanOptions) -> None:
             progress.print(f"compiled {variant.name}: {took}", highlight=False)
         if asked.decode_rows:
             with progress.status("compiling a token"):
-                token = plan_token(job, variants(options, ladder=rungs)[0], asked.decode_rows)
+                first = variants(options, ladder=rungs)[0]
+                token = plan_token(job, first, asked.decode_rows, asked.decode_adapters)
     finally:  # after Ctrl-C, the plans so far
         if plans:
             show(asked, job, facts, plans, rungs, token)

@@ -101,6 +101,9 @@ class PlanConfig:
     """Plan a token of decoding, too, of so many rows at once, whose caches hold --seq-len tokens:
     the time that reading codes, adapter and cache takes at the memory's rate, and the compiler's
     estimate."""
+    decode_adapters: int | None = None
+    """Adapters of the rows of --decode-rows, by default 1: 0 plans the base alone; several, rows of
+    different adapters in one batch, as train.serve has them."""
     optimizer: Name = "adamw"
     """The optimiser, whose state takes memory; see train.sft."""
     tokens: float | None = None
@@ -153,7 +156,9 @@ def check(options: PlanOptions) -> None:
     asked, adapter = options.plan, options.adapter
     kind = TASKS[asked.task]
     sizes = ("batch_size", "grad_accum", "seq_len", "max_new_tokens", "prompt_len", "decode_rows")
-    numbers = dict.fromkeys(sizes, minimum(1)) | dict.fromkeys(("loss_chunk", "images"), minimum(0))
+    numbers = dict.fromkeys(sizes, minimum(1)) | dict.fromkeys(
+        ("loss_chunk", "images", "decode_adapters"), minimum(0)
+    )
     numbers |= dict.fromkeys(
         ("tokens", "price", "capacity_gib", "peak_tflops", "link_gbytes"), POSITIVE
     )
@@ -176,6 +181,11 @@ def check(options: PlanOptions) -> None:
                 f"--prompt-len {asked.prompt_len} leaves no room for completions in --seq-len "
                 f"{asked.seq_len}: raise this, or lower that"
             )
+    if asked.decode_adapters is not None and asked.decode_rows is None:
+        raise UserError(
+            "--decode-adapters is about the rows that --decode-rows plans a token of: give that "
+            "too, or leave this out"
+        )
     if kind.draws:
         check_group(asked.batch_size, *asked.drawn, asked.seq_len)
         if asked.longest:

@@ -9,14 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lj
+from lora_jax.bank.mixing import Choice, mixed
+from lora_jax.bank.slots import WeightSlots, map_slots, slots_of
 from lora_jax.core.few_rows import KERNEL_ROWS
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.types import Tree
+from lora_jax.core.types import Leaf, Tree
+from lora_jax.core.weight import LoraWeight, map_leaves
+from lora_jax.lorafy import nodes_of
 from lora_jax.models.families import module_of
 from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.models.sampling.loop import next_logits
 from lora_jax.quantized import is_coded
 from lora_jax.quantized.rows import KERNEL_NAME
+from train.console.errors import UserError
 from train.plan.clock.report import Clock, clock_of
 from train.plan.compile import hlo_of
 from train.plan.job import PlanJob, PlanVariant, abstract_params, bytes_per_device
@@ -29,6 +34,7 @@ class Token:
 
     Attributes:
       rows: the number of rows.
+      adapters: the number of adapters that they have: 0 for the base alone, 1 for one of all.
       cached: the tokens that the cache of a row has room for, all of which are read.
       bytes: what a device has to read: base, adapter, and the cache; of a table of embeddings that
         is no head, nothing, and of experts no more than the rows choose.
@@ -41,6 +47,7 @@ class Token:
     """
 
     rows: int
+    adapters: int = 1
     cached: int
     bytes: int
     floor_seconds: float | None
@@ -50,20 +57,30 @@ class Token:
     refused: str | None = None
 
 
-def plan_token(job: PlanJob, variant: PlanVariant, rows: int) -> Token:
+def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | None = None) -> Token:
     """Compiles the decoding of a token, for the machine of a plan.
 
     Args:
       job: the model and the machine; `seq_len` is the length of the cache.
       variant: the adapter.
       rows: the number of rows.
+      adapters: the number of adapters of the rows, by default 1, mixed from 2 on; 0 for the base
+        alone.
+
+    Raises:
+      UserError: the adapters are no plain factors, and several are asked for.
     """
-    params = abstract_params(job, variant)
+    params, adapters = abstract_params(job, variant), 1 if adapters is None else adapters
+    if adapters == 0:
+        params = lj.strip(params)
+    elif adapters > 1:
+        params = _with_slots(params, adapters + 1, job.layout.whole)
     lowered, cache = lower_token(job, params, rows)
     caches = cache.key, cache.value, cache.recurrent
     size = _read_bytes(job, params, rows) + bytes_per_device(caches)
     machine = job.machine
     known: dict[str, Any] = {"rows": rows, "cached": job.seq_len, "bytes": size}
+    known["adapters"] = adapters
     known["floor_seconds"] = None if machine.bandwidth is None else size / machine.bandwidth
     try:
         compiled = lowered.compile(compiler_options=machine.compilations[0] or None)
@@ -76,8 +93,41 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int) -> Token:
     return Token(seconds=clock.seconds if clock else None, clock=clock, **known)
 
 
+def _with_slots(params: Tree, n_slots: int, where: jax.sharding.Sharding) -> Tree:
+    """Returns the shapes of a bank's tree, the base's slot among them, out of an adapted tree's.
+
+    Raises:
+      UserError: a node is more than factors.
+    """
+    nodes = nodes_of(params)
+
+    def slots(path: str, leaf: Leaf) -> Leaf:
+        node = nodes.get(path)
+        if node is None:
+            return leaf
+        if not isinstance(node, LoraWeight) or node.extras:
+            raise UserError(
+                f"--decode-adapters plans rows whose adapters are factors A and B, and {path} has "
+                "more: leave it out"
+            )
+        n = node.n_batch
+        shapes = {name: node.shape_of(name) for name in ("a", "b", "scale")}
+        arrays: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct((*of[:n], n_slots, *of[n:]), jnp.float32, sharding=where)
+            for name, of in shapes.items()
+        }
+        return WeightSlots(leaf, arrays, node.roles, node.uses)
+
+    return map_leaves(slots, lj.strip(params))
+
+
+def _plain(params: Tree) -> Tree:
+    """Returns the base of an adapted tree, or of a bank's."""
+    return lj.strip(map_slots(lambda _, slots: slots.base, params))
+
+
 def _reason_without_kernel(job: PlanJob, params: Tree, rows: int) -> str | None:
-    leaves = jax.tree.leaves(lj.strip(params), is_leaf=is_coded)
+    leaves = jax.tree.leaves(_plain(params), is_leaf=is_coded)
     formats = sorted({leaf.format.name for leaf in leaves if is_coded(leaf)})
     if not formats:
         return None
@@ -93,7 +143,7 @@ def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lower
 
     Args:
       job: see `plan_token`.
-      params: shapes of an adapted tree, with shardings.
+      params: shapes of a tree, plain, adapted or a bank's, with shardings.
       rows: the number of rows.
 
     Returns:
@@ -106,28 +156,39 @@ def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lower
         dtype,
         attention=job.attention,
         experts=job.experts,
-        params=lj.strip(params),
+        params=_plain(params),
     )
-    apply = lj.adapt(job.layout.constrained(model).apply)
+    has_slots = bool(slots_of(params))
+    # As in the server, mixed batches run on the model as it is.
+    run = job.layout.constrained(model).apply
+    if has_slots:
+        run = mixed(model.apply)
+    elif nodes_of(params):
+        run = lj.adapt(run)
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
 
-    def token(params: Tree, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        logits, cache = next_logits(apply, params, ids, cache)
+    def token(
+        params: Tree, ids: jax.Array, slots: jax.Array | None, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        params = params if slots is None else Choice(params, slots)
+        logits, cache = next_logits(run, params, ids, cache)
         return jnp.argmax(logits, axis=-1), cache
 
     empty = jax.eval_shape(lambda: init_cache(model.config, rows, job.seq_len, dtype))
     cache: Cache = jax.tree.map(shape, empty)
     ids = shape(jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    slots = shape(jax.ShapeDtypeStruct((rows,), jnp.int32)) if has_slots else None
     with jax.set_mesh(job.layout.mesh):
-        return jax.jit(token, donate_argnums=2).lower(params, ids, cache), cache
+        return jax.jit(token, donate_argnums=3).lower(params, ids, slots, cache), cache
 
 
 def print_token(console: Console, token: Token) -> None:
     """Prints a token's time beside the least that it can be."""
     rows = "one row" if token.rows == 1 else f"{token.rows} rows"
-    table = Table(title=f"A token of {rows}, caches of {token.cached:,} tokens")
+    what = {0: ", the base alone", 1: ""}.get(token.adapters, f", {token.adapters} adapters mixed")
+    table = Table(title=f"A token of {rows}{what}, caches of {token.cached:,} tokens")
     columns = ("GB read", "floor, ms", "estimate, ms", "of it kernels, ms", "times the floor")
     for column in columns:
         table.add_column(column, justify="right")
@@ -156,12 +217,14 @@ def print_token(console: Console, token: Token) -> None:
 def _read_bytes(job: PlanJob, params: Tree, rows: int) -> int:
     """Returns the bytes of an adapted tree that a device reads for a token."""
     kinds, config = job.outline.kinds, job.outline.config
-    leaves, _ = flatten_with_paths(lj.strip(params), is_coded)
+    leaves, _ = flatten_with_paths(_plain(params), is_coded)
     chosen, of = job.outline.active_experts, getattr(config, "num_experts", 0)
     share = {"embedding": 0.0 if "head" in kinds.values() else 1.0}
     if chosen and of:
         share["experts"] = min(1.0, rows * chosen / of)
     base = sum(share.get(kinds[path], 1.0) * bytes_per_device(leaf) for path, leaf in leaves)
     # What trains in full stands among the leaves already.
-    factors = [parts for parts in lj.split(params)[0].values() if "value" not in parts]
+    factors: list[Any] = [slots.arrays for slots in slots_of(params).values()]
+    if nodes_of(params):
+        factors = [parts for parts in lj.split(params)[0].values() if "value" not in parts]
     return round(base) + bytes_per_device(factors)

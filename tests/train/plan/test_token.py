@@ -25,14 +25,14 @@ ADAPTER, CACHE = LAYERS * RANK * (32 + 64), 2 * LAYERS * ROWS * 2 * LENGTH * 16
 REST = 32 + ADAPTER + CACHE  # the last norm
 
 
-def token_of(folder, fields, rows=ROWS, bandwidth=None, codes="none"):
-    words = ("--targets", "q_proj", "--decode-rows", rows, "--quantize", codes)
+def token_of(folder, fields, rows=ROWS, bandwidth=None, codes="none", more=()):
+    words = ("--targets", "q_proj", "--decode-rows", rows, "--quantize", codes, *more)
     options = asked(write(folder, fields), *words)
     plan.check(options)
     job, _ = plan.make_job(options.plan)
     machine = dataclasses.replace(job.machine, bandwidth=bandwidth)
     job = dataclasses.replace(job, machine=machine)
-    return plan_token(job, plan.variants(options)[0], rows)
+    return plan_token(job, plan.variants(options)[0], rows, options.plan.decode_adapters)
 
 
 def test_bytes_by_hand(tmp_path):
@@ -47,6 +47,30 @@ def test_bytes_by_hand(tmp_path):
     known = dataclasses.replace(made, seconds=3 * made.floor_seconds)
     print_token(Console(file=shown, width=100), known)
     assert "3.00" in shown.getvalue()
+
+
+def test_adapters_of_the_rows(tmp_path):
+    """The base alone, one adapter, and three of a bank, whose first slot is the base's."""
+    base, one, three = (
+        token_of(tmp_path, FIELDS, more=("--decode-adapters", n)) for n in (0, 1, 3)
+    )
+    slots = 4
+    assert [made.adapters for made in (base, one, three)] == [0, 1, 3]
+    assert one.bytes - base.bytes == 4 * ADAPTER
+    assert three.bytes - base.bytes == 4 * slots * (ADAPTER + LAYERS)
+    flops = [sum(group.flops for group in made.clock.groups) for made in (base, one, three)]
+    assert flops[1] - flops[0] == 2 * ROWS * ADAPTER
+    assert flops[2] - flops[0] == slots * 2 * ROWS * ADAPTER
+    shown = io.StringIO()
+    print_token(Console(file=shown, width=100), three)
+    assert "A token of 5 rows, 3 adapters mixed, caches of 24 tokens" in shown.getvalue()
+
+
+def test_adapters_that_no_row_has(tmp_path):
+    with pytest.raises(UserError, match="give that too"):
+        plan.check(asked(write(tmp_path, FIELDS), "--decode-adapters", 2))
+    with pytest.raises(UserError, match="has more"):
+        token_of(tmp_path, FIELDS, more=("--decode-adapters", 2, "--dora"))
 
 
 def test_weights_that_train_are_read_once(tmp_path):
