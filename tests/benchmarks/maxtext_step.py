@@ -3,8 +3,9 @@
     python -P tests/benchmarks/maxtext_step.py OUT TOKENS
 
 OUT gets the optimised HLO. It runs in an environment with MaxText (``pip install maxtext[tpu]``),
-not with this project: see `tests.benchmarks.estimates_maxtext`. MaxText's own compilation ahead of time knows
-no LoRA, so its models get here what its fine-tuning gives them: qwix's factors, replicated.
+not with this project: see `tests.benchmarks.estimates_maxtext`. MaxText's own compilation ahead of
+time knows no LoRA, so its models get here what its fine-tuning gives them: qwix's factors,
+replicated.
 """
 
 import sys
