@@ -7,8 +7,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 from lora_jax import init, optim, quantized, sharding, subspace
-from lora_jax.adapt import MergeError, MergeWarning, RoleError, RoleWarning, adapt, explain
+from lora_jax.adapt import (
+    MergeError,
+    MergeWarning,
+    RoleError,
+    RoleWarning,
+    activate,
+    adapt,
+    explain,
+    invoked,
+)
 from lora_jax.core import base
+from lora_jax.core.factored import TokensError
 from lora_jax.core.weight import LoraWeight, Part, Trained, TrainedRows, is_node
 from lora_jax.lorafy import (
     count_params,
@@ -37,10 +47,12 @@ __all__ = [
     "Part",
     "RoleError",
     "RoleWarning",
+    "TokensError",
     "TrainRule",
     "Trained",
     "TrainedRows",
     "__version__",
+    "activate",
     "adapt",
     "adapter_info",
     "bank",
@@ -50,6 +62,7 @@ __all__ = [
     "exported",
     "hf",
     "init",
+    "invoked",
     "is_node",
     "join",
     "load_adapter",

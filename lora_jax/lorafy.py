@@ -220,8 +220,8 @@ def merge(params: Tree) -> Tree:
       params: an adapted tree.
 
     Raises:
-      ValueError: a weight is adapted for one of its uses only, or has a bias on B and beside it no
-        bias of that shape.
+      ValueError: a weight is adapted for one of its uses or for some tokens only, or has a bias on
+        B and beside it no bias of that shape.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -236,6 +236,12 @@ def merge(params: Tree) -> Tree:
             raise ValueError(
                 f"merge: {path!r} has an adapter {how} (uses={weight.uses!r}); merged, all uses "
                 "would see it. Run the adapted tree through lora_jax.adapt"
+            )
+        if weight.invocation is not None:
+            raise ValueError(
+                f"merge: {path!r} belongs to an activated LoRA, which acts from its invocation "
+                f"{list(weight.invocation)} on; merged, all tokens would see it. Run the adapted "
+                "tree through lora_jax.adapt"
             )
     factored = {path: weight.factored() for path, weight in on.items()}
     merged = {p: factored[p].merged() if p in on else _merged(leaf) for p, leaf in leaves}

@@ -93,6 +93,11 @@ class LoraRule(_Fields, Variants):
         weight cannot be merged. "all": both uses see one adapter.
       share_a: give kernels that stand side by side (``…/experts/gate_proj/kernel`` and
         ``…/experts/up_proj/kernel``) one A, which trains once, as PEFT's experts have it.
+      invocation: token ids from whose last occurrence in a row on the adapter acts (activated LoRA,
+        arXiv 2504.12397; PEFT's ``alora_invocation_tokens``): the tokens before them see the base
+        alone, and so do rows without them. Such an adapter cannot be merged, and is for weights
+        that multiply activations [batch, seq, …]: no tables, heads and experts. See
+        `lora_jax.activate`. None: all tokens.
       dtype: dtype of A and B. They are cast to the activation's dtype where they are used.
       in_axes, out_axes: the kernel's axis roles, where they are not Flax's (last axis out, the one
         before it in, the rest batch). Both or neither. A leaf named like a bias or a part of a norm
@@ -119,6 +124,7 @@ class LoraRule(_Fields, Variants):
     train_bias: bool = False
     uses: Literal["all", "lookup", "product", "each"] = "all"
     share_a: bool = False
+    invocation: Sequence[int] | None = None
     dtype: DTypeLike = jnp.float32
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
@@ -136,6 +142,7 @@ class LoraRule(_Fields, Variants):
         "use_dora": "dora=True",
         "lora_bias": "bias_on_b=True",
         "init_lora_weights": "init=lora_jax.init.kaiming, or another function there",
+        "alora_invocation_tokens": "invocation=[…]",
         "bias": "train_bias=True for the adapted kernels' own, or TrainRule(targets=['bias'])",
         "modules_to_save": "a rule beside it, TrainRule(targets=[…])",
         "trainable_token_indices": "a rule beside it, TrainRule(targets=[…], rows=[…])",
@@ -145,6 +152,7 @@ class LoraRule(_Fields, Variants):
 
     def __post_init__(self) -> None:
         _freeze_sequences(self, "targets", "exclude", "layers", "in_axes", "out_axes", "extras")
+        _freeze_sequences(self, "invocation")
         _check_targets(self.targets)
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r}: a rank is an integer of at least 1")
@@ -167,6 +175,7 @@ class LoraRule(_Fields, Variants):
                 "shared: leave out share_a, or the variant or init that makes it so"
             )
         self._check_variants()
+        self._check_invocation()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: a probability in [0, 1)")
         if not jnp.issubdtype(self.dtype, jnp.floating):
@@ -194,6 +203,20 @@ class LoraRule(_Fields, Variants):
                     f"{variant.alone}, freezes both and trains what stands between them: leave out "
                     f"{' and '.join(others)}"
                 )
+
+    def _check_invocation(self) -> None:
+        """Raises a ValueError for an invocation that is none, or that a field does not go with."""
+        if (tokens := self.invocation) is None:
+            return
+        if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+            raise ValueError(f"invocation={list(tokens)}: token ids are needed, one at least")
+        others = [variant.option for variant in self.variants if variant.option != "freeze_a"]
+        others += [part.name for part in self.extras] + ["train_bias"] * self.train_bias
+        others += ["uses"] * (self.uses != "all")
+        if others:
+            raise ValueError(
+                f"invocation: an activated LoRA is A and B alone: leave out {others[0]}"
+            )
 
     @property
     def parts(self) -> tuple[Part, ...]:

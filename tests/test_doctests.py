@@ -26,7 +26,7 @@ MODULES = sorted(
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 NO_EXAMPLE = {  # types and errors, which functions above return, take or raise
     "AdapterError", "FactorShape", "Initialiser", "LoraWeight", "MergeError", "MergeWarning",
-    "ProjectionState", "RoleError", "RoleWarning", "Trained", "TrainedRows",
+    "ProjectionState", "RoleError", "RoleWarning", "TokensError", "Trained", "TrainedRows",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax.adapt.activate import invocations_of
 from lora_jax.bank.together.side_by_side import DrivenRun, RunEnding, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
@@ -389,7 +390,10 @@ def _finish(
         part.on_trained(run, row.trained, base.answering)
     if row.evaluation and evaluates:
         with nullcontext() if row.is_alone else doing(console, f"evaluating {row.name}"):
-            tree, codes = row.take_trained(), base.outline.has_codes
-            # Codes that are merged are the float model.
-            tree = tree if codes else merge_trained(row.space, tree)
-            row.scores = row.evaluation.after(base.model, tree, base.evaluated)
+            tree = row.take_trained()
+            # Codes that are merged are the float model, and an activated LoRA has no merged form.
+            if base.outline.has_codes or invocations_of(tree):
+                row.scores = row.evaluation.after(base.model, tree, base.answering)
+            else:
+                tree = merge_trained(row.space, tree)
+                row.scores = row.evaluation.after(base.model, tree, base.model.apply)

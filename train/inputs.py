@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 import lora_jax as lj
+from lora_jax.adapt.activate import invocations_of
 from lora_jax.hf.coded import NONE
 from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.training.data.order import Batches, Feed, Order
@@ -26,6 +27,7 @@ from train.processes import hosts
 from train.processes.mesh import with_form
 from train.run.complete import Chat, tokenize_chats
 from train.run.intrinsic import moves_weights, space_of
+from train.run.invocation import check_invoked, invoked_data
 from train.run.output import saved_options
 from train.run.pretrained import ModelInfo
 from train.run.rules import check_names, rules
@@ -150,6 +152,10 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     """
     _, outline, data = read
     optim = config.optim
+    invoked: list[str] = []
+    if invocation := _check_rules(config, outline):
+        data, invoked = invoked_data(data, invocation)
+        read = read._replace(data=data)
     prompts = None
     if isinstance(config.run, SftRunConfig) and config.run.sample_prompts:
         prompts = SamplePrompts(config.run, outline)
@@ -161,7 +167,6 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     if data.feed is not None:
         feed = data.feed(steps)
     rate = _learning_rate(optim, outline, steps, full=config.adapter.full)
-    _check_rules(config, outline)
     layout = Layout.of(mesh, outline.config)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
     attention = _chosen_attention(optim, outline, layout, data.facts)
@@ -176,7 +181,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
         steps=steps,
         rate=rate,
         layout=layout,
-        lines=(*data.lines, *mixture_lines(data.train, order, steps), *chosen, *layers),
+        lines=(*data.lines, *invoked, *mixture_lines(data.train, order, steps), *chosen, *layers),
         attention=attention.name,
     )
 
@@ -191,17 +196,30 @@ def _learning_rate(optim: OptimConfig, outline: ModelInfo, steps: int, *, full: 
     )
 
 
-def _check_rules(config: Options, outline: ModelInfo) -> None:
-    """Raises a UserError if the rules or the adapter do not fit the model; reads no weights."""
+def _check_rules(config: Options, outline: ModelInfo) -> tuple[int, ...] | None:
+    """Returns the invocation of an activated LoRA; None for adapters of other kinds.
+
+    Raises:
+      UserError: the rules or the adapter do not fit the model. No weights are read.
+    """
     adapter = config.adapter
     if adapter.init_adapter is not None:
-        source = find_adapter(adapter.init_adapter, "--init-adapter")
-        return source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
-    if space_of(config, outline.params) is not None:
-        return
-    check_names(adapter, outline)
-    with as_user_errors(ValueError):
-        lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
+        source, mismatch = find_adapter(adapter.init_adapter, "--init-adapter"), True
+        source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
+        if source.is_subspace:
+            return None
+        tree = source.load(outline, outline.params, outline.name, allow_base_mismatch=mismatch)
+    elif space_of(config, outline.params) is not None:
+        return None
+    else:
+        check_names(adapter, outline)
+        with as_user_errors(ValueError):
+            tree = lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
+    invocations = invocations_of(tree)
+    if not invocations:
+        return None
+    check_invoked(tree, outline)
+    return next(iter(invocations))
 
 
 def _chosen_attention(

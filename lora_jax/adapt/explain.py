@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from lora_jax.adapt import eqns
+from lora_jax.adapt.activate import with_own_masks
 from lora_jax.adapt.interpreter import Interpreter, WeightUse
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
@@ -24,7 +25,10 @@ def uses(fn: Forward, *args: Tree, **kwargs: Tree) -> list[WeightUse]:
     keyed, treedef = flatten((args, kwargs))
     leaves = [leaf for _, leaf in keyed]
     places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
-    called = lambda args, kwargs: run(fn, interpreter, args, kwargs, None)  # noqa: E731
+
+    def called(args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
+        return run(fn, interpreter, with_own_masks(fn, args, kwargs), kwargs, None)
+
     traced = eqns.trace_with(called, leaves, treedef, places)
     jax.eval_shape(traced, *(leaves[place] for place in places))
     for argument in (*args, *kwargs.values()):

@@ -260,6 +260,7 @@ class Interpreter:
             values = [self._unfolded(value, name, eqn) for value in values]
         if not any(isinstance(value, Factored) for value in values):
             return use.bind(values)
+        merging.check_tokens(name, values, lambda: place_of(eqn))
         at, here = (
             self._examples_in(eqn, values),
             [fold_dropout_key(value, site) for value in values],

@@ -1,7 +1,10 @@
 """Warns of, or refuses, uses of a weight that have no factored form: W + s·AB is formed there."""
 
+from collections.abc import Callable, Sequence
+
 from lora_jax.adapt.user_code import SourceLine, warn
-from lora_jax.core.factored import Factored
+from lora_jax.core.factored import Factored, TokensError
+from lora_jax.core.types import Value
 
 
 class MergeWarning(UserWarning):
@@ -12,7 +15,7 @@ class MergeError(ValueError):
     """A weight has no factored form at a use, and is not merged there.
 
     Raised under ``strict=True``, and where a merged weight could not do the same: with dropout on,
-    with a bias on B, or with `uses` other than "all".
+    with a bias on B, with `uses` other than "all", or where some tokens alone see the adapter.
     """
 
 
@@ -66,6 +69,42 @@ def example_error(weight: Factored, primitive: str, place: SourceLine) -> str:
     )
 
 
+# What a weight may meet that some tokens alone see: a product, what moves or casts it, and what
+# several may enter. Where a derivative of its own would merge it, that is refused there.
+_BY_TOKENS = frozenset(
+    """
+    dot_general transpose squeeze expand_dims broadcast_in_dim reshape slice dynamic_slice split
+    convert_element_type copy copy_p name stop_gradient device_put sharding_constraint reshard
+    """.split()
+)
+_ENTERED = frozenset(
+    """
+    jit pjit closed_call core_call remat2 checkpoint scan while cond shard_map
+    optimization_barrier custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+    """.split()
+)
+
+
+def check_tokens(primitive: str, values: Sequence[Value], place: Callable[[], SourceLine]) -> None:
+    """Raises a TokensError where a primitive does not tell which tokens see an adapted weight.
+
+    Args:
+      primitive: the primitive.
+      values: its operands.
+      place: returns the user's line.
+    """
+    weights = [value for value in values if isinstance(value, Factored)]
+    for weight in weights:
+        is_alone = primitive in _BY_TOKENS and len(weights) == 1
+        if weight.active is None or is_alone or primitive in _ENTERED:
+            continue
+        raise TokensError(
+            f"the weight {weight.path!r} acts on some tokens alone, and {primitive!r} at {place()} "
+            "does not tell which they are: leave it out of the rules (a table that is looked up, "
+            "experts, a convolution)"
+        )
+
+
 def warn_or_raise(
     weight: Factored, primitive: str, function: str | None, place: SourceLine, *, strict: bool
 ) -> None:
@@ -95,6 +134,8 @@ def warn_or_raise(
             f"{what}, and a merged weight has no dropout. Leave out dropout_key, or set dropout=0 "
             "in the rule of this weight"
         )
+    if weight.active is not None:
+        raise MergeError(f"{what}, and a merged weight acts on all tokens. {remedy}")
     if weight.uses != "all":
         raise MergeError(
             f"{what}, and its uses are adapted one by one (uses={weight.uses!r}), so it cannot be "

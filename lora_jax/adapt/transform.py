@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt import eqns
+from lora_jax.adapt.activate import params_by_prompt, with_own_masks
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import Output, write
 from lora_jax.adapt.per_example.axes import ExampleAxes, follow_trace, mapped
@@ -82,8 +83,10 @@ def adapt(
 
     @functools.wraps(fn)
     def forward(*args: Tree, dropout_key: jax.Array | None = None, **kwargs: Tree) -> Tree:
+        args = with_own_masks(fn, args, kwargs)
         return run(fn, interpreter, args, kwargs, dropout_key, eager)
 
+    forward.params_by_prompt = params_by_prompt  # type: ignore[attr-defined]  # for generation
     return forward
 
 

@@ -66,6 +66,11 @@ def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) ->
         )
     if isinstance(node, Trained) or isinstance(there, ValueSlots):
         return
+    if node.invocation is not None:
+        raise BankError(
+            f"bank: {name!r} is an activated LoRA, which acts from its invocation on, and a slot "
+            "acts on all tokens: run it by lora_jax.adapt"
+        )
     rank = node.rank * (2 if node.start is not None else 1)
     if rank > there.rank:
         both = f", twice {node.rank} as its factors began in W" if node.start is not None else ""

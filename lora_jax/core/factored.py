@@ -26,6 +26,10 @@ class ExamplesError(ValueError):
     """The examples of a batch, each with an adapter of its own, cannot be told apart."""
 
 
+class TokensError(ValueError):
+    """A weight acts on some tokens alone, and a use of it does not tell which these are."""
+
+
 class _ForMessages(str):
     """A path, equal to every other: layers that share a jitted function share its compilation."""
 
@@ -48,7 +52,8 @@ class Factored:
       parts: the arrays beside it by name, laid out as `lora_jax.core.parts.AXES` says: a, b, scale,
         and perhaps key (typed PRNG keys, which turn dropout on), lambda_d (one more factor for each
         column of A), rows (one for each example of a batch and column, so that examples have
-        adapters of their own; see `lora_jax.adapt.per_example`), gain and shift. Compact ones have
+        adapters of their own; see `lora_jax.adapt.per_example`), active (the tokens that see the
+        adapter; see `lora_jax.activate`), gain and shift. Compact ones have
         shared_a and shared_b for a and b, latent (AB is then A·latent·B) or lambda_b (a factor for
         each column of B); `formed` folds these into a and b. Without any, the weight is W alone.
       labels: the role of each axis of `base`.
@@ -72,6 +77,7 @@ class Factored:
     key = property(lambda self: self.parts.get("key"))
     lambda_d = property(lambda self: self.parts.get("lambda_d"))
     rows = property(lambda self: self.parts.get("rows"))
+    active = property(lambda self: self.parts.get("active"))
     gain = property(lambda self: self.parts.get("gain"))
     shift = property(lambda self: self.parts.get("shift"))
 
@@ -226,9 +232,12 @@ class Factored:
 
         Raises:
           ExamplesError: the examples of a batch have a weight each.
+          TokensError: some tokens see the adapter, and others do not.
         """
         if self.rows is not None:
             raise ExamplesError(f"the weight {self.path!r} has an adapter for each example")
+        if self.active is not None:
+            raise TokensError(f"the weight {self.path!r} has an adapter for some tokens alone")
         n = len(self.axes("batch"))
         dims = (((n,), (n,)), (tuple(range(n)), tuple(range(n))))
         a, b = self.a.astype(dtype), self.b.astype(dtype)
@@ -236,6 +245,27 @@ class Factored:
         ab = lax.dot_general(a, b, dims, lax.Precision.HIGHEST)  # [batch…, in…, out…]
         order = self.axes("batch") + self.axes("in") + self.axes("out")
         return lax.transpose(ab, tuple(order.index(axis) for axis in range(len(order))))
+
+
+def wrong_rows(weight: Factored, rows: Sequence[int]) -> str:
+    """Returns the message for an activation whose rows are not the tokens of a mask.
+
+    Args:
+      weight: the weight, with its mask.
+      rows: the sizes of the activation's axes that are neither contracted nor batched.
+    """
+    if not weight.active.size:
+        return (
+            f"the weight {weight.path!r} belongs to an activated LoRA, and this call does not say "
+            "which tokens see it: pass lora_jax.activate(tree, mask), where the mask [batch, seq] "
+            "may come from lora_jax.invoked(ids, tokens). The models of lora_jax.models find it "
+            "by themselves where a call has the whole rows: without a cache"
+        )
+    return (
+        f"the weight {weight.path!r} acts on tokens of a mask {list(weight.active.shape)}, and is "
+        f"multiplied by rows {list(rows)}: an activation [batch, seq, …], or [batch * seq, …], "
+        "of the same size is needed. Leave out such weights (heads, experts) in the rules"
+    )
 
 
 def matrices_of(leaf: Leaf, roles: AxisRoles) -> jax.Array:

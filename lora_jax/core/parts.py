@@ -12,11 +12,12 @@ from jax import lax
 
 from lora_jax.core.axes import Label
 
-Role = Label | Literal["rank", "example"]
+Role = Label | Literal["rank", "example", "token"]
 Axes = tuple[int, ...]
 STATIC = {"static": True}  # metadata of a dataclass's field that is no child of the pytree
 RANK = -1  # in a layout, the entry for the rank, which is no axis of the weight
 EXAMPLE = -2  # likewise, the entry for the examples of a batch
+TOKEN = -3  # likewise, the entry for the tokens of an example
 
 # Batch axes come first, in the order that the weight has them in, then the rank, then the in axes
 # or the out axes. A is stored transposed: see `lora_jax.core.product`.
@@ -30,6 +31,7 @@ AXES: dict[str, tuple[Role, ...]] = {
     # One more factor for each column of A; of a bank: 0 for the columns of adapters not chosen.
     "lambda_d": ("batch", "rank"),
     "rows": ("example", "rank"),  # 1 for the columns of each example's adapter, 0 for others
+    "active": ("example", "token"),  # True for the tokens that see the adapter
     "gain": ("batch", "out"),
     "shift": ("batch", "out"),
     # In the place of a and b, one pair for a whole stack, and what stands around B.
@@ -44,13 +46,13 @@ NEUTRAL = {"gain": 1.0, "lambda_d": 1.0}
 
 
 def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
-    """Returns the weight's axis for each axis of an array, RANK or EXAMPLE where it is none.
+    """Returns the weight's axis for each axis of an array; RANK, EXAMPLE or TOKEN for others.
 
     Args:
       axes: the roles of the array's axes, as in `AXES`.
       labels: the role of each axis of the weight.
     """
-    places: dict[Role, Axes] = {"rank": (RANK,), "example": (EXAMPLE,)}
+    places: dict[Role, Axes] = {"rank": (RANK,), "example": (EXAMPLE,), "token": (TOKEN,)}
     for role in ("batch", "in", "out"):
         places[role] = tuple(axis for axis, label in enumerate(labels) if label == role)
     return tuple(axis for role in axes for axis in places[role])

@@ -36,7 +36,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from lora_jax.core.factored import Factored
+from lora_jax.core.factored import Factored, TokensError, wrong_rows
 from lora_jax.core.few_rows import BaseDot, Dims, base_dot
 from lora_jax.core.magnitude import rescaled, wide
 from lora_jax.core.names import FACTORS, NARROW_PRODUCT
@@ -243,12 +243,13 @@ def _delta(
     if weight.is_compact:
         # B is formed again in the backward pass: kept, it would be a copy a layer.
         def through(z: jax.Array, weight: Factored) -> jax.Array:
-            return _product_with_b(_scaled(x, z, weight, how), x, weight, how, dtype)
+            z = _activated(_scaled(x, z, weight, how), x, weight, how)
+            return _product_with_b(z, x, weight, how, dtype)
 
         delta: jax.Array = jax.checkpoint(through)(_product_with_a(x, weight, how), weight)
         return delta
     z = scaled_product(x, weight, how) if z is None else z
-    return _product_with_b(z, x, weight, how, dtype)
+    return _product_with_b(_activated(z, x, weight, how), x, weight, how, dtype)
 
 
 def scaled_product(x: jax.Array, weight: Factored, how: ProductCall, of: int = 1) -> jax.Array:
@@ -314,6 +315,24 @@ def _scaled(x: jax.Array, z: jax.Array, weight: Factored, how: ProductCall) -> j
     flat = math.prod(x.shape[axis] for axis in x_free)
     lead = len(w_batch)
     return lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))
+
+
+def _activated(z: jax.Array, x: jax.Array, weight: Factored, how: ProductCall) -> jax.Array:
+    """Returns s·xA with zeros for the tokens that do not see the adapter.
+
+    Raises:
+      TokensError: the free axes of x are not those of the mask, in its order, nor both as one.
+    """
+    mask = weight.active
+    if mask is None:
+        return z
+    rows = tuple(x.shape[axis] for axis in how.x_free(x))
+    if rows not in (mask.shape, (mask.size,)):
+        raise TokensError(wrong_rows(weight, rows))
+    lead, last = len(how.batch[1]), len(how.free_stack(weight)) + 1
+    mask = mask.reshape(z.shape[lead : z.ndim - last])
+    mask = lax.expand_dims(mask, [*range(lead), *range(z.ndim - last, z.ndim)])
+    return jnp.where(mask, z, jnp.zeros_like(z))
 
 
 def _product_with_b(

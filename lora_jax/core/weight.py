@@ -13,6 +13,7 @@ from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.core.aliases import restore_form
 from lora_jax.core.axes import AxisRoles, Label
@@ -23,6 +24,7 @@ from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
+_NO_MASK: Leaf = np.zeros((0, 0), bool)  # of no call; see `lora_jax.core.factored.wrong_rows`
 _NOT_IN_PRODUCTS = ("start_a", "start_b", "seed")  # of `lora_jax.core.parts.AXES`
 
 
@@ -144,6 +146,7 @@ class LoraWeight(_Node):
       a_of: the weight whose A is this one's, too, and trains there, by the end of its path from
         the module on ("gate_proj/kernel", beside this module); None for an A of its own. In a whole
         tree both hold the same array. See `lora_jax.select.sharing.owner_of`.
+      invocation: the tokens from whose last occurrence on the adapter acts; None for all tokens.
     """
 
     base: BaseLike
@@ -155,6 +158,7 @@ class LoraWeight(_Node):
     frozen: tuple[str, ...] = field(default=(), metadata=STATIC)
     uses: str = field(default="all", metadata=STATIC)
     a_of: str | None = field(default=None, metadata=STATIC)
+    invocation: tuple[int, ...] | None = field(default=None, metadata=STATIC)
 
     def __getattr__(self, name: str) -> Leaf:
         """Returns an array by its name."""
@@ -258,6 +262,8 @@ class LoraWeight(_Node):
             parts["b"] = jnp.concatenate([self.b, -b0], axis=n)
         if key is not None:
             parts["key"] = key
+        if self.invocation is not None and "active" not in parts:
+            parts["active"] = _NO_MASK
         weight = Factored(self.base, parts, self.labels, self.dropout, path, self.uses)
         for extra in self.extras:
             if extra.apply and (array := self.arrays.get(extra.name)) is not None:

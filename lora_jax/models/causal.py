@@ -88,6 +88,25 @@ class CausalLM(ModelPart):
         out = hidden if return_hidden else self.head(hidden)
         return out if cache is None else (out, extend_cache(cache, placed, new))
 
+    @nn.nowrap
+    def tokens_of_call(
+        self, input_ids: jax.Array, *others: Any, **options: Any
+    ) -> tuple[jax.Array, jax.Array | None] | None:
+        """Returns the token ids and segments of a call; None where they are not whole rows.
+
+        An activated LoRA finds its invocation in them; see `lora_jax.adapt.activate`.
+
+        Args:
+          input_ids, others, options: arguments of a call, or of a call of another method.
+        """
+        names = ("attention_mask", "positions", "cache", "segment_ids", "logits_at")
+        given = {**dict(zip(names, others, strict=False)), **options}
+        if any(given.get(name) is not None for name in ("cache", "branches", "method")):
+            return None
+        if (mask := given.get("attention_mask")) is not None:
+            input_ids = jnp.where(jnp.asarray(mask, bool), input_ids, -1)
+        return input_ids, given.get("segment_ids")
+
     def _check_branches(self, positions: jax.Array | None, cache: Cache | None) -> None:
         """Raises a ValueError for branches in a call that cannot have any."""
         if cache is not None:

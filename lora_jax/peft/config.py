@@ -12,6 +12,7 @@ from lora_jax.variants import VARIANTS
 
 FILE = "adapter_config.json"
 KIND, OWN = "peft_type", "own"  # further entries of what `read_config` returns
+INVOCATION = "alora_invocation_tokens"
 # The fields that turn a variant of LoRA on.
 SWITCHES = {v.in_peft.field: v.option for v in VARIANTS if v.in_peft and v.in_peft.field}
 
@@ -36,6 +37,7 @@ _HONOURED: JsonObject = {
     "task_type": None,
     "target_parameters": None,
     "ensure_weight_tying": False,
+    INVOCATION: None,
 }
 # Fields without an effect on the loaded adapter.
 _HARMLESS = frozenset(
@@ -46,8 +48,8 @@ _HARMLESS = frozenset(
 )
 # Fields that are not supported, unless their value says that they are not in use.
 REFUSED = (
-    "alora_invocation_tokens arrow_config kasa_config layer_replication megatron_config "
-    "monteclora_config use_bdlora use_qalora velora_config"
+    "arrow_config kasa_config layer_replication megatron_config monteclora_config use_bdlora "
+    "use_qalora velora_config"
 ).split()
 UNUSED: tuple[object, ...] = (None, False)
 # On loading, an initialiser matters only if PEFT computes factors from the base again.
@@ -157,6 +159,9 @@ def _check_values(config: Fields, where: str) -> None:
         or indices(tokens)
         or (isinstance(tokens, Mapping) and all(map(indices, tokens.values()))),
         "init_lora_weights": init in (*_PLAIN_INITS, *DECOMPOSING_INITS),
+        INVOCATION: config[INVOCATION] is None
+        or bool(config[INVOCATION])
+        and indices(config[INVOCATION]),
     }
     for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         right[name] = config[name] is None or names(config[name])

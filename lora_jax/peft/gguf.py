@@ -19,6 +19,7 @@ from lora_jax.hf.gguf.write import FILE_TYPES, FLOATS, Entry, check_type, write_
 from lora_jax.models.decoder.gguf import pair_rows
 from lora_jax.models.decoder.gguf_form import check_form, fused_parts, name_of
 from lora_jax.models.decoder.keys import has_fused_experts
+from lora_jax.peft.config import INVOCATION
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import ROUTER, Expert, keys_of_expert, targeted_experts
 from lora_jax.peft.names import PREFIX
@@ -150,6 +151,12 @@ def _plain(path: str, leaf: Any) -> Any:
 def _check(fields: Fields, config: Any) -> None:
     """Raises a PeftError for an adapter that llama.cpp has no form for."""
     lacking = [what for field, what in _LACKING.items() if fields.get(field)]
+    if tokens := fields.get(INVOCATION):
+        raise PeftError(
+            f"the adapter is an activated LoRA, which acts from its invocation {tokens} on: most "
+            "programs that read GGUF would run it on all tokens, and it cannot be merged. Run it "
+            "by train.generate, or write PEFT's files (train.export --output)"
+        )
     if fields["bias"] != "none":
         lacking.append("trained biases")
     if lacking:

@@ -300,7 +300,8 @@ class _Files:
             if module.path == path:
                 rank, alpha = rank_and_alpha(self.config, module.name)
                 scale[module.index] = alpha / (rank**0.5 if self.config["use_rslora"] else rank)
-        return jax.device_put(scale)
+        placed: jax.Array = jax.device_put(scale)
+        return placed
 
     def _rows(self, path: str, node: TrainedRows) -> TrainedRows:
         shape = (len(node.rows), *node.shape[1:])

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from lora_jax import init
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.keys import Row
-from lora_jax.peft.config import DECOMPOSING_INITS, KIND, SWITCHES, read_config
+from lora_jax.peft.config import DECOMPOSING_INITS, INVOCATION, KIND, SWITCHES, read_config
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import targeted_experts
 from lora_jax.peft.forms import FORMS
@@ -214,6 +214,7 @@ def _lora_rule(
         dropout=config["lora_dropout"],
         init=_INITIALISERS.get(config["init_lora_weights"], init.kaiming),
         train_bias=config["bias"] == "lora_only",
+        invocation=config[INVOCATION],
         uses=cast(Literal["all", "lookup", "product", "each"], uses),
         **variants,
     )

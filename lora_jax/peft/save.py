@@ -213,7 +213,10 @@ class _Contents:
         for name, values in settings.items():
             if len(values) > 1 and name not in may_differ:
                 raise PeftError(f"PEFT has one {name} for all modules; here they differ")
-        return {
+        invocation, *others = {node.invocation for node in nodes} or {None}
+        if others:
+            raise PeftError("PEFT has one invocation for all modules; here they differ")
+        return ({} if invocation is None else {configuration.INVOCATION: [*invocation]}) | {
             "peft_type": "LORA",
             "peft_version": PEFT_VERSION,
             "inference_mode": True,

@@ -17,6 +17,7 @@ import numpy as np
 from lora_jax.core.magnitude import wide
 from lora_jax.core.types import Fields, JsonObject, Model
 from lora_jax.models.decoder.keys import has_fused_experts
+from lora_jax.peft.config import INVOCATION
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import (
     GATE_UP,
@@ -65,6 +66,11 @@ def as_served(
     """
     if fields["peft_type"] != "LORA":
         raise PeftError(f"peft_type {fields['peft_type']}: engines serve LORA alone; merge it")
+    if fields.get(INVOCATION):
+        raise PeftError(
+            "vLLM's layout has no activated LoRA: leave out for_serving, and run it by PEFT or "
+            "train.generate"
+        )
     chosen = targeted_experts(fields, model)
     of_experts = {key for expert in chosen for key in keys_of_expert(expert, chosen)}
     out = {key: tensor for key, tensor in tensors.items() if key not in of_experts}

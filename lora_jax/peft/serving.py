@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from lora_jax.core.types import Fields, Shaped
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.peft.config import FILE as CONFIG_FILE
-from lora_jax.peft.config import REFUSED, UNUSED, fields_of
+from lora_jax.peft.config import INVOCATION, REFUSED, UNUSED, fields_of
 from lora_jax.peft.experts import DOWN, GATE_UP
 from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
@@ -137,11 +137,11 @@ def _kind_problems(fields: Fields) -> list[str]:
         field = variant.in_peft.field if variant.in_peft else None
         if field and fields.get(field):
             problems.append(f"{field}: {variant.name} is refused; {_MERGE}")
-    for name in REFUSED:
+    for name in (INVOCATION, *REFUSED):
         if fields.get(name) in (*UNUSED, [], {}):
             continue
-        if name == "alora_invocation_tokens":
-            remedy = "run it by PEFT, for it cannot be merged either"
+        if name == INVOCATION:
+            remedy = "run it by PEFT or train.generate, for it cannot be merged either"
         elif name == "layer_replication":
             remedy = f"{_BY_PEFT}, layers repeated and all"
         else:

@@ -243,8 +243,7 @@ def _check_meant(nodes: Mapping[str, Node], fingerprint: Mapping[str, str], base
 def _settings(weight: LoraWeight) -> JsonObject:
     names = ("shape", "ranks", "dropout", "frozen", "uses")
     settings = {name: getattr(weight, name) for name in names}
-    if weight.a_of is not None:
-        settings["a_of"] = weight.a_of
+    settings |= {n: v for n in ("a_of", "invocation") if (v := getattr(weight, n)) is not None}
     scale = np.asarray(weight.scale).tolist()
     return {**settings, **dataclasses.asdict(weight.roles), "scale": scale}
 
@@ -257,7 +256,8 @@ def _arrays(path: str, node: Node) -> Parts:
         )
     if not isinstance(node, LoraWeight):
         return node.parts()
-    filed = {name: array for name, array in node.arrays.items() if name != "scale"}  # a setting
+    apart = ("scale", "active")  # a setting, and the mask of a call
+    filed = {name: array for name, array in node.arrays.items() if name not in apart}
     ragged = len(set(node.ranks)) > 1
     for name, array in filed.items():
         axis = rank_axis(node.axes_of(name), node.labels)
@@ -273,6 +273,7 @@ def _weight(
     base: BaseLike, filed: Mapping[str, Leaf], settings: Fields, known: Mapping[str, Part]
 ) -> LoraWeight:
     """Returns the inverse of `_settings` and `_arrays`."""
+    invocation = settings.get("invocation")
     weight = LoraWeight(
         base,
         {"scale": jnp.asarray(settings["scale"], jnp.float32)},
@@ -283,6 +284,7 @@ def _weight(
         frozen=tuple(settings["frozen"]),
         uses=settings["uses"],
         a_of=settings.get("a_of"),
+        invocation=invocation if invocation is None else tuple(invocation),
     )
     arrays, ragged = jax.device_put(dict(filed)), len(set(weight.ranks)) > 1
     for name, array in arrays.items():

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.axes import EMBEDDING_NAMES
 from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.factored import factor_shapes, matrices_of
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import filled
-from lora_jax.core.paths import fold_in_path
+from lora_jax.core.paths import fold_in_path, leaf_name
 from lora_jax.core.types import Leaf
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
 from lora_jax.init import Factors, FactorShape, takes_from_base
@@ -78,6 +79,11 @@ def _trained(leaf: Leaf, path: str, choice: FullTraining, *_: object) -> Node:
 
 def _adapted(leaf: Leaf, path: str, choice: Adaptation, key: jax.Array, starts: Starts) -> Node:
     rule, scales = choice.rule, np.asarray(choice.scales, np.float32)
+    if rule.invocation is not None and leaf_name(path) in EMBEDDING_NAMES:
+        raise ValueError(
+            f"{path!r} is looked up by token, and an activated LoRA is for weights that multiply "
+            "activations: exclude it in the rule with the invocation"
+        )
     a_shape, b_shape, scale_shape = factor_shapes(leaf.shape, choice.roles, max(choice.ranks))
     n_batch = len(scale_shape)
     scales = scales.reshape(-1, *[1] * (n_batch - 1)) if n_batch else scales[0]
@@ -96,6 +102,7 @@ def _adapted(leaf: Leaf, path: str, choice: Adaptation, key: jax.Array, starts: 
     node = LoraWeight(
         leaf, arrays, choice.roles, choice.ranks, rule.dropout, rule.parts, rule.frozen, rule.uses
     )
+    node = node.replace(invocation=rule.invocation)
     key = fold_in_path(key, path)
 
     def first(extra: Part) -> jax.Array:

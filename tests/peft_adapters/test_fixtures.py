@@ -320,7 +320,7 @@ def mutations():
             "targets nothing": changed_config(target_modules=["nowhere"]),
             "targets of the wrong kind": changed_config(target_modules=[3]),
             "unknown option": changed_config(use_something_new=True),
-            "aLoRA": changed_config(alora_invocation_tokens=[1, 2]),
+            "an invocation without tokens": changed_config(alora_invocation_tokens=[]),
             "layer replication": changed_config(layer_replication=[[0, 2]]),
             "loftq": changed_config(init_lora_weights="loftq"),
             "bias of a kind there is not": changed_config(bias="some"),

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 import lora_jax as lj
 import lora_jax.peft as lp
+from lora_jax.adapt.activate import invocations_of
 from lora_jax.buckets.copies import shown
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.coded import STORED
@@ -45,7 +46,7 @@ from train.export.terms import (
 )
 from train.processes.cache import keep_compiled
 from train.run.output import folder_bytes
-from train.run.pretrained import read_model, read_untokenized
+from train.run.pretrained import ModelInfo, read_model, read_untokenized
 from train.run.report import megabytes
 
 PROBLEMS = 1  # the exit code when --check-serving finds some
@@ -229,6 +230,7 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     in_codes = outline.has_codes or (options.gguf and resolve(name).path.suffix == ".gguf")
     if options.quantize and not in_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")
+    check_form(options, adapter, outline)
     if options.gguf is not None:
         check_gguf(options, adapter, name, outline.config)
     outline = outline.quantized(adapter.quantize)
@@ -237,6 +239,20 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     if num_labels and len(names) == num_labels:
         model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
     return model, adapter.load(model, params, name, allow_base_mismatch=mismatch)
+
+
+def check_form(options: ExportOptions, adapter: AdapterSource, outline: ModelInfo) -> None:
+    """Raises a UserError for an activated LoRA in a form that acts on all tokens."""
+    form = "--merged" if options.merged else "--gguf" if options.gguf is not None else None
+    if form is None or adapter.is_subspace:
+        return
+    tree = adapter.load(outline, outline.params, outline.name, allow_base_mismatch=True)
+    for invocation in invocations_of(tree):
+        raise UserError(
+            f"{form}: {adapter.given} is an activated LoRA, which acts from its invocation "
+            f"{list(invocation)} on, and there it would act on all tokens: write PEFT's files, "
+            "--output alone, or run it by train.generate"
+        )
 
 
 def report_problems(problems: Sequence[str]) -> None:

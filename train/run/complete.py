@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from lora_jax.adapt.activate import invocations_of
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models import generate, init_cache, share
 from lora_jax.models.sampling.prompts import common_prefix, pad_left
@@ -61,7 +62,8 @@ def complete_prompts(
     """Returns the tokens of each prompt's greedy continuation, with the one that ends it.
 
     A prefix shared by all prompts (a system prompt, solved examples) runs through the model once,
-    and is held once for all rows; not in a model with linear layers, which have no keys to share.
+    and is held once for all rows; not in a model with linear layers, which have no keys to share,
+    nor for an activated LoRA, whose invocation is looked for in whole prompts.
 
     Args:
       model: a decoder.
@@ -74,7 +76,7 @@ def complete_prompts(
       progress: is called with the number of answers so far, and of all.
     """
     linear = len(getattr(model.config, "linear_layers", ()))
-    apart = linear > 0 or _keeps_tokens(model)
+    apart = linear > 0 or _keeps_tokens(model) or bool(invocations_of(params))
     n_shared = 0 if apart else _n_shared(prompts)
     rests = [prompt[n_shared:] for prompt in prompts]
     length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE

@@ -15,6 +15,7 @@ from train.console.errors import UserError, as_user_errors
 from train.options.common import AdapterConfig
 from train.options.conditions import NO_ADAPTER
 from train.run.intrinsic import moves_weights
+from train.run.invocation import invocation_ids
 from train.run.pretrained import ModelInfo
 
 Rule = lj.LoraRule | lj.TrainRule
@@ -61,12 +62,12 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
             if outline.active_experts is None:
                 raise UserError("--divide-rank: the model is not a mixture of experts")
             rank = lj.optim.expert_rank(adapter.rank, active=outline.active_experts)
-            chosen.append(_lora_rule(adapter, ("experts",), rank))
+            chosen.append(_lora_rule(adapter, ("experts",), rank, outline))
         targets: str | tuple[str, ...] = adapter.targets
         if len(targets) == 1 and (targets[0] == "all-linear" or not _is_name(targets[0])):
             targets = targets[0]
         if targets != NO_ADAPTER:
-            chosen.append(_lora_rule(adapter, targets, adapter.rank))
+            chosen.append(_lora_rule(adapter, targets, adapter.rank, outline))
     if not chosen:
         raise UserError(
             "--targets none: nothing would train; select parameters with --train or --bias"
@@ -140,8 +141,12 @@ def _peft_errors(path: str) -> AbstractContextManager[None]:
     return as_user_errors(ValueError, OSError, prefix=f"--peft-config {path}: ")
 
 
-def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int) -> lj.LoraRule:
+def _lora_rule(
+    adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int, outline: ModelInfo | None
+) -> lj.LoraRule:
     """Returns a rule of the given rank, with the scale s of the options' alpha and rank."""
+    alora: str | None = getattr(adapter, "alora", None)
+    known = alora is not None and outline is not None
     alpha = adapter.alpha
     if alpha is not None and rank != adapter.rank:
         alpha *= rank / adapter.rank
@@ -155,6 +160,7 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
         dropout=adapter.dropout,
         init=_INITIALISERS[adapter.init],
         train_bias=adapter.bias == "adapted",
+        invocation=invocation_ids(alora, outline) if known else None,  # type: ignore[arg-type]
         **variants,
     )
 

@@ -194,6 +194,11 @@ def _check_terms(
         return
     first = terms[lora[0]]
     for index, node in terms.items():
+        if node.invocation is not None:
+            raise ValueError(
+                f"combine: trees[{index}] is an activated LoRA, which acts from its invocation on: "
+                "it has no sum with adapters that act on other tokens"
+            )
         for part in node.extras:
             if part.vector != "shift":
                 raise ValueError(

@@ -96,6 +96,11 @@ class StackKind:
                 f"{shared[0]!r} shares another weight's A (share_a=True), which adapters side by "
                 "side cannot: train it alone, or give each weight an A of its own"
             )
+        if invoked := [p for p, node in nodes.items() if getattr(node, "invocation", None)]:
+            raise ValueError(
+                f"{invoked[0]!r} belongs to an activated LoRA, which adapters side by side cannot "
+                "be: train it alone"
+            )
         given = {name: value for name, value in tenant.options.items() if value is not None}
         return cls(
             shells={path: replace_arrays(node, None, {}) for path, node in nodes.items()},

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Shared, init_cache
 from lora_jax.models.sampling.loop import Decoding, decode, make_decoding, prefill
-from lora_jax.models.sampling.prompts import Inputs, Prompts, make_prompts
+from lora_jax.models.sampling.prompts import Inputs, Prompts, make_prompts, params_by_prompt
 
 
 def generate(
@@ -159,5 +159,6 @@ def _generate(
 ) -> jax.Array:
     static: dict[str, Any] = {"model": model, "apply": apply}
     length = prompts.ids.shape[1] + max_new_tokens - 1  # the last token is never fed
-    state = prefill(params, prompts, decoding, cache_len=length, n=max_new_tokens, **static)
+    of_prompts, params = params_by_prompt(apply, params, prompts)
+    state = prefill(of_prompts, prompts, decoding, cache_len=length, n=max_new_tokens, **static)
     return decode(params, state, decoding, max_new_tokens, **static).tokens

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.types import Forward, Tree
 from lora_jax.models.layers.cache import Shared
 
 Inputs = Mapping[str, jax.typing.ArrayLike]
@@ -39,6 +40,39 @@ def make_prompts(
     ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones_like(ids, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
     return Prompts(ids, mask, shared, inputs)
+
+
+def params_by_prompt(
+    apply: Forward | None, params: Tree, prompts: Prompts, rows_each: int = 1
+) -> tuple[Tree, Tree]:
+    """Returns the parameters for prompts, and those for the tokens after them.
+
+    They differ where the function in the place of ``model.apply`` has an attribute
+    ``params_by_prompt``, (params, [batch, seq] ids with -1 at padding) -> both, and says so.
+
+    Args:
+      apply, params: see ``generate``.
+      prompts: the prompts.
+      rows_each: the answers to each prompt, side by side.
+
+    Raises:
+      ValueError: they differ, and the prompts are not whole.
+    """
+    choose = getattr(apply, "params_by_prompt", None)
+    if choose is None:
+        return params, params
+    ids = jnp.where(prompts.mask, prompts.ids, -1)
+    of_prompts, after = choose(params, ids)
+    if of_prompts is params:
+        return params, params
+    if prompts.shared is not None:
+        raise ValueError(
+            "the adapter acts from an invocation in the prompt on, and tokens that prompts share "
+            "may hold it: give generate whole prompts, without shared="
+        )
+    if rows_each > 1:
+        after = choose(params, jnp.repeat(ids, rows_each, axis=0))[1]
+    return of_prompts, after
 
 
 def pad_left(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.sampling.choice import has_row_keys, row_keys
 from lora_jax.models.sampling.loop import Decoding, decode, make_decoding, prefill
-from lora_jax.models.sampling.prompts import Prompts, make_prompts
+from lora_jax.models.sampling.prompts import Prompts, make_prompts, params_by_prompt
 
 
 class Samples(NamedTuple):
@@ -119,8 +119,9 @@ def _sample(
     if not has_row_keys(key := decoding.sampling.key):
         sampling = decoding.sampling._replace(key=row_keys(key, jnp.arange(batch * n)))
         decoding = decoding._replace(sampling=sampling)
+    of_prompts, params = params_by_prompt(apply, params, prompts, n)
     state = prefill(
-        *(params, prompts, decoding),
+        *(of_prompts, prompts, decoding),
         cache_len=seq + max_new_tokens - 1,  # the last token is never fed
         n=max_new_tokens,
         rows_each=n,

@@ -22,7 +22,7 @@ from lora_jax.models.sampling.loop import (
     prefill,
     run_tokens,
 )
-from lora_jax.models.sampling.prompts import Inputs, make_prompts
+from lora_jax.models.sampling.prompts import Inputs, make_prompts, params_by_prompt
 
 Allow = Callable[[np.ndarray | None], np.ndarray]
 
@@ -86,14 +86,16 @@ def stream(
     if tokens_per_call < 1:
         raise ValueError(f"tokens_per_call must be at least 1, not {tokens_per_call}")
     static: dict[str, Any] = {"model": model, "apply": apply}
+    of_prompts, params = params_by_prompt(apply, params, prompts)
     if allow is not None:
-        state, logits = _begin_logits(params, prompts, decoding, cache_len=cache_len, n=1, **static)
+        begun = _begin_logits(of_prompts, prompts, decoding, cache_len=cache_len, n=1, **static)
+        state, logits = begun
         rest = _Rest(decoding, prompts.shared, max_new_tokens)
         return _allowed_steps(params, state, logits, rest, allow, **static)
 
     def steps() -> Iterator[np.ndarray]:
         read, n = 0, min(tokens_per_call, max_new_tokens)
-        state = _begin(params, prompts, decoding, cache_len=cache_len, n=n, **static)
+        state = _begin(of_prompts, prompts, decoding, cache_len=cache_len, n=n, **static)
         while True:
             step, tokens, done = jax.device_get((state.step, state.tokens, state.done))
             for i in range(read, step):

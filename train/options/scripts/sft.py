@@ -62,6 +62,13 @@ class SftAdapterConfig(AdapterConfig):
     alpha: float | None = None
     """The alpha of the adapter's scale; see --scaling. By default twice the rank; for the few steps
     of the SQL task, ten times the rank."""
+    alora: Words | None = option(
+        None, field.FACTORS, of_inputs=True, single=True, uncompared=Uncompared.ADAPTER
+    )
+    """Train an activated LoRA (aLoRA), which acts from the last occurrence of this text in a row
+    on, or of these token ids (9,88,12): the tokens before it are the base's, whose keys and values
+    a server can use again. The loss counts tokens after it alone. (In a shell, $'\\n' is a line
+    break.)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
