@@ -16,7 +16,8 @@ from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
 from lora_jax.select.matching import LeafFacts, check_names
 from lora_jax.select.resolve import bias_path, listed, resolve
-from lora_jax.select.sharing import check_owners, owner_of, owners, with_shared_a
+from lora_jax.select.sharing import check_owners, owner_of, owners, sharers, with_shared
+from lora_jax.select.ties import n_shared, tied_nodes, ties_of, with_ties
 
 
 def lorafy(
@@ -76,14 +77,17 @@ def lorafy(
     chosen = resolve(arrays, rules, known)
     check_names(rules, dict(arrays), known)
     starts, a_of = starts_of(dict(arrays), chosen, key), owners(chosen, dict(arrays))
+    ties = ties_of(chosen, dict(arrays), list(kinds or ()))
 
     def made(path: str, leaf: Leaf) -> Leaf:
         if path not in chosen:
             return leaf
         node = node_of(leaf, path, chosen[path], key, starts)
-        return node.replace(a_of=a_of[path]) if path in a_of else node
+        if path in a_of:
+            return node.replace(a_of=a_of[path])
+        return node.replace(ties=ties[path]) if path in ties else node
 
-    return with_shared_a(treedef.unflatten(made(path, leaf) for path, leaf in leaves))
+    return with_shared(treedef.unflatten(made(path, leaf) for path, leaf in leaves))
 
 
 def nodes_of(tree: Tree) -> dict[str, Node]:
@@ -113,7 +117,7 @@ def map_parts(visit: Callable[[str, str, Leaf], Leaf], tree: Tree) -> Tree:
 
     if isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values()):
         return {path: visited(path, parts) for path, parts in tree.items()}
-    return with_shared_a(
+    return with_shared(
         map_nodes(lambda path, node: node.with_parts(visited(path, node.parts())), tree)
     )
 
@@ -191,7 +195,8 @@ def join(adapter: Tree, base: Tree) -> Tree:
         shared = {} if owner is None else {"a": adapter[owner]["a"]}
         return node.with_parts({**adapter[path], **shared})
 
-    return map_nodes(filled, base)
+    joined = map_nodes(filled, base)
+    return with_ties(joined) if tied_nodes(nodes) else joined
 
 
 def strip(params: Tree) -> Tree:
@@ -330,7 +335,8 @@ def trainable_mask(params: Tree) -> Tree:
       params: an adapted tree.
 
     Raises:
-      ValueError: two weights share an A; an optimiser over the whole tree would update it twice.
+      ValueError: two weights share an A or a vector; an optimiser over the whole tree would update
+        it twice.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -339,11 +345,11 @@ def trainable_mask(params: Tree) -> Tree:
     (False, True, False)
     """
 
-    shared = [path for path, node in nodes_of(params).items() if getattr(node, "a_of", None)]
-    if shared:
+    if shared := sharers(nodes_of(params)):
         raise ValueError(
-            f"trainable_mask: {shared[0]!r} shares another weight's A, and an optimiser of the "
-            "whole tree would train the two apart: optimise the adapter of lora_jax.split(params)"
+            f"trainable_mask: {shared[0]!r} shares another weight's A or vector, and an optimiser "
+            "of the whole tree would train the two apart: optimise the adapter of "
+            "lora_jax.split(params)"
         )
 
     def mask(node: Node) -> Node:
@@ -367,7 +373,8 @@ def count_params(params: Tree) -> tuple[int, int]:
     leaves = [leaf for _, leaf in flatten(params, is_leaf)[0]]
     nodes = [leaf for leaf in leaves if is_node(leaf)]
     bases = [leaf for leaf in leaves if hasattr(leaf, "shape") and not isinstance(leaf, Trained)]
-    trained = sum(node.n_trainable for node in nodes if node.is_on)
+    on = {str(i): node for i, node in enumerate(nodes) if node.is_on}
+    trained = sum(node.n_trainable for node in on.values()) - n_shared(on)
     frozen = sum(node.n_frozen for node in nodes) + sum(math.prod(base.shape) for base in bases)
     return trained, trained + frozen
 

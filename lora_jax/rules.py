@@ -25,7 +25,7 @@ PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform", "con
 
 def _non_defaults(rule: "Rule") -> str:
     """Returns a rule as it was written: only the fields that are not the default."""
-    fields = sorted(dataclasses.fields(rule), key=lambda field: "variant" in field.metadata)
+    fields = sorted(dataclasses.fields(rule), key=lambda field: bool(field.metadata))
     given = [f.name for f in fields if getattr(rule, f.name) != f.default]
     inside = ", ".join(f"{name}={_shown(getattr(rule, name))}" for name in given)
     return f"{type(rule).__name__}({inside})"
@@ -189,6 +189,15 @@ class LoraRule(_Fields, Variants):
     def _check_variants(self) -> None:
         """Raises a ValueError for variants that do not go with each other or with other fields."""
         given = [variant.option for variant in self.variants]
+        for variant in VARIANTS:
+            for setting in variant.settings:
+                value = getattr(self, setting.name)
+                if value != setting.default and variant.option not in given:
+                    raise ValueError(
+                        f"{setting.name}={value!r} has no effect without {variant.option}=True"
+                    )
+                if not setting.fits(value):
+                    raise ValueError(f"{setting.name}={value!r}: {setting.needed} is needed")
         for variant in self.variants:
             others = [option for option in given if option != variant.option]
             for other in others:

@@ -12,12 +12,13 @@ from jax import lax
 
 from lora_jax.core.axes import Label
 
-Role = Label | Literal["rank", "example", "token"]
+Role = Label | Literal["rank", "example", "token", "u"]
 Axes = tuple[int, ...]
 STATIC = {"static": True}  # metadata of a dataclass's field that is no child of the pytree
 RANK = -1  # in a layout, the entry for the rank, which is no axis of the weight
 EXAMPLE = -2  # likewise, the entry for the examples of a batch
 TOKEN = -3  # likewise, the entry for the tokens of an example
+U = -4  # likewise, the entry for the numbers that TinyLoRA trains
 
 # Batch axes come first, in the order that the weight has them in, then the rank, then the in axes
 # or the out axes. A is stored transposed: see `lora_jax.core.product`.
@@ -39,28 +40,38 @@ AXES: dict[str, tuple[Role, ...]] = {
     "shared_b": ("rank", "out"),
     "lambda_b": ("batch", "out"),  # one more factor for each column of B
     "latent": ("batch", "rank", "rank"),  # R, between A and B
-    "seed": (),  # that a shared pair was drawn from
+    "seed": (),  # that a shared pair or a projection was drawn from
+    # TinyLoRA's fixed random matrices: `latent` is their sum, each times a number of its vector.
+    "projection": ("batch", "u", "rank", "rank"),
 }
 # Where weights are joined, the value of a part that one of them lacks; 0 for parts not named here.
 NEUTRAL = {"gain": 1.0, "lambda_d": 1.0}
 
 
 def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
-    """Returns the weight's axis for each axis of an array; RANK, EXAMPLE or TOKEN for others.
+    """Returns the weight's axis for each axis of an array, a negative number where it is none.
 
     Args:
       axes: the roles of the array's axes, as in `AXES`.
       labels: the role of each axis of the weight.
     """
-    places: dict[Role, Axes] = {"rank": (RANK,), "example": (EXAMPLE,), "token": (TOKEN,)}
+    places: dict[Role, Axes] = {
+        "rank": (RANK,),
+        "example": (EXAMPLE,),
+        "token": (TOKEN,),
+        "u": (U,),
+    }
     for role in ("batch", "in", "out"):
         places[role] = tuple(axis for axis, label in enumerate(labels) if label == role)
     return tuple(axis for role in axes for axis in places[role])
 
 
-def sizes(axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], rank: int) -> Axes:
-    """Returns the shape of an array of a weight of this shape and rank; see `layout`."""
-    return tuple(rank if axis == RANK else shape[axis] for axis in layout(axes, labels))
+def sizes(
+    axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], rank: int, u: int = 0
+) -> Axes:
+    """Returns the shape of an array of a weight of this shape, rank and u; see `layout`."""
+    others = {RANK: rank, U: u}
+    return tuple(others[a] if a in others else shape[a] for a in layout(axes, labels))
 
 
 def spread(array: jax.Array, axes: Axes, where: Mapping[int, int], ndim: int) -> jax.Array:

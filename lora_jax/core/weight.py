@@ -25,7 +25,7 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
 _NO_MASK: Leaf = np.zeros((0, 0), bool)  # of no call; see `lora_jax.core.factored.wrong_rows`
-_NOT_IN_PRODUCTS = ("start_a", "start_b", "seed")  # of `lora_jax.core.parts.AXES`
+_NOT_IN_PRODUCTS = ("start_a", "start_b", "seed", "projection")  # of `lora_jax.core.parts.AXES`
 
 
 class _Node(NoArray):
@@ -134,7 +134,8 @@ class LoraWeight(_Node):
         of W: the weight stands for W + s·(AB − A₀B₀). Never trained.
         shared_a, shared_b: [r, in…] and [r, out…], in the place of a and b: one pair for all
         layers, and one array for all weights of a size. Never trained.
-        seed: (), uint32, that a shared pair was drawn from.
+        seed: (), uint32, that a shared pair or a projection was drawn from.
+        projection: [batch…, u, r, r], fixed random matrices; see `lora_jax.variants.tinylora`.
       roles: the axis roles of `base`.
       ranks: r of each layer of the first batch axis, or one r for all. A rank smaller than the
         largest is padded with zeros in both factors, which training leaves at zero.
@@ -147,6 +148,9 @@ class LoraWeight(_Node):
         the module on ("gate_proj/kernel", beside this module); None for an A of its own. In a whole
         tree both hold the same array. See `lora_jax.select.sharing.owner_of`.
       invocation: the tokens from whose last occurrence on the adapter acts; None for all tokens.
+      ties: for each member of the stack a number, the same for members, of this weight and of
+        others, that train one vector; -1 where none is trained. () for vectors of their own. In a
+        whole tree all of them hold the same values; see `lora_jax.select.ties`.
     """
 
     base: BaseLike
@@ -159,6 +163,7 @@ class LoraWeight(_Node):
     uses: str = field(default="all", metadata=STATIC)
     a_of: str | None = field(default=None, metadata=STATIC)
     invocation: tuple[int, ...] | None = field(default=None, metadata=STATIC)
+    ties: tuple[int, ...] = field(default=(), metadata=STATIC)
 
     def __getattr__(self, name: str) -> Leaf:
         """Returns an array by its name."""
@@ -224,7 +229,9 @@ class LoraWeight(_Node):
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Returns the shape of an array, padding included."""
-        return sizes(self.axes_of(name), self.shape, self.labels, self.rank)
+        projection = self.arrays.get("projection")
+        u = 0 if projection is None else projection.shape[self.n_batch]
+        return sizes(self.axes_of(name), self.shape, self.labels, self.rank, u)
 
     def part_shape(self, name: str) -> tuple[int, ...] | None:
         return self.shape_of(name) if hasattr(self.base, "shape") else None
@@ -280,7 +287,7 @@ class LoraWeight(_Node):
         if (d := weight.lambda_d) is not None:
             a = a * jnp.expand_dims(d, range(d.ndim, a.ndim)).astype(a.dtype)
         arrays = {"a": a, "b": weight.b.astype(a.dtype), "scale": scale}
-        return self.replace(arrays=arrays, extras=(), frozen=())
+        return self.replace(arrays=arrays, extras=(), frozen=(), ties=())
 
     def where_adapted(self, array: jax.Array, otherwise: float) -> jax.Array:
         """Returns an array [batch…, …] with `otherwise` in the layers of rank 0."""

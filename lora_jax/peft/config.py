@@ -75,7 +75,7 @@ def read_config(source: Any) -> JsonObject:
     fields, where = fields_of(source)
     kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type", "LORA"))
     if kind not in ("LORA", *FORMS):
-        kinds = " and ".join(("LORA", *FORMS))
+        kinds = ", ".join(("LORA", *FORMS))
         raise PeftError(f"{where}: peft_type is {kind!r}; only {kinds} are supported")
     own: JsonObject = {}
     if kind in FORMS:

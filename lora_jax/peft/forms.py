@@ -7,8 +7,8 @@ import numpy as np
 
 from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
-from lora_jax.peft import vera
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.kinds import tinylora, vera
 from lora_jax.peft.modules import Module
 from lora_jax.peft.names import VECTORS
 from lora_jax.variants import variants_of
@@ -34,35 +34,60 @@ class PeftForm(Protocol):
     def VARIANT(self) -> Variant:  # noqa: N802
         """The variant of LoRA that it is."""
 
-    def read_file(self, reader: Any, own: Fields, nodes: Sequence[LoraWeight]) -> FileAdapter:
+    def read_file(
+        self, reader: Any, own: Fields, nodes: Sequence[LoraWeight], modules: Sequence[Module]
+    ) -> FileAdapter:
         """Returns the adapter of a file.
 
         Args:
           reader: takes the file's tensors by key.
           own: the fields that the kind alone has.
           nodes: the adapted weights.
+          modules: the adapted modules.
         """
 
     def as_lora_fields(self, fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
         """Returns the fields of a LoraConfig for the same modules, and those of the kind alone."""
 
-    def fields(self, config: Fields) -> JsonObject:
-        """Returns the configuration for the modules that fields of a LoraConfig adapt."""
+    def settings(self, own: Fields) -> JsonObject:
+        """Returns the fields of a LoraRule beside the variant's and a LoraConfig's."""
 
     def tensors_of(self, module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
         """Returns the tensors of one adapted module, by key; s is in them."""
 
-    def shared(self, nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
-        """Returns the tensors that all modules share, by key."""
+    def contents(
+        self, config: Fields, nodes: Mapping[str, LoraWeight], modules: Sequence[Module]
+    ) -> tuple[JsonObject, dict[str, np.ndarray]]:
+        """Returns the configuration, from a LoraConfig's fields, and the tensors of all modules."""
 
 
-FORMS: dict[str, PeftForm] = {"VERA": vera}
+FORMS: dict[str, PeftForm] = {"VERA": vera, "TINYLORA": tinylora}
 
 
 def form_of(node: Leaf) -> PeftForm | None:
     """Returns the form of a node of an adapted tree; None for a LoRA or a leaf trained in full."""
     variants = variants_of(node) if isinstance(node, LoraWeight) else []
     return next((form for form in FORMS.values() if form.VARIANT in variants), None)
+
+
+def common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
+    """Returns the form of all adapted weights of a tree; None for LoRA.
+
+    Args:
+      nodes: the adapted weights, by path.
+
+    Raises:
+      PeftError: some have another one.
+    """
+    form = next(filter(None, map(form_of, nodes.values())), None)
+    others = [path for path, node in nodes.items() if form_of(node) is not form]
+    if form is not None and others:
+        name, option = form.VARIANT.name, form.VARIANT.option
+        raise PeftError(
+            f"{others[0]!r} is adapted otherwise than by {name}, and PEFT has one kind of adapter "
+            f"in a file: give all rules {option}=True, or none"
+        )
+    return form
 
 
 def peft_node(path: str, node: Leaf) -> Leaf:

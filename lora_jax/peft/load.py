@@ -29,7 +29,7 @@ from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.modules import Module, is_tied, kind_of, places, rank_and_alpha, tables_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.peft.rules import rules_for, saved_modules, selected, takes_from_base, token_rows
-from lora_jax.select.sharing import with_shared_a
+from lora_jax.select.sharing import with_shared
 
 
 def load(
@@ -78,10 +78,10 @@ def load(
     own = None
     if (form := FORMS.get(config[configuration.KIND])) is not None:
         nodes = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
-        own = form.read_file(reader, config[configuration.OWN], nodes)
+        own = form.read_file(reader, config[configuration.OWN], nodes, chosen)
     files = _Files(reader, table, config, chosen, available, own)
     bases = dict(leaves_of(params)[0])
-    loaded = with_shared_a(map_leaves(lambda path, leaf: files.node(path, leaf, bases[path]), tree))
+    loaded = with_shared(map_leaves(lambda path, leaf: files.node(path, leaf, bases[path]), tree))
     reader.finish()
     return loaded
 

@@ -130,6 +130,21 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
     return members
 
 
+def sort_modules(modules: Iterable[Module]) -> list[Module]:
+    """Returns modules in the order in which torch lists them: a block's layers together."""
+    siblings: dict[str, dict[str, int]] = {}
+
+    def place(name: str, before: str) -> int:
+        known = siblings.setdefault(before, {})
+        return int(name) if name.isdigit() else known.setdefault(name, len(known))
+
+    def places(module: Module) -> list[int]:
+        parts = module.name.split(".")
+        return [place(part, ".".join(parts[:depth])) for depth, part in enumerate(parts)]
+
+    return sorted(modules, key=places)
+
+
 def is_tied(config: Fields) -> bool:
     """Returns True if PEFT gives both uses of a tied table one adapter, or one saved copy.
 

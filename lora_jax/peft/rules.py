@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from lora_jax import init
 from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.keys import Row
-from lora_jax.peft.config import DECOMPOSING_INITS, INVOCATION, KIND, SWITCHES, read_config
+from lora_jax.peft.config import DECOMPOSING_INITS, INVOCATION, KIND, OWN, SWITCHES, read_config
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import targeted_experts
 from lora_jax.peft.forms import FORMS
@@ -202,8 +202,8 @@ def _lora_rule(
     exclude: tuple[str, ...] = (),
 ) -> LoraRule:
     variants = {option: config[field] for field, option in SWITCHES.items()}
-    if config[KIND] in FORMS:
-        variants[FORMS[config[KIND]].VARIANT.option] = True
+    if (form := FORMS.get(config[KIND])) is not None:
+        variants |= {form.VARIANT.option: True} | form.settings(config[OWN])
     return LoraRule(
         targets=targets,
         exclude=exclude,

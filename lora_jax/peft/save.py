@@ -20,7 +20,7 @@ from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import add_head_names, add_heads, tied_heads
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
-from lora_jax.peft.forms import form_of, peft_node
+from lora_jax.peft.forms import common_form, form_of, peft_node
 from lora_jax.peft.modules import (
     EMBEDDING_NAMES,
     Module,
@@ -171,7 +171,7 @@ class _Contents:
         written = {m.path for m in [*self._adapted, *self._experts]}
         if lost := sorted(set(self._lora) - written):
             raise PeftError(f"{lost[0]!r} is adapted, and transformers has no such module")
-        self._form = next(filter(None, map(form_of, self._lora.values())), None)
+        self._form = common_form(self._lora)
         self._tensors: dict[str, np.ndarray] = {}
 
     def _rank(self, module: Module) -> int:
@@ -199,7 +199,8 @@ class _Contents:
         for field in ("target_modules", "modules_to_save"):
             config[field] = add_head_names(config[field], self._heads)
         if self._form is not None:
-            return self._form.fields(config), self._tensors | self._form.shared(self._lora)
+            fields, shared = self._form.contents(config, self._lora, self._adapted)
+            return fields, self._tensors | shared
         return config, add_heads(self._tensors, self._heads)
 
     def _settings(self) -> JsonObject:

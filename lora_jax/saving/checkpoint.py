@@ -30,7 +30,7 @@ from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, take_out_derived
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
-from lora_jax.select.sharing import check_owners, with_shared_a
+from lora_jax.select.sharing import check_owners, with_shared
 from lora_jax.variants import PARTS
 
 FORMAT = 2
@@ -189,7 +189,7 @@ def load_adapter(
         in_full = path in metadata["trained"]
         return Trained(jnp.asarray(arrays[path]["value"])) if in_full else base
 
-    loaded = with_shared_a(treedef.unflatten(adapted(path, leaf) for path, leaf in leaves))
+    loaded = with_shared(treedef.unflatten(adapted(path, leaf) for path, leaf in leaves))
     return swap(params, loaded) if nodes_of(params) else loaded
 
 
@@ -244,6 +244,7 @@ def _settings(weight: LoraWeight) -> JsonObject:
     names = ("shape", "ranks", "dropout", "frozen", "uses")
     settings = {name: getattr(weight, name) for name in names}
     settings |= {n: v for n in ("a_of", "invocation") if (v := getattr(weight, n)) is not None}
+    settings |= {"ties": weight.ties} if weight.ties else {}
     scale = np.asarray(weight.scale).tolist()
     return {**settings, **dataclasses.asdict(weight.roles), "scale": scale}
 
@@ -285,6 +286,7 @@ def _weight(
         uses=settings["uses"],
         a_of=settings.get("a_of"),
         invocation=invocation if invocation is None else tuple(invocation),
+        ties=tuple(settings.get("ties", ())),
     )
     arrays, ragged = jax.device_put(dict(filed)), len(set(weight.ranks)) > 1
     for name, array in arrays.items():

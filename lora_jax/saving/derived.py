@@ -22,7 +22,6 @@ import numpy as np
 from jax import lax
 
 from lora_jax.core.base import is_abstract
-from lora_jax.core.parts import rank_axis
 from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.saving.errors import AdapterError
@@ -94,7 +93,7 @@ class Remaker:
             return weight
         if "same" in settings:
             where = {name: settings["same"].get(name, path) for name in derived.names}
-            return weight.replace(**{n: self._read(where[n], n) for n in derived.names})
+            return weight.replace(**{n: self._read(where[n], n, weight) for n in derived.names})
         recipe = settings[derived.entry]
         if derived not in self._again:
             self._again[derived] = derived.again(self._nodes)
@@ -106,15 +105,16 @@ class Remaker:
             raise AdapterError(f"the adapter {self._folder} {why}")
         return weight
 
-    def _read(self, path: str, name: str) -> jax.Array:
+    def _read(self, path: str, name: str, weight: LoraWeight) -> jax.Array:
         if (path, name) not in self._held:
-            self._held[path, name] = jnp.asarray(self._arrays[path][name])
+            own = weight.arrays.get(name)
+            self._held[path, name] = jnp.asarray(self._arrays[path][name]) if own is None else own
         return self._held[path, name]
 
 
 def _matrix(node: LoraWeight, name: str) -> jax.Array:
-    """Returns a factor as [batch…, r, features], or [r, features], fp32."""
-    array, axis = node.arrays[name], rank_axis(node.axes_of(name), node.labels)
+    """Returns a factor as [batch…, r, features], or [r, features], fp32; projections likewise."""
+    array, axis = node.arrays[name], node.n_batch if "batch" in node.axes_of(name) else 0
     return array.reshape(*array.shape[: axis + 1], -1).astype(jnp.float32)
 
 

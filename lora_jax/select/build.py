@@ -47,7 +47,9 @@ def _starting(choice: Adaptation) -> Variant | None:
 
 def _kernel(leaf: Leaf, path: str, choice: Adaptation) -> KernelFacts:
     dtype = np.dtype(choice.rule.dtype)
-    return KernelFacts(path, tuple(leaf.shape), choice.roles, choice.ranks, dtype)
+    variant = _starting(choice)
+    settings = choice.rule.settings_of(variant) if variant else {}
+    return KernelFacts(path, tuple(leaf.shape), choice.roles, choice.ranks, dtype, settings)
 
 
 def node_of(leaf: Leaf, path: str, choice: Decision, key: jax.Array, starts: Starts) -> Node:

@@ -1,4 +1,4 @@
-"""Weights that share one A: whose it is, and how a tree keeps it in one."""
+"""Weights that train something together: one A, or one vector; how a tree keeps it in one."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,7 @@ from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, leaves_of, map_leaves
 from lora_jax.rules import LoraRule
 from lora_jax.select.resolve import Adaptation, Decision
+from lora_jax.select.ties import tied_nodes, with_ties
 
 
 def owners(chosen: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dict[str, str]:
@@ -92,13 +93,21 @@ def check_owners(nodes: Mapping[str, Leaf]) -> None:
         owner_of(path, nodes)
 
 
-def with_shared_a(tree: Tree) -> Tree:
-    """Returns a tree in which each weight that shares another's A has the very array.
+def sharers(nodes: Mapping[str, Leaf]) -> list[str]:
+    """Returns the paths of the weights that train an A or a vector together with others."""
+    tied = tied_nodes(nodes)
+    return [path for path, node in nodes.items() if path in tied or getattr(node, "a_of", None)]
+
+
+def with_shared(tree: Tree) -> Tree:
+    """Returns a tree in which each weight that shares another's A or vector has it.
 
     Raises:
       ValueError: the tree lacks a weight whose A another one shares.
     """
     nodes = {path: leaf for path, leaf in leaves_of(tree)[0] if isinstance(leaf, LoraWeight)}
+    if tied_nodes(nodes):
+        tree = with_ties(tree)
     if all(node.a_of is None for node in nodes.values()):
         return tree
 

@@ -18,6 +18,7 @@ from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.bias_on_b import BIAS_ON_B
 from lora_jax.variants.dora import DORA
 from lora_jax.variants.lora_fa import LORA_FA
+from lora_jax.variants.tinylora import TINYLORA
 from lora_jax.variants.variant import Derived, Variant
 from lora_jax.variants.vera import VERA
 from lora_jax.variants.xs import LORA_XS
@@ -26,6 +27,12 @@ from lora_jax.variants.xs import LORA_XS
 def _off(variant: Variant) -> Any:
     """Returns the field of a variant, which is off by default."""
     return dataclasses.field(default=False, metadata={"variant": variant})
+
+
+def _setting(variant: Variant, name: str) -> Any:
+    """Returns the field of a number that a variant takes."""
+    default = next(setting.default for setting in variant.settings if setting.name == name)
+    return dataclasses.field(default=default, metadata={"setting of": variant})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -42,6 +49,12 @@ class Variants:
       vera: W + s·A·diag(d)·B·diag(b), where A and B are frozen random matrices that all weights of
         this rank share, and d [r] and b [out] train (VeRA, arXiv 2310.11454, which takes a large
         rank, such as 256). Leave out alpha, so that s = 1, as in PEFT.
+      tinylora: W + s·A(Σᵢ vᵢPᵢ)B, where A = U_r√Σ_r and B = √Σ_rV_rᵀ are frozen, the matrices P
+        [u, r, r] are random, and v [u] trains (TinyLoRA, arXiv 2602.04118, which takes a rank of
+        2). Leave out alpha, so that s = 1, as in PEFT.
+      u: with tinylora, the length of v.
+      weight_tying: with tinylora, the share of vectors that is saved, as weights of neighbouring
+        layers train one together: 0 for a v for each weight, 1 for one v for all.
     """
 
     dora: bool = _off(DORA)
@@ -49,14 +62,23 @@ class Variants:
     bias_on_b: bool = _off(BIAS_ON_B)
     xs: bool = _off(LORA_XS)
     vera: bool = _off(VERA)
+    tinylora: bool = _off(TINYLORA)
+    u: int = _setting(TINYLORA, "u")
+    weight_tying: float = _setting(TINYLORA, "weight_tying")
 
     @property
     def variants(self) -> tuple[Variant, ...]:
         """The variants that are on."""
         return tuple(variant for variant in VARIANTS if getattr(self, variant.option))
 
+    def settings_of(self, variant: Variant) -> dict[str, Any]:
+        """Returns the numbers that a variant takes, by name."""
+        return {setting.name: getattr(self, setting.name) for setting in variant.settings}
 
-VARIANTS: tuple[Variant, ...] = tuple(f.metadata["variant"] for f in dataclasses.fields(Variants))
+
+VARIANTS: tuple[Variant, ...] = tuple(
+    f.metadata["variant"] for f in dataclasses.fields(Variants) if "variant" in f.metadata
+)
 PARTS: dict[str, Part] = {part.name: part for variant in VARIANTS for part in variant.parts}
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.typing import DTypeLike
@@ -21,6 +21,7 @@ class KernelFacts(NamedTuple):
       roles: the roles of W's axes.
       ranks: r of each layer of the first batch axis, or one r for all.
       dtype: the dtype of A and B.
+      settings: the values of the variant's settings, by name.
     """
 
     path: str
@@ -28,6 +29,7 @@ class KernelFacts(NamedTuple):
     roles: AxisRoles
     ranks: tuple[int, ...]
     dtype: DTypeLike
+    settings: Mapping[str, Any] = {}
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -83,6 +85,24 @@ class InPeft(NamedTuple):
         return {self.field: True} if self.field else {}
 
 
+class Setting(NamedTuple):
+    """A number that a variant takes beside the rank: a field of `lora_jax.LoraRule`, and an option.
+
+    Attributes:
+      name: the name of both.
+      default: the value of one that is not given.
+      help: the option's help in the scripts.
+      fits: returns True for a value that makes sense.
+      needed: the values that do, as a part of a sentence.
+    """
+
+    name: str
+    default: int | float
+    help: str
+    fits: Callable[[Any], bool]
+    needed: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Variant:
     """A variant of LoRA.
@@ -92,6 +112,7 @@ class Variant:
       name: the name that people write.
       help: the option's help in the scripts.
       parts: the arrays that train beside A and B, or in their place.
+      settings: numbers that it takes beside the rank.
       frozen: the factors that do not train.
       start: (the kernels of a tree that have the variant, a PRNG key) -> a function of W and its
         kernel that returns the arrays in the place of a drawn A and B. None: A and B are drawn.
@@ -112,6 +133,7 @@ class Variant:
     name: str
     help: str
     parts: tuple[Part, ...] = ()
+    settings: tuple[Setting, ...] = ()
     frozen: tuple[str, ...] = ()
     start: Callable[[Sequence[KernelFacts], jax.Array], MakeFactors] | None = None
     derived: Derived | None = None

@@ -6,7 +6,7 @@ to rounding, unless their values all but coincide; R would not mean what it mean
 that differ are an error, whatever base is accepted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeGuard
 
 import jax
@@ -67,25 +67,44 @@ def _again(there: Mapping[str, Leaf]) -> Remake:
         def decompose(base: BaseLike) -> Parts:
             return singular_factors(base, weight.roles, weight.ranks, weight.latent.dtype)
 
-        if is_abstract(weight.base):
-            shapes: Parts = jax.eval_shape(decompose, weight.base)
-            return shapes
-        node = there.get(path)
-        if _decomposes_alike(node, weight):
-            return {name: node.arrays[name] for name in ("a", "b")}
-        return decompose(weight.base)
+        return remade_factors(there, path, weight, "latent", decompose)
 
     return factors
 
 
-def _decomposes_alike(node: Leaf, weight: LoraWeight) -> TypeGuard[LoraWeight]:
+def remade_factors(
+    there: Mapping[str, Leaf],
+    path: str,
+    weight: LoraWeight,
+    part: str,
+    decompose: Callable[[BaseLike], Parts],
+) -> Parts:
+    """Returns a and b of a weight without them: those of the node that is there, or new ones.
+
+    Args:
+      there: the nodes of the tree that the adapter is loaded onto, by path.
+      path: the weight's path.
+      weight: the weight.
+      part: the name of its part that trains.
+      decompose: returns a and b of a base.
+    """
+    if is_abstract(weight.base):
+        shapes: Parts = jax.eval_shape(decompose, weight.base)
+        return shapes
+    node = there.get(path)
+    if _decomposes_alike(node, weight, part):
+        return {name: node.arrays[name] for name in ("a", "b")}
+    return decompose(weight.base)
+
+
+def _decomposes_alike(node: Leaf, weight: LoraWeight, part: str) -> TypeGuard[LoraWeight]:
     """Returns True if a node has the factors that decomposing a weight's base would give."""
     return (
         isinstance(node, LoraWeight)
         and node.base is weight.base
-        and "latent" in node.has
+        and part in node.has
         and (node.roles, node.ranks) == (weight.roles, weight.ranks)
-        and node.arrays["a"].dtype == weight.latent.dtype
+        and node.arrays["a"].dtype == weight.arrays[part].dtype
     )
 
 

@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[Any]] = {
     "LoRA-FA": [rule(freeze_a=True)],
     "LoRA-XS": [rule(xs=True)],
     "VeRA": [rule(vera=True, alpha=None)],
+    "TinyLoRA": [rule(tinylora=True, rank=2, alpha=None)],
     "PiSSA, OLoRA": [rule(init=init.fast_pissa())],
     "norms": [lj.TrainRule(targets=r".*norm/scale"), rule()],
     "100 tokens": [lj.TrainRule(targets=["embed_tokens"], rows=range(100)), rule()],

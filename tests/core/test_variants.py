@@ -51,6 +51,7 @@ VARIANTS = {
     "LoRA-FA with DoRA": {"freeze_a": True, "dora": True},
     "LoRA-XS": {"xs": True},
     "VeRA": {"vera": True},
+    "TinyLoRA": {"tinylora": True, "u": 5},
 }
 # Random factors hide which way they were drawn, so these are plain LoRA, and PiSSA, once begun.
 AS_OTHERS = {"gaussian", "orthogonal", "fast PiSSA"}
@@ -90,9 +91,12 @@ def formed(tree):
             return jnp.einsum("...ri,...ro->...io", a, b)
 
         arrays = dict(node.arrays)
-        if "latent" in arrays:
+        latent = arrays.get("latent")
+        if "v" in arrays:
+            latent = jnp.einsum("...u,...urq->...rq", node.v, node.projection)
+        if latent is not None:
             factor = node.b.reshape(*batch, node.rank, -1)
-            arrays["b"] = jnp.einsum("...rq,...qo->...ro", node.latent, factor)
+            arrays["b"] = jnp.einsum("...rq,...qo->...ro", latent, factor)
         if "lambda_d" in arrays:
             a, b = (arrays[f"shared_{name}"].reshape(node.rank, -1) for name in "ab")
             arrays["a"] = node.lambda_d[..., None] * a
@@ -122,7 +126,8 @@ STACK, HEADS, SORTED, TABLE = USUAL
     + [(STACK, v) for v in ("DoRA from PiSSA", "rsLoRA", "PiSSA", "LoRA-FA with DoRA")]
     + [(HEADS, v) for v in ("OLoRA", "rsLoRA", "DoRA from PiSSA")]
     + [(SORTED, v) for v in ("PiSSA", "LoRA-FA")]
-    + [(TABLE, v) for v in ("OLoRA", "LoRA-FA", "LoRA-FA with DoRA")],
+    + [(TABLE, v) for v in ("OLoRA", "LoRA-FA", "LoRA-FA with DoRA")]
+    + [(program, "TinyLoRA") for program in USUAL],
     often=[
         "scanned and rematerialised-DoRA from PiSSA",
         "einsum with heads-OLoRA",

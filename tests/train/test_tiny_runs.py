@@ -1,4 +1,4 @@
-"""Runs of LoRA-XS and VeRA: what they train, keep, publish and load again is tiny."""
+"""Runs of LoRA-XS, VeRA and TinyLoRA: what they train, keep, publish and load again is tiny."""
 
 import json
 import shlex
@@ -22,8 +22,12 @@ from train.run.log import read_metrics
 from train.sft import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-WAYS = {"xs": ["--xs", "--rank", "3"], "vera": ["--vera", "--rank", "12"]}
-TRAINED = {"xs": {"latent"}, "vera": {"lambda_d", "lambda_b"}}
+WAYS = {
+    "xs": ["--xs", "--rank", "3"],
+    "vera": ["--vera", "--rank", "12"],
+    "tinylora": ["--tinylora", "--rank", "2", "--u", "5", "--weight-tying", "0.5"],
+}
+TRAINED = {"xs": {"latent"}, "vera": {"lambda_d", "lambda_b"}, "tinylora": {"v"}}
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
@@ -75,9 +79,11 @@ def test_a_run_and_what_comes_of_it(folder, tmp_path, way, capsys):
     trained = {
         "xs": 2 * 2 * 3 * 3,
         "vera": 2 * sum(12 + node.shape[-1] for node in nodes),
+        "tinylora": 2 * 2 * 5,  # half of them are copies
     }[way]
     assert sum(x.size for x in jax.tree.leaves(adapter)) == trained
-    assert facts["resolved"]["lr"] == {"xs": 2e-3, "vera": 2e-3}[way]
+    assert lj.count_params(tree)[0] == (trained // 2 if way == "tinylora" else trained)
+    assert facts["resolved"]["lr"] == 2e-3
     assert all(float(node.scale[0]) == 1 for node in nodes)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(adapter=ocp.args.StandardRestore())
@@ -90,7 +96,7 @@ def test_a_run_and_what_comes_of_it(folder, tmp_path, way, capsys):
     export.main([*exports, "--model", str(folder / "model")])
     published = whole / "exported"
     fields = json.loads((published / "adapter_config.json").read_text())
-    assert fields["peft_type"] == {"xs": "LORA", "vera": "VERA"}[way]
+    assert fields["peft_type"] == {"xs": "LORA", "vera": "VERA", "tinylora": "TINYLORA"}[way]
     _, _, again = loaded(folder, published)
     assert_close(again, logits, 1e-5)
     model, params = models.from_pretrained(folder / "model")
@@ -119,15 +125,17 @@ def test_a_table_of_runs(folder, tmp_path):
         {"name": "xs", "xs": True, "rank": 3, "lr": 1e-2},
         {"name": "vera", "vera": True, "rank": 12, "lr": 2e-2},
         {"name": "other", "vera": True, "rank": 12, "lr": 1e-2, "seed": 4},
+        {"name": "tinylora", "tinylora": True, "rank": 2, "u": 5, "lr": 1e-2},
         {"name": "lora", "rank": 2},
     ]
     rows = [row | {"steps": 3} for row in rows]
     (tmp_path / "runs.json").write_text(json.dumps(rows))
     line = ["--eps", "1e-4"]
     run(folder, tmp_path / "many", "--many", str(tmp_path / "runs.json"), *line)
-    for way in ("xs", "vera"):
+    ways = {**WAYS, "tinylora": WAYS["tinylora"][:-2]}  # without ties
+    for way in ways:
         row = next(row for row in rows if row["name"] == way)
-        options = [*WAYS[way], "--lr", str(row["lr"]), "--steps", "3", *line]
+        options = [*ways[way], "--lr", str(row["lr"]), "--steps", "3", *line]
         alone = run(folder, tmp_path / way, *options)
         ours, theirs = (lj.split(tree_of(folder, f))[0] for f in (tmp_path / "many" / way, alone))
         assert_close(ours, theirs, 1e-5)

@@ -109,7 +109,10 @@ def plan_result(
         command.append("--full")
     else:
         command += ["--rank", adapter.rank, "--targets", *adapter.targets]
-        command += [flag(variant.option) for variant in adapter.variants]
+        for variant in adapter.variants:
+            command.append(flag(variant.option))
+            for name, value in adapter.settings_of(variant).items():
+                command += [flag(name), value]
     if price is not None:
         command += ["--price", price]
     made = json.loads(_output_of([str(word) for word in command]))

@@ -153,6 +153,11 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
             raise UserError(f"{flag(name)}: a comparison sets it: give {flag(traits.compared_by)}")
         if name in given and traits.uncompared:
             raise UserError(f"{flag(name)}: {traits.uncompared.value}: leave it out")
+    if options.adapter.weight_tying:
+        raise UserError(
+            "--weight-tying trains one vector for several weights, which adapters side by side "
+            "cannot: leave it out"
+        )
     for field in ("methods", "target_sets", "seeds"):
         if not getattr(compare, field):
             raise UserError(f"{flag(field)}: at least one is needed")

@@ -98,6 +98,10 @@ class NoEffect(enum.Enum):
         lambda o: not o.tools and o.environment is None and not o.calls_tools,
     )
     ALONE = "{o.alone}", lambda o: o.alone is not None
+    NO_TINYLORA = (
+        "no vector trains between A and B without --tinylora",
+        lambda o: not o.tinylora and "tinylora" not in (o.methods or ()),
+    )
     NO_TARGETS = "--targets none makes no adapter", lambda o: o.targets == NO_ADAPTER
     PREFERENCES = (
         "--labels pairs reads the fields prompt, chosen and rejected",

@@ -1,4 +1,4 @@
-"""The options that turn variants of LoRA on: one for each declaration in `lora_jax.variants`."""
+"""The options of variants of LoRA: a switch for each, and the numbers that some take."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from lora_jax.variants import VARIANTS, Variants
-from lora_jax.variants.variant import Variant
+from lora_jax.variants.variant import Setting, Variant
+from train.options.conditions import NoEffect
 from train.options.field import FACTORS, PLAIN, option
 
 
@@ -16,12 +17,26 @@ def _field(variant: Variant) -> Any:
     return option(False, FACTORS if variant.alone else PLAIN, compared_by=compared_by)
 
 
+def _fields() -> list[tuple[str, Any, Any]]:
+    """Returns the name, type and field of each option."""
+    fields: list[tuple[str, Any, Any]] = []
+    for variant in VARIANTS:
+        fields.append((variant.option, Annotated[bool, arg(help=variant.help)], _field(variant)))
+        fields += [_number(variant, setting) for setting in variant.settings]
+    return fields
+
+
+def _number(variant: Variant, setting: Setting) -> tuple[str, Any, Any]:
+    own = option(setting.default, FACTORS, NoEffect[f"NO_{variant.option.upper()}"])
+    return setting.name, Annotated[type(setting.default), arg(help=setting.help)], own
+
+
 if TYPE_CHECKING:
     VariantOptions = Variants
 else:
     VariantOptions = dataclasses.make_dataclass(
         "VariantOptions",
-        [(each.option, Annotated[bool, arg(help=each.help)], _field(each)) for each in VARIANTS],
+        _fields(),
         bases=(Variants,),
         frozen=True,
         kw_only=True,

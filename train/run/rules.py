@@ -150,7 +150,9 @@ def _lora_rule(
     alpha = adapter.alpha
     if alpha is not None and rank != adapter.rank:
         alpha *= rank / adapter.rank
-    variants: dict[str, Any] = {variant.option: True for variant in adapter.variants}
+    variants: dict[str, Any] = {}
+    for variant in adapter.variants:
+        variants |= {variant.option: True} | adapter.settings_of(variant)
     return lj.LoraRule(
         targets=targets,
         layers=adapter.layers or None,

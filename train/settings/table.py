@@ -147,6 +147,11 @@ def _row(
             f"{where}: --full trains the base itself, which the runs of a table share: run it "
             "alone, without --many"
         )
+    if changed.adapter.weight_tying:
+        raise UserError(
+            f"{where}: --weight-tying trains one vector for several weights, which adapters side "
+            "by side cannot: run it alone, without --many"
+        )
     with as_user_errors(TrainingError, prefix=f"{where}: "):
         check_many(changed.run.report_to, "a table of runs")
         check_effects(changed, dataset_facts(changed), given)

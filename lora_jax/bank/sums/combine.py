@@ -253,7 +253,9 @@ def _weight(
         dtype=dtype,
     )
     frozen = first.frozen if all(n.frozen == first.frozen for n in nodes) else ()
-    node = replace_factors(first.replace(extras=(), frozen=frozen, a_of=None), factors, ranks)
+    node = replace_factors(
+        first.replace(extras=(), frozen=frozen, a_of=None, ties=()), factors, ranks
+    )
     extras = tuple(dict.fromkeys(part for n in nodes for part in n.extras))
     for part in extras:  # whose shift is s times its array
         has = [part in n.extras for n in nodes]

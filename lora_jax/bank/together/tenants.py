@@ -11,6 +11,7 @@ import optax
 from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows
 from lora_jax.lorafy import nodes_of
+from lora_jax.select.sharing import sharers
 from lora_jax.training.losses import CROSS_ENTROPY, Loss
 from lora_jax.training.optimizer import has_dropout, make_optimizer
 from lora_jax.training.step import State
@@ -89,12 +90,12 @@ class StackKind:
 
     @classmethod
     def from_tenant(cls, tenant: Tenant) -> "StackKind":
-        """Returns the kind of an adapter; raises a ValueError for weights that share an A."""
+        """Returns the kind of an adapter; raises a ValueError for weights that share."""
         nodes = nodes_of(tenant.params)
-        if shared := [path for path, node in nodes.items() if getattr(node, "a_of", None)]:
+        if shared := sharers(nodes):
             raise ValueError(
-                f"{shared[0]!r} shares another weight's A (share_a=True), which adapters side by "
-                "side cannot: train it alone, or give each weight an A of its own"
+                f"{shared[0]!r} shares another weight's A or vector (share_a=True, weight_tying), "
+                "which adapters side by side cannot: train it alone, or give each weight its own"
             )
         if invoked := [p for p, node in nodes.items() if getattr(node, "invocation", None)]:
             raise ValueError(

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.core.parts import RANK
 from lora_jax.core.types import Shaped, Tree
 from lora_jax.core.weight import LoraWeight
 from lora_jax.lorafy import map_parts, nodes_of
@@ -60,7 +59,7 @@ def _batch_axes(params: Tree) -> dict[tuple[str, str], set[int]]:
                 batch = {
                     axis
                     for axis, place in enumerate(places)
-                    if place != RANK and labels[place] == "batch"
+                    if place >= 0 and labels[place] == "batch"
                 }
             axes[path, name] = batch
     return axes

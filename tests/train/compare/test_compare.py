@@ -206,6 +206,7 @@ def test_costs_and_plans(folder, tmp_path):
         (["sql"], "sft or classify, not 'sql'"),
         (["sft", "--rank", "3"], "--rank: a comparison sets it: give --ranks"),
         (["sft", "--ranks", "3", "3"], "3 stands there twice"),
+        (["sft", "--methods", "tinylora", "--weight-tying", "1"], "side by side cannot"),
         (["sft", "--methods", "full", "--ranks", "3"], "--methods names none"),
         (["sft", "--methods", "lora", "--full-lrs", "1e-3"], "--methods leaves out"),
         (["sft", "--price", "3"], "Name a machine with --topology"),

@@ -99,6 +99,9 @@ def decoder_outline():
             "--vera draws one A.*: leave out --init and --lora-plus",
         ),
         ("--full --vera", "without an adapter: leave out --vera"),
+        ("--u 13", "without --tinylora: leave out --u"),
+        ("--xs --weight-tying 1", "without --tinylora: leave out --weight-tying"),
+        ("--tinylora --u 0", "u=0: a number of at least 1 is needed"),
     ],
 )
 def test_options_that_make_no_sense(args, message):
@@ -193,7 +196,7 @@ def test_a_peft_configuration_takes_the_place_of_the_options(tmp_path):
     [
         (None, "--peft-config .*adapter_config.json"),
         ("{", "--peft-config .*adapter_config.json"),
-        ('{"peft_type": "IA3"}', "peft_type is 'IA3'; only LORA and VERA are supported"),
+        ('{"peft_type": "IA3"}', "peft_type is 'IA3'; only LORA, VERA, TINYLORA are supported"),
         ('{"r": 0}', "--peft-config .*r"),
         ('{"r": 4, "unheard_of": 1}', "unheard_of=1 is not known"),
     ],

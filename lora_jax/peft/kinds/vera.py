@@ -17,9 +17,9 @@ from lora_jax.core.magnitude import wide
 from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.kinds.generator import uniform
 from lora_jax.peft.modules import Module
 from lora_jax.peft.names import PREFIX
-from lora_jax.variants import variants_of
 from lora_jax.variants.vera import VERA
 
 VARIANT = VERA
@@ -54,7 +54,30 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
     return lora_fields, own
 
 
-def fields(config: Fields) -> JsonObject:
+def settings(own: Fields) -> JsonObject:
+    """Returns the fields of a LoraRule beside the variant's and a LoraConfig's: none."""
+    del own
+    return {}
+
+
+def contents(
+    config: Fields, nodes: Mapping[str, LoraWeight], modules: Sequence[Module]
+) -> tuple[JsonObject, dict[str, np.ndarray]]:
+    """Returns a VeraConfig for adapted modules, and the tensors that they share.
+
+    Args:
+      config: the fields of a LoraConfig for the same modules.
+      nodes: the adapted weights, by path.
+      modules: the adapted modules.
+
+    Raises:
+      PeftError: they do not share one pair, or a VeraConfig cannot say it.
+    """
+    del modules
+    return _fields(config), _shared(nodes)
+
+
+def _fields(config: Fields) -> JsonObject:
     """Returns a VeraConfig for the modules that fields of a LoraConfig adapt.
 
     Raises:
@@ -99,21 +122,8 @@ def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     return {key_d: d, key_b: b.reshape(-1) * scale.astype(b.dtype)}
 
 
-def shared(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
-    """Returns the tensors that all modules share, by key.
-
-    Args:
-      nodes: the adapted weights, by path.
-
-    Raises:
-      PeftError: they do not share one pair, or some are no VeRA.
-    """
-    plain = [path for path, node in nodes.items() if VARIANT not in variants_of(node)]
-    if plain:
-        raise PeftError(
-            f"{plain[0]!r} is adapted otherwise than by VeRA, and PEFT has one kind of adapter in "
-            "a file: give all rules vera=True, or none"
-        )
+def _shared(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
+    """Returns the tensors that all modules share, by key."""
     projections = {}
     for key, name in ((KEY_A, "shared_a"), (KEY_B, "shared_b")):
         each = {path: _matrix(node, name) for path, node in nodes.items()}
@@ -142,12 +152,16 @@ def _keys(module: Module) -> tuple[str, str]:
 class SharedPair:
     """The pair that the weights of a file share, each of its arrays made once."""
 
-    def __init__(self, reader: Any, own: Fields, nodes: Sequence[LoraWeight]) -> None:
+    def __init__(
+        self, reader: Any, own: Fields, nodes: Sequence[LoraWeight], modules: Sequence[Module]
+    ) -> None:
         """Args:
         reader: reader of the file's tensors.
         own: the fields of VeRA alone; see `as_lora_fields`.
         nodes: the adapted weights.
+        modules: the adapted modules.
         """
+        del modules
         (rank,) = {node.rank for node in nodes}
         ins, outs = (
             max(math.prod(node.roles.sizes(node.shape, role)) for node in nodes)
@@ -195,14 +209,12 @@ read_file = SharedPair
 def _drawn(seed: int, rank: int, ins: int, outs: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns A [r, in] and B [out, r] as PEFT draws them, where a file does not hold them.
 
-    Source: PEFT's ``_kaiming_init``, by torch's generator for CPUs: the Mersenne twister, of whose
-    numbers it takes the lowest 24 bits.
+    Source: PEFT's ``_kaiming_init``, of one generator for both.
     """
-    generator = np.random.RandomState(seed)
+    drawn = uniform(seed, (rank * (ins + outs),))
 
-    def uniform(shape: tuple[int, int]) -> np.ndarray:
-        bits = generator.randint(0, 2**32, size=shape, dtype=np.uint32) & np.uint32(2**24 - 1)
+    def bounded(part: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         bound = np.float32(math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1])))
-        return bits.astype(np.float32) * np.float32(2**-24) * (bound + bound) - bound
+        return part.reshape(shape) * (bound + bound) - bound
 
-    return uniform((rank, ins)), uniform((outs, rank))
+    return bounded(drawn[: rank * ins], (rank, ins)), bounded(drawn[rank * ins :], (outs, rank))

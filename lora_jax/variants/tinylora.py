@@ -1,0 +1,138 @@
+"""TinyLoRA: W + s·A(Σᵢ vᵢPᵢ)B, where A and B are singular vectors, the P's random, and v trains.
+
+TinyLoRA (Morris et al., arXiv 2602.04118) is LoRA-XS with the matrix between A and B taken from u
+numbers: a weight trains v [u], and several weights may train one v (`lora_jax.select.ties`). As in
+PEFT, A = U√Σ and B = √ΣVᵀ of W's largest singular values, the elements of the P's are N(0, 1/r),
+and v begins at zero. A file holds v alone: A and B are made again from W, the P's from a seed.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from lora_jax.core.factored import Factored
+from lora_jax.core.parts import cleared
+from lora_jax.core.paths import fold_in_path
+from lora_jax.core.types import BaseLike, Fields, JsonObject, Leaf, Parts
+from lora_jax.core.weight import LoraWeight, Part
+from lora_jax.variants.variant import Derived, KernelFacts, MakeFactors, Remake, Setting, Variant
+from lora_jax.variants.xs import remade_factors, singular_factors
+
+
+def _start(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactors:
+    del kernels
+
+    def arrays(leaf: BaseLike, kernel: KernelFacts) -> Parts:
+        seed = jax.random.bits(fold_in_path(key, f"{kernel.path}/tinylora"), dtype=jnp.uint32)
+        return _frozen(leaf, kernel) | {
+            "projection": _projection(seed, kernel, kernel.settings["u"]),
+            "seed": seed,
+        }
+
+    return arrays
+
+
+def _frozen(leaf: Leaf, kernel: KernelFacts) -> Parts:
+    """Returns a and b: U√Σ and √ΣVᵀ of the largest singular values of W, by layer."""
+    parts = singular_factors(leaf, kernel.roles, kernel.ranks, kernel.dtype)
+    n_batch = len(kernel.roles.sizes(kernel.shape, "batch"))
+    a, b = parts["a"], parts["b"]
+    values = jnp.sqrt(jnp.square(a).sum(axis=tuple(range(n_batch + 1, a.ndim))))  # [batch…, r]
+    root = jnp.sqrt(values)
+    by_row = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
+    return {
+        "a": a * lax.expand_dims(by_row, range(n_batch + 1, a.ndim)),
+        "b": b * lax.expand_dims(root, range(n_batch + 1, b.ndim)),
+    }
+
+
+def _projection(seed: ArrayLike, kernel: KernelFacts, u: int) -> jax.Array:
+    """Returns the matrices P [batch…, u, r, r], zeros where a layer's rank is smaller."""
+    batch, ranks = kernel.roles.sizes(kernel.shape, "batch"), kernel.ranks
+    shape = (*batch, u, max(ranks), max(ranks))
+    # Without the barrier, a compiled draw is rounded otherwise than one that is not.
+    drawn = lax.optimization_barrier(jax.random.normal(jax.random.key(seed), shape, kernel.dtype))
+    scale = np.asarray([1 / max(r, 1) ** 0.5 for r in ranks], np.float32)
+    scale = scale.reshape(-1, *[1] * (len(shape) - 1)) if len(ranks) > 1 else scale[0]
+    drawn = drawn * jnp.asarray(scale, drawn.dtype)
+    return cleared(cleared(drawn, ranks, len(shape) - 1), ranks, len(shape) - 2)
+
+
+def _recipe(node: LoraWeight, others: Sequence[LoraWeight]) -> JsonObject | None:
+    """Returns the recipe of the frozen arrays; None where they came from another library's file."""
+    del others
+    return {"seed": int(node.arrays["seed"])} if "seed" in node.arrays else None
+
+
+def _again(there: Mapping[str, Leaf]) -> Remake:
+    """Returns a function that decomposes W, and draws the P's from the recipe's seed."""
+
+    def arrays(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
+        dtype = weight.v.dtype
+        kernel = KernelFacts(path, weight.shape, weight.roles, weight.ranks, dtype)
+        seed = np.uint32(recipe["seed"])
+        return remade_factors(there, path, weight, "v", lambda base: _frozen(base, kernel)) | {
+            "projection": _projection(seed, kernel, weight.v.shape[-1]),
+            "seed": jnp.asarray(seed),
+        }
+
+    return arrays
+
+
+def _first_v(node: LoraWeight) -> jax.Array:
+    return jnp.zeros(node.shape_of("v"), node.arrays["projection"].dtype)
+
+
+def _with_latent(weight: Factored, node: LoraWeight, v: jax.Array) -> Factored:
+    """Returns the weight with the matrix between A and B."""
+    projection = node.arrays["projection"].astype(v.dtype)
+    latent = jnp.einsum("...u,...ujk->...jk", v, projection, precision=lax.Precision.HIGHEST)
+    return weight.replace(latent=latent)
+
+
+TINYLORA = Variant(
+    option="tinylora",
+    name="TinyLoRA",
+    help="Train only a vector of --u numbers for each weight, or for several (--weight-tying), "
+    "between singular vectors of the base (TinyLoRA). It takes a small --rank, such as 2. By "
+    "default --alpha is the rank and --lr 2e-3.",
+    parts=(Part("v", ("batch", "u"), _first_v, _with_latent),),
+    settings=(
+        Setting(
+            "u",
+            64,
+            "The numbers that a weight trains with --tinylora.",
+            lambda value: isinstance(value, int) and value >= 1,
+            "a number of at least 1",
+        ),
+        Setting(
+            "weight_tying",
+            0.0,
+            "The share of vectors that --tinylora saves by tying weights to others: 0 for a vector "
+            "for each weight, 1 for one for all.",
+            lambda value: 0 <= value <= 1,
+            "a share from 0 to 1",
+        ),
+    ),
+    frozen=("a", "b"),
+    start=_start,
+    derived=Derived(
+        names=("a", "b", "projection"),
+        entry="tinylora",
+        recipe=_recipe,
+        again=_again,
+        differs="is a TinyLoRA with the seed {seed} of its random matrices, and {name} of {path!r} "
+        "is other than where it was trained: load it over the base of its training, in its dtype "
+        "or codes, with the same version of JAX and jax_threefry_partitionable "
+        "(allow_base_mismatch cannot help: v means nothing between other vectors)",
+    ),
+    alone="decomposes W for A and B",
+    alone_in_scripts="takes A and B from the base and trains a vector between them",
+    rate=lambda lora: 2e-3,
+    alpha_is_rank=True,
+    ranks=(2,),
+)
