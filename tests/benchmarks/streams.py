@@ -82,7 +82,7 @@ def ours(path: Path, streams: int, given: argparse.Namespace) -> Iterator[str]:
             "--output": f"{folder}/state",
             "--port": given.port,
         }
-        command = [sys.executable, "-m", "train.serve", *given.options]
+        command = [sys.executable, "-m", "train.serve", *given.options.split()]
         command += [str(x) for option in options.items() for x in option]
         with subprocess.Popen(command) as process:
             address, end = f"http://127.0.0.1:{given.port}", time.monotonic() + _READY
@@ -108,12 +108,13 @@ def _post(address: str, method: str, path: str, body: Any = None) -> http.client
 
 
 def times_of(address: str, body: dict[str, Any]) -> list[float]:
-    """Returns the seconds until each token of a completion."""
+    """Returns the seconds until each part of a completion's text."""
     began, times = time.perf_counter(), []
     answer = _post(address, "POST", "/v1/completions", body)
     assert answer.status == 200, answer.read()
     for line in answer:
-        if line.startswith(b"data: {") and json.loads(line[6:])["choices"]:
+        choices = json.loads(line[6:])["choices"] if line.startswith(b"data: {") else ()
+        if any(choice["text"] for choice in choices):
             times.append(time.perf_counter() - began)
     return times
 
@@ -126,7 +127,7 @@ def measure(address: str, streams: int, given: argparse.Namespace, **extra: Any)
     def stream(mine: Sequence[Sequence[int]]) -> None:
         for prompt in mine:
             body = {"model": extra["model"], "prompt": prompt, "max_tokens": given.tokens}
-            body |= {"stream": True, "temperature": 0, "ignore_eos": True, **extra}
+            body |= {"stream": True, "temperature": 1.0, "ignore_eos": True, **extra}
             times = times_of(address, body)
             with lock:
                 all_times.append(times)
@@ -139,7 +140,8 @@ def measure(address: str, streams: int, given: argparse.Namespace, **extra: Any)
         thread.join()
     assert len(all_times) == streams * given.requests, "a stream failed"
     n_events = sum(map(len, all_times))
-    print(f"  {n_events} events of {streams * given.requests * given.tokens} tokens", flush=True)
+    n_tokens = streams * given.requests * given.tokens
+    print(f"  {n_events} parts of the text of {n_tokens} tokens", flush=True)
     first = [times[0] for times in all_times]
     between = [gap for times in all_times for gap in np.diff(times)]
     return [float(1e3 * np.percentile(x, p)) for x in (first, between) for p in (50, 99)]
@@ -155,12 +157,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--port", type=int, default=8123)
-    parser.add_argument("--options", nargs="*", default=[], help="of train.serve, without dashes")
+    parser.add_argument("--options", default="", help='of train.serve, as "--fast-prompts"')
     parser.add_argument("--run-llama", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run_llama:
         return run_llama(given.run_llama[0], *map(int, given.run_llama[1:]))
-    given.options = [f"--{option}" for option in given.options]
     columns = ("first token", "between two")
     head = "".join(f" {x}, {p} |" for x in columns for p in ("p50", "p99"))
     lines = [f"| streams | server |{head}", f"|---|---|{'---|' * 4}"]

@@ -173,7 +173,8 @@ class SamplingPrograms:
             return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n, cache)
 
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *caches)
-        logits, after = jax.vmap(run)(*map(jnp.asarray, (slot, ids, n)), stacked)
+        each_piece = jnp.asarray(slot), jnp.asarray(ids), jnp.asarray(n)
+        logits, after = jax.vmap(run)(*each_piece, stacked)
         each = [jax.tree.map(lambda x, i=i: x[i], after) for i in range(len(caches))]
         return logits, tuple(each)
 
