@@ -83,7 +83,7 @@ def open_run(
             about=read.outline.about | about_space(space) | kept,
             hint=part.hint or resume_hint(script),
             score=task.score,
-            watched=task.watched,
+            watched={**task.watched, **read.data.watched},
         )
         loss = task.loss(config, inputs.layout)
     return TableRun(

@@ -20,6 +20,7 @@ from train.console.errors import as_user_errors
 from train.console.output import tell
 from train.data.preview import PreviewRow, lengths, preview_rows
 from train.inputs import Inputs
+from train.live.external.find import lines_of_server
 from train.live.prompts import PromptFeed
 from train.live.reference import is_live
 from train.options.common import AUTO, Options
@@ -69,6 +70,9 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     say("---")
     if isinstance(feed, PromptFeed) and feed.rewards is not None:
         _print_reward(say, feed)
+    if isinstance(feed, PromptFeed) and feed.server is not None:
+        for line in lines_of_server(feed.server, feed):
+            say(line)
     if isinstance(feed, PromptFeed) and feed.tools is not None:
         for line in episode_lines(feed.tools.host, feed.prompts.rows[0]):
             say(line)

@@ -34,7 +34,10 @@ class DamagedCheckpoint(TrainingError):
 
 
 class Dropped(Exception):
-    """A batch was not made, as a signal came meanwhile: the run stops before that batch's step."""
+    """A batch was not made: the run stops before that batch's step, and can go on there.
+
+    Without an argument, as a signal came meanwhile; else as what failed that the argument says.
+    """
 
 
 class Interrupted(BaseException):

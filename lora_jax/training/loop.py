@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 
 from lora_jax.core.types import Tree
-from lora_jax.training.errors import Diverged, Dropped, Interrupted
+from lora_jax.training.errors import Diverged, Dropped, Interrupted, TrainingError
 from lora_jax.training.losses import OWN_METRICS, Reduction
 from lora_jax.training.processes import Agreement, broadcast_values
 from lora_jax.training.run.log import Log
@@ -251,11 +251,14 @@ def training_steps(
     for number in range(begun, steps):
         try:
             metrics, n_tokens = yield number
-        except Dropped:  # of which a resumed run makes the same batch
+        except Dropped as dropped:  # of which a resumed run makes the same batch
             window.read()
             if number > begun and number % run.save_every and not window.skipped:
                 hooks.save(now(), ())
-            raise _stopped(number, hooks, stop) from None
+            stopped = _stopped(number, hooks, stop)
+            if dropped.args:
+                raise TrainingError(f"{dropped}. The run {stopped}") from None
+            raise stopped from None
         done, lost = number + 1, hooks.lost(number)
         window.add(done, {**metrics, **hooks.metrics(number)}, n_tokens, lost)
         # The host runs ahead of the device by one step, and of a slow one not at all: a signal then

@@ -227,10 +227,21 @@ ROLLOUTS = {
 }
 
 
+def weights_in_torch(logps, sampled, mask, level, cap):
+    """TRL's ratio, by its formula: "token_truncate" and "sequence_truncate"."""
+    import torch
+
+    apart = torch.nan_to_num((logps - sampled) * mask, nan=0.0)
+    if level == "sequence":
+        apart = apart.sum(dim=-1, keepdim=True)
+    return torch.clamp(torch.exp(apart), max=cap)
+
+
+@pytest.mark.parametrize("weighed", [None, "token", "sequence"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_losses_of_rollouts(trl, name, beta, level):
+def test_losses_of_rollouts(trl, name, beta, level, weighed):
     import torch
 
     corrected = name != "grpo"
@@ -253,7 +264,8 @@ def test_losses_of_rollouts(trl, name, beta, level):
         loss_type=name,
         epsilon_low=options.low,
         epsilon_high=high,
-        use_vllm=False,
+        use_vllm=weighed is not None,
+        vllm_importance_sampling_correction=True,
         max_completion_length=options.length,
         _entropy_bonus_enabled=False,
         _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
@@ -272,12 +284,21 @@ def test_losses_of_rollouts(trl, name, beta, level):
         "ref_per_token_logps": torch.tensor(REFERENCE[0]),
         "num_items_in_batch": of_mask.sum(),
     }
+    importance = None
+    if weighed is not None:
+        sampled, cap = old + RNG.normal(0, 0.3, old.shape).astype(np.float32), 1.2
+        of = (*map(torch.tensor, (old, sampled)), of_mask)
+        inputs["importance_sampling_ratio"] = weights_in_torch(*of, weighed, cap)
+        importance = losses.importance_weights(old, jnp.asarray(sampled), mask, weighed, cap)
+        assert 0 < (np.asarray(importance)[mask] == np.float32(cap)).mean() < 1
     want = trl.grpo._compute_loss(settings, None, inputs)
     want.backward()
 
     def loss(logps):
         reference = REFERENCE[0] if beta else None
-        sums = losses.online_loss(options, logps, mask, gains, jnp.asarray(old), reference)
+        sums = losses.online_loss(
+            options, logps, mask, gains, jnp.asarray(old), reference, importance=importance
+        )
         return sums.total / sums.count, sums
 
     (got, sums), ours = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logps))

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from lora_jax.training.data.order import Order, list_rows
 from lora_jax.training.data.rows import Row, name_of
 from lora_jax.training.data.sequences import few_lengths
 from train.live.fill import fill, fill_routing
+from train.live.sampler_server import SamplerServer
 from train.live.turns.use import ToolUse
 from train.reporters.contract import Sample
 from train.rewards.find import Rewards
@@ -166,6 +167,8 @@ class PromptFeed:
       held: the first step of the newest batch, and the batch.
       rewards: what rewards completions; None where nothing does.
       tools: what completions call; None for completions of one turn.
+      server: the server that draws completions; None where the run draws itself.
+      closing: ends what else the batches of a run need, such as requests to the server.
       metrics: metrics of the newest batch.
       newest: its completions, in words, until `fresh` returns them.
       lost: why nothing can be learned from it; None where something can.
@@ -186,6 +189,8 @@ class PromptFeed:
     held: tuple[int, HostBatch] = (-1, {})
     rewards: Rewards | None = None
     tools: ToolUse | None = None
+    server: SamplerServer | None = None
+    closing: Callable[[], None] = lambda: None
     metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
     newest: list[Sample] = dataclasses.field(default_factory=list)
     lost: str | None = None
@@ -318,11 +323,12 @@ class PromptFeed:
         return fresh
 
     def close(self) -> None:
-        """Ends the processes of rewards and tools."""
+        """Ends the processes of rewards and tools, and what else batches need."""
         if self.rewards is not None:
             self.rewards.close()
         if self.tools is not None:
             self.tools.host.close()
+        self.closing()
 
     def named(self, number: int) -> str:
         """Returns the names of the prompts of a step."""

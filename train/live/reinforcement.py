@@ -6,27 +6,32 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+import lora_jax as lj
 from lora_jax.core.types import Tree
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.losses import advantages_of, leave_one_out
 from lora_jax.training.ready import TrainingStart
+from train.live.external.check import SamplerCheck
+from train.live.external.sampler import ExternalSampler
 from train.live.prompts import GroupedCompletions, PromptFeed
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
 from train.live.turn_groups import GroupedTurns, ask_of_turns, shown_texts
 from train.live.turns.rows import tool_metrics
 from train.live.turns.use import TurnDrawer
-from train.options.scripts.grpo import RLOO, GrpoOptimConfig
+from train.options.scripts.grpo import RLOO, Config
+from train.options.scripts.sampler import importance_of
 from train.reporters.contract import Sample
 from train.rewards.ask import RewardAnswer, ask, columns_of, mean_known
 from train.rewards.reward import RewardBatch
 from train.run.task import Data, ModelContext
 
 
-def arrays_per_token(optim: GrpoOptimConfig) -> tuple[str, ...]:
+def arrays_per_token(config: Config) -> tuple[str, ...]:
     """Returns the arrays of a number for each token that the loss takes; see `PromptFeed`."""
-    compares = optim.beta and optim.loss != RLOO
-    return ("old", *(["reference"] if compares else []))
+    compares = config.optim.beta and config.optim.loss != RLOO
+    weighs = importance_of(config) is not None
+    return ("old", *(["reference"] if compares else []), *(["importance"] if weighs else []))
 
 
 def prepare(of: ModelContext) -> tuple[TrainingStart, Data]:
@@ -54,11 +59,21 @@ class RewardedRollouts(Rollouts):
                 feed,
             )
         self._reference = reference_params(of.config, of.outline, of.plain, of.takes_from_base)
+        self._external = None
+        if feed.server is not None:
+            self._external = ExternalSampler(self.of, feed, self.key)
+            feed.closing = self._external.close
+            self._check = SamplerCheck(
+                self.of, feed, self._external, lambda *args: self.log_probabilities(*args)[0]
+            )
+            self._check.rehearse(lj.join(of.ready.state.adapter, of.ready.base))
 
     def draw(
         self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0
     ) -> GroupedCompletions:
-        """Draws completions of prompts, of several turns where they may call tools."""
+        """Draws completions: by a server, of several turns where they may call tools, or itself."""
+        if self._external is not None:
+            return self._external.draw(params, rows, number, attempt)
         if self._turns is None:
             return super().draw(params, rows, number, attempt)
         return self._turns.draw(params, rows, self.key(number, attempt))
@@ -116,9 +131,13 @@ class RewardedRollouts(Rollouts):
         else:
             advantages = advantages_of(jnp.asarray(flat_rewards), group, optim.scale)
         batch["advantages"] = np.asarray(advantages).reshape(counted.shape[:-1])
+        lost = lost and f"no completion has a reward ({lost})"
+        if self._external is not None:
+            known, apart = self._check.weigh(batch, drawn, self.of.ready.base, number)
+            metrics, lost = metrics | known, lost or apart
         if lost:
             batch["advantages"] = np.full_like(batch["advantages"], np.nan)
-        self.feed.lost = lost and f"no completion has a reward ({lost})"
+        self.feed.lost = lost
         metrics |= {
             "reward": mean_known(rewards),
             "zero_spread": float(_have_no_spread(rewards).mean()),

@@ -31,6 +31,33 @@ from train.run.task import ModelContext
 _STREAM = 2  # of the run's key: 0 and 1 are the adapter's start and dropout
 
 
+def group_completions(
+    tokens: np.ndarray,
+    logps: np.ndarray,
+    lengths: np.ndarray,
+    ended: np.ndarray,
+    *,
+    stops: StopTexts,
+    group: int,
+) -> GroupedCompletions:
+    """Returns completions in groups, each up to its first stop text.
+
+    Args:
+      tokens, logps, lengths, ended: see `GroupedCompletions`, but [prompts * group, …]; the last
+        two are written to.
+      stops: the texts that end one.
+      group: the completions of a prompt.
+    """
+    texts = []
+    for at, ids in enumerate(tokens):
+        text, cut = stops.cut(ids[: lengths[at]].tolist())
+        if cut is not None:
+            lengths[at], ended[at] = cut, True
+        texts.append(text)
+    arrays = (tokens, logps, lengths, ended, np.array(texts, object))
+    return GroupedCompletions(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
+
+
 class Rollouts(abc.ABC):
     """Draws the completions of each step, and judges them; see `StateBatches`."""
 
@@ -147,15 +174,11 @@ class Rollouts(abc.ABC):
             None if arrays[0] is None else np.concatenate(arrays)[: len(rows) * group]
             for arrays in zip(*parts, strict=True)
         )
-        tokens, logps, lengths, ended = (np.array(array) for array in drawn)
-        texts, stops = [], StopTexts(self.of.outline.tokenizer, self.config.data.stop)
-        for at, ids in enumerate(tokens):
-            text, cut = stops.cut(ids[: lengths[at]].tolist())
-            if cut is not None:
-                lengths[at], ended[at] = cut, True
-            texts.append(text)
-        arrays = (tokens, logps, lengths, ended, np.array(texts, object))
-        grouped = GroupedCompletions(*(x.reshape(-1, group, *x.shape[1:]) for x in arrays))
+        grouped = group_completions(
+            *(np.array(array) for array in drawn),
+            stops=StopTexts(self.of.outline.tokenizer, self.config.data.stop),
+            group=group,
+        )
         if routing is None:
             return grouped
         return grouped._replace(routing=routing.reshape(-1, group, *routing.shape[1:]))

@@ -97,6 +97,7 @@ class NoEffect(enum.Enum):
         "no tool is called without --tools or --environment",
         lambda o: not o.tools and o.environment is None and not o.calls_tools,
     )
+    NO_SAMPLER = "this run draws itself, without --sampler", lambda o: o.sampler is None
     ALONE = "{o.alone}", lambda o: o.alone is not None
     NO_TINYLORA = (
         "no vector trains between A and B without --tinylora",

@@ -50,6 +50,7 @@ class Uncompared(enum.Enum):
     MANY_RUNS = "a comparison has many runs: try one of them with its script"
     TABLE = "a comparison makes its table of runs itself"
     LAST_STEP = "all runs are compared after their last step"
+    SAMPLER = "a server draws for one run"
     EARLY_STOPPING = f"{LAST_STEP}; see --early-stopping"
 
 

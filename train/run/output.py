@@ -32,8 +32,16 @@ FACTS = "facts.json"  # what came of them: steps, sizes, versions
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
+SAMPLER = "sampler"  # the adapters that a server of --sampler reads
 _RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, PROGRESS)
-_REPORTS = (CONFUSION, LEDGER, LOG, ERROR, *(one.files for one in TRACKERS.values() if one.files))
+_REPORTS = (
+    CONFUSION,
+    SAMPLER,
+    LEDGER,
+    LOG,
+    ERROR,
+    *(one.files for one in TRACKERS.values() if one.files),
+)
 _OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
 _TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
 _GLIMPSED = (CONFIG, METRICS, RECORD, REPORT)  # by which the state of a folder in a bucket is known

@@ -52,6 +52,7 @@ class Data:
         `train` is then a sample of them.
       steps: returns the number of steps of so many epochs, where it does not follow from `train`.
       row: returns the name of a row, from its data set and its number; None for "row 3".
+      watched: further metrics to look at in training; see `Task`.
       close: ends what the batches need, such as processes; may be called twice.
     """
 
@@ -65,6 +66,7 @@ class Data:
     steps: Callable[[float], int] | None = None
     row: Callable[[int, int], str] | None = None
     measured: Examples | None = None
+    watched: Mapping[str, str] = dataclasses.field(default_factory=dict)
     close: Callable[[], None] = lambda: None
 
     @property

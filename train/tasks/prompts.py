@@ -15,6 +15,7 @@ from lora_jax.training.losses import Loss, rollout_loss
 from train.console.errors import UserError
 from train.data.dataset import find_dataset
 from train.live import reinforcement
+from train.live.external.find import find_server
 from train.live.prompts import PromptFeed, TokenizedPrompts
 from train.live.reference import reference_line
 from train.live.turns.use import ToolUse, tokenize_with_tools
@@ -113,9 +114,10 @@ def _with_tools(
         config,
         train,
         outline,
-        per_token=reinforcement.arrays_per_token(config.optim),
+        per_token=reinforcement.arrays_per_token(config),
         rewards=rewards,
         tools=tools,
+        server=find_server(data, several_turns=tools is not None),
         sequence_parts=sequence_parts(config.run.mesh),
         routing=replayed_routing(config, outline, tools),
     )
@@ -147,9 +149,11 @@ def replayed_routing(
         nothing = f"the model {outline.name} has no experts"
     elif tools is not None:
         nothing = "completions of several turns keep no record of their experts; leave it out"
+    elif getattr(config.data, "sampler", None) is not None:
+        nothing = "a server tells nothing of its experts; leave it out"
     if nothing and not config.data.replay_routing and not config.run.resume:
         raise UserError(f"--no-replay-routing: {nothing}")
-    if n is None or tools is not None or not config.data.replay_routing:
+    if n is None or nothing or not config.data.replay_routing:
         return None
     return outline.config.num_hidden_layers, n
 
@@ -266,6 +270,7 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
         ),
         feed=feed_of,
         steps=lambda epochs: feed.order.steps(epochs) * optim.updates,
+        watched={} if feed.server is None else OF_SERVER,
         close=feed.close,
     )
 
@@ -285,6 +290,10 @@ SAMPLER = {  # what to watch where completions are drawn
     "mismatch_max": "the most that a token's log-probability differs between sampler and trainer: "
     "about 1e-6 in fp32, 0.1 in bf16",
     "length": "tokens of a completion; at --max-new-tokens, completions are cut off",
+}
+OF_SERVER = {
+    "mismatch_mean": "that difference in the mean; it should stay where it begins, and "
+    "--max-mismatch bounds it",
 }
 WATCHED = {
     "reward": "the mean over completions; it should rise",

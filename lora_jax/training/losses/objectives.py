@@ -174,9 +174,10 @@ def rollout_loss(
 
     A batch has `advantages`, fp32 [batch] or [batch, m], and `old`, fp32 [batch, m], the
     log-probabilities at `predict_at` before the first update; `reference`, of the same shape, where
-    beta is not 0. Where completions of a prompt share it, a row has all of them: `advantages` is
-    [batch, n] or [batch, n, m], `predict_at`, `old` and the like are [batch, n, m], and
-    `completions`, int32 [batch], is the number of those that a row has.
+    beta is not 0; and perhaps `importance`, of that shape, too: see `online_loss`. Where
+    completions of a prompt share it, a row has all of them: `advantages` is [batch, n] or
+    [batch, n, m], `predict_at`, `old` and the like are [batch, n, m], and `completions`, int32
+    [batch], is the number of those that a row has.
 
     Args:
       options: the loss, such as ``ONLINE["dapo"]``; None for RLOO.
@@ -198,15 +199,15 @@ def rollout_loss(
             placement=placement,
         )
         arrays = (logps, batch["weights"] > 0, batch["advantages"], batch["old"])
-        reference, there = batch.get("reference"), jnp.any(batch["segment_ids"] > 0, axis=1)
+        further = batch.get("reference"), batch.get("importance")
+        there = jnp.any(batch["segment_ids"] > 0, axis=1)
         if logps.ndim == 3:  # by completion
             there = (jnp.arange(logps.shape[1]) < batch["completions"][:, None]).reshape(-1)
-            arrays, reference = jax.tree.map(
-                lambda x: x.reshape(-1, *x.shape[2:]), (arrays, reference)
-            )
+            arrays, further = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (arrays, further))
         if options is None:
             return rloo_loss(*arrays, there=there)
-        return online_loss(options, *arrays, reference, there)
+        reference, importance = further
+        return online_loss(options, *arrays, reference, there, importance)
 
     unit = "sequence" if options is None or options.over != "tokens" else "token"
     return Loss(sums, unit=unit)

@@ -93,6 +93,7 @@ def online_loss(
     old: jax.Array | None = None,
     reference: jax.Array | None = None,
     there: jax.Array | None = None,
+    importance: jax.Array | None = None,
 ) -> Sums:
     """Sums a loss of rollouts.
 
@@ -106,6 +107,8 @@ def online_loss(
       old: log-probabilities when the tokens were sampled; by default `logps`, as a constant.
       reference: log-probabilities under the reference.
       there: [n] bool, false for rows that fill up a batch; by default all are there.
+      importance: [n, seq], weights of the tokens' losses, but not of their divergence; see
+        `importance_weights`.
 
     Returns:
       The sums; the count is what the total is to be divided by. `logs`, sums as well: the shares of
@@ -133,6 +136,8 @@ def online_loss(
         losses = clipped_loss(ratio, gain, 1 - options.low, 1 + high, options.bound)
         clipped_low = (ratio < 1 - options.low) & (gain < 0)
         clipped_high = (ratio > 1 + high) & (gain > 0)
+    if importance is not None:
+        losses *= importance
     divergence = None
     if reference is not None:
         away = jnp.where(counted > 0, reference.astype(jnp.float32) - logps, 0.0)
@@ -183,6 +188,27 @@ def rloo_loss(
 
 def _sequences(logps: jax.Array, there: jax.Array | None) -> jax.Array:
     return jnp.float32(len(logps)) if there is None else jnp.sum(there).astype(jnp.float32)
+
+
+def importance_weights(
+    logps: jax.Array, sampled: jax.Array, mask: jax.Array, level: Level, cap: float
+) -> jax.Array:
+    """Returns min(π / π_sampler, cap), for completions that another policy drew, [n, seq].
+
+    Truncated importance sampling, as TRL's `vllm_importance_sampling_mode` "token_truncate" and
+    "sequence_truncate" have it. What does not count has the weight 1, at the level of tokens.
+
+    Args:
+      logps: [n, seq], log-probabilities under the policy as a step begins.
+      sampled: [n, seq], those that the sampler tells of its draws.
+      mask: [n, seq], true at the tokens that count.
+      level: a token's own ratio, or that of its whole sequence, a product.
+      cap: the largest weight.
+    """
+    apart = jnp.where(mask, logps - sampled, 0.0)
+    if level == "sequence":
+        apart = jnp.sum(apart, axis=-1, keepdims=True) + jnp.zeros_like(apart)
+    return jnp.minimum(jnp.exp(apart), cap)
 
 
 Scale = Literal["group", "batch", "none"]

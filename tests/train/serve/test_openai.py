@@ -5,6 +5,7 @@ import math
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from tests.train.serve.scripted import (
@@ -201,6 +202,32 @@ def test_completions_of_tokens(client, engine, prompt, n):
     assert len(answer.choices) == n
     assert answer.choices[0].finish_reason == "length" and engine.drawn[-1].max_tokens == 16
     assert [one.prompt for one in engine.drawn[-n:]] == (prompt if n > 1 else [prompt])
+
+
+def test_tokens_are_told_as_ids(client, engine):
+    """All that was drawn, and as many log-probabilities, whatever of it the text shows."""
+    want = [*ids(SAID, end=False), EOS]
+    extra = {"extra_body": {"return_token_ids": True}}
+    for stop, n in (
+        ([], len(want)),
+        (["STOP"], len(ids(SAID[: SAID.index("STOP") + 4], end=False))),
+    ):
+        drawing = {"max_tokens": 50, "logprobs": 1, "stop": stop, **extra}
+        choices = complete(client, [[5, 6], [7]], **drawing).choices
+        assert [choice.prompt_token_ids for choice in choices] == [[5, 6], [7]]
+        for choice in choices:
+            assert choice.token_ids == want[:n] and choice.finish_reason == "stop"
+            told = choice.logprobs
+            assert np.allclose(told.token_logprobs, [logprob(token) for token in want[:n]])
+            assert len(told.top_logprobs) == len(told.text_offset) == n
+            assert choice.text == (SAID if not stop else SAID[: SAID.index("STOP")])
+    answer = ask(client, logprobs=True, **extra)
+    assert answer.prompt_token_ids == [*engine.drawn[-1].prompt]
+    assert answer.choices[0].token_ids == want
+    assert len(answer.choices[0].logprobs.content) == len(want)
+    assert not hasattr(complete(client, [5]).choices[0], "token_ids")
+    with pytest.raises(openai.BadRequestError, match="they come whole: leave out `stream`"):
+        complete(client, [5], stream=True, **extra)
 
 
 def test_echo_scores_a_prompt(client, engine):

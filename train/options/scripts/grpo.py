@@ -16,8 +16,9 @@ from train.options.conditions import NoEffect
 from train.options.field import option
 from train.options.file import replace_options
 from train.options.paths import Place
-from train.options.scripts import rollouts, sft
+from train.options.scripts import rollouts, sampler, sft
 from train.options.scripts.rollouts import RolloutDataConfig, RolloutOptimConfig, RolloutOptions
+from train.options.scripts.sampler import SamplerOptions
 from train.options.scripts.sft import SftAdapterConfig, SftRunConfig
 
 DEFAULT_TASK = "arithmetic"  # of train/settings/tasks.py
@@ -32,7 +33,7 @@ _LOSS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GrpoDataConfig(RolloutDataConfig):
+class GrpoDataConfig(SamplerOptions, RolloutDataConfig):
     """Model, prompts, completions and rewards."""
 
     dataset: Place = DEFAULT_TASK
@@ -184,7 +185,9 @@ def check(config: Config) -> None:
         **dict.fromkeys(("clip", "clip_high", "beta"), NOT_NEGATIVE),
         **dict.fromkeys(("reward_workers", "max_turns", "max_tool_output"), minimum(1)),
         redraw=minimum(0),
+        **sampler.NUMBERS,
     )
+    sampler.check(config)
     if data.group < 2:
         raise UserError("--group 1: a completion is compared with others of its prompt; give more")
     if bool(optim.beta) != (data.reference != "none"):

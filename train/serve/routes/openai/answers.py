@@ -8,7 +8,13 @@ import numpy as np
 from train.serve.protocol.requests import Completion, DrawnToken, SampleRequest, SampleResult
 from train.serve.routes.errors import JsonObject
 from train.serve.routes.openai.chat import ToolCalls
-from train.serve.routes.openai.text import CompletionText, ServedTokenizer, TokenEntry, finite
+from train.serve.routes.openai.text import (
+    CompletionText,
+    ServedTokenizer,
+    TokenEntry,
+    finite,
+    listed,
+)
 
 
 @dataclasses.dataclass
@@ -71,8 +77,7 @@ class ChoiceBuilder:
         self._n += 1
         if piece.token in self._ends and not self._style.keeps_stop:  # no text
             return AnswerPart()
-        top = None if piece.top is None else zip(*piece.top, strict=True)
-        return self._make_part(*self._text.add(piece.token, piece.logprob, top))
+        return self._make_part(*self._text.add(piece.token, piece.logprob, listed(piece.top)))
 
     def end(self, completion: Completion) -> AnswerPart:
         """Takes the tokens that did not come yet, and what was held back."""
@@ -105,6 +110,16 @@ def _pieces(completion: Completion, first: int) -> Iterable[DrawnToken]:
         yield DrawnToken(0, int(completion.tokens[i]), finite(completion.logprobs[i]), likely)
 
 
+def with_all_entries(part: AnswerPart, completion: Completion) -> AnswerPart:
+    """Returns a whole answer with an entry for each token, also for those that ended it."""
+    end = len(part.text)
+    rest = [
+        TokenEntry(piece.token, piece.logprob, listed(piece.top), end)
+        for piece in _pieces(completion, len(part.entries))
+    ]
+    return dataclasses.replace(part, entries=[*part.entries, *rest])
+
+
 def echo_prompt(
     tokens: ServedTokenizer, sample: SampleRequest, drawn: SampleResult | None
 ) -> AnswerPart:
@@ -116,7 +131,7 @@ def echo_prompt(
         known = logprobs is not None and i > 0 and not np.isnan(logprobs[i])
         likely = None
         if known and top is not None:
-            likely = zip(top.ids[i][: sample.top], top.logprobs[i][: sample.top], strict=True)
+            likely = listed((top.ids[i][: sample.top], top.logprobs[i][: sample.top]))
         shown = text.add(
             token, finite(logprobs[i]) if known and logprobs is not None else None, likely
         )
@@ -138,7 +153,7 @@ def prompt_entries(
         likely: list[tuple[int, float]] = []
         if drawn.top_prompt is not None:
             ids, logprobs = drawn.top_prompt.ids[i][:top], drawn.top_prompt.logprobs[i][:top]
-            likely = [(int(x), finite(y)) for x, y in zip(ids, logprobs, strict=True)]
+            likely = listed((ids, logprobs)) or []
         ranks = {other: rank for rank, (other, _) in enumerate(likely, start=1)}
         own = (token, finite(drawn.prompt_logprobs[i]))
         places.append(

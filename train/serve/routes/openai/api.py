@@ -30,6 +30,7 @@ from train.serve.routes.openai.answers import (
     join,
     prompt_entries,
     usage_of,
+    with_all_entries,
 )
 from train.serve.routes.openai.chat import ToolCalls, make_calls, prompt_of, tokenize
 from train.serve.routes.openai.limits import add_limits
@@ -63,6 +64,7 @@ class CompletionRequest:
       echo: whether prompts begin their completions.
       stream: whether the answer comes in parts.
       usage: whether a stream ends with the numbers of tokens.
+      ids: whether the tokens of prompts and answers are told as ids.
     """
 
     model: str
@@ -73,6 +75,7 @@ class CompletionRequest:
     echo: bool = False
     stream: bool = False
     usage: bool = False
+    ids: bool = False
 
     @property
     def head(self) -> JsonObject:
@@ -256,18 +259,25 @@ class OpenAI:
 
     def _whole(self, wanted: CompletionRequest, drawn: Sequence[SampleResult]) -> JsonObject:
         choices: list[JsonObject] = []
-        scores = {}
+        of_prompt: JsonObject = {}  # of the last one: a chat has no other
+        is_chat = isinstance(wanted.form, ChatForm)
         for sample, result in zip(wanted.samples, drawn, strict=True):
             if (top := wanted.prompt_top) is not None:
                 entries = prompt_entries(self._tokens, sample, result, top)
-                scores = {"prompt_logprobs": entries}
+                of_prompt = {"prompt_logprobs": entries}
+            if wanted.ids:
+                of_prompt = {**of_prompt, "prompt_token_ids": [int(i) for i in sample.prompt]}
             prompt = echo_prompt(self._tokens, sample, result) if wanted.echo else AnswerPart()
             for completion in result.completions:
                 part = ChoiceBuilder(self._tokens, sample, wanted.style).end(completion)
+                if wanted.ids:
+                    part = with_all_entries(part, completion)
                 choice = wanted.form.whole(len(choices), join(prompt, part))
-                choices.append(choice if isinstance(wanted.form, ChatForm) else choice | scores)
+                if wanted.ids:
+                    choice["token_ids"] = completion.tokens.tolist()
+                choices.append(choice if is_chat else choice | of_prompt)
         whole = {**wanted.head, "choices": choices, "usage": usage_of(wanted.samples, drawn)}
-        return whole | scores if isinstance(wanted.form, ChatForm) else whole
+        return whole | of_prompt if is_chat else whole
 
     async def _events(
         self,
@@ -330,13 +340,15 @@ def _read_style(body: JsonObject, make_calls: Callable[[], ToolCalls] | None = N
 
 
 def _read_extras(body: JsonObject) -> dict[str, Any]:
-    """Returns the fields `stream`, `usage` and `prompt_top` of a `CompletionRequest`."""
+    """Returns the fields `stream`, `usage`, `prompt_top` and `ids` of a `CompletionRequest`."""
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise fields.field_error("stream_options", options, "an object is needed")
     fields.check_fields(options, STREAM_OPTIONS, "`stream_options`")
     stream, top = fields.read_flag(body, "stream"), body.get("prompt_logprobs")
-    if stream and top is not None:
-        raise fields.field_error("prompt_logprobs", top, "they come whole: leave out `stream`")
+    ids = fields.read_flag(body, "return_token_ids")
+    for name, value in (("prompt_logprobs", top), ("return_token_ids", ids or None)):
+        if stream and value is not None:
+            raise fields.field_error(name, value, "they come whole: leave out `stream`")
     usage = fields.read_flag(options, "include_usage")
-    return {"stream": stream, "usage": usage, "prompt_top": top}
+    return {"stream": stream, "usage": usage, "prompt_top": top, "ids": ids}

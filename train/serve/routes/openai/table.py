@@ -44,8 +44,8 @@ _COMMON = {
         "stop_token_ids ignore_eos logprobs stream stream_options presence_penalty "
         "frequency_penalty repetition_penalty min_p min_tokens logit_bias bad_words "
         "allowed_token_ids skip_special_tokens include_stop_str_in_output truncate_prompt_tokens "
-        "prompt_logprobs response_format structured_outputs guided_json guided_regex guided_choice "
-        "guided_grammar",
+        "prompt_logprobs return_token_ids response_format structured_outputs guided_json "
+        "guided_regex guided_choice guided_grammar",
     ),
     **_all(
         "no effect",
@@ -75,7 +75,7 @@ _COMMON = {
     **_refused("suffix", ""),
     **_refused("add_generation_prompt", True),
     **_refused("do_sample", True, instead="give `temperature` 0"),
-    **_refused("use_beam_search continue_final_message return_token_ids no_stop_trim", False),
+    **_refused("use_beam_search continue_final_message no_stop_trim", False),
     **_refused("return_hidden_states", False),
     **_refused("return_tokens_as_token_ids", False),
     **_refused("n_predict num_predict max_new_tokens", instead="give `max_tokens`"),

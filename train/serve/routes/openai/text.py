@@ -150,13 +150,12 @@ class CompletionText:
         self,
         token: int,
         logprob: float | None = None,
-        top: Iterable[tuple[int, float]] | None = None,
+        top: list[tuple[int, float]] | None = None,
     ) -> tuple[str, list[TokenEntry]]:
         """Takes a token; returns what can be given out now."""
         if self.stopped:
             return "", []
-        listed = None if top is None else [(int(i), finite(x)) for i, x in top]
-        self._entries.append(TokenEntry(token, logprob, listed, self._stream.start))
+        self._entries.append(TokenEntry(token, logprob, top, self._stream.start))
         self._n += 1
         self._stream.searches = self._n > self._least
         text = self._stream.add(token)
@@ -174,6 +173,11 @@ class CompletionText:
         given = [entry for entry in self._entries if whole or entry.start < self.length]
         self._entries = self._entries[len(given) :]
         return given
+
+
+def listed(top: tuple[Iterable[int], Iterable[float]] | None) -> list[tuple[int, float]] | None:
+    """Returns the most likely tokens at a place, ids and log-probabilities, as pairs."""
+    return None if top is None else [(int(i), finite(x)) for i, x in zip(*top, strict=True)]
 
 
 def finite(logprob: float) -> float:

@@ -1,0 +1,155 @@
+"""Servers that fail, are busy, or return something else than was asked for; and refused options."""
+
+import functools
+
+import pytest
+
+from tests.train.live.stub_server import EOS, StubServer
+from train import grpo
+from train.console.errors import UserError
+from train.live import sampler_server as client
+from train.live.sampler_server import DrawnCompletion, SamplerServer, SamplingOptions
+
+OPTIONS = SamplingOptions(2, 4, 1.5, 0.9, None, ("stop",), (EOS,))
+PROMPT = [3, 1, 4]
+
+
+def script(name, prompt, n):
+    return [[5, 6, EOS], [7, 8, 9, 10]][:n]
+
+
+@pytest.fixture
+def stub():
+    return StubServer(None, script)
+
+
+def drawn_from(stub, seconds=20.0):
+    with stub.serving() as url:
+        return SamplerServer(f"{url}/v1/", seconds).complete("mine", PROMPT, OPTIONS, 11)
+
+
+def test_completions_are_read_as_they_were_drawn(stub):
+    drawn = drawn_from(stub)
+    assert drawn == [
+        DrawnCompletion([5, 6, EOS], [-1.0] * 3, True),
+        DrawnCompletion([7, 8, 9, 10], [-1.0] * 4, False),
+    ]
+    (body,) = stub.asked
+    expected = {"model": "mine", "prompt": PROMPT, "n": 2, "max_tokens": 4, "seed": 11}
+    expected |= {"temperature": 1.5, "top_p": 0.9, "top_k": -1, "stop": ["stop"]}
+    expected |= {"stop_token_ids": [EOS], "return_token_ids": True, "logprobs": 1}
+    expected |= {"repetition_penalty": 1.0, "min_p": 0.0}  # whatever a server's defaults are
+    assert expected.items() <= body.items()
+
+
+def changed(answer, **fields):
+    return {"choices": [{**choice, **fields} for choice in answer["choices"]]}
+
+
+def without_ids(answer):
+    return {"choices": [{**choice, "token_ids": None} for choice in answer["choices"]]}
+
+
+WRONG = {  # what it does to an answer, and what is said of it
+    "no ids": (without_ids, "returns no ids of the tokens"),
+    "no log-probabilities": (functools.partial(changed, logprobs=None), "of 0 tokens where"),
+    "one too few": (
+        functools.partial(changed, logprobs={"token_logprobs": [-1.0, -1.0]}),
+        "log-probabilities of 2 tokens where it drew 3",
+    ),
+    "unknown ones": (
+        functools.partial(changed, logprobs={"token_logprobs": [-1.0, None, -1.0]}),
+        "log-probabilities of 3 tokens where it drew 3",
+    ),
+    "fewer completions": (lambda answer: {"choices": answer["choices"][1:]}, "returns 1 compl"),
+    "another prompt": (functools.partial(changed, prompt_token_ids=[1, *PROMPT]), "of 4 tokens"),
+    "too many tokens": (
+        functools.partial(changed, token_ids=[5] * 5, logprobs={"token_logprobs": [-1.0] * 5}),
+        "drew 5 tokens, more than --max-new-tokens 4",
+    ),
+    "a text": (lambda answer: "Hello", "returns 0 completions"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_answers_that_lack_something_are_refused(stub, wrong):
+    stub.change, message = WRONG[wrong]
+    with pytest.raises(UserError, match="--sampler http://127.*") as caught:
+        drawn_from(stub)
+    assert message in str(caught.value)
+
+
+def test_a_busy_server_is_asked_again(stub, monkeypatch):
+    monkeypatch.setattr(client, "_PAUSES", (0.0, 0.0))
+    stub.failures = [(503, "starting"), (429, ""), (500, "once"), (503, '{"error": "still"}')]
+    assert len(drawn_from(stub)) == 2 and len(stub.paths) == 5
+    stub.failures = [(500, '{"error": {"message": "out of memory"}}')] * 2
+    with pytest.raises(UserError, match="refuses to draw .500: out of memory"):
+        drawn_from(stub)
+    stub.failures = [(400, '{"error": {"message": "too long"}}'), (503, "")]
+    with pytest.raises(UserError, match="refuses to draw .400: too long"):
+        drawn_from(stub)
+    assert len(stub.failures) == 1, "what is wrong is not asked again"
+    stub.failures = [(503, "starting")] * 100_000
+    with pytest.raises(UserError, match="answers 503 .starting., for --sampler-timeout 0.1 s"):
+        drawn_from(stub, 0.1)
+
+
+def test_a_server_that_is_not_there_is_named(stub, monkeypatch):
+    monkeypatch.setattr(client, "_LOOK", 0.0)
+    with stub.serving() as url:
+        server = SamplerServer(url, 20.0)
+        assert server.probe() == ["base"]
+        server.check_loads()
+        stub.routes = ()
+        with pytest.raises(UserError, match="loads no adapters.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+            SamplerServer(url, 20.0).check_loads()
+    with pytest.raises(UserError, match="cannot be reached .*is the server up"):
+        server.probe()
+    with pytest.raises(UserError, match="an address such as"):
+        SamplerServer("127.0.0.1:8000", 20.0)
+
+
+def test_adapters_are_loaded_where_the_server_loads_them(stub):
+    """vLLM and SGLang have different routes, and different names of an adapter."""
+    with stub.serving() as url:
+        server = SamplerServer(url, 20.0)
+        server.load("mine", "/there")
+        assert server.model_of("mine") == "mine"
+        stub.routes = ("/load_lora_adapter", "/unload_lora_adapter")
+        server = SamplerServer(url, 20.0)
+        server.probe()
+        server.load("mine", "/there")
+        assert server.model_of("mine") == "base:mine"
+        server.unload("mine")
+        assert stub.paths[-1] == "/unload_lora_adapter"
+        stub.failures = [(400, '{"message": "it is already loaded"}')]
+        del stub.paths[:]
+        server.load("mine", "/there")
+        assert [path.partition("_")[0] for path in stub.paths] == ["/load", "/unload", "/load"]
+        stub.failures = [(404, '{"message": "No adapter found for /there"}')]
+        with pytest.raises(UserError, match="does not load .*No adapter found.*--sampler-mount"):
+            server.load("other", "/there")
+
+
+URL = "--sampler http://localhost:1"
+REFUSED = {
+    "--staleness 1": "without --sampler: leave out --staleness",
+    "--max-mismatch 1 --sampler-folder a": "leave out --sampler-folder and --max-mismatch",
+    f"{URL} --full": "loads adapters, and --full trains none",
+    f"{URL} --tools a.py:f": "completions of one turn: leave out --tools",
+    f"{URL} --environment guess": "completions of one turn: leave out --environment",
+    f"{URL} --staleness 1 --redraw 2": "leave one of them out",
+    f"{URL} --loss rloo --importance-sampling token": "has no effect on --loss rloo",
+    f"{URL} --importance-sampling none --importance-cap 2": "without importance sampling",
+    f"{URL} --staleness -1": "--staleness -1",
+    f"{URL} --max-mismatch 0": "--max-mismatch 0",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_options_that_cannot_be_are_refused(line):
+    args = ["--model", "nowhere", "--dataset", "rows.jsonl", "--reward", "length", *line.split()]
+    with pytest.raises(UserError) as caught:
+        grpo.check(grpo.parse(args))
+    assert REFUSED[line] in str(caught.value)

@@ -1,0 +1,202 @@
+"""Draws a run's completions by a server, which holds the adapter as it was a few batches before."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lora_jax.core.types import Tree
+from lora_jax.models.sampling.text import StopTexts
+from lora_jax.training.errors import Dropped, Interrupted, TrainingError
+from train.console.errors import UserError, flag
+from train.live.external.versions import AdapterVersion, Publisher
+from train.live.prompts import GroupedCompletions, PromptFeed
+from train.live.rollouts import group_completions
+from train.live.sampler_server import DrawnCompletion, SamplerServer, SamplingOptions
+from train.processes import hosts
+from train.run.pretrained import ModelInfo, end_tokens
+from train.run.task import ModelContext
+
+_AT_ONCE = 64  # requests under way
+_ROWS = 2**16  # no attempt's number
+_LAST = 3.0  # seconds for a server to forget an adapter as the run ends
+
+
+def _forget(versions: Sequence[AdapterVersion], server: SamplerServer) -> None:
+    """Has a server forget adapters; one that is gone has forgotten them."""
+    try:
+        for version in versions:
+            version.drop(server)
+    except TrainingError:
+        pass
+
+
+def sampling_options(data: Any, outline: ModelInfo) -> SamplingOptions:
+    """Returns the options of the draws of a run."""
+    return SamplingOptions(
+        n=data.group,
+        max_tokens=data.max_new_tokens,
+        temperature=data.sampling_temperature,
+        top_p=data.top_p,
+        top_k=data.top_k,
+        stop=data.stop,
+        ends=end_tokens(outline),
+    )
+
+
+class _Request(NamedTuple):
+    """The draws of a batch, under way: a future for each prompt, in the first process alone."""
+
+    version: AdapterVersion
+    answers: Sequence[Future[list[DrawnCompletion]]]
+
+
+class ExternalSampler:
+    """Draws completions by a server; all processes call its methods, and the first one asks.
+
+    Attributes:
+      server: the server.
+    """
+
+    def __init__(self, of: ModelContext, feed: PromptFeed, key: Any) -> None:
+        """Takes the run.
+
+        Args:
+          of: the run.
+          feed: its prompts.
+          key: returns the key of a draw, by step and attempt.
+        """
+        assert feed.server is not None
+        self.server, self._of, self._feed, self._key = feed.server, of, feed, key
+        self._options = sampling_options(of.config.data, of.outline)
+        self._stops = StopTexts(of.outline.tokenizer, of.config.data.stop)
+        self._publisher = Publisher(of)
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="sampler")
+        self._ahead: dict[int, _Request] = {}  # by the steps that they are for
+        self._versions: list[AdapterVersion] = []
+        self._current: AdapterVersion | None = None
+
+    @property
+    def version(self) -> AdapterVersion:
+        """Returns the adapter that drew the newest batch."""
+        assert self._current is not None
+        return self._current
+
+    def draw(
+        self, params: Tree, rows: np.ndarray, number: int, attempt: int = 0
+    ) -> GroupedCompletions:
+        """Returns completions of prompts, those of one batch all of one adapter; see `Rollouts`.
+
+        Raises:
+          Dropped: a signal came meanwhile, or the server failed; raised in all processes.
+        """
+        if attempt:
+            return self._hear(self._ask(self.version, rows, number, attempt), rows)
+        self._publish(params, number)
+        request = self._ahead.pop(number)
+        self._current = request.version
+        return self._hear(request, rows)
+
+    def draw_by(self, params: Tree, what: str, rows: np.ndarray) -> GroupedCompletions:
+        """Returns completions by an adapter that is loaded for these alone.
+
+        Raises:
+          UserError: the server does not load it, or does not draw; raised in all processes.
+        """
+        version = self._publisher.publish(params, what)
+        try:
+            return self._hear(self._ask(version, rows, 0, _ROWS), rows)
+        except Dropped as error:
+            if error.args:
+                raise UserError(str(error)) from None
+            self._of.stop.check()
+            raise
+        finally:
+            _forget([version], self.server)
+
+    def close(self) -> None:
+        """Ends the requests under way, and has the server forget the adapters."""
+        for request in self._ahead.values():
+            for answer in request.answers:
+                answer.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.server.close()
+        _forget(self._versions, SamplerServer(self.server.url, _LAST))
+        self._versions = []
+        self._publisher.close()
+
+    def _publish(self, params: Tree, number: int) -> None:
+        """Writes the adapter before a step, and asks for the batches that it draws."""
+        updates, feed = self._of.config.optim.updates, self._feed
+        ahead = self._of.config.data.staleness
+        numbers = [number + k * updates for k in range(ahead + 1)]
+        due = [n for n in numbers if n not in self._ahead and (n == number or n < feed.steps)]
+        for version in [v for v in self._versions if v.last < number]:
+            self._versions.remove(version)
+            self._pool.submit(version.drop, self.server)
+        if not due:
+            return
+        version = self._publisher.publish(params, f"step{number}", keeps=bool(ahead))
+        version.step, version.last = number, due[-1]
+        self._versions.append(version)
+        for n in due:
+            self._ahead[n] = self._ask(version, feed.rows(n), n, 0)
+
+    def _ask(
+        self, version: AdapterVersion, rows: np.ndarray, number: int, attempt: int
+    ) -> _Request:
+        key = jax.random.fold_in(self._key(number, attempt), _ROWS)
+        seeds = np.asarray(jax.random.bits(key, (len(rows),))).astype(np.int64) % 2**31
+        if jax.process_index():
+            return _Request(version, ())
+        asked = zip(rows.tolist(), seeds.tolist(), strict=True)
+        return _Request(
+            version, [self._pool.submit(self._complete, version, *each) for each in asked]
+        )
+
+    def _complete(self, version: AdapterVersion, row: int, seed: int) -> list[DrawnCompletion]:
+        prompt = self._feed.prompts.tokens[row]
+        for again in (False, True):
+            version.load(self.server, again=again)
+            model = self.server.model_of(version.name)
+            drawn = self.server.complete(model, prompt, self._options, seed)
+            if drawn is not None:
+                return drawn
+        raise UserError(
+            f"{flag('sampler', self.server.url)}: it loads the adapter {version.name}, and then "
+            "has no model of this name"
+        )
+
+    def _hear(self, request: _Request, rows: np.ndarray) -> GroupedCompletions:
+        """Waits for the answers; the first process passes them on."""
+
+        def heard(_: int) -> dict[str, Any]:
+            try:
+                with self._of.stop.dropping():
+                    answers = [answer.result() for answer in request.answers]
+            except Interrupted:
+                return {"dropped": self._of.stop.signal}
+            except TrainingError as error:
+                return {"failed": error.said(flag)}
+            return {"drawn": [[[*completion] for completion in answer] for answer in answers]}
+
+        (answer,) = hosts.map_over_processes(heard, range(1))
+        if "dropped" in answer:
+            self._of.stop.signal = self._of.stop.signal or answer["dropped"]
+            raise Dropped
+        if "failed" in answer:
+            raise Dropped(answer["failed"])
+        return self._grouped([DrawnCompletion(*made) for each in answer["drawn"] for made in each])
+
+    def _grouped(self, drawn: Sequence[DrawnCompletion]) -> GroupedCompletions:
+        shape = (len(drawn), self._options.max_tokens)
+        tokens, logps = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for at, made in enumerate(drawn):
+            n = len(made.ids)
+            tokens[at, :n], logps[at, :n] = made.ids, made.logps
+        ended = np.array([made.ended for made in drawn])
+        lengths = np.array([len(made.ids) for made in drawn])
+        group = self._options.n
+        return group_completions(tokens, logps, lengths, ended, stops=self._stops, group=group)

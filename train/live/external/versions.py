@@ -1,0 +1,113 @@
+"""The adapters of a run, as a server holds them: written for it, loaded, unloaded, by version."""
+
+import re
+import shutil
+import threading
+import uuid
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import lora_jax as lj
+from lora_jax import peft
+from lora_jax.core.types import Tree
+from lora_jax.peft.errors import PeftError
+from lora_jax.training.processes import is_first
+from train.console.errors import as_user_errors
+from train.live.sampler_server import SamplerServer
+from train.processes import hosts
+from train.run.output import SAMPLER
+from train.run.task import ModelContext
+
+_LONGEST = 64  # characters of a run's name in those of its adapters
+
+
+class AdapterVersion:
+    """An adapter as it was before a step.
+
+    Attributes:
+      name: the server's name of it.
+      step: the number of that step.
+      last: the last step that it draws for; later ones no longer need it.
+      adapter: a copy of its arrays, where they will be looked at again; else None.
+    """
+
+    def __init__(self, name: str, folder: Path, path: str, adapter: Tree | None) -> None:
+        """Takes the name, the folder, that folder's path for the server, and the arrays."""
+        self.name, self.adapter = name, adapter
+        self.step = self.last = -1
+        self._folder, self._path = folder, path
+        self._lock, self._is_loaded = threading.Lock(), False
+
+    def load(self, server: SamplerServer, *, again: bool = False) -> None:
+        """Has the server load it, once; `again` if the server has lost it, such as by a restart."""
+        with self._lock:
+            if again or not self._is_loaded:
+                server.load(self.name, self._path)
+            self._is_loaded = True
+
+    def drop(self, server: SamplerServer) -> None:
+        """Has the server forget it, and deletes its folder."""
+        with self._lock:
+            if self._is_loaded:
+                server.unload(self.name)
+            self._is_loaded = False
+        if is_first():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Publisher:
+    """Writes versions of an adapter to a folder that the server reads."""
+
+    def __init__(self, of: ModelContext) -> None:
+        """Takes the run."""
+        data = of.config.data
+        self._of = of
+        self._folder = Path(data.sampler_folder or of.folder / SAMPLER).expanduser().absolute()
+        if data.sampler_folder is None and is_first():
+            shutil.rmtree(self._folder, ignore_errors=True)  # what a killed run has left
+        self._mount = (data.sampler_mount or str(self._folder)).rstrip("/")
+        # No two runs that ever wrote to the folder have a name in common.
+        stem = re.sub(r"[^\w.-]+", "-", of.folder.name)[:_LONGEST].lstrip(".-") or "run"
+        self._stem = f"{stem}-{uuid.uuid4().hex[:8]}"
+        self._whole = jax.jit(lambda arrays: arrays, out_shardings=of.layout.whole)
+        self._copied = jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays))
+
+    def publish(self, params: Tree, what: str, *, keeps: bool = False) -> AdapterVersion:
+        """Writes an adapter, in the first process; all have to call this.
+
+        Args:
+          params: the adapted tree.
+          what: tells the version: "step12".
+          keeps: whether its arrays are looked at later.
+
+        Raises:
+          UserError: PEFT's files cannot hold it; raised in all processes.
+        """
+        adapter, base = lj.split(params)
+        with jax.set_mesh(self._of.layout.mesh):
+            whole, kept = self._whole(adapter), self._copied(adapter) if keeps else None
+        name = f"{self._stem}-{what}"
+
+        def write(_: int) -> None:
+            with as_user_errors(PeftError, prefix="--sampler: no server can load this adapter: "):
+                peft.save(
+                    self._folder / name,
+                    self._of.model,
+                    lj.join(jax.device_get(whole), base),
+                    base_model=self._of.outline.name,
+                    task_type="CAUSAL_LM",
+                    embedding_layers=False,
+                    for_serving=True,
+                )
+
+        hosts.map_over_processes(write, range(1))
+        return AdapterVersion(name, self._folder / name, f"{self._mount}/{name}", kept)
+
+    def close(self) -> None:
+        """Removes the folder, unless it holds something."""
+        try:
+            self._folder.rmdir()
+        except OSError:
+            pass
