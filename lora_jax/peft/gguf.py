@@ -155,7 +155,7 @@ def _check(fields: Fields, config: Any) -> None:
         raise PeftError(
             f"the adapter is an activated LoRA, which acts from its invocation {tokens} on: most "
             "programs that read GGUF would run it on all tokens, and it cannot be merged. Run it "
-            "by train.generate, or write PEFT's files (train.export --output)"
+            "by train.serve, or write PEFT's files (train.export --output)"
         )
     if fields["bias"] != "none":
         lacking.append("trained biases")

@@ -69,7 +69,7 @@ def as_served(
     if fields.get(INVOCATION):
         raise PeftError(
             "vLLM's layout has no activated LoRA: leave out for_serving, and run it by PEFT or "
-            "train.generate"
+            "train.serve"
         )
     chosen = targeted_experts(fields, model)
     of_experts = {key for expert in chosen for key in keys_of_expert(expert, chosen)}

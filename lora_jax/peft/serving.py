@@ -141,7 +141,7 @@ def _kind_problems(fields: Fields) -> list[str]:
         if fields.get(name) in (*UNUSED, [], {}):
             continue
         if name == INVOCATION:
-            remedy = "run it by PEFT or train.generate, for it cannot be merged either"
+            remedy = "run it by PEFT or train.serve, for it cannot be merged either"
         elif name == "layer_replication":
             remedy = f"{_BY_PEFT}, layers repeated and all"
         else:

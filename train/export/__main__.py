@@ -251,7 +251,7 @@ def check_form(options: ExportOptions, adapter: AdapterSource, outline: ModelInf
         raise UserError(
             f"{form}: {adapter.given} is an activated LoRA, which acts from its invocation "
             f"{list(invocation)} on, and there it would act on all tokens: write PEFT's files, "
-            "--output alone, or run it by train.generate"
+            "--output alone, or run it by train.serve"
         )
 
 

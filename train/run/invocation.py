@@ -17,7 +17,7 @@ from train.run.task import Data
 
 _IDS = re.compile(r"\d+(,\d+)*")
 _NAMED = 5  # rows without an invocation that a line names
-_PER_TOKEN = ("embedding", "head", "experts", "router")  # kinds that do not multiply every token
+_OTHERS = ("embedding", "head", "experts", "router")  # kinds that do not multiply every token
 
 
 def invocation_ids(given: str, outline: ModelInfo) -> tuple[int, ...]:
@@ -41,6 +41,11 @@ def invocation_ids(given: str, outline: ModelInfo) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def meets_every_token(kind: str | None) -> bool:
+    """Returns True if weights of a kind (see `lora_jax.models.kinds`) multiply every token."""
+    return kind not in _OTHERS
+
+
 def check_invoked(tree: Tree, outline: ModelInfo) -> None:
     """Raises a UserError for an activated LoRA of weights that do not multiply every token."""
     if outline.is_torch:
@@ -55,7 +60,7 @@ def check_invoked(tree: Tree, outline: ModelInfo) -> None:
                 f"{path} trains without the invocation, so that the tokens before it would not be "
                 "the base's: an activated LoRA goes without --train, --train-tokens and --bias"
             )
-        if (kind := kinds.get(path)) in _PER_TOKEN:
+        if not meets_every_token(kind := kinds.get(path)):
             raise UserError(
                 f"{path} belongs to the {kind}, which an activated LoRA cannot adapt: choose "
                 "others with --targets, such as attention"

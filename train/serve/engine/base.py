@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -31,6 +31,7 @@ from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
+from train.run.invocation import meets_every_token
 from train.serve.protocol.encryption import encrypt
 from train.serve.protocol.requests import AdapterSpec, RequestError, Save
 from train.settings.defaults import absolute_path
@@ -47,11 +48,21 @@ class Adapter:
     Attributes:
       factors: A and B.
       scales: s of each weight, fp32 [batch…], by path.
+      invocation: the tokens from which on an activated LoRA acts; None for one that always does.
     """
 
     spec: AdapterSpec
     factors: Factors
     scales: dict[str, jax.Array]
+    invocation: tuple[int, ...] | None = None
+
+    def active_from(self, prompt: Sequence[int]) -> int | None:
+        """Returns the first place of a prompt that it acts on; None where it is not invoked."""
+        if self.invocation is None:
+            return 0
+        tokens, wanted = [*prompt], [*self.invocation]
+        starts = range(len(tokens) - len(wanted), -1, -1)
+        return next((i for i in starts if tokens[i : i + len(wanted)] == wanted), None)
 
     @property
     def size(self) -> int:
@@ -116,6 +127,7 @@ class ServedBase:
                 "unembed": {"head"},
             }.items()
         }
+        self._by_token = {path for path, kind in kinds.items() if meets_every_token(kind)}
         self._tied = not self._paths["unembed"]
         if self._tied:  # the head's use of the table alone
             self._paths["unembed"] = [path for path, kind in kinds.items() if kind == "embedding"]
@@ -169,6 +181,16 @@ class ServedBase:
         factors = self._new_factors(jax.random.key(seed), spec.rank, adapted)
         return dataclasses.replace(self._adapter(spec, {}), factors=self._place(factors))
 
+    def shell_of(self, adapter: Adapter) -> Tree:
+        """Returns the base without an adapter's arrays, which knows its invocation."""
+        if adapter.invocation is None:
+            return self.shell
+
+        def told(path: str, node: Node) -> Node:
+            return node.replace(invocation=adapter.invocation) if path in self._by_token else node
+
+        return map_nodes(told, self.shell)
+
     def tree(self, factors: Factors, scales: Mapping[str, jax.Array], shell: Tree) -> Tree:
         """Returns the adapted tree of an adapter; traced or not."""
         joined = lj.join(factors, shell)
@@ -194,13 +216,14 @@ class ServedBase:
                     f"{folder.name} was trained with the tokenizer {source.tokenizer}, and this "
                     f"server has {self.tokenizer or 'that of the model'}: start it with --tokenizer"
                 )
-            nodes = nodes_of(source.load(self.model, self.params, self.name))
+            read: Nodes = nodes_of(source.load(self.model, self.params, self.name))
         except (UserError, ValueError, OSError) as error:
             raise RequestError(f"{folder.name}: {error}") from None
         saved = folder / SPEC
         about = json.loads(saved.read_text()) if saved.exists() else {}
-        spec = AdapterSpec(**about["spec"]) if about else self._spec_of(nodes)
-        adapter = self._adapter(spec, nodes)
+        spec = AdapterSpec(**about["spec"]) if about else self._spec_of(read)
+        invocation, nodes = self._invocation_of(folder.name, read)
+        adapter = dataclasses.replace(self._adapter(spec, nodes), invocation=invocation)
         if not all(
             np.isfinite(x).all() for x in jax.tree.leaves((adapter.factors, adapter.scales))
         ):
@@ -293,6 +316,23 @@ class ServedBase:
                 if mine is not None:
                     whole[tuple(map(slice, mine.shape))] = mine
         return self._place(factors)
+
+    def _invocation_of(self, name: str, nodes: Nodes) -> tuple[tuple[int, ...] | None, Nodes]:
+        """Returns the invocation of an adapter, and its nodes as those of one that always acts.
+
+        Raises:
+          RequestError: a weight trains without the invocation, or does not multiply every token.
+        """
+        every = {path: getattr(node, "invocation", None) for path, node in nodes.items()}
+        if not any(every.values()):
+            return None, nodes
+        for path, invocation in every.items():
+            if invocation is None or path not in self._by_token:
+                raise RequestError(
+                    f"{name} is an activated LoRA, and the tokens before its invocation would not "
+                    f"be the base's at {path}"
+                )
+        return invocation, {path: node.replace(invocation=None) for path, node in nodes.items()}
 
     def _spec_of(self, nodes: Nodes) -> AdapterSpec:
         """Returns the description of an adapter from elsewhere."""

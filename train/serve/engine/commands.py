@@ -166,6 +166,11 @@ class CommandRunner:
             return spec
         if isinstance(command, requests.Load):
             loaded = self.read(command.path, command.optimizer)
+            if loaded.adapter.invocation is not None:
+                raise requests.RequestError(
+                    f"{command.path.name} is an activated LoRA, which a server samples from and "
+                    "does not train: train.sft --alora does"
+                )
             tenant.become(loaded)
             return loaded.adapter.spec
         if isinstance(command, requests.Leave):

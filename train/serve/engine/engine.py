@@ -146,7 +146,9 @@ class Engine:
             try:
                 check_sample(request, self.facts)
                 if request.adapter is not None:
-                    job.adapter = self._named.find(request.adapter)
+                    adapter = self._named.find(request.adapter)
+                    if (active := adapter.active_from(request.prompt)) is not None:
+                        job.adapter, job.active = adapter, active  # else the base alone answers
                 self._sampler.add(job)
             except Exception as error:
                 job.done(error)

@@ -25,6 +25,7 @@ class SampleJob:
 
     Attributes:
       adapter: its adapter's arrays, as they were when it was asked for; None for the base.
+      active: the first token of the prompt that the adapter acts on; 0 but for an activated LoRA.
       slot: the slot of these, while it holds one.
       completions: the finished ones, by place.
       is_over: whether `done` was called; then it holds no arrays.
@@ -40,6 +41,7 @@ class SampleJob:
     completions: dict[int, Completion] = dataclasses.field(default_factory=dict)
     scores: tuple[Any, Any, Any] = (None, None, None)
     cached: int = 0
+    active: int = 0
 
     @property
     def path(self) -> TurnPath:

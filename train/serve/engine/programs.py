@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lora_jax as lj
+from lora_jax import models
 from lora_jax.bank.mixing import Choice, mixed
 from lora_jax.bank.slots import Slots, WeightSlots, map_slots
 from lora_jax.core.types import Model, Tree
+from lora_jax.core.weight import LoraWeight
 from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.models.sampling import blocks, slots
 from lora_jax.models.sampling.adjust import Adjustments, adjust_logits
@@ -18,6 +21,7 @@ from lora_jax.models.sampling.blocks import CacheBlock
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import DecodingRows, DrawnTokens, Flag, Number
 from lora_jax.training.layout import Layout
+from train.run.invocation import meets_every_token
 from train.serve.protocol.requests import TOP
 
 P = ParamSpec("P")
@@ -34,6 +38,7 @@ class SamplingPrograms:
         `fit_rows`.
       extend, run, draw: run a chunk of a prompt, and a token of each row; and draw the next ones.
       extend_all: runs pieces of several prompts.
+      extend_after: runs a chunk of which an activated LoRA sees the tokens from one on alone.
     """
 
     def __init__(self, model: Model, layout: Layout, chunk: int) -> None:
@@ -46,7 +51,9 @@ class SamplingPrograms:
         """
         self._model, self._layout, self.chunk = model, layout, chunk
         self._place = functools.partial(jax.device_put, device=layout.whole)
-        self._forward = mixed(model.apply)
+        self._forward, self._adapted = mixed(model.apply), lj.adapt(model.apply)
+        kinds = models.kinds(model.config)
+        self._by_token = {path for path, kind in kinds.items() if meets_every_token(kind)}
         self.compiled = 0
         self._grow = self._program(blocks.grow_cache, static_argnums=1)
         self._block = self._program(blocks.take_block, static_argnums=2)
@@ -56,6 +63,7 @@ class SamplingPrograms:
         self.fit = self._program(slots.fit_rows, static_argnums=2)
         self._take = self._program(slots.take_row)
         self.extend = self._program(self._run_chunk, donate_argnums=4)
+        self.extend_after = self._program(self._run_activated, donate_argnums=4)
         self.extend_all = self._program(self._run_pieces, donate_argnums=4)
         self.run = self._program(self._run_rows, donate_argnums=1)
         self.draw = self._program(self._draw_tokens)
@@ -147,6 +155,25 @@ class SamplingPrograms:
     ) -> tuple[jax.Array, Cache]:
         """Runs a chunk of a prompt by the adapter in a slot, [] int32; takes the cache."""
         return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n, cache)
+
+    def _run_activated(
+        self,
+        tree: Tree,
+        slot: Number,
+        ids: np.ndarray,
+        n: Number,
+        cache: Cache,
+        first: Number,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs a chunk, of which the tokens from `first` on alone see the adapter."""
+        choice, active = _choose_slot(tree, slot), (jnp.arange(ids.shape[1]) >= first)[None]
+
+        def own(path: str, each: Slots) -> LoraWeight:
+            assert isinstance(each, WeightSlots)
+            weight = each.take_example(each.arrays, choice.ids[0])
+            return weight.replace(active=active) if path in self._by_token else weight
+
+        return slots.run_chunk(self._adapted, map_slots(own, choice.tree), ids, n, cache)
 
     def _run_pieces(
         self,

@@ -55,6 +55,8 @@ class PromptRunner:
     begins with as another did is taken over up to the end of a whole chunk. So each prompt has the
     very numbers that it would have alone, whatever was found.
 
+    The tokens before the invocation of an activated LoRA are the base's, whoever ran them.
+
     Where `Sizes.fast_prompts` says that last bits may differ, pieces of several prompts run
     together, and what completions drew is found again, too.
 
@@ -77,7 +79,7 @@ class PromptRunner:
             return False
         who = prompt.job.path[:-1]  # those of others have other turns
         coming = [
-            common_prefix(other.ids, prompt.ids[:-1]) // self._chunk
+            common_prefix(_sharable(other), _sharable(prompt)) // self._chunk
             for other in others
             if other.n and other.job.path[:-1] == who
             if self._scope(other.job) == self._scope(prompt.job)
@@ -97,7 +99,10 @@ class PromptRunner:
         first, (most, piece) = prompts[0], self._sizes.pieces
         caches = {prompt: self._make_room(prompt) for prompt in prompts}
         length = caches[first].positions.shape[1]
-        same = [each for each in prompts if caches[each].positions.shape[1] == length][:most]
+        same = [each for each in prompts if caches[each].positions.shape[1] == length]
+        # An activated LoRA runs by itself: one of its chunks is the base's up to the invocation.
+        same = [each for each in same if each is first or not (each.job.active or first.job.active)]
+        same = same[:most]
         together = {each: min(piece, len(each.ids) - each.n) for each in same}
         apart = min(self._chunk, len(first.ids) - first.n)
         if first.n % self._chunk == 0 and apart >= sum(together.values()):
@@ -117,7 +122,7 @@ class PromptRunner:
           row: a completion that ends.
           rows: the rows, one of which still is its.
         """
-        if not self._sizes.fast_prompts:
+        if not self._sizes.fast_prompts or row.job.active:
             return
         scope, first = self._scope(row.job), len(row.job.request.prompt)
         ids = np.asarray([*row.job.request.prompt, *row.ids[:-1]], np.int32)
@@ -129,10 +134,11 @@ class PromptRunner:
         length = None
         if self._programs.depends_on_room:
             length = self._sizes.cache(len(job.request.prompt))
-        return PrefixScope(job.request.client.owner, job.adapter, length)
+        # Up to its invocation, the prompt of an activated LoRA is the base's, and is found as such.
+        return PrefixScope(job.request.client.owner, None if job.active else job.adapter, length)
 
     def _find(self, prompt: RunningPrompt) -> list[CacheBlock]:
-        return self.store.find(self._scope(prompt.job), prompt.ids[:-1])
+        return self.store.find(self._scope(prompt.job), _sharable(prompt))
 
     def _length(self, prompt: RunningPrompt) -> int:
         """Returns the length of the cache in which the next chunk of a prompt runs."""
@@ -155,7 +161,12 @@ class PromptRunner:
 
     def _run_chunk(self, prompt: RunningPrompt, cache: Cache, tree: Tree) -> None:
         ids, n = self._piece(prompt, self._chunk)
-        slot = np.int32(_slot(prompt))
+        slot, of_base = np.int32(_slot(prompt)), np.int32(prompt.job.active - prompt.n)
+        if 0 < of_base < n:
+            after = self._programs.extend_after(tree, slot, ids, n, cache, of_base)
+            prompt.logits, prompt.cache = after
+            return
+        slot = np.int32(0) if of_base > 0 else slot
         prompt.logits, prompt.cache = self._programs.extend(tree, slot, ids, n, cache)
 
     def _run_pieces(self, caches: dict[RunningPrompt, Cache], tree: Tree) -> None:
@@ -182,7 +193,7 @@ class PromptRunner:
 
     def _keep(self, prompt: RunningPrompt) -> None:
         """Keeps the newest chunk, once it is whole, to be found again."""
-        if prompt.n % self._chunk == 0:
+        if prompt.n % self._chunk == 0 and not 0 < prompt.job.active < prompt.n:
             assert prompt.cache is not None
             first = prompt.n - self._chunk
             block = functools.partial(self._programs.block, prompt.cache, first)
@@ -225,6 +236,11 @@ class PromptRunner:
         starts = range(0, self._sizes.max_length, self._chunk)
         lengths = [self._programs.whole(self._sizes.cache(n + 1)) for n in starts]
         return ((a, b) for a, b in itertools.pairwise(lengths) if a != b)
+
+
+def _sharable(prompt: RunningPrompt) -> np.ndarray:
+    """Returns the tokens that may be found: not the last, nor those that an activated LoRA sees."""
+    return prompt.ids[:-1][: prompt.job.active or None]
 
 
 def _slot(prompt: RunningPrompt) -> int:

@@ -283,7 +283,7 @@ class Trainer:
         batch = {**self._layout.batch(part.batch, parts=False)}
         batch["beta"] = cast(jax.Array, np.float32(request.config.get("beta", 0.05)))
         which = cast(jax.Array, np.int32(ORDER.index(request.loss)))
-        return LossInputs(adapter.scales, self._base.shell, batch, which)
+        return LossInputs(adapter.scales, self._base.shell_of(adapter), batch, which)
 
     def _values(self, each: EachToken, factors: Factors, inputs: LossInputs) -> Tree:
         tree = self._base.tree(factors, inputs.scales, inputs.shell)

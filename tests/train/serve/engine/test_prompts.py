@@ -39,7 +39,9 @@ class Unread:
 
 def job(ids, owner="", adapter=None):
     request = SimpleNamespace(prompt=ids, client=SimpleNamespace(owner=owner))
-    return SimpleNamespace(request=request, adapter=adapter, slot=0, path=(owner, "", "a", None))
+    return SimpleNamespace(
+        request=request, adapter=adapter, slot=0, active=0, path=(owner, "", "a", None)
+    )
 
 
 def ran(runner, job):
