@@ -1,5 +1,7 @@
 """The parts of a decoder layer: norms and gated MLPs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,6 +10,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.attention import wide_dtype
+from lora_jax.models.layers.barriers import MANY, settle, settle_gradient
 from lora_jax.models.layers.blocks import ModelPart, activate, dense
 from lora_jax.models.layers.trunk import apply_chunked, multiplied
 
@@ -59,11 +62,16 @@ def _gated(module: MLP, x: jax.Array) -> jax.Array:
             multiplied(dense(module, size, use_bias=bias, name=name)(x), module.remat)
             for name in ("gate_proj", "up_proj")
         )
-    if module.placement.platform == "tpu":
-        # Within a product, XLA for TPUs takes longer for the activation than between products.
+    on_tpu = module.placement.platform == "tpu"
+    alone = on_tpu and math.prod(x.shape[:-1]) >= MANY * module.placement.token_parts
+    if alone:
+        gate, up = settle_gradient(gate), settle_gradient(up)
+    elif on_tpu:
         gate, up = lax.optimization_barrier((gate, up))
     hidden = module.placement.constrain(activate(cfg.hidden_act, gate, up), "features")
-    return dense(module, cfg.hidden_size, use_bias=bias, name="down_proj")(hidden)
+    hidden = settle(hidden) if alone else hidden
+    out = dense(module, cfg.hidden_size, use_bias=bias, name="down_proj")(hidden)
+    return settle(out) if alone else out
 
 
 def multiply(x: jax.Array, factor: float) -> jax.Array:
