@@ -38,7 +38,8 @@ _Axes = tuple[_Entry, ...]  # an entry for each axis of an array: None, a name, 
 def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
     """Returns the sharding of each array of a tree, in a tree of the same structure.
 
-    An axis of the mesh whose size does not divide an axis of an array is left out there.
+    An axis of the mesh whose size does not divide an axis of an array is left out there. If a spec
+    has it at several axes, the first that it divides gets it.
 
     Args:
       params: a tree, adapted or plain; `jax.ShapeDtypeStruct` leaves will do.
@@ -121,7 +122,8 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     """Returns the sharding of an array, less the axes of the mesh that do not divide its own.
 
     Args:
-      axes: for each axis of the array None, the name of an axis of the mesh, or several names.
+      axes: for each axis of the array None, the name of an axis of the mesh, or several names; of
+        a name that stands at several axes, the first that it divides counts.
       shape: shape of the array.
       mesh: its axes are those that `axes` names.
 
@@ -134,13 +136,18 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     (None, 'tensor')
     """
 
+    taken: list[str] = []
+
     def fitting(size: int, entry: _Entry) -> _Entry:
         kept: list[str] = []
         for name in (entry,) if isinstance(entry, str) else entry or ():
             if name not in mesh.shape:
                 raise ValueError(f"the mesh has no axis {name!r}, only {', '.join(mesh.shape)}")
+            if name in taken:
+                continue
             if size % math.prod(mesh.shape[k] for k in (*kept, name)) == 0:
                 kept.append(name)
+        taken.extend(kept)
         return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
 
     spec = [fitting(size, entry) for size, entry in zip(shape, axes, strict=True)]

@@ -105,6 +105,19 @@ def test_axes_that_do_not_divide_are_left_out(mesh):
     assert spec_of(where["b"]) == ("fsdp", "tensor")
 
 
+@pytest.mark.parametrize(
+    ("n", "spec"), [(4, (("expert", "fsdp"), None, "tensor")), (5, ("expert", "fsdp", "tensor"))]
+)
+def test_of_a_name_at_two_axes_the_first_that_it_divides_counts(mesh, n, spec):
+    twice = [(".*", P(("expert", "fsdp"), "fsdp", "tensor"))]
+    params = {"experts": {"kernel": jax.ShapeDtypeStruct((3, n, 8, 6), jnp.float32)}}
+    rules = [lj.LoraRule(targets=["experts"], rank=2)]
+    kernel = shardings(lj.lorafy(params, rules), twice, mesh)["experts"]["kernel"]
+    assert spec_of(kernel.base) == (None, *spec)
+    assert spec_of(kernel.a) == (None, spec[0], None, spec[1])
+    assert spec_of(kernel.b) == (None, spec[0], None, spec[2])
+
+
 def test_tables_that_cannot_be(mesh):
     with pytest.raises(ValueError, match="the mesh has no axis 'rows', only expert, fsdp, tensor"):
         shardings({"a": draw(1, (6, 5))}, [("a", P("rows"))], mesh)
