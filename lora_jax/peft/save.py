@@ -335,7 +335,10 @@ class _Contents:
     def _targets(self, names: list[str]) -> list[str]:
         """Shortens names to their last parts, if these select no other module."""
         ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-        others = {module.name for module in self._all} - set(names)
+        # Modules that hold others, too: "0" names a layer of a list as well as a kernel of a block.
+        every = {module.name for module in self._all}
+        every |= {name[: dot.start()] for name in every for dot in re.finditer(r"\.", name)}
+        others = every - set(names)
         clash = [n for n in others if n in ends or ends_with(n, ends)]
         return sorted(names) if clash else ends
 

@@ -57,6 +57,14 @@ with warnings.catch_warnings():
     except ImportError as error:
         raise ImportError("torch modules run by torchax: pip install 'lora_jax[torch]'") from error
 
+
+def _type_as(tensor: Any, other: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in another's dtype; torchax's own changes the tensor, and knows no views."""
+    cast: torch.Tensor = tensor.to(other.dtype)
+    return cast
+
+
+setattr(Tensor, "type_as", _type_as)  # noqa: B010  a method is no attribute to assign to
 LOCK = threading.RLock()  # a module's arrays and parts are exchanged while it is traced
 
 

@@ -55,6 +55,16 @@ class _Formats(ModelFormats):
 FORMATS = _Formats({})
 
 
+class _Shapes:
+    """Stands for the module in conversions that ask it for the shapes of its parameters."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self._shapes = shapes
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self._shapes[name], device="meta")
+
+
 class TorchFolder(SafetensorsFolder):
     """A folder whose files may hold the parts of a module's tensors, such as each expert's kernels.
 
@@ -74,16 +84,17 @@ class TorchFolder(SafetensorsFolder):
         rows = {name: row.hf_shape for row in _table(self.config) for name in row.hf_names}
         self._parts_of: dict[str, tuple[int, ...]] = {}
         for name in sorted(self.shapes, key=dot_natural_key):
-            _, pattern, target = _renamed(name, self.config)
-            if pattern is not None and target in rows:
-                parts = self._joined.setdefault(target, {})
-                parts.setdefault(pattern, []).append(name)
+            _, pattern, first = _renamed(name, self.config)
+            if pattern is None:
+                continue
+            for target in set(self._targets(pattern, first)) & rows.keys():
+                self._joined.setdefault(target, {}).setdefault(pattern, []).append(name)
         for target, parts in self._joined.items():
             first = next(iter(parts.values()))[0]
             self.shapes[target] = rows[target]
             self.dtypes[target] = self.dtypes[first]
             self._locations[target] = self._locations[first]
-        for name in [n for parts in self._joined.values() for own in parts.values() for n in own]:
+        for name in {n for parts in self._joined.values() for own in parts.values() for n in own}:
             self._parts_of[name] = self.shapes.pop(name)
         for name in self.shapes.keys() - built(self.config).conversions[2].keys():
             if built(self.config).ignores(name):
@@ -114,27 +125,40 @@ class TorchFolder(SafetensorsFolder):
             )
         return whole[index]
 
+    def _converter(self, pattern: str) -> Any:
+        converters = built(self.config).conversions[1]
+        return next(each for each in converters if pattern in each.source_patterns)
+
+    def _targets(self, pattern: str, first: str) -> list[str]:
+        """Returns all tensors of the module that a conversion makes with the first of them."""
+        patterns = self._converter(pattern).target_patterns
+        return [first.replace(patterns[0], own) for own in patterns]
+
     def _tensor(self, name: str) -> np.ndarray:
         return super()._slice(name, tuple(slice(None) for _ in self._parts_of[name]))
 
     def _join(self, name: str, parts: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
         """Returns a tensor of the module, put together from the parts in the files."""
-        converters = built(self.config).conversions[1]
-        converter = next(c for c in converters if set(parts) & set(c.source_patterns))
+        converter = self._converter(next(iter(parts)))
         some = next(iter(parts.values()))[0].dtype
         is_bf16 = some == ml_dtypes.bfloat16
         tensors: Any = {
             pattern: [torch.from_numpy(a.view(np.int16) if is_bf16 else a) for a in arrays]
             for pattern, arrays in parts.items()
         }
-        hf = self.config.hf
+        model = _Shapes(self.shapes)
         for operation in converter.operations:
             tensors = operation.convert(
                 tensors,
                 source_patterns=converter.source_patterns,
                 target_patterns=converter.target_patterns,
-                full_layer_name=name,
-                config=hf,
+                full_layer_name=next(
+                    name.replace(own, converter.target_patterns[0])
+                    for own in converter.target_patterns
+                    if own in name
+                ),
+                model=model,
+                config=self.config.hf,
             )
         result = next((v for k, v in tensors.items() if k in name), None)
         if result is None:

@@ -155,7 +155,8 @@ def find_stack(
     """Returns the stack of the layers of a list whose programs are alike; None if they differ.
 
     Two layers are alike if they are of one class with the same settings, compute the same program
-    of the same constants, and get the very same arguments but for the hidden states.
+    of the same constants, and get the very same arguments but for the hidden states, which are
+    what the layer before gives: modules that all take the same input are no layers.
 
     Args:
       env: torchax's.
@@ -167,6 +168,8 @@ def find_stack(
     signs: dict[int, Any] = {}
     order: list[int] = []
     alive: list[Any] = []  # what is compared by its id
+    given: list[Any] = [None]  # by the layer before
+    follows: list[bool] = []
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _LayerCall(env, layer, args, kwargs)
@@ -180,7 +183,9 @@ def find_stack(
         signs[i] = (str(traced), constants, told, _settings(layer)) if same else (i,)
         order.append(i)
         alive.append((leaves, traced.consts))
-        return call.restore([jnp.zeros(s.shape, s.dtype) for s in shapes])
+        follows.append(call.hidden is given[-1])
+        given.extend(jnp.zeros(s.shape, s.dtype) for s in shapes)
+        return call.restore(given[-len(shapes) :])
 
     with patched(layers, record):
         run()
@@ -190,7 +195,7 @@ def find_stack(
     for start in range(min(n - 1, 4)):
         for period in range(1, (n - start) // 2 + 1):
             alike = all(signs[i] == signs[start + (i - start) % period] for i in range(start, n))
-            if (n - start) % period == 0 and alike:
+            if (n - start) % period == 0 and alike and all(follows[start + 1 :]):
                 return LayerPeriods(name, start, period, (n - start) // period)
     return None
 

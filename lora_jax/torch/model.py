@@ -1,5 +1,6 @@
 """A causal language model of transformers, with the calls of `lora_jax.models.Decoder`."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -80,7 +81,8 @@ class TorchModel:
             is_float = jnp.issubdtype(x.dtype, jnp.floating)
             return x.astype(self.dtype) if is_float and x.dtype != self.dtype else x
 
-        with attending(self.attention, self.placement, **how):
+        wide = self.built.wide_logits() if self.config.continues else contextlib.nullcontext()
+        with attending(self.attention, self.placement, **how), wide:
             return self.built.call(jax.tree.map(cast, params), args, kwargs, recomputed)
 
     def apply(
@@ -162,6 +164,8 @@ class TorchModel:
         with self.built.trunk_output(pick):
             arguments = {"input_ids": ids, "use_cache": False, **kwargs}
             out = self._run(params, (), arguments, **how)
+        if not taken:
+            raise TorchModelError(f"{self.built.name}: its head is no part of its own")
         return taken[0] if return_hidden else _wide_logits(out)
 
     def _head(self, params: Tree, hidden: jax.Array) -> jax.Array:

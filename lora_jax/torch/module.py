@@ -20,8 +20,9 @@ from transformers.core_model_loading import WeightConverter
 
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Tree
+from lora_jax.models.layers.attention import dot_wide
 from lora_jax.torch.attention import NAME
-from lora_jax.torch.backend import LOCK, Tensor, TorchModelError, running, torchax
+from lora_jax.torch.backend import LOCK, Tensor, TorchModelError, call_jax, running, torchax
 from lora_jax.torch.layers import (
     Recomputed,
     layer_lists,
@@ -177,23 +178,57 @@ class Built:
         return self.attends and "position_ids" in self.arguments and not mixing
 
     @functools.cached_property
-    def trunk(self) -> torch.nn.Module:
-        """The part of a language model before its head.
+    def _trunks(self) -> list[torch.nn.Module]:
+        """The part of a language model before its head, and the parts of it that read the tokens.
+
+        A model may call one of these by itself.
 
         Raises:
           TorchModelError: the module has no such part.
         """
-        trunk: torch.nn.Module | None = getattr(self.module, "base_model", None)
-        if trunk is None or trunk is self.module:
+        module: Any = self.module
+        table = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+        trunks: list[Any] = [getattr(module, "base_model", None)]
+        trunks = trunks if trunks[0] not in (None, module) else []
+        parts: Any = trunks[-1:] or [module]
+        while parts:
+            inner = (part for part in parts[-1].children() if part is not table)
+            parts = [part for part in inner if table in list(part.modules())][:1]
+            trunks += parts
+        if not trunks:
             raise TorchModelError(f"{self.name}: its head is no part of its own")
-        return trunk
+        return trunks
+
+    @contextlib.contextmanager
+    def wide_logits(self) -> Iterator[None]:
+        """Has the head give fp32 at least, within a block: no narrower copy of logits is alive."""
+
+        def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+            return dot_wide(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+        def forward(_: int, head: Any, x: torch.Tensor) -> Any:
+            logits = call_jax(product, x, head.weight)
+            return logits if head.bias is None else logits + head.bias
+
+        get: Any = getattr(self.module, "get_output_embeddings", lambda: None)
+        head = get()
+        with LOCK, patched([head] if type(head) is torch.nn.Linear else [], forward):
+            yield
 
     @contextlib.contextmanager
     def trunk_output(self, change: Callable[[jax.Array], jax.Array]) -> Iterator[None]:
         """Gives the head ``change(hidden)`` in the place of final hidden states, within a block."""
 
+        outer: list[Any] = []
+
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
-            out = type(trunk).forward(trunk, *args, **kwargs)
+            if outer:
+                return type(trunk).forward(trunk, *args, **kwargs)
+            outer.append(trunk)
+            try:
+                out = type(trunk).forward(trunk, *args, **kwargs)
+            finally:
+                outer.clear()
             first = out[0]
             hidden = Tensor(change(first.jax()), first._env)
             if isinstance(out, tuple):
@@ -201,7 +236,7 @@ class Built:
             out["last_hidden_state"] = hidden
             return out
 
-        with LOCK, patched([self.trunk], forward):
+        with LOCK, patched(self._trunks, forward):
             yield
 
     @contextlib.contextmanager
@@ -211,7 +246,7 @@ class Built:
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
             return _Hidden(Tensor(hidden, torchax.default_env()))
 
-        with LOCK, patched([self.trunk], forward):
+        with LOCK, patched(self._trunks, forward):
             yield
 
 
@@ -290,24 +325,33 @@ def _empty(config: ModuleSource) -> Any:
         if hasattr(module, "set_experts_implementation"):
             module.set_experts_implementation(_EXPERTS)
         return module
-    auto, hf = getattr(transformers, config.auto), copy.deepcopy(config.hf)
-    try:
-        kind = auto._model_mapping[type(hf)]
-    except KeyError:
-        raise TorchModelError(
-            f"transformers has no {config.auto.removeprefix('AutoModel')} of {config.model_type}"
-        ) from None
-    kind = kind[0] if isinstance(kind, tuple) else kind
+    hf = copy.deepcopy(config.hf)
+    kind = _class_of(config, hf)
     attention = NAME if _takes_attention(kind) else "eager"
     options = {"attn_implementation": attention, "experts_implementation": _EXPERTS}
     with init_empty_weights(include_buffers=False):
         try:
-            module = auto.from_config(hf, **options)
+            module = kind._from_config(hf, **options)
         except (ValueError, TypeError):
             del options["experts_implementation"]
-            module = auto.from_config(hf, **options)
+            module = kind._from_config(hf, **options)
     module.tie_weights()
     return module
+
+
+def _class_of(config: ModuleSource, hf: Any) -> Any:
+    """Returns the class of a module: by its configuration's, or by the name in the config.json.
+
+    A model that reads more than texts may have a part for texts alone, whose configuration only
+    that name tells from others.
+    """
+    mapping, suffix = getattr(transformers, config.auto)._model_mapping, config.auto[9:]
+    kind = mapping.get(type(hf), None)
+    for name in hf.architectures or () if kind is None else ():
+        kind = kind or (getattr(transformers, name, None) if name.endswith(suffix) else None)
+    if kind is None:
+        raise TorchModelError(f"transformers has no {suffix} of {config.model_type}")
+    return kind[0] if isinstance(kind, tuple) else kind
 
 
 def _takes_attention(kind: type) -> bool:

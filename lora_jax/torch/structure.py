@@ -178,7 +178,8 @@ def _kind(owner: str, leaf: str, ndim: int, heads: dict[str, Kind]) -> Kind | No
         return "positions"
     if leaf == "scale" or "norm" in last:
         return "norm"
-    if re.search(r"(^|\.)experts(\.|$)", owner) and (ndim == 3 or leaf == "kernel"):
+    numbered = leaf == "kernel" and re.search(r"(^|\.)experts\.\d+\.", owner)
+    if numbered or (ndim == 3 and re.search(r"(^|\.)experts(\.|$)", owner)):
         return "experts"
     if last in ("gate", "router"):
         return "router"

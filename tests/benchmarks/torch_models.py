@@ -7,16 +7,19 @@
 Each model_type has a process of its own, at a tiny size with random weights: its files are read,
 its logits and the gradients of a LoRA are compared with PEFT's on torch, a step is taken and
 written for PEFT, and tokens are generated. Those that the file of results holds are not run again.
+`--beside` compiles a Llama's step for TPUs that need not be there, as our own code and as torch's.
 """
 
 import argparse
-import dataclasses
-import functools
 import json
 import multiprocessing
 import os
+import re
+import resource
+import subprocess
+import sys
 import tempfile
-import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,74 +71,66 @@ def check(model_type: str, timeout: float) -> dict[str, Any]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Returns the table, with its count."""
+    """Returns the table, with its count, and the reasons of those that do not train exactly."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "jax"))
+    results = sorted(results, key=lambda facts: facts["model_type"])
     exact = [facts for facts in results if facts.get("exact")]
     lines = [
-        f"{len(exact)} of {len(results)} model types train exactly.",
+        f"Of {len(decoders())} decoders, {len(results)} were tried ({versions}), and {len(exact)} "
+        "train exactly.",
         "",
         "| model_type | logits | gradients | after a step | greedy tokens | layers |",
         "|---|---|---|---|---|---|",
     ]
-    for facts in sorted(results, key=lambda facts: (not facts.get("exact"), facts["model_type"])):
-        name = facts["model_type"]
-        if "reason" in facts:
-            lines.append(f"| {name} | {facts['reason'].replace('|', '/')} | | | | |")
-            continue
-        numbers = " | ".join(f"{facts[key]:.0e}" for key in ("logits", "gradients", "step"))
+    for facts in exact:
         layers = "stacked" if facts["stacks"] else "one by one"
         greedy = {True: "equal", False: "differ", None: "-"}[facts.get("greedy")]
-        lines.append(f"| {name} | {numbers} | {greedy} | {layers} |")
+        lines.append(f"| {facts['model_type']} | {_numbers(facts)} | {greedy} | {layers} |")
+    lines += ["", "| model_type | what is in the way |", "|---|---|"]
+    for facts in results:
+        if not facts.get("exact"):
+            why = re.sub(r"\S*/(base|adapter)\S*", "the file", facts.get("reason", ""))
+            why = why.partition(", which no compiled program")[0].replace("|", "/").rstrip(": ")
+            why = why or f"differs: logits, gradients, after a step: {_numbers(facts, ', ')}"
+            lines.append(f"| {facts['model_type']} | {why} |")
     return "\n".join(lines) + "\n"
 
 
+def _numbers(facts: dict[str, Any], between: str = " | ") -> str:
+    return between.join(f"{facts[key]:.0e}" for key in ("logits", "gradients", "step"))
+
+
+# The shapes of Llama-3.2-1B.
+_LLAMA: dict[str, Any] = {
+    **{"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "rms_norm_eps": 1e-5},
+    **{"intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+}
+_MACHINE = ["--topology", "v5e:2x2", "--mesh", "fsdp=4", "--batch-size", "8", "--seq-len", "2048"]
+
+
 def beside() -> str:
-    """Returns a table: a LoRA step of SmolLM2-135M's shapes as our own Llama and as torch's."""
-    import jax
-    import jax.numpy as jnp
-
-    import lora_jax as lj
-    from lora_jax import models
-    from lora_jax.hf.load import shapes_of
-    from lora_jax.models.families import module_of
-    from lora_jax.torch import TorchConfig, TorchModel
-
-    fields = {
-        **{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "rms_norm_eps": 1e-5},
-        **{"intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
-        **{"num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True},
-    }
-    ours, theirs = models.read_config(fields), TorchConfig.from_hf(fields)
-    lines = ["| | GFLOP | temporaries, MB | s to trace | s to compile |", "|---|---|---|---|---|"]
-    ids = jax.ShapeDtypeStruct((4, 128), jnp.int32)
-    for remat in (False, True):
-        for name, model in (
-            ("our Llama", module_of(ours, jnp.float32, jnp.float32, remat=remat)),
-            ("transformers' Llama", TorchModel(theirs, remat=remat)),
-            (
-                "the same, unrolled",
-                TorchModel(dataclasses.replace(theirs, scan=False), remat=remat),
-            ),
-        ):
-            shapes = shapes_of(models.key_table(model.config), jnp.float32)
-            rules = [lj.LoraRule(targets="all-linear", rank=8)]
-            abstract = jax.eval_shape(functools.partial(lj.lorafy, rules=rules), shapes)
-            adapter, base = lj.split(abstract)
-            forward = lj.adapt(model.apply)
-
-            def loss(adapter: Any, base: Any, ids: Any, forward: Any = forward) -> Any:
-                logits = forward({"params": lj.join(adapter, base)}, ids)
-                logp = jax.nn.log_softmax(logits[:, :-1])
-                return -jnp.mean(jnp.take_along_axis(logp, ids[:, 1:, None], axis=2))
-
-            began = time.perf_counter()
-            lowered = jax.jit(jax.grad(loss)).lower(adapter, base, ids)
-            traced = time.perf_counter() - began
-            compiled = lowered.compile()
-            took = time.perf_counter() - began - traced
-            flops = float(lowered.cost_analysis()["flops"]) / 1e9
-            memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
-            word = f"{name}{', recomputed' if remat else ''}"
-            lines.append(f"| {word} | {flops:.0f} | {memory:.0f} | {traced:.1f} | {took:.1f} |")
+    """Returns a table: a LoRA step of a Llama's as our own code and as torch's, by the compiler."""
+    lines = [
+        "| Llama | TFLOP a chip | temporaries, GiB | links, GB | the clock, ms | processor, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps(_LLAMA), encoding="utf-8")
+        command = [sys.executable, "-m", "train.plan", "--model", str(config), *_MACHINE]
+        for code in ("ours", "torch"):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            whole = [*command, "--alone", "--json", "--model-code", code]
+            done = subprocess.run(whole, capture_output=True, text=True, check=True)
+            took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+            facts = json.loads(done.stdout)
+            flops = facts["flops_per_chip"] / 1e12
+            memory = facts["per_chip_bytes"]["temporaries"] / 2**30
+            links = sum(facts["collective_bytes"].values()) / 1e9
+            clock = 1e3 * facts["clocks"]["step"]["seconds"]
+            numbers = f"{flops:.2f} | {memory:.2f} | {links:.2f} | {clock:.0f} | {took:.0f}"
+            lines.append(f"| `--model-code {code}` | {numbers} |")
     return "\n".join(lines)
 
 

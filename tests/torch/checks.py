@@ -1,7 +1,10 @@
 """Compares a tiny random model of any model_type with transformers and PEFT on torch."""
 
+import contextlib
 import functools
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +17,21 @@ import lora_jax.peft as lp
 from lora_jax import models
 
 VOCAB = 61
+_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 
 # The sizes of a tiny model, under each name that configurations have for them.
 _SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB),
+    **dict.fromkeys(("vocab_size", "padded_vocab_size", "unpadded_vocab_size"), VOCAB),
     **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "dim", "model_dim", "word_embed_proj_dim"), 32
+        ("hidden_size", "n_embd", "d_model", "dim", "model_dim", "word_embed_proj_dim", "emb_dim"),
+        32,
     ),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "d_ff"), 48),
     **dict.fromkeys(("encoder_ffn_dim", "ffn_hidden_size", "block_ff_dim", "inner_dim"), 48),
     **dict.fromkeys(
         ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 4
     ),
-    **dict.fromkeys(("encoder_layers",), 2),
+    **dict.fromkeys(("encoder_layers", "n_encoder_layers"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(
@@ -38,7 +43,9 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_selected_experts"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
+    **dict.fromkeys(("n_group", "num_expert_group", "topk_group", "n_shared_experts"), 1),
+    **dict.fromkeys(("num_shared_experts", "num_kv_shared_layers"), 1),
+    **dict.fromkeys(("num_experts_per_token",), 2),
     "first_k_dense_replace": 1,
     "num_dense_layers": 1,
     "kv_lora_rank": 16,
@@ -72,63 +79,125 @@ _SIZES: dict[str, Any] = {
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "n_layers_per_attn_res_block": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "attn_layer_indices": [1, 3],
     "conv_L_cache": 3,
     "rotary_dim": 4,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB,
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
-    **dict.fromkeys(
-        ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"), None
-    ),
+    **dict.fromkeys(_LISTS),
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop"), 0.0),
     "use_cache": True,
+    "is_decoder": True,
 }
-_NULLABLE = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+_LAYERS = 4
 _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
 # What fits no other model.
 _OWN: dict[str, dict[str, Any]] = {
-    "bart": {"is_decoder": True},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "gpt2": {"n_inner": None},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
-def tiny_config(model_type: str) -> Any:
-    """Returns transformers' configuration of a tiny model."""
+def _sizes(defaults: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sizes of a tiny model for a configuration's fields, parts included."""
+    known: dict[str, Any] = {}
+    for name, value in defaults.items():
+        if name in _SIZES:
+            known[name] = _SIZES[name]
+        elif isinstance(value, dict) and "model_type" in value and (own := _sizes(value)):
+            known[name] = {"model_type": value["model_type"], **own}
+    if "qk_rope_head_dim" in known:  # the size of a head follows from its parts
+        known.pop("qk_head_dim", None)
+        known["num_key_value_heads"] = known.get("num_attention_heads", 4)
+    return known
+
+
+def _without(fields: dict[str, Any], drop: tuple[str, ...]) -> dict[str, Any]:
+    """Returns fields less some, those of parts as well."""
+    return {
+        name: _without(each, drop) if isinstance(each, dict) else each
+        for name, each in fields.items()
+        if name not in drop
+    }
+
+
+def _in_turns(defaults: dict[str, Any]) -> dict[str, list[Any]]:
+    """Returns the lists of kinds of layers, in which all kinds that there are take turns."""
+    wholes = {name: defaults.get(name) for name in _LISTS}
+    kinds = {name: list(dict.fromkeys(each)) for name, each in wholes.items() if each}
+    return {name: (each * _LAYERS)[:_LAYERS] for name, each in kinds.items()}
+
+
+def tiny_configs(model_type: str) -> Iterator[Any]:
+    """Yields transformers' configurations of a tiny model; not all of them fit together."""
     import transformers
 
     kind = transformers.CONFIG_MAPPING[model_type]
     defaults = kind().to_dict()
-    known = {name: _SIZES[name] for name in _SIZES if name in defaults}
-    text = defaults.get("text_config")
-    if isinstance(text, dict):
-        known["text_config"] = {name: _SIZES[name] for name in _SIZES if name in text}
-    for own in (known, known.get("text_config", {})):
-        if "qk_rope_head_dim" in own:  # the size of a head follows from its parts
-            own.pop("head_dim", None)
-            own.pop("qk_head_dim", None)
-            own["num_key_value_heads"] = own.get("num_attention_heads", 4)
-    known |= _OWN.get(model_type, {})
-    for drop in ((), ("head_dim",), _NULLABLE):
+    own = _OWN.get(model_type, {})
+    known = _sizes(defaults) | own
+    texts = {name: each for name, each in known.items() if not isinstance(each, dict)}
+    texts |= {name: known[name] for name in ("text_config",) if name in known}
+    heads = ("head_dim",)
+    drops = (heads, ()) if "qk_rope_head_dim" in known else ((), heads)
+    turns = _in_turns(defaults)
+    for some in (known, texts):
+        for drop in (*drops, _LISTS, (*_LISTS, "num_kv_shared_layers")):
+            fields = _without(some, drop) | own
+            made: dict[str, Any] = {}
+            with contextlib.suppress(Exception):
+                made = kind(**fields).to_dict() | own
+            lacking = {
+                name: each
+                for name, each in turns.items()
+                if not set(each) <= set(made.get(name) or ())
+            }
+            for lists in (lacking, {}, turns):
+                with contextlib.suppress(Exception):
+                    yield kind(**fields | lists)
+    yield kind(**known)  # says what is wrong
+
+
+def random_model(model_type: str, seed: int = 0) -> Any:
+    """Returns transformers' torch model with random weights, biases and gains among them.
+
+    It has the first of the tiny configurations with which transformers' own code runs.
+    """
+    import torch
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM
+    for config in tiny_configs(model_type):
+        torch.manual_seed(seed)
         try:
-            config = kind(**{k: v for k, v in known.items() if k not in drop})
+            model = auto.from_config(config, attn_implementation="eager").float().eval()
+            with torch.no_grad():
+                model(torch.full((1, 8), 3), use_cache=False)
             break
         except Exception as error:
             last = error
     else:
         raise last
-    return config
-
-
-def random_model(model_type: str, seed: int = 0) -> Any:
-    """Returns transformers' torch model with random weights, biases and gains among them."""
-    import torch
-    import transformers
-
-    torch.manual_seed(seed)
-    config = tiny_config(model_type)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    model = model.float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -145,6 +214,28 @@ def distance(ours: Any, theirs: Any) -> float:
     return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
 
 
+def _called_linear(model: Any, kinds: tuple[type, ...]) -> list[str]:
+    """Lists the linear layers that a forward pass calls, and that return a product alone.
+
+    The kernels of others are used by hand, and PEFT's adapters of them have no effect.
+    """
+    import torch
+
+    head, called = model.get_output_embeddings(), dict[Any, bool]()
+    names = {part: n for n, part in model.named_modules() if isinstance(part, kinds)}
+
+    def record(part: Any, _: Any, out: Any) -> None:
+        rows = getattr(part, "out_features", None) or part.nf
+        called[part] = isinstance(out, torch.Tensor) and out.shape[-1] == rows
+
+    hooks = [part.register_forward_hook(record) for part in names if part is not head]
+    with torch.no_grad():
+        model(torch.full((1, 8), 3), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [name for part, name in names.items() if called.get(part)]
+
+
 def adapted_by_peft(model: Any, seed: int = 1) -> Any:
     """Returns PEFT's model with an adapter of random A and B on all linear layers."""
     import peft
@@ -152,20 +243,38 @@ def adapted_by_peft(model: Any, seed: int = 1) -> Any:
     import transformers
 
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
-    if any(name.startswith("mamba") for name in (model.config.model_type, *vars(model.config))):
+    linear = _called_linear(model, kinds)
+    if "mamba" in model.config.model_type or any(n.startswith("mamba") for n in vars(model.config)):
         linear = [n for n in linear if not n.endswith("out_proj")]  # PEFT refuses it
     if any(p.ndim == 3 for p in model.parameters()):  # PEFT would take these for the experts'
         linear = [n for n in linear if n.rpartition(".")[2] not in _OF_EXPERTS]
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=linear, task_type="CAUSAL_LM")
+    names = "|".join(
+        map(re.escape, linear)
+    )  # PEFT shortens lists, to names of other modules at times
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=names, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
+                parameter.copy_(0.1 * torch.randn_like(parameter))
     return adapted
+
+
+def _greedy_by_torch(model: Any, ids: Any) -> np.ndarray:
+    """Returns three greedy tokens of each row, for each of which torch computes the whole row.
+
+    Of several models, transformers' own cache gives other tokens, or none.
+    """
+    import torch
+
+    rows = ids
+    with torch.no_grad():
+        for _ in range(3):
+            drawn = model(rows, use_cache=False).logits[:, -1:].argmax(-1)
+            rows = torch.cat([rows, drawn], dim=1)
+    tokens: np.ndarray = rows[:, ids.shape[1] :].numpy()
+    return tokens
 
 
 def _loss_of(logits: Any, ids: Any) -> Any:
@@ -196,9 +305,7 @@ def compare(model_type: str, folder: Path, *, generates: bool = True) -> dict[st
     facts["stacks"] = [f"{s.name}: {s.start}+{s.period}x{s.repeats}" for s in fn.built.stacks]
     with torch.no_grad():
         wanted = reference(there, use_cache=False).logits.numpy()
-        if generates:
-            options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
-            greedy = reference.generate(there, **options, eos_token_id=None)[:, 11:].numpy()
+        greedy = _greedy_by_torch(reference, there) if generates else None
 
     adapted = adapted_by_peft(reference)
     adapted.save_pretrained(folder / "adapter")
@@ -240,7 +347,7 @@ def compare(model_type: str, folder: Path, *, generates: bool = True) -> dict[st
     adapted.set_adapter("stepped")
     with torch.no_grad():
         facts["step"] = distance(logits, adapted(there, use_cache=False).logits.numpy())
-    if generates:
+    if greedy is not None:
         drawn = models.generate(fn, params, ids, max_new_tokens=3, eos_token_id=[])
         facts["greedy"] = bool(np.array_equal(np.asarray(drawn), greedy))
     facts["seconds"] = time.perf_counter() - began
