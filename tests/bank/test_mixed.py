@@ -118,13 +118,18 @@ NAMES = ["two", "base", "three", "one", "two"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["qwen3", "mixtral"])
+@pytest.mark.parametrize("case", ["qwen3", "mixtral", "qwen3.5"])
 def test_decoders(case):
     """Logits and greedy answers, by a KV cache, of rows that are padded on either side."""
     model, params = tiny.decoder(case)
     mlp = [] if case == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
-    rule = {**RULE, "targets": [*(f"{name}_proj" for name in "qkvo"), *mlp]}
-    kinds = KINDS | {"three": KINDS["three"] | {"targets": ["o_proj", *mlp[2:]]}}
+    linear = [f"in_proj_{name}" for name in model.config.linear_projections]
+    linear = [*linear, "out_proj"] if model.config.linear_layers else []
+    rule = {**RULE, "targets": [*(f"{name}_proj" for name in "qkvo"), *mlp, *linear]}
+    three = {"targets": ["o_proj", *mlp[2:]]}
+    if linear:  # two layers a stack
+        three = {"targets": ["in_proj_z", "out_proj", "down_proj"], "layers": [1]}
+    kinds = KINDS | {"three": KINDS["three"] | three}
     trees = adapters(params, [rule], **kinds)
     bank = banked(params, [lj.LoraRule(**rule)], trees)
     rng = np.random.default_rng(0)

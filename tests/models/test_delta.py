@@ -1,5 +1,6 @@
 """Linear layers: the chunked delta rule against NumPy's step by step, and packed rows."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import Decoder, DecoderConfig, init_cache, sample, share
+from lora_jax.models import Decoder, DecoderConfig, Shared, init_cache, sample
+from lora_jax.models.layers.cache import Cache, Recurrent
 from lora_jax.models.layers.delta import RecurrentTokens, gated_delta_rule, short_convolution
+from lora_jax.models.sampling.slots import run_chunk
 from tests.models import tiny
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5, 4
@@ -162,9 +165,62 @@ def test_a_row_that_is_padding_keeps_its_state() -> None:
         assert np.abs(old[:, 0] - new[:, 0]).max() > 1e-2
 
 
-def test_there_is_nothing_to_share() -> None:
-    with pytest.raises(ValueError, match="a qwen3_5_text model has linear layers"):
-        share(*tiny.decoder("qwen3.5"), np.arange(3))
+def test_tokens_that_another_model_shared() -> None:
+    config = tiny.config("qwen3.5")
+    shared = Shared(*np.zeros((2, 2, 3, 4, 16), np.float32))
+    with pytest.raises(ValueError, match="of a model with other layers"):
+        init_cache(config, 2, 9, shared=shared)
+    memory = Recurrent(*(np.zeros((4, 1, *shape)) for shape in config.recurrent_shapes))
+    assert init_cache(config, 2, 9, shared=shared._replace(recurrent=memory)).length[1] == 4
+    with pytest.raises(ValueError, match="of a model with other layers"):
+        init_cache(tiny.config("qwen3"), 2, 9, shared=shared._replace(recurrent=memory))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen3.5", "qwen3-next", "qwen3.5 with every option"])
+def test_prompts_run_in_chunks(case: str) -> None:
+    """Cut anywhere and filled up, a prompt has the logits of the whole; so has what follows a copy.
+
+    The copy has the memory at its own end: that of the whole prompt gives other logits.
+    """
+    model, params = tiny.decoder(case)
+    params = jax.tree.map(lambda x: 0.4 * x, params)  # large weights amplify rounding
+    ids, other = tiny.tokens(3, 2, 72)
+    run = jax.jit(functools.partial(run_chunk, model.apply), compiler_options=tiny.FAST_COMPILE)
+
+    def whole(ids: np.ndarray) -> np.ndarray:
+        return np.asarray(tiny.run(model, params, ids[None]))[0]
+
+    def through(chunk: int, ids: np.ndarray, cache: Cache) -> dict[int, tuple[Any, Cache]]:
+        ends = {}
+        for first in range(0, len(ids), chunk):
+            part = np.full((1, chunk), 7, np.int32)
+            n = len(ids[first : first + chunk])
+            part[0, :n] = ids[first : first + chunk]
+            logits, cache = run(params, part, np.int32(n), cache)
+            ends[first + n] = logits[0], cache
+        return ends
+
+    want = whole(ids)
+    for chunk in (5, 32, 66, 72):
+        ends = through(chunk, ids, init_cache(model.config, 1, 144))
+        for end, (logits, _) in ends.items():
+            tiny.assert_close(logits, want[end - 1], 1e-5)
+        if chunk != 32:
+            continue
+        branched = np.concatenate([ids[:32], other[32:]])
+        cache = ends[72][1]
+        errors = []
+        for memory in (ends[32][1].recurrent, cache.recurrent):
+            start = cache._replace(
+                positions=jnp.where(cache.positions < 32, cache.positions, -1),
+                filled=jnp.int32(32),
+                length=jnp.full_like(cache.length, 32),
+                recurrent=memory,
+            )
+            got, _ = through(chunk, branched[32:], start)[40]
+            errors.append(np.abs(got - whole(branched)[-1]).max())
+        assert errors[0] < 1e-5 * max(1, np.abs(want).max()) and errors[1] > 1e-3
 
 
 @pytest.mark.slow

@@ -200,6 +200,8 @@ def test_refusals(tiny_model: Any) -> None:
     [
         ("gemma3 with every option", Blockwise(block=3, spans=2)),
         ("phi3 with a long context", "dense"),
+        ("qwen3.5", "dense"),
+        ("qwen3-next", "dense"),
         ("gpt2", "dense"),
     ],
     often=["gpt2, dense"],

@@ -82,10 +82,12 @@ class Driver:
 MESH = make_mesh(jax.devices()[:1])
 
 
-@pytest.fixture(scope="module")
-def driver():
-    model, plain = tiny.decoder("llama3")
-    rules = [lj.LoraRule(targets=["q_proj", "v_proj", "down_proj"], rank=3, alpha=5)]
+@pytest.fixture(scope="module", params=["llama3", "qwen3.5"])
+def driver(request):
+    model, plain = tiny.decoder(request.param)
+    linear = ["in_proj_qkv", "in_proj_b"] if model.config.linear_layers else []
+    targets = ["q_proj", "v_proj", "down_proj", *linear]
+    rules = [lj.LoraRule(targets=targets, rank=3, alpha=5)]
     params = with_random_factors(lj.lorafy(plain, rules))
     return Driver((model, params, lj.adapt(model.apply)))
 

@@ -115,7 +115,7 @@ def test_a_run_and_its_answers(tmp_path, capsys, fields) -> None:
     moved = jax.jit(lj.adapt(model.apply))({"params": tree}, ids)
     assert np.abs(moved - tiny_models.run(model, params, ids)).max() > 1e-4
     capsys.readouterr()
-    # A common beginning, which other models run once: answers are those of each prompt alone.
+    # A common beginning, which runs once: answers are those of each prompt alone.
     prompts = ["The sum of 1 and 7?", "The sum of 1 and 9 or 10?"]
     alone = []
     for asked in ([prompts[0]], [prompts[1]], prompts):

@@ -62,8 +62,8 @@ def complete_prompts(
     """Returns the tokens of each prompt's greedy continuation, with the one that ends it.
 
     A prefix shared by all prompts (a system prompt, solved examples) runs through the model once,
-    and is held once for all rows; not in a model with linear layers, which have no keys to share,
-    nor for an activated LoRA, whose invocation is looked for in whole prompts.
+    and is held once for all rows; not for an activated LoRA, whose invocation is looked for in
+    whole prompts.
 
     Args:
       model: a decoder.
@@ -75,8 +75,7 @@ def complete_prompts(
         again: each new function compiles.
       progress: is called with the number of answers so far, and of all.
     """
-    linear = len(getattr(model.config, "linear_layers", ()))
-    apart = linear > 0 or _keeps_tokens(model) or bool(invocations_of(params))
+    apart = _keeps_tokens(model) or bool(invocations_of(params))
     n_shared = 0 if apart else _n_shared(prompts)
     rests = [prompt[n_shared:] for prompt in prompts]
     length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE

@@ -76,16 +76,14 @@ def _check(config: Config, outline: ModelInfo) -> CallFormat:
     """Returns the format of a model's calls.
 
     Raises:
-      UserError: it has none, or keeps more of a row than keys and values.
+      UserError: it has none, or is no model of `lora_jax.models`.
     """
     template = outline.tokenizer.chat_template
     option = f"--tools {' '.join(config.data.tools)}" if config.data.tools else "--environment"
-    has_memory = getattr(outline.config, "linear_layers", ())
-    if has_memory or hasattr(outline.config, "empty_cache"):
-        kind = "has linear layers" if has_memory else "is no decoder of ours"
+    if hasattr(outline.config, "empty_cache"):
         raise UserError(
-            f"{option}: {outline.name} {kind}, whose memory of a row that waits is not kept yet; "
-            "take a model of `lora_jax.models` whose layers all have attention"
+            f"{option}: {outline.name} is no decoder of ours, whose memory of a row that waits is "
+            "not kept yet; take a model of `lora_jax.models`"
         )
     if isinstance(template, dict):
         template = template.get("tool_use", template.get("default"))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -26,17 +27,46 @@ class Cached(Protocol):
     def head_dim(self) -> int: ...
 
 
+class Recurrent(NamedTuple):
+    """The memory of linear layers, of one size after any number of tokens.
+
+    Attributes:
+      tail: [layers, batch, n, channels], the last n real tokens before the convolution; zeros where
+        there were fewer. Without the first axis for one layer.
+      state: [layers, batch, heads, key_dim, value_dim], fp32 at least; so, too.
+    """
+
+    tail: jax.Array
+    state: jax.Array
+
+    def repeat(self, n: int) -> Recurrent:
+        """Returns the memory of all layers with each row n times, side by side."""
+        return Recurrent(*(jnp.repeat(x, n, axis=1) for x in self))
+
+    def replace_rows(self, rows: jax.Array, others: Recurrent) -> Recurrent:
+        """Returns the memory with some rows, [batch] bool, taken from another one."""
+        return Recurrent(
+            *(
+                jnp.where(rows.reshape(-1, *[1] * (x.ndim - 2)), other, x)
+                for x, other in zip(self, others, strict=True)
+            )
+        )
+
+
 class Shared(NamedTuple):
-    """Keys and values of tokens that all rows begin with, held once; see ``lora_jax.models.share``.
+    """Tokens that all rows begin with, held once; see ``lora_jax.models.share``.
 
     Attributes:
       key: [layers, kv_heads, n, head_dim], rotated where the model rotates. Without the first axis
         for one layer.
       value: as key.
+      recurrent: the memory of linear layers after these tokens, of one row: each row goes on from a
+        copy of its own. None without such layers, and for one layer.
     """
 
     key: jax.Array
     value: jax.Array
+    recurrent: Recurrent | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -52,27 +82,13 @@ class Shared(NamedTuple):
         Returns:
           Keys and values, [batch, n, kv_heads, head_dim] each.
         """
-        return Shared(
-            *(jnp.broadcast_to(x.swapaxes(0, 1), (batch, *x.swapaxes(0, 1).shape)) for x in self)
-        )
+        both = (x.swapaxes(0, 1) for x in (self.key, self.value))
+        return Shared(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in both))
 
     def for_rows(self, batch: int) -> Shared:
         """Returns `repeat`, by its earlier name."""
         warn_of_name("Shared.for_rows", "repeat")
         return self.repeat(batch)
-
-
-class Recurrent(NamedTuple):
-    """The memory of linear layers, of one size after any number of tokens.
-
-    Attributes:
-      tail: [layers, batch, n, channels], the last n real tokens before the convolution; zeros where
-        there were fewer. Without the first axis for one layer.
-      state: [layers, batch, heads, key_dim, value_dim], fp32 at least; so, too.
-    """
-
-    tail: jax.Array
-    state: jax.Array
 
 
 class LayerCache(NamedTuple):
@@ -103,7 +119,8 @@ class Cache(NamedTuple):
       length: [batch] int32, the next token's position: the number of the row's tokens, shared ones
         included, padding not.
       shared: the tokens before slot 0 of every row, or None.
-      recurrent: what linear layers remember; None without such layers.
+      recurrent: what linear layers remember of each row, shared tokens included; None without such
+        layers.
       routing: [layers, batch, max_len, k] int16, the experts that each token went through; None
         where nobody asks for them.
     """
@@ -137,7 +154,7 @@ class Cache(NamedTuple):
             value=jnp.repeat(self.value, n, axis=1),
             positions=jnp.repeat(self.positions, n, axis=0),
             length=jnp.repeat(self.length, n, axis=0),
-            recurrent=jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), self.recurrent),
+            recurrent=self.recurrent and self.recurrent.repeat(n),
             routing=None if self.routing is None else jnp.repeat(self.routing, n, axis=1),
         )
 
@@ -149,7 +166,8 @@ class Cache(NamedTuple):
     @property
     def layers(self) -> LayerCache:
         """Keys and values of all layers with attention, stacked on axis 0."""
-        return LayerCache(self.key, self.value, self.shared)
+        shared = self.shared and self.shared._replace(recurrent=None)
+        return LayerCache(self.key, self.value, shared)
 
 
 def init_cache(
@@ -176,6 +194,9 @@ def init_cache(
     Returns:
       The cache, for ``model.apply(…, cache=cache)``.
 
+    Raises:
+      ValueError: `shared` is of a model with other layers, or what the model cannot share.
+
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
     >>> config = models.read_config(fields | {"n_positions": 16})
@@ -190,13 +211,6 @@ def init_cache(
     layers = config.num_hidden_layers - linear - getattr(config, "num_kv_shared_layers", 0)
     heads, size = getattr(config, "cache_heads", (config.num_key_value_heads, config.head_dim))
     shape = (layers, batch, heads, max_len, size)
-    recurrent = None
-    if linear:
-        tail, state = config.recurrent_shapes  # type: ignore[attr-defined]
-        wide = jnp.promote_types(dtype, jnp.float32)
-        recurrent = Recurrent(
-            jnp.zeros((linear, batch, *tail), dtype), jnp.zeros((linear, batch, *state), wide)
-        )
     return Cache(
         key=jnp.zeros(shape, dtype),
         value=jnp.zeros(shape, dtype),
@@ -204,8 +218,28 @@ def init_cache(
         filled=jnp.zeros((), jnp.int32),
         length=jnp.full((batch,), shared.n_tokens if shared else 0, jnp.int32),
         shared=shared,
-        recurrent=recurrent,
+        recurrent=_begin_recurrent(config, linear, batch, dtype, shared),
         routing=_empty_routing(config, batch, max_len) if with_routing else None,
+    )
+
+
+def _begin_recurrent(
+    config: Any, layers: int, batch: int, dtype: DTypeLike, shared: Shared | None
+) -> Recurrent | None:
+    """Returns the memory of linear layers before a row's first token, or after shared ones."""
+    if shared is not None:
+        if bool(layers) != (shared.recurrent is not None):
+            raise ValueError(
+                "the shared tokens are those of a model with other layers: run them through this "
+                "one, by `share`"
+            )
+        return shared.recurrent and shared.recurrent.repeat(batch)
+    if not layers:
+        return None
+    tail, state = config.recurrent_shapes
+    wide = np.promote_types(dtype, np.float32)
+    return Recurrent(
+        jnp.zeros((layers, batch, *tail), dtype), jnp.zeros((layers, batch, *state), wide)
     )
 
 

@@ -107,10 +107,10 @@ def share(
         to RoPE of the kind "longrope" alone, which chooses its frequencies by the number of all.
 
     Returns:
-      Keys and values, for ``generate(…, shared=…)``.
+      Keys and values, and the memory of linear layers, for ``generate(…, shared=…)``.
 
     Raises:
-      ValueError: ids is empty, or does not have one axis; or the model has linear layers.
+      ValueError: ids is empty, or does not have one axis.
 
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
@@ -125,11 +125,6 @@ def share(
     tokens = jnp.asarray(ids, jnp.int32)
     if tokens.ndim != 1 or not tokens.size:
         raise ValueError(f"ids has the shape {tokens.shape}: one axis of tokens is needed")
-    if getattr(model.config, "linear_layers", ()):
-        raise ValueError(
-            f"a {model.config.model_type} model has linear layers, which have no keys and values "
-            "to share: give generate whole prompts, without shared="
-        )
     shared: Shared = _share(params, tokens, model=model, more_tokens=more_tokens, apply=apply)
     return shared
 
@@ -143,7 +138,7 @@ def _share(
     cache = init_cache(model.config, 1, n + more_tokens, model.dtype)
     no_logits = jnp.zeros((1, 1), jnp.int32)
     _, cache = run({"params": params}, ids[None], cache=cache, logits_at=no_logits)
-    return Shared(cache.key[:, 0, :, :n], cache.value[:, 0, :, :n])
+    return Shared(cache.key[:, 0, :, :n], cache.value[:, 0, :, :n], cache.recurrent)
 
 
 # Static arguments are compared: equal models share what was compiled.

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.core.types import Forward, Model, Tree
-from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.layers.cache import Cache, Recurrent, init_cache
 from lora_jax.models.sampling.choice import (
     Sampling,
     choose,
@@ -101,7 +101,7 @@ def run_chunk(
       n: [] int32, the tokens of the chunk.
       cache: the prompt's tokens so far.
     """
-    mask, last = (jnp.arange(ids.shape[1]) < n)[None], jnp.broadcast_to(n - 1, 1)
+    mask, last = (jnp.arange(ids.shape[1], dtype=jnp.int32) < n)[None], jnp.broadcast_to(n - 1, 1)
     return next_logits(run, params, ids, cache, mask, at=last)
 
 
@@ -152,6 +152,14 @@ def take_row(rows: DecodingRows, row: Number) -> tuple[jax.Array, jax.Array]:
     return key, value
 
 
+def take_recurrent(rows: DecodingRows, row: Number) -> Recurrent | None:
+    """Returns the memory of linear layers of a row, [] int32; None without such layers."""
+    taken: Recurrent | None = jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, row, 1, axis=1), rows.cache.recurrent
+    )
+    return taken
+
+
 def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows:
     """Returns rows with a completion in one of them, [] int32."""
     length = rows.cache.positions.shape[1]
@@ -159,13 +167,14 @@ def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows
     positions = jnp.where(is_real, jnp.arange(length, dtype=jnp.int32), -1)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice(old, new[:, :, :, :length], (0, row, 0, 0, 0))
+        return lax.dynamic_update_slice_in_dim(old, new, row, axis=1)
 
-    old = rows.cache
+    old, new = rows.cache, state.cache
     return DecodingRows(
         cache=old._replace(
-            key=put(old.key, state.cache.key),
-            value=put(old.value, state.cache.value),
+            key=put(old.key, new.key[:, :, :, :length]),
+            value=put(old.value, new.value[:, :, :, :length]),
+            recurrent=jax.tree.map(put, old.recurrent, new.recurrent),
             positions=old.positions.at[row].set(positions),
             length=old.length.at[row].set(state.n),
         ),
@@ -197,5 +206,6 @@ def fit_rows(rows: DecodingRows, order: jax.Array | np.ndarray, length: int) -> 
         value=resize(cache.value[:, order], 3, 0),
         positions=resize(cache.positions[order], 1, -1),
         length=cache.length[order],
+        recurrent=jax.tree.map(lambda x: x[:, order], cache.recurrent),
     )
     return DecodingRows(fitted, *jax.tree.map(lambda x: x[order], rows[1:]))

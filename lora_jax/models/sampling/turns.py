@@ -1,6 +1,6 @@
 """Completions of several turns: between two of a row, tokens join it that nobody drew.
 
-Rows wait and go on independently: one that waits keeps its place, and its keys and values. A turn
+Rows wait and go on independently: one that waits keeps its place, and what its cache holds. A turn
 begins with a chunk of tokens (the prompt, or what answered the turn before), run for that row
 alone; then all rows that are drawing take a token at a time. All shapes are fixed, so that neither
 the other rows nor the time at which a row goes on change what it draws.
@@ -28,6 +28,7 @@ from lora_jax.models.sampling.slots import (
     decode_rows,
     draw_tokens,
     insert_row,
+    take_recurrent,
     take_row,
 )
 
@@ -71,7 +72,7 @@ def turn_key(key: jax.Array, turn: int) -> jax.Array:
 
 
 def copy_row(rows: DecodingRows, row: Number, n: Number) -> Cache:
-    """Returns the first n tokens, [] int32, of a row as a cache for `run_chunk`."""
+    """Returns a row, which has n tokens, [] int32, as a cache for `run_chunk`."""
     key, value = take_row(rows, row)
     slots = jnp.arange(rows.cache.positions.shape[1], dtype=jnp.int32)
     return rows.cache._replace(
@@ -80,6 +81,7 @@ def copy_row(rows: DecodingRows, row: Number, n: Number) -> Cache:
         positions=jnp.where(slots < n, slots, -1)[None],
         filled=jnp.asarray(n, jnp.int32),
         length=jnp.full(1, n, jnp.int32),
+        recurrent=take_recurrent(rows, row),
     )
 
 
@@ -125,10 +127,14 @@ def decode_turns(
     def step(state: tuple[DecodingRows, TokenBlock]) -> tuple[DecodingRows, TokenBlock]:
         before, block = state
         after, tokens = decode_rows(run, params, before, 1, _NO_TOP)
-        # A row that waits writes its next slot again and again, until a token of its own does.
+        # A row that waits writes its next slot again and again, until a token of its own does. A
+        # memory without slots has to stay.
         length = jnp.where(drawing, after.cache.length, before.cache.length)
+        recurrent = before.cache.recurrent
+        if recurrent is not None and after.cache.recurrent is not None:
+            recurrent = recurrent.replace_rows(drawing, after.cache.recurrent)
         rows = after._replace(
-            cache=after.cache._replace(length=length),
+            cache=after.cache._replace(length=length, recurrent=recurrent),
             last=jnp.where(drawing, after.last, before.last),
             drawn=jnp.where(drawing, after.drawn, before.drawn),
         )
