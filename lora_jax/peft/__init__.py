@@ -11,7 +11,7 @@ from lora_jax.peft.errors import PeftError
 from lora_jax.peft.gguf import save_gguf
 from lora_jax.peft.load import load
 from lora_jax.peft.rules import rules
-from lora_jax.peft.save import save
+from lora_jax.peft.save import can_hold, save
 from lora_jax.peft.serving import serving_problems
 
-__all__ = ["PeftError", "load", "rules", "save", "save_gguf", "serving_problems"]
+__all__ = ["PeftError", "can_hold", "load", "rules", "save", "save_gguf", "serving_problems"]

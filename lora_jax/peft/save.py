@@ -118,6 +118,12 @@ def save(
                 (partial / file).write_text(content, encoding="utf-8")
 
 
+def can_hold(model: Model, path: str) -> bool:
+    """Returns False for a projection of an MLP that PEFT takes for one of experts; see `save`."""
+    of_mlp = _OF_MLP.search(path.replace("/", ".") + ".")
+    return of_mlp is None or getattr(model.config, "model_type", None) not in _TAKEN_FOR_EXPERTS
+
+
 def contents(
     model: Model, params: Tree, embedding_layers: bool = True
 ) -> tuple[JsonObject, dict[str, np.ndarray]]:

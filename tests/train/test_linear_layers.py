@@ -19,7 +19,6 @@ from train.console.errors import UserError
 from train.generate.__main__ import main as generate
 from train.options.common import AdapterConfig
 from train.run.rules import rules
-from train.serve.__main__ import main as serve
 from train.sft import main as sft
 
 FIELDS = {
@@ -83,14 +82,6 @@ def test_layers_of_runs_are_counted_in_the_model() -> None:
     assert ranks == {"dense/kv_b_proj": (0, 3), "sparse/kv_b_proj": (0, 3, 0)}
     shared = tree["model"]["layers"]["sparse"]["mlp"]["shared_experts"]
     assert {shared[name]["kernel"].ranks for name in shared} == {(0, 3, 0)}
-
-
-def test_a_server_says_what_it_lacks(tmp_path, capsys) -> None:
-    folder = write_model(tmp_path, **FIELDS)
-    with pytest.raises(SystemExit):
-        serve(["--model", str(folder), "--output", str(tmp_path / "served")])
-    assert "has linear layers" in capsys.readouterr().err
-    assert not (tmp_path / "served").exists()
 
 
 @pytest.mark.slow

@@ -69,12 +69,6 @@ def run(options: ServeOptions) -> None:
             "library: a server keeps keys and values of prompts, and a torch module's are its own; "
             "answer by train.generate, or serve a saved model elsewhere"
         )
-    if getattr(outline.config, "linear_layers", ()):
-        raise UserError(
-            f"--model {options.model} ({outline.config.model_type}) has linear layers: a server "
-            "keeps keys and values of prompts, and not yet what such layers remember; answer by "
-            "train.generate, or serve a saved model elsewhere"
-        )
     outline, sampling = apply_generation_config(outline, options.generation_config)
     length = length_of(options, outline)
     layout = _layout(options, outline)

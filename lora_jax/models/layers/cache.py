@@ -82,8 +82,11 @@ class Shared(NamedTuple):
         Returns:
           Keys and values, [batch, n, kv_heads, head_dim] each.
         """
-        both = (x.swapaxes(0, 1) for x in (self.key, self.value))
-        return Shared(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in both))
+        key, value = (
+            jnp.broadcast_to(x.swapaxes(0, 1), (batch, *x.swapaxes(0, 1).shape))
+            for x in (self.key, self.value)
+        )
+        return Shared(key, value)
 
     def for_rows(self, batch: int) -> Shared:
         """Returns `repeat`, by its earlier name."""

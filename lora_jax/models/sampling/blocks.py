@@ -1,4 +1,4 @@
-"""Blocks of a cache: the keys and values of some consecutive tokens, to be put into other caches.
+"""Blocks of a cache: what it holds of some consecutive tokens, to be put into other caches.
 
 All functions are pure; the caller compiles them.
 """
@@ -9,22 +9,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.models.layers.cache import Cache, Recurrent
-from lora_jax.models.sampling.slots import DecodingRows, Number, take_row
+from lora_jax.models.sampling.slots import DecodingRows, Number, take_recurrent, take_row
 
 
 class CacheBlock(NamedTuple):
-    """Keys, values and memories of some consecutive tokens of one row.
+    """Keys, values and memories of some consecutive tokens of one row, on the device or the host.
 
     Attributes:
       key, value: [layers, 1, kv_heads, n, head_dim].
-      recurrent: what linear layers remember after the last of the tokens; None without such layers.
+      recurrent: what linear layers remember after the last of the tokens; None without such layers,
+        or where nothing goes on from that token.
     """
 
-    key: jax.Array
-    value: jax.Array
+    key: jax.Array | np.ndarray
+    value: jax.Array | np.ndarray
     recurrent: Recurrent | None = None
 
     @property
@@ -42,20 +44,23 @@ def take_block(cache: Cache, first: Number, n: int) -> CacheBlock:
       n: number of tokens.
     """
     key, value = (lax.dynamic_slice_in_dim(x, first, n, axis=3) for x in (cache.key, cache.value))
-    return CacheBlock(key, value, cache.recurrent)
+    return CacheBlock(key, value, _copy(cache.recurrent))
 
 
 def take_row_block(rows: DecodingRows, row: Number, first: Number, n: int) -> CacheBlock:
-    """Returns a copy of n tokens of a row; of models without linear layers."""
+    """Returns a copy of n tokens of a row, and its memory after its newest token."""
     key, value = (lax.dynamic_slice_in_dim(x, first, n, axis=3) for x in take_row(rows, row))
-    return CacheBlock(key, value)
+    return CacheBlock(key, value, take_recurrent(rows, row))
 
 
 def put_block(cache: Cache, first: Number, block: CacheBlock) -> Cache:
-    """Returns the cache of one row with a block behind its first tokens, [] int32 of them."""
+    """Returns the cache of one row with a block behind its first tokens, [] int32 of them.
+
+    A block without a memory leaves that of the tokens before it: one that has it has to follow.
+    """
     end = first + block.key.shape[3]
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    def put(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(old, new, first, axis=3)
 
     slots = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)
@@ -65,8 +70,13 @@ def put_block(cache: Cache, first: Number, block: CacheBlock) -> Cache:
         positions=jnp.where(slots < end, slots, -1)[None],
         filled=jnp.asarray(end, jnp.int32),
         length=jnp.full_like(cache.length, end),
-        recurrent=block.recurrent,
+        recurrent=cache.recurrent if block.recurrent is None else _copy(block.recurrent),
     )
+
+
+def _copy(recurrent: Recurrent | None) -> Recurrent | None:
+    """Returns a memory in arrays of its own: caches are given away to what runs next."""
+    return recurrent and Recurrent(*(jnp.array(x, copy=True) for x in recurrent))
 
 
 def grow_cache(cache: Cache, length: int) -> Cache:

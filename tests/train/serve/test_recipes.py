@@ -34,11 +34,21 @@ SHOT = (
     "positions 3, 8, and 9. \\boxed{3}\n\n"
 )
 WORDS = "cat dog sun sea red blue".split()
+DEFAULT = "Qwen/Qwen3.5-9B-Base"  # the model of recipes that are given none
 CONFIG = {name: value for name, value in mixture.CONFIG.items() if "expert" not in name} | {
     "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
+}
+DEFAULT_CONFIG = CONFIG | {
+    "model_type": "qwen3_5_text",
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 16,
 }
 
 
@@ -86,6 +96,12 @@ def work(tmp_path_factory):
     files = f"--model {folder}/untrained --dataset {folder}/rows.jsonl --output {folder}/taught"
     sft.main([*line.split(), *files.split(), "--report-to", "none"])
     export.main(["--adapter", f"{folder}/taught", "--merged", "--output", f"{folder}/{NAME}"])
+    write_data(folder, draw)
+    return folder
+
+
+def write_data(folder, draw):
+    """Writes the recipes' data, in folders that are named as on the hub."""
     for split, n in (("train", 200), ("test", 8)):
         said = [draw.sample(WORDS, 2) for _ in range(n)]
         turns = [
@@ -106,7 +122,6 @@ def work(tmp_path_factory):
     files = "".join(f"  - split: {s}\n    path: main/{s}.jsonl\n" for s in ("train", "test"))
     head = f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n"
     (folder / "openai/gsm8k/README.md").write_text(head)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +141,7 @@ def started(server, recipe, run, **options):
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "hf")}
     client = {"TINKER_API_KEY": "tml-dummy", "TINKER_TELEMETRY": "0"}
     given = {"base_url": f"http://127.0.0.1:{server.port}", "model_name": NAME} | options
-    line = [f"{name}={value}" for name, value in given.items()]
+    line = [f"{name}={value}" for name, value in given.items() if value is not None]
     command = [
         sys.executable,
         "-m",
@@ -195,6 +210,29 @@ def whole(server):
         return found[name]
 
     return of
+
+
+def test_loops_run_by_their_default_model(tmp_path):
+    """A tiny Qwen3.5 of random weights: none of its answers is right."""
+    draw = random.Random(0)
+    rows = [*taught_rows(draw, 500)]
+    tokenizer = word_tokenizer(row["prompt"] + row["completion"] for row in rows)
+    fields = DEFAULT_CONFIG | {"vocab_size": len(tokenizer)}
+    write_untrained(fields, tokenizer, tmp_path / DEFAULT)
+    write_data(tmp_path, draw)
+    server = serve(tmp_path, DEFAULT, "--max-length 256 --sequences 16 --slots 3 --tenants 2")
+    try:
+        server.ready()
+        how = SL | {"max_steps": 4, "model_name": None}
+        lines = ended(server, started(server, "sl_loop", "sl", **how), "sl")
+        losses = [line["train_mean_nll"] for line in lines if "train_mean_nll" in line]
+        assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
+        how = COMMON | {"batch_size": 4, "max_steps": 2, "model_name": None}
+        lines = ended(server, started(server, "rl_loop", "rl", **how), "rl")
+        assert sum("reward/total" in line for line in lines) == 2
+        server.end()
+    finally:
+        server.kill()
 
 
 def test_sl_loop_learns(whole):

@@ -28,6 +28,7 @@ from lora_jax.core.types import Model, Tree
 from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
+from lora_jax.peft.experts import experts_of
 from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
@@ -120,7 +121,11 @@ class ServedBase:
         self._place = functools.partial(jax.device_put, device=(layout or one_device()).whole)
         kinds = models.kinds(model.config)
         self._paths = {
-            part: [path for path, kind in kinds.items() if kind in of and _is_matrix(path)]
+            part: [
+                path
+                for path, kind in kinds.items()
+                if kind in of and _is_matrix(path) and peft.can_hold(model, path)
+            ]
             for part, of in {
                 "attention": {"attention"},
                 "mlp": {"mlp", "experts"},
@@ -222,6 +227,7 @@ class ServedBase:
         saved = folder / SPEC
         about = json.loads(saved.read_text()) if saved.exists() else {}
         spec = AdapterSpec(**about["spec"]) if about else self._spec_of(read)
+        read = self._part_experts(read, spec.rank) if about else read
         invocation, nodes = self._invocation_of(folder.name, read)
         adapter = dataclasses.replace(self._adapter(spec, nodes), invocation=invocation)
         if not all(
@@ -333,6 +339,25 @@ class ServedBase:
                     f"be the base's at {path}"
                 )
         return invocation, {path: node.replace(invocation=None) for path, node in nodes.items()}
+
+    def _part_experts(self, nodes: Nodes, rank: int) -> Nodes:
+        """Returns an adapter of this server at its rank.
+
+        PEFT's files hold gate and up of experts as one weight, their factors side by side: each
+        would get those of the other, too, and other places than the optimiser's moments have.
+        """
+        parted = dict(nodes)
+        for expert in experts_of(self.model):
+            node = nodes.get(expert.path)
+            if expert.half is None or not isinstance(node, LoraWeight):
+                continue
+            if {*node.ranks} != {2 * rank}:  # one A for both
+                continue
+            own = slice(expert.half * rank, (expert.half + 1) * rank)
+            at = (slice(None),) * self.slots[expert.path].slot_axis + (own,)
+            a, b = (np.asarray(part)[at] for part in (node.a, node.b))
+            parted[expert.path] = node.replace(a=a, b=b, ranks=(rank,) * len(node.ranks))
+        return parted
 
     def _spec_of(self, nodes: Nodes) -> AdapterSpec:
         """Returns the description of an adapter from elsewhere."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.models.sampling.blocks import CacheBlock
 from train.serve.engine.base import Adapter
 from train.serve.engine.turns import TurnPath
 from train.serve.protocol.limits import TokenConstraint
@@ -55,7 +56,7 @@ class ActiveCompletion:
     """A completion under way.
 
     Attributes:
-      cache: keys and values, in the host's memory, while it is paused; see `SamplingPrograms.take`.
+      cache: its cache, in the host's memory, while it is paused; see `SamplingPrograms.take`.
       constraint: what its grammar allows; None without one.
       allowed: the mask of the tokens that its request allows, once it was made.
       problem: why no further token may come; None where one may.
@@ -66,7 +67,7 @@ class ActiveCompletion:
     ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
-    cache: tuple[np.ndarray, np.ndarray] | None = None
+    cache: CacheBlock | None = None
     constraint: TokenConstraint | None = None
     allowed: np.ndarray | None = None
     problem: str | None = None

@@ -40,6 +40,11 @@ class _Node:
     block: CacheBlock | None = None
     later: "dict[bytes, _Node]" = dataclasses.field(default_factory=dict)
 
+    @property
+    def has_memory(self) -> bool:
+        """True where the block has the memory of linear layers."""
+        return self.block is not None and self.block.recurrent is not None
+
 
 class _Owned:
     """The texts of an owner.
@@ -57,11 +62,25 @@ class _Owned:
         self.size = 0
 
     def evict(self) -> None:
-        """Forgets the block that was not used for the longest time."""
+        """Forgets the part that was not used for the longest time.
+
+        That is a memory of linear layers after which texts go on in one way alone, since few will
+        go on in another; then blocks.
+        """
+        for node in self.used:
+            if len(node.later) == 1 and node.has_memory:
+                assert node.block is not None
+                self.replace(node, node.block._replace(recurrent=None))
+                return
         node, _ = self.used.popitem(last=False)
         assert node.parent is not None and node.block is not None
         del node.parent.later[node.ids]
         self.size -= node.block.size
+
+    def replace(self, node: _Node, block: CacheBlock) -> None:
+        """Gives a node a block, in the place of the one that it may have."""
+        self.size += block.size - (node.block.size if node.block else 0)
+        node.block = block
 
 
 class _Base:
@@ -78,14 +97,16 @@ class PrefixStore:
     time: nobody's many texts drive out those of others with fewer.
     """
 
-    def __init__(self, chunk: int, most: int) -> None:
+    def __init__(self, chunk: int, most: int, needs_memory: bool = False) -> None:
         """Begins without any.
 
         Args:
           chunk: tokens of a block.
           most: bytes of all blocks at most.
+          needs_memory: whether a text goes on only from a block that has the memory of linear
+            layers.
         """
-        self._chunk, self._most = chunk, most
+        self._chunk, self._most, self._needs_memory = chunk, most, needs_memory
         self._owners: dict[Hashable, _Owned] = {}
 
     @property
@@ -98,7 +119,7 @@ class PrefixStore:
         self._owners.clear()
 
     def find(self, scope: PrefixScope, ids: np.ndarray) -> list[CacheBlock]:
-        """Returns the blocks that a text begins with, in order; they count as used.
+        """Returns the blocks that a text can go on from, in order; they count as used.
 
         Args:
           scope: the scope.
@@ -112,6 +133,8 @@ class PrefixStore:
             if (later := node.later.get(part)) is None:
                 break
             nodes.append(node := later)
+        while self._needs_memory and nodes and not nodes[-1].has_memory:
+            nodes.pop()
         for node in reversed(nodes):
             owned.used.move_to_end(node)
         return [node.block for node in nodes if node.block is not None]
@@ -122,7 +145,7 @@ class PrefixStore:
         Args:
           scope: the scope.
           ids: [n] int32, the text up to the end of the block.
-          make: computes the block; it is not called for one that is kept.
+          make: computes the block; it is not called for one that is kept as a whole.
         """
         if not self._most:
             return
@@ -132,12 +155,13 @@ class PrefixStore:
             if (later := nodes[-1].later.get(part)) is None:
                 return
             nodes.append(later)
-        if last in nodes[-1].later:
+        node = nodes[-1].later.get(last)
+        if node is not None and (node.has_memory or not self._needs_memory):
             return
-        block = make()
-        nodes.append(_Node(nodes[-1], last, block))
-        nodes[-2].later[last] = nodes[-1]
-        owned.size += block.size
+        node = node or _Node(nodes[-1], last)
+        owned.replace(node, make())
+        nodes[-1].later[last] = node
+        nodes.append(node)
         for node in reversed(nodes[1:]):
             owned.used[node] = None
             owned.used.move_to_end(node)

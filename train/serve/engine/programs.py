@@ -51,7 +51,10 @@ class SamplingPrograms:
         """
         self._model, self._layout, self.chunk = model, layout, chunk
         self._place = functools.partial(jax.device_put, device=layout.whole)
-        self._forward, self._adapted = mixed(model.apply), lj.adapt(model.apply)
+        # Experts sort the tokens of all rows together, which nothing tells apart afterwards.
+        one_by_one = bool(getattr(model.config, "num_experts", 0))
+        self._forward = mixed(model.apply, one_by_one=one_by_one)
+        self._adapted = lj.adapt(model.apply)
         kinds = models.kinds(model.config)
         self._by_token = {path for path, kind in kinds.items() if meets_every_token(kind)}
         self.compiled = 0
@@ -61,7 +64,6 @@ class SamplingPrograms:
         self.put = self._program(blocks.put_block, donate_argnums=0)
         self.insert = self._program(slots.insert_row, donate_argnums=0)
         self.fit = self._program(slots.fit_rows, static_argnums=2)
-        self._take = self._program(slots.take_row)
         self.extend = self._program(self._run_chunk, donate_argnums=4)
         self.extend_after = self._program(self._run_activated, donate_argnums=4)
         self.extend_all = self._program(self._run_pieces, donate_argnums=4)
@@ -101,6 +103,11 @@ class SamplingPrograms:
         return run
 
     @property
+    def has_memory(self) -> bool:
+        """True where linear layers remember a row's tokens: all of them, in one state."""
+        return bool(getattr(self._model.config, "linear_layers", ()))
+
+    @property
     def depends_on_room(self) -> bool:
         """True where keys depend on the length of the cache: those that "longrope" rotates."""
         scaling = getattr(self._model.config, "rope_scaling", None)
@@ -131,24 +138,27 @@ class SamplingPrograms:
         """Returns a copy of a chunk of a row."""
         return self._row_block(rows, np.int32(row), np.int32(first), self.chunk)
 
-    def take(self, rows: DecodingRows, row: Number, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a copy of a row's keys and values, in the host's memory.
+    def take(self, rows: DecodingRows, row: Number, n: int) -> CacheBlock:
+        """Returns a copy of a row, in the host's memory.
 
         Args:
           rows: the rows.
           row: [] int32.
           n: the number of tokens in its cache.
         """
-        key, value = (np.array(np.asarray(x)[:, :, :, :n]) for x in self._take(rows, row))
-        return key, value
+        length = rows.cache.positions.shape[1]
+        whole = self._row_block(rows, row, np.int32(0), length)
+        key, value = (np.array(np.asarray(x)[:, :, :, :n]) for x in (whole.key, whole.value))
+        return CacheBlock(key, value, jax.tree.map(np.array, whole.recurrent))
 
-    def give(self, key: np.ndarray, value: np.ndarray, length: int) -> Cache:
+    def give(self, block: CacheBlock, length: int) -> Cache:
         """Returns the arrays of `take` as the cache of a prompt of at most this length."""
         cache = self.prompt(length)
-        room = [(0, 0)] * key.ndim
-        room[3] = (0, cache.positions.shape[1] - key.shape[3])
-        key, value = (np.pad(x, room) for x in (key, value))
-        return cache._replace(key=self._place(key), value=self._place(value))
+        room = [(0, 0)] * block.key.ndim
+        room[3] = (0, cache.positions.shape[1] - block.key.shape[3])
+        key, value = (np.pad(x, room) for x in (block.key, block.value))
+        key, value, recurrent = self._place((key, value, block.recurrent))
+        return cache._replace(key=key, value=value, recurrent=recurrent)
 
     def _run_chunk(
         self, tree: Tree, slot: Number, ids: np.ndarray, n: Number, cache: Cache

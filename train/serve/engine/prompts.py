@@ -67,7 +67,7 @@ class PromptRunner:
     def __init__(self, programs: SamplingPrograms, sizes: Sizes) -> None:
         """Begins without any."""
         self._programs, self._sizes, self._chunk = programs, sizes, sizes.chunk
-        self.store = PrefixStore(sizes.chunk, sizes.prefixes)
+        self.store = PrefixStore(sizes.chunk, sizes.prefixes, programs.has_memory)
 
     def begin(self, job: SampleJob) -> RunningPrompt:
         """Returns a sample's prompt, of which nothing ran yet."""
@@ -118,11 +118,13 @@ class PromptRunner:
     def keep_drawn(self, row: ActiveCompletion, rows: RunningRows) -> None:
         """Keeps the tokens of a completion to be found again, where last bits may differ.
 
+        Not in models with linear layers: these remember a row's newest token, not each chunk's end.
+
         Args:
           row: a completion that ends.
           rows: the rows, one of which still is its.
         """
-        if not self._sizes.fast_prompts or row.job.active:
+        if not self._sizes.fast_prompts or self._programs.has_memory or row.job.active:
             return
         scope, first = self._scope(row.job), len(row.job.request.prompt)
         ids = np.asarray([*row.job.request.prompt, *row.ids[:-1]], np.int32)
@@ -220,7 +222,10 @@ class PromptRunner:
         for length in self._sizes.caches:
             cache = programs.prompt(length)
             logits, cache = programs.extend(tree, np.int32(0), ids, np.int32(1), cache)
-            cache = programs.put(cache, np.int32(0), programs.block(cache, 0))
+            block = programs.block(cache, 0)
+            cache = programs.put(cache, np.int32(0), block)
+            if programs.has_memory:
+                cache = programs.put(cache, np.int32(0), block._replace(recurrent=None))
             caches.append(cache)
             yield
             if self._sizes.fast_prompts:

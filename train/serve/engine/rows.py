@@ -83,7 +83,7 @@ class RunningRows:
         return tokens
 
     def pause(self, row: ActiveCompletion) -> None:
-        """Takes a completion out of its row; its keys and values go to the host's memory."""
+        """Takes a completion out of its row; its cache goes to the host's memory."""
         row.cache = self._programs.take(self._arrays, np.int32(self._place(row)), row.n_cached)
         self.free(row)
 
@@ -95,7 +95,7 @@ class RunningRows:
         """Gives a paused completion a row again, in which it goes on with the same bits."""
         assert row.cache is not None
         length = self._sizes.cache(row.n_cached)
-        cache, sampling = self._programs.give(*row.cache, length), self._sampling(row)
+        cache, sampling = self._programs.give(row.cache, length), self._sampling(row)
         n, token, drawn = row.n_cached, row.ids[-1], len(row.ids)
         self._insert(row, cache, sampling, n=n, token=token, drawn=drawn)
         row.cache = None
@@ -210,7 +210,7 @@ class RunningRows:
                 if sizes.fast_prompts:
                     programs.row_block(rows, 0, 0)
                 yield
-                paused = programs.give(*programs.take(rows, slot, 1), length)
+                paused = programs.give(programs.take(rows, slot, 1), length)
                 rows = programs.insert(rows, slot, state._replace(cache=paused))
                 yield
                 for wide in set(sizes.widths) - {width}:

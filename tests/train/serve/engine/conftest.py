@@ -1,12 +1,13 @@
 import pytest
 
-from tests.train.serve.engine.engines import World, made_base, made_engine, running
+from tests.train.serve.engine.engines import RECURRENT, World, made_base, made_engine, running
 
 
 @pytest.fixture(scope="session")
-def base():
-    """A tiny model, and what makes adapters over it."""
-    return made_base()
+def base(request):
+    """A tiny model, and what makes adapters over it; see `of_families`."""
+    case = getattr(request, "param", None)
+    return made_base() if case is None else made_base(fields=RECURRENT[case])
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lora_jax as lj
 from lora_jax import models, peft
 from lora_jax.training.layout import one_device
+from tests.models import tiny
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
@@ -41,6 +43,20 @@ FIELDS = {
     "max_position_embeddings": 128,
     "eos_token_id": 1,
 }
+# Models with linear layers, the second one with experts; sizes differ from each other.
+RECURRENT = {
+    case: tiny.fields(case)
+    | {"vocab_size": VOCAB, "max_position_embeddings": 128, "eos_token_id": 1}
+    for case in ("qwen3.5", "qwen3-next")
+}
+of_families = pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(None, id="llama"),  # the base that other tests have, too
+        *(pytest.param(case, marks=pytest.mark.slow) for case in RECURRENT),
+    ],
+    indirect=True,
+)
 
 
 def text_of(ids):
@@ -48,16 +64,20 @@ def text_of(ids):
     return "".join(chr(65 + i) for i in ids)
 
 
-def made_base(tied=True, max_rank=8):
-    """A base with weights so large that its logits differ."""
-    model = models.Decoder(models.read_config(FIELDS | {"tie_word_embeddings": tied}))
+def made_base(tied=True, max_rank=8, fields=FIELDS):
+    """A base with weights so large that its logits differ.
+
+    Linear layers amplify the rounding of single precision more than others: theirs are smaller.
+    """
+    size = 0.4 if fields is FIELDS else 0.1
+    model = models.Decoder(models.read_config(fields | {"tie_word_embeddings": tied}))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(3)
 
     def drawn(path, leaf):
         if "norm" in jax.tree_util.keystr(path):
             return np.ones(leaf.shape, leaf.dtype)
-        return (rng.normal(size=leaf.shape) * 0.4).astype(leaf.dtype)
+        return (rng.normal(size=leaf.shape) * size).astype(leaf.dtype)
 
     params = jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(drawn, shapes))
     return ServedBase(model, params, "tiny", max_rank)

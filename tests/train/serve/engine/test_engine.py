@@ -8,6 +8,7 @@ import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import lora_jax as lj
@@ -22,6 +23,7 @@ from tests.train.serve.engine.engines import (
     held,
     ids,
     made_engine,
+    of_families,
     random_data,
     running,
     sampled,
@@ -78,6 +80,7 @@ def test_a_step_without_a_gradient_has_no_loss(engine):
     assert all(loss for _, loss in status.losses)
 
 
+@of_families
 def test_nothing_compiles_once_it_is_warm(engine, tmp_path):
     compiled = []
 
@@ -192,11 +195,56 @@ def whole_run(engine, folder):
     return seen
 
 
+@of_families
 def test_a_tenant_in_a_crowd_equals_it_alone(engine, tmp_path):
     alone = whole_run(engine, tmp_path / "alone")
     with Neighbours(engine, tmp_path) as crowd:
         assert whole_run(engine, tmp_path / "crowd") == alone
     assert crowd.rounds >= 3
+
+
+@pytest.mark.slow
+@of_families
+def test_steps_are_those_of_optax_on_the_model(engine, base, tmp_path):
+    """Each datum in a row of its own there, and packed or padded beside others here."""
+    forward = lj.adapt(base.model.apply)
+
+    def loss(factors, scales, data):
+        tree, total = base.tree(factors, scales, base.shell), 0.0
+        for tokens, targets, weights in data:
+            logps = jax.nn.log_softmax(forward({"params": tree}, tokens[None])[0])
+            total -= (weights * logps[np.arange(len(targets)), targets]).sum()
+        return total
+
+    def data_of(seed):
+        rng = np.random.default_rng(seed)
+        return [(ids(rng, n), ids(rng, n), rng.normal(size=n).astype("f4")) for n in (19, 7, 30)]
+
+    tell(engine, "own", Create(AdapterSpec(rank=3, seed=4)))
+    tell(engine, "own", Gradient(random_data(5, n=2), "cross_entropy"))
+    tell(engine, "own", STEP)  # B is no longer zero
+    tell(engine, "own", Save(tmp_path / "before"))
+    tell(engine, "own", Load(tmp_path / "before", optimizer=False))
+    adapter, how = base.read(tmp_path / "before").adapter, Update(1e-2, eps=0.1, weight_decay=0.1)
+    optimizer = optax.adamw(how.learning_rate, how.beta1, how.beta2, how.eps, weight_decay=0.1)
+    factors, state = adapter.factors, optimizer.init(adapter.factors)
+    gradient = jax.jit(jax.grad(loss))
+    for seed in (6, 7):
+        data = data_of(seed)
+        given = [Datum(x, {"target_tokens": y, "weights": w}) for x, y, w in data]
+        tell(engine, "own", Gradient(given, "cross_entropy"))
+        tell(engine, "own", how)
+        updates, state = optimizer.update(gradient(factors, adapter.scales, data), state, factors)
+        factors = optax.apply_updates(factors, updates)
+    tell(engine, "own", Save(tmp_path / "after"))
+    tell(engine, "own", Leave())
+    found = base.read(tmp_path / "after").adapter.factors
+    moved = 0.0
+    for path, parts in found.items():
+        for name, array in parts.items():
+            assert np.abs(array - factors[path][name]).max() < 1e-5, path
+            moved = max(moved, np.abs(array - adapter.factors[path][name]).max())
+    assert moved > 2e-3
 
 
 def test_what_is_not_finite_fails_alone(engine):
@@ -241,6 +289,7 @@ def test_a_sum_is_the_same_in_one_call_or_several(engine):
     assert norms[0] != norms[1]
 
 
+@of_families
 def test_saved_and_loaded_bitwise(engine, tmp_path):
     data = random_data(3)
     tell(engine, "first", Create(AdapterSpec(rank=3, seed=9, alpha=7.0)))

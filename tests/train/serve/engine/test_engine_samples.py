@@ -17,6 +17,7 @@ from tests.train.serve.engine.engines import (
     bits,
     ids,
     made_engine,
+    of_families,
     random_data,
     running,
     sampled,
@@ -59,6 +60,7 @@ def requests(seed, n):
     return found
 
 
+@of_families
 def test_a_mixed_batch_against_the_model_itself(world, engine):
     asked = requests(1, 24)
     found = [begun(engine, **fields) for fields in asked]
@@ -149,6 +151,7 @@ def test_sampler_and_trainer_agree(world, engine):
     assert largest < 1e-5
 
 
+@of_families
 def test_greedy_tokens_are_those_of_generate(world, engine):
     prompts = np.stack([ids(np.random.default_rng(seed), 6) for seed in range(4)])
     expected = models.generate(
@@ -178,6 +181,7 @@ def test_seeds(engine):
     assert bits(huge[0]) == bits(huge[1]) != bits(huge[2])
 
 
+@of_families
 def test_neighbours_change_no_bit(engine):
     mine = {"adapter": "one", "prompt": [*range(20)], "n": 2, "max_tokens": 20, "top_p": 0.9}
     alone = bits(sampled(engine, **mine, seed=4))

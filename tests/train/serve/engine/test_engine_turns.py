@@ -14,6 +14,7 @@ from tests.train.serve.engine.engines import (
     bits,
     held,
     ids,
+    of_families,
     sampled,
     tell,
     unused,
@@ -33,6 +34,7 @@ def forget(engine):
     engine._sampler._runner.store.clear()
 
 
+@of_families
 def test_shared_prefixes_run_once(engine):
     prompt = ids(np.random.default_rng(0), 30).tolist()
     other = [*prompt[:21], *[(i + 1) % VOCAB for i in prompt[21:]], 5]
@@ -150,6 +152,7 @@ def test_few_prompts_that_wait_take_memory(engine):
     assert max(most) <= 2
 
 
+@of_families
 def test_more_adapters_and_completions_than_places(world, engine):
     """All are served, those that ask for much no more than others."""
     order = []

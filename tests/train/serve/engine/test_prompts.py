@@ -1,6 +1,7 @@
 """Prompts take over what others ran, where that changes no bit."""
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from train.serve.engine.sizes import Sizes
 
 SIZES = Sizes(max_length=256, tokens=256, sequences=2, chunk=16)  # caches of 128 and of 256
 MODEL = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=2)
-BLOCK = SimpleNamespace(size=10)
+BLOCK = SimpleNamespace(size=10, recurrent=None)
 
 
 class Unread:
@@ -21,6 +22,8 @@ class Unread:
 
     chunk = SIZES.chunk
     whole = SamplingPrograms.whole
+
+    has_memory = False
 
     def __init__(self, depends_on_room=False):
         self.depends_on_room, self.lengths = depends_on_room, []
@@ -101,12 +104,13 @@ def test_no_room_is_for_nothing():
 class Texts:
     """A store of blocks of one token and ten bytes each."""
 
-    def __init__(self, blocks):
-        self.store = PrefixStore(1, 10 * blocks)
+    def __init__(self, blocks, block=lambda: BLOCK):
+        self.block = block
+        self.store = PrefixStore(1, 10 * blocks, needs_memory=block is Remembered)
 
     def keep(self, text, owner=""):
         for end in range(1, len(text) + 1):
-            self.store.add(PrefixScope(owner, None), self._ids(text[:end]), lambda: BLOCK)
+            self.store.add(PrefixScope(owner, None), self._ids(text[:end]), self.block)
             assert self.store.size <= self.store._most
 
     def find(self, text, owner=""):
@@ -140,6 +144,36 @@ def test_many_texts_of_an_owner_drive_out_none_of_others_with_fewer():
     assert texts.find("zzz", "ben") == 3 and texts.find("uuu", "ben") == 0
     texts.keep("defghi", "anna")
     assert texts.find("zzz", "ben") == 3 and texts.find("defghi", "anna") < 6
+
+
+class Remembered(NamedTuple):
+    """A block of ten bytes, and thirty of a memory."""
+
+    recurrent: str | None = "a memory"
+
+    @property
+    def size(self):
+        return 10 if self.recurrent is None else 40
+
+
+def test_texts_go_on_from_memories_alone():
+    """Those after which a text goes on in one way give way first; the rest of a text is kept."""
+    texts = Texts(24, block=Remembered)
+    texts.keep("abcd")
+    texts.keep("abxy")
+    assert texts.store.size == 240
+    texts.keep("p")
+    assert texts.store.size == 5 * 40 + 2 * 10, "without those of c and x"
+    assert (texts.find("abcd"), texts.find("abxy"), texts.find("ab")) == (4, 4, 2)
+    assert texts.find("abc") == texts.find("abx") == 2
+    texts.keep("qr")
+    assert texts.find("abcd") == texts.find("abxy") == 4 and texts.find("a") == 0
+    texts.store._most = 1000
+    texts.keep("abx")
+    assert (texts.find("a"), texts.find("abx")) == (1, 3), "they were computed again"
+    texts.store._most = 240
+    texts.keep("s" * 9)
+    assert texts.find("s" * 9) == 9 and 200 < texts.store.size <= 240
 
 
 def test_a_block_that_is_kept_is_not_computed_again():

@@ -64,6 +64,7 @@ def made_sampler(slots, sequences, shared):
     drawing = SimpleNamespace(
         chunk=CHUNK,
         depends_on_room=False,
+        has_memory=False,
         empty=lambda width, length: None,
         prompt=lambda length: cache,
         block=lambda cache, first: SimpleNamespace(size=1),
