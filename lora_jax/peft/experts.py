@@ -14,6 +14,7 @@ either: it is a parameter, ``gate.weight``, packed as one expert.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,9 @@ from lora_jax.peft.modules import Module, ends_with
 from lora_jax.peft.names import PREFIX
 
 GATE_UP, DOWN, ROUTER = "gate_up_proj", "down_proj", "weight"
+# In transformers 5, PEFT takes these names of projections for those of the experts alone.
+TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "deepseek_v3")
+OF_MLP = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,12 @@ def experts_of(model: Model) -> list[Expert]:
         for stack, index in [config.place_of(layer)]
         for kernel, module, parameter, half, packed in parts
     ]
+
+
+def can_hold(model: Model, path: str) -> bool:
+    """Returns False for projections of MLPs that PEFT takes for those of experts; see `save`."""
+    of_mlp = OF_MLP.search(path.replace("/", ".") + ".")
+    return of_mlp is None or getattr(model.config, "model_type", None) not in TAKEN_FOR_EXPERTS
 
 
 def end_of(name: str) -> str:

@@ -19,7 +19,16 @@ from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import add_head_names, add_heads, tied_heads
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
+from lora_jax.peft.experts import (
+    OF_MLP,
+    TAKEN_FOR_EXPERTS,
+    Expert,
+    end_of,
+    experts_of,
+    keys_of_expert,
+    pack,
+    side_by_side,
+)
 from lora_jax.peft.forms import common_form, form_of, peft_node
 from lora_jax.peft.modules import (
     EMBEDDING_NAMES,
@@ -33,10 +42,6 @@ from lora_jax.peft.modules import (
 )
 from lora_jax.peft.names import FILE, PREFIX, VECTORS, bias_key, exactly, keys_of, number, token_key
 from lora_jax.peft.served import as_served
-
-# In transformers 5, PEFT takes these names of projections for those of the experts alone.
-_TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "deepseek_v3")
-_OF_MLP = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.")
 
 PEFT_VERSION = "0.21.2"  # files have the format of this version
 
@@ -99,10 +104,9 @@ def save(
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if for_serving:
         config, tensors = as_served(config, tensors, model)
-    elif model_type in _TAKEN_FOR_EXPERTS and (others := set(_OF_MLP.findall("\n".join(tensors)))):
-        names = ", ".join(
-            sorted(name.rstrip(".") or "its layers without experts" for name in others)
-        )
+    elif model_type in TAKEN_FOR_EXPERTS and (others := set(OF_MLP.findall("\n".join(tensors)))):
+        parts = sorted(name.rstrip(".") or "its layers without experts" for name in others)
+        names = ", ".join(parts)
         raise PeftError(
             f"PEFT takes gate_proj, up_proj and down_proj of a {model_type} model for its experts, "
             f"and cannot hold an adapter of {names}: leave it out (exclude=['shared_expert'], "
@@ -116,12 +120,6 @@ def save(
         for file, content in (("README.md", readme), (TEMPLATE_FILE, chat_template)):
             if content is not None:
                 (partial / file).write_text(content, encoding="utf-8")
-
-
-def can_hold(model: Model, path: str) -> bool:
-    """Returns False for a projection of an MLP that PEFT takes for one of experts; see `save`."""
-    of_mlp = _OF_MLP.search(path.replace("/", ".") + ".")
-    return of_mlp is None or getattr(model.config, "model_type", None) not in _TAKEN_FOR_EXPERTS
 
 
 def contents(
