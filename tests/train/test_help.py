@@ -8,6 +8,7 @@ import pytest
 
 from train import classify, command, distill, dpo, grpo, sft
 from train.compare import __main__ as compare
+from train.compare.scripts import SCRIPTS
 from train.console.help import help_text
 from train.doctor.__main__ import DoctorOptions
 from train.doctor.__main__ import parse as parse_doctor
@@ -32,7 +33,7 @@ PAGES = {
             script.compared,
             lambda args, name=name: compare.parse([name, *args]),
         )
-        for name, script in compare.SCRIPTS.items()
+        for name, script in SCRIPTS.items()
     },
     "plan": (PlanOptions, None, parse_plan),
     "doctor": (DoctorOptions, None, parse_doctor),

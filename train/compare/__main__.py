@@ -1,6 +1,7 @@
 """LoRA or full fine-tuning? `python -m train.compare sft` measures both, and says which.
 
     python -m train.compare sft --quick
+    python -m train.compare grpo --ranks 1 16
     python -m train.compare classify --methods lora full --ranks 1 8 64 --seeds 0 1 2
 
 All settings of adapters train side by side over one base, full fine-tuning runs one after the
@@ -10,14 +11,13 @@ other; hopeless settings are stopped early by a stated rule. The output folder g
 script that it does not set itself.
 """
 
-import dataclasses
 import functools
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -28,106 +28,43 @@ from lora_jax.training.arguments import clear
 from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
-from train import classify, sft
+from train import start
 from train.begin import load_model
 from train.compare import measure, outside, result
+from train.compare.divergence import BaseDivergence
 from train.compare.intruders import Place, mean_intruders
-from train.compare.options import OF_CLASSIFIER, CompareConfig, check
+from train.compare.options import OF_CLASSIFIER, OF_EXAMPLES, CompareConfig, check
 from train.compare.reporting import dimension, peft_json, report
+from train.compare.scripts import NOT_OF, SCRIPTS, CompareOptions
+from train.compare.supervised import HeldOutPrompts, supervised_options, supervised_script
 from train.compare.sweep import PROGRESS, Sweep, read_progress
 from train.compare.trials import RUNS, ComparedScript, trials_of
 from train.console.errors import UserError, flag
-from train.console.help import HelpPage, asks_for_help
+from train.console.help import asks_for_help
 from train.console.output import tell
 from train.console.program import about, program
 from train.inputs import InputReader, Inputs
+from train.live.turns.use import tokenize_with_tools
 from train.options.field import check_effects
 from train.options.file import replace_options
-from train.options.scripts import classify as classify_options
-from train.options.scripts import sft as sft_options
+from train.options.scripts import grpo as grpo_options
 from train.processes import hosts
 from train.processes.session import Session
 from train.run.intrinsic import merge_trained, moves_weights, space_of
 from train.run.lifecycle import Run, resume_hint
+from train.run.log import doing
 from train.run.output import CONFIG, remove_empty
+from train.run.task import Task
 from train.settings.command import read_line
 from train.settings.files import check_same_run, options_file, read_options_file
 from train.settings.tasks import dataset_facts
 from train.table import RunPart
 
 _PROG = "train.compare"
-_OUTPUT = "runs/compare"
 _OURS = (
     *(CONFIG, PROGRESS, result.JSON, RUNS, measure.COSTS, peft_json.FOLDER),
     *(report.HTML, report.MARKDOWN, report.PICTURES),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SftCompareRun(sft_options.SftRunConfig):
-    """Evaluation and output."""
-
-    output: str = _OUTPUT
-    """The output folder of the comparison: its report, its measurements, and a folder a run."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SftCompare(sft_options.Config):
-    """Compare LoRA and full fine-tuning of a language model."""
-
-    HELP = HelpPage(
-        "model dataset output methods ranks lrs seeds quick topology resume",
-        "--model Qwen/Qwen3-0.6B --dataset chats.jsonl --ranks 1 8 64 --quick",
-    )
-
-    compare: CompareConfig = CompareConfig()
-    run: SftCompareRun = SftCompareRun()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifyCompare(classify_options.Config):
-    """Compare LoRA and full fine-tuning of a classifier."""
-
-    HELP = HelpPage(
-        "model dataset output methods ranks lrs seeds quick topology resume",
-        "--methods lora dora full head-only --quick",
-    )
-
-    compare: CompareConfig = CompareConfig()
-    run: classify_options.ClassifyRunConfig = classify_options.ClassifyRunConfig(output=_OUTPUT)
-
-
-CompareOptions = SftCompare | ClassifyCompare
-SCRIPTS = {
-    "sft": ComparedScript(
-        name="train.sft",
-        compared=SftCompare(),
-        plain=sft_options.Config(run=sft_options.SftRunConfig(eval_questions=64)),
-        task_of=sft.task_of,
-        check=sft.check,
-        with_defaults=sft.SCRIPT.completed,
-        quick={
-            **{"steps": 8, "warmup": 2, "batch_size": 2, "seeds": (0, 1)},
-            **{"eval_every": 2, "eval_questions": 8},
-        },
-        quick_full=(1.0, 3.0),
-    ),
-    "classify": ComparedScript(
-        name="train.classify",
-        compared=ClassifyCompare(),
-        plain=classify_options.Config(),
-        task_of=classify.task_of,
-        check=classify.check,
-        with_defaults=classify.SCRIPT.completed,
-        quick={"epochs": 1.0, "seeds": (0, 1)},
-        quick_full=(1.0, 3.0, 9.0),
-    ),
-}
-_OF_SFT = {  # options of a comparison that only language models take
-    "outside": "a classifier has no loss on text, so that nothing tells what it forgets",
-    "peft_experiments": "PEFT's experiments train language models: compare sft",
-    "topology": "train.plan plans language models, not classifiers",
-}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -155,11 +92,15 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions, frozense
             print(f"{about(__doc__, _PROG)}\n{usage}")
             sys.exit(0)
         other = f"not {args[0]!r}" if args else "and nothing was given"
-        raise UserError(f"the script to compare runs of is needed first: sft or classify, {other}")
+        *most, last = SCRIPTS
+        names = f"{', '.join(most)} or {last}"
+        raise UserError(f"the script to compare runs of is needed first: {names}, {other}")
     script = SCRIPTS[args[0]]
     line: Any = read_line(script.compared, args[1:], f"{_PROG} {args[0]}")
     config, on_line, in_file = line
     given = {*on_line, *in_file}
+    if script.kind == "grpo":
+        config = grpo_options.fill_dataset(config, given)
     check(config.compare, config, given)
     options = script.options_of(config)
     check_effects(options, dataset_facts(options), on_line, in_file)
@@ -172,9 +113,12 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions, frozense
         raise UserError(
             f"{flag('methods', wrong[0])} is a way to train a classifier: compare classify"
         )
-    for option, why in _OF_SFT.items():
-        if option in given and script.kind != "sft":
-            raise UserError(f"{flag(option)}: {why}")
+    supervised = [method for method in config.compare.methods if method in OF_EXAMPLES]
+    if supervised and script.kind != "grpo":
+        raise UserError(f"{flag('methods', supervised[0])} is for a comparison by rewards: grpo")
+    for name, why in NOT_OF[script.kind].items():
+        if name in given:
+            raise UserError(f"{flag(name)}: {why}")
     return script, config, frozenset(given)
 
 
@@ -207,14 +151,19 @@ def compare(
     console = hosts.console()
     folder = _open_folder(config, session, console)
     asked = config.compare
-    text = outside.read_text(asked.outside) if script.kind == "sft" else None
-    reader = InputReader()
-    trials, inputs = trials_of(
-        script, script.options_of(config), config.compare, given, folder, reader
-    )
-    on_text = None
+    _check_examples(asked)
+    text = outside.read_text(asked.outside) if script.kind != "classify" else None
+    options, reader = _begun(script, config, session), InputReader()
+    scripts = _BesideRewards.read(script, options, asked, session)
+    script = scripts.script
+    trials, inputs = trials_of(script, options, asked, given, folder, reader, scripts.examples)
+    scripts.read_base(inputs, console)
+    tokenizer, on_text = inputs.read.outline.tokenizer, None
+    if text is not None and asked.outside is None and not outside.knows(tokenizer, text[0]):
+        tell(console, f"what is forgotten is not measured: {outside.unknown(text[1])}")
+        text = None
     if text is not None:
-        rows = outside.rows_of(text[0], inputs.read.outline.tokenizer, text[1])
+        rows = outside.rows_of(text[0], tokenizer, text[1])
         on_text = functools.partial(outside.loss_on, rows)
     if not config.run.resume:
         clear(folder, _OURS)
@@ -226,7 +175,7 @@ def compare(
     )
     session.stop.remedy = resume_hint(prog)
     sweep = Sweep(
-        script=script.name,
+        kind=script.kind,
         folder=folder,
         trials=trials,
         record=done,
@@ -254,6 +203,94 @@ def compare(
     ):
         tell(console, line)
     return comparison
+
+
+def _begun(script: ComparedScript, config: CompareOptions, session: Session) -> Any:
+    """Returns the options of a script with the model that its task begins with.
+
+    A task that makes a model does so now. An adapter to begin with is not made: all methods begin
+    at the base.
+    """
+    options: Any = script.options_of(config)
+    if script.kind != "grpo":
+        return options
+    sizes = config.compare.batch_sizes or (options.optim.batch_size,)
+    # Whether a run is resumed, its own folder tells.
+    options = replace_options(options, {"resume": False, "batch_size": sizes[0]})
+    script.check(script.completed(options))  # before anything is made
+    whole = script.completed(options, full=True)
+    made = script.task_of(options).begin(whole, session, start)
+    return replace_options(options, {"model": made.data.model})
+
+
+def _check_examples(asked: CompareConfig) -> None:
+    """Raises a UserError where sft has nothing to learn from."""
+    supervised = [method for method in asked.methods if method in OF_EXAMPLES]
+    if supervised and asked.demonstrations is None:
+        raise UserError(
+            f"{flag('methods', supervised[0])}: what does it learn from? Name rows with right "
+            "answers with --demonstrations"
+        )
+
+
+def _unchanged(task: Task) -> Task:
+    return task
+
+
+class _BesideRewards(NamedTuple):
+    """The scripts of a comparison, with the measures that only one by rewards has.
+
+    Attributes:
+      script: the script that is compared.
+      examples: the script and options of runs on --demonstrations; None for none.
+      divergence: what the base completes; None where it is not asked for.
+      prompts: the held-out prompts; None where nothing needs them.
+    """
+
+    script: ComparedScript
+    examples: tuple[ComparedScript, Any] | None = None
+    divergence: BaseDivergence | None = None
+    prompts: HeldOutPrompts | None = None
+
+    @classmethod
+    def read(
+        cls, script: ComparedScript, options: Any, asked: CompareConfig, session: Session
+    ) -> "_BesideRewards":
+        """Reads the held-out prompts where --kl or --demonstrations needs them."""
+        rows = asked.demonstrations
+        if not asked.kl and rows is None:
+            return cls(script)
+        seed = options.data.held_out_seed
+        held_out_seed = asked.seeds[0] if seed is None else seed
+        config = script.completed(options, held_out_seed=held_out_seed)
+        prompts = HeldOutPrompts(config, script.task_of(config))
+        session.release.callback(prompts.read.data.close)
+        divergence = BaseDivergence() if asked.kl else None
+        measured_in = divergence.measured_in if divergence else _unchanged
+        examples = None
+        if rows is not None:
+            completed = supervised_options(config, rows)
+            examples = supervised_script(rows, prompts, measured_in), completed
+        task = measured_in(script.task_of(config))
+        return cls(script._replace(task_of=lambda _: task), examples, divergence, prompts)
+
+    def read_base(self, inputs: Inputs, console: Console) -> None:
+        """Lets the base complete the held-out prompts, where its divergence is asked for.
+
+        Raises:
+          UserError: there are none.
+        """
+        if self.divergence is None or self.prompts is None:
+            return
+        outline, config = inputs.read.outline, self.prompts.config
+        if not (rows := self.prompts.read.rows.held_out):
+            raise UserError("--kl: no prompt of --dataset is held out: give your own rows")
+        tokens = tokenize_with_tools(rows, (), outline, "the held-out rows")
+        with doing(console, f"the base completes {len(tokens)} held-out prompts"):
+            model, plain = load_model(config.optim, config.adapter, outline, inputs.layout)
+            forward = lj.adapt(model.apply) if outline.has_codes else model.apply
+            n = config.data.max_new_tokens
+            self.divergence.read(model, plain, forward, outline, tokens, n)
 
 
 def _intruders(inputs: Inputs, known: dict[Place, np.ndarray], run: Run, tree: Tree) -> float:

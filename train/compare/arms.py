@@ -6,7 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from train.compare.options import COMPARED, METHODS, OF_SUBSPACE, CompareConfig, has_adapter
+from train.compare.options import (
+    COMPARED,
+    IN_FULL,
+    METHODS,
+    OF_SUBSPACE,
+    CompareConfig,
+    has_adapter,
+)
 from train.compare.result import Arm
 from train.options.scripts.classify import rate_of_dimension
 
@@ -66,8 +73,9 @@ def arms_of(compare: CompareConfig, basis: ScriptDefaults) -> list[Arm]:
                 arms.append(Arm(method, None, None, None, rate, size, dimension))
         else:
             factors = basis.quick_full if compare.quick else _AROUND_FULL
-            lrs = compare.full_lrs if method == "full" else compare.lrs
-            lrs = lrs or _times(basis.rates[method], factors)
+            is_full = method in IN_FULL
+            lrs = compare.full_lrs if is_full else compare.lrs
+            lrs = lrs or _times(basis.rates["full" if is_full else method], factors)
             arms += [Arm(method, None, None, None, lr, size) for size in batch_sizes for lr in lrs]
     return arms
 

@@ -41,13 +41,12 @@ _ROOT = Path(__file__).parents[2]  # of the scripts
 _PYTHON = (sys.executable, "-P", "-m")  # what the working folder holds comes first without -P
 
 
-def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
+def step_cost(trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
     """Trains a few steps of a run in a process of its own.
 
     An accelerator belongs to this process: there, the run is trained in it.
 
     Args:
-      script: "train.sft".
       trial: the run.
       folder: for the run's files, and what it printed.
       session: tells of signals.
@@ -58,7 +57,7 @@ def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> dict
     Raises:
       UserError: the process failed.
     """
-    output = folder / trial.name
+    script, output = trial.script, folder / trial.name
     changes = {"steps": STEPS, "epochs": None, "output": str(output), "report_to": ("none",)}
     changes |= {"save_every": STEPS, "score_every": 0, "eval_every": 0, "eval_questions": 0}
     config = replace_options(trial.config, changes)

@@ -9,9 +9,10 @@ import jax
 
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.losses import HELD_OUT
+from lora_jax.training.losses import HELD_OUT, SCORE
 from train.begin import load_model
 from train.compare import costs
+from train.compare.divergence import KL
 from train.compare.options import has_adapter
 from train.compare.reporting import tables
 from train.compare.result import (
@@ -24,7 +25,7 @@ from train.compare.result import (
     RunResult,
     Status,
 )
-from train.compare.rungs import RULE
+from train.compare.rungs import rule
 from train.compare.sweep import Sweep
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
@@ -62,7 +63,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
     comparison = Comparison(
         facts=ComparisonFacts(
             command=command,
-            script=sweep.script,
+            script=f"train.{sweep.kind}",
             model=outline.name,
             dataset=given if isinstance(given, str) else " ".join(given),
             steps=max(trial.steps for trial in sweep.trials),
@@ -73,8 +74,9 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
             date=sweep.record.date,
             versions=versions(),
             outside=text,
-            rule=RULE if asked.early_stopping else None,
+            rule=rule(f"the {_best_value(first)}") if asked.early_stopping else None,
             baselines=next(filter(None, map(_baselines, sweep.trials)), {}),
+            by_score=first.by_score,
         ),
         runs=tuple(_run_result(trial, sweep, before) for trial in sweep.trials),
         rungs=sweep.record.rungs,
@@ -85,7 +87,7 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
         if asked.costs and has_adapter(trial.arm.method):
             with doing(console, f"timing an answer with {trial.name}"):
                 adapted = lj.load_adapter(trial.folder / ADAPTER, plain)
-                decodes = sweep.script == "train.sft"
+                decodes = sweep.kind != "classify"
                 latencies.append(costs.answer_latency(trial.arm, model, plain, adapted, decodes))
     del plain, model
     if asked.costs:
@@ -95,6 +97,10 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
         length = inputs.read.data.facts["sequence_length"]
         comparison = _add_plans(comparison, asked.topology, best, sweep, length)
     return comparison
+
+
+def _best_value(trial: Trial) -> str:
+    return f"highest {trial.task.score}" if trial.by_score else "lowest held-out loss"
 
 
 def _baselines(trial: Trial) -> dict[str, float]:
@@ -137,6 +143,9 @@ def _run_result(trial: Trial, sweep: Sweep, before: float | None) -> RunResult:
         held_out=held_out,
         held_out_loss=held_out[-1].value if held_out else None,
         score=done.score,
+        scores=points(trial.measured) if trial.by_score else (),
+        divergences=points(f"{SCORE}{KL}"),
+        score_error=trial.task.score_error(read_json(trial.folder / SCORES)),
         trained_parameters=trial.trained_parameters,
         saved_bytes=done.saved_bytes,
         side_by_side=done.side_by_side,
@@ -165,7 +174,7 @@ def _add_costs(
     for trial in best:
         try:
             with doing(sweep.console, f"timing {costs.STEPS} steps of {trial.name} alone"):
-                cost = costs.step_cost(sweep.script, trial, sweep.folder / COSTS, sweep.session)
+                cost = costs.step_cost(trial, sweep.folder / COSTS, sweep.session)
         except TrainingError as error:
             tell(sweep.console, f"warning: {error.said(flag)}")
             continue

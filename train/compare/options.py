@@ -17,6 +17,8 @@ COMPARED = {variant.method: variant for variant in VARIANTS if variant.is_compar
 WITH_OWN_RATE = tuple(method for method, variant in COMPARED.items() if variant.rate)
 OF_SUBSPACE = ("said", "did")
 OF_CLASSIFIER = ("head-only", *OF_SUBSPACE)  # methods that train.sft has not
+OF_EXAMPLES = ("sft", "sft-full")  # methods beside rewards, by --demonstrations
+IN_FULL = ("full", "sft-full")
 
 
 class TrainingMethod(NamedTuple):
@@ -47,6 +49,8 @@ METHODS = {
     "head-only": TrainingMethod("head alone", {"head_only": True}),
     "said": TrainingMethod("SAID", {"intrinsic_kind": "said"}),
     "did": TrainingMethod("DID", {"intrinsic_kind": "did"}),
+    "sft": TrainingMethod("SFT of LoRA", {}),
+    "sft-full": TrainingMethod("SFT in full", {"full": True}),
 }
 if TYPE_CHECKING:
     Method = str
@@ -56,7 +60,7 @@ else:
 
 def has_adapter(method: str) -> bool:
     """Returns True if a method trains an adapter, so that several train side by side."""
-    return method not in ("full", *OF_CLASSIFIER)
+    return method not in (*IN_FULL, *OF_CLASSIFIER)
 
 
 _OWN_RANKS = [f"of {m} {' '.join(map(str, v.ranks))}" for m, v in COMPARED.items() if v.ranks]
@@ -81,7 +85,8 @@ class CompareConfig:
     methods: tuple[Method, ...] = ("lora", "full")
     """Ways to train: lora, and variants of it; full for all weights; of a classifier, head-only for
     the head on the frozen encoder, said and did for a random subspace of all weights, of few
-    dimensions (--intrinsic)."""
+    dimensions (--intrinsic); beside rewards, sft and sft-full for LoRA and all weights on
+    --demonstrations."""
     ranks: Annotated[tuple[int, ...], _ABOUT_RANKS] = ()
     target_sets: tuple[str, ...] = ("all-linear",)
     """Sets of modules to adapt, each as --targets takes it, with commas: all-linear
@@ -109,6 +114,12 @@ class CompareConfig:
     outside: str | None = None
     """Text outside the task, to measure on what the model forgets: a text file, or off. By default
     Python's own documentation, as the interpreter holds it."""
+    demonstrations: str | None = None
+    """Rows with right answers, as train.sft takes them, that sft and sft-full learn from."""
+    kl: bool = False
+    """Measure how far each run moves from the base: the exact KL divergence of its next tokens from
+    the base's, on the base's completions of the held-out prompts, whenever the reward is
+    measured."""
     intruders: bool = False
     """Count the intruder dimensions of each run's weights: strong directions that the base does not
     have. It takes from seconds to a minute a run."""
@@ -200,8 +211,13 @@ def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
         ),
         (
             ("full_lrs", "keep_weights"),
-            "full" in compare.methods,
+            bool({*IN_FULL} & {*compare.methods}),
             "is about full, which --methods leaves out",
+        ),
+        (
+            ("demonstrations",),
+            bool({*OF_EXAMPLES} & {*compare.methods}),
+            "is about sft and sft-full, and --methods names neither",
         ),
     ):
         if not is_compared and (idle := [field for field in fields if field in given]):

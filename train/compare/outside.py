@@ -1,6 +1,7 @@
 """Forgetting: a language model's loss on text outside the task, before and after training."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ OFF = "off"
 _ROWS, _LENGTH = 32, 128  # of text: some four thousand tokens
 _AT_ONCE = 8  # rows
 _CHUNK = 256
+_PROBED = 10_000  # characters, to see whether a tokenizer knows them
 
 
 def read_text(asked: str | None) -> tuple[str, str] | None:
@@ -32,6 +34,18 @@ def read_text(asked: str | None) -> tuple[str, str] | None:
     unreadable = f"--outside {asked}: the file cannot be read as text: "
     with as_user_errors(OSError, UnicodeDecodeError, prefix=unreadable):
         return Path(asked).expanduser().read_text(encoding="utf-8"), asked
+
+
+def knows(tokenizer: Tokenizer, text: str) -> bool:
+    """Returns True if a tokenizer has tokens for most letters of a text."""
+    part = text[:_PROBED]
+    ids: Any = tokenizer(part, add_special_tokens=False)["input_ids"]
+    return len(tokenizer.decode(ids, skip_special_tokens=True)) > len(part) / 2
+
+
+def unknown(name: str) -> str:
+    """Returns the reason why a model has no loss on a text, by its name, and what to do."""
+    return f"the tokenizer does not know the letters of {name}; name a text with --outside"
 
 
 def rows_of(text: str, tokenizer: Tokenizer, asked: str) -> np.ndarray:

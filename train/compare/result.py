@@ -74,6 +74,9 @@ class RunResult:
       held_out_loss: after the last step, in nats a token or a row; None if never measured.
       score: the task's own, such as the share of right answers; None where it has none, and for
         runs that did not end.
+      scores: the score on the way, where runs are compared by it.
+      score_error: the standard error of `score` over the held-out rows; None where it is not known.
+      divergences: KL(base ‖ run) on held-out prompts, in nats a token, where it was measured.
       trained_parameters: how many numbers were trained.
       saved_bytes: bytes of what a run leaves to ship: the adapter's folder, or all weights.
       compiled_bytes: bytes of the compiled step, arguments and temporaries; None for runs that
@@ -96,6 +99,9 @@ class RunResult:
     held_out: tuple[Point, ...] = ()
     held_out_loss: float | None = None
     score: float | None = None
+    scores: tuple[Point, ...] = ()
+    score_error: float | None = None
+    divergences: tuple[Point, ...] = ()
     trained_parameters: int | None = None
     saved_bytes: int | None = None
     compiled_bytes: int | None = None
@@ -110,6 +116,11 @@ class RunResult:
     def training_loss(self) -> float | None:
         """The last loss in training; None where none was recorded."""
         return self.losses[-1].value if self.losses else None
+
+    @property
+    def divergence(self) -> float | None:
+        """The last divergence from the base; None where it was not measured."""
+        return self.divergences[-1].value if self.divergences else None
 
     @property
     def forgotten(self) -> float | None:
@@ -157,7 +168,7 @@ class Rung(NamedTuple):
 
     Attributes:
       share: the arms were compared after this share of their steps.
-      kept, stopped: the arms, and the mean held-out loss of each, best first.
+      kept, stopped: the arms, and the mean held-out loss, or score, of each, best first.
     """
 
     share: float
@@ -171,7 +182,7 @@ class ComparisonFacts:
 
     Attributes:
       command: the command line.
-      script: "train.sft" or "train.classify".
+      script: "train.sft", "train.classify" or "train.grpo".
       model: the base, by name.
       dataset: the data, in words.
       steps: number of steps of a whole run.
@@ -185,6 +196,7 @@ class ComparisonFacts:
       outside: the text that forgetting was measured on, in words.
       rule: the rule of early stopping, in words; None where no run was stopped early.
       baselines: the task's score without training, by what gets it: "always the commonest label".
+      by_score: whether the rule looks at the score, which is larger the better; else at the loss.
     """
 
     command: str
@@ -202,6 +214,7 @@ class ComparisonFacts:
     outside: str | None = None
     rule: str | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    by_score: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,17 +27,24 @@ class Stage(NamedTuple):
 # Of sixteen arms, four go on and then two: 16/8 + 4 · 3/8 + 2 · 1/2 = 4.5 runs' steps, not 16.
 STAGES = (Stage(1 / 8, 1 / 4), Stage(1 / 2, 1 / 2))
 LAST = Stage(1.0, 1.0)
-MEASUREMENTS = 8  # of the held-out loss in a run
+MEASUREMENTS = 8  # of the held-out loss, or of the score, in a run
 
-RULE = (
-    "after an eighth of the steps, and not before the learning rate's warmup is over, the quarter "
-    "of a method's settings (rounded up) with the lowest held-out loss, averaged over the seeds, "
-    "goes on; after half of the steps, half of those, if a method has more than one left"
-)
+
+def rule(best: str) -> str:
+    """Returns the rule in words.
+
+    Args:
+      best: what the settings that go on have: "the lowest held-out loss".
+    """
+    return (
+        "after an eighth of the steps, and not before the learning rate's warmup is over, the "
+        f"quarter of a method's settings (rounded up) with {best}, averaged over the seeds, goes "
+        "on; after half of the steps, half of those, if a method has more than one left"
+    )
 
 
 def step_of(stage: Stage, steps: int, every: int, warmup: int = 0) -> int:
-    """Returns the step that ends a stage: one at which the held-out loss is measured.
+    """Returns the step that ends a stage: one at which the held-out rows are measured.
 
     No stage ends within the warmup: there, the setting that learns fastest has the lowest loss, and
     often it is one that diverges at its full rate.
@@ -64,26 +71,30 @@ def _kept(stage: Stage, n: int) -> int:
     return max(1, math.ceil(stage.kept * n))
 
 
-def decide(stage: Stage, losses: Mapping[Arm, float], share: float) -> Rung:
+def decide(
+    stage: Stage, values: Mapping[Arm, float], share: float, *, larger: bool = False
+) -> Rung:
     """Returns the decision after a stage: the arms that go on, and those that stop.
 
     Args:
       stage: the stage.
-      losses: the mean held-out loss of each arm so far; NaN for one that failed, which never goes
-        on.
+      values: the mean held-out loss, or score, of each arm so far; NaN for one that failed, which
+        never goes on.
       share: share of the steps, for the record.
+      larger: whether a larger value is better.
     """
+    sign = -1 if larger else 1
     methods: defaultdict[str, list[Arm]] = defaultdict(list)
-    for arm in losses:
+    for arm in values:
         methods[arm.method].append(arm)
     kept: list[Arm] = []
     for arms in methods.values():
-        alive = [arm for arm in arms if not math.isnan(losses[arm])]
-        alive.sort(key=lambda arm: losses[arm])  # stable: of equals, the first that was named
+        alive = [arm for arm in arms if not math.isnan(values[arm])]
+        alive.sort(key=lambda arm: sign * values[arm])  # stable: of equals, the first named
         kept += alive[: _kept(stage, len(arms))]
-    ordered = sorted(losses, key=lambda arm: (math.isnan(losses[arm]), losses[arm]))
+    ordered = sorted(values, key=lambda arm: (math.isnan(values[arm]), sign * values[arm]))
     return Rung(
         share=share,
-        kept=tuple((arm, losses[arm]) for arm in ordered if arm in kept),
-        stopped=tuple((arm, losses[arm]) for arm in ordered if arm not in kept),
+        kept=tuple((arm, values[arm]) for arm in ordered if arm in kept),
+        stopped=tuple((arm, values[arm]) for arm in ordered if arm not in kept),
     )

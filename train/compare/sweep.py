@@ -18,16 +18,16 @@ from rich.console import Console
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.losses import HELD_OUT
 from lora_jax.training.processes import write_text
 from train.compare import rungs
-from train.compare.options import CompareConfig, has_adapter
+from train.compare.options import IN_FULL, CompareConfig, has_adapter
 from train.compare.result import Arm, Rung, read_record, write_record
 from train.compare.rungs import Stage
 from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
 from train.console.output import tell
 from train.finetune import finetune, train_rows
+from train.inputs import InputReader
 from train.options.common import Options
 from train.options.file import replace_options
 from train.options.optim import warmup_steps
@@ -103,7 +103,7 @@ class Sweep:
     """The runs of a comparison on their way.
 
     Attributes:
-      script: "train.sft".
+      kind: the script that is compared, as the command line names it: "sft".
       folder: folder of the comparison.
       trials: all runs.
       record: what was done.
@@ -116,7 +116,7 @@ class Sweep:
       console: console to print to.
     """
 
-    script: str
+    kind: str
     folder: Path
     trials: Sequence[Trial]
     record: SweepRecord
@@ -190,6 +190,8 @@ class Sweep:
 
         part = dataclasses.replace(self.part, until=until, on_trained=trained)
         first = group[0]
+        if first.reads_alone:  # and what it read is closed in the end
+            part = dataclasses.replace(part, reader=InputReader())
         with self.session.part():
             if has_adapter(first.arm.method):
                 self._side_by_side(group, part)
@@ -216,7 +218,8 @@ class Sweep:
         for trial in group:
             row = TableRow(trial.name, f"run {trial.name}", frozenset(), _resumed_options(trial))
             asked.append(RunRequest(row, trial.task))
-        for outcome in train_rows(self.script, asked, self.session, self.console, part):
+        script = group[0].script
+        for outcome in train_rows(script, asked, self.session, self.console, part):
             done = self.record.progress(outcome.name)
             if outcome.state == "failed":
                 done.error = outcome.why
@@ -227,7 +230,8 @@ class Sweep:
         done = self.record.progress(trial.name)
         tell(self.console, f"run {trial.name}")
         try:
-            scores = finetune(self.script, _resumed_options(trial), trial.task, self.session, part)
+            options = _resumed_options(trial)
+            scores = finetune(trial.script, options, trial.task, self.session, part)
         except TrainingError as error:
             done.error = error.said(flag).strip().splitlines()[0]
             write_text(trial.folder / ERROR, f"{error.said(flag).rstrip()}\n")
@@ -238,12 +242,13 @@ class Sweep:
     def _decide(self, stage: Stage) -> None:
         """Chooses the arms that go on, and records them."""
         before = self.stopped_arms()
-        losses: dict[Arm, list[float]] = {}
+        values: dict[Arm, list[float]] = {}
         for trial in self.trials:
             if trial.arm not in before:
-                losses.setdefault(trial.arm, []).append(self._loss(trial))
-        means = {arm: sum(values) / len(values) for arm, values in losses.items()}
-        rung = rungs.decide(stage, means, _share(stage, self.trials))
+                values.setdefault(trial.arm, []).append(self._newest(trial))
+        means = {arm: sum(of_arm) / len(of_arm) for arm, of_arm in values.items()}
+        larger = self.trials[0].by_score
+        rung = rungs.decide(stage, means, _share(stage, self.trials), larger=larger)
         self.record.rungs = (*self.record.rungs, rung)
         write_record(self.record, self.folder / PROGRESS)
         tell(
@@ -256,26 +261,26 @@ class Sweep:
             if trial.arm in stopped:
                 self._tidy(trial)
 
-    def _loss(self, trial: Trial) -> float:
-        """Returns the newest held-out loss of a run; NaN for one that failed."""
+    def _newest(self, trial: Trial) -> float:
+        """Returns the newest held-out loss, or score, of a run; NaN for one that failed."""
         if self.record.progress(trial.name).error is not None:
             return math.nan
-        lines = read_metrics(trial.folder)
-        name = f"{HELD_OUT}loss"
+        lines, name = read_metrics(trial.folder), trial.measured
         return next((line[name] for line in reversed(lines) if name in line), math.nan)
 
     def _tidy(self, trial: Trial) -> None:
         """Deletes the checkpoints and the full model of a run that is over."""
         for name in (CHECKPOINTS, START):
             shutil.rmtree(trial.folder / name, ignore_errors=True)
-        if trial.arm.method == "full" and not self.asked.keep_weights:
+        if trial.arm.method in IN_FULL and not self.asked.keep_weights:
             shutil.rmtree(trial.folder / ADAPTER, ignore_errors=True)
 
 
 def _end_of_stage(stage: Stage, steps: int, config: Options) -> int:
     """Returns the step that ends a stage of a run, by its number of steps and its options."""
     warmup = warmup_steps(config.optim, steps)
-    return rungs.step_of(stage, steps, config.run.eval_every, warmup)
+    every = config.run.eval_every or config.run.score_every
+    return rungs.step_of(stage, steps, every, warmup)
 
 
 def _end(stage: Stage, trial: Trial) -> int:

@@ -3,14 +3,17 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
+from lora_jax.training.losses import HELD_OUT, SCORE
 from train.compare import arms
 from train.compare.options import (
+    IN_FULL,
     METHODS,
     OF_CLASSIFIER,
+    OF_EXAMPLES,
     OF_SUBSPACE,
     WITH_OWN_RATE,
     CompareConfig,
@@ -43,6 +46,8 @@ class ComparedScript(NamedTuple):
       plain: its own options, none of them given.
       task_of, check: see `train.sft`.
       with_defaults: fills in a task's defaults.
+      every: option that says how often runs are measured on held-out rows: "eval_every" for their
+        loss, "score_every" for the task's score, by which they are compared and stopped early.
       quick: options of a first look, where they are not given.
       quick_full: the multiples of the script's learning rate that it then tries in full
         fine-tuning.
@@ -56,11 +61,17 @@ class ComparedScript(NamedTuple):
     with_defaults: Callable[[Any, Defaults], Options]
     quick: Mapping[str, object]
     quick_full: tuple[float, ...]
+    every: Literal["eval_every", "score_every"] = "eval_every"
 
     @property
     def kind(self) -> str:
         """Returns the word on the command line: "sft"."""
         return self.name.removeprefix("train.")
+
+    @property
+    def uses_score(self) -> bool:
+        """True if runs are compared by the task's score; else by the held-out loss."""
+        return self.every == "score_every"
 
     def options_of(self, config: Options) -> Options:
         """Returns a comparison's options without what is compared: those of the script."""
@@ -78,25 +89,39 @@ class Trial:
 
     Attributes:
       name: name of its folder.
+      script: the training script: "train.sft".
       arm, seed: what it trains.
       config: its options, checked, with the task's defaults.
       task: what it trains on.
       steps: number of steps of the whole run.
       trained_parameters: how many numbers it trains.
+      by_score: whether it is compared by the task's score; else by the held-out loss.
     """
 
     name: str
+    script: str
     arm: Arm
     seed: int
     config: Options
     task: Task
     steps: int
     trained_parameters: int
+    by_score: bool = False
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.run.output)
+
+    @property
+    def measured(self) -> str:
+        """The metric by which the rule of early stopping decides."""
+        return f"{SCORE}{self.task.score}" if self.by_score else f"{HELD_OUT}loss"
+
+    @property
+    def reads_alone(self) -> bool:
+        """True if its data are its own, such as prompts with the completions drawn of them."""
+        return "output" in self.task.reads(self.config)
 
 
 def basis_of(script: ComparedScript, options: Options) -> arms.ScriptDefaults:
@@ -131,6 +156,7 @@ def trials_of(
     given: Collection[str],
     folder: Path,
     reader: InputReader,
+    examples: tuple[ComparedScript, Options] | None = None,
 ) -> tuple[list[Trial], Inputs]:
     """Returns all runs, checked, and the inputs of one of them.
 
@@ -141,6 +167,7 @@ def trials_of(
       given: the names of the options that were given.
       folder: the comparison's.
       reader: reads rows once.
+      examples: the script and options of runs on --demonstrations; None for none.
 
     Raises:
       UserError: some run cannot be done; it is named.
@@ -152,7 +179,9 @@ def trials_of(
         name = arms.name_of(experiment.arm, experiment.seed)
         try:
             place = folder / RUNS / name
-            trial, inputs = _trial(script, options, experiment, asked[0].seed, place, reader)
+            is_supervised = experiment.arm.method in OF_EXAMPLES
+            of = examples if examples and is_supervised else (script, options)
+            trial, inputs = _trial(*of, experiment, asked[0].seed, place, reader)
         except TrainingError as error:
             raise UserError(f"run {name}: {error.said(flag)}") from error
         trials.append(trial)
@@ -167,7 +196,10 @@ def groups_of(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
     """Returns the runs as they train: adapters in groups of at most `at_once`, the others alone."""
     adapters = [trial for trial in trials if has_adapter(trial.arm.method)]
     adapters.sort(key=_likeness)
-    groups = [adapters[i : i + at_once] for i in range(0, len(adapters), at_once)]
+    groups = []
+    for of_examples in (False, True):  # of another script
+        alike = [trial for trial in adapters if (trial.arm.method in OF_EXAMPLES) == of_examples]
+        groups += [alike[i : i + at_once] for i in range(0, len(alike), at_once)]
     return groups + [[trial] for trial in trials if not has_adapter(trial.arm.method)]
 
 
@@ -218,7 +250,7 @@ def _trial(
         "output": str(folder),
         "overwrite": False,
         "resume": False,
-        "eval_every": options.run.eval_every or 1,  # so that rows are held out
+        script.every: getattr(options.run, script.every) or 1,  # so that rows are held out
     }
     armed = replace_options(options, changes)
     if "held_out_seed" not in idle_options(armed, dataset_facts(armed)):
@@ -234,17 +266,44 @@ def _trial(
     mesh = make_mesh(config.run.mesh, config.optim.batch_size)
     inputs = make_inputs(config, mesh, reader(config, task))
     steps = inputs.steps
-    if inputs.read.data.held_out is None:
-        raise UserError(
-            "nothing is held out to compare the runs on: give --eval-dataset, or more rows, and "
-            "more than 0 --eval-questions"
-        )
-    changed = {"eval_every": options.run.eval_every or -(-steps // MEASUREMENTS)}
-    if experiment.arm.method == "full" and options.run.save_every == script.plain.run.save_every:
+    _check_held_out(script, experiment.arm, config, inputs)
+    every = getattr(options.run, script.every)
+    changed: dict[str, Any] = {script.every: every or -(-steps // MEASUREMENTS)}
+    if experiment.arm.method in IN_FULL and options.run.save_every == script.plain.run.save_every:
         changed["save_every"] = steps  # a checkpoint holds the model three times
     config, outline = replace_options(config, changed), inputs.read.outline
     trained = experiment.arm.dimension
     if trained is None:
         tree = lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
         trained, _ = lj.count_params(tree)
-    return Trial(folder.name, experiment.arm, experiment.seed, config, task, steps, trained), inputs
+    trial = Trial(
+        name=folder.name,
+        script=script.name,
+        arm=experiment.arm,
+        seed=experiment.seed,
+        config=config,
+        task=task,
+        steps=steps,
+        trained_parameters=trained,
+        by_score=script.uses_score,
+    )
+    if trial.reads_alone:
+        inputs.read.data.close()
+    return trial, inputs
+
+
+def _check_held_out(script: ComparedScript, arm: Arm, config: Any, inputs: Inputs) -> None:
+    """Raises a UserError where nothing is held out to measure a run on."""
+    read = inputs.read
+    if not script.uses_score:
+        has_rows = read.data.held_out is not None
+    elif arm.method in OF_EXAMPLES:
+        has_rows = True  # the prompts of the others
+    else:
+        asks = bool(read.rows.held_out) or dataset_facts(config).has_own_rows
+        has_rows = asks and bool(config.run.eval_questions)
+    if not has_rows:
+        raise UserError(
+            "nothing is held out to compare the runs on: give --eval-dataset, or more rows, and "
+            "more than 0 --eval-questions"
+        )

@@ -87,7 +87,7 @@ def reference_params(
     given = getattr(config.data, "reference", NONE)
     if given == NONE:
         return None
-    if is_live(config) and (config.adapter.full or takes_from_base):
+    if is_live(config) and (takes_from_base or config.adapter.full and not _keeps_base(config)):
         what, other = "--init takes factors out of", "another --init"
         if config.adapter.full:
             what, other = "--full trains", "an adapter"
@@ -104,6 +104,14 @@ def reference_params(
     return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
 
 
+def _keeps_base(config: Options) -> bool:
+    """Returns True if full fine-tuning holds the base beside the weights that train.
+
+    Preferences have a pass before training for it; completions are not known before.
+    """
+    return not hasattr(config.data, "reference_logps")
+
+
 def check_reference(config: Options, outline: ModelInfo) -> None:
     """Raises a UserError if --reference names no adapter over this base; reads no weights."""
     if config.data.reference not in (BASE, NONE, None):
@@ -114,6 +122,8 @@ def check_reference(config: Options, outline: ModelInfo) -> None:
 def reference_line(config: Options) -> str:
     """Returns a line that names the reference of the run."""
     given, start = config.data.reference, config.adapter.init_adapter
+    if config.adapter.full and _keeps_base(config):
+        return f"reference: {given}; its weights stay in memory, beside those that train"
     if start is None or given == NONE:
         return f"reference: {given}"
     if given == BASE:

@@ -224,6 +224,8 @@ class Task:
       watched: the metrics to look at in training, which a step's line shows, each explained; the
         most telling one first. {} for all.
       baselines: returns that score of what needs no training, by name, from a run's scores.json.
+      score_error: returns the standard error of the trained model's score over the held-out rows,
+        from a run's scores.json; None where it is not known.
     """
 
     defaults: Defaults
@@ -240,6 +242,7 @@ class Task:
     score: str | None = None
     watched: Mapping[str, str] = dataclasses.field(default_factory=dict)
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = lambda scores: {}
+    score_error: Callable[[Mapping[str, Any]], float | None] = lambda scores: None
 
     def check_options(self, config: Options) -> None:
         """Raises a UserError for options that make no sense for this task."""

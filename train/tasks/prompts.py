@@ -32,7 +32,7 @@ from train.run.task import (
     TaskRows,
 )
 from train.tasks import chats, sums
-from train.tasks.reward_scores import BASE, REWARD, evaluation
+from train.tasks.reward_scores import BASE, REWARD, evaluation, standard_error
 from train.tasks.tool_use import OPENS_EACH, check_fields, earned_name, use_tools
 
 _HELD_OUT = 2**32 + 2  # no epoch's number, and no other draw's
@@ -315,4 +315,5 @@ TASK = Task(
     score=REWARD,
     watched=WATCHED,
     baselines=lambda scores: {k: v for k, v in scores.get(REWARD, {}).items() if k == BASE},
+    score_error=standard_error,
 )

@@ -1,7 +1,7 @@
 """The evaluation by rewards of greedy completions, before and after training."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -165,6 +165,16 @@ class RewardEvaluation:
             self.found.setdefault(REWARD, {})[way] = scores[REWARD]
         self.found.setdefault("answers", {})[way] = self.newest
         write_json(self.context.folder / SCORES, self.found)
+
+
+def standard_error(scores: Mapping[str, Any]) -> float | None:
+    """Returns the standard error of the trained model's mean reward, from a run's scores.json.
+
+    It is that over the held-out prompts; None with fewer than two rewards.
+    """
+    answers = scores.get("answers", {}).get(ADAPTED, ())
+    known = [answer["reward"] for answer in answers if answer["reward"] is not None]
+    return float(np.std(known, ddof=1) / np.sqrt(len(known))) if len(known) > 1 else None
 
 
 def evaluation(context: EvaluationContext) -> RewardEvaluation | None:

@@ -7,6 +7,7 @@ judgement.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,18 @@ def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
     return {way: sum(values) / len(values) for way, values in by_way.items() if values}
 
 
+def accuracy_error(scores: Mapping[str, Any]) -> float | None:
+    """Returns the standard error of the trained model's accuracy, from a run's scores.json.
+
+    It is that of the mean over both kinds of questions, each with as many; None if it is not known.
+    """
+    n, of_kind = scores.get("questions_of_each_kind", 0), scores.get("accuracy", {}).values()
+    shares = [ways[sql_scores.ADAPTED] for ways in of_kind if sql_scores.ADAPTED in ways]
+    if n < 2 or not shares:
+        return None
+    return math.sqrt(sum(share * (1 - share) / (n - 1) for share in shares)) / len(shares)
+
+
 TASK = dataclasses.replace(
     chats.TASK,
     defaults=Defaults(
@@ -199,6 +212,7 @@ TASK = dataclasses.replace(
     reads=reads_all,  # the questions are drawn by --seed, as many as 35 steps see
     score="accuracy",
     baselines=baselines,
+    score_error=accuracy_error,
 )
 
 
@@ -310,6 +324,7 @@ REWARDS = dataclasses.replace(
     evaluation=evaluation,
     score=TASK.score,
     baselines=TASK.baselines,
+    score_error=TASK.score_error,
 )
 
 DISTILLATION = dataclasses.replace(

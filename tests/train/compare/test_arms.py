@@ -7,10 +7,10 @@ import pytest
 
 from tests.train.compare.made_up import full, lora
 from train.classify import parse
-from train.compare.__main__ import SCRIPTS
 from train.compare.arms import ScriptDefaults, arms_of, name_of, settings
 from train.compare.options import CompareConfig
 from train.compare.rungs import LAST, STAGES, chooses, decide, step_of
+from train.compare.scripts import SCRIPTS
 from train.compare.trials import basis_of, groups_of
 from train.options.scripts import classify
 

@@ -202,8 +202,8 @@ def test_costs_and_plans(folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "sft or classify"),
-        (["sql"], "sft or classify, not 'sql'"),
+        ([], "sft, classify or grpo"),
+        (["sql"], "sft, classify or grpo, not 'sql'"),
         (["sft", "--rank", "3"], "--rank: a comparison sets it: give --ranks"),
         (["sft", "--ranks", "3", "3"], "3 stands there twice"),
         (["sft", "--methods", "tinylora", "--weight-tying", "1"], "side by side cannot"),

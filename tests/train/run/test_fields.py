@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from train.compare.__main__ import SCRIPTS
+from train.compare.scripts import SCRIPTS
 from train.options.conditions import NoEffect
 from train.options.field import CardSection, traits_of
 from train.options.scripts import classify, grpo, sft

@@ -116,13 +116,25 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
 
 
 def _curves(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws the held-out loss, else that in training, against the step; a band over seeds."""
-    chosen = _few(tables.series_and_stopped(drawing.rows))
-    held_out = any(len(run.held_out) > 1 for row in chosen for run in row.runs)
+    """Draws a curve of each against the step, with a band over seeds.
+
+    It is that of the held-out loss, else of the score, else of the loss in training.
+    """
+    chosen, facts = _few(tables.series_and_stopped(drawing.rows)), drawing.comparison.facts
+    field, name = next(
+        (field, name)
+        for field, name in (
+            ("held_out", f"held-out {facts.loss}"),
+            ("scores", facts.score or "score"),
+            ("losses", f"training {facts.loss}"),
+        )
+        if any(len(getattr(run, field)) > 1 for row in chosen for run in row.runs)
+        or field == "losses"
+    )
     axes = figure.subplots()
     for row in chosen:
         ended = [run for run in row.runs if run.status == "done"] or row.runs
-        curves = [run.held_out if held_out else run.losses for run in ended]
+        curves = [getattr(run, field) for run in ended]
         steps, low, mean, high = _seed_curves(curves)
         if len(steps) < 2:
             continue
@@ -132,10 +144,9 @@ def _curves(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
     if not axes.lines:
         return None
-    where = "held-out" if held_out else "training"
-    _label(figure, axes, "step", f"{where} {drawing.comparison.facts.loss}")
+    _label(figure, axes, "step", name)
     return (
-        f"{words.capital(where)} loss by step",
+        f"{words.capital(name.partition(' (')[0])} by step",
         "Each adapter and full fine-tuning at its best learning rate. Lines are means over seeds, "
         "bands run from the lowest to the highest.",
     )
@@ -166,22 +177,22 @@ def _rates(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 def _first_rung(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
     rung = drawing.comparison.rungs[0]
-    losses = {arm: loss for arm, loss in (*rung.kept, *rung.stopped) if math.isfinite(loss)}
+    values = {arm: value for arm, value in (*rung.kept, *rung.stopped) if math.isfinite(value)}
     axes = figure.subplots()
     for first in tables.series_and_stopped(drawing.rows):
         alike = first.arm.rate_group()
-        line = [arm for arm in losses if arm.rate_group() == alike]
+        line = [arm for arm in values if arm.rate_group() == alike]
         line.sort(key=lambda arm: arm.learning_rate)
-        at, of = [arm.learning_rate for arm in line], [losses[arm] for arm in line]
+        at, of = [arm.learning_rate for arm in line], [values[arm] for arm in line]
         if line:
             axes.plot(at, of, label=drawing.name(first), **drawing.style(first))
     if not axes.lines:
         return None
     axes.set_xscale("log")
-    loss = drawing.comparison.facts.loss
-    _label(figure, axes, "peak learning rate", f"held-out {loss}")
+    name = tables.decided_by(drawing.comparison.facts)
+    _label(figure, axes, "peak learning rate", name)
     return (
-        "Held-out loss by learning rate, early",
+        f"{words.capital(name.partition(' (')[0])} by learning rate, early",
         f"After {rung.share:.1%} of the steps, when all settings were compared and most of them "
         "stopped; means over seeds.",
     )

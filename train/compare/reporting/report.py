@@ -26,6 +26,7 @@ from train.compare.result import Arm, Comparison, ComparisonFacts
 MARKDOWN, HTML = "report.md", "report.html"
 PICTURES = "pictures"  # the folder of the PNGs
 _SPREAD = ("Mean", "Deviation", "Lowest", "Highest", "Seeds")
+_ERROR = "Standard error"
 _ENDINGS = {"failed": "failed", "stopped early": "stopped early", "waiting": "not run yet"}
 _OF_MEMORY = (
     "The memory of the step is what its compiled program needs: weights, optimiser state, "
@@ -114,10 +115,14 @@ def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
     measure, rows = figures.measure, figures.rows
     losses = [row.spread_of("held_out_loss") for row in rows]
     loss = measure.kind == "score" and any(losses)
-    header = ["Arm", *_SPREAD, *["Held-out loss"] * loss, "Trained parameters", "Other runs"]
+    errors = [row.mean("score_error") for row in rows]
+    error = measure.kind == "score" and any(x is not None for x in errors)
+    header = ["Arm", *_SPREAD, *[_ERROR] * error, *["Held-out loss"] * loss]
+    header += ["Trained parameters", "Other runs"]
     body = []
-    for row, of_loss in zip(rows, losses, strict=True):
-        cells = [figures.label(row.arm), *_spread(row.quality), *[_mean(of_loss)] * loss]
+    for row, of_loss, of_rows in zip(rows, losses, errors, strict=True):
+        cells = [figures.label(row.arm), *_spread(row.quality), *[words.rough(of_rows)] * error]
+        cells += [_mean(of_loss)] * loss
         body.append([*cells, words.count(row.trained_parameters), _others(row)])
     marked = next((i for i, row in enumerate(rows) if row.arm == recommendation.arm), None)
     better = "larger" if measure.larger else "smaller"
@@ -129,6 +134,8 @@ def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
         Paragraph(
             f"{words.capital(measure.name)} over seeds, {better} is better; the "
             f"best arm comes first. Runs that did not end do not count.{marking}"
+            + f" {_ERROR}: of a run's mean over the held-out rows."
+            * error
         ),
         Grid(header, body, marked),
     ]
@@ -222,12 +229,12 @@ def _planned(figures: Figures) -> list[Block]:
 def _rungs(figures: Figures) -> list[Block]:
     facts = figures.comparison.facts
     body = [
-        [figures.label(arm), f"{rung.share:.1%}", words.figure(loss), went]
+        [figures.label(arm), f"{rung.share:.1%}", words.figure(value), went]
         for rung in figures.comparison.rungs
         for went, arms in (("goes on", rung.kept), ("stopped", rung.stopped))
-        for arm, loss in arms
+        for arm, value in arms
     ]
-    header = ["Arm", "After", f"Held-out {facts.loss}", "Decision"]
+    header = ["Arm", "After", words.capital(tables.decided_by(facts)), "Decision"]
     rule = f"The rule: {facts.rule}." if facts.rule else ""
     return _table(Heading("Early stopping"), header, body, rule)
 
@@ -259,6 +266,14 @@ def _forgetting(figures: Figures) -> list[Block]:
     outside = figures.comparison.facts.outside or "text outside the task"
     text = f"How much the loss (nats a token) on {outside} rose in training; smaller is better."
     return _seeds_table(figures, "forgotten", "Forgetting", text)
+
+
+def _divergence(figures: Figures) -> list[Block]:
+    text = (
+        "How far a run has moved from the base: KL(base ‖ run) of the next token, over the whole "
+        "vocabulary, on the base's completions of the held-out prompts (nats a token)."
+    )
+    return _seeds_table(figures, "divergence", "Divergence from the base", text)
 
 
 def _intruders(figures: Figures) -> list[Block]:
@@ -303,7 +318,8 @@ def _facts(figures: Figures) -> list[Block]:
 
 
 _SECTIONS = (
-    *(_dimensions, _costs, _rungs, _latencies, _storage, _forgetting, _intruders, _failed, _facts),
+    *(_dimensions, _costs, _rungs, _latencies, _storage, _forgetting, _divergence, _intruders),
+    *(_failed, _facts),
 )
 
 

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from train.compare.options import OF_EXAMPLES
 from train.compare.reporting import words
 from train.compare.result import Arm, Comparison, ComparisonFacts, RunResult
 
@@ -23,7 +24,7 @@ class Criterion(NamedTuple):
       larger: whether a larger value is better.
     """
 
-    kind: Literal["score", "held out", "training", "forgetting", "intruders"]
+    kind: Literal["score", "held out", "training", "forgetting", "intruders", "divergence"]
     name: str
     larger: bool
 
@@ -39,6 +40,7 @@ _FIELDS = {
     "training": "training_loss",
     "forgetting": "forgotten",
     "intruders": "intruders",
+    "divergence": "divergence",
 }
 
 
@@ -110,8 +112,11 @@ class ArmRow:
 
     @property
     def is_adapter(self) -> bool:
-        """Returns True if the arm has an adapter. One that trains a head alone has none."""
-        return self.arm.rank is not None
+        """Returns True if the arm has an adapter to recommend.
+
+        One that trains a head alone has none; beside rewards, one of examples is no rival.
+        """
+        return self.arm.rank is not None and self.arm.method not in OF_EXAMPLES
 
 
 class Figures:
@@ -187,8 +192,15 @@ def criteria(facts: ComparisonFacts) -> dict[str, Criterion]:
         Criterion("training", f"training {facts.loss}", False),
         Criterion("forgetting", "rise of the loss on other text (nats a token)", False),
         Criterion("intruders", "intruder dimensions of a matrix", False),
+        Criterion("divergence", "divergence from the base (nats a token)", False),
     )
     return {measure.kind: measure for measure in every}
+
+
+def decided_by(facts: ComparisonFacts) -> str:
+    """Returns the name of the value by which hopeless runs are stopped early."""
+    known = criteria(facts)
+    return known["score" if facts.by_score else "held out"].name
 
 
 def criterion_of(comparison: Comparison) -> Criterion:
@@ -256,7 +268,7 @@ def series_and_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
     """Returns `series`, and where no run of a kind ended, the arm that got furthest and lowest."""
     row_of_kind = {_kind(row.arm): row for row in series(among)}
     for row in sorted(among, key=_last):
-        if any(run.held_out or run.losses for run in row.runs):
+        if any(run.held_out or run.scores or run.losses for run in row.runs):
             row_of_kind.setdefault(_kind(row.arm), row)
     return tuple(sorted(row_of_kind.values(), key=_place))
 
@@ -326,9 +338,13 @@ def _place(row: ArmRow) -> tuple[bool, bool, int]:
 
 
 def _last(row: ArmRow) -> tuple[float, float]:
-    """Returns the negative number of steps, and the last held-out loss; means over seeds."""
-    loss = spread(run.held_out_loss for run in row.runs)
-    return -statistics.fmean(run.steps for run in row.runs), loss.mean if loss else math.inf
+    """Returns the negative number of steps, and the last held-out loss; means over seeds.
+
+    Of runs that are compared by their score, it is the negative score.
+    """
+    lost = [-run.scores[-1].value if run.scores else run.held_out_loss for run in row.runs]
+    mean = spread(lost)
+    return -statistics.fmean(run.steps for run in row.runs), mean.mean if mean else math.inf
 
 
 def _diverged(run: RunResult) -> bool:

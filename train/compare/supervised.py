@@ -1,0 +1,114 @@
+"""Runs of `train.sft` beside those of `train.grpo`: right answers to learn from, the same rewards.
+
+Such a run trains on the rows of --demonstrations, and is scored as the others are: by the rewards
+of its greedy completions of the held-out prompts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from train import sft
+from train.compare.trials import ComparedScript
+from train.inputs import RunData, read_inputs
+from train.options.common import Options
+from train.options.file import replace_options
+from train.options.scripts.sft import Config, SftRunConfig
+from train.run.task import Evaluation, EvaluationContext, Task
+from train.settings.defaults import check_files
+
+_OWN = (
+    "dataset",
+    "eval_dataset",
+    "rows",
+    "fields",
+    "eval_every",
+    "eval_questions",
+    "output",
+    "loss",
+)
+
+
+class HeldOutPrompts:
+    """The held-out prompts of a comparison, which all of its runs complete.
+
+    Attributes:
+      config: the options of a run by rewards.
+      task: its task.
+      read: its rows, outline and data.
+    """
+
+    def __init__(self, config: Options, task: Task) -> None:
+        """Reads them; whoever makes them closes their data.
+
+        Raises:
+          UserError: something is missing, or does not fit the model.
+        """
+        self.config, self.task = task.completed(config), task
+        self.read: RunData = read_inputs(self.config, task)
+
+    def evaluation(self, context: EvaluationContext) -> Evaluation | None:
+        """Returns the evaluation of a run of any script by these prompts."""
+        rows, outline, data = self.read
+        del outline
+        config = replace_options(self.config, {"output": context.config.run.output})
+        return self.task.evaluation(
+            dataclasses.replace(context, config=config, rows=rows, data=data)
+        )
+
+
+def supervised_script(
+    rows: str, prompts: HeldOutPrompts, measured_in: Callable[[Task], Task]
+) -> ComparedScript:
+    """Returns `train.sft` as a comparison by rewards uses it.
+
+    Args:
+      rows: the demonstrations, as --dataset of `train.sft` names them.
+      prompts: the held-out prompts.
+      measured_in: adds further measures to a task.
+    """
+    plain = Config()
+    given = replace_options(plain, {"dataset": (rows,)})
+
+    @functools.cache
+    def task() -> Task:
+        own = sft.task_of(given)
+        by_rewards = dataclasses.replace(
+            own,
+            score=prompts.task.score,
+            evaluation=prompts.evaluation,
+            baselines=prompts.task.baselines,
+            score_error=prompts.task.score_error,
+        )
+        return measured_in(by_rewards)
+
+    def check(config: Any) -> None:
+        sft.SCRIPT.check_options(config)
+        check_files(config)
+        task().check_options(config)
+
+    return ComparedScript(
+        name=sft.SCRIPT.name,
+        compared=plain,
+        plain=plain,
+        task_of=lambda config: task(),
+        check=check,
+        with_defaults=sft.SCRIPT.completed,
+        quick={},
+        quick_full=(),
+        every="score_every",
+    )
+
+
+def supervised_options(options: Options, rows: str) -> Config:
+    """Returns the options of `train.sft` that are those of a run by rewards, but for its data.
+
+    Args:
+      options: the options of `train.grpo`, with the task's defaults.
+      rows: the demonstrations.
+    """
+    same = {name: x for part in vars(options).values() for name, x in vars(part).items()}
+    plain = Config(run=SftRunConfig(eval_questions=0))
+    kept = {name: value for name, value in same.items() if name not in (*_OWN, "alpha", "lr")}
+    return replace_options(plain, kept | {"dataset": (rows,)})
