@@ -21,6 +21,7 @@ from lora_jax.training.processes import write_json, write_text
 from train.compare import __main__ as compare
 from train.compare import result
 from train.compare.result import Comparison
+from train.compare.scripts import SCRIPTS
 from train.console.errors import UserError, flag
 from train.console.help import asks_for_help
 from train.console.output import tell
@@ -135,7 +136,7 @@ def run(asked: FindingRequest, session: Session, command: str) -> None:
     if asks_for_help(rest):
         compare.parse([finding.script, *rest])  # exits
     options = ["--config", str(catalog.options_of(name)), *rest]
-    plain = compare.SCRIPTS[finding.script].compared
+    plain = SCRIPTS[finding.script].compared
     read_line(plain, options, f"{_PROG} {name}")  # before anything is made
     made = _made(asked, session)
     if not (asked.output / CONFIG).exists():  # interrupted before the comparison began

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from train.console.errors import UserError
-from train.findings.making import habit, mixture, questions, vocabulary
+from train.findings.making import habit, mixture, questions, sums, vocabulary
 from train.findings.making.inputs import FindingInputs
 from train.findings.reporting.pivot import PivotLayout
 from train.processes.session import Session
@@ -31,7 +31,7 @@ class Finding:
 
     title: str
     said: str
-    script: Literal["sft", "classify"] = "classify"
+    script: Literal["sft", "classify", "grpo"] = "classify"
     layout: PivotLayout
     measures: tuple[str, ...] = ("score", "loss")
     make: Callable[[Path, Session], FindingInputs] | None = None
@@ -124,6 +124,41 @@ FINDINGS: dict[str, Finding] = {
         measures=("loss",),
         make=mixture.make,
         makes=("model", "dataset", "eval_dataset"),
+    ),
+    "rl-rank": Finding(
+        title="Rank and rate by rewards, from 1 to all weights",
+        said="*LoRA Without Regret* (Schulman et al., 2025): by rewards, rank 1 equals full "
+        "fine-tuning, at about ten times its learning rate. Another paper (arXiv 2601.09361) finds "
+        "that rank 8 fails, and 256 is best.",
+        script="grpo",
+        layout=PivotLayout("learning rate", "rank"),
+        measures=("score",),
+    ),
+    "rl-batches": Finding(
+        title="Large batches by rewards, by rank",
+        said="A paper of 2026 (OpenReview XGZHI14m8P) finds that LoRA of rank 64 has 73.1% at "
+        "batch 64, and 8.7 and 6.0% at 128 and 256.",
+        script="grpo",
+        layout=PivotLayout("learning rate", "batch size", ("rank",)),
+        measures=("score",),
+    ),
+    "rl-numbers": Finding(
+        title="How few numbers are enough by rewards",
+        said="*Learning to Reason in 13 Parameters* (arXiv 2602.04118): by rewards, 13 trained "
+        "numbers take a model of 7 billion to 91% on GSM8K.",
+        script="grpo",
+        layout=PivotLayout("trained parameters", "method", at_best_rate=True),
+        measures=("score",),
+    ),
+    "rl-forgetting": Finding(
+        title="What rewards forget beside examples, at the same score",
+        said="*RL's Razor* (arXiv 2509.04259): what is forgotten follows the divergence from the "
+        "base on the new task, and at the same score rewards move a model less than examples do.",
+        script="grpo",
+        layout=PivotLayout("learning rate", "method"),
+        measures=("divergence", "score"),
+        make=sums.make,
+        makes=("demonstrations",),
     ),
 }
 

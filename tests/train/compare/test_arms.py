@@ -134,6 +134,13 @@ def test_each_method_keeps_its_best_and_what_failed_never_goes_on():
     assert not alone.kept, "the only one failed"
 
 
+def test_by_a_score_the_largest_go_on():
+    scores = {lora(2): 0.1, lora(8): 0.9, lora(32): math.nan, full(): 0.0}
+    rung = decide(STAGES[0], scores, 0.125, larger=True)
+    assert [arm for arm, _ in rung.kept] == [lora(8), full()]
+    assert [arm for arm, _ in rung.stopped] == [lora(2), lora(32)]
+
+
 def test_a_stage_at_which_each_method_has_one_arm_stops_nothing():
     assert not chooses(STAGES[0], [lora(2), full()])
     assert chooses(STAGES[0], [lora(2), lora(8), full()])

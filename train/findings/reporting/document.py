@@ -6,6 +6,7 @@ from train.compare.reporting import dimension, words
 from train.compare.reporting.tables import ArmRow
 from train.compare.result import Comparison
 from train.console import markdown
+from train.findings.reporting import decision
 from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
 
 MARKDOWN = "finding.md"
@@ -38,6 +39,8 @@ def document(
             parts.append(table(pivot, block))
     score = comparison.facts.score or "score"
     parts += [dimension.sentence(result, score) for result in dimension.dimensions(comparison)]
+    if comparison.facts.by_score:
+        parts += decision.sentences(comparison)
     if picture is not None:
         first = pivots[0]
         parts.append(f"![{words.capital(first.measure.name)} by {first.rows.name}]({picture})")

@@ -9,7 +9,7 @@ from train.compare.reporting.tables import ArmRow, Criterion
 from train.compare.result import Arm, Comparison
 from train.console.errors import UserError
 
-MEASURES = ("score", "loss", "forgetting", "intruders")
+MEASURES = ("score", "loss", "forgetting", "intruders", "divergence")
 Key = float | str  # a setting's value; the method's name for arms without such a setting
 
 
