@@ -142,6 +142,14 @@ def test_links_lead_somewhere(page):
     assert dead_links(ROOT / page) == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_a_page_is_read_in_minutes(page):
+    """Beside its code and its tables, which are looked into, it has 900 words or so."""
+    lines = prose(ROOT / page).splitlines()
+    words = sum(len(line.split()) for line in lines if not line.startswith("|"))
+    assert words <= 950, "split it by purpose, or cut what nobody needs"
+
+
 @pytest.mark.parametrize("page", CONTENTS)
 def test_a_contents_page_is_short_and_keeps_its_anchors(page):
     text = prose(ROOT / page)
@@ -160,7 +168,7 @@ def test_contents_list_all_sections():
 
 
 def test_the_page_of_tests_lists_what_runs_by_hand_alone():
-    page = (ROOT / "tests/README.md").read_text()
+    page = (ROOT / "tests/proofs.md").read_text()
     files = {
         path.relative_to(ROOT / "tests").as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")
