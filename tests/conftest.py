@@ -53,6 +53,7 @@ jax.monitoring.register_event_duration_secs_listener(note_compiled)
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(SameOrder())
     if "not parity" in config.getoption("-m"):
         hide_torch()
 
@@ -122,6 +123,14 @@ def float64():
     """Equalities of algebra are tested in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+class SameOrder:
+    """Has all workers see the tests in one order, before pytest groups those of shared fixtures."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: str(item.path))
 
 
 def pytest_collection_modifyitems(session, items):
