@@ -46,7 +46,7 @@ def ran(engine, **fields):
 
 
 def forget(engine):
-    """Has an engine compute all anew, in as few rows as will do: their number is in the last bits."""
+    """Has an engine compute all anew, in as few rows as will do, on which last bits depend."""
     engine._sampler._runner.store.clear()
     engine._sampler._places.narrow()
 
