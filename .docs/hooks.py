@@ -78,6 +78,7 @@ def code_name(path):
 def on_page_markdown(markdown, page, config, files):
     """Leads links to code and notebooks to their pages; drops words that are for the tests."""
     here = posixpath.dirname(page.file.src_uri)
+    page.meta["search"] = search_weight(page.file.src_uri)
 
     def led(match):
         before, link, after = match.groups()
@@ -91,6 +92,16 @@ def on_page_markdown(markdown, page, config, files):
         return before + link + after
 
     return LINK.sub(led, FENCE.sub("```python", markdown))
+
+
+def search_weight(name):
+    """Returns a page's weight in the search: pages of tasks first, code and what changed last."""
+    if name.startswith(("source/", "tests/hf/")):
+        return {"exclude": True}
+    behind = {"CHANGELOG.md": 0.1, "reference/lora_jax": 0.5, "tests/": 0.5, "train/findings/": 0.7}
+    first = {"FAQ.md": 2, "train/sft.md": 1.5}
+    weights = [w for start, w in (behind | first).items() if name.startswith(start)]
+    return {"boost": weights[0] if weights else 1}
 
 
 def on_post_build(config):
