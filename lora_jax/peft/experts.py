@@ -82,7 +82,21 @@ def experts_of(model: Model) -> list[Expert]:
 
 
 def can_hold(model: Model, path: str) -> bool:
-    """Returns False for projections of MLPs that PEFT takes for those of experts; see `save`."""
+    """Returns True where PEFT's adapters have a name for a weight of a model.
+
+    They have none for projections of MLPs that PEFT takes for those of experts; see `save`.
+
+    Args:
+      model: a model of `lora_jax.models`.
+      path: the path of a weight in its tree.
+
+    >>> from lora_jax import models, peft
+    >>> fields = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1,
+    ...           "intermediate_size": 6, "num_attention_heads": 2}
+    >>> model = models.Decoder(models.read_config(fields))
+    >>> peft.can_hold(model, "model/layers/mlp/up_proj/kernel")
+    True
+    """
     of_mlp = OF_MLP.search(path.replace("/", ".") + ".")
     return of_mlp is None or getattr(model.config, "model_type", None) not in TAKEN_FOR_EXPERTS
 

@@ -1,6 +1,7 @@
 """A user's own variant is one part: all code that depends on a weight's layout handles it."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,8 @@ def test_ranks_that_differ_are_padded_and_filed_without_padding(tmp_path):
 
 
 def test_the_registry_has_each_option_and_each_part_once():
-    assert [one.name for one in dataclasses.fields(Variants)] == [v.option for v in VARIANTS]
+    options = [(v.option, *(setting.name for setting in v.settings)) for v in VARIANTS]
+    assert [one.name for one in dataclasses.fields(Variants)] == [*itertools.chain(*options)]
     assert len(PARTS) == sum(len(variant.parts) for variant in VARIANTS)
 
 

@@ -65,7 +65,7 @@ def test_a_file_holds_options_by_their_names_and_flags_override_it(tmp_path):
         ("dora: 1", "dora is 1: true or false is needed"),
         ("layers: [1, two]", "layers is a list: a whole number is needed"),
         ("schedule: cosin", "schedule is cosin: one of constant, linear, cosine, "),
-        ("remat: true", "remat is true: one of auto, none, full, attention, offload, "),
+        ("remat: true", "remat is true: one of auto, none, full, products, projections, "),
         ("dataset: {a: b}", "dataset is a group of keys: a text is needed"),
         ("- rank", "options by their names are needed"),
         ("rank: [", "line 1: not YAML: "),

@@ -48,7 +48,7 @@ PLACES = {
 # What takes a text that names no file, or a place that JAX itself reads.
 WORDS = {
     *("compilation_cache", "coordinator", "host", "allow_origin", "report_project"),
-    *("prompt", "system", "stop", "teacher_prompt", "sample_prompts", "texts", "labels"),
+    *("prompt", "system", "stop", "teacher_prompt", "sample_prompts", "texts", "labels", "alora"),
 }
 TRAINING = {"sft": sft, "dpo": dpo, "grpo": grpo, "distill": distill, "classify": classify}
 OTHERS = {
