@@ -47,6 +47,7 @@ PLACES = {
 }
 # What takes a text that names no file, or a place that JAX itself reads.
 WORDS = {
+    "alora",  # the text of an invocation
     *("compilation_cache", "coordinator", "host", "allow_origin", "report_project"),
     *("prompt", "system", "stop", "teacher_prompt", "sample_prompts", "texts", "labels", "alora"),
 }
