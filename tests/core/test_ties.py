@@ -38,6 +38,7 @@ def test_groups_are_pefts(n, tying):
     assert sorted(set(numbers)) == list(range(groups))
 
 
+@pytest.mark.slow
 def test_layers_are_counted_one_after_the_other():
     order = [UP, DOWN, OUT]
     tree = lj.lorafy(PARAMS, [rule(0.5)], kinds=dict.fromkeys(order, "mlp"))

@@ -58,6 +58,7 @@ def test_fewer_tokens_have_one_in_both_passes(monkeypatch):
     assert (barriers(loss, *halves), barriers(jax.grad(loss), *halves)) == (1, 2)
 
 
+@pytest.mark.slow
 def test_they_change_no_number():
     results = []
     for placement in (OnTpu(), OnCpu()):
@@ -74,6 +75,7 @@ def test_they_change_no_number():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("barrier", [settle, settle_gradient])
 def test_gradients_of_gradients(barrier):
     def cube(x):

@@ -220,6 +220,7 @@ def test_the_standard_error_is_that_of_the_mean_over_held_out_prompts():
     assert accuracy_error({}) is None
 
 
+@pytest.mark.slow
 def test_where_nothing_is_held_out_nothing_is_trained(folder, tmp_path, capsys):
     assert compare(folder, tmp_path / "out", "--eval-questions", "0") == 2
     assert "nothing is held out" in capsys.readouterr().err

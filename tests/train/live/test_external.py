@@ -8,7 +8,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from tests.adapted_trees import with_random_factors
-from tests.support import assert_close
+from tests.support import assert_close, over
 from tests.train.live.stub_server import EOS, Holder, StubServer
 from tests.train.scripts import fails
 from tests.train.test_mesh import run as run_processes
@@ -125,7 +125,7 @@ LIES = {  # what is held in the place of the adapter asked for, and how the run 
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
+@over("lie", LIES, often=["the base"])
 def test_a_sampler_that_holds_another_adapter_is_refused(folder, serving, tmp_path, capsys, lie):
     """Before the first step, and where the adapter begins as the base, too."""
     stub, sampler = serving
