@@ -41,11 +41,14 @@ def fenced(text, language):
 
 
 def notebooks(root):
-    """Returns pages of all notebooks with their outputs, and the pictures, by their addresses."""
+    """Returns all notebooks, their pages with outputs, and the pictures, by their addresses."""
     made = {}
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         text, pictures = notebook_page(json.loads(path.read_text(encoding="utf-8")), path.stem)
-        made[f"notebooks/{path.stem}.md"] = text
+        title, _, rest = text.partition("\n")
+        download = f'<a href="{path.name}" download>Download this notebook</a>'
+        made[f"notebooks/{path.stem}.md"] = f"{title}\n\n{download}\n{rest}"
+        made[f"notebooks/{path.name}"] = path.read_bytes()
         made |= {f"notebooks/{name}": content for name, content in pictures.items()}
     return made
 

@@ -74,6 +74,13 @@ def test_all_links_of_the_site_lead_somewhere(site):
     assert found == ["train/sft.html#no-such-place", "nowhere.html"], "the judge sees both"
 
 
+def test_a_notebook_is_there_to_download(site):
+    folder, texts = site
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert (folder / "notebooks" / path.name).read_bytes() == path.read_bytes()
+        assert f'href="{path.name}" download' in texts[f"notebooks/{path.stem}.html"]
+
+
 def test_a_broken_link_fails(tmp_path):
     """In a copy whose first page has one."""
     root = tmp_path / "copy"
