@@ -73,18 +73,31 @@ class PromptRunner:
         """Returns a sample's prompt, of which nothing ran yet."""
         return RunningPrompt(job, np.asarray(job.request.prompt, np.int32))
 
-    def waits(self, prompt: RunningPrompt, others: Iterable[RunningPrompt]) -> bool:
-        """Returns True if another prompt is about to run the tokens that this one begins with."""
+    def waits(
+        self,
+        prompt: RunningPrompt,
+        others: Iterable[RunningPrompt],
+        due: Sequence[RunningPrompt] = (),
+    ) -> bool:
+        """Returns True if another prompt is about to run the tokens that this one begins with.
+
+        Args:
+          prompt: the prompt.
+          others: the prompts under way.
+          due: prompts among `others` whose next tokens run at once.
+        """
         if prompt.cache is not None or not self._sizes.prefixes:
             return False
-        who = prompt.job.path[:-1]  # those of others have other turns
+        who, scope = prompt.job.path[:-1], self._scope(prompt.job)  # those of others: other turns
         coming = [
-            common_prefix(_sharable(other), _sharable(prompt)) // self._chunk
+            shared
             for other in others
-            if other.n and other.job.path[:-1] == who
-            if self._scope(other.job) == self._scope(prompt.job)
+            if (other.n or other in due) and other.job.path[:-1] == who
+            # Other weights of the same name may wait for the slot that this prompt holds.
+            if other.job.adapter is prompt.job.adapter and self._scope(other.job) == scope
+            if other.n < (shared := self._shared(prompt, other))
         ]
-        return max(coming, default=0) > len(self._find(prompt))
+        return bool(coming) and max(coming) > len(self._find(prompt)) * self._chunk
 
     def run(self, prompts: Sequence[RunningPrompt], tree: Tree) -> dict[RunningPrompt, int]:
         """Runs the next chunk of a prompt, or as many tokens of several ones.
@@ -105,32 +118,47 @@ class PromptRunner:
         same = same[:most]
         together = {each: min(piece, len(each.ids) - each.n) for each in same}
         apart = min(self._chunk, len(first.ids) - first.n)
-        if first.n % self._chunk == 0 and apart >= sum(together.values()):
-            together = {first: apart}
-            self._run_chunk(first, caches[first], tree)
-        else:
-            self._run_pieces({each: caches[each] for each in together}, tree)
-        for prompt, n in together.items():
-            prompt.n += n
-            self._keep(prompt)
+        alone = first.n % self._chunk == 0 and apart >= sum(together.values())
+        together = {first: apart} if alone else together
+        try:
+            if alone:
+                self._run_chunk(first, caches[first], tree)
+            else:
+                self._run_pieces({each: caches[each] for each in together}, tree)
+            for prompt, n in together.items():
+                prompt.n += n
+                self._keep(prompt)
+        except Exception:  # all caches were given away: those whose sample goes on begin anew
+            for each in together:
+                each.cache, each.n = None, 0
+            raise
         return together
 
     def keep_drawn(self, row: ActiveCompletion, rows: RunningRows) -> None:
         """Keeps the tokens of a completion to be found again, where last bits may differ.
 
         Not in models with linear layers: these remember a row's newest token, not each chunk's end.
+        Nor where keys depend on the length of the cache: that of a row is that of the longest one.
 
         Args:
           row: a completion that ends.
           rows: the rows, one of which still is its.
         """
-        if not self._sizes.fast_prompts or self._programs.has_memory or row.job.active:
+        programs = self._programs
+        if not self._sizes.fast_prompts or programs.has_memory or programs.depends_on_room:
+            return
+        if row.job.active:
             return
         scope, first = self._scope(row.job), len(row.job.request.prompt)
         ids = np.asarray([*row.job.request.prompt, *row.ids[:-1]], np.int32)
         for start in range(first - first % self._chunk, len(ids) - self._chunk + 1, self._chunk):
             block = functools.partial(rows.block, row, start)
             self.store.add(scope, ids[: start + self._chunk], block)
+
+    def _shared(self, prompt: RunningPrompt, other: RunningPrompt) -> int:
+        """Returns the tokens, of whole chunks, that two prompts begin with alike."""
+        n = common_prefix(_sharable(prompt), _sharable(other))
+        return n - n % self._chunk
 
     def _scope(self, job: SampleJob) -> PrefixScope:
         length = None

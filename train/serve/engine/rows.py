@@ -207,7 +207,7 @@ class RunningRows:
                         rows = programs.insert(rows, slot, state)
                 yield
                 logits, rows = programs.run(tree, rows)
-                if sizes.fast_prompts:
+                if sizes.fast_prompts and length >= sizes.chunk:  # shorter rows have no block
                     programs.row_block(rows, 0, 0)
                 yield
                 paused = programs.give(programs.take(rows, slot, 1), length)

@@ -214,7 +214,7 @@ class Sampler:
         for prompt in sorted(self._prompts, key=lambda each: self._turns.order(each.job.path)):
             if len(due) == self._sizes.pieces[0]:
                 break
-            if not self._runner.waits(prompt, self._prompts):
+            if not self._runner.waits(prompt, self._prompts, due):
                 if prompt.job.slot is not None or (not due and self._take_slot(prompt.job)):
                     due.append(prompt)
         return due
@@ -228,7 +228,7 @@ class Sampler:
         for prompt in ran:
             if prompt.is_done:
                 self._prompts.remove(prompt)
-                self._finish_prompt(prompt)
+                self._isolate(prompt.job, self._finish_prompt, prompt)
 
     def _finish_prompt(self, prompt: RunningPrompt) -> None:
         job = prompt.job

@@ -1,18 +1,26 @@
 """Prompts take over what others ran, where that changes no bit."""
 
+import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import MagicMock
 
+import jax
 import numpy as np
 import pytest
 
 from lora_jax.models.layers.cache import init_cache
+from lora_jax.models.sampling.blocks import take_row_block
+from lora_jax.models.sampling.slots import empty_rows
 from train.serve.engine.prefixes import PrefixScope, PrefixStore
 from train.serve.engine.programs import SamplingPrograms
 from train.serve.engine.prompts import PromptRunner
+from train.serve.engine.rows import RunningRows
 from train.serve.engine.sizes import Sizes
 
 SIZES = Sizes(max_length=256, tokens=256, sequences=2, chunk=16)  # caches of 128 and of 256
+FAST = dataclasses.replace(SIZES, fast_prompts=True)
 MODEL = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=2)
 BLOCK = SimpleNamespace(size=10, recurrent=None)
 
@@ -40,10 +48,14 @@ class Unread:
         return None, cache
 
 
-def job(ids, owner="", adapter=None):
+class Weights:
+    """Stands for an adapter's arrays."""
+
+
+def job(ids, owner="", adapter=None, active=0):
     request = SimpleNamespace(prompt=ids, client=SimpleNamespace(owner=owner))
     return SimpleNamespace(
-        request=request, adapter=adapter, slot=0, active=0, path=(owner, "", "a", None)
+        request=request, adapter=adapter, slot=0, active=active, path=(owner, "", "a", None)
     )
 
 
@@ -80,9 +92,6 @@ def test_a_chunk_runs_in_a_cache_whose_length_depends_on_its_place_alone():
 
 
 def test_a_kept_prefix_is_found_by_its_owner_for_its_weights():
-    class Weights:
-        pass
-
     weights, runner, ids = Weights(), PromptRunner(Unread(), SIZES), np.arange(50)
     ran(runner, job(ids, "anna", weights))
     assert ran(runner, job(ids, "anna", weights)).cached == 48
@@ -99,6 +108,71 @@ def test_no_room_is_for_nothing():
     assert not runner.waits(runner.begin(job(ids)), [first]), "it would wait for nothing"
     ran(runner, job(ids))
     assert ran(runner, job(ids)).cached == runner.store.size == 0
+
+
+def test_what_is_about_to_run_is_waited_for():
+    """Not what ran and was forgotten, nor an adapter of this name that has no slot."""
+    runner, ids = PromptRunner(Unread(), SIZES), np.arange(150)
+    first, other = runner.begin(job(ids)), runner.begin(job(ids[:50]))
+    assert not runner.waits(other, [first]) and runner.waits(other, [first], due=[first])
+    for n in (16, 32, 48):
+        runner.run([first], None)
+        runner.store.clear()
+        assert runner.waits(other, [first]) == (n < 48)
+    new, old = Weights(), Weights()  # activated, so that the base's tokens are those of both
+    first = runner.begin(job(ids, adapter=new, active=100))
+    runner.run([first], None)
+    assert runner.waits(runner.begin(job(ids, adapter=new, active=90)), [first])
+    assert not runner.waits(runner.begin(job(ids, adapter=old, active=90)), [first])
+
+
+def test_prompts_beside_one_that_fails_begin_anew():
+    """Their caches were given away."""
+    programs = Unread()
+    programs.extend_all = MagicMock(side_effect=MemoryError)
+    runner = PromptRunner(programs, FAST)
+    both = [runner.begin(job(np.arange(3))) for _ in range(2)]
+    with pytest.raises(MemoryError):
+        runner.run(both, None)
+    assert programs.extend_all.call_count == 1
+    assert both[1].cache is None and both[1].n == 0
+    runner.run(both[1:], None)
+    assert both[1].is_done
+
+
+@pytest.mark.parametrize("depends_on_room", [False, True])
+def test_drawn_tokens_are_kept_where_they_do_not_depend_on_others(depends_on_room):
+    programs = Unread(depends_on_room)
+    runner, rows = PromptRunner(programs, FAST), SimpleNamespace(block=programs.block)
+    sample = job(np.arange(20))
+    ran(runner, sample)
+    before = runner.store.size
+    runner.keep_drawn(SimpleNamespace(job=sample, ids=[*range(14)]), rows)
+    assert (runner.store.size == before) == depends_on_room
+
+
+def test_rows_shorter_than_a_chunk_have_no_block():
+    """As with chunks of 256 tokens, of accelerators, in caches from 128 on."""
+    config = SimpleNamespace(**vars(MODEL), vocab_size=9)
+    model = SimpleNamespace(config=config, dtype=np.float32)
+    sizes = dataclasses.replace(FAST, sequences=1, chunk=256)
+    programs, lengths = MagicMock(whole=lambda n: -(-n // 256) * 256), []
+
+    def block(rows, row, first):
+        taken = jax.eval_shape(functools.partial(take_row_block, n=256), rows, *[np.int32(0)] * 2)
+        lengths.append(taken.key.shape[3])
+
+    programs.empty = lambda *shape: jax.eval_shape(lambda: empty_rows(model, *shape))
+    programs.insert = lambda rows, row, state: rows
+    programs.run = lambda tree, rows: (np.zeros((1, 9)), rows)
+    programs.draw.return_value = SimpleNamespace(ids=np.zeros(1)), None
+    programs.row_block = block
+    places = RunningRows(programs, sizes, 9)
+    cache = SimpleNamespace(positions=np.zeros((1, 256)))
+    assert len([*places.warm_up(None, np.zeros((1, 9)), [cache])]) == places.steps
+    assert lengths == [256]
+    with pytest.raises(TypeError):
+        block(programs.empty(1, 128), 0, 0)
 
 
 class Texts:

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ class EmptyPlaces:
         return DrawnTokens(np.zeros(n, int), np.zeros(n), None)
 
 
-def made_sampler(slots, sequences, shared):
+def made_sampler(slots, sequences, shared, trainer=None, **sizes):
     cache = SimpleNamespace(positions=np.zeros((1, 64)))
     drawing = SimpleNamespace(
         chunk=CHUNK,
@@ -70,11 +71,12 @@ def made_sampler(slots, sequences, shared):
         block=lambda cache, first: SimpleNamespace(size=1),
         put=lambda cache, first, block: cache,
         extend=lambda tree, slot, ids, n, cache: (None, cache),
+        extend_all=lambda tree, slot, ids, n, caches: ([None] * len(caches), caches),
         whole=lambda length: length,
     )
-    base = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=9)))
-    sizes = Sizes(max_length=64, tokens=64, sequences=sequences, chunk=CHUNK)
-    sampler = Sampler(base, None, drawing, EmptyPool(slots), sizes, str)
+    base = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=9)), none=None)
+    sizes = Sizes(max_length=64, tokens=64, sequences=sequences, chunk=CHUNK, **sizes)
+    sampler = Sampler(base, trainer, drawing, EmptyPool(slots), sizes, str)
     sampler._places = EmptyPlaces(shared)
     return sampler
 
@@ -96,11 +98,12 @@ class Requests:
     def __init__(self, sampler):
         self.sampler, self.jobs, self.answers, self._adapters = sampler, [], [], {}
 
-    def ask(self, owner, session, name, n, most, prompt):
+    def ask(self, owner, session, name, n, most, prompt, **fields):
         adapter = None if name is None else self._adapters.setdefault(name, Weights())
         request = SampleRequest(
             **{"adapter": name, "prompt": prompt, "n": n, "max_tokens": most},
             client=Client(owner, session),
+            **fields,
         )
         self.jobs.append(SampleJob(request, adapter, 0, self.answers.append, None))
         self.sampler.add(self.jobs[-1])
@@ -148,3 +151,17 @@ def test_a_sample_that_lost_its_slot_holds_up_no_others_of_its_session():
             requests.ask(owner, "", *rest, [2, 3, 4])
         step(requests.sampler)
     requests.end()
+
+
+def test_a_prompt_that_fails_beside_others_ends_alone():
+    """Of those that run together, at its last chunk."""
+    trainer = SimpleNamespace(prompt=Mock(side_effect=MemoryError))
+    requests = Requests(made_sampler(2, 8, 8, trainer, fast_prompts=True))
+    for owner in "abc":
+        requests.ask(owner, "", None, 1, 3, [2, 3], prompt_logprobs=owner == "b")
+    step(requests.sampler)
+    assert requests.sampler.prompt_tokens == 6, "all ran together"
+    assert [type(answer) for answer in requests.answers] == [MemoryError]
+    while requests.sampler.busy:
+        step(requests.sampler)
+    assert [len(answer.completions[0].tokens) for answer in requests.answers[1:]] == [3, 3]
