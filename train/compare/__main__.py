@@ -11,10 +11,11 @@ other; hopeless settings are stopped early by a stated rule. The output folder g
 script that it does not set itself.
 """
 
+import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.core.types import Tree
+from lora_jax.core.types import Forward, Tokenizer, Tree
 from lora_jax.training.arguments import clear
 from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
@@ -34,7 +35,7 @@ from train.compare import measure, outside, result
 from train.compare.divergence import BaseDivergence
 from train.compare.intruders import Place, mean_intruders
 from train.compare.options import OF_CLASSIFIER, OF_EXAMPLES, CompareConfig, check
-from train.compare.reporting import dimension, peft_json, report
+from train.compare.reporting import dimension, peft_json, recommend, report
 from train.compare.scripts import NOT_OF, SCRIPTS, CompareOptions
 from train.compare.supervised import HeldOutPrompts, supervised_options, supervised_script
 from train.compare.sweep import PROGRESS, Sweep, read_progress
@@ -102,8 +103,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions, frozense
     if script.kind == "grpo":
         config = grpo_options.fill_dataset(config, given)
     check(config.compare, config, given)
-    options = script.options_of(config)
-    check_effects(options, dataset_facts(options), on_line, in_file)
+    check_effects(config, dataset_facts(config), on_line, in_file)  # --methods tells of variants
     if config.compare.quick:
         length = {"steps", "epochs"}  # either says how long to train
         kept = given | length if given & length else given
@@ -158,13 +158,7 @@ def compare(
     script = scripts.script
     trials, inputs = trials_of(script, options, asked, given, folder, reader, scripts.examples)
     scripts.read_base(inputs, console)
-    tokenizer, on_text = inputs.read.outline.tokenizer, None
-    if text is not None and asked.outside is None and not outside.knows(tokenizer, text[0]):
-        tell(console, f"what is forgotten is not measured: {outside.unknown(text[1])}")
-        text = None
-    if text is not None:
-        rows = outside.rows_of(text[0], tokenizer, text[1])
-        on_text = functools.partial(outside.loss_on, rows)
+    on_text = _loss_outside(text, asked, inputs.read.outline.tokenizer, console)
     if not config.run.resume:
         clear(folder, _OURS)
     write_text(folder / CONFIG, options_file(config, f"train.compare {script.kind}"))
@@ -187,22 +181,45 @@ def compare(
         console=console,
     )
     sweep.run()
-    comparison = measure.collect(sweep, inputs, command, None if text is None else text[1])
+    comparison = measure.collect(sweep, inputs, command, text[1] if text and on_text else None)
+    comparison = scripts.with_prompts(comparison)
     result.write(comparison, folder)
     advice = report.write_report(comparison, folder)
     if asked.peft_json:
         peft_json.write(comparison, folder / peft_json.FOLDER)
+    _tell_advice(comparison, advice, console)
+    tell(
+        console,
+        f"this call took {duration(time.monotonic() - began)}, and all runs so far "
+        f"{duration(sum(each.seconds for each in done.runs.values()))}; the report is "
+        f"{folder / report.HTML}",
+    )
+    return comparison
+
+
+def _loss_outside(
+    text: tuple[str, str] | None, asked: CompareConfig, tokenizer: Tokenizer, console: Console
+) -> Callable[[Tree, Forward], float] | None:
+    """Returns the loss on text outside the task, of a tree and its function; None for none."""
+    if text is None:
+        return None
+    if asked.outside is None and not outside.knows(tokenizer, text[0]):
+        tell(console, f"what is forgotten is not measured: {outside.unknown(text[1])}")
+        return None
+    return functools.partial(outside.loss_on, outside.rows_of(text[0], tokenizer, text[1]))
+
+
+def _tell_advice(
+    comparison: result.Comparison, advice: recommend.Recommendation, console: Console
+) -> None:
+    """Prints the verdict of a comparison, with its reasons."""
     name = comparison.facts.score or "score"
     for line in (
         f"verdict: {advice.verdict}. {advice.headline}",
         *(*advice.reasons, *advice.undecided, *([advice.command] if advice.command else [])),
         *(dimension.sentence(each, name) for each in dimension.dimensions(comparison)),
-        f"this call took {duration(time.monotonic() - began)}, and all runs so far "
-        f"{duration(sum(each.seconds for each in done.runs.values()))}; the report is "
-        f"{folder / report.HTML}",
     ):
         tell(console, line)
-    return comparison
 
 
 def _begun(script: ComparedScript, config: CompareOptions, session: Session) -> Any:
@@ -291,6 +308,13 @@ class _BesideRewards(NamedTuple):
             forward = lj.adapt(model.apply) if outline.has_codes else model.apply
             n = config.data.max_new_tokens
             self.divergence.read(model, plain, forward, outline, tokens, n)
+        tell(console, f"--kl is measured on completions of {self.divergence.measured_on}")
+
+    def with_prompts(self, comparison: result.Comparison) -> result.Comparison:
+        """Returns a comparison whose facts name the prompts of the divergence, if there is one."""
+        on = None if self.divergence is None else self.divergence.measured_on
+        facts = dataclasses.replace(comparison.facts, diverging_on=on)
+        return dataclasses.replace(comparison, facts=facts)
 
 
 def _intruders(inputs: Inputs, known: dict[Place, np.ndarray], run: Run, tree: Tree) -> float:

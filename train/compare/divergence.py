@@ -21,8 +21,8 @@ from train.run.pretrained import ModelInfo, end_tokens
 from train.run.task import Evaluation, EvaluationContext, Progress, Task
 
 KL = "kl"  # its name beside the scores of a run
-_ROWS = 8  # in memory at once
-_BYTES = 2**28  # of log-probabilities of the base, at most: prompts are left out beyond
+_ROWS, _PART = 8, 2**28  # rows in memory at once, and bytes of their log-probabilities, at most
+_HELD = 2**30  # bytes of all log-probabilities of the base, at most: prompts are left out beyond
 _SEED = 0
 
 
@@ -45,9 +45,15 @@ class _Part(NamedTuple):
 
 @dataclasses.dataclass
 class BaseDivergence:
-    """The completions of the base; knows none until `read`."""
+    """The completions of the base; knows none until `read`.
+
+    Attributes:
+      parts: the completions.
+      measured_on: the prompts that they complete, in words.
+    """
 
     parts: list[_Part] = dataclasses.field(default_factory=list)
+    measured_on: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -75,11 +81,15 @@ class BaseDivergence:
         """
         config: Any = outline.config
         of_prompt = 4 * new_tokens * config.vocab_size
-        chosen = prompts[: max(1, _BYTES // of_prompt)]
+        chosen = prompts[: max(1, _HELD // of_prompt)]
+        at_once = min(_ROWS, len(chosen), max(1, _PART // of_prompt))
+        self.measured_on = f"the {len(prompts)} held-out prompts"
+        if len(chosen) < len(prompts):
+            self.measured_on = f"the first {len(chosen)} of {self.measured_on}"
         length, ends = max(map(len, chosen)), end_tokens(outline)
-        for first in range(0, len(chosen), _ROWS):
-            rows = chosen[first : first + _ROWS]
-            padded = [*rows, *[rows[0]] * (_ROWS - len(rows))]
+        for first in range(0, len(chosen), at_once):
+            rows = chosen[first : first + at_once]
+            padded = [*rows, *[rows[0]] * (at_once - len(rows))]
             drawn = generate(
                 model,
                 params,

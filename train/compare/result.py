@@ -197,6 +197,8 @@ class ComparisonFacts:
       rule: the rule of early stopping, in words; None where no run was stopped early.
       baselines: the task's score without training, by what gets it: "always the commonest label".
       by_score: whether the rule looks at the score, which is larger the better; else at the loss.
+      diverging_on: the prompts on which the divergence from the base was measured, in words; None
+        where it was not.
     """
 
     command: str
@@ -215,6 +217,7 @@ class ComparisonFacts:
     rule: str | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     by_score: bool = False
+    diverging_on: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from lora_jax.training.data.order import Order
 from train import sft
 from train.compare.trials import ComparedScript
 from train.inputs import RunData, read_inputs
 from train.options.common import Options
+from train.options.defaults import Defaults
 from train.options.file import replace_options
 from train.options.scripts.sft import Config, SftRunConfig
 from train.run.task import Evaluation, EvaluationContext, Task
@@ -45,8 +47,17 @@ class HeldOutPrompts:
         Raises:
           UserError: something is missing, or does not fit the model.
         """
-        self.config, self.task = task.completed(config), task
+        self.config: Any = task.completed(config)
+        self.task = task
         self.read: RunData = read_inputs(self.config, task)
+
+    def steps(self, batch_size: int) -> int:
+        """Returns the number of steps of a run by rewards, with so many completions at once."""
+        optim, n = self.config.optim, len(self.read.data.train)
+        if optim.steps is not None:
+            return optim.steps
+        at_once = max(1, batch_size // self.config.data.group)
+        return Order(optim.seed, n, at_once, optim.grad_accum).steps(optim.epochs) * optim.updates
 
     def evaluation(self, context: EvaluationContext) -> Evaluation | None:
         """Returns the evaluation of a run of any script by these prompts."""
@@ -88,13 +99,17 @@ def supervised_script(
         check_files(config)
         task().check_options(config)
 
+    def with_defaults(options: Any, defaults: Defaults) -> Options:
+        as_many = {"steps": prompts.steps(options.optim.batch_size), "epochs": None}
+        return sft.SCRIPT.completed(replace_options(options, as_many), defaults)
+
     return ComparedScript(
         name=sft.SCRIPT.name,
         compared=plain,
         plain=plain,
         task_of=lambda config: task(),
         check=check,
-        with_defaults=sft.SCRIPT.completed,
+        with_defaults=with_defaults,
         quick={},
         quick_full=(),
         every="score_every",

@@ -14,9 +14,12 @@ from lora_jax.training import loop
 from tests.support import assert_close
 from tests.train.tiny import write_model, write_rows
 from train.compare import result
-from train.compare.__main__ import main
+from train.compare.__main__ import main, parse
+from train.compare.arms import arms_of, settings
 from train.compare.intruders import mean_intruders
 from train.compare.options import has_adapter
+from train.compare.trials import basis_of
+from train.options.file import replace_options
 from train.run.log import read_metrics
 from train.sft import main as sft
 
@@ -207,6 +210,7 @@ def test_costs_and_plans(folder, tmp_path):
         (["sft", "--rank", "3"], "--rank: a comparison sets it: give --ranks"),
         (["sft", "--ranks", "3", "3"], "3 stands there twice"),
         (["sft", "--methods", "tinylora", "--weight-tying", "1"], "side by side cannot"),
+        (["sft", "--methods", "lora", "--u", "4"], "without --tinylora: leave out --u"),
         (["sft", "--methods", "full", "--ranks", "3"], "--methods names none"),
         (["sft", "--methods", "lora", "--full-lrs", "1e-3"], "--methods leaves out"),
         (["sft", "--price", "3"], "Name a machine with --topology"),
@@ -230,6 +234,15 @@ def test_bad_input_is_refused_before_anything_is_read(args, said, capsys):
         main(args)
     assert error.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_numbers_of_a_variant_are_those_of_its_runs():
+    script, config, _ = parse(["sft", "--methods", "lora", "tinylora", "--u", "4"])
+    options = script.options_of(config)
+    arms = arms_of(config.compare, basis_of(script, options))
+    runs = [replace_options(options, settings(arm, 0)).adapter for arm in arms]
+    numbers = {run.settings_of(variant)["u"] for run in runs for variant in run.variants}
+    assert numbers == {4} and not all(run.variants for run in runs)
 
 
 def test_what_cannot_be_done_is_found_before_the_first_run(folder, tmp_path, capsys):

@@ -6,6 +6,8 @@ The reward is the share of odd tokens: a greedy completion shows in eight tokens
 import json
 import shutil
 import statistics
+import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -16,7 +18,7 @@ from lora_jax import models
 from tests.support import assert_close
 from tests.train.compare.test_compare import lines_of, timeless
 from tests.train.tiny import write_jsonl, write_model
-from train.compare import result
+from train.compare import divergence, result
 from train.compare.__main__ import main, parse
 from train.compare.divergence import BaseDivergence
 from train.compare.sweep import Sweep
@@ -160,7 +162,8 @@ def test_the_divergence_is_the_exact_one_and_examples_are_scored_by_rewards(fold
     assert {run.arm.method for run in comparison.runs} == {"lora", "sft"}
     config = (output / "runs" / comparison.runs[-1].name / "config.yaml").read_text()
     assert "rows.jsonl" in config, "it learns from the demonstrations"
-    assert "Divergence from the base" in (output / "report.md").read_text()
+    report = (output / "report.md").read_text()
+    assert "Divergence from the base" in report and "of the 4 held-out prompts (nats" in report
 
 
 def _exact(parts, model, plain, merged):
@@ -227,6 +230,43 @@ def test_where_nothing_is_held_out_nothing_is_trained(folder, tmp_path, capsys):
     assert not (tmp_path / "out" / "runs").exists()
     assert compare(folder, tmp_path / "out", "--batch-sizes", "32", "6") == 2
     assert "run lora-r2-a4-all_linear-lr1e-12-b6-s0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_examples_are_learned_in_as_many_steps_as_rewards(folder, tmp_path, monkeypatch):
+    """Where epochs say how long: those of the prompts, at each batch size."""
+    write_jsonl(folder / "more.jsonl", [{"prompt": "?", "completion": "1"} for _ in range(99)])
+    trials = []
+    monkeypatch.setattr(Sweep, "run", lambda self: trials.extend(self.trials) or sys.exit(0))
+    line = ["--dataset", folder / "prompts.jsonl", "--reward", f"{folder / 'reward.py'}:odd"]
+    line += ["--model", folder / "model", "--demonstrations", folder / "more.jsonl"]
+    line += ["--methods", "lora", "sft", "--ranks", "2", "--lrs", "0.1", "--seeds", "0"]
+    line += ["--batch-sizes", "8", "16", "--group", "4", "--epochs", "2", "--max-new-tokens", "8"]
+    line += ["--seq-len", "64", "--eval-questions", "4", "--outside", "off"]
+    with pytest.raises(SystemExit):
+        main(["grpo", *map(str, line), "--output", str(tmp_path / "out")])
+    steps = {(trial.arm.method, trial.arm.batch_size): trial.steps for trial in trials}
+    assert steps == {("lora", 8): 36, ("sft", 8): 36, ("lora", 16): 18, ("sft", 16): 18}
+
+
+@pytest.mark.slow
+def test_a_divergence_on_some_prompts_says_so(folder, monkeypatch):
+    """Prompts are left out beyond a number of bytes, whose rows are few at once, too."""
+    model, params = models.from_pretrained(folder / "model")
+    outline = SimpleNamespace(config=model.config, ends=())
+    monkeypatch.setattr(divergence, "end_tokens", lambda of: [])
+    of_prompt = 4 * 2 * model.config.vocab_size
+    prompts = [[5, 6], [7], [8, 9, 3]]
+    for held, part, words, rows in (
+        (99, 99, "the 3 held-out prompts", [3]),
+        (2, 1, "the first 2 of the 3 held-out prompts", [1, 1]),
+    ):
+        monkeypatch.setattr(divergence, "_HELD", held * of_prompt)
+        monkeypatch.setattr(divergence, "_PART", part * of_prompt)
+        base = BaseDivergence()
+        base.read(model, params, model.apply, outline, prompts, 2)
+        assert base.measured_on == words and [len(part.ids) for part in base.parts] == rows
+        assert base.tokens == 2 * sum(rows)
 
 
 def test_the_data_follow_from_the_options_as_those_of_the_script():

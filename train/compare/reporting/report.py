@@ -269,9 +269,10 @@ def _forgetting(figures: Figures) -> list[Block]:
 
 
 def _divergence(figures: Figures) -> list[Block]:
+    prompts = figures.comparison.facts.diverging_on or "the held-out prompts"
     text = (
         "How far a run has moved from the base: KL(base ‖ run) of the next token, over the whole "
-        "vocabulary, on the base's completions of the held-out prompts (nats a token)."
+        f"vocabulary, on the base's completions of {prompts} (nats a token)."
     )
     return _seeds_table(figures, "divergence", "Divergence from the base", text)
 
