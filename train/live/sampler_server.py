@@ -82,9 +82,14 @@ class SamplerServer:
     def __init__(self, url: str, seconds: float) -> None:
         """Takes the address, as --sampler has it, and the seconds that a request may take."""
         self.url = url.rstrip("/").removesuffix("/v1")
+        needed = UserError(f"--sampler {url}: an address such as http://127.0.0.1:8000 is needed")
         parts = urllib.parse.urlsplit(self.url)
+        try:
+            self._port = parts.port
+        except ValueError:
+            raise needed from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--sampler {url}: an address such as http://127.0.0.1:8000 is needed")
+            raise needed
         self._parts, self.seconds = parts, seconds
         self._closed = threading.Event()
         self._open: set[http.client.HTTPConnection] = set()
@@ -186,13 +191,14 @@ class SamplerServer:
         self, choice: Mapping[str, Any], prompt: Sequence[int], options: SamplingOptions
     ) -> DrawnCompletion:
         shown = choice.get("prompt_token_ids")
-        if shown is not None and list(shown) != [*prompt]:
+        if shown is not None and shown != [*prompt]:
+            n = len(shown) if isinstance(shown, list) else 0
             raise self._error(
-                f"it draws after a prompt of {len(shown)} tokens where it was given {len(prompt)} "
+                f"it draws after a prompt of {n} tokens where it was given {len(prompt)} "
                 "ids: it has to take prompts as they are"
             )
         ids = choice.get("token_ids", choice.get("response_token_ids"))
-        if not ids or not all(isinstance(token, int) for token in ids):
+        if not isinstance(ids, list) or not ids or not all(isinstance(x, int) for x in ids):
             raise self._error(
                 "it returns no ids of the tokens that it draws (`return_token_ids`), without "
                 "which other tokens might train than were drawn: vLLM has them from 0.10.2 on, "
@@ -200,8 +206,9 @@ class SamplerServer:
             )
         told = choice.get("logprobs")
         logps = told.get("token_logprobs") if isinstance(told, dict) else None
-        if not logps or len(logps) != len(ids) or not all(map(_is_number, logps)):
-            n = len(logps) if isinstance(logps, list) else 0
+        logps = logps if isinstance(logps, list) else []
+        if len(logps) != len(ids) or not all(map(_is_number, logps)):
+            n = len(logps)
             raise self._error(
                 f"it returns log-probabilities of {n} tokens where it drew {len(ids)}: "
                 "`logprobs` of each token are needed"
@@ -256,8 +263,13 @@ class SamplerServer:
                         f"{problem}: is the server up, and is this its address?"
                     ) from None
             else:
-                if status < 400:
+                if status < 300:
                     return _parsed(text)
+                if status in (401, 403):
+                    raise self._error(
+                        f"it refuses the request ({status}: {_message(text)}); its key is taken "
+                        f"from the environment, {KEY}"
+                    )
                 if status not in _LATER or (status == 500 and problem.startswith("answers 500")):
                     raise _Refused(status, _message(text))
                 problem, wait = f"answers {status} ({_message(text)})", max(pause, after)
@@ -277,8 +289,7 @@ class SamplerServer:
         kind = http.client.HTTPSConnection
         if self._parts.scheme == "http":
             kind = http.client.HTTPConnection  # type: ignore[assignment]
-        host, port = self._parts.hostname or "", self._parts.port
-        connection = kind(host, port, timeout=min(seconds, _CONNECT))
+        connection = kind(self._parts.hostname or "", self._port, timeout=min(seconds, _CONNECT))
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
@@ -286,6 +297,8 @@ class SamplerServer:
         self._open.add(connection)
         try:
             connection.connect()
+            if self._closed.is_set():  # while there was no socket for `close` to shut down
+                raise OSError("the run has ended")
             connection.sock.settimeout(seconds)
             connection.request(method, self._parts.path + path, sent, headers)
             answer = connection.getresponse()

@@ -176,12 +176,15 @@ def test_batches_are_drawn_ahead(folder, serving, tmp_path, monkeypatch):
 def test_a_sampler_that_goes_astray_teaches_nothing(folder, serving, tmp_path, capsys):
     stub, sampler = serving
     stub.holder.lies = lambda loaded, name: None if name.endswith("step1") else name
-    args = ["--init-adapter", folder / "used", *STEPS, "--steps", 3]
+    args = ["--init-adapter", folder / "used", *STEPS, "--steps", 3, "--batch-size", 12]
+    (tmp_path / "shared").mkdir()
+    args += ["--sampler-folder", tmp_path / "shared"]
     lines = run(folder, tmp_path / "run", *args, *sampler)
     assert [line["step"] for line in lines if "skipped" in line] == [2]
     assert "step 2 skipped: http://127" in capsys.readouterr().out
     stub.holder.lies = lambda loaded, name: name
     assert len(run(folder, tmp_path / "right", *args, *sampler)) == 3
+    assert [*(tmp_path / "shared").iterdir()] == [], "it is emptied, and stays"
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Servers that fail, are busy, or return something else than was asked for; and refused options."""
 
 import functools
+import http.client
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +10,7 @@ from tests.train.live.stub_server import EOS, StubServer
 from train import grpo
 from train.console.errors import UserError
 from train.live import sampler_server as client
+from train.live.external.versions import AdapterVersion
 from train.live.sampler_server import DrawnCompletion, SamplerServer, SamplingOptions
 
 OPTIONS = SamplingOptions(2, 4, 1.5, 0.9, None, ("stop",), (EOS,))
@@ -67,6 +70,8 @@ WRONG = {  # what it does to an answer, and what is said of it
         functools.partial(changed, token_ids=[5] * 5, logprobs={"token_logprobs": [-1.0] * 5}),
         "drew 5 tokens, more than --max-new-tokens 4",
     ),
+    "a number": (functools.partial(changed, logprobs={"token_logprobs": 3}), "of 0 tokens where"),
+    "one id": (functools.partial(changed, token_ids=5), "returns no ids of the tokens"),
     "a text": (lambda answer: "Hello", "returns 0 completions"),
 }
 
@@ -90,6 +95,12 @@ def test_a_busy_server_is_asked_again(stub, monkeypatch):
     with pytest.raises(UserError, match="refuses to draw .400: too long"):
         drawn_from(stub)
     assert len(stub.failures) == 1, "what is wrong is not asked again"
+    stub.failures = [(308, "moved")]
+    with pytest.raises(UserError, match="refuses to draw .308: moved"):
+        drawn_from(stub)
+    stub.failures = [(401, '{"error": "no key"}')]
+    with pytest.raises(UserError, match="401: no key.; its key is .* LORA_JAX_SAMPLER_KEY"):
+        drawn_from(stub)
     stub.failures = [(503, "starting")] * 100_000
     with pytest.raises(UserError, match="answers 503 .starting., for --sampler-timeout 0.1 s"):
         drawn_from(stub, 0.1)
@@ -106,8 +117,37 @@ def test_a_server_that_is_not_there_is_named(stub, monkeypatch):
             SamplerServer(url, 20.0).check_loads()
     with pytest.raises(UserError, match="cannot be reached .*is the server up"):
         server.probe()
-    with pytest.raises(UserError, match="an address such as"):
-        SamplerServer("127.0.0.1:8000", 20.0)
+    for url in ("127.0.0.1:8000", "http://127.0.0.1:port"):
+        with pytest.raises(UserError, match="an address such as"):
+            SamplerServer(url, 20.0)
+
+
+def test_a_run_that_ends_while_a_request_connects_does_not_wait_for_it(stub, monkeypatch):
+    with stub.serving() as url:
+        server, connect = SamplerServer(url, 20.0), http.client.HTTPConnection.connect
+
+        def closing(connection):
+            server.close()
+            connect(connection)
+
+        monkeypatch.setattr(http.client.HTTPConnection, "connect", closing)
+        with pytest.raises(UserError, match="the run has ended"):
+            server.complete("mine", PROMPT, OPTIONS, 11)
+    assert not stub.paths
+
+
+def test_a_server_that_started_anew_is_given_an_adapter_once(tmp_path):
+    """By whichever of the requests that it had lost; one that is dropped is not loaded again."""
+    loads = []
+    server = SimpleNamespace(load=lambda *args: loads.append(args), unload=loads.append)
+    version = AdapterVersion("mine", tmp_path / "mine", "/there", None)
+    assert [version.load(server) for _ in range(3)] == [1, 1, 1]
+    assert [version.load(server, 1) for _ in range(3)] == [2, 2, 2]
+    assert loads == [("mine", "/there")] * 2
+    version.drop(server)
+    version.drop(server)
+    assert version.load(server) == version.load(server, -1) == -1
+    assert loads == [*[("mine", "/there")] * 2, "mine"]
 
 
 def test_adapters_are_loaded_where_the_server_loads_them(stub):

@@ -97,7 +97,7 @@ class SamplerCheck:
             part = {name: array[of] for name, array in batch.items()}
             own = self._score(lj.join(version.adapter, base), part)
         far = np.abs(theirs[of] - own)[counted[of]]
-        mismatch = float(far.mean()) if far.size else 0.0
+        mismatch = float(far.mean()) if far.size else None
         if self._of.config.data.staleness:
             metrics = {"staleness": float(age), "sampler_mismatch": mismatch}
         if self._importance is not None:
@@ -111,6 +111,8 @@ class SamplerCheck:
                 "importance_min": float(some.min()) if some.size else None,
                 "importance_capped": float((some >= cap).mean()) if some.size else None,
             }
+        if mismatch is None:  # no token counts
+            return metrics, None
         begun, self._begun = self._begun, True
         if mismatch <= self._bound:
             return metrics, None

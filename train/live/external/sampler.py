@@ -1,7 +1,8 @@
 """Draws a run's completions by a server, which holds the adapter as it was a few batches before."""
 
+import contextlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -21,16 +22,14 @@ from train.run.task import ModelContext
 
 _AT_ONCE = 64  # requests under way
 _ROWS = 2**16  # no attempt's number
-_LAST = 3.0  # seconds for a server to forget an adapter as the run ends
+_LAST = 3.0  # seconds for a server to forget an adapter, as the run ends or cannot begin
 
 
 def _forget(versions: Sequence[AdapterVersion], server: SamplerServer) -> None:
     """Has a server forget adapters; one that is gone has forgotten them."""
-    try:
-        for version in versions:
+    for version in versions:
+        with contextlib.suppress(TrainingError):
             version.drop(server)
-    except TrainingError:
-        pass
 
 
 def sampling_options(data: Any, outline: ModelInfo) -> SamplingOptions:
@@ -93,11 +92,11 @@ class ExternalSampler:
           Dropped: a signal came meanwhile, or the server failed; raised in all processes.
         """
         if attempt:
-            return self._hear(self._ask(self.version, rows, number, attempt), rows)
+            return self._hear(self._ask(self.version, rows, number, attempt))
         self._publish(params, number)
         request = self._ahead.pop(number)
         self._current = request.version
-        return self._hear(request, rows)
+        return self._hear(request)
 
     def draw_by(self, params: Tree, what: str, rows: np.ndarray) -> GroupedCompletions:
         """Returns completions by an adapter that is loaded for these alone.
@@ -106,15 +105,18 @@ class ExternalSampler:
           UserError: the server does not load it, or does not draw; raised in all processes.
         """
         version = self._publisher.publish(params, what)
+        server = SamplerServer(self.server.url, _LAST)
         try:
-            return self._hear(self._ask(version, rows, 0, _ROWS), rows)
+            drawn = self._hear(self._ask(version, rows, 0, _ROWS))
+            server = self.server  # which answers
+            return drawn
         except Dropped as error:
             if error.args:
                 raise UserError(str(error)) from None
             self._of.stop.check()
             raise
         finally:
-            _forget([version], self.server)
+            _forget([version], server)
 
     def close(self) -> None:
         """Ends the requests under way, and has the server forget the adapters."""
@@ -123,8 +125,7 @@ class ExternalSampler:
                 answer.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.server.close()
-        _forget(self._versions, SamplerServer(self.server.url, _LAST))
-        self._versions = []
+        _forget([*self._versions], SamplerServer(self.server.url, _LAST))
         self._publisher.close()
 
     def _publish(self, params: Tree, number: int) -> None:
@@ -134,8 +135,7 @@ class ExternalSampler:
         numbers = [number + k * updates for k in range(ahead + 1)]
         due = [n for n in numbers if n not in self._ahead and (n == number or n < feed.steps)]
         for version in [v for v in self._versions if v.last < number]:
-            self._versions.remove(version)
-            self._pool.submit(version.drop, self.server)
+            self._pool.submit(self._drop, version)
         if not due:
             return
         version = self._publisher.publish(params, f"step{number}", keeps=bool(ahead))
@@ -143,6 +143,12 @@ class ExternalSampler:
         self._versions.append(version)
         for n in due:
             self._ahead[n] = self._ask(version, feed.rows(n), n, 0)
+
+    def _drop(self, version: AdapterVersion) -> None:
+        """Has the server forget an adapter, which stays in the list where that fails."""
+        version.drop(self.server)
+        if version in self._versions:
+            self._versions.remove(version)
 
     def _ask(
         self, version: AdapterVersion, rows: np.ndarray, number: int, attempt: int
@@ -158,8 +164,9 @@ class ExternalSampler:
 
     def _complete(self, version: AdapterVersion, row: int, seed: int) -> list[DrawnCompletion]:
         prompt = self._feed.prompts.tokens[row]
-        for again in (False, True):
-            version.load(self.server, again=again)
+        load = 0
+        for _ in range(2):
+            load = version.load(self.server, load)
             model = self.server.model_of(version.name)
             drawn = self.server.complete(model, prompt, self._options, seed)
             if drawn is not None:
@@ -169,12 +176,15 @@ class ExternalSampler:
             "has no model of this name"
         )
 
-    def _hear(self, request: _Request, rows: np.ndarray) -> GroupedCompletions:
+    def _hear(self, request: _Request) -> GroupedCompletions:
         """Waits for the answers; the first process passes them on."""
 
         def heard(_: int) -> dict[str, Any]:
             try:
                 with self._of.stop.dropping():
+                    over, _ = wait(request.answers, return_when=FIRST_EXCEPTION)
+                    for answer in over:
+                        answer.result()  # the first that failed, whichever it is
                     answers = [answer.result() for answer in request.answers]
             except Interrupted:
                 return {"dropped": self._of.stop.signal}

@@ -1,5 +1,6 @@
 """The adapters of a run, as a server holds them: written for it, loaded, unloaded, by version."""
 
+import contextlib
 import re
 import shutil
 import threading
@@ -38,23 +39,29 @@ class AdapterVersion:
         self.name, self.adapter = name, adapter
         self.step = self.last = -1
         self._folder, self._path = folder, path
-        self._lock, self._is_loaded = threading.Lock(), False
+        self._lock, self._loads = threading.Lock(), 0
 
-    def load(self, server: SamplerServer, *, again: bool = False) -> None:
-        """Has the server load it, once; `again` if the server has lost it, such as by a restart."""
+    def load(self, server: SamplerServer, lost: int = 0) -> int:
+        """Has the server load it, unless another thread had it do so; returns the load's number.
+
+        Args:
+          server: the server.
+          lost: the load that the server has lost, such as by a restart; 0 for none yet.
+        """
         with self._lock:
-            if again or not self._is_loaded:
+            if self._loads == lost >= 0:
                 server.load(self.name, self._path)
-            self._is_loaded = True
+                self._loads += 1
+            return self._loads
 
     def drop(self, server: SamplerServer) -> None:
-        """Has the server forget it, and deletes its folder."""
+        """Deletes its folder, and has the server forget it."""
         with self._lock:
-            if self._is_loaded:
+            if is_first():
+                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._loads > 0:
                 server.unload(self.name)
-            self._is_loaded = False
-        if is_first():
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._loads = -1  # nothing loads it any more
 
 
 class Publisher:
@@ -65,7 +72,8 @@ class Publisher:
         data = of.config.data
         self._of = of
         self._folder = Path(data.sampler_folder or of.folder / SAMPLER).expanduser().absolute()
-        if data.sampler_folder is None and is_first():
+        self._is_ours = data.sampler_folder is None
+        if self._is_ours and is_first():
             shutil.rmtree(self._folder, ignore_errors=True)  # what a killed run has left
         self._mount = (data.sampler_mount or str(self._folder)).rstrip("/")
         # No two runs that ever wrote to the folder have a name in common.
@@ -83,7 +91,8 @@ class Publisher:
           keeps: whether its arrays are looked at later.
 
         Raises:
-          UserError: PEFT's files cannot hold it; raised in all processes.
+          UserError: PEFT's files cannot hold it, or the folder cannot be written; raised in all
+            processes.
         """
         adapter, base = lj.split(params)
         with jax.set_mesh(self._of.layout.mesh):
@@ -91,7 +100,11 @@ class Publisher:
         name = f"{self._stem}-{what}"
 
         def write(_: int) -> None:
-            with as_user_errors(PeftError, prefix="--sampler: no server can load this adapter: "):
+            unwritable = f"--sampler-folder {self._folder}: it cannot be written: "
+            with (
+                as_user_errors(PeftError, prefix="--sampler: no server can load this adapter: "),
+                as_user_errors(OSError, prefix=unwritable),
+            ):
                 peft.save(
                     self._folder / name,
                     self._of.model,
@@ -106,8 +119,7 @@ class Publisher:
         return AdapterVersion(name, self._folder / name, f"{self._mount}/{name}", kept)
 
     def close(self) -> None:
-        """Removes the folder, unless it holds something."""
-        try:
-            self._folder.rmdir()
-        except OSError:
-            pass
+        """Removes the folder, unless it is the user's own or holds something."""
+        if self._is_ours:
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
