@@ -182,7 +182,7 @@ class ExternalSampler:
         def heard(_: int) -> dict[str, Any]:
             try:
                 with self._of.stop.dropping():
-                    over, _ = wait(request.answers, return_when=FIRST_EXCEPTION)
+                    over = wait(request.answers, return_when=FIRST_EXCEPTION).done
                     for answer in over:
                         answer.result()  # the first that failed, whichever it is
                     answers = [answer.result() for answer in request.answers]
