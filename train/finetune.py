@@ -190,7 +190,10 @@ def train_rows(
         tell(console, f"{len(rows)} runs train side by side over {outline.name}")
 
     # The adapters, and the base for comparison.
-    base = _Base(model, outline, layout, tree_bytes(plain), lj.adapt(model_in(space, model).apply))
+    # A model that recomputes its layers takes long rows by chunks, without a backward pass, too.
+    answering = model.clone(remat=False) if layout.keeps_rows else model
+    forward = lj.adapt(model_in(space, answering).apply)
+    base = _Base(model, outline, layout, tree_bytes(plain), forward)
     tenants: dict[str, Tenant] = {}
     for row in rows:
         with row.isolate_errors():

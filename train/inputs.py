@@ -168,6 +168,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
         feed = data.feed(steps)
     rate = _learning_rate(optim, outline, steps, full=config.adapter.full)
     layout = Layout.of(mesh, outline.config)
+    layout = dataclasses.replace(layout, keeps_rows=invocation is not None)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
     attention = _chosen_attention(optim, outline, layout, data.facts)
     layout, form = with_form(layout, config.run.collective_matmul)

@@ -65,10 +65,18 @@ def invoked(
     Returns:
       [batch, seq] bool.
 
+    Raises:
+      ValueError: the ids have other axes, or the invocation is empty.
+
     >>> lj.invoked([[7, 5, 6, 5, 6, 1], [5, 1, 1, 1, 1, 6]], [5, 6]).astype(int).tolist()
     [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
     """
     ids = jnp.asarray(ids)
+    if ids.ndim != 2 or not len(invocation):
+        raise ValueError(
+            f"invoked: ids of the shape {ids.shape} and {len(invocation)} tokens; [batch, seq], "
+            "and one token at least, are needed"
+        )
     n = ids.shape[1]
     places = jnp.arange(n, dtype=jnp.int32)
     first, last = jnp.zeros_like(ids, jnp.int32), jnp.full_like(ids, n, jnp.int32)

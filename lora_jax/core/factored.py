@@ -264,7 +264,9 @@ def wrong_rows(weight: Factored, rows: Sequence[int]) -> str:
     return (
         f"the weight {weight.path!r} acts on tokens of a mask {list(weight.active.shape)}, and is "
         f"multiplied by rows {list(rows)}: an activation [batch, seq, …], or [batch * seq, …], "
-        "of the same size is needed. Leave out such weights (heads, experts) in the rules"
+        "of the same size is needed. Leave out such weights (heads, experts) in the rules; a model "
+        "of lora_jax.models that recomputes its layers takes MLPs of rows of 8,192 tokens or more "
+        "by chunks, but not with remat='products', nor with a Layout(…, keeps_rows=True)"
     )
 
 

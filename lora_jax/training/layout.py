@@ -72,12 +72,14 @@ class Layout(Placement):
       sorts_apart: whether each device sorts its own tokens by expert.
       collective_matmul: form of products with sharded kernels on TPUs; see
         `lora_jax.training.sharded_products`.
+      keeps_rows: whether MLPs take long rows whole, as an activated LoRA needs; see `takes_chunks`.
     """
 
     mesh: Mesh
     table: Table
     sorts_apart: bool = True
     collective_matmul: Form = "windowed"
+    keeps_rows: bool = False
 
     def __post_init__(self) -> None:
         """Raises a TrainingError for a mesh that lacks an axis."""
@@ -110,8 +112,11 @@ class Layout(Placement):
 
     @property
     def takes_chunks(self) -> bool:
-        """Returns True if each device has its rows and kernels whole, but for the tensor axis."""
-        return all(self.mesh.shape[name] == 1 for name in SHARDS)
+        """Returns True if each device has its rows and kernels whole, but for the tensor axis.
+
+        Not with `keeps_rows`: which tokens of a row see an adapter is not known of a chunk.
+        """
+        return not self.keeps_rows and all(self.mesh.shape[name] == 1 for name in SHARDS)
 
     @property
     def ragged_kernels(self) -> bool:

@@ -15,6 +15,9 @@ from lora_jax import bank, models
 from lora_jax.adapt.explain import uses
 from lora_jax.bank import Bank, BankError
 from lora_jax.bank.together.tenants import StackKind, Tenant
+from lora_jax.models.layers import trunk
+from lora_jax.training import make_mesh
+from lora_jax.training.layout import Layout
 from tests.models import tiny
 from tests.support import assert_close, assert_identical, dots_of_size, with_random_factors
 
@@ -52,6 +55,9 @@ def test_masks(invocation):
     packed = reference_mask(ids, invocation, segments)
     np.testing.assert_array_equal(lj.invoked(ids, invocation, segments), packed)
     assert (packed != want).any()
+    for wrong in ((ids[0], invocation), (ids, ())):
+        with pytest.raises(ValueError, match="one token at least"):
+            lj.invoked(*wrong)
 
 
 def stack(params, x):
@@ -167,6 +173,21 @@ def test_a_call_without_a_mask_is_refused():
         lj.activate(tree, np.ones(SEQ))
     with pytest.raises(ValueError, match="no adapted weight"):
         lj.activate(lj.strip(tree), np.ones((BATCH, SEQ)))
+
+
+def test_a_recomputed_model_keeps_long_rows_whole(monkeypatch):
+    monkeypatch.setattr(trunk, "CHUNK", SEQ // 2)
+    model, _, tree = language_model()
+    ids = np.array([[9, 5, 6, 3, 5, 6]])
+
+    def shape(model):
+        return jax.eval_shape(lj.adapt(model.apply, strict=True), {"params": tree}, ids).shape
+
+    recomputed = model.clone(remat=True)
+    with pytest.raises(lj.TokensError, match="rows .1, 3.: .* remat='products'"):
+        shape(recomputed)
+    layout = Layout(make_mesh(jax.devices()[:1]), (), keeps_rows=True)
+    assert shape(layout.constrained(recomputed)) == shape(model.clone(remat="products"))
 
 
 def test_never_merged(tmp_path):

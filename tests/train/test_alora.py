@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.adapt.activate import invocations_of
+from lora_jax.models.layers import trunk
 from lora_jax.training.data.batches import pack
 from lora_jax.training.data.sequences import Sequences, TokenSequence
 from tests.train.scripts import begun, fails
@@ -114,14 +115,19 @@ def test_options_that_do_not_go_with_it(model, tmp_path, capsys, more, message):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_from_training_to_peft(model, tmp_path, capsys):
-    """What a run trains answers alike here and in PEFT, rows without an invocation as the base."""
+def test_from_training_to_peft(model, tmp_path, capsys, monkeypatch):
+    """What a run trains answers alike here and in PEFT, rows without an invocation as the base.
+
+    All rows are long ones, whose MLPs a model that recomputes its layers would take by chunks.
+    """
     import torch
     from peft import AutoPeftModelForCausalLM
 
+    monkeypatch.setattr(trunk, "CHUNK", 2)
     run, out = tmp_path / "run", tmp_path / "out"
-    args = options(model, "--alora", MARK, "--lr", "0.05", "--packing", "--output", run)
-    sft([str(arg) for arg in [*args, "--eval-every", "2", "--eval-questions", "1"]])
+    args = options(model, "--alora", MARK, "--lr", "0.05", "--packing", "--remat", "full")
+    args += ["--output", run, "--eval-every", "2", "--eval-questions", "1"]
+    sft([str(arg) for arg in args])
     capsys.readouterr()
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{i} {MARK}?"} for i in range(3)])
     with prompts.open("a") as file:
