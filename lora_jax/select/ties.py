@@ -101,7 +101,7 @@ def with_ties(tree: Tree) -> Tree:
         rows = jnp.concatenate([v.reshape(-1, u) for v in alike.values()])
         picked = _rows_of_firsts([nodes[path].ties for path in alike])
         for (path, v), numbers in zip(alike.items(), picked, strict=True):
-            changed[path] = rows[np.asarray(numbers)].reshape(v.shape)
+            changed[path] = rows[np.asarray(numbers)].reshape(v.shape).astype(v.dtype)
 
     def visit(path: str, leaf: Leaf) -> Leaf:
         return leaf.replace(**{NAME: changed[path]}) if path in changed else leaf

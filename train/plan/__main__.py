@@ -36,7 +36,7 @@ from train.plan.machines import Machine, assuming, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
 from train.plan.table import print_plans
 from train.plan.tasks import TASKS
-from train.plan.token import Token, plan_token, print_token
+from train.plan.token import Token, plan_token, print_token, rows_params
 from train.processes.mesh import make_mesh, with_form
 from train.run.pretrained import ModelInfo, read_shapes
 from train.run.shared_prompts import PromptRows, obstacle
@@ -73,6 +73,9 @@ def run(options: PlanOptions) -> None:
         rungs = find_ladder(job, lora_of(options), optim)
     facts = {**described(asked, job), "largest": found}
     progress, token = Console(stderr=True), None
+    first = variants(options, ladder=rungs)[0]
+    if asked.decode_adapters is not None:
+        rows_params(job, first, asked.decode_adapters)  # its errors, before the plans are made
     try:
         for variant in variants(options, job, rungs)[len(plans) :]:
             with progress.status(f"compiling {variant.name}"):
@@ -81,7 +84,6 @@ def run(options: PlanOptions) -> None:
             progress.print(f"compiled {variant.name}: {took}", highlight=False)
         if asked.decode_rows:
             with progress.status("compiling a token"):
-                first = variants(options, ladder=rungs)[0]
                 token = plan_token(job, first, asked.decode_rows, asked.decode_adapters)
     finally:  # after Ctrl-C, the plans so far
         if plans:

@@ -70,11 +70,8 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | No
     Raises:
       UserError: the adapters are no plain factors, and several are asked for.
     """
-    params, adapters = abstract_params(job, variant), 1 if adapters is None else adapters
-    if adapters == 0:
-        params = lj.strip(params)
-    elif adapters > 1:
-        params = _with_slots(params, adapters + 1, job.layout.whole)
+    adapters = 1 if adapters is None else adapters
+    params = rows_params(job, variant, adapters)
     lowered, cache = lower_token(job, params, rows)
     caches = cache.key, cache.value, cache.recurrent
     size = _read_bytes(job, params, rows) + bytes_per_device(caches)
@@ -91,6 +88,14 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | No
     if machine.platform == "tpu" and text and KERNEL_NAME not in text:
         known["without_kernel"] = _reason_without_kernel(job, params, rows)
     return Token(seconds=clock.seconds if clock else None, clock=clock, **known)
+
+
+def rows_params(job: PlanJob, variant: PlanVariant, adapters: int) -> Tree:
+    """Returns the shapes of the tree that rows of so many adapters run on; see `plan_token`."""
+    params = abstract_params(job, variant)
+    if adapters == 0:
+        return lj.strip(params)
+    return params if adapters == 1 else _with_slots(params, adapters + 1, job.layout.whole)
 
 
 def _with_slots(params: Tree, n_slots: int, where: jax.sharding.Sharding) -> Tree:

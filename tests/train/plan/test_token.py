@@ -66,11 +66,15 @@ def test_adapters_of_the_rows(tmp_path):
     assert "A token of 5 rows, 3 adapters mixed, caches of 24 tokens" in shown.getvalue()
 
 
-def test_adapters_that_no_row_has(tmp_path):
+def test_adapters_that_no_row_has(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="give that too"):
         plan.check(asked(write(tmp_path, FIELDS), "--decode-adapters", 2))
     with pytest.raises(UserError, match="has more"):
         token_of(tmp_path, FIELDS, more=("--decode-adapters", 2, "--dora"))
+    monkeypatch.setattr(plan, "plan", lambda *_: pytest.fail("compiled before the error"))
+    with pytest.raises(UserError, match="has more"):
+        words = ("--decode-rows", 2, "--decode-adapters", 2, "--dora", "--alone")
+        plan.run(asked(write(tmp_path, FIELDS), *words))
 
 
 def test_weights_that_train_are_read_once(tmp_path):
