@@ -48,8 +48,9 @@ PLACES = {
 # What takes a text that names no file, or a place that JAX itself reads.
 WORDS = {
     "alora",  # the text of an invocation
-    *("compilation_cache", "coordinator", "host", "allow_origin", "report_project"),
-    *("prompt", "system", "stop", "teacher_prompt", "sample_prompts", "texts", "labels", "alora"),
+    "sampler_mount",  # a path on the machine of a server
+    *("compilation_cache", "coordinator", "host", "sampler", "allow_origin", "report_project"),
+    *("prompt", "system", "stop", "teacher_prompt", "sample_prompts", "texts", "labels"),
 }
 TRAINING = {"sft": sft, "dpo": dpo, "grpo": grpo, "distill": distill, "classify": classify}
 OTHERS = {
