@@ -204,7 +204,6 @@ def test_a_tenant_in_a_crowd_equals_it_alone(engine, tmp_path):
 
 
 @pytest.mark.slow
-@of_families
 def test_steps_are_those_of_optax_on_the_model(engine, base, tmp_path):
     """Each datum in a row of its own there, and packed or padded beside others here."""
     forward = lj.adapt(base.model.apply)
