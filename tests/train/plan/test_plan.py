@@ -305,7 +305,7 @@ def test_json_and_a_table(model, capsys, monkeypatch):
     adapters = plan.AdapterConfig(targets=("q_proj",)), plan.AdapterConfig(full=True)
     both = [planned.PlanVariant(adapter, "full") for adapter in adapters]
     monkeypatch.setattr(
-        plan, "variants", lambda options, *_: both[1:] if options.plan.alone else both
+        plan, "variants", lambda options, *_, **__: both[1:] if options.plan.alone else both
     )
     args = ["--model", model, "--topology", "cpu:2", "--batch-size", "2", "--seq-len", "8"]
     args += ["--dtype", "float32"]
