@@ -99,7 +99,7 @@ def search_weight(name):
     if name.startswith(("source/", "tests/hf/")):
         return {"exclude": True}
     behind = {"CHANGELOG.md": 0.1, "reference/lora_jax": 0.5, "tests/": 0.5, "train/findings/": 0.7}
-    first = {"lora_jax/faq.md": 2, "train/sft.md": 1.5}
+    first = {"lora_jax/faq.md": 2, "train/faq.md": 2, "train/sft.md": 1.5, "notebooks/1_": 1.5}
     weights = [w for start, w in (behind | first).items() if name.startswith(start)]
     return {"boost": weights[0] if weights else 1}
 
