@@ -29,7 +29,7 @@ from lora_jax.peft.serving import problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
 from train.console.errors import UserError, as_user_errors, reported
 from train.console.output import tell
-from train.export.base import dtype_of_files, keep_codes, tokenizer_of
+from train.export.base import dtype_of_files, gguf_codes_of, keep_codes, tokenizer_of
 from train.export.bucket import local_output
 from train.export.card import Export, card
 from train.export.gguf import check_gguf, write_gguf_adapter, write_gguf_model
@@ -133,7 +133,7 @@ def readme_of(work: ExportJob, model: Model, fields: Fields | None = None) -> st
         return text
     name = work.hub.name if work.hub else f"path/to/{work.output.name}"
     base = work.options.base_name or name_for_others(work.base)
-    return card(Export(name, base, model, fields, work.adapter))
+    return card(Export(name, base, model, fields, work.adapter, gguf_codes_of(work.base)))
 
 
 def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> None:

@@ -1,5 +1,6 @@
-"""The files of a merged export's base: their dtype, their tokenizer, and their codes that stay."""
+"""The files of an export's base: their dtype, their tokenizer, and their codes that stay."""
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ from lora_jax.core.types import Model, Tree
 from lora_jax.core.weight import map_leaves
 from lora_jax.hf.coded import STORED
 from lora_jax.hf.format import ModelConfig
+from lora_jax.hf.gguf.model import GGUFFile
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.save import tokenizer_files
 from lora_jax.hf.sources import SafetensorsFolder
@@ -18,7 +20,7 @@ from lora_jax.quantized import dequantize, is_coded
 from train.run.model_code import open_model
 from train.run.tokenizer import read_tokenizer
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in files
 
 
 def dtype_of_files(name: str) -> str:
@@ -26,6 +28,18 @@ def dtype_of_files(name: str) -> str:
     source = open_model(resolve(name).path)
     kinds = Counter(kind for tensor, kind in source.dtypes.items() if tensor not in source.shipped)
     return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
+
+
+def gguf_codes_of(name: str) -> str | None:
+    """Returns the codes of most of a base's weights in a GGUF file, such as "Q4_1"; else None."""
+    source = open_model(resolve(name).path)
+    if not isinstance(source, GGUFFile):
+        return None
+    sizes: Counter[str] = Counter()
+    for tensor, shape in source.shapes.items():
+        sizes[source.form(tensor)] += math.prod(shape)
+    ((form, _),) = sizes.most_common(1)
+    return None if form in _DTYPES else form
 
 
 def tokenizer_of(name: str, given: str | None, config: ModelConfig) -> str | Path | None:

@@ -52,6 +52,7 @@ class Export(NamedTuple):
       model: the model.
       fields: fields of adapter_config.json; None for a merged model.
       source: the adapter.
+      gguf_codes: the codes of the base's weights in a GGUF file, such as "Q4_1"; None for others.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Export(NamedTuple):
     model: Model
     fields: Fields | None
     source: AdapterSource
+    gguf_codes: str | None = None
 
 
 def card(export: Export) -> str:
@@ -77,6 +79,11 @@ def card(export: Export) -> str:
     parts = [f"# {title}", f"{what} Trained and exported with lora_jax."]
     if labels := getattr(config, "label_names", ()):
         parts.append(f"Its classes: {', '.join(map(_cell, labels))}.")
+    if export.gguf_codes:
+        parts.append(
+            f"The base's weights were those of a GGUF file, in {export.gguf_codes} codes. Those of "
+            "its other files differ a little, and so do answers over them."
+        )
     parts += ["## Load it", *_code(export)]
     parts += ["## Training", *_training(export, run, options)]
     used = run.get("versions") or versions()

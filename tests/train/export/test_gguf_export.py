@@ -83,6 +83,10 @@ def test_a_whole_model_over_a_gguf_base(base, adapter, tmp_path, capsys):
     export(*args, "--gguf", again, "--overwrite", "--quantize", "none", "--gguf-type", "f32")
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(again).tensors}
     assert kinds == {"F32"}
+    for given, in_codes in ((base, False), (file, True)):  # the card says what it trained over
+        out = tmp_path / f"peft-{in_codes}"
+        export("--adapter", adapter, "--model", given, "--allow-base-mismatch", "--output", out)
+        assert ("a GGUF file, in Q8_0 codes" in (out / "README.md").read_text()) == in_codes
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:5000])
     args = [
