@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 
+from lora_jax.buckets.kept import hold, make_room
 from lora_jax.buckets.store import (
     BucketError,
     BucketPath,
@@ -76,7 +78,8 @@ def readable(
 ) -> Path:
     """Returns a path of this machine: a path as it is, or the copy of what lies in a bucket.
 
-    A copy is made once for each state of the folder, in the user's cache folder.
+    A copy is made once for each state of the folder, in the user's cache folder, where it stays
+    while it is in use; see `lora_jax.buckets.kept`.
 
     Args:
       path: a path, or the address (gs://) of an object or a folder.
@@ -101,10 +104,11 @@ def readable(
         made = hashlib.sha256(repr((place, sorted(picked.items()))).encode()).hexdigest()[:24]
         root = cache_folder() / "buckets" / f"{PREFIX}{made}"
         copy = copy_in(root, place)
-        if root.is_dir():
+        if hold(root):
             return copy
         with contextlib.suppress(ObjectChanged):
             _make_copy(root, place, picked)
+            hold(root)
             return copy
     raise BucketError(f"{place}: somebody replaces it again and again while it is read")
 
@@ -129,6 +133,7 @@ def copy_in(root: Path, place: BucketPath) -> Path:
 
 def _make_copy(root: Path, place: BucketPath, objects: Mapping[str, ObjectFacts]) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
+    make_room(root.parent)
     partial = Path(tempfile.mkdtemp(prefix=".partial", dir=root.parent))
     try:
         if "" not in objects:
@@ -204,11 +209,16 @@ def files_in(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
+def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Path]:
     """Gives a path of this machine to write a folder or a file to; one in a bucket is sent there.
 
     What a bucket has already is there in part, so that a writer that refuses to replace it does so,
     and one that keeps a card can read it: small files with their content, others empty.
+
+    Args:
+      path: a path, or the address (gs://) of a folder or a file.
+      by_all: whether all processes write it together. Then the first one sends it to a bucket, and
+        all go on once it is there; otherwise, the calling process sends it.
     """
     place = bucket_path(path)
     if place is None:
@@ -218,20 +228,44 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         copy = copy_in(root, place)
         copy.parent.mkdir(parents=True)
-        _fetch_outline(place, copy)
+        with _barrier(place, by_all):  # before the first one changes what is there
+            _fetch_outline(place, copy)
         before = _states(copy)
         yield copy
-        after = _states(copy)
-        if jax.process_index() == 0 and after != before:
-            if copy.is_file():
-                write_object(place, copy)
-            else:  # what was not written is there in part alone
-                publish(copy, place, {n for n, state in after.items() if before.get(n) == state})
+        with _barrier(place, by_all):
+            after = _states(copy)
+            same = {name for name, state in after.items() if before.get(name) == state}
+            if after != before and (jax.process_index() == 0 or not by_all):
+                if copy.is_file():
+                    write_object(place, copy)
+                else:  # what was not written is there in part alone
+                    publish(copy, place, same)
     except Exception as error:
         error.args = tuple(shown(x) if isinstance(x, str) else x for x in error.args)
         raise
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _barrier(place: BucketPath, by_all: bool) -> Iterator[None]:
+    """Lets all processes end a block at once, and an error in one of them end it in all."""
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    if by_all and jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed = multihost_utils.process_allgather(np.array(problem is not None))
+        if problem is None and failed.any():
+            raise BucketError(
+                f"{place} could not be read or written by process {int(failed.argmax())}, which "
+                "says why"
+            )
+    if problem is not None:
+        raise problem
 
 
 def _states(copy: Path) -> dict[str, tuple[int, int]]:
@@ -252,17 +286,26 @@ def _fetch_outline(place: BucketPath, copy: Path) -> None:
         copy.touch()
 
 
-def writes_to_buckets(save: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Lets a function whose first argument, the `folder`, it writes take one in a bucket, too."""
+def writes_to_buckets(
+    *, by_all: bool
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Lets a function whose first argument, the `folder`, it writes take one in a bucket, too.
 
-    @functools.wraps(save)
-    def save_anywhere(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        folder: Any = args[0] if args else options["folder"]
-        if bucket_path(folder) is None:
-            return save(*args, **options)
-        with staged(folder) as local:
-            others: Any = args[1:] if args else ()
-            call: Callable[..., Result] = save
-            return call(local, *others, **{k: v for k, v in options.items() if k != "folder"})
+    Args:
+      by_all: whether all processes call the function together; see `staged`.
+    """
 
-    return save_anywhere
+    def decorate(save: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(save)
+        def save_anywhere(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+            folder: Any = args[0] if args else options["folder"]
+            if bucket_path(folder) is None:
+                return save(*args, **options)
+            with staged(folder, by_all=by_all) as local:
+                others: Any = args[1:] if args else ()
+                call: Callable[..., Result] = save
+                return call(local, *others, **{k: v for k, v in options.items() if k != "folder"})
+
+        return save_anywhere
+
+    return decorate

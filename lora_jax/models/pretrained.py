@@ -123,7 +123,7 @@ def from_pretrained(
     return make(params=params), params
 
 
-@writes_to_buckets
+@writes_to_buckets(by_all=False)
 def save_pretrained(
     folder: str | os.PathLike[str],
     model: Model,

@@ -46,7 +46,7 @@ from lora_jax.peft.served import as_served
 PEFT_VERSION = "0.21.2"  # files have the format of this version
 
 
-@writes_to_buckets
+@writes_to_buckets(by_all=False)
 def save(
     folder: str | os.PathLike[str],
     model: Model,
@@ -63,7 +63,7 @@ def save(
     """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
     Args:
-      folder: created, its parents too; appears whole or not at all.
+      folder: created, its parents too; appears whole or not at all. One process alone writes it.
       model: the model of `lora_jax.models`, or the key table of another tree; see `load`.
       params: an adapted tree. Initialisers that take factors out of the base (PiSSA, OLoRA) are
         written as plain LoRA of twice the rank on the original base, and compact variants that PEFT

@@ -39,7 +39,7 @@ TEMPLATE = "chat_template"  # of the facts: a text in a file of its own
 _FIELDS = {"format", "weights", "trained", "rows", "arrays", "base", "about"}
 
 
-@writes_to_buckets
+@writes_to_buckets(by_all=True)
 def save_adapter(
     folder: str | os.PathLike[str],
     params: Tree,

@@ -1,6 +1,7 @@
 """Tests of folders in a bucket, beside an emulator of Google's store that fails in each way."""
 
 import json
+import socket
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +15,7 @@ from lora_jax.buckets import copies, store
 from lora_jax.buckets.store import BucketError, ObjectChanged, bucket_path
 from lora_jax.hf.hub import resolve_config
 from tests.buckets.store_proxy import bucket_store, use
+from tests.train.forks import Forked
 from tests.train.tiny import CHATML
 from train import sft
 from train.adapters.template import read_template
@@ -233,3 +235,44 @@ def test_adapters_and_models_of_the_library_lie_in_buckets(proxy, tmp_path):
     lp.save("gs://bucket/peft", model, tree)
     assert lp.load("gs://bucket/peft", model, params).keys() == tree.keys()
     assert {*proxy.objects("peft/")} >= {"peft/adapter_config.json"}
+
+
+# Of two processes, the second comes late, and reads at once what both have written.
+_BOTH = """
+import sys, time
+import jax, jax.numpy as jnp
+process = int(sys.argv[1])
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, process, heartbeat_timeout_seconds=10)
+import lora_jax as lj
+from lora_jax.buckets import copies, store
+tree = lj.lorafy({"dense": {"kernel": jnp.ones((4, 3))}}, [lj.LoraRule(targets=["dense"], rank=2)])
+time.sleep(process)
+lj.save_adapter("gs://bucket/both", tree, about={"model": "first"})
+print(lj.adapter_info("gs://bucket/both"))
+lj.save_adapter("gs://bucket/both", tree, about={"model": "second"}, overwrite=True)
+print(lj.adapter_info("gs://bucket/both"))
+
+def refuses(*_):
+    raise store.BucketError("no room")
+
+copies.publish = refuses
+try:
+    lj.save_adapter("gs://bucket/refused", tree)
+except store.BucketError as error:
+    print(error)
+"""
+
+
+def test_of_two_processes_none_goes_on_before_the_adapter_is_there(running, proxy, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    proxy.latency = 0.1
+    around = [running[1] | {"XDG_CACHE_HOME": str(tmp_path / f"cache-{n}")} for n in range(2)]
+    pair = [Forked(["-c", _BOTH, n, port], tmp_path, around[n]) for n in range(2)]
+    texts = [process.communicate(60) for process in pair]
+    assert not any(process.returncode for process in pair), texts
+    told = [out for out, _ in texts]
+    there = "{'model': 'first'}\n{'model': 'second'}\n"
+    told_by_second = "gs://bucket/refused could not be read or written by process 0, which says why"
+    assert told[0].endswith(f"{there}no room\n") and told[1].endswith(f"{there}{told_by_second}\n")

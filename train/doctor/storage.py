@@ -86,6 +86,7 @@ def cache_folders(variables: Mapping[str, str]) -> dict[str, Path]:
     return {
         "compiled programs": Path(variables.get("JAX_COMPILATION_CACHE_DIR") or ours / "jax"),
         "tokens": ours / "tokens",
+        "copies from buckets": ours / "buckets",
         "models": Path(variables.get("HF_HUB_CACHE") or hub / "hub").expanduser(),
         "data sets": Path(variables.get("HF_DATASETS_CACHE") or hub / "datasets").expanduser(),
     }

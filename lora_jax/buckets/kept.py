@@ -1,0 +1,59 @@
+"""The copies of folders in buckets that stay on this machine: which are in use, and which go.
+
+A process holds a shared lock on each copy that it reads, until it ends. Before another copy is
+made, those that nobody holds, and that nobody has asked for in a month, make room; so does what a
+kill left of one. On Windows, which has no such locks, all stay.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+_UNUSED = 30 * 24 * 3600.0  # seconds without a use, after which a copy makes room
+_USE = "in_use"  # in each copy: the file that is locked, whose time is that of the last use
+_MOST_HELD = 200  # copies, each by an open file: those that were asked for last
+_held: dict[Path, int] = {}  # the open files
+
+
+def hold(root: Path) -> bool:
+    """Keeps a copy while this process lives; returns False if it is not there."""
+    if not root.is_dir():
+        if (file := _held.pop(root, None)) is not None:
+            os.close(file)
+        return False
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # in a cache that cannot be written, nothing makes room
+            if root not in _held:
+                _held[root] = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
+                fcntl.flock(_held[root], fcntl.LOCK_SH)
+            os.utime(_held[root])
+        if len(_held) > _MOST_HELD:
+            os.close(_held.pop(next(iter(_held))))
+    return root.is_dir()  # while this process waited for the lock, it may have made room
+
+
+def make_room(folder: Path) -> None:
+    """Deletes the copies in a folder that nobody holds, and nobody has asked for in a month."""
+    for root in folder.iterdir():
+        with contextlib.suppress(OSError):  # it is held, or gone
+            use = root / _USE
+            if time.time() - (use if use.exists() else root).stat().st_mtime > _UNUSED:
+                _delete(root)
+
+
+def _delete(root: Path) -> None:
+    if sys.platform != "win32":
+        file = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = root.with_name(f".gone-{root.name}")
+            root.rename(gone)  # so that nobody sees a part of it
+            shutil.rmtree(gone)
+        finally:
+            os.close(file)

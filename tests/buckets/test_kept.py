@@ -1,0 +1,81 @@
+"""Copies of buckets' folders on this machine: who holds one keeps it, and old ones make room."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from lora_jax.buckets import kept
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="it has no such locks")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder with four copies, of which this process holds none."""
+    monkeypatch.setattr(kept, "_held", {})
+    for name in ("held", "unused", "young", "without-lock"):
+        (tmp_path / name / "gs/bucket").mkdir(parents=True)
+        (tmp_path / name / "gs/bucket/file").write_text(name)
+    (tmp_path / ".partial1").mkdir()  # of a process that was killed
+    yield tmp_path
+    for file in kept._held.values():
+        os.close(file)
+
+
+def release(root):
+    os.close(kept._held.pop(root))
+
+
+def make_old(*roots, days):
+    then = time.time() - days * 24 * 3600
+    for root in roots:
+        use = root / "in_use"
+        os.utime(use if use.exists() else root, (then, then))
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_copies_that_nobody_holds_make_room_after_a_month(cache):
+    for name in ("held", "unused", "young"):
+        assert kept.hold(cache / name)
+    release(cache / "unused")
+    release(cache / "young")
+    make_old(*cache.iterdir(), days=31)
+    make_old(cache / "young", days=29)
+    kept.make_room(cache)
+    assert names(cache) == {"held", "young"}
+    assert (cache / "held/gs/bucket/file").read_text() == "held"
+    release(cache / "held")
+    kept.make_room(cache)
+    assert names(cache) == {"young"}
+
+
+def test_a_copy_that_is_asked_for_is_young_again(cache):
+    make_old(cache / "unused", days=31)
+    assert kept.hold(cache / "unused")
+    release(cache / "unused")
+    kept.make_room(cache)
+    assert "unused" in names(cache)
+
+
+def test_a_copy_that_is_gone_is_not_held(cache):
+    root = cache / "unused"
+    assert kept.hold(root)
+    root.rename(cache / "elsewhere")
+    assert not kept.hold(root) and not kept._held
+    root.mkdir()
+    assert kept.hold(root)
+    make_old(root, days=31)
+    kept.make_room(cache)
+    assert root.is_dir(), "the new one is held, too"
+
+
+def test_files_are_open_of_the_last_copies_alone(cache, monkeypatch):
+    monkeypatch.setattr(kept, "_MOST_HELD", 2)
+    for name in ("held", "unused", "young"):
+        assert kept.hold(cache / name)
+    assert [root.name for root in kept._held] == ["unused", "young"]
