@@ -64,7 +64,14 @@ class BucketFiles:
             self._steps = {int(name) for name in names if name.isdecimal()}
         return set(self._steps)
 
-    def save(self, step: int, args: Any, kept: list[int], written: Callable[[], None]) -> None:
+    def save(
+        self,
+        step: int,
+        args: Any,
+        kept: list[int],
+        begun: Callable[[], None],
+        written: Callable[[], None],
+    ) -> None:
         """Begins to write a checkpoint; see `CheckpointFiles.save`."""
         copied = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(_copied, args["state"].item)), run=args["run"]
@@ -72,6 +79,7 @@ class BucketFiles:
 
         def write() -> None:
             try:
+                begun()
                 self._write(step, copied)
                 self._steps = {*self.steps(), step}
                 if is_first():

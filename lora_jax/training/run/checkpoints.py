@@ -98,12 +98,14 @@ class Checkpoints:
         before = self.steps()
         if step in before:
             return
-        if is_first() and not self._is_recorded():
-            self._write_record({})  # from here on, one that is missing was lost
-        self._remove_all_but(before)
-        if (free := self._files.free_bytes()) is not None:
-            _check_room(self.folder.parent, free, state)
         kept = [*before, step][-self._keep :]
+
+        def begun() -> None:
+            if is_first() and not self._is_recorded():
+                self._write_record({})  # from here on, one that is missing was lost
+            self._remove_all_but(before)
+            if (free := self._files.free_bytes()) is not None:
+                _check_room(self.folder.parent, free, state)
 
         def written() -> None:
             self._record_files(step, kept)
@@ -112,7 +114,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_arrays_of_state(state)), run=ocp.args.JsonSave(dict(run))
         )
-        self._files.save(step, args, kept, written)
+        self._files.save(step, args, kept, begun, written)
 
     def settle(self) -> None:
         """Waits until what was saved is written, and says so; raises what went wrong."""

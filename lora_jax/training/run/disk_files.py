@@ -24,13 +24,21 @@ class CheckpointFiles(Protocol):
     def steps(self) -> set[int]:
         """Returns the steps whose checkpoint is there, complete or not."""
 
-    def save(self, step: int, args: Any, kept: list[int], written: Callable[[], None]) -> None:
+    def save(
+        self,
+        step: int,
+        args: Any,
+        kept: list[int],
+        begun: Callable[[], None],
+        written: Callable[[], None],
+    ) -> None:
         """Writes a checkpoint; all processes call it.
 
         Args:
           step: its step.
           args: what Orbax is to write.
           kept: the steps that the record will have.
+          begun: is called before, in every process: at once, or in a thread.
           written: is called once it is written: in every process at once, or in a thread of the
             first one, later.
         """
@@ -82,8 +90,16 @@ class DiskFiles:
         """Returns the steps whose checkpoint is there, complete or not."""
         return {*self._manager.all_steps()} if self._folder.is_dir() else set()
 
-    def save(self, step: int, args: Any, kept: list[int], written: Callable[[], None]) -> None:
+    def save(
+        self,
+        step: int,
+        args: Any,
+        kept: list[int],
+        begun: Callable[[], None],
+        written: Callable[[], None],
+    ) -> None:
         """Writes a checkpoint; see `CheckpointFiles.save`."""
+        begun()
         self._manager.save(step, args=args, force=True)
         written()
 
