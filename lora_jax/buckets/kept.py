@@ -32,6 +32,7 @@ def hold(root: Path) -> bool:
             if root not in _held:
                 _held[root] = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
                 fcntl.flock(_held[root], fcntl.LOCK_SH)
+            _held[root] = _held.pop(root)  # the last one
             os.utime(_held[root])
         if len(_held) > _MOST_HELD:
             os.close(_held.pop(next(iter(_held))))
