@@ -258,7 +258,7 @@ def _barrier(place: BucketPath, by_all: bool) -> Iterator[None]:
     if by_all and jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        failed = multihost_utils.process_allgather(np.array(problem is not None))
+        failed: Any = multihost_utils.process_allgather(np.array(problem is not None))
         if problem is None and failed.any():
             raise BucketError(
                 f"{place} could not be read or written by process {int(failed.argmax())}, which "

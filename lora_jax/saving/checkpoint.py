@@ -208,8 +208,12 @@ def _checkpointer(ocp: Any, is_own: bool) -> Any:
     alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
     )
+    # The signal that a folder was made in another thread would come from any process's.
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        composite_options=ocp.CompositeOptions(
+            multiprocessing_options=alone, async_options=at_once
+        ),
         adapter=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
         lora=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
     )

@@ -242,7 +242,7 @@ _BOTH = """
 import sys, time
 import jax, jax.numpy as jnp
 process = int(sys.argv[1])
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, process, heartbeat_timeout_seconds=10)
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, process)
 import lora_jax as lj
 from lora_jax.buckets import copies, store
 tree = lj.lorafy({"dense": {"kernel": jnp.ones((4, 3))}}, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -270,7 +270,7 @@ def test_of_two_processes_none_goes_on_before_the_adapter_is_there(running, prox
     proxy.latency = 0.1
     around = [running[1] | {"XDG_CACHE_HOME": str(tmp_path / f"cache-{n}")} for n in range(2)]
     pair = [Forked(["-c", _BOTH, n, port], tmp_path, around[n]) for n in range(2)]
-    texts = [process.communicate(60) for process in pair]
+    texts = [process.communicate() for process in pair]
     assert not any(process.returncode for process in pair), texts
     told = [out for out, _ in texts]
     there = "{'model': 'first'}\n{'model': 'second'}\n"
