@@ -7,6 +7,9 @@ downloaded, and serves it by `train.serve --quantize stored` and, from the packa
 llama.cpp's server: on the same cores, one after the other. Each stream asks for one completion
 after the other, by prompts that no two have in common. Prints the median and the 99th percentile
 of the time to the first token, and between two tokens, and their ratios.
+
+With `--guidellm PYTHON`, that Python's guidellm asks in the place of the client here, and its
+report has the numbers (of a request's mean time between two tokens, as guidellm counts it).
 """
 
 import argparse
@@ -20,7 +23,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +151,39 @@ def measure(address: str, streams: int, given: argparse.Namespace, **extra: Any)
     return [float(1e3 * np.percentile(x, p)) for x in (first, between) for p in (50, 99)]
 
 
+def run_guidellm(
+    address: str, streams: int, given: argparse.Namespace, folder: Path, **extra: Any
+) -> list[float]:
+    """Returns what `measure` does, by guidellm."""
+    path, report = folder / "run.json", folder / "report.json"
+    model, body = extra.pop("model"), {"temperature": 1.0, "ignore_eos": True, **extra}
+    backend = {"kind": "openai_http", "target": address, "model": model, "http2": False}
+    backend |= {"request_format": "/v1/completions", "extras": {"body": body}, "timeout": _READY}
+    data = {"kind": "synthetic_text", "prompt_tokens": given.prompt, "output_tokens": given.tokens}
+    spec = {
+        "backend": backend | {"validate_backend": False},
+        "profile": {"kind": "concurrent", "streams": [streams]},
+        "constraints": [{"kind": "max_requests", "count": streams * given.requests}],
+        "tokenizer": {"kind": "huggingface_auto", "model": str(folder / "tokenizer")},
+        "data": [data],
+        "outputs": [{"kind": "json", "path": str(report)}],
+    }
+    path.write_text(json.dumps({"metadata": {"name": "streams"}, "spec": spec}))
+    report.unlink(missing_ok=True)
+    command = [given.guidellm, "-m", "guidellm", "run", "-c", str(path), "--disable-console"]
+    subprocess.run(command, check=True, env=_without(os.environ, "PYTHONPATH"))
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    metrics = benchmark["metrics"]
+    n = metrics["request_totals"]["successful"]
+    assert n == streams * given.requests, f"{n} requests were answered"
+    names = ("time_to_first_token_ms", "inter_token_latency_ms")
+    return [metrics[x]["successful"]["percentiles"][p] for x in names for p in ("p50", "p99")]
+
+
+def _without(environ: Mapping[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in environ.items() if key != name}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
@@ -158,6 +195,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--options", default="", help='of train.serve, as "--fast-prompts"')
+    parser.add_argument("--guidellm", help="a Python that has guidellm, which asks then")
     parser.add_argument("--run-llama", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run_llama:
@@ -168,11 +206,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_model(path, given.layers)
+        ask: Callable[..., list[float]] = measure
+        if given.guidellm:
+            models.load_tokenizer(path).save_pretrained(Path(folder) / "tokenizer")
+            ask = partial(run_guidellm, folder=Path(folder))
         for streams in given.streams:
             with ours(path, streams, given) as address:
-                mine = measure(address, streams, given, model=str(path))
+                mine = ask(address, streams, given, model=str(path))
             with llama(path, streams, given) as address:
-                theirs = measure(address, streams, given, model="m", cache_prompt=False)
+                theirs = ask(address, streams, given, model="m", cache_prompt=False)
             for name, row in (("lora_jax", mine), ("llama.cpp", theirs)):
                 cells = "".join(f" {x:.1f} ms |" for x in row)
                 lines.append(f"| {streams} | {name} |{cells}")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Tools = Sequence[Mapping[str, Any]]
+_REFERENCES = 8  # one after the other
+_NAMES = {bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
 def with_types(name: str, texts: Mapping[str, str], tools: Tools) -> dict[str, Any]:
@@ -22,26 +24,48 @@ def with_types(name: str, texts: Mapping[str, str], tools: Tools) -> dict[str, A
     >>> with_types("f", {"n": "7", "zip": "8001"}, [tool])
     {'n': 7, 'zip': '8001'}
     """
-    properties = _properties(name, tools)
-    return {key: _typed(text, _types(properties.get(key))) for key, text in texts.items()}
+    root = _parameters(name, tools)
+    properties = root.get("properties") or {}
+    return {key: _typed(text, _types(properties.get(key), root)) for key, text in texts.items()}
 
 
-def _properties(name: str, tools: Tools) -> Mapping[str, Any]:
+def _parameters(name: str, tools: Tools) -> Mapping[str, Any]:
     for tool in tools:
         function = tool.get("function") or tool
         if function.get("name") == name:
-            return (function.get("parameters") or {}).get("properties") or {}
+            return function.get("parameters") or {}
     return {}
 
 
-def _types(schema: Any) -> list[str]:
+def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
+    """Returns a schema, or the one among the definitions of `root` that it refers to.
+
+    >>> from train.tools.schemas import resolved
+    >>> resolved({"$ref": "#/$defs/n"}, {"$defs": {"n": {"type": "integer"}}})
+    {'type': 'integer'}
+    """
+    for _ in range(_REFERENCES):
+        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(reference, str):
+            return schema
+        _, place, name = [*reference.split("/"), "", ""][:3]
+        definitions = root.get(place) if reference.startswith("#/") else None
+        schema = definitions.get(name) if isinstance(definitions, Mapping) else None
+    return schema
+
+
+def _types(schema: Any, root: Mapping[str, Any]) -> list[str]:
     """Returns the types that a schema allows, in order; [] where it says none."""
+    schema = resolved(schema, root)
     if not isinstance(schema, Mapping):
         return []
     own = schema.get("type")
     names = [name for name in (own if isinstance(own, list) else [own]) if isinstance(name, str)]
+    if not names:
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        names = [_NAMES[type(value)] for value in values or () if type(value) in _NAMES]
     for union in ("anyOf", "oneOf"):
-        names += [name for choice in schema.get(union) or () for name in _types(choice)]
+        names += [name for choice in schema.get(union) or () for name in _types(choice, root)]
     return [*names, "null"] if schema.get("nullable") else names
 
 

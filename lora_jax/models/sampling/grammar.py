@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -24,6 +25,8 @@ LONGEST = 100_000  # characters of a grammar or schema
 _NESTING = 100  # brackets in brackets, at most
 _TRIED = 200  # parts of a schema that are tried to find the wrong one
 _CONJUNCTIONS, _SECONDS = 8, 5  # patterns that are compiled without a look at the time
+_QUICK = 30_000  # characters that are compiled so
+_MULTIPLES = re.compile(r'"multipleOf": ?[\d.e+-]{5}')  # their time grows with the number
 _WHITESPACE = r"[ \t\n\r]{1,20}"  # models that pad without end do so no longer than this
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _NO_SCHEMAS = ("const", "enum", "default", "example", "x-guidance")
@@ -177,11 +180,17 @@ class GrammarCompiler:
         return self.lark(lark)
 
     def literal(self, text: str) -> str:
-        """Returns a text in Lark's notation, as a special token where the vocabulary has one."""
+        """Returns a text in Lark's notation, whose special tokens are those of the vocabulary."""
+        return " ".join(self._literals(text)) or '""'
+
+    def _literals(self, text: str) -> Iterator[str]:
         self.prepare()
-        token = self._tokenizer.get_vocab().get(text)
-        is_special = token is not None and self._tokens.is_special_token(token)
-        return f"<[{token}]>" if is_special else quoted(text)
+        added: Mapping[str, int] = self._tokenizer.get_added_vocab()
+        special = [name for name, i in added.items() if self._tokens.is_special_token(i)]
+        names = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
+        for part in re.split(f"({names})", text) if names else [text]:
+            if part:
+                yield f"<[{added[part]}]>" if part in special else quoted(part)
 
     def json_text(self, schema: Mapping[str, object]) -> str:
         """Returns a schema as the library reads it, alone or after %json in Lark's notation.
@@ -212,7 +221,7 @@ class GrammarCompiler:
             grammar = getattr(LLMatcher, form)(text)
         except ValueError as error:
             raise GrammarError(_short(str(error))) from None
-        if text.count("pattern") + text.count('"format"') + text.count("&") > _CONJUNCTIONS:
+        if _may_take_long(text):
             _check_time(grammar)
         most = None if form == "grammar_from_json_schema" else _ITEMS
         limits = LLParserLimits(verbose_errors=False, max_items_in_row=most)
@@ -308,12 +317,21 @@ def _check_size(text: str) -> None:
         raise GrammarError(f"brackets are nested {deepest} deep: {_NESTING} are the most")
 
 
+def _may_take_long(text: str) -> bool:
+    """Returns True for many patterns, for multiples of long numbers, and for a long text."""
+    patterns = text.count("pattern") + text.count('"format"') + text.count("&")
+    return patterns > _CONJUNCTIONS or len(text) > _QUICK or bool(_MULTIPLES.search(text))
+
+
 def _check_time(grammar: str) -> None:
     """Raises GrammarError for a grammar that takes too long; compiles it in another process.
 
     The intersection of many expressions can take for ever, and no thread can be ended.
     """
-    code = "import sys, llguidance; llguidance.LLMatcher.validate_grammar(sys.stdin.read())"
+    code = (
+        "import sys; from llguidance import LLMatcher as M, LLTokenizer as T\n"
+        "M(T('byte'), sys.stdin.read(), log_level=0)"
+    )
     command = [sys.executable, "-c", code]
     try:
         tried = subprocess.run(
@@ -321,7 +339,8 @@ def _check_time(grammar: str) -> None:
         )
     except subprocess.TimeoutExpired:
         raise GrammarError(
-            f"it takes more than {_SECONDS} seconds: give fewer patterns that apply together"
+            f"it takes more than {_SECONDS} seconds: give fewer patterns that apply together, "
+            "fewer properties, or a smaller multipleOf"
         ) from None
     if tried.returncode < 0:
         raise GrammarError("the process that compiles it ended: give fewer or smaller patterns")

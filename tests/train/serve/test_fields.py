@@ -104,7 +104,6 @@ def test_what_would_change_the_answer_is_refused_by_name(post, path):
         (CHAT, {"zzzz": 1}, "leave it out; there are model, "),
         (CHAT, {"\ud800" * 1000: 1}, "leave it out"),
         (CHAT, {"stream_options": {"include_usages": True}}, "did you mean `include_usage`?"),
-        (CHAT, {"stream_options": {"continuous_usage_stats": True}}, "continuous_usage_stats"),
         (CHAT, {"prompt": "hi"}, "it belongs to /v1/completions"),
         (CHAT, {"echo": True}, "it belongs to /v1/completions"),
         (COMPLETIONS, {"tools": [{}]}, "it belongs to /v1/chat/completions"),

@@ -66,6 +66,20 @@ def complete(client, prompt="once", **fields):
     return client.completions.create(model="tiny/base", prompt=prompt, **fields)
 
 
+def test_a_stream_counts_as_it_grows(client):
+    """vLLM's continuous_usage_stats, which guidellm asks for."""
+    counts = {"include_usage": True, "continuous_usage_stats": True}
+    parts = list(ask(client, stream=True, stream_options=counts, n=2, max_tokens=5))
+    for i in range(2):
+        mine = [p.usage for p in parts if p.choices and p.choices[0].index == i]
+        assert [usage.completion_tokens for usage in mine][0] == 0
+        assert [usage.completion_tokens for usage in mine][-1] == 5
+        assert all(usage.prompt_tokens == len(ids(PROMPT, end=False)) for usage in mine)
+    assert parts[-1].usage.completion_tokens == 10
+    parts = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert [part.usage for part in parts[:-1]] == [None] * (len(parts) - 1)
+
+
 def test_a_chat(client, engine):
     answer = ask(client)
     (choice,) = answer.choices

@@ -180,15 +180,20 @@ def join(first: AnswerPart, then: AnswerPart) -> AnswerPart:
 def usage_of(samples: Sequence[SampleRequest], drawn: Iterable[SampleResult]) -> JsonObject:
     """Returns the numbers of tokens of a request."""
     results = [*drawn]
-    prompted = sum(len(sample.prompt) for sample in samples)
     completed = sum(
         len(completion.tokens) for result in results for completion in result.completions
     )
+    details = {"cached_tokens": sum(result.cached for result in results)}
+    return counts_of(samples, completed) | {"prompt_tokens_details": details}
+
+
+def counts_of(samples: Sequence[SampleRequest], completed: int) -> JsonObject:
+    """Returns the numbers of tokens of prompts, and of so many that were drawn."""
+    prompted = sum(len(sample.prompt) for sample in samples)
     return {
         "prompt_tokens": prompted,
         "completion_tokens": completed,
         "total_tokens": prompted + completed,
-        "prompt_tokens_details": {"cached_tokens": sum(result.cached for result in results)},
     }
 
 

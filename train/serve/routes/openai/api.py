@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,17 +27,24 @@ from train.serve.routes.openai.answers import (
     ChatForm,
     ChoiceBuilder,
     TextForm,
+    counts_of,
     echo_prompt,
     join,
     prompt_entries,
     usage_of,
     with_all_entries,
 )
-from train.serve.routes.openai.chat import ToolCalls, make_calls, prompt_of, tokenize
+from train.serve.routes.openai.chat import (
+    ToolCalls,
+    make_calls,
+    prompt_of,
+    template_of,
+    tokenize,
+)
 from train.serve.routes.openai.limits import add_limits
 from train.serve.routes.openai.models import Models
 from train.serve.routes.openai.pending import Events, PendingSamples, unless_gone
-from train.serve.routes.openai.structured import read_grammar
+from train.serve.routes.openai.structured import is_forced, read_grammar
 from train.serve.routes.openai.table import (
     CHAT,
     COMPLETIONS,
@@ -64,6 +72,7 @@ class CompletionRequest:
       echo: whether prompts begin their completions.
       stream: whether the answer comes in parts.
       usage: whether a stream ends with the numbers of tokens.
+      running_usage: whether each of its parts has those of its choice so far, as at vLLM's.
       ids: whether the tokens of prompts and answers are told as ids.
     """
 
@@ -75,6 +84,7 @@ class CompletionRequest:
     echo: bool = False
     stream: bool = False
     usage: bool = False
+    running_usage: bool = False
     ids: bool = False
 
     @property
@@ -211,7 +221,10 @@ class OpenAI:
     def _add_limits(self, sample: SampleRequest, body: JsonObject) -> SampleRequest:
         """Returns a sample with all that limits its tokens, and whether its prompt is scored."""
         sample = add_limits(sample, body, self._engine.facts, self._tokens)
-        if (grammar := read_grammar(body, self.grammars)) is not None:
+        template = ""
+        if is_forced(body):
+            template = template_of(body, self._templated(body, sample.adapter))
+        if (grammar := read_grammar(body, self.grammars, template)) is not None:
             limits = dataclasses.replace(sample.limits, grammar=grammar)
             sample = dataclasses.replace(sample, limits=limits)
         top = fields.read_integer(body, "prompt_logprobs", 0, TOP)
@@ -288,10 +301,15 @@ class OpenAI:
         """Yields the events of a stream; `item` is the first that came of its samples."""
         head = wanted.head | ({"usage": None} if wanted.usage else {})
 
-        def event(choice: JsonObject) -> str:
-            return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
-
         n, choices, drawn = wanted.samples[0].n, [], []
+        lengths = Counter[int]()
+
+        def event(choice: JsonObject) -> str:
+            usage, i = {}, choice["index"]
+            if wanted.running_usage and isinstance(i, int):
+                usage = {"usage": counts_of(wanted.samples[i // n : i // n + 1], lengths[i])}
+            return f"data: {json.dumps({**head, **usage, 'choices': [choice]})}\n\n"
+
         for k, sample in enumerate(wanted.samples):
             prompt = echo_prompt(self._tokens, sample, None) if wanted.echo else AnswerPart()
             for i in range(n):
@@ -304,6 +322,7 @@ class OpenAI:
             while True:
                 k, drawing = item
                 if isinstance(drawing, DrawnToken):
+                    lengths[k * n + drawing.index] += 1
                     part = choices[k * n + drawing.index].add(drawing)
                     if part.text or part.calls or part.entries or part.thinking:
                         yield event(wanted.form.part(k * n + drawing.index, part))
@@ -340,7 +359,7 @@ def _read_style(body: JsonObject, make_calls: Callable[[], ToolCalls] | None = N
 
 
 def _read_extras(body: JsonObject) -> dict[str, Any]:
-    """Returns the fields `stream`, `usage`, `prompt_top` and `ids` of a `CompletionRequest`."""
+    """Returns the fields of a `CompletionRequest` that say what else is told, and how."""
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise fields.field_error("stream_options", options, "an object is needed")
@@ -351,4 +370,6 @@ def _read_extras(body: JsonObject) -> dict[str, Any]:
         if stream and value is not None:
             raise fields.field_error(name, value, "they come whole: leave out `stream`")
     usage = fields.read_flag(options, "include_usage")
-    return {"stream": stream, "usage": usage, "prompt_top": top, "ids": ids}
+    running = usage and fields.read_flag(options, "continuous_usage_stats")
+    told = {"usage": usage, "running_usage": running, "ids": ids}
+    return {"stream": stream, "prompt_top": top, **told}

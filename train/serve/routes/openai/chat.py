@@ -12,7 +12,7 @@ from lora_jax.training.data.templates import render_prompt
 from lora_jax.training.errors import TrainingError
 from train.serve.routes.errors import HttpError, JsonObject
 from train.serve.routes.openai.fields import read_flag, read_text
-from train.serve.routes.openai.structured import is_forced
+from train.serve.routes.openai.structured import forced_form, is_forced
 from train.serve.routes.openai.text import ServedTokenizer
 from train.tools.calls import CallReader, call_format
 from train.tools.formats import FORMATS, CallFormat
@@ -90,6 +90,13 @@ def _read_message(message: object, index: int) -> object:
     return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
+def template_of(body: Mapping[str, object], tokens: ServedTokenizer) -> str:
+    """Returns the template that renders a chat, of those that a model may have; "" for none."""
+    if tokens.tokenizer.chat_template is None:
+        return ""
+    return str(tokens.tokenizer.get_chat_template(None, tools_of(body)))
+
+
 class ToolCalls:
     """Finds the calls of tools in an answer, while it grows, as OpenAI's JSON.
 
@@ -125,14 +132,14 @@ def make_calls(
 ) -> Callable[[], ToolCalls] | None:
     """Returns a maker of readers for the calls of an answer; None where a chat has no tools.
 
-    A template whose format is not known is read as Hermes', and so are calls that are forced.
+    A template whose format is not known is read as Hermes'.
     """
     tools = tools_of(body)
     if not isinstance(tools, list):
         return None
-    if is_forced(body):  # the grammar is of this form
-        return partial(ToolCalls, FORMATS["hermes"], tools)
-    template = tokens.tokenizer.get_chat_template(None, tools)
+    template = template_of(body, tokens)
+    if is_forced(body):
+        return partial(ToolCalls, forced_form(body, template)[0], tools)
     return partial(ToolCalls, call_format(template) or FORMATS["hermes"], tools)
 
 

@@ -9,19 +9,28 @@ from lora_jax.models.sampling.grammar import (
     CompiledGrammar,
     GrammarCompiler,
     GrammarError,
-    quoted,
 )
 from lora_jax.training.data.rows import shown
 from train.serve.routes.errors import HttpError
 from train.serve.routes.openai.fields import check_fields, field_error
+from train.serve.routes.openai.forced import CallGrammar, has_form
 from train.serve.routes.openai.table import STRUCTURED_OUTPUTS
+from train.tools.calls import call_format
+from train.tools.formats import FORMATS, CallFormat
+from train.tools.forms import CallForm, call_form
 
-_CALLS = 16  # of a forced answer, at most
 _OBJECT: Mapping[str, object] = {"type": "object"}
 
 
-def read_grammar(body: Mapping[str, object], compiler: GrammarCompiler) -> CompiledGrammar | None:
+def read_grammar(
+    body: Mapping[str, object], compiler: GrammarCompiler, template: str = ""
+) -> CompiledGrammar | None:
     """Returns the grammar of the answers that a request asks for; None for any answers.
+
+    Args:
+      body: the fields of the request.
+      compiler: the compiler of grammars.
+      template: the chat template, in whose form calls are that the request asks for.
 
     Raises:
       HttpError: a grammar or schema cannot be, or several fields ask for different ones.
@@ -40,7 +49,7 @@ def read_grammar(body: Mapping[str, object], compiler: GrammarCompiler) -> Compi
             grammar = reader(body[name], name, compiler)
             if grammar is not None:
                 grammars[name] = grammar
-    if (calls := _read_calls(body, compiler)) is not None:
+    if (calls := _read_calls(body, compiler, template)) is not None:
         grammars["tool_choice"] = calls
     if len(grammars) > 1:
         first, second, *_ = grammars
@@ -52,6 +61,17 @@ def is_forced(body: Mapping[str, object]) -> bool:
     """Returns True if a chat has to call a tool."""
     choice = body.get("tool_choice")
     return choice == "required" or isinstance(choice, dict)
+
+
+def forced_form(body: Mapping[str, object], template: str) -> tuple[CallFormat, CallForm]:
+    """Returns the format of calls that a chat has to make, and how they are written.
+
+    It is the template's, or Hermes' where that is not known, or has no texts for the tools.
+    """
+    known, usual = call_format(template), FORMATS["hermes"]
+    if known is not None and has_form(call_form(known.name, template), _functions(body)):
+        return known, call_form(known.name, template)
+    return usual, call_form(usual.name, "")
 
 
 @contextlib.contextmanager
@@ -133,8 +153,10 @@ def _text(given: object, name: str) -> str:
     return given
 
 
-def _read_calls(body: Mapping[str, object], compiler: GrammarCompiler) -> CompiledGrammar | None:
-    """Returns the grammar of an answer that has to call tools, in Hermes' form; None for others."""
+def _read_calls(
+    body: Mapping[str, object], compiler: GrammarCompiler, template: str
+) -> CompiledGrammar | None:
+    """Returns the grammar of an answer that has to call tools; None for others."""
     choice = body.get("tool_choice")
     if not choice or choice in ("none", "auto"):
         return None
@@ -149,17 +171,14 @@ def _read_calls(body: Mapping[str, object], compiler: GrammarCompiler) -> Compil
         raise field_error("tool_choice", choice, needed)
     if not tools:
         raise field_error("tool_choice", choice, "give `tools` to choose from")
-    begin, end = (compiler.literal(tag) for tag in ("<tool_call>", "</tool_call>"))
-    rules = [f'start: call ("\\n" call){{0,{_CALLS - 1}}}' if not one else "start: call"]
-    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
-    for i, (name, parameters) in enumerate(tools.items()):
-        with _as_http(f"tools[{list(_functions(body)).index(name)}].function.parameters"):
-            compiler.schema(parameters)
-            schema = compiler.json_text(parameters)
-        head = quoted(f'\n{{"name": {json.dumps(name)}, "arguments": ')
-        rules.append(f'call_{i}: {begin} {head} %json {schema} "}}\\n" {end}')
+    for i, (name, parameters) in enumerate(_functions(body).items()):
+        if name in tools:
+            with _as_http(f"tools[{i}].function.parameters"):
+                compiler.schema(parameters)
+    _, form = forced_form(body, template)
     with _as_http("tools"):
-        return compiler.lark("\n".join(rules))
+        grammar = CallGrammar(form, compiler)
+        return grammar.compiled(tools, 1) if one else grammar.compiled(tools)
 
 
 def _functions(body: Mapping[str, object]) -> dict[str, Mapping[str, object]]:

@@ -108,9 +108,8 @@ FIELDS: dict[str, Mapping[str, Field]] = {
     | _refused("add_special_tokens", True),
 }
 STREAM_OPTIONS: Mapping[str, Field] = {
-    **_all("works", "include_usage"),
+    **_all("works", "include_usage continuous_usage_stats"),
     **_all("no effect", "include_obfuscation"),
-    **_refused("continuous_usage_stats", False),
 }
 STRUCTURED_OUTPUTS: Mapping[str, Field] = {
     **_all("works", "json regex choice grammar json_object"),
