@@ -61,6 +61,19 @@ class _Owned:
         self.used: OrderedDict[_Node, None] = OrderedDict()
         self.size = 0
 
+    def root(self, scope: PrefixScope) -> _Node | None:
+        """Returns the empty text of a scope; None for a scope without any."""
+        return self.roots.get(_key(scope), {}).get(scope.kind)
+
+    def keep(self, scope: PrefixScope, root: _Node) -> None:
+        """Has a scope begin with an empty text."""
+        self.roots.setdefault(_key(scope), {})[scope.kind] = root
+
+    def _forget(self, root: _Node) -> None:
+        for kinds in self.roots.values():
+            for kind in [kind for kind, node in kinds.items() if node is root]:
+                del kinds[kind]
+
     def evict(self) -> None:
         """Forgets the part that was not used for the longest time.
 
@@ -76,6 +89,8 @@ class _Owned:
         assert node.parent is not None and node.block is not None
         del node.parent.later[node.ids]
         self.size -= node.block.size
+        if node.parent.block is None and not node.parent.later:
+            self._forget(node.parent)
 
     def replace(self, node: _Node, block: CacheBlock) -> None:
         """Gives a node a block, in the place of the one that it may have."""
@@ -88,6 +103,10 @@ class _Base:
 
 
 _BASE = _Base()
+
+
+def _key(scope: PrefixScope) -> object:
+    return _BASE if scope.adapter is None else scope.adapter
 
 
 class PrefixStore:
@@ -128,7 +147,7 @@ class PrefixStore:
         if scope.owner not in self._owners:
             return []
         owned, nodes = self._owners[scope.owner], list[_Node]()
-        node = self._root(owned, scope)
+        node = owned.root(scope) or _Node()
         for part in self._parts(ids):
             if (later := node.later.get(part)) is None:
                 break
@@ -150,7 +169,7 @@ class PrefixStore:
         if not self._most:
             return
         owned = self._owners.setdefault(scope.owner, _Owned())
-        nodes, (*before, last) = [self._root(owned, scope)], self._parts(ids)
+        nodes, (*before, last) = [owned.root(scope) or _Node()], self._parts(ids)
         for part in before:
             if (later := nodes[-1].later.get(part)) is None:
                 return
@@ -161,6 +180,7 @@ class PrefixStore:
         node = node or _Node(nodes[-1], last)
         owned.replace(node, make())
         nodes[-1].later[last] = node
+        owned.keep(scope, nodes[0])
         nodes.append(node)
         for node in reversed(nodes[1:]):
             owned.used[node] = None
@@ -174,11 +194,6 @@ class PrefixStore:
         self._owners[owner].evict()
         if not self._owners[owner].used:
             del self._owners[owner]
-
-    def _root(self, owned: _Owned, scope: PrefixScope) -> _Node:
-        """Returns the empty text of a scope."""
-        adapter = _BASE if scope.adapter is None else scope.adapter
-        return owned.roots.setdefault(adapter, {}).setdefault(scope.kind, _Node())
 
     def _parts(self, ids: np.ndarray) -> Iterator[bytes]:
         """Yields a text's whole blocks."""

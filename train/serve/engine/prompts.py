@@ -167,8 +167,23 @@ class PromptRunner:
         # Up to its invocation, the prompt of an activated LoRA is the base's, and is found as such.
         return PrefixScope(job.request.client.owner, None if job.active else job.adapter, length)
 
+    def _after(self, prompt: RunningPrompt) -> tuple[PrefixScope, int]:
+        """Returns the scope of what an activated LoRA computed after a text, and that text's end.
+
+        The text is what stands before the chunk with the invocation. It is part of the scope.
+        """
+        job, scope = prompt.job, self._scope(prompt.job)
+        start = job.active - job.active % self._chunk
+        kind = (scope.kind, job.active, prompt.ids[:start].tobytes())
+        return dataclasses.replace(scope, adapter=job.adapter, kind=kind), start
+
     def _find(self, prompt: RunningPrompt) -> list[CacheBlock]:
-        return self.store.find(self._scope(prompt.job), _sharable(prompt))
+        blocks = self.store.find(self._scope(prompt.job), _sharable(prompt))
+        if prompt.job.active:
+            scope, start = self._after(prompt)
+            if len(blocks) * self._chunk == start:
+                blocks += self.store.find(scope, prompt.ids[start:-1])
+        return blocks
 
     def _length(self, prompt: RunningPrompt) -> int:
         """Returns the length of the cache in which the next chunk of a prompt runs."""
@@ -223,11 +238,14 @@ class PromptRunner:
 
     def _keep(self, prompt: RunningPrompt) -> None:
         """Keeps the newest chunk, once it is whole, to be found again."""
-        if prompt.n % self._chunk == 0 and not 0 < prompt.job.active < prompt.n:
+        if prompt.n % self._chunk == 0:
             assert prompt.cache is not None
+            scope, start = self._scope(prompt.job), 0
+            if 0 < prompt.job.active < prompt.n:
+                scope, start = self._after(prompt)
             first = prompt.n - self._chunk
             block = functools.partial(self._programs.block, prompt.cache, first)
-            self.store.add(self._scope(prompt.job), prompt.ids[: prompt.n], block)
+            self.store.add(scope, prompt.ids[start : prompt.n], block)
 
     @property
     def steps(self) -> int:

@@ -95,6 +95,29 @@ def test_the_prefix_of_the_base_is_not_run_again(engine, activated):
     assert bits(ran(engine, prompt=long)[0]) == bits(base)
 
 
+def test_turns_after_the_invocation_are_not_run_again(engine, activated):
+    """By the same adapter, after the same text; no other finds them, and they find no other's."""
+    forget(engine)
+    text = prompt(more=ids(np.random.default_rng(6), 10).tolist())
+    longer = [*text, 7, 9, 8]
+    alone, n = ran(engine, adapter="alora", prompt=longer)
+    assert n == len(longer) and alone.cached == 0
+    forget(engine)
+    ran(engine, adapter="alora", prompt=text)
+    result, n = ran(engine, adapter="alora", prompt=longer)
+    whole = len(text) - len(text) % CHUNK
+    assert whole > BEFORE + CHUNK and n == len(longer) - whole and result.cached == whole
+    assert bits(result) == bits(alone)
+    # The same chunks from the invocation on, after another text.
+    other = [*prompt(seed=5)[:BEFORE], *longer[BEFORE:]]
+    assert other[: 4 * CHUNK] != longer[: 4 * CHUNK]
+    _, n = ran(engine, adapter="alora", prompt=other)
+    assert n == len(other)
+    for name in ("lora", None):
+        result, n = ran(engine, adapter=name, prompt=longer)
+        assert result.cached == (0 if name else 4 * CHUNK)
+
+
 def test_a_prompt_without_the_invocation_is_the_bases(engine, activated):
     forget(engine)
     text = prompt()[:BEFORE]
