@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +23,7 @@ from lora_jax.models.layers.placement import (
 )
 from lora_jax.models.specs import AXES, BATCH, SHARDS
 from lora_jax.sharding import Table, place, sharding_for, sharding_of, shardings
-from lora_jax.training import context
+from lora_jax.training import context, exchange
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses.chunks import ON_CPU
@@ -262,37 +261,10 @@ class Layout(Placement):
         return placed
 
     def mixture(self, mixed: Mixture) -> Mixture:
-        """Returns a mixture: each device computes its tokens, with its features of all experts.
-
-        No token moves; kernels are gathered over the other axes, a layer at a time.
-        """
-        if self.mesh.size == 1:
+        """Returns a mixture that each device computes a part of; see `exchange`."""
+        if self.mesh.size == 1 or not self.sorts_apart:
             return mixed
-        tokens, inner, outer = P(BATCH, "sequence"), P(None, None, "tensor"), P(None, "tensor")
-
-        def apart(*args: Any) -> jax.Array:
-            *rest, biases = args
-            if biases:  # the last is added to the sum once
-                here = jax.lax.axis_index("tensor") == 0
-                biases = (*biases[:-1], jnp.where(here, biases[-1], 0))
-            total: jax.Array = jax.lax.psum(mixed(*rest, biases), "tensor")
-            return total
-
-        def called(*args: Any) -> jax.Array:
-            n, biased = len(args[-2]) - 1, bool(args[-1])
-            of_biases = (*[P(None, "tensor")] * n, P()) if biased else ()
-            specs = (tokens, tokens, tokens, (*[inner] * n, outer), of_biases)
-            fit = all(
-                NamedSharding(self.mesh, spec).is_equivalent_to(
-                    self._fitting(arg.shape, tuple(spec)), arg.ndim
-                )
-                for arg, spec in zip(*map(jax.tree.leaves, (args, specs)), strict=True)
-            )
-            if not self.sorts_apart or not fit:
-                return mixed(*args)
-            return jax.shard_map(apart, mesh=self.mesh, in_specs=specs, out_specs=tokens)(*args)
-
-        return called
+        return exchange.shared_out(mixed, self.mesh)
 
     def attention(self, local: Attention) -> Attention:
         """Returns attention that each device computes for its batch, heads and queries."""

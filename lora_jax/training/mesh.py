@@ -52,7 +52,11 @@ def make_mesh(
         )
     slices = group_by_slice(devices)
     if len(slices) == 1:
-        return jax.make_mesh(shape, AXES, axis_types=_TYPES, devices=devices)
+        try:
+            return jax.make_mesh(shape, AXES, axis_types=_TYPES, devices=devices)
+        except NotImplementedError:  # no axes of the slice multiply to the mesh's: they are split
+            split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(split, AXES, axis_types=_TYPES)
     _check_slices(slices, slice_axis, dict(zip(AXES, shape, strict=True)))
     across = AXES.index(slice_axis)
     within = tuple(n // len(slices) if i == across else n for i, n in enumerate(shape))

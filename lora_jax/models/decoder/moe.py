@@ -20,10 +20,11 @@ from jax import lax
 
 from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.experts import Experts, Gated, implementation
+from lora_jax.models.decoder.experts import Experts, Gated, apply_own, implementation
 from lora_jax.models.decoder.families.family import CORRECTION
 from lora_jax.models.layers.attention import dot_wide, wide_dtype
 from lora_jax.models.layers.blocks import ACTIVATION, ModelPart, dense
+from lora_jax.models.layers.placement import Mixture
 
 
 class SparseMLP(ModelPart):
@@ -66,7 +67,7 @@ class SparseMLP(ModelPart):
             weights, chosen = route(router(x), *how, routing)
         kernels, biases = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
-        mixed = functools.partial(_mixed, gated_of(cfg), products)
+        mixed = mixed_of(gated_of(cfg), products)
         out = self.placement.mixture(mixed)(x, weights, chosen, kernels, biases)
         if not cfg.shared_expert_intermediate_size:
             return out, chosen
@@ -153,6 +154,11 @@ def route_by_sigmoids(
     return weights * config.routed_scaling_factor, chosen
 
 
+def mixed_of(gated: Gated, experts: Experts) -> Mixture:
+    """Returns the mixture of experts with an activation and an implementation."""
+    return functools.partial(_mixed, gated, experts)
+
+
 def _mixed(
     gated: Gated,
     experts: Experts,
@@ -161,15 +167,19 @@ def _mixed(
     chosen: jax.Array,
     kernels: Sequence[jax.Array],
     biases: Sequence[jax.Array],
+    shares: int = 1,
 ) -> jax.Array:
-    """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the shapes."""
+    """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the arguments."""
     width, k = x.shape[-1], weights.shape[-1]
     # The pairs lie [k, tokens]: a TPU pads the last two axes, and k is short.
     tokens = x.reshape(-1, width).astype(kernels[0].dtype)
-    rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, width)
     weights, chosen = (pairs.reshape(-1, k).T for pairs in (weights, chosen))
     more = {"biases": biases} if biases else {}  # a function of one's own may do without
-    out = experts(gated, rows, chosen.reshape(-1), *kernels, **more)
+    if shares > 1:
+        out = apply_own(experts, shares, gated, tokens, chosen, *kernels, **more)
+    else:
+        rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, width)
+        out = experts(gated, rows, chosen.reshape(-1), *kernels, **more)
     out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
     return _rounded(out.sum(axis=0).reshape(x.shape), x.dtype)
 

@@ -11,7 +11,9 @@ from lora_jax.core.types import Tree
 
 Activation = Literal["residual", "inputs", "heads", "features"]
 # (x [batch, seq, d_model], weights [batch, seq, k], experts [batch, seq, k], the kernels of the
-# gates, of the up and of the down projections [experts, …], their biases) -> [batch, seq, d_model]
+# gates, of the up and of the down projections [experts, …], their biases) -> [batch, seq, d_model].
+# With shares=n, the kernels are one of n equal parts of all experts, of which numbers outside
+# 0 … experts - 1 are the others, and add nothing.
 Mixture = Callable[..., jax.Array]
 # An implementation of attention; see ``lora_jax.models.layers.attend.Attend``.
 Attention = Callable[..., jax.Array]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from lora_jax.training.mesh import make_mesh
 from tests.support import thorough
 from train.plan.compile import hlo_of
 from train.plan.flops.checked import text_of
@@ -86,6 +87,17 @@ MODELS = {
 def test_devices_are_known_by_the_name_of_their_topology(name):
     pytest.importorskip("libtpu")
     assert topology_here(find_machine(name).devices) == name
+
+
+def test_a_mesh_may_split_an_axis_of_a_slice():
+    """8 x 8 devices of 4 x 4 x 4, in each of which all devices are once."""
+    pytest.importorskip("libtpu")
+    devices = find_machine("v5p:4x4x4").devices
+    mesh = make_mesh(devices, expert=8, fsdp=8)
+    assert (mesh.shape["expert"], mesh.shape["fsdp"]) == (8, 8)
+    assert {d.id for d in mesh.devices.flat} == {d.id for d in devices}
+    with pytest.raises(NotImplementedError):
+        jax.make_mesh((8, 8), ("expert", "fsdp"), devices=devices)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from train.plan.hlo.kernels import kernel_flops, kernel_of
 from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
 from train.plan.hlo.products import is_product, kernel_call, product_flops
 from train.plan.hlo.slices import slice_transfer, transferred_bytes
-from train.plan.hlo.work import LATER_PARTS, collective_kind, sent_bytes
+from train.plan.hlo.work import LATER_PARTS, collective_kind, is_rare, sent_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "domain"}
@@ -95,7 +95,7 @@ class Walk:
         computation = self.module.computations[name]
         run = _Run()
         for op in computation.values():
-            if op.opcode in _FREE:
+            if op.opcode in _FREE or is_rare(op):
                 continue
             if op.opcode in ("while", "call", "async-start"):
                 times = self.module.turns(op) if op.opcode == "while" else 1

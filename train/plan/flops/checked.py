@@ -12,12 +12,17 @@ from typing import Any
 
 import jax
 
+from lora_jax.models.decoder.experts import UNEVEN
 from train.plan.flops.jaxpr import Count, count_flops
 from train.plan.hlo.kernels import kernel_lines, unlisted
 from train.plan.hlo.work import HloWork, NotUnderstood, work_of
 
 HLO, JAXPR = "hlo", "jaxpr"
 _DUPLICATED = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work
+_EVEN = (
+    "experts that devices share over the mesh's axis expert count as if tokens chose all of them "
+    "equally often, with the slack of a device's first turn"
+)
 _MISSED = 0.9  # times the jaxpr's FLOPs: below, some products were not recognised
 
 
@@ -75,10 +80,16 @@ def step_work(
         work = work_of(text, slices)
     except NotUnderstood as error:
         return _traced_work(counted, n_devices, str(error))
+    even = (_EVEN,) * (UNEVEN in text)
     if not products_in_hlo:
         traced = _traced_work(counted, n_devices, None)
-        kernels = kernel_lines(work.kernels)
-        return dataclasses.replace(traced, sent=work.sent, between=work.between, kernels=kernels)
+        return dataclasses.replace(
+            traced,
+            sent=work.sent,
+            between=work.between,
+            kernels=kernel_lines(work.kernels),
+            notes=(*traced.notes, *even),
+        )
     return StepWork(
         source=HLO,
         per_step=work.flops * n_devices,
@@ -87,7 +98,7 @@ def step_work(
         sent=work.sent,
         between=work.between,
         kernels=kernel_lines(work.kernels),
-        notes=_compared(work, counted, n_devices),
+        notes=(*_compared(work, counted, n_devices), *even),
     )
 
 

@@ -18,6 +18,7 @@ from lora_jax.adapt.eqns import (
     shard_map_of,
 )
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
+from lora_jax.models.decoder.experts import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.kernels import kernel_of as listed
 from train.plan.hlo.products import pairs_along
@@ -42,9 +43,9 @@ class Count(NamedTuple):
 def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
     """Counts two FLOPs for each multiplication of a product or a convolution.
 
-    The body of a scan counts once per iteration, a conditional as its costliest branch, and the
-    body of a `shard_map` once per device of its manual axes. Each row of a ragged product counts
-    once, with its own group.
+    The body of a scan counts once per iteration, a conditional as its costliest branch (but for an
+    uneven choice of experts not at all), and the body of a `shard_map` once per device of its
+    manual axes. Each row of a ragged product counts once, with its own group.
 
     Args:
       jaxpr: the result of ``jax.make_jaxpr(f)(*args)`` or ``jax.jit(f).trace(*args).jaxpr``.
@@ -86,6 +87,8 @@ def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
     if (kernel := kernel_of(eqn)) and listed(call := _call(kernel.name, scope, eqn)):
         return Count(kernel_flops(call))
     parts = [count_flops(inner, scope) for inner in _jaxprs(eqn)]
+    if name == "cond" and UNEVEN in scope:
+        return Count(0)
     if name == "cond":
         return Count(max(part.flops for part in parts), all(part.exact for part in parts))
     total = _sum(parts)

@@ -8,6 +8,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
+from lora_jax.models.decoder.experts import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.module import (
     SURPRISES,
@@ -47,7 +48,7 @@ def work_of(text: str, slices: Sequence[int] = ()) -> HloWork:
     """Counts the work of a module.
 
     A collective counts with its result or its operand, whichever is larger; a conditional with its
-    costliest branch.
+    costliest branch, but one for an uneven choice of experts with none.
 
     Args:
       text: the optimised HLO, as returned by ``compiled.as_text()``.
@@ -85,6 +86,11 @@ def collective_kind(op: Instruction, computation: str, caller: str = "") -> str 
         return ""
     # the TPU compiler's name for the two fused
     return "reduce-scatter" if "all-reduce-scatter" in computation else kind
+
+
+def is_rare(op: Instruction) -> bool:
+    """Returns True for a branch that runs only where tokens choose experts unevenly."""
+    return op.opcode == "conditional" and UNEVEN in op.op_name
 
 
 def sent_bytes(op: Instruction, computation: Computation) -> int:
@@ -130,6 +136,8 @@ def _count(
             if transfer.kind not in COLLECTIVES:
                 raise NotUnderstood(f"slices exchange data by {transfer.kind}")
             sent[transfer.kind, True] += transferred_bytes(op, transfer, computation)
+        if is_rare(op):
+            continue
         inner = [_count(module, called, slices, op.name) for called in op.called]
         if op.opcode == "conditional":
             inner = [max(inner, key=lambda side: (side[0], side[1].total()))]

@@ -1,0 +1,132 @@
+"""Tokens go to the devices of their experts: numbers as on one device, and no kernel moves."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from lora_jax.models.decoder.experts import implementation
+from lora_jax.models.decoder.moe import mixed_of
+from lora_jax.training import exchange
+from lora_jax.training.layout import Layout
+from lora_jax.training.mesh import make_mesh
+from tests.models import tiny
+from tests.support import assert_close, with_random_factors
+from train.plan.flops.checked import step_work
+from train.plan.hlo.work import work_of
+
+EXPERTS, WIDTH, INNER, CHOSEN = 8, 12, 10, 2
+BATCH, SEQ = 4, 18
+NAMES = ("gate", "up", "down")
+
+
+def gated(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+@functools.cache
+def case(choice):
+    """An adapter and its base, and the arguments of a mixture whose tokens choose so."""
+    rng = np.random.default_rng(3)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {name: {"kernel": normal(EXPERTS, WIDTH, INNER)} for name in NAMES[:2]}
+    params["down"] = {"kernel": normal(EXPERTS, INNER, WIDTH)}
+    base = lj.quantized.quantize(params, "int8") if choice == "codes" else params
+    tree = with_random_factors(lj.lorafy(base, [lj.LoraRule(targets=list(NAMES), rank=3, alpha=7)]))
+    draws = rng.permuted(np.tile(np.arange(EXPERTS), (BATCH, SEQ, 1)), axis=-1)[..., :CHOSEN]
+    if choice == "one part":  # all on one device
+        draws = np.broadcast_to([1, 0], draws.shape)
+    chosen = jnp.asarray(draws, jnp.int32)
+    return tree, normal(BATCH, SEQ, WIDTH), jax.nn.softmax(normal(BATCH, SEQ, CHOSEN)), chosen
+
+
+def lowered(tree, x, weights, chosen, experts, layout=None):
+    """The sum of squares of a mixture, and its gradients, for a mesh or for one device."""
+    mixed = mixed_of(gated, implementation(experts))
+    mixed = mixed if layout is None else layout.mixture(mixed)
+
+    def fn(tree, x, weights):
+        kernels = tuple(tree[name]["kernel"] for name in NAMES)
+        return mixed(x, weights, chosen, kernels, ())
+
+    def loss(adapter, base, x, weights):
+        out = lj.adapt(fn, strict=True)(lj.join(adapter, base), x, weights)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3), has_aux=True))
+    if layout is None:
+        return run.lower(*lj.split(tree), x, weights).compile(), lj.split(tree)
+    halves = lj.split(layout.placed(tree))
+    with jax.set_mesh(layout.mesh):
+        return run.lower(*halves, x, weights).compile(), halves
+
+
+def layout_of(**sizes):
+    table = [
+        (r"(gate|up)/kernel", models.specs.EXPERT_COLUMNS),
+        (r"down/kernel", models.specs.EXPERT_ROWS),
+    ]
+    n = int(np.prod([*sizes.values()]))
+    return Layout(make_mesh(jax.devices()[:n], **sizes), table)
+
+
+CASES = [
+    ({"expert": 4}, "one part", "blocks", 3),
+    pytest.param({"expert": 2, "tensor": 2}, "one part", "ragged", 1, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 2, "expert": 2}, "codes", "blocks", 1, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("sizes", "choice", "experts", "chunks"), CASES, ids=str)
+def test_numbers_are_those_of_one_device(sizes, choice, experts, chunks, monkeypatch):
+    """Values and gradients, all tokens on one device's experts included."""
+    tree, x, weights, chosen = case(choice)
+    layout = layout_of(**sizes)
+    shares = layout.mesh.shape["expert"]
+    size = shares * CHOSEN * x.nbytes // layout.batch_parts
+    monkeypatch.setattr(exchange, "CHUNK_BYTES", size // chunks)
+    there, halves = lowered(tree, x, weights, chosen, experts, layout)
+    alone, whole = lowered(tree, x, weights, chosen, experts)
+    assert_close(there(*halves, x, weights), alone(*whole, x, weights), 5e-5)
+
+
+def kernels_in(text):
+    """The numbers of experts of the arrays that hold several experts' kernels."""
+    shapes = re.findall(rf"\[(\d+),(?:{WIDTH},{INNER}|{INNER},{WIDTH})\]", text)
+    return {int(n) for n in shapes}
+
+
+def test_kernels_stay_and_a_plan_counts_an_even_choice(monkeypatch):
+    """No device has the kernels of others; turns for an uneven choice are not counted."""
+    text, gathered, alone = (
+        lowered(*case("even"), "blocks", layout)[0].as_text()
+        for layout in (layout_of(expert=4), layout_of(fsdp=4), None)
+    )
+    assert max(kernels_in(text)) == EXPERTS // 4
+    assert max(kernels_in(gathered)) == EXPERTS, "the control"
+    flops = work_of(text).flops
+    assert flops < 0.6 * work_of(alone).flops
+    (note,) = step_work(text, None, 4).notes
+    assert "equally often" in note
+    monkeypatch.setattr("train.plan.hlo.work.UNEVEN", "no such scope")
+    assert work_of(text).flops > 2 * flops, "the control"
+
+
+@pytest.mark.slow
+def test_a_family_routes_as_on_one_device():
+    """DeepSeek-V3, whose router knows groups, with two parts of its experts."""
+    model, params = tiny.decoder("deepseek v3")
+    layout = Layout.of(make_mesh(jax.devices()[:4], expert=2, tensor=2), model.config)
+    ids = tiny.tokens(1, 4, 6)
+    placed = layout.placed(params)
+    with jax.set_mesh(layout.mesh):
+        ours = jax.jit(layout.constrained(model).apply)({"params": placed}, ids)
+    assert_close(ours, jax.jit(model.apply)({"params": params}, ids), 1e-4)
