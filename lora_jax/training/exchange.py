@@ -3,8 +3,8 @@
 A device has its part of the experts, by the axis ``expert``, and their kernels stay where they are
 along it. The tokens of the devices along the axis are gathered; each device computes those that its
 experts are chosen for, and the sums go back to the tokens' devices. That sends what a layer's
-tokens weigh, not what its experts do. A long batch goes by chunks, so that what comes of all
-chosen experts fits in `CHUNK_BYTES`; an expert in codes is formed again for each chunk.
+tokens weigh, not what its experts do. A long batch goes by chunks, so that gathered tokens fit
+in `CHUNK_BYTES`; an expert in codes is formed again for each chunk.
 
 Along the other axes kernels are gathered, a layer at a time, and no token moves.
 """
@@ -22,7 +22,7 @@ from lora_jax.models.layers.placement import Mixture
 from lora_jax.models.specs import BATCH
 from lora_jax.sharding import sharding_for
 
-CHUNK_BYTES = 2**31  # of the results for all tokens of a chunk, one for each of their experts
+CHUNK_BYTES = 2**30  # of a chunk's tokens, of all devices that share experts
 _TOKENS = P(BATCH, "sequence")
 
 
@@ -99,18 +99,18 @@ def _exchanged(
         own_sums: jax.Array = lax.psum_scatter(sums, "expert", scatter_dimension=0, tiled=True)
         return own_sums
 
-    n = _chunks(x, chosen.shape[-1], shares)
-    return _by_chunks(through, n, x, weights, chosen)
+    n = _chunks(x, shares)
+    return _apply_chunks(through, n, x, weights, chosen)
 
 
-def _chunks(x: jax.Array, k: int, shares: int) -> int:
-    """Returns the number of chunks for a device's tokens, [batch, seq, d_model], with k experts."""
-    size, seq = shares * k * x.size * x.dtype.itemsize, x.shape[1]
+def _chunks(x: jax.Array, shares: int) -> int:
+    """Returns the number of chunks for a device's tokens, [batch, seq, d_model]."""
+    size, seq = shares * x.size * x.dtype.itemsize, x.shape[1]
     divisors = [n for n in range(1, seq + 1) if seq % n == 0]
     return next((n for n in divisors if size <= n * CHUNK_BYTES), seq)
 
 
-def _by_chunks(fn: Callable[..., jax.Array], n: int, *tokens: jax.Array) -> jax.Array:
+def _apply_chunks(fn: Callable[..., jax.Array], n: int, *tokens: jax.Array) -> jax.Array:
     """Returns a function's values of tokens, [batch, seq, …] each, by n chunks of the sequence."""
     if n == 1:
         return fn(*tokens)

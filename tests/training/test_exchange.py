@@ -91,7 +91,7 @@ def test_numbers_are_those_of_one_device(sizes, choice, experts, chunks, monkeyp
     tree, x, weights, chosen = case(choice)
     layout = layout_of(**sizes)
     shares = layout.mesh.shape["expert"]
-    size = shares * CHOSEN * x.nbytes // layout.batch_parts
+    size = shares * x.nbytes // layout.batch_parts
     monkeypatch.setattr(exchange, "CHUNK_BYTES", size // chunks)
     there, halves = lowered(tree, x, weights, chosen, experts, layout)
     alone, whole = lowered(tree, x, weights, chosen, experts)

@@ -23,9 +23,7 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import ModelConfig
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
-UNEVEN = "uneven_choice_of_experts"  # scope of what runs if a part has more rows than its share
 _LARGEST_BLOCK = 512  # rows
-_SLACK = 1.25  # of a part of all experts, over an equal share of the pairs
 _SUBLANES = 8  # the TPU kernel takes multiples of this many rows; XLA masks for others
 
 
@@ -161,74 +159,6 @@ def apply_ragged(
 def _keeps_products(primitive: Primitive, *_: object, **__: object) -> bool:
     """Saves ragged products beside the results that ``dots_saveable`` saves."""
     return primitive.name in ("dot_general", "ragged_dot_general")
-
-
-def apply_own(
-    experts: Experts,
-    shares: int,
-    gated: Gated,
-    tokens: jax.Array,
-    chosen: jax.Array,
-    *kernels: jax.Array,
-    biases: Sequence[jax.Array] = (),
-) -> jax.Array:
-    """Applies one of several equal parts of all experts to the pairs that chose its experts.
-
-    It takes `_SLACK` times the pairs that it has if all experts are chosen equally often. What is
-    left over goes in further turns, which do nothing if there is nothing: no pair is lost, whatever
-    the choice.
-
-    Args:
-      experts: the implementation.
-      shares: the number of parts.
-      gated, kernels, biases: see ``Experts``.
-      tokens: [tokens, d_model].
-      chosen: [k, tokens] int; a number outside 0 … experts - 1 is one of another part.
-
-    Returns:
-      [k * tokens, d_model]: zeros for pairs of other parts.
-    """
-    n, last, chosen = chosen.size, kernels[0].shape[0] - 1, chosen.reshape(-1)
-    is_own = (chosen >= 0) & (chosen <= last)
-    turn = min(-(-round(_SLACK * n) // (_SUBLANES * shares)), -(-n // _SUBLANES)) * _SUBLANES
-    order = jnp.argsort(jnp.where(is_own, chosen, last + 1))  # stable: those of other parts last
-    spare = n + jnp.arange(-n % turn, dtype=order.dtype)  # of no pair, no two alike
-    order = jnp.concatenate([order, spare]).reshape(-1, turn)
-    places = jnp.arange(order.size, dtype=order.dtype)
-    n_own = jnp.sum(is_own, dtype=order.dtype)
-
-    def through(at: jax.Array, first: jax.Array) -> jax.Array:
-        def taken(x: jax.Array) -> jax.Array:
-            return x.at[at].get(mode="fill", fill_value=0, unique_indices=True)
-
-        here = first + places[:turn] < n_own
-        own = jnp.where(here, taken(chosen), last).astype(chosen.dtype)  # the rest: any will do
-        rows = jnp.broadcast_to(tokens, (n // tokens.shape[0], *tokens.shape))
-        rows = taken(rows.reshape(n, -1))
-        out = experts(gated, rows, own, *kernels, **({"biases": biases} if biases else {}))
-        return jnp.where(here[:, None], out, jnp.zeros_like(out))
-
-    def put(out: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
-        return out.at[at].set(values, unique_indices=True)
-
-    values = through(order[0], places[0])
-    nothing = jnp.zeros_like(values)
-    out = put(jnp.zeros_like(values, shape=(n, values.shape[1])), order[0], values)
-    if order.shape[0] == 1:
-        return out
-
-    def later(out: jax.Array, args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        values = lax.cond(args[1] < n_own, through, lambda *_: nothing, *args)
-        return put(out, args[0], values), None
-
-    def left_over(out: jax.Array) -> jax.Array:
-        body = jax.checkpoint(later, prevent_cse=False)
-        out, _ = lax.scan(body, out, (order[1:], places[turn::turn]))
-        return out
-
-    with jax.named_scope(UNEVEN):
-        out = lax.cond(turn < n_own, left_over, lambda out: out, out)
-    return out
 
 
 IMPLEMENTATIONS: dict[str, Experts] = {"blocks": apply_blocks, "ragged": apply_ragged}

@@ -20,7 +20,8 @@ from jax import lax
 
 from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.experts import Experts, Gated, apply_own, implementation
+from lora_jax.models.decoder.dispatch import apply_own
+from lora_jax.models.decoder.experts import Experts, Gated, implementation
 from lora_jax.models.decoder.families.family import CORRECTION
 from lora_jax.models.layers.attention import dot_wide, wide_dtype
 from lora_jax.models.layers.blocks import ACTIVATION, ModelPart, dense
@@ -176,12 +177,13 @@ def _mixed(
     weights, chosen = (pairs.reshape(-1, k).T for pairs in (weights, chosen))
     more = {"biases": biases} if biases else {}  # a function of one's own may do without
     if shares > 1:
-        out = apply_own(experts, shares, gated, tokens, chosen, *kernels, **more)
+        out = apply_own(experts, shares, gated, tokens, weights, chosen, *kernels, **more)
     else:
         rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, width)
         out = experts(gated, rows, chosen.reshape(-1), *kernels, **more)
-    out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
-    return _rounded(out.sum(axis=0).reshape(x.shape), x.dtype)
+        out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
+        out = out.sum(axis=0)
+    return _rounded(out.reshape(x.shape), x.dtype)
 
 
 def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

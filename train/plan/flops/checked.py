@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.models.decoder.experts import UNEVEN
+from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.flops.jaxpr import Count, count_flops
 from train.plan.hlo.kernels import kernel_lines, unlisted
 from train.plan.hlo.work import HloWork, NotUnderstood, work_of

@@ -18,7 +18,7 @@ from lora_jax.adapt.eqns import (
     shard_map_of,
 )
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
-from lora_jax.models.decoder.experts import UNEVEN
+from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.kernels import kernel_of as listed
 from train.plan.hlo.products import pairs_along

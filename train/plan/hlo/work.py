@@ -8,7 +8,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from lora_jax.models.decoder.experts import UNEVEN
+from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.module import (
     SURPRISES,
