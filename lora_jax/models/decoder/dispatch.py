@@ -152,9 +152,10 @@ def _added(rows: jax.Array, weights: jax.Array | None, rows_of: jax.Array) -> ja
     def read(array: jax.Array, at: jax.Array) -> jax.Array:
         return array.at[at].get(mode="fill", fill_value=0).astype(dtype)
 
-    total = None
-    for at in rows_of:
-        each = read(rows, at)
-        each = each if weights is None else each * read(weights, at)[:, None]
-        total = each if total is None else total + each
+    def term(at: jax.Array) -> jax.Array:
+        return read(rows, at) if weights is None else read(rows, at) * read(weights, at)[:, None]
+
+    total = term(rows_of[0])
+    for at in rows_of[1:]:
+        total = total + term(at)
     return total
