@@ -9,7 +9,7 @@ from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.aliases import aliases, flatten, resolved
 from lora_jax.core.flax_bytes import refuse_bytes
 from lora_jax.core.magnitude import wide
-from lora_jax.core.paths import checked_key, nearest
+from lora_jax.core.paths import check_same_paths, checked_key
 from lora_jax.core.types import Adapter, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of, map_leaves
 from lora_jax.rules import Rule
@@ -175,7 +175,7 @@ def join(adapter: Tree, base: Tree) -> Tree:
     if not adapter:
         return base
     nodes = nodes_of(base)
-    _check_same_paths("join", adapter, nodes)
+    check_same_paths("join", adapter, nodes)
 
     def filled(path: str, node: Node) -> Node:
         given, wanted = sorted(adapter[path]), sorted(node.part_names())
@@ -292,7 +292,7 @@ def swap(params: Tree, other: Tree) -> Tree:
     8.0
     """
     mine, theirs = nodes_of(params), _nodes_for("swap", other)
-    _check_same_paths("swap", theirs, mine)
+    check_same_paths("swap", theirs, mine)
     for path, node in mine.items():
         a, b = _kind(node), _kind(theirs[path])
         if a != b:
@@ -311,19 +311,6 @@ def _kind(node: Node) -> str:
     if isinstance(node, LoraWeight):
         return f"adapted with the shape {node.shape} and {node.roles}"
     return "trained in full" if isinstance(node, Trained) else "trained in some rows"
-
-
-def _check_same_paths(what: str, adapter: Mapping[str, object], nodes: Mapping[str, Node]) -> None:
-    if unknown := [path for path in adapter if path not in nodes]:
-        near = nearest(unknown[0], nodes, n=3)
-        raise ValueError(
-            f"{what}: the adapter has {unknown[0]!r} (and {len(unknown) - 1} more) that the tree "
-            f"does not adapt; the nearest paths there are {near}"
-        )
-    if missing := sorted(set(nodes) - set(adapter)):
-        raise ValueError(
-            f"{what}: the adapter has nothing for {missing[0]!r} (and {len(missing) - 1} more)"
-        )
 
 
 def trainable_mask(params: Tree) -> Tree:

@@ -122,8 +122,8 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     """Returns the sharding of an array, less the axes of the mesh that do not divide its own.
 
     Args:
-      axes: for each axis of the array None, the name of an axis of the mesh, or several names; of
-        a name that stands at several axes, the first that it divides counts.
+      axes: for each axis of the array, None or one or several axes of the mesh. One that is named
+        for several axes of the array shards the first whose size it divides.
       shape: shape of the array.
       mesh: its axes are those that `axes` names.
 

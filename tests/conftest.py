@@ -76,6 +76,13 @@ def strict_promotion():
 
 
 @pytest.fixture
+def standard_promotion(strict_promotion):
+    """Optax raises a float to an integer's power, and multiplies by Python's numbers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def compiles_anew():
     """Takes no program from earlier sessions: for tests that count or read compilations."""
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")

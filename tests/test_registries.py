@@ -87,10 +87,7 @@ TASK_TESTS = {
         f"{DRY_RUN}::test_a_named_task_is_read_by_its_script",
         "arithmetic",
     ),
-    "train.tasks.guess:TASK": (
-        f"{DRY_RUN}::test_a_game_is_shown_before_it_trains",
-        "guess",
-    ),
+    "train.tasks.guess:TASK": (f"{DRY_RUN}::test_a_game_is_shown_before_it_trains", "guess"),
     "train.tasks.vader:TASK": (f"{DRY_RUN}::test_classes_have_a_dry_run_too",),
     "train.tasks.stream:TASK": (
         "train/test_stream.py::test_a_streamed_run_goes_on_bitwise_in_the_middle_of_the_data",
@@ -151,10 +148,7 @@ LAWS = {
         },
     ),
     "layouts of stored codes": Law(lambda: METHODS, test=LAYOUTS_TEST),
-    "routes of the server": Law(
-        routes,
-        {f"train/serve/{name}": () for name in ROUTE_TESTS},
-    ),
+    "routes of the server": Law(routes, {f"train/serve/{name}": () for name in ROUTE_TESTS}),
     "trackers": Law(lambda: TRACKERS, {"test_registries.py": ("TRACKER_TESTS",)}),
     "tasks": Law(tasks, {"test_registries.py": ("TASK_TESTS",)}),
     "rewards": Law(

@@ -16,8 +16,8 @@ LIBRARY = """
 """.split()
 SCRIPTS = """
     __init__ console processes reporters adapters environments options data settings run predict
-    rewards tools live tasks plan generate export inputs table remat begin progress dry_run finetune
-    script sft classify dpo distill start grpo compare findings serve launch doctor command
+    rewards tools live tasks plan generate export inputs table remat begin progress dry_run steps
+    finetune script sft classify dpo distill start grpo compare findings serve launch doctor command
 """.split()
 ORDER = [*(f"lora_jax.{room}" for room in LIBRARY), *(f"train.{room}" for room in SCRIPTS)]
 TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")

@@ -27,7 +27,7 @@ CLAUSE = re.compile(
 PREPOSITION = re.compile(r"_?(?:of|in|at|for|on|by|under|over|between|into|per)(?:_|$)")
 # Classes whose names may stand in several files.
 SHARED_CLASS_NAMES = {
-    "Config": "the options of a script, which each script has: `sft.Config`, `dpo.Config`",
+    "Config": "the options of a script, which each script has: `sft.Config`, `dpo.Config`"
 }
 # Methods of public classes, whose names users have: `Layout.of`, `Order.of`, `Examples.by_name`.
 PUBLIC_METHODS = {

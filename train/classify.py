@@ -18,10 +18,7 @@ def complete(config: options.Config, defaults: Defaults) -> options.Config:
 
 
 SCRIPT = TrainingScript(
-    name="train.classify",
-    plain=options.Config(),
-    check_options=options.check,
-    completed=complete,
+    name="train.classify", plain=options.Config(), check_options=options.check, completed=complete
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

@@ -18,10 +18,7 @@ def completed(config: options.Config, defaults: Defaults) -> options.Config:
 
 
 SCRIPT = TrainingScript(
-    name="train.dpo",
-    plain=options.Config(),
-    check_options=options.check,
-    completed=completed,
+    name="train.dpo", plain=options.Config(), check_options=options.check, completed=completed
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

@@ -7,10 +7,7 @@ from train.options.scripts import sft as options
 from train.script import TrainingScript
 
 SCRIPT = TrainingScript(
-    name="train.sft",
-    plain=options.Config(),
-    check_options=options.check,
-    own_output="runs/sft",
+    name="train.sft", plain=options.Config(), check_options=options.check, own_output="runs/sft"
 )
 parse, task_of, check, main = SCRIPT.parse, SCRIPT.task_of, SCRIPT.check, SCRIPT.main
 

@@ -134,7 +134,7 @@ class TableRun:
         return message.strip().splitlines()[0]
 
     def drop_state(self) -> TrainingStart:
-        """Keeps the shapes of the state that it trains from; returns what had its arrays."""
+        """Puts shapes in the place of its first state's arrays; returns the start with arrays."""
         assert (start := self.start) is not None
         self.start = dataclasses.replace(start, state=jax.eval_shape(lambda: start.state))
         return start
@@ -146,7 +146,7 @@ class TableRun:
 
     @contextmanager
     def isolate_errors(self) -> Iterator[None]:
-        """Within, an error is the run's own: it is kept in its folder, and the others go on."""
+        """Within this context, an error ends this run alone, and is kept in its folder."""
         try:
             yield
         except Exception as error:

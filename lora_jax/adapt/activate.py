@@ -117,7 +117,7 @@ def activate_from(
 
 
 def params_by_prompt(params: Tree, ids: jax.typing.ArrayLike) -> tuple[Tree, Tree]:
-    """Returns a tree for prompts, and one for the tokens after them, one of each row a call.
+    """Returns the tree for a call with the prompts, and the one for calls with one token a row.
 
     A row whose prompt has the invocation is active after it, as in PEFT's ``generate``.
 

@@ -84,7 +84,7 @@ def axes_of(path: str, held: Held) -> frozenset[int]:
 
 
 def union(held: Iterable[frozenset[_Member]]) -> frozenset[_Member]:
-    """Returns all that is held."""
+    """Returns the union of the contents of several axes."""
     return frozenset().union(*held)
 
 

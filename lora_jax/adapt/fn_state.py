@@ -154,7 +154,7 @@ class FunctionState:
 
 
 class _ByEquality:
-    """A value that is compared as its author says."""
+    """A value that is compared by its own ``__eq__``."""
 
     def __init__(self, value: object) -> None:
         self._value = value

@@ -65,12 +65,7 @@ def _abstract(params: Tree, trace: Sequence[object] | None) -> tuple[Tree, Seque
     return abstract(params), (trace[0], *abstract(tuple(trace[1:]))) if known and trace else trace
 
 
-def write(
-    tree: Tree,
-    arrays: Mapping[str, Parts],
-    slot: int,
-    values: Mapping[str, Parts],
-) -> Tree:
+def write(tree: Tree, arrays: Mapping[str, Parts], slot: int, values: Mapping[str, Parts]) -> Tree:
     """Returns a bank's tree with other values in a slot.
 
     Args:

@@ -132,7 +132,7 @@ class _View:
 
 
 class NoArray:
-    """A dataclass whose objects say what to do where they are taken for arrays."""
+    """Base class of nodes that raise an error with a remedy where they are used as arrays."""
 
     how_to_use: str
 

@@ -114,10 +114,7 @@ class Factored:
         return self.replace(a=self.a, b=self.b, **dict.fromkeys(_COMPACT))
 
     def replace(
-        self,
-        base: BaseLike = None,
-        labels: Any = None,
-        **parts: jax.Array | None,
+        self, base: BaseLike = None, labels: Any = None, **parts: jax.Array | None
     ) -> "Factored":
         """Returns the weight with another base, other labels or parts; None takes a part away."""
         both = {name: array for name, array in {**self.parts, **parts}.items() if array is not None}

@@ -1,4 +1,4 @@
-"""The product with W alone, which has a form for few rows of x on TPUs: those of decoding.
+"""The product with W alone, by a kernel for few rows of x, as in decoding, on TPUs.
 
 A training step multiplies thousands of rows by W, and codes become W within the product. With few
 rows the TPU's compiler would write W first, in fp32 and in its own dtype: ten times the bytes of

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -98,3 +98,23 @@ def nearest(name: str, paths: Iterable[str], n: int = 5) -> list[str]:
         return max(difflib.SequenceMatcher(None, name.lower(), form).ratio() for form in forms)
 
     return sorted(paths, key=likeness, reverse=True)[:n]
+
+
+def check_same_paths(what: str, adapter: Collection[str], nodes: Collection[str]) -> None:
+    """Raises ValueError unless an adapter has something for each node of a tree, and no more.
+
+    Args:
+      what: the caller's name, for the message.
+      adapter: the paths that the adapter has.
+      nodes: the paths of the tree's nodes.
+    """
+    if unknown := [path for path in adapter if path not in nodes]:
+        near = nearest(unknown[0], nodes, n=3)
+        raise ValueError(
+            f"{what}: the adapter has {unknown[0]!r} (and {len(unknown) - 1} more) that the tree "
+            f"does not adapt; the nearest paths there are {near}"
+        )
+    if missing := sorted(set(nodes) - set(adapter)):
+        raise ValueError(
+            f"{what}: the adapter has nothing for {missing[0]!r} (and {len(missing) - 1} more)"
+        )

@@ -17,74 +17,16 @@ import numpy as np
 
 from lora_jax.core.aliases import restore_form
 from lora_jax.core.axes import AxisRoles, Label
-from lora_jax.core.base import NoArray, along, as_array, is_base
+from lora_jax.core.base import along, as_array, is_base
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
+from lora_jax.core.node import TreeNode
 from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
 _NO_MASK: Leaf = np.zeros((0, 0), bool)  # of no call; see `lora_jax.core.factored.wrong_rows`
 _NOT_IN_PRODUCTS = ("start_a", "start_b", "seed", "projection")  # of `lora_jax.core.parts.AXES`
-
-
-class _Node(NoArray):
-    """The parts of a node by name."""
-
-    how_to_use = (
-        "is a node of an adapted tree, not an array. Call the function that uses it through "
-        "lora_jax.adapt: forward = adapt(fn); forward(params, …). To get plain arrays, use "
-        "lora_jax.merge(params)"
-    )
-    base: BaseLike
-    n_frozen = 0  # the adapter's parameters that do not train; W is not among them
-    is_factored = False  # whether functions run on it as W with factors, rather than on one array
-
-    def part_names(self) -> tuple[str, ...]:
-        """Returns the names of the arrays that train, also of those that this half lacks."""
-        return ("value",)
-
-    def parts(self) -> Parts:
-        """Returns the arrays that train, by name; none in the base half of a tree."""
-        arrays = {name: getattr(self, name) for name in self.part_names()}
-        return {name: array for name, array in arrays.items() if array is not None}
-
-    def part_shape(self, name: str) -> tuple[int, ...] | None:
-        """Returns the shape of an array that trains; None where this half does not tell."""
-        return getattr(getattr(self, name), "shape", None)
-
-    def with_parts(self, parts: Mapping[str, Leaf]) -> Self:
-        """Returns the inverse of `parts`; with an empty mapping, the node of the base half."""
-        return self.replace(**{name: parts.get(name) for name in self.part_names()})
-
-    @property
-    def is_on(self) -> bool:
-        """True where what trains is here; False in the base half, which stands for W alone."""
-        return all(getattr(self, name) is not None for name in self.part_names())
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of W."""
-        return tuple(self.base.shape)
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of W."""
-        return len(self.base.shape)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of W."""
-        dtype: jnp.dtype = self.base.dtype
-        return dtype
-
-    @property
-    def n_trainable(self) -> int:
-        """The number of trained parameters, padding not counted."""
-        return sum(math.prod(part.shape) for part in self.parts().values())
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={getattr(self.base, 'shape', None)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +58,7 @@ class Part:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False, repr=False)
-class LoraWeight(_Node):
+class LoraWeight(TreeNode):
     """A kernel W with its factors: it stands for W + s·AB, or what a variant makes of it.
 
     Nothing is checked on construction: None, masks and tracers pass through.
@@ -148,9 +90,9 @@ class LoraWeight(_Node):
         the module on ("gate_proj/kernel", beside this module); None for an A of its own. In a whole
         tree both hold the same array. See `lora_jax.select.sharing.owner_of`.
       invocation: the tokens from whose last occurrence on the adapter acts; None for all tokens.
-      ties: for each member of the stack a number, the same for members, of this weight and of
-        others, that train one vector; -1 where none is trained. () for vectors of their own. In a
-        whole tree all of them hold the same values; see `lora_jax.select.ties`.
+      ties: the number of the trained vector of each member of the stack: members with one number,
+        also of other weights, train one vector, and hold equal values in a whole tree. -1 where
+        none is trained; () where each has its own. See `lora_jax.select.ties`.
     """
 
     base: BaseLike
@@ -312,7 +254,7 @@ class LoraWeight(_Node):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False, repr=False)
-class Trained(_Node):
+class Trained(TreeNode):
     """A leaf that trains in full. `value` is None in the base half of a tree."""
 
     value: Leaf
@@ -329,7 +271,7 @@ class Trained(_Node):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False, repr=False)
-class TrainedRows(_Node):
+class TrainedRows(TreeNode):
     """A leaf of which some rows along the first axis train: tokens of a table, layers of a stack.
 
     Attributes:

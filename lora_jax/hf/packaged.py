@@ -26,7 +26,7 @@ class FetchError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """Some files of a package.
+    """The files that are taken from one package of Python.
 
     Attributes:
       requirement: pip's requirement, with the exact version.

@@ -20,10 +20,10 @@ from lora_jax.models.decoder.gguf import pair_rows
 from lora_jax.models.decoder.gguf_form import check_form, fused_parts, name_of
 from lora_jax.models.decoder.keys import has_fused_experts
 from lora_jax.peft.config import INVOCATION
+from lora_jax.peft.contents import contents
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import ROUTER, Expert, keys_of_expert, targeted_experts
 from lora_jax.peft.names import PREFIX
-from lora_jax.peft.save import contents
 from lora_jax.peft.served import ENDS, expert_factors, scale_of
 
 _WAY_OUT = "merge it into its base, which llama.cpp runs (--merged --gguf)"

@@ -14,7 +14,7 @@ from lora_jax.quantized.trees import error_of, is_coded
 
 @dataclasses.dataclass(frozen=True)
 class LeafReport:
-    """One leaf.
+    """The format, size and error of one quantized leaf.
 
     Attributes:
       path: path of the leaf.

@@ -1,4 +1,4 @@
-"""Weights that train something together: one A, or one vector; how a tree keeps it in one."""
+"""Weights that share a trained array, one A or one vector, and how a tree holds it once."""
 
 from collections.abc import Mapping
 

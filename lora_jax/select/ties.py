@@ -1,4 +1,4 @@
-"""Vectors that several weights train as one: which members of the tree share which.
+"""Tied vectors: the members of a tree that train one vector together.
 
 A tie is a number for each member of a stack (`lora_jax.core.weight.LoraWeight.ties`): members of
 one number hold one vector. The first of them in the order of the tree's leaves trains, and the

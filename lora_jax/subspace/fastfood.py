@@ -101,7 +101,7 @@ def _permuted(x: jax.Array, permutation: jax.Array) -> jax.Array:
 
 
 def _permuted_on_cpu(x: jax.Array, permutation: jax.Array) -> jax.Array:
-    """Returns the same from a few of the repetitions, which a core's cache holds.
+    """Like `_permuted`, reading few enough repetitions to fit in a core's cache.
 
     A CPU reads them faster than [K, n] at random (tests/benchmarks/subspace.py). Backwards, entries
     are added up where they were read; several repetitions keep those sums short.

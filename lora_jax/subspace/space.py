@@ -78,11 +78,7 @@ class Subspace:
         return keys_of(self.seed, self.tensors)
 
     def params_of(
-        self,
-        theta: Tree,
-        base: Tree,
-        shardings: Tree = None,
-        keys: jax.Array | None = None,
+        self, theta: Tree, base: Tree, shardings: Tree = None, keys: jax.Array | None = None
     ) -> Tree:
         """Returns θ₀ + P(θ_d): the whole tree, as arrays that any function of the base runs on.
 

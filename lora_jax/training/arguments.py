@@ -169,7 +169,7 @@ def matching_examples(
 
 
 class NumberRange(NamedTuple):
-    """The numbers that an option takes, and what to tell who gives another."""
+    """The range of an option's numbers, and the error for one outside it."""
 
     hold: Callable[[float], bool]
     needed: str
@@ -300,7 +300,7 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
 
 
 def clear(folder: Path, names: Iterable[str] = _OURS) -> None:
-    """Deletes files and folders in a folder, those that are there: by default a run."""
+    """Deletes the named files and folders of a folder, where they exist; by default a run's."""
     for path in (folder / name for name in names):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

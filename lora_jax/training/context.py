@@ -136,7 +136,7 @@ def _unpair_chunks(x: jax.Array, split: Split) -> jax.Array:
 
 
 def _ordered(one: jax.Array, other: jax.Array, split: Split) -> jax.Array:
-    """Joins two chunks, the other first on odd devices: the first chunk of those is an odd one."""
+    """Joins two chunks; odd devices, whose first chunk is an odd one, put `other` first."""
     swapped = lax.axis_index(split.axis) % 2 == 1
     return jnp.where(
         swapped, jnp.concatenate([other, one], axis=1), jnp.concatenate([one, other], axis=1)

@@ -14,13 +14,7 @@ from lora_jax.hf.format import ModelConfig
 from lora_jax.lorafy import split
 from lora_jax.models import compiler_options, partition_specs
 from lora_jax.models.layers.masks import Split
-from lora_jax.models.layers.placement import (
-    Activation,
-    Attention,
-    Mixture,
-    Placement,
-    platform_of,
-)
+from lora_jax.models.layers.placement import Activation, Attention, Mixture, Placement, platform_of
 from lora_jax.models.specs import AXES, BATCH, SHARDS
 from lora_jax.sharding import Table, place, sharding_for, sharding_of, shardings
 from lora_jax.training import context, exchange

@@ -161,14 +161,7 @@ class _Window:
 
 
 def train(
-    step: Step,
-    state: State,
-    base: Tree,
-    steps: int,
-    run: Pace,
-    hooks: Hooks,
-    log: Log,
-    stop: Stop,
+    step: Step, state: State, base: Tree, steps: int, run: Pace, hooks: Hooks, log: Log, stop: Stop
 ) -> tuple[State, float | None]:
     """Trains from where `state` is to `steps`, or until `hooks.judge` ends it.
 

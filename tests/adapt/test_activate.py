@@ -82,7 +82,7 @@ def inputs():
 
 
 def chosen(params, tree, x, mask):
-    """The same by hand: both products of each layer, token by token of one of them."""
+    """Computes the reference: both products of each layer, from which the mask picks per token."""
     merged = lj.merge(tree)
     for layer in range(LAYERS):
 

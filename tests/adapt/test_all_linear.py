@@ -70,11 +70,7 @@ NO_KERNELS = {
         (11, 5),
         IDS,
     ),
-    "a codebook": (
-        lambda p, x: p["x"][jnp.argmax(x @ p["x"].T, -1)] @ p["w"],
-        (11, 5),
-        X,
-    ),
+    "a codebook": (lambda p, x: p["x"][jnp.argmax(x @ p["x"].T, -1)] @ p["w"], (11, 5), X),
     "gain of columns": (lambda p, x: x @ (p["x"] * p["w"] / norm(p["w"])), (1, 7), X),
     "gain of rows": (lambda p, x: x @ (p["x"] * p["w"]), (5, 1), X),
     "biases of layers": (walk, (3, 5), X),
@@ -87,11 +83,7 @@ NO_KERNELS = {
     "positions": (lambda p, x: jax.nn.standardize(x + p["x"]) @ p["w"], (1, 13, 5), BATCH),
     "positions without a batch": (lambda p, x: jnp.tanh(x + p["x"]) @ p["w"], (13, 5), X),
     "positions, sliced": (lambda p, x: (p["x"][:13] + x) @ p["w"], (17, 5), BATCH),
-    "positions of an arange": (
-        lambda p, x: (x + p["x"][jnp.arange(13)]) @ p["w"],
-        (17, 5),
-        BATCH,
-    ),
+    "positions of an arange": (lambda p, x: (x + p["x"][jnp.arange(13)]) @ p["w"], (17, 5), BATCH),
     "positions that multiply": (lambda p, x: (x * p["x"]) @ p["w"], (13, 5), X),
     "positions after a norm": (
         lambda p, x: (jax.nn.standardize(x) * p["back"][0] + p["x"]) @ p["w"],

@@ -179,10 +179,7 @@ DECLINED = {
     "contrasted": (lambda p, x: (y := x[:, 0] @ p["up"]) @ y.T, "dot_general.*other examples"),
     "permuted": (lambda p, x: x[jnp.argsort(x[:, 0, 0])] @ p["up"], "sort"),
     "permuted by a table": (lambda p, x: x[jnp.array([1, 0, 3, 2])] @ p["up"], "gather"),
-    "permuted by itself": (
-        lambda p, x: (x @ p["up"])[jnp.int32(x[:, 0, 0]) % 4],
-        "gather.*index",
-    ),
+    "permuted by itself": (lambda p, x: (x @ p["up"])[jnp.int32(x[:, 0, 0]) % 4], "gather.*index"),
     "looked up by others": (
         lambda p, x: jnp.take_along_axis(
             (y := (x @ p["up"])[:, :4, 0]), jnp.int32(y.T) % 4, axis=1

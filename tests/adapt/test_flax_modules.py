@@ -93,16 +93,7 @@ LINEN = {  # (module, input, rules, what they adapt)
 }
 
 
-@over(
-    "name",
-    LINEN,
-    often=[
-        "DenseGeneral",
-        "Conv, grouped",
-        "Embed, attend",
-        "RNN of GRUCell",
-    ],
-)
+@over("name", LINEN, often=["DenseGeneral", "Conv, grouped", "Embed, attend", "RNN of GRUCell"])
 def test_linen(name):
     module, x, rules, expected = LINEN[name]
     params = variables_of(module, x)["params"]

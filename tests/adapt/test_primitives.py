@@ -117,12 +117,7 @@ CASES = [
         out_axes=[1],
     ),
     one("matmul with a broadcast stack", (5, 7), lambda w, x: x @ w[None], (3, 13, 5)),
-    one(
-        "ragged dot",
-        (3, 5, 7),
-        lambda w, x: lax.ragged_dot(x, w, SIZES),
-        (13, 5),
-    ),
+    one("ragged dot", (3, 5, 7), lambda w, x: lax.ragged_dot(x, w, SIZES), (13, 5)),
     one(
         "ragged dot, mirror image",
         (3, 5, 7),

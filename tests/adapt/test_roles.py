@@ -71,17 +71,9 @@ def looked(fn, shape, *args):
             (3, 5, 7),
             ((-2,), (-1,)),
         ),
-        (
-            lambda w, x: (w[jnp.array([1, 2])] * x[0]) @ w.T,
-            (11, 5),
-            ((-2,), (-1,)),
-        ),
+        (lambda w, x: (w[jnp.array([1, 2])] * x[0]) @ w.T, (11, 5), ((-2,), (-1,))),
         (lambda w, x: jnp.tanh(x @ w) @ w.T, (5, 7), ((-2,), (-1,))),
-        (
-            lambda w, x: x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True)),
-            (5, 7),
-            ((-2,), (-1,)),
-        ),
+        (lambda w, x: x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True)), (5, 7), ((-2,), (-1,))),
         (lambda w, x: x @ jnp.concatenate([w, w], 1), (5, 7), ((-2,), (-1,))),
         (lambda w, x: jax.jit(jax.checkpoint(lambda w: x @ w))(w), (5, 7), ((-2,), (-1,))),
         (
@@ -124,16 +116,8 @@ def looked(fn, shape, *args):
             (5, 7),
             ((-2,), (-1,)),
         ),
-        (
-            lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: -x @ w),
-            (5, 7),
-            ((-2,), (-1,)),
-        ),
-        (
-            lambda w, x: lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ w), x),
-            (5, 5),
-            ((-2,), (-1,)),
-        ),
+        (lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: -x @ w), (5, 7), ((-2,), (-1,))),
+        (lambda w, x: lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ w), x), (5, 5), ((-2,), (-1,))),
     ],
 )
 def test_infer_roles(fn, shape, expected):

@@ -68,9 +68,7 @@ def test_the_same_base_elsewhere(monkeypatch):
     calls = []
     real = one_base_module.base_fingerprint
     monkeypatch.setattr(
-        one_base_module,
-        "base_fingerprint",
-        lambda leaves: calls.extend(leaves) or real(leaves),
+        one_base_module, "base_fingerprint", lambda leaves: calls.extend(leaves) or real(leaves)
     )
     bank = Bank(PARAMS, RULES, slots=1)
     bank.add("a", adapted(PARAMS))

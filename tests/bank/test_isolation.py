@@ -14,15 +14,9 @@ from lora_jax.models.layers.blocks import add_noise
 from lora_jax.training.neftune import neftune
 from tests.support import assert_close, draw, with_random_factors
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 PARAMS = {"table": draw(1, (13, 5)), "up": {"kernel": draw(2, (5, 7))}, "out": draw(3, (7, 3))}
 NOISE = 8.0
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax's schedules promote types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def apply(variables, ids, attention_mask=None, embedding_noise=None):

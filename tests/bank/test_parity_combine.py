@@ -9,14 +9,10 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.bank import combine
+from tests.parity import PARITY, PATTERNS
 from tests.peft_adapters.models import FAMILIES, write_model
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
-]
+pytestmark = [*PARITY, PATTERNS]
 
 # One module that only one adapter has, one that all have, a layer that one lacks, and an embedding.
 ADAPTERS = {

@@ -14,6 +14,7 @@ from lora_jax import training
 from lora_jax.bank import Bank, BankError, Tenant, Together, mixed
 from lora_jax.bank.slots import slots_of
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 PARAMS = {"kernel": np.zeros((3, 2), np.float32)}
 RULES = [lj.LoraRule(targets=["kernel"], rank=1, alpha=1.0)]
 ADAPTER, BASE = lj.split(lj.lorafy(PARAMS, RULES))
@@ -21,13 +22,6 @@ X = np.ones((3, 3), np.float32)
 FORWARD = jax.jit(mixed(lambda params, x: x @ params["kernel"]))
 _EVENTS: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: _EVENTS.append(name))
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax's schedules promote types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def adapter(number):

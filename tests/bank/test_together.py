@@ -14,14 +14,7 @@ from lora_jax import training
 from lora_jax.bank import BankError, Tenant, Together, mixed
 from tests.support import assert_close, assert_identical, draw, lorafied, with_random_factors
 
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax's schedules promote types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 PARAMS = {
     "layers": {"up": {"kernel": draw(1, (3, 5, 11))}, "down": {"kernel": draw(2, (3, 11, 5))}},
     "out": {"kernel": draw(3, (5, 7)), "bias": draw(4, (7,))},

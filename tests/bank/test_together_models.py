@@ -13,15 +13,8 @@ from lora_jax.training.losses import CROSS_ENTROPY
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, lorafied, thorough, with_random_factors
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 ROWS, SEQ = 4, 8
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax's schedules promote types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def classes(forward, params, batch, dropout_key):

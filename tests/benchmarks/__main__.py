@@ -21,11 +21,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import machine, measure, table
-from tests.benchmarks.cases import CASES, CPU_CASES, GPU_CASES, Case, shrunk
-from tests.benchmarks.contenders import CONTENDERS
-from tests.benchmarks.inputs import adapter_folder, base_folder
-from tests.benchmarks.processes import ROOT, Failed, write_inputs
+from tests.benchmarks.peers import machine, measure, table
+from tests.benchmarks.peers.cases import CASES, CPU_CASES, GPU_CASES, Case, shrunk
+from tests.benchmarks.peers.contenders import CONTENDERS
+from tests.benchmarks.peers.inputs import adapter_folder, base_folder
+from tests.benchmarks.peers.processes import ROOT, Failed, write_inputs
 
 README = ROOT / "tests" / "benchmarks" / "README.md"
 Results = dict[str, Any]
@@ -203,7 +203,7 @@ def show(results: Results, options: argparse.Namespace) -> None:
     if options.readme:
         table.write_block(README, table.markdown(results))
     if options.png:
-        from tests.benchmarks.picture import draw  # matplotlib is needed for this alone
+        from tests.benchmarks.peers.picture import draw  # matplotlib is needed for this alone
 
         try:
             draw(results, options.png)

@@ -23,22 +23,12 @@ from lora_jax import models
 from lora_jax.models.sampling.adjust import mask_words
 from lora_jax.models.sampling.grammar import GrammarCompiler
 from tests.benchmarks.serving import asked
+from tests.benchmarks.shapes import SMOLLM2
 from train.serve.local import EngineLimits, make_engine
 from train.serve.protocol.limits import TokenLimits
 from train.serve.protocol.requests import SampleRequest
 
-SHAPE = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "eos_token_id": 0,
-}
+SHAPE = SMOLLM2 | {"max_position_embeddings": 512, "eos_token_id": 0}
 ITEM = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "n": {"type": "integer"}, "kind": {"enum": ["a"]}},

@@ -25,17 +25,10 @@ import lora_jax as lj
 from lora_jax import models, training
 from lora_jax.training import losses
 from lora_jax.training.step import init_state, make_step
+from tests.benchmarks.shapes import SMOLLM2
 from tests.train.tiny import CONFIG, tokenizer, write_model
 
-SHAPES = CONFIG | {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-}
+SHAPES = CONFIG | SMOLLM2
 PAIRS, PROMPT, COMPLETION, RANK = 4, 250, 58, 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Run = Callable[[], float]

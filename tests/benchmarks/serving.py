@@ -24,7 +24,8 @@ import numpy as np
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.layout import one_device
-from train.serve.engine.base import Adapter, ServedBase, TrainingState
+from train.serve.engine.adapter import Adapter, TrainingState
+from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
 from train.serve.protocol.requests import AdapterSpec, SampleRequest, Save

@@ -15,12 +15,7 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.weight import is_node
 from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, assert_identical, over
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion(strict_promotion):
-    """Optax multiplies by Python numbers of another kind."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_freeze_base_leaves_the_base_bitwise_and_without_slots():

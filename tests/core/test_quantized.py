@@ -276,10 +276,7 @@ def test_selection():
         QuantRule(targets=["embedding"], format="int4"),
     ]
     mixed = quantized.quantize(params, rules=rules, keep=keep)
-    assert formats(mixed) == both | {
-        "layers/mlp/kernel": "int8",
-        "embed_tokens/embedding": "int4",
-    }
+    assert formats(mixed) == both | {"layers/mlp/kernel": "int8", "embed_tokens/embedding": "int4"}
     assert mixed["embed_tokens"]["embedding"].blocks == (1, 64)  # rows of a table are read whole
     some = quantized.quantize(params, "nf4", keep=[*keep, "mlp"])
     assert formats(quantized.quantize(some, "int8", keep=keep)) == both | {

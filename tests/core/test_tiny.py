@@ -11,14 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import training
-from tests.support import (
-    assert_close,
-    assert_identical,
-    draw,
-    lorafied,
-    over,
-    with_random_factors,
-)
+from tests.support import assert_close, assert_identical, draw, lorafied, over, with_random_factors
 
 PARAMS = {
     "layers": {"up": {"kernel": draw(1, (3, 5, 7))}, "down": {"kernel": draw(2, (3, 7, 5))}},

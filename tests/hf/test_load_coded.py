@@ -44,12 +44,7 @@ def folder(tmp_path: Path) -> Any:
     return written
 
 
-@over(
-    ("case", "format"),
-    [("llama3", "nf4"), ("qwen3 moe", "int8")],
-    often=[],
-    called=", ".join,
-)
+@over(("case", "format"), [("llama3", "nf4"), ("qwen3 moe", "int8")], often=[], called=", ".join)
 def test_codes_are_those_of_the_tree(case: str, format: str, folder: Any) -> None:
     where = folder(case)
     model, plain = from_pretrained(where)

@@ -7,24 +7,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-import lora_jax as lj
 from lora_jax.models import from_pretrained, save_pretrained
 from lora_jax.models.pretrained import open_source
 from tests.hf import shipped
 from tests.hf.test_save_codes import contents
 from tests.hf.test_stored import fields_of, tensors_of
 from tests.models import tiny
+from tests.parity import PARITY
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PARITY
 FIXTURES = Path(__file__).parent / "fixtures"  # see README.md there
 FOLDERS = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
 COMPRESSED = [name for name in shipped.LAYOUTS if name.startswith(("compressed", "w4a16"))]
@@ -155,9 +150,4 @@ def test_logits_of_a_folder_with_several_groups(folder: str) -> None:
     missing, _ = reference.load_state_dict(state, strict=False)
     assert not missing
     model, params = from_pretrained(FIXTURES / folder)
-    ids = tiny.tokens(1, 2, 9)
-    got = jax.jit(lj.adapt(model.apply))({"params": params}, ids)
-    with torch.no_grad():
-        want = reference(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
-    assert np.abs(want).max() > 0.1
-    tiny.assert_close(got, want, 1e-4)
+    tiny.assert_same_logits(model, params, reference)

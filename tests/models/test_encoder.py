@@ -209,12 +209,13 @@ def test_normalised_embeddings_have_norm_one() -> None:
     tiny.assert_close(got, plain / np.linalg.norm(plain, axis=-1, keepdims=True), 1e-6)
 
 
-def test_layers_are_scanned_and_rematerialised() -> None:
+@pytest.mark.parametrize(("case", "kind"), [("bert", Encoder), ("gpt2", GPT2)])
+def test_layers_are_scanned_and_rematerialised(case: str, kind: type) -> None:
     """The program does not grow with the depth. (test_decoder.py compares gradients.)"""
 
     def program(layers: int, remat: bool) -> str:
-        config = dataclasses.replace(tiny_encoders.config("bert"), num_hidden_layers=layers)
-        model, ids = Encoder(config, remat=remat), jnp.zeros((2, 5), jnp.int32)
+        config = dataclasses.replace(tiny_encoders.config(case), num_hidden_layers=layers)
+        model, ids = kind(config, remat=remat), jnp.zeros((2, 5), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), ids)
         return str(jax.make_jaxpr(model.apply)(params, ids))
 

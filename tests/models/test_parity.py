@@ -260,11 +260,9 @@ def test_cached_decoding_after_a_prompt_by_blocks(case: str) -> None:
     check_cached_decoding(case, "left", Blockwise(block=4))
 
 
-@of_each_kind
-def test_greedy_generation(case: str) -> None:
+def check_greedy_generation(reference: Any, model: Any, params: Any) -> None:
     import torch
 
-    reference, model, params = made(case)
     ids, mask = padded("left")
     want = reference.generate(
         torch.from_numpy(ids).long(),
@@ -275,6 +273,11 @@ def test_greedy_generation(case: str) -> None:
     )
     got = generate(model, params, ids, mask, max_new_tokens=9)
     np.testing.assert_array_equal(got, want.numpy()[:, 11:])
+
+
+@of_each_kind
+def test_greedy_generation(case: str) -> None:
+    check_greedy_generation(*made(case))
 
 
 @of_each_kind

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_jax.models import from_pretrained, generate, hf_tensors, init_cache, key_table
+from lora_jax.models import from_pretrained, hf_tensors, init_cache, key_table
 from lora_jax.models.layers.blockwise import Blockwise
 from tests.models import tiny, tiny_encoders
-from tests.models.test_parity import padded, reference_logits
+from tests.models.test_parity import check_greedy_generation, padded, reference_logits
 
 pytestmark = pytest.mark.parity
 
@@ -71,18 +71,5 @@ def test_cached_decoding(case: str, side: str) -> None:
     tiny.assert_close(got[mask == 1], want[mask == 1])
 
 
-@pytest.mark.parametrize("case", ["gpt2 with other options"])
-def test_greedy_generation(case: str) -> None:
-    import torch
-
-    reference, model, params = made(case)
-    ids, mask = padded("left")
-    want = reference.generate(
-        torch.from_numpy(ids).long(),
-        attention_mask=torch.from_numpy(mask).long(),
-        max_new_tokens=9,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    got = generate(model, params, ids, mask, max_new_tokens=9)
-    np.testing.assert_array_equal(got, want.numpy()[:, 11:])
+def test_greedy_generation() -> None:
+    check_greedy_generation(*made("gpt2 with other options"))

@@ -14,12 +14,9 @@ import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.hf.keys import nest_leaves
 from tests.models import tiny, tiny_encoders, tiny_vision
+from tests.parity import PARITY
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PARITY
 TEXT: dict[str, Any] = {
     **tiny.SIZES,
     "model_type": "llama",

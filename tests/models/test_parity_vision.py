@@ -14,12 +14,9 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from tests.models import tiny, tiny_vision
+from tests.parity import PARITY
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PARITY
 AUTO = {"none": "AutoModel", "classification": "AutoModelForImageClassification"}
 of_each_case = pytest.mark.parametrize("case", list(tiny_vision.CASES))
 

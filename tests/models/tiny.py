@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+import lora_jax as lj
 from lora_jax.models import Decoder, DecoderConfig, hf_tensors, key_table
 from tests.models import tiny_stacks
 
@@ -379,6 +380,18 @@ def write_folder(folder: Path, case: str, params: Any, **changes: Any) -> dict[s
     (folder / "config.json").write_text(json.dumps({**fields(case), **changes}))
     save_file(tensors, folder / "model.safetensors")
     return tensors
+
+
+def assert_same_logits(model: Any, params: Any, reference: Any) -> None:
+    """The logits of a tree, of codes too, are those of transformers' model."""
+    import torch
+
+    ids = tokens(1, 2, 9)
+    got = jax.jit(lj.adapt(model.apply))({"params": params}, ids)
+    with torch.no_grad():
+        want = reference(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
+    assert np.abs(want).max() > 0.1
+    assert_close(got, want, 1e-4)
 
 
 def assert_close(got: Any, want: Any, tol: float = 1e-4) -> None:

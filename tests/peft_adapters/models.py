@@ -111,11 +111,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "eos_token_id": 2,
         },
     ),
-    "bert": (
-        "BertConfig",
-        "BertForSequenceClassification",
-        ENCODER | {"num_labels": 3},
-    ),
+    "bert": ("BertConfig", "BertForSequenceClassification", ENCODER | {"num_labels": 3}),
     "roberta": (
         "RobertaConfig",
         "RobertaForSequenceClassification",
@@ -233,7 +229,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "target_modules": ["q_proj"],
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             "rank_pattern": {"experts.down_proj": 2},
-            "lora_dropout": 0.0,
         },
     ),
     "experts, one parameter alone": (
@@ -241,12 +236,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "target_modules": ["v_proj"],
             "target_parameters": ["model.layers.1.mlp.experts.gate_up_proj"],
-            "lora_dropout": 0.0,
         },
     ),
     "experts and nothing else": (
         "mixtral",
-        {"target_parameters": ["experts.gate_up_proj", "down_proj"], "lora_dropout": 0.0},
+        {"target_parameters": ["experts.gate_up_proj", "down_proj"]},
     ),
     "experts and router": (
         "qwen3_moe",
@@ -254,7 +248,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "target_modules": [],
             "target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj"],
             "alpha_pattern": {"gate.weight": 4},
-            "lora_dropout": 0.0,
         },
     ),
     "gpt-oss, experts": (
@@ -264,37 +257,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             "rank_pattern": {"experts.down_proj": 2},
             "alpha_pattern": {"experts.gate_up_proj": 5},
-            "lora_dropout": 0.0,
         },
     ),
     "gpt-oss, router and one layer's gate and up": (
         "gpt_oss",
-        {
-            "target_parameters": ["router.weight", "model.layers.1.mlp.experts.gate_up_proj"],
-            "lora_dropout": 0.0,
-        },
+        {"target_parameters": ["router.weight", "model.layers.1.mlp.experts.gate_up_proj"]},
     ),
-    "gpt-oss, all linear": (
-        "gpt_oss",
-        {"target_modules": "all-linear", "bias": "lora_only", "lora_dropout": 0.0},
-    ),
-    "router of one layer": (
-        "mixtral",
-        {"target_parameters": ["model.layers.1.mlp.gate.weight"], "lora_dropout": 0.0},
-    ),
-    "mixtral all linear": ("mixtral", {"target_modules": "all-linear", "lora_dropout": 0.0}),
-    "qwen3_moe all linear": ("qwen3_moe", {"target_modules": "all-linear", "lora_dropout": 0.0}),
-    "qwen3-next all linear": (
-        "qwen3_next",
-        {"target_modules": "all-linear", "lora_dropout": 0.0},
-    ),
+    "gpt-oss, all linear": ("gpt_oss", {"target_modules": "all-linear", "bias": "lora_only"}),
+    "router of one layer": ("mixtral", {"target_parameters": ["model.layers.1.mlp.gate.weight"]}),
+    "mixtral all linear": ("mixtral", {"target_modules": "all-linear"}),
+    "qwen3_moe all linear": ("qwen3_moe", {"target_modules": "all-linear"}),
+    "qwen3-next all linear": ("qwen3_next", {"target_modules": "all-linear"}),
     "qwen3-next, experts and router": (
         "qwen3_next",
         {
             "target_modules": ["in_proj_qkvz", "shared_expert_gate"],
             "target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj"],
             "alpha_pattern": {"gate.weight": 4},
-            "lora_dropout": 0.0,
         },
     ),
     "qwen3-next, one layer's experts": (
@@ -302,7 +281,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "target_modules": ["in_proj_ba"],
             "target_parameters": ["model.layers.2.mlp.experts.gate_up_proj"],
-            "lora_dropout": 0.0,
         },
     ),
     "gemma4 all linear": ("gemma4_text", {"target_modules": "all-linear"}),
@@ -313,7 +291,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_to_transform": [0, 3],
         },
     ),
-    "glm4_moe all linear": ("glm4_moe", {"target_modules": "all-linear", "lora_dropout": 0.0}),
+    "glm4_moe all linear": ("glm4_moe", {"target_modules": "all-linear"}),
     "deepseek_v3, experts and router": (
         "deepseek_v3",
         {
@@ -323,19 +301,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                 "model.layers.2.self_attn.kv_b_proj",
             ],
             "target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj"],
-            "lora_dropout": 0.0,
         },
     ),
-    "qwen3.5 moe all linear": (
-        "qwen3_5_moe",
-        {"target_modules": "all-linear", "lora_dropout": 0.0},
-    ),
+    "qwen3.5 moe all linear": ("qwen3_5_moe", {"target_modules": "all-linear"}),
     "qwen3.5 moe, shared and other experts": (
         "qwen3_5_moe",
         {
             "target_modules": ["shared_expert.up_proj", "shared_expert_gate"],
             "target_parameters": ["experts.gate_up_proj", "model.layers.1.mlp.gate.weight"],
-            "lora_dropout": 0.0,
         },
     ),
     "qwen3.5 all linear": ("qwen3_5", {"target_modules": "all-linear", "bias": "lora_only"}),
@@ -389,6 +362,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "roberta",
         {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "use_rslora": True},
     ),
+}
+# PEFT adapts experts without dropout.
+_SPARSE = "mixtral qwen3_moe gpt_oss glm4_moe deepseek_v3 qwen3_next qwen3_5_moe".split()
+CONFIGS |= {
+    name: (family, {"lora_dropout": 0.0} | options)
+    for name, (family, options) in CONFIGS.items()
+    if family in _SPARSE
 }
 
 
@@ -455,9 +435,9 @@ def plain_logits(folders: Path, family: str) -> np.ndarray:
     return logits_of(torch_model(folders, family))
 
 
-def logits_of(model: Any) -> np.ndarray:
+def logits_of(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
     """PyTorch's logits."""
     import torch
 
     with torch.no_grad():
-        return model(input_ids=torch.from_numpy(IDS)).logits.numpy()
+        return model(input_ids=torch.from_numpy(ids)).logits.numpy()

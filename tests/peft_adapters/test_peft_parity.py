@@ -12,6 +12,7 @@ from lora_jax import models
 from lora_jax.peft.config import read_config
 from lora_jax.peft.experts import targeted_experts
 from lora_jax.peft.modules import is_tied, modules, table_of, targeted
+from tests.parity import PARITY, PATTERNS
 from tests.peft_adapters.models import (
     CONFIGS,
     FAMILIES,
@@ -24,13 +25,7 @@ from tests.peft_adapters.models import (
 )
 from tests.support import assert_close, assert_identical, with_random_factors
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    # PEFT heeds the pattern, although it says that it did not.
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
-]
+pytestmark = [*PARITY, PATTERNS]
 
 
 @pytest.fixture(scope="module")

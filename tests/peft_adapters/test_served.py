@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lj
 import lora_jax.peft as lp
-from lora_jax.peft.save import contents
+from lora_jax.peft.contents import contents
 from lora_jax.peft.served import as_served
 from lora_jax.peft.serving import problems_of
 from tests.models import tiny

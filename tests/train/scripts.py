@@ -2,6 +2,8 @@
 
 import pytest
 
+from train.run.log import read_metrics
+
 
 class Begun(BaseException):
     """Holds the adapted tree of a run that is about to train."""
@@ -17,6 +19,23 @@ def begun(script, *args):
         patch.setattr("train.begin.begin_run", stop)
         script([str(arg) for arg in args])
     return caught.value.args[0]
+
+
+def exit_code(run, *args):
+    """Runs a script to its end; returns its exit code."""
+    try:
+        run([str(arg) for arg in args])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def lines_of(run):
+    """The metrics of a run, without what depends on the clock."""
+    return [
+        {name: value for name, value in line.items() if name not in ("time", "tokens_per_s")}
+        for line in read_metrics(run)
+    ]
 
 
 def fails(capsys, run, *args):

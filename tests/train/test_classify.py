@@ -14,17 +14,12 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models import hf_tensors, key_table, read_config
 from lora_jax.models.families import family_of
-from lora_jax.training.data.labelled import (
-    Labelled,
-    label_names,
-    predict,
-)
+from lora_jax.training.data.labelled import Labelled, label_names, predict
 from lora_jax.training.losses import CLASSES
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
-from tests.support import over
+from tests.support import assert_identical, over
 from tests.train.scripts import begun
-from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.classify import check, main, parse
 from train.console.errors import UserError
@@ -184,7 +179,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
     run(inputs, tmp_path / "whole", "--steps", 6, *options)
     run(inputs, tmp_path / "half", "--steps", 3, *options)
     run(inputs, tmp_path / "half", "--steps", 6, *options, "--resume")
-    assert_same(adapter_of(inputs, tmp_path / "whole"), adapter_of(inputs, tmp_path / "half"))
+    assert_identical(adapter_of(inputs, tmp_path / "whole"), adapter_of(inputs, tmp_path / "half"))
 
 
 @pytest.mark.parametrize("saved", [None, ["classifier", "score"]])

@@ -16,7 +16,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.hf.keys import nest_leaves
 from tests.models.tiny_encoders import draw
-from tests.train.test_classify import assert_same
+from tests.support import assert_identical
 from tests.train.tiny import write_jsonl
 from train.classify import main, parse
 from train.console.errors import UserError
@@ -149,7 +149,7 @@ def test_a_resumed_run_ends_where_a_whole_one_does(made: Path, tmp_path: Path) -
         lj.split(lj.load_adapter(tmp_path / name / "adapter", params))[0]
         for name in ("whole", "half")
     ]
-    assert_same(*found)
+    assert_identical(*found)
 
 
 def test_a_field_of_images(made: Path, tmp_path: Path) -> None:

@@ -69,8 +69,7 @@ def last_lines(folder, i):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("which", "number"),
-    [pytest.param(0, signal.SIGINT, marks=thorough), (1, signal.SIGTERM)],
+    ("which", "number"), [pytest.param(0, signal.SIGINT, marks=thorough), (1, signal.SIGTERM)]
 )
 def test_a_signal_to_one_of_two_saves_and_ends_both(inputs, tmp_path, which, number):
     folder = tmp_path / "run"

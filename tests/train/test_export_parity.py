@@ -10,15 +10,12 @@ import pytest
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
+from tests.parity import PARITY
 from tests.peft_adapters.models import FAMILIES, IDS, logits_of, with_adapter, write_model
 from tests.support import assert_close, with_random_factors
 from train.export.__main__ import main
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PARITY
 HEAD = lj.TrainRule(targets=["classifier"])
 RULES = {
     "llama": [lj.LoraRule(targets="all-linear", rank=3, alpha=7)],

@@ -40,8 +40,8 @@ MOMENTS = {
     "a step is in the log": ("train.run.log:RunLog.add", 2, "after"),
     "older checkpoints are to go": (f"{CHECKPOINTS}._remove_all_but", 2, "before"),
     "the last checkpoint is written": (f"{CHECKPOINTS}.save", 1, "in"),
-    "the adapter is to be saved": ("train.finetune:keep_adapter", 1, "before"),
-    "the adapter is saved": ("train.finetune:keep_adapter", 1, "after"),
+    "the adapter is to be saved": ("train.steps:keep_adapter", 1, "before"),
+    "the adapter is saved": ("train.steps:keep_adapter", 1, "after"),
 }
 
 

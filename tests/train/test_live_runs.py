@@ -13,7 +13,8 @@ import lora_jax as lj
 from lora_jax import models
 from tests.adapted_trees import with_random_factors
 from tests.train.tiny import write_jsonl, write_model
-from train import dpo, finetune, grpo
+from train import dpo, grpo
+from train import steps as steps_module
 from train.live import preferences, rollouts
 
 # Orbax leaves coroutines behind, and rewards' processes end with the garbage.
@@ -76,7 +77,7 @@ def live_bytes():
 
 def steps_of(script, *args):
     """Returns the state as each step of a run begins."""
-    before, begun, real = live_bytes(), [], finetune.make_hooks
+    before, begun, real = live_bytes(), [], steps_module.make_hooks
 
     def noting(*args, **options):
         hooks = real(*args, **options)
@@ -91,7 +92,7 @@ def steps_of(script, *args):
 
     line = ["--lr", 1e-2, "--warmup", 1, "--report-to", "none", "--steps", STEPS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "make_hooks", noting)
+        patch.setattr(steps_module, "make_hooks", noting)
         script.main([str(arg) for arg in [*line, *args]])
     return begun
 

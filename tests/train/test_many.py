@@ -16,6 +16,7 @@ from lora_jax import models
 from lora_jax.bank.together.together import Together
 from lora_jax.training.losses import token_loss
 from tests.support import assert_close, assert_identical
+from tests.train.scripts import exit_code, lines_of
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train.run.log import read_metrics
 from train.sft import main
@@ -78,11 +79,7 @@ def many(folder, output, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.tasks.chats.token_loss", poisoned)
         line = ["--many", str(folder / "runs.json"), "--model", str(folder / "model"), *LINE]
-        try:
-            main([*line, "--output", str(output), *args])
-        except SystemExit as error:
-            return error.code
-    return 0
+        return exit_code(main, *line, "--output", output, *args)
 
 
 def alone(folder, output, name, *args):
@@ -96,14 +93,6 @@ def alone(folder, output, name, *args):
 def adapter_of(folder, run):
     _, params = models.from_pretrained(str(folder / "model"))
     return lj.split(lj.load_adapter(run / "adapter", params))[0]
-
-
-def lines_of(run):
-    """The metrics of a run, without what depends on the clock."""
-    return [
-        {name: value for name, value in line.items() if name not in ("time", "tokens_per_s")}
-        for line in read_metrics(run)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lora_jax.training.run.checkpoints import Checkpoints
-from tests.support import thorough
-from tests.train.test_sft import adapter_of, assert_same, inputs, run  # noqa: F401
+from tests.support import assert_identical, thorough
+from tests.train.test_sft import adapter_of, inputs, run  # noqa: F401
 from train.run.log import read_metrics
 
 
@@ -45,5 +45,5 @@ def test_optimisers_resume_bitwise(inputs, tmp_path, options, capsys):  # noqa: 
     for key in ("loss", "eval_loss", "lr"):
         assert [line.get(key) for line in lines] == [line.get(key) for line in expected]
     kept = adapter_of(inputs, whole)
-    assert_same(kept, adapter_of(inputs, parts))
+    assert_identical(kept, adapter_of(inputs, parts))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))

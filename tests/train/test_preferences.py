@@ -298,11 +298,7 @@ BAD = {
         [],
         "line 1: `chosen` and `rejected` are the same: leave the row out",
     ),
-    "empty": (
-        [{"prompt": "a", "chosen": "", "rejected": "b"}],
-        [],
-        "line 1: `chosen` is empty",
-    ),
+    "empty": ([{"prompt": "a", "chosen": "", "rejected": "b"}], [], "line 1: `chosen` is empty"),
     "no pair": ([{"prompt": "a", "completion": "b"}], [], "line 1 has"),
     "unlabelled": ([{"prompt": "a", "completion": "b"}], ["--loss", "kto"], "label"),
     "too long": (PAIRS, ["--seq-len", "20"], "are longer than --seq-len 20"),

@@ -8,10 +8,11 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from tests.support import assert_identical
 from tests.train.test_classify import words, write_encoder
 from tests.train.test_mesh import inputs as mesh_inputs
 from tests.train.test_mesh import run as run_processes
-from tests.train.test_sft import adapter_of, assert_same, fails
+from tests.train.test_sft import adapter_of, fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import classify, sft
 from train.adapters.source import find_adapter
@@ -72,7 +73,7 @@ def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole, tmp_path)
     assert report["best"] == best and report["ended_early"] is False
     _, params = models.from_pretrained(chats[1])
     kept = lj.load_adapter(whole / "best" / str(step), params)
-    assert_same(lj.split(kept)[0], adapter_of(chats, whole))
+    assert_identical(lj.split(kept)[0], adapter_of(chats, whole))
     shutil.copytree(whole / "best", tmp_path / "best")  # as on its way, before it has an adapter
     for name in (whole / "best", tmp_path):
         assert find_adapter(str(name)).folder.parts[-2:] == ("best", str(step))
@@ -102,7 +103,7 @@ def test_a_run_that_breaks_off_ends_as_a_whole_one_does(chats, whole, tmp_path, 
         patch.setattr(RunLog, "add", until)
         sft.main([*chats, "--output", str(tmp_path)])
     sft.main([*chats, "--output", str(tmp_path), "--resume"])
-    assert_same(adapter_of(chats, tmp_path), adapter_of(chats, whole))
+    assert_identical(adapter_of(chats, tmp_path), adapter_of(chats, whole))
     assert lj.adapter_info(tmp_path / "adapter") == lj.adapter_info(whole / "adapter")
     assert without_times(read_metrics(tmp_path)) == without_times(read_metrics(whole))
     assert samples_of(tmp_path) == samples_of(whole)
@@ -120,7 +121,7 @@ def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, ca
     assert read_metrics(tmp_path)[-1]["step"] == end
     assert json.loads((tmp_path / "report.json").read_text())["ended_early"] is True
     sft.main([*chats, "--output", str(tmp_path), "--patience", "9", "--resume"])
-    assert_same(adapter_of(chats, tmp_path), adapter_of(chats, whole))
+    assert_identical(adapter_of(chats, tmp_path), adapter_of(chats, whole))
     capsys.readouterr()
     message = fails(
         capsys,

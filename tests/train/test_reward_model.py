@@ -7,8 +7,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from tests.support import assert_identical
 from tests.train.test_classify import fails, write_encoder
-from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.adapters.source import find_adapter
 from train.classify import check, main, parse
@@ -152,7 +152,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, tmp_path):
     one, other = (tmp_path / name for name in ("whole", "half"))
     base = models.from_pretrained(inputs[3], head="classification", num_labels=1)[1]
     trees = [lj.load_adapter(folder / "adapter", base) for folder in (one, other)]
-    assert_same(*(lj.split(tree)[0] for tree in trees))
+    assert_identical(*(lj.split(tree)[0] for tree in trees))
     assert (one / "scores.json").read_bytes() == (other / "scores.json").read_bytes()
 
 

@@ -17,7 +17,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.losses import Loss, token_loss
 from lora_jax.training.run.checkpoints import Checkpoints
-from tests.support import THOROUGH
+from tests.support import THOROUGH, assert_identical
 from tests.train.forks import Forked
 from tests.train.scripts import begun
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
@@ -70,12 +70,6 @@ def adapter_of(inputs, folder):
     return lj.split(lj.load_adapter(folder / "adapter", params))[0]
 
 
-def assert_same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_a_run_leaves_all_that_it_should(inputs, whole):
     names = {path.name for path in whole.iterdir()}
     assert names == {
@@ -101,7 +95,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
     run(inputs, tmp_path, "--steps", 3, *options)
     run(inputs, tmp_path, "--steps", 6, *options, "--resume")
     assert "going on after step 3" in capsys.readouterr().out
-    assert_same(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
+    assert_identical(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
     lines, expected = read_metrics(tmp_path), read_metrics(whole)
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
 
@@ -136,7 +130,7 @@ def test_a_run_killed_between_a_checkpoint_and_its_record_ends_bitwise(
     shown = capsys.readouterr().out
     assert shown.count("no checkpoint yet: beginning at step 0") == 1
     assert shown.count("going on after step 2") == 1 and "after step 4" not in shown
-    assert_same(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
+    assert_identical(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
     lines, expected = read_metrics(tmp_path), read_metrics(whole)
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
 
@@ -191,7 +185,7 @@ def test_the_adapter_answers_and_goes_on_training(inputs, whole, tmp_path, capsy
     generate.main(["--model", inputs[1], *args[2:]])
     assert answer != capsys.readouterr().out
     first = begun(main, *inputs[:6], "--output", tmp_path, "--init-adapter", whole / "adapter")
-    assert_same(lj.split(first)[0], adapter_of(inputs, whole))
+    assert_identical(lj.split(first)[0], adapter_of(inputs, whole))
 
 
 @pytest.mark.slow
@@ -211,7 +205,7 @@ def test_methods_resume_bitwise_and_decompose_once(inputs, tmp_path, method, mon
         monkeypatch.setattr(jax.numpy.linalg, name, only_shapes_of(getattr(jax.numpy.linalg, name)))
     run(inputs, tmp_path / "parts", "--steps", 4, *options, "--resume")
     resumed = adapter_of(inputs, tmp_path / "parts")
-    assert_same(adapter_of(inputs, whole), resumed)
+    assert_identical(adapter_of(inputs, whole), resumed)
     kinds = {name for parts in resumed.values() for name in parts}
     assert kinds == ({"b"} if "freeze" in method else {"a", "b", "magnitude", "value"})
 
@@ -335,7 +329,7 @@ def test_an_adapter_is_refused_on_another_base(inputs, whole, tmp_path, capsys):
     message = fails(capsys, *args, "--output", tmp_path / "run")
     assert "trained on another base" in message and "--allow-base-mismatch" in message
     forced = begun(main, *args, "--output", tmp_path / "run", "--allow-base-mismatch")
-    assert_same(lj.split(forced)[0], adapter_of(inputs, whole))
+    assert_identical(lj.split(forced)[0], adapter_of(inputs, whole))
 
 
 def start(inputs, folder, *args):
@@ -370,7 +364,7 @@ def test_a_run_killed_again_and_again_ends_bitwise_where_a_whole_one_does(inputs
         process.kill()
         process.communicate()
     run(inputs, folder, *often, "--resume")
-    assert_same(adapter_of(inputs, tmp_path / "whole"), adapter_of(inputs, folder)), seed
+    assert_identical(adapter_of(inputs, tmp_path / "whole"), adapter_of(inputs, folder)), seed
     assert [line["step"] for line in read_metrics(folder)] == [*range(1, steps + 1)]
 
 

@@ -10,9 +10,9 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from tests.support import assert_identical
 from tests.train import tiny as tiny_decoder
 from tests.train import tiny_smolvlm as tiny
-from tests.train.test_classify import assert_same
 from train.data.files import read_rows
 from train.generate.__main__ import main as generate
 from train.run.log import read_metrics
@@ -76,7 +76,7 @@ def test_a_resumed_run_ends_where_a_whole_one_does(made: Path, tmp_path: Path) -
         for name in ("whole", "half")
     )
     assert any("vision_model" in path for path in whole)
-    assert_same(whole, half)
+    assert_identical(whole, half)
 
 
 def test_rows_of_datasets(made: Path, tmp_path: Path) -> None:

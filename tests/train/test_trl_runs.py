@@ -196,10 +196,7 @@ def test_kto(folder, tmp_path):
     trainer = KTOTrainer(
         of_peft(folder, "used"),
         args=KTOConfig(
-            tmp_path / "trl",
-            **SHARED | IN_ORDER,
-            desirable_weight=1.2,
-            undesirable_weight=0.8,
+            tmp_path / "trl", **SHARED | IN_ORDER, desirable_weight=1.2, undesirable_weight=0.8
         ),
         train_dataset=Dataset.from_list(in_order(LABELLED, labelled=True)),
         processing_class=tokenizer(),

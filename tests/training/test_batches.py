@@ -29,10 +29,7 @@ def test_rows_without_packing():
     ]
     assert packs.segment_ids.tolist()[1] == [1, 1, 1, 1, 1, 0, 0]
     assert packs.positions.tolist()[1] == [0, 1, 2, 3, 4, 0, 0]
-    assert packs.predict_at[1, :2].tolist() == [
-        1,
-        3,
-    ]  # tokens 6, 8
+    assert packs.predict_at[1, :2].tolist() == [1, 3]  # tokens 6, 8
     assert packs.targets[1, :2].tolist() == [6, 8]
     assert packs.weights.sum(axis=1).tolist() == [2, 2, 1]
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.training.run.best import Best, Standing
+from tests.support import assert_identical
 
 # Orbax leaves coroutines behind where a run is broken off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -76,12 +76,6 @@ def held_out_loss(tree):
     return np.sum(error**2) / 8
 
 
-def assert_same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run without a break: (folder, tree, report)."""
@@ -97,8 +91,8 @@ def test_the_best_is_the_least_of_the_record_and_its_adapter_measures_that(whole
     assert report.best == {"step": step, "eval_loss": losses[step]}
     assert [*(path.name for path in (folder / "best").iterdir())] == [str(step)]
     kept = lj.load_adapter(folder / "best" / str(step), PARAMS)
-    assert_same(lj.split(kept)[0], lj.split(tree)[0])
-    assert_same(lj.split(lj.load_adapter(report.adapter, PARAMS))[0], lj.split(tree)[0])
+    assert_identical(lj.split(kept)[0], lj.split(tree)[0])
+    assert_identical(lj.split(lj.load_adapter(report.adapter, PARAMS))[0], lj.split(tree)[0])
     assert held_out_loss(tree) == pytest.approx(losses[step], rel=1e-5)
     assert lj.adapter_info(folder / "best" / str(step)) == report.best
     last, _ = tuned(None, keep_best=False)
@@ -110,7 +104,7 @@ def test_of_an_optimiser_that_averages_the_average_is_kept(tmp_path):
     step, loss = report.best["step"], report.best["eval_loss"]
     assert measured(report.metrics)[step] == loss
     kept = lj.load_adapter(tmp_path / "best" / str(step), PARAMS)
-    assert_same(lj.split(kept)[0], lj.split(tree)[0])
+    assert_identical(lj.split(kept)[0], lj.split(tree)[0])
     assert held_out_loss(tree) == pytest.approx(loss, rel=1e-5)
 
 
@@ -121,13 +115,13 @@ def test_patience_ends_the_run_and_going_on_ends_it_again_or_later(whole, tmp_pa
     ended, early = tuned(tmp_path, patience=2)
     lines = [line["step"] for line in early.metrics]
     assert max(lines) == step + 4 and max(measured(early.metrics)) == step + 4
-    assert_same(ended, tree)
+    assert_identical(ended, tree)
     assert (tmp_path / "checkpoints" / str(step + 4)).is_dir()
     again, nothing = tuned(tmp_path, patience=2, resume=True)
-    assert_same(again, tree)
+    assert_identical(again, tree)
     assert nothing.metrics == () and nothing.best == early.best
     longer, rest = tuned(tmp_path, patience=99, resume=True)
-    assert_same(longer, tree)
+    assert_identical(longer, tree)
     assert {**measured(early.metrics), **measured(rest.metrics)} == measured(report.metrics)
 
 
@@ -158,7 +152,7 @@ def test_a_run_killed_anywhere_comes_to_the_same_best(whole, patient, tmp_path, 
         tuned(tmp_path, log=kill, **PATIENT)
     tree, report = tuned(tmp_path, resume=True, **PATIENT)
     folder, expected = patient
-    assert_same(tree, whole[1])
+    assert_identical(tree, whole[1])
     assert report.best == expected.best == whole[2].best
     assert max(measured(report.metrics)) == max(measured(expected.metrics))
     for name in ("best", "checkpoints"):
@@ -191,7 +185,7 @@ def test_an_earlier_checkpoint_finds_what_was_the_best_there(whole, tmp_path):
     assert later > 5, "the best has to be newer than the checkpoint of step 5"
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "10")
     tree, report = tuned(tmp_path / "a", resume=True)
-    assert_same(tree, whole[1])
+    assert_identical(tree, whole[1])
     assert report.best == whole[2].best
 
 

@@ -17,7 +17,7 @@ from lora_jax import training
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import CROSS_ENTROPY
 from tests.core.coded import Coded, decoded, with_coded_kernels
-from tests.support import assert_close, over
+from tests.support import assert_close, assert_identical, over
 from tests.train.tiny import decoder, tokenizer
 from train.processes.mesh import make_mesh
 
@@ -99,12 +99,6 @@ def by_hand(
     return lj.join(state.adapter, base), losses
 
 
-def assert_same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def losses_of(report):
     return [line["loss"] for line in report.metrics if "loss" in line]
 
@@ -127,7 +121,7 @@ def test_a_run_on_chats_is_its_parts_composed_by_hand():
         kind="constant",
         warmup=1,
     )
-    assert_same(trained, expected)
+    assert_identical(trained, expected)
     assert losses_of(report) == losses and losses[-1] < losses[0]
     assert report.summary == lj.summary(trained, in_training=True) and report.adapter is None
     assert report.steps == 6 and report.held_out == {} and report.step_seconds > 0
@@ -154,7 +148,7 @@ def test_a_model_of_ones_own_is_its_parts_composed_by_hand(kind):
     expected, losses = by_hand(
         forward, params, training.Arrays(arrays), UP, training.Loss(loss), dropout=False, **options
     )
-    assert_same(trained, expected)
+    assert_identical(trained, expected)
     assert losses_of(report) == losses
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     # Six held-out examples are a batch of four and one of two; none counts twice.
@@ -199,7 +193,7 @@ def test_the_base_of_the_caller_is_spared_and_so_is_an_adapted_tree(capsys):
     options = {"loss": of_mlp, "lr": 0.1, "steps": 2, "log": None}
     training.finetune(model, params, arrays, UP, **options)
     trained, _ = training.finetune(model, adapted, arrays, **options)
-    assert_same(jax.tree.map(np.array, (params, adapted)), before)
+    assert_identical(jax.tree.map(np.array, (params, adapted)), before)
     assert not np.array_equal(trained["up"]["kernel"].b, adapted["up"]["kernel"].b)
     assert capsys.readouterr().out == "", "log=None"
 
@@ -242,11 +236,11 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(tmp_path):
     expected, _ = whole()
     tuned(tmp_path, 3)
     resumed, report = tuned(tmp_path, 6, resume=True)
-    assert_same(resumed, expected)
+    assert_identical(resumed, expected)
     assert [line["step"] for line in report.metrics] == [4, 5, 6]
     _, params = decoder()
     assert report.adapter == tmp_path / "adapter"
-    assert_same(lj.split(lj.load_adapter(report.adapter, params))[0], lj.split(expected)[0])
+    assert_identical(lj.split(lj.load_adapter(report.adapter, params))[0], lj.split(expected)[0])
 
 
 @pytest.mark.slow
@@ -262,7 +256,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bitwise(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
     resumed, report = fitted(tmp_path, 6, resume=True)
     assert report.metrics[0]["step"] == 4
-    assert_same(resumed, fitted(None, 6)[0])
+    assert_identical(resumed, fitted(None, 6)[0])
 
 
 @pytest.mark.slow
@@ -272,7 +266,7 @@ def test_an_adapter_out_of_the_base_is_decomposed_once(tmp_path, monkeypatch):
     fitted(tmp_path, 2, rules=rules)
     monkeypatch.setattr(lj, "lorafy", None)
     resumed, _ = fitted(tmp_path, 4, rules=rules, resume=True)
-    assert_same(resumed, whole)
+    assert_identical(resumed, whole)
 
 
 def test_a_folder_with_a_run_is_not_used_again(tmp_path):
@@ -292,7 +286,7 @@ def test_a_folder_with_a_run_is_not_used_again(tmp_path):
     with pytest.raises(training.TrainingError, match="resume=True: "):
         fitted(tmp_path, 1, resume=True, lr=9.0)
     again, report = fitted(tmp_path, 1, overwrite=True)
-    assert_same(again, first)
+    assert_identical(again, first)
     assert (tmp_path / "notes.txt").exists() and report.metrics[0]["step"] == 1
 
 

@@ -17,6 +17,7 @@ from lora_jax.training.losses import Loss, summed_loss
 from lora_jax.training.optimizer import adamw
 from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import init_state, make_step
+from tests.benchmarks.shapes import SMOLLM2
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, over, with_random_factors
 from train.options.scripts.sft import SftOptimConfig
@@ -65,10 +66,7 @@ def lora(*targets, **options):
 
 CASES = {
     "tied, adapted table": (lambda: tiny.decoder("smollm2"), [lora("embed_tokens", "q_proj")]),
-    "tied, table in full": (
-        lambda: bag(tied=True),
-        [lj.TrainRule(targets=["embed_tokens"])],
-    ),
+    "tied, table in full": (lambda: bag(tied=True), [lj.TrainRule(targets=["embed_tokens"])]),
     "tied, rows of the table": (
         lambda: bag(tied=True),
         [lj.TrainRule(targets=["embed_tokens"], rows=[5, 7, 11])],
@@ -233,21 +231,6 @@ def test_twenty_lean_steps_have_the_plain_ones_losses():
     np.testing.assert_allclose(lean, kept, rtol=1e-5)
     other = losses_of(step, with_random_factors(params))
     assert not np.allclose(other, kept, rtol=1e-3)
-
-
-# SmolLM2-135M's.
-SMOLLM2 = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 
 
 def compiled_step(remat, chunk, shape=(4, 128)):

@@ -8,11 +8,7 @@ import pytest
 
 from lora_jax import training
 from lora_jax.training.data.chats import check_lengths
-from lora_jax.training.data.pairs import (
-    check_pairs,
-    tokenize_pairs,
-    tokenize_prompts,
-)
+from lora_jax.training.data.pairs import check_pairs, tokenize_pairs, tokenize_prompts
 from lora_jax.training.data.preferences import pack_pairs
 from lora_jax.training.errors import TrainingError
 from tests.train.tiny import CHATML, FORGETFUL, tokenizer, write_jsonl
@@ -76,11 +72,7 @@ def test_a_system_that_the_prompt_begins_with_counts_once():
 
 @pytest.mark.parametrize(
     "field",
-    [
-        {"input": "en"},
-        {"query": "a search", "problem": "another"},
-        {"question": "anything"},
-    ],
+    [{"input": "en"}, {"query": "a search", "problem": "another"}, {"question": "anything"}],
 )
 def test_a_field_beside_a_question_of_the_user_is_something_else(field):
     row = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}

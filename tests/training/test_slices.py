@@ -65,11 +65,7 @@ def test_devices_of_one_slice_stand_as_ever():
     [
         ({"fsdp": 8}, "data", r"data=1 is no multiple of 2: give the mesh data=2,fsdp=4, or "),
         ({"fsdp": 8}, "data", r"or slice_axis='fsdp', which sends more between slices$"),
-        (
-            {"data": 8},
-            "fsdp",
-            r"fsdp=1 .*: give the mesh data=4,fsdp=2, or slice_axis='data'$",
-        ),
+        ({"data": 8}, "fsdp", r"fsdp=1 .*: give the mesh data=4,fsdp=2, or slice_axis='data'$"),
         ({"data": 8}, "model", "a mesh has no axis 'model'"),
     ],
 )

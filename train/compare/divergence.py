@@ -26,7 +26,7 @@ _HELD = 2**30  # bytes of all log-probabilities of the base, at most: prompts ar
 _SEED = 0
 
 
-class _Part(NamedTuple):
+class _PromptRows(NamedTuple):
     """Rows of prompts with their completions, and the base's log-probabilities.
 
     Attributes:
@@ -52,7 +52,7 @@ class BaseDivergence:
       measured_on: the prompts that they complete, in words.
     """
 
-    parts: list[_Part] = dataclasses.field(default_factory=list)
+    parts: list[_PromptRows] = dataclasses.field(default_factory=list)
     measured_on: str | None = None
 
     @property
@@ -102,7 +102,7 @@ class BaseDivergence:
             )
             arrays = _arrays(padded, np.asarray(drawn), ends, length, len(rows))
             base = np.asarray(_log_probabilities(forward, params, *arrays[:3]))
-            self.parts.append(_Part(*arrays, base))
+            self.parts.append(_PromptRows(*arrays, base))
 
     def divergence(self, params: Tree, forward: Forward) -> dict[str, float]:
         """Returns the divergence of a model from the base by its name; {} where none was read.
@@ -159,7 +159,7 @@ class _DivergingEvaluation:
 def _arrays(
     prompts: Sequence[list[int]], drawn: np.ndarray, ends: Sequence[int], length: int, n_real: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the arrays of a `_Part`; only the first so many rows count."""
+    """Returns the arrays of a `_PromptRows`; only the first so many rows count."""
     new = drawn.shape[1]
     ids = np.zeros((len(prompts), length + new), np.int32)
     segment_ids, counted = np.zeros_like(ids), np.zeros(drawn.shape, bool)

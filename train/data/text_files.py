@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_jax.training.data.rows import PlacedRow, check_text, shown
+from lora_jax.training.data.rows import PlacedRow, check_text
+from lora_jax.training.data.turns import shown
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 

@@ -70,8 +70,7 @@ def examine(options: DoctorOptions) -> DoctorReport:
     caches = storage.cache_folders(os.environ)
     output = Path(options.output).expanduser().absolute()
     report.add(
-        "disks",
-        *storage.examine_disks({"output": output, "caches": caches["tokens"].parent}),
+        "disks", *storage.examine_disks({"output": output, "caches": caches["tokens"].parent})
     )
     report.add("caches", storage.describe_caches(caches), [])
     report.add("hub", *hub.examine_hub(os.environ))

@@ -23,7 +23,7 @@ from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import name_for_others, resolve
 from lora_jax.models import save_pretrained
-from lora_jax.peft.save import contents
+from lora_jax.peft.contents import contents
 from lora_jax.peft.served import as_served
 from lora_jax.peft.serving import problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
@@ -37,13 +37,7 @@ from train.export.hub import README, Repository, find_repository, push
 from train.export.job import ExportJob
 from train.export.marked import is_generated
 from train.export.options import ExportOptions, check, parse
-from train.export.terms import (
-    auto_class,
-    codes_notice,
-    loading_options,
-    rope_problems,
-    task_type,
-)
+from train.export.terms import auto_class, codes_notice, loading_options, rope_problems, task_type
 from train.processes.cache import keep_compiled
 from train.run.output import folder_bytes
 from train.run.pretrained import ModelInfo, read_model, read_untokenized

@@ -17,13 +17,7 @@ from lora_jax.training.layout import OnMesh
 from lora_jax.training.losses import Completions, mismatched_kl
 from lora_jax.training.ready import BatchNumbers, TrainingStart
 from lora_jax.training.step import State
-from train.live.reference import (
-    add_reference,
-    is_live,
-    reference_params,
-    scores,
-    sequence_scorer,
-)
+from train.live.reference import add_reference, is_live, reference_params, scores, sequence_scorer
 from train.options.scripts.dpo import KTO
 from train.run.task import Data, ModelContext
 

@@ -87,23 +87,7 @@ class RewardedRollouts(Rollouts):
         skipped.
         """
         optim, group = self.config.optim, self.config.data.group
-        first = self._ask(rows, drawn, number)  # the metrics are of the first draw
-        rewards, lost, metrics = first.total.reshape(-1, group), first.lost, first.metrics
-        extra = _facts_per_completion(first, group)
-        for attempt in range(self.config.data.redraw):
-            (flat,) = np.nonzero(_have_no_spread(rewards))
-            if not len(flat):
-                break
-            again = self.draw(params, rows[flat], number, attempt + 1)
-            answer = self._ask(rows[flat], again, number)
-            rewards[flat], extra[flat] = (
-                answer.total.reshape(-1, group),
-                _facts_per_completion(answer, group),
-            )
-            lost = lost and answer.lost
-            for before, new in zip(drawn, again, strict=True):
-                if before is not None:
-                    before[flat] = new
+        rewards, extra, lost, metrics = self._reward(params, rows, drawn, number)
         flat_rewards, asked = rewards.ravel(), map(self.feed.prompts.shown, np.repeat(rows, group))
         self.feed.newest = [
             Sample(prompt, text, None if math.isnan(reward) else reward, facts)
@@ -146,6 +130,36 @@ class RewardedRollouts(Rollouts):
         if drawn.turns is not None:
             metrics |= tool_metrics(drawn.turns.ravel())
         return drawn, batch, metrics
+
+    def _reward(
+        self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
+    ) -> tuple[np.ndarray, np.ndarray, str | None, dict[str, float | None]]:
+        """Asks the rewards, and draws groups again in which all completions have the same one.
+
+        Args:
+          drawn: the completions, which those that are drawn again replace.
+
+        Returns:
+          The rewards and further facts, [prompts, group]; what failed if no completion has a
+          reward, else None; and the metrics of the first draw.
+        """
+        group = self.config.data.group
+        first = self._ask(rows, drawn, number)
+        rewards, lost = first.total.reshape(-1, group), first.lost
+        extra = _facts_per_completion(first, group)
+        for attempt in range(self.config.data.redraw):
+            (flat,) = np.nonzero(_have_no_spread(rewards))
+            if not len(flat):
+                break
+            again = self.draw(params, rows[flat], number, attempt + 1)
+            answer = self._ask(rows[flat], again, number)
+            rewards[flat] = answer.total.reshape(-1, group)
+            extra[flat] = _facts_per_completion(answer, group)
+            lost = lost and answer.lost
+            for before, new in zip(drawn, again, strict=True):
+                if before is not None:
+                    before[flat] = new
+        return rewards, extra, lost, first.metrics
 
     def _ask(self, rows: np.ndarray, drawn: GroupedCompletions, number: int) -> RewardAnswer:
         """Returns the rewards of completions, [prompts * group], and metrics."""

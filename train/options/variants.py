@@ -35,9 +35,5 @@ if TYPE_CHECKING:
     VariantOptions = Variants
 else:
     VariantOptions = dataclasses.make_dataclass(
-        "VariantOptions",
-        _fields(),
-        bases=(Variants,),
-        frozen=True,
-        kw_only=True,
+        "VariantOptions", _fields(), bases=(Variants,), frozen=True, kw_only=True
     )

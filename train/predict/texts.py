@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
+from lora_jax.training.data.rows import Row, check_text, field_names, name_of
+from lora_jax.training.data.turns import shown
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.data.files import read_file

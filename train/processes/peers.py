@@ -113,7 +113,7 @@ class Peers:
             time.sleep(0.02)
 
     def _say(self, ending: Ending | None, besides: int | None = None) -> None:
-        """Tells the others of an end; None for that of this process, because all is done."""
+        """Tells the other processes of an ending; None where this process is done."""
         said = ending or Ending(self.index, "", 0)
         self._send(f"{json.dumps(said._asdict())}\n".encode(), besides)
 

@@ -122,10 +122,7 @@ def print_commands(console: Console, adapter: Path, ask: Sequence[str], *, merge
     exported = str(adapter.parent / "exported")
     export = ("train.export", "--output", exported, *["--merged"] * merged)
     for what, (module, *more) in {"to use it": ask, "to export it": export}.items():
-        tell(
-            console,
-            f"{what}: {program(module, '--adapter', str(adapter), *more)}",
-        )
+        tell(console, f"{what}: {program(module, '--adapter', str(adapter), *more)}")
 
 
 def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) -> None:

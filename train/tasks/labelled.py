@@ -27,14 +27,7 @@ from train.run.log import doing
 from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import ModelInfo
 from train.run.rules import peft_fields
-from train.run.task import (
-    Data,
-    Evaluation,
-    EvaluationContext,
-    Progress,
-    Task,
-    TaskRows,
-)
+from train.run.task import Data, Evaluation, EvaluationContext, Progress, Task, TaskRows
 from train.tasks import classes
 
 SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable

@@ -26,11 +26,7 @@ from train.processes.mesh import all_devices, parse_mesh
 from train.rewards.find import Rewards, find_rewards
 from train.run.pretrained import ModelInfo
 from train.run.shared_prompts import SHARED, PromptRows, choose_sharing
-from train.run.task import (
-    Data,
-    Task,
-    TaskRows,
-)
+from train.run.task import Data, Task, TaskRows
 from train.tasks import chats, sums
 from train.tasks.reward_scores import BASE, REWARD, evaluation, standard_error
 from train.tasks.tool_use import OPENS_EACH, check_fields, earned_name, use_tools
@@ -293,7 +289,7 @@ SAMPLER = {  # what to watch where completions are drawn
 }
 OF_SERVER = {
     "mismatch_mean": "that difference in the mean; it should stay where it begins, and "
-    "--max-mismatch bounds it",
+    "--max-mismatch bounds it"
 }
 WATCHED = {
     "reward": "the mean over completions; it should rise",

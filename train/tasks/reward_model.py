@@ -10,7 +10,8 @@ import numpy as np
 
 from lora_jax.training.data.comparisons import comparisons, texts_of
 from lora_jax.training.data.pairs import check_pairs
-from lora_jax.training.data.rows import Row, shown
+from lora_jax.training.data.rows import Row
+from lora_jax.training.data.turns import shown
 from lora_jax.training.held_out import means
 from lora_jax.training.losses import COMPARISONS
 from lora_jax.training.processes import write_json
@@ -21,13 +22,7 @@ from train.options.scripts.classify import DEFAULT_TASK, Config
 from train.processes.hosts import map_over_processes
 from train.run.output import SCORES
 from train.run.pretrained import ModelInfo
-from train.run.task import (
-    Data,
-    Evaluation,
-    EvaluationContext,
-    Progress,
-    TaskRows,
-)
+from train.run.task import Data, Evaluation, EvaluationContext, Progress, TaskRows
 from train.tasks import labelled
 
 BEFORE, LONGER = "before training", "always the longer completion"

@@ -123,7 +123,7 @@ def _sample(read: Any, chunks: Chunks, seq_len: int, *, packing: bool) -> Packs:
 
 
 class _Once:
-    """Prints the first lines that it gets, those of the first rows that any are about."""
+    """Prints the lines of its first call; later ones are about further rows."""
 
     told = False
 

@@ -88,10 +88,25 @@ def _looked_up(
         return stack.relabelled(base, labels)
     if weight.labels[axis] != "in" or len(weight.axes("in")) != 1 or weight.axes("batch"):
         return None
+    places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
+    rows = _rows_of_table(weight, base, look_up, places + offsets, use)
+    return rows if unit is None else jnp.expand_dims(rows, unit)
+
+
+def _rows_of_table(
+    weight: Factored, base: BaseLike, look_up: Forward, order: Sequence[int], use: Use
+) -> Value:
+    """Returns rows of W + s·AB: those of W, and s times those of A, multiplied by B.
+
+    Args:
+      weight: the table.
+      base: the rows of W.
+      look_up: takes an array and an axis, and returns what the indices choose.
+      order: the axes of the result: first those of the indices, then those of a row.
+      use: the look-up.
+    """
     note_side(weight, "in", use)
     own = rows_of(weight, use)
-    places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
-    order = places + offsets
 
     def rows_of_factors(_: object, weight: Factored, rows: jax.Array) -> jax.Array:
         z = look_up(weight.a, 1, fill_value=0)  # [r, …]
@@ -107,10 +122,10 @@ def _looked_up(
         array = lax.expand_dims(array, range(len(order) - array.ndim))
         return lax.transpose(array, [order.index(axis) for axis in range(array.ndim)])
 
-    rows = combined(
+    rows: Value = combined(
         None, weight.replace(key=None), lambda _: as_array(base), rows_of_factors, placed
     )
-    return rows if unit is None else jnp.expand_dims(rows, unit)
+    return rows
 
 
 def _looked_up_by_member(

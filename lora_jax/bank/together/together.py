@@ -71,7 +71,7 @@ class Together:
     @property
     @locked
     def names(self) -> tuple[str, ...]:
-        """The names of the adapters, of those that are done, too."""
+        """The names of all adapters, finished ones included."""
         return tuple(self._stack_of)
 
     @property

@@ -1,4 +1,4 @@
-"""Codes of a parameter tree that are those of a checkpoint's files, and go back as they lay there.
+"""Codes that a tree has unchanged from a checkpoint's files, to be written back in their layout.
 
 Their tensors are copied from these files. So nothing is packed anew, and what memory holds in
 another form, or not at all, is kept as well: nested scales, and those of activations.

@@ -186,11 +186,11 @@ class Encoder(ModelPart):
         return trunk
 
 
-class _Part(ModelPart):
+class _EncoderPart(ModelPart):
     config: EncoderConfig
 
 
-class _Trunk(_Part):
+class _Trunk(_EncoderPart):
     """Embeddings, scanned layers and, for the heads that read it, the pooler."""
 
     def setup(self) -> None:
@@ -225,7 +225,7 @@ class _Trunk(_Part):
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
 
-class _Layer(_Part):
+class _Layer(_EncoderPart):
     """Attention and MLP, each added to its input and then normalised: a scan's body."""
 
     @nn.compact
@@ -238,7 +238,7 @@ class _Layer(_Part):
         return self.placement.constrain(x, "residual"), None
 
 
-class _Attention(_Part):
+class _Attention(_EncoderPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         attention = SelfAttention(*self.options, name="self")
@@ -247,7 +247,7 @@ class _Attention(_Part):
         return out
 
 
-class _AddNorm(_Part):
+class _AddNorm(_EncoderPart):
     """LayerNorm(dense(x) + residual)."""
 
     @nn.compact
@@ -256,7 +256,7 @@ class _AddNorm(_Part):
         return layer_norm(self, name="LayerNorm")(x + residual)
 
 
-class _BertHead(_Part):
+class _BertHead(_EncoderPart):
     """A masked language model's head: ``cls/predictions``."""
 
     @nn.compact
@@ -265,21 +265,21 @@ class _BertHead(_Part):
         return logits
 
 
-class _BertPredictions(_Part):
+class _BertPredictions(_EncoderPart):
     @nn.compact
     def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
         x = _BertTransform(*self.options, name="transform")(hidden)
         return _tied_logits(self, x, table)
 
 
-class _BertTransform(_Part):
+class _BertTransform(_EncoderPart):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         x = dense(self, self.config.hidden_size, name="dense")(hidden)
         return layer_norm(self, name="LayerNorm")(ACTIVATION[self.config.hidden_act](x))
 
 
-class _RobertaHead(_Part):
+class _RobertaHead(_EncoderPart):
     """A masked language model's head. Its activation is GELU, whatever the configuration says."""
 
     @nn.compact
@@ -288,7 +288,7 @@ class _RobertaHead(_Part):
         return _tied_logits(self, layer_norm(self, name="layer_norm")(ACTIVATION["gelu"](x)), table)
 
 
-class _RobertaClassifier(_Part):
+class _RobertaClassifier(_EncoderPart):
     """A layer and tanh, then the classes."""
 
     @nn.compact

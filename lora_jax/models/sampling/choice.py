@@ -97,7 +97,7 @@ def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
 
 
 def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Returns logits by temperature, fp32; as they are where it is 0."""
+    """Returns logits divided by the temperature, fp32; undivided where it is 0."""
     return logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)[..., None]
 
 

@@ -1,4 +1,4 @@
-"""Batches of prompts: padded to one length, as arrays, and what they begin with alike."""
+"""Batches of prompts: arrays padded to one length, and the longest common prefix."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from lora_jax.models.sampling.prompts import Prompts, make_prompts, params_by_pr
 
 
 class Samples(NamedTuple):
-    """Answers; those to one prompt are rows side by side.
+    """Completions; those of one prompt are adjacent rows.
 
     Attributes:
       tokens: [prompts * n, max_new_tokens] int32: the new tokens, EOS included, then padding.

@@ -67,11 +67,11 @@ class VisionEncoder(ModelPart):
         return logits
 
 
-class _Part(ModelPart):
+class _VisionPart(ModelPart):
     config: VisionConfig
 
 
-class _Trunk(_Part):
+class _Trunk(_VisionPart):
     """Embeddings, scanned layers and the last norm."""
 
     @nn.compact
@@ -83,7 +83,7 @@ class _Trunk(_Part):
         return layer_norm(self, name="layernorm")(x)
 
 
-class _Embeddings(_Part):
+class _Embeddings(_VisionPart):
     """The image's own token and its patches, each with its position."""
 
     @nn.compact
@@ -100,7 +100,7 @@ class _Embeddings(_Part):
         return jnp.concatenate([token, patches], axis=1) + table
 
 
-class _Patches(_Part):
+class _Patches(_VisionPart):
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         size = self.config.patch_size
@@ -108,7 +108,7 @@ class _Patches(_Part):
         return out
 
 
-class _Layer(_Part):
+class _Layer(_VisionPart):
     """Attention and MLP of the normalised input, each added to it: a scan's body."""
 
     @nn.compact
@@ -135,7 +135,7 @@ class _Layer(_Part):
         return _LayerScale(*self.options, name=f"layer_scale{number}")(x)
 
 
-class _Attention(_Part):
+class _Attention(_VisionPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         args, bias = self.options, self.config.qkv_bias
@@ -145,7 +145,7 @@ class _Attention(_Part):
         return out
 
 
-class _LayerScale(_Part):
+class _LayerScale(_VisionPart):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.config.hidden_size,)

@@ -17,6 +17,7 @@ from lora_jax.core.magnitude import wide
 from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.kinds.fields import KindFields
 from lora_jax.peft.kinds.generator import normal
 from lora_jax.peft.modules import Module, sort_modules
 from lora_jax.peft.names import PREFIX
@@ -25,9 +26,13 @@ from lora_jax.variants.tinylora import TINYLORA
 
 VARIANT = TINYLORA
 _SHARED = "base_model.tinylora_v."
-_SEED = 42
-_OWN = {"u": 64, "weight_tying": 0.0, "projection_seed": _SEED, "save_projection": True}
-_WITHOUT_EFFECT = ("init_v_bound", "init_weights")  # on an adapter that is loaded
+# Where matrices are not those that PEFT would draw, they are in the file, which is the default.
+_FIELDS = KindFields(
+    "TinyLoRA",
+    rank=2,
+    own={"u": 64, "weight_tying": 0.0, "projection_seed": 42, "save_projection": True},
+    without_effect={"init_v_bound": 0.02, "init_weights": True},
+)
 
 
 def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
@@ -40,7 +45,7 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
     Raises:
       PeftError: a value that PEFT would not write.
     """
-    own = {name: fields.get(name, default) for name, default in _OWN.items()}
+    lora_fields, own = _FIELDS.as_lora(fields)
     u, tying, seed = (own[name] for name in ("u", "weight_tying", "projection_seed"))
     fits = {
         "u": type(u) is int and u >= 1,
@@ -50,12 +55,6 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
     }
     if wrong := [f"{name}={own[name]!r}" for name, is_right in fits.items() if not is_right]:
         raise PeftError(f"{where}: {', '.join(wrong)}: not a value that PEFT would write")
-    others = (*_OWN, *_WITHOUT_EFFECT, "tinylora_dropout", "peft_type")
-    lora_fields = {name: value for name, value in fields.items() if name not in others}
-    r = lora_fields.setdefault("r", 2)
-    lora_fields |= {"lora_alpha": r, "lora_dropout": fields.get("tinylora_dropout", 0.0)}
-    if lora_fields.get("bias") == "tinylora_only":
-        lora_fields["bias"] = "lora_only"
     return lora_fields, own
 
 
@@ -93,12 +92,7 @@ def contents(
     Raises:
       PeftError: a TinyLoraConfig cannot say it.
     """
-    if config["rank_pattern"]:
-        ranks = sorted({config["r"], *config["rank_pattern"].values()})
-        raise PeftError(f"PEFT's TinyLoRA has one r for all modules; here they have {ranks}")
-    for name in ("target_parameters", "trainable_token_indices"):
-        if config[name]:
-            raise PeftError(f"PEFT's TinyLoRA has no {name}, and here it would be {config[name]}")
+    written = _FIELDS.from_lora(config)
     if len(sizes := sorted({node.v.shape[-1] for node in nodes.values()})) > 1:
         raise PeftError(f"PEFT's TinyLoRA has one u for all modules; here they have {sizes}")
     ordered = sort_modules(modules)
@@ -107,21 +101,7 @@ def contents(
     for index, module in enumerate(ordered):
         v = np.asarray(nodes[module.path].v[module.index])
         vectors.setdefault(f"{_SHARED}{group_of(index, len(ordered), tying)}", v)
-    kept = ("peft_version", "inference_mode", "auto_mapping", "revision", "fan_in_fan_out")
-    fields = {name: config[name] for name in (*kept, "r", "target_modules", "modules_to_save")}
-    return fields | {
-        "peft_type": "TINYLORA",
-        "u": sizes[0],
-        "weight_tying": tying,
-        "tinylora_dropout": config["lora_dropout"],
-        "bias": "tinylora_only" if config["bias"] == "lora_only" else config["bias"],
-        "init_v_bound": 0.02,
-        "init_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "projection_seed": _SEED,
-        "save_projection": True,  # the matrices are not those that PEFT would draw
-    }, vectors
+    return written | {"u": sizes[0], "weight_tying": tying}, vectors
 
 
 def _tie(module: Module, node: LoraWeight) -> object:

@@ -17,6 +17,7 @@ from lora_jax.core.magnitude import wide
 from lora_jax.core.types import Fields, JsonObject, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.kinds.fields import KindFields
 from lora_jax.peft.kinds.generator import uniform
 from lora_jax.peft.modules import Module
 from lora_jax.peft.names import PREFIX
@@ -24,8 +25,13 @@ from lora_jax.variants.vera import VERA
 
 VARIANT = VERA
 KEY_A, KEY_B = "base_model.vera_A", "base_model.vera_B"
-_OWN = {"projection_prng_key": 0, "save_projection": True}  # with PEFT's defaults
-_WITHOUT_EFFECT = ("d_initial", "init_weights")  # on an adapter that is loaded
+# A pair that is not what PEFT would draw is in the file, which is the default.
+_FIELDS = KindFields(
+    "VeRA",
+    rank=256,
+    own={"projection_prng_key": 0, "save_projection": True},
+    without_effect={"d_initial": 0.1, "init_weights": True},
+)
 
 
 def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
@@ -38,19 +44,13 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
     Raises:
       PeftError: a value that PEFT would not write.
     """
-    own = {name: fields.get(name, default) for name, default in _OWN.items()}
+    lora_fields, own = _FIELDS.as_lora(fields)
     seed, saves = own["projection_prng_key"], own["save_projection"]
     if type(seed) is not int or not 0 <= seed < 2**32 or type(saves) is not bool:
         raise PeftError(
             f"{where}: projection_prng_key={seed!r}, save_projection={saves!r}: a number from 0 to "
             "2³² − 1 and a boolean are needed"
         )
-    others = (*_OWN, *_WITHOUT_EFFECT, "vera_dropout", "peft_type")
-    lora_fields = {name: value for name, value in fields.items() if name not in others}
-    r = lora_fields.setdefault("r", 256)
-    lora_fields |= {"lora_alpha": r, "lora_dropout": fields.get("vera_dropout", 0.0)}
-    if lora_fields.get("bias") == "vera_only":
-        lora_fields["bias"] = "lora_only"
     return lora_fields, own
 
 
@@ -74,36 +74,7 @@ def contents(
       PeftError: they do not share one pair, or a VeraConfig cannot say it.
     """
     del modules
-    return _fields(config), _shared(nodes)
-
-
-def _fields(config: Fields) -> JsonObject:
-    """Returns a VeraConfig for the modules that fields of a LoraConfig adapt.
-
-    Raises:
-      PeftError: a VeraConfig cannot say it.
-    """
-    if config["rank_pattern"]:
-        ranks = sorted({config["r"], *config["rank_pattern"].values()})
-        raise PeftError(f"PEFT's VeRA has one r for all modules; here they have {ranks}")
-    for name in ("target_parameters", "trainable_token_indices"):
-        if config[name]:
-            raise PeftError(f"PEFT's VeRA has no {name}, and here it would be {config[name]}")
-    kept = ("peft_version", "inference_mode", "auto_mapping", "revision", "fan_in_fan_out")
-    config_fields = {
-        name: config[name] for name in (*kept, "r", "target_modules", "modules_to_save")
-    }
-    return config_fields | {
-        "peft_type": "VERA",
-        "vera_dropout": config["lora_dropout"],
-        "bias": "vera_only" if config["bias"] == "lora_only" else config["bias"],
-        "d_initial": 0.1,
-        "init_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "projection_prng_key": 0,
-        "save_projection": True,  # the pair is not what PEFT would draw
-    }
+    return _FIELDS.from_lora(config), _shared(nodes)
 
 
 def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:

@@ -10,8 +10,9 @@ import numpy as np
 from lora_jax.core.types import Tokenizer
 from lora_jax.training.data.labelled import Labelled, padded_texts
 from lora_jax.training.data.pairs import read_pair
-from lora_jax.training.data.rows import Message, Row, check_text, name_of
+from lora_jax.training.data.rows import Row, check_text, name_of
 from lora_jax.training.data.sequences import MapFunction, map_serially
+from lora_jax.training.data.turns import Message
 
 
 def comparisons(

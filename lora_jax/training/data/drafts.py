@@ -10,15 +10,9 @@ import numpy as np
 
 from lora_jax.core.types import Tokenizer
 from lora_jax.training.data import templates
-from lora_jax.training.data.rows import (
-    Conversation,
-    Message,
-    Row,
-    check_text,
-    conversation,
-    shown,
-)
+from lora_jax.training.data.rows import Conversation, Row, check_text, conversation
 from lora_jax.training.data.sequences import TokenSequence
+from lora_jax.training.data.turns import Message, shown
 from lora_jax.training.errors import TrainingError
 
 TrainOn = Literal["all", "assistant", "last"]
@@ -132,7 +126,7 @@ def _drafts_by_text(
 
 
 def count_as_never(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
-    """Returns counts of fields for one sequence a row, where no turn is learned as it was said."""
+    """Adds the turns whose fields later renderings lack to those that never show them."""
     return {
         field: templates.LeftOut(counts.turns, 0, counts.later + counts.never)
         for field, counts in left_out.items()

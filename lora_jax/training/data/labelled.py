@@ -10,8 +10,9 @@ import numpy as np
 
 from lora_jax.core.types import Batch, Forward, Model, Tokenizer, Tree
 from lora_jax.training.data.batches import HostBatch, Padded, round_up
-from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
+from lora_jax.training.data.rows import Row, check_text, field_names, name_of
 from lora_jax.training.data.sequences import MapFunction, few_lengths, map_serially
+from lora_jax.training.data.turns import shown
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import logits_of
 

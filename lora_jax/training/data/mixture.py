@@ -11,7 +11,7 @@ _OF_PARTS = 2  # the stream of draws within a data set; others draw orders of an
 
 
 def order(seed: int, epoch: int, n: int, *stream: int) -> np.ndarray:
-    """Returns the order of `n` rows in an epoch: [n], a permutation; another in another stream."""
+    """Returns the order of `n` rows in an epoch, [n]: a permutation that depends on the stream."""
     return np.random.Generator(np.random.PCG64([seed, epoch, *stream])).permutation(n)
 
 

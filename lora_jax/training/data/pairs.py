@@ -36,11 +36,11 @@ from lora_jax.training.data.rows import (
     field_names,
     name_of,
     question,
-    shown,
     system_turns,
     text_or_turns,
 )
 from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.data.turns import shown
 from lora_jax.training.errors import TrainingError
 
 Turns = list[dict[str, Any]]

@@ -5,21 +5,21 @@ A row is a chat (``messages``, with ``tools`` where there are some), a pair (``p
 or a plain ``text``. A ``system`` beside turns is the first of them.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.training.data.image_parts import (
-    IMAGES,
-    TEXTS_ONLY,
-    images_in,
-    is_image,
-    is_text,
-    shown_images,
+from lora_jax.training.data.image_parts import IMAGES, TEXTS_ONLY, images_in, shown_images
+from lora_jax.training.data.turns import (
+    Message,
+    as_list,
+    parse_json,
+    read_turn,
+    read_turns,
+    sharegpt_turn,
+    shown,
 )
 from lora_jax.training.errors import TrainingError
 
-Message = Mapping[str, Any]
 Row = Mapping[str, Any]
 TextOrTurns = str | list[dict[str, Any]]  # a text, or turns
 
@@ -27,12 +27,6 @@ NEEDED = (
     "a row needs `messages` (a list of turns with `role` and `content`), `prompt` and "
     "`completion`, `conversations` (ShareGPT), `instruction` and `output` (Alpaca), or `text`"
 )
-_A_TURN = "a turn needs `role` and `content`, two texts"
-# ShareGPT's names of the roles.
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_ROLES |= {"chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
-_ROLES |= {"function_response": "tool", "function_call": "function_call"}
-_USUAL = {"function_call": "'assistant', with `tool_calls`"}
 FORMS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("prompt", "completion"),
@@ -50,7 +44,7 @@ class PlacedRow(dict[str, Any]):
 
 
 def replace_values(row: Row, values: Mapping[str, Any]) -> Row:
-    """Returns a row with other values, of the same place."""
+    """Returns a row with other values and the same origin."""
     made = PlacedRow(values)
     if not isinstance(row, PlacedRow):
         return dict(made)
@@ -100,11 +94,11 @@ def conversation(row: Row, name: str) -> Conversation:
             raise TrainingError(f"{name} has images and a `text`: only turns show images")
         return Conversation([], text=_text(row, "text", name))
     if form == ("messages",):
-        messages = _turns(row["messages"], "messages", name)
+        messages = read_turns(row["messages"], "messages", name)
     elif form == ("conversations",):
-        turns = enumerate(_listed(row["conversations"], "conversations", name))
-        messages = _turns(
-            [_sharegpt_turn(turn, index, name) for index, turn in turns], "conversations", name
+        turns = enumerate(as_list(row["conversations"], "conversations", name))
+        messages = read_turns(
+            [sharegpt_turn(turn, index, name) for index, turn in turns], "conversations", name
         )
     elif form == ("instruction", "output"):
         asked = _text(row, "instruction", name)
@@ -114,8 +108,8 @@ def conversation(row: Row, name: str) -> Conversation:
     elif isinstance(row["prompt"], str):
         messages = _pair(_text(row, "prompt", name), _text(row, "completion", name))
     else:  # both are lists of turns
-        both = (_listed(row[field], field, name) for field in form)
-        messages = _turns([turn for turns in both for turn in turns], "prompt", name)
+        both = (as_list(row[field], field, name) for field in form)
+        messages = read_turns([turn for turns in both for turn in turns], "prompt", name)
     return _conversation_of(messages, row, name)
 
 
@@ -172,7 +166,7 @@ def question(row: Row, name: str, *, images: bool = False) -> Conversation:
             f"{name} has {field_names(row)}; a row needs `prompt` (a text), or `messages` (a list "
             "of turns with `role` and `content`)"
         )
-    value = row[field] if field == "prompt" else _listed(row[field], field, name)
+    value = row[field] if field == "prompt" else as_list(row[field], field, name)
     turns = as_turns(text_or_turns(value, field, name, images=images), "user")
     if turns[-1]["role"] == "assistant":
         raise TrainingError(
@@ -218,8 +212,8 @@ def text_or_turns(value: Any, field: str, name: str, *, images: bool = False) ->
     Raises:
       TrainingError: it is empty, or neither; or it has images, which are not allowed.
     """
-    if not isinstance(value, str) or not isinstance(_parsed(value), str):
-        turns = [_turn(turn, i, name) for i, turn in enumerate(_listed(value, field, name))]
+    if not isinstance(value, str) or not isinstance(parse_json(value), str):
+        turns = [read_turn(turn, i, name) for i, turn in enumerate(as_list(value, field, name))]
         if not images and any(images_in(turn.get("content")) for turn in turns):
             raise TrainingError(f"{name} has {TEXTS_ONLY}")
         return turns
@@ -229,12 +223,12 @@ def text_or_turns(value: Any, field: str, name: str, *, images: bool = False) ->
 
 
 def as_turns(content: TextOrTurns, role: str) -> list[dict[str, Any]]:
-    """Returns turns as they are; of a text, the turn in which `role` says it."""
+    """Returns a list of turns unchanged, and a text as one turn of `role`."""
     return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def _options(row: Row, name: str) -> Mapping[str, Any]:
-    options = _parsed(row.get("chat_template_kwargs")) or {}
+    options = parse_json(row.get("chat_template_kwargs")) or {}
     if not isinstance(options, Mapping):
         raise TrainingError(f"{name}: `chat_template_kwargs` is {shown(options)}, not an object")
     chosen = {option: value for option, value in options.items() if value is not None}
@@ -255,110 +249,9 @@ def _text(row: Row, field: str, name: str) -> str:
     return text
 
 
-def _parsed(value: Any) -> Any:
-    """Returns a list or an object that stands as JSON in a text; anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def _listed(value: Any, field: str, name: str) -> Sequence[Any]:
-    items = _parsed(value)
-    if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-        raise TrainingError(f"{name}: `{field}` is {shown(value)}; a list of turns is needed")
-    return items
-
-
-def _turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
-    turns = [_turn(turn, i, name) for i, turn in enumerate(_listed(messages, field, name))]
-    roles = [turn["role"] for turn in turns]
-    if "assistant" not in roles:
-        raise TrainingError(f"{name} has no assistant turn to learn from, only {', '.join(roles)}")
-    if roles[0] == "assistant":
-        raise TrainingError(
-            f"{name} begins with an assistant turn; there is nothing that it answers"
-        )
-    if all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
-        raise TrainingError(
-            f"{name}: all assistant turns have the weight 0, and there is nothing to learn: leave "
-            "the row out"
-        )
-    return turns
-
-
-def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
-    """Returns a turn without fields that are None: Parquet adds those that it lacks."""
-    if not isinstance(turn, Mapping):
-        raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {_A_TURN}")
-    role, content = turn.get("role"), turn.get("content")
-    kept = {k: v for k, v in turn.items() if v is not None or k == "content"}
-    if not isinstance(role, str):
-        raise TrainingError(f"{name}: `role` of turn {index} is {shown(role)}; {_A_TURN}")
-    if (usual := _ROLES.get(role.strip().lower(), role)) != role:
-        raise TrainingError(
-            f"{name}: `role` of turn {index} is {shown(role)}, which chat templates call "
-            f"{_USUAL.get(usual, repr(usual))}"
-        )
-    _check_weight(kept, role, f"{name}: `weight` of turn {index}")
-    if calls := _parsed(kept.pop("tool_calls", None)):
-        kept["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
-    if isinstance(content, list) and content and all(map(is_text, content)):
-        content = kept["content"] = "\n".join(part["text"] for part in content)  # as servers do
-    parts = content if isinstance(content, list) else ()
-    if images_in(content) and all(is_text(part) or is_image(part) for part in parts):
-        return kept
-    if content is None and calls or role == "tool" and content is not None:
-        return kept
-    if not isinstance(content, str):
-        raise TrainingError(f"{name}: `content` of turn {index} is {shown(content)}; {_A_TURN}")
-    return kept
-
-
-def _check_weight(turn: Message, role: str, what: str) -> None:
-    weight = turn.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise TrainingError(f"{what} is {shown(weight)}: 0 (not learned) or 1 is needed")
-    if "weight" in turn and role != "assistant":
-        raise TrainingError(
-            f"{what} belongs to the role {role!r}: only turns of the assistant are weighed, leave "
-            "it out"
-        )
-
-
-def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:
-    """Returns the calls of a turn; arguments that are JSON as text become objects.
-
-    Servers do the same before they render a chat, since most templates write arguments as JSON: a
-    text would be quoted twice.
-    """
-    if role != "assistant":
-        raise TrainingError(f"{what} are of the role {role!r}; only an assistant calls tools")
-    if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise TrainingError(f"{what} is {shown(calls)}; a list of calls is needed")
-    parsed = []
-    for call in calls:
-        function = call.get("function") or call if isinstance(call, Mapping) else None
-        if function is None or not isinstance(function.get("name"), str):
-            raise TrainingError(
-                f"{what} has {shown(call)}; a call needs `function` with `name` and `arguments`"
-            )
-        arguments = _parsed(function.get("arguments", {}))
-        if not isinstance(arguments, Mapping):
-            raise TrainingError(
-                f"{what}: `arguments` of {function['name']} is {shown(function['arguments'])}; an "
-                "object is needed, or the JSON of one"
-            )
-        made = {**function, "arguments": arguments}
-        parsed.append({**call, "function": made} if call.get("function") else made)
-    return parsed
-
-
 def _objects(row: Row, field: str, name: str, remedy: str = "") -> list[Any] | None:
     """Returns a field that holds a list of objects; None where it is empty or missing."""
-    objects = _parsed(row.get(field))
+    objects = parse_json(row.get(field))
     if not objects:
         return None
     if not isinstance(objects, Sequence) or not all(isinstance(item, Mapping) for item in objects):
@@ -366,23 +259,6 @@ def _objects(row: Row, field: str, name: str, remedy: str = "") -> list[Any] | N
             f"{name}: `{field}` is {shown(row[field])}; a list of objects is needed{remedy}"
         )
     return list(objects)
-
-
-def _sharegpt_turn(turn: Any, index: int, name: str) -> Any:
-    """Returns a ShareGPT turn (`from`, `value`) with `role` and `content`; others unchanged."""
-    if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn
-    role, value = _ROLES.get(turn["from"]), turn.get("value")
-    if role is None:
-        raise TrainingError(
-            f"{name}: `from` of turn {index} is {shown(turn['from'])}; one of "
-            f"{', '.join(_ROLES)} is needed"
-        )
-    if role == "function_call":
-        calls = _parsed(value)
-        calls = calls if isinstance(calls, list) else [calls]
-        return {"role": "assistant", "content": None, "tool_calls": calls}
-    return {"role": role, "content": value}
 
 
 def check_text(text: str, name: str) -> None:
@@ -400,9 +276,3 @@ def check_text(text: str, name: str) -> None:
 def field_names(row: Row) -> str:
     """Returns the names of a row's fields, with what is invisible in them written out."""
     return ", ".join(f"`{repr(str(field))[1:-1]}`" for field in row) or "nothing"
-
-
-def shown(value: Any) -> str:
-    """Returns the beginning of a value's `repr`."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -243,7 +243,7 @@ class Sequences(Sequence[TokenSequence]):
         return self._cut(at, self.lengths[at])
 
     def split(self, rows: np.ndarray) -> tuple["Sequences", "Sequences"]:
-        """Returns the sequences of all rows but those numbered `rows`, and those of these."""
+        """Splits the sequences in two: all rows but those numbered `rows`, and these rows."""
         taken = np.isin(self.rows, rows)
         return self.select(np.flatnonzero(~taken)), self.select(np.flatnonzero(taken))
 

@@ -15,7 +15,8 @@ import jinja2
 from jinja2 import meta
 
 from lora_jax.core.types import Tokenizer
-from lora_jax.training.data.rows import Conversation, Message, shown
+from lora_jax.training.data.rows import Conversation
+from lora_jax.training.data.turns import Message, shown
 from lora_jax.training.errors import TrainingError
 
 # The tags of Jinja by which a template marks what the assistant says.

@@ -140,7 +140,7 @@ class _Loop:
     def differentiable(
         self, given: Sequence[Leaf], hidden: jax.Array, targets: jax.Array
     ) -> _Outputs:
-        """Returns the values, whose derivative depends on what is differentiated."""
+        """Returns the values; their derivative is computed for differentiated arrays alone."""
 
         @jax.custom_jvp
         def mapped(given: list[Leaf], hidden: jax.Array, targets: jax.Array) -> _Outputs:

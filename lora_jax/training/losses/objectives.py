@@ -11,11 +11,7 @@ from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.training.losses.completions import Completions, completions, summed_nll
 from lora_jax.training.losses.contract import Logits, Loss, Sums
 from lora_jax.training.losses.online import Online, online_loss, rloo_loss
-from lora_jax.training.losses.preference import (
-    PreferenceOptions,
-    kto_loss,
-    preference_loss,
-)
+from lora_jax.training.losses.preference import PreferenceOptions, kto_loss, preference_loss
 from lora_jax.training.losses.tokens import cross_entropy, token_values
 
 _Chunks = tuple[int | None, int, Placement]  # chunk, parts and placement of `token_values`
@@ -50,11 +46,7 @@ def sequence_logps(
 
 
 def _sequences(
-    forward: Logits,
-    params: Tree,
-    batch: Batch,
-    dropout_key: jax.Array | None,
-    chunks: _Chunks,
+    forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None, chunks: _Chunks
 ) -> tuple[Completions, Completions]:
     """Returns the result of `sequence_logps`, and the same of all predictions, with prompts."""
     chunk, parts, placement = chunks

@@ -24,7 +24,7 @@ from lora_jax.training.losses.contract import Sums
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceOptions:
-    """Options of the losses.
+    """Options of the preference losses.
 
     Attributes:
       beta: strength of the reference; of ipo τ.

@@ -232,11 +232,7 @@ summed_loss = functools.partial(sum_over_tokens, cross_entropy)
 
 
 def token_loss(
-    name: str = DEFAULT,
-    *,
-    chunk: int | None = 0,
-    parts: int = 1,
-    placement: Placement = UNPLACED,
+    name: str = DEFAULT, *, chunk: int | None = 0, parts: int = 1, placement: Placement = UNPLACED
 ) -> Loss:
     """Returns a loss of tokens; equal arguments give the same object.
 

@@ -116,7 +116,7 @@ def _constrained(eqn: JaxprEqn, operands: Sequence[Axes]) -> Axes:
 
 
 def _reshaped(eqn: JaxprEqn, operands: Sequence[Axes]) -> Axes:
-    """Gives the axes of dimensions that become one to it, of one that is split to the first."""
+    """Reshapes: merged dimensions pass their axes on together, a split one to its first part."""
     given, shape = type_of(eqn.invars[0]).shape, type_of(eqn.outvars[0]).shape
     dims: list[tuple[str, ...]] = [()] * len(shape)
     if 0 in given:
@@ -172,7 +172,7 @@ def _ragged(eqn: JaxprEqn, operands: Sequence[Axes]) -> Axes:
 
 
 def _gathered(eqn: JaxprEqn, operands: Sequence[Axes]) -> Axes:
-    """Takes the axes of the indices for what they choose, of the table for what each brings."""
+    """Gathers: dimensions from the indices have the indices' axes, the others the table's."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     out, table = type_of(eqn.outvars[0]).shape, type_of(eqn.invars[0]).shape
     gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}

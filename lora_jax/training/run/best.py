@@ -131,7 +131,7 @@ class Best:
         self._delete_all_but(kept)
 
     def go_on_from(self, step: int, saved: Fields | None) -> None:
-        """Goes back to the standing at a checkpoint.
+        """Restores the best score so far, and its step, as a checkpoint holds them.
 
         Args:
           step: the checkpoint's.

@@ -130,9 +130,7 @@ class Stop:
             raise self.interrupted()
 
     def _send_again(
-        self,
-        report: Callable[["sys.UnraisableHookArgs"], Any],
-        dropped: "sys.UnraisableHookArgs",
+        self, report: Callable[["sys.UnraisableHookArgs"], Any], dropped: "sys.UnraisableHookArgs"
     ) -> None:
         if not isinstance(dropped.exc_value, Interrupted) or self.signal is None:
             report(dropped)

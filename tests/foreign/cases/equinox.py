@@ -88,13 +88,5 @@ CASES = (
         IDS,
         rule(["weight"]),
     ),
-    _case(
-        "MLP",
-        "vmap",
-        3,
-        lambda nn, key: nn.MLP(6, 7, 11, 2, key=key),
-        jax.vmap,
-        X,
-        ALL_LINEAR,
-    ),
+    _case("MLP", "vmap", 3, lambda nn, key: nn.MLP(6, 7, 11, 2, key=key), jax.vmap, X, ALL_LINEAR),
 )

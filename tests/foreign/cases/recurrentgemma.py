@@ -37,10 +37,6 @@ def _griffin() -> Made:
 
 CASES = (
     Case(
-        "recurrentgemma",
-        "Griffin, a recurrent and an attention block, tied",
-        "apply",
-        14,
-        _griffin,
+        "recurrentgemma", "Griffin, a recurrent and an attention block, tied", "apply", 14, _griffin
     ),
 )

@@ -9,6 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.models import load_tokenizer
+from tests.parity import PARITY
 from tests.support import assert_close
 from tests.train.scripts import begun
 from tests.train.tiny import decoder, write_model, write_rows
@@ -16,11 +17,7 @@ from train import sft
 from train.generate import __main__ as generate
 from train.run.log import read_metrics
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PARITY
 PROMPT = "3 plus 4?"
 CONFIGS = {
     "linear": {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 17},

@@ -99,7 +99,7 @@ def test_tiny_adapters_have_rates_ranks_and_scales_of_their_own():
     assert settings(arms[-1], 0)["vera"] and settings(arms[3], 0)["xs"]
     plain = arms_of(CompareConfig(methods=("vera",), quick=True), BASIS)
     assert {(arm.rank, arm.learning_rate) for arm in plain} == {
-        *((256, 1e-3), (256, 3e-3), (256, 9e-3)),
+        *((256, 1e-3), (256, 3e-3), (256, 9e-3))
     }
     given = arms_of(CompareConfig(methods=("vera",), ranks=(7,), alphas=(3.0,)), BASIS)
     assert {(arm.rank, arm.alpha) for arm in given} == {(7, 3.0)}

@@ -12,6 +12,7 @@ from lora_jax import models
 from lora_jax.bank.together.together import Together
 from lora_jax.training import loop
 from tests.support import assert_close
+from tests.train.scripts import exit_code, lines_of
 from tests.train.tiny import write_model, write_rows
 from train.compare import result
 from train.compare.__main__ import main, parse
@@ -20,7 +21,6 @@ from train.compare.intruders import mean_intruders
 from train.compare.options import has_adapter
 from train.compare.trials import basis_of
 from train.options.file import replace_options
-from train.run.log import read_metrics
 from train.sft import main as sft
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -47,13 +47,9 @@ def folder(tmp_path_factory):
 
 def compare(folder, output, *args, grid=GRID):
     """Runs the comparison; returns the exit code."""
-    line = ["sft", "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl")]
-    line += [*LINE, *grid, "--outside", str(folder / "outside.txt"), "--output", str(output)]
-    try:
-        main([*line, *args])
-    except SystemExit as error:
-        return error.code
-    return 0
+    line = ["sft", "--model", folder / "model", "--dataset", folder / "rows.jsonl"]
+    line += [*LINE, *grid, "--outside", folder / "outside.txt", "--output", output]
+    return exit_code(main, *line, *args)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +58,6 @@ def whole(folder, tmp_path_factory):
     with jax.numpy_dtype_promotion("standard"):
         assert compare(folder, output, *MORE) == 0
     return output
-
-
-def lines_of(run):
-    """The metrics of a run, without what depends on the clock."""
-    return [
-        {name: value for name, value in line.items() if name not in ("time", "tokens_per_s")}
-        for line in read_metrics(run)
-    ]
 
 
 def timeless(comparison):

@@ -16,7 +16,8 @@ from scipy.special import rel_entr
 import lora_jax as lj
 from lora_jax import models
 from tests.support import assert_close
-from tests.train.compare.test_compare import lines_of, timeless
+from tests.train.compare.test_compare import timeless
+from tests.train.scripts import exit_code, lines_of
 from tests.train.tiny import write_jsonl, write_model
 from train.compare import divergence, result
 from train.compare.__main__ import main, parse
@@ -55,13 +56,9 @@ def folder(tmp_path_factory):
 
 def compare(folder, output, *args, grid=GRID):
     """Runs the comparison; returns the exit code."""
-    line = ["grpo", "--model", str(folder / "model"), "--dataset", str(folder / "prompts.jsonl")]
+    line = ["grpo", "--model", folder / "model", "--dataset", folder / "prompts.jsonl"]
     line += ["--reward", f"{folder / 'reward.py'}:odd", *LINE, *grid, "--outside", "off"]
-    try:
-        main([*line, "--output", str(output), *args])
-    except SystemExit as error:
-        return error.code
-    return 0
+    return exit_code(main, *line, "--output", output, *args)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +133,7 @@ def test_a_comparison_goes_on_after_a_kill(folder, whole, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_the_divergence_is_the_exact_one_and_examples_are_scored_by_rewards(folder, tmp_path):
-    """Of an adapter of rewards and one of examples, against logits of one sequence at a time."""
+    """Checks an adapter of each trainer against logits that are computed for one row at a time."""
     rows = [{"prompt": "?" * (1 + n % 5), "completion": "1357"} for n in range(40)]
     write_jsonl(folder / "rows.jsonl", rows)
     kept, real = [], BaseDivergence.read
@@ -234,7 +231,7 @@ def test_where_nothing_is_held_out_nothing_is_trained(folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_examples_are_learned_in_as_many_steps_as_rewards(folder, tmp_path, monkeypatch):
-    """Where epochs say how long: those of the prompts, at each batch size."""
+    """With --epochs, the epochs of the prompts set the number of steps, at each batch size."""
     write_jsonl(folder / "more.jsonl", [{"prompt": "?", "completion": "1"} for _ in range(99)])
     trials = []
     monkeypatch.setattr(Sweep, "run", lambda self: trials.extend(self.trials) or sys.exit(0))

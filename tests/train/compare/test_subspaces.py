@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support import assert_close
+from tests.train.scripts import exit_code
 from tests.train.test_classify import inputs
 from train.classify import main as classify
 from train.compare import result
@@ -22,11 +23,7 @@ def compare(inputs, output, *args):
         name = word if str(word).startswith("--") else name
         line += [word] if name not in own else []
     line += ["--steps", 4, "--report-to", "none", "--seeds", 3, "--no-early-stopping", *args]
-    try:
-        main([*map(str, line)])
-    except SystemExit as error:
-        return error.code
-    return 0
+    return exit_code(main, *line)
 
 
 @pytest.mark.slow

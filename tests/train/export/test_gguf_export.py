@@ -147,8 +147,7 @@ OTHER = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 @pytest.mark.parametrize(
-    "template, chat",
-    [(None, FORMATS[0]), (LLAMA3, FORMATS[1]), (GEMMA, FORMATS[2]), (OTHER, None)],
+    "template, chat", [(None, FORMATS[0]), (LLAMA3, FORMATS[1]), (GEMMA, FORMATS[2]), (OTHER, None)]
 )
 def test_formats_of_chats(template, chat):
     assert format_of(words(), template) == chat

@@ -1,4 +1,4 @@
-"""What each policy of rematerialisation computes again, in FLOPs of traced steps; and gradients."""
+"""Policies of rematerialisation: the FLOPs that each recomputes in a traced step, and gradients."""
 
 import functools
 

@@ -5,14 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from tests.parity import PARITY
 from tests.train.tiny import tokenizer, write_jsonl
 from train.predict.__main__ import main
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PARITY
 TEXTS = ["ab", "a rather longer text", "3 + 4 = 7", "z" * 25, "ü"]
 NAMES = ("no", "perhaps", "yes")
 SIZES = {

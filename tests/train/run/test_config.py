@@ -79,10 +79,7 @@ def decoder_outline():
         ("--allow-base-mismatch", "without --init-adapter: leave out --allow-base-mismatch"),
         ("--heartbeat-timeout 90", "no other to hear of: leave out --heartbeat-timeout"),
         ("--dataset a.jsonl --split test", "from a file, not from the hub: leave out --split"),
-        (
-            "--dataset a.jsonl --eval-questions 8",
-            "for --eval-every alone: leave out --eval-q",
-        ),
+        ("--dataset a.jsonl --eval-questions 8", "for --eval-every alone: leave out --eval-q"),
         ("--targets none", "nothing would train"),
         ("--peft-config x --rank 4", "--peft-config describes the whole adapter: leave out --rank"),
         (

@@ -54,16 +54,8 @@ def test_numbers_of_yaml_1_2_are_read(tmp_path):
         (".yaml", "- {name: a, targets: q k}", r"line 1: targets is q k: a list .*\[q, k\]"),
         (".csv", "name,rank\na,010\n", "line 2: rank is 010: a whole number is needed that"),
         (".csv", "name,steps\na,1:30\n", "line 2: steps is 1:30: a whole number is needed"),
-        (
-            ".jsonl",
-            '{"name": "a", "targets": "q k"}',
-            r"line 1: targets is 'q k': a list",
-        ),
-        (
-            ".yaml",
-            "- name: a\n  rank: " + "[" * 600,
-            "line 2: lists or groups stand in",
-        ),
+        (".jsonl", '{"name": "a", "targets": "q k"}', r"line 1: targets is 'q k': a list"),
+        (".yaml", "- name: a\n  rank: " + "[" * 600, "line 2: lists or groups stand in"),
         (
             ".json",
             '[{"name": "a", "rank": 2}, {"name": "b", "rank": "x"}]',

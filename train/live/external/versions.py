@@ -42,7 +42,7 @@ class AdapterVersion:
         self._lock, self._loads = threading.Lock(), 0
 
     def load(self, server: SamplerServer, lost: int = 0) -> int:
-        """Has the server load it, unless another thread had it do so; returns the load's number.
+        """Loads the adapter on the server, once for all threads; returns the number of the load.
 
         Args:
           server: the server.

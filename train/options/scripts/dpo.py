@@ -13,11 +13,7 @@ from train.options import field
 from train.options.field import option
 from train.options.paths import Place
 from train.options.scripts import sft as sft_options
-from train.options.scripts.language import (
-    LanguageOptimConfig,
-    SharedPromptOption,
-    TokensConfig,
-)
+from train.options.scripts.language import LanguageOptimConfig, SharedPromptOption, TokensConfig
 from train.options.scripts.sft import LanguageOptions, SftAdapterConfig, SftRunConfig
 
 KTO, SFT = "kto", "sft"

@@ -26,7 +26,7 @@ _TWICE = {"all-reduce": 2}  # a ring scatters its sums and gathers them
 
 
 class DeviceRates(NamedTuple):
-    """Speed of a device, by which work becomes seconds.
+    """Speeds of a device, which turn work into seconds.
 
     Attributes:
       clock: cycles that the compiler counts.

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -33,64 +33,13 @@ from lora_jax.training.layout import Layout, one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.run.invocation import meets_every_token
+from train.serve.engine.adapter import Adapter, Factors, TrainingState
 from train.serve.protocol.encryption import encrypt
 from train.serve.protocol.requests import AdapterSpec, RequestError, Save
 from train.settings.defaults import absolute_path
 
 Nodes = Mapping[str, Node]  # by path
-Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
 SPEC, MOMENTS = "tenant.json", "optimizer.safetensors"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Adapter:
-    """An adapter's arrays, which never change. It equals no other one.
-
-    Attributes:
-      factors: A and B.
-      scales: s of each weight, fp32 [batch…], by path.
-      invocation: the tokens from which on an activated LoRA acts; None for one that always does.
-    """
-
-    spec: AdapterSpec
-    factors: Factors
-    scales: dict[str, jax.Array]
-    invocation: tuple[int, ...] | None = None
-
-    def active_from(self, prompt: Sequence[int]) -> int | None:
-        """Returns the first place of a prompt that it acts on; None where it is not invoked."""
-        if self.invocation is None:
-            return 0
-        tokens, wanted = [*prompt], [*self.invocation]
-        starts = range(len(tokens) - len(wanted), -1, -1)
-        return next((i for i in starts if tokens[i : i + len(wanted)] == wanted), None)
-
-    @property
-    def size(self) -> int:
-        """The bytes of its arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves((self.factors, self.scales)))
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingState:
-    """The state of an adapter's training.
-
-    Attributes:
-      adapter: its arrays.
-      first, second: Adam's moments.
-      steps: updates taken.
-    """
-
-    adapter: Adapter
-    first: Factors
-    second: Factors
-    steps: int
-
-    @classmethod
-    def begin(cls, adapter: Adapter) -> "TrainingState":
-        """Returns the state before the first update."""
-        zeros = jax.tree.map(jnp.zeros_like, adapter.factors)
-        return cls(adapter, zeros, jax.tree.map(jnp.zeros_like, adapter.factors), 0)
 
 
 class ServedBase:

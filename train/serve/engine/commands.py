@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from train.serve.engine.base import Adapter, Factors, ServedBase, TrainingState
+from train.serve.engine.adapter import Adapter, Factors, TrainingState
+from train.serve.engine.base import ServedBase
 from train.serve.engine.trainer import Trainer
 from train.serve.engine.turns import TurnPath
 from train.serve.protocol import requests
@@ -98,7 +99,7 @@ class EngineTenant:
         self.losses: deque[tuple[int, float]] = deque(maxlen=LATEST_LOSSES)
 
     def become(self, state: TrainingState | None) -> None:
-        """Goes on from a state, without a gradient; None where it leaves."""
+        """Takes a state and clears the gradient; None where the tenant leaves the engine."""
         self.state, self.grads, self.summed = state, None, (0.0, 0)
 
     @property

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_jax.training.layout import Layout
-from train.serve.engine.base import ServedBase, TrainingState
+from train.serve.engine.adapter import TrainingState
+from train.serve.engine.base import ServedBase
 from train.serve.engine.commands import CommandRunner, EngineTenant, call_back
 from train.serve.engine.jobs import SampleJob
 from train.serve.engine.pool import AdapterPool
@@ -230,7 +231,7 @@ class Engine:
         return self._sampler.busy or any(t.is_waiting for t in self._tenants.values())
 
     def _turn(self) -> None:
-        """Does a bit of what had the least time so far, of what there is to do."""
+        """Runs a piece of the work, sampling or training, that had the least time so far."""
         waiting = [tenant for tenant in self._tenants.values() if tenant.is_waiting]
         kinds = ["training"] * bool(waiting) + ["sampling"] * self._sampler.busy
         if not kinds:
@@ -251,7 +252,7 @@ class Engine:
         self._spent[kind] += time.monotonic() - began
 
     def _line_up(self, path: TurnPath) -> None:
-        """Lets a tenant wait: it neither saved up time, nor owes what nobody wanted."""
+        """Queues a tenant, counting at least the time of the next in line: idling earns none."""
         waiting = [t.path for t in self._tenants.values() if t.is_waiting]
         for level in levels(path):
             n = len(level)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.models.sampling.blocks import CacheBlock
-from train.serve.engine.base import Adapter
+from train.serve.engine.adapter import Adapter
 from train.serve.engine.turns import TurnPath
 from train.serve.protocol.limits import TokenConstraint
 from train.serve.protocol.requests import (

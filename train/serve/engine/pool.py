@@ -5,7 +5,8 @@ from collections import Counter
 from lora_jax.bank.slots import map_slots, slots_of
 from lora_jax.bank.writing import add_slots, write
 from lora_jax.core.types import Tree
-from train.serve.engine.base import Adapter, ServedBase
+from train.serve.engine.adapter import Adapter
+from train.serve.engine.base import ServedBase
 
 
 class AdapterPool:

@@ -1,4 +1,4 @@
-"""Prompts run in chunks, and what they begin with alike runs once."""
+"""Runs prompts in chunks, and a prefix that several share once."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ class RunningPrompt:
 
 
 class PromptRunner:
-    """Runs prompts, and has what they begin with found again.
+    """Runs prompts in chunks; takes their prefixes from the cache, and adds to it.
 
     A chunk runs in a cache whose length depends on the chunk's place alone, and what a prompt
     begins with as another did is taken over up to the end of a whole chunk. So each prompt has the
@@ -290,7 +290,7 @@ class PromptRunner:
 
 
 def _sharable(prompt: RunningPrompt) -> np.ndarray:
-    """Returns the tokens that may be found: not the last, nor those that an activated LoRA sees."""
+    """Returns the tokens that may be cached: without the last, and before an invocation."""
     return prompt.ids[:-1][: prompt.job.active or None]
 
 

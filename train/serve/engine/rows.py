@@ -59,7 +59,7 @@ class RunningRows:
         return bool(self._arrays.last.is_deleted())
 
     def narrow(self) -> None:
-        """Has the next token drawn in as few rows as will do."""
+        """Lets the rows shrink to the fewest that suffice, from the next token on."""
         self._idle = _HELD
 
     def begin(

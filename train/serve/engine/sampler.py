@@ -139,7 +139,7 @@ class Sampler:
     # Slots
 
     def _take_slot(self, job: SampleJob) -> bool:
-        """Gives a sample's adapter a slot, if need be another's; returns whether it has one."""
+        """Gives a sample's adapter a slot, if need be another's; returns True if it has one."""
         if job.slot is None:
             job.slot = self._pool.take(job.adapter)
         if job.slot is None and (users := self._others_slot(job)):
@@ -256,7 +256,7 @@ class Sampler:
         return self._places.shared if is_shared else self._sizes.sequences
 
     def _fill_rows(self) -> None:
-        """Gives rows to completions that begin or go on, some of them those of others."""
+        """Gives rows to completions that begin or go on, and takes some of others for them."""
         while len(self._places.rows) > self._limit():
             self._pause_one([*self._places.rows])
             self._places.narrow()
@@ -363,7 +363,7 @@ class Sampler:
                 self.end(job)
 
     def _isolate(self, job: SampleJob, function: Callable[..., None], *args: Any) -> None:
-        """Does something for a sample, which alone fails if that does, and the rows stay whole."""
+        """Calls a function for a sample: an error of it fails that sample alone, not the rows."""
         try:
             function(*args)
         except Exception as error:

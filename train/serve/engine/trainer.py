@@ -14,7 +14,8 @@ from lora_jax.core.types import Tree
 from lora_jax.models.sampling.choice import likeliest, log_probabilities
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses.tokens import token_values
-from train.serve.engine.base import Adapter, Factors, ServedBase, TrainingState
+from train.serve.engine.adapter import Adapter, Factors, TrainingState
+from train.serve.engine.base import ServedBase
 from train.serve.engine.losses import DEFAULTS, ORDER, sum_loss
 from train.serve.engine.sizes import TARGETS, Sizes
 from train.serve.protocol.requests import LOSSES, TOP, Datum, Gradient, RequestError, Top, Update

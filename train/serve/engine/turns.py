@@ -44,7 +44,7 @@ class TurnOrder:
                     del self._children[level[:-1]]
 
     def note(self, paths: Iterable[TurnPath]) -> None:
-        """Notes a turn that some had at once."""
+        """Notes a turn that these paths had together."""
         self._now += 1
         for path in paths:
             self._last.update(dict.fromkeys(levels(path), self._now))

@@ -56,7 +56,7 @@ class StartProgress:
 
 
 class Access:
-    """Whom a server lets in.
+    """The keys and origins that a server accepts, and what it can take now.
 
     Attributes:
       keyed: whether there are keys.

@@ -74,7 +74,7 @@ class Ledger:
         return self._all(sql, owner, limit, offset)
 
     def touch(self, session: str | None = None) -> None:
-        """Notes that a session's client lives; without one, that all may, as none was heard."""
+        """Marks a session's client as alive; without a session all, since none could be heard."""
         sql = "update sessions set seen = ?1 where id = ?2 or ?2 is null"
         self._all(sql, self._clock(), session)
 
@@ -201,7 +201,7 @@ class Ledger:
     def finish(
         self, model: str, seq: int, answer: bytes, failed: bool, spec: str | None = None
     ) -> bool:
-        """Notes a command's answer, unless it has one; of a model that it makes, the adapter.
+        """Stores a command's answer, unless it has one, and the adapter of a model that it makes.
 
         Returns:
           Whether it had none.

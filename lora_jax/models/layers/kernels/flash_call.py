@@ -105,7 +105,7 @@ def _backend() -> _Backend:
 
 
 def _try_apart(way: Callable[..., Any]) -> str | None:
-    """Tries a backend in a thread of its own, where no mesh and no trace of the caller's holds."""
+    """Tries a backend in a thread of its own, outside the caller's mesh and traces."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return pool.submit(_try_lowering, way).result()
 

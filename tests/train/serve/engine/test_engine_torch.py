@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
+from tests.parity import PARITY
 from tests.train.serve.engine.engines import made_engine, running, submitted, tell
 from train.serve.engine.base import ServedBase
 from train.serve.protocol.requests import (
@@ -23,11 +24,7 @@ from train.serve.protocol.requests import (
     Update,
 )
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PARITY
 VOCAB = 61
 WHOLE = AdapterSpec(rank=3, alpha=7.0)
 SPECS = {

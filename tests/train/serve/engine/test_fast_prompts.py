@@ -1,4 +1,4 @@
-"""Where last bits may differ, prompts run together, and what was drawn is found again."""
+"""Fast prompts (last bits may differ): prompts run in batches, completions' caches are reused."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def deviation(world, name, prompt, completion):
 
 
 def test_prompts_run_together_as_each_alone(world, fast):
-    """Of several adapters and owners, short ones and ends; no call has more tokens than a chunk."""
+    """Mixes adapters, owners and lengths; no call has more tokens than a chunk."""
     rng, compiled = np.random.default_rng(0), fast.status().compiled
     prompts = [ids(rng, n).tolist() for n in (1, 2, 3, 17, 2, 19, 40, 5, 8, 9, 1, 23)]
     fields = [

@@ -79,7 +79,7 @@ def test_a_prefix_is_taken_over_into_a_cache_of_any_length(n, cached):
 
 
 def test_a_chunk_runs_in_a_cache_whose_length_depends_on_its_place_alone():
-    """Where keys depend on that length, it is that of the prompt, and is found alone."""
+    """Where keys depend on that length, it is the whole prompt's, and no prefix is reused."""
     for depends_on_room, found in ((False, 112), (True, 0)):
         programs = Unread(depends_on_room)
         runner, ids = PromptRunner(programs, SIZES), np.arange(250)
@@ -231,7 +231,7 @@ class Remembered(NamedTuple):
 
 
 def test_texts_go_on_from_memories_alone():
-    """Those after which a text goes on in one way give way first; the rest of a text is kept."""
+    """Memories inside a text that does not branch there are evicted first; its tokens stay."""
     texts = Texts(24, block=Remembered)
     texts.keep("abcd")
     texts.keep("abxy")

@@ -7,8 +7,9 @@ from functools import partial
 
 from jinja2 import TemplateError
 
-from lora_jax.training.data.rows import check_text, question, shown
+from lora_jax.training.data.rows import check_text, question
 from lora_jax.training.data.templates import render_prompt
+from lora_jax.training.data.turns import shown
 from lora_jax.training.errors import TrainingError
 from train.serve.routes.errors import HttpError, JsonObject
 from train.serve.routes.openai.fields import read_flag, read_text

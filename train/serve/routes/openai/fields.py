@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from starlette.requests import Request
 
-from lora_jax.training.data.rows import check_text, shown
+from lora_jax.training.data.rows import check_text
+from lora_jax.training.data.turns import shown
 from lora_jax.training.errors import TrainingError
 from train.serve.protocol.engine import EngineFacts
 from train.serve.protocol.requests import TOP, SampleRequest

@@ -10,7 +10,7 @@ from lora_jax.models.sampling.grammar import (
     GrammarCompiler,
     GrammarError,
 )
-from lora_jax.training.data.rows import shown
+from lora_jax.training.data.turns import shown
 from train.serve.routes.errors import HttpError
 from train.serve.routes.openai.fields import check_fields, field_error
 from train.serve.routes.openai.forced import CallGrammar, has_form

@@ -1,6 +1,6 @@
 """A contender's process: answers requests, one JSON object a line, on its standard streams.
 
-python -m tests.benchmarks.worker CONTENDER   # started by `processes.Worker`
+python -m tests.benchmarks.peers.worker CONTENDER   # started by `processes.Worker`
 """
 
 import importlib
@@ -12,8 +12,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders import CONTENDERS
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders import CONTENDERS
 
 
 class Answers:
@@ -21,7 +21,7 @@ class Answers:
 
     def __init__(self, contender: str) -> None:
         name = CONTENDERS[contender].module
-        self.module = importlib.import_module(f"tests.benchmarks.contenders.{name}")
+        self.module = importlib.import_module(f"tests.benchmarks.peers.contenders.{name}")
         self.program: Any = None
 
     def load(self, case: dict[str, Any], base: str, adapter: str) -> dict[str, Any]:

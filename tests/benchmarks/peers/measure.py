@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders import CONTENDERS
-from tests.benchmarks.processes import Failed, Worker, time_of_import
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders import CONTENDERS
+from tests.benchmarks.peers.processes import Failed, Worker, time_of_import
 
 SAME_TOKENS = {"float32": 0.9, "bfloat16": 0.5}  # the least share of decoded tokens that agree
 _CHECKED = 2  # steps: the second loss shows the gradient and the optimiser

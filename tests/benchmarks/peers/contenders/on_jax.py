@@ -14,15 +14,15 @@ import optax
 
 from lora_jax import models
 from lora_jax.training.losses import summed_loss
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.settings import (
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.settings import (
     BETAS,
     EPS,
     LEARNING_RATE,
     WEIGHT_DECAY,
     checked,
 )
-from tests.benchmarks.inputs import Pair, data_of, read_peft
+from tests.benchmarks.peers.inputs import Pair, data_of, read_peft
 from train.plan.flops.jaxpr import count_flops
 
 

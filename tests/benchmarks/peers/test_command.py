@@ -6,9 +6,9 @@ import json
 import pytest
 
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import measure, table
-from tests.benchmarks.cases import CASES
-from tests.benchmarks.contenders import CONTENDERS
+from tests.benchmarks.peers import measure, table
+from tests.benchmarks.peers.cases import CASES
+from tests.benchmarks.peers.contenders import CONTENDERS
 
 
 @pytest.fixture(scope="module")
@@ -100,5 +100,5 @@ def test_each_contender_has_a_file_and_each_case_knows_its_contenders() -> None:
     for case in CASES.values():
         assert set(case.contenders) <= set(CONTENDERS)
         for name in case.contenders:
-            file = command.ROOT / f"tests/benchmarks/contenders/{CONTENDERS[name].module}.py"
+            file = command.ROOT / f"tests/benchmarks/peers/contenders/{CONTENDERS[name].module}.py"
             assert case.kind == "import" or file.is_file()

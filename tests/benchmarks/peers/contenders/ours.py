@@ -5,8 +5,8 @@ from typing import Any
 
 import lora_jax as lj
 import lora_jax.peft
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_jax import Method, Program
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_jax import Method, Program
 
 
 def method(case: Case, model: Any, params: Any, adapter: Path) -> Method:

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders import naive
-from tests.benchmarks.contenders.on_jax import Method, Program, plain
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders import naive
+from tests.benchmarks.peers.contenders.on_jax import Method, Program, plain
 
 
 def method(case: Case, model: Any, params: Any, adapter: Path) -> Method:

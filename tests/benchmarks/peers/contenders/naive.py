@@ -5,8 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_jax import Method, Program, plain, read_adapter, with_leaves
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_jax import (
+    Method,
+    Program,
+    plain,
+    read_adapter,
+    with_leaves,
+)
 
 
 def method(case: Case, model: Any, params: Any, adapter: Path) -> Method:

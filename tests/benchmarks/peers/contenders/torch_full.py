@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_torch import Program
-from tests.benchmarks.inputs import read_peft
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_torch import Program
+from tests.benchmarks.peers.inputs import read_peft
 
 
 def wrap(model: Any, adapter: Path) -> Any:

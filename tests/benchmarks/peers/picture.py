@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from tests.benchmarks.contenders import CONTENDERS
+from tests.benchmarks.peers.contenders import CONTENDERS
 
 
 def draw(results: dict[str, Any], file: Path) -> None:

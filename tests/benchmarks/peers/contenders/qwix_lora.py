@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_jax import Method, Program, read_adapter
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_jax import Method, Program, read_adapter
 
 
 def method(case: Case, model: Any, params: Any, adapter: Path) -> Method:

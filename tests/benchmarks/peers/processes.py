@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.cases import Case
+from tests.benchmarks.peers.cases import Case
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 class Failed(Exception):
@@ -49,7 +49,7 @@ class Worker:
         self.log = tempfile.TemporaryFile("w+")
         self.began = time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.benchmarks.worker", contender],
+            [sys.executable, "-m", "tests.benchmarks.peers.worker", contender],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -131,7 +131,7 @@ def write_inputs(cases: Sequence[Case], folder: Path) -> None:
       Failed: gives its last line.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.benchmarks.weights", str(folder)],
+        [sys.executable, "-m", "tests.benchmarks.peers.weights", str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

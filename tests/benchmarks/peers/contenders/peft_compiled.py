@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_torch import Program
-from tests.benchmarks.contenders.peft_eager import wrap
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_torch import Program
+from tests.benchmarks.peers.contenders.peft_eager import wrap
 
 
 def make(case: Case, base: Path, adapter: Path) -> Program:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.contenders import CONTENDERS
-from tests.benchmarks.machine import PACKAGES, peak_of
+from tests.benchmarks.peers.contenders import CONTENDERS
+from tests.benchmarks.peers.machine import PACKAGES, peak_of
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 STEPS = ("train", "classify")

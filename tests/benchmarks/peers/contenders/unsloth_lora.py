@@ -8,8 +8,8 @@ from typing import Any
 import peft
 import torch
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders import on_torch
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders import on_torch
 
 
 class Program(on_torch.Program):
@@ -19,10 +19,7 @@ class Program(on_torch.Program):
         began = time.perf_counter()
         self.case, self.device = case, "cuda"
         model, _ = unsloth.FastLanguageModel.from_pretrained(
-            str(base),
-            max_seq_length=case.seq,
-            dtype=getattr(torch, case.dtype),
-            load_in_4bit=False,
+            str(base), max_seq_length=case.seq, dtype=getattr(torch, case.dtype), load_in_4bit=False
         )
         vocab_size = model.config.vocab_size
         model = unsloth.FastLanguageModel.get_peft_model(

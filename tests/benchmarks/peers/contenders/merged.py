@@ -7,8 +7,8 @@ import jax
 
 import lora_jax as lj
 import lora_jax.peft
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_jax import Method, Program, plain
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_jax import Method, Program, plain
 
 
 def method(case: Case, model: Any, params: Any, adapter: Path) -> Method:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import transformers
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.settings import (
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.settings import (
     BETAS,
     EPS,
     LEARNING_RATE,
     WEIGHT_DECAY,
     checked,
 )
-from tests.benchmarks.inputs import data_of
+from tests.benchmarks.peers.inputs import data_of
 
 Wrap = Callable[[Any, Path], Any]  # (model, adapter's folder) -> the model that trains or decodes
 
@@ -109,10 +109,7 @@ class Program:
 
 def load_model(case: Case, base: Path) -> Any:
     """Loads a model by transformers, without dropout: the other side has none."""
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, case.dtype),
-        "attn_implementation": "sdpa",
-    }
+    options: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "attn_implementation": "sdpa"}
     if case.kind != "classify":
         return transformers.AutoModelForCausalLM.from_pretrained(base, **options)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

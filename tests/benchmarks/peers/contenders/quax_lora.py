@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import quax
 from quax.examples.lora import LoraArray
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_jax import Method, Program, read_adapter, with_leaves
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_jax import Method, Program, read_adapter, with_leaves
 
 
 def method(case: Case, model: Any, params: Any, adapter: Path) -> Method:

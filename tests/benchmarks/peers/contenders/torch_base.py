@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_torch import Program
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_torch import Program
 
 
 def make(case: Case, base: Path, adapter: Path) -> Program:

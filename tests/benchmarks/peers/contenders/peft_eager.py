@@ -5,8 +5,8 @@ from typing import Any
 
 import peft
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_torch import Program
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_torch import Program
 
 
 def wrap(model: Any, adapter: Path) -> Any:

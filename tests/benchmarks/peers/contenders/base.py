@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.on_jax import Method, Program, plain
+from tests.benchmarks.peers.cases import Case
+from tests.benchmarks.peers.contenders.on_jax import Method, Program, plain
 
 
 def method(case: Case, model: Any, params: Any, adapter: Path) -> Method:

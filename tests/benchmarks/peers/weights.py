@@ -1,6 +1,6 @@
 """Writes the inputs of all contenders of a case: a model's folder, and an adapter's.
 
-    python -m tests.benchmarks.weights FOLDER < cases.json
+    python -m tests.benchmarks.peers.weights FOLDER < cases.json
 
 The base lies as transformers writes it, the adapter as PEFT does. A and B are both random, so that
 the first loss shows the adapter, and the adapter that full fine-tuning starts with is merged.
@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lora_jax import models
-from tests.benchmarks.cases import SHAPES, Case
-from tests.benchmarks.inputs import adapter_folder, base_folder, rng_of
+from tests.benchmarks.peers.cases import SHAPES, Case
+from tests.benchmarks.peers.inputs import adapter_folder, base_folder, rng_of
 
 PRETRAINED = {
     "SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M-Instruct", {}),

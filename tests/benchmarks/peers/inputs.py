@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.benchmarks.cases import Case
+from tests.benchmarks.peers.cases import Case
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 

@@ -1,0 +1,63 @@
+"""The configuration of a kind of adapter beside LoRA, to and from the fields of a LoraConfig."""
+
+import dataclasses
+
+from lora_jax.core.types import Fields, JsonObject
+from lora_jax.peft.errors import PeftError
+
+_KEPT = ("peft_version", "inference_mode", "auto_mapping", "revision", "fan_in_fan_out", "r")
+
+
+@dataclasses.dataclass(frozen=True)
+class KindFields:
+    """The fields in which a kind's configuration differs from a LoraConfig, with PEFT's defaults.
+
+    Attributes:
+      name: the kind's name in messages, such as "VeRA".
+      rank: the default of r.
+      own: the fields that the kind alone has.
+      without_effect: fields that change nothing of an adapter that is loaded.
+    """
+
+    name: str
+    rank: int
+    own: Fields
+    without_effect: Fields
+
+    def as_lora(self, fields: Fields) -> tuple[JsonObject, JsonObject]:
+        """Returns the fields of a LoraConfig that adapts the same modules, and the kind's own."""
+        prefix = self.name.lower()
+        own = {name: fields.get(name, default) for name, default in self.own.items()}
+        others = {*self.own, *self.without_effect, f"{prefix}_dropout", "peft_type"}
+        lora_fields = {name: value for name, value in fields.items() if name not in others}
+        r = lora_fields.setdefault("r", self.rank)
+        lora_fields |= {"lora_alpha": r, "lora_dropout": fields.get(f"{prefix}_dropout", 0.0)}
+        if lora_fields.get("bias") == f"{prefix}_only":
+            lora_fields["bias"] = "lora_only"
+        return lora_fields, own
+
+    def from_lora(self, config: Fields) -> JsonObject:
+        """Returns the kind's configuration for the modules that a LoraConfig's fields adapt.
+
+        Raises:
+          PeftError: the kind cannot say it.
+        """
+        prefix = self.name.lower()
+        if config["rank_pattern"]:
+            ranks = sorted({config["r"], *config["rank_pattern"].values()})
+            raise PeftError(f"PEFT's {self.name} has one r for all modules; here they have {ranks}")
+        for name in ("target_parameters", "trainable_token_indices"):
+            if config[name]:
+                raise PeftError(
+                    f"PEFT's {self.name} has no {name}, and here it would be {config[name]}"
+                )
+        return {
+            **{name: config[name] for name in (*_KEPT, "target_modules", "modules_to_save")},
+            **self.own,
+            **self.without_effect,
+            "peft_type": prefix.upper(),
+            f"{prefix}_dropout": config["lora_dropout"],
+            "bias": f"{prefix}_only" if config["bias"] == "lora_only" else config["bias"],
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }

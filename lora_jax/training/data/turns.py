@@ -1,0 +1,147 @@
+"""Reads turns of chats: roles, contents, calls of tools and weights, checked."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_jax.training.data.image_parts import images_in, is_image, is_text
+from lora_jax.training.errors import TrainingError
+
+Message = Mapping[str, Any]
+
+_A_TURN = "a turn needs `role` and `content`, two texts"
+# ShareGPT's names of the roles.
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES |= {"chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
+_ROLES |= {"function_response": "tool", "function_call": "function_call"}
+_USUAL = {"function_call": "'assistant', with `tool_calls`"}
+
+
+def read_turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
+    """Returns the turns of a field, of which one at least is learned.
+
+    Raises:
+      TrainingError: a turn is malformed, or none of the assistant's has a weight.
+    """
+    turns = [read_turn(turn, i, name) for i, turn in enumerate(as_list(messages, field, name))]
+    roles = [turn["role"] for turn in turns]
+    if "assistant" not in roles:
+        raise TrainingError(f"{name} has no assistant turn to learn from, only {', '.join(roles)}")
+    if roles[0] == "assistant":
+        raise TrainingError(
+            f"{name} begins with an assistant turn; there is nothing that it answers"
+        )
+    if all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
+        raise TrainingError(
+            f"{name}: all assistant turns have the weight 0, and there is nothing to learn: leave "
+            "the row out"
+        )
+    return turns
+
+
+def read_turn(turn: Any, index: int, name: str) -> dict[str, Any]:
+    """Returns a turn without fields that are None: Parquet adds those that it lacks."""
+    if not isinstance(turn, Mapping):
+        raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {_A_TURN}")
+    role, content = turn.get("role"), turn.get("content")
+    kept = {k: v for k, v in turn.items() if v is not None or k == "content"}
+    if not isinstance(role, str):
+        raise TrainingError(f"{name}: `role` of turn {index} is {shown(role)}; {_A_TURN}")
+    if (usual := _ROLES.get(role.strip().lower(), role)) != role:
+        raise TrainingError(
+            f"{name}: `role` of turn {index} is {shown(role)}, which chat templates call "
+            f"{_USUAL.get(usual, repr(usual))}"
+        )
+    _check_weight(kept, role, f"{name}: `weight` of turn {index}")
+    if calls := parse_json(kept.pop("tool_calls", None)):
+        kept["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
+    if isinstance(content, list) and content and all(map(is_text, content)):
+        content = kept["content"] = "\n".join(part["text"] for part in content)  # as servers do
+    parts = content if isinstance(content, list) else ()
+    if images_in(content) and all(is_text(part) or is_image(part) for part in parts):
+        return kept
+    if content is None and calls or role == "tool" and content is not None:
+        return kept
+    if not isinstance(content, str):
+        raise TrainingError(f"{name}: `content` of turn {index} is {shown(content)}; {_A_TURN}")
+    return kept
+
+
+def _check_weight(turn: Message, role: str, what: str) -> None:
+    weight = turn.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise TrainingError(f"{what} is {shown(weight)}: 0 (not learned) or 1 is needed")
+    if "weight" in turn and role != "assistant":
+        raise TrainingError(
+            f"{what} belongs to the role {role!r}: only turns of the assistant are weighed, leave "
+            "it out"
+        )
+
+
+def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:
+    """Returns the calls of a turn; arguments that are JSON as text become objects.
+
+    Servers do the same before they render a chat, since most templates write arguments as JSON: a
+    text would be quoted twice.
+    """
+    if role != "assistant":
+        raise TrainingError(f"{what} are of the role {role!r}; only an assistant calls tools")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise TrainingError(f"{what} is {shown(calls)}; a list of calls is needed")
+    parsed = []
+    for call in calls:
+        function = call.get("function") or call if isinstance(call, Mapping) else None
+        if function is None or not isinstance(function.get("name"), str):
+            raise TrainingError(
+                f"{what} has {shown(call)}; a call needs `function` with `name` and `arguments`"
+            )
+        arguments = parse_json(function.get("arguments", {}))
+        if not isinstance(arguments, Mapping):
+            raise TrainingError(
+                f"{what}: `arguments` of {function['name']} is {shown(function['arguments'])}; an "
+                "object is needed, or the JSON of one"
+            )
+        made = {**function, "arguments": arguments}
+        parsed.append({**call, "function": made} if call.get("function") else made)
+    return parsed
+
+
+def sharegpt_turn(turn: Any, index: int, name: str) -> Any:
+    """Returns a ShareGPT turn (`from`, `value`) with `role` and `content`; others unchanged."""
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        return turn
+    role, value = _ROLES.get(turn["from"]), turn.get("value")
+    if role is None:
+        raise TrainingError(
+            f"{name}: `from` of turn {index} is {shown(turn['from'])}; one of "
+            f"{', '.join(_ROLES)} is needed"
+        )
+    if role == "function_call":
+        calls = parse_json(value)
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": "assistant", "content": None, "tool_calls": calls}
+    return {"role": role, "content": value}
+
+
+def as_list(value: Any, field: str, name: str) -> Sequence[Any]:
+    """Returns the list of turns that a field holds, as it is or as JSON."""
+    items = parse_json(value)
+    if not isinstance(items, Sequence) or isinstance(items, str) or not items:
+        raise TrainingError(f"{name}: `{field}` is {shown(value)}; a list of turns is needed")
+    return items
+
+
+def parse_json(value: Any) -> Any:
+    """Returns a list or an object that stands as JSON in a text; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def shown(value: Any) -> str:
+    """Returns the beginning of a value's `repr`."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

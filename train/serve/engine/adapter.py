@@ -1,0 +1,62 @@
+"""An adapter's arrays in the form that all adapters of a server share, and its training's state."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from train.serve.protocol.requests import AdapterSpec
+
+Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of all adapters
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter's arrays, which never change. It equals no other one.
+
+    Attributes:
+      factors: A and B.
+      scales: s of each weight, fp32 [batch…], by path.
+      invocation: the tokens from which on an activated LoRA acts; None for one that always does.
+    """
+
+    spec: AdapterSpec
+    factors: Factors
+    scales: dict[str, jax.Array]
+    invocation: tuple[int, ...] | None = None
+
+    def active_from(self, prompt: Sequence[int]) -> int | None:
+        """Returns the first place of a prompt that it acts on; None where it is not invoked."""
+        if self.invocation is None:
+            return 0
+        tokens, wanted = [*prompt], [*self.invocation]
+        starts = range(len(tokens) - len(wanted), -1, -1)
+        return next((i for i in starts if tokens[i : i + len(wanted)] == wanted), None)
+
+    @property
+    def size(self) -> int:
+        """The bytes of its arrays."""
+        return sum(x.nbytes for x in jax.tree.leaves((self.factors, self.scales)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingState:
+    """The state of an adapter's training.
+
+    Attributes:
+      adapter: its arrays.
+      first, second: Adam's moments.
+      steps: updates taken.
+    """
+
+    adapter: Adapter
+    first: Factors
+    second: Factors
+    steps: int
+
+    @classmethod
+    def begin(cls, adapter: Adapter) -> "TrainingState":
+        """Returns the state before the first update."""
+        zeros = jax.tree.map(jnp.zeros_like, adapter.factors)
+        return cls(adapter, zeros, jax.tree.map(jnp.zeros_like, adapter.factors), 0)
