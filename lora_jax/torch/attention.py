@@ -20,7 +20,7 @@ from lora_jax.torch.backend import call_jax
 NAME = "lora_jax"
 
 
-class _Chosen(NamedTuple):
+class Attending(NamedTuple):
     """The implementation of attention in use.
 
     Attributes:
@@ -37,20 +37,13 @@ class _Chosen(NamedTuple):
     unpadded: bool = False
 
 
-_CHOSEN: ContextVar[_Chosen] = ContextVar("attention", default=_Chosen())  # noqa: B039  it is immutable
+_CHOSEN: ContextVar[Attending] = ContextVar("attention", default=Attending())  # noqa: B039  it is immutable
 
 
 @contextlib.contextmanager
-def attending(
-    attention: str | Attend = "auto",
-    placement: Placement = UNPLACED,
-    *,
-    keeps_masks: bool = False,
-    segments: jax.Array | None = None,
-    unpadded: bool = False,
-) -> Iterator[None]:
-    """Sets the implementation of attention within a block; see `attend` and `Mask`."""
-    token = _CHOSEN.set(_Chosen(attention, placement, keeps_masks, segments, unpadded))
+def attending(chosen: Attending) -> Iterator[None]:
+    """Sets the implementation of attention within a block."""
+    token = _CHOSEN.set(chosen)
     try:
         yield
     finally:
@@ -58,10 +51,9 @@ def attending(
 
 
 def _mask(
-    batch_size: int,
+    *,
     q_length: int,
     kv_length: int,
-    *,
     mask_function: Any = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
@@ -79,16 +71,13 @@ def _mask(
     plain = plain and allow_is_causal_skip and attention_mask is None and q_length == kv_length
     if plain and not chosen.keeps_masks:
         return None
-    options |= {"allow_is_bidirectional_skip": False, "use_vmap": False}  # torchax cannot map
+    options |= {"mask_function": mask_function, "local_size": local_size}
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     seen: torch.Tensor | None = sdpa_mask(
-        batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        mask_function=mask_function,
         attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        **options,
+        **options | {"use_vmap": False},  # torchax cannot map
     )
     if chosen.segments is None or seen is None:
         return seen
@@ -123,71 +112,49 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None,
+    array: jax.Array | None,
     scale: float | None,
     cap: float | None,
     sinks: jax.Array | None,
     causal: bool,
 ) -> jax.Array:
-    """Computes [batch, seq, heads, head_dim]; without a mask by `attend`.
+    """Computes [batch, seq, heads, head_dim]; an array for a mask is of bools or of numbers to add.
 
-    Heads of latent attention have narrower values than keys: zeros fill them up.
+    Without one it is `attend`'s, for which zeros fill up the narrower values of latent attention.
     """
-    if mask is not None or q.shape[2] != k.shape[2]:
-        return _masked(q, k, v, mask, scale, cap, sinks, causal)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    n_out, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
-    chosen, seq = _CHOSEN.get(), q.shape[2]
-    slots = jnp.arange(seq, dtype=jnp.int32)
-    positions = jnp.broadcast_to(slots, (q.shape[0], seq))
-    tokens = MaskTokens(slots, positions, chosen.segments)
-    seen = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
-    q, k, v = (_widened(x.swapaxes(1, 2), width) for x in (q, k, v))
-    inputs = AttentionInputs(q, k, v, seen, scale, cap, sinks)
-    return attend(inputs, attention=chosen.attention, placement=chosen.placement)[..., :n_out]
+    batch, heads, n, size = q.shape
+    kv_heads, m, width = v.shape[1:]
+    scale = size**-0.5 if scale is None else scale
+    if array is None and n == m:
+        chosen, slots = _CHOSEN.get(), jnp.arange(n, dtype=jnp.int32)
+        positions = jnp.broadcast_to(slots, (batch, n))
+        tokens = MaskTokens(slots, positions, chosen.segments)
+        seen = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
+        q, k, v = (_widened(x.swapaxes(1, 2), max(size, width)) for x in (q, k, v))
+        inputs = AttentionInputs(q, k, v, seen, scale, cap, sinks)
+        return attend(inputs, attention=chosen.attention, placement=chosen.placement)[..., :width]
+    wide = wide_dtype(q.dtype)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, n, size)
+    scores = jnp.einsum("bhgqd,bhkd->bhgqk", grouped, k, preferred_element_type=wide) * scale
+    scores = soft_cap(scores.reshape(batch, heads, n, m), cap)
+    if array is None and causal:
+        array = jnp.tril(jnp.ones((n, m), bool), m - n)[None, None]
+    if array is not None:
+        array = array[..., :m]
+        is_bool = array.dtype == bool
+        scores = jnp.where(array, scores, jnp.finfo(wide).min) if is_bool else scores + array
+    if sinks is not None:
+        each = jnp.broadcast_to(sinks.astype(wide)[:, None, None], (batch, heads, n, 1))
+        scores = jnp.concatenate([scores, each], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :m].astype(v.dtype)
+    weights = weights.reshape(batch, kv_heads, heads // kv_heads, n, m)
+    out = jnp.einsum("bhgqk,bhkd->bqhgd", weights, v)
+    return out.reshape(batch, n, heads, width)
 
 
 def _widened(x: jax.Array, width: int) -> jax.Array:
     more = width - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
-
-
-def _masked(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    scale: float | None,
-    cap: float | None,
-    sinks: jax.Array | None,
-    causal: bool,
-) -> jax.Array:
-    """Computes attention with a mask as an array: bool, or a number to add to the scores."""
-    wide = wide_dtype(q.dtype)
-    groups = q.shape[1] // k.shape[1]
-    q = q.reshape(q.shape[0], k.shape[1], groups, *q.shape[2:])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("bhgqd,bhkd->bhgqk", q, k, preferred_element_type=wide) * scale
-    scores = soft_cap(scores, cap)
-    if mask is None and causal:
-        n, m = scores.shape[-2:]
-        mask = jnp.tril(jnp.ones((n, m), bool), m - n)[None, None]
-    if mask is not None:
-        mask = mask[..., : scores.shape[-1]]
-        mask = (
-            mask[:, :, None]
-            if mask.shape[1] == 1
-            else mask.reshape(mask.shape[0], *q.shape[1:3], *mask.shape[2:])
-        )
-        least = jnp.finfo(wide).min
-        scores = jnp.where(mask, scores, least) if mask.dtype == bool else scores + mask
-    if sinks is not None:
-        each = sinks.astype(wide).reshape(k.shape[1], groups, 1, 1)
-        each = jnp.broadcast_to(each, (*scores.shape[:-1], 1))
-        scores = jnp.concatenate([scores, each], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[2]].astype(v.dtype)
-    out = jnp.einsum("bhgqk,bhkd->bqhgd", weights, v)
-    return out.reshape(*out.shape[:2], -1, v.shape[-1])
 
 
 AttentionInterface.register(NAME, _attention)

@@ -1,15 +1,18 @@
 """torchax, which runs a torch module by JAX: its import, and calls within its environment."""
 
 import contextlib
+import functools
 import os
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import torch
+from torch.utils import _pytree as torch_tree
 
 from lora_jax.hf.fields import ConfigError
 
@@ -50,9 +53,7 @@ os.environ.setdefault("ENABLE_RUNTIME_UPTIME_TELEMETRY", "0")  # torchax would t
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     try:
-        import torchax as torchax
-        from torchax.interop import call_jax as call_jax
-        from torchax.tensor import OperatorNotFound
+        from torchax.tensor import Environment, OperatorNotFound
         from torchax.tensor import Tensor as Tensor
     except ImportError as error:
         raise ImportError("torch modules run by torchax: pip install 'lora_jax[torch]'") from error
@@ -68,6 +69,76 @@ setattr(Tensor, "type_as", _type_as)  # noqa: B010  a method is no attribute to 
 LOCK = threading.RLock()  # a module's arrays and parts are exchanged while it is traced
 
 
+_IN_FUNCTION = ContextVar("differentiated", default=False)  # a Function that was called with grad
+
+
+class _Environment(Environment):
+    """torchax's environment, with torch's meaning of ``torch.no_grad`` within a module.
+
+    torchax's own differentiates what a module computes there, too.
+    """
+
+    def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Computes an operator; there is no gradient of what it returns under ``no_grad``."""
+        return _frozen(super().dispatch(func, types, args, kwargs), args)
+
+
+def _frozen(out: Any, args: Any) -> Any:
+    """Returns an operator's output, without a gradient under ``no_grad``.
+
+    A tensor that the operator was given is returned as it is, as in torch.
+    """
+    if torch.is_grad_enabled() or _IN_FUNCTION.get():
+        return out
+    given = {id(arg) for arg in torch_tree.tree_leaves(args)}
+
+    def stopped(tensor: Any) -> Any:
+        if id(tensor) in given or not tensor.dtype.is_floating_point:
+            return tensor
+        return Tensor(jax.lax.stop_gradient(tensor.jax()), tensor._env)
+
+    return torch_tree.tree_map_only(Tensor, stopped, out)
+
+
+def call_jax(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of JAX's arrays with torchax's tensors; returns such tensors."""
+    env = environment()
+    return _frozen(env.j2t_iso(function(*env.t2j_iso(args))), args)
+
+
+@contextlib.contextmanager
+def _differentiated_functions() -> Iterator[None]:
+    """Lets gradients through the forward of each ``torch.autograd.Function``, within a block.
+
+    Torch runs it under ``no_grad``, for the Function's own backward; JAX differentiates it instead.
+    """
+    # A base of `Function` to which its `apply` leads, also one that somebody has a reference to.
+    base: Any = torch.autograd.function._SingleLevelFunction
+    outer = base.__dict__.get("apply")
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _IN_FUNCTION.set(_IN_FUNCTION.get() or torch.is_grad_enabled())
+        try:
+            return super(base, cls).apply(*args, **kwargs)
+        finally:
+            _IN_FUNCTION.reset(token)
+
+    base.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        del base.apply
+        if outer is not None:
+            base.apply = outer
+
+
+@functools.lru_cache(maxsize=1)
+def environment() -> Environment:
+    """Returns the environment that torch code runs in."""
+    with jax.ensure_compile_time_eval():  # its key is an array, and no part of a traced program
+        return _Environment()
+
+
 @contextlib.contextmanager
 def running(what: str) -> Iterator[Any]:
     """Runs torch code by JAX; yields torchax's environment.
@@ -79,11 +150,15 @@ def running(what: str) -> Iterator[Any]:
       TorchModelError: an operator that has no lowering, or a value that decides what is computed;
         names both the operator and the module.
     """
-    env = torchax.default_env()
     try:
+        env = environment()
         with LOCK, warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
             warnings.simplefilter("ignore")  # of torch's and torchax's own making
-            with torch.no_grad(), env:
+            with (
+                _differentiated_functions(),
+                torch.enable_grad(),
+                env,
+            ):  # so that a module's own no_grad is known
                 yield env
     except OperatorNotFound as error:
         operator = str(error).removeprefix("Operator with name ").removesuffix(" has no lowering")

@@ -1,41 +1,30 @@
 """The configuration of a torch module: what the rest of the library asks of any model's."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_eos
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.keys import Row
 from lora_jax.torch.module import built
+from lora_jax.torch.recipe import Recipe
 from lora_jax.torch.tokens import Tokens
-
-CAUSAL = "AutoModelForCausalLM"
 
 
 @dataclasses.dataclass(frozen=True)
-class TorchConfig:
-    """A torch module that is built from a config.json, or one that is given.
+class TorchConfig(Recipe):
+    """The configuration of a torch module; see `Recipe` for what it is built from.
 
     Attributes:
-      text: the config.json, with sorted names; "" for a module without one.
-      auto: transformers' class that builds it: `AutoModelForCausalLM` and its like.
-      scan: whether layers that are alike are stacked, and run as one scan.
-      module: the module, if it was given.
       generation: see `lora_jax.hf.generation`.
     """
 
-    text: str
-    auto: str = CAUSAL
-    scan: bool = True
-    module: Any = None
     generation: Generation | None = None
 
     @classmethod
@@ -45,35 +34,18 @@ class TorchConfig:
         Raises:
           ConfigError: transformers has no such model, or only by code of the model's own.
         """
-        if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
+        kind = fields.get("model_type")
+        if kind not in CONFIG_MAPPING and "auto_map" in fields:
             raise ConfigError(
-                f"a {fields.get('model_type')} model runs by code of its own (auto_map), and no "
+                f"a {kind} model runs by code of its own (auto_map), and no "
                 "code of models is run here"
             )
-        if fields.get("model_type") not in CONFIG_MAPPING:
+        if kind not in CONFIG_MAPPING:
             raise ConfigError(
-                f"transformers {transformers.__version__} has no model_type "
-                f"{fields.get('model_type')!r}: a newer one may have it"
+                f"transformers {transformers.__version__} has no model_type {kind!r}: a newer one "
+                "may have it"
             )
         return cls(json.dumps(fields, sort_keys=True), **options)
-
-    @functools.cached_property
-    def fields(self) -> Fields:
-        """The fields of the config.json."""
-        fields: Fields = json.loads(self.text) if self.text else {}
-        return fields
-
-    @functools.cached_property
-    def hf(self) -> Any:
-        """Transformers' own configuration; None for a module without one."""
-        if self.module is not None:
-            return getattr(self.module, "config", None)
-        return CONFIG_MAPPING[self.fields["model_type"]].from_dict(_floats(self.fields))
-
-    @property
-    def without_generation(self) -> "TorchConfig":
-        """The configuration by which the module is built, and found again."""
-        return dataclasses.replace(self, generation=None)
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json."""
@@ -82,18 +54,6 @@ class TorchConfig:
     def key_rows(self) -> Sequence[Row]:
         """Returns the key table; see `lora_jax.models.key_table`."""
         return [parameter.row for parameter in built(self).parameters]
-
-    @functools.cached_property
-    def continues(self) -> bool:
-        """True for a causal language model."""
-        if self.module is None:
-            return self.auto == CAUSAL
-        return type(self.module).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-    @property
-    def model_type(self) -> str:
-        """Hugging Face's name of the family."""
-        return str(getattr(self.hf, "model_type", "") or type(self.module).__name__)
 
     def _text(self, *names: str) -> Any:
         """Returns the first of the fields, of the part that reads texts, that is there."""
@@ -179,12 +139,3 @@ class TorchConfig:
     def empty_cache(self, batch: int, max_len: int) -> Any:
         """Returns a cache for `TorchModel`: the tokens so far."""
         return Tokens.empty(batch, max_len)
-
-
-def _floats(value: Any) -> Any:
-    """Returns fields with the infinities that transformers writes as ``{"__float__": …}``."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {name: _floats(each) for name, each in value.items()}
-    return [_floats(each) for each in value] if isinstance(value, list) else value

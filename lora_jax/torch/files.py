@@ -11,23 +11,18 @@ import torch
 from transformers.core_model_loading import dot_natural_key, rename_source_key
 
 from lora_jax.hf.format import ModelFormat, ModelFormats
-from lora_jax.hf.keys import Row, WeightsError, convert
+from lora_jax.hf.keys import WeightsError, convert
 from lora_jax.hf.sources import SafetensorsFolder
+from lora_jax.models.families import key_table
 from lora_jax.torch.config import TorchConfig
 from lora_jax.torch.module import built
 
 
-def _table(config: TorchConfig) -> list[Row]:
-    return list(config.key_rows())
-
-
-def _name(name: str, config: TorchConfig) -> str:
-    """Returns the module's name of a tensor of a file; as it is, where it is but a part of one."""
-    return _renamed(name, config)[0]
-
-
 def _renamed(name: str, config: TorchConfig) -> tuple[str, str | None, str]:
-    """Returns a tensor's name, the pattern of a conversion that it is a part of, and its result."""
+    """Returns the module's name of a tensor of a file; as it is, where it is but a part of one.
+
+    Behind it, the pattern of the conversion that it is a part of, and the result of that.
+    """
     renamings, converters, stored = built(config).conversions
     if name in stored:
         return name, None, name
@@ -38,9 +33,9 @@ def _renamed(name: str, config: TorchConfig) -> tuple[str, str | None, str]:
 
 FORMAT = ModelFormat(
     TorchConfig.from_hf,
-    _table,
+    key_table,
     options=frozenset({"auto", "scan"}),
-    name=_name,
+    name=lambda name, config: _renamed(name, config)[0],
     ignored=re.compile(r".*rotary_emb\..*|.*\.inv_freq|mtp\..*|model\.mtp.*"),
 )
 
@@ -68,7 +63,8 @@ class _Shapes:
 class TorchFolder(SafetensorsFolder):
     """A folder whose files may hold the parts of a module's tensors, such as each expert's kernels.
 
-    Transformers' own conversions put such parts together, a tensor at a time.
+    Transformers' own conversions put such parts together, a tensor at a time. What lies in codes is
+    read as arrays: torch's code has no others.
 
     Args:
       folder: the folder.
@@ -81,7 +77,8 @@ class TorchFolder(SafetensorsFolder):
     def __init__(self, folder: Path, **options: object):
         super().__init__(folder, FORMATS, **options)
         self._joined: dict[str, dict[str, list[str]]] = {}
-        rows = {name: row.hf_shape for row in _table(self.config) for name in row.hf_names}
+        self._coded, self.shipped = self.shipped, frozenset()
+        rows = {name: row.hf_shape for row in key_table(self.config) for name in row.hf_names}
         self._parts_of: dict[str, tuple[int, ...]] = {}
         for name in sorted(self.shapes, key=dot_natural_key):
             _, pattern, first = _renamed(name, self.config)
@@ -100,16 +97,10 @@ class TorchFolder(SafetensorsFolder):
             if built(self.config).ignores(name):
                 del self.shapes[name]
 
-    def codes(self, name: str, dtype: Any) -> Any:
-        return None if name in self._joined else super().codes(name, dtype)
-
-    def code_shapes(self, name: str, dtype: Any) -> Any:
-        return None if name in self._joined else super().code_shapes(name, dtype)
-
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
-        if name not in self._joined:
+        if name not in self._joined and name not in self._coded:
             return super().read_into(out, name, index)
-        # Not block by block, each of which would join all parts anew.
+        # Not block by block, each of which would join or decode all anew.
         return convert(self._slice(name, index), out, f"{self.locate(name)}: {name}")
 
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:

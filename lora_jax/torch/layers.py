@@ -1,6 +1,7 @@
 """The layers of a torch module: those that are alike run as one scan, and all can be recomputed."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from lora_jax.models.layers.trunk import layer_input, remat_policy
 from lora_jax.torch.backend import Tensor
 from lora_jax.torch.structure import LayerPeriods
 
-Arrays = Mapping[str, jax.Array]  # of one layer, by the names within it
+Arrays = Mapping[str, Any]  # of one layer, by the names within it
+_ARRAY = object()  # an array's place in what a layer returns
 
 
 class Recomputed(NamedTuple):
@@ -73,83 +75,82 @@ def to_jax(tree: Any) -> Any:
 
 def to_torch(env: Any, tree: Any) -> Any:
     """Returns a tree with torchax's tensors in the place of JAX's arrays."""
-    kinds = (jax.Array, np.ndarray)
-    return torch_tree.tree_map(
-        lambda x: Tensor(jnp.asarray(x), env) if isinstance(x, kinds) else x, tree
+    return torch_tree.tree_map_only(
+        (jax.Array, np.ndarray), lambda x: Tensor(jnp.asarray(x), env), tree
     )
 
 
 @contextlib.contextmanager
 def patched(layers: Sequence[torch.nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Runs ``forward(i, layer, *args, **kwargs)`` in the place of each layer."""
-    try:
+    """Runs ``forward(i, layer, *args, **kwargs)`` in the place of each layer that no other calls.
+
+    While it runs, all layers are as they were.
+    """
+
+    def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        restore()
+        try:
+            return forward(i, layer, *args, **kwargs)
+        finally:
+            patch()
+
+    def patch() -> None:
         for i, layer in enumerate(layers):
-            layer.forward = lambda *a, _i=i, _l=layer, **k: forward(_i, _l, *a, **k)
-        yield
-    finally:
+            layer.forward = functools.partial(called, i, layer)
+
+    def restore() -> None:
         for layer in layers:
             layer.__dict__.pop("forward", None)
 
-
-@contextlib.contextmanager
-def _unpatched(layer: torch.nn.Module) -> Iterator[None]:
-    own = layer.__dict__.pop("forward", None)
     try:
+        patch()
         yield
     finally:
-        if own is not None:
-            layer.forward = own
+        restore()
 
 
 class _LayerCall:
-    """One call of a layer, as a function of its parameters and its first argument."""
+    """One call of a layer, as a function of its parameters and the hidden states that it is given.
+
+    These are its first argument, or the one of that name.
+    """
 
     def __init__(self, env: Any, layer: torch.nn.Module, args: Any, kwargs: Any):
         self._env, self._layer = env, layer
-        self._in_kwargs = not args
-        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), None)
-        self._name = name
-        first = kwargs[name] if not args else args[0]
+        named = kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        first = args[0] if args else named
         self.hidden: jax.Array = first.jax()
-        self.rest = args[1:]
-        self.kwargs = {k: v for k, v in kwargs.items() if args or k != name}
-        self.out: Any = None  # the structure of what it returns
+        self._given, self._form = torch_tree.tree_flatten((args, kwargs))
+        self._at = next(i for i, x in enumerate(self._given) if x is first)
+        self._out: Any = None  # the leaves that it returns, `_ARRAY` for arrays, and their tree
+
+    @property
+    def others(self) -> list[Any]:
+        """The leaves of its arguments, less the hidden states."""
+        return self._given[: self._at] + self._given[self._at + 1 :]
 
     def __call__(self, arrays: Arrays, hidden: jax.Array) -> list[jax.Array]:
-        args, kwargs = self.rest, self.kwargs
-        first = Tensor(hidden, self._env)
-        if self._in_kwargs:
-            kwargs = {**kwargs, self._name: first}
-        else:
-            args = (first, *args)
+        given = [*self._given]
+        given[self._at] = Tensor(hidden, self._env)
+        args, kwargs = torch_tree.tree_unflatten(given, self._form)
         tensors = {name: Tensor(array, self._env) for name, array in arrays.items()}
-        with _unpatched(self._layer):
-            out = torch.func.functional_call(self._layer, tensors, args, kwargs, tie_weights=False)
-        leaves: list[Any]
-        leaves, self.out = torch_tree.tree_flatten(out)
-        self._is_array = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        self._others = [None if isinstance(x, torch.Tensor) else x for x in leaves]
-        pairs = zip(leaves, self._is_array, strict=True)
-        return [leaf.jax() for leaf, is_array in pairs if is_array]
+        out = torch.func.functional_call(self._layer, tensors, args, kwargs, tie_weights=False)
+        leaves, form = torch_tree.tree_flatten(out)
+        self._out = [_ARRAY if isinstance(x, torch.Tensor) else x for x in leaves], form
+        return [leaf.jax() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     def restore(self, arrays: Sequence[jax.Array]) -> Any:
         """Returns the layer's output, with these arrays in it."""
-        left = iter(arrays)
-        pairs = zip(self._is_array, self._others, strict=True)
-        leaves = [Tensor(next(left), self._env) if tensor else own for tensor, own in pairs]
-        return torch_tree.tree_unflatten(leaves, self.out)
-
-    @property
-    def maps_hidden(self) -> bool:
-        """True if the layer returns hidden states alone, of the shape and dtype that it takes."""
-        return sum(self._is_array) == 1
+        (leaves, form), left = self._out, iter(arrays)
+        leaves = [Tensor(next(left), self._env) if x is _ARRAY else x for x in leaves]
+        return torch_tree.tree_unflatten(leaves, form)
 
 
 def find_stack(
     env: Any,
     name: str,
     layers: Sequence[torch.nn.Module],
-    arrays: Callable[[int], Arrays],
+    arrays: Sequence[Arrays],
     run: Callable[[], Any],
 ) -> LayerPeriods | None:
     """Returns the stack of the layers of a list whose programs are alike; None if they differ.
@@ -162,7 +163,7 @@ def find_stack(
       env: torchax's.
       name: the list's name.
       layers: its modules.
-      arrays: returns abstract parameters and the buffers of a layer.
+      arrays: the shapes of each one's parameters and buffers.
       run: runs the whole module.
     """
     signs: dict[int, Any] = {}
@@ -173,16 +174,14 @@ def find_stack(
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _LayerCall(env, layer, args, kwargs)
-        own = {k: jnp.zeros(x.shape, x.dtype) for k, x in arrays(i).items()}
+        own = {k: jnp.zeros(x.shape, x.dtype) for k, x in arrays[i].items()}
         traced, shapes = jax.make_jaxpr(call, return_shape=True)(own, call.hidden)
-        same = call.maps_hidden and shapes[0].shape == call.hidden.shape
-        same = same and shapes[0].dtype == call.hidden.dtype
-        leaves = torch_tree.tree_leaves((call.rest, call.kwargs))
-        told = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in leaves]
+        same = [(x.shape, x.dtype) for x in shapes] == [(call.hidden.shape, call.hidden.dtype)]
+        told = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.others]
         constants = [_mark(constant) for constant in traced.consts]
         signs[i] = (str(traced), constants, told, _settings(layer)) if same else (i,)
         order.append(i)
-        alive.append((leaves, traced.consts))
+        alive.append((call, traced.consts))
         follows.append(call.hidden is given[-1])
         given.extend(jnp.zeros(s.shape, s.dtype) for s in shapes)
         return call.restore(given[-len(shapes) :])

@@ -11,13 +11,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.hf.hub import resolve
-from lora_jax.hf.keys import Params, nest_leaves
+from lora_jax.hf.keys import Params, Row, nest_leaves
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.models.layers.attend import Attend
 from lora_jax.torch.backend import TorchModelError
-from lora_jax.torch.config import CAUSAL, TorchConfig
+from lora_jax.torch.config import TorchConfig
 from lora_jax.torch.files import TorchFolder
 from lora_jax.torch.model import TorchModel
+from lora_jax.torch.recipe import CAUSAL
 from lora_jax.torch.structure import plan_lines
 
 
@@ -67,19 +68,27 @@ def from_torch(
       WeightsError: weights that cannot be read or do not fit; one error lists all of them.
     """
     param_dtype = dtype if param_dtype is None else param_dtype
-    how: dict[str, Any] = {"remat": remat, "attention": attention}
+    folder = None
     if isinstance(source, str | os.PathLike):
         folder = TorchFolder(resolve(Path(source)).path, auto=auto, scan=scan)
-        model = TorchModel(folder.config, dtype, param_dtype, **how)
-        _tell(model, print_plan)
+        config = folder.config
+    else:
+        text = source.config.to_json_string(use_diff=False) if hasattr(source, "config") else ""
+        config = TorchConfig(text, auto, scan, source)
+    model = TorchModel(config, dtype, param_dtype, remat, attention)
+    if attention != "auto" and not model.built.attends:
+        raise TorchModelError(
+            f"attention={attention!r}: a {config.model_type} computes attention in its own way"
+        )
+    if print_plan is not None:
+        for line in plan_lines(config.key_rows()):
+            print_plan(line)
+    if folder is not None:
         return model, load_params(folder, param_dtype, sharding)
-    text = source.config.to_json_string(use_diff=False) if hasattr(source, "config") else ""
-    model = TorchModel(TorchConfig(text, auto, scan, source), dtype, param_dtype, **how)
-    _tell(model, print_plan)
     tensors = dict(source.named_parameters(remove_duplicate=False))
     tensors |= dict(source.named_buffers(remove_duplicate=False))
 
-    def read(row: Any) -> jax.Array:
+    def read(row: Row) -> jax.Array:
         arrays = [tensors[name].detach().float().cpu().numpy() for name in row.hf_names]
         arrays = [array.T if row.transpose else array for array in arrays]
         whole = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
@@ -87,15 +96,4 @@ def from_torch(
         array: jax.Array = jax.device_put(whole.astype(param_dtype), place)
         return array
 
-    return model, nest_leaves((row.path, read(row)) for row in model.config.key_rows())
-
-
-def _tell(model: TorchModel, print_plan: Callable[[str], None] | None) -> None:
-    if model.attention != "auto" and not model.built.attends:
-        raise TorchModelError(
-            f"attention={model.attention!r}: a {model.config.model_type} computes attention in its "
-            "own way"
-        )
-    if print_plan is not None:
-        for line in plan_lines(model.config.key_rows()):
-            print_plan(line)
+    return model, nest_leaves((row.path, read(row)) for row in config.key_rows())

@@ -13,7 +13,7 @@ from lora_jax.core.types import Tree
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import place_tokens
-from lora_jax.torch.attention import attending
+from lora_jax.torch.attention import Attending, attending
 from lora_jax.torch.backend import TorchModelError
 from lora_jax.torch.config import TorchConfig
 from lora_jax.torch.layers import Recomputed
@@ -70,7 +70,7 @@ class TorchModel:
         ids: Any = kwargs.get("input_ids", args[0] if len(args) == 1 else None)
         unpadded = ids is not None and not {"attention_mask", "position_ids"} & kwargs.keys()
         if unpadded:
-            kwargs |= self._ones(ids)
+            kwargs |= self._places(ids, {})
         out = self._run(params, args, kwargs, unpadded=unpadded)
         return out["logits"] if isinstance(out, dict) else out[0]
 
@@ -82,7 +82,7 @@ class TorchModel:
             return x.astype(self.dtype) if is_float and x.dtype != self.dtype else x
 
         wide = self.built.wide_logits() if self.config.continues else contextlib.nullcontext()
-        with attending(self.attention, self.placement, **how), wide:
+        with attending(Attending(self.attention, self.placement, **how)), wide:
             return self.built.call(jax.tree.map(cast, params), args, kwargs, recomputed)
 
     def apply(
@@ -112,7 +112,7 @@ class TorchModel:
         if cache is not None:
             cache, slots = cache.extended(input_ids, places.get("attention_mask"))
             at = slots if logits_at is None else jnp.take_along_axis(slots, logits_at, axis=1)
-            kwargs = self._ones(cache.ids)
+            kwargs = self._places(cache.ids, {})
             return self._logits(params, cache.ids, kwargs, at, return_hidden, unpadded=True), cache
         segments, mask = places.get("segment_ids"), places.get("attention_mask")
         if segments is not None and mask is not None:
@@ -124,23 +124,21 @@ class TorchModel:
     def _places(
         self, ids: jax.Array, places: Mapping[str, jax.Array | None]
     ) -> dict[str, jax.Array]:
-        """Returns the arguments that say where tokens are, those of which the module knows."""
+        """Returns the arguments that say where tokens are, those of which the module knows.
+
+        A mask is of ones if the module's attention is ours, which leaves it out: without one,
+        transformers looks for several sequences in the positions, and its mask for these would be
+        an array of [seq, seq].
+        """
         mask, positions, segments = (places.get(name) for name in _PLACES)
-        given = self._ones(ids) if mask is None else {"attention_mask": mask}
-        if mask is None and positions is None and segments is None:
-            return given
-        if "position_ids" in self.built.arguments:
+        given: dict[str, jax.Array] = {}
+        if mask is not None or self.built.attends:
+            given["attention_mask"] = jnp.ones(ids.shape, jnp.int32) if mask is None else mask
+        anything = any(place is not None for place in (mask, positions, segments))
+        if anything and "position_ids" in self.built.arguments:
             placed = place_tokens(ids, mask, positions, None, segments)
             given["position_ids"] = placed.positions
         return given
-
-    def _ones(self, ids: jax.Array) -> dict[str, jax.Array]:
-        """Returns a mask of ones, if the module's attention is ours, which leaves it out.
-
-        Without a mask, transformers looks for several sequences in the positions; its mask for
-        these would be an array of [seq, seq].
-        """
-        return {"attention_mask": jnp.ones(ids.shape, jnp.int32)} if self.built.attends else {}
 
     def _logits(
         self,

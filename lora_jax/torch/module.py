@@ -1,20 +1,18 @@
 """A torch module on the meta device, and its calls with JAX's arrays for its parameters."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import transformers
-from accelerate import init_empty_weights
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
@@ -22,7 +20,14 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Tree
 from lora_jax.models.layers.attention import dot_wide
 from lora_jax.torch.attention import NAME
-from lora_jax.torch.backend import LOCK, Tensor, TorchModelError, call_jax, running, torchax
+from lora_jax.torch.backend import (
+    LOCK,
+    Tensor,
+    TorchModelError,
+    call_jax,
+    environment,
+    running,
+)
 from lora_jax.torch.layers import (
     Recomputed,
     layer_lists,
@@ -33,32 +38,13 @@ from lora_jax.torch.layers import (
     unrolled,
 )
 from lora_jax.torch.probe import buffers_of, find_stacks, loose, stack_buffers, within
-from lora_jax.torch.structure import LayerPeriods, Parameter, parameters_of
+from lora_jax.torch.recipe import Recipe
+from lora_jax.torch.structure import LayerPeriods, Parameter, Place, parameters_of, place_of
 
 # Classes of modules that mix tokens otherwise than by attention.
 _MIXES = re.compile(
     r"Conv(?!1D$)|Mamba|SSM|Rwkv|Recurrent|DeltaNet|LinearAtt|Lightning|KDA|LSTM|Retention"
 )
-_EXPERTS = "batched_mm"  # transformers' implementation of experts that torchax can lower
-
-
-class ModuleSource(Protocol):
-    """The source of a module: a `TorchConfig`."""
-
-    @property
-    def auto(self) -> str: ...
-    @property
-    def scan(self) -> bool: ...
-    @property
-    def module(self) -> Any: ...
-    @property
-    def hf(self) -> Any: ...
-    @property
-    def continues(self) -> bool: ...
-    @property
-    def model_type(self) -> str: ...
-    @property
-    def without_generation(self) -> "ModuleSource": ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +57,7 @@ class Built:
       parameters: its parameters, and the buffers that files hold.
       stacks: its stacks.
       lists: the names of its lists of layers, without those of the stacks.
-      buffers: its further buffers, by name; those of a stack's kinds are stacked.
+      buffers: its further buffers, by name; those of layers of a kind are stacked, as parameters.
       unlike: by list, why it is no stack; without those that were not compared.
     """
 
@@ -83,13 +69,7 @@ class Built:
     buffers: Mapping[str, np.ndarray]
     unlike: Mapping[str, str]
 
-    def call(
-        self,
-        tree: Tree,
-        args: Any,
-        kwargs: Any,
-        recomputed: Recomputed = Recomputed(),  # noqa: B008
-    ) -> Any:
+    def call(self, tree: Tree, args: Any, kwargs: Any, recomputed: Recomputed) -> Any:
         """Calls the module.
 
         Args:
@@ -104,24 +84,24 @@ class Built:
         if lacking := [p.row.path for p in self.parameters if p.row.path not in leaves]:
             raise TorchModelError(f"{self.name}: the tree has no {lacking[0]}")
         whole: dict[str, jax.Array] = {}
-        kinds: dict[tuple[LayerPeriods, int], dict[str, jax.Array]] = {}
+        kinds: dict[tuple[LayerPeriods, int], dict[str, jax.Array]] = defaultdict(dict)
+
+        def give(array: jax.Array, place: Place | None, *names: str) -> None:
+            if place is None:
+                whole.update(dict.fromkeys(names, array))
+            else:
+                kinds[place.stack, place.kind][place.name] = array
+
         for own in self.parameters:
             array = leaves[own.row.path]
             array = array.swapaxes(-1, -2) if own.row.transpose else array
-            if own.stack is None:
-                whole |= dict.fromkeys((own.name, *own.aliases), array)
-            else:
-                kinds.setdefault(own.stack, {})[own.layer or ""] = array
+            give(array, own.place, own.name, *own.aliases)
         for name, buffer in self.buffers.items():
-            placed = _stacked(name, self.stacks)
-            if placed is None:
-                whole[name] = jnp.asarray(buffer)
-            else:
-                kinds.setdefault(placed[0], {})[placed[1]] = jnp.asarray(buffer)
+            give(jnp.asarray(buffer), place_of(name, self.stacks), name)
         with running(self.name) as env, contextlib.ExitStack() as open_:
             for stack in self.stacks:
                 layers = self.layers(stack.name)[stack.start :]
-                arrays = [kinds.get((stack, kind), {}) for kind in range(stack.period)]
+                arrays = [kinds[stack, kind] for kind in range(stack.period)]
                 open_.enter_context(scanned(env, stack, layers, arrays, recomputed))
             apart = recomputed.recomputes or recomputed.placement.token_parts > 1
             single = {**dict.fromkeys(self.lists), **{s.name: s.start for s in self.stacks}}
@@ -219,16 +199,8 @@ class Built:
     def trunk_output(self, change: Callable[[jax.Array], jax.Array]) -> Iterator[None]:
         """Gives the head ``change(hidden)`` in the place of final hidden states, within a block."""
 
-        outer: list[Any] = []
-
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
-            if outer:
-                return type(trunk).forward(trunk, *args, **kwargs)
-            outer.append(trunk)
-            try:
-                out = type(trunk).forward(trunk, *args, **kwargs)
-            finally:
-                outer.clear()
+            out = trunk.forward(*args, **kwargs)
             first = out[0]
             hidden = Tensor(change(first.jax()), first._env)
             if isinstance(out, tuple):
@@ -244,7 +216,7 @@ class Built:
         """Gives the head these final hidden states, within a block; nothing before it runs."""
 
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
-            return _Hidden(Tensor(hidden, torchax.default_env()))
+            return _Hidden(Tensor(hidden, environment()))
 
         with LOCK, patched(self._trunks, forward):
             yield
@@ -263,96 +235,35 @@ class _Hidden:
         return None
 
 
-def _stacked(
-    name: str, stacks: Sequence[LayerPeriods]
-) -> tuple[tuple[LayerPeriods, int], str] | None:
-    """Returns the kind of a stack's layers that a buffer belongs to, and its name within them."""
-    for stack in stacks:
-        for kind in range(stack.period):
-            prefix = f"{stack.name}.{stack.start + kind}."
-            if name.startswith(prefix):
-                return (stack, kind), name.removeprefix(prefix)
-    return None
-
-
 @functools.lru_cache(maxsize=8)
-def _built(config: Any) -> Built:
-    module: torch.nn.Module = _empty(config).eval()
-    name = config.model_type
-    buffers = buffers_of(module)
+def _built(recipe: Recipe) -> Built:
+    module: torch.nn.Module = recipe.empty_module().eval()
+    name, buffers, lists = recipe.model_type, buffers_of(module), layer_lists(module)
     stacks: list[LayerPeriods] = []
     unlike: dict[str, str] = {}
-    lists = layer_lists(module)
-    if config.scan and config.continues:
+    if recipe.scan and recipe.continues:
         stacks, unlike = find_stacks(name, module, lists, buffers)
     parameters = parameters_of(module, stacks)
+    stored = {n for p in parameters_of(module) for n in (p.name, *p.aliases)}
     for stack in stacks:
-        buffers = stack_buffers(stack, buffers)
         layers: Any = module.get_submodule(stack.name)
         owner, _, leaf = stack.name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, torch.nn.ModuleList(layers[: stack.n_layers]))
-    stored = {n for p in parameters for n in (p.name, *p.aliases)}
-    stored |= {p.name for p in parameters_of(module)}
-    others = [name for name in lists if name not in {stack.name for stack in stacks}]
     return Built(
         name=name,
         module=module,
         parameters=parameters,
         stacks=stacks,
-        lists=others,
-        buffers={n: b for n, b in buffers.items() if n not in stored},
+        lists=[name for name in lists if name not in {stack.name for stack in stacks}],
+        buffers=stack_buffers(stacks, {n: b for n, b in buffers.items() if n not in stored}),
         unlike=unlike,
     )
 
 
-def built(config: ModuleSource) -> Built:
-    """Returns the module of a configuration, without weights; it is built once.
+def built(recipe: Recipe) -> Built:
+    """Returns the module of a recipe or a configuration, without weights; it is built once.
 
     Raises:
       TorchModelError: transformers cannot build it.
     """
-    recipe: Any = config.without_generation
-    return _built(recipe)
-
-
-def _empty(config: ModuleSource) -> Any:
-    """Returns the module with its parameters on the meta device, and its buffers as they are."""
-    if config.module is not None:
-        memo = {id(p): torch.nn.Parameter(p.to("meta"), False) for p in config.module.parameters()}
-        module: Any = copy.deepcopy(config.module, memo)
-        if hasattr(module, "set_attn_implementation") and _takes_attention(type(module)):
-            module.set_attn_implementation(NAME)
-        if hasattr(module, "set_experts_implementation"):
-            module.set_experts_implementation(_EXPERTS)
-        return module
-    hf = copy.deepcopy(config.hf)
-    kind = _class_of(config, hf)
-    attention = NAME if _takes_attention(kind) else "eager"
-    options = {"attn_implementation": attention, "experts_implementation": _EXPERTS}
-    with init_empty_weights(include_buffers=False):
-        try:
-            module = kind._from_config(hf, **options)
-        except (ValueError, TypeError):
-            del options["experts_implementation"]
-            module = kind._from_config(hf, **options)
-    module.tie_weights()
-    return module
-
-
-def _class_of(config: ModuleSource, hf: Any) -> Any:
-    """Returns the class of a module: by its configuration's, or by the name in the config.json.
-
-    A model that reads more than texts may have a part for texts alone, whose configuration only
-    that name tells from others.
-    """
-    mapping, suffix = getattr(transformers, config.auto)._model_mapping, config.auto[9:]
-    kind = mapping.get(type(hf), None)
-    for name in hf.architectures or () if kind is None else ():
-        kind = kind or (getattr(transformers, name, None) if name.endswith(suffix) else None)
-    if kind is None:
-        raise TorchModelError(f"transformers has no {suffix} of {config.model_type}")
-    return kind[0] if isinstance(kind, tuple) else kind
-
-
-def _takes_attention(kind: type) -> bool:
-    return bool(getattr(kind, "_supports_attention_backend", False))
+    return _built(Recipe(recipe.text, recipe.auto, recipe.scan, recipe.module))

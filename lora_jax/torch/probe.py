@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from lora_jax.torch.attention import attending
+from lora_jax.torch.attention import Attending, attending
 from lora_jax.torch.backend import Tensor, TorchModelError, running
 from lora_jax.torch.layers import find_stack
-from lora_jax.torch.structure import LayerPeriods
+from lora_jax.torch.structure import LayerPeriods, place_of
 
 _PROBE = 8  # tokens of the row by which layers are compared
 
@@ -74,19 +74,12 @@ def find_stacks(
     """
     stacks: list[LayerPeriods] = []
     unlike: dict[str, str] = {}
+    shapes = {n: _shape(p) for n, p in module.named_parameters(remove_duplicate=False)}
     for each in lists:
-        layers: Any = module.get_submodule(each)
-
-        def arrays(i: int, each: str = each, layers: Any = layers) -> dict[str, Any]:
-            own = {k: _shape(p) for k, p in layers[i].named_parameters(remove_duplicate=False)}
-            return own | within(buffers, f"{each}.{i}.")
-
         try:
-            shapes = {n: _shape(p) for n, p in module.named_parameters(remove_duplicate=False)}
-            stack = _probe(name, module, each, layers, arrays, shapes | dict(buffers))
+            stack = _probe(name, module, each, {**shapes, **buffers})
         except (TorchModelError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            first, _, _ = str(error).partition("\n")
-            unlike[each] = f"they cannot be compared: {first}"
+            unlike[each] = f"they cannot be compared: {str(error).partition(chr(10))[0]}"
             continue
         if stack is None:
             unlike[each] = "they differ"
@@ -101,40 +94,36 @@ def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
 
 
 def _probe(
-    name: str,
-    module: torch.nn.Module,
-    each: str,
-    layers: Any,
-    arrays: Any,
-    shapes: Mapping[str, Any],
+    name: str, module: torch.nn.Module, each: str, shapes: Mapping[str, Any]
 ) -> LayerPeriods | None:
     """Returns the stack of a list of layers, by a trace of the whole module."""
     result: list[LayerPeriods | None] = []
+    layers: Any = module.get_submodule(each)
 
-    def traced(values: Mapping[str, Any], ids: jax.Array) -> jax.Array:
-        with running(name) as env, attending(keeps_masks=True), loose(env, module):
+    def traced(values: Mapping[str, Any], ids: jax.Array) -> None:
+        with running(name) as env, attending(Attending(keeps_masks=True)), loose(env, module):
             tensors = {n: Tensor(jnp.asarray(x), env) for n, x in values.items()}
 
             def run() -> None:
                 kwargs = {"input_ids": Tensor(ids, env), "use_cache": False}
                 torch.func.functional_call(module, tensors, (), kwargs, tie_weights=False)
 
-            result.append(find_stack(env, each, list(layers), arrays, run))
-        return ids
+            own = [within(shapes, f"{each}.{i}.") for i in range(len(layers))]
+            result.append(find_stack(env, each, list(layers), own, run))
 
     jax.eval_shape(traced, dict(shapes), jax.ShapeDtypeStruct((1, _PROBE), np.int32))
     return result[0]
 
 
-def stack_buffers(stack: LayerPeriods, buffers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns buffers, with those of a stack's layers stacked under the first one's name."""
-    kept = {}
+def stack_buffers(
+    stacks: Sequence[LayerPeriods], buffers: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns buffers, those of layers of a kind stacked under the first one's name."""
+    kept: dict[str, np.ndarray] = {}
     for name, buffer in buffers.items():
-        number, _, rest = name.removeprefix(f"{stack.name}.").partition(".")
-        if not name.startswith(f"{stack.name}.") or int(number) < stack.start:
+        placed = place_of(name, stacks)
+        if placed is None:
             kept[name] = buffer
-        elif int(number) < stack.n_layers:
-            kind = int(number) - stack.start
-            names = [f"{stack.name}.{layer}.{rest}" for layer in stack.numbers(kind)]
-            kept[name] = np.stack([buffers[n] for n in names])
+        elif placed.turn == 0:
+            kept[name] = np.stack([buffers[each] for each in placed.all_names])
     return kept

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jax.sharding import PartitionSpec
@@ -39,9 +39,8 @@ class LayerPeriods:
         """The number of layers that are left of the list: those before, and one of each kind."""
         return self.start + self.period
 
-    def place(self, layer: int) -> str:
-        """Returns the name of a layer's kind in paths; "" where there is a single kind."""
-        kind = (layer - self.start) % self.period
+    def place(self, kind: int) -> str:
+        """Returns the name of a kind of layers in paths; "" where there is a single one."""
         if self.start:
             return f"{kind}of{self.period}from{self.start}"
         return f"{kind}of{self.period}" if self.period > 1 else ""
@@ -49,6 +48,37 @@ class LayerPeriods:
     def numbers(self, kind: int) -> tuple[int, ...]:
         """Returns the numbers of the layers of a kind."""
         return tuple(self.start + kind + i * self.period for i in range(self.repeats))
+
+
+class Place(NamedTuple):
+    """The place of a tensor in a stack.
+
+    Attributes:
+      stack: the stack.
+      kind: the number of its layer in the period.
+      turn: the number of the period.
+      name: its name within its layer.
+    """
+
+    stack: LayerPeriods
+    kind: int
+    turn: int
+    name: str
+
+    @property
+    def all_names(self) -> list[str]:
+        """The module's names of this tensor in all layers of the kind."""
+        return [f"{self.stack.name}.{i}.{self.name}" for i in self.stack.numbers(self.kind)]
+
+
+def place_of(name: str, stacks: Sequence[LayerPeriods]) -> Place | None:
+    """Returns the place of a tensor; None if it belongs to no stack."""
+    for stack in stacks:
+        if match := re.fullmatch(rf"{re.escape(stack.name)}\.(\d+)\.(.+)", name):
+            turn, kind = divmod(int(match[1]) - stack.start, stack.period)
+            if turn >= 0:
+                return Place(stack, kind, turn, match[2])
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +89,13 @@ class Parameter:
       name: dotted, as in files.
       aliases: its other names, in other modules.
       row: its row of the key table.
-      layer: the name within its layer, where the row is a stack; else None.
-      stack: that stack, and the kind of its layers.
+      place: its place in a stack, in the first layer of its kind; None if it is in none.
     """
 
     name: str
     aliases: tuple[str, ...]
     row: Row
-    layer: str | None = None
-    stack: tuple[LayerPeriods, int] | None = None
+    place: Place | None = None
 
 
 def parameters_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) -> list[Parameter]:
@@ -85,8 +113,8 @@ def parameters_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) 
         tensors[id(tensor)] = tensor
     parameters: list[Parameter] = []
     for key, (name, *aliases) in names.items():
-        placed = _place(name, stacks)
-        if placed is not None and placed[2] > 0:
+        placed = place_of(name, stacks)
+        if placed is not None and placed.turn > 0:
             continue  # the row of the first layer of its kind holds it
         parameters.append(_parameter(module, name, tuple(aliases), tensors[key], placed, heads))
     return parameters
@@ -114,22 +142,12 @@ def _heads(module: torch.nn.Module) -> dict[str, Kind]:
     return kinds
 
 
-def _place(name: str, stacks: Sequence[LayerPeriods]) -> tuple[LayerPeriods, int, int, str] | None:
-    """Returns the stack of a parameter, its kind, its turn, and its name within its layer."""
-    for stack in stacks:
-        if match := re.fullmatch(rf"{re.escape(stack.name)}\.(\d+)\.(.+)", name):
-            layer = int(match[1]) - stack.start
-            if layer >= 0:
-                return stack, layer % stack.period, layer // stack.period, match[2]
-    return None
-
-
 def _parameter(
     module: torch.nn.Module,
     name: str,
     aliases: tuple[str, ...],
     tensor: torch.Tensor,
-    placed: tuple[LayerPeriods, int, int, str] | None,
+    placed: Place | None,
     heads: dict[str, Kind],
 ) -> Parameter:
     owner_name, _, leaf = name.rpartition(".")
@@ -145,8 +163,13 @@ def _parameter(
     elif leaf == "weight" and "norm" in type(owner).__name__.lower():
         ours = "scale"
     kind = _kind(owner_name, ours, len(shape), heads)
+    path = owner_name.split(".")
+    if placed is not None:
+        stack, number, _, within = placed
+        inner = within.split(".")[:-1]
+        path = [*stack.name.split("."), stack.place(number), *inner]
     row = Row(
-        path="/".join([*owner_name.split("."), ours]).lstrip("/"),
+        path="/".join(part for part in (*path, ours) if part),
         hf=name,
         shape=shape,
         transpose=transpose,
@@ -154,20 +177,11 @@ def _parameter(
         kind=kind,
         spec=_spec(owner_name, ours, shape, kind),
     )
-    if placed is None:
-        return Parameter(name, aliases, row)
-    stack, place, _, within = placed
-    layer = stack.start + place
-    of_layer, inner = f"{stack.name}.{layer}.", [p for p in within.split(".")[:-1] if p]
-    path = [*stack.name.split("."), *[p for p in [stack.place(layer)] if p], *inner, ours]
-    row = dataclasses.replace(
-        row,
-        path="/".join(path),
-        hf=f"{stack.name}.{{}}.{name.removeprefix(of_layer)}",
-        stack=(stack.repeats,),
-        numbers=stack.numbers(place),
-    )
-    return Parameter(name, aliases, row, within, (stack, place))
+    if placed is not None:
+        numbers = stack.numbers(number)
+        hf = f"{stack.name}.{{}}.{within}"
+        row = dataclasses.replace(row, hf=hf, stack=(stack.repeats,), numbers=numbers)
+    return Parameter(name, aliases, row, placed)
 
 
 def _kind(owner: str, leaf: str, ndim: int, heads: dict[str, Kind]) -> Kind | None:

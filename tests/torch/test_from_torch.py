@@ -1,6 +1,7 @@
 """Torch modules as JAX functions: their laws, their loading, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.hf import sources
-from lora_jax.hf.fields import read_file
+from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.keys import WeightsError
 from lora_jax.lorafy import map_parts
 from lora_jax.training import make_mesh
@@ -24,6 +25,7 @@ from tests.torch.checks import VOCAB, compare, distance, is_exact, random_model
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 
 from lora_jax.torch import (  # noqa: E402
@@ -292,6 +294,36 @@ def test_parts_of_tensors_in_files(tmp_path, monkeypatch):
         from_torch(tmp_path)
 
 
+def test_codes_of_files_are_read_as_arrays(tmp_path):
+    """FP8 in blocks, as DeepSeek-V3 is shipped: parts of experts, layers in a stack and outside."""
+    random_model("deepseek_v3").save_pretrained(tmp_path / "floats")
+    tensors = safetensors_torch.load_file(tmp_path / "floats/model.safetensors")
+    coded = dict(tensors)
+    for name in [n for n in tensors if re.search(r"(_proj|_a|_b|_mqa)\.weight$", n)]:
+        values, (rows, columns) = tensors[name], tensors[name].shape
+        scale = 0.5 + torch.rand(-(-rows // 16), -(-columns // 16))
+        each = scale.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
+        codes = (values / each).to(torch.float8_e4m3fn)
+        coded |= {name: codes, f"{name}_scale_inv": scale}
+        tensors[name] = codes.float() * each
+    fields = json.loads((tmp_path / "floats/config.json").read_text())
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    (tmp_path / "fp8").mkdir()
+    text = json.dumps(fields | {"quantization_config": fp8})
+    (tmp_path / "fp8/config.json").write_text(text)
+    before = from_torch(tmp_path / "floats")[1]
+    for folder, held in (("floats", tensors), ("fp8", coded)):
+        safetensors_torch.save_file(held, tmp_path / folder / "model.safetensors")
+    (_, want), (fn, params) = (from_torch(tmp_path / folder) for folder in ("floats", "fp8"))
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    experts = [x["model"]["layers"]["0of1from1"]["mlp"]["experts"] for x in (params, before)]
+    assert distance(experts[0]["gate_up_proj"], experts[1]["gate_up_proj"]) > 1e-3
+    assert np.isfinite(jax.jit(fn)(params, IDS)).all() and len(coded) - len(tensors) > 20
+    (tmp_path / "fp8/config.json").write_text(text.replace('"fp8"', '"sinq"'))
+    with pytest.raises(ConfigError, match="quant_method"):
+        from_torch(tmp_path / "fp8")
+
+
 def test_a_module_is_taken_as_it_is(llama):
     folder, module = llama
     fn, params = from_torch(module)
@@ -315,6 +347,52 @@ def test_a_module_is_taken_as_it_is(llama):
         assert distance(fn(params, x), network(torch.tensor(x)).numpy()) <= 1e-5
     tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
     assert lj.adapt(fn, strict=True)(tree, x).shape == (2, 3)
+
+
+class Cube(torch.autograd.Function):
+    """x ** 3, with its own backward; torch runs its forward under no_grad."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * gradient
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_modules_no_grad_stops_gradients_and_a_functions_forward_does_not(frozen):
+    class Cycles(torch.nn.Module):
+        def __init__(self, frozen, cube):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.outer = torch.nn.Linear(5, 5), torch.nn.Linear(5, 3)
+            self.frozen, self.cube = frozen, cube
+            for parameter in self.parameters():
+                parameter.data *= 2
+
+        def forward(self, x):
+            first = torch.tanh(self.inner(x))
+            with torch.set_grad_enabled(not self.frozen):
+                state = self.cube(torch.tanh(self.inner(first)))
+                first = first.to(first.dtype)  # the same tensor, whose gradient stays
+            return self.outer(self.cube(torch.tanh(self.inner(state + first))))
+
+    def by_torch(*how):
+        network = Cycles(*how)
+        (network(torch.tensor(x)) ** 2).sum().backward()
+        return network.inner.weight.grad.numpy().T
+
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    fn, params = from_torch(Cycles(frozen, Cube.apply))
+    with torch.no_grad():  # the caller's is none of the module's
+        gradient = jax.jit(jax.grad(lambda p: (fn(p, x) ** 2).sum()))(params)
+    assert distance(gradient["inner"]["kernel"], by_torch(frozen, Cube.apply)) <= 1e-5
+    for wrong in ((not frozen, Cube.apply), (frozen, lambda x: 0 * x + x.detach() ** 3)):
+        assert distance(gradient["inner"]["kernel"], by_torch(*wrong)) > 1e-2
 
 
 def test_modules_that_are_named_by_numbers_are_saved_for_peft(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.hf.fields import read_file
-from lora_jax.hf.sources import Source
+from lora_jax.hf.sources import Source, read_config_file
 from lora_jax.models import ConfigError
 from lora_jax.models.families import FAMILIES, declined_field, module_of
 from lora_jax.models.pretrained import open_source
@@ -89,7 +89,7 @@ def open_model(path: Path, code: str | None = None, **options: Any) -> Source:
 
 def torch_config(path: Path) -> Any:
     """Returns the configuration of a torch module by its config.json."""
-    return _torch().TorchConfig.from_hf(read_file(path, "a model", ConfigError))
+    return read_config_file(path, _torch().files.FORMATS)
 
 
 def make_model(config: Any, dtype: Any, param_dtype: Any, **options: Any) -> Any:
