@@ -143,6 +143,7 @@ LAWS = {
             "models/tiny_encoders.py": ("ENCODERS", "GPT2S"),
             "models/tiny_vision.py": ("CASES",),
             "models/test_parity_smolvlm.py": ("FIELDS",),
+            "models/test_parity_qwen_vl.py": ("CLASSES",),
             "models/test_published.py": ("PUBLISHED",),
             "peft_adapters/models.py": ("FAMILIES",),
         },

@@ -31,6 +31,8 @@ from lora_jax.models.layers.cache import Shared as Shared
 from lora_jax.models.layers.cache import init_cache as init_cache
 from lora_jax.models.pretrained import from_pretrained as from_pretrained
 from lora_jax.models.pretrained import save_pretrained as save_pretrained
+from lora_jax.models.qwen_vl.config import QwenVLConfig as QwenVLConfig
+from lora_jax.models.qwen_vl.model import QwenVL as QwenVL
 from lora_jax.models.sampling.generate import generate as generate
 from lora_jax.models.sampling.generate import share as share
 from lora_jax.models.sampling.rollouts import Samples as Samples

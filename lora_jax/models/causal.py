@@ -9,7 +9,7 @@ from flax import linen as nn
 from lora_jax.models.layers.attention import dot_wide, soft_cap
 from lora_jax.models.layers.blocks import EmbeddingNoise, ModelPart, dense
 from lora_jax.models.layers.cache import Cache
-from lora_jax.models.layers.trunk import causal_mask, extend_cache, place_tokens
+from lora_jax.models.layers.trunk import TokenPlaces, causal_mask, extend_cache, place_tokens
 
 
 class CausalLM(ModelPart):
@@ -60,8 +60,8 @@ class CausalLM(ModelPart):
             at the prompt, which comes first, and another number at each completion, which sees the
             prompt and itself. ``positions`` are needed, too: each completion's go on from the end
             of its prompt.
-          **inputs: other inputs of a family's trunk: ``pixel_values`` of ``SmolVLM``, and
-            ``routing`` of a ``Decoder`` with experts.
+          **inputs: other inputs of a family's trunk: ``pixel_values`` of ``SmolVLM``, with
+            ``image_grids`` of ``QwenVL``, and ``routing`` of a ``Decoder`` with experts.
 
         Returns:
           Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
@@ -80,13 +80,27 @@ class CausalLM(ModelPart):
             raise ValueError(f"{length} {what} more than the model's {limit} positions")
         if branches is not None:
             self._check_branches(positions, cache)
-        placed = place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
+        where = (attention_mask, positions, cache, segment_ids)
+        placed = self.place(input_ids, *where, **inputs)
         mask = causal_mask(placed, segment_ids, cache, branches)
         hidden, new = self.trunk(input_ids, placed, mask, cache, embedding_noise, **inputs)
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         out = hidden if return_hidden else self.head(hidden)
         return out if cache is None else (out, extend_cache(cache, placed, new))
+
+    @nn.nowrap
+    def place(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        positions: jax.Array | None,
+        cache: Cache | None,
+        segment_ids: jax.Array | None,
+        **inputs: Any,
+    ) -> TokenPlaces:
+        """Finds the positions of the tokens of a call; see ``__call__`` for the arguments."""
+        return place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
 
     @nn.nowrap
     def tokens_of_call(

@@ -28,6 +28,10 @@ from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.keys import gpt2_name, gpt2_table
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.layers.attend import Attend
+from lora_jax.models.qwen_vl.config import CLASSES as QWEN_VL
+from lora_jax.models.qwen_vl.config import QwenVLConfig
+from lora_jax.models.qwen_vl.keys import FURTHER, qwen_vl_name, qwen_vl_parts, qwen_vl_table
+from lora_jax.models.qwen_vl.model import QwenVL
 from lora_jax.models.smolvlm.config import CLASSES as SMOLVLM
 from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.models.smolvlm.keys import smolvlm_name, smolvlm_table
@@ -38,6 +42,8 @@ from lora_jax.models.vision.config import VisionConfig
 from lora_jax.models.vision.keys import OTHER_PARTS, vision_name, vision_table
 from lora_jax.models.vision.model import VisionEncoder
 from lora_jax.quantized import is_coded
+
+IMAGES = "images"  # the option of models whose folders are read for their texts alone without it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,19 @@ def _decoder_format(facts: DecoderFamily) -> ModelFormat:
     )
 
 
+def _read_text_or_images(fields: Fields, images: bool = False) -> ModelConfig:
+    return QwenVLConfig.from_hf(fields) if images else DecoderConfig.from_hf(fields)
+
+
+_QWEN_VL = ModelFormat(
+    _read_text_or_images,
+    qwen_vl_table,
+    qwen_vl_parts,
+    options=frozenset({IMAGES}),
+    name=qwen_vl_name,
+    ignored=FURTHER,
+)
+
 FAMILIES: dict[str, Family] = {
     **{
         name: Family(Decoder, _decoder_format(facts), facts.default_targets)
@@ -85,6 +104,7 @@ FAMILIES: dict[str, Family] = {
         for name in (own, facts.with_images)
         if name is not None
     },
+    **{name: Family(QwenVL, _QWEN_VL, None) for name in QWEN_VL},
     **{name: Family(Encoder, _ENCODER, facts.default_targets) for name, facts in ENCODERS.items()},
     **{name: Family(VisionEncoder, _VISION, None) for name in VISION},
     **{
@@ -151,7 +171,7 @@ def module_of(
         if any(is_coded(functools.reduce(operator.getitem, path, params)) for path in paths):
             experts = "blocks"
     module = family_of(config.model_type).module
-    more = {"experts": experts} if module is Decoder else {}
+    more = {"experts": experts} if module in (Decoder, QwenVL) else {}
     return module(config, dtype, param_dtype, remat=remat, attention=attention, **more)
 
 

@@ -24,7 +24,7 @@ from lora_jax.hf.save import file_dtypes, write_model, write_template, write_tok
 from lora_jax.hf.sources import SafetensorsFolder, Source
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.rope import with_rope_scaling
-from lora_jax.models.families import FORMATS, key_table, module_of
+from lora_jax.models.families import FORMATS, IMAGES, key_table, module_of
 from lora_jax.models.layers.attend import Attend
 from lora_jax.quantized import Format as Codes
 from lora_jax.quantized import QuantRule
@@ -43,6 +43,7 @@ def from_pretrained(
     num_labels: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
+    images: bool | None = None,
     rope_scaling: Fields | None = None,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
     key: jax.Array | None = None,
@@ -74,6 +75,8 @@ def from_pretrained(
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
       head, num_labels, pooling, normalize: an encoder's options, instead of its config.json's; see
         ``EncoderConfig``.
+      images: True for Qwen3.5 with its encoder of images, a ``QwenVL``; by default its folders are
+        read for their texts alone. SmolVLM always reads images.
       rope_scaling: a decoder's, for rows longer than its positions; see ``with_rope_scaling``.
       quantize: the codes to keep kernels in: a format ("nf4", "nf4-double", "int4", "int8", …), a
         list of ``QuantRule``, "stored" for the codes that the files hold, or "none" for arrays. By
@@ -109,7 +112,8 @@ def from_pretrained(
     if local.note:
         print(local.note, file=sys.stderr)
     asked = {"head": head, "num_labels": num_labels, "pooling": pooling, "normalize": normalize}
-    options = {name: value for name, value in asked.items() if value is not None}
+    options: dict[str, Any] = {name: x for name, x in asked.items() if x is not None}
+    options |= {IMAGES: True} if images else {}
     source = open_source(local.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
     config = source.config

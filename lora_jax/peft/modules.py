@@ -57,8 +57,8 @@ def tables_of(model: Model) -> list[Sequence[Row]]:
     """Returns a model's key table by the names that PEFT knows: transformers 5's, then 4's.
 
     A decoder that is the text of a model with images has two more, by the names in that model, of
-    now and of transformers before 4.52. The last ones are by the names in a bare model
-    (transformers' AutoModel), without "model.".
+    now and of transformers before 4.52; the whole model has one more, by the names in its text. The
+    last ones are by the names in a bare model (transformers' AutoModel), without "model.".
 
     Raises:
       PeftError: see `table_of`.
@@ -67,9 +67,12 @@ def tables_of(model: Model) -> list[Sequence[Row]]:
     newer = [dataclasses.replace(row, hf=row.in_module or row.hf, in_module=None) for row in table]
     if any(row.in_module for row in table):
         return [newer, table]
-    facts = getattr(getattr(model, "config", None), "family", None)
-    tables = [table]
-    if getattr(facts, "with_images", None) is not None:
+    config = getattr(model, "config", None)
+    facts = getattr(config, "family", None)
+    tables, whole = [table], getattr(facts, "with_images", None)
+    if whole is not None and getattr(config, "model_type", None) == whole:
+        tables.append(_renamed(table, r"^model\.language_model\.", "model."))
+    elif whole is not None:
         wholes = ("model.language_model.", "language_model.model.")
         tables += [_renamed(table, r"^model\.", whole) for whole in wholes]
     return [*tables, *(_renamed(each, r"^(model|transformer)\.", "") for each in tables)]

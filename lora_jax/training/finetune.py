@@ -46,7 +46,8 @@ from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import Line, Recorder, show
 from lora_jax.training.run.stop import Stop
 
-_OUR_MODELS = models.Decoder, models.GPT2, models.Encoder, models.VisionEncoder, models.SmolVLM
+_OF_TEXTS = models.Decoder, models.GPT2, models.Encoder
+_OUR_MODELS = *_OF_TEXTS, models.VisionEncoder, models.SmolVLM, models.QwenVL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ BELOW = {
     "models/encoder": (*SHARED, "models.encoder"),
     "models/vision": (*SHARED, "models.vision"),
     "models/smolvlm": (*SHARED, "models.decoder", "models.smolvlm"),
+    "models/qwen_vl": (*SHARED, "models.decoder", "models.qwen_vl"),
     "models/gpt2": (*SHARED, "models.gpt2"),
     "models": ("buckets", "core.types", "folders", "hf", "models", "quantized"),
 }

@@ -104,7 +104,8 @@ class Trunk(ModelPart):
         self._check_routing(routing)
         positions = placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.max_len
-        rope = rotations(positions, self.config, length)
+        rotated = positions if placed.rotated is None else placed.rotated
+        rope = rotations(rotated, self.config, length)
         other_rope = None
         if self.config.rope_free_layers:
             other_rope = RopeAngles(jnp.ones_like(rope.cos), jnp.zeros_like(rope.sin))

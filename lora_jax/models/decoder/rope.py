@@ -33,7 +33,7 @@ def rotations(
     """Returns the rotation of every position.
 
     Args:
-      positions: [batch, seq], int.
+      positions: [batch, seq], int; or [batch, seq, rotated / 2], of each pair.
       config: the decoder's.
       length: [] int, the number of tokens by which "longrope" chooses its frequencies. Without a
         cache it is the length of the batch's longest row, as in transformers; with one, the cache's
@@ -49,7 +49,8 @@ def rotations(
     else:
         freqs = frequencies(config, length)
         factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
-    at = positions[..., None, None].astype(jnp.float32)
+    at = (positions if positions.ndim == 3 else positions[..., None])[..., None, :]
+    at = at.astype(jnp.float32)
     angles = at * freqs
     return RopeAngles(
         jnp.cos(angles) * factor, jnp.sin(angles) * factor, _query_factors(at, config.rope_scaling)

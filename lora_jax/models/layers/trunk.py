@@ -53,12 +53,15 @@ class TokenPlaces(NamedTuple):
       slots: [batch, keys] int32, the keys' positions; -1 in slots with nothing to see.
       first: [] int32, the slot of the first query; [batch] with a token a row.
       present: [batch, seq] bool, False at padding.
+      rotated: [batch, seq, pairs] int32, the positions by which RoPE rotates each of its pairs, in
+        a row with images; None where all go by ``positions``.
     """
 
     positions: jax.Array
     slots: jax.Array
     first: jax.Array
     present: jax.Array
+    rotated: jax.Array | None = None
 
 
 def place_tokens(

@@ -84,7 +84,7 @@ TOKEN_LOSSES = {  # by the names of `train.sft --loss`
 
 
 # A model's inputs beside the tokens.
-_WHERE = ("positions", "segment_ids", "branches", "pixel_values", "routing")
+_WHERE = ("positions", "segment_ids", "branches", "pixel_values", "image_grids", "routing")
 
 
 def token_values(
@@ -117,8 +117,8 @@ def token_values(
         ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
       params: a parameter tree, adapted or plain.
       batch: arrays [batch, seq] and [batch, m]; see `Packs`. The model gets `pixel_values`,
-        `branches` and `routing`, too, where a batch has them. Where completions share a prompt, the
-        others may be [batch, completions, n].
+        `image_grids`, `branches` and `routing`, too, where a batch has them. Where completions
+        share a prompt, the others may be [batch, completions, n].
       dropout_key: turns dropout on.
       chunk: predictions a chunk; 0 for all at once, None for `predictions_at_once` on each device.
       parts: the parts that a row is split into, each on a device. With several, a place may

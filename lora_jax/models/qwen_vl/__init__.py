@@ -1,0 +1,1 @@
+"""Qwen3.5 with images: an encoder of images of any size, and a decoder of linear layers."""

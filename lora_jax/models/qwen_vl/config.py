@@ -1,0 +1,204 @@
+"""Qwen3.5's configuration where it reads images: its decoder's, its encoder's, its config.json."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
+from lora_jax.hf.generation import Generation
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.layers.blocks import ACTIVATION
+
+# model_type -> the beginning of the name of transformers' class.
+CLASSES = {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
+_NAMES = {  # ours -> Hugging Face's, where they differ
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "num_channels": "in_channels",
+}
+_SECTION = "mrope_section"
+# The tokens around images, and of videos, which are not read: kept for the file.
+_TOKENS = ("video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenVisionConfig:
+    """An encoder of images of any size, by patches. Hashable; sizes are in elements and pixels.
+
+    Attributes:
+      temporal_patch_size: the frames that a patch's kernel is for; an image is so many equal ones.
+      spatial_merge_size: a square of so many patches a side becomes one token.
+      num_position_embeddings: the size of the square table of positions, which is interpolated.
+      rope_theta: RoPE's base, of rows and of columns.
+    """
+
+    num_hidden_layers: int = 27
+    hidden_size: int = 1152
+    hidden_act: str = "gelu_pytorch_tanh"
+    intermediate_size: int = 4304
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    patch_size: int = 16
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    out_hidden_size: int = 3584
+    num_position_embeddings: int = 2304
+    initializer_range: float = 0.02
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        check_known("hidden_act", self.hidden_act, ACTIVATION)
+        check_multiple(hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads)
+        if self.head_dim % 4:
+            raise ConfigError(
+                f"heads of {self.head_dim} dimensions: a multiple of 4 is needed, whose halves are "
+                "rotated by rows and by columns"
+            )
+        if self.side**2 != self.num_position_embeddings:
+            raise ConfigError(
+                f"num_position_embeddings ({self.num_position_embeddings}) is no square"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """The size of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def side(self) -> int:
+        """The rows, and the columns, of the table of positions."""
+        return math.isqrt(self.num_position_embeddings)
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """The epsilon of all norms."""
+        return 1e-6
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        """The shape of a patch: channels, height, width."""
+        return self.num_channels, self.patch_size, self.patch_size
+
+    @classmethod
+    def from_hf(cls, fields: Fields, kind: str) -> "QwenVisionConfig":
+        """Reads a vision_config of a model of this kind.
+
+        Raises:
+          ConfigError: names the fields that are unsupported or unknown.
+        """
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "rope_theta"]
+        known = {_NAMES.get(name, name) for name in names}
+        others = {"model_type", "rope_parameters", "deepstack_visual_indexes"}
+        refuse_unknown(fields, f"{kind}'s vision_config", known | others)
+        if deep := fields.get("deepstack_visual_indexes"):
+            raise ConfigError(f"deepstack_visual_indexes={deep} is not supported, only []")
+        read = {name: fields[own] for name in names if (own := _NAMES.get(name, name)) in fields}
+        rope = dict(fields.get("rope_parameters") or {})
+        if (form := rope.get("rope_type", "axial")) != "axial":
+            raise ConfigError(f"RoPE type {form!r} is not supported for images, only axial")
+        return cls(**read, rope_theta=float(rope.get("rope_theta", cls.rope_theta)))
+
+    def to_hf(self) -> dict[str, object]:
+        """Returns the vision_config that ``from_hf`` reads back."""
+        out = {_NAMES.get(name, name): x for name, x in dataclasses.asdict(self).items()}
+        theta = out.pop("rope_theta")
+        return out | {"rope_parameters": {"rope_type": "axial", "rope_theta": theta}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenVLConfig:
+    """A decoder of Qwen3.5 that reads images. Hashable.
+
+    Every field of the decoder's configuration is one of this, too.
+
+    Attributes:
+      text: the decoder's configuration.
+      vision: the configuration of the encoder of images.
+      image_token_id: the token in whose place an image's next vector stands.
+      mrope_section: how many of RoPE's pairs go by a token's time, row and column in an image: in
+        turns, as long as rows and columns have some left.
+      tokens: further tokens of config.json, by name.
+      generation: what the model's generation_config.json says; None without one.
+
+    Raises:
+      ConfigError: if the fields contradict each other.
+    """
+
+    model_type: str = "qwen3_5"
+    text: DecoderConfig
+    vision: QwenVisionConfig
+    image_token_id: int = 248056
+    mrope_section: tuple[int, int, int] = (11, 11, 10)
+    tokens: tuple[tuple[str, int], ...] = ()
+    generation: Generation | None = None
+
+    def __post_init__(self) -> None:
+        check_known("model_type", self.model_type, CLASSES)
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise ConfigError(
+                f"the encoder of images returns vectors of {self.vision.out_hidden_size} "
+                f"(out_hidden_size), and the text's have {self.text.hidden_size}"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "text":
+            raise AttributeError(name)
+        return getattr(self.text, name)
+
+    @property
+    def rotated_by(self) -> np.ndarray:
+        """The place that each of RoPE's pairs goes by, [pairs]: 0 time, 1 row, 2 column."""
+        pairs = np.arange((self.text.rotary_dim + 1) // 2)
+        axes = pairs % 3
+        return np.where(pairs < 3 * np.array(self.mrope_section)[axes], axes, 0)
+
+    @classmethod
+    def from_hf(cls, config: Fields) -> "QwenVLConfig":
+        """Reads the dict of a config.json, as transformers 5 writes it.
+
+        Args:
+          config: the parsed config.json.
+
+        Raises:
+          ConfigError: names the fields that are missing, unsupported or unknown.
+        """
+        kind = check_known("model_type", config.get("model_type"), CLASSES)
+        text, vision = DecoderConfig.from_hf(config), config.get("vision_config")
+        if not isinstance(vision, dict):
+            raise ConfigError(f"the configuration of {kind} lacks vision_config: it has no images")
+        fields = config["text_config"]
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        if not rope.get("mrope_interleaved", True):
+            raise ConfigError("mrope_interleaved=False is not supported, only True")
+        given: dict[str, Any] = {}
+        if _SECTION in rope:
+            given[_SECTION] = tuple(rope[_SECTION])
+        if "image_token_id" in config:
+            given["image_token_id"] = config["image_token_id"]
+        return cls(
+            model_type=kind,
+            text=text,
+            vision=QwenVisionConfig.from_hf(vision, kind),
+            tokens=tuple((name, config[name]) for name in _TOKENS if name in config),
+            **given,
+        )
+
+    def to_hf(self) -> dict[str, object]:
+        """Returns the config.json that ``from_hf`` reads back as this configuration."""
+        text: dict[str, Any] = self.text.to_hf()
+        of_rope = ("rope_theta", "partial_rotary_factor")
+        rope = {"rope_type": "default", **(text.pop("rope_scaling", None) or {})}
+        rope |= {name: text.pop(name) for name in of_rope if name in text}
+        rope |= {_SECTION: list(self.mrope_section), "mrope_interleaved": True}
+        return {
+            "model_type": self.model_type,
+            "architectures": [f"{CLASSES[self.model_type]}ForConditionalGeneration"],
+            "text_config": {**text, "rope_parameters": rope},
+            "vision_config": {**self.vision.to_hf(), "model_type": f"{self.model_type}_vision"},
+            "image_token_id": self.image_token_id,
+            **dict(self.tokens),
+            "tie_word_embeddings": self.text.tie_word_embeddings,
+        }

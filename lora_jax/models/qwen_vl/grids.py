@@ -1,0 +1,89 @@
+"""The places of patches in their images, and of images' tokens in a row of text.
+
+A row's images are described by their grids alone, [batch, images, 2] int32: rows and columns of
+patches; (0, 0) stands for no image, behind those that there are. Patches lie a square of
+merge x merge after the other, since such a square becomes one token.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class PatchPlaces(NamedTuple):
+    """The place of each patch of a row of images.
+
+    Attributes:
+      image: [batch, n] int32, the number of the patch's image; behind the last patch the number of
+        grids.
+      at: [batch, n, 2] int32, its row and column in the image.
+      sizes: [batch, n, 2] int32, the rows and columns of its image, 1 at least.
+    """
+
+    image: jax.Array
+    at: jax.Array
+    sizes: jax.Array
+
+
+def patch_places(grids: jax.Array, n: int, merge: int) -> PatchPlaces:
+    """Returns the places of n patches a row.
+
+    Args:
+      grids: [batch, images, 2] int32.
+      n: the patches of each row, padding included.
+      merge: the patches along a side of a square that becomes one token.
+    """
+    numbers = jnp.arange(n, dtype=jnp.int32)[None]
+    image, start, sizes = _image_of(numbers, grids)
+    sizes = jnp.maximum(sizes, 1)
+    square, inside = jnp.divmod(numbers - start, merge**2)
+    squares = jnp.maximum(sizes[..., 1] // merge, 1)  # of a row of squares
+    row = square // squares * merge + inside // merge
+    column = square % squares * merge + inside % merge
+    return PatchPlaces(image, jnp.stack([row, column], axis=-1), sizes)
+
+
+def token_places(is_image: jax.Array, present: jax.Array, grids: jax.Array) -> jax.Array:
+    """Returns the time, row and column of each token, [batch, seq, 3] int32, by which RoPE goes.
+
+    They are equal for a text's token: one more than the largest before it. Those of an image begin
+    there: its tokens have one time, and its rows and columns are counted from it on.
+
+    Args:
+      is_image: [batch, seq] bool, True where an image's token stands.
+      present: [batch, seq] bool, False at padding.
+      grids: [batch, images, 2] int32, rows and columns of tokens.
+
+    Source: Qwen2-VL (Wang et al. 2024), section 2.1, as transformers' ``get_rope_index`` has it.
+    """
+    is_image = is_image & present
+    order, texts = _before(is_image), _before(present & ~is_image)
+    image, start, sizes = _image_of(order, grids)
+    longest = jnp.cumsum(jnp.max(grids, axis=2), axis=1)
+    passed = jnp.take_along_axis(jnp.pad(longest, ((0, 0), (1, 0))), image, axis=1)
+    inside = jnp.divmod(order - start, jnp.maximum(sizes[..., 1], 1))
+    places = jnp.stack([jnp.zeros_like(order), *inside], axis=-1)
+    base = (texts + passed)[..., None]
+    return base + jnp.where(is_image[..., None], places, 0)
+
+
+def _before(chosen: jax.Array) -> jax.Array:
+    """Returns the number of chosen tokens before each of a row, [batch, seq] int32."""
+    counted = chosen.astype(jnp.int32)
+    return jnp.cumsum(counted, axis=1) - counted
+
+
+def _image_of(numbers: jax.Array, grids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the image that the n-th cell of a row's grids is in, its first cell, and its sizes.
+
+    Args:
+      numbers: [batch or 1, n] int32; behind the last cell, the image is one of no cells.
+      grids: [batch, images, 2] int32.
+    """
+    ends = jnp.cumsum(grids[..., 0] * grids[..., 1], axis=1)
+    image = jnp.sum(numbers[..., None] >= ends[:, None, :], axis=2, dtype=jnp.int32)
+    starts = jnp.pad(ends, ((0, 0), (1, 0)))
+    start = jnp.take_along_axis(starts, image, axis=1)
+    padded = jnp.pad(grids, ((0, 0), (0, 1), (0, 0)))
+    return image, start, jnp.take_along_axis(padded, image[..., None], axis=1)

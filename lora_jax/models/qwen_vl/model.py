@@ -1,0 +1,145 @@
+"""Qwen3.5 with images in Flax Linen: an encoder of images, a decoder of linear layers, M-RoPE."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lora_jax.models.causal import CausalLM, output_head
+from lora_jax.models.decoder.experts import Experts, check_experts
+from lora_jax.models.decoder.model import Trunk
+from lora_jax.models.layers.blocks import EmbeddingNoise, ModelPart
+from lora_jax.models.layers.cache import Cache, NewEntries
+from lora_jax.models.layers.masks import Mask
+from lora_jax.models.layers.trunk import TokenPlaces, place_tokens
+from lora_jax.models.qwen_vl.config import QwenVLConfig
+from lora_jax.models.qwen_vl.grids import token_places
+from lora_jax.models.qwen_vl.vision import QwenVision
+
+
+class QwenVL(CausalLM):
+    """A causal language model that reads images of any size, called as ``Decoder`` is.
+
+    With ``pixel_values``, [batch, patches, channels, patch_size, patch_size], and ``image_grids``,
+    [batch, images, 2] int, the rows and columns of patches of each image, each square of
+    ``spatial_merge_size`` patches a side becomes a vector, which takes the place of the row's next
+    token ``image_token_id``. Patches lie square by square, image by image; a row with fewer than
+    others has any pixels at the end, and grids (0, 0). More such tokens than vectors give NaN. A
+    row is one sequence, and its positions follow from its images.
+
+    Parameters are a plain nested dict under Hugging Face's module names, less the layers' numbers:
+    ``model/language_model/…`` as in ``Decoder``, and ``model/visual/…``.
+
+    Attributes:
+      config: the options of the forward pass.
+      dtype, param_dtype, remat, placement, attention, experts: see ``Decoder``.
+    """
+
+    config: QwenVLConfig
+    experts: str | Experts = "auto"
+    TRUNK = "model"
+
+    def setup(self) -> None:
+        check_experts(self.config, self.experts)
+        self.model = _Trunk(*self.options, experts=self.experts)
+        self.lm_head = output_head(self)
+
+    @nn.nowrap
+    def place(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        positions: jax.Array | None,
+        cache: Cache | None,
+        segment_ids: jax.Array | None,
+        **inputs: Any,
+    ) -> TokenPlaces:
+        """Finds the positions of tokens, by which RoPE goes on three axes where there are images.
+
+        A token's position is the largest of the three, so that a cache goes on from its images.
+        """
+        given, cfg = (attention_mask, positions, cache, segment_ids), self.config
+        if (grids := inputs.get("image_grids")) is None:
+            return place_tokens(input_ids, *given)
+        self._check_grids(input_ids.shape[0], grids)
+        present = jnp.ones(input_ids.shape, bool)
+        if attention_mask is not None:
+            present = attention_mask.astype(bool)
+        of_tokens = grids.astype(jnp.int32) // cfg.vision.spatial_merge_size
+        places = token_places(input_ids == cfg.image_token_id, present, of_tokens)
+        if cache is not None:
+            places = places + cache.length[:, None, None]
+        rotated = places[..., cfg.rotated_by]
+        placed = place_tokens(
+            input_ids, attention_mask, jnp.max(places, axis=-1), cache, segment_ids
+        )
+        return placed._replace(rotated=rotated)
+
+    @nn.nowrap
+    def _check_grids(self, batch: int, grids: jax.Array) -> None:
+        if grids.ndim != 3 or (grids.shape[0], grids.shape[2]) != (batch, 2):
+            raise ValueError(
+                f"image_grids of shape {grids.shape}: [{batch}, images, 2] is needed, the rows and "
+                "columns of patches of each image"
+            )
+
+
+class _Trunk(ModelPart):
+    """Everything but the head."""
+
+    config: QwenVLConfig
+    experts: str | Experts = "auto"
+    n_positions = None
+
+    def setup(self) -> None:
+        config, others = self.config, self.options[1:]
+        self.visual = QwenVision(config.vision, *others)
+        self.language_model = Trunk(config.text, *others, experts=self.experts)
+
+    @property
+    def words(self) -> nn.Embed:
+        words: nn.Embed = self.language_model.words
+        return words
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        placed: TokenPlaces,
+        mask: Mask,
+        cache: Cache | None,
+        embedding_noise: EmbeddingNoise | None,
+        pixel_values: jax.Array | None = None,
+        image_grids: jax.Array | None = None,
+        routing: jax.Array | None = None,
+    ) -> tuple[jax.Array, NewEntries]:
+        vectors = None
+        if pixel_values is not None or image_grids is not None or self.is_initializing():
+            vectors = self._vectors(input_ids.shape[0], pixel_values, image_grids)
+        at = input_ids == self.config.image_token_id
+        options = (mask, cache, embedding_noise, at, vectors, routing)
+        return self.language_model(input_ids, placed, *options)
+
+    def _vectors(self, batch: int, patches: jax.Array | None, grids: jax.Array | None) -> jax.Array:
+        """Returns the vectors of each row's images, [batch, n, d_model]."""
+        vision = self.config.vision
+        shape, square = vision.patch_shape, vision.spatial_merge_size**2
+        if self.is_initializing() and patches is None and grids is None:
+            patches = jnp.zeros((batch, square, *shape), self.dtype)
+            grids = jnp.full((batch, 1, 2), vision.spatial_merge_size, jnp.int32)
+        if (
+            patches is None
+            or (patches.ndim, patches.shape[2:]) != (5, shape)
+            or (patches.shape[0], patches.shape[1] % square) != (batch, 0)
+        ):
+            raise ValueError(
+                f"pixel_values of shape {None if patches is None else patches.shape}: [{batch}, "
+                f"patches, {', '.join(map(str, shape))}] is needed, patches in squares of {square}"
+            )
+        if grids is None:
+            raise ValueError(
+                "pixel_values need image_grids beside them, the rows and columns of patches of "
+                "each image"
+            )
+        vectors: jax.Array = self.visual(patches, grids.astype(jnp.int32))
+        return vectors
