@@ -201,13 +201,6 @@ def scope_of(eqn: JaxprEqn) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def varies_over(array: Value) -> frozenset[str]:
-    """Returns the axes of the mesh over which an array differs, as its type says in shard_map."""
-    kind = jax.typeof(array)
-    manual = getattr(kind, "manual_axis_type", None)
-    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
-
-
 def _params(eqn: JaxprEqn, *names: str) -> list[Any]:
     return [eqn.params[name] for name in names]
 

@@ -4,6 +4,9 @@ Public JAX has no names for what walks over a jaxpr or adds a primitive. From 0.
 is another name of `Jaxpr`; what differs inside equations is read in `lora_jax.adapt.eqns`.
 """
 
+from typing import Any
+
+import jax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
@@ -20,4 +23,12 @@ __all__ = [
     "jaxpr_as_fun",
     "mlir",
     "source_info_util",
+    "varies_over",
 ]
+
+
+def varies_over(array: Any) -> frozenset[str]:
+    """Returns the axes of the mesh over which an array differs, as its type says in shard_map."""
+    kind = jax.typeof(array)
+    manual = getattr(kind, "manual_axis_type", None)
+    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)

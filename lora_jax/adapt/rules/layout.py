@@ -14,6 +14,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.core.axes import Label
 from lora_jax.core.base import Move, along, as_array, is_base
+from lora_jax.core.extend import varies_over
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import EXAMPLE, RANK, Axes
 from lora_jax.core.types import Outcome, Value
@@ -114,8 +115,8 @@ def _varying(array: jax.Array, weight: Factored) -> jax.Array:
 
     A collective takes no array that is the same on all devices, as B is if W's in axes are sharded.
     """
-    of_weight = frozenset[str]().union(*map(eqns.varies_over, jax.tree.leaves(weight.base)))
-    missing = tuple(sorted(of_weight - eqns.varies_over(array)))
+    of_weight = frozenset[str]().union(*map(varies_over, jax.tree.leaves(weight.base)))
+    missing = tuple(sorted(of_weight - varies_over(array)))
     return lax.pcast(array, missing, to="varying") if missing else array
 
 

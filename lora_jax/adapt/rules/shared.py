@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Use
+from lora_jax.core.extend import varies_over
 from lora_jax.core.factored import Factored
 from lora_jax.core.few_rows import Dims
 from lora_jax.core.names import FACTORS
@@ -77,4 +77,4 @@ def _form(weight: Factored, contract: Sequence[int]) -> Hashable | None:
     if not jnp.issubdtype(weight.base.dtype, jnp.floating):
         return None
     order = tuple(ins.index(axis) for axis in contract)
-    return order, weight.sizes("in"), eqns.varies_over(a)
+    return order, weight.sizes("in"), varies_over(a)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapt.eqns import varies_over
+from lora_jax.core.extend import varies_over
 from lora_jax.models.decoder.experts import Experts, Gated
 
 UNEVEN = "uneven_choice_of_experts"  # scope of what runs if a part has more rows than its share
