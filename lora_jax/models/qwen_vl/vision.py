@@ -58,7 +58,7 @@ class QwenVision(_Part):
         places = patch_places(grids, patches.shape[1], cfg.spatial_merge_size)
         x = _Patches(*args, name="patch_embed")(patches)
         x = self.placement.constrain(x + self._positions(places), "residual")
-        seen = _Seen(_mask(places.image), _angles(places.at, cfg))
+        seen = _Seen(_mask(places.image), _angles(places.at, cfg, wide_dtype(self.dtype)))
         layers = scan_layers(_Layer, self.remat, cfg.num_hidden_layers, nn.broadcast)
         x, _ = layers(*args, name="blocks")(x, seen)
         vectors: jax.Array = _Merger(*args, name="merger")(x)
@@ -66,19 +66,19 @@ class QwenVision(_Part):
 
     def _positions(self, places: PatchPlaces) -> jax.Array:
         """Returns the vectors of positions, [batch, n, d_model], bilinear between four of them."""
-        cfg, last = self.config, self.config.side - 1
+        cfg, last, wide = self.config, self.config.side - 1, wide_dtype(self.dtype)
         table = embed(self, cfg.num_position_embeddings, name="pos_embed")
         # The corners of an image are those of the table.
-        steps = jnp.maximum(places.sizes - 1, 1).astype(jnp.float32)
-        at = places.at.astype(jnp.float32) * last / steps
+        steps = jnp.maximum(places.sizes - 1, 1).astype(wide)
+        at = places.at.astype(wide) * last / steps
         low = jnp.clip(jnp.floor(at).astype(jnp.int32), 0, last)
         high = jnp.minimum(low + 1, last)
         share = at - jnp.floor(at)
-        out = jnp.zeros((*low.shape[:2], cfg.hidden_size), wide_dtype(self.dtype))
+        out = jnp.zeros((*low.shape[:2], cfg.hidden_size), wide)
         for row, down in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
             for column, right in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
-                corner = table(row * cfg.side + column).astype(out.dtype)
-                out = out + corner * (down * right).astype(out.dtype)[..., None]
+                corner = table(row * cfg.side + column).astype(wide)
+                out = out + corner * (down * right)[..., None]
         return out.astype(self.dtype)
 
 
@@ -156,11 +156,11 @@ def _mask(image: jax.Array) -> Mask:
     return dataclasses.replace(mask, queries=queries, keys=keys)
 
 
-def _angles(at: jax.Array, cfg: QwenVisionConfig) -> RopeAngles:
+def _angles(at: jax.Array, cfg: QwenVisionConfig, dtype: jax.typing.DTypeLike) -> RopeAngles:
     """Returns the rotations of patches by their rows and columns, [batch, n, 2]."""
     half = cfg.head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
     freqs = np.float32(1.0) / np.float32(cfg.rope_theta) ** exponents
-    angles = at.astype(jnp.float32)[..., None] * freqs  # [batch, n, 2, head_dim / 4]
+    angles = at.astype(dtype)[..., None] * freqs.astype(dtype)  # [batch, n, 2, head_dim / 4]
     angles = angles.reshape(*at.shape[:2], 1, half)
     return RopeAngles(jnp.cos(angles), jnp.sin(angles))
