@@ -8,9 +8,10 @@ from lora_jax.hf.images import load_image_processor as load_image_processor
 from lora_jax.hf.keys import Row as Row
 from lora_jax.hf.keys import WeightsError as WeightsError
 from lora_jax.hf.keys import hf_tensors as hf_tensors
-from lora_jax.hf.tiles import ImageReader as ImageReader
-from lora_jax.hf.tiles import load_image_reader as load_image_reader
 from lora_jax.hf.tokenizer import load_tokenizer as load_tokenizer
+from lora_jax.hf.vision.patches import PatchReader as PatchReader
+from lora_jax.hf.vision.readers import load_image_reader as load_image_reader
+from lora_jax.hf.vision.tiles import ImageReader as ImageReader
 from lora_jax.models.decoder.config import DecoderConfig as DecoderConfig
 from lora_jax.models.decoder.experts import compiler_options as compiler_options
 from lora_jax.models.decoder.model import Decoder as Decoder

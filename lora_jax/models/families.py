@@ -128,6 +128,11 @@ def family_of(model_type: object) -> Family:
     return FAMILIES[check_known("model_type", model_type, FAMILIES)]
 
 
+def has_images(fields: Fields) -> bool:
+    """Returns True for a config.json of a model that is read for its texts alone unless asked."""
+    return fields.get("model_type") in QWEN_VL and isinstance(fields.get("vision_config"), dict)
+
+
 def declined_field(fields: Fields) -> str | None:
     """Returns the field of a config.json for which its family leaves the model to others, or None.
 

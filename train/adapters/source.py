@@ -19,6 +19,7 @@ from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf.coded import NONE
 from lora_jax.hf.hub import name_for_others
 from lora_jax.lorafy import nodes_of
+from lora_jax.models.families import IMAGES
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of, read_config
 from lora_jax.peft.hub import adapter_folder
@@ -93,6 +94,14 @@ class AdapterSource:
     def model_code(self) -> str | None:
         """The code that the base ran by in training; None if its model_type said it."""
         return None if self.from_peft else self.about.get("model_code")
+
+    @property
+    def images(self) -> bool:
+        """True where the adapter was trained on a model with its encoder of images."""
+        if not self.from_peft:
+            return bool(self.about.get(IMAGES))
+        with self._readable():
+            return any(".visual." in name for name in read_tensors(self.folder / PEFT_WEIGHTS))
 
     @property
     def codes(self) -> str | None:

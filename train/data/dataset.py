@@ -94,6 +94,10 @@ class Dataset:
         rows, self._rows = self._rows, None  # many rows take much memory: they are not kept
         return self.read() if rows is None else rows
 
+    def peek(self) -> list[Row]:
+        """Returns the rows, which stay as they are for `rows`."""
+        return self.read() if self._rows is None else self._rows
+
     def check(self, *, again: bool = False) -> None:
         """Reads and checks the rows, unless an earlier run did; with `again` in any case.
 

@@ -220,7 +220,9 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     head: dict[str, Any] = {"head": "classification", "num_labels": num_labels}
     mismatch = options.allow_base_mismatch
     of_base = head if num_labels else {"model_code": adapter.model_code}
-    outline = read_untokenized(name, **of_base).scaled(adapter.rope_scaling)
+    outline = read_untokenized(name, **of_base)
+    outline = outline.with_images() if adapter.images else outline
+    outline = outline.scaled(adapter.rope_scaling)
     in_codes = outline.has_codes or (options.gguf and resolve(name).path.suffix == ".gguf")
     if options.quantize and not in_codes:
         raise UserError(f"--quantize none: no file of {name} holds codes: leave the option out")

@@ -135,7 +135,8 @@ def _code(export: Export) -> Iterator[str]:
         loaded = f"model = {auto}.from_pretrained({name})"
         yield "With transformers:"
         yield _python(f"from transformers import {auto}", "", loaded)
-        loaded = f"model, params = models.from_pretrained({name})"
+        images = ", images=True" if export.source.images else ""
+        loaded = f"model, params = models.from_pretrained({name}{images})"
         yield "With lora_jax:"
         yield _python("from lora_jax import models", "", loaded)
         return
@@ -144,6 +145,8 @@ def _code(export: Export) -> Iterator[str]:
     of_torch, of_ours = "".join(f", {key}={value!r}" for key, value in given.items()), ""
     if "num_labels" in given:
         of_ours = f', head="classification", num_labels={config.num_labels}'
+    if source.images:
+        of_ours += ", images=True"
     if source.rope_scaling:
         of_ours += f", rope_scaling={source.rope_scaling!r}"
     imports = auto

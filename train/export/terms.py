@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_jax.core.types import Fields, Model
 from lora_jax.hf.coded import STORED
-from lora_jax.models import EncoderConfig, SmolVLMConfig, VisionConfig
+from lora_jax.models import EncoderConfig, QwenVLConfig, SmolVLMConfig, VisionConfig
 from train.adapters.source import AdapterSource
 
 # The quantization_config of transformers that makes the same codes.
@@ -17,6 +17,7 @@ _HEADS = {
 _OF_IMAGES: dict[type, tuple[str, str]] = {
     VisionConfig: ("AutoModelForImageClassification", "image-classification"),
     SmolVLMConfig: ("AutoModelForImageTextToText", "image-text-to-text"),
+    QwenVLConfig: ("AutoModelForImageTextToText", "image-text-to-text"),
 }
 
 

@@ -65,7 +65,10 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     adapters = find_adapters(options.adapter)
     tokenizer = tokenizer_name(adapters, options.tokenizer)
     base, code = base_of(adapters, options.model), code_for(adapters, options.model_code)
-    outline = outlined(read_model_info(base, tokenizer, model_code=code), adapters)
+    outline = read_model_info(base, tokenizer, model_code=code)
+    if any(prompt.chat.images for prompt in prompts or ()):
+        outline = outline.with_images()
+    outline = outlined(outline, adapters)
     outline = outline_with_template(outline, adapters, options.chat_template)
     for adapter in adapters:
         if adapter.source:

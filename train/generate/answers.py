@@ -20,7 +20,7 @@ from lora_jax.models.sampling.choice import row_keys
 from lora_jax.models.sampling.grammar import CompiledGrammar
 from lora_jax.models.sampling.prompts import pad_left
 from lora_jax.models.sampling.text import StopTexts, TextStream
-from lora_jax.training.data.vision.pictures import pixel_values
+from lora_jax.training.data.vision.pictures import image_inputs
 from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
 from train.generate.schema import AnswerMasks
@@ -139,11 +139,10 @@ class AnswerGenerator:
         """
         options, longest = self.options, padded_length(max(map(len, prompts)))
         ids, mask = pad_left(prompts, longest, 0)
-        tiles, inputs = [prompt.tiles for prompt in prompts], None
-        if any(len(numbers_of_prompt) for numbers_of_prompt in tiles):
+        shown, inputs = [prompt.images for prompt in prompts], None
+        if any(row.grids for row in shown):
             assert self.outline.images is not None
-            n = max(map(len, tiles))
-            inputs = {"pixel_values": pixel_values(tiles, self.outline.images, n)}
+            inputs = image_inputs(shown, self.outline.images)
         allow, key = None, None
         if self.grammar is not None:
             allow = AnswerMasks(self.grammar, len(prompts), self.outline)

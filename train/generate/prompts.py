@@ -14,7 +14,7 @@ from lora_jax.training.data.image_parts import IMAGES, shown_images
 from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.data.templates import render_prompt
-from lora_jax.training.data.vision.pictures import read_pictures
+from lora_jax.training.data.vision.pictures import RowImages, read_pictures
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.data.files import read_file
@@ -56,9 +56,9 @@ class Prompt:
 
 
 class PromptTokens(list[int]):
-    """The tokens of a prompt; `tiles` are those of its images, [n, channels, side, side] uint8."""
+    """The tokens of a prompt, and its images."""
 
-    tiles: np.ndarray = np.empty((0, 0, 0, 0), np.uint8)
+    images: RowImages = RowImages(np.empty((0, 0, 0, 0), np.uint8), ())
 
 
 def prompt_of(text: str, name: str, images: Sequence[str] = ()) -> Prompt:
@@ -168,7 +168,7 @@ def tokenize(
     if shown and (outline.images is None or outline.tokenizer.chat_template is None):
         raise UserError(
             f"{shown[0]} has images, and the model {outline.name} reads none, or has no chat "
-            "template to show them: name a model that reads images, such as SmolVLM"
+            "template to show them: name a model that reads images, such as SmolVLM or Qwen3.5"
         )
     if outline.tokenizer.chat_template is None:
         made = outline.tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]
@@ -192,7 +192,8 @@ def _add_images(
         for number, (ids, name) in enumerate(zip(made, names, strict=True), start=1):
             tokens = TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool), number)
             with_images.append(PromptTokens(pictures.expand(tokens, name).ids.tolist()))
-            with_images[-1].tiles = pictures.tiles_of(number)
+            shown = RowImages(pictures.tiles_of(number), pictures.grids[number - 1])
+            with_images[-1].images = shown
     return with_images
 
 

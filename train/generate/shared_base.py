@@ -13,6 +13,7 @@ import jax
 import lora_jax as lj
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
+from lora_jax.models.families import IMAGES
 from lora_jax.models.sampling.grammar import CompiledGrammar
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
 from train.console.errors import UserError, as_user_errors
@@ -132,6 +133,14 @@ def outlined(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> ModelInfo:
                     f"{sources[0].given} was trained with the {what} {one or 'none'}, and "
                     f"{source.given} with {other or 'none'}: ask them one after the other"
                 )
+    if any(source.images for source in sources):
+        outline = outline.with_images()
+    of_texts = (each for each in sources if not (each.images or each.from_peft))
+    if outline.head.get(IMAGES) and (source := next(of_texts, None)) is not None:
+        raise UserError(
+            f"{source.given} was trained on the text of {outline.name} alone, and here the model "
+            "reads images: ask it about texts, by itself"
+        )
     if not sources:
         return outline
     return outline.scaled(sources[0].rope_scaling).quantized(sources[0].quantize)

@@ -261,7 +261,10 @@ def _check_images(asked: PlanConfig, outline: ModelInfo) -> None:
     if not asked.images:
         return
     if not isinstance(outline.config, SmolVLMConfig):
-        raise UserError(f"--images {asked.images}: the model {asked.model} reads texts alone")
+        raise UserError(
+            f"--images {asked.images}: the model {asked.model} reads texts alone here; images of "
+            "any size, as Qwen3.5's, are not planned"
+        )
     needed = asked.images * outline.config.tokens_per_image
     if needed > asked.seq_len:
         raise UserError(

@@ -22,7 +22,9 @@ from lora_jax.hf.load import absent_rows, codings_of, shapes_of
 from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.sources import HasCodes
 from lora_jax.hf.stored.methods import ConfigCodes
-from lora_jax.models import key_table
+from lora_jax.hf.vision.readers import AnyReader, reads_images
+from lora_jax.models import ConfigError, key_table
+from lora_jax.models.families import IMAGES, has_images
 from lora_jax.models.pretrained import from_pretrained, read_config_file
 from lora_jax.quantized import is_coded
 from lora_jax.saving.checkpoint import TEMPLATE
@@ -35,7 +37,8 @@ from train.options.rope import rope_scaling_text
 from train.run.model_code import KEY, TORCH, code_of, load_torch, open_model, torch_config
 from train.run.tokenizer import MODEL_ERRORS, read_tokenizer
 
-_OF_BASE = ("rope_scaling", "quantize", KEY)  # what an adapter says of its base, beside its name
+# What an adapter says of its base, beside its name.
+_OF_BASE = ("rope_scaling", "quantize", IMAGES, KEY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class ModelInfo:
     tokenizer: Any  # of a model of images, its `lora_jax.models.ImageProcessor`
     config: models.DecoderConfig | models.GPT2Config | models.EncoderConfig | models.VisionConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
-    # An encoder's head, a decoder's scaled RoPE, codes: keywords of `from_pretrained`.
+    # An encoder's head, a decoder's scaled RoPE, images, codes: keywords of `from_pretrained`.
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()  # paths of parameters that its files lack, such as a new head's
     tokenizer_name: str | None = None  # --tokenizer; None for the model's own
@@ -81,16 +84,43 @@ class ModelInfo:
         return any(map(is_coded, jax.tree.leaves(self.params, is_leaf=is_coded)))
 
     @functools.cached_property
-    def images(self) -> models.ImageReader | None:
+    def images(self) -> AnyReader | None:
         """The reader of images in chats; None where the model reads texts alone.
 
         Raises:
           UserError: the model's folder has no processor, or one that does not fit.
         """
-        if not isinstance(self.config, models.SmolVLMConfig):
+        if not reads_images(self.config):
             return None
         with model_errors(self.name, self.option):
-            return models.load_image_reader(self.name, self.tokenizer, self.config)
+            config: Any = self.config
+            return models.load_image_reader(self.name, self.tokenizer, config)
+
+    @functools.cached_property
+    def can_have_images(self) -> bool:
+        """True for a folder with an encoder of images, read for its texts alone so far."""
+        if self.is_torch or reads_images(self.config):
+            return False
+        path = resolve_config(self.name)
+        return path.suffix == ".json" and has_images(read_file(path, "a model", ConfigError))
+
+    def with_images(self) -> "ModelInfo":
+        """Returns the outline with the model's encoder of images; as it is where it has none.
+
+        Call it before others that change the outline.
+
+        Raises:
+          UserError: another tokenizer than the model's was given.
+        """
+        if not self.can_have_images:
+            return self
+        if self.tokenizer_name is not None:
+            raise UserError(
+                f"--tokenizer {self.tokenizer_name}: {self.option} {self.name} writes images with "
+                "its own tokenizer alone"
+            )
+        whole = read_untokenized(self.name, continues=True, option=self.option, images=True)
+        return dataclasses.replace(whole, tokenizer=self.tokenizer)
 
     @property
     def active_experts(self) -> int | None:

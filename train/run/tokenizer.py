@@ -6,6 +6,7 @@ from lora_jax import models
 from lora_jax.hf.format import ModelConfig
 from lora_jax.hf.packaged import BUNDLES
 from lora_jax.hf.tokenizer import load_tokenizer, tokenizer_path
+from lora_jax.hf.vision.readers import reads_images
 from train.console.errors import UserError, as_user_errors
 
 MODEL_ERRORS = (models.ConfigError, models.WeightsError, models.ModelNotFound)
@@ -29,7 +30,7 @@ def read_tokenizer(
         option, other = f"{model_option} {name}", "; or name another with --tokenizer"
     else:
         option, other = f"--tokenizer {given}", ""
-        if isinstance(config, models.SmolVLMConfig):
+        if reads_images(config):
             raise UserError(
                 f"{option}: {model_option} {name} writes images with its own tokenizer alone"
             )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.packaged import SMOLLM2
-from lora_jax.models import SmolVLMConfig
+from lora_jax.hf.vision.readers import reads_images
 from lora_jax.training.data.batches import Packs, pack, pack_mixture
 from lora_jax.training.data.chats import add_pictures, check_lengths, pictures_of
 from lora_jax.training.data.image_parts import has_images
@@ -15,6 +15,7 @@ from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.vision.pictures import Pictures, PixelValues
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, token_loss
+from train.adapters.source import find_adapter
 from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.data.chats import tokenize
@@ -92,11 +93,21 @@ def _finder(config: Config, used: set[str] | None) -> Callable[..., Dataset]:
     )
 
 
-def outline(config: LanguageOptions, rows: TaskRows) -> ModelInfo:
-    """Reads the model's outline; checks that the model allows sequences of --seq-len."""
+def outline(
+    config: LanguageOptions, rows: TaskRows, *, shows: Callable[[], bool] = lambda: False
+) -> ModelInfo:
+    """Reads the model's outline; checks that the model allows sequences of --seq-len.
+
+    Args:
+      config: the options.
+      rows: the rows.
+      shows: says whether images are to be read, of a model that has an encoder for them.
+    """
     data = config.data
     assert data.model is not None, "the options have no defaults yet"
     outline = read_model_info(data.model, data.tokenizer, model_code=data.model_code)
+    if outline.can_have_images and shows():
+        outline = outline.with_images()
     if outline.is_torch and isinstance(data, RolloutDataConfig):
         raise UserError(
             f"--model {data.model} runs as a torch module, which keeps no keys and values: drawing "
@@ -114,6 +125,22 @@ def outline(config: LanguageOptions, rows: TaskRows) -> ModelInfo:
     remedy = "" if data.rope_scaling else "; --rope-scaling makes it more, yarn:2 twice as many"
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}", remedy)
     return outline
+
+
+def outline_of_chats(config: Config, rows: TaskRows) -> ModelInfo:
+    """Reads the model's outline, with its encoder of images if rows or the first adapter need it.
+
+    The rows are read for it, and only where the model has such an encoder.
+    """
+
+    def shows() -> bool:
+        first = config.adapter.init_adapter
+        if first is not None and find_adapter(first, "--init-adapter").images:
+            return True
+        every = (*rows.train, *rows.held_out)
+        return any(has_images(row) for dataset in every for row in dataset.peek())
+
+    return outline(config, rows, shows=shows)
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
@@ -164,7 +191,7 @@ def _read_images(
     datasets: Sequence[Dataset], outline: ModelInfo
 ) -> tuple[list[Dataset], list[Pictures]]:
     """Returns data sets, and the images of each if a row has some and the model reads them."""
-    if not isinstance(outline.config, SmolVLMConfig):
+    if not reads_images(outline.config):
         return [*datasets], []
     rows = [dataset.rows() for dataset in datasets]
     held = [
@@ -186,12 +213,8 @@ def tokens_of(config: Config, dataset: Dataset, tokenizer: Any, **options: Any) 
 def _images_line(pictures: Sequence[Pictures]) -> str:
     """Returns the number of images, and of their tiles, in words."""
     n = sum(len(row) for part in pictures for row in part.grids)
-    reader, tiles = pictures[0].reader, sum(len(part.pixels) for part in pictures)
-    size = " x ".join(map(str, reader.processor.tile.shape[1:]))
-    return (
-        f"{n:,} images, in {tiles:,} tiles of {size} pixels and {reader.per_tile} tokens each; "
-        f"each row has room for {PixelValues(pictures).most} tiles"
-    )
+    tiles = sum(len(part.pixels) for part in pictures)
+    return pictures[0].reader.describe(n, tiles, PixelValues(pictures).most)
 
 
 def hold_out(
@@ -310,7 +333,7 @@ TASK = Task(
     defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=2e-4, full_lr=2e-5),
     check=check,
     rows=read_rows,
-    outline=outline,
+    outline=outline_of_chats,
     examples=examples,
     loss=loss,
     reads=seed_read,

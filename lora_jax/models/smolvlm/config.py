@@ -6,6 +6,7 @@ from typing import Any
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, check_multiple, refuse_unknown
 from lora_jax.hf.generation import Generation
+from lora_jax.hf.vision.readers import ImageForm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.blocks import ACTIVATION
 
@@ -91,6 +92,11 @@ class SmolVLMConfig:
         if name.startswith("_") or name == "text":
             raise AttributeError(name)
         return getattr(self.text, name)
+
+    @property
+    def image_form(self) -> ImageForm:
+        """The form that images are read in."""
+        return "tiles"
 
     @property
     def tokens_per_image(self) -> int:

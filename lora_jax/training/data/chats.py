@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_jax.core.types import Tokenizer
-from lora_jax.hf.tiles import ImageReader
+from lora_jax.hf.vision.readers import AnyReader
 from lora_jax.training.data.batches import Packs, pack
 from lora_jax.training.data.drafts import Draft, Drafts, TrainOn, drafts_of
 from lora_jax.training.data.image_parts import TEXTS_ONLY, has_images
@@ -40,7 +40,7 @@ def chats(
     packing: bool = False,
     truncate: bool = False,
     train_on: TrainOn = "assistant",
-    images: ImageReader | None = None,
+    images: AnyReader | None = None,
     source: str = "the rows",
 ) -> Packs:
     """Returns chats as examples for a language model, which learns what the assistant says.
@@ -78,7 +78,7 @@ def chats(
     return packs if pictures is None else add_pictures(packs, [pictures], packing=packing)
 
 
-def pictures_of(rows: Sequence[Row], reader: ImageReader, source: str) -> Pictures:
+def pictures_of(rows: Sequence[Row], reader: AnyReader, source: str) -> Pictures:
     """Returns the images of chats; see `read_pictures`."""
     names = [name_of(row, source, number) for number, row in enumerate(rows, start=1)]
     images = [conversation(row, name).images for row, name in zip(rows, names, strict=True)]
@@ -86,7 +86,7 @@ def pictures_of(rows: Sequence[Row], reader: ImageReader, source: str) -> Pictur
 
 
 def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> Packs:
-    """Returns rows whose batches have `pixel_values`, if there are images.
+    """Returns rows whose batches have the model's inputs of images, if there are some.
 
     Args:
       packs: the rows.

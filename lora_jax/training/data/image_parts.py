@@ -10,7 +10,8 @@ IMAGES = "images"  # a row's field
 _OWN = ("image", "path", "url")  # fields of a part that has its image itself
 TEXTS_ONLY = (
     "images, and only texts are read here. Images go with the supervised fine-tuning of a model "
-    "that reads them (SmolVLM), on rows in memory, and with its answers: leave them out otherwise"
+    "that reads them (SmolVLM, Qwen3.5), on rows in memory, and with its answers: leave them out "
+    "otherwise"
 )
 
 

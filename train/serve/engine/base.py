@@ -162,6 +162,8 @@ class ServedBase:
         """
         try:
             source = find_adapter(str(folder.absolute()), "the adapter")
+            if source.images:
+                raise RequestError(f"{folder.name} was trained with images, which are not served")
             if source.is_subspace or source.rope_scaling:
                 how = "--intrinsic" if source.is_subspace else "--rope-scaling"
                 raise RequestError(f"{folder.name} was trained by {how}, which is not served")

@@ -7,12 +7,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax.hf.images import ImageError
-from lora_jax.hf.tiles import Grid, ImageReader
+from lora_jax.hf.vision.readers import AnyReader
+from lora_jax.hf.vision.tiles import Grid
 from lora_jax.training.data.batches import HostBatch
 from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.errors import TrainingError
@@ -31,14 +32,14 @@ class Pictures:
       pixels: [tiles, channels, height, width] uint8, in the order of rows and images.
     """
 
-    reader: ImageReader
+    reader: AnyReader
     grids: Sequence[Sequence[Grid]]
     pixels: np.ndarray
 
     @functools.cached_property
     def firsts(self) -> np.ndarray:
         """Returns the first tile of each row, and after the last: [n + 1]."""
-        counts = [sum(rows * columns + 1 for rows, columns in row) for row in self.grids]
+        counts = [sum(map(self.reader.count, row)) for row in self.grids]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def expand(self, tokens: TokenSequence, name: str, *, whole: bool = True) -> TokenSequence:
@@ -77,19 +78,26 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PixelValues:
-    """Gives `pixel_values` of the rows of data sets to batches; see ``Packs.further``."""
+    """Gives images of the rows of data sets to batches; see ``Packs.further``."""
 
     parts: Sequence[Pictures]
 
     @functools.cached_property
     def most(self) -> int:
         """Returns the tiles that each row gets: as many as the row with most of them."""
-        return int(max(np.diff(part.firsts).max(initial=1) for part in self.parts))
+        n = int(max(np.diff(part.firsts).max(initial=1) for part in self.parts))
+        return self.parts[0].reader.room(n)
+
+    @functools.cached_property
+    def most_images(self) -> int:
+        """Returns the number of images of the row with most of them, 1 at least."""
+        return max(max(map(len, part.grids), default=1) for part in self.parts) or 1
 
     def arrays(self, origin: int, row: int) -> HostBatch:
-        """Returns the pixel values of a row, [most, channels, height, width] fp32; 0 at the end."""
+        """Returns the model's inputs of a row's images, with room for as many as any row has."""
         part = self.parts[origin]
-        return {"pixel_values": pixel_values([part.tiles_of(row)], part.reader, self.most)[0]}
+        most = (self.most, self.most_images)
+        return part.reader.inputs(part.tiles_of(row), part.grids[row - 1], most)
 
     def digest(self) -> str:
         """Returns a fingerprint of all images and of what makes values of them."""
@@ -101,18 +109,24 @@ class PixelValues:
         return sha.hexdigest()
 
 
-def pixel_values(tiles: Sequence[np.ndarray], reader: ImageReader, most: int) -> np.ndarray:
-    """Returns the pixel values of each row's tiles, [rows, most, …] fp32; 0 where there are few."""
-    out = np.zeros((len(tiles), most, *reader.processor.tile.shape), np.float32)
-    for row, pixels in zip(out, tiles, strict=True):
-        row[: len(pixels)] = reader.processor.tile.values(pixels)
-    return out
+class RowImages(NamedTuple):
+    """The images of one row: [n, channels, height, width] uint8 tiles, and each image's grid."""
+
+    tiles: np.ndarray
+    grids: Sequence[Grid]
+
+
+def image_inputs(rows: Sequence[RowImages], reader: AnyReader) -> dict[str, np.ndarray]:
+    """Returns a model's inputs of the images of rows, all with room for as many as any has."""
+    most = (reader.room(max(len(row.tiles) for row in rows)), max(len(row.grids) for row in rows))
+    made = [reader.inputs(row.tiles, row.grids, most) for row in rows]
+    return {name: np.stack([each[name] for each in made]) for name in made[0]}
 
 
 def read_pictures(
     rows: Sequence[Sequence[Any]],
     names: Sequence[str],
-    reader: ImageReader,
+    reader: AnyReader,
 ) -> Pictures:
     """Reads the images of rows, in all threads, into a temporary file that is mapped into memory.
 

@@ -7,19 +7,17 @@ and those around them.
 import dataclasses
 import functools
 import math
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lora_jax.core.types import Fields, Tokenizer
-from lora_jax.hf.fields import ConfigError, read_file
-from lora_jax.hf.hub import resolve
-from lora_jax.hf.images import FILE, ImageLike, ImageProcessor, open_image
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.images import ImageLike, ImageProcessor, open_image
 
 Grid = tuple[int, int]  # rows and columns of tiles; (0, 0) for an image that is not cut
 
-_PROCESSOR = "processor_config.json"  # of transformers 5, with the image processor inside
 _MOST = 4096  # pixels of the longest edge: transformers makes longer ones smaller
 _OWN = frozenset(  # read here, or without an effect
     """
@@ -128,68 +126,38 @@ class ImageReader:
         text += ("\n" if rows else "") + f"{around}{whole}{tile}{around}"
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
+    def count(self, grid: Grid) -> int:
+        """Returns the number of tiles of an image with this grid."""
+        return grid[0] * grid[1] + 1
 
-class _ImageConfig(Protocol):
-    """The sizes of the images that a model takes."""
+    def room(self, n: int) -> int:
+        """Returns the tiles that a row of n gets."""
+        return n
 
-    @property
-    def num_channels(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
+    def inputs(
+        self, tiles: np.ndarray, grids: Sequence[Grid], most: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
+        """Returns a model's inputs of a row's images.
 
+        Args:
+          tiles: the images' tiles, [n, channels, side, side] uint8.
+          grids: the grid of each image.
+          most: the tiles and the images that the row has room for.
 
-class ImageModelConfig(Protocol):
-    """A configuration of a language model that reads images, such as ``SmolVLMConfig``."""
+        Returns:
+          pixel_values, [tiles, channels, side, side] fp32; 0 behind the last.
+        """
+        values = np.zeros((most[0], *self.processor.tile.shape), np.float32)
+        values[: len(tiles)] = self.processor.tile.values(tiles)
+        return {"pixel_values": values}
 
-    @property
-    def image_token_id(self) -> int: ...
-    @property
-    def tokens_per_image(self) -> int: ...
-    @property
-    def vision(self) -> _ImageConfig: ...
-
-
-def load_image_reader(
-    name_or_path: str | Path, tokenizer: Tokenizer, config: ImageModelConfig
-) -> ImageReader:
-    """Loads the reader of images that goes with ``from_pretrained(name_or_path)``.
-
-    Args:
-      name_or_path: folder or hub name.
-      tokenizer: the model's.
-      config: a ``SmolVLMConfig``.
-
-    Raises:
-      ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
-      ConfigError: there is no preprocessor_config.json, or it does not fit the model.
-
-    >>> from lora_jax import models, training
-    >>> name = "HuggingFaceTB/SmolVLM-256M-Instruct"
-    >>> tokenizer = models.load_tokenizer(name)  # doctest: +SKIP
-    >>> model, params = models.from_pretrained(name)  # doctest: +SKIP
-    >>> reader = models.load_image_reader(name, tokenizer, model.config)  # doctest: +SKIP
-    >>> asks = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
-    >>> row = {"messages": [asks, {"role": "assistant", "content": "A cat."}], "images": ["1.jpg"]}
-    >>> training.chats([row], tokenizer, seq_len=2048, images=reader)  # doctest: +SKIP
-    """
-    folder = resolve(name_or_path).path
-    path = next((folder / name for name in (FILE, _PROCESSOR) if (folder / name).is_file()), None)
-    fields = read_file(path or folder / FILE, "a model of images", ConfigError)
-    try:
-        processor = TileProcessor.from_hf(fields.get("image_processor", fields))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    reader = ImageReader(processor, tokenizer, config.image_token_id, config.tokens_per_image)
-    shape = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
-    if processor.tile.shape != shape:
-        raise ConfigError(f"{path} makes tiles of {processor.tile.shape}, the model takes {shape}")
-    n = int((reader.written((0, 0)) == reader.token).sum())
-    if n != reader.per_tile:
-        raise ConfigError(
-            f"the tokenizer makes {n} tokens {reader.token} (image_token_id) of an image, and the "
-            f"model takes {reader.per_tile}"
+    def describe(self, images: int, tiles: int, most: int) -> str:
+        """Returns the number of images and of their tiles, in words."""
+        size = " x ".join(map(str, self.processor.tile.shape[1:]))
+        return (
+            f"{images:,} images, in {tiles:,} tiles of {size} pixels and {self.per_tile} tokens "
+            f"each; each row has room for {most} tiles"
         )
-    return reader
 
 
 def _edge(fields: Fields, name: str, default: int) -> int:

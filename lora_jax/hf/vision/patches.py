@@ -1,0 +1,179 @@
+"""Cuts images of any size into patches as Qwen2-VL's processor does, which Qwen3.5 has."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.types import Fields
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.images import ImageError, ImageLike, ImageProcessor, open_image
+
+PatchGrid = tuple[int, int]  # rows and columns of patches
+
+_OWN = frozenset("size min_pixels max_pixels patch_size temporal_patch_size merge_size".split())
+_DEFAULTS = {
+    "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_LEAST, _MOST = 56 * 56, 28 * 28 * 1280  # pixels of an image, where the file does not say
+_LONGEST = 200  # how many times as long as the other an edge may be
+_STEPS = 4  # a number of patches is rounded up by a quarter at most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchProcessor:
+    """The steps from an image to its patches.
+
+    Attributes:
+      tile: makes pixel values of patches.
+      least, most: the pixels that an image has after resizing.
+      merge: the patches along a side of a square that becomes one token.
+      frames: the equal frames that a patch's kernel takes.
+    """
+
+    tile: ImageProcessor
+    least: int
+    most: int
+    merge: int
+    frames: int
+
+    @classmethod
+    def from_hf(cls, fields: Fields) -> "PatchProcessor":
+        """Reads the fields of a preprocessor_config.json of Qwen2-VL's kind.
+
+        Args:
+          fields: the parsed file.
+
+        Raises:
+          ConfigError: names the fields that are not supported, or not known.
+        """
+        if not fields.get("do_resize", True):
+            raise ConfigError("do_resize=False is not supported: edges have to be whole patches")
+        size = fields.get("size") or {}
+        if not isinstance(size, dict) or set(size) - {"shortest_edge", "longest_edge"}:
+            raise ConfigError(f"size is {size!r}; shortest_edge and longest_edge are needed")
+        given = (
+            fields.get("min_pixels") or size.get("shortest_edge", _LEAST),
+            fields.get("max_pixels") or size.get("longest_edge", _MOST),
+        )
+        sides = [fields.get(f"{name}_size", n) for name, n in _SIDES.items()]
+        if not all(isinstance(x, int) and x > 0 for x in (*given, *sides)):
+            raise ConfigError(f"{given} pixels, or patches of {sides}: positive numbers are needed")
+        rest = {name: value for name, value in fields.items() if name not in _OWN}
+        return cls(
+            tile=ImageProcessor.from_hf({**_DEFAULTS, **rest, "size": sides[0]}),
+            least=given[0],
+            most=given[1],
+            merge=sides[1],
+            frames=sides[2],
+        )
+
+    def tiles(self, image: ImageLike) -> tuple[np.ndarray, PatchGrid]:
+        """Returns an image's patches, [n, channels, side, side] uint8, and their grid.
+
+        Patches lie a square of ``merge`` patches a side after the other.
+
+        Args:
+          image: see ``ImageProcessor.pixels``.
+
+        Raises:
+          ImageError: the image cannot be read, or is too long; says why.
+        """
+        image, (_, side, _) = open_image(image), self.tile.shape
+        height, width = self.fit(image.size[1], image.size[0])
+        image = image.resize((width, height), resample=self.tile.resample)
+        rows, columns, merge = height // side, width // side, self.merge
+        cut = np.asarray(image, np.uint8).reshape(
+            *(rows // merge, merge, side, columns // merge, merge, side, 3)
+        )
+        return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, side, side), (rows, columns)
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the height and width that an image is resized to: whole squares of patches.
+
+        Its shape stays about the same, and its pixels are between ``least`` and ``most``.
+
+        Raises:
+          ImageError: one edge is more than 200 times as long as the other.
+        """
+        if max(height, width) > _LONGEST * min(height, width):
+            raise ImageError(
+                f"{width} x {height} pixels: one edge is more than {_LONGEST} times as long as "
+                "the other"
+            )
+        unit, area = self.tile.shape[1] * self.merge, height * width
+        fitted = [round(edge / unit) * unit for edge in (height, width)]
+        if math.prod(fitted) > self.most:
+            shrink = math.sqrt(area / self.most)
+            fitted = [
+                max(unit, math.floor(edge / shrink / unit) * unit) for edge in (height, width)
+            ]
+        elif math.prod(fitted) < self.least:
+            grow = math.sqrt(self.least / area)
+            fitted = [math.ceil(edge * grow / unit) * unit for edge in (height, width)]
+        return fitted[0], fitted[1]
+
+
+_SIDES = {"patch": 14, "merge": 2, "temporal_patch": 2}  # and what they are by default
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchReader:
+    """Reads images of any size for a language model; see ``ImageReader``.
+
+    Attributes:
+      processor: makes the patches.
+      tokenizer: the model's.
+      token: the token of each square of patches, and of an image in a rendered chat.
+    """
+
+    processor: PatchProcessor
+    tokenizer: Any
+    token: int
+
+    def written(self, grid: PatchGrid) -> np.ndarray:
+        """Returns the tokens of an image with this grid of patches: [n] int32."""
+        n = grid[0] * grid[1] // self.processor.merge**2
+        return np.full(n, self.token, np.int32)
+
+    def count(self, grid: PatchGrid) -> int:
+        """Returns the number of patches of an image with this grid."""
+        return grid[0] * grid[1]
+
+    def room(self, n: int) -> int:
+        """Returns the patches that a row of n gets: few different numbers, in whole squares."""
+        step = max(self.processor.merge**2, 1 << max(0, (n - 1).bit_length() - 3))
+        step = math.lcm(step, self.processor.merge**2)
+        return max(step, -(-n // step) * step)
+
+    def inputs(
+        self, tiles: np.ndarray, grids: Sequence[PatchGrid], most: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
+        """Returns a model's inputs of a row's images.
+
+        Args:
+          tiles: the images' patches, [n, channels, side, side] uint8.
+          grids: the grid of each image.
+          most: the patches and the images that the row has room for.
+
+        Returns:
+          pixel_values, [patches, channels, side, side] fp32, and image_grids, [images, 2] int32;
+          0 behind the last.
+        """
+        values = np.zeros((most[0], *self.processor.tile.shape), np.float32)
+        values[: len(tiles)] = self.processor.tile.values(tiles)
+        sizes = np.zeros((most[1], 2), np.int32)
+        sizes[: len(grids)] = np.reshape(grids, (-1, 2))
+        return {"pixel_values": values, "image_grids": sizes}
+
+    def describe(self, images: int, tiles: int, most: int) -> str:
+        """Returns the number of images and of their patches, in words."""
+        size = " x ".join(map(str, self.processor.tile.shape[1:]))
+        return (
+            f"{images:,} images, in {tiles:,} patches of {size} pixels, "
+            f"{self.processor.merge**2} a token; each row has room for {most} patches"
+        )
