@@ -80,8 +80,7 @@ class CausalLM(ModelPart):
             raise ValueError(f"{length} {what} more than the model's {limit} positions")
         if branches is not None:
             self._check_branches(positions, cache)
-        where = (attention_mask, positions, cache, segment_ids)
-        placed = self.place(input_ids, *where, **inputs)
+        placed = self.place(input_ids, attention_mask, positions, cache, segment_ids, **inputs)
         mask = causal_mask(placed, segment_ids, cache, branches)
         hidden, new = self.trunk(input_ids, placed, mask, cache, embedding_noise, **inputs)
         if logits_at is not None:

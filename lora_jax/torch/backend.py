@@ -72,7 +72,7 @@ LOCK = threading.RLock()  # a module's arrays and parts are exchanged while it i
 _IN_FUNCTION = ContextVar("differentiated", default=False)  # a Function that was called with grad
 
 
-class _Environment(Environment):
+class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
     """torchax's environment, with torch's meaning of ``torch.no_grad`` within a module.
 
     torchax's own differentiates what a module computes there, too.

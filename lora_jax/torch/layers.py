@@ -127,7 +127,8 @@ class _LayerCall:
     @property
     def others(self) -> list[Any]:
         """The leaves of its arguments, less the hidden states."""
-        return self._given[: self._at] + self._given[self._at + 1 :]
+        others: list[Any] = self._given[: self._at] + self._given[self._at + 1 :]
+        return others
 
     def __call__(self, arrays: Arrays, hidden: jax.Array) -> list[jax.Array]:
         given = [*self._given]
@@ -137,7 +138,8 @@ class _LayerCall:
         out = torch.func.functional_call(self._layer, tensors, args, kwargs, tie_weights=False)
         leaves, form = torch_tree.tree_flatten(out)
         self._out = [_ARRAY if isinstance(x, torch.Tensor) else x for x in leaves], form
-        return [leaf.jax() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        of_call: list[Any] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return [tensor.jax() for tensor in of_call]
 
     def restore(self, arrays: Sequence[jax.Array]) -> Any:
         """Returns the layer's output, with these arrays in it."""

@@ -136,9 +136,9 @@ def outlined(outline: ModelInfo, adapters: Sequence[NamedAdapter]) -> ModelInfo:
     if any(source.images for source in sources):
         outline = outline.with_images()
     of_texts = (each for each in sources if not (each.images or each.from_peft))
-    if outline.head.get(IMAGES) and (source := next(of_texts, None)) is not None:
+    if outline.head.get(IMAGES) and (of_text := next(of_texts, None)) is not None:
         raise UserError(
-            f"{source.given} was trained on the text of {outline.name} alone, and here the model "
+            f"{of_text.given} was trained on the text of {outline.name} alone, and here the model "
             "reads images: ask it about texts, by itself"
         )
     if not sources:

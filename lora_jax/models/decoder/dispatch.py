@@ -82,8 +82,8 @@ def apply_own(
         return total
 
     with jax.named_scope(UNEVEN):
-        total = lax.cond(turn < n_own, left_over, lambda total: total, total)
-    return total
+        whole: jax.Array = lax.cond(turn < n_own, left_over, lambda total: total, total)
+    return whole
 
 
 @jax.custom_vjp
