@@ -257,7 +257,8 @@ class SamplerServer:
             try:
                 status, text, after = self._once(method, path, body, left)
             except (OSError, http.client.HTTPException) as error:
-                problem = f"cannot be reached ({str(error) or type(error).__name__})"
+                if not (problem and isinstance(error, TimeoutError)):  # what it last said says more
+                    problem = f"cannot be reached ({str(error) or type(error).__name__})"
                 if patience is not None and time.monotonic() - began > patience:
                     raise self._error(
                         f"{problem}: is the server up, and is this its address?"

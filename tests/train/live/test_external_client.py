@@ -102,8 +102,8 @@ def test_a_busy_server_is_asked_again(stub, monkeypatch):
     with pytest.raises(UserError, match="401: no key.; its key is .* LORA_JAX_SAMPLER_KEY"):
         drawn_from(stub)
     stub.failures = [(503, "starting")] * 100_000
-    with pytest.raises(UserError, match="answers 503 .starting., for --sampler-timeout 0.1 s"):
-        drawn_from(stub, 0.1)
+    with pytest.raises(UserError, match="answers 503 .starting., for --sampler-timeout 0.5 s"):
+        drawn_from(stub, 0.5)
 
 
 def test_a_server_that_is_not_there_is_named(stub, monkeypatch):
