@@ -93,7 +93,7 @@ LINEN = {  # (module, input, rules, what they adapt)
 }
 
 
-@over("name", LINEN, often=["DenseGeneral", "Conv, grouped", "Embed, attend", "RNN of GRUCell"])
+@over("name", LINEN, often=["DenseGeneral", "Conv, grouped", "Embed, attend"])
 def test_linen(name):
     module, x, rules, expected = LINEN[name]
     params = variables_of(module, x)["params"]
@@ -178,7 +178,7 @@ NNX = {  # (make, run, input, rules, what they adapt)
 }
 
 
-@over("name", NNX, often=["Conv, grouped", "MultiHeadAttention"])
+@over("name", NNX, often=["Conv, grouped"])
 def test_nnx(name):
     make, run, x, rules, expected = NNX[name]
     graphdef, params, rest = nnx.split(make(), nnx.Param, ...)

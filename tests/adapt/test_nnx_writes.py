@@ -152,6 +152,7 @@ def test_new_and_deleted_attributes_and_lists():
         assert_identical((tree.new[...], tree.plain), (y, merged.plain))
 
 
+@pytest.mark.slow
 def test_modules_inside_other_arguments():
     tree, merged = adapted()
     run = lj.adapt(lambda pair, x: pair["model"](x))
@@ -237,7 +238,7 @@ TRANSFORMED = {
 }
 
 
-@over("name", TRANSFORMED, often=["jit of both", "scan along axis 1"])
+@over("name", TRANSFORMED, often=["jit of both"])
 def test_what_a_transform_writes_back_as_it_was_is_no_assignment(name):
     make, fn = TRANSFORMED[name]
     module = make()

@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 
 import lora_jax as lj
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
-from tests.support import PROGRAMS, assert_identical, draw, lorafied, with_random_factors
+from tests.support import PROGRAMS, assert_identical, draw, lorafied, over, with_random_factors
 
 PARAMS = {
     "layers": {"q_proj": {"kernel": draw(1, (3, 5, 7)), "bias": draw(2, (3, 7))}},
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
 LAYOUTS = [*PROGRAMS[:4], PROGRAMS[-1]]
 
 
-@pytest.mark.parametrize("program", LAYOUTS, ids=lambda p: p.name)
+@over("program", LAYOUTS, often=["scanned and rematerialised"])
 def test_save_and_load_are_bitwise(program, tmp_path):
     params, tree, _ = program.inputs()
     lj.save_adapter(tmp_path / "adapter", tree)

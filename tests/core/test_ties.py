@@ -60,6 +60,7 @@ def test_layers_are_counted_one_after_the_other():
     assert_identical(lj.join(*lj.split(with_random_factors(two))), with_random_factors(two))
 
 
+@pytest.mark.slow
 def test_members_train_one_vector(tmp_path):
     """The gradient of a shared vector is the sum of those that each would have alone."""
     tree = with_random_factors(lj.lorafy(PARAMS, [rule(0.5)]))

@@ -272,6 +272,7 @@ def factors_of(fields: dict[str, Any], head_dim: int) -> np.ndarray:
     return np.array(factors, np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", [LLAMA31, tiny.LLAMA3_ROPE], ids=["as Llama 3.1", "others"])
 def test_factors_of_rope_scale_as_config_json_does(rope: dict[str, Any], tmp_path: Path) -> None:
     fields: dict[str, Any] = {"head_dim": 16}

@@ -116,7 +116,7 @@ def test_codes_lie_on_a_mesh_as_the_kernel_does(folder: Any) -> None:
     assert split > 3
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", pytest.param("Q8_0", marks=pytest.mark.slow)])
 def test_the_codes_of_a_file_stay_as_they_are(kind: str, tmp_path: Path) -> None:
     model, params = decoder(
         hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16

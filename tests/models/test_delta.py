@@ -13,6 +13,7 @@ from lora_jax.models.layers.cache import Cache, Recurrent
 from lora_jax.models.layers.delta import RecurrentTokens, gated_delta_rule, short_convolution
 from lora_jax.models.sampling.slots import run_chunk
 from tests.models import tiny
+from tests.support import over
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5, 4
 SEGMENTS = (7, 64, 1, 90, 12)  # across chunks, within one, and on their edges
@@ -80,7 +81,7 @@ def test_segments_do_not_meet() -> None:
     jax.tree.map(lambda a, b: tiny.assert_close(a, b, 2e-6), got, want)
 
 
-@pytest.mark.parametrize("decay", [1e-6, 30.0, 1e4])
+@over("decay", [1e-6, 30.0, 1e4], often=["30.0"])
 def test_gradients_of_any_decay(decay: float) -> None:
     """exp of what a chunk sums up to would overflow, and exp(-sum) be zero."""
     values = draw(100, decay)

@@ -65,10 +65,8 @@ def called(case: tuple[Any, ...]) -> str:
     ("how", "choice", "biased"),
     itertools.product((apply_blocks, apply_ragged), list(CHOICES)[1:], (False, True)),
     often=[
-        "apply_blocks, one row, False",
         "apply_blocks, one expert for all, True",
         "apply_ragged, 16 rows, three experts, True",
-        "apply_ragged, one expert for all, False",
     ],
     called=lambda case: f"{called(case)}, {case[2]}",
 )

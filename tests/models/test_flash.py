@@ -79,7 +79,7 @@ SPLITS = [
 ]
 
 
-@over(("text", "case", "some"), SPLITS, often=["sequence=2"], called=lambda split: split[0])
+@over(("text", "case", "some"), SPLITS, often=[], called=lambda split: split[0])
 def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None) -> None:
     check_split(FLASH, text, case, some)
 
@@ -106,7 +106,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_blocks_are_left_out_only_where_nothing_is_seen(packed: bool) -> None:
     """In packed rows, blocks of other texts, too; the bounds hold all that is seen."""
     case = Case(96, packed=packed, window=20)
@@ -207,7 +207,8 @@ def test_blocks_replace_a_kernel_that_is_gone(gone, deprecating, monkeypatch, ca
     ]
 
 
-@pytest.mark.parametrize("windows", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [False, True])
 def test_a_mapped_call_is_one_call(windows: bool) -> None:
     """Its rows are rows of one batch, unless slots or windows are mapped."""
     case = Case(32, batch=2, kv_heads=1, group=2)

@@ -204,7 +204,7 @@ def test_refusals(tiny_model: Any) -> None:
         ("qwen3-next", "dense"),
         ("gpt2", "dense"),
     ],
-    often=["gpt2, dense"],
+    often=[],
     called=lambda case: f"{case[0]}, {case[1] if case[1] == 'dense' else 'by blocks'}",
 )
 def test_prompts_that_share_their_beginning(case: str, attention: Any) -> None:

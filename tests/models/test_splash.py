@@ -69,7 +69,7 @@ MASKS = {
 }
 
 
-OFTEN = ["padded, packed, a window, capped", "prompts and completions"]
+OFTEN = ["padded, packed, a window, capped"]
 
 
 @over("name", MASKS, often=OFTEN)

@@ -81,6 +81,7 @@ def test_keys_and_values_that_are_shared_stay_the_callers() -> None:
     np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.slow
 def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
     model, params = tiny_model
     cache = init_cache(model.config, 2, 64, model.dtype)

@@ -201,6 +201,7 @@ def unrolled(params):
     return params | {"layers": {str(i): jax.tree.map(lambda x, i=i: x[i], stack) for i in range(3)}}
 
 
+@pytest.mark.slow
 def test_a_scanned_stack_moves_as_its_unrolled_twin():
     params = small()
     del params["embed"], params["layers"]["down"], params["head"]["kernel"]

@@ -201,7 +201,7 @@ def test_biases_train(inputs, tmp_path):
     assert HEAD < trained
 
 
-@over("way", ["--head-only", "--full"], often=["--head-only"])
+@over("way", ["--head-only", "--full"], often=[])
 def test_a_run_without_an_adapter(way, inputs, tmp_path):
     trained = set(adapter_of(inputs, run(without_rank(inputs), tmp_path, "--steps", 2, way)))
     if way == "--head-only":
@@ -210,6 +210,7 @@ def test_a_run_without_an_adapter(way, inputs, tmp_path):
         assert len(trained) == len(jax.tree.leaves(base_of(inputs)[1]))
 
 
+@pytest.mark.slow
 def test_the_merged_export_knows_its_classes(inputs, whole, tmp_path):
     args = ["--adapter", whole / "adapter", "--output", tmp_path / "out", "--merged"]
     export.main([str(arg) for arg in args])

@@ -253,6 +253,7 @@ def test_an_adapter_of_one_use_cannot_be_merged(base, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"peft"}
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_no_adapter_of_pefts(saved, tmp_path, capsys):
     adapter, tree = saved(lj.TrainRule(targets=".*"))
     message = fails(capsys, "--adapter", adapter, "--output", tmp_path / "out")

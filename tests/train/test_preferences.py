@@ -77,6 +77,7 @@ def whole(folder, tmp_path_factory):
     return output, run(folder, output, *args, start=None)
 
 
+@pytest.mark.slow
 def test_an_adapter_begins_at_its_reference(whole):
     _, lines = whole
     first = lines[0]

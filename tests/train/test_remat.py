@@ -107,6 +107,7 @@ def refusing(monkeypatch, text):
 EXHAUSTED = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."
 
 
+@pytest.mark.slow
 def test_one_policy_down_where_the_compiler_refuses(
     inputs, tmp_path, compiled, monkeypatch, capsys
 ):

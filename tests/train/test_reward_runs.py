@@ -57,6 +57,7 @@ def rewards(tmp_path):
     return lambda name: ["--reward", f"{tmp_path / 'mine.py'}:{name}"]
 
 
+@pytest.mark.slow
 def test_a_reward_that_always_fails_ends_the_run_as_nan_does(folder, tmp_path, rewards, capsys):
     line = line_of(folder, tmp_path / "run", *rewards("raises"), "--steps", 12, "--log-every", 5)
     said = fails(capsys, grpo.main, *line)

@@ -110,7 +110,7 @@ def test_the_mismatch_is_that_of_a_dense_model(folder, tmp_path, monkeypatch):
     assert mismatch("as it comes") > 1.2 * dense
 
 
-@over("case", ["mixtral", "qwen3-next", "gpt-oss", "glm4 moe", "deepseek v3"], often=["mixtral"])
+@over("case", ["mixtral", "qwen3-next", "gpt-oss", "glm4 moe", "deepseek v3"], often=[])
 def test_given_experts_are_weighed_by_the_router(case):
     """Its own choice, given back to it, changes no value or gradient; its kernel trains."""
     model, params = tiny.decoder(case)

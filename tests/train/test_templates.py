@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
     return SimpleNamespace(path=folder, model=str(model), run=str(folder / "run"), line=args)
 
 
+@pytest.mark.slow
 def test_a_run_renders_with_it_and_keeps_it_with_its_adapter(folder, tmp_path, capsys):
     at = folder.line.index("--chat-template")
     without = [*folder.line[:at], "--output", str(tmp_path / "run")]
@@ -66,6 +67,7 @@ def ask(folder, output, *args):
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_what_loads_the_adapter_renders_with_it(folder, tmp_path, capsys):
     given = ["--chat-template", folder.path / "own.jinja"]
     prompts = ["--prompts", folder.path / "prompts.jsonl"]

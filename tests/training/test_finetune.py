@@ -127,7 +127,7 @@ def test_a_run_on_chats_is_its_parts_composed_by_hand():
     assert report.steps == 6 and report.held_out == {} and report.step_seconds > 0
 
 
-@over("kind", OWN, often=["function"])
+@over("kind", OWN, often=[])
 def test_a_model_of_ones_own_is_its_parts_composed_by_hand(kind):
     make, loss = OWN[kind]
     model, params = make()
@@ -269,6 +269,7 @@ def test_an_adapter_out_of_the_base_is_decomposed_once(tmp_path, monkeypatch):
     assert_identical(resumed, whole)
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_not_used_again(tmp_path):
     first, _ = fitted(tmp_path, 1)
     (tmp_path / "notes.txt").write_text("mine")

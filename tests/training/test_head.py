@@ -58,7 +58,7 @@ def outer_constraints(jaxpr, shape):
     return outer, inner
 
 
-@over("case", HEADS, often=["tied"])
+@over("case", HEADS, often=[])
 def test_the_head_is_gathered_before_the_loop(case):
     rules, tied = HEADS[case]
     model, plain = tiny.decoder("smollm2" if tied else "llama2")

@@ -73,6 +73,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 @over("mesh", MESHES, often=["one"])
 def test_what_a_step_takes_is_predicted(mesh):
     """By its traced program; a CPU's compiler fuses less than those that the model is of."""

@@ -20,7 +20,7 @@ from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
-from tests.support import assert_close, draw, with_random_factors
+from tests.support import assert_close, draw, over, with_random_factors
 
 NAMES = tuple(OPTIMIZERS)
 LAYERS, IN, OUT, RANK = 3, 10, 14, 4
@@ -66,7 +66,7 @@ def trained(optimizer, adapter, steps=3, start=0, state=None, gradient=gradients
     return adapter, state
 
 
-@pytest.mark.parametrize("name", NAMES)
+@over("name", NAMES, often=["adamw", "muon"])
 def test_layers_of_a_stack_train_as_if_apart(name):
     """And LoRA+ and weight decay, which norms do without, are the same for each."""
     params = tree()
@@ -96,7 +96,7 @@ def test_layers_of_a_stack_train_as_if_apart(name):
     assert np.abs(np.subtract(together[path]["b"], adapter[path]["b"])).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@over("name", NAMES, often=["muon"])
 def test_what_pads_ranks_stays_zero(name):
     rules = [
         lj.LoraRule(targets=["layers"], layers=[0], rank=2, alpha=3),
@@ -197,12 +197,10 @@ def mesh_of(**sizes):
 TABLE = ((r"(layers|more)/kernel", P("fsdp", "tensor")), (r"embed/embedding", P("tensor", "fsdp")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        "adafactor",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("muon", "adamw", "schedule-free")),
-    ],
+    ["adafactor", "muon", "adamw", "schedule-free"],
 )
 def test_a_mesh_takes_the_same_steps_and_shares_the_state_out(name):
     """Returns A, B and arrays that train in full, some of them large enough to be factored."""
@@ -251,7 +249,7 @@ def test_rows_and_columns_lie_as_the_axes_that_they_are_of():
     assert not any(shape == (LAYERS, 128, 132) for shape, _ in shapes), "nothing is kept whole"
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon", "schedule-free"])
+@over("name", ["adafactor", "muon", "schedule-free"], often=["muon"])
 def test_a_checkpoint_goes_on_bitwise(name, tmp_path):
     params = tree()
     adapter, _ = lj.split(params)

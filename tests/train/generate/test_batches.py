@@ -176,7 +176,7 @@ def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compi
     ("args", "says"),
     [
         ([], "merged into"),
-        (["--no-merge"], "beside"),
+        pytest.param(["--no-merge"], "beside", marks=pytest.mark.slow),
         pytest.param(["--merge"], "merged into", marks=pytest.mark.slow),
     ],
 )

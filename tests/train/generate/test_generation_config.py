@@ -76,6 +76,7 @@ def test_an_answer_ends_where_the_file_says(base, tmp_path):
     assert end_tokens(read_model_info(str(folder))) == (258,)
 
 
+@pytest.mark.slow
 def test_saved_and_merged_folders_have_the_file(base, tmp_path):
     folder, tokens = base
     fields = {"eos_token_id": [end_of(tokens)[0]], **SAMPLING, "transformers_version": "5.0.0"}

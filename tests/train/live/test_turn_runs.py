@@ -68,6 +68,7 @@ def recorded(monkeypatch):
 STEPS = ["--steps", 2, "--lr", 1e-2, "--schedule", "constant"]
 
 
+@pytest.mark.slow
 def test_tokens_of_the_environment_are_read_and_not_learned(folder, tmp_path, monkeypatch):
     found = recorded(monkeypatch)
     lines = run(folder, tmp_path / "run", *STEPS)

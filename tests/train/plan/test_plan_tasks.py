@@ -111,7 +111,7 @@ def test_a_batch_of_completions_has_the_shapes_of_a_run(model, share_prompt):
         "completions": (*GRPO, "--remat", "none", "--no-share-prompt"),
         "completions, prompts shared": (*GRPO, "--remat", "none"),
     }.items(),
-    often=["pairs"],
+    often=[],
     called=lambda case: case[0],
 )
 def test_flops_are_those_counted_by_hand(model, name, options):
@@ -283,6 +283,7 @@ def test_devices_share_the_programs_between_steps(model, options):
     assert set(made.collective_bytes) >= {"all-gather"}
 
 
+@pytest.mark.slow
 def test_a_sampler_that_is_refused_is_told(model, monkeypatch):
     def refuse(compiler_options=None):
         raise jax.errors.JaxRuntimeError(

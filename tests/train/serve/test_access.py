@@ -224,6 +224,7 @@ def test_lists_in_lists_are_refused():
                 assert answer.status_code == 400, (depth, field, answer.text)
 
 
+@pytest.mark.slow
 def test_random_fields_never_break_the_server():
     import random
 

@@ -158,7 +158,7 @@ def crashed(folder, program, executed, lost, sent, every):
     return model, ids
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(4, marks=pytest.mark.slow), 99])
+@pytest.mark.parametrize("every", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4)), 99])
 def test_a_restart_at_every_point(tmp_path, every):
     rng = random.Random(every)
     numbered = list(enumerate(PROGRAM, 1))

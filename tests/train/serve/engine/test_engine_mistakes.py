@@ -112,7 +112,7 @@ def test_bad_commands_are_refused(engine, base, tmp_path):
     assert not engine.knows("broken")
 
 
-@pytest.mark.parametrize("weight", [1e25, 1e38])
+@pytest.mark.parametrize("weight", [pytest.param(1e25, marks=pytest.mark.slow), 1e38])
 def test_a_gradient_that_no_update_could_take_is_refused(engine, weight):
     """Each of its numbers may be finite, but no norm by which it could be clipped."""
     tell(engine, "greedy", Create(AdapterSpec(rank=1, seed=0)))
