@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from tests.support import assert_identical
 from tests.train import tiny_qwen_vl as tiny
-from tests.train.test_classify import assert_same
 from tests.train.tiny_smolvlm import write_rows
 from train.export.__main__ import main as export
 from train.generate.__main__ import main as generate
@@ -76,7 +76,7 @@ def test_a_resumed_run_ends_where_a_whole_one_does(made: Path, tmp_path: Path) -
         for name in ("whole", "half")
     )
     assert any("visual" in path for path in whole)
-    assert_same(whole, half)
+    assert_identical(whole, half)
     losses = [line["loss"] for line in read_metrics(tmp_path / "whole")]
     assert np.isfinite(losses).all()
 

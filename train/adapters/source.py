@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import lora_jax as lj
 import lora_jax.peft as lp
@@ -100,8 +101,7 @@ class AdapterSource:
         """True where the adapter was trained on a model with its encoder of images."""
         if not self.from_peft:
             return bool(self.about.get(IMAGES))
-        with self._readable():
-            return any(".visual." in name for name in read_tensors(self.folder / PEFT_WEIGHTS))
+        return any(".visual." in name for name in self._tensors())
 
     @property
     def codes(self) -> str | None:
@@ -168,10 +168,14 @@ class AdapterSource:
         instead += "save_pretrained): give that folder with --model"
         with self._readable(instead):
             read_config(self.folder)
+        self._tensors()
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """Reads the tensors of PEFT's folder."""
         anew = ". Copy the folder anew, or save the adapter again, "
         anew += "save_pretrained(…, safe_serialization=True)"
         with self._readable(anew):
-            read_tensors(self.folder / PEFT_WEIGHTS)
+            return read_tensors(self.folder / PEFT_WEIGHTS)
 
     def _readable(self, remedy: str = "") -> AbstractContextManager[None]:
         """Turns errors of its files within into UserErrors."""

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable
 from typing import Literal
 
-import openai
-import pydantic
 import pytest
 
 from tests.train.serve.asking import IMPOSSIBLE, MODEL, Day, Unit, Weather, served
 
+openai = pytest.importorskip("openai", reason="the extra 'serve-test' has the client")
+pydantic = pytest.importorskip("pydantic", reason="the extra 'serve-test' has it")
 instructor = pytest.importorskip("instructor", reason="the extra 'serve-test' has the client")
 pytest.importorskip("llguidance", reason="the extra 'structured' has it")
 pytestmark = [pytest.mark.serving, pytest.mark.filterwarnings("ignore")]
