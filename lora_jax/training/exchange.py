@@ -18,8 +18,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lora_jax.core.extend import varies_over
 from lora_jax.models.layers.placement import Mixture
-from lora_jax.models.specs import BATCH
+from lora_jax.models.specs import AXES, BATCH
 from lora_jax.sharding import sharding_for
 
 CHUNK_BYTES = 2**30  # of a chunk's tokens, of all devices that share experts
@@ -85,6 +86,8 @@ def _exchanged(
     biases: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Returns a device's part of the sums of its tokens; see `shared_out`."""
+    args = (x, weights, chosen, kernels, biases)
+    x, weights, chosen, kernels, biases = jax.tree.map(_varying, args)
     if biases:  # the last is added to the sum once
         here = lax.axis_index("tensor") == 0
         biases = (*biases[:-1], jnp.where(here, biases[-1], 0))
@@ -101,6 +104,16 @@ def _exchanged(
 
     n = _chunks(x, shares)
     return _apply_chunks(through, n, x, weights, chosen)
+
+
+def _varying(array: jax.Array) -> jax.Array:
+    """Returns an array typed to differ over all axes: devices add up its derivatives here, once.
+
+    Further inside, they would add them for each chunk, and in turns that not all devices take: the
+    others would wait for ever.
+    """
+    missing = tuple(sorted({*AXES} - varies_over(array)))
+    return lax.pcast(array, missing, to="varying") if missing else array
 
 
 def _chunks(x: jax.Array, shares: int) -> int:
