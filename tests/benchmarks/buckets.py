@@ -58,10 +58,10 @@ def train_timed(idle: float, file: Path, words: list[str]) -> None:
     """Runs train.sft with a sleep in each step; writes what its saves took to a file."""
 
     def timed(act: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
-        def timed_act(*args: Any) -> Any:
+        def timed_act(*args: Any, **named: Any) -> Any:
             began = time.perf_counter()
             try:
-                return act(*args)
+                return act(*args, **named)
             finally:
                 spent.append(time.perf_counter() - began)
 
@@ -134,7 +134,8 @@ def main() -> None:
             for place in places if turn % 2 == 0 else reversed(places):
                 before = len(proxy.requests)
                 times[place] = bench.run(place)
-                print(f"{place}: {times[place]} ({len(proxy.requests) - before} requests)")
+                requests = len(proxy.requests) - before
+                print(f"{place}: {times[place]} ({requests} requests)", flush=True)
             disk, bucket = (times[place].step for place in places)
             ratios.append(bucket / disk)
             print(f"round {turn + 1}: {ratios[-1]:.3f} x", flush=True)
