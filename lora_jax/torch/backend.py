@@ -55,6 +55,7 @@ with warnings.catch_warnings():
     try:
         from torchax.tensor import Environment, OperatorNotFound
         from torchax.tensor import Tensor as Tensor
+        from torchax.view import View, ViewInfo
     except ImportError as error:
         raise ImportError("torch modules run by torchax: pip install 'lora_jax[torch]'") from error
 
@@ -80,7 +81,10 @@ class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Computes an operator; there is no gradient of what it returns under ``no_grad``."""
-        return _frozen(super().dispatch(func, types, args, kwargs), args)
+        out = super().dispatch(func, types, args, kwargs)
+        if func is torch.ops.aten.detach.default:  # of a slice; torchax returns it as it is
+            return _stopped(out)
+        return _frozen(out, (args, kwargs))
 
 
 def _frozen(out: Any, args: Any) -> Any:
@@ -91,13 +95,31 @@ def _frozen(out: Any, args: Any) -> Any:
     if torch.is_grad_enabled() or _IN_FUNCTION.get():
         return out
     given = {id(arg) for arg in torch_tree.tree_leaves(args)}
+    return torch_tree.tree_map_only(
+        (Tensor, View), lambda tensor: tensor if id(tensor) in given else _stopped(tensor), out
+    )
 
-    def stopped(tensor: Any) -> Any:
-        if id(tensor) in given or not tensor.dtype.is_floating_point:
-            return tensor
-        return Tensor(jax.lax.stop_gradient(tensor.jax()), tensor._env)
 
-    return torch_tree.tree_map_only(Tensor, stopped, out)
+def _stopped(tensor: Any) -> Any:
+    """Returns a tensor, or a slice of one that can be written to, without a gradient."""
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        return tensor
+    if isinstance(tensor, View):
+        return View(tensor, _Stopped(), tensor._env)
+    return Tensor(jax.lax.stop_gradient(tensor.jax()), tensor._env)
+
+
+class _Stopped(ViewInfo):  # type: ignore[misc]  # torchax has no types
+    """A view of all of a tensor, through which no gradient passes."""
+
+    def transform_tensor(self, jax_array: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(jax_array)
+
+    def update_tensor(self, new_value: jax.Array, jax_array: jax.Array) -> jax.Array:
+        return new_value
+
+    def calculate_output_shape(self, source: jax.Array) -> tuple[int, ...]:
+        return source.shape
 
 
 def call_jax(function: Callable[..., Any], *args: Any) -> Any:
@@ -151,14 +173,11 @@ def running(what: str) -> Iterator[Any]:
         names both the operator and the module.
     """
     try:
-        env = environment()
         with LOCK, warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
             warnings.simplefilter("ignore")  # of torch's and torchax's own making
-            with (
-                _differentiated_functions(),
-                torch.enable_grad(),
-                env,
-            ):  # so that a module's own no_grad is known
+            env = environment()
+            # With gradients, so that a module's own no_grad is known.
+            with _differentiated_functions(), torch.enable_grad(), env:
                 yield env
     except OperatorNotFound as error:
         operator = str(error).removeprefix("Operator with name ").removesuffix(" has no lowering")

@@ -1,6 +1,7 @@
 """The weights of a torch module in safetensors files, which may hold them in another form."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ class TorchFolder(SafetensorsFolder):
         super().__init__(folder, FORMATS, **options)
         self._joined: dict[str, dict[str, list[str]]] = {}
         self._coded, self.shipped = self.shipped, frozenset()
+        plain = Counter(kind for name, kind in self.dtypes.items() if name not in self._coded)
+        for kind, _ in plain.most_common(1):  # the dtype of what the codes stand for
+            self.dtypes |= dict.fromkeys(self._coded, kind)
         rows = {name: row.hf_shape for row in key_table(self.config) for name in row.hf_names}
         self._parts_of: dict[str, tuple[int, ...]] = {}
         for name in sorted(self.shapes, key=dot_natural_key):

@@ -297,10 +297,11 @@ def test_parts_of_tensors_in_files(tmp_path, monkeypatch):
 def test_codes_of_files_are_read_as_arrays(tmp_path):
     """FP8 in blocks, as DeepSeek-V3 is shipped: parts of experts, layers in a stack and outside."""
     random_model("deepseek_v3").save_pretrained(tmp_path / "floats")
-    tensors = safetensors_torch.load_file(tmp_path / "floats/model.safetensors")
+    file = tmp_path / "floats/model.safetensors"
+    tensors = {n: x.bfloat16() for n, x in safetensors_torch.load_file(file).items()}
     coded = dict(tensors)
     for name in [n for n in tensors if re.search(r"(_proj|_a|_b|_mqa)\.weight$", n)]:
-        values, (rows, columns) = tensors[name], tensors[name].shape
+        values, (rows, columns) = tensors[name].float(), tensors[name].shape
         scale = 0.5 + torch.rand(-(-rows // 16), -(-columns // 16))
         each = scale.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
         codes = (values / each).to(torch.float8_e4m3fn)
@@ -316,6 +317,7 @@ def test_codes_of_files_are_read_as_arrays(tmp_path):
         safetensors_torch.save_file(held, tmp_path / folder / "model.safetensors")
     (_, want), (fn, params) = (from_torch(tmp_path / folder) for folder in ("floats", "fp8"))
     jax.tree.map(np.testing.assert_array_equal, params, want)
+    assert {*TorchFolder(tmp_path / "fp8").dtypes.values()} == {"BF16"}
     experts = [x["model"]["layers"]["0of1from1"]["mlp"]["experts"] for x in (params, before)]
     assert distance(experts[0]["gate_up_proj"], experts[1]["gate_up_proj"]) > 1e-3
     assert np.isfinite(jax.jit(fn)(params, IDS)).all() and len(coded) - len(tensors) > 20
@@ -393,6 +395,36 @@ def test_a_modules_no_grad_stops_gradients_and_a_functions_forward_does_not(froz
     assert distance(gradient["inner"]["kernel"], by_torch(frozen, Cube.apply)) <= 1e-5
     for wrong in ((not frozen, Cube.apply), (frozen, lambda x: 0 * x + x.detach() ** 3)):
         assert distance(gradient["inner"]["kernel"], by_torch(*wrong)) > 1e-2
+
+
+def test_slices_have_no_gradient_where_torch_gives_them_none():
+    class Slices(torch.nn.Module):
+        def __init__(self, stops=True):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.outer = torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)
+            self.stops = stops
+
+        def forward(self, x):
+            hidden, filled = torch.tanh(self.inner(x)), torch.zeros(2, 2, device=x.device)
+            with torch.set_grad_enabled(not self.stops):
+                first = hidden[:, :2]
+                filled[:, :1].copy_(hidden[:, :1])
+            last = hidden[:, 2:4].detach() if self.stops else hidden[:, 2:4]
+            return self.outer(torch.cat([first * hidden[:, 3:5], last * hidden[:, 1:3], filled], 1))
+
+    def by_torch(network):
+        out = network(torch.tensor(x))
+        (out**2).sum().backward()
+        return out.detach().numpy(), network.inner.weight.grad.numpy().T
+
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    fn, params = from_torch(Slices())
+    gradient = jax.jit(jax.grad(lambda p: (fn(p, x) ** 2).sum()))(params)["inner"]["kernel"]
+    out, want = by_torch(Slices())
+    assert distance(jax.jit(fn)(params, x), out) <= 1e-5
+    assert distance(gradient, want) <= 1e-5
+    assert distance(gradient, by_torch(Slices(stops=False))[1]) > 1e-2
 
 
 def test_modules_that_are_named_by_numbers_are_saved_for_peft(tmp_path):
