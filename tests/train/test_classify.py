@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.core.paths import flatten_with_paths
 from lora_jax.models import hf_tensors, key_table, read_config
 from lora_jax.models.families import family_of
 from lora_jax.training.data.labelled import Labelled, label_names, predict
@@ -199,6 +200,13 @@ def test_biases_train(inputs, tmp_path):
     trained = set(lj.split(begun(main, *inputs, "--output", tmp_path, "--bias", "all"))[0])
     assert {path for path in trained if path.endswith("/bias")} > {"classifier/bias"}
     assert HEAD < trained
+
+
+@pytest.mark.parametrize("way", ["--head-only", "--full"])
+def test_what_trains_without_an_adapter(way, inputs, tmp_path):
+    params = begun(main, *without_rank(inputs), way, "--output", tmp_path)
+    leaves = {path for path, _ in flatten_with_paths(base_of(inputs)[1])[0]}
+    assert {*lj.split(params)[0]} == (HEAD if way == "--head-only" else leaves)
 
 
 @over("way", ["--head-only", "--full"], often=[])

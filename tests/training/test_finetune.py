@@ -269,6 +269,13 @@ def test_an_adapter_out_of_the_base_is_decomposed_once(tmp_path, monkeypatch):
     assert_identical(resumed, whole)
 
 
+def test_a_folder_with_a_run_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(training.TrainingError, match="holds another run: go on .*by resume=True"):
+        fitted(tmp_path, 1)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "checkpoints"]
+
+
 @pytest.mark.slow
 def test_a_folder_with_a_run_is_not_used_again(tmp_path):
     first, _ = fitted(tmp_path, 1)

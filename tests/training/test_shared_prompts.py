@@ -204,6 +204,21 @@ def rollouts(feed, per_token=False):
     return {name: jnp.asarray(x[0]) for name, x in batch.items()}
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_tokens_of_the_environment_are_read_and_not_learned(share_prompt):
+    tokens, there = ids_of(5, (2, GROUP, NEW)), np.arange(NEW) < LENGTHS[..., None]
+    own = there & (np.arange(NEW) % 3 != 1)
+    turns = np.empty((2, GROUP), object)
+    for at in np.ndindex(turns.shape):
+        is_own = own[at][: LENGTHS[at]].tolist()
+        turns[at] = SimpleNamespace(prompt=PROMPTS[at[0]], is_own=is_own)
+    drawn = GroupedCompletions(tokens, 0.0 * tokens, LENGTHS, ENDED, np.array([""] * 6), turns)
+    batch = feed_of(share_prompt=share_prompt).batch_from_completions(np.array([0, 1]), drawn)
+    weights, targets = (batch[x].reshape(2, GROUP, NEW) for x in ("weights", "targets"))
+    np.testing.assert_array_equal(weights > 0, own)
+    np.testing.assert_array_equal(targets[there], tokens[there])
+
+
 ONLINE = {
     **{name: losses.ONLINE[name] for name in ("dapo", "grpo", "gspo", "cispo")},
     "dr_grpo": losses.dr_grpo(NEW),
