@@ -11,6 +11,7 @@ import pytest
 
 from lora_jax import load_adapter
 from lora_jax.training.errors import TrainingError
+from tests.train import tiny_qwen_vl
 from tests.train.test_sft import fails
 from tests.train.tiny import decoder, tokenizer, write_jsonl, write_model
 from train.data import blocks
@@ -74,6 +75,15 @@ def test_a_row_that_cannot_be_used_is_named_when_it_comes(small, tmp_path):
         for step in range(90):
             feed.batch(step)
     assert step > 1  # of the chunks before
+
+
+def test_a_model_with_images_is_its_text(tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", rows(3))
+    folder = tiny_qwen_vl.write_qwen_vl(tmp_path / "model")
+    args = ["--dataset", data, "--model", folder, "--truncate", "--stream", "--steps", 9]
+    config = parse([*map(str, args)])
+    outline = stream.TASK.outline(config, stream.TASK.rows(config))
+    assert outline.can_have_images and outline.config.model_type == "qwen3_5_text"
 
 
 @pytest.mark.parametrize(

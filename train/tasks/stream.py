@@ -165,4 +165,7 @@ def _sequences(
     return Sequences.concatenate(map(tokenising.from_json, made))
 
 
-TASK = dataclasses.replace(chats.TASK, check=check, rows=read_rows, examples=examples)
+# Rows that are not all there have no images.
+TASK = dataclasses.replace(
+    chats.TASK, check=check, rows=read_rows, outline=chats.outline, examples=examples
+)
