@@ -29,7 +29,12 @@ from lora_jax.quantized import is_coded
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # Those of what makes arrays of a user's data: a tokenizer or an image processor.
-_TOKENIZER_FILES = (*TOKENIZER_FILES, "processor_config.json", IMAGES)
+_TOKENIZER_FILES = (
+    *TOKENIZER_FILES,
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    IMAGES,
+)
 
 
 def file_dtypes(

@@ -133,6 +133,14 @@ def has_images(fields: Fields) -> bool:
     return fields.get("model_type") in QWEN_VL and isinstance(fields.get("vision_config"), dict)
 
 
+def reading_options(config: ModelConfig) -> dict[str, object]:
+    """Returns the options of `read_config` by which a file was read as this configuration's kind.
+
+    An encoder's head is left to the file: no tensor's name depends on it.
+    """
+    return {IMAGES: True} if config.model_type in QWEN_VL else {}
+
+
 def declined_field(fields: Fields) -> str | None:
     """Returns the field of a config.json for which its family leaves the model to others, or None.
 

@@ -24,7 +24,7 @@ from lora_jax.hf.save import file_dtypes, write_model, write_template, write_tok
 from lora_jax.hf.sources import SafetensorsFolder, Source
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.rope import with_rope_scaling
-from lora_jax.models.families import FORMATS, IMAGES, key_table, module_of
+from lora_jax.models.families import FORMATS, IMAGES, key_table, module_of, reading_options
 from lora_jax.models.layers.attend import Attend
 from lora_jax.quantized import Format as Codes
 from lora_jax.quantized import QuantRule
@@ -182,7 +182,10 @@ def save_pretrained(
     folder = local_path(folder).absolute()
     check_free(folder, overwrite, "config.json", "model's")
     table = key_table(model.config)
-    source = None if codes_from is None else open_source(resolve(readable(codes_from)).path)
+    source = None
+    if codes_from is not None:
+        path = resolve(readable(codes_from)).path
+        source = open_source(path, **reading_options(model.config))
     if source is not None and not isinstance(source, SafetensorsFolder):
         raise WeightsError(f"codes_from={codes_from}: codes are kept of safetensors files alone")
     dtypes = file_dtypes(params, table, dtype, in_codes=source is not None)

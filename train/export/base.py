@@ -16,6 +16,7 @@ from lora_jax.hf.sources import SafetensorsFolder
 from lora_jax.hf.stored.kept import CodesCheck
 from lora_jax.hf.tokenizer import tokenizer_path
 from lora_jax.models import key_table
+from lora_jax.models.families import reading_options
 from lora_jax.quantized import dequantize, is_coded
 from train.run.model_code import open_model
 from train.run.tokenizer import read_tokenizer
@@ -77,7 +78,7 @@ def keep_codes(
     Returns:
       The tree; the base if codes are left, or None; and what to say of them, "" for nothing.
     """
-    source = open_model(resolve(base).path)
+    source = open_model(resolve(base).path, **reading_options(model.config))
     if quantize != STORED or not isinstance(source, SafetensorsFolder):
         return dequantize(params), None, ""
     table = key_table(model.config)

@@ -24,7 +24,7 @@ from lora_jax.hf.sources import HasCodes
 from lora_jax.hf.stored.methods import ConfigCodes
 from lora_jax.hf.vision.readers import AnyReader, reads_images
 from lora_jax.models import ConfigError, key_table
-from lora_jax.models.families import IMAGES, has_images
+from lora_jax.models.families import IMAGES, has_images, reading_options
 from lora_jax.models.pretrained import from_pretrained, read_config_file
 from lora_jax.quantized import is_coded
 from lora_jax.saving.checkpoint import TEMPLATE
@@ -184,7 +184,8 @@ class ModelInfo:
         head = {**self.head, "quantize": quantize}
         given = f"--quantize {quantize}: "
         with as_user_errors(*MODEL_ERRORS, ValueError, prefix=given):
-            source = open_model(resolve(self.name).path) if quantize == STORED else None
+            path, how = resolve(self.name).path, reading_options(self.config)
+            source = open_model(path, **how) if quantize == STORED else None
             if source is not None and not (source.shipped or isinstance(source, GGUFFile)):
                 raise models.ConfigError(
                     f"the files of {self.name} hold no codes: choose a format, such as nf4"
