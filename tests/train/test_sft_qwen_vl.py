@@ -98,6 +98,9 @@ def test_texts_alone_and_what_is_refused(
             generate([*map(str, args), "--prompt", "colour?", "--image", str(image)])
         assert_matches(message, capsys.readouterr().err)
     with pytest.raises(SystemExit):
+        run(made, tmp_path / "goes_on", "--steps", 1, "--init-adapter", tmp_path / "texts")
+    assert_matches("on the text of .* alone, and here images are read", capsys.readouterr().err)
+    with pytest.raises(SystemExit):
         run(made, tmp_path / "packed", "--steps", 1, "--packing")
     assert "--packing: rows have images" in capsys.readouterr().err
 

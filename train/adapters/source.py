@@ -19,8 +19,9 @@ from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.folders import TEMPLATE_FILE
 from lora_jax.hf.coded import NONE
 from lora_jax.hf.hub import name_for_others
+from lora_jax.hf.vision.readers import reads_images
 from lora_jax.lorafy import nodes_of
-from lora_jax.models.families import IMAGES
+from lora_jax.models.families import IMAGES, reading_options
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of, read_config
 from lora_jax.peft.hub import adapter_folder
@@ -194,7 +195,7 @@ class AdapterSource:
         self.check_files()
         if not allow_base_mismatch:
             self._check_name(outline.name)
-        with self._fits(outline.name):
+        with self._fits(outline.name, outline.config):
             if self.is_subspace:
                 space, _ = subspace.load(self.folder, outline.params, allow_base_mismatch=True)
                 return self._check_head(outline, {tensor.path for tensor in space.tensors})
@@ -214,7 +215,7 @@ class AdapterSource:
         Raises:
           UserError: the adapter is damaged, or of another base.
         """
-        with self._fits(name):
+        with self._fits(name, model.config):
             if self.is_subspace:
                 mismatch = allow_base_mismatch
                 space, theta = subspace.load(self.folder, params, allow_base_mismatch=mismatch)
@@ -249,12 +250,28 @@ class AdapterSource:
                 "task type SEQ_CLS), or a base with a head, is needed"
             )
 
+    def _images_differ(self, name: str, config: Any) -> str:
+        """Says that images were read in training or are read here, and not both; "" otherwise."""
+        if self.images and not reads_images(config):
+            return (
+                f"was trained on {name} with its images, and only texts are read here: train.sft, "
+                "train.generate and train.export take it"
+            )
+        if reading_options(config) and not self.images and not self.from_peft:
+            return (
+                f"was trained on the text of {name} alone, and here images are read: PEFT's files "
+                "of it, which train.export writes, fit both"
+            )
+        return ""
+
     @contextmanager
-    def _fits(self, name: str) -> Iterator[None]:
+    def _fits(self, name: str, config: Any) -> Iterator[None]:
         """Turns errors within into a UserError of one paragraph."""
         try:
             yield
         except ValueError as error:
+            if why := self._images_differ(name, config):
+                raise UserError(f"{self.given} {why}") from error
             first, *rest = [line.strip() for line in str(error).splitlines()]
             message = f"{first}: {'; '.join(rest[:_SHOWN])}" if rest else first
             if len(rest) > _SHOWN:

@@ -10,10 +10,13 @@ import pytest
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
+from tests.models import tiny_qwen_vl
 from tests.support import assert_identical, with_random_factors
 from tests.train.scripts import begun
 from tests.train.tiny import write_model, write_rows
 from train import sft
+from train.adapters.source import find_adapter
+from train.console.errors import UserError
 from train.generate import __main__ as generate
 from train.run import pretrained
 
@@ -220,3 +223,23 @@ def test_a_folder_without_an_adapter(make, words, tmp_path, capsys):
     folder.mkdir()
     make(folder)
     assert words.format(folder) in fails(capsys, generate, "--adapter", folder)
+
+
+def test_an_adapter_of_images_where_texts_are_read_and_back(tmp_path):
+    whole, params = tiny_qwen_vl.made()
+    text = models.Decoder(whole.config.text)
+    alone = {"model": params["model"]["language_model"], "lm_head": params["lm_head"]}
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj", "qkv"], rank=2)])
+    lj.save_adapter(tmp_path / "whole", tree, about={"images": True})
+    lj.save_adapter(tmp_path / "text", lj.lorafy(alone, [lj.LoraRule(targets=["q_proj"], rank=2)]))
+    lp.save(tmp_path / "peft", whole, tree)
+    names = ("whole", "text", "peft")
+    source = {name: find_adapter(str(tmp_path / name)) for name in names}
+    for name in ("whole", "peft"):
+        assert source[name].images
+        source[name].load(whole, params, "M")
+        with pytest.raises(UserError, match="on M with its images, and only texts are read here"):
+            source[name].load(text, alone, "M")
+    source["text"].load(text, alone, "M")
+    with pytest.raises(UserError, match="on the text of M alone, and here images are read"):
+        source["text"].load(whole, params, "M")
