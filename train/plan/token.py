@@ -131,9 +131,12 @@ def _plain(params: Tree) -> Tree:
     return lj.strip(map_slots(lambda _, slots: slots.base, params))
 
 
+def _coded_leaves(params: Tree) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_coded) if is_coded(leaf)]
+
+
 def _reason_without_kernel(job: PlanJob, params: Tree, rows: int) -> str | None:
-    leaves = jax.tree.leaves(_plain(params), is_leaf=is_coded)
-    formats = sorted({leaf.format.name for leaf in leaves if is_coded(leaf)})
+    formats = sorted({leaf.format.name for leaf in _coded_leaves(_plain(params))})
     if not formats:
         return None
     if (n := len(job.machine.devices)) > 1:
@@ -168,7 +171,7 @@ def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lower
     run = job.layout.constrained(model).apply
     if has_slots:
         run = mixed(model.apply)
-    elif nodes_of(params):
+    elif nodes_of(params) or _coded_leaves(params):
         run = lj.adapt(run)
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:

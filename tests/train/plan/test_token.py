@@ -54,6 +54,10 @@ def test_adapters_of_the_rows(tmp_path):
     base, one, three = (
         token_of(tmp_path, FIELDS, more=("--decode-adapters", n)) for n in (0, 1, 3)
     )
+    coded, adapted = (
+        token_of(tmp_path, FIELDS, codes="int8", more=("--decode-adapters", n)) for n in (0, 1)
+    )
+    assert adapted.bytes - coded.bytes == 4 * ADAPTER and coded.bytes < base.bytes
     slots = 4
     assert [made.adapters for made in (base, one, three)] == [0, 1, 3]
     assert one.bytes - base.bytes == 4 * ADAPTER
