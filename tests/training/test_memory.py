@@ -95,6 +95,24 @@ def test_a_device_takes_its_part_of_the_batch():
     assert 3.5 * part < whole < 4.1 * part and double > 1.8 * part
 
 
+def test_an_array_that_is_typed_to_differ_is_no_copy():
+    """As kernels of experts are before a loop reads them."""
+    mesh = make_mesh(jax.devices()[:2], fsdp=2)
+    x, w = jnp.ones((4, 12)), jnp.ones((12, 12))
+
+    def peak_of(typed):
+        def part(x, w):
+            w = lax.pcast(w, "fsdp", to="varying") if typed else w
+            return lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=3)[0]
+
+        fn = jax.shard_map(part, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P("fsdp"))
+        placed = [NamedSharding(mesh, spec) for spec in (P("fsdp"), P())]
+        jaxpr = jax.jit(fn).trace(x, w).jaxpr
+        return peak_bytes(jaxpr, placed, [False] * 2, mesh.shape, platform="tpu")
+
+    assert peak_of(True) == peak_of(False) > w.nbytes
+
+
 @jax.jit
 def looped(x, w):
     return lax.scan(lambda c, w: (jnp.tanh(c @ w), c), x, jnp.stack([w[:, :12]] * 3))

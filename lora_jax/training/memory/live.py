@@ -41,7 +41,7 @@ _INLINED |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "few
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
 # The same bytes under another shape or name.
 _VIEWS = frozenset({"reshape", "squeeze", "name", "sharding_constraint", "optimization_barrier"})
-_VIEWS |= {"copy", "copy_p", "stop_gradient"}
+_VIEWS |= {"copy", "copy_p", "stop_gradient", "pvary", "pcast"}
 # Computed into arrays; all others that hold no jaxpr are fused.
 _WRITTEN = frozenset({"sort", "top_k", "scatter", "scatter-add", "cumsum", "fft", "gather"})
 _WRITTEN |= {"pallas_call", "flash_kernel", "ffi_call", "random_bits", "device_put"}
