@@ -151,3 +151,10 @@ def test_a_processor_that_does_not_fit(
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(tiny.processor(**changes)))
     with pytest.raises(models.ConfigError, match=message):
         models.load_image_reader(tmp_path, tiny.tokenizer(), config)
+
+
+def test_a_processor_config_that_says_nothing_of_images(tmp_path: Path) -> None:
+    config = models.read_config(tiny.fields(), images=True)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "P", "image_seq_len": 64}')
+    with pytest.raises(models.ConfigError, match=r"preprocessor_config.json is missing"):
+        models.load_image_reader(tmp_path, tiny.tokenizer(), config)

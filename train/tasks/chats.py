@@ -329,6 +329,13 @@ def seed_read(config: Config) -> tuple[str, ...]:
     return ("seed",) if config.run.eval_every and config.data.held_out_seed is None else ()
 
 
+def _read_by(config: Config) -> tuple[str, ...]:
+    """Returns the further options that decide about rows and outline; see `Task.reads`."""
+    first = config.adapter.init_adapter
+    shows = first is not None and find_adapter(first, "--init-adapter").images
+    return (*seed_read(config), *["init_adapter"] * shows)
+
+
 TASK = Task(
     defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=2e-4, full_lr=2e-5),
     check=check,
@@ -336,5 +343,5 @@ TASK = Task(
     outline=outline_of_chats,
     examples=examples,
     loss=loss,
-    reads=seed_read,
+    reads=_read_by,
 )

@@ -58,10 +58,13 @@ def load_image_reader(
     >>> training.chats([row], tokenizer, seq_len=2048, images=reader)  # doctest: +SKIP
     """
     folder = resolve(name_or_path).path
-    path = next((folder / name for name in (FILE, _PROCESSOR) if (folder / name).is_file()), None)
-    path = path or folder / FILE
-    fields = read_file(path, "a model of images", ConfigError)
-    fields = fields.get("image_processor", fields)
+    path = folder / FILE
+    fields: Fields = {}
+    if not path.is_file() and (folder / _PROCESSOR).is_file():
+        joined = read_file(folder / _PROCESSOR, "a model of images", ConfigError)
+        if fields := joined.get("image_processor") or {}:
+            path = folder / _PROCESSOR
+    fields = fields or read_file(path, "a model of images", ConfigError)
     if config.image_form == "patches":
         return _patch_reader(path, fields, tokenizer, config)
     return _tile_reader(path, fields, tokenizer, config)

@@ -181,7 +181,10 @@ def with_rope_scaling(config: ModelConfig, scaling: Fields) -> DecoderConfig:
     (2048, 8192)
     """
     if not isinstance(config, DecoderConfig):
-        raise ConfigError(f"a {config.model_type} model has no RoPE to scale")
+        why = "has no RoPE to scale"
+        if isinstance(getattr(config, "text", None), DecoderConfig):
+            why = "that reads images keeps its RoPE: only that of texts alone is scaled"
+        raise ConfigError(f"a {config.model_type} model {why}")
     if config.rope_scaling is not None:
         was = config.rope_scaling
         raise ConfigError(

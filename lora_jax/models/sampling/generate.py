@@ -56,7 +56,8 @@ def generate(
         ``lora_jax.adapt(model.apply)``. Keep one and pass it again: each new function compiles.
       shared: tokens that come before each prompt, from ``share``: a system prompt, solved examples.
         Their keys and values are stored, and read, once for all rows.
-      inputs: further inputs of the model beside the prompts: ``pixel_values`` of ``SmolVLM``.
+      inputs: further inputs of the model beside the prompts: ``pixel_values`` of ``SmolVLM``,
+        with ``image_grids`` of ``QwenVL``.
 
     Returns:
       [batch, max_new_tokens], int32: the new tokens, EOS included, then padding.
