@@ -133,7 +133,7 @@ def has_images(fields: Fields) -> bool:
     return fields.get("model_type") in QWEN_VL and isinstance(fields.get("vision_config"), dict)
 
 
-def reading_options(config: ModelConfig) -> dict[str, object]:
+def reading_options(config: ModelConfig) -> dict[str, Any]:
     """Returns the options of `read_config` by which a file was read as this configuration's kind.
 
     An encoder's head is left to the file: no tensor's name depends on it.
