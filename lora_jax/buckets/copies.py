@@ -227,12 +227,12 @@ def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Pa
     root = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
         copy = copy_in(root, place)
-        copy.parent.mkdir(parents=True)
         with _barrier(place, by_all):  # before the first one changes what is there
+            copy.parent.mkdir(parents=True)
             _fetch_outline(place, copy)
         before = _states(copy)
-        yield copy
         with _barrier(place, by_all):
+            yield copy
             after = _states(copy)
             same = {name for name, state in after.items() if before.get(name) == state}
             if after != before and (jax.process_index() == 0 or not by_all):

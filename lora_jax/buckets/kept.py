@@ -23,11 +23,7 @@ _held: dict[Path, int] = {}  # the open files
 
 def hold(root: Path) -> bool:
     """Keeps a copy while this process lives; returns False if it is not there."""
-    if not root.is_dir():
-        if (file := _held.pop(root, None)) is not None:
-            os.close(file)
-        return False
-    if sys.platform != "win32":
+    if sys.platform != "win32" and root.is_dir():
         with contextlib.suppress(OSError):  # in a cache that cannot be written, nothing makes room
             if root not in _held:
                 _held[root] = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -36,7 +32,11 @@ def hold(root: Path) -> bool:
             os.utime(_held[root])
         if len(_held) > _MOST_HELD:
             os.close(_held.pop(next(iter(_held))))
-    return root.is_dir()  # while this process waited for the lock, it may have made room
+    if root.is_dir():
+        return True
+    if (file := _held.pop(root, None)) is not None:  # it made room while this process waited
+        os.close(file)
+    return False
 
 
 def make_room(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Copies of buckets' folders on this machine: who holds one keeps it, and old ones make room."""
 
 import os
+import shutil
 import sys
 import time
 
@@ -79,3 +80,10 @@ def test_files_are_open_of_the_last_copies_alone(cache, monkeypatch):
     for name in ("held", "unused", "held", "young"):
         assert kept.hold(cache / name)
     assert [root.name for root in kept._held] == ["held", "young"]
+
+
+def test_a_copy_that_goes_while_one_waits_for_it_is_not_held(cache, monkeypatch):
+    """Another process has its lock, and deletes it: what is made in its place is locked anew."""
+    root = cache / "unused"
+    monkeypatch.setattr(kept.fcntl, "flock", lambda *_: shutil.rmtree(root))
+    assert not kept.hold(root) and not kept._held

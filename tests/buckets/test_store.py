@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 import lora_jax as lj
 import lora_jax.peft as lp
@@ -173,6 +175,20 @@ def test_what_a_writer_leaves_alone_stays(proxy):
         (folder / "card.md").unlink()
     kept = {"kept/weights.bin": b"content", "kept/new": b"more"}
     assert proxy.objects() == kept | {"file.bin": b"content"}
+
+
+def test_a_writer_that_fails_tells_those_that_wait_for_it(proxy, monkeypatch):
+    told = []
+
+    def gather(failed):
+        told.append(bool(failed))
+        return np.array([failed, False])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    with pytest.raises(OSError, match="disk"), copies.staged("gs://bucket/new", by_all=True):
+        raise OSError("the disk is full")
+    assert told == [False, True]
 
 
 def test_an_adapters_template_is_named_by_its_address(proxy, tmp_path):
