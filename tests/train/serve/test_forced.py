@@ -8,13 +8,16 @@ import pytest
 from jsonschema import Draft202012Validator
 from starlette.testclient import TestClient
 
+from lora_jax.models.sampling.grammar import GrammarCompiler
 from tests.support import over
 from tests.train.serve.asking import TEMPLATE
 from tests.train.serve.scripted import EOS, ScriptedEngine
 from tests.train.serve.walking import walk
 from tests.train.tiny import tokenizer
 from train.serve.app import make_app
+from train.serve.routes.openai.forced import CallGrammar, has_form
 from train.serve.routes.openai.table import CHAT
+from train.tools.forms import call_form
 
 if importlib.util.find_spec("llguidance") is None:
     pytest.skip("the extra 'structured' has llguidance", allow_module_level=True)
@@ -111,6 +114,25 @@ def test_what_a_form_has_no_texts_for_is_written_as_hermes(engine):
         for message in messages:
             for call in message["tool_calls"]:
                 Draft202012Validator(odd).validate(json.loads(call["function"]["arguments"]))
+
+
+def test_a_form_needs_names_that_can_stand_in_it():
+    form = call_form("qwen3-coder", "")
+    for odd in ({"required": ["a b"]}, {"properties": 5}, {"properties": {"</parameter>": {}}}):
+        assert not has_form(form, SCHEMAS | {"f": odd}), odd
+    assert has_form(form, {"f": {"properties": {"a": {}}, "required": ["b"]}})
+
+
+@pytest.mark.parametrize("written", ["hermes", "gemma4"])
+def test_no_text_of_a_request_is_a_special_token(written, monkeypatch):
+    made = tokenizer()
+    compiler, end = GrammarCompiler(made, len(made), [EOS]), made.decode([EOS])
+    assert compiler.literal(end) == f"<[{EOS}]>"
+    monkeypatch.setattr(compiler, "lark", str)
+    name = end if written == "hermes" else "f"
+    schema = {"properties": {"a": {"enum": [end]}, "b": {"const": end}}}
+    grammar = CallGrammar(call_form(written, ""), compiler).compiled({name: schema}, 1)
+    assert end in grammar and f"<[{EOS}]>" not in grammar
 
 
 def test_arguments_have_the_types_that_definitions_say():

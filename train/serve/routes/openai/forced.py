@@ -32,9 +32,20 @@ def has_form(form: CallForm, tools: Mapping[str, Mapping[str, Any]]) -> bool:
     names = [*tools]
     if form.arguments is None:
         return all(map(_NAME.fullmatch, names)) or "{name}" not in form.head
-    properties = [p for schema in tools.values() for p in schema.get("properties") or ()]
-    is_plain = all({*schema} <= _PLAIN for schema in tools.values())
-    return is_plain and all(map(_NAME.fullmatch, [*names, *properties]))
+    schemas = [*tools.values()]
+    if not all({*schema} <= _PLAIN and isinstance(_properties(schema), dict) for schema in schemas):
+        return False
+    keys = [key for schema in schemas for key in (*_properties(schema), *_required(schema))]
+    return all(map(_NAME.fullmatch, [*names, *keys]))
+
+
+def _properties(schema: Mapping[str, Any]) -> Any:
+    return schema.get("properties") or {}
+
+
+def _required(schema: Mapping[str, Any]) -> list[str]:
+    keys = schema.get("required")
+    return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
 
 
 class CallGrammar:
@@ -65,10 +76,9 @@ class CallGrammar:
             thoughts = "thoughts?"
         names = " | ".join(f"call_{i}" for i in range(len(tools)))
         for i, (name, schema) in enumerate(tools.items()):
-            head = form.head.format(name=name, json=json.dumps(name))
             arguments = self._arguments(f"call_{i}", schema)
             self._rules.append(
-                f"call_{i}: {self._text(head)} {arguments} {self._text(form.tail.format())}"
+                f"call_{i}: {self._head(name)} {arguments} {self._text(form.tail.format())}"
             )
         start = f"start: {thoughts} {self._text(form.begin)} {calls} {self._text(form.end)}"
         return self._compiler.lark("\n".join([start, f"call: {names}", *self._rules]))
@@ -76,12 +86,19 @@ class CallGrammar:
     def _text(self, text: str) -> str:
         return self._compiler.literal(text)
 
+    def _head(self, name: str) -> str:
+        """Returns the text before a tool's arguments; a name in JSON has no special tokens."""
+        before, json_name, after = self._form.head.partition("{json}")
+        head = self._text(before.format(name=name))
+        return (
+            f"{head} {quoted(json.dumps(name))} {self._text(after.format())}" if json_name else head
+        )
+
     def _arguments(self, name: str, schema: Mapping[str, Any]) -> str:
         form = self._form.arguments
         if form is None:
             return f"%json {self._compiler.json_text(schema)}"
-        properties = dict(schema.get("properties") or {})
-        required = [key for key in schema.get("required") or () if isinstance(key, str)]
+        properties, required = dict(_properties(schema)), _required(schema)
         properties |= {key: {} for key in required if key not in properties}
         keys = [*properties]
         between = self._text(form.between)
@@ -119,9 +136,10 @@ class CallGrammar:
         self._rules.append(f"{name}: {before} ({' | '.join(kinds)})")
 
     def _constant(self, value: object, form: ArgumentForm) -> str:
-        if isinstance(value, str):
-            return self._text(f"{form.quote}{value}{form.quote}")
-        return self._text(json.dumps(value, ensure_ascii=False))
+        if not isinstance(value, str):
+            return quoted(json.dumps(value, ensure_ascii=False))
+        quote = self._text(form.quote)
+        return f"{quote} {quoted(value)} {quote}"
 
     def _raw(self, name: str, pattern: str, end: str) -> None:
         """Adds the rule of a text up to another one, which it does not hold."""
