@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -192,9 +193,20 @@ def test_a_grammar_that_cannot_be():
         constraint.accept(TOKENIZER("b", add_special_tokens=False)["input_ids"][0])
 
 
+PATTERNS = [{"type": "string", "pattern": f"a.{{{i}}}b.*c"} for i in range(50)]
+
+
 def test_a_grammar_that_takes_for_ever_is_ended(monkeypatch):
     monkeypatch.setattr("lora_jax.models.sampling.grammar._SECONDS", 1)
-    patterns = [{"type": "string", "pattern": f"a.{{{i}}}b.*c"} for i in range(50)]
-    for schema in ({"allOf": patterns}, {"type": "integer", "multipleOf": 9_999_991}):
+    for schema in ({"allOf": PATTERNS}, {"type": "integer", "multipleOf": 9_999_991}):
         with pytest.raises(GrammarError, match="more than 1 seconds"):
             COMPILER.schema(schema)
+
+
+@pytest.mark.slow
+def test_a_grammar_that_nobody_waits_for_ends_by_itself(monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr("lora_jax.models.sampling.grammar._SECONDS", 0)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **how: run(*args, **how | {"timeout": 60}))
+    with pytest.raises(GrammarError, match="the process that compiles it ended"):
+        COMPILER.schema({"allOf": PATTERNS})

@@ -326,9 +326,11 @@ def _may_take_long(text: str) -> bool:
 def _check_time(grammar: str) -> None:
     """Raises GrammarError for a grammar that takes too long; compiles it in another process.
 
-    The intersection of many expressions can take for ever, and no thread can be ended.
+    The intersection of many expressions can take for ever, and no thread can be ended. The other
+    process ends itself if a kill of this one leaves it behind.
     """
     code = (
+        f"import signal; getattr(signal, 'alarm', int)({_SECONDS + 1})\n"
         "import sys; from llguidance import LLMatcher as M, LLTokenizer as T\n"
         "M(T('byte'), sys.stdin.read(), log_level=0)"
     )
