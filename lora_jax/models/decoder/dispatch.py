@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.extend import varies_over
 from lora_jax.models.decoder.experts import Experts, Gated
 
 UNEVEN = "uneven_choice_of_experts"  # scope of what runs if a part has more rows than its share
@@ -64,8 +63,6 @@ def apply_own(
         of_rows = jnp.where(here, chosen[pairs], last).astype(chosen.dtype)  # the rest: any will do
         out = experts(gated, rows, of_rows, *kernels, **more)
         of_pairs = jnp.where(here, weights.reshape(-1)[pairs], 0)
-        missing = tuple(sorted(varies_over(out) - varies_over(of_pairs)))
-        of_pairs = lax.pcast(of_pairs, missing, to="varying") if missing else of_pairs
         return _sum_rows(out, of_pairs, pairs % shape[1], rows_of)
 
     total = sums(begins[0], pairs[0])
