@@ -60,7 +60,8 @@ def test_a_run_learns_what_images_show(made: Path, tmp_path: Path) -> None:
     right = [row["messages"][1]["content"][0]["text"] for row in rows]
     assert sum(a == b for a, b in zip(learned, right, strict=True)) > 19
     export(["--adapter", str(folder), "--output", str(tmp_path / "peft")])
-    assert answers(tmp_path / "peft", tmp_path, "--prompts", asks) == learned
+    given = ("--prompts", asks, "--model", made / "model")
+    assert answers(tmp_path / "peft", tmp_path, *given) == learned
     export(["--adapter", str(folder), "--output", str(tmp_path / "merged"), "--merged"])
     model, _ = models.from_pretrained(tmp_path / "merged", images=True)
     assert isinstance(model, models.QwenVL)
