@@ -98,8 +98,10 @@ def test_texts_alone_and_what_is_refused(
         with pytest.raises(SystemExit):
             generate([*map(str, args), "--prompt", "colour?", "--image", str(image)])
         assert_matches(message, capsys.readouterr().err)
+    words = ["--model", made / "model", "--dataset", made / "rows" / "rows.jsonl", "--steps", 1]
+    words += ["--init-adapter", tmp_path / "texts", "--output", tmp_path / "goes_on"]
     with pytest.raises(SystemExit):
-        run(made, tmp_path / "goes_on", "--steps", 1, "--init-adapter", tmp_path / "texts")
+        main([*map(str, words)])
     assert_matches("on the text of .* alone, and here images are read", capsys.readouterr().err)
     with pytest.raises(SystemExit):
         run(made, tmp_path / "packed", "--steps", 1, "--packing")
