@@ -122,8 +122,8 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     """Returns the sharding of an array, less the axes of the mesh that do not divide its own.
 
     Args:
-      axes: for each axis of the array, None or one or several axes of the mesh. One that is named
-        for several axes of the array shards the first whose size it divides.
+      axes: one entry an axis of the array: None, or a name or names of the mesh's axes. A name that
+        stands for several axes of the array shards the first whose size it divides.
       shape: shape of the array.
       mesh: its axes are those that `axes` names.
 

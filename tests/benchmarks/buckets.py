@@ -81,7 +81,7 @@ def train_timed(idle: float, file: Path, words: list[str]) -> None:
 
 
 class Bench(NamedTuple):
-    """What both runs share."""
+    """Runs train.sft with one set of options, in a bucket or on a disk."""
 
     folder: Path
     words: list[object]

@@ -154,7 +154,7 @@ def measure(address: str, streams: int, given: argparse.Namespace, **extra: Any)
 def run_guidellm(
     address: str, streams: int, given: argparse.Namespace, folder: Path, **extra: Any
 ) -> list[float]:
-    """Returns what `measure` does, by guidellm."""
+    """Returns the latencies that guidellm measures, in the form of `measure`."""
     path, report = folder / "run.json", folder / "report.json"
     model, body = extra.pop("model"), {"temperature": 1.0, "ignore_eos": True, **extra}
     backend = {"kind": "openai_http", "target": address, "model": model, "http2": False}

@@ -82,7 +82,7 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 def as_theirs(given: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The same for transformers: all patches of the batch in one row, each frame of them twice."""
+    """Returns inputs as transformers takes them: one row of patches, with each frame twice."""
     import torch
 
     patches, sizes = [], []

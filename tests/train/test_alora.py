@@ -116,7 +116,7 @@ def test_options_that_do_not_go_with_it(model, tmp_path, capsys, more, message):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_from_training_to_peft(model, tmp_path, capsys, monkeypatch):
-    """What a run trains answers alike here and in PEFT, rows without an invocation as the base.
+    """A run's adapter answers alike here and in PEFT, and like the base where nothing invokes it.
 
     All rows are long ones, whose MLPs a model that recomputes its layers would take by chunks.
     """

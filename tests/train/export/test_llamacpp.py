@@ -112,7 +112,7 @@ def test_adapters_of_an_embedding_and_a_head(tmp_path):
 
 @pytest.mark.parametrize("kind, mean, most", [("f16", 5e-3, 2e-2), ("q8_0", 0.05, 0.5)])
 def test_files_by_their_log_probabilities(kind, mean, most, tmp_path):
-    """Of the file's values in fp32, and, much closer, with activations rounded as llama.cpp's."""
+    """Log-probabilities are ours over the file's values; rounded activations bring them closer."""
     model, params = make("llama")
     models.save_gguf(tmp_path / "m.gguf", model, params, gguf_type=kind, tokenizer=words())
     _, decoded = models.from_pretrained(tmp_path / "m.gguf", dtype="float32")

@@ -1,4 +1,4 @@
-"""What others' clients ask for: models of answers, tools, and an engine that answers at random."""
+"""Holds requests of other clients: models of answers, tools, and a server that draws at random."""
 
 import dataclasses
 import enum

@@ -79,7 +79,7 @@ def test_a_prefix_is_taken_over_into_a_cache_of_any_length(n, cached):
 
 
 def test_a_chunk_runs_in_a_cache_whose_length_depends_on_its_place_alone():
-    """Where keys depend on that length, it is the whole prompt's, and no prefix is reused."""
+    """Keys that depend on the prompt's length get the whole prompt's; no prefix is reused then."""
     for depends_on_room, found in ((False, 112), (True, 0)):
         programs = Unread(depends_on_room)
         runner, ids = PromptRunner(programs, SIZES), np.arange(250)
