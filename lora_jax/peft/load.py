@@ -4,8 +4,10 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,18 +127,38 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
       PeftError: if the file is missing, damaged or cut short, or holds other dtypes than floats.
     """
+    tensors: dict[str, np.ndarray] = {}
+    with _opened(path) as file:
+        for name in file.keys():
+            if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+                raise PeftError(f"{path}: {name} has the dtype {kind}; weights are floats")
+            tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def read_names(path: Path) -> list[str]:
+    """Reads the names of an adapter_model.safetensors' tensors, and no tensor.
+
+    Args:
+      path: the file.
+
+    Raises:
+      PeftError: if the file is missing, damaged or cut short.
+    """
+    with _opened(path) as file:
+        return [*file.keys()]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Opens an adapter_model.safetensors; errors within become PeftErrors."""
     if not path.is_file():
         others = sorted(file.name for file in path.parent.glob("adapter_model*"))
         hint = f"; there is {others[0]}, and only safetensors are read" if others else ""
         raise PeftError(f"{path} is missing{hint}")
     try:
         with safe_open(path, framework="np") as file:
-            tensors = {}
-            for name in file.keys():
-                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
-                    raise PeftError(f"{path}: {name} has the dtype {kind}; weights are floats")
-                tensors[name] = file.get_tensor(name)
-            return tensors
+            yield file
     except PeftError:
         raise
     except (SafetensorError, OSError, TypeError, ValueError) as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import lora_jax as lj
 import lora_jax.peft as lp
@@ -25,7 +24,7 @@ from lora_jax.models.families import IMAGES, reading_options
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of, read_config
 from lora_jax.peft.hub import adapter_folder
-from lora_jax.peft.load import read_tensors
+from lora_jax.peft.load import read_names, read_tensors
 from lora_jax.peft.names import FILE as PEFT_WEIGHTS
 from lora_jax.peft.names import PREFIX
 from lora_jax.quantized import is_coded
@@ -102,7 +101,8 @@ class AdapterSource:
         """True where the adapter was trained on a model with its encoder of images."""
         if not self.from_peft:
             return bool(self.about.get(IMAGES))
-        return any(".visual." in name for name in self._tensors())
+        with self._weights_readable():
+            return any(".visual." in name for name in read_names(self.folder / PEFT_WEIGHTS))
 
     @property
     def codes(self) -> str | None:
@@ -169,14 +169,14 @@ class AdapterSource:
         instead += "save_pretrained): give that folder with --model"
         with self._readable(instead):
             read_config(self.folder)
-        self._tensors()
+        with self._weights_readable():
+            read_tensors(self.folder / PEFT_WEIGHTS)
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        """Reads the tensors of PEFT's folder."""
+    def _weights_readable(self) -> AbstractContextManager[None]:
+        """Turns errors of PEFT's weights within into UserErrors."""
         anew = ". Copy the folder anew, or save the adapter again, "
         anew += "save_pretrained(…, safe_serialization=True)"
-        with self._readable(anew):
-            return read_tensors(self.folder / PEFT_WEIGHTS)
+        return self._readable(anew)
 
     def _readable(self, remedy: str = "") -> AbstractContextManager[None]:
         """Turns errors of its files within into UserErrors."""

@@ -42,7 +42,7 @@ class QwenVL(CausalLM):
 
     def setup(self) -> None:
         check_experts(self.config, self.experts)
-        self.model = _Trunk(*self.options, experts=self.experts)
+        self.model = _QwenTrunk(*self.options, experts=self.experts)
         self.lm_head = output_head(self)
 
     @nn.nowrap
@@ -85,7 +85,7 @@ class QwenVL(CausalLM):
             )
 
 
-class _Trunk(ModelPart):
+class _QwenTrunk(ModelPart):
     """Everything but the head."""
 
     config: QwenVLConfig

@@ -36,11 +36,11 @@ class _Seen(NamedTuple):
     angles: RopeAngles
 
 
-class _Part(ModelPart):
+class _QwenPart(ModelPart):
     config: QwenVisionConfig
 
 
-class QwenVision(_Part):
+class QwenVision(_QwenPart):
     """Returns a vector for each square of patches, as wide as the text's."""
 
     @nn.compact
@@ -56,10 +56,10 @@ class QwenVision(_Part):
         """
         cfg, args = self.config, self.options
         places = patch_places(grids, patches.shape[1], cfg.spatial_merge_size)
-        x = _Patches(*args, name="patch_embed")(patches)
+        x = _PatchEmbedding(*args, name="patch_embed")(patches)
         x = self.placement.constrain(x + self._positions(places), "residual")
         seen = _Seen(_mask(places.image), _angles(places.at, cfg, wide_dtype(self.dtype)))
-        layers = scan_layers(_Layer, self.remat, cfg.num_hidden_layers, nn.broadcast)
+        layers = scan_layers(_QwenLayer, self.remat, cfg.num_hidden_layers, nn.broadcast)
         x, _ = layers(*args, name="blocks")(x, seen)
         vectors: jax.Array = _Merger(*args, name="merger")(x)
         return vectors
@@ -82,14 +82,14 @@ class QwenVision(_Part):
         return out.astype(self.dtype)
 
 
-class _Patches(_Part):
+class _PatchEmbedding(_QwenPart):
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
         x: jax.Array = _FrameProjection(*self.options, name="proj")(patches)
         return x
 
 
-class _FrameProjection(_Part):
+class _FrameProjection(_QwenPart):
     """A product with each patch's pixels; of an image, all frames are equal.
 
     Its kernel is [width, height, frames, channels, d_model].
@@ -109,20 +109,20 @@ class _FrameProjection(_Part):
         return x.reshape(*x.shape[:2], -1) @ of_image + bias.astype(self.dtype)
 
 
-class _Layer(_Part):
+class _QwenLayer(_QwenPart):
     """Attention and MLP of the normalised input, each added to it: a scan's body."""
 
     @nn.compact
     def __call__(self, x: jax.Array, seen: _Seen) -> tuple[jax.Array, None]:
         args, x = self.options, layer_input(x, self.remat)
         normed = self.placement.constrain(layer_norm(self, name="norm1")(x), "inputs")
-        x = x + _Attention(*args, name="attn")(normed, seen)
+        x = x + _QwenAttention(*args, name="attn")(normed, seen)
         normed = self.placement.constrain(layer_norm(self, name="norm2")(x), "inputs")
         x = x + TwoLayerMLP(*args, ("linear_fc1", "linear_fc2"), name="mlp")(normed)
         return self.placement.constrain(x, "residual"), None
 
 
-class _Attention(_Part):
+class _QwenAttention(_QwenPart):
     @nn.compact
     def __call__(self, x: jax.Array, seen: _Seen) -> jax.Array:
         width, heads = x.shape[-1], self.config.num_attention_heads
@@ -136,7 +136,7 @@ class _Attention(_Part):
         return dense(self, width, name="proj")(out)
 
 
-class _Merger(_Part):
+class _Merger(_QwenPart):
     """Joins a square of patches to one vector, and maps it to the text's width."""
 
     @nn.compact

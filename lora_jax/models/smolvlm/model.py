@@ -115,11 +115,11 @@ class _Projection(ModelPart):
         return dense(self, self.config.text.hidden_size, use_bias=False, name="proj")(x)
 
 
-class _VisionPart(ModelPart):
+class _SiglipPart(ModelPart):
     config: SiglipConfig
 
 
-class _Vision(_VisionPart):
+class _Vision(_SiglipPart):
     """SigLIP's encoder: patches with their positions, scanned layers and the last norm."""
 
     @nn.compact
@@ -131,7 +131,7 @@ class _Vision(_VisionPart):
         return layer_norm(self, name="post_layernorm")(x)
 
 
-class _Embeddings(_VisionPart):
+class _Embeddings(_SiglipPart):
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         cfg = self.config
@@ -142,7 +142,7 @@ class _Embeddings(_VisionPart):
         return out
 
 
-class _Layer(_VisionPart):
+class _Layer(_SiglipPart):
     """Attention and MLP of the normalised input, each added to it: a scan's body."""
 
     @nn.compact
