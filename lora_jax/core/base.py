@@ -7,6 +7,7 @@ backward pass.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, NoReturn, Protocol, Self
@@ -22,6 +23,8 @@ from lora_jax.core.types import BaseLike, EqnParams, Leaf, Shaped
 
 # move(array, axes) returns the moved array; the array's axis i holds the weight's axis axes[i].
 Move = Callable[[Leaf, Axes], Leaf]
+
+_BLOCK = 4  # weights at least, for which a scale stands
 
 
 class Base(Protocol):
@@ -92,9 +95,6 @@ class StackMember:
     def along(self, move: Move, touched: frozenset[int]) -> BaseLike:
         moved: BaseLike = self.own.along(move, touched)
         return moved
-
-    def finer(self) -> BaseLike:
-        return finer(self.own)
 
 
 @jax.tree_util.register_dataclass
@@ -178,21 +178,20 @@ def is_abstract(base: BaseLike) -> bool:
 def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: jax.Array) -> jax.Array:
     """Returns ``fn(W, *operands)``: a product with W, in either orientation.
 
-    Where the base is no array, the backward pass forms W again rather than keep it.
+    Where the base is no array, the backward pass forms W again rather than keep it: a barrier keeps
+    a compiler from taking it from the forward pass. It stands before the scales, where there are
+    any, and not before the codes: for it, a TPU would copy a layer's codes out of their stack.
     """
     if not is_base(base):
         return fn(base, *operands)
-    formed = jax.checkpoint(lambda base, *operands: fn(as_array(base), *operands))
-    result: jax.Array = formed(base, *operands)
+    is_small = jax.tree.map(lambda leaf: _BLOCK * leaf.size <= math.prod(base.shape), base)
+    barriers = (is_small if any(jax.tree.leaves(is_small)) else True, *[True] * len(operands))
+
+    def formed(base: BaseLike, *operands: jax.Array) -> jax.Array:
+        return fn(as_array(base), *operands)
+
+    result: jax.Array = jax.checkpoint(formed, prevent_cse=barriers)(base, *operands)
     return result
-
-
-def finer(base: BaseLike) -> BaseLike:
-    """Returns the same base in its form for products of few rows on a TPU, if it has one."""
-    if isinstance(base, _View):
-        return dataclasses.replace(base, source=finer(base.source))
-    own: Callable[[], BaseLike] | None = getattr(base, "finer", None)
-    return base if own is None else own()
 
 
 def has_rows_kernel(base: BaseLike) -> bool:

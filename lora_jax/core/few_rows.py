@@ -1,10 +1,9 @@
 """The product with W alone, by a kernel for few rows of x, as in decoding, on TPUs.
 
 A training step multiplies thousands of rows by W, and codes become W within the product. With few
-rows the TPU's compiler would write W first, in fp32 and in its own dtype: ten times the bytes of
-codes, at every token. It forms W within the product again where x and the result have two axes and
-stand between barriers, and where scales come by whole tiles (`lora_jax.core.base.finer`). Its
-matrix units take no fewer than eight rows: zeros fill them up.
+rows the TPU's compiler would write W first, at every token. It forms W within the product again
+where x and the result have two axes and stand between barriers. Its matrix units take no fewer than
+eight rows: zeros fill them up.
 
 Where W is a layer of a stack, codes may have a kernel that reads them there (`rows_kernel`): on one
 device, whose program a kernel may stand in, up to the kernel's number of rows.
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.base import finer, is_base, product, stack_member
+from lora_jax.core.base import is_base, product, stack_member
 from lora_jax.core.rows_call import RowsCall, call_rows
 from lora_jax.core.types import BaseLike, EqnParams
 
@@ -56,7 +55,7 @@ def _dot_by_platform(how: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
     usual, flat = (functools.partial(dot, how) for dot in (_plain_dot, flat_dot))
     chosen = functools.partial(lax.platform_dependent, tpu=flat, default=usual)
     # A choice would keep for the backward pass what its branches read: codes, layer by layer.
-    out: jax.Array = jax.checkpoint(chosen)(base, x)
+    out: jax.Array = jax.checkpoint(chosen, prevent_cse=False)(base, x)
     return out
 
 
@@ -105,7 +104,7 @@ def flat_dot(how: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
         return lax.dot_general(x, w, dims, **how.params)
 
     x = lax.optimization_barrier(x)
-    result: jax.Array = lax.optimization_barrier(product(dot, finer(base), x))
+    result: jax.Array = lax.optimization_barrier(product(dot, base, x))
     return result[:rows].reshape(*lead, *result.shape[1:])
 
 

@@ -14,7 +14,7 @@ from lora_jax.hf.fields import check_known
 from lora_jax.hf.format import ModelConfig, ModelFormat, ModelFormats
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.experts import Experts, check_experts
+from lora_jax.models.decoder.experts import IN_CODES, Experts, check_experts
 from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES as DECODERS
 from lora_jax.models.decoder.gguf import gguf_layout
@@ -172,8 +172,8 @@ def module_of(
     Args:
       config: configuration of any family.
       dtype, param_dtype, remat, attention, experts: see ``Decoder``.
-      params: the parameters, or their shapes. Experts that lie in codes run by "blocks" unless
-        asked otherwise: one of them is wide at a time.
+      params: the parameters, or their shapes, which tell whether experts lie in codes; see
+        ``lora_jax.models.decoder.experts.implementation``.
 
     Raises:
       ConfigError: if ``experts`` are given for a model without experts.
@@ -182,7 +182,7 @@ def module_of(
     if experts == "auto" and params is not None:
         paths = [path.split("/") for path, kind in kinds(config).items() if kind == "experts"]
         if any(is_coded(functools.reduce(operator.getitem, path, params)) for path in paths):
-            experts = "blocks"
+            experts = IN_CODES
     module = family_of(config.model_type).module
     more = {"experts": experts} if module in (Decoder, QwenVL) else {}
     return module(config, dtype, param_dtype, remat=remat, attention=attention, **more)

@@ -107,32 +107,6 @@ class Coded:
 
         return self.map(moved)
 
-    def finer(self) -> "Coded":
-        """Returns the same weight with scales for blocks of eight; see `lora_jax.core.base.finer`.
-
-        A TPU's compiler forms W within a product of few rows if the part that it takes at a time
-        has whole tiles of eight scales. Along an axis of 2ⁿ weights it has as it is.
-        """
-        size = {axis: n for axis, n in enumerate(self.shape) if 1 < self.blocks[axis] < n}
-        if len(size) != 1 or self.format.partial or "scale_divisor" in self.arrays:
-            return self
-        ((axis, n),) = size.items()
-        names = ("scales", "mins", "zeros")
-        parts: dict[str, Leaf] = {k: self.arrays[k] for k in names if k in self.arrays}
-        are_whole = all(n % (_TILE * part.shape[axis]) == 0 for part in parts.values())
-        if n & (n - 1) == 0 or not are_whole:
-            return self
-
-        def stretch(part: jax.Array) -> jax.Array:
-            shape = (*part.shape[:axis], n // _TILE, *part.shape[axis + 1 :])
-            finer: jax.Array = lax.optimization_barrier(stretched(part, shape))
-            return finer
-
-        parts["scales"] = scales_of(self.arrays, self.format)
-        arrays = {"codes": self.arrays["codes"]} | {k: stretch(part) for k, part in parts.items()}
-        plain = dataclasses.replace(self.format, scale_table=None, double=False)
-        return Coded(arrays, plain, self.dtype)
-
     def rows_kernel(
         self, rows: Shaped, casts: tuple[DTypeLike, ...], params: EqnParams
     ) -> RowsKernel | None:
@@ -228,6 +202,7 @@ def stretched(array: jax.Array, shape: Sequence[int], block: int | None = None) 
     """
     pairs = enumerate(zip(shape, array.shape, strict=True))
     axes = [axis for axis, (n, m) in pairs if 1 < m < n]
+    is_one = sum(n > 1 for n in shape) <= 2  # kernels of several experts are written anyway
     # Last along an axis of partial blocks: a TPU lays whole ones along its lanes.
     for axis in sorted(reversed(axes), key=lambda axis: shape[axis] % (block or 1) > 0):
         size, n_blocks = shape[axis], array.shape[axis]
@@ -238,8 +213,25 @@ def stretched(array: jax.Array, shape: Sequence[int], block: int | None = None) 
             array = lax.slice_in_dim(array, 0, size // unit, axis=axis)
         if len(axes) > 1 or unit < over:  # the product's own kernel does the last step, and no more
             array = lax.optimization_barrier(array)
-        array = _spread(array, axis, unit)
+        if unit % _TILE == 0 and is_one:
+            array = lax.platform_dependent(
+                array,
+                tpu=functools.partial(_spread_tiles, axis=axis, times=unit),
+                default=functools.partial(_spread, axis=axis, times=unit),
+            )
+        else:
+            array = _spread(array, axis, unit)
     return array
+
+
+def _spread_tiles(array: jax.Array, axis: int, times: int) -> jax.Array:
+    """Returns the array of `_spread`, for TPUs: in memory up to whole tiles, then in the product.
+
+    The TPU's compiler forms W within a product if the part of the scales that it takes at a time
+    has whole tiles. Otherwise it writes arrays of W's size: W, its scales, or codes laid out anew.
+    """
+    tiles: jax.Array = lax.optimization_barrier(_spread(array, axis, times // _TILE))
+    return _spread(tiles, axis, _TILE)
 
 
 def _spread(array: jax.Array, axis: int, times: int) -> jax.Array:

@@ -18,6 +18,7 @@ import lora_jax as lj
 from lora_jax import quantized, sharding
 from lora_jax.core.axes import AxisRoles
 from lora_jax.quantized import FORMATS, Coded, Format, QuantRule, encode
+from lora_jax.quantized.coded import _spread, _spread_tiles
 from lora_jax.quantized.gguf import TYPES
 from tests.core.coded import check_variant, coded_program, decoded, is_on
 from tests.laws import test_laws as laws
@@ -236,6 +237,30 @@ def test_a_step_holds_one_kernel_at_most(changes):
     assert largest_float(compiled(lambda tree: tree)) == 128 * 192
     if not changes:  # the control
         assert largest_float(compiled(quantized.dequantize)) >= 6 * 128 * 192
+
+
+def test_scales_by_whole_tiles_are_the_scales():
+    """A TPU's form of what other platforms spread at once."""
+    scales = draw(2, (5, 3, 7))
+    for axis in (1, 2):
+        assert_identical(_spread_tiles(scales, axis, 32), _spread(scales, axis, 32))
+
+
+@pytest.mark.parametrize("is_ragged", [True, False])
+def test_the_barrier_before_the_kernel_that_is_formed_again(is_ragged):
+    """It stands before scales alone: a TPU would copy codes for it."""
+    base = {"w": encode(draw(1, (6, 64, 24)), "int8")}
+    sizes = jnp.full(6, 50)
+
+    def loss(x, base):
+        def product(params, x):
+            return lax.ragged_dot(x, params["w"], sizes) if is_ragged else x @ params["w"][0]
+
+        return jnp.sum(jnp.sin(lj.adapt(product)(base, x)))
+
+    text = jax.jit(jax.grad(loss)).lower(draw(2, (300, 64)), base).as_text()
+    types = " ".join(re.findall(r"optimization_barrier .* : (.*)", text))
+    assert re.search(r"\D1x24xf32>", types) and "xi8>" not in types, types
 
 
 def model(dtype=jnp.float32):

@@ -24,6 +24,7 @@ from lora_jax.models import (
     key_table,
     kinds,
 )
+from lora_jax.models.decoder.experts import IN_CODES
 from lora_jax.models.pretrained import open_source
 from lora_jax.quantized import Coded, is_coded
 from lora_jax.quantized.coded import host_array
@@ -300,7 +301,7 @@ def test_a_step_holds_one_kernel_at_most(
     )
     adapter, base = lj.split(tree)
     ids = tiny.tokens(1, 1, 3)
-    assert model.experts == ("blocks" if layout == "gpt-oss" else "auto")
+    assert model.experts == (IN_CODES if layout == "gpt-oss" else "auto")
 
     def compiled(prepare: Any) -> Any:
         def loss(adapter: Any, base: Any) -> jax.Array:

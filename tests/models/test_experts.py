@@ -12,8 +12,16 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.models.decoder.experts import apply_blocks, apply_ragged, implementation
+from lora_jax.models.decoder.experts import (
+    IN_CODES,
+    apply_blocks,
+    apply_formed,
+    apply_ragged,
+    implementation,
+)
 from lora_jax.models.decoder.moe import SparseMLP
+from lora_jax.models.families import module_of
+from lora_jax.quantized import quantize
 from lora_jax.sharding import place
 from lora_jax.training.layout import Layout, one_device
 from tests.models import tiny
@@ -211,6 +219,8 @@ def test_the_choice() -> None:
         implementation("ragged") is apply_ragged and implementation("blocks", there) is apply_blocks
     )
     assert implementation(loop) is loop
+    assert implementation(IN_CODES) is implementation(IN_CODES, one_device()) is apply_blocks
+    assert implementation(IN_CODES, there) is apply_formed
     assert there.compiler_options == models.compiler_options("tpu") != one_device().compiler_options
     with pytest.raises(ValueError, match="'gmm' is not one of auto, blocks, ragged"):
         implementation("gmm")
@@ -231,6 +241,29 @@ def test_the_choice_reaches_the_model(tmp_path: Any) -> None:
     assert "ragged_dot_general" not in program(alone), "a CPU"
     alone = OnTPU(one_device().mesh, ()).constrained(model.clone(experts="auto"), dropout=True)
     assert program(alone).count("ragged_dot_general") == 3
+
+
+def test_experts_in_codes_are_formed_where_that_is_less_work(monkeypatch: Any) -> None:
+    """A layer's for many rows on a TPU, if they fit; one expert's for few rows, and elsewhere."""
+    model, params = tiny.decoder("mixtral")
+    config, coded = model.config, jax.eval_shape(quantize, params)
+    module = module_of(config, jnp.float32, jnp.float32, params=coded)
+    there = OnTPU(one_device().mesh, ()).constrained(module)
+
+    def is_ragged(model: Any, seq: int) -> bool:
+        forward = lj.adapt(lambda params, ids: model.apply({"params": params}, ids))
+        return "ragged_dot" in str(jax.make_jaxpr(forward)(coded, tiny.tokens(0, 1, seq)))
+
+    assert is_ragged(there, 64) and not is_ragged(one_device().constrained(module), 64)
+    assert not is_ragged(there, 1), "a token of decoding"
+    size = config.num_experts * config.hidden_size * config.moe_intermediate_size * 4
+    for most in (size, size - 1):
+        monkeypatch.setattr("lora_jax.models.decoder.experts._MOST_FORMED", most)
+        assert is_ragged(there, 64) == (most == size)
+    monkeypatch.undo()
+    assert is_ragged(there, 64)
+    monkeypatch.setattr("lora_jax.models.decoder.experts._LARGE_BLOCK", 8)
+    assert not is_ragged(there, 64), "blocks of 8 rows are large"
 
 
 def test_a_model_without_experts_refuses(tmp_path: Any) -> None:

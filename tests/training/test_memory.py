@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax.adapt.eqns import opened
+from lora_jax.core.base import as_array
 from lora_jax.models import Decoder, DecoderConfig
+from lora_jax.quantized import encode
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import token_loss
 from lora_jax.training.memory import live
@@ -22,7 +24,7 @@ from lora_jax.training.memory.live import peak_bytes
 from lora_jax.training.memory.step import predicted_bytes
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.setup import Setup
-from tests.support import over
+from tests.support import draw, over
 from train.plan.job import placed_shapes
 
 CONFIG = {
@@ -111,6 +113,37 @@ def test_an_array_that_is_typed_to_differ_is_no_copy():
         return peak_bytes(jaxpr, placed, [False] * 2, mesh.shape, platform="tpu")
 
     assert peak_of(True) == peak_of(False) > w.nbytes
+
+
+def test_a_tpus_product_forms_a_weight_from_its_codes():
+    """Scales are spread in another way for each platform. The control: a CPU writes W."""
+    x, coded = jnp.ones((8, 128)), encode(draw(1, (128, 192)), "nf4")
+    leaves, tree = jax.tree.flatten(coded)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def product(x, *leaves):
+        return x @ as_array(jax.tree.unflatten(tree, leaves))
+
+    def peak_on(platform):
+        jaxpr = jax.jit(product).trace(x, *leaves).jaxpr
+        n = 1 + len(leaves)
+        return peak_bytes(jaxpr, [where] * n, [True] * n, {}, platform=platform)
+
+    assert peak_on("tpu") < 4 * 128 * 192 < peak_on("cpu")
+
+
+def test_a_tpus_ragged_products_read_arrays():
+    """They are kernels; the operand of a product of its own is formed within it."""
+    x, w = jnp.ones((8, 12)), jnp.ones((3, 12, 20), jnp.bfloat16)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def peak_of(product):
+        jaxpr = jax.jit(lambda x, w: product(x, w.astype(x.dtype))).trace(x, w).jaxpr
+        return peak_bytes(jaxpr, [where] * 2, [False] * 2, {}, platform="tpu")
+
+    sizes, whole = jnp.array([3, 0, 5]), 4 * w.size
+    assert peak_of(lambda x, w: x @ w.reshape(-1, 20)[:12]) < x.nbytes + w.nbytes + whole
+    assert peak_of(lambda x, w: lax.ragged_dot(x, w, sizes)) >= x.nbytes + w.nbytes + whole
 
 
 @jax.jit

@@ -210,8 +210,9 @@ class OptimConfig:
     experts: Experts = option("auto", field.OF_BASE)
     """Computation of a mixture of experts. blocks: a loop over blocks of tokens of one expert.
     ragged: all tokens of a device, sorted by expert, in a kernel that only the TPU's compiler has.
-    auto: ragged on a TPU (but blocks for experts in codes, and for --dropout on several chips), and
-    blocks elsewhere."""
+    auto: ragged on a TPU (but blocks for --dropout on several chips, and for experts in codes that
+    few rows choose, or more than a thousand an expert, or of which a kernel of a layer takes more
+    than a GiB), and blocks elsewhere."""
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", field.OF_BASE, card=CardSection.OPTIMISATION
     )

@@ -190,8 +190,8 @@ def make_job(asked: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     _check_images(asked, outline)
     if asked.decode_rows and outline.is_torch:
         raise UserError(
-            f"--decode-rows {asked.decode_rows}: {asked.model} runs as a torch module, which keeps "
-            "no keys and values: leave it out"
+            f"--decode-rows {asked.decode_rows}: {asked.model} runs as a torch module, whose "
+            "tokens are not planned: leave it out"
         )
     machine = find_machine(
         asked.topology, asked.capacity_gib, asked.peak_tflops, asked.mem_fraction

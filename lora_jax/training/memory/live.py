@@ -152,6 +152,8 @@ class _Program:
             return self.run(inner, values[len(values) - len(opened(inner)[0].invars) :])
         if name == "scan":
             return self._scan(eqn, values)
+        if name == "cond" and eqn.params.get("branches_platforms"):
+            return self.run(self._lowered_branch(eqn), values[1:])
         if name in ("while", "cond", "shard_map"):
             return self._nested(eqn, values)
         axes = output_axes(eqn, [value.axes for value in values])
@@ -171,6 +173,12 @@ class _Program:
             for aval, named in zip(avals, axes, strict=True)
         ]
 
+    def _lowered_branch(self, eqn: JaxprEqn) -> Any:
+        """Returns the branch of ``lax.platform_dependent`` that is lowered for the platform."""
+        platform = "tpu" if self.on_tpu else "cpu"
+        pairs = zip(eqn.params["branches_platforms"], eqn.params["branches"], strict=True)
+        return next(branch for names, branch in pairs if names is None or platform in names)
+
     def _view(self, atom: Atom, value: _Value, aval: Any, axes: Axes) -> _Value:
         """Returns a view of a value; where it is gathered, it is written anew."""
         store = value.store
@@ -187,12 +195,14 @@ class _Program:
     def _product(self, eqn: JaxprEqn, values: Sequence[_Value], axes: Axes) -> list[_Value]:
         """Handles a product: a TPU's decodes its kernels on the fly; some are gathered for it.
 
+        A ragged one is a kernel there, for which they are written.
         Others than TPUs multiply operands of one dtype alone: the narrower one is written again.
         """
         reads, alone = frozenset[Buffer](), 0
+        can_fuse = self.on_tpu and eqn.primitive.name != "ragged_dot_general"
         for atom, value in zip(eqn.invars, values, strict=True):
             fuses = value.store.is_frozen or (_is_var(atom) and self._readers[atom] == 1)
-            reads |= value.store.sources if fuses and self.on_tpu else self.write(value)
+            reads |= value.store.sources if fuses and can_fuse else self.write(value)
         if eqn.primitive.name != "conv_general_dilated":
             placed = [value.axes for value in values[:2]]
             left = gathered_operands(eqn, placed, axes)

@@ -331,3 +331,9 @@ def test_assumptions_without_an_effect_are_errors():
     with pytest.raises(UserError, match=r"--kernel-share 0.4 and --link-gbytes 3: only the TPU"):
         assuming(dataclasses.replace(TPU, clock=None), 0.4, 3.0)
     assert assuming(TPU, 0.4, None) == dataclasses.replace(TPU, kernel_share=0.4)
+
+
+def test_the_largest_number_of_cycles_is_no_estimate():
+    made = clock(text=HLO.replace('"estimated_cycles":"1000"', f'"estimated_cycles":"{2**63 - 1}"'))
+    assert made.seconds == pytest.approx(clock().seconds - 4 * 1000e-9, rel=1e-12)
+    assert made.unknown == {"fusion": 4}

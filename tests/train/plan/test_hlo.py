@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests.train.plan.test_jaxpr_flops import LAYERS_FLOPS, layers
+from train.plan.hlo.module import HloModule
 from train.plan.hlo.work import NotUnderstood, work_of
 
 
@@ -107,6 +108,25 @@ ENTRY = """  %x = f32[8]{0} parameter(0)
   %init = (u32[], f32[8]{0}) tuple(%zero, %x)
   %loop = (u32[], f32[8]{0}) while(%init), condition=%condition, body=%body
   ROOT %end = f32[8]{0} get-tuple-element(%loop), index=1"""
+
+
+def test_a_computation_of_another_thread_ends_where_it_does():
+    text = """HloModule jit_step, is_scheduled=true
+
+%offloaded.1 (param_0: f32[5,7]) -> f32[5,7] {
+  ROOT %param_0 = f32[5,7]{1,0} parameter(0)
+}, execution_thread="sparsecore"
+
+ENTRY %main.1 (p: f32[5,7]) -> f32[5,7] {
+  %p = f32[5,7]{1,0} parameter(0)
+  ROOT %call.1 = f32[5,7]{1,0} call(%p), to_apply=%offloaded.1
+}
+"""
+    module = HloModule(text)
+    assert {name: list(found) for name, found in module.computations.items()} == {
+        "offloaded.1": ["param_0"],
+        "main.1": ["p", "call.1"],
+    }
 
 
 def test_loops_whose_turns_only_their_condition_tells():

@@ -18,6 +18,7 @@ from train.plan.hlo.slices import slice_transfer, transferred_bytes
 from train.plan.hlo.work import LATER_PARTS, collective_kind, is_rare, sent_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**63 - 1
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "domain"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "reshape"}
 _PLACES = ("AllocateBuffer", "ConcatBitcast")  # custom calls that give arrays a place
@@ -265,7 +266,7 @@ def _is_done(op: Instruction) -> bool:
 def _cycles(module: HloModule, op: Instruction) -> int | None:
     """Returns the cycles of an instruction, or of those that it calls; None if nothing tells."""
     if match := _CYCLES.search(op.text):
-        return int(match[1])
+        return None if int(match[1]) == _NO_ESTIMATE else int(match[1])
     inside = [
         cycles
         for name in op.called

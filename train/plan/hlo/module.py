@@ -10,6 +10,7 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2,
 _BYTES |= {"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r"|f8\w+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
@@ -180,7 +181,7 @@ def _computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]
     for line in text.splitlines():
         if header := _HEADER.match(line):
             name, is_entry, instructions = header[2], header[1] is not None, {}
-        elif line.rstrip() == "}":
+        elif _END.match(line):
             yield is_entry, name, instructions
         elif match := _INSTRUCTION.match(line):
             op = _instruction(match[2], match[3], match[1] is not None)
