@@ -15,7 +15,7 @@ from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import AttentionInputs, soft_cap, wide_dtype
 from lora_jax.models.layers.masks import Mask, MaskTokens
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.torch.backend import call_jax
+from lora_jax.torch.backend import TorchModelError, call_jax, environment
 
 NAME = "lora_jax"
 
@@ -28,6 +28,7 @@ class Attending(NamedTuple):
       keeps_masks: whether each mask is an array, also where it says no more than "causal".
       segments: [batch, seq] int32: a token sees those of its own segment only; None for all.
       unpadded: whether the module's attention mask is of ones.
+      cached: the slots of a cache that each token may see; None without a cache.
     """
 
     attention: str | Attend = "auto"
@@ -35,6 +36,7 @@ class Attending(NamedTuple):
     keeps_masks: bool = False
     segments: jax.Array | None = None
     unpadded: bool = False
+    cached: Mask | None = None
 
 
 _CHOSEN: ContextVar[Attending] = ContextVar("attention", default=Attending())  # noqa: B039  it is immutable
@@ -68,9 +70,12 @@ def _mask(
     if chosen.unpadded or chosen.segments is not None:  # padding is a segment of its own
         attention_mask = None
     plain = mask_function is causal_mask_function or (local_size or 0) >= kv_length
-    plain = plain and allow_is_causal_skip and attention_mask is None and q_length == kv_length
+    same_length = q_length == kv_length or chosen.cached is not None
+    plain = plain and allow_is_causal_skip and attention_mask is None and same_length
     if plain and not chosen.keeps_masks:
         return None
+    if chosen.cached is not None:
+        return _cached_mask(mask_function, chosen.cached)
     options |= {"mask_function": mask_function, "local_size": local_size}
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     seen: torch.Tensor | None = sdpa_mask(
@@ -84,6 +89,19 @@ def _mask(
     same = chosen.segments[:, None, :, None] == chosen.segments[:, None, None, :]
     alike: torch.Tensor = call_jax(lambda x: x & same, seen)
     return alike
+
+
+def _cached_mask(mask_function: Any, cached: Mask) -> torch.Tensor:
+    """Returns [batch, 1, queries, slots]: what a function of positions lets see of a cache."""
+    queries, slots = cached.queries.positions, cached.keys.positions
+    assert queries is not None and slots is not None, "a cache's tokens have positions"
+    rows, head = jnp.arange(len(slots), dtype=jnp.int32), jnp.zeros((1, 1, 1, 1), jnp.int32)
+    at = (rows[:, None, None, None], head, queries[:, None, :, None], slots[:, None, None, :])
+    visible = cached.visible()[:, None]
+    seen: torch.Tensor = call_jax(
+        lambda own: own & visible, mask_function(*environment().j2t_iso(at))
+    )
+    return seen
 
 
 def _attention(
@@ -125,11 +143,15 @@ def _attend(
     batch, heads, n, size = q.shape
     kv_heads, m, width = v.shape[1:]
     scale = size**-0.5 if scale is None else scale
-    if array is None and n == m:
-        chosen, slots = _CHOSEN.get(), jnp.arange(n, dtype=jnp.int32)
-        positions = jnp.broadcast_to(slots, (batch, n))
-        tokens = MaskTokens(slots, positions, chosen.segments)
-        seen = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
+    chosen = _CHOSEN.get()
+    seen = chosen.cached
+    if array is None and seen is not None and not causal:
+        raise TorchModelError("it attends to more than the tokens so far")
+    if array is None and (seen is not None or n == m):
+        if seen is None:
+            slots = jnp.arange(n, dtype=jnp.int32)
+            tokens = MaskTokens(slots, jnp.broadcast_to(slots, (batch, n)), chosen.segments)
+            seen = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
         q, k, v = (_widened(x.swapaxes(1, 2), max(size, width)) for x in (q, k, v))
         inputs = AttentionInputs(q, k, v, seen, scale, cap, sinks)
         return attend(inputs, attention=chosen.attention, placement=chosen.placement)[..., :width]

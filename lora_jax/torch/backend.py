@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
 from torch.utils import _pytree as torch_tree
 
@@ -81,9 +82,9 @@ class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Computes an operator; there is no gradient of what it returns under ``no_grad``."""
+        if func is torch.ops.aten.detach.default:  # of a slice
+            return _alias(args[0])
         out = super().dispatch(func, types, args, kwargs)
-        if func is torch.ops.aten.detach.default:  # of a slice; torchax returns it as it is
-            return _stopped(out)
         return _frozen(out, (args, kwargs))
 
 
@@ -102,24 +103,61 @@ def _frozen(out: Any, args: Any) -> Any:
 
 def _stopped(tensor: Any) -> Any:
     """Returns a tensor, or a slice of one that can be written to, without a gradient."""
-    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
-        return tensor
-    if isinstance(tensor, View):
-        return View(tensor, _Stopped(), tensor._env)
-    return Tensor(jax.lax.stop_gradient(tensor.jax()), tensor._env)
+    out = _alias(tensor)
+    return out if out is tensor or isinstance(tensor, View) else Tensor(out.jax(), tensor._env)
+
+
+def _alias(tensor: Any) -> Any:
+    """Returns a tensor through which another one is read, and written to, without a gradient."""
+    has_gradients = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    return View(tensor, _Stopped(), tensor._env) if has_gradients else tensor
 
 
 class _Stopped(ViewInfo):  # type: ignore[misc]  # torchax has no types
-    """A view of all of a tensor, through which no gradient passes."""
+    """A view of all of a tensor, through which no gradient passes, and what it writes has none."""
 
     def transform_tensor(self, jax_array: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(jax_array)
 
     def update_tensor(self, new_value: jax.Array, jax_array: jax.Array) -> jax.Array:
-        return new_value
+        return _overwrite(jax_array, new_value)
 
     def calculate_output_shape(self, source: jax.Array) -> tuple[int, ...]:
         return source.shape
+
+
+@jax.custom_jvp
+def _written(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns the new array, with the gradient of the old one."""
+    return new
+
+
+@_written.defjvp
+def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0]
+
+
+def _hold(tensor: Any, array: jax.Array) -> None:
+    """Gives a tensor its array; what is written under ``no_grad`` changes no gradient."""
+    old, records = vars(tensor).get("_held"), torch.is_grad_enabled() or _IN_FUNCTION.get()
+    vars(tensor)["_held"] = array if old is None or records else _overwrite(old, array)
+
+
+def _overwrite(old: jax.Array, new: jax.Array) -> jax.Array:
+    alike = (old.shape, old.dtype) == (new.shape, new.dtype)
+    if alike and jnp.issubdtype(old.dtype, jnp.inexact):
+        return _written(old, new)
+    return jax.lax.stop_gradient(new)
+
+
+def _set_data(tensor: Any, other: Any) -> None:
+    vars(tensor)["_held"] = _overwrite(tensor.jax(), other.jax())
+
+
+# All writes to a tensor, by operators, by slices and by `.data`, set its array.
+setattr(Tensor, "_elem", property(lambda tensor: vars(tensor)["_held"], _hold))  # noqa: B010
+setattr(Tensor, "data", property(_alias, _set_data))  # noqa: B010
+setattr(Tensor, "detach", _alias)  # noqa: B010
 
 
 def call_jax(function: Callable[..., Any], *args: Any) -> Any:

@@ -5,15 +5,19 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import transformers
+from jax.typing import DTypeLike
 from transformers import CONFIG_MAPPING
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, read_eos
 from lora_jax.hf.generation import Generation
 from lora_jax.hf.keys import Row
+from lora_jax.torch.cache import empty_cache
 from lora_jax.torch.module import built
 from lora_jax.torch.recipe import Recipe
+from lora_jax.torch.remembers import remembered
 from lora_jax.torch.tokens import Tokens
 
 
@@ -136,6 +140,20 @@ class TorchConfig(Recipe):
             )
         return lines
 
-    def empty_cache(self, batch: int, max_len: int) -> Any:
-        """Returns a cache for `TorchModel`: the tokens so far."""
-        return Tokens.empty(batch, max_len)
+    @property
+    def caches(self) -> bool:
+        """True if generation keeps keys and values."""
+        return not isinstance(remembered(built(self), jnp.dtype(jnp.float32)), str)
+
+    def cache_line(self) -> str:
+        """Returns a line on what generation computes for each token."""
+        kept = remembered(built(self), jnp.dtype(jnp.float32))
+        how = f"the whole row ({kept})" if isinstance(kept, str) else "with keys and values kept"
+        return f"each token of an answer: {how}"
+
+    def empty_cache(self, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> Any:
+        """Returns a cache for `TorchModel`: keys and values, or else the tokens so far."""
+        kept = remembered(built(self), jnp.dtype(dtype))
+        if isinstance(kept, str):
+            return Tokens.empty(batch, max_len)
+        return empty_cache(kept, batch, max_len)

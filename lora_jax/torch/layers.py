@@ -14,6 +14,7 @@ from torch.utils import _pytree as torch_tree
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import layer_input, remat_policy
 from lora_jax.torch.backend import Tensor
+from lora_jax.torch.cache import CachedCall
 from lora_jax.torch.structure import LayerPeriods
 
 Arrays = Mapping[str, Any]  # of one layer, by the names within it
@@ -236,6 +237,7 @@ def scanned(
     layers: Sequence[torch.nn.Module],
     arrays: Sequence[Arrays],
     recomputed: Recomputed,
+    cache: CachedCall | None = None,
 ) -> Iterator[None]:
     """Runs the layers of a stack as one scan, when the last one of its first turn is called.
 
@@ -245,8 +247,11 @@ def scanned(
       layers: a layer of each kind.
       arrays: parameters and buffers of each kind, stacked on axis 0.
       recomputed: what the backward pass recomputes.
+      cache: the tokens so far; None without a cache.
     """
     calls: list[_LayerCall] = []
+    numbers = range(stack.start, stack.n_layers)
+    with_entries = contextlib.nullcontext if cache is None else cache.turn
 
     def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if i == 0:
@@ -254,17 +259,22 @@ def scanned(
         calls.append(_LayerCall(env, layer, args, kwargs))
         own = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
         if i < stack.period - 1:
-            jax.eval_shape(calls[i], own, calls[i].hidden)  # for the structure of its output
+            with with_entries({}):  # for the structure of its output
+                jax.eval_shape(calls[i], own, calls[i].hidden)
             return calls[i].restore([calls[i].hidden])
 
-        def turn(hidden: jax.Array, slices: Sequence[Arrays]) -> tuple[jax.Array, None]:
-            for call, own in zip(calls, slices, strict=True):
-                (hidden,) = call(own, hidden)
-                hidden = recomputed.placement.constrain(hidden, "residual")
-            return hidden, None
+        def turn(hidden: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+            with with_entries(slices[1]) as new:
+                for call, own in zip(calls, slices[0], strict=True):
+                    (hidden,) = call(own, hidden)
+                    hidden = recomputed.placement.constrain(hidden, "residual")
+            return hidden, new
 
         body = recomputed(turn, scans=True)
-        hidden, _ = jax.lax.scan(body, calls[0].hidden, list(arrays))
+        entries = {} if cache is None else cache.entries_of(numbers)
+        hidden, new = jax.lax.scan(body, calls[0].hidden, (list(arrays), entries))
+        if cache is not None:
+            cache.add(new, numbers)
         return calls[i].restore([hidden])
 
     with patched(layers, called):

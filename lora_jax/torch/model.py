@@ -11,10 +11,12 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.types import Tree
 from lora_jax.models.layers.attend import Attend
+from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import place_tokens
 from lora_jax.torch.attention import Attending, attending
 from lora_jax.torch.backend import TorchModelError
+from lora_jax.torch.cache import CachedCall
 from lora_jax.torch.config import TorchConfig
 from lora_jax.torch.layers import Recomputed
 from lora_jax.torch.module import Built, built
@@ -74,8 +76,16 @@ class TorchModel:
         out = self._run(params, args, kwargs, unpadded=unpadded)
         return out["logits"] if isinstance(out, dict) else out[0]
 
-    def _run(self, params: Tree, args: Any, kwargs: Mapping[str, Any], **how: Any) -> Any:
-        recomputed = Recomputed(self.remat, self.placement)
+    def _run(
+        self,
+        params: Tree,
+        args: Any,
+        kwargs: Mapping[str, Any],
+        cache: CachedCall | None = None,
+        **how: Any,
+    ) -> Any:
+        recomputed = Recomputed(self.remat if cache is None else False, self.placement)
+        how |= {} if cache is None else {"cached": cache.mask}
 
         def cast(x: Any) -> Any:
             is_float = jnp.issubdtype(x.dtype, jnp.floating)
@@ -83,14 +93,14 @@ class TorchModel:
 
         wide = self.built.wide_logits() if self.config.continues else contextlib.nullcontext()
         with attending(Attending(self.attention, self.placement, **how)), wide:
-            return self.built.call(jax.tree.map(cast, params), args, kwargs, recomputed)
+            return self.built.call(jax.tree.map(cast, params), args, kwargs, recomputed, cache)
 
     def apply(
         self,
         variables: Mapping[str, Tree],
         input_ids: jax.Array,
         *,
-        cache: Tokens | None = None,
+        cache: Cache | Tokens | None = None,
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
         method: str | None = None,
@@ -98,8 +108,8 @@ class TorchModel:
     ) -> Any:
         """Predicts each next token; see ``lora_jax.models.causal.CausalLM`` for the arguments.
 
-        A cache holds tokens, and all of them are computed anew at each call. `places` are
-        ``attention_mask``, ``positions`` and ``segment_ids``.
+        A cache of tokens has all of them computed anew at each call. `places` are
+        ``attention_mask``, ``positions`` and ``segment_ids``; with a cache the first alone.
 
         Raises:
           TorchModelError: see `__call__`; for another argument.
@@ -109,6 +119,10 @@ class TorchModel:
         params = variables["params"]
         if method == "head":
             return self._head(params, input_ids)
+        if isinstance(cache, Cache):
+            call = CachedCall(cache, input_ids, places.get("attention_mask"))
+            logits = self._logits(params, input_ids, {}, logits_at, return_hidden, cache=call)
+            return logits, call.extended()
         if cache is not None:
             cache, slots = cache.extended(input_ids, places.get("attention_mask"))
             at = slots if logits_at is None else jnp.take_along_axis(slots, logits_at, axis=1)

@@ -28,6 +28,7 @@ from lora_jax.torch.backend import (
     environment,
     running,
 )
+from lora_jax.torch.cache import CachedCall
 from lora_jax.torch.layers import (
     Recomputed,
     layer_lists,
@@ -69,13 +70,21 @@ class Built:
     buffers: Mapping[str, np.ndarray]
     unlike: Mapping[str, str]
 
-    def call(self, tree: Tree, args: Any, kwargs: Any, recomputed: Recomputed) -> Any:
+    def call(
+        self,
+        tree: Tree,
+        args: Any,
+        kwargs: Any,
+        recomputed: Recomputed,
+        cache: CachedCall | None = None,
+    ) -> Any:
         """Calls the module.
 
         Args:
           tree: the parameters.
           args, kwargs: arguments, with JAX's arrays.
           recomputed: what the backward pass recomputes.
+          cache: the tokens so far; None without a cache.
 
         Raises:
           TorchModelError: see `running`.
@@ -102,7 +111,7 @@ class Built:
             for stack in self.stacks:
                 layers = self.layers(stack.name)[stack.start :]
                 arrays = [kinds[stack, kind] for kind in range(stack.period)]
-                open_.enter_context(scanned(env, stack, layers, arrays, recomputed))
+                open_.enter_context(scanned(env, stack, layers, arrays, recomputed, cache))
             apart = recomputed.recomputes or recomputed.placement.token_parts > 1
             single = {**dict.fromkeys(self.lists), **{s.name: s.start for s in self.stacks}}
             for name, n in single.items() if apart else ():
@@ -111,6 +120,9 @@ class Built:
                 open_.enter_context(unrolled(env, layers, of, recomputed))
             open_.enter_context(loose(env, self.module))
             tensors = {name: Tensor(array, env) for name, array in whole.items()}
+            if cache is not None:
+                kwargs = {**kwargs, "use_cache": True, self.cache_name: cache}
+                kwargs["position_ids"] = cache.positions
             out = torch.func.functional_call(
                 self.module,
                 tensors,
@@ -144,6 +156,12 @@ class Built:
     def arguments(self) -> frozenset[str]:
         """The names of the arguments that the module takes."""
         return frozenset(inspect.signature(self.module.forward).parameters)
+
+    @property
+    def cache_name(self) -> str | None:
+        """The name of the argument for keys and values; None if there is none."""
+        names = ("cache", "past_key_values")
+        return next((name for name in names if name in self.arguments), None)
 
     @property
     def attends(self) -> bool:

@@ -17,13 +17,14 @@ class Tokens(NamedTuple):
     Attributes:
       ids: [batch, max_len] int32.
       length: [batch] int32, the number of a row's tokens.
-      filled, shared: None; see `lora_jax.models.layers.cache.Cache`.
+      filled, shared, routing: None; see `lora_jax.models.layers.cache.Cache`.
     """
 
     ids: jax.Array
     length: jax.Array
     filled: None = None
     shared: None = None
+    routing: None = None
 
     @classmethod
     def empty(cls, batch: int, max_len: int) -> Tokens:

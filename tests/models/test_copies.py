@@ -109,7 +109,7 @@ def under_vmap(cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, 
     return jax.vmap(put, (batch, batch, 0), batch)(cached, new, first)
 
 
-@pytest.mark.parametrize("write", [trunk._put, under_vmap])
+@pytest.mark.parametrize("write", [trunk.put_slots, under_vmap])
 def test_tokens_of_rows_of_different_age_are_written_where_the_cache_lies(write: Any) -> None:
     cached = draw(0, (LAYERS, BATCH, KV_HEADS, SLOTS, HEAD_DIM))
     new = draw(1, (LAYERS, BATCH, KV_HEADS, 1, HEAD_DIM))
@@ -119,5 +119,5 @@ def test_tokens_of_rows_of_different_age_are_written_where_the_cache_lies(write:
         expected[:, row, :, slot] = new[:, row, :, 0]
     step = jax.jit(lambda *args: write(*args, batch=1, axis=3), donate_argnums=0)
     temporary = step.lower(cached, new, first).compile().memory_analysis().temp_size_in_bytes
-    assert (temporary < cached.nbytes / 2) == (write is trunk._put), "the control copies it"
+    assert (temporary < cached.nbytes / 2) == (write is trunk.put_slots), "the control copies it"
     np.testing.assert_array_equal(step(cached, new, first), expected)

@@ -427,6 +427,49 @@ def test_slices_have_no_gradient_where_torch_gives_them_none():
     assert distance(gradient, by_torch(Slices(stops=False))[1]) > 1e-2
 
 
+@pytest.mark.parametrize("how", ["no_grad", "a slice", "data", "detach", "a slice's", "new data"])
+def test_what_is_written_without_a_gradient_changes_none(how):
+    class Writes(torch.nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.outer = torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)
+            self.how = how
+
+        def forward(self, x):
+            state = self.inner(x) + 1
+            with torch.set_grad_enabled(self.how not in ("no_grad", "a slice")):
+                if self.how == "no_grad":
+                    state.mul_(state)
+                elif self.how == "a slice":
+                    state[:, 1:3] = 2 * state[:, :2]
+                elif self.how == "data":
+                    state.data.mul_(state)
+                elif self.how == "detach":
+                    state.detach()[:, :3] = 2
+                elif self.how == "a slice's":
+                    state[:, 1:4].detach().mul_(3)
+                elif self.how == "new data":
+                    state.data = state.detach() ** 2
+                else:
+                    state = state * state
+            return self.outer(state)
+
+    def by_torch(how):
+        network = Writes(how)
+        out = network(torch.tensor(x))
+        (out**2).sum().backward()
+        return out.detach().numpy(), network.inner.weight.grad.numpy().T
+
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    fn, params = from_torch(Writes(how))
+    gradient = jax.jit(jax.grad(lambda p: (fn(p, x) ** 2).sum()))(params)["inner"]["kernel"]
+    out, want = by_torch(how)
+    assert distance(jax.jit(fn)(params, x), out) <= 1e-5
+    assert distance(gradient, want) <= 1e-5
+    assert distance(gradient, by_torch("with one")[1]) > 1e-2
+
+
 def test_modules_that_are_named_by_numbers_are_saved_for_peft(tmp_path):
     """Their last names alone would select the blocks that hold them, which PEFT refuses."""
     import peft

@@ -10,7 +10,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from tests.torch.checks import distance
-from tests.train.tiny import CONFIG, tokenizer, write_rows
+from tests.train.tiny import CONFIG, tokenizer, write_jsonl, write_rows
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch")
@@ -19,7 +19,9 @@ transformers = pytest.importorskip("transformers")
 
 from train.export.__main__ import main as export  # noqa: E402
 from train.generate.__main__ import main as generate  # noqa: E402
+from train.grpo import main as grpo  # noqa: E402
 from train.plan.__main__ import main as plan  # noqa: E402
+from train.run.log import read_metrics  # noqa: E402
 from train.serve.__main__ import main as serve  # noqa: E402
 from train.sft import main as sft  # noqa: E402
 
@@ -121,6 +123,32 @@ def test_a_run_is_planned_and_a_server_refuses(run, capsys, tmp_path):
     with pytest.raises(SystemExit):
         serve(["--model", str(base), "--output", str(tmp_path / "served")])
     assert "no family" in capsys.readouterr().err
+
+
+REWARD = """
+def early(completion_ids, **others):
+    return [sum(id < 90 for id in ids) / len(ids) for ids in completion_ids]
+"""
+
+
+def test_completions_are_drawn_as_by_our_own_code(tmp_path, capsys):
+    """Keys and values are kept; a model that keeps none draws no completions."""
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a" * (1 + i)} for i in range(4)])
+    (tmp_path / "rewards.py").write_text(REWARD)
+    line = ["--dataset", tmp_path / "rows.jsonl", "--reward", f"{tmp_path}/rewards.py:early"]
+    line += "--group 4 --batch-size 16 --max-new-tokens 6 --seq-len 64 --steps 2".split()
+    line += "--eval-questions 0 --warmup 1 --lr 0.05 --targets q_proj v_proj".split()
+    base, metrics = write(tmp_path / "base", "llama"), []
+    for code in ("ours", "torch"):
+        out = tmp_path / code
+        grpo([*map(str, (*line, "--model", base, "--model-code", code, "--output", out))])
+        metrics.append([[x[k] for k in ("reward", "loss", "length")] for x in read_metrics(out)])
+    np.testing.assert_allclose(metrics[0], metrics[1], rtol=1e-4, atol=1e-5)
+    assert np.shape(metrics[0]) == (2, 3) and len({reward for reward, *_ in metrics[0]}) == 2
+    base = write(tmp_path / "mamba", "falcon_mamba")
+    with pytest.raises(SystemExit):
+        grpo([*map(str, (*line, "--model", base, "--output", tmp_path / "refused"))])
+    assert "keeps no keys and values" in " ".join(capsys.readouterr().err.split())
 
 
 def test_torch_code_trains_a_family_of_ours_alike(tmp_path):

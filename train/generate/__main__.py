@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from train.console.errors import UserError, reported
-from train.console.output import check_free
+from train.console.output import check_free, say
 from train.generate.batch import answer_all, stream_answers
 from train.generate.chat import talk
 from train.generate.options import GenerateOptions, apply_sampling, check, parse
@@ -93,6 +93,8 @@ def run(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
 
     how = {"attention": options.attention, **outline.head}
     model, params = read_model(outline.name, dtype="float32", **how)
+    if outline.is_torch:
+        say(model.config.cache_line())
     served = LoadedAdapters(model, params, adapters, outline, options, grammar)
     if options.interactive:
         talk(served)

@@ -108,13 +108,13 @@ def outline(
     outline = read_model_info(data.model, data.tokenizer, model_code=data.model_code)
     if outline.can_have_images and shows():
         outline = outline.with_images()
-    if outline.is_torch and isinstance(data, RolloutDataConfig):
-        raise UserError(
-            f"--model {data.model} runs as a torch module, which keeps no keys and values: drawing "
-            "completions by it would compute each prompt anew for every token; name a model that a "
-            "family of this library knows"
-        )
     of_torch: Any = outline.config if outline.is_torch else None
+    if of_torch and isinstance(data, RolloutDataConfig) and not of_torch.caches:
+        raise UserError(
+            f"--model {data.model} runs as a torch module that keeps no keys and values "
+            f"({of_torch.cache_line()}): drawing completions by it would take too long; name "
+            "another model"
+        )
     if of_torch and getattr(data, "packing", False) and not of_torch.packs:
         raise UserError(
             f"--packing: in {outline.name}, a {outline.config.model_type}, more than attention "

@@ -113,8 +113,8 @@ class Cache(NamedTuple):
     Attributes:
       key: [layers, batch, kv_heads, max_len, head_dim], rotated where the model rotates. Heads
         lead, so that attention reads a layer's slots in order and copies none of them. Linear
-        layers have none.
-      value: as key.
+        layers have none. A torch module's are pairs of keys and values; see `lora_jax.torch.cache`.
+      value: as key; empty for a torch module, whose keys and values lie in `key`.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
       filled: [] int32, the number of slots in use, padding included; the same for every row. None
         where rows are of different age: then slot i of a row holds its token at position i, without
@@ -153,8 +153,8 @@ class Cache(NamedTuple):
     def repeated(self, n: int) -> Cache:
         """Returns the cache with each row n times, side by side; what is shared stays so."""
         return self._replace(
-            key=jnp.repeat(self.key, n, axis=1),
-            value=jnp.repeat(self.value, n, axis=1),
+            key=jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), self.key),
+            value=jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), self.value),
             positions=jnp.repeat(self.positions, n, axis=0),
             length=jnp.repeat(self.length, n, axis=0),
             recurrent=self.recurrent and self.recurrent.repeat(n),
@@ -208,8 +208,8 @@ def init_cache(
     """
     if (own := getattr(config, "empty_cache", None)) is not None:  # a model with another cache
         if shared is not None:
-            raise ValueError("a cache of tokens shares none of them between rows")
-        return own(batch, max_len)  # type: ignore[no-any-return]
+            raise ValueError("a torch module's cache shares no tokens between rows")
+        return own(batch, max_len, dtype)  # type: ignore[no-any-return]
     linear = len(getattr(config, "linear_layers", ()))
     layers = config.num_hidden_layers - linear - getattr(config, "num_kv_shared_layers", 0)
     heads, size = getattr(config, "cache_heads", (config.num_key_value_heads, config.head_dim))

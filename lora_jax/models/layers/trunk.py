@@ -93,7 +93,7 @@ def place_tokens(
     first = jnp.zeros((), jnp.int32)
     if cache is not None:
         first = cache.first
-        slots = _put(cache.positions, slots, first, batch=0, axis=1)
+        slots = put_slots(cache.positions, slots, first, batch=0, axis=1)
     return TokenPlaces(positions, slots, first, present)
 
 
@@ -146,14 +146,14 @@ def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
     recurrent, chosen = (*more, None, None)[:2]
     routing = cache.routing
     if routing is not None:
-        routing = _put(routing, chosen, placed.first, batch=1, axis=2)
+        routing = put_slots(routing, chosen, placed.first, batch=1, axis=2)
 
     def extended(cached: jax.Array, new: jax.Array) -> jax.Array:
-        return _put(cached, new.swapaxes(2, 3), placed.first, batch=1, axis=3)
+        return put_slots(cached, new.swapaxes(2, 3), placed.first, batch=1, axis=3)
 
     return Cache(
-        key=extended(cache.key, keys),
-        value=extended(cache.value, values),
+        key=jax.tree.map(extended, cache.key, keys),
+        value=jax.tree.map(extended, cache.value, values),
         positions=placed.slots,
         filled=cache.filled if cache.filled is None else cache.filled + placed.positions.shape[1],
         length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),
@@ -163,7 +163,9 @@ def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
     )
 
 
-def _put(cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, axis: int) -> jax.Array:
+def put_slots(
+    cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, axis: int
+) -> jax.Array:
     """Returns an array of a cache with new entries from `first` on; see ``Cache.first``.
 
     Args:

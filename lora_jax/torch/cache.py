@@ -1,0 +1,132 @@
+"""The cache that a torch module sees: keys and values of earlier calls, and those of this one."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import torch
+import transformers
+
+from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.trunk import causal_mask, extend_cache, place_tokens, put_slots
+from lora_jax.torch.backend import Tensor, TorchModelError
+
+# Keys and values, [batch, heads, n, head_dim] each, by the number of the layer that made them; of
+# layers that are stacked, on axis 0, by the number of the first one.
+Entries = dict[int, tuple[Any, Any]]
+_Cache: Any = transformers.Cache
+
+
+def empty_cache(entries: Entries, batch: int, max_len: int) -> Cache:
+    """Returns a cache without tokens, for entries of the shapes of any of them, stacked."""
+
+    def zeros(x: Any) -> jax.Array:
+        layers, _, heads, _, size = x.shape
+        return jnp.zeros((layers, batch, heads, max_len, size), x.dtype)
+
+    pairs: Any = jax.tree.map(zeros, entries)
+    nothing: Any = {}
+    return Cache(
+        key=pairs,
+        value=nothing,
+        positions=jnp.full((batch, max_len), -1, jnp.int32),
+        filled=jnp.zeros((), jnp.int32),
+        length=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base is
+    """The cache that a module is given in one call.
+
+    What a module asks of it beyond keys, values and the sizes of masks is refused, so that a module
+    that remembers anything else is told from others.
+
+    Args:
+      cache: the tokens before the call; without entries, layers have none yet.
+      ids: [batch, seq] int32.
+      mask: [batch, seq], False at padding; None for none.
+
+    Attributes:
+      mask: the slots that each token may see.
+      positions: [batch, seq] int32, the tokens' places in their rows.
+    """
+
+    is_compileable = False
+    is_sliding = is_linear = is_dummy = ()
+
+    def __init__(self, cache: Cache, ids: jax.Array, mask: jax.Array | None):
+        self._cache, self._placed = cache, place_tokens(ids, mask, None, cache, None)
+        self.mask, self.positions = causal_mask(self._placed, None, cache), self._placed.positions
+        self._entries: Any = cache.key
+        self._now: Entries = jax.tree.map(lambda x: x[0], self._entries)
+        self._new: Entries = {}
+        self._stacked: Entries = {}
+
+    @property
+    def layers(self) -> NoReturn:
+        """Raises a TorchModelError: a module that asks for them remembers something else."""
+        raise TorchModelError("it remembers more than keys and values")
+
+    def get_seq_length(self, layer_idx: int = 0) -> NoReturn:
+        raise TorchModelError("it counts the tokens so far, whose number differs by row")
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0  # `mask` says where the queries are
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._cache.max_len, 0
+
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        if layer_idx in self._new:
+            raise TorchModelError(f"layer {layer_idx} makes keys and values twice")
+        new = self._new[layer_idx] = key_states.jax(), value_states.jax()
+        before = self._now[layer_idx] if self._entries else map(self._no_slots, new)
+
+        def whole(old: jax.Array, new: jax.Array) -> torch.Tensor:
+            slots = put_slots(old, new, self._placed.first, batch=0, axis=2)
+            tensor: torch.Tensor = Tensor(slots.astype(new.dtype), key_states._env)
+            return tensor
+
+        return tuple(map(whole, before, new))
+
+    def _no_slots(self, new: jax.Array) -> jax.Array:
+        return jnp.zeros((*new.shape[:2], self._cache.max_len, *new.shape[3:]), new.dtype)
+
+    def entries_of(self, numbers: range) -> Entries:
+        """Returns the entries before the call of layers of these numbers, those that have any."""
+        return {layer: own for layer, own in self._entries.items() if layer in numbers}
+
+    @contextlib.contextmanager
+    def turn(self, entries: Entries) -> Iterator[Entries]:
+        """Gives layers of a scan these entries within a block; yields what they add to them."""
+        outer = self._now, self._new
+        self._now, self._new = self._now | entries, {}
+        try:
+            yield self._new
+        finally:
+            self._now, self._new = outer
+
+    def add(self, new: Entries, numbers: range) -> None:
+        """Takes the new entries of the layers of a stack.
+
+        Raises:
+          TorchModelError: layers of other numbers are among them.
+        """
+        if others := new.keys() - set(numbers):
+            raise TorchModelError(f"its stacked layers number themselves {min(others)} and on")
+        self._stacked |= new
+
+    @property
+    def new_entries(self) -> Entries:
+        """The entries that the call added, stacked."""
+        entries: Entries = jax.tree.map(lambda x: x[None], self._new)
+        return entries | self._stacked
+
+    def extended(self) -> Cache:
+        """Returns the cache with what the call added."""
+        new = jax.tree.map(lambda x: x.swapaxes(2, 3), self.new_entries)
+        return extend_cache(self._cache, self._placed, (new, {}))
