@@ -10,11 +10,15 @@ from lora_jax.models.decoder import moe
 from lora_jax.models.decoder.experts import apply_blocks
 from tests.models import tiny
 from tests.support import assert_close, assert_identical, over
+from tests.train.live import guessing
+from tests.train.live.local import LocalHost
 from tests.train.scripts import fails
 from tests.train.tiny import write_jsonl, write_model
 from train import grpo
+from train.environments.guess import GuessingGame
 from train.live.rollouts import Rollouts
 from train.run.log import read_metrics
+from train.tasks import tool_use
 
 # Processes of rewards end with the process of a script.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -40,6 +44,16 @@ def line_of(folder, output, *args, model="mixture", dtype="bfloat16"):
     line += ["--group", GROUP, "--batch-size", GROUP * PROMPTS, "--max-new-tokens", NEW]
     line += ["--seq-len", 96, "--targets", "q_proj", "v_proj", "--dtype", dtype, "--warmup", 0]
     return [str(word) for word in [*line, *args]]
+
+
+def guess(number: int) -> str:
+    """
+    Guesses a number.
+
+    Args:
+        number: The guess.
+    """
+    return "too low" if number < 4 else "too high"
 
 
 @pytest.fixture
@@ -94,6 +108,38 @@ def test_each_token_goes_through_the_experts_of_its_drawing(
     without = {name: array for name, array in batch.items() if name != "routing"}
     others = np.sort(experts_of(model, params, without)[known]) != np.sort(drawn[known])
     assert others.any() == (dtype == "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
+def test_turns_and_what_answers_them_go_through_these_experts(
+    tmp_path, monkeypatch, batches, shared
+):
+    """In completions of several turns, too; an environment has a prompt to each of them."""
+    tools = LocalHost(None, [guess]) if shared else LocalHost(GuessingGame)
+    monkeypatch.setattr(tool_use, "find_tools", lambda data: tools)
+    fields = {name: value for name, value in MIXTURE.items() if name != "eos_token_id"}
+    guessing.write_model(tmp_path / "mixture", 0.5, **fields)
+    rows = [{"prompt": "play guess play guess", "secret": n} for n in guessing.NUMBERS]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    calls = ["--tools", f"{__file__}:guess"] if shared else ["--environment", "guess"]
+    args = [*calls, "--redraw", 1, "--batch-size", GROUP * 7, "--seq-len", 32]
+    grpo.main(line_of(tmp_path, tmp_path / "run", *args))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["tools/turns"] > 1.3
+    ((params, batch),) = batches
+    drawn, real = batch["routing"][0], batch["segment_ids"][0] > 0
+    known = (drawn >= 0).all((-2, -1))
+    assert ("branches" in batch) == shared and not (known & ~real).any()
+    # The last token of each completion did not run, nor did an answer that filled one up.
+    own = np.take_along_axis(known, batch["predict_at"][0].reshape(len(known), -1), 1)
+    assert own[batch["weights"][0].reshape(own.shape) > 0].all()
+    assert GROUP * 7 <= (real & ~known).sum() < 0.2 * real.sum()
+    model, _ = models.from_pretrained(tmp_path / "mixture", dtype="float32")
+    params = jax.tree.map(lambda x: x.astype(np.float32), params)
+    assert_identical(experts_of(model, params, batch)[known], drawn[known])
+    without = {name: array for name, array in batch.items() if name != "routing"}
+    assert (np.sort(experts_of(model, params, without)[known]) != np.sort(drawn[known])).any()
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 import collections
 import dataclasses
+import inspect
+import math
+import textwrap
 import warnings
 from types import SimpleNamespace
 
@@ -227,17 +230,43 @@ ROLLOUTS = {
 }
 
 
-def weights_in_torch(logps, sampled, mask, level, cap):
-    """TRL's ratio, by its formula: "token_truncate" and "sequence_truncate"."""
+def weights_of_trl(trl, mode, bounds, logps, sampled, mask):
+    """The weights that the trainer's own lines compute."""
     import torch
 
-    apart = torch.nan_to_num((logps - sampled) * mask, nan=0.0)
-    if level == "sequence":
-        apart = apart.sum(dim=-1, keepdim=True)
-    return torch.clamp(torch.exp(apart), max=cap)
+    source = inspect.getsource(trl.grpo._generate_and_score_completions)
+    lines = source.partition("# Compute the importance sampling ratio when")[2]
+    lines = lines[lines.index("\n") + 1 : lines.index("# Compute the per-token log prob")]
+    least, most = bounds
+    scope = {
+        "self": SimpleNamespace(
+            use_vllm=True,
+            vllm_importance_sampling_correction=True,
+            vllm_importance_sampling_mode=mode,
+            vllm_importance_sampling_clip_min=least,
+            vllm_importance_sampling_clip_max=most,
+        ),
+        "old_per_token_logps": torch.tensor(logps),
+        "sampling_per_token_logps": torch.tensor(sampled),
+        "completion_mask": torch.tensor(mask).int(),
+        "tool_mask": None,
+        "torch": torch,
+        "math": math,
+    }
+    exec(textwrap.dedent(lines.rpartition("\n")[0]), scope)
+    return scope["vllm_importance_sampling_ratio"]
 
 
-@pytest.mark.parametrize("weighed", [None, "token", "sequence"])
+BOUNDS = {  # least and largest ratio
+    None: (None, None),
+    "token_truncate": (None, 1.2),
+    "token_mask": (0.8, 1.3),
+    "sequence_truncate": (0.9, 1.6),
+    "sequence_mask": (0.5, 2.0),
+}
+
+
+@pytest.mark.parametrize("weighed", BOUNDS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("name", ROLLOUTS)
@@ -286,11 +315,23 @@ def test_losses_of_rollouts(trl, name, beta, level, weighed):
     }
     importance = None
     if weighed is not None:
-        sampled, cap = old + RNG.normal(0, 0.3, old.shape).astype(np.float32), 1.2
-        of = (*map(torch.tensor, (old, sampled)), of_mask)
-        inputs["importance_sampling_ratio"] = weights_in_torch(*of, weighed, cap)
-        importance = losses.importance_weights(old, jnp.asarray(sampled), mask, weighed, cap)
-        assert 0 < (np.asarray(importance)[mask] == np.float32(cap)).mean() < 1
+        noise = np.random.default_rng(5).normal(0, 0.3, old.shape)
+        sampled, (floor, cap) = old + noise.astype(np.float32), BOUNDS[weighed]
+        of_trl = weights_of_trl(trl, weighed, (floor, cap), old, sampled, mask)
+        inputs["importance_sampling_ratio"] = of_trl
+        granularity, beyond = weighed.split("_")
+        importance = losses.importance_weights(
+            old,
+            jnp.asarray(sampled),
+            mask,
+            granularity,
+            cap,
+            floor=floor or 0.0,
+            masked=beyond == "mask",
+        )
+        assert_close(importance, np.broadcast_to(of_trl, mask.shape), 1e-5)
+        for bound in {"truncate": [cap, *[floor] * bool(floor)], "mask": [0]}[beyond]:
+            assert 0 < (np.asarray(importance)[mask] == np.float32(bound)).mean() < 1
     want = trl.grpo._compute_loss(settings, None, inputs)
     want.backward()
 

@@ -52,12 +52,12 @@ class RewardedRollouts(Rollouts):
         super().__init__(of, feed)
         self._turns = None
         if feed.tools is not None:
-            data = of.config.data
-            self._turns = GroupedTurns(
-                TurnDrawer(of.config, of.outline, feed.tools, of.stop, data.sampling_temperature),
-                (self.model, self.apply, of.layout),
-                feed,
+            drawer = TurnDrawer(
+                *(of.config, of.outline, feed.tools, of.stop),
+                of.config.data.sampling_temperature,
+                with_routing=feed.routing is not None,
             )
+            self._turns = GroupedTurns(drawer, (self.model, self.apply, of.layout), feed)
         self._reference = reference_params(of.config, of.outline, of.plain, of.takes_from_base)
         self._external = None
         if feed.server is not None:

@@ -48,7 +48,33 @@ class GroupedTurns:
         places = config.optim.batch_size
         longest = self._feed.widths.prompt(prompts.longest_of(rows))
         made = self._drawer.draw(self._model, params, asked, key, places, longest)
-        return grouped(made, group, config.data.max_new_tokens)
+        drawn = grouped(made, group, config.data.max_new_tokens)
+        if self._feed.routing is None:
+            return drawn
+        # As wide in all draws of a run, so that those that are drawn again take others' places.
+        routing = routing_of(
+            made, self._feed.widths.prompts[-1], config.data.max_new_tokens - 1, self._feed.routing
+        )
+        return drawn._replace(routing=routing.reshape(-1, group, *routing.shape[1:]))
+
+
+def routing_of(
+    completions: Sequence[TurnCompletion], before: int, new: int, chosen: tuple[int, int]
+) -> np.ndarray:
+    """Returns the experts of completions' tokens, [n, before + new, layers, k] int16.
+
+    Args:
+      completions: the completions; one that did not begin has -1 alone.
+      before: the slots of a prompt, which ends in the last of them.
+      new: the slots of a completion, whose last token did not run.
+      chosen: layers with experts, and experts of a token.
+    """
+    routing = np.full((len(completions), before + new, *chosen), -1, np.int16)
+    for row, made in zip(routing, completions, strict=True):
+        if made.routing is not None:
+            first, n = before - len(made.prompt), len(made.prompt) + min(len(made.ids), new)
+            row[first : first + n] = made.routing[:n]
+    return routing
 
 
 def grouped(completions: Sequence[TurnCompletion], group: int, width: int) -> GroupedCompletions:

@@ -42,6 +42,7 @@ class _GivenOptions:
         without_project = [tracker.no_project for tracker in trackers(self.report_to).values()]
         if all(without_project):
             self.no_project = next(iter(without_project), None) or "nothing is reported"
+        self.again = " (--resume needs it again, if the run began with it)" * bool(self.resume)
         alone = [each for each in VARIANTS if each.alone and getattr(self, each.option)]
         if len(alone) == 1:  # else they exclude each other
             self.alone = f"{flag(alone[0].option)} {alone[0].alone_in_scripts}"
@@ -97,7 +98,7 @@ class NoEffect(enum.Enum):
         "no tool is called without --tools or --environment",
         lambda o: not o.tools and o.environment is None and not o.calls_tools,
     )
-    NO_SAMPLER = "this run draws itself, without --sampler", lambda o: o.sampler is None
+    NO_SAMPLER = "this run draws itself, without --sampler{o.again}", lambda o: o.sampler is None
     ALONE = "{o.alone}", lambda o: o.alone is not None
     NO_TINYLORA = (
         "no vector trains between A and B without --tinylora",

@@ -50,7 +50,7 @@ class Uncompared(enum.Enum):
     MANY_RUNS = "a comparison has many runs: try one of them with its script"
     TABLE = "a comparison makes its table of runs itself"
     LAST_STEP = "all runs are compared after their last step"
-    SAMPLER = "a server draws for one run"
+    SAMPLER = "the runs of a comparison draw themselves"
     EARLY_STOPPING = f"{LAST_STEP}; see --early-stopping"
 
 
@@ -196,9 +196,10 @@ def check_effects(
             raise UserError(f"{why}: leave out {' and '.join(parts)}")
 
 
-def idle_options(options: Any, facts: DatasetFacts) -> frozenset[str]:
-    """Returns the names of all options that have no effect beside the others."""
-    return frozenset(name for idle in _reasons(options, facts).values() for name in idle)
+def idle_options(options: Any, facts: DatasetFacts) -> dict[str, str]:
+    """Returns all options that have no effect beside the others, each with the first reason why."""
+    named = [(name, why) for why, idle in _reasons(options, facts).items() for name in idle]
+    return dict(reversed(named))
 
 
 def given_options(args: Sequence[str]) -> frozenset[str]:

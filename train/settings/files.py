@@ -61,9 +61,8 @@ def effective_options(options: Options) -> dict[str, Any]:
     """
     as_begun = dataclasses.replace(options.run, resume=False, overwrite=False)
     idle = idle_options(dataclasses.replace(options, run=as_begun), dataset_facts(options))
-    of_run = {name for name, traits in traits_of(options).items() if traits.of == "run"} - idle
-    given = as_json(options).items()
-    return {name: value for name, value in given if value is not None and name in of_run}
+    told = {k for k, traits in traits_of(options).items() if traits.of == "run"} - idle.keys()
+    return {k: value for k, value in as_json(options).items() if value is not None and k in told}
 
 
 def options_of_processes(options: Options) -> dict[str, Any]:
@@ -104,8 +103,10 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path | str) 
     plain: Any = type(options)
     lacking = as_json(plain()) | {k: x.older for k, x in traits.items() if x.older is not None}
     saved = {**{k: v for k, v in lacking.items() if k in now}, **saved}
+    idle = idle_options(options, dataset_facts(options))
     differing = [
-        f"{flag(name)} was {_option(saved.get(name))} and is now {_option(now.get(name))}"
+        f"{flag(name)} was {_option(saved.get(name))} and "
+        + (f"is now {_option(now[name])}" if name in now else _absence(idle.get(name)))
         for name in {**saved, **now}
         if not traits[name].changeable and saved.get(name) != now.get(name)
     ]
@@ -114,6 +115,10 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path | str) 
             f"--resume: the run in {folder} began with other options: {'; '.join(differing)}. "
             "Give the same options, or start another run in another --output"
         )
+
+
+def _absence(why: str | None) -> str:
+    return "is now None" if why is None else f"has no effect now: {why}"
 
 
 def _option(value: Any) -> str:

@@ -115,7 +115,7 @@ def _with_tools(
         tools=tools,
         server=find_server(data, several_turns=tools is not None),
         sequence_parts=sequence_parts(config.run.mesh),
-        routing=replayed_routing(config, outline, tools),
+        routing=replayed_routing(config, outline),
     )
     feed, sharing = share_prompts(feed, [outline])
     lines = [f"completions are rewarded by {', '.join(rewards.names)}", *told, *sharing]
@@ -132,9 +132,7 @@ def sequence_parts(mesh: str | None) -> int:
     return parts if parts > 0 else len(all_devices())
 
 
-def replayed_routing(
-    config: Any, outline: ModelInfo, tools: ToolUse | None = None
-) -> tuple[int, int] | None:
+def replayed_routing(config: Any, outline: ModelInfo) -> tuple[int, int] | None:
     """Returns the layers and experts of a token whose choice is replayed; None where none is.
 
     Raises:
@@ -143,8 +141,6 @@ def replayed_routing(
     n, nothing = outline.active_experts, None
     if n is None:
         nothing = f"the model {outline.name} has no experts"
-    elif tools is not None:
-        nothing = "completions of several turns keep no record of their experts; leave it out"
     elif getattr(config.data, "sampler", None) is not None:
         nothing = "a server tells nothing of its experts; leave it out"
     if nothing and not config.data.replay_routing and not config.run.resume:

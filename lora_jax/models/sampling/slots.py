@@ -79,9 +79,10 @@ class DrawnTokens(NamedTuple, Generic[ArrayT]):
     top: tuple[ArrayT, ArrayT]
 
 
-def empty_rows(model: Model, rows: int, length: int) -> DecodingRows:
-    """Returns rows without completions, whose caches hold so many tokens."""
-    cache = init_cache(model.config, rows, length, model.dtype)._replace(filled=None)
+def empty_rows(model: Model, rows: int, length: int, *, with_routing: bool = False) -> DecodingRows:
+    """Returns rows without completions, whose caches hold so many tokens; see `init_cache`."""
+    cache = init_cache(model.config, rows, length, model.dtype, with_routing=with_routing)
+    cache = cache._replace(filled=None)
     vocab = jnp.full(rows, model.config.vocab_size, jnp.int32)
     keys = jax.random.split(jax.random.key(0), rows)
     last, drawn, adapters = (jnp.zeros(rows, jnp.int32) for _ in range(3))
@@ -160,6 +161,12 @@ def take_recurrent(rows: DecodingRows, row: Number) -> Recurrent | None:
     return taken
 
 
+def take_routing(rows: DecodingRows, row: Number) -> jax.Array | None:
+    """Returns the experts of a row's tokens, [layers, 1, slots, k]; None where nobody asks."""
+    routing = rows.cache.routing
+    return None if routing is None else lax.dynamic_slice_in_dim(routing, row, 1, axis=1)
+
+
 def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows:
     """Returns rows with a completion in one of them, [] int32."""
     length = rows.cache.positions.shape[1]
@@ -175,6 +182,7 @@ def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows
             key=put(old.key, new.key[:, :, :, :length]),
             value=put(old.value, new.value[:, :, :, :length]),
             recurrent=jax.tree.map(put, old.recurrent, new.recurrent),
+            routing=jax.tree.map(put, old.routing, new.routing),
             positions=old.positions.at[row].set(positions),
             length=old.length.at[row].set(state.n),
         ),

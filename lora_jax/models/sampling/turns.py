@@ -29,6 +29,7 @@ from lora_jax.models.sampling.slots import (
     draw_tokens,
     insert_row,
     take_recurrent,
+    take_routing,
     take_row,
 )
 
@@ -82,7 +83,16 @@ def copy_row(rows: DecodingRows, row: Number, n: Number) -> Cache:
         filled=jnp.asarray(n, jnp.int32),
         length=jnp.full(1, n, jnp.int32),
         recurrent=take_recurrent(rows, row),
+        routing=take_routing(rows, row),
     )
+
+
+def row_routing(rows: DecodingRows, row: Number) -> jax.Array:
+    """Returns the experts of the tokens that a row has run, [slots, layers, k]; -1 behind them."""
+    routing, slots = take_routing(rows, row), jnp.arange(rows.cache.positions.shape[1])
+    assert routing is not None  # its cache keeps them
+    has_run = slots < rows.cache.length[row]
+    return jnp.where(has_run[:, None, None], jnp.moveaxis(routing[:, 0], 0, 1), -1)
 
 
 def begin_turn(

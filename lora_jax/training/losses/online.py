@@ -191,24 +191,36 @@ def _sequences(logps: jax.Array, there: jax.Array | None) -> jax.Array:
 
 
 def importance_weights(
-    logps: jax.Array, sampled: jax.Array, mask: jax.Array, level: Level, cap: float
+    logps: jax.Array,
+    sampled: jax.Array,
+    mask: jax.Array,
+    level: Level,
+    cap: float,
+    *,
+    floor: float = 0.0,
+    masked: bool = False,
 ) -> jax.Array:
-    """Returns min(π / π_sampler, cap), for completions that another policy drew, [n, seq].
+    """Returns π / π_sampler within bounds, for completions that another policy drew, [n, seq].
 
-    Truncated importance sampling, as TRL's `vllm_importance_sampling_mode` "token_truncate" and
-    "sequence_truncate" have it. What does not count has the weight 1, at the level of tokens.
+    Importance sampling as TRL's `vllm_importance_sampling_mode` has it: "token_truncate" and
+    "sequence_truncate", or, with `masked`, "token_mask" and "sequence_mask". What does not count
+    has the ratio 1, at the level of tokens.
 
     Args:
       logps: [n, seq], log-probabilities under the policy as a step begins.
       sampled: [n, seq], those that the sampler tells of its draws.
       mask: [n, seq], true at the tokens that count.
       level: a token's own ratio, or that of its whole sequence, a product.
-      cap: the largest weight.
+      cap, floor: the largest and the smallest ratio that weighs as it is.
+      masked: whether a ratio beyond them has the weight 0, rather than the nearer bound.
     """
     apart = jnp.where(mask, logps - sampled, 0.0)
     if level == "sequence":
         apart = jnp.sum(apart, axis=-1, keepdims=True) + jnp.zeros_like(apart)
-    return jnp.minimum(jnp.exp(apart), cap)
+    ratio = jnp.exp(apart)
+    if masked:
+        return jnp.where((ratio >= floor) & (ratio <= cap), ratio, 0.0)
+    return jnp.clip(ratio, floor, cap)
 
 
 Scale = Literal["group", "batch", "none"]

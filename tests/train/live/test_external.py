@@ -154,7 +154,7 @@ def test_batches_are_drawn_ahead(folder, serving, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PromptFeed, "batch_from_completions", noted)
     args = [*BEGUN, "--steps", 5, "--staleness", 2, "--lr", 0.1, "--importance-cap", 1.1]
-    args += ["--sampling-temperature", 1.5, "--importance-sampling", "sequence"]
+    args += ["--sampling-temperature", 1.5, "--importance-sampling", "sequence_truncate"]
     lines = run(folder, tmp_path / "run", *args, *sampler)
     assert [line["staleness"] for line in lines] == [0, 1, 2, 2, 2]
     names = [body["model"].rpartition("-")[2] for body in stub.asked]
@@ -170,6 +170,31 @@ def test_batches_are_drawn_ahead(folder, serving, tmp_path, monkeypatch):
     assert lines[0]["mismatch_max"] < 1e-5 < 0.01 < lines[2]["mismatch_max"]
     assert lines[3]["importance_capped"] > 0
     assert not stub.holder.adapters
+
+
+@pytest.mark.slow
+def test_runs_of_a_table_have_adapters_of_their_own(folder, serving, tmp_path):
+    """Each is what it is alone; one whose adapter the server does not hold leaves the others."""
+    stub, sampler = serving
+    rows = [{"lr": 0.1, "staleness": 1}, {"lr": 0.02, "rank": 1}, {"seed": 1}]
+    table = [{"name": f"run{n}"} | row for n, row in enumerate(rows)]
+    table = write_jsonl(tmp_path / "runs.jsonl", table)
+    stub.holder.lies = lambda loaded, name: None if name.startswith("run2") else name
+    args = [*BEGUN, "--steps", 3, "--sampling-temperature", 1.5, "--eps", 1e-4, *sampler]
+    with pytest.raises(SystemExit):
+        grpo.main(line_of(folder, tmp_path / "many", *args, "--many", table))
+    assert "does not draw from the adapter" in (tmp_path / "many/run2/error.txt").read_text()
+    assert not stub.holder.adapters, "what was loaded is unloaded"
+    for n, row in enumerate(rows[:2]):
+        options = [str(x) for name, value in row.items() for x in (f"--{name}", value)]
+        alone = run(folder, tmp_path / f"alone{n}", *args, *options)
+        beside = read_metrics(tmp_path / "many" / f"run{n}")
+        for name in ("loss", "grad_norm", "importance_mean", "importance_min"):
+            both = ([line[name] for line in lines] for lines in (beside, alone))
+            assert_close(*map(np.array, both), 1e-5)
+        ways, plain = (f"many/run{n}", f"alone{n}"), stub.holder.params
+        trees = [lj.load_adapter(tmp_path / way / "adapter", plain) for way in ways]
+        assert_close(*(lj.split(tree)[0] for tree in trees), 1e-5)
 
 
 @pytest.mark.slow
@@ -214,6 +239,9 @@ def test_a_server_that_ends_leaves_what_was_learned(folder, serving, tmp_path, c
     stub.script = restarted
     lines = run(folder, tmp_path / "run", *args, "--resume", "--grad-accum", 1)
     assert [line["step"] for line in lines] == [1, 2, 3]
+    line = line_of(folder, tmp_path / "run", *args[: -len(sampler)], "--resume")
+    message = fails(capsys, grpo.main, *line)
+    assert "without --sampler (--resume needs it again" in message
 
 
 @pytest.mark.slow

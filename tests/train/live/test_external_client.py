@@ -175,13 +175,16 @@ def test_adapters_are_loaded_where_the_server_loads_them(stub):
 URL = "--sampler http://localhost:1"
 REFUSED = {
     "--staleness 1": "without --sampler: leave out --staleness",
+    "--resume --staleness 1": "without --sampler (--resume needs it again",
     "--max-mismatch 1 --sampler-folder a": "leave out --sampler-folder and --max-mismatch",
     f"{URL} --full": "loads adapters, and --full trains none",
     f"{URL} --tools a.py:f": "completions of one turn: leave out --tools",
     f"{URL} --environment guess": "completions of one turn: leave out --environment",
     f"{URL} --staleness 1 --redraw 2": "leave one of them out",
-    f"{URL} --loss rloo --importance-sampling token": "has no effect on --loss rloo",
+    f"{URL} --loss rloo --importance-sampling token_mask": "has no effect on --loss rloo",
     f"{URL} --importance-sampling none --importance-cap 2": "without importance sampling",
+    f"{URL} --importance-sampling none --importance-floor 0.5": "without importance sampling",
+    f"{URL} --importance-floor 3.5": "leaves no ratio below --importance-cap 3",
     f"{URL} --staleness -1": "--staleness -1",
     f"{URL} --max-mismatch 0": "--max-mismatch 0",
 }

@@ -132,7 +132,6 @@ BAD = {
     "turns": (["--max-turns", "0"], "--max-turns"),
     "no tools": (["--max-turns", "2"], "no tool is called without --tools or --environment"),
     "no secret": ([], "its `reset` needs the field 'secret'; the rows of --dataset"),
-    "experts": (["--no-replay-routing"], "several turns keep no record of their experts"),
     "no format": ([], "writes calls in none of the known formats"),
 }
 
@@ -144,9 +143,6 @@ def test_bad_input_is_one_paragraph(folder, tmp_path, capsys, way):
     if way == "no tools":
         at = line.index("--environment")
         line[at : at + 2] = ["--reward", "length"]
-    if way == "experts":
-        mixture = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
-        line[line.index("--model") + 1] = str(guessing.write_model(tmp_path / "mixture", **mixture))
     if way == "no secret":
         (tmp_path / "rows.jsonl").write_text('{"prompt": "play"}\n')
         line[line.index("--dataset") + 1] = str(tmp_path / "rows.jsonl")

@@ -20,7 +20,7 @@ from train.console.errors import UserError
 from train.console.output import tell
 from train.live.external.sampler import ExternalSampler
 from train.live.prompts import GroupedCompletions, PromptFeed
-from train.options.scripts.sampler import importance_of
+from train.options.scripts.sampler import ImportanceWeighting, importance_of
 from train.run.task import ModelContext
 
 _PROMPTS = 4  # of a rehearsal, at most
@@ -101,16 +101,8 @@ class SamplerCheck:
         if self._of.config.data.staleness:
             metrics = {"staleness": float(age), "sampler_mismatch": mismatch}
         if self._importance is not None:
-            level, cap = self._importance
-            old, drew, mask = map(jnp.asarray, (batch["old"], theirs, counted))
-            weights = np.asarray(importance_weights(old, drew, mask, level, cap))
-            batch["importance"] = weights.astype(np.float32)
-            some = weights[counted]
-            metrics |= {
-                "importance_mean": float(some.mean()) if some.size else None,
-                "importance_min": float(some.min()) if some.size else None,
-                "importance_capped": float((some >= cap).mean()) if some.size else None,
-            }
+            batch["importance"], known = _weigh(self._importance, batch["old"], theirs, counted)
+            metrics |= known
         if mismatch is None:  # no token counts
             return metrics, None
         begun, self._begun = self._begun, True
@@ -165,6 +157,26 @@ class SamplerCheck:
             f"processed_logprobs){all_tokens}. Where it computes in fewer bits than training "
             "does, change that, or give a larger --max-mismatch"
         )
+
+
+def _weigh(
+    by: ImportanceWeighting, old: np.ndarray, drawn: np.ndarray, counted: np.ndarray
+) -> tuple[np.ndarray, dict[str, float | None]]:
+    """Returns the weights of importance sampling, fp32, and metrics of those that count."""
+    own, theirs, mask = map(jnp.asarray, (old, drawn, counted))
+    bounds: Any = {"cap": by.cap, "floor": by.floor, "masked": by.masked}
+    weights = np.asarray(importance_weights(own, theirs, mask, by.level, **bounds), np.float32)
+    some = weights[counted]
+    if not some.size:
+        return weights, dict.fromkeys(
+            ("importance_mean", "importance_min", "importance_capped"), None
+        )
+    beyond = (some >= np.float32(by.cap)) | (some <= np.float32(by.floor))  # 0, where masked
+    return weights, {
+        "importance_mean": float(some.mean()),
+        "importance_min": float(some.min()),
+        "importance_capped": float(beyond.mean()),
+    }
 
 
 def _mean_apart(drawn: GroupedCompletions, batch: HostBatch, own: np.ndarray) -> float:

@@ -28,21 +28,26 @@ class TurnPrograms:
     Attributes:
       chunk: tokens of a prompt, or of answers, that run at once.
       mesh: the mesh, under which all of it is called.
+      with_routing: whether rows keep the experts of their tokens.
     """
 
-    def __init__(self, model: Model, apply: Forward, layout: Layout) -> None:
+    def __init__(
+        self, model: Model, apply: Forward, layout: Layout, *, with_routing: bool = False
+    ) -> None:
         """Makes the functions; nothing is compiled yet.
 
         Args:
           model: a model of `lora_jax.models`, on the mesh.
           apply: its ``apply``, or what takes its place.
           layout: the mesh.
+          with_routing: keep the experts of each token, of a mixture.
         """
         self._model, self._apply, self._layout = model, apply, layout
-        self.mesh = layout.mesh
+        self.mesh, self.with_routing = layout.mesh, with_routing
         self.chunk = _CHUNK_ON_CPU if layout.platform == "cpu" else _CHUNK
         self._run_chunk = self._compiled(functools.partial(slots.run_chunk, apply), donate=3)
         self._copy = self._compiled(turns.copy_row)
+        self._routing = self._compiled(turns.row_routing)
         self._of_rows: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     def _compiled(
@@ -65,10 +70,11 @@ class TurnPrograms:
         n_slots = length + self.chunk  # the last chunk of a row may begin at any slot
         if (rows, n_slots) not in self._of_rows:
             model: Any = self._model
-            make = functools.partial(slots.empty_rows, model, rows, n_slots)
+            asked: dict[str, Any] = {"with_routing": self.with_routing}
+            make = functools.partial(slots.empty_rows, model, rows, n_slots, **asked)
             where, whole = self._shardings(jax.eval_shape(make)), self._layout.whole
             decode = functools.partial(turns.decode_turns, self._apply, n=BLOCK)
-            cache = functools.partial(init_cache, model.config, 1, n_slots, model.dtype)
+            cache = functools.partial(init_cache, model.config, 1, n_slots, model.dtype, **asked)
             self._of_rows[rows, n_slots] = (
                 self._compiled(make, out=where),
                 self._compiled(cache),
@@ -106,6 +112,10 @@ class TurnPrograms:
         cache: Cache = self._copy(rows, np.int32(place), np.int32(n))
         return cache
 
+    def routing(self, rows: DecodingRows, place: int) -> np.ndarray:
+        """Returns the experts of a row's tokens; see `row_routing`."""
+        return np.asarray(self._routing(rows, np.int32(place)))
+
 
 class TurnRows:
     """Rows on the devices; see `TurnPrograms.empty`.
@@ -135,6 +145,10 @@ class TurnRows:
     ) -> tuple[jax.Array, Cache]:
         """Runs tokens behind the first n of a row; see `TurnPrograms.run`."""
         return self._programs.run(params, ids, self._programs.copy(self._arrays, place, n))
+
+    def routing(self, place: int) -> np.ndarray:
+        """Returns the experts of a row's tokens; see `row_routing`."""
+        return self._programs.routing(self._arrays, place)
 
     def begin(
         self, place: int, logits: jax.Array, cache: Cache, sampling: Sampling

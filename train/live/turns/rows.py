@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lora_jax.training.data.rows import Row
 from train.rewards.reward import EarnedReward
 from train.tools.contract import ToolAnswer, ToolCall
@@ -60,6 +62,8 @@ class TurnCompletion:
       ended: whether the last turn came to an end by itself.
       lost: the reason that the row ended before its time, as its environment was lost; else None.
       earned: the reward of its environment; a value of None where that has none.
+      routing: [slots, layers, k], the experts of its tokens, from the prompt's first one on; -1 for
+        those that did not run. None where nobody asks, or it did not begin.
     """
 
     asked: AskedRow
@@ -74,6 +78,7 @@ class TurnCompletion:
     ended: bool = False
     lost: str | None = None
     earned: EarnedReward = EarnedReward(None)
+    routing: np.ndarray | None = None
 
     @property
     def text(self) -> str:

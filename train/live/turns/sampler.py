@@ -256,5 +256,7 @@ class _Draw:
             made.say("")
         self._listener.end(made.asked.number, is_lost=made.lost is not None)
         place = i % self._rows.n
+        if made.starts and self._of.programs.with_routing:
+            made.routing = self._rows.routing(place)
         self._queues[place].popleft()
         self._open([place])

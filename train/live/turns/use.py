@@ -64,7 +64,14 @@ class TurnDrawer:
     """Draws completions of several turns for a run, by one model."""
 
     def __init__(
-        self, config: Any, outline: ModelInfo, use: ToolUse, stop: Stop, temperature: float
+        self,
+        config: Any,
+        outline: ModelInfo,
+        use: ToolUse,
+        stop: Stop,
+        temperature: float,
+        *,
+        with_routing: bool = False,
     ) -> None:
         """Takes all but the model.
 
@@ -74,6 +81,7 @@ class TurnDrawer:
           use: the tools.
           stop: tells of a signal.
           temperature: divides the logits; 0 for the likeliest tokens.
+          with_routing: keep the experts of each token, of a mixture.
         """
         data = config.data
         self._data, self._outline, self._use, self._stop = data, outline, use, stop
@@ -82,6 +90,7 @@ class TurnDrawer:
         self._drawing = Drawing(temperature, top_p, limits[1], end_tokens(outline))
         self._limits = TurnLimits(data.max_new_tokens, data.seq_len, data.max_turns)
         self._stops = StopTexts(outline.tokenizer, data.stop)
+        self._with_routing = with_routing
         self._samplers: dict[Any, TurnSampler] = {}
 
     def draw(
@@ -117,7 +126,7 @@ class TurnDrawer:
     def _sampler(self, model: Model, apply: Forward, layout: Layout) -> TurnSampler:
         if apply not in self._samplers:
             self._samplers[apply] = TurnSampler(
-                TurnPrograms(model, apply, layout),
+                TurnPrograms(model, apply, layout, with_routing=self._with_routing),
                 self._drawing,
                 self._limits,
                 self._stops,

@@ -41,7 +41,7 @@ class RolloutDataConfig(SharedPromptOption, LanguageDataConfig):
     replay_routing: bool = option(True, field.HIDDEN, older=False)
     """Let a step choose experts anew, in a mixture of experts. By default each token goes through
     the experts that it went through when it was drawn, in each layer; rounding would choose others
-    here and there. Completions of several turns choose anew."""
+    here and there."""
     mask_truncated: bool = option(False, field.OPTIMISATION)
     """Do not learn from completions that --max-new-tokens cut off; their rewards count in their
     group."""

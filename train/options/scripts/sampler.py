@@ -1,7 +1,7 @@
 """The options of a server that draws the completions of `python -m train.grpo`."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lora_jax.training.arguments import POSITIVE, minimum
 from train.console.errors import UserError, flag
@@ -10,21 +10,36 @@ from train.options.conditions import NoEffect
 from train.options.field import Uncompared, option
 from train.options.paths import Words
 
-Importance = Literal["token", "sequence", "none"]
+Importance = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"]
 NUMBERS = {
-    **dict.fromkeys(("sampler_timeout", "max_mismatch", "importance_cap"), POSITIVE),
+    **dict.fromkeys(
+        ("sampler_timeout", "max_mismatch", "importance_cap", "importance_floor"), POSITIVE
+    ),
     "staleness": minimum(0),
 }
 CAP = 3.0  # TRL's
+
+
+class ImportanceWeighting(NamedTuple):
+    """The weighting of losses of tokens that another policy drew; see `importance_weights`.
+
+    Attributes:
+      level: whether a ratio is a token's or its completion's.
+      masked: whether a ratio beyond the bounds weighs nothing, rather than the bound.
+      cap, floor: the largest and the smallest ratio.
+    """
+
+    level: Literal["token", "sequence"]
+    masked: bool
+    cap: float
+    floor: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
     """A server that draws, and what is done about its being another policy."""
 
-    sampler: Words | None = option(
-        None, field.CHANGEABLE, single=True, uncompared=Uncompared.SAMPLER
-    )
+    sampler: Words | None = option(None, field.CHANGEABLE, uncompared=Uncompared.SAMPLER)
     """The address of a server that draws the completions, http://HOST:PORT, of OpenAI's API, with
     adapters that are loaded by /v1/load_lora_adapter: vLLM, SGLang, or train.serve. It serves the
     same base. A key that it asks for comes from the environment, LORA_JAX_SAMPLER_KEY."""
@@ -44,18 +59,27 @@ class SamplerOptions:
     batches before. 0: each batch is drawn by the newest adapter, and waited for."""
     importance_sampling: Importance | None = option(None, field.OPTIMISATION, NoEffect.NO_SAMPLER)
     """Weigh losses by the ratio of the adapter's probability to the sampler's, of each token, of
-    the whole sequence, or none. By default token; rloo has none."""
+    the whole sequence, or none. A ratio beyond the bounds is cut to them (truncate), or weighs
+    nothing (mask). By default token_truncate; rloo has none."""
     importance_cap: float | None = option(None, field.OPTIMISATION, NoEffect.NO_SAMPLER)
-    """The largest such weight. By default 3."""
+    """The largest such ratio. By default 3."""
+    importance_floor: float | None = option(None, field.OPTIMISATION, NoEffect.NO_SAMPLER)
+    """The smallest such ratio. By default there is none."""
 
 
-def importance_of(config: Any) -> tuple[Literal["token", "sequence"], float] | None:
-    """Returns the level and cap of importance sampling; None where there is none."""
+def importance_of(config: Any) -> ImportanceWeighting | None:
+    """Returns the weighting of importance sampling; None where there is none."""
     data, is_rloo = config.data, config.optim.loss == "rloo"
-    level: Any = data.importance_sampling or ("none" if is_rloo else "token")
-    if data.sampler is None or level == "none":
+    mode: Any = data.importance_sampling or ("none" if is_rloo else "token_truncate")
+    if data.sampler is None or mode == "none":
         return None
-    return level, CAP if data.importance_cap is None else data.importance_cap
+    level, _, beyond = mode.partition("_")
+    return ImportanceWeighting(
+        level,
+        beyond == "mask",
+        CAP if data.importance_cap is None else data.importance_cap,
+        data.importance_floor or 0.0,
+    )
 
 
 def check(config: Any) -> None:
@@ -82,8 +106,15 @@ def check(config: Any) -> None:
             f"--importance-sampling {data.importance_sampling} has no effect on --loss rloo: leave "
             "it out"
         )
-    if data.importance_cap is not None and importance_of(config) is None:
+    weighting = importance_of(config)
+    for name in ("importance_cap", "importance_floor"):
+        if weighting is None and getattr(data, name) is not None:
+            raise UserError(
+                f"{flag(name, getattr(data, name))} has no effect without importance sampling: "
+                "leave it out"
+            )
+    if weighting is not None and weighting.floor >= weighting.cap:
         raise UserError(
-            f"--importance-cap {data.importance_cap:g} has no effect without importance sampling: "
-            "leave it out"
+            f"--importance-floor {weighting.floor:g} leaves no ratio below --importance-cap "
+            f"{weighting.cap:g}: give a smaller floor, or a larger cap"
         )
