@@ -24,7 +24,12 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
-from lora_jax.buckets.kept import hold, make_room
+from lora_jax.buckets.kept import (
+    drop_working_folder,
+    hold,
+    make_room,
+    make_working_folder,
+)
 from lora_jax.buckets.store import (
     BucketError,
     BucketPath,
@@ -224,7 +229,7 @@ def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Pa
     if place is None:
         yield local_path(path)
         return
-    root = Path(tempfile.mkdtemp(prefix=PREFIX))
+    root = make_working_folder(PREFIX)
     try:
         copy = copy_in(root, place)
         with _barrier(place, by_all):  # before the first one changes what is there
@@ -244,7 +249,7 @@ def staged(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Pa
         error.args = tuple(shown(x) if isinstance(x, str) else x for x in error.args)
         raise
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        drop_working_folder(root)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
-"""The copies of folders in buckets that stay on this machine: which are in use, and which go.
+"""The copies of folders in buckets on this machine: which are in use, and which go.
 
 A process holds a shared lock on each copy that it reads, until it ends. Before another copy is
 made, those that nobody holds, and that nobody has asked for in a month, make room; so does what a
-kill left of one. On Windows, which has no such locks, all stay.
+kill left of one. Working copies go at once where their process is gone. On Windows, which has no
+such locks, all stay.
 """
 
 import contextlib
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,8 +19,10 @@ if sys.platform != "win32":
 
 _UNUSED = 30 * 24 * 3600.0  # seconds without a use, after which a copy makes room
 _USE = "in_use"  # in each copy: the file that is locked, whose time is that of the last use
+_GONE = ".gone-"  # how names begin of what is being deleted
 _MOST_HELD = 200  # copies, each by an open file: those that were asked for last
 _held: dict[Path, int] = {}  # the open files
+_working: dict[Path, int] = {}  # those of working copies
 
 
 def hold(root: Path) -> bool:
@@ -39,6 +43,39 @@ def hold(root: Path) -> bool:
     return False
 
 
+def make_working_folder(prefix: str) -> Path:
+    """Makes a folder for a working copy; deletes those of processes that are gone.
+
+    Args:
+      prefix: Beginning of the names of such folders, among the temporary ones.
+    """
+    if sys.platform == "win32":
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    temporary = Path(tempfile.gettempdir())
+    for gone in temporary.glob(f"{_GONE}{prefix}*"):  # a kill interrupted their deletion
+        shutil.rmtree(gone, ignore_errors=True)
+    for root in temporary.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # it is held, gone, or another user's
+            if (root / _USE).exists():
+                _delete(root)
+    while True:
+        root = Path(tempfile.mkdtemp(prefix=prefix))
+        file = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody deletes it
+            fcntl.flock(file, fcntl.LOCK_SH)
+        if root.is_dir():  # no other process was faster than the lock
+            _working[root] = file
+            return root
+        os.close(file)
+
+
+def drop_working_folder(root: Path) -> None:
+    """Deletes a folder that `make_working_folder` made."""
+    shutil.rmtree(root, ignore_errors=True)
+    if (file := _working.pop(root, None)) is not None:
+        os.close(file)
+
+
 def make_room(folder: Path) -> None:
     """Deletes the copies in a folder that nobody holds, and nobody has asked for in a month."""
     for root in folder.iterdir():
@@ -53,7 +90,7 @@ def _delete(root: Path) -> None:
         file = os.open(root / _USE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = root.with_name(f".gone-{root.name}")
+            gone = root.with_name(f"{_GONE}{root.name}")
             root.rename(gone)  # so that nobody sees a part of it
             shutil.rmtree(gone)
         finally:

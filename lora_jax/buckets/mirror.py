@@ -22,6 +22,7 @@ from lora_jax.buckets.copies import (
     run_parallel,
     whole_objects,
 )
+from lora_jax.buckets.kept import drop_working_folder, make_working_folder
 from lora_jax.buckets.store import (
     BucketError,
     BucketPath,
@@ -51,7 +52,7 @@ class FolderMirror:
           is_apart: returns True for the names of files that are written to the bucket by others.
         """
         self.place, self._is_apart = place, is_apart
-        self._root = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._root = make_working_folder(PREFIX)
         self.folder = copy_in(self._root, place)
         self._lock = threading.Lock()
         self._sent: dict[str, tuple[int, int]] = {}
@@ -87,9 +88,13 @@ class FolderMirror:
             run_parallel(lambda name: delete_object(self.place / name), dropped)
             self._sent = states
 
-    def clear_apart(self) -> None:
-        """Deletes the files that others write to the bucket; see `is_apart`."""
-        names = [name for name in list_objects(self.place) if self._is_apart(name)]
+    def clear_apart(self, lock: str) -> None:
+        """Deletes the files that others write to the bucket; see `is_apart`.
+
+        Args:
+          lock: The name of the lock, which stays.
+        """
+        names = [n for n in list_objects(self.place) if self._is_apart(n) and n != lock]
         run_parallel(lambda name: delete_object(self.place / name), names)
 
     def close(self) -> None:
@@ -108,7 +113,7 @@ class FolderMirror:
 
     def drop(self) -> None:
         """Deletes the working copy."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        drop_working_folder(self._root)
 
     def _states(self) -> dict[str, tuple[int, int]]:
         """Returns the time of the last change and the size of each file but temporary ones."""

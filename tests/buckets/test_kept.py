@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tempfile
 import time
 
 import pytest
@@ -87,3 +88,33 @@ def test_a_copy_that_goes_while_one_waits_for_it_is_not_held(cache, monkeypatch)
     root = cache / "unused"
     monkeypatch.setattr(kept.fcntl, "flock", lambda *_: shutil.rmtree(root))
     assert not kept.hold(root) and not kept._held
+
+
+def test_working_copies_of_processes_that_are_gone_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(kept, "_working", {})
+    (tmp_path / "copy_of_another_release").mkdir()
+    gone, alive = (kept.make_working_folder("copy_") for _ in range(2))
+    os.close(kept._working.pop(gone))  # as the end of its process does
+    last = kept.make_working_folder("copy_")
+    assert names(tmp_path) == {"copy_of_another_release", alive.name, last.name}
+    for root in (alive, last):
+        kept.drop_working_folder(root)
+    assert names(tmp_path) == {"copy_of_another_release"} and not kept._working
+
+
+def test_a_working_copy_that_goes_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(kept, "_working", {})
+    lock, made = kept.fcntl.flock, []
+
+    def slowly(file, how):
+        if not made:
+            made.extend(tmp_path.iterdir())
+            shutil.rmtree(made[0])
+        lock(file, how)
+
+    monkeypatch.setattr(kept.fcntl, "flock", slowly)
+    root = kept.make_working_folder("copy_")
+    assert root.is_dir() and [root] != made
+    kept.drop_working_folder(root)

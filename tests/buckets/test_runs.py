@@ -169,15 +169,15 @@ def test_an_export_is_written_to_a_bucket_and_replaces_its_own_kind_alone(runs, 
     assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), merged, base))
 
 
-# Each is a request, by its method, a part of its address, and its number: the process is killed
-# when the store gets it.
+# Each is a request, by its method, a part of its address, its number, and a part of an address that
+# came before: the process is killed when the store gets it.
 MOMENTS = {
     "a checkpoint begins": ("POST", "/checkpoints/3/", 1),
     "a checkpoint is half written": ("POST", "/checkpoints/3/", 5),
     "a checkpoint has no mark": ("POST", "/checkpoints/3/commit_success.txt", 1),
     "the best adapter is half written": ("POST", "/best/3/lora/metadata", 1),
     "a checkpoint has no record": ("POST", "/checkpoints.json", 2),
-    "an older checkpoint goes": ("DELETE", "/checkpoints/3/", 2),
+    "an older checkpoint goes": ("DELETE", "/checkpoints/3/", 2, "/checkpoints/7/"),
     "the last checkpoint is half written": ("POST", "/checkpoints/7/", 4),
     "the adapter is half written": ("POST", "/adapter/lora/metadata", 1),
     "the adapter has its mark": ("DELETE", "/adapter/.being_written", 1),
@@ -191,12 +191,13 @@ def fails_often(number, method, path):
 
 
 def kills(process, output, moment):
-    method, part, nth = moment
-    times = 0
+    method, part, nth, before = (*moment, "")[:4]
+    times, begun = 0, False
 
     def seen(asked, path):
-        nonlocal times
-        times += asked == method and f"{output[12:]}{part}" in unquote(path)
+        nonlocal times, begun
+        begun = begun or f"{output[12:]}{before}" in unquote(path)
+        times += begun and asked == method and f"{output[12:]}{part}" in unquote(path)
         if times >= nth and process:
             process[0].kill()
             return "cut"
@@ -226,6 +227,7 @@ def test_sigterm_waits_for_the_bucket_and_says_so(runs, proxy):
     while "step 3" not in process.out.read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+    assert "stopped/run.lock" in proxy.objects("stopped/"), "its own clearing leaves the lock"
     proxy.latency = 0.2
     process.terminate()
     said = "".join(process.communicate())

@@ -11,6 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -26,6 +27,7 @@ _IMPORTED = (
     ),
 )
 _POLL = 0.02  # seconds
+_asking = threading.Lock()  # a thread kills what another waits for
 
 
 class Forked:
@@ -110,11 +112,12 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _ask(request: dict[str, Any]) -> Any:
-    server = _server()
-    assert server.stdin and server.stdout
-    server.stdin.write(f"{json.dumps(request)}\n")
-    server.stdin.flush()
-    return json.loads(server.stdout.readline())
+    with _asking:
+        server = _server()
+        assert server.stdin and server.stdout
+        server.stdin.write(f"{json.dumps(request)}\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
 
 
 def _serve() -> dict[str, Any]:

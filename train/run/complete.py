@@ -75,7 +75,7 @@ def complete_prompts(
         again: each new function compiles.
       progress: is called with the number of answers so far, and of all.
     """
-    apart = _keeps_tokens(model) or bool(invocations_of(params))
+    apart = _has_own_cache(model) or bool(invocations_of(params))
     n_shared = 0 if apart else _n_shared(prompts)
     rests = [prompt[n_shared:] for prompt in prompts]
     length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE
@@ -104,15 +104,15 @@ def complete_prompts(
     return completions
 
 
-def _keeps_tokens(model: Model) -> bool:
-    """Returns True for a model whose cache holds tokens alone; see `lora_jax.torch`."""
+def _has_own_cache(model: Model) -> bool:
+    """Returns True for a model with a cache of its own, such as those of `lora_jax.torch`."""
     return hasattr(model.config, "empty_cache")
 
 
 def _n_rows(model: Model, slots: int) -> int:
     """Returns the number of rows whose caches fit into the memory of a batch's."""
     cache = jax.eval_shape(lambda: init_cache(model.config, 1, slots, model.dtype))
-    kept = cache if _keeps_tokens(model) else (cache.key, cache.value, cache.recurrent)
+    kept = cache if _has_own_cache(model) else (cache.key, cache.value, cache.recurrent)
     kept = jax.tree.leaves(kept)
     of_row = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
     return max(1, min(_MOST_ROWS, _CACHE_BYTES // of_row))

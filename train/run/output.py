@@ -108,7 +108,8 @@ def _locked_in_bucket(
 
     held.callback(close)
     folder = check_output(config, mirror.folder)
-    return OutputFolder(folder, mirror.send if is_first() else lambda: None, mirror.clear_apart)
+    send = mirror.send if is_first() else lambda: None
+    return OutputFolder(folder, send, lambda: mirror.clear_apart(LOCK))
 
 
 def _is_apart(name: str) -> bool:
