@@ -1,4 +1,4 @@
-"""Writes an adapter as llama.cpp's GGUF file, for llama.cpp, Ollama and LM Studio.
+"""Writes an adapter as a GGUF file for llama.cpp.
 
 llama.cpp computes Wx + s·B(Ax) as well. It has one alpha for all tensors, of which each has s =
 alpha / r: where that is not a tensor's s, B holds the rest. The rows of B are in the order of W's.

@@ -180,7 +180,7 @@ def _missed_tpu(now: Circumstances) -> Trouble:
     """Returns the reason why JAX does not see a TPU that the system has."""
     if "libtpu" not in now.versions:
         what = "there is a TPU, and libtpu, its driver in Python, is not installed"
-        return Trouble(what, 'pip install "lora_jax[tpu]"')
+        return Trouble(what, 'pip install "jax[tpu]"')
     if _is_locked(now.ending.errors) or now.hardware.tpu_holders:
         return _locked(now)
     remedy = 'pip install -U "jax[tpu]", of which libtpu is a part'
@@ -204,7 +204,7 @@ def _locked(now: Circumstances) -> Trouble:
 
 def _install_hint(now: Circumstances) -> str:
     if now.hardware.tpus:
-        return 'pip install "lora_jax[tpu]", '
+        return 'pip install "jax[tpu]", '
     if now.hardware.nvidia or now.hardware.cards:
         return f"{_install(now.hardware.driver)}, "
     return ""

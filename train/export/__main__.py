@@ -1,7 +1,8 @@
 """Ship a trained adapter: `python -m train.export --adapter runs/sql/adapter --output out`.
 
 Writes a PEFT adapter for transformers and serving engines or, with --merged, a whole model; with
---gguf, either for llama.cpp, Ollama and LM Studio. Takes adapters of this library and of PEFT.
+--gguf, an adapter for llama.cpp, or a model for it, Ollama and LM Studio. Takes adapters of this
+library and of PEFT.
 """
 
 import dataclasses

@@ -52,6 +52,7 @@ def write_gguf_adapter(work: ExportJob, model: Model, params: Tree) -> None:
         chat = format_of(_tokenizer_of(base), work.template)
         write_modelfile(modelfile_of(file), {"FROM": base, "ADAPTER": Path(file.name)}, chat)
     _report(work, file, f"{options.adapter} as a GGUF adapter of {work.base}", notes)
+    work.say(f"with Ollama before 0.34.1: {_create(file)}; later ones take whole models (--merged)")
     is_gguf = base.suffix == ".gguf"
     work.say(f"run it with: llama-server -m {base if is_gguf else 'BASE.gguf'} --lora {file}")
     if not is_gguf:
@@ -86,6 +87,7 @@ def write_gguf_model(work: ExportJob, model: Model, params: Tree) -> None:
         chat = format_of(tokenizer or _tokenizer_of(path), work.template)
         write_modelfile(modelfile_of(file), {"FROM": Path(file.name)}, chat)
     _report(work, file, f"{options.adapter} merged into {work.base}, in {kind}", notes)
+    work.say(f"with Ollama: {_create(file)}")
     work.say(f"run it with: llama-server -m {file}")
 
 
@@ -143,4 +145,7 @@ def _report(work: ExportJob, file: Path, what: str, notes: Sequence[str]) -> Non
     work.say(f"{what}: {file} ({megabytes(file.stat().st_size)})")
     for note in notes:
         work.say(note)
-    work.say(f"with Ollama: ollama create {file.stem} -f {modelfile_of(file)}")
+
+
+def _create(file: Path) -> str:
+    return f"ollama create {file.stem} -f {modelfile_of(file)}"

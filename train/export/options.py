@@ -57,9 +57,9 @@ class ExportOptions(TokenizerOption):
     """With --merged, none writes arrays in the place of all codes of the base's files. By default
     the kernels that the adapter leaves alone stay in them, where readers allow it."""
     gguf: str | None = None
-    """The GGUF file to write in the place of a folder, for llama.cpp, Ollama and LM Studio: the
-    adapter or, with --merged, the whole model with its tokenizer. A Modelfile for Ollama is written
-    beside it."""
+    """The GGUF file to write in the place of a folder: the adapter, for llama.cpp, or, with
+    --merged, the whole model with its tokenizer, for Ollama and LM Studio, too. A Modelfile for
+    Ollama is written beside it."""
     gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
     """The type of the matrices in the GGUF file. By default f32 for an adapter, which has no codes,
     and for a model the dtype of the base's files, or f16. For K-quants such as Q4_K_M, run

@@ -81,7 +81,7 @@ CASES = {
         circumstances(NVIDIA, PLUGIN, ended(GPU | {"flash_missing": "JAX compiles none"})),
         (False, "JAX compiles none", "lora_jax[gpu-kernels]"),
     ),
-    "no libtpu": (circumstances(TPU), (True, "libtpu, its driver", "lora_jax[tpu]")),
+    "no libtpu": (circumstances(TPU), (True, "libtpu, its driver", 'install "jax[tpu]"')),
     "held": (
         circumstances(Hardware(tpus=4, tpu_holders=(77,)), LIBTPU),
         (True, "process 77 holds the TPU", "kill 77"),

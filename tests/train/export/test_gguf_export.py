@@ -55,6 +55,7 @@ def test_an_adapter(base, adapter, tmp_path, capsys):
     assert (
         f"--lora {file}" in said and f"ollama create mine -f {tmp_path}/new/mine.Modelfile" in said
     )
+    assert "with Ollama before 0.34.1" in said
     names = [tensor.name for tensor in gguf.GGUFReader(file).tensors]
     assert names[:2] == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
     modelfile = (tmp_path / "new" / "mine.Modelfile").read_text()
@@ -74,7 +75,8 @@ def test_a_whole_model_over_a_gguf_base(base, adapter, tmp_path, capsys):
     export(
         "--adapter", adapter, "--model", file, "--allow-base-mismatch", "--merged", "--gguf", again
     )
-    assert "byte for byte" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "byte for byte" in said and "with Ollama: ollama create two -f" in said
     one, two = ({t.name: t for t in gguf.GGUFReader(f).tensors} for f in (file, again))
     for name, tensor in one.items():
         assert (two[name].data.tobytes() == tensor.data.tobytes()) == ("attn_q.weight" not in name)
