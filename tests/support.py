@@ -29,6 +29,14 @@ EMITTERS = "xla_cpu_use_fusion_emitters"
 AS_FOR_USERS = {EMITTERS: True} if EMITTERS in os.environ.get("XLA_FLAGS", "") else {}
 
 
+def but_rarely(cases: Iterable[str], *rare: str) -> list[Any]:
+    """Returns the cases for ``parametrize``; those that show what others do need THOROUGH=1."""
+    cases = list(cases)
+    if unknown := set(rare) - set(cases):
+        raise ValueError(f"these are no cases: {sorted(unknown)}")
+    return [pytest.param(case, marks=[thorough] * (case in rare)) for case in cases]
+
+
 def over(
     arguments: str | tuple[str, ...],
     cases: Iterable[Any],

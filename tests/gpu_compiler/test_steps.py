@@ -21,6 +21,7 @@ from lora_jax.models.sampling.loop import Decoding, decode, prefill
 from lora_jax.models.sampling.prompts import Prompts
 from lora_jax.training.memory.step import predicted_bytes
 from tests.gpu_compiler.steps import DENSE, Step, bytes_of, compiled
+from tests.support import thorough
 from train.options.common import AdapterConfig
 from train.plan.compile import _closed_form
 from train.plan.flops.checked import count_traced
@@ -47,7 +48,7 @@ def squares(step: Step, seq: int) -> list[tuple[int, ...]]:
     ("card", "model"),
     [
         ("h100", "dense"),
-        ("a100-80gb", "dense"),
+        pytest.param("a100-80gb", "dense", marks=thorough),
         ("rtx4090", "dense"),
         ("b200", "dense"),
         ("h100", "windows"),

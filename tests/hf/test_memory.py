@@ -16,6 +16,7 @@ from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.models import from_pretrained, key_table, read_config, save_pretrained
 from tests.hf import shipped
 from tests.models import tiny
+from tests.support import thorough
 
 pytestmark = pytest.mark.slow
 
@@ -80,10 +81,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("stored", "dtype", "sharded"),
     [
-        ("float32", "float32", False),
+        pytest.param("float32", "float32", False, marks=thorough),
         ("float32", "bfloat16", True),
         ("bfloat16", "float32", True),
-        ("bfloat16", "bfloat16", False),
+        pytest.param("bfloat16", "bfloat16", False, marks=thorough),
     ],
 )
 def test_loading(folders: dict[str, str], stored: str, dtype: str, sharded: bool) -> None:
@@ -93,7 +94,7 @@ def test_loading(folders: dict[str, str], stored: str, dtype: str, sharded: bool
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=thorough), True])
 def test_codes(sharded: bool, tmp_path: Path) -> None:
     """Loaded and saved with a layer's codes beyond the model.
 

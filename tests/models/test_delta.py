@@ -13,7 +13,7 @@ from lora_jax.models.layers.cache import Cache, Recurrent
 from lora_jax.models.layers.delta import RecurrentTokens, gated_delta_rule, short_convolution
 from lora_jax.models.sampling.slots import run_chunk
 from tests.models import tiny
-from tests.support import over
+from tests.support import over, thorough
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5, 4
 SEGMENTS = (7, 64, 1, 90, 12)  # across chunks, within one, and on their edges
@@ -178,7 +178,7 @@ def test_tokens_that_another_model_shared() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["qwen3.5", "qwen3-next", "qwen3.5 with every option"])
+@pytest.mark.parametrize("case", ["qwen3-next", "qwen3.5 with every option"])
 def test_prompts_run_in_chunks(case: str) -> None:
     """Cut anywhere and filled up, a prompt has the logits of the whole; so has what follows a copy.
 
@@ -237,7 +237,7 @@ def test_several_answers_to_a_prompt() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [True, "offload", "dots_saveable"])
+@pytest.mark.parametrize("remat", ["offload", pytest.param(True, marks=thorough)])
 def test_what_is_recomputed_is_the_same(remat: bool | str, float64: None) -> None:
     model, params = tiny.decoder("qwen3.5", dtype=jnp.float64, param_dtype=jnp.float64)
     ids = tiny.tokens(7, 2, 70)

@@ -15,6 +15,7 @@ from lora_jax.core.paths import flatten_with_paths
 from tests.models import tiny
 from tests.models.test_parity import made
 from tests.peft_adapters.models import with_adapter
+from tests.support import but_rarely
 
 pytestmark = [
     pytest.mark.parity,
@@ -102,7 +103,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", but_rarely(ADAPTERS, "qwen3.5", "gemma4", "mistral with a window"))
 def test_logits_and_gradients(
     name: str, tmp_path: Any, float64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

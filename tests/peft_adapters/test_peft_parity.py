@@ -26,6 +26,9 @@ from tests.peft_adapters.models import (
 from tests.support import assert_close, assert_identical, with_random_factors
 
 pytestmark = [*PARITY, PATTERNS]
+# Keys of length one enlarge rounding: with all of Qwen3.5's linear layers adapted, transformers in
+# fp32 is 2.4e-5 from itself in fp64, as far as ours.
+TOLERANCES = {"qwen3_5": 5e-5}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,7 @@ def test_both_ways(name, folders, tmp_path):
     from peft import PeftModel, get_peft_model_state_dict
 
     family, options = CONFIGS[name]
+    tolerance = TOLERANCES.get(family, 1e-5)
     theirs = with_adapter(torch_model(folders, family), options)
     expected = logits_of(theirs)
     plain = plain_logits(folders, family)
@@ -51,7 +55,7 @@ def test_both_ways(name, folders, tmp_path):
     # Theirs in ours: the same modules, the same logits.
     model, params = models.from_pretrained(folders / family)
     tree = lp.load(tmp_path / "theirs", model, params)
-    assert_close(our_logits(model, tree), expected, 1e-5)
+    assert_close(our_logits(model, tree), expected, tolerance)
     config = read_config(tmp_path / "theirs")
     available = modules(table_of(model), tied=is_tied(config))
     chosen = targeted(config, available, model.config.model_type)
@@ -77,7 +81,7 @@ def test_both_ways(name, folders, tmp_path):
         k for k in get_peft_model_state_dict(back) if not any(w in k for w in wrapped)
     }
     assert theirs_of_ours == set(tensors), "missing or unexpected"
-    assert_close(logits_of(back), expected, 1e-5)
+    assert_close(logits_of(back), expected, tolerance)
 
 
 def test_an_adapter_of_a_whole_model_is_one_of_its_text(folders, tmp_path):

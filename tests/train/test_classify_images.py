@@ -16,7 +16,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.hf.keys import nest_leaves
 from tests.models.tiny_encoders import draw
-from tests.support import assert_identical
+from tests.support import assert_identical, thorough
 from tests.train.tiny import write_jsonl
 from train.classify import main, parse
 from train.console.errors import UserError
@@ -138,6 +138,7 @@ def test_a_run_on_a_folder(made: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
+@thorough  # as test_classify.py does
 def test_a_resumed_run_ends_where_a_whole_one_does(made: Path, tmp_path: Path) -> None:
     options = ["--model", made / "vit", "--dataset", made / "photos", "--log-every", 1]
     options += ["--dropout", 0.1, "--schedule", "constant"]

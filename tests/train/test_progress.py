@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from tests.support import assert_identical
+from tests.support import assert_identical, thorough
 from tests.train.test_classify import words, write_encoder
 from tests.train.test_mesh import inputs as mesh_inputs
 from tests.train.test_mesh import run as run_processes
@@ -90,7 +90,7 @@ def test_answers_are_sampled_at_fixed_steps(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [9, 13])
+@pytest.mark.parametrize("at", [13, pytest.param(9, marks=thorough)])
 def test_a_run_that_breaks_off_ends_as_a_whole_one_does(chats, whole, tmp_path, monkeypatch, at):
     add = RunLog.add
 

@@ -12,6 +12,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.quantized import dequantize, is_coded
+from tests.support import thorough
 from tests.train import tiny_qwen_vl, tiny_smolvlm
 from train.export.__main__ import main as export
 from train.generate.__main__ import main as generate
@@ -28,7 +29,9 @@ OPTIONS += ["--schedule", "constant", "--warmup", 1, "--targets", "all-linear", 
 WRITERS = {"qwen": tiny_qwen_vl.write_qwen_vl, "smolvlm": tiny_smolvlm.write_smolvlm}
 
 
-@pytest.mark.parametrize(("family", "quantize"), [("qwen", "nf4"), ("smolvlm", "int8")])
+@pytest.mark.parametrize(
+    ("family", "quantize"), [("qwen", "nf4"), pytest.param("smolvlm", "int8", marks=thorough)]
+)
 def test_codes_train_answer_and_merge_as_their_values(
     family: str, quantize: str, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from tests.support import assert_identical
+from tests.support import assert_identical, thorough
 from tests.train.test_classify import fails, write_encoder
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train.adapters.source import find_adapter
@@ -143,6 +143,7 @@ def test_it_stands_beside_other_rewards(whole, model):
 
 
 @pytest.mark.slow
+@thorough  # as test_classify.py does
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, tmp_path):
     options = ["--dropout", 0.1, "--eval-every", 4, "--log-every", 1, "--schedule", "constant"]
     for folder, steps in (("whole", [4]), ("half", [2, 4])):

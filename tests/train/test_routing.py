@@ -88,8 +88,9 @@ def experts_of(model, params, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "shared"), [("float32", True), ("bfloat16", True), ("bfloat16", False)]
+)
 def test_each_token_goes_through_the_experts_of_its_drawing(
     folder, tmp_path, batches, dtype, shared
 ):

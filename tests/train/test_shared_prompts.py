@@ -13,7 +13,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.mesh import make_mesh
 from tests.adapted_trees import with_random_factors
 from tests.models import tiny
-from tests.support import assert_close
+from tests.support import assert_close, but_rarely
 from tests.train.tiny import CONFIG, write_jsonl, write_model
 from train import distill, dpo, grpo
 from train.adapters.source import find_adapter
@@ -77,7 +77,7 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", but_rarely(RUNS, "rloo", "held out"))
 def test_a_run_is_that_without_sharing(folder, tmp_path, capsys, name):
     script, args = RUNS[name]
     args = [folder / arg if arg in ("pairs.jsonl", "teacher") else arg for arg in args]

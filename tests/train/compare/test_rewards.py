@@ -15,7 +15,7 @@ from scipy.special import rel_entr
 
 import lora_jax as lj
 from lora_jax import models
-from tests.support import assert_close
+from tests.support import assert_close, thorough
 from tests.train.compare.test_compare import timeless
 from tests.train.scripts import exit_code, lines_of
 from tests.train.tiny import write_jsonl, write_model
@@ -107,6 +107,7 @@ def test_a_run_is_what_train_grpo_makes_of_its_options(whole, tmp_path):
 
 
 @pytest.mark.slow
+@thorough  # test_compare.py goes on with examples
 def test_a_comparison_goes_on_after_a_kill(folder, whole, tmp_path, monkeypatch):
     """It is killed as the second group begins; what is over is not run again."""
 

@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from tests.support import assert_close, assert_identical
+from tests.support import THOROUGH, assert_close, assert_identical
 from tests.train.forks import Forked
 from tests.train.live import guessing
 from tests.train.test_mesh import run
@@ -44,7 +44,7 @@ def left(folder, model):
     return np.array([line["loss"] for line in read_metrics(folder)]), answers, adapter
 
 
-MESHES = {"rows": "data=8", "parts": "data=2,fsdp=2,tensor=2"}
+MESHES = {"parts": "data=2,fsdp=2,tensor=2"} | ({"rows": "data=8"} if THOROUGH else {})
 
 
 def test_meshes_and_hosts_draw_as_one_device(tmp_path):

@@ -20,8 +20,8 @@ from tests.train.serve.waiting import until
 from tests.train.tiny import CONFIG, write_model
 
 pytestmark = pytest.mark.slow
-TENANTS, STEPS, SAMPLES = 8, 90, 20  # of each tenant 2 * 90 + 20 requests
-BODIES, TOGETHER = 10_000 if THOROUGH else 600, 5  # so many have the same number
+TENANTS, STEPS, SAMPLES = 8, 50, 12  # of each tenant 2 * 50 + 12 requests
+BODIES, TOGETHER = 10_000 if THOROUGH else 300, 5  # so many have the same number
 MIB = 2**20
 BOMB = zstandard.compress(bytes(300 * MIB))
 

@@ -5,7 +5,7 @@ from tests.train.serve.engine.engines import RECURRENT, World, made_base, made_e
 
 @pytest.fixture(scope="session")
 def base(request):
-    """A tiny model, and what makes adapters over it; see `of_families`."""
+    """A tiny model, and what makes adapters over it; see `over_families`."""
     case = getattr(request, "param", None)
     return made_base() if case is None else made_base(fields=RECURRENT[case])
 

@@ -15,6 +15,7 @@ import lora_jax as lj
 from lora_jax import models, peft
 from lora_jax.training.layout import one_device
 from tests.models import tiny
+from tests.support import thorough
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
@@ -49,14 +50,19 @@ RECURRENT = {
     | {"vocab_size": VOCAB, "max_position_embeddings": 128, "eos_token_id": 1}
     for case in ("qwen3.5", "qwen3-next")
 }
-of_families = pytest.mark.parametrize(
-    "base",
-    [
-        pytest.param(None, id="llama"),  # the base that other tests have, too
-        *(pytest.param(case, marks=pytest.mark.slow) for case in RECURRENT),
-    ],
-    indirect=True,
-)
+
+
+def over_families(recurrent: str) -> pytest.MarkDecorator:
+    """Parametrises a test over a Llama, the base of other tests, and models with linear layers.
+
+    Args:
+      recurrent: The one of them that runs in CI: an engine of each takes long to compile.
+    """
+    bases = [pytest.param(None, id="llama")]
+    for case in RECURRENT:
+        marks = [pytest.mark.slow] + [thorough] * (case != recurrent)
+        bases.append(pytest.param(case, marks=marks))
+    return pytest.mark.parametrize("base", bases, indirect=True)
 
 
 def text_of(ids):

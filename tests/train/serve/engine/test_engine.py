@@ -23,7 +23,7 @@ from tests.train.serve.engine.engines import (
     held,
     ids,
     made_engine,
-    of_families,
+    over_families,
     random_data,
     running,
     sampled,
@@ -44,6 +44,7 @@ from train.serve.protocol.requests import (
     Update,
 )
 
+of_families = over_families("qwen3.5")
 STEP = Update(learning_rate=1e-2, eps=1e-8)
 
 

@@ -17,7 +17,7 @@ from tests.train.serve.engine.engines import (
     bits,
     ids,
     made_engine,
-    of_families,
+    over_families,
     random_data,
     running,
     sampled,
@@ -35,6 +35,8 @@ from train.serve.protocol.requests import (
     Save,
     Update,
 )
+
+of_families = over_families("qwen3-next")
 
 
 def requests(seed, n):

@@ -14,7 +14,7 @@ from tests.train.serve.engine.engines import (
     bits,
     held,
     ids,
-    of_families,
+    over_families,
     sampled,
     tell,
     unused,
@@ -27,6 +27,8 @@ from train.serve.protocol.requests import (
     RequestError,
     Save,
 )
+
+of_families = over_families("qwen3-next")
 
 
 def forget(engine):
