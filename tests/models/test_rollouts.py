@@ -16,7 +16,7 @@ import lora_jax as lj
 from lora_jax.models import GPT2, Samples, generate, read_config, sample
 from lora_jax.training.layout import Layout, make_mesh
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, over, variables_of, with_random_factors
+from tests.support import assert_close, over, thorough, variables_of, with_random_factors
 
 PROGRAM = importlib.import_module("lora_jax.models.sampling.rollouts")._sample
 LENGTHS = np.array([6, 2, 5])
@@ -210,7 +210,8 @@ def same_on_a_mesh(case: str, n_devices: int, **sizes: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "sizes"), [("llama3", "data=2, fsdp=4"), ("gpt2", "fsdp=4, tensor=2")]
+    ("case", "sizes"),
+    [("llama3", "data=2, fsdp=4"), pytest.param("gpt2", "fsdp=4, tensor=2", marks=thorough)],
 )
 def test_eight_devices_in_any_order_draw_the_same(case: str, sizes: str) -> None:
     code = (

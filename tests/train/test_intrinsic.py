@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models, subspace
-from tests.support import assert_identical
+from tests.support import assert_identical, thorough
 from tests.train.test_classify import base_of, fails, inputs, run, without_rank
 from tests.train.tiny import tokenizer
 from train.classify import check, parse
@@ -68,6 +68,7 @@ def test_it_is_exported_merged_alone(inputs, whole, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@thorough  # as test_sft.py and test_classify.py do
 def test_a_resumed_run_ends_where_a_whole_one_does(inputs, whole, tmp_path, capsys):
     options = ["--lr", 0.01, "--eval-every", 4, "--seed", 3]
     run(options_of(inputs), tmp_path / "half", "--steps", 4, *options)

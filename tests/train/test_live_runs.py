@@ -12,6 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from tests.adapted_trees import with_random_factors
+from tests.support import but_rarely
 from tests.train.tiny import write_jsonl, write_model
 from train import dpo, grpo
 from train import steps as steps_module
@@ -157,7 +158,7 @@ def runs(folder, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("way", RUNS)
+@pytest.mark.parametrize("way", but_rarely(RUNS, "pairs"))
 def test_nothing_compiles_anew(runs, way):
     begun, draws = runs(way)
     found, shapes = compiled_anew(begun)
@@ -179,7 +180,7 @@ def test_programs_made_for_each_step_are_noticed(folder, tmp_path, monkeypatch):
     assert len(found) >= STEPS - 2
 
 
-@pytest.mark.parametrize("way", RUNS)
+@pytest.mark.parametrize("way", but_rarely(RUNS, "pairs"))
 def test_no_second_base_is_in_memory(runs, base_bytes, way):
     """In full, there are the weights and two moments."""
     begun, _ = runs(way)

@@ -14,7 +14,7 @@ from lora_jax.quantized import dequantize
 from tests.hf.test_gguf import write
 from tests.hf.vocabularies import byte_level, metadata_of
 from tests.models.tiny import run as plain_logits
-from tests.support import assert_close
+from tests.support import assert_close, thorough
 from tests.train.test_classify import words, write_encoder
 from tests.train.test_sft import fails, run
 from tests.train.tiny import decoder, write_jsonl, write_model, write_rows
@@ -124,6 +124,7 @@ def test_answers_and_exports_are_those_of_the_codes(inputs, trained, model, tmp_
 
 
 @pytest.mark.slow
+@thorough  # as test_sft.py and test_classify.py do
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, trained, tmp_path):
     options = ["--quantize", "nf4", "--schedule", "constant", "--warmup", "0"]
     first = run(inputs, tmp_path / "run", "--steps", 1, *options)
