@@ -61,7 +61,7 @@ def case_of(kind):
         pytest.param("encoder", "", marks=thorough),
         pytest.param("dense", "data=4", marks=thorough),
         pytest.param("encoder", "fsdp=4", marks=thorough),
-        ("dense", "fsdp=2,tensor=2"),
+        pytest.param("dense", "fsdp=2,tensor=2", marks=thorough),
         pytest.param("dense", "sequence=2,data=2", marks=thorough),
         ("mixture", "expert=2,fsdp=2"),
         pytest.param("mixture", "fsdp=2,tensor=2", marks=thorough),

@@ -93,6 +93,8 @@ def driver(request):
 
 
 def test_one_turn_is_that_of_sample(driver):
+    # Keys of length one enlarge the rounding of linear layers.
+    tolerance = 1e-5 if driver.model.config.linear_layers else 1e-6
     driver.reset()
     for row in range(ROWS):
         driver.begin(row)
@@ -107,7 +109,7 @@ def test_one_turn_is_that_of_sample(driver):
     )
     for row, n in enumerate(want.lengths.tolist()):
         assert driver.ids[row][len(PROMPTS[row]) :] == want.tokens[row, :n].tolist()
-        assert_close(np.concatenate(driver.logps[row]), np.asarray(want.logps[row, :n]), 1e-6)
+        assert_close(np.concatenate(driver.logps[row]), np.asarray(want.logps[row, :n]), tolerance)
 
 
 def conversations(driver, order, until):

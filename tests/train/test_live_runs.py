@@ -158,7 +158,7 @@ def runs(folder, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("way", but_rarely(RUNS, "pairs"))
+@pytest.mark.parametrize("way", but_rarely(RUNS, "pairs", "completions, in full"))
 def test_nothing_compiles_anew(runs, way):
     begun, draws = runs(way)
     found, shapes = compiled_anew(begun)
@@ -180,7 +180,7 @@ def test_programs_made_for_each_step_are_noticed(folder, tmp_path, monkeypatch):
     assert len(found) >= STEPS - 2
 
 
-@pytest.mark.parametrize("way", but_rarely(RUNS, "pairs"))
+@pytest.mark.parametrize("way", but_rarely(RUNS, "pairs", "completions, in full"))
 def test_no_second_base_is_in_memory(runs, base_bytes, way):
     """In full, there are the weights and two moments."""
     begun, _ = runs(way)

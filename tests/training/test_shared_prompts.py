@@ -20,7 +20,7 @@ from lora_jax.training.data.sequences import TokenSequence
 from lora_jax.training.data.shared_prompts import share_of_prompts
 from tests.adapted_trees import lorafied, with_random_factors
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, over
+from tests.support import assert_close, over, thorough
 from tests.train.tiny import tokenizer
 from train.data.preview import preview_rows
 from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts
@@ -227,7 +227,9 @@ ONLINE = {
 
 
 @over("name", [*ONLINE], often=("grpo",))
-@pytest.mark.parametrize("per_token", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "per_token", [False, pytest.param(True, marks=[pytest.mark.slow, thorough])]
+)
 def test_each_loss_of_rollouts_is_that_of_unshared_ones(name, per_token):
     if per_token and ONLINE[name] is None:
         pytest.skip("RLOO's advantages are of completions")
