@@ -15,7 +15,7 @@ from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import AttentionInputs, soft_cap, wide_dtype
 from lora_jax.models.layers.masks import Mask, MaskTokens
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.torch.backend import TorchModelError, call_jax, environment
+from lora_jax.torch.backend import TorchModelError, call_jax, to_torch
 
 NAME = "lora_jax"
 
@@ -98,9 +98,7 @@ def _cached_mask(mask_function: Any, cached: Mask) -> torch.Tensor:
     rows, head = jnp.arange(len(slots), dtype=jnp.int32), jnp.zeros((1, 1, 1, 1), jnp.int32)
     at = (rows[:, None, None, None], head, queries[:, None, :, None], slots[:, None, None, :])
     visible = cached.visible()[:, None]
-    seen: torch.Tensor = call_jax(
-        lambda own: own & visible, mask_function(*environment().j2t_iso(at))
-    )
+    seen: torch.Tensor = call_jax(lambda own: own & visible, mask_function(*to_torch(at)))
     return seen
 
 

@@ -6,33 +6,29 @@ import os
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
+from jax import lax
 from torch.utils import _pytree as torch_tree
 
 from lora_jax.hf.fields import ConfigError
 
 # Overloads with named dimensions, which torch 2.13 removed, and torchax 0.0.13 has tables of. No
 # program calls them: that they have names is enough.
-_REMOVED = {
-    "all": ("dimname", "dimname_out"),
-    "any": ("dimname", "dimname_out"),
-    "index_add": ("dimname",),
-    "index_copy": ("dimname",),
-    "index_copy_": ("dimname",),
-    "index_fill": ("Dimname_Scalar", "Dimname_Tensor"),
-    "index_fill_": ("Dimname_Scalar", "Dimname_Tensor"),
-    "norm": ("names_ScalarOpt_dim", "names_ScalarOpt_dim_dtype", "names_dtype_out", "names_out"),
-    "prod": ("dim_Dimname",),
-    "std": ("correction_names", "correction_names_out", "names_dim", "names_out"),
-    "std_mean": ("correction_names", "names_dim"),
-    "unbind": ("Dimname",),
-}
+_REMOVED = """
+all.dimname all.dimname_out any.dimname any.dimname_out index_add.dimname index_copy.dimname
+index_copy_.dimname index_fill.Dimname_Scalar index_fill.Dimname_Tensor
+index_fill_.Dimname_Scalar index_fill_.Dimname_Tensor norm.names_ScalarOpt_dim
+norm.names_ScalarOpt_dim_dtype norm.names_dtype_out norm.names_out prod.dim_Dimname
+std.correction_names std.correction_names_out std.names_dim std.names_out
+std_mean.correction_names std_mean.names_dim unbind.Dimname
+"""
 
 
 class TorchModelError(ConfigError):
@@ -42,10 +38,10 @@ class TorchModelError(ConfigError):
 def _name_removed_overloads() -> torch.library.Library:
     """Gives the removed overloads their names again, for as long as the returned object lives."""
     library = torch.library.Library("aten", "FRAGMENT")
-    for operator, overloads in _REMOVED.items():
-        for overload in overloads:
-            if overload not in getattr(torch.ops.aten, operator).overloads():
-                library.define(f"{operator}.{overload}(Tensor self) -> Tensor")
+    for name in _REMOVED.split():
+        operator, _, overload = name.partition(".")
+        if overload not in getattr(torch.ops.aten, operator).overloads():
+            library.define(f"{name}(Tensor self) -> Tensor")
     return library
 
 
@@ -54,24 +50,32 @@ os.environ.setdefault("ENABLE_RUNTIME_UPTIME_TELEMETRY", "0")  # torchax would t
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     try:
-        from torchax.tensor import Environment, OperatorNotFound
-        from torchax.tensor import Tensor as Tensor
+        from torchax.tensor import Environment, OperatorNotFound, Tensor
         from torchax.view import View, ViewInfo
     except ImportError as error:
         raise ImportError("torch modules run by torchax: pip install 'lora_jax[torch]'") from error
 
 
-def _type_as(tensor: Any, other: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor in another's dtype; torchax's own changes the tensor, and knows no views."""
-    cast: torch.Tensor = tensor.to(other.dtype)
-    return cast
-
-
-setattr(Tensor, "type_as", _type_as)  # noqa: B010  a method is no attribute to assign to
 LOCK = threading.RLock()  # a module's arrays and parts are exchanged while it is traced
-
-
 _IN_FUNCTION = ContextVar("differentiated", default=False)  # a Function that was called with grad
+_ABSENT = object()
+
+
+@contextlib.contextmanager
+def exchanged(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Sets attributes, (owner, name, value), within a block; behind it they are as before."""
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, name, value in attributes:
+            before.append((owner, name, vars(owner).get(name, _ABSENT)))
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
 
 class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
@@ -82,7 +86,7 @@ class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Computes an operator; there is no gradient of what it returns under ``no_grad``."""
-        if func is torch.ops.aten.detach.default:  # of a slice
+        if func is torch.ops.aten.detach.default and isinstance(args[0], View):
             return _alias(args[0])
         out = super().dispatch(func, types, args, kwargs)
         return _frozen(out, (args, kwargs))
@@ -103,8 +107,8 @@ def _frozen(out: Any, args: Any) -> Any:
 
 def _stopped(tensor: Any) -> Any:
     """Returns a tensor, or a slice of one that can be written to, without a gradient."""
-    out = _alias(tensor)
-    return out if out is tensor or isinstance(tensor, View) else Tensor(out.jax(), tensor._env)
+    is_slice = isinstance(tensor, View)
+    return _alias(tensor) if is_slice else Tensor(lax.stop_gradient(tensor.jax()), tensor._env)
 
 
 def _alias(tensor: Any) -> Any:
@@ -117,7 +121,7 @@ class _Stopped(ViewInfo):  # type: ignore[misc]  # torchax has no types
     """A view of all of a tensor, through which no gradient passes, and what it writes has none."""
 
     def transform_tensor(self, jax_array: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(jax_array)
+        return lax.stop_gradient(jax_array)
 
     def update_tensor(self, new_value: jax.Array, jax_array: jax.Array) -> jax.Array:
         return _overwrite(jax_array, new_value)
@@ -126,70 +130,53 @@ class _Stopped(ViewInfo):  # type: ignore[misc]  # torchax has no types
         return source.shape
 
 
-@jax.custom_jvp
-def _written(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Returns the new array, with the gradient of the old one."""
-    return new
+# (old, new) -> the new array, with the gradient of the old one.
+_written = jax.custom_jvp(lambda old, new: new)
+_written.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
 
 
-@_written.defjvp
-def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    return primals[1], tangents[0]
+def _overwrite(old: jax.Array, new: jax.Array) -> Any:
+    """Returns an array that takes the place of another one, whose gradient stays."""
+    alike = (old.shape, old.dtype) == (new.shape, new.dtype)
+    if alike and jnp.issubdtype(old.dtype, jnp.inexact):
+        return _written(old, new)
+    return lax.stop_gradient(new)
 
 
 def _hold(tensor: Any, array: jax.Array) -> None:
     """Gives a tensor its array; what is written under ``no_grad`` changes no gradient."""
-    old, records = vars(tensor).get("_held"), torch.is_grad_enabled() or _IN_FUNCTION.get()
-    vars(tensor)["_held"] = array if old is None or records else _overwrite(old, array)
-
-
-def _overwrite(old: jax.Array, new: jax.Array) -> jax.Array:
-    alike = (old.shape, old.dtype) == (new.shape, new.dtype)
-    if alike and jnp.issubdtype(old.dtype, jnp.inexact):
-        return _written(old, new)
-    return jax.lax.stop_gradient(new)
+    old, records = vars(tensor).get("_elem"), torch.is_grad_enabled() or _IN_FUNCTION.get()
+    vars(tensor)["_elem"] = array if old is None or records else _overwrite(old, array)
 
 
 def _set_data(tensor: Any, other: Any) -> None:
-    vars(tensor)["_held"] = _overwrite(tensor.jax(), other.jax())
+    vars(tensor)["_elem"] = _overwrite(tensor.jax(), other.jax())
 
 
-# All writes to a tensor, by operators, by slices and by `.data`, set its array.
-setattr(Tensor, "_elem", property(lambda tensor: vars(tensor)["_held"], _hold))  # noqa: B010
-setattr(Tensor, "data", property(_alias, _set_data))  # noqa: B010
-setattr(Tensor, "detach", _alias)  # noqa: B010
-
-
-def call_jax(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of JAX's arrays with torchax's tensors; returns such tensors."""
-    env = environment()
-    return _frozen(env.j2t_iso(function(*env.t2j_iso(args))), args)
-
-
-@contextlib.contextmanager
-def _differentiated_functions() -> Iterator[None]:
-    """Lets gradients through the forward of each ``torch.autograd.Function``, within a block.
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Applies a ``torch.autograd.Function``, through whose forward gradients pass.
 
     Torch runs it under ``no_grad``, for the Function's own backward; JAX differentiates it instead.
     """
-    # A base of `Function` to which its `apply` leads, also one that somebody has a reference to.
-    base: Any = torch.autograd.function._SingleLevelFunction
-    outer = base.__dict__.get("apply")
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _IN_FUNCTION.set(_IN_FUNCTION.get() or torch.is_grad_enabled())
-        try:
-            return super(base, cls).apply(*args, **kwargs)
-        finally:
-            _IN_FUNCTION.reset(token)
-
-    base.apply = classmethod(apply)
+    token = _IN_FUNCTION.set(_IN_FUNCTION.get() or torch.is_grad_enabled())
     try:
-        yield
+        return super(_FUNCTION, cls).apply(*args, **kwargs)
     finally:
-        del base.apply
-        if outer is not None:
-            base.apply = outer
+        _IN_FUNCTION.reset(token)
+
+
+# A base of `Function` to which its `apply` leads, also one that somebody has a reference to.
+_FUNCTION: Any = torch.autograd.function._SingleLevelFunction
+# What differs of torchax and of torch while a module runs: by it, gradients are torch's.
+_EXCHANGED: list[tuple[Any, str, Any]] = [
+    # All writes to a tensor, by operators, by slices and by `.data`, set its array.
+    (Tensor, "_elem", property(lambda tensor: vars(tensor)["_elem"], _hold)),
+    (Tensor, "data", property(_alias, _set_data)),
+    (Tensor, "detach", _alias),
+    # torchax's own changes the tensor, and knows no views.
+    (Tensor, "type_as", lambda tensor, other: tensor.to(other.dtype)),
+    (_FUNCTION, "apply", classmethod(_apply)),
+]
 
 
 @functools.lru_cache(maxsize=1)
@@ -199,9 +186,30 @@ def environment() -> Environment:
         return _Environment()
 
 
+def to_torch(tree: Any) -> Any:
+    """Returns a tree with torchax's tensors in the place of JAX's and NumPy's arrays."""
+    env = environment()
+    return torch_tree.tree_map_only(
+        (jax.Array, np.ndarray), lambda x: Tensor(jnp.asarray(x), env), tree
+    )
+
+
+def call_module(
+    module: torch.nn.Module, arrays: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    """Calls a module with JAX's arrays for its parameters and buffers, by name."""
+    given = to_torch((dict(arrays), tuple(args), dict(kwargs)))
+    return torch.func.functional_call(module, *given, tie_weights=False)
+
+
+def call_jax(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of JAX's arrays with torchax's tensors; returns such tensors."""
+    return _frozen(to_torch(function(*environment().t2j_iso(args))), args)
+
+
 @contextlib.contextmanager
-def running(what: str) -> Iterator[Any]:
-    """Runs torch code by JAX; yields torchax's environment.
+def running(what: str) -> Iterator[None]:
+    """Runs torch code by JAX within a block.
 
     Args:
       what: the model, for messages.
@@ -213,10 +221,9 @@ def running(what: str) -> Iterator[Any]:
     try:
         with LOCK, warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
             warnings.simplefilter("ignore")  # of torch's and torchax's own making
-            env = environment()
             # With gradients, so that a module's own no_grad is known.
-            with _differentiated_functions(), torch.enable_grad(), env:
-                yield env
+            with exchanged(_EXCHANGED), torch.enable_grad(), environment():
+                yield
     except OperatorNotFound as error:
         operator = str(error).removeprefix("Operator with name ").removesuffix(" has no lowering")
         raise TorchModelError(

@@ -11,7 +11,7 @@ import transformers
 
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.trunk import causal_mask, extend_cache, place_tokens, put_slots
-from lora_jax.torch.backend import Tensor, TorchModelError
+from lora_jax.torch.backend import TorchModelError, to_torch
 
 # Keys and values, [batch, heads, n, head_dim] each, by the number of the layer that made them; of
 # layers that are stacked, on axis 0, by the number of the first one.
@@ -86,10 +86,9 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
         new = self._new[layer_idx] = key_states.jax(), value_states.jax()
         before = self._now[layer_idx] if self._entries else map(self._no_slots, new)
 
-        def whole(old: jax.Array, new: jax.Array) -> torch.Tensor:
+        def whole(old: jax.Array, new: jax.Array) -> Any:
             slots = put_slots(old, new, self._placed.first, batch=0, axis=2)
-            tensor: torch.Tensor = Tensor(slots.astype(new.dtype), key_states._env)
-            return tensor
+            return to_torch(slots.astype(new.dtype))
 
         return tuple(map(whole, before, new))
 

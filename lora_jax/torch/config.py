@@ -57,7 +57,7 @@ class TorchConfig(Recipe):
 
     def key_rows(self) -> Sequence[Row]:
         """Returns the key table; see `lora_jax.models.key_table`."""
-        return [parameter.row for parameter in built(self).parameters]
+        return built(self).rows
 
     def _text(self, *names: str) -> Any:
         """Returns the first of the fields, of the part that reads texts, that is there."""

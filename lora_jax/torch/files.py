@@ -4,7 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -51,14 +52,18 @@ class _Formats(ModelFormats):
 FORMATS = _Formats({})
 
 
-class _Shapes:
-    """Stands for the module in conversions that ask it for the shapes of its parameters."""
+class _Joined(NamedTuple):
+    """A tensor of the module that files hold in parts.
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
-        self._shapes = shapes
+    Attributes:
+      converter: transformers' conversion of these.
+      first: the first of the tensors that it makes.
+      parts: the names of the parts, by the pattern that they match.
+    """
 
-    def get_parameter(self, name: str) -> torch.Tensor:
-        return torch.empty(self._shapes[name], device="meta")
+    converter: Any
+    first: str
+    parts: dict[str, list[str]]
 
 
 class TorchFolder(SafetensorsFolder):
@@ -77,26 +82,29 @@ class TorchFolder(SafetensorsFolder):
 
     def __init__(self, folder: Path, **options: object):
         super().__init__(folder, FORMATS, **options)
-        self._joined: dict[str, dict[str, list[str]]] = {}
+        self._joined: dict[str, _Joined] = {}
+        self._parts_of: dict[str, tuple[int, ...]] = {}
         self._coded, self.shipped = self.shipped, frozenset()
         plain = Counter(kind for name, kind in self.dtypes.items() if name not in self._coded)
         for kind, _ in plain.most_common(1):  # the dtype of what the codes stand for
             self.dtypes |= dict.fromkeys(self._coded, kind)
         rows = {name: row.hf_shape for row in key_table(self.config) for name in row.hf_names}
-        self._parts_of: dict[str, tuple[int, ...]] = {}
+        converters = built(self.config).conversions[1]
         for name in sorted(self.shapes, key=dot_natural_key):
             _, pattern, first = _renamed(name, self.config)
             if pattern is None:
                 continue
-            for target in set(self._targets(pattern, first)) & rows.keys():
-                self._joined.setdefault(target, {}).setdefault(pattern, []).append(name)
-        for target, parts in self._joined.items():
-            first = next(iter(parts.values()))[0]
-            self.shapes[target] = rows[target]
-            self.dtypes[target] = self.dtypes[first]
-            self._locations[target] = self._locations[first]
-        for name in {n for parts in self._joined.values() for own in parts.values() for n in own}:
-            self._parts_of[name] = self.shapes.pop(name)
+            converter = next(each for each in converters if pattern in each.source_patterns)
+            patterns = converter.target_patterns
+            for target in {first.replace(patterns[0], own) for own in patterns} & rows.keys():
+                joined = self._joined.setdefault(target, _Joined(converter, first, {}))
+                joined.parts.setdefault(pattern, []).append(name)
+                self.shapes[target] = rows[target]
+                self.dtypes.setdefault(target, self.dtypes[name])
+                self._locations.setdefault(target, self._locations[name])
+                self._parts_of[name] = self.shapes[name]
+        for name in self._parts_of:
+            del self.shapes[name]
         for name in self.shapes.keys() - built(self.config).conversions[2].keys():
             if built(self.config).ignores(name):
                 del self.shapes[name]
@@ -111,47 +119,35 @@ class TorchFolder(SafetensorsFolder):
         if name not in self._joined:
             return super()._slice(name, index)
         own = self._joined[name]
-        parts = {pattern: [self._tensor(part) for part in names] for pattern, names in own.items()}
+        parts = {pattern: list(map(self._tensor, names)) for pattern, names in own.parts.items()}
         whole, shape = self._join(name, parts), self.shapes[name]
         if whole.shape != shape:
             raise WeightsError(
                 f"{self.where}: {name} is {list(whole.shape)} of the parts in the files, such as "
-                f"{next(iter(own.values()))[-1]}, expected {list(shape)}"
+                f"{next(iter(own.parts.values()))[-1]}, expected {list(shape)}"
             )
         return whole[index]
-
-    def _converter(self, pattern: str) -> Any:
-        converters = built(self.config).conversions[1]
-        return next(each for each in converters if pattern in each.source_patterns)
-
-    def _targets(self, pattern: str, first: str) -> list[str]:
-        """Returns all tensors of the module that a conversion makes with the first of them."""
-        patterns = self._converter(pattern).target_patterns
-        return [first.replace(patterns[0], own) for own in patterns]
 
     def _tensor(self, name: str) -> np.ndarray:
         return super()._slice(name, tuple(slice(None) for _ in self._parts_of[name]))
 
     def _join(self, name: str, parts: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
         """Returns a tensor of the module, put together from the parts in the files."""
-        converter = self._converter(next(iter(parts)))
+        converter, first, _ = self._joined[name]
         some = next(iter(parts.values()))[0].dtype
         is_bf16 = some == ml_dtypes.bfloat16
         tensors: Any = {
             pattern: [torch.from_numpy(a.view(np.int16) if is_bf16 else a) for a in arrays]
             for pattern, arrays in parts.items()
         }
-        model = _Shapes(self.shapes)
+        # Conversions ask the module for the shapes of its parameters.
+        model = SimpleNamespace(get_parameter=lambda n: torch.empty(self.shapes[n], device="meta"))
         for operation in converter.operations:
             tensors = operation.convert(
                 tensors,
                 source_patterns=converter.source_patterns,
                 target_patterns=converter.target_patterns,
-                full_layer_name=next(
-                    name.replace(own, converter.target_patterns[0])
-                    for own in converter.target_patterns
-                    if own in name
-                ),
+                full_layer_name=first,
                 model=model,
                 config=self.config.hf,
             )

@@ -13,7 +13,7 @@ from torch.utils import _pytree as torch_tree
 
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import layer_input, remat_policy
-from lora_jax.torch.backend import Tensor
+from lora_jax.torch.backend import call_module, exchanged, to_torch
 from lora_jax.torch.cache import CachedCall
 from lora_jax.torch.structure import LayerPeriods
 
@@ -32,11 +32,6 @@ class Recomputed(NamedTuple):
     remat: bool | str = False
     placement: Placement = UNPLACED
 
-    @property
-    def recomputes(self) -> bool:
-        """True if layers are recomputed."""
-        return self.remat is not False
-
     def __call__(self, body: Callable[..., Any], *, scans: bool) -> Callable[..., Any]:
         """Returns ``body(hidden, arrays)``, recomputed in the backward pass.
 
@@ -45,7 +40,7 @@ class Recomputed(NamedTuple):
           scans: whether it is the body of a scan. Elsewhere only a barrier keeps XLA from merging
             what is computed again with the forward pass.
         """
-        if not self.recomputes:
+        if self.remat is False:
             return body
 
         def begun(hidden: jax.Array, arrays: Any) -> Any:
@@ -74,83 +69,59 @@ def to_jax(tree: Any) -> Any:
     return tree.jax() if isinstance(tree, torch.Tensor) and hasattr(tree, "jax") else tree
 
 
-def to_torch(env: Any, tree: Any) -> Any:
-    """Returns a tree with torchax's tensors in the place of JAX's arrays."""
-    return torch_tree.tree_map_only(
-        (jax.Array, np.ndarray), lambda x: Tensor(jnp.asarray(x), env), tree
-    )
-
-
 @contextlib.contextmanager
 def patched(layers: Sequence[torch.nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Runs ``forward(i, layer, *args, **kwargs)`` in the place of each layer that no other calls.
 
     While it runs, all layers are as they were.
     """
+    own = [(layer, "forward", layer.forward) for layer in layers]
 
     def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        restore()
-        try:
+        with exchanged(own):
             return forward(i, layer, *args, **kwargs)
-        finally:
-            patch()
 
-    def patch() -> None:
-        for i, layer in enumerate(layers):
-            layer.forward = functools.partial(called, i, layer)
-
-    def restore() -> None:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-
-    try:
-        patch()
+    with exchanged(
+        (layer, "forward", functools.partial(called, i, layer)) for i, layer in enumerate(layers)
+    ):
         yield
-    finally:
-        restore()
 
 
 class _LayerCall:
     """One call of a layer, as a function of its parameters and the hidden states that it is given.
 
-    These are its first argument, or the one of that name.
+    Attributes:
+      hidden: the hidden states: its first argument, or the one of that name.
+      others: the leaves of its other arguments.
     """
 
-    def __init__(self, env: Any, layer: torch.nn.Module, args: Any, kwargs: Any):
-        self._env, self._layer = env, layer
+    def __init__(self, layer: torch.nn.Module, args: Any, kwargs: Any):
+        self._layer = layer
         named = kwargs.get("hidden_states", next(iter(kwargs.values()), None))
         first = args[0] if args else named
         self.hidden: jax.Array = first.jax()
         self._given, self._form = torch_tree.tree_flatten((args, kwargs))
-        self._at = next(i for i, x in enumerate(self._given) if x is first)
+        at = self._at = next(i for i, x in enumerate(self._given) if x is first)
+        self.others: list[Any] = self._given[:at] + self._given[at + 1 :]
         self._out: Any = None  # the leaves that it returns, `_ARRAY` for arrays, and their tree
-
-    @property
-    def others(self) -> list[Any]:
-        """The leaves of its arguments, less the hidden states."""
-        others: list[Any] = self._given[: self._at] + self._given[self._at + 1 :]
-        return others
 
     def __call__(self, arrays: Arrays, hidden: jax.Array) -> list[jax.Array]:
         given = [*self._given]
-        given[self._at] = Tensor(hidden, self._env)
+        given[self._at] = to_torch(hidden)
         args, kwargs = torch_tree.tree_unflatten(given, self._form)
-        tensors = {name: Tensor(array, self._env) for name, array in arrays.items()}
-        out = torch.func.functional_call(self._layer, tensors, args, kwargs, tie_weights=False)
+        out = call_module(self._layer, arrays, args, kwargs)
         leaves, form = torch_tree.tree_flatten(out)
         self._out = [_ARRAY if isinstance(x, torch.Tensor) else x for x in leaves], form
-        of_call: list[Any] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        return [tensor.jax() for tensor in of_call]
+        return [to_jax(x) for x in leaves if isinstance(x, torch.Tensor)]
 
     def restore(self, arrays: Sequence[jax.Array]) -> Any:
         """Returns the layer's output, with these arrays in it."""
         (leaves, form), left = self._out, iter(arrays)
-        leaves = [Tensor(next(left), self._env) if x is _ARRAY else x for x in leaves]
+        leaves = [to_torch(next(left)) if x is _ARRAY else x for x in leaves]
         return torch_tree.tree_unflatten(leaves, form)
 
 
 def find_stack(
-    env: Any,
     name: str,
     layers: Sequence[torch.nn.Module],
     arrays: Sequence[Arrays],
@@ -163,37 +134,33 @@ def find_stack(
     what the layer before gives: modules that all take the same input are no layers.
 
     Args:
-      env: torchax's.
       name: the list's name.
       layers: its modules.
       arrays: the shapes of each one's parameters and buffers.
       run: runs the whole module.
     """
-    signs: dict[int, Any] = {}
-    order: list[int] = []
-    alive: list[Any] = []  # what is compared by its id
+    calls: list[tuple[int, Any, bool, Any]] = []
     given: list[Any] = [None]  # by the layer before
-    follows: list[bool] = []
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = _LayerCall(env, layer, args, kwargs)
+        call = _LayerCall(layer, args, kwargs)
         own = {k: jnp.zeros(x.shape, x.dtype) for k, x in arrays[i].items()}
         traced, shapes = jax.make_jaxpr(call, return_shape=True)(own, call.hidden)
         same = [(x.shape, x.dtype) for x in shapes] == [(call.hidden.shape, call.hidden.dtype)]
         told = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.others]
         constants = [_mark(constant) for constant in traced.consts]
-        signs[i] = (str(traced), constants, told, _settings(layer)) if same else (i,)
-        order.append(i)
-        alive.append((call, traced.consts))
-        follows.append(call.hidden is given[-1])
+        sign = (str(traced), constants, told, _settings(layer)) if same else (i,)
+        alive = call, traced.consts  # what is compared by its id
+        calls.append((i, sign, call.hidden is given[-1], alive))
         given.extend(jnp.zeros(s.shape, s.dtype) for s in shapes)
         return call.restore(given[-len(shapes) :])
 
     with patched(layers, record):
         run()
     n = len(layers)
-    if order != list(range(n)):
+    if [i for i, *_ in calls] != list(range(n)):
         return None
+    _, signs, follows, _ = zip(*calls, strict=True)
     for start in range(min(n - 1, 4)):
         for period in range(1, (n - start) // 2 + 1):
             alike = all(signs[i] == signs[start + (i - start) % period] for i in range(start, n))
@@ -232,7 +199,6 @@ def _settings(layer: torch.nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def scanned(
-    env: Any,
     stack: LayerPeriods,
     layers: Sequence[torch.nn.Module],
     arrays: Sequence[Arrays],
@@ -242,7 +208,6 @@ def scanned(
     """Runs the layers of a stack as one scan, when the last one of its first turn is called.
 
     Args:
-      env: torchax's.
       stack: says which layers.
       layers: a layer of each kind.
       arrays: parameters and buffers of each kind, stacked on axis 0.
@@ -256,7 +221,7 @@ def scanned(
     def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if i == 0:
             calls.clear()
-        calls.append(_LayerCall(env, layer, args, kwargs))
+        calls.append(_LayerCall(layer, args, kwargs))
         own = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
         if i < stack.period - 1:
             with with_entries({}):  # for the structure of its output
@@ -283,15 +248,12 @@ def scanned(
 
 @contextlib.contextmanager
 def unrolled(
-    env: Any,
-    layers: Sequence[torch.nn.Module],
-    arrays: Sequence[Arrays],
-    recomputed: Recomputed,
+    layers: Sequence[torch.nn.Module], arrays: Sequence[Arrays], recomputed: Recomputed
 ) -> Iterator[None]:
     """Runs each layer by itself, recomputed in the backward pass."""
 
     def called(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = _LayerCall(env, layer, args, kwargs)
+        call = _LayerCall(layer, args, kwargs)
         hidden = recomputed.placement.constrain(call.hidden, "residual")
         body = recomputed(lambda hidden, own: call(own, hidden), scans=False)
         return call.restore(body(hidden, arrays[i]))

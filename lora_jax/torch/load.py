@@ -85,8 +85,7 @@ def from_torch(
             print_plan(line)
     if folder is not None:
         return model, load_params(folder, param_dtype, sharding)
-    tensors = dict(source.named_parameters(remove_duplicate=False))
-    tensors |= dict(source.named_buffers(remove_duplicate=False))
+    tensors = source.state_dict()
 
     def read(row: Row) -> jax.Array:
         arrays = [tensors[name].detach().float().cpu().numpy() for name in row.hf_names]

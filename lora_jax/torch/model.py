@@ -73,8 +73,7 @@ class TorchModel:
         unpadded = ids is not None and not {"attention_mask", "position_ids"} & kwargs.keys()
         if unpadded:
             kwargs |= self._places(ids, {})
-        out = self._run(params, args, kwargs, unpadded=unpadded)
-        return out["logits"] if isinstance(out, dict) else out[0]
+        return _wide_logits(self._run(params, args, kwargs, unpadded=unpadded))
 
     def _run(
         self,
@@ -88,8 +87,7 @@ class TorchModel:
         how |= {} if cache is None else {"cached": cache.mask}
 
         def cast(x: Any) -> Any:
-            is_float = jnp.issubdtype(x.dtype, jnp.floating)
-            return x.astype(self.dtype) if is_float and x.dtype != self.dtype else x
+            return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
         wide = self.built.wide_logits() if self.config.continues else contextlib.nullcontext()
         with attending(Attending(self.attention, self.placement, **how)), wide:

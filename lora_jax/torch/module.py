@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,15 +17,16 @@ from transformers.core_model_loading import WeightConverter
 
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Tree
+from lora_jax.hf.keys import Row
 from lora_jax.models.layers.attention import dot_wide
 from lora_jax.torch.attention import NAME
 from lora_jax.torch.backend import (
     LOCK,
-    Tensor,
     TorchModelError,
     call_jax,
-    environment,
+    call_module,
     running,
+    to_torch,
 )
 from lora_jax.torch.cache import CachedCall
 from lora_jax.torch.layers import (
@@ -35,12 +35,11 @@ from lora_jax.torch.layers import (
     patched,
     scanned,
     to_jax,
-    to_torch,
     unrolled,
 )
 from lora_jax.torch.probe import buffers_of, find_stacks, loose, stack_buffers, within
 from lora_jax.torch.recipe import Recipe
-from lora_jax.torch.structure import LayerPeriods, Parameter, Place, parameters_of, place_of
+from lora_jax.torch.structure import LayerPeriods, rows_of
 
 # Classes of modules that mix tokens otherwise than by attention.
 _MIXES = re.compile(
@@ -55,7 +54,7 @@ class Built:
     Attributes:
       name: for messages.
       module: on torch's meta device; of each stack it has the layers before, and one of each kind.
-      parameters: its parameters, and the buffers that files hold.
+      rows: its parameters, and the buffers that files hold; see `rows_of`.
       stacks: its stacks.
       lists: the names of its lists of layers, without those of the stacks.
       buffers: its further buffers, by name; those of layers of a kind are stacked, as parameters.
@@ -64,7 +63,7 @@ class Built:
 
     name: str
     module: torch.nn.Module
-    parameters: Sequence[Parameter]
+    rows: Sequence[Row]
     stacks: Sequence[LayerPeriods]
     lists: Sequence[str]
     buffers: Mapping[str, np.ndarray]
@@ -90,47 +89,32 @@ class Built:
           TorchModelError: see `running`.
         """
         leaves = dict(flatten_with_paths(tree)[0])
-        if lacking := [p.row.path for p in self.parameters if p.row.path not in leaves]:
+        if lacking := [row.path for row in self.rows if row.path not in leaves]:
             raise TorchModelError(f"{self.name}: the tree has no {lacking[0]}")
-        whole: dict[str, jax.Array] = {}
-        kinds: dict[tuple[LayerPeriods, int], dict[str, jax.Array]] = defaultdict(dict)
+        arrays: dict[str, jax.Array] = {n: jnp.asarray(b) for n, b in self.buffers.items()}
+        for row in self.rows:
+            array = leaves[row.path]
+            array = array.swapaxes(-1, -2) if row.transpose else array
+            arrays |= dict.fromkeys((row.hf_names[0], *row.aliases), array)
 
-        def give(array: jax.Array, place: Place | None, *names: str) -> None:
-            if place is None:
-                whole.update(dict.fromkeys(names, array))
-            else:
-                kinds[place.stack, place.kind][place.name] = array
+        def layers(name: str, numbers: range) -> tuple[list[torch.nn.Module], list[Any]]:
+            modules = self.layers(name)
+            return [modules[i] for i in numbers], [within(arrays, f"{name}.{i}.") for i in numbers]
 
-        for own in self.parameters:
-            array = leaves[own.row.path]
-            array = array.swapaxes(-1, -2) if own.row.transpose else array
-            give(array, own.place, own.name, *own.aliases)
-        for name, buffer in self.buffers.items():
-            give(jnp.asarray(buffer), place_of(name, self.stacks), name)
-        with running(self.name) as env, contextlib.ExitStack() as open_:
+        with running(self.name), contextlib.ExitStack() as open_:
             for stack in self.stacks:
-                layers = self.layers(stack.name)[stack.start :]
-                arrays = [kinds[stack, kind] for kind in range(stack.period)]
-                open_.enter_context(scanned(env, stack, layers, arrays, recomputed, cache))
-            apart = recomputed.recomputes or recomputed.placement.token_parts > 1
-            single = {**dict.fromkeys(self.lists), **{s.name: s.start for s in self.stacks}}
+                own = layers(stack.name, range(stack.start, stack.n_layers))
+                open_.enter_context(scanned(stack, *own, recomputed, cache))
+            apart = recomputed.remat is not False or recomputed.placement.token_parts > 1
+            single = {name: len(self.layers(name)) for name in self.lists}
+            single |= {stack.name: stack.start for stack in self.stacks}
             for name, n in single.items() if apart else ():
-                layers = self.layers(name)[:n]
-                of = [within(whole, f"{name}.{i}.") for i in range(len(layers))]
-                open_.enter_context(unrolled(env, layers, of, recomputed))
-            open_.enter_context(loose(env, self.module))
-            tensors = {name: Tensor(array, env) for name, array in whole.items()}
+                open_.enter_context(unrolled(*layers(name, range(n)), recomputed))
+            open_.enter_context(loose(self.module))
             if cache is not None:
                 kwargs = {**kwargs, "use_cache": True, self.cache_name: cache}
                 kwargs["position_ids"] = cache.positions
-            out = torch.func.functional_call(
-                self.module,
-                tensors,
-                to_torch(env, tuple(args)),
-                to_torch(env, dict(kwargs)),
-                tie_weights=False,
-            )
-            return to_jax(out)
+            return to_jax(call_module(self.module, arrays, args, kwargs))
 
     def layers(self, name: str) -> list[torch.nn.Module]:
         """Returns the modules of a list."""
@@ -144,7 +128,7 @@ class Built:
         mapping = get_model_conversion_mapping(module)
         converters = [each for each in mapping if isinstance(each, WeightConverter)]
         renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
-        names = [n for p in self.parameters for n in (*p.row.hf_names, *p.aliases)]
+        names = [name for row in self.rows for name in (*row.hf_names, *row.aliases)]
         return renamings, converters, dict.fromkeys(names, torch.empty(0))
 
     def ignores(self, name: str) -> bool:
@@ -219,8 +203,7 @@ class Built:
 
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
             out = trunk.forward(*args, **kwargs)
-            first = out[0]
-            hidden = Tensor(change(first.jax()), first._env)
+            hidden = to_torch(change(to_jax(out[0])))
             if isinstance(out, tuple):
                 return (hidden, *out[1:])
             out["last_hidden_state"] = hidden
@@ -234,7 +217,7 @@ class Built:
         """Gives the head these final hidden states, within a block; nothing before it runs."""
 
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
-            return _Hidden(Tensor(hidden, environment()))
+            return _Hidden(to_torch(hidden))
 
         with LOCK, patched(self._trunks, forward):
             yield
@@ -257,24 +240,22 @@ class _Hidden:
 def _built(recipe: Recipe) -> Built:
     module: torch.nn.Module = recipe.empty_module().eval()
     name, buffers, lists = recipe.model_type, buffers_of(module), layer_lists(module)
-    stacks: list[LayerPeriods] = []
-    unlike: dict[str, str] = {}
-    if recipe.scan and recipe.continues:
-        stacks, unlike = find_stacks(name, module, lists, buffers)
-    parameters = parameters_of(module, stacks)
-    stored = {n for p in parameters_of(module) for n in (p.name, *p.aliases)}
+    compares = recipe.scan and recipe.continues
+    found = find_stacks(name, module, lists, buffers) if compares else {}
+    stacks = [stack for stack in found.values() if not isinstance(stack, str)]
+    rows = rows_of(module, stacks)
+    stored = {name for row in rows_of(module) for name in (*row.hf_names, *row.aliases)}
     for stack in stacks:
         layers: Any = module.get_submodule(stack.name)
-        owner, _, leaf = stack.name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, torch.nn.ModuleList(layers[: stack.n_layers]))
+        del layers[stack.n_layers :]
     return Built(
         name=name,
         module=module,
-        parameters=parameters,
+        rows=rows,
         stacks=stacks,
         lists=[name for name in lists if name not in {stack.name for stack in stacks}],
         buffers=stack_buffers(stacks, {n: b for n, b in buffers.items() if n not in stored}),
-        unlike=unlike,
+        unlike={name: why for name, why in found.items() if isinstance(why, str)},
     )
 
 

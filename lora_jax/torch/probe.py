@@ -1,16 +1,22 @@
 """Compares the layers of a torch module by a trace of a short row, and stacks what is alike."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from lora_jax.torch.attention import Attending, attending
-from lora_jax.torch.backend import Tensor, TorchModelError, running
+from lora_jax.torch.backend import (
+    TorchModelError,
+    call_module,
+    exchanged,
+    running,
+    to_torch,
+)
 from lora_jax.torch.layers import find_stack
 from lora_jax.torch.structure import LayerPeriods, place_of
 
@@ -23,29 +29,21 @@ def within(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def loose(env: Any, module: torch.nn.Module) -> Iterator[None]:
+def loose(module: torch.nn.Module) -> Iterator[None]:
     """Puts JAX's arrays in the place of the plain tensors among the modules' attributes.
 
     Buffers stay as they are. Equal tensors become one, by which layers are seen to be alike.
     """
-    held = [
-        (part, name, value)
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
-    ]
-    shared: dict[Any, Tensor] = {}
-    try:
-        for part, name, value in held:
-            array = _host_array(value)
-            key = array.dtype, array.shape, array.tobytes()
-            if key not in shared:
-                shared[key] = Tensor(jnp.asarray(array), env)
-            part.__dict__[name] = shared[key]
+    shared: dict[Any, Any] = {}
+    attributes: list[tuple[Any, str, Any]] = []
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                array = _host_array(value)
+                key = array.dtype, array.shape, array.tobytes()
+                attributes.append((part, name, shared.setdefault(key, to_torch(array))))
+    with exchanged(attributes):
         yield
-    finally:
-        for part, name, value in held:
-            part.__dict__[name] = value
 
 
 def _host_array(tensor: torch.Tensor) -> np.ndarray:
@@ -66,26 +64,16 @@ def buffers_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
 
 def find_stacks(
     name: str, module: torch.nn.Module, lists: Sequence[str], buffers: Mapping[str, np.ndarray]
-) -> tuple[list[LayerPeriods], dict[str, str]]:
-    """Compares the layers of each list by a short row.
-
-    Returns:
-      The stacks; and, by the names of the lists that are none, why not.
-    """
-    stacks: list[LayerPeriods] = []
-    unlike: dict[str, str] = {}
+) -> dict[str, LayerPeriods | str]:
+    """Returns the stack of each list of layers, compared by a short row, or why it is none."""
+    found: dict[str, LayerPeriods | str] = {}
     shapes = {n: _shape(p) for n, p in module.named_parameters(remove_duplicate=False)}
     for each in lists:
         try:
-            stack = _probe(name, module, each, {**shapes, **buffers})
+            found[each] = _probe(name, module, each, {**shapes, **buffers}) or "they differ"
         except (TorchModelError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            unlike[each] = f"they cannot be compared: {str(error).partition(chr(10))[0]}"
-            continue
-        if stack is None:
-            unlike[each] = "they differ"
-        else:
-            stacks.append(stack)
-    return stacks, unlike
+            found[each] = f"they cannot be compared: {str(error).partition(chr(10))[0]}"
+    return found
 
 
 def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
@@ -101,15 +89,11 @@ def _probe(
     layers: Any = module.get_submodule(each)
 
     def traced(values: Mapping[str, Any], ids: jax.Array) -> None:
-        with running(name) as env, attending(Attending(keeps_masks=True)), loose(env, module):
-            tensors = {n: Tensor(jnp.asarray(x), env) for n, x in values.items()}
-
-            def run() -> None:
-                kwargs = {"input_ids": Tensor(ids, env), "use_cache": False}
-                torch.func.functional_call(module, tensors, (), kwargs, tie_weights=False)
-
-            own = [within(shapes, f"{each}.{i}.") for i in range(len(layers))]
-            result.append(find_stack(env, each, list(layers), own, run))
+        own = [within(shapes, f"{each}.{i}.") for i in range(len(layers))]
+        with running(name), attending(Attending(keeps_masks=True)), loose(module):
+            inputs = {"input_ids": ids, "use_cache": False}
+            run = functools.partial(call_module, module, values, (), inputs)
+            result.append(find_stack(each, list(layers), own, run))
 
     jax.eval_shape(traced, dict(shapes), jax.ShapeDtypeStruct((1, _PROBE), np.int32))
     return result[0]

@@ -82,10 +82,7 @@ class Recipe:
         kind = self._class_of(hf)
         options = {"attn_implementation": NAME if _takes_attention(kind) else "eager"}
         with init_empty_weights(include_buffers=False):
-            try:
-                module = kind._from_config(hf, experts_implementation=_EXPERTS, **options)
-            except (ValueError, TypeError):
-                module = kind._from_config(hf, **options)
+            module = kind._from_config(hf, experts_implementation=_EXPERTS, **options)
         module.tie_weights()
         return module
 

@@ -30,10 +30,7 @@ def remembered(module: Built, dtype: DTypeLike) -> Entries | str:
         return "its attention is not by transformers' interface"
     if module.cache_name is None or "position_ids" not in module.arguments:
         return "it takes no cache beside the tokens' positions"
-    leaves = (
-        (own.row.path, jax.ShapeDtypeStruct(own.row.stacked_shape, dtype))
-        for own in module.parameters
-    )
+    leaves = ((row.path, jax.ShapeDtypeStruct(row.stacked_shape, dtype)) for row in module.rows)
 
     def trace(tree: dict[str, object], ids: jax.Array) -> Entries:
         call = CachedCall(empty_cache({}, _ROWS, _SLOTS), ids, None)

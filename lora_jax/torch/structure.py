@@ -81,25 +81,11 @@ def place_of(name: str, stacks: Sequence[LayerPeriods]) -> Place | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """A parameter of a module, or a buffer that files hold.
+def rows_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) -> list[Row]:
+    """Returns a row for each parameter of a module with all of its layers, for tied ones once.
 
-    Attributes:
-      name: dotted, as in files.
-      aliases: its other names, in other modules.
-      row: its row of the key table.
-      place: its place in a stack, in the first layer of its kind; None if it is in none.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    row: Row
-    place: Place | None = None
-
-
-def parameters_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) -> list[Parameter]:
-    """Lists the parameters of a module with all of its layers, tied ones once.
+    So, too, for buffers of floats that files hold. The first of a row's names is the module's own
+    of the tensor, or of the first layer of its kind.
 
     Args:
       module: it may be on torch's meta device.
@@ -111,13 +97,13 @@ def parameters_of(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) 
     for name, tensor in _stored(module):
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
-    parameters: list[Parameter] = []
+    rows: list[Row] = []
     for key, (name, *aliases) in names.items():
         placed = place_of(name, stacks)
         if placed is not None and placed.turn > 0:
             continue  # the row of the first layer of its kind holds it
-        parameters.append(_parameter(module, name, tuple(aliases), tensors[key], placed, heads))
-    return parameters
+        rows.append(_row(module, name, tuple(aliases), tensors[key], placed, heads))
+    return rows
 
 
 def _stored(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -142,14 +128,14 @@ def _heads(module: torch.nn.Module) -> dict[str, Kind]:
     return kinds
 
 
-def _parameter(
+def _row(
     module: torch.nn.Module,
     name: str,
     aliases: tuple[str, ...],
     tensor: torch.Tensor,
     placed: Place | None,
     heads: dict[str, Kind],
-) -> Parameter:
+) -> Row:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     shape, ours, transpose = tuple(tensor.shape), leaf, False
@@ -163,25 +149,22 @@ def _parameter(
     elif leaf == "weight" and "norm" in type(owner).__name__.lower():
         ours = "scale"
     kind = _kind(owner_name, ours, len(shape), heads)
-    path = owner_name.split(".")
+    path, hf, stacked = owner_name.split("."), name, dict[str, Any]()
     if placed is not None:
         stack, number, _, within = placed
-        inner = within.split(".")[:-1]
-        path = [*stack.name.split("."), stack.place(number), *inner]
-    row = Row(
+        path = [*stack.name.split("."), stack.place(number), *within.split(".")[:-1]]
+        hf = f"{stack.name}.{{}}.{within}"
+        stacked = {"stack": (stack.repeats,), "numbers": stack.numbers(number)}
+    return Row(
         path="/".join(part for part in (*path, ours) if part),
-        hf=name,
+        hf=hf,
         shape=shape,
         transpose=transpose,
         aliases=aliases,
         kind=kind,
         spec=_spec(owner_name, ours, shape, kind),
+        **stacked,
     )
-    if placed is not None:
-        numbers = stack.numbers(number)
-        hf = f"{stack.name}.{{}}.{within}"
-        row = dataclasses.replace(row, hf=hf, stack=(stack.repeats,), numbers=numbers)
-    return Parameter(name, aliases, row, placed)
 
 
 def _kind(owner: str, leaf: str, ndim: int, heads: dict[str, Kind]) -> Kind | None:

@@ -1,0 +1,66 @@
+"""Rows of torch modules: packed ones, padding, masks that are no arrays, and the head by itself."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.torch.checks import distance, random_model
+from tests.torch.small import IDS
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytest.importorskip("torch")
+pytest.importorskip("lora_jax.torch", exc_type=ImportError)
+
+from lora_jax.torch import attention, from_torch  # noqa: E402
+
+
+def test_rows_that_are_packed_or_padded_are_those_alone(llama):
+    fn, params = from_torch(llama[0])
+
+    def run(ids, **where):
+        return jax.jit(fn.apply)({"params": params}, ids, **where)
+
+    alone = jax.jit(fn)(params, IDS)
+    flat = IDS.reshape(1, -1)
+    positions = jnp.tile(jnp.arange(12, dtype=jnp.int32), (1, 4))
+    segments = jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32), 12)[None]
+    packed = run(flat, positions=positions, segment_ids=segments)
+    assert distance(packed[0].reshape(alone.shape), alone) <= 1e-5
+    assert distance(run(flat, segment_ids=segments), packed) == 0
+    together = run(flat, positions=positions)
+    assert distance(together[0].reshape(alone.shape), alone) > 1e-3
+    ids, mask = (jnp.pad(x, ((0, 0), (3, 0))) for x in (IDS, jnp.ones_like(IDS)))
+    for segments in (None, jnp.ones_like(mask)):
+        padded = run(ids, attention_mask=mask, segment_ids=segments)
+        assert distance(padded[:, 3:], alone) <= 1e-5
+    assert distance(run(ids)[:, 3:], alone) > 1e-3
+
+
+def test_attention_without_padding_has_no_array_for_a_mask(llama, monkeypatch):
+    calls, attend = [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    fn, params = from_torch(llama[0])
+    ways = {"call": lambda p: fn(p, IDS), "apply": lambda p: fn.apply({"params": p}, IDS)}
+    ways["mask"] = lambda p: fn.apply({"params": p}, IDS, attention_mask=jnp.ones_like(IDS))
+    for way, run in ways.items():
+        calls.clear()
+        jax.eval_shape(run, params)
+        assert bool(calls) == (way != "mask"), way
+
+
+def test_the_head_by_itself():
+    """Of a model that calls an inner part of its trunk."""
+    fn, params = from_torch(random_model("opt"))
+    at = jnp.array([[3, 5]] * 4)
+
+    @jax.jit
+    def compare(params):
+        variables = {"params": params}
+        hidden = fn.apply(variables, IDS, logits_at=at, return_hidden=True)
+        by_head = fn.apply(variables, hidden, method="head")
+        return fn(params, IDS), fn.apply(variables, IDS, logits_at=at), by_head
+
+    whole, some, by_head = compare(params)
+    for logits in (some, by_head):
+        assert distance(logits, whole[:, [3, 5]]) <= 1e-6
+        assert distance(logits, whole[:, [4, 6]]) > 1e-2
