@@ -135,12 +135,12 @@ _written = jax.custom_jvp(lambda old, new: new)
 _written.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
 
 
-def _overwrite(old: jax.Array, new: jax.Array) -> Any:
+def _overwrite(old: jax.Array, new: jax.Array) -> jax.Array:
     """Returns an array that takes the place of another one, whose gradient stays."""
     alike = (old.shape, old.dtype) == (new.shape, new.dtype)
-    if alike and jnp.issubdtype(old.dtype, jnp.inexact):
-        return _written(old, new)
-    return lax.stop_gradient(new)
+    keeps = alike and jnp.issubdtype(old.dtype, jnp.inexact)
+    array: jax.Array = _written(old, new) if keeps else lax.stop_gradient(new)
+    return array
 
 
 def _hold(tensor: Any, array: jax.Array) -> None:

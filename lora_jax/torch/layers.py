@@ -144,8 +144,7 @@ def find_stack(
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _LayerCall(layer, args, kwargs)
-        own = {k: jnp.zeros(x.shape, x.dtype) for k, x in arrays[i].items()}
-        traced, shapes = jax.make_jaxpr(call, return_shape=True)(own, call.hidden)
+        traced, shapes = jax.make_jaxpr(call, return_shape=True)(arrays[i], call.hidden)
         same = [(x.shape, x.dtype) for x in shapes] == [(call.hidden.shape, call.hidden.dtype)]
         told = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.others]
         constants = [_mark(constant) for constant in traced.consts]
@@ -222,8 +221,8 @@ def scanned(
         if i == 0:
             calls.clear()
         calls.append(_LayerCall(layer, args, kwargs))
-        own = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
         if i < stack.period - 1:
+            own = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
             with with_entries({}):  # for the structure of its output
                 jax.eval_shape(calls[i], own, calls[i].hidden)
             return calls[i].restore([calls[i].hidden])

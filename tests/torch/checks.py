@@ -323,10 +323,12 @@ def compare(model_type: str, folder: Path, *, generates: bool = True) -> dict[st
         logits = forward(lj.join(adapter, base), ids)
         return _loss_of(logits, ids), logits
 
-    off = {path: {**parts, "b": jnp.zeros_like(parts["b"])} for path, parts in adapter.items()}
+    adapter = jax.device_get(adapter)  # JAX would compile a program for each shape
+    off = {path: {**parts, "b": np.zeros_like(parts["b"])} for path, parts in adapter.items()}
     (_, logits), _ = step(off)
     facts["logits"] = distance(logits, wanted)
     (_, logits), gradients = step(adapter)
+    gradients = jax.device_get(gradients)
     facts["adapted"] = distance(logits, theirs.detach().numpy())
     lp.save(folder / "gradients", fn, lj.join(gradients, base), task_type="CAUSAL_LM")
     ours = load_file(folder / "gradients" / "adapter_model.safetensors")
@@ -340,7 +342,7 @@ def compare(model_type: str, folder: Path, *, generates: bool = True) -> dict[st
         float(np.abs(ours[n] - g).max()) / max(1.0, size) for n, g in theirs_of.items()
     )
     facts["gradient_size"] = size
-    stepped = jax.tree.map(lambda x, g: x - 0.3 * g, adapter, gradients)
+    stepped = jax.tree.map(lambda x, g: x - np.float32(0.3) * g, adapter, gradients)
     (_, logits), _ = step(stepped)
     lp.save(folder / "stepped", fn, lj.join(stepped, base), task_type="CAUSAL_LM")
     adapted.load_adapter(folder / "stepped", "stepped")

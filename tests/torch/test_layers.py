@@ -22,9 +22,9 @@ def test_a_scan_and_recomputed_layers_change_no_gradient(llama, tmp_path):
     folder, _ = llama
     fn, params = from_torch(folder)
     scanned = adapted(params)
-    lp.save(tmp_path, fn, scanned)
+    lp.save(tmp_path / "adapter", fn, scanned)
     apart, params = from_torch(folder, scan=False)
-    trees = {True: scanned, False: lp.load(tmp_path, apart, params)}
+    trees = {True: scanned, False: lp.load(tmp_path / "adapter", apart, params)}
     results = []
     for scan, remat in ((s, r) for s in (True, False) for r in (False, True, "offload")):
         step, adapter = loss_of((fn if scan else apart).clone(remat=remat), trees[scan])
