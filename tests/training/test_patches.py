@@ -122,6 +122,19 @@ def examples(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
     return training.chats(rows, tokenizer, **{"seq_len": 512, "images": reader, **options})
 
 
+def test_a_row_that_is_left_out_takes_no_room(tmp_path: Path) -> None:
+    """The control: with it, each row has room for its patches."""
+    folder, rows = tiny.write_qwen_vl(tmp_path / "model"), [row_of(1), row_of(4)]
+    alone = examples(folder, rows[:1])
+    cut = {"seq_len": alone.lengths[-1]}
+    with pytest.raises(training.TrainingError, match="tokens with a smaller longest_edge"):
+        examples(folder, rows, **cut)
+    short = examples(folder, rows, truncate=True, **cut)
+    shapes = [packs.take(np.arange(1))["pixel_values"].shape for packs in (alone, short)]
+    assert len(short) == 1 and shapes[0] == shapes[1]
+    assert shapes[0][1] < examples(folder, rows).take(np.arange(1))["pixel_values"].shape[1]
+
+
 def test_sizes_by_hand() -> None:
     """Whole squares of patches, between the bounds; what is too long is named."""
     processor = PatchProcessor.from_hf(tiny.processor())

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.hf.vision.readers import reads_images
-from lora_jax.training.data.batches import Packs, pack, pack_mixture
+from lora_jax.training.data.batches import Further, Packs, pack, pack_mixture
 from lora_jax.training.data.chats import add_pictures, check_lengths, pictures_of
 from lora_jax.training.data.image_parts import has_images
 from lora_jax.training.data.sequences import Sequences
@@ -162,7 +162,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     packs = packed(config, parts, [w for w in weights if w is not None], pictures)
     measured = Sequences.join(held_out) if held_out else None
     if packs.further is not None:
-        lines.append(_images_line(pictures))
+        lines.append(_images_line(pictures, packs.further))
     return Data(
         train=packs,
         held_out=None
@@ -210,11 +210,12 @@ def tokens_of(config: Config, dataset: Dataset, tokenizer: Any, **options: Any) 
     return tokenize(dataset, tokenizer, train_on=config.data.train_on, write=write, **options)
 
 
-def _images_line(pictures: Sequence[Pictures]) -> str:
+def _images_line(pictures: Sequence[Pictures], values: Further) -> str:
     """Returns the number of images, and of their tiles, in words."""
     n = sum(len(row) for part in pictures for row in part.grids)
     tiles = sum(len(part.pixels) for part in pictures)
-    return pictures[0].reader.describe(n, tiles, PixelValues(pictures).most)
+    assert isinstance(values, PixelValues)
+    return pictures[0].reader.describe(n, tiles, values.most)
 
 
 def hold_out(
@@ -307,8 +308,9 @@ def packed(
     """
     data = config.data
     kept = {}
+    shown = any(len(part.pixels) for part in pictures)
     for source, sequences in parts.items():
-        kept[source] = check_lengths(sequences, data.seq_len, truncate=data.truncate)
+        kept[source] = check_lengths(sequences, data.seq_len, truncate=data.truncate, images=shown)
         if left_out := len(sequences) - len(kept[source]):
             print(f"{source}: left out {left_out} rows, truncated before their completion began")
     how: Any = {"packing": data.packing}

@@ -74,7 +74,9 @@ def chats(
     check_rows(rows, source)
     pictures = None if images is None else pictures_of(rows, images, source)
     tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=warn, pictures=pictures)
-    packs = pack(check_lengths(tokens, seq_len, truncate=truncate), seq_len, packing=packing)
+    shown = pictures is not None and len(pictures.pixels) > 0
+    kept = check_lengths(tokens, seq_len, truncate=truncate, images=shown)
+    packs = pack(kept, seq_len, packing=packing)
     return packs if pictures is None else add_pictures(packs, [pictures], packing=packing)
 
 
@@ -105,7 +107,9 @@ def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> P
                 "itself: leave it out"
             )
         )
-    return dataclasses.replace(packs, further=PixelValues(parts))
+    origins, numbers = packs.table.origins, packs.table.rows
+    rows = [np.unique(numbers[origins == at]) for at in range(len(parts))]
+    return dataclasses.replace(packs, further=PixelValues(parts, rows))
 
 
 def warn(lines: Sequence[str], above: int = 1) -> None:
@@ -253,11 +257,17 @@ def from_json(block: Mapping[str, Any]) -> Sequences:
 
 
 def check_lengths(
-    sequences: Sequence[TokenSequence], seq_len: int, *, truncate: bool, a_unit: int = 1
+    sequences: Sequence[TokenSequence],
+    seq_len: int,
+    *,
+    truncate: bool,
+    a_unit: int = 1,
+    images: bool = False,
 ) -> Sequences:
     """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
 
     Where one of the `a_unit` sequences that belong together has no such token, all are left out.
+    An error says how rows with `images` become shorter.
 
     Raises:
       TrainingError: one is longer and `truncate` is off, or none is left.
@@ -266,12 +276,14 @@ def check_lengths(
     longer = int((table.lengths > seq_len).sum())
     if longer and not truncate:
         longest = int(table.lengths.max())
+        smaller = "; an image has fewer tokens with a smaller longest_edge in the size of "
+        smaller += "preprocessor_config.json, in a copy of the model's folder"
         raise TrainingError(
             lambda option: (
                 f"{longer} of {len(sequences)} sequences are longer than "
                 f"{option('seq_len', seq_len)}, the longest has {longest} tokens. Raise "
                 f"{option('seq_len')} to {longest}, take those rows out, or cut them off at the "
-                f"end with {option('truncate', True)}"
+                f"end with {option('truncate', True)}" + smaller * images
             )
         )
     table = table.cut(seq_len)

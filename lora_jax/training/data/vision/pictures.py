@@ -78,20 +78,28 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PixelValues:
-    """Gives images of the rows of data sets to batches; see ``Packs.further``."""
+    """Gives images of the rows of data sets to batches; see ``Packs.further``.
+
+    Attributes:
+      parts: the images of each data set.
+      rows: for each data set, the numbers of the rows that batches are made of.
+    """
 
     parts: Sequence[Pictures]
+    rows: Sequence[np.ndarray]
 
     @functools.cached_property
     def most(self) -> int:
         """Returns the tiles that each row gets: as many as the row with most of them."""
-        n = int(max(np.diff(part.firsts).max(initial=1) for part in self.parts))
+        each = zip(self.parts, self.rows, strict=True)
+        n = max(int(np.diff(part.firsts)[rows - 1].max(initial=1)) for part, rows in each)
         return self.parts[0].reader.room(n)
 
     @functools.cached_property
     def most_images(self) -> int:
         """Returns the number of images of the row with most of them, 1 at least."""
-        return max(max(map(len, part.grids), default=1) for part in self.parts) or 1
+        each = zip(self.parts, self.rows, strict=True)
+        return max(1, *(len(part.grids[row - 1]) for part, rows in each for row in rows.tolist()))
 
     def arrays(self, origin: int, row: int) -> HostBatch:
         """Returns the model's inputs of a row's images, with room for as many as any row has."""
