@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+import lora_jax.peft as lp
 from lora_jax import models
 from tests.support import assert_identical
 from tests.train import tiny_qwen_vl as tiny
@@ -80,6 +81,22 @@ def test_a_resumed_run_ends_where_a_whole_one_does(made: Path, tmp_path: Path) -
     assert_identical(whole, half)
     losses = [line["loss"] for line in read_metrics(tmp_path / "whole")]
     assert np.isfinite(losses).all()
+
+
+def test_peft_of_texts_is_merged_into_the_model_whose_names_it_has(
+    made: Path, tmp_path: Path
+) -> None:
+    rules = [lj.LoraRule(targets=["q_proj"], rank=2)]
+    for name, kind in (("whole", models.QwenVL), ("text", models.Decoder)):
+        images = {"images": True} if name == "whole" else {}
+        model, params = models.from_pretrained(made / "model", **images)
+        lp.save(tmp_path / name, model, lj.lorafy(params, rules))
+        args = ["--adapter", tmp_path / name, "--model", made / "model", "--merged"]
+        export([*map(str, [*args, "--output", tmp_path / "merged" / name])])
+        merged, _ = models.from_pretrained(tmp_path / "merged" / name, **images)
+        assert isinstance(model, kind) and isinstance(merged, kind)
+        card = (tmp_path / "merged" / name / "README.md").read_text()
+        assert ("images=True" in card) == (name == "whole")
 
 
 def test_texts_alone_and_what_is_refused(

@@ -99,10 +99,15 @@ class AdapterSource:
     @property
     def images(self) -> bool:
         """True where the adapter was trained on a model with its encoder of images."""
-        if not self.from_peft:
-            return bool(self.about.get(IMAGES))
-        with self._weights_readable():
-            return any(".visual." in name for name in read_names(self.folder / PEFT_WEIGHTS))
+        return self._has_names(".visual.") if self.from_peft else bool(self.about.get(IMAGES))
+
+    @property
+    def names_whole_model(self) -> bool:
+        """True for `images`, and where PEFT adapted the text alone of a model that has both.
+
+        PEFT merges such an adapter into the whole model. Where nothing is merged it goes with both.
+        """
+        return self.images or self.from_peft and self._has_names(".language_model.")
 
     @property
     def codes(self) -> str | None:
@@ -171,6 +176,11 @@ class AdapterSource:
             read_config(self.folder)
         with self._weights_readable():
             read_tensors(self.folder / PEFT_WEIGHTS)
+
+    def _has_names(self, part: str) -> bool:
+        """Returns True if the name of one of PEFT's tensors has this part."""
+        with self._weights_readable():
+            return any(part in name for name in read_names(self.folder / PEFT_WEIGHTS))
 
     def _weights_readable(self) -> AbstractContextManager[None]:
         """Turns errors of PEFT's weights within into UserErrors."""

@@ -222,7 +222,8 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Mod
     mismatch = options.allow_base_mismatch
     of_base = head if num_labels else {"model_code": adapter.model_code}
     outline = read_untokenized(name, **of_base)
-    outline = outline.with_images() if adapter.images else outline
+    whole = adapter.images or options.gguf is None and adapter.names_whole_model
+    outline = outline.with_images() if whole else outline
     outline = outline.scaled(adapter.rope_scaling)
     in_codes = outline.has_codes or (options.gguf and resolve(name).path.suffix == ".gguf")
     if options.quantize and not in_codes:

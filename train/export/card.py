@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from lora_jax.core.types import Fields, Model
+from lora_jax.models.families import reading_options
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown, table
@@ -135,7 +136,7 @@ def _code(export: Export) -> Iterator[str]:
         loaded = f"model = {auto}.from_pretrained({name})"
         yield "With transformers:"
         yield _python(f"from transformers import {auto}", "", loaded)
-        images = ", images=True" if export.source.images else ""
+        images = ", images=True" if reading_options(export.model.config) else ""
         loaded = f"model, params = models.from_pretrained({name}{images})"
         yield "With lora_jax:"
         yield _python("from lora_jax import models", "", loaded)
@@ -145,7 +146,7 @@ def _code(export: Export) -> Iterator[str]:
     of_torch, of_ours = "".join(f", {key}={value!r}" for key, value in given.items()), ""
     if "num_labels" in given:
         of_ours = f', head="classification", num_labels={config.num_labels}'
-    if source.images:
+    if reading_options(config):
         of_ours += ", images=True"
     if source.rope_scaling:
         of_ours += f", rope_scaling={source.rope_scaling!r}"

@@ -230,16 +230,23 @@ def test_an_adapter_of_images_where_texts_are_read_and_back(tmp_path):
     text = models.Decoder(whole.config.text)
     alone = {"model": params["model"]["language_model"], "lm_head": params["lm_head"]}
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj", "qkv"], rank=2)])
+    only_text = [lj.LoraRule(targets=["q_proj"], rank=2)]
     lj.save_adapter(tmp_path / "whole", tree, about={"images": True})
-    lj.save_adapter(tmp_path / "text", lj.lorafy(alone, [lj.LoraRule(targets=["q_proj"], rank=2)]))
+    lj.save_adapter(tmp_path / "text", lj.lorafy(alone, only_text))
     lp.save(tmp_path / "peft", whole, tree)
-    names = ("whole", "text", "peft")
+    lp.save(tmp_path / "peft_whole", whole, lj.lorafy(params, only_text))
+    lp.save(tmp_path / "peft_text", text, lj.lorafy(alone, only_text))
+    names = ("whole", "text", "peft", "peft_whole", "peft_text")
     source = {name: find_adapter(str(tmp_path / name)) for name in names}
     for name in ("whole", "peft"):
         assert source[name].images
         source[name].load(whole, params, "M")
         with pytest.raises(UserError, match="on M with its images, and only texts are read here"):
             source[name].load(text, alone, "M")
-    source["text"].load(text, alone, "M")
+    for name in ("text", "peft_whole", "peft_text"):
+        assert not source[name].images
+        source[name].load(text, alone, "M")
+    of_whole = [name for name in names if source[name].names_whole_model]
+    assert of_whole == ["whole", "peft", "peft_whole"]
     with pytest.raises(UserError, match="on the text of M alone, and here images are read"):
         source["text"].load(whole, params, "M")
