@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lora_jax.core.types import Forward, Model
-from lora_jax.training.memory.ladder import GIB, RematChoice, one_lower
+from lora_jax.training.memory.ladder import GIB, RematChoice, next_choice
 from lora_jax.training.processes import write_text
 from lora_jax.training.ready import compile_step
 from lora_jax.training.setup import CompiledStep
@@ -55,7 +55,8 @@ def compile_row(
     """Compiles the step of a single run; one that was chosen and does not fit, one policy down.
 
     A TPU's compiler refuses what does not fit. A GPU's refuses nothing: there the memory that the
-    compiled step takes is compared with the card's, before the first step.
+    compiled step takes is compared with the card's, before the first step. Where a compiler refuses
+    the last policy, it judges one more that was predicted not to fit (`next_choice`).
 
     Args:
       row: the run.
@@ -75,19 +76,20 @@ def compile_row(
             try:
                 step = compile_step(row.start, forward, row.loss)
             except jax.errors.JaxRuntimeError as error:
-                if choice is None or not choice.lower or "RESOURCE_EXHAUSTED" not in str(error):
+                if choice is None or choice.is_last or "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-        if choice is None or not choice.lower:
+        if choice is None or choice.is_last:
             assert step is not None
             return model, forward, step, time.perf_counter() - began
         refused, needed = _compare_processes(step)
-        if step is not None and not refused and not _exceeds(needed, choice.capacity):
+        exceeds = bool(choice.lower) and _exceeds(needed, choice.capacity)
+        if step is not None and not refused and not exceeds:
             return model, forward, step, time.perf_counter() - began
-        lower = one_lower(choice, needed)
-        assert lower is not None
+        other = next_choice(choice, needed)
+        assert other is not None
         del step
-        tell(row.run.console, _why_lower(choice, lower, needed))
-        choice = lower
+        tell(row.run.console, _why_next(choice, other, needed))
+        choice = other
         _set_remat(row, choice.remat)
         write_text(row.run.folder / CONFIG, options_file(row.run.config, row.run.script))
         model = model.clone(remat=row.run.config.optim.remat_policy)
@@ -115,13 +117,13 @@ def step_bytes(step: Any) -> int | None:
     return sum(sizes.values()) - 2 * sizes["aliased"] if sizes else None
 
 
-def _why_lower(choice: RematChoice, lower: RematChoice, needed: int | None) -> str:
+def _why_next(choice: RematChoice, other: RematChoice, needed: int | None) -> str:
     if needed is None:
         why = "the compiler refuses the step for want of memory"
     else:
         of = "" if choice.capacity is None else f" of {choice.capacity / GIB:,.2f}"
         why = f"the compiled step takes {needed / GIB:,.2f}{of} GiB"
-    return f"remat: {choice.remat} does not fit ({why}): compiling anew with {lower.remat}"
+    return f"remat: {choice.remat} does not fit ({why}): compiling anew with {other.remat}"
 
 
 def _set_remat(row: TableRun, remat: str) -> None:

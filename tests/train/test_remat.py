@@ -121,6 +121,18 @@ def test_one_policy_down_where_the_compiler_refuses(
 
 
 @pytest.mark.slow
+def test_a_policy_that_was_predicted_not_to_fit_comes_after_the_last(
+    inputs, tmp_path, compiled, monkeypatch, capsys
+):
+    devices_have(monkeypatch, 1000)
+    refusing(monkeypatch, EXHAUSTED)
+    main([*inputs, "--output", str(tmp_path), "--remat", "auto"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert compiled == [True, False] and saved_policy(tmp_path) == "none"
+    assert "full does not fit" in told and "compiling anew with none" in told
+
+
+@pytest.mark.slow
 def test_one_policy_down_where_a_compiled_step_takes_too_much(
     inputs, tmp_path, compiled, monkeypatch, capsys
 ):

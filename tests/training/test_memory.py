@@ -19,7 +19,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import token_loss
 from lora_jax.training.memory import live
 from lora_jax.training.memory.axes import axes_of
-from lora_jax.training.memory.ladder import LADDER, choose_remat, fits, one_lower, rungs_for
+from lora_jax.training.memory.ladder import LADDER, choose_remat, fits, next_choice, rungs_for
 from lora_jax.training.memory.live import peak_bytes
 from lora_jax.training.memory.step import predicted_bytes
 from lora_jax.training.mesh import make_mesh
@@ -233,13 +233,14 @@ def test_the_first_that_fits_with_a_margin(capacity, remat, looked_at):
         assert "not known" in choice.describe()
 
 
-def test_one_policy_down():
+def test_one_policy_down_and_then_the_one_that_was_predicted_not_to_fit():
     choice, sizes = choose_remat(LADDER, SIZES.__getitem__, 13), []
     while choice is not None:
-        sizes.append((choice.remat, choice.predicted.get("full")))
+        sizes.append((choice.remat, choice.predicted.get("full"), choice.is_last))
         assert choice.fits == (choice.remat == "full")  # the next one was not predicted
-        choice = one_lower(choice, 14 if choice.remat == "full" else None)
-    assert sizes == [("full", 10), ("offload", 14)]
+        choice = next_choice(choice, 14 if choice.remat == "full" else None)
+    assert sizes == [("full", 10, False), ("offload", 14, False), ("attention", 14, True)]
+    assert choose_remat(("none", "full"), SIZES.__getitem__, 33).above is None
 
 
 def test_policies_that_differ_on_a_platform():

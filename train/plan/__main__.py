@@ -30,7 +30,7 @@ from train.options.rope import parse_rope_scaling
 from train.plan.clock.table import print_clocks
 from train.plan.compile import Plan, plan
 from train.plan.job import PlanJob, PlanVariant
-from train.plan.ladder import Ladder, find_ladder, print_ladder, rungs_of
+from train.plan.ladder import Ladder, find_ladder, next_variants, print_ladder, rungs_of
 from train.plan.largest import largest_fit
 from train.plan.machines import Machine, assuming, find_machine
 from train.plan.options import PlanConfig, PlanOptions, check
@@ -77,11 +77,14 @@ def run(options: PlanOptions) -> None:
     if asked.decode_adapters is not None:
         rows_params(job, first, asked.decode_adapters)  # its errors, before the plans are made
     try:
-        for variant in variants(options, job, rungs)[len(plans) :]:
+        wanted = variants(options, job, rungs)[len(plans) :]
+        for variant in wanted:
             with progress.status(f"compiling {variant.name}"):
                 plans.append(plan(job, variant, optim))
             took = duration(plans[-1].compile_seconds)
             progress.print(f"compiled {variant.name}: {took}", highlight=False)
+            if rungs and asked.alone and plans[-1].refused:  # as a run goes on
+                wanted += next_variants(variant, rungs)
         if asked.decode_rows:
             with progress.status("compiling a token"):
                 token = plan_token(job, first, asked.decode_rows, asked.decode_adapters)

@@ -7,7 +7,13 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.training.memory.ladder import GIB, RematChoice, choose_remat, rungs_for
+from lora_jax.training.memory.ladder import (
+    GIB,
+    RematChoice,
+    choose_remat,
+    next_choice,
+    rungs_for,
+)
 from lora_jax.training.memory.step import predicted_bytes
 from train.options.common import AdapterConfig, OptimConfig
 from train.plan.compile import Plan, trace_step
@@ -74,6 +80,15 @@ def find_ladder(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> Lad
     capacity = int(job.machine.shares[0] * job.machine.capacity)
     choice = choose_remat([*predicted], predicted.__getitem__, capacity)
     return Ladder(choice, predicted, {remat: one.name for remat, one in variants.items()})
+
+
+def next_variants(refused: PlanVariant, ladder: Ladder) -> list[PlanVariant]:
+    """Returns the variant that a run compiles after one that the compiler refused, if there is."""
+    choice: RematChoice | None = ladder.choice
+    while choice is not None and choice.remat != refused.remat:
+        choice = next_choice(choice, None)
+    choice = choice and next_choice(choice, None)
+    return [dataclasses.replace(refused, remat=choice.remat)] if choice else []
 
 
 def rungs_of(ladder: Ladder, plans: Sequence[Plan]) -> list[PlannedRung]:

@@ -33,17 +33,24 @@ class RematChoice:
       predicted: bytes of a device for each policy that was looked at, in their order.
       capacity: bytes of the smallest device; None where it is not known.
       lower: the policies that take less memory, in order.
+      above: the leanest policy that its prediction alone ruled out; None if there is none.
     """
 
     remat: str
     predicted: dict[str, int]
     capacity: int | None
     lower: tuple[str, ...] = ()
+    above: str | None = None
 
     @property
     def fits(self) -> bool:
         """Returns True if there is a prediction, and it leaves the margin."""
         return self.remat in self.predicted and fits(self.predicted[self.remat], self.capacity)
+
+    @property
+    def is_last(self) -> bool:
+        """Returns True if no other policy is left to compile."""
+        return not self.lower and self.above is None
 
     def describe(self) -> str:
         """Returns the choice and its reason in a line."""
@@ -107,22 +114,30 @@ def choose_remat(
         if fits(predicted[remat], capacity):
             break
     return RematChoice(
-        remat=remat, predicted=predicted, capacity=capacity, lower=_after(rungs, remat)
+        remat=remat,
+        predicted=predicted,
+        capacity=capacity,
+        lower=_after(rungs, remat),
+        above=[None, *predicted][-2],
     )
 
 
-def one_lower(choice: RematChoice, needed: int | None) -> RematChoice | None:
-    """Returns the choice one policy down, where one did not fit; None from the last.
+def next_choice(choice: RematChoice, needed: int | None) -> RematChoice | None:
+    """Returns the choice after one that did not fit: one policy down; None if nothing is left.
+
+    A prediction may be too high. So after the last policy comes `RematChoice.above`.
 
     Args:
       choice: the policy that did not fit.
       needed: the bytes that its compiled step takes; None where the compiler did not say.
     """
-    if not choice.lower:
-        return None
-    remat, *lower = choice.lower
     known = {**choice.predicted} if needed is None else {**choice.predicted, choice.remat: needed}
-    return dataclasses.replace(choice, remat=remat, predicted=known, lower=tuple(lower))
+    if choice.lower:
+        remat, *lower = choice.lower
+        return dataclasses.replace(choice, remat=remat, predicted=known, lower=tuple(lower))
+    if choice.above is None:
+        return None
+    return dataclasses.replace(choice, remat=choice.above, predicted=known, above=None)
 
 
 def _after(rungs: Sequence[str], remat: str) -> tuple[str, ...]:

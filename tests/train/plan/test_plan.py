@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax.training.memory.ladder import choose_remat
 from lora_jax.training.step import State
 from tests.models import tiny_encoders
 from tests.support import over
@@ -35,7 +36,7 @@ from train.plan.flops.checked import step_work
 from train.plan.flops.closed_form import step_flops
 from train.plan.flops.jaxpr import Count
 from train.plan.hlo.work import HloWork
-from train.plan.ladder import print_ladder, rungs_of
+from train.plan.ladder import Ladder, print_ladder, rungs_of
 from train.plan.machines import find_machine, topology_here
 from train.plan.refusals import refused_bytes
 from train.run.output import folder_bytes
@@ -532,3 +533,19 @@ def test_the_ladder_as_a_table(model):
     table = console.file.getvalue()
     assert re.search(r"none \(chosen\) │ +0\.00 │ +– │ +– │", table) and "full" in table
     assert "remat: none (nothing is computed again): predicted 0.00 of" in table
+
+
+def test_after_the_last_policy_comes_one_that_was_predicted_not_to_fit(model, monkeypatch):
+    """The compiler refuses all of them here."""
+    sizes, compiled = {"none": 2, "full": 1}, []
+
+    def refused(job, variant, optim):
+        compiled.append(variant.remat)
+        return SimpleNamespace(refused="too much", compile_seconds=1.0)
+
+    ladder = Ladder(choose_remat([*sizes], sizes.__getitem__, 1), sizes, {})
+    for name, value in (("find_ladder", lambda *job: ladder), ("plan", refused)):
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(plan, "show", lambda *plans: None)
+    plan.run(asked(model, "--remat", "auto", "--alone"))
+    assert compiled == ["full", "none"]
