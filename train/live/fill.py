@@ -49,7 +49,7 @@ def fill_routing(
       new: the maximum number of tokens of a completion.
     """
     end, first = before, routing.shape[1] - (new - 1)
-    row[:before] = routing[0, first - before : first]
+    row[:before] = routing[:, first - before : first].max(axis=0)  # -1 where one did not begin
     for n, experts in zip(lengths.tolist(), routing, strict=True):
         run = max(n - 1, 0)  # the last token of a completion was drawn, and not run
         row[end : end + run] = experts[first : first + run]

@@ -4,7 +4,8 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax.training.run.stop import Stop
-from train.live.turn_groups import ask_of_turns
+from train.live.fill import fill_routing
+from train.live.turn_groups import ask_of_turns, routing_of
 from train.live.turns.rows import AskedRow, TurnCompletion
 from train.rewards.find import Rewards
 from train.rewards.reward import EarnedReward, RewardBatch, earned_reward, function_reward
@@ -36,3 +37,13 @@ def test_nothing_is_learned_where_all_were_lost():
     answer = asked_of(True, True)
     assert np.isnan(answer.total).all() and answer.lost == LOST
     assert answer.metrics["reward_length"] is None
+
+
+def test_a_prompt_has_the_experts_by_which_any_of_its_completions_was_drawn():
+    """The first one was lost before it began."""
+    experts = np.arange(5, dtype=np.int16).reshape(5, 1, 1)
+    begun = TurnCompletion(ASKED, [1, 2], ids=[3, 4, 5], routing=experts)
+    routing = routing_of([TurnCompletion(ASKED, [1, 2]), begun], 3, 3, (1, 1))
+    row = np.full((6, 1, 1), -1, np.int16)
+    fill_routing(row, 2, np.array([0, 3]), routing, 4)
+    assert row.ravel().tolist() == [0, 1, 2, 3, -1, -1]
