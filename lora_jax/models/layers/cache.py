@@ -226,6 +226,12 @@ def init_cache(
     )
 
 
+def depends_on_room(config: object) -> bool:
+    """Returns True where keys depend on the length of the cache: those that "longrope" rotates."""
+    scaling = getattr(config, "rope_scaling", None)
+    return scaling is not None and scaling.kind == "longrope"
+
+
 def _begin_recurrent(
     config: Any, layers: int, batch: int, dtype: DTypeLike, shared: Shared | None
 ) -> Recurrent | None:

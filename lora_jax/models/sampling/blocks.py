@@ -91,4 +91,5 @@ def grow_cache(cache: Cache, length: int) -> Cache:
         key=grow(cache.key, 3, 0),
         value=grow(cache.value, 3, 0),
         positions=grow(cache.positions, 1, -1),
+        routing=jax.tree.map(lambda x: grow(x, 2, -1), cache.routing),
     )

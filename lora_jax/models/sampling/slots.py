@@ -177,12 +177,13 @@ def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows
         return lax.dynamic_update_slice_in_dim(old, new, row, axis=1)
 
     old, new = rows.cache, state.cache
+    routings = old.routing, new.routing
     return DecodingRows(
         cache=old._replace(
             key=put(old.key, new.key[:, :, :, :length]),
             value=put(old.value, new.value[:, :, :, :length]),
             recurrent=jax.tree.map(put, old.recurrent, new.recurrent),
-            routing=jax.tree.map(put, old.routing, new.routing),
+            routing=jax.tree.map(lambda old, new: put(old, new[:, :, :length]), *routings),
             positions=old.positions.at[row].set(positions),
             length=old.length.at[row].set(state.n),
         ),
@@ -215,5 +216,6 @@ def fit_rows(rows: DecodingRows, order: jax.Array | np.ndarray, length: int) -> 
         positions=resize(cache.positions[order], 1, -1),
         length=cache.length[order],
         recurrent=jax.tree.map(lambda x: x[:, order], cache.recurrent),
+        routing=jax.tree.map(lambda x: resize(x[:, order], 2, -1), cache.routing),
     )
     return DecodingRows(fitted, *jax.tree.map(lambda x: x[order], rows[1:]))

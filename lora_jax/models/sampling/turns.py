@@ -19,6 +19,7 @@ from jax import lax
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.sampling.blocks import grow_cache
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import (
     DecodingRows,
@@ -72,11 +73,11 @@ def turn_key(key: jax.Array, turn: int) -> jax.Array:
     return key if turn == 0 else jax.random.fold_in(key, _TURNS + turn)
 
 
-def copy_row(rows: DecodingRows, row: Number, n: Number) -> Cache:
-    """Returns a row, which has n tokens, [] int32, as a cache for `run_chunk`."""
+def copy_row(rows: DecodingRows, row: Number, n: Number, length: int) -> Cache:
+    """Returns a row, which has n tokens, [] int32, as a cache of this length for `run_chunk`."""
     key, value = take_row(rows, row)
     slots = jnp.arange(rows.cache.positions.shape[1], dtype=jnp.int32)
-    return rows.cache._replace(
+    cache = rows.cache._replace(
         key=key,
         value=value,
         positions=jnp.where(slots < n, slots, -1)[None],
@@ -85,6 +86,7 @@ def copy_row(rows: DecodingRows, row: Number, n: Number) -> Cache:
         recurrent=take_recurrent(rows, row),
         routing=take_routing(rows, row),
     )
+    return grow_cache(cache, length)
 
 
 def row_routing(rows: DecodingRows, row: Number) -> jax.Array:

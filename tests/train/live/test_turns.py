@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.models import sample
+from lora_jax.models import Decoder, DecoderConfig, sample
 from lora_jax.models.sampling.choice import row_keys
 from lora_jax.models.sampling.prompts import pad_left
 from lora_jax.models.sampling.text import StopTexts
@@ -15,7 +15,7 @@ from lora_jax.training.errors import Dropped
 from lora_jax.training.layout import Layout, make_mesh
 from lora_jax.training.run.stop import Stop
 from tests.support import assert_close
-from tests.train.tiny import decoder, tokenizer
+from tests.train.tiny import CONFIG, decoder, tokenizer
 from train.live.turns.episodes import Listener
 from train.live.turns.programs import TurnPrograms
 from train.live.turns.rows import AskedRow, TurnLimits, tool_metrics
@@ -192,6 +192,23 @@ def test_a_row_that_waits_holds_no_other_up(programs):
 
     draw(programs, Gated(), read=lambda ids, before: ("", [ToolCall("look", {})]))
     assert gate.is_set() and over[-2:] == [0, 3]
+
+
+ROPE = {"rope_type": "longrope", "rope_theta": 300.0, "original_max_position_embeddings": TOTAL}
+ROPE |= {"factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(("fields", "more"), [({}, 0), ({"rope_parameters": ROPE}, 8)])
+def test_a_token_sees_no_slots_that_stay_empty(fields, more):
+    """Room for the last chunk of a row is in that chunk's own cache; keys may depend on it."""
+    model = Decoder(DecoderConfig.from_hf(CONFIG | fields))
+    made = TurnPrograms(model, model.apply, Layout.of(make_mesh(jax.devices()[:1]), model.config))
+    made.chunk = 8
+    rows = made.empty(3, TOTAL)
+    assert rows._arrays.cache.positions.shape == (3, TOTAL + more)
+    copied = rows._copy(rows._arrays, np.int32(2), np.int32(5))
+    assert copied.key.shape == rows._cache().key.shape
+    assert copied.max_len == TOTAL + 8 and (np.asarray(copied.positions[0, 5:]) == -1).all()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.types import Forward, Model, Tree
-from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.layers.cache import Cache, depends_on_room, init_cache
 from lora_jax.models.sampling import slots, turns
 from lora_jax.models.sampling.choice import Sampling
 from lora_jax.models.sampling.slots import DecodingRows, DrawnTokens
@@ -46,7 +46,6 @@ class TurnPrograms:
         self.mesh, self.with_routing = layout.mesh, with_routing
         self.chunk = _CHUNK_ON_CPU if layout.platform == "cpu" else _CHUNK
         self._run_chunk = self._compiled(functools.partial(slots.run_chunk, apply), donate=3)
-        self._copy = self._compiled(turns.copy_row)
         self._routing = self._compiled(turns.row_routing)
         self._of_rows: dict[tuple[int, int], tuple[Any, ...]] = {}
 
@@ -67,17 +66,22 @@ class TurnPrograms:
           rows: the number of rows.
           length: the most tokens of a row.
         """
-        n_slots = length + self.chunk  # the last chunk of a row may begin at any slot
+        model: Any = self._model
+        whole_chunks = length + self.chunk  # the last chunk of a row may begin at any slot
+        # It runs in a cache of its own, so that all tokens behind it see no slots that stay empty.
+        n_slots = whole_chunks if depends_on_room(model.config) else length
         if (rows, n_slots) not in self._of_rows:
-            model: Any = self._model
             asked: dict[str, Any] = {"with_routing": self.with_routing}
             make = functools.partial(slots.empty_rows, model, rows, n_slots, **asked)
             where, whole = self._shardings(jax.eval_shape(make)), self._layout.whole
             decode = functools.partial(turns.decode_turns, self._apply, n=BLOCK)
-            cache = functools.partial(init_cache, model.config, 1, n_slots, model.dtype, **asked)
+            shape = 1, whole_chunks, model.dtype
+            cache = functools.partial(init_cache, model.config, *shape, **asked)
+            copy = functools.partial(turns.copy_row, length=whole_chunks)
             self._of_rows[rows, n_slots] = (
                 self._compiled(make, out=where),
                 self._compiled(cache),
+                self._compiled(copy),
                 self._compiled(turns.begin_turn, donate=0, out=(where, whole)),
                 self._compiled(decode, donate=1, out=(where, whole)),
             )
@@ -107,11 +111,6 @@ class TurnPrograms:
         assert logits is not None, "there is a token"
         return logits, cache
 
-    def copy(self, rows: DecodingRows, place: int, n: int) -> Cache:
-        """Returns the first n tokens of a row as a cache of its own."""
-        cache: Cache = self._copy(rows, np.int32(place), np.int32(n))
-        return cache
-
     def routing(self, rows: DecodingRows, place: int) -> np.ndarray:
         """Returns the experts of a row's tokens; see `row_routing`."""
         return np.asarray(self._routing(rows, np.int32(place)))
@@ -129,11 +128,12 @@ class TurnRows:
         programs: TurnPrograms,
         arrays: DecodingRows,
         cache: Callable[[], Cache],
+        copy: Callable[..., Cache],
         begin: Callable[..., Any],
         decode: Callable[..., Any],
     ) -> None:
         self._programs, self._arrays, self._cache = programs, arrays, cache
-        self._begin, self._decode = begin, decode
+        self._copy, self._begin, self._decode = copy, begin, decode
         self.n = len(arrays.last)
 
     def prefill(self, params: Tree, prompt: Sequence[int]) -> tuple[jax.Array, Cache]:
@@ -144,7 +144,8 @@ class TurnRows:
         self, params: Tree, place: int, n: int, ids: Sequence[int]
     ) -> tuple[jax.Array, Cache]:
         """Runs tokens behind the first n of a row; see `TurnPrograms.run`."""
-        return self._programs.run(params, ids, self._programs.copy(self._arrays, place, n))
+        cache = self._copy(self._arrays, np.int32(place), np.int32(n))
+        return self._programs.run(params, ids, cache)
 
     def routing(self, place: int) -> np.ndarray:
         """Returns the experts of a row's tokens; see `row_routing`."""

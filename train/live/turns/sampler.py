@@ -106,7 +106,9 @@ class _Draw:
         rows: TurnRows,
     ) -> None:
         self._of, self._params, self._listener, self._rows = sampler, params, listener, rows
-        self._keys, self._ends = keys, frozenset(sampler.drawing.ends)
+        how = sampler.drawing
+        self._sampling = make_sampling(sampler.vocab, how.temperature, how.top_p, how.top_k, keys)
+        self._keys, self._ends = [*keys], frozenset(how.ends)
         self._done = [TurnCompletion(each, each.prompt) for each in asked]
         self._index = {each.number: i for i, each in enumerate(asked)}
         self._queues = [deque(range(place, len(asked), rows.n)) for place in range(rows.n)]
@@ -194,9 +196,8 @@ class _Draw:
         self._begin_turn(i, place, logits, cache)
 
     def _begin_turn(self, i: int, place: int, logits: jax.Array, cache: Cache) -> None:
-        made, how = self._done[i], self._of.drawing
-        key = turn_key(self._keys[i], len(made.starts))
-        sampling = make_sampling(self._of.vocab, how.temperature, how.top_p, how.top_k, key)
+        made = self._done[i]
+        sampling = self._sampling._replace(key=turn_key(self._keys[i], len(made.starts)))
         made.starts.append(len(made.ids))
         self._firsts.append((i, self._rows.begin(place, logits, cache, sampling)))
         self._drawing[place] = i

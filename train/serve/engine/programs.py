@@ -14,7 +14,7 @@ from lora_jax.bank.mixing import Choice, mixed
 from lora_jax.bank.slots import Slots, WeightSlots, map_slots
 from lora_jax.core.types import Model, Tree
 from lora_jax.core.weight import LoraWeight
-from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.layers.cache import Cache, depends_on_room, init_cache
 from lora_jax.models.sampling import blocks, slots
 from lora_jax.models.sampling.adjust import Adjustments, adjust_logits
 from lora_jax.models.sampling.blocks import CacheBlock
@@ -109,9 +109,8 @@ class SamplingPrograms:
 
     @property
     def depends_on_room(self) -> bool:
-        """True where keys depend on the length of the cache: those that "longrope" rotates."""
-        scaling = getattr(self._model.config, "rope_scaling", None)
-        return scaling is not None and scaling.kind == "longrope"
+        """True where keys depend on the length of the cache."""
+        return depends_on_room(self._model.config)
 
     def empty(self, rows: int, length: int) -> DecodingRows:
         """Returns rows without completions."""

@@ -1,0 +1,37 @@
+"""Rows that change places, and caches that change lengths, keep what belongs to their tokens."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_leaves
+
+from lora_jax.models import Decoder
+from lora_jax.models.layers.cache import init_cache
+from lora_jax.models.sampling.blocks import grow_cache
+from lora_jax.models.sampling.slots import RowState, empty_rows, fit_rows, insert_row
+from lora_jax.models.sampling.turns import copy_row
+from tests.models import tiny
+from tests.support import draw
+
+N, LENGTH, WIDER = 4, 6, 9
+
+
+def test_experts_move_with_the_keys_of_their_tokens() -> None:
+    model = Decoder(tiny.config("mixtral"))
+    alone = init_cache(model.config, 1, 7, with_routing=True)
+    assert alone.routing is not None
+    alone = alone._replace(
+        key=draw(0, alone.key.shape),
+        value=draw(1, alone.value.shape),
+        routing=jnp.arange(alone.routing.size, dtype=jnp.int16).reshape(alone.routing.shape),
+    )
+    rows, zero = empty_rows(model, 3, LENGTH, with_routing=True), np.int32(0)
+    sampling = tree_leaves(rows.sampling)
+    state = RowState(grow_cache(alone, 8), np.int32(N), zero, zero, zero, rows.sampling)
+    state = state._replace(sampling=type(rows.sampling)(*(x[0] for x in sampling)))
+    moved = fit_rows(insert_row(rows, np.int32(1), state), np.array([2, 1]), WIDER)
+    back = copy_row(moved, np.int32(1), np.int32(N), WIDER + 2)
+    assert back.routing is not None and moved.cache.routing is not None
+    assert moved.cache.routing.shape[1:3] == (2, WIDER) and back.routing.shape[2] == WIDER + 2
+    np.testing.assert_array_equal(back.key[:, :, :, :N], alone.key[:, :, :, :N])
+    np.testing.assert_array_equal(back.routing[:, :, :N], alone.routing[:, :, :N])
+    assert (moved.cache.routing[:, 0] == -1).all(), "the row beside it is empty"
