@@ -17,6 +17,7 @@ from lora_jax.torch.backend import TorchModelError, to_torch
 # layers that are stacked, on axis 0, by the number of the first one.
 Entries = dict[int, tuple[Any, Any]]
 _Cache: Any = transformers.Cache
+MORE = "it remembers more than keys and values"
 
 
 def empty_cache(entries: Entries, batch: int, max_len: int) -> Cache:
@@ -67,7 +68,7 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it is not all that its base i
     @property
     def layers(self) -> NoReturn:
         """Raises a TorchModelError: a module that asks for them remembers something else."""
-        raise TorchModelError("it remembers more than keys and values")
+        raise TorchModelError(MORE)
 
     def get_seq_length(self, layer_idx: int = 0) -> NoReturn:
         raise TorchModelError("it counts the tokens so far, whose number differs by row")

@@ -89,7 +89,7 @@ class TorchFolder(SafetensorsFolder):
         for kind, _ in plain.most_common(1):  # the dtype of what the codes stand for
             self.dtypes |= dict.fromkeys(self._coded, kind)
         rows = {name: row.hf_shape for row in key_table(self.config) for name in row.hf_names}
-        converters = built(self.config).conversions[1]
+        _, converters, stored = built(self.config).conversions
         for name in sorted(self.shapes, key=dot_natural_key):
             _, pattern, first = _renamed(name, self.config)
             if pattern is None:
@@ -103,11 +103,9 @@ class TorchFolder(SafetensorsFolder):
                 self.dtypes.setdefault(target, self.dtypes[name])
                 self._locations.setdefault(target, self._locations[name])
                 self._parts_of[name] = self.shapes[name]
-        for name in self._parts_of:
+        ignored = {n for n in self.shapes.keys() - stored.keys() if built(self.config).ignores(n)}
+        for name in {*self._parts_of, *ignored}:
             del self.shapes[name]
-        for name in self.shapes.keys() - built(self.config).conversions[2].keys():
-            if built(self.config).ignores(name):
-                del self.shapes[name]
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         if name not in self._joined and name not in self._coded:

@@ -28,7 +28,7 @@ from lora_jax.torch.backend import (
     running,
     to_torch,
 )
-from lora_jax.torch.cache import CachedCall
+from lora_jax.torch.cache import MORE, CachedCall
 from lora_jax.torch.layers import (
     Recomputed,
     layer_lists,
@@ -110,11 +110,14 @@ class Built:
             single |= {stack.name: stack.start for stack in self.stacks}
             for name, n in single.items() if apart else ():
                 open_.enter_context(unrolled(*layers(name, range(n)), recomputed))
-            open_.enter_context(loose(self.module))
+            holds_others = open_.enter_context(loose(self.module))
             if cache is not None:
                 kwargs = {**kwargs, "use_cache": True, self.cache_name: cache}
                 kwargs["position_ids"] = cache.positions
-            return to_jax(call_module(self.module, arrays, args, kwargs))
+            out = to_jax(call_module(self.module, arrays, args, kwargs))
+            if cache is not None and holds_others():
+                raise TorchModelError(MORE)
+            return out
 
     def layers(self, name: str) -> list[torch.nn.Module]:
         """Returns the modules of a list."""

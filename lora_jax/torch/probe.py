@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,13 +10,7 @@ import numpy as np
 import torch
 
 from lora_jax.torch.attention import Attending, attending
-from lora_jax.torch.backend import (
-    TorchModelError,
-    call_module,
-    exchanged,
-    running,
-    to_torch,
-)
+from lora_jax.torch.backend import TorchModelError, call_module, running, to_torch
 from lora_jax.torch.layers import find_stack
 from lora_jax.torch.structure import LayerPeriods, place_of
 
@@ -29,21 +23,34 @@ def within(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def loose(module: torch.nn.Module) -> Iterator[None]:
+def loose(module: torch.nn.Module) -> Iterator[Callable[[], bool]]:
     """Puts JAX's arrays in the place of the plain tensors among the modules' attributes.
 
-    Buffers stay as they are. Equal tensors become one, by which layers are seen to be alike.
+    Buffers stay as they are. Equal tensors become one, by which layers are seen to be alike. Yields
+    a function that tells whether the modules hold others by now; behind the block, all attributes
+    are as before.
     """
+    before = [(part, vars(part).copy()) for part in module.modules()]
     shared: dict[Any, Any] = {}
-    attributes: list[tuple[Any, str, Any]] = []
-    for part in module.modules():
-        for name, value in vars(part).items():
-            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                array = _host_array(value)
-                key = array.dtype, array.shape, array.tobytes()
-                attributes.append((part, name, shared.setdefault(key, to_torch(array))))
-    with exchanged(attributes):
-        yield
+    try:
+        for part, own in before:
+            for name, value in own.items():
+                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                    array = _host_array(value)
+                    key = array.dtype, array.shape, array.tobytes()
+                    vars(part)[name] = shared.setdefault(key, to_torch(array))
+
+        def holds_others() -> bool:
+            values = (value for part, _ in before for value in vars(part).values())
+            tensors = (value for value in values if isinstance(value, torch.Tensor))
+            given = set(map(id, shared.values()))
+            return any(x.device.type == "jax" and id(x) not in given for x in tensors)
+
+        yield holds_others
+    finally:
+        for part, own in before:
+            vars(part).clear()
+            vars(part).update(own)
 
 
 def _host_array(tensor: torch.Tensor) -> np.ndarray:

@@ -74,3 +74,12 @@ def test_rows_go_on_by_themselves():
     )
     assert distance(logits[:, 0], whole[rows, length]) <= 1e-5
     assert distance(logits[:, 0], whole[rows, length - 1]) > 1e-2
+
+
+def test_a_state_in_a_modules_attributes_is_seen_and_left_nowhere():
+    fn, params = from_torch(random_model("recurrent_gemma"))
+    assert "more than keys and values" in fn.config.cache_line()
+    jax.eval_shape(lambda p: fn(p, IDS, use_cache=True), params)
+    blocks = [layer.temporal_block for layer in fn.built.module.model.layers]
+    states = [block.conv1d_state for block in blocks if hasattr(block, "conv1d_state")]
+    assert states and set(states) == {None}
