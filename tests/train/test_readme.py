@@ -23,10 +23,9 @@ def model(tmp_path):
 
 
 def rows_of(field):
-    """The row of the pages that has a field."""
+    """The rows of the pages that have a field."""
     blocks = re.findall(r"```json\n(.*?)```", PAGES, re.DOTALL)
-    (found,) = (block for block in blocks if f'"{field}"' in block)
-    return found
+    return "".join(block for block in blocks if f'"{field}"' in block)
 
 
 def commands_of(script, pages=PAGES):
