@@ -82,7 +82,7 @@ class PixelValues:
 
     Attributes:
       parts: the images of each data set.
-      rows: for each data set, the numbers of the rows that batches are made of.
+      rows: [n] int arrays, one a data set: the numbers, from 1, of the rows that train.
     """
 
     parts: Sequence[Pictures]
@@ -99,7 +99,8 @@ class PixelValues:
     def most_images(self) -> int:
         """Returns the number of images of the row with most of them, 1 at least."""
         each = zip(self.parts, self.rows, strict=True)
-        return max(1, *(len(part.grids[row - 1]) for part, rows in each for row in rows.tolist()))
+        found = (len(part.grids[row - 1]) for part, rows in each for row in rows.tolist())
+        return max(1, max(found, default=1))
 
     def arrays(self, origin: int, row: int) -> HostBatch:
         """Returns the model's inputs of a row's images, with room for as many as any row has."""
