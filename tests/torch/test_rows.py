@@ -49,7 +49,7 @@ def test_attention_without_padding_has_no_array_for_a_mask(llama, monkeypatch):
 
 
 def test_the_head_by_itself():
-    """Asks a model that calls an inner part of its trunk for hidden states, and for their logits."""
+    """Asks a model that calls an inner part of its trunk for hidden states and their logits."""
     fn, params = from_torch(random_model("opt"))
     at = jnp.array([[3, 5]] * 4)
 
