@@ -14,6 +14,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import peft
 from tests.adapted_trees import with_random_factors
+from tests.support import assert_close
 from tests.train.serve.engine.engines import (
     SECONDS,
     VOCAB,
@@ -368,14 +369,14 @@ def test_folders_from_elsewhere(engine, base, tmp_path, kind):
     expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(targets)), targets]
     request = Gradient([datum], "cross_entropy", forward_only=True)
     found = tell(engine, "adopter", request).logprobs[0]
-    assert np.abs(found - expected).max() < 1e-5
+    assert_close(found, expected, 1e-5)
     asked(lambda done: engine.adopt("adopted", tmp_path / "a", done)).result(SECONDS)
     assert engine.knows("adopted")
     drawn = sampled(
         engine, adapter="adopted", prompt=datum.tokens.tolist(), max_tokens=0, prompt_logprobs=True
     )
     shifted = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(targets) - 1), datum.tokens[1:]]
-    assert np.abs(drawn.prompt_logprobs[1:] - shifted).max() < 1e-5
+    assert_close(drawn.prompt_logprobs[1:], shifted, 1e-5)
     before = logps(engine, "adopter", [datum])
     tell(engine, "adopter", Save(tmp_path / "b"))
     tell(engine, "adopter", Load(tmp_path / "b", optimizer=False))
