@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from lora_jax import models
+from tests.support import assert_close
 from tests.train.serve.engine.engines import (
     LENGTH,
     NAMES,
@@ -106,9 +107,10 @@ def test_any_tokens_are_scored_at_each_place_of_a_prompt(world, engine, k):
     drawn = sampled(engine, **asked, targets=targets, top_prompt=2, prompt_logprobs=True)
     plain = world.logps("one", prompt)[:-1]
     expected = np.where(targets < 0, 0, np.take_along_axis(plain, targets, axis=1))
-    assert np.abs(drawn.targets - expected).max() < 1e-5 and (drawn.targets[3] == 0).all()
+    assert_close(drawn.targets, expected, 1e-5)
+    assert (drawn.targets[3] == 0).all()
     own = plain[np.arange(11), prompt[1:]]
-    assert np.abs(drawn.prompt_logprobs[1:] - own).max() < 1e-5
+    assert_close(drawn.prompt_logprobs[1:], own, 1e-5)
     assert drawn.top_prompt.ids[1:, 0].tolist() == plain.argmax(axis=1).tolist()
     with pytest.raises(RequestError, match=r"have the shape \(12, .*take \[11, k\], with k from 1"):
         sampled(engine, **asked, targets=np.zeros((12, k), np.int32))
