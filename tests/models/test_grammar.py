@@ -179,6 +179,69 @@ def test_a_schema_that_cannot_be_is_named_by_its_path(schema, path, problem):
     assert ".".join(caught.value.path) == path
 
 
+def allows(grammar, text):
+    """Returns whether a text is a whole answer of a grammar."""
+    row, tokens = grammar.begin(), TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    try:
+        for token in tokens:
+            row.accept(token)
+    except GrammarError:
+        return False
+    return row.is_over or row.matcher.is_accepting()
+
+
+BIG, INT64 = 1176432598712345678, 2**63
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ({"enum": [BIG, BIG + 1]}, "enum"),
+        ({"enum": [2**53 + 1]}, "enum"),
+        ({"const": -BIG}, "const"),
+        ({"const": {"a": [1, {"b": BIG}]}}, "const"),
+        ({"type": "integer", "const": INT64}, "const"),
+        ({"type": "integer", "const": 1e300}, "const"),
+        ({"const": 10**400}, "const"),
+        ({"type": "integer", "maximum": BIG}, "maximum"),
+        ({"type": ["integer", "null"], "exclusiveMinimum": 2**53}, "exclusiveMinimum"),
+        ({"type": "integer", "exclusiveMinimum": 2**53 + 1}, "exclusiveMinimum"),
+        ({"type": "integer", "exclusiveMaximum": INT64 - 1}, "exclusiveMaximum"),
+        ({"type": "number", "minimum": 2**53 + 1}, "minimum"),
+        ({"exclusiveMaximum": 2**60}, "exclusiveMaximum"),
+        ({"properties": {"enum": {"items": {"const": BIG}}}}, "properties.enum.items.const"),
+        ({"properties": {"default": {"const": BIG}}}, "properties.default.const"),
+        ({"$defs": {"a": {"enum": [BIG]}}, "items": {"$ref": "#/$defs/a"}}, "$defs.a.enum"),
+    ],
+)
+def test_an_integer_that_would_be_another_one_is_refused(schema, path):
+    with pytest.raises(GrammarError, match="cannot be kept exactly") as caught:
+        COMPILER.schema(schema)
+    assert ".".join(caught.value.path) == path
+    with pytest.raises(GrammarError, match="cannot be kept exactly"):
+        COMPILER.grammar(f'start: "x" %json {json.dumps(schema)}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": [2**53, -(2**53), 2**53 - 1, 10**16, True, 7.0]},
+        {"type": "integer", "minimum": 0, "maximum": INT64 - 1},
+        {"type": "integer", "minimum": 0, "exclusiveMaximum": INT64},
+        {"type": "integer", "minimum": 2**53 - 1, "maximum": 10**18},
+        {"type": "integer", "exclusiveMinimum": 1 - 2**53, "exclusiveMaximum": 2**53 - 1},
+        {"type": "number", "minimum": -(2**53), "maximum": 10**16},
+        {"type": "integer", "default": BIG, "examples": [BIG]},
+    ],
+)
+def test_integers_that_can_be_kept_are(schema):
+    grammar, validator = COMPILER.schema(schema), Draft202012Validator(schema)
+    edges = [0, 7, 2**53, 10**16, 10**18, INT64]
+    numbers = [sign * edge + step for sign in (1, -1) for edge in edges for step in (-1, 0, 1)]
+    for number in numbers:
+        assert allows(grammar, str(number)) == validator.is_valid(number), number
+
+
 def test_a_grammar_that_cannot_be():
     for make, text, problem in (
         (COMPILER.regex, "(", "unclosed group"),

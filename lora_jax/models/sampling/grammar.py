@@ -20,6 +20,7 @@ import numpy as np
 
 from lora_jax.core.types import Tokenizer
 from lora_jax.models.sampling.adjust import mask_words
+from lora_jax.models.sampling.schema import rounded_integers, schemas_in, subschemas
 
 LONGEST = 100_000  # characters of a grammar or schema
 _NESTING = 100  # brackets in brackets, at most
@@ -28,11 +29,9 @@ _CONJUNCTIONS, _SECONDS = 8, 5  # patterns that are compiled without a look at t
 _QUICK = 30_000  # characters that are compiled so
 _MULTIPLES = re.compile(r'"multipleOf": ?[\d.e+-]{5}')  # their time grows with the number
 _WHITESPACE = r"[ \t\n\r]{1,20}"  # models that pad without end do so no longer than this
-_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _NO_SCHEMAS = ("const", "enum", "default", "example", "x-guidance")
 _ITEMS = 500  # of the parser at a place: the time of ambiguous grammars grows by their cube
 _FORMATS = 100  # different ones in a schema, at most
-_IN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 
 
 class GrammarError(ValueError):
@@ -148,6 +147,8 @@ class GrammarCompiler:
         try:
             return self._compile_schema(schema)
         except GrammarError as error:
+            if error.path:
+                raise
             path, problem = self._wrong_part(schema, str(error))
             raise GrammarError(problem, path) from None
 
@@ -173,6 +174,8 @@ class GrammarCompiler:
         from llguidance.gbnf_to_lark import any_to_lark
 
         _check_size(text)
+        for schema in schemas_in(text):
+            _check_integers(schema)
         try:
             lark = any_to_lark(text)
         except Exception as error:
@@ -197,8 +200,12 @@ class GrammarCompiler:
 
         Its texts have some white space between tokens of JSON, not any. A format that is not known
         is left out: by JSON Schema, it restricts nothing.
+
+        Raises:
+          GrammarError: the schema is too large, or has an integer that the library would change.
         """
         _check_size(json.dumps(schema))
+        _check_integers(schema)
         formats = {*_formats(schema)}
         if len(formats) > _FORMATS:
             raise GrammarError(f"{len(formats)} formats: {_FORMATS} are the most")
@@ -238,7 +245,7 @@ class GrammarCompiler:
         path: tuple[str, ...] = ()
         part, tried, until = schema, 0, time.monotonic() + _SECONDS
         while True:
-            for keys, inner in _parts(part):
+            for keys, inner in subschemas(part):
                 tried += 1
                 if tried > _TRIED or time.monotonic() > until or not isinstance(inner, Mapping):
                     continue
@@ -287,22 +294,14 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _parts(schema: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yields the schemas in a schema with their keys."""
-    for key, value in schema.items():
-        if key in _BY_NAME and isinstance(value, Mapping):
-            for name, inner in value.items():
-                yield (key, name), inner
-        elif key in _IN_LISTS and isinstance(value, list):
-            for i, inner in enumerate(value):
-                yield (key, str(i)), inner
-        elif isinstance(value, Mapping) and key not in (
-            "const",
-            "default",
-            "example",
-            "x-guidance",
-        ):
-            yield (key,), value
+def _check_integers(schema: Mapping[str, object]) -> None:
+    """Raises GrammarError for an integer that the library would change."""
+    for number, path in rounded_integers(schema):
+        raise GrammarError(
+            f"{number} cannot be kept exactly: numbers of a schema are read as doubles, which "
+            "round integers beyond 2^53. Ask for a string instead, or for a smaller number",
+            path,
+        )
 
 
 def _check_size(text: str) -> None:
