@@ -283,6 +283,14 @@ def test_calls_of_tools(stream):
         assert [call.function.name for call in calls] == ["look_up", "stop"]
         assert json.loads(calls[0].function.arguments) == {"city": "Köln"}
         assert len({call.id for call in calls}) == 2
+        second = len(ids(CALLS, end=False)) - 3
+        for limit in (second, second + 3):  # within the second call, and before the end token
+            options = {"tools": TOOLS, "max_tokens": limit, "stream": stream}
+            answer = ask(client, **options)
+            cut = [*answer][-1].choices[0] if stream else answer.choices[0]
+            assert cut.finish_reason == "length"
+            if not stream:
+                assert len(cut.message.tool_calls) == (1 if limit == second else 2)
         assert TOKENIZER.decode(engine.drawn[-1].prompt) == f"[look_up][stop]{PROMPT}"
         plain = ask(client, tools=TOOLS, tool_choice="none").choices[0]
         assert (plain.message.content, plain.finish_reason) == (CALLS, "stop")

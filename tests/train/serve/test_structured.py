@@ -107,6 +107,14 @@ def test_calls_that_are_asked_for(post):
         (call,) = choice["message"]["tool_calls"]
         assert call["function"]["name"] == "weather"
     assert texts(post(tools=TOOLS)) == ["free"]
+    for none in ({}, {"parameters": None}, {"parameters": {}}):
+        bare = [{"type": "function", "function": {"name": "now", **none}}]
+        choice = {"type": "function", "function": {"name": "now"}}
+        status, body = post(tools=bare, tool_choice=choice, n=4)
+        assert status == 200, body
+        for answer in body["choices"]:
+            (call,) = answer["message"]["tool_calls"]
+            assert call["function"] == {"name": "now", "arguments": "{}"}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +126,11 @@ def test_calls_that_are_asked_for(post):
             "not",
         ),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "schema"),
+        (
+            {"response_format": schema_of({"items": {"enum": [1176432598712345678]}})},
+            "response_format.json_schema.schema.items.enum",
+            "1176432598712345678 cannot be kept exactly",
+        ),
         ({"guided_json": "{"}, "guided_json", "a JSON schema is needed"),
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),
         ({"guided_choice": []}, "guided_choice", "a list of texts"),
@@ -131,6 +144,14 @@ def test_calls_that_are_asked_for(post):
             },
             "tools[0].function.parameters",
             "not",
+        ),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}],
+                "tool_choice": "required",
+            },
+            "tools[0].function.parameters",
+            "a JSON schema, an object, is needed",
         ),
     ],
 )

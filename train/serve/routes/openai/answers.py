@@ -84,12 +84,12 @@ class ChoiceBuilder:
         parts = [self.add(piece) for piece in _pieces(completion, self._n)]
         parts.append(self._make_part(*self._text.end(), last=True))
         stopped = completion.stopped or self._text.stopped
-        called = self._calls is not None and self._calls.n
+        finish = "tool_calls" if self._calls is not None and self._calls.n else "stop"
         return AnswerPart(
             "".join(part.text for part in parts),
             [call for part in parts for call in part.calls],
             [entry for part in parts for entry in part.entries],
-            "tool_calls" if called else "stop" if stopped else "length",
+            finish if stopped else "length",
             "".join(part.thinking for part in parts),
         )
 

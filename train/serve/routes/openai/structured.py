@@ -20,6 +20,7 @@ from train.tools.formats import FORMATS, CallFormat
 from train.tools.forms import CallForm, call_form
 
 _OBJECT: Mapping[str, object] = {"type": "object"}
+_NO_PARAMETERS: Mapping[str, object] = {**_OBJECT, "additionalProperties": False}
 
 
 def read_grammar(
@@ -189,6 +190,9 @@ def _functions(body: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise field_error(f"tools[{i}]", shown(tool), "a function with a `name` is needed")
-        parameters = function.get("parameters")
-        found[function["name"]] = parameters if isinstance(parameters, dict) else _OBJECT
+        parameters = function.get("parameters") or _NO_PARAMETERS
+        if not isinstance(parameters, Mapping):
+            name = f"tools[{i}].function.parameters"
+            raise field_error(name, parameters, "a JSON schema, an object, is needed")
+        found[function["name"]] = parameters
     return found
