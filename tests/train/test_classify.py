@@ -27,7 +27,7 @@ from train.console.errors import UserError
 from train.export import __main__ as export
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
-from train.tasks.labelled import encode, read_labelled, spread
+from train.tasks.labelled import TASK, encode, read_labelled, spread
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -166,12 +166,14 @@ def test_the_scores_are_those_of_the_saved_adapter(inputs, whole):
     tree = lj.load_adapter(whole / "adapter", params)
     forward = jax.jit(lj.adapt(model.apply))
     _, test = read_labelled(parse(inputs).data)
-    right = 0
+    right = []
     for row in test:
         ids = jnp.array([tokenizer(None)(row["word"])["input_ids"]])
-        right += int(forward({"params": tree}, ids).argmax()) == ("lmt".index(row["grade"][0]))
+        right.append(int(forward({"params": tree}, ids).argmax()) == "lmt".index(row["grade"][0]))
     scores = json.loads((whole / "scores.json").read_text())
-    assert scores["fine-tuned"]["accuracy"] == right / len(test)
+    assert scores["fine-tuned"]["accuracy"] == sum(right) / len(test)
+    assert scores["right"] == right, "the result of each text, in the order of the rows"
+    assert "right" not in TASK.baselines(scores) and [*TASK.question_scores(scores)] == right
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """A reward model from its pairs to the rewards of `train.grpo`, and bad input."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.training.data.comparisons import comparisons
+from lora_jax.training.losses import COMPARISONS
 from tests.support import assert_identical, thorough
 from tests.train.test_classify import fails, write_encoder
 from tests.train.tiny import tokenizer, write_jsonl, write_model
@@ -20,7 +23,7 @@ from train.rewards.model import RewardModel
 from train.rewards.reward import RewardBatch
 from train.run.log import read_metrics
 from train.tasks.labelled import ADAPTED
-from train.tasks.reward_model import BEFORE, LONGER, read_rows
+from train.tasks.reward_model import BEFORE, LONGER, RewardModelEvaluation, read_rows
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -85,6 +88,7 @@ def test_a_saved_run_rewards_as_its_own_evaluation_says(inputs, whole, model):
     )
     margin = chosen - rejected
     assert scores[ADAPTED]["accuracy"] == (margin > 0).mean() == 1
+    assert scores["right"] == (margin > 0).tolist()
     assert scores[ADAPTED]["margin"] == pytest.approx(margin.mean(), rel=1e-5)
     assert scores[ADAPTED]["loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-4)
     last = read_metrics(whole)[-1]
@@ -95,6 +99,18 @@ def test_a_saved_run_rewards_as_its_own_evaluation_says(inputs, whole, model):
     assert scores[LONGER] == {"accuracy": np.mean(longer)}
     lines = [line for line in read_metrics(whole) if "accuracy" in line]
     assert lines[-1]["accuracy"] == 1 and lines[-1]["margin"] > lines[0]["margin"]
+
+
+def test_results_stand_in_the_order_of_the_pairs(inputs):
+    """An untrained model is wrong about some; each pair alone must give the same result."""
+    model, params = models.from_pretrained(inputs[3], head="classification", num_labels=1)
+    pairs = comparisons(preferences(9), tokenizer(None), seq_len=SEQ)
+    config = SimpleNamespace(optim=SimpleNamespace(batch_size=4))
+    context = SimpleNamespace(data=SimpleNamespace(held_out=pairs), config=config)
+    results = RewardModelEvaluation(context)._results(params, model.apply)
+    alone = [COMPARISONS(model.apply, params, pairs.take(np.array([i]))) for i in range(9)]
+    assert results == [float(sums.logs["accuracy"]) == 1 for sums in alone]
+    assert 0 < sum(results) < 9
 
 
 def test_no_prompt_is_on_both_sides(inputs):

@@ -77,6 +77,8 @@ def collect(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Com
             rule=rule(f"the {_best_value(first)}") if asked.early_stopping else None,
             baselines=next(filter(None, map(_baselines, sweep.trials)), {}),
             by_score=first.by_score,
+            eval_questions=getattr(first.config.run, "eval_questions", None),
+            most_questions=first.most_questions,
         ),
         runs=tuple(_run_result(trial, sweep, before) for trial in sweep.trials),
         rungs=sweep.record.rungs,
@@ -122,7 +124,7 @@ def _machine() -> str:
 def _run_result(trial: Trial, sweep: Sweep, before: float | None) -> RunResult:
     """Returns the result of a run, as far as it went."""
     done = sweep.record.progress(trial.name)
-    lines = read_metrics(trial.folder)
+    lines, scores = read_metrics(trial.folder), read_json(trial.folder / SCORES)
 
     def points(name: str) -> tuple[Point, ...]:
         return tuple(Point(line["step"], line[name]) for line in lines if name in line)
@@ -145,7 +147,8 @@ def _run_result(trial: Trial, sweep: Sweep, before: float | None) -> RunResult:
         score=done.score,
         scores=points(trial.measured) if trial.by_score else (),
         divergences=points(f"{SCORE}{KL}"),
-        score_error=trial.task.score_error(read_json(trial.folder / SCORES)),
+        score_error=trial.task.score_error(scores),
+        question_scores=tuple(trial.task.question_scores(scores)),
         trained_parameters=trial.trained_parameters,
         saved_bytes=done.saved_bytes,
         side_by_side=done.side_by_side,

@@ -76,6 +76,8 @@ class RunResult:
         runs that did not end.
       scores: the score on the way, where runs are compared by it.
       score_error: the standard error of `score` over the held-out rows; None where it is not known.
+      question_scores: the score of each held-out question, in one order for all runs; None for a
+        question without one. Empty where they are not known.
       divergences: KL(base ‖ run) on held-out prompts, in nats a token, where it was measured.
       trained_parameters: how many numbers were trained.
       saved_bytes: bytes of what a run leaves to ship: the adapter's folder, or all weights.
@@ -101,6 +103,7 @@ class RunResult:
     score: float | None = None
     scores: tuple[Point, ...] = ()
     score_error: float | None = None
+    question_scores: tuple[float | None, ...] = ()
     divergences: tuple[Point, ...] = ()
     trained_parameters: int | None = None
     saved_bytes: int | None = None
@@ -199,6 +202,9 @@ class ComparisonFacts:
       by_score: whether the rule looks at the score, which is larger the better; else at the loss.
       diverging_on: the prompts on which the divergence from the base was measured, in words; None
         where it was not.
+      eval_questions: the value of --eval-questions; None for scripts without it.
+      most_questions: the largest value of it that the data has questions for; None where another
+        value changes nothing, or that is not known.
     """
 
     command: str
@@ -218,6 +224,8 @@ class ComparisonFacts:
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     by_score: bool = False
     diverging_on: str | None = None
+    eval_questions: int | None = None
+    most_questions: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

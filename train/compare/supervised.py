@@ -91,6 +91,7 @@ def supervised_script(
             evaluation=prompts.evaluation,
             baselines=prompts.task.baselines,
             score_error=prompts.task.score_error,
+            question_scores=prompts.task.question_scores,
         )
         return measured_in(by_rewards)
 

@@ -96,6 +96,8 @@ class Trial:
       steps: number of steps of the whole run.
       trained_parameters: how many numbers it trains.
       by_score: whether it is compared by the task's score; else by the held-out loss.
+      most_questions: the largest --eval-questions that its data has questions for; None where
+        another value changes nothing, or that is not known.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Trial:
     steps: int
     trained_parameters: int
     by_score: bool = False
+    most_questions: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -286,6 +289,7 @@ def _trial(
         steps=steps,
         trained_parameters=trained,
         by_score=script.uses_score,
+        most_questions=task.most_questions(config, inputs.read.rows),
     )
     if trial.reads_alone:
         inputs.read.data.close()

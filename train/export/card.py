@@ -41,7 +41,7 @@ _OF_PEFT = (
     *("r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora"),
     *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices"),
 )
-_LEFT_OUT = ("confusion", "classes", "answers")  # of scores.json
+_LEFT_OUT = ("confusion", "classes", "answers", "right")  # of scores.json
 
 
 class Export(NamedTuple):

@@ -226,6 +226,10 @@ class Task:
       baselines: returns that score of what needs no training, by name, from a run's scores.json.
       score_error: returns the standard error of the trained model's score over the held-out rows,
         from a run's scores.json; None where it is not known.
+      question_scores: returns the trained model's score of each held-out question, or row, from a
+        run's scores.json; None for a question without one, and () where they are not known.
+      most_questions: returns the largest --eval-questions that the rows have questions for; None
+        where another value changes nothing, or that is not known.
     """
 
     defaults: Defaults
@@ -243,6 +247,8 @@ class Task:
     watched: Mapping[str, str] = dataclasses.field(default_factory=dict)
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = lambda scores: {}
     score_error: Callable[[Mapping[str, Any]], float | None] = lambda scores: None
+    question_scores: Callable[[Mapping[str, Any]], Sequence[float | None]] = lambda scores: ()
+    most_questions: Callable[[Any, TaskRows], int | None] = lambda config, rows: None
 
     def check_options(self, config: Options) -> None:
         """Raises a UserError for options that make no sense for this task."""

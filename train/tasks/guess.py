@@ -3,7 +3,7 @@
 import dataclasses
 
 from train.console.errors import UserError
-from train.environments.guess import rows
+from train.environments.guess import NUMBERS, rows
 from train.options.file import replace_options
 from train.options.scripts.grpo import Config
 from train.run.task import TaskRows
@@ -41,4 +41,5 @@ TASK = dataclasses.replace(
     check=check,
     completed=completed,
     rows=read_rows,
+    most_questions=lambda config, rows: NUMBERS,
 )

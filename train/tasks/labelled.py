@@ -35,6 +35,7 @@ SEED = 0  # of the held-out rows: the same for every run, so that runs are compa
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
 Part = TypeVar("Part", Labelled, Images)
 ADAPTED = "fine-tuned"  # among the names of the baselines, in scores.json
+RIGHT = "right"  # there, too: whether the fine-tuned model is right about each held-out row
 
 
 def completed(config: Config) -> Config:
@@ -231,7 +232,7 @@ class ClassifierEvaluation:
         predicted = probabilities.argmax(-1)
         scores = classes.scores_of(test.labels, predicted, names, self.unit)
         ways[ADAPTED] = scores
-        write_json(context.folder / SCORES, ways)
+        write_json(context.folder / SCORES, {**ways, RIGHT: (predicted == test.labels).tolist()})
         if is_first():
             classes.draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
         classes.print_mistakes(context.console, texts, test.labels, probabilities, names, self.unit)
@@ -256,7 +257,8 @@ class ClassifierEvaluation:
 
 def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
     """Returns the accuracies of what needs no model, from a run's scores.json."""
-    return {way: measures["accuracy"] for way, measures in scores.items() if way != ADAPTED}
+    names = [name for name in scores if name not in (ADAPTED, RIGHT)]
+    return {name: scores[name]["accuracy"] for name in names}
 
 
 TASK = Task(
@@ -269,4 +271,5 @@ TASK = Task(
     evaluation=ClassifierEvaluation,
     score="accuracy",
     baselines=baselines,
+    question_scores=lambda scores: [*map(float, scores.get(RIGHT, ()))],
 )

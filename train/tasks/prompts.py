@@ -28,7 +28,13 @@ from train.run.pretrained import ModelInfo
 from train.run.shared_prompts import SHARED, PromptRows, choose_sharing
 from train.run.task import Data, Task, TaskRows
 from train.tasks import chats, sums
-from train.tasks.reward_scores import BASE, REWARD, evaluation, standard_error
+from train.tasks.reward_scores import (
+    BASE,
+    REWARD,
+    evaluation,
+    question_scores,
+    standard_error,
+)
 from train.tasks.tool_use import OPENS_EACH, check_fields, earned_name, use_tools
 
 _HELD_OUT = 2**32 + 2  # no epoch's number, and no other draw's
@@ -67,11 +73,22 @@ def read_rows(config: Config) -> TaskRows:
 def held_out(config: Config, rows: Sequence[Row]) -> TaskRows:
     """Returns the rows in two parts, drawn by --seed: to train on, and --eval-questions others."""
     seed = config.optim.seed if config.data.held_out_seed is None else config.data.held_out_seed
-    n = min(config.run.eval_questions or 0, len(rows) // 10)
+    n = min(config.run.eval_questions or 0, _most_held_out(len(rows)))
     order = np.random.Generator(np.random.PCG64([seed, _HELD_OUT])).permutation(len(rows))
     return TaskRows(
         [rows[at] for at in np.sort(order[n:])], [rows[at] for at in np.sort(order[:n])]
     )
+
+
+def _most_held_out(n_rows: int) -> int:
+    return n_rows // 10
+
+
+def most_questions(config: Config, rows: TaskRows) -> int | None:
+    """Returns how many of the rows may be held out; None for an --eval-dataset, which is whole."""
+    if config.data.eval_dataset is not None:
+        return None
+    return _most_held_out(len(rows.train) + len(rows.held_out))
 
 
 def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
@@ -308,4 +325,6 @@ TASK = Task(
     watched=WATCHED,
     baselines=lambda scores: {k: v for k, v in scores.get(REWARD, {}).items() if k == BASE},
     score_error=standard_error,
+    question_scores=question_scores,
+    most_questions=most_questions,
 )

@@ -14,6 +14,7 @@ from lora_jax.training.data.rows import Row
 from lora_jax.training.data.turns import shown
 from lora_jax.training.held_out import means
 from lora_jax.training.losses import COMPARISONS
+from lora_jax.training.losses.classes import pair_margins
 from lora_jax.training.processes import write_json
 from train.console.errors import UserError
 from train.console.output import print_figures
@@ -27,6 +28,7 @@ from train.tasks import labelled
 
 BEFORE, LONGER = "before training", "always the longer completion"
 _sums = jax.jit(COMPARISONS, static_argnums=0)
+_margins = jax.jit(pair_margins, static_argnums=0)
 
 
 def check(config: Config) -> None:
@@ -107,11 +109,21 @@ class RewardModelEvaluation:
         longer = float(np.mean([chosen > rejected for _, chosen, rejected in lengths]))
         scores = self.score(model, params, forward)
         self.found |= {LONGER: {"accuracy": longer}, labelled.ADAPTED: scores}
-        write_json(self.context.folder / SCORES, self.found)
+        saved = {**self.found, labelled.RIGHT: self._results(params, forward)}
+        write_json(self.context.folder / SCORES, saved)
         rows = [(way, f"{100 * measures['accuracy']:.1f}") for way, measures in self.found.items()]
         title = f"{len(lengths)} held-out pairs"
         print_figures(self.context.console, title, ("by", "right, in %"), rows)
         return scores
+
+    def _results(self, params: Any, forward: Callable[..., Any]) -> list[bool]:
+        """Returns whether the better completion of each pair gets the higher score."""
+        test: Any = self.context.data.held_out
+        batches = test.parts(self.context.config.optim.batch_size)
+        margins = np.concatenate([_margins(forward, params, batch) for batch in batches])
+        right = np.empty(len(test), bool)
+        right[test.by_length] = margins[: len(test)] > 0
+        return right.tolist()
 
 
 TASK = dataclasses.replace(

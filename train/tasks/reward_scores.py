@@ -172,9 +172,13 @@ def standard_error(scores: Mapping[str, Any]) -> float | None:
 
     It is that over the held-out prompts; None with fewer than two rewards.
     """
-    answers = scores.get("answers", {}).get(ADAPTED, ())
-    known = [answer["reward"] for answer in answers if answer["reward"] is not None]
+    known = [reward for reward in question_scores(scores) if reward is not None]
     return float(np.std(known, ddof=1) / np.sqrt(len(known))) if len(known) > 1 else None
+
+
+def question_scores(scores: Mapping[str, Any]) -> list[float | None]:
+    """Returns the trained model's reward of each held-out prompt, from a run's scores.json."""
+    return [answer["reward"] for answer in scores.get("answers", {}).get(ADAPTED, ())]
 
 
 def evaluation(context: EvaluationContext) -> RewardEvaluation | None:

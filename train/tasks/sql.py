@@ -50,6 +50,7 @@ from train.tasks import chats, distillation, pairs, prompts, sql_scores
 STEPS = 35
 _HELD_OUT = 64  # pairs on unseen schemas, to measure the loss on
 _PROMPTS = 2_000
+_MOST_QUESTIONS = 10_000  # of each kind; no question comes twice among 12,000
 _FIRST = "sft"  # the folder, in a run's, of the run that makes its first adapter
 
 
@@ -194,6 +195,12 @@ def accuracy_error(scores: Mapping[str, Any]) -> float | None:
     return math.sqrt(sum(share * (1 - share) / (n - 1) for share in shares)) / len(shares)
 
 
+def question_scores(scores: Mapping[str, Any]) -> list[float]:
+    """Returns whether the trained model answered each question right, from a run's scores.json."""
+    of_kind = scores.get("right", {}).values()
+    return [float(right) for ways in of_kind for right in ways.get(sql_scores.ADAPTED, ())]
+
+
 TASK = dataclasses.replace(
     chats.TASK,
     defaults=Defaults(
@@ -213,6 +220,8 @@ TASK = dataclasses.replace(
     score="accuracy",
     baselines=baselines,
     score_error=accuracy_error,
+    question_scores=question_scores,
+    most_questions=lambda config, rows: _MOST_QUESTIONS,
 )
 
 
@@ -325,6 +334,8 @@ REWARDS = dataclasses.replace(
     score=TASK.score,
     baselines=TASK.baselines,
     score_error=TASK.score_error,
+    question_scores=TASK.question_scores,
+    most_questions=TASK.most_questions,
 )
 
 DISTILLATION = dataclasses.replace(

@@ -81,15 +81,33 @@ def comparison_loss(
       chosen text has the higher score.
     """
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    texts = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _TEXTS}
-    scores = logits_of(forward, params, texts, **dropout).reshape(-1, 2)
-    margin, weights = scores[:, 0] - scores[:, 1], batch["weights"].astype(jnp.float32)
+    margin = pair_margins(forward, params, batch, **dropout)
+    weights = batch["weights"].astype(jnp.float32)
     logs = {
         "margin": jnp.sum(jnp.where(weights != 0, margin, 0)),
         "accuracy": number_of_units(jnp.where(margin > 0, weights, 0)),
     }
     total = -jnp.sum(jax.nn.log_sigmoid(margin) * weights)
     return Sums(total, number_of_units(weights), logs)
+
+
+def pair_margins(
+    forward: Callable[..., jax.Array], params: Tree, batch: Batch, **dropout: jax.Array
+) -> jax.Array:
+    """Returns the score of each pair's chosen text less that of the other; see `comparison_loss`.
+
+    Args:
+      forward: the ``apply`` of a classifier of one class, adapted or not.
+      params: a parameter tree, adapted or plain.
+      batch: arrays [batch, 2, …]; see `lora_jax.training.comparisons`.
+      **dropout: the key `dropout_key`, which turns dropout on.
+
+    Returns:
+      Float array [batch].
+    """
+    texts = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _TEXTS}
+    scores = logits_of(forward, params, texts, **dropout).reshape(-1, 2)
+    return scores[:, 0] - scores[:, 1]
 
 
 CLASSES = Loss(classification_loss, unit="text")

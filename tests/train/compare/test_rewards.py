@@ -86,6 +86,8 @@ def test_the_reward_decides_and_a_rate_that_changes_nothing_is_last(whole):
         else:
             assert run.score == run.scores[-1].value and run.score > base and run.held_out == ()
             assert run.score_error is not None
+            assert statistics.fmean(run.question_scores) == pytest.approx(run.score)
+    assert (comparison.facts.eval_questions, comparison.facts.most_questions) == (4, 4)
     text = (whole / "report.md").read_text()
     assert "Standard error" in text and "| After | Reward | Decision |" in text
     assert "Reward by step" in text and "Without training, reward is" in text

@@ -33,6 +33,8 @@ def test_subspaces_are_runs_like_others(inputs, tmp_path, capsys):
     printed = capsys.readouterr().out
     found = result.read(tmp_path / "out")
     assert {run.status for run in found.runs} == {"done"}
+    assert {len(run.question_scores) for run in found.runs} == {12}
+    assert all(sum(run.question_scores) / 12 == pytest.approx(run.score) for run in found.runs)
     sizes = {(run.arm.method, run.trained_parameters) for run in found.runs}
     assert {("said", 20), ("did", 20)} < sizes and len(sizes) == 3
     assert "full fine-tuning's accuracy" in printed and "SAID" in printed and "DID" in printed

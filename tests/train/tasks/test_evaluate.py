@@ -1,5 +1,7 @@
 """Answers in batches equal answers one by one, and scores outlive an interruption."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from tests.support import over
 from tests.train.tiny import decoder, tokenizer
 from train.run.complete import answer_prompts, tokenize_chats
 from train.run.pretrained import ModelInfo
+from train.tasks.sql import question_scores
 from train.tasks.sql_scores import (
     ADAPTED,
     FEW_SHOT,
@@ -88,6 +91,8 @@ def test_accuracy_is_by_kind_of_question_and_way_to_answer(scores):
         UNSEEN_SCHEMAS: {ZERO_SHOT: 0, FEW_SHOT: 0, ADAPTED: 1},
         UNSEEN_BOTH: {ZERO_SHOT: 0, FEW_SHOT: 0, ADAPTED: 0.5},
     }
+    assert question_scores(json.loads(json.dumps(scores.as_json()))) == [1, 1, 1, 0]
+    assert question_scores({"accuracy": {}}) == []
     marks = [(row["before"][0], row["after"][0]) for row in scores.examples(4)]
     assert marks == [("✗", "✓"), ("✗", "✓"), ("✗", "✓"), ("✗", "✗")]
 

@@ -6,21 +6,21 @@ import shlex
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from scipy import stats
-
 from train.compare.options import WITH_OWN_RATE
+from train.compare.reporting import gap as gaps
 from train.compare.reporting import tables, words
+from train.compare.reporting.gap import FEWEST, LEVEL, UNKNOWN_SPREAD, Gap, gap_of, half_width
 from train.compare.reporting.tables import ArmRow, Figures, Spread
 from train.compare.result import Arm, Comparison
-
-UNKNOWN_SPREAD = 0.1  # the gap that decides where the spread over seeds is not known
-_LEVEL = 0.95
 
 RULE = (
     "The best adapter is compared with the best full fine-tuning, by the task's score, or by the "
     "held-out loss where there is no score. Quality decides if the gap is beyond the spread: its "
-    f"{_LEVEL:.0%} interval over seeds (Welch) leaves out zero. Within the spread, cost decides: "
-    "LoRA is recommended if it is cheaper, and full fine-tuning is ahead by at most "
+    f"{LEVEL:.0%} interval leaves out zero, and at least {FEWEST} questions were answered "
+    "differently. The interval counts the spread over seeds (Welch) and over the questions, in "
+    "pairs of both methods' results (Satterthwaite). Where the results of single questions are not "
+    "known, the seeds alone decide; seeds that all agree decide nothing. Within the spread, cost "
+    "decides: LoRA is recommended if it is cheaper, and full fine-tuning is ahead by at most "
     f"{UNKNOWN_SPREAD:.0%}. With a single seed the spread is not known: only a gap of more than "
     f"{UNKNOWN_SPREAD:.0%} decides for full fine-tuning, and LoRA has to be ahead. Nothing is "
     "decided against a method that may not have been at its best: its best learning rate is the "
@@ -43,39 +43,13 @@ class Doubt(NamedTuple):
       short: a clause for the headline.
       said: a sentence that says what would decide it.
       option: the option of train.compare that would, with its values; "" for none.
-      values: the values of the option, those that were tried among them.
+      values: the values of the option; of settings, those that were tried are among them.
     """
 
     short: str
     said: str
     option: str = ""
-    values: tuple[float, ...] = ()
-
-
-class Gap(NamedTuple):
-    """By how much an adapter is better than full fine-tuning; negative if it is worse.
-
-    Attributes:
-      value: the difference of the means.
-      error: half the width of its interval over seeds; None if a side has a single seed.
-      share: the value as a share of the larger mean.
-    """
-
-    value: float
-    error: float | None
-    share: float
-
-    @property
-    def decides(self) -> bool:
-        """Returns True if the gap is beyond the spread; see `RULE`."""
-        if self.error is None:
-            return abs(self.share) > UNKNOWN_SPREAD
-        return abs(self.value) > self.error
-
-    @property
-    def is_hidden(self) -> bool:
-        """Returns True if so wide a spread hides a large lead of full fine-tuning."""
-        return self.error is not None and not self.decides and self.share < -UNKNOWN_SPREAD
+    values: tuple[float | str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +58,7 @@ class Recommendation:
 
     Attributes:
       verdict: the method; "undecided" if the measurements cannot tell.
-      arm: arm of the method; if undecided, the better one so far. None if no run has a value.
+      arm: arm of the method; if undecided, the one ahead so far. None if no run has a value.
       headline: the verdict and what it rests on, in one sentence.
       reasons: sentences with their figures.
       undecided: what is not decided, and what would decide it.
@@ -104,7 +78,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     figures = Figures(comparison)
     lora, full = tables.best_sides(figures.rows)
     if lora is None or full is None:
-        return _one_sided(lora, full, figures.rows)
+        return _one_sided(lora, full, figures)
     gap = gap_of(lora, full)
     better = lora if gap.value >= 0 else full
     cheaper, costs = _costs(lora, full)
@@ -114,7 +88,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     if chosen is full:
         reasons += ["This is the price of the better quality:", *costs] if costs else []
     else:
-        doubts += _spread_doubts(gap, better is full, bool(cheaper), figures.rows)
+        doubts += _spread_doubts(gap, bool(cheaper), lora, full, figures)
         reasons += [*costs, *_smaller(lora, figures)]
     if figures.measure.kind == "training":
         lacks = "No score and no held-out loss was measured for both methods, and the training loss"
@@ -124,7 +98,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     verdict: Literal["lora", "full", "undecided"] = "full" if chosen is full else "lora"
     headline = f"Use {figures.label(chosen.arm)}"
     if doubts:
-        verdict = "undecided"
+        verdict, chosen = "undecided", better
         headline = f"Not decided between {figures.label(lora.arm)} and {figures.label(full.arm)}"
         clauses += dict.fromkeys(doubt.short for doubt in doubts)
     return Recommendation(
@@ -138,24 +112,70 @@ def recommend(comparison: Comparison) -> Recommendation:
 
 
 def _spread_doubts(
-    gap: Gap, full_ahead: bool, cheaper: bool, rows: Sequence[ArmRow]
+    gap: Gap, cheaper: bool, lora: ArmRow, full: ArmRow, figures: Figures
 ) -> list[Doubt]:
-    """Returns the doubt that a wide spread leaves: it may hide that full fine-tuning is better."""
+    """Returns the doubts that a wide spread leaves: it may hide that full fine-tuning is better."""
     if gap.decides:
         return []
-    seeds = sorted({run.seed for row in rows for run in row.runs})
-    more = (*seeds, *range(seeds[-1] + 1, seeds[-1] + 1 + max(2, len(seeds))))
-    text = None
-    if full_ahead and gap.error is None:
-        text = "Full fine-tuning is ahead by one seed: train more seeds (--seeds)."
+    if gap.value < 0 and not gap.seeds:
+        lead = "Full fine-tuning is ahead by one seed"
     elif gap.is_hidden:
-        text = (
-            f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread is wider than that: "
-            "train more seeds (--seeds)."
-        )
+        lead = f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread may hide that"
     elif not cheaper:
-        text = "No measured cost speaks for LoRA: measure more seeds, memory and storage."
-    return [Doubt("more seeds are needed", text, "--seeds", more)] if text else []
+        lead = "No measured cost speaks for LoRA"
+    else:
+        return []
+    return _more_measurements(lead, gap, min(len(lora.runs), len(full.runs)), figures)
+
+
+def _more_measurements(lead: str, gap: Gap, n_seeds: int, figures: Figures) -> list[Doubt]:
+    """Returns the doubts that more questions, or else more seeds, would settle.
+
+    Args:
+      lead: the doubt, as a clause.
+      gap: by how much the adapter is better than full fine-tuning.
+      n_seeds: number of seeds of each.
+      figures: the comparison.
+    """
+    facts = figures.comparison.facts
+    promise = "such a gap would be told apart in four of five comparisons"
+    n_questions = 0 if gap.questions is None else gap.questions.n
+    per_option = n_questions / facts.eval_questions if facts.eval_questions else 1.0
+    limit = facts.most_questions or 0
+    n_available = int(limit * per_option)
+    needed = gaps.questions_to_decide(gap, n_available)
+    if needed is not None:
+        return [_question_doubt(lead, math.ceil(needed / per_option), promise)]
+    seeds_needed = gaps.seeds_to_decide(gap, n_seeds)
+    if seeds_needed is not None:
+        return [
+            _seed_doubt(lead, seeds_needed - n_seeds, figures, f"with {seeds_needed}, {promise}")
+        ]
+    if n_available > n_questions:
+        seeds_needed = gaps.seeds_to_decide(gaps.with_questions(gap, n_available), n_seeds)
+    if seeds_needed is not None:
+        also = f"with {seeds_needed} seeds as well, {promise}"
+        seed_doubt = _seed_doubt(lead, seeds_needed - n_seeds, figures, also)
+        return [_question_doubt(lead, limit, also), seed_doubt]
+    if gap.seeds and gap.value and any(variance.value for variance in gap.variances):
+        text = f"{lead}. Not even {gaps.MOST_SEEDS} seeds would tell such a gap apart"
+        text += " on these questions: hold out more." if gap.questions else "."
+        return [Doubt("the gap is too small for what can be measured", text)]
+    n_compared = len({run.seed for run in figures.comparison.runs})
+    return [_seed_doubt(lead, max(2, n_compared), figures, "the spread is not known yet")]
+
+
+def _question_doubt(lead: str, n: int, promise: str) -> Doubt:
+    text = f"{lead}: ask {n:,} questions (--eval-questions); {promise}."
+    return Doubt("more questions are needed", text, "--eval-questions", (n,))
+
+
+def _seed_doubt(lead: str, n: int, figures: Figures, promise: str) -> Doubt:
+    """Returns the doubt that so many seeds beside those of the comparison would settle."""
+    seeds = sorted({run.seed for run in figures.comparison.runs})
+    further = range(seeds[-1] + 1, seeds[-1] + 1 + n)
+    text = f"{lead}: train more seeds (--seeds); {promise}."
+    return Doubt("more seeds are needed", text, "--seeds", (*seeds, *further))
 
 
 def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
@@ -167,7 +187,7 @@ def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
     output = "runs/compare"
     if "--output" in given[:-1]:
         output = given[given.index("--output") + 1]
-    of = {option: [f"{value:g}" for value in values] for option, values in changes.items()}
+    of = {option: [*map(_word, values)] for option, values in changes.items()}
     for option, values in {**of, "--output": [f"{output.rstrip('/')}-2"]}.items():
         at = given.index(option) if option in given else len(given)
         end = next((i for i in range(at + 1, len(given)) if given[i][:2] == "--"), len(given))
@@ -175,27 +195,12 @@ def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
     return shlex.join(given)
 
 
-def gap_of(lora: ArmRow, full: ArmRow) -> Gap:
-    """Returns by how much an adapter's arm is better than one of full fine-tuning."""
-    one, other = lora.quality, full.quality
-    assert one and other
-    value = one.mean - other.mean if lora.measure.larger else other.mean - one.mean
-    largest = max(abs(one.mean), abs(other.mean))
-    return Gap(value, _half_width(one, other), value / largest if largest else 0.0)
+def _word(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
-def _half_width(one: Spread, other: Spread) -> float | None:
-    """Returns half the width of the interval of a difference of means (Welch, 1947)."""
-    if one.deviation is None or other.deviation is None:
-        return None
-    first, second = one.deviation**2 / one.n, other.deviation**2 / other.n
-    if not first + second:
-        return 0.0
-    freedom = (first + second) ** 2 / (first**2 / (one.n - 1) + second**2 / (other.n - 1))
-    return float(stats.t.ppf(0.5 + _LEVEL / 2, freedom)) * math.sqrt(first + second)
-
-
-def _one_sided(lora: ArmRow | None, full: ArmRow | None, rows: Sequence[ArmRow]) -> Recommendation:
+def _one_sided(lora: ArmRow | None, full: ArmRow | None, figures: Figures) -> Recommendation:
+    rows = figures.rows
     missing = "full fine-tuning" if full is None else "an adapter"
     sides = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
     runs = [run for row in sides for run in row.runs]
@@ -207,14 +212,17 @@ def _one_sided(lora: ArmRow | None, full: ArmRow | None, rows: Sequence[ArmRow])
     if failed:
         reasons.append(f"{len(failed)} of {len(runs)} failed, the first with: {failed[0].error}")
     top = lora or full
+    methods = dict.fromkeys([*(row.arm.method for row in rows), "lora", "full"])
+    text = f"There is nothing to compare: run at least two seeds of {missing} (--methods)."
+    option = "" if sides else "--methods"  # which helps where no run of it was asked for
+    doubt = Doubt("there is nothing to compare", text, option, tuple(methods))
     return Recommendation(
         verdict="undecided",
         arm=top.arm if top else None,
         headline=f"Not decided: {reasons[0][0].lower()}{reasons[0][1:]}",
         reasons=tuple(reasons),
-        undecided=(
-            f"There is nothing to compare: run at least two seeds of {missing} (--methods).",
-        ),
+        undecided=(doubt.said,),
+        command=_further(figures.comparison.facts.command, [doubt]),
     )
 
 
@@ -228,21 +236,61 @@ def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> tuple[st
         f"({_seeds(one)}), {values[1]} with {figures.label(full.arm)} ({_seeds(other)})."
     )
     by = f"{words.rough(abs(gap.value))}, {100 * abs(gap.share):.2g}% of the larger"
-    who = words.method((lora if gap.value >= 0 else full).arm.method)
-    in_short = f"{who} is better"
-    if gap.error is None:
-        side = "more" if gap.decides else "no more"
-        in_short = in_short if gap.decides else "quality not told apart by one seed"
-        text = f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
-        return in_short, [measured, f"{text}known, since a side has a single seed."]
-    spread = f"± {words.rough(gap.error)}, its {_LEVEL:.0%} interval over seeds"
+    leader = words.method((lora if gap.value >= 0 else full).arm.method)
+    clause = _quality_clause(leader, gap)
+    return clause, [measured, _gap_sentence(leader, by, clause, gap), *_questions(gap)]
+
+
+def _quality_clause(leader: str, gap: Gap) -> str:
+    """Returns what seeds and questions show of the method that is ahead, for a headline."""
     if gap.decides:
-        text = f"{words.capital(who)} is better by {by}: beyond the spread ({spread})."
-        return in_short, [measured, text]
+        return f"{leader} is better"
+    if not gap.seeds:
+        return "quality not told apart by one seed"
+    basis = "seeds and questions" if gap.questions else "seeds"
+    if gap.is_separate:
+        return f"so few {basis} do not tell the methods apart"
+    return f"quality not told apart by these {basis}" if gap.is_hidden else "quality tied"
+
+
+def _gap_sentence(leader: str, by: str, clause: str, gap: Gap) -> str:
+    """Returns a sentence on the gap beside its spread.
+
+    Args:
+      leader: the method that is ahead.
+      by: by how much, in words.
+      clause: what that shows; see `_quality_clause`.
+      gap: the gap.
+    """
+    if gap.error is None:
+        side = "more" if abs(gap.share) > UNKNOWN_SPREAD else "no more"
+        return (
+            f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
+            "known, since a side has a single seed."
+        )
+    spread = f"± {words.rough(gap.error)}, its {LEVEL:.0%} interval over {gap.spread_over}"
+    if gap.decides:
+        return f"{words.capital(leader)} is better by {by}: beyond the spread ({spread})."
     text = f"The gap is {by}: within the spread ({spread})."
-    if gap.is_hidden:
-        return "quality not told apart by these seeds", [measured, text]
-    return "quality tied", [measured, f"{text} Quality is tied; cost decides."]
+    if abs(gap.value) > gap.error:
+        text = f"The gap is {by} ({spread})."
+    if gap.is_separate:
+        return f"{text} Every seed of {leader} is ahead, but {clause}."
+    return text if gap.is_hidden else f"{text} Quality is tied; cost decides."
+
+
+def _questions(gap: Gap) -> list[str]:
+    """Returns a sentence on what the questions count for; none where nothing is to be said."""
+    questions = gap.questions
+    if questions is None:
+        return ["The results of single questions are not known: the seeds alone decide."]
+    count = f"{questions.differing:,} of {questions.n:,} questions were answered differently"
+    if questions.differing < FEWEST:
+        return [f"Only {count}: fewer than {FEWEST} decide nothing."]
+    if gap.seeds:
+        return []
+    error = words.rough(half_width([questions.variance]))
+    return [f"{words.capital(count)}: over them alone, the gap is ± {error}."]
 
 
 def _seeds(values: Spread) -> str:
@@ -311,6 +359,16 @@ def _doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
         values = sorted({*beyond, *(row.arm.learning_rate for row in tried.tried)})
         short = f"the best rate of {who} is at the edge of what was tried"
         doubts.append(Doubt(short, text, option, tuple(values)))
+    for row in figures.rows:
+        is_rival = (row.is_full, row.is_adapter) == (side.is_full, side.is_adapter)
+        if row.quality is None or not is_rival or row.is_whole or row.order >= side.order:
+            continue
+        lost = len(row.runs) - row.quality.n
+        text = (
+            f"{figures.label(row.arm)} has {words.figure(row.quality.mean)}, but {lost} of its "
+            f"{len(row.runs)} runs {'has' if lost == 1 else 'have'} no value: run it again."
+        )
+        doubts.append(Doubt(f"a better setting of {who} lacks a run", text))
     rank = side.arm.rank
     if rank is None:
         return doubts

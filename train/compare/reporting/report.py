@@ -124,11 +124,13 @@ def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
         cells = [figures.label(row.arm), *_spread(row.quality), *[words.rough(of_rows)] * error]
         cells += [_mean(of_loss)] * loss
         body.append([*cells, words.count(row.trained_parameters), _others(row)])
-    marked = next((i for i, row in enumerate(rows) if row.arm == recommendation.arm), None)
+    is_undecided = recommendation.verdict == "undecided"
+    outstanding = rows[0].arm if is_undecided and rows and rows[0].quality else recommendation.arm
+    marked = next((i for i, row in enumerate(rows) if row.arm == outstanding), None)
     better = "larger" if measure.larger else "smaller"
     marking = "" if marked is None else " The row that stands out is the one recommended above."
-    if marked is not None and recommendation.verdict == "undecided":
-        marking = " The row that stands out is ahead so far."
+    if marked is not None and is_undecided:
+        marking = " The row that stands out is ahead so far: its mean is the best."
     blocks: list[Block] = [
         Heading("Quality"),
         Paragraph(
