@@ -134,9 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comparisons", type=int, default=1_000)
     n = parser.parse_args().comparisons
-    head = ["what varies", *(f"true difference of {k} standard errors" for k in DIFFERENCES)]
-    head.append("none, by the seeds alone")
-    print(f"A winner is named, in % of {n:,} comparisons of {SEEDS} seeds an arm:\n")
+    differences = [f"{k} standard errors" if k else "no difference" for k in DIFFERENCES]
+    head = ["what varies", *differences, "no difference, by the seeds alone"]
+    print(f"A winner is named in so many of {n:,} comparisons, by the true difference:\n")
     print(markdown.table(head, table(n)))
 
 
