@@ -85,7 +85,7 @@ def _most_held_out(n_rows: int) -> int:
 
 
 def most_questions(config: Config, rows: TaskRows) -> int | None:
-    """Returns how many of the rows may be held out; None for an --eval-dataset, which is whole."""
+    """Returns the most rows that may be held out; None for an --eval-dataset, which is whole."""
     if config.data.eval_dataset is not None:
         return None
     return _most_held_out(len(rows.train) + len(rows.held_out))

@@ -117,7 +117,7 @@ class RewardModelEvaluation:
         return scores
 
     def _results(self, params: Any, forward: Callable[..., Any]) -> list[bool]:
-        """Returns whether the better completion of each pair gets the higher score."""
+        """Returns True for each pair whose better completion gets the higher score."""
         test: Any = self.context.data.held_out
         batches = test.parts(self.context.config.optim.batch_size)
         margins = np.concatenate([_margins(forward, params, batch) for batch in batches])

@@ -196,7 +196,7 @@ def accuracy_error(scores: Mapping[str, Any]) -> float | None:
 
 
 def question_scores(scores: Mapping[str, Any]) -> list[float]:
-    """Returns whether the trained model answered each question right, from a run's scores.json."""
+    """Returns 1 for each question that the trained model got right, else 0, from scores.json."""
     of_kind = scores.get("right", {}).values()
     return [float(right) for ways in of_kind for right in ways.get(sql_scores.ADAPTED, ())]
 

@@ -68,7 +68,7 @@ class Gap(NamedTuple):
 
     @property
     def spread_over(self) -> str:
-        """Names what the interval is over: "seeds and 64 questions"."""
+        """Names the sources of the spread: "seeds and 64 questions"."""
         return f"seeds and {self.questions.n:,} questions" if self.questions else "seeds"
 
     @property
@@ -91,7 +91,7 @@ class Gap(NamedTuple):
 
 
 def gap_of(arm: ArmRow, other: ArmRow) -> Gap:
-    """Returns by how much an arm is better than another one; both have values."""
+    """Returns the gap of an arm to another one; both have values."""
     one, two = arm.quality, other.quality
     assert one and two
     value = one.mean - two.mean if arm.measure.larger else two.mean - one.mean

@@ -242,7 +242,7 @@ def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> tuple[st
 
 
 def _quality_clause(leader: str, gap: Gap) -> str:
-    """Returns what seeds and questions show of the method that is ahead, for a headline."""
+    """Returns a clause of the headline: the result that seeds and questions show."""
     if gap.decides:
         return f"{leader} is better"
     if not gap.seeds:
@@ -280,7 +280,7 @@ def _gap_sentence(leader: str, by: str, clause: str, gap: Gap) -> str:
 
 
 def _questions(gap: Gap) -> list[str]:
-    """Returns a sentence on what the questions count for; none where nothing is to be said."""
+    """Returns a sentence on the questions; none where the interval says it all."""
     questions = gap.questions
     if questions is None:
         return ["The results of single questions are not known: the seeds alone decide."]
