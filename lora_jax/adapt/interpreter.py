@@ -285,7 +285,7 @@ class Interpreter:
         known = self.rules.get(name) or self.default
         if known is not None:
             outputs = self._apply_rule(known, use, steps)
-            if outputs is not None and not _cuts_shifted(use.values, outputs):
+            if outputs is not None and not _cuts_shifted(use, outputs):
                 if name in _JOINS and sum(isinstance(v, Factored) for v in use.values) > 1:
                     self._note(use, "joined with another weight, unformed")
                 elif name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
@@ -344,14 +344,22 @@ def _refuse_rows(eqn: JaxprEqn, values: Sequence[Value]) -> None:
             raise ExamplesError(merging.example_error(value, eqn.primitive.name, place_of(eqn)))
 
 
-def _cuts_shifted(values: Sequence[Value], outputs: Sequence[Value]) -> bool:
-    """Returns True if a weight with a bias on B lost part of its in axes: it would add it twice."""
+def _cuts_shifted(use: Use, outputs: Sequence[Value]) -> bool:
+    """Returns True if a bias on B would be added for a part of the in axes, and so more than once.
 
-    def sizes(among: Sequence[Value]) -> set[int]:
-        shifted = (v for v in among if isinstance(v, Factored) and v.shift is not None)
-        return {math.prod(v.sizes("in")) for v in shifted}
+    That is so where a weight loses part of its in axes, or where a part of them is multiplied.
+    """
 
-    return not sizes(outputs) <= sizes(values)
+    def shifted(values: Sequence[Value]) -> list[Factored]:
+        return [v for v in values if isinstance(v, Factored) and v.shift is not None]
+
+    def sizes(weights: Sequence[Factored]) -> set[int]:
+        return {math.prod(weight.sizes("in")) for weight in weights}
+
+    weights = shifted(use.values)
+    if use.name in _SUMS and any(weight.split for weight in weights):
+        return True
+    return use.name != "all_gather" and not sizes(shifted(outputs)) <= sizes(weights)
 
 
 # By primitive, how it uses a weight, which may be adapted for one kind of use only.
@@ -359,6 +367,7 @@ _USES = {"gather": "lookup"}
 _USES |= dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot_general"), "product")
 # Primitives that multiply by a weight, or read rows of it.
 _PRODUCTS = frozenset({*_USES, "slice", "dynamic_slice", "reduce_sum"})
+_SUMS = _PRODUCTS - {"gather", "slice", "dynamic_slice"}  # over the in axes
 # Primitives that make one weight of several.
 _JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n", "dot_general"})
 # Primitives whose rule looks at the equations around theirs.

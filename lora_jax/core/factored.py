@@ -61,6 +61,8 @@ class Factored:
       path: path of the weight, for messages.
       uses: the uses that see the adapter: "all"; of a tied table also "lookup", "product", or
         "each": look-ups see the first half of the rank, products the second.
+      split: inside a `jax.shard_map`, the axes of the mesh along which the in axes of a weight with
+        a shift are split. A product with such a part may not add the shift.
     """
 
     base: BaseLike
@@ -69,6 +71,7 @@ class Factored:
     dropout: float = field(default=0.0, metadata=STATIC)
     path: str = field(default="", metadata=STATIC)
     uses: str = field(default="all", metadata=STATIC)
+    split: tuple[str, ...] = field(default=(), metadata=STATIC)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", _ForMessages(self.path))

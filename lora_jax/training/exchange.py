@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.core.extend import varies_over
+from lora_jax.core.names import SUMMED_OVER
 from lora_jax.models.layers.placement import Mixture
 from lora_jax.models.specs import AXES, BATCH
 from lora_jax.sharding import sharding_for
@@ -91,6 +93,8 @@ def _exchanged(
     if biases:  # the last is added to the sum once
         here = lax.axis_index("tensor") == 0
         biases = (*biases[:-1], jnp.where(here, biases[-1], 0))
+    summed = checkpoint_name(kernels[-1], SUMMED_OVER + "tensor")
+    kernels = (*kernels[:-1], summed)
     if shares == 1:
         return mixed(x, weights, chosen, kernels, biases)
 

@@ -1,6 +1,10 @@
 """A trained bias c on B, PEFT's ``lora_bias``: xW + s·((xA)B + c).
 
 The shift of the products is s·c, and the part that trains is c.
+
+A product with all in axes of W adds s·c once. `lora_jax.adapt` raises a MergeError where a function
+multiplies by parts of the in axes and sums the products: each of them would add s·c. A kernel whose
+parts are gathered inside a `jax.shard_map` is whole again.
 """
 
 import jax

@@ -41,7 +41,8 @@ def case(choice):
     params = {name: {"kernel": normal(EXPERTS, WIDTH, INNER)} for name in NAMES[:2]}
     params["down"] = {"kernel": normal(EXPERTS, INNER, WIDTH)}
     base = lj.quantized.quantize(params, "int8") if choice == "codes" else params
-    tree = with_random_factors(lj.lorafy(base, [lj.LoraRule(targets=list(NAMES), rank=3, alpha=7)]))
+    rule = lj.LoraRule(targets=list(NAMES), rank=3, alpha=7, bias_on_b=choice == "a bias on B")
+    tree = with_random_factors(lj.lorafy(base, [rule]))
     draws = rng.permuted(np.tile(np.arange(EXPERTS), (BATCH, SEQ, 1)), axis=-1)[..., :CHOSEN]
     if choice == "one part":  # all on one device
         draws = np.broadcast_to([1, 0], draws.shape)
@@ -83,6 +84,8 @@ def layout_of(**sizes):
 
 CASES = [
     ({"data": 2, "expert": 2}, "one part of some", "blocks", 3),
+    pytest.param({"expert": 2, "tensor": 2}, "a bias on B", "blocks", 3, marks=pytest.mark.slow),
+    pytest.param({"expert": 2, "tensor": 2}, "a bias on B", "ragged", 1, marks=pytest.mark.slow),
     pytest.param({"expert": 4}, "one part", "blocks", 3, marks=pytest.mark.slow),
     pytest.param({"expert": 2, "tensor": 2}, "one part", "ragged", 1, marks=pytest.mark.slow),
     pytest.param({"fsdp": 2, "expert": 2}, "codes", "blocks", 1, marks=pytest.mark.slow),

@@ -178,7 +178,8 @@ def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
         aligned = [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned]
     names = {name for v in aligned if isinstance(v, Factored) for name in v.parts}
     joined = {name: join(name, aligned, first, dimension) for name in names}
-    return [dataclasses.replace(first, base=base, parts=joined)]
+    split = tuple(name for weight in weights for name in weight.split)
+    return [dataclasses.replace(first, base=base, parts=joined, split=split)]
 
 
 def _end_to_end(name: str, values: Sequence[Value], first: Factored, dimension: int) -> jax.Array:

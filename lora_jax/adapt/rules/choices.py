@@ -42,7 +42,8 @@ def common_form(weights: Sequence[Factored]) -> CommonForm | None:
             bool(weight.parts)
             and (mirrored(weight).labels if turned else weight.labels) == first.labels
             and not (turned and (has_more(weight) or has_more(first)))
-            and (weight.dropout, weight.uses) == (first.dropout, first.uses)
+            and (weight.dropout, weight.uses, weight.split)
+            == (first.dropout, first.uses, first.split)
             and (weight.key is None) == (first.key is None)
         )
 

@@ -1,5 +1,6 @@
 """Rules that enter control flow, with the weights' factors as further operands."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -84,7 +85,8 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     """
     scan = eqns.scan_of(use.eqn)
     n_fixed = scan.n_consts + scan.n_carry
-    consts, stacks = use.values[: scan.n_consts], use.values[n_fixed:]
+    consts = use.values[: scan.n_consts]
+    stacks = [_with_whole_shift(interpreter, use, value) for value in use.values[n_fixed:]]
     carries = dict(enumerate(use.values[scan.n_consts : n_fixed]))
     constant = _constants(interpreter, use, scan.body, carries, scan.n_consts)
     rebuilders, sliced = zip(*map(_sliced, stacks), strict=True) if stacks else ((), ())
@@ -112,6 +114,14 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     carry, ys = lax.scan(step, carries, inputs, length, reverse=scan.reverse, unroll=unroll)
     final = constant | carry | dict(enumerate(ys, scan.n_carry)) | same
     return [final[place] for place in range(len(live))]
+
+
+def _with_whole_shift(interpreter: Interpreter, use: Use, value: Value) -> Value:
+    """Returns an operand that a scan slices; merges one that would add a bias in each step."""
+    if not isinstance(value, Factored) or value.shift is None:
+        return value
+    is_cut = value.labels[0] == "in" and value.base.shape[0] > 1
+    return interpreter.plain(value, use, "over an in axis") if is_cut else value
 
 
 def _kernel_places(stacks: Sequence[Value]) -> list[int]:
@@ -292,7 +302,11 @@ def _splittable(value: Value, spec: PartitionSpec, mesh: Mesh) -> Value:
         return value
     each = [names if isinstance(names, tuple) else (names,) for names in _axis_names(value, spec)]
     parts = [math.prod(mesh.shape[name] for name in names if name) for names in each]
-    return value.replace(base=splittable(value.base, parts))
+    split = value.split
+    if value.shift is not None:
+        for axis in value.axes("in"):
+            split += tuple(name for name in each[axis] if name and mesh.shape[name] > 1)
+    return dataclasses.replace(value, base=splittable(value.base, parts), split=split)
 
 
 def _axis_names(value: Factored, spec: PartitionSpec) -> list[Entry]:

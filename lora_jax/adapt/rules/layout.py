@@ -1,5 +1,6 @@
 """Rules for primitives that only re-arrange a weight: its factors follow, nothing is formed."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import Move, along, as_array, is_base
 from lora_jax.core.extend import varies_over
 from lora_jax.core.factored import Factored
+from lora_jax.core.names import SUMMED_OVER
 from lora_jax.core.parts import EXAMPLE, RANK, Axes
 from lora_jax.core.types import Outcome, Value
 
@@ -98,6 +100,22 @@ def _same(_: Interpreter, use: Use) -> Outcome:
     ]
 
 
+def _joined_over(weight: Factored, axes: Sequence[str]) -> Factored:
+    """Returns a weight whose in axes are no longer split along these axes of the mesh."""
+    split = tuple(name for name in weight.split if name not in axes)
+    return dataclasses.replace(weight, split=split)
+
+
+def _name(interpreter: Interpreter, use: Use) -> Outcome:
+    """Names the base; see `lora_jax.core.names.SUMMED_OVER`."""
+    (weight,), name = use.values, use.params["name"]
+    axis = name.removeprefix(SUMMED_OVER)
+    if weight.shift is not None and axis != name:
+        shift = jnp.where(lax.axis_index(axis) == 0, weight.shift, 0)
+        weight = _joined_over(weight.replace(shift=shift), (axis,))
+    return _same(interpreter, dataclasses.replace(use, values=[weight]))
+
+
 def _everywhere(_: Interpreter, use: Use) -> Outcome:
     """Applies a `pcast` or a `ppermute` inside shard_map to each of the weight's arrays."""
     if not all(isinstance(value, Factored) for value in use.values):
@@ -150,9 +168,14 @@ def _cut_axes(use: Use, weight: Factored) -> list[int]:
 
 
 def _row_or_part(weight: Factored, part: Factored) -> Value:
-    """Returns a part of a weight; one row of it as a look-up: W's row + s·(A's row)B."""
+    """Returns a part of a weight; one row of it as a look-up: W's row + s·(A's row)B.
+
+    A row with a bias on B may be one of many that the function adds up: it is a look-up only where
+    the weight is adapted for look-ups alone.
+    """
     before, after = (math.prod(w.sizes("in")) for w in (weight, part))
-    if not after == 1 < before:
+    is_row = after == 1 < before
+    if not is_row or (part.shift is not None and part.uses != "lookup"):
         return part
     row = part.merged()
     return row if part.shift is None else row + part.spread_columns(part.shift).astype(row.dtype)
@@ -194,6 +217,8 @@ def _gathered_over_devices(_: Interpreter, use: Use) -> Outcome:
         return gather(array, axis=axes.index(dimension)) if dimension in axes else array
 
     if params["tiled"]:
+        if weight.labels[dimension] == "in" and params["axis_index_groups"] is None:
+            weight = _joined_over(weight, params["axis_name"])
         return [moved(weight, together, [dimension])]
     labels: list[Label] = [*weight.labels]
     labels.insert(dimension, "batch")
@@ -240,6 +265,7 @@ LAYOUT_RULES: dict[str, Rule] = {
     "pvary": _everywhere,
     "pcast": _everywhere,
     "ppermute": _everywhere,
-    **dict.fromkeys(("copy", "copy_p", "name", "optimization_barrier", "reduce_precision"), _same),
+    "name": _name,
+    **dict.fromkeys(("copy", "copy_p", "optimization_barrier", "reduce_precision"), _same),
     **dict.fromkeys(("device_put", "sharding_constraint", "reshard"), _same),
 }
