@@ -470,3 +470,54 @@ def test_each_of_two_adapters_starts_at_the_base(init):
 def test_an_adapter_for_each_use_is_plain(more):
     with pytest.raises(ValueError, match="uses='each' is for plain A and B"):
         lj.LoraRule(targets=["embed"], uses="each", **more)
+
+
+@pytest.mark.parametrize("variant", ["dora", "bias_on_b"])
+def test_what_is_filled_keeps_the_fill_value(variant, float64):
+    """Rows beyond a table, and members beyond a stack, are those of the merged weight."""
+    params = {"table": draw(1, (5, 7), jnp.float64), "stack": draw(2, (3, 5, 7), jnp.float64)}
+    how = {"rank": 2, "alpha": 3.0, "dtype": jnp.float64, variant: True}
+    rules = [
+        lj.LoraRule(targets=["table"], in_axes=(0,), out_axes=(1,), **how),
+        lj.LoraRule(targets=["stack"], in_axes=(1,), out_axes=(2,), **how),
+    ]
+    tree = with_random_factors(lorafied(params, rules))
+    ids, members, x = (
+        jnp.array([[1, 7, 3], [9, 0, 5]]),
+        jnp.array([2, 3]),
+        draw(3, (4, 5), jnp.float64),
+    )
+
+    def run(params, x):
+        table, stack = params["table"], params["stack"]
+        taken = jnp.take(table, ids, axis=0, mode="fill", fill_value=7.0)
+        got = jnp.moveaxis(table, 0, 1).at[:, ids[0]].get(mode="fill", fill_value=-2.0)
+        chosen = stack.at[members].get(mode="fill", fill_value=0.5)
+        return taken, got, jnp.einsum("bi,eio->ebo", x, chosen)
+
+    adapter, base = lj.split(tree)
+
+    def values(forward):
+        def loss(adapter, x):
+            outputs = forward(lj.join(adapter, base), x)
+            return sum(jnp.sum(jnp.sin(y)) for y in outputs), outputs
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+    def merged(tree, x):
+        plain = {name: node.merged() for name, node in tree.items()}
+        return run(plain, x)
+
+    both = jax.jit(lambda *args: [values(f)(*args) for f in (lj.adapt(run, strict=True), merged)])
+    ours, theirs = both(adapter, x)
+    taken, got, product = map(np.array, ours[0][1])
+    assert (taken[ids > 4] == 7).all() and (got[:, ids[0] > 4] == -2).all()
+    if variant == "dora":
+        return assert_close(ours, theirs, 1e-9)
+    shifts = {
+        n: np.asarray(node.scale)[..., None] * np.asarray(node.bias) for n, node in tree.items()
+    }
+    taken[ids <= 4] -= shifts["table"]
+    got[:, ids[0] <= 4] -= shifts["table"][:, None]
+    product[0] -= shifts["stack"][2]
+    assert_close([taken, got, product], list(theirs[0][1]), 1e-9)

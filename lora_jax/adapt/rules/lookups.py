@@ -12,7 +12,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.products import note_side, rows_of
 from lora_jax.core.base import along, as_array
 from lora_jax.core.factored import Factored
-from lora_jax.core.parts import Axes
+from lora_jax.core.parts import NEUTRAL, Axes
 from lora_jax.core.product import combined
 from lora_jax.core.types import BaseLike, Forward, Outcome, Parts, Value
 
@@ -90,6 +90,11 @@ def _looked_up(
         return None
     places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
     rows = _rows_of_table(weight, base, look_up, places + offsets, use)
+    has_columns = weight.gain is not None or weight.shift is not None
+    if has_columns and not as_nan and use.params["mode"] is lax.GatherScatterMode.FILL_OR_DROP:
+        index = lax.expand_dims(indices[..., 0], offsets)
+        is_inside = (index >= 0) & (index < shape[axis])
+        rows = jnp.where(is_inside, rows, as_array(base))
     return rows if unit is None else jnp.expand_dims(rows, unit)
 
 
@@ -213,16 +218,18 @@ def _look_up_layers(
     have = [*stack[:at], *[("place", i) for i in range(n_places)], *stack[at + 1 :]]
     order = [have.index(source[a]) for a in sorted(source) if labels[a] == "batch"]
 
-    def taken(array: jax.Array, axes: Axes) -> jax.Array:
+    def taken(name: str, array: jax.Array) -> jax.Array:
+        axes = weight.layout(name)
         if axis not in axes:
             return array
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             array = jnp.take(array, indices[..., 0], axis=at, mode="clip")
         else:
-            array = look_up(array, axes.index(axis), fill_value=0)
+            array = look_up(array, axes.index(axis), fill_value=NEUTRAL.get(name, 0))
         return lax.transpose(array, [*order, *range(len(order), array.ndim)])
 
-    return weight.along(base, taken).replace(labels=labels)
+    parts = {name: taken(name, array) for name, array in weight.parts.items()}
+    return dataclasses.replace(weight, base=base, parts=parts, labels=tuple(labels))
 
 
 LOOK_UP_RULES: dict[str, Rule] = {"gather": _gather}
