@@ -10,6 +10,7 @@ import numpy as np
 
 from train.serve.engine.adapter import Adapter, Factors, TrainingState
 from train.serve.engine.base import ServedBase
+from train.serve.engine.losses import total_weight
 from train.serve.engine.trainer import Trainer
 from train.serve.engine.turns import TurnPath
 from train.serve.protocol import requests
@@ -95,12 +96,12 @@ class EngineTenant:
         self.done: requests.Done | None = None
         self.state: TrainingState | None = None
         self.grads: Factors | None = None
-        self.summed = (0.0, 0)  # the loss and its targets since the last update
+        self.summed = (0.0, 0.0)  # the loss and the weight of its targets since the last update
         self.losses: deque[tuple[int, float]] = deque(maxlen=LATEST_LOSSES)
 
     def become(self, state: TrainingState | None) -> None:
         """Takes a state and clears the gradient; None where the tenant leaves the engine."""
-        self.state, self.grads, self.summed = state, None, (0.0, 0)
+        self.state, self.grads, self.summed = state, None, (0.0, 0.0)
 
     @property
     def path(self) -> TurnPath:
@@ -108,9 +109,10 @@ class EngineTenant:
         return self.client.owner, self.client.session, self.name
 
     @property
-    def loss(self) -> float:
-        """The loss a target, since the last update."""
-        return self.summed[0] / max(self.summed[1], 1)
+    def loss(self) -> float | None:
+        """The loss a weighted target since the last update; None if no target had a weight."""
+        loss, weight = self.summed
+        return loss / weight if weight else None
 
     @property
     def is_waiting(self) -> bool:
@@ -132,7 +134,7 @@ class CommandRunner:
 
     Attributes:
       named: the adapters that samples may choose.
-      trained_tokens: tokens that were trained on.
+      trained_tokens: tokens of the data whose gradients were added.
     """
 
     def __init__(
@@ -205,7 +207,6 @@ class CommandRunner:
                 n, k = len(targets), 1 if targets.ndim == 1 else targets.shape[1]
                 row_logps = p[row, :n, :k]
                 logps[place] = row_logps[:, 0] if targets.ndim == 1 else row_logps
-            self.trained_tokens += sum(len(request.data[i].tokens) for i in part.at)
             yield
         finite = np.isfinite(total) and (grads is None or self._trainer.is_finite(grads))
         if not request.forward_only and not finite:
@@ -214,8 +215,9 @@ class CommandRunner:
             )
         if grads is not None:
             tenant.grads = self._trainer.add(tenant.grads, grads)
-            tokens = sum(len(datum.tokens) for datum in request.data)
-            tenant.summed = (tenant.summed[0] + total, tenant.summed[1] + tokens)
+            weight = sum(total_weight(request.loss, datum.inputs) for datum in request.data)
+            tenant.summed = (tenant.summed[0] + total, tenant.summed[1] + weight)
+            self.trained_tokens += sum(len(datum.tokens) for datum in request.data)
         return requests.GradientResult(logps, {"loss:sum": total})
 
     def _step(
@@ -223,7 +225,7 @@ class CommandRunner:
     ) -> requests.UpdateResult:
         check_update(how)
         moved, norm = self._trainer.update(state, tenant.grads, how)
-        if tenant.grads is not None:
+        if tenant.loss is not None:
             tenant.losses.append((moved.steps, tenant.loss))
         tenant.become(moved)
         return requests.UpdateResult({"grad_norm:max": norm, "step:max": float(moved.steps)})

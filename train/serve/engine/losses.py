@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.training.losses.online import clipped_loss, weighted_loss
@@ -73,6 +74,26 @@ DEFAULTS = {
     "clip_low_threshold": LOW,
     "clip_high_threshold": HIGH,
 }
+
+
+def total_weight(loss: str, inputs: Mapping[str, np.ndarray]) -> float:
+    """Returns the weight of a datum's targets, by which its summed loss is divided for a status.
+
+    The weight of a target is |w| in the cross entropy. In a loss of advantages, it is 1 where the
+    advantage is not 0: other targets add nothing to the loss but DRO's penalty.
+
+    Args:
+      loss: the loss's name, a key of `FUNCTIONS`.
+      inputs: the arrays of the datum: target_tokens, [n] or [n, k], and arrays of its shape or [n].
+    """
+    targets = inputs["target_tokens"]
+    if loss == "cross_entropy":
+        weights = np.abs(inputs.get("weights", np.float32(DEFAULTS["weights"])))
+    else:
+        weights = (inputs["advantages"] != 0).astype(np.float32)
+    if weights.ndim < targets.ndim:
+        weights = weights[..., None]  # each is that of all k targets of its place
+    return float(np.broadcast_to(weights, targets.shape).sum())
 
 
 def sum_loss(which: jax.Array, p: jax.Array, given: Given) -> jax.Array:

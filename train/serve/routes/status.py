@@ -23,7 +23,7 @@ _COUNTERS = {
     "prompt_tokens": "Tokens of prompts that were run.",
     "found_tokens": "Tokens of prompts that had been run before.",
     "drawn_tokens": "Tokens that were drawn.",
-    "trained_tokens": "Tokens that were trained on.",
+    "trained_tokens": "Tokens of the data whose gradients were added.",
     "compiled": "Programs that were compiled.",
 }
 _GAUGES = {
@@ -130,7 +130,7 @@ class StatusRoutes:
             for tenant, metrics in tenants.items():
                 if (value := getattr(metrics, name)) is not None:
                     lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {value}')
-        metric = _begun(lines, "tenant_loss", "gauge", "Loss of a tenant's latest step.")
+        metric = _begun(lines, "tenant_loss", "gauge", "Loss a weighted token, latest step.")
         for tenant, metrics in tenants.items():
             if metrics.losses:
                 lines.append(f'{metric}{{tenant="{_escaped(tenant)}"}} {metrics.losses[-1][1]}')

@@ -82,6 +82,33 @@ def test_a_step_without_a_gradient_has_no_loss(engine):
     assert all(loss for _, loss in status.losses)
 
 
+def test_figures_of_training_count_what_trained(engine):
+    """Not the tokens of a forward pass alone, nor, in the loss, targets without a weight."""
+    tell(engine, "counted", Create(AdapterSpec(rank=2, seed=1)))
+    before, rng = engine.status().trained_tokens, np.random.default_rng(3)
+    targets = {"target_tokens": rng.integers(0, 37, 6)}
+    drawn = targets | {"logprobs": np.full(6, -3, np.float32)}
+    weights = np.array([0, 0, 0, 1, 0.5, 0], np.float32)
+    advantages = np.array([0, 0, 2, 0, 0, 0], np.float32)
+    requests = {
+        "cross_entropy": (Datum(ids(rng, 6), targets | {"weights": weights}), 1.5),
+        "importance_sampling": (Datum(ids(rng, 6), drawn | {"advantages": advantages}), 1),
+    }
+    shown = []
+    for loss, (datum, _) in requests.items():
+        tell(engine, "counted", Gradient([datum], loss, forward_only=True))
+        sums = tell(engine, "counted", Gradient([datum], loss)).metrics["loss:sum"]
+        tell(engine, "counted", STEP)
+        shown.append(sums / requests[loss][1])
+    unweighted = Datum(ids(rng, 6), targets | {"weights": np.zeros(6, np.float32)})
+    tell(engine, "counted", Gradient([unweighted], "cross_entropy"))
+    tell(engine, "counted", STEP)
+    status = engine.status()
+    tell(engine, "counted", Leave())
+    assert status.trained_tokens - before == 3 * 6
+    assert [loss for _, loss in status.tenants["counted"].losses] == pytest.approx(shown, rel=1e-6)
+
+
 @of_families
 def test_nothing_compiles_once_it_is_warm(engine, tmp_path):
     compiled = []
