@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import lora_jax as lj
 from lora_jax.bank.together.stacked import traced_step
 from lora_jax.models.smolvlm.config import SmolVLMConfig
-from lora_jax.training.losses import number_of_chunks
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from train.console.errors import UserError
@@ -323,7 +322,7 @@ def _flops_by_hand(
 def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | None = None) -> int:
     """Returns the FLOPs of a batch in closed form; of a forward pass over so many tokens a row."""
     row = tokens or job.row
-    shape, parts = (job.rows, job.predicted), job.layout.sequence_parts
+    parts = job.layout.sequence_parts
     config: Any = job.outline.config  # an encoder has no plan
     flops = step_flops(
         config,
@@ -333,7 +332,7 @@ def _closed_form(job: PlanJob, variant: PlanVariant, params: Any, tokens: int | 
         remat=variant.remat,
         attention=job.chosen.attend if row > 1 else None,
         split=job.layout.split(row) if row > 1 else None,
-        chunked=number_of_chunks(shape, job.head_chunk, parts) > 1,
+        chunked=job.head_chunk > 0,
         predicted=min(row, job.predicted) if parts == 1 else row,  # split rows have heads at all
         forward=tokens is not None,
         branched=job.share_prompt,

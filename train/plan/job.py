@@ -11,7 +11,7 @@ import lora_jax as lj
 from lora_jax.models.layers.attend import AttentionChoice, choose_attention
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import Loss, predictions_at_once
+from lora_jax.training.losses import Loss, number_of_chunks, predictions_at_once
 from lora_jax.training.sharded_products import ChosenForm, Form
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
@@ -113,13 +113,17 @@ class PlanJob:
 
     @property
     def head_chunk(self) -> int:
-        """Returns the predictions whose logits are in memory at once, on all devices; 0 for all."""
+        """Returns the predictions whose logits are in memory at once, on all devices; 0 for all.
+
+        A chunk that holds all predictions of the step is 0 as well.
+        """
         chunk: int | None = self.layout.chunks(self.loss_chunk)["chunk"]
         if chunk is None:
             config: Any = self.outline.config  # of a language model
             words = config.vocab_size
             chunk = predictions_at_once(self.layout, words) * self.layout.token_parts
-        return chunk
+        shape, parts = (self.rows, self.predicted), self.layout.sequence_parts
+        return chunk if number_of_chunks(shape, chunk, parts) > 1 else 0
 
     @property
     def chosen(self) -> AttentionChoice:

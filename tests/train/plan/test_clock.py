@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.models import Decoder, DecoderConfig
+from lora_jax.training.losses.tokens import cross_entropy, token_values
 from train.console.errors import UserError
 from train.plan.clock.groups import (
     ADAPTER,
@@ -80,11 +82,12 @@ body=%body, backend_config={"known_trip_count":{"n":"4"}}
 backend_config={"estimated_cycles":"7"}
 }
 """
-FLOPS, SENT = 2 * 8 * 16 * 32, 32 * 32 * 2
+FLOPS, SENT = 2 * 8 * 16 * 32, 2 * 16 * 32 * 2  # a device of three passes on two parts
 FORWARD_SCOPE = "jit(step)/jvp(Decoder)/model/while/body/layers/mlp/gate_proj/dot_general"
-GATHERED = "bf16[32,32]{1,0}"
-SYNC = f"%gathered = {GATHERED} all-gather(%w.1), dimensions={{0}}"
-START = f"%all-gather-start = (bf16[16,32]{{1,0}}, {GATHERED}) all-gather-start(%w.1)"
+GATHERED = "bf16[48,32]{1,0}"
+TRIPLE = "replica_groups={{0,1,2}}"
+SYNC = f"%gathered = {GATHERED} all-gather(%w.1), {TRIPLE}, dimensions={{0}}"
+START = f"%all-gather-start = (bf16[16,32]{{1,0}}, {GATHERED}) all-gather-start(%w.1), {TRIPLE}"
 END = f"%all-gather-done = {GATHERED} all-gather-done(%all-gather-start)"
 
 
@@ -138,7 +141,7 @@ def test_work_without_products_belongs_to_its_own_scope():
 
 
 def test_links_cost_what_no_work_covers():
-    """A gather of 2,048 bytes takes 2,048 ns, and 1,000 of them pass beside the product."""
+    """A gather that sends 2,048 bytes takes 2,048 ns. 1,000 of them pass beside the product."""
     alone = clock(SYNC)
     assert alone.uncovered == pytest.approx(4 * SENT * 1e-9, rel=1e-12)
     assert alone.cost(COLLECTIVES).bytes == 4 * SENT
@@ -152,25 +155,49 @@ def test_links_cost_what_no_work_covers():
 def test_a_collective_may_be_spread_over_fusions():
     """It counts where it begins, and runs beside the fusions that carry its buffers."""
     inside = """
-%NAME (q: bf16[16,32]) -> bf16[32,32] {
+%NAME (q: bf16[16,32]) -> bf16[48,32] {
   %q = bf16[16,32]{1,0} parameter(0)
-  ROOT %gathered.1 = bf16[32,32]{1,0} all-gather(%q), dimensions={0}
+  ROOT %gathered.1 = bf16[48,32]{1,0} all-gather(%q), replica_groups={{0,1,2}}, dimensions={0}
 }
 ENTRY"""
     text = HLO
     for name in ("first", "async_collective_fusion.1", "last"):
         text = text.replace("ENTRY", inside.replace("NAME", name), 1)
     made = clock(
-        "%async-collective-start = (bf16[16,32]{1,0}, bf16[32,32]{1,0}) fusion(%w.1), calls=%first",
+        "%async-collective-start = (bf16[16,32]{1,0}, bf16[48,32]{1,0}) fusion(%w.1), calls=%first",
         "%state = bf16[16,32]{1,0} get-tuple-element(%async-collective-start), index=0\n"
-        "  %fusion.2 = (bf16[16,32]{1,0}, bf16[32,32]{1,0}) fusion(%state), "
+        "  %fusion.2 = (bf16[16,32]{1,0}, bf16[48,32]{1,0}) fusion(%state), "
         'calls=%async_collective_fusion.1, backend_config={"estimated_cycles":"500"}\n'
         "  %state.2 = bf16[16,32]{1,0} get-tuple-element(%fusion.2), index=0\n"
-        "  %async-collective-done = bf16[32,32]{1,0} fusion(%state.2), calls=%last",
+        "  %async-collective-done = bf16[48,32]{1,0} fusion(%state.2), calls=%last",
         text=text,
     )
     assert made.cost(COLLECTIVES).bytes == 4 * SENT
     assert made.uncovered == pytest.approx(4 * (SENT - 1500) * 1e-9, rel=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_products_of_a_head_in_chunks_are_in_its_group(tied):
+    """Also where the table of tokens is the head as well."""
+    config = dataclasses.replace(LLAMA, tie_word_embeddings=tied, num_hidden_layers=1)
+    model, batch, predicted = Decoder(config), 2, 128
+    shape = (batch, predicted)
+    rows = dict(ids=jnp.int32, targets=jnp.int32, weights=jnp.float32, predict_at=jnp.int32)
+    rows = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in rows.items()}
+    init = functools.partial(model.init, jax.random.key(0))
+    params = jax.eval_shape(init, rows["ids"])["params"]
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=4, alpha=8)])
+    adapter, base = lj.split(tree)
+    forward = lj.adapt(model.apply)
+
+    def loss(adapter, base, rows):
+        tree = lj.join(adapter, base)
+        return jnp.sum(token_values(cross_entropy, forward, tree, rows, chunk=predicted))
+
+    text = jax.jit(jax.grad(loss)).lower(adapter, base, rows).compile().as_text()
+    made = read_clock(text, None)
+    once = 2 * batch * predicted * LLAMA.hidden_size * LLAMA.vocab_size
+    assert made.cost(HEAD, FORWARD).flops + made.cost(HEAD, BACKWARD).flops == 2 * once
 
 
 def test_kernels_take_an_assumed_share_of_the_peak():
@@ -306,7 +333,10 @@ def test_the_flops_that_a_step_needs(full, times):
 
 
 TPU = dataclasses.replace(
-    Machine("v5e:2x1", (object(), object()), 2**34, 1e12), clock=1e9, link=1e9, kernel_share=0.5
+    Machine("v5e:2x1", (types.SimpleNamespace(platform="tpu"),) * 2, 2**34, 1e12),
+    clock=1e9,
+    link=1e9,
+    kernel_share=0.5,
 )
 
 

@@ -146,7 +146,8 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
 %{name} (p.{name}: f32[2]) -> f32[8] {{
   %p.{name} = f32[2]{{0}} parameter(0)
   {does}
-  ROOT %gathered.{name} = f32[8]{{0}} all-gather(%p.{name}), channel_id=3, dimensions={{0}}
+  ROOT %gathered.{name} = f32[8]{{0}} all-gather(%p.{name}), channel_id=3, \
+replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, dimensions={{0}}
 }}"""
 
     beside = "%d = f32[] dot(%p.async_collective_fusion.7, %p.async_collective_fusion.7), "
@@ -163,30 +164,38 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
         part("all-reduce-scatter.2").replace("all-gather(", "all-reduce("),
     )
     work = work_of(text)
-    assert work.sent == {"all-gather": 32, "reduce-scatter": 32}
+    assert work.sent == {"all-gather": 3 * 2 * 4, "reduce-scatter": 3 * 2}
     assert work.flops == 2 * 2, "what is done beside a collective"
 
 
 def test_starts_hold_their_operands_as_well():
     text = module(
         """  %x = bf16[4,16]{1,0} parameter(0)
-  %start = (bf16[4,16]{1,0}, bf16[16,16]{1,0}) all-gather-start(%x), channel_id=1, dimensions={0}
+  %start = (bf16[4,16]{1,0}, bf16[16,16]{1,0}) all-gather-start(%x), channel_id=1, \
+replica_groups=[2,4]<=[8], dimensions={0}
   ROOT %done = bf16[16,16]{1,0} all-gather-done(%start)"""
     )
-    assert work_of(text).sent == {"all-gather": 16 * 16 * 2}
+    assert work_of(text).sent == {"all-gather": 3 * 4 * 16 * 2}
+
+
+_QUARTER = 6 * 8 * 4 // 4  # bytes
 
 
 @pytest.mark.parametrize(
     ("name", "send", "size"),
     [
-        ("all-reduce", lambda x: lax.psum(x, "d"), 6 * 8 * 4),
-        ("all-gather", lambda x: lax.all_gather(x, "d"), 4 * 6 * 8 * 4),
-        ("reduce-scatter", lambda x: lax.psum_scatter(x.T, "d", tiled=True), 6 * 8 * 4),
-        ("all-to-all", lambda x: lax.all_to_all(x, "d", 1, 0, tiled=True), 6 * 8 * 4),
-        ("collective-permute", lambda x: lax.ppermute(x, "d", [(0, 1), (1, 0)]), 6 * 8 * 4),
+        ("all-reduce", lambda x: lax.psum(x, "d"), 2 * 3 * _QUARTER),
+        ("all-gather", lambda x: lax.all_gather(x, "d"), 3 * 4 * _QUARTER),
+        ("reduce-scatter", lambda x: lax.psum_scatter(x.T, "d", tiled=True), 3 * _QUARTER),
+        ("all-to-all", lambda x: lax.all_to_all(x, "d", 1, 0, tiled=True), 3 * _QUARTER),
+        ("collective-permute", lambda x: lax.ppermute(x, "d", [(0, 1), (1, 0)]), 4 * _QUARTER),
     ],
 )
 def test_what_is_sent(name, send, size):
+    """Of four devices, each has an array of 192 bytes, and sends three of its quarters once.
+
+    An all-reduce sends them twice. In an all-gather, three parts of four arrays pass each device.
+    """
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 
     def step(x):
@@ -201,6 +210,30 @@ def test_what_is_sent(name, send, size):
     work = work_of(compiled(apart, (5, 6, 32)).as_text())
     assert work.sent == {name: 5 * size}
     np.testing.assert_equal(work.sent_bytes, 5 * size)
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("replica_groups={{0,1,2},{3},{4},{5}}", 3),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
+        ("replica_groups={}", 8),
+        ("replica_groups={{0},{1}}", 1),
+    ],
+)
+def test_what_is_sent_depends_on_how_many_devices_take_part(groups, devices):
+    """A device of a ring keeps its own part and passes on each other part once."""
+    text = module(
+        f"""  %x = f32[840]{{0}} parameter(0)
+  ROOT %sum = f32[840]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add"""
+    ).replace("is_scheduled=true", "is_scheduled=true, replica_count=1, num_partitions=8")
+    part = 840 * 4 // devices
+    assert work_of(text).sent.get("all-reduce", 0) == 2 * (devices - 1) * part
+    with pytest.raises(NotUnderstood, match="groups are not listed"):
+        work_of(text.replace(groups, "replica_groups=elsewhere"))
 
 
 LAYERS = """  %x = f32[5,7]{1,0} parameter(0)

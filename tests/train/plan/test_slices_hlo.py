@@ -54,16 +54,21 @@ def test_groups_of_an_unknown_form_are_not_guessed(groups):
     text = f"  %x = f32[8]{{0}} parameter(0)\n  ROOT %y = f32[8]{{0}} all-reduce(%x), {groups}"
     with pytest.raises(NotUnderstood):
         work_of(module(text), OUTER)
-    assert work_of(module(text)).sent == {"all-reduce": 32}, "that of one slice is known"
+    known = "  %x = f32[8]{0} parameter(0)\n  ROOT %y = f32[8]{0} all-reduce(%x), "
+    known += "replica_groups={{0,1,2,3},{4,5,6,7}}"
+    assert work_of(module(known), OUTER).sent == {"all-reduce": 2 * 3 * 8}, "the control"
 
 
 @pytest.mark.parametrize(
     ("slices", "between"),
-    [((0, 0, 1, 1), {"all-reduce": 3 * 96}), ((0, 1, 0, 1), {"all-gather": 3 * 192}), ((), {})],
+    [((0, 0, 1, 1), {"all-reduce": 3 * 96}), ((0, 1, 0, 1), {"all-gather": 3 * 96}), ((), {})],
     ids=["slices outermost", "slices innermost", "one slice"],
 )
 def test_a_compiled_program(slices, between):
-    """Each turn of a loop counts; the axis across slices decides what goes between them."""
+    """Each turn of a loop counts; the axis across slices decides what goes between them.
+
+    Of two devices, each sends its 96 bytes to gather them, and half of its sum twice.
+    """
     mesh = jax.make_mesh((2, 2), ("outer", "inner"), axis_types=(AxisType.Auto,) * 2)
 
     def step(x):
@@ -77,7 +82,7 @@ def test_a_compiled_program(slices, between):
         step, mesh=mesh, in_specs=P(None, axes), out_specs=P(axes), check_vma=False
     )
     work = work_of(compiled(apart, (3, 96)).as_text(), slices)
-    assert work.sent == {"all-gather": 3 * 192, "all-reduce": 3 * 96}
+    assert work.sent == {"all-gather": 3 * 96, "all-reduce": 3 * 96}
     assert work.between == between
 
 
@@ -105,29 +110,31 @@ def transfer(kind, sent, received):
     ("kind", "received", "between"),
     [
         ("ALL_REDUCE", 512, {"all-reduce": 2048}),
-        ("ALL_GATHER", 1024, {"all-gather": 4096}),
-        ("REDUCE_SCATTER", 256, {"reduce-scatter": 2048}),
+        ("ALL_GATHER", 1024, {"all-gather": 2048}),
+        ("REDUCE_SCATTER", 256, {"reduce-scatter": 1024}),
         ("ONE_TO_ONE", 512, {"collective-permute": 2048}),
     ],
 )
 def test_transfers_between_tpu_slices(kind, received, between):
-    """They count as collectives do, with what is given or what is got, whichever is larger."""
+    """A slice counts as one participant: with two slices, half of a sum goes out twice."""
     slices = (0,) * 4 + (1,) * 4
     work = work_of(module(transfer(kind, 512, received)), slices)
     assert work.between == between
-    assert work.sent["all-reduce"] == 8192 + between.get("all-reduce", 0), "and within a slice"
+    within = 2 * 3 * 8192 // 4
+    assert work.sent["all-reduce"] == within + between.get("all-reduce", 0), "and within a slice"
     with pytest.raises(NotUnderstood, match="slices exchange data by gossip"):
         work_of(module(transfer("GOSSIP", 512, 512)), slices)
 
 
 def test_an_estimate_counts_what_goes_between_slices_and_says_that_it_takes_no_time():
     made, near = (
-        read_clock(module(transfer("ALL_REDUCE", 512, 512).replace(*words)))
+        read_clock(module(transfer("ALL_REDUCE", 512, 512).replace(*words)), slices=2)
         for words in (("", ""), ("_xla_megascale_transfer_type", "_another"))
     )
-    sent = work_of(module(transfer("ALL_REDUCE", 512, 512))).sent_bytes
-    assert made.cost(COLLECTIVES).bytes == sent == 8192 + 2048
-    assert near.cost(COLLECTIVES).bytes == 8192, "the control"
+    sent = work_of(module(transfer("ALL_REDUCE", 512, 512)), (0,) * 4 + (1,) * 4).sent_bytes
+    within = 2 * 3 * 8192 // 4
+    assert made.cost(COLLECTIVES).bytes == sent == within + 2048
+    assert near.cost(COLLECTIVES).bytes == within, "the control"
     assert made.seconds == near.seconds and made.unknown == {"slice": 1, "send": 1}
 
 

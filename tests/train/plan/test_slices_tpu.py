@@ -52,7 +52,8 @@ def test_gradients_of_the_adapter_alone_go_between_slices(tmp_path):
     }
     assert set(work.between) == {"all-reduce"} and work.between["all-reduce"] in totals
     kernels = 2 * LAYERS * sum(math.prod(shape) for shape in KERNELS.values())
-    assert work.sent["all-gather"] > 2 * kernels, "forward and backward, within a slice"
+    passed_on = 15 * kernels // 16  # by each of 16 chips
+    assert work.sent["all-gather"] > 2 * passed_on, "forward and backward, within a slice"
 
 
 @thorough
@@ -60,7 +61,8 @@ def test_kernels_go_between_slices_where_their_axis_does(tmp_path):
     """The control."""
     _, work = traffic(tmp_path, "--mesh", "fsdp=32", "--slice-axis", "fsdp")
     kernels = 2 * LAYERS * sum(math.prod(shape) for shape in KERNELS.values())
-    assert work.between["all-gather"] >= 2 * kernels / CHIPS
+    half = kernels / CHIPS / 2  # of what a chip has once both slices have exchanged theirs
+    assert work.between["all-gather"] >= 2 * half
 
 
 def test_a_mesh_is_that_of_jax():

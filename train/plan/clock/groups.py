@@ -16,7 +16,7 @@ FORWARD, RECOMPUTED, BACKWARD, AFTER = "forward", "recomputed", "backward", ""
 PHASES = (FORWARD, RECOMPUTED, BACKWARD, AFTER)
 
 _ADAPTER = re.compile(rf"(^|[/(]){FACTORS}([/)]|$)")
-_HEAD = re.compile(r"(^|[/.])(lm_head|head|score|logits|embed_out)(/|$)")
+_HEAD = re.compile(r"(^|[/.])(lm_head|head|score|logits|embed_out)([/)]|$)")
 _ATTENTION = re.compile(r"(^|/)(attention|windowed_\d+_of_\d+|blocks_\d+\w*|\w*splash\w*)(/|$)")
 _SCOPES = ((ADAPTER, _ADAPTER), (ATTENTION, _ATTENTION), (HEAD, _HEAD))
 _LOSS = re.compile(r"jvp\(\)")  # outside of any module

@@ -69,6 +69,7 @@ def read_clock(
     kernel_share: float = KERNEL_SHARE,
     link: float = 2 * _V5E.link,
     memory: float = _V5E.bandwidth,
+    slices: int = 1,
 ) -> Estimate:
     """Returns the compiler's estimate of a program; the defaults are those of a TPU v5e.
 
@@ -81,8 +82,9 @@ def read_clock(
       peak: FLOP/s of a device.
       kernel_share: the share of the peak that kernels reach, whose cycles the compiler does not
         state.
-      link: bytes a second of a device's links, both ways, along an axis of the mesh.
+      link: bytes that a device sends a second over its links along an axis of the mesh.
       memory: bytes a second of a device's memory, for kernels that wait for it.
+      slices: number of TPU slices that exchange data.
 
     Raises:
       NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
@@ -90,7 +92,7 @@ def read_clock(
     rates = None if clock is None else DeviceRates(clock, kernel_share * peak, link, memory)
     try:
         module = HloModule(text)
-        tally = Walk(module, rates).tally(module.entry)
+        tally = Walk(module, rates, slices).tally(module.entry)
     except NotUnderstood:
         raise
     except SURPRISES as error:

@@ -65,6 +65,7 @@ def clock_of(text: str | None, machine: Machine, model_flops: int | None = None)
             kernel_share=machine.kernel_share,
             link=machine.link or 1.0,
             memory=machine.bandwidth or 1.0,
+            slices=machine.n_slices,
         )
     except NotUnderstood:
         return None

@@ -52,7 +52,7 @@ def _times(clock: Clock) -> list[str]:
 
 def _notes(machine: Machine, clock: Clock) -> list[str]:
     """Returns remarks on the figures: the assumptions behind them, and omissions."""
-    notes = ["GB: bytes of operands and results; of collectives, bytes sent or received."]
+    notes = ["GB: bytes of operands and results; of collectives, the bytes that a device sends."]
     if clock.seconds is None or machine.flops is None or machine.link is None:
         notes[0] += " This compiler does not estimate the time that they take."
         return notes

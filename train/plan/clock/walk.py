@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from train.plan.clock.groups import AFTER, COLLECTIVES, Group, group_of
 from train.plan.clock.traffic import traffic_of
+from train.plan.hlo.collectives import LATER_PARTS, collective_kind, sent_bytes
 from train.plan.hlo.kernels import kernel_flops, kernel_of
 from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
 from train.plan.hlo.products import is_product, kernel_call, product_flops
 from train.plan.hlo.slices import slice_transfer, transferred_bytes
-from train.plan.hlo.work import LATER_PARTS, collective_kind, is_rare, sent_bytes
+from train.plan.hlo.work import is_rare
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**63 - 1
@@ -23,7 +24,6 @@ _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "afte
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "reshape"}
 _PLACES = ("AllocateBuffer", "ConcatBitcast")  # custom calls that give arrays a place
 _LINKS = Group(COLLECTIVES, AFTER)
-_TWICE = {"all-reduce": 2}  # a ring scatters its sums and gathers them
 
 
 class DeviceRates(NamedTuple):
@@ -32,7 +32,7 @@ class DeviceRates(NamedTuple):
     Attributes:
       clock: cycles that the compiler counts.
       kernel: FLOPs of kernels, whose cycles it does not know; an assumption.
-      link: bytes that collectives move; an assumption.
+      link: bytes that a device sends in collectives; an assumption.
       memory: bytes that kernels read and write, where these decide; an assumption.
     """
 
@@ -48,7 +48,7 @@ class Cost(NamedTuple):
     Attributes:
       seconds: time that the group takes, by the rates.
       flops: FLOPs of products and kernels.
-      bytes: bytes of operands and results, or those that collectives send or receive.
+      bytes: bytes of operands and results, or those that a device sends in collectives.
     """
 
     seconds: float = 0.0
@@ -85,9 +85,16 @@ class Tally(NamedTuple):
 class Walk:
     """A walk over the computations of a module, each of which is counted once."""
 
-    def __init__(self, module: HloModule, rates: DeviceRates | None) -> None:
-        """Takes the module, and the rates of a device; without rates, nothing has seconds."""
+    def __init__(self, module: HloModule, rates: DeviceRates | None, slices: int) -> None:
+        """Makes a walk.
+
+        Args:
+          module: the module.
+          rates: the rates of a device; without rates, nothing has seconds.
+          slices: number of TPU slices that exchange data.
+        """
         self.module = module
+        self.slices = slices
         self.rates = rates
         self.tally = functools.cache(self._tally)
 
@@ -114,7 +121,7 @@ class Walk:
         """Adds an instruction that calls no schedule of its own."""
         if op.opcode in ("send", "recv") and (transfer := slice_transfer(op.text)):
             if op.opcode == "send":
-                size = transferred_bytes(op, transfer, computation)
+                size = transferred_bytes(op, transfer, computation, self.slices)
                 run.spend(_LINKS, Cost(bytes=size))
                 run.without_estimate(op)
             return
@@ -143,14 +150,12 @@ class Walk:
 
     def _sent(self, op: Instruction, name: str, computation: Computation) -> tuple[int, float]:
         """Returns the bytes that an instruction sends, and the seconds that they take."""
-        sent, busy = 0, 0.0
+        sent = 0
         inside = ((op, name, "", computation), *self._inside(op))
         for inner, at, caller, around in inside:
             if kind := collective_kind(inner, at, caller):
-                size = sent_bytes(inner, around)
-                sent += size
-                busy += _TWICE.get(kind, 1) * size / self.rates.link if self.rates else 0.0
-        return sent, busy
+                sent += sent_bytes(self.module, inner, around, kind)
+        return sent, sent / self.rates.link if self.rates else 0.0
 
     def _inside(self, op: Instruction) -> list[tuple[Instruction, str, str, Computation]]:
         if op.opcode not in ("fusion", "async-start"):

@@ -34,7 +34,7 @@ class StepWork:
       source: "hlo" or "jaxpr"; None if neither was understood.
       per_step, per_chip: FLOPs on all devices, and on one.
       traced: FLOPs of the jaxpr.
-      sent: kind of collective -> bytes that a device sends or receives.
+      sent: kind of collective -> bytes that a device sends.
       between: part of these bytes that leaves a slice, likewise.
       kernels: the kernels in the compiled step, in words.
       notes: remarks on the figures, in sentences.

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2}
 _BYTES |= {"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r"|f8\w+)\[([\d,]*)\]")
+_DEVICES = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -78,12 +79,14 @@ class HloModule:
     Attributes:
       computations: name -> its instructions by name.
       entry: the name of the computation that runs.
+      devices: the number of devices that run the module.
     """
 
     def __init__(self, text: str) -> None:
         """Parses a module; raises NotUnderstood if it has no entry."""
         self.computations: dict[str, Computation] = {}
         self.entry = ""
+        self.devices = math.prod(int(count) for count in _DEVICES.findall(text.partition("\n")[0]))
         for is_entry, name, instructions in _computations(text):
             self.computations[name] = instructions
             self.entry = name if is_entry else self.entry

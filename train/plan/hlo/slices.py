@@ -7,23 +7,15 @@ of the sum that each device has. Hosts of GPUs share one program, in which a col
 groups of devices that exchange data: of one host, or of several.
 """
 
-import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.training.mesh import slice_of
+from train.plan.hlo.collectives import device_groups, ring_bytes
 from train.plan.hlo.module import Computation, Instruction, operand_arrays, size_of
-
-# Groups of devices as HLO writes them: listed, as a reshaped range, by axes of a mesh, as pairs.
-_LISTED = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
-_RANGE = re.compile(r"\breplica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
-_AXES = re.compile(r"\breplica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? ?\{([^}]*)\}")
-_RESHAPED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")  # a whole axis, or a part: (parts before) parts
 
 _TRANSFER = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 _KIND = re.compile(r'_xla_megascale_transfer_type="([^"]*)"')
@@ -58,14 +50,30 @@ def slice_transfer(text: str) -> SliceTransfer | None:
     return SliceTransfer(name[1], _KINDS.get(kind[1], kind[1].lower().replace("_", "-")))
 
 
-def transferred_bytes(send: Instruction, transfer: SliceTransfer, computation: Computation) -> int:
-    """Returns the bytes that a device gives to other slices, or gets, whichever are more."""
-    got = [
+def transferred_bytes(
+    send: Instruction, transfer: SliceTransfer, computation: Computation, slices: int
+) -> int:
+    """Returns the bytes that a device sends to other slices.
+
+    Args:
+      send: the instruction that hands the device's array to the host.
+      transfer: the transfer of the instruction.
+      computation: the computation of the instruction.
+      slices: number of slices that exchange data, each of which counts as one participant.
+
+    Raises:
+      ValueError: there is one slice, so that the number of participants is not known.
+    """
+    if slices < 2:
+        raise ValueError(f"the transfer {transfer.name} leaves a slice, but there is one slice")
+    received = [
         size_of(op.shapes[:1])
         for op in computation.values()
         if op.opcode == "recv" and slice_transfer(op.text) == transfer
     ]
-    return max([size_of(operand_arrays(send, computation)[:1]), *got])
+    operand = size_of(operand_arrays(send, computation)[:1])
+    array = max(received, default=operand) if transfer.kind == "all-gather" else operand
+    return ring_bytes(transfer.kind, array, slices)
 
 
 def crosses(text: str, slices: Sequence[int]) -> bool:
@@ -76,55 +84,9 @@ def crosses(text: str, slices: Sequence[int]) -> bool:
       slices: the slice of each device; () for one slice.
 
     Raises:
-      ValueError: its groups are of an unknown form.
+      ValueError: the groups have an unknown form.
     """
     if not slices:
         return False
-    groups = _groups(text) or [range(len(slices))]  # none: all devices
+    groups = device_groups(text) or [range(len(slices))]
     return any(len({slices[device] for device in group}) > 1 for group in groups)
-
-
-def _groups(text: str) -> Sequence[Sequence[int]]:
-    if by_axes := _AXES.search(text):
-        return _along_axes(*by_axes.groups())
-    if given := _RANGE.search(text):
-        groups: Any = _ordered(given[2]).reshape(_numbers(given[1])).tolist()
-        return groups
-    if (listed := _LISTED.search(text)) is None:
-        raise ValueError(f"a collective whose groups are not listed: {text[:200]}")
-    return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
-
-
-def _along_axes(mesh: str, order: str | None, axes: str) -> Sequence[Sequence[int]]:
-    """Returns the groups along axes of a mesh.
-
-    Args:
-      mesh: its axes, such as `'data'=2,'fsdp'=4`.
-      order: its devices, such as `[2,4]T(1,0)`; None for 0, 1, 2, …
-      axes: axes along which devices are together, such as `'data','fsdp':(1)2`.
-    """
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    places = np.unravel_index(np.arange(math.prod(sizes.values())), [*sizes.values()])
-    at = dict(zip(sizes, places, strict=True))
-    for name, before, part in _AXIS.findall(axes):  # devices that differ along these are together
-        inner = sizes[name] // (int(before or 1) * int(part or sizes[name]))
-        outer = inner * int(part or sizes[name])
-        at[name] = at[name] // outer * outer + at[name] % inner
-    groups: dict[tuple[int, ...], list[int]] = {}
-    keys = zip(*(place.tolist() for place in at.values()), strict=True)
-    for device, key in zip(_ordered(order or f"[{len(places[0])}]").tolist(), keys, strict=True):
-        groups.setdefault(key, []).append(device)
-    return [*groups.values()]
-
-
-def _ordered(text: str) -> np.ndarray:
-    """Returns devices from their list, or from a range that is reshaped and transposed, flat."""
-    if (given := _RESHAPED.fullmatch(text)) is None:
-        return np.array([int(n) for n in text.split(",")])
-    sizes = _numbers(given[1])
-    order = _numbers(given[2]) if given[2] else None
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",") if n]

@@ -9,24 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora_jax.models.decoder.dispatch import UNEVEN
+from train.plan.hlo.collectives import COLLECTIVES, collective_kind, sent_bytes
 from train.plan.hlo.kernels import KernelCall, kernel_flops
-from train.plan.hlo.module import (
-    SURPRISES,
-    Computation,
-    HloModule,
-    Instruction,
-    NotUnderstood,
-    operand_arrays,
-    size_of,
-)
+from train.plan.hlo.module import SURPRISES, HloModule, Instruction, NotUnderstood
 from train.plan.hlo.products import is_product, kernel_call, product_flops
 from train.plan.hlo.slices import crosses, slice_transfer, transferred_bytes
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 Sent = Counter[tuple[str, bool]]  # (kind of collective, whether it leaves a slice) -> bytes
-# The TPU compiler spreads a collective over fusions that overlap it with other work, beginning with
-# an async-collective-start, which is counted. (Channels do not identify it: several may share one.)
-LATER_PARTS = ("async_collective_fusion", "async-collective-done")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +23,13 @@ class HloWork:
     """The work of one device in one call of a compiled function."""
 
     flops: int  # of matrix products and convolutions
-    sent: dict[str, int]  # kind of collective -> bytes, in the order of `COLLECTIVES`
+    sent: dict[str, int]  # kind of collective -> bytes that it sends, in the order of `COLLECTIVES`
     kernels: tuple[KernelCall, ...] = ()  # the calls of kernels, each once
     between: dict[str, int] = dataclasses.field(default_factory=dict)  # those that leave a slice
 
     @property
     def sent_bytes(self) -> int:
-        """The bytes of all kinds together."""
+        """The bytes that a device sends in collectives of all kinds."""
         return sum(self.sent.values())
 
 
@@ -68,38 +57,9 @@ def work_of(text: str, slices: Sequence[int] = ()) -> HloWork:
         raise NotUnderstood(f"the HLO is not written as expected: {error!r}") from error
 
 
-def collective_kind(op: Instruction, computation: str, caller: str = "") -> str | None:
-    """Returns the kind of a collective, None for other instructions.
-
-    Args:
-      op: the instruction.
-      computation: the name of its computation.
-      caller: the name of the instruction that calls this.
-
-    Returns:
-      An entry of `COLLECTIVES`; "" for a later part of one that has begun before.
-    """
-    kind = op.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
-        return None
-    if computation.startswith(LATER_PARTS) or caller.startswith(LATER_PARTS):
-        return ""
-    # the TPU compiler's name for the two fused
-    return "reduce-scatter" if "all-reduce-scatter" in computation else kind
-
-
 def is_rare(op: Instruction) -> bool:
     """Returns True for a branch that runs only where tokens choose experts unevenly."""
     return op.opcode == "conditional" and UNEVEN in op.op_name
-
-
-def sent_bytes(op: Instruction, computation: Computation) -> int:
-    """Returns the bytes that a collective sends or receives."""
-    given = size_of(operand_arrays(op, computation))
-    result = size_of(op.shapes)
-    if op.opcode.endswith("-start") and len(op.shapes) > len(op.operands):
-        result -= given  # the result holds the operands as well
-    return max(given, result)
 
 
 def _work(module: HloModule, slices: Sequence[int]) -> HloWork:
@@ -130,12 +90,14 @@ def _count(
             flops += kernel_flops(call)
         if (kind := collective_kind(op, name, caller)) is not None:
             if kind:
-                sent[kind, crosses(op.text, slices)] += sent_bytes(op, computation)
+                size = sent_bytes(module, op, computation, kind)
+                sent[kind, crosses(op.text, slices)] += size
             continue
         if op.opcode == "send" and (transfer := slice_transfer(op.text)):
             if transfer.kind not in COLLECTIVES:
                 raise NotUnderstood(f"slices exchange data by {transfer.kind}")
-            sent[transfer.kind, True] += transferred_bytes(op, transfer, computation)
+            size = transferred_bytes(op, transfer, computation, len({*slices}))
+            sent[transfer.kind, True] += size
         if is_rare(op):
             continue
         inner = [_count(module, called, slices, op.name) for called in op.called]
