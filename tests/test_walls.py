@@ -15,9 +15,10 @@ LIBRARY = """
     subspace hf models peft torch __init__ training bank __main__
 """.split()
 SCRIPTS = """
-    __init__ console processes reporters adapters environments options data settings run predict
-    rewards tools live tasks plan generate export inputs table remat begin progress dry_run steps
-    finetune script sft classify dpo distill start grpo compare findings serve launch doctor command
+    extras __init__ console processes reporters adapters environments options data settings run
+    predict rewards tools live tasks plan generate export inputs table remat begin progress dry_run
+    steps finetune script sft classify dpo distill start grpo compare findings serve launch doctor
+    command
 """.split()
 ORDER = [*(f"lora_jax.{room}" for room in LIBRARY), *(f"train.{room}" for room in SCRIPTS)]
 TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")
@@ -31,6 +32,7 @@ LATE = {
         "google",
         "gguf",
         "huggingface_hub",
+        "jinja2",
         "llguidance",
         "matplotlib",
         "mlflow",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from train.console.pipe import closed_pipe
 from train.console.program import program
+from train.extras import report_missing_package
 
 COMMANDS = {
     "sft": "fine-tunes a language model on chats, pairs or text",
@@ -52,6 +53,7 @@ def main(args: Sequence[str]) -> None:
         )
         sys.exit(2)
     sys.argv = [sys.argv[0], *options]
+    sys.excepthook = report_missing_package
     module = importlib.import_module(f"train.{name}")
     if not hasattr(module, "main"):  # a package
         module = importlib.import_module(f"train.{name}.__main__")

@@ -261,6 +261,6 @@ def _huggingface_hub() -> ModuleType:
         import huggingface_hub.constants
     except ImportError:
         raise ImportError(
-            "a hub name needs the package huggingface_hub: pip install huggingface_hub"
+            "a hub name needs the package huggingface_hub: pip install 'lora_jax[models]'"
         ) from None
     return huggingface_hub

@@ -334,5 +334,7 @@ def _pillow() -> ModuleType:
         import PIL.Image
         import PIL.ImageOps
     except ImportError:
-        raise ImportError("an image needs the package Pillow: pip install pillow") from None
+        raise ImportError(
+            "an image needs the package Pillow: pip install pillow, or 'lora_jax[models]'"
+        ) from None
     return PIL

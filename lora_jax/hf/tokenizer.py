@@ -124,7 +124,7 @@ def _transformers() -> ModuleType:
     except ImportError:
         raise ImportError(
             "a tokenizer needs the packages transformers and tokenizers: "
-            "pip install transformers tokenizers"
+            "pip install 'lora_jax[models]'"
         ) from None
     finally:
         logger.removeFilter(_is_no_advice_on_torch)

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from tests.train.tiny import write_jsonl, write_model
-from train import command
+from train import command, extras
 from train.compare import costs
 from train.console.errors import reported
 from train.console.program import program
@@ -148,6 +149,81 @@ def test_it_starts_the_script_with_the_rest_of_the_line(monkeypatch):
     command.main(["sft", "--rank", "3"])
     command.main(["plan"])
     assert seen == [["/bin/lora-jax", "--rank", "3"], ["/bin/lora-jax"]]
+
+
+# What the extras models, train and serve install, and lora_jax alone does not.
+OF_EXTRAS = """
+    tyro jinja2 transformers tokenizers huggingface_hub gguf PIL datasets pyarrow matplotlib sklearn
+    snowballstemmer tensorboardX filelock starlette uvicorn zstandard pyrage llguidance
+""".split()
+ALL_COMMANDS = """
+import sys
+from train import command
+for name in command.COMMANDS:
+    if name != "doctor":
+        try:
+            command.main([name, "--help"])
+        except ModuleNotFoundError as error:
+            try:
+                sys.excepthook(type(error), error, error.__traceback__)
+            except SystemExit as ended:
+                print(name, ended.code)
+"""
+
+
+@pytest.fixture
+def hide(tmp_path, monkeypatch):
+    """Returns a function that hides packages from the processes of the test."""
+
+    def hide_packages(names):
+        text = f"import sys\nsys.modules.update(dict.fromkeys({names}))\n"
+        (tmp_path / "sitecustomize.py").write_text(text)  # which Python runs as it starts
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path, ROOT))))
+
+    return hide_packages
+
+
+def test_without_extras_every_command_names_the_extra_in_one_line(hide, tmp_path, monkeypatch):
+    hide(OF_EXTRAS)
+    monkeypatch.chdir(tmp_path)
+    line = [sys.executable, "-P", "-c", ALL_COMMANDS]
+    ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    names = [name for name in command.COMMANDS if name != "doctor"]
+    assert ended.stdout.splitlines() == [f"{name} 2" for name in names], ended.stderr
+    for name, said in zip(names, ended.stderr.splitlines(), strict=True):
+        extra = "serve" if name == "serve" else "train"
+        remedy = re.escape(extras.install_command(extra))
+        assert re.fullmatch(rf"error: [\w.]+ is not installed: {remedy}", said), said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-P", "-c", START, "predict"], ["-m", "train.predict"]],
+    ids=["lora-jax", "python -m"],
+)
+def test_a_command_whose_extra_is_missing_ends_with_its_name(words, hide):
+    hide(["tyro"])
+    line = [sys.executable, *words, "--help"]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    said = "error: tyro is not installed: pip install -e '.[train]'\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", said)
+
+
+def test_a_missing_module_of_the_user_keeps_its_traceback(tmp_path, capsys):
+    (tmp_path / "judge.py").write_text("import no_such_module")
+    with pytest.raises(ModuleNotFoundError) as raised:
+        runpy.run_path(str(tmp_path / "judge.py"))
+    extras.report_missing_package(raised.type, raised.value, raised.tb)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_only_in_a_checkout_the_remedy_installs_the_checkout(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert extras.install_command("tpu") == "pip install -e '.[tpu]'"
+    monkeypatch.chdir(tmp_path)
+    assert extras.install_command("tpu") == f"pip install -e '.[tpu]' in {ROOT.resolve()}"
+    monkeypatch.setattr(extras, "_ROOT", tmp_path)  # as in site-packages
+    assert extras.install_command("tpu") == "pip install 'lora_jax[tpu]'"
 
 
 def test_an_unknown_name_gets_the_nearest(capsys):

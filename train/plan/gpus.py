@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from train.console.errors import UserError
+from train.extras import install_command
 
 _MIB = 2**20
 
@@ -187,7 +188,7 @@ def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"--topology {topology}: the GPU's compiler is not installed, or not with JAX "
-            f"{jax.__version__} ({reason}). It needs no GPU: pip install -e '.[gpu-plan]', or pip "
+            f"{jax.__version__} ({reason}). It needs no GPU: {install_command('gpu-plan')}, or pip "
             "install jax-cuda13-plugin jax-cuda13-pjrt (cuda12 with JAX 0.10) of JAX's own version"
         ) from None
     return found.devices

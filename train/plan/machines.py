@@ -10,6 +10,7 @@ import jax
 
 from lora_jax.training.mesh import group_by_slice
 from train.console.errors import UserError
+from train.extras import install_command
 from train.plan.gpus import CARDS, DEFAULT_SHARE, LARGEST_SHARE, PRODUCTS, find_gpus
 
 KERNEL_SHARE = 0.5  # of the peak, that kernels are assumed to reach
@@ -265,6 +266,6 @@ def _why(error: Exception) -> str:
     if "not installed" in reason or "libtpu" in reason:
         return (
             f"the TPU's compiler is not installed ({reason}). It needs no TPU: "
-            "pip install -e '.[tpu]', or pip install libtpu"
+            f"{install_command('tpu')}, or pip install libtpu"
         )
     return f"the TPU's compiler knows no such slice ({reason})"

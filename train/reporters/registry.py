@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Sequence
 
 from train.console.errors import UserError, flag
+from train.extras import install_command
 from train.reporters import mlflow, tensorboard, trackio, wandb
 from train.reporters.contract import Tracker
 
@@ -32,7 +33,7 @@ def check_packages(names: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             raise UserError(
                 f"--report-to {name}: the package {error.name} is missing: install the extra "
-                f"{tracker.extra} (pip install -e '.[{tracker.extra}]'), or leave it out"
+                f"{tracker.extra} ({install_command(tracker.extra)}), or leave it out"
             ) from error
         except Exception as error:
             raise UserError(

@@ -45,7 +45,9 @@ def open_gguf(path: Path) -> OpenGGUF:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+        raise ImportError(
+            "reading a GGUF file needs the package gguf: pip install 'lora_jax[models]'"
+        ) from None
     match = _PART.fullmatch(path.name)
     names = [path]
     if match:

@@ -69,7 +69,9 @@ def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise ImportError("writing a GGUF file needs the package gguf: pip install gguf") from None
+        raise ImportError(
+            "writing a GGUF file needs the package gguf: pip install 'lora_jax[models]'"
+        ) from None
     return gguf
 
 

@@ -9,10 +9,8 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
-
-import jinja2
-from jinja2 import meta
 
 from lora_jax.core.types import Tokenizer
 from lora_jax.training.data.rows import Conversation
@@ -174,6 +172,7 @@ def check_template(template: str) -> None:
     lora_jax.training.errors.TrainingError: line 1 is no Jinja: Expected an expression, got \
 'end of statement block'
     """
+    jinja2 = _jinja2()
     try:
         jinja2.Environment(extensions=_EXTENSIONS).from_string(_TAGS.sub("", template))
         read = _variables(template)
@@ -189,8 +188,20 @@ def check_template(template: str) -> None:
 @functools.lru_cache(maxsize=8)
 def _variables(template: str) -> frozenset[str]:
     """Returns the names that a template looks up outside itself."""
-    environment = jinja2.Environment(extensions=_EXTENSIONS)
-    return frozenset(meta.find_undeclared_variables(environment.parse(_TAGS.sub("", template))))
+    jinja2 = _jinja2()
+    tree = jinja2.Environment(extensions=_EXTENSIONS).parse(_TAGS.sub("", template))
+    return frozenset(jinja2.meta.find_undeclared_variables(tree))
+
+
+def _jinja2() -> ModuleType:
+    try:
+        import jinja2
+        import jinja2.meta
+    except ImportError:
+        raise ImportError(
+            "a chat template needs the package jinja2: pip install 'lora_jax[models]'"
+        ) from None
+    return jinja2
 
 
 def check_without_template(chat: Conversation, name: str) -> None:
