@@ -76,9 +76,12 @@ def finetune(
     if run.pauses or report is None:
         tell(console, f"paused after step {run.last} of {run.steps}")
         return {}
+    if part.is_prior:
+        tell(console, f"this part of the run took {duration(time.monotonic() - began)}")
+        return row.scores
     print_costs(console, report)
     tell(console, report["summary"])
-    took = duration(time.monotonic() - began)
+    took = duration(time.monotonic() - session.began)
     console.print(f"the whole run took {took}; its files are in {shown(run.folder)}")
     merged_only = run.config.adapter.full or row.space is not None
     words = ask_words(row.inputs.read.outline)

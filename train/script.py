@@ -149,7 +149,6 @@ def train_many(script: str, requests: Sequence[RunRequest], session: Session) ->
       Interrupted: after a signal, once the last step of each run is saved.
       SystemExit: with code 1, once all others are done, if a run failed.
     """
-    began = time.monotonic()
     console = hosts.console()
     rows = train_rows(script, requests, session, console)
     results = [row.result() for row in rows]
@@ -160,7 +159,7 @@ def train_many(script: str, requests: Sequence[RunRequest], session: Session) ->
     for row in failed:
         where = row.run.folder / ERROR
         print(f"error: {row.name} failed: {row.why} ({where})", file=sys.stderr, flush=True)
-    took = duration(time.monotonic() - began)
+    took = duration(time.monotonic() - session.began)
     tell(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
     hint = session.stop.remedy
     if n := sum(row.state == "stopped" for row in rows):

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lora_jax.training.processes import write_json
 from train import classify, sft
+from train.console.output import tell
 from train.export import __main__ as export
 from train.export.options import ExportOptions
 from train.finetune import finetune
 from train.options.common import Options
+from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.output import ADAPTER, CONFIG
@@ -36,7 +40,8 @@ def train(script: str, config: Options, task: Task, session: Session) -> None:
       Interrupted: after a signal, once the last step is saved.
     """
     with session.part():
-        finetune(script, config, task, session, RunPart(hint=session.stop.remedy))
+        prior = RunPart(hint=session.stop.remedy, is_prior=True)
+        finetune(script, config, task, session, prior)
     session.stop.check()
 
 
@@ -66,12 +71,18 @@ def train_base(
         write_json(folder / _RECIPE, recipe)
     if model.exists():  # it appears as a whole
         return model
+    tell(
+        hosts.console(),
+        f"the run has two parts: 1. {script} trains the base, in {model}; 2. the run itself begins "
+        "with this base",
+    )
     module = _SCRIPTS[script]
     line = ["--full", *options, "--output", str(run), *["--resume"] * (run / CONFIG).exists()]
     config = module.parse(line)
     module.check(config)
     train(script, config, module.task_of(config), session)
-    export.run(ExportOptions(adapter=str(run / ADAPTER), merged=True, output=str(model)))
+    merged = ExportOptions(adapter=str(run / ADAPTER), merged=True, output=str(model))
+    export.run(merged, Console(quiet=True))
     shutil.rmtree(run)
     return model
 

@@ -49,6 +49,7 @@ class RunPart:
       measured: the evaluations of the base so far. What one of them measured is not measured again;
         new ones are added.
       reader: reads rows once for all runs of the same data.
+      is_prior: whether another run begins with the trained model, and prints the ending for both.
     """
 
     until: Callable[[int, Options], int] | None = None
@@ -56,6 +57,7 @@ class RunPart:
     hint: str | None = None
     measured: list[Evaluation] = dataclasses.field(default_factory=list)
     reader: InputReader = dataclasses.field(default_factory=InputReader)
+    is_prior: bool = False
 
     def evaluate_base(
         self, evaluation: Evaluation, model: Any, plain: Tree, forward: Forward

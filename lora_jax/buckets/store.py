@@ -157,17 +157,7 @@ def _facts(blob: Any) -> ObjectFacts:
 @functools.cache
 def _client() -> Any:
     """Returns the client, made once: it keeps its connections open."""
-    storage = _storage()
-    from google.auth.exceptions import DefaultCredentialsError
-
-    try:
-        return storage.Client(project=None)  # a project is needed to make buckets alone
-    except DefaultCredentialsError as error:
-        raise BucketError(
-            "there are no credentials for Google Cloud Storage: run `gcloud auth "
-            "application-default login`, or give the path of a service account's key in "
-            "GOOGLE_APPLICATION_CREDENTIALS"
-        ) from error
+    return _storage().Client(project=None)  # a project is needed to make buckets alone
 
 
 def _storage() -> Any:
@@ -200,7 +190,7 @@ def _errors(path: BucketPath) -> Iterator[None]:
     _storage()
     import requests
     from google.api_core import exceptions
-    from google.auth.exceptions import GoogleAuthError
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
     from google.cloud.storage.exceptions import DataCorruption
 
     try:
@@ -210,6 +200,12 @@ def _errors(path: BucketPath) -> Iterator[None]:
     except exceptions.NotFound as error:
         raise BucketError(
             f"{path}: there is no bucket {path.bucket}, or none that these credentials may see"
+        ) from error
+    except DefaultCredentialsError as error:
+        raise BucketError(
+            f"{path}: there are no credentials for Google Cloud Storage: run `gcloud auth "
+            "application-default login`, or give the path of a service account's key in "
+            "GOOGLE_APPLICATION_CREDENTIALS"
         ) from error
     except (exceptions.Forbidden, exceptions.Unauthorized, GoogleAuthError) as error:
         raise BucketError(

@@ -164,6 +164,8 @@ def test_an_export_is_written_to_a_bucket_and_replaces_its_own_kind_alone(runs, 
     said = fails(capsys, export.main, *line, "gs://bucket/trained", "--overwrite")
     assert "--output gs://bucket/trained is or holds gs://bucket/trained, an input" in said
     export.main([*line, "gs://bucket/merged", "--merged"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert 'load it with: lora_jax.models.from_pretrained("gs://bucket/merged").' in said
     _, merged = models.from_pretrained("gs://bucket/merged")
     _, base = models.from_pretrained("gs://bucket/model")
     assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), merged, base))

@@ -18,7 +18,8 @@ from lora_jax.buckets.store import BucketError, ObjectChanged, bucket_path
 from lora_jax.hf.hub import resolve_config
 from tests.buckets.store_proxy import bucket_store, use
 from tests.train.forks import Forked
-from tests.train.tiny import CHATML
+from tests.train.scripts import fails
+from tests.train.tiny import CHATML, write_model, write_rows
 from train import sft
 from train.adapters.template import read_template
 
@@ -221,6 +222,21 @@ def test_problems_are_named_with_a_remedy(proxy):
         copies.readable("gs://other/x")
     with pytest.raises(models.ModelNotFound, match="gs://bucket/none: there is no such"):
         models.from_pretrained("gs://bucket/none")
+
+
+def test_missing_credentials_are_named_with_the_address(proxy, monkeypatch, tmp_path, capsys):
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # asks no metadata server
+    store._client.cache_clear()
+    rows = write_rows(tmp_path / "rows.jsonl")
+    line = ["--model", write_model(tmp_path / "model"), "--dataset", rows]
+    try:
+        said = fails(capsys, sft.main, *line, "--output", "gs://bucket/run")
+    finally:
+        store._client.cache_clear()
+    assert said.startswith("--output gs://bucket/run/run.lock: there are no credentials for Google")
 
 
 def test_adapters_and_models_of_the_library_lie_in_buckets(proxy, tmp_path):

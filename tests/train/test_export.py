@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
+from lora_jax.buckets.copies import PREFIX
 from tests.models.tiny import run as plain_logits
 from tests.support import assert_close, assert_identical, with_random_factors
 from tests.train.tiny import tokenizer, write_model, write_rows
@@ -141,8 +142,12 @@ def test_the_dtype_is_that_of_the_bases_files(base, trained, tmp_path, capsys):
     tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
     save_file(tensors, half / "model.safetensors")
     args = ["--adapter", trained / "adapter", "--model", half, "--merged"]
-    export(*args, "--output", tmp_path / "merged")
-    with safe_open(tmp_path / "merged" / "model.safetensors", "np") as file:
+    output = tmp_path / f"{PREFIX}x1/gs/bucket/merged"  # written here, then sent to the bucket
+    export(*args, "--output", output)
+    said = " ".join(capsys.readouterr().out.split())
+    assert 'load it with: lora_jax.models.from_pretrained("gs://bucket/merged").' in said
+    assert "(gcloud storage cp -r gs://bucket/merged FOLDER)" in said and "Auto" not in said
+    with safe_open(output / "model.safetensors", "np") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
 
 
@@ -204,9 +209,14 @@ def test_for_serving(base, saved, tmp_path, capsys):
     """Ranks and scales that differ, which an engine would ignore, become one of each."""
     rules = [lj.LoraRule(targets=[f"{x}_proj"], rank=r, alpha=7) for x, r in (("q", 2), ("v", 3))]
     adapter, tree = saved(*rules)
-    args = ["--adapter", adapter, "--check-serving", "--output", tmp_path / "served"]
+    args = ["--adapter", adapter, "--output", tmp_path / "served", "--check-serving"]
     assert "by --for-serving" in fails(capsys, *args, code=1)
     export(*args, "--for-serving")
+    assert "load it with: PeftModel.from_pretrained(AutoModel" in capsys.readouterr().out
+    copy = tmp_path / f"{PREFIX}x1/gs/bucket/served"
+    export(*args[:3], copy, "--for-serving")
+    said = " ".join(capsys.readouterr().out.split())
+    assert 'load it with: lora_jax.peft.load("gs://bucket/served", model, params).' in said
     assert lp.serving_problems(tmp_path / "served") == []
     model, params = models.from_pretrained(base)
     assert_close(lj.merge(lp.load(tmp_path / "served", model, params)), lj.merge(tree), 1e-6)

@@ -1,6 +1,7 @@
 """Tests of what users run into: full disks, damaged bases, long prompts, a hub that is silent."""
 
 import dataclasses
+import errno
 import io
 import os
 import resource
@@ -20,7 +21,7 @@ from tests.train.scripts import fails
 from tests.train.tiny import write_model, write_rows
 from train import dpo, grpo
 from train.compare import __main__ as compare
-from train.console.errors import UserError
+from train.console.errors import UserError, file_problem
 from train.data import files
 from train.export import __main__ as export
 from train.generate import __main__ as generate
@@ -92,18 +93,34 @@ def test_a_base_that_is_not_finite_is_named_before_training(tmp_path, capsys):
     assert "of its weights hold values that are not finite, model/" in said
 
 
+def test_a_full_disk_is_told_with_the_whole_path():
+    folder = f"/runs/o'neil's run/{'long' * 80}"
+    texts = [
+        f'Error writing "w.a/0.0" in OCDBT database at local file "{folder}/": Failed writing: '
+        f'"{folder}/d/a1": Failed to write 14 bytes to file 11: No space left on device [28]'
+    ]
+    errors = [OSError(errno.ENOSPC, "No space left on device", f"{folder}/d/a1"), *texts]
+    for error in errors:
+        error = error if isinstance(error, OSError) else ValueError(error)
+        problem = file_problem(error)
+        place = f"a file cannot be written ({folder}/d/a1: No space left on device): make room"
+        assert problem.startswith(place)
+    assert "([Errno 27] File too large)" in file_problem(OSError(errno.EFBIG, "File too large"))
+
+
 @pytest.mark.slow
 def test_a_limit_on_files_is_told_in_one_paragraph(tmp_path, capsys, compiles_anew):
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    run = tmp_path / "a_long_name_of_a_folder" / ("b" * 200) / "run"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
-        args = ["--model", model, "--dataset", rows, "--steps", 1, "--output", tmp_path / "run"]
+        args = ["--model", model, "--dataset", rows, "--steps", 1, "--output", run]
         args += ["--targets", "q_proj"]
         said = fails(capsys, main, *args)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert said.startswith("a file cannot be written (") and "Go on with: " in said
+    assert said.startswith(f"a file cannot be written ({run}") and "Go on with: " in said
     assert "raise the limit on the size of files" in said and len(said.splitlines()) == 1
 
 

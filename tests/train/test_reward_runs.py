@@ -14,7 +14,7 @@ from lora_jax.training.setup import Setup
 from tests.support import assert_close, assert_identical
 from tests.train import test_rollouts
 from tests.train.scripts import fails
-from tests.train.test_rollouts import adapter_of, line_of, lines_of, run, told
+from tests.train.test_rollouts import GROUP, PROMPTS, adapter_of, line_of, lines_of, run, told
 from train import grpo
 from train.live.prompts import TokenizedPrompts, Widths
 from train.run.log import read_metrics
@@ -119,6 +119,7 @@ def test_a_dry_run_asks_the_reward_and_names_the_column_that_is_missing(
     both = ["--reward", f"{folder / 'rewards.py'}:early", *rewards("raises")[1:]]
     grpo.main(line_of(folder, tmp_path / "run", *both, *asked))
     said = told(capsys)
+    assert f"{PROMPTS} prompts; a step has {GROUP} completions of each of {PROMPTS} prompts" in said
     assert re.search(
         r"the rewards of 'Hello! .*' after the first prompt, in .*: early: 0\.\d+ raises: none w",
         said,

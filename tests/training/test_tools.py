@@ -225,8 +225,16 @@ def test_the_loss_counts_all_the_last_turn_or_the_assistants():
 @pytest.mark.parametrize(
     ("row", "template", "message"),
     [
-        ({"messages": [USER, CALLING]}, CHATML, "row 1: the model's chat template shows no tool c"),
-        ({**CHAT, "messages": [USER, ANSWER]}, CHATML, "shows no tools: 'weather' is not in"),
+        (
+            {"messages": [USER, CALLING]},
+            CHATML,
+            "row 1: the model's chat template shows no tool calls.* does .--chat-template FILE;",
+        ),
+        (
+            {**CHAT, "messages": [USER, ANSWER]},
+            CHATML,
+            "shows no tools: 'weather' is not in.* does .--chat-template FILE;",
+        ),
         ({**CHAT, "messages": [NAMES_IT, ANSWER]}, CHATML, "shows no tools: 'weather' is only"),
         (
             {"messages": [USER, ANSWER, TOLD, ANSWER]},

@@ -1,6 +1,7 @@
 """Errors that a user can fix, shown as one paragraph without a traceback."""
 
 import errno
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ BAD_INPUT = 2  # the exit code of argument parsers, too
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "disk is full")
+_QUOTED_PATH = re.compile(r"""(["'])(/(?:(?!\1).)+)\1""")
 
 
 class UserError(TrainingError):
@@ -68,8 +70,8 @@ def file_problem(error: BaseException) -> str | None:
             )
     if text := no_room(error):
         return (
-            f"a file cannot be written ({text[-300:]}): make room on the disk, or raise the "
-            "limit on the size of files or the quota"
+            f"a file cannot be written ({_file_and_reason(text)}): make room on the disk, or "
+            "raise the limit on the size of files or the quota"
         )
     return None
 
@@ -84,6 +86,13 @@ def no_room(error: BaseException) -> str | None:
             return text or type(seen).__name__
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _file_and_reason(text: str) -> str:
+    """Returns the last path in an error's text and the reason; the text, where it has no path."""
+    reason = next((words for words in _FULL_WORDS if words in text), None)
+    paths = [match[2] for match in _QUOTED_PATH.finditer(text)]
+    return f"{paths[-1]}: {reason}" if paths and reason else text
 
 
 def flag(name: str, *value: Any) -> str:

@@ -38,7 +38,14 @@ from train.export.hub import README, Repository, find_repository, push
 from train.export.job import ExportJob
 from train.export.marked import is_generated
 from train.export.options import ExportOptions, check, parse
-from train.export.terms import auto_class, codes_notice, loading_options, rope_problems, task_type
+from train.export.terms import (
+    auto_class,
+    codes_notice,
+    loading_line,
+    loading_options,
+    rope_problems,
+    task_type,
+)
 from train.processes.cache import keep_compiled
 from train.run.output import folder_bytes
 from train.run.pretrained import ModelInfo, read_model, read_untokenized
@@ -53,9 +60,14 @@ def main(args: Sequence[str] | None = None) -> None:
         run(options)
 
 
-def run(options: ExportOptions) -> None:
-    """Checks the options, loads the adapter, writes it, and uploads it."""
-    console = Console()
+def run(options: ExportOptions, console: Console | None = None) -> None:
+    """Checks the options, loads the adapter, writes it, and uploads it.
+
+    Args:
+      options: the options.
+      console: console to print to; None for standard output.
+    """
+    console = console or Console()
     adapter = find_adapter(options.adapter)
     shard = check(options)
     if adapter.is_subspace and not options.merged:
@@ -161,7 +173,10 @@ def write_merged(work: ExportJob, model: Model, params: Tree, shard: int) -> Non
             f"its kernels are the values of the base's {codes} codes, plus the update: a server "
             "sees the model that was trained"
         )
-    work.say(f'load it with: {auto_class(model)[0]}.from_pretrained("{work.output}")')
+    output = shown(work.output)
+    lora_jax_code = f'lora_jax.models.from_pretrained("{output}")'
+    torch_code = f'{auto_class(model)[0]}.from_pretrained("{output}")'
+    work.say(loading_line(lora_jax_code, torch_code, [output]))
 
 
 def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
@@ -200,8 +215,10 @@ def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
         )
     given = loading_options(work.adapter, model)
     more = "".join(f", {key}={value!r}" for key, value in given.items())
-    loaded = f'{auto_class(model)[0]}.from_pretrained("{base}"{more})'
-    tell(work.console, f'load it with: PeftModel.from_pretrained({loaded}, "{work.output}")')
+    loaded, output = f'{auto_class(model)[0]}.from_pretrained("{base}"{more})', shown(work.output)
+    lora_jax_code = f'lora_jax.peft.load("{output}", model, params)'
+    torch_code = f'PeftModel.from_pretrained({loaded}, "{output}")'
+    work.say(loading_line(lora_jax_code, torch_code, [base, output]))
 
 
 def check_apart(options: ExportOptions, adapter: Path, base: str) -> None:

@@ -1,8 +1,10 @@
 """An export in the terms of transformers, PEFT and servers."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from lora_jax.buckets.store import bucket_path
 from lora_jax.core.types import Fields, Model
 from lora_jax.hf.coded import STORED
 from lora_jax.models import EncoderConfig, QwenVLConfig, SmolVLMConfig, VisionConfig
@@ -44,6 +46,23 @@ def auto_class(model: Model) -> tuple[str, str]:
     if not isinstance(model.config, EncoderConfig):
         return "AutoModelForCausalLM", "text-generation"
     return _HEADS.get(model.config.head, ("AutoModel", "feature-extraction"))
+
+
+def loading_line(lora_jax_code: str, torch_code: str, folders: Sequence[str]) -> str:
+    """Returns the line that says how to load an export.
+
+    Args:
+      lora_jax_code: the code for this library, which also reads folders in buckets.
+      torch_code: the code for transformers and PEFT, which read folders on a disk alone.
+      folders: the folders that the code reads, as they are shown.
+    """
+    in_buckets = [folder for folder in folders if bucket_path(folder)]
+    if not in_buckets:
+        return f"load it with: {torch_code}"
+    return (
+        f"load it with: {lora_jax_code}. transformers and PEFT cannot read a bucket: for them, "
+        f"copy the folder to a disk (gcloud storage cp -r {' '.join(in_buckets)} FOLDER)"
+    )
 
 
 def loading_config(codes: str | None) -> str | None:

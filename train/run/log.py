@@ -60,7 +60,7 @@ class RunLog:
         """
         self._console = console
         self._last = last
-        self._began, self._first = time.monotonic(), first
+        self._first_line: tuple[float, int] | None = None  # its time and step
         self._reporting = reporting
         self._watched, self._shown = watched or {}, float("-inf")
 
@@ -169,15 +169,25 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=line["step"], description=text)
             return
-        now, done = time.monotonic(), line["step"] - self._first
-        if self._watched and now - self._shown < _STEP_SECONDS and line["step"] < self._last:
+        now, step = time.monotonic(), line["step"]
+        if self._first_line is None:
+            self._first_line = now, step
+        if self._watched and now - self._shown < _STEP_SECONDS and step < self._last:
             return
         self._shown = now
-        left = (now - self._began) / max(done, 1) * (self._last - line["step"])
-        text = f"step {line['step']}/{self._last}  {text}  {duration(left)} left"
-        if self._watched and len(text) > _COLUMNS:
-            text = text.rpartition("  ")[0]
+        text = f"step {step}/{self._last}  {text}"
+        left = self._time_left(now, step)
+        if not self._watched or len(text + left) <= _COLUMNS:
+            text += left
         tell(self._console, text)
+
+    def _time_left(self, now: float, step: int) -> str:
+        """Returns the time that is left; "" in the first line, whose steps compile."""
+        began, first_step = self._first_line or (now, step)
+        if step == first_step < self._last:
+            return ""
+        pace = (now - began) / max(step - first_step, 1)
+        return f"  {duration(pace * (self._last - step))} left"
 
 
 class QuietLog(NullLog):

@@ -273,7 +273,8 @@ def data_of(feed: PromptFeed, lines: Sequence[str] = ()) -> Data:
             SHARED: feed.share_prompt,
         },
         lines=(
-            f"{len(shown):,} prompts; a step has {data.group} completions of {n} each",
+            f"{len(shown):,} prompts; a step has {data.group} completions of "
+            f"{'one prompt' if n == 1 else f'each of {n} prompts'}",
             *([widths] if len(feed.widths.rows) > 1 else []),
             *lines,
         ),

@@ -305,7 +305,11 @@ def begin_with_sql(config: grpo.Config, session: Session, prior: PriorRuns) -> g
     if not (folder / ADAPTER).exists():
         remedy = f"make it by {program('train.sft')}, and name its folder with --init-adapter"
         check_alone(config, f"an adapter that writes SQL; {remedy}")
-        tell(hosts.console(), f"first, {folder} learns to write SQL, as `train.sft` does")
+        tell(
+            hosts.console(),
+            f"the run has two parts: 1. an adapter in {folder} learns to write SQL, as "
+            f"`train.sft` trains it; 2. it trains on rewards, in {config.run.output}",
+        )
         data, optim, run = config.data, config.optim, config.run
         same = {
             **{name: getattr(data, name) for name in ("model", "tokenizer", "chat_template")},

@@ -113,7 +113,7 @@ def make_base(folder: Path, session: Session, prior: PriorRuns) -> Path:
       Interrupted: after a signal, once the last step is saved.
     """
     if not (folder / "base").exists():
-        tell(hosts.console(), f"pretraining a small decoder on sums in {folder}: a minute or two")
+        tell(hosts.console(), f"pretraining a small decoder on sums in {folder}: some minutes")
     rows, start = folder / "sums.jsonl", folder / "untrained"
     write_lines(rows, list(_forgetful_pairs()))
     write_untrained(BASE_CONFIG, make_tokenizer(), start)

@@ -31,6 +31,10 @@ _SET_HERE = ("messages", "tools", "add_generation_prompt")
 _FIELDS = (("reasoning_content", "reasoning", "thinking"), ("name",), ("function_call",))
 _LONG = 20  # characters of a text that is hardly in a rendered chat by chance
 _CHANGE = " And so on."
+_TOOLS_REMEDY = (
+    "Give a model whose template knows tools, or a template that does (--chat-template FILE; in "
+    "Python, tokenizer.chat_template)"
+)
 _MARK = "qzjxvk"  # stands in no text
 
 
@@ -249,8 +253,7 @@ class Rendered(NamedTuple):
             where = "not in" if hidden else "only there where a turn says it, in"
             raise TrainingError(
                 f"the model's chat template shows no tools: {name!r} is {where} "
-                f"{shown(self.text)}. Give a model whose template knows tools, or rows without "
-                "`tools`"
+                f"{shown(self.text)}. {_TOOLS_REMEDY}, or rows without `tools`"
             )
 
     def _hidden_tools(self, names: Mapping[int, str]) -> list[str]:
@@ -284,7 +287,7 @@ class Rendered(NamedTuple):
             return
         if self._differs({index: {**turn, "content": text + _CHANGE}}):
             return
-        remedy = "Give a model whose template knows tools"
+        remedy = _TOOLS_REMEDY
         if role != "tool":
             remedy = (
                 "Put it into the first user turn, or give a model whose template knows this role"
@@ -389,7 +392,7 @@ def check_calls(turn: Message, text: str) -> None:
         if name not in text:
             raise TrainingError(
                 f"the model's chat template shows no tool calls: {name!r} is not in "
-                f"{shown(text)}. Give a model whose template knows tools, or rows without calls"
+                f"{shown(text)}. {_TOOLS_REMEDY}, or rows without calls"
             )
 
 

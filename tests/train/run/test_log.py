@@ -2,6 +2,8 @@
 
 import io
 import json
+import time
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -68,6 +70,18 @@ def test_a_resumed_run_has_no_step_twice(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(text)["step"] for text in lines] == [1, 2, 3, 4, 5, 6]
     assert [step for tag, step in events(tmp_path) if tag == "loss"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_time_left_leaves_out_the_first_line_whose_steps_compile(tmp_path, monkeypatch):
+    """Ten minutes to compile, then three seconds a step."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, time=time.time, now=0.0)
+    monkeypatch.setattr(run_log, "time", clock)
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with RunLog(tmp_path, console, first=0, last=6) as log:
+        for step, clock.now in ((1, 600.0), (3, 606.0), (5, 612.0)):
+            log.add(line(step))
+    lines = console.file.getvalue().splitlines()
+    assert [text.partition("tokens/s")[2] for text in lines] == ["", "  9 s left", "  3 s left"]
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path):

@@ -1,5 +1,7 @@
 """The small decoder that adds: its characters, its rows, and how often it is right."""
 
+import re
+import time
 from types import SimpleNamespace
 
 import jax
@@ -68,6 +70,32 @@ def test_rewards_begin_with_sums_and_a_base_of_ones_own_with_sql(tmp_path):
     older = grpo.parse(["--dataset", "sql", "--output", str(tmp_path)])
     (tmp_path / "config.yaml").write_text(options_file(older, "train.grpo"))
     assert grpo.parse(["--output", str(tmp_path), "--resume"]).data.dataset == "sql"
+
+
+@pytest.mark.slow
+def test_a_run_that_pretrains_its_base_lists_its_parts_and_has_one_ending(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(making, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(making, "_BASE_ROWS", 64)
+    train, seconds = start.train, []
+
+    def train_slowly(*arguments):
+        train(*arguments)
+        time.sleep(2)
+        seconds.append(time.monotonic() - began)
+
+    monkeypatch.setattr(start, "train", train_slowly)
+    line = "--steps 1 --batch-size 8 --eval-questions 0 --report-to none --output".split()
+    began = time.monotonic()
+    grpo.main([*line, str(tmp_path / "run")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.index("the run has two parts: 1. train.sft trains the base") < said.index("step 1")
+    for ending in ("the whole run took", "to export it:", "Cost of the run"):
+        assert said.count(ending) == 1, ending
+    assert "load it with" not in said and said.count("this part of the run took") == 1
+    minutes, rest = re.search(r"the whole run took (?:(\d+) min )?(\d+) s", said).groups()
+    assert 60 * int(minutes or 0) + int(rest) >= int(seconds[0])
 
 
 @pytest.mark.slow
